@@ -1,0 +1,148 @@
+"""flowstore_core: the protocols, records, errors and plugin hooks of workflow-run stores.
+
+Start at ``open_store``; the promises stand in the protocols of the noun files, cited by clause ids.
+"""
+
+from flowstore_core.claims import (
+    DispatchLedger,
+    Leases,
+    StepClaim,
+    StepClaims,
+    StepDispatch,
+    new_claim_token,
+)
+from flowstore_core.config import StoreConfig
+from flowstore_core.controls import (
+    Deadlines,
+    FlowRunControlRecord,
+    IdempotencyKeys,
+    RunControls,
+    Trigger,
+    TriggerResult,
+)
+from flowstore_core.errors import (
+    BackendLoadError,
+    ClaimLostError,
+    ConfigurationError,
+    ConflictError,
+    FlowStoreError,
+    InvalidArgumentError,
+    NotSupportedError,
+    OutcomeUnknownError,
+    RunAlreadyExistsError,
+    RunCompletedError,
+    RunNotFoundError,
+    SchemaVersionError,
+    StaleAttemptError,
+    StepAlreadyCompletedError,
+    StepNotFoundError,
+    StoreClosedError,
+    StoreUnavailableError,
+    UnknownBackendError,
+)
+from flowstore_core.events import Events, FlowEventRecord
+from flowstore_core.identifiers import new_run_id
+from flowstore_core.opening import open_store
+from flowstore_core.outputs import Outputs
+from flowstore_core.plugins import Backend, hookimpl, hookspec
+from flowstore_core.retention import FlowRetentionStore
+from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunLifecycle, RunPage, RunPages
+from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, Waiters
+from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
+from flowstore_core.status import (
+    CRASH_SAFE,
+    Capability,
+    RunStatus,
+    RunTimeseriesGranularity,
+    SignalDeliveryStatus,
+    StallReason,
+    StepStatus,
+)
+from flowstore_core.steps import (
+    FlowStepAttemptRecord,
+    FlowStepRecord,
+    Recovery,
+    StalledStep,
+    StepAttempts,
+    StepRuntime,
+)
+from flowstore_core.store import (
+    FlowRunControlStore,
+    FlowRunRuntimeStore,
+    FlowRunStore,
+    FlowSignalStore,
+    FlowStore,
+)
+
+__all__ = [
+    "CRASH_SAFE",
+    "Backend",
+    "BackendLoadError",
+    "Capability",
+    "ClaimLostError",
+    "ConfigurationError",
+    "ConflictError",
+    "Dashboard",
+    "DashboardStatistics",
+    "Deadlines",
+    "DispatchLedger",
+    "Events",
+    "FlowEventRecord",
+    "FlowRetentionStore",
+    "FlowRunControlRecord",
+    "FlowRunControlStore",
+    "FlowRunDetail",
+    "FlowRunRecord",
+    "FlowRunRuntimeStore",
+    "FlowRunStore",
+    "FlowSignalStore",
+    "FlowSignalWaiter",
+    "FlowStepAttemptRecord",
+    "FlowStepRecord",
+    "FlowStore",
+    "FlowStoreError",
+    "IdempotencyKeys",
+    "InvalidArgumentError",
+    "Leases",
+    "NotSupportedError",
+    "OutcomeUnknownError",
+    "Outputs",
+    "Recovery",
+    "RunAlreadyExistsError",
+    "RunCompletedError",
+    "RunControls",
+    "RunLifecycle",
+    "RunNotFoundError",
+    "RunPage",
+    "RunPages",
+    "RunStatus",
+    "RunTimeseriesBucket",
+    "RunTimeseriesGranularity",
+    "SchemaVersionError",
+    "SignalDeliveryResult",
+    "SignalDeliveryStatus",
+    "Signals",
+    "StaleAttemptError",
+    "StallReason",
+    "StalledStep",
+    "StepAlreadyCompletedError",
+    "StepAttempts",
+    "StepClaim",
+    "StepClaims",
+    "StepDispatch",
+    "StepNotFoundError",
+    "StepRuntime",
+    "StepStatus",
+    "StoreClosedError",
+    "StoreConfig",
+    "StoreUnavailableError",
+    "Trigger",
+    "TriggerResult",
+    "UnknownBackendError",
+    "Waiters",
+    "hookimpl",
+    "hookspec",
+    "new_claim_token",
+    "new_run_id",
+    "open_store",
+]

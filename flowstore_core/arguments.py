@@ -1,0 +1,251 @@
+"""Input checks, once for all backends (INP-1 to INP-4).
+
+Each function takes the argument's name and value and returns the value as backends get it: enums as
+enums, datetimes in UTC, str subclasses as plain str. The common case is decided in the first line,
+because these run before every call of every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, TypeVar
+from uuid import UUID
+
+from flowstore_core.errors import InvalidArgumentError
+from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
+from flowstore_core.timeseries import (
+    BUCKET_WIDTH,
+    EARLIEST,
+    LATEST,
+    MAX_BUCKETS,
+    bucket_ceil,
+    bucket_floor,
+)
+
+MAX_KEY = 256
+MAX_JOB_ID = 1024
+MAX_SEARCH = 256
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+MAX_TAKE = 1000
+MAX_INT64 = 2**63 - 1
+MAX_LEASE = timedelta(days=366)
+
+_E = TypeVar("_E", bound=StrEnum)
+
+
+def _kind(value: object) -> str:
+    # Only the type is ever shown: a value may be somebody's secret.
+    return "None" if value is None else type(value).__name__
+
+
+def check_id(name: str, value: Any) -> UUID:
+    if isinstance(value, UUID):
+        return value
+    raise InvalidArgumentError(name, "a uuid.UUID", _kind(value))
+
+
+def check_optional_id(name: str, value: Any) -> UUID | None:
+    return None if value is None else check_id(name, value)
+
+
+def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
+    if type(value) is str and 0 < len(value) <= limit and value.isascii() and "\0" not in value:
+        return value
+    wanted = f"a str of 1 to {limit:,} characters"
+    if not isinstance(value, str):
+        raise InvalidArgumentError(name, wanted, _kind(value))
+    if not 0 < len(value) <= limit:
+        raise InvalidArgumentError(name, wanted, f"{len(value):,} characters")
+    return _check_characters(name, value)
+
+
+def check_optional_key(name: str, value: Any, limit: int = MAX_KEY) -> str | None:
+    return None if value is None else check_key(name, value, limit)
+
+
+def check_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgumentError(name, "a str", _kind(value))
+    # UTF-8 takes at most four bytes a character, so most texts are settled without encoding them.
+    if len(value) * 4 > MAX_TEXT_BYTES:
+        size = len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+        if size > MAX_TEXT_BYTES:
+            raise InvalidArgumentError(name, f"at most {MAX_TEXT_BYTES:,} bytes of UTF-8", f"{size:,} bytes")
+    return _check_characters(name, value)
+
+
+def check_optional_text(name: str, value: Any) -> str | None:
+    return None if value is None else check_text(name, value)
+
+
+def _check_characters(name: str, value: str) -> str:
+    if "\0" in value:
+        raise InvalidArgumentError(name, "free of U+0000", "one at index " + str(value.index("\0")))
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            index = error.start
+            raise InvalidArgumentError(name, "free of lone surrogates", f"one at index {index}") from None
+    return value if type(value) is str else str.__str__(value)
+
+
+def check_datetime(name: str, value: Any) -> datetime:
+    if not isinstance(value, datetime):
+        raise InvalidArgumentError(name, "an aware datetime", _kind(value))
+    try:
+        if value.utcoffset() is None:
+            raise InvalidArgumentError(name, "an aware datetime (give it a tzinfo)", "a naive one")
+        moment = value.astimezone(UTC)
+    except OverflowError:
+        moment = None
+    if moment is None or not EARLIEST <= moment <= LATEST:
+        raise InvalidArgumentError(name, f"from {EARLIEST:%Y-%m-%d %H:%M} to {LATEST:%Y-%m-%d %H:%M} UTC")
+    if type(moment) is not datetime:
+        moment = datetime.combine(moment.date(), moment.time(), UTC)
+    return moment
+
+
+def check_optional_datetime(name: str, value: Any) -> datetime | None:
+    return None if value is None else check_datetime(name, value)
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if low <= value <= high:
+            return int(value)
+        raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", "one outside")
+    raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _kind(value))
+
+
+def check_attempt(value: Any) -> int | None:
+    return None if value is None else check_int("attempt", value, 1, MAX_INT64)
+
+
+def check_skip(value: Any) -> int:
+    return check_int("skip", value, 0, MAX_INT64)
+
+
+def check_take(value: Any) -> int:
+    return check_int("take", value, 0, MAX_TAKE)
+
+
+def check_optional_take(value: Any) -> int | None:
+    return None if value is None else check_take(value)
+
+
+def check_lease(name: str, value: Any) -> timedelta:
+    if isinstance(value, timedelta):
+        if timedelta(0) < value <= MAX_LEASE:
+            return value
+        raise InvalidArgumentError(name, "over 0 and at most 366 days", f"{value}")
+    raise InvalidArgumentError(name, "a timedelta", _kind(value))
+
+
+def check_claim_lease(owner: str | None, lease: Any) -> timedelta | None:
+    if lease is None:
+        return None
+    checked = check_lease("lease", lease)
+    if owner is None:
+        raise InvalidArgumentError("lease", "given only with owner (new_claim_token() makes one)")
+    return checked
+
+
+def check_search(value: Any) -> str | None:
+    """The needle; None where nothing is filtered."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidArgumentError("search", f"a str of at most {MAX_SEARCH} characters", _kind(value))
+    if len(value) > MAX_SEARCH:
+        raise InvalidArgumentError("search", f"a str of at most {MAX_SEARCH} characters", f"{len(value):,}")
+    return _check_characters("search", value) or None
+
+
+def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) -> _E:
+    if isinstance(value, str):
+        try:
+            member = kind(str.__str__(value))
+        except ValueError:
+            member = None
+        if member is not None and member in allowed:
+            return member
+        names = ", ".join(allowed)
+        raise InvalidArgumentError(name, f"one of {names}", "another value")
+    raise InvalidArgumentError(name, f"a {kind.__name__} or its value", _kind(value))
+
+
+_COMPLETIONS = tuple(status for status in RunStatus if status is not RunStatus.RUNNING)
+_OUTCOMES = tuple(status for status in StepStatus if status is not StepStatus.RUNNING)
+
+
+def check_completion(value: Any) -> RunStatus:
+    """A status that completes a run: any but Running."""
+    return _check_enum("status", value, RunStatus, _COMPLETIONS)
+
+
+def check_outcome(value: Any) -> StepStatus:
+    """A status that closes an attempt: any but Running."""
+    if value.__class__ is StepStatus and value is not StepStatus.RUNNING:
+        return value
+    return _check_enum("status", value, StepStatus, _OUTCOMES)
+
+
+def check_optional_run_status(value: Any) -> RunStatus | None:
+    return None if value is None else _check_enum("status", value, RunStatus, tuple(RunStatus))
+
+
+def check_granularity(value: Any) -> RunTimeseriesGranularity:
+    return _check_enum("granularity", value, RunTimeseriesGranularity, tuple(RunTimeseriesGranularity))
+
+
+def check_expected(value: Any) -> dict[str, StepStatus] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError("expected", "a mapping of step_key to StepStatus", _kind(value))
+    return {
+        check_key("expected", key): _check_enum("expected", status, StepStatus, tuple(StepStatus))
+        for key, status in value.items()
+    }
+
+
+def check_keys(name: str, value: Any) -> frozenset[str]:
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise InvalidArgumentError(name, "a collection of step keys", _kind(value))
+    return frozenset(check_key(name, key) for key in value)
+
+
+def check_window(
+    granularity: RunTimeseriesGranularity, since: datetime, until: datetime
+) -> tuple[datetime, datetime]:
+    """The window floored and ceiled to whole buckets (QRY-5); empty when since == until."""
+    if since > until:
+        raise InvalidArgumentError("since", "at or before until")
+    first = bucket_floor(since, granularity)
+    end = first if since == until else bucket_ceil(until, granularity)
+    count = (end - first) // BUCKET_WIDTH[granularity]
+    if count > MAX_BUCKETS:
+        raise InvalidArgumentError(
+            "until",
+            f"at most {MAX_BUCKETS:,} buckets of one {granularity} after since",
+            f"{count:,}",
+        )
+    return first, end
+
+
+def check_clock(clock: Any) -> Callable[[], datetime] | None:
+    """A clock whose every reading is checked: aware, in UTC, within the limits of a store."""
+    if clock is None:
+        return None
+    if not callable(clock):
+        raise InvalidArgumentError(
+            "clock", "a callable without arguments that returns an aware datetime", _kind(clock)
+        )
+
+    def now() -> datetime:
+        return check_datetime("clock", clock())
+
+    return now

@@ -1,0 +1,590 @@
+"""The store that open_store returns: arguments checked and normalised once, for every backend.
+
+Each method checks its arguments (INP), then meets a closed store or a missing capability, and calls
+the backend with every parameter by keyword. The promises stand in the protocols of the noun files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
+from datetime import datetime, timedelta
+from typing import Any, NoReturn, cast
+from uuid import UUID
+
+from flowstore_core.arguments import (
+    MAX_INT64,
+    MAX_JOB_ID,
+    check_attempt,
+    check_claim_lease,
+    check_completion,
+    check_datetime,
+    check_expected,
+    check_granularity,
+    check_id,
+    check_int,
+    check_key,
+    check_keys,
+    check_lease,
+    check_optional_datetime,
+    check_optional_id,
+    check_optional_key,
+    check_optional_run_status,
+    check_optional_take,
+    check_optional_text,
+    check_outcome,
+    check_search,
+    check_skip,
+    check_take,
+    check_text,
+    check_window,
+)
+from flowstore_core.claims import StepClaim, StepDispatch
+from flowstore_core.controls import FlowRunControlRecord, TriggerResult
+from flowstore_core.errors import FlowStoreError, NotSupportedError, StoreClosedError
+from flowstore_core.events import FlowEventRecord
+from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage
+from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
+from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
+from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
+from flowstore_core.steps import StalledStep
+from flowstore_core.store import FlowStore
+
+
+class _Refusal:
+    """Stands where a backend's store would be: any operation on it raises.
+
+    It raises when called, not when looked up, so that argument errors come first, and so that an
+    open store pays nothing for the check.
+    """
+
+    def __init__(self, error: Callable[[str], FlowStoreError]) -> None:
+        self._error = error
+
+    def __getattr__(self, operation: str) -> Callable[..., NoReturn]:
+        def refuse(**arguments: object) -> NoReturn:
+            raise self._error(operation)
+
+        return refuse
+
+
+class _Partial:
+    """A backend's store that implements a part of the base protocols."""
+
+    def __init__(self, store: Any, backend: str) -> None:
+        self._store = store
+        self._rest = _Refusal(lambda operation: NotSupportedError(backend, "base", operation))
+
+    def __getattr__(self, operation: str) -> Any:
+        return getattr(self._store, operation, None) or getattr(self._rest, operation)
+
+
+class CheckedStore:
+    """A FlowStore around a backend's own; see the module's docstring."""
+
+    def __init__(
+        self,
+        store: Any,
+        backend: str,
+        capabilities: frozenset[Capability],
+        stack: AsyncExitStack,
+    ) -> None:
+        self._backend = backend
+        self._capabilities = capabilities
+        self._stack = stack
+        self._closed: asyncio.Event | None = None
+        self._assign(lambda capability: self._target(store, capability))
+
+    def _target(self, store: Any, capability: Capability | None) -> Any:
+        if capability is None:
+            return _Partial(store, self._backend)
+        if capability in self._capabilities:
+            return store
+        return _Refusal(lambda operation: NotSupportedError(self._backend, capability.value, operation))
+
+    def _assign(self, target: Callable[[Capability | None], Any]) -> None:
+        self._store = cast(FlowStore, target(None))
+        self._leases = cast(FlowStore, target(Capability.LEASES))
+        self._trigger = cast(FlowStore, target(Capability.TRIGGER))
+        self._recovery = cast(FlowStore, target(Capability.RECOVERY))
+        self._deadlines = cast(FlowStore, target(Capability.DEADLINES))
+        self._waiters = cast(FlowStore, target(Capability.WAITERS))
+        self._events = cast(FlowStore, target(Capability.EVENTS))
+        self._outputs = cast(FlowStore, target(Capability.OUTPUTS))
+        self._dashboard = cast(FlowStore, target(Capability.DASHBOARD))
+
+    def __repr__(self) -> str:
+        return f"<flowstore {self._backend}{' (closed)' if self._closed else ''}>"
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self._capabilities
+
+    async def ping(self) -> None:
+        await self._store.ping()
+
+    async def aclose(self) -> None:
+        if self._closed is not None:
+            await self._closed.wait()
+            return
+        self._closed = asyncio.Event()
+        self._assign(lambda capability: _Refusal(lambda operation: StoreClosedError()))
+        try:
+            # In this task, not in one of its own: a backend's context may hold a task group.
+            await self._stack.aclose()
+        finally:
+            self._closed.set()
+
+    # Runs
+
+    async def start_run(
+        self,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        *,
+        trigger_data: str | None = None,
+        job_id: str | None = None,
+        source_run_id: UUID | None = None,
+    ) -> FlowRunRecord:
+        return await self._store.start_run(
+            flow_id=check_id("flow_id", flow_id),
+            flow_name=check_key("flow_name", flow_name),
+            run_id=check_id("run_id", run_id),
+            trigger_key=check_key("trigger_key", trigger_key),
+            trigger_data=check_optional_text("trigger_data", trigger_data),
+            job_id=check_optional_key("job_id", job_id, MAX_JOB_ID),
+            source_run_id=check_optional_id("source_run_id", source_run_id),
+        )
+
+    async def complete_run(
+        self,
+        run_id: UUID,
+        status: RunStatus,
+        *,
+        expected: Mapping[str, StepStatus] | None = None,
+    ) -> bool:
+        return await self._store.complete_run(
+            run_id=check_id("run_id", run_id),
+            status=check_completion(status),
+            expected=check_expected(expected),
+        )
+
+    async def get_runs(
+        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+    ) -> Sequence[FlowRunRecord]:
+        return await self._store.get_runs(
+            flow_id=check_optional_id("flow_id", flow_id),
+            skip=check_skip(skip),
+            take=check_take(take),
+        )
+
+    async def get_runs_page(
+        self,
+        flow_id: UUID | None = None,
+        *,
+        status: RunStatus | None = None,
+        skip: int = 0,
+        take: int = 50,
+        search: str | None = None,
+    ) -> RunPage:
+        return await self._dashboard.get_runs_page(
+            flow_id=check_optional_id("flow_id", flow_id),
+            status=check_optional_run_status(status),
+            skip=check_skip(skip),
+            take=check_take(take),
+            search=check_search(search),
+        )
+
+    async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
+        return await self._store.get_run_detail(run_id=check_id("run_id", run_id))
+
+    async def get_run_status(self, run_id: UUID) -> RunStatus | None:
+        return await self._store.get_run_status(run_id=check_id("run_id", run_id))
+
+    async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
+        return await self._store.get_active_runs(take=check_optional_take(take))
+
+    async def get_derived_runs(
+        self, source_run_id: UUID, *, take: int | None = None
+    ) -> Sequence[FlowRunRecord]:
+        return await self._store.get_derived_runs(
+            source_run_id=check_id("source_run_id", source_run_id),
+            take=check_optional_take(take),
+        )
+
+    # Steps
+
+    async def record_step_start(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        input_json: str | None = None,
+        job_id: str | None = None,
+        owner: str | None = None,
+    ) -> int:
+        return await self._store.record_step_start(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            step_type=check_key("step_type", step_type),
+            input_json=check_optional_text("input_json", input_json),
+            job_id=check_optional_key("job_id", job_id, MAX_JOB_ID),
+            owner=check_optional_key("owner", owner),
+        )
+
+    async def record_step_complete(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        *,
+        output_json: str | None = None,
+        error_message: str | None = None,
+        attempt: int | None = None,
+    ) -> None:
+        await self._store.record_step_complete(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            status=check_outcome(status),
+            output_json=check_optional_text("output_json", output_json),
+            error_message=check_optional_text("error_message", error_message),
+            attempt=check_attempt(attempt),
+        )
+
+    async def record_skipped_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        reason: str | None = None,
+        *,
+        owner: str | None = None,
+    ) -> None:
+        await self._store.record_skipped_step(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            step_type=check_key("step_type", step_type),
+            reason=check_optional_text("reason", reason),
+            owner=check_optional_key("owner", owner),
+        )
+
+    async def retry_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        attempt: int | None = None,
+        reset: Collection[str] = (),
+    ) -> None:
+        await self._store.retry_step(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            attempt=check_attempt(attempt),
+            reset=check_keys("reset", reset),
+        )
+
+    async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
+        return await self._store.get_step_statuses(run_id=check_id("run_id", run_id))
+
+    async def reschedule_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        attempt: int,
+        output_json: str | None = None,
+        due_at: datetime | None = None,
+    ) -> None:
+        await self._recovery.reschedule_step(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            attempt=check_int("attempt", attempt, 1, MAX_INT64),
+            output_json=check_optional_text("output_json", output_json),
+            due_at=check_optional_datetime("due_at", due_at),
+        )
+
+    async def get_stalled_steps(
+        self, *, as_of: datetime | None = None, take: int = 100
+    ) -> Sequence[StalledStep]:
+        return await self._recovery.get_stalled_steps(
+            as_of=check_optional_datetime("as_of", as_of), take=check_take(take)
+        )
+
+    # Claims and the dispatch ledger
+
+    async def try_record_dispatch(
+        self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
+    ) -> bool:
+        return await self._store.try_record_dispatch(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            due_at=check_optional_datetime("due_at", due_at),
+        )
+
+    async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
+        await self._store.annotate_dispatch(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            job_id=check_key("job_id", job_id, MAX_JOB_ID),
+        )
+
+    async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
+        await self._store.release_dispatch(
+            run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
+        )
+
+    async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
+        return await self._store.get_dispatched_step_keys(run_id=check_id("run_id", run_id))
+
+    async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
+        return await self._store.get_dispatches(run_id=check_id("run_id", run_id))
+
+    async def try_claim_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        owner: str | None = None,
+        lease: timedelta | None = None,
+    ) -> bool:
+        return await (self._store if lease is None else self._leases).try_claim_step(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            owner=check_optional_key("owner", owner),
+            lease=check_claim_lease(owner, lease),
+        )
+
+    async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
+        await self._store.release_step_claim(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            owner=check_optional_key("owner", owner),
+        )
+
+    async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
+        return await self._leases.renew_step_claim(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            owner=check_key("owner", owner),
+            lease=check_lease("lease", lease),
+        )
+
+    async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
+        return await self._store.get_claimed_step_keys(run_id=check_id("run_id", run_id))
+
+    async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
+        return await self._store.get_step_claims(run_id=check_id("run_id", run_id))
+
+    # Controls
+
+    async def configure_run(
+        self,
+        run_id: UUID,
+        flow_id: UUID,
+        trigger_key: str,
+        *,
+        idempotency_key: str | None = None,
+        timeout_at: datetime | None = None,
+    ) -> None:
+        await self._store.configure_run(
+            run_id=check_id("run_id", run_id),
+            flow_id=check_id("flow_id", flow_id),
+            trigger_key=check_key("trigger_key", trigger_key),
+            idempotency_key=check_optional_key("idempotency_key", idempotency_key),
+            timeout_at=check_optional_datetime("timeout_at", timeout_at),
+        )
+
+    async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
+        return await self._store.get_run_control(run_id=check_id("run_id", run_id))
+
+    async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
+        return await self._store.request_cancel(
+            run_id=check_id("run_id", run_id), reason=check_optional_text("reason", reason)
+        )
+
+    async def mark_timed_out(
+        self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
+    ) -> bool:
+        return await self._store.mark_timed_out(
+            run_id=check_id("run_id", run_id),
+            reason=check_optional_text("reason", reason),
+            as_of=check_optional_datetime("as_of", as_of),
+        )
+
+    async def find_run_id_by_idempotency_key(
+        self, flow_id: UUID, trigger_key: str, idempotency_key: str
+    ) -> UUID | None:
+        return await self._store.find_run_id_by_idempotency_key(
+            flow_id=check_id("flow_id", flow_id),
+            trigger_key=check_key("trigger_key", trigger_key),
+            idempotency_key=check_key("idempotency_key", idempotency_key),
+        )
+
+    async def try_register_idempotency_key(
+        self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
+    ) -> bool:
+        return await self._store.try_register_idempotency_key(
+            flow_id=check_id("flow_id", flow_id),
+            trigger_key=check_key("trigger_key", trigger_key),
+            idempotency_key=check_key("idempotency_key", idempotency_key),
+            run_id=check_id("run_id", run_id),
+        )
+
+    async def trigger_run(
+        self,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        *,
+        trigger_data: str | None = None,
+        job_id: str | None = None,
+        source_run_id: UUID | None = None,
+        idempotency_key: str | None = None,
+        timeout_at: datetime | None = None,
+    ) -> TriggerResult:
+        return await self._trigger.trigger_run(
+            flow_id=check_id("flow_id", flow_id),
+            flow_name=check_key("flow_name", flow_name),
+            run_id=check_id("run_id", run_id),
+            trigger_key=check_key("trigger_key", trigger_key),
+            trigger_data=check_optional_text("trigger_data", trigger_data),
+            job_id=check_optional_key("job_id", job_id, MAX_JOB_ID),
+            source_run_id=check_optional_id("source_run_id", source_run_id),
+            idempotency_key=check_optional_key("idempotency_key", idempotency_key),
+            timeout_at=check_optional_datetime("timeout_at", timeout_at),
+        )
+
+    async def get_runs_to_stop(
+        self, *, as_of: datetime | None = None, take: int = 100
+    ) -> Sequence[FlowRunRecord]:
+        return await self._deadlines.get_runs_to_stop(
+            as_of=check_optional_datetime("as_of", as_of), take=check_take(take)
+        )
+
+    async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
+        return await self._deadlines.extend_deadline(
+            run_id=check_id("run_id", run_id),
+            timeout_at=check_datetime("timeout_at", timeout_at),
+        )
+
+    # Signals
+
+    async def register_waiter(
+        self,
+        run_id: UUID,
+        step_key: str,
+        signal_name: str,
+        *,
+        expires_at: datetime | None = None,
+    ) -> None:
+        await self._store.register_waiter(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            signal_name=check_key("signal_name", signal_name),
+            expires_at=check_optional_datetime("expires_at", expires_at),
+        )
+
+    async def deliver_signal(
+        self,
+        run_id: UUID,
+        signal_name: str,
+        payload_json: str,
+        *,
+        delivery_id: str | None = None,
+    ) -> SignalDeliveryResult:
+        return await self._store.deliver_signal(
+            run_id=check_id("run_id", run_id),
+            signal_name=check_key("signal_name", signal_name),
+            payload_json=check_text("payload_json", payload_json),
+            delivery_id=check_optional_key("delivery_id", delivery_id),
+        )
+
+    async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
+        return await self._store.get_waiter(
+            run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
+        )
+
+    async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
+        return await self._store.remove_waiter(
+            run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
+        )
+
+    async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
+        return await self._waiters.expire_waiter(
+            run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
+        )
+
+    async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
+        return await self._waiters.get_waiters(run_id=check_id("run_id", run_id))
+
+    # Outputs and events
+
+    async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
+        await self._outputs.save_output(
+            run_id=check_id("run_id", run_id),
+            key=check_key("key", key),
+            value_json=check_text("value_json", value_json),
+        )
+
+    async def get_output(self, run_id: UUID, key: str) -> str | None:
+        return await self._outputs.get_output(run_id=check_id("run_id", run_id), key=check_key("key", key))
+
+    async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
+        return await self._outputs.get_outputs(run_id=check_id("run_id", run_id))
+
+    async def append_event(
+        self,
+        run_id: UUID,
+        event_type: str,
+        *,
+        step_key: str | None = None,
+        message: str | None = None,
+    ) -> int:
+        return await self._events.append_event(
+            run_id=check_id("run_id", run_id),
+            event_type=check_key("event_type", event_type),
+            step_key=check_optional_key("step_key", step_key),
+            message=check_optional_text("message", message),
+        )
+
+    async def get_run_events(
+        self, run_id: UUID, *, after: int = 0, take: int = 200
+    ) -> Sequence[FlowEventRecord]:
+        return await self._events.get_run_events(
+            run_id=check_id("run_id", run_id),
+            after=check_int("after", after, 0, MAX_INT64),
+            take=check_take(take),
+        )
+
+    # Retention and statistics
+
+    async def cleanup(self, cutoff: datetime) -> int:
+        return await self._store.cleanup(cutoff=check_datetime("cutoff", cutoff))
+
+    async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
+        return await self._dashboard.get_statistics(as_of=check_optional_datetime("as_of", as_of))
+
+    async def get_run_timeseries(
+        self,
+        granularity: RunTimeseriesGranularity,
+        since: datetime,
+        until: datetime,
+        flow_id: UUID | None = None,
+    ) -> Sequence[RunTimeseriesBucket]:
+        checked = check_granularity(granularity)
+        first, end = check_window(checked, check_datetime("since", since), check_datetime("until", until))
+        return await self._dashboard.get_run_timeseries(
+            granularity=checked,
+            since=first,
+            until=end,
+            flow_id=check_optional_id("flow_id", flow_id),
+        )

@@ -1,0 +1,186 @@
+"""The errors a store may raise, and nothing else ever surfaces (CON-2).
+
+Every error carries typed attributes, and its message names the next step. No message or attribute
+holds a password, a payload or an output; a driver's exception is chained only where it cannot
+hold one either.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+
+class FlowStoreError(Exception):
+    """The root of every error that flowstore raises."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Constructors take attributes, not messages, so the default pickling would not rebuild them;
+        # engines do send errors between processes.
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild(kind: type[FlowStoreError], args: tuple[Any, ...], state: dict[str, Any]) -> FlowStoreError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidArgumentError(FlowStoreError, ValueError):
+    """An argument lies outside its limits (INP-1 to INP-4); nothing was changed."""
+
+    def __init__(self, argument: str, limit: str, got: str | None = None) -> None:
+        self.argument = argument
+        self.limit = limit
+        super().__init__(f"{argument} must be {limit}" + (f"; got {got}" if got else ""))
+
+
+class RunNotFoundError(FlowStoreError, LookupError):
+    """The operation writes the state of a run that the store does not hold (UNK)."""
+
+    def __init__(self, run_id: UUID) -> None:
+        self.run_id = run_id
+        super().__init__(f"run {run_id} does not exist; start it with start_run or trigger_run")
+
+
+class StepNotFoundError(FlowStoreError, LookupError):
+    """The run exists but the step was never started, or was reset by retry_step (UNK, STP-6)."""
+
+    def __init__(self, run_id: UUID, step_key: str) -> None:
+        self.run_id = run_id
+        self.step_key = step_key
+        super().__init__(f"step {step_key!r} of run {run_id} has not started; record_step_start starts it")
+
+
+class ConflictError(FlowStoreError):
+    """The state of the run does not allow the operation; nothing was changed."""
+
+    def __init__(self, message: str, *, run_id: UUID, step_key: str | None = None) -> None:
+        self.run_id = run_id
+        self.step_key = step_key
+        super().__init__(message)
+
+
+class RunAlreadyExistsError(ConflictError):
+    """A run with this id is stored already (RUN-1, IDM-3)."""
+
+    def __init__(self, run_id: UUID) -> None:
+        super().__init__(f"run {run_id} already exists; use a new id from new_run_id()", run_id=run_id)
+
+
+class RunCompletedError(ConflictError):
+    """The run is terminal, so no step of it can start (RUN-4)."""
+
+    def __init__(self, run_id: UUID, step_key: str | None = None) -> None:
+        super().__init__(
+            f"run {run_id} is completed; retry_step reopens it", run_id=run_id, step_key=step_key
+        )
+
+
+class StepAlreadyCompletedError(ConflictError):
+    """The step, or the attempt, is closed already, with another outcome (STP-2, STP-4, STP-5)."""
+
+    def __init__(self, run_id: UUID, step_key: str, attempt: int | None = None) -> None:
+        self.attempt = attempt
+        which = f"step {step_key!r}" if attempt is None else f"attempt {attempt} of {step_key!r}"
+        super().__init__(
+            f"{which} of run {run_id} is already completed; retry_step reopens a step",
+            run_id=run_id,
+            step_key=step_key,
+        )
+
+
+class StaleAttemptError(ConflictError):
+    """The attempt is not the last one of its step, or the step was reopened since (STP-4, STP-6)."""
+
+    def __init__(self, run_id: UUID, step_key: str, attempt: int | None, last_attempt: int) -> None:
+        self.attempt = attempt
+        self.last_attempt = last_attempt
+        named = "its last attempt" if attempt is None else f"attempt {attempt}"
+        super().__init__(
+            f"{named} of step {step_key!r} of run {run_id} is not current any more "
+            f"(last started: {last_attempt}); drop this result, another attempt decides",
+            run_id=run_id,
+            step_key=step_key,
+        )
+
+
+class ClaimLostError(ConflictError):
+    """The caller does not hold an unexpired claim on the step (STP-3, STP-5)."""
+
+    def __init__(self, run_id: UUID, step_key: str) -> None:
+        super().__init__(
+            f"the claim on step {step_key!r} of run {run_id} is not yours or has expired; "
+            "stop working on it, another worker decides",
+            run_id=run_id,
+            step_key=step_key,
+        )
+
+
+class NotSupportedError(FlowStoreError):
+    """The backend does not offer this capability; test ``store.capabilities`` first."""
+
+    def __init__(self, backend: str, capability: str, operation: str) -> None:
+        self.backend = backend
+        self.capability = capability
+        self.operation = operation
+        super().__init__(
+            f"{operation} needs capability {capability}, which backend {backend!r} does not offer; "
+            "'flowstore backends' lists what each backend offers"
+        )
+
+
+class StoreClosedError(FlowStoreError):
+    """The store was closed; open another with open_store."""
+
+    def __init__(self) -> None:
+        super().__init__("the store is closed; open it again with open_store")
+
+
+class StoreUnavailableError(FlowStoreError):
+    """The database cannot be reached or did not answer in time; the operation did not happen (CON-2)."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the store is unavailable: {reason}")
+
+
+class OutcomeUnknownError(StoreUnavailableError):
+    """The acknowledgement was lost and could not be resolved by looking: it may have happened (CON-3)."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        super().__init__(
+            f"the answer to {operation} was lost and the store could not be asked again; "
+            "it may or may not have happened, so look before you repeat it"
+        )
+
+
+class SchemaVersionError(FlowStoreError):
+    """The schema is older than allowed with migrate=False, or newer than this code (CON-6); untouched."""
+
+    def __init__(self, found: int, needed: int, remedy: str) -> None:
+        self.found = found
+        self.needed = needed
+        super().__init__(f"the database has schema version {found}, this code works on {needed}; {remedy}")
+
+
+class ConfigurationError(FlowStoreError):
+    """The URL, an option or a configuration file is wrong; nothing was opened."""
+
+
+class UnknownBackendError(ConfigurationError):
+    """No installed plugin serves the URL's scheme, or two of them claim it."""
+
+    def __init__(self, scheme: str, message: str) -> None:
+        self.scheme = scheme
+        super().__init__(message)
+
+
+class BackendLoadError(ConfigurationError):
+    """A plugin could not be loaded: it is broken, or a module that it needs is not installed."""
+
+    def __init__(self, plugin: str, reason: str, remedy: str) -> None:
+        self.plugin = plugin
+        self.remedy = remedy
+        super().__init__(f"plugin {plugin!r} cannot be loaded: {reason}; {remedy}")

@@ -1,0 +1,72 @@
+"""Calls that outlive their caller: what a cancelled call had won is given back (CON-4).
+
+A statement that was sent cannot be unsent, so a backend runs each write as a task of its own. When
+the caller is cancelled the task goes on to its end, and what it won is given back; closing the store
+waits for these, bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_log = logging.getLogger("flowstore_core")
+
+
+class InFlight:
+    """The writes of one store that have begun and not ended."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(
+        self,
+        operation: Coroutine[Any, Any, T],
+        give_back: Callable[[T], Awaitable[None]] | None = None,
+    ) -> T:
+        """Await an operation that goes on when the caller is cancelled.
+
+        ``give_back`` then gets its result, to undo what nobody will hear of.
+        """
+        task = asyncio.create_task(operation)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                self._spawn(_finish(task, give_back))
+            raise
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until nothing is in flight, at most that long, then cancel the rest."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        # Giving back begins new work, hence the loop.
+        while self._tasks and (left := deadline - loop.time()) > 0:
+            await asyncio.wait(set(self._tasks), timeout=left)
+        if rest := set(self._tasks):
+            _log.warning("closing with %d calls unfinished after %.1f s", len(rest), seconds)
+            for task in rest:
+                task.cancel()
+            await asyncio.wait(rest, timeout=seconds)
+
+
+async def _finish(task: asyncio.Task[T], give_back: Callable[[T], Awaitable[None]] | None) -> None:
+    try:
+        result = await task
+        if give_back is not None:
+            await give_back(result)
+    except Exception:  # noqa: BLE001 - see below
+        # The caller is gone, so the log is the only place left to say it; the store's own errors
+        # hold no secret.
+        _log.warning("a cancelled call failed after its caller had gone", exc_info=True)

@@ -1,0 +1,89 @@
+"""open_store: from a URL to a checked store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any
+
+from flowstore_core.arguments import check_clock
+from flowstore_core.checked import CheckedStore
+from flowstore_core.config import StoreConfig, read_scheme, read_settings
+from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
+from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, load_plugins
+from flowstore_core.status import Capability
+from flowstore_core.store import CAPABILITY_METHODS, FlowStore
+
+
+@asynccontextmanager
+async def open_store(
+    url: str | None = None,
+    *,
+    clock: Callable[[], datetime] | None = None,
+    migrate: bool = True,
+    **options: object,
+) -> AsyncIterator[FlowStore]:
+    """Open the store that a URL names, and close it when the context is left.
+
+    ``url`` falls back to FLOWSTORE_URL, then to key ``url`` of flowstore.toml or [tool.flowstore] in
+    the working directory, then to ``sqlite:///flowstore.db``. ``options`` are the backend's own, and
+    may stand in the URL's query too. ``clock``, a callable without arguments that returns an aware
+    datetime, replaces the backend's own clock for every timestamp that is written or compared with.
+    ``migrate=False`` leaves the schema alone, for roles without DDL rights.
+
+    Raises ConfigurationError, UnknownBackendError, BackendLoadError, SchemaVersionError,
+    StoreUnavailableError, InvalidArgumentError for the clock, and NotSupportedError for a clock on a
+    backend without VIRTUAL_CLOCK.
+    """
+    checked_clock = check_clock(clock)
+    settings = read_settings(url, options, migrate=migrate)
+    scheme = read_scheme(settings.url)
+    plugin, backend = find_backend(scheme)
+    if unknown := settings.options.keys() - backend.options:
+        known = ", ".join(sorted(backend.options)) or "none"
+        raise ConfigurationError(
+            f"backend {backend.name!r} has no option {', '.join(sorted(unknown))}; it has: {known}"
+        )
+    config = StoreConfig(
+        url=settings.url,
+        scheme=scheme,
+        options=MappingProxyType(dict(settings.options)),
+        clock=checked_clock,
+        migrate=settings.migrate,
+    )
+    async with AsyncExitStack() as stack:
+        store = await _enter(stack, plugin, backend, config)
+        capabilities = frozenset(getattr(store, "capabilities", backend.capabilities))
+        _check_capabilities(plugin, store, capabilities)
+        if checked_clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
+            raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
+        for wrapper in load_plugins():
+            if wrapper.wrap is not None:
+                for wrapped in wrapper.wrap(store=store, config=config):
+                    store = wrapped
+        checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
+    try:
+        yield checked
+    finally:
+        await checked.aclose()
+
+
+async def _enter(stack: AsyncExitStack, plugin: Plugin, backend: Backend, config: StoreConfig) -> Any:
+    try:
+        return await stack.enter_async_context(backend.open(config))
+    except ModuleNotFoundError as error:
+        # The driver is imported here at the earliest; told apart from a bug by the module's name.
+        raise explain_import(plugin.name, plugin.module, plugin.distribution, error) from error
+
+
+def _check_capabilities(plugin: Plugin, store: Any, capabilities: frozenset[Capability]) -> None:
+    for capability in sorted(capabilities):
+        for method in CAPABILITY_METHODS.get(capability, ()):
+            if not callable(getattr(store, method, None)):
+                raise BackendLoadError(
+                    plugin.name,
+                    f"its store declares capability {capability} but has no method {method}",
+                    f"report it to the authors of {plugin.distribution or plugin.module}",
+                )

@@ -1,0 +1,23 @@
+"""Outputs of a run, by key (EVT-2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+from uuid import UUID
+
+
+class Outputs(Protocol):
+    """Capability OUTPUTS."""
+
+    async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
+        """Store a value under a key; the last write wins. Raises RunNotFoundError."""
+        ...
+
+    async def get_output(self, run_id: UUID, key: str) -> str | None:
+        """The value to the letter; None if there is none."""
+        ...
+
+    async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
+        """Every output of a run, read-only, by key; empty for an unknown run."""
+        ...

@@ -1,0 +1,230 @@
+"""Finding backends: pluggy hooks behind the entry-point group ``flowstore``.
+
+Every plugin is loaded on its own, so a broken one never disables the others; two that claim one
+scheme are refused by name when that scheme is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points
+from typing import Any, Protocol
+
+import pluggy
+
+from flowstore_core.config import StoreConfig
+from flowstore_core.errors import BackendLoadError, UnknownBackendError
+from flowstore_core.status import Capability
+
+PROJECT = "flowstore"
+CONTRACT_VERSION = 1
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Backend(Protocol):
+    """What a plugin returns for each backend that it brings."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schemes(self) -> frozenset[str]:
+        """The URL schemes it serves, in lower case."""
+        ...
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What its stores offer, unless a store says otherwise by its own ``capabilities``."""
+        ...
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The names it takes in the URL's query and as keywords; any other is refused by core."""
+        ...
+
+    @property
+    def contract_version(self) -> int:
+        """The version of the contract that it was written for: 1."""
+        ...
+
+    def open(self, config: StoreConfig) -> AbstractAsyncContextManager[Any]:
+        """Open a store that implements FlowStore, or a part of it; leaving the context closes it.
+
+        Import the driver here, not at the top of the plugin module: a missing one is then reported
+        with its remedy, and no other backend pays for it.
+        """
+        ...
+
+    def scratch(self, url: str) -> AbstractAsyncContextManager[str]:
+        """Make a fresh, empty namespace beside what the URL names, and give its URL.
+
+        It is dropped at the end. What the URL itself holds is never touched: conformance checks run
+        in here.
+        """
+        ...
+
+
+class Hooks:
+    """The hooks that a plugin may implement with ``hookimpl``."""
+
+    @hookspec
+    def flowstore_backends(self) -> Sequence[Backend]:
+        """The backends that the plugin brings."""
+        raise NotImplementedError
+
+    @hookspec
+    def flowstore_wrap_store(self, store: Any, config: StoreConfig) -> Any:
+        """Wrap a store that was just opened, for tracing or encryption; None leaves it as it is.
+
+        Plugins wrap in the order of their entry points' names: the first lies next to the backend,
+        the last is outermost. Core's checks lie outside of all, so a wrapper sees checked arguments,
+        every one by keyword, and its results go to the caller as they are.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugin:
+    """A loaded plugin, or one that could not be loaded and why."""
+
+    name: str
+    distribution: str | None
+    module: str
+    backends: tuple[Backend, ...] = ()
+    wrap: Callable[..., Any] | None = None
+    error: BackendLoadError | None = None
+
+
+def load_plugins() -> tuple[Plugin, ...]:
+    """Every plugin of the entry-point group, by name; broken ones carry their error."""
+    # Keyed by the path, so that a plugin installed into a running process is found.
+    return _load_plugins(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_plugins(path: tuple[str, ...]) -> tuple[Plugin, ...]:
+    # An editable install and a wheel of one distribution may both be on the path.
+    found = {(entry.name, entry.value): entry for entry in entry_points(group=PROJECT)}
+    return tuple(_load_plugin(found[key]) for key in sorted(found))
+
+
+def _load_plugin(entry: EntryPoint) -> Plugin:
+    name, module = entry.name, entry.module
+    distribution = entry.dist.name if entry.dist is not None else None
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Hooks)
+    try:
+        manager.register(entry.load(), name=name)
+        manager.check_pending()
+        backends = tuple(b for result in manager.hook.flowstore_backends() for b in result)
+        for backend in backends:
+            _check_backend(backend)
+    except Exception as error:  # noqa: BLE001 - kept, and raised to whoever asks for its scheme
+        return Plugin(
+            name=name,
+            distribution=distribution,
+            module=module,
+            error=explain_import(name, module, distribution, error),
+        )
+    wrap = manager.hook.flowstore_wrap_store
+    return Plugin(
+        name=name,
+        distribution=distribution,
+        module=module,
+        backends=backends,
+        wrap=wrap if wrap.get_hookimpls() else None,
+    )
+
+
+def _check_backend(backend: Any) -> None:
+    for attribute, kind in (("name", str), ("contract_version", int)):
+        if not isinstance(getattr(backend, attribute, None), kind):
+            raise TypeError(f"a backend's {attribute} must be {kind.__name__}")
+    for attribute in ("schemes", "capabilities", "options"):
+        value = getattr(backend, attribute, None)
+        if not isinstance(value, frozenset) or not all(isinstance(item, str) for item in value):
+            raise TypeError(f"{attribute} of backend {backend.name!r} must be a frozenset of str")
+    if unknown := backend.capabilities - frozenset(Capability):
+        raise TypeError(f"backend {backend.name!r} declares unknown {', '.join(sorted(unknown))}")
+    for scheme in backend.schemes:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+            raise ValueError(f"scheme {scheme!r} of backend {backend.name!r} is not a URL scheme")
+    if backend.contract_version != CONTRACT_VERSION:
+        raise ValueError(
+            f"backend {backend.name!r} was written for contract version "
+            f"{backend.contract_version}, this flowstore speaks {CONTRACT_VERSION}"
+        )
+    for method in ("open", "scratch"):
+        if not callable(getattr(backend, method, None)):
+            raise TypeError(f"backend {backend.name!r} has no method {method}")
+
+
+def find_backend(scheme: str) -> tuple[Plugin, Backend]:
+    """The backend that serves a scheme.
+
+    Raises UnknownBackendError when none or several do, BackendLoadError when the plugin that is
+    named after the scheme could not be loaded.
+    """
+    plugins = load_plugins()
+    serving = [(p, b) for p in plugins for b in p.backends if scheme in b.schemes]
+    if len(serving) == 1:
+        return serving[0]
+    if serving:
+        names = " and ".join(f"{p.name!r} ({p.distribution or p.module})" for p, _ in serving)
+        raise UnknownBackendError(
+            scheme, f"scheme {scheme!r} is claimed by plugins {names}; uninstall all but one"
+        )
+    broken = [plugin for plugin in plugins if plugin.error is not None]
+    for plugin in broken:
+        if plugin.name == scheme and plugin.error is not None:
+            raise plugin.error
+    known = ", ".join(sorted(s for p in plugins for b in p.backends for s in b.schemes))
+    message = f"no installed backend serves scheme {scheme!r}; installed: {known or 'none'}"
+    if broken:
+        message += "; broken plugins: " + ", ".join(repr(plugin.name) for plugin in broken)
+        message += " (flowstore backends says why)"
+    raise UnknownBackendError(scheme, message)
+
+
+def explain_import(plugin: str, module: str, distribution: str | None, error: Exception) -> BackendLoadError:
+    """Why a plugin could not be loaded, and the remedy: a missing driver is not a bug of the plugin."""
+    own = module.partition(".")[0]
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    top = missing.partition(".")[0]
+    if top and top != own:
+        found = BackendLoadError(
+            plugin,
+            f"module {top!r} is not installed",
+            f"pip install {_requirement(top, distribution)}",
+        )
+    else:
+        found = BackendLoadError(
+            plugin,
+            f"{type(error).__name__} in {module}: {error}",
+            f"report it to the authors of {distribution or module}",
+        )
+    found.__cause__ = error
+    return found
+
+
+def _requirement(module: str, distribution: str | None) -> str:
+    """What pip must install for a module: the plugin's own extra where one lists it."""
+    if distribution is None:
+        return module
+    try:
+        requires: Iterable[str] = Distribution.from_name(distribution).requires or ()
+    except PackageNotFoundError:
+        return module
+    for requirement in requires:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
+        if name and extra and re.sub(r"[-.]", "_", name[0]).lower() == module.lower():
+            return f"'{distribution}[{extra[1]}]'"
+    return module
