@@ -192,6 +192,9 @@ class Recovery(Protocol):
         ...
 
 
+SUPERSEDED_BY = "superseded by attempt "
+
+
 def superseded_by(attempt: int) -> str:
     """The error_message of an open attempt that another attempt closes (STP-1)."""
-    return f"superseded by attempt {attempt}"
+    return f"{SUPERSEDED_BY}{attempt}"

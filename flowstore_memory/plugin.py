@@ -1,0 +1,60 @@
+"""The plugin: ``memory://`` private to its open, ``memory://name`` shared by name within the process."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+from flowstore_core import Backend, ConfigurationError, FlowStore, StoreConfig, hookimpl
+from flowstore_memory.state import Namespace
+from flowstore_memory.store import CAPABILITIES, MemoryStore
+
+# Named stores live until the process ends. Threads may open one name at once; setdefault is atomic.
+_named: dict[str, Namespace] = {}
+
+_URL = re.compile(r"memory://(?P<name>[\w.~-]*)(\?.*)?", re.IGNORECASE)
+
+
+class MemoryBackend:
+    name = "memory"
+    schemes = frozenset({"memory"})
+    capabilities = CAPABILITIES
+    options: frozenset[str] = frozenset()
+    contract_version = 1
+
+    @asynccontextmanager
+    async def open(self, config: StoreConfig) -> AsyncIterator[FlowStore]:
+        name = _read_name(config.url)
+        space = _named.setdefault(name, Namespace()) if name else Namespace()
+        yield MemoryStore(space, config.clock or _now)
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        _read_name(url)
+        name = f"scratch-{secrets.token_hex(8)}"
+        try:
+            yield f"memory://{name}"
+        finally:
+            _named.pop(name, None)
+
+
+def _read_name(url: str) -> str:
+    parts = _URL.fullmatch(url)
+    if parts is None:
+        raise ConfigurationError(
+            "a memory URL is memory:// or memory://name, the name of letters, digits and . _ ~ -; "
+            "it has no user, port or path"
+        )
+    return parts["name"]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@hookimpl
+def flowstore_backends() -> Sequence[Backend]:
+    return [MemoryBackend()]

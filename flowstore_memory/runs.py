@@ -1,0 +1,171 @@
+"""Runs: start, complete, list, page, detail (RUN, QRY)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import (
+    FlowRunDetail,
+    FlowRunRecord,
+    RunAlreadyExistsError,
+    RunPage,
+    RunStatus,
+    StepStatus,
+)
+from flowstore_core.runs import fold_ascii, search_matches
+from flowstore_memory.state import Opened, RunState
+from flowstore_memory.steps import step_records
+
+
+class Runs(Opened):
+    async def start_run(
+        self,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        *,
+        trigger_data: str | None = None,
+        job_id: str | None = None,
+        source_run_id: UUID | None = None,
+    ) -> FlowRunRecord:
+        with self._lock:
+            if run_id in self._runs:
+                raise RunAlreadyExistsError(run_id)
+            now = self._now()
+            run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
+            self._runs[run_id] = run
+            return run_record(run)
+
+    async def complete_run(
+        self,
+        run_id: UUID,
+        status: RunStatus,
+        *,
+        expected: Mapping[str, StepStatus] | None = None,
+    ) -> bool:
+        with self._lock:
+            run = self._run(run_id)
+            if run.status is not RunStatus.RUNNING:
+                return False
+            now = self._now()
+            if expected is not None and not _stands_as(run, expected, now):
+                return False
+            run.status = status
+            run.completed_at = now
+            return True
+
+    async def get_runs(
+        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+    ) -> Sequence[FlowRunRecord]:
+        with self._lock:
+            found = [run for run in self._runs.values() if flow_id is None or run.flow_id == flow_id]
+            return _newest(found, skip, take)
+
+    async def get_runs_page(
+        self,
+        flow_id: UUID | None = None,
+        *,
+        status: RunStatus | None = None,
+        skip: int = 0,
+        take: int = 50,
+        search: str | None = None,
+    ) -> RunPage:
+        needle = None if search is None else fold_ascii(search)
+        with self._lock:
+            found = [
+                run
+                for run in self._runs.values()
+                if (flow_id is None or run.flow_id == flow_id)
+                and (status is None or run.status is status)
+                and (needle is None or _matches(run, needle))
+            ]
+            return RunPage(runs=_newest(found, skip, take), total_count=len(found))
+
+    async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
+        with self._lock:
+            run = self._runs.get(run_id)
+            if run is None:
+                return None
+            return FlowRunDetail(
+                run_id=run.run_id,
+                flow_id=run.flow_id,
+                flow_name=run.flow_name,
+                status=run.status,
+                trigger_key=run.trigger_key,
+                trigger_data=run.trigger_data,
+                job_id=run.job_id,
+                started_at=run.started_at,
+                completed_at=run.completed_at,
+                source_run_id=run.source_run_id,
+                steps=step_records(run),
+            )
+
+    async def get_run_status(self, run_id: UUID) -> RunStatus | None:
+        with self._lock:
+            run = self._runs.get(run_id)
+            return None if run is None else run.status
+
+    async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
+        with self._lock:
+            found = [run for run in self._runs.values() if run.status is RunStatus.RUNNING]
+            return _newest(found, 0, len(found) if take is None else take)
+
+    async def get_derived_runs(
+        self, source_run_id: UUID, *, take: int | None = None
+    ) -> Sequence[FlowRunRecord]:
+        with self._lock:
+            found = [run for run in self._runs.values() if run.source_run_id == source_run_id]
+            return _newest(found, 0, len(found) if take is None else take)
+
+
+def run_record(run: RunState) -> FlowRunRecord:
+    return FlowRunRecord(
+        run_id=run.run_id,
+        flow_id=run.flow_id,
+        flow_name=run.flow_name,
+        status=run.status,
+        trigger_key=run.trigger_key,
+        trigger_data=run.trigger_data,
+        job_id=run.job_id,
+        started_at=run.started_at,
+        completed_at=run.completed_at,
+        source_run_id=run.source_run_id,
+    )
+
+
+def _newest(runs: Iterable[RunState], skip: int, take: int) -> tuple[FlowRunRecord, ...]:
+    """A page in the order of QRY-1."""
+    ordered = heapq.nlargest(skip + take, runs, key=lambda run: (run.started_at, run.run_id))
+    return tuple(run_record(run) for run in ordered[skip:])
+
+
+def _stands_as(run: RunState, expected: Mapping[str, StepStatus], now: datetime) -> bool:
+    """Whether the statuses are exactly these, and no key outside them is claimed or dispatched (RUN-2)."""
+    started = 0
+    for key, step in run.steps.items():
+        if step.status is not None:
+            if expected.get(key) is not step.status:
+                return False
+            started += 1
+        elif step.dispatched_at is not None or step.has_live_claim(now):
+            return False
+    return started == len(expected)
+
+
+def _matches(run: RunState, needle: str) -> bool:
+    """QRY-2, over what get_run_detail would show."""
+    shown = [(key, step) for key, step in run.steps.items() if step.status is not None]
+    short = [str(run.run_id), run.flow_name, run.trigger_key, run.status, run.job_id]
+    short += [key for key, _ in shown]
+    # A step's own output and error are those of its last attempt, or none.
+    long = [
+        text
+        for _, step in shown
+        for attempt in step.attempts
+        for text in (attempt.output_json, attempt.error_message)
+    ]
+    return search_matches(needle, short, long)

@@ -1,0 +1,220 @@
+"""What the memory backend keeps: mutable, private, and touched only while the lock is held.
+
+Every operation of the noun files takes the lock, reads, writes and lets it go without an ``await`` in
+between. That is why each is atomic and linearizable (CON-1), and why a cancelled call has happened or
+has not, never by half (CON-4): a task can only be cancelled where it awaits. The lock is a thread's,
+not a task's, because a named store may be used by several event loops in several threads.
+
+Operations look before they write: what can raise comes first, so that an error changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import FlowEventRecord, RunNotFoundError, RunStatus, SignalDeliveryResult, StepStatus
+from flowstore_core.status import TERMINAL_STEP_STATUSES
+
+# Scope of an idempotency key: flow_id, trigger_key, idempotency_key (IDM-1).
+Key = tuple[UUID, str, str]
+
+
+class AttemptState:
+    """One attempt of a step; its number is its place in the step's list, from 1."""
+
+    output_json: str | None = None
+    error_message: str | None = None
+    completed_at: datetime | None = None
+    rescheduled: bool = False
+    """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
+
+    def __init__(
+        self,
+        step_type: str,
+        status: StepStatus,
+        input_json: str | None,
+        job_id: str | None,
+        started_at: datetime,
+    ) -> None:
+        self.step_type = step_type
+        self.status = status
+        self.input_json = input_json
+        self.job_id = job_id
+        self.started_at = started_at
+
+    def close(
+        self,
+        status: StepStatus,
+        output_json: str | None,
+        error_message: str | None,
+        now: datetime,
+    ) -> None:
+        self.status = status
+        self.output_json = output_json
+        self.error_message = error_message
+        self.completed_at = now
+
+
+class StepState:
+    """A key of a run: its step, if one was started, with its claim and its dispatch, if there are."""
+
+    # The defaults stand on the class: most keys never set most of them.
+    status: StepStatus | None = None
+    """None: never started, or reset by retry_step; then there is no step to be seen."""
+    reopened: bool = False
+    """retry_step has reopened it and its next attempt has not started."""
+    started_owner: str | None = None
+    """Who started the last attempt, under the claim that it still had then (STP-3)."""
+
+    claimed_at: datetime | None = None
+    """None: there is no claim."""
+    owner: str | None = None
+    expires_at: datetime | None = None
+
+    dispatched_at: datetime | None = None
+    """None: there is no dispatch."""
+    due_at: datetime | None = None
+    job_id: str | None = None
+    """Of the dispatch; an attempt has its own."""
+
+    def __init__(self) -> None:
+        self.attempts: list[AttemptState] = []
+
+    def has_live_claim(self, now: datetime) -> bool:
+        """Whether somebody holds it; a lease does not count while the step is terminal (CLM-4)."""
+        if self.claimed_at is None:
+            return False
+        if self.expires_at is None or now < self.expires_at:
+            return True
+        return self.status in TERMINAL_STEP_STATUSES
+
+    def claim(self, owner: str | None, now: datetime, expires_at: datetime | None) -> None:
+        self.claimed_at = now
+        self.owner = owner
+        self.expires_at = expires_at
+        self.started_owner = None
+
+    def drop_claim(self) -> None:
+        self.claimed_at = self.owner = self.expires_at = None
+
+    def drop_dispatch(self) -> None:
+        self.dispatched_at = self.due_at = self.job_id = None
+
+
+class WaiterState:
+    """A step that waits for a signal."""
+
+    delivered_at: datetime | None = None
+    payload_json: str | None = None
+    expired_at: datetime | None = None
+
+    def __init__(self, signal_name: str, created_at: datetime, expires_at: datetime | None) -> None:
+        self.signal_name = signal_name
+        self.created_at = created_at
+        self.expires_at = expires_at
+
+
+class RunState:
+    """A run with all that belongs to it, except its control record and its idempotency keys."""
+
+    status: RunStatus = RunStatus.RUNNING
+    completed_at: datetime | None = None
+
+    def __init__(
+        self,
+        run_id: UUID,
+        flow_id: UUID,
+        flow_name: str,
+        trigger_key: str,
+        trigger_data: str | None,
+        job_id: str | None,
+        source_run_id: UUID | None,
+        started_at: datetime,
+    ) -> None:
+        self.run_id = run_id
+        self.flow_id = flow_id
+        self.flow_name = flow_name
+        self.trigger_key = trigger_key
+        self.trigger_data = trigger_data
+        self.job_id = job_id
+        self.source_run_id = source_run_id
+        self.started_at = started_at
+        self.steps: dict[str, StepState] = {}
+        self.waiters: dict[str, WaiterState] = {}
+        # Records are frozen, so what never changes is kept as the record that it is read as.
+        self.deliveries: dict[str, SignalDeliveryResult] = {}
+        self.outputs: dict[str, str] = {}
+        self.events: list[FlowEventRecord] = []
+
+
+class ControlState:
+    """A control record; it may exist before its run (CTL-1)."""
+
+    cancelled_at: datetime | None = None
+    cancel_reason: str | None = None
+    timed_out_at: datetime | None = None
+    timeout_reason: str | None = None
+
+    def __init__(
+        self,
+        flow_id: UUID,
+        trigger_key: str,
+        idempotency_key: str | None,
+        timeout_at: datetime | None,
+        created_at: datetime,
+    ) -> None:
+        self.flow_id = flow_id
+        self.trigger_key = trigger_key
+        self.idempotency_key = idempotency_key
+        self.timeout_at = timeout_at
+        self.created_at = created_at
+
+    def clear_stops(self, now: datetime) -> None:
+        """Undo both latches and an elapsed deadline (STP-6)."""
+        self.cancelled_at = self.cancel_reason = None
+        self.timed_out_at = self.timeout_reason = None
+        if self.timeout_at is not None and self.timeout_at <= now:
+            self.timeout_at = None
+
+
+class RegisteredKey:
+    """The run that won an idempotency key."""
+
+    def __init__(self, run_id: UUID, created_at: datetime) -> None:
+        self.run_id = run_id
+        self.created_at = created_at
+
+
+class Namespace:
+    """One store's data, shared by every open of one name."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.runs: dict[UUID, RunState] = {}
+        self.controls: dict[UUID, ControlState] = {}
+        self.keys: dict[Key, RegisteredKey] = {}
+        self.keys_of: dict[UUID, list[Key]] = {}
+
+    def register(self, key: Key, run_id: UUID, now: datetime) -> None:
+        self.keys[key] = RegisteredKey(run_id, now)
+        self.keys_of.setdefault(run_id, []).append(key)
+
+
+class Opened:
+    """One open of a namespace, with a clock of its own; the noun classes build on it."""
+
+    def __init__(self, space: Namespace, now: Callable[[], datetime]) -> None:
+        self._space = space
+        self._lock = space.lock
+        self._runs = space.runs
+        self._now = now
+
+    def _run(self, run_id: UUID) -> RunState:
+        """The run, for an operation that writes its state (UNK); call it with the lock held."""
+        run = self._runs.get(run_id)
+        if run is None:
+            raise RunNotFoundError(run_id)
+        return run

@@ -1,0 +1,213 @@
+"""Latches, deadlines, idempotency keys and the atomic trigger on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from flowstore_core import (
+    FlowRunControlRecord,
+    FlowRunRecord,
+    RunAlreadyExistsError,
+    TriggerResult,
+)
+from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.runs import RUN_COLUMNS, plain_uuid, run_record
+
+CONFIGURE_RUN = """
+INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
+VALUES ($1, $2, $3, $4, $5, coalesce($6, clock_timestamp()))
+ON CONFLICT (run_id) DO UPDATE SET flow_id = excluded.flow_id, trigger_key = excluded.trigger_key,
+    idempotency_key = excluded.idempotency_key, timeout_at = excluded.timeout_at
+"""
+GET_RUN_CONTROL = """
+SELECT flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, cancel_reason,
+       timed_out_at, timed_out_reason, created_at
+FROM {schema}.controls WHERE run_id = $1
+"""
+
+# Shared with the run's other writers, so that no control record is made for a run being deleted.
+SHARE_RUN = "SELECT flow_id, trigger_key FROM {schema}.runs WHERE run_id = $1 FOR SHARE"
+ADD_CONTROL = """
+INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, created_at)
+VALUES ($1, $2, $3, coalesce($4, clock_timestamp())) ON CONFLICT (run_id) DO NOTHING
+"""
+REQUEST_CANCEL = """
+UPDATE {schema}.controls SET cancel_requested_at = coalesce($2, clock_timestamp()), cancel_reason = $3
+WHERE run_id = $1 AND cancel_requested_at IS NULL RETURNING run_id
+"""
+MARK_TIMED_OUT = """
+UPDATE {schema}.controls SET timed_out_at = coalesce($2, clock_timestamp()), timed_out_reason = $3
+WHERE run_id = $1 AND timed_out_at IS NULL AND ($4::timestamptz IS NULL OR timeout_at <= $4) RETURNING run_id
+"""
+
+FIND_RUN_ID = """
+SELECT run_id FROM {schema}.idempotency_keys
+WHERE flow_id = $1 AND trigger_key = $2 AND idempotency_key = $3
+"""
+REGISTER_KEY = """
+INSERT INTO {schema}.idempotency_keys (flow_id, trigger_key, idempotency_key, run_id, created_at)
+VALUES ($1, $2, $3, $4, coalesce($5, clock_timestamp())) ON CONFLICT DO NOTHING
+"""
+# FOR UPDATE keeps cleanup from sweeping the key of a run that is about to start.
+LOCK_KEY = FIND_RUN_ID + " FOR UPDATE"
+
+READ_RUN = f"SELECT {RUN_COLUMNS} FROM {{schema}}.runs r WHERE r.run_id = $1"
+CREATE_RUN = f"""
+INSERT INTO {{schema}}.runs AS r (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
+                                  source_run_id, start_token, started_at)
+VALUES ($1, $2, $3, 'Running', $4, $5, $6, $7, gen_random_uuid(), coalesce($8, clock_timestamp()))
+ON CONFLICT (run_id) DO NOTHING RETURNING {RUN_COLUMNS}
+"""
+
+GET_RUNS_TO_STOP = f"""
+SELECT {RUN_COLUMNS} FROM {{schema}}.runs r JOIN {{schema}}.controls c USING (run_id)
+WHERE r.status = 'Running'
+  AND (c.timeout_at <= coalesce($1, $2, clock_timestamp())
+       OR c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL)
+ORDER BY c.timeout_at NULLS LAST, r.run_id LIMIT $3
+"""
+EXTEND_DEADLINE = """
+UPDATE {schema}.controls SET timeout_at = $2, timed_out_at = NULL, timed_out_reason = NULL
+WHERE run_id = $1 RETURNING run_id
+"""
+
+
+class Controls:
+    _database: Database
+
+    async def configure_run(
+        self,
+        *,
+        run_id: UUID,
+        flow_id: UUID,
+        trigger_key: str,
+        idempotency_key: str | None,
+        timeout_at: datetime | None,
+    ) -> None:
+        async def work(transaction: Transaction) -> None:
+            # The run may not exist yet; where it does, cleanup waits for us or we for it.
+            await transaction.row(SHARE_RUN, run_id)
+            await transaction.execute(
+                CONFIGURE_RUN, run_id, flow_id, trigger_key, idempotency_key, timeout_at, transaction.now
+            )
+
+        await self._database.transaction("configure_run", work)
+
+    async def get_run_control(self, *, run_id: UUID) -> FlowRunControlRecord | None:
+        row = await self._database.read_row(GET_RUN_CONTROL, run_id)
+        return None if row is None else _control_record(run_id, row)
+
+    async def request_cancel(self, *, run_id: UUID, reason: str | None) -> bool:
+        async def work(transaction: Transaction) -> bool:
+            run = await transaction.row(SHARE_RUN, run_id)
+            if run is not None:
+                await transaction.execute(ADD_CONTROL, run_id, run[0], run[1], transaction.now)
+            return await transaction.row(REQUEST_CANCEL, run_id, transaction.now, reason) is not None
+
+        return await self._database.transaction("request_cancel", work)
+
+    async def mark_timed_out(self, *, run_id: UUID, reason: str | None, as_of: datetime | None) -> bool:
+        async def work(transaction: Transaction) -> bool:
+            row = await transaction.row(MARK_TIMED_OUT, run_id, transaction.now, reason, as_of)
+            return row is not None
+
+        return await self._database.transaction("mark_timed_out", work)
+
+    async def find_run_id_by_idempotency_key(
+        self, *, flow_id: UUID, trigger_key: str, idempotency_key: str
+    ) -> UUID | None:
+        row = await self._database.read_row(FIND_RUN_ID, flow_id, trigger_key, idempotency_key)
+        return None if row is None else plain_uuid(row[0])
+
+    async def try_register_idempotency_key(
+        self, *, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
+    ) -> bool:
+        async def work(transaction: Transaction) -> bool:
+            winner, _ = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
+            return winner == run_id
+
+        return await self._database.transaction("try_register_idempotency_key", work)
+
+    async def trigger_run(
+        self,
+        *,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        trigger_data: str | None,
+        job_id: str | None,
+        source_run_id: UUID | None,
+        idempotency_key: str | None,
+        timeout_at: datetime | None,
+    ) -> TriggerResult:
+        async def work(transaction: Transaction) -> TriggerResult:
+            winner, taken = run_id, False
+            if idempotency_key is not None:
+                winner, taken = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
+            row = await transaction.row(
+                CREATE_RUN,
+                winner,
+                flow_id,
+                flow_name,
+                trigger_key,
+                trigger_data,
+                job_id,
+                source_run_id,
+                transaction.now,
+            )
+            if row is None and taken:
+                found = await transaction.row(READ_RUN, winner)
+                return TriggerResult(run=run_record(found), created=False)
+            if row is None:
+                raise RunAlreadyExistsError(run_id)
+            await transaction.execute(
+                CONFIGURE_RUN, winner, flow_id, trigger_key, idempotency_key, timeout_at, transaction.now
+            )
+            return TriggerResult(run=run_record(row), created=True)
+
+        return await self._database.transaction("trigger_run", work)
+
+    async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> Sequence[FlowRunRecord]:
+        rows = await self._database.read(GET_RUNS_TO_STOP, as_of, self._database.now(), take)
+        return tuple(run_record(row) for row in rows)
+
+    async def extend_deadline(self, *, run_id: UUID, timeout_at: datetime) -> bool:
+        async def work(transaction: Transaction) -> bool:
+            return await transaction.row(EXTEND_DEADLINE, run_id, timeout_at) is not None
+
+        return await self._database.transaction("extend_deadline", work)
+
+
+async def _register(
+    transaction: Transaction, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
+) -> tuple[UUID, bool]:
+    """Whose the key is, and whether it was taken before; the key's row is locked afterwards."""
+    scope = (flow_id, trigger_key, idempotency_key)
+    while True:
+        tag = await transaction.execute(REGISTER_KEY, *scope, run_id, transaction.now)
+        if tag == "INSERT 0 1":
+            return run_id, False
+        row = await transaction.row(LOCK_KEY, *scope)
+        if row is not None:
+            return plain_uuid(row[0]), True
+        # Cleanup deleted the key in between, so it is free again.
+
+
+def _control_record(run_id: UUID, row: Any) -> FlowRunControlRecord:
+    by_user = row["cancel_requested_at"] is not None
+    return FlowRunControlRecord(
+        run_id=run_id,
+        flow_id=plain_uuid(row["flow_id"]),
+        trigger_key=row["trigger_key"],
+        idempotency_key=row["idempotency_key"],
+        timeout_at=row["timeout_at"],
+        cancel_requested=by_user or row["timed_out_at"] is not None,
+        cancel_reason=row["cancel_reason"] if by_user else row["timed_out_reason"],
+        cancel_requested_at=row["cancel_requested_at"] if by_user else row["timed_out_at"],
+        timed_out_at=row["timed_out_at"],
+        created_at=row["created_at"],
+    )

@@ -1,0 +1,421 @@
+"""The pool, the retries, and the two ways a write reaches PostgreSQL.
+
+``Database.statement`` sends one statement that is a transaction of its own; ``Database.transaction``
+runs several. Both know what to do when the connection breaks under way: nothing is guessed. A lost
+statement is looked for by the token it would have written, a lost COMMIT by the id of its transaction,
+and either only once the server can no longer act on what was sent (CON-3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import asyncpg
+
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+from flowstore_core.inflight import InFlight
+from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, describe
+from flowstore_postgres.migrate import Settings
+
+T = TypeVar("T")
+
+log = logging.getLogger("flowstore_postgres")
+
+Look = tuple[str, *tuple[object, ...]]
+
+FIRST_PAUSE = 0.01
+LONGEST_PAUSE = 0.5
+CLOSE_SECONDS = 5.0
+ARRIVAL_SECONDS = 5.0
+"""A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
+
+# A lost statement can take effect only as long as the process that got it lives.
+TERMINATE_BACKEND = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2
+"""
+TERMINATE_TRANSACTION = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid::text = $1
+"""
+BEGIN = "BEGIN"
+IDENTIFY_TRANSACTION = "SELECT pg_current_xact_id()::text"
+COMMIT = "COMMIT"
+ROLLBACK = "ROLLBACK"
+# xid8 has 64 bits; pg_stat_activity shows the low 32, which is enough to find a living one.
+TRANSACTION_STATUS = "SELECT pg_xact_status($1::text::xid8)"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The server process behind a connection."""
+
+    pid: int
+    started: datetime | None
+    clock_offset: float
+    """The server's clock, in seconds since the epoch, minus the event loop's."""
+
+
+class Connection(asyncpg.Connection):  # type: ignore[misc]
+    """asyncpg's connection with what we must know when it breaks."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A statement that was sent and not answered."""
+
+    peer: Peer
+    over: float
+    """From this time of the event loop on it cannot take effect any more."""
+
+
+class _Retry(Exception):  # noqa: N818 - a signal within this file, not an error
+    """The operation is known not to have happened; it may be tried again."""
+
+    def __init__(self, error: FlowStoreError) -> None:
+        self.error = error
+
+
+class Transaction:
+    """A transaction under way."""
+
+    def __init__(self, database: Database, connection: Connection) -> None:
+        self._database = database
+        self._connection = connection
+        self._timeout = database.client_timeout
+
+    @property
+    def now(self) -> datetime | None:
+        """The virtual clock's time; None where the server's clock decides."""
+        return self._database.now()
+
+    async def row(self, statement: str, *arguments: object) -> Any:
+        """The first row, or None."""
+        sql = self._database.sql(statement)
+        return await self._connection.fetchrow(sql, *arguments, timeout=self._timeout)
+
+    async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
+        sql = self._database.sql(statement)
+        found: Sequence[Any] = await self._connection.fetch(sql, *arguments, timeout=self._timeout)
+        return found
+
+    async def execute(self, statement: str, *arguments: object) -> str:
+        """Run it and return the command tag."""
+        sql = self._database.sql(statement)
+        tag: str = await self._connection.execute(sql, *arguments, timeout=self._timeout)
+        return tag
+
+
+class Database:
+    """One store's way to PostgreSQL; every noun class goes through it."""
+
+    def __init__(self, settings: Settings, pool: Any, clock: Callable[[], datetime] | None) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._clock = clock
+        self._statements: dict[str, str] = {}
+        self._process = os.getpid()
+        self._loop = asyncio.get_running_loop()
+        self._in_flight = InFlight()
+
+    @property
+    def client_timeout(self) -> float:
+        return self._settings.client_timeout
+
+    def now(self) -> datetime | None:
+        """The virtual clock's time; None where the server's clock decides."""
+        return None if self._clock is None else self._clock()
+
+    def sql(self, statement: str) -> str:
+        """A statement with the schema's quoted name in place."""
+        known = self._statements.get(statement)
+        if known is None:
+            known = statement.replace("{schema}", self._settings.quoted_schema)
+            self._statements[statement] = known
+        return known
+
+    def _check_place(self) -> None:
+        # A pool belongs to one event loop in one process; asyncpg would fail in stranger ways.
+        if os.getpid() != self._process:
+            raise StoreUnavailableError("it was opened before a fork; open a store in each process")
+        if asyncio.get_running_loop() is not self._loop:
+            raise StoreUnavailableError("it belongs to another event loop; open a store in each loop")
+
+    async def run(
+        self,
+        operation: Coroutine[Any, Any, T],
+        give_back: Callable[[T], Awaitable[None]] | None = None,
+    ) -> T:
+        return await self._in_flight.run(operation, give_back)
+
+    async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
+        """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
+        self._check_place()
+        return await self.run(self._retrying(lambda: self._read(statement, arguments)))
+
+    async def read_row(self, statement: str, *arguments: object) -> Any:
+        rows = await self.read(statement, *arguments)
+        return rows[0] if rows else None
+
+    async def _read(self, statement: str, arguments: tuple[object, ...]) -> Sequence[Any]:
+        async with self._connection() as connection:
+            try:
+                rows: Sequence[Any] = await connection.fetch(
+                    self.sql(statement), *arguments, timeout=self._settings.client_timeout
+                )
+            except LOST as error:
+                self._drop(connection)
+                raise _Retry(describe(error)) from None
+            return rows
+
+    async def statement(
+        self,
+        operation: str,
+        statement: str,
+        *arguments: object,
+        look: Look | None,
+        give_back: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> Any:
+        """Run one writing statement, a transaction of its own, and return its one row.
+
+        ``statement`` gets ``arguments`` as $3 and up, behind the not-after time ($1) and the virtual
+        now ($2, or NULL); it must have no effect once the first is over, and answer ``in_time`` with
+        its row. ``look`` is a SELECT and its arguments: it finds the token that the statement would
+        have written, and its row is then the answer to a call whose acknowledgement was lost. None
+        where saying it again gives the true answer by itself.
+        """
+        self._check_place()
+        return await self.run(self._statement(operation, statement, arguments, look), give_back)
+
+    async def _statement(
+        self,
+        operation: str,
+        statement: str,
+        arguments: tuple[object, ...],
+        look: Look | None,
+    ) -> Any:
+        lost: list[_Lost] = []
+
+        async def attempt() -> Any:
+            async with self._connection() as connection:
+                if lost:
+                    # Found is final. Not found is final only when nothing can take effect any more.
+                    found = None if look is None else await self._ask(connection, *look)
+                    if found is None:
+                        await self._settle(connection, lost, operation)
+                        found = None if look is None else await self._ask(connection, *look)
+                    if found is not None:
+                        return found
+                    lost.clear()
+                peer = connection.peer
+                sent = self._loop.time()
+                arrival = min(ARRIVAL_SECONDS, self._settings.statement_timeout)
+                try:
+                    row = await connection.fetchrow(
+                        self.sql(statement),
+                        datetime.fromtimestamp(sent + arrival + peer.clock_offset, tz=UTC),
+                        self.now(),
+                        *arguments,
+                        timeout=self._settings.client_timeout,
+                    )
+                except LOST as error:
+                    self._drop(connection)
+                    # What arrived in time may run for as long as the server lets it.
+                    over = sent + arrival + self._settings.statement_timeout
+                    lost.append(_Lost(peer, over))
+                    raise _Retry(describe(error)) from None
+                if not row["in_time"]:
+                    # Our idea of the server's clock is off; a new connection brings a better one.
+                    self._drop(connection)
+                    raise _Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
+                return row
+
+        try:
+            return await self._retrying(attempt)
+        except StoreUnavailableError:
+            if lost:
+                raise OutcomeUnknownError(operation) from None
+            raise
+
+    async def _settle(self, connection: Connection, lost: list[_Lost], operation: str) -> None:
+        """Return once no lost statement can take effect any more (CON-3)."""
+        give_up = self._loop.time() + self._settings.retry_timeout
+        for one in lost:
+            while self._loop.time() < one.over:
+                if one.peer.started is not None:
+                    alive = await self._ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
+                    if alive is None:
+                        break
+                if self._loop.time() > give_up:
+                    raise OutcomeUnknownError(operation)
+                await asyncio.sleep(0.02)
+
+    async def transaction(
+        self,
+        operation: str,
+        work: Callable[[Transaction], Awaitable[T]],
+        give_back: Callable[[T], Awaitable[None]] | None = None,
+    ) -> T:
+        """Run ``work`` in one transaction at READ COMMITTED and commit it.
+
+        An error of our own rolls back and is raised. Serialization failures, deadlocks and a
+        connection lost before COMMIT are retried; a lost COMMIT is resolved by the transaction's id.
+        """
+        self._check_place()
+
+        async def attempt() -> T:
+            async with self._connection() as connection:
+                return await self._transaction(connection, operation, work)
+
+        return await self.run(self._retrying(attempt), give_back)
+
+    async def _transaction(
+        self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
+    ) -> T:
+        transaction = Transaction(self, connection)
+        try:
+            await transaction.execute(BEGIN)
+            try:
+                result = await work(transaction)
+                xid = (await transaction.row(IDENTIFY_TRANSACTION))[0]
+            except (FlowStoreError, asyncpg.PostgresError) as error:
+                if isinstance(error, LOST):
+                    raise
+                await transaction.execute(ROLLBACK)
+                raise
+        except LOST as error:
+            # COMMIT was never sent, so the server rolls back.
+            self._drop(connection)
+            raise _Retry(describe(error)) from None
+        except asyncio.CancelledError:
+            self._drop(connection)
+            raise
+        try:
+            answer = await transaction.execute(COMMIT)
+        except LOST:
+            self._drop(connection)
+            if await self._committed(xid, operation):
+                return result
+            raise _Retry(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
+        except asyncio.CancelledError:
+            self._drop(connection)
+            raise
+        if answer != COMMIT:
+            raise _Retry(StoreUnavailableError("PostgreSQL rolled the transaction back"))
+        return result
+
+    async def _committed(self, xid: str, operation: str) -> bool:
+        """What became of a transaction whose COMMIT got no answer."""
+
+        async def ask() -> bool:
+            async with self._connection() as connection:
+                low = str(int(xid) & 0xFFFFFFFF)
+                status = await self._ask(connection, TRANSACTION_STATUS, xid)
+                if status is None or status[0] == "in progress":
+                    await self._ask(connection, TERMINATE_TRANSACTION, low)
+                    raise _Retry(StoreUnavailableError("a transaction is still in progress"))
+                return bool(status[0] == "committed")
+
+        try:
+            return await self._retrying(ask)
+        except StoreUnavailableError:
+            raise OutcomeUnknownError(operation) from None
+
+    async def _ask(self, connection: Connection, statement: str, *arguments: object) -> Any:
+        try:
+            return await connection.fetchrow(
+                self.sql(statement), *arguments, timeout=self._settings.client_timeout
+            )
+        except LOST as error:
+            self._drop(connection)
+            raise _Retry(describe(error)) from None
+
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Repeat what is known not to have happened, with jittered backoff, for retry_timeout."""
+        deadline = self._loop.time() + self._settings.retry_timeout
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return await attempt()
+            except _Retry as retry:
+                error: FlowStoreError = retry.error
+            except asyncpg.PostgresError as raised:
+                error = describe(raised)
+                if raised.sqlstate not in ROLLED_BACK:
+                    log.debug("PostgreSQL answered SQLSTATE %s", raised.sqlstate)
+                    raise error from None
+            except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as raised:
+                raise describe(raised) from None
+            wait = pause * random.uniform(0.5, 1.5)
+            if self._loop.time() + wait > deadline:
+                raise error from None
+            await asyncio.sleep(wait)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        """A connection that was open a moment ago; _Retry when none can be had."""
+        try:
+            # acquire(timeout=) bounds the waiting; a timeout of fetch would not.
+            connection = await self._pool.acquire(timeout=self._settings.acquire_timeout)
+        except TimeoutError:
+            raise StoreUnavailableError(
+                f"no connection within {self._settings.acquire_timeout:g} s; "
+                "raise pool_size or acquire_timeout, or send fewer calls at once"
+            ) from None
+        except UNREACHABLE as error:
+            raise _Retry(describe(error)) from None
+        except asyncpg.InterfaceError as error:
+            raise describe(error) from None
+        try:
+            if connection.is_closed():
+                raise _Retry(StoreUnavailableError("the connection was closed"))
+            yield connection
+        finally:
+            await self._pool.release(connection)
+
+    @staticmethod
+    def _drop(connection: Connection) -> None:
+        """Close a connection at once: what it is doing is not known."""
+        connection.terminate()
+
+    async def give_back(self, statement: str, *arguments: object) -> None:
+        """Undo what a cancelled call had won; the statement may be repeated."""
+
+        async def attempt() -> None:
+            async with self._connection() as connection:
+                await self._ask(connection, statement, *arguments)
+
+        await self._retrying(attempt)
+
+    async def on_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Run what may be repeated from its beginning, such as migrating, on one connection."""
+
+        async def attempt() -> T:
+            async with self._connection() as connection:
+                try:
+                    return await work(connection)
+                except LOST as error:
+                    self._drop(connection)
+                    raise _Retry(describe(error)) from None
+
+        return await self.run(self._retrying(attempt))
+
+    async def ping(self) -> None:
+        await self.read("SELECT 1")
+
+    async def aclose(self) -> None:
+        await self._in_flight.drain(CLOSE_SECONDS)
+        try:
+            # close() can hang for ever on a half-open peer.
+            await asyncio.wait_for(self._pool.close(), CLOSE_SECONDS)
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            self._pool.terminate()

@@ -1,0 +1,94 @@
+"""One seam between asyncpg's errors and flowstore's own.
+
+PostgreSQL's messages carry keys and row contents, asyncpg's carry arguments, so nothing of them but
+the five-character code ever reaches a message, and none is chained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+
+from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
+
+log = logging.getLogger("flowstore_postgres")
+
+# A transaction that ended with one of these was rolled back, and may be run again (CON-2).
+ROLLED_BACK = frozenset(
+    {
+        "40001",  # serialization_failure
+        "40P01",  # deadlock_detected
+        "55P03",  # lock_not_available
+    }
+)
+
+# The server cannot be reached now; nothing was sent.
+UNREACHABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TargetServerAttributeNotMatched,
+)
+
+# The connection broke, or time ran out, with a statement under way: it may or may not have happened.
+LOST = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InternalClientError,
+    asyncpg.InterfaceError,
+)
+
+_REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
+    "28P01": (ConfigurationError, "PostgreSQL refused the password of the URL's user"),
+    "28000": (ConfigurationError, "PostgreSQL refused the URL's user (see pg_hba.conf)"),
+    "3D000": (ConfigurationError, "the URL's database does not exist; create it with createdb"),
+    "42501": (
+        ConfigurationError,
+        "the role lacks a privilege; docs/using-it-in-an-engine.md lists the GRANTs it needs",
+    ),
+    "3F000": (ConfigurationError, "the schema does not exist; run: flowstore migrate up"),
+    "42P01": (ConfigurationError, "a table is missing; run: flowstore migrate up"),
+    "25006": (StoreUnavailableError, "the server is read-only; name target_session_attrs=read-write"),
+    "53100": (StoreUnavailableError, "the server's disk is full"),
+    "53200": (StoreUnavailableError, "the server is out of memory"),
+    "57014": (StoreUnavailableError, "a statement ran longer than statement_timeout"),
+}
+
+
+def describe(error: BaseException) -> FlowStoreError:
+    """An error of our own that tells what may be told."""
+    code = getattr(error, "sqlstate", None)
+    if isinstance(error, asyncpg.PostgresError) and code:
+        kind, text = _REMEDIES.get(
+            code, (StoreUnavailableError, f"PostgreSQL answered {type(error).__name__}")
+        )
+        text = f"{text} (SQLSTATE {code})"
+        return StoreUnavailableError(text) if kind is StoreUnavailableError else kind(text)
+    if isinstance(error, TimeoutError):
+        return StoreUnavailableError("PostgreSQL did not answer in time")
+    if isinstance(error, OSError):
+        return StoreUnavailableError(f"PostgreSQL cannot be reached ({type(error).__name__})")
+    return StoreUnavailableError(f"the PostgreSQL driver failed ({type(error).__name__})")
+
+
+@contextmanager
+def map_errors() -> Iterator[None]:
+    """Turn what the driver raises into an error of our own; CancelledError passes."""
+    try:
+        yield
+    except FlowStoreError:
+        raise
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
+        log.debug("driver error %s %s", type(error).__name__, getattr(error, "sqlstate", ""))
+        raise describe(error) from None

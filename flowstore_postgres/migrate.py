@@ -1,0 +1,222 @@
+"""Connection settings, and numbered migrations applied under a lock (CON-6)."""
+
+from __future__ import annotations
+
+import functools
+import re
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import asyncpg
+
+from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
+from flowstore_core.config import read_query, read_scheme
+from flowstore_postgres.errors import map_errors
+from flowstore_postgres.plugin import DRIVER_OPTIONS
+
+DEFAULT_SCHEMA = "flowstore"
+CLOSE_SECONDS = 5.0
+
+# The lowest version of this code that can still work on a schema is stored with each migration, so
+# that old code meets a clear error and not a table it does not understand.
+WORKS_FROM = 1
+
+SCHEMA_EXISTS = "SELECT to_regnamespace($1) IS NOT NULL"
+VERSION_TABLE_EXISTS = "SELECT to_regclass($1) IS NOT NULL"
+READ_VERSION = """
+SELECT version, works_from FROM {schema}.schema_version ORDER BY version DESC LIMIT 1
+"""
+CREATE_VERSION_TABLE = """
+CREATE TABLE {schema}.schema_version (
+    version    integer     NOT NULL PRIMARY KEY,
+    name       text        NOT NULL,
+    works_from integer     NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
+)
+"""
+RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from) VALUES ($1, $2, $3)"
+# IF NOT EXISTS is not safe against others who do the same at the same moment; a lock is.
+LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
+SERVER_ENCODING = "SHOW server_encoding"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the URL and the options say."""
+
+    schema: str
+    pool_size: int
+    acquire_timeout: float
+    statement_timeout: float
+    retry_timeout: float
+    pgbouncer: bool
+    connect_arguments: dict[str, Any] = field(repr=False)
+
+    @property
+    def quoted_schema(self) -> str:
+        return quote_identifier(self.schema)
+
+    @property
+    def client_timeout(self) -> float:
+        """A little longer than the server's own, which gives the clearer answer."""
+        return self.statement_timeout + 1.0
+
+
+def read_connection_settings(config: StoreConfig) -> Settings:
+    """Check the options and turn libpq's into a DSN for the driver."""
+    statement_timeout = config.seconds("statement_timeout", 30.0, 0.1, 3600.0)
+    pgbouncer = config.flag("pgbouncer", False)
+    arguments: dict[str, Any] = {
+        "dsn": _driver_url(config),
+        "timeout": config.seconds("connect_timeout", 10.0, 0.1, 600.0),
+    }
+    if pgbouncer:
+        # In transaction mode statements of one session meet different servers.
+        arguments["statement_cache_size"] = 0
+    else:
+        milliseconds = str(int(statement_timeout * 1000))
+        arguments["server_settings"] = {
+            "application_name": str(config.options.get("application_name", "flowstore")),
+            "statement_timeout": milliseconds,
+            # Bounds how long a transaction of a vanished client can hold its locks.
+            "idle_in_transaction_session_timeout": milliseconds,
+            "jit": "off",
+        }
+    return Settings(
+        schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),
+        pool_size=config.integer("pool_size", 5, 1, 1000),
+        acquire_timeout=config.seconds("acquire_timeout", 10.0, 0.01, 600.0),
+        statement_timeout=statement_timeout,
+        retry_timeout=config.seconds("retry_timeout", 15.0, 0.0, 3600.0),
+        pgbouncer=pgbouncer,
+        connect_arguments=arguments,
+    )
+
+
+def _driver_url(config: StoreConfig) -> str:
+    driver = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
+    base = config.url.partition("#")[0].partition("?")[0]
+    return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
+
+
+def _check_schema_name(name: str) -> str:
+    if len(name.encode()) > 63 or "\0" in name or name.startswith("pg_"):
+        raise ConfigurationError(
+            "option schema must have 1 to 63 bytes of UTF-8, no U+0000, and not begin with pg_"
+        )
+    return name
+
+
+def quote_identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+@functools.cache
+def read_migrations() -> Sequence[tuple[int, str, str]]:
+    """Every migration as (number, name, SQL), in order; ``{schema}`` stands for the schema's name."""
+    folder = files("flowstore_postgres").joinpath("migrations")
+    return tuple(
+        sorted(
+            (int(match[1]), match[2], entry.read_text(encoding="utf-8"))
+            for entry in folder.iterdir()
+            if (match := re.fullmatch(r"(\d{4})_(\w+)\.sql", entry.name))
+        )
+    )
+
+
+async def read_version(connection: Any, settings: Settings) -> tuple[int, int]:
+    """The schema's version and the lowest code version that can work on it; (0, 0) without one."""
+    table = f"{settings.quoted_schema}.schema_version"
+    if not await connection.fetchval(VERSION_TABLE_EXISTS, table):
+        return 0, 0
+    row = await connection.fetchrow(READ_VERSION.replace("{schema}", settings.quoted_schema))
+    return (0, 0) if row is None else (row["version"], row["works_from"])
+
+
+async def check_schema(connection: Any, settings: Settings, *, migrate: bool) -> int:
+    """Make sure that this code can work on the schema, migrating it where allowed.
+
+    Raises SchemaVersionError, leaving everything untouched, for a newer schema, or for an older one
+    with migrate=False.
+    """
+    needed = read_migrations()[-1][0]
+    found, works_from = await read_version(connection, settings)
+    if works_from > needed:
+        raise SchemaVersionError(found, needed, "install a newer flowstore")
+    if found >= needed:
+        return found
+    if not migrate:
+        raise SchemaVersionError(found, needed, "run: flowstore migrate up (with a role that may)")
+    async with connection.transaction():
+        return await _apply(connection, settings, needed)
+
+
+async def _apply(connection: Any, settings: Settings, needed: int) -> int:
+    schema = settings.quoted_schema
+    if await connection.fetchval(SERVER_ENCODING) != "UTF8":
+        raise ConfigurationError("the database must have encoding UTF8; create one with: createdb -E UTF8")
+    await connection.fetchval(LOCK_SCHEMA, settings.schema)
+    # Others may have migrated while we waited for the lock.
+    found, works_from = await read_version(connection, settings)
+    if works_from > needed:
+        raise SchemaVersionError(found, needed, "install a newer flowstore")
+    if not await connection.fetchval(SCHEMA_EXISTS, schema):
+        await connection.execute(f"CREATE SCHEMA {schema}")
+    if not found:
+        await connection.execute(CREATE_VERSION_TABLE.replace("{schema}", schema))
+    for number, name, sql in read_migrations():
+        if number > found:
+            await connection.execute(sql.replace("{schema}", schema))
+            record = RECORD_VERSION.replace("{schema}", schema)
+            await connection.execute(record, number, name, WORKS_FROM)
+    return max(found, needed)
+
+
+@asynccontextmanager
+async def _connect(config: StoreConfig) -> AsyncIterator[tuple[Any, Settings]]:
+    settings = read_connection_settings(config)
+    with map_errors():
+        connection = await asyncpg.connect(**settings.connect_arguments)
+        try:
+            yield connection, settings
+        finally:
+            await connection.close(timeout=CLOSE_SECONDS)
+
+
+async def read_schema_version(config: StoreConfig) -> int:
+    async with _connect(config) as (connection, settings):
+        return (await read_version(connection, settings))[0]
+
+
+async def migrate_schema(config: StoreConfig) -> int:
+    async with _connect(config) as (connection, settings):
+        return await check_schema(connection, settings, migrate=True)
+
+
+@asynccontextmanager
+async def scratch_schema(url: str) -> AsyncIterator[str]:
+    """A new schema of our own making beside the URL's, dropped at the end; yields its URL."""
+    name = f"flowstore_scratch_{secrets.token_hex(8)}"
+    options = {**read_query(url), "schema": name}
+    fresh = f"{url.partition('#')[0].partition('?')[0]}?{urlencode(options, quote_via=quote)}"
+    config = StoreConfig(
+        url=fresh,
+        scheme=read_scheme(url),
+        options=MappingProxyType(dict(options)),
+        clock=None,
+        migrate=True,
+    )
+    async with _connect(config) as (connection, settings):
+        # No IF NOT EXISTS: a schema that exists is somebody's, and is never taken over.
+        await connection.execute(f"CREATE SCHEMA {settings.quoted_schema}")
+    try:
+        yield fresh
+    finally:
+        async with _connect(config) as (connection, settings):
+            await connection.execute(f"DROP SCHEMA {settings.quoted_schema} CASCADE")

@@ -1,0 +1,94 @@
+"""The plugin that brings PostgreSQL; the driver is imported only when a store is opened."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+
+# What libpq's URLs may carry and asyncpg understands; TLS options pass through (see docs).
+DRIVER_OPTIONS = frozenset(
+    {
+        "application_name",
+        "database",
+        "dbname",
+        "gsslib",
+        "host",
+        "krbsrvname",
+        "passfile",
+        "password",
+        "port",
+        "service",
+        "servicefile",
+        "ssl_max_protocol_version",
+        "ssl_min_protocol_version",
+        "sslcert",
+        "sslcrl",
+        "sslkey",
+        "sslmode",
+        "sslnegotiation",
+        "sslpassword",
+        "sslrootcert",
+        "target_session_attrs",
+        "user",
+    }
+)
+STORE_OPTIONS = frozenset(
+    {
+        "acquire_timeout",
+        "connect_timeout",
+        "pgbouncer",
+        "pool_size",
+        "retry_timeout",
+        "schema",
+        "statement_timeout",
+    }
+)
+
+
+class PostgresBackend:
+    """The descriptor of the PostgreSQL backend."""
+
+    name = "postgresql"
+    schemes = frozenset({"postgresql", "postgres"})
+    capabilities = frozenset(Capability)
+    options = DRIVER_OPTIONS | STORE_OPTIONS
+    contract_version = 1
+    drivers = ("asyncpg",)
+
+    def open(self, config: StoreConfig) -> AbstractAsyncContextManager[Any]:
+        from flowstore_postgres.store import open_postgres
+
+        return open_postgres(config)
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        from flowstore_postgres.migrate import scratch_schema
+
+        async with scratch_schema(url) as fresh:
+            yield fresh
+
+    def migrations(self) -> Sequence[tuple[int, str, str]]:
+        """Every migration as (number, name, SQL)."""
+        from flowstore_postgres.migrate import read_migrations
+
+        return read_migrations()
+
+    async def schema_version(self, config: StoreConfig) -> int:
+        """The version of the schema that the URL names; 0 where there is none. Changes nothing."""
+        from flowstore_postgres.migrate import read_schema_version
+
+        return await read_schema_version(config)
+
+    async def migrate(self, config: StoreConfig) -> int:
+        """Apply what is missing and return the version reached."""
+        from flowstore_postgres.migrate import migrate_schema
+
+        return await migrate_schema(config)
+
+
+@hookimpl
+def flowstore_backends() -> list[Backend]:
+    return [PostgresBackend()]

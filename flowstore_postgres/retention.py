@@ -1,0 +1,99 @@
+"""Cleanup on PostgreSQL."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_postgres.database import Database, Transaction
+
+BATCH = 200
+"""Runs deleted per transaction: small enough that no writer waits long (RET-3)."""
+
+# Locked rows are waited for, not skipped: a skipped run would stay. After the wait the row is read
+# again, so a run that was reopened meanwhile drops out, whole (RET-2). Everybody locks in one order.
+LOCK_COMPLETED = """
+SELECT run_id FROM {schema}.runs WHERE completed_at < $1 ORDER BY completed_at, run_id LIMIT $2 FOR UPDATE
+"""
+CHILDREN = (
+    "steps",
+    "attempts",
+    "outputs",
+    "events",
+    "waiters",
+    "deliveries",
+    "controls",
+    "idempotency_keys",
+)
+DELETE_CHILDREN = "DELETE FROM {schema}.{table} WHERE run_id = ANY($1::uuid[])"
+DELETE_RUNS = "DELETE FROM {schema}.runs WHERE run_id = ANY($1::uuid[])"
+
+# Two statements: the second one's snapshot sees a run that a trigger started while we waited for its
+# key. A key that another call is using right now is left for the next cleanup.
+LOCK_ORPHANED_KEYS = """
+SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys k
+WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+  AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = k.run_id)
+ORDER BY flow_id, trigger_key, idempotency_key LIMIT $4 FOR UPDATE
+"""
+DELETE_ORPHANED_KEYS = """
+DELETE FROM {schema}.idempotency_keys k
+USING unnest($1::uuid[], $2::text[], $3::text[]) AS o (flow_id, trigger_key, idempotency_key)
+WHERE k.flow_id = o.flow_id AND k.trigger_key = o.trigger_key AND k.idempotency_key = o.idempotency_key
+  AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = k.run_id)
+"""
+LOCK_ORPHANED_CONTROLS = """
+SELECT run_id FROM {schema}.controls c
+WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+  AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
+ORDER BY run_id LIMIT $4 FOR UPDATE
+"""
+DELETE_ORPHANED_CONTROLS = """
+DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
+  AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
+"""
+
+
+class Retention:
+    _database: Database
+
+    async def cleanup(self, *, cutoff: datetime) -> int:
+        deleted = 0
+
+        async def delete_runs(transaction: Transaction) -> int:
+            rows = await transaction.rows(LOCK_COMPLETED, cutoff, BATCH)
+            runs = [row[0] for row in rows]
+            if runs:
+                for table in CHILDREN:
+                    await transaction.execute(DELETE_CHILDREN.replace("{table}", table), runs)
+                await transaction.execute(DELETE_RUNS, runs)
+            return len(runs)
+
+        while count := await self._database.transaction("cleanup", delete_runs):
+            deleted += count
+
+        async def sweep_keys(transaction: Transaction) -> int:
+            rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+            if not rows:
+                return 0
+            columns = [list(column) for column in zip(*rows, strict=True)]
+            return _count(await transaction.execute(DELETE_ORPHANED_KEYS, *columns))
+
+        while await self._database.transaction("cleanup", sweep_keys):
+            pass
+
+        async def sweep_controls(transaction: Transaction) -> int:
+            rows = await transaction.rows(
+                LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, ORPHAN_GRACE, BATCH
+            )
+            if not rows:
+                return 0
+            return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
+
+        while await self._database.transaction("cleanup", sweep_controls):
+            pass
+        return deleted
+
+
+def _count(tag: str) -> int:
+    return int(tag.rpartition(" ")[2])

@@ -1,0 +1,293 @@
+"""Runs on PostgreSQL: start, complete, list, page, detail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+from flowstore_core import (
+    FlowRunDetail,
+    FlowRunRecord,
+    FlowStepAttemptRecord,
+    FlowStepRecord,
+    RunAlreadyExistsError,
+    RunNotFoundError,
+    RunPage,
+    RunStatus,
+    StepStatus,
+)
+from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
+from flowstore_postgres.database import Database, Transaction
+
+RUN_COLUMNS = """r.run_id, r.flow_id, r.flow_name, r.status, r.trigger_key, r.trigger_data, r.job_id,
+    r.started_at, r.completed_at, r.source_run_id"""
+
+START_RUN = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
+), started AS (
+    INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
+                               source_run_id, start_token, started_at)
+    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, now FROM guard WHERE in_time
+    ON CONFLICT (run_id) DO NOTHING
+    RETURNING started_at
+)
+SELECT guard.in_time, started.started_at FROM guard LEFT JOIN started ON true
+"""
+FIND_START = "SELECT started_at FROM {schema}.runs WHERE run_id = $1 AND start_token = $2"
+
+# Every operation on a step shares this lock or waits for it, so the statements that follow it in a
+# transaction see the whole run as it is now: each takes a new snapshot.
+LOCK_RUN = "SELECT status FROM {schema}.runs WHERE run_id = $1 FOR UPDATE"
+
+READ_BLOCKERS = """
+SELECT step_key, status,
+       dispatched_at IS NOT NULL
+       OR claimed_at IS NOT NULL
+          AND (claim_expires_at IS NULL OR claim_expires_at > coalesce($2, clock_timestamp())) AS held
+FROM {schema}.steps WHERE run_id = $1
+"""
+COMPLETE_RUN = """
+UPDATE {schema}.runs SET status = $2, completed_at = coalesce($3, clock_timestamp()) WHERE run_id = $1
+"""
+
+GET_RUNS = f"""
+SELECT {RUN_COLUMNS} FROM {{schema}}.runs r
+WHERE {{filter}} ORDER BY r.started_at DESC, r.run_id DESC OFFSET $1 LIMIT $2
+"""
+
+# One statement is one snapshot: the rows and their count belong together (QRY-3).
+GET_RUNS_PAGE = f"""
+SELECT (SELECT count(*) FROM {{schema}}.runs r WHERE {{filter}}) AS total,
+       ARRAY(SELECT ROW({RUN_COLUMNS}) FROM {{schema}}.runs r WHERE {{filter}}
+             ORDER BY r.started_at DESC, r.run_id DESC OFFSET $1 LIMIT $2) AS page
+"""
+
+# Bytes, not characters: UTF-8 needs no decoding to be searched. lower() under "C" folds ASCII alone.
+_SHORT = 'position({needle} IN lower({text} COLLATE "C")) > 0'
+_LONG = (
+    "position(convert_to({needle}, 'UTF8') IN "
+    f"substring(convert_to(lower(left({{text}}, {SEARCHED_BYTES}) COLLATE \"C\"), 'UTF8') "
+    f"FROM 1 FOR {SEARCHED_BYTES})) > 0"
+)
+
+STEP_COLUMNS = """s.step_key, s.step_type, s.status, s.last_attempt, s.reopened, s.first_started_at,
+    s.started_at, s.completed_at, s.input_json, s.output_json, s.error_message, s.job_id"""
+ATTEMPT_COLUMNS = """a.step_key, a.attempt, a.step_type, a.status, a.input_json, a.output_json,
+    a.error_message, a.job_id, a.started_at, a.completed_at"""
+
+GET_RUN_DETAIL = f"""
+SELECT {RUN_COLUMNS},
+       ARRAY(SELECT ROW({STEP_COLUMNS}) FROM {{schema}}.steps s
+             WHERE s.run_id = r.run_id AND s.status IS NOT NULL
+             ORDER BY s.first_started_at, s.step_key) AS steps,
+       ARRAY(SELECT ROW({ATTEMPT_COLUMNS}) FROM {{schema}}.attempts a
+             WHERE a.run_id = r.run_id ORDER BY a.step_key, a.attempt) AS attempts
+FROM {{schema}}.runs r WHERE r.run_id = $1
+"""
+GET_RUN_STATUS = "SELECT status FROM {schema}.runs WHERE run_id = $1"
+
+
+def plain_uuid(value: Any) -> UUID:
+    """asyncpg's own subclass of UUID as a plain one."""
+    return UUID(int=value.int)
+
+
+def run_fields(row: Any) -> dict[str, Any]:
+    """A row of RUN_COLUMNS as the fields of a FlowRunRecord."""
+    return {
+        "run_id": plain_uuid(row[0]),
+        "flow_id": plain_uuid(row[1]),
+        "flow_name": row[2],
+        "status": RunStatus(row[3]),
+        "trigger_key": row[4],
+        "trigger_data": row[5],
+        "job_id": row[6],
+        "started_at": row[7],
+        "completed_at": row[8],
+        "source_run_id": None if row[9] is None else plain_uuid(row[9]),
+    }
+
+
+def run_record(row: Any) -> FlowRunRecord:
+    return FlowRunRecord(**run_fields(row))
+
+
+def _attempt_record(run_id: UUID, row: Any) -> FlowStepAttemptRecord:
+    return FlowStepAttemptRecord(
+        run_id=run_id,
+        step_key=row[0],
+        attempt=row[1],
+        step_type=row[2],
+        status=StepStatus(row[3]),
+        input_json=row[4],
+        output_json=row[5],
+        error_message=row[6],
+        job_id=row[7],
+        started_at=row[8],
+        completed_at=row[9],
+    )
+
+
+def _step_record(run_id: UUID, row: Any, earlier: list[FlowStepAttemptRecord]) -> FlowStepRecord:
+    """A row of STEP_COLUMNS, which holds the newest attempt too, and the attempts before it."""
+    status = StepStatus(row[2])
+    last_attempt, reopened = row[3], row[4]
+    attempts = tuple(earlier)
+    if not reopened:
+        newest = (row[0], last_attempt, row[1], status, row[8], row[9], row[10], row[11], row[6], row[7])
+        attempts += (_attempt_record(run_id, newest),)
+    return FlowStepRecord(
+        run_id=run_id,
+        step_key=row[0],
+        step_type=row[1],
+        status=status,
+        input_json=row[8],
+        output_json=row[9],
+        error_message=row[10],
+        job_id=row[11],
+        started_at=row[5],
+        completed_at=row[7] if status.is_terminal else None,
+        attempt_count=last_attempt + reopened,
+        attempts=attempts,
+    )
+
+
+async def lock_run(transaction: Transaction, run_id: UUID) -> RunStatus:
+    """Lock a run against every other operation on it; RunNotFoundError if unknown."""
+    row = await transaction.row(LOCK_RUN, run_id)
+    if row is None:
+        raise RunNotFoundError(run_id)
+    return RunStatus(row[0])
+
+
+class Runs:
+    _database: Database
+
+    async def start_run(
+        self,
+        *,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        trigger_data: str | None,
+        job_id: str | None,
+        source_run_id: UUID | None,
+    ) -> FlowRunRecord:
+        token = uuid4()
+        row = await self._database.statement(
+            "start_run",
+            START_RUN,
+            run_id,
+            flow_id,
+            flow_name,
+            trigger_key,
+            trigger_data,
+            job_id,
+            source_run_id,
+            token,
+            look=(FIND_START, run_id, token),
+        )
+        if row["started_at"] is None:
+            raise RunAlreadyExistsError(run_id)
+        return FlowRunRecord(
+            run_id=run_id,
+            flow_id=flow_id,
+            flow_name=flow_name,
+            status=RunStatus.RUNNING,
+            trigger_key=trigger_key,
+            trigger_data=trigger_data,
+            job_id=job_id,
+            started_at=row["started_at"],
+            completed_at=None,
+            source_run_id=source_run_id,
+        )
+
+    async def complete_run(
+        self, *, run_id: UUID, status: RunStatus, expected: Mapping[str, StepStatus] | None
+    ) -> bool:
+        async def work(transaction: Transaction) -> bool:
+            if (await lock_run(transaction, run_id)).is_terminal:
+                return False
+            if expected is not None:
+                rows = await transaction.rows(READ_BLOCKERS, run_id, transaction.now)
+                statuses = {row["step_key"]: row["status"] for row in rows if row["status"] is not None}
+                if statuses != expected or any(row["held"] and row["status"] is None for row in rows):
+                    return False
+            await transaction.execute(COMPLETE_RUN, run_id, status, transaction.now)
+            return True
+
+        return await self._database.transaction("complete_run", work)
+
+    async def _list_runs(
+        self, filtered: str, skip: int, take: int | None, *arguments: object
+    ) -> tuple[FlowRunRecord, ...]:
+        # LIMIT NULL is no limit.
+        rows = await self._database.read(GET_RUNS.replace("{filter}", filtered), skip, take, *arguments)
+        return tuple(run_record(row) for row in rows)
+
+    async def get_runs(self, *, flow_id: UUID | None, skip: int, take: int) -> Sequence[FlowRunRecord]:
+        if flow_id is None:
+            return await self._list_runs("true", skip, take)
+        return await self._list_runs("r.flow_id = $3", skip, take, flow_id)
+
+    async def get_active_runs(self, *, take: int | None) -> Sequence[FlowRunRecord]:
+        return await self._list_runs("r.status = 'Running'", 0, take)
+
+    async def get_derived_runs(self, *, source_run_id: UUID, take: int | None) -> Sequence[FlowRunRecord]:
+        return await self._list_runs("r.source_run_id = $3", 0, take, source_run_id)
+
+    async def get_runs_page(
+        self, *, flow_id: UUID | None, status: RunStatus | None, skip: int, take: int, search: str | None
+    ) -> RunPage:
+        # Conditions are put together from constants, never from values, so that each combination
+        # gets a plan of its own.
+        conditions = ["true"]
+        arguments: list[object] = [skip, take]
+        for condition, value in (
+            ("r.flow_id = {n}", flow_id),
+            ("r.status = {n}", status),
+            (_search_condition("{n}::text"), None if search is None else fold_ascii(search)),
+        ):
+            if value is not None:
+                arguments.append(value)
+                conditions.append(condition.replace("{n}", f"${len(arguments)}"))
+        statement = GET_RUNS_PAGE.replace("{filter}", " AND ".join(conditions))
+        row = await self._database.read_row(statement, *arguments)
+        return RunPage(runs=tuple(run_record(one) for one in row["page"]), total_count=row["total"])
+
+    async def get_run_detail(self, *, run_id: UUID) -> FlowRunDetail | None:
+        row = await self._database.read_row(GET_RUN_DETAIL, run_id)
+        if row is None:
+            return None
+        earlier: dict[str, list[FlowStepAttemptRecord]] = {}
+        for attempt in row["attempts"]:
+            earlier.setdefault(attempt[0], []).append(_attempt_record(run_id, attempt))
+        steps = tuple(_step_record(run_id, step, earlier.get(step[0], [])) for step in row["steps"])
+        return FlowRunDetail(**run_fields(row), steps=steps)
+
+    async def get_run_status(self, *, run_id: UUID) -> RunStatus | None:
+        row = await self._database.read_row(GET_RUN_STATUS, run_id)
+        return None if row is None else RunStatus(row[0])
+
+
+def _search_condition(needle: str) -> str:
+    def short(text: str) -> str:
+        return _SHORT.replace("{needle}", needle).replace("{text}", text)
+
+    def long(text: str) -> str:
+        return _LONG.replace("{needle}", needle).replace("{text}", text)
+
+    run = " OR ".join(
+        short(text) for text in ("r.run_id::text", "r.flow_name", "r.trigger_key", "r.status", "r.job_id")
+    )
+    # What get_run_detail shows: the attempts of a reset step are not shown, so not found either.
+    step = " OR ".join((short("s.step_key"), long("s.error_message"), long("s.output_json")))
+    attempt = " OR ".join((long("a.error_message"), long("a.output_json")))
+    return f"""(coalesce({run}, false)
+        OR EXISTS (SELECT FROM {{schema}}.steps s
+                   WHERE s.run_id = r.run_id AND s.status IS NOT NULL AND ({step}))
+        OR EXISTS (SELECT FROM {{schema}}.attempts a JOIN {{schema}}.steps s USING (run_id, step_key)
+                   WHERE a.run_id = r.run_id AND s.status IS NOT NULL AND ({attempt})))"""

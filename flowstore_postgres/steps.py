@@ -1,0 +1,334 @@
+"""Attempts on PostgreSQL: start, complete, skip, retry, statuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID, uuid4
+
+from flowstore_core import (
+    ClaimLostError,
+    RunCompletedError,
+    RunNotFoundError,
+    RunStatus,
+    StaleAttemptError,
+    StepAlreadyCompletedError,
+    StepNotFoundError,
+    StepStatus,
+)
+from flowstore_core.steps import SUPERSEDED_BY, superseded_by
+from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.recovery import Recovery
+from flowstore_postgres.runs import lock_run
+
+# The newest attempt lies in the step's row; before a new one begins it moves to attempts, closed as
+# Failed where it was still open (STP-1). FOR UPDATE gives the row as it is after waiting for it, and
+# every decision is made on that row alone. "again" says that the row was inserted while we looked.
+RECORD_STEP_START = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS in_time
+), run AS MATERIALIZED (
+    SELECT status = 'Running' AS open FROM {schema}.runs WHERE run_id = $3 FOR SHARE
+), old AS MATERIALIZED (
+    SELECT s.* FROM {schema}.steps s, guard, run
+    WHERE in_time AND open AND s.run_id = $3 AND s.step_key = $4 FOR UPDATE OF s
+), facts AS MATERIALIZED (
+    SELECT old.*, coalesce($2, clock_timestamp()) AS now,
+           coalesce(status IN ('Succeeded', 'Skipped'), false) AS finished,
+           $8::text IS NULL
+           OR coalesce(claim_owned AND claim_token = $8
+                       AND (claim_expires_at IS NULL OR status = 'Failed'
+                            OR claim_expires_at > coalesce($2, clock_timestamp())), false) AS claimed,
+           coalesce(status = 'Running' AND started_owner = $8, false) AS repeated
+    FROM old
+), verdict AS MATERIALIZED (
+    SELECT facts.*, claimed AND NOT finished AND NOT repeated AS starts FROM facts
+), archived AS (
+    INSERT INTO {schema}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
+                                   error_message, job_id, started_at, completed_at, started_token,
+                                   closed_token)
+    SELECT run_id, step_key, last_attempt, step_type,
+           CASE status WHEN 'Running' THEN 'Failed' ELSE status END, input_json, output_json,
+           CASE status WHEN 'Running' THEN $10 || (last_attempt + 1)::text ELSE error_message END,
+           job_id, started_at, CASE status WHEN 'Running' THEN now ELSE completed_at END,
+           started_token, closed_token
+    FROM verdict WHERE starts AND status IS NOT NULL AND NOT reopened
+), updated AS (
+    UPDATE {schema}.steps s
+    SET status = 'Running', step_type = $5, input_json = $6, job_id = $7, output_json = NULL,
+        error_message = NULL, completed_at = NULL, started_at = v.now,
+        first_started_at = coalesce(v.first_started_at, v.now), last_attempt = v.last_attempt + 1,
+        reopened = false, rescheduled = false, started_owner = $8, started_token = $9, closed_token = NULL
+    FROM verdict v WHERE v.starts AND s.run_id = v.run_id AND s.step_key = v.step_key
+    RETURNING s.last_attempt
+), inserted AS (
+    INSERT INTO {schema}.steps (run_id, step_key, status, step_type, input_json, job_id, started_at,
+                                first_started_at, last_attempt, started_token)
+    SELECT $3, $4, 'Running', $5, $6, $7, now, now, 1, $9
+    FROM (SELECT coalesce($2, clock_timestamp()) AS now FROM guard, run
+          WHERE in_time AND open AND $8::text IS NULL AND NOT EXISTS (SELECT FROM old)) fresh
+    ON CONFLICT (run_id, step_key) DO NOTHING
+    RETURNING last_attempt
+)
+SELECT guard.in_time, run.open, v.finished, v.claimed,
+       CASE WHEN v.repeated THEN v.last_attempt ELSE coalesce(updated.last_attempt, inserted.last_attempt)
+       END AS attempt
+FROM guard LEFT JOIN run ON true LEFT JOIN verdict v ON true
+     LEFT JOIN updated ON true LEFT JOIN inserted ON true
+"""
+FIND_STEP_START = """
+SELECT true AS open, false AS finished, true AS claimed, attempt FROM (
+    SELECT last_attempt AS attempt FROM {schema}.steps
+    WHERE run_id = $1 AND step_key = $2 AND started_token = $3
+    UNION ALL
+    SELECT attempt FROM {schema}.attempts WHERE run_id = $1 AND step_key = $2 AND started_token = $3
+) found LIMIT 1
+"""
+
+RECORD_STEP_COMPLETE = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS in_time
+), run AS MATERIALIZED (
+    SELECT true AS found FROM {schema}.runs WHERE run_id = $3 FOR SHARE
+), old AS MATERIALIZED (
+    SELECT s.* FROM {schema}.steps s, guard, run
+    WHERE in_time AND s.run_id = $3 AND s.step_key = $4 AND s.status IS NOT NULL FOR UPDATE OF s
+), verdict AS MATERIALIZED (
+    SELECT run_id, step_key, last_attempt,
+           reopened OR coalesce($8::bigint, last_attempt) <> last_attempt AS stale,
+           status = 'Running' AS open,
+           status = $5 AND output_json IS NOT DISTINCT FROM $6
+           AND error_message IS NOT DISTINCT FROM $7 AS same
+    FROM old
+), closed AS (
+    UPDATE {schema}.steps s
+    SET status = $5, output_json = $6, error_message = $7, closed_token = $9,
+        completed_at = coalesce($2, greatest(clock_timestamp(), s.started_at))
+    FROM verdict v WHERE NOT v.stale AND v.open AND s.run_id = v.run_id AND s.step_key = v.step_key
+)
+SELECT guard.in_time, run.found, v.last_attempt, v.stale, v.open, v.same
+FROM guard LEFT JOIN run ON true LEFT JOIN verdict v ON true
+"""
+FIND_STEP_COMPLETE = """
+SELECT true AS found, 1 AS last_attempt, false AS stale, true AS open, true AS same FROM (
+    SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND closed_token = $3
+    UNION ALL
+    SELECT FROM {schema}.attempts WHERE run_id = $1 AND step_key = $2 AND closed_token = $3
+) found LIMIT 1
+"""
+
+READ_STEP = """
+SELECT s.*, coalesce($3, clock_timestamp()) AS now FROM {schema}.steps s
+WHERE run_id = $1 AND step_key = $2 FOR UPDATE
+"""
+ARCHIVE_ATTEMPT = """
+INSERT INTO {schema}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
+                               error_message, job_id, started_at, completed_at, started_token,
+                                   closed_token)
+SELECT run_id, step_key, last_attempt, step_type,
+       CASE status WHEN 'Running' THEN 'Failed' ELSE status END, input_json, output_json,
+       CASE status WHEN 'Running' THEN $3 ELSE error_message END, job_id, started_at,
+       coalesce(completed_at, $4), started_token, closed_token
+FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND status IS NOT NULL AND NOT reopened
+"""
+SKIP_STEP = """
+INSERT INTO {schema}.steps (run_id, step_key, status, step_type, error_message, started_at, first_started_at,
+                            completed_at, last_attempt, started_owner)
+VALUES ($1, $2, 'Skipped', $3, $4, $5, $5, $5, 1, $6)
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    status = 'Skipped', step_type = $3, error_message = $4, input_json = NULL, output_json = NULL,
+    job_id = NULL, started_at = $5, first_started_at = coalesce(steps.first_started_at, $5),
+    completed_at = $5, last_attempt = steps.last_attempt + 1, reopened = false, rescheduled = false,
+    started_owner = $6, started_token = NULL, closed_token = NULL
+"""
+TAKE_CLAIM = """
+UPDATE {schema}.steps SET claim_token = $3, claim_owned = true, claimed_at = $4, claim_expires_at = NULL
+WHERE run_id = $1 AND step_key = $2
+"""
+
+REOPEN_STEP = """
+UPDATE {schema}.steps
+SET status = 'Pending', reopened = true, rescheduled = false, output_json = NULL, error_message = NULL,
+    completed_at = coalesce(completed_at, $3), started_owner = NULL,
+    claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
+    dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+WHERE run_id = $1 AND step_key = $2
+"""
+# A skipped step that is reset keeps its attempts and its numbering for the next start, nothing else.
+ARCHIVE_RESET = """
+INSERT INTO {schema}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
+                               error_message, job_id, started_at, completed_at, started_token,
+                                   closed_token)
+SELECT run_id, step_key, last_attempt, step_type, status, input_json, output_json, error_message, job_id,
+       started_at, completed_at, started_token, closed_token
+FROM {schema}.steps WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped'
+"""
+RESET_STEPS = """
+UPDATE {schema}.steps
+SET status = NULL, output_json = NULL, error_message = NULL, completed_at = NULL, started_owner = NULL,
+    claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
+    dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped'
+RETURNING step_key
+"""
+DELETE_UNDELIVERED = """
+DELETE FROM {schema}.waiters WHERE run_id = $1 AND step_key = ANY($2::text[]) AND delivered_at IS NULL
+"""
+REOPEN_RUN = "UPDATE {schema}.runs SET status = 'Running', completed_at = NULL WHERE run_id = $1"
+CLEAR_LATCHES = """
+UPDATE {schema}.controls
+SET cancel_requested_at = NULL, cancel_reason = NULL, timed_out_at = NULL, timed_out_reason = NULL,
+    timeout_at = CASE WHEN timeout_at <= $2 THEN NULL ELSE timeout_at END
+WHERE run_id = $1
+"""
+
+GET_STEP_STATUSES = """
+SELECT step_key, status FROM {schema}.steps WHERE run_id = $1 AND status IS NOT NULL ORDER BY step_key
+"""
+
+
+class Steps(Recovery):
+    _database: Database
+
+    async def record_step_start(
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        input_json: str | None,
+        job_id: str | None,
+        owner: str | None,
+    ) -> int:
+        token = uuid4()
+        while True:
+            row = await self._database.statement(
+                "record_step_start",
+                RECORD_STEP_START,
+                run_id,
+                step_key,
+                step_type,
+                input_json,
+                job_id,
+                owner,
+                token,
+                SUPERSEDED_BY,
+                look=(FIND_STEP_START, run_id, step_key, token),
+            )
+            if row["open"] is None:
+                raise RunNotFoundError(run_id)
+            if not row["open"]:
+                raise RunCompletedError(run_id, step_key)
+            if row["finished"]:
+                raise StepAlreadyCompletedError(run_id, step_key)
+            if row["claimed"] is False or (row["claimed"] is None and owner is not None):
+                raise ClaimLostError(run_id, step_key)
+            if row["attempt"] is not None:
+                return int(row["attempt"])
+            # Another caller inserted the row between our snapshot and our insert; now it is there.
+
+    async def record_step_complete(
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        output_json: str | None,
+        error_message: str | None,
+        attempt: int | None,
+    ) -> None:
+        token = uuid4()
+        row = await self._database.statement(
+            "record_step_complete",
+            RECORD_STEP_COMPLETE,
+            run_id,
+            step_key,
+            status.value,
+            output_json,
+            error_message,
+            attempt,
+            token,
+            look=(FIND_STEP_COMPLETE, run_id, step_key, token),
+        )
+        if row["found"] is None:
+            raise RunNotFoundError(run_id)
+        if row["last_attempt"] is None:
+            raise StepNotFoundError(run_id, step_key)
+        if row["stale"]:
+            raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+        if not row["open"] and not row["same"]:
+            raise StepAlreadyCompletedError(run_id, step_key, row["last_attempt"])
+
+    async def record_skipped_step(
+        self, *, run_id: UUID, step_key: str, step_type: str, reason: str | None, owner: str | None
+    ) -> None:
+        async def work(transaction: Transaction) -> None:
+            await lock_run(transaction, run_id)
+            row = await transaction.row(READ_STEP, run_id, step_key, transaction.now)
+            now = await self._now(transaction) if row is None else row["now"]
+            if row is not None and row["status"] in ("Succeeded", "Failed", "Skipped"):
+                if owner is not None and (row["status"], row["started_owner"], row["error_message"]) == (
+                    "Skipped",
+                    owner,
+                    reason,
+                ):
+                    return
+                raise StepAlreadyCompletedError(run_id, step_key)
+            mine = False
+            if row is not None and owner is not None and _is_live(row):
+                mine = row["claim_owned"] and row["claim_token"] == owner
+                if not mine:
+                    raise ClaimLostError(run_id, step_key)
+            if row is not None:
+                error = superseded_by(row["last_attempt"] + 1)
+                await transaction.execute(ARCHIVE_ATTEMPT, run_id, step_key, error, now)
+            await transaction.execute(SKIP_STEP, run_id, step_key, step_type, reason, now, owner)
+            if owner is not None and not mine:
+                await transaction.execute(TAKE_CLAIM, run_id, step_key, owner, now)
+
+        await self._database.transaction("record_skipped_step", work)
+
+    async def _now(self, transaction: Transaction) -> Any:
+        return (await transaction.row("SELECT coalesce($1, clock_timestamp())", transaction.now))[0]
+
+    async def retry_step(
+        self, *, run_id: UUID, step_key: str, attempt: int | None, reset: frozenset[str]
+    ) -> None:
+        async def work(transaction: Transaction) -> None:
+            status = await lock_run(transaction, run_id)
+            row = await transaction.row(READ_STEP, run_id, step_key, transaction.now)
+            if row is None or row["status"] is None:
+                raise StepNotFoundError(run_id, step_key)
+            if attempt is not None and attempt != row["last_attempt"]:
+                raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+            if not row["reopened"]:
+                error = superseded_by(row["last_attempt"] + 1)
+                await transaction.execute(ARCHIVE_ATTEMPT, run_id, step_key, error, row["now"])
+                await transaction.execute(REOPEN_STEP, run_id, step_key, row["now"])
+                await self._reset(transaction, run_id, step_key, reset)
+            if status is not RunStatus.RUNNING:
+                await transaction.execute(REOPEN_RUN, run_id)
+                await transaction.execute(CLEAR_LATCHES, run_id, row["now"])
+
+        await self._database.transaction("retry_step", work)
+
+    @staticmethod
+    async def _reset(transaction: Transaction, run_id: UUID, step_key: str, reset: frozenset[str]) -> None:
+        others = sorted(reset - {step_key})
+        gone = [step_key]
+        if others:
+            await transaction.execute(ARCHIVE_RESET, run_id, others)
+            gone += [row[0] for row in await transaction.rows(RESET_STEPS, run_id, others)]
+        await transaction.execute(DELETE_UNDELIVERED, run_id, gone)
+
+    async def get_step_statuses(self, *, run_id: UUID) -> Mapping[str, StepStatus]:
+        rows = await self._database.read(GET_STEP_STATUSES, run_id)
+        return MappingProxyType({row[0]: StepStatus(row[1]) for row in rows})
+
+
+def _is_live(row: Any) -> bool:
+    """Whether the step's row carries a claim that holds at the row's own now."""
+    return row["claimed_at"] is not None and (
+        row["claim_expires_at"] is None or row["now"] < row["claim_expires_at"]
+    )

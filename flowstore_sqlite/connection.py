@@ -1,0 +1,136 @@
+"""One connection on a thread of its own, and running whole transactions there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sqlite3
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import aiosqlite
+
+from flowstore_core import StoreClosedError, StoreUnavailableError
+from flowstore_sqlite.errors import is_transient, map_error
+from flowstore_sqlite.location import sqlite_uri
+
+T = TypeVar("T")
+
+BLOCKING_SECONDS = 0.02
+"""How long SQLite itself waits for a lock; further waiting is done outside of the thread."""
+CLOSE_SECONDS = 5.0
+
+_log = logging.getLogger("flowstore_sqlite")
+
+
+class Connection(aiosqlite.Connection):
+    """An aiosqlite connection that runs callables: a whole transaction is one trip to its thread.
+
+    A transaction of several awaits would stay open half-way when its caller is cancelled.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._shutting = False
+        connector = partial(
+            sqlite3.connect,
+            sqlite_uri(path),
+            uri=True,
+            timeout=BLOCKING_SECONDS,
+            isolation_level=None,
+            cached_statements=256,
+        )
+        super().__init__(connector, iter_chunk_size=64)
+        # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
+        # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
+        getattr(self, "_thread", self).daemon = True
+
+    async def open(self) -> None:
+        """Open it, or leave nothing behind. Raises StoreUnavailableError."""
+
+        async def opening() -> None:
+            await self
+
+        try:
+            # To the end, because a connection that opens after its caller has gone is never closed.
+            await to_the_end(opening())
+            return
+        except sqlite3.Error as error:
+            failure = map_error(error, self.path)
+        except RuntimeError:
+            failure = StoreUnavailableError("no thread could be started")
+        raise failure
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a callable on the connection's thread. It goes on when the caller is cancelled."""
+        if self._shutting:
+            raise StoreClosedError
+        return cast(T, await cast(Any, self)._execute(work, self._conn))
+
+    async def run_patiently(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
+        """As run, again and again while the database is locked, at most that long.
+
+        ``work`` must have changed nothing when it fails so. Raises StoreUnavailableError.
+        """
+        deadline = asyncio.get_running_loop().time() + seconds
+        for delay in delays():
+            try:
+                return await self.run(work)
+            except sqlite3.Error as error:
+                failure = error
+            if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
+                break
+            await asyncio.sleep(delay)
+        raise map_error(failure, self.path)
+
+    async def stop_work(self) -> None:
+        """Interrupt the statement that runs, and wait until the thread is free."""
+        free = asyncio.create_task(self.run(lambda db: None))
+        while not free.done():
+            # Again and again: an interrupt that comes before the statement has begun is lost.
+            self.interrupt_now()
+            await asyncio.wait({free}, timeout=0.01)
+
+    def interrupt_now(self) -> None:
+        """Abort the statement that runs, if any; from any thread."""
+        if self._connection is not None:
+            self._connection.interrupt()
+
+    async def shut(self) -> None:
+        """Close it behind what is still running there; bounded, and also when cancelled meanwhile."""
+        self._shutting = True
+        await to_the_end(self._shut())
+
+    async def _shut(self) -> None:
+        closing = asyncio.create_task(self.close())
+        done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+        if not done:
+            _log.warning("a connection to %s did not close within %.0f s", self.path, CLOSE_SECONDS)
+        elif not closing.cancelled() and (error := closing.exception()) is not None:
+            _log.warning("a connection to %s closed with %s", self.path, type(error).__name__)
+
+
+def delays() -> Iterator[float]:
+    """Seconds to wait between tries: jittered, and short even after long, because who asks seldom starves."""
+    longest = 0.002
+    while True:
+        yield random.uniform(longest / 4, longest)
+        longest = min(longest * 1.5, 0.025)
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await work to its end even when cancelled; the cancellation is raised afterwards."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        _log.debug("cancelled while this failed: %s", failure)
+    raise cancelled

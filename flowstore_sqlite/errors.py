@@ -1,0 +1,70 @@
+"""The one seam between the driver's errors and the store's own (CON-2)."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+
+# What goes by itself: another connection holds a lock, or recovers the log.
+_TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
+
+_REASONS = {
+    sqlite3.SQLITE_BUSY: "other connections kept it locked for longer than busy_timeout",
+    sqlite3.SQLITE_LOCKED: "other connections kept it locked for longer than busy_timeout",
+    sqlite3.SQLITE_PROTOCOL: "other connections kept it locked for longer than busy_timeout",
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_READONLY: "the file or its directory is read-only",
+    sqlite3.SQLITE_PERM: "access is denied; check the permissions of the file and its directory",
+    sqlite3.SQLITE_AUTH: "access is denied; check the permissions of the file and its directory",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the permissions of the file and its directory",
+    sqlite3.SQLITE_NOTADB: "the file is not a SQLite database",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup",
+    sqlite3.SQLITE_IOERR: "the disk failed to read or write",
+    sqlite3.SQLITE_NOMEM: "memory ran out",
+    sqlite3.SQLITE_INTERRUPT: "the statement was interrupted",
+    sqlite3.SQLITE_NOLFS: "the file is too large for this system",
+}
+
+
+def primary_code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 where the error does not come from SQLite itself."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else 0
+
+
+def is_transient(error: sqlite3.Error) -> bool:
+    """Whether nothing happened and trying again may succeed."""
+    return primary_code(error) in _TRANSIENT
+
+
+def map_error(error: sqlite3.Error, path: str) -> FlowStoreError:
+    """The error that the caller gets; raise it outside of the ``except`` block.
+
+    Its text is our own. The driver's error is chained only if it comes from SQLite itself, whose
+    messages name tables and columns; those of Python's module may quote a value.
+    """
+    code = primary_code(error)
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    if reason := _REASONS.get(code):
+        mapped: FlowStoreError = StoreUnavailableError(f"{path}: {reason} ({name})")
+    elif code == 0 and isinstance(error, sqlite3.OperationalError):
+        # Python's module could not decode a stored text.
+        mapped = StoreUnavailableError(f"{path}: the file is damaged; restore it from a backup")
+    else:
+        mapped = FlowStoreError(
+            f"{path}: unexpected {name} in the SQLite backend; nothing was changed. "
+            "Either another program changed the schema or this is a bug; please report it"
+        )
+    if code:
+        mapped.__cause__ = error
+    return mapped
+
+
+def map_commit_error(error: sqlite3.Error, path: str) -> FlowStoreError:
+    """As map_error, for a COMMIT: where the disk failed, the log may or may not hold the commit."""
+    if primary_code(error) != sqlite3.SQLITE_IOERR:
+        return map_error(error, path)
+    mapped = OutcomeUnknownError(f"COMMIT on {path}")
+    mapped.__cause__ = error
+    return mapped

@@ -1,0 +1,79 @@
+"""Where the database file is, and that it is safe to use: the URL, permissions, no symbolic links."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from urllib.parse import quote, urlsplit
+
+from flowstore_core import ConfigurationError, StoreUnavailableError
+from flowstore_core.config import read_path
+
+# Held while a new file is made. Closing any descriptor of a file drops the locks that this process
+# holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
+_creating = threading.Lock()
+
+
+def read_location(url: str) -> str:
+    """The absolute path that a URL names. Raises ConfigurationError."""
+    if urlsplit(url.replace("#", "%23")).netloc:
+        raise ConfigurationError(
+            "a SQLite URL names no host: write sqlite:///relative.db or sqlite:////absolute.db"
+        )
+    path = read_path(url)
+    if path in ("", "/", ":memory:"):
+        raise ConfigurationError(
+            "a SQLite URL names a file: sqlite:///relative.db or sqlite:////absolute.db; "
+            "for a store in memory open memory://"
+        )
+    if "\0" in path:
+        raise ConfigurationError("the path in a SQLite URL must not hold a zero byte")
+    return os.path.abspath(path)
+
+
+def file_exists(path: str) -> bool:
+    """Whether the file is there; refuses what is no plain file, symbolic links above all.
+
+    Raises ConfigurationError, StoreUnavailableError.
+    """
+    folder = os.path.dirname(path)
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        if os.path.isdir(folder):
+            return False
+        raise ConfigurationError(f"directory {folder} does not exist; create it first") from None
+    except NotADirectoryError:
+        raise ConfigurationError(f"{folder} is not a directory") from None
+    except OSError as error:
+        raise StoreUnavailableError(f"{path} cannot be reached: {error.strerror}") from None
+    if stat.S_ISLNK(mode):
+        raise ConfigurationError(f"{path} is a symbolic link, which is never followed; name the file itself")
+    if not stat.S_ISREG(mode):
+        raise ConfigurationError(f"{path} is not a plain file")
+    return True
+
+
+def create_file(path: str) -> None:
+    """Make the file, empty and for its owner alone, unless it is there.
+
+    SQLite gives the log and its index the permissions of the file. Raises ConfigurationError,
+    StoreUnavailableError.
+    """
+    with _creating:
+        if file_exists(path):
+            return
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            os.close(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600))
+        except FileExistsError:
+            # Another process was faster, or a link was put there: looked at once more.
+            file_exists(path)
+        except OSError as error:
+            raise StoreUnavailableError(f"{path} cannot be created: {error.strerror}") from None
+
+
+def sqlite_uri(path: str) -> str:
+    """What SQLite opens: an existing file only, so that it never makes one with wider permissions."""
+    return f"file://{quote(os.fsencode(path))}?mode=rw"

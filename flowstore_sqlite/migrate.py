@@ -1,0 +1,46 @@
+"""The schema's versions from outside of a store, for tools that deploy; see the backend's descriptor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flowstore_core import StoreConfig
+from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.location import file_exists, read_location
+from flowstore_sqlite.opening import Options, migrated
+from flowstore_sqlite.schema import load_migrations, read_version
+
+
+def migrations() -> Sequence[tuple[int, str, str]]:
+    """Every migration: its number, name and SQL, in order."""
+    return tuple((found.version, found.name, found.sql) for found in load_migrations())
+
+
+async def schema_version(config: StoreConfig) -> int:
+    """The schema version of the database; 0 without a file or schema. Makes and changes nothing.
+
+    Raises ConfigurationError, StoreUnavailableError.
+    """
+    path = read_location(config.url)
+    options = Options.read(config)
+    if not file_exists(path):
+        return 0
+    connection = Connection(path)
+    try:
+        await connection.open()
+        version, _ = await connection.run_patiently(read_version, options.busy_timeout)
+    finally:
+        await connection.shut()
+    return version
+
+
+async def migrate(config: StoreConfig) -> int:
+    """Make the file if need be, apply every migration that is missing, and return the version.
+
+    Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
+    """
+    connection = Connection(read_location(config.url))
+    try:
+        return await migrated(connection, config, Options.read(config))
+    finally:
+        await connection.shut()

