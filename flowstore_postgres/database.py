@@ -22,7 +22,7 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.inflight import InFlight
-from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, describe
+from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, describe, unreadable_url
 from flowstore_postgres.migrate import Settings
 
 T = TypeVar("T")
@@ -371,6 +371,8 @@ class Database:
                 f"no connection within {self._settings.acquire_timeout:g} s; "
                 "raise pool_size or acquire_timeout, or send fewer calls at once"
             ) from None
+        except (asyncpg.ClientConfigurationError, ValueError):
+            raise unreadable_url() from None
         except UNREACHABLE as error:
             raise _Retry(describe(error)) from None
         except asyncpg.InterfaceError as error:
@@ -385,7 +387,11 @@ class Database:
     @staticmethod
     def _drop(connection: Connection) -> None:
         """Close a connection at once: what it is doing is not known."""
-        connection.terminate()
+        try:
+            connection.terminate()
+        except asyncpg.InterfaceError:
+            # The pool noticed that it broke and has let go of it already.
+            log.debug("a broken connection was gone before it was dropped")
 
     async def give_back(self, statement: str, *arguments: object) -> None:
         """Undo what a cancelled call had won; the statement may be repeated."""

@@ -82,13 +82,24 @@ def describe(error: BaseException) -> FlowStoreError:
     return StoreUnavailableError(f"the PostgreSQL driver failed ({type(error).__name__})")
 
 
+def unreadable_url() -> ConfigurationError:
+    """The driver's own message would quote the URL, password included."""
+    return ConfigurationError(
+        "the PostgreSQL driver cannot read the URL or one of its options; it must look like "
+        "postgresql://user:password@host:5432/database?sslmode=require, with special characters in "
+        "user and password percent-encoded"
+    )
+
+
 @contextmanager
 def map_errors() -> Iterator[None]:
-    """Turn what the driver raises into an error of our own; CancelledError passes."""
+    """Turn what the driver raises on connecting into an error of our own; CancelledError passes."""
     try:
         yield
     except FlowStoreError:
         raise
+    except (asyncpg.ClientConfigurationError, ValueError):
+        raise unreadable_url() from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
         log.debug("driver error %s %s", type(error).__name__, getattr(error, "sqlstate", ""))
         raise describe(error) from None

@@ -148,7 +148,9 @@ def _parents(ids: list[str], entries: Iterable[Mapping[str, Any]]) -> dict[str, 
         for relation in ("parents", "children"):
             for other in _list(entry, relation, f"task {one!r}", optional=True):
                 if not isinstance(other, str) or other not in found:
-                    raise WorkflowError(f"task {one!r} names {other!r} in {relation}, and there is no such task")
+                    raise WorkflowError(
+                        f"task {one!r} names {other!r} in {relation}, and there is no such task"
+                    )
                 child, parent = (one, other) if relation == "parents" else (other, one)
                 found[child][parent] = None
     return {child: list(parents) for child, parents in found.items()}

@@ -45,7 +45,7 @@ class Connection(aiosqlite.Connection):
         super().__init__(connector, iter_chunk_size=64)
         # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
         # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
-        getattr(self, "_thread", self).daemon = True
+        cast(Any, getattr(self, "_thread", self)).daemon = True
 
     async def open(self) -> None:
         """Open it, or leave nothing behind. Raises StoreUnavailableError."""

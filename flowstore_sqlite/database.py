@@ -40,7 +40,11 @@ _ABANDONED: Any = object()
 
 
 class _CommitError(Exception):
-    """COMMIT itself failed; __cause__ says how."""
+    """COMMIT itself failed."""
+
+    def __init__(self, cause: sqlite3.Error) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class _Call:
@@ -202,8 +206,7 @@ class Database:
         try:
             results = await self._writer.run(partial(_transact, group, self.now))
         except _CommitError as error:
-            assert isinstance(error.__cause__, sqlite3.Error)
-            failures = [map_commit_error(error.__cause__, self._writer.path) for _ in group]
+            failures = [map_commit_error(error.cause, self._writer.path) for _ in group]
         except sqlite3.Error as error:
             if is_transient(error):
                 return False
@@ -248,7 +251,9 @@ class Database:
                 self._pump.cancel()
             for reader in self._readers:
                 reader.interrupt_now()
-            await asyncio.gather(*(connection.shut() for connection in (*self._readers, self._writer)))
+            await asyncio.gather(*(reader.shut() for reader in self._readers))
+            # Last and alone: only who knows itself alone empties and removes the log.
+            await self._writer.shut()
 
     async def _drain(self) -> None:
         self._give_up_at = self._loop.time() + DRAIN_SECONDS / 2
@@ -293,7 +298,7 @@ def _transact(group: list[_Call], now: Callable[[], int], db: sqlite3.Connection
         try:
             db.execute("COMMIT")
         except sqlite3.Error as error:
-            raise _CommitError from error
+            raise _CommitError(error) from error
         return results
     finally:
         # Some errors have rolled back already.

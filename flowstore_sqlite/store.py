@@ -8,30 +8,24 @@ import sqlite3
 from flowstore_core import StoreUnavailableError
 from flowstore_sqlite.claims import Claims
 from flowstore_sqlite.controls import Controls
-from flowstore_sqlite.dispatches import Dispatches
 from flowstore_sqlite.events import Events
 from flowstore_sqlite.outputs import Outputs
 from flowstore_sqlite.recovery import Recovery
 from flowstore_sqlite.retention import Retention
 from flowstore_sqlite.runs import Runs
-from flowstore_sqlite.search import Pages
 from flowstore_sqlite.signals import Signals
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
-from flowstore_sqlite.triggers import Triggers
 
 PING = "SELECT COUNT(*) FROM flowstore_schema"
 
 
 class SqliteStore(
     Runs,
-    Pages,
     Steps,
     Recovery,
     Claims,
-    Dispatches,
     Controls,
-    Triggers,
     Signals,
     Outputs,
     Events,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flowstore_core import Capability, FlowStore, open_store
+from flowstore_core import FlowStore, open_store
 from flowstore_core.plugins import find_backend
 from tests.cluster import Cluster
 from tests.virtual_clock import VirtualClock

@@ -1,0 +1,277 @@
+"""What became of a replay, asked of the store alone: nothing that a process remembers counts here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import (
+    FlowEventRecord,
+    FlowRunDetail,
+    FlowStepAttemptRecord,
+    FlowStepRecord,
+    FlowStore,
+    RunStatus,
+    StepStatus,
+)
+from flowstore_replay.engine import FAILED, TAKEN_OVER
+from flowstore_replay.wfformat import Workflow
+from flowstore_replay.work import output_of
+
+KILLED = "worker.killed"
+"""The event that the parent appends for a worker it has killed; its message names the worker."""
+
+MAX_SHOWN = 5
+"""How many findings of one check are kept; a broken store could bring thousands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """A worker that was killed, and what it held."""
+
+    worker: str
+    run_id: UUID
+    step_key: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takeover:
+    """A step that went on after its worker had stopped renewing its lease."""
+
+    run_id: UUID
+    step_key: str
+    from_worker: str | None
+    """None: the step had been claimed but never started."""
+    to_worker: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Check:
+    """One thing that must hold, and where it does not."""
+
+    name: str
+    findings: list[str] = field(default_factory=list)
+    count: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.count
+
+    def fail(self, finding: str) -> None:
+        self.count += 1
+        if len(self.findings) < MAX_SHOWN:
+            self.findings.append(finding)
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """The whole answer."""
+
+    workflow: str
+    runs: int
+    runs_succeeded: int = 0
+    steps: int = 0
+    steps_succeeded: int = 0
+    attempts: int = 0
+    attempts_by_outcome: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("succeeded", "failed", "taken_over", "waiting"), 0)
+    )
+    kills: list[Kill] = field(default_factory=list)
+    takeovers: list[Takeover] = field(default_factory=list)
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    @property
+    def steps_recovered(self) -> int:
+        return len({(takeover.run_id, takeover.step_key) for takeover in self.takeovers})
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end, by the store's clock."""
+        if self.started_at is None or self.completed_at is None:
+            return 0.0
+        return (self.completed_at - self.started_at).total_seconds()
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.steps_succeeded / self.seconds if self.seconds > 0 else 0.0
+
+
+class _Checks:
+    def __init__(self) -> None:
+        self.completed = Check(name="every run succeeded")
+        self.once = Check(name="every step succeeded exactly once, in its last attempt")
+        self.accounted = Check(name="every attempt is numbered, closed and accounted for")
+        self.order = Check(name="no step started before its parents had succeeded")
+        self.outputs = Check(name="every output is there and follows from its parents'")
+        self.ledger = Check(name="every step was dispatched and claimed, and nothing else was")
+        self.claims = Check(name="no live claim is left")
+
+
+async def verify(
+    store: FlowStore, workflow: Workflow, run_ids: Sequence[UUID], *, approve: Collection[str] = ()
+) -> Summary:
+    """Read everything about these runs and judge it. Changes nothing."""
+    checks = _Checks()
+    summary = Summary(workflow=workflow.name, runs=len(run_ids), checks=list(vars(checks).values()))
+    for run_id in run_ids:
+        detail = await store.get_run_detail(run_id)
+        if detail is None:
+            checks.completed.fail(f"run {run_id} is not in the store")
+            continue
+        events = [event async for event in _events(store, run_id)]
+        _check_run(checks.completed, summary, detail)
+        _check_steps(checks, summary, workflow, detail, events)
+        await _check_outputs(checks.outputs, store, workflow, detail, frozenset(approve))
+        await _check_claims(checks, store, workflow, run_id)
+        summary.kills += [
+            Kill(worker=event.message or "", run_id=run_id, step_key=event.step_key)
+            for event in events
+            if event.event_type == KILLED
+        ]
+    return summary
+
+
+async def _events(store: FlowStore, run_id: UUID) -> AsyncIterator[FlowEventRecord]:
+    after = 0
+    while events := await store.get_run_events(run_id, after=after, take=1000):
+        for event in events:
+            yield event
+        after = events[-1].sequence
+
+
+def _check_run(check: Check, summary: Summary, run: FlowRunDetail) -> None:
+    if run.status is RunStatus.SUCCEEDED:
+        summary.runs_succeeded += 1
+    else:
+        failed = [step for step in run.steps if step.status is StepStatus.FAILED]
+        why = f": step {failed[0].step_key!r} {failed[0].error_message}" if failed else ""
+        check.fail(f"run {run.run_id} is {run.status}{why}")
+    summary.started_at = min(summary.started_at or run.started_at, run.started_at)
+    if run.completed_at is not None:
+        summary.completed_at = max(summary.completed_at or run.completed_at, run.completed_at)
+
+
+def _check_steps(
+    checks: _Checks,
+    summary: Summary,
+    workflow: Workflow,
+    run: FlowRunDetail,
+    events: Sequence[FlowEventRecord],
+) -> None:
+    summary.steps += len(workflow.tasks)
+    steps = {step.step_key: step for step in run.steps}
+    succeeded_at: dict[str, datetime] = {}
+    for key in steps.keys() - workflow.by_key.keys():
+        checks.once.fail(f"{_at(run.run_id, key)} is no task of the workflow")
+    for task in workflow.tasks:
+        where, step = _at(run.run_id, task.key), steps.get(task.key)
+        if step is None:
+            checks.once.fail(f"{where} never started")
+            continue
+        winners = [attempt for attempt in step.attempts if attempt.status is StepStatus.SUCCEEDED]
+        if step.status is StepStatus.SUCCEEDED and winners == list(step.attempts[-1:]):
+            summary.steps_succeeded += 1
+            succeeded_at[task.key] = winners[0].completed_at or winners[0].started_at
+        else:
+            checks.once.fail(f"{where} is {step.status}, {len(winners)} of its attempts succeeded")
+        _check_attempts(checks.accounted, summary, step, where, events)
+        for parent in task.parents:
+            # Parents come first in workflow.tasks, so theirs is known.
+            if parent not in succeeded_at or step.started_at < succeeded_at[parent]:
+                checks.order.fail(f"{where} started before {parent!r} had succeeded")
+
+
+def _check_attempts(
+    check: Check,
+    summary: Summary,
+    step: FlowStepRecord,
+    where: str,
+    events: Sequence[FlowEventRecord],
+) -> None:
+    attempts = step.attempts
+    summary.attempts += len(attempts)
+    if [attempt.attempt for attempt in attempts] != list(range(1, step.attempt_count + 1)):
+        check.fail(f"{where}: its attempts are not numbered 1 to {step.attempt_count}")
+    for attempt, successor in zip(attempts, [*attempts[1:], None], strict=True):
+        outcome = _classify(attempt, successor)
+        if outcome is None:
+            state = "open" if attempt.completed_at is None else f"{attempt.status}: {attempt.error_message}"
+            check.fail(f"{where}: attempt {attempt.attempt} is {state}")
+            continue
+        summary.attempts_by_outcome[outcome] += 1
+        if outcome == "taken_over" and successor is not None:
+            summary.takeovers.append(_takeover(step, attempt.job_id, successor.job_id))
+    known = sum(
+        takeover.step_key == step.step_key for takeover in summary.takeovers if takeover.run_id == step.run_id
+    )
+    noted = [e for e in events if e.event_type == TAKEN_OVER and e.step_key == step.step_key]
+    # A worker that died between claiming and starting left no attempt; the event alone tells.
+    summary.takeovers += [_takeover(step, None, event.message) for event in noted[known:]]
+
+
+def _classify(attempt: FlowStepAttemptRecord, successor: FlowStepAttemptRecord | None) -> str | None:
+    """What ended an attempt; None where nothing that the engine does explains it."""
+    if attempt.completed_at is None:
+        return None
+    message = attempt.error_message or ""
+    match attempt.status:
+        case StepStatus.SUCCEEDED if successor is None:
+            return "succeeded"
+        case StepStatus.PENDING:
+            return "waiting"
+        case StepStatus.FAILED if message.startswith(FAILED):
+            return "failed"
+        # STP-1: the message names the successor.
+        case StepStatus.FAILED if successor is not None and str(successor.attempt) in message:
+            return "taken_over"
+    return None
+
+
+def _takeover(step: FlowStepRecord, from_worker: str | None, to_worker: str | None) -> Takeover:
+    return Takeover(run_id=step.run_id, step_key=step.step_key, from_worker=from_worker, to_worker=to_worker)
+
+
+async def _check_outputs(
+    check: Check, store: FlowStore, workflow: Workflow, run: FlowRunDetail, approve: Collection[str]
+) -> None:
+    outputs = await store.get_outputs(run.run_id)
+    steps = {step.step_key: step for step in run.steps}
+    for key in outputs.keys() - workflow.by_key.keys():
+        check.fail(f"{_at(run.run_id, key)} has an output but is no task of the workflow")
+    for task in workflow.tasks:
+        where, found, step = _at(run.run_id, task.key), outputs.get(task.key), steps.get(task.key)
+        if found is None or step is None:
+            check.fail(f"{where} has no output")
+        elif found != step.output_json:
+            check.fail(f"{where}: its output is not what its last attempt recorded")
+        elif task.key in approve:
+            waiter = await store.get_waiter(run.run_id, task.key)
+            if waiter is None or found != waiter.payload_json:
+                check.fail(f"{where}: its output is not the payload of its signal")
+        elif all(parent in outputs for parent in task.parents) and found != output_of(task, outputs):
+            check.fail(f"{where}: its output does not follow from its parents'")
+
+
+async def _check_claims(checks: _Checks, store: FlowStore, workflow: Workflow, run_id: UUID) -> None:
+    for key in sorted(await store.get_claimed_step_keys(run_id)):
+        checks.claims.fail(f"{_at(run_id, key)} is claimed")
+    claims = {claim.step_key for claim in await store.get_step_claims(run_id)}
+    dispatches = {dispatch.step_key for dispatch in await store.get_dispatches(run_id)}
+    for key in sorted(workflow.by_key.keys() ^ claims):
+        checks.ledger.fail(f"{_at(run_id, key)} was {'claimed' if key in claims else 'never claimed'}")
+    for key in sorted(workflow.by_key.keys() ^ dispatches):
+        checks.ledger.fail(
+            f"{_at(run_id, key)} was {'dispatched' if key in dispatches else 'never dispatched'}"
+        )
+
+
+def _at(run_id: UUID, key: str) -> str:
+    return f"step {key!r} of run {run_id}"

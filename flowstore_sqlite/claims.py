@@ -1,0 +1,219 @@
+"""Step claims and the dispatch ledger in SQLite: columns of the step's row.
+
+The write lock makes every check and its change one act. A call without a token of its caller's leaves
+a random one beside what it won, so that what a cancelled call had won, and no other, is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sqlite3
+from datetime import datetime, timedelta
+from functools import partial
+from uuid import UUID
+
+from flowstore_core import StepClaim, StepDispatch, StoreUnavailableError
+from flowstore_core.claims import lease_end
+from flowstore_sqlite.database import Database, Write
+from flowstore_sqlite.steps import load_step
+from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, to_us
+
+_log = logging.getLogger("flowstore_sqlite")
+
+# Whoever wins the claim anew has not started the open attempt, be it under the same token.
+TRY_CLAIM_STEP = """
+INSERT INTO steps (run_id, step_key, claimed_at, expires_at, claim_owner, claim_token)
+VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    claimed_at = excluded.claimed_at, expires_at = excluded.expires_at, claim_owner = excluded.claim_owner,
+    claim_token = excluded.claim_token, started_owner = NULL
+"""
+
+RELEASE_STEP_CLAIM = """
+UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
+WHERE run_id = ? AND step_key = ? AND claimed_at IS NOT NULL
+"""
+RELEASE_OWNERS_CLAIM = """
+UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
+WHERE run_id = ? AND step_key = ? AND claim_owner = ?
+"""
+GIVE_BACK_CLAIM = """
+UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
+WHERE run_id = ? AND step_key = ? AND claim_token = ?
+"""
+
+RENEW_STEP_CLAIM = """
+UPDATE steps SET expires_at = MAX(expires_at, :until)
+WHERE run_id = :run_id AND step_key = :step_key AND claim_owner = :owner AND expires_at > :now
+"""
+
+GET_CLAIMED_STEP_KEYS = """
+SELECT step_key FROM steps
+WHERE run_id = ? AND claimed_at IS NOT NULL AND (expires_at IS NULL OR expires_at > ?)
+    AND (status IS NULL OR status IN ('Pending', 'Running'))
+"""
+
+GET_STEP_CLAIMS = """
+SELECT step_key, claim_owner, claimed_at, expires_at FROM steps
+WHERE run_id = ? AND claimed_at IS NOT NULL ORDER BY step_key
+"""
+
+TRY_RECORD_DISPATCH = """
+INSERT INTO steps (run_id, step_key, dispatched_at, due_at, dispatch_token) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    dispatched_at = excluded.dispatched_at, due_at = excluded.due_at, dispatch_job_id = NULL,
+    dispatch_token = excluded.dispatch_token
+"""
+
+ANNOTATE_DISPATCH = """
+UPDATE steps SET dispatch_job_id = ? WHERE run_id = ? AND step_key = ? AND dispatched_at IS NOT NULL
+"""
+
+RELEASE_DISPATCH = """
+UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL
+WHERE run_id = ? AND step_key = ? AND dispatched_at IS NOT NULL
+"""
+GIVE_BACK_DISPATCH = """
+UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL
+WHERE run_id = ? AND step_key = ? AND dispatch_token = ?
+"""
+
+GET_DISPATCHED_STEP_KEYS = "SELECT step_key FROM steps WHERE run_id = ? AND dispatched_at IS NOT NULL"
+
+GET_DISPATCHES = """
+SELECT step_key, dispatched_at, due_at, dispatch_job_id FROM steps
+WHERE run_id = ? AND dispatched_at IS NOT NULL ORDER BY step_key
+"""
+
+
+class Claims(Database):
+    """See flowstore_core.claims for the promises."""
+
+    async def try_claim_step(
+        self, run_id: UUID, step_key: str, *, owner: str | None, lease: timedelta | None
+    ) -> bool:
+        if owner is not None:
+            # No giving back: the owner may ask again and gets the true answer.
+            return await self.write(partial(_try_claim_step, run_id, step_key, owner, lease, None))
+        token = secrets.randbits(63)
+
+        def give_back(won: bool) -> Write[None] | None:
+            row = (run_id.bytes, step_key, token)
+            return partial(_execute, GIVE_BACK_CLAIM, row) if won else None
+
+        claim = partial(_try_claim_step, run_id, step_key, None, None, token)
+        return await self.write(claim, give_back=give_back)
+
+    async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
+        row: tuple[object, ...] = (run_id.bytes, step_key)
+        if owner is None:
+            await self.write(partial(_execute, RELEASE_STEP_CLAIM, row))
+        else:
+            await self.write(partial(_execute, RELEASE_OWNERS_CLAIM, (*row, owner)))
+
+    async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
+        def renew(db: sqlite3.Connection, now: int) -> bool:
+            row = {
+                "run_id": run_id.bytes,
+                "step_key": step_key,
+                "owner": owner,
+                "now": now,
+                "until": _end_of(lease, now),
+            }
+            return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
+
+        return await self.write(renew)
+
+    async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
+        def keys(db: sqlite3.Connection) -> frozenset[str]:
+            rows = db.execute(GET_CLAIMED_STEP_KEYS, (run_id.bytes, self.now()))
+            return frozenset(step_key for (step_key,) in rows)
+
+        return await self.read(keys)
+
+    async def get_step_claims(self, run_id: UUID) -> tuple[StepClaim, ...]:
+        rows = await self.read(lambda db: db.execute(GET_STEP_CLAIMS, (run_id.bytes,)).fetchall())
+        return tuple(
+            StepClaim(
+                run_id=run_id,
+                step_key=step_key,
+                owner=owner,
+                claimed_at=from_us(claimed_at),
+                expires_at=from_optional_us(expires_at),
+            )
+            for step_key, owner, claimed_at, expires_at in rows
+        )
+
+    async def try_record_dispatch(self, run_id: UUID, step_key: str, *, due_at: datetime | None) -> bool:
+        token = secrets.randbits(63)
+
+        def give_back(won: bool) -> Write[None] | None:
+            row = (run_id.bytes, step_key, token)
+            return partial(_execute, GIVE_BACK_DISPATCH, row) if won else None
+
+        dispatch = partial(_try_record_dispatch, run_id, step_key, to_optional_us(due_at), token)
+        return await self.write(dispatch, give_back=give_back)
+
+    async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
+        try:
+            await self.write(partial(_execute, ANNOTATE_DISPATCH, (job_id, run_id.bytes, step_key)))
+        except StoreUnavailableError as error:
+            _log.warning("the job id of a dispatch of run %s was not stored: %s", run_id, error)
+
+    async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
+        await self.write(partial(_execute, RELEASE_DISPATCH, (run_id.bytes, step_key)))
+
+    async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
+        rows = await self.read(lambda db: db.execute(GET_DISPATCHED_STEP_KEYS, (run_id.bytes,)).fetchall())
+        return frozenset(step_key for (step_key,) in rows)
+
+    async def get_dispatches(self, run_id: UUID) -> tuple[StepDispatch, ...]:
+        rows = await self.read(lambda db: db.execute(GET_DISPATCHES, (run_id.bytes,)).fetchall())
+        return tuple(
+            StepDispatch(
+                run_id=run_id,
+                step_key=step_key,
+                dispatched_at=from_us(dispatched_at),
+                due_at=from_optional_us(due_at),
+                job_id=job_id,
+            )
+            for step_key, dispatched_at, due_at, job_id in rows
+        )
+
+
+def _try_claim_step(
+    run_id: UUID,
+    step_key: str,
+    owner: str | None,
+    lease: timedelta | None,
+    token: int | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> bool:
+    step = load_step(db, run_id, step_key)
+    if step.run_is_terminal or step.is_terminal:
+        return False
+    if step.has_live_claim(now):
+        return owner is not None and step.claim_owner == owner
+    expires_at = None if lease is None else _end_of(lease, now)
+    db.execute(TRY_CLAIM_STEP, (run_id.bytes, step_key, now, expires_at, owner, token))
+    return True
+
+
+def _try_record_dispatch(
+    run_id: UUID, step_key: str, due: int | None, token: int, db: sqlite3.Connection, now: int
+) -> bool:
+    step = load_step(db, run_id, step_key)
+    if step.run_is_terminal or step.is_terminal or step.dispatched_at is not None:
+        return False
+    db.execute(TRY_RECORD_DISPATCH, (run_id.bytes, step_key, now, due, token))
+    return True
+
+
+def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:
+    db.execute(statement, row)
+
+
+def _end_of(lease: timedelta, now: int) -> int:
+    return to_us(lease_end(from_us(now), lease))

@@ -1,0 +1,104 @@
+"""Recovery in SQLite: rescheduling a step, and finding what nothing will move."""
+
+from __future__ import annotations
+
+import sqlite3
+from datetime import datetime
+from functools import partial
+from uuid import UUID
+
+from flowstore_core import StalledStep, StallReason, StepAlreadyCompletedError, StepStatus
+from flowstore_sqlite.database import Database
+from flowstore_sqlite.steps import RECORD_STEP_COMPLETE, check_attempt, load_step
+from flowstore_sqlite.values import from_us, to_optional_us, to_us
+
+RESCHEDULE_STEP = """
+UPDATE steps SET rescheduled = 1,
+    claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL,
+    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL, dispatch_token = NULL
+WHERE run_id = ? AND step_key = ?
+"""
+
+# CROSS JOIN keeps the order: from the running runs, by their partial index, to their steps.
+GET_STALLED_STEPS = """
+SELECT run_id, step_key, status, reason, since FROM (
+    SELECT steps.run_id, steps.step_key, COALESCE(steps.status, 'Pending') AS status,
+        CASE
+            WHEN claimed_at IS NOT NULL THEN 'LeaseExpired'
+            WHEN dispatched_at IS NOT NULL THEN 'DispatchDue'
+            ELSE 'NotDispatched'
+        END AS reason,
+        CASE
+            -- NULL for a claim without lease, which never stalls
+            WHEN claimed_at IS NOT NULL THEN steps.expires_at
+            WHEN dispatched_at IS NOT NULL THEN COALESCE(due_at, dispatched_at)
+            WHEN steps.status IS NOT NULL THEN COALESCE(attempt_completed_at, attempt_started_at)
+        END AS since
+    FROM runs CROSS JOIN steps ON steps.run_id = runs.run_id
+    WHERE runs.status = 'Running' AND (steps.status IS NULL OR steps.status IN ('Pending', 'Running'))
+        AND NOT EXISTS (
+            SELECT 1 FROM waiters
+            WHERE waiters.run_id = steps.run_id AND waiters.step_key = steps.step_key
+                AND delivered_at IS NULL AND expired_at IS NULL
+                AND (waiters.expires_at IS NULL OR waiters.expires_at > :as_of)
+        )
+)
+WHERE since <= :as_of
+ORDER BY since, run_id, step_key
+LIMIT :take
+"""
+
+
+class Recovery(Database):
+    """See flowstore_core.steps.Recovery for the promises."""
+
+    async def reschedule_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        attempt: int,
+        output_json: str | None,
+        due_at: datetime | None,
+    ) -> None:
+        due = to_optional_us(due_at)
+        await self.write(partial(_reschedule_step, run_id, step_key, attempt, output_json, due))
+
+    async def get_stalled_steps(self, *, as_of: datetime | None, take: int) -> tuple[StalledStep, ...]:
+        def stalled(db: sqlite3.Connection) -> tuple[StalledStep, ...]:
+            moment = self.now() if as_of is None else to_us(as_of)
+            rows = db.execute(GET_STALLED_STEPS, {"as_of": moment, "take": take})
+            return tuple(
+                StalledStep(
+                    run_id=UUID(bytes=run_id),
+                    step_key=step_key,
+                    status=StepStatus(status),
+                    reason=StallReason(reason),
+                    since=from_us(since),
+                )
+                for run_id, step_key, status, reason, since in rows
+            )
+
+        return await self.read(stalled)
+
+
+def _reschedule_step(
+    run_id: UUID,
+    step_key: str,
+    attempt: int,
+    output_json: str | None,
+    due: int | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> None:
+    step = load_step(db, run_id, step_key)
+    check_attempt(step, run_id, step_key, attempt)
+    if step.is_open:
+        outcome = (StepStatus.PENDING.value, output_json, None)
+        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key))
+    elif step.status != StepStatus.PENDING:
+        raise StepAlreadyCompletedError(run_id, step_key, attempt)
+    elif step.rescheduled:
+        return
+    dispatch = (None, None) if step.run_is_terminal else (now, due)
+    db.execute(RESCHEDULE_STEP, (*dispatch, run_id.bytes, step_key))

@@ -1,0 +1,319 @@
+"""Runs in SQLite: starting, completing, listing and searching them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from datetime import datetime
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from flowstore_core import (
+    FlowRunDetail,
+    FlowRunRecord,
+    RunAlreadyExistsError,
+    RunNotFoundError,
+    RunPage,
+    RunStatus,
+    StepStatus,
+)
+from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
+from flowstore_sqlite.database import Database
+from flowstore_sqlite.steps import read_steps
+from flowstore_sqlite.values import (
+    from_optional_id,
+    from_optional_us,
+    from_us,
+    sql,
+    to_optional_id,
+)
+
+START_RUN = """
+INSERT INTO runs (
+    run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at, source_run_id
+)
+VALUES (?, ?, ?, 'Running', ?, ?, ?, ?, ?)
+ON CONFLICT (run_id) DO NOTHING
+"""
+
+COMPLETE_RUN = """
+UPDATE runs SET status = ?, completed_at = ? WHERE run_id = ? AND status = 'Running'
+"""
+
+# What complete_run compares with ``expected``, and what must not lie outside of it.
+READ_PROGRESS = """
+SELECT step_key, status, claimed_at IS NOT NULL AND (expires_at IS NULL OR expires_at > ?)
+    OR dispatched_at IS NOT NULL
+FROM steps WHERE run_id = ?
+"""
+
+GET_RUN_STATUS = "SELECT status FROM runs WHERE run_id = ?"
+
+SELECT_RUNS = """
+SELECT run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id, started_at, completed_at,
+    source_run_id
+FROM runs
+"""
+NEWEST_FIRST = "ORDER BY started_at DESC, run_id DESC"
+
+GET_RUN = sql(SELECT_RUNS, "WHERE run_id = ?")
+GET_ACTIVE_RUNS = sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST, "LIMIT ?")
+GET_DERIVED_RUNS = sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
+
+OF_FLOW = "AND flow_id = :flow_id"
+# Written out, as only a literal lets SQLite use the partial index of running runs.
+OF_STATUS = {
+    RunStatus.RUNNING: "AND status = 'Running'",
+    RunStatus.SUCCEEDED: "AND status = 'Succeeded'",
+    RunStatus.FAILED: "AND status = 'Failed'",
+    RunStatus.CANCELLED: "AND status = 'Cancelled'",
+}
+# lower() folds ASCII alone. The long texts are cut as bytes; a character cut in half does no harm,
+# because bytes are what is compared then. Unstarted steps and their attempts are not shown, so not found.
+OF_SEARCH = """
+AND (
+    instr(lower(flow_name), :needle) OR instr(lower(trigger_key), :needle)
+    OR instr(lower(status), :needle) OR instr(lower(job_id), :needle)
+    OR instr(
+        lower(
+            substr(hex(run_id), 1, 8) || '-' || substr(hex(run_id), 9, 4) || '-'
+            || substr(hex(run_id), 13, 4) || '-' || substr(hex(run_id), 17, 4) || '-'
+            || substr(hex(run_id), 21)
+        ),
+        :needle
+    )
+    OR EXISTS (
+        SELECT 1 FROM steps
+        WHERE steps.run_id = runs.run_id AND steps.status IS NOT NULL AND (
+            instr(lower(step_key), :needle)
+            OR instr(CAST(lower(substr(CAST(error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
+        )
+    )
+    OR EXISTS (
+        SELECT 1 FROM attempts JOIN steps USING (run_id, step_key)
+        WHERE attempts.run_id = runs.run_id AND steps.status IS NOT NULL AND (
+            instr(CAST(lower(substr(CAST(attempts.error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(attempts.output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
+        )
+    )
+)
+"""
+
+
+class Runs(Database):
+    """See flowstore_core.runs for the promises."""
+
+    async def start_run(
+        self,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        *,
+        trigger_data: str | None,
+        job_id: str | None,
+        source_run_id: UUID | None,
+    ) -> FlowRunRecord:
+        def start(db: sqlite3.Connection, now: int) -> FlowRunRecord:
+            run = new_run(
+                flow_id, flow_name, run_id, trigger_key, trigger_data, job_id, source_run_id, from_us(now)
+            )
+            if not insert_run(db, run, now):
+                raise RunAlreadyExistsError(run_id)
+            return run
+
+        return await self.write(start)
+
+    async def complete_run(
+        self, run_id: UUID, status: RunStatus, *, expected: Mapping[str, StepStatus] | None
+    ) -> bool:
+        return await self.write(partial(_complete_run, run_id, status, expected))
+
+    async def get_runs(self, flow_id: UUID | None, *, skip: int, take: int) -> tuple[FlowRunRecord, ...]:
+        return await self.read(lambda db: _read_page(db, flow_id, None, None, skip, take))
+
+    async def get_runs_page(
+        self,
+        flow_id: UUID | None,
+        *,
+        status: RunStatus | None,
+        skip: int,
+        take: int,
+        search: str | None,
+    ) -> RunPage:
+        def page(db: sqlite3.Connection) -> RunPage:
+            runs = _read_page(db, flow_id, status, search, skip, take)
+            if len(runs) < take and (runs or skip == 0):
+                # The last page tells the count itself, which spares searching twice.
+                return RunPage(runs=runs, total_count=skip + len(runs))
+            return RunPage(runs=runs, total_count=_count(db, flow_id, status, search))
+
+        return await self.read(page)
+
+    async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
+        def detail(db: sqlite3.Connection) -> FlowRunDetail | None:
+            if (row := db.execute(GET_RUN, (run_id.bytes,)).fetchone()) is None:
+                return None
+            return FlowRunDetail(**_run_fields(row), steps=read_steps(db, run_id))
+
+        return await self.read(detail)
+
+    async def get_run_status(self, run_id: UUID) -> RunStatus | None:
+        return await self.read(lambda db: read_run_status(db, run_id))
+
+    async def get_active_runs(self, *, take: int | None) -> tuple[FlowRunRecord, ...]:
+        return await self.read(lambda db: _to_runs(db.execute(GET_ACTIVE_RUNS, (_limit(take),))))
+
+    async def get_derived_runs(self, source_run_id: UUID, *, take: int | None) -> tuple[FlowRunRecord, ...]:
+        row = (source_run_id.bytes, _limit(take))
+        return await self.read(lambda db: _to_runs(db.execute(GET_DERIVED_RUNS, row)))
+
+
+def new_run(
+    flow_id: UUID,
+    flow_name: str,
+    run_id: UUID,
+    trigger_key: str,
+    trigger_data: str | None,
+    job_id: str | None,
+    source_run_id: UUID | None,
+    started_at: datetime,
+) -> FlowRunRecord:
+    """The record of a run that starts."""
+    return FlowRunRecord(
+        run_id=run_id,
+        flow_id=flow_id,
+        flow_name=flow_name,
+        status=RunStatus.RUNNING,
+        trigger_key=trigger_key,
+        trigger_data=trigger_data,
+        job_id=job_id,
+        started_at=started_at,
+        completed_at=None,
+        source_run_id=source_run_id,
+    )
+
+
+def insert_run(db: sqlite3.Connection, run: FlowRunRecord, now: int) -> bool:
+    """Store a run that starts now; False if its id is stored already."""
+    row = (
+        run.run_id.bytes,
+        run.flow_id.bytes,
+        run.flow_name,
+        run.trigger_key,
+        run.trigger_data,
+        run.job_id,
+        now,
+        to_optional_id(run.source_run_id),
+    )
+    return db.execute(START_RUN, row).rowcount == 1
+
+
+def read_run(db: sqlite3.Connection, run_id: UUID) -> FlowRunRecord | None:
+    row = db.execute(GET_RUN, (run_id.bytes,)).fetchone()
+    return None if row is None else to_run(row)
+
+
+def read_run_status(db: sqlite3.Connection, run_id: UUID) -> RunStatus | None:
+    row = db.execute(GET_RUN_STATUS, (run_id.bytes,)).fetchone()
+    return None if row is None else RunStatus(row[0])
+
+
+def _complete_run(
+    run_id: UUID,
+    status: RunStatus,
+    expected: Mapping[str, StepStatus] | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> bool:
+    present = read_run_status(db, run_id)
+    if present is None:
+        raise RunNotFoundError(run_id)
+    if present.is_terminal:
+        return False
+    if expected is not None and not _is_as_expected(db, run_id, expected, now):
+        return False
+    return db.execute(COMPLETE_RUN, (status.value, now, run_id.bytes)).rowcount == 1
+
+
+def _is_as_expected(
+    db: sqlite3.Connection, run_id: UUID, expected: Mapping[str, StepStatus], now: int
+) -> bool:
+    statuses = {}
+    for step_key, status, is_busy in db.execute(READ_PROGRESS, (now, run_id.bytes)):
+        if status is not None:
+            statuses[step_key] = status
+        elif is_busy:
+            # Nobody can expect a key that has not started.
+            return False
+    return statuses == expected
+
+
+def _conditions(
+    flow_id: UUID | None, status: RunStatus | None, search: str | None
+) -> tuple[str, dict[str, object]]:
+    needle = None if search is None else fold_ascii(search)
+    values: dict[str, object] = {
+        "flow_id": to_optional_id(flow_id),
+        "needle": needle,
+        "bytes": None if needle is None else needle.encode(),
+        "most": SEARCHED_BYTES,
+    }
+    text = sql(
+        "WHERE TRUE",
+        OF_FLOW if flow_id is not None else "",
+        OF_STATUS[status] if status is not None else "",
+        OF_SEARCH if search is not None else "",
+    )
+    return text, values
+
+
+def _read_page(
+    db: sqlite3.Connection,
+    flow_id: UUID | None,
+    status: RunStatus | None,
+    search: str | None,
+    skip: int,
+    take: int,
+) -> tuple[FlowRunRecord, ...]:
+    where, values = _conditions(flow_id, status, search)
+    # The ids come first, from an index alone: skipping far does not read the rows that are skipped.
+    ids = sql("SELECT run_id FROM runs", where, NEWEST_FIRST, "LIMIT :take OFFSET :skip")
+    statement = sql(SELECT_RUNS, "WHERE run_id IN (", ids, ")", NEWEST_FIRST)
+    return _to_runs(db.execute(statement, {**values, "skip": skip, "take": take}))
+
+
+def _count(db: sqlite3.Connection, flow_id: UUID | None, status: RunStatus | None, search: str | None) -> int:
+    where, values = _conditions(flow_id, status, search)
+    count: int = db.execute(sql("SELECT COUNT(*) FROM runs", where), values).fetchone()[0]
+    return count
+
+
+def _limit(take: int | None) -> int:
+    return -1 if take is None else take
+
+
+def to_run(row: tuple[Any, ...]) -> FlowRunRecord:
+    """The record of a row of SELECT_RUNS."""
+    return FlowRunRecord(**_run_fields(row))
+
+
+def _run_fields(row: tuple[Any, ...]) -> dict[str, Any]:
+    return {
+        "run_id": UUID(bytes=row[0]),
+        "flow_id": UUID(bytes=row[1]),
+        "flow_name": row[2],
+        "status": RunStatus(row[3]),
+        "trigger_key": row[4],
+        "trigger_data": row[5],
+        "job_id": row[6],
+        "started_at": from_us(row[7]),
+        "completed_at": from_optional_us(row[8]),
+        "source_run_id": from_optional_id(row[9]),
+    }
+
+
+def _to_runs(rows: sqlite3.Cursor) -> tuple[FlowRunRecord, ...]:
+    return tuple(to_run(row) for row in rows)

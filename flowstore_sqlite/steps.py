@@ -1,0 +1,396 @@
+"""Steps in SQLite: opening, closing and reopening attempts.
+
+The row of a step carries its newest attempt; older ones are rows of ``attempts``. While a step is
+reopened or reset, its newest attempt lies there too.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from flowstore_core import (
+    ClaimLostError,
+    FlowStepAttemptRecord,
+    FlowStepRecord,
+    RunCompletedError,
+    RunNotFoundError,
+    RunStatus,
+    StaleAttemptError,
+    StepAlreadyCompletedError,
+    StepNotFoundError,
+    StepStatus,
+)
+from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.steps import superseded_by
+from flowstore_sqlite.database import Database
+from flowstore_sqlite.values import from_optional_us, from_us
+
+LOAD_STEP = """
+SELECT runs.status, steps.status, COALESCE(last_attempt, 0), COALESCE(reopened, 0), rescheduled,
+    claimed_at, expires_at, claim_owner, started_owner, dispatched_at
+FROM runs LEFT JOIN steps ON steps.run_id = runs.run_id AND steps.step_key = ?
+WHERE runs.run_id = ?
+"""
+
+RECORD_STEP_START = """
+INSERT INTO steps (
+    run_id, step_key, status, last_attempt, started_at, attempt_started_at, started_owner, step_type,
+    job_id, input_json
+)
+VALUES (:run_id, :step_key, 'Running', :attempt, :now, :now, :owner, :step_type, :job_id, :input_json)
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    status = 'Running', last_attempt = :attempt, reopened = 0, rescheduled = 0,
+    started_at = COALESCE(started_at, :now), attempt_started_at = :now, attempt_completed_at = NULL,
+    started_owner = :owner, step_type = :step_type, job_id = :job_id, error_message = NULL,
+    output_json = NULL, input_json = :input_json
+"""
+
+RECORD_STEP_COMPLETE = """
+UPDATE steps SET status = ?, output_json = ?, error_message = ?, attempt_completed_at = ?
+WHERE run_id = ? AND step_key = ?
+"""
+
+HAS_OUTCOME = """
+SELECT status = ? AND output_json IS ? AND error_message IS ? FROM steps WHERE run_id = ? AND step_key = ?
+"""
+
+RECORD_SKIPPED_STEP = """
+INSERT INTO steps (
+    run_id, step_key, status, last_attempt, started_at, attempt_started_at, attempt_completed_at,
+    started_owner, step_type, error_message
+)
+VALUES (:run_id, :step_key, 'Skipped', :attempt, :now, :now, :now, :owner, :step_type, :reason)
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    status = 'Skipped', last_attempt = :attempt, reopened = 0, rescheduled = 0,
+    started_at = COALESCE(started_at, :now), attempt_started_at = :now, attempt_completed_at = :now,
+    started_owner = :owner, step_type = :step_type, job_id = NULL, error_message = :reason,
+    output_json = NULL, input_json = NULL
+"""
+CLAIM_SKIPPED_STEP = """
+UPDATE steps SET claimed_at = ?, claim_owner = ?, expires_at = NULL, claim_token = NULL
+WHERE run_id = ? AND step_key = ?
+"""
+SKIPPED_FOR = "SELECT error_message IS ? FROM steps WHERE run_id = ? AND step_key = ?"
+
+CLOSE_SUPERSEDED = """
+UPDATE steps SET status = 'Failed', output_json = NULL, error_message = ?, attempt_completed_at = ?
+WHERE run_id = ? AND step_key = ?
+"""
+ARCHIVE_ATTEMPT = """
+INSERT INTO attempts (
+    run_id, step_key, attempt, status, started_at, completed_at, step_type, job_id, error_message,
+    output_json, input_json
+)
+SELECT run_id, step_key, last_attempt, status, attempt_started_at, attempt_completed_at, step_type, job_id,
+    error_message, output_json, input_json
+FROM steps WHERE run_id = ? AND step_key = ?
+"""
+
+# The end of the last attempt stays: get_stalled_steps counts from it.
+REOPEN_STEP = """
+UPDATE steps SET status = 'Pending', reopened = 1, rescheduled = 0,
+    claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL, started_owner = NULL,
+    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL,
+    error_message = NULL, output_json = NULL
+WHERE run_id = ? AND step_key = ?
+"""
+RESET_STEP = """
+UPDATE steps SET status = NULL, rescheduled = 0, attempt_started_at = NULL, attempt_completed_at = NULL,
+    claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL, started_owner = NULL,
+    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL,
+    step_type = NULL, job_id = NULL, error_message = NULL, output_json = NULL, input_json = NULL
+WHERE run_id = ? AND step_key = ?
+"""
+REMOVE_UNDELIVERED_WAITER = """
+DELETE FROM waiters WHERE run_id = ? AND step_key = ? AND delivered_at IS NULL
+"""
+REOPEN_RUN = "UPDATE runs SET status = 'Running', completed_at = NULL WHERE run_id = ?"
+CLEAR_LATCHES = """
+UPDATE controls SET cancelled_at = NULL, cancel_reason = NULL, timed_out_at = NULL, timed_out_reason = NULL,
+    timeout_at = CASE WHEN timeout_at <= ? THEN NULL ELSE timeout_at END
+WHERE run_id = ?
+"""
+
+GET_STEP_STATUSES = """
+SELECT step_key, status FROM steps WHERE run_id = ? AND status IS NOT NULL ORDER BY step_key
+"""
+
+GET_STEPS = """
+SELECT step_key, step_type, status, input_json, output_json, error_message, job_id, started_at,
+    attempt_started_at, attempt_completed_at, last_attempt, reopened
+FROM steps WHERE run_id = ? AND status IS NOT NULL ORDER BY started_at, step_key
+"""
+GET_ATTEMPTS = """
+SELECT step_key, attempt, step_type, status, input_json, output_json, error_message, job_id, started_at,
+    completed_at
+FROM attempts WHERE run_id = ? ORDER BY step_key, attempt
+"""
+
+
+class StepState(NamedTuple):
+    """What decides about the next operation on a step; a row of LOAD_STEP."""
+
+    run_status: str
+    status: str | None
+    last_attempt: int
+    reopened: int
+    rescheduled: int | None
+    claimed_at: int | None
+    expires_at: int | None
+    claim_owner: str | None
+    started_owner: str | None
+    dispatched_at: int | None
+
+    @property
+    def run_is_terminal(self) -> bool:
+        return self.run_status != RunStatus.RUNNING
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL_STEP_STATUSES
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the newest attempt is open."""
+        return self.status == StepStatus.RUNNING
+
+    def has_live_claim(self, now: int) -> bool:
+        # The claim of a finished step does not expire (CLM-4).
+        return self.claimed_at is not None and (
+            self.expires_at is None or now < self.expires_at or self.is_terminal
+        )
+
+
+def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
+    """The state of a step, whether or not it is stored. Raises RunNotFoundError."""
+    row = db.execute(LOAD_STEP, (step_key, run_id.bytes)).fetchone()
+    if row is None:
+        raise RunNotFoundError(run_id)
+    return StepState._make(row)
+
+
+class Steps(Database):
+    """See flowstore_core.steps for the promises."""
+
+    async def record_step_start(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        input_json: str | None,
+        job_id: str | None,
+        owner: str | None,
+    ) -> int:
+        values = {"step_type": step_type, "input_json": input_json, "job_id": job_id}
+        return await self.write(partial(_record_step_start, run_id, step_key, owner, values))
+
+    async def record_step_complete(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        *,
+        output_json: str | None,
+        error_message: str | None,
+        attempt: int | None,
+    ) -> None:
+        outcome = (status.value, output_json, error_message)
+        await self.write(partial(_record_step_complete, run_id, step_key, outcome, attempt))
+
+    async def record_skipped_step(
+        self, run_id: UUID, step_key: str, step_type: str, reason: str | None, *, owner: str | None
+    ) -> None:
+        await self.write(partial(_record_skipped_step, run_id, step_key, step_type, reason, owner))
+
+    async def retry_step(
+        self, run_id: UUID, step_key: str, *, attempt: int | None, reset: Collection[str]
+    ) -> None:
+        await self.write(partial(_retry_step, run_id, step_key, attempt, reset))
+
+    async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
+        rows = await self.read(lambda db: db.execute(GET_STEP_STATUSES, (run_id.bytes,)).fetchall())
+        return MappingProxyType({step_key: StepStatus(status) for step_key, status in rows})
+
+
+def _record_step_start(
+    run_id: UUID,
+    step_key: str,
+    owner: str | None,
+    values: Mapping[str, str | None],
+    db: sqlite3.Connection,
+    now: int,
+) -> int:
+    step = load_step(db, run_id, step_key)
+    if step.run_is_terminal:
+        raise RunCompletedError(run_id, step_key)
+    if step.status in (StepStatus.SUCCEEDED, StepStatus.SKIPPED):
+        raise StepAlreadyCompletedError(run_id, step_key)
+    if owner is not None:
+        if not step.has_live_claim(now) or step.claim_owner != owner:
+            raise ClaimLostError(run_id, step_key)
+        if step.is_open and step.started_owner == owner:
+            return step.last_attempt
+    attempt = archive_attempt(db, run_id, step_key, step, now)
+    row = {"run_id": run_id.bytes, "step_key": step_key, "attempt": attempt, "owner": owner, "now": now}
+    db.execute(RECORD_STEP_START, {**row, **values})
+    return attempt
+
+
+def archive_attempt(db: sqlite3.Connection, run_id: UUID, step_key: str, step: StepState, now: int) -> int:
+    """Move the newest attempt, closed, to ``attempts`` and return the number of its successor."""
+    successor = step.last_attempt + 1
+    if step.status is not None and not step.reopened:
+        if step.is_open:
+            db.execute(CLOSE_SUPERSEDED, (superseded_by(successor), now, run_id.bytes, step_key))
+        db.execute(ARCHIVE_ATTEMPT, (run_id.bytes, step_key))
+    return successor
+
+
+def check_attempt(step: StepState, run_id: UUID, step_key: str, attempt: int | None) -> None:
+    """Raises StepNotFoundError, or StaleAttemptError unless the attempt (None: the last) is current."""
+    if step.status is None:
+        raise StepNotFoundError(run_id, step_key)
+    if step.reopened or attempt not in (None, step.last_attempt):
+        raise StaleAttemptError(run_id, step_key, attempt, step.last_attempt)
+
+
+def _record_step_complete(
+    run_id: UUID,
+    step_key: str,
+    outcome: tuple[str, str | None, str | None],
+    attempt: int | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> None:
+    step = load_step(db, run_id, step_key)
+    check_attempt(step, run_id, step_key, attempt)
+    if step.is_open:
+        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key))
+    elif not db.execute(HAS_OUTCOME, (*outcome, run_id.bytes, step_key)).fetchone()[0]:
+        raise StepAlreadyCompletedError(run_id, step_key, step.last_attempt)
+
+
+def _record_skipped_step(
+    run_id: UUID,
+    step_key: str,
+    step_type: str,
+    reason: str | None,
+    owner: str | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> None:
+    step = load_step(db, run_id, step_key)
+    if step.is_terminal:
+        mine = step.status == StepStatus.SKIPPED and owner is not None and step.started_owner == owner
+        if mine and db.execute(SKIPPED_FOR, (reason, run_id.bytes, step_key)).fetchone()[0]:
+            return
+        raise StepAlreadyCompletedError(run_id, step_key)
+    is_claimed = step.has_live_claim(now)
+    if owner is not None and is_claimed and step.claim_owner != owner:
+        raise ClaimLostError(run_id, step_key)
+    row = {
+        "run_id": run_id.bytes,
+        "step_key": step_key,
+        "attempt": archive_attempt(db, run_id, step_key, step, now),
+        "owner": owner,
+        "step_type": step_type,
+        "reason": reason,
+        "now": now,
+    }
+    db.execute(RECORD_SKIPPED_STEP, row)
+    if owner is not None and not is_claimed:
+        db.execute(CLAIM_SKIPPED_STEP, (now, owner, run_id.bytes, step_key))
+
+
+def _retry_step(
+    run_id: UUID,
+    step_key: str,
+    attempt: int | None,
+    reset: Collection[str],
+    db: sqlite3.Connection,
+    now: int,
+) -> None:
+    step = load_step(db, run_id, step_key)
+    if step.status is None:
+        raise StepNotFoundError(run_id, step_key)
+    if attempt not in (None, step.last_attempt):
+        raise StaleAttemptError(run_id, step_key, attempt, step.last_attempt)
+    if not step.reopened:
+        archive_attempt(db, run_id, step_key, step, now)
+        db.execute(REOPEN_STEP, (run_id.bytes, step_key))
+        db.execute(REMOVE_UNDELIVERED_WAITER, (run_id.bytes, step_key))
+        for key in reset:
+            if key != step_key:
+                _reset_step(db, run_id, key, now)
+    if step.run_is_terminal:
+        db.execute(REOPEN_RUN, (run_id.bytes,))
+        db.execute(CLEAR_LATCHES, (now, run_id.bytes))
+
+
+def _reset_step(db: sqlite3.Connection, run_id: UUID, step_key: str, now: int) -> None:
+    step = load_step(db, run_id, step_key)
+    if step.status == StepStatus.SKIPPED:
+        archive_attempt(db, run_id, step_key, step, now)
+        db.execute(RESET_STEP, (run_id.bytes, step_key))
+        db.execute(REMOVE_UNDELIVERED_WAITER, (run_id.bytes, step_key))
+
+
+def read_steps(db: sqlite3.Connection, run_id: UUID) -> tuple[FlowStepRecord, ...]:
+    """The started steps of a run with their attempts, in the order of QRY-3."""
+    attempts: dict[str, list[FlowStepAttemptRecord]] = defaultdict(list)
+    for step_key, *values in db.execute(GET_ATTEMPTS, (run_id.bytes,)):
+        attempts[step_key].append(_to_attempt(run_id, step_key, values))
+    steps = []
+    for row in db.execute(GET_STEPS, (run_id.bytes,)):
+        step_key, step_type, status, input_json, output_json, error_message, job_id = row[:7]
+        started_at, attempt_started_at, attempt_completed_at, last_attempt, reopened = row[7:]
+        newest = (
+            last_attempt,
+            *(step_type, status, input_json, output_json, error_message, job_id),
+            *(attempt_started_at, attempt_completed_at),
+        )
+        own = attempts.get(step_key, [])
+        if not reopened:
+            own.append(_to_attempt(run_id, step_key, newest))
+        steps.append(
+            FlowStepRecord(
+                run_id=run_id,
+                step_key=step_key,
+                step_type=step_type,
+                status=StepStatus(status),
+                input_json=input_json,
+                output_json=output_json,
+                error_message=error_message,
+                job_id=job_id,
+                started_at=from_us(started_at),
+                completed_at=(
+                    from_optional_us(attempt_completed_at) if StepStatus(status).is_terminal else None
+                ),
+                attempt_count=last_attempt + reopened,
+                attempts=tuple(own),
+            )
+        )
+    return tuple(steps)
+
+
+def _to_attempt(run_id: UUID, step_key: str, row: Any) -> FlowStepAttemptRecord:
+    return FlowStepAttemptRecord(
+        run_id=run_id,
+        step_key=step_key,
+        attempt=row[0],
+        step_type=row[1],
+        status=StepStatus(row[2]),
+        input_json=row[3],
+        output_json=row[4],
+        error_message=row[5],
+        job_id=row[6],
+        started_at=from_us(row[7]),
+        completed_at=from_optional_us(row[8]),
+    )

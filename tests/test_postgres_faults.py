@@ -1,0 +1,165 @@
+"""CON-3 on PostgreSQL: whatever message is lost, the answer is the true one and nothing happens twice.
+
+Each writing operation is run once undisturbed, and once for each message it sends, with that
+message's request or reply lost. The answers and the whole state must be the same. Virtual time makes
+them comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from flowstore_core import FlowStore, StepStatus, open_store
+from flowstore_core.plugins import find_backend
+from tests.proxy import Fault, Proxy, proxy_before
+from tests.virtual_clock import VirtualClock
+
+FLOW = UUID(int=1)
+RUN = UUID(int=2)
+OTHER = UUID(int=3)
+LEASE = timedelta(minutes=5)
+
+Call = Callable[[FlowStore, UUID], Awaitable[Any]]
+
+
+async def _prepare(store: FlowStore, run: UUID) -> None:
+    """A run with a step in each state that an operation below needs."""
+    await store.start_run(FLOW, "orders", run, "manual")
+    await store.configure_run(run, FLOW, "manual", timeout_at=VirtualClock()() - timedelta(hours=1))
+    for key in ("open", "claimed", "failed", "dispatched"):
+        await store.try_record_dispatch(run, key)
+        await store.try_claim_step(run, key, owner=f"{key}-owner", lease=LEASE)
+    await store.release_step_claim(run, "dispatched")
+    await store.record_step_start(run, "open", "http", owner="open-owner")
+    await store.record_step_start(run, "failed", "http")
+    await store.record_step_complete(run, "failed", StepStatus.FAILED, error_message="boom")
+    await store.record_skipped_step(run, "skipped", "http", "not needed")
+    await store.register_waiter(run, "waiting", "go", expires_at=VirtualClock()() - timedelta(hours=1))
+
+
+CALLS: dict[str, Call] = {
+    "start_run": lambda s, r: s.start_run(FLOW, "orders", UUID(int=r.int + 100), "manual"),
+    "complete_run": lambda s, r: s.complete_run(r, "Failed"),
+    "record_step_start": lambda s, r: s.record_step_start(r, "fresh", "http", input_json="{}"),
+    "record_step_start again": lambda s, r: s.record_step_start(r, "failed", "http"),
+    "record_step_start owned": lambda s, r: s.record_step_start(r, "claimed", "http", owner="claimed-owner"),
+    "record_step_complete": lambda s, r: s.record_step_complete(r, "open", "Succeeded", output_json="1"),
+    "record_step_complete pending": lambda s, r: s.record_step_complete(r, "open", "Pending", attempt=1),
+    "record_skipped_step": lambda s, r: s.record_skipped_step(r, "open", "http", "why", owner="open-owner"),
+    "retry_step": lambda s, r: s.retry_step(r, "failed", reset=["skipped"]),
+    "reschedule_step": lambda s, r: s.reschedule_step(r, "open", attempt=1, output_json="1"),
+    "try_record_dispatch": lambda s, r: s.try_record_dispatch(r, "fresh"),
+    "annotate_dispatch": lambda s, r: s.annotate_dispatch(r, "dispatched", "job"),
+    "release_dispatch": lambda s, r: s.release_dispatch(r, "dispatched"),
+    "try_claim_step": lambda s, r: s.try_claim_step(r, "fresh"),
+    "try_claim_step owned": lambda s, r: s.try_claim_step(r, "fresh", owner="me", lease=LEASE),
+    "renew_step_claim": lambda s, r: s.renew_step_claim(r, "open", "open-owner", 2 * LEASE),
+    "release_step_claim": lambda s, r: s.release_step_claim(r, "claimed"),
+    "configure_run": lambda s, r: s.configure_run(r, FLOW, "manual", idempotency_key="k"),
+    "request_cancel": lambda s, r: s.request_cancel(r, "enough"),
+    "mark_timed_out": lambda s, r: s.mark_timed_out(r, as_of=VirtualClock()()),
+    "extend_deadline": lambda s, r: s.extend_deadline(r, VirtualClock()() + LEASE),
+    "try_register_idempotency_key": lambda s, r: s.try_register_idempotency_key(FLOW, "t", f"k{r}", r),
+    "trigger_run": lambda s, r: s.trigger_run(
+        FLOW, "orders", UUID(int=r.int + 200), "t", idempotency_key=f"k{r}", timeout_at=VirtualClock()()
+    ),
+    "register_waiter": lambda s, r: s.register_waiter(r, "other", "go"),
+    "deliver_signal": lambda s, r: s.deliver_signal(r, "go", "{}"),
+    "deliver_signal with id": lambda s, r: s.deliver_signal(r, "go", "{}", delivery_id="d"),
+    "remove_waiter": lambda s, r: s.remove_waiter(r, "waiting"),
+    "expire_waiter": lambda s, r: s.expire_waiter(r, "waiting"),
+    "append_event": lambda s, r: s.append_event(r, "started", message="m"),
+    "save_output": lambda s, r: s.save_output(r, "k", "1"),
+}
+
+
+async def _state(store: FlowStore, run: UUID) -> list[Any]:
+    """All that can be read of a run, with the two runs a call may have made."""
+    found: list[Any] = []
+    for one in (run, UUID(int=run.int + 100), UUID(int=run.int + 200)):
+        found += [
+            await store.get_run_detail(one),
+            await store.get_run_control(one),
+            await store.get_dispatches(one),
+            [(c.step_key, c.owner, c.claimed_at, c.expires_at) for c in await store.get_step_claims(one)],
+            await store.get_waiters(one),
+            await store.get_run_events(one),
+            dict(await store.get_outputs(one)),
+        ]
+    found.append(await store.find_run_id_by_idempotency_key(FLOW, "t", f"k{run}"))
+    return found
+
+
+def _with_run(value: Any, run: UUID) -> str:
+    """The text of a state or an answer, with the run's own ids replaced."""
+    text = repr(value)
+    for offset in (0, 100, 200):
+        text = text.replace(str(UUID(int=run.int + offset)), f"<run+{offset}>")
+    return text
+
+
+@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("name", CALLS)
+async def test_con_3_a_lost_message_gets_the_true_answer(
+    name: str, fault: Fault, postgresql_url: str
+) -> None:
+    call = CALLS[name]
+    clock = VirtualClock()
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        proxy_before(fresh) as (proxy, through),
+        open_store(fresh, clock=clock) as direct,
+        # One connection, so that the messages of a call come in one order.
+        open_store(through, clock=clock, pool_size=1) as store,
+    ):
+        messages = await _count_messages(proxy, store, direct, call)
+        calm = UUID(int=10_000)
+        await _prepare(direct, calm)
+        answer = _with_run(await call(store, calm), calm)
+        state = _with_run(await _state(direct, calm), calm)
+        for strike_at in range(1, messages + 1):
+            run = UUID(int=20_000 + 1_000 * strike_at)
+            await _prepare(direct, run)
+            await store.ping()
+            proxy.arm(strike_at, fault)
+            struck = _with_run(await call(store, run), run)
+            proxy.disarm()
+            assert proxy.struck, f"message {strike_at} of {name} was not sent"
+            await proxy.settle()
+            assert struck == answer, f"message {strike_at} of {messages}"
+            assert _with_run(await _state(direct, run), run) == state, f"message {strike_at} of {messages}"
+
+
+async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, call: Call) -> int:
+    """How many messages a call sends once its statements are prepared."""
+    for run in (UUID(int=5_000), UUID(int=6_000)):
+        await _prepare(direct, run)
+        proxy.arm(0, Fault.REPLY_LOST)
+        await call(store, run)
+    return proxy.messages
+
+
+async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql_url: str) -> None:
+    clock = VirtualClock()
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, clock=clock, pool_size=1) as store,
+    ):
+        for strike_at in range(1, 14):
+            for number in range(3):
+                run = UUID(int=100 * strike_at + number)
+                await store.start_run(FLOW, "orders", run, "manual")
+                await store.complete_run(run, "Succeeded")
+            proxy.arm(strike_at, Fault.REPLY_LOST)
+            assert await store.cleanup(clock() + LEASE) == 3
+            assert proxy.struck
+            proxy.disarm()
+            assert await store.get_runs() == ()

@@ -1,0 +1,227 @@
+"""Opening PostgreSQL: URLs, options, roles and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import AsyncIterator
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import pytest
+
+from flowstore_core import (
+    ConfigurationError,
+    FlowStoreError,
+    SchemaVersionError,
+    StoreConfig,
+    StoreUnavailableError,
+    new_run_id,
+    open_store,
+)
+from flowstore_core.plugins import find_backend
+
+SECRET = "hunter2-Zw"
+
+
+@pytest.fixture
+async def fresh(postgresql_url: str) -> AsyncIterator[str]:
+    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
+        yield url
+
+
+async def _say(url: str, sql: str) -> list[asyncpg.Record]:
+    """Speak to the database behind the store's back."""
+    query = parse_qs(urlsplit(url).query)
+    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
+    try:
+        return list(await connection.fetch(sql))
+    finally:
+        await connection.close()
+
+
+def _schema(url: str) -> str:
+    return parse_qs(urlsplit(url).query)["schema"][0]
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "says"),
+    [
+        (
+            f"postgresql://u:{SECRET}@127.0.0.1:1/x?retry_timeout=0",
+            StoreUnavailableError,
+            "cannot be reached",
+        ),
+        (f"postgresql://u:{SECRET}@127.0.0.1:port/x", ConfigurationError, "percent-encoded"),
+        (f"postgresql://u:{SECRET}@127.0.0.1/x?sslmode=bogus", ConfigurationError, "sslmode"),
+        (f"postgresql://u:{SECRET}@127.0.0.1/x?pool_size=0", ConfigurationError, "pool_size"),
+        (f"postgresql://u:{SECRET}@127.0.0.1/x?schema=pg_mine", ConfigurationError, "schema"),
+        (f"postgresql://u:{SECRET}@127.0.0.1/x?frobnicate=1", ConfigurationError, "pool_size"),
+        (
+            f"postgres://u:{SECRET}@127.0.0.1/x?statement_timeout=soon",
+            ConfigurationError,
+            "statement_timeout",
+        ),
+    ],
+)
+async def test_a_wrong_url_says_what_is_wrong_and_keeps_the_password(
+    url: str, error: type[FlowStoreError], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(error, match=says) as raised:
+        async with open_store(url):
+            pytest.fail("it opened")
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("user", "nobody"), ("dbname", "nowhere")])
+async def test_an_unknown_role_or_database_is_a_configuration_error(
+    name: str, value: str, postgresql_url: str
+) -> None:
+    query = parse_qs(urlsplit(postgresql_url).query)
+    options = {"host": query["host"][0], "user": "postgres", "dbname": "postgres", name: value}
+    with pytest.raises(ConfigurationError, match="SQLSTATE"):
+        async with open_store("postgresql://", **options):
+            pytest.fail("it opened")
+
+
+async def test_libpq_urls_with_an_empty_host_find_the_socket(fresh: str) -> None:
+    host, schema = parse_qs(urlsplit(fresh).query)["host"][0], _schema(fresh)
+    for url in (
+        f"postgresql:///postgres?host={host}&user=postgres&schema={schema}",
+        f"postgresql://postgres@/postgres?host={host}&schema={schema}",
+        f"postgres://postgres@/?host={host}&dbname=postgres&schema={schema}",
+    ):
+        async with open_store(url) as store:
+            await store.ping()
+
+
+async def test_a_schema_of_any_name_is_quoted(fresh: str) -> None:
+    name = 'dr"op; schema ä'
+    async with open_store(fresh, schema=name) as store:
+        run = new_run_id()
+        await store.start_run(run, "f", run, "t")
+    try:
+        rows = await _say(fresh, """SELECT run_id FROM "dr""op; schema ä".runs""")
+        assert [row["run_id"] for row in rows] == [run]
+    finally:
+        await _say(fresh, """DROP SCHEMA "dr""op; schema ä" CASCADE""")
+
+
+async def test_con_6_migrate_false_leaves_an_empty_schema_alone(fresh: str) -> None:
+    with pytest.raises(SchemaVersionError, match="flowstore migrate up"):
+        async with open_store(fresh, migrate=False):
+            pytest.fail("it opened")
+    assert await _say(fresh, f"SELECT 1 FROM pg_tables WHERE schemaname = '{_schema(fresh)}'") == []
+
+
+async def test_con_6_a_newer_schema_is_refused_unless_it_allows_this_code(fresh: str) -> None:
+    async with open_store(fresh):
+        pass
+    table = f'"{_schema(fresh)}".schema_version'
+    await _say(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (900, 'later', 1)")
+    async with open_store(fresh) as store:
+        await store.ping()
+    await _say(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (901, 'last', 901)")
+    with pytest.raises(SchemaVersionError, match="newer flowstore") as raised:
+        async with open_store(fresh):
+            pytest.fail("it opened")
+    assert raised.value.found == 901
+
+
+async def test_a_role_with_dml_rights_only_suffices_at_run_time(fresh: str) -> None:
+    async with open_store(fresh):
+        pass
+    schema, role = _schema(fresh), f"{_schema(fresh)}_worker"
+    await _say(fresh, f"CREATE ROLE {role} LOGIN")
+    try:
+        await _say(fresh, f"GRANT USAGE ON SCHEMA {schema} TO {role}")
+        await _say(fresh, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}")
+        async with open_store(fresh, user=role, migrate=False) as store:
+            run = new_run_id()
+            await store.start_run(run, "f", run, "t")
+            assert await store.try_claim_step(run, "a")
+            await store.record_step_start(run, "a", "t")
+            await store.complete_run(run, "Succeeded")
+            assert await store.cleanup((await store.get_runs())[0].completed_at) == 0
+    finally:
+        await _say(fresh, f"DROP OWNED BY {role}")
+        await _say(fresh, f"DROP ROLE {role}")
+
+
+async def test_pgbouncer_mode_needs_no_session_state(fresh: str) -> None:
+    async with open_store(fresh, pgbouncer=True) as store:
+        run = new_run_id()
+        await store.start_run(run, "f", run, "t")
+        assert await store.try_claim_step(run, "a")
+        assert (await store.get_run_detail(run)) is not None
+
+
+async def test_a_pool_without_a_free_connection_says_so(fresh: str) -> None:
+    async with open_store(fresh, pool_size=1, acquire_timeout=0.05) as store:
+        run = new_run_id()
+        await store.start_run(run, "f", run, "t")
+        locker = asyncio.Event()
+
+        async def hold() -> None:
+            query = parse_qs(urlsplit(fresh).query)
+            connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
+            async with connection.transaction():
+                await connection.execute(f"LOCK TABLE {_schema(fresh)}.runs IN ACCESS EXCLUSIVE MODE")
+                locker.set()
+                await released.wait()
+            await connection.close()
+
+        released = asyncio.Event()
+        holder = asyncio.create_task(hold())
+        await locker.wait()
+        blocked = asyncio.create_task(store.try_claim_step(run, "a"))
+        with pytest.raises(StoreUnavailableError, match="pool_size"):
+            await asyncio.gather(store.try_claim_step(run, "b"), store.try_claim_step(run, "c"))
+        released.set()
+        await holder
+        assert await blocked
+
+
+async def test_a_restarted_connection_is_replaced_without_an_error(fresh: str) -> None:
+    async with open_store(fresh, application_name="flowstore-restart") as store:
+        run = new_run_id()
+        await store.start_run(run, "f", run, "t")
+        await _say(
+            fresh,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE application_name = 'flowstore-restart'",
+        )
+        assert await store.try_claim_step(run, "a")
+        assert await store.get_run_status(run) == "Running"
+
+
+def test_a_store_belongs_to_its_event_loop(fresh_url: str) -> None:
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        opened = open_store(fresh_url)
+        store = first.run(opened.__aenter__())
+        with pytest.raises(StoreUnavailableError, match="event loop"):
+            second.run(store.get_runs())
+        first.run(opened.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def fresh_url(postgresql_url: str) -> str:
+    return f"{postgresql_url}&schema=flowstore_loops"
+
+
+async def test_the_descriptor_tells_and_reaches_the_schema_version(fresh: str) -> None:
+    backend = find_backend("postgresql")[1]
+    config = StoreConfig(
+        url=fresh, scheme="postgresql", options=parse_options(fresh), clock=None, migrate=True
+    )
+    assert await backend.schema_version(config) == 0  # type: ignore[attr-defined]
+    newest = backend.migrations()[-1][0]  # type: ignore[attr-defined]
+    assert await backend.migrate(config) == newest  # type: ignore[attr-defined]
+    assert await backend.schema_version(config) == newest  # type: ignore[attr-defined]
+
+
+def parse_options(url: str) -> dict[str, object]:
+    return {name: values[0] for name, values in parse_qs(urlsplit(url).query).items()}
