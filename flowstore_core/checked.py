@@ -49,7 +49,7 @@ from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import StalledStep
-from flowstore_core.store import FlowStore
+from flowstore_core.store import BASE_OPERATIONS, FlowStore
 
 
 class _Refusal:
@@ -98,7 +98,8 @@ class CheckedStore:
 
     def _target(self, store: Any, capability: Capability | None) -> Any:
         if capability is None:
-            return _Partial(store, self._backend)
+            complete = all(hasattr(store, operation) for operation in BASE_OPERATIONS)
+            return store if complete else _Partial(store, self._backend)
         if capability in self._capabilities:
             return store
         return _Refusal(lambda operation: NotSupportedError(self._backend, capability.value, operation))

@@ -10,10 +10,19 @@ from flowstore_postgres.database import Database, Transaction
 BATCH = 200
 """Runs deleted per transaction: small enough that no writer waits long (RET-3)."""
 
+FIND_COMPLETED = """
+SELECT run_id FROM {schema}.runs WHERE completed_at < $1 ORDER BY completed_at, run_id LIMIT $2
+"""
+# Keys before runs: trigger_run locks in that order too, and would deadlock with any other.
+LOCK_KEYS = """
+SELECT FROM {schema}.idempotency_keys WHERE run_id = ANY($1::uuid[])
+ORDER BY flow_id, trigger_key, idempotency_key FOR UPDATE
+"""
 # Locked rows are waited for, not skipped: a skipped run would stay. After the wait the row is read
-# again, so a run that was reopened meanwhile drops out, whole (RET-2). Everybody locks in one order.
+# again, so a run that was reopened meanwhile drops out, whole (RET-2).
 LOCK_COMPLETED = """
-SELECT run_id FROM {schema}.runs WHERE completed_at < $1 ORDER BY completed_at, run_id LIMIT $2 FOR UPDATE
+SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) AND completed_at < $2
+ORDER BY run_id FOR UPDATE
 """
 CHILDREN = (
     "steps",
@@ -58,19 +67,23 @@ class Retention:
     _database: Database
 
     async def cleanup(self, *, cutoff: datetime) -> int:
+        async def delete_runs(transaction: Transaction) -> tuple[int, int]:
+            found = [row[0] for row in await transaction.rows(FIND_COMPLETED, cutoff, BATCH)]
+            if not found:
+                return 0, 0
+            await transaction.execute(LOCK_KEYS, found)
+            runs = [row[0] for row in await transaction.rows(LOCK_COMPLETED, found, cutoff)]
+            for table in CHILDREN:
+                await transaction.execute(DELETE_CHILDREN.replace("{table}", table), runs)
+            await transaction.execute(DELETE_RUNS, runs)
+            return len(found), len(runs)
+
         deleted = 0
-
-        async def delete_runs(transaction: Transaction) -> int:
-            rows = await transaction.rows(LOCK_COMPLETED, cutoff, BATCH)
-            runs = [row[0] for row in rows]
-            if runs:
-                for table in CHILDREN:
-                    await transaction.execute(DELETE_CHILDREN.replace("{table}", table), runs)
-                await transaction.execute(DELETE_RUNS, runs)
-            return len(runs)
-
-        while count := await self._database.transaction("cleanup", delete_runs):
-            deleted += count
+        while True:
+            found, gone = await self._database.transaction("cleanup", delete_runs)
+            deleted += gone
+            if not found:
+                break
 
         async def sweep_keys(transaction: Transaction) -> int:
             rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)

@@ -291,7 +291,7 @@ class Engine:
         this answers False. Nothing of the run is left open.
         """
         detail = await self._store.get_run_detail(run_id)
-        if detail is None or await self._store.get_claimed_step_keys(run_id):
+        if detail is None:
             return False
         for step in detail.steps:
             if step.status is StepStatus.FAILED and self._has_attempts_left(step):

@@ -153,7 +153,7 @@ async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql
         proxy_before(fresh) as (proxy, through),
         open_store(through, clock=clock, pool_size=1) as store,
     ):
-        for strike_at in range(1, 14):
+        for strike_at in range(1, 16):
             for number in range(3):
                 run = UUID(int=100 * strike_at + number)
                 await store.start_run(FLOW, "orders", run, "manual")

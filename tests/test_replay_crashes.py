@@ -137,7 +137,7 @@ class Scene:
                 moved = False
             idle = 0 if moved else idle + 1
             if idle > 1:
-                assert idle < 10, "the run is stuck"
+                assert idle < 200, "the run is stuck"
                 for waiter in await self.store.get_waiters(self.run_id):
                     if waiter.delivered_at is None:
                         await self.store.deliver_signal(self.run_id, waiter.signal_name, '"go"')
