@@ -1,0 +1,173 @@
+"""What a check works with: a fresh namespace, stores opened on it, a clock, and words for what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from flowstore_conformance.history import History, comparable, literal
+from flowstore_conformance.linearizability import Verdict
+from flowstore_core import Backend, Capability, FlowStore, FlowStoreError, open_store
+
+T = TypeVar("T")
+
+
+class Profile(StrEnum):
+    """How much work the suite puts in."""
+
+    QUICK = "quick"
+    STANDARD = "standard"
+    THOROUGH = "thorough"
+
+    def of(self, quick: int, standard: int, thorough: int) -> int:
+        """The number for this profile."""
+        return {Profile.QUICK: quick, Profile.STANDARD: standard, Profile.THOROUGH: thorough}[self]
+
+
+class Violation(Exception):  # noqa: N818 - a finding about the store, not an error of the suite
+    """The store broke a promise."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        clause: str | None = None,
+        program: str | None = None,
+        history: History | None = None,
+        verdict: Verdict | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.clause = clause
+        """The clause that is broken, where it is another than the check's first."""
+        self.program = program
+        """A program in Python that shows it, shrunk where possible."""
+        self.history = history
+        self.verdict = verdict
+
+
+class Inconclusive(Exception):  # noqa: N818
+    """The check could not look closely enough: too little overlapped, or a budget ran out."""
+
+
+class VirtualClock:
+    """A clock that stands still until a check moves it."""
+
+    def __init__(self, now: datetime = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, duration: timedelta) -> datetime:
+        self.now += duration
+        return self.now
+
+
+@dataclass(slots=True, kw_only=True)
+class Bench:
+    """One check's workplace on one fresh namespace."""
+
+    url: str
+    """Of the fresh namespace."""
+    base_url: str
+    """What the user named; only its backend's scratch() ever gets it."""
+    backend: Backend
+    capabilities: frozenset[Capability]
+    profile: Profile
+    seed: int
+    store: FlowStore
+    clock: VirtualClock | None
+    """None where the backend has no VIRTUAL_CLOCK."""
+    random: random.Random
+    exercised: int = 0
+    """How often the promise was put to the test; reported with the result."""
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def open(self, **options: Any) -> FlowStore:
+        """A further store on the same namespace and clock, as another worker would open it."""
+        if self.clock is not None:
+            options.setdefault("clock", self.clock)
+        return await self._stack.enter_async_context(open_store(self.url, **options))
+
+    async def open_many(self, count: int) -> list[FlowStore]:
+        """Several stores, opened at the same time."""
+        return list(await asyncio.gather(*(self.open() for _ in range(count))))
+
+    @asynccontextmanager
+    async def fresh(self) -> AsyncIterator[Bench]:
+        """A bench on another fresh namespace, for one example of many. Counts on this bench."""
+        async with make_bench(
+            self.base_url, self.backend, self.profile, self.random.getrandbits(64)
+        ) as another:
+            yield another
+        self.exercised += max(another.exercised, 1)
+
+    @property
+    def times(self) -> bool:
+        """Whether timestamps can be compared exactly."""
+        return self.clock is not None
+
+    # What a store answered, held against what it should have
+
+    def expect(self, actual: object, wanted: object, sentence: str) -> None:
+        """Compare an answer (see history.comparable) and count it; Violation with both otherwise."""
+        self.exercised += 1
+        got, want = comparable(actual, times=self.times), comparable(wanted, times=self.times)
+        if got != want:
+            raise Violation(f"{sentence}: expected {_short(wanted)}, got {_short(actual)}")
+
+    def expect_that(self, condition: object, sentence: str) -> None:
+        """Count a condition; Violation with the sentence when it does not hold."""
+        self.exercised += 1
+        if not condition:
+            raise Violation(sentence)
+
+    async def expect_error(
+        self, call: Awaitable[object], error: type[FlowStoreError], sentence: str
+    ) -> FlowStoreError:
+        """Await a call that must raise an error of the contract, exactly this class, and return it."""
+        self.exercised += 1
+        try:
+            value = await call
+        except FlowStoreError as raised:
+            if type(raised) is not error:
+                raise Violation(
+                    f"{sentence}: expected {error.__name__}, got {type(raised).__name__}"
+                ) from raised
+            return raised
+        except Exception as raised:
+            message = f"{sentence}: expected {error.__name__}, got {type(raised).__name__}"
+            raise Violation(message, clause="CON-2") from raised
+        raise Violation(f"{sentence}: expected {error.__name__}, got {_short(value)}")
+
+
+def _short(value: object) -> str:
+    text = literal(value)
+    return text if len(text) <= 500 else f"{text[:500]}..."
+
+
+@asynccontextmanager
+async def make_bench(base_url: str, backend: Backend, profile: Profile, seed: int) -> AsyncIterator[Bench]:
+    """A bench on a namespace that the backend makes afresh, and drops at the end."""
+    clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
+    async with backend.scratch(base_url) as url, AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(url, clock=clock))
+        yield Bench(
+            url=url,
+            base_url=base_url,
+            backend=backend,
+            capabilities=store.capabilities,
+            profile=profile,
+            seed=seed,
+            store=store,
+            clock=clock,
+            random=random.Random(seed),
+            _stack=stack,
+        )

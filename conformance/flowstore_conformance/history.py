@@ -1,0 +1,139 @@
+"""What clients asked and what they were told: calls, outcomes, operations and histories."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+from flowstore_core import FlowStoreError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One operation with all its arguments by keyword, before it is made."""
+
+    method: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def source(self) -> str:
+        """The call as a line of Python, for a program that a person can run."""
+        given = ", ".join(f"{name}={literal(value)}" for name, value in self.arguments.items())
+        return f"store.{self.method}({given})"
+
+
+class Unknown(Enum):
+    """The outcome of a call nobody heard the answer of: killed, cancelled, or OutcomeUnknownError."""
+
+    UNKNOWN = "unknown"
+
+
+UNKNOWN = Unknown.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A call that returned; ``value`` is comparable (see comparable)."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """A call that raised one of the contract's errors; equal if the class is the same."""
+
+    error: str
+
+
+Outcome = Returned | Raised | Unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """A call as it happened. Times are seconds of one monotonic clock of the harness."""
+
+    client: int
+    call: Call
+    invoked: float
+    returned: float
+    """Infinite for an outcome that is unknown: it may still happen."""
+    outcome: Outcome
+    now: datetime
+    """The virtual clock's time, which stands still while calls are under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """All operations of a race, by the time they were invoked."""
+
+    operations: tuple[Operation, ...]
+
+    @staticmethod
+    def of(operations: Sequence[Operation]) -> History:
+        return History(tuple(sorted(operations, key=lambda one: one.invoked)))
+
+    def overlaps(self) -> int:
+        """How many pairs of operations of different clients were under way at the same time."""
+        pairs = 0
+        for index, one in enumerate(self.operations):
+            for other in self.operations[index + 1 :]:
+                if other.invoked >= one.returned:
+                    break
+                pairs += other.client != one.client
+        return pairs
+
+
+def comparable(value: Any, *, times: bool = True) -> Any:
+    """An answer as a hashable value that two stores, or a store and the model, can be compared by.
+
+    Mappings become tuples of pairs in key order, sequences tuples, enums their text. With
+    ``times=False``, for a store on its own clock, a datetime only says that it is there.
+    """
+    if isinstance(value, datetime):
+        return value if times else "<time>"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = tuple(
+            (each.name, comparable(getattr(value, each.name), times=times))
+            for each in dataclasses.fields(value)
+        )
+        return (type(value).__name__, fields)
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, comparable(each, times=times)) for key, each in value.items()))
+    if isinstance(value, (frozenset, set)):
+        return frozenset(comparable(each, times=times) for each in value)
+    if isinstance(value, (list, tuple)):
+        return tuple(comparable(each, times=times) for each in value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        # Percentiles are computed in floats by stores and exactly by the model.
+        return round(value, 3)
+    return value
+
+
+def error_name(error: FlowStoreError) -> str:
+    return type(error).__name__
+
+
+def literal(value: Any) -> str:
+    """A value as Python source that needs only the names a generated program imports."""
+    if isinstance(value, UUID):
+        return f"UUID(int={value.int})" if value.int < 1 << 40 else f"UUID({str(value)!r})"
+    if isinstance(value, datetime):
+        return f"datetime.fromisoformat({value.isoformat()!r})"
+    if isinstance(value, timedelta):
+        return f"timedelta(seconds={value.total_seconds()!r})"
+    if isinstance(value, Enum):
+        return repr(value.value)
+    if isinstance(value, (dict, MappingProxyType)):
+        return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in sorted(value.items())) + "}"
+    if isinstance(value, (frozenset, set)):
+        return "[" + ", ".join(sorted(map(literal, value))) + "]"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return repr(value)

@@ -1,0 +1,180 @@
+"""Is there an order of a history's operations in which every answer is right?
+
+The search of Wing and Gong, with Lowe's memo of states that were seen: operations are placed one after the
+other, each no later than any that was invoked after it had returned, and the model says whether the answer
+fits. An operation whose outcome is unknown may be placed anywhere after its invocation, or nowhere.
+
+A history is cut into parts that share no run and no idempotency key, because linearizability is local:
+the whole is linearizable if each part is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from flowstore_conformance.history import (
+    UNKNOWN,
+    History,
+    Operation,
+    Outcome,
+    Raised,
+    Returned,
+    comparable,
+    error_name,
+)
+from flowstore_conformance.model import Model, State
+from flowstore_core import FlowStoreError
+
+DEFAULT_BUDGET = 200_000
+
+
+class Answer(StrEnum):
+    LINEARIZABLE = "linearizable"
+    VIOLATION = "violation"
+    UNDECIDED = "undecided"
+    """The budget ran out; never to be taken for a pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer for a history, and for a violation what a person needs to see it."""
+
+    answer: Answer
+    states: int
+    """How many placements were tried."""
+    prefix: tuple[Operation, ...] = ()
+    """The longest legal order that was found; the whole order when it is linearizable."""
+    unplaced: tuple[Operation, ...] = ()
+    """The operations that could come next after the prefix, none of which fits."""
+    expected: tuple[Outcome, ...] = ()
+    """For each of these, what the model would have answered there."""
+
+
+def check_history(
+    history: History,
+    *,
+    start: State | None = None,
+    times: bool = True,
+    budget: int = DEFAULT_BUDGET,
+) -> Verdict:
+    """Search an order for each independent part of a history, from the state that ``start`` gives."""
+    states = 0
+    order: list[Operation] = []
+    for part in independent_parts(history.operations):
+        verdict = _Search(part, start or State(), times=times, budget=budget - states).run()
+        states += verdict.states
+        if verdict.answer is not Answer.LINEARIZABLE:
+            return verdict
+        order.extend(verdict.prefix)
+    return Verdict(answer=Answer.LINEARIZABLE, states=states, prefix=tuple(order))
+
+
+def independent_parts(operations: Sequence[Operation]) -> list[tuple[Operation, ...]]:
+    """The operations grouped so that no two groups touch the same run or idempotency key."""
+    parts: list[tuple[set[object], list[Operation]]] = []
+    for operation in operations:
+        touched = set(_objects(operation))
+        together = [part for part in parts if part[0] & touched or not touched or None in part[0]]
+        for part in together:
+            parts.remove(part)
+            touched |= part[0]
+        joined = [one for part in together for one in part[1]]
+        parts.append((touched or {None}, [*joined, operation]))
+    return [tuple(sorted(part[1], key=lambda one: one.invoked)) for part in parts]
+
+
+def _objects(operation: Operation) -> Iterable[object]:
+    """What an operation acts on; nothing means everything."""
+    arguments = operation.call.arguments
+    if "run_id" in arguments:
+        yield arguments["run_id"]
+    if arguments.get("idempotency_key") is not None and operation.call.method != "configure_run":
+        yield arguments["flow_id"], arguments["trigger_key"], arguments["idempotency_key"]
+        # A key may lead to any run that was ever registered under it.
+        return
+
+
+class _Search:
+    """One search over one part; operations are numbered, and sets of them are bit masks."""
+
+    def __init__(self, operations: Sequence[Operation], start: State, *, times: bool, budget: int) -> None:
+        self._operations = operations
+        self._times = times
+        self._budget = budget
+        self._start = start
+        self._tried = 0
+        self._seen: set[tuple[int, object]] = set()
+        self._required = sum(1 << i for i, one in enumerate(operations) if one.outcome is not UNKNOWN)
+        # An operation may come next only when all that returned before it was invoked are placed.
+        self._before = [
+            sum(1 << j for j, other in enumerate(operations) if other.returned < one.invoked)
+            for one in operations
+        ]
+        self._best: tuple[tuple[int, ...], State] = ((), start)
+
+    def run(self) -> Verdict:
+        # A stack of our own: histories may be longer than Python's recursion limit.
+        stack: list[tuple[int, State, tuple[int, ...]]] = [(0, self._start, ())]
+        while stack:
+            placed, state, order = stack.pop()
+            if placed & self._required == self._required:
+                return self._verdict(Answer.LINEARIZABLE, order)
+            if len(order) > len(self._best[0]):
+                self._best = (order, state)
+            for index in reversed(range(len(self._operations))):
+                bit = 1 << index
+                if placed & bit or self._before[index] & ~placed & self._required:
+                    continue
+                if self._tried >= self._budget:
+                    return self._verdict(Answer.UNDECIDED, self._best[0])
+                self._tried += 1
+                outcome, after = self._apply(state, self._operations[index])
+                wanted = self._operations[index].outcome
+                if wanted is not UNKNOWN and wanted != outcome:
+                    continue
+                memo = (placed | bit, after.frozen())
+                if memo not in self._seen:
+                    self._seen.add(memo)
+                    stack.append((placed | bit, after, (*order, index)))
+        return self._violation()
+
+    def _apply(self, state: State, operation: Operation) -> tuple[Outcome, State]:
+        return apply_call(state, operation, times=self._times)
+
+    def _verdict(self, answer: Answer, order: tuple[int, ...]) -> Verdict:
+        prefix = tuple(self._operations[index] for index in order)
+        return Verdict(answer=answer, states=self._tried, prefix=prefix)
+
+    def _violation(self) -> Verdict:
+        order, state = self._best
+        placed = sum(1 << index for index in order)
+        next_ones = [
+            one
+            for index, one in enumerate(self._operations)
+            if not placed & 1 << index
+            and one.outcome is not UNKNOWN
+            and not self._before[index] & ~placed & self._required
+        ]
+        return Verdict(
+            answer=Answer.VIOLATION,
+            states=self._tried,
+            prefix=tuple(self._operations[index] for index in order),
+            unplaced=tuple(next_ones),
+            expected=tuple(self._apply(state, one)[0] for one in next_ones),
+        )
+
+
+def apply_call(state: State, operation: Operation, *, times: bool = True) -> tuple[Outcome, State]:
+    """What the model answers to a call in a state, and the state after it; the state given is kept."""
+    after = state.copy()
+    clock: Callable[[], datetime] = lambda: operation.now  # noqa: E731 - a name for the type
+    method = getattr(Model(clock, after), operation.call.method)
+    try:
+        value: Any = method(**operation.call.arguments)
+    except FlowStoreError as error:
+        return Raised(error_name(error)), after
+    return Returned(comparable(value, times=times)), after

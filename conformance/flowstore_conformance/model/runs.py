@@ -1,0 +1,167 @@
+"""Runs: start, complete, list, page, detail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from uuid import UUID
+
+from flowstore_conformance.model.state import Nouns, Run, Step
+from flowstore_core import (
+    FlowRunDetail,
+    FlowRunRecord,
+    FlowStepRecord,
+    RunAlreadyExistsError,
+    RunPage,
+    RunStatus,
+    StepStatus,
+)
+
+
+class Runs(Nouns):
+    def start_run(
+        self,
+        flow_id: UUID,
+        flow_name: str,
+        run_id: UUID,
+        trigger_key: str,
+        *,
+        trigger_data: str | None = None,
+        job_id: str | None = None,
+        source_run_id: UUID | None = None,
+    ) -> FlowRunRecord:
+        if self.peek(run_id).record is not None:
+            raise RunAlreadyExistsError(run_id)
+        record = FlowRunRecord(
+            run_id=run_id,
+            flow_id=flow_id,
+            flow_name=flow_name,
+            status=RunStatus.RUNNING,
+            trigger_key=trigger_key,
+            trigger_data=trigger_data,
+            job_id=job_id,
+            started_at=self.now,
+            completed_at=None,
+            source_run_id=source_run_id,
+        )
+        self.at(run_id).record = record
+        return record
+
+    def complete_run(
+        self, run_id: UUID, status: RunStatus, *, expected: Mapping[str, StepStatus] | None = None
+    ) -> bool:
+        run, record = self.known(run_id)
+        if record.status.is_terminal:
+            return False
+        if expected is not None:
+            if statuses_of(run) != dict(expected):
+                return False
+            outside = [step for key, step in run.steps.items() if key not in expected]
+            if any(step.dispatch is not None or step.held(self.now) for step in outside):
+                return False
+        run.record = replace(record, status=RunStatus(status), completed_at=self.now)
+        return True
+
+    def get_runs(
+        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+    ) -> tuple[FlowRunRecord, ...]:
+        return self._ordered(flow_id=flow_id)[skip : skip + take]
+
+    def get_runs_page(
+        self,
+        flow_id: UUID | None = None,
+        *,
+        status: RunStatus | None = None,
+        skip: int = 0,
+        take: int = 50,
+        search: str | None = None,
+    ) -> RunPage:
+        found = tuple(
+            record
+            for record in self._ordered(flow_id=flow_id)
+            if (status is None or record.status == status)
+            and (not search or _matches(search, record, self.peek(record.run_id)))
+        )
+        return RunPage(runs=found[skip : skip + take], total_count=len(found))
+
+    def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
+        run = self.peek(run_id)
+        if run.record is None:
+            return None
+        known = {each.name: getattr(run.record, each.name) for each in fields(FlowRunRecord)}
+        return FlowRunDetail(**known, steps=tuple(step_records(run_id, run)))
+
+    def get_run_status(self, run_id: UUID) -> RunStatus | None:
+        record = self.peek(run_id).record
+        return None if record is None else record.status
+
+    def get_active_runs(self, *, take: int | None = None) -> tuple[FlowRunRecord, ...]:
+        active = (record for record in self._ordered() if record.status is RunStatus.RUNNING)
+        return tuple(active)[:take]
+
+    def get_derived_runs(self, source_run_id: UUID, *, take: int | None = None) -> tuple[FlowRunRecord, ...]:
+        derived = (record for record in self._ordered() if record.source_run_id == source_run_id)
+        return tuple(derived)[:take]
+
+    def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
+        return dict(sorted(statuses_of(self.peek(run_id)).items()))
+
+    def _ordered(self, flow_id: UUID | None = None) -> tuple[FlowRunRecord, ...]:
+        """QRY-1: newest first, a total order."""
+        records = [run.record for run in self.state.runs.values() if run.record is not None]
+        chosen = [record for record in records if flow_id in (None, record.flow_id)]
+        return tuple(
+            sorted(chosen, key=lambda record: (record.started_at, record.run_id.bytes), reverse=True)
+        )
+
+
+def statuses_of(run: Run) -> dict[str, StepStatus]:
+    return {key: step.status for key, step in run.steps.items() if step.status is not None}
+
+
+def step_records(run_id: UUID, run: Run) -> list[FlowStepRecord]:
+    """QRY-3: by started_at, then step_key."""
+    found = [_step_record(run_id, key, step) for key, step in run.steps.items() if step.status is not None]
+    return sorted(found, key=lambda step: (step.started_at, step.step_key))
+
+
+def _step_record(run_id: UUID, key: str, step: Step) -> FlowStepRecord:
+    newest = step.attempts[-1]
+    assert step.status is not None
+    return FlowStepRecord(
+        run_id=run_id,
+        step_key=key,
+        step_type=newest.step_type,
+        status=step.status,
+        input_json=newest.input_json,
+        output_json=None if step.reopened else newest.output_json,
+        error_message=None if step.reopened else newest.error_message,
+        job_id=newest.job_id,
+        started_at=step.attempts[0].started_at,
+        completed_at=newest.completed_at if step.is_terminal else None,
+        attempt_count=len(step.attempts) + (1 if step.reopened else 0),
+        attempts=step.attempts,
+    )
+
+
+def _matches(search: str, record: FlowRunRecord, run: Run) -> bool:
+    """QRY-2, on bytes throughout: bytes.lower() folds ASCII letters and nothing else."""
+    needle = search.encode().lower()
+    names: list[str | None] = [
+        str(record.run_id),
+        record.flow_name,
+        record.trigger_key,
+        record.status.value,
+        record.job_id,
+    ]
+    texts: list[str | None] = []
+    for step in step_records(record.run_id, run):
+        names.append(step.step_key)
+        texts += [step.error_message, step.output_json]
+        for attempt in step.attempts:
+            texts += [attempt.error_message, attempt.output_json]
+    return _any_contains(needle, names, None) or _any_contains(needle, texts, 64 * 1024)
+
+
+def _any_contains(needle: bytes, texts: Iterable[str | None], limit: int | None) -> bool:
+    return any(text is not None and needle in text.encode()[:limit].lower() for text in texts)

@@ -1,0 +1,94 @@
+"""Signal waiters and deliveries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_conformance.model.state import Nouns, Run
+from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
+
+
+class Signals(Nouns):
+    def register_waiter(
+        self, run_id: UUID, step_key: str, signal_name: str, *, expires_at: datetime | None = None
+    ) -> None:
+        run, _ = self.known(run_id)
+        old = run.waiters.get(step_key)
+        if old is None:
+            run.waiters[step_key] = FlowSignalWaiter(
+                run_id=run_id,
+                step_key=step_key,
+                signal_name=signal_name,
+                created_at=self.now,
+                expires_at=expires_at,
+                delivered_at=None,
+                payload_json=None,
+                expired_at=None,
+            )
+            return
+        renamed = old.delivered_at is not None and old.signal_name != signal_name
+        if renamed or old.expired_at is not None:
+            raise ConflictError("the waiter is over; remove it first", run_id=run_id, step_key=step_key)
+        run.waiters[step_key] = replace(old, signal_name=signal_name, expires_at=expires_at)
+
+    def deliver_signal(
+        self, run_id: UUID, signal_name: str, payload_json: str, *, delivery_id: str | None = None
+    ) -> SignalDeliveryResult:
+        run = self.peek(run_id)
+        if run.record is None:
+            return _nothing()
+        if delivery_id is not None and delivery_id in run.deliveries:
+            return run.deliveries[delivery_id]
+        waiter = _oldest(run, signal_name, lambda one: one.delivered_at is None and one.expired_at is None)
+        if waiter is None:
+            before = _oldest(run, signal_name, lambda one: one.delivered_at is not None)
+            if before is None:
+                return _nothing()
+            return SignalDeliveryResult(
+                status=SignalDeliveryStatus.ALREADY_DELIVERED,
+                step_key=before.step_key,
+                delivered_at=before.delivered_at,
+            )
+        run.waiters[waiter.step_key] = replace(waiter, delivered_at=self.now, payload_json=payload_json)
+        result = SignalDeliveryResult(
+            status=SignalDeliveryStatus.DELIVERED, step_key=waiter.step_key, delivered_at=self.now
+        )
+        if delivery_id is not None:
+            run.deliveries[delivery_id] = result
+        return result
+
+    def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
+        return self.peek(run_id).waiters.get(step_key)
+
+    def get_waiters(self, run_id: UUID) -> tuple[FlowSignalWaiter, ...]:
+        waiters = self.peek(run_id).waiters
+        return tuple(waiters[key] for key in sorted(waiters))
+
+    def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
+        return self.peek(run_id).waiters.pop(step_key, None)
+
+    def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
+        run = self.peek(run_id)
+        waiter = run.waiters.get(step_key)
+        if waiter is None:
+            return None
+        due = waiter.expires_at is not None and waiter.expires_at <= self.now
+        if due and waiter.delivered_at is None and waiter.expired_at is None:
+            run.waiters[step_key] = replace(waiter, expired_at=self.now)
+        return run.waiters[step_key]
+
+
+def _nothing() -> SignalDeliveryResult:
+    return SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
+
+
+def _oldest(
+    run: Run, signal_name: str, wanted: Callable[[FlowSignalWaiter], bool]
+) -> FlowSignalWaiter | None:
+    named = [
+        waiter for waiter in run.waiters.values() if waiter.signal_name == signal_name and wanted(waiter)
+    ]
+    return min(named, key=lambda waiter: (waiter.created_at, waiter.step_key), default=None)

@@ -1,0 +1,149 @@
+"""What the model remembers: frozen values in plain dicts, so that a copy is cheap and a state can be hashed.
+
+The model is the contract once more, written to be obviously right and nothing else: no input checks (core
+has done them), no concurrency, no storage. It is not the memory backend and shares no code with it, so
+that a mistake in one is not repeated in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import (
+    FlowEventRecord,
+    FlowRunRecord,
+    FlowSignalWaiter,
+    FlowStepAttemptRecord,
+    RunNotFoundError,
+    SignalDeliveryResult,
+    StepClaim,
+    StepDispatch,
+    StepStatus,
+)
+
+Scope = tuple[UUID, str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A key of a run: what was started, claimed or dispatched under it."""
+
+    status: StepStatus | None = None
+    """None: never started, or reset."""
+    attempts: tuple[FlowStepAttemptRecord, ...] = ()
+    reopened: bool = False
+    rescheduled: bool = False
+    claim: StepClaim | None = None
+    started_under: StepClaim | None = None
+    """The claim under which the last attempt began or was skipped."""
+    dispatch: StepDispatch | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.status is StepStatus.RUNNING
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status is not None and self.status.is_terminal
+
+    def held(self, now: datetime) -> bool:
+        """Whether the claim holds: a lease does not count while the step is terminal (CLM-4)."""
+        if self.claim is None:
+            return False
+        expires_at = self.claim.expires_at
+        return expires_at is None or now < expires_at or self.is_terminal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A control record before its two latches are folded into one view."""
+
+    flow_id: UUID
+    trigger_key: str
+    idempotency_key: str | None
+    timeout_at: datetime | None
+    created_at: datetime
+    cancelled: tuple[datetime, str | None] | None = None
+    timed_out: tuple[datetime, str | None] | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that belongs to one run id; one linearizable object (CON-1)."""
+
+    record: FlowRunRecord | None = None
+    control: Control | None = None
+    steps: dict[str, Step] = field(default_factory=dict)
+    waiters: dict[str, FlowSignalWaiter] = field(default_factory=dict)
+    deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    events: tuple[FlowEventRecord, ...] = ()
+
+    def copy(self) -> Run:
+        return Run(
+            self.record,
+            self.control,
+            dict(self.steps),
+            dict(self.waiters),
+            dict(self.deliveries),
+            dict(self.outputs),
+            self.events,
+        )
+
+    def frozen(self) -> object:
+        """A hashable value that is equal for equal states."""
+        return (
+            self.record,
+            self.control,
+            frozenset(self.steps.items()),
+            frozenset(self.waiters.items()),
+            frozenset(self.deliveries.items()),
+            frozenset(self.outputs.items()),
+            self.events,
+        )
+
+
+@dataclass(slots=True)
+class State:
+    """A whole store."""
+
+    runs: dict[UUID, Run] = field(default_factory=dict)
+    keys: dict[Scope, tuple[UUID, datetime]] = field(default_factory=dict)
+    """Who won an idempotency key, and when."""
+
+    def copy(self) -> State:
+        return State({run_id: run.copy() for run_id, run in self.runs.items()}, dict(self.keys))
+
+    def frozen(self) -> object:
+        runs = frozenset((run_id, run.frozen()) for run_id, run in self.runs.items())
+        return runs, frozenset(self.keys.items())
+
+
+class Nouns:
+    """What every noun of the model builds on."""
+
+    def __init__(self, clock: Callable[[], datetime], state: State | None = None) -> None:
+        self._clock = clock
+        self.state = State() if state is None else state
+
+    @property
+    def now(self) -> datetime:
+        return self._clock()
+
+    def at(self, run_id: UUID) -> Run:
+        """The run's state for writing, made if it is not there."""
+        return self.state.runs.setdefault(run_id, Run())
+
+    def peek(self, run_id: UUID) -> Run:
+        """The run's state for reading."""
+        return self.state.runs.get(run_id) or Run()
+
+    def known(self, run_id: UUID) -> tuple[Run, FlowRunRecord]:
+        """A started run, or RunNotFoundError (UNK)."""
+        run = self.peek(run_id)
+        if run.record is None:
+            raise RunNotFoundError(run_id)
+        return run, run.record

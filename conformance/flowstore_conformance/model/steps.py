@@ -1,0 +1,268 @@
+"""Steps: start, complete, skip, retry, reschedule, stalled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_conformance.model.state import Nouns, Run, Step
+from flowstore_core import (
+    ClaimLostError,
+    FlowStepAttemptRecord,
+    RunCompletedError,
+    RunStatus,
+    StaleAttemptError,
+    StalledStep,
+    StallReason,
+    StepAlreadyCompletedError,
+    StepClaim,
+    StepDispatch,
+    StepNotFoundError,
+    StepStatus,
+)
+
+
+class Steps(Nouns):
+    def record_step_start(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        *,
+        input_json: str | None = None,
+        job_id: str | None = None,
+        owner: str | None = None,
+    ) -> int:
+        run, record = self.known(run_id)
+        if record.status.is_terminal:
+            raise RunCompletedError(run_id, step_key)
+        step = run.steps.get(step_key, Step())
+        if step.status in (StepStatus.SUCCEEDED, StepStatus.SKIPPED):
+            raise StepAlreadyCompletedError(run_id, step_key)
+        claim = None
+        if owner is not None:
+            claim = step.claim if step.held(self.now) else None
+            if claim is None or claim.owner != owner:
+                raise ClaimLostError(run_id, step_key)
+            if step.is_open and _same_claim(step.started_under, claim):
+                return len(step.attempts)
+        opened = self._attempt(run_id, step_key, step, step_type, StepStatus.RUNNING)
+        opened = replace(opened, input_json=input_json, job_id=job_id)
+        run.steps[step_key] = replace(
+            step,
+            status=StepStatus.RUNNING,
+            attempts=(*self._closed(step), opened),
+            reopened=False,
+            rescheduled=False,
+            started_under=claim,
+        )
+        return opened.attempt
+
+    def record_step_complete(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        *,
+        output_json: str | None = None,
+        error_message: str | None = None,
+        attempt: int | None = None,
+    ) -> None:
+        run, _ = self.known(run_id)
+        step, last = _last(run_id, run, step_key, attempt)
+        if last.completed_at is not None:
+            if (last.status, last.output_json, last.error_message) != (status, output_json, error_message):
+                raise StepAlreadyCompletedError(run_id, step_key, last.attempt)
+            return
+        closed = replace(
+            last,
+            status=StepStatus(status),
+            output_json=output_json,
+            error_message=error_message,
+            completed_at=self.now,
+        )
+        run.steps[step_key] = replace(step, status=closed.status, attempts=(*step.attempts[:-1], closed))
+
+    def record_skipped_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        step_type: str,
+        reason: str | None = None,
+        *,
+        owner: str | None = None,
+    ) -> None:
+        run, _ = self.known(run_id)
+        step = run.steps.get(step_key, Step())
+        if step.is_terminal:
+            mine = owner is not None and step.started_under is not None and step.started_under.owner == owner
+            last = step.attempts[-1]
+            if mine and step.status is StepStatus.SKIPPED and last.error_message == reason:
+                return
+            raise StepAlreadyCompletedError(run_id, step_key)
+        claim = step.claim
+        if owner is not None:
+            if not step.held(self.now):
+                claim = StepClaim(
+                    run_id=run_id, step_key=step_key, owner=owner, claimed_at=self.now, expires_at=None
+                )
+            elif claim is not None and claim.owner != owner:
+                raise ClaimLostError(run_id, step_key)
+        skipped = replace(
+            self._attempt(run_id, step_key, step, step_type, StepStatus.SKIPPED),
+            error_message=reason,
+            completed_at=self.now,
+        )
+        run.steps[step_key] = replace(
+            step,
+            status=StepStatus.SKIPPED,
+            attempts=(*self._closed(step), skipped),
+            reopened=False,
+            rescheduled=False,
+            claim=claim,
+            started_under=claim if owner is not None else None,
+        )
+
+    def retry_step(
+        self, run_id: UUID, step_key: str, *, attempt: int | None = None, reset: Collection[str] = ()
+    ) -> None:
+        run, record = self.known(run_id)
+        step = run.steps.get(step_key)
+        if step is None or step.status is None:
+            raise StepNotFoundError(run_id, step_key)
+        if attempt not in (None, len(step.attempts)):
+            raise StaleAttemptError(run_id, step_key, attempt, len(step.attempts))
+        if not step.reopened:
+            self._reopen(run, step_key, step, reset)
+        if record.status.is_terminal:
+            run.record = replace(record, status=RunStatus.RUNNING, completed_at=None)
+            if run.control is not None:
+                timeout_at = run.control.timeout_at
+                elapsed = timeout_at is not None and timeout_at <= self.now
+                run.control = replace(
+                    run.control, cancelled=None, timed_out=None, timeout_at=None if elapsed else timeout_at
+                )
+
+    def _reopen(self, run: Run, step_key: str, step: Step, reset: Collection[str]) -> None:
+        run.steps[step_key] = Step(status=StepStatus.PENDING, attempts=self._closed(step), reopened=True)
+        gone = {step_key}
+        for key in set(reset) - {step_key}:
+            other = run.steps.get(key)
+            if other is not None and other.status is StepStatus.SKIPPED:
+                run.steps[key] = Step(attempts=other.attempts)
+                gone.add(key)
+        for key in gone:
+            if key in run.waiters and run.waiters[key].delivered_at is None:
+                del run.waiters[key]
+
+    def reschedule_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        attempt: int,
+        output_json: str | None = None,
+        due_at: datetime | None = None,
+    ) -> None:
+        run, record = self.known(run_id)
+        step, last = _last(run_id, run, step_key, attempt)
+        if step.is_terminal:
+            raise StepAlreadyCompletedError(run_id, step_key, attempt)
+        if step.rescheduled:
+            return
+        if last.completed_at is None:
+            last = replace(last, status=StepStatus.PENDING, output_json=output_json, completed_at=self.now)
+        dispatch = StepDispatch(
+            run_id=run_id, step_key=step_key, dispatched_at=self.now, due_at=due_at, job_id=None
+        )
+        run.steps[step_key] = replace(
+            step,
+            status=StepStatus.PENDING,
+            attempts=(*step.attempts[:-1], last),
+            rescheduled=True,
+            claim=None,
+            dispatch=None if record.status.is_terminal else dispatch,
+        )
+
+    def get_stalled_steps(self, *, as_of: datetime | None = None, take: int = 100) -> tuple[StalledStep, ...]:
+        moment = self.now if as_of is None else as_of
+        found = []
+        for run_id, run in self.state.runs.items():
+            if run.record is None or run.record.status.is_terminal:
+                continue
+            for key, step in run.steps.items():
+                waiter = run.waiters.get(key)
+                waits = (
+                    waiter is not None
+                    and waiter.delivered_at is None
+                    and waiter.expired_at is None
+                    and (waiter.expires_at is None or waiter.expires_at > moment)
+                )
+                stall = None if step.is_terminal or waits else _stall(step)
+                if stall is not None and stall[1] <= moment:
+                    found.append(
+                        StalledStep(
+                            run_id=run_id,
+                            step_key=key,
+                            status=step.status or StepStatus.PENDING,
+                            reason=stall[0],
+                            since=stall[1],
+                        )
+                    )
+        found.sort(key=lambda stalled: (stalled.since, stalled.run_id.bytes, stalled.step_key))
+        return tuple(found[:take])
+
+    def _attempt(
+        self, run_id: UUID, step_key: str, step: Step, step_type: str, status: StepStatus
+    ) -> FlowStepAttemptRecord:
+        return FlowStepAttemptRecord(
+            run_id=run_id,
+            step_key=step_key,
+            attempt=len(step.attempts) + 1,
+            step_type=step_type,
+            status=status,
+            input_json=None,
+            output_json=None,
+            error_message=None,
+            job_id=None,
+            started_at=self.now,
+            completed_at=None,
+        )
+
+    def _closed(self, step: Step) -> tuple[FlowStepAttemptRecord, ...]:
+        """The attempts with the last one closed, if it is open, for another to follow (STP-1)."""
+        if not step.attempts or step.attempts[-1].completed_at is not None:
+            return step.attempts
+        message = f"superseded by attempt {len(step.attempts) + 1}"
+        last = replace(
+            step.attempts[-1], status=StepStatus.FAILED, error_message=message, completed_at=self.now
+        )
+        return (*step.attempts[:-1], last)
+
+
+def _same_claim(one: StepClaim | None, other: StepClaim) -> bool:
+    """A claim that was renewed is the same; one that was won anew is not."""
+    return one is not None and (one.owner, one.claimed_at) == (other.owner, other.claimed_at)
+
+
+def _last(run_id: UUID, run: Run, step_key: str, attempt: int | None) -> tuple[Step, FlowStepAttemptRecord]:
+    step = run.steps.get(step_key)
+    if step is None or step.status is None:
+        raise StepNotFoundError(run_id, step_key)
+    if step.reopened or attempt not in (None, len(step.attempts)):
+        raise StaleAttemptError(run_id, step_key, attempt, len(step.attempts))
+    return step, step.attempts[-1]
+
+
+def _stall(step: Step) -> tuple[StallReason, datetime] | None:
+    if step.claim is not None:
+        expires_at = step.claim.expires_at
+        return None if expires_at is None else (StallReason.LEASE_EXPIRED, expires_at)
+    if step.dispatch is not None:
+        return StallReason.DISPATCH_DUE, step.dispatch.due_at or step.dispatch.dispatched_at
+    if step.status is None:
+        return None
+    last = step.attempts[-1]
+    return StallReason.NOT_DISPATCHED, last.completed_at or last.started_at
