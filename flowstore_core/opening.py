@@ -37,6 +37,36 @@ async def open_store(
     StoreUnavailableError, InvalidArgumentError for the clock, and NotSupportedError for a clock on a
     backend without VIRTUAL_CLOCK.
     """
+    plugin, backend, config = resolve_store(url, clock=clock, migrate=migrate, **options)
+    async with AsyncExitStack() as stack:
+        store = await _enter(stack, plugin, backend, config)
+        capabilities = frozenset(getattr(store, "capabilities", backend.capabilities))
+        _check_capabilities(plugin, store, capabilities)
+        if config.clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
+            raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
+        for wrapper in load_plugins():
+            if wrapper.wrap is not None:
+                for wrapped in wrapper.wrap(store=store, config=config):
+                    store = wrapped
+        checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
+    try:
+        yield checked
+    finally:
+        await checked.aclose()
+
+
+def resolve_store(
+    url: str | None = None,
+    *,
+    clock: Callable[[], datetime] | None = None,
+    migrate: bool = True,
+    **options: object,
+) -> tuple[Plugin, Backend, StoreConfig]:
+    """The plugin and backend that open_store would take for these arguments, and what it would tell it.
+
+    Nothing is opened. Raises ConfigurationError, UnknownBackendError, BackendLoadError, and
+    InvalidArgumentError for the clock.
+    """
     checked_clock = check_clock(clock)
     settings = read_settings(url, options, migrate=migrate)
     scheme = read_scheme(settings.url)
@@ -53,21 +83,7 @@ async def open_store(
         clock=checked_clock,
         migrate=settings.migrate,
     )
-    async with AsyncExitStack() as stack:
-        store = await _enter(stack, plugin, backend, config)
-        capabilities = frozenset(getattr(store, "capabilities", backend.capabilities))
-        _check_capabilities(plugin, store, capabilities)
-        if checked_clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
-            raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
-        for wrapper in load_plugins():
-            if wrapper.wrap is not None:
-                for wrapped in wrapper.wrap(store=store, config=config):
-                    store = wrapped
-        checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
-    try:
-        yield checked
-    finally:
-        await checked.aclose()
+    return plugin, backend, config
 
 
 async def _enter(stack: AsyncExitStack, plugin: Plugin, backend: Backend, config: StoreConfig) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from flowstore_core.status import Capability
 PROJECT = "flowstore"
 CONTRACT_VERSION = 1
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
+hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 
 
 class Backend(Protocol):
@@ -222,9 +223,14 @@ def _requirement(module: str, distribution: str | None) -> str:
         requires: Iterable[str] = Distribution.from_name(distribution).requires or ()
     except PackageNotFoundError:
         return module
+    sizes: Counter[str] = Counter()
+    offering: list[str] = []
     for requirement in requires:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
-        if name and extra and re.sub(r"[-.]", "_", name[0]).lower() == module.lower():
-            return f"'{distribution}[{extra[1]}]'"
-    return module
+        if name and extra:
+            sizes[extra[1]] += 1
+            if re.sub(r"[-.]", "_", name[0]).lower() == module.lower():
+                offering.append(extra[1])
+    # The smallest that has it: others, such as "all", bring more than what is missing.
+    return f"'{distribution}[{min(offering, key=sizes.__getitem__)}]'" if offering else module

@@ -27,8 +27,13 @@ CLOSE_SECONDS = 5.0
 # that old code meets a clear error and not a table it does not understand.
 WORKS_FROM = 1
 
-SCHEMA_EXISTS = "SELECT to_regnamespace($1) IS NOT NULL"
-VERSION_TABLE_EXISTS = "SELECT to_regclass($1) IS NOT NULL"
+# Not to_regclass(): it may answer from a cache that was filled before another process, for whose lock
+# we waited, created the table.
+SCHEMA_EXISTS = "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1)"
+VERSION_TABLE_EXISTS = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+               WHERE n.nspname = $1 AND c.relname = 'schema_version')
+"""
 READ_VERSION = """
 SELECT version, works_from FROM {schema}.schema_version ORDER BY version DESC LIMIT 1
 """
@@ -132,8 +137,7 @@ def read_migrations() -> Sequence[tuple[int, str, str]]:
 
 async def read_version(connection: Any, settings: Settings) -> tuple[int, int]:
     """The schema's version and the lowest code version that can work on it; (0, 0) without one."""
-    table = f"{settings.quoted_schema}.schema_version"
-    if not await connection.fetchval(VERSION_TABLE_EXISTS, table):
+    if not await connection.fetchval(VERSION_TABLE_EXISTS, settings.schema):
         return 0, 0
     row = await connection.fetchrow(READ_VERSION.replace("{schema}", settings.quoted_schema))
     return (0, 0) if row is None else (row["version"], row["works_from"])
@@ -166,7 +170,7 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
     found, works_from = await read_version(connection, settings)
     if works_from > needed:
         raise SchemaVersionError(found, needed, "install a newer flowstore")
-    if not await connection.fetchval(SCHEMA_EXISTS, schema):
+    if not await connection.fetchval(SCHEMA_EXISTS, settings.schema):
         await connection.execute(f"CREATE SCHEMA {schema}")
     if not found:
         await connection.execute(CREATE_VERSION_TABLE.replace("{schema}", schema))

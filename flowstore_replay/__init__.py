@@ -6,7 +6,7 @@ starts and kills workers, ``verify.py`` asks the store what became of it all.
 """
 
 from flowstore_replay.engine import Engine, Work, WorkFailed
-from flowstore_replay.replay import Observer, Options, Replay, ReplayError
+from flowstore_replay.replay import Observer, Options, Replay, ReplayError, View
 from flowstore_replay.verify import Check, Summary, verify
 from flowstore_replay.wfformat import (
     Task,
@@ -26,6 +26,7 @@ __all__ = [
     "ReplayError",
     "Summary",
     "Task",
+    "View",
     "Work",
     "WorkFailed",
     "Workflow",

@@ -273,15 +273,18 @@ class Engine:
         reasons: dict[UUID, str] = {}
         for run_id in listed:
             control = await self._store.get_run_control(run_id)
-            if control is not None and control.cancel_requested:
+            if control is None:
+                continue
+            if control.cancel_requested:
                 reasons[run_id] = f"the run is stopped: {control.cancel_reason or 'cancelled'}"
-            elif control is not None and control.timeout_at is not None:
-                # The deadline may have been extended since the list was made. Listed once more, the one
-                # just read has passed; as_of then lets the latch fall only if it still is the deadline.
-                # The next look finds the latch.
-                if run_id in {run.run_id for run in await self._store.get_runs_to_stop(take=1000)}:
-                    why = "the deadline has passed"
-                    await self._store.mark_timed_out(run_id, why, as_of=control.timeout_at)
+                continue
+            # The deadline may have been extended since the list was made. Listed once more, the one just
+            # read has passed; as_of then lets the latch fall only if it still is the deadline. The next
+            # look finds the latch.
+            again = {run.run_id for run in await self._store.get_runs_to_stop(take=1000)}
+            if run_id in again and control.timeout_at is not None:
+                why = "the deadline has passed"
+                await self._store.mark_timed_out(run_id, why, as_of=control.timeout_at)
         return reasons
 
     async def _end(self, run_id: UUID, status: RunStatus, reason: str) -> bool:
@@ -291,7 +294,7 @@ class Engine:
         this answers False. Nothing of the run is left open.
         """
         detail = await self._store.get_run_detail(run_id)
-        if detail is None:
+        if detail is None or await self._store.get_claimed_step_keys(run_id):
             return False
         for step in detail.steps:
             if step.status is StepStatus.FAILED and self._has_attempts_left(step):

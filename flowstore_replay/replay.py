@@ -25,6 +25,7 @@ from flowstore_core import (
 from flowstore_core.config import redact
 from flowstore_replay.crew import Crew, Worker
 from flowstore_replay.engine import TAKEN_OVER
+from flowstore_replay.kills import POLL, Grip, kill_due
 from flowstore_replay.verify import KILLED, Check, Summary, verify
 from flowstore_replay.wfformat import Workflow
 from flowstore_replay.worker import workflow_to_json
@@ -33,7 +34,8 @@ TRIGGER_KEY = "replay"
 PAYLOAD = '{"approved": true}'
 APPROVAL_DELAY = 0.5
 """Seconds between seeing a step wait and approving it, so that the wait is really one."""
-POLL = 0.1
+FINISHED = -1
+"""In place of a count of steps: the run is completed, however it ended."""
 MAX_SURPRISES = 5
 """How many workers may end by themselves before the replay gives up: something is wrong with them all."""
 
@@ -97,20 +99,6 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class _Held:
-    """A step that a worker holds, as the parent saw it last."""
-
-    run_id: UUID
-    key: str
-    attempt: int
-    seen_at: float
-    seconds: float
-
-    def left(self, now: float) -> float:
-        return self.seconds - (now - self.seen_at)
-
-
 class Replay:
     """One replay. The parent only triggers, watches, kills and approves: the workers do the rest."""
 
@@ -132,7 +120,7 @@ class Replay:
         self.run_ids: list[UUID] = []
         self._began = time.monotonic()
         self._done: dict[UUID, int] = {}
-        self._held: dict[str, _Held] = {}
+        self._grip = Grip(workflow, options.speed)
         self._kills_done = 0
         self._hit: set[tuple[UUID, str]] = set()
         self._waiting: dict[tuple[UUID, str], float] = {}
@@ -224,81 +212,39 @@ class Replay:
         active = {run.run_id for run in await store.get_active_runs()}
         details = []
         for run_id in self.run_ids:
-            if self._done.get(run_id) == -1:
+            if self._done.get(run_id) == FINISHED:
                 continue
             await self._read_events(store, run_id)
             if detail := await store.get_run_detail(run_id):
                 details.append(detail)
                 succeeded = sum(step.status is StepStatus.SUCCEEDED for step in detail.steps)
-                self._done[run_id] = succeeded if run_id in active else -1
-        over = all(self._done.get(run_id) == -1 for run_id in self.run_ids)
-        self._see_who_holds_what(details, crew)
+                self._done[run_id] = succeeded if run_id in active else FINISHED
+        over = all(self._done.get(run_id) == FINISHED for run_id in self.run_ids)
+        self._grip.see(details, {worker.name for worker in crew.workers})
         self._show(crew)
         if not over:
             await self._approve(store, [detail for detail in details if detail.run_id in active])
             await self._kill(store, crew, details)
         return over
 
-    def _see_who_holds_what(self, details: Sequence[FlowRunDetail], crew: Crew) -> None:
-        before, self._held = self._held, {}
-        alive = {worker.name for worker in crew.workers}
-        for detail in details:
-            for step in detail.steps:
-                last = step.attempts[-1]
-                if last.completed_at is not None or last.job_id not in alive or step.status.is_terminal:
-                    continue
-                held = _Held(
-                    run_id=detail.run_id,
-                    key=step.step_key,
-                    attempt=last.attempt,
-                    seen_at=time.monotonic(),
-                    seconds=self._workflow.by_key[step.step_key].seconds / self._options.speed,
-                )
-                known = before.get(last.job_id)
-                if known and (known.run_id, known.key, known.attempt) == (
-                    held.run_id,
-                    held.key,
-                    held.attempt,
-                ):
-                    held.seen_at = known.seen_at
-                self._held[last.job_id] = held
-
-    def _progress(self, details: Sequence[FlowRunDetail]) -> float:
-        """How much of the recorded time is behind us, 0 to 1; a step under way counts by its share."""
-        # A step without recorded time still counts for something.
-        weights = {task.key: task.seconds / self._options.speed + 0.001 for task in self._workflow.tasks}
-        total = sum(weights.values()) * len(self.run_ids)
-        done = sum(weights.values()) * sum(state == -1 for state in self._done.values())
-        for detail in details:
-            if self._done.get(detail.run_id) != -1:
-                succeeded = (step for step in detail.steps if step.status is StepStatus.SUCCEEDED)
-                done += sum(weights[step.step_key] for step in succeeded)
-        now = time.monotonic()
-        done += sum(held.seconds - max(0.0, held.left(now)) for held in self._held.values())
-        return done / total
-
     async def _kill(self, store: FlowStore, crew: Crew, details: Sequence[FlowRunDetail]) -> None:
-        """Kill the next worker, when its time has come and one holds a claim that it will not lose at once."""
-        progress = self._progress(details)
-        due = 0.15 + 0.6 * (self._kills_done + 0.5) / max(1, self._options.kill)
-        if self._kills_done >= self._options.kill or progress < due:
-            return
-        now = time.monotonic()
-        # Towards the end one cannot be choosy any more.
-        enough = 2 * POLL if progress < 0.85 else 0.0
-        choice = [
-            ((held.run_id, held.key) in self._hit, -held.left(now), worker)
-            for worker in crew.workers
-            if (held := self._held.get(worker.name)) and held.left(now) > enough
-        ]
-        if choice:
-            await self._kill_one(store, crew, min(choice, key=lambda entry: entry[:2])[2])
+        """Kill the next worker, if its time has come and one is in the middle of a step."""
+        if self._kills_done < self._options.kill:
+            finished = sum(state == FINISHED for state in self._done.values())
+            unfinished = [detail for detail in details if self._done[detail.run_id] != FINISHED]
+            progress = self._grip.progress(unfinished, finished, len(self.run_ids))
+            if progress >= kill_due(self._kills_done, self._options.kill):
+                victim = self._grip.victim(progress, self._hit)
+                for worker in crew.workers:
+                    if worker.name == victim:
+                        await self._kill_one(store, crew, worker)
+                        return
 
     async def _kill_one(self, store: FlowStore, crew: Crew, victim: Worker) -> None:
         await crew.kill(victim)
         self._kills_done += 1
         # Asked of the store after its death, so that it is what the worker really left behind.
-        run_id = self._held[victim.name].run_id
+        run_id = self._grip.held[victim.name].run_id
         detail = await store.get_run_detail(run_id)
         left = [
             (step.step_key, step.attempts[-1].attempt)
@@ -369,16 +315,16 @@ class Replay:
     def _show(self, crew: Crew) -> None:
         size = len(self._workflow.tasks)
         at_work = tuple(
-            (worker.name, held.key if (held := self._held.get(worker.name)) else None)
+            (worker.name, held.key if (held := self._grip.held.get(worker.name)) else None)
             for worker in crew.workers
         )
         self._observer.show(
             View(
                 seconds=time.monotonic() - self._began,
                 runs=len(self.run_ids),
-                runs_done=sum(state == -1 for state in self._done.values()),
+                runs_done=sum(state == FINISHED for state in self._done.values()),
                 steps=size * len(self.run_ids),
-                steps_done=sum(size if state == -1 else state for state in self._done.values()),
+                steps_done=sum(size if state == FINISHED else state for state in self._done.values()),
                 kills=self._options.kill,
                 kills_done=self._kills_done,
                 at_work=at_work,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import sqlite3
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -33,6 +35,7 @@ class Connection(aiosqlite.Connection):
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._pid = os.getpid()
         self._shutting = False
         connector = partial(
             sqlite3.connect,
@@ -45,7 +48,8 @@ class Connection(aiosqlite.Connection):
         super().__init__(connector, iter_chunk_size=64)
         # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
         # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
-        cast(Any, getattr(self, "_thread", self)).daemon = True
+        self._worker = cast(threading.Thread, getattr(self, "_thread", self))
+        self._worker.daemon = True
 
     async def open(self) -> None:
         """Open it, or leave nothing behind. Raises StoreUnavailableError."""
@@ -63,21 +67,22 @@ class Connection(aiosqlite.Connection):
             failure = StoreUnavailableError("no thread could be started")
         raise failure
 
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    # Not named run, which until aiosqlite 0.22 is the thread's own method.
+    async def run_work(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run a callable on the connection's thread. It goes on when the caller is cancelled."""
         if self._shutting:
             raise StoreClosedError
         return cast(T, await cast(Any, self)._execute(work, self._conn))
 
     async def run_patiently(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
-        """As run, again and again while the database is locked, at most that long.
+        """As run_work, again and again while the database is locked, at most that long.
 
         ``work`` must have changed nothing when it fails so. Raises StoreUnavailableError.
         """
         deadline = asyncio.get_running_loop().time() + seconds
         for delay in delays():
             try:
-                return await self.run(work)
+                return await self.run_work(work)
             except sqlite3.Error as error:
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
@@ -87,7 +92,7 @@ class Connection(aiosqlite.Connection):
 
     async def stop_work(self) -> None:
         """Interrupt the statement that runs, and wait until the thread is free."""
-        free = asyncio.create_task(self.run(lambda db: None))
+        free = asyncio.create_task(self.run_work(lambda db: None))
         while not free.done():
             # Again and again: an interrupt that comes before the statement has begun is lost.
             self.interrupt_now()
@@ -101,15 +106,37 @@ class Connection(aiosqlite.Connection):
     async def shut(self) -> None:
         """Close it behind what is still running there; bounded, and also when cancelled meanwhile."""
         self._shutting = True
+        if self._pid != os.getpid():
+            # After a fork there is no thread that could close it, and the file's locks are the parent's.
+            return
         await to_the_end(self._shut())
 
     async def _shut(self) -> None:
-        closing = asyncio.create_task(self.close())
+        closing = asyncio.create_task(self._close_and_end())
         done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
         if not done:
             _log.warning("a connection to %s did not close within %.0f s", self.path, CLOSE_SECONDS)
         elif not closing.cancelled() and (error := closing.exception()) is not None:
             _log.warning("a connection to %s closed with %s", self.path, type(error).__name__)
+
+    async def _close_and_end(self) -> None:
+        await self.close()
+        # The thread answers just before it ends; nobody should find it still there afterwards.
+        for delay in delays():
+            if not self._worker.is_alive():
+                break
+            await asyncio.sleep(delay)
+
+
+def snapshot(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+    """Run work whose every statement reads the same state of the database."""
+    db.execute("BEGIN")
+    try:
+        return work(db)
+    finally:
+        # Nothing to undo, and it never fails for want of a lock.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 def delays() -> Iterator[float]:

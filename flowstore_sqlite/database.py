@@ -18,7 +18,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.inflight import InFlight
-from flowstore_sqlite.connection import Connection, delays, to_the_end
+from flowstore_sqlite.connection import Connection, delays, snapshot, to_the_end
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
 from flowstore_sqlite.values import to_us
 
@@ -128,7 +128,7 @@ class Database:
                 self._idle.append(reader)
 
     async def _read_on(self, reader: Connection, work: Read[T]) -> T:
-        task = asyncio.create_task(reader.run_patiently(partial(_snapshot, work), self._busy_timeout))
+        task = asyncio.create_task(reader.run_patiently(partial(snapshot, work), self._busy_timeout))
         self._reading.add(task)
         task.add_done_callback(self._reading.discard)
         try:
@@ -191,7 +191,7 @@ class Database:
         now = self._loop.time()
         for _ in range(len(self._queue)):
             call = self._queue.popleft()
-            if call.abandoned:
+            if call.abandoned or call.outcome.done():
                 _settle(call, _ABANDONED)
             elif self._give_up_at is not None and now >= self._give_up_at:
                 _settle(call, StoreClosedError())
@@ -204,7 +204,7 @@ class Database:
     async def _run_group(self, group: list[_Call]) -> bool:
         """Run and answer a group of calls; False if the lock was not free, and nothing happened."""
         try:
-            results = await self._writer.run(partial(_transact, group, self.now))
+            results = await self._writer.run_work(partial(_transact, group, self.now))
         except _CommitError as error:
             failures = [map_commit_error(error.cause, self._writer.path) for _ in group]
         except sqlite3.Error as error:
@@ -234,7 +234,7 @@ class Database:
     async def aclose(self) -> None:
         """Wait, bounded, for what is under way, then close every connection; idempotent."""
         if self._pid != os.getpid():
-            # The connections are the parent's; closing them here would harm its locks.
+            # In a forked process nothing of it is under way, and the connections are the parent's.
             self._closed = True
             return
         await to_the_end(self._close())
@@ -274,16 +274,6 @@ def _settle(call: _Call, result: Any) -> None:
         call.outcome.set_exception(result)
     else:
         call.outcome.set_result(result)
-
-
-def _snapshot(work: Read[T], db: sqlite3.Connection) -> T:
-    db.execute("BEGIN")
-    try:
-        return work(db)
-    finally:
-        # Nothing to undo, and it never fails for want of a lock.
-        if db.in_transaction:
-            db.execute("ROLLBACK")
 
 
 def _transact(group: list[_Call], now: Callable[[], int], db: sqlite3.Connection) -> list[Any]:

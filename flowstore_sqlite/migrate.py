@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from flowstore_core import StoreConfig
-from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.location import file_exists, read_location
 from flowstore_sqlite.opening import Options, migrated
 from flowstore_sqlite.schema import load_migrations, read_version
@@ -28,7 +30,7 @@ async def schema_version(config: StoreConfig) -> int:
     connection = Connection(path)
     try:
         await connection.open()
-        version, _ = await connection.run_patiently(read_version, options.busy_timeout)
+        version, _ = await connection.run_patiently(partial(snapshot, read_version), options.busy_timeout)
     finally:
         await connection.shut()
     return version
@@ -37,10 +39,11 @@ async def schema_version(config: StoreConfig) -> int:
 async def migrate(config: StoreConfig) -> int:
     """Make the file if need be, apply every migration that is missing, and return the version.
 
+    Asked for by name, so ``config.migrate`` does not matter.
     Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
     """
     connection = Connection(read_location(config.url))
     try:
-        return await migrated(connection, config, Options.read(config))
+        return await migrated(connection, replace(config, migrate=True), Options.read(config))
     finally:
         await connection.shut()

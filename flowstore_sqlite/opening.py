@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig, StoreUnavailableError
-from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.location import create_file, file_exists, read_location
 from flowstore_sqlite.schema import MINIMUM_SQLITE, apply_migrations, is_current, known_version, read_version
 from flowstore_sqlite.store import SqliteStore
@@ -54,25 +53,39 @@ class Options:
         )
 
 
-@asynccontextmanager
-async def open_sqlite(config: StoreConfig) -> AsyncIterator[SqliteStore]:
-    """Open a store on the file that the URL names. Leaving the context closes it."""
-    path = read_location(config.url)
-    options = Options.read(config)
-    async with AsyncExitStack() as stack:
-        writer = Connection(path)
-        stack.push_async_callback(writer.shut)
-        await migrated(writer, config, options)
-        readers = []
-        for _ in range(options.readers):
-            reader = Connection(path)
-            stack.push_async_callback(reader.shut)
-            await reader.open()
-            await reader.run_patiently(partial(_set_up, (READ_ONLY,)), options.busy_timeout)
-            readers.append(reader)
-        store = SqliteStore(writer, readers, clock=config.clock, busy_timeout=options.busy_timeout)
-        stack.push_async_callback(store.aclose)
-        yield store
+class OpenSqlite:
+    """The context of a store on the file that the URL names; leaving it closes the store.
+
+    Not an async generator: those that a dying event loop finds open it closes all at once, and not the
+    inner one after the outer one.
+    """
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> SqliteStore:
+        path = read_location(self._config.url)
+        options = Options.read(self._config)
+        # Whatever fails, and if it is a cancellation: what was opened so far is closed.
+        async with AsyncExitStack() as stack:
+            writer = Connection(path)
+            stack.push_async_callback(writer.shut)
+            await migrated(writer, self._config, options)
+            readers = []
+            for _ in range(options.readers):
+                reader = Connection(path)
+                stack.push_async_callback(reader.shut)
+                await reader.open()
+                await reader.run_patiently(partial(_set_up, (READ_ONLY,)), options.busy_timeout)
+                readers.append(reader)
+            store = SqliteStore(writer, readers, clock=self._config.clock, busy_timeout=options.busy_timeout)
+            stack.push_async_callback(store.aclose)
+            self._stack = stack.pop_all()
+        return store
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stack.aclose()
 
 
 async def migrated(writer: Connection, config: StoreConfig, options: Options) -> int:
@@ -90,12 +103,13 @@ async def migrated(writer: Connection, config: StoreConfig, options: Options) ->
     # Once more, as the file may have been replaced by a link just now.
     file_exists(writer.path)
     patience = options.busy_timeout
-    current = await writer.run_patiently(partial(is_current, migrate=config.migrate), patience)
+    check = partial(is_current, migrate=config.migrate)
+    current = await writer.run_patiently(partial(snapshot, check), patience)
     await writer.run_patiently(partial(_set_up, SYNCHRONOUS[options.synchronous]), patience)
     # The log is chosen only now, so that a file with a wrong schema stays untouched.
     await writer.run_patiently(_use_log, patience)
     if current:
-        version, _ = await writer.run_patiently(read_version, patience)
+        version, _ = await writer.run_patiently(partial(snapshot, read_version), patience)
         return version
     now = config.clock or _system_time
     return await writer.run_patiently(lambda db: apply_migrations(db, to_us(now())), patience)

@@ -42,9 +42,9 @@ class SqliteBackend:
 
         Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
         """
-        from flowstore_sqlite.opening import open_sqlite
+        from flowstore_sqlite.opening import OpenSqlite
 
-        return open_sqlite(config)
+        return OpenSqlite(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:

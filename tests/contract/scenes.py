@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-from flowstore_core import FlowStepAttemptRecord, FlowStepRecord, FlowStore, StepStatus
+from flowstore_core import FlowStepAttemptRecord, FlowStepRecord, FlowStore, RunStatus, StepStatus
 
 T = TypeVar("T")
 
@@ -90,3 +90,37 @@ async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
 async def outcomes(calls: Iterable[Awaitable[T]]) -> list[T | BaseException]:
     """The results and the errors of calls that run at the same time."""
     return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+async def assert_sound(store: FlowStore, *run_ids: UUID) -> None:
+    """What is true of a run at any moment, whatever happened to it and whatever is going on."""
+    for run_id in run_ids:
+        detail = await store.get_run_detail(run_id)
+        if detail is None:
+            continue
+        assert (detail.completed_at is None) is (detail.status is RunStatus.RUNNING)
+        for step in detail.steps:
+            last = step.attempts[-1]
+            numbers = [attempt.attempt for attempt in step.attempts]
+            assert numbers == list(range(1, len(numbers) + 1))
+            open_ones = [a.attempt for a in step.attempts if a.status is StepStatus.RUNNING]
+            assert open_ones == [a.attempt for a in step.attempts if a.completed_at is None]
+            reopened = step.attempt_count == len(numbers) + 1
+            if reopened:
+                assert open_ones == []
+                assert (step.status, step.output_json, step.error_message) == (StepStatus.PENDING, None, None)
+            else:
+                assert step.attempt_count == len(numbers)
+                assert open_ones in ([], [last.attempt])
+                assert (step.status, step.output_json, step.error_message) == (
+                    last.status,
+                    last.output_json,
+                    last.error_message,
+                )
+            assert (step.completed_at is not None) is step.status.is_terminal
+            assert step.started_at == step.attempts[0].started_at
+        for waiter in await store.get_waiters(run_id):
+            assert waiter.delivered_at is None or waiter.expired_at is None
+            assert (waiter.delivered_at is None) is (waiter.payload_json is None)
+        events = await store.get_run_events(run_id, take=1000)
+        assert [event.sequence for event in events] == sorted({event.sequence for event in events})

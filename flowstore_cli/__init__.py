@@ -1,0 +1,1 @@
+"""flowstore_cli: the command ``flowstore``, for people and for scripts."""

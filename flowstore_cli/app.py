@@ -1,0 +1,101 @@
+"""The command's groups, and the seam where every error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from flowstore_cli import backends, migrate, ping, replay, retention, runs, signals, stats, timeseries
+from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, explain
+from flowstore_cli.printing import clean, complain, prepare_streams
+
+DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
+
+# typer brings click under one name or the other, depending on its version; its root class is this.
+UsageProblem: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name="flowstore",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("backends")(backends.backends)
+app.add_typer(migrate.app, name="migrate")
+app.command("replay")(replay.replay)
+app.add_typer(runs.app, name="runs")
+app.command("stats")(stats.stats)
+app.command("timeseries")(timeseries.timeseries)
+app.add_typer(signals.app, name="signal")
+app.command("cleanup")(retention.cleanup)
+app.command("ping")(ping.ping)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"flowstore {version('flowstore')}")
+        except PackageNotFoundError:
+            typer.echo("flowstore (not installed)")
+        raise typer.Exit
+
+
+@app.callback(
+    invoke_without_command=True,
+    help=(
+        "Stores for workflow runs: look into one, and see one at work.\n\n"
+        "The store is the one that --url names, else FLOWSTORE_URL, else key url of flowstore.toml or "
+        "[tool.flowstore] of pyproject.toml, else sqlite:///flowstore.db.\n\n\b\n"
+        "  flowstore replay --kill 2      run a workflow, kill two workers, and check\n"
+        "  flowstore runs list            what is in the store\n"
+        "  flowstore backends             what stores there are\n\n\b\n" + EXIT_CODES
+    ),
+)
+def flowstore(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code; nothing but a signal ever escapes."""
+    prepare_streams()
+    # A library's warnings, without a traceback's worth of decoration.
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        code = app(args=list(arguments), prog_name="flowstore", standalone_mode=False)
+        sys.stdout.flush()
+    except UsageProblem as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "flowstore"
+        return complain(f"{error.format_message()} ({command} --help tells more)", USAGE)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        return complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has had enough of it. The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else NO
+    except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
+        if explained := explain(error):
+            return complain(*explained)
+        if os.environ.get(DEBUG_VARIABLE):
+            traceback.print_exc()
+        text = clean(f"{type(error).__name__}: {error}")
+        return complain(f"this is a bug: {text}; {DEBUG_VARIABLE}=1 shows where, please report it", NO)
+    return code if isinstance(code, int) else SUCCESS

@@ -1,0 +1,129 @@
+"""``flowstore backends``: which stores can be opened here, and what each of them offers."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from flowstore_cli.printing import (
+    cell,
+    new_console,
+    new_table,
+    print_form,
+    print_json,
+    print_table,
+    shortened,
+)
+from flowstore_cli.stores import AsJson, drivers, missing_driver
+from flowstore_core import CRASH_SAFE, Backend, Capability
+from flowstore_core.plugins import Plugin, load_plugins
+
+INSTALLED, DRIVER_MISSING, BROKEN = "installed", "driver missing", "broken"
+STYLES = {INSTALLED: "green", DRIVER_MISSING: "yellow", BROKEN: "red"}
+FACTS = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One line of the list; the keys of --json."""
+
+    name: str
+    schemes: list[str]
+    distribution: str | None
+    status: str
+    problem: str | None
+    remedy: str | None
+    level: str | None
+    capabilities: list[str]
+    options: list[str]
+
+
+def backends(as_json: AsJson = False) -> None:
+    """List the backends, and what is wrong with any.
+
+    A backend comes from any installed package with an entry point in group "flowstore". Its level is
+    "crash-safe" when an engine can recover from crashes on it, "full" when it offers everything but
+    facts such as durability.
+
+    \b
+      flowstore backends
+      flowstore backends --json
+
+    JSON: a list of objects with name, schemes, distribution, status (installed, driver missing or
+    broken), problem, remedy, level, capabilities, options.
+    """
+    found = [entry for plugin in load_plugins() for entry in _list(plugin)]
+    if as_json:
+        print_json(found)
+        return
+    console = new_console()
+    table = new_table("NAME", "SCHEMES", "STATUS", "LEVEL", "FROM", short=("SCHEMES", "FROM"))
+    for entry in found:
+        table.add_row(
+            cell(entry.name),
+            shortened(", ".join(entry.schemes) or None),
+            cell(entry.status, STYLES[entry.status]),
+            cell(entry.level),
+            shortened(entry.distribution),
+        )
+    print_table(console, table)
+    for entry in found:
+        facts = []
+        if entry.problem:
+            facts.append(("  problem", cell(entry.problem, STYLES[entry.status])))
+            facts.append(("  remedy", cell(entry.remedy)))
+        if entry.status != BROKEN:
+            facts.append(("  offers", cell(", ".join(entry.capabilities))))
+            facts.append(("  options", cell(", ".join(entry.options) or "none")))
+        console.print()
+        console.print(cell(entry.name, "bold"))
+        print_form(console, facts)
+
+
+def _list(plugin: Plugin) -> list[Listed]:
+    if plugin.error is not None:
+        reason, _, remedy = str(plugin.error).rpartition("; ")
+        return [
+            Listed(
+                name=plugin.name,
+                schemes=[],
+                distribution=plugin.distribution,
+                status=BROKEN,
+                problem=reason,
+                remedy=remedy or plugin.error.remedy,
+                level=None,
+                capabilities=[],
+                options=[],
+            )
+        ]
+    return [_list_backend(plugin, backend) for backend in plugin.backends]
+
+
+def _list_backend(plugin: Plugin, backend: Backend) -> Listed:
+    missing = [name for name in drivers(backend) if not _is_installed(name)]
+    error = missing_driver(plugin, ModuleNotFoundError(name=missing[0])) if missing else None
+    return Listed(
+        name=backend.name,
+        schemes=sorted(backend.schemes),
+        distribution=plugin.distribution,
+        status=DRIVER_MISSING if missing else INSTALLED,
+        problem=f"module {missing[0]!r} is not installed" if missing else None,
+        remedy=error.remedy if error else None,
+        level=level(backend.capabilities),
+        capabilities=sorted(backend.capabilities),
+        options=sorted(backend.options),
+    )
+
+
+def level(capabilities: frozenset[Capability]) -> str:
+    """How much of the contract a backend offers, in a word."""
+    if capabilities >= frozenset(Capability) - FACTS:
+        return "full"
+    return "crash-safe" if capabilities >= CRASH_SAFE else "base"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,55 @@
+"""Exit codes, and every error as one clear line that ends with what to do."""
+
+from __future__ import annotations
+
+from flowstore_core import (
+    ConfigurationError,
+    FlowStoreError,
+    InvalidArgumentError,
+    NotSupportedError,
+    SchemaVersionError,
+    StoreUnavailableError,
+)
+from flowstore_replay import ReplayError, WorkflowError
+
+MISUSES = (
+    ConfigurationError,
+    InvalidArgumentError,
+    NotSupportedError,
+    SchemaVersionError,
+    WorkflowError,
+)
+
+SUCCESS = 0
+NO = 1
+"""The answer is no: not found, a conflict, a check that failed."""
+USAGE = 2
+UNAVAILABLE = 3
+INTERRUPTED = 130
+
+EXIT_CODES = """\
+Exit codes: 0 success; 1 the answer is no, a check failed, or not found;
+2 wrong usage or configuration; 3 the store is unavailable; 130 interrupted."""
+
+
+class Failure(Exception):  # noqa: N818 - the command's own way to end with a line and a code
+    """Ends the command with one line on stderr and an exit code."""
+
+    def __init__(self, message: str, code: int = NO) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code for an error; None for one that nobody expects."""
+    if isinstance(error, Failure):
+        return str(error), error.code
+    if isinstance(error, StoreUnavailableError):
+        return f"{error}; check that the server runs and that the URL is right", UNAVAILABLE
+    if isinstance(error, MISUSES):
+        return str(error), USAGE
+    if isinstance(error, ReplayError):
+        return str(error), USAGE if error.usage else NO
+    if isinstance(error, FlowStoreError):
+        return str(error), NO
+    return None

@@ -1,0 +1,136 @@
+"""``flowstore migrate``: the schema of a store's database."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flowstore_cli.failures import NO, SUCCESS
+from flowstore_cli.printing import print_json, say
+from flowstore_cli.stores import (
+    AsJson,
+    Migratable,
+    Url,
+    missing_driver,
+    new_group,
+    run,
+    schema_version,
+    whereabouts,
+)
+from flowstore_core import StoreConfig
+from flowstore_core.opening import resolve_store
+from flowstore_core.plugins import Plugin
+
+app = new_group(
+    "Bring a store's schema up to date, or look at it.\n\n"
+    "Opening a store migrates it too, unless it is told not to."
+)
+
+
+@app.command()
+def up(url: Url = None, as_json: AsJson = False) -> None:
+    """Apply the migrations that are missing.
+
+    Makes the schema, or the file, if need be. Safe to run at any time and from many places at once.
+
+    \b
+      flowstore migrate up
+      flowstore migrate up --url postgresql://admin@host/db
+
+    JSON: backend, before, version (numbers; null for a backend that needs no migrations).
+    """
+    plugin, backend, config = _resolve(url)
+    if backend is None:
+        _needs_none(plugin.name, as_json, {"before": None, "version": None})
+        return
+    before, version = run(_migrate(plugin, backend, config))
+    if as_json:
+        print_json({"backend": plugin.name, "before": before, "version": version})
+    elif before == version:
+        say(f"up to date: version {version} at {whereabouts(config)}")
+    else:
+        say(f"migrated from version {before} to {version}: {whereabouts(config)}")
+
+
+@app.command()
+def status(url: Url = None, as_json: AsJson = False) -> None:
+    """Say which migrations are missing.
+
+    Exit code 1 if any are.
+
+    \b
+      flowstore migrate status && start-the-workers
+
+    JSON: backend, version, latest, pending (a list of number and name).
+    """
+    plugin, backend, config = _resolve(url)
+    if backend is None:
+        _needs_none(plugin.name, as_json, {"version": None, "latest": None, "pending": []})
+        return
+    known = backend.migrations()
+    version = run(schema_version(plugin, backend, config))
+    latest = max((number for number, _, _ in known), default=0)
+    pending = [{"number": number, "name": name} for number, name, _ in known if number > version]
+    if as_json:
+        print_json({"backend": plugin.name, "version": version, "latest": latest, "pending": pending})
+    else:
+        say(f"version {version} of {latest}: {whereabouts(config)}")
+        for entry in pending:
+            say(f"  pending  {entry['number']:04}  {entry['name']}")
+        if pending:
+            say("apply with: flowstore migrate up")
+        if version > latest:
+            say("the schema is newer than this flowstore knows")
+    raise typer.Exit(NO if pending else SUCCESS)
+
+
+@app.command()
+def sql(
+    url: Url = None,
+    since: Annotated[int, typer.Option("--after", min=0, help="Only migrations after this number.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Print the migrations' SQL.
+
+    For reading before it is applied; nothing is opened.
+
+    \b
+      flowstore migrate sql --url postgresql://host/db
+      flowstore migrate sql --after 3
+
+    JSON: a list of objects with number, name, sql.
+    """
+    plugin, backend, _ = _resolve(url)
+    if backend is None:
+        _needs_none(plugin.name, as_json, None)
+        return
+    known = [entry for entry in backend.migrations() if entry[0] > since]
+    if as_json:
+        print_json([{"number": number, "name": name, "sql": text} for number, name, text in known])
+        return
+    for number, name, text in known:
+        say(f"-- migration {number:04} {name} of backend {plugin.name}")
+        if "{schema}" in text:
+            say("-- {schema} stands for the quoted name of the schema that option schema names")
+        say(text.strip() + "\n")
+
+
+def _resolve(url: str | None) -> tuple[Plugin, Migratable | None, StoreConfig]:
+    plugin, backend, config = resolve_store(url)
+    return plugin, backend if isinstance(backend, Migratable) else None, config
+
+
+async def _migrate(plugin: Plugin, backend: Migratable, config: StoreConfig) -> tuple[int, int]:
+    before = await schema_version(plugin, backend, config)
+    try:
+        return before, await backend.migrate(config)
+    except ModuleNotFoundError as error:
+        raise missing_driver(plugin, error) from error
+
+
+def _needs_none(name: str, as_json: bool, answer: dict[str, object] | None) -> None:
+    if as_json:
+        print_json([] if answer is None else {"backend": name, **answer})
+    else:
+        say(f"backend {name!r} needs no migrations")

@@ -1,0 +1,97 @@
+"""``flowstore ping``: whether a store answers, how fast, and what it is."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from flowstore_cli.backends import level
+from flowstore_cli.printing import cell, new_console, print_form, print_json
+from flowstore_cli.stores import (
+    AsJson,
+    Migratable,
+    NoMigrate,
+    Url,
+    drivers,
+    existing_store,
+    run,
+    schema_version,
+    whereabouts,
+)
+from flowstore_core.opening import resolve_store
+
+
+def ping(
+    url: Url = None,
+    times: Annotated[int, typer.Option("--times", "-n", min=1, max=1000, help="How often to ask.")] = 5,
+    as_json: AsJson = False,
+    no_migrate: NoMigrate = False,
+) -> None:
+    """Say what the store is and how fast it answers.
+
+    Exit code 3 if it does not answer.
+
+    \b
+      flowstore ping
+      flowstore ping --url postgresql://user@host/db --json
+
+    JSON: backend, url (without secrets), distribution, version, schema_version, python, drivers,
+    level, capabilities, round_trip_ms (min, median, max).
+    """
+    facts = run(_ping(url, times, migrate=not no_migrate))
+    if as_json:
+        print_json(facts)
+        return
+    trip = facts["round_trip_ms"]
+    versions = [f"{name} {number}" for name, number in facts["drivers"].items()]
+    for_people = (
+        ("backend", f"{facts['backend']} ({facts['distribution']} {facts['version']})"),
+        ("store", facts["url"]),
+        ("schema", f"version {facts['schema_version']}" if facts["schema_version"] is not None else "none"),
+        ("runs on", ", ".join([f"Python {facts['python']}", *versions])),
+        ("level", facts["level"]),
+        ("offers", ", ".join(facts["capabilities"])),
+        (
+            "round trip",
+            f"{trip['median']:.2f} ms (median of {times}, {trip['min']:.2f} to {trip['max']:.2f})",
+        ),
+    )
+    print_form(new_console(), ((name, cell(value)) for name, value in for_people))
+
+
+async def _ping(url: str | None, times: int, *, migrate: bool) -> dict[str, Any]:
+    plugin, backend, config = resolve_store(url, migrate=migrate)
+    async with existing_store(url, migrate=migrate) as store:
+        taken = []
+        for _ in range(times):
+            began = time.perf_counter()
+            await store.ping()
+            taken.append((time.perf_counter() - began) * 1000)
+        capabilities = store.capabilities
+    schema = None
+    if isinstance(backend, Migratable):
+        schema = await schema_version(plugin, backend, config)
+    return {
+        "backend": backend.name,
+        "url": whereabouts(config),
+        "distribution": plugin.distribution,
+        "version": _version(plugin.distribution) if plugin.distribution else None,
+        "schema_version": schema,
+        "python": platform.python_version(),
+        "drivers": {name: _version(name) for name in drivers(backend)},
+        "level": level(capabilities),
+        "capabilities": sorted(capabilities),
+        "round_trip_ms": {"min": min(taken), "median": median(taken), "max": max(taken)},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,107 @@
+"""What a replay shows while it goes on: a moving picture, plain lines, or nothing but notes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from flowstore_cli.printing import cell, clean, new_table, say, shortened, span
+from flowstore_replay import Observer, View
+
+MOST_WORKERS = 20
+MOST_WAITING = 5
+
+
+class Screen(Observer, Protocol):
+    """An observer that is shown something while it lasts, and remembers what it was told."""
+
+    notes: list[str]
+
+    def on(self) -> AbstractContextManager[Any]: ...
+
+
+class Quiet:
+    """For --json: the notes go to stderr, where a person may read them."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def on(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        sys.stderr.write(f"{clean(text)}\n")
+
+    def show(self, view: View) -> None:
+        pass
+
+
+class Plain:
+    """For a file or a pipe: a line for each note, and one a second at most for the progress."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self._last: tuple[int, int] | None = None
+        self._said_at = 0.0
+        self._began = time.monotonic()
+
+    def on(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._say(text)
+
+    def show(self, view: View) -> None:
+        state = (view.runs_done, view.steps_done)
+        if state == self._last or time.monotonic() - self._said_at < 1:
+            return
+        self._last, self._said_at = state, time.monotonic()
+        self._say(f"{view.steps_done} of {view.steps} steps, {view.runs_done} of {view.runs} runs")
+
+    def _say(self, text: str) -> None:
+        say(f"{time.monotonic() - self._began:7.1f}s  {text}")
+        sys.stdout.flush()
+
+
+class Moving:
+    """For a terminal: a picture that moves, with the last notes below it."""
+
+    def __init__(self, console: Console) -> None:
+        self.notes: list[str] = []
+        self._recent: deque[str] = deque(maxlen=8)
+        self._began = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=8, transient=True)
+
+    def on(self) -> AbstractContextManager[Any]:
+        return self._live
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._recent.append(f"{time.monotonic() - self._began:6.1f}s  {text}")
+
+    def show(self, view: View) -> None:
+        done = Table.grid(padding=(0, 2))
+        done.add_row(
+            cell(span(view.seconds)),
+            ProgressBar(total=max(view.steps, 1), completed=view.steps_done, width=30),
+            cell(f"{view.steps_done} of {view.steps} steps"),
+            cell(f"{view.runs_done} of {view.runs} runs"),
+            cell(f"{view.kills_done} of {view.kills} killed" if view.kills else ""),
+        )
+        workers = new_table("WORKER", "STEP", short=("STEP",))
+        for name, step in view.at_work[:MOST_WORKERS]:
+            workers.add_row(cell(name), shortened(step or "", "cyan"))
+        for step in view.waiting[:MOST_WAITING]:
+            workers.add_row(cell("nobody", "dim"), shortened(f"{step} (waits for a signal)", "yellow"))
+        parts: list[RenderableType] = [done, "", workers, "", *map(cell, self._recent)]
+        self._live.update(Group(*parts))

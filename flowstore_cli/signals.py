@@ -1,0 +1,71 @@
+"""``flowstore signal``: telling a waiting step what it waits for."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.printing import print_json, say
+from flowstore_cli.stores import AsJson, NoMigrate, RunId, Url, existing_store, new_group, read_stdin, run
+from flowstore_core import RunNotFoundError, SignalDeliveryResult, SignalDeliveryStatus
+
+app = new_group("Deliver signals to waiting steps.")
+
+
+@app.command()
+def deliver(
+    run_id: RunId,
+    name: Annotated[str, typer.Argument(metavar="SIGNAL", help="The signal's name.", show_default=False)],
+    payload: Annotated[
+        str, typer.Argument(metavar="PAYLOAD", help="JSON text; - reads it from standard input.")
+    ] = "null",
+    delivery_id: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="The same id again delivers nothing more: safe to repeat."),
+    ] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+    no_migrate: NoMigrate = False,
+) -> None:
+    """Deliver a signal to a waiting step.
+
+    Of several steps that wait for it, to the one that has waited longest. Exit code 1 if no step waits
+    for it, or the only ones that did have had it already.
+
+    \b
+      flowstore signal deliver RUN_ID approval '{"approved": true}'
+      echo '{"approved": true}' | flowstore signal deliver RUN_ID approval -
+
+    JSON: status (Delivered, AlreadyDelivered, NotFound), step_key, delivered_at.
+    """
+    text = read_stdin() if payload == "-" else payload
+    try:
+        json.loads(text)
+    except ValueError as error:
+        quoting = """quote it for the shell, as in '{"approved": true}'"""
+        raise Failure(f"the payload is not JSON ({error}); {quoting}", USAGE) from None
+    result = run(_deliver(url, run_id, name, text, delivery_id, migrate=not no_migrate))
+    if as_json:
+        print_json(result)
+    elif result.status is SignalDeliveryStatus.DELIVERED:
+        say(f"delivered to step {result.step_key!r}")
+    elif result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
+        say(f"step {result.step_key!r} has had this signal already, and no other waits for it")
+    else:
+        say(f"no step of the run waits for signal {name!r}; see: flowstore runs show {run_id}")
+    if result.status is not SignalDeliveryStatus.DELIVERED:
+        raise typer.Exit(NO)
+
+
+async def _deliver(
+    url: str | None, run_id: RunId, name: str, payload: str, delivery_id: str | None, *, migrate: bool
+) -> SignalDeliveryResult:
+    async with existing_store(url, migrate=migrate) as store:
+        result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id)
+        unknown = result.status is SignalDeliveryStatus.NOT_FOUND
+        if unknown and await store.get_run_status(run_id) is None:
+            raise RunNotFoundError(run_id)
+        return result

@@ -1,0 +1,127 @@
+"""Opening the store that a command works on, and the options that every such command has."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
+from uuid import UUID
+
+import typer
+
+from flowstore_cli.failures import USAGE, Failure
+from flowstore_core import Backend, BackendLoadError, FlowStore, StoreConfig, open_store
+from flowstore_core.config import read_path, redact
+from flowstore_core.opening import resolve_store
+from flowstore_core.plugins import Plugin, explain_import
+
+T = TypeVar("T")
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        "-u",
+        metavar="URL",
+        help="The store, such as sqlite:///flows.db or postgresql://user@host/db.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
+NoMigrate = Annotated[
+    bool, typer.Option("--no-migrate", help="Leave the schema as it is; an old one is then an error.")
+]
+RunId = Annotated[UUID, typer.Argument(metavar="RUN_ID", help="The run's id.", show_default=False)]
+
+
+@runtime_checkable
+class Migratable(Protocol):
+    """What a backend may bring besides the Protocol of core, for ``flowstore migrate``."""
+
+    def migrations(self) -> Sequence[tuple[int, str, str]]:
+        """Every migration as (number, name, SQL), in order."""
+        ...
+
+    async def schema_version(self, config: StoreConfig) -> int:
+        """The version of the schema; 0 where there is none. Makes and changes nothing."""
+        ...
+
+    async def migrate(self, config: StoreConfig) -> int:
+        """Apply what is missing and return the version reached."""
+        ...
+
+
+def new_group(text: str) -> typer.Typer:
+    """A group of commands; alone it shows its help."""
+    app = typer.Typer(rich_markup_mode=None)
+
+    @app.callback(invoke_without_command=True, help=text)
+    def group(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    return app
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's coroutine; Ctrl-C and SIGTERM cancel it, so that what it opened is closed."""
+
+    async def supervised() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(supervised())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+@asynccontextmanager
+async def existing_store(url: str | None, *, migrate: bool) -> AsyncIterator[FlowStore]:
+    """Open a store that is there already: a command that only looks must not make one."""
+    plugin, backend, config = resolve_store(url, migrate=migrate)
+    if isinstance(backend, Migratable) and not await schema_version(plugin, backend, config):
+        raise Failure(
+            f"there is no flowstore schema at {whereabouts(config)}; check --url, or make one with: "
+            "flowstore migrate up",
+            USAGE,
+        )
+    async with open_store(url, migrate=migrate) as store:
+        yield store
+
+
+async def schema_version(plugin: Plugin, backend: Migratable, config: StoreConfig) -> int:
+    """The backend's schema version; a missing driver is told with its remedy."""
+    try:
+        return await backend.schema_version(config)
+    except ModuleNotFoundError as error:
+        raise missing_driver(plugin, error) from error
+
+
+def missing_driver(plugin: Plugin, error: ModuleNotFoundError) -> BackendLoadError:
+    return explain_import(plugin.name, plugin.module, plugin.distribution, error)
+
+
+def whereabouts(config: StoreConfig) -> str:
+    """Where a store is, for people: its URL without secrets, and the file if it is one."""
+    shown = redact(config.url)
+    if config.scheme == "sqlite":
+        return f"{shown} (file {Path(read_path(config.url)).absolute()})"
+    return shown
+
+
+def drivers(backend: Backend) -> tuple[str, ...]:
+    """The modules that a backend says it needs (the optional attribute ``drivers``)."""
+    named = getattr(backend, "drivers", ())
+    return tuple(named) if isinstance(named, (tuple, list, frozenset, set)) else ()
+
+
+def read_stdin() -> str:
+    """All of standard input."""
+    return sys.stdin.read()

@@ -1,0 +1,110 @@
+"""``flowstore timeseries``: runs over time, as a chart in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+from uuid import UUID
+
+import typer
+from rich.text import Text
+
+from flowstore_cli.durations import parse_moment
+from flowstore_cli.printing import cell, count, new_console, new_table, print_json, print_table, span
+from flowstore_cli.stores import AsJson, NoMigrate, Url, existing_store, run
+from flowstore_core import RunTimeseriesBucket, RunTimeseriesGranularity
+
+# Told apart without colours too.
+PARTS = (
+    ("succeeded", "█", "green"),
+    ("failed", "▓", "red"),
+    ("cancelled", "▒", "yellow"),
+    ("running", "░", "cyan"),
+)
+BAR = 20
+DEFAULT_SINCE = {RunTimeseriesGranularity.HOUR: "24h", RunTimeseriesGranularity.DAY: "30d"}
+FORMAT = {RunTimeseriesGranularity.HOUR: "%m-%d %H:%M", RunTimeseriesGranularity.DAY: "%Y-%m-%d"}
+
+
+def timeseries(
+    granularity: Annotated[
+        RunTimeseriesGranularity, typer.Option("--by", "-b", help="The width of a bucket, in UTC.")
+    ] = RunTimeseriesGranularity.HOUR,
+    since: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="A moment, or how long ago. Default: 24h by hour, 30d by day."),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="A moment, or how long ago. Default: now.")
+    ] = None,
+    flow: Annotated[UUID | None, typer.Option(metavar="FLOW_ID", help="Only runs of this flow.")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+    no_migrate: NoMigrate = False,
+) -> None:
+    """Chart the runs of each hour or day.
+
+    Runs count by when they started and by what became of them; P50 and P95 are how long they took.
+
+    \b
+      flowstore timeseries
+      flowstore timeseries --by day --since 90d
+      flowstore timeseries --since 2025-06-01 --until 2025-06-02T12:00
+
+    JSON: a list of objects with timestamp, total, succeeded, failed, cancelled, running,
+    p50_duration_ms, p95_duration_ms (null where no run of the bucket is completed).
+    """
+    now = datetime.now(UTC)
+    first = parse_moment(since or DEFAULT_SINCE[granularity], "--since", now)
+    last = parse_moment(until, "--until", now) if until else now
+    buckets = run(_timeseries(url, granularity, first, last, flow, migrate=not no_migrate))
+    if as_json:
+        print_json(buckets)
+    else:
+        _draw(buckets, granularity)
+
+
+async def _timeseries(
+    url: str | None,
+    granularity: RunTimeseriesGranularity,
+    since: datetime,
+    until: datetime,
+    flow_id: UUID | None,
+    *,
+    migrate: bool,
+) -> Sequence[RunTimeseriesBucket]:
+    async with existing_store(url, migrate=migrate) as store:
+        return await store.get_run_timeseries(granularity, since, until, flow_id)
+
+
+def _draw(buckets: Sequence[RunTimeseriesBucket], granularity: RunTimeseriesGranularity) -> None:
+    console = new_console()
+    numbers = ("SUCC", "FAIL", "CANC", "RUN", "P50", "P95")
+    table = new_table("FROM (UTC)", "RUNS", *numbers, right=numbers, short=("RUNS",))
+    most = max((bucket.total for bucket in buckets), default=0)
+    for bucket in buckets:
+        table.add_row(
+            cell(f"{bucket.timestamp.astimezone(UTC):{FORMAT[granularity]}}"),
+            _bar(bucket, most),
+            *(cell(getattr(bucket, name) or ".") for name, _, _ in PARTS),
+            *(
+                cell(span(None if value is None else value / 1000))
+                for value in (bucket.p50_duration_ms, bucket.p95_duration_ms)
+            ),
+        )
+    print_table(console, table)
+    legend = Text("\n")
+    for name, mark, style in PARTS:
+        legend.append(f"{mark} ", style).append(f"{name}  ")
+    total = sum(bucket.total for bucket in buckets)
+    console.print(legend.append(f"in all {count(total, 'run')}"))
+
+
+def _bar(bucket: RunTimeseriesBucket, most: int) -> Text:
+    """A bar as long as the bucket's share of the fullest one; whatever occurred is seen in it."""
+    bar = Text()
+    for name, mark, style in PARTS:
+        runs = getattr(bucket, name)
+        bar.append(mark * (max(1, round(runs * BAR / most)) if runs else 0), style)
+    return bar

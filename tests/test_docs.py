@@ -1,0 +1,428 @@
+"""The documentation is held to the code: clause ids, signatures, records, errors, links, examples."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import dataclasses
+import enum
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+import flowstore_core
+from flowstore_core import (
+    CRASH_SAFE,
+    Capability,
+    FlowStore,
+    FlowStoreError,
+    RunStatus,
+    StepStatus,
+    StoreConfig,
+    open_store,
+)
+from flowstore_core.plugins import Backend, Hooks, find_backend
+from flowstore_core.store import CAPABILITY_METHODS
+from tests.virtual_clock import VirtualClock
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+README = (ROOT / "README.md").read_text()
+CONTRACT = (ROOT / "docs" / "contract.md").read_text()
+ENGINE = (ROOT / "docs" / "using-it-in-an-engine.md").read_text()
+WRITING = (ROOT / "docs" / "writing-a-backend.md").read_text()
+
+CLAUSE = re.compile(r"\b(?:INP|RUN|STP|CLM|CTL|IDM|SIG|RET|QRY|EVT|CON)-\d+\b")
+NOT_OURS = {".git", ".venv", "dist", "build", "__pycache__"}
+
+
+def _files(*suffixes: str) -> Iterator[Path]:
+    """The files of the project, without what tools and environments put beside them."""
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        ours = not any(part in NOT_OURS or part.endswith("_cache") for part in parts)
+        if ours and path.is_file() and (not suffixes or path.suffix in suffixes):
+            yield path
+
+
+def _blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)
+
+
+def _prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+
+
+def _table(page: str, header: str) -> list[list[str]]:
+    """The rows of the table whose header row begins so."""
+    lines = page.partition(f"\n| {header} ")[2].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert rows, f"no table with header {header!r}"
+    return rows
+
+
+def _code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# Clauses
+
+
+def _clauses() -> set[str]:
+    return {match[1].upper() for match in re.finditer(r'<a id="([a-z]{3}-\d+)"></a>', CONTRACT)}
+
+
+def test_every_clause_has_an_anchor_before_its_text() -> None:
+    for clause in _clauses():
+        assert f'<a id="{clause.lower()}"></a>\n**{clause}. ' in CONTRACT
+    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 52
+
+
+def test_every_clause_that_is_cited_exists() -> None:
+    unknown = {
+        (str(path.relative_to(ROOT)), clause)
+        for path in _files(".py", ".md", ".sql")
+        for clause in CLAUSE.findall(path.read_text())
+        if clause not in _clauses()
+    }
+    assert not unknown
+
+
+def test_every_clause_is_tested_under_its_name() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    cited = {clause.upper() for clause in CLAUSE.findall(tests)}
+    named = re.findall(r"def test_(\w+?)_(\d+)_", tests)
+    cited |= {f"{family}-{number}".upper() for family, number in named}
+    missing = _clauses() - cited
+    assert not missing
+    assert "test_unk" in tests
+
+
+# Signatures, records, errors
+
+
+def _operations() -> dict[str, Any]:
+    found = dict(inspect.getmembers(FlowStore, inspect.iscoroutinefunction))
+    assert len(found) >= 50
+    return found
+
+
+def _signature(name: str, method: Any) -> str:
+    shown = []
+    starred = False
+    for parameter in list(inspect.signature(method).parameters.values())[1:]:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            shown.append("*")
+            starred = True
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        shown.append(parameter.name + default)
+    return f"{name}({', '.join(shown)}) -> {inspect.signature(method).return_annotation}"
+
+
+def test_the_contract_lists_every_operation_as_its_protocol_has_it() -> None:
+    listed = re.findall(r"^- `(\w+\(.*?\) -> [^`]+)`", CONTRACT, re.M)
+    assert sorted(listed) == sorted(_signature(name, method) for name, method in _operations().items())
+
+
+def test_the_contract_names_the_capability_of_every_operation() -> None:
+    for capability, methods in CAPABILITY_METHODS.items():
+        for method in methods:
+            (line,) = re.findall(rf"^- `{method}\(.*$", CONTRACT, re.M)
+            assert line.endswith(f"; {capability.name}")
+
+
+def test_the_table_of_capabilities_is_complete() -> None:
+    rows = {row[0]: row for row in _table(CONTRACT, "capability")}
+    assert list(rows) == [capability.name for capability in Capability]
+    for capability in Capability:
+        assert _code(rows[capability.name][1]) == [capability.value]
+        assert all(name in rows[capability.name][2] for name in CAPABILITY_METHODS.get(capability, ()))
+
+
+def test_the_contract_lists_every_record_with_its_fields() -> None:
+    records = {
+        name: member
+        for name in flowstore_core.__all__
+        if dataclasses.is_dataclass(member := getattr(flowstore_core, name)) and member is not StoreConfig
+    }
+    rows = {_code(row[0])[0]: row[1] for row in _table(CONTRACT, "record")}
+    assert rows.keys() == records.keys()
+    for name, record in records.items():
+        if name == "FlowRunDetail":
+            fields = {field.name for field in dataclasses.fields(record)}
+            run = {field.name for field in dataclasses.fields(flowstore_core.FlowRunRecord)}
+            assert fields - run == {"steps"}
+            continue
+        assert rows[name] == ", ".join(field.name for field in dataclasses.fields(record))
+
+
+def test_the_contract_lists_every_enum_with_its_values() -> None:
+    rows = {_code(row[0])[0]: row[1] for row in _table(CONTRACT, "enum")}
+    enums = {
+        name: member
+        for name in flowstore_core.__all__
+        if isinstance(member := getattr(flowstore_core, name), type) and issubclass(member, enum.StrEnum)
+    }
+    assert rows.keys() == enums.keys()
+    for name, kind in enums.items():
+        if kind is not Capability:
+            assert rows[name].startswith(", ".join(kind))
+
+
+def _errors() -> dict[str, type[FlowStoreError]]:
+    return {
+        name: member
+        for name in flowstore_core.__all__
+        if isinstance(member := getattr(flowstore_core, name), type) and issubclass(member, FlowStoreError)
+    }
+
+
+def test_the_tree_of_errors_is_the_real_one() -> None:
+    (tree,) = _blocks(CONTRACT, "text")
+    parents: dict[str, str] = {}
+    path: list[str] = []
+    for line in tree.splitlines():
+        name = re.search(r"\w+", line)
+        assert name is not None
+        depth = name.start() // 4
+        path[depth:] = [name[0]]
+        if depth:
+            parents[name[0]] = path[depth - 1]
+        for builtin in re.findall(r"also a (\w+)", line):
+            assert issubclass(_errors()[name[0]], getattr(builtins, builtin))
+    assert parents == {
+        name: kind.__bases__[0].__name__ for name, kind in _errors().items() if kind is not FlowStoreError
+    }
+
+
+def test_both_tables_of_errors_are_complete() -> None:
+    rows = {_code(row[0])[0]: row[1] for row in _table(CONTRACT, "error")}
+    assert rows.keys() == _errors().keys() - {"FlowStoreError"}
+    for name, attributes in rows.items():
+        source = inspect.getsource(flowstore_core.errors)
+        for attribute in filter(None, attributes.split(", ")):
+            assert f"self.{attribute} = " in source, (name, attribute)
+    advice = {_code(row[0])[0] for row in _table(ENGINE, "error")}
+    assert advice == rows.keys() - {"UnknownBackendError"}
+
+
+# Everything public has a place in the documentation
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = "\n".join([README, CONTRACT, ENGINE, WRITING])
+    missing = [name for name in flowstore_core.__all__ if not re.search(rf"\b{name}\b", pages)]
+    assert not missing
+
+
+def test_every_hook_and_every_member_of_a_backend_is_documented() -> None:
+    hooks = [name for name in vars(Hooks) if name.startswith("flowstore_")]
+    assert len(hooks) == 2
+    for hook in hooks:
+        parameters = list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
+        assert f"`{hook}({', '.join(parameters)})`" in CONTRACT
+        assert f"def {hook}(" in WRITING
+    members = [name for name in vars(Backend) if not name.startswith("_")]
+    documented = [_code(row[0])[0].partition("(")[0] for row in _table(CONTRACT, "member")]
+    assert documented == members
+
+
+def test_every_attribute_of_the_configuration_is_documented() -> None:
+    rows = [_code(row[0])[0] for row in _table(WRITING, "attribute")]
+    assert rows == [field.name for field in dataclasses.fields(StoreConfig)]
+    for name, _ in inspect.getmembers(StoreConfig, inspect.isfunction):
+        assert name.startswith("_") or f"`config.{name}`" in WRITING
+
+
+def test_the_order_of_work_for_a_backend_covers_every_operation() -> None:
+    tables = "".join(" ".join(row) for row in _table(WRITING, "step"))
+    tables += "".join(" ".join(row) for row in _table(WRITING.partition("level **base**")[2], "step"))
+    missing = [name for name in _operations() if name not in tables]
+    # The two abbreviated rows name the first operation of OUTPUTS and of EVENTS.
+    assert set(missing) == {"get_output", "get_outputs", "get_run_events"}
+
+
+@pytest.mark.parametrize("name", ["postgresql", "sqlite"])
+def test_every_option_of_a_backend_is_documented(name: str) -> None:
+    section = ENGINE.partition({"postgresql": "\n## PostgreSQL\n", "sqlite": "\n## SQLite\n"}[name])[2]
+    documented = {_code(row[0])[0] for row in _table(section, "option")}
+    options = find_backend(name)[1].options
+    if name == "postgresql":
+        from flowstore_postgres.plugin import DRIVER_OPTIONS
+
+        assert documented == options - DRIVER_OPTIONS
+    else:
+        assert documented == options
+
+
+def test_the_capabilities_in_the_readme_are_those_of_the_descriptors() -> None:
+    header = re.search(r"^\| capability \|(.*)\|$", README, re.M)
+    assert header is not None
+    schemes = [_code(cell)[0].partition(":")[0] for cell in header[1].split("|")]
+    assert schemes == ["postgresql", "sqlite", "memory"]
+    rows = {row[0]: row[1:] for row in _table(README, "capability")}
+    assert list(rows) == [capability.name for capability in Capability]
+    for place, scheme in enumerate(schemes):
+        offered = {Capability[name] for name, cells in rows.items() if cells[place] == "yes"}
+        assert {cells[place] for cells in rows.values()} <= {"yes", "no"}
+        assert offered == find_backend(scheme)[1].capabilities
+        assert offered >= CRASH_SAFE
+
+
+# Links
+
+
+def _slug(heading: str) -> str:
+    text = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return text.replace(" ", "-")
+
+
+def _anchors(page: Path) -> set[str]:
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.+)$", _prose(text), re.M)
+    return set(re.findall(r'<a id="([^"]+)">', text)) | {_slug(heading) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", _prose(page.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in _anchors(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()):
+        assert (ROOT / name.partition("#")[0]).exists(), name
+
+
+# Examples
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path) -> None:
+    (code,) = _blocks(README, "python")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", README.partition(code)[2], re.M | re.S)[:1]
+    assert done.stdout == shown
+
+
+async def test_the_worker_of_the_engine_page_survives_a_crash(tmp_path: Path) -> None:
+    worker = _worker()
+    clock = VirtualClock()
+    keys = ["fetch", "charge", "ship"]
+    async with open_store(f"sqlite:///{tmp_path}/flows.db", clock=clock) as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+
+        async def die(*_: object) -> str:
+            raise asyncio.CancelledError
+
+        async def work(_: object, key: str) -> str:
+            return f'"{key}"'
+
+        with pytest.raises(asyncio.CancelledError):
+            await worker["execute"](store, run_id, "fetch", die)
+        assert await store.get_step_statuses(run_id) == {"fetch": StepStatus.RUNNING}
+
+        # The page takes the time from datetime.now; here it is the virtual clock's.
+        worker["datetime"] = SimpleNamespace(now=lambda zone: clock())
+        await worker["recover"](store, work)
+        assert await store.get_step_statuses(run_id) == {"fetch": StepStatus.RUNNING}
+        clock.advance(seconds=60)
+        await worker["recover"](store, work)
+        for _ in range(2):
+            await worker["advance"](store, run_id, keys, work)
+        detail = await store.get_run_detail(run_id)
+        assert detail is not None
+        assert detail.status is RunStatus.SUCCEEDED
+        assert [step.output_json for step in detail.steps] == ['"fetch"', '"charge"', '"ship"']
+        assert [step.attempt_count for step in detail.steps] == [2, 1, 1]
+
+
+async def test_the_worker_of_the_engine_page_ends_a_run_that_failed() -> None:
+    worker = _worker()
+
+    async def fail(*_: object) -> str:
+        raise OSError("no network")
+
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        for _ in range(2):
+            await worker["advance"](store, run_id, ["fetch"], fail)
+        detail = await store.get_run_detail(run_id)
+        assert detail is not None
+        assert detail.status is RunStatus.FAILED
+        assert detail.steps[0].error_message == "no network"
+
+
+def _worker() -> dict[str, Any]:
+    (code,) = [block for block in _blocks(ENGINE, "python") if "async def execute" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, "using-it-in-an-engine.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [CONTRACT, ENGINE, WRITING], ids=["contract", "engine", "backend"])
+def test_code_in_pages_compiles(page: str) -> None:
+    for block in _blocks(page, "python"):
+        wrapped = "async def page():\n" + "".join(f"    {line}\n" for line in block.splitlines())
+        compile(wrapped, "page", "exec")
+
+
+def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
+    lines = {line.strip() for line in source.splitlines()}
+    blocks = [block for block in _blocks(WRITING, "python") if "class Traced" not in block]
+    assert len(blocks) == 3
+    for block in blocks:
+        for line in filter(None, (line.strip() for line in block.splitlines())):
+            # "..." stands for what the page leaves out.
+            assert "..." in line or line in lines, line
+
+
+# Hygiene
+
+
+def test_commands_of_the_readme_are_single_lines() -> None:
+    for heading in ("Quick start", "Run the tests"):
+        section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        (command,) = _blocks(section, "bash")
+        assert command.count("\n") == 1
+
+
+def test_files_name_no_registry_and_no_path_of_a_machine() -> None:
+    # Put together here, so that this file does not name them either.
+    words = ["pypi" + ".org", "python" + "hosted", "npmjs" + ".", "/ro" + "ot/", "/ho" + "me/", "/wo" + "rk/"]
+    found = [
+        (str(path.relative_to(ROOT)), word)
+        for path in _files()
+        for word in words
+        if word.encode() in path.read_bytes()
+    ]
+    assert not found
+
+
+def test_constraints_are_names_and_versions() -> None:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+]+", line)
