@@ -21,7 +21,6 @@ from flowstore_replay import Options, Replay, Summary, load_workflow, shipped_wo
 
 DEFAULTS = Options()
 MOST_SHOWN = 10
-OUTCOMES = {"succeeded": "succeeded", "failed": "failed", "taken_over": "taken over", "waiting": "waiting"}
 
 
 def replay(
@@ -120,7 +119,7 @@ def replay(
             summary = run(one.run())
     except KeyboardInterrupt:
         if one.run_ids:
-            again = _again(workflow, one.key, url)
+            again = _again(workflow, options, one.key, url)
             sys.stderr.write(f"the runs stay in the store; go on with them: {again}\n")
         raise
     if as_json:
@@ -130,9 +129,12 @@ def replay(
     raise typer.Exit(SUCCESS if summary.ok else NO)
 
 
-def _again(workflow: Path | None, key: str, url: str | None) -> str:
+def _again(workflow: Path | None, options: Options, key: str, url: str | None) -> str:
     words = ["flowstore", "replay", *([str(workflow)] if workflow else []), "--key", key]
-    return clean(shlex.join([*words, *(["--url", redact(url)] if url else [])]))
+    words += ["--runs", str(options.runs)] if options.runs > 1 else []
+    words += [word for step in options.approve for word in ("--approve", step)]
+    words += ["--url", redact(url)] if url else []
+    return clean(shlex.join(words))
 
 
 def _document(summary: Summary, one: Replay, place: str, notes: list[str]) -> dict[str, Any]:
@@ -163,7 +165,11 @@ def _document(summary: Summary, one: Replay, place: str, notes: list[str]) -> di
 
 
 def _print_summary(console: Console, summary: Summary, one: Replay) -> None:
-    outcomes = ", ".join(f"{summary.attempts_by_outcome[name]} {text}" for name, text in OUTCOMES.items())
+    outcomes = ", ".join(
+        f"{number} {name.replace('_', ' ')}"
+        for name, number in summary.attempts_by_outcome.items()
+        if number or name != "skipped"
+    )
     done = f"{summary.steps_succeeded} of {summary.steps} succeeded"
     speed = f"{summary.steps_per_second:.1f} a second"
     facts = [
@@ -183,9 +189,9 @@ def _print_summary(console: Console, summary: Summary, one: Replay) -> None:
     for check in summary.checks:
         mark = ("ok      ", "green") if check.ok else ("FAILED  ", "bold red")
         facts.append(("check", Text.assemble(mark, check.name)))
-        facts += [("", cell(f"        {finding}", "red")) for finding in check.findings]
+        facts += [("", cell(f"- {finding}", "red")) for finding in check.findings]
         if check.count > len(check.findings):
-            facts.append(("", cell(f"        and {check.count - len(check.findings)} more", "red")))
+            facts.append(("", cell(f"- and {check.count - len(check.findings)} more", "red")))
     facts.append(("look", cell(f"flowstore runs show {one.run_ids[0]}")))
     console.print()
     print_form(console, facts)

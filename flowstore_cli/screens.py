@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -74,11 +73,10 @@ class Plain:
 
 
 class Moving:
-    """For a terminal: a picture that moves, with the last notes below it."""
+    """For a terminal: a picture that moves, below the notes, which stay."""
 
     def __init__(self, console: Console) -> None:
         self.notes: list[str] = []
-        self._recent: deque[str] = deque(maxlen=8)
         self._began = time.monotonic()
         self._live = Live(console=console, refresh_per_second=8, transient=True)
 
@@ -87,7 +85,9 @@ class Moving:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-        self._recent.append(f"{time.monotonic() - self._began:6.1f}s  {text}")
+        # Never folded, so that a command in it can be copied.
+        line = cell(f"{time.monotonic() - self._began:7.1f}s  {text}")
+        self._live.console.print(line, soft_wrap=True)
 
     def show(self, view: View) -> None:
         done = Table.grid(padding=(0, 2))
@@ -103,5 +103,4 @@ class Moving:
             workers.add_row(cell(name), shortened(step or "", "cyan"))
         for step in view.waiting[:MOST_WAITING]:
             workers.add_row(cell("nobody", "dim"), shortened(f"{step} (waits for a signal)", "yellow"))
-        parts: list[RenderableType] = [done, "", workers, "", *map(cell, self._recent)]
-        self._live.update(Group(*parts))
+        self._live.update(Group("", done, "", workers))

@@ -180,6 +180,10 @@ def redact(url: str) -> str:
     # raw slash or question mark must not slip out as a path or as an option's name.
     secret, at, rest = rest.rpartition("@")
     user = re.split("[:/?#]", secret)[0]
+    if "?" in secret:
+        # A raw question mark in the password, or a raw @ in a query's value: what follows is the host,
+        # or the end of a secret, so neither is shown.
+        return f"{head}://{user}:***"
     rest, _, query = rest.partition("?")
     shown = f"{head}://{user}{':***' if user != secret else ''}{at}{rest}"
     names = "&".join(f"{part.partition('=')[0]}=..." for part in query.split("&") if part)

@@ -20,7 +20,12 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import (
+    ConfigurationError,
+    FlowStoreError,
+    OutcomeUnknownError,
+    StoreUnavailableError,
+)
 from flowstore_core.inflight import InFlight
 from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, describe, unreadable_url
 from flowstore_postgres.migrate import Settings
@@ -145,9 +150,11 @@ class Database:
     def _check_place(self) -> None:
         # A pool belongs to one event loop in one process; asyncpg would fail in stranger ways.
         if os.getpid() != self._process:
-            raise StoreUnavailableError("it was opened before a fork; open a store in each process")
+            raise ConfigurationError("a store cannot be used in a forked process; open another one there")
         if asyncio.get_running_loop() is not self._loop:
-            raise StoreUnavailableError("it belongs to another event loop; open a store in each loop")
+            raise ConfigurationError(
+                "a store belongs to the event loop that it was opened in; open another one in this loop"
+            )
 
     async def run(
         self,

@@ -28,7 +28,6 @@ from flowstore_replay.engine import TAKEN_OVER
 from flowstore_replay.kills import POLL, Grip, kill_due
 from flowstore_replay.verify import KILLED, Check, Summary, verify
 from flowstore_replay.wfformat import Workflow
-from flowstore_replay.worker import workflow_to_json
 
 TRIGGER_KEY = "replay"
 PAYLOAD = '{"approved": true}'
@@ -145,7 +144,7 @@ class Replay:
                 {
                     "url": self._url,
                     "run_ids": [str(run_id) for run_id in self.run_ids],
-                    "workflow": workflow_to_json(self._workflow),
+                    "workflow": self._workflow.to_json(),
                     "speed": options.speed,
                     "fail_rate": options.fail_rate,
                     "seed": options.seed,
@@ -184,6 +183,7 @@ class Replay:
             )
             self.run_ids.append(result.run.run_id)
             if not result.created:
+                await self._read_events(store, result.run.run_id, tell=False)
                 self._note(
                     f"going on with run {result.run.run_id} ({result.run.status}) of an earlier replay"
                 )
@@ -272,6 +272,8 @@ class Replay:
                 )
             replacement = await crew.start()
             self._note(f"{worker.name} ended by itself: {worker.last_words}; started {replacement.name}")
+        if not crew.workers:
+            await crew.start()  # Somebody has reopened a run that they saw completed.
 
     async def _approve(self, store: FlowStore, details: Sequence[FlowRunDetail]) -> None:
         for run_id in [detail.run_id for detail in details] if self._options.approve else ():
@@ -303,11 +305,14 @@ class Replay:
             words += ["--url", redact(self._url)]
         return shlex.join(words)
 
-    async def _read_events(self, store: FlowStore, run_id: UUID) -> None:
-        for event in await store.get_run_events(run_id, after=self._events.get(run_id, 0)):
-            self._events[run_id] = event.sequence
-            if event.event_type == TAKEN_OVER:
-                self._note(f"{event.message} took over {event.step_key!r}: its worker's lease had run out")
+    async def _read_events(self, store: FlowStore, run_id: UUID, *, tell: bool = True) -> None:
+        while events := await store.get_run_events(run_id, after=self._events.get(run_id, 0)):
+            self._events[run_id] = events[-1].sequence
+            for event in events if tell else ():
+                if event.event_type == TAKEN_OVER:
+                    self._note(
+                        f"{event.message} took over {event.step_key!r}: its worker's lease had run out"
+                    )
 
     def _note(self, text: str) -> None:
         self._observer.note(text)

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from flowstore_core import (
     FlowEventRecord,
+    FlowRunControlRecord,
     FlowRunDetail,
     FlowStepAttemptRecord,
     FlowStepRecord,
@@ -22,6 +23,10 @@ from flowstore_replay.work import output_of
 
 KILLED = "worker.killed"
 """The event that the parent appends for a worker it has killed; its message names the worker."""
+
+OUTCOMES = ("succeeded", "failed", "taken_over", "waiting", "skipped")
+"""What may become of an attempt: it succeeds; its work fails; its worker dies and the next attempt takes
+over; it waits for a signal; its run is stopped or fails first."""
 
 MAX_SHOWN = 5
 """How many findings of one check are kept; a broken store could bring thousands."""
@@ -75,9 +80,8 @@ class Summary:
     steps: int = 0
     steps_succeeded: int = 0
     attempts: int = 0
-    attempts_by_outcome: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("succeeded", "failed", "taken_over", "waiting"), 0)
-    )
+    attempts_by_outcome: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    """Each attempt counts under one of OUTCOMES, or fails a check."""
     kills: list[Kill] = field(default_factory=list)
     takeovers: list[Takeover] = field(default_factory=list)
     started_at: datetime | None = None
@@ -127,10 +131,10 @@ async def verify(
             checks.completed.fail(f"run {run_id} is not in the store")
             continue
         events = [event async for event in _events(store, run_id)]
-        _check_run(checks.completed, summary, detail)
+        _check_run(checks.completed, summary, detail, await store.get_run_control(run_id))
         _check_steps(checks, summary, workflow, detail, events)
         await _check_outputs(checks.outputs, store, workflow, detail, frozenset(approve))
-        await _check_claims(checks, store, workflow, run_id)
+        await _check_claims(checks, store, workflow, detail)
         summary.kills += [
             Kill(worker=event.message or "", run_id=run_id, step_key=event.step_key)
             for event in events
@@ -147,12 +151,16 @@ async def _events(store: FlowStore, run_id: UUID) -> AsyncIterator[FlowEventReco
         after = events[-1].sequence
 
 
-def _check_run(check: Check, summary: Summary, run: FlowRunDetail) -> None:
+def _check_run(
+    check: Check, summary: Summary, run: FlowRunDetail, control: FlowRunControlRecord | None
+) -> None:
     if run.status is RunStatus.SUCCEEDED:
         summary.runs_succeeded += 1
     else:
         failed = [step for step in run.steps if step.status is StepStatus.FAILED]
         why = f": step {failed[0].step_key!r} {failed[0].error_message}" if failed else ""
+        if control is not None and control.cancel_requested:
+            why = f": {control.cancel_reason or 'cancelled'}"
         check.fail(f"run {run.run_id} is {run.status}{why}")
     summary.started_at = min(summary.started_at or run.started_at, run.started_at)
     if run.completed_at is not None:
@@ -227,6 +235,8 @@ def _classify(attempt: FlowStepAttemptRecord, successor: FlowStepAttemptRecord |
             return "succeeded"
         case StepStatus.PENDING:
             return "waiting"
+        case StepStatus.SKIPPED:
+            return "skipped"
         case StepStatus.FAILED if message.startswith(FAILED):
             return "failed"
         # STP-1: the message names the successor.
@@ -243,12 +253,14 @@ async def _check_outputs(
     check: Check, store: FlowStore, workflow: Workflow, run: FlowRunDetail, approve: Collection[str]
 ) -> None:
     outputs = await store.get_outputs(run.run_id)
-    steps = {step.step_key: step for step in run.steps}
     for key in outputs.keys() - workflow.by_key.keys():
         check.fail(f"{_at(run.run_id, key)} has an output but is no task of the workflow")
-    for task in workflow.tasks:
-        where, found, step = _at(run.run_id, task.key), outputs.get(task.key), steps.get(task.key)
-        if found is None or step is None:
+    for step in run.steps:
+        task = workflow.by_key.get(step.step_key)
+        if task is None or step.status is not StepStatus.SUCCEEDED:
+            continue  # Another check has said so.
+        where, found = _at(run.run_id, task.key), outputs.get(task.key)
+        if found is None:
             check.fail(f"{where} has no output")
         elif found != step.output_json:
             check.fail(f"{where}: its output is not what its last attempt recorded")
@@ -260,17 +272,18 @@ async def _check_outputs(
             check.fail(f"{where}: its output does not follow from its parents'")
 
 
-async def _check_claims(checks: _Checks, store: FlowStore, workflow: Workflow, run_id: UUID) -> None:
-    for key in sorted(await store.get_claimed_step_keys(run_id)):
-        checks.claims.fail(f"{_at(run_id, key)} is claimed")
-    claims = {claim.step_key for claim in await store.get_step_claims(run_id)}
-    dispatches = {dispatch.step_key for dispatch in await store.get_dispatches(run_id)}
-    for key in sorted(workflow.by_key.keys() ^ claims):
-        checks.ledger.fail(f"{_at(run_id, key)} was {'claimed' if key in claims else 'never claimed'}")
-    for key in sorted(workflow.by_key.keys() ^ dispatches):
-        checks.ledger.fail(
-            f"{_at(run_id, key)} was {'dispatched' if key in dispatches else 'never dispatched'}"
-        )
+async def _check_claims(checks: _Checks, store: FlowStore, workflow: Workflow, run: FlowRunDetail) -> None:
+    for key in sorted(await store.get_claimed_step_keys(run.run_id)):
+        checks.claims.fail(f"{_at(run.run_id, key)} is claimed")
+    claimed = {claim.step_key for claim in await store.get_step_claims(run.run_id)}
+    dispatched = {dispatch.step_key for dispatch in await store.get_dispatches(run.run_id)}
+    for keys, deed in ((dispatched, "dispatched"), (claimed, "claimed")):
+        for key in sorted(keys - workflow.by_key.keys()):
+            checks.ledger.fail(f"{_at(run.run_id, key)} was {deed} but is no task of the workflow")
+        # A finished step keeps both records, so that a late message about it finds it taken.
+        for step in run.steps:
+            if step.status is StepStatus.SUCCEEDED and step.step_key not in keys:
+                checks.ledger.fail(f"{_at(run.run_id, step.step_key)} succeeded but was never {deed}")
 
 
 def _at(run_id: UUID, key: str) -> str:

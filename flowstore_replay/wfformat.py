@@ -67,6 +67,20 @@ class Workflow:
         """The recorded seconds of all tasks together."""
         return sum(task.seconds for task in self.tasks)
 
+    def to_json(self) -> dict[str, Any]:
+        """For another process, which then needs no file."""
+        tasks = [[task.key, task.name, list(task.parents), task.seconds] for task in self.tasks]
+        return {"name": self.name, "tasks": tasks}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Workflow:
+        """The inverse of to_json."""
+        tasks = (
+            Task(key=key, name=name, parents=tuple(parents), seconds=seconds)
+            for key, name, parents, seconds in document["tasks"]
+        )
+        return cls(name=document["name"], tasks=tuple(tasks))
+
 
 def load_workflow(path: Path) -> Workflow:
     """Read a file. Raises WorkflowError, also where the file cannot be read."""

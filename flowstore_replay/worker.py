@@ -19,25 +19,10 @@ from uuid import UUID
 
 from flowstore_core import FlowStoreError, StoreUnavailableError, open_store
 from flowstore_replay.engine import Engine
-from flowstore_replay.wfformat import Task, Workflow
+from flowstore_replay.wfformat import Workflow
 from flowstore_replay.work import RecordedWork
 
 LONGEST_ORDERS = 1 << 28
-
-
-def workflow_to_json(workflow: Workflow) -> dict[str, Any]:
-    """A workflow as part of a worker's orders."""
-    tasks = [[task.key, task.name, list(task.parents), task.seconds] for task in workflow.tasks]
-    return {"name": workflow.name, "tasks": tasks}
-
-
-def workflow_from_json(document: Mapping[str, Any]) -> Workflow:
-    """The inverse of workflow_to_json."""
-    tasks = (
-        Task(key=key, name=name, parents=tuple(parents), seconds=seconds)
-        for key, name, parents, seconds in document["tasks"]
-    )
-    return Workflow(name=document["name"], tasks=tuple(tasks))
 
 
 async def work(orders: Mapping[str, Any], parent_is_gone: asyncio.Task[Any]) -> None:
@@ -47,7 +32,7 @@ async def work(orders: Mapping[str, Any], parent_is_gone: asyncio.Task[Any]) -> 
     async with open_store(orders["url"], migrate=False) as store:
         engine = Engine(
             store,
-            workflow_from_json(orders["workflow"]),
+            Workflow.from_json(orders["workflow"]),
             RecordedWork(run_ids, speed=orders["speed"], fail_rate=orders["fail_rate"], seed=orders["seed"]),
             name=orders["name"],
             lease=timedelta(seconds=orders["lease"]),

@@ -80,15 +80,15 @@ class Connection(aiosqlite.Connection):
         ``work`` must have changed nothing when it fails so. Raises StoreUnavailableError.
         """
         deadline = asyncio.get_running_loop().time() + seconds
-        for delay in delays():
+        wait = delays()
+        while True:
             try:
                 return await self.run_work(work)
             except sqlite3.Error as error:
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
-                break
-            await asyncio.sleep(delay)
-        raise map_error(failure, self.path)
+                raise map_error(failure, self.path)
+            await asyncio.sleep(next(wait))
 
     async def stop_work(self) -> None:
         """Interrupt the statement that runs, and wait until the thread is free."""

@@ -203,10 +203,11 @@ class Database:
 
     async def _run_group(self, group: list[_Call]) -> bool:
         """Run and answer a group of calls; False if the lock was not free, and nothing happened."""
+        outcomes: list[Any]
         try:
-            results = await self._writer.run_work(partial(_transact, group, self.now))
+            outcomes = await self._writer.run_work(partial(_transact, group, self.now))
         except _CommitError as error:
-            failures = [map_commit_error(error.cause, self._writer.path) for _ in group]
+            outcomes = [map_commit_error(error.cause, self._writer.path) for _ in group]
         except sqlite3.Error as error:
             if is_transient(error):
                 return False
@@ -214,11 +215,11 @@ class Database:
                 # One of them failed all; which one shows when each runs alone.
                 await self._run_apart(group)
                 return True
-            failures = [map_error(error, self._writer.path)]
-        else:
-            failures = []
-        for call, result in zip(group, failures or results, strict=True):
-            _settle(call, result)
+            outcomes = [map_error(error, self._writer.path)]
+        except Exception as error:  # noqa: BLE001 - not swallowed: each caller of the group gets it
+            outcomes = [error for _ in group]
+        for call, outcome in zip(group, outcomes, strict=True):
+            _settle(call, outcome)
         return True
 
     async def _run_apart(self, group: list[_Call]) -> None:
@@ -268,6 +269,7 @@ def _is_cancelling() -> bool:
 
 
 def _settle(call: _Call, result: Any) -> None:
+    """Answer a call with its result, or with the error that it met."""
     if call.outcome.done():
         return
     if isinstance(result, Exception):
@@ -284,7 +286,7 @@ def _transact(group: list[_Call], now: Callable[[], int], db: sqlite3.Connection
     # IMMEDIATE: a transaction that reads first and writes then fails at once when another wrote between.
     db.execute("BEGIN IMMEDIATE")
     try:
-        results = [_run_call(call, now, db, alone=len(group) == 1) for call in group]
+        results = [_run_call(call, now, db) for call in group]
         try:
             db.execute("COMMIT")
         except sqlite3.Error as error:
@@ -296,7 +298,7 @@ def _transact(group: list[_Call], now: Callable[[], int], db: sqlite3.Connection
             db.execute("ROLLBACK")
 
 
-def _run_call(call: _Call, now: Callable[[], int], db: sqlite3.Connection, *, alone: bool) -> Any:
+def _run_call(call: _Call, now: Callable[[], int], db: sqlite3.Connection) -> Any:
     if call.abandoned:
         return _ABANDONED
     db.execute("SAVEPOINT call")

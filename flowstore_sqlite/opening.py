@@ -13,7 +13,7 @@ from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig, 
 from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.location import create_file, file_exists, read_location
 from flowstore_sqlite.schema import MINIMUM_SQLITE, apply_migrations, is_current, known_version, read_version
-from flowstore_sqlite.store import SqliteStore
+from flowstore_sqlite.store import FastSqliteStore, SqliteStore
 from flowstore_sqlite.values import to_us
 
 _log = logging.getLogger("flowstore_sqlite")
@@ -79,7 +79,8 @@ class OpenSqlite:
                 await reader.open()
                 await reader.run_patiently(partial(_set_up, (READ_ONLY,)), options.busy_timeout)
                 readers.append(reader)
-            store = SqliteStore(writer, readers, clock=self._config.clock, busy_timeout=options.busy_timeout)
+            kind = SqliteStore if options.synchronous == "FULL" else FastSqliteStore
+            store = kind(writer, readers, clock=self._config.clock, busy_timeout=options.busy_timeout)
             stack.push_async_callback(store.aclose)
             self._stack = stack.pop_all()
         return store

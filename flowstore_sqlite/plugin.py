@@ -24,8 +24,8 @@ class SqliteBackend:
     Options, in the URL's query or as keywords:
 
     - ``synchronous``: FULL (the default) or NORMAL. NORMAL does not sync the disk at each commit: after
-      a power cut the newest writes, claims that were already answered among them, may be gone. A
-      crash of the process alone loses nothing either way.
+      a power cut the newest writes, claims that were already answered among them, may be gone, so
+      such a store does not offer DURABLE. A crash of the process alone loses nothing either way.
     - ``busy_timeout``: how many seconds a write waits while other processes write, 0 to 3600; 30 by
       default. Then StoreUnavailableError; the write has not happened.
     - ``readers``: connections for reading, 1 to 16; 2 by default. Reads never wait for writes.

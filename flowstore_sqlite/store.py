@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 
-from flowstore_core import StoreUnavailableError
+from flowstore_core import Capability, StoreUnavailableError
 from flowstore_sqlite.claims import Claims
 from flowstore_sqlite.controls import Controls
 from flowstore_sqlite.events import Events
@@ -34,9 +34,17 @@ class SqliteStore(
 ):
     """Implements flowstore_core.FlowStore; each call is one transaction on a connection's thread."""
 
+    capabilities = frozenset(Capability)
+
     async def ping(self) -> None:
         """Read from the file, and see that it is still the one that was opened."""
         await self.read(_ping)
+
+
+class FastSqliteStore(SqliteStore):
+    """With synchronous=NORMAL a power cut may take back what was acknowledged."""
+
+    capabilities = frozenset(Capability) - {Capability.DURABLE}
 
 
 def _ping(db: sqlite3.Connection) -> None:

@@ -202,7 +202,7 @@ def test_a_store_belongs_to_its_event_loop(fresh_url: str) -> None:
     with asyncio.Runner() as first, asyncio.Runner() as second:
         opened = open_store(fresh_url)
         store = first.run(opened.__aenter__())
-        with pytest.raises(StoreUnavailableError, match="event loop"):
+        with pytest.raises(ConfigurationError, match="event loop"):
             second.run(store.get_runs())
         first.run(opened.__aexit__(None, None, None))
 
