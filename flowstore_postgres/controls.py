@@ -13,7 +13,8 @@ from flowstore_core import (
     RunAlreadyExistsError,
     TriggerResult,
 )
-from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
 from flowstore_postgres.runs import RUN_COLUMNS, plain_uuid, run_record
 
 CONFIGURE_RUN = """

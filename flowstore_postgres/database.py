@@ -27,6 +27,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.inflight import InFlight
+from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, describe, unreadable_url
 from flowstore_postgres.migrate import Settings
 
@@ -58,22 +59,6 @@ TRANSACTION_STATUS = "SELECT pg_xact_status($1::text::xid8)"
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
-    """The server process behind a connection."""
-
-    pid: int
-    started: datetime | None
-    clock_offset: float
-    """The server's clock, in seconds since the epoch, minus the event loop's."""
-
-
-class Connection(asyncpg.Connection):  # type: ignore[misc]
-    """asyncpg's connection with what we must know when it breaks."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
 class _Lost:
     """A statement that was sent and not answered."""
 
@@ -89,36 +74,6 @@ class _Retry(Exception):  # noqa: N818 - a signal within this file, not an error
         self.error = error
 
 
-class Transaction:
-    """A transaction under way."""
-
-    def __init__(self, database: Database, connection: Connection) -> None:
-        self._database = database
-        self._connection = connection
-        self._timeout = database.client_timeout
-
-    @property
-    def now(self) -> datetime | None:
-        """The virtual clock's time; None where the server's clock decides."""
-        return self._database.now()
-
-    async def row(self, statement: str, *arguments: object) -> Any:
-        """The first row, or None."""
-        sql = self._database.sql(statement)
-        return await self._connection.fetchrow(sql, *arguments, timeout=self._timeout)
-
-    async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
-        sql = self._database.sql(statement)
-        found: Sequence[Any] = await self._connection.fetch(sql, *arguments, timeout=self._timeout)
-        return found
-
-    async def execute(self, statement: str, *arguments: object) -> str:
-        """Run it and return the command tag."""
-        sql = self._database.sql(statement)
-        tag: str = await self._connection.execute(sql, *arguments, timeout=self._timeout)
-        return tag
-
-
 class Database:
     """One store's way to PostgreSQL; every noun class goes through it."""
 
@@ -130,10 +85,6 @@ class Database:
         self._process = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._in_flight = InFlight()
-
-    @property
-    def client_timeout(self) -> float:
-        return self._settings.client_timeout
 
     def now(self) -> datetime | None:
         """The virtual clock's time; None where the server's clock decides."""
@@ -287,7 +238,7 @@ class Database:
     async def _transaction(
         self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
     ) -> T:
-        transaction = Transaction(self, connection)
+        transaction = Transaction(connection, self.sql, self.now, self._settings.client_timeout)
         try:
             await transaction.execute(BEGIN)
             try:

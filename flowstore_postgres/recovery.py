@@ -15,7 +15,8 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
 from flowstore_postgres.runs import lock_run, plain_uuid
 
 READ_ATTEMPT = """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
 
 BATCH = 200
 """Runs deleted per transaction: small enough that no writer waits long (RET-3)."""

@@ -18,7 +18,8 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
-from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
 
 RUN_COLUMNS = """r.run_id, r.flow_id, r.flow_name, r.status, r.trigger_key, r.trigger_data, r.job_id,
     r.started_at, r.completed_at, r.source_run_id"""

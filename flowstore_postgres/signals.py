@@ -17,7 +17,8 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
 )
-from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
 from flowstore_postgres.runs import LOCK_RUN, lock_run
 
 WAITER_COLUMNS = "step_key, signal_name, created_at, expires_at, delivered_at, payload_json, expired_at"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,7 +19,8 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.steps import SUPERSEDED_BY, superseded_by
-from flowstore_postgres.database import Database, Transaction
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
 from flowstore_postgres.runs import lock_run
 
@@ -122,7 +124,7 @@ READ_STEP = """
 SELECT s.*, coalesce($3, clock_timestamp()) AS now FROM {schema}.steps s
 WHERE run_id = $1 AND step_key = $2 FOR UPDATE
 """
-ARCHIVE_ATTEMPT = """
+ARCHIVE_ATTEMPTS = """
 INSERT INTO {schema}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
                                error_message, job_id, started_at, completed_at, started_token,
                                    closed_token)
@@ -130,7 +132,8 @@ SELECT run_id, step_key, last_attempt, step_type,
        CASE status WHEN 'Running' THEN 'Failed' ELSE status END, input_json, output_json,
        CASE status WHEN 'Running' THEN $3 ELSE error_message END, job_id, started_at,
        coalesce(completed_at, $4), started_token, closed_token
-FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND status IS NOT NULL AND NOT reopened
+FROM {schema}.steps
+WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status IS NOT NULL AND NOT reopened
 """
 SKIP_STEP = """
 INSERT INTO {schema}.steps (run_id, step_key, status, step_type, error_message, started_at, first_started_at,
@@ -155,22 +158,17 @@ SET status = 'Pending', reopened = true, rescheduled = false, output_json = NULL
     dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
 WHERE run_id = $1 AND step_key = $2
 """
-# A skipped step that is reset keeps its attempts and its numbering for the next start, nothing else.
-ARCHIVE_RESET = """
-INSERT INTO {schema}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
-                               error_message, job_id, started_at, completed_at, started_token,
-                                   closed_token)
-SELECT run_id, step_key, last_attempt, step_type, status, input_json, output_json, error_message, job_id,
-       started_at, completed_at, started_token, closed_token
-FROM {schema}.steps WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped'
+FIND_SKIPPED = """
+SELECT step_key FROM {schema}.steps
+WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped' FOR UPDATE
 """
+# A skipped step that is reset keeps its attempts and its numbering for the next start, nothing else.
 RESET_STEPS = """
 UPDATE {schema}.steps
 SET status = NULL, output_json = NULL, error_message = NULL, completed_at = NULL, started_owner = NULL,
     claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
     dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
-WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped'
-RETURNING step_key
+WHERE run_id = $1 AND step_key = ANY($2::text[])
 """
 DELETE_UNDELIVERED = """
 DELETE FROM {schema}.waiters WHERE run_id = $1 AND step_key = ANY($2::text[]) AND delivered_at IS NULL
@@ -282,7 +280,7 @@ class Steps(Recovery):
                     raise ClaimLostError(run_id, step_key)
             if row is not None:
                 error = superseded_by(row["last_attempt"] + 1)
-                await transaction.execute(ARCHIVE_ATTEMPT, run_id, step_key, error, now)
+                await transaction.execute(ARCHIVE_ATTEMPTS, run_id, [step_key], error, now)
             await transaction.execute(SKIP_STEP, run_id, step_key, step_type, reason, now, owner)
             if owner is not None and not mine:
                 await transaction.execute(TAKE_CLAIM, run_id, step_key, owner, now)
@@ -304,9 +302,9 @@ class Steps(Recovery):
                 raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
             if not row["reopened"]:
                 error = superseded_by(row["last_attempt"] + 1)
-                await transaction.execute(ARCHIVE_ATTEMPT, run_id, step_key, error, row["now"])
+                await transaction.execute(ARCHIVE_ATTEMPTS, run_id, [step_key], error, row["now"])
                 await transaction.execute(REOPEN_STEP, run_id, step_key, row["now"])
-                await self._reset(transaction, run_id, step_key, reset)
+                await self._reset(transaction, run_id, step_key, reset, row["now"])
             if status is not RunStatus.RUNNING:
                 await transaction.execute(REOPEN_RUN, run_id)
                 await transaction.execute(CLEAR_LATCHES, run_id, row["now"])
@@ -314,13 +312,17 @@ class Steps(Recovery):
         await self._database.transaction("retry_step", work)
 
     @staticmethod
-    async def _reset(transaction: Transaction, run_id: UUID, step_key: str, reset: frozenset[str]) -> None:
-        others = sorted(reset - {step_key})
-        gone = [step_key]
-        if others:
-            await transaction.execute(ARCHIVE_RESET, run_id, others)
-            gone += [row[0] for row in await transaction.rows(RESET_STEPS, run_id, others)]
-        await transaction.execute(DELETE_UNDELIVERED, run_id, gone)
+    async def _reset(
+        transaction: Transaction, run_id: UUID, step_key: str, reset: frozenset[str], now: datetime
+    ) -> None:
+        skipped: list[str] = []
+        if others := sorted(reset - {step_key}):
+            skipped = [row[0] for row in await transaction.rows(FIND_SKIPPED, run_id, others)]
+        if skipped:
+            # None of them is open, so none is closed with a message.
+            await transaction.execute(ARCHIVE_ATTEMPTS, run_id, skipped, "", now)
+            await transaction.execute(RESET_STEPS, run_id, skipped)
+        await transaction.execute(DELETE_UNDELIVERED, run_id, [step_key, *skipped])
 
     async def get_step_statuses(self, *, run_id: UUID) -> Mapping[str, StepStatus]:
         rows = await self._database.read(GET_STEP_STATUSES, run_id)

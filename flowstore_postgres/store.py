@@ -10,8 +10,9 @@ import asyncpg
 
 from flowstore_core import StoreConfig
 from flowstore_postgres.claims import Claims
+from flowstore_postgres.connection import Connection
 from flowstore_postgres.controls import Controls
-from flowstore_postgres.database import Connection, Database, Peer
+from flowstore_postgres.database import Database
 from flowstore_postgres.errors import map_errors
 from flowstore_postgres.events import Events
 from flowstore_postgres.migrate import check_schema, read_connection_settings
@@ -21,12 +22,6 @@ from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
-
-# Read once per connection: who serves it, and how far the server's clock is from ours.
-IDENTIFY = """
-SELECT pg_backend_pid() AS pid, clock_timestamp() AS now,
-       (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started
-"""
 
 
 class PostgresStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Retention, Statistics):
@@ -43,15 +38,9 @@ class PostgresStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Ret
 async def open_postgres(config: StoreConfig) -> AsyncIterator[PostgresStore]:
     """Open the pool, bring the schema up to date, and close everything at the end."""
     settings = read_connection_settings(config)
-    loop = asyncio.get_running_loop()
 
     async def identify(connection: Connection) -> None:
-        asked = loop.time()
-        row = await connection.fetchrow(IDENTIFY)
-        middle = (asked + loop.time()) / 2
-        # Behind PgBouncer the next statement may have another peer, which must not be terminated.
-        started = None if settings.pgbouncer else row["started"]
-        connection.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
+        await connection.identify(behind_pgbouncer=settings.pgbouncer)
 
     async def keep(connection: Connection) -> None:
         # Our statements leave nothing behind, so the default reset, a round trip, is not needed.

@@ -1,0 +1,78 @@
+"""A connection that knows its peer, and the transaction that the noun files work in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+IDENTIFY = """
+SELECT pg_backend_pid() AS pid, clock_timestamp() AS now,
+       (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The server process behind a connection."""
+
+    pid: int
+    started: datetime | None
+    clock_offset: float
+    """The server's clock, in seconds since the epoch, minus the event loop's."""
+
+
+class Connection(asyncpg.Connection):  # type: ignore[misc]
+    """asyncpg's connection with what we must know when it breaks."""
+
+    peer: Peer
+
+    async def identify(self, *, behind_pgbouncer: bool) -> None:
+        """Learn who serves the connection, and how far the server's clock is from ours."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        row = await self.fetchrow(IDENTIFY)
+        middle = (asked + loop.time()) / 2
+        # Behind PgBouncer the next statement may have another peer, which must not be terminated.
+        started = None if behind_pgbouncer else row["started"]
+        self.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
+
+
+class Transaction:
+    """A transaction under way."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        sql: Callable[[str], str],
+        now: Callable[[], datetime | None],
+        timeout: float,
+    ) -> None:
+        self._connection = connection
+        self._sql = sql
+        self._now = now
+        self._timeout = timeout
+
+    @property
+    def now(self) -> datetime | None:
+        """The virtual clock's time; None where the server's clock decides."""
+        return self._now()
+
+    async def row(self, statement: str, *arguments: object) -> Any:
+        """The first row, or None."""
+        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout)
+
+    async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
+        found: Sequence[Any] = await self._connection.fetch(
+            self._sql(statement), *arguments, timeout=self._timeout
+        )
+        return found
+
+    async def execute(self, statement: str, *arguments: object) -> str:
+        """Run it and return the command tag."""
+        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout)
+        return tag
