@@ -12,7 +12,18 @@ from typing import Annotated
 
 import typer
 
-from flowstore_cli import backends, migrate, ping, replay, retention, runs, signals, stats, timeseries
+from flowstore_cli import (
+    backends,
+    conformance,
+    migrate,
+    ping,
+    replay,
+    retention,
+    runs,
+    signals,
+    stats,
+    timeseries,
+)
 from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, explain
 from flowstore_cli.printing import clean, complain, prepare_streams
 
@@ -31,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command("backends")(backends.backends)
+app.command("conformance")(conformance.conformance)
 app.add_typer(migrate.app, name="migrate")
 app.command("replay")(replay.replay)
 app.add_typer(runs.app, name="runs")
@@ -76,21 +88,22 @@ def run(arguments: Sequence[str]) -> int:
     prepare_streams()
     # A library's warnings, without a traceback's worth of decoration.
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    command = typer.main.get_command(app)
     try:
-        code = app(args=list(arguments), prog_name="flowstore", standalone_mode=False)
+        # Not by calling the app: it has ends of its own for a broken pipe and an interrupt.
+        with command.make_context("flowstore", list(arguments)) as context:
+            command.invoke(context)
         sys.stdout.flush()
+    except typer.Exit as leaving:
+        return _flushed(leaving.exit_code)
     except UsageProblem as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "flowstore"
-        return complain(f"{error.format_message()} ({command} --help tells more)", USAGE)  # type: ignore[attr-defined]
+        place = getattr(error, "ctx", None)
+        name = place.command_path if place else "flowstore"
+        return complain(f"{error.format_message()} ({name} --help tells more)", USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has had enough of it. The interpreter flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else NO
+        return _leave_quietly()
     except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
         if explained := explain(error):
             return complain(*explained)
@@ -98,4 +111,19 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         text = clean(f"{type(error).__name__}: {error}")
         return complain(f"this is a bug: {text}; {DEBUG_VARIABLE}=1 shows where, please report it", NO)
-    return code if isinstance(code, int) else SUCCESS
+    return SUCCESS
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _leave_quietly()
+    return code
+
+
+def _leave_quietly() -> int:
+    """Whoever read our output has had enough of it."""
+    # The interpreter flushes once more when it ends; there must be something to flush to.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return SUCCESS

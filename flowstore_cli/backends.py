@@ -82,15 +82,14 @@ def backends(as_json: AsJson = False) -> None:
 
 def _list(plugin: Plugin) -> list[Listed]:
     if plugin.error is not None:
-        reason, _, remedy = str(plugin.error).rpartition("; ")
         return [
             Listed(
                 name=plugin.name,
                 schemes=[],
                 distribution=plugin.distribution,
                 status=BROKEN,
-                problem=reason,
-                remedy=remedy or plugin.error.remedy,
+                problem=str(plugin.error).removesuffix(f"; {plugin.error.remedy}"),
+                remedy=plugin.error.remedy,
                 level=None,
                 capabilities=[],
                 options=[],

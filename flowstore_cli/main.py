@@ -13,9 +13,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from flowstore_cli.app import run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in NEEDED:
+        module = (error.name or "").partition(".")[0]
+        if module not in NEEDED:
             raise
-        sys.stderr.write(f"flowstore: module {error.name!r} is missing; pip install 'flowstore[cli]'\n")
+        sys.stderr.write(f"flowstore: module {module!r} is missing; pip install 'flowstore[cli]'\n")
         return 2
     return run(sys.argv[1:] if arguments is None else arguments)
 

@@ -68,7 +68,7 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
     if backend is None:
         _needs_none(plugin.name, as_json, {"version": None, "latest": None, "pending": []})
         return
-    known = backend.migrations()
+    known = backend.migrations(config)
     version = run(schema_version(plugin, backend, config))
     latest = max((number for number, _, _ in known), default=0)
     pending = [{"number": number, "name": name} for number, name, _ in known if number > version]
@@ -91,9 +91,9 @@ def sql(
     since: Annotated[int, typer.Option("--after", min=0, help="Only migrations after this number.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Print the migrations' SQL.
+    """Print the migrations' SQL, as scripts that apply and record them.
 
-    For reading before it is applied; nothing is opened.
+    For reading, or for running with psql or sqlite3; nothing is opened.
 
     \b
       flowstore migrate sql --url postgresql://host/db
@@ -101,18 +101,16 @@ def sql(
 
     JSON: a list of objects with number, name, sql.
     """
-    plugin, backend, _ = _resolve(url)
+    plugin, backend, config = _resolve(url)
     if backend is None:
         _needs_none(plugin.name, as_json, None)
         return
-    known = [entry for entry in backend.migrations() if entry[0] > since]
+    known = [entry for entry in backend.migrations(config) if entry[0] > since]
     if as_json:
         print_json([{"number": number, "name": name, "sql": text} for number, name, text in known])
         return
     for number, name, text in known:
         say(f"-- migration {number:04} {name} of backend {plugin.name}")
-        if "{schema}" in text:
-            say("-- {schema} stands for the quoted name of the schema that option schema names")
         say(text.strip() + "\n")
 
 

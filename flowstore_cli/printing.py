@@ -34,9 +34,16 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class Outlet(Console):
+    """A console that leaves a broken pipe to whoever ends the command."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def new_console() -> Console:
     """A console on stdout: colours only on a terminal, and none where NO_COLOR is set."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return Outlet(highlight=False, markup=False, emoji=False)
 
 
 def complain(message: str, code: int) -> int:

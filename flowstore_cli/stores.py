@@ -42,8 +42,8 @@ RunId = Annotated[UUID, typer.Argument(metavar="RUN_ID", help="The run's id.", s
 class Migratable(Protocol):
     """What a backend may bring besides the Protocol of core, for ``flowstore migrate``."""
 
-    def migrations(self) -> Sequence[tuple[int, str, str]]:
-        """Every migration as (number, name, SQL), in order."""
+    def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
+        """Every migration as (number, name, a script that applies and records it), in order."""
         ...
 
     async def schema_version(self, config: StoreConfig) -> int:

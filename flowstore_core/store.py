@@ -78,22 +78,21 @@ class FlowStore(
 
 
 # What every backend is expected to implement; of a part, the rest raises NotSupportedError.
-BASE_OPERATIONS = tuple(
-    name
-    for protocol in (
-        RunLifecycle,
-        StepAttempts,
-        StepRuntime,
-        StepClaims,
-        DispatchLedger,
-        RunControls,
-        IdempotencyKeys,
-        FlowRetentionStore,
-        Signals,
-    )
-    for name in vars(protocol)
-    if not name.startswith("_")
-) + ("ping",)
+_BASE = (
+    RunLifecycle,
+    StepAttempts,
+    StepRuntime,
+    StepClaims,
+    DispatchLedger,
+    RunControls,
+    IdempotencyKeys,
+    FlowRetentionStore,
+    Signals,
+)
+BASE_OPERATIONS = (
+    "ping",
+    *(name for protocol in _BASE for name in vars(protocol) if not name.startswith("_")),
+)
 
 # What a backend must have to offer a capability; facts such as DURABLE need no method.
 CAPABILITY_METHODS: dict[Capability, tuple[str, ...]] = {

@@ -23,10 +23,6 @@ from flowstore_postgres.plugin import DRIVER_OPTIONS
 DEFAULT_SCHEMA = "flowstore"
 CLOSE_SECONDS = 5.0
 
-# The lowest version of this code that can still work on a schema is stored with each migration, so
-# that old code meets a clear error and not a table it does not understand.
-WORKS_FROM = 1
-
 # Not to_regclass(): it may answer from a cache that was filled before another process, for whose lock
 # we waited, created the table.
 SCHEMA_EXISTS = "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1)"
@@ -122,17 +118,43 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """One numbered .sql file; ``{schema}`` in it stands for the schema's quoted name."""
+
+    number: int
+    name: str
+    works_from: int
+    """The version of the oldest code that can still work on the schema once this is applied."""
+    sql: str
+
+
 @functools.cache
-def read_migrations() -> Sequence[tuple[int, str, str]]:
-    """Every migration as (number, name, SQL), in order; ``{schema}`` stands for the schema's name."""
-    folder = files("flowstore_postgres").joinpath("migrations")
-    return tuple(
-        sorted(
-            (int(match[1]), match[2], entry.read_text(encoding="utf-8"))
-            for entry in folder.iterdir()
-            if (match := re.fullmatch(r"(\d{4})_(\w+)\.sql", entry.name))
-        )
-    )
+def read_migrations() -> tuple[Migration, ...]:
+    """Every migration by number. A file's first line says ``-- works_from: N``."""
+    found = []
+    for entry in files("flowstore_postgres").joinpath("migrations").iterdir():
+        text = entry.read_text(encoding="utf-8")
+        named = re.fullmatch(r"(\d{4})_(\w+)\.sql", entry.name)
+        head = re.match(r"-- works_from: (\d+)\n", text)
+        if named is None or head is None:
+            raise ConfigurationError(f"{entry.name} is not a migration: flowstore is badly installed")
+        number, works_from = int(named[1]), int(head[1])
+        found.append(Migration(number=number, name=named[2], works_from=works_from, sql=text))
+    return tuple(sorted(found, key=lambda migration: migration.number))
+
+
+def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
+    """Every migration as (number, name, a script that applies and records it)."""
+    schema = read_connection_settings(config).quoted_schema
+    scripts = []
+    for one in read_migrations():
+        prepare = f"CREATE SCHEMA IF NOT EXISTS {schema};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
+        values = f"({one.number}, '{one.name}', {one.works_from})"
+        record = RECORD_VERSION.replace("($1, $2, $3)", values)
+        script = f"BEGIN;\n{prepare}\n{one.sql}\n{record};\nCOMMIT;\n"
+        scripts.append((one.number, one.name, script.replace("{schema}", schema)))
+    return scripts
 
 
 async def read_version(connection: Any, settings: Settings) -> tuple[int, int]:
@@ -149,7 +171,7 @@ async def check_schema(connection: Any, settings: Settings, *, migrate: bool) ->
     Raises SchemaVersionError, leaving everything untouched, for a newer schema, or for an older one
     with migrate=False.
     """
-    needed = read_migrations()[-1][0]
+    needed = read_migrations()[-1].number
     found, works_from = await read_version(connection, settings)
     if works_from > needed:
         raise SchemaVersionError(found, needed, "install a newer flowstore")
@@ -174,11 +196,11 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
         await connection.execute(f"CREATE SCHEMA {schema}")
     if not found:
         await connection.execute(CREATE_VERSION_TABLE.replace("{schema}", schema))
-    for number, name, sql in read_migrations():
-        if number > found:
-            await connection.execute(sql.replace("{schema}", schema))
-            record = RECORD_VERSION.replace("{schema}", schema)
-            await connection.execute(record, number, name, WORKS_FROM)
+    record = RECORD_VERSION.replace("{schema}", schema)
+    for one in read_migrations():
+        if one.number > found:
+            await connection.execute(one.sql.replace("{schema}", schema))
+            await connection.execute(record, one.number, one.name, one.works_from)
     return max(found, needed)
 
 

@@ -70,11 +70,11 @@ class PostgresBackend:
         async with scratch_schema(url) as fresh:
             yield fresh
 
-    def migrations(self) -> Sequence[tuple[int, str, str]]:
-        """Every migration as (number, name, SQL)."""
-        from flowstore_postgres.migrate import read_migrations
+    def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
+        """Every migration as (number, name, a script that applies and records it), in order."""
+        from flowstore_postgres.migrate import migration_scripts
 
-        return read_migrations()
+        return migration_scripts(config)
 
     async def schema_version(self, config: StoreConfig) -> int:
         """The version of the schema that the URL names; 0 where there is none. Changes nothing."""

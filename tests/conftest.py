@@ -13,6 +13,7 @@ from flowstore_core import FlowStore, open_store
 from flowstore_core.plugins import find_backend
 from tests.cluster import Cluster
 from tests.virtual_clock import VirtualClock
+from tests.worker import Fleet
 
 BACKENDS = ("memory", "sqlite", "postgresql")
 
@@ -45,13 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     needed = {
         capability for marker in metafunc.definition.iter_markers("needs") for capability in marker.args
     }
-    able = []  # TEMPORARY: all three must load
-    for name in BACKENDS:
-        try:
-            if needed <= find_backend(name)[1].capabilities:
-                able.append(name)
-        except Exception:
-            pass
+    able = [name for name in BACKENDS if needed <= find_backend(name)[1].capabilities]
     metafunc.parametrize("backend", able, indirect=True)
 
 
@@ -111,3 +106,11 @@ async def open_another(namespace: str, clock: VirtualClock) -> AsyncIterator[Ope
 async def store(open_another: OpenAnother) -> FlowStore:
     """A store on the fresh namespace and the virtual clock."""
     return await open_another()
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Fleet]:
+    """Further processes, each to open a store of its own; started when a test first takes them."""
+    workers = Fleet()
+    yield workers
+    workers.stop()

@@ -218,9 +218,24 @@ async def test_the_descriptor_tells_and_reaches_the_schema_version(fresh: str) -
         url=fresh, scheme="postgresql", options=parse_options(fresh), clock=None, migrate=True
     )
     assert await backend.schema_version(config) == 0  # type: ignore[attr-defined]
-    newest = backend.migrations()[-1][0]  # type: ignore[attr-defined]
+    newest = backend.migrations(config)[-1][0]  # type: ignore[attr-defined]
     assert await backend.migrate(config) == newest  # type: ignore[attr-defined]
     assert await backend.schema_version(config) == newest  # type: ignore[attr-defined]
+
+
+async def test_the_migration_scripts_make_a_schema_that_opens(fresh: str) -> None:
+    backend = find_backend("postgresql")[1]
+    config = StoreConfig(
+        url=fresh, scheme="postgresql", options=parse_options(fresh), clock=None, migrate=True
+    )
+    connection = await asyncpg.connect(
+        host=str(parse_options(fresh)["host"]), user="postgres", database="postgres"
+    )
+    for _, _, script in backend.migrations(config):  # type: ignore[attr-defined]
+        await connection.execute(script)
+    await connection.close()
+    async with open_store(fresh, migrate=False) as store:
+        await store.ping()
 
 
 def parse_options(url: str) -> dict[str, object]:

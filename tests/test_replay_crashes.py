@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class Interposed:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
-        if not asyncio.iscoroutinefunction(method):
+        if not inspect.iscoroutinefunction(method):
             return method
 
         async def call(*args: Any, **kwargs: Any) -> Any:
@@ -258,7 +259,13 @@ async def test_takeovers_are_told_apart_from_failures() -> None:
         await scene.drive(scene.engine())
         summary = await scene.verdict()
         assert summary.ok
-        assert summary.attempts_by_outcome == {"succeeded": 5, "failed": 0, "taken_over": 3, "waiting": 0}
+        assert summary.attempts_by_outcome == {
+            "succeeded": 5,
+            "failed": 0,
+            "taken_over": 3,
+            "waiting": 0,
+            "skipped": 0,
+        }
         assert summary.steps_recovered == 1
         assert {takeover.step_key for takeover in summary.takeovers} == {"first"}
         assert [takeover.from_worker for takeover in summary.takeovers] == [
@@ -442,6 +449,38 @@ async def test_a_step_retried_at_the_last_moment_keeps_its_run_open() -> None:
         await scene.drive(scene.engine())
         assert len((await scene.verdict()).takeovers) == 0
         assert await store.get_run_status(scene.run_id) is RunStatus.SUCCEEDED
+
+
+async def test_a_failed_run_that_is_reopened_goes_on_to_its_end() -> None:
+    """What ``flowstore runs retry --reset-skipped`` does once the cause of the failure is gone."""
+    clock = VirtualClock()
+    async with open_store("memory://", clock=clock) as store:
+        scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=2, approve=["right"])
+        scene.fails = lambda job: job.task.key == "left"
+        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        for _ in range(50):
+            with contextlib.suppress(ConflictError):
+                await scene.engine().turn([scene.run_id])
+        assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
+        statuses = await store.get_step_statuses(scene.run_id)
+        scene.fails = lambda job: False
+        skipped = [key for key, status in statuses.items() if status is StepStatus.SKIPPED]
+        await store.retry_step(scene.run_id, "left", attempt=2, reset=skipped)
+        await scene.drive(scene.engine())
+        summary = await scene.verdict()
+        assert summary.ok, [check for check in summary.checks if not check.ok]
+        assert summary.attempts_by_outcome["failed"] == 2
+
+
+async def test_a_run_whose_step_was_skipped_by_hand_does_not_hang() -> None:
+    clock = VirtualClock()
+    async with open_store("memory://", clock=clock) as store:
+        scene = Scene(store=store, clock=clock, run_id=new_run_id())
+        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        await store.record_skipped_step(scene.run_id, "left", "test", "not today")
+        await scene.drive(scene.engine())
+        assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
+        assert (await store.get_step_statuses(scene.run_id))["right"] is StepStatus.SUCCEEDED
 
 
 async def test_a_failed_run_ends_only_when_nobody_works_on_it_any_more() -> None:

@@ -1,3 +1,5 @@
+-- works_from: 1
+--
 -- One row per run. last_event is the counter of append_event: raising it serialises the events of a
 -- run, so that sequence numbers appear in commit order (EVT-1).
 CREATE TABLE {schema}.runs (

@@ -60,6 +60,20 @@ async def _storm(
     return list(answers)
 
 
+def _calling(store: FlowStore, operation: str, /, **arguments: Any) -> Callable[[], Awaitable[Any]]:
+    return lambda: getattr(store, operation)(**arguments)
+
+
+def _trigger(run_id: UUID) -> dict[str, Any]:
+    return {
+        "flow_id": FLOW,
+        "flow_name": "orders",
+        "run_id": run_id,
+        "trigger_key": "manual",
+        "idempotency_key": str(run_id),
+    }
+
+
 def _was_cancelled(answer: object) -> bool:
     return isinstance(answer, asyncio.CancelledError)
 
@@ -188,7 +202,9 @@ async def test_con_4_a_cancelled_claim_without_owner_is_given_back(
     other = await open_another()
     run_id = await new_run(store)
     keys = [f"step {n:03}" for n in range(120)]
-    answers = await _storm([lambda key=key: store.try_claim_step(run_id, key) for key in keys], rng)
+    answers = await _storm(
+        [_calling(store, "try_claim_step", run_id=run_id, step_key=key) for key in keys], rng
+    )
     assert any(_was_cancelled(answer) for answer in answers)
     assert all(answer is True or _was_cancelled(answer) for answer in answers)
     # Closing waits for what is still to be given back.
@@ -207,7 +223,9 @@ async def test_con_4_a_cancelled_dispatch_is_given_back(
     other = await open_another()
     run_id = await new_run(store)
     keys = [f"step {n:03}" for n in range(120)]
-    answers = await _storm([lambda key=key: store.try_record_dispatch(run_id, key) for key in keys], rng)
+    answers = await _storm(
+        [_calling(store, "try_record_dispatch", run_id=run_id, step_key=key) for key in keys], rng
+    )
     assert any(_was_cancelled(answer) for answer in answers)
     assert all(answer is True or _was_cancelled(answer) for answer in answers)
     await store.aclose()
@@ -225,7 +243,7 @@ async def test_con_4_what_a_cancelled_winner_gives_back_is_never_anothers(
     keys = [f"step {n:02}" for n in range(30)] * 4
     rng.shuffle(keys)
     calls = [
-        lambda key=key, one=one: one.try_claim_step(run_id, key)
+        _calling(one, "try_claim_step", run_id=run_id, step_key=key)
         for key, one in zip(keys, [store, other] * 60, strict=True)
     ]
     answers = await _storm(calls, rng)
@@ -243,7 +261,9 @@ async def test_con_4_a_cancelled_claim_with_owner_is_found_out_by_asking_again(
     other = await open_another()
     run_id = await new_run(store)
     keys = [f"step {n:02}" for n in range(80)]
-    answers = await _storm([lambda k=key: store.try_claim_step(run_id, k, owner=k) for key in keys], rng)
+    answers = await _storm(
+        [_calling(store, "try_claim_step", run_id=run_id, step_key=key, owner=key) for key in keys], rng
+    )
     assert all(answer is True or _was_cancelled(answer) for answer in answers)
     again = await together(store.try_claim_step(run_id, key, owner=key) for key in keys)
     assert again == [True] * len(keys)
@@ -258,9 +278,7 @@ async def test_con_4_a_cancelled_trigger_has_happened_whole_or_not(
     rng = random.Random(seed)
     other = await open_another()
     ids = [uuid4() for _ in range(60)]
-    answers = await _storm(
-        [lambda i=i: store.trigger_run(FLOW, "orders", i, "manual", idempotency_key=str(i)) for i in ids], rng
-    )
+    answers = await _storm([_calling(store, "trigger_run", **_trigger(i)) for i in ids], rng)
     await store.aclose()
     for run_id, answer in zip(ids, answers, strict=True):
         there = await other.get_run_status(run_id) is not None
@@ -280,7 +298,17 @@ async def test_con_4_a_cancelled_start_has_happened_whole_or_not(
     other = await open_another()
     run_id = await new_run(store)
     answers = await _storm(
-        [lambda n=n: store.record_step_start(run_id, "poll", "http", input_json=str(n)) for n in range(60)],
+        [
+            _calling(
+                store,
+                "record_step_start",
+                run_id=run_id,
+                step_key="poll",
+                step_type="http",
+                input_json=str(n),
+            )
+            for n in range(60)
+        ],
         rng,
     )
     await store.aclose()
@@ -309,7 +337,9 @@ async def test_con_4_a_cancelled_retry_has_happened_whole_or_not(
         await store.register_waiter(run_id, "charge", "go")
         await store.request_cancel(run_id)
         await store.complete_run(run_id, RunStatus.FAILED)
-    answers = await _storm([lambda i=i: store.retry_step(i, "charge", reset=["ship"]) for i in ids], rng)
+    answers = await _storm(
+        [_calling(store, "retry_step", run_id=i, step_key="charge", reset=["ship"]) for i in ids], rng
+    )
     await store.aclose()
     for run_id, answer in zip(ids, answers, strict=True):
         statuses = await other.get_step_statuses(run_id)
@@ -342,7 +372,7 @@ async def test_con_4_after_a_storm_the_store_works_and_nothing_is_left_running(
         cancelled = 0
         for _ in range(4):
             calls = [random_call(rng, clock) for _ in range(60)]
-            answers = await _storm([_calling(store, *call) for call in calls], rng)
+            answers = await _storm([_calling(store, name, **arguments) for name, arguments in calls], rng)
             for answer in answers:
                 cancelled += _was_cancelled(answer)
                 assert not isinstance(answer, StoreUnavailableError | OutcomeUnknownError)
@@ -355,10 +385,6 @@ async def test_con_4_after_a_storm_the_store_works_and_nothing_is_left_running(
     assert asyncio.all_tasks() == tasks
     assert threading.active_count() <= threads
     await assert_sound(keeper, *RUNS)
-
-
-def _calling(store: FlowStore, operation: str, arguments: dict[str, Any]) -> Callable[[], Awaitable[Any]]:
-    return lambda: getattr(store, operation)(**arguments)
 
 
 async def test_con_4_a_call_that_runs_into_a_timeout_leaves_the_store_usable(store: FlowStore) -> None:

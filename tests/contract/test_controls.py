@@ -143,6 +143,18 @@ async def test_ctl_2_a_reason_may_be_missing(store: FlowStore, clock: VirtualClo
     assert control.cancel_requested_at == clock()
 
 
+async def test_ctl_2_a_user_without_reason_does_not_get_the_time_outs(
+    store: FlowStore, clock: VirtualClock
+) -> None:
+    run_id = await new_run(store)
+    await store.configure_run(run_id, FLOW, "manual")
+    await store.mark_timed_out(run_id, "late")
+    now = clock.advance(seconds=1)
+    await store.request_cancel(run_id)
+    control = await _control(store, run_id)
+    assert (control.cancel_reason, control.cancel_requested_at) == (None, now)
+
+
 async def test_ctl_2_request_cancel_creates_the_record_of_an_existing_run(
     store: FlowStore, clock: VirtualClock
 ) -> None:

@@ -141,6 +141,10 @@ async def test_clm_7_annotating_never_creates_a_record(store: FlowStore) -> None
         await store.annotate_dispatch(run_id, key, "job 1")
     await store.annotate_dispatch(uuid4(), "charge", "job 1")
     assert await picture(store, run_id) == before
+    # Nor does it lie in wait for the dispatch to come.
+    for key in ("claimed", "started", "unknown"):
+        assert await store.try_record_dispatch(run_id, key)
+    assert [dispatch.job_id for dispatch in await store.get_dispatches(run_id)] == [None] * 3
 
 
 async def test_clm_7_the_job_of_a_dispatch_is_not_the_job_of_an_attempt(store: FlowStore) -> None:

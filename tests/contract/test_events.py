@@ -102,9 +102,12 @@ async def test_evt_1_no_event_appears_below_one_already_read(
             await asyncio.sleep(0)
         return seen
 
-    results = await asyncio.gather(follow(), *(write(n) for n in range(3)))
+    following = asyncio.create_task(follow())
+    await together(write(n) for n in range(3))
     # Who follows by the last sequence misses nothing.
-    assert sorted(results[0]) == sorted(f"{n} {number}" for n in range(3) for number in range(total // 3))
+    assert sorted(await following) == sorted(
+        f"{n} {number}" for n in range(3) for number in range(total // 3)
+    )
 
 
 async def test_evt_1_events_of_an_unknown_run_are_empty(store: FlowStore) -> None:

@@ -44,12 +44,9 @@ TEXTS = [
 ]
 KEYS = [text for text in TEXTS if text]
 
-legal_text = st.text(
-    alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=200
-)
-legal_key = st.text(
-    alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=256
-)
+legal_characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+legal_text = st.text(alphabet=legal_characters, max_size=200)
+legal_key = st.text(alphabet=legal_characters, min_size=1, max_size=256)
 # Each example is a run of its own in the one namespace of the test.
 in_one_store = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

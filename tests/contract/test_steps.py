@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -353,7 +354,7 @@ async def test_stp_4_the_same_outcome_again_is_a_no_op(
 ) -> None:
     run_id = await new_run(store)
     await store.record_step_start(run_id, "charge", "http")
-    outcome = {"output_json": "out", "error_message": "error"}
+    outcome: dict[str, Any] = {"output_json": "out", "error_message": "error"}
     await store.record_step_complete(run_id, "charge", status, **outcome)
     before = await the_step(store, run_id)
     clock.advance(seconds=1)
@@ -383,10 +384,10 @@ async def test_stp_4_another_outcome_on_a_closed_attempt_is_refused(
     await store.record_step_complete(run_id, "charge", status, output_json="out")
     before = await picture(store, run_id)
     other = OUTCOMES[(OUTCOMES.index(status) + 1) % len(OUTCOMES)] if "status" in change else status
-    asked = {"output_json": "out", "error_message": None, **change, "status": other}
+    asked: dict[str, Any] = {"output_json": "out", "error_message": None, **change, "status": other}
     for attempt in (None, 1):
         with pytest.raises(StepAlreadyCompletedError) as caught:
-            await store.record_step_complete(run_id, "charge", attempt=attempt, **asked)  # type: ignore[arg-type]
+            await store.record_step_complete(run_id, "charge", attempt=attempt, **asked)
         assert (caught.value.run_id, caught.value.step_key) == (run_id, "charge")
     assert await picture(store, run_id) == before
 

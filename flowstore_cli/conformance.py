@@ -1,0 +1,199 @@
+"""``flowstore conformance``: whether a backend keeps the contract, and every form of the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.printing import clean, new_console, span
+from flowstore_cli.stores import run
+from flowstore_core import ConfigurationError, StoreUnavailableError
+from flowstore_core.config import redact
+
+if TYPE_CHECKING:
+    # Imported by the command itself, so that all others work without the extra.
+    from flowstore_conformance import CheckResult, Report
+    from flowstore_conformance.checks.registry import Check
+
+TICK = 0.2
+"""Seconds between two looks of the live line."""
+
+NARROWEST, WIDEST = 60, 120
+"""Columns of the printed report."""
+
+
+def conformance(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A store of the backend to check.")],
+    profile: Annotated[
+        str, typer.Option(metavar="PROFILE", help="How much work: quick, standard or thorough.")
+    ] = "standard",
+    clause: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Check this clause only; may be given again.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Repeat the run that had this seed.", show_default=False)
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False)
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as JUnit XML.", show_default=False)
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it as Markdown, for a CI summary.", show_default=False),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as one HTML page.", show_default=False)
+    ] = None,
+    badge: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a badge, for a shields.io endpoint.", show_default=False),
+    ] = None,
+    programs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write the programs that show failures as files.", show_default=False
+        ),
+    ] = None,
+    waivers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Known failures, in a TOML file.", show_default=False),
+    ] = None,
+) -> None:
+    """Check whether a backend keeps every clause of the contract.
+
+    Works only in scratch namespaces that the backend makes beside what URL names, and drops them. What
+    URL itself holds is not touched, and a namespace that is not empty is refused.
+
+    \b
+      flowstore conformance sqlite:///flows.db --profile quick
+      flowstore conformance postgresql://user@host/db --html report.html --json report.json
+      flowstore conformance memory:// --clause CLM-1 --clause SIG-3 --seed 7
+
+    \b
+    Exit codes of this command:
+    0  it conforms: nothing failed or stayed inconclusive, and every waiver is in order
+    1  it violates the contract, or could not be shown to keep it
+    2  the suite could not run: wrong usage, a namespace that it refuses, or a store that
+       is unavailable (for which other commands have 3)
+    """
+    try:
+        import flowstore_conformance as suite
+        from flowstore_conformance import rendering
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("flowstore_conformance", "hypothesis"):
+            raise
+        message = f"module {missing!r} is missing; pip install 'flowstore[conformance]'"
+        raise ConfigurationError(message) from error
+
+    forms: tuple[tuple[Path | None, Callable[[Report], str]], ...] = (
+        (json, rendering.render_json),
+        (junit, rendering.render_junit),
+        (markdown, rendering.render_markdown),
+        (html, rendering.render_page),
+        (badge, rendering.render_badge),
+    )
+    wanted = [(path, render) for path, render in forms if path is not None]
+    for path, _ in wanted:
+        # Before the run, which may take minutes.
+        if not path.absolute().parent.is_dir():
+            raise Failure(f"there is no folder for {path}; make it first", USAGE)
+    known = suite.read_waivers(waivers) if waivers is not None else ()
+    _say(f"checking {redact(url)}, only in scratch namespaces beside it: what it holds is not touched")
+    progress = Progress(live=sys.stderr.isatty())
+
+    async def check() -> Report:
+        async with progress.shown():
+            return await suite.run_suite(
+                url,
+                profile=profile,
+                clauses=clause or (),
+                seed=seed,
+                waivers=known,
+                starting=progress.starting,
+                progress=progress.ended,
+            )
+
+    try:
+        report = run(check())
+    except StoreUnavailableError as error:
+        raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+    try:
+        if programs is not None:
+            report = suite.write_programs(report, programs)
+        for path, render in wanted:
+            path.write_text(render(report), encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"{error.filename} cannot be written: {error.strerror}", USAGE) from error
+    text = rendering.render_text(
+        report,
+        width=max(NARROWEST, min(shutil.get_terminal_size((100, 24)).columns, WIDEST)),
+        colour=new_console().color_system is not None,
+        unicode="utf" in (sys.stdout.encoding or "").lower(),
+    )
+    sys.stdout.write(text)
+    if not report.conforms:
+        raise typer.Exit(NO)
+
+
+class Progress:
+    """How far the suite is, on stderr: one line that changes on a terminal, a line per check elsewhere."""
+
+    def __init__(self, *, live: bool) -> None:
+        self._live = live
+        self._line = ""
+        self._since = time.monotonic()
+        self._bad = 0
+
+    @contextlib.asynccontextmanager
+    async def shown(self) -> AsyncIterator[None]:
+        """Keeps the live line moving while a check runs, and takes it away at the end."""
+        if not self._live:
+            yield
+            return
+        ticking = asyncio.create_task(self._tick())
+        try:
+            yield
+        finally:
+            ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ticking
+            self._draw("")
+
+    def starting(self, check: Check, number: int, count: int) -> None:
+        self._line, self._since = f"[{number:>{len(str(count))}}/{count}] {check.id}", time.monotonic()
+        if self._live:
+            self._draw(self._line)
+
+    def ended(self, result: CheckResult, number: int, count: int) -> None:
+        self._bad += result.status in ("FAIL", "INCONCLUSIVE")
+        if not self._live:
+            _say(f"{self._line}: {result.status}, {result.exercised:,} times in {span(result.seconds)}")
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            bad = f", {self._bad} not passed" if self._bad else ""
+            self._draw(f"{self._line}, {span(time.monotonic() - self._since)}{bad}")
+
+    def _draw(self, text: str) -> None:
+        width = shutil.get_terminal_size((80, 24)).columns - 1
+        sys.stderr.write(f"\r\x1b[2K{clean(text)[:width]}")
+        sys.stderr.flush()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{clean(text)}\n")
+    sys.stderr.flush()

@@ -1,0 +1,363 @@
+"""Where the URL and the options come from, and that no password is ever shown."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from flowstore_core import ConfigurationError, InvalidArgumentError, StoreConfig, open_store
+from flowstore_core.config import read_path, read_query, read_scheme, read_settings, redact
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and no FLOWSTORE_URL."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLOWSTORE_URL", raising=False)
+    return tmp_path
+
+
+def _config(**options: Any) -> StoreConfig:
+    return StoreConfig(url="mine://x", scheme="mine", options=options, clock=None, migrate=True)
+
+
+# Where the URL comes from
+
+
+def test_config_the_default_is_a_file_in_the_working_directory() -> None:
+    found = read_settings(None, {})
+    assert (found.url, dict(found.options), found.migrate) == ("sqlite:///flowstore.db", {}, True)
+
+
+def test_config_argument_then_variable_then_files_then_default(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "pyproject.toml").write_text('[tool.flowstore]\nurl = "mine://pyproject"\n')
+    assert read_settings(None, {}).url == "mine://pyproject"
+    (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
+    assert read_settings(None, {}).url == "mine://file"
+    monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
+    assert read_settings(None, {}).url == "mine://variable"
+    assert read_settings("mine://argument", {}).url == "mine://argument"
+    # An empty variable is none.
+    monkeypatch.setenv("FLOWSTORE_URL", "")
+    assert read_settings(None, {}).url == "mine://file"
+
+
+def test_config_says_where_the_url_was_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "default" in read_settings(None, {}).origin
+    (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
+    assert "flowstore.toml" in read_settings(None, {}).origin
+    monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
+    assert "FLOWSTORE_URL" in read_settings(None, {}).origin
+
+
+async def test_config_open_store_reads_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWSTORE_URL", "memory://from-the-variable")
+    async with open_store() as store:
+        assert store.backend == "memory"
+
+
+async def test_config_open_store_reads_the_file(elsewhere: Path) -> None:
+    (elsewhere / "flowstore.toml").write_text('url = "memory://from-the-file"\n')
+    async with open_store() as store:
+        assert store.backend == "memory"
+
+
+async def test_config_open_store_falls_back_to_the_default_file(elsewhere: Path) -> None:
+    async with open_store() as store:
+        assert store.backend == "sqlite"
+    assert (elsewhere / "flowstore.db").exists()
+
+
+# Options
+
+
+def test_config_keyword_beats_query_beats_file(elsewhere: Path) -> None:
+    (elsewhere / "flowstore.toml").write_text('url = "mine://x?b=query&c=query"\na = 1\nb = 1\nc = 1\n')
+    found = read_settings(None, {"c": "keyword", "d": True})
+    assert dict(found.options) == {"a": 1, "b": "query", "c": "keyword", "d": True}
+
+
+def test_config_a_files_options_belong_to_the_files_url(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "flowstore.toml").write_text('url = "mine://file"\npool = 5\n')
+    assert dict(read_settings("mine://file", {}).options) == {"pool": 5}
+    assert dict(read_settings("mine://other", {}).options) == {}
+    monkeypatch.setenv("FLOWSTORE_URL", "mine://other")
+    assert dict(read_settings(None, {}).options) == {}
+
+
+def test_config_a_file_without_url_gives_its_options_to_any(elsewhere: Path) -> None:
+    (elsewhere / "pyproject.toml").write_text("[tool.flowstore]\npool = 5\n")
+    assert dict(read_settings("mine://any", {}).options) == {"pool": 5}
+
+
+def test_config_options_are_read_only(elsewhere: Path) -> None:
+    options = read_settings("mine://x?a=1", {}).options
+    with pytest.raises(TypeError):
+        options["b"] = 2  # type: ignore[index]
+
+
+def test_config_a_query_is_decoded_and_may_be_blank() -> None:
+    assert read_query("mine://x?a=1%262&b=&c=%C3%A9+e#fragment?d=1") == {"a": "1&2", "b": "", "c": "é e"}
+
+
+def test_config_an_option_that_stands_twice_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="pool"):
+        read_settings("mine://x?pool=1&pool=2", {})
+
+
+async def test_config_an_unknown_option_is_refused_and_the_known_are_listed() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        async with open_store("memory://", colour="red"):
+            pass
+    assert "colour" in str(caught.value)
+    assert "red" not in str(caught.value)
+    with pytest.raises(ConfigurationError) as caught:
+        async with open_store("postgresql:///db?colour=red"):
+            pass
+    assert "colour" in str(caught.value)
+    assert "pool_size" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "migrate", "options", "wanted"),
+    [
+        ("mine://x", True, {}, True),
+        ("mine://x", False, {}, False),
+        ("mine://x?migrate=false", True, {}, False),
+        ("mine://x?migrate=No", True, {}, False),
+        ("mine://x?migrate=0", True, {}, False),
+        ("mine://x?migrate=true", False, {}, False),
+        ("mine://x?migrate=on", True, {}, True),
+    ],
+)
+def test_config_false_anywhere_turns_migrating_off(
+    url: str, migrate: bool, options: dict[str, object], wanted: bool
+) -> None:
+    found = read_settings(url, options, migrate=migrate)
+    assert found.migrate is wanted
+    assert "migrate" not in found.options
+
+
+def test_config_migrate_may_stand_in_the_file(elsewhere: Path) -> None:
+    (elsewhere / "flowstore.toml").write_text("migrate = false\n")
+    assert read_settings("mine://x", {}).migrate is False
+
+
+def test_config_migrate_must_be_true_or_false() -> None:
+    with pytest.raises(ConfigurationError, match="migrate"):
+        read_settings("mine://x?migrate=maybe", {})
+
+
+# Files that are wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("flowstore.toml", "url = ", "flowstore.toml"),
+        ("flowstore.toml", "url = 5\n", "url"),
+        ("pyproject.toml", "[tool.flowstore]\nurl = ['a']\n", "url"),
+        ("pyproject.toml", "[tool]\nflowstore = 'memory://'\n", "tool.flowstore"),
+        ("pyproject.toml", "[[", "pyproject.toml"),
+    ],
+)
+def test_config_a_wrong_file_is_named(elsewhere: Path, name: str, text: str, wanted: str) -> None:
+    (elsewhere / name).write_text(text)
+    with pytest.raises(ConfigurationError, match=wanted):
+        read_settings(None, {})
+
+
+def test_config_a_wrong_file_does_not_show_its_text(elsewhere: Path) -> None:
+    (elsewhere / "flowstore.toml").write_text('url = "postgresql://me:hunter2@host/db" hunter2\n')
+    with pytest.raises(ConfigurationError) as caught:
+        read_settings(None, {})
+    assert "hunter2" not in _all_that_is_said(caught.value)
+
+
+def test_config_a_pyproject_of_other_tools_is_no_configuration(elsewhere: Path) -> None:
+    (elsewhere / "pyproject.toml").write_text("[tool.other]\nurl = 'x'\n[project]\nname = 'y'\n")
+    assert read_settings(None, {}).url == "sqlite:///flowstore.db"
+
+
+@pytest.mark.parametrize("url", ["", "flows.db", "sqlite:", "sqlite:/x", "://x", "/home/me/flows.db"])
+async def test_config_a_url_without_scheme_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="scheme://"):
+        async with open_store(url):
+            pass
+
+
+@pytest.mark.parametrize("url", [5, b"memory://", Path("x"), True])
+async def test_config_a_url_that_is_no_str_is_refused(url: Any) -> None:
+    with pytest.raises(ConfigurationError, match="str"):
+        async with open_store(url):
+            pass
+
+
+def test_config_schemes_are_lower_case() -> None:
+    assert read_scheme("SQLite:///x") == "sqlite"
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("mine:///a/b.db", "a/b.db"),
+        ("mine:////a/b.db", "/a/b.db"),
+        ("mine:///a%20b%23c.db?x=1", "a b#c.db"),
+        ("mine:///a#b.db", "a#b.db"),
+        ("mine://host/db", "db"),
+        ("mine:///", ""),
+        ("mine:///%C3%A9", "é"),
+    ],
+)
+def test_config_paths_are_decoded(url: str, path: str) -> None:
+    assert read_path(url) == path
+
+
+# Readers of options
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(5, 5), ("5", 5), ("1", 1), (10, 10)])
+def test_config_integer(value: object, wanted: int) -> None:
+    assert _config(n=value).integer("n", 3, 1, 10) == wanted
+    assert _config().integer("n", 3, 1, 10) == 3
+
+
+@pytest.mark.parametrize("value", [0, 11, "0", "11", "x", "", 1.5, "1.5", True, None, b"5"])
+def test_config_integer_refuses(value: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"option n .*1 to 10"):
+        _config(n=value).integer("n", 3, 1, 10)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(5, 5.0), ("0.5", 0.5), (1.5, 1.5), ("10", 10.0)])
+def test_config_seconds(value: object, wanted: float) -> None:
+    assert _config(n=value).seconds("n", 3, 0.1, 10) == wanted
+
+
+@pytest.mark.parametrize("value", [0, 10.1, "x", "", "nan", float("nan"), "inf", True, None])
+def test_config_seconds_refuses(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="option n"):
+        _config(n=value).seconds("n", 3, 0.1, 10)
+
+
+@pytest.mark.parametrize("value", [True, "true", "Yes", "ON", "1"])
+def test_config_flag(value: object) -> None:
+    assert _config(n=value).flag("n", False) is True
+
+
+@pytest.mark.parametrize("value", [False, "false", "No", "OFF", "0"])
+def test_config_flag_off(value: object) -> None:
+    assert _config(n=value).flag("n", True) is False
+
+
+@pytest.mark.parametrize("value", ["", "maybe", 1, 0, None])
+def test_config_flag_refuses(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="option n"):
+        _config(n=value).flag("n", True)
+
+
+def test_config_choice() -> None:
+    allowed = ("FULL", "NORMAL")
+    assert _config().choice("n", "FULL", allowed) == "FULL"
+    assert _config(n="normal").choice("n", "FULL", allowed) == "NORMAL"
+    for value in ("OFF", "", 1, None):
+        with pytest.raises(ConfigurationError, match="FULL, NORMAL"):
+            _config(n=value).choice("n", "FULL", allowed)
+
+
+def test_config_text() -> None:
+    assert _config(n="x").text("n", "y") == "x"
+    assert _config().text("n", "y") == "y"
+    for value in ("", 1, None, True):
+        with pytest.raises(ConfigurationError, match="option n"):
+            _config(n=value).text("n", "y")
+
+
+# Passwords
+
+SECRETS = ["hunter2", "p@ss", "a:b", "a/b", "a?b", "a#b", "a&b=c", "p%40ss", "@@", "ünï", "a b", "[x]", "://"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("encoded", [True, False])
+def test_config_redact_never_shows_a_password(secret: str, encoded: bool) -> None:
+    written = quote(secret, safe="") if encoded else secret
+    shown = redact(f"postgresql://me:{written}S3cr3t@host:5432/db?sslmode=require&password={written}S3cr3t")
+    assert "S3cr3t" not in shown
+    assert written not in shown.replace("postgresql://", "").replace("@host", "")
+    assert "require" not in shown
+    if encoded:
+        assert "host:5432/db" in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite:///flows.db", "sqlite:///flows.db"),
+        ("memory://name", "memory://name"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql:///db?password=secret&user=me", "postgresql:///db?password=...&user=..."),
+        ("secret", "<not a URL>"),
+    ],
+)
+def test_config_redact_shows_what_helps(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_config_no_repr_shows_a_password(secret: str) -> None:
+    secret = f"{secret}S3cr3t"
+    url = f"mine://me:{secret}@host/db?password={secret}"
+    config = StoreConfig(
+        url=url, scheme="mine", options={"password": secret}, clock=lambda: datetime.now(UTC), migrate=True
+    )
+    assert "S3cr3t" not in f"{config!r} {config}"
+    assert "S3cr3t" not in repr(read_settings(url, {"token": secret}))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nobody://me:S3cr3t@host/db?password=S3cr3t",
+        "memory://me:S3cr3t@host/db",
+        "memory://?S3cr3t",
+        "postgresql://me:S3cr3t@host/db?colour=S3cr3t",
+        "postgresql://me:S3cr3t@host/db?colour=S3cr3t&colour=S3cr3t",
+        "postgresql://me:S3cr3t@host/db?pool_size=S3cr3t",
+        "sqlite://me:S3cr3t@host/db",
+    ],
+)
+async def test_config_no_error_shows_a_password(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        async with open_store(url):
+            pass
+    if url != "memory://?S3cr3t":
+        # There the word is the option's name.
+        assert "S3cr3t" not in _all_that_is_said(caught.value)
+
+
+def _all_that_is_said(error: BaseException | None) -> str:
+    said = ""
+    while error is not None:
+        said += f"{error} {error!r} {error.__dict__} "
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return said
+
+
+# The clock
+
+
+@pytest.mark.parametrize("clock", [5, "now", datetime(2026, 3, 14, tzinfo=UTC)])
+async def test_config_a_clock_must_be_callable(clock: Any) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        async with open_store("memory://", clock=clock):
+            pass
+    assert caught.value.argument == "clock"

@@ -1,0 +1,291 @@
+"""Plugins: found by entry point, refused by name, and never in each other's way."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from flowstore_core import (
+    BackendLoadError,
+    Capability,
+    ConfigurationError,
+    FlowStore,
+    NotSupportedError,
+    UnknownBackendError,
+    open_store,
+)
+from flowstore_core.plugins import find_backend, load_plugins
+from tests.contract.scenes import new_run
+from tests.core.conftest import RECORDING, Install
+from tests.virtual_clock import VirtualClock
+
+
+async def _open(url: str, **options: Any) -> None:
+    async with open_store(url, **options):
+        pass
+
+
+def _wrapper(name: str) -> str:
+    return f"""
+    import flowstore_core as fs
+
+    class Wrapper:
+        def __init__(self, store):
+            self._store = store
+
+        def __getattr__(self, operation):
+            async def call(**arguments):
+                return f"{name}(" + await getattr(self._store, operation)(**arguments) + ")"
+            return call
+
+    @fs.hookimpl
+    def flowstore_wrap_store(store, config):
+        return Wrapper(store) if config.scheme == "mine" else None
+    """
+
+
+def test_plugins_the_built_in_backends_are_found_like_any_other() -> None:
+    found = {plugin.name: plugin for plugin in load_plugins()}
+    assert {"memory", "postgresql", "sqlite"} <= set(found)
+    for name in ("memory", "postgresql", "sqlite"):
+        assert found[name].error is None
+        assert [backend.name for backend in found[name].backends] == [name]
+        assert found[name].distribution == "flowstore"
+
+
+async def test_plugins_an_installed_backend_is_opened_by_its_scheme(install: Install) -> None:
+    with pytest.raises(UnknownBackendError):
+        await _open("mine://x")
+    install("mine", RECORDING)
+    async with open_store("mine://x?colour=red") as store:
+        assert store.backend == "mine"
+        assert store.capabilities == frozenset(Capability)
+        assert await store.get_run_status(uuid4()) == "get_run_status of innermost"
+    (config,) = importlib.import_module("plugin_of_mine").opened
+    assert (config.url, config.scheme, dict(config.options)) == (
+        "mine://x?colour=red",
+        "mine",
+        {"colour": "red"},
+    )
+
+
+async def test_plugins_an_unknown_scheme_is_told_with_the_installed_ones() -> None:
+    with pytest.raises(UnknownBackendError) as caught:
+        await _open("nobody://x")
+    assert caught.value.scheme == "nobody"
+    assert isinstance(caught.value, ConfigurationError)
+    for known in ("nobody", "memory", "sqlite", "postgresql"):
+        assert known in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise RuntimeError('broken')",
+        "this is not Python",
+        "import plugin_of_mine.part",
+        "from flowstore_core import nothing_of_this_name",
+        "import flowstore_core as fs\n@fs.hookimpl\ndef flowstore_backends():\n    raise KeyError('x')",
+        "import flowstore_core as fs\n@fs.hookimpl\ndef flowstore_backends():\n    return 5",
+        "import flowstore_core as fs\n@fs.hookimpl\ndef flowstore_backend():\n    return []",
+        "import flowstore_core as fs\n@fs.hookimpl\ndef flowstore_backends(extra):\n    return []",
+    ],
+)
+async def test_plugins_a_broken_one_is_named_and_disables_no_other(install: Install, code: str) -> None:
+    install("mine", code)
+    install("sound", RECORDING.replace("mine", "sound"))
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert caught.value.plugin == "mine"
+    assert "mine" in str(caught.value)
+    assert "dist-of-mine" in caught.value.remedy
+    assert caught.value.__cause__ is not None
+    await _open("memory://")
+    await _open("sound://")
+    # Who asks for what nobody serves is told of the broken one.
+    with pytest.raises(UnknownBackendError, match="'mine'"):
+        await _open("nobody://x")
+
+
+@pytest.mark.parametrize(
+    ("requires", "remedy"),
+    [
+        ((), "pip install nosuchdriver"),
+        (("nosuchdriver>=1",), "pip install nosuchdriver"),
+        (
+            ("other; extra == 'fast'", "NoSuchDriver>=1; extra == 'driver'"),
+            "pip install 'dist-of-mine[driver]'",
+        ),
+    ],
+)
+async def test_plugins_a_missing_driver_gives_its_remedy(
+    install: Install, requires: tuple[str, ...], remedy: str
+) -> None:
+    install("mine", "import nosuchdriver.part\n" + RECORDING, requires=requires)
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert caught.value.plugin == "mine"
+    assert caught.value.remedy == remedy
+    assert "nosuchdriver" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+async def test_plugins_a_driver_that_is_missing_at_open_gives_its_remedy_too(install: Install) -> None:
+    install("mine", RECORDING.replace("opened.append(config)", "import nosuchdriver"))
+    assert find_backend("mine")[1].name == "mine"
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert caught.value.remedy == "pip install nosuchdriver"
+
+
+async def test_plugins_a_missing_module_of_its_own_is_a_bug_not_a_missing_driver(install: Install) -> None:
+    install("mine", RECORDING.replace("opened.append(config)", "import plugin_of_mine.part"))
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert "pip install" not in str(caught.value)
+
+
+async def test_plugins_two_with_one_scheme_are_refused_by_name(install: Install) -> None:
+    both = "frozenset({'mine', 'own-of-NAME'})"
+    for name in ("first", "second"):
+        install(name, RECORDING.replace('frozenset({"mine"})', both.replace("NAME", name)))
+    with pytest.raises(UnknownBackendError) as caught:
+        await _open("mine://x")
+    for name in ("first", "second", "dist-of-first", "dist-of-second"):
+        assert name in str(caught.value)
+    # What only one of them serves works.
+    await _open("own-of-first://x")
+    await _open("own-of-second://x")
+
+
+@pytest.mark.parametrize(
+    ("line", "bad"),
+    [
+        ('name = "mine"', "name = 5"),
+        ('name = "mine"', ""),
+        ('schemes = frozenset({"mine"})', 'schemes = {"mine"}'),
+        ('schemes = frozenset({"mine"})', 'schemes = "mine"'),
+        ('schemes = frozenset({"mine"})', "schemes = frozenset({1})"),
+        ('schemes = frozenset({"mine"})', 'schemes = frozenset({"Mine"})'),
+        ('schemes = frozenset({"mine"})', 'schemes = frozenset({"mine://"})'),
+        ('schemes = frozenset({"mine"})', 'schemes = frozenset({""})'),
+        ('schemes = frozenset({"mine"})', 'schemes = frozenset({"1mine"})'),
+        ("capabilities = frozenset(fs.Capability)", 'capabilities = frozenset({"flying"})'),
+        ("capabilities = frozenset(fs.Capability)", "capabilities = list(fs.Capability)"),
+        ("capabilities = frozenset(fs.Capability)", ""),
+        ('options = frozenset({"colour"})', 'options = ["colour"]'),
+        ('options = frozenset({"colour"})', ""),
+        ("contract_version = 1", "contract_version = 2"),
+        ("contract_version = 1", 'contract_version = "1"'),
+        ("contract_version = 1", ""),
+        ("async def open(", "async def opened("),
+        ("async def scratch(", "async def scratched("),
+    ],
+)
+async def test_plugins_a_bad_descriptor_is_refused(install: Install, line: str, bad: str) -> None:
+    assert line in RECORDING
+    install("mine", RECORDING.replace(line, bad))
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert caught.value.plugin == "mine"
+    await _open("memory://")
+
+
+async def test_plugins_capabilities_may_be_plain_str(install: Install) -> None:
+    install("mine", RECORDING.replace("frozenset(fs.Capability)", 'frozenset({"leases", "durable"})'))
+    async with open_store("mine://x") as store:
+        assert Capability.LEASES in store.capabilities
+        assert Capability.TRIGGER not in store.capabilities
+
+
+async def test_plugins_a_store_that_lacks_what_it_declares_is_refused_and_closed(install: Install) -> None:
+    code = RECORDING.replace(
+        'if operation.startswith("_")', 'if operation == "renew_step_claim" or operation.startswith("_")'
+    )
+    install("mine", code)
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert "leases" in str(caught.value)
+    assert "renew_step_claim" in str(caught.value)
+    assert len(importlib.import_module("plugin_of_mine").closed) == 1
+
+
+async def test_plugins_what_a_store_offers_may_depend_on_the_url(install: Install) -> None:
+    code = RECORDING.replace(
+        "    async def ping", "    capabilities = frozenset({fs.Capability.EVENTS})\n\n    async def ping"
+    )
+    install("mine", code)
+    async with open_store("mine://x") as store:
+        assert store.capabilities == {Capability.EVENTS}
+        answer: Any = await store.append_event(uuid4(), "event")
+        assert answer == "append_event of innermost"
+        with pytest.raises(NotSupportedError):
+            await store.get_outputs(uuid4())
+
+
+async def test_plugins_a_clock_needs_virtual_clock(install: Install) -> None:
+    install("mine", RECORDING.replace("frozenset(fs.Capability)", "frozenset({fs.Capability.EVENTS})"))
+    with pytest.raises(NotSupportedError) as caught:
+        await _open("mine://x", clock=VirtualClock())
+    assert (caught.value.backend, caught.value.capability) == ("mine", "virtual_clock")
+    assert len(importlib.import_module("plugin_of_mine").closed) == 1
+    await _open("mine://x")
+
+
+async def test_plugins_wrap_in_the_order_of_their_names(install: Install) -> None:
+    install("zulu", _wrapper("zulu"))
+    install("mine", RECORDING)
+    install("alpha", _wrapper("alpha"))
+    async with open_store("mine://x") as store:
+        # The first lies next to the backend, the last is outermost.
+        answer = await store.get_run_status(uuid4())
+    assert answer == "zulu(alpha(get_run_status of innermost))"
+
+
+async def test_plugins_a_wrapper_may_leave_a_store_as_it_is(install: Install) -> None:
+    install("alpha", _wrapper("alpha"))
+    async with open_store("memory://") as store:
+        run_id = await new_run(store)
+        assert await store.get_run_status(run_id) == "Running"
+
+
+async def test_plugins_a_wrapper_that_fails_closes_the_store(install: Install) -> None:
+    install("mine", RECORDING)
+    install("alpha", _wrapper("alpha").replace("return Wrapper(store)", "return 1 / 0"))
+    with pytest.raises(ZeroDivisionError):
+        await _open("mine://x")
+    assert len(importlib.import_module("plugin_of_mine").closed) == 1
+
+
+async def test_plugins_one_plugin_may_bring_several_backends(install: Install) -> None:
+    code = RECORDING + (
+        "\n\nclass Other(Backend):\n    name = 'other'\n    schemes = frozenset({'other', 'another'})\n"
+        "\n\n@fs.hookimpl\ndef flowstore_backends():\n    return [Backend(), Other()]\n"
+    )
+    install("mine", code)
+    for scheme, name in (("mine", "mine"), ("other", "other"), ("another", "other")):
+        async with open_store(f"{scheme}://x") as store:
+            assert store.backend == name
+
+
+async def test_plugins_a_backend_may_offer_a_part_of_the_base(install: Install) -> None:
+    code = RECORDING.replace("frozenset(fs.Capability)", "frozenset()").replace(
+        'operation.startswith("_")', 'operation not in ("start_run", "try_claim_step")'
+    )
+    install("mine", code)
+    async with open_store("mine://x") as store:
+        await _use_a_part(store)
+
+
+async def _use_a_part(store: FlowStore) -> None:
+    assert store.capabilities == frozenset()
+    await store.ping()
+    started: Any = await store.start_run(uuid4(), "orders", uuid4(), "manual")
+    claimed: Any = await store.try_claim_step(uuid4(), "charge", owner="me")
+    assert (started, claimed) == ("start_run of innermost", "try_claim_step of innermost")
+    with pytest.raises(NotSupportedError) as caught:
+        await store.get_runs()
+    assert (caught.value.backend, caught.value.operation) == ("mine", "get_runs")

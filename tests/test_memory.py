@@ -1,0 +1,110 @@
+"""What is the memory backend's own: its names, its scratch namespaces, its URLs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from uuid import UUID
+
+import pytest
+
+from flowstore_core import Capability, ConfigurationError, RunStatus, open_store
+from flowstore_core.plugins import find_backend
+from tests.contract.scenes import new_run, together
+
+
+async def test_memory_without_name_is_private_to_its_open() -> None:
+    async with open_store("memory://") as one, open_store("memory://") as other:
+        run_id = await new_run(one)
+        assert await other.get_run_status(run_id) is None
+    async with open_store("memory://") as later:
+        assert await later.get_runs() == ()
+
+
+async def test_memory_with_a_name_is_shared_until_the_process_ends() -> None:
+    async with open_store("memory://shared-1") as one:
+        run_id = await new_run(one)
+        async with open_store("memory://shared-1") as other:
+            assert await other.get_run_status(run_id) is RunStatus.RUNNING
+        async with open_store("memory://shared-2") as another:
+            assert await another.get_run_status(run_id) is None
+    async with open_store("MEMORY://shared-1?migrate=false") as later:
+        assert await later.get_run_status(run_id) is RunStatus.RUNNING
+
+
+async def test_memory_names_are_compared_exactly() -> None:
+    async with open_store("memory://Name") as one, open_store("memory://name") as other:
+        run_id = await new_run(one)
+        assert await other.get_run_status(run_id) is None
+
+
+async def test_memory_a_name_is_shared_by_threads_that_open_it_at_once() -> None:
+    barrier = threading.Barrier(6)
+    won: list[str] = []
+    run_id = UUID(int=1)
+
+    async def work(number: int) -> None:
+        await asyncio.to_thread(barrier.wait)
+        async with open_store("memory://of-threads") as store:
+            try:
+                await new_run(store, run_id=run_id)
+            except Exception as error:  # noqa: BLE001 - counted below, whatever it is
+                won.append(type(error).__name__)
+            else:
+                won.append("started")
+
+    await together(asyncio.to_thread(asyncio.run, work(number)) for number in range(6))
+    assert sorted(won) == ["RunAlreadyExistsError"] * 5 + ["started"]
+
+
+async def test_memory_scratch_is_fresh_and_forgotten() -> None:
+    backend = find_backend("memory")[1]
+    async with backend.scratch("memory://kept") as url, backend.scratch("memory://kept") as other_url:
+        assert url != other_url
+        async with (
+            open_store("memory://kept") as kept,
+            open_store(url) as store,
+            open_store(other_url) as other,
+        ):
+            run_id = await new_run(store)
+            assert await kept.get_runs() == await other.get_runs() == ()
+            async with open_store(url) as again:
+                assert await again.get_run_status(run_id) is RunStatus.RUNNING
+    async with open_store(url) as store:
+        assert await store.get_runs() == ()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "memory:///name",
+        "memory://name/path",
+        "memory://name:80",
+        "memory://user@name",
+        "memory://user:secret@name",
+        "memory://a b",
+        "memory://a%20b",
+        "memory://name#part",
+        "memory:///",
+    ],
+)
+async def test_memory_takes_no_url_with_other_parts(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        async with open_store(url):
+            pass
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigurationError):
+        async with find_backend("memory")[1].scratch(url):
+            pass
+
+
+async def test_memory_has_no_options() -> None:
+    with pytest.raises(ConfigurationError, match="pool_size"):
+        async with open_store("memory://?pool_size=1"):
+            pass
+
+
+async def test_memory_says_what_it_cannot_do() -> None:
+    async with open_store("memory://") as store:
+        lacking = frozenset(Capability) - store.capabilities
+        assert lacking == {Capability.DURABLE, Capability.MULTI_PROCESS}

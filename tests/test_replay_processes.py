@@ -1,0 +1,246 @@
+"""The replay with real worker processes, some of which are killed, on every backend that shares a store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flowstore_core import Capability, RunStatus, new_run_id, open_store
+from flowstore_replay import (
+    Options,
+    Replay,
+    ReplayError,
+    Task,
+    View,
+    Workflow,
+    load_workflow,
+    shipped_workflow,
+)
+from flowstore_replay.crew import Crew
+from tests.test_replay_wfformat import INSTANCES
+
+shared = pytest.mark.needs(Capability.MULTI_PROCESS)
+
+
+class Recorder:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.views: list[View] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def show(self, view: View) -> None:
+        self.views.append(view)
+
+
+@shared
+async def test_killed_workers_steps_are_taken_over(namespace: str) -> None:
+    recorder = Recorder()
+    options = Options(kill=2, lease=0.8, speed=200, timeout=100)
+    summary = await Replay(shipped_workflow(), options, recorder, url=namespace).run()
+    assert summary.ok, [check for check in summary.checks if not check.ok]
+    assert (summary.runs_succeeded, summary.steps_succeeded) == (1, 10)
+    assert len(summary.kills) == 2
+    assert len({kill.worker for kill in summary.kills}) == 2
+    assert 1 <= summary.steps_recovered <= summary.attempts_by_outcome["taken_over"]
+    killed = [note for note in recorder.notes if note.startswith("killed worker-")]
+    assert len(killed) == 2
+    assert all(re.search(r"\(pid \d+\) .*; started worker-\d+ \(pid \d+\)", note) for note in killed)
+    assert any("took over" in note for note in recorder.notes)
+    assert recorder.views[-1].steps_done == recorder.views[-1].steps == 10
+
+
+@shared
+async def test_failures_and_approvals_and_several_runs(namespace: str) -> None:
+    recorder = Recorder()
+    options = Options(runs=3, fail_rate=0.2, seed=7, speed=2000, approve=("clean-stalls",), timeout=100)
+    summary = await Replay(shipped_workflow(), options, recorder, url=namespace).run()
+    assert summary.ok, [check for check in summary.checks if not check.ok]
+    assert (summary.runs_succeeded, summary.steps_succeeded) == (3, 30)
+    outcomes = summary.attempts_by_outcome
+    assert outcomes["succeeded"] == 30
+    assert outcomes["failed"] > 0
+    assert outcomes["waiting"] >= 3
+    assert sum("approved step 'clean-stalls'" in note for note in recorder.notes) == 3
+
+
+@pytest.mark.parametrize("name", ["epigenomics", "helloworld", "sarek", "scrnaseq"])
+async def test_recorded_instances_survive_kills(name: str, tmp_path: Path) -> None:
+    found = sorted(INSTANCES.glob(f"{name}*.json"))
+    if not found:
+        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES names another place)")
+    workflow = load_workflow(found[0])
+    options = Options(kill=2, lease=0.8, speed=workflow.seconds / 4, timeout=100)
+    summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
+    assert summary.ok, [check for check in summary.checks if not check.ok]
+    assert len(summary.kills) == 2
+    assert summary.steps_recovered >= 1
+
+
+async def test_more_kills_than_workers(tmp_path: Path) -> None:
+    workflow = Workflow(
+        name="wide", tasks=tuple(Task(key=f"t{n}", name="t", parents=(), seconds=40) for n in range(6))
+    )
+    options = Options(workers=2, kill=4, lease=0.5, speed=100, timeout=100)
+    summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
+    assert summary.ok, [check for check in summary.checks if not check.ok]
+    assert len(summary.kills) == 4
+
+
+async def test_a_replay_that_was_given_up_goes_on_under_its_key(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    slow = Options(speed=20, timeout=2, key="one", workers=2)
+    summary = await Replay(shipped_workflow(), slow, Recorder(), url=url).run()
+    assert not summary.ok
+    assert summary.checks[0].name == "done in time"
+    assert "--key one" in summary.checks[0].findings[0]
+    recorder = Recorder()
+    quick = Options(speed=2000, timeout=100, key="one", workers=2)
+    summary = await Replay(shipped_workflow(), quick, recorder, url=url).run()
+    assert summary.ok, [check for check in summary.checks if not check.ok]
+    assert recorder.notes[0].startswith("going on with run ")
+    async with open_store(url) as store:
+        assert len(await store.get_runs()) == 1
+
+
+async def test_a_step_that_keeps_failing_fails_its_run(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    options = Options(speed=5000, fail_rate=1.0, max_attempts=2, timeout=100, workers=2)
+    replay = Replay(shipped_workflow(), options, Recorder(), url=url)
+    summary = await replay.run()
+    assert [check.name for check in summary.checks if not check.ok] == [
+        "every run succeeded",
+        "every step succeeded exactly once, in its last attempt",
+    ]
+    async with open_store(url) as store:
+        assert await store.get_run_status(replay.run_ids[0]) is RunStatus.FAILED
+
+
+async def test_a_cancelled_run_is_completed_as_cancelled(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    replay = Replay(shipped_workflow(), Options(speed=4, timeout=100, lease=1.0), Recorder(), url=url)
+    running = asyncio.create_task(replay.run())
+    async with open_store(url) as store:
+        async with asyncio.timeout(60):
+            active = await store.get_active_runs()
+            while not active or not await store.get_step_statuses(active[0].run_id):
+                await asyncio.sleep(0.05)
+                active = await store.get_active_runs()
+        await store.request_cancel(replay.run_ids[0], "changed my mind")
+        summary = await asyncio.wait_for(running, 60)
+        assert await store.get_run_status(replay.run_ids[0]) is RunStatus.CANCELLED
+    assert "Cancelled: changed my mind" in summary.checks[0].findings[0]
+
+
+async def test_a_store_of_one_process_is_refused() -> None:
+    with pytest.raises(ReplayError, match="several processes") as caught:
+        await Replay(shipped_workflow(), Options(), Recorder(), url="memory://").run()
+    assert caught.value.usage
+
+
+def test_an_unknown_step_to_approve_is_refused() -> None:
+    with pytest.raises(ReplayError, match="no step 'nope' to approve") as caught:
+        Replay(shipped_workflow(), Options(approve=("nope",)), Recorder())
+    assert caught.value.usage
+
+
+async def test_workers_that_cannot_work_end_the_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent has its store already; the workers look for theirs in an environment that is broken."""
+    url = f"sqlite:///{tmp_path}/flows.db"
+    real = Crew.start
+
+    async def start(crew: Crew) -> object:
+        crew._orders["url"] = "nonsense://"
+        return await real(crew)
+
+    monkeypatch.setattr(Crew, "start", start)
+    with pytest.raises(
+        ReplayError, match="workers keep ending by themselves; the last one said: no installed"
+    ):
+        await Replay(shipped_workflow(), Options(workers=2), Recorder(), url=url).run()
+
+
+def start_command(url: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flowstore_cli.main", "replay", "--speed", "3", "--url", url, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def worker_pids(url: str) -> set[int]:
+    """Of the workers that have started a step, as the store knows them."""
+
+    async def read() -> set[int]:
+        async with open_store(url) as store:
+            details = [await store.get_run_detail(run.run_id) for run in await store.get_runs()]
+        names = [a.job_id or "" for d in details if d for step in d.steps for a in step.attempts]
+        return {int(found[1]) for name in names if (found := re.search(r"pid (\d+)", name))}
+
+    return asyncio.run(read())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_do_not_outlive_the_replay(how: signal.Signals, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    parent = start_command(url, "--workers", "2", "--key", "mine")
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "flows.db").exists() or len(pids := worker_pids(url)) < 2:
+            assert time.monotonic() < deadline
+            assert parent.poll() is None
+            time.sleep(0.1)
+        parent.send_signal(how)
+        _, errors = parent.communicate(timeout=30)
+    finally:
+        parent.kill()
+        parent.communicate()
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.05)
+    if how is signal.SIGKILL:
+        return
+    assert parent.returncode == 130
+    assert "the runs stay in the store; go on with them: flowstore replay --key mine" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_worker_without_orders_ends_in_peace() -> None:
+    command = [sys.executable, "-m", "flowstore_replay.worker"]
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+async def test_runs_of_others_are_left_alone(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    workflow = shipped_workflow()
+    async with open_store(url) as store:
+        other = new_run_id()
+        await store.start_run(workflow.flow_id, "other", other, "replay")
+        await store.try_record_dispatch(other, "collect-stalls")
+        summary = await Replay(workflow, Options(speed=5000, workers=2), Recorder(), url=url).run()
+        assert summary.ok
+        assert not await store.get_step_statuses(other)
