@@ -274,7 +274,6 @@ def _supersede(step: StepState, now: datetime) -> None:
 
 def _forget(run: RunState, step_key: str, step: StepState) -> None:
     """Drop what belonged to the attempts so far, when a step is reopened or reset (STP-6)."""
-    step.started_owner = None
     step.drop_claim()
     step.drop_dispatch()
     waiter = run.waiters.get(step_key)

@@ -1,1 +1,31 @@
-"""The conformance suite for flowstore backends."""
+"""The conformance suite for flowstore backends: does a store keep the contract?
+
+``await run_suite(url)`` checks a backend from a running event loop, ``check_backend(url)`` from anywhere
+else; both return a Report. The command is ``flowstore conformance URL``.
+"""
+
+from flowstore_conformance.bench import Profile
+from flowstore_conformance.clauses import CLAUSES, Clause, Level
+from flowstore_conformance.programs import write_programs
+from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, Status
+from flowstore_conformance.suite import check_backend, run_suite
+from flowstore_conformance.waivers import Waiver, WaiverResult, WaiverState, read_waivers
+
+__all__ = [
+    "CLAUSES",
+    "CheckResult",
+    "Clause",
+    "ClauseResult",
+    "Failure",
+    "Level",
+    "Profile",
+    "Report",
+    "Status",
+    "Waiver",
+    "WaiverResult",
+    "WaiverState",
+    "check_backend",
+    "read_waivers",
+    "run_suite",
+    "write_programs",
+]

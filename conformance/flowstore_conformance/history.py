@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import FlowStoreError
+from flowstore_core import FlowRunDetail, FlowStoreError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +21,12 @@ class Call:
     method: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def source(self) -> str:
-        """The call as a line of Python, for a program that a person can run."""
-        given = ", ".join(f"{name}={literal(value)}" for name, value in self.arguments.items())
+    def source(self, names: Mapping[UUID, str] | None = None) -> str:
+        """The call as a line of Python, for a program that a person can run.
+
+        ``names`` are expressions that stand for ids.
+        """
+        given = ", ".join(f"{name}={literal(value, names)}" for name, value in self.arguments.items())
         return f"store.{self.method}({given})"
 
 
@@ -45,9 +48,11 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """A call that raised one of the contract's errors; equal if the class is the same."""
+    """A call that raised; equal if the class has the same name."""
 
     error: str
+    exception: Exception | None = field(default=None, compare=False, repr=False)
+    """What came, where it is none of the contract's errors."""
 
 
 Outcome = Returned | Raised | Unknown
@@ -96,6 +101,9 @@ def comparable(value: Any, *, times: bool = True) -> Any:
     """
     if isinstance(value, datetime):
         return value if times else "<time>"
+    if isinstance(value, FlowRunDetail) and not times:
+        # Ordered by the time they started at, which is not known then.
+        value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = tuple(
             (each.name, comparable(getattr(value, each.name), times=times))
@@ -120,20 +128,30 @@ def error_name(error: FlowStoreError) -> str:
     return type(error).__name__
 
 
-def literal(value: Any) -> str:
+def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
     """A value as Python source that needs only the names a generated program imports."""
+    names = names or {}
     if isinstance(value, UUID):
+        if value in names:
+            return names[value]
         return f"UUID(int={value.int})" if value.int < 1 << 40 else f"UUID({str(value)!r})"
     if isinstance(value, datetime):
         return f"datetime.fromisoformat({value.isoformat()!r})"
     if isinstance(value, timedelta):
-        return f"timedelta(seconds={value.total_seconds()!r})"
+        return f"timedelta({_timedelta(value)})"
     if isinstance(value, Enum):
         return repr(value.value)
     if isinstance(value, (dict, MappingProxyType)):
-        return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in sorted(value.items())) + "}"
+        pairs = (f"{literal(k, names)}: {literal(v, names)}" for k, v in sorted(value.items()))
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (frozenset, set)):
-        return "[" + ", ".join(sorted(map(literal, value))) + "]"
+        return "[" + ", ".join(sorted(literal(each, names) for each in value)) + "]"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(literal, value)) + "]"
+        return "[" + ", ".join(literal(each, names) for each in value) + "]"
     return repr(value)
+
+
+def _timedelta(value: timedelta) -> str:
+    # Never as a float of seconds: a microsecond would be lost in a long one.
+    parts = {"days": value.days, "seconds": value.seconds, "microseconds": value.microseconds}
+    return ", ".join(f"{name}={number}" for name, number in parts.items() if number) or "0"

@@ -114,6 +114,8 @@ class _Search:
             sum(1 << j for j, other in enumerate(operations) if other.returned < one.invoked)
             for one in operations
         ]
+        # Those that returned first are tried first: they have the fewest places to be.
+        self._order = sorted(range(len(operations)), key=lambda index: operations[index].returned)
         self._best: tuple[tuple[int, ...], State] = ((), start)
 
     def run(self) -> Verdict:
@@ -121,26 +123,49 @@ class _Search:
         stack: list[tuple[int, State, tuple[int, ...]]] = [(0, self._start, ())]
         while stack:
             placed, state, order = stack.pop()
+            following = self._follow(placed, state, order)
+            if following is None:
+                return self._verdict(Answer.UNDECIDED, self._best[0])
+            if isinstance(following, Verdict):
+                return following
+            stack += reversed(following)
+        return self._violation()
+
+    def _follow(
+        self, placed: int, state: State, order: tuple[int, ...]
+    ) -> list[tuple[int, State, tuple[int, ...]]] | Verdict | None:
+        """What can come next, as far as it was not seen yet; None when the budget ran out."""
+        again = True
+        while again:
             if placed & self._required == self._required:
                 return self._verdict(Answer.LINEARIZABLE, order)
-            if len(order) > len(self._best[0]):
-                self._best = (order, state)
-            for index in reversed(range(len(self._operations))):
-                bit = 1 << index
-                if placed & bit or self._before[index] & ~placed & self._required:
+            again = False
+            changing: list[tuple[int, State]] = []
+            for index in self._order:
+                if placed & 1 << index or self._before[index] & ~placed & self._required:
                     continue
                 if self._tried >= self._budget:
-                    return self._verdict(Answer.UNDECIDED, self._best[0])
+                    return None
                 self._tried += 1
-                outcome, after = self._apply(state, self._operations[index])
                 wanted = self._operations[index].outcome
+                outcome, after = self._apply(state, self._operations[index])
                 if wanted is not UNKNOWN and wanted != outcome:
                     continue
-                memo = (placed | bit, after.frozen())
-                if memo not in self._seen:
-                    self._seen.add(memo)
-                    stack.append((placed | bit, after, (*order, index)))
-        return self._violation()
+                if _is_inert(self._operations[index]):
+                    # It fits, and wherever it is placed it changes nothing. So whatever order there is with
+                    # it at a later place, there is the same with it here, and no other choice matters.
+                    placed, order, again = placed | 1 << index, (*order, index), True
+                else:
+                    changing.append((index, after))
+        if len(order) > len(self._best[0]):
+            self._best = (order, state)
+        following = []
+        for index, after in changing:
+            memo = (placed | 1 << index, after.frozen())
+            if memo not in self._seen:
+                self._seen.add(memo)
+                following.append((placed | 1 << index, after, (*order, index)))
+        return following
 
     def _apply(self, state: State, operation: Operation) -> tuple[Outcome, State]:
         return apply_call(state, operation, times=self._times)
@@ -168,13 +193,39 @@ class _Search:
         )
 
 
+def _is_inert(operation: Operation) -> bool:
+    """Whether its answer says that it changed nothing: a read, an error, or a False."""
+    outcome = operation.outcome
+    if outcome is UNKNOWN:
+        return False
+    return isinstance(outcome, Raised) or outcome == Returned(False) or _is_read(operation)
+
+
+def _is_read(operation: Operation) -> bool:
+    return operation.call.method.startswith(("get_", "find_"))
+
+
 def apply_call(state: State, operation: Operation, *, times: bool = True) -> tuple[Outcome, State]:
     """What the model answers to a call in a state, and the state after it; the state given is kept."""
-    after = state.copy()
+    call = operation.call
+    after = state if _is_read(operation) else _copy_for(state, operation)
     clock: Callable[[], datetime] = lambda: operation.now  # noqa: E731 - a name for the type
-    method = getattr(Model(clock, after), operation.call.method)
+    method = getattr(Model(clock, after), call.method)
     try:
-        value: Any = method(**operation.call.arguments)
+        value: Any = method(**call.arguments)
     except FlowStoreError as error:
         return Raised(error_name(error)), after
     return Returned(comparable(value, times=times)), after
+
+
+def _copy_for(state: State, operation: Operation) -> State:
+    """A state of which the call may change what it names; the rest is shared with the state given."""
+    arguments = operation.call.arguments
+    after = State(dict(state.runs), dict(state.keys))
+    named = {arguments.get("run_id")}
+    if arguments.get("idempotency_key") is not None:
+        scope = (arguments.get("flow_id"), arguments.get("trigger_key"), arguments["idempotency_key"])
+        named |= {winner[0] for key, winner in state.keys.items() if key == scope}
+    for run_id in after.runs.keys() & named:
+        after.runs[run_id] = after.runs[run_id].copy()
+    return after

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
+from functools import cached_property
 
 from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import CLAUSES, Clause, Level
 from flowstore_conformance.history import History
 from flowstore_conformance.linearizability import Verdict
+from flowstore_conformance.status import Status as Status
+from flowstore_conformance.waivers import WaiverResult
+from flowstore_core import Capability
 
-SCHEMA_VERSION = 1
-"""Of the JSON report."""
-
-
-class Status(StrEnum):
-    """What became of a check, or of a clause."""
-
-    PASS = "PASS"
-    FAIL = "FAIL"
-    UNSUPPORTED = "UNSUPPORTED"
-    """The backend does not declare the capability, and refuses it as it must."""
-    WAIVED = "WAIVED"
-    INCONCLUSIVE = "INCONCLUSIVE"
-    NOT_RUN = "NOT RUN"
+CONTRACT_PAGE = "docs/contract.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +27,19 @@ class Failure:
     clause: str
     message: str
     program: str | None = None
-    """A runnable program that shows it."""
+    """A runnable program that shows it; it takes the URL of a store as its argument."""
+    program_file: str | None = None
+    """Where the program was written, if it was."""
     right_answer: str | None = None
     """What the same program prints on the memory backend."""
     history: History | None = None
     verdict: Verdict | None = None
+    traceback: str | None = None
+    """Of an exception that should not have come, without passwords."""
     struck: int = 1
     """How often it struck,"""
     tried: int = 1
-    """of how many tries."""
+    """of how many runs of the check with the same seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +51,7 @@ class CheckResult:
     exercised: int
     seconds: float
     seed: int
+    """Of the whole run: the one that repeats it."""
     failure: Failure | None = None
     reason: str | None = None
     """Why it is inconclusive, unsupported, waived or did not run."""
@@ -67,10 +64,16 @@ class ClauseResult:
     clause: Clause
     status: Status
     exercised: int
+    """How often its checks put a promise to the test."""
     results: tuple[CheckResult, ...]
 
+    @property
+    def reason(self) -> str | None:
+        """Why it has its status, where a check gives a reason."""
+        return next((one.reason for one in self.results if one.status is self.status and one.reason), None)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One run of the suite against one backend."""
 
@@ -84,18 +87,17 @@ class Report:
     seconds: float
     results: tuple[CheckResult, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
-    selected: bool = False
-    """Only some clauses were asked for, so no level is granted."""
-    problems: tuple[str, ...] = ()
-    """What makes the run fail beside failed clauses: an expired waiver, or one that is not needed."""
+    selected: tuple[str, ...] = ()
+    """The clauses that were asked for, if not all; then no level is granted."""
+    waivers: tuple[WaiverResult, ...] = ()
 
-    @property
+    @cached_property
     def clauses(self) -> tuple[ClauseResult, ...]:
         """Every clause of the contract, in its order."""
         return tuple(self._clause(clause) for clause in CLAUSES.values())
 
     def _clause(self, clause: Clause) -> ClauseResult:
-        own = tuple(result for result in self.results if clause.id in result.check.clauses)
+        own = tuple(one for one in self.results if clause.id in one.check.clauses or _names(one, clause.id))
         return ClauseResult(
             clause=clause,
             status=_fold(clause.id, own),
@@ -104,43 +106,137 @@ class Report:
         )
 
     @property
+    def failures(self) -> tuple[CheckResult, ...]:
+        """The checks that found a broken promise, waived ones too."""
+        return tuple(one for one in self.results if one.failure is not None)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What makes the run fail beside clauses: an expired waiver, or one that is not needed."""
+        return tuple(one.problem for one in self.waivers if one.problem is not None)
+
+    @property
+    def counts(self) -> Mapping[Status, int]:
+        """How many clauses have which status."""
+        found = Counter(one.status for one in self.clauses)
+        return {status: found[status] for status in Status}
+
+    @property
     def conforms(self) -> bool:
-        """No clause fails, nothing stayed inconclusive, and no waiver is out of order."""
-        bad = {Status.FAIL, Status.INCONCLUSIVE}
-        return not self.problems and not any(result.status in bad for result in self.results)
+        """Everything that was asked for was looked at and kept, or is waived.
+
+        False when anything failed or stayed inconclusive, when a waiver is out of order, when
+        nothing ran, and, unless only some clauses were asked for, when a clause was not looked at.
+        """
+        statuses = {one.status for one in self.results}
+        bad = statuses & {Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN}
+        looked = bool(statuses & {Status.PASS, Status.WAIVED})
+        return not self.problems and not bad and looked and (bool(self.selected) or not self.unchecked)
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """The clauses that no check looked at."""
+        return tuple(one.clause.id for one in self.clauses if not one.results)
 
     @property
     def level(self) -> Level | None:
-        """The highest level of which every clause ran and passed; None for a partial run."""
-        if self.selected or self.problems:
-            return None
+        """The highest level of which every clause ran and passed, and those of the levels below.
+
+        None for a partial run, and for one that does not conform.
+        """
         granted = None
-        for level in Level:
-            required = [one for one in self.clauses if one.clause.level is level]
-            if any(one.status is not Status.PASS for one in required if not _is_fact(one)):
-                break
-            granted = level
+        if not self.selected and self.conforms:
+            for level in Level:
+                if self.lacking(level):
+                    break
+                granted = level
         return granted
 
+    def required(self, level: Level) -> tuple[ClauseResult, ...]:
+        """The clauses that a level adds to the one below."""
+        return tuple(one for one in self.clauses if one.clause.level is level)
 
-def _is_fact(one: ClauseResult) -> bool:
-    """DURABLE is a fact about a backend, not an operation: memory is full without it."""
-    return one.clause.id == "CON-5" and one.status is Status.UNSUPPORTED
+    def lacking(self, level: Level) -> tuple[ClauseResult, ...]:
+        """Those of them that did not pass."""
+        return tuple(
+            one for one in self.required(level) if one.status is not Status.PASS and not self._is_fact(one)
+        )
+
+    def _is_fact(self, one: ClauseResult) -> bool:
+        # Whether a store is durable is a fact about it, not an operation: memory is full without it.
+        undeclared = one.clause.needs is Capability.DURABLE and Capability.DURABLE not in self.capabilities
+        return undeclared and one.status is Status.UNSUPPORTED
+
+    @property
+    def verdict(self) -> str:
+        """One word for it all."""
+        if self.conforms:
+            return "CONFORMS"
+        return "VIOLATES" if self._ids(Status.FAIL) or self.problems else "UNDECIDED"
+
+    @property
+    def headline(self) -> str:
+        """The sentence that belongs to the word."""
+        failed, open_ones = self._ids(Status.FAIL), self._ids(Status.INCONCLUSIVE)
+        if failed:
+            return f"{_count(failed, 'clause')} broken: {_list(failed)}"
+        if self.problems:
+            return f"{_count(self.problems, 'waiver')} out of order"
+        if open_ones:
+            return f"{_count(open_ones, 'clause')} inconclusive, which is no pass: {_list(open_ones)}"
+        if not self.conforms and self.unchecked and not self.selected:
+            return f"no check looked at {_list(self.unchecked)}"
+        if not self.conforms:
+            return "nothing that was asked for could be checked"
+        if self.selected:
+            return f"{_list(self.selected)} kept; a partial run grants no level"
+        waived = self._ids(Status.WAIVED)
+        beside = f", {len(waived)} waived" if waived else ""
+        if self.level is not None:
+            return f"level {self.level}{beside}"
+        lacking = [one.clause.id for one in self.lacking(Level.CORE)]
+        return f"no level{beside}: level core lacks {_list(lacking)}"
+
+    def _ids(self, status: Status) -> list[str]:
+        return [one.clause.id for one in self.clauses if one.status is status]
+
+    def command(self, result: CheckResult) -> str:
+        """The command that repeats a check with the same seed."""
+        words = ["flowstore", "conformance", self.url, "--profile", self.profile]
+        words += ["--clause", result.check.clauses[0], "--seed", str(self.seed)]
+        return shlex.join(words)
+
+
+def anchor(clause: str) -> str:
+    """Where a clause stands in the contract."""
+    return f"{CONTRACT_PAGE}#{clause.lower()}"
+
+
+def _count(things: object, noun: str) -> str:
+    number = len(things)  # type: ignore[arg-type]
+    return f"{number} {noun}{'s are' if number != 1 else ' is'}"
+
+
+def _list(ids: object) -> str:
+    found = list(ids)  # type: ignore[call-overload]
+    shown = ", ".join(found[:6])
+    return shown if len(found) <= 6 else f"{shown} and {len(found) - 6} more"
+
+
+def _names(result: CheckResult, clause: str) -> bool:
+    return result.failure is not None and result.failure.clause == clause
 
 
 def _fold(clause: str, results: tuple[CheckResult, ...]) -> Status:
     """The status of a clause: the worst of its checks; a failure counts where its own clause is."""
     found = set()
     for result in results:
-        if result.status is Status.FAIL and result.failure is not None:
-            # A check of several clauses that fails names the one it broke; of the rest nothing is known.
-            named = result.failure.clause
-            found.add(Status.FAIL if named == clause else Status.NOT_RUN)
-        else:
+        if result.failure is None or _names(result, clause):
             found.add(result.status)
-    for status in (Status.FAIL, Status.WAIVED, Status.INCONCLUSIVE, Status.PASS, Status.NOT_RUN):
+        else:
+            # A check of several clauses that fails names the one it broke; of the rest nothing is known.
+            found.add(Status.NOT_RUN)
+    for status in (Status.FAIL, Status.WAIVED, Status.INCONCLUSIVE, Status.NOT_RUN, Status.PASS):
         if status in found:
-            if status is Status.PASS and Status.NOT_RUN in found:
-                return Status.NOT_RUN
             return status
     return Status.UNSUPPORTED if found else Status.NOT_RUN

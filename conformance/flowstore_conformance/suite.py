@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import platform
 import random
 import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from urllib.parse import parse_qsl, unquote
 
-from flowstore_conformance.bench import Inconclusive, Profile, Violation, make_bench
+from flowstore_conformance.bench import Bench, Inconclusive, Profile, Violation, make_bench
 from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
+from flowstore_conformance.guard import NoNamespace, Refused, guard
+from flowstore_conformance.programs import replay_on_memory
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
+from flowstore_conformance.waivers import Waiver, apply_waivers
 from flowstore_core import Backend, ConfigurationError, FlowStoreError
 from flowstore_core.config import read_scheme, redact
 from flowstore_core.plugins import find_backend
 
-CHECK_SECONDS = 300.0
+CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
 """After this long a check is taken to hang, which is a failure: no operation may block for ever."""
+
+REPEATS = 4
+"""A check that fails runs so many times more, to tell how often it strikes."""
+
+REPEAT_SECONDS = 20.0
+"""What all of these together may take in one run of the suite."""
 
 Progress = Callable[[CheckResult, int, int], None]
 """Told of each result, with its number and how many there are."""
+
+Starting = Callable[[Check, int, int], None]
+"""Told of each check before it runs, likewise."""
 
 
 async def run_suite(
@@ -30,31 +46,42 @@ async def run_suite(
     profile: Profile | str = Profile.STANDARD,
     clauses: Collection[str] = (),
     seed: int | None = None,
+    waivers: Sequence[Waiver] = (),
+    checks: Sequence[Check] | None = None,
+    repeats: int = REPEATS,
     progress: Progress | None = None,
+    starting: Starting | None = None,
 ) -> Report:
     """Check the backend that a URL names and return the report.
 
     Works only inside namespaces that the backend's ``scratch(url)`` makes, never in what the URL
-    itself holds. ``clauses`` limits the run to checks of these; ``seed`` repeats an earlier run.
+    itself holds. ``clauses`` limits the run to checks of these; ``seed`` repeats an earlier run;
+    ``checks`` replaces the suite's own.
 
-    Raises ConfigurationError for an unknown clause or a URL that no backend serves, and
-    StoreUnavailableError when no namespace can be made.
+    Raises ConfigurationError for an unknown clause or profile, for a URL that no backend serves, for
+    a missing extra, and when the namespace is not a fresh and empty one; StoreUnavailableError when
+    none can be made.
     """
-    unknown = set(clauses) - CLAUSES.keys()
-    if unknown:
-        raise ConfigurationError(f"there is no clause {', '.join(sorted(unknown))}")
-    profile = Profile(profile)
-    chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-    _, backend = find_backend(read_scheme(url))
+    profile = read_profile(profile)
+    chosen = select_checks(clauses, checks)
+    chosen_seed = new_seed() if seed is None else seed
+    plugin, backend = find_backend(read_scheme(url))
     started_at, begun = datetime.now(UTC), time.monotonic()
-    checks = select_checks(clauses)
+    guarded = await guard(backend, url)
     results: list[CheckResult] = []
-    for number, check in enumerate(checks, 1):
-        result = await run_check(check, url, backend, profile, chosen_seed)
+    left = REPEAT_SECONDS
+    for number, check in enumerate(chosen, 1):
+        if starting is not None:
+            starting(check, number, len(chosen))
+        result = await run_check(check, url, guarded, profile, chosen_seed)
+        if result.failure is not None:
+            since = time.monotonic()
+            result = await strike_again(result, url, guarded, profile, repeats=repeats, seconds=left)
+            left -= time.monotonic() - since
         results.append(result)
         if progress is not None:
-            progress(result, number, len(checks))
-    return Report(
+            progress(result, number, len(chosen))
+    report = Report(
         backend=backend.name,
         url=redact(url),
         capabilities=tuple(sorted(backend.capabilities)),
@@ -63,63 +90,187 @@ async def run_suite(
         started_at=started_at,
         seconds=time.monotonic() - begun,
         results=tuple(results),
-        versions={"python": platform.python_version()},
-        selected=bool(clauses),
+        versions=versions(plugin.distribution),
+        selected=tuple(clause for clause in CLAUSES if clause in clauses),
     )
+    return apply_waivers(report, waivers)
 
 
-def select_checks(clauses: Collection[str] = ()) -> Sequence[Check]:
-    """The checks of some clauses, or all."""
-    return [one for one in all_checks() if not clauses or set(one.clauses) & set(clauses)]
+def check_backend(
+    url: str,
+    *,
+    profile: Profile | str = Profile.STANDARD,
+    clauses: Collection[str] = (),
+    seed: int | None = None,
+    waivers: Sequence[Waiver] = (),
+) -> Report:
+    """run_suite for code that has no event loop running; the same arguments, errors and report."""
+    return asyncio.run(run_suite(url, profile=profile, clauses=clauses, seed=seed, waivers=waivers))
+
+
+def select_checks(clauses: Collection[str] = (), checks: Sequence[Check] | None = None) -> Sequence[Check]:
+    """The checks of some clauses, or all. Raises ConfigurationError for an unknown clause."""
+    if unknown := set(clauses) - CLAUSES.keys():
+        raise ConfigurationError(f"there is no clause {', '.join(sorted(unknown))}; docs/contract.md has all")
+    if checks is None:
+        try:
+            checks = all_checks()
+        except ModuleNotFoundError as error:
+            if error.name != "hypothesis":
+                raise
+            message = "module 'hypothesis' is missing; pip install 'flowstore[conformance]'"
+            raise ConfigurationError(message) from error
+    return [one for one in checks if not clauses or set(one.clauses) & set(clauses)]
+
+
+def read_profile(name: str) -> Profile:
+    """The profile of a name; ConfigurationError that lists them otherwise."""
+    try:
+        return Profile(name)
+    except ValueError:
+        raise ConfigurationError(f"profile must be one of {', '.join(Profile)}, not {name!r}") from None
+
+
+def new_seed() -> int:
+    return random.SystemRandom().getrandbits(32)
 
 
 async def run_check(check: Check, url: str, backend: Backend, profile: Profile, seed: int) -> CheckResult:
-    """Run one check on a namespace of its own; any outcome is a result."""
+    """Run one check on a namespace of its own; any outcome is a result.
+
+    Raises Refused alone: then the suite must stop, since it is not safe to go on.
+    """
+    begun = time.monotonic()
+    exercised, status, failure, reason = await _outcome(check, url, backend, profile, seed)
+    return CheckResult(
+        check=check,
+        status=status,
+        exercised=exercised,
+        seconds=time.monotonic() - begun,
+        seed=seed,
+        failure=failure,
+        reason=reason,
+    )
+
+
+Outcome = tuple[int, Status, Failure | None, str | None]
+
+
+async def _outcome(check: Check, url: str, backend: Backend, profile: Profile, seed: int) -> Outcome:
+    if missing := check.needs - backend.capabilities:
+        names = ", ".join(sorted(one.name for one in missing))
+        return 0, Status.UNSUPPORTED, None, f"the backend does not declare {names}"
     # Each check has its own randomness, so that it repeats alike alone and among others.
     own_seed = random.Random(f"{seed}/{check.name}").getrandbits(32)
-    begun = time.monotonic()
-
-    def result(
-        status: Status, exercised: int = 0, failure: Failure | None = None, reason: str | None = None
-    ) -> CheckResult:
-        seconds = time.monotonic() - begun
-        return CheckResult(
-            check=check,
-            status=status,
-            exercised=exercised,
-            seconds=seconds,
-            seed=seed,
-            failure=failure,
-            reason=reason,
-        )
-
-    missing = check.needs - backend.capabilities
-    if missing:
-        return result(Status.UNSUPPORTED, reason=f"not declared: {', '.join(sorted(missing))}")
+    outcome: Outcome | None = None
     try:
         async with make_bench(url, backend, profile, own_seed) as bench:
-            try:
-                await asyncio.wait_for(check.run(bench), CHECK_SECONDS)
-            except Violation as found:
-                failure = Failure(
-                    clause=found.clause or check.clauses[0],
-                    message=found.message,
-                    program=found.program,
-                    history=found.history,
-                    verdict=found.verdict,
-                )
-                return result(Status.FAIL, bench.exercised, failure)
-            except Inconclusive as reason:
-                return result(Status.INCONCLUSIVE, bench.exercised, reason=str(reason))
-            if not bench.exercised:
-                return result(Status.INCONCLUSIVE, 0, reason="nothing was exercised")
-            return result(Status.PASS, bench.exercised)
-    except TimeoutError:
-        hung = Failure(clause="CON-2", message=f"the check did not end within {CHECK_SECONDS:.0f} s")
-        return result(Status.FAIL, failure=hung)
-    except FlowStoreError as error:
-        message = f"an operation that should have worked raised {type(error).__name__}: {error}"
-        return result(Status.FAIL, failure=Failure(clause=check.clauses[0], message=message))
+            outcome = await _judge(check, bench, profile)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
-        message = f"{type(error).__name__} surfaced, which is no error of the contract"
-        return result(Status.FAIL, failure=Failure(clause="CON-2", message=message))
+        # Not of the check, which _judge has told, but of making the bench or of putting it away.
+        _raise_refusal(error)
+        if outcome is None or outcome[1] is Status.PASS:
+            outcome = _explain(error, check, 0, url)
+    return outcome
+
+
+async def _judge(check: Check, bench: Bench, profile: Profile) -> Outcome:
+    limit = CHECK_SECONDS[profile]
+    try:
+        async with asyncio.timeout(limit) as timer:
+            await check.run(bench)
+    except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
+        _raise_refusal(error)
+        if timer.expired():
+            hung = Failure(clause="CON-2", message=f"the check did not end within {limit:.0f} s")
+            return bench.exercised, Status.FAIL, hung, None
+        return _explain(error, check, bench.exercised, bench.base_url)
+    if not bench.exercised:
+        return 0, Status.INCONCLUSIVE, None, "nothing was exercised"
+    return bench.exercised, Status.PASS, None, None
+
+
+def _raise_refusal(error: Exception) -> None:
+    found = _leaf(error)
+    if isinstance(found, Refused):
+        raise found
+
+
+def _explain(error: Exception, check: Check, exercised: int, url: str) -> Outcome:
+    """What an exception says about the backend."""
+    found = _leaf(error)
+    if isinstance(found, Violation):
+        failure = Failure(
+            clause=found.clause or check.clauses[0],
+            message=found.message,
+            program=found.program,
+            history=found.history,
+            verdict=found.verdict,
+            traceback=_frames(found.__cause__, url) if found.__cause__ is not None else None,
+        )
+        return exercised, Status.FAIL, failure, None
+    if isinstance(found, (Inconclusive, NoNamespace)):
+        return exercised, Status.INCONCLUSIVE, None, str(found)
+    if isinstance(found, FlowStoreError):
+        clause = check.clauses[0]
+        message = f"an operation that should have worked raised {type(found).__name__}: {found}"
+    else:
+        clause = "CON-2"
+        message = f"{type(found).__name__} surfaced, which is no error of the contract"
+    failure = Failure(clause=clause, message=message, traceback=_frames(found, url))
+    return exercised, Status.FAIL, failure, None
+
+
+def _leaf(error: BaseException) -> BaseException:
+    """What stands behind an exception group: a violation before anything else."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_leaf(one) for one in error.exceptions]
+    return next((one for one in leaves if isinstance(one, (Refused, Violation))), leaves[0])
+
+
+def _frames(error: BaseException, url: str) -> str:
+    """The traceback of an error, without the password of the URL."""
+    text = "".join(traceback.format_exception(error))
+    password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    secrets = {password, unquote(password)}
+    secrets.update(value for name, value in parse_qsl(url.partition("?")[2]) if "password" in name)
+    for secret in secrets - {""}:
+        text = text.replace(secret, "***")
+    return text
+
+
+async def strike_again(
+    result: CheckResult,
+    url: str,
+    backend: Backend,
+    profile: Profile,
+    *,
+    repeats: int = REPEATS,
+    seconds: float = REPEAT_SECONDS,
+) -> CheckResult:
+    """A failed check with how often it fails when run again, and what its program prints on memory."""
+    assert result.failure is not None
+    struck = tried = 1
+    begun = time.monotonic()
+    while tried <= repeats and time.monotonic() - begun + result.seconds < seconds:
+        again = await run_check(result.check, url, backend, profile, result.seed)
+        tried += 1
+        struck += again.failure is not None and again.failure.clause == result.failure.clause
+    failure = dataclasses.replace(result.failure, struck=struck, tried=tried)
+    if failure.program is not None and backend.name != "memory":
+        answer = await replay_on_memory(failure.program)
+        failure = dataclasses.replace(failure, right_answer=answer)
+    return dataclasses.replace(result, failure=failure)
+
+
+def versions(distribution: str | None) -> dict[str, str]:
+    """Of Python, flowstore, and the distribution that brings the backend."""
+    found = {"python": platform.python_version()}
+    for name in dict.fromkeys(("flowstore", distribution)):
+        if name is not None:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "not installed"
+    return found

@@ -401,6 +401,19 @@ async def test_stp_8_a_delivered_or_expired_waiter_no_longer_holds_the_step(
     assert [s.step_key for s in await store.get_stalled_steps()] == ["delivered", "expired", "removed"]
 
 
+async def test_stp_8_an_expired_waiter_is_expired_whatever_as_of(
+    store: FlowStore, clock: VirtualClock
+) -> None:
+    run_id = await new_run(store)
+    started = clock()
+    await store.record_step_start(run_id, "wait", "wait")
+    await store.register_waiter(run_id, "wait", "go", expires_at=started + MINUTE)
+    clock.advance(minutes=1)
+    assert await store.get_stalled_steps(as_of=started) == ()
+    await store.expire_waiter(run_id, "wait")
+    assert [s.step_key for s in await store.get_stalled_steps(as_of=started)] == ["wait"]
+
+
 async def test_stp_8_a_waiter_of_another_run_does_not_hold_the_step(store: FlowStore) -> None:
     run_id, other = await new_run(store), await new_run(store)
     await store.record_step_start(run_id, "a", "wait")

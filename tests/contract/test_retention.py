@@ -124,11 +124,22 @@ async def test_ret_1_other_runs_stay_to_the_letter(store: FlowStore, clock: Virt
     assert [run.run_id for run in await store.get_derived_runs(gone)] == [derived]
 
 
-async def test_ret_1_more_runs_than_any_batch(store: FlowStore, clock: VirtualClock) -> None:
+async def test_ret_3_more_runs_than_any_batch(
+    store: FlowStore, open_another: OpenAnother, clock: VirtualClock
+) -> None:
+    other = await open_another()
     ids = [UUID(int=n) for n in range(1, 1201)]
     await together(new_run(store, run_id=run_id) for run_id in ids)
     await together(store.complete_run(run_id, RunStatus.SUCCEEDED) for run_id in ids[:1150])
-    assert await store.cleanup(clock.advance(seconds=1)) == 1150
+    cutoff = clock.advance(seconds=1)
+    cleaning = asyncio.gather(store.cleanup(cutoff), other.cleanup(cutoff))
+    turns = 0
+    while not cleaning.done():
+        await asyncio.sleep(0)
+        turns += 1
+    # Others get their turn between the batches, even where nothing has to be waited for.
+    assert turns > 3
+    assert sum(await cleaning) == 1150
     assert {run.run_id for run in await store.get_runs(take=1000)} == set(ids[1150:])
 
 
@@ -269,6 +280,23 @@ async def test_ret_4_they_stay_for_an_hour_at_least(store: FlowStore, clock: Vir
     assert await store.cleanup(clock() + timedelta(days=1)) == 0
     assert await store.find_run_id_by_idempotency_key(FLOW, "manual", "key") == never
     assert await store.get_run_control(never) is not None
+
+
+async def test_ret_4_each_key_of_a_run_that_never_started_has_its_own_age(
+    store: FlowStore, clock: VirtualClock
+) -> None:
+    never = uuid4()
+    await store.try_register_idempotency_key(FLOW, "manual", "old", never)
+    clock.advance(hours=2)
+    await store.try_register_idempotency_key(FLOW, "manual", "young", never)
+    for hours, left in ((0, never), (2, None), (2, None)):
+        clock.advance(hours=hours)
+        await store.cleanup(clock())
+        assert await store.find_run_id_by_idempotency_key(FLOW, "manual", "old") is None
+        assert await store.find_run_id_by_idempotency_key(FLOW, "manual", "young") == left
+    # A swept key is free again.
+    other = uuid4()
+    assert await store.try_register_idempotency_key(FLOW, "manual", "young", other)
 
 
 async def test_ret_4_old_keys_and_controls_of_stored_runs_stay(store: FlowStore, clock: VirtualClock) -> None:

@@ -539,6 +539,18 @@ async def test_stp_5_a_terminal_step_cannot_be_skipped(store: FlowStore, status:
     assert await picture(store, run_id) == before
 
 
+@pytest.mark.parametrize("status", [StepStatus.SUCCEEDED, StepStatus.FAILED])
+async def test_stp_5_an_outcome_that_reads_like_the_skip_is_another(
+    store: FlowStore, status: StepStatus
+) -> None:
+    run_id = await new_run(store)
+    await store.try_claim_step(run_id, "charge", owner="me")
+    await store.record_step_start(run_id, "charge", "http", owner="me")
+    await store.record_step_complete(run_id, "charge", status, error_message="reason")
+    with pytest.raises(StepAlreadyCompletedError):
+        await store.record_skipped_step(run_id, "charge", "http", "reason", owner="me")
+
+
 async def test_stp_5_skipping_again_without_owner_is_refused(store: FlowStore) -> None:
     run_id = await new_run(store)
     await store.record_skipped_step(run_id, "charge", "http", "reason")

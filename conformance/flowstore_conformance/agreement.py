@@ -1,0 +1,357 @@
+"""Calls one after the other, on a store and on the model: do they agree, and if not, in how few calls?"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.bench import Bench, Inconclusive, Violation
+from flowstore_conformance.calls import FLOWS, SPANNING, World
+from flowstore_conformance.execution import execute, is_foreign, is_unavailable
+from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
+from flowstore_conformance.listing import Line, answer_text, sequential_program
+from flowstore_conformance.model import Model
+from flowstore_conformance.observation import what_to_ask
+from flowstore_core import Capability, FlowStoreError
+
+TWO_HOURS = timedelta(hours=2)
+"""Enough for keys and controls without a run to be swept (RET-4)."""
+
+CLAUSES = {
+    "start_run": "RUN-1",
+    "record_step_start": "STP-1",
+    "record_step_complete": "STP-4",
+    "try_claim_step": "CLM-5",
+    "try_record_dispatch": "CLM-1",
+    "retry_step": "STP-6",
+    "record_skipped_step": "STP-5",
+    "complete_run": "RUN-2",
+    "reschedule_step": "STP-7",
+    "release_step_claim": "CLM-3",
+    "renew_step_claim": "CLM-6",
+    "annotate_dispatch": "CLM-7",
+    "release_dispatch": "CLM-3",
+    "trigger_run": "IDM-3",
+    "configure_run": "CTL-1",
+    "request_cancel": "CTL-2",
+    "mark_timed_out": "CTL-2",
+    "extend_deadline": "CTL-3",
+    "try_register_idempotency_key": "IDM-2",
+    "find_run_id_by_idempotency_key": "IDM-2",
+    "register_waiter": "SIG-1",
+    "deliver_signal": "SIG-2",
+    "get_waiter": "SIG-1",
+    "remove_waiter": "SIG-4",
+    "expire_waiter": "SIG-4",
+    "get_waiters": "QRY-1",
+    "append_event": "EVT-1",
+    "get_run_events": "EVT-1",
+    "save_output": "EVT-2",
+    "get_output": "EVT-2",
+    "get_outputs": "EVT-2",
+    "get_run_detail": "QRY-3",
+    "get_run_status": "RUN-2",
+    "get_run_control": "CTL-2",
+    "get_step_statuses": "STP-4",
+    "get_claimed_step_keys": "CLM-4",
+    "get_step_claims": "CLM-4",
+    "get_dispatched_step_keys": "CLM-1",
+    "get_dispatches": "CLM-1",
+    "get_runs": "QRY-1",
+    "get_active_runs": "QRY-6",
+    "get_derived_runs": "QRY-6",
+    "get_runs_page": "QRY-2",
+    "get_statistics": "QRY-4",
+    "get_run_timeseries": "QRY-5",
+    "get_stalled_steps": "STP-8",
+    "get_runs_to_stop": "CTL-3",
+    "cleanup": "RET-1",
+}
+"""What a wrong answer of a method most likely breaks, unless an error says it better."""
+
+ERROR_CLAUSES = {
+    "RunNotFoundError": "UNK",
+    "StepNotFoundError": "UNK",
+    "RunCompletedError": "RUN-4",
+    "ClaimLostError": "STP-3",
+}
+
+LOOKS = {
+    "get_runs": None,
+    "get_active_runs": None,
+    "get_runs_page": Capability.DASHBOARD,
+    "get_statistics": Capability.DASHBOARD,
+    "get_stalled_steps": Capability.RECOVERY,
+    "get_runs_to_stop": Capability.DEADLINES,
+}
+"""What looks at all runs, and what it needs."""
+
+
+SHOWS = frozenset(
+    {
+        "get_run_detail",
+        "get_run_status",
+        "get_run_control",
+        "get_step_statuses",
+        "get_step_claims",
+        "get_dispatches",
+        "get_dispatched_step_keys",
+        "get_waiter",
+        "get_waiters",
+        "get_output",
+        "get_outputs",
+        "find_run_id_by_idempotency_key",
+    }
+)
+"""Reads that show what a write left, and so blame it."""
+
+
+def is_read(call: Call) -> bool:
+    """Whether a call only looks."""
+    return call.method.startswith(("get_", "find_"))
+
+
+def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
+    """The clause that a wrong answer most likely breaks."""
+    if is_foreign(actual):
+        return "CON-2"
+    if call.method == "record_step_start" and Raised("StepAlreadyCompletedError") in (expected, actual):
+        return "STP-2"
+    for outcome in (expected, actual):
+        if isinstance(outcome, Raised) and outcome.error in ERROR_CLAUSES:
+            return ERROR_CLAUSES[outcome.error]
+    return CLAUSES[call.method]
+
+
+def expected_outcome(model: Model, call: Call) -> Outcome:
+    """What the model answers; it then is as after the call."""
+    try:
+        return Returned(comparable(getattr(model, call.method)(**call.arguments)))
+    except FlowStoreError as error:
+        return Raised(type(error).__name__)
+
+
+@dataclass
+class Program:
+    """Calls that are made on a bench's store and on a model, and compared; Violation where they differ."""
+
+    bench: Bench
+    world: World
+    started_at: datetime
+    lines: list[Line] = field(default_factory=list)
+    jumped: timedelta = timedelta(0)
+
+    @staticmethod
+    def on(bench: Bench, block: int) -> Program:
+        """A program with ids of its own, which follow from the number of the block."""
+        assert bench.clock is not None
+        runs = [UUID(int=(block << 4) + number) for number in (1, 2, 3)]
+        world = World(model=Model(bench.clock), runs=runs, flows=FLOWS, capabilities=bench.capabilities)
+        return Program(bench=bench, world=world, started_at=bench.clock.now)
+
+    async def make(self, call: Call) -> None:
+        """Make a call and compare the answers."""
+        [line] = await self._compare([call])
+        self.lines.append(line)
+        self.jumped = timedelta(0)
+        if line.actual != line.expected:
+            raise Disagreement(self.started_at, self.lines)
+
+    def jump(self, span: timedelta) -> None:
+        assert self.bench.clock is not None
+        self.bench.clock.advance(span)
+        self.jumped += span
+
+    async def look(self) -> None:
+        """Compare all that can be seen; a difference is held against the last call that wrote."""
+        for line in await self._compare(self._everything()):
+            if line.actual != line.expected:
+                raise Disagreement(self.started_at, [*self.lines, line])
+
+    async def end(self) -> None:
+        """Delete everything, after which nothing must be left."""
+        await self.look()
+        for record in reversed(self.world.model.get_active_runs()):
+            await self.make(
+                Call(method="complete_run", arguments={"run_id": record.run_id, "status": "Cancelled"})
+            )
+        self.jump(TWO_HOURS)
+        await self.make(Call(method="cleanup", arguments={"cutoff": self.world.model.now}))
+        await self.look()
+
+    def _everything(self) -> list[Call]:
+        capabilities = self.bench.capabilities
+        named = [line.call.arguments for line in self.lines if line.call.arguments.get("idempotency_key")]
+        # Those that must be gone again are asked for too.
+        keys = dict.fromkeys((one["flow_id"], one["trigger_key"], one["idempotency_key"]) for one in named)
+        asked: list[Call] = []
+        for run_id in self.world.runs:
+            asked += what_to_ask(run_id, capabilities, step_keys=self.world.keys, keys=list(keys))
+            keys = {}
+        return asked + [Call(method=name) for name, need in LOOKS.items() if need in (None, *capabilities)]
+
+    async def _compare(self, calls: Sequence[Call]) -> list[Line]:
+        lines = []
+        for call in calls:
+            actual = await execute(self.bench.store, call)
+            if actual is UNKNOWN or is_unavailable(actual):
+                raise Inconclusive(f"{call.method} was unavailable, though nothing else was going on")
+            lines.append(Line(self.jumped, call, expected_outcome(self.world.model, call), actual))
+        self.bench.exercised += len(lines)
+        return lines
+
+
+class Disagreement(Violation):
+    """A violation that a program showed, whose last line is the one that is wrong."""
+
+    def __init__(self, started_at: datetime, lines: Sequence[Line]) -> None:
+        last, blamed = lines[-1], _blamed(lines)
+        message = _message(last)
+        if blamed is not last:
+            message = f"after {blamed.call.method}, {message}"
+        clause = guess_clause(blamed.call, blamed.expected, blamed.actual)
+        program = sequential_program(f"{clause}: {message}", started_at, lines)
+        super().__init__(message, clause=clause, program=program)
+        self.started_at = started_at
+        self.lines = tuple(lines)
+        self.__cause__ = last.actual.exception if isinstance(last.actual, Raised) else None
+
+
+def _blamed(lines: Sequence[Line]) -> Line:
+    """The wrong call itself; where it only shows what is stored, the last one that stored something."""
+    last = lines[-1]
+    if last.call.method in SHOWS and not is_foreign(last.actual):
+        for line in reversed(lines[:-1]):
+            if not is_read(line.call) and isinstance(line.expected, Returned):
+                return line
+    return last
+
+
+def _message(line: Line) -> str:
+    if is_foreign(line.actual):
+        assert isinstance(line.actual, Raised)
+        return f"{line.call.method} let {line.actual.error} surface, which is no error of the contract"
+    return f"{line.call.method}: {answer_text(line.actual)}, where {answer_text(line.expected)} is right"
+
+
+# Shrinking
+
+
+async def shrink(bench: Bench, found: Disagreement, seconds: float) -> Disagreement:
+    """The same violation in as few and as plain calls as can be found in that time."""
+    async with AsyncExitStack() as stack:
+        return await _Shrinker(bench, found, stack, time.monotonic() + seconds).run()
+
+
+class _Shrinker:
+    def __init__(self, bench: Bench, found: Disagreement, stack: AsyncExitStack, until: float) -> None:
+        self._bench = bench
+        self._best = found
+        self._stack = stack
+        self._until = until
+        self._shared: Bench | None = None
+        self._replays = 0
+
+    async def run(self) -> Disagreement:
+        await self._try(lambda lines: [line for line in lines[:-1] if not is_read(line.call)] + lines[-1:])
+        length = len(self._best.lines)
+        while length >= 1 and time.monotonic() < self._until:
+            shorter = await self._drop_chunks(length)
+            length = min(length // 2, len(self._best.lines)) if not (shorter and length == 1) else 1
+        await self._simplify()
+        return self._best
+
+    async def _drop_chunks(self, length: int) -> bool:
+        """Leave out each stretch of calls once, from the last."""
+        shorter = False
+        start = len(self._best.lines) - 1 - length
+        while start > -length:
+            first, last = max(start, 0), start + length
+            shorter |= await self._try(lambda lines: _without(lines, first, last))  # noqa: B023
+            start -= length
+        return shorter
+
+    async def _simplify(self) -> None:
+        """Leave out arguments that have a default."""
+        for index in range(len(self._best.lines)):
+            call = self._best.lines[index].call
+            for name in optional_arguments(call):
+                await self._try(lambda lines: _without_argument(lines, index, name))  # noqa: B023
+
+    async def _try(self, change: Callable[[list[Line]], list[Line]]) -> bool:
+        if time.monotonic() > self._until:
+            return False
+        lines = change(list(self._best.lines))
+        if lines == list(self._best.lines):
+            return False
+        found = await self._replay(lines)
+        if found is None or found.lines[-1].call.method != self._best.lines[-1].call.method:
+            return False
+        self._best = found
+        return True
+
+    async def _replay(self, lines: Sequence[Line]) -> Disagreement | None:
+        """Run the calls where nothing is in their way; what they show, if anything."""
+        if any(line.call.method in SPANNING for line in lines):
+            async with self._bench.fresh() as alone:
+                return await self._run(alone, lines)
+        if self._shared is None:
+            self._shared = await self._stack.enter_async_context(self._bench.fresh())
+        self._replays += 1
+        return await self._run(self._shared, _renamed(lines, self._replays))
+
+    async def _run(self, bench: Bench, lines: Sequence[Line]) -> Disagreement | None:
+        program = Program.on(bench, 1)
+        assert bench.clock is not None
+        bench.clock.now = program.started_at = self._best.started_at
+        try:
+            for line in lines:
+                program.jump(line.jump)
+                await program.make(line.call)
+        except Disagreement as found:
+            return found
+        return None
+
+
+def optional_arguments(call: Call) -> list[str]:
+    """The arguments that were given and could have been left out."""
+    parameters = inspect.signature(getattr(Model, call.method)).parameters
+    return [name for name in call.arguments if parameters[name].default is not inspect.Parameter.empty]
+
+
+def _without(lines: list[Line], first: int, last: int) -> list[Line]:
+    """The lines without a stretch, whose jumps of the clock the next line makes."""
+    gone = sum((line.jump for line in lines[first:last]), timedelta(0))
+    rest = lines[last:]
+    return [*lines[:first], replace(rest[0], jump=rest[0].jump + gone), *rest[1:]]
+
+
+def _without_argument(lines: list[Line], index: int, name: str) -> list[Line]:
+    call = lines[index].call
+    arguments = {key: value for key, value in call.arguments.items() if key != name}
+    lines[index] = replace(lines[index], call=replace(call, arguments=arguments))
+    return lines
+
+
+def _renamed(lines: Sequence[Line], block: int) -> list[Line]:
+    """The lines on ids of their own."""
+
+    def rename(value: Any) -> Any:
+        # Those of runs and flows are small; the block is far above them, and the order stays.
+        return UUID(int=(block << 64) | (value.int & (1 << 64) - 1)) if isinstance(value, UUID) else value
+
+    return [
+        replace(
+            line,
+            call=replace(
+                line.call, arguments={name: rename(value) for name, value in line.call.arguments.items()}
+            ),
+        )
+        for line in lines
+    ]

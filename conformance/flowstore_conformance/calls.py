@@ -1,0 +1,478 @@
+"""Calls drawn from small domains, so that they meet; and what a store answers to them.
+
+Every operation of the contract is here. Arguments are drawn with an eye on a model's state, so that most
+calls reach something: attempts that are open are completed, claims that are held are released, moments lie
+on the edges of leases, deadlines, days and hours. Whoever draws brings a Chooser: Hypothesis, or a seeded
+generator of random numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
+
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model, Run
+from flowstore_conformance.model.state import Step
+from flowstore_core import Capability
+
+T = TypeVar("T")
+
+KEYS = ("a", "B", "é", "b")
+FLOWS = (UUID(int=0xF1), UUID(int=0xF2))
+OWNERS = ("one", "two", "One")
+TEXTS = (None, "", "x%_", "ABC é")
+SIGNALS = ("go", "Go")
+IDEMPOTENCY_KEYS = ("k", "K")
+OUTCOMES = ("Succeeded", "Failed", "Pending", "Skipped")
+ENDINGS = ("Succeeded", "Failed", "Cancelled")
+SEARCHES = (None, "", "x%", "abc", "B", "É", "é", "running", "superseded", "J1", "-0000", "_")
+TICK = timedelta(microseconds=1)
+SPANS = (
+    timedelta(0),
+    TICK,
+    timedelta(seconds=1),
+    timedelta(minutes=1),
+    timedelta(hours=1),
+    timedelta(days=1),
+)
+LEASES = (timedelta(minutes=1), timedelta(days=2), timedelta(hours=1), timedelta(seconds=1))
+
+
+class Chooser(Protocol):
+    """Whoever decides what is drawn."""
+
+    def one_of(self, options: Sequence[T]) -> T:
+        """One of the options; the first is the simplest."""
+        ...
+
+
+class RandomChooser:
+    """Decides by a seeded generator."""
+
+    def __init__(self, generator: random.Random) -> None:
+        self._generator = generator
+
+    def one_of(self, options: Sequence[T]) -> T:
+        return self._generator.choice(options)
+
+
+@dataclass(slots=True)
+class World:
+    """What calls are drawn from: a few names, and the model's state that says which of them is at hand."""
+
+    model: Model
+    runs: Sequence[UUID]
+    flows: Sequence[UUID]
+    keys: Sequence[str] = KEYS
+    owners: Sequence[str] = OWNERS
+    capabilities: Collection[Capability] = field(default_factory=lambda: frozenset(Capability))
+
+    def moments(self) -> list[datetime]:
+        """The moments at which something ends or falls due, in order."""
+        found: set[datetime | None] = set()
+        for run in self.model.state.runs.values():
+            for step in run.steps.values():
+                found.add(step.claim.expires_at if step.claim else None)
+                found.add(step.dispatch.due_at if step.dispatch else None)
+            found.update(waiter.expires_at for waiter in run.waiters.values())
+            found.add(run.control.timeout_at if run.control else None)
+            found.add(run.record.completed_at if run.record else None)
+        return sorted(each for each in found if each is not None)
+
+
+class _Draw:
+    """Draws the arguments of one call."""
+
+    def __init__(self, chooser: Chooser, world: World) -> None:
+        self._chooser = chooser
+        self.world = world
+        self.now = world.model.now
+
+    def one_of(self, *options: T) -> T:
+        return self._chooser.one_of(options)
+
+    def among(self, options: Sequence[T]) -> T:
+        return self._chooser.one_of(options)
+
+    def often(self) -> bool:
+        """True four times of five, and in the simplest case."""
+        return self.one_of(True, True, True, True, False)
+
+    def text(self) -> str | None:
+        return self.among(TEXTS)
+
+    def flow(self) -> UUID:
+        return self.among(self.world.flows)
+
+    def moment(self) -> datetime:
+        """Around now, or on the edge of something that ends."""
+        edges = self.world.moments()
+        on_an_edge = self.one_of(True, False)
+        if edges and on_an_edge:
+            return self.among(edges) + self.one_of(timedelta(0), TICK, -TICK)
+        return self.now + self.one_of(1, -1) * self.among(SPANS)
+
+    def maybe_moment(self) -> datetime | None:
+        later = self.one_of(False, True)
+        return self.moment() if later else None
+
+    def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
+        """Mostly a run that the call can do something with."""
+        fitting = [run_id for run_id in self.world.runs if wanted(self.world.model.peek(run_id))]
+        return self.among(fitting if fitting and self.often() else self.world.runs)
+
+    def step(
+        self,
+        wanted: Callable[[Step], object] = lambda step: True,
+        running: bool = False,
+    ) -> tuple[UUID, str, Step]:
+        """Mostly a step that the call can do something with."""
+        places = []
+        for run_id in self.world.runs:
+            run = self.world.model.peek(run_id)
+            if run.record is None or (running and run.record.status.is_terminal):
+                continue
+            places += [(run_id, key) for key in self.world.keys if wanted(run.steps.get(key, Step()))]
+        if places and self.often():
+            run_id, key = self.among(places)
+        else:
+            run_id, key = self.run(lambda run: run.steps), self.among(self.world.keys)
+        return run_id, key, self.world.model.peek(run_id).steps.get(key, Step())
+
+    def waiting(self) -> tuple[UUID, str]:
+        """Mostly a step with a waiter."""
+        places = [
+            (run_id, key)
+            for run_id in self.world.runs
+            for key in sorted(self.world.model.peek(run_id).waiters)
+        ]
+        if places and self.often():
+            return self.among(places)
+        return self.run(), self.among(self.world.keys)
+
+    def attempt(self, step: Step) -> int | None:
+        """Mostly the last one."""
+        last = max(len(step.attempts), 1)
+        return self.one_of(last, None, last, max(last - 1, 1), last + 1)
+
+    def owner(self, step: Step) -> str | None:
+        """Mostly the one who holds the step."""
+        holder = step.claim.owner if step.claim is not None else None
+        return (
+            self.among((holder, holder, *self.world.owners))
+            if holder
+            else self.among((None, *self.world.owners))
+        )
+
+    def lease(self, owner: str | None) -> dict[str, Any]:
+        leased = owner is not None and Capability.LEASES in self.world.capabilities
+        return {"lease": self.among(LEASES)} if leased and self.one_of(True, True, False) else {}
+
+
+Arguments = dict[str, Any]
+
+
+def _start_run(d: _Draw) -> Arguments:
+    return {
+        "flow_id": d.flow(),
+        "flow_name": d.one_of("Flow", "flow_x"),
+        "run_id": d.run(lambda run: run.record is None),
+        "trigger_key": d.one_of("t", "T"),
+        "trigger_data": d.text(),
+        "job_id": d.one_of(None, "J1"),
+        "source_run_id": d.among((None, *d.world.runs)),
+    }
+
+
+def _trigger_run(d: _Draw) -> Arguments:
+    key = d.among((*IDEMPOTENCY_KEYS, None))
+    return {**_start_run(d), "idempotency_key": key, "timeout_at": d.maybe_moment()}
+
+
+def _complete_run(d: _Draw) -> Arguments:
+    run_id = d.run(lambda run: run.record is not None and not run.record.status.is_terminal)
+    drawn: Arguments = {"run_id": run_id, "status": d.among(ENDINGS)}
+    if d.one_of(True, False):
+        expected = {key: status.value for key, status in d.world.model.get_step_statuses(run_id).items()}
+        forgets = d.one_of(False, False, True)
+        if expected and forgets:
+            del expected[d.among(sorted(expected))]
+        drawn["expected"] = expected
+    return drawn
+
+
+def _record_step_start(d: _Draw) -> Arguments:
+    finished = ("Succeeded", "Skipped")
+    run_id, key, step = d.step(lambda step: step.status not in finished, running=True)
+    held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "step_type": d.one_of("http", "other"),
+        "input_json": d.text(),
+        "job_id": d.one_of(None, "J2"),
+        "owner": d.owner(step) if held or d.one_of(False, False, True) else None,
+    }
+
+
+def _record_step_complete(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.is_open)
+    if not step.is_open and step.attempts and d.one_of(True, False):
+        last = step.attempts[-1]
+        said = {"output_json": last.output_json, "error_message": last.error_message}
+        # What was said before, word by word: it must be a no-op where the attempt is still the last.
+        status = last.status.value if last.status.value in OUTCOMES else "Succeeded"
+        return {"run_id": run_id, "step_key": key, "status": status, **said, "attempt": last.attempt}
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "status": d.among(OUTCOMES),
+        "output_json": d.text(),
+        "error_message": d.text(),
+        "attempt": d.attempt(step),
+    }
+
+
+def _record_skipped_step(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: not step.is_terminal)
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "step_type": d.one_of("http", "other"),
+        "reason": d.text(),
+        "owner": d.owner(step),
+    }
+
+
+def _retry_step(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.status is not None)
+    steps = d.world.model.peek(run_id).steps
+    reset = [each for each in d.world.keys if steps.get(each, Step()).status == "Skipped"]
+    if d.one_of(False, False, True):
+        reset = [each for each in d.world.keys if d.one_of(True, False)]
+    return {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
+
+
+def _reschedule_step(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.is_open or (step.attempts and step.status == "Pending"))
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "attempt": d.attempt(step) or 1,
+        "output_json": d.text(),
+        "due_at": d.maybe_moment(),
+    }
+
+
+def _try_claim_step(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: not step.is_terminal and step.claim is None, running=True)
+    owner = d.owner(step)
+    return {"run_id": run_id, "step_key": key, "owner": owner, **d.lease(owner)}
+
+
+def _release_step_claim(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.claim is not None)
+    return {"run_id": run_id, "step_key": key, "owner": d.owner(step)}
+
+
+def _renew_step_claim(d: _Draw) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.claim and step.claim.expires_at and step.held(d.now))
+    return {"run_id": run_id, "step_key": key, "owner": d.owner(step) or "one", "lease": d.among(LEASES)}
+
+
+def _try_record_dispatch(d: _Draw) -> Arguments:
+    run_id, key, _ = d.step(lambda step: not step.is_terminal and step.dispatch is None, running=True)
+    return {"run_id": run_id, "step_key": key, "due_at": d.maybe_moment()}
+
+
+def _dispatched(d: _Draw) -> Arguments:
+    run_id, key, _ = d.step(lambda step: step.dispatch is not None)
+    return {"run_id": run_id, "step_key": key}
+
+
+def _configure_run(d: _Draw) -> Arguments:
+    key = d.among((None, *IDEMPOTENCY_KEYS))
+    of = {"run_id": d.run(), "flow_id": d.flow(), "trigger_key": d.one_of("t", "T")}
+    return {**of, "idempotency_key": key, "timeout_at": d.maybe_moment()}
+
+
+def _scope(d: _Draw) -> Arguments:
+    return {
+        "flow_id": d.flow(),
+        "trigger_key": d.one_of("t", "T"),
+        "idempotency_key": d.among(IDEMPOTENCY_KEYS),
+    }
+
+
+def _register_waiter(d: _Draw) -> Arguments:
+    run_id, key, _ = d.step()
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "signal_name": d.among(SIGNALS),
+        "expires_at": d.maybe_moment(),
+    }
+
+
+def _deliver_signal(d: _Draw) -> Arguments:
+    run_id = d.run(lambda run: run.waiters)
+    delivery = {"delivery_id": d.one_of(None, "d", "D")}
+    return {"run_id": run_id, "signal_name": d.among(SIGNALS), "payload_json": d.one_of("{}", ""), **delivery}
+
+
+def _waiting(d: _Draw) -> Arguments:
+    run_id, key = d.waiting()
+    return {"run_id": run_id, "step_key": key}
+
+
+def _get_runs_page(d: _Draw) -> Arguments:
+    return {
+        "flow_id": d.among((None, *d.world.flows)),
+        "status": d.one_of(None, "Running", "Failed", "Succeeded"),
+        "skip": d.one_of(0, 1, 2),
+        "take": d.one_of(50, 0, 1, 2),
+        "search": d.among(SEARCHES),
+    }
+
+
+def _get_run_timeseries(d: _Draw) -> Arguments:
+    since = d.moment() - d.one_of(timedelta(0), timedelta(hours=5), timedelta(days=2))
+    length = d.one_of(timedelta(0), TICK, timedelta(hours=1), timedelta(hours=7), timedelta(days=3))
+    of = {"granularity": d.one_of("hour", "day"), "flow_id": d.among((None, *d.world.flows))}
+    return {**of, "since": since, "until": since + length}
+
+
+def _as_of(d: _Draw) -> Arguments:
+    return {"as_of": d.maybe_moment(), "take": d.one_of(100, 2, 1)}
+
+
+def _cleanup(d: _Draw) -> Arguments:
+    records = [d.world.model.peek(run_id).record for run_id in d.world.runs]
+    ends = [
+        record.completed_at for record in records if record is not None and record.completed_at is not None
+    ]
+    if ends and d.often():
+        return {"cutoff": d.among(ends) + d.one_of(timedelta(0), TICK, -TICK)}
+    return {"cutoff": d.moment()}
+
+
+def _of_run(d: _Draw) -> Arguments:
+    return {"run_id": d.run()}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawable:
+    """How often a method is called, what it needs, and how its arguments are drawn."""
+
+    weight: int
+    draw: Callable[[_Draw], Arguments]
+    needs: Capability | None = None
+
+
+METHODS: Mapping[str, Drawable] = {
+    "start_run": Drawable(2, _start_run),
+    "record_step_start": Drawable(8, _record_step_start),
+    "record_step_complete": Drawable(6, _record_step_complete),
+    "try_claim_step": Drawable(4, _try_claim_step),
+    "try_record_dispatch": Drawable(3, _try_record_dispatch),
+    "retry_step": Drawable(3, _retry_step),
+    "record_skipped_step": Drawable(3, _record_skipped_step),
+    "complete_run": Drawable(2, _complete_run),
+    "reschedule_step": Drawable(3, _reschedule_step, Capability.RECOVERY),
+    "release_step_claim": Drawable(2, _release_step_claim),
+    "renew_step_claim": Drawable(2, _renew_step_claim, Capability.LEASES),
+    "annotate_dispatch": Drawable(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),
+    "release_dispatch": Drawable(1, _dispatched),
+    "trigger_run": Drawable(2, _trigger_run, Capability.TRIGGER),
+    "configure_run": Drawable(1, _configure_run),
+    "request_cancel": Drawable(1, lambda d: {**_of_run(d), "reason": d.text()}),
+    "mark_timed_out": Drawable(1, lambda d: {**_of_run(d), "reason": d.text(), "as_of": d.maybe_moment()}),
+    "extend_deadline": Drawable(1, lambda d: {**_of_run(d), "timeout_at": d.moment()}, Capability.DEADLINES),
+    "try_register_idempotency_key": Drawable(1, lambda d: {**_scope(d), "run_id": d.run()}),
+    "find_run_id_by_idempotency_key": Drawable(1, _scope),
+    "register_waiter": Drawable(3, _register_waiter),
+    "deliver_signal": Drawable(3, _deliver_signal),
+    "get_waiter": Drawable(1, _waiting),
+    "remove_waiter": Drawable(1, _waiting),
+    "expire_waiter": Drawable(1, _waiting, Capability.WAITERS),
+    "get_waiters": Drawable(1, _of_run, Capability.WAITERS),
+    "append_event": Drawable(
+        1,
+        lambda d: {
+            **_of_run(d),
+            "event_type": d.one_of("e", "E"),
+            "step_key": d.among((None, *d.world.keys)),
+            "message": d.text(),
+        },
+        Capability.EVENTS,
+    ),
+    "get_run_events": Drawable(
+        1, lambda d: {**_of_run(d), "after": d.one_of(0, 1, 2), "take": d.one_of(200, 1)}, Capability.EVENTS
+    ),
+    "save_output": Drawable(
+        1,
+        lambda d: {**_of_run(d), "key": d.among(d.world.keys), "value_json": d.one_of("1", "")},
+        Capability.OUTPUTS,
+    ),
+    "get_output": Drawable(1, lambda d: {**_of_run(d), "key": d.among(d.world.keys)}, Capability.OUTPUTS),
+    "get_outputs": Drawable(1, _of_run, Capability.OUTPUTS),
+    "get_run_detail": Drawable(1, _of_run),
+    "get_run_status": Drawable(1, _of_run),
+    "get_run_control": Drawable(1, _of_run),
+    "get_step_statuses": Drawable(1, _of_run),
+    "get_claimed_step_keys": Drawable(1, _of_run),
+    "get_step_claims": Drawable(1, _of_run),
+    "get_dispatched_step_keys": Drawable(1, _of_run),
+    "get_dispatches": Drawable(1, _of_run),
+    "get_runs": Drawable(
+        1,
+        lambda d: {
+            "flow_id": d.among((None, *d.world.flows)),
+            "skip": d.one_of(0, 1, 2),
+            "take": d.one_of(50, 2, 0),
+        },
+    ),
+    "get_active_runs": Drawable(1, lambda d: {"take": d.one_of(None, 1, 0)}),
+    "get_derived_runs": Drawable(
+        1, lambda d: {"source_run_id": d.among(d.world.runs), "take": d.one_of(None, 1)}
+    ),
+    "get_runs_page": Drawable(2, _get_runs_page, Capability.DASHBOARD),
+    "get_statistics": Drawable(1, lambda d: {"as_of": d.maybe_moment()}, Capability.DASHBOARD),
+    "get_run_timeseries": Drawable(1, _get_run_timeseries, Capability.DASHBOARD),
+    "get_stalled_steps": Drawable(2, _as_of, Capability.RECOVERY),
+    "get_runs_to_stop": Drawable(1, _as_of, Capability.DEADLINES),
+    "cleanup": Drawable(2, _cleanup),
+}
+"""Every operation of FlowStore but ping and aclose."""
+
+SPANNING = frozenset(
+    name for name in METHODS if name.startswith(("get_runs", "get_active", "get_derived", "get_stat"))
+) | {"get_run_timeseries", "get_stalled_steps", "cleanup"}
+"""Those that look at many runs, or act on many, at once."""
+
+
+def drawable_methods(capabilities: Collection[Capability]) -> dict[str, Drawable]:
+    """The methods that a store with these capabilities has."""
+    return {name: one for name, one in METHODS.items() if one.needs is None or one.needs in capabilities}
+
+
+def draw_call(chooser: Chooser, world: World, method: str) -> Call:
+    """One call of a method; the state is only looked at."""
+    return Call(method=method, arguments=METHODS[method].draw(_Draw(chooser, world)))
+
+
+def draw_jump(chooser: Chooser, world: World) -> timedelta:
+    """How far to move the clock: a little, or to an edge, exactly or just before or after it."""
+    draw = _Draw(chooser, world)
+    now = world.model.now
+    hour = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    midnight = hour.replace(hour=0) + timedelta(days=1)
+    edges = [edge for edge in (*world.moments(), hour, midnight) if edge > now]
+    if draw.one_of(False, False, True):
+        return draw.among([edge - now for edge in edges]) + draw.one_of(timedelta(0), TICK)
+    return draw.one_of(TICK, TICK, timedelta(seconds=1), timedelta(seconds=1), *SPANS[1:])

@@ -1,0 +1,277 @@
+"""What a backend declares, probed both ways; and how its stores are opened, closed and dropped."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+from flowstore_conformance.bench import Bench, VirtualClock
+from flowstore_conformance.checks.examples import example
+from flowstore_conformance.checks.operations import NEEDS, OPERATIONS, RUN, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.checks.scenes import (
+    DAY,
+    FLOW,
+    another,
+    expect_alike,
+    has,
+    look_at,
+    new_id,
+    now,
+    only,
+    run_step,
+    start,
+    the_run,
+    there,
+    told,
+)
+from flowstore_core import (
+    Capability,
+    ConfigurationError,
+    FlowStore,
+    FlowStoreError,
+    InvalidArgumentError,
+    NotSupportedError,
+    RunStatus,
+    StoreClosedError,
+    StoreUnavailableError,
+    open_store,
+)
+
+# CON-2 and CON-6 are clauses of every backend. A clause of the capability itself would keep these checks
+# from running just where they are needed: on a backend that lacks it.
+
+
+@example("CON-2", kind=Kind.CAPABILITY)
+async def declared_capabilities_work_and_others_are_refused(bench: Bench) -> None:
+    """Each operation of a capability works where it is declared, and raises NotSupportedError elsewhere."""
+    store = bench.store
+    declared = store.capabilities
+    bench.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
+    unknown = sorted(set(declared) - set(Capability))
+    bench.expect(unknown, [], "every declared capability is one of the contract")
+    await start(bench, run_id=RUN)
+    await store.try_claim_step(RUN, "charge", owner="charge")
+    await store.record_step_start(RUN, "charge", "http", owner="charge")
+    for operation, capability in NEEDS.items():
+        arguments = legal_arguments(operation)
+        if operation == "trigger_run":
+            arguments["run_id"] = new_id(bench)
+        call = getattr(store, operation)(**arguments)
+        if capability in declared:
+            answer = await told(call)
+            sentence = f"{operation} works where {capability} is declared"
+            bench.expect_that(
+                answer != "<NotSupportedError raised>", f"{sentence}: it raised NotSupportedError"
+            )
+        else:
+            await _refused(bench, call, capability, operation)
+    leased: dict[str, Any] = {"owner": "me", "lease": DAY}
+    call = store.try_claim_step(RUN, "ship", **leased)
+    if Capability.LEASES in declared:
+        bench.expect(await told(call), True, "try_claim_step with a lease where LEASES is declared")
+    else:
+        await _refused(bench, call, Capability.LEASES, "try_claim_step")
+    for operation in OPERATIONS:
+        # Arguments are looked at first, whatever the backend lacks.
+        for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
+            call = getattr(store, operation)(**arguments)
+            sentence = f"{operation} with a bad {name}, before any capability is asked for"
+            await bench.expect_error(call, InvalidArgumentError, sentence)
+
+
+async def _refused(bench: Bench, call: Any, capability: Capability, operation: str) -> None:
+    sentence = f"{operation} where {capability} is not declared"
+    error = await bench.expect_error(call, NotSupportedError, sentence)
+    named = {"backend": bench.store.backend, "capability": capability.value, "operation": operation}
+    has(bench, error, f"{sentence}: the error", **named)
+
+
+@example("CON-2", kind=Kind.CAPABILITY)
+async def a_clock_is_honoured_or_refused(bench: Bench) -> None:
+    """With VIRTUAL_CLOCK each store goes by the clock it was opened with; without it a clock is refused."""
+    ahead = VirtualClock(datetime(2050, 1, 1, tzinfo=UTC))
+    if Capability.VIRTUAL_CLOCK in bench.capabilities:
+        sentence = "a timestamp by the clock that the store was opened with"
+        async with bench.backend.scratch(bench.base_url) as url, open_store(url, clock=ahead) as store:
+            run = await store.start_run(FLOW, "orders", new_id(bench), "manual")
+            bench.expect(run.started_at, ahead.now, sentence)
+        other = await another(bench, clock=ahead)
+        if other is not bench.store:
+            run_id = await start(bench)
+            await other.complete_run(run_id, RunStatus.SUCCEEDED)
+            sentence = f"{sentence}, where two are open with clocks of their own"
+            wanted = {"started_at": now(bench), "completed_at": ahead.now}
+            has(bench, await the_run(bench, run_id), sentence, **wanted)
+        return
+    try:
+        async with open_store(bench.url, clock=ahead):
+            pass
+    except FlowStoreError as error:
+        sentence = "open_store(clock=...) where VIRTUAL_CLOCK is not declared"
+        bench.expect(type(error).__name__, "NotSupportedError", sentence)
+    else:
+        bench.expect_that(False, "open_store(clock=...) raises NotSupportedError without VIRTUAL_CLOCK")
+
+
+@example("CON-2", kind=Kind.CAPABILITY)
+async def without_a_clock_the_stores_own_is_used(bench: Bench) -> None:
+    """Its timestamps are of today, in the order of what happened."""
+    before = datetime.now(UTC)
+    async with bench.backend.scratch(bench.base_url) as url, open_store(url) as store:
+        run = await store.start_run(FLOW, "orders", new_id(bench), "manual")
+        await store.record_skipped_step(run.run_id, "charge", "http")
+        await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
+        detail = there(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
+    step = only(detail.steps, "the step of a run that has one")
+    stamps = [detail.started_at, step.started_at, step.completed_at, detail.completed_at]
+    # No limit that a slow machine or a server's clock could pass.
+    limits = [before - DAY, *stamps, datetime.now(UTC) + DAY]
+    rising = all(a is not None and b is not None and a <= b for a, b in pairwise(limits))
+    bench.expect_that(rising, f"the store's own clock is about right and does not step back: got {stamps}")
+
+
+@example("CON-2", kind=Kind.CAPABILITY)
+async def a_closed_store_says_so(bench: Bench) -> None:
+    """aclose is idempotent; then each operation raises StoreClosedError, where its arguments are right."""
+    async with bench.backend.scratch(bench.base_url) as url:
+        async with open_store(url) as store:
+            bench.expect(await told(store.ping()), None, "ping of an open store")
+            await asyncio.gather(*(store.aclose() for _ in range(3)))
+            bench.expect(await told(store.aclose()), None, "aclose of a closed store")
+            await _expect_closed(bench, store)
+        try:
+            async with open_store(url) as store:
+                raise ZeroDivisionError
+        except ZeroDivisionError:
+            await bench.expect_error(store.ping(), StoreClosedError, "a store whose context an error left")
+    other = await another(bench)
+    if other is not bench.store:
+        await other.aclose()
+        run_id = await start(bench)
+        status = await bench.store.get_run_status(run_id)
+        bench.expect(status, RunStatus.RUNNING, "closing one store leaves the others open")
+
+
+async def _expect_closed(bench: Bench, store: FlowStore) -> None:
+    await bench.expect_error(store.ping(), StoreClosedError, "ping of a closed store")
+    for operation in OPERATIONS:
+        call = getattr(store, operation)(**legal_arguments(operation))
+        await bench.expect_error(call, StoreClosedError, f"{operation} of a closed store")
+        for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
+            call = getattr(store, operation)(**arguments)
+            sentence = f"{operation} of a closed store with a bad {name}"
+            await bench.expect_error(call, InvalidArgumentError, sentence)
+
+
+@example("CON-6", kind=Kind.CAPABILITY)
+async def an_option_that_is_not_listed_is_refused(bench: Bench) -> None:
+    """By keyword and in the URL's query: ConfigurationError, and nothing is opened."""
+    name = "no_such_option"
+    bench.expect_that(name not in bench.backend.options, f"the backend does not list {name}")
+    mark = "&" if "?" in bench.url else "?"
+    attempts: tuple[tuple[str, dict[str, Any]], ...] = (
+        (bench.url, {name: 1}),
+        (f"{bench.url}{mark}{name}=1", {}),
+    )
+    for url, options in attempts:
+        where = "by keyword" if options else "in the query"
+        try:
+            async with open_store(url, **options):
+                pass
+        except FlowStoreError as error:
+            sentence = f"an option that the backend does not list, {where}"
+            bench.expect(type(error).__name__, ConfigurationError.__name__, sentence)
+        else:
+            bench.expect_that(False, f"an option that the backend does not list, {where}, is refused")
+
+
+@example("CON-6", kind=Kind.CAPABILITY)
+async def scratch_gives_a_fresh_namespace_and_drops_it(bench: Bench) -> None:
+    """Two are apart, each is empty at first, and nothing is left where one was."""
+    run_id = await start(bench)
+    urls = []
+    for _ in range(2):
+        async with bench.fresh() as other:
+            urls.append(other.url)
+            bench.expect_that(other.url != bench.url, "scratch gives another namespace each time")
+            bench.expect(await other.store.get_runs(), (), "a fresh namespace is empty")
+            await start(other, run_id=RUN)
+            bench.expect(await bench.store.get_run_status(RUN), None, "what another namespace holds")
+    bench.expect_that(urls[0] != urls[1], "scratch gives another namespace each time")
+    status = await bench.store.get_run_status(run_id)
+    bench.expect(status, RunStatus.RUNNING, "a run in a namespace while others come and go")
+    for url in urls:
+        try:
+            async with open_store(url, migrate=False) as store:
+                left: object = await store.get_runs()
+        except FlowStoreError:
+            # It is gone, and without leave to migrate nothing is made in its place.
+            left = ()
+        bench.expect(left, (), "what is left of a namespace that was dropped")
+
+
+@example("CON-6", kind=Kind.CAPABILITY)
+async def many_may_open_a_new_namespace_at_once(bench: Bench) -> None:
+    """A dozen stores open one fresh namespace at the same time, and all work on the same."""
+    count = bench.profile.of(6, 12, 12)
+    given: dict[str, Any] = {} if bench.clock is None else {"clock": bench.clock}
+    async with bench.backend.scratch(bench.base_url) as url, AsyncExitStack() as stack:
+
+        async def join() -> FlowStore | FlowStoreError:
+            try:
+                return await stack.enter_async_context(open_store(url, **given))
+            except FlowStoreError as error:
+                return error
+
+        stores = await asyncio.gather(*(join() for _ in range(count)))
+        opened = [store for store in stores if not isinstance(store, FlowStoreError)]
+        failed = [error for error in stores if isinstance(error, FlowStoreError)]
+        if Capability.MULTI_PROCESS not in bench.capabilities:
+            # Such a backend may let in one at a time; who comes too late is told so.
+            failed = [error for error in failed if not isinstance(error, StoreUnavailableError)]
+        names = [type(error).__name__ for error in failed]
+        bench.expect(names, [], f"{count} stores opening a fresh namespace at once")
+        bench.expect_that(opened, "of many that open a fresh namespace at once one gets in")
+        run_id = new_id(bench)
+        await opened[0].start_run(FLOW, "orders", run_id, "manual")
+        won = await asyncio.gather(
+            *(told(store.try_claim_step(run_id, "charge", owner=str(n))) for n, store in enumerate(opened))
+        )
+        bench.expect(sorted(map(str, won)), ["False"] * (len(won) - 1) + ["True"], "one of all wins a claim")
+        seen = [await store.get_claimed_step_keys(run_id) for store in opened]
+        bench.expect(seen, [{"charge"}] * len(opened), "all that opened the namespace see the same")
+
+
+@example("CON-6", kind=Kind.CAPABILITY)
+async def opening_again_changes_nothing(bench: Bench) -> None:
+    """Once migrated, opening with and without leave to migrate shows what was stored before."""
+    run_id = new_id(bench)
+    async with bench.backend.scratch(bench.base_url) as url:
+        looks: list[dict[str, Any]] = []
+        for migrate in (True, True, False):
+            async with open_store(url, migrate=migrate) as store:
+                if not looks:
+                    await store.start_run(FLOW, "orders", run_id, "manual")
+                    await store.record_step_start(run_id, "charge", "http")
+                    await store.try_claim_step(run_id, "ship", owner="me")
+                looks.append(await look_at(bench, run_id, store=store))
+    for after in looks[1:]:
+        expect_alike(bench, after, looks[0], "opening again changes nothing")
+
+
+@check("CON-5")
+async def what_was_stored_outlives_every_store(bench: Bench) -> None:
+    """With all stores closed and one opened anew, every read shows what it showed before."""
+    run_id = await start(bench)
+    await run_step(bench, run_id)
+    await bench.store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
+    await bench.store.try_claim_step(run_id, "ship", owner="me")
+    before = await look_at(bench, run_id)
+    await bench.store.aclose()
+    other = await bench.open()
+    after = await look_at(bench, run_id, store=other)
+    expect_alike(bench, after, before, "what was stored outlives the stores that stored it")

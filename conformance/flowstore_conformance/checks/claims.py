@@ -1,0 +1,469 @@
+"""CLM: claims, leases and the dispatch ledger."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.examples import example
+from flowstore_conformance.checks.scenes import (
+    DAY,
+    HOUR,
+    LOOKALIKES,
+    MINUTE,
+    SECOND,
+    STEP_ENDS,
+    TICK,
+    another,
+    clock_of,
+    expect_alike,
+    has,
+    later,
+    look,
+    look_at,
+    new_id,
+    now,
+    only,
+    run_step,
+    start,
+    the_run,
+    the_step,
+    told,
+)
+from flowstore_core import Capability, ClaimLostError, RunStatus, StepClaim, StepDispatch, StepStatus
+
+LEASED = [Capability.LEASES, Capability.VIRTUAL_CLOCK]
+
+
+# CLM-1, CLM-2
+
+
+@example("CLM-1")
+async def one_claimant_wins_until_the_claim_is_released(bench: Bench) -> None:
+    """Losing is False, never an exception, and changes nothing; no time makes a claim without lease end."""
+    store, run_id, other = bench.store, await start(bench), await start(bench)
+    at = now(bench)
+    bench.expect(await told(store.try_claim_step(run_id, "b", owner="first")), True, "claiming a free key")
+    bench.expect(await told(store.try_claim_step(run_id, "a")), True, "claiming another free key")
+    answer = await told(store.try_claim_step(other, "b", owner="second"))
+    bench.expect(answer, True, "claiming the same key of another run")
+    wanted = tuple(
+        StepClaim(run_id=run_id, step_key=key, owner=owner, claimed_at=at, expires_at=None)
+        for key, owner in (("a", None), ("b", "first"))
+    )
+    bench.expect(await store.get_step_claims(run_id), wanted, "get_step_claims by step_key")
+    later(bench, 3650 * DAY)
+    for key in ("a", "b"):
+        for owner in ("second", None):
+            answer = await told(store.try_claim_step(run_id, key, owner=owner))
+            bench.expect(answer, False, f"claiming a key that is held, as {owner}")
+    if Capability.LEASES in bench.capabilities:
+        answer = await told(store.try_claim_step(run_id, "b", owner="second", lease=MINUTE))
+        bench.expect(answer, False, "claiming a key that is held, with a lease")
+    bench.expect(await store.get_step_claims(run_id), wanted, "a losing claim changes nothing")
+    bench.expect(await store.get_claimed_step_keys(run_id), {"a", "b"}, "get_claimed_step_keys")
+    bench.expect(await store.get_step_statuses(run_id), {}, "a claimed key is no step")
+    bench.expect((await the_run(bench, run_id)).steps, (), "a claimed key is in no detail")
+
+
+@example("CLM-1")
+async def one_dispatch_wins_until_it_is_released(bench: Bench) -> None:
+    """try_record_dispatch is True once per key; losing is False, never an exception, and changes nothing."""
+    store, run_id, other = bench.store, await start(bench), await start(bench)
+    first = now(bench)
+    answer = await told(store.try_record_dispatch(run_id, "b", due_at=first + MINUTE))
+    bench.expect(answer, True, "dispatching a free key")
+    second = later(bench, SECOND)
+    bench.expect(await told(store.try_record_dispatch(run_id, "a")), True, "dispatching another free key")
+    answer = await told(store.try_record_dispatch(other, "b"))
+    bench.expect(answer, True, "dispatching the same key of another run")
+    times = {"a": (second, None), "b": (first, first + MINUTE)}
+    wanted = tuple(
+        StepDispatch(run_id=run_id, step_key=key, dispatched_at=at, due_at=due, job_id=None)
+        for key, (at, due) in times.items()
+    )
+    bench.expect(await store.get_dispatches(run_id), wanted, "get_dispatches by step_key")
+    later(bench, HOUR)
+    for due_at in (None, now(bench)):
+        answer = await told(store.try_record_dispatch(run_id, "b", due_at=due_at))
+        bench.expect(answer, False, "dispatching a key that is dispatched")
+    bench.expect(await store.get_dispatches(run_id), wanted, "a losing dispatch changes nothing")
+    bench.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "get_dispatched_step_keys")
+    bench.expect(await store.get_step_statuses(run_id), {}, "a dispatched key is no step")
+    bench.expect((await the_run(bench, run_id)).steps, (), "a dispatched key is in no detail")
+
+
+@example("CLM-2")
+async def what_returned_true_is_visible_to_every_store(bench: Bench) -> None:
+    """Another store on the same namespace sees each claim, dispatch, completion and key at once."""
+    store, other = bench.store, await another(bench)
+    for number in range(4):
+        run_id = await start(bench)
+        await store.try_claim_step(run_id, "a", owner="mine")
+        bench.expect(await other.get_claimed_step_keys(run_id), {"a"}, "a claim, seen by another store")
+        answer = await told(other.try_claim_step(run_id, "a", owner="theirs"))
+        bench.expect(answer, False, "claiming through another store what was won through this one")
+        await store.try_record_dispatch(run_id, "a")
+        bench.expect(await other.get_dispatched_step_keys(run_id), {"a"}, "a dispatch, seen by another store")
+        answer = await told(other.try_record_dispatch(run_id, "a"))
+        bench.expect(answer, False, "dispatching through another store what this one has dispatched")
+        key = ("manual", f"key {number}")
+        await store.try_register_idempotency_key(run_id, *key, run_id)
+        found = await other.find_run_id_by_idempotency_key(run_id, *key)
+        bench.expect(found, run_id, "an idempotency key, seen by another store")
+        await store.request_cancel(run_id)
+        bench.expect(await told(other.request_cancel(run_id)), False, "a latch, seen by another store")
+        await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        status = await other.get_run_status(run_id)
+        bench.expect(status, RunStatus.SUCCEEDED, "a completion, seen by another store")
+        mine, theirs = await look_at(bench, run_id), await look_at(bench, run_id, store=other)
+        expect_alike(bench, theirs, mine, "two stores on one namespace show the same")
+
+
+# CLM-3
+
+
+@example("CLM-3")
+async def releasing_a_claim_frees_that_key_alone(bench: Bench) -> None:
+    """It is idempotent, keeps step and dispatch, and lets the next caller win."""
+    store, run_id, other = bench.store, await start(bench), await start(bench)
+    for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
+        await store.try_record_dispatch(one, key)
+        await store.try_claim_step(one, key, owner="me")
+        await store.record_step_start(one, key, "http", owner="me")
+    step = await the_step(bench, run_id, "a")
+    for again in ("", " again"):
+        call = store.release_step_claim(run_id, "a")
+        bench.expect(await told(call), None, f"releasing a claim{again}")
+        claims = [claim.step_key for claim in await store.get_step_claims(run_id)]
+        bench.expect(claims, ["b"], f"the claims of the run after releasing one{again}")
+    bench.expect(await store.get_claimed_step_keys(other), {"a"}, "the claim of the same key in another run")
+    bench.expect(await the_step(bench, run_id, "a"), step, "releasing a claim keeps the step")
+    bench.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "it keeps the dispatch")
+    bench.expect(await told(store.release_step_claim(run_id, "never claimed")), None, "releasing nothing")
+    answer = await told(store.try_claim_step(run_id, "a", owner="next"))
+    bench.expect(answer, True, "claiming a key that was released")
+
+
+@example("CLM-3")
+async def with_owner_only_that_owners_claim_is_released(bench: Bench) -> None:
+    """Another's claim and nobody's stay; without owner whoever's goes, of a terminal step too."""
+    store, run_id = bench.store, await start(bench)
+    await store.try_claim_step(run_id, "mine", owner="me")
+    await store.try_claim_step(run_id, "nobody's")
+    for key in ("mine", "nobody's"):
+        for owner in ("other", "Me", "me ", "None", "null"):
+            await store.release_step_claim(run_id, key, owner=owner)
+    both = {"mine", "nobody's"}
+    bench.expect(await store.get_claimed_step_keys(run_id), both, "the claims after others' releases")
+    await store.release_step_claim(run_id, "mine", owner="me")
+    bench.expect(await store.get_claimed_step_keys(run_id), {"nobody's"}, "its owner releases a claim")
+    await store.release_step_claim(run_id, "nobody's")
+    bench.expect(await store.get_step_claims(run_id), (), "without owner whoever's claim is released")
+    for by in ("me", None):
+        key = f"done, released by {by}"
+        await store.try_claim_step(run_id, key, owner="me")
+        await run_step(bench, run_id, key)
+        await store.release_step_claim(run_id, key, owner=by)
+        bench.expect(await store.get_step_claims(run_id), (), f"the claim of a terminal step, {key}")
+        answer = await told(store.try_claim_step(run_id, key, owner="me"))
+        bench.expect(answer, False, "a terminal step is not claimed, released or not")
+
+
+@example("CLM-3", needs=LEASED)
+async def an_expired_claim_is_released_by_its_owner(bench: Bench) -> None:
+    """The owner removes its claim even when the lease has ended, and nobody else's that took over."""
+    store, run_id = bench.store, await start(bench)
+    for key in ("expired", "taken over"):
+        await store.try_claim_step(run_id, key, owner="me", lease=MINUTE)
+    later(bench, 2 * MINUTE)
+    await store.try_claim_step(run_id, "taken over", owner="next", lease=MINUTE)
+    for key in ("expired", "taken over"):
+        await store.release_step_claim(run_id, key, owner="me")
+    claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
+    bench.expect(claims, [("taken over", "next")], "the claims after the old owner released both")
+
+
+@example("CLM-3")
+async def releasing_a_dispatch_frees_that_key_alone(bench: Bench) -> None:
+    """It is idempotent, keeps the claim, and the next dispatch is a new one, without the old job."""
+    store, run_id, other = bench.store, await start(bench), await start(bench)
+    for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
+        await store.try_record_dispatch(one, key, due_at=now(bench))
+        await store.annotate_dispatch(one, key, "job")
+    await store.try_claim_step(run_id, "a", owner="me")
+    for again in ("", " again"):
+        bench.expect(await told(store.release_dispatch(run_id, "a")), None, f"releasing a dispatch{again}")
+        bench.expect(await store.get_dispatched_step_keys(run_id), {"b"}, f"the ledger afterwards{again}")
+    bench.expect(await store.get_dispatched_step_keys(other), {"a"}, "the dispatch in another run")
+    bench.expect(await store.get_claimed_step_keys(run_id), {"a"}, "releasing a dispatch keeps the claim")
+    bench.expect(await told(store.try_record_dispatch(run_id, "a")), True, "dispatching a released key")
+    fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
+    dispatch = only(fresh, "the dispatch after one was released")
+    has(bench, dispatch, "a dispatch after one was released is a new one", job_id=None, due_at=None)
+
+
+@example("CLM-3")
+async def the_ledger_keeps_dispatches_of_every_step(bench: Bench) -> None:
+    """Starting, completing and skipping a step, and completing the run, keep its dispatch."""
+    store, run_id = bench.store, await start(bench)
+    keys = {*(status.value for status in STEP_ENDS), "running", "pending", "unstarted", "skipped"}
+    for key in keys:
+        await store.try_record_dispatch(run_id, key)
+    for status in (*STEP_ENDS, StepStatus.PENDING):
+        await run_step(bench, run_id, "pending" if status is StepStatus.PENDING else status, status)
+    await store.record_step_start(run_id, "running", "http")
+    await store.record_skipped_step(run_id, "skipped", "http")
+    for how in ("that lie in the ledger", "that lie in the ledger of a terminal run"):
+        bench.expect(await store.get_dispatched_step_keys(run_id), keys, f"the keys {how}")
+        found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
+        bench.expect(found, sorted(keys), f"the dispatches {how}")
+        await store.complete_run(run_id, RunStatus.SUCCEEDED)
+
+
+# CLM-4
+
+
+@example("CLM-4")
+async def a_terminal_step_keeps_its_claim(bench: Bench) -> None:
+    """A redelivered message loses; get_claimed_step_keys leaves the step out, get_step_claims lists it."""
+    store, run_id = bench.store, await start(bench)
+    for status in STEP_ENDS:
+        await store.try_claim_step(run_id, status, owner=f"of {status}")
+        await run_step(bench, run_id, status, status)
+    await store.try_claim_step(run_id, "pending", owner="me")
+    await run_step(bench, run_id, "pending", StepStatus.PENDING)
+    await store.try_claim_step(run_id, "running", owner="me")
+    await store.record_step_start(run_id, "running", "http", owner="me")
+    for status in STEP_ENDS:
+        answer = await told(store.try_claim_step(run_id, status, owner="redelivered"))
+        bench.expect(answer, False, f"a message that is delivered again for a step that is {status}")
+    claimed = await store.get_claimed_step_keys(run_id)
+    bench.expect(claimed, {"pending", "running"}, "get_claimed_step_keys leaves out terminal steps alone")
+    owners = {claim.step_key: claim.owner for claim in await store.get_step_claims(run_id)}
+    wanted = {status.value: f"of {status}" for status in STEP_ENDS}
+    sentence = "get_step_claims lists the claims of terminal steps too"
+    bench.expect(owners, {**wanted, "pending": "me", "running": "me"}, sentence)
+
+
+@example("CLM-4", needs=LEASED)
+async def the_claim_of_a_terminal_step_does_not_expire(bench: Bench) -> None:
+    """While the step is terminal the lease does not count, so nobody but its owner starts it again."""
+    store, run_id = bench.store, await start(bench)
+    for status in STEP_ENDS:
+        await store.try_claim_step(run_id, status, owner="me", lease=MINUTE)
+        await run_step(bench, run_id, status, status)
+    before = await store.get_step_claims(run_id)
+    later(bench, HOUR)
+    for status in STEP_ENDS:
+        for owner in ("redelivered", "me"):
+            answer = await told(store.try_claim_step(run_id, status, owner=owner))
+            bench.expect(answer, False, f"claiming a {status} step past the lease of its claim, as {owner}")
+    bench.expect(await store.get_step_claims(run_id), before, "the claims of terminal steps stay")
+    call = store.record_step_start(run_id, "Failed", "http", owner="redelivered")
+    await bench.expect_error(call, ClaimLostError, "starting a Failed step under somebody else's claim")
+    number = await told(store.record_step_start(run_id, "Failed", "http", owner="me"))
+    bench.expect(number, 2, "starting a Failed step under its own claim, which has not expired")
+
+
+@example("CLM-4", needs=LEASED)
+async def expired_claims_are_listed_but_not_claimed(bench: Bench) -> None:
+    """get_claimed_step_keys leaves out a claim from the moment its lease ends; get_step_claims keeps it."""
+    store, run_id = bench.store, await start(bench)
+    at = now(bench)
+    await store.try_claim_step(run_id, "b", owner="late", lease=MINUTE)
+    await store.try_claim_step(run_id, "a", owner="long", lease=3 * MINUTE)
+    await store.try_claim_step(run_id, "c")
+    ends = {"a": ("long", at + 3 * MINUTE), "b": ("late", at + MINUTE), "c": (None, None)}
+    wanted = tuple(
+        StepClaim(run_id=run_id, step_key=key, owner=owner, claimed_at=at, expires_at=end)
+        for key, (owner, end) in ends.items()
+    )
+    later(bench, MINUTE - TICK)
+    for claimed in ({"a", "b", "c"}, {"a", "c"}):
+        found = await store.get_claimed_step_keys(run_id)
+        bench.expect(found, claimed, f"the live claims at {now(bench)} where one ends at {at + MINUTE}")
+        bench.expect(await store.get_step_claims(run_id), wanted, "get_step_claims lists every claim")
+        later(bench, TICK)
+
+
+# CLM-5
+
+
+@example("CLM-5")
+async def the_owner_gets_true_again_and_changes_nothing(bench: Bench) -> None:
+    """A caller that lost its acknowledgement asks again and learns the truth; everybody else gets False."""
+    store, run_id = bench.store, await start(bench)
+    leased = Capability.LEASES in bench.capabilities
+    lease = {"lease": DAY} if leased else {}
+    await store.try_claim_step(run_id, "plain", owner="me")
+    await store.try_claim_step(run_id, "leased", owner="me", **lease)
+    before = await store.get_step_claims(run_id)
+    later(bench, SECOND)
+    for key in ("plain", "leased"):
+        answer = await told(store.try_claim_step(run_id, key, owner="me"))
+        bench.expect(answer, True, f"the owner of a live claim claims again ({key})")
+        if leased:
+            answer = await told(store.try_claim_step(run_id, key, owner="me", lease=10 * DAY))
+            bench.expect(answer, True, f"the owner of a live claim claims again with a lease ({key})")
+    bench.expect(await store.get_step_claims(run_id), before, "claiming again changes nothing")
+    await store.record_step_start(run_id, "plain", "http", owner="me")
+    answer = await told(store.try_claim_step(run_id, "plain", owner="me"))
+    bench.expect(answer, True, "the owner of a live claim claims again once the step runs")
+    number = await told(store.record_step_start(run_id, "plain", "http", owner="me"))
+    bench.expect(number, 1, "claiming again does not win the claim anew: its attempt is the same")
+
+
+@example("CLM-5")
+async def owners_are_compared_exactly(bench: Bench) -> None:
+    """Without owner each call is its own owner, recorded as None; a like token is somebody else's."""
+    store, run_id = bench.store, await start(bench)
+    await store.try_claim_step(run_id, "nobody's")
+    for owner in (None, "None", "null"):
+        answer = await told(store.try_claim_step(run_id, "nobody's", owner=owner))
+        bench.expect(answer, False, f"claiming a key that a call without owner holds, as {owner!r}")
+    claim = only(await store.get_step_claims(run_id), "the claim")
+    bench.expect(claim.owner, None, "the owner of a claim without owner")
+    first, *others = LOOKALIKES
+    await store.try_claim_step(run_id, "charge", owner=first)
+    for owner in others:
+        answer = await told(store.try_claim_step(run_id, "charge", owner=owner))
+        bench.expect(answer, False, f"claiming as {owner!r} what {first!r} holds")
+
+
+# CLM-6
+
+
+@example("CLM-6", needs=LEASED)
+async def a_lease_ends_on_time(bench: Bench) -> None:
+    """A claim is held while now < expires_at, its time plus the lease; then the next claimant wins."""
+    store, run_id = bench.store, await start(bench)
+    at = now(bench)
+    bench.expect(await told(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE)), True, "claiming")
+    later(bench, MINUTE - TICK)
+    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    bench.expect(answer, False, "claiming a microsecond before the lease of the claim ends")
+    claim = only(await store.get_step_claims(run_id), "the claim")
+    has(bench, claim, "a leased claim", owner="old", claimed_at=at, expires_at=at + MINUTE)
+    end = later(bench, TICK)
+    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    bench.expect(answer, True, "claiming when the lease of the claim has just ended")
+    answer = await told(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE))
+    bench.expect(answer, False, "the old owner once another took the claim over")
+    claim = only(await store.get_step_claims(run_id), "the claim that was taken over")
+    has(bench, claim, "a claim taken over", owner="new", claimed_at=end, expires_at=end + MINUTE)
+    again = later(bench, HOUR)
+    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    bench.expect(answer, True, "the old owner is a claimant like any other")
+    claim = only(await store.get_step_claims(run_id), "the claim that its owner won anew")
+    has(bench, claim, "a claim won anew", claimed_at=again, expires_at=again + MINUTE)
+    later(bench, MINUTE)
+    bench.expect(await told(store.try_claim_step(run_id, "a")), True, "taking it over without owner or lease")
+    claim = only(await store.get_step_claims(run_id), "the claim without lease")
+    has(bench, claim, "a claim taken over without lease", owner=None, expires_at=None)
+    later(bench, 3650 * DAY)
+    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    bench.expect(answer, False, "a claim without lease does not end, whatever the one before had")
+
+
+@example("CLM-6", needs=LEASED)
+async def renewing_extends_and_never_shortens(bench: Bench) -> None:
+    """expires_at becomes now + lease if that is later; owner and claimed_at stay, and so does the attempt."""
+    store, run_id = bench.store, await start(bench)
+    at = now(bench)
+    await store.try_claim_step(run_id, "a", owner="me", lease=MINUTE)
+    await store.record_step_start(run_id, "a", "http", owner="me")
+    half = later(bench, MINUTE / 2)
+    for lease, end in ((MINUTE, half + MINUTE), (SECOND, half + MINUTE), (HOUR, half + HOUR)):
+        answer = await told(store.renew_step_claim(run_id, "a", "me", lease))
+        bench.expect(answer, True, f"renewing a live claim by {lease}")
+        claim = only(await store.get_step_claims(run_id), "the claim")
+        has(bench, claim, f"a claim renewed by {lease}", owner="me", claimed_at=at, expires_at=end)
+    number = await told(store.record_step_start(run_id, "a", "http", owner="me"))
+    bench.expect(number, 1, "a renewed claim is the same claim: its attempt is the same")
+    later(bench, HOUR - TICK)
+    answer = await told(store.try_claim_step(run_id, "a", owner="other"))
+    bench.expect(answer, False, "claiming a microsecond before a renewed lease ends")
+    answer = await told(store.renew_step_claim(run_id, "a", "me", SECOND))
+    bench.expect(answer, True, "renewing a microsecond before the lease ends")
+
+
+@example("CLM-6", needs=LEASED)
+async def renewing_is_refused_past_the_lease_and_to_others(bench: Bench) -> None:
+    """False for a claim without lease, past its lease, another's or none; nothing changes."""
+    store, run_id = bench.store, await start(bench)
+    await store.try_claim_step(run_id, "leased", owner="me", lease=HOUR)
+    await store.try_claim_step(run_id, "expired", owner="me", lease=MINUTE)
+    await store.try_claim_step(run_id, "taken over", owner="me", lease=MINUTE)
+    await store.try_claim_step(run_id, "plain", owner="me")
+    await store.try_claim_step(run_id, "nobody's")
+    later(bench, MINUTE)
+    await store.try_claim_step(run_id, "taken over", owner="next", lease=MINUTE)
+    before = await look(bench, run_id)
+    owners = {"leased": ("other", "Me"), "nobody's": ("me", "None"), "unclaimed": ("me",)}
+    for key in ("leased", "expired", "taken over", "plain", "nobody's", "unclaimed"):
+        for owner in owners.get(key, ("me",)):
+            answer = await told(store.renew_step_claim(run_id, key, owner, HOUR))
+            bench.expect(answer, False, f"renewing the claim {key!r} as {owner!r}")
+    expect_alike(bench, await look(bench, run_id), before, "renewing that is refused changes nothing")
+    await run_step(bench, run_id, "leased")
+    await store.complete_run(run_id, RunStatus.SUCCEEDED)
+    answer = await told(store.renew_step_claim(run_id, "leased", "me", 2 * HOUR))
+    bench.expect(answer, True, "the status of step and run does not matter to renewing")
+
+
+@example("CLM-6", needs=LEASED)
+async def leases_at_their_limits_end_on_time(bench: Bench) -> None:
+    """A lease may be one microsecond; one that would end after 9999-12-30 ends there."""
+    store, clock, run_id = bench.store, clock_of(bench), await start(bench)
+    await store.try_claim_step(run_id, "short", owner="me", lease=TICK)
+    answer = await told(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
+    bench.expect(answer, False, "claiming within a lease of one microsecond")
+    later(bench, TICK)
+    answer = await told(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
+    bench.expect(answer, True, "claiming after a lease of one microsecond")
+    latest = datetime(9999, 12, 30, tzinfo=clock.now.tzinfo)
+    clock.now = latest - DAY
+    longest = timedelta(days=366)
+    for call in (
+        store.try_claim_step(run_id, "long", owner="me", lease=longest),
+        store.renew_step_claim(run_id, "long", "me", longest),
+    ):
+        bench.expect(await told(call), True, "a lease that would end after the last moment a store can hold")
+    claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
+    bench.expect(only(claims, "the claim").expires_at, latest, "the end of such a lease")
+
+
+# CLM-7
+
+
+@example("CLM-7")
+async def annotating_stores_a_job_id_and_nothing_else(bench: Bench) -> None:
+    """It changes job_id of an existing dispatch alone, makes none, and never raises for a missing one."""
+    store, run_id, other = bench.store, await start(bench), await start(bench)
+    due = now(bench) + DAY
+    for one in (run_id, other):
+        await store.try_record_dispatch(one, "charge", due_at=due)
+        await store.record_step_start(one, "charge", "http", job_id="of the attempt")
+    await store.try_claim_step(run_id, "claimed")
+    await run_step(bench, run_id, "started")
+    before, dispatch = await look(bench, run_id, other), only(await store.get_dispatches(run_id), "dispatch")
+    later(bench, MINUTE)
+    for key in ("claimed", "started", "unknown", "Charge"):
+        call = store.annotate_dispatch(run_id, key, "job")
+        bench.expect(await told(call), None, f"annotating a dispatch that is not there ({key})")
+    bench.expect(await told(store.annotate_dispatch(new_id(bench), "charge", "job")), None, "unknown run")
+    later(bench, -MINUTE)
+    after = await look(bench, run_id, other)
+    expect_alike(bench, after, before, "annotating what is not there makes nothing")
+    for job_id in ("job 1", "job 2"):
+        await store.annotate_dispatch(run_id, "charge", job_id)
+        found = only(await store.get_dispatches(run_id), "the dispatch that was annotated")
+        kept = {"dispatched_at": dispatch.dispatched_at, "due_at": dispatch.due_at}
+        has(bench, found, "annotating stores the job_id and nothing else", job_id=job_id, **kept)
+    elsewhere = only(await store.get_dispatches(other), "the dispatch of another run")
+    bench.expect(elsewhere.job_id, None, "annotating leaves the same key of another run alone")
+    step = await the_step(bench, run_id)
+    for record in (step, step.attempts[0]):
+        bench.expect(record.job_id, "of the attempt", "an attempt's job is its own")
+    bench.expect((await the_run(bench, run_id)).job_id, None, "the run's job is its own")

@@ -1,0 +1,174 @@
+"""A process that is killed while it writes: what it was told stays, what was under way is whole (CON-5)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from itertools import islice
+from uuid import UUID
+
+from flowstore_conformance import crash_child
+from flowstore_conformance.bench import Bench, Inconclusive, Violation
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import State
+from flowstore_conformance.observation import (
+    Expectation,
+    Sight,
+    difference,
+    find_half,
+    look_until,
+    outcome_of,
+    what_to_ask,
+)
+from flowstore_core import Capability, FlowStore
+
+WORKERS = 6
+START_SECONDS = 60.0
+"""How long a process may take to start and to open the store."""
+ANSWER_SECONDS = 30.0
+
+
+class Child:
+    """A writing process, and what it said until it was killed."""
+
+    def __init__(self, process: asyncio.subprocess.Process, seed: int) -> None:
+        self._process = process
+        self.seed = seed
+        self.acknowledged = [0] * WORKERS
+        """How many calls of each worker returned; the next one may have been under way."""
+        self.raised: str | None = None
+
+    async def ready(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)
+        except TimeoutError:
+            raise Inconclusive(f"no process opened the store within {START_SECONDS:.0f} s") from None
+        if line.strip() != b"ready":
+            raise Inconclusive("a process that should open the store ended before it had")
+
+    async def write(self, calls: int, seconds: float) -> None:
+        """Let it write until so many calls were acknowledged, and a moment longer, then kill it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        try:
+            await asyncio.wait_for(self._read(calls), ANSWER_SECONDS)
+        except TimeoutError:
+            if not any(self.acknowledged):
+                raise Inconclusive("the process that should be killed was told nothing") from None
+        await asyncio.sleep(seconds)
+        await self.kill()
+        await self._read(None)
+
+    async def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+    async def _read(self, calls: int | None) -> None:
+        """Read what was said: until so many calls, or to the end."""
+        assert self._process.stdout is not None
+        while calls is None or sum(self.acknowledged) < calls:
+            line = await self._process.stdout.readline()
+            # The last line may have been cut by the kill: what is not whole was not said.
+            if not line.endswith(b"\n"):
+                return
+            worker, number, *error = line.decode().split()
+            if error:
+                self.raised = self.raised or error[0]
+            else:
+                self.acknowledged[int(worker)] = int(number) + 1
+
+
+@asynccontextmanager
+async def _child(bench: Bench) -> AsyncIterator[Child]:
+    seed = bench.random.getrandbits(32)
+    # What this process can import, a backend in a test's own folder too, that one must find.
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", crash_child.__name__, bench.url, str(seed), str(WORKERS)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    child = Child(process, seed)
+    try:
+        yield child
+    finally:
+        await child.kill()
+
+
+@check("CON-5", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH)
+async def what_returned_survives_a_kill(bench: Bench) -> None:
+    """After a SIGKILL what was acknowledged is there, the rest whole or not at all, and the store works."""
+    kills = bench.profile.of(1, 4, 20)
+    async with AsyncExitStack() as stack:
+        children = [await stack.enter_async_context(_child(bench)) for _ in range(min(kills, 4))]
+        for number in range(kills):
+            child = children[number] if number < 4 else await stack.enter_async_context(_child(bench))
+            await child.ready()
+            await child.write(bench.random.randrange(20, 150), bench.random.random() * 0.03)
+            if child.raised is not None:
+                clause = "CON-2" if child.raised.startswith("!") else "CON-5"
+                message = f"a call of another process raised {child.raised.strip('!')}"
+                raise Violation(message, clause=clause)
+            # On its own clock, as the dead process was: steps are ordered by their start.
+            store = await bench.open(clock=None)
+            scripts = [
+                crash_child.script(child.seed, worker, bench.capabilities) for worker in range(WORKERS)
+            ]
+            pairs = zip(scripts, child.acknowledged, strict=True)
+            await asyncio.gather(*(_examine(bench, store, script, count) for script, count in pairs))
+            await _use(bench, store)
+            await store.aclose()
+
+
+async def _examine(bench: Bench, store: FlowStore, script: Iterator[Call], count: int) -> None:
+    """Hold every run of one worker against the model, the last one with and without the call under way."""
+    runs: dict[UUID, list[Call]] = {}
+    for call in islice(script, count):
+        runs.setdefault(crash_child.run_of(call), []).append(call)
+    under_way = next(script)
+    last = crash_child.run_of(under_way)
+    runs.setdefault(last, [])
+    for run_id, calls in runs.items():
+        before = Expectation(lambda: datetime.now(UTC), State())
+        for call in calls:
+            before = before.then(call, times=False)
+        possible = [before]
+        if run_id == last:
+            possible.append(before.then(under_way, times=False))
+        key = (crash_child.FLOW_ID, "manual", f"key of {run_id}")
+        asked = what_to_ask(run_id, bench.capabilities, step_keys=("c",), keys=[key])
+        bench.exercised += len(calls)
+        done = f"{len(calls)} calls on a run had returned"
+        if run_id == last:
+            done += f" and {under_way.method} was under way"
+            half = await find_half(store, asked, under_way, before=before, possible=possible, times=False)
+        else:
+            wanted: list[Sight] = [before.look(asked, times=False)]
+            seen = await look_until(store, asked, wanted, times=False)
+            half = None if seen in wanted else difference(asked, seen, wanted)
+        if half is not None:
+            raise Violation(f"{done} when the process was killed: {half}")
+
+
+async def _use(bench: Bench, store: FlowStore) -> None:
+    """A run from its beginning to its end, in the store that a dead process had open."""
+    state = Expectation(lambda: datetime.now(UTC), State())
+    calls = list(islice(crash_child.script(bench.random.getrandbits(32), 0, bench.capabilities), 12))
+    run_id = crash_child.run_of(calls[0])
+    for call in calls:
+        if crash_child.run_of(call) == run_id:
+            state = state.then(call, times=False)
+            outcome = await outcome_of(store, call, times=False)
+            bench.expect_that(
+                outcome == state.outcome,
+                f"after a kill {call.method} answers {outcome}, where {state.outcome} is right",
+            )

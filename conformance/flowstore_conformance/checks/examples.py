@@ -1,0 +1,67 @@
+"""Examples: small looks at one promise each. Those of one clause share a namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from flowstore_conformance.bench import Bench, Violation
+from flowstore_conformance.checks.registry import Kind, Run, check
+from flowstore_conformance.clauses import CLAUSES
+from flowstore_core import Capability, FlowStoreError
+
+_Group = tuple[str, frozenset[Capability], Kind]
+_groups: dict[_Group, list[Run]] = {}
+
+
+def example(
+    clause: str, *, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE
+) -> Callable[[Run], Run]:
+    """Declare an example of a clause; its docstring says what it proves.
+
+    The examples of one clause with the same needs are one check, in one namespace: making a namespace
+    takes longer than most examples do. They run in the order of their declaration. So an example works
+    on runs, flows and keys of its own, and expects those of earlier ones in every list over all runs.
+    It may move the clock, which is put back after it.
+    """
+    group = (clause, frozenset(needs), kind)
+
+    def add(run: Run) -> Run:
+        if group not in _groups:
+            _groups[group] = []
+            _declare(*group)
+        _groups[group].append(run)
+        return run
+
+    return add
+
+
+def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
+    async def run_all(bench: Bench) -> None:
+        await _run(bench, _groups[clause, needs, kind])
+
+    more = "_and_".join(sorted(needs))
+    own = "examples" if kind is Kind.EXAMPLE else f"{kind}_examples"
+    run_all.__name__ = f"{own}_of_{clause.lower().replace('-', '_')}{'_with_' if more else ''}{more}"
+    run_all.__doc__ = CLAUSES[clause].sentence
+    check(clause, needs=needs, kind=kind)(run_all)
+
+
+async def _run(bench: Bench, runs: Iterable[Run]) -> None:
+    """Run every example, and report all that failed: each works on its own."""
+    failed: list[str] = []
+    cause: BaseException | None = None
+    at = None if bench.clock is None else bench.clock.now
+    for run in runs:
+        try:
+            await run(bench)
+        except Violation as found:
+            failed.append(f"{found.message} [{run.__name__}]")
+            cause = cause or found.__cause__
+        except FlowStoreError as error:
+            what = f"an operation that should have worked raised {type(error).__name__}: {error}"
+            failed.append(f"{what} [{run.__name__}]")
+            cause = cause or error
+        if bench.clock is not None and at is not None:
+            bench.clock.now = at
+    if failed:
+        raise Violation("\n".join(failed)) from cause

@@ -1,0 +1,225 @@
+"""Every operation with the kinds of its arguments: what is legal for a kind, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from flowstore_core import Capability, RunStatus, StepStatus
+from flowstore_core.store import CAPABILITY_METHODS
+
+_DETAIL = {"run_id": "id"}
+_STEP = {"run_id": "id", "step_key": "key"}
+_SCOPE = {"flow_id": "id", "trigger_key": "key", "idempotency_key": "key"}
+_START = {
+    "flow_id": "id",
+    "flow_name": "key",
+    "run_id": "id",
+    "trigger_key": "key",
+    "trigger_data": "text?",
+    "job_id": "job?",
+    "source_run_id": "id?",
+}
+_PAGE = {"skip": "skip", "take": "take"}
+
+# A kind that ends in a question mark takes None too.
+OPERATIONS: dict[str, dict[str, str]] = {
+    "start_run": _START,
+    "complete_run": {**_DETAIL, "status": "completion", "expected": "expected?"},
+    "get_runs": {"flow_id": "id?", **_PAGE},
+    "get_runs_page": {"flow_id": "id?", "status": "run status?", **_PAGE, "search": "search?"},
+    "get_run_detail": _DETAIL,
+    "get_run_status": _DETAIL,
+    "get_active_runs": {"take": "take?"},
+    "get_derived_runs": {"source_run_id": "id", "take": "take?"},
+    "record_step_start": {
+        **_STEP,
+        "step_type": "key",
+        "input_json": "text?",
+        "job_id": "job?",
+        "owner": "key?",
+    },
+    "record_step_complete": {
+        **_STEP,
+        "status": "outcome",
+        "output_json": "text?",
+        "error_message": "text?",
+        "attempt": "attempt?",
+    },
+    "record_skipped_step": {**_STEP, "step_type": "key", "reason": "text?", "owner": "key?"},
+    "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys"},
+    "get_step_statuses": _DETAIL,
+    "reschedule_step": {**_STEP, "attempt": "attempt", "output_json": "text?", "due_at": "datetime?"},
+    "get_stalled_steps": {"as_of": "datetime?", "take": "take"},
+    "try_record_dispatch": {**_STEP, "due_at": "datetime?"},
+    "annotate_dispatch": {**_STEP, "job_id": "job"},
+    "release_dispatch": _STEP,
+    "get_dispatched_step_keys": _DETAIL,
+    "get_dispatches": _DETAIL,
+    "try_claim_step": {**_STEP, "owner": "key?", "lease": "lease?"},
+    "release_step_claim": {**_STEP, "owner": "key?"},
+    "renew_step_claim": {**_STEP, "owner": "key", "lease": "lease"},
+    "get_claimed_step_keys": _DETAIL,
+    "get_step_claims": _DETAIL,
+    "configure_run": {
+        **_DETAIL,
+        "flow_id": "id",
+        "trigger_key": "key",
+        "idempotency_key": "key?",
+        "timeout_at": "datetime?",
+    },
+    "get_run_control": _DETAIL,
+    "request_cancel": {**_DETAIL, "reason": "text?"},
+    "mark_timed_out": {**_DETAIL, "reason": "text?", "as_of": "datetime?"},
+    "find_run_id_by_idempotency_key": _SCOPE,
+    "try_register_idempotency_key": {**_SCOPE, "run_id": "id"},
+    "trigger_run": {**_START, "idempotency_key": "key?", "timeout_at": "datetime?"},
+    "get_runs_to_stop": {"as_of": "datetime?", "take": "take"},
+    "extend_deadline": {**_DETAIL, "timeout_at": "datetime"},
+    "register_waiter": {**_STEP, "signal_name": "key", "expires_at": "datetime?"},
+    "deliver_signal": {**_DETAIL, "signal_name": "key", "payload_json": "text", "delivery_id": "key?"},
+    "get_waiter": _STEP,
+    "remove_waiter": _STEP,
+    "expire_waiter": _STEP,
+    "get_waiters": _DETAIL,
+    "save_output": {**_DETAIL, "key": "key", "value_json": "text"},
+    "get_output": {**_DETAIL, "key": "key"},
+    "get_outputs": _DETAIL,
+    "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
+    "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
+    "cleanup": {"cutoff": "datetime"},
+    "get_statistics": {"as_of": "datetime?"},
+    "get_run_timeseries": {
+        "granularity": "granularity",
+        "since": "datetime",
+        "until": "datetime",
+        "flow_id": "id?",
+    },
+}
+
+NEEDS: dict[str, Capability] = {
+    method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods
+}
+"""The capability of each operation that is not of the base."""
+
+RUN = UUID("00000000-0000-4000-8000-00000000f10e")
+"""The run that legal arguments name."""
+
+_MOMENT = datetime(2026, 3, 14, 12, tzinfo=UTC)
+
+LEGAL: dict[str, Any] = {
+    "id": RUN,
+    "key": "charge",
+    "job": "job 1",
+    "text": "{}",
+    "datetime": _MOMENT,
+    "attempt": 1,
+    "skip": 0,
+    "take": 10,
+    "after": 0,
+    "lease": timedelta(minutes=1),
+    "completion": RunStatus.SUCCEEDED,
+    "run status": RunStatus.RUNNING,
+    "outcome": StepStatus.SUCCEEDED,
+    "expected": {"charge": StepStatus.SUCCEEDED},
+    "keys": ["ship"],
+    "granularity": "hour",
+    "search": "orders",
+}
+
+
+class _NoOffset(tzinfo):
+    """A tzinfo that does not know its offset: a datetime with it is naive all the same."""
+
+    def utcoffset(self, moment: datetime | None) -> None:
+        return None
+
+    def dst(self, moment: datetime | None) -> None:
+        return None
+
+    def tzname(self, moment: datetime | None) -> str:
+        return "?"
+
+
+class _Other(StrEnum):
+    PAUSED = "Paused"
+
+
+_TYPES: list[Any] = [1, 1.5, True, b"bytes", [], {}, object(), Decimal(1)]
+_NO_TEXT: list[Any] = [*_TYPES, UUID(int=1), "a\0b", "\0", "\ud800", "a\udfff", "\udc80\ud800"]
+_NO_INT: list[Any] = [-1, -(2**63), 2**63, 2**64, True, False, 1.0, "1", b"1", Decimal(1), float("nan")]
+_NO_STATUS: list[Any] = [1, True, b"Succeeded", "succeeded", "SUCCEEDED", "Succeeded ", "", _Other.PAUSED, []]
+
+HOSTILE: dict[str, list[Any]] = {
+    "id": [str(UUID(int=1)), UUID(int=1).hex, UUID(int=1).bytes, 1, True, b"", "", object()],
+    "key": ["", "x" * 257, "\U0001f600" * 257, *_NO_TEXT],
+    "job": ["", "x" * 1025, *_NO_TEXT],
+    "text": [*_NO_TEXT, "x" * (16 * 1024 * 1024 + 1)],
+    "datetime": [
+        datetime(2026, 3, 14),  # noqa: DTZ001 - naive is what it is about
+        datetime(2026, 3, 14, tzinfo=_NoOffset()),
+        datetime(1, 1, 1, 23, 59, 59, 999_999, UTC),
+        datetime.min.replace(tzinfo=UTC),
+        datetime(9999, 12, 30, 0, 0, 0, 1, UTC),
+        datetime.max.replace(tzinfo=UTC),
+        date(2026, 3, 14),
+        1_700_000_000,
+        1.5,
+        "2026-03-14T00:00:00Z",
+        timedelta(0),
+        True,
+    ],
+    "attempt": [0, *_NO_INT],
+    "skip": _NO_INT,
+    "take": [1001, *_NO_INT],
+    "after": _NO_INT,
+    "lease": [
+        timedelta(0),
+        timedelta(microseconds=-1),
+        timedelta(days=366, microseconds=1),
+        timedelta.max,
+        30,
+        1.5,
+        True,
+        "30",
+    ],
+    "completion": [*_NO_STATUS, "Running", StepStatus.RUNNING, "Skipped", "Pending", "TimedOut"],
+    "run status": [*_NO_STATUS, "Pending", "Skipped"],
+    "outcome": [*_NO_STATUS, "Running", RunStatus.RUNNING, RunStatus.CANCELLED, "Cancelled"],
+    "expected": [
+        [],
+        "charge",
+        1,
+        {"": "Succeeded"},
+        {"x" * 257: "Succeeded"},
+        {1: "Succeeded"},
+        {"a\0": "Succeeded"},
+        {"charge": "succeeded"},
+        {"charge": None},
+        {"charge": RunStatus.CANCELLED},
+    ],
+    "keys": ["charge", b"charge", 1, object(), [""], ["x" * 257], [1], [None], ["a", "\ud800"], {"a\0"}],
+    "granularity": [1, True, "", "Hour", "minute", "week", b"hour"],
+    "search": ["x" * 257, *_NO_TEXT],
+}
+
+
+def legal_arguments(operation: str) -> dict[str, Any]:
+    """Arguments, all of them given, that nothing refuses on their own account."""
+    arguments = {name: LEGAL[kind.removesuffix("?")] for name, kind in OPERATIONS[operation].items()}
+    if operation == "get_run_timeseries":
+        arguments["until"] = _MOMENT + timedelta(hours=3)
+    return arguments
+
+
+def hostile_arguments(operation: str, kinds: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of the one bad argument, of some kinds, with all arguments, for all that must be refused."""
+    for name, kind in OPERATIONS[operation].items():
+        plain = kind.removesuffix("?")
+        if plain in kinds:
+            for value in HOSTILE[plain] + ([] if kind.endswith("?") else [None]):
+                yield name, {**legal_arguments(operation), name: value}

@@ -1,0 +1,39 @@
+"""EVT-2: outputs of a run."""
+
+from __future__ import annotations
+
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.examples import example
+from flowstore_conformance.checks.scenes import LOOKALIKES, another, start
+
+
+@example("EVT-2")
+async def the_last_write_of_a_key_wins(bench: Bench) -> None:
+    """An output is replaced by the next under its key, from any store, and by nothing else."""
+    store, other_store = bench.store, await another(bench)
+    run_id, other = await start(bench), await start(bench)
+    for writer, reader, value in (
+        (store, other_store, "1"),
+        (other_store, store, '{"b": 1, "a": 1.0}'),
+        (store, store, ""),
+    ):
+        await writer.save_output(run_id, "a", value)
+        bench.expect(await reader.get_output(run_id, "a"), value, "the output that was saved last")
+        bench.expect(await reader.get_outputs(run_id), {"a": value}, "get_outputs after saving one again")
+    await store.save_output(other, "a", "another run's")
+    bench.expect(await store.get_output(run_id, "a"), "", "the output of the same key of another run")
+    for key in ("A", "a ", "b"):
+        bench.expect(await store.get_output(run_id, key), None, f"the output {key!r}, which was not saved")
+
+
+@example("EVT-2")
+async def outputs_are_by_run_and_key(bench: Bench) -> None:
+    """get_outputs gives every output of the run and no other's, in code point order of the keys."""
+    store, run_id, other = bench.store, await start(bench), await start(bench)
+    for key in LOOKALIKES:
+        await store.save_output(run_id, key, f"of {key}")
+    await store.save_output(other, "another", "another run's")
+    outputs = await store.get_outputs(run_id)
+    wanted = [(key, f"of {key}") for key in sorted(LOOKALIKES)]
+    bench.expect(list(outputs.items()), wanted, "get_outputs in the order of the keys")
+    bench.expect(await store.get_output(other, "key"), None, "an output of another run")

@@ -1,0 +1,186 @@
+"""RUN-3: what an operation returns is a snapshot, of exactly the contract's types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
+from datetime import datetime, timedelta
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+from uuid import UUID
+
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.examples import example
+from flowstore_conformance.checks.operations import NEEDS
+from flowstore_conformance.checks.scenes import (
+    DAY,
+    FLOW,
+    HOUR,
+    MINUTE,
+    later,
+    look,
+    new_id,
+    now,
+    run_step,
+    skip_step,
+    start,
+    the_run,
+)
+from flowstore_core import Capability, FlowStore, RunStatus, StepStatus
+
+
+async def _furnish(bench: Bench) -> UUID:
+    """A run with something to see in every read."""
+    store = bench.store
+    run_id = await start(bench, trigger_data="{}", job_id="job", source_run_id=new_id(bench))
+    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(bench))
+    await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
+    for key in ("b", "a", "c"):
+        await store.try_record_dispatch(run_id, key, due_at=now(bench))
+        await store.try_claim_step(run_id, key, owner=key)
+        await store.register_waiter(run_id, key, key, expires_at=now(bench) + DAY)
+    await run_step(bench, run_id, "b", StepStatus.FAILED, output_json="{}", error_message="error")
+    await store.record_step_start(run_id, "b", "http", input_json="{}", job_id="job", owner="b")
+    await run_step(bench, run_id, "a")
+    await store.deliver_signal(run_id, "a", "{}")
+    if Capability.OUTPUTS in bench.capabilities:
+        for key in ("y", "x"):
+            await store.save_output(run_id, key, "1")
+    if Capability.EVENTS in bench.capabilities:
+        await store.append_event(run_id, "begun", step_key="a", message="message")
+    return run_id
+
+
+@example("RUN-3")
+async def what_was_returned_does_not_change(bench: Bench) -> None:
+    """Records, collections and mappings stay as they were read, whatever happens later."""
+    store, run_id = bench.store, await _furnish(bench)
+    taken = await look(bench, run_id)
+    detail, statuses = await the_run(bench, run_id), await store.get_step_statuses(run_id)
+    outputs = {} if Capability.OUTPUTS not in bench.capabilities else await store.get_outputs(run_id)
+    shown = repr((taken, detail, dict(statuses), dict(outputs)))
+    later(bench, HOUR)
+    await store.deliver_signal(run_id, "b", "{}")
+    await store.request_cancel(run_id)
+    await store.release_dispatch(run_id, "a")
+    await store.release_step_claim(run_id, "a")
+    await store.record_step_complete(run_id, "b", StepStatus.SUCCEEDED, output_json="done")
+    await skip_step(bench, run_id, "d")
+    if Capability.OUTPUTS in bench.capabilities:
+        await store.save_output(run_id, "x", "2")
+        await store.save_output(run_id, "z", "2")
+    if Capability.EVENTS in bench.capabilities:
+        await store.append_event(run_id, "more")
+    await store.complete_run(run_id, RunStatus.SUCCEEDED)
+    still = repr((taken, detail, dict(statuses), dict(outputs)))
+    bench.expect(still, shown, "what was returned earlier stays as it was")
+
+
+@example("RUN-3")
+async def answers_have_exactly_the_types_of_the_contract(bench: Bench) -> None:
+    """Collections are tuples, mappings read-only and in key order, values of the plain types."""
+    store, run_id = bench.store, await _furnish(bench)
+    moment = now(bench)
+    calls: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("start_run", {**_START, "run_id": new_id(bench)}),
+        ("trigger_run", {**_START, "run_id": new_id(bench), "idempotency_key": "other"}),
+        ("get_runs", {}),
+        ("get_runs_page", {"search": "order"}),
+        ("get_run_detail", {"run_id": run_id}),
+        ("get_run_status", {"run_id": run_id}),
+        ("get_active_runs", {}),
+        ("get_derived_runs", {"source_run_id": run_id}),
+        ("get_step_statuses", {"run_id": run_id}),
+        ("get_stalled_steps", {"as_of": moment + DAY}),
+        ("get_claimed_step_keys", {"run_id": run_id}),
+        ("get_step_claims", {"run_id": run_id}),
+        ("get_dispatched_step_keys", {"run_id": run_id}),
+        ("get_dispatches", {"run_id": run_id}),
+        ("get_run_control", {"run_id": run_id}),
+        ("get_runs_to_stop", {"as_of": moment + DAY}),
+        ("find_run_id_by_idempotency_key", {**_SCOPE, "idempotency_key": "key"}),
+        ("get_waiter", {"run_id": run_id, "step_key": "a"}),
+        ("get_waiters", {"run_id": run_id}),
+        ("expire_waiter", {"run_id": run_id, "step_key": "b"}),
+        ("get_output", {"run_id": run_id, "key": "x"}),
+        ("get_outputs", {"run_id": run_id}),
+        ("get_run_events", {"run_id": run_id}),
+        ("append_event", {"run_id": run_id, "event_type": "more"}),
+        ("get_statistics", {}),
+        ("get_run_timeseries", {"granularity": "hour", "since": moment - DAY, "until": moment + DAY}),
+        ("record_step_start", {"run_id": run_id, "step_key": "n", "step_type": "http"}),
+        ("record_step_complete", {"run_id": run_id, "step_key": "n", "status": StepStatus.FAILED}),
+        ("retry_step", {"run_id": run_id, "step_key": "n"}),
+        ("record_skipped_step", {"run_id": run_id, "step_key": "n", "step_type": "http"}),
+        ("try_claim_step", {"run_id": run_id, "step_key": "m", "owner": "me"}),
+        ("try_claim_step", {"run_id": run_id, "step_key": "m", "owner": "other"}),
+        ("renew_step_claim", {"run_id": run_id, "step_key": "m", "owner": "me", "lease": MINUTE}),
+        ("try_record_dispatch", {"run_id": run_id, "step_key": "m"}),
+        ("try_record_dispatch", {"run_id": run_id, "step_key": "m"}),
+        ("annotate_dispatch", {"run_id": run_id, "step_key": "m", "job_id": "job"}),
+        ("release_step_claim", {"run_id": run_id, "step_key": "m"}),
+        ("release_dispatch", {"run_id": run_id, "step_key": "m"}),
+        ("try_register_idempotency_key", {**_SCOPE, "idempotency_key": "key", "run_id": run_id}),
+        ("try_register_idempotency_key", {**_SCOPE, "idempotency_key": "key", "run_id": new_id(bench)}),
+        ("configure_run", {"run_id": run_id, "flow_id": FLOW, "trigger_key": "manual"}),
+        ("request_cancel", {"run_id": run_id}),
+        ("request_cancel", {"run_id": run_id}),
+        ("mark_timed_out", {"run_id": run_id}),
+        ("mark_timed_out", {"run_id": run_id}),
+        ("extend_deadline", {"run_id": run_id, "timeout_at": moment}),
+        ("register_waiter", {"run_id": run_id, "step_key": "m", "signal_name": "m"}),
+        ("deliver_signal", {"run_id": run_id, "signal_name": "m", "payload_json": "1"}),
+        ("remove_waiter", {"run_id": run_id, "step_key": "m"}),
+        ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
+        ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
+        ("cleanup", {"cutoff": moment - DAY}),
+    )
+    for operation, arguments in calls:
+        if operation not in NEEDS or NEEDS[operation] in bench.capabilities:
+            answer = await getattr(store, operation)(**arguments)
+            wanted = get_type_hints(getattr(FlowStore, operation))["return"]
+            wrong = _wrong_type(answer, wanted)
+            bench.expect_that(wrong is None, f"the answer of {operation} has the contract's types: {wrong}")
+
+
+_SCOPE = {"flow_id": FLOW, "trigger_key": "manual"}
+_START = {**_SCOPE, "flow_name": "orders", "trigger_data": "{}"}
+
+
+def _wrong_type(value: Any, wanted: Any, path: str = "it") -> str | None:
+    """Why a value is not exactly of a type of the contract; None if it is."""
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if origin is UnionType:
+        possible = next(one for one in inner if one is not type(None))
+        return None if value is None and type(None) in inner else _wrong_type(value, possible, path)
+    got = f"{path} is {type(value).__module__}.{type(value).__qualname__}"
+    if origin is not None and issubclass(origin, Mapping):
+        return _wrong_mapping(value, inner, path, got)
+    if origin is not None:
+        exact = frozenset if origin is frozenset else tuple
+        if type(value) is not exact:
+            return f"{got}, not {exact.__name__}"
+        parts = ((_wrong_type(each, inner[0], f"{path}[{n}]")) for n, each in enumerate(value))
+        return next((part for part in parts if part), None)
+    if type(value) is not wanted:
+        return f"{got}, not {getattr(wanted, '__name__', wanted)}"
+    if isinstance(value, datetime) and value.utcoffset() != timedelta(0):
+        return f"{path} is not in UTC: {value!r}"
+    if is_dataclass(value):
+        hints = get_type_hints(type(value))
+        parts = (
+            _wrong_type(getattr(value, f.name), hints[f.name], f"{path}.{f.name}") for f in fields(value)
+        )
+        return next((part for part in parts if part), None)
+    return None
+
+
+def _wrong_mapping(value: Any, inner: tuple[Any, ...], path: str, got: str) -> str | None:
+    if not isinstance(value, Mapping):
+        return f"{got}, not a mapping"
+    if isinstance(value, MutableMapping):
+        return f"{got}, which is not read-only"
+    if list(value) != sorted(value):
+        return f"{path} is not in the order of its keys: {list(value)}"
+    parts = (_wrong_type(each, inner[1], f"{path}[{key!r}]") for key, each in value.items())
+    return next((part for part in parts if part), None)

@@ -1,0 +1,283 @@
+"""RET: cleanup deletes what is over, whole, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.examples import example
+from flowstore_conformance.checks.registry import check
+from flowstore_conformance.checks.scenes import (
+    DAY,
+    FLOW,
+    HOUR,
+    RUN_ENDS,
+    SECOND,
+    TICK,
+    expect_alike,
+    later,
+    look,
+    look_at,
+    new_id,
+    now,
+    run_step,
+    skip_step,
+    start,
+    the_run,
+    the_step,
+    there,
+    told,
+)
+from flowstore_core import (
+    Capability,
+    RunNotFoundError,
+    RunStatus,
+    SignalDeliveryStatus,
+    StepNotFoundError,
+    StepStatus,
+)
+
+
+async def _furnish(bench: Bench, run_id: UUID) -> None:
+    """A completed run with something of every kind that belongs to a run."""
+    store, can = bench.store, bench.capabilities
+    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(bench))
+    for key in ("key", "more"):
+        await store.try_register_idempotency_key(FLOW, "manual", f"{key} of {run_id}", run_id)
+    await start(bench, run_id=run_id)
+    await store.try_record_dispatch(run_id, "charge")
+    await store.try_claim_step(run_id, "charge", owner="me")
+    await run_step(bench, run_id, "charge", StepStatus.PENDING, output_json="needle")
+    await run_step(bench, run_id, "charge", StepStatus.FAILED, output_json="out")
+    await skip_step(bench, run_id, "skipped", "reset")
+    await store.retry_step(run_id, "charge", reset=["reset"])
+    await run_step(bench, run_id, "charge", StepStatus.FAILED, error_message="needle")
+    await store.try_record_dispatch(run_id, "only dispatched")
+    await store.try_claim_step(run_id, "only claimed")
+    for key in ("wait", "wait more"):
+        await store.register_waiter(run_id, key, "go")
+    await store.deliver_signal(run_id, "go", "payload", delivery_id="id")
+    if Capability.OUTPUTS in can:
+        await store.save_output(run_id, "out", "1")
+    if Capability.EVENTS in can:
+        await store.append_event(run_id, "done")
+    await store.request_cancel(run_id, "enough")
+    await store.mark_timed_out(run_id)
+    await store.complete_run(run_id, RunStatus.CANCELLED)
+
+
+async def _completed_at(bench: Bench, run_id: UUID) -> object:
+    return there((await the_run(bench, run_id)).completed_at, "completed_at of a terminal run")
+
+
+@example("RET-1")
+async def runs_completed_strictly_before_the_cutoff_go(bench: Bench) -> None:
+    """By completed_at, to the microsecond, whatever the status; the answer counts runs alone."""
+    store = bench.store
+    runs = []
+    for status in RUN_ENDS:
+        run_id = await start(bench)
+        await store.configure_run(run_id, FLOW, "manual")
+        later(bench, SECOND)
+        await store.complete_run(run_id, status)
+        runs.append(run_id)
+    last = there((await the_run(bench, runs[-1])).completed_at, "completed_at of a terminal run")
+    began_early = await start(bench)
+    later(bench, 30 * DAY)
+    bench.expect(await told(store.cleanup(last - 3650 * DAY)), 0, "a cleanup of what was before all runs")
+    if bench.clock is not None:
+        bench.expect(
+            await told(store.cleanup(last)), 2, "runs completed before the cutoff, one exactly at it"
+        )
+        left = {run.run_id for run in await store.get_runs()}
+        bench.expect(left, {runs[-1], began_early}, "the runs that are left")
+        bench.expect(await told(store.cleanup(last)), 0, "the same cleanup again")
+        bench.expect(await told(store.cleanup(last + TICK)), 1, "the run completed a microsecond before")
+    else:
+        bench.expect(await told(store.cleanup(last + TICK)), 3, "three runs completed before the cutoff")
+    await store.complete_run(began_early, RunStatus.SUCCEEDED)
+    completed = there((await the_run(bench, began_early)).completed_at, "completed_at of a terminal run")
+    answer = await told(store.cleanup(completed))
+    bench.expect(answer, 0, "when a run started does not matter to the cutoff")
+    bench.expect(await told(store.cleanup(completed + TICK)), 1, "the last run")
+    bench.expect(await store.get_runs(), (), "the runs that are left")
+    bench.expect(await told(store.cleanup(completed + DAY)), 0, "a cleanup of nothing")
+
+
+@example("RET-1")
+async def everything_that_belongs_to_a_run_goes_with_it(bench: Bench) -> None:
+    """No read shows any of it, writing to it raises RunNotFoundError, and its keys are free."""
+    store, run_id, unknown = bench.store, new_id(bench), new_id(bench)
+    nothing = await look_at(bench, unknown)
+    empty = await look(bench)
+    await _furnish(bench, run_id)
+    bench.expect(
+        await told(store.cleanup(now(bench) + DAY)), 1, "a cleanup of one run and all its belongings"
+    )
+    sentence = "after cleanup no read shows anything of the run"
+    expect_alike(bench, await look_at(bench, run_id), nothing, sentence)
+    expect_alike(bench, await look(bench), empty, "after cleanup no list shows anything of the run")
+    for key in ("charge", "wait", "wait more", "skipped"):
+        bench.expect(await store.get_waiter(run_id, key), None, f"the waiter {key!r} of a run cleaned up")
+    if Capability.OUTPUTS in bench.capabilities:
+        bench.expect(await store.get_output(run_id, "out"), None, "an output of a run cleaned up")
+    for key in ("key", "more"):
+        found = await store.find_run_id_by_idempotency_key(FLOW, "manual", f"{key} of {run_id}")
+        bench.expect(found, None, "an idempotency key of a run cleaned up")
+    if Capability.DASHBOARD in bench.capabilities:
+        for search in (None, "orders", "needle"):
+            page = await store.get_runs_page(search=search)
+            bench.expect((page.runs, page.total_count), ((), 0), f"a page searching {search!r} after cleanup")
+    delivery = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
+    bench.expect(delivery.status, SignalDeliveryStatus.NOT_FOUND, "a remembered delivery_id after cleanup")
+    bench.expect(await told(store.request_cancel(run_id)), False, "a cancel after cleanup")
+    call = store.record_step_complete(run_id, "charge", StepStatus.FAILED)
+    await bench.expect_error(call, RunNotFoundError, "writing to a run that was cleaned up")
+
+
+@example("RET-1")
+async def a_run_started_anew_under_the_id_begins_empty(bench: Bench) -> None:
+    """Nothing of the run from before comes back: no attempts, numbers, deliveries, claims or latches."""
+    store, run_id, fresh = bench.store, new_id(bench), new_id(bench)
+    await _furnish(bench, run_id)
+    await store.cleanup(now(bench) + DAY)
+    for one in (run_id, fresh):
+        await start(bench, run_id=one)
+    anew, other = await look_at(bench, run_id), await look_at(bench, fresh)
+    bench.expect((await the_run(bench, run_id)).steps, (), "the steps of a run started anew")
+    for shown in (anew, other):
+        del shown["get_run_detail"]
+    expect_alike(bench, anew, other, "a run started anew under an id that was cleaned up begins empty")
+    for key in ("skipped", "reset", "charge"):
+        call = store.record_step_complete(run_id, key, StepStatus.SKIPPED)
+        await bench.expect_error(call, StepNotFoundError, f"completing the step {key!r} from before")
+        number = await told(store.record_step_start(run_id, key, "http"))
+        bench.expect(number, 1, f"numbering begins anew for the step {key!r}")
+        attempts = [attempt.attempt for attempt in (await the_step(bench, run_id, key)).attempts]
+        bench.expect(attempts, [1], f"the attempts of the step {key!r}, started anew")
+    for key in ("only claimed", "only dispatched"):
+        bench.expect(await told(store.try_claim_step(run_id, key, owner="x")), True, f"claiming {key!r} anew")
+        bench.expect(await told(store.try_record_dispatch(run_id, key)), True, f"dispatching {key!r} anew")
+    if Capability.EVENTS in bench.capabilities:
+        bench.expect(await told(store.append_event(run_id, "again")), 1, "events are numbered anew")
+        bench.expect(len(await store.get_run_events(run_id)), 1, "the events of a run started anew")
+    await store.register_waiter(run_id, "new", "go")
+    delivery = await store.deliver_signal(run_id, "go", "new", delivery_id="id")
+    found = (delivery.status, delivery.step_key)
+    sentence = "a delivery_id from before is forgotten with its run"
+    bench.expect(found, (SignalDeliveryStatus.DELIVERED, "new"), sentence)
+
+
+@example("RET-1")
+async def other_runs_stay_to_the_letter(bench: Bench) -> None:
+    """Running and newer runs, derived runs and their keys are left as they are."""
+    store, gone, kept = bench.store, new_id(bench), new_id(bench)
+    await _furnish(bench, gone)
+    derived = await start(bench, source_run_id=gone)
+    await run_step(bench, derived, "charge", StepStatus.FAILED, output_json="out")
+    await store.try_register_idempotency_key(FLOW, "manual", "derived", derived)
+    runs = [derived]
+    cutoff = now(bench) + DAY
+    if bench.clock is not None:
+        cutoff = later(bench, SECOND)
+        await _furnish(bench, kept)
+        runs.append(kept)
+    before = {one: await look_at(bench, one) for one in runs}
+    bench.expect(await told(store.cleanup(cutoff)), 1, "a cleanup of one of several runs")
+    for one in runs:
+        expect_alike(
+            bench, await look_at(bench, one), before[one], "other runs stay as they are at a cleanup"
+        )
+    found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "derived")
+    bench.expect(found, derived, "the key of a run that stays")
+    sources = [run.run_id for run in await store.get_derived_runs(gone)]
+    bench.expect(sources, [derived], "a run whose source was cleaned up stays derived from it")
+    if kept in runs:
+        for key in ("key", "more"):
+            found = await store.find_run_id_by_idempotency_key(FLOW, "manual", f"{key} of {kept}")
+            bench.expect(found, kept, "a key of a completed run that stays")
+        again = await store.deliver_signal(kept, "go", "{}", delivery_id="id")
+        bench.expect(again.step_key, "wait", "a delivery_id of a run that stays is remembered")
+
+
+@check("RET-2")
+async def running_runs_are_never_touched(bench: Bench) -> None:
+    """However old they are, with all that belongs to them; a run that a retry reopened is Running."""
+    store, run_id, reopened = bench.store, await start(bench), await start(bench)
+    for one in (run_id, reopened):
+        await run_step(bench, one, "charge", StepStatus.FAILED)
+        await store.configure_run(one, FLOW, "manual", idempotency_key="key")
+        await store.try_register_idempotency_key(FLOW, "manual", str(one), one)
+    await store.complete_run(reopened, RunStatus.FAILED)
+    later(bench, DAY)
+    await store.retry_step(reopened, "charge")
+    before = await look(bench, run_id, reopened)
+    later(bench, 3650 * DAY)
+    bench.expect(await told(store.cleanup(now(bench) + DAY)), 0, "a cleanup where every run is Running")
+    later(bench, -3650 * DAY)
+    after = await look(bench, run_id, reopened)
+    expect_alike(bench, after, before, "Running runs are never touched")
+    for one in (run_id, reopened):
+        found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(one))
+        bench.expect(found, one, "the key of a Running run")
+
+
+@check("RET-3")
+async def more_runs_than_any_batch_go_in_one_cleanup(bench: Bench) -> None:
+    """However many batches it takes, one call deletes every run that is over and counts each once."""
+    store = bench.store
+    count = bench.profile.of(20, 210, 2500)
+    runs = [new_id(bench) for _ in range(count + 5)]
+
+    async def run(number: int) -> None:
+        await start(bench, run_id=runs[number])
+        if number < count:
+            await store.complete_run(runs[number], RunStatus.SUCCEEDED)
+
+    for at in range(0, len(runs), 50):
+        await asyncio.gather(*(run(number) for number in range(at, min(at + 50, len(runs)))))
+    bench.expect(await told(store.cleanup(now(bench) + DAY)), count, f"a cleanup of {count} completed runs")
+    left = {run.run_id for run in await store.get_runs(take=1000)}
+    bench.expect(left, set(runs[count:]), "the runs that are left: those that are Running")
+
+
+@check("RET-4", needs=[Capability.VIRTUAL_CLOCK])
+async def old_keys_and_controls_without_run_go(bench: Bench) -> None:
+    """Once they are older than the cutoff and at least an hour old; they are not counted."""
+    store, never, stored = bench.store, new_id(bench), new_id(bench)
+    for run_id in (never, stored):
+        await store.try_register_idempotency_key(FLOW, "manual", str(run_id), run_id)
+        await store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
+    made = now(bench)
+    later(bench, HOUR - TICK)
+    await start(bench, run_id=stored)
+    rest = await look_at(bench, stored)
+    for how, cutoff, stays in (
+        ("a microsecond before they are an hour old", made + DAY, True),
+        ("an hour old, not older than the cutoff", made, True),
+        ("an hour old and older than the cutoff", made + TICK, False),
+    ):
+        bench.expect(await told(store.cleanup(cutoff)), 0, "keys and controls without run are not counted")
+        found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(never))
+        bench.expect(found, never if stays else None, f"a key whose run never started, {how}")
+        control = await store.get_run_control(never)
+        bench.expect(control is not None, stays, f"a control record whose run never started is there, {how}")
+        later(bench, TICK)
+    found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(stored))
+    bench.expect(found, stored, "an old key of a stored run stays")
+    sentence = "an old control record of a stored run stays"
+    expect_alike(bench, await look_at(bench, stored), rest, sentence)
+
+
+@check("RET-4")
+async def fresh_keys_and_controls_stay_for_an_hour(bench: Bench) -> None:
+    """Whatever the cutoff, what was registered just now for a run to come is kept."""
+    store, run_id = bench.store, new_id(bench)
+    await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
+    await store.configure_run(run_id, FLOW, "manual")
+    control = await store.get_run_control(run_id)
+    bench.expect(await told(store.cleanup(now(bench) + DAY)), 0, "a cleanup with a cutoff in the future")
+    found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
+    bench.expect(found, run_id, "a fresh key whose run has not started yet")
+    bench.expect(await store.get_run_control(run_id), control, "a fresh control record without run")

@@ -1,0 +1,254 @@
+"""How checks set a scene, and how they look at all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from uuid import UUID
+
+from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
+from flowstore_conformance.history import comparable, literal
+from flowstore_core import (
+    Capability,
+    FlowRunControlRecord,
+    FlowRunDetail,
+    FlowRunRecord,
+    FlowSignalWaiter,
+    FlowStepRecord,
+    FlowStore,
+    FlowStoreError,
+    RunStatus,
+    StepStatus,
+    StoreUnavailableError,
+)
+
+T = TypeVar("T")
+
+FLOW = UUID("f10a0000-0000-4000-8000-000000000001")
+TICK = timedelta(microseconds=1)
+SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
+FAR = datetime(2100, 1, 1, tzinfo=UTC)
+
+RUN_ENDS = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
+STEP_ENDS = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
+OUTCOMES = (*STEP_ENDS, StepStatus.PENDING)
+"""Every status that closes an attempt."""
+
+# Each differs from every other by a detail that one database or another does not see: case, blanks,
+# accents, compositions of one letter, a homoglyph, the code point order beyond the first plane.
+LOOKALIKES = (
+    "key",
+    "Key",
+    "KEY",
+    "key ",
+    " key",
+    "key\n",
+    "k\u0435y",
+    "k\u00e9y",
+    "ke\u0301y",
+    "\u212aey",
+    "k%y",
+    "k_y",
+    "stra\u00dfe",
+    "strasse",
+    "1",
+    "01",
+    "1.0",
+    "\uffff",
+    "\U0001f600",
+)
+
+
+def new_id(bench: Bench) -> UUID:
+    """An id that the seed decides."""
+    return UUID(int=bench.random.getrandbits(128), version=4)
+
+
+def now(bench: Bench) -> datetime:
+    """The store's time: exactly where its clock is the bench's, else about it."""
+    return datetime.now(UTC) if bench.clock is None else bench.clock()
+
+
+def later(bench: Bench, duration: timedelta) -> datetime:
+    """Let time pass where the clock is the bench's; the time that it then is."""
+    if bench.clock is not None:
+        bench.clock.advance(duration)
+    return now(bench)
+
+
+def clock_of(bench: Bench) -> VirtualClock:
+    """The clock, for checks that need VIRTUAL_CLOCK."""
+    if bench.clock is None:
+        raise Inconclusive("this store's time cannot be moved")
+    return bench.clock
+
+
+async def another(bench: Bench, **options: Any) -> FlowStore:
+    """A further store on the namespace; the bench's own where the backend lets one in at a time."""
+    try:
+        return await bench.open(**options)
+    except StoreUnavailableError:
+        # To allow no more than that is open to a backend that several processes cannot share.
+        if Capability.MULTI_PROCESS in bench.capabilities:
+            raise
+        return bench.store
+
+
+async def start(bench: Bench, **given: Any) -> UUID:
+    """Start a run and return its id."""
+    run_id: UUID = given.pop("run_id", None) or new_id(bench)
+    arguments = {"flow_id": FLOW, "flow_name": "orders", "trigger_key": "manual", **given}
+    await bench.store.start_run(run_id=run_id, **arguments)
+    return run_id
+
+
+async def run_step(
+    bench: Bench,
+    run_id: UUID,
+    step_key: str = "charge",
+    status: StepStatus = StepStatus.SUCCEEDED,
+    *,
+    output_json: str | None = None,
+    error_message: str | None = None,
+) -> int:
+    """Start a step, close the attempt and return its number."""
+    attempt = await bench.store.record_step_start(run_id, step_key, "http")
+    await bench.store.record_step_complete(
+        run_id, step_key, status, output_json=output_json, error_message=error_message, attempt=attempt
+    )
+    return attempt
+
+
+async def skip_step(bench: Bench, run_id: UUID, *step_keys: str) -> None:
+    for step_key in step_keys:
+        await bench.store.record_skipped_step(run_id, step_key, "http", "not needed")
+
+
+# What must be there; its absence is the store's, not the suite's
+
+
+def there(value: T | None, what: str) -> T:
+    """A record that must be there."""
+    if value is None:
+        raise Violation(f"{what}: expected a record, got None")
+    return value
+
+
+def only(values: Iterable[T], what: str) -> T:
+    """The one value that must be there."""
+    found = list(values)
+    if len(found) != 1:
+        raise Violation(f"{what}: expected one, got {len(found)}: {literal(found)[:300]}")
+    return found[0]
+
+
+async def the_run(bench: Bench, run_id: UUID) -> FlowRunDetail:
+    return there(await bench.store.get_run_detail(run_id), "get_run_detail of a stored run")
+
+
+async def the_step(bench: Bench, run_id: UUID, step_key: str = "charge") -> FlowStepRecord:
+    """The step as get_run_detail shows it."""
+    detail = await the_run(bench, run_id)
+    steps = [step for step in detail.steps if step.step_key == step_key]
+    step = only(steps, f"step {step_key!r} in get_run_detail")
+    if not step.attempts:
+        raise Violation(f"step {step_key!r} in get_run_detail: expected its attempts, got none")
+    return step
+
+
+async def the_control(bench: Bench, run_id: UUID) -> FlowRunControlRecord:
+    return there(await bench.store.get_run_control(run_id), "get_run_control")
+
+
+async def the_waiter(bench: Bench, run_id: UUID, step_key: str = "wait") -> FlowSignalWaiter:
+    return there(await bench.store.get_waiter(run_id, step_key), f"get_waiter of {step_key!r}")
+
+
+def of(record: object, *names: str) -> dict[str, Any]:
+    """Some fields of a record by name, to be held against a mapping of the same names."""
+    return {name: getattr(record, name, "<no such field>") for name in names}
+
+
+def has(bench: Bench, record: object, sentence: str, **wanted: object) -> None:
+    """Hold some fields of a record, or attributes of an error, against what they should be."""
+    bench.expect(of(record, *wanted), wanted, sentence)
+
+
+def numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
+    """The ids of runs whose ids are small numbers."""
+    return [run.run_id.int for run in runs]
+
+
+async def told(call: Awaitable[object]) -> object:
+    """What a caller is told: an answer, or the name of an error where no error is allowed."""
+    try:
+        return await call
+    except FlowStoreError as error:
+        return f"<{type(error).__name__} raised>"
+
+
+# All of it
+
+
+async def look(bench: Bench, *run_ids: UUID, store: FlowStore | None = None) -> dict[str, Any]:
+    """All that a store shows of some runs, and of all runs together: equal looks, equal stores."""
+    store = store or bench.store
+    can = bench.capabilities
+    shown: dict[str, Any] = {
+        "get_runs": await store.get_runs(take=1000),
+        "get_active_runs": await store.get_active_runs(),
+    }
+    # A fixed moment where time passes by itself, so that two looks compare.
+    as_of = FAR if bench.clock is None else bench.clock()
+    if Capability.DASHBOARD in can:
+        shown["get_runs_page"] = await store.get_runs_page(take=1000)
+        shown["get_statistics"] = await store.get_statistics(as_of=as_of)
+    if Capability.RECOVERY in can:
+        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=1000)
+    if Capability.DEADLINES in can:
+        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=1000)
+    for run_id in run_ids:
+        for read, value in (await look_at(bench, run_id, store=store)).items():
+            shown[f"{read} of {run_id}"] = value
+    return shown
+
+
+async def look_at(bench: Bench, run_id: UUID, *, store: FlowStore | None = None) -> dict[str, Any]:
+    """All that a store shows of one run by its id."""
+    store = store or bench.store
+    can = bench.capabilities
+    shown: dict[str, Any] = {
+        "get_run_detail": await store.get_run_detail(run_id),
+        "get_run_status": await store.get_run_status(run_id),
+        "get_step_statuses": dict(await store.get_step_statuses(run_id)),
+        "get_step_claims": await store.get_step_claims(run_id),
+        "get_claimed_step_keys": await store.get_claimed_step_keys(run_id),
+        "get_dispatches": await store.get_dispatches(run_id),
+        "get_dispatched_step_keys": await store.get_dispatched_step_keys(run_id),
+        "get_run_control": await store.get_run_control(run_id),
+        "get_derived_runs": await store.get_derived_runs(run_id),
+    }
+    if Capability.WAITERS in can:
+        shown["get_waiters"] = await store.get_waiters(run_id)
+    if Capability.OUTPUTS in can:
+        shown["get_outputs"] = dict(await store.get_outputs(run_id))
+    if Capability.EVENTS in can:
+        shown["get_run_events"] = await store.get_run_events(run_id, take=1000)
+    return shown
+
+
+def expect_alike(bench: Bench, after: Mapping[str, Any], before: Mapping[str, Any], sentence: str) -> None:
+    """Hold two looks against each other, times to the microsecond, and name what differs."""
+    bench.exercised += 1
+    for read, was in before.items():
+        if comparable(after[read]) != comparable(was):
+            raise Violation(f"{sentence}: expected {read} {_short(was)}, got {_short(after[read])}")
+
+
+def _short(value: object) -> str:
+    text = literal(value)
+    return text if len(text) <= 500 else f"{text[:500]}..."

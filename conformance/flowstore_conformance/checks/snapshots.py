@@ -1,0 +1,272 @@
+"""Readers beside writers: what they are told is never torn, and nothing later changes it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.bench import Bench, Inconclusive, Violation
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.history import comparable
+from flowstore_core import Capability, FlowRunDetail, FlowStepRecord, FlowStore, RunStatus, StepStatus
+
+Work = Coroutine[Any, Any, None]
+
+FLOW = UUID(int=0xF10)
+FEWEST = 20
+"""Reads, of which fewer that met a moving run say nothing."""
+
+
+@check("QRY-3", "RUN-2", "STP-1", "STP-6", kind=Kind.SNAPSHOT)
+async def details_are_never_torn(bench: Bench) -> None:
+    """get_run_detail beside writers shows run, steps and attempts as they were at one moment."""
+    stores = [bench.store, *await bench.open_many(2)]
+    rounds = bench.profile.of(6, 24, 400)
+    runs = [UUID(int=number) for number in (1, 2, 3)]
+    """Of each writer, the run that it is at."""
+    seen: set[object] = set()
+
+    async def write(number: int) -> None:
+        store = stores[number % len(stores)]
+        for count in range(rounds):
+            # A new run now and then, since attempts pile up with each life of a run.
+            if count % 3 == 0:
+                run_id = UUID(int=(number + 1 << 32) + count)
+                await store.start_run(FLOW, "snapshots", run_id, "t")
+                runs[number] = run_id
+            await _one_life(store, runs[number])
+
+    async def read(store: FlowStore, run_id: UUID) -> None:
+        detail = await store.get_run_detail(run_id)
+        if detail is None:
+            return
+        if problem := torn(detail):
+            raise Violation(f"get_run_detail shows a torn run: {problem}")
+        bench.exercised += 1
+        seen.add(comparable(detail, times=False))
+
+    async def watch(number: int) -> None:
+        generator = random.Random(f"{bench.seed}/{number}")
+        while True:
+            await read(generator.choice(stores), generator.choice(runs))
+            await asyncio.sleep(0)
+
+    await _beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
+    if len(seen) < min(FEWEST, rounds):
+        raise Inconclusive(f"the readers met only {len(seen)} different states")
+
+
+async def _one_life(store: FlowStore, run_id: UUID) -> None:
+    """Two steps that fail once and then succeed, the run that ends with them, and retries that reopen it.
+
+    At every moment the run is Succeeded only while both steps are.
+    """
+    for key in ("a", "b"):
+        attempt = await store.record_step_start(run_id, key, "s", input_json=f"{key} in")
+        await _turn()
+        await store.record_step_complete(run_id, key, StepStatus.FAILED, error_message="no", attempt=attempt)
+        await _turn()
+        attempt = await store.record_step_start(run_id, key, "s")
+        await _turn()
+        await store.record_step_complete(
+            run_id, key, StepStatus.SUCCEEDED, output_json=f"{attempt}", attempt=attempt
+        )
+        await _turn()
+    expected = dict.fromkeys(("a", "b"), StepStatus.SUCCEEDED)
+    if not await store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected):
+        raise Violation("complete_run refused a run whose steps were all as expected", clause="RUN-2")
+    await _turn()
+    for key in ("b", "a"):
+        await store.retry_step(run_id, key)
+        await _turn()
+
+
+async def _turn() -> None:
+    """Let the readers look: a store's operations may never do."""
+    await asyncio.sleep(0)
+
+
+def torn(detail: FlowRunDetail) -> str | None:
+    """What in a run's detail cannot have been so at one moment."""
+    if (detail.completed_at is not None) != detail.status.is_terminal:
+        return f"the run is {detail.status.value} with completed_at {detail.completed_at}"
+    for step in detail.steps:
+        if problem := _torn_step(step):
+            return f"step {step.step_key!r} {problem}"
+        if detail.status.is_terminal and step.status is not StepStatus.SUCCEEDED:
+            return (
+                f"the run is {detail.status.value}, which it is only while all steps are Succeeded, "
+                f"and step {step.step_key!r} is {step.status.value}"
+            )
+    return None
+
+
+def _torn_step(step: FlowStepRecord) -> str | None:
+    numbers = [attempt.attempt for attempt in step.attempts]
+    if numbers != list(range(1, len(numbers) + 1)) or not numbers:
+        return f"has attempts numbered {numbers}"
+    if still_open := [one.attempt for one in step.attempts[:-1] if one.completed_at is None]:
+        return f"has attempt {still_open[0]} open, which is not its last"
+    last = step.attempts[-1]
+    if (last.completed_at is None) != (last.status is StepStatus.RUNNING):
+        return f"has attempt {last.attempt} {last.status.value} with completed_at {last.completed_at}"
+    if step.attempt_count == len(numbers) + 1 and step.status is StepStatus.PENDING:
+        # Reopened: its next attempt is counted and has not begun.
+        left = (step.output_json, step.error_message, step.completed_at)
+        return f"was reopened and still shows {left}" if left != (None, None, None) else None
+    if step.attempt_count != len(numbers):
+        return f"counts {step.attempt_count} attempts, and {len(numbers)} are listed"
+    own = (step.status, step.output_json, step.error_message)
+    newest = (last.status, last.output_json, last.error_message)
+    if own != newest:
+        return f"shows {own}, and its newest attempt {newest}"
+    if (step.completed_at is not None) != step.status.is_terminal:
+        return f"is {step.status.value} with completed_at {step.completed_at}"
+    return None
+
+
+@check("QRY-3", "QRY-1", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT)
+async def pages_agree_with_their_counts(bench: Bench) -> None:
+    """get_runs_page beside writers takes its rows and its count from one moment."""
+    stores = [bench.store, *await bench.open_many(2)]
+    rounds = bench.profile.of(8, 60, 600)
+    totals: set[int] = set()
+
+    async def write(number: int) -> None:
+        store = stores[number % len(stores)]
+        for count in range(rounds):
+            run_id = UUID(int=(number << 32) + count + 1)
+            await store.start_run(FLOW, "snapshots", run_id, "t")
+            if count % 2:
+                await store.complete_run(run_id, RunStatus.FAILED)
+            if count % 16 == 15 and bench.clock is not None:
+                await store.cleanup(bench.clock.now + timedelta(days=1))
+            await _turn()
+
+    async def watch(number: int) -> None:
+        generator = random.Random(f"{bench.seed}/{number}")
+        while True:
+            status = generator.choice((None, None, RunStatus.RUNNING, RunStatus.FAILED))
+            skip, take = generator.choice(((0, 1000), (0, 3), (2, 1000)))
+            page = await generator.choice(stores).get_runs_page(
+                FLOW,
+                status=status,
+                skip=skip,
+                take=take,
+            )
+            _judge_page(bench, page.total_count, [run.status.value for run in page.runs], status, skip, take)
+            order = [(run.started_at, run.run_id.bytes) for run in page.runs]
+            if order != sorted(set(order), reverse=True):
+                message = "get_runs_page lists runs twice, or not by started_at and run_id descending"
+                raise Violation(message, clause="QRY-1")
+            totals.add(page.total_count)
+            await asyncio.sleep(0)
+
+    await _beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
+    if len(totals) < min(FEWEST, rounds) // 2:
+        raise Inconclusive(f"the readers met only {len(totals)} different counts")
+
+
+def _judge_page(
+    bench: Bench, total: int, statuses: list[str], status: RunStatus | None, skip: int, take: int
+) -> None:
+    bench.exercised += 1
+    fitting = min(take, max(0, total - skip))
+    if len(statuses) != fitting:
+        raise Violation(
+            f"get_runs_page(skip={skip}, take={take}) counts {total} runs beside a page of {len(statuses)}, "
+            f"where {fitting} belong to such a count"
+        )
+    if status is not None and set(statuses) - {status.value}:
+        raise Violation(f"get_runs_page(status={status.value!r}) lists runs that are {sorted(set(statuses))}")
+
+
+@check("RUN-3", kind=Kind.SNAPSHOT)
+async def records_stay_as_they_were_told(bench: Bench) -> None:
+    """No record that was returned changes, whatever is written afterwards."""
+    kept: list[tuple[str, object, object]] = []
+    for number in range(bench.profile.of(2, 5, 20)):
+        run_id = UUID(int=1 + number)
+        store = bench.store
+        kept.append(_kept("start_run", await store.start_run(FLOW, "snapshots", run_id, "t")))
+        for write in _writes(store, run_id):
+            await write()
+            for name, ask in _reads(store, run_id, bench.capabilities):
+                kept.append(_kept(name, await ask()))
+    for name, record, before in kept:
+        bench.expect_that(
+            comparable(record) == before,
+            f"what {name} returned must never change, and it did after later writes",
+        )
+
+
+def _kept(name: str, record: object) -> tuple[str, object, object]:
+    return name, record, comparable(record)
+
+
+def _writes(store: FlowStore, run_id: UUID) -> list[Callable[[], Awaitable[object]]]:
+    """A life in which everything that can be seen of a run changes."""
+    failed: dict[str, object] = {"status": "Failed", "error_message": "no", "attempt": 1}
+    calls: list[tuple[str, dict[str, object]]] = [
+        ("try_record_dispatch", {"step_key": "a"}),
+        ("annotate_dispatch", {"step_key": "a", "job_id": "job"}),
+        ("try_claim_step", {"step_key": "a", "owner": "one"}),
+        ("record_step_start", {"step_key": "a", "step_type": "s", "owner": "one"}),
+        ("register_waiter", {"step_key": "a", "signal_name": "go"}),
+        ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}),
+        ("record_step_complete", {"step_key": "a", **failed}),
+        ("record_skipped_step", {"step_key": "b", "step_type": "s"}),
+        ("request_cancel", {"reason": "enough"}),
+        ("complete_run", {"status": "Failed"}),
+        ("retry_step", {"step_key": "a", "reset": ["b"]}),
+        ("remove_waiter", {"step_key": "a"}),
+    ]
+    return [lambda m=m, a=a: getattr(store, m)(run_id=run_id, **a) for m, a in calls]  # type: ignore[misc]
+
+
+def _reads(
+    store: FlowStore, run_id: UUID, capabilities: frozenset[Capability]
+) -> list[tuple[str, Callable[[], Awaitable[object]]]]:
+    of_run = [
+        "get_run_detail",
+        "get_step_statuses",
+        "get_step_claims",
+        "get_claimed_step_keys",
+        "get_dispatches",
+        "get_dispatched_step_keys",
+        "get_run_control",
+    ]
+    if Capability.WAITERS in capabilities:
+        of_run.append("get_waiters")
+    reads: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+        (name, lambda name=name: getattr(store, name)(run_id))  # type: ignore[misc]
+        for name in of_run
+    ]
+    reads.append(("get_waiter", lambda: store.get_waiter(run_id, "a")))
+    reads.append(("get_runs", lambda: store.get_runs()))
+    reads.append(("get_active_runs", lambda: store.get_active_runs()))
+    if Capability.DASHBOARD in capabilities:
+        reads.append(("get_runs_page", lambda: store.get_runs_page()))
+    return reads
+
+
+async def _beside(writers: Sequence[Work], readers: Sequence[Work]) -> None:
+    """Run readers until the writers have ended; whatever goes wrong in either goes up."""
+    reading = [asyncio.create_task(reader) for reader in readers]
+    writing: asyncio.Future[Any] = asyncio.gather(*writers)
+    try:
+        # A reader ends only by going wrong.
+        await asyncio.wait([writing, *reading], return_when=asyncio.FIRST_COMPLETED)
+        for task in reading:
+            if task.done():
+                task.result()
+        await writing
+    finally:
+        for task in reading:
+            task.cancel()
+        writing.cancel()
+        await asyncio.gather(writing, *reading, return_exceptions=True)

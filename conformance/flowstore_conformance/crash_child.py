@@ -1,0 +1,109 @@
+"""The process that the crash checks kill: it writes without end, and says what was acknowledged.
+
+``python -m flowstore_conformance.crash_child URL SEED WORKERS`` opens the store, says ``ready``, waits for
+a line on stdin, and then each worker makes the calls of its own script, run after run. For each call that
+returned it writes ``worker number`` in one line; one that raised it writes with the error's name behind it.
+The parent knows the scripts, so numbers are enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from uuid import UUID
+
+from flowstore_conformance.history import Call
+from flowstore_conformance.observation import ask
+from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
+
+FLOW_ID = UUID(int=0xC4A54)
+LATER = datetime(2099, 1, 1, tzinfo=UTC)
+
+
+def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iterator[Call]:
+    """The calls of one worker, without end: short runs, each written to by nobody else.
+
+    Every call changes something, and none of them depends on the time.
+    """
+    chance = random.Random(f"{seed}/{worker}")
+    while True:
+        yield from _one_run(chance, capabilities)
+
+
+def run_of(call: Call) -> UUID:
+    run_id = call.arguments["run_id"]
+    assert isinstance(run_id, UUID)
+    return run_id
+
+
+def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
+    run_id = UUID(int=chance.getrandbits(128))
+    key = {"idempotency_key": f"key of {run_id}"}
+    new = {"flow_id": FLOW_ID, "flow_name": "crash", "run_id": run_id, "trigger_key": "manual"}
+
+    def on(method: str, **arguments: object) -> Call:
+        return Call(method=method, arguments={"run_id": run_id, **arguments})
+
+    if Capability.TRIGGER in capabilities:
+        yield Call(method="trigger_run", arguments={**new, **key, "timeout_at": LATER})
+    else:
+        where = {name: value for name, value in new.items() if name != "flow_name"}
+        yield Call(method="try_register_idempotency_key", arguments={**where, **key})
+        yield Call(method="start_run", arguments=new)
+        yield Call(method="configure_run", arguments={**where, **key, "timeout_at": LATER})
+    for step_key in ("a", "b"):
+        step = {"step_key": step_key}
+        owner = {"owner": f"owner of {step_key}"}
+        yield on("try_record_dispatch", **step)
+        yield on("annotate_dispatch", **step, job_id="job 1")
+        yield on("try_claim_step", **step, **owner)
+        yield on("record_step_start", **step, step_type="http", input_json="{ }", **owner)
+        if step_key == "a" and Capability.RECOVERY in capabilities:
+            yield on("reschedule_step", **step, attempt=1, output_json="1", due_at=LATER)
+            yield on("record_step_start", **step, step_type="http")
+        if Capability.OUTPUTS in capabilities:
+            yield on("save_output", key=step_key, value_json=str(chance.random()))
+        if Capability.EVENTS in capabilities:
+            yield on("append_event", event_type="done", step_key=step_key)
+        if step_key == "a":
+            yield on("record_step_complete", **step, status="Succeeded", output_json="[1]")
+    yield on("record_step_complete", step_key="b", status="Failed", error_message="no")
+    yield on("register_waiter", step_key="c", signal_name="go")
+    yield on("deliver_signal", signal_name="go", payload_json="{}", delivery_id="d")
+    yield on("record_skipped_step", step_key="c", step_type="http", reason="b failed", owner="o")
+    yield on("request_cancel", reason="enough")
+    yield on("complete_run", status="Failed")
+    yield on("retry_step", step_key="b", attempt=1, reset=["c"])
+
+
+def _say(line: str) -> None:
+    # Past every buffer of this process: what was said stays said when it is killed.
+    os.write(1, f"{line}\n".encode())
+
+
+async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
+    for number, call in enumerate(calls):
+        try:
+            await ask(store, call)
+        except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
+            what = type(error).__name__ if isinstance(error, FlowStoreError) else f"!{type(error).__name__}"
+            _say(f"{worker} {number} {what}")
+            return
+        _say(f"{worker} {number}")
+
+
+async def main(url: str, seed: int, workers: int) -> None:
+    async with open_store(url) as store:
+        capabilities = store.capabilities
+        _say("ready")
+        await asyncio.to_thread(sys.stdin.readline)
+        calls = [script(seed, worker, capabilities) for worker in range(workers)]
+        await asyncio.gather(*(_write(store, own, worker) for worker, own in enumerate(calls)))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

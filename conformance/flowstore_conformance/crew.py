@@ -1,0 +1,118 @@
+"""The worker processes of a check, and a runner that has them race."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from flowstore_conformance.bench import Bench, Inconclusive, VirtualClock
+from flowstore_conformance.racing import Done, Job, Phase, Race, Run, assemble, phases_of
+from flowstore_conformance.wire import pack, pack_job, read_line, unpack_done, write_line
+
+START_SECONDS = 60.0
+HEAD_START = 0.002
+"""Between the order to go and the moment to go, so that every process has heard it."""
+END_SECONDS = 10.0
+
+
+class Worker:
+    """One process of the crew."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+
+    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Say something and wait for the answer. Raises Inconclusive when the process has died."""
+        try:
+            self._stdin.write(write_line(message))
+            await self._stdin.drain()
+            line = await self._stdout.readline()
+        except ConnectionError:
+            line = b""
+        if not line:
+            raise Inconclusive("a worker process died; it told on stderr why")
+        return read_line(line)
+
+    async def end(self) -> None:
+        """Let it close its store and end; kill it when it does not."""
+        self._stdin.close()
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+@asynccontextmanager
+async def open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
+    """Worker processes with a store each on the bench's namespace; they end with the context."""
+    workers: list[Worker] = []
+    try:
+        for _ in range(count):
+            # One by one, so that those which were started end when another cannot be.
+            workers.append(await _spawn())  # noqa: PERF401
+        order = {"open": bench.url, "clock": bench.clock is not None}
+        async with asyncio.timeout(START_SECONDS):
+            await asyncio.gather(*(worker.ask(order) for worker in workers))
+        yield ProcessRunner(workers, bench.clock)
+    finally:
+        await asyncio.gather(*(worker.end() for worker in workers))
+
+
+async def _spawn() -> Worker:
+    # The worker finds plugins where the harness found them, be it a folder that was put on sys.path.
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return Worker(
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "flowstore_conformance.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            limit=1 << 26,
+        )
+    )
+
+
+class ProcessRunner:
+    """Runs races over processes: clients of one race are in different ones, as far as there are."""
+
+    def __init__(self, workers: Sequence[Worker], clock: VirtualClock | None) -> None:
+        self._workers = workers
+        self._clock = clock
+
+    async def run(self, races: Sequence[Race]) -> list[Run]:
+        done = []
+        for phase in phases_of(races):
+            if self._clock is not None:
+                self._clock.advance(phase.jump)
+            done.append(await self._phase(phase))
+        return assemble(races, done, one_loop=False)
+
+    async def _phase(self, phase: Phase) -> list[Done]:
+        now = self._clock.now if self._clock is not None else datetime.now().astimezone()
+        # A race's clients go round the processes; races begin at different ones, and so do setups and looks.
+        places: list[list[Job]] = [[] for _ in self._workers]
+        for job in phase.jobs:
+            places[(job.race + job.client) % len(places)].append(job)
+        orders = [{"now": pack(now), "jobs": [pack_job(job) for job in place]} for place in places]
+        await asyncio.gather(*(w.ask(order) for w, order in zip(self._workers, orders, strict=True)))
+        at = time.monotonic() + HEAD_START
+        answers = await asyncio.gather(*(worker.ask({"at": at}) for worker in self._workers))
+        return [
+            unpack_done(packed, job.client, now)
+            for place, answer in zip(places, answers, strict=True)
+            for job, packed in zip(place, answer["done"], strict=True)
+        ]

@@ -1,0 +1,146 @@
+"""The guard of the user's data: checks work in scratch namespaces alone, and only in empty ones."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+from flowstore_core import (
+    Backend,
+    Capability,
+    ConfigurationError,
+    FlowStore,
+    FlowStoreError,
+    NotSupportedError,
+    SchemaVersionError,
+    StoreConfig,
+    StoreUnavailableError,
+    open_store,
+)
+from flowstore_core.config import redact
+
+
+class Refused(ConfigurationError):  # noqa: N818 - says what the suite did
+    """The suite will not work in a namespace, because it may be somebody's."""
+
+
+class NoNamespace(Exception):  # noqa: N818 - says that nothing can be said, not that the store is wrong
+    """The backend's ``scratch`` failed while checks were running."""
+
+
+class GuardedBackend:
+    """A backend whose ``scratch`` never hands out the user's own URL, nor one namespace to two at once."""
+
+    def __init__(self, backend: Backend, url: str) -> None:
+        self.name = backend.name
+        self.schemes = backend.schemes
+        self.capabilities = backend.capabilities
+        self.options = backend.options
+        self.contract_version = backend.contract_version
+        self._backend = backend
+        self._url = url
+        self._in_use: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        # The optional members of a backend, such as schema_version.
+        return getattr(self._backend, name)
+
+    def open(self, config: StoreConfig) -> Any:
+        return self._backend.open(config)
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        async with AsyncExitStack() as stack:
+            try:
+                fresh = await stack.enter_async_context(self._backend.scratch(url))
+            except Exception as error:
+                raise NoNamespace(f"no scratch namespace: {_tell(error)}") from error
+            if fresh == self._url:
+                raise Refused(
+                    f"refused: scratch() of backend {self.name!r} gave the URL it was asked for, "
+                    f"{redact(fresh)}, instead of a fresh namespace beside it"
+                )
+            if fresh in self._in_use:
+                raise Refused(f"refused: scratch() of backend {self.name!r} gave one namespace twice")
+            self._in_use.add(fresh)
+            try:
+                yield fresh
+            finally:
+                self._in_use.discard(fresh)
+
+
+async def guard(backend: Backend, url: str) -> GuardedBackend:
+    """Make a namespace once, see that it is empty, drop it, and return the backend with its guard.
+
+    Raises Refused, a ConfigurationError, when it is not a fresh and empty one, or when that cannot be
+    seen; StoreUnavailableError and ConfigurationError as the backend raises them.
+    """
+    guarded = GuardedBackend(backend, url)
+    try:
+        async with guarded.scratch(url) as fresh, open_store(fresh) as store:
+            if found := await _holds(store):
+                raise Refused(
+                    f"refused: the namespace that scratch() of backend {backend.name!r} made, "
+                    f"{redact(fresh)}, is not empty: {found}. Nothing was changed"
+                )
+    except NoNamespace as error:
+        cause = error.__cause__
+        if isinstance(cause, (ConfigurationError, StoreUnavailableError)):
+            raise cause from None
+        raise ConfigurationError(f"backend {backend.name!r} makes {error}") from cause
+    except (ConfigurationError, SchemaVersionError, StoreUnavailableError):
+        raise
+    except Exception as error:
+        raise Refused(
+            f"refused: whether the scratch namespace is empty cannot be seen, because {_tell(error)}"
+        ) from error
+    return guarded
+
+
+async def _holds(store: FlowStore) -> str | None:
+    """What a namespace holds, in words; None when it is empty.
+
+    Operations that the backend does not offer yet are passed over; one that lists runs must answer.
+    """
+    unknown, seen = uuid4(), 0
+    asks: tuple[tuple[bool, str, Callable[[], Awaitable[object]]], ...] = (
+        (True, "get_runs", lambda: store.get_runs(take=1)),
+        (True, "get_active_runs", lambda: store.get_active_runs(take=1)),
+        (True, "get_statistics", lambda: _count_runs(store)),
+        (False, "get_run_detail", lambda: store.get_run_detail(unknown)),
+        (False, "get_run_control", lambda: store.get_run_control(unknown)),
+        (False, "get_step_statuses", lambda: store.get_step_statuses(unknown)),
+        (False, "get_step_claims", lambda: store.get_step_claims(unknown)),
+        (False, "get_dispatches", lambda: store.get_dispatches(unknown)),
+        (
+            False,
+            "find_run_id_by_idempotency_key",
+            lambda: store.find_run_id_by_idempotency_key(unknown, "any", str(unknown)),
+        ),
+    )
+    for lists_runs, name, ask in asks:
+        try:
+            answer = await ask()
+        except NotSupportedError:
+            continue
+        if answer:
+            return f"{name} finds something{'' if lists_runs else ' for an id that was made up just now'}"
+        seen += lists_runs
+    if not seen:
+        raise Refused("refused: the backend has no operation yet that shows whether a namespace is empty")
+    return None
+
+
+async def _count_runs(store: FlowStore) -> int:
+    if Capability.DASHBOARD not in store.capabilities:
+        raise NotSupportedError(store.backend, Capability.DASHBOARD, "get_statistics")
+    statistics = await store.get_statistics()
+    return statistics.total_flows + statistics.active_runs + (await store.get_runs_page(take=1)).total_count
+
+
+def _tell(error: BaseException) -> str:
+    """An error in words; of one that is not the contract's only the name, since its text may hold secrets."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, FlowStoreError) else f"{name} surfaced"

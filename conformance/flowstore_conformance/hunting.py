@@ -1,0 +1,289 @@
+"""Hunting for races that no order of their calls explains, and making one that was found small."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from flowstore_conformance.bench import Bench, Inconclusive, Violation
+from flowstore_conformance.calls import METHODS
+from flowstore_conformance.execution import is_foreign
+from flowstore_conformance.history import Call, Operation, Raised
+from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
+from flowstore_conformance.listing import Listed, answer_text, concurrent_program
+from flowstore_conformance.racing import Race, Run, Runner
+from flowstore_conformance.themes import Drawing, Theme
+
+SHRINK_SECONDS = 6.0
+TRIES = 24
+"""How often a smaller race is run before it is taken to be too small."""
+LEAST_OVERLAP = 0.2
+"""The share of races in which calls must have overlapped for a check to have looked closely."""
+MOST_UNAVAILABLE = 0.05
+"""The share of calls that a store may refuse as unavailable before nothing can be said of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much work one hunt is."""
+
+    volleys: int
+    races: int
+    """In a volley."""
+    seconds: float
+    """After so long no new volley begins, unless nothing overlapped yet."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    races: int = 0
+    overlapped: int = 0
+    calls: int = 0
+    unavailable: int = 0
+
+    def add(self, run: Run) -> None:
+        self.races += 1
+        self.overlapped += run.overlapping > 0
+        self.calls += len(run.history.operations) + run.unavailable
+        self.unavailable += run.unavailable
+
+
+async def hunt(bench: Bench, theme: Theme, runner: Runner, effort: Effort) -> None:
+    """Run drawn races of a theme; Violation with the smallest race that shows one.
+
+    Raises Inconclusive when too few of them overlapped, when the store refused too much, or when a
+    history stayed undecided.
+    """
+    tally, begun, volley = _Tally(), time.monotonic(), 0
+    limit = effort.volleys
+    while volley < limit:
+        count = 1 if theme.alone else effort.races
+        runs = await runner.run(_draw(bench, theme, count))
+        for run in runs:
+            tally.add(run)
+            verdict = judge(bench, run)
+            bench.exercised += 1
+            if verdict is not None:
+                raise await _explain(bench, theme, runner, run, verdict)
+        volley += 1
+        seconds = time.monotonic() - begun
+        if seconds > effort.seconds and volley >= 3:
+            break
+        if volley == limit and _overlap(tally) < LEAST_OVERLAP and limit < 4 * effort.volleys:
+            # Perhaps the machine was busy with other things.
+            limit *= 2
+    if _overlap(tally) < LEAST_OVERLAP:
+        raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races")
+    if tally.unavailable > MOST_UNAVAILABLE * tally.calls:
+        raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
+
+
+def _overlap(tally: _Tally) -> float:
+    return tally.overlapped / tally.races
+
+
+def _draw(bench: Bench, theme: Theme, count: int) -> list[Race]:
+    now = datetime.now(UTC) if bench.clock is None else bench.clock.now
+    races = []
+    for _ in range(count):
+        drawing = Drawing(generator=bench.random, capabilities=bench.capabilities, now=now)
+        race = _offered(theme.draw(drawing), bench).scheduled(bench.random)
+        races.append(race.on_fresh_ids(bench.random))
+    return races
+
+
+def _offered(race: Race, bench: Bench) -> Race:
+    """The race without calls that the backend does not offer."""
+
+    def keep(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+        needs = ((call, METHODS[call.method].needs) for call in calls)
+        return tuple(call for call, need in needs if need is None or need in bench.capabilities)
+
+    return replace(
+        race,
+        setup=keep(race.setup),
+        clients=tuple(map(keep, race.clients)),
+        final=keep(race.final),
+    )
+
+
+def judge(bench: Bench, run: Run, budget: int = DEFAULT_BUDGET) -> Verdict | None:
+    """The verdict on a race that breaks the contract; None for one that does not.
+
+    Raises Inconclusive when the search ran out of its budget, ten times over.
+    """
+    foreign = [one for one in run.history.operations if is_foreign(one.outcome)]
+    if foreign:
+        return Verdict(answer=Answer.VIOLATION, states=0, unplaced=tuple(foreign))
+    verdict = check_history(run.history, times=bench.times, budget=budget)
+    if verdict.answer is Answer.UNDECIDED:
+        verdict = check_history(run.history, times=bench.times, budget=10 * budget)
+    if verdict.answer is Answer.UNDECIDED:
+        raise Inconclusive(
+            f"no verdict on a race of {len(run.history.operations)} calls within {budget} states"
+        )
+    return verdict if verdict.answer is Answer.VIOLATION else None
+
+
+# Telling
+
+
+async def _explain(bench: Bench, theme: Theme, runner: Runner, run: Run, verdict: Verdict) -> Violation:
+    smallest = await _Shrinking(bench, theme, runner, run, verdict).run()
+    return _violation(bench, theme, smallest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    run: Run
+    verdict: Verdict
+    struck: int
+    tried: int
+
+
+def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
+    run, verdict = found.run, found.verdict
+    clause, cause = theme.clauses[0], None
+    message = theme.tell(run.history) or _no_order(verdict)
+    surfaced = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
+    if surfaced and isinstance(surfaced[0], Raised):
+        clause, cause = "CON-2", surfaced[0].exception
+        method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
+        message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
+    message = f"{message} (struck in {found.struck} of {found.tried} runs of this race)"
+    violation = Violation(
+        message,
+        clause=clause,
+        program=_program(bench, run, f"{clause}: {message}"),
+        history=run.history,
+        verdict=verdict,
+    )
+    violation.__cause__ = cause
+    return violation
+
+
+def _no_order(verdict: Verdict) -> str:
+    """In words: where the search got stuck."""
+    parts = [
+        f"{one.call.method} of {_client(one)} gave {_brief(answer_text(one.outcome))}"
+        f" where only {_brief(answer_text(right))} is right"
+        for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
+    ]
+    done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])
+    after = f"after {done}, " if done else ""
+    return f"no order of these calls explains their answers: {after}{'; and '.join(parts[:3])}"
+
+
+def _client(one: Operation) -> str:
+    return f"client {one.client}" if one.client >= 0 else "the one before" if one.client == -1 else "a reader"
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _program(bench: Bench, run: Run, title: str) -> str:
+    race = run.race
+    answers = "\n".join(
+        f"    {_client(one)}: {one.call.method}: {_brief(answer_text(one.outcome))}"
+        for one in run.history.operations
+    )
+    start = run.history.operations[0].now if run.history.operations else datetime.now(UTC)
+    phases = [
+        Listed(timedelta(0), [race.setup]),
+        Listed(race.jump, race.clients),
+        Listed(timedelta(0), [race.final]),
+    ]
+    title = (
+        f"{title}\n\nSeen, by the time each call began, and no order of these calls explains it:\n\n{answers}"
+    )
+    return concurrent_program(title, start, phases, race.ids, clock=bench.clock is not None)
+
+
+# Shrinking
+
+
+class _Shrinking:
+    """Runs smaller races many times, and keeps one that strikes too."""
+
+    def __init__(self, bench: Bench, theme: Theme, runner: Runner, run: Run, verdict: Verdict) -> None:
+        self._bench = bench
+        self._theme = theme
+        self._runner = runner
+        self._best = _Found(run=run, verdict=verdict, struck=1, tried=1)
+        self._until = time.monotonic() + SHRINK_SECONDS
+        self._generator = random.Random(f"{bench.seed}/smaller")
+
+    async def run(self) -> _Found:
+        smaller = True
+        while smaller:
+            smaller = False
+            for race in _smaller(self._best.run.race):
+                if time.monotonic() > self._until:
+                    return self._best
+                found = await self._try(race)
+                if found is not None:
+                    self._best, smaller = found, True
+                    break
+        return self._best
+
+    async def _try(self, race: Race) -> _Found | None:
+        """Run a race many times over; the last that struck."""
+        struck, tried, last = 0, 0, None
+        size = 1 if self._theme.alone else 8
+        while tried < TRIES and (last is None or tried < 8):
+            races = [race.on_fresh_ids(self._generator) for _ in range(size)]
+            runs = await self._runner.run([self._later(each) for each in races])
+            for run in runs:
+                tried += 1
+                try:
+                    verdict = judge(self._bench, run, 20_000)
+                except Inconclusive:
+                    continue
+                if verdict is not None:
+                    struck, last = struck + 1, (run, verdict)
+        if last is None:
+            return None
+        return _Found(run=last[0], verdict=last[1], struck=struck, tried=tried)
+
+    def _later(self, race: Race) -> Race:
+        """The race at the clock's present time: moments that it names lie as far ahead as they did."""
+        if self._bench.clock is None:
+            return race
+        gone = self._bench.clock.now - self._best.run.history.operations[0].now
+
+        def shift(call: Call) -> Call:
+            arguments = {
+                name: value + gone if isinstance(value, datetime) else value
+                for name, value in call.arguments.items()
+            }
+            return replace(call, arguments=arguments)
+
+        return race.changed(shift)
+
+
+def _smaller(race: Race) -> Iterator[Race]:
+    """Races with a client, a call or an argument less."""
+    plain = replace(race, order=(), yields=())
+    if len(race.clients) > 2:
+        for index in range(len(race.clients)):
+            yield replace(plain, clients=_without(race.clients, index))
+    for index, calls in enumerate(race.clients):
+        for number in range(len(calls)):
+            if len(calls) > 1:
+                shorter = (*race.clients[:index], _without(calls, number), *race.clients[index + 1 :])
+                yield replace(plain, clients=shorter)
+    for number in reversed(range(1, len(race.setup))):
+        yield replace(race, setup=_without(race.setup, number))
+    for number in range(len(race.final)):
+        if len(race.final) > 1:
+            yield replace(race, final=_without(race.final, number))
+    if race.order:
+        yield plain
+
+
+def _without(items: tuple, index: int) -> tuple:  # type: ignore[type-arg]
+    return (*items[:index], *items[index + 1 :])

@@ -1,0 +1,144 @@
+"""The options of the suite under pytest, and what they ask for.
+
+A conftest inside an installed package is read too late to add options to ``pytest --pyargs``. So this is a
+plugin, which only ``-p flowstore_conformance.options`` loads, never pytest by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from flowstore_conformance.bench import Profile
+from flowstore_conformance.checks.registry import Check
+from flowstore_conformance.guard import GuardedBackend, guard
+from flowstore_conformance.report import CheckResult, Report
+from flowstore_conformance.suite import (
+    new_seed,
+    read_profile,
+    run_check,
+    select_checks,
+    strike_again,
+    versions,
+)
+from flowstore_core import FlowStoreError
+from flowstore_core.config import URL_VARIABLE, read_scheme, redact
+from flowstore_core.plugins import find_backend
+
+PACKAGE = "flowstore_conformance"
+
+NO_URL = (
+    f"the conformance suite needs to know which store to check: pytest -p {PACKAGE}.options "
+    f"--pyargs {PACKAGE} --flowstore-url=URL, or set {URL_VARIABLE}; "
+    "it works only in scratch namespaces beside that store"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What a session of pytest checks, and how."""
+
+    url: str
+    backend: GuardedBackend
+    profile: Profile
+    seed: int
+    checks: Sequence[Check]
+    versions: dict[str, str]
+
+    def examine(self, check: Check) -> tuple[CheckResult, Report]:
+        """Run one check; its result, and a report that holds it alone."""
+        started_at = datetime.now(UTC)
+        result = asyncio.run(self._examine(check))
+        report = Report(
+            backend=self.backend.name,
+            url=redact(self.url),
+            capabilities=tuple(sorted(self.backend.capabilities)),
+            profile=self.profile.value,
+            seed=self.seed,
+            started_at=started_at,
+            seconds=result.seconds,
+            results=(result,),
+            versions=self.versions,
+            selected=check.clauses,
+        )
+        return result, report
+
+    async def _examine(self, check: Check) -> CheckResult:
+        result = await run_check(check, self.url, self.backend, self.profile, self.seed)
+        if result.failure is not None:
+            result = await strike_again(result, self.url, self.backend, self.profile)
+        return result
+
+
+_session = pytest.StashKey[Session]()
+_seed = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("flowstore conformance")
+    group.addoption("--flowstore-url", metavar="URL", help="a store of the backend to check")
+    group.addoption(
+        "--flowstore-profile", metavar="PROFILE", default="standard", help="quick, standard or thorough"
+    )
+    group.addoption("--flowstore-seed", metavar="N", type=int, help="repeat the run that had this seed")
+    group.addoption(
+        "--flowstore-clause", metavar="ID", action="append", default=[], help="check this clause only"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if any(PACKAGE in argument for argument in config.args) and not config.option.help:
+        session_of(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    # All workers of pytest-xdist share one seed, and need not look again where the controller has.
+    node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
+    node.workerinput["flowstore_guarded"] = _session in node.config.stash
+
+
+def session_of(config: pytest.Config) -> Session:
+    """What the options ask for; the first call sees to it that a scratch namespace is empty.
+
+    Raises pytest.UsageError where the suite cannot run.
+    """
+    if _session not in config.stash:
+        try:
+            config.stash[_session] = _open_session(config)
+        except FlowStoreError as error:
+            raise pytest.UsageError(str(error)) from error
+    return config.stash[_session]
+
+
+def _open_session(config: pytest.Config) -> Session:
+    url = config.getoption("flowstore_url", None) or os.environ.get(URL_VARIABLE)
+    if not url:
+        raise pytest.UsageError(NO_URL)
+    plugin, backend = find_backend(read_scheme(url))
+    profile = read_profile(config.getoption("flowstore_profile", "standard"))
+    checks = select_checks(config.getoption("flowstore_clause", ()))
+    looked = getattr(config, "workerinput", {}).get("flowstore_guarded")
+    guarded = GuardedBackend(backend, url) if looked else asyncio.run(guard(backend, url))
+    return Session(
+        url=url,
+        backend=guarded,
+        profile=profile,
+        seed=_chosen_seed(config),
+        checks=checks,
+        versions=versions(plugin.distribution),
+    )
+
+
+def _chosen_seed(config: pytest.Config) -> int:
+    if _seed not in config.stash:
+        given = config.getoption("flowstore_seed", None)
+        shared = getattr(config, "workerinput", {}).get("flowstore_seed")
+        config.stash[_seed] = next((one for one in (given, shared) if one is not None), new_seed())
+    return config.stash[_seed]

@@ -1,0 +1,25 @@
+"""The report as a badge, in the format of endpoints that shields.io reads."""
+
+from __future__ import annotations
+
+import json
+
+from flowstore_conformance.clauses import Level
+from flowstore_conformance.report import Report, Status
+
+COLOURS = {Level.FULL: "brightgreen", Level.CRASH_SAFE: "green", Level.CORE: "yellowgreen"}
+
+
+def render_badge(report: Report) -> str:
+    """The badge as JSON: the level, or what stands in its way."""
+    waived = report.counts[Status.WAIVED]
+    if not report.conforms:
+        message, colour = report.verdict.lower(), "red" if report.verdict == "VIOLATES" else "lightgrey"
+    elif report.level is not None:
+        message, colour = report.level.value, COLOURS[report.level]
+    else:
+        message, colour = ("partial run" if report.selected else "no level"), "yellow"
+    if waived:
+        message = f"{message}, {waived} waived"
+    badge = {"schemaVersion": 1, "label": "flowstore contract", "message": message, "color": colour}
+    return json.dumps(badge) + "\n"

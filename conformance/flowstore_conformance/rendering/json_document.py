@@ -1,0 +1,140 @@
+"""The report as JSON, of the shape that report.schema.json beside this file describes."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+from typing import Any
+
+from flowstore_conformance.history import UNKNOWN, Operation, Raised
+from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.rendering.words import outcome_words
+from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, anchor
+
+SCHEMA_VERSION = 1
+"""Rises when a field changes its meaning or goes; new fields may come within one version."""
+
+
+def render_json(report: Report) -> str:
+    """The report as one JSON document."""
+    return json.dumps(document(report), indent=2) + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the document."""
+    text = files("flowstore_conformance.rendering").joinpath("report.schema.json").read_text("utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def document(report: Report) -> dict[str, Any]:
+    """The report as plain lists, mappings and texts."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": report.verdict,
+        "headline": report.headline,
+        "conforms": report.conforms,
+        "level": report.level,
+        "backend": report.backend,
+        "url": report.url,
+        "capabilities": list(report.capabilities),
+        "versions": dict(report.versions),
+        "profile": report.profile,
+        "seed": report.seed,
+        "selected": list(report.selected),
+        "started_at": report.started_at.isoformat(),
+        "seconds": round(report.seconds, 3),
+        "counts": {status.value: number for status, number in report.counts.items()},
+        "problems": list(report.problems),
+        "waivers": [
+            {
+                "clause": one.waiver.clause,
+                "reason": one.waiver.reason,
+                "link": one.waiver.link,
+                "expires": one.waiver.expires.isoformat(),
+                "state": one.state.value,
+            }
+            for one in report.waivers
+        ],
+        "clauses": [_clause(one) for one in report.clauses],
+        "checks": [_check(report, one) for one in report.results],
+    }
+
+
+def _clause(one: ClauseResult) -> dict[str, Any]:
+    return {
+        "id": one.clause.id,
+        "sentence": one.clause.sentence,
+        "contract": anchor(one.clause.id),
+        "level": one.clause.level.value,
+        "needs": one.clause.needs,
+        "status": one.status.value,
+        "exercised": one.exercised,
+        "reason": one.reason,
+        "checks": [each.check.name for each in one.results],
+    }
+
+
+def _check(report: Report, result: CheckResult) -> dict[str, Any]:
+    return {
+        "name": result.check.name,
+        "clauses": list(result.check.clauses),
+        "kind": result.check.kind.value,
+        "sentence": result.check.sentence,
+        "status": result.status.value,
+        "exercised": result.exercised,
+        "seconds": round(result.seconds, 3),
+        "reason": result.reason,
+        "command": report.command(result),
+        "failure": None if result.failure is None else _failure(result.failure),
+    }
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    return {
+        "clause": failure.clause,
+        "message": failure.message,
+        "struck": failure.struck,
+        "tried": failure.tried,
+        "program": failure.program,
+        "program_file": failure.program_file,
+        "right_answer": failure.right_answer,
+        "traceback": failure.traceback,
+        "history": None if failure.history is None else _history(failure),
+    }
+
+
+def _history(failure: Failure) -> dict[str, Any]:
+    assert failure.history is not None
+    operations, verdict = failure.history.operations, failure.verdict
+    numbers = {id(one): number for number, one in enumerate(operations)}
+
+    def number(one: Operation) -> int:
+        # The search keeps the operations that it was given; a verdict from elsewhere may hold equals.
+        return numbers[id(one)] if id(one) in numbers else operations.index(one)
+
+    misfits = [] if verdict is None or verdict.answer is not Answer.VIOLATION else verdict.unplaced
+    return {
+        "operations": [_operation(one) for one in operations],
+        "answer": None if verdict is None else verdict.answer.value,
+        "order": [] if verdict is None else [number(one) for one in verdict.prefix],
+        "unplaced": [
+            {"operation": number(one), "expected": outcome_words(expected)}
+            for one, expected in zip(misfits, verdict.expected if verdict else (), strict=False)
+        ],
+    }
+
+
+def _operation(one: Operation) -> dict[str, Any]:
+    kind = (
+        "unknown" if one.outcome is UNKNOWN else "raised" if isinstance(one.outcome, Raised) else "returned"
+    )
+    return {
+        "client": one.client,
+        "call": one.call.source(),
+        "invoked": one.invoked,
+        "returned": one.returned if math.isfinite(one.returned) else None,
+        "outcome": kind,
+        "answer": outcome_words(one.outcome),
+    }

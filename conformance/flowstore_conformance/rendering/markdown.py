@@ -1,0 +1,122 @@
+"""The report as Markdown, for the summary of a CI job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from flowstore_conformance.clauses import CLAUSES, Level
+from flowstore_conformance.rendering.text import history_lines
+from flowstore_conformance.rendering.words import legible
+from flowstore_conformance.report import CheckResult, Report, Status, anchor
+
+MARKS = {
+    Status.PASS: "✅",
+    Status.FAIL: "❌",
+    Status.WAIVED: "⚠️",
+    Status.INCONCLUSIVE: "❔",
+    Status.UNSUPPORTED: "⚪",
+    Status.NOT_RUN: "⬜",
+}
+
+LONGEST = 900_000
+"""Bytes; the summary of a GitHub step holds 1 MiB."""
+
+
+def render_markdown(report: Report) -> str:
+    """The report as Markdown; where failures are too many for a summary, the last ones are left out."""
+    head = legible("\n".join([*_head(report), *_waivers(report), *_table(report)]))
+    parts, size, left_out = [head], len(head.encode()), 0
+    for result in report.failures:
+        part = legible("\n".join(["", *_failure(report, result)]))
+        size += len(part.encode())
+        if size <= LONGEST:
+            parts.append(part)
+        else:
+            left_out += 1
+    if left_out:
+        parts.append(f"\n{left_out} more failures are in the other reports.")
+    return "\n".join(parts) + "\n"
+
+
+def _head(report: Report) -> Iterator[str]:
+    mark = "✅" if report.conforms else "❌" if report.verdict == "VIOLATES" else "❔"
+    yield f"## {mark} {_text(report.backend)}: {report.verdict.lower()}"
+    yield ""
+    yield f"**{_text(report.headline)}**"
+    yield ""
+    levels = []
+    for level in Level:
+        lacking, required = len(report.lacking(level)), len(report.required(level))
+        levels.append(f"{level} {required - lacking} of {required}")
+    yield f"Clauses that pass, by level: {', '.join(levels)}."
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    yield (
+        f"Profile `{report.profile}`, seed `{report.seed}`, {len(report.results)} checks in "
+        f"{report.seconds:.1f} s, {_text(versions)}."
+    )
+    yield from (f"\n> {_text(problem)}" for problem in report.problems)
+
+
+def _waivers(report: Report) -> Iterator[str]:
+    if report.waivers:
+        yield "\n| waived | state | until | reason |\n|---|---|---|---|"
+    for one in report.waivers:
+        waiver = one.waiver
+        why = f"{_text(waiver.reason)} ({_link(waiver.link)})"
+        yield f"| {waiver.clause} | {one.state} | {waiver.expires} | {why} |"
+
+
+def _table(report: Report) -> Iterator[str]:
+    yield "\n| clause | | times | what it promises |\n|---|---|---:|---|"
+    for one in report.clauses:
+        said = _text(one.clause.sentence)
+        if one.reason and one.status is not Status.WAIVED:
+            said = f"{said} <br><sub>{_text(one.reason)}</sub>"
+        times = f"{one.exercised:,}" if one.exercised else ""
+        yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {said} |"
+
+
+def _failure(report: Report, result: CheckResult) -> Iterator[str]:
+    failure = result.failure
+    assert failure is not None
+    yield f"### {MARKS[result.status]} {failure.clause}: {_text(CLAUSES[failure.clause].sentence)}"
+    yield ""
+    yield f"{_text(failure.message)}"
+    yield ""
+    yield (
+        f"`{anchor(failure.clause)}`, check `{result.check.name}`, struck in {failure.struck} of "
+        f"{failure.tried} runs. Again:"
+    )
+    yield _fenced(report.command(result), "bash")
+    if failure.history is not None:
+        yield from _details("History", "\n".join(history_lines(result, width=110)), "text")
+    if failure.program is not None:
+        yield from _details("Program", failure.program, "python")
+    if failure.right_answer is not None:
+        yield from _details("What it prints on memory://", failure.right_answer, "text")
+    if failure.traceback is not None:
+        yield from _details("Where it came from", failure.traceback, "text")
+
+
+def _details(title: str, text: str, language: str) -> Iterator[str]:
+    yield f"\n<details><summary>{title}</summary>\n"
+    yield _fenced(text, language)
+    yield "\n</details>"
+
+
+def _fenced(text: str, language: str) -> str:
+    # A fence that is longer than any in the text, which then cannot end it.
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _text(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too."""
+    escaped = re.sub(r"([\\`*_\[\]<>|~#])", r"\\\1", text)
+    return " ".join(escaped.split())
+
+
+def _link(link: str) -> str:
+    # GitHub makes a link of a bare address by itself; escapes would break it.
+    return link if re.fullmatch(r"https?://[^\s|<>`()]+", link) else _text(link)

@@ -1,0 +1,150 @@
+"""The report as text: for a terminal, a log, and the message of a failed test."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from flowstore_conformance.clauses import CLAUSES, Level
+from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
+from flowstore_conformance.rendering.words import legible
+from flowstore_conformance.report import CheckResult, Report, Status, anchor
+
+COLOURS = {
+    Status.PASS: "32",
+    Status.FAIL: "1;31",
+    Status.WAIVED: "33",
+    Status.INCONCLUSIVE: "35",
+    Status.UNSUPPORTED: "2",
+    Status.NOT_RUN: "2",
+}
+
+
+class Paint:
+    """Colours a word where colours are wanted."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+
+    def __call__(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._wanted and code else text
+
+    def status(self, status: Status, text: str = "") -> str:
+        return self(text or status.value, COLOURS[status])
+
+
+def render_text(report: Report, *, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
+    """The whole report: clauses, waivers, failures, and last of all the verdict."""
+    paint = Paint(colour)
+    lines = [*_table(report, width, paint), *_waivers(report)]
+    for result in report.failures:
+        lines += ["", *failure_lines(report, result, width=width, paint=paint, unicode=unicode)]
+    lines += ["", *_verdict(report, width, paint)]
+    text = "\n".join(lines) + "\n"
+    return text if unicode else text.encode("ascii", "backslashreplace").decode()
+
+
+def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
+    yield paint(f"{'CLAUSE':7} {'STATUS':12} {'TIMES':>9}  WHAT IT PROMISES", "1")
+    for one in report.clauses:
+        status = paint.status(one.status, f"{one.status.value:12}")
+        times = f"{one.exercised:,}" if one.exercised else "-"
+        said = one.clause.sentence
+        if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED):
+            said = legible(f"{said} ({one.reason})")
+        room = max(width - 32, 30)
+        first, *rest = textwrap.wrap(said, room)
+        yield f"{one.clause.id:7} {status} {times:>9}  {first}"
+        yield from (f"{'':32}{line}" for line in rest)
+
+
+def _waivers(report: Report) -> Iterator[str]:
+    if report.waivers:
+        yield ""
+        yield "WAIVERS"
+    for one in report.waivers:
+        waiver = one.waiver
+        yield f"{waiver.clause:7} {one.state}, until {waiver.expires}: {waiver.reason} ({waiver.link})"
+        if one.problem:
+            yield f"{'':7} {one.problem}"
+
+
+def _verdict(report: Report, width: int, paint: Paint) -> Iterator[str]:
+    counts = ", ".join(f"{number} {status}" for status, number in report.counts.items() if number)
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    yield f"{report.backend} at {report.url} ({versions})"
+    yield (
+        f"profile {report.profile}, seed {report.seed}: {len(report.results)} checks in "
+        f"{report.seconds:.1f} s; clauses: {counts}"
+    )
+    if report.conforms and not report.selected:
+        for level in Level:
+            if lacking := report.lacking(level):
+                named = ", ".join(f"{one.clause.id} {one.status}" for one in lacking)
+                text = f"level {level} is not granted: {named}"
+                yield from textwrap.wrap(text, width, subsequent_indent="  ")
+    good, bad = COLOURS[Status.PASS], COLOURS[Status.FAIL]
+    yield from report.problems
+    yield f"{paint(report.verdict, f'1;{good}' if report.conforms else bad)}: {report.headline}"
+
+
+def failure_text(report: Report, result: CheckResult, *, width: int = 100) -> str:
+    """One failure as plain text."""
+    return "\n".join(failure_lines(report, result, width=width))
+
+
+def failure_lines(
+    report: Report, result: CheckResult, *, width: int = 100, paint: Paint | None = None, unicode: bool = True
+) -> Iterator[str]:
+    """One failure: what is broken, how to repeat it, the program, and the history as a picture."""
+    paint = paint or Paint(False)
+    failure = result.failure
+    assert failure is not None
+    clause = CLAUSES[failure.clause]
+    yield paint.status(result.status, f"{result.status} {clause.id}: {clause.sentence}")
+    yield f"  contract  {anchor(clause.id)}"
+    yield f"  check     {result.check.name}: {result.check.sentence}"
+    for label, text in (("found", failure.message), ("waived", result.reason)):
+        if text:
+            wrapped = [line for part in legible(text).split("\n") for line in _wrap(part, width - 12)]
+            yield f"  {label:9} {wrapped[0]}"
+            yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
+    yield f"  struck    {failure.struck} of {failure.tried} runs"
+    yield f"  again     {report.command(result)}"
+    if failure.history is not None:
+        yield from ("", *history_lines(result, width=width - 2, unicode=unicode))
+    if failure.program_file is not None:
+        yield f"  program   python {failure.program_file} URL"
+    elif failure.program is not None:
+        yield "  program, which takes the URL of an empty store:"
+        yield from _indent(failure.program)
+    if failure.right_answer is not None:
+        yield "  on memory:// the program prints:"
+        yield from _indent(failure.right_answer)
+    if failure.traceback is not None:
+        yield "  where it came from:"
+        yield from _indent(failure.traceback)
+
+
+def history_lines(result: CheckResult, *, width: int = 98, unicode: bool = True) -> Iterator[str]:
+    """The history of a failure as a picture with its legend."""
+    failure = result.failure
+    assert failure is not None
+    assert failure.history is not None
+    timeline = lay_out(failure.history, failure.verdict)
+    yield "  what each client did, from left to right:"
+    yield from _indent("\n".join(text_timeline(timeline, width=width - 4, unicode=unicode)))
+    verdict = failure.verdict
+    if verdict is not None and verdict.answer is Answer.VIOLATION:
+        yield f"  no order explains all answers; the longest that explains some has {len(verdict.prefix)}:"
+    for line in text_legend(timeline, unicode=unicode):
+        yield from textwrap.wrap(f"  {line}", width, subsequent_indent=" " * 17, break_on_hyphens=False)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(width, 30), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _indent(text: str) -> Iterator[str]:
+    yield from (f"    {line}".rstrip() for line in legible(text).rstrip().split("\n"))

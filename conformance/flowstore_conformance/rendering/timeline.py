@@ -1,0 +1,266 @@
+"""A history as a picture: one lane per client, a bar for each operation, and the order that was found.
+
+What counts in a race is which operations overlap, so the axis shows the order of beginnings and ends. Gaps
+between them are drawn longer when they took longer, but never to scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+from flowstore_conformance.history import UNKNOWN, History, Operation, Outcome
+from flowstore_conformance.linearizability import Answer, Verdict
+from flowstore_conformance.racing import AFTER
+from flowstore_conformance.rendering.words import call_words, client_words, outcome_word, outcome_words, span
+
+SHOWN = 60
+"""How many operations of a history are drawn at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One operation in the picture. ``begin`` and ``end`` number the moments of the axis."""
+
+    operation: Operation
+    lane: int
+    begin: int
+    end: int
+    place: int | None
+    """Its number in the longest legal order, from 1."""
+    misfit: bool
+    """It could come next, but its answer does not fit."""
+    expected: Outcome | None
+    """What the model answers there."""
+
+    @property
+    def is_open(self) -> bool:
+        """Nobody heard its answer, so it has no end."""
+        return math.isinf(self.operation.returned)
+
+    @property
+    def mark(self) -> str:
+        """Its number, a cross, or a dot where the search did not come that far."""
+        return "✕" if self.misfit else str(self.place) if self.place else "·"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The picture, before it is text or SVG."""
+
+    bars: tuple[Bar, ...]
+    """By the time they began."""
+    lanes: tuple[str, ...]
+    """Their names; a client whose unknown operation goes on beside others has several."""
+    moments: tuple[float, ...]
+    """Every beginning and end, in seconds from the first."""
+    left_out: int
+    """How many operations are not shown."""
+
+    @property
+    def legend(self) -> tuple[Bar, ...]:
+        """The bars in the order in which they are told: placed, misfits, the rest."""
+        return tuple(sorted(self.bars, key=lambda bar: (not bar.place, not bar.misfit, bar.place or 0)))
+
+
+def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SHOWN) -> Timeline:
+    """Arrange a history. Of a long one those operations are kept that surround the misfits."""
+    operations = history.operations
+    order = verdict.prefix if verdict is not None else ()
+    misfits = verdict.unplaced if verdict is not None and verdict.answer is Answer.VIOLATION else ()
+    places = {_find(operations, one): number for number, one in enumerate(order, 1)}
+    answers = verdict.expected if verdict is not None else ()
+    expected = {_find(operations, one): answer for one, answer in zip(misfits, answers, strict=False)}
+    chosen = _choose(operations, places, set(expected), shown)
+    kept = [operations[index] for index in chosen]
+    start = min((one.invoked for one in kept), default=0.0)
+    moments = sorted({t for one in kept for t in (one.invoked, one.returned) if math.isfinite(t)})
+    ranks = {moment: rank for rank, moment in enumerate(moments)}
+    bars: list[Bar] = []
+    lanes: list[tuple[int, int]] = []  # client, last moment that is taken
+    for index in sorted(chosen, key=lambda index: operations[index].invoked):
+        one = operations[index]
+        begin = ranks[one.invoked]
+        # A bar without an end is drawn two moments long.
+        end = ranks[one.returned] if math.isfinite(one.returned) else begin + 2
+        lane = next(
+            (n for n, (client, taken) in enumerate(lanes) if client == one.client and taken <= begin), None
+        )
+        if lane is None:
+            lane = len(lanes)
+            lanes.append((one.client, end))
+        lanes[lane] = (one.client, max(end, begin + 1))
+        bars.append(
+            Bar(
+                operation=one,
+                lane=lane,
+                begin=begin,
+                end=max(end, begin + 1),
+                place=places.get(index),
+                misfit=index in expected,
+                expected=expected.get(index),
+            )
+        )
+    by_client = sorted(range(len(lanes)), key=lambda lane: _rank(lanes[lane][0]))
+    renumbered = {lane: place for place, lane in enumerate(by_client)}
+    last = max((bar.end for bar in bars), default=0)
+    tail = [moments[-1] + (n + 1) * 1e-6 for n in range(last + 1 - len(moments))] if moments else []
+    return Timeline(
+        bars=tuple(_move(bar, renumbered[bar.lane]) for bar in bars),
+        lanes=tuple(client_words(lanes[lane][0]) for lane in by_client),
+        moments=tuple(moment - start for moment in [*moments, *tail]),
+        left_out=len(operations) - len(chosen),
+    )
+
+
+def _rank(client: int) -> float:
+    return math.inf if client == AFTER else client
+
+
+def _move(bar: Bar, lane: int) -> Bar:
+    return Bar(
+        operation=bar.operation,
+        lane=lane,
+        begin=bar.begin,
+        end=bar.end,
+        place=bar.place,
+        misfit=bar.misfit,
+        expected=bar.expected,
+    )
+
+
+def _find(operations: Sequence[Operation], wanted: Operation) -> int:
+    for index, one in enumerate(operations):
+        if one is wanted:
+            return index
+    return operations.index(wanted)
+
+
+def _choose(
+    operations: Sequence[Operation], places: dict[int, int], misfits: set[int], shown: int
+) -> list[int]:
+    if len(operations) <= shown:
+        return list(range(len(operations)))
+    last_placed = sorted(places, key=lambda index: -places[index])
+    rest = [index for index in range(len(operations)) if index not in places and index not in misfits]
+    return sorted([*sorted(misfits), *last_placed, *rest][:shown])
+
+
+# As text
+
+
+def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True) -> list[str]:
+    """The picture as lines no wider than ``width``; a long one goes on below itself."""
+    left, right, fill, double, dots = "├┤─═…" if unicode else "[]-=~"
+    cross, dot = ("✕", "·") if unicode else ("x", ".")
+    name_width = max((len(name) for name in timeline.lanes), default=0) + 2
+    columns = max(width - name_width, 24)
+    cell = 4 if len(timeline.moments) * 4 <= columns else 3
+    length = max(len(timeline.moments) * cell, 1)
+    rows = [[" "] * length for _ in timeline.lanes]
+    for bar in timeline.bars:
+        begin, end = bar.begin * cell, min(bar.end * cell, length) - 1
+        room = end - begin - 1
+        mark = cross if bar.misfit else dot if bar.mark == "·" else bar.mark
+        label = f"{mark} {outcome_word(bar.operation.outcome)}"
+        line = double if bar.misfit else fill
+        inside = (label if len(label) <= room else mark[:room]).ljust(room, line)
+        closing = dots if bar.is_open else right
+        rows[bar.lane][begin : end + 1] = [left, *inside, closing]
+    lines = []
+    for start in range(0, length, columns):
+        if start:
+            lines.append(f"{'':{name_width}}{dots}")
+        for name, row in zip(timeline.lanes, rows, strict=True):
+            lines.append(f"{name:{name_width}}{''.join(row[start : start + columns])}".rstrip())
+    return lines
+
+
+def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
+    """What the numbers of the picture stand for, and what should have been answered."""
+    arrow = "→" if unicode else "->"
+    cross, dot = ("✕", "·") if unicode else ("x", ".")
+    lines = []
+    for bar in timeline.legend:
+        one = bar.operation
+        mark = cross if bar.misfit else dot if bar.mark == "·" else bar.mark
+        said = f"{call_words(one.call)} {arrow} {outcome_words(one.outcome)}"
+        lines.append(f"{mark:>3}  {timeline.lanes[bar.lane]}  {said}")
+        if bar.misfit and bar.expected is not None:
+            lines.append(f"     cannot be placed here: the model answers {outcome_words(bar.expected)}")
+    if timeline.left_out:
+        lines.append(f"     {timeline.left_out} further operations are not shown")
+    return lines
+
+
+# As SVG
+
+LANE = 44
+BAR = 28
+TOP = 12
+NAME = 76
+WIDE = 900
+
+
+def svg_timeline(timeline: Timeline, *, label: str) -> str:
+    """The picture as an SVG element; its colours are classes of the page that it stands in."""
+    positions = _positions(timeline.moments)
+    width, height = NAME + positions[-1] + 24, TOP + LANE * len(timeline.lanes) + 26
+    parts = [
+        f'<svg class="timeline" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'height="{height:.0f}" role="img" aria-label="{escape(label)}">'
+    ]
+    for number, name in enumerate(timeline.lanes):
+        middle = TOP + LANE * number + LANE / 2
+        parts.append(f'<text class="lane-name" x="0" y="{middle + 4:.1f}">{escape(name)}</text>')
+        parts.append(f'<line class="lane" x1="{NAME}" x2="{width}" y1="{middle:.1f}" y2="{middle:.1f}"/>')
+    parts += [_svg_bar(bar, positions) for bar in timeline.bars]
+    parts.append(_svg_axis(timeline, positions, height))
+    return "".join([*parts, "</svg>"])
+
+
+def _positions(moments: Sequence[float]) -> list[float]:
+    """Where each moment stands: evenly, with longer gaps somewhat wider, and all over the page at least."""
+    gaps = [after - before for before, after in pairwise(moments)]
+    shortest = min((gap for gap in gaps if gap > 0), default=1.0)
+    places = [0.0]
+    for gap in gaps:
+        places.append(places[-1] + 30 + 12 * min(math.log2(max(gap, shortest) / shortest), 5))
+    stretch = max(WIDE / places[-1], 1.0) if places[-1] else 1.0
+    return [place * min(stretch, 3.0) for place in places]
+
+
+def _svg_bar(bar: Bar, positions: Sequence[float]) -> str:
+    one = bar.operation
+    begin, end = NAME + positions[bar.begin], NAME + positions[bar.end]
+    top = TOP + LANE * bar.lane + (LANE - BAR) / 2
+    width, middle = end - begin - 3, top + BAR / 2
+    kind = "misfit" if bar.misfit else "placed" if bar.place else "later"
+    if bar.is_open:
+        kind += " open"
+    title = f"{call_words(one.call)} → {outcome_words(one.outcome)}"
+    if bar.misfit and bar.expected is not None:
+        title += f" (the model answers {outcome_words(bar.expected)})"
+    word = outcome_word(one.outcome) if one.outcome is not UNKNOWN else "no answer"
+    room = int((width - 34) / 7.4)
+    shown = word if len(word) <= room else f"{word[: room - 1]}…" if room >= 4 else ""
+    return (
+        f'<g class="bar {kind}"><title>{escape(title)}</title>'
+        f'<rect x="{begin:.1f}" y="{top:.1f}" width="{width:.1f}" height="{BAR}" rx="7"/>'
+        f'<circle cx="{begin + 14:.1f}" cy="{middle:.1f}" r="9.5"/>'
+        f'<text class="mark" x="{begin + 14:.1f}" y="{middle + 4:.1f}">{bar.mark}</text>'
+        f'<text class="answer" x="{begin + 29:.1f}" y="{middle + 4:.1f}">{escape(shown)}</text></g>'
+    )
+
+
+def _svg_axis(timeline: Timeline, positions: Sequence[float], height: float) -> str:
+    y = height - 8
+    last = max((bar.end for bar in timeline.bars if not bar.is_open), default=0)
+    first = f'<text class="axis" x="{NAME}" y="{y:.1f}">{span(0)}</text>'
+    if not last:
+        return first
+    x, took = NAME + positions[last], span(timeline.moments[last])
+    return f'{first}<text class="axis" text-anchor="end" x="{x:.1f}" y="{y:.1f}">{took}</text>'

@@ -1,0 +1,28 @@
+"""One test for each check, named by its clause. How to run them stands in options.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowstore_conformance.checks.registry import Check
+from flowstore_conformance.options import session_of
+from flowstore_conformance.rendering.text import failure_text
+from flowstore_conformance.report import Status
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    try:
+        checks = session_of(metafunc.config).checks
+    except pytest.UsageError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
+    metafunc.parametrize("conformance_check", checks, ids=[f"{one.clauses[0]}-{one.name}" for one in checks])
+
+
+def test_clause(conformance_check: Check, pytestconfig: pytest.Config) -> None:
+    result, report = session_of(pytestconfig).examine(conformance_check)
+    if result.status is Status.UNSUPPORTED:
+        pytest.skip(result.reason or "")
+    if result.status is Status.INCONCLUSIVE:
+        pytest.fail(f"inconclusive, which is no pass: {result.reason}", pytrace=False)
+    if result.failure is not None:
+        pytest.fail(f"{failure_text(report, result)}\n", pytrace=False)

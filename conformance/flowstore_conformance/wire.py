@@ -1,0 +1,136 @@
+"""Orders and histories as lines of JSON, for harness and worker processes to exchange."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
+from flowstore_conformance.racing import Done, Job
+
+TICK = timedelta(microseconds=1)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def write_line(message: Mapping[str, Any]) -> bytes:
+    """A message as a line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The message of a line."""
+    message: dict[str, Any] = json.loads(line)
+    return message
+
+
+def pack(value: Any) -> Any:
+    """A value that JSON does not know as one that it knows, with a letter for its kind."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Enum):
+        return pack(value.value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, UUID):
+        return {"u": value.hex}
+    if isinstance(value, datetime):
+        return {"d": (value - EPOCH) // TICK}
+    if isinstance(value, timedelta):
+        return {"s": value // TICK}
+    if isinstance(value, Mapping):
+        return {"m": [[pack(key), pack(each)] for key, each in value.items()]}
+    if isinstance(value, (set, frozenset)):
+        return {"f": [pack(each) for each in value]}
+    if isinstance(value, tuple):
+        return {"t": [pack(each) for each in value]}
+    if isinstance(value, list):
+        return [pack(each) for each in value]
+    raise TypeError(f"{type(value).__name__} cannot be sent to another process")
+
+
+def unpack(value: Any) -> Any:
+    """What was packed."""
+    if isinstance(value, list):
+        return [unpack(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "u":
+        return UUID(hex=content)
+    if kind == "d":
+        return EPOCH + content * TICK
+    if kind == "s":
+        return content * TICK
+    if kind == "m":
+        return {unpack(key): unpack(each) for key, each in content}
+    items = [unpack(each) for each in content]
+    return frozenset(items) if kind == "f" else tuple(items)
+
+
+def pack_job(job: Job) -> dict[str, Any]:
+    calls = [[call.method, pack(call.arguments)] for call in job.calls]
+    return {"race": job.race, "client": job.client, "calls": calls, "yields": list(job.yields)}
+
+
+def unpack_job(packed: Mapping[str, Any]) -> Job:
+    return Job(
+        race=packed["race"],
+        client=packed["client"],
+        calls=tuple(Call(method=method, arguments=unpack(given)) for method, given in packed["calls"]),
+        yields=tuple(packed["yields"]),
+    )
+
+
+def pack_done(done: Done) -> dict[str, Any]:
+    operations = [
+        [one.call.method, pack(one.call.arguments), one.invoked, _finite(one.returned), _pack(one.outcome)]
+        for one in done.operations
+    ]
+    return {
+        "race": done.race,
+        "operations": operations,
+        "suspended": done.suspended,
+        "unavailable": done.unavailable,
+    }
+
+
+def unpack_done(packed: Mapping[str, Any], client: int, now: datetime) -> Done:
+    operations = tuple(
+        Operation(
+            client=client,
+            call=Call(method=method, arguments=unpack(arguments)),
+            invoked=invoked,
+            returned=float("inf") if returned is None else returned,
+            outcome=_unpack(outcome),
+            now=now,
+        )
+        for method, arguments, invoked, returned, outcome in packed["operations"]
+    )
+    return Done(
+        race=packed["race"],
+        operations=operations,
+        suspended=packed["suspended"],
+        unavailable=packed["unavailable"],
+    )
+
+
+def _finite(moment: float) -> float | None:
+    return None if moment == float("inf") else moment
+
+
+def _pack(outcome: Outcome) -> Any:
+    if outcome is UNKNOWN:
+        return None
+    if isinstance(outcome, Raised):
+        return {"raised": outcome.error}
+    return {"returned": pack(outcome.value)}
+
+
+def _unpack(packed: Any) -> Outcome:
+    if packed is None:
+        return UNKNOWN
+    return Raised(packed["raised"]) if "raised" in packed else Returned(unpack(packed["returned"]))

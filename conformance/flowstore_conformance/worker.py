@@ -1,0 +1,93 @@
+"""A process that races for the harness: ``python -m flowstore_conformance.worker``.
+
+Lines of JSON come on stdin, the first ``{"open": url, "clock": true}``; each is answered by one line on
+stdout. Then, for every phase of a volley, two lines: ``{"now": ..., "jobs": [...]}``, answered when all
+clients stand at the barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes
+of one machine share, when they are let go; it is answered by what came of the jobs. The end of stdin ends
+the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from flowstore_conformance.racing import do_jobs
+from flowstore_conformance.wire import pack_done, read_line, unpack, unpack_job, write_line
+from flowstore_core import FlowStore, open_store
+
+SPIN_SECONDS = 0.0005
+"""Slept so long less and then spun, because a sleep ends late."""
+
+
+async def main() -> None:
+    loop = asyncio.get_running_loop()
+    lines = asyncio.StreamReader(limit=1 << 26)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin.buffer)
+    # Whatever prints to stdout must not disturb the harness.
+    out = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    async def hear() -> dict[str, Any] | None:
+        line = await lines.readline()
+        return read_line(line) if line else None
+
+    def say(message: dict[str, Any]) -> None:
+        data = write_line(message)
+        while data:
+            data = data[os.write(out, data) :]
+
+    order = await hear()
+    assert order is not None
+    clock = _Clock()
+    times = order["clock"]
+    async with open_store(order["open"], clock=clock if times else None) as store:
+        # Connected before the first race.
+        await store.get_active_runs(take=1)
+        say({"open": store.backend})
+        while (order := await hear()) is not None:
+            await _phase(store, clock, times, order, hear, say)
+
+
+async def _phase(
+    store: FlowStore,
+    clock: _Clock,
+    times: bool,
+    order: dict[str, Any],
+    hear: Callable[[], Awaitable[dict[str, Any] | None]],
+    say: Callable[[dict[str, Any]], None],
+) -> None:
+    clock.now = unpack(order["now"])
+    jobs = [unpack_job(packed) for packed in order["jobs"]]
+
+    async def start() -> None:
+        say({"ready": len(jobs)})
+        go = await hear()
+        if go is None:
+            raise SystemExit(0)
+        left = go["at"] - time.monotonic()
+        if left > SPIN_SECONDS:
+            await asyncio.sleep(left - SPIN_SECONDS)
+        while time.monotonic() < go["at"]:
+            pass
+
+    done = await do_jobs([(store, job) for job in jobs], clock.now, times, start)
+    say({"done": [pack_done(one) for one in done]})
+
+
+class _Clock:
+    """The virtual clock, as the harness sets it for each phase."""
+
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,208 @@
+"""``flowstore conformance``: exit codes, progress, files, and what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import flowstore_conformance.suite
+import pytest
+from flowstore_conformance.checks.registry import Check
+
+from flowstore_cli.main import main
+from flowstore_core import open_store
+from tests.conformance_reports import breaks, made_check, passes, runs_out
+from tests.conformance_trap import install_trap
+
+ROOT = Path(__file__).parents[1]
+
+Checks = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the project, nor reads its settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
+    """Replaces the suite's checks, for a test of what is said about them."""
+
+    def replace(*made: Check) -> None:
+        monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: made)
+
+    replace(made_check("CLM-1", "one_wins", passes), made_check("CLM-2", "wins_are_seen", passes))
+    return replace
+
+
+def run(*arguments: str) -> int:
+    return main(["conformance", *arguments])
+
+
+@pytest.mark.usefixtures("checks")
+def test_a_backend_that_keeps_what_was_asked_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("memory://", "--clause", "CLM-1", "--clause", "CLM-2", "--seed", "7") == 0
+    shown = capsys.readouterr()
+    assert "CONFORMS: CLM-1, CLM-2 kept; a partial run grants no level" in shown.out
+    assert "seed 7" in shown.out
+    first, *lines = shown.err.splitlines()
+    assert first == "checking memory://, only in scratch namespaces beside it: what it holds is not touched"
+    assert [line.partition(", ")[0] for line in lines] == [
+        "[1/2] CLM-1 one_wins: PASS",
+        "[2/2] CLM-2 wins_are_seen: PASS",
+    ]
+
+
+@pytest.mark.parametrize("run_of", [breaks, runs_out])
+def test_a_backend_that_is_not_shown_to_conform_ends_with_1(checks: Checks, run_of: object) -> None:
+    checks(made_check("CLM-1", "one_wins", run_of))  # type: ignore[arg-type]
+    assert run("memory://", "--clause", "CLM-1") == 1
+
+
+def test_a_failure_is_shown_with_all_that_repeats_it(
+    checks: Checks, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checks(made_check("CLM-1", "one_wins", breaks))
+    assert run(f"sqlite:///{tmp_path}/flows.db", "--profile", "quick", "--seed", "7") == 1
+    shown = capsys.readouterr().out
+    for wanted in (
+        "FAIL CLM-1: Of any number of claimants",
+        "docs/contract.md#clm-1",
+        "struck    5 of 5 runs",
+        "--profile quick --clause CLM-1 --seed 7",
+        "cannot be placed here: the model answers False",
+        "asyncio.run(main(sys.argv[1]))",
+        "second False",
+        "VIOLATES: 1 clause is broken: CLM-1",
+    ):
+        assert wanted in shown, wanted
+    assert not (tmp_path / "flows.db").exists()
+
+
+def test_every_form_is_written(checks: Checks, tmp_path: Path) -> None:
+    checks(made_check("CLM-1", "one_wins", breaks))
+    forms = {"json": "r.json", "junit": "r.xml", "markdown": "r.md", "html": "r.html", "badge": "b.json"}
+    options = [word for name, file in forms.items() for word in (f"--{name}", file)]
+    assert run("memory://", "--clause", "CLM-1", "--programs", "made/programs", *options) == 1
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert told["checks"][0]["failure"]["program_file"] == "made/programs/clm_1_one_wins.py"
+    assert (tmp_path / "made/programs/clm_1_one_wins.py").exists()
+    assert ET.parse(tmp_path / "r.xml").getroot().get("failures") == "1"
+    assert "❌" in (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert json.loads((tmp_path / "b.json").read_text())["message"] == "violates"
+
+
+def test_waivers_decide(checks: Checks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks(made_check("CLM-1", "one_wins", breaks))
+    waiver = '[[waiver]]\nclause = "CLM-1"\nreason = "known"\nlink = "https://example.org/7"\nexpires = {}\n'
+    (tmp_path / "good.toml").write_text(waiver.format("2999-01-01"))
+    (tmp_path / "old.toml").write_text(waiver.format("2020-01-01"))
+    assert run("memory://", "--clause", "CLM-1", "--waivers", "good.toml") == 0
+    assert "CLM-1   used, until 2999-01-01: known (https://example.org/7)" in capsys.readouterr().out
+    assert run("memory://", "--clause", "CLM-1", "--waivers", "old.toml") == 1
+    assert "the waiver of CLM-1 expired on 2020-01-01" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Missing argument"),
+        (["memory://", "--clause", "XYZ-9"], "there is no clause XYZ-9"),
+        (["memory://", "--profile", "slow"], "profile must be one of"),
+        (["memory://", "--seed", "x"], "--seed"),
+        (["nowhere://x"], "nowhere"),
+        (["memory://", "--waivers", "none.toml"], "cannot be read"),
+        (["memory://", "--html", "none/r.html"], "there is no folder for none/r.html"),
+        (["postgresql://me:s3cret@127.0.0.1:1/db?connect_timeout=1"], "unavailable"),
+    ],
+)
+def test_what_cannot_run_ends_with_2_and_one_line(
+    arguments: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    shown = capsys.readouterr()
+    line = shown.err.splitlines()[-1]
+    assert line.startswith("flowstore: ")
+    assert said in line
+    assert "s3cret" not in shown.err + shown.out
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize("url", ["trap://data", "trap://elsewhere"])
+def test_a_namespace_with_data_is_refused_and_left_alone(
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    checks: Checks,
+) -> None:
+    install_trap(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    async def look() -> object:
+        async with open_store("trap://data") as store:
+            return await store.get_runs(), await store.get_statistics()
+
+    before = asyncio.run(look())
+    assert run(url) == 2
+    assert "flowstore: refused: " in capsys.readouterr().err
+    assert asyncio.run(look()) == before
+
+
+@pytest.mark.parametrize("missing", ["hypothesis", "flowstore_conformance"])
+def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from flowstore_cli.main import main; "
+        "sys.exit(main(['conformance', 'memory://']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line == f"flowstore: module {missing!r} is missing; pip install 'flowstore[conformance]'"
+
+
+def test_on_a_terminal_the_progress_is_one_line_that_goes_away() -> None:
+    code = (
+        "import sys, flowstore_conformance.suite as suite; from tests.conformance_reports import *; "
+        "suite.all_checks = lambda: (made_check('CLM-1', 'one_wins'),); "
+        "from flowstore_cli.main import main; "
+        "sys.exit(main(['conformance', 'memory://', '--clause', 'CLM-1']))"
+    )
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        stdin=subprocess.DEVNULL,
+    )
+    os.close(theirs)
+    printed, _ = child.communicate(timeout=60)
+    shown = b""
+    while chunk := _read(ours):
+        shown += chunk
+    os.close(ours)
+    assert child.returncode == 0, shown
+    lines = shown.decode().split("\r\x1b[2K")
+    assert "[1/1] CLM-1 one_wins" in lines[1]
+    assert lines[-1] == ""
+    assert b"CONFORMS" in printed
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        # Linux's way to say that the other end is closed.
+        return b""

@@ -1,0 +1,337 @@
+"""The forms of a report: what each must show, and that nothing a backend says can break one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from datetime import date
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from flowstore_conformance import CLAUSES, Failure, Report, Status, Waiver
+from flowstore_conformance.history import History, Returned
+from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.rendering import (
+    render_badge,
+    render_json,
+    render_junit,
+    render_markdown,
+    render_page,
+    render_text,
+)
+from flowstore_conformance.rendering.json_document import schema
+from flowstore_conformance.rendering.timeline import lay_out, svg_timeline, text_timeline
+from flowstore_conformance.waivers import apply_waivers
+
+from tests.conformance_reports import (
+    made_report,
+    operation,
+    race_failure,
+    simple_failure,
+    two_winners,
+    verdict_of,
+)
+
+NASTY = "</script><b>\x00\x1b[31m & ``` | \ud800 ]]> \"'"
+
+
+def waivers(*clauses: str, expires: date = date(2999, 1, 1)) -> list[Waiver]:
+    return [
+        Waiver(clause=clause, reason="known", link="https://example.org/7", expires=expires)
+        for clause in clauses
+    ]
+
+
+def full_report() -> Report:
+    outcomes = {
+        "CLM-1": Status.FAIL,
+        "SIG-3": Status.FAIL,
+        "QRY-2": Status.FAIL,
+        "CON-1": Status.INCONCLUSIVE,
+        "EVT-1": Status.UNSUPPORTED,
+    }
+    report = made_report(outcomes, failing=lambda c: race_failure(c) if c == "CLM-1" else simple_failure(c))
+    return apply_waivers(report, waivers("QRY-2", "RUN-1"), today=date(2026, 3, 14))
+
+
+REPORTS: dict[str, Callable[[], Report]] = {
+    "passing": made_report,
+    "failing": full_report,
+    "partial": lambda: made_report(selected=("CLM-1",)),
+    "nasty": lambda: made_report(
+        {"CLM-1": Status.FAIL},
+        failing=lambda clause: Failure(
+            clause=clause, message=NASTY, program=NASTY, right_answer=NASTY, traceback=NASTY
+        ),
+    ),
+}
+
+
+@pytest.fixture(params=sorted(REPORTS))
+def report(request: pytest.FixtureRequest) -> Report:
+    return REPORTS[request.param]()
+
+
+# Every form tells the whole
+
+
+@pytest.mark.parametrize("render", [render_text, render_json, render_markdown, render_page])
+def test_every_form_shows_verdict_clauses_statuses_and_waivers(render: Callable[[Report], str]) -> None:
+    # Markdown escapes what would otherwise be markup.
+    shown = render(full_report()).replace("\\", "")
+    for wanted in (
+        *CLAUSES,
+        "https://example.org/7",
+        "not needed",
+        "docs/contract.md#clm-1",
+        "--clause CLM-1 --seed 1234",
+        "two of three concurrent try_claim_step were told True",
+        "second False",
+        "KeyError",
+    ):
+        assert wanted in shown, wanted
+    assert re.search("violates", shown, re.I)
+    assert re.search("inconclusive", shown, re.I)
+
+
+def test_the_text_says_why_a_level_is_not_granted() -> None:
+    shown = render_text(made_report({"EVT-1": Status.UNSUPPORTED}))
+    assert "level full is not granted: EVT-1 UNSUPPORTED" in shown
+    assert shown.endswith("CONFORMS: level crash-safe\n")
+
+
+def test_the_text_is_plain_where_it_must_be() -> None:
+    report = full_report()
+    assert "\x1b" not in render_text(report)
+    assert "\x1b[1;31m" in render_text(report, colour=True)
+    assert render_text(report, unicode=False).isascii()
+
+
+# JSON
+
+
+def conforms_to(value: Any, shape: dict[str, Any], root: dict[str, Any], place: str = "$") -> None:
+    """The part of JSON Schema that the schema uses, and a refusal of what it does not."""
+    known = {"$ref", "$schema", "$defs", "title", "description", "type", "enum", "const", "items", "anyOf"}
+    assert not shape.keys() - known - {"properties", "required", "additionalProperties"}
+    if "$ref" in shape:
+        conforms_to(value, root["$defs"][shape["$ref"].rpartition("/")[2]], root, place)
+        return
+    if "anyOf" in shape:
+        # Only ever null or something.
+        if value is not None:
+            conforms_to(value, shape["anyOf"][1], root, place)
+        return
+    kinds = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "null": type(None),
+    }
+    names = [shape["type"]] if isinstance(shape.get("type"), str) else shape.get("type", [])
+    if names:
+        assert any(isinstance(value, kinds[name]) for name in names), place
+        assert "boolean" in names or not isinstance(value, bool), place
+    assert "enum" not in shape or value in shape["enum"], place
+    assert "const" not in shape or value == shape["const"], place
+    for name in shape.get("required", ()):
+        assert name in value, f"{place}.{name}"
+    if "properties" in shape:
+        assert value.keys() == shape["properties"].keys(), place
+        for name, each in shape["properties"].items():
+            conforms_to(value[name], each, root, f"{place}.{name}")
+    elif isinstance(shape.get("additionalProperties"), dict):
+        for name, each in value.items():
+            conforms_to(each, shape["additionalProperties"], root, f"{place}.{name}")
+    if "items" in shape:
+        for number, each in enumerate(value):
+            conforms_to(each, shape["items"], root, f"{place}[{number}]")
+
+
+def test_the_json_keeps_its_schema(report: Report) -> None:
+    conforms_to(json.loads(render_json(report)), schema(), schema())
+
+
+def test_the_json_holds_the_history_and_its_order() -> None:
+    told = json.loads(render_json(full_report()))
+    assert (told["schema_version"], told["conforms"], told["level"]) == (1, False, None)
+    (race,) = [one["failure"] for one in told["checks"] if one["failure"] and one["failure"]["history"]]
+    history = race["history"]
+    assert history["answer"] == "violation"
+    assert history["operations"][history["unplaced"][0]["operation"]]["answer"] == "True"
+    assert history["unplaced"][0]["expected"] == "False"
+    assert [one["returned"] for one in history["operations"]].count(None) == 1
+    assert (race["struck"], race["tried"]) == (3, 5)
+
+
+# JUnit
+
+
+def test_junit_has_a_case_for_each_check_and_each_problem(report: Report) -> None:
+    root = ET.fromstring(render_junit(report))
+    cases = root.findall("testsuite/testcase")
+    assert len(cases) == len(report.results) + len(report.problems)
+    assert {case.get("classname", "").rpartition(".")[2] for case in cases} >= {
+        one.check.clauses[0] for one in report.results
+    }
+    failed = [one for one in report.results if one.status is Status.FAIL]
+    assert root.get("failures") == str(len(failed) + len(report.problems))
+    assert len(root.findall(".//failure")) == len(failed) + len(report.problems)
+    for status, tag in ((Status.INCONCLUSIVE, "error"), (Status.UNSUPPORTED, "skipped")):
+        expected = [one for one in report.results if one.status is status]
+        assert len(root.findall(f".//{tag}")) >= len(expected)
+
+
+# Markdown
+
+
+def test_the_markdown_has_a_row_for_each_clause(report: Report) -> None:
+    shown = render_markdown(report)
+    for clause in CLAUSES:
+        assert len(re.findall(rf"^\| {clause} \| \S+ [A-Z ]+ \| [\d,]* \| .* \|$", shown, re.M)) == 1
+
+
+def test_a_fence_in_a_program_does_not_end_the_block() -> None:
+    failing = made_report(
+        {"CLM-1": Status.FAIL}, failing=lambda c: Failure(clause=c, message="x", program="'''\n````\n'''")
+    )
+    assert "`````python\n" in render_markdown(failing)
+
+
+def test_the_markdown_fits_a_summary() -> None:
+    big = made_report(
+        dict.fromkeys(CLAUSES, Status.FAIL),
+        failing=lambda c: Failure(clause=c, message="x", program="y" * 100_000),
+    )
+    shown = render_markdown(big)
+    assert len(shown.encode()) < 1_000_000
+    assert "more failures are in the other reports" in shown
+
+
+# HTML
+
+
+class Page(HTMLParser):
+    """Tags that are open, and everything that a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.classes: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "data", "action") or (name == "href" and tag != "a"):
+                self.loads.append(value or "")
+            if name == "class":
+                self.classes.append(value or "")
+
+
+def test_the_page_stands_alone(report: Report) -> None:
+    text = render_page(report)
+    page = Page()
+    page.feed(text)
+    assert all(load.startswith("data:") for load in page.loads)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert page.classes.count("clause") == len(CLAUSES)
+    assert page.tags.count("script") == page.tags.count("style") == 1
+    assert "default-src 'none'" in text
+
+
+def test_the_page_escapes_what_a_backend_says() -> None:
+    text = render_page(REPORTS["nasty"]())
+    assert "&lt;/script&gt;&lt;b&gt;" in text
+    assert text.count("</script>") == 1
+
+
+def test_every_form_can_be_written_as_utf8(report: Report) -> None:
+    for render in (render_text, render_json, render_junit, render_markdown, render_page, render_badge):
+        render(report).encode("utf-8")
+
+
+# The badge
+
+
+@pytest.mark.parametrize(
+    ("made", "message", "color"),
+    [
+        (made_report(), "full", "brightgreen"),
+        (made_report({"EVT-1": Status.UNSUPPORTED}), "crash-safe", "green"),
+        (made_report({"CLM-6": Status.UNSUPPORTED}), "core", "yellowgreen"),
+        (made_report({"RUN-1": Status.UNSUPPORTED}), "no level", "yellow"),
+        (made_report({"RUN-1": Status.FAIL}), "violates", "red"),
+        (made_report({"RUN-1": Status.INCONCLUSIVE}), "undecided", "lightgrey"),
+        (made_report(selected=("RUN-1",)), "partial run", "yellow"),
+        (made_report({"QRY-2": Status.WAIVED}), "crash-safe, 1 waived", "green"),
+    ],
+)
+def test_the_badge_names_the_level(made: Report, message: str, color: str) -> None:
+    badge = json.loads(render_badge(made))
+    assert badge == {"schemaVersion": 1, "label": "flowstore contract", "message": message, "color": color}
+
+
+# The timeline
+
+
+def test_the_history_made_up_for_tests_is_a_violation() -> None:
+    verdict = verdict_of(two_winners())
+    assert verdict.answer is Answer.VIOLATION
+    assert Returned(value=False) in verdict.expected
+
+
+def test_the_picture_numbers_the_order_and_marks_the_misfit() -> None:
+    history = two_winners()
+    timeline = lay_out(history, verdict_of(history))
+    assert timeline.lanes == ("client 0", "client 1", "client 2", "client 3")
+    placed = [bar.place for bar in timeline.legend if bar.place]
+    assert placed == list(range(1, len(placed) + 1))
+    assert [bar.expected for bar in timeline.bars if bar.misfit] == [Returned(value=False)]
+    lines = text_timeline(timeline, width=100)
+    # Either of the two winners may be the one that does not fit.
+    assert sum("✕ True" in line for line in lines[:2]) == 1
+    assert lines[3].endswith("…")
+    svg = svg_timeline(timeline, label="a race")
+    assert ET.fromstring(svg).tag == "svg"
+    assert svg.count("<title>") == len(history.operations)
+
+
+def test_bars_stand_over_each_other_exactly_where_calls_overlapped() -> None:
+    timeline = lay_out(History.of([operation(c, c * 0.5, c * 0.5 + 0.6, Returned(True)) for c in range(4)]))
+    lines = text_timeline(timeline, width=80)
+    spans = [(line.index("├"), line.index("┤")) for line in lines]
+    for (_, end), (begin, _) in pairwise(spans):
+        assert begin < end
+    for (_, end), (begin, _) in zip(spans, spans[2:], strict=False):
+        assert end < begin
+
+
+def test_a_client_that_goes_on_beside_its_lost_call_has_a_second_lane() -> None:
+    lost = dataclasses.replace(operation(0, 0, 1, Returned(True)), returned=float("inf"))
+    history = History.of([lost, operation(0, 0.2, 2, Returned(True)), operation(1, 0.5, 1.5, Returned(True))])
+    assert lay_out(history).lanes == ("client 0", "client 0", "client 1")
+
+
+def test_a_long_history_goes_on_below_and_leaves_out_what_matters_least() -> None:
+    history = History.of([operation(n % 3, n, n + 0.5, Returned(True)) for n in range(90)])
+    timeline = lay_out(history)
+    assert len(timeline.bars) + timeline.left_out == 90
+    lines = text_timeline(timeline, width=80)
+    assert len(lines) > 3
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_an_empty_history_is_an_empty_picture() -> None:
+    timeline = lay_out(History(()))
+    assert text_timeline(timeline) == []
+    assert svg_timeline(timeline, label="nothing").startswith("<svg")

@@ -1,0 +1,112 @@
+"""How results of checks become verdicts of clauses, a level, and an answer to whether a store conforms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from flowstore_conformance import CLAUSES, CheckResult, Failure, Level, Report, Status
+
+from tests.conformance_reports import made_check, made_report
+
+
+def status_of(report: Report, clause: str) -> Status:
+    return next(one.status for one in report.clauses if one.clause.id == clause)
+
+
+def result(clause: str, status: Status, *also: str, name: str = "one", failing: str = "") -> CheckResult:
+    failure = Failure(clause=failing or clause, message="wrong") if status is Status.FAIL else None
+    return CheckResult(
+        check=made_check(clause, name, None, *also),
+        status=status,
+        exercised=3,
+        seconds=0.1,
+        seed=1,
+        failure=failure,
+    )
+
+
+def report_of(*results: CheckResult, selected: tuple[str, ...] = ()) -> Report:
+    return dataclasses.replace(made_report(), results=results, selected=selected)
+
+
+def test_a_report_in_which_everything_passes_conforms_at_level_full() -> None:
+    report = made_report()
+    assert (report.conforms, report.level, report.verdict) == (True, Level.FULL, "CONFORMS")
+    assert report.counts[Status.PASS] == len(CLAUSES)
+
+
+@pytest.mark.parametrize("status", [Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN])
+@pytest.mark.parametrize("clause", ["RUN-1", "CLM-6", "EVT-1"])
+def test_what_is_not_a_pass_never_conforms(status: Status, clause: str) -> None:
+    report = made_report({clause: status})
+    assert not report.conforms
+    assert report.level is None
+    assert report.verdict == ("VIOLATES" if status is Status.FAIL else "UNDECIDED")
+
+
+@pytest.mark.parametrize(
+    ("clause", "level"),
+    [("RUN-1", None), ("CLM-6", Level.CORE), ("STP-7", Level.CORE), ("QRY-4", Level.CRASH_SAFE)],
+)
+@pytest.mark.parametrize("status", [Status.UNSUPPORTED, Status.WAIVED])
+def test_a_level_needs_every_clause_of_it_to_pass(clause: str, level: Level | None, status: Status) -> None:
+    report = made_report({clause: status})
+    assert report.conforms
+    assert report.level is level
+
+
+def test_durability_that_is_not_declared_is_a_fact_and_costs_no_level() -> None:
+    report = made_report({"CON-5": Status.UNSUPPORTED})
+    without = dataclasses.replace(report, capabilities=("leases",))
+    assert without.level is Level.FULL
+    # Declared, it must be proven.
+    assert report.level is None
+
+
+def test_a_clause_is_as_good_as_the_worst_of_its_checks() -> None:
+    good, bad = result("RUN-1", Status.PASS), result("RUN-1", Status.INCONCLUSIVE, name="two")
+    report = report_of(good, bad)
+    assert status_of(report, "RUN-1") is Status.INCONCLUSIVE
+    assert next(one.exercised for one in report.clauses if one.clause.id == "RUN-1") == 6
+
+
+def test_a_check_that_needs_more_than_its_clause_does_not_hide_the_others() -> None:
+    report = report_of(result("CLM-1", Status.PASS), result("CLM-1", Status.UNSUPPORTED, name="two"))
+    assert status_of(report, "CLM-1") is Status.PASS
+
+
+def test_a_check_of_two_clauses_breaks_one_and_leaves_the_other_open() -> None:
+    report = report_of(result("CLM-1", Status.FAIL, "CLM-2", failing="CLM-2"))
+    assert status_of(report, "CLM-2") is Status.FAIL
+    assert status_of(report, "CLM-1") is Status.NOT_RUN
+
+
+def test_a_failure_counts_where_it_belongs_even_if_the_check_is_of_another_clause() -> None:
+    report = report_of(result("RUN-1", Status.FAIL, failing="CON-2"))
+    assert status_of(report, "CON-2") is Status.FAIL
+    assert status_of(report, "RUN-1") is Status.NOT_RUN
+
+
+def test_a_partial_run_conforms_but_grants_no_level() -> None:
+    report = report_of(result("RUN-1", Status.PASS), selected=("RUN-1",))
+    assert (report.conforms, report.level) == (True, None)
+    assert "grants no level" in report.headline
+
+
+def test_a_run_in_which_nothing_was_looked_at_does_not_conform() -> None:
+    assert not report_of(result("CLM-6", Status.UNSUPPORTED), selected=("CLM-6",)).conforms
+    assert not report_of(selected=("CLM-6",)).conforms
+
+
+def test_a_clause_without_a_check_keeps_a_whole_run_from_conforming() -> None:
+    report = report_of(result("RUN-1", Status.PASS))
+    assert not report.conforms
+    assert report.headline.startswith("no check looked at INP-1")
+
+
+def test_the_command_repeats_the_check_on_the_same_store() -> None:
+    report = dataclasses.replace(made_report({"CLM-1": Status.FAIL}), url="postgresql://me:***@host/d b")
+    assert report.command(report.failures[0]) == (
+        "flowstore conformance 'postgresql://me:***@host/d b' --profile quick --clause CLM-1 --seed 1234"
+    )

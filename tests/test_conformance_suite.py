@@ -1,0 +1,354 @@
+"""run_suite: what becomes of checks that pass, fail, hang or leak, and the guard of the user's data."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import flowstore_conformance
+import pytest
+from flowstore_conformance import CLAUSES, CheckResult, Profile, Report, Status, check_backend, run_suite
+from flowstore_conformance.bench import Bench, Violation
+from flowstore_conformance.checks.registry import Check, Run, all_checks
+from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.programs import replay_on_memory, write_programs
+from flowstore_conformance.suite import run_check
+
+from flowstore_core import Capability, ConfigurationError, FlowStoreError, StoreUnavailableError, open_store
+from flowstore_core.plugins import find_backend
+from tests.conformance_reports import PROGRAM, breaks, made_check, passes, runs_out
+from tests.conformance_trap import install_trap
+
+ROOT = Path(__file__).parents[1]
+
+
+async def run(*checks: Check, url: str = "memory://", **options: Any) -> Report:
+    return await run_suite(url, profile="quick", seed=7, checks=checks, **{"repeats": 0, **options})
+
+
+async def run_one(
+    function: Run, clause: str = "RUN-1", url: str = "memory://", **options: Any
+) -> CheckResult:
+    (result,) = (await run(made_check(clause, "the_check", function), url=url, **options)).results
+    return result
+
+
+# Outcomes
+
+
+async def test_a_check_that_passes() -> None:
+    result = await run_one(passes)
+    assert (result.status, result.exercised) == (Status.PASS, 1)
+
+
+async def test_a_check_that_finds_a_broken_promise() -> None:
+    result = await run_one(breaks, "CLM-1")
+    assert result.status is Status.FAIL
+    assert result.failure is not None
+    assert result.failure.clause == "CLM-1"
+    assert (result.failure.struck, result.failure.tried) == (1, 1)
+
+
+async def test_a_check_that_ran_out_of_its_budget_is_no_pass() -> None:
+    report = await run(made_check("RUN-1", "one", runs_out))
+    assert report.results[0].status is Status.INCONCLUSIVE
+    assert not report.conforms
+
+
+async def test_a_check_that_looked_at_nothing_is_no_pass() -> None:
+    async def looks_away(bench: Bench) -> None:
+        return
+
+    assert (await run_one(looks_away)).status is Status.INCONCLUSIVE
+
+
+async def test_a_check_whose_capability_is_missing_is_unsupported() -> None:
+    check = made_check("CON-5", "one", breaks, needs=[Capability.DURABLE])
+    (result,) = (await run(check)).results
+    assert (result.status, result.exercised) == (Status.UNSUPPORTED, 0)
+    assert result.reason == "the backend does not declare DURABLE"
+
+
+async def test_an_error_that_is_not_of_the_contract_breaks_con_2() -> None:
+    async def leaks(bench: Bench) -> None:
+        raise KeyError("s3cret row")
+
+    failure = (await run_one(leaks)).failure
+    assert failure is not None
+    assert failure.clause == "CON-2"
+    assert failure.message == "KeyError surfaced, which is no error of the contract"
+    assert failure.traceback is not None
+    assert "leaks" in failure.traceback
+
+
+async def test_an_error_of_the_contract_where_none_belongs_breaks_the_clause() -> None:
+    async def refuses(bench: Bench) -> None:
+        raise StoreUnavailableError("too busy")
+
+    failure = (await run_one(refuses)).failure
+    assert failure is not None
+    assert failure.clause == "RUN-1"
+    assert "StoreUnavailableError: the store is unavailable: too busy" in failure.message
+
+
+async def test_a_violation_inside_a_task_group_is_found() -> None:
+    async def one(bench: Bench) -> None:
+        async def fail() -> None:
+            raise Violation("wrong", clause="RUN-3")
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+
+    failure = (await run_one(one)).failure
+    assert failure is not None
+    assert (failure.clause, failure.message) == ("RUN-3", "wrong")
+
+
+async def test_a_check_that_hangs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hangs(bench: Bench) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setitem(flowstore_conformance.suite.CHECK_SECONDS, Profile.QUICK, 0.05)
+    failure = (await run_one(hangs)).failure
+    assert failure is not None
+    assert "did not end" in failure.message
+
+
+async def test_a_time_out_that_a_driver_lets_out_is_not_taken_for_hanging() -> None:
+    async def leaks(bench: Bench) -> None:
+        raise TimeoutError
+
+    failure = (await run_one(leaks)).failure
+    assert failure is not None
+    assert failure.message.startswith("TimeoutError surfaced")
+
+
+async def test_a_failure_is_run_again_to_tell_how_often_it_strikes() -> None:
+    calls = 0
+
+    async def sometimes(bench: Bench) -> None:
+        nonlocal calls
+        calls += 1
+        bench.expect_that(calls % 2 == 0, "an answer is right every time")
+
+    failure = (await run_one(sometimes, repeats=4)).failure
+    assert failure is not None
+    assert (failure.struck, failure.tried) == (3, 5)
+
+
+async def test_the_seed_decides_what_a_check_draws_alone_or_among_others() -> None:
+    drawn: list[float] = []
+
+    async def draws(bench: Bench) -> None:
+        bench.exercised += 1
+        drawn.append(bench.random.random())
+
+    check = made_check("RUN-2", "draws", draws)
+    await run(check)
+    await run(made_check("RUN-1", "before", passes), check, clauses=["RUN-1", "RUN-2"])
+    await run_suite("memory://", seed=8, checks=[check])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+async def test_progress_is_told_before_and_after_each_check() -> None:
+    told: list[object] = []
+    checks = [made_check("RUN-1", "one"), made_check("RUN-2", "two")]
+    await run(
+        *checks,
+        starting=lambda check, number, count: told.append((check.name, number, count)),
+        progress=lambda result, number, count: told.append((result.status, number, count)),
+    )
+    assert told == [("one", 1, 2), (Status.PASS, 1, 2), ("two", 2, 2), (Status.PASS, 2, 2)]
+
+
+# The interface
+
+
+async def test_only_the_clauses_asked_for_are_checked() -> None:
+    checks = [made_check("RUN-1", "one", passes, "RUN-3"), made_check("RUN-2", "two")]
+    report = await run(*checks, clauses=["RUN-3"])
+    assert [one.check.name for one in report.results] == ["one"]
+    assert report.selected == ("RUN-3",)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clauses": ["XYZ-9"]}, "no clause XYZ-9"),
+        ({"profile": "slow"}, "profile must be one of quick, standard, thorough"),
+        ({"url": "nowhere://x"}, "nowhere"),
+        ({"url": "memory"}, "scheme://"),
+    ],
+)
+async def test_a_wrong_argument_is_a_configuration_error(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        await run_suite(**{"url": "memory://", "checks": [], **options})
+
+
+def test_there_is_a_call_for_code_without_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: (made_check("RUN-1", "one"),))
+    report = check_backend("memory://", profile="quick", clauses=["RUN-1"])
+    assert report.conforms
+
+
+def test_the_suite_needs_no_pytest() -> None:
+    code = "import sys, flowstore_conformance; sys.exit('pytest' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_clause_has_a_check() -> None:
+    checked = {clause for check in all_checks() for clause in check.clauses}
+    assert checked == CLAUSES.keys()
+
+
+# Programs
+
+
+async def test_a_program_is_replayed_on_memory_for_the_right_answer() -> None:
+    assert await replay_on_memory(PROGRAM) == "first True\nsecond False"
+    assert (await replay_on_memory("import sys; sys.exit(3)")) == "(exit code 3)"
+
+
+async def test_the_report_of_another_backend_has_the_right_answer(tmp_path: Path) -> None:
+    result = await run_one(breaks, "CLM-1", url=f"sqlite:///{tmp_path}/x.db")
+    assert result.failure is not None
+    assert result.failure.right_answer == "first True\nsecond False"
+    assert os.listdir(tmp_path) == []
+
+
+def test_programs_are_written_as_files_that_run(tmp_path: Path) -> None:
+    report = asyncio.run(run(made_check("CLM-1", "one", breaks)))
+    report = write_programs(report, tmp_path / "programs")
+    failure = report.results[0].failure
+    assert failure is not None
+    assert failure.program_file == str(tmp_path / "programs" / "clm_1_one.py")
+    done = subprocess.run(
+        [sys.executable, failure.program_file, "memory://"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "first True\nsecond False\n"
+
+
+# The guard
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_trap(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+async def touches(bench: Bench) -> None:
+    raise AssertionError("a check ran in somebody's namespace")
+
+
+@pytest.mark.usefixtures("trap")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("trap://data", "gave the URL it was asked for"),
+        ("trap://elsewhere", "is not empty: get_runs finds something. Nothing was changed"),
+    ],
+)
+async def test_a_namespace_that_holds_data_is_refused_and_left_alone(url: str, said: str) -> None:
+    async with open_store("trap://data") as store:
+        before = await store.get_runs()
+        assert len(before) == 1
+        with pytest.raises(ConfigurationError, match=f"^refused: .*{said}"):
+            await run(made_check("RUN-1", "one", touches), url=url)
+        assert await store.get_runs() == before
+        assert await store.get_run_detail(before[0].run_id) is not None
+
+
+@pytest.mark.usefixtures("trap")
+@pytest.mark.parametrize(
+    ("url", "error", "said"),
+    [
+        ("trap://broken", ConfigurationError, "makes no scratch namespace: RuntimeError surfaced"),
+        ("trap://down", StoreUnavailableError, "no route"),
+        ("trap://blind", Refused, "cannot be seen, because RuntimeError surfaced"),
+    ],
+)
+async def test_without_an_empty_namespace_nothing_runs(
+    url: str, error: type[FlowStoreError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        await run(made_check("RUN-1", "one", touches), url=url)
+
+
+class Handing:
+    """A backend of which scratch hands out what a test says."""
+
+    name = "handing"
+    schemes = frozenset({"handing"})
+    capabilities = frozenset(Capability)
+    options: frozenset[str] = frozenset()
+    contract_version = 1
+
+    def __init__(self, *urls: str) -> None:
+        self.urls = list(urls)
+
+    def open(self, config: Any) -> Any:
+        raise NotImplementedError
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        if not self.urls:
+            raise OSError("disk full")
+        yield self.urls.pop(0)
+
+
+async def test_one_namespace_for_two_is_refused() -> None:
+    backend = GuardedBackend(Handing("memory://a", "memory://a", "memory://a"), "handing://mine")
+    async with backend.scratch("handing://mine") as first:
+        assert first == "memory://a"
+        with pytest.raises(Refused, match="one namespace twice"):
+            async with backend.scratch("handing://mine"):
+                pass
+    async with backend.scratch("handing://mine") as again:
+        assert again == first
+
+
+async def test_a_refusal_in_the_middle_ends_the_run() -> None:
+    async def makes_another(bench: Bench) -> None:
+        async with bench.fresh():
+            pass
+
+    backend = GuardedBackend(Handing("memory://one", "handing://mine"), "handing://mine")
+    with pytest.raises(Refused):
+        await run_check(
+            made_check("RUN-1", "one", makes_another), "handing://mine", backend, Profile.QUICK, 7
+        )
+
+
+async def test_a_namespace_that_cannot_be_made_in_the_middle_is_no_verdict() -> None:
+    backend = GuardedBackend(Handing(), "handing://mine")
+    with pytest.raises(NoNamespace):
+        async with backend.scratch("handing://mine"):
+            pass
+    result = await run_check(made_check("RUN-1", "one"), "handing://mine", backend, Profile.QUICK, 7)
+    assert result.status is Status.INCONCLUSIVE
+    assert result.reason == "no scratch namespace: OSError surfaced"
+
+
+async def test_the_guard_passes_a_fresh_namespace_of_a_built_in_backend(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    await guard(find_backend("sqlite")[1], url)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_password_stays_out_of_tracebacks_and_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = GuardedBackend(Handing("memory://one"), "handing://me:s3cr%20et@host/db")
+
+    async def leaks(bench: Bench) -> None:
+        raise OSError("cannot log in as me with s3cr et (s3cr%20et)")
+
+    result = await run_check(made_check("RUN-1", "one", leaks), backend._url, backend, Profile.QUICK, 7)
+    assert result.failure is not None
+    assert result.failure.traceback is not None
+    assert "cannot log in as me with *** (***)" in result.failure.traceback

@@ -1,0 +1,264 @@
+"""The search for an order of a history's calls, held against trying out all orders."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+from flowstore_conformance.calls import SPANNING, RandomChooser, World, draw_call, drawable_methods
+from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
+from flowstore_conformance.linearizability import Answer, apply_call, check_history, independent_parts
+from flowstore_conformance.model import Model, State
+from flowstore_core import Capability
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+NOW = datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC)
+RUN, OTHER, FLOW = UUID(int=1), UUID(int=2), UUID(int=100)
+START = Call(
+    method="start_run", arguments={"flow_id": FLOW, "flow_name": "f", "run_id": RUN, "trigger_key": "t"}
+)
+
+
+def on(method: str, run_id: UUID = RUN, **arguments: object) -> Call:
+    return Call(method=method, arguments={"run_id": run_id, **arguments})
+
+
+def claim(owner: str, run_id: UUID = RUN) -> Call:
+    return on("try_claim_step", run_id, step_key="a", owner=owner)
+
+
+def release(owner: str) -> Call:
+    return on("release_step_claim", step_key="a", owner=owner)
+
+
+def begin(**arguments: object) -> Call:
+    return on("record_step_start", step_key="a", step_type="s", **arguments)
+
+
+def op(call: Call, invoked: float, returned: float, outcome: object, client: int = 0) -> Operation:
+    told: Outcome = outcome if isinstance(outcome, (Raised, Returned)) else Returned(outcome)
+    if outcome is UNKNOWN:
+        told, returned = UNKNOWN, float("inf")
+    return Operation(client=client, call=call, invoked=invoked, returned=returned, outcome=told, now=NOW)
+
+
+def state_after(*calls: Call) -> State:
+    state = State()
+    for call in calls:
+        _, state = apply_call(state, op(call, 0, 0, None))
+    return state
+
+
+def by_brute_force(operations: tuple[Operation, ...], start: State) -> bool:
+    """Whether any order fits: every subset of what is unknown, in every permutation."""
+    unknown = [index for index, one in enumerate(operations) if one.outcome is UNKNOWN]
+    known = [index for index, one in enumerate(operations) if one.outcome is not UNKNOWN]
+    for size in range(len(unknown) + 1):
+        for happened in itertools.combinations(unknown, size):
+            for order in itertools.permutations([*known, *happened]):
+                if _fits([operations[index] for index in order], start):
+                    return True
+    return False
+
+
+def _fits(order: list[Operation], start: State) -> bool:
+    for index, one in enumerate(order):
+        if any(later.returned < one.invoked for later in order[index + 1 :]):
+            return False
+    model = Model(lambda: NOW, start.copy())
+    state = model.state
+    for one in order:
+        outcome, state = apply_call(state, one)
+        if one.outcome is not UNKNOWN and outcome != one.outcome:
+            return False
+    return True
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
+    """Up to six calls with drawn times, the answers of some order, and now and then a wrong one."""
+    generator = random.Random(draw(st.integers(0, 2**32)))
+    chooser, model = RandomChooser(generator), Model(lambda: NOW)
+    capabilities = frozenset(Capability)
+    world = World(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
+    names = [name for name in drawable_methods(capabilities) if name not in SPANNING]
+    favourites = generator.sample(names, 6)
+
+    def draw_one() -> Call:
+        return draw_call(chooser, world, generator.choice(favourites))
+
+    before = [START, *(draw_one() for _ in range(generator.randint(0, 4)))]
+    start = state_after(*before)
+    world.model.state = start.copy()
+    drawn: list[Operation] = []
+    state = start
+    for _ in range(generator.randint(2, 6)):
+        # In the order of which the answers are true, each call takes effect at its own place...
+        place = len(drawn) * 10.0
+        call = draw_one()
+        outcome, state = apply_call(state, op(call, 0, 0, None))
+        world.model.state = state.copy()
+        # ... and its times lie around it, so that it overlaps with its neighbours.
+        invoked, returned = place - generator.randint(0, 25), place + generator.randint(0, 25)
+        if generator.random() < 0.15:
+            outcome, returned = UNKNOWN, float("inf")
+        drawn.append(replace(op(call, invoked, returned, None, client=len(drawn)), outcome=outcome))
+    if generator.random() < 0.6:
+        index = generator.randrange(len(drawn))
+        drawn[index] = replace(drawn[index], outcome=_another(drawn, index, generator))
+    return start, tuple(sorted(drawn, key=lambda one: one.invoked))
+
+
+def _another(drawn: list[Operation], index: int, generator: random.Random) -> Outcome:
+    """An answer that may be wrong: that of another call, or the other of True and False."""
+    outcome = drawn[index].outcome
+    if isinstance(outcome, Returned) and isinstance(outcome.value, bool):
+        return Returned(not outcome.value)
+    if outcome == Returned(None):
+        return Raised("StaleAttemptError")
+    if isinstance(outcome, Returned) and isinstance(outcome.value, int):
+        return Returned(outcome.value + generator.choice((-1, 1)))
+    same = [one.outcome for one in drawn if one.call.method == drawn[index].call.method]
+    return generator.choice([*same, Returned(None)])
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(histories())
+def test_answers_as_trying_all_orders_does(drawn: tuple[State, tuple[Operation, ...]]) -> None:
+    start, operations = drawn
+    found = check_history(History(operations), start=start).answer
+    right = Answer.LINEARIZABLE if by_brute_force(operations, start) else Answer.VIOLATION
+    assert found is right
+
+
+GOOD: dict[str, tuple[Operation, ...]] = {
+    "one winner": (op(claim("x"), 1, 4, True), op(claim("y"), 2, 5, False)),
+    "the later call wins because both overlap": (op(claim("x"), 1, 4, False), op(claim("y"), 2, 5, True)),
+    "a release between": (
+        op(claim("x"), 1, 2, True),
+        op(release("x"), 3, 6, None),
+        op(claim("y"), 4, 7, True),
+    ),
+    "a release that overlaps its own claim": (
+        op(claim("x"), 1, 5, True),
+        op(release("x"), 2, 6, None),
+        op(on("get_step_claims"), 7, 8, ()),
+    ),
+    "numbers in another order than the calls": (op(begin(), 1, 5, 2), op(begin(), 2, 6, 1)),
+    "an unknown claim that won": (op(claim("x"), 1, 2, UNKNOWN), op(claim("y"), 3, 4, False)),
+    "an unknown claim that did not happen": (op(claim("x"), 1, 2, UNKNOWN), op(claim("y"), 3, 4, True)),
+    "an unknown claim that happens late": (
+        op(claim("x"), 1, 2, UNKNOWN),
+        op(on("get_step_claims"), 3, 4, ()),
+        op(claim("y"), 5, 6, False),
+    ),
+    "nothing at all": (),
+}
+
+BAD: dict[str, tuple[Operation, ...]] = {
+    "two winners": (op(claim("x"), 1, 4, True), op(claim("y"), 2, 5, True)),
+    "no winner": (op(claim("x"), 1, 4, False), op(claim("y"), 2, 5, False)),
+    "the loser was alone before": (op(claim("x"), 1, 2, False), op(claim("y"), 3, 4, True)),
+    "one number twice": (op(begin(), 1, 5, 1), op(begin(), 2, 6, 1)),
+    "a gap in the numbers": (op(begin(), 1, 5, 1), op(begin(), 2, 6, 3)),
+    "a claim that a later read misses": (op(claim("x"), 1, 2, True), op(on("get_step_claims"), 3, 4, ())),
+    "seen and then not": (
+        op(claim("x"), 1, 9, True),
+        op(on("get_claimed_step_keys"), 2, 3, frozenset({"a"})),
+        op(on("get_claimed_step_keys"), 4, 5, frozenset()),
+    ),
+    "an unknown claim cannot be there before it was invoked": (
+        op(claim("y"), 1, 2, False),
+        op(claim("x"), 3, 4, UNKNOWN),
+    ),
+    "a wrong error": (op(claim("x"), 1, 2, Raised("RunNotFoundError")),),
+    "an error of nobody's": (op(begin(), 1, 2, Raised("IntegrityError")),),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_accepts(name: str) -> None:
+    verdict = check_history(History.of(GOOD[name]), start=state_after(START))
+    assert verdict.answer is Answer.LINEARIZABLE
+    known = {id(one) for one in GOOD[name] if one.outcome is not UNKNOWN}
+    assert known <= {id(one) for one in verdict.prefix}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses(name: str) -> None:
+    verdict = check_history(History.of(BAD[name]), start=state_after(START))
+    assert verdict.answer is Answer.VIOLATION
+    assert verdict.unplaced
+    assert len(verdict.expected) == len(verdict.unplaced)
+
+
+def test_a_violation_says_what_would_have_been_right() -> None:
+    verdict = check_history(History.of(BAD["two winners"]), start=state_after(START))
+    assert [one.outcome for one in verdict.prefix] == [Returned(True)]
+    assert verdict.expected == (Returned(False),)
+
+
+def test_an_answer_must_not_come_before_the_call() -> None:
+    """Real time orders what did not overlap, however well another order would fit."""
+    late = (op(on("get_claimed_step_keys"), 1, 2, frozenset({"a"})), op(claim("x"), 3, 4, True))
+    overlapping = (op(on("get_claimed_step_keys"), 1, 4, frozenset({"a"})), op(claim("x"), 2, 3, True))
+    assert check_history(History.of(late), start=state_after(START)).answer is Answer.VIOLATION
+    assert check_history(History.of(overlapping), start=state_after(START)).answer is Answer.LINEARIZABLE
+
+
+def test_a_budget_that_runs_out_decides_nothing() -> None:
+    calls = tuple(op(begin(), index, 100 + index, 12 - index) for index in range(12))
+    assert check_history(History.of(calls), start=state_after(START), budget=5).answer is Answer.UNDECIDED
+    assert check_history(History.of(calls), start=state_after(START)).answer is Answer.LINEARIZABLE
+
+
+def test_many_losers_are_no_work() -> None:
+    """A call that says it changed nothing is placed as soon as it fits: no choice is left open."""
+    calls = [op(claim(str(index)), 1, 9, index == 7) for index in range(40)]
+    verdict = check_history(History.of(calls), start=state_after(START))
+    assert verdict.answer is Answer.LINEARIZABLE
+    assert verdict.states < 5000
+
+
+def test_parts_share_neither_run_nor_key() -> None:
+    key = {"flow_id": FLOW, "trigger_key": "t", "idempotency_key": "k"}
+    register = Call(method="try_register_idempotency_key", arguments={**key, "run_id": OTHER})
+    find = Call(method="find_run_id_by_idempotency_key", arguments=key)
+    one, two = op(claim("x"), 1, 2, True), op(claim("y", OTHER), 3, 4, True)
+    three, four = op(register, 5, 6, True), op(find, 7, 8, OTHER)
+    assert independent_parts([one, two, four, three]) == [(one,), (two, three, four)]
+    everything = op(Call(method="get_runs"), 9, 10, ())
+    assert len(independent_parts([one, two, everything])) == 1
+
+
+def test_each_part_is_searched_alone() -> None:
+    """Twenty runs with four overlapping calls each: together there would be far too many orders."""
+    runs = [UUID(int=50 + index) for index in range(20)]
+    starts = [replace(START, arguments={**START.arguments, "run_id": run_id}) for run_id in runs]
+    calls = [op(claim(owner, run_id), 1, 9, owner == "3") for run_id in runs for owner in "0123"]
+    verdict = check_history(History.of(calls), start=state_after(*starts))
+    assert verdict.answer is Answer.LINEARIZABLE
+    assert len(verdict.prefix) == 80
+
+
+def test_the_clock_of_each_call_counts() -> None:
+    lease = {"step_key": "a", "lease": timedelta(seconds=30)}
+    taken = op(on("try_claim_step", owner="x", **lease), 1, 2, True)
+    again = op(on("try_claim_step", owner="y", **lease), 3, 4, True)
+    late = replace(again, now=NOW + timedelta(seconds=30))
+    early = replace(again, now=NOW + timedelta(seconds=29))
+    assert check_history(History.of([taken, late]), start=state_after(START)).answer is Answer.LINEARIZABLE
+    assert check_history(History.of([taken, early]), start=state_after(START)).answer is Answer.VIOLATION
+
+
+def test_without_a_common_clock_times_are_not_compared() -> None:
+    _, state = apply_call(State(), op(START, 0, 0, None))
+    outcome, _ = apply_call(state, op(on("get_run_detail"), 0, 0, None), times=False)
+    elsewhere = replace(op(START, 0, 0, None), now=NOW + timedelta(days=3))
+    _, later = apply_call(State(), elsewhere, times=False)
+    assert apply_call(later, op(on("get_run_detail"), 0, 0, None), times=False)[0] == outcome

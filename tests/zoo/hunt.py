@@ -1,0 +1,102 @@
+"""Letting the conformance suite loose on the zoo."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowstore_conformance.bench import Profile
+from flowstore_conformance.checks.registry import Check, Kind
+from flowstore_conformance.report import CheckResult, Status
+from flowstore_conformance.suite import run_check, select_checks
+
+from flowstore_core.plugins import find_backend
+from tests.zoo import Broken
+
+DIST = Path(__file__).parent / "dist"
+"""Holds the dist-info folder by which the plugin is found, as an installed one is."""
+SEED = 20260314
+
+# The cheapest look first.
+_ORDER = (
+    Kind.EXAMPLE,
+    Kind.CAPABILITY,
+    Kind.HOSTILE,
+    Kind.SNAPSHOT,
+    Kind.RACE,
+    Kind.CANCELLATION,
+    Kind.CRASH,
+    Kind.MODEL,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """A check that found an animal's bug."""
+
+    animal: str
+    clause: str
+    check: str
+    kind: Kind
+    profile: str
+    message: str
+    seconds: float
+
+
+def open_the_gates() -> None:
+    """Let this process find the zoo's plugin."""
+    if str(DIST) not in sys.path:
+        sys.path.insert(0, str(DIST))
+
+
+async def kills_of(
+    animal: Broken,
+    base_url: str,
+    *,
+    profile: Profile,
+    clauses: Collection[str] = (),
+    seed: int = SEED,
+) -> AsyncIterator[Kill]:
+    """Every check of some clauses, or of all, that an animal fails, as it fails it."""
+    for check in _ordered(select_checks(clauses)):
+        result = await _run(check, animal, base_url, profile, seed)
+        failure = result.failure
+        if result.status is Status.FAIL and failure is not None:
+            yield Kill(
+                animal=animal.name,
+                clause=failure.clause,
+                check=check.name,
+                kind=check.kind,
+                profile=profile.value,
+                message=failure.message,
+                seconds=result.seconds,
+            )
+
+
+async def find_kill(animal: Broken, base_url: str) -> Kill | None:
+    """The first check that names the animal's own clause: a quick look, then the standard one."""
+    where = [animal.clause, *animal.look_at]
+    for profile in (Profile.QUICK, Profile.STANDARD):
+        async for kill in kills_of(animal, base_url, profile=profile, clauses=where):
+            if kill.clause == animal.clause:
+                return kill
+    return None
+
+
+async def _run(check: Check, animal: Broken, base_url: str, profile: Profile, seed: int) -> CheckResult:
+    scheme = f"broken-{animal.name}"
+    url = f"{scheme}://{base_url.partition('://')[2]}"
+    _, backend = find_backend(scheme)
+    before = asyncio.all_tasks()
+    result = await run_check(check, url, backend, profile, seed)
+    # What an animal left running must not run into the next check.
+    for task in asyncio.all_tasks() - before:
+        task.cancel()
+    return result
+
+
+def _ordered(checks: Sequence[Check]) -> Sequence[Check]:
+    return sorted(checks, key=lambda check: (_ORDER.index(check.kind), check.name))
