@@ -13,9 +13,10 @@ from flowstore_conformance.calls import SPANNING, RandomChooser, World, draw_cal
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
 from flowstore_conformance.linearizability import Answer, apply_call, check_history, independent_parts
 from flowstore_conformance.model import Model, State
-from flowstore_core import Capability
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from flowstore_core import Capability
 
 NOW = datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC)
 RUN, OTHER, FLOW = UUID(int=1), UUID(int=2), UUID(int=100)

@@ -244,7 +244,10 @@ class _Shrinking:
                 except Inconclusive:
                     continue
                 if verdict is not None:
-                    struck, last = struck + 1, (run, verdict)
+                    struck += 1
+                    if last is None or self._theme.tell(run.history):
+                        # One that can be told in plain words, if there is.
+                        last = (run, verdict)
         if last is None:
             return None
         return _Found(run=last[0], verdict=last[1], struck=struck, tried=tried)
@@ -266,24 +269,22 @@ class _Shrinking:
 
 
 def _smaller(race: Race) -> Iterator[Race]:
-    """Races with a client, a call or an argument less."""
-    plain = replace(race, order=(), yields=())
+    """Races with a client or a call less, or without a schedule."""
     if len(race.clients) > 2:
-        for index in range(len(race.clients)):
-            yield replace(plain, clients=_without(race.clients, index))
-    for index, calls in enumerate(race.clients):
+        for client in range(len(race.clients)):
+            yield race.without_client(client)
+    for client, calls in enumerate(race.clients):
         for number in range(len(calls)):
             if len(calls) > 1:
-                shorter = (*race.clients[:index], _without(calls, number), *race.clients[index + 1 :])
-                yield replace(plain, clients=shorter)
+                yield race.without_call(client, number)
     for number in reversed(range(1, len(race.setup))):
         yield replace(race, setup=_without(race.setup, number))
     for number in range(len(race.final)):
         if len(race.final) > 1:
             yield replace(race, final=_without(race.final, number))
     if race.order:
-        yield plain
+        yield replace(race, order=(), yields=())
 
 
-def _without(items: tuple, index: int) -> tuple:  # type: ignore[type-arg]
+def _without(items: tuple[Call, ...], index: int) -> tuple[Call, ...]:
     return (*items[:index], *items[index + 1 :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, literal
@@ -155,8 +156,24 @@ def answer_text(outcome: Outcome) -> str:
     """An outcome in a line."""
     if outcome is UNKNOWN:
         return "nothing, so it may have happened or not"
-    text = f"raises {outcome.error}" if isinstance(outcome, Raised) else repr(outcome.value)
+    text = f"raises {outcome.error}" if isinstance(outcome, Raised) else _plain(outcome.value)
     return text if len(text) <= 1500 else f"{text[:1500]}..."
+
+
+def _plain(value: Any) -> str:
+    """A comparable answer (see history.comparable) as one would write the record that it was."""
+    match value:
+        case UUID():
+            return str(value)
+        case datetime():
+            return value.isoformat()
+        case frozenset():
+            return "{" + ", ".join(sorted(_plain(each) for each in value)) + "}"
+        case (str() as name, tuple() as fields) if name[:1].isupper():
+            return f"{name}({', '.join(f'{field}={_plain(each)}' for field, each in fields)})"
+        case tuple():
+            return f"({', '.join(_plain(each) for each in value)})"
+    return repr(value)
 
 
 def _docstring(title: str) -> str:

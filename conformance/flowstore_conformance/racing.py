@@ -67,6 +67,27 @@ class Race:
             final=tuple(map(change, self.final)),
         )
 
+    def without_client(self, client: int) -> Race:
+        """The same race and schedule, as far as there is one, without a client."""
+        order = tuple(each - (each > client) for each in self.order if each != client)
+        yields = self.yields[:client] + self.yields[client + 1 :]
+        clients = self.clients[:client] + self.clients[client + 1 :]
+        return replace(self, clients=clients, order=order, yields=yields)
+
+    def without_call(self, client: int, number: int) -> Race:
+        """Likewise, without a call of a client. Its turns go to the call that follows."""
+        calls = list(self.clients[client])
+        del calls[number]
+        clients = (*self.clients[:client], tuple(calls), *self.clients[client + 1 :])
+        if not self.yields:
+            return replace(self, clients=clients)
+        turns = list(self.yields[client])
+        given = turns.pop(number)
+        if number < len(turns):
+            turns[number] += given
+        yields = (*self.yields[:client], tuple(turns), *self.yields[client + 1 :])
+        return replace(self, clients=clients, yields=yields)
+
     def scheduled(self, generator: random.Random) -> Race:
         """With a schedule drawn."""
         order = list(range(len(self.clients)))

@@ -14,7 +14,7 @@ from flowstore_conformance.report import CheckResult, Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
-from tests.zoo import Broken
+from tests.zoo import Broken, zoo
 
 DIST = Path(__file__).parent / "dist"
 """Holds the dist-info folder by which the plugin is found, as an installed one is."""
@@ -100,3 +100,17 @@ async def _run(check: Check, animal: Broken, base_url: str, profile: Profile, se
 
 def _ordered(checks: Sequence[Check]) -> Sequence[Check]:
     return sorted(checks, key=lambda check: (_ORDER.index(check.kind), check.name))
+
+
+def hunt(name: str, base_url: str, profile: str, *, own: bool) -> list[Kill]:
+    """All kills of one animal, for a process of its own; ``own`` runs the checks of its clause alone."""
+    open_the_gates()
+    animal = zoo()[name]
+
+    async def every() -> list[Kill]:
+        if own:
+            kill = await find_kill(animal, base_url)
+            return [] if kill is None else [kill]
+        return [kill async for kill in kills_of(animal, base_url, profile=Profile(profile))]
+
+    return asyncio.run(every())

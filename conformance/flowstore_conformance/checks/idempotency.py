@@ -244,6 +244,8 @@ async def cleaning_up_a_run_ends_its_deduplication(bench: Bench) -> None:
     for key in keys:
         answer = await told(store.try_register_idempotency_key(flow_id, "manual", key, second))
         bench.expect(answer, False, "a key stays registered until its run is cleaned up")
+        found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
+        bench.expect(found, first, "a key gives its run until that is cleaned up")
     await store.cleanup(now(bench) + DAY)
     for key in keys:
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)

@@ -53,13 +53,16 @@ _checks: dict[str, Check] = {}
 # One module per noun, in the order of the contract, then those that look at many nouns at once.
 MODULES = (
     "arguments",
+    "fidelity",
     "unknown",
     "runs",
     "records",
     "steps",
+    "completions",
     "retries",
     "recovery",
     "claims",
+    "dispatches",
     "controls",
     "idempotency",
     "signals",

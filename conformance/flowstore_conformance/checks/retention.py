@@ -227,7 +227,7 @@ async def running_runs_are_never_touched(bench: Bench) -> None:
 async def more_runs_than_any_batch_go_in_one_cleanup(bench: Bench) -> None:
     """However many batches it takes, one call deletes every run that is over and counts each once."""
     store = bench.store
-    count = bench.profile.of(20, 210, 2500)
+    count = bench.profile.of(20, 105, 2500)
     runs = [new_id(bench) for _ in range(count + 5)]
 
     async def run(number: int) -> None:

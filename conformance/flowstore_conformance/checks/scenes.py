@@ -183,6 +183,14 @@ def numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
     return [run.run_id.int for run in runs]
 
 
+def brief(value: object) -> str:
+    """A value for a sentence."""
+    # Cut first: the repr of a text that is too long is long too.
+    text = repr(value[:60]) if isinstance(value, str) else repr(value)
+    size = len(value) if isinstance(value, str) else len(text)
+    return text if size < 60 else f"{text[:50]}... of {size:,}"
+
+
 async def told(call: Awaitable[object]) -> object:
     """What a caller is told: an answer, or the name of an error where no error is allowed."""
     try:

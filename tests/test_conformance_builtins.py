@@ -1,0 +1,35 @@
+"""The built-in backends conform: every check of the suite, standard profile, on each of the three."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flowstore_conformance.bench import Profile
+from flowstore_conformance.checks.registry import Check
+from flowstore_conformance.report import Status
+from flowstore_conformance.suite import run_check, select_checks
+
+from flowstore_core import Capability
+from flowstore_core.plugins import find_backend
+
+SEED = 20_260_314
+
+# Facts about a process's memory, not operations: the memory backend is full without them.
+FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
+
+
+@pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql"])
+@pytest.mark.parametrize("check", select_checks(), ids=lambda check: f"{check.clauses[0]}-{check.name}")
+async def test_conforms(check: Check, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    backend = find_backend(name)[1]
+    missing = check.needs - backend.capabilities
+    if missing:
+        assert missing <= FACTS
+        pytest.skip(f"{name} does not declare {', '.join(sorted(missing))}")
+    url = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path}/flows.db"}.get(name)
+    result = await run_check(
+        check, url or request.getfixturevalue("postgresql_url"), backend, Profile.STANDARD, SEED
+    )
+    said = result.failure.message if result.failure is not None else result.reason
+    assert result.status is Status.PASS, said

@@ -1,0 +1,371 @@
+"""The model-based and concurrent checks: they pass on a right store and see through wrong ones."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from flowstore_conformance.bench import Bench, Inconclusive, Profile, make_bench
+from flowstore_conformance.checks.registry import Check, Kind, all_checks
+from flowstore_conformance.checks.snapshots import torn
+from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
+from flowstore_conformance.hunting import Effort, hunt, judge
+from flowstore_conformance.programs import replay_on_memory
+from flowstore_conformance.racing import Done, Job, Race, Run, StoreRunner
+from flowstore_conformance.report import CheckResult, Status
+from flowstore_conformance.suite import run_check
+from flowstore_conformance.themes import THEMES
+from flowstore_conformance.wire import pack_done, pack_job, read_line, unpack_done, unpack_job, write_line
+
+from flowstore_core import RunStatus, SignalDeliveryResult, SignalDeliveryStatus, StepStatus, open_store
+from flowstore_core.plugins import find_backend
+from flowstore_memory.store import MemoryStore
+
+_, MEMORY = find_backend("memory")
+CHECKS = {one.name: one for one in all_checks()}
+MINE = [one for one in CHECKS.values() if one.kind in (Kind.MODEL, Kind.RACE, Kind.SNAPSHOT)]
+
+
+async def run(name: str, profile: Profile = Profile.STANDARD, seed: int = 1) -> CheckResult:
+    return await run_check(CHECKS[name], "memory://", MEMORY, profile, seed)
+
+
+@pytest.mark.parametrize("check", MINE, ids=lambda check: check.name)
+async def test_passes_on_memory(check: Check) -> None:
+    result = await run_check(check, "memory://", MEMORY, Profile.QUICK, 7)
+    expected = Status.UNSUPPORTED if check.name.endswith("_by_processes") else Status.PASS
+    assert (result.status, result.failure, result.reason if result.status is Status.PASS else None) == (
+        expected,
+        None,
+        None,
+    )
+
+
+# Wrong stores: each reads, lets others have a turn, and then writes what it made of what it read.
+
+
+class CheckThenClaim(MemoryStore):
+    async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
+        if step_key in await self.get_claimed_step_keys(run_id):
+            return await super().try_claim_step(run_id, step_key, **given)
+        await asyncio.sleep(0)
+        await self.release_step_claim(run_id, step_key)
+        return await super().try_claim_step(run_id, step_key, **given)
+
+
+class TakeOverByTwo(MemoryStore):
+    async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
+        now = self._now()
+        claims = [one for one in await self.get_step_claims(run_id) if one.step_key == step_key]
+        await asyncio.sleep(0)
+        if claims and claims[0].expires_at is not None and claims[0].expires_at <= now:
+            await self.release_step_claim(run_id, step_key)
+        return await super().try_claim_step(run_id, step_key, **given)
+
+
+class MaximumPlusOne(MemoryStore):
+    async def record_step_start(self, run_id: UUID, step_key: str, step_type: str, **given: Any) -> int:
+        detail = await self.get_run_detail(run_id)
+        steps = [] if detail is None else [one for one in detail.steps if one.step_key == step_key]
+        await asyncio.sleep(0)
+        started = await super().record_step_start(run_id, step_key, step_type, **given)
+        return started if given.get("owner") else len(steps[0].attempts) + 1 if steps else 1
+
+
+class ReadModifyWriteLatch(MemoryStore):
+    async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
+        control = await self.get_run_control(run_id)
+        await asyncio.sleep(0)
+        await super().request_cancel(run_id, reason)
+        return control is None or not control.cancel_requested
+
+
+class SkipLocked(MemoryStore):
+    async def deliver_signal(self, run_id: UUID, signal_name: str, payload_json: str, **given: Any) -> Any:
+        before = [one for one in await self.get_waiters(run_id) if one.delivered_at is None]
+        await asyncio.sleep(0)
+        result = await super().deliver_signal(run_id, signal_name, payload_json, **given)
+        if before and result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
+            nothing = SignalDeliveryStatus.NOT_FOUND
+            return SignalDeliveryResult(status=nothing, step_key=None, delivered_at=None)
+        return result
+
+
+class TornRetry(MemoryStore):
+    async def retry_step(self, run_id: UUID, step_key: str, **given: Any) -> None:
+        await super().retry_step(run_id, step_key, **given)
+        await asyncio.sleep(0)
+        await self.release_dispatch(run_id, step_key)
+
+
+class TornDetail(MemoryStore):
+    async def get_run_detail(self, run_id: UUID) -> Any:
+        run = await super().get_run_detail(run_id)
+        await asyncio.sleep(0)
+        steps = await super().get_run_detail(run_id)
+        return run if run is None or steps is None else dataclasses.replace(run, steps=steps.steps)
+
+
+class TornPage(MemoryStore):
+    async def get_runs_page(self, *given: Any, **named: Any) -> Any:
+        page = await super().get_runs_page(*given, **named)
+        await asyncio.sleep(0)
+        later = await super().get_runs_page(*given, **named)
+        return dataclasses.replace(page, total_count=later.total_count)
+
+
+class RenewingShortens(MemoryStore):
+    async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
+        renewed = await super().renew_step_claim(run_id, step_key, owner, lease)
+        if renewed:
+            self._run(run_id).steps[step_key].expires_at = self._now() + lease
+        return renewed
+
+
+class DriverErrorSurfaces(MemoryStore):
+    async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
+        raise ConnectionResetError("a secret of the driver")
+
+
+def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore]) -> None:
+    monkeypatch.setattr("flowstore_memory.plugin.MemoryStore", wrong)
+
+
+@pytest.mark.parametrize("mode", ["tasks", "stores"])
+@pytest.mark.parametrize(
+    ("wrong", "theme", "clause", "words"),
+    [
+        (CheckThenClaim, "claims", "CLM-1", "what only one can win"),
+        (TakeOverByTwo, "takeovers", "CLM-6", ""),
+        (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
+        (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),
+        (SkipLocked, "deliveries", "SIG-2", "no order of these calls"),
+        (TornRetry, "retries", "STP-6", "no order of these calls"),
+    ],
+)
+async def test_catches_a_race(
+    monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore], theme: str, clause: str, words: str, mode: str
+) -> None:
+    make_wrong(monkeypatch, wrong)
+    result = await run(f"{theme}_by_{mode}")
+    failure = result.failure
+    assert failure is not None
+    assert (result.status, failure.clause) == (Status.FAIL, clause)
+    assert words in failure.message
+    assert "struck in" in failure.message
+    assert failure.history is not None
+    assert failure.verdict is not None
+    # Shrunk: a race needs two, and hardly more.
+    assert len({one.client for one in failure.history.operations if one.client >= 0}) <= 3
+    assert failure.program is not None
+    compile(failure.program, "program", "exec")
+
+
+async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wrong(monkeypatch, CheckThenClaim)
+    result = await run("claims_by_tasks")
+    assert result.failure is not None
+    assert result.failure.program is not None
+    printed = await replay_on_memory(result.failure.program)
+    # In another process, where the store is right, one of them wins.
+    assert "200 of 200 rounds" in printed
+    assert printed.count("try_claim_step: True") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name", "clause"),
+    [
+        (TornDetail, "details_are_never_torn", "QRY-3"),
+        (TornPage, "pages_agree_with_their_counts", "QRY-3"),
+        (RenewingShortens, "programs_agree_with_the_model", "CLM-6"),
+        (DriverErrorSurfaces, "programs_agree_with_the_model", "CON-2"),
+        (DriverErrorSurfaces, "machine_agrees_with_the_model", "CON-2"),
+    ],
+)
+async def test_catches_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore], name: str, clause: str
+) -> None:
+    make_wrong(monkeypatch, wrong)
+    result = await run(name)
+    assert result.failure is not None
+    assert (result.status, result.failure.clause) == (Status.FAIL, clause)
+    assert "secret" not in result.failure.message
+
+
+async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wrong(monkeypatch, RenewingShortens)
+    result = await run("programs_agree_with_the_model")
+    assert result.failure is not None
+    program = result.failure.program
+    assert program is not None
+    assert program.count("await told(") == 4, program
+    printed = await replay_on_memory(program)
+    assert [line.partition(":")[0] for line in printed.splitlines()] == [
+        "start_run",
+        "try_claim_step",
+        "renew_step_claim",
+        printed.splitlines()[-1].partition(":")[0],
+    ]
+
+
+async def test_the_same_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in (RenewingShortens, CheckThenClaim):
+        make_wrong(monkeypatch, wrong)
+        name = "claims_by_tasks" if wrong is CheckThenClaim else "programs_agree_with_the_model"
+        first, second = await run(name, seed=5), await run(name, seed=5)
+        assert first.exercised > 0
+        assert first.failure is not None
+        assert second.failure is not None
+        assert first.failure.clause == second.failure.clause
+
+
+# Looking closely enough
+
+
+class _OneAfterTheOther:
+    """A runner in which nothing overlaps."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._runner = StoreRunner([bench.store], bench.clock)
+
+    async def run(self, races: Sequence[Race]) -> list[Run]:
+        return [dataclasses.replace(one, overlapping=0) for one in await self._runner.run(races)]
+
+
+async def test_too_little_overlap_is_no_pass() -> None:
+    async with make_bench("memory://", MEMORY, Profile.QUICK, 3) as bench:
+        with pytest.raises(Inconclusive, match="calls overlapped in only 0 of"):
+            await hunt(bench, THEMES[0], _OneAfterTheOther(bench), Effort(volleys=2, races=2, seconds=5))
+
+
+async def test_no_verdict_is_no_pass() -> None:
+    start = Call(
+        method="start_run", arguments={"flow_id": UUID(int=9), "flow_name": "f", "run_id": UUID(int=1)}
+    )
+    start = dataclasses.replace(start, arguments={**start.arguments, "trigger_key": "t"})
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    same = Operation(client=0, call=start, invoked=1, returned=9, outcome=UNKNOWN, now=now)
+    wrong = dataclasses.replace(same, outcome=Returned(None))
+    history = History.of([same, same, same, wrong])
+    race = Race(setup=(), clients=(), final=())
+    async with make_bench("memory://", MEMORY, Profile.QUICK, 3) as bench:
+        with pytest.raises(Inconclusive, match="no verdict"):
+            judge(bench, Run(race=race, history=history, overlapping=1, unavailable=0), budget=0)
+
+
+async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> None:
+    """A store that never suspends is measured by who stood at the barrier; any other by the times."""
+
+    def claims(owner: str) -> Call:
+        return Call(
+            method="try_claim_step", arguments={"run_id": UUID(int=1), "step_key": "a", "owner": owner}
+        )
+
+    given = {"flow_id": UUID(int=9), "flow_name": "f", "run_id": UUID(int=1), "trigger_key": "t"}
+    race = Race(
+        setup=(Call(method="start_run", arguments=given),), clients=((claims("x"),), (claims("y"),)), final=()
+    )
+
+    class Suspending(MemoryStore):
+        async def try_claim_step(self, *given: Any, **named: Any) -> bool:
+            await asyncio.sleep(0)
+            return await super().try_claim_step(*given, **named)
+
+    async with open_store("memory://") as store:
+        [atomic] = await StoreRunner([store], None).run([race])
+    assert atomic.overlapping == 1
+    assert atomic.history.overlaps() == 0
+    with pytest.MonkeyPatch.context() as patch:
+        make_wrong(patch, Suspending)
+        async with open_store("memory://") as store:
+            [suspended] = await StoreRunner([store], None).run([race])
+            late = dataclasses.replace(race, yields=((0,), (9,)))
+        async with open_store("memory://") as store:
+            [apart] = await StoreRunner([store], None).run([late])
+    assert suspended.overlapping == 1
+    assert apart.overlapping == 0
+
+
+# Torn details, and what processes tell each other
+
+
+async def test_torn_says_what_cannot_be() -> None:
+    async with open_store("memory://") as store:
+        run_id = UUID(int=1)
+        await store.start_run(UUID(int=9), "f", run_id, "t")
+        await store.record_step_start(run_id, "a", "s")
+        running = await store.get_run_detail(run_id)
+        await store.record_step_complete(run_id, "a", StepStatus.FAILED, error_message="no")
+        await store.record_step_start(run_id, "a", "s")
+        second = await store.get_run_detail(run_id)
+    assert running is not None
+    assert second is not None
+    assert torn(running) is None
+    assert torn(second) is None
+    [step], [later] = running.steps, second.steps
+    for wrong, words in (
+        (dataclasses.replace(running, status=RunStatus.FAILED), "with completed_at None"),
+        (
+            dataclasses.replace(running, steps=(dataclasses.replace(step, status=StepStatus.FAILED),)),
+            "newest",
+        ),
+        (dataclasses.replace(running, steps=(dataclasses.replace(step, attempts=()),)), "numbered []"),
+        (dataclasses.replace(second, steps=(dataclasses.replace(later, attempt_count=1),)), "counts 1"),
+        (
+            dataclasses.replace(
+                second,
+                steps=(dataclasses.replace(later, attempts=(step.attempts[0], later.attempts[1])),),
+            ),
+            "attempt 1 open",
+        ),
+    ):
+        assert words in str(torn(wrong))
+
+
+def test_jobs_and_histories_survive_the_wire() -> None:
+    now = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
+    arguments = {
+        "run_id": UUID(int=1 << 100),
+        "due_at": now,
+        "lease": timedelta(days=3, microseconds=1),
+        "expected": {"é": "Failed"},
+        "reset": ["a", "b"],
+        "text": 'A "\u2028\U0001f600\n',
+        "nothing": None,
+        "number": 3,
+        "status": StepStatus.FAILED,
+    }
+    call = Call(method="retry_step", arguments=arguments)
+    job = Job(race=3, client=1, calls=(call, call), yields=(0, 2))
+    assert unpack_job(read_line(write_line(pack_job(job)))) == job
+    outcomes = (
+        Returned((("a", frozenset({"x"})), (UUID(int=2), now, 1.5, True))),
+        Raised("StaleAttemptError"),
+        UNKNOWN,
+    )
+    operations = tuple(
+        Operation(
+            client=1,
+            call=call,
+            invoked=1.25,
+            returned=math.inf if outcome is UNKNOWN else 2.5,
+            outcome=outcome,
+            now=now,
+        )
+        for outcome in outcomes
+    )
+    done = Done(race=3, operations=operations, suspended=True, unavailable=2)
+    assert unpack_done(read_line(write_line(pack_done(done))), 1, now) == done
+
+
+async def test_processes_race(tmp_path: Any) -> None:
+    """Worker processes end with their check, and what they tell is judged."""
+    url = f"sqlite:///{tmp_path}/x.db"
+    result = await run_check(CHECKS["keys_by_processes"], url, find_backend("sqlite")[1], Profile.QUICK, 4)
+    assert (result.status, result.failure, result.reason) == (Status.PASS, None, None)
