@@ -138,8 +138,9 @@ class Steps(Opened):
                 step.reopened = True
                 _forget(run, step_key, step)
                 for key in reset:
+                    # The step itself is Pending by now, so its own key does nothing here.
                     other = run.steps.get(key)
-                    if other is not None and key != step_key and other.status is StepStatus.SKIPPED:
+                    if other is not None and other.status is StepStatus.SKIPPED:
                         other.status = None
                         _forget(run, key, other)
             if run.status is not RunStatus.RUNNING:

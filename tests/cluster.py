@@ -52,6 +52,8 @@ def main() -> None:
         # A short path, because the socket lies in it: a socket's path may have 107 characters.
         server = get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
+            # Nobody cuts the power here, and stopping must not wait for thousands of files to be synced.
+            server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
             folder_of_socket = server.get_postmaster_info().socket_dir
             sys.stdout.write(f"postgresql:///postgres?host={folder_of_socket}&user=postgres\n")
             sys.stdout.flush()

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.calls import SPANNING, RandomChooser, World, draw_call, drawable_methods
+from flowstore_conformance.calls import SPANNING, draw_call, drawable_methods
+from flowstore_conformance.drawing import RandomChooser, World
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
 from flowstore_conformance.linearizability import Answer, apply_call, check_history, independent_parts
 from flowstore_conformance.model import Model, State
@@ -158,6 +159,11 @@ GOOD: dict[str, tuple[Operation, ...]] = {
         op(on("get_step_claims"), 3, 4, ()),
         op(claim("y"), 5, 6, False),
     ),
+    "the same calls in the other order leave another state": (
+        op(on("save_output", key="k", value_json="1"), 1, 4, None),
+        op(on("save_output", key="k", value_json="2"), 2, 5, None),
+        op(on("get_output", key="k"), 6, 7, "1"),
+    ),
     "nothing at all": (),
 }
 
@@ -176,6 +182,11 @@ BAD: dict[str, tuple[Operation, ...]] = {
     "an unknown claim cannot be there before it was invoked": (
         op(claim("y"), 1, 2, False),
         op(claim("x"), 3, 4, UNKNOWN),
+    ),
+    "what was saved first is there at last": (
+        op(on("save_output", key="k", value_json="1"), 1, 2, None),
+        op(on("save_output", key="k", value_json="2"), 3, 4, None),
+        op(on("get_output", key="k"), 5, 6, "1"),
     ),
     "a wrong error": (op(claim("x"), 1, 2, Raised("RunNotFoundError")),),
     "an error of nobody's": (op(begin(), 1, 2, Raised("IntegrityError")),),

@@ -12,7 +12,8 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.bench import Bench, Inconclusive, Violation
-from flowstore_conformance.calls import FLOWS, SPANNING, World
+from flowstore_conformance.calls import SPANNING
+from flowstore_conformance.drawing import FLOWS, World
 from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.listing import Line, answer_text, sequential_program

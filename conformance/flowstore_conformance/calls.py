@@ -8,176 +8,32 @@ generator of random numbers.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Protocol, TypeVar
-from uuid import UUID
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
+from flowstore_conformance.drawing import (
+    ENDINGS,
+    IDEMPOTENCY_KEYS,
+    LEASES,
+    OUTCOMES,
+    SEARCHES,
+    SIGNALS,
+    SPANS,
+    TICK,
+    Chooser,
+    Draw,
+    World,
+)
 from flowstore_conformance.history import Call
-from flowstore_conformance.model import Model, Run
 from flowstore_conformance.model.state import Step
 from flowstore_core import Capability
-
-T = TypeVar("T")
-
-KEYS = ("a", "B", "é", "b")
-FLOWS = (UUID(int=0xF1), UUID(int=0xF2))
-OWNERS = ("one", "two", "One")
-TEXTS = (None, "", "x%_", "ABC é")
-SIGNALS = ("go", "Go")
-IDEMPOTENCY_KEYS = ("k", "K")
-OUTCOMES = ("Succeeded", "Failed", "Pending", "Skipped")
-ENDINGS = ("Succeeded", "Failed", "Cancelled")
-SEARCHES = (None, "", "x%", "abc", "B", "É", "é", "running", "superseded", "J1", "-0000", "_")
-TICK = timedelta(microseconds=1)
-SPANS = (
-    timedelta(0),
-    TICK,
-    timedelta(seconds=1),
-    timedelta(minutes=1),
-    timedelta(hours=1),
-    timedelta(days=1),
-)
-LEASES = (timedelta(minutes=1), timedelta(days=2), timedelta(hours=1), timedelta(seconds=1))
-
-
-class Chooser(Protocol):
-    """Whoever decides what is drawn."""
-
-    def one_of(self, options: Sequence[T]) -> T:
-        """One of the options; the first is the simplest."""
-        ...
-
-
-class RandomChooser:
-    """Decides by a seeded generator."""
-
-    def __init__(self, generator: random.Random) -> None:
-        self._generator = generator
-
-    def one_of(self, options: Sequence[T]) -> T:
-        return self._generator.choice(options)
-
-
-@dataclass(slots=True)
-class World:
-    """What calls are drawn from: a few names, and the model's state that says which of them is at hand."""
-
-    model: Model
-    runs: Sequence[UUID]
-    flows: Sequence[UUID]
-    keys: Sequence[str] = KEYS
-    owners: Sequence[str] = OWNERS
-    capabilities: Collection[Capability] = field(default_factory=lambda: frozenset(Capability))
-
-    def moments(self) -> list[datetime]:
-        """The moments at which something ends or falls due, in order."""
-        found: set[datetime | None] = set()
-        for run in self.model.state.runs.values():
-            for step in run.steps.values():
-                found.add(step.claim.expires_at if step.claim else None)
-                found.add(step.dispatch.due_at if step.dispatch else None)
-            found.update(waiter.expires_at for waiter in run.waiters.values())
-            found.add(run.control.timeout_at if run.control else None)
-            found.add(run.record.completed_at if run.record else None)
-        return sorted(each for each in found if each is not None)
-
-
-class _Draw:
-    """Draws the arguments of one call."""
-
-    def __init__(self, chooser: Chooser, world: World) -> None:
-        self._chooser = chooser
-        self.world = world
-        self.now = world.model.now
-
-    def one_of(self, *options: T) -> T:
-        return self._chooser.one_of(options)
-
-    def among(self, options: Sequence[T]) -> T:
-        return self._chooser.one_of(options)
-
-    def often(self) -> bool:
-        """True four times of five, and in the simplest case."""
-        return self.one_of(True, True, True, True, False)
-
-    def text(self) -> str | None:
-        return self.among(TEXTS)
-
-    def flow(self) -> UUID:
-        return self.among(self.world.flows)
-
-    def moment(self) -> datetime:
-        """Around now, or on the edge of something that ends."""
-        edges = self.world.moments()
-        on_an_edge = self.one_of(True, False)
-        if edges and on_an_edge:
-            return self.among(edges) + self.one_of(timedelta(0), TICK, -TICK)
-        return self.now + self.one_of(1, -1) * self.among(SPANS)
-
-    def maybe_moment(self) -> datetime | None:
-        later = self.one_of(False, True)
-        return self.moment() if later else None
-
-    def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
-        """Mostly a run that the call can do something with."""
-        fitting = [run_id for run_id in self.world.runs if wanted(self.world.model.peek(run_id))]
-        return self.among(fitting if fitting and self.often() else self.world.runs)
-
-    def step(
-        self,
-        wanted: Callable[[Step], object] = lambda step: True,
-        running: bool = False,
-    ) -> tuple[UUID, str, Step]:
-        """Mostly a step that the call can do something with."""
-        places = []
-        for run_id in self.world.runs:
-            run = self.world.model.peek(run_id)
-            if run.record is None or (running and run.record.status.is_terminal):
-                continue
-            places += [(run_id, key) for key in self.world.keys if wanted(run.steps.get(key, Step()))]
-        if places and self.often():
-            run_id, key = self.among(places)
-        else:
-            run_id, key = self.run(lambda run: run.steps), self.among(self.world.keys)
-        return run_id, key, self.world.model.peek(run_id).steps.get(key, Step())
-
-    def waiting(self) -> tuple[UUID, str]:
-        """Mostly a step with a waiter."""
-        places = [
-            (run_id, key)
-            for run_id in self.world.runs
-            for key in sorted(self.world.model.peek(run_id).waiters)
-        ]
-        if places and self.often():
-            return self.among(places)
-        return self.run(), self.among(self.world.keys)
-
-    def attempt(self, step: Step) -> int | None:
-        """Mostly the last one."""
-        last = max(len(step.attempts), 1)
-        return self.one_of(last, None, last, max(last - 1, 1), last + 1)
-
-    def owner(self, step: Step) -> str | None:
-        """Mostly the one who holds the step."""
-        holder = step.claim.owner if step.claim is not None else None
-        return (
-            self.among((holder, holder, *self.world.owners))
-            if holder
-            else self.among((None, *self.world.owners))
-        )
-
-    def lease(self, owner: str | None) -> dict[str, Any]:
-        leased = owner is not None and Capability.LEASES in self.world.capabilities
-        return {"lease": self.among(LEASES)} if leased and self.one_of(True, True, False) else {}
-
 
 Arguments = dict[str, Any]
 
 
-def _start_run(d: _Draw) -> Arguments:
+def _start_run(d: Draw) -> Arguments:
     return {
         "flow_id": d.flow(),
         "flow_name": d.one_of("Flow", "flow_x"),
@@ -189,12 +45,12 @@ def _start_run(d: _Draw) -> Arguments:
     }
 
 
-def _trigger_run(d: _Draw) -> Arguments:
+def _trigger_run(d: Draw) -> Arguments:
     key = d.among((*IDEMPOTENCY_KEYS, None))
     return {**_start_run(d), "idempotency_key": key, "timeout_at": d.maybe_moment()}
 
 
-def _complete_run(d: _Draw) -> Arguments:
+def _complete_run(d: Draw) -> Arguments:
     run_id = d.run(lambda run: run.record is not None and not run.record.status.is_terminal)
     drawn: Arguments = {"run_id": run_id, "status": d.among(ENDINGS)}
     if d.one_of(True, False):
@@ -206,7 +62,7 @@ def _complete_run(d: _Draw) -> Arguments:
     return drawn
 
 
-def _record_step_start(d: _Draw) -> Arguments:
+def _record_step_start(d: Draw) -> Arguments:
     finished = ("Succeeded", "Skipped")
     run_id, key, step = d.step(lambda step: step.status not in finished, running=True)
     held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
@@ -220,7 +76,7 @@ def _record_step_start(d: _Draw) -> Arguments:
     }
 
 
-def _record_step_complete(d: _Draw) -> Arguments:
+def _record_step_complete(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: step.is_open)
     if not step.is_open and step.attempts and d.one_of(True, False):
         last = step.attempts[-1]
@@ -238,7 +94,7 @@ def _record_step_complete(d: _Draw) -> Arguments:
     }
 
 
-def _record_skipped_step(d: _Draw) -> Arguments:
+def _record_skipped_step(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: not step.is_terminal)
     return {
         "run_id": run_id,
@@ -249,7 +105,7 @@ def _record_skipped_step(d: _Draw) -> Arguments:
     }
 
 
-def _retry_step(d: _Draw) -> Arguments:
+def _retry_step(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: step.status is not None)
     steps = d.world.model.peek(run_id).steps
     reset = [each for each in d.world.keys if steps.get(each, Step()).status == "Skipped"]
@@ -258,7 +114,7 @@ def _retry_step(d: _Draw) -> Arguments:
     return {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
 
 
-def _reschedule_step(d: _Draw) -> Arguments:
+def _reschedule_step(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: step.is_open or (step.attempts and step.status == "Pending"))
     return {
         "run_id": run_id,
@@ -269,39 +125,39 @@ def _reschedule_step(d: _Draw) -> Arguments:
     }
 
 
-def _try_claim_step(d: _Draw) -> Arguments:
+def _try_claim_step(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: not step.is_terminal and step.claim is None, running=True)
     owner = d.owner(step)
     return {"run_id": run_id, "step_key": key, "owner": owner, **d.lease(owner)}
 
 
-def _release_step_claim(d: _Draw) -> Arguments:
+def _release_step_claim(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: step.claim is not None)
     return {"run_id": run_id, "step_key": key, "owner": d.owner(step)}
 
 
-def _renew_step_claim(d: _Draw) -> Arguments:
+def _renew_step_claim(d: Draw) -> Arguments:
     run_id, key, step = d.step(lambda step: step.claim and step.claim.expires_at and step.held(d.now))
     return {"run_id": run_id, "step_key": key, "owner": d.owner(step) or "one", "lease": d.among(LEASES)}
 
 
-def _try_record_dispatch(d: _Draw) -> Arguments:
+def _try_record_dispatch(d: Draw) -> Arguments:
     run_id, key, _ = d.step(lambda step: not step.is_terminal and step.dispatch is None, running=True)
     return {"run_id": run_id, "step_key": key, "due_at": d.maybe_moment()}
 
 
-def _dispatched(d: _Draw) -> Arguments:
+def _dispatched(d: Draw) -> Arguments:
     run_id, key, _ = d.step(lambda step: step.dispatch is not None)
     return {"run_id": run_id, "step_key": key}
 
 
-def _configure_run(d: _Draw) -> Arguments:
+def _configure_run(d: Draw) -> Arguments:
     key = d.among((None, *IDEMPOTENCY_KEYS))
     of = {"run_id": d.run(), "flow_id": d.flow(), "trigger_key": d.one_of("t", "T")}
     return {**of, "idempotency_key": key, "timeout_at": d.maybe_moment()}
 
 
-def _scope(d: _Draw) -> Arguments:
+def _scope(d: Draw) -> Arguments:
     return {
         "flow_id": d.flow(),
         "trigger_key": d.one_of("t", "T"),
@@ -309,7 +165,7 @@ def _scope(d: _Draw) -> Arguments:
     }
 
 
-def _register_waiter(d: _Draw) -> Arguments:
+def _register_waiter(d: Draw) -> Arguments:
     run_id, key, _ = d.step()
     return {
         "run_id": run_id,
@@ -319,18 +175,18 @@ def _register_waiter(d: _Draw) -> Arguments:
     }
 
 
-def _deliver_signal(d: _Draw) -> Arguments:
+def _deliver_signal(d: Draw) -> Arguments:
     run_id = d.run(lambda run: run.waiters)
     delivery = {"delivery_id": d.one_of(None, "d", "D")}
     return {"run_id": run_id, "signal_name": d.among(SIGNALS), "payload_json": d.one_of("{}", ""), **delivery}
 
 
-def _waiting(d: _Draw) -> Arguments:
+def _waiting(d: Draw) -> Arguments:
     run_id, key = d.waiting()
     return {"run_id": run_id, "step_key": key}
 
 
-def _get_runs_page(d: _Draw) -> Arguments:
+def _get_runs_page(d: Draw) -> Arguments:
     return {
         "flow_id": d.among((None, *d.world.flows)),
         "status": d.one_of(None, "Running", "Failed", "Succeeded"),
@@ -340,18 +196,18 @@ def _get_runs_page(d: _Draw) -> Arguments:
     }
 
 
-def _get_run_timeseries(d: _Draw) -> Arguments:
+def _get_run_timeseries(d: Draw) -> Arguments:
     since = d.moment() - d.one_of(timedelta(0), timedelta(hours=5), timedelta(days=2))
     length = d.one_of(timedelta(0), TICK, timedelta(hours=1), timedelta(hours=7), timedelta(days=3))
     of = {"granularity": d.one_of("hour", "day"), "flow_id": d.among((None, *d.world.flows))}
     return {**of, "since": since, "until": since + length}
 
 
-def _as_of(d: _Draw) -> Arguments:
+def _as_of(d: Draw) -> Arguments:
     return {"as_of": d.maybe_moment(), "take": d.one_of(100, 2, 1)}
 
 
-def _cleanup(d: _Draw) -> Arguments:
+def _cleanup(d: Draw) -> Arguments:
     records = [d.world.model.peek(run_id).record for run_id in d.world.runs]
     ends = [
         record.completed_at for record in records if record is not None and record.completed_at is not None
@@ -361,7 +217,7 @@ def _cleanup(d: _Draw) -> Arguments:
     return {"cutoff": d.moment()}
 
 
-def _of_run(d: _Draw) -> Arguments:
+def _of_run(d: Draw) -> Arguments:
     return {"run_id": d.run()}
 
 
@@ -370,7 +226,7 @@ class Drawable:
     """How often a method is called, what it needs, and how its arguments are drawn."""
 
     weight: int
-    draw: Callable[[_Draw], Arguments]
+    draw: Callable[[Draw], Arguments]
     needs: Capability | None = None
 
 
@@ -463,12 +319,12 @@ def drawable_methods(capabilities: Collection[Capability]) -> dict[str, Drawable
 
 def draw_call(chooser: Chooser, world: World, method: str) -> Call:
     """One call of a method; the state is only looked at."""
-    return Call(method=method, arguments=METHODS[method].draw(_Draw(chooser, world)))
+    return Call(method=method, arguments=METHODS[method].draw(Draw(chooser, world)))
 
 
 def draw_jump(chooser: Chooser, world: World) -> timedelta:
     """How far to move the clock: a little, or to an edge, exactly or just before or after it."""
-    draw = _Draw(chooser, world)
+    draw = Draw(chooser, world)
     now = world.model.now
     hour = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
     midnight = hour.replace(hour=0) + timedelta(days=1)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.bench import Bench, Inconclusive, VirtualClock
@@ -102,7 +102,7 @@ class ProcessRunner:
         return assemble(races, done, one_loop=False)
 
     async def _phase(self, phase: Phase) -> list[Done]:
-        now = self._clock.now if self._clock is not None else datetime.now().astimezone()
+        now = self._clock.now if self._clock is not None else datetime.now(UTC)
         # A race's clients go round the processes; races begin at different ones, and so do setups and looks.
         places: list[list[Job]] = [[] for _ in self._workers]
         for job in phase.jobs:

@@ -34,7 +34,7 @@ class Effort:
     races: int
     """In a volley."""
     seconds: float
-    """After so long no new volley begins, unless nothing overlapped yet."""
+    """After so long no new volley begins; four times as long where too little overlapped."""
 
 
 @dataclass(slots=True)
@@ -70,7 +70,8 @@ async def hunt(bench: Bench, theme: Theme, runner: Runner, effort: Effort) -> No
                 raise await _explain(bench, theme, runner, run, verdict)
         volley += 1
         seconds = time.monotonic() - begun
-        if seconds > effort.seconds and volley >= 3:
+        patience = effort.seconds if _overlap(tally) >= LEAST_OVERLAP else 4 * effort.seconds
+        if seconds > patience and volley >= 3:
             break
         if volley == limit and _overlap(tally) < LEAST_OVERLAP and limit < 4 * effort.volleys:
             # Perhaps the machine was busy with other things.
@@ -89,7 +90,9 @@ def _draw(bench: Bench, theme: Theme, count: int) -> list[Race]:
     now = datetime.now(UTC) if bench.clock is None else bench.clock.now
     races = []
     for _ in range(count):
-        drawing = Drawing(generator=bench.random, capabilities=bench.capabilities, now=now)
+        drawing = Drawing(
+            generator=bench.random, capabilities=bench.capabilities, now=now, virtual=bench.clock is not None
+        )
         race = _offered(theme.draw(drawing), bench).scheduled(bench.random)
         races.append(race.on_fresh_ids(bench.random))
     return races

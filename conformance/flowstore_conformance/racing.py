@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 from uuid import UUID
 
@@ -207,7 +207,7 @@ class StoreRunner:
         for phase in phases_of(races):
             if self._clock is not None:
                 self._clock.advance(phase.jump)
-            now = self._clock.now if self._clock is not None else datetime.now().astimezone()
+            now = self._clock.now if self._clock is not None else datetime.now(UTC)
             placed = [(self._stores[job.client % len(self._stores)], job) for job in phase.jobs]
             done.append(await do_jobs(placed, now, self._clock is not None))
         return assemble(races, done, one_loop=True)

@@ -171,6 +171,15 @@ async def test_stp_6_the_latches_of_a_running_run_stay(store: FlowStore, clock: 
     assert await store.get_run_control(run_id) == before
 
 
+async def test_stp_6_a_control_record_without_deadline_is_cleared_too(store: FlowStore) -> None:
+    run_id = await _a_failed_run(store)
+    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
+    before = await store.get_run_control(run_id)
+    await store.request_cancel(run_id, "user")
+    await store.retry_step(run_id, "charge")
+    assert await store.get_run_control(run_id) == before
+
+
 async def test_stp_6_a_run_without_control_record_gets_none(store: FlowStore) -> None:
     run_id = await _a_failed_run(store)
     await store.retry_step(run_id, "charge")

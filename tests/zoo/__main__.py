@@ -1,6 +1,6 @@
 """The whole zoo against the whole suite: ``python -m tests.zoo`` writes docs/kill-matrix.md.
 
-``--profile`` chooses how hard the suite looks (standard by default), ``--own`` limits it to the checks of each
+``--profile`` chooses how hard the suite looks (standard by default), ``--own`` runs only the checks of each
 animal's own clause (minutes instead of hours), ``--jobs`` says how many animals are hunted at once. Names
 limit the hunt to some animals and write nothing.
 """

@@ -71,6 +71,9 @@ async def what_returned_true_is_visible_to_every_store(bench: Bench) -> None:
     store, other = bench.store, await another(bench)
     for number in range(4):
         run_id = await start(bench)
+        # Read first: who keeps what it has read must notice what others write.
+        bench.expect(await other.get_claimed_step_keys(run_id), set(), "the claims of a new run")
+        bench.expect(await other.get_dispatched_step_keys(run_id), set(), "the dispatches of a new run")
         await store.try_claim_step(run_id, "a", owner="mine")
         bench.expect(await other.get_claimed_step_keys(run_id), {"a"}, "a claim, seen by another store")
         answer = await told(other.try_claim_step(run_id, "a", owner="theirs"))

@@ -217,9 +217,12 @@ async def long_texts_are_kept_and_compared_whole(bench: Bench) -> None:
         )
     text = "x" * 100_000
     await store.record_step_start(run_id, "charge", "http")
-    await store.record_step_complete(run_id, "charge", StepStatus.PENDING, output_json=text + "a")
+    await store.record_step_complete(
+        run_id, "charge", StepStatus.PENDING, output_json=text + "a", error_message=text + "b"
+    )
     step = await the_step(bench, run_id)
     bench.expect_that(step.output_json == text + "a", "an output of 100 kB comes back whole")
+    bench.expect_that(step.error_message == text + "b", "an error message of 100 kB comes back whole")
 
 
 # INP-3

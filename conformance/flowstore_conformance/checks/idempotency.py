@@ -44,6 +44,8 @@ async def a_key_is_scoped_by_flow_and_trigger(bench: Bench) -> None:
     ]
     runs = [new_id(bench) for _ in scopes]
     for scope, run_id in zip(scopes, runs, strict=True):
+        found = await store.find_run_id_by_idempotency_key(*scope)
+        bench.expect(found, None, f"the run of {scope[1:]}, while only keys of other scopes are registered")
         answer = await told(store.try_register_idempotency_key(*scope, run_id))
         bench.expect(answer, True, f"registering {scope[1:]} beside keys of other scopes")
     for scope, run_id in zip(scopes, runs, strict=True):
@@ -256,3 +258,15 @@ async def cleaning_up_a_run_ends_its_deduplication(bench: Bench) -> None:
         bench.expect((result.created, result.run.run_id), wanted, "a trigger under a key that is free again")
     answer = await told(store.try_register_idempotency_key(flow_id, "manual", "another key", second))
     bench.expect(answer, True, "registering a key that is free again")
+
+
+@example("IDM-4", needs=[Capability.VIRTUAL_CLOCK])
+async def a_young_key_goes_with_its_run(bench: Bench) -> None:
+    """A key goes because its run does, however young it is: the hour of RET-4 is for runs never started."""
+    flow_id = new_id(bench)
+    store, run_id = bench.store, await start(bench)
+    await store.try_register_idempotency_key(flow_id, "manual", "key", run_id)
+    await store.complete_run(run_id, RunStatus.SUCCEEDED)
+    await store.cleanup(now(bench) + SECOND)
+    found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
+    bench.expect(found, None, "a key of this very moment whose run was cleaned up")

@@ -27,8 +27,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from flowstore_conformance.agreement import Disagreement, Program, shrink
 from flowstore_conformance.bench import Bench
-from flowstore_conformance.calls import KEYS, RandomChooser, draw_call, draw_jump, drawable_methods
+from flowstore_conformance.calls import draw_call, draw_jump, drawable_methods
 from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.drawing import KEYS, RandomChooser
 from flowstore_core import Capability
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ async def programs_agree_with_the_model(bench: Bench) -> None:
     until = time.monotonic() + bench.profile.of(3, 12, 900)
     async with bench.fresh() as namespace:
         try:
-            for number in range(1, bench.profile.of(10, 60, 5000)):
+            for number in range(1, bench.profile.of(6, 60, 5000)):
                 await _random_program(Program.on(namespace, number), bench.random)
                 if time.monotonic() > until:
                     break
@@ -80,10 +81,11 @@ async def machine_agrees_with_the_model(bench: Bench) -> None:
     session = _Session(bench, line, until=time.monotonic() + bench.profile.of(2, 8, 300))
     machine = seed(bench.seed)(_machine_of(session))
     chosen = settings(
-        max_examples=bench.profile.of(10, 60, 2000),
+        max_examples=bench.profile.of(6, 60, 2000),
         stateful_step_count=bench.profile.of(30, 40, 50),
         database=None,
         deadline=None,
+        derandomize=False,
         print_blob=False,
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,

@@ -1,0 +1,97 @@
+"""Races that look across nouns: cleanups, and anything at all."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+from flowstore_conformance.agreement import expected_outcome, is_read
+from flowstore_conformance.calls import SPANNING, draw_call, drawable_methods
+from flowstore_conformance.drawing import RandomChooser, World
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model
+from flowstore_conformance.racing import Race
+from flowstore_conformance.themes.runs import find, register, trigger
+from flowstore_conformance.themes.steps import ended_run
+from flowstore_conformance.themes.theme import FLOW, Drawing, Maker, Theme, theme
+from flowstore_core import Capability
+
+
+def _cleanups(d: Drawing) -> Race:
+    again = UUID(int=2)
+    later = d.now + timedelta(hours=12)
+    clean = Call(method="cleanup", arguments={"cutoff": later})
+    first = register(0) if not d.has(Capability.TRIGGER) else trigger(0)
+    begin = ended_run(d)[1:] if first.method == "trigger_run" else [*ended_run(d)]
+    makers: list[Maker] = [
+        lambda client: clean,
+        lambda client: clean,
+        lambda client: d.step("retry_step", attempt=1, reset=["b"]),
+        lambda client: d.on("get_run_detail"),
+        lambda client: d.start_run(),
+        lambda client: d.step("register_waiter", signal_name="go"),
+        lambda client: d.on("request_cancel"),
+        find,
+    ]
+    if d.has(Capability.TRIGGER):
+        makers += [lambda client: trigger(1)] * 2
+    if d.has(Capability.EVENTS):
+        makers.append(lambda client: d.on("append_event", event_type="e"))
+    ends = [
+        call
+        for one in (d.run, again)
+        for call in (
+            Call(method="get_run_detail", arguments={"run_id": one}),
+            Call(method="get_run_control", arguments={"run_id": one}),
+        )
+    ]
+    # Whatever is left would be counted by the next race's cleanup.
+    sweep = [
+        Call(method="complete_run", arguments={"run_id": one, "status": "Failed"}) for one in (d.run, again)
+    ]
+    return Race(
+        setup=(first, *begin),
+        clients=d.clients(*makers),
+        final=(find(), *ends, *sweep, clean, ends[0]),
+    )
+
+
+def _anything(d: Drawing) -> Race:
+    """Any operations that name a run, drawn from the state that the setup leaves."""
+    chooser = RandomChooser(d.generator)
+    model = Model(lambda: d.now)
+    runs = [UUID(int=1), UUID(int=2)]
+    keys = ["a"] if d.one_of(True, False) else ["a", "b"]
+    world = World(model=model, runs=runs, flows=[FLOW], keys=keys, capabilities=d.capabilities)
+    methods = {
+        name: one.weight * d.one_of(0, 1, 1, 2)
+        for name, one in drawable_methods(d.capabilities).items()
+        if name not in SPANNING
+    }
+
+    def draw() -> Call:
+        [method] = d.generator.choices(list(methods), list(methods.values()))
+        return draw_call(chooser, world, method)
+
+    setup = [d.start_run()]
+    expected_outcome(model, setup[0])
+    for _ in range(d.one_of(0, 2, 4, 8, 12)):
+        call = draw()
+        if not is_read(call):
+            setup.append(call)
+            expected_outcome(model, call)
+    d.count = min(d.count, 4)
+    clients = d.clients(lambda client: draw())
+    looks = [
+        Call(method=method, arguments={"run_id": run_id})
+        for run_id in runs
+        for method in ("get_run_detail", "get_run_control", "get_step_claims", "get_dispatches")
+    ]
+    waiters = [d.step("get_waiter", step_key=key) for key in keys]
+    return Race(setup=tuple(setup), clients=clients, final=(*looks, *waiters))
+
+
+THEMES: tuple[Theme, ...] = (
+    theme("cleanups", "RET-2 IDM-4", "cleanups of a run that others use again", _cleanups, alone=True),
+    theme("anything", "CON-1", "any operations on one run", _anything, Capability.VIRTUAL_CLOCK),
+)

@@ -1,0 +1,96 @@
+"""Races of deliveries, events and outputs."""
+
+from __future__ import annotations
+
+from flowstore_conformance.history import Call
+from flowstore_conformance.racing import Race
+from flowstore_conformance.themes.theme import LEASE, Drawing, Maker, Theme, theme
+from flowstore_core import Capability
+
+
+def _deliver(d: Drawing) -> Maker:
+    return lambda client: d.on(
+        "deliver_signal",
+        signal_name="go",
+        payload_json=str(client),
+        delivery_id=d.one_of(None, None, f"delivery {client}", "one delivery"),
+    )
+
+
+def _deliveries(d: Drawing) -> Race:
+    waiters = d.generator.sample(["a", "b", "c"], d.one_of(1, 2, 3))
+    deliver = _deliver(d)
+    others: list[Maker] = [
+        lambda client: d.step("remove_waiter"),
+        lambda client: d.step("register_waiter", step_key=d.one_of("a", "b"), signal_name="go"),
+        lambda client: d.step("get_waiter"),
+    ]
+    # Which waiter is the oldest is known only when it is known when they were made.
+    mixed = others if d.virtual and d.one_of(True, False) else []
+    return Race(
+        setup=(
+            d.start_run(),
+            *(d.step("register_waiter", step_key=key, signal_name="go") for key in sorted(waiters)),
+        ),
+        clients=d.clients(deliver, deliver, deliver, *mixed),
+        final=tuple(d.step("get_waiter", step_key=key) for key in ("a", "b", "c")),
+    )
+
+
+def _expiries(d: Drawing) -> Race:
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("register_waiter", signal_name="go", expires_at=d.now + LEASE),
+            d.step("register_waiter", step_key="b", signal_name="go"),
+        ),
+        clients=d.clients(
+            _deliver(d),
+            _deliver(d),
+            lambda client: d.step("expire_waiter"),
+            lambda client: d.step("expire_waiter"),
+            lambda client: d.step("remove_waiter"),
+            lambda client: d.step("register_waiter", signal_name="go", expires_at=d.now + 3 * LEASE),
+        ),
+        final=(d.on("get_waiters"),),
+        jump=LEASE,
+    )
+
+
+def _events(d: Drawing) -> Race:
+    def read(client: int) -> Call:
+        return d.on("get_run_events", after=d.one_of(0, 0, 1))
+
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(*[lambda client: d.on("append_event", event_type=f"by {client}")] * 3, read),
+        final=(d.on("get_run_events"),),
+    )
+
+
+def _outputs(d: Drawing) -> Race:
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(
+            lambda client: d.on("save_output", key=d.one_of("k", "k", "K"), value_json=str(client)),
+            lambda client: d.on("save_output", key="k", value_json=str(client)),
+            lambda client: d.on("get_output", key="k"),
+            lambda client: d.on("get_outputs"),
+        ),
+        final=(d.on("get_outputs"),),
+    )
+
+
+THEMES: tuple[Theme, ...] = (
+    theme("deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries),
+    theme(
+        "expiries",
+        "SIG-4",
+        "deliveries to a waiter that expires",
+        _expiries,
+        Capability.WAITERS,
+        Capability.VIRTUAL_CLOCK,
+    ),
+    theme("events", "EVT-1", "events of one run", _events, Capability.EVENTS),
+    theme("outputs", "EVT-2", "outputs under one key", _outputs, Capability.OUTPUTS),
+)

@@ -1,0 +1,144 @@
+"""What a theme is, what it draws with, and how it tells in plain words what counting shows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.history import Call, History, Returned
+from flowstore_conformance.racing import BEFORE, Race
+from flowstore_core import Capability
+
+Maker = Callable[[int], Call]
+"""A call by a client's number."""
+
+LEASE = timedelta(seconds=30)
+FLOW = UUID(int=100)
+RUN = UUID(int=1)
+
+
+@dataclass(slots=True)
+class Drawing:
+    """What a theme draws with."""
+
+    generator: random.Random
+    capabilities: Collection[Capability]
+    now: datetime
+    virtual: bool = True
+    """Whether the clock stands still during the race, so that what is written at once has one time."""
+    run: UUID = RUN
+    count: int = 0
+    """How many clients."""
+
+    def __post_init__(self) -> None:
+        self.count = self.generator.choice((2, 3, 3, 4, 4, 4, 6, 8))
+
+    def one_of(self, *options: Any) -> Any:
+        return self.generator.choice(options)
+
+    def on(self, method: str, **arguments: Any) -> Call:
+        return Call(method=method, arguments={"run_id": self.run, **arguments})
+
+    def step(self, method: str, **arguments: Any) -> Call:
+        return self.on(method, **{"step_key": "a", **arguments})
+
+    def start_run(self, run_id: UUID | None = None) -> Call:
+        given = {"flow_id": FLOW, "flow_name": "races", "run_id": run_id or self.run, "trigger_key": "t"}
+        return Call(method="start_run", arguments=given)
+
+    def has(self, capability: Capability) -> bool:
+        return capability in self.capabilities
+
+    def clients(self, *makers: Maker, first: Maker | None = None) -> tuple[tuple[Call, ...], ...]:
+        """Programs of calls that are drawn from the makers; ``first`` opens each of them."""
+        longest = 3 if self.count <= 3 else 2 if self.count <= 4 else 1
+        programs = []
+        for client in range(self.count):
+            length = self.generator.randint(1, longest)
+            calls = [self.generator.choice(makers)(client) for _ in range(length)]
+            programs.append(tuple([first(client), *calls[1:]] if first is not None else calls))
+        return tuple(programs)
+
+    def look(self, *more: Call) -> tuple[Call, ...]:
+        """What is looked at in the end."""
+        return (self.on("get_run_detail"), self.on("get_step_claims"), self.on("get_dispatches"), *more)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Theme:
+    """One kind of race."""
+
+    name: str
+    clauses: tuple[str, ...]
+    sentence: str
+    draw: Callable[[Drawing], Race]
+    needs: frozenset[Capability] = frozenset()
+    alone: bool = False
+    """Only one race at a time, because a call looks at all runs."""
+    tell: Callable[[History], str | None] = field(default=lambda history: None)
+    """What is wrong, in plain words, where counting shows it."""
+
+
+def winners(method: str, undone_by: Sequence[str]) -> Callable[[History], str | None]:
+    """Names everybody who won a race that nobody gave up, retried or reset meanwhile."""
+
+    def tell(history: History) -> str | None:
+        racing = [one for one in history.operations if one.client >= 0]
+        if any(one.call.method in undone_by for one in racing):
+            return None
+        won = [one for one in racing if one.call.method == method and one.outcome == Returned(True)]
+        who = list(
+            dict.fromkeys(str(one.call.arguments.get("owner") or f"client {one.client}") for one in won)
+        )
+        if len(won) < 2 or (len(who) < 2 and won[0].call.arguments.get("owner")):
+            return None
+        return (
+            f"{len(won)} of {len(racing)} calls won what only one can win: {method} was True for {_list(who)}"
+        )
+
+    return tell
+
+
+def numbers_given_twice(history: History) -> str | None:
+    """Attempts that two calls were told to be theirs."""
+    given: dict[Any, list[str]] = {}
+    for one in history.operations:
+        if one.call.method == "record_step_start" and isinstance(one.outcome, Returned):
+            if one.call.arguments.get("owner") is not None:
+                continue  # Said again under one claim, the number comes back.
+            client = "the setup" if one.client == BEFORE else f"client {one.client}"
+            given.setdefault((one.call.arguments["step_key"], one.outcome.value), []).append(client)
+    for (key, number), clients in given.items():
+        if len(clients) > 1:
+            return f"attempt {number} of step {key!r} was given to {_list(clients)}"
+    return None
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def theme(
+    name: str,
+    clauses: str,
+    sentence: str,
+    draw: Callable[[Drawing], Race],
+    *needs: Capability,
+    alone: bool = False,
+    tell: Callable[[History], str | None] | None = None,
+) -> Theme:
+    """A theme; ``clauses`` are ids with blanks between."""
+    given: dict[str, Any] = {} if tell is None else {"tell": tell}
+    return Theme(
+        name=name,
+        clauses=tuple(clauses.split()),
+        sentence=sentence,
+        draw=draw,
+        needs=frozenset(needs),
+        alone=alone,
+        **given,
+    )
