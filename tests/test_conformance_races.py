@@ -145,7 +145,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore]) -> Non
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
         (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),
-        (SkipLocked, "deliveries", "SIG-2", "no order of these calls"),
+        (SkipLocked, "deliveries", "SIG-3", "no order of these calls"),
         (TornRetry, "retries", "STP-6", "no order of these calls"),
     ],
 )

@@ -58,7 +58,8 @@ async def hunt(bench: Bench, theme: Theme, runner: Runner, effort: Effort) -> No
     history stayed undecided.
     """
     tally, begun, volley = _Tally(), time.monotonic(), 0
-    limit = effort.volleys
+    # Where a race is a whole volley, there are more of them.
+    limit = effort.volleys * (2 if theme.alone else 1)
     while volley < limit:
         count = 1 if theme.alone else effort.races
         runs = await runner.run(_draw(bench, theme, count))
@@ -73,7 +74,7 @@ async def hunt(bench: Bench, theme: Theme, runner: Runner, effort: Effort) -> No
         patience = effort.seconds if _overlap(tally) >= LEAST_OVERLAP else 4 * effort.seconds
         if seconds > patience and volley >= 3:
             break
-        if volley == limit and _overlap(tally) < LEAST_OVERLAP and limit < 4 * effort.volleys:
+        if volley == limit and _overlap(tally) < LEAST_OVERLAP and limit < 8 * effort.volleys:
             # Perhaps the machine was busy with other things.
             limit *= 2
     if _overlap(tally) < LEAST_OVERLAP:
@@ -149,7 +150,7 @@ class _Found:
 
 def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
     run, verdict = found.run, found.verdict
-    clause, cause = theme.clauses[0], None
+    clause, cause = theme.blame(verdict) or theme.clauses[0], None
     message = theme.tell(run.history) or _no_order(verdict)
     surfaced = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
     if surfaced and isinstance(surfaced[0], Raised):

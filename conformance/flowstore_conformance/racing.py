@@ -183,9 +183,9 @@ async def do_jobs(
     """Do jobs at the same time; ``start`` is awaited when all stand at the barrier."""
     go = asyncio.Event()
     tasks = [asyncio.ensure_future(do_job(store, job, now, times, go)) for store, job in placed]
-    # They begin to wait in the order of the list, and an event wakes its waiters in that order.
-    await asyncio.sleep(0)
     try:
+        # They begin to wait in the order of the list, and an event wakes its waiters in that order.
+        await asyncio.sleep(0)
         if start is not None:
             await start()
         go.set()
@@ -193,6 +193,7 @@ async def do_jobs(
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class StoreRunner:

@@ -393,7 +393,7 @@ async def test_qry_3_a_detail_is_of_one_snapshot_while_other_processes_write(
         await worker.send("stream", calls)
     receiving = asyncio.gather(*(_receive_all(worker, 30) for worker in processes))
     looks = 0
-    while not receiving.done():
+    while not receiving.done() and looks < 200:
         await assert_sound(store, run_id)
         looks += 1
     assert looks > 0

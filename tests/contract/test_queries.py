@@ -16,6 +16,9 @@ from tests.virtual_clock import VirtualClock
 
 dashboard = pytest.mark.needs(Capability.DASHBOARD)
 
+# How often a reader looks beside a writer at most, so that it does not starve it on a busy machine.
+LOOKS = 300
+
 
 def _ids(runs: Sequence[FlowRunRecord]) -> list[int]:
     return [run.run_id.int for run in runs]
@@ -137,7 +140,7 @@ async def test_qry_3_rows_and_count_are_of_one_snapshot(store: FlowStore, open_a
 
     async def read() -> int:
         pages = 0
-        while not done.is_set():
+        while not done.is_set() and pages < LOOKS:
             page = await reader.get_runs_page(take=1000)
             assert len(page.runs) == page.total_count
             pages += 1
@@ -360,7 +363,7 @@ async def test_qry_3_a_detail_is_of_one_snapshot(store: FlowStore, open_another:
 
     async def read() -> int:
         seen = 0
-        while not done.is_set():
+        while not done.is_set() and seen < LOOKS:
             detail = await reader.get_run_detail(run_id)
             assert detail is not None
             for step in detail.steps:
@@ -397,7 +400,7 @@ async def test_qry_3_run_and_steps_are_of_one_snapshot(store: FlowStore, open_an
 
     async def read() -> int:
         seen = 0
-        while not done.is_set():
+        while not done.is_set() and seen < LOOKS:
             detail = await reader.get_run_detail(run_id)
             assert detail is not None
             seen += 1

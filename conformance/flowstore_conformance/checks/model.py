@@ -47,7 +47,7 @@ async def programs_agree_with_the_model(bench: Bench) -> None:
     until = time.monotonic() + bench.profile.of(3, 12, 900)
     async with bench.fresh() as namespace:
         try:
-            for number in range(1, bench.profile.of(6, 60, 5000)):
+            for number in range(1, bench.profile.of(5, 60, 5000)):
                 await _random_program(Program.on(namespace, number), bench.random)
                 if time.monotonic() > until:
                     break
@@ -81,7 +81,7 @@ async def machine_agrees_with_the_model(bench: Bench) -> None:
     session = _Session(bench, line, until=time.monotonic() + bench.profile.of(2, 8, 300))
     machine = seed(bench.seed)(_machine_of(session))
     chosen = settings(
-        max_examples=bench.profile.of(6, 60, 2000),
+        max_examples=bench.profile.of(4, 60, 2000),
         stateful_step_count=bench.profile.of(30, 40, 50),
         database=None,
         deadline=None,
@@ -121,8 +121,9 @@ class _Line:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._asked: asyncio.Queue[tuple[Callable[[], Coroutine[Any, Any, Any]], Future[Any]]]
+        self._asked: asyncio.Queue[tuple[Callable[[], Coroutine[Any, Any, Any]], Future[Any]] | None]
         self._asked = asyncio.Queue()
+        """What is asked; None says that the thread has ended."""
         self._closed = False
 
     def ask(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -139,20 +140,16 @@ class _Line:
 
     async def serve(self, work: asyncio.Future[None]) -> None:
         """In the task: await what is asked, until the work in the thread is done."""
+        work.add_done_callback(lambda _: self._asked.put_nowait(None))
         try:
-            while not work.done():
-                asked = asyncio.ensure_future(self._asked.get())
-                waiting: list[asyncio.Future[Any]] = [asked, work]
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if not asked.done():
-                    asked.cancel()
-                    break
-                await self._answer(*asked.result())
+            while (asked := await self._asked.get()) is not None:
+                await self._answer(*asked)
             work.result()
         finally:
             self._closed = True
             while not self._asked.empty():
-                self._asked.get_nowait()[1].set_exception(_Abandoned())
+                if (asked := self._asked.get_nowait()) is not None:
+                    asked[1].set_exception(_Abandoned())
 
     async def _answer(self, make: Callable[[], Coroutine[Any, Any, Any]], answer: Future[Any]) -> None:
         try:

@@ -30,19 +30,30 @@ async def _race(bench: Bench, names: Collection[str]) -> None:
 @check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE)
 async def claims_by_processes(bench: Bench) -> None:
     """Processes that race for claims, expired leases and dispatches get answers that some order explains."""
-    await _race(bench, ("claims", "claims_of_one_owner", "takeovers", "dispatches"))
+    await _race(bench, ("claims", "releases", "claims_of_one_owner", "takeovers", "dispatches"))
 
 
-@check("STP-1", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE)
+@check("STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE)
 async def steps_by_processes(bench: Bench) -> None:
     """Processes that start, complete, skip and retry one step get answers that some order explains."""
-    await _race(bench, ("attempts", "starts_under_claims", "completions", "skips", "retries", "reschedules"))
+    await _race(
+        bench,
+        (
+            "attempts",
+            "starts_under_claims",
+            "starts_of_ended_steps",
+            "completions",
+            "skips",
+            "retries",
+            "reschedules",
+        ),
+    )
 
 
-@check("RUN-2", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE)
+@check("RUN-2", "RUN-1", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE)
 async def runs_by_processes(bench: Bench) -> None:
     """Processes that end, cancel and time out one run get answers that some order explains."""
-    await _race(bench, ("ends", "expected_ends", "latches"))
+    await _race(bench, ("starts_of_one_run", "late_starts", "ends", "expected_ends", "latches"))
 
 
 @check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE)
@@ -57,7 +68,7 @@ async def signals_by_processes(bench: Bench) -> None:
     await _race(bench, ("deliveries", "expiries"))
 
 
-@check("CON-1", "EVT-1", "EVT-2", "RET-2", "IDM-4", needs=MULTI, kind=Kind.RACE)
+@check("CON-1", "EVT-1", "EVT-2", "RET-2", "RET-3", "IDM-4", needs=MULTI, kind=Kind.RACE)
 async def anything_by_processes(bench: Bench) -> None:
     """Processes that do anything to one run, and clean it up, get answers that some order explains."""
-    await _race(bench, ("anything", "events", "outputs", "cleanups"))
+    await _race(bench, ("anything", "events", "outputs", "cleanups", "cleanups_seen"))

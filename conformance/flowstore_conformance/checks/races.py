@@ -15,7 +15,7 @@ from flowstore_conformance.themes import THEMES, Theme
 def _by_tasks(theme: Theme) -> None:
     async def race(bench: Bench) -> None:
         of = bench.profile.of
-        effort = Effort(volleys=of(3, 12, 400), races=3, seconds=of(1, 4, 120))
+        effort = Effort(volleys=of(2, 12, 400), races=3, seconds=of(1, 4, 120))
         await hunt(bench, theme, StoreRunner([bench.store], bench.clock), effort)
 
     race.__name__ = f"{theme.name}_by_tasks"
@@ -26,7 +26,7 @@ def _by_tasks(theme: Theme) -> None:
 def _by_stores(theme: Theme) -> None:
     async def race(bench: Bench) -> None:
         of = bench.profile.of
-        effort = Effort(volleys=of(2, 10, 400), races=of(4, 6, 8), seconds=of(1, 5, 120))
+        effort = Effort(volleys=of(2, 10, 400), races=of(3, 6, 8), seconds=of(1, 5, 120))
         stores = [bench.store, *await bench.open_many(of(1, 2, 3))]
         for store in stores:
             # Connected before the race, so that nobody is late.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowstore_conformance.racing import Race
-from flowstore_conformance.themes.theme import LEASE, Drawing, Maker, Theme, theme, winners
+from flowstore_conformance.themes.theme import LEASE, Drawing, Maker, Theme, stuck_on_reads, theme, winners
 from flowstore_core import Capability
 
 
@@ -43,6 +43,21 @@ def _claims_of_one_owner(d: Drawing) -> Race:
             lambda client: d.step("release_step_claim", owner=shared(client)),
             lambda client: d.step("record_step_start", step_type="s", owner=shared(client)),
             first=lambda client: d.step("try_claim_step", owner=shared(client)),
+        ),
+        final=d.look(),
+    )
+
+
+def _releases(d: Drawing) -> Race:
+    return Race(
+        setup=(d.start_run(), d.step("try_claim_step", owner="first")),
+        clients=d.clients(
+            lambda client: d.step("release_step_claim", owner="first"),
+            lambda client: d.step("release_step_claim", owner="first"),
+            lambda client: d.step("release_step_claim"),
+            claim(d),
+            claim(d),
+            lambda client: d.on("get_step_claims"),
         ),
         final=d.look(),
     )
@@ -86,7 +101,15 @@ ONE_WINNER = winners("try_claim_step", ("release_step_claim", "retry_step", "res
 
 
 THEMES: tuple[Theme, ...] = (
-    theme("claims", "CLM-1 CLM-2 CLM-3", "claims of one step", _claims, tell=ONE_WINNER),
+    theme(
+        "claims",
+        "CLM-1 CLM-2 CLM-3",
+        "claims of one step",
+        _claims,
+        tell=ONE_WINNER,
+        blame=stuck_on_reads("CLM-2"),
+    ),
+    theme("releases", "CLM-3", "releases of a claim that others then win", _releases),
     theme("claims_of_one_owner", "CLM-5", "claims by the same owners, said again", _claims_of_one_owner),
     theme(
         "takeovers",

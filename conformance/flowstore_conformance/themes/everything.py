@@ -9,11 +9,12 @@ from flowstore_conformance.agreement import expected_outcome, is_read
 from flowstore_conformance.calls import SPANNING, draw_call, drawable_methods
 from flowstore_conformance.drawing import RandomChooser, World
 from flowstore_conformance.history import Call
+from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.model import Model
 from flowstore_conformance.racing import Race
 from flowstore_conformance.themes.runs import find, register, trigger
 from flowstore_conformance.themes.steps import ended_run
-from flowstore_conformance.themes.theme import FLOW, Drawing, Maker, Theme, theme
+from flowstore_conformance.themes.theme import FLOW, Drawing, Maker, Theme, stuck_on_reads, theme
 from flowstore_core import Capability
 
 
@@ -56,6 +57,32 @@ def _cleanups(d: Drawing) -> Race:
     )
 
 
+def _cleanups_seen(d: Drawing) -> Race:
+    """One cleans up, and the others look from every side."""
+    d.count = min(d.count, 4)
+    clean = Call(method="cleanup", arguments={"cutoff": d.now + timedelta(hours=12)})
+    looks = ["get_run_detail", "get_run_detail", "get_step_statuses", "get_run_control", "get_step_claims"]
+    before = ended_run(d)
+    if d.has(Capability.OUTPUTS):
+        looks.append("get_outputs")
+        before.append(d.on("save_output", key="k", value_json="1"))
+    if d.has(Capability.EVENTS):
+        looks.append("get_run_events")
+        before.append(d.on("append_event", event_type="e"))
+    before += [d.on("request_cancel"), d.step("register_waiter", signal_name="go")]
+    watching = [tuple(d.on(d.one_of(*looks)) for _ in range(4)) for _ in range(d.count)]
+    return Race(
+        setup=tuple(before),
+        clients=((clean,), *watching),
+        final=tuple(d.on(name) for name in dict.fromkeys(looks)),
+    )
+
+
+def _blame_cleanup(verdict: Verdict) -> str | None:
+    methods = {one.call.method for one in verdict.unplaced}
+    return "IDM-4" if methods == {"find_run_id_by_idempotency_key"} else stuck_on_reads("RET-3")(verdict)
+
+
 def _anything(d: Drawing) -> Race:
     """Any operations that name a run, drawn from the state that the setup leaves."""
     chooser = RandomChooser(d.generator)
@@ -92,6 +119,14 @@ def _anything(d: Drawing) -> Race:
 
 
 THEMES: tuple[Theme, ...] = (
-    theme("cleanups", "RET-2 IDM-4", "cleanups of a run that others use again", _cleanups, alone=True),
+    theme(
+        "cleanups",
+        "RET-2 RET-3 IDM-4",
+        "cleanups of a run that others use again",
+        _cleanups,
+        alone=True,
+        blame=_blame_cleanup,
+    ),
+    theme("cleanups_seen", "RET-3", "looks at a run that is cleaned up", _cleanups_seen, alone=True),
     theme("anything", "CON-1", "any operations on one run", _anything, Capability.VIRTUAL_CLOCK),
 )

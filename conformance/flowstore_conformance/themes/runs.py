@@ -24,6 +24,40 @@ def _ends(d: Drawing) -> Race:
     )
 
 
+def _starts_of_one_run(d: Drawing) -> Race:
+    def begin(client: int) -> Call:
+        given = {**d.start_run().arguments, "trigger_data": str(client), "job_id": f"job {client}"}
+        return Call(method="start_run", arguments=given)
+
+    makers: list[Maker] = [
+        begin,
+        lambda client: d.on("get_run_detail"),
+        lambda client: d.on("get_run_status"),
+    ]
+    if d.has(Capability.TRIGGER):
+        makers.append(lambda client: Call(method="trigger_run", arguments=begin(client).arguments))
+    return Race(setup=(), clients=d.clients(*makers, first=begin), final=(d.on("get_run_detail"),))
+
+
+def _late_starts(d: Drawing) -> Race:
+    def end(client: int) -> Call:
+        return d.on("complete_run", status="Cancelled")
+
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(
+            end,
+            end,
+            start(d),
+            start(d),
+            claim(d),
+            lambda client: d.step("try_record_dispatch"),
+            lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
+        ),
+        final=d.look(),
+    )
+
+
 def _expected_ends(d: Drawing) -> Race:
     def end(client: int) -> Call:
         return d.on("complete_run", status="Succeeded", expected={"a": "Succeeded"})
@@ -114,7 +148,9 @@ LOOKS_AT_TRIGGERED = ("get_run_detail", "get_run_control")
 
 
 THEMES: tuple[Theme, ...] = (
-    theme("ends", "RUN-2 RUN-4", "ends of one run", _ends, tell=winners("complete_run", ("retry_step",))),
+    theme("starts_of_one_run", "RUN-1", "starts of one run", _starts_of_one_run),
+    theme("late_starts", "RUN-4", "starts, claims and dispatches in a run that ends", _late_starts),
+    theme("ends", "RUN-2", "ends of one run", _ends, tell=winners("complete_run", ("retry_step",))),
     theme(
         "expected_ends", "RUN-2", "ends that expect the steps as they are, while these move", _expected_ends
     ),

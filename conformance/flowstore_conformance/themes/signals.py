@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from flowstore_conformance.history import Call
+from flowstore_conformance.history import Call, Returned
+from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.racing import Race
 from flowstore_conformance.themes.theme import LEASE, Drawing, Maker, Theme, theme
-from flowstore_core import Capability
+from flowstore_core import Capability, SignalDeliveryStatus
 
 
 def _deliver(d: Drawing) -> Maker:
@@ -35,6 +36,13 @@ def _deliveries(d: Drawing) -> Race:
         clients=d.clients(deliver, deliver, deliver, *mixed),
         final=tuple(d.step("get_waiter", step_key=key) for key in ("a", "b", "c")),
     )
+
+
+def _blame_delivery(verdict: Verdict) -> str | None:
+    """SIG-3 where somebody was told that there is no waiter."""
+    nothing = ("status", SignalDeliveryStatus.NOT_FOUND.value)
+    told = [one.outcome.value for one in verdict.unplaced if isinstance(one.outcome, Returned)]
+    return "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in told if one) else None
 
 
 def _expiries(d: Drawing) -> Race:
@@ -82,7 +90,7 @@ def _outputs(d: Drawing) -> Race:
 
 
 THEMES: tuple[Theme, ...] = (
-    theme("deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries),
+    theme("deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, blame=_blame_delivery),
     theme(
         "expiries",
         "SIG-4",

@@ -61,6 +61,21 @@ def _completions(d: Drawing) -> Race:
     )
 
 
+def _starts_of_ended_steps(d: Drawing) -> Race:
+    return Race(
+        setup=(d.start_run(), d.step("record_step_start", step_type="s")),
+        clients=d.clients(
+            start(d),
+            start(d),
+            lambda client: d.step("record_step_complete", status="Succeeded", attempt=1),
+            lambda client: d.step("record_step_complete", status="Succeeded"),
+            lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
+            lambda client: d.on("get_run_detail"),
+        ),
+        final=d.look(),
+    )
+
+
 def _skips(d: Drawing) -> Race:
     def skip(client: int) -> Call:
         reason = {"step_type": "s", "reason": str(client)}
@@ -139,6 +154,7 @@ def _reschedules(d: Drawing) -> Race:
 THEMES: tuple[Theme, ...] = (
     theme("attempts", "STP-1", "starts of one step", _attempts, tell=numbers_given_twice),
     theme("starts_under_claims", "STP-3", "starts under claims that are given up", _starts_under_claims),
+    theme("starts_of_ended_steps", "STP-2", "starts of a step that just ends", _starts_of_ended_steps),
     theme("completions", "STP-4", "outcomes for one attempt", _completions),
     theme("skips", "STP-5", "skips of one step", _skips),
     theme("retries", "STP-6", "retries of one step", _retries),

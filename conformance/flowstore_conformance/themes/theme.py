@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.history import Call, History, Returned
+from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.racing import BEFORE, Race
 from flowstore_core import Capability
 
@@ -68,6 +69,16 @@ class Drawing:
         return (self.on("get_run_detail"), self.on("get_step_claims"), self.on("get_dispatches"), *more)
 
 
+def nothing_told(history: History) -> str | None:
+    """For themes in which counting shows nothing."""
+    return None
+
+
+def first_blamed(verdict: Verdict) -> str | None:
+    """For themes whose violations break their first clause."""
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Theme:
     """One kind of race."""
@@ -79,8 +90,10 @@ class Theme:
     needs: frozenset[Capability] = frozenset()
     alone: bool = False
     """Only one race at a time, because a call looks at all runs."""
-    tell: Callable[[History], str | None] = field(default=lambda history: None)
+    tell: Callable[[History], str | None] = nothing_told
     """What is wrong, in plain words, where counting shows it."""
+    blame: Callable[[Verdict], str | None] = first_blamed
+    """Which clause is broken, where it is not the first."""
 
 
 def winners(method: str, undone_by: Sequence[str]) -> Callable[[History], str | None]:
@@ -122,6 +135,16 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
+def stuck_on_reads(clause: str) -> Callable[[Verdict], str | None]:
+    """Blames a clause when nothing but what was read is wrong."""
+
+    def blame(verdict: Verdict) -> str | None:
+        reads = all(one.call.method.startswith(("get_", "find_")) for one in verdict.unplaced)
+        return clause if verdict.unplaced and reads else None
+
+    return blame
+
+
 def theme(
     name: str,
     clauses: str,
@@ -129,10 +152,10 @@ def theme(
     draw: Callable[[Drawing], Race],
     *needs: Capability,
     alone: bool = False,
-    tell: Callable[[History], str | None] | None = None,
+    tell: Callable[[History], str | None] = nothing_told,
+    blame: Callable[[Verdict], str | None] = first_blamed,
 ) -> Theme:
     """A theme; ``clauses`` are ids with blanks between."""
-    given: dict[str, Any] = {} if tell is None else {"tell": tell}
     return Theme(
         name=name,
         clauses=tuple(clauses.split()),
@@ -140,5 +163,6 @@ def theme(
         draw=draw,
         needs=frozenset(needs),
         alone=alone,
-        **given,
+        tell=tell,
+        blame=blame,
     )
