@@ -12,8 +12,8 @@ from tests.zoo.hunt import DIST, find_kill
 
 ZOO = zoo()
 
-# Races that the suite sees, but mostly names by a neighbouring clause. Not strict: a race is sometimes
-# named right, and then passes. The aim is an empty list.
+# Races that the suite has learnt to name by the right clause only lately; until that is shown on many
+# seeds they may also be named by a neighbour. The aim is an empty list.
 NAMED_BY_A_NEIGHBOUR = {
     "cleanup-in-two-acts",
     "cleanup-table-by-table",
