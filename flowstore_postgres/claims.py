@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,26 +16,37 @@ from flowstore_core import (
     StoreUnavailableError,
     new_claim_token,
 )
+from flowstore_core.batching import AGAIN
 from flowstore_core.timeseries import LATEST
+from flowstore_postgres.batches import Batched, Row
 from flowstore_postgres.database import Database
 
 log = logging.getLogger("flowstore_postgres")
 
-# The run is locked against completion and cleanup (SHARE: claims of one run do not wait for each
-# other), then one upsert decides. PostgreSQL re-reads the conflicting row after waiting for it, so of
-# many claimants exactly one sees it free; the others write nothing. The owner of a live claim gets its
-# own row back unchanged.
+# The runs are locked against completion and cleanup (SHARE: claims of one run do not wait for each
+# other), then one upsert decides, row by row in the order of the keys. PostgreSQL re-reads a conflicting
+# row after waiting for it, so of many claimants exactly one sees it free; the others write nothing. The
+# owner of a live claim gets its own row back unchanged. What was lost before the statement began is not
+# tried: lost_to says to which owner, '' if no owner can win.
 TRY_CLAIM_STEP = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
-), run AS MATERIALIZED (
-    SELECT status = 'Running' AS open FROM {schema}.runs WHERE run_id = $3 FOR SHARE
+), asked AS MATERIALIZED (
+    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
+           (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
+                        WHEN claim_expires_at <= now THEN NULL
+                        WHEN claim_token = token THEN NULL
+                        WHEN claim_owned THEN claim_token
+                        WHEN claimed_at IS NOT NULL THEN '' END
+            FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS lost_to
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::boolean[], $7::interval[], $8::timestamptz[])
+    WITH ORDINALITY AS a (run_id, step_key, token, owned, lease, latest, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s
         (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
-    SELECT $3, $4, $5, $6, now, CASE WHEN $7::interval IS NULL THEN NULL
-                                     WHEN now < $8::timestamptz - $7 THEN now + $7 ELSE $8::timestamptz END
-    FROM guard, run WHERE in_time AND open
+    SELECT run_id, step_key, token, owned, now,
+           CASE WHEN lease IS NULL THEN NULL WHEN now < latest - lease THEN now + lease ELSE latest END
+    FROM guard, asked WHERE open AND lost_to IS NULL
     ON CONFLICT (run_id, step_key) DO UPDATE SET
         claim_token = excluded.claim_token,
         claim_owned = excluded.claim_owned,
@@ -50,48 +62,49 @@ WITH guard AS MATERIALIZED (
     WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
       AND (s.claimed_at IS NULL OR s.claim_expires_at <= excluded.claimed_at
            OR s.claim_token = excluded.claim_token)
-    RETURNING true AS won
+    RETURNING run_id, step_key
 )
-SELECT guard.in_time, run.open, won.won FROM guard LEFT JOIN run ON true LEFT JOIN won ON true
+SELECT (SELECT in_time FROM guard), asked.*, won.*
+FROM (SELECT array_agg(open ORDER BY n) AS open, array_agg(lost_to ORDER BY n) AS lost_to FROM asked) asked,
+     (SELECT array_agg(run_id) AS run_ids, array_agg(step_key) AS step_keys FROM won) won
 """
 FIND_CLAIM = """
-SELECT true AS open, true AS won FROM {schema}.steps
-WHERE run_id = $1 AND step_key = $2 AND claim_token = $3
-"""
-
-RELEASE_STEP_CLAIM = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
-released AS (
-    UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL,
-                              claim_expires_at = NULL, release_token = $5
-    FROM guard
-    WHERE in_time AND run_id = $3 AND step_key = $4 AND claimed_at IS NOT NULL
-      AND ($6::text IS NULL OR claim_owned AND claim_token = $6)
-)
-SELECT in_time FROM guard
+SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_token = $3 AND NOT claim_owned
 """
 # What a cancelled call had won goes, whoever claimed since keeps (CON-4).
 GIVE_BACK_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
 WHERE run_id = $1 AND step_key = $2 AND claim_token = $3
 """
-FIND_RELEASE = """
-SELECT true AS in_time FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND release_token = $3
+
+RELEASE_STEP_CLAIM = """
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
+released AS (
+    UPDATE {schema}.steps s
+    SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
+        release_token = a.token
+    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[]) AS a (run_id, step_key, token, owner)
+    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claimed_at IS NOT NULL
+      AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner)
+)
+SELECT in_time FROM guard
 """
+FIND_RELEASE = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND release_token = $3"
 
 RENEW_STEP_CLAIM = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time),
 renewed AS (
-    UPDATE {schema}.steps
+    UPDATE {schema}.steps s
     SET claim_expires_at = greatest(claim_expires_at, CASE
-            WHEN coalesce($2, clock_timestamp()) < $7::timestamptz - $6::interval
-            THEN coalesce($2, clock_timestamp()) + $6 ELSE $7::timestamptz END)
-    FROM guard
-    WHERE in_time AND run_id = $3 AND step_key = $4 AND claim_owned AND claim_token = $5
-      AND claim_expires_at > coalesce($2, clock_timestamp())
-    RETURNING true AS renewed
+            WHEN coalesce($2, clock_timestamp()) < latest - lease
+            THEN coalesce($2, clock_timestamp()) + lease ELSE latest END)
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::interval[], $7::timestamptz[])
+                WITH ORDINALITY AS a (run_id, step_key, owner, lease, latest, n)
+    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claim_owned
+      AND claim_token = a.owner AND claim_expires_at > coalesce($2, clock_timestamp())
+    RETURNING n
 )
-SELECT guard.in_time, renewed.renewed FROM guard LEFT JOIN renewed ON true
+SELECT in_time, (SELECT array_agg(n) FROM renewed) AS renewed FROM guard
 """
 
 GET_CLAIMED_STEP_KEYS = """
@@ -108,24 +121,25 @@ WHERE run_id = $1 AND claimed_at IS NOT NULL ORDER BY step_key
 TRY_RECORD_DISPATCH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
-), run AS MATERIALIZED (
-    SELECT status = 'Running' AS open FROM {schema}.runs WHERE run_id = $3 FOR SHARE
+), asked AS MATERIALIZED (
+    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
+    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::timestamptz[])
+                WITH ORDINALITY AS a (run_id, step_key, token, due_at, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
-    SELECT $3, $4, $5, now, $6 FROM guard, run WHERE in_time AND open
+    SELECT run_id, step_key, token, now, due_at FROM guard, asked WHERE open
     ON CONFLICT (run_id, step_key) DO UPDATE SET
         dispatch_token = excluded.dispatch_token,
         dispatched_at = excluded.dispatched_at,
         due_at = excluded.due_at
     WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running')) AND s.dispatched_at IS NULL
-    RETURNING true AS won
+    RETURNING dispatch_token
 )
-SELECT guard.in_time, run.open, won.won FROM guard LEFT JOIN run ON true LEFT JOIN won ON true
+SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open,
+       (SELECT array_agg(dispatch_token) FROM won) AS won
+FROM guard
 """
-FIND_DISPATCH = """
-SELECT true AS open, true AS won FROM {schema}.steps
-WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3
-"""
+FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
 GIVE_BACK_DISPATCH = """
 UPDATE {schema}.steps
 SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
@@ -135,22 +149,21 @@ WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3
 ANNOTATE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
 annotated AS (
-    UPDATE {schema}.steps SET dispatch_job_id = $5 FROM guard
-    WHERE in_time AND run_id = $3 AND step_key = $4 AND dispatched_at IS NOT NULL
+    UPDATE {schema}.steps s SET dispatch_job_id = a.job_id
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[]) AS a (run_id, step_key, job_id)
+    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
 SELECT in_time FROM guard
 """
-FIND_ANNOTATION = """
-SELECT true AS in_time FROM {schema}.steps
-WHERE run_id = $1 AND step_key = $2 AND dispatch_job_id = $3
-"""
+FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_job_id = $3"
 
 RELEASE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
 released AS (
-    UPDATE {schema}.steps SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL,
-                              dispatch_job_id = NULL, release_token = $5
-    FROM guard WHERE in_time AND run_id = $3 AND step_key = $4 AND dispatched_at IS NOT NULL
+    UPDATE {schema}.steps s SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL,
+                                dispatch_job_id = NULL, release_token = a.token
+    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[]) AS a (run_id, step_key, token)
+    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
 SELECT in_time FROM guard
 """
@@ -161,53 +174,106 @@ WHERE run_id = $1 AND dispatched_at IS NOT NULL ORDER BY step_key
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a claim or a dispatch."""
+
+    open: bool | None
+    """Whether the run is; None if there is no such run."""
+    won: bool
+    lost_to: str | None = None
+
+
+WON = Answer(True, True)
+LOST = Answer(True, False, "")
+
+
+def _read_claims(rows: Sequence[Row], found: Any) -> list[Answer]:
+    won = set(zip(found["run_ids"] or (), found["step_keys"] or (), strict=True))
+    return [
+        WON if row[:2] in won else Answer(is_open, False, lost_to)
+        for row, is_open, lost_to in zip(rows, found["open"], found["lost_to"], strict=True)
+    ]
+
+
+def _share_claim(first: Row, answer: Answer, later: Row) -> Answer:
+    """What a claim gets that was made at the same moment as the first one of its step."""
+    token, owned = later[2:4]
+    if answer.won:
+        return answer if owned and token == first[2] else LOST
+    if not answer.open:
+        return answer
+    # Nobody here knows whether it was lost to the later one's own owner.
+    again: Answer = AGAIN
+    return again if answer.lost_to is None or token == answer.lost_to else LOST
+
+
+def _read_dispatches(rows: Sequence[Row], found: Any) -> list[Answer]:
+    won = set(found["won"] or ())
+    return [
+        WON if row[2] in won else Answer(is_open, False)
+        for row, is_open in zip(rows, found["open"], strict=True)
+    ]
+
+
+def _share_dispatch(first: Row, answer: Answer, later: Row) -> Answer:
+    return LOST if answer.won else answer
+
+
+def _read_renewals(rows: Sequence[Row], found: Any) -> list[bool]:
+    renewed = set(found["renewed"] or ())
+    return [n in renewed for n in range(1, len(rows) + 1)]
+
+
+CLAIM = Batched(
+    operation="try_claim_step",
+    statement=TRY_CLAIM_STEP,
+    read=_read_claims,
+    find=FIND_CLAIM,
+    found=lambda row: WON,
+    share=_share_claim,
+)
+RELEASE = Batched(operation="release_step_claim", statement=RELEASE_STEP_CLAIM, find=FIND_RELEASE)
+RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=_read_renewals)
+DISPATCH = Batched(
+    operation="try_record_dispatch",
+    statement=TRY_RECORD_DISPATCH,
+    read=_read_dispatches,
+    find=FIND_DISPATCH,
+    found=lambda row: WON,
+    share=_share_dispatch,
+)
+ANNOTATE = Batched(operation="annotate_dispatch", statement=ANNOTATE_DISPATCH, find=FIND_ANNOTATION)
+FREE = Batched(operation="release_dispatch", statement=RELEASE_DISPATCH, find=FIND_RELEASE)
+
+
 class Claims:
     _database: Database
 
     async def try_claim_step(
         self, *, run_id: UUID, step_key: str, owner: str | None, lease: timedelta | None
     ) -> bool:
-        token = new_claim_token() if owner is None else owner
+        if owner is not None:
+            # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
+            # it expire.
+            answer = await self._database.write(CLAIM, (run_id, step_key, owner, True, lease, LATEST))
+        else:
+            token = new_claim_token()
 
-        async def give_back(row: Any) -> None:
-            if row["won"]:
-                await self._database.give_back(GIVE_BACK_CLAIM, run_id, step_key, token)
+            async def give_back(answer: Answer) -> None:
+                if answer.won:
+                    await self._database.give_back(GIVE_BACK_CLAIM, run_id, step_key, token)
 
-        row = await self._database.statement(
-            "try_claim_step",
-            TRY_CLAIM_STEP,
-            run_id,
-            step_key,
-            token,
-            owner is not None,
-            lease,
-            LATEST,
-            # An owner asks again; only an owner knows its token, so only one without can have lost it.
-            look=(FIND_CLAIM, run_id, step_key, token) if owner is None else None,
-            # With an owner the claim may be the owner's from before; it asks again or lets it expire.
-            give_back=give_back if owner is None else None,
-        )
-        if row["open"] is None:
-            raise RunNotFoundError(run_id)
-        return row["won"] is not None
+            row = (run_id, step_key, token, False, lease, LATEST)
+            answer = await self._database.write(CLAIM, row, give_back)
+        return _won(answer, run_id)
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
-        token = uuid4()
-        await self._database.statement(
-            "release_step_claim",
-            RELEASE_STEP_CLAIM,
-            run_id,
-            step_key,
-            token,
-            owner,
-            look=(FIND_RELEASE, run_id, step_key, token),
-        )
+        await self._database.write(RELEASE, (run_id, step_key, uuid4(), owner))
 
     async def renew_step_claim(self, *, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        row = await self._database.statement(
-            "renew_step_claim", RENEW_STEP_CLAIM, run_id, step_key, owner, lease, LATEST, look=None
-        )
-        return row["renewed"] is not None
+        renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, lease, LATEST))
+        return renewed
 
     async def get_claimed_step_keys(self, *, run_id: UUID) -> frozenset[str]:
         rows = await self._database.read(GET_CLAIMED_STEP_KEYS, run_id, self._database.now())
@@ -220,47 +286,21 @@ class Claims:
     async def try_record_dispatch(self, *, run_id: UUID, step_key: str, due_at: datetime | None) -> bool:
         token = uuid4()
 
-        async def give_back(row: Any) -> None:
-            if row["won"]:
+        async def give_back(answer: Answer) -> None:
+            if answer.won:
                 await self._database.give_back(GIVE_BACK_DISPATCH, run_id, step_key, token)
 
-        row = await self._database.statement(
-            "try_record_dispatch",
-            TRY_RECORD_DISPATCH,
-            run_id,
-            step_key,
-            token,
-            due_at,
-            look=(FIND_DISPATCH, run_id, step_key, token),
-            give_back=give_back,
-        )
-        if row["open"] is None:
-            raise RunNotFoundError(run_id)
-        return row["won"] is not None
+        row = (run_id, step_key, token, due_at)
+        return _won(await self._database.write(DISPATCH, row, give_back), run_id)
 
     async def annotate_dispatch(self, *, run_id: UUID, step_key: str, job_id: str) -> None:
         try:
-            await self._database.statement(
-                "annotate_dispatch",
-                ANNOTATE_DISPATCH,
-                run_id,
-                step_key,
-                job_id,
-                look=(FIND_ANNOTATION, run_id, step_key, job_id),
-            )
+            await self._database.write(ANNOTATE, (run_id, step_key, job_id))
         except StoreUnavailableError as error:
             log.warning("the job id of a dispatch was not stored: %s", error)
 
     async def release_dispatch(self, *, run_id: UUID, step_key: str) -> None:
-        token = uuid4()
-        await self._database.statement(
-            "release_dispatch",
-            RELEASE_DISPATCH,
-            run_id,
-            step_key,
-            token,
-            look=(FIND_RELEASE, run_id, step_key, token),
-        )
+        await self._database.write(FREE, (run_id, step_key, uuid4()))
 
     async def get_dispatched_step_keys(self, *, run_id: UUID) -> frozenset[str]:
         return frozenset(one.step_key for one in await self.get_dispatches(run_id=run_id))
@@ -271,6 +311,12 @@ class Claims:
             StepDispatch(run_id=run_id, step_key=row[0], dispatched_at=row[1], due_at=row[2], job_id=row[3])
             for row in rows
         )
+
+
+def _won(answer: Answer, run_id: UUID) -> bool:
+    if answer.open is None:
+        raise RunNotFoundError(run_id)
+    return answer.won
 
 
 def _claim_record(run_id: UUID, row: Any) -> StepClaim:

@@ -27,8 +27,9 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.inflight import InFlight
+from flowstore_postgres.batches import Batched, Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
-from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, describe, unreadable_url
+from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, Retry, describe, unreadable_url
 from flowstore_postgres.migrate import Settings
 
 T = TypeVar("T")
@@ -59,19 +60,12 @@ TRANSACTION_STATUS = "SELECT pg_xact_status($1::text::xid8)"
 
 
 @dataclass(frozen=True, slots=True)
-class _Lost:
+class Lost:
     """A statement that was sent and not answered."""
 
     peer: Peer
     over: float
     """From this time of the event loop on it cannot take effect any more."""
-
-
-class _Retry(Exception):  # noqa: N818 - a signal within this file, not an error
-    """The operation is known not to have happened; it may be tried again."""
-
-    def __init__(self, error: FlowStoreError) -> None:
-        self.error = error
 
 
 class Database:
@@ -82,9 +76,20 @@ class Database:
         self._pool = pool
         self._clock = clock
         self._statements: dict[str, str] = {}
+        self._arrival = min(ARRIVAL_SECONDS, settings.statement_timeout)
         self._process = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._in_flight = InFlight()
+        self._batches = Batches(
+            self,
+            pool_size=settings.pool_size,
+            patience=settings.acquire_timeout,
+            pgbouncer=settings.pgbouncer,
+        )
+
+    @property
+    def client_timeout(self) -> float:
+        return self._settings.client_timeout
 
     def now(self) -> datetime | None:
         """The virtual clock's time; None where the server's clock decides."""
@@ -117,7 +122,7 @@ class Database:
     async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
         self._check_place()
-        return await self.run(self._retrying(lambda: self._read(statement, arguments)))
+        return await self.run(self.retrying(lambda: self._read(statement, arguments)))
 
     async def read_row(self, statement: str, *arguments: object) -> Any:
         rows = await self.read(statement, *arguments)
@@ -130,8 +135,8 @@ class Database:
                     self.sql(statement), *arguments, timeout=self._settings.client_timeout
                 )
             except LOST as error:
-                self._drop(connection)
-                raise _Retry(describe(error)) from None
+                self.drop(connection)
+                raise Retry(describe(error)) from None
             return rows
 
     async def statement(
@@ -160,56 +165,75 @@ class Database:
         arguments: tuple[object, ...],
         look: Look | None,
     ) -> Any:
-        lost: list[_Lost] = []
+        lost: list[Lost] = []
 
         async def attempt() -> Any:
             async with self._connection() as connection:
                 if lost:
                     # Found is final. Not found is final only when nothing can take effect any more.
-                    found = None if look is None else await self._ask(connection, *look)
+                    found = None if look is None else await self.ask(connection, *look)
                     if found is None:
-                        await self._settle(connection, lost, operation)
-                        found = None if look is None else await self._ask(connection, *look)
+                        await self.settle(connection, lost, operation)
+                        found = None if look is None else await self.ask(connection, *look)
                     if found is not None:
                         return found
                     lost.clear()
                 peer = connection.peer
-                sent = self._loop.time()
-                arrival = min(ARRIVAL_SECONDS, self._settings.statement_timeout)
+                sent, not_after = self.not_after(peer)
                 try:
                     row = await connection.fetchrow(
                         self.sql(statement),
-                        datetime.fromtimestamp(sent + arrival + peer.clock_offset, tz=UTC),
+                        not_after,
                         self.now(),
                         *arguments,
                         timeout=self._settings.client_timeout,
                     )
                 except LOST as error:
-                    self._drop(connection)
-                    # What arrived in time may run for as long as the server lets it.
-                    over = sent + arrival + self._settings.statement_timeout
-                    lost.append(_Lost(peer, over))
-                    raise _Retry(describe(error)) from None
+                    self.drop(connection)
+                    lost.append(self.lost(peer, sent))
+                    raise Retry(describe(error)) from None
                 if not row["in_time"]:
                     # Our idea of the server's clock is off; a new connection brings a better one.
-                    self._drop(connection)
-                    raise _Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
+                    self.drop(connection)
+                    raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
                 return row
 
         try:
-            return await self._retrying(attempt)
+            return await self.retrying(attempt)
         except StoreUnavailableError:
             if lost:
                 raise OutcomeUnknownError(operation) from None
             raise
 
-    async def _settle(self, connection: Connection, lost: list[_Lost], operation: str) -> None:
+    async def write(
+        self,
+        batched: Batched,
+        row: tuple[Any, ...],
+        give_back: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> Any:
+        """Write one row together with what others write at this moment; return the row that answers it.
+
+        When the caller is cancelled, ``give_back`` gets that row.
+        """
+        self._check_place()
+        return await self._batches.call(batched, row, give_back)
+
+    def not_after(self, peer: Peer) -> tuple[float, datetime]:
+        """The event loop's time, and the server's from which on a statement sent now has no effect."""
+        sent = self._loop.time()
+        return sent, datetime.fromtimestamp(sent + self._arrival + peer.clock_offset, tz=UTC)
+
+    def lost(self, peer: Peer, sent: float) -> Lost:
+        """What arrived in time may run for as long as the server lets it."""
+        return Lost(peer, sent + self._arrival + self._settings.statement_timeout)
+
+    async def settle(self, connection: Connection, lost: list[Lost], operation: str) -> None:
         """Return once no lost statement can take effect any more (CON-3)."""
         give_up = self._loop.time() + self._settings.retry_timeout
         for one in lost:
             while self._loop.time() < one.over:
                 if one.peer.started is not None:
-                    alive = await self._ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
+                    alive = await self.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
                     if alive is None:
                         break
                 if self._loop.time() > give_up:
@@ -233,7 +257,7 @@ class Database:
             async with self._connection() as connection:
                 return await self._transaction(connection, operation, work)
 
-        return await self.run(self._retrying(attempt), give_back)
+        return await self.run(self.retrying(attempt), give_back)
 
     async def _transaction(
         self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
@@ -251,23 +275,23 @@ class Database:
                 raise
         except LOST as error:
             # COMMIT was never sent, so the server rolls back.
-            self._drop(connection)
-            raise _Retry(describe(error)) from None
+            self.drop(connection)
+            raise Retry(describe(error)) from None
         except asyncio.CancelledError:
-            self._drop(connection)
+            self.drop(connection)
             raise
         try:
             answer = await transaction.execute(COMMIT)
         except LOST:
-            self._drop(connection)
+            self.drop(connection)
             if await self._committed(xid, operation):
                 return result
-            raise _Retry(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
+            raise Retry(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
         except asyncio.CancelledError:
-            self._drop(connection)
+            self.drop(connection)
             raise
         if answer != COMMIT:
-            raise _Retry(StoreUnavailableError("PostgreSQL rolled the transaction back"))
+            raise Retry(StoreUnavailableError("PostgreSQL rolled the transaction back"))
         return result
 
     async def _committed(self, xid: str, operation: str) -> bool:
@@ -276,34 +300,34 @@ class Database:
         async def ask() -> bool:
             async with self._connection() as connection:
                 low = str(int(xid) & 0xFFFFFFFF)
-                status = await self._ask(connection, TRANSACTION_STATUS, xid)
+                status = await self.ask(connection, TRANSACTION_STATUS, xid)
                 if status is None or status[0] == "in progress":
-                    await self._ask(connection, TERMINATE_TRANSACTION, low)
-                    raise _Retry(StoreUnavailableError("a transaction is still in progress"))
+                    await self.ask(connection, TERMINATE_TRANSACTION, low)
+                    raise Retry(StoreUnavailableError("a transaction is still in progress"))
                 return bool(status[0] == "committed")
 
         try:
-            return await self._retrying(ask)
+            return await self.retrying(ask)
         except StoreUnavailableError:
             raise OutcomeUnknownError(operation) from None
 
-    async def _ask(self, connection: Connection, statement: str, *arguments: object) -> Any:
+    async def ask(self, connection: Connection, statement: str, *arguments: object) -> Any:
         try:
             return await connection.fetchrow(
                 self.sql(statement), *arguments, timeout=self._settings.client_timeout
             )
         except LOST as error:
-            self._drop(connection)
-            raise _Retry(describe(error)) from None
+            self.drop(connection)
+            raise Retry(describe(error)) from None
 
-    async def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Repeat what is known not to have happened, with jittered backoff, for retry_timeout."""
         deadline = self._loop.time() + self._settings.retry_timeout
         pause = FIRST_PAUSE
         while True:
             try:
                 return await attempt()
-            except _Retry as retry:
+            except Retry as retry:
                 error: FlowStoreError = retry.error
             except asyncpg.PostgresError as raised:
                 error = describe(raised)
@@ -320,10 +344,18 @@ class Database:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
-        """A connection that was open a moment ago; _Retry when none can be had."""
+        """A connection for one piece of work."""
+        connection = await self.acquire()
+        try:
+            yield connection
+        finally:
+            await self.release(connection)
+
+    async def acquire(self) -> Connection:
+        """A connection that was open a moment ago; Retry when none can be had."""
         try:
             # acquire(timeout=) bounds the waiting; a timeout of fetch would not.
-            connection = await self._pool.acquire(timeout=self._settings.acquire_timeout)
+            connection: Connection = await self._pool.acquire(timeout=self._settings.acquire_timeout)
         except TimeoutError:
             raise StoreUnavailableError(
                 f"no connection within {self._settings.acquire_timeout:g} s; "
@@ -332,18 +364,27 @@ class Database:
         except (asyncpg.ClientConfigurationError, ValueError):
             raise unreadable_url() from None
         except UNREACHABLE as error:
-            raise _Retry(describe(error)) from None
+            raise Retry(describe(error)) from None
         except asyncpg.InterfaceError as error:
             raise describe(error) from None
-        try:
-            if connection.is_closed():
-                raise _Retry(StoreUnavailableError("the connection was closed"))
-            yield connection
-        finally:
-            await self._pool.release(connection)
+        if connection.is_closed():
+            await self.release(connection)
+            raise Retry(StoreUnavailableError("the connection was closed"))
+        return connection
+
+    async def release(self, connection: Connection) -> None:
+        await self._pool.release(connection)
 
     @staticmethod
-    def _drop(connection: Connection) -> None:
+    def is_usable(connection: Connection) -> bool:
+        try:
+            return not connection.is_closed()
+        except asyncpg.InterfaceError:
+            # The pool noticed that it broke and has let go of it already.
+            return False
+
+    @staticmethod
+    def drop(connection: Connection) -> None:
         """Close a connection at once: what it is doing is not known."""
         try:
             connection.terminate()
@@ -356,9 +397,9 @@ class Database:
 
         async def attempt() -> None:
             async with self._connection() as connection:
-                await self._ask(connection, statement, *arguments)
+                await self.ask(connection, statement, *arguments)
 
-        await self._retrying(attempt)
+        await self.retrying(attempt)
 
     async def on_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run what may be repeated from its beginning, such as migrating, on one connection."""
@@ -368,15 +409,16 @@ class Database:
                 try:
                     return await work(connection)
                 except LOST as error:
-                    self._drop(connection)
-                    raise _Retry(describe(error)) from None
+                    self.drop(connection)
+                    raise Retry(describe(error)) from None
 
-        return await self.run(self._retrying(attempt))
+        return await self.run(self.retrying(attempt))
 
     async def ping(self) -> None:
         await self.read("SELECT 1")
 
     async def aclose(self) -> None:
+        await self._batches.aclose(CLOSE_SECONDS)
         await self._in_flight.drain(CLOSE_SECONDS)
         try:
             # close() can hang for ever on a half-open peer.

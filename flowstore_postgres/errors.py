@@ -66,6 +66,14 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
 }
 
 
+class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
+    """The operation is known not to have happened; it may be tried again."""
+
+    def __init__(self, error: FlowStoreError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def describe(error: BaseException) -> FlowStoreError:
     """An error of our own that tells what may be told."""
     code = getattr(error, "sqlstate", None)

@@ -42,12 +42,13 @@ FIND_START = "SELECT started_at FROM {schema}.runs WHERE run_id = $1 AND start_t
 # transaction see the whole run as it is now: each takes a new snapshot.
 LOCK_RUN = "SELECT status FROM {schema}.runs WHERE run_id = $1 FOR UPDATE"
 
+# Locked, because completing a step does not lock the run.
 READ_BLOCKERS = """
 SELECT step_key, status,
        dispatched_at IS NOT NULL
        OR claimed_at IS NOT NULL
           AND (claim_expires_at IS NULL OR claim_expires_at > coalesce($2, clock_timestamp())) AS held
-FROM {schema}.steps WHERE run_id = $1
+FROM {schema}.steps WHERE run_id = $1 ORDER BY step_key FOR SHARE
 """
 COMPLETE_RUN = """
 UPDATE {schema}.runs SET status = $2, completed_at = coalesce($3, clock_timestamp()) WHERE run_id = $1

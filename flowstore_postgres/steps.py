@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -19,15 +20,42 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.steps import SUPERSEDED_BY, superseded_by
+from flowstore_postgres.batches import Batched, Row
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
 from flowstore_postgres.runs import lock_run
 
+# The hot way: an update of a row that has no attempt to keep, for the ordinary first start. Whatever else
+# may be the case is for RECORD_STEP_START_CAREFULLY, of which this does nothing.
+RECORD_STEP_START = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
+), asked AS MATERIALIZED (
+    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
+    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::text[], $8::text[], $9::text[])
+                WITH ORDINALITY AS a (run_id, step_key, token, step_type, input_json, job_id, owner, n)
+    WHERE in_time
+), started AS (
+    UPDATE {schema}.steps s
+    SET status = 'Running', step_type = a.step_type, input_json = a.input_json, job_id = a.job_id,
+        output_json = NULL, error_message = NULL, completed_at = NULL, started_at = now,
+        first_started_at = coalesce(first_started_at, now), last_attempt = last_attempt + 1,
+        reopened = false, rescheduled = false, started_owner = a.owner, started_token = a.token,
+        closed_token = NULL
+    FROM guard, asked a
+    WHERE open AND s.run_id = a.run_id AND s.step_key = a.step_key AND (s.status IS NULL OR reopened)
+      AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner
+                              AND (claim_expires_at IS NULL OR claim_expires_at > now))
+    RETURNING n, last_attempt
+)
+SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open, started.*
+FROM guard, (SELECT array_agg(n) AS n, array_agg(last_attempt) AS attempts FROM started) started
+"""
 # The newest attempt lies in the step's row; before a new one begins it moves to attempts, closed as
 # Failed where it was still open (STP-1). FOR UPDATE gives the row as it is after waiting for it, and
 # every decision is made on that row alone. "again" says that the row was inserted while we looked.
-RECORD_STEP_START = """
+RECORD_STEP_START_CAREFULLY = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time
 ), run AS MATERIALIZED (
@@ -88,7 +116,23 @@ SELECT true AS open, false AS finished, true AS claimed, attempt FROM (
 ) found LIMIT 1
 """
 
+# The hot way: an attempt that is open, named rightly or not at all. No lock on the run: complete_run and
+# cleanup lock the steps' rows that they decide on.
 RECORD_STEP_COMPLETE = """
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time),
+closed AS (
+    UPDATE {schema}.steps s
+    SET status = a.status, output_json = a.output_json, error_message = a.error_message,
+        closed_token = a.token, completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
+    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::text[], $8::text[], $9::bigint[])
+         WITH ORDINALITY AS a (run_id, step_key, token, status, output_json, error_message, attempt, n)
+    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key
+      AND s.status = 'Running' AND coalesce(a.attempt, last_attempt) = last_attempt
+    RETURNING n
+)
+SELECT in_time, (SELECT array_agg(n) FROM closed) AS closed FROM guard
+"""
+RECORD_STEP_COMPLETE_CAREFULLY = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time
 ), run AS MATERIALIZED (
@@ -186,6 +230,40 @@ SELECT step_key, status FROM {schema}.steps WHERE run_id = $1 AND status IS NOT 
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What the hot way of starting found."""
+
+    open: bool | None
+    attempt: int | None
+
+
+def _read_starts(rows: Sequence[Row], found: Any) -> list[Started]:
+    attempts = dict(zip(found["n"] or (), found["attempts"] or (), strict=True))
+    return [Started(is_open, attempts.get(n)) for n, is_open in enumerate(found["open"], 1)]
+
+
+def _read_completions(rows: Sequence[Row], found: Any) -> list[bool]:
+    closed = set(found["closed"] or ())
+    return [n in closed for n in range(1, len(rows) + 1)]
+
+
+START = Batched(
+    operation="record_step_start",
+    statement=RECORD_STEP_START,
+    read=_read_starts,
+    find=FIND_STEP_START,
+    found=lambda row: Started(True, row["attempt"]),
+)
+COMPLETE = Batched(
+    operation="record_step_complete",
+    statement=RECORD_STEP_COMPLETE,
+    read=_read_completions,
+    find=FIND_STEP_COMPLETE,
+    found=lambda row: True,
+)
+
+
 class Steps(Recovery):
     _database: Database
 
@@ -200,10 +278,17 @@ class Steps(Recovery):
         owner: str | None,
     ) -> int:
         token = uuid4()
+        started: Started = await self._database.write(
+            START, (run_id, step_key, token, step_type, input_json, job_id, owner)
+        )
+        if started.open is None:
+            raise RunNotFoundError(run_id)
+        if started.attempt is not None:
+            return started.attempt
         while True:
             row = await self._database.statement(
                 "record_step_start",
-                RECORD_STEP_START,
+                RECORD_STEP_START_CAREFULLY,
                 run_id,
                 step_key,
                 step_type,
@@ -237,9 +322,13 @@ class Steps(Recovery):
         attempt: int | None,
     ) -> None:
         token = uuid4()
+        if await self._database.write(
+            COMPLETE, (run_id, step_key, token, status.value, output_json, error_message, attempt)
+        ):
+            return
         row = await self._database.statement(
             "record_step_complete",
-            RECORD_STEP_COMPLETE,
+            RECORD_STEP_COMPLETE_CAREFULLY,
             run_id,
             step_key,
             status.value,

@@ -178,6 +178,7 @@ async def test_a_pool_without_a_free_connection_says_so(fresh: str) -> None:
         holder = asyncio.create_task(hold())
         await locker.wait()
         blocked = asyncio.create_task(store.try_claim_step(run, "a"))
+        await asyncio.sleep(0.02)  # else all three would leave together, in one batch
         with pytest.raises(StoreUnavailableError, match="pool_size"):
             await asyncio.gather(store.try_claim_step(run, "b"), store.try_claim_step(run, "c"))
         released.set()

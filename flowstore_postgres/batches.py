@@ -1,0 +1,231 @@
+"""Calls that share a statement: the hot calls of a step's life, gathered by core's Batcher.
+
+A ``Batched`` statement writes any number of calls as one transaction, a row of arrays for each, sorted
+by key, so that the batches of two processes cannot wait for each other in a circle. When the answer to
+one is lost, nothing is guessed: every row is looked for by its token, and what is not found goes out
+again, once the server can no longer act on what was sent (CON-3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+from flowstore_core.batching import Batcher, BatchError, Method
+from flowstore_postgres.connection import Connection
+from flowstore_postgres.errors import LOST, ROLLED_BACK, Retry, describe
+
+if TYPE_CHECKING:
+    from flowstore_postgres.database import Database, Lost
+
+Row = tuple[Any, ...]
+
+LONGEST_LANES = 2
+
+# A plan made while the tables were small must not be kept as they grow: with these, rows are found by
+# key, one after another, in the order in which they are asked for.
+BY_KEY = """
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off
+"""
+
+
+def read_nothing(rows: Sequence[Row], found: Any) -> Sequence[None]:
+    """The answers of an operation that has none."""
+    return [None] * len(rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Batched:
+    """A statement for any number of calls of one operation.
+
+    ``statement`` gets the not-after time ($1), the virtual now or NULL ($2), and from $3 on an array
+    for each column of the rows, run_id and step_key first; it must have no effect once the first is
+    over, and answers one row for all calls, with ``in_time``.
+    """
+
+    operation: str
+    statement: str
+    read: Callable[[Sequence[Row], Any], Sequence[Any]] = read_nothing
+    """Turns the statement's row into the answers to the rows, in their order."""
+    find: str | None = None
+    """A SELECT of the key and the token, to find what a call has written whose acknowledgement was lost.
+    None where saying it again gives the true answer by itself."""
+    found: Callable[[Any], Any] = lambda row: None
+    """Turns what find found into the answer."""
+    token: int = 2
+    """The column of the token."""
+    share: Callable[[Row, Any, Row], Any] | None = None
+    """See flowstore_core.batching.Batcher.method."""
+
+    @staticmethod
+    def key(row: Row) -> Row:
+        """run_id and step_key: where the row goes."""
+        return row[:2]
+
+
+class Batches:
+    """The batched statements of one store, and the connections held for them."""
+
+    def __init__(self, database: Database, *, pool_size: int, patience: float, pgbouncer: bool) -> None:
+        self._database = database
+        self._lanes = max(1, min(LONGEST_LANES, (pool_size + 1) // 2))
+        # With a single connection every other call needs it as well.
+        self._hold = pool_size > 1
+        self._by_key = not pgbouncer
+        self._held: list[Connection] = []
+        self._patience = patience
+        self._batcher: Batcher | None = None
+        self._methods: dict[Batched, Method[Row, Any]] = {}
+
+    async def call(
+        self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None = None
+    ) -> Any:
+        """Write one row with the next batch and return the row that answers it."""
+        method = self._methods.get(batched)
+        if method is None:
+            method = self._begin(batched)
+        return await method.call(row[:2], row, give_back)
+
+    def _begin(self, batched: Batched) -> Method[Row, Any]:
+        if self._batcher is None:
+            self._batcher = Batcher(
+                lanes=self._lanes,
+                patience=self._patience,
+                advice="raise pool_size or acquire_timeout, or send fewer calls at once",
+            )
+
+        async def run(rows: Sequence[Row]) -> Sequence[Any]:
+            return await self._run(batched, rows)
+
+        method = self._batcher.method(batched.operation, run, keyed=True, share=batched.share)
+        self._methods[batched] = method
+        return method
+
+    async def _run(self, batched: Batched, rows: Sequence[Row]) -> Sequence[Any]:
+        """The answer to each row, or the error that its caller gets."""
+        database = self._database
+        answers: dict[int, Any] = {}
+        left = sorted(range(len(rows)), key=lambda n: Batched.key(rows[n])) if len(rows) > 1 else [0]
+        lost: list[Lost] = []
+
+        async def attempt() -> None:
+            nonlocal left
+            connection = await self._take()
+            try:
+                if lost:
+                    if batched.find is not None:
+                        left = await self._find(connection, batched, rows, left, answers)
+                    if left:
+                        await database.settle(connection, lost, batched.operation)
+                        if batched.find is not None:
+                            left = await self._find(connection, batched, rows, left, answers)
+                    lost.clear()
+                if left:
+                    found = await self._send(connection, batched, [rows[n] for n in left], lost)
+                    answers.update(zip(left, found, strict=True))
+            except asyncio.CancelledError:
+                database.drop(connection)
+                raise
+            finally:
+                await self._put(connection)
+
+        try:
+            await database.retrying(attempt)
+        except StoreUnavailableError as error:
+            for n in left:
+                answers[n] = (
+                    OutcomeUnknownError(batched.operation) if lost else StoreUnavailableError(*error.args)
+                )
+        except FlowStoreError as error:
+            for n in left:
+                answers[n] = error
+        return [answers[n] for n in range(len(rows))]
+
+    async def _find(
+        self,
+        connection: Connection,
+        batched: Batched,
+        rows: Sequence[Row],
+        wanted: Sequence[int],
+        answers: dict[int, Any],
+    ) -> list[int]:
+        """Look for the token of each row; return those that have none."""
+        missing = []
+        for n in wanted:
+            row = rows[n]
+            found = await self._database.ask(
+                connection, batched.find or "", *Batched.key(row), row[batched.token]
+            )
+            if found is None:
+                missing.append(n)
+            else:
+                answers[n] = batched.found(found)
+        return missing
+
+    async def _send(
+        self, connection: Connection, batched: Batched, rows: Sequence[Row], lost: list[Lost]
+    ) -> Sequence[Any]:
+        database = self._database
+        # Taken now: a connection that breaks forgets it.
+        peer = connection.peer
+        sent, not_after = database.not_after(peer)
+        try:
+            found = await connection.fetchrow(
+                database.sql(batched.statement),
+                not_after,
+                database.now(),
+                *zip(*rows, strict=True),
+                timeout=database.client_timeout,
+            )
+        except LOST as error:
+            database.drop(connection)
+            lost.append(database.lost(peer, sent))
+            raise Retry(describe(error)) from None
+        except asyncpg.PostgresError as error:
+            if len(rows) > 1 and error.sqlstate not in ROLLED_BACK:
+                # One of the rows may be why.
+                raise BatchError(describe(error)) from None
+            raise
+        if not found["in_time"]:
+            # Our idea of the server's clock is off; a new connection brings a better one.
+            database.drop(connection)
+            raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
+        return batched.read(rows, found)
+
+    async def _take(self) -> Connection:
+        while self._held:
+            connection = self._held.pop()
+            if self._database.is_usable(connection):
+                return connection
+            await self._database.release(connection)
+        connection = await self._database.acquire()
+        if self._hold and self._by_key:
+            try:
+                await connection.execute(BY_KEY, timeout=self._database.client_timeout)
+            except LOST as error:
+                self._database.drop(connection)
+                await self._database.release(connection)
+                raise Retry(describe(error)) from None
+        return connection
+
+    async def _put(self, connection: Connection) -> None:
+        if self._hold and self._database.is_usable(connection):
+            self._held.append(connection)
+        else:
+            await self._database.release(connection)
+
+    async def aclose(self, seconds: float) -> None:
+        """Answer every call that was taken, wait for what is given back, let the connections go."""
+        if self._batcher is not None:
+            await self._batcher.drain(seconds)
+        while self._held:
+            connection = self._held.pop()
+            if self._by_key:
+                # What it was set to must not leak into the pool.
+                self._database.drop(connection)
+            await self._database.release(connection)
