@@ -95,6 +95,20 @@ class Report:
     def measure(self, name: str) -> Measure | None:
         return next((measure for measure in self.measures if measure.name == name), None)
 
+    def derive(self, name: str, new_name: str, unit: str, statistic: Statistic) -> None:
+        """A measure of its own for another figure of one that was taken."""
+        source = self.measure(name)
+        if source is None:
+            return
+        results = [
+            Result(
+                one.variant,
+                [Sample(sample.work, value=getattr(sample, statistic)) for sample in one.samples],
+            )
+            for one in source.results
+        ]
+        self.measures.append(Measure(new_name, unit, results))
+
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

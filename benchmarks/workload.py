@@ -16,6 +16,8 @@ FLOW = UUID("0190b7a0-0000-7000-8000-000000000001")
 INPUT = '{"order": 4711, "amount": "19.90", "currency": "EUR"}'
 OUTPUT = '{"accepted": true, "reference": "c0ffee"}'
 CHUNK = 256
+CALLS = 5
+"""Calls of one lifecycle."""
 
 Step = tuple[UUID, str]
 
@@ -114,6 +116,22 @@ async def lifecycles(calls: StepCalls, records: Records, callers: int, amount: i
     seconds = perf_counter() - began
     _check("completed steps", await records.count_completed(run_ids), amount)
     return sample(amount, seconds, latencies)
+
+
+async def lifecycles_until(
+    calls: StepCalls, source: Iterator[Step], latencies: list[float], callers: int, until: float
+) -> int:
+    """Lifecycles until a time of perf_counter, at least one by each caller; how many were done."""
+    before = len(latencies)
+
+    async def caller() -> None:
+        for step in source:
+            await _lifecycle_caller(calls, iter((step,)), latencies)
+            if perf_counter() >= until:
+                return
+
+    await _together(callers, caller)
+    return (len(latencies) - before) // CALLS
 
 
 async def _lifecycle_caller(calls: StepCalls, source: Iterator[Step], latencies: list[float]) -> None:
