@@ -44,9 +44,16 @@ def parser(description: str, callers: str) -> argparse.ArgumentParser:
     options.add_argument("--only", default="", metavar="TEXT", help="only measures whose name has TEXT")
     options.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     options.add_argument("--svg", type=Path, metavar="FILE", help="draw the medians there")
-    options.add_argument("--claims", type=int, default=0, help="memory: claims of the run that watches RSS")
+    options.add_argument(
+        "--claims", type=_count, default=0, help="watch the memory of the process over so many claims"
+    )
     options.add_argument("--folder", type=Path, help="where databases go: on a real disk (found by itself)")
     return options
+
+
+def _count(text: str) -> int:
+    """A whole number that may be written as 10_000_000."""
+    return int(text)
 
 
 def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine[Any, Any, Report]]) -> None:

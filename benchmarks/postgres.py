@@ -20,6 +20,7 @@ from benchmarks.machine import describe, disk_folder, file_system
 from benchmarks.options import Options, parser, run
 from benchmarks.results import Report, Target
 from benchmarks.rounds import Variant, measure, measure_paired
+from benchmarks.rss import watch_rss
 from benchmarks.workload import STEPS_PER_RUN, StoreRecords, claims, lifecycles, paired_claims
 from flowstore_core import open_store
 
@@ -137,7 +138,7 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
     )
     for callers in options.callers:
         variants = of(lifecycles, callers)
-        if callers == 256:
+        if callers > 1:
             variants.append(Variant(SETS, sets.lifecycles))
             variants.append(Variant(SETS_ONE_ROW, sets_one_row.lifecycles))
         await take(life(callers), "lifecycles per second", variants, least=max(2 * callers, 64))
@@ -145,6 +146,8 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
         if callers >= CLAIMANTS:
             variants = of(claims, callers, claimants=CLAIMANTS)
             await take(contended(callers), "calls per second", variants, least=4 * callers)
+    if options.claims:
+        await watch_rss(report, options, store, 256, options.claims)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ class Variant:
     round: Round
 
 
+def _scaled(amount: int, options: Options) -> int:
+    """The smallest amount of a small trial."""
+    return max(1, int(amount * min(1.0, options.scale)))
+
+
 async def measure(
     report: Report,
     options: Options,
@@ -37,6 +42,7 @@ async def measure(
     """
     if not options.wants(name):
         return
+    least = _scaled(least, options)
     amounts: dict[str, int] = {}
     results = {variant.name: Result(variant.name) for variant in variants}
 
@@ -76,7 +82,7 @@ async def measure_paired(
     if not options.wants(name):
         return
     results = [Result(variant) for variant in variants]
-    amount = least
+    amount = least = _scaled(least, options)
     for number in range(-1, options.rounds):
         gc.collect()
         found = await round_of_all(amount)

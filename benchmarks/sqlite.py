@@ -22,6 +22,7 @@ from benchmarks.machine import describe, disk_folder, file_system
 from benchmarks.options import Options, parser, run
 from benchmarks.results import Report, Sample, Target
 from benchmarks.rounds import Variant, measure
+from benchmarks.rss import watch_rss
 from benchmarks.workload import STEPS_PER_RUN, StoreRecords, claims, lifecycles, sample
 from flowstore_core import open_store
 
@@ -113,6 +114,8 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
             await take(life(callers), "lifecycles per second", lives, least=max(callers, 32))
             single = [*of(claims, callers), *limits[1]]
             await take(claim(callers), "calls per second", single, least=max(2 * callers, 64))
+        if options.claims:
+            await watch_rss(report, options, store, 256, options.claims)
 
 
 async def _processes(place: Path, report: Report, options: Options) -> None:
@@ -137,7 +140,7 @@ async def _processes(place: Path, report: Report, options: Options) -> None:
 
 async def _several(variant: str, path: Path, seconds: float) -> Sample:
     """Processes that work at the same time on one file; ``value`` is slowest against fastest."""
-    most = int(seconds * MOST_PER_SECOND) + 2 * CALLERS_PER_PROCESS
+    most = int(seconds * MOST_PER_SECOND) + 3 * CALLERS_PER_PROCESS
     arguments = [variant, str(path), str(CALLERS_PER_PROCESS), str(seconds), str(most)]
     workers: list[asyncio.subprocess.Process] = []
     try:

@@ -79,7 +79,7 @@ def _lines(report: Report) -> Iterator[str]:
             ("ratio", "median", "single rounds", "target", "aim", "met"),
             *ratio_rows(report.ratios),
         ):
-            yield f"  {name:<46.46}{value:>8}{spread:>17}{least:>11}{aim:>11}{met:>5}"
+            yield f"  {name:<40.40}{value:>9}{spread:>22}{least:>11}{aim:>11}{met:>5}"
     for note in report.notes:
         yield ""
         yield from wrap(note, WIDTH)
