@@ -1,0 +1,149 @@
+"""SQLite, one callable per call: a thread with one connection, on which each call is one function.
+
+The least that a call can cost when every call is a transaction of its own: one hop to the thread and
+back, not one per statement. With ``grouped`` the thread takes all functions that are waiting and
+commits them together, and nothing but busy_timeout orders the processes that share the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+from benchmarks.baselines import sqlite_tables as tables
+from benchmarks.workload import WrongAnswerError
+from flowstore_core import StepStatus
+
+T = TypeVar("T")
+
+LARGEST_GROUP = 512
+
+Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
+Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
+
+
+class CallablePerCall(tables.Records):
+    def __init__(self, path: Path, *, grouped: bool) -> None:
+        super().__init__(path)
+        self._largest = LARGEST_GROUP if grouped else 1
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._jobs.put((function, answer))
+        return await answer
+
+    def _work(self) -> None:
+        db = tables.connect(self._path)
+        while (job := self._jobs.get()) is not None:
+            group = [job]
+            ended = False
+            while len(group) < self._largest and not self._jobs.empty():
+                following = self._jobs.get()
+                if following is None:
+                    ended = True
+                    break
+                group.append(following)
+            answers = self._transaction(db, group)
+            self._loop.call_soon_threadsafe(_deliver, answers)
+            if ended:
+                break
+        db.close()
+
+    @staticmethod
+    def _transaction(db: sqlite3.Connection, group: list[Job]) -> list[Answer]:
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            answers: list[Answer] = [(answer, function(db), None) for function, answer in group]
+            db.execute("COMMIT")
+        except (sqlite3.Error, WrongAnswerError) as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            return [(answer, None, error) for _, answer in group]
+        return answers
+
+    async def try_record_dispatch(self, run_id: UUID, step_key: str, /) -> bool:
+        row = (run_id.bytes, step_key, time.time_ns())
+        return await self._call(lambda db: db.execute(tables.DISPATCH, row).rowcount == 1)
+
+    async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str, /) -> None:
+        row = (job_id, run_id.bytes, step_key)
+        await self._call(lambda db: db.execute(tables.ANNOTATE, row))
+
+    async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool:
+        row = (run_id.bytes, step_key, time.time_ns())
+        return await self._call(lambda db: db.execute(tables.CLAIM, row).rowcount == 1)
+
+    async def record_step_start(
+        self, run_id: UUID, step_key: str, step_type: str, /, *, input_json: str | None = None
+    ) -> int:
+        key = run_id.bytes
+
+        def start(db: sqlite3.Connection) -> int:
+            status = db.execute(tables.RUN_STATUS, (key,)).fetchone()
+            if status is None or status[0] != "Running":
+                raise WrongAnswerError("the run is not Running")
+            attempt = int(db.execute(tables.NEXT_ATTEMPT, (key, step_key)).fetchone()[0])
+            now = time.time_ns()
+            db.execute(tables.ADD_ATTEMPT, (key, step_key, attempt, input_json, now))
+            db.execute(tables.PUT_STEP, (key, step_key, step_type, attempt, input_json, now))
+            return attempt
+
+        return await self._call(start)
+
+    async def record_step_complete(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        /,
+        *,
+        output_json: str | None = None,
+        attempt: int | None = None,
+    ) -> None:
+        row = (status.value, output_json, time.time_ns(), run_id.bytes, step_key, attempt)
+
+        def complete(db: sqlite3.Connection) -> None:
+            if db.execute(tables.CLOSE_STEP, row).rowcount != 1:
+                raise WrongAnswerError("no open attempt of that number")
+            db.execute(tables.CLOSE_ATTEMPT, row)
+
+        await self._call(complete)
+
+
+def _deliver(answers: list[Answer]) -> None:
+    for answer, result, error in answers:
+        if answer.cancelled():
+            continue
+        if error is None:
+            answer.set_result(result)
+        else:
+            answer.set_exception(error)
+
+
+@asynccontextmanager
+async def callable_per_call(
+    path: Path, *, grouped: bool = False, create: bool = True
+) -> AsyncIterator[CallablePerCall]:
+    if create:
+        tables.create(path)
+    baseline = CallablePerCall(path, grouped=grouped)
+    try:
+        yield baseline
+    finally:
+        baseline.stop()

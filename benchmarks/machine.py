@@ -1,0 +1,64 @@
+"""What the figures were measured on, without the names of hosts or folders."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sqlite3
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+
+
+def describe(*distributions: str) -> dict[str, str]:
+    """The machine, Python, SQLite, and the versions of the distributions that took part."""
+    found = {
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "SQLite": sqlite3.sqlite_version,
+    }
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or "unknown"
+    return platform.processor() or "unknown"
+
+
+def disk_folder(chosen: Path | None) -> Path:
+    """A folder on a real disk: the chosen one, else the first of /tmp, here, the home folder.
+
+    A database on a file system in memory would make every sync free.
+    """
+    if chosen is not None:
+        return chosen
+    places = [Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
+    return next((place for place in places if file_system(place) not in IN_MEMORY), places[0])
+
+
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on; "unknown" where the system does not say."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    place = folder.resolve()
+    best, kind = -1, "unknown"
+    for line in mounts:
+        _, point, found, *_ = line.split(" ")
+        if place.is_relative_to(point) and len(Path(point).parts) >= best:
+            best, kind = len(Path(point).parts), found
+    return kind

@@ -1,0 +1,168 @@
+"""What a program measured: samples, measures, ratios, and the JSON file that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+Statistic = Literal["rate", "p50_ms", "p99_ms", "p999_ms", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One variant in one round."""
+
+    work: int
+    """How many units were done, and found done by the check afterwards."""
+    rate: float | None = None
+    """Units per second."""
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    """Latency of one call, in milliseconds."""
+    p999_ms: float | None = None
+    value: float | None = None
+    """Where the measure is not a rate: what its unit says."""
+
+
+@dataclass(slots=True)
+class Result:
+    """One variant of a measure, over all rounds."""
+
+    variant: str
+    samples: list[Sample] = field(default_factory=list)
+
+    def values(self, statistic: Statistic) -> list[float]:
+        found = (getattr(sample, statistic) for sample in self.samples)
+        return [value for value in found if value is not None]
+
+    def median(self, statistic: Statistic) -> float | None:
+        values = self.values(statistic)
+        return median(values) if values else None
+
+
+@dataclass(slots=True)
+class Measure:
+    """One question, and what each variant answered."""
+
+    name: str
+    unit: str
+    """What is counted per second, or the unit of the values."""
+    results: list[Result] = field(default_factory=list)
+    note: str = ""
+
+    def result(self, variant: str) -> Result:
+        for result in self.results:
+            if result.variant == variant:
+                return result
+        raise KeyError(f"{self.name} has no variant {variant}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One figure held against its target: ours divided by the baseline's, or a plain value."""
+
+    name: str
+    value: float
+    lowest: float
+    highest: float
+    """Of the single rounds."""
+    target: float
+    aim: float | None
+    at_least: bool
+    """Whether more is better."""
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+
+@dataclass(slots=True)
+class Report:
+    """All that one run of one program found."""
+
+    program: str
+    machine: Mapping[str, str]
+    settings: Mapping[str, str]
+    measures: list[Measure] = field(default_factory=list)
+    ratios: list[Ratio] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self, name: str) -> Measure | None:
+        return next((measure for measure in self.measures if measure.name == name), None)
+
+    def derive(self, name: str, new_name: str, unit: str, statistic: Statistic) -> None:
+        """A measure of its own for another figure of one that was taken."""
+        source = self.measure(name)
+        if source is None:
+            return
+        results = [
+            Result(
+                one.variant,
+                [Sample(sample.work, value=getattr(sample, statistic)) for sample in one.samples],
+            )
+            for one in source.results
+        ]
+        self.measures.append(Measure(new_name, unit, results))
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Report:
+    """The report that ``Report.save`` wrote."""
+    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    measures = [
+        Measure(
+            one["name"],
+            one["unit"],
+            [Result(r["variant"], [Sample(**s) for s in r["samples"]]) for r in one["results"]],
+            one["note"],
+        )
+        for one in raw["measures"]
+    ]
+    return Report(
+        raw["program"],
+        raw["machine"],
+        raw["settings"],
+        measures,
+        [Ratio(**one) for one in raw["ratios"]],
+        raw["notes"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a ratio has to reach, before anything is measured."""
+
+    name: str
+    measure: str
+    ours: str
+    theirs: str | None
+    """None: the target is on our own figure."""
+    at_least: bool
+    target: float
+    aim: float | None = None
+    statistic: Statistic = "rate"
+    unit: str = "x"
+
+    def judge(self, report: Report) -> Ratio | None:
+        """The ratio of the medians; None if the measure was not taken."""
+        measure = report.measure(self.measure)
+        if measure is None:
+            return None
+        ours = measure.result(self.ours).values(self.statistic)
+        if self.theirs is None:
+            return self._ratio(median(ours), ours)
+        theirs = measure.result(self.theirs).values(self.statistic)
+        rounds = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+        return self._ratio(median(ours) / median(theirs), rounds)
+
+    def _ratio(self, value: float, rounds: Sequence[float]) -> Ratio:
+        return Ratio(
+            self.name, value, min(rounds), max(rounds), self.target, self.aim, self.at_least, self.unit
+        )

@@ -1,0 +1,96 @@
+"""Interleaved rounds: every variant of a measure in turn, then again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.options import Options, say
+from benchmarks.results import Measure, Report, Result, Sample
+
+Round = Callable[[int], Awaitable[Sample]]
+"""Does, times and checks so many units of work, on rows made beforehand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    name: str
+    round: Round
+
+
+def _scaled(amount: int, options: Options) -> int:
+    """The smallest amount of a small trial."""
+    return max(1, int(amount * min(1.0, options.scale)))
+
+
+async def measure(
+    report: Report,
+    options: Options,
+    name: str,
+    unit: str,
+    variants: Sequence[Variant],
+    *,
+    least: int,
+    note: str = "",
+    settle: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Warm every variant up, then take the rounds, each beginning with another variant.
+
+    A round's amount of work follows from the rate before it, so that every variant is measured for
+    about as long; ``least`` is the smallest. ``settle`` runs before each, untimed.
+    """
+    if not options.wants(name):
+        return
+    least = _scaled(least, options)
+    amounts: dict[str, int] = {}
+    results = {variant.name: Result(variant.name) for variant in variants}
+
+    async def take(variant: Variant, amount: int, where: str) -> Sample:
+        if settle is not None:
+            await settle()
+        # Neither do the leftovers of one variant fall into the time of the next.
+        gc.collect()
+        sample = await variant.round(amount)
+        assert sample.rate is not None
+        amounts[variant.name] = max(least, int(sample.rate * options.seconds))
+        say(f"{name}, {where}: {variant.name} {sample.rate:,.0f} {unit}")
+        return sample
+
+    for variant in variants:
+        await take(variant, least, "warm-up")
+    for number in range(options.rounds):
+        shift = number % len(variants)
+        for variant in (*variants[shift:], *variants[:shift]):
+            found = await take(variant, amounts[variant.name], f"round {number + 1}/{options.rounds}")
+            results[variant.name].samples.append(found)
+    report.measures.append(Measure(name, unit, list(results.values()), note))
+
+
+async def measure_paired(
+    report: Report,
+    options: Options,
+    name: str,
+    unit: str,
+    variants: Sequence[str],
+    round_of_all: Callable[[int], Awaitable[Sequence[Sample]]],
+    *,
+    least: int,
+    note: str = "",
+) -> None:
+    """Rounds in which the variants take turns call by call; ``round_of_all`` gives a sample of each."""
+    if not options.wants(name):
+        return
+    results = [Result(variant) for variant in variants]
+    amount = least = _scaled(least, options)
+    for number in range(-1, options.rounds):
+        gc.collect()
+        found = await round_of_all(amount)
+        slowest = min(sample.rate or 1.0 for sample in found)
+        amount = max(least, int(slowest * options.seconds / len(variants)))
+        where = f"round {number + 1}/{options.rounds}" if number >= 0 else "warm-up"
+        say(f"{name}, {where}: {', '.join(f'{sample.p50_ms:.3f} ms' for sample in found)}")
+        if number >= 0:
+            for result, sample in zip(results, found, strict=True):
+                result.samples.append(sample)
+    report.measures.append(Measure(name, unit, results, note))

@@ -1,0 +1,60 @@
+"""One of several processes on one SQLite file: lifecycles for a while, then what they cost.
+
+Speaks with benchmarks.sqlite by lines: says "ready", waits for a line, works, prints its figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.baselines.sqlite_callables import callable_per_call
+from benchmarks.sqlite import store_url
+from benchmarks.workload import (
+    Records,
+    StepCalls,
+    StoreRecords,
+    WrongAnswerError,
+    lifecycles_until,
+    make_steps,
+)
+from flowstore_core import open_store
+
+
+async def work(calls: StepCalls, records: Records, callers: int, seconds: float, most: int) -> None:
+    run_ids, steps = make_steps(most)
+    await records.add_runs(run_ids)
+    # The first call of each kind loads and prepares what the others then have.
+    source = iter(steps)
+    latencies: list[float] = []
+    warm = await lifecycles_until(calls, source, latencies, callers, perf_counter())
+    latencies.clear()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    await asyncio.to_thread(sys.stdin.readline)
+    began = perf_counter()
+    done = await lifecycles_until(calls, source, latencies, callers, began + seconds)
+    took = perf_counter() - began
+    found = await records.count_completed(run_ids)
+    if found != warm + done:
+        raise WrongAnswerError(f"completed steps: expected {warm + done}, found {found}")
+    if next(source, None) is None:
+        raise WrongAnswerError("there were too few runs for the time")
+    sys.stdout.write(json.dumps({"done": done, "seconds": took, "latencies": latencies}) + "\n")
+
+
+async def main(variant: str, path: Path, callers: int, seconds: float, most: int) -> None:
+    if variant == "flowstore":
+        async with open_store(store_url(path)) as store:
+            await work(store, StoreRecords(store), callers, seconds, most)
+    else:
+        async with callable_per_call(path, grouped=variant == "grouped", create=False) as baseline:
+            await work(baseline, baseline, callers, seconds, most)
+
+
+if __name__ == "__main__":
+    _, chosen, file, number, time, limit = sys.argv
+    asyncio.run(main(chosen, Path(file), int(number), float(time), int(limit)))

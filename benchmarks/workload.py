@@ -1,0 +1,230 @@
+"""The work that every variant does: the life of a step, in the same loop for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from time import perf_counter
+from typing import Any, Protocol
+from uuid import UUID
+
+from benchmarks.results import Sample
+from flowstore_core import FlowStore, StepStatus, new_run_id
+
+STEPS_PER_RUN = 8
+FLOW = UUID("0190b7a0-0000-7000-8000-000000000001")
+INPUT = '{"order": 4711, "amount": "19.90", "currency": "EUR"}'
+OUTPUT = '{"accepted": true, "reference": "c0ffee"}'
+CHUNK = 256
+CALLS = 5
+"""Calls of one lifecycle."""
+
+Step = tuple[UUID, str]
+
+
+class WrongAnswerError(Exception):
+    """A variant did not do its work; its figures would mean nothing."""
+
+
+class ClaimCalls(Protocol):
+    """The claim of a step, as every FlowStore has it."""
+
+    async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool: ...
+
+
+class StepCalls(ClaimCalls, Protocol):
+    """The five calls of a lifecycle."""
+
+    async def try_record_dispatch(self, run_id: UUID, step_key: str, /) -> bool: ...
+
+    async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str, /) -> None: ...
+
+    async def record_step_start(
+        self, run_id: UUID, step_key: str, step_type: str, /, *, input_json: str | None = None
+    ) -> int: ...
+
+    async def record_step_complete(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        /,
+        *,
+        output_json: str | None = None,
+        attempt: int | None = None,
+    ) -> None: ...
+
+
+class Records(Protocol):
+    """What lies around the measured calls: making runs, and looking what became of them."""
+
+    async def add_runs(self, run_ids: Sequence[UUID]) -> None:
+        """Start these runs."""
+
+    async def count_completed(self, run_ids: Sequence[UUID]) -> int:
+        """How many steps of these runs have succeeded."""
+        ...
+
+    async def count_claimed(self, run_ids: Sequence[UUID]) -> int:
+        """How many steps of these runs are claimed."""
+        ...
+
+
+class StoreRecords:
+    """Records of a FlowStore, by its public operations alone."""
+
+    def __init__(self, store: FlowStore) -> None:
+        self._store = store
+
+    async def add_runs(self, run_ids: Sequence[UUID]) -> None:
+        for start in range(0, len(run_ids), CHUNK):
+            chunk = run_ids[start : start + CHUNK]
+            await asyncio.gather(*(self._store.start_run(FLOW, "bench", one, "manual") for one in chunk))
+
+    async def count_completed(self, run_ids: Sequence[UUID]) -> int:
+        found = 0
+        for start in range(0, len(run_ids), CHUNK):
+            chunk = run_ids[start : start + CHUNK]
+            for statuses in await asyncio.gather(*(self._store.get_step_statuses(one) for one in chunk)):
+                found += sum(status is StepStatus.SUCCEEDED for status in statuses.values())
+        return found
+
+    async def count_claimed(self, run_ids: Sequence[UUID]) -> int:
+        found = 0
+        for start in range(0, len(run_ids), CHUNK):
+            chunk = run_ids[start : start + CHUNK]
+            for keys in await asyncio.gather(*(self._store.get_claimed_step_keys(one) for one in chunk)):
+                found += len(keys)
+        return found
+
+
+def make_steps(amount: int) -> tuple[list[UUID], list[Step]]:
+    """New runs, and ``amount`` steps of them, eight to a run."""
+    run_ids = [new_run_id() for _ in range(-(-amount // STEPS_PER_RUN))]
+    steps = [(run_id, f"step-{index}") for run_id in run_ids for index in range(STEPS_PER_RUN)]
+    return run_ids, steps[:amount]
+
+
+async def lifecycles(calls: StepCalls, records: Records, callers: int, amount: int) -> Sample:
+    """``amount`` lifecycles by so many callers; each takes the next step when it is done with one."""
+    run_ids, steps = make_steps(amount)
+    await records.add_runs(run_ids)
+    source = iter(steps)
+    latencies: list[float] = []
+    began = perf_counter()
+    await _together(callers, lambda: _lifecycle_caller(calls, source, latencies))
+    seconds = perf_counter() - began
+    _check("completed steps", await records.count_completed(run_ids), amount)
+    return sample(amount, seconds, latencies)
+
+
+async def lifecycles_until(
+    calls: StepCalls, source: Iterator[Step], latencies: list[float], callers: int, until: float
+) -> int:
+    """Lifecycles until a time of perf_counter, at least one by each caller; how many were done."""
+    before = len(latencies)
+
+    async def caller() -> None:
+        for step in source:
+            await _lifecycle_caller(calls, iter((step,)), latencies)
+            if perf_counter() >= until:
+                return
+
+    await _together(callers, caller)
+    return (len(latencies) - before) // CALLS
+
+
+async def _lifecycle_caller(calls: StepCalls, source: Iterator[Step], latencies: list[float]) -> None:
+    for run_id, step_key in source:
+        t0 = perf_counter()
+        dispatched = await calls.try_record_dispatch(run_id, step_key)
+        t1 = perf_counter()
+        await calls.annotate_dispatch(run_id, step_key, "job-4711")
+        t2 = perf_counter()
+        claimed = await calls.try_claim_step(run_id, step_key)
+        t3 = perf_counter()
+        attempt = await calls.record_step_start(run_id, step_key, "task", input_json=INPUT)
+        t4 = perf_counter()
+        await calls.record_step_complete(
+            run_id, step_key, StepStatus.SUCCEEDED, output_json=OUTPUT, attempt=attempt
+        )
+        t5 = perf_counter()
+        if not (dispatched is True and claimed is True and attempt == 1):
+            raise WrongAnswerError(f"a new step got {dispatched}, {claimed}, attempt {attempt}")
+        latencies += (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4)
+
+
+async def claims(calls: StepCalls, records: Records, callers: int, amount: int, claimants: int = 1) -> Sample:
+    """``amount`` calls of try_claim_step, so many for each key; exactly one of them must win it."""
+    keys = max(1, amount // claimants)
+    run_ids, steps = make_steps(keys)
+    await records.add_runs(run_ids)
+    source = iter([step for step in steps for _ in range(claimants)])
+    latencies: list[float] = []
+    won: list[int] = []
+    began = perf_counter()
+    await _together(callers, lambda: _claim_caller(calls, source, latencies, won))
+    seconds = perf_counter() - began
+    _check("claims won", sum(won), keys)
+    _check("claimed steps", await records.count_claimed(run_ids), keys)
+    return sample(keys * claimants, seconds, latencies)
+
+
+async def _claim_caller(
+    calls: ClaimCalls, source: Iterator[Step], latencies: list[float], won: list[int]
+) -> None:
+    wins = 0
+    for run_id, step_key in source:
+        began = perf_counter()
+        wins += await calls.try_claim_step(run_id, step_key)
+        latencies.append(perf_counter() - began)
+    won.append(wins)
+
+
+async def paired_claims(contestants: Sequence[tuple[ClaimCalls, Records]], amount: int) -> tuple[Sample, ...]:
+    """One caller claims steps of each contestant by turns, so that all meet the same moments."""
+    run_ids, steps = make_steps(amount)
+    for _, records in contestants:
+        await records.add_runs(run_ids)
+    latencies: list[list[float]] = [[] for _ in contestants]
+    for index, (run_id, step_key) in enumerate(steps):
+        order = range(len(contestants)) if index % 2 else reversed(range(len(contestants)))
+        for place in order:
+            began = perf_counter()
+            won = await contestants[place][0].try_claim_step(run_id, step_key)
+            latencies[place].append(perf_counter() - began)
+            if won is not True:
+                raise WrongAnswerError("a free step was not claimed")
+    for _, records in contestants:
+        _check("claimed steps", await records.count_claimed(run_ids), amount)
+    return tuple(sample(amount, sum(each), each) for each in latencies)
+
+
+async def _together(callers: int, caller: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            group.create_task(caller())
+
+
+def _check(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise WrongAnswerError(f"{what}: expected {expected}, found {found}")
+
+
+def sample(work: int, seconds: float, latencies: list[float]) -> Sample:
+    """The rate and the percentiles, in milliseconds."""
+    latencies.sort()
+    return Sample(
+        work,
+        rate=work / seconds,
+        p50_ms=percentile(latencies, 0.5),
+        p99_ms=percentile(latencies, 0.99),
+        p999_ms=percentile(latencies, 0.999),
+    )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float | None:
+    """Of seconds in rising order, in milliseconds: the value that this share does not exceed."""
+    if not ordered:
+        return None
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1000

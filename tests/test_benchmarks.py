@@ -1,0 +1,122 @@
+"""Each benchmark program at its smallest: it ends well, writes JSON, and every variant did its work.
+
+Nothing here is about time: a figure that is compared with a target would fail on a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.results import Measure, Ratio, Report, Result, Sample, Target, load
+from benchmarks.svg import draw
+from benchmarks.tables import WIDTH, show
+
+ROOT = Path(__file__).parents[1]
+SMALLEST = ("--rounds", "1", "--seconds", "0.01", "--scale", "0.05")
+
+
+def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """The report of a program, and what it printed."""
+    found = folder / "report.json"
+    picture = folder / "report.svg"
+    command = [sys.executable, "-m", f"benchmarks.{program}", *SMALLEST, *options]
+    done = subprocess.run(
+        [*command, "--json", str(found), "--svg", str(picture)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture.read_text(encoding="utf-8").startswith("<svg")
+    for line in done.stdout.splitlines():
+        assert len(line) <= WIDTH, line
+    report: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    for measure in report["measures"]:
+        for result in measure["results"]:
+            assert result["samples"], (measure["name"], result["variant"])
+            # A round raises unless its check found all of its work done.
+            assert all(sample["work"] > 0 for sample in result["samples"])
+    return report, done.stdout
+
+
+def measures(report: dict[str, Any]) -> dict[str, list[str]]:
+    return {one["name"]: [result["variant"] for result in one["results"]] for one in report["measures"]}
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_postgres(tmp_path: Path) -> None:
+    report, printed = run("postgres", tmp_path, "--callers", "1,16")
+    found = measures(report)
+    assert len(found["lifecycle, 1 caller"]) == 3
+    assert len(found["lifecycle, 16 callers"]) == 5
+    assert len(found["try_claim_step, 8 claimants per key, 16 callers"]) == 3
+    assert {one["name"] for one in report["ratios"]} >= {"lifecycle, 1 caller", "latency of a single claim"}
+    assert "fsync on" in printed
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_sqlite(tmp_path: Path) -> None:
+    report, printed = run("sqlite", tmp_path, "--callers", "1,32", "--claims", "2_000")
+    found = measures(report)
+    assert len(found["lifecycle, 32 callers"]) == 4
+    assert len(found["lifecycle, 4 processes on one file, together"]) == 3
+    assert "synchronous FULL" in printed
+
+
+def test_memory(tmp_path: Path) -> None:
+    report, _ = run("memory", tmp_path, "--callers", "1,16")
+    assert "lifecycle, callers: 16, each call timed" in measures(report)
+
+
+def test_a_wrong_option_is_explained() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--callers", "many"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "whole numbers" in done.stderr
+
+
+def example() -> Report:
+    measure = Measure(
+        "life <1>",
+        "per second",
+        [
+            Result("flowstore", [Sample(10, rate=900.0, p50_ms=1.5), Sample(10, rate=1300.0, p50_ms=1.25)]),
+            Result("the other", [Sample(10, rate=100.0), Sample(10, rate=100.0)]),
+        ],
+    )
+    return Report("example", {"processor": "a fast one"}, {"rounds": "2"}, [measure])
+
+
+@pytest.mark.parametrize(("least", "met"), [(10.0, True), (11.5, False)])
+def test_a_target_is_judged_by_the_medians(least: float, met: bool) -> None:
+    ratio = Target("life", "life <1>", "flowstore", "the other", True, least).judge(example())
+    assert ratio == Ratio("life", 11.0, 9.0, 13.0, least, None, True)
+    assert ratio.met is met
+
+
+def test_a_measure_that_was_not_taken_is_not_judged() -> None:
+    assert Target("life", "unknown", "flowstore", None, True, 1.0).judge(example()) is None
+
+
+def test_a_report_survives_its_file(tmp_path: Path) -> None:
+    report = example()
+    report.save(tmp_path / "report.json")
+    assert load(tmp_path / "report.json") == report
+
+
+def test_a_report_is_shown_and_drawn() -> None:
+    assert "1,100" in show(example())
+    assert "life &lt;1&gt;" in draw(example())
