@@ -9,7 +9,7 @@ again, once the server can no longer act on what was sent (CON-3).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ Row = tuple[Any, ...]
 LONGEST_LANES = 2
 
 # A plan made while the tables were small must not be kept as they grow: with these, rows are found by
-# key, one after another, in the order in which they are asked for.
+# key, one after another, in the order in which they are asked for. That plan is right for any number of
+# rows, so it is made once; PostgreSQL would else make one anew for every small batch.
 BY_KEY = """
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off
+SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;
+SET plan_cache_mode = force_generic_plan
 """
 
 
@@ -62,10 +64,10 @@ class Batched:
     share: Callable[[Row, Any, Row], Any] | None = None
     """See flowstore_core.batching.Batcher.method."""
 
-    @staticmethod
-    def key(row: Row) -> Row:
-        """run_id and step_key: where the row goes."""
-        return row[:2]
+
+def _key(row: Row) -> tuple[int, str]:
+    """Where a row goes; as plain values, which compare and hash faster than UUIDs."""
+    return row[0].int, row[1]
 
 
 class Batches:
@@ -82,14 +84,14 @@ class Batches:
         self._batcher: Batcher | None = None
         self._methods: dict[Batched, Method[Row, Any]] = {}
 
-    async def call(
+    def call(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None = None
-    ) -> Any:
-        """Write one row with the next batch and return the row that answers it."""
+    ) -> Coroutine[Any, Any, Any]:
+        """Write one row with the next batch; awaited, it gives the answer to that row."""
         method = self._methods.get(batched)
         if method is None:
             method = self._begin(batched)
-        return await method.call(row[:2], row, give_back)
+        return method.call(_key(row), row, give_back)
 
     def _begin(self, batched: Batched) -> Method[Row, Any]:
         if self._batcher is None:
@@ -110,7 +112,7 @@ class Batches:
         """The answer to each row, or the error that its caller gets."""
         database = self._database
         answers: dict[int, Any] = {}
-        left = sorted(range(len(rows)), key=lambda n: Batched.key(rows[n])) if len(rows) > 1 else [0]
+        left = sorted(range(len(rows)), key=lambda n: _key(rows[n]))
         lost: list[Lost] = []
 
         async def attempt() -> None:
@@ -159,7 +161,7 @@ class Batches:
         for n in wanted:
             row = rows[n]
             found = await self._database.ask(
-                connection, batched.find or "", *Batched.key(row), row[batched.token]
+                connection, batched.find or "", row[0], row[1], row[batched.token]
             )
             if found is None:
                 missing.append(n)

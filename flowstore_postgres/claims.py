@@ -64,9 +64,10 @@ WITH guard AS MATERIALIZED (
            OR s.claim_token = excluded.claim_token)
     RETURNING run_id, step_key
 )
-SELECT (SELECT in_time FROM guard), asked.*, won.*
-FROM (SELECT array_agg(open ORDER BY n) AS open, array_agg(lost_to ORDER BY n) AS lost_to FROM asked) asked,
-     (SELECT array_agg(run_id) AS run_ids, array_agg(step_key) AS step_keys FROM won) won
+SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open,
+       (SELECT array_agg(lost_to ORDER BY n) FROM asked) AS lost_to,
+       (SELECT array_agg(run_id) FROM won) AS run_ids, (SELECT array_agg(step_key) FROM won) AS step_keys
+FROM guard
 """
 FIND_CLAIM = """
 SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_token = $3 AND NOT claim_owned
@@ -189,9 +190,12 @@ LOST = Answer(True, False, "")
 
 
 def _read_claims(rows: Sequence[Row], found: Any) -> list[Answer]:
-    won = set(zip(found["run_ids"] or (), found["step_keys"] or (), strict=True))
+    won = found["step_keys"] or ()
+    if len(won) == len(rows):
+        return [WON] * len(rows)
+    keys = set(zip(found["run_ids"] or (), won, strict=True))
     return [
-        WON if row[:2] in won else Answer(is_open, False, lost_to)
+        WON if row[:2] in keys else Answer(is_open, False, lost_to)
         for row, is_open, lost_to in zip(rows, found["open"], found["lost_to"], strict=True)
     ]
 
@@ -210,6 +214,8 @@ def _share_claim(first: Row, answer: Answer, later: Row) -> Answer:
 
 def _read_dispatches(rows: Sequence[Row], found: Any) -> list[Answer]:
     won = set(found["won"] or ())
+    if len(won) == len(rows):
+        return [WON] * len(rows)
     return [
         WON if row[2] in won else Answer(is_open, False)
         for row, is_open in zip(rows, found["open"], strict=True)

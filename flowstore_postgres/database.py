@@ -205,18 +205,18 @@ class Database:
                 raise OutcomeUnknownError(operation) from None
             raise
 
-    async def write(
+    def write(
         self,
         batched: Batched,
         row: tuple[Any, ...],
         give_back: Callable[[Any], Awaitable[None]] | None = None,
-    ) -> Any:
-        """Write one row together with what others write at this moment; return the row that answers it.
+    ) -> Coroutine[Any, Any, Any]:
+        """Write one row together with what others write at this moment; awaited, it gives the answer.
 
-        When the caller is cancelled, ``give_back`` gets that row.
+        When the caller is cancelled, ``give_back`` gets the answer.
         """
         self._check_place()
-        return await self._batches.call(batched, row, give_back)
+        return self._batches.call(batched, row, give_back)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
         """The event loop's time, and the server's from which on a statement sent now has no effect."""
