@@ -70,6 +70,11 @@ def _key(row: Row) -> tuple[int, str]:
     return row[0].int, row[1]
 
 
+def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """An array, or nothing where nothing is in it: unnest fills that up with NULLs."""
+    return None if values[0] is None and values.count(None) == len(values) else values
+
+
 class Batches:
     """The batched statements of one store, and the connections held for them."""
 
@@ -181,7 +186,7 @@ class Batches:
                 database.sql(batched.statement),
                 not_after,
                 database.now(),
-                *zip(*rows, strict=True),
+                *map(_column, zip(*rows, strict=True)),
                 timeout=database.client_timeout,
             )
         except LOST as error:

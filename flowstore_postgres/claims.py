@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from flowstore_core import (
     RunNotFoundError,
     StepClaim,
     StepDispatch,
     StoreUnavailableError,
-    new_claim_token,
 )
 from flowstore_core.batching import AGAIN
-from flowstore_core.timeseries import LATEST
 from flowstore_postgres.batches import Batched, Row
 from flowstore_postgres.database import Database
 
@@ -39,13 +37,13 @@ WITH guard AS MATERIALIZED (
                         WHEN claim_owned THEN claim_token
                         WHEN claimed_at IS NOT NULL THEN '' END
             FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS lost_to
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::boolean[], $7::interval[], $8::timestamptz[])
-    WITH ORDINALITY AS a (run_id, step_key, token, owned, lease, latest, n) WHERE in_time
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::boolean[], $7::interval[])
+                WITH ORDINALITY AS a (run_id, step_key, token, owned, lease, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s
         (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
     SELECT run_id, step_key, token, owned, now,
-           CASE WHEN lease IS NULL THEN NULL WHEN now < latest - lease THEN now + lease ELSE latest END
+           CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END
     FROM guard, asked WHERE open AND lost_to IS NULL
     ON CONFLICT (run_id, step_key) DO UPDATE SET
         claim_token = excluded.claim_token,
@@ -84,7 +82,7 @@ released AS (
     UPDATE {schema}.steps s
     SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
         release_token = a.token
-    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[]) AS a (run_id, step_key, token, owner)
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[]) AS a (run_id, step_key, token, owner)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claimed_at IS NOT NULL
       AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner)
 )
@@ -97,10 +95,10 @@ WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time),
 renewed AS (
     UPDATE {schema}.steps s
     SET claim_expires_at = greatest(claim_expires_at, CASE
-            WHEN coalesce($2, clock_timestamp()) < latest - lease
-            THEN coalesce($2, clock_timestamp()) + lease ELSE latest END)
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::interval[], $7::timestamptz[])
-                WITH ORDINALITY AS a (run_id, step_key, owner, lease, latest, n)
+            WHEN coalesce($2, clock_timestamp()) < {latest} - lease
+            THEN coalesce($2, clock_timestamp()) + lease ELSE {latest} END)
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::interval[])
+                WITH ORDINALITY AS a (run_id, step_key, owner, lease, n)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claim_owned
       AND claim_token = a.owner AND claim_expires_at > coalesce($2, clock_timestamp())
     RETURNING n
@@ -124,7 +122,7 @@ WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
 ), asked AS MATERIALIZED (
     SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
-    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::timestamptz[])
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::timestamptz[])
                 WITH ORDINALITY AS a (run_id, step_key, token, due_at, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
@@ -163,7 +161,7 @@ WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timest
 released AS (
     UPDATE {schema}.steps s SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL,
                                 dispatch_job_id = NULL, release_token = a.token
-    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[]) AS a (run_id, step_key, token)
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[]) AS a (run_id, step_key, token)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
 SELECT in_time FROM guard
@@ -262,23 +260,23 @@ class Claims:
         if owner is not None:
             # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
             # it expire.
-            answer = await self._database.write(CLAIM, (run_id, step_key, owner, True, lease, LATEST))
+            answer = await self._database.write(CLAIM, (run_id, step_key, owner, True, lease))
         else:
-            token = new_claim_token()
+            token = f"{self._database.new_token():x}"
 
             async def give_back(answer: Answer) -> None:
                 if answer.won:
                     await self._database.give_back(GIVE_BACK_CLAIM, run_id, step_key, token)
 
-            row = (run_id, step_key, token, False, lease, LATEST)
+            row = (run_id, step_key, token, False, lease)
             answer = await self._database.write(CLAIM, row, give_back)
         return _won(answer, run_id)
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
-        await self._database.write(RELEASE, (run_id, step_key, uuid4(), owner))
+        await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
 
     async def renew_step_claim(self, *, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, lease, LATEST))
+        renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, lease))
         return renewed
 
     async def get_claimed_step_keys(self, *, run_id: UUID) -> frozenset[str]:
@@ -290,7 +288,7 @@ class Claims:
         return tuple(_claim_record(run_id, row) for row in rows)
 
     async def try_record_dispatch(self, *, run_id: UUID, step_key: str, due_at: datetime | None) -> bool:
-        token = uuid4()
+        token = self._database.new_token()
 
         async def give_back(answer: Answer) -> None:
             if answer.won:
@@ -306,7 +304,7 @@ class Claims:
             log.warning("the job id of a dispatch was not stored: %s", error)
 
     async def release_dispatch(self, *, run_id: UUID, step_key: str) -> None:
-        await self._database.write(FREE, (run_id, step_key, uuid4()))
+        await self._database.write(FREE, (run_id, step_key, self._database.new_token()))
 
     async def get_dispatched_step_keys(self, *, run_id: UUID) -> frozenset[str]:
         return frozenset(one.step_key for one in await self.get_dispatches(run_id=run_id))

@@ -27,6 +27,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.inflight import InFlight
+from flowstore_core.timeseries import LATEST
 from flowstore_postgres.batches import Batched, Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, Retry, describe, unreadable_url
@@ -43,6 +44,9 @@ LONGEST_PAUSE = 0.5
 CLOSE_SECONDS = 5.0
 ARRIVAL_SECONDS = 5.0
 """A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
+
+# As in INP-3: a lease never ends later.
+LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 
 # A lost statement can take effect only as long as the process that got it lives.
 TERMINATE_BACKEND = """
@@ -77,6 +81,8 @@ class Database:
         self._clock = clock
         self._statements: dict[str, str] = {}
         self._arrival = min(ARRIVAL_SECONDS, settings.statement_timeout)
+        # Seeded by the system, and far cheaper than asking the system for each.
+        self._random = random.Random()
         self._process = os.getpid()
         self._loop = asyncio.get_running_loop()
         self._in_flight = InFlight()
@@ -96,10 +102,12 @@ class Database:
         return None if self._clock is None else self._clock()
 
     def sql(self, statement: str) -> str:
-        """A statement with the schema's quoted name in place."""
+        """A statement with the schema's quoted name, and the last moment of all, in place."""
         known = self._statements.get(statement)
         if known is None:
-            known = statement.replace("{schema}", self._settings.quoted_schema)
+            known = statement.replace("{schema}", self._settings.quoted_schema).replace(
+                "{latest}", LATEST_SQL
+            )
             self._statements[statement] = known
         return known
 
@@ -217,6 +225,10 @@ class Database:
         """
         self._check_place()
         return self._batches.call(batched, row, give_back)
+
+    def new_token(self) -> int:
+        """What a write leaves behind, to be found by: unlikely ever to come again."""
+        return self._random.getrandbits(63)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
         """The event loop's time, and the server's from which on a statement sent now has no effect."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from flowstore_core import (
     ClaimLostError,
@@ -33,7 +33,7 @@ WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
 ), asked AS MATERIALIZED (
     SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
-    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::text[], $8::text[], $9::text[])
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[])
                 WITH ORDINALITY AS a (run_id, step_key, token, step_type, input_json, job_id, owner, n)
     WHERE in_time
 ), started AS (
@@ -124,7 +124,7 @@ closed AS (
     UPDATE {schema}.steps s
     SET status = a.status, output_json = a.output_json, error_message = a.error_message,
         closed_token = a.token, completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
-    FROM guard, unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::text[], $8::text[], $9::bigint[])
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::bigint[])
          WITH ORDINALITY AS a (run_id, step_key, token, status, output_json, error_message, attempt, n)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key
       AND s.status = 'Running' AND coalesce(a.attempt, last_attempt) = last_attempt
@@ -277,7 +277,7 @@ class Steps(Recovery):
         job_id: str | None,
         owner: str | None,
     ) -> int:
-        token = uuid4()
+        token = self._database.new_token()
         started: Started = await self._database.write(
             START, (run_id, step_key, token, step_type, input_json, job_id, owner)
         )
@@ -321,7 +321,7 @@ class Steps(Recovery):
         error_message: str | None,
         attempt: int | None,
     ) -> None:
-        token = uuid4()
+        token = self._database.new_token()
         if await self._database.write(
             COMPLETE, (run_id, step_key, token, status.value, output_json, error_message, attempt)
         ):

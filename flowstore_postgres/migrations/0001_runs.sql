@@ -43,17 +43,17 @@ CREATE TABLE {schema}.steps (
     error_message    text,
     job_id           text,
     started_owner    text,
-    started_token    uuid,
-    closed_token     uuid,
+    started_token    bigint,
+    closed_token     bigint,
     claim_token      text,
     claim_owned      boolean,
     claimed_at       timestamptz,
     claim_expires_at timestamptz,
-    dispatch_token   uuid,
+    dispatch_token   bigint,
     dispatched_at    timestamptz,
     due_at           timestamptz,
     dispatch_job_id  text,
-    release_token    uuid,
+    release_token    bigint,
     PRIMARY KEY (run_id, step_key)
 ) WITH (fillfactor = 80);
 
@@ -70,8 +70,8 @@ CREATE TABLE {schema}.attempts (
     job_id        text,
     started_at    timestamptz NOT NULL,
     completed_at  timestamptz NOT NULL,
-    started_token uuid,
-    closed_token  uuid,
+    started_token bigint,
+    closed_token  bigint,
     PRIMARY KEY (run_id, step_key, attempt)
 );
 
