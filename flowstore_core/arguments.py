@@ -32,6 +32,10 @@ MAX_TAKE = 1000
 MAX_INT64 = 2**63 - 1
 MAX_LEASE = timedelta(days=366)
 
+_NO_TIME = timedelta(0)
+# Texts of up to so many characters are small enough however they are encoded.
+_SHORT = MAX_TEXT_BYTES // 4
+
 _E = TypeVar("_E", bound=StrEnum)
 
 
@@ -66,10 +70,12 @@ def check_optional_key(name: str, value: Any, limit: int = MAX_KEY) -> str | Non
 
 
 def check_text(name: str, value: Any) -> str:
+    if type(value) is str and len(value) <= _SHORT and value.isascii() and "\0" not in value:
+        return value
     if not isinstance(value, str):
         raise InvalidArgumentError(name, "a str", _kind(value))
     # UTF-8 takes at most four bytes a character, so most texts are settled without encoding them.
-    if len(value) * 4 > MAX_TEXT_BYTES:
+    if len(value) > _SHORT:
         size = len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
         if size > MAX_TEXT_BYTES:
             raise InvalidArgumentError(name, f"at most {MAX_TEXT_BYTES:,} bytes of UTF-8", f"{size:,} bytes")
@@ -93,6 +99,8 @@ def _check_characters(name: str, value: str) -> str:
 
 
 def check_datetime(name: str, value: Any) -> datetime:
+    if type(value) is datetime and value.tzinfo is UTC and EARLIEST <= value <= LATEST:
+        return value
     if not isinstance(value, datetime):
         raise InvalidArgumentError(name, "an aware datetime", _kind(value))
     try:
@@ -113,6 +121,8 @@ def check_optional_datetime(name: str, value: Any) -> datetime | None:
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
+    if type(value) is int and low <= value <= high:
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         if low <= value <= high:
             return int(value)
@@ -138,7 +148,7 @@ def check_optional_take(value: Any) -> int | None:
 
 def check_lease(name: str, value: Any) -> timedelta:
     if isinstance(value, timedelta):
-        if timedelta(0) < value <= MAX_LEASE:
+        if _NO_TIME < value <= MAX_LEASE:
             return value
         raise InvalidArgumentError(name, "over 0 and at most 366 days", f"{value}")
     raise InvalidArgumentError(name, "a timedelta", _kind(value))
@@ -179,6 +189,8 @@ def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) 
 
 _COMPLETIONS = tuple(status for status in RunStatus if status is not RunStatus.RUNNING)
 _OUTCOMES = tuple(status for status in StepStatus if status is not StepStatus.RUNNING)
+# Looking a member up in its class is slow in Python 3.11.
+_RUNNING = StepStatus.RUNNING
 
 
 def check_completion(value: Any) -> RunStatus:
@@ -188,7 +200,7 @@ def check_completion(value: Any) -> RunStatus:
 
 def check_outcome(value: Any) -> StepStatus:
     """A status that closes an attempt: any but Running."""
-    if value.__class__ is StepStatus and value is not StepStatus.RUNNING:
+    if type(value) is StepStatus and value is not _RUNNING:
         return value
     return _check_enum("status", value, StepStatus, _OUTCOMES)
 

@@ -16,11 +16,11 @@ BATCH = 200
 
 class Retention(Opened):
     async def cleanup(self, cutoff: datetime) -> int:
-        with self._lock:
+        with self._space.lock:
             over = iter([run_id for run_id in self._runs if self._is_over(run_id, cutoff)])
         deleted = 0
         while batch := list(islice(over, BATCH)):
-            with self._lock:
+            with self._space.lock:
                 for run_id in batch:
                     # Looked at again, because a retry may have reopened it meanwhile (RET-2).
                     if self._is_over(run_id, cutoff):
@@ -30,7 +30,7 @@ class Retention(Opened):
                         self._delete_keys(run_id)
                         deleted += 1
             await asyncio.sleep(0)
-        with self._lock:
+        with self._space.lock:
             self._delete_orphans(cutoff)
         return deleted
 

@@ -1,9 +1,9 @@
-"""What the memory backend keeps: mutable, private, and touched only while the lock is held.
+"""What the memory backend keeps: mutable and private.
 
-Every operation of the noun files takes the lock, reads, writes and lets it go without an ``await`` in
-between. That is why each is atomic and linearizable (CON-1), and why a cancelled call has happened or
-has not, never by half (CON-4): a task can only be cancelled where it awaits. The lock is a thread's,
-not a task's, because a named store may be used by several event loops in several threads.
+Every operation of the noun files reads and writes without an ``await`` in between (cleanup awaits only
+between batches). That is why each is atomic and linearizable (CON-1), and why a cancelled call has
+happened or has not, never by half (CON-4): a task can only be cancelled where it awaits. A store
+belongs to one event loop, so a private one needs no lock; what threads may share takes one in store.py.
 
 Operations look before they write: what can raise comes first, so that an error changes nothing.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NoReturn
 from uuid import UUID
 
 from flowstore_core import FlowEventRecord, RunNotFoundError, RunStatus, SignalDeliveryResult, StepStatus
@@ -22,28 +24,20 @@ from flowstore_core.status import TERMINAL_STEP_STATUSES
 Key = tuple[UUID, str, str]
 
 
+@dataclass(slots=True, eq=False)
 class AttemptState:
     """One attempt of a step; its number is its place in the step's list, from 1."""
 
+    step_type: str
+    status: StepStatus
+    started_at: datetime
+    input_json: str | None = None
+    job_id: str | None = None
     output_json: str | None = None
     error_message: str | None = None
     completed_at: datetime | None = None
     rescheduled: bool = False
     """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
-
-    def __init__(
-        self,
-        step_type: str,
-        status: StepStatus,
-        input_json: str | None,
-        job_id: str | None,
-        started_at: datetime,
-    ) -> None:
-        self.step_type = step_type
-        self.status = status
-        self.input_json = input_json
-        self.job_id = job_id
-        self.started_at = started_at
 
     def close(
         self,
@@ -58,10 +52,11 @@ class AttemptState:
         self.completed_at = now
 
 
+@dataclass(slots=True, eq=False)
 class StepState:
     """A key of a run: its step, if one was started, with its claim and its dispatch, if there are."""
 
-    # The defaults stand on the class: most keys never set most of them.
+    attempts: list[AttemptState] = field(default_factory=list)
     status: StepStatus | None = None
     """None: never started, or reset by retry_step; then there is no step to be seen."""
     reopened: bool = False
@@ -79,9 +74,6 @@ class StepState:
     due_at: datetime | None = None
     job_id: str | None = None
     """Of the dispatch; an attempt has its own."""
-
-    def __init__(self) -> None:
-        self.attempts: list[AttemptState] = []
 
     def has_live_claim(self, now: datetime) -> bool:
         """Whether somebody holds it; a lease does not count while the step is terminal (CLM-4)."""
@@ -188,12 +180,20 @@ class RegisteredKey:
         self.created_at = created_at
 
 
+class Runs(dict[UUID, RunState]):
+    """The runs by id; ``runs[run_id]`` raises for an unknown one, ``runs.get(run_id)`` does not (UNK)."""
+
+    def __missing__(self, run_id: UUID) -> NoReturn:
+        raise RunNotFoundError(run_id)
+
+
 class Namespace:
     """One store's data, shared by every open of one name."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.runs: dict[UUID, RunState] = {}
+        """A thread's, not a task's: whoever opens the same name may do so in another thread."""
+        self.runs = Runs()
         self.controls: dict[UUID, ControlState] = {}
         self.keys: dict[Key, RegisteredKey] = {}
         self.keys_of: dict[UUID, list[Key]] = {}
@@ -208,13 +208,5 @@ class Opened:
 
     def __init__(self, space: Namespace, now: Callable[[], datetime]) -> None:
         self._space = space
-        self._lock = space.lock
         self._runs = space.runs
         self._now = now
-
-    def _run(self, run_id: UUID) -> RunState:
-        """The run, for an operation that writes its state (UNK); call it with the lock held."""
-        run = self._runs.get(run_id)
-        if run is None:
-            raise RunNotFoundError(run_id)
-        return run

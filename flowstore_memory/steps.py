@@ -20,9 +20,14 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
 from flowstore_core.steps import superseded_by
 from flowstore_memory.state import AttemptState, Opened, RunState, StepState, WaiterState
+
+# Looking a member up in its class is slow in Python 3.11, and a step is started often.
+_RUNNING = StepStatus.RUNNING
+_FINAL = frozenset({StepStatus.SUCCEEDED, StepStatus.SKIPPED})
+"""Only retry_step opens such a step again; a failed one may simply be started anew (STP-2)."""
 
 
 class Steps(Opened):
@@ -36,27 +41,26 @@ class Steps(Opened):
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        with self._lock:
-            run = self._run(run_id)
-            if run.status is not RunStatus.RUNNING:
-                raise RunCompletedError(run_id, step_key)
-            now = self._now()
-            step = run.steps.get(step_key)
-            if step is not None and step.status in (StepStatus.SUCCEEDED, StepStatus.SKIPPED):
-                raise StepAlreadyCompletedError(run_id, step_key)
-            if owner is not None:
-                if step is None or step.owner != owner or not step.has_live_claim(now):
-                    raise ClaimLostError(run_id, step_key)
-                if step.status is StepStatus.RUNNING and step.started_owner == owner:
-                    return len(step.attempts)
-            if step is None:
-                step = run.steps[step_key] = StepState()
-            _supersede(step, now)
-            step.attempts.append(AttemptState(step_type, StepStatus.RUNNING, input_json, job_id, now))
-            step.status = StepStatus.RUNNING
-            step.reopened = False
-            step.started_owner = owner
-            return len(step.attempts)
+        run = self._runs[run_id]
+        if run.status in TERMINAL_RUN_STATUSES:
+            raise RunCompletedError(run_id, step_key)
+        now = self._now()
+        step = run.steps.get(step_key)
+        if step is not None and step.status in _FINAL:
+            raise StepAlreadyCompletedError(run_id, step_key)
+        if owner is not None:
+            if step is None or step.owner != owner or not step.has_live_claim(now):
+                raise ClaimLostError(run_id, step_key)
+            if step.started_owner == owner and step.status is _RUNNING:
+                return len(step.attempts)
+        if step is None:
+            step = run.steps[step_key] = StepState()
+        _supersede(step, now)
+        step.attempts.append(AttemptState(step_type, _RUNNING, now, input_json, job_id))
+        step.status = _RUNNING
+        step.reopened = False
+        step.started_owner = owner
+        return len(step.attempts)
 
     async def record_step_complete(
         self,
@@ -68,19 +72,18 @@ class Steps(Opened):
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        with self._lock:
-            step = _started(self._run(run_id), step_key)
-            last = _current(run_id, step_key, step, attempt)
-            if last.completed_at is not None:
-                if (last.status, last.output_json, last.error_message) == (
-                    status,
-                    output_json,
-                    error_message,
-                ):
-                    return
-                raise StepAlreadyCompletedError(run_id, step_key, len(step.attempts))
-            last.close(status, output_json, error_message, self._now())
-            step.status = status
+        step = _started(self._runs[run_id], step_key)
+        last = _current(run_id, step_key, step, attempt)
+        if last.completed_at is not None:
+            if (last.status, last.output_json, last.error_message) == (
+                status,
+                output_json,
+                error_message,
+            ):
+                return
+            raise StepAlreadyCompletedError(run_id, step_key, len(step.attempts))
+        last.close(status, output_json, error_message, self._now())
+        step.status = status
 
     async def record_skipped_step(
         self,
@@ -91,32 +94,31 @@ class Steps(Opened):
         *,
         owner: str | None = None,
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            now = self._now()
-            step = run.steps.get(step_key) or StepState()
-            if step.status in TERMINAL_STEP_STATUSES:
-                if (
-                    owner is not None
-                    and step.status is StepStatus.SKIPPED
-                    and step.started_owner == owner
-                    and step.attempts[-1].error_message == reason
-                ):
-                    return
-                raise StepAlreadyCompletedError(run_id, step_key)
-            if owner is not None:
-                if not step.has_live_claim(now):
-                    step.claim(owner, now, None)
-                elif step.owner != owner:
-                    raise ClaimLostError(run_id, step_key)
-            _supersede(step, now)
-            skipped = AttemptState(step_type, StepStatus.SKIPPED, None, None, now)
-            skipped.close(StepStatus.SKIPPED, None, reason, now)
-            step.attempts.append(skipped)
-            step.status = StepStatus.SKIPPED
-            step.reopened = False
-            step.started_owner = owner
-            run.steps[step_key] = step
+        run = self._runs[run_id]
+        now = self._now()
+        step = run.steps.get(step_key) or StepState()
+        if step.status in TERMINAL_STEP_STATUSES:
+            if (
+                owner is not None
+                and step.status is StepStatus.SKIPPED
+                and step.started_owner == owner
+                and step.attempts[-1].error_message == reason
+            ):
+                return
+            raise StepAlreadyCompletedError(run_id, step_key)
+        if owner is not None:
+            if not step.has_live_claim(now):
+                step.claim(owner, now, None)
+            elif step.owner != owner:
+                raise ClaimLostError(run_id, step_key)
+        _supersede(step, now)
+        skipped = AttemptState(step_type, StepStatus.SKIPPED, now)
+        skipped.close(StepStatus.SKIPPED, None, reason, now)
+        step.attempts.append(skipped)
+        step.status = StepStatus.SKIPPED
+        step.reopened = False
+        step.started_owner = owner
+        run.steps[step_key] = step
 
     async def retry_step(
         self,
@@ -126,35 +128,33 @@ class Steps(Opened):
         attempt: int | None = None,
         reset: Collection[str] = (),
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            step = _started(run, step_key)
-            if attempt is not None and attempt != len(step.attempts):
-                raise StaleAttemptError(run_id, step_key, attempt, len(step.attempts))
-            now = self._now()
-            if not step.reopened:
-                _supersede(step, now)
-                step.status = StepStatus.PENDING
-                step.reopened = True
-                _forget(run, step_key, step)
-                for key in reset:
-                    # The step itself is Pending by now, so its own key does nothing here.
-                    other = run.steps.get(key)
-                    if other is not None and other.status is StepStatus.SKIPPED:
-                        other.status = None
-                        _forget(run, key, other)
-            if run.status is not RunStatus.RUNNING:
-                run.status = RunStatus.RUNNING
-                run.completed_at = None
-                if (control := self._space.controls.get(run_id)) is not None:
-                    # Or the retry would be stopped at once.
-                    control.clear_stops(now)
+        run = self._runs[run_id]
+        step = _started(run, step_key)
+        if attempt is not None and attempt != len(step.attempts):
+            raise StaleAttemptError(run_id, step_key, attempt, len(step.attempts))
+        now = self._now()
+        if not step.reopened:
+            _supersede(step, now)
+            step.status = StepStatus.PENDING
+            step.reopened = True
+            _forget(run, step_key, step)
+            for key in reset:
+                # The step itself is Pending by now, so its own key does nothing here.
+                other = run.steps.get(key)
+                if other is not None and other.status is StepStatus.SKIPPED:
+                    other.status = None
+                    _forget(run, key, other)
+        if run.status in TERMINAL_RUN_STATUSES:
+            run.status = RunStatus.RUNNING
+            run.completed_at = None
+            if (control := self._space.controls.get(run_id)) is not None:
+                # Or the retry would be stopped at once.
+                control.clear_stops(now)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        with self._lock:
-            run = self._runs.get(run_id)
-            steps = {} if run is None else run.steps
-            found = {key: step.status for key, step in sorted(steps.items()) if step.status is not None}
+        run = self._runs.get(run_id)
+        steps = {} if run is None else run.steps
+        found = {key: step.status for key, step in sorted(steps.items()) if step.status is not None}
         return MappingProxyType(found)
 
     async def reschedule_step(
@@ -166,49 +166,47 @@ class Steps(Opened):
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            step = _started(run, step_key)
-            last = _current(run_id, step_key, step, attempt)
-            now = self._now()
-            if last.completed_at is None:
-                last.close(StepStatus.PENDING, output_json, None, now)
-                step.status = StepStatus.PENDING
-            elif last.status is not StepStatus.PENDING:
-                raise StepAlreadyCompletedError(run_id, step_key, attempt)
-            elif last.rescheduled:
-                return
-            last.rescheduled = True
-            step.drop_claim()
-            step.drop_dispatch()
-            if run.status is RunStatus.RUNNING:
-                step.dispatched_at = now
-                step.due_at = due_at
+        run = self._runs[run_id]
+        step = _started(run, step_key)
+        last = _current(run_id, step_key, step, attempt)
+        now = self._now()
+        if last.completed_at is None:
+            last.close(StepStatus.PENDING, output_json, None, now)
+            step.status = StepStatus.PENDING
+        elif last.status is not StepStatus.PENDING:
+            raise StepAlreadyCompletedError(run_id, step_key, attempt)
+        elif last.rescheduled:
+            return
+        last.rescheduled = True
+        step.drop_claim()
+        step.drop_dispatch()
+        if run.status is RunStatus.RUNNING:
+            step.dispatched_at = now
+            step.due_at = due_at
 
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        with self._lock:
-            moment = self._now() if as_of is None else as_of
-            found = [
-                StalledStep(
-                    run_id=run.run_id,
-                    step_key=key,
-                    status=step.status or StepStatus.PENDING,
-                    reason=stall[0],
-                    since=stall[1],
-                )
-                for run in self._runs.values()
-                if run.status is RunStatus.RUNNING
-                for key, step in run.steps.items()
-                if not _waits(run.waiters.get(key), moment) and (stall := _stall(step, moment)) is not None
-            ]
+        moment = self._now() if as_of is None else as_of
+        found = [
+            StalledStep(
+                run_id=run.run_id,
+                step_key=key,
+                status=step.status or StepStatus.PENDING,
+                reason=stall[0],
+                since=stall[1],
+            )
+            for run in self._runs.values()
+            if run.status is RunStatus.RUNNING
+            for key, step in run.steps.items()
+            if not _waits(run.waiters.get(key), moment) and (stall := _stall(step, moment)) is not None
+        ]
         found.sort(key=lambda stalled: (stalled.since, stalled.run_id, stalled.step_key))
         return tuple(found[:take])
 
 
 def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
-    """Every step by the start of its first attempt, then key (QRY-3); call it with the lock held."""
+    """Every step by the start of its first attempt, then key (QRY-3)."""
     records = [
         _step_record(run.run_id, key, step, step.status)
         for key, step in run.steps.items()
