@@ -50,10 +50,6 @@ def check_id(name: str, value: Any) -> UUID:
     raise InvalidArgumentError(name, "a uuid.UUID", _kind(value))
 
 
-def check_optional_id(name: str, value: Any) -> UUID | None:
-    return None if value is None else check_id(name, value)
-
-
 def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
     if type(value) is str and 0 < len(value) <= limit and value.isascii() and "\0" not in value:
         return value
@@ -63,10 +59,6 @@ def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
     if not 0 < len(value) <= limit:
         raise InvalidArgumentError(name, wanted, f"{len(value):,} characters")
     return _check_characters(name, value)
-
-
-def check_optional_key(name: str, value: Any, limit: int = MAX_KEY) -> str | None:
-    return None if value is None else check_key(name, value, limit)
 
 
 def check_text(name: str, value: Any) -> str:
@@ -80,10 +72,6 @@ def check_text(name: str, value: Any) -> str:
         if size > MAX_TEXT_BYTES:
             raise InvalidArgumentError(name, f"at most {MAX_TEXT_BYTES:,} bytes of UTF-8", f"{size:,} bytes")
     return _check_characters(name, value)
-
-
-def check_optional_text(name: str, value: Any) -> str | None:
-    return None if value is None else check_text(name, value)
 
 
 def _check_characters(name: str, value: str) -> str:
@@ -116,10 +104,6 @@ def check_datetime(name: str, value: Any) -> datetime:
     return moment
 
 
-def check_optional_datetime(name: str, value: Any) -> datetime | None:
-    return None if value is None else check_datetime(name, value)
-
-
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     if type(value) is int and low <= value <= high:
         return value
@@ -130,20 +114,12 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
     raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _kind(value))
 
 
-def check_attempt(value: Any) -> int | None:
-    return None if value is None else check_int("attempt", value, 1, MAX_INT64)
-
-
 def check_skip(value: Any) -> int:
     return check_int("skip", value, 0, MAX_INT64)
 
 
 def check_take(value: Any) -> int:
     return check_int("take", value, 0, MAX_TAKE)
-
-
-def check_optional_take(value: Any) -> int | None:
-    return None if value is None else check_take(value)
 
 
 def check_lease(name: str, value: Any) -> timedelta:
@@ -154,9 +130,7 @@ def check_lease(name: str, value: Any) -> timedelta:
     raise InvalidArgumentError(name, "a timedelta", _kind(value))
 
 
-def check_claim_lease(owner: str | None, lease: Any) -> timedelta | None:
-    if lease is None:
-        return None
+def check_claim_lease(owner: str | None, lease: Any) -> timedelta:
     checked = check_lease("lease", lease)
     if owner is None:
         raise InvalidArgumentError("lease", "given only with owner (new_claim_token() makes one)")
@@ -205,8 +179,8 @@ def check_outcome(value: Any) -> StepStatus:
     return _check_enum("status", value, StepStatus, _OUTCOMES)
 
 
-def check_optional_run_status(value: Any) -> RunStatus | None:
-    return None if value is None else _check_enum("status", value, RunStatus, tuple(RunStatus))
+def check_run_status(value: Any) -> RunStatus:
+    return _check_enum("status", value, RunStatus, tuple(RunStatus))
 
 
 def check_granularity(value: Any) -> RunTimeseriesGranularity:

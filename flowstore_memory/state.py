@@ -96,73 +96,53 @@ class StepState:
         self.dispatched_at = self.due_at = self.job_id = None
 
 
+@dataclass(slots=True, eq=False)
 class WaiterState:
     """A step that waits for a signal."""
 
+    signal_name: str
+    created_at: datetime
+    expires_at: datetime | None
     delivered_at: datetime | None = None
     payload_json: str | None = None
     expired_at: datetime | None = None
 
-    def __init__(self, signal_name: str, created_at: datetime, expires_at: datetime | None) -> None:
-        self.signal_name = signal_name
-        self.created_at = created_at
-        self.expires_at = expires_at
 
-
+@dataclass(slots=True, eq=False)
 class RunState:
     """A run with all that belongs to it, except its control record and its idempotency keys."""
 
+    run_id: UUID
+    flow_id: UUID
+    flow_name: str
+    trigger_key: str
+    trigger_data: str | None
+    job_id: str | None
+    source_run_id: UUID | None
+    started_at: datetime
     status: RunStatus = RunStatus.RUNNING
     completed_at: datetime | None = None
-
-    def __init__(
-        self,
-        run_id: UUID,
-        flow_id: UUID,
-        flow_name: str,
-        trigger_key: str,
-        trigger_data: str | None,
-        job_id: str | None,
-        source_run_id: UUID | None,
-        started_at: datetime,
-    ) -> None:
-        self.run_id = run_id
-        self.flow_id = flow_id
-        self.flow_name = flow_name
-        self.trigger_key = trigger_key
-        self.trigger_data = trigger_data
-        self.job_id = job_id
-        self.source_run_id = source_run_id
-        self.started_at = started_at
-        self.steps: dict[str, StepState] = {}
-        self.waiters: dict[str, WaiterState] = {}
-        # Records are frozen, so what never changes is kept as the record that it is read as.
-        self.deliveries: dict[str, SignalDeliveryResult] = {}
-        self.outputs: dict[str, str] = {}
-        self.events: list[FlowEventRecord] = []
+    steps: dict[str, StepState] = field(default_factory=dict)
+    waiters: dict[str, WaiterState] = field(default_factory=dict)
+    # Records are frozen, so what never changes is kept as the record that it is read as.
+    deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    events: list[FlowEventRecord] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
 class ControlState:
     """A control record; it may exist before its run (CTL-1)."""
 
+    flow_id: UUID
+    trigger_key: str
+    idempotency_key: str | None
+    timeout_at: datetime | None
+    created_at: datetime
     cancelled_at: datetime | None = None
     cancel_reason: str | None = None
     timed_out_at: datetime | None = None
     timeout_reason: str | None = None
-
-    def __init__(
-        self,
-        flow_id: UUID,
-        trigger_key: str,
-        idempotency_key: str | None,
-        timeout_at: datetime | None,
-        created_at: datetime,
-    ) -> None:
-        self.flow_id = flow_id
-        self.trigger_key = trigger_key
-        self.idempotency_key = idempotency_key
-        self.timeout_at = timeout_at
-        self.created_at = created_at
 
     def clear_stops(self, now: datetime) -> None:
         """Undo both latches and an elapsed deadline (STP-6)."""
@@ -172,12 +152,12 @@ class ControlState:
             self.timeout_at = None
 
 
+@dataclass(slots=True, eq=False)
 class RegisteredKey:
     """The run that won an idempotency key."""
 
-    def __init__(self, run_id: UUID, created_at: datetime) -> None:
-        self.run_id = run_id
-        self.created_at = created_at
+    run_id: UUID
+    created_at: datetime
 
 
 class Runs(dict[UUID, RunState]):
