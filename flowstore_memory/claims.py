@@ -90,7 +90,7 @@ class Claims(Opened):
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         step = self._find_step(run_id, step_key)
         if step is not None and step.dispatched_at is not None:
-            step.job_id = job_id
+            step.queue_job_id = job_id
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
         step = self._find_step(run_id, step_key)
@@ -107,7 +107,7 @@ class Claims(Opened):
                 step_key=key,
                 dispatched_at=step.dispatched_at,
                 due_at=step.due_at,
-                job_id=step.job_id,
+                job_id=step.queue_job_id,
             )
             for key, step in sorted(self._items(run_id))
             if step.dispatched_at is not None

@@ -154,11 +154,11 @@ def _matches(run: RunState, needle: str) -> bool:
     shown = [(key, step) for key, step in run.steps.items() if step.status is not None]
     short = [str(run.run_id), run.flow_name, run.trigger_key, run.status, run.job_id]
     short += [key for key, _ in shown]
-    # A step's own output and error are those of its last attempt, or none.
+    # A reopened step still has what its last attempt had, which is among the earlier ones by now.
     long = [
         text
-        for _, step in shown
-        for attempt in step.attempts
+        for key, step in shown
+        for attempt in (step, *run.earlier.get(key, ()))
         for text in (attempt.output_json, attempt.error_message)
     ]
     return search_matches(needle, short, long)

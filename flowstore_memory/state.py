@@ -17,52 +17,50 @@ from datetime import datetime
 from typing import NoReturn
 from uuid import UUID
 
-from flowstore_core import FlowEventRecord, RunNotFoundError, RunStatus, SignalDeliveryResult, StepStatus
+from flowstore_core import (
+    FlowEventRecord,
+    FlowStepAttemptRecord,
+    RunNotFoundError,
+    RunStatus,
+    SignalDeliveryResult,
+    StepStatus,
+)
 from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.timeseries import EARLIEST
 
 # Scope of an idempotency key: flow_id, trigger_key, idempotency_key (IDM-1).
 Key = tuple[UUID, str, str]
 
-
-@dataclass(slots=True, eq=False)
-class AttemptState:
-    """One attempt of a step; its number is its place in the step's list, from 1."""
-
-    step_type: str
-    status: StepStatus
-    started_at: datetime
-    input_json: str | None = None
-    job_id: str | None = None
-    output_json: str | None = None
-    error_message: str | None = None
-    completed_at: datetime | None = None
-    rescheduled: bool = False
-    """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
-
-    def close(
-        self,
-        status: StepStatus,
-        output_json: str | None,
-        error_message: str | None,
-        now: datetime,
-    ) -> None:
-        self.status = status
-        self.output_json = output_json
-        self.error_message = error_message
-        self.completed_at = now
+# Looking a member up in its class is slow in Python 3.11, and steps are started often.
+_RUNNING = StepStatus.RUNNING
 
 
 @dataclass(slots=True, eq=False)
 class StepState:
-    """A key of a run: its step, if one was started, with its claim and its dispatch, if there are."""
+    """A key of a run: its step, if one was started, with its newest attempt, its claim and its dispatch.
 
-    attempts: list[AttemptState] = field(default_factory=list)
+    All in one object, as it would be in one row of a table: what a process keeps by the million is
+    counted over and over by its garbage collector.
+    """
+
     status: StepStatus | None = None
     """None: never started, or reset by retry_step; then there is no step to be seen."""
     reopened: bool = False
     """retry_step has reopened it and its next attempt has not started."""
     started_owner: str | None = None
-    """Who started the last attempt, under the claim that it still had then (STP-3)."""
+    """Who started the newest attempt, under the claim that it still had then (STP-3)."""
+
+    attempt: int = 0
+    """The number of the newest attempt; 0: there was none. Its fields follow."""
+    step_type: str = ""
+    input_json: str | None = None
+    output_json: str | None = None
+    error_message: str | None = None
+    job_id: str | None = None
+    started_at: datetime = EARLIEST
+    completed_at: datetime | None = None
+    rescheduled: bool = False
+    """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
 
     claimed_at: datetime | None = None
     """None: there is no claim."""
@@ -72,8 +70,31 @@ class StepState:
     dispatched_at: datetime | None = None
     """None: there is no dispatch."""
     due_at: datetime | None = None
-    job_id: str | None = None
-    """Of the dispatch; an attempt has its own."""
+    queue_job_id: str | None = None
+    """The job id of the dispatch; an attempt has its own."""
+
+    def start(self, step_type: str, input_json: str | None, job_id: str | None, now: datetime) -> None:
+        """Begin the next attempt; the one before is kept in RunState.earlier, if there was one."""
+        self.status = _RUNNING
+        self.reopened = False
+        self.attempt += 1
+        self.step_type = step_type
+        self.input_json = input_json
+        self.output_json = None
+        self.error_message = None
+        self.job_id = job_id
+        self.started_at = now
+        self.completed_at = None
+        self.rescheduled = False
+
+    def close(
+        self, status: StepStatus, output_json: str | None, error_message: str | None, now: datetime
+    ) -> None:
+        """End the newest attempt."""
+        self.status = status
+        self.output_json = output_json
+        self.error_message = error_message
+        self.completed_at = now
 
     def has_live_claim(self, now: datetime) -> bool:
         """Whether somebody holds it; a lease does not count while the step is terminal (CLM-4)."""
@@ -93,7 +114,7 @@ class StepState:
         self.claimed_at = self.owner = self.expires_at = None
 
     def drop_dispatch(self) -> None:
-        self.dispatched_at = self.due_at = self.job_id = None
+        self.dispatched_at = self.due_at = self.queue_job_id = None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,6 +146,8 @@ class RunState:
     steps: dict[str, StepState] = field(default_factory=dict)
     waiters: dict[str, WaiterState] = field(default_factory=dict)
     # Records are frozen, so what never changes is kept as the record that it is read as.
+    earlier: dict[str, list[FlowStepAttemptRecord]] = field(default_factory=dict)
+    """The attempts of a step before its newest; of a reopened or reset step, the newest too."""
     deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     events: list[FlowEventRecord] = field(default_factory=list)
