@@ -21,7 +21,7 @@ class Claims(Opened):
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         if run.status in TERMINAL_RUN_STATUSES:
             return False
         now = self._now()
@@ -74,7 +74,7 @@ class Claims(Opened):
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         if run.status in TERMINAL_RUN_STATUSES:
             return False
         now = self._now()
@@ -114,9 +114,9 @@ class Claims(Opened):
         )
 
     def _find_step(self, run_id: UUID, step_key: str) -> StepState | None:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         return None if run is None else run.steps.get(step_key)
 
     def _items(self, run_id: UUID) -> Iterable[tuple[str, StepState]]:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         return () if run is None else run.steps.items()

@@ -38,7 +38,7 @@ class Controls(Opened):
         now = self._now()
         control = self._space.controls.get(run_id)
         if control is None:
-            run = self._runs.get(run_id)
+            run = self._runs.get(run_id.int)
             if run is None:
                 return False
             control = ControlState(run.flow_id, run.trigger_key, None, None, now)
@@ -95,16 +95,16 @@ class Controls(Opened):
         registered = None if key is None else self._space.keys.get(key)
         if registered is not None:
             run_id = registered.run_id
-            run = self._runs.get(run_id)
+            run = self._runs.get(run_id.int)
             if run is not None:
                 return TriggerResult(run=run_record(run), created=False)
-        elif run_id in self._runs:
+        elif run_id.int in self._runs:
             raise RunAlreadyExistsError(run_id)
         elif key is not None:
             self._space.register(key, run_id, now)
         _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
-        self._runs[run_id] = run
+        self._runs[run_id.int] = run
         return TriggerResult(run=run_record(run), created=True)
 
     async def get_runs_to_stop(
@@ -116,10 +116,10 @@ class Controls(Opened):
             (control.timeout_at is None, control.timeout_at or LATEST, run_id)
             for run_id, control in self._space.controls.items()
             if _must_stop(control, moment)
-            and (run := self._runs.get(run_id)) is not None
+            and (run := self._runs.get(run_id.int)) is not None
             and run.status is RunStatus.RUNNING
         ]
-        return tuple(run_record(self._runs[run_id]) for _, _, run_id in sorted(found)[:take])
+        return tuple(run_record(self._runs[run_id.int]) for _, _, run_id in sorted(found)[:take])
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
         control = self._space.controls.get(run_id)

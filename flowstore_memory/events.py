@@ -18,7 +18,7 @@ class Events(Opened):
         step_key: str | None = None,
         message: str | None = None,
     ) -> int:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         event = FlowEventRecord(
             sequence=len(run.events) + 1,
             run_id=run_id,
@@ -33,6 +33,6 @@ class Events(Opened):
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         # Sequences are gapless from 1, so ``after`` is where the slice begins.
         return () if run is None else tuple(run.events[after : after + take])

@@ -33,11 +33,11 @@ class Runs(Opened):
         job_id: str | None = None,
         source_run_id: UUID | None = None,
     ) -> FlowRunRecord:
-        if run_id in self._runs:
+        if run_id.int in self._runs:
             raise RunAlreadyExistsError(run_id)
         now = self._now()
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
-        self._runs[run_id] = run
+        self._runs[run_id.int] = run
         return run_record(run)
 
     async def complete_run(
@@ -47,7 +47,7 @@ class Runs(Opened):
         *,
         expected: Mapping[str, StepStatus] | None = None,
     ) -> bool:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         if run.status in TERMINAL_RUN_STATUSES:
             return False
         now = self._now()
@@ -83,7 +83,7 @@ class Runs(Opened):
         return RunPage(runs=_newest(found, skip, take), total_count=len(found))
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         if run is None:
             return None
         return FlowRunDetail(
@@ -101,7 +101,7 @@ class Runs(Opened):
         )
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         return None if run is None else run.status
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:

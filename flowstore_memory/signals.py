@@ -21,7 +21,7 @@ class Signals(Opened):
         *,
         expires_at: datetime | None = None,
     ) -> None:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         waiter = run.waiters.get(step_key)
         if waiter is None:
             run.waiters[step_key] = WaiterState(signal_name, self._now(), expires_at)
@@ -49,7 +49,7 @@ class Signals(Opened):
         *,
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         if run is None:
             return _NOT_FOUND
         if delivery_id is not None and delivery_id in run.deliveries:
@@ -76,17 +76,17 @@ class Signals(Opened):
         return result
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return _waiter_record(self._runs.get(run_id), step_key)
+        return _waiter_record(self._runs.get(run_id.int), step_key)
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         removed = _waiter_record(run, step_key)
         if run is not None:
             run.waiters.pop(step_key, None)
         return removed
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         waiter = None if run is None else run.waiters.get(step_key)
         if waiter is not None and waiter.delivered_at is None and waiter.expired_at is None:
             now = self._now()
@@ -95,7 +95,7 @@ class Signals(Opened):
         return _waiter_record(run, step_key)
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         if run is None:
             return ()
         return tuple(_record(run_id, key, waiter) for key, waiter in sorted(run.waiters.items()))

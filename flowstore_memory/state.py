@@ -183,11 +183,14 @@ class RegisteredKey:
     created_at: datetime
 
 
-class Runs(dict[UUID, RunState]):
-    """The runs by id; ``runs[run_id]`` raises for an unknown one, ``runs.get(run_id)`` does not (UNK)."""
+class Runs(dict[int, RunState]):
+    """The runs by ``run_id.int``, because the hash of a UUID is computed in Python each time.
 
-    def __missing__(self, run_id: UUID) -> NoReturn:
-        raise RunNotFoundError(run_id)
+    ``runs[run_id.int]`` raises for an unknown run, ``runs.get(run_id.int)`` does not (UNK).
+    """
+
+    def __missing__(self, number: int) -> NoReturn:
+        raise RunNotFoundError(UUID(int=number))
 
 
 class Namespace:

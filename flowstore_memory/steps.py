@@ -39,7 +39,7 @@ class Steps(Opened):
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         if run.status in TERMINAL_RUN_STATUSES:
             raise RunCompletedError(run_id, step_key)
         now = self._now()
@@ -54,7 +54,7 @@ class Steps(Opened):
         if step is None:
             step = run.steps[step_key] = StepState()
         elif step.attempt:
-            _keep_attempt(run, step_key, step, now)
+            keep_attempt(run, step_key, step, now)
         step.start(step_type, input_json, job_id, now)
         step.started_owner = owner
         return step.attempt
@@ -69,7 +69,7 @@ class Steps(Opened):
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        step = _started(self._runs[run_id], step_key)
+        step = _started(self._runs[run_id.int], step_key)
         _check_attempt(run_id, step_key, step, attempt)
         if step.completed_at is not None:
             if (step.status, step.output_json, step.error_message) == (
@@ -90,7 +90,7 @@ class Steps(Opened):
         *,
         owner: str | None = None,
     ) -> None:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         now = self._now()
         step = run.steps.get(step_key) or StepState()
         if step.status in TERMINAL_STEP_STATUSES:
@@ -107,7 +107,7 @@ class Steps(Opened):
                 step.claim(owner, now, None)
             elif step.owner != owner:
                 raise ClaimLostError(run_id, step_key)
-        _keep_attempt(run, step_key, step, now)
+        keep_attempt(run, step_key, step, now)
         step.start(step_type, None, None, now)
         step.close(StepStatus.SKIPPED, None, reason, now)
         step.started_owner = owner
@@ -121,13 +121,13 @@ class Steps(Opened):
         attempt: int | None = None,
         reset: Collection[str] = (),
     ) -> None:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         step = _started(run, step_key)
         if attempt is not None and attempt != step.attempt:
             raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
         now = self._now()
         if not step.reopened:
-            _keep_attempt(run, step_key, step, now)
+            keep_attempt(run, step_key, step, now)
             step.status = StepStatus.PENDING
             step.reopened = True
             _forget(run, step_key, step)
@@ -135,7 +135,7 @@ class Steps(Opened):
                 # The step itself is Pending by now, so its own key does nothing here.
                 other = run.steps.get(key)
                 if other is not None and other.status is StepStatus.SKIPPED:
-                    _keep_attempt(run, key, other, now)
+                    keep_attempt(run, key, other, now)
                     other.status = None
                     _forget(run, key, other)
         if run.status in TERMINAL_RUN_STATUSES:
@@ -146,7 +146,7 @@ class Steps(Opened):
                 control.clear_stops(now)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         steps = {} if run is None else run.steps
         found = {key: step.status for key, step in sorted(steps.items()) if step.status is not None}
         return MappingProxyType(found)
@@ -160,7 +160,7 @@ class Steps(Opened):
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        run = self._runs[run_id]
+        run = self._runs[run_id.int]
         step = _started(run, step_key)
         _check_attempt(run_id, step_key, step, attempt)
         now = self._now()
@@ -268,7 +268,7 @@ def _check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | 
         raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
 
 
-def _keep_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
+def keep_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
     """Keep the newest attempt among the earlier ones, once, before the step goes on without it.
 
     It is closed if it is still open: at most one is, and it is the newest (STP-1).

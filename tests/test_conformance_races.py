@@ -124,7 +124,7 @@ class RenewingShortens(SharedStore):
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         renewed = await super().renew_step_claim(run_id, step_key, owner, lease)
         if renewed:
-            self._runs[run_id].steps[step_key].expires_at = self._now() + lease
+            self._runs[run_id.int].steps[step_key].expires_at = self._now() + lease
         return renewed
 
 
