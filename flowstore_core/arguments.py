@@ -32,6 +32,10 @@ MAX_TAKE = 1000
 MAX_INT64 = 2**63 - 1
 MAX_LEASE = timedelta(days=366)
 
+_NO_TIME = timedelta(0)
+# Texts of up to so many characters are small enough however they are encoded.
+_SHORT = MAX_TEXT_BYTES // 4
+
 _E = TypeVar("_E", bound=StrEnum)
 
 
@@ -46,10 +50,6 @@ def check_id(name: str, value: Any) -> UUID:
     raise InvalidArgumentError(name, "a uuid.UUID", _kind(value))
 
 
-def check_optional_id(name: str, value: Any) -> UUID | None:
-    return None if value is None else check_id(name, value)
-
-
 def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
     if type(value) is str and 0 < len(value) <= limit and value.isascii() and "\0" not in value:
         return value
@@ -61,23 +61,17 @@ def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
     return _check_characters(name, value)
 
 
-def check_optional_key(name: str, value: Any, limit: int = MAX_KEY) -> str | None:
-    return None if value is None else check_key(name, value, limit)
-
-
 def check_text(name: str, value: Any) -> str:
+    if type(value) is str and len(value) <= _SHORT and value.isascii() and "\0" not in value:
+        return value
     if not isinstance(value, str):
         raise InvalidArgumentError(name, "a str", _kind(value))
     # UTF-8 takes at most four bytes a character, so most texts are settled without encoding them.
-    if len(value) * 4 > MAX_TEXT_BYTES:
+    if len(value) > _SHORT:
         size = len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
         if size > MAX_TEXT_BYTES:
             raise InvalidArgumentError(name, f"at most {MAX_TEXT_BYTES:,} bytes of UTF-8", f"{size:,} bytes")
     return _check_characters(name, value)
-
-
-def check_optional_text(name: str, value: Any) -> str | None:
-    return None if value is None else check_text(name, value)
 
 
 def _check_characters(name: str, value: str) -> str:
@@ -93,6 +87,8 @@ def _check_characters(name: str, value: str) -> str:
 
 
 def check_datetime(name: str, value: Any) -> datetime:
+    if type(value) is datetime and value.tzinfo is UTC and EARLIEST <= value <= LATEST:
+        return value
     if not isinstance(value, datetime):
         raise InvalidArgumentError(name, "an aware datetime", _kind(value))
     try:
@@ -108,20 +104,14 @@ def check_datetime(name: str, value: Any) -> datetime:
     return moment
 
 
-def check_optional_datetime(name: str, value: Any) -> datetime | None:
-    return None if value is None else check_datetime(name, value)
-
-
 def check_int(name: str, value: Any, low: int, high: int) -> int:
+    if type(value) is int and low <= value <= high:
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         if low <= value <= high:
             return int(value)
         raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", "one outside")
     raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _kind(value))
-
-
-def check_attempt(value: Any) -> int | None:
-    return None if value is None else check_int("attempt", value, 1, MAX_INT64)
 
 
 def check_skip(value: Any) -> int:
@@ -132,21 +122,15 @@ def check_take(value: Any) -> int:
     return check_int("take", value, 0, MAX_TAKE)
 
 
-def check_optional_take(value: Any) -> int | None:
-    return None if value is None else check_take(value)
-
-
 def check_lease(name: str, value: Any) -> timedelta:
     if isinstance(value, timedelta):
-        if timedelta(0) < value <= MAX_LEASE:
+        if _NO_TIME < value <= MAX_LEASE:
             return value
         raise InvalidArgumentError(name, "over 0 and at most 366 days", f"{value}")
     raise InvalidArgumentError(name, "a timedelta", _kind(value))
 
 
-def check_claim_lease(owner: str | None, lease: Any) -> timedelta | None:
-    if lease is None:
-        return None
+def check_claim_lease(owner: str | None, lease: Any) -> timedelta:
     checked = check_lease("lease", lease)
     if owner is None:
         raise InvalidArgumentError("lease", "given only with owner (new_claim_token() makes one)")
@@ -179,6 +163,8 @@ def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) 
 
 _COMPLETIONS = tuple(status for status in RunStatus if status is not RunStatus.RUNNING)
 _OUTCOMES = tuple(status for status in StepStatus if status is not StepStatus.RUNNING)
+# Looking a member up in its class is slow in Python 3.11.
+_RUNNING = StepStatus.RUNNING
 
 
 def check_completion(value: Any) -> RunStatus:
@@ -188,13 +174,13 @@ def check_completion(value: Any) -> RunStatus:
 
 def check_outcome(value: Any) -> StepStatus:
     """A status that closes an attempt: any but Running."""
-    if value.__class__ is StepStatus and value is not StepStatus.RUNNING:
+    if type(value) is StepStatus and value is not _RUNNING:
         return value
     return _check_enum("status", value, StepStatus, _OUTCOMES)
 
 
-def check_optional_run_status(value: Any) -> RunStatus | None:
-    return None if value is None else _check_enum("status", value, RunStatus, tuple(RunStatus))
+def check_run_status(value: Any) -> RunStatus:
+    return _check_enum("status", value, RunStatus, tuple(RunStatus))
 
 
 def check_granularity(value: Any) -> RunTimeseriesGranularity:

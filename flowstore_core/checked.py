@@ -16,7 +16,6 @@ from uuid import UUID
 from flowstore_core.arguments import (
     MAX_INT64,
     MAX_JOB_ID,
-    check_attempt,
     check_claim_lease,
     check_completion,
     check_datetime,
@@ -27,13 +26,8 @@ from flowstore_core.arguments import (
     check_key,
     check_keys,
     check_lease,
-    check_optional_datetime,
-    check_optional_id,
-    check_optional_key,
-    check_optional_run_status,
-    check_optional_take,
-    check_optional_text,
     check_outcome,
+    check_run_status,
     check_search,
     check_skip,
     check_take,
@@ -159,9 +153,9 @@ class CheckedStore:
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
             trigger_key=check_key("trigger_key", trigger_key),
-            trigger_data=check_optional_text("trigger_data", trigger_data),
-            job_id=check_optional_key("job_id", job_id, MAX_JOB_ID),
-            source_run_id=check_optional_id("source_run_id", source_run_id),
+            trigger_data=None if trigger_data is None else check_text("trigger_data", trigger_data),
+            job_id=None if job_id is None else check_key("job_id", job_id, MAX_JOB_ID),
+            source_run_id=None if source_run_id is None else check_id("source_run_id", source_run_id),
         )
 
     async def complete_run(
@@ -181,7 +175,7 @@ class CheckedStore:
         self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
     ) -> Sequence[FlowRunRecord]:
         return await self._store.get_runs(
-            flow_id=check_optional_id("flow_id", flow_id),
+            flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             skip=check_skip(skip),
             take=check_take(take),
         )
@@ -196,8 +190,8 @@ class CheckedStore:
         search: str | None = None,
     ) -> RunPage:
         return await self._dashboard.get_runs_page(
-            flow_id=check_optional_id("flow_id", flow_id),
-            status=check_optional_run_status(status),
+            flow_id=None if flow_id is None else check_id("flow_id", flow_id),
+            status=None if status is None else check_run_status(status),
             skip=check_skip(skip),
             take=check_take(take),
             search=check_search(search),
@@ -210,14 +204,14 @@ class CheckedStore:
         return await self._store.get_run_status(run_id=check_id("run_id", run_id))
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
-        return await self._store.get_active_runs(take=check_optional_take(take))
+        return await self._store.get_active_runs(take=None if take is None else check_take(take))
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
         return await self._store.get_derived_runs(
             source_run_id=check_id("source_run_id", source_run_id),
-            take=check_optional_take(take),
+            take=None if take is None else check_take(take),
         )
 
     # Steps
@@ -236,9 +230,9 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
-            input_json=check_optional_text("input_json", input_json),
-            job_id=check_optional_key("job_id", job_id, MAX_JOB_ID),
-            owner=check_optional_key("owner", owner),
+            input_json=None if input_json is None else check_text("input_json", input_json),
+            job_id=None if job_id is None else check_key("job_id", job_id, MAX_JOB_ID),
+            owner=None if owner is None else check_key("owner", owner),
         )
 
     async def record_step_complete(
@@ -255,9 +249,9 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             status=check_outcome(status),
-            output_json=check_optional_text("output_json", output_json),
-            error_message=check_optional_text("error_message", error_message),
-            attempt=check_attempt(attempt),
+            output_json=None if output_json is None else check_text("output_json", output_json),
+            error_message=None if error_message is None else check_text("error_message", error_message),
+            attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
         )
 
     async def record_skipped_step(
@@ -273,8 +267,8 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
-            reason=check_optional_text("reason", reason),
-            owner=check_optional_key("owner", owner),
+            reason=None if reason is None else check_text("reason", reason),
+            owner=None if owner is None else check_key("owner", owner),
         )
 
     async def retry_step(
@@ -288,7 +282,7 @@ class CheckedStore:
         await self._store.retry_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
-            attempt=check_attempt(attempt),
+            attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
             reset=check_keys("reset", reset),
         )
 
@@ -308,15 +302,15 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
-            output_json=check_optional_text("output_json", output_json),
-            due_at=check_optional_datetime("due_at", due_at),
+            output_json=None if output_json is None else check_text("output_json", output_json),
+            due_at=None if due_at is None else check_datetime("due_at", due_at),
         )
 
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
         return await self._recovery.get_stalled_steps(
-            as_of=check_optional_datetime("as_of", as_of), take=check_take(take)
+            as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
     # Claims and the dispatch ledger
@@ -327,7 +321,7 @@ class CheckedStore:
         return await self._store.try_record_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
-            due_at=check_optional_datetime("due_at", due_at),
+            due_at=None if due_at is None else check_datetime("due_at", due_at),
         )
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
@@ -359,15 +353,15 @@ class CheckedStore:
         return await (self._store if lease is None else self._leases).try_claim_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
-            owner=check_optional_key("owner", owner),
-            lease=check_claim_lease(owner, lease),
+            owner=None if owner is None else check_key("owner", owner),
+            lease=None if lease is None else check_claim_lease(owner, lease),
         )
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
         await self._store.release_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
-            owner=check_optional_key("owner", owner),
+            owner=None if owner is None else check_key("owner", owner),
         )
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
@@ -399,8 +393,10 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
-            idempotency_key=check_optional_key("idempotency_key", idempotency_key),
-            timeout_at=check_optional_datetime("timeout_at", timeout_at),
+            idempotency_key=None
+            if idempotency_key is None
+            else check_key("idempotency_key", idempotency_key),
+            timeout_at=None if timeout_at is None else check_datetime("timeout_at", timeout_at),
         )
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
@@ -408,7 +404,7 @@ class CheckedStore:
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         return await self._store.request_cancel(
-            run_id=check_id("run_id", run_id), reason=check_optional_text("reason", reason)
+            run_id=check_id("run_id", run_id), reason=None if reason is None else check_text("reason", reason)
         )
 
     async def mark_timed_out(
@@ -416,8 +412,8 @@ class CheckedStore:
     ) -> bool:
         return await self._store.mark_timed_out(
             run_id=check_id("run_id", run_id),
-            reason=check_optional_text("reason", reason),
-            as_of=check_optional_datetime("as_of", as_of),
+            reason=None if reason is None else check_text("reason", reason),
+            as_of=None if as_of is None else check_datetime("as_of", as_of),
         )
 
     async def find_run_id_by_idempotency_key(
@@ -457,18 +453,20 @@ class CheckedStore:
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
             trigger_key=check_key("trigger_key", trigger_key),
-            trigger_data=check_optional_text("trigger_data", trigger_data),
-            job_id=check_optional_key("job_id", job_id, MAX_JOB_ID),
-            source_run_id=check_optional_id("source_run_id", source_run_id),
-            idempotency_key=check_optional_key("idempotency_key", idempotency_key),
-            timeout_at=check_optional_datetime("timeout_at", timeout_at),
+            trigger_data=None if trigger_data is None else check_text("trigger_data", trigger_data),
+            job_id=None if job_id is None else check_key("job_id", job_id, MAX_JOB_ID),
+            source_run_id=None if source_run_id is None else check_id("source_run_id", source_run_id),
+            idempotency_key=None
+            if idempotency_key is None
+            else check_key("idempotency_key", idempotency_key),
+            timeout_at=None if timeout_at is None else check_datetime("timeout_at", timeout_at),
         )
 
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
         return await self._deadlines.get_runs_to_stop(
-            as_of=check_optional_datetime("as_of", as_of), take=check_take(take)
+            as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
@@ -491,7 +489,7 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             signal_name=check_key("signal_name", signal_name),
-            expires_at=check_optional_datetime("expires_at", expires_at),
+            expires_at=None if expires_at is None else check_datetime("expires_at", expires_at),
         )
 
     async def deliver_signal(
@@ -506,7 +504,7 @@ class CheckedStore:
             run_id=check_id("run_id", run_id),
             signal_name=check_key("signal_name", signal_name),
             payload_json=check_text("payload_json", payload_json),
-            delivery_id=check_optional_key("delivery_id", delivery_id),
+            delivery_id=None if delivery_id is None else check_key("delivery_id", delivery_id),
         )
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
@@ -553,8 +551,8 @@ class CheckedStore:
         return await self._events.append_event(
             run_id=check_id("run_id", run_id),
             event_type=check_key("event_type", event_type),
-            step_key=check_optional_key("step_key", step_key),
-            message=check_optional_text("message", message),
+            step_key=None if step_key is None else check_key("step_key", step_key),
+            message=None if message is None else check_text("message", message),
         )
 
     async def get_run_events(
@@ -572,7 +570,9 @@ class CheckedStore:
         return await self._store.cleanup(cutoff=check_datetime("cutoff", cutoff))
 
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
-        return await self._dashboard.get_statistics(as_of=check_optional_datetime("as_of", as_of))
+        return await self._dashboard.get_statistics(
+            as_of=None if as_of is None else check_datetime("as_of", as_of)
+        )
 
     async def get_run_timeseries(
         self,
@@ -587,5 +587,5 @@ class CheckedStore:
             granularity=checked,
             since=first,
             until=end,
-            flow_id=check_optional_id("flow_id", flow_id),
+            flow_id=None if flow_id is None else check_id("flow_id", flow_id),
         )

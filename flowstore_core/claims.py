@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -117,7 +117,7 @@ class Leases(Protocol):
 
 def new_claim_token() -> str:
     """A token for one delivery of one step, to pass as ``owner`` (CLM-5)."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 def lease_end(now: datetime, lease: timedelta) -> datetime:

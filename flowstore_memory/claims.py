@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from flowstore_core import RunStatus, StepClaim, StepDispatch
+from flowstore_core import StepClaim, StepDispatch
 from flowstore_core.claims import lease_end
-from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
 from flowstore_memory.state import Opened, StepState
 
 
@@ -21,112 +21,102 @@ class Claims(Opened):
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        with self._lock:
-            run = self._run(run_id)
-            if run.status is not RunStatus.RUNNING:
-                return False
-            now = self._now()
-            step = run.steps.get(step_key)
-            if step is None:
-                step = run.steps[step_key] = StepState()
-            elif step.status in TERMINAL_STEP_STATUSES:
-                return False
-            elif step.has_live_claim(now):
-                return owner is not None and step.owner == owner
-            step.claim(owner, now, None if lease is None else lease_end(now, lease))
-            return True
+        run = self._runs[run_id.int]
+        if run.status in TERMINAL_RUN_STATUSES:
+            return False
+        now = self._now()
+        step = run.steps.get(step_key)
+        if step is None:
+            step = run.steps[step_key] = StepState()
+        elif step.status in TERMINAL_STEP_STATUSES:
+            return False
+        elif step.has_live_claim(now):
+            return owner is not None and step.owner == owner
+        step.claim(owner, now, None if lease is None else lease_end(now, lease))
+        return True
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
-        with self._lock:
-            step = self._find_step(run_id, step_key)
-            if step is not None and (owner is None or step.owner == owner):
-                step.drop_claim()
+        step = self._find_step(run_id, step_key)
+        if step is not None and (owner is None or step.owner == owner):
+            step.drop_claim()
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        with self._lock:
-            step = self._find_step(run_id, step_key)
-            if step is None or step.owner != owner or step.expires_at is None:
-                return False
-            now = self._now()
-            if step.expires_at <= now:
-                return False
-            step.expires_at = max(step.expires_at, lease_end(now, lease))
-            return True
+        step = self._find_step(run_id, step_key)
+        if step is None or step.owner != owner or step.expires_at is None:
+            return False
+        now = self._now()
+        if step.expires_at <= now:
+            return False
+        step.expires_at = max(step.expires_at, lease_end(now, lease))
+        return True
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
-        with self._lock:
-            now = self._now()
-            return frozenset(
-                key
-                for key, step in self._items(run_id)
-                if step.status not in TERMINAL_STEP_STATUSES and step.has_live_claim(now)
-            )
+        now = self._now()
+        return frozenset(
+            key
+            for key, step in self._items(run_id)
+            if step.status not in TERMINAL_STEP_STATUSES and step.has_live_claim(now)
+        )
 
     async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
-        with self._lock:
-            return tuple(
-                StepClaim(
-                    run_id=run_id,
-                    step_key=key,
-                    owner=step.owner,
-                    claimed_at=step.claimed_at,
-                    expires_at=step.expires_at,
-                )
-                for key, step in sorted(self._items(run_id))
-                if step.claimed_at is not None
+        return tuple(
+            StepClaim(
+                run_id=run_id,
+                step_key=key,
+                owner=step.owner,
+                claimed_at=step.claimed_at,
+                expires_at=step.expires_at,
             )
+            for key, step in sorted(self._items(run_id))
+            if step.claimed_at is not None
+        )
 
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        with self._lock:
-            run = self._run(run_id)
-            if run.status is not RunStatus.RUNNING:
-                return False
-            now = self._now()
-            step = run.steps.get(step_key)
-            if step is None:
-                step = run.steps[step_key] = StepState()
-            elif step.status in TERMINAL_STEP_STATUSES or step.dispatched_at is not None:
-                return False
-            step.dispatched_at = now
-            step.due_at = due_at
-            return True
+        run = self._runs[run_id.int]
+        if run.status in TERMINAL_RUN_STATUSES:
+            return False
+        now = self._now()
+        step = run.steps.get(step_key)
+        if step is None:
+            step = run.steps[step_key] = StepState()
+        elif step.status in TERMINAL_STEP_STATUSES or step.dispatched_at is not None:
+            return False
+        step.dispatched_at = now
+        step.due_at = due_at
+        return True
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
-        with self._lock:
-            step = self._find_step(run_id, step_key)
-            if step is not None and step.dispatched_at is not None:
-                step.job_id = job_id
+        step = self._find_step(run_id, step_key)
+        if step is not None and step.dispatched_at is not None:
+            step.queue_job_id = job_id
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        with self._lock:
-            step = self._find_step(run_id, step_key)
-            if step is not None:
-                step.drop_dispatch()
+        step = self._find_step(run_id, step_key)
+        if step is not None:
+            step.drop_dispatch()
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        with self._lock:
-            return frozenset(key for key, step in self._items(run_id) if step.dispatched_at is not None)
+        return frozenset(key for key, step in self._items(run_id) if step.dispatched_at is not None)
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
-        with self._lock:
-            return tuple(
-                StepDispatch(
-                    run_id=run_id,
-                    step_key=key,
-                    dispatched_at=step.dispatched_at,
-                    due_at=step.due_at,
-                    job_id=step.job_id,
-                )
-                for key, step in sorted(self._items(run_id))
-                if step.dispatched_at is not None
+        return tuple(
+            StepDispatch(
+                run_id=run_id,
+                step_key=key,
+                dispatched_at=step.dispatched_at,
+                due_at=step.due_at,
+                job_id=step.queue_job_id,
             )
+            for key, step in sorted(self._items(run_id))
+            if step.dispatched_at is not None
+        )
 
     def _find_step(self, run_id: UUID, step_key: str) -> StepState | None:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         return None if run is None else run.steps.get(step_key)
 
     def _items(self, run_id: UUID) -> Iterable[tuple[str, StepState]]:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         return () if run is None else run.steps.items()

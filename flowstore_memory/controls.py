@@ -28,60 +28,54 @@ class Controls(Opened):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> None:
-        with self._lock:
-            _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, self._now())
+        _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, self._now())
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        with self._lock:
-            control = self._space.controls.get(run_id)
-            return None if control is None else _control_record(run_id, control)
+        control = self._space.controls.get(run_id)
+        return None if control is None else _control_record(run_id, control)
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
-        with self._lock:
-            now = self._now()
-            control = self._space.controls.get(run_id)
-            if control is None:
-                run = self._runs.get(run_id)
-                if run is None:
-                    return False
-                control = ControlState(run.flow_id, run.trigger_key, None, None, now)
-                self._space.controls[run_id] = control
-            elif control.cancelled_at is not None:
+        now = self._now()
+        control = self._space.controls.get(run_id)
+        if control is None:
+            run = self._runs.get(run_id.int)
+            if run is None:
                 return False
-            control.cancelled_at = now
-            control.cancel_reason = reason
-            return True
+            control = ControlState(run.flow_id, run.trigger_key, None, None, now)
+            self._space.controls[run_id] = control
+        elif control.cancelled_at is not None:
+            return False
+        control.cancelled_at = now
+        control.cancel_reason = reason
+        return True
 
     async def mark_timed_out(
         self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
     ) -> bool:
-        with self._lock:
-            control = self._space.controls.get(run_id)
-            if control is None or control.timed_out_at is not None:
-                return False
-            if as_of is not None and (control.timeout_at is None or control.timeout_at > as_of):
-                return False
-            control.timed_out_at = self._now()
-            control.timeout_reason = reason
-            return True
+        control = self._space.controls.get(run_id)
+        if control is None or control.timed_out_at is not None:
+            return False
+        if as_of is not None and (control.timeout_at is None or control.timeout_at > as_of):
+            return False
+        control.timed_out_at = self._now()
+        control.timeout_reason = reason
+        return True
 
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        with self._lock:
-            registered = self._space.keys.get((flow_id, trigger_key, idempotency_key))
-            return None if registered is None else registered.run_id
+        registered = self._space.keys.get((flow_id, trigger_key, idempotency_key))
+        return None if registered is None else registered.run_id
 
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
         key: Key = (flow_id, trigger_key, idempotency_key)
-        with self._lock:
-            registered = self._space.keys.get(key)
-            if registered is not None:
-                return registered.run_id == run_id
-            self._space.register(key, run_id, self._now())
-            return True
+        registered = self._space.keys.get(key)
+        if registered is not None:
+            return registered.run_id == run_id
+        self._space.register(key, run_id, self._now())
+        return True
 
     async def trigger_run(
         self,
@@ -96,47 +90,44 @@ class Controls(Opened):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> TriggerResult:
-        with self._lock:
-            now = self._now()
-            key: Key | None = None if idempotency_key is None else (flow_id, trigger_key, idempotency_key)
-            registered = None if key is None else self._space.keys.get(key)
-            if registered is not None:
-                run_id = registered.run_id
-                run = self._runs.get(run_id)
-                if run is not None:
-                    return TriggerResult(run=run_record(run), created=False)
-            elif run_id in self._runs:
-                raise RunAlreadyExistsError(run_id)
-            elif key is not None:
-                self._space.register(key, run_id, now)
-            _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
-            run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
-            self._runs[run_id] = run
-            return TriggerResult(run=run_record(run), created=True)
+        now = self._now()
+        key: Key | None = None if idempotency_key is None else (flow_id, trigger_key, idempotency_key)
+        registered = None if key is None else self._space.keys.get(key)
+        if registered is not None:
+            run_id = registered.run_id
+            run = self._runs.get(run_id.int)
+            if run is not None:
+                return TriggerResult(run=run_record(run), created=False)
+        elif run_id.int in self._runs:
+            raise RunAlreadyExistsError(run_id)
+        elif key is not None:
+            self._space.register(key, run_id, now)
+        _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
+        run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
+        self._runs[run_id.int] = run
+        return TriggerResult(run=run_record(run), created=True)
 
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
-        with self._lock:
-            moment = self._now() if as_of is None else as_of
-            found = [
-                # No deadline can be later than LATEST, so the flag alone puts those without one last.
-                (control.timeout_at is None, control.timeout_at or LATEST, run_id)
-                for run_id, control in self._space.controls.items()
-                if _must_stop(control, moment)
-                and (run := self._runs.get(run_id)) is not None
-                and run.status is RunStatus.RUNNING
-            ]
-            return tuple(run_record(self._runs[run_id]) for _, _, run_id in sorted(found)[:take])
+        moment = self._now() if as_of is None else as_of
+        found = [
+            # No deadline can be later than LATEST, so the flag alone puts those without one last.
+            (control.timeout_at is None, control.timeout_at or LATEST, run_id)
+            for run_id, control in self._space.controls.items()
+            if _must_stop(control, moment)
+            and (run := self._runs.get(run_id.int)) is not None
+            and run.status is RunStatus.RUNNING
+        ]
+        return tuple(run_record(self._runs[run_id.int]) for _, _, run_id in sorted(found)[:take])
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        with self._lock:
-            control = self._space.controls.get(run_id)
-            if control is None:
-                return False
-            control.timeout_at = timeout_at
-            control.timed_out_at = control.timeout_reason = None
-            return True
+        control = self._space.controls.get(run_id)
+        if control is None:
+            return False
+        control.timeout_at = timeout_at
+        control.timed_out_at = control.timeout_reason = None
+        return True
 
 
 def _configure(

@@ -18,23 +18,21 @@ class Events(Opened):
         step_key: str | None = None,
         message: str | None = None,
     ) -> int:
-        with self._lock:
-            run = self._run(run_id)
-            event = FlowEventRecord(
-                sequence=len(run.events) + 1,
-                run_id=run_id,
-                timestamp=self._now(),
-                event_type=event_type,
-                step_key=step_key,
-                message=message,
-            )
-            run.events.append(event)
-            return event.sequence
+        run = self._runs[run_id.int]
+        event = FlowEventRecord(
+            sequence=len(run.events) + 1,
+            run_id=run_id,
+            timestamp=self._now(),
+            event_type=event_type,
+            step_key=step_key,
+            message=message,
+        )
+        run.events.append(event)
+        return event.sequence
 
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
-        with self._lock:
-            run = self._runs.get(run_id)
-            # Sequences are gapless from 1, so ``after`` is where the slice begins.
-            return () if run is None else tuple(run.events[after : after + take])
+        run = self._runs.get(run_id.int)
+        # Sequences are gapless from 1, so ``after`` is where the slice begins.
+        return () if run is None else tuple(run.events[after : after + take])

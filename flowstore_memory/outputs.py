@@ -11,16 +11,13 @@ from flowstore_memory.state import Opened
 
 class Outputs(Opened):
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
-        with self._lock:
-            self._run(run_id).outputs[key] = value_json
+        self._runs[run_id.int].outputs[key] = value_json
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
-        with self._lock:
-            run = self._runs.get(run_id)
-            return None if run is None else run.outputs.get(key)
+        run = self._runs.get(run_id.int)
+        return None if run is None else run.outputs.get(key)
 
     async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        with self._lock:
-            run = self._runs.get(run_id)
-            found = {} if run is None else dict(sorted(run.outputs.items()))
+        run = self._runs.get(run_id.int)
+        found = {} if run is None else dict(sorted(run.outputs.items()))
         return MappingProxyType(found)

@@ -7,10 +7,11 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 
 from flowstore_core import Backend, ConfigurationError, FlowStore, StoreConfig, hookimpl
 from flowstore_memory.state import Namespace
-from flowstore_memory.store import CAPABILITIES, MemoryStore
+from flowstore_memory.store import CAPABILITIES, MemoryStore, SharedStore
 
 # Named stores live until the process ends. Threads may open one name at once; setdefault is atomic.
 _named: dict[str, Namespace] = {}
@@ -28,8 +29,11 @@ class MemoryBackend:
     @asynccontextmanager
     async def open(self, config: StoreConfig) -> AsyncIterator[FlowStore]:
         name = _read_name(config.url)
-        space = _named.setdefault(name, Namespace()) if name else Namespace()
-        yield MemoryStore(space, config.clock or _now)
+        now = config.clock or partial(datetime.now, UTC)
+        if name:
+            yield SharedStore(_named.setdefault(name, Namespace()), now)
+        else:
+            yield MemoryStore(Namespace(), now)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
@@ -49,10 +53,6 @@ def _read_name(url: str) -> str:
             "it has no user, port or path"
         )
     return parts["name"]
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
 
 
 @hookimpl

@@ -16,26 +16,26 @@ BATCH = 200
 
 class Retention(Opened):
     async def cleanup(self, cutoff: datetime) -> int:
-        with self._lock:
-            over = iter([run_id for run_id in self._runs if self._is_over(run_id, cutoff)])
+        with self._space.lock:
+            over = iter([run.run_id for run in self._runs.values() if self._is_over(run.run_id, cutoff)])
         deleted = 0
         while batch := list(islice(over, BATCH)):
-            with self._lock:
+            with self._space.lock:
                 for run_id in batch:
                     # Looked at again, because a retry may have reopened it meanwhile (RET-2).
                     if self._is_over(run_id, cutoff):
                         # What is not in its control record and its keys lies within the run itself.
-                        del self._runs[run_id]
+                        del self._runs[run_id.int]
                         self._space.controls.pop(run_id, None)
                         self._delete_keys(run_id)
                         deleted += 1
             await asyncio.sleep(0)
-        with self._lock:
+        with self._space.lock:
             self._delete_orphans(cutoff)
         return deleted
 
     def _is_over(self, run_id: UUID, cutoff: datetime) -> bool:
-        run = self._runs.get(run_id)
+        run = self._runs.get(run_id.int)
         return run is not None and run.completed_at is not None and run.completed_at < cutoff
 
     def _delete_keys(self, run_id: UUID) -> None:
@@ -50,7 +50,7 @@ class Retention(Opened):
         def is_old(created_at: datetime) -> bool:
             return created_at < cutoff and created_at <= latest
 
-        for run_id in [run_id for run_id in space.keys_of if run_id not in space.runs]:
+        for run_id in [run_id for run_id in space.keys_of if run_id.int not in space.runs]:
             kept = [key for key in space.keys_of[run_id] if not is_old(space.keys[key].created_at)]
             for key in set(space.keys_of[run_id]).difference(kept):
                 del space.keys[key]
@@ -59,5 +59,5 @@ class Retention(Opened):
             else:
                 del space.keys_of[run_id]
         for run_id, control in list(space.controls.items()):
-            if run_id not in space.runs and is_old(control.created_at):
+            if run_id.int not in space.runs and is_old(control.created_at):
                 del space.controls[run_id]

@@ -16,6 +16,7 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.runs import fold_ascii, search_matches
+from flowstore_core.status import TERMINAL_RUN_STATUSES
 from flowstore_memory.state import Opened, RunState
 from flowstore_memory.steps import step_records
 
@@ -32,13 +33,12 @@ class Runs(Opened):
         job_id: str | None = None,
         source_run_id: UUID | None = None,
     ) -> FlowRunRecord:
-        with self._lock:
-            if run_id in self._runs:
-                raise RunAlreadyExistsError(run_id)
-            now = self._now()
-            run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
-            self._runs[run_id] = run
-            return run_record(run)
+        if run_id.int in self._runs:
+            raise RunAlreadyExistsError(run_id)
+        now = self._now()
+        run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
+        self._runs[run_id.int] = run
+        return run_record(run)
 
     async def complete_run(
         self,
@@ -47,23 +47,21 @@ class Runs(Opened):
         *,
         expected: Mapping[str, StepStatus] | None = None,
     ) -> bool:
-        with self._lock:
-            run = self._run(run_id)
-            if run.status is not RunStatus.RUNNING:
-                return False
-            now = self._now()
-            if expected is not None and not _stands_as(run, expected, now):
-                return False
-            run.status = status
-            run.completed_at = now
-            return True
+        run = self._runs[run_id.int]
+        if run.status in TERMINAL_RUN_STATUSES:
+            return False
+        now = self._now()
+        if expected is not None and not _stands_as(run, expected, now):
+            return False
+        run.status = status
+        run.completed_at = now
+        return True
 
     async def get_runs(
         self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
     ) -> Sequence[FlowRunRecord]:
-        with self._lock:
-            found = [run for run in self._runs.values() if flow_id is None or run.flow_id == flow_id]
-            return _newest(found, skip, take)
+        found = [run for run in self._runs.values() if flow_id is None or run.flow_id == flow_id]
+        return _newest(found, skip, take)
 
     async def get_runs_page(
         self,
@@ -75,51 +73,46 @@ class Runs(Opened):
         search: str | None = None,
     ) -> RunPage:
         needle = None if search is None else fold_ascii(search)
-        with self._lock:
-            found = [
-                run
-                for run in self._runs.values()
-                if (flow_id is None or run.flow_id == flow_id)
-                and (status is None or run.status is status)
-                and (needle is None or _matches(run, needle))
-            ]
-            return RunPage(runs=_newest(found, skip, take), total_count=len(found))
+        found = [
+            run
+            for run in self._runs.values()
+            if (flow_id is None or run.flow_id == flow_id)
+            and (status is None or run.status is status)
+            and (needle is None or _matches(run, needle))
+        ]
+        return RunPage(runs=_newest(found, skip, take), total_count=len(found))
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        with self._lock:
-            run = self._runs.get(run_id)
-            if run is None:
-                return None
-            return FlowRunDetail(
-                run_id=run.run_id,
-                flow_id=run.flow_id,
-                flow_name=run.flow_name,
-                status=run.status,
-                trigger_key=run.trigger_key,
-                trigger_data=run.trigger_data,
-                job_id=run.job_id,
-                started_at=run.started_at,
-                completed_at=run.completed_at,
-                source_run_id=run.source_run_id,
-                steps=step_records(run),
-            )
+        run = self._runs.get(run_id.int)
+        if run is None:
+            return None
+        return FlowRunDetail(
+            run_id=run.run_id,
+            flow_id=run.flow_id,
+            flow_name=run.flow_name,
+            status=run.status,
+            trigger_key=run.trigger_key,
+            trigger_data=run.trigger_data,
+            job_id=run.job_id,
+            started_at=run.started_at,
+            completed_at=run.completed_at,
+            source_run_id=run.source_run_id,
+            steps=step_records(run),
+        )
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        with self._lock:
-            run = self._runs.get(run_id)
-            return None if run is None else run.status
+        run = self._runs.get(run_id.int)
+        return None if run is None else run.status
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
-        with self._lock:
-            found = [run for run in self._runs.values() if run.status is RunStatus.RUNNING]
-            return _newest(found, 0, len(found) if take is None else take)
+        found = [run for run in self._runs.values() if run.status is RunStatus.RUNNING]
+        return _newest(found, 0, len(found) if take is None else take)
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
-        with self._lock:
-            found = [run for run in self._runs.values() if run.source_run_id == source_run_id]
-            return _newest(found, 0, len(found) if take is None else take)
+        found = [run for run in self._runs.values() if run.source_run_id == source_run_id]
+        return _newest(found, 0, len(found) if take is None else take)
 
 
 def run_record(run: RunState) -> FlowRunRecord:
@@ -161,11 +154,11 @@ def _matches(run: RunState, needle: str) -> bool:
     shown = [(key, step) for key, step in run.steps.items() if step.status is not None]
     short = [str(run.run_id), run.flow_name, run.trigger_key, run.status, run.job_id]
     short += [key for key, _ in shown]
-    # A step's own output and error are those of its last attempt, or none.
+    # A reopened step still has what its last attempt had, which is among the earlier ones by now.
     long = [
         text
-        for _, step in shown
-        for attempt in step.attempts
+        for key, step in shown
+        for attempt in (step, *run.earlier.get(key, ()))
         for text in (attempt.output_json, attempt.error_message)
     ]
     return search_matches(needle, short, long)

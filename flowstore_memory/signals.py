@@ -21,27 +21,25 @@ class Signals(Opened):
         *,
         expires_at: datetime | None = None,
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            waiter = run.waiters.get(step_key)
-            if waiter is None:
-                run.waiters[step_key] = WaiterState(signal_name, self._now(), expires_at)
-                return
-            if waiter.expired_at is not None:
-                raise ConflictError(
-                    f"the waiter of step {step_key!r} of run {run_id} has expired; remove it first",
-                    run_id=run_id,
-                    step_key=step_key,
-                )
-            if waiter.delivered_at is not None and waiter.signal_name != signal_name:
-                raise ConflictError(
-                    f"the waiter of step {step_key!r} of run {run_id} has got another signal; "
-                    "remove it first",
-                    run_id=run_id,
-                    step_key=step_key,
-                )
-            waiter.signal_name = signal_name
-            waiter.expires_at = expires_at
+        run = self._runs[run_id.int]
+        waiter = run.waiters.get(step_key)
+        if waiter is None:
+            run.waiters[step_key] = WaiterState(signal_name, self._now(), expires_at)
+            return
+        if waiter.expired_at is not None:
+            raise ConflictError(
+                f"the waiter of step {step_key!r} of run {run_id} has expired; remove it first",
+                run_id=run_id,
+                step_key=step_key,
+            )
+        if waiter.delivered_at is not None and waiter.signal_name != signal_name:
+            raise ConflictError(
+                f"the waiter of step {step_key!r} of run {run_id} has got another signal; remove it first",
+                run_id=run_id,
+                step_key=step_key,
+            )
+        waiter.signal_name = signal_name
+        waiter.expires_at = expires_at
 
     async def deliver_signal(
         self,
@@ -51,61 +49,56 @@ class Signals(Opened):
         *,
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
-        with self._lock:
-            run = self._runs.get(run_id)
-            if run is None:
-                return _NOT_FOUND
-            if delivery_id is not None and delivery_id in run.deliveries:
-                return run.deliveries[delivery_id]
-            matching = [
-                (waiter.created_at, key, waiter)
-                for key, waiter in run.waiters.items()
-                if waiter.signal_name == signal_name and waiter.expired_at is None
-            ]
-            # Keys are distinct, so no two waiters are ever compared.
-            waiting = min((found for found in matching if found[2].delivered_at is None), default=None)
-            if waiting is None:
-                return _already_delivered(min(matching, default=None))
-            _, step_key, waiter = waiting
-            waiter.delivered_at = self._now()
-            waiter.payload_json = payload_json
-            result = SignalDeliveryResult(
-                status=SignalDeliveryStatus.DELIVERED,
-                step_key=step_key,
-                delivered_at=waiter.delivered_at,
-            )
-            if delivery_id is not None:
-                run.deliveries[delivery_id] = result
-            return result
+        run = self._runs.get(run_id.int)
+        if run is None:
+            return _NOT_FOUND
+        if delivery_id is not None and delivery_id in run.deliveries:
+            return run.deliveries[delivery_id]
+        matching = [
+            (waiter.created_at, key, waiter)
+            for key, waiter in run.waiters.items()
+            if waiter.signal_name == signal_name and waiter.expired_at is None
+        ]
+        # Keys are distinct, so no two waiters are ever compared.
+        waiting = min((found for found in matching if found[2].delivered_at is None), default=None)
+        if waiting is None:
+            return _already_delivered(min(matching, default=None))
+        _, step_key, waiter = waiting
+        waiter.delivered_at = self._now()
+        waiter.payload_json = payload_json
+        result = SignalDeliveryResult(
+            status=SignalDeliveryStatus.DELIVERED,
+            step_key=step_key,
+            delivered_at=waiter.delivered_at,
+        )
+        if delivery_id is not None:
+            run.deliveries[delivery_id] = result
+        return result
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        with self._lock:
-            return _waiter_record(self._runs.get(run_id), step_key)
+        return _waiter_record(self._runs.get(run_id.int), step_key)
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        with self._lock:
-            run = self._runs.get(run_id)
-            removed = _waiter_record(run, step_key)
-            if run is not None:
-                run.waiters.pop(step_key, None)
-            return removed
+        run = self._runs.get(run_id.int)
+        removed = _waiter_record(run, step_key)
+        if run is not None:
+            run.waiters.pop(step_key, None)
+        return removed
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        with self._lock:
-            run = self._runs.get(run_id)
-            waiter = None if run is None else run.waiters.get(step_key)
-            if waiter is not None and waiter.delivered_at is None and waiter.expired_at is None:
-                now = self._now()
-                if waiter.expires_at is not None and waiter.expires_at <= now:
-                    waiter.expired_at = now
-            return _waiter_record(run, step_key)
+        run = self._runs.get(run_id.int)
+        waiter = None if run is None else run.waiters.get(step_key)
+        if waiter is not None and waiter.delivered_at is None and waiter.expired_at is None:
+            now = self._now()
+            if waiter.expires_at is not None and waiter.expires_at <= now:
+                waiter.expired_at = now
+        return _waiter_record(run, step_key)
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
-        with self._lock:
-            run = self._runs.get(run_id)
-            if run is None:
-                return ()
-            return tuple(_record(run_id, key, waiter) for key, waiter in sorted(run.waiters.items()))
+        run = self._runs.get(run_id.int)
+        if run is None:
+            return ()
+        return tuple(_record(run_id, key, waiter) for key, waiter in sorted(run.waiters.items()))
 
 
 def _already_delivered(oldest: tuple[datetime, str, WaiterState] | None) -> SignalDeliveryResult:

@@ -1,9 +1,9 @@
-"""What the memory backend keeps: mutable, private, and touched only while the lock is held.
+"""What the memory backend keeps: mutable and private.
 
-Every operation of the noun files takes the lock, reads, writes and lets it go without an ``await`` in
-between. That is why each is atomic and linearizable (CON-1), and why a cancelled call has happened or
-has not, never by half (CON-4): a task can only be cancelled where it awaits. The lock is a thread's,
-not a task's, because a named store may be used by several event loops in several threads.
+Every operation of the noun files reads and writes without an ``await`` in between (cleanup awaits only
+between batches). That is why each is atomic and linearizable (CON-1), and why a cancelled call has
+happened or has not, never by half (CON-4): a task can only be cancelled where it awaits. A store
+belongs to one event loop, so a private one needs no lock; what threads may share takes one in store.py.
 
 Operations look before they write: what can raise comes first, so that an error changes nothing.
 """
@@ -12,62 +12,55 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NoReturn
 from uuid import UUID
 
-from flowstore_core import FlowEventRecord, RunNotFoundError, RunStatus, SignalDeliveryResult, StepStatus
+from flowstore_core import (
+    FlowEventRecord,
+    FlowStepAttemptRecord,
+    RunNotFoundError,
+    RunStatus,
+    SignalDeliveryResult,
+    StepStatus,
+)
 from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.timeseries import EARLIEST
 
 # Scope of an idempotency key: flow_id, trigger_key, idempotency_key (IDM-1).
 Key = tuple[UUID, str, str]
 
-
-class AttemptState:
-    """One attempt of a step; its number is its place in the step's list, from 1."""
-
-    output_json: str | None = None
-    error_message: str | None = None
-    completed_at: datetime | None = None
-    rescheduled: bool = False
-    """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
-
-    def __init__(
-        self,
-        step_type: str,
-        status: StepStatus,
-        input_json: str | None,
-        job_id: str | None,
-        started_at: datetime,
-    ) -> None:
-        self.step_type = step_type
-        self.status = status
-        self.input_json = input_json
-        self.job_id = job_id
-        self.started_at = started_at
-
-    def close(
-        self,
-        status: StepStatus,
-        output_json: str | None,
-        error_message: str | None,
-        now: datetime,
-    ) -> None:
-        self.status = status
-        self.output_json = output_json
-        self.error_message = error_message
-        self.completed_at = now
+# Looking a member up in its class is slow in Python 3.11, and steps are started often.
+_RUNNING = StepStatus.RUNNING
 
 
+@dataclass(slots=True, eq=False)
 class StepState:
-    """A key of a run: its step, if one was started, with its claim and its dispatch, if there are."""
+    """A key of a run: its step, if one was started, with its newest attempt, its claim and its dispatch.
 
-    # The defaults stand on the class: most keys never set most of them.
+    All in one object, as it would be in one row of a table: what a process keeps by the million is
+    counted over and over by its garbage collector.
+    """
+
     status: StepStatus | None = None
     """None: never started, or reset by retry_step; then there is no step to be seen."""
     reopened: bool = False
     """retry_step has reopened it and its next attempt has not started."""
     started_owner: str | None = None
-    """Who started the last attempt, under the claim that it still had then (STP-3)."""
+    """Who started the newest attempt, under the claim that it still had then (STP-3)."""
+
+    attempt: int = 0
+    """The number of the newest attempt; 0: there was none. Its fields follow."""
+    step_type: str = ""
+    input_json: str | None = None
+    output_json: str | None = None
+    error_message: str | None = None
+    job_id: str | None = None
+    started_at: datetime = EARLIEST
+    completed_at: datetime | None = None
+    rescheduled: bool = False
+    """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
 
     claimed_at: datetime | None = None
     """None: there is no claim."""
@@ -77,11 +70,31 @@ class StepState:
     dispatched_at: datetime | None = None
     """None: there is no dispatch."""
     due_at: datetime | None = None
-    job_id: str | None = None
-    """Of the dispatch; an attempt has its own."""
+    queue_job_id: str | None = None
+    """The job id of the dispatch; an attempt has its own."""
 
-    def __init__(self) -> None:
-        self.attempts: list[AttemptState] = []
+    def start(self, step_type: str, input_json: str | None, job_id: str | None, now: datetime) -> None:
+        """Begin the next attempt; the one before is kept in RunState.earlier, if there was one."""
+        self.status = _RUNNING
+        self.reopened = False
+        self.attempt += 1
+        self.step_type = step_type
+        self.input_json = input_json
+        self.output_json = None
+        self.error_message = None
+        self.job_id = job_id
+        self.started_at = now
+        self.completed_at = None
+        self.rescheduled = False
+
+    def close(
+        self, status: StepStatus, output_json: str | None, error_message: str | None, now: datetime
+    ) -> None:
+        """End the newest attempt."""
+        self.status = status
+        self.output_json = output_json
+        self.error_message = error_message
+        self.completed_at = now
 
     def has_live_claim(self, now: datetime) -> bool:
         """Whether somebody holds it; a lease does not count while the step is terminal (CLM-4)."""
@@ -101,76 +114,58 @@ class StepState:
         self.claimed_at = self.owner = self.expires_at = None
 
     def drop_dispatch(self) -> None:
-        self.dispatched_at = self.due_at = self.job_id = None
+        self.dispatched_at = self.due_at = self.queue_job_id = None
 
 
+@dataclass(slots=True, eq=False)
 class WaiterState:
     """A step that waits for a signal."""
 
+    signal_name: str
+    created_at: datetime
+    expires_at: datetime | None
     delivered_at: datetime | None = None
     payload_json: str | None = None
     expired_at: datetime | None = None
 
-    def __init__(self, signal_name: str, created_at: datetime, expires_at: datetime | None) -> None:
-        self.signal_name = signal_name
-        self.created_at = created_at
-        self.expires_at = expires_at
 
-
+@dataclass(slots=True, eq=False)
 class RunState:
     """A run with all that belongs to it, except its control record and its idempotency keys."""
 
+    run_id: UUID
+    flow_id: UUID
+    flow_name: str
+    trigger_key: str
+    trigger_data: str | None
+    job_id: str | None
+    source_run_id: UUID | None
+    started_at: datetime
     status: RunStatus = RunStatus.RUNNING
     completed_at: datetime | None = None
-
-    def __init__(
-        self,
-        run_id: UUID,
-        flow_id: UUID,
-        flow_name: str,
-        trigger_key: str,
-        trigger_data: str | None,
-        job_id: str | None,
-        source_run_id: UUID | None,
-        started_at: datetime,
-    ) -> None:
-        self.run_id = run_id
-        self.flow_id = flow_id
-        self.flow_name = flow_name
-        self.trigger_key = trigger_key
-        self.trigger_data = trigger_data
-        self.job_id = job_id
-        self.source_run_id = source_run_id
-        self.started_at = started_at
-        self.steps: dict[str, StepState] = {}
-        self.waiters: dict[str, WaiterState] = {}
-        # Records are frozen, so what never changes is kept as the record that it is read as.
-        self.deliveries: dict[str, SignalDeliveryResult] = {}
-        self.outputs: dict[str, str] = {}
-        self.events: list[FlowEventRecord] = []
+    steps: dict[str, StepState] = field(default_factory=dict)
+    waiters: dict[str, WaiterState] = field(default_factory=dict)
+    # Records are frozen, so what never changes is kept as the record that it is read as.
+    earlier: dict[str, list[FlowStepAttemptRecord]] = field(default_factory=dict)
+    """The attempts of a step before its newest; of a reopened or reset step, the newest too."""
+    deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    events: list[FlowEventRecord] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
 class ControlState:
     """A control record; it may exist before its run (CTL-1)."""
 
+    flow_id: UUID
+    trigger_key: str
+    idempotency_key: str | None
+    timeout_at: datetime | None
+    created_at: datetime
     cancelled_at: datetime | None = None
     cancel_reason: str | None = None
     timed_out_at: datetime | None = None
     timeout_reason: str | None = None
-
-    def __init__(
-        self,
-        flow_id: UUID,
-        trigger_key: str,
-        idempotency_key: str | None,
-        timeout_at: datetime | None,
-        created_at: datetime,
-    ) -> None:
-        self.flow_id = flow_id
-        self.trigger_key = trigger_key
-        self.idempotency_key = idempotency_key
-        self.timeout_at = timeout_at
-        self.created_at = created_at
 
     def clear_stops(self, now: datetime) -> None:
         """Undo both latches and an elapsed deadline (STP-6)."""
@@ -180,12 +175,22 @@ class ControlState:
             self.timeout_at = None
 
 
+@dataclass(slots=True, eq=False)
 class RegisteredKey:
     """The run that won an idempotency key."""
 
-    def __init__(self, run_id: UUID, created_at: datetime) -> None:
-        self.run_id = run_id
-        self.created_at = created_at
+    run_id: UUID
+    created_at: datetime
+
+
+class Runs(dict[int, RunState]):
+    """The runs by ``run_id.int``, because the hash of a UUID is computed in Python each time.
+
+    ``runs[run_id.int]`` raises for an unknown run, ``runs.get(run_id.int)`` does not (UNK).
+    """
+
+    def __missing__(self, number: int) -> NoReturn:
+        raise RunNotFoundError(UUID(int=number))
 
 
 class Namespace:
@@ -193,7 +198,8 @@ class Namespace:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.runs: dict[UUID, RunState] = {}
+        """A thread's, not a task's: whoever opens the same name may do so in another thread."""
+        self.runs = Runs()
         self.controls: dict[UUID, ControlState] = {}
         self.keys: dict[Key, RegisteredKey] = {}
         self.keys_of: dict[UUID, list[Key]] = {}
@@ -208,13 +214,5 @@ class Opened:
 
     def __init__(self, space: Namespace, now: Callable[[], datetime]) -> None:
         self._space = space
-        self._lock = space.lock
         self._runs = space.runs
         self._now = now
-
-    def _run(self, run_id: UUID) -> RunState:
-        """The run, for an operation that writes its state (UNK); call it with the lock held."""
-        run = self._runs.get(run_id)
-        if run is None:
-            raise RunNotFoundError(run_id)
-        return run

@@ -17,20 +17,17 @@ _MICROSECOND = timedelta(microseconds=1)
 
 class Statistics(Opened):
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
-        with self._lock:
-            day = day_start(self._now() if as_of is None else as_of)
-            runs = self._runs.values()
-            today = Counter(
-                run.status
-                for run in runs
-                if run.completed_at is not None and day_start(run.completed_at) == day
-            )
-            return DashboardStatistics(
-                total_flows=len({run.flow_id for run in runs}),
-                active_runs=sum(run.status is RunStatus.RUNNING for run in runs),
-                completed_today=today[RunStatus.SUCCEEDED],
-                failed_today=today[RunStatus.FAILED],
-            )
+        day = day_start(self._now() if as_of is None else as_of)
+        runs = self._runs.values()
+        today = Counter(
+            run.status for run in runs if run.completed_at is not None and day_start(run.completed_at) == day
+        )
+        return DashboardStatistics(
+            total_flows=len({run.flow_id for run in runs}),
+            active_runs=sum(run.status is RunStatus.RUNNING for run in runs),
+            completed_today=today[RunStatus.SUCCEEDED],
+            failed_today=today[RunStatus.FAILED],
+        )
 
     async def get_run_timeseries(
         self,
@@ -40,13 +37,12 @@ class Statistics(Opened):
         flow_id: UUID | None = None,
     ) -> Sequence[RunTimeseriesBucket]:
         buckets: dict[datetime, list[RunState]] = {}
-        with self._lock:
-            for run in self._runs.values():
-                if since <= run.started_at < until and (flow_id is None or run.flow_id == flow_id):
-                    buckets.setdefault(bucket_floor(run.started_at, granularity), []).append(run)
-            return tuple(
-                _bucket(start, buckets.get(start, [])) for start in bucket_starts(since, until, granularity)
-            )
+        for run in self._runs.values():
+            if since <= run.started_at < until and (flow_id is None or run.flow_id == flow_id):
+                buckets.setdefault(bucket_floor(run.started_at, granularity), []).append(run)
+        return tuple(
+            _bucket(start, buckets.get(start, [])) for start in bucket_starts(since, until, granularity)
+        )
 
 
 def _bucket(start: datetime, runs: Sequence[RunState]) -> RunTimeseriesBucket:

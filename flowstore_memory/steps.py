@@ -20,9 +20,12 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_core.status import TERMINAL_STEP_STATUSES
+from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
 from flowstore_core.steps import superseded_by
-from flowstore_memory.state import AttemptState, Opened, RunState, StepState, WaiterState
+from flowstore_memory.state import Opened, RunState, StepState, WaiterState
+
+_FINAL = frozenset({StepStatus.SUCCEEDED, StepStatus.SKIPPED})
+"""Only retry_step opens such a step again; a failed one may simply be started anew (STP-2)."""
 
 
 class Steps(Opened):
@@ -36,27 +39,25 @@ class Steps(Opened):
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        with self._lock:
-            run = self._run(run_id)
-            if run.status is not RunStatus.RUNNING:
-                raise RunCompletedError(run_id, step_key)
-            now = self._now()
-            step = run.steps.get(step_key)
-            if step is not None and step.status in (StepStatus.SUCCEEDED, StepStatus.SKIPPED):
-                raise StepAlreadyCompletedError(run_id, step_key)
-            if owner is not None:
-                if step is None or step.owner != owner or not step.has_live_claim(now):
-                    raise ClaimLostError(run_id, step_key)
-                if step.status is StepStatus.RUNNING and step.started_owner == owner:
-                    return len(step.attempts)
-            if step is None:
-                step = run.steps[step_key] = StepState()
-            _supersede(step, now)
-            step.attempts.append(AttemptState(step_type, StepStatus.RUNNING, input_json, job_id, now))
-            step.status = StepStatus.RUNNING
-            step.reopened = False
-            step.started_owner = owner
-            return len(step.attempts)
+        run = self._runs[run_id.int]
+        if run.status in TERMINAL_RUN_STATUSES:
+            raise RunCompletedError(run_id, step_key)
+        now = self._now()
+        step = run.steps.get(step_key)
+        if step is not None and step.status in _FINAL:
+            raise StepAlreadyCompletedError(run_id, step_key)
+        if owner is not None:
+            if step is None or step.owner != owner or not step.has_live_claim(now):
+                raise ClaimLostError(run_id, step_key)
+            if step.started_owner == owner and step.status is StepStatus.RUNNING:
+                return step.attempt
+        if step is None:
+            step = run.steps[step_key] = StepState()
+        elif step.attempt:
+            keep_attempt(run, step_key, step, now)
+        step.start(step_type, input_json, job_id, now)
+        step.started_owner = owner
+        return step.attempt
 
     async def record_step_complete(
         self,
@@ -68,19 +69,17 @@ class Steps(Opened):
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        with self._lock:
-            step = _started(self._run(run_id), step_key)
-            last = _current(run_id, step_key, step, attempt)
-            if last.completed_at is not None:
-                if (last.status, last.output_json, last.error_message) == (
-                    status,
-                    output_json,
-                    error_message,
-                ):
-                    return
-                raise StepAlreadyCompletedError(run_id, step_key, len(step.attempts))
-            last.close(status, output_json, error_message, self._now())
-            step.status = status
+        step = _started(self._runs[run_id.int], step_key)
+        _check_attempt(run_id, step_key, step, attempt)
+        if step.completed_at is not None:
+            if (step.status, step.output_json, step.error_message) == (
+                status,
+                output_json,
+                error_message,
+            ):
+                return
+            raise StepAlreadyCompletedError(run_id, step_key, step.attempt)
+        step.close(status, output_json, error_message, self._now())
 
     async def record_skipped_step(
         self,
@@ -91,32 +90,28 @@ class Steps(Opened):
         *,
         owner: str | None = None,
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            now = self._now()
-            step = run.steps.get(step_key) or StepState()
-            if step.status in TERMINAL_STEP_STATUSES:
-                if (
-                    owner is not None
-                    and step.status is StepStatus.SKIPPED
-                    and step.started_owner == owner
-                    and step.attempts[-1].error_message == reason
-                ):
-                    return
-                raise StepAlreadyCompletedError(run_id, step_key)
-            if owner is not None:
-                if not step.has_live_claim(now):
-                    step.claim(owner, now, None)
-                elif step.owner != owner:
-                    raise ClaimLostError(run_id, step_key)
-            _supersede(step, now)
-            skipped = AttemptState(step_type, StepStatus.SKIPPED, None, None, now)
-            skipped.close(StepStatus.SKIPPED, None, reason, now)
-            step.attempts.append(skipped)
-            step.status = StepStatus.SKIPPED
-            step.reopened = False
-            step.started_owner = owner
-            run.steps[step_key] = step
+        run = self._runs[run_id.int]
+        now = self._now()
+        step = run.steps.get(step_key) or StepState()
+        if step.status in TERMINAL_STEP_STATUSES:
+            if (
+                owner is not None
+                and step.status is StepStatus.SKIPPED
+                and step.started_owner == owner
+                and step.error_message == reason
+            ):
+                return
+            raise StepAlreadyCompletedError(run_id, step_key)
+        if owner is not None:
+            if not step.has_live_claim(now):
+                step.claim(owner, now, None)
+            elif step.owner != owner:
+                raise ClaimLostError(run_id, step_key)
+        keep_attempt(run, step_key, step, now)
+        step.start(step_type, None, None, now)
+        step.close(StepStatus.SKIPPED, None, reason, now)
+        step.started_owner = owner
+        run.steps[step_key] = step
 
     async def retry_step(
         self,
@@ -126,35 +121,34 @@ class Steps(Opened):
         attempt: int | None = None,
         reset: Collection[str] = (),
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            step = _started(run, step_key)
-            if attempt is not None and attempt != len(step.attempts):
-                raise StaleAttemptError(run_id, step_key, attempt, len(step.attempts))
-            now = self._now()
-            if not step.reopened:
-                _supersede(step, now)
-                step.status = StepStatus.PENDING
-                step.reopened = True
-                _forget(run, step_key, step)
-                for key in reset:
-                    # The step itself is Pending by now, so its own key does nothing here.
-                    other = run.steps.get(key)
-                    if other is not None and other.status is StepStatus.SKIPPED:
-                        other.status = None
-                        _forget(run, key, other)
-            if run.status is not RunStatus.RUNNING:
-                run.status = RunStatus.RUNNING
-                run.completed_at = None
-                if (control := self._space.controls.get(run_id)) is not None:
-                    # Or the retry would be stopped at once.
-                    control.clear_stops(now)
+        run = self._runs[run_id.int]
+        step = _started(run, step_key)
+        if attempt is not None and attempt != step.attempt:
+            raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
+        now = self._now()
+        if not step.reopened:
+            keep_attempt(run, step_key, step, now)
+            step.status = StepStatus.PENDING
+            step.reopened = True
+            _forget(run, step_key, step)
+            for key in reset:
+                # The step itself is Pending by now, so its own key does nothing here.
+                other = run.steps.get(key)
+                if other is not None and other.status is StepStatus.SKIPPED:
+                    keep_attempt(run, key, other, now)
+                    other.status = None
+                    _forget(run, key, other)
+        if run.status in TERMINAL_RUN_STATUSES:
+            run.status = RunStatus.RUNNING
+            run.completed_at = None
+            if (control := self._space.controls.get(run_id)) is not None:
+                # Or the retry would be stopped at once.
+                control.clear_stops(now)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        with self._lock:
-            run = self._runs.get(run_id)
-            steps = {} if run is None else run.steps
-            found = {key: step.status for key, step in sorted(steps.items()) if step.status is not None}
+        run = self._runs.get(run_id.int)
+        steps = {} if run is None else run.steps
+        found = {key: step.status for key, step in sorted(steps.items()) if step.status is not None}
         return MappingProxyType(found)
 
     async def reschedule_step(
@@ -166,88 +160,98 @@ class Steps(Opened):
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        with self._lock:
-            run = self._run(run_id)
-            step = _started(run, step_key)
-            last = _current(run_id, step_key, step, attempt)
-            now = self._now()
-            if last.completed_at is None:
-                last.close(StepStatus.PENDING, output_json, None, now)
-                step.status = StepStatus.PENDING
-            elif last.status is not StepStatus.PENDING:
-                raise StepAlreadyCompletedError(run_id, step_key, attempt)
-            elif last.rescheduled:
-                return
-            last.rescheduled = True
-            step.drop_claim()
-            step.drop_dispatch()
-            if run.status is RunStatus.RUNNING:
-                step.dispatched_at = now
-                step.due_at = due_at
+        run = self._runs[run_id.int]
+        step = _started(run, step_key)
+        _check_attempt(run_id, step_key, step, attempt)
+        now = self._now()
+        if step.completed_at is None:
+            step.close(StepStatus.PENDING, output_json, None, now)
+        elif step.status is not StepStatus.PENDING:
+            raise StepAlreadyCompletedError(run_id, step_key, attempt)
+        elif step.rescheduled:
+            return
+        step.rescheduled = True
+        step.drop_claim()
+        step.drop_dispatch()
+        if run.status is RunStatus.RUNNING:
+            step.dispatched_at = now
+            step.due_at = due_at
 
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        with self._lock:
-            moment = self._now() if as_of is None else as_of
-            found = [
-                StalledStep(
-                    run_id=run.run_id,
-                    step_key=key,
-                    status=step.status or StepStatus.PENDING,
-                    reason=stall[0],
-                    since=stall[1],
-                )
-                for run in self._runs.values()
-                if run.status is RunStatus.RUNNING
-                for key, step in run.steps.items()
-                if not _waits(run.waiters.get(key), moment) and (stall := _stall(step, moment)) is not None
-            ]
+        moment = self._now() if as_of is None else as_of
+        found = [
+            StalledStep(
+                run_id=run.run_id,
+                step_key=key,
+                status=step.status or StepStatus.PENDING,
+                reason=stall[0],
+                since=stall[1],
+            )
+            for run in self._runs.values()
+            if run.status is RunStatus.RUNNING
+            for key, step in run.steps.items()
+            if not _waits(run.waiters.get(key), moment) and (stall := _stall(step, moment)) is not None
+        ]
         found.sort(key=lambda stalled: (stalled.since, stalled.run_id, stalled.step_key))
         return tuple(found[:take])
 
 
 def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
-    """Every step by the start of its first attempt, then key (QRY-3); call it with the lock held."""
+    """Every step by the start of its first attempt, then key (QRY-3)."""
     records = [
-        _step_record(run.run_id, key, step, step.status)
+        _step_record(run, key, step, step.status)
         for key, step in run.steps.items()
         if step.status is not None
     ]
     return tuple(sorted(records, key=lambda record: (record.started_at, record.step_key)))
 
 
-def _step_record(run_id: UUID, step_key: str, step: StepState, status: StepStatus) -> FlowStepRecord:
-    last = step.attempts[-1]
-    ended = status.is_terminal
+def _step_record(run: RunState, step_key: str, step: StepState, status: StepStatus) -> FlowStepRecord:
+    attempts = _attempt_records(run, step_key, step, status)
     return FlowStepRecord(
-        run_id=run_id,
+        run_id=run.run_id,
         step_key=step_key,
-        step_type=last.step_type,
+        step_type=step.step_type,
         status=status,
-        input_json=last.input_json,
-        output_json=None if step.reopened else last.output_json,
-        error_message=None if step.reopened else last.error_message,
-        job_id=last.job_id,
-        started_at=step.attempts[0].started_at,
-        completed_at=last.completed_at if ended else None,
-        attempt_count=len(step.attempts) + step.reopened,
-        attempts=tuple(
-            FlowStepAttemptRecord(
-                run_id=run_id,
-                step_key=step_key,
-                attempt=number,
-                step_type=attempt.step_type,
-                status=attempt.status,
-                input_json=attempt.input_json,
-                output_json=attempt.output_json,
-                error_message=attempt.error_message,
-                job_id=attempt.job_id,
-                started_at=attempt.started_at,
-                completed_at=attempt.completed_at,
-            )
-            for number, attempt in enumerate(step.attempts, 1)
-        ),
+        input_json=step.input_json,
+        output_json=None if step.reopened else step.output_json,
+        error_message=None if step.reopened else step.error_message,
+        job_id=step.job_id,
+        started_at=attempts[0].started_at,
+        completed_at=step.completed_at if status.is_terminal else None,
+        attempt_count=step.attempt + step.reopened,
+        attempts=attempts,
+    )
+
+
+def _attempt_records(
+    run: RunState, step_key: str, step: StepState, status: StepStatus
+) -> tuple[FlowStepAttemptRecord, ...]:
+    """Every attempt of a step that can be seen, by number."""
+    earlier = run.earlier.get(step_key, ())
+    if step.reopened:
+        return tuple(earlier)
+    return (*earlier, _attempt_record(run, step_key, step, status))
+
+
+def _attempt_record(
+    run: RunState, step_key: str, step: StepState, status: StepStatus
+) -> FlowStepAttemptRecord:
+    """The newest attempt, whose status is the step's until the step is reopened or reset."""
+    return FlowStepAttemptRecord(
+        run_id=run.run_id,
+        step_key=step_key,
+        attempt=step.attempt,
+        step_type=step.step_type,
+        status=status,
+        input_json=step.input_json,
+        output_json=step.output_json,
+        error_message=step.error_message,
+        job_id=step.job_id,
+        started_at=step.started_at,
+        completed_at=step.completed_at,
     )
 
 
@@ -258,19 +262,22 @@ def _started(run: RunState, step_key: str) -> StepState:
     return step
 
 
-def _current(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> AttemptState:
-    """The last attempt, if it is the one that is meant and still decides (STP-4)."""
-    last = len(step.attempts)
-    if step.reopened or (attempt is not None and attempt != last):
-        raise StaleAttemptError(run_id, step_key, attempt, last)
-    return step.attempts[-1]
+def _check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> None:
+    """Whether the newest attempt is the one that is meant and still decides (STP-4)."""
+    if step.reopened or (attempt is not None and attempt != step.attempt):
+        raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
 
 
-def _supersede(step: StepState, now: datetime) -> None:
-    """Close the last attempt if it is still open: at most one is, and it is the last (STP-1)."""
-    if step.attempts and step.attempts[-1].completed_at is None:
-        error = superseded_by(len(step.attempts) + 1)
-        step.attempts[-1].close(StepStatus.FAILED, None, error, now)
+def keep_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
+    """Keep the newest attempt among the earlier ones, once, before the step goes on without it.
+
+    It is closed if it is still open: at most one is, and it is the newest (STP-1).
+    """
+    if step.status is None or step.reopened:
+        return
+    if step.completed_at is None:
+        step.close(StepStatus.FAILED, None, superseded_by(step.attempt + 1), now)
+    run.earlier.setdefault(step_key, []).append(_attempt_record(run, step_key, step, step.status))
 
 
 def _forget(run: RunState, step_key: str, step: StepState) -> None:
@@ -300,8 +307,7 @@ def _stall(step: StepState, moment: datetime) -> tuple[StallReason, datetime] | 
     elif step.dispatched_at is not None:
         reason, since = StallReason.DISPATCH_DUE, step.due_at or step.dispatched_at
     elif step.status is not None:
-        last = step.attempts[-1]
-        reason, since = StallReason.NOT_DISPATCHED, last.completed_at or last.started_at
+        reason, since = StallReason.NOT_DISPATCHED, step.completed_at or step.started_at
     else:
         return None
     return (reason, since) if since <= moment else None

@@ -1,6 +1,11 @@
-"""The store: one class per noun, put together."""
+"""The store: one class per noun, put together; and the same for a name that threads share."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any
 
 from flowstore_core import Capability
 from flowstore_memory.claims import Claims
@@ -17,7 +22,7 @@ CAPABILITIES = frozenset(Capability) - {Capability.DURABLE, Capability.MULTI_PRO
 
 
 class MemoryStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Retention, Statistics):
-    """Everything of the contract, in the memory of this process."""
+    """Everything of the contract, in the memory of this process, for the event loop that opened it."""
 
     backend = "memory"
     capabilities = CAPABILITIES
@@ -27,3 +32,26 @@ class MemoryStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Reten
 
     async def aclose(self) -> None:
         """Holds nothing to give back; core refuses every later call."""
+
+
+class SharedStore(MemoryStore):
+    """A MemoryStore of a name: other event loops, in other threads, may have it open at the same time."""
+
+
+Operation = Callable[..., Coroutine[Any, Any, Any]]
+
+
+def _one_at_a_time(operation: Operation) -> Operation:
+    # An operation never awaits, so no other task of this thread can meet the lock held.
+    @wraps(operation)
+    async def locked(self: SharedStore, *arguments: Any, **named: Any) -> Any:
+        with self._space.lock:
+            return await operation(self, *arguments, **named)
+
+    return locked
+
+
+for _name, _operation in inspect.getmembers(MemoryStore, inspect.iscoroutinefunction):
+    # cleanup does await, between batches, and takes the lock for each.
+    if _name != "cleanup":
+        setattr(SharedStore, _name, _one_at_a_time(_operation))

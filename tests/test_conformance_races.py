@@ -25,7 +25,7 @@ from flowstore_conformance.wire import pack_done, pack_job, read_line, unpack_do
 
 from flowstore_core import RunStatus, SignalDeliveryResult, SignalDeliveryStatus, StepStatus, open_store
 from flowstore_core.plugins import find_backend
-from flowstore_memory.store import MemoryStore
+from flowstore_memory.store import SharedStore
 
 _, MEMORY = find_backend("memory")
 CHECKS = {one.name: one for one in all_checks()}
@@ -50,7 +50,7 @@ async def test_passes_on_memory(check: Check) -> None:
 # Wrong stores: each reads, lets others have a turn, and then writes what it made of what it read.
 
 
-class CheckThenClaim(MemoryStore):
+class CheckThenClaim(SharedStore):
     async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
         if step_key in await self.get_claimed_step_keys(run_id):
             return await super().try_claim_step(run_id, step_key, **given)
@@ -59,7 +59,7 @@ class CheckThenClaim(MemoryStore):
         return await super().try_claim_step(run_id, step_key, **given)
 
 
-class TakeOverByTwo(MemoryStore):
+class TakeOverByTwo(SharedStore):
     async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
         now = self._now()
         claims = [one for one in await self.get_step_claims(run_id) if one.step_key == step_key]
@@ -69,7 +69,7 @@ class TakeOverByTwo(MemoryStore):
         return await super().try_claim_step(run_id, step_key, **given)
 
 
-class MaximumPlusOne(MemoryStore):
+class MaximumPlusOne(SharedStore):
     async def record_step_start(self, run_id: UUID, step_key: str, step_type: str, **given: Any) -> int:
         detail = await self.get_run_detail(run_id)
         steps = [] if detail is None else [one for one in detail.steps if one.step_key == step_key]
@@ -78,7 +78,7 @@ class MaximumPlusOne(MemoryStore):
         return started if given.get("owner") else len(steps[0].attempts) + 1 if steps else 1
 
 
-class ReadModifyWriteLatch(MemoryStore):
+class ReadModifyWriteLatch(SharedStore):
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         control = await self.get_run_control(run_id)
         await asyncio.sleep(0)
@@ -86,7 +86,7 @@ class ReadModifyWriteLatch(MemoryStore):
         return control is None or not control.cancel_requested
 
 
-class SkipLocked(MemoryStore):
+class SkipLocked(SharedStore):
     async def deliver_signal(self, run_id: UUID, signal_name: str, payload_json: str, **given: Any) -> Any:
         before = [one for one in await self.get_waiters(run_id) if one.delivered_at is None]
         await asyncio.sleep(0)
@@ -97,14 +97,14 @@ class SkipLocked(MemoryStore):
         return result
 
 
-class TornRetry(MemoryStore):
+class TornRetry(SharedStore):
     async def retry_step(self, run_id: UUID, step_key: str, **given: Any) -> None:
         await super().retry_step(run_id, step_key, **given)
         await asyncio.sleep(0)
         await self.release_dispatch(run_id, step_key)
 
 
-class TornDetail(MemoryStore):
+class TornDetail(SharedStore):
     async def get_run_detail(self, run_id: UUID) -> Any:
         run = await super().get_run_detail(run_id)
         await asyncio.sleep(0)
@@ -112,7 +112,7 @@ class TornDetail(MemoryStore):
         return run if run is None or steps is None else dataclasses.replace(run, steps=steps.steps)
 
 
-class TornPage(MemoryStore):
+class TornPage(SharedStore):
     async def get_runs_page(self, *given: Any, **named: Any) -> Any:
         page = await super().get_runs_page(*given, **named)
         await asyncio.sleep(0)
@@ -120,21 +120,22 @@ class TornPage(MemoryStore):
         return dataclasses.replace(page, total_count=later.total_count)
 
 
-class RenewingShortens(MemoryStore):
+class RenewingShortens(SharedStore):
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         renewed = await super().renew_step_claim(run_id, step_key, owner, lease)
         if renewed:
-            self._run(run_id).steps[step_key].expires_at = self._now() + lease
+            self._runs[run_id.int].steps[step_key].expires_at = self._now() + lease
         return renewed
 
 
-class DriverErrorSurfaces(MemoryStore):
+class DriverErrorSurfaces(SharedStore):
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         raise ConnectionResetError("a secret of the driver")
 
 
-def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore]) -> None:
-    monkeypatch.setattr("flowstore_memory.plugin.MemoryStore", wrong)
+def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> None:
+    for name in ("MemoryStore", "SharedStore"):
+        monkeypatch.setattr(f"flowstore_memory.plugin.{name}", wrong)
 
 
 @pytest.mark.parametrize("mode", ["tasks", "stores"])
@@ -150,7 +151,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore]) -> Non
     ],
 )
 async def test_catches_a_race(
-    monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore], theme: str, clause: str, words: str, mode: str
+    monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], theme: str, clause: str, words: str, mode: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
     result = await run(f"{theme}_by_{mode}")
@@ -189,7 +190,7 @@ async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 async def test_catches_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, wrong: type[MemoryStore], name: str, clause: str
+    monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], name: str, clause: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
     result = await run(name)
@@ -272,7 +273,7 @@ async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> N
         setup=(Call(method="start_run", arguments=given),), clients=((claims("x"),), (claims("y"),)), final=()
     )
 
-    class Suspending(MemoryStore):
+    class Suspending(SharedStore):
         async def try_claim_step(self, *given: Any, **named: Any) -> bool:
             await asyncio.sleep(0)
             return await super().try_claim_step(*given, **named)

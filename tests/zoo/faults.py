@@ -138,7 +138,7 @@ class CleanupCancelledHalfway:
     """Deletes the control records of runs, and the runs a moment later."""
 
     async def cleanup(self, **given: Any) -> int:
-        over = [run_id for run_id in self._runs if self._is_over(run_id, given["cutoff"])]
+        over = [run.run_id for run in self._runs.values() if self._is_over(run.run_id, given["cutoff"])]
         for run_id in over:
             self._space.controls.pop(run_id, None)
         await asyncio.sleep(0)

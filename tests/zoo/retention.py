@@ -59,10 +59,10 @@ class CleanupForgetsToLookAgain:
     """Collects what is over, and deletes it a moment later without looking whether it was reopened."""
 
     async def cleanup(self, **given: Any) -> int:
-        over = [run_id for run_id in self._runs if self._is_over(run_id, given["cutoff"])]
+        over = [run.run_id for run in self._runs.values() if self._is_over(run.run_id, given["cutoff"])]
         await asyncio.sleep(0)
         for run_id in over:
-            if self._runs.pop(run_id, None) is not None:
+            if self._runs.pop(run_id.int, None) is not None:
                 self._space.controls.pop(run_id, None)
                 self._delete_keys(run_id)
         return len(over) + int(await super().cleanup(**given))
@@ -85,10 +85,10 @@ class CleanupInTwoActs:
     """Deletes the steps, and the run a moment later."""
 
     async def cleanup(self, **given: Any) -> int:
-        for run_id in list(self._runs):
-            if self._is_over(run_id, given["cutoff"]):
-                self._runs[run_id].steps.clear()
-                self._runs[run_id].outputs.clear()
+        for run in self._runs.values():
+            if self._is_over(run.run_id, given["cutoff"]):
+                run.steps.clear()
+                run.outputs.clear()
         await asyncio.sleep(0)
         return int(await super().cleanup(**given))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flowstore_core import RunStatus, StepStatus
+from flowstore_memory.steps import keep_attempt
 from tests.zoo import broken
 from tests.zoo.surgery import Cut, PostgresSurgery, SqliteSurgery
 
@@ -91,7 +92,7 @@ class RetryLeavesRunning:
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
-        self._run(given["run_id"]).steps[given["step_key"]].status = StepStatus.RUNNING
+        self._runs[given["run_id"].int].steps[given["step_key"]].status = StepStatus.RUNNING
 
 
 @broken("sqlite", "STP-6")
@@ -116,10 +117,11 @@ class ResetLosesAttempts:
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
-        steps = self._run(given["run_id"]).steps
+        run = self._runs[given["run_id"].int]
         for key in given["reset"]:
-            if key in steps and steps[key].status is None:
-                steps[key].attempts.clear()
+            if key in run.steps and run.steps[key].status is None:
+                run.steps[key].attempt = 0
+                run.earlier.pop(key, None)
 
 
 @broken("memory", "STP-6")
@@ -128,12 +130,14 @@ class ResetTakesAnyStep:
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
-        steps = self._run(given["run_id"]).steps
+        run = self._runs[given["run_id"].int]
         for key in given["reset"]:
-            if key in steps and key != given["step_key"]:
-                steps[key].status = None
-                steps[key].drop_claim()
-                steps[key].drop_dispatch()
+            if key in run.steps and key != given["step_key"]:
+                step = run.steps[key]
+                keep_attempt(run, key, step, self._now())
+                step.status = None
+                step.drop_claim()
+                step.drop_dispatch()
 
 
 @broken("memory", "STP-6")
@@ -142,7 +146,7 @@ class RetryAgainDropsNewClaim:
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
-        step = self._run(given["run_id"]).steps[given["step_key"]]
+        step = self._runs[given["run_id"].int].steps[given["step_key"]]
         step.drop_claim()
         step.drop_dispatch()
 
@@ -152,9 +156,9 @@ class RetryInTwoActs:
     """Reopens the run, and the step a moment later: between the two it can be completed again."""
 
     async def retry_step(self, **given: Any) -> None:
-        run = self._run(given["run_id"])
+        run = self._runs[given["run_id"].int]
         step = run.steps.get(given["step_key"])
-        meant = step is not None and given["attempt"] in (None, len(step.attempts))
+        meant = step is not None and given["attempt"] in (None, step.attempt)
         if run.status is not RunStatus.RUNNING and meant and step.status is not None:
             run.status, run.completed_at = RunStatus.RUNNING, None
             control = self._space.controls.get(given["run_id"])

@@ -44,7 +44,7 @@ class LastTerminalStatusWins:
     """Moves a run from one terminal status to another."""
 
     async def complete_run(self, **given: Any) -> bool:
-        run = self._run(given["run_id"])
+        run = self._runs[given["run_id"].int]
         if run.status is not RunStatus.RUNNING and given["expected"] is None:
             run.status = given["status"]
         return bool(await super().complete_run(**given))
@@ -65,7 +65,7 @@ class CompleteOverlooksDispatches:
     async def complete_run(self, **given: Any) -> bool:
         statuses = await super().get_step_statuses(run_id=given["run_id"])
         if given["expected"] is not None and dict(statuses) != dict(given["expected"]):
-            self._run(given["run_id"])
+            self._runs[given["run_id"].int]
             return False
         return bool(await super().complete_run(**{**given, "expected": None}))
 
@@ -91,7 +91,7 @@ class CompletedByAll:
     """All who found the run Running are told that they completed it."""
 
     async def complete_run(self, **given: Any) -> bool:
-        found = self._run(given["run_id"]).status
+        found = self._runs[given["run_id"].int].status
         await asyncio.sleep(0)
         done = await super().complete_run(**given)
         return bool(done or (found is RunStatus.RUNNING and given["expected"] is None))
@@ -103,7 +103,7 @@ class OutputsAreLive:
 
     async def get_outputs(self, **given: Any) -> Any:
         await super().get_outputs(**given)
-        run = self._runs.get(given["run_id"])
+        run = self._runs.get(given["run_id"].int)
         return MappingProxyType({} if run is None else run.outputs)
 
 
@@ -118,7 +118,7 @@ class TerminalRunTakesClaims:
         return bool(await self._as_if_running(super().try_record_dispatch, given))
 
     async def _as_if_running(self, operation: Any, given: Any) -> Any:
-        run = self._run(given["run_id"])
+        run = self._runs[given["run_id"].int]
         status, run.status = run.status, RunStatus.RUNNING
         try:
             return await operation(**given)
@@ -131,7 +131,7 @@ class StartLooksAtRunBefore:
     """Looks whether the run is over, and starts the step a moment later, when it may be."""
 
     async def record_step_start(self, **given: Any) -> int:
-        run = self._run(given["run_id"])
+        run = self._runs[given["run_id"].int]
         found = run.status
         await asyncio.sleep(0)
         status, run.status = run.status, found
@@ -170,5 +170,5 @@ class StatusesOfNoRunRaise:
     """Raises for the statuses of an unknown run, which are empty."""
 
     async def get_step_statuses(self, **given: Any) -> Any:
-        self._run(given["run_id"])
+        self._runs[given["run_id"].int]
         return await super().get_step_statuses(**given)

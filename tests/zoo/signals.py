@@ -19,7 +19,7 @@ class RegisterDropsPayload:
 
     async def register_waiter(self, **given: Any) -> None:
         await super().register_waiter(**given)
-        waiter = self._run(given["run_id"]).waiters[given["step_key"]]
+        waiter = self._runs[given["run_id"].int].waiters[given["step_key"]]
         waiter.delivered_at = waiter.payload_json = None
 
 
@@ -55,7 +55,7 @@ class DeliveredTwice:
     """Chooses a waiter, and gives it the payload a moment later, though another may have."""
 
     async def deliver_signal(self, **given: Any) -> Any:
-        run = self._runs.get(given["run_id"])
+        run = self._runs.get(given["run_id"].int)
         waiting = (
             []
             if run is None
@@ -158,7 +158,7 @@ class NewestDeliveryNamed:
         result = await super().deliver_signal(**given)
         if result.status is not SignalDeliveryStatus.ALREADY_DELIVERED:
             return result
-        waiters = self._run(given["run_id"]).waiters.items()
+        waiters = self._runs[given["run_id"].int].waiters.items()
         _, key, waiter = max(
             (waiter.created_at, key, waiter)
             for key, waiter in waiters
@@ -172,7 +172,7 @@ class ExpiryOverridesDelivery:
     """Expires a waiter that got its payload."""
 
     async def expire_waiter(self, **given: Any) -> Any:
-        run = self._runs.get(given["run_id"])
+        run = self._runs.get(given["run_id"].int)
         waiter = None if run is None else run.waiters.get(given["step_key"])
         now = self._now()
         if waiter is not None and waiter.expires_at is not None and waiter.expires_at <= now:
@@ -223,7 +223,7 @@ class ExpiryKnowsNoDeadline:
     """Expires a waiter before its time."""
 
     async def expire_waiter(self, **given: Any) -> Any:
-        run = self._runs.get(given["run_id"])
+        run = self._runs.get(given["run_id"].int)
         waiter = None if run is None else run.waiters.get(given["step_key"])
         if waiter is not None and waiter.delivered_at is None and waiter.expired_at is None:
             waiter.expired_at = self._now()

@@ -13,6 +13,7 @@ from flowstore_core import (
     StepAlreadyCompletedError,
     StepStatus,
 )
+from flowstore_memory.steps import keep_attempt
 from tests.zoo import broken
 from tests.zoo.surgery import Cut, PostgresSurgery, SqliteSurgery
 
@@ -35,10 +36,11 @@ class OpenAttemptStaysOpen:
 
     async def record_step_start(self, **given: Any) -> int:
         number = await super().record_step_start(**given)
-        attempts = self._run(given["run_id"]).steps[given["step_key"]].attempts
-        if number > 1 and (attempts[-2].error_message or "").startswith("superseded"):
-            attempts[-2].status = StepStatus.RUNNING
-            attempts[-2].completed_at = attempts[-2].error_message = None
+        earlier = self._runs[given["run_id"].int].earlier.get(given["step_key"])
+        if earlier and (earlier[-1].error_message or "").startswith("superseded"):
+            earlier[-1] = replace(
+                earlier[-1], status=StepStatus.RUNNING, completed_at=None, error_message=None
+            )
         return int(number)
 
 
@@ -86,8 +88,10 @@ class StartLooksAtStepBefore:
         except StepAlreadyCompletedError:
             if statuses.get(given["step_key"]) in (StepStatus.SUCCEEDED, StepStatus.SKIPPED):
                 raise
-            step = self._run(given["run_id"]).steps[given["step_key"]]
-            step.status = StepStatus.RUNNING
+            run = self._runs[given["run_id"].int]
+            step = run.steps[given["step_key"]]
+            keep_attempt(run, given["step_key"], step, self._now())
+            step.status = None
             return int(await super().record_step_start(**given))
 
 
@@ -187,8 +191,8 @@ class CompletionDecidedBefore:
     """Looks which attempt is the last, and closes that which is the last a moment later."""
 
     async def record_step_complete(self, **given: Any) -> None:
-        step = self._run(given["run_id"]).steps.get(given["step_key"])
-        last = len(step.attempts) if step is not None else 0
+        step = self._runs[given["run_id"].int].steps.get(given["step_key"])
+        last = step.attempt if step is not None else 0
         await asyncio.sleep(0)
         if given["attempt"] == last and step is not None and not step.reopened:
             given["attempt"] = None
@@ -248,10 +252,10 @@ class RescheduleDispatchesTwice:
     """Said again for the attempt that it closed, it dispatches anew."""
 
     async def reschedule_step(self, **given: Any) -> None:
-        run = self._run(given["run_id"])
+        run = self._runs[given["run_id"].int]
         step = run.steps.get(given["step_key"])
-        if step is not None and step.attempts:
-            step.attempts[-1].rescheduled = False
+        if step is not None:
+            step.rescheduled = False
         await super().reschedule_step(**given)
 
 
@@ -278,7 +282,9 @@ class StalledForgetsUnstarted:
 
     async def get_stalled_steps(self, **given: Any) -> Any:
         found = await super().get_stalled_steps(**given)
-        return tuple(one for one in found if self._run(one.run_id).steps[one.step_key].status is not None)
+        return tuple(
+            one for one in found if self._runs[one.run_id.int].steps[one.step_key].status is not None
+        )
 
 
 @broken("sqlite", "STP-8")
