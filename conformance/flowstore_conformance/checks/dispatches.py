@@ -112,6 +112,10 @@ async def annotating_stores_a_job_id_and_nothing_else(bench: Bench) -> None:
     later(bench, -MINUTE)
     after = await look(bench, run_id, other)
     expect_alike(bench, after, before, "annotating what is not there makes nothing")
+    await store.try_record_dispatch(run_id, "claimed")
+    ledger = {each.step_key: each.job_id for each in await store.get_dispatches(run_id)}
+    bench.expect(ledger["claimed"], None, "the job of a dispatch that was annotated before it was recorded")
+    await store.release_dispatch(run_id, "claimed")
     for job_id in ("job 1", "job 2"):
         later(bench, MINUTE)
         await store.annotate_dispatch(run_id, "charge", job_id)
