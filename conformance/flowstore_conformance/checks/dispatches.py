@@ -76,6 +76,12 @@ async def releasing_a_dispatch_frees_that_key_alone(bench: Bench) -> None:
     fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
     dispatch = only(fresh, "the dispatch after one was released")
     has(bench, dispatch, "a dispatch after one was released is a new one", job_id=None, due_at=None)
+    due = now(bench) + HOUR
+    await store.release_dispatch(run_id, "a")
+    await store.try_record_dispatch(run_id, "a", due_at=due)
+    fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
+    dispatch = only(fresh, "the third dispatch of a key")
+    has(bench, dispatch, "a dispatch of a key that is claimed and was dispatched before", due_at=due)
 
 
 @example("CLM-3")
