@@ -1,27 +1,34 @@
 """The three backends do the same: random histories, with every answer and every read compared.
 
-The memory backend is no judge here. Where two differ, the contract says which one is wrong; what all
-three do alike is for the tests in ``contract`` to check.
+The conformance suite holds each backend against its model. Here all are held against each other, which
+shows what the model does not say: what an error carries besides its class.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
+from flowstore_conformance.agreement import LOOKS, expected_outcome
+from flowstore_conformance.calls import draw_call, draw_jump, drawable_methods
+from flowstore_conformance.drawing import FLOWS, KEYS, RandomChooser, World
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model
+from flowstore_conformance.observation import ask, what_to_ask
 
-from flowstore_core import FlowStore, FlowStoreError, open_store
+from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
 from flowstore_core.plugins import find_backend
-from tests.contract.histories import RUNS, Call, first_calls, random_call
-from tests.contract.scenes import picture
 from tests.virtual_clock import VirtualClock
 
-SEEDS = 12
-STEPS = 160
+SEEDS = 6
+CALLS = 150
+ALL = frozenset(Capability)
+RUNS = [UUID(int=number) for number in (1, 2, 3)]
 
 
 @pytest.fixture
@@ -42,23 +49,29 @@ async def stores(
         yield opened
 
 
-async def _answer(call: Awaitable[Any]) -> Any:
+async def _answer(store: FlowStore, call: Call) -> Any:
     """What a call returned, or the error with its attributes: equal answers, equal behaviour."""
     try:
-        return await call
+        return await ask(store, call)
     except FlowStoreError as error:
         return type(error), error.__dict__
 
 
-async def _agree(
-    stores: dict[str, FlowStore], history: list[Call], ask: Callable[[FlowStore], Awaitable[Any]]
-) -> Any:
-    answers = {name: await _answer(ask(store)) for name, store in stores.items()}
+async def _agree(stores: dict[str, FlowStore], history: list[Call], call: Call) -> Any:
+    answers = {name: await _answer(store, call) for name, store in stores.items()}
     first = answers["memory"]
     for name, answer in answers.items():
-        told = "\n".join(f"  {operation}(**{arguments!r})" for operation, arguments in history)
-        assert answer == first, f"memory and {name} differ after:\n{told}"
+        told = "\n".join(f"  {each.source()}" for each in history)
+        assert answer == first, f"memory and {name} differ in {call.source()} after:\n{told}"
     return first
+
+
+async def _agree_on_everything(stores: dict[str, FlowStore], history: list[Call]) -> None:
+    for run_id in RUNS:
+        for call in what_to_ask(run_id, ALL):
+            await _agree(stores, history, call)
+    for method in LOOKS:
+        await _agree(stores, history, Call(method=method))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -66,20 +79,24 @@ async def test_backends_agree_on_random_histories(
     stores: dict[str, FlowStore], clock: VirtualClock, seed: int
 ) -> None:
     rng = random.Random(seed)
+    chooser = RandomChooser(rng)
+    # The model says what is at hand to draw from; its answers are the suite's to compare.
+    model = Model(clock)
+    world = World(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
+    methods = {name: one.weight for name, one in drawable_methods(ALL).items()}
     history: list[Call] = []
-    for call in first_calls(rng):
-        history.append(call)
-        await _agree(stores, history, lambda s: s.start_run(**history[-1][1]))
     errors = 0
-    for number in range(STEPS):
-        if rng.random() < 0.4:
-            # Rarely beyond an hour, when cleanup begins to see keys without runs.
-            clock.advance(seconds=rng.choice([0.000001, 1, 5, 5, 10, 3700]))
-        history.append(random_call(rng, clock))
-        answer = await _agree(stores, history, lambda s: getattr(s, history[-1][0])(**history[-1][1]))
+    for number in range(CALLS):
+        if rng.random() < 0.3:
+            clock.now += draw_jump(chooser, world)
+        [method] = rng.choices(list(methods), list(methods.values()))
+        call = draw_call(chooser, world, "start_run" if number < 2 else method)
+        answer = await _agree(stores, history, call)
+        expected_outcome(model, call)
+        history.append(call)
         errors += isinstance(answer, tuple) and bool(answer) and isinstance(answer[0], type)
-        if number % 8 == 0:
-            await _agree(stores, history, lambda s: picture(s, *RUNS))
-    await _agree(stores, history, lambda s: picture(s, *RUNS))
+        if number % 10 == 0:
+            await _agree_on_everything(stores, history)
+    await _agree_on_everything(stores, history)
     # A history of refusals alone, or of none, would show little.
-    assert STEPS // 16 < errors < STEPS * 15 // 16
+    assert CALLS // 20 < errors < CALLS // 2

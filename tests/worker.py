@@ -124,11 +124,6 @@ async def _serve() -> None:
             say(None)
         elif command == "go":
             say(await _at_once(store, prepared))
-        elif command == "stream":
-            # One call after the other, each acknowledged as soon as it has returned.
-            (prepared,) = rest
-            for name, given in prepared:
-                say(await _answer(getattr(store, name)(**given)))
         elif command == "close":
             await opened.__aexit__(None, None, None)
             opened = store = None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo
 
 import pytest
+from flowstore_conformance.checks.operations import HOSTILE, OPERATIONS, hostile_arguments, legal_arguments
 
 from flowstore_core import (
     Capability,
+    FlowStore,
     InvalidArgumentError,
     NotSupportedError,
     RunStatus,
@@ -23,10 +27,18 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.store import CAPABILITY_METHODS
-from tests.contract.operations import OPERATIONS, hostile_arguments, legal_arguments
 from tests.core.conftest import RECORDING, Install
 
 EXTENSIONS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
+
+
+def test_checked_the_table_of_operations_is_complete() -> None:
+    found = {
+        name: list(inspect.signature(member).parameters)[1:]
+        for name, member in inspect.getmembers(FlowStore, inspect.isfunction)
+        if not name.startswith("_") and name not in ("ping", "aclose")
+    }
+    assert found == {name: list(kinds) for name, kinds in OPERATIONS.items()}
 
 
 def test_checked_every_extension_has_its_capability() -> None:
@@ -85,6 +97,62 @@ async def test_checked_a_backend_gets_normalised_arguments(install: Install) -> 
     )
 
 
+async def test_checked_a_backend_gets_plain_values(install: Install) -> None:
+    class Key(str):
+        __slots__ = ()
+
+    class Id(UUID):
+        pass
+
+    install("mine", RECORDING)
+    async with open_store("mine://x") as store:
+        await store.start_run(Id(int=1), Key("orders"), Id(int=2), Key("manual"), trigger_data=Key("data"))
+    ((_, _, given),) = importlib.import_module("plugin_of_mine").calls
+    assert (given["run_id"], given["flow_name"], given["trigger_data"]) == (UUID(int=2), "orders", "data")
+    assert {type(value) for value in given.values()} == {UUID, str, type(None)}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        # Twice in the night when the clocks are set back, and never when they are set forward.
+        (datetime(2026, 10, 25, 2, 30, fold=0, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 10, 25, 0, 30)),
+        (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 10, 25, 1, 30)),
+        (datetime(2026, 3, 29, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 3, 29, 0, 30)),
+        (datetime(2026, 7, 14, 1, 2, 3, 4, ZoneInfo("America/St_Johns")), (2026, 7, 14, 3, 32, 3, 4)),
+        (
+            datetime(2026, 7, 14, tzinfo=timezone(timedelta(microseconds=7))),
+            (2026, 7, 13, 23, 59, 59, 999993),
+        ),
+        # The zone's own calendar may lie beyond the limits.
+        (datetime(9999, 12, 30, 14, tzinfo=timezone(timedelta(hours=14))), (9999, 12, 30)),
+        (datetime(1, 1, 1, 12, tzinfo=timezone(timedelta(hours=-12))), (1, 1, 2)),
+    ],
+    ids=str,
+)
+async def test_checked_a_backend_gets_datetimes_in_utc(
+    install: Install, given: datetime, wanted: tuple[int, ...]
+) -> None:
+    install("mine", RECORDING)
+    async with open_store("mine://x", clock=lambda: given) as store:
+        await store.try_record_dispatch(uuid4(), "a", due_at=given)
+    plugin = importlib.import_module("plugin_of_mine")
+    for got in (plugin.calls[0][2]["due_at"], plugin.opened[0].clock()):
+        assert (got, got.tzinfo, type(got)) == (datetime(*wanted, tzinfo=UTC), UTC, datetime)  # type: ignore[misc, arg-type]
+
+
+async def test_checked_a_message_never_shows_the_value(install: Install) -> None:
+    install("mine", RECORDING)
+    secret = "hunter2"
+    async with open_store("mine://x") as store:
+        for bad in ({"job_id": secret * 200}, {"trigger_data": secret + "\0"}, {"flow_name": secret * 40}):
+            with pytest.raises(InvalidArgumentError) as caught:
+                await store.start_run(**{**legal_arguments("start_run"), **bad})
+            assert secret not in f"{caught.value} {caught.value!r} {caught.value.__dict__}"
+            assert caught.value.argument in str(caught.value)
+            assert caught.value.limit in str(caught.value)
+
+
 async def test_checked_the_clock_a_backend_gets_is_checked(install: Install) -> None:
     readings: list[Any] = [
         datetime(2026, 3, 14, 14, tzinfo=timezone(timedelta(hours=2))),
@@ -108,7 +176,7 @@ async def test_checked_argument_then_closed_then_not_supported(install: Install,
     install("mine", code)
     legal = legal_arguments(operation)
     legal.pop("lease", None) if operation == "try_claim_step" else None
-    name, hostile = hostile_arguments(operation)[0]
+    name, hostile = next(hostile_arguments(operation, HOSTILE))
     if operation == "try_claim_step":
         hostile.pop("lease")
     async with open_store("mine://x") as store:

@@ -119,19 +119,63 @@ async def a_clock_is_honoured_or_refused(bench: Bench) -> None:
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def without_a_clock_the_stores_own_is_used(bench: Bench) -> None:
-    """Its timestamps are of today, in the order of what happened."""
+    """Its timestamps are of today, in the order of what happened, and it knows what is over by now."""
     before = datetime.now(UTC)
     async with bench.backend.scratch(bench.base_url) as url, open_store(url) as store:
         run = await store.start_run(FLOW, "orders", new_id(bench), "manual")
         await store.record_skipped_step(run.run_id, "charge", "http")
         await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
         detail = there(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
+        await _hold_against_its_own_clock(bench, store)
     step = only(detail.steps, "the step of a run that has one")
     stamps = [detail.started_at, step.started_at, step.completed_at, detail.completed_at]
     # No limit that a slow machine or a server's clock could pass.
     limits = [before - DAY, *stamps, datetime.now(UTC) + DAY]
     rising = all(a is not None and b is not None and a <= b for a, b in pairwise(limits))
     bench.expect_that(rising, f"the store's own clock is about right and does not step back: got {stamps}")
+
+
+async def _hold_against_its_own_clock(bench: Bench, store: FlowStore) -> None:
+    """What was due two days ago and what is due in two: no clock is wrong by so much."""
+    past, future = datetime.now(UTC) - 2 * DAY, datetime.now(UTC) + 2 * DAY
+    run_id = new_id(bench)
+    await store.start_run(FLOW, "orders", run_id, "manual")
+    if Capability.LEASES in bench.capabilities:
+        leased: dict[str, Any] = {"owner": "me", "lease": DAY}
+        bench.expect(await store.try_claim_step(run_id, "leased", **leased), True, "claiming with a lease")
+        answer = await store.try_claim_step(run_id, "leased", owner="other", lease=DAY)
+        bench.expect(answer, False, "claiming what another has leased for a day")
+        bench.expect(await store.renew_step_claim(run_id, "leased", "me", 2 * DAY), True, "renewing a lease")
+        claim = only(await store.get_step_claims(run_id), "the claim")
+        end = there(claim.expires_at, "expires_at of a leased claim")
+        bench.expect_that(end - claim.claimed_at >= 2 * DAY, "a lease ends as long from now as was asked")
+        bench.expect(await store.get_claimed_step_keys(run_id), {"leased"}, "the keys that are claimed")
+        number = await store.record_step_start(run_id, "leased", "http", owner="me")
+        bench.expect(number, 1, "starting under a live claim")
+    for key, at in (("past", past), ("future", future)):
+        await store.try_record_dispatch(run_id, key, due_at=at)
+        await store.register_waiter(run_id, key, key, expires_at=at)
+        if Capability.WAITERS in bench.capabilities:
+            waiter = there(await store.expire_waiter(run_id, key), "the waiter")
+            sentence = f"expiring a waiter whose expires_at lies in the {key}: it expired"
+            bench.expect(waiter.expired_at is not None, key == "past", sentence)
+    if Capability.RECOVERY in bench.capabilities:
+        stalled = [step.step_key for step in await store.get_stalled_steps()]
+        bench.expect(stalled, ["past"], "the steps that are stalled by the store's own clock")
+    if Capability.DASHBOARD in bench.capabilities:
+        active = (await store.get_statistics()).active_runs
+        bench.expect(active, 1, "the active runs by the store's own clock")
+    for timeout_at, listed in ((future, []), (past, [run_id])):
+        await store.configure_run(run_id, FLOW, "manual", timeout_at=timeout_at)
+        if Capability.DEADLINES in bench.capabilities:
+            found = [run.run_id for run in await store.get_runs_to_stop()]
+            bench.expect(found, listed, "the runs to stop by the store's own clock")
+    orphan = new_id(bench)
+    await store.try_register_idempotency_key(FLOW, "manual", "key", orphan)
+    bench.expect(await store.cleanup(past), 0, "a cleanup of what was over two days ago")
+    bench.expect(await store.cleanup(future), 1, "a cleanup of all but the Running run")
+    found_id = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
+    bench.expect(found_id, orphan, "a key that is younger than an hour by the store's own clock")
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
@@ -154,6 +198,18 @@ async def a_closed_store_says_so(bench: Bench) -> None:
         run_id = await start(bench)
         status = await bench.store.get_run_status(run_id)
         bench.expect(status, RunStatus.RUNNING, "closing one store leaves the others open")
+        closing = await another(bench)
+        keys = [f"step {number}" for number in range(12)]
+        calls = [asyncio.ensure_future(told(closing.try_claim_step(run_id, key, owner="me"))) for key in keys]
+        await asyncio.sleep(0)
+        await closing.aclose()
+        claimed = await bench.store.get_claimed_step_keys(run_id)
+        for key, answer in zip(keys, await asyncio.gather(*calls), strict=True):
+            held = answer is True and key in claimed
+            sentence = (
+                f"a call under way while its store closes ends with its answer, or as if closed: {answer}"
+            )
+            bench.expect_that(held or answer == f"<{StoreClosedError.__name__} raised>", sentence)
 
 
 async def _expect_closed(bench: Bench, store: FlowStore) -> None:

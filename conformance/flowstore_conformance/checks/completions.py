@@ -215,6 +215,11 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(bench: Bench) -> None
     for status in STEP_ENDS:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(bench, run_id, status, status)
+    # Like the skip in everything but its status.
+    for status in (StepStatus.SUCCEEDED, StepStatus.FAILED):
+        await store.try_claim_step(run_id, f"like {status}", owner="me")
+        await store.record_step_start(run_id, f"like {status}", "http", owner="me")
+        await store.record_step_complete(run_id, f"like {status}", status, error_message="reason")
     before = await look(bench, run_id)
     later(bench, SECOND)
     for key, reason in (("a", "reason"), ("b", None)):
@@ -228,6 +233,8 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(bench: Bench) -> None
         ("b", "", "me"),
         ("nobody's", "not needed", None),
         ("nobody's", "not needed", "me"),
+        ("like Succeeded", "reason", "me"),
+        ("like Failed", "reason", "me"),
         *((status.value, None, owner) for status in STEP_ENDS for owner in (None, "other")),
     ]
     for key, reason, owner in refused:

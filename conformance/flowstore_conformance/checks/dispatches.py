@@ -1,15 +1,21 @@
-"""CLM-1, CLM-3 and CLM-7 for the dispatch ledger."""
+"""CLM-1, CLM-3 and CLM-7 for the dispatch ledger; and what is given back of claims and dispatches (CON-4)."""
 
 from __future__ import annotations
 
+import asyncio
+from uuid import UUID
+
+from flowstore_conformance import observation
 from flowstore_conformance.bench import Bench
 from flowstore_conformance.checks.examples import example
+from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.checks.scenes import (
     DAY,
     HOUR,
     MINUTE,
     SECOND,
     STEP_ENDS,
+    another,
     expect_alike,
     has,
     later,
@@ -70,6 +76,12 @@ async def releasing_a_dispatch_frees_that_key_alone(bench: Bench) -> None:
     fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
     dispatch = only(fresh, "the dispatch after one was released")
     has(bench, dispatch, "a dispatch after one was released is a new one", job_id=None, due_at=None)
+    due = now(bench) + HOUR
+    await store.release_dispatch(run_id, "a")
+    await store.try_record_dispatch(run_id, "a", due_at=due)
+    fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
+    dispatch = only(fresh, "the third dispatch of a key")
+    has(bench, dispatch, "a dispatch of a key that is claimed and was dispatched before", due_at=due)
 
 
 @example("CLM-3")
@@ -112,6 +124,10 @@ async def annotating_stores_a_job_id_and_nothing_else(bench: Bench) -> None:
     later(bench, -MINUTE)
     after = await look(bench, run_id, other)
     expect_alike(bench, after, before, "annotating what is not there makes nothing")
+    await store.try_record_dispatch(run_id, "claimed")
+    ledger = {each.step_key: each.job_id for each in await store.get_dispatches(run_id)}
+    bench.expect(ledger["claimed"], None, "the job of a dispatch that was annotated before it was recorded")
+    await store.release_dispatch(run_id, "claimed")
     for job_id in ("job 1", "job 2"):
         later(bench, MINUTE)
         await store.annotate_dispatch(run_id, "charge", job_id)
@@ -124,3 +140,54 @@ async def annotating_stores_a_job_id_and_nothing_else(bench: Bench) -> None:
     for record in (step, step.attempts[0]):
         bench.expect(record.job_id, "of the attempt", "an attempt's job is its own")
     bench.expect((await the_run(bench, run_id)).job_id, None, "the run's job is its own")
+
+
+# CON-4
+
+
+@check("CON-4", kind=Kind.CANCELLATION)
+async def what_a_cancelled_call_gives_back_is_never_anothers(bench: Bench) -> None:
+    """Of many that ask for one key, most cancelled meanwhile, whoever was told True holds it at the end."""
+    stores = [bench.store, await another(bench)]
+    run_id = await start(bench)
+    for turn in range(bench.profile.of(2, 4, 20)):
+        for ask, read in (
+            ("try_claim_step", "get_claimed_step_keys"),
+            ("try_record_dispatch", "get_dispatched_step_keys"),
+        ):
+            keys = [f"{turn} {number:02}" for number in range(8)] * 4
+            bench.random.shuffle(keys)
+            tasks = [
+                asyncio.ensure_future(told(getattr(stores[number % 2], ask)(run_id, key)))
+                for number, key in enumerate(keys)
+            ]
+            await asyncio.gather(*(_cancel_some(bench, task) for task in tasks))
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+            won = sorted(key for key, answer in zip(keys, answers, strict=True) if answer is True)
+            bench.expect(won, sorted(set(won)), f"the winners of {ask} beside calls that were cancelled")
+            # Where one was told of an error, the key may be held or not.
+            doubtful = {key for key, answer in zip(keys, answers, strict=True) if isinstance(answer, str)}
+            left = await _left(bench, read, run_id, set(keys) - doubtful, set(won) - doubtful)
+            sentence = f"{read}, of the keys that several asked for, once cancelled calls have given back"
+            bench.expect(left, set(won) - doubtful, sentence)
+
+
+async def _cancel_some(bench: Bench, task: asyncio.Future[object]) -> None:
+    """Three of four, at different turns of the event loop, the first ones often before they begin."""
+    turns = bench.random.choice((0, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
+    if bench.random.random() < 0.25:
+        return
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+
+
+async def _left(bench: Bench, read: str, run_id: UUID, asked: set[str], wanted: set[str]) -> set[str]:
+    """Which of the keys are held, as soon as it is as wanted; bounded."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + observation.PATIENCE_SECONDS
+    while True:
+        held: frozenset[str] = await getattr(bench.store, read)(run_id)
+        if held & asked == wanted or loop.time() > deadline:
+            return set(held & asked)
+        await asyncio.sleep(0.01)

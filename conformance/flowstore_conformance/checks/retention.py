@@ -227,7 +227,7 @@ async def running_runs_are_never_touched(bench: Bench) -> None:
 async def more_runs_than_any_batch_go_in_one_cleanup(bench: Bench) -> None:
     """However many batches it takes, one call deletes every run that is over and counts each once."""
     store = bench.store
-    count = bench.profile.of(20, 105, 2500)
+    count = bench.profile.of(20, 605, 2500)
     runs = [new_id(bench) for _ in range(count + 5)]
 
     async def run(number: int) -> None:
@@ -245,29 +245,45 @@ async def more_runs_than_any_batch_go_in_one_cleanup(bench: Bench) -> None:
 @check("RET-4", needs=[Capability.VIRTUAL_CLOCK])
 async def old_keys_and_controls_without_run_go(bench: Bench) -> None:
     """Once they are older than the cutoff and at least an hour old; they are not counted."""
-    store, never, stored = bench.store, new_id(bench), new_id(bench)
-    for run_id in (never, stored):
+    store, stored, never = bench.store, new_id(bench), [new_id(bench) for _ in range(3)]
+    for run_id in (*never, stored):
         await store.try_register_idempotency_key(FLOW, "manual", str(run_id), run_id)
         await store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
     made = now(bench)
     later(bench, HOUR - TICK)
     await start(bench, run_id=stored)
     rest = await look_at(bench, stored)
-    for how, cutoff, stays in (
-        ("a microsecond before they are an hour old", made + DAY, True),
-        ("an hour old, not older than the cutoff", made, True),
-        ("an hour old and older than the cutoff", made + TICK, False),
+    for passed, how, cutoff, stays in (
+        (0 * TICK, "a microsecond before they are an hour old", made + DAY, True),
+        (TICK, "an hour old, not older than the cutoff", made, True),
+        (0 * TICK, "an hour old and older than the cutoff", made + TICK, False),
     ):
+        later(bench, passed)
         bench.expect(await told(store.cleanup(cutoff)), 0, "keys and controls without run are not counted")
-        found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(never))
-        bench.expect(found, never if stays else None, f"a key whose run never started, {how}")
-        control = await store.get_run_control(never)
-        bench.expect(control is not None, stays, f"a control record whose run never started is there, {how}")
-        later(bench, TICK)
+        for run_id in never:
+            found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(run_id))
+            bench.expect(found, run_id if stays else None, f"a key whose run never started, {how}")
+            control = await store.get_run_control(run_id)
+            sentence = f"a control record whose run never started is there, {how}"
+            bench.expect(control is not None, stays, sentence)
     found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(stored))
     bench.expect(found, stored, "an old key of a stored run stays")
     sentence = "an old control record of a stored run stays"
     expect_alike(bench, await look_at(bench, stored), rest, sentence)
+    # Each key of one run has an age of its own.
+    both = {"old": None, "young": never[0]}
+    for key in both:
+        await store.try_register_idempotency_key(FLOW, "manual", key, never[0])
+        later(bench, 2 * HOUR)
+    later(bench, -2 * HOUR)
+    for passed, left in ((0 * HOUR, both), (2 * HOUR, dict.fromkeys(both)), (HOUR, dict.fromkeys(both))):
+        later(bench, passed)
+        await store.cleanup(now(bench))
+        for key, run in left.items():
+            found = await store.find_run_id_by_idempotency_key(FLOW, "manual", key)
+            bench.expect(found, run, f"the {key} one of two keys of a run that never started")
+    answer = await told(store.try_register_idempotency_key(FLOW, "manual", "young", new_id(bench)))
+    bench.expect(answer, True, "registering a key that was swept for another run")
 
 
 @check("RET-4")

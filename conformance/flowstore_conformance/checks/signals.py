@@ -236,6 +236,14 @@ async def with_nobody_left_the_oldest_delivered_is_named(bench: Bench) -> None:
     expect_alike(bench, await look(bench, run_id), before, "a late delivery changes nothing")
     other = await store.deliver_signal(run_id, "stop", "{}")
     bench.expect(other, NOBODY, "a signal that nobody waits for is NOT_FOUND")
+    if bench.clock is not None:
+        keys = [f"{key} of one age" for key in KEYS]
+        for key in keys:
+            await store.register_waiter(run_id, key, "of one age")
+        for payload in (*keys, "late"):
+            late = await store.deliver_signal(run_id, "of one age", payload)
+        named = {"status": ALREADY, "step_key": min(keys)}
+        has(bench, late, "a late delivery among delivered waiters of one age names the first by key", **named)
     await store.register_waiter(run_id, "d", "go")
     result = await store.deliver_signal(run_id, "go", "four")
     bench.expect((result.status, result.step_key), (DELIVERED, "d"), "a delivery once another waits")
