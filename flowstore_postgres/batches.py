@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Row = tuple[Any, ...]
 
 LONGEST_LANES = 2
+WATCH_SECONDS = 1.0
 
 # A plan made while the tables were small must not be kept as they grow: with these, rows are found by
 # key, one after another, in the order in which they are asked for. That plan is right for any number of
@@ -54,6 +55,9 @@ class Batched:
     statement: str
     read: Callable[[Sequence[Row], Any], Sequence[Any]] = read_nothing
     """Turns the statement's row into the answers to the rows, in their order."""
+    alone: str | None = None
+    """A plainer statement for a call that goes alone: the columns as they are, from $3 on. Where it gives
+    a row, ``found`` turns that into the answer; where it gives none, it did nothing."""
     find: str | None = None
     """A SELECT of the key and the token, to find what a call has written whose acknowledgement was lost.
     None where saying it again gives the true answer by itself."""
@@ -75,6 +79,19 @@ def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return None if values[0] is None and values.count(None) == len(values) else values
 
 
+class _Lane:
+    """A connection on its way with batches."""
+
+    __slots__ = ("connection", "prepared", "since")
+
+    def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
+        self.connection = connection
+        self.prepared = prepared
+        """The statements made ready on it; None where it is not kept."""
+        self.since = 0.0
+        """When it was sent the statement that it is at."""
+
+
 class Batches:
     """The batched statements of one store, and the connections held for them."""
 
@@ -84,7 +101,9 @@ class Batches:
         # With a single connection every other call needs it as well.
         self._hold = pool_size > 1
         self._by_key = not pgbouncer
-        self._held: list[Connection] = []
+        self._free: list[_Lane] = []
+        self._sending: set[_Lane] = set()
+        self._watcher: asyncio.TimerHandle | None = None
         self._patience = patience
         self._batcher: Batcher | None = None
         self._methods: dict[Batched, Method[Row, Any]] = {}
@@ -122,7 +141,8 @@ class Batches:
 
         async def attempt() -> None:
             nonlocal left
-            connection = await self._take()
+            lane = await self._take()
+            connection = lane.connection
             try:
                 if lost:
                     if batched.find is not None:
@@ -133,13 +153,13 @@ class Batches:
                             left = await self._find(connection, batched, rows, left, answers)
                     lost.clear()
                 if left:
-                    found = await self._send(connection, batched, [rows[n] for n in left], lost)
+                    found = await self._send(lane, batched, [rows[n] for n in left], lost)
                     answers.update(zip(left, found, strict=True))
             except asyncio.CancelledError:
                 database.drop(connection)
                 raise
             finally:
-                await self._put(connection)
+                await self._put(lane)
 
         try:
             await database.retrying(attempt)
@@ -175,23 +195,27 @@ class Batches:
         return missing
 
     async def _send(
-        self, connection: Connection, batched: Batched, rows: Sequence[Row], lost: list[Lost]
+        self, lane: _Lane, batched: Batched, rows: Sequence[Row], lost: list[Lost]
     ) -> Sequence[Any]:
         database = self._database
+        connection = lane.connection
         # Taken now: a connection that breaks forgets it.
         peer = connection.peer
         sent, not_after = database.not_after(peer)
         try:
-            found = await connection.fetchrow(
-                database.sql(batched.statement),
-                not_after,
-                database.now(),
-                *map(_column, zip(*rows, strict=True)),
-                timeout=database.client_timeout,
-            )
+            if batched.alone is not None and len(rows) == 1:
+                found = await self._ask(lane, batched.alone, not_after, database.now(), *rows[0])
+                if found is not None:
+                    return [batched.found(found)]
+            columns = map(_column, zip(*rows, strict=True))
+            found = await self._ask(lane, batched.statement, not_after, database.now(), *columns)
         except LOST as error:
             database.drop(connection)
             lost.append(database.lost(peer, sent))
+            raise Retry(describe(error)) from None
+        except asyncpg.InvalidCachedStatementError as error:
+            # The tables were changed under it; a new connection prepares anew.
+            database.drop(connection)
             raise Retry(describe(error)) from None
         except asyncpg.PostgresError as error:
             if len(rows) > 1 and error.sqlstate not in ROLLED_BACK:
@@ -204,34 +228,68 @@ class Batches:
             raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
         return batched.read(rows, found)
 
-    async def _take(self) -> Connection:
-        while self._held:
-            connection = self._held.pop()
-            if self._database.is_usable(connection):
-                return connection
-            await self._database.release(connection)
-        connection = await self._database.acquire()
-        if self._hold and self._by_key:
-            try:
-                await connection.execute(BY_KEY, timeout=self._database.client_timeout)
-            except LOST as error:
-                self._database.drop(connection)
-                await self._database.release(connection)
-                raise Retry(describe(error)) from None
-        return connection
+    async def _ask(self, lane: _Lane, statement: str, *arguments: object) -> Any:
+        """The first row, or None."""
+        loop = asyncio.get_running_loop()
+        lane.since = loop.time()
+        self._sending.add(lane)
+        if self._watcher is None:
+            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
+        try:
+            if lane.prepared is None:
+                return await lane.connection.fetchrow(self._database.sql(statement), *arguments)
+            ready = lane.prepared.get(statement)
+            if ready is None:
+                ready = await lane.connection.prepare(self._database.sql(statement))
+                lane.prepared[statement] = ready
+            return await ready.fetchrow(*arguments)
+        finally:
+            self._sending.discard(lane)
 
-    async def _put(self, connection: Connection) -> None:
-        if self._hold and self._database.is_usable(connection):
-            self._held.append(connection)
-        else:
+    def _watch(self) -> None:
+        """Drop the connections whose server has gone silent.
+
+        One look for all in a while: a time-out of each call's own costs a good part of its sending.
+        """
+        loop = asyncio.get_running_loop()
+        self._watcher = None
+        for lane in self._sending:
+            if loop.time() > lane.since + self._database.client_timeout:
+                self._database.drop(lane.connection)
+        if self._sending:
+            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
+
+    async def _take(self) -> _Lane:
+        while self._free:
+            lane = self._free.pop()
+            if self._database.is_usable(lane.connection):
+                return lane
+            await self._database.release(lane.connection)
+        connection = await self._database.acquire()
+        if not (self._hold and self._by_key):
+            return _Lane(connection, None)
+        try:
+            await connection.execute(BY_KEY, timeout=self._database.client_timeout)
+        except LOST as error:
+            self._database.drop(connection)
             await self._database.release(connection)
+            raise Retry(describe(error)) from None
+        return _Lane(connection, {})
+
+    async def _put(self, lane: _Lane) -> None:
+        if self._hold and self._database.is_usable(lane.connection):
+            self._free.append(lane)
+        else:
+            await self._database.release(lane.connection)
 
     async def aclose(self, seconds: float) -> None:
         """Answer every call that was taken, wait for what is given back, let the connections go."""
         if self._batcher is not None:
             await self._batcher.drain(seconds)
-        while self._held:
-            connection = self._held.pop()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        while self._free:
+            connection = self._free.pop().connection
             if self._by_key:
                 # What it was set to must not leak into the pool.
                 self._database.drop(connection)

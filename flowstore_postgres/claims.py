@@ -21,11 +21,28 @@ from flowstore_postgres.database import Database
 
 log = logging.getLogger("flowstore_postgres")
 
+# PostgreSQL re-reads a conflicting row after waiting for it, so of many claimants exactly one sees it
+# free; the others write nothing. The owner of a live claim gets its own row back unchanged.
+TAKE_CLAIM = """
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    claim_token = excluded.claim_token,
+    claim_owned = excluded.claim_owned,
+    claimed_at = CASE WHEN s.claim_token = excluded.claim_token
+                       AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
+                      THEN s.claimed_at ELSE excluded.claimed_at END,
+    claim_expires_at = CASE WHEN s.claim_token = excluded.claim_token
+                             AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
+                            THEN s.claim_expires_at ELSE excluded.claim_expires_at END,
+    started_owner = CASE WHEN s.claim_token = excluded.claim_token
+                          AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
+                         THEN s.started_owner END
+WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
+  AND (s.claimed_at IS NULL OR s.claim_expires_at <= excluded.claimed_at
+       OR s.claim_token = excluded.claim_token)
+"""
 # The runs are locked against completion and cleanup (SHARE: claims of one run do not wait for each
-# other), then one upsert decides, row by row in the order of the keys. PostgreSQL re-reads a conflicting
-# row after waiting for it, so of many claimants exactly one sees it free; the others write nothing. The
-# owner of a live claim gets its own row back unchanged. What was lost before the statement began is not
-# tried: lost_to says to which owner, '' if no owner can win.
+# other), then one upsert decides, row by row in the order of the keys. What was lost before the
+# statement began is not tried: lost_to says to which owner, '' if no owner can win.
 TRY_CLAIM_STEP = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
@@ -45,28 +62,25 @@ WITH guard AS MATERIALIZED (
     SELECT run_id, step_key, token, owned, now,
            CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END
     FROM guard, asked WHERE open AND lost_to IS NULL
-    ON CONFLICT (run_id, step_key) DO UPDATE SET
-        claim_token = excluded.claim_token,
-        claim_owned = excluded.claim_owned,
-        claimed_at = CASE WHEN s.claim_token = excluded.claim_token
-                           AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
-                          THEN s.claimed_at ELSE excluded.claimed_at END,
-        claim_expires_at = CASE WHEN s.claim_token = excluded.claim_token
-                                 AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
-                                THEN s.claim_expires_at ELSE excluded.claim_expires_at END,
-        started_owner = CASE WHEN s.claim_token = excluded.claim_token
-                              AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
-                             THEN s.started_owner END
-    WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
-      AND (s.claimed_at IS NULL OR s.claim_expires_at <= excluded.claimed_at
-           OR s.claim_token = excluded.claim_token)
+    {take}
     RETURNING run_id, step_key
 )
 SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open,
        (SELECT array_agg(lost_to ORDER BY n) FROM asked) AS lost_to,
        (SELECT array_agg(run_id) FROM won) AS run_ids, (SELECT array_agg(step_key) FROM won) AS step_keys
 FROM guard
-"""
+""".replace("{take}", TAKE_CLAIM)
+# The same for a claim that goes alone, as plain as can be. No row: it was not won, and why is for the above.
+TRY_CLAIM_STEP_ALONE = """
+INSERT INTO {schema}.steps AS s (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
+SELECT $3, $4, $5, $6, now,
+       CASE WHEN $7::interval IS NULL THEN NULL WHEN now < {latest} - $7 THEN now + $7 ELSE {latest} END
+FROM (SELECT coalesce($2, clock_timestamp()) AS now FROM {schema}.runs
+      WHERE run_id = $3 AND status = 'Running' FOR SHARE) run
+WHERE clock_timestamp() < $1
+{take}
+RETURNING true AS won
+""".replace("{take}", TAKE_CLAIM)
 FIND_CLAIM = """
 SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_token = $3 AND NOT claim_owned
 """
@@ -232,6 +246,7 @@ def _read_renewals(rows: Sequence[Row], found: Any) -> list[bool]:
 CLAIM = Batched(
     operation="try_claim_step",
     statement=TRY_CLAIM_STEP,
+    alone=TRY_CLAIM_STEP_ALONE,
     read=_read_claims,
     find=FIND_CLAIM,
     found=lambda row: WON,

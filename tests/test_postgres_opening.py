@@ -160,7 +160,7 @@ async def test_pgbouncer_mode_needs_no_session_state(fresh: str) -> None:
 
 
 async def test_a_pool_without_a_free_connection_says_so(fresh: str) -> None:
-    async with open_store(fresh, pool_size=1, acquire_timeout=0.05) as store:
+    async with open_store(fresh, pool_size=1, acquire_timeout=0.5) as store:
         run = new_run_id()
         await store.start_run(run, "f", run, "t")
         locker = asyncio.Event()
