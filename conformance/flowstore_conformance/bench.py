@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,9 +10,18 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from flowstore_conformance.history import History, comparable, literal
+from flowstore_conformance.difference import brief, expected_and_got, plain
+from flowstore_conformance.history import History, comparable
 from flowstore_conformance.linearizability import Verdict
-from flowstore_core import Backend, Capability, FlowStore, FlowStoreError, open_store
+from flowstore_core import (
+    Backend,
+    Capability,
+    ConfigurationError,
+    FlowStore,
+    FlowStoreError,
+    StoreUnavailableError,
+    open_store,
+)
 
 T = TypeVar("T")
 
@@ -55,6 +63,15 @@ class Violation(Exception):  # noqa: N818 - a finding about the store, not an er
 class Inconclusive(Exception):  # noqa: N818
     """The check could not look closely enough: too little overlapped, or a budget ran out."""
 
+    def __init__(self, message: str, *, by_chance: bool = True) -> None:
+        super().__init__(message)
+        self.by_chance = by_chance
+        """Whether more work, with another seed, may show more; the suite then tries again."""
+
+
+class Unsupported(Exception):  # noqa: N818
+    """The check cannot be made on this backend, and nothing in the contract says that it must be possible."""
+
 
 class VirtualClock:
     """A clock that stands still until a check moves it."""
@@ -86,26 +103,40 @@ class Bench:
     clock: VirtualClock | None
     """None where the backend has no VIRTUAL_CLOCK."""
     random: random.Random
+    patience: float = 1.0
+    """By how much longer than usual to go on, before a check is inconclusive."""
     exercised: int = 0
     """How often the promise was put to the test; reported with the result."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def open(self, **options: Any) -> FlowStore:
-        """A further store on the same namespace and clock, as another worker would open it."""
+        """A further store on the same namespace and clock, as another worker would open it.
+
+        Raises Unsupported where the backend lets one store in at a time, as one may that several
+        processes cannot use; Violation where they can.
+        """
         if self.clock is not None:
             options.setdefault("clock", self.clock)
-        return await self._stack.enter_async_context(open_store(self.url, **options))
+        try:
+            return await self._stack.enter_async_context(open_store(self.url, **options))
+        except (ConfigurationError, StoreUnavailableError) as error:
+            told = f"a second store on the namespace is refused: {type(error).__name__}: {error}"
+            if Capability.MULTI_PROCESS in self.capabilities:
+                raise Violation(f"{told}; yet MULTI_PROCESS is declared", clause="CON-6") from error
+            raise Unsupported(told) from error
 
-    async def open_many(self, count: int) -> list[FlowStore]:
-        """Several stores, opened at the same time."""
-        return list(await asyncio.gather(*(self.open() for _ in range(count))))
+    async def workers(self, count: int) -> list[FlowStore]:
+        """So many stores, the bench's own the first; it alone where the backend lets one in at a time."""
+        try:
+            return [self.store, *[await self.open() for _ in range(count - 1)]]
+        except Unsupported:
+            return [self.store]
 
     @asynccontextmanager
     async def fresh(self) -> AsyncIterator[Bench]:
         """A bench on another fresh namespace, for one example of many. Counts on this bench."""
-        async with make_bench(
-            self.base_url, self.backend, self.profile, self.random.getrandbits(64)
-        ) as another:
+        seed = self.random.getrandbits(64)
+        async with make_bench(self.base_url, self.backend, self.profile, seed, self.patience) as another:
             yield another
         self.exercised += max(another.exercised, 1)
 
@@ -121,7 +152,7 @@ class Bench:
         self.exercised += 1
         got, want = comparable(actual, times=self.times), comparable(wanted, times=self.times)
         if got != want:
-            raise Violation(f"{sentence}: expected {_short(wanted)}, got {_short(actual)}")
+            raise Violation(f"{sentence}: {expected_and_got(want, got)}")
 
     def expect_that(self, condition: object, sentence: str) -> None:
         """Count a condition; Violation with the sentence when it does not hold."""
@@ -145,16 +176,13 @@ class Bench:
         except Exception as raised:
             message = f"{sentence}: expected {error.__name__}, got {type(raised).__name__}"
             raise Violation(message, clause="CON-2") from raised
-        raise Violation(f"{sentence}: expected {error.__name__}, got {_short(value)}")
-
-
-def _short(value: object) -> str:
-    text = literal(value)
-    return text if len(text) <= 500 else f"{text[:500]}..."
+        raise Violation(f"{sentence}: expected {error.__name__}, got {brief(plain(comparable(value)))}")
 
 
 @asynccontextmanager
-async def make_bench(base_url: str, backend: Backend, profile: Profile, seed: int) -> AsyncIterator[Bench]:
+async def make_bench(
+    base_url: str, backend: Backend, profile: Profile, seed: int, patience: float = 1.0
+) -> AsyncIterator[Bench]:
     """A bench on a namespace that the backend makes afresh, and drops at the end."""
     clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
     async with backend.scratch(base_url) as url, AsyncExitStack() as stack:
@@ -169,5 +197,6 @@ async def make_bench(base_url: str, backend: Backend, profile: Profile, seed: in
             store=store,
             clock=clock,
             random=random.Random(seed),
+            patience=patience,
             _stack=stack,
         )

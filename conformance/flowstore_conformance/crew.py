@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from flowstore_conformance.bench import Bench, Inconclusive, VirtualClock
+from flowstore_conformance.bench import Bench, Inconclusive, VirtualClock, Violation
 from flowstore_conformance.racing import Done, Job, Phase, Race, Run, assemble, phases_of
 from flowstore_conformance.wire import pack, pack_job, read_line, unpack_done, write_line
 
@@ -56,7 +56,10 @@ class Worker:
 
 @asynccontextmanager
 async def open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
-    """Worker processes with a store each on the bench's namespace; they end with the context."""
+    """Worker processes with a store each on the bench's namespace; they end with the context.
+
+    Raises Violation when one of them cannot open it.
+    """
     workers: list[Worker] = []
     try:
         for _ in range(count):
@@ -64,7 +67,10 @@ async def open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
             workers.append(await _spawn())  # noqa: PERF401
         order = {"open": bench.url, "clock": bench.clock is not None}
         async with asyncio.timeout(START_SECONDS):
-            await asyncio.gather(*(worker.ask(order) for worker in workers))
+            answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+        if refused := [answer["refused"] for answer in answers if "refused" in answer]:
+            message = f"a process of its own could not open the store and read from it: {refused[0]}"
+            raise Violation(message, clause="CON-6")
         yield ProcessRunner(workers, bench.clock)
     finally:
         await asyncio.gather(*(worker.end() for worker in workers))

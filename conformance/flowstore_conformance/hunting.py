@@ -21,7 +21,9 @@ SHRINK_SECONDS = 6.0
 TRIES = 24
 """How often a smaller race is run before it is taken to be too small."""
 LEAST_OVERLAP = 0.2
-"""The share of races in which calls must have overlapped for a check to have looked closely."""
+"""The share of the planned races in which calls must overlap for a check to have looked closely."""
+OVERLAP_SECONDS = 15.0
+"""How long a hunt goes on, where they have not yet."""
 MOST_UNAVAILABLE = 0.05
 """The share of calls that a store may refuse as unavailable before nothing can be said of it."""
 
@@ -34,13 +36,15 @@ class Effort:
     races: int
     """In a volley."""
     seconds: float
-    """After so long no new volley begins; four times as long where too little overlapped."""
+    """After so long no new volley begins, if enough races overlapped."""
 
 
 @dataclass(slots=True)
 class _Tally:
     races: int = 0
     overlapped: int = 0
+    """Races that were decided and in which calls overlapped."""
+    undecided: int = 0
     calls: int = 0
     unavailable: int = 0
 
@@ -50,41 +54,49 @@ class _Tally:
         self.calls += len(run.history.operations) + run.unavailable
         self.unavailable += run.unavailable
 
+    def leave_out(self, run: Run) -> None:
+        """A race that could not be decided says nothing."""
+        self.undecided += 1
+        self.overlapped -= run.overlapping > 0
+
 
 async def hunt(bench: Bench, theme: Theme, runner: Runner, effort: Effort) -> None:
     """Run drawn races of a theme; Violation with the smallest race that shows one.
 
-    Raises Inconclusive when too few of them overlapped, when the store refused too much, or when a
-    history stayed undecided.
+    Raises Inconclusive when too few of them overlapped or could be decided, or when the store refused
+    too much.
     """
     tally, begun, volley = _Tally(), time.monotonic(), 0
     # Where a race is a whole volley, there are more of them.
     limit = effort.volleys * (2 if theme.alone else 1)
-    while volley < limit:
-        count = 1 if theme.alone else effort.races
-        runs = await runner.run(_draw(bench, theme, count))
-        for run in runs:
+    count = 1 if theme.alone else effort.races
+
+    def enough() -> bool:
+        overlapped = tally.overlapped >= LEAST_OVERLAP * min(tally.races, limit * count)
+        return overlapped and tally.unavailable <= MOST_UNAVAILABLE * tally.calls
+
+    while True:
+        for run in await runner.run(_draw(bench, theme, count)):
             tally.add(run)
-            verdict = judge(bench, run)
             bench.exercised += 1
+            try:
+                verdict = judge(bench, run)
+            except Inconclusive:
+                tally.leave_out(run)
+                continue
             if verdict is not None:
                 raise await _explain(bench, theme, runner, run, verdict)
         volley += 1
         seconds = time.monotonic() - begun
-        patience = effort.seconds if _overlap(tally) >= LEAST_OVERLAP else 4 * effort.seconds
-        if seconds > patience and volley >= 3:
+        if enough():
+            if volley >= limit or (seconds > effort.seconds and volley >= 3):
+                return
+        elif volley >= limit and seconds > OVERLAP_SECONDS * bench.patience:
             break
-        if volley == limit and _overlap(tally) < LEAST_OVERLAP and limit < 8 * effort.volleys:
-            # Perhaps the machine was busy with other things.
-            limit *= 2
-    if _overlap(tally) < LEAST_OVERLAP:
-        raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races")
     if tally.unavailable > MOST_UNAVAILABLE * tally.calls:
         raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
-
-
-def _overlap(tally: _Tally) -> float:
-    return tally.overlapped / tally.races
+    undecided = f"; {tally.undecided} were too large to be decided" if tally.undecided else ""
+    raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
 
 
 def _draw(bench: Bench, theme: Theme, count: int) -> list[Race]:

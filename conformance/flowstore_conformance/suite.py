@@ -13,19 +13,22 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import parse_qsl, unquote
 
-from flowstore_conformance.bench import Bench, Inconclusive, Profile, Violation, make_bench
+from flowstore_conformance.bench import Bench, Inconclusive, Profile, Unsupported, Violation, make_bench
 from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_conformance.guard import NoNamespace, Refused, guard
+from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.programs import replay_on_memory
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
 from flowstore_conformance.waivers import Waiver, apply_waivers
-from flowstore_core import Backend, ConfigurationError, FlowStoreError
+from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.config import read_scheme, redact
 from flowstore_core.plugins import find_backend
 
 CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
 """After this long a check is taken to hang, which is a failure: no operation may block for ever."""
+
+MORE_LOOKS = 2
+"""So often a check that was inconclusive by chance looks again, each time four times as patiently."""
 
 REPEATS = 4
 """A check that fails runs so many times more, to tell how often it strikes."""
@@ -84,7 +87,7 @@ async def run_suite(
     report = Report(
         backend=backend.name,
         url=redact(url),
-        capabilities=tuple(sorted(backend.capabilities)),
+        capabilities=tuple(sorted(guarded.capabilities)),
         profile=profile.value,
         seed=chosen_seed,
         started_at=started_at,
@@ -141,37 +144,60 @@ async def run_check(check: Check, url: str, backend: Backend, profile: Profile, 
     Raises Refused alone: then the suite must stop, since it is not safe to go on.
     """
     begun = time.monotonic()
-    exercised, status, failure, reason = await _outcome(check, url, backend, profile, seed)
+    outcome = await _outcome(check, url, backend, profile, seed)
+    for number in range(1, MORE_LOOKS + 1):
+        if not outcome.by_chance:
+            break
+        # Something else may have kept the machine busy: look longer, and at other draws.
+        outcome = await _outcome(check, url, backend, profile, seed, look=number)
     return CheckResult(
         check=check,
-        status=status,
-        exercised=exercised,
+        status=outcome.status,
+        exercised=outcome.exercised,
         seconds=time.monotonic() - begun,
         seed=seed,
-        failure=failure,
-        reason=reason,
+        failure=outcome.failure,
+        reason=outcome.reason,
     )
 
 
-Outcome = tuple[int, Status, Failure | None, str | None]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one look of a check found."""
+
+    status: Status
+    exercised: int = 0
+    failure: Failure | None = None
+    reason: str | None = None
+    by_chance: bool = False
+    """Inconclusive, and perhaps not the next time."""
 
 
-async def _outcome(check: Check, url: str, backend: Backend, profile: Profile, seed: int) -> Outcome:
-    if missing := check.needs - backend.capabilities:
-        names = ", ".join(sorted(one.name for one in missing))
-        return 0, Status.UNSUPPORTED, None, f"the backend does not declare {names}"
+async def _outcome(
+    check: Check, url: str, backend: Backend, profile: Profile, seed: int, *, look: int = 0
+) -> Outcome:
+    # Once guarded, a backend declares what its opened store does. Else only a store can tell.
+    if isinstance(backend, GuardedBackend) and (lacking := _lacking(check, backend.capabilities)):
+        return lacking
     # Each check has its own randomness, so that it repeats alike alone and among others.
-    own_seed = random.Random(f"{seed}/{check.name}").getrandbits(32)
+    own_seed = random.Random(f"{seed}/{check.name}{f'/{look}' if look else ''}").getrandbits(32)
     outcome: Outcome | None = None
     try:
-        async with make_bench(url, backend, profile, own_seed) as bench:
-            outcome = await _judge(check, bench, profile)
+        async with make_bench(url, backend, profile, own_seed, patience=4.0**look) as bench:
+            outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         # Not of the check, which _judge has told, but of making the bench or of putting it away.
         _raise_refusal(error)
-        if outcome is None or outcome[1] is Status.PASS:
+        if outcome is None or outcome.status is Status.PASS:
             outcome = _explain(error, check, 0, url)
     return outcome
+
+
+def _lacking(check: Check, capabilities: Collection[Capability]) -> Outcome | None:
+    if missing := check.needs - frozenset(capabilities):
+        names = ", ".join(sorted(one.name for one in missing))
+        return Outcome(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
+    return None
 
 
 async def _judge(check: Check, bench: Bench, profile: Profile) -> Outcome:
@@ -183,11 +209,11 @@ async def _judge(check: Check, bench: Bench, profile: Profile) -> Outcome:
         _raise_refusal(error)
         if timer.expired():
             hung = Failure(clause="CON-2", message=f"the check did not end within {limit:.0f} s")
-            return bench.exercised, Status.FAIL, hung, None
+            return Outcome(Status.FAIL, bench.exercised, hung)
         return _explain(error, check, bench.exercised, bench.base_url)
     if not bench.exercised:
-        return 0, Status.INCONCLUSIVE, None, "nothing was exercised"
-    return bench.exercised, Status.PASS, None, None
+        return Outcome(Status.INCONCLUSIVE, reason="nothing was exercised")
+    return Outcome(Status.PASS, bench.exercised)
 
 
 def _raise_refusal(error: Exception) -> None:
@@ -208,9 +234,12 @@ def _explain(error: Exception, check: Check, exercised: int, url: str) -> Outcom
             verdict=found.verdict,
             traceback=_frames(found.__cause__, url) if found.__cause__ is not None else None,
         )
-        return exercised, Status.FAIL, failure, None
+        return Outcome(Status.FAIL, exercised, failure)
     if isinstance(found, (Inconclusive, NoNamespace)):
-        return exercised, Status.INCONCLUSIVE, None, str(found)
+        by_chance = isinstance(found, Inconclusive) and found.by_chance
+        return Outcome(Status.INCONCLUSIVE, exercised, reason=str(found), by_chance=by_chance)
+    if isinstance(found, Unsupported):
+        return Outcome(Status.UNSUPPORTED, exercised, reason=str(found))
     if isinstance(found, FlowStoreError):
         clause = check.clauses[0]
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
@@ -218,7 +247,7 @@ def _explain(error: Exception, check: Check, exercised: int, url: str) -> Outcom
         clause = "CON-2"
         message = f"{type(found).__name__} surfaced, which is no error of the contract"
     failure = Failure(clause=clause, message=message, traceback=_frames(found, url))
-    return exercised, Status.FAIL, failure, None
+    return Outcome(Status.FAIL, exercised, failure)
 
 
 def _leaf(error: BaseException) -> BaseException:

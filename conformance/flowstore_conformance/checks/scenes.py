@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
+from flowstore_conformance.bench import Bench, Inconclusive, Unsupported, Violation, VirtualClock
 from flowstore_conformance.history import comparable, literal
 from flowstore_core import (
     Capability,
@@ -20,7 +20,6 @@ from flowstore_core import (
     FlowStoreError,
     RunStatus,
     StepStatus,
-    StoreUnavailableError,
 )
 
 T = TypeVar("T")
@@ -83,7 +82,7 @@ def later(bench: Bench, duration: timedelta) -> datetime:
 def clock_of(bench: Bench) -> VirtualClock:
     """The clock, for checks that need VIRTUAL_CLOCK."""
     if bench.clock is None:
-        raise Inconclusive("this store's time cannot be moved")
+        raise Inconclusive("this store's time cannot be moved", by_chance=False)
     return bench.clock
 
 
@@ -91,10 +90,7 @@ async def another(bench: Bench, **options: Any) -> FlowStore:
     """A further store on the namespace; the bench's own where the backend lets one in at a time."""
     try:
         return await bench.open(**options)
-    except StoreUnavailableError:
-        # To allow no more than that is open to a backend that several processes cannot share.
-        if Capability.MULTI_PROCESS in bench.capabilities:
-            raise
+    except Unsupported:
         return bench.store
 
 
