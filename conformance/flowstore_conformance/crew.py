@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from flowstore_conformance.bench import Bench, Inconclusive, VirtualClock, Violation
+from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
 from flowstore_conformance.racing import Done, Job, Phase, Race, Run, assemble, phases_of
 from flowstore_conformance.wire import pack, pack_job, read_line, unpack_done, write_line
 

@@ -99,18 +99,21 @@ async def cut(store: FlowStore, scene: Scene, point: Point, *, times: bool) -> C
             # In the next turn of the loop, when the task waits; not in the midst of its step.
             loop.call_soon(task.cancel)
 
-    task = asyncio.ensure_future(_run(ask(store, scene.call), waits))
+    made = ask(store, scene.call)
+    task = asyncio.ensure_future(_run(made, waits))
     if point.wait == 0:
         task.cancel()
     elif point.wait is None:
         until = time.monotonic() + point.seconds
         # Turns, because a sleep ends far later than these calls do.
-        while not task.done() and time.monotonic() < until:
+        while not task.done() and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0)
         reached = not task.done()
         task.cancel()
     # Not awaited itself, so that a cancellation of the check is not taken for the call's.
     await asyncio.wait({task})
+    # One that never began would be warned about.
+    made.close()
     outcome: Outcome | None = None
     if not task.cancelled():
         error = task.exception()
@@ -251,6 +254,7 @@ async def cancelled(call):
     if not WAIT:
         task.cancel()
     await asyncio.wait({{task}})
+    call.close()
     if task.cancelled():
         return "cancelled"
     error = task.exception()

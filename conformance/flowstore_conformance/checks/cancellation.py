@@ -102,7 +102,8 @@ async def _cut_everywhere(bench: Bench, settings: dict[str, Setting], moments: i
             make,
             usual,
             bench.random,
-            moments=moments,
+            # What was won and must be given back is won at one moment, in a server or thread perhaps.
+            moments=(4 if whole.gives_back else 1) * moments,
             times=bench.times,
             most=bench.profile.of(24, 60, 200),
         )
@@ -123,7 +124,7 @@ async def a_cancelled_write_happened_or_did_not(bench: Bench) -> None:
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_win_is_given_back_before_the_store_closes(bench: Bench) -> None:
     """An ownerless claim or a dispatch that was won and cancelled is given back; closing waits for that."""
-    rounds = bench.profile.of(2, 4, 20)
+    rounds = bench.profile.of(3, 5, 20)
     settings = {
         name: setting
         for name, setting in available(bench.capabilities).items()
@@ -217,28 +218,24 @@ async def cancelled_calls_leave_nothing_behind(bench: Bench) -> None:
     """After a storm of cancelled calls, and closing, no task, thread or connection is left."""
     settings = list(available(bench.capabilities).values())
 
-    async def storm(store: FlowStore, size: int) -> Sequence[Cut]:
-        scenes = [make_scene(bench, settings[number % len(settings)]) for number in range(size)]
-        await asyncio.gather(*(_set_up(store, scene) for scene in scenes))
-        # Before they began often: a store that answers at once can be cancelled nowhere else.
-        points = [Point(bench.random.choice((0, bench.random.randrange(60)))) for _ in scenes]
-        return await asyncio.gather(
-            *(
-                cut(store, scene, point, times=bench.times)
-                for scene, point in zip(scenes, points, strict=True)
-            )
-        )
+    async def storm(store: FlowStore) -> Sequence[Cut]:
+        """Every call several times: cancelled where it first waits, later, and before it began."""
+        # The last is the only one at which a store can be cancelled that answers at once.
+        points = [Point(1), Point(bench.random.randrange(2, 6)), Point(0)]
+        cuts = [(make_scene(bench, setting), point) for point in points for setting in settings]
+        await asyncio.gather(*(_set_up(store, scene) for scene, _ in cuts))
+        return await asyncio.gather(*(cut(store, scene, point, times=bench.times) for scene, point in cuts))
 
     # The first time may load what is kept for ever; that is no leak.
     store = await bench.open()
-    await storm(store, len(settings))
+    await storm(store)
     await store.aclose()
     gc.collect()
     tasks, threads, descriptors = set(asyncio.all_tasks()), _threads(), _descriptors()
     store = await bench.open()
     cuts: list[Cut] = []
     for _ in range(bench.profile.of(1, 2, 10)):
-        cuts += await storm(store, len(settings))
+        cuts += await storm(store)
     if all(made.outcome is not None for made in cuts):
         raise Inconclusive("no call was still under way when it was cancelled")
     await _settle(tasks)

@@ -199,9 +199,8 @@ def _judge_page(
             f"where {fitting} belong to such a count"
         )
     if status is not None and set(statuses) - {status.value}:
-        raise Violation(
-            f"get_runs_page(status={status.value!r}) lists runs that are {' and '.join(sorted(set(statuses)))}"
-        )
+        listed = " and ".join(sorted(set(statuses)))
+        raise Violation(f"get_runs_page(status={status.value!r}) lists runs that are {listed}")
 
 
 @check("RUN-3", kind=Kind.SNAPSHOT)
