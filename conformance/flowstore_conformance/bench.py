@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import partial
 from typing import Any, TypeVar
 
 from flowstore_conformance.difference import brief, expected_and_got, plain
@@ -87,9 +88,17 @@ class VirtualClock:
         return self.now
 
 
+@dataclass(slots=True)
+class Lasting:
+    """What lasts as long as a namespace that checks share."""
+
+    stack: AsyncExitStack
+    crews: list[Any] = field(default_factory=list)
+
+
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """One check's workplace on one fresh namespace."""
+    """One check's workplace on one namespace, which is fresh unless checks share it."""
 
     url: str
     """Of the fresh namespace."""
@@ -105,6 +114,8 @@ class Bench:
     random: random.Random
     patience: float = 1.0
     """By how much longer than usual to go on, before a check is inconclusive."""
+    lasting: Lasting | None = None
+    """None in a namespace of the check's own."""
     exercised: int = 0
     """How often the promise was put to the test; reported with the result."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -200,3 +211,31 @@ async def make_bench(
             patience=patience,
             _stack=stack,
         )
+
+
+class SharedNamespace:
+    """One namespace, store and crew for all checks that can share them, as long as each of them passes.
+
+    Making a namespace takes a database longer than most checks do.
+    """
+
+    def __init__(self, base_url: str, backend: Backend, profile: Profile) -> None:
+        self._make = partial(make_bench, base_url, backend, profile, 0)
+        self._first: Bench | None = None
+        self._stack = AsyncExitStack()
+
+    @asynccontextmanager
+    async def bench(self, seed: int) -> AsyncIterator[Bench]:
+        """A bench for the next check: draws and stores of its own, and the clock as it is at first."""
+        if self._first is None:
+            self._first = await self._stack.enter_async_context(self._make())
+            self._first.lasting = Lasting(self._stack)
+        if self._first.clock is not None:
+            self._first.clock.now = VirtualClock().now
+        async with AsyncExitStack() as stack:
+            yield replace(self._first, seed=seed, random=random.Random(seed), exercised=0, _stack=stack)
+
+    async def give_up(self) -> None:
+        """Drop the namespace; the next check gets a fresh one."""
+        stack, self._stack, self._first = self._stack, AsyncExitStack(), None
+        await stack.aclose()

@@ -56,10 +56,22 @@ class Worker:
 
 @asynccontextmanager
 async def open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
-    """Worker processes with a store each on the bench's namespace; they end with the context.
+    """Worker processes with a store each on the bench's namespace.
 
-    Raises Violation when one of them cannot open it.
+    They end with the context or, where checks share the namespace, with that: those that come later get
+    the same crew. Raises Violation when one of them cannot open the store.
     """
+    if bench.lasting is None:
+        async with _open_crew(bench, count) as runner:
+            yield runner
+        return
+    if not bench.lasting.crews:
+        bench.lasting.crews.append(await bench.lasting.stack.enter_async_context(_open_crew(bench, count)))
+    yield bench.lasting.crews[0]
+
+
+@asynccontextmanager
+async def _open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
     workers: list[Worker] = []
     try:
         for _ in range(count):

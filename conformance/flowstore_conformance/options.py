@@ -102,7 +102,7 @@ def pytest_configure_node(node: Any) -> None:
     # All workers of pytest-xdist share one seed, and need not look again where the controller has.
     node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
     session = node.config.stash.get(_session, None)
-    node.workerinput["flowstore_guarded"] = session and sorted(session.backend.capabilities)
+    node.workerinput["flowstore_guarded"] = session and [one.value for one in session.backend.capabilities]
 
 
 def session_of(config: pytest.Config) -> Session:

@@ -13,7 +13,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import parse_qsl, unquote
 
-from flowstore_conformance.bench import Bench, Inconclusive, Profile, Unsupported, Violation, make_bench
+from flowstore_conformance.bench import (
+    Bench,
+    Inconclusive,
+    Profile,
+    SharedNamespace,
+    Unsupported,
+    Violation,
+    make_bench,
+)
 from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
@@ -73,17 +81,21 @@ async def run_suite(
     guarded = await guard(backend, url)
     results: list[CheckResult] = []
     left = REPEAT_SECONDS
-    for number, check in enumerate(chosen, 1):
-        if starting is not None:
-            starting(check, number, len(chosen))
-        result = await run_check(check, url, guarded, profile, chosen_seed)
-        if result.failure is not None:
-            since = time.monotonic()
-            result = await strike_again(result, url, guarded, profile, repeats=repeats, seconds=left)
-            left -= time.monotonic() - since
-        results.append(result)
-        if progress is not None:
-            progress(result, number, len(chosen))
+    shared = SharedNamespace(url, guarded, profile)
+    try:
+        for number, check in enumerate(chosen, 1):
+            if starting is not None:
+                starting(check, number, len(chosen))
+            result = await run_check(check, url, guarded, profile, chosen_seed, shared=shared)
+            if result.failure is not None:
+                since = time.monotonic()
+                result = await strike_again(result, url, guarded, profile, repeats=repeats, seconds=left)
+                left -= time.monotonic() - since
+            results.append(result)
+            if progress is not None:
+                progress(result, number, len(chosen))
+    finally:
+        await _give_up(shared)
     report = Report(
         backend=backend.name,
         url=redact(url),
@@ -138,13 +150,25 @@ def new_seed() -> int:
     return random.SystemRandom().getrandbits(32)
 
 
-async def run_check(check: Check, url: str, backend: Backend, profile: Profile, seed: int) -> CheckResult:
+async def run_check(
+    check: Check,
+    url: str,
+    backend: Backend,
+    profile: Profile,
+    seed: int,
+    *,
+    shared: SharedNamespace | None = None,
+) -> CheckResult:
     """Run one check on a namespace of its own; any outcome is a result.
 
+    A check that can share a namespace is run in the shared one first, if there is one. When it does not
+    pass there, nothing is said yet: it is run on a namespace of its own, and that counts.
     Raises Refused alone: then the suite must stop, since it is not safe to go on.
     """
     begun = time.monotonic()
-    outcome = await _outcome(check, url, backend, profile, seed)
+    outcome = await _among_others(check, profile, seed, shared) if shared and check.shares else None
+    if outcome is None:
+        outcome = await _outcome(check, url, backend, profile, seed)
     for number in range(1, MORE_LOOKS + 1):
         if not outcome.by_chance:
             break
@@ -173,14 +197,39 @@ class Outcome:
     """Inconclusive, and perhaps not the next time."""
 
 
+async def _among_others(check: Check, profile: Profile, seed: int, shared: SharedNamespace) -> Outcome | None:
+    """What a check found in a shared namespace; None, and the namespace given up, unless it passed."""
+    try:
+        async with shared.bench(_own_seed(check, seed)) as bench:
+            outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+        if outcome.status in (Status.PASS, Status.UNSUPPORTED):
+            return outcome
+    except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
+        _raise_refusal(error)
+    await _give_up(shared)
+    return None
+
+
+async def _give_up(shared: SharedNamespace) -> None:
+    """Drop a namespace; that this fails is found by checks with one of their own."""
+    try:
+        await shared.give_up()
+    except Exception as error:  # noqa: BLE001
+        _raise_refusal(error)
+
+
+def _own_seed(check: Check, seed: int, look: int = 0) -> int:
+    """Each check has its own randomness, so that it repeats alike alone and among others."""
+    return random.Random(f"{seed}/{check.name}{f'/{look}' if look else ''}").getrandbits(32)
+
+
 async def _outcome(
     check: Check, url: str, backend: Backend, profile: Profile, seed: int, *, look: int = 0
 ) -> Outcome:
     # Once guarded, a backend declares what its opened store does. Else only a store can tell.
     if isinstance(backend, GuardedBackend) and (lacking := _lacking(check, backend.capabilities)):
         return lacking
-    # Each check has its own randomness, so that it repeats alike alone and among others.
-    own_seed = random.Random(f"{seed}/{check.name}{f'/{look}' if look else ''}").getrandbits(32)
+    own_seed = _own_seed(check, seed, look)
     outcome: Outcome | None = None
     try:
         async with make_bench(url, backend, profile, own_seed, patience=4.0**look) as bench:

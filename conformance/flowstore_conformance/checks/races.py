@@ -20,7 +20,7 @@ def _by_tasks(theme: Theme) -> None:
 
     race.__name__ = f"{theme.name}_by_tasks"
     race.__doc__ = f"Racing {theme.sentence}: tasks that share a store get answers that some order explains."
-    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE)(race)
+    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE, shares=not theme.alone)(race)
 
 
 def _by_stores(theme: Theme) -> None:
@@ -35,7 +35,7 @@ def _by_stores(theme: Theme) -> None:
 
     race.__name__ = f"{theme.name}_by_stores"
     race.__doc__ = f"Racing {theme.sentence}: stores on one namespace give answers that some order explains."
-    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE)(race)
+    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE, shares=not theme.alone)(race)
 
 
 for _theme in THEMES:
