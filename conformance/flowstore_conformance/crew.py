@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
-from flowstore_conformance.racing import Done, Job, Phase, Race, Run, assemble, phases_of
+from flowstore_conformance.racing import Done, Job, Phase, Race, Run, Setting, assemble, phases_of
 from flowstore_conformance.wire import pack, pack_job, read_line, unpack_done, write_line
 
 START_SECONDS = 60.0
@@ -110,6 +110,7 @@ class ProcessRunner:
     def __init__(self, workers: Sequence[Worker], clock: VirtualClock | None) -> None:
         self._workers = workers
         self._clock = clock
+        self.setting = Setting(len(workers), processes=True)
 
     async def run(self, races: Sequence[Race]) -> list[Run]:
         done = []

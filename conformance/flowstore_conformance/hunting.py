@@ -14,7 +14,7 @@ from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, Operation, Raised
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
 from flowstore_conformance.listing import Listed, answer_text, concurrent_program
-from flowstore_conformance.racing import Race, Run, Runner
+from flowstore_conformance.racing import Race, Run, Runner, Setting
 from flowstore_conformance.themes import Drawing, Theme
 
 SHRINK_SECONDS = 6.0
@@ -149,7 +149,7 @@ def judge(bench: Bench, run: Run, budget: int = DEFAULT_BUDGET) -> Verdict | Non
 
 async def _explain(bench: Bench, theme: Theme, runner: Runner, run: Run, verdict: Verdict) -> Violation:
     smallest = await _Shrinking(bench, theme, runner, run, verdict).run()
-    return _violation(bench, theme, smallest)
+    return _violation(bench, theme, runner.setting, smallest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,7 @@ class _Found:
     tried: int
 
 
-def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
+def _violation(bench: Bench, theme: Theme, setting: Setting, found: _Found) -> Violation:
     run, verdict = found.run, found.verdict
     clause, cause = theme.blame(verdict) or theme.clauses[0], None
     message = theme.tell(run.history) or _no_order(verdict)
@@ -169,11 +169,11 @@ def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
         clause, cause = "CON-2", surfaced[0].exception
         method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
         message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
-    message = f"{message} (struck in {found.struck} of {found.tried} runs of this race)"
+    message = f"{message} (struck in {found.struck} of {found.tried} runs of this race, {setting})"
     violation = Violation(
         message,
         clause=clause,
-        program=_program(bench, run, f"{clause}: {message}"),
+        program=_program(bench, run, setting, f"{clause}: {message}"),
         history=run.history,
         verdict=verdict,
     )
@@ -201,7 +201,7 @@ def _brief(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _program(bench: Bench, run: Run, title: str) -> str:
+def _program(bench: Bench, run: Run, setting: Setting, title: str) -> str:
     race = run.race
     answers = "\n".join(
         f"    {_client(one)}: {one.call.method}: {_brief(answer_text(one.outcome))}"
@@ -216,7 +216,13 @@ def _program(bench: Bench, run: Run, title: str) -> str:
     title = (
         f"{title}\n\nSeen, by the time each call began, and no order of these calls explains it:\n\n{answers}"
     )
-    return concurrent_program(title, start, phases, race.ids, clock=bench.clock is not None)
+    if setting.processes:
+        title += (
+            f"\n\nThat was {setting}. This program has as many stores in one process,\n"
+            "where it may strike less often or never; the report's command races processes again."
+        )
+    clock = bench.clock is not None
+    return concurrent_program(title, start, phases, race.ids, clock=clock, stores=setting.stores)
 
 
 # Shrinking

@@ -23,8 +23,9 @@ def example(
 
     The examples of one clause with the same needs are one check, in one namespace: making a namespace
     takes longer than most examples do. They run in the order of their declaration, and the examples of
-    other clauses may have been there before (but see LOOKS_AT_ALL). So an example works on runs, flows and keys of its own, and
-    expects those of others in every list over all runs. It may move the clock, which is put back after it.
+    other clauses may have been there before (but see LOOKS_AT_ALL). So an example works on runs, flows and
+    keys of its own, and expects those of others in every list over all runs. It may move the clock, which
+    is put back after it.
     """
     group = (clause, frozenset(needs), kind)
 
