@@ -175,7 +175,7 @@ async def sweep(
         yield made
     # It may wait more often this time, because it waits for others, or connects anew.
     following = usual.waits + 2
-    while last is not None and last.reached and len(points) < following < most:
+    while last is not None and last.reached and not many and following < most:
         [scene] = await make(1)
         last = await cut(store, scene, Point(following), times=times)
         following += 1
