@@ -41,19 +41,26 @@ def _plain(value: Any) -> str:
 
 
 def _is_record(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and _is_name(value[0]) and _is_mapping(value[1])
+    return isinstance(value, tuple) and len(value) == 2 and _is_name(value[0]) and _is_fields(value[1])
 
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.isidentifier() and value[:1].isupper()
 
 
+def _is_fields(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in value
+    )
+
+
 def _is_mapping(value: Any) -> bool:
     """Whether it may have been one: pairs that begin with different texts."""
     return (
-        isinstance(value, tuple)
-        and all(isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in value)
+        _is_fields(value)
         and len({each[0] for each in value}) == len(value)
+        # A record is such a pair too, and there may be but one.
+        and not any(_is_name(each[0]) and _is_fields(each[1]) for each in value)
     )
 
 

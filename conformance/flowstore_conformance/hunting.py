@@ -14,7 +14,8 @@ from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, Operation, Raised
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
 from flowstore_conformance.listing import Listed, answer_text, concurrent_program
-from flowstore_conformance.racing import Race, Run, Runner, Setting
+from flowstore_conformance.observation import answer
+from flowstore_conformance.racing import AFTER, BEFORE, Race, Run, Runner, Setting
 from flowstore_conformance.themes import Drawing, Theme
 
 SHRINK_SECONDS = 6.0
@@ -184,8 +185,7 @@ def _violation(bench: Bench, theme: Theme, setting: Setting, found: _Found) -> V
 def _no_order(verdict: Verdict) -> str:
     """In words: where the search got stuck."""
     parts = [
-        f"{one.call.method} of {_client(one)} gave {_brief(answer_text(one.outcome))}"
-        f" where only {_brief(answer_text(right))} is right"
+        f"{one.call.method} of {_client(one)} gave {answer(one.outcome)}, where only {answer(right)} is right"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
     done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])
@@ -194,7 +194,7 @@ def _no_order(verdict: Verdict) -> str:
 
 
 def _client(one: Operation) -> str:
-    return f"client {one.client}" if one.client >= 0 else "the one before" if one.client == -1 else "a reader"
+    return {BEFORE: "the setup", AFTER: "the look at the end"}.get(one.client, f"client {one.client}")
 
 
 def _brief(text: str) -> str:

@@ -178,4 +178,4 @@ def answer(outcome: Outcome) -> str:
     """An outcome in words."""
     if isinstance(outcome, Returned):
         return brief(plain(outcome.value))
-    return outcome.error if isinstance(outcome, Raised) else "no answer"
+    return outcome.error if isinstance(outcome, Raised) else "no answer, so it may have happened or not"
