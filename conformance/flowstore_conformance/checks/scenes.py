@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from flowstore_conformance.bench import Bench, Inconclusive, Unsupported, Violation, VirtualClock
-from flowstore_conformance.history import comparable, literal
+from flowstore_conformance.difference import brief, expected_and_got, plain
+from flowstore_conformance.history import comparable
 from flowstore_core import (
     Capability,
     FlowRunControlRecord,
@@ -138,7 +139,7 @@ def only(values: Iterable[T], what: str) -> T:
     """The one value that must be there."""
     found = list(values)
     if len(found) != 1:
-        raise Violation(f"{what}: expected one, got {len(found)}: {literal(found)[:300]}")
+        raise Violation(f"{what}: expected one, got {len(found)}: {brief(plain(comparable(found)))}")
     return found[0]
 
 
@@ -249,10 +250,6 @@ def expect_alike(bench: Bench, after: Mapping[str, Any], before: Mapping[str, An
     """Hold two looks against each other, times to the microsecond, and name what differs."""
     bench.exercised += 1
     for read, was in before.items():
-        if comparable(after[read]) != comparable(was):
-            raise Violation(f"{sentence}: expected {read} {_short(was)}, got {_short(after[read])}")
-
-
-def _short(value: object) -> str:
-    text = literal(value)
-    return text if len(text) <= 500 else f"{text[:500]}..."
+        want, got = comparable(was), comparable(after[read])
+        if got != want:
+            raise Violation(f"{sentence}: {read}: {expected_and_got(want, got)}")
