@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from flowstore_conformance.bench import Bench, Inconclusive, Unsupported, Violation, VirtualClock
-from flowstore_conformance.difference import brief, expected_and_got, plain
+from flowstore_conformance.difference import expected_and_got, plain
 from flowstore_conformance.history import comparable
 from flowstore_core import (
     Capability,
@@ -139,7 +139,7 @@ def only(values: Iterable[T], what: str) -> T:
     """The one value that must be there."""
     found = list(values)
     if len(found) != 1:
-        raise Violation(f"{what}: expected one, got {len(found)}: {brief(plain(comparable(found)))}")
+        raise Violation(f"{what}: expected one, got {len(found)}: {plain(comparable(found))[:300]}")
     return found[0]
 
 
