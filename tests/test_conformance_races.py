@@ -234,6 +234,7 @@ class _OneAfterTheOther:
 
     def __init__(self, bench: Bench) -> None:
         self._runner = StoreRunner([bench.store], bench.clock)
+        self.setting = self._runner.setting
 
     async def run(self, races: Sequence[Race]) -> list[Run]:
         return [dataclasses.replace(one, overlapping=0) for one in await self._runner.run(races)]

@@ -12,18 +12,6 @@ from tests.zoo.hunt import DIST, find_kill
 
 ZOO = zoo()
 
-# Races that the suite has learnt to name by the right clause only lately; until that is shown on many
-# seeds they may also be named by a neighbour. The aim is an empty list.
-NAMED_BY_A_NEIGHBOUR = {
-    "cleanup-in-two-acts",
-    "cleanup-table-by-table",
-    "locked-waiter-skipped",
-    "release-checks-owner-first",
-    "start-looks-at-run-before",
-    "start-looks-at-step-before",
-    "start-run-looks-first",
-}
-
 
 @pytest.fixture
 def base_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -36,15 +24,7 @@ def base_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("postgresql_url"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="named by a neighbour", strict=False))
-        if name in NAMED_BY_A_NEIGHBOUR
-        else name
-        for name in ZOO
-    ],
-)
+@pytest.mark.parametrize("name", ZOO)
 async def test_the_suite_finds_it(name: str, base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DIST)
     # The suite waits long before it believes that a wrong answer stays; here it is known to be one.

@@ -13,12 +13,13 @@ from uuid import UUID
 
 from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.calls import SPANNING
+from flowstore_conformance.difference import expected_and_got
 from flowstore_conformance.drawing import FLOWS, World
 from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
-from flowstore_conformance.listing import Line, answer_text, sequential_program
+from flowstore_conformance.listing import Line, sequential_program
 from flowstore_conformance.model import Model
-from flowstore_conformance.observation import what_to_ask
+from flowstore_conformance.observation import answer, what_to_ask
 from flowstore_core import Capability, FlowStoreError
 
 TWO_HOURS = timedelta(hours=2)
@@ -238,7 +239,9 @@ def _message(line: Line) -> str:
     if is_foreign(line.actual):
         assert isinstance(line.actual, Raised)
         return f"{line.call.method} let {line.actual.error} surface, which is no error of the contract"
-    return f"{line.call.method}: {answer_text(line.actual)}, where {answer_text(line.expected)} is right"
+    if isinstance(line.actual, Returned) and isinstance(line.expected, Returned):
+        return f"{line.call.method}: {expected_and_got(line.expected.value, line.actual.value)}"
+    return f"{line.call.method} gave {answer(line.actual)}, where {answer(line.expected)} is right"
 
 
 # Shrinking

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import partial
 from typing import Any, TypeVar
 
-from flowstore_conformance.history import History, comparable, literal
+from flowstore_conformance.difference import brief, expected_and_got, plain
+from flowstore_conformance.history import History, comparable
 from flowstore_conformance.linearizability import Verdict
-from flowstore_core import Backend, Capability, FlowStore, FlowStoreError, open_store
+from flowstore_core import (
+    Backend,
+    Capability,
+    ConfigurationError,
+    FlowStore,
+    FlowStoreError,
+    StoreUnavailableError,
+    open_store,
+)
 
 T = TypeVar("T")
 
@@ -55,6 +64,15 @@ class Violation(Exception):  # noqa: N818 - a finding about the store, not an er
 class Inconclusive(Exception):  # noqa: N818
     """The check could not look closely enough: too little overlapped, or a budget ran out."""
 
+    def __init__(self, message: str, *, by_chance: bool = True) -> None:
+        super().__init__(message)
+        self.by_chance = by_chance
+        """Whether more work, with another seed, may show more; the suite then tries again."""
+
+
+class Unsupported(Exception):  # noqa: N818
+    """The check cannot be made on this backend, and nothing in the contract says that it must be possible."""
+
 
 class VirtualClock:
     """A clock that stands still until a check moves it."""
@@ -70,9 +88,17 @@ class VirtualClock:
         return self.now
 
 
+@dataclass(slots=True)
+class Lasting:
+    """What lasts as long as a namespace that checks share."""
+
+    stack: AsyncExitStack
+    crews: list[Any] = field(default_factory=list)
+
+
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """One check's workplace on one fresh namespace."""
+    """One check's workplace on one namespace, which is fresh unless checks share it."""
 
     url: str
     """Of the fresh namespace."""
@@ -86,26 +112,42 @@ class Bench:
     clock: VirtualClock | None
     """None where the backend has no VIRTUAL_CLOCK."""
     random: random.Random
+    patience: float = 1.0
+    """By how much longer than usual to go on, before a check is inconclusive."""
+    lasting: Lasting | None = None
+    """None in a namespace of the check's own."""
     exercised: int = 0
     """How often the promise was put to the test; reported with the result."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def open(self, **options: Any) -> FlowStore:
-        """A further store on the same namespace and clock, as another worker would open it."""
+        """A further store on the same namespace and clock, as another worker would open it.
+
+        Raises Unsupported where the backend lets one store in at a time, as one may that several
+        processes cannot use; Violation where they can.
+        """
         if self.clock is not None:
             options.setdefault("clock", self.clock)
-        return await self._stack.enter_async_context(open_store(self.url, **options))
+        try:
+            return await self._stack.enter_async_context(open_store(self.url, **options))
+        except (ConfigurationError, StoreUnavailableError) as error:
+            told = f"a second store on the namespace is refused: {type(error).__name__}: {error}"
+            if Capability.MULTI_PROCESS in self.capabilities:
+                raise Violation(f"{told}; yet MULTI_PROCESS is declared", clause="CON-6") from error
+            raise Unsupported(told) from error
 
-    async def open_many(self, count: int) -> list[FlowStore]:
-        """Several stores, opened at the same time."""
-        return list(await asyncio.gather(*(self.open() for _ in range(count))))
+    async def workers(self, count: int) -> list[FlowStore]:
+        """So many stores, the bench's own the first; it alone where the backend lets one in at a time."""
+        try:
+            return [self.store, *[await self.open() for _ in range(count - 1)]]
+        except Unsupported:
+            return [self.store]
 
     @asynccontextmanager
     async def fresh(self) -> AsyncIterator[Bench]:
         """A bench on another fresh namespace, for one example of many. Counts on this bench."""
-        async with make_bench(
-            self.base_url, self.backend, self.profile, self.random.getrandbits(64)
-        ) as another:
+        seed = self.random.getrandbits(64)
+        async with make_bench(self.base_url, self.backend, self.profile, seed, self.patience) as another:
             yield another
         self.exercised += max(another.exercised, 1)
 
@@ -121,7 +163,7 @@ class Bench:
         self.exercised += 1
         got, want = comparable(actual, times=self.times), comparable(wanted, times=self.times)
         if got != want:
-            raise Violation(f"{sentence}: expected {_short(wanted)}, got {_short(actual)}")
+            raise Violation(f"{sentence}: {expected_and_got(want, got)}")
 
     def expect_that(self, condition: object, sentence: str) -> None:
         """Count a condition; Violation with the sentence when it does not hold."""
@@ -145,16 +187,13 @@ class Bench:
         except Exception as raised:
             message = f"{sentence}: expected {error.__name__}, got {type(raised).__name__}"
             raise Violation(message, clause="CON-2") from raised
-        raise Violation(f"{sentence}: expected {error.__name__}, got {_short(value)}")
-
-
-def _short(value: object) -> str:
-    text = literal(value)
-    return text if len(text) <= 500 else f"{text[:500]}..."
+        raise Violation(f"{sentence}: expected {error.__name__}, got {brief(plain(comparable(value)))}")
 
 
 @asynccontextmanager
-async def make_bench(base_url: str, backend: Backend, profile: Profile, seed: int) -> AsyncIterator[Bench]:
+async def make_bench(
+    base_url: str, backend: Backend, profile: Profile, seed: int, patience: float = 1.0
+) -> AsyncIterator[Bench]:
     """A bench on a namespace that the backend makes afresh, and drops at the end."""
     clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
     async with backend.scratch(base_url) as url, AsyncExitStack() as stack:
@@ -169,5 +208,34 @@ async def make_bench(base_url: str, backend: Backend, profile: Profile, seed: in
             store=store,
             clock=clock,
             random=random.Random(seed),
+            patience=patience,
             _stack=stack,
         )
+
+
+class SharedNamespace:
+    """One namespace, store and crew for all checks that can share them, as long as each of them passes.
+
+    Making a namespace takes a database longer than most checks do.
+    """
+
+    def __init__(self, base_url: str, backend: Backend, profile: Profile) -> None:
+        self._make = partial(make_bench, base_url, backend, profile, 0)
+        self._first: Bench | None = None
+        self._stack = AsyncExitStack()
+
+    @asynccontextmanager
+    async def bench(self, seed: int) -> AsyncIterator[Bench]:
+        """A bench for the next check: draws and stores of its own, and the clock as it is at first."""
+        if self._first is None:
+            self._first = await self._stack.enter_async_context(self._make())
+            self._first.lasting = Lasting(self._stack)
+        if self._first.clock is not None:
+            self._first.clock.now = VirtualClock().now
+        async with AsyncExitStack() as stack:
+            yield replace(self._first, seed=seed, random=random.Random(seed), exercised=0, _stack=stack)
+
+    async def give_up(self) -> None:
+        """Drop the namespace; the next check gets a fresh one."""
+        stack, self._stack, self._first = self._stack, AsyncExitStack(), None
+        await stack.aclose()

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -97,7 +98,14 @@ async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
 
 
 async def main(url: str, seed: int, workers: int) -> None:
-    async with open_store(url) as store:
+    async with AsyncExitStack() as stack:
+        try:
+            store = await stack.enter_async_context(open_store(url))
+        except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
+            # Only an error of the contract keeps secrets out of its text.
+            text = f": {error}" if isinstance(error, FlowStoreError) else ""
+            _say(f"refused {type(error).__name__}{text}".replace("\n", " "))
+            return
         capabilities = store.capabilities
         _say("ready")
         await asyncio.to_thread(sys.stdin.readline)

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from flowstore_conformance.bench import Bench, Inconclusive, VirtualClock
-from flowstore_conformance.racing import Done, Job, Phase, Race, Run, assemble, phases_of
+from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
+from flowstore_conformance.racing import Done, Job, Phase, Race, Run, Setting, assemble, phases_of
 from flowstore_conformance.wire import pack, pack_job, read_line, unpack_done, write_line
 
 START_SECONDS = 60.0
@@ -56,7 +56,22 @@ class Worker:
 
 @asynccontextmanager
 async def open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
-    """Worker processes with a store each on the bench's namespace; they end with the context."""
+    """Worker processes with a store each on the bench's namespace.
+
+    They end with the context or, where checks share the namespace, with that: those that come later get
+    the same crew. Raises Violation when one of them cannot open the store.
+    """
+    if bench.lasting is None:
+        async with _open_crew(bench, count) as runner:
+            yield runner
+        return
+    if not bench.lasting.crews:
+        bench.lasting.crews.append(await bench.lasting.stack.enter_async_context(_open_crew(bench, count)))
+    yield bench.lasting.crews[0]
+
+
+@asynccontextmanager
+async def _open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
     workers: list[Worker] = []
     try:
         for _ in range(count):
@@ -64,7 +79,10 @@ async def open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
             workers.append(await _spawn())  # noqa: PERF401
         order = {"open": bench.url, "clock": bench.clock is not None}
         async with asyncio.timeout(START_SECONDS):
-            await asyncio.gather(*(worker.ask(order) for worker in workers))
+            answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+        if refused := [answer["refused"] for answer in answers if "refused" in answer]:
+            message = f"a process of its own could not open the store and read from it: {refused[0]}"
+            raise Violation(message, clause="CON-6")
         yield ProcessRunner(workers, bench.clock)
     finally:
         await asyncio.gather(*(worker.end() for worker in workers))
@@ -92,6 +110,7 @@ class ProcessRunner:
     def __init__(self, workers: Sequence[Worker], clock: VirtualClock | None) -> None:
         self._workers = workers
         self._clock = clock
+        self.setting = Setting(len(workers), processes=True)
 
     async def run(self, races: Sequence[Race]) -> list[Run]:
         done = []

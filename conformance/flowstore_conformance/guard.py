@@ -33,10 +33,11 @@ class NoNamespace(Exception):  # noqa: N818 - says that nothing can be said, not
 class GuardedBackend:
     """A backend whose ``scratch`` never hands out the user's own URL, nor one namespace to two at once."""
 
-    def __init__(self, backend: Backend, url: str) -> None:
+    def __init__(self, backend: Backend, url: str, capabilities: frozenset[Capability] | None = None) -> None:
         self.name = backend.name
         self.schemes = backend.schemes
-        self.capabilities = backend.capabilities
+        self.capabilities = backend.capabilities if capabilities is None else capabilities
+        """Of an opened store, once one was."""
         self.options = backend.options
         self.contract_version = backend.contract_version
         self._backend = backend
@@ -80,6 +81,8 @@ async def guard(backend: Backend, url: str) -> GuardedBackend:
     guarded = GuardedBackend(backend, url)
     try:
         async with guarded.scratch(url) as fresh, open_store(fresh) as store:
+            # What a store can do may depend on the URL; from now on that counts.
+            guarded.capabilities = store.capabilities
             if found := await _holds(store):
                 raise Refused(
                     f"refused: the namespace that scratch() of backend {backend.name!r} made, "

@@ -14,14 +14,17 @@ from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, Operation, Raised
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
 from flowstore_conformance.listing import Listed, answer_text, concurrent_program
-from flowstore_conformance.racing import Race, Run, Runner
+from flowstore_conformance.observation import answer
+from flowstore_conformance.racing import AFTER, BEFORE, Race, Run, Runner, Setting
 from flowstore_conformance.themes import Drawing, Theme
 
 SHRINK_SECONDS = 6.0
 TRIES = 24
 """How often a smaller race is run before it is taken to be too small."""
 LEAST_OVERLAP = 0.2
-"""The share of races in which calls must have overlapped for a check to have looked closely."""
+"""The share of the planned races in which calls must overlap for a check to have looked closely."""
+OVERLAP_SECONDS = 15.0
+"""How long a hunt goes on, where they have not yet."""
 MOST_UNAVAILABLE = 0.05
 """The share of calls that a store may refuse as unavailable before nothing can be said of it."""
 
@@ -34,13 +37,15 @@ class Effort:
     races: int
     """In a volley."""
     seconds: float
-    """After so long no new volley begins; four times as long where too little overlapped."""
+    """After so long no new volley begins, if enough races overlapped."""
 
 
 @dataclass(slots=True)
 class _Tally:
     races: int = 0
     overlapped: int = 0
+    """Races that were decided and in which calls overlapped."""
+    undecided: int = 0
     calls: int = 0
     unavailable: int = 0
 
@@ -50,41 +55,49 @@ class _Tally:
         self.calls += len(run.history.operations) + run.unavailable
         self.unavailable += run.unavailable
 
+    def leave_out(self, run: Run) -> None:
+        """A race that could not be decided says nothing."""
+        self.undecided += 1
+        self.overlapped -= run.overlapping > 0
+
 
 async def hunt(bench: Bench, theme: Theme, runner: Runner, effort: Effort) -> None:
     """Run drawn races of a theme; Violation with the smallest race that shows one.
 
-    Raises Inconclusive when too few of them overlapped, when the store refused too much, or when a
-    history stayed undecided.
+    Raises Inconclusive when too few of them overlapped or could be decided, or when the store refused
+    too much.
     """
     tally, begun, volley = _Tally(), time.monotonic(), 0
     # Where a race is a whole volley, there are more of them.
     limit = effort.volleys * (2 if theme.alone else 1)
-    while volley < limit:
-        count = 1 if theme.alone else effort.races
-        runs = await runner.run(_draw(bench, theme, count))
-        for run in runs:
+    count = 1 if theme.alone else effort.races
+
+    def enough() -> bool:
+        overlapped = tally.overlapped >= LEAST_OVERLAP * min(tally.races, limit * count)
+        return overlapped and tally.unavailable <= MOST_UNAVAILABLE * tally.calls
+
+    while True:
+        for run in await runner.run(_draw(bench, theme, count)):
             tally.add(run)
-            verdict = judge(bench, run)
             bench.exercised += 1
+            try:
+                verdict = judge(bench, run)
+            except Inconclusive:
+                tally.leave_out(run)
+                continue
             if verdict is not None:
                 raise await _explain(bench, theme, runner, run, verdict)
         volley += 1
         seconds = time.monotonic() - begun
-        patience = effort.seconds if _overlap(tally) >= LEAST_OVERLAP else 4 * effort.seconds
-        if seconds > patience and volley >= 3:
+        if enough():
+            if volley >= limit or (seconds > effort.seconds and volley >= 3):
+                return
+        elif volley >= limit and seconds > OVERLAP_SECONDS * bench.patience:
             break
-        if volley == limit and _overlap(tally) < LEAST_OVERLAP and limit < 8 * effort.volleys:
-            # Perhaps the machine was busy with other things.
-            limit *= 2
-    if _overlap(tally) < LEAST_OVERLAP:
-        raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races")
     if tally.unavailable > MOST_UNAVAILABLE * tally.calls:
         raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
-
-
-def _overlap(tally: _Tally) -> float:
-    return tally.overlapped / tally.races
+    undecided = f"; {tally.undecided} were too large to be decided" if tally.undecided else ""
+    raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
 
 
 def _draw(bench: Bench, theme: Theme, count: int) -> list[Race]:
@@ -137,7 +150,7 @@ def judge(bench: Bench, run: Run, budget: int = DEFAULT_BUDGET) -> Verdict | Non
 
 async def _explain(bench: Bench, theme: Theme, runner: Runner, run: Run, verdict: Verdict) -> Violation:
     smallest = await _Shrinking(bench, theme, runner, run, verdict).run()
-    return _violation(bench, theme, smallest)
+    return _violation(bench, theme, runner.setting, smallest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +161,7 @@ class _Found:
     tried: int
 
 
-def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
+def _violation(bench: Bench, theme: Theme, setting: Setting, found: _Found) -> Violation:
     run, verdict = found.run, found.verdict
     clause, cause = theme.blame(verdict) or theme.clauses[0], None
     message = theme.tell(run.history) or _no_order(verdict)
@@ -157,11 +170,11 @@ def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
         clause, cause = "CON-2", surfaced[0].exception
         method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
         message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
-    message = f"{message} (struck in {found.struck} of {found.tried} runs of this race)"
+    message = f"{message} (struck in {found.struck} of {found.tried} runs of this race, {setting})"
     violation = Violation(
         message,
         clause=clause,
-        program=_program(bench, run, f"{clause}: {message}"),
+        program=_program(bench, run, setting, f"{clause}: {message}"),
         history=run.history,
         verdict=verdict,
     )
@@ -172,8 +185,7 @@ def _violation(bench: Bench, theme: Theme, found: _Found) -> Violation:
 def _no_order(verdict: Verdict) -> str:
     """In words: where the search got stuck."""
     parts = [
-        f"{one.call.method} of {_client(one)} gave {_brief(answer_text(one.outcome))}"
-        f" where only {_brief(answer_text(right))} is right"
+        f"{one.call.method} of {_client(one)} gave {answer(one.outcome)}, where only {answer(right)} is right"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
     done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])
@@ -182,14 +194,14 @@ def _no_order(verdict: Verdict) -> str:
 
 
 def _client(one: Operation) -> str:
-    return f"client {one.client}" if one.client >= 0 else "the one before" if one.client == -1 else "a reader"
+    return {BEFORE: "the setup", AFTER: "the look at the end"}.get(one.client, f"client {one.client}")
 
 
 def _brief(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _program(bench: Bench, run: Run, title: str) -> str:
+def _program(bench: Bench, run: Run, setting: Setting, title: str) -> str:
     race = run.race
     answers = "\n".join(
         f"    {_client(one)}: {one.call.method}: {_brief(answer_text(one.outcome))}"
@@ -204,7 +216,13 @@ def _program(bench: Bench, run: Run, title: str) -> str:
     title = (
         f"{title}\n\nSeen, by the time each call began, and no order of these calls explains it:\n\n{answers}"
     )
-    return concurrent_program(title, start, phases, race.ids, clock=bench.clock is not None)
+    if setting.processes:
+        title += (
+            f"\n\nThat was {setting}. This program has as many stores in one process,\n"
+            "where it may strike less often or never; the report's command races processes again."
+        )
+    clock = bench.clock is not None
+    return concurrent_program(title, start, phases, race.ids, clock=clock, stores=setting.stores)
 
 
 # Shrinking

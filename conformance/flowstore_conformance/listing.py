@@ -68,8 +68,9 @@ async def one_round(stores):
     seen = []
     for jump, clients in phases:
         now += jump
-        pairs = enumerate(zip(stores, clients))
-        running = (client(ids, f"client {{n}}", store, calls) for n, (store, calls) in pairs)
+        running = (
+            client(ids, f"client {{n}}", stores[n % len(stores)], calls) for n, calls in enumerate(clients)
+        )
         for answers in await asyncio.gather(*running):
             seen += answers
     return tuple(seen)
@@ -78,7 +79,7 @@ async def one_round(stores):
 async def main(url):
     counts = {{}}
     async with AsyncExitStack() as stack:
-        stores = [await stack.enter_async_context(open_store(url{clock})) for _ in range({clients})]
+        stores = [await stack.enter_async_context(open_store(url{clock})) for _ in range({stores})]
         for _ in range({rounds}):
             seen = await one_round(stores)
             counts[seen] = counts.get(seen, 0) + 1
@@ -129,16 +130,20 @@ def concurrent_program(
     ids: Sequence[UUID],
     *,
     clock: bool = True,
+    stores: int | None = None,
     rounds: int = 200,
 ) -> str:
-    """A program that repeats a race with fresh ids, and prints which answers came how often."""
+    """A program that repeats a race with fresh ids, and prints which answers came how often.
+
+    Clients share so many stores in turn; each has its own if nothing is said.
+    """
     names = {each: f"ids[{index}]" for index, each in enumerate(ids)}
     head = _HEAD.format(title=_docstring(title), start=literal(start))
     return head + _CONCURRENT.format(
         ids=len(ids),
         body="\n".join(_phase(phase, names) for phase in phases),
         clock=", clock=lambda: now" if clock else "",
-        clients=max(len(phase.clients) for phase in phases),
+        stores=stores or max(len(phase.clients) for phase in phases),
         rounds=rounds,
     )
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.difference import brief, expected_and_got, plain
 from flowstore_conformance.history import Call, Outcome, Raised, Returned, comparable, error_name
 from flowstore_conformance.model import Model, State
 from flowstore_core import Capability, FlowStore, FlowStoreError
@@ -150,7 +151,8 @@ async def find_half(
     again = [one.then(call, times=times) for one in possible]
     outcome = await outcome_of(store, call, times=times)
     if outcome not in (right := [one.outcome for one in again]):
-        return f"said again it answers {outcome}, where only {' or '.join(map(str, right))} is right"
+        only = " or ".join(dict.fromkeys(answer(one) for one in right if one is not None))
+        return f"said again it gives {answer(outcome)}, where only {only} is right"
     if any(one is before for one in possible):
         again.append(before.then(call, times=times).then(call, times=times))
     wanted = [one.look(asked, times=times) for one in again]
@@ -166,28 +168,14 @@ def difference(asked: Sequence[Call], seen: Sight, wanted: Sequence[Sight]) -> s
 
     nearest = min(wanted, key=lambda sight: len(wrong(sight)))
     parts = [
-        f"{asked[number].method} gives {_where(seen[number], nearest[number])}" for number in wrong(nearest)
+        f"{asked[number].method}: {expected_and_got(nearest[number], seen[number])}"
+        for number in wrong(nearest)
     ]
     return "; ".join(parts)
 
 
-def _where(got: Any, right: Any, path: str = "") -> str:
-    """The first place where two comparable answers differ, down to the field."""
-    if isinstance(got, tuple) and isinstance(right, tuple) and len(got) == len(right):
-        for number, (one, other) in enumerate(zip(got, right, strict=True)):
-            if one != other:
-                if (
-                    isinstance(one, tuple)
-                    and len(one) == 2
-                    and isinstance(one[0], str)
-                    and one[0] == other[0]
-                ):
-                    return _where(one[1], other[1], f"{path}.{one[0]}")
-                return _where(one, other, f"{path}[{number}]" if isinstance(one, tuple) else path)
-    at = f"{path.lstrip('.')} = " if path else ""
-    return f"{at}{_short(got)} and not {_short(right)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
+def answer(outcome: Outcome) -> str:
+    """An outcome in words."""
+    if isinstance(outcome, Returned):
+        return brief(plain(outcome.value))
+    return outcome.error if isinstance(outcome, Raised) else "no answer, so it may have happened or not"

@@ -27,7 +27,7 @@ from flowstore_conformance.suite import (
     strike_again,
     versions,
 )
-from flowstore_core import FlowStoreError
+from flowstore_core import Capability, FlowStoreError
 from flowstore_core.config import URL_VARIABLE, read_scheme, redact
 from flowstore_core.plugins import find_backend
 
@@ -101,7 +101,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     # All workers of pytest-xdist share one seed, and need not look again where the controller has.
     node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
-    node.workerinput["flowstore_guarded"] = _session in node.config.stash
+    session = node.config.stash.get(_session, None)
+    node.workerinput["flowstore_guarded"] = session and [one.value for one in session.backend.capabilities]
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -125,7 +126,11 @@ def _open_session(config: pytest.Config) -> Session:
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     checks = select_checks(config.getoption("flowstore_clause", ()))
     looked = getattr(config, "workerinput", {}).get("flowstore_guarded")
-    guarded = GuardedBackend(backend, url) if looked else asyncio.run(guard(backend, url))
+    guarded = (
+        asyncio.run(guard(backend, url))
+        if looked is None
+        else GuardedBackend(backend, url, frozenset(map(Capability, looked)))
+    )
     return Session(
         url=url,
         backend=guarded,

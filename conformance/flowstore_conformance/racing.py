@@ -136,8 +136,28 @@ class Run:
     unavailable: int
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where the clients of a race are, so that a person can be told and a program can do likewise."""
+
+    stores: int
+    """How many there are; clients share them in turn."""
+    processes: bool = False
+    """Whether each is in a process of its own."""
+
+    def __str__(self) -> str:
+        if self.processes:
+            return f"in {self.stores} processes with a store each"
+        return "on one store" if self.stores == 1 else f"on {self.stores} stores of one process"
+
+
 class Runner(Protocol):
     """Runs races; over tasks, stores or processes."""
+
+    @property
+    def setting(self) -> Setting:
+        """Where the clients were."""
+        ...
 
     async def run(self, races: Sequence[Race]) -> list[Run]:
         """Run a volley: races with the same jump, all at the same time."""
@@ -202,6 +222,7 @@ class StoreRunner:
     def __init__(self, stores: Sequence[FlowStore], clock: VirtualClock | None) -> None:
         self._stores = stores
         self._clock = clock
+        self.setting = Setting(len(stores))
 
     async def run(self, races: Sequence[Race]) -> list[Run]:
         done: list[list[Done]] = []

@@ -69,8 +69,15 @@ class ClauseResult:
 
     @property
     def reason(self) -> str | None:
-        """Why it has its status, where a check gives a reason."""
-        return next((one.reason for one in self.results if one.status is self.status and one.reason), None)
+        """Why it has its status, where a check gives a reason; one that is named after the clause first."""
+        given = [one for one in self.results if one.status is self.status and one.reason]
+        given.sort(key=lambda one: one.check.clauses[0] != self.clause.id)
+        if given:
+            return given[0].reason
+        if self.status is Status.NOT_RUN:
+            stopped = {one.failure.clause: None for one in self.results if one.failure is not None}
+            return f"cut short: checks of it stopped at {', '.join(stopped)}" if stopped else None
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,19 +13,30 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import parse_qsl, unquote
 
-from flowstore_conformance.bench import Bench, Inconclusive, Profile, Violation, make_bench
+from flowstore_conformance.bench import (
+    Bench,
+    Inconclusive,
+    Profile,
+    SharedNamespace,
+    Unsupported,
+    Violation,
+    make_bench,
+)
 from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_conformance.guard import NoNamespace, Refused, guard
+from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.programs import replay_on_memory
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
 from flowstore_conformance.waivers import Waiver, apply_waivers
-from flowstore_core import Backend, ConfigurationError, FlowStoreError
+from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.config import read_scheme, redact
 from flowstore_core.plugins import find_backend
 
 CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
 """After this long a check is taken to hang, which is a failure: no operation may block for ever."""
+
+MORE_LOOKS = 2
+"""So often a check that was inconclusive by chance looks again, each time four times as patiently."""
 
 REPEATS = 4
 """A check that fails runs so many times more, to tell how often it strikes."""
@@ -70,21 +81,25 @@ async def run_suite(
     guarded = await guard(backend, url)
     results: list[CheckResult] = []
     left = REPEAT_SECONDS
-    for number, check in enumerate(chosen, 1):
-        if starting is not None:
-            starting(check, number, len(chosen))
-        result = await run_check(check, url, guarded, profile, chosen_seed)
-        if result.failure is not None:
-            since = time.monotonic()
-            result = await strike_again(result, url, guarded, profile, repeats=repeats, seconds=left)
-            left -= time.monotonic() - since
-        results.append(result)
-        if progress is not None:
-            progress(result, number, len(chosen))
+    shared = SharedNamespace(url, guarded, profile)
+    try:
+        for number, check in enumerate(chosen, 1):
+            if starting is not None:
+                starting(check, number, len(chosen))
+            result = await run_check(check, url, guarded, profile, chosen_seed, shared=shared)
+            if result.failure is not None:
+                since = time.monotonic()
+                result = await strike_again(result, url, guarded, profile, repeats=repeats, seconds=left)
+                left -= time.monotonic() - since
+            results.append(result)
+            if progress is not None:
+                progress(result, number, len(chosen))
+    finally:
+        await _give_up(shared)
     report = Report(
         backend=backend.name,
         url=redact(url),
-        capabilities=tuple(sorted(backend.capabilities)),
+        capabilities=tuple(sorted(guarded.capabilities)),
         profile=profile.value,
         seed=chosen_seed,
         started_at=started_at,
@@ -135,43 +150,103 @@ def new_seed() -> int:
     return random.SystemRandom().getrandbits(32)
 
 
-async def run_check(check: Check, url: str, backend: Backend, profile: Profile, seed: int) -> CheckResult:
+async def run_check(
+    check: Check,
+    url: str,
+    backend: Backend,
+    profile: Profile,
+    seed: int,
+    *,
+    shared: SharedNamespace | None = None,
+) -> CheckResult:
     """Run one check on a namespace of its own; any outcome is a result.
 
+    A check that can share a namespace is run in the shared one first, if there is one. When it does not
+    pass there, nothing is said yet: it is run on a namespace of its own, and that counts.
     Raises Refused alone: then the suite must stop, since it is not safe to go on.
     """
     begun = time.monotonic()
-    exercised, status, failure, reason = await _outcome(check, url, backend, profile, seed)
+    outcome = await _among_others(check, profile, seed, shared) if shared and check.shares else None
+    if outcome is None:
+        outcome = await _outcome(check, url, backend, profile, seed)
+    for number in range(1, MORE_LOOKS + 1):
+        if not outcome.by_chance:
+            break
+        # Something else may have kept the machine busy: look longer, and at other draws.
+        outcome = await _outcome(check, url, backend, profile, seed, look=number)
     return CheckResult(
         check=check,
-        status=status,
-        exercised=exercised,
+        status=outcome.status,
+        exercised=outcome.exercised,
         seconds=time.monotonic() - begun,
         seed=seed,
-        failure=failure,
-        reason=reason,
+        failure=outcome.failure,
+        reason=outcome.reason,
     )
 
 
-Outcome = tuple[int, Status, Failure | None, str | None]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one look of a check found."""
+
+    status: Status
+    exercised: int = 0
+    failure: Failure | None = None
+    reason: str | None = None
+    by_chance: bool = False
+    """Inconclusive, and perhaps not the next time."""
 
 
-async def _outcome(check: Check, url: str, backend: Backend, profile: Profile, seed: int) -> Outcome:
-    if missing := check.needs - backend.capabilities:
-        names = ", ".join(sorted(one.name for one in missing))
-        return 0, Status.UNSUPPORTED, None, f"the backend does not declare {names}"
-    # Each check has its own randomness, so that it repeats alike alone and among others.
-    own_seed = random.Random(f"{seed}/{check.name}").getrandbits(32)
+async def _among_others(check: Check, profile: Profile, seed: int, shared: SharedNamespace) -> Outcome | None:
+    """What a check found in a shared namespace; None, and the namespace given up, unless it passed."""
+    try:
+        async with shared.bench(_own_seed(check, seed)) as bench:
+            outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+        if outcome.status in (Status.PASS, Status.UNSUPPORTED):
+            return outcome
+    except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
+        _raise_refusal(error)
+    await _give_up(shared)
+    return None
+
+
+async def _give_up(shared: SharedNamespace) -> None:
+    """Drop a namespace; that this fails is found by checks with one of their own."""
+    try:
+        await shared.give_up()
+    except Exception as error:  # noqa: BLE001
+        _raise_refusal(error)
+
+
+def _own_seed(check: Check, seed: int, look: int = 0) -> int:
+    """Each check has its own randomness, so that it repeats alike alone and among others."""
+    return random.Random(f"{seed}/{check.name}{f'/{look}' if look else ''}").getrandbits(32)
+
+
+async def _outcome(
+    check: Check, url: str, backend: Backend, profile: Profile, seed: int, *, look: int = 0
+) -> Outcome:
+    # Once guarded, a backend declares what its opened store does. Else only a store can tell.
+    if isinstance(backend, GuardedBackend) and (lacking := _lacking(check, backend.capabilities)):
+        return lacking
+    own_seed = _own_seed(check, seed, look)
     outcome: Outcome | None = None
     try:
-        async with make_bench(url, backend, profile, own_seed) as bench:
-            outcome = await _judge(check, bench, profile)
+        async with make_bench(url, backend, profile, own_seed, patience=4.0**look) as bench:
+            outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         # Not of the check, which _judge has told, but of making the bench or of putting it away.
         _raise_refusal(error)
-        if outcome is None or outcome[1] is Status.PASS:
+        if outcome is None or outcome.status is Status.PASS:
             outcome = _explain(error, check, 0, url)
     return outcome
+
+
+def _lacking(check: Check, capabilities: Collection[Capability]) -> Outcome | None:
+    if missing := check.needs - frozenset(capabilities):
+        names = ", ".join(sorted(one.name for one in missing))
+        return Outcome(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
+    return None
 
 
 async def _judge(check: Check, bench: Bench, profile: Profile) -> Outcome:
@@ -183,11 +258,11 @@ async def _judge(check: Check, bench: Bench, profile: Profile) -> Outcome:
         _raise_refusal(error)
         if timer.expired():
             hung = Failure(clause="CON-2", message=f"the check did not end within {limit:.0f} s")
-            return bench.exercised, Status.FAIL, hung, None
+            return Outcome(Status.FAIL, bench.exercised, hung)
         return _explain(error, check, bench.exercised, bench.base_url)
     if not bench.exercised:
-        return 0, Status.INCONCLUSIVE, None, "nothing was exercised"
-    return bench.exercised, Status.PASS, None, None
+        return Outcome(Status.INCONCLUSIVE, reason="nothing was exercised")
+    return Outcome(Status.PASS, bench.exercised)
 
 
 def _raise_refusal(error: Exception) -> None:
@@ -208,9 +283,12 @@ def _explain(error: Exception, check: Check, exercised: int, url: str) -> Outcom
             verdict=found.verdict,
             traceback=_frames(found.__cause__, url) if found.__cause__ is not None else None,
         )
-        return exercised, Status.FAIL, failure, None
+        return Outcome(Status.FAIL, exercised, failure)
     if isinstance(found, (Inconclusive, NoNamespace)):
-        return exercised, Status.INCONCLUSIVE, None, str(found)
+        by_chance = isinstance(found, Inconclusive) and found.by_chance
+        return Outcome(Status.INCONCLUSIVE, exercised, reason=str(found), by_chance=by_chance)
+    if isinstance(found, Unsupported):
+        return Outcome(Status.UNSUPPORTED, exercised, reason=str(found))
     if isinstance(found, FlowStoreError):
         clause = check.clauses[0]
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
@@ -218,7 +296,7 @@ def _explain(error: Exception, check: Check, exercised: int, url: str) -> Outcom
         clause = "CON-2"
         message = f"{type(found).__name__} surfaced, which is no error of the contract"
     failure = Failure(clause=clause, message=message, traceback=_frames(found, url))
-    return exercised, Status.FAIL, failure, None
+    return Outcome(Status.FAIL, exercised, failure)
 
 
 def _leaf(error: BaseException) -> BaseException:

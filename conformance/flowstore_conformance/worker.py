@@ -1,10 +1,10 @@
 """A process that races for the harness: ``python -m flowstore_conformance.worker``.
 
 Lines of JSON come on stdin, the first ``{"open": url, "clock": true}``; each is answered by one line on
-stdout. Then, for every phase of a volley, two lines: ``{"now": ..., "jobs": [...]}``, answered when all
-clients stand at the barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes
-of one machine share, when they are let go; it is answered by what came of the jobs. The end of stdin ends
-the process.
+stdout. A store that cannot be opened is told as ``{"refused": error}``, and the process ends. Then, for
+every phase of a volley, two lines: ``{"now": ..., "jobs": [...]}``, answered when all clients stand at the
+barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes of one machine
+share, when they are let go; it is answered by what came of the jobs. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.racing import do_jobs
 from flowstore_conformance.wire import pack_done, read_line, unpack, unpack_job, write_line
-from flowstore_core import FlowStore, open_store
+from flowstore_core import FlowStore, FlowStoreError, open_store
 
 SPIN_SECONDS = 0.0005
 """Slept so long less and then spun, because a sleep ends late."""
@@ -48,9 +49,16 @@ async def main() -> None:
         return
     clock = _Clock()
     times = order["clock"]
-    async with open_store(order["open"], clock=clock if times else None) as store:
-        # Connected before the first race.
-        await store.get_active_runs(take=1)
+    async with AsyncExitStack() as stack:
+        try:
+            store = await stack.enter_async_context(open_store(order["open"], clock=clock if times else None))
+            # Connected before the first race.
+            await store.get_active_runs(take=1)
+        except Exception as error:  # noqa: BLE001 - told to the harness, whose finding it is
+            # Only an error of the contract keeps secrets out of its text.
+            text = f": {error}" if isinstance(error, FlowStoreError) else ""
+            say({"refused": f"{type(error).__name__}{text}"})
+            return
         say({"open": store.backend})
         while (order := await hear()) is not None:
             await _phase(store, clock, times, order, hear, say)

@@ -7,17 +7,19 @@ import gc
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
 from flowstore_conformance import observation
 from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.history import Call, Outcome, Raised, Returned, comparable, error_name
+from flowstore_conformance.cutting import Course, Cut, Point, course, cut, program, sweep
+from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
 from flowstore_conformance.observation import (
     Expectation,
+    answer,
     ask,
     difference,
     find_half,
@@ -35,66 +37,12 @@ from flowstore_conformance.situations import (
     available,
     make_scene,
 )
-from flowstore_core import FlowStore, FlowStoreError, open_store
+from flowstore_core import FlowStore
 
 
 async def _set_up(store: FlowStore, scene: Scene) -> None:
     for call in scene.setup:
         await ask(store, call)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """What became of a call that was cancelled."""
-
-    scene: Scene
-    yields: int
-    outcome: Outcome | None
-    """What it answered all the same; None if it was cancelled."""
-
-
-async def _cut(store: FlowStore, scene: Scene, yields: int, *, times: bool) -> Cut:
-    """Make the scene's call and cancel it after the loop has turned so often."""
-    task = asyncio.ensure_future(ask(store, scene.call))
-    for _ in range(yields):
-        if task.done():
-            break
-        await asyncio.sleep(0)
-    task.cancel()
-    # Not awaited itself, so that a cancellation of the check is not taken for the call's.
-    await asyncio.wait({task})
-    outcome: Outcome | None = None
-    if not task.cancelled():
-        error = task.exception()
-        if error is None:
-            outcome = Returned(comparable(task.result(), times=times))
-        elif isinstance(error, FlowStoreError):
-            outcome = Raised(error_name(error))
-        else:
-            message = f"{scene.call.method}, cancelled after {yields} turns of the event loop, let out"
-            raise Violation(f"{message} {type(error).__name__}", clause="CON-2") from error
-    return Cut(scene=scene, yields=yields, outcome=outcome)
-
-
-async def _turns(store: FlowStore, scene: Scene) -> int:
-    """How often the loop turns while the scene's call runs to its end."""
-    task = asyncio.ensure_future(ask(store, scene.call))
-    turns = 0
-    while not task.done():
-        await asyncio.sleep(0)
-        turns += 1
-    await task
-    return turns
-
-
-def _points(bench: Bench, turns: int, count: int) -> list[int]:
-    """When to cancel: at each of the first turns, and spread over the rest, a little by chance."""
-    if turns + 2 <= count:
-        return list(range(turns + 2))
-    first = max(count // 4, 1)
-    rest = count - first
-    step = (turns - first) / rest
-    return [*range(first), *(first + int(step * (number + bench.random.random())) for number in range(rest))]
 
 
 async def _settle(before: set[asyncio.Task[object]]) -> None:
@@ -112,17 +60,18 @@ def _expected(bench: Bench, calls: Sequence[Call]) -> Expectation:
     return state
 
 
-async def _examine(bench: Bench, store: FlowStore, cut: Cut) -> None:
+async def _examine(bench: Bench, store: FlowStore, made: Cut) -> None:
     """Whole or not at all; then the same call again must be answered as that state demands."""
-    scene, times = cut.scene, bench.times
+    scene, times = made.scene, bench.times
     before = _expected(bench, scene.setup)
     after = before.then(scene.call, times=times)
-    if cut.outcome is not None:
+    if made.outcome is not None:
+        assert after.outcome is not None
         bench.expect_that(
-            cut.outcome == after.outcome or isinstance(cut.outcome, Raised),
-            f"{_title(cut)} answered {cut.outcome}, where {after.outcome} is right",
+            made.outcome == after.outcome or isinstance(made.outcome, Raised),
+            f"{made.title} gave {answer(made.outcome)}, where {answer(after.outcome)} is right",
         )
-    if isinstance(cut.outcome, Returned):
+    if isinstance(made.outcome, Returned):
         possible = [after]
     elif scene.gives_back:
         possible = [before]
@@ -132,70 +81,50 @@ async def _examine(bench: Bench, store: FlowStore, cut: Cut) -> None:
     bench.exercised += 1
     if half is not None:
         what = "left what it had won" if possible == [before] else "was neither whole nor undone"
-        raise Violation(f"{_title(cut)} {what}: {half}", program=_program(cut))
+        raise Violation(f"{made.title} {what}: {half}", program=program(made))
 
 
-def _title(cut: Cut) -> str:
-    return f"{cut.scene.call.method}, cancelled after {cut.yields} turns of the event loop,"
-
-
-def _program(cut: Cut) -> str:
-    lines = [
-        "import asyncio, sys",
-        "from datetime import datetime, timedelta",
-        "from uuid import UUID",
-        "",
-        "from flowstore_core import open_store",
-        "",
-        "",
-        "async def main() -> None:",
-        "    async with open_store(sys.argv[1]) as store:",
-        *(f"        await {call.source()}" for call in cut.scene.setup),
-        f"        task = asyncio.create_task({cut.scene.call.source()})",
-        f"        for _ in range({cut.yields}):",
-        "            await asyncio.sleep(0)",
-        "        task.cancel()",
-        "        await asyncio.wait({task})",
-        "        await asyncio.sleep(1)",
-        *(f"        print(await {call.source()})" for call in cut.scene.asked),
-        "",
-        "",
-        "asyncio.run(main())",
-    ]
-    return "\n".join(lines)
-
-
-async def _cut_everywhere(bench: Bench, settings: dict[str, Setting], count: int) -> None:
-    """Cancel the call of each setting at ``count`` moments, each on a run of its own."""
-    other = await bench.open()
+async def _cut_everywhere(bench: Bench, settings: dict[str, Setting], moments: int) -> None:
+    """Cancel the call of each setting at every point, and at so many moments, each on a run of its own."""
+    *_, other = await bench.workers(2)
     for setting in settings.values():
-        whole = make_scene(bench, setting)
-        await _set_up(bench.store, whole)
-        points = _points(bench, await _turns(bench.store, whole), count)
-        scenes = [make_scene(bench, setting) for _ in points]
-        await asyncio.gather(*(_set_up(bench.store, scene) for scene in scenes))
+
+        async def make(count: int, setting: Setting = setting) -> Sequence[Scene]:
+            scenes = [make_scene(bench, setting) for _ in range(count)]
+            await asyncio.gather(*(_set_up(bench.store, scene) for scene in scenes))
+            return scenes
+
+        [whole] = await make(1)
+        usual = await course(bench.store, whole)
         before: set[asyncio.Task[object]] = set(asyncio.all_tasks())
-        cuts = [
-            await _cut(bench.store, scene, point, times=bench.times)
-            for scene, point in zip(scenes, points, strict=True)
-        ]
+        swept = sweep(
+            bench.store,
+            make,
+            usual,
+            bench.random,
+            # What was won and must be given back is won at one moment, in a server or thread perhaps.
+            moments=(4 if whole.gives_back else 1) * moments,
+            times=bench.times,
+            most=bench.profile.of(24, 60, 200),
+        )
+        cuts = [made async for made in swept]
         await _settle(before)
         # Every other one is looked at by a further store: what happened, happened for all.
         await asyncio.gather(
-            *(_examine(bench, other if number % 2 else bench.store, cut) for number, cut in enumerate(cuts))
+            *(_examine(bench, other if number % 2 else bench.store, made) for number, made in enumerate(cuts))
         )
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_write_happened_or_did_not(bench: Bench) -> None:
     """Each writing call, cancelled at each step, has happened whole or not at all, and can be said again."""
-    await _cut_everywhere(bench, available(bench.capabilities), bench.profile.of(5, 8, 60))
+    await _cut_everywhere(bench, available(bench.capabilities), bench.profile.of(2, 5, 40))
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_win_is_given_back_before_the_store_closes(bench: Bench) -> None:
     """An ownerless claim or a dispatch that was won and cancelled is given back; closing waits for that."""
-    rounds = bench.profile.of(2, 4, 20)
+    rounds = bench.profile.of(3, 5, 20)
     settings = {
         name: setting
         for name, setting in available(bench.capabilities).items()
@@ -203,22 +132,28 @@ async def a_cancelled_win_is_given_back_before_the_store_closes(bench: Bench) ->
     }
     whole = make_scene(bench, settings["dispatch"])
     await _set_up(bench.store, whole)
-    turns = await _turns(bench.store, whole)
+    usual = await course(bench.store, whole)
     for _ in range(rounds):
         closing = await bench.open()
         scenes = [make_scene(bench, setting) for setting in settings.values() for _ in range(10)]
         await asyncio.gather(*(_set_up(closing, scene) for scene in scenes))
-        # With so many at once the loop turns far less often while one of them is under way.
-        yields = [int((turns + 2) ** bench.random.random()) - 1 for _ in scenes]
         # All at once: some are cancelled while they wait for a connection or for the writer.
+        points = [_some_point(bench, usual, len(scenes)) for _ in scenes]
         cuts = await asyncio.gather(
             *(
-                _cut(closing, scene, point, times=bench.times)
-                for scene, point in zip(scenes, yields, strict=True)
+                cut(closing, scene, point, times=bench.times)
+                for scene, point in zip(scenes, points, strict=True)
             )
         )
         await closing.aclose()
-        await asyncio.gather(*(_examine(bench, bench.store, cut) for cut in cuts))
+        await asyncio.gather(*(_examine(bench, bench.store, made) for made in cuts))
+
+
+def _some_point(bench: Bench, usual: Course, crowd: int) -> Point:
+    """A point of a call among so many at the same time, so that each takes longer than alone."""
+    if bench.random.random() < 0.5:
+        return Point(bench.random.randrange(usual.waits + 2))
+    return Point(seconds=usual.seconds * bench.random.random() * (1 + crowd * bench.random.random()))
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
@@ -246,12 +181,19 @@ async def cancelled_reads_leave_the_store_usable(bench: Bench) -> None:
             reads.append(Call(method=method, arguments=arguments))
     for read in reads:
         scene = Scene(run_id=run_id, setup=(), call=read, gives_back=False, asked=())
+
+        async def make(count: int, scene: Scene = scene) -> Sequence[Scene]:
+            return [scene] * count
+
         right = await outcome_of(bench.store, read, times=bench.times)
-        for point in _points(bench, await _turns(bench.store, scene), bench.profile.of(3, 6, 40)):
-            cut = await _cut(bench.store, scene, point, times=bench.times)
-            bench.expect_that(
-                cut.outcome in (None, right), f"{_title(cut)} answered {cut.outcome}, not {right}"
-            )
+        usual = await course(bench.store, scene)
+        moments = bench.profile.of(1, 3, 20)
+        async for made in sweep(bench.store, make, usual, bench.random, moments=moments, times=bench.times):
+            if made.outcome not in (None, right):
+                assert made.outcome is not None
+                message = f"{made.title} gave {answer(made.outcome)}, where {answer(right)} is right"
+                raise Violation(message)
+            bench.exercised += 1
         bench.expect_that(
             await outcome_of(bench.store, read, times=bench.times) == right,
             f"{read.method} answers otherwise after calls of it were cancelled",
@@ -276,38 +218,36 @@ async def cancelled_calls_leave_nothing_behind(bench: Bench) -> None:
     """After a storm of cancelled calls, and closing, no task, thread or connection is left."""
     settings = list(available(bench.capabilities).values())
 
-    async def storm(store: FlowStore, size: int) -> Sequence[Cut]:
-        scenes = [make_scene(bench, settings[number % len(settings)]) for number in range(size)]
-        await asyncio.gather(*(_set_up(store, scene) for scene in scenes))
-        # None of the turns often: a store that answers at once can be cancelled nowhere else.
-        yields = [bench.random.choice((0, bench.random.randrange(60))) for _ in scenes]
-        cuts = [
-            _cut(store, scene, point, times=bench.times) for scene, point in zip(scenes, yields, strict=True)
-        ]
-        return await asyncio.gather(*cuts)
+    async def storm(store: FlowStore) -> Sequence[Cut]:
+        """Every call several times: cancelled where it first waits, later, and before it began."""
+        # The last is the only one at which a store can be cancelled that answers at once.
+        points = [Point(1), Point(bench.random.randrange(2, 6)), Point(0)]
+        cuts = [(make_scene(bench, setting), point) for point in points for setting in settings]
+        await asyncio.gather(*(_set_up(store, scene) for scene, _ in cuts))
+        return await asyncio.gather(*(cut(store, scene, point, times=bench.times) for scene, point in cuts))
 
     # The first time may load what is kept for ever; that is no leak.
-    async with open_store(bench.url, clock=bench.clock) as store:
-        await storm(store, len(settings))
+    store = await bench.open()
+    await storm(store)
+    await store.aclose()
     gc.collect()
     tasks, threads, descriptors = set(asyncio.all_tasks()), _threads(), _descriptors()
-    async with open_store(bench.url, clock=bench.clock) as store:
-        cuts: list[Cut] = []
-        for _ in range(bench.profile.of(1, 2, 10)):
-            cuts += await storm(store, len(settings))
-        if all(cut.outcome is not None for cut in cuts):
-            raise Inconclusive("no call was still under way when it was cancelled")
-        await _settle(tasks)
-        await asyncio.gather(*(_examine(bench, store, cut) for cut in cuts[: len(settings)]))
-        opened = len(asyncio.all_tasks() - tasks)
-        growing = bench.profile.of(20, 40, 200)
-        for _ in range(growing):
-            await _cut(store, make_scene(bench, SETTINGS["start_run"]), 1, times=bench.times)
-        await _settle(tasks)
-        grown = len(asyncio.all_tasks() - tasks) - opened
-        bench.expect_that(
-            grown < growing / 2, f"{growing} cancelled calls left {grown} tasks that do not end"
-        )
+    store = await bench.open()
+    cuts: list[Cut] = []
+    for _ in range(bench.profile.of(1, 2, 10)):
+        cuts += await storm(store)
+    if all(made.outcome is not None for made in cuts):
+        raise Inconclusive("no call was still under way when it was cancelled")
+    await _settle(tasks)
+    await asyncio.gather(*(_examine(bench, store, made) for made in cuts[: len(settings)]))
+    opened = len(asyncio.all_tasks() - tasks)
+    growing = bench.profile.of(20, 40, 200)
+    for _ in range(growing):
+        await cut(store, make_scene(bench, SETTINGS["start_run"]), Point(1), times=bench.times)
+    await _settle(tasks)
+    grown = len(asyncio.all_tasks() - tasks) - opened
+    bench.expect_that(grown < growing / 2, f"{growing} cancelled calls left {grown} tasks that do not end")
+    await store.aclose()
     deadline = asyncio.get_running_loop().time() + observation.PATIENCE_SECONDS
     while True:
         gc.collect()
@@ -330,21 +270,33 @@ async def a_cancelled_cleanup_deleted_whole_runs(bench: Bench) -> None:
     """A cleanup, cancelled at each step, leaves each run as it was or deletes it with all it had."""
     cleanup = Call(method="cleanup", arguments={"cutoff": datetime(2099, 1, 1, tzinfo=UTC)})
     setting = available(bench.capabilities)["retry_step"]
+
     # Of the setting only the setup is wanted: a run that failed, with something in every place.
-    whole = [make_scene(bench, setting) for _ in range(4)]
-    await asyncio.gather(*(_set_up(bench.store, scene) for scene in whole))
-    turns = await _turns(bench.store, replace(whole[0], call=cleanup))
-    for point in _points(bench, turns, bench.profile.of(3, 6, 40)):
-        scenes = [replace(make_scene(bench, setting), call=cleanup) for _ in range(4)]
+    async def make() -> Sequence[Scene]:
+        scenes = [replace(make_scene(bench, setting), call=cleanup) for _ in range(3)]
         await asyncio.gather(*(_set_up(bench.store, scene) for scene in scenes))
+        return scenes
+
+    usual = await course(bench.store, (await make())[0])
+    most = bench.profile.of(5, 12, 60)
+    points = [Point(number) for number in range(usual.waits + 2)]
+    if len(points) > most:
+        points = [points[0], points[-2], *bench.random.sample(points[1:-2], most - 2)]
+    points += [
+        Point(seconds=usual.seconds * bench.random.random()) for _ in range(bench.profile.of(1, 3, 20))
+    ]
+    for point in points:
+        scenes = await make()
         before: set[asyncio.Task[object]] = set(asyncio.all_tasks())
-        cut = await _cut(bench.store, scenes[0], point, times=bench.times)
+        made = await cut(bench.store, scenes[0], point, times=bench.times)
         await _settle(before)
         for scene in scenes:
-            gone = _expected(bench, ())
-            kept = _expected(bench, scene.setup)
+            gone, kept = _expected(bench, ()), _expected(bench, scene.setup)
             wanted = [one.look(scene.asked, times=bench.times) for one in (gone, kept)]
             seen = await look_until(bench.store, scene.asked, wanted, times=bench.times)
-            bench.expect_that(
-                seen in wanted, f"{_title(cut)} deleted half a run: {difference(scene.asked, seen, wanted)}"
-            )
+            bench.exercised += 1
+            if seen not in wanted:
+                raise Violation(
+                    f"{made.title} deleted half a run: {difference(scene.asked, seen, wanted)}",
+                    program=program(made),
+                )

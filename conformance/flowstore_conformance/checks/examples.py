@@ -1,4 +1,4 @@
-"""Examples: small looks at one promise each. Those of one clause share a namespace."""
+"""Examples: small looks at one promise each, which share a namespace."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from flowstore_conformance.bench import Bench, Violation
 from flowstore_conformance.checks.registry import Kind, Run, check
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_core import Capability, FlowStoreError
+
+LOOKS_AT_ALL = ("QRY-", "RET-", "STP-8", "CTL-1", "CTL-3", "INP-3", "IDM-")
+"""Clauses whose examples look at all there is, or delete it; they get a namespace without others."""
 
 _Group = tuple[str, frozenset[Capability], Kind]
 _groups: dict[_Group, list[Run]] = {}
@@ -19,9 +22,10 @@ def example(
     """Declare an example of a clause; its docstring says what it proves.
 
     The examples of one clause with the same needs are one check, in one namespace: making a namespace
-    takes longer than most examples do. They run in the order of their declaration. So an example works
-    on runs, flows and keys of its own, and expects those of earlier ones in every list over all runs.
-    It may move the clock, which is put back after it.
+    takes longer than most examples do. They run in the order of their declaration, and the examples of
+    other clauses may have been there before (but see LOOKS_AT_ALL). So an example works on runs, flows and
+    keys of its own, and expects those of others in every list over all runs. It may move the clock, which
+    is put back after it.
     """
     group = (clause, frozenset(needs), kind)
 
@@ -43,7 +47,8 @@ def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
     own = "examples" if kind is Kind.EXAMPLE else f"{kind}_examples"
     run_all.__name__ = f"{own}_of_{clause.lower().replace('-', '_')}{'_with_' if more else ''}{more}"
     run_all.__doc__ = CLAUSES[clause].sentence
-    check(clause, needs=needs, kind=kind)(run_all)
+    shares = kind is Kind.EXAMPLE and not clause.startswith(LOOKS_AT_ALL)
+    check(clause, needs=needs, kind=kind, shares=shares)(run_all)
 
 
 async def _run(bench: Bench, runs: Iterable[Run]) -> None:

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir, storage_directory
 from hypothesis.errors import HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
@@ -93,9 +95,22 @@ async def machine_agrees_with_the_model(bench: Bench) -> None:
         suppress_health_check=list(HealthCheck),
     )
     async with session.stack:
-        await line.serve(asyncio.ensure_future(asyncio.to_thread(_run, machine, chosen)))
+        with _no_traces():
+            await line.serve(asyncio.ensure_future(asyncio.to_thread(_run, machine, chosen)))
     if session.found is not None:
         raise await shrink(bench, session.found, SHRINK_SECONDS) from session.found.__cause__
+
+
+@contextmanager
+def _no_traces() -> Iterator[None]:
+    """Let Hypothesis keep its notes in a folder that goes, not in the one where the suite was started."""
+    before = storage_directory(intent_to_write=False).home_directory
+    with tempfile.TemporaryDirectory(prefix="flowstore-hypothesis-") as folder:
+        set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            set_hypothesis_home_dir(before)
 
 
 def _run(machine: Any, chosen: settings) -> None:

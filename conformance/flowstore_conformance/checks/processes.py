@@ -1,7 +1,7 @@
 """Races between operating-system processes, each with a store of its own on one namespace.
 
-Starting processes costs more than racing, so one check races several themes with one crew; a violation
-names the clause of its theme.
+Starting processes costs more than racing, so one check races several themes with one crew, and checks in
+one namespace share it; a violation names the clause of its theme.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ async def _race(bench: Bench, names: Collection[str]) -> None:
                 await hunt(bench, theme, crew, effort)
 
 
-@check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE)
+@check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE, shares=True)
 async def claims_by_processes(bench: Bench) -> None:
     """Processes that race for claims, expired leases and dispatches get answers that some order explains."""
     await _race(bench, ("claims", "releases", "claims_of_one_owner", "takeovers", "dispatches"))
 
 
-@check("STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE)
+@check(
+    "STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE, shares=True
+)
 async def steps_by_processes(bench: Bench) -> None:
     """Processes that start, complete, skip and retry one step get answers that some order explains."""
     await _race(
@@ -50,19 +52,19 @@ async def steps_by_processes(bench: Bench) -> None:
     )
 
 
-@check("RUN-2", "RUN-1", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE)
+@check("RUN-2", "RUN-1", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE, shares=True)
 async def runs_by_processes(bench: Bench) -> None:
     """Processes that end, cancel and time out one run get answers that some order explains."""
     await _race(bench, ("starts_of_one_run", "late_starts", "ends", "expected_ends", "latches"))
 
 
-@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE)
+@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, shares=True)
 async def keys_by_processes(bench: Bench) -> None:
     """Processes that register and trigger with one idempotency key get answers that some order explains."""
     await _race(bench, ("keys", "triggers"))
 
 
-@check("SIG-2", "SIG-3", "SIG-4", needs=MULTI, kind=Kind.RACE)
+@check("SIG-2", "SIG-3", "SIG-4", needs=MULTI, kind=Kind.RACE, shares=True)
 async def signals_by_processes(bench: Bench) -> None:
     """Processes that deliver to the same waiters get answers that some order explains."""
     await _race(bench, ("deliveries", "expiries"))

@@ -20,14 +20,14 @@ def _by_tasks(theme: Theme) -> None:
 
     race.__name__ = f"{theme.name}_by_tasks"
     race.__doc__ = f"Racing {theme.sentence}: tasks that share a store get answers that some order explains."
-    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE)(race)
+    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE, shares=not theme.alone)(race)
 
 
 def _by_stores(theme: Theme) -> None:
     async def race(bench: Bench) -> None:
         of = bench.profile.of
         effort = Effort(volleys=of(2, 10, 400), races=of(3, 6, 8), seconds=of(1, 5, 120))
-        stores = [bench.store, *await bench.open_many(of(1, 2, 3))]
+        stores = [bench.store, *[await bench.open() for _ in range(of(1, 2, 3))]]
         for store in stores:
             # Connected before the race, so that nobody is late.
             await store.get_active_runs(take=1)
@@ -35,7 +35,7 @@ def _by_stores(theme: Theme) -> None:
 
     race.__name__ = f"{theme.name}_by_stores"
     race.__doc__ = f"Racing {theme.sentence}: stores on one namespace give answers that some order explains."
-    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE)(race)
+    check(*theme.clauses, needs=theme.needs, kind=Kind.RACE, shares=not theme.alone)(race)
 
 
 for _theme in THEMES:

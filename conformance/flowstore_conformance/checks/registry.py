@@ -42,6 +42,8 @@ class Check:
     sentence: str
     """What it looks at, in a sentence: the docstring."""
     run: Run
+    shares: bool = False
+    """Works on ids of its own alone, so that a namespace will do in which other checks were before."""
 
     @property
     def id(self) -> str:
@@ -82,10 +84,13 @@ MODULES = (
 )
 
 
-def check(*clauses: str, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE) -> Callable[[Run], Run]:
+def check(
+    *clauses: str, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE, shares: bool = False
+) -> Callable[[Run], Run]:
     """Declare a check of some clauses; it is skipped as unsupported where a capability is missing.
 
     What the named clauses need by themselves is added. The function's docstring says what it proves.
+    A check that ``shares`` may be run where others were before.
     """
     for clause in clauses:
         if clause not in CLAUSES:
@@ -106,6 +111,7 @@ def check(*clauses: str, needs: Iterable[Capability] = (), kind: Kind = Kind.EXA
             needs=frozenset(needs) | frozenset(each for each in own if each is not None),
             sentence=sentence,
             run=run,
+            shares=shares,
         )
         return run
 

@@ -7,8 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
-from flowstore_conformance.history import comparable, literal
+from flowstore_conformance.bench import Bench, Inconclusive, Unsupported, Violation, VirtualClock
+from flowstore_conformance.difference import expected_and_got, plain
+from flowstore_conformance.history import comparable
 from flowstore_core import (
     Capability,
     FlowRunControlRecord,
@@ -20,7 +21,6 @@ from flowstore_core import (
     FlowStoreError,
     RunStatus,
     StepStatus,
-    StoreUnavailableError,
 )
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def later(bench: Bench, duration: timedelta) -> datetime:
 def clock_of(bench: Bench) -> VirtualClock:
     """The clock, for checks that need VIRTUAL_CLOCK."""
     if bench.clock is None:
-        raise Inconclusive("this store's time cannot be moved")
+        raise Inconclusive("this store's time cannot be moved", by_chance=False)
     return bench.clock
 
 
@@ -91,10 +91,7 @@ async def another(bench: Bench, **options: Any) -> FlowStore:
     """A further store on the namespace; the bench's own where the backend lets one in at a time."""
     try:
         return await bench.open(**options)
-    except StoreUnavailableError:
-        # To allow no more than that is open to a backend that several processes cannot share.
-        if Capability.MULTI_PROCESS in bench.capabilities:
-            raise
+    except Unsupported:
         return bench.store
 
 
@@ -142,7 +139,7 @@ def only(values: Iterable[T], what: str) -> T:
     """The one value that must be there."""
     found = list(values)
     if len(found) != 1:
-        raise Violation(f"{what}: expected one, got {len(found)}: {literal(found)[:300]}")
+        raise Violation(f"{what}: expected one, got {len(found)}: {plain(comparable(found))[:300]}")
     return found[0]
 
 
@@ -253,10 +250,6 @@ def expect_alike(bench: Bench, after: Mapping[str, Any], before: Mapping[str, An
     """Hold two looks against each other, times to the microsecond, and name what differs."""
     bench.exercised += 1
     for read, was in before.items():
-        if comparable(after[read]) != comparable(was):
-            raise Violation(f"{sentence}: expected {read} {_short(was)}, got {_short(after[read])}")
-
-
-def _short(value: object) -> str:
-    text = literal(value)
-    return text if len(text) <= 500 else f"{text[:500]}..."
+        want, got = comparable(was), comparable(after[read])
+        if got != want:
+            raise Violation(f"{sentence}: {read}: {expected_and_got(want, got)}")

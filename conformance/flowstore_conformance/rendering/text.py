@@ -51,7 +51,7 @@ def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
         status = paint.status(one.status, f"{one.status.value:12}")
         times = f"{one.exercised:,}" if one.exercised else "-"
         said = one.clause.sentence
-        if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED):
+        if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED, Status.NOT_RUN):
             said = legible(f"{said} ({one.reason})")
         room = max(width - 32, 30)
         first, *rest = textwrap.wrap(said, room)
@@ -110,7 +110,7 @@ def failure_lines(
             wrapped = [line for part in legible(text).split("\n") for line in _wrap(part, width - 12)]
             yield f"  {label:9} {wrapped[0]}"
             yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
-    yield f"  struck    {failure.struck} of {failure.tried} runs"
+    yield f"  struck    {failure.struck} of {failure.tried} runs of this check"
     yield f"  again     {report.command(result)}"
     if failure.history is not None:
         yield from ("", *history_lines(result, width=width - 2, unicode=unicode))

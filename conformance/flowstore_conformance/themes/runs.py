@@ -43,19 +43,23 @@ def _late_starts(d: Drawing) -> Race:
     def end(client: int) -> Call:
         return d.on("complete_run", status="Cancelled")
 
-    return Race(
-        setup=(d.start_run(),),
-        clients=d.clients(
-            end,
-            end,
-            start(d),
-            start(d),
-            claim(d),
-            lambda client: d.step("try_record_dispatch"),
-            lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
-        ),
-        final=d.look(),
+    def look(client: int) -> Call:
+        return d.on("get_step_statuses")
+
+    clients = d.clients(
+        end,
+        end,
+        look,
+        start(d),
+        start(d),
+        claim(d),
+        lambda client: d.step("try_record_dispatch"),
+        lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
     )
+    if d.one_of(True, False):
+        # Who ends a run and then sees no step has seen that whatever starts now starts too late.
+        clients = ((end(0), look(0)), *clients[1:])
+    return Race(setup=(d.start_run(),), clients=clients, final=d.look())
 
 
 def _expected_ends(d: Drawing) -> Race:

@@ -1,0 +1,152 @@
+"""Where two answers differ, in words: field by field, so that a long record does not hide it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flowstore_conformance.history import literal
+
+LONGEST = 240
+"""Characters of one value; what is cut out says how much."""
+
+MOST = 6
+"""Differences that are listed."""
+
+_LONG_UUID = re.compile(r"UUID\('([0-9a-f]{8})-[0-9a-f-]{27}'\)")
+_MOMENT = re.compile(r"datetime\.fromisoformat\('([^']*)'\)")
+
+
+def shorten(text: str) -> str:
+    """Source of values with ids and datetimes shortened."""
+    return _MOMENT.sub(r"\1", _LONG_UUID.sub(r"\1…", text))
+
+
+def plain(value: Any) -> str:
+    """A comparable answer (see history.comparable) with its records as they were, without what is None."""
+    return shorten(_plain(value))
+
+
+def _plain(value: Any) -> str:
+    if _is_record(value):
+        name, fields = value
+        shown = ", ".join(f"{key}={_plain(each)}" for key, each in fields if each is not None)
+        return f"{name}({shown})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_plain, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, frozenset):
+        return "{" + ", ".join(sorted(map(_plain, value))) + "}"
+    return literal(value)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and _is_name(value[0]) and _is_fields(value[1])
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier() and value[:1].isupper()
+
+
+def _is_fields(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in value
+    )
+
+
+def _is_mapping(value: Any) -> bool:
+    """Whether it may have been one: pairs that begin with different texts."""
+    return (
+        _is_fields(value)
+        and len({each[0] for each in value}) == len(value)
+        # A record is such a pair too, and there may be but one.
+        and not any(_is_name(each[0]) and _is_fields(each[1]) for each in value)
+    )
+
+
+def brief(text: str) -> str:
+    """A text of which the middle is left out where it is long."""
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]}[... {len(text) - 2 * half} characters ...]{text[-half:]}"
+
+
+def expected_and_got(wanted: Any, got: Any) -> str:
+    """Two comparable answers that differ: both whole where they are short, else field by field."""
+    want, have = plain(wanted), plain(got)
+    if max(len(want), len(have)) <= LONGEST and want != have:
+        return f"expected {want}, got {have}"
+    found = list(differences(wanted, got))
+    told = [
+        f"{path}: expected {one}, got {other}" if path else f"expected {one}, got {other}"
+        for path, one, other in found[:MOST]
+    ]
+    more = f"; and {len(found) - MOST} more differences" if len(found) > MOST else ""
+    return "; ".join(told) + more
+
+
+def differences(wanted: Any, got: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every place where two comparable answers differ: its path, what should be there, and what is."""
+    if wanted == got:
+        return
+    if _is_record(wanted) and _is_record(got) and wanted[0] == got[0]:
+        yield from _pairs(dict(wanted[1]), dict(got[1]), path, "{path}.{key}")
+    elif wanted and got and _is_mapping(wanted) and _is_mapping(got):
+        yield from _pairs(dict(wanted), dict(got), path, "{path}[{key!r}]")
+    elif isinstance(wanted, tuple) and isinstance(got, tuple) and len(wanted) == len(got):
+        for number, (one, other) in enumerate(zip(wanted, got, strict=True)):
+            yield from differences(one, other, f"{path}[{number}]")
+    elif isinstance(wanted, tuple) and isinstance(got, tuple):
+        yield path, *_lengths(wanted, got)
+    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > LONGEST:
+        yield path, *_texts(wanted, got)
+    else:
+        one, other = plain(wanted), plain(got)
+        # Values that look alike, such as 1 and True, are told apart by their type.
+        alike = one == other
+        yield path, _of(one, wanted, alike), _of(other, got, alike)
+
+
+def _of(text: str, value: Any, alike: bool) -> str:
+    return f"{brief(text)} of {type(value).__name__}" if alike else brief(text)
+
+
+def _pairs(
+    wanted: Mapping[str, Any], got: Mapping[str, Any], path: str, form: str
+) -> Iterator[tuple[str, str, str]]:
+    for key in dict.fromkeys((*wanted, *got)):
+        place = form.format(path=path, key=key).lstrip(".")
+        if key not in got:
+            yield place, brief(plain(wanted[key])), "nothing"
+        elif key not in wanted:
+            yield place, "nothing", brief(plain(got[key]))
+        else:
+            yield from differences(wanted[key], got[key], place)
+
+
+def _lengths(wanted: tuple[Any, ...], got: tuple[Any, ...]) -> tuple[str, str]:
+    """Of sequences that are not equally long: how many there are, and the first that differ."""
+    lacking = [one for one in wanted if one not in got]
+    surplus = [one for one in got if one not in wanted]
+    want, have = f"{len(wanted)} items", f"{len(got)}"
+    if lacking:
+        have += f", without {brief(plain(lacking[0]))}"
+    if surplus:
+        have += f", with {brief(plain(surplus[0]))}"
+    if not lacking and not surplus:
+        have += f", some of them repeated: {brief(plain(got))}"
+    return want, have
+
+
+def _texts(wanted: str, got: str) -> tuple[str, str]:
+    """Of long texts: their lengths, and what stands where they begin to differ."""
+    shared = next(
+        (number for number, (one, other) in enumerate(zip(wanted, got, strict=False)) if one != other),
+        min(len(wanted), len(got)),
+    )
+
+    def there(text: str) -> str:
+        return f"{text[shared : shared + 40]!r} at character {shared} of {len(text)}"
+
+    return there(wanted), there(got)
