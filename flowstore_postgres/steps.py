@@ -39,7 +39,9 @@ WITH guard AS MATERIALIZED (
 ), started AS (
     UPDATE {schema}.steps s
     SET status = 'Running', step_type = a.step_type, input_json = a.input_json, job_id = a.job_id,
-        output_json = NULL, error_message = NULL, completed_at = NULL, started_at = now,
+        output_json = NULL, error_message = NULL, completed_at = NULL,
+        -- Not before the attempt before it ended, however long this statement waited for the row.
+        started_at = coalesce($2, greatest(now, completed_at)),
         first_started_at = coalesce(first_started_at, now), last_attempt = last_attempt + 1,
         reopened = false, rescheduled = false, started_owner = a.owner, started_token = a.token,
         closed_token = NULL
