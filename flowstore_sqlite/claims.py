@@ -6,6 +6,7 @@ a random one beside what it won, so that what a cancelled call had won, and no o
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import sqlite3
@@ -21,13 +22,18 @@ from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, t
 
 _log = logging.getLogger("flowstore_sqlite")
 
+# Unique among all stores: each process counts on from a random start of its own.
+_tokens = itertools.count(secrets.randbits(62))
+
 # Whoever wins the claim anew has not started the open attempt, be it under the same token.
 TRY_CLAIM_STEP = """
 INSERT INTO steps (run_id, step_key, claimed_at, expires_at, claim_owner, claim_token)
-VALUES (?, ?, ?, ?, ?, ?)
+SELECT run_id, ?, ?, ?, ?, ? FROM runs WHERE run_id = ? AND status = 'Running'
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     claimed_at = excluded.claimed_at, expires_at = excluded.expires_at, claim_owner = excluded.claim_owner,
     claim_token = excluded.claim_token, started_owner = NULL
+WHERE (claimed_at IS NULL OR expires_at <= excluded.claimed_at)
+    AND (status IS NULL OR status IN ('Pending', 'Running'))
 """
 
 RELEASE_STEP_CLAIM = """
@@ -60,10 +66,12 @@ WHERE run_id = ? AND claimed_at IS NOT NULL ORDER BY step_key
 """
 
 TRY_RECORD_DISPATCH = """
-INSERT INTO steps (run_id, step_key, dispatched_at, due_at, dispatch_token) VALUES (?, ?, ?, ?, ?)
+INSERT INTO steps (run_id, step_key, dispatched_at, due_at, dispatch_token)
+SELECT run_id, ?, ?, ?, ? FROM runs WHERE run_id = ? AND status = 'Running'
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     dispatched_at = excluded.dispatched_at, due_at = excluded.due_at, dispatch_job_id = NULL,
     dispatch_token = excluded.dispatch_token
+WHERE dispatched_at IS NULL AND (status IS NULL OR status IN ('Pending', 'Running'))
 """
 
 ANNOTATE_DISPATCH = """
@@ -96,7 +104,7 @@ class Claims(Database):
         if owner is not None:
             # No giving back: the owner may ask again and gets the true answer.
             return await self.write(partial(_try_claim_step, run_id, step_key, owner, lease, None))
-        token = secrets.randbits(63)
+        token = next(_tokens)
 
         def give_back(won: bool) -> Write[None] | None:
             row = (run_id.bytes, step_key, token)
@@ -146,7 +154,7 @@ class Claims(Database):
         )
 
     async def try_record_dispatch(self, run_id: UUID, step_key: str, *, due_at: datetime | None) -> bool:
-        token = secrets.randbits(63)
+        token = next(_tokens)
 
         def give_back(won: bool) -> Write[None] | None:
             row = (run_id.bytes, step_key, token)
@@ -191,24 +199,25 @@ def _try_claim_step(
     db: sqlite3.Connection,
     now: int,
 ) -> bool:
-    step = load_step(db, run_id, step_key)
-    if step.run_is_terminal or step.is_terminal:
-        return False
-    if step.has_live_claim(now):
-        return owner is not None and step.claim_owner == owner
     expires_at = None if lease is None else _end_of(lease, now)
-    db.execute(TRY_CLAIM_STEP, (run_id.bytes, step_key, now, expires_at, owner, token))
-    return True
+    row = (step_key, now, expires_at, owner, token, run_id.bytes)
+    if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
+        return True
+    # Nobody can win it now; what is left to tell is an unknown run, and the claim's own owner.
+    step = load_step(db, run_id, step_key)
+    if owner is None or step.run_is_terminal or step.is_terminal:
+        return False
+    return step.claim_owner == owner
 
 
 def _try_record_dispatch(
     run_id: UUID, step_key: str, due: int | None, token: int, db: sqlite3.Connection, now: int
 ) -> bool:
-    step = load_step(db, run_id, step_key)
-    if step.run_is_terminal or step.is_terminal or step.dispatched_at is not None:
-        return False
-    db.execute(TRY_RECORD_DISPATCH, (run_id.bytes, step_key, now, due, token))
-    return True
+    if db.execute(TRY_RECORD_DISPATCH, (step_key, now, due, token, run_id.bytes)).rowcount == 1:
+        return True
+    # For an unknown run it raises.
+    load_step(db, run_id, step_key)
+    return False
 
 
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:

@@ -95,7 +95,7 @@ def _reschedule_step(
     check_attempt(step, run_id, step_key, attempt)
     if step.is_open:
         outcome = (StepStatus.PENDING.value, output_json, None)
-        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key))
+        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt))
     elif step.status != StepStatus.PENDING:
         raise StepAlreadyCompletedError(run_id, step_key, attempt)
     elif step.rescheduled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -38,6 +38,17 @@ FROM runs LEFT JOIN steps ON steps.run_id = runs.run_id AND steps.step_key = ?
 WHERE runs.run_id = ?
 """
 
+# The common case in one statement: the first attempt of a step that was claimed or dispatched before.
+START_FIRST_ATTEMPT = """
+UPDATE steps SET status = 'Running', last_attempt = 1, started_at = ?, attempt_started_at = ?,
+    started_owner = ?, step_type = ?, job_id = ?, input_json = ?
+WHERE run_id = ? AND step_key = ? AND last_attempt = 0
+    AND EXISTS (SELECT 1 FROM runs WHERE runs.run_id = steps.run_id AND runs.status = 'Running')
+"""
+START_OWNERS_FIRST_ATTEMPT = f"""
+{START_FIRST_ATTEMPT.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
+"""
+
 RECORD_STEP_START = """
 INSERT INTO steps (
     run_id, step_key, status, last_attempt, started_at, attempt_started_at, started_owner, step_type,
@@ -51,9 +62,10 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     output_json = NULL, input_json = :input_json
 """
 
+# Does nothing unless the attempt, or with None the newest one, is open.
 RECORD_STEP_COMPLETE = """
 UPDATE steps SET status = ?, output_json = ?, error_message = ?, attempt_completed_at = ?
-WHERE run_id = ? AND step_key = ?
+WHERE run_id = ? AND step_key = ? AND status = 'Running' AND last_attempt = IFNULL(?, last_attempt)
 """
 
 HAS_OUTCOME = """
@@ -90,31 +102,6 @@ INSERT INTO attempts (
 SELECT run_id, step_key, last_attempt, status, attempt_started_at, attempt_completed_at, step_type, job_id,
     error_message, output_json, input_json
 FROM steps WHERE run_id = ? AND step_key = ?
-"""
-
-# The end of the last attempt stays: get_stalled_steps counts from it.
-REOPEN_STEP = """
-UPDATE steps SET status = 'Pending', reopened = 1, rescheduled = 0,
-    claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL, started_owner = NULL,
-    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL,
-    error_message = NULL, output_json = NULL
-WHERE run_id = ? AND step_key = ?
-"""
-RESET_STEP = """
-UPDATE steps SET status = NULL, rescheduled = 0, attempt_started_at = NULL, attempt_completed_at = NULL,
-    claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL, started_owner = NULL,
-    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL,
-    step_type = NULL, job_id = NULL, error_message = NULL, output_json = NULL, input_json = NULL
-WHERE run_id = ? AND step_key = ?
-"""
-REMOVE_UNDELIVERED_WAITER = """
-DELETE FROM waiters WHERE run_id = ? AND step_key = ? AND delivered_at IS NULL
-"""
-REOPEN_RUN = "UPDATE runs SET status = 'Running', completed_at = NULL WHERE run_id = ?"
-CLEAR_LATCHES = """
-UPDATE controls SET cancelled_at = NULL, cancel_reason = NULL, timed_out_at = NULL, timed_out_reason = NULL,
-    timeout_at = CASE WHEN timeout_at <= ? THEN NULL ELSE timeout_at END
-WHERE run_id = ?
 """
 
 GET_STEP_STATUSES = """
@@ -188,7 +175,7 @@ class Steps(Database):
         job_id: str | None,
         owner: str | None,
     ) -> int:
-        values = {"step_type": step_type, "input_json": input_json, "job_id": job_id}
+        values = (step_type, job_id, input_json)
         return await self.write(partial(_record_step_start, run_id, step_key, owner, values))
 
     async def record_step_complete(
@@ -209,11 +196,6 @@ class Steps(Database):
     ) -> None:
         await self.write(partial(_record_skipped_step, run_id, step_key, step_type, reason, owner))
 
-    async def retry_step(
-        self, run_id: UUID, step_key: str, *, attempt: int | None, reset: Collection[str]
-    ) -> None:
-        await self.write(partial(_retry_step, run_id, step_key, attempt, reset))
-
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         rows = await self.read(lambda db: db.execute(GET_STEP_STATUSES, (run_id.bytes,)).fetchall())
         return MappingProxyType({step_key: StepStatus(status) for step_key, status in rows})
@@ -223,10 +205,17 @@ def _record_step_start(
     run_id: UUID,
     step_key: str,
     owner: str | None,
-    values: Mapping[str, str | None],
+    values: tuple[str, str | None, str | None],
     db: sqlite3.Connection,
     now: int,
 ) -> int:
+    first = (now, now, owner, *values, run_id.bytes, step_key)
+    if owner is None:
+        started = db.execute(START_FIRST_ATTEMPT, first)
+    else:
+        started = db.execute(START_OWNERS_FIRST_ATTEMPT, (*first, owner, now))
+    if started.rowcount == 1:
+        return 1
     step = load_step(db, run_id, step_key)
     if step.run_is_terminal:
         raise RunCompletedError(run_id, step_key)
@@ -238,8 +227,18 @@ def _record_step_start(
         if step.is_open and step.started_owner == owner:
             return step.last_attempt
     attempt = archive_attempt(db, run_id, step_key, step, now)
-    row = {"run_id": run_id.bytes, "step_key": step_key, "attempt": attempt, "owner": owner, "now": now}
-    db.execute(RECORD_STEP_START, {**row, **values})
+    step_type, job_id, input_json = values
+    row = {
+        "run_id": run_id.bytes,
+        "step_key": step_key,
+        "attempt": attempt,
+        "owner": owner,
+        "step_type": step_type,
+        "job_id": job_id,
+        "input_json": input_json,
+        "now": now,
+    }
+    db.execute(RECORD_STEP_START, row)
     return attempt
 
 
@@ -269,11 +268,12 @@ def _record_step_complete(
     db: sqlite3.Connection,
     now: int,
 ) -> None:
+    row = (*outcome, now, run_id.bytes, step_key, attempt)
+    if db.execute(RECORD_STEP_COMPLETE, row).rowcount == 1:
+        return
     step = load_step(db, run_id, step_key)
     check_attempt(step, run_id, step_key, attempt)
-    if step.is_open:
-        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key))
-    elif not db.execute(HAS_OUTCOME, (*outcome, run_id.bytes, step_key)).fetchone()[0]:
+    if not db.execute(HAS_OUTCOME, (*outcome, run_id.bytes, step_key)).fetchone()[0]:
         raise StepAlreadyCompletedError(run_id, step_key, step.last_attempt)
 
 
@@ -307,39 +307,6 @@ def _record_skipped_step(
     db.execute(RECORD_SKIPPED_STEP, row)
     if owner is not None and not is_claimed:
         db.execute(CLAIM_SKIPPED_STEP, (now, owner, run_id.bytes, step_key))
-
-
-def _retry_step(
-    run_id: UUID,
-    step_key: str,
-    attempt: int | None,
-    reset: Collection[str],
-    db: sqlite3.Connection,
-    now: int,
-) -> None:
-    step = load_step(db, run_id, step_key)
-    if step.status is None:
-        raise StepNotFoundError(run_id, step_key)
-    if attempt not in (None, step.last_attempt):
-        raise StaleAttemptError(run_id, step_key, attempt, step.last_attempt)
-    if not step.reopened:
-        archive_attempt(db, run_id, step_key, step, now)
-        db.execute(REOPEN_STEP, (run_id.bytes, step_key))
-        db.execute(REMOVE_UNDELIVERED_WAITER, (run_id.bytes, step_key))
-        for key in reset:
-            if key != step_key:
-                _reset_step(db, run_id, key, now)
-    if step.run_is_terminal:
-        db.execute(REOPEN_RUN, (run_id.bytes,))
-        db.execute(CLEAR_LATCHES, (now, run_id.bytes))
-
-
-def _reset_step(db: sqlite3.Connection, run_id: UUID, step_key: str, now: int) -> None:
-    step = load_step(db, run_id, step_key)
-    if step.status == StepStatus.SKIPPED:
-        archive_attempt(db, run_id, step_key, step, now)
-        db.execute(RESET_STEP, (run_id.bytes, step_key))
-        db.execute(REMOVE_UNDELIVERED_WAITER, (run_id.bytes, step_key))
 
 
 def read_steps(db: sqlite3.Connection, run_id: UUID) -> tuple[FlowStepRecord, ...]:

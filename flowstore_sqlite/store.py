@@ -12,6 +12,7 @@ from flowstore_sqlite.events import Events
 from flowstore_sqlite.outputs import Outputs
 from flowstore_sqlite.recovery import Recovery
 from flowstore_sqlite.retention import Retention
+from flowstore_sqlite.retries import Retries
 from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
 from flowstore_sqlite.statistics import Statistics
@@ -23,6 +24,7 @@ PING = "SELECT COUNT(*) FROM flowstore_schema"
 class SqliteStore(
     Runs,
     Steps,
+    Retries,
     Recovery,
     Claims,
     Controls,

@@ -1,0 +1,167 @@
+"""Groups of writes as transactions, on the writer's thread.
+
+A group shares one transaction, and so one sync of the disk. Most writes check first and change last,
+so one that fails has changed nothing and its neighbours may stand. Only when one fails after it has
+changed something is the group undone and run again, each write behind a savepoint of its own.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from flowstore_core import StoreClosedError, StoreUnavailableError
+from flowstore_core.batching import AGAIN
+from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
+from flowstore_sqlite.turnstile import Turnstile
+
+T = TypeVar("T")
+Write = Callable[[sqlite3.Connection, int], T]
+"""Work of one transaction: gets the connection and the store's time, in microseconds.
+
+It runs under the write lock, so the times of transactions rise in the order of their commits. It may
+run again when nothing came of the first time, so it must change nothing but rows of the database.
+"""
+Read = Callable[[sqlite3.Connection], T]
+"""Work on one snapshot."""
+Call = tuple[Write[Any], float]
+"""A write, and until when it may wait for the lock, by time.monotonic()."""
+
+HOLD_SECONDS = 0.02
+"""How long a group may go on beginning new writes; the rest waits for the next turn."""
+
+
+class _ChangedError(Exception):
+    """A write failed after it had changed something."""
+
+
+class Transactions:
+    """Runs groups of writes; its methods are called on one thread at a time."""
+
+    def __init__(self, path: str, now: Callable[[], int], busy_timeout: float) -> None:
+        self._path = path
+        self._now = now
+        self._busy_timeout = busy_timeout
+        self._turnstile = Turnstile(path)
+        self.give_up_at: float | None = None
+        """Set when the store closes: from then on nobody waits for the lock, by time.monotonic()."""
+
+    def close(self) -> None:
+        self._turnstile.close()
+
+    def run(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
+        """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
+        try:
+            if (refusals := self._begin(calls, db)) is not None:
+                return refusals
+            outcomes: list[Any] = []
+            try:
+                self._run_plainly(calls, db, outcomes)
+            except (_ChangedError, sqlite3.Error):
+                # One of them failed all: they run again, told apart.
+                _roll_back(db)
+                return self._run_guarded(calls, db)
+            return self._commit(outcomes, db) + [AGAIN] * (len(calls) - len(outcomes))
+        finally:
+            _roll_back(db)
+
+    def _run_plainly(self, calls: Sequence[Call], db: sqlite3.Connection, outcomes: list[Any]) -> None:
+        monotonic, now = time.monotonic, self._now
+        until = monotonic() + HOLD_SECONDS
+        for work, _ in calls:
+            changes = db.total_changes
+            try:
+                outcome = work(db, now())
+            except sqlite3.Error:
+                raise
+            except Exception as error:
+                if db.total_changes != changes:
+                    raise _ChangedError from error
+                outcome = error
+            outcomes.append(outcome)
+            if monotonic() >= until:
+                break
+
+    def _run_guarded(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
+        if (refusals := self._begin(calls, db)) is not None:
+            return refusals
+        outcomes: list[Any] = []
+        try:
+            for work, _ in calls:
+                outcomes.append(self._run_behind_savepoint(work, db))
+        except sqlite3.Error as error:
+            _roll_back(db)
+            if is_transient(error):
+                return [AGAIN] * len(calls)
+            if len(calls) == 1:
+                return [map_error(error, self._path)]
+            # It took the whole transaction with it, so the parts get transactions of their own.
+            middle = len(calls) // 2
+            return self._run_guarded(calls[:middle], db) + self._run_guarded(calls[middle:], db)
+        return self._commit(outcomes, db)
+
+    def _run_behind_savepoint(self, work: Write[Any], db: sqlite3.Connection) -> Any:
+        outcome: Any
+        db.execute("SAVEPOINT call")
+        try:
+            outcome = work(db, self._now())
+        except sqlite3.Error as error:
+            if is_transient(error) or not db.in_transaction:
+                raise
+            outcome = map_error(error, self._path)
+        except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it
+            outcome = error
+        if isinstance(outcome, Exception):
+            db.execute("ROLLBACK TO call")
+        db.execute("RELEASE call")
+        return outcome
+
+    def _begin(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any] | None:
+        """Get the write lock in turn, or answer the calls when the first of them can wait no longer."""
+        deadline = calls[0][1]
+
+        def begin() -> bool:
+            try:
+                # IMMEDIATE: a transaction that reads first and writes then fails at once when another
+                # wrote between.
+                db.execute("BEGIN IMMEDIATE")
+            except sqlite3.Error as error:
+                if not is_transient(error):
+                    raise
+                return False
+            return True
+
+        def give_up() -> bool:
+            now = time.monotonic()
+            return now >= deadline or (self.give_up_at is not None and now >= self.give_up_at)
+
+        try:
+            return None if self._turnstile.pass_through(begin, give_up) else self._late(calls)
+        except sqlite3.Error as error:
+            failure = error
+        return [map_error(failure, self._path) for _ in calls]
+
+    def _late(self, calls: Sequence[Call]) -> list[Any]:
+        now = time.monotonic()
+        if self.give_up_at is not None and now >= self.give_up_at:
+            return [StoreClosedError() for _ in calls]
+        reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+        return [StoreUnavailableError(reason) if now >= deadline else AGAIN for _, deadline in calls]
+
+    def _commit(self, outcomes: list[Any], db: sqlite3.Connection) -> list[Any]:
+        try:
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            _roll_back(db)
+            if is_transient(error):
+                return [AGAIN for _ in outcomes]
+            return [map_commit_error(error, self._path) for _ in outcomes]
+        return outcomes
+
+
+def _roll_back(db: sqlite3.Connection) -> None:
+    # Some errors have rolled back already.
+    if db.in_transaction:
+        db.execute("ROLLBACK")

@@ -1,0 +1,108 @@
+"""Taking turns: which of the processes that share a file writes next.
+
+SQLite's write lock goes to whoever asks at the right moment. A process that has just written asks
+again at once and gets it again, while another, asleep between two tries, can starve. Here only the
+process that holds a lock on a small file beside the database may ask for the write lock, so who has
+just written queues behind who waits. Those who wait for the file ask the more often the longer they
+have waited.
+
+It is a courtesy, not a safeguard: SQLite's own lock keeps the data right. Where the file cannot be made
+or locked, or when its holder hangs, processes ask for the write lock directly. The system frees the
+lock of a process that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import stat
+import time
+from collections.abc import Callable
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there SQLite's own waiting has to do.
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = "-turn"
+PATIENCE_SECONDS = 1.0
+"""How long one waits for its turn before it goes without: nobody waits for a process that hangs."""
+WITHOUT_SECONDS = 10.0
+"""How long it then goes without."""
+LONGEST_SLEEP = 0.005
+
+_log = logging.getLogger("flowstore_sqlite")
+
+
+class Turnstile:
+    """The queue in front of one file's write lock; used by one thread at a time."""
+
+    def __init__(self, database: str) -> None:
+        self.path = database + SUFFIX
+        self._file = _open(self.path, database)
+        self._without_until = 0.0
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def pass_through(self, begin: Callable[[], bool], give_up: Callable[[], bool]) -> bool:
+        """Call ``begin`` in turn until it is True; False when ``give_up`` said so first."""
+        since = now = time.monotonic()
+        has_turn = self._take_turn()
+        try:
+            while True:
+                if has_turn or self._file is None or now < self._without_until:
+                    if begin():
+                        return True
+                    # Next in line: the sooner it sees the lock free, the less time is lost.
+                    pause = min(LONGEST_SLEEP, 0.0002 + (now - since) / 50)
+                elif now - since > PATIENCE_SECONDS:
+                    self._without_until = now + WITHOUT_SECONDS
+                    continue
+                else:
+                    pause = max(0.0003, 0.002 - (now - since) / 50)
+                if give_up():
+                    return False
+                time.sleep(random.uniform(pause / 2, pause))
+                now = time.monotonic()
+                has_turn = has_turn or self._take_turn()
+        finally:
+            if has_turn and self._file is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _take_turn(self) -> bool:
+        if self._file is None:
+            return False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            _log.debug("%s cannot be locked (%s); processes write in no order", self.path, error.strerror)
+            self.close()
+            return False
+        return True
+
+
+def _open(path: str, database: str) -> int | None:
+    """Open the lock's file, making it if need be with the permissions of the database; else None."""
+    if fcntl is None:
+        return None
+    # Never through a link, and never stuck on a pipe that somebody put there.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        mode = stat.S_IMODE(os.stat(database).st_mode) & 0o666
+        file = os.open(path, flags, mode)
+    except OSError as error:
+        _log.debug("%s cannot be used (%s); processes write in no order", path, error.strerror)
+        return None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        _log.debug("%s is no plain file; processes write in no order", path)
+        return None
+    return file
