@@ -16,7 +16,7 @@ from uuid import UUID
 
 from flowstore_core import StepClaim, StepDispatch, StoreUnavailableError
 from flowstore_core.claims import lease_end
-from flowstore_sqlite.database import Database, Write
+from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import load_step
 from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, to_us
 
@@ -104,14 +104,13 @@ class Claims(Database):
         if owner is not None:
             # No giving back: the owner may ask again and gets the true answer.
             return await self.write(partial(_try_claim_step, run_id, step_key, owner, lease, None))
-        token = next(_tokens)
+        row = (run_id.bytes, step_key, next(_tokens))
+        claim = partial(_try_claim_step, run_id, step_key, None, None, row[2])
+        return await self.write(claim, partial(self._give_back, GIVE_BACK_CLAIM, row))
 
-        def give_back(won: bool) -> Write[None] | None:
-            row = (run_id.bytes, step_key, token)
-            return partial(_execute, GIVE_BACK_CLAIM, row) if won else None
-
-        claim = partial(_try_claim_step, run_id, step_key, None, None, token)
-        return await self.write(claim, give_back=give_back)
+    async def _give_back(self, statement: str, row: tuple[object, ...], won: bool) -> None:
+        if won:
+            await self.undo(partial(_execute, statement, row))
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
         row: tuple[object, ...] = (run_id.bytes, step_key)
@@ -154,14 +153,9 @@ class Claims(Database):
         )
 
     async def try_record_dispatch(self, run_id: UUID, step_key: str, *, due_at: datetime | None) -> bool:
-        token = next(_tokens)
-
-        def give_back(won: bool) -> Write[None] | None:
-            row = (run_id.bytes, step_key, token)
-            return partial(_execute, GIVE_BACK_DISPATCH, row) if won else None
-
-        dispatch = partial(_try_record_dispatch, run_id, step_key, to_optional_us(due_at), token)
-        return await self.write(dispatch, give_back=give_back)
+        row = (run_id.bytes, step_key, next(_tokens))
+        dispatch = partial(_try_record_dispatch, run_id, step_key, to_optional_us(due_at), row[2])
+        return await self.write(dispatch, partial(self._give_back, GIVE_BACK_DISPATCH, row))
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         try:

@@ -6,25 +6,37 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
 from flowstore_core.batching import Batcher
 from flowstore_sqlite.connection import Connection, snapshot, to_the_end
-from flowstore_sqlite.transactions import Call, Read, Transactions
+from flowstore_sqlite.transactions import Read, Transactions
 from flowstore_sqlite.transactions import Write as Write
 from flowstore_sqlite.values import to_us
 
 T = TypeVar("T")
 
-GROUP = 256
+GROUP = 1000
 """How many waiting writes share one transaction, and so one sync of the disk, at most."""
 QUEUE_SECONDS = 10.0
 """How long a call may wait for its turn in this process at least, be busy_timeout shorter."""
 DRAIN_SECONDS = 5.0
+
+_process = object()
+
+
+def _notice_fork() -> None:
+    global _process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):
+    # Asking for the process id at every call would be a system call each time.
+    os.register_at_fork(after_in_child=_notice_fork)
 
 
 class Database:
@@ -42,42 +54,37 @@ class Database:
         self._readers = tuple(readers)
         self._idle = deque(self._readers)
         self._free = asyncio.Semaphore(len(self._readers))
-        self._clock = clock
+        self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
+        """The store's time in microseconds: the caller's clock if one was given, else the system's."""
         self._busy_timeout = busy_timeout
         self._transactions = Transactions(writer.path, self.now, busy_timeout)
         self._batcher = Batcher(lanes=1, largest=GROUP, patience=max(busy_timeout, QUEUE_SECONDS))
         self._writes = self._batcher.method("a write", self._run_group)
         self._reading: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
+        self._process = _process
         self._closed = False
 
-    def now(self) -> int:
-        """The store's time in microseconds: the caller's clock if one was given, else the system's."""
-        return to_us(self._clock()) if self._clock is not None else time.time_ns() // 1000
-
-    async def write(self, work: Write[T], *, give_back: Callable[[T], Write[None] | None] | None = None) -> T:
+    def write(
+        self, work: Write[T], give_back: Callable[[T], Awaitable[None]] | None = None
+    ) -> Coroutine[Any, Any, T]:
         """Run work in a transaction of the writer, whole or not at all.
 
         Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and ``give_back`` names the work that undoes what nobody will hear of; work that
-        has not begun never does.
+        begun ends, and ``give_back`` gets its result, to undo what nobody will hear of; work that has
+        not begun never does.
 
         Raises StoreUnavailableError when the lock was not free within busy_timeout.
         """
         self._check_usable()
-        undo: Callable[[T], Awaitable[None]] | None = None
-        if give_back is not None:
-            undo = partial(self._give_back, give_back)
-        call = (work, time.monotonic() + self._busy_timeout)
-        return cast(T, await self._writes.call(None, call, undo))
+        return self._writes.call(None, work, give_back)
 
-    async def _give_back(self, give_back: Callable[[T], Write[None] | None], result: T) -> None:
-        if (work := give_back(result)) is not None:
-            await self._writes.call(None, (work, time.monotonic() + self._busy_timeout))
+    async def undo(self, work: Write[None]) -> None:
+        """As write, for giving back what a cancelled call has won; possible while the store closes."""
+        await self._writes.call(None, work)
 
-    async def _run_group(self, calls: Sequence[Call]) -> Sequence[Any]:
-        return await self._writer.run_work(partial(self._transactions.run, calls))
+    async def _run_group(self, works: Sequence[Write[Any]]) -> Sequence[Any]:
+        return await self._writer.run_work(partial(self._transactions.run, works))
 
     async def read(self, work: Read[T]) -> T:
         """Run work on one snapshot, which holds every write that has returned before."""
@@ -108,7 +115,7 @@ class Database:
             raise
 
     def _check_usable(self) -> None:
-        if self._pid != os.getpid():
+        if self._process is not _process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
         if asyncio.get_running_loop() is not self._loop:
             raise ConfigurationError(
@@ -119,7 +126,7 @@ class Database:
 
     async def aclose(self) -> None:
         """Wait, bounded, for what is under way, then close every connection; idempotent."""
-        if self._pid != os.getpid():
+        if self._process is not _process:
             # In a forked process nothing of it is under way, and the connections are the parent's.
             self._closed = True
             return
@@ -145,3 +152,7 @@ class Database:
         if self._reading:
             await asyncio.wait(set(self._reading), timeout=DRAIN_SECONDS / 2)
         await self._batcher.drain(DRAIN_SECONDS)
+
+
+def _system_now() -> int:
+    return time.time_ns() // 1000

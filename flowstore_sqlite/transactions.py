@@ -26,8 +26,6 @@ run again when nothing came of the first time, so it must change nothing but row
 """
 Read = Callable[[sqlite3.Connection], T]
 """Work on one snapshot."""
-Call = tuple[Write[Any], float]
-"""A write, and until when it may wait for the lock, by time.monotonic()."""
 
 HOLD_SECONDS = 0.02
 """How long a group may go on beginning new writes; the rest waits for the next turn."""
@@ -51,26 +49,26 @@ class Transactions:
     def close(self) -> None:
         self._turnstile.close()
 
-    def run(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
+    def run(self, works: Sequence[Write[Any]], db: sqlite3.Connection) -> list[Any]:
         """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
         try:
-            if (refusals := self._begin(calls, db)) is not None:
+            if (refusals := self._begin(works, db)) is not None:
                 return refusals
             outcomes: list[Any] = []
             try:
-                self._run_plainly(calls, db, outcomes)
+                self._run_plainly(works, db, outcomes)
             except (_ChangedError, sqlite3.Error):
                 # One of them failed all: they run again, told apart.
                 _roll_back(db)
-                return self._run_guarded(calls, db)
-            return self._commit(outcomes, db) + [AGAIN] * (len(calls) - len(outcomes))
+                return self._run_guarded(works, db)
+            return self._commit(outcomes, db) + [AGAIN] * (len(works) - len(outcomes))
         finally:
             _roll_back(db)
 
-    def _run_plainly(self, calls: Sequence[Call], db: sqlite3.Connection, outcomes: list[Any]) -> None:
+    def _run_plainly(self, works: Sequence[Write[Any]], db: sqlite3.Connection, outcomes: list[Any]) -> None:
         monotonic, now = time.monotonic, self._now
         until = monotonic() + HOLD_SECONDS
-        for work, _ in calls:
+        for work in works:
             changes = db.total_changes
             try:
                 outcome = work(db, now())
@@ -84,22 +82,20 @@ class Transactions:
             if monotonic() >= until:
                 break
 
-    def _run_guarded(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
-        if (refusals := self._begin(calls, db)) is not None:
+    def _run_guarded(self, works: Sequence[Write[Any]], db: sqlite3.Connection) -> list[Any]:
+        if (refusals := self._begin(works, db)) is not None:
             return refusals
-        outcomes: list[Any] = []
         try:
-            for work, _ in calls:
-                outcomes.append(self._run_behind_savepoint(work, db))
+            outcomes = [self._run_behind_savepoint(work, db) for work in works]
         except sqlite3.Error as error:
             _roll_back(db)
             if is_transient(error):
-                return [AGAIN] * len(calls)
-            if len(calls) == 1:
+                return [AGAIN] * len(works)
+            if len(works) == 1:
                 return [map_error(error, self._path)]
             # It took the whole transaction with it, so the parts get transactions of their own.
-            middle = len(calls) // 2
-            return self._run_guarded(calls[:middle], db) + self._run_guarded(calls[middle:], db)
+            middle = len(works) // 2
+            return self._run_guarded(works[:middle], db) + self._run_guarded(works[middle:], db)
         return self._commit(outcomes, db)
 
     def _run_behind_savepoint(self, work: Write[Any], db: sqlite3.Connection) -> Any:
@@ -118,9 +114,9 @@ class Transactions:
         db.execute("RELEASE call")
         return outcome
 
-    def _begin(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any] | None:
-        """Get the write lock in turn, or answer the calls when the first of them can wait no longer."""
-        deadline = calls[0][1]
+    def _begin(self, works: Sequence[Write[Any]], db: sqlite3.Connection) -> list[Any] | None:
+        """Get the write lock in turn, or give the errors that the callers get instead."""
+        deadline = time.monotonic() + self._busy_timeout
 
         def begin() -> bool:
             try:
@@ -138,17 +134,16 @@ class Transactions:
             return now >= deadline or (self.give_up_at is not None and now >= self.give_up_at)
 
         try:
-            return None if self._turnstile.pass_through(begin, give_up) else self._late(calls)
+            if self._turnstile.pass_through(begin, give_up):
+                return None
         except sqlite3.Error as error:
             failure = error
-        return [map_error(failure, self._path) for _ in calls]
-
-    def _late(self, calls: Sequence[Call]) -> list[Any]:
-        now = time.monotonic()
-        if self.give_up_at is not None and now >= self.give_up_at:
-            return [StoreClosedError() for _ in calls]
-        reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
-        return [StoreUnavailableError(reason) if now >= deadline else AGAIN for _, deadline in calls]
+        else:
+            if time.monotonic() < deadline:
+                return [StoreClosedError() for _ in works]
+            reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+            return [StoreUnavailableError(reason) for _ in works]
+        return [map_error(failure, self._path) for _ in works]
 
     def _commit(self, outcomes: list[Any], db: sqlite3.Connection) -> list[Any]:
         try:
