@@ -193,6 +193,9 @@ class Batcher:
         self.waiting += 1
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(self._patience, self._sweep)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._idle:
             lane = self._idle.pop()
             if not lane.done():
@@ -359,6 +362,9 @@ class Batcher:
             self._giving_back.add(task)
             task.add_done_callback(self._giving_back.discard)
 
+    def _unfinished(self) -> set[asyncio.Future[None]]:
+        return {*self._tasks, *self._giving_back}
+
     async def drain(self, seconds: float) -> None:
         """Take no further call, wait, bounded, until all that were taken are answered, and stop.
 
@@ -384,7 +390,7 @@ class Batcher:
             method.queue.clear()
         for call in rest:
             self._settle(call, StoreClosedError())
-        unfinished = {*self._tasks, *self._giving_back}
+        unfinished = self._unfinished()
         if rest or unfinished:
             _log.warning("closing after %.1f s with %d calls not sent", seconds, len(rest))
         for task in unfinished:

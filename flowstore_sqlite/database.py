@@ -6,22 +6,20 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
 from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import Batcher
 from flowstore_sqlite.connection import Connection, snapshot, to_the_end
 from flowstore_sqlite.transactions import Read, Transactions
 from flowstore_sqlite.transactions import Write as Write
 from flowstore_sqlite.values import to_us
+from flowstore_sqlite.writing import Writing
 
 T = TypeVar("T")
 
-GROUP = 1000
-"""How many waiting writes share one transaction, and so one sync of the disk, at most."""
 QUEUE_SECONDS = 10.0
 """How long a call may wait for its turn in this process at least, be busy_timeout shorter."""
 DRAIN_SECONDS = 5.0
@@ -58,8 +56,7 @@ class Database:
         """The store's time in microseconds: the caller's clock if one was given, else the system's."""
         self._busy_timeout = busy_timeout
         self._transactions = Transactions(writer.path, self.now, busy_timeout)
-        self._batcher = Batcher(lanes=1, largest=GROUP, patience=max(busy_timeout, QUEUE_SECONDS))
-        self._writes = self._batcher.method("a write", self._run_group)
+        self._writing = Writing(writer, self._transactions, patience=max(busy_timeout, QUEUE_SECONDS))
         self._reading: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._process = _process
@@ -77,14 +74,11 @@ class Database:
         Raises StoreUnavailableError when the lock was not free within busy_timeout.
         """
         self._check_usable()
-        return self._writes.call(None, work, give_back)
+        return self._writing.write(None, work, give_back)
 
     async def undo(self, work: Write[None]) -> None:
         """As write, for giving back what a cancelled call has won; possible while the store closes."""
-        await self._writes.call(None, work)
-
-    async def _run_group(self, works: Sequence[Write[Any]]) -> Sequence[Any]:
-        return await self._writer.run_work(partial(self._transactions.run, works))
+        await self._writing.write(None, work)
 
     async def read(self, work: Read[T]) -> T:
         """Run work on one snapshot, which holds every write that has returned before."""
@@ -151,7 +145,7 @@ class Database:
         self._transactions.give_up_at = time.monotonic() + DRAIN_SECONDS / 2
         if self._reading:
             await asyncio.wait(set(self._reading), timeout=DRAIN_SECONDS / 2)
-        await self._batcher.drain(DRAIN_SECONDS)
+        await self._writing.drain(DRAIN_SECONDS)
 
 
 def _system_now() -> int:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from flowstore_core import StoreClosedError, StoreUnavailableError
 from flowstore_core.batching import AGAIN
+from flowstore_core.batching import _Call as Call
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
 from flowstore_sqlite.turnstile import Turnstile
 
@@ -49,29 +50,29 @@ class Transactions:
     def close(self) -> None:
         self._turnstile.close()
 
-    def run(self, works: Sequence[Write[Any]], db: sqlite3.Connection) -> list[Any]:
+    def run(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
         """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
         try:
-            if (refusals := self._begin(works, db)) is not None:
+            if (refusals := self._begin(calls, db)) is not None:
                 return refusals
             outcomes: list[Any] = []
             try:
-                self._run_plainly(works, db, outcomes)
+                self._run_plainly(calls, db, outcomes)
             except (_ChangedError, sqlite3.Error):
                 # One of them failed all: they run again, told apart.
                 _roll_back(db)
-                return self._run_guarded(works, db)
-            return self._commit(outcomes, db) + [AGAIN] * (len(works) - len(outcomes))
+                return self._run_guarded(calls, db)
+            return self._commit(outcomes, db) + [AGAIN] * (len(calls) - len(outcomes))
         finally:
             _roll_back(db)
 
-    def _run_plainly(self, works: Sequence[Write[Any]], db: sqlite3.Connection, outcomes: list[Any]) -> None:
+    def _run_plainly(self, calls: Sequence[Call], db: sqlite3.Connection, outcomes: list[Any]) -> None:
         monotonic, now = time.monotonic, self._now
         until = monotonic() + HOLD_SECONDS
-        for work in works:
+        for call in calls:
             changes = db.total_changes
             try:
-                outcome = work(db, now())
+                outcome = call.item(db, now())
             except sqlite3.Error:
                 raise
             except Exception as error:
@@ -82,20 +83,20 @@ class Transactions:
             if monotonic() >= until:
                 break
 
-    def _run_guarded(self, works: Sequence[Write[Any]], db: sqlite3.Connection) -> list[Any]:
-        if (refusals := self._begin(works, db)) is not None:
+    def _run_guarded(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
+        if (refusals := self._begin(calls, db)) is not None:
             return refusals
         try:
-            outcomes = [self._run_behind_savepoint(work, db) for work in works]
+            outcomes = [self._run_behind_savepoint(call.item, db) for call in calls]
         except sqlite3.Error as error:
             _roll_back(db)
             if is_transient(error):
-                return [AGAIN] * len(works)
-            if len(works) == 1:
+                return [AGAIN] * len(calls)
+            if len(calls) == 1:
                 return [map_error(error, self._path)]
             # It took the whole transaction with it, so the parts get transactions of their own.
-            middle = len(works) // 2
-            return self._run_guarded(works[:middle], db) + self._run_guarded(works[middle:], db)
+            middle = len(calls) // 2
+            return self._run_guarded(calls[:middle], db) + self._run_guarded(calls[middle:], db)
         return self._commit(outcomes, db)
 
     def _run_behind_savepoint(self, work: Write[Any], db: sqlite3.Connection) -> Any:
@@ -114,9 +115,9 @@ class Transactions:
         db.execute("RELEASE call")
         return outcome
 
-    def _begin(self, works: Sequence[Write[Any]], db: sqlite3.Connection) -> list[Any] | None:
+    def _begin(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any] | None:
         """Get the write lock in turn, or give the errors that the callers get instead."""
-        deadline = time.monotonic() + self._busy_timeout
+        deadline = calls[0].since + self._busy_timeout
 
         def begin() -> bool:
             try:
@@ -139,11 +140,16 @@ class Transactions:
         except sqlite3.Error as error:
             failure = error
         else:
-            if time.monotonic() < deadline:
-                return [StoreClosedError() for _ in works]
-            reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
-            return [StoreUnavailableError(reason) for _ in works]
-        return [map_error(failure, self._path) for _ in works]
+            return self._late(calls)
+        return [map_error(failure, self._path) for _ in calls]
+
+    def _late(self, calls: Sequence[Call]) -> list[Any]:
+        now = time.monotonic()
+        if self.give_up_at is not None and now >= self.give_up_at:
+            return [StoreClosedError() for _ in calls]
+        reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+        latest = now - self._busy_timeout
+        return [StoreUnavailableError(reason) if call.since <= latest else AGAIN for call in calls]
 
     def _commit(self, outcomes: list[Any], db: sqlite3.Connection) -> list[Any]:
         try:
