@@ -46,7 +46,7 @@ CAPACITY = 10_000
 PATIENCE_SECONDS = 10.0
 
 AGAIN: Any = object()
-"""What ``share`` answers when a call has to be sent itself after all."""
+"""The outcome of a call that has to be sent again: ``run`` did not come to it, or ``share`` cannot tell."""
 
 _log = logging.getLogger("flowstore_core")
 
@@ -114,7 +114,7 @@ class Method(Generic[I, R]):
         batcher's patience (it never happened); StoreClosedError.
         """
         batcher = self._batcher
-        if batcher.closing or batcher.waiting >= batcher.capacity:
+        if (batcher.closing or batcher.waiting >= batcher.capacity) and not batcher.is_giving_back():
             await batcher.wait_for_place()
         outcome = batcher.loop.create_future()
         call = _Call(key, item, outcome, give_back, batcher.next_order(), batcher.loop.time())
@@ -174,11 +174,11 @@ class Batcher:
     ) -> Method[I, R]:
         """A kind of call.
 
-        ``run`` writes a batch and returns an outcome for each item, in order: a result, or the
-        exception that its caller gets. It is not cancelled with any caller. With ``keyed``, items of
-        one key never meet in a batch: the later waits for the next one, or, with ``share``, for the
-        answer of the first: ``share(first item, its result, later item)`` gives the later one's
-        outcome, or AGAIN to have it sent.
+        ``run`` writes a batch and returns an outcome for each item, in order: a result, the exception
+        that its caller gets, or AGAIN for one that it did not come to. It is not cancelled with any
+        caller. With ``keyed``, items of one key never meet in a batch: the later waits for the next
+        one, or, with ``share``, for the answer of the first: ``share(first item, its result, later
+        item)`` gives the later one's outcome, or AGAIN to have it sent.
         """
         made: Method[I, R] = Method(self, name, run, keyed, share)
         self._methods.append(made)
@@ -209,6 +209,10 @@ class Batcher:
             task = self.loop.create_task(self._serve(), context=Context())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def is_giving_back(self) -> bool:
+        """Whether the running task undoes what a cancelled call has won: it may go on while closing."""
+        return asyncio.current_task() in self._giving_back
 
     async def wait_for_place(self) -> None:
         """Wait until the queue is shorter than its capacity."""
@@ -323,10 +327,23 @@ class Batcher:
                 for one in (call, *(call.followers or ())):
                     self._settle(one, OutcomeUnknownError(method.name))
             raise
+        self._answer(method, calls, outcomes)
+
+    def _answer(self, method: Method[Any, Any], calls: Sequence[_Call], outcomes: Sequence[Any]) -> None:
+        again: list[_Call] = []
         for call, outcome in zip(calls, outcomes, strict=True):
-            self._settle(call, outcome)
+            if outcome is AGAIN:
+                again.append(call)
+                again.extend(call.followers or ())
+                call.followers = None
+                continue
+            if isinstance(outcome, Exception) or call.outcome.done():
+                self._settle(call, outcome)
+            else:
+                call.outcome.set_result(outcome)
             if call.followers is not None:
                 self._answer_followers(method, call, outcome)
+        self._queue_again(method, again)
 
     def _answer_followers(self, method: Method[Any, Any], first: _Call, outcome: Any) -> None:
         followers, first.followers = first.followers or [], None
@@ -341,9 +358,12 @@ class Batcher:
                 again.append(call)
             else:
                 self._settle(call, answer)
+        self._queue_again(method, again)
+
+    def _queue_again(self, method: Method[Any, Any], calls: list[_Call]) -> None:
         # In front: they have waited longest.
-        method.queue.extendleft(reversed(again))
-        for _ in again:
+        method.queue.extendleft(reversed(calls))
+        for _ in calls:
             self.notice()
 
     def _settle(self, call: _Call, outcome: Any) -> None:
@@ -380,9 +400,9 @@ class Batcher:
             if not idle.done():
                 idle.set_result(None)
         self._idle.clear()
-        for tasks in (self._tasks, self._giving_back):
-            if tasks:
-                await asyncio.wait(set(tasks), timeout=max(0.0, deadline - self.loop.time()))
+        # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
+        while (unfinished := self._unfinished()) and (left := deadline - self.loop.time()) > 0:
+            await asyncio.wait(unfinished, timeout=left)
         if self._sweeper is not None:
             self._sweeper.cancel()
         rest = [call for method in self._methods for call in method.queue]
