@@ -11,6 +11,7 @@ import queue
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 from flowstore_core import OutcomeUnknownError
@@ -95,6 +96,15 @@ class Writing(Batcher):
             self._is_crowded = True
             if self._flush is None:
                 self._flush = self.loop.call_soon(self._send)
+
+    def give_back(self, call: Call, outcome: Any) -> None:
+        undo = getattr(call.item, "undo", None)
+        if undo is not None and (work := undo(outcome)) is not None:
+            call.give_back = partial(self._undo, work)
+        super().give_back(call, outcome)
+
+    async def _undo(self, work: Write[None], outcome: Any) -> None:
+        await self.write(None, work)
 
     def _unfinished(self) -> set[asyncio.Future[None]]:
         unfinished = super()._unfinished()
