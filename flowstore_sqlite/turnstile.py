@@ -90,13 +90,13 @@ class Turnstile:
 
 
 def _open(path: str, database: str) -> int | None:
-    """Open the lock's file, making it if need be with the permissions of the database; else None."""
+    """Open the lock's file, making it if need be for those who may write to the database; else None."""
     if fcntl is None:
         return None
     # Never through a link, and never stuck on a pipe that somebody put there.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        mode = stat.S_IMODE(os.stat(database).st_mode) & 0o666
+        mode = stat.S_IMODE(os.stat(database).st_mode) & 0o660
         file = os.open(path, flags, mode)
     except OSError as error:
         _log.debug("%s cannot be used (%s); processes write in no order", path, error.strerror)

@@ -72,6 +72,8 @@ class Writing(Batcher):
 
     def _run_groups(self, db: sqlite3.Connection) -> None:
         """Run group after group, on the writer's thread."""
+        # Waiting for the lock is the turnstile's; SQLite's own sleeps are longer the longer it waits.
+        db.execute("PRAGMA busy_timeout = 0").fetchall()
         while (calls := self._groups.get()) is not None:
             outcomes: list[Any]
             try:

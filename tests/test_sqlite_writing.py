@@ -1,0 +1,245 @@
+"""How SQLite's writes share transactions: neighbours, cancellation, closing, locks."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from flowstore_core import (
+    FlowStore,
+    FlowStoreError,
+    RunAlreadyExistsError,
+    RunNotFoundError,
+    StoreClosedError,
+    StoreUnavailableError,
+    open_store,
+)
+from flowstore_sqlite.database import Database
+
+FLOW = uuid4()
+MANY = 300
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "flows.db"
+
+
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[FlowStore]:
+    async with open_store(f"sqlite:///{path}") as opened:
+        yield opened
+
+
+@pytest.fixture
+async def run_id(store: FlowStore) -> UUID:
+    return (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
+
+
+def database(store: FlowStore) -> Database:
+    """The backend's own store, which can be given works that the contract does not know."""
+    inner: Any = store
+    found = inner._store
+    assert isinstance(found, Database)
+    return found
+
+
+async def claimed(store: FlowStore, run_id: UUID) -> set[str]:
+    return {claim.step_key for claim in await store.get_step_claims(run_id)}
+
+
+async def test_a_call_that_fails_after_it_has_written_is_undone_alone(store: FlowStore, run_id: UUID) -> None:
+    def trigger(number: int) -> Any:
+        # The free key is registered before the taken run id shows.
+        return store.trigger_run(FLOW, "flow", run_id, "manual", idempotency_key=f"key-{number}")
+
+    calls = [
+        trigger(number) if number % 3 == 0 else store.try_claim_step(run_id, str(number))
+        for number in range(MANY)
+    ]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    for number, answer in enumerate(answers):
+        if number % 3 == 0:
+            assert isinstance(answer, RunAlreadyExistsError)
+            assert await store.find_run_id_by_idempotency_key(FLOW, "manual", f"key-{number}") is None
+        else:
+            assert answer is True
+    assert len(await claimed(store, run_id)) == MANY - MANY // 3
+
+
+async def test_an_error_before_any_change_leaves_its_neighbours(store: FlowStore, run_id: UUID) -> None:
+    calls = [store.try_claim_step(run_id if number % 2 else uuid4(), str(number)) for number in range(MANY)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [answer for answer in answers if answer is True] == [True] * (MANY // 2)
+    assert sum(isinstance(answer, RunNotFoundError) for answer in answers) == MANY // 2
+
+
+@pytest.mark.parametrize("ends_transaction", [False, True])
+async def test_an_error_of_the_driver_leaves_its_neighbours(
+    store: FlowStore, run_id: UUID, ends_transaction: bool
+) -> None:
+    def broken(db: sqlite3.Connection, now: int) -> None:
+        if ends_transaction:
+            db.execute("ROLLBACK")
+        db.execute("INSERT INTO steps (run_id, step_key) VALUES (x'00', NULL)")
+
+    calls: list[Any] = [store.try_claim_step(run_id, str(number)) for number in range(100)]
+    calls.insert(50, database(store).write(broken))
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    failure = answers.pop(50)
+    assert type(failure) is FlowStoreError
+    assert "IntegrityError" not in str(failure)
+    assert answers == [True] * 100
+    assert len(await claimed(store, run_id)) == 100
+
+
+async def test_writes_that_take_long_are_spread_over_turns(store: FlowStore, run_id: UUID) -> None:
+    def slow(db: sqlite3.Connection, now: int) -> int:
+        time.sleep(0.005)
+        return now
+
+    answers = await asyncio.gather(*(database(store).write(slow) for _ in range(20)))
+    assert answers == sorted(answers)
+    assert len(set(answers)) == 20
+
+
+async def test_what_cancelled_calls_have_won_is_given_back(store: FlowStore, run_id: UUID) -> None:
+    for wait in (0.0, 0.001, 0.003, 0.01):
+        tasks = [
+            asyncio.create_task(
+                store.try_claim_step(run_id, f"{wait}-{number}")
+                if number % 2
+                else store.try_record_dispatch(run_id, f"{wait}-{number}")
+            )
+            for number in range(MANY)
+        ]
+        await asyncio.sleep(wait)
+        for task in tasks:
+            task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        won = {f"{wait}-{number}" for number, answer in enumerate(answers) if answer is True}
+        # Giving back is under way, and a write that comes later lies behind it.
+        for _ in range(100):
+            held = {*await claimed(store, run_id), *await store.get_dispatched_step_keys(run_id)}
+            held = {key for key in held if key.startswith(f"{wait}-")}
+            if held == won:
+                break
+            await asyncio.sleep(0.02)
+        assert held == won
+
+
+async def test_closing_gives_back_too(path: Path) -> None:
+    async with open_store(f"sqlite:///{path}") as store:
+        run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
+        tasks = [asyncio.create_task(store.try_claim_step(run_id, str(number))) for number in range(MANY)]
+        # By then the first is being written, and the others are queued.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert True not in answers
+    async with open_store(f"sqlite:///{path}") as store:
+        assert await claimed(store, run_id) == set()
+
+
+async def test_closing_writes_what_is_queued(path: Path) -> None:
+    async with open_store(f"sqlite:///{path}") as store:
+        run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
+        tasks = [asyncio.create_task(store.try_claim_step(run_id, str(number))) for number in range(3000)]
+        await asyncio.sleep(0)
+    assert await asyncio.gather(*tasks) == [True] * len(tasks)
+    async with open_store(f"sqlite:///{path}") as store:
+        assert len(await claimed(store, run_id)) == len(tasks)
+
+
+async def test_a_locked_file_is_waited_for(path: Path) -> None:
+    other = sqlite3.connect(path, isolation_level=None)
+    async with open_store(f"sqlite:///{path}?busy_timeout=0.3") as store:
+        run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
+        other.execute("BEGIN IMMEDIATE")
+        calls = (store.try_claim_step(run_id, str(number)) for number in range(20))
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(answer, StoreUnavailableError)
+            assert "was locked by others for 0.3 s" in str(answer)
+        # Readers do not mind.
+        assert await store.get_step_claims(run_id) == ()
+        asyncio.get_running_loop().call_later(0.05, other.execute, "COMMIT")
+        assert await store.try_claim_step(run_id, "later")
+    other.close()
+
+
+async def test_closing_does_not_wait_long_for_a_locked_file(path: Path) -> None:
+    async with open_store(f"sqlite:///{path}") as store:
+        run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        tasks = [asyncio.create_task(store.try_claim_step(run_id, str(number))) for number in range(20)]
+        await asyncio.sleep(0.01)
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    for answer in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(answer, StoreClosedError)
+    other.close()
+
+
+LEAVING = """
+import asyncio, sys
+from uuid import uuid4
+from flowstore_core import open_store
+
+async def begin():
+    contexts.append(open_store(sys.argv[1]))
+    store = await contexts[0].__aenter__()
+    run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
+    return run.run_id, [asyncio.ensure_future(store.try_claim_step(run.run_id, str(n))) for n in range(500)]
+
+async def look():
+    async with open_store(sys.argv[1]) as store:
+        assert await store.try_claim_step(run_id, "new")
+        print("fine")
+
+contexts = []
+loop = asyncio.new_event_loop()
+run_id, tasks = loop.run_until_complete(begin())
+loop.run_until_complete(asyncio.sleep(0))
+loop.close()
+asyncio.run(look())
+"""
+
+
+def test_a_loop_closed_with_writes_under_way_hurts_nobody(path: Path) -> None:
+    command = [sys.executable, "-c", LEAVING, f"sqlite:///{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+async def test_losers_learn_the_truth_in_one_group(store: FlowStore, run_id: UUID) -> None:
+    owners = [f"owner-{number % 10}" for number in range(100)]
+    answers = await asyncio.gather(*(store.try_claim_step(run_id, "one", owner=owner) for owner in owners))
+    winners = {owner for owner, won in zip(owners, answers, strict=True) if won}
+    assert len(winners) == 1
+    # Each owner asked ten times, and its claim is its own.
+    assert sum(answers) == 10
+    dispatched = await asyncio.gather(*(store.try_record_dispatch(run_id, "one") for _ in range(50)))
+    assert sum(dispatched) == 1
+
+
+async def test_a_step_that_was_skipped_and_reset_counts_on(store: FlowStore, run_id: UUID) -> None:
+    """The one-statement start is for first attempts alone."""
+    await store.record_step_start(run_id, "first", "task")
+    await store.record_skipped_step(run_id, "second", "task")
+    await store.retry_step(run_id, "first", reset=["second"])
+    assert await store.try_claim_step(run_id, "second", owner="me")
+    assert await store.record_step_start(run_id, "second", "task", owner="me") == 2
+    assert await store.record_step_start(run_id, "second", "task", owner="me") == 2
+    assert await store.record_step_start(run_id, "first", "task") == 2
