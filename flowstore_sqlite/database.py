@@ -52,6 +52,7 @@ class Database:
         self._readers = tuple(readers)
         self._idle = deque(self._readers)
         self._free = asyncio.Semaphore(len(self._readers))
+        self._clock = clock
         self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
         """The store's time in microseconds: the caller's clock if one was given, else the system's."""
         self._busy_timeout = busy_timeout

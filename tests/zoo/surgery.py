@@ -28,13 +28,13 @@ class SqliteSurgery:
     def bind(self, statement: str, values: Any) -> Any:
         return values
 
-    async def write(self, work: Any, *, give_back: Any = None) -> Any:
-        undo = give_back
-
+    async def write(self, work: Any) -> Any:
         def under_the_knife(db: sqlite3.Connection, now: int) -> Any:
             return work(_Patient(db, self), now)
 
-        return await super().write(under_the_knife, give_back=undo)  # type: ignore[misc]
+        if hasattr(work, "undo"):
+            under_the_knife.undo = work.undo  # type: ignore[attr-defined]
+        return await super().write(under_the_knife)  # type: ignore[misc]
 
     async def read(self, work: Any) -> Any:
         return await super().read(lambda db: work(_Patient(db, self)))  # type: ignore[misc]
