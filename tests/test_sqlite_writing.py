@@ -103,13 +103,18 @@ async def test_an_error_of_the_driver_leaves_its_neighbours(
 
 
 async def test_writes_that_take_long_are_spread_over_turns(store: FlowStore, run_id: UUID) -> None:
+    statements: list[str] = []
+
     def slow(db: sqlite3.Connection, now: int) -> int:
+        db.set_trace_callback(statements.append)
         time.sleep(0.005)
         return now
 
     answers = await asyncio.gather(*(database(store).write(slow) for _ in range(20)))
     assert answers == sorted(answers)
     assert len(set(answers)) == 20
+    # After 20 ms a group begins no other write.
+    assert statements.count("COMMIT") >= 4
 
 
 async def test_what_cancelled_calls_have_won_is_given_back(store: FlowStore, run_id: UUID) -> None:
