@@ -284,6 +284,12 @@ class Batcher:
         largest = self._largest
         if length >= WORTH_SPLITTING and self._busy < self._lanes - 1:
             largest = min(largest, (length + 1) // 2)
+        if length <= largest and not method.keyed:
+            # All of them, but for those that were cancelled before they were sent: they never happen.
+            whole = [call for call in queue if not call.outcome.done()]
+            queue.clear()
+            self._leave_queue(length)
+            return whole
         batch: list[_Call] = []
         later: list[_Call] = []
         firsts: dict[Hashable, _Call] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import secrets
 import sqlite3
 from collections.abc import Coroutine
@@ -26,6 +27,15 @@ _log = logging.getLogger("flowstore_sqlite")
 
 # Unique among all stores: each process counts on from a random start of its own.
 _tokens = itertools.count(secrets.randbits(62))
+
+
+def _count_anew() -> None:
+    global _tokens
+    _tokens = itertools.count(secrets.randbits(62))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_anew)
 
 # Whoever wins the claim anew has not started the open attempt, be it under the same token.
 TRY_CLAIM_STEP = """
@@ -106,7 +116,7 @@ class Claims(Database):
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
             # No giving back: the owner may ask again and gets the true answer.
-            return self.write(partial(_try_claim_step, run_id, step_key, owner, lease, None))
+            return self.write(partial(_try_claim_step, run_id, step_key, owner, lease))
         return self.write(_Claim(run_id, step_key, None))
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
@@ -197,7 +207,12 @@ class _Claim(_Attempt):
     __slots__ = ()
 
     def __call__(self, db: sqlite3.Connection, now: int) -> bool:
-        return _try_claim_step(self.run_id, self.step_key, None, None, self.token, db, now)
+        row = (self.step_key, now, None, None, self.token, self.run_id.bytes)
+        if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
+            return True
+        # For an unknown run it raises.
+        load_step(db, self.run_id, self.step_key)
+        return False
 
     def undo(self, won: bool) -> Write[None] | None:
         row = (self.run_id.bytes, self.step_key, self.token)
@@ -223,21 +238,18 @@ class _Dispatch(_Attempt):
 def _try_claim_step(
     run_id: UUID,
     step_key: str,
-    owner: str | None,
+    owner: str,
     lease: timedelta | None,
-    token: int | None,
     db: sqlite3.Connection,
     now: int,
 ) -> bool:
     expires_at = None if lease is None else _end_of(lease, now)
-    row = (step_key, now, expires_at, owner, token, run_id.bytes)
+    row = (step_key, now, expires_at, owner, None, run_id.bytes)
     if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
         return True
     # Nobody can win it now; what is left to tell is an unknown run, and the claim's own owner.
     step = load_step(db, run_id, step_key)
-    if owner is None or step.run_is_terminal or step.is_terminal:
-        return False
-    return step.claim_owner == owner
+    return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner
 
 
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:
