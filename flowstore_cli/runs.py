@@ -35,6 +35,7 @@ from flowstore_core import (
     FlowStore,
     RunNotFoundError,
     RunPage,
+    RunPosition,
     RunStatus,
     StepNotFoundError,
     StepStatus,
@@ -58,6 +59,10 @@ def list_runs(
     ] = None,
     take: Annotated[int, typer.Option("--take", "-n", min=0, max=1000, help="How many.")] = 20,
     skip: Annotated[int, typer.Option(min=0, help="How many to leave out first.")] = 0,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="POSITION", help="Only what lies behind; the last page says it."),
+    ] = None,
     url: Url = None,
     as_json: AsJson = False,
     no_migrate: NoMigrate = False,
@@ -68,17 +73,22 @@ def list_runs(
       flowstore runs list
       flowstore runs list --status failed --search timeout
       flowstore runs list --json | jq -r '.runs[].run_id'
+      flowstore runs list --after 2026-03-14T12:00:00.000000Z_01970c2e-7a86-7d3b-9a55-0c1d8a3f5b20
 
     JSON: total_count, runs (a list of objects with run_id, flow_id, flow_name, status, trigger_key,
-    trigger_data, job_id, started_at, completed_at, source_run_id).
+    trigger_data, job_id, started_at, completed_at, source_run_id), after (for --after of the next
+    page, null when this one is empty).
     """
-    page = run(_page(url, flow, wanted, skip, take, search, migrate=not no_migrate))
+    position = None if after is None else RunPosition.parse(after)
+    page = run(_page(url, flow, wanted, position, skip, take, search, migrate=not no_migrate))
+    onward = str(page.runs[-1].position) if page.runs else None
     if as_json:
-        print_json({"total_count": page.total_count, "runs": page.runs})
+        print_json({"total_count": page.total_count, "runs": page.runs, "after": onward})
         return
-    last = skip + len(page.runs)
     if not page.runs:
-        say(f"no runs from number {skip + 1} on; there are {page.total_count:,}" if skip else "no runs")
+        behind = f"number {skip + 1}" if after is None else "there"
+        none = f"no runs from {behind} on; there are {page.total_count:,}"
+        say(none if skip or after is not None else "no runs")
         return
     now = datetime.now(UTC)
     table = new_table("RUN", "STATUS", "STARTED", "TOOK", "FLOW", right=("TOOK",), short=("FLOW",))
@@ -92,13 +102,16 @@ def list_runs(
         )
     print_table(new_console(), table)
     if page.total_count > len(page.runs):
-        say(f"{skip + 1:,} to {last:,} of {page.total_count:,}; --skip {last} goes on")
+        first, last = skip + 1, skip + len(page.runs)
+        shown = f"{first:,} to {last:,}" if after is None else f"{len(page.runs):,}"
+        say(f"{shown} of {page.total_count:,}; --after {onward} goes on")
 
 
 async def _page(
     url: str | None,
     flow_id: UUID | None,
     wanted: RunStatus | None,
+    after: RunPosition | None,
     skip: int,
     take: int,
     search: str | None,
@@ -106,7 +119,9 @@ async def _page(
     migrate: bool,
 ) -> RunPage:
     async with existing_store(url, migrate=migrate) as store:
-        return await store.get_runs_page(flow_id, status=wanted, skip=skip, take=take, search=search)
+        return await store.get_runs_page(
+            flow_id, status=wanted, after=after, skip=skip, take=take, search=search
+        )
 
 
 @app.command()

@@ -46,7 +46,14 @@ from flowstore_core.opening import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
 from flowstore_core.retention import FlowRetentionStore
-from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunLifecycle, RunPage, RunPages
+from flowstore_core.runs import (
+    FlowRunDetail,
+    FlowRunRecord,
+    RunLifecycle,
+    RunPage,
+    RunPages,
+    RunPosition,
+)
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, Waiters
 from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import (
@@ -115,6 +122,7 @@ __all__ = [
     "RunNotFoundError",
     "RunPage",
     "RunPages",
+    "RunPosition",
     "RunStatus",
     "RunTimeseriesBucket",
     "RunTimeseriesGranularity",

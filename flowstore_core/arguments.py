@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
+from flowstore_core.runs import RunPosition
 from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.timeseries import (
     BUCKET_WIDTH,
@@ -123,6 +124,16 @@ def check_skip(value: Any) -> int:
 
 def check_take(value: Any) -> int:
     return check_int("take", value, 0, MAX_TAKE)
+
+
+def check_position(value: Any) -> RunPosition | None:
+    """Where a page begins; its parts are checked as any datetime and id."""
+    if value is None:
+        return None
+    if not isinstance(value, RunPosition):
+        raise InvalidArgumentError("after", "a RunPosition (a run's .position)", _kind(value))
+    started_at = check_datetime("after", value.started_at)
+    return RunPosition(started_at=started_at, run_id=check_id("after", value.run_id))
 
 
 def check_lease(name: str, value: Any) -> timedelta:

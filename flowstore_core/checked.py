@@ -27,6 +27,7 @@ from flowstore_core.arguments import (
     check_keys,
     check_lease,
     check_outcome,
+    check_position,
     check_run_status,
     check_search,
     check_skip,
@@ -38,7 +39,7 @@ from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
-from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage
+from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
@@ -172,10 +173,16 @@ class CheckedStore:
         )
 
     async def get_runs(
-        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+        self,
+        flow_id: UUID | None = None,
+        *,
+        after: RunPosition | None = None,
+        skip: int = 0,
+        take: int = 50,
     ) -> Sequence[FlowRunRecord]:
         return await self._store.get_runs(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
+            after=check_position(after),
             skip=check_skip(skip),
             take=check_take(take),
         )
@@ -185,6 +192,7 @@ class CheckedStore:
         flow_id: UUID | None = None,
         *,
         status: RunStatus | None = None,
+        after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
@@ -192,6 +200,7 @@ class CheckedStore:
         return await self._dashboard.get_runs_page(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             status=None if status is None else check_run_status(status),
+            after=check_position(after),
             skip=check_skip(skip),
             take=check_take(take),
             search=check_search(search),

@@ -4,12 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Protocol
 from uuid import UUID
 
+from flowstore_core.errors import InvalidArgumentError
 from flowstore_core.status import RunStatus, StepStatus
 from flowstore_core.steps import FlowStepRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPosition:
+    """A place in the order of QRY-1: that of a run which started then and has this id.
+
+    A value, not a pointer: it stays what it is when the run goes, and any two values make one. Pages
+    that each begin behind the last run of the page before (``after=page.runs[-1].position``) cost the
+    same however far down they lie, and miss and repeat nothing while runs come and go.
+    """
+
+    started_at: datetime
+    run_id: UUID
+
+    def __str__(self) -> str:
+        """One word that ``parse`` reads: the moment in UTC, an underscore, the id."""
+        moment = self.started_at.astimezone(UTC).replace(tzinfo=None)
+        return f"{moment.isoformat(timespec='microseconds')}Z_{self.run_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> RunPosition:
+        """The position that ``str`` wrote. Raises InvalidArgumentError."""
+        moment, _, number = text.rpartition("_")
+        try:
+            started_at = datetime.fromisoformat(moment)
+            if started_at.utcoffset() is not None:
+                return cls(started_at=started_at.astimezone(UTC), run_id=UUID(number))
+        except (ValueError, OverflowError):
+            # One answer for all that is wrong with it.
+            pass
+        raise InvalidArgumentError(
+            "position", "a moment in UTC, an underscore and a run id, such as 2026-03-14T12:00:00Z_RUN-ID"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +62,11 @@ class FlowRunRecord:
     """None while the run is Running."""
     source_run_id: UUID | None
     """The run that this one was derived from, if any; it need not be stored."""
+
+    @property
+    def position(self) -> RunPosition:
+        """Where it stands in the order of QRY-1."""
+        return RunPosition(started_at=self.started_at, run_id=self.run_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +132,17 @@ class RunLifecycle(Protocol):
         ...
 
     async def get_runs(
-        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+        self,
+        flow_id: UUID | None = None,
+        *,
+        after: RunPosition | None = None,
+        skip: int = 0,
+        take: int = 50,
     ) -> Sequence[FlowRunRecord]:
-        """Runs, of one flow if given, newest first: started_at, then run_id, descending (QRY-1)."""
+        """Runs, of one flow if given, newest first: started_at, then run_id, descending (QRY-1).
+
+        With ``after`` only those strictly behind that position; ``skip`` counts from there.
+        """
         ...
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
@@ -125,11 +172,15 @@ class RunPages(Protocol):
         flow_id: UUID | None = None,
         *,
         status: RunStatus | None = None,
+        after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
     ) -> RunPage:
         """One page of the matching runs and the count of all of them, from one snapshot (QRY-1 to 3).
+
+        ``after`` and ``skip`` are as in get_runs; the count is that of all that match, wherever the
+        page begins.
 
         ``search`` is a plain substring: ASCII letters match in either case, everything else exactly.
         It looks at the run id (hyphenated), flow name, trigger key, status and job id of the run, and

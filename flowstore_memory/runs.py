@@ -12,6 +12,7 @@ from flowstore_core import (
     FlowRunRecord,
     RunAlreadyExistsError,
     RunPage,
+    RunPosition,
     RunStatus,
     StepStatus,
 )
@@ -58,16 +59,22 @@ class Runs(Opened):
         return True
 
     async def get_runs(
-        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+        self,
+        flow_id: UUID | None = None,
+        *,
+        after: RunPosition | None = None,
+        skip: int = 0,
+        take: int = 50,
     ) -> Sequence[FlowRunRecord]:
         found = [run for run in self._runs.values() if flow_id is None or run.flow_id == flow_id]
-        return _newest(found, skip, take)
+        return _newest(_behind(after, found), skip, take)
 
     async def get_runs_page(
         self,
         flow_id: UUID | None = None,
         *,
         status: RunStatus | None = None,
+        after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
@@ -80,7 +87,7 @@ class Runs(Opened):
             and (status is None or run.status is status)
             and (needle is None or _matches(run, needle))
         ]
-        return RunPage(runs=_newest(found, skip, take), total_count=len(found))
+        return RunPage(runs=_newest(_behind(after, found), skip, take), total_count=len(found))
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         run = self._runs.get(run_id.int)
@@ -128,6 +135,13 @@ def run_record(run: RunState) -> FlowRunRecord:
         completed_at=run.completed_at,
         source_run_id=run.source_run_id,
     )
+
+
+def _behind(position: RunPosition | None, runs: Iterable[RunState]) -> Iterable[RunState]:
+    if position is None:
+        return runs
+    place = (position.started_at, position.run_id)
+    return (run for run in runs if (run.started_at, run.run_id) < place)
 
 
 def _newest(runs: Iterable[RunState], skip: int, take: int) -> tuple[FlowRunRecord, ...]:

@@ -44,6 +44,7 @@ CREATE TABLE {schema}.schema_version (
 RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from) VALUES ($1, $2, $3)"
 # IF NOT EXISTS is not safe against others who do the same at the same moment; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
+NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
 SERVER_ENCODING = "SHOW server_encoding"
 
 
@@ -187,6 +188,8 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
     schema = settings.quoted_schema
     if await connection.fetchval(SERVER_ENCODING) != "UTF8":
         raise ConfigurationError("the database must have encoding UTF8; create one with: createdb -E UTF8")
+    # Bringing a large database up takes its time.
+    await connection.execute(NO_TIMEOUT)
     await connection.fetchval(LOCK_SCHEMA, settings.schema)
     # Others may have migrated while we waited for the lock.
     found, works_from = await read_version(connection, settings)

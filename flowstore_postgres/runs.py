@@ -13,11 +13,9 @@ from flowstore_core import (
     FlowStepRecord,
     RunAlreadyExistsError,
     RunNotFoundError,
-    RunPage,
     RunStatus,
     StepStatus,
 )
-from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 
@@ -54,25 +52,10 @@ COMPLETE_RUN = """
 UPDATE {schema}.runs SET status = $2, completed_at = coalesce($3, clock_timestamp()) WHERE run_id = $1
 """
 
-GET_RUNS = f"""
+LIST_RUNS = f"""
 SELECT {RUN_COLUMNS} FROM {{schema}}.runs r
 WHERE {{filter}} ORDER BY r.started_at DESC, r.run_id DESC OFFSET $1 LIMIT $2
 """
-
-# One statement is one snapshot: the rows and their count belong together (QRY-3).
-GET_RUNS_PAGE = f"""
-SELECT (SELECT count(*) FROM {{schema}}.runs r WHERE {{filter}}) AS total,
-       ARRAY(SELECT ROW({RUN_COLUMNS}) FROM {{schema}}.runs r WHERE {{filter}}
-             ORDER BY r.started_at DESC, r.run_id DESC OFFSET $1 LIMIT $2) AS page
-"""
-
-# Bytes, not characters: UTF-8 needs no decoding to be searched. lower() under "C" folds ASCII alone.
-_SHORT = 'position({needle} IN lower({text} COLLATE "C")) > 0'
-_LONG = (
-    "position(convert_to({needle}, 'UTF8') IN "
-    f"substring(convert_to(lower(left({{text}}, {SEARCHED_BYTES}) COLLATE \"C\"), 'UTF8') "
-    f"FROM 1 FOR {SEARCHED_BYTES})) > 0"
-)
 
 STEP_COLUMNS = """s.step_key, s.step_type, s.status, s.last_attempt, s.reopened, s.first_started_at,
     s.started_at, s.completed_at, s.input_json, s.output_json, s.error_message, s.job_id"""
@@ -224,41 +207,17 @@ class Runs:
         return await self._database.transaction("complete_run", work)
 
     async def _list_runs(
-        self, filtered: str, skip: int, take: int | None, *arguments: object
+        self, filtered: str, take: int | None, *arguments: object
     ) -> tuple[FlowRunRecord, ...]:
         # LIMIT NULL is no limit.
-        rows = await self._database.read(GET_RUNS.replace("{filter}", filtered), skip, take, *arguments)
+        rows = await self._database.read(LIST_RUNS.replace("{filter}", filtered), 0, take, *arguments)
         return tuple(run_record(row) for row in rows)
 
-    async def get_runs(self, *, flow_id: UUID | None, skip: int, take: int) -> Sequence[FlowRunRecord]:
-        if flow_id is None:
-            return await self._list_runs("true", skip, take)
-        return await self._list_runs("r.flow_id = $3", skip, take, flow_id)
-
     async def get_active_runs(self, *, take: int | None) -> Sequence[FlowRunRecord]:
-        return await self._list_runs("r.status = 'Running'", 0, take)
+        return await self._list_runs("r.status = 'Running'", take)
 
     async def get_derived_runs(self, *, source_run_id: UUID, take: int | None) -> Sequence[FlowRunRecord]:
-        return await self._list_runs("r.source_run_id = $3", 0, take, source_run_id)
-
-    async def get_runs_page(
-        self, *, flow_id: UUID | None, status: RunStatus | None, skip: int, take: int, search: str | None
-    ) -> RunPage:
-        # Conditions are put together from constants, never from values, so that each combination
-        # gets a plan of its own.
-        conditions = ["true"]
-        arguments: list[object] = [skip, take]
-        for condition, value in (
-            ("r.flow_id = {n}", flow_id),
-            ("r.status = {n}", status),
-            (_search_condition("{n}::text"), None if search is None else fold_ascii(search)),
-        ):
-            if value is not None:
-                arguments.append(value)
-                conditions.append(condition.replace("{n}", f"${len(arguments)}"))
-        statement = GET_RUNS_PAGE.replace("{filter}", " AND ".join(conditions))
-        row = await self._database.read_row(statement, *arguments)
-        return RunPage(runs=tuple(run_record(one) for one in row["page"]), total_count=row["total"])
+        return await self._list_runs("r.source_run_id = $3", take, source_run_id)
 
     async def get_run_detail(self, *, run_id: UUID) -> FlowRunDetail | None:
         row = await self._database.read_row(GET_RUN_DETAIL, run_id)
@@ -273,23 +232,3 @@ class Runs:
     async def get_run_status(self, *, run_id: UUID) -> RunStatus | None:
         row = await self._database.read_row(GET_RUN_STATUS, run_id)
         return None if row is None else RunStatus(row[0])
-
-
-def _search_condition(needle: str) -> str:
-    def short(text: str) -> str:
-        return _SHORT.replace("{needle}", needle).replace("{text}", text)
-
-    def long(text: str) -> str:
-        return _LONG.replace("{needle}", needle).replace("{text}", text)
-
-    run = " OR ".join(
-        short(text) for text in ("r.run_id::text", "r.flow_name", "r.trigger_key", "r.status", "r.job_id")
-    )
-    # What get_run_detail shows: the attempts of a reset step are not shown, so not found either.
-    step = " OR ".join((short("s.step_key"), long("s.error_message"), long("s.output_json")))
-    attempt = " OR ".join((long("a.error_message"), long("a.output_json")))
-    return f"""(coalesce({run}, false)
-        OR EXISTS (SELECT FROM {{schema}}.steps s
-                   WHERE s.run_id = r.run_id AND s.status IS NOT NULL AND ({step}))
-        OR EXISTS (SELECT FROM {{schema}}.attempts a JOIN {{schema}}.steps s USING (run_id, step_key)
-                   WHERE a.run_id = r.run_id AND s.status IS NOT NULL AND ({attempt})))"""

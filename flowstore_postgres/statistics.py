@@ -1,51 +1,97 @@
-"""Dashboard counts and timeseries on PostgreSQL."""
+"""Dashboard counts and timeseries on PostgreSQL, from the sums of migration 2."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import DashboardStatistics, RunTimeseriesBucket, RunTimeseriesGranularity
+from flowstore_core import (
+    DashboardStatistics,
+    FlowStoreError,
+    RunTimeseriesBucket,
+    RunTimeseriesGranularity,
+)
 from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts
+from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 
-# Distinct flows by jumping from one to the next in the index: as many steps as flows, not as runs.
+log = logging.getLogger("flowstore_postgres")
+
+# A number is the sum of what was folded and of what changed since.
 GET_STATISTICS = """
-WITH RECURSIVE flows AS (
-    (SELECT flow_id FROM {schema}.runs ORDER BY flow_id LIMIT 1)
-    UNION ALL
-    SELECT (SELECT r.flow_id FROM {schema}.runs r WHERE r.flow_id > f.flow_id ORDER BY r.flow_id LIMIT 1)
-    FROM flows f WHERE f.flow_id IS NOT NULL
-), today AS (
-    SELECT date_trunc('day', coalesce($1, $2, clock_timestamp()), 'UTC') AS midnight
+WITH today AS (
+    SELECT (coalesce($1, $2, clock_timestamp()) AT TIME ZONE 'UTC')::date AS day
+), flows AS (
+    SELECT flow_id, sum(runs) AS runs, sum(running) AS running FROM (
+        SELECT flow_id, running + succeeded + failed + cancelled AS runs, running FROM {schema}.run_counts
+        UNION ALL
+        SELECT flow_id, amount, CASE status WHEN 'Running' THEN amount ELSE 0 END FROM {schema}.run_changes
+    ) numbers GROUP BY flow_id
 ), completed AS (
-    SELECT count(*) FILTER (WHERE status = 'Succeeded') AS succeeded,
-           count(*) FILTER (WHERE status = 'Failed') AS failed
-    FROM {schema}.runs
-    WHERE completed_at >= (SELECT midnight FROM today)
-      AND completed_at < (SELECT midnight FROM today) + interval '24 hours'
+    SELECT sum(succeeded) AS succeeded, sum(failed) AS failed FROM (
+        SELECT succeeded, failed FROM {schema}.run_days WHERE day = (SELECT day FROM today)
+        UNION ALL
+        SELECT CASE status WHEN 'Succeeded' THEN amount ELSE 0 END,
+               CASE status WHEN 'Failed' THEN amount ELSE 0 END
+        FROM {schema}.run_changes WHERE completed_on = (SELECT day FROM today)
+    ) numbers
 )
-SELECT (SELECT count(flow_id) FROM flows) AS flows,
-       (SELECT count(*) FROM {schema}.runs WHERE status = 'Running') AS active,
-       completed.succeeded, completed.failed
+SELECT (SELECT count(*) FROM flows WHERE runs > 0) AS flows,
+       (SELECT coalesce(sum(running), 0)::bigint FROM flows) AS active,
+       coalesce(completed.succeeded, 0)::bigint AS succeeded, coalesce(completed.failed, 0)::bigint AS failed
 FROM completed
 """
 
-# percentile_cont interpolates as type 7 does; durations are whole microseconds.
+# A day's summary is right as long as the day's number of changes is the one it was computed at; all of
+# it is read in one snapshot. percentile_cont interpolates as type 7 does; durations are whole
+# microseconds.
 GET_RUN_TIMESERIES = """
-SELECT date_bin($1::interval, started_at, $2) AS bucket, count(*) AS total,
-       count(*) FILTER (WHERE status = 'Succeeded') AS succeeded,
-       count(*) FILTER (WHERE status = 'Failed') AS failed,
-       count(*) FILTER (WHERE status = 'Cancelled') AS cancelled,
-       count(*) FILTER (WHERE status = 'Running') AS running,
-       percentile_cont(ARRAY[0.5, 0.95]::float8[]) WITHIN GROUP (
-           ORDER BY (extract(epoch FROM completed_at - started_at) * 1000000)::float8
-       ) FILTER (WHERE completed_at IS NOT NULL) AS durations
-FROM {schema}.runs WHERE started_at >= $2 AND started_at < $3 AND {filter}
-GROUP BY bucket
+WITH days AS MATERIALIZED (
+    SELECT day, sum(changes)::bigint AS changes FROM (
+        SELECT day, changes FROM {schema}.run_days
+        UNION ALL
+        SELECT started_on, 1 FROM {schema}.run_changes
+    ) numbers
+    WHERE day >= ($2::timestamptz AT TIME ZONE 'UTC')::date AND day <= ($3 AT TIME ZONE 'UTC')::date
+    GROUP BY day HAVING sum(changes) > 0
+), known AS MATERIALIZED (
+    SELECT day, s.buckets FROM days JOIN {schema}.run_summaries s USING (day, changes)
+    WHERE s.granularity = $4 AND s.scope = $5
+), others AS MATERIALIZED (
+    SELECT days.* FROM days WHERE NOT EXISTS (SELECT FROM known WHERE known.day = days.day)
+)
+SELECT ARRAY(SELECT buckets FROM known) AS known,
+       ARRAY(SELECT ROW(day, changes) FROM others) AS others,
+       ARRAY(
+           SELECT ROW(bucket, total, succeeded, failed, cancelled, running, durations[1], durations[2])
+           FROM (SELECT bucket, count(*) AS total,
+               count(*) FILTER (WHERE status = 'Succeeded') AS succeeded,
+               count(*) FILTER (WHERE status = 'Failed') AS failed,
+               count(*) FILTER (WHERE status = 'Cancelled') AS cancelled,
+               count(*) FILTER (WHERE status = 'Running') AS running,
+               percentile_cont(ARRAY[0.5, 0.95]::float8[]) WITHIN GROUP (ORDER BY duration)
+                   FILTER (WHERE duration IS NOT NULL) AS durations
+           FROM (
+               SELECT date_bin($1::interval, r.started_at, $2) AS bucket, r.status,
+                      (extract(epoch FROM r.completed_at - r.started_at) * 1000000)::float8 AS duration
+               FROM others JOIN {schema}.runs r
+                   ON r.status IN ('Running', 'Succeeded', 'Failed', 'Cancelled') AND {filter}
+                   AND r.started_at >= greatest(others.day::timestamp AT TIME ZONE 'UTC', $2)
+                   AND r.started_at < least((others.day + 1)::timestamp AT TIME ZONE 'UTC', $3)
+           ) started GROUP BY bucket) summed
+       ) AS computed
 """
+KEEP_SUMMARY = """
+INSERT INTO {schema}.run_summaries (granularity, scope, day, changes, buckets) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (granularity, scope, day) DO UPDATE SET changes = excluded.changes, buckets = excluded.buckets
+"""
+
+Bucket = tuple[int, int, int, int, int, float | None, float | None]
+"""total, succeeded, failed, cancelled, running, and p50 and p95 in microseconds."""
 
 
 class Statistics:
@@ -68,22 +114,58 @@ class Statistics:
         until: datetime,
         flow_id: UUID | None,
     ) -> Sequence[RunTimeseriesBucket]:
-        filtered, arguments = ("true", ()) if flow_id is None else ("flow_id = $4", (flow_id,))
-        statement = GET_RUN_TIMESERIES.replace("{filter}", filtered)
-        rows = await self._database.read(statement, BUCKET_WIDTH[granularity], since, until, *arguments)
-        found = {row["bucket"]: row for row in rows}
+        scope = "" if flow_id is None else str(flow_id)
+        filtered, arguments = ("true", ()) if flow_id is None else ("r.flow_id = $6", (flow_id,))
+        row = await self._database.read_row(
+            GET_RUN_TIMESERIES.replace("{filter}", filtered),
+            *(BUCKET_WIDTH[granularity], since, until, granularity.value, scope, *arguments),
+        )
+        computed = {one[0]: tuple(one)[1:] for one in row["computed"]}
+        found = dict(computed)
+        for buckets in row["known"]:
+            found.update((datetime.fromisoformat(start), tuple(values)) for start, *values in json.loads(buckets))
+        await self._keep_summaries(granularity, scope, since, until, row["others"], computed)
         return tuple(_bucket(start, found.get(start)) for start in bucket_starts(since, until, granularity))
 
+    async def _keep_summaries(
+        self,
+        granularity: RunTimeseriesGranularity,
+        scope: str,
+        since: datetime,
+        until: datetime,
+        days: Sequence[tuple[date, int]],
+        computed: dict[datetime, Bucket],
+    ) -> None:
+        """Keep what was computed of days that lie in the window whole."""
+        rows = []
+        for day, changes in days:
+            start = datetime(day.year, day.month, day.day, tzinfo=since.tzinfo)
+            end = start + BUCKET_WIDTH[RunTimeseriesGranularity.DAY]
+            if since <= start and end <= until:
+                own = [(at.isoformat(), *values) for at, values in computed.items() if start <= at < end]
+                rows.append((granularity.value, scope, day, changes, json.dumps(own)))
 
-def _bucket(start: datetime, row: Any) -> RunTimeseriesBucket:
-    p50, p95 = (None, None) if row is None or row["durations"] is None else row["durations"]
+        async def work(transaction: Transaction) -> None:
+            for row in sorted(rows):
+                await transaction.execute(KEEP_SUMMARY, *row)
+
+        try:
+            if rows:
+                await self._database.transaction("get_run_timeseries", work)
+        except FlowStoreError as error:
+            # The answer stands without them: a role that may only read computes them each time.
+            log.debug("the summaries of %d days were not kept: %s", len(rows), error)
+
+
+def _bucket(start: datetime, values: Bucket | None) -> RunTimeseriesBucket:
+    total, succeeded, failed, cancelled, running, p50, p95 = values or (0, 0, 0, 0, 0, None, None)
     return RunTimeseriesBucket(
         timestamp=start,
-        total=0 if row is None else row["total"],
-        succeeded=0 if row is None else row["succeeded"],
-        failed=0 if row is None else row["failed"],
-        cancelled=0 if row is None else row["cancelled"],
-        running=0 if row is None else row["running"],
+        total=total,
+        succeeded=succeeded,
+        failed=failed,
+        cancelled=cancelled,
+        running=running,
         p50_duration_ms=None if p50 is None else p50 / 1000,
         p95_duration_ms=None if p95 is None else p95 / 1000,
     )

@@ -190,6 +190,7 @@ def _get_runs_page(d: Draw) -> Arguments:
     return {
         "flow_id": d.among((None, *d.world.flows)),
         "status": d.one_of(None, "Running", "Failed", "Succeeded"),
+        "after": d.position(),
         "skip": d.one_of(0, 1, 2),
         "take": d.one_of(50, 0, 1, 2),
         "search": d.among(SEARCHES),
@@ -289,6 +290,7 @@ METHODS: Mapping[str, Drawable] = {
         1,
         lambda d: {
             "flow_id": d.among((None, *d.world.flows)),
+            "after": d.position(),
             "skip": d.one_of(0, 1, 2),
             "take": d.one_of(50, 2, 0),
         },

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from flowstore_conformance.model import Model, Run
 from flowstore_conformance.model.state import Step
-from flowstore_core import Capability
+from flowstore_core import Capability, RunPosition
 
 T = TypeVar("T")
 
@@ -109,6 +109,17 @@ class Draw:
         if edges and on_an_edge:
             return self.among(edges) + self.one_of(timedelta(0), TICK, -TICK)
         return self.now + self.one_of(1, -1) * self.among(SPANS)
+
+    def position(self) -> RunPosition | None:
+        """Mostly none, else that of a run, stored or not, or one a little before or behind it."""
+        behind = self.one_of(False, True)
+        if not behind:
+            return None
+        run_id = self.among(self.world.runs)
+        record = self.world.model.peek(run_id).record
+        started_at = self.now if record is None else record.started_at
+        shifted = started_at + self.one_of(timedelta(0), timedelta(0), TICK, -TICK)
+        return RunPosition(started_at=shifted, run_id=run_id)
 
     def maybe_moment(self) -> datetime | None:
         later = self.one_of(False, True)

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
 from flowstore_conformance.racing import Done, Job
+from flowstore_core import RunPosition
 
 TICK = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -41,6 +42,8 @@ def pack(value: Any) -> Any:
         return {"d": (value - EPOCH) // TICK}
     if isinstance(value, timedelta):
         return {"s": value // TICK}
+    if isinstance(value, RunPosition):
+        return {"p": str(value)}
     if isinstance(value, Mapping):
         return {"m": [[pack(key), pack(each)] for key, each in value.items()]}
     if isinstance(value, (set, frozenset)):
@@ -65,6 +68,8 @@ def unpack(value: Any) -> Any:
         return EPOCH + content * TICK
     if kind == "s":
         return content * TICK
+    if kind == "p":
+        return RunPosition.parse(content)
     if kind == "m":
         return {unpack(key): unpack(each) for key, each in content}
     items = [unpack(each) for each in content]

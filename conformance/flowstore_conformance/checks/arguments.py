@@ -71,7 +71,7 @@ async def datetimes_that_are_naive_or_out_of_range_are_refused(bench: Bench) -> 
 @check("INP-4", kind=Kind.HOSTILE)
 async def wrong_types_and_ranges_are_refused(bench: Bench) -> None:
     """Numbers, leases, statuses and collections outside their limits are refused, bool as int too."""
-    kinds = {"attempt", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
+    kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
     await _refused(bench, kinds | {"expected", "keys", "granularity"}, "it is outside its limits")
     store, moment = bench.store, now(bench)
     error = await bench.expect_error(

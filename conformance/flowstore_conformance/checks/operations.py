@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import Capability, RunStatus, StepStatus
+from flowstore_core import Capability, RunPosition, RunStatus, StepStatus
 from flowstore_core.store import CAPABILITY_METHODS
 
 _DETAIL = {"run_id": "id"}
@@ -30,8 +30,14 @@ _PAGE = {"skip": "skip", "take": "take"}
 OPERATIONS: dict[str, dict[str, str]] = {
     "start_run": _START,
     "complete_run": {**_DETAIL, "status": "completion", "expected": "expected?"},
-    "get_runs": {"flow_id": "id?", **_PAGE},
-    "get_runs_page": {"flow_id": "id?", "status": "run status?", **_PAGE, "search": "search?"},
+    "get_runs": {"flow_id": "id?", "after": "position?", **_PAGE},
+    "get_runs_page": {
+        "flow_id": "id?",
+        "status": "run status?",
+        "after": "position?",
+        **_PAGE,
+        "search": "search?",
+    },
     "get_run_detail": _DETAIL,
     "get_run_status": _DETAIL,
     "get_active_runs": {"take": "take?"},
@@ -129,6 +135,7 @@ LEGAL: dict[str, Any] = {
     "keys": ["ship"],
     "granularity": "hour",
     "search": "orders",
+    "position": RunPosition(started_at=_MOMENT, run_id=RUN),
 }
 
 
@@ -205,6 +212,19 @@ HOSTILE: dict[str, list[Any]] = {
     "keys": ["charge", b"charge", 1, object(), [""], ["x" * 257], [1], [None], ["a", "\ud800"], {"a\0"}],
     "granularity": [1, True, "", "Hour", "minute", "week", b"hour"],
     "search": ["x" * 257, *_NO_TEXT],
+    "position": [
+        RUN,
+        _MOMENT,
+        (_MOMENT, RUN),
+        str(LEGAL["position"]),
+        {"started_at": _MOMENT, "run_id": RUN},
+        RunPosition(started_at=datetime(2026, 3, 14), run_id=RUN),  # noqa: DTZ001
+        RunPosition(started_at=datetime(1, 1, 1, tzinfo=UTC), run_id=RUN),
+        RunPosition(started_at="2026-03-14T00:00:00Z", run_id=RUN),  # type: ignore[arg-type]
+        RunPosition(started_at=_MOMENT, run_id=str(RUN)),  # type: ignore[arg-type]
+        RunPosition(started_at=_MOMENT, run_id=None),  # type: ignore[arg-type]
+        *_TYPES,
+    ],
 }
 
 

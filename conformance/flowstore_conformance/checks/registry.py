@@ -72,6 +72,7 @@ MODULES = (
     "events",
     "retention",
     "queries",
+    "positions",
     "statistics",
     "acknowledgements",
     "capabilities",

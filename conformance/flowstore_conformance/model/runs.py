@@ -13,6 +13,7 @@ from flowstore_core import (
     FlowStepRecord,
     RunAlreadyExistsError,
     RunPage,
+    RunPosition,
     RunStatus,
     StepStatus,
 )
@@ -63,15 +64,21 @@ class Runs(Nouns):
         return True
 
     def get_runs(
-        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+        self,
+        flow_id: UUID | None = None,
+        *,
+        after: RunPosition | None = None,
+        skip: int = 0,
+        take: int = 50,
     ) -> tuple[FlowRunRecord, ...]:
-        return self._ordered(flow_id=flow_id)[skip : skip + take]
+        return _behind(after, self._ordered(flow_id=flow_id))[skip : skip + take]
 
     def get_runs_page(
         self,
         flow_id: UUID | None = None,
         *,
         status: RunStatus | None = None,
+        after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
@@ -82,7 +89,7 @@ class Runs(Nouns):
             if (status is None or record.status == status)
             and (not search or _matches(search, record, self.peek(record.run_id)))
         )
-        return RunPage(runs=found[skip : skip + take], total_count=len(found))
+        return RunPage(runs=_behind(after, found)[skip : skip + take], total_count=len(found))
 
     def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         run = self.peek(run_id)
@@ -113,6 +120,14 @@ class Runs(Nouns):
         return tuple(
             sorted(chosen, key=lambda record: (record.started_at, record.run_id.bytes), reverse=True)
         )
+
+
+def _behind(position: RunPosition | None, records: tuple[FlowRunRecord, ...]) -> tuple[FlowRunRecord, ...]:
+    """QRY-1: what comes later in the order, which descends."""
+    if position is None:
+        return records
+    place = (position.started_at, position.run_id.bytes)
+    return tuple(record for record in records if (record.started_at, record.run_id.bytes) < place)
 
 
 def statuses_of(run: Run) -> dict[str, StepStatus]:

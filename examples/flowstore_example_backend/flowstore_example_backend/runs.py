@@ -11,6 +11,7 @@ from flowstore_core import (
     FlowRunRecord,
     FlowStepRecord,
     RunAlreadyExistsError,
+    RunPosition,
     RunStatus,
     StepStatus,
 )
@@ -71,9 +72,18 @@ class Runs(Folder):
         return await self._change(run_id, complete)
 
     async def get_runs(
-        self, flow_id: UUID | None = None, *, skip: int = 0, take: int = 50
+        self,
+        flow_id: UUID | None = None,
+        *,
+        after: RunPosition | None = None,
+        skip: int = 0,
+        take: int = 50,
     ) -> Sequence[FlowRunRecord]:
-        return self._list(lambda run: flow_id is None or run.flow_id == flow_id)[skip : skip + take]
+        runs = self._list(lambda run: flow_id is None or run.flow_id == flow_id)
+        if after is not None:
+            place = (after.started_at, after.run_id)
+            runs = tuple(run for run in runs if (run.started_at, run.run_id) < place)
+        return runs[skip : skip + take]
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         document = self._documents.get(run_id)

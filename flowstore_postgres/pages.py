@@ -1,0 +1,142 @@
+"""Pages of runs on PostgreSQL: in order, behind a position, counted, searched (QRY-1 to QRY-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from flowstore_core import FlowRunRecord, RunPage, RunPosition, RunStatus
+from flowstore_core.arguments import MAX_INT64
+from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
+from flowstore_postgres.database import Database
+from flowstore_postgres.runs import RUN_COLUMNS, run_record
+
+# Each status lies in order in an index of its own, so a page of all of them merges what four of them
+# begin with. Only ids are skipped, and only in indexes; the runs of the page are read then.
+OF_ONE_STATUS = """
+(SELECT r.started_at, r.run_id FROM {schema}.runs r WHERE r.status = '{one}' AND {flow} AND {behind}
+ ORDER BY r.started_at DESC, r.run_id DESC LIMIT $3)
+"""
+PAGE = """
+SELECT {columns} FROM (
+    SELECT i.run_id FROM ({source}) i ORDER BY i.started_at DESC, i.run_id DESC OFFSET $1 LIMIT $2
+) page JOIN {schema}.runs r USING (run_id) ORDER BY r.started_at DESC, r.run_id DESC
+"""
+GET_RUNS = PAGE.replace("{columns}", RUN_COLUMNS)
+
+# One statement is one snapshot: the rows and their count belong together (QRY-3).
+GET_RUNS_PAGE = f"""
+SELECT {{total}} AS total, ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})")}) AS page
+"""
+FIND_RUNS = f"""
+WITH found AS MATERIALIZED (
+    SELECT r.started_at, r.run_id FROM {{schema}}.runs r WHERE {{status}} AND {{flow}} AND {{search}}
+)
+SELECT (SELECT count(*) FROM found) AS total, ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})")}) AS page
+"""
+FOUND = """
+(SELECT r.started_at, r.run_id FROM found r WHERE {behind}
+ ORDER BY r.started_at DESC, r.run_id DESC LIMIT $3)
+"""
+
+# See migration 2: a number is the sum of what was folded and of what changed since.
+COUNT_RUNS = """
+(SELECT coalesce(sum(number), 0)::bigint FROM (
+    SELECT {counts} AS number FROM {schema}.run_counts WHERE {flow}
+    UNION ALL
+    SELECT amount FROM {schema}.run_changes WHERE {flow} AND {status}
+) numbers)
+"""
+
+# Bytes, not characters: UTF-8 needs no decoding to be searched. lower() under "C" folds ASCII alone.
+_SHORT = 'position({needle} IN lower({text} COLLATE "C")) > 0'
+_LONG = (
+    "position(convert_to({needle}, 'UTF8') IN "
+    f"substring(convert_to(lower(left({{text}}, {SEARCHED_BYTES}) COLLATE \"C\"), 'UTF8') "
+    f"FROM 1 FOR {SEARCHED_BYTES})) > 0"
+)
+
+
+class _Statement:
+    """Conditions put together from constants, never from values, so that each combination gets a plan."""
+
+    def __init__(
+        self, flow_id: UUID | None, status: RunStatus | None, after: RunPosition | None, skip: int, take: int
+    ) -> None:
+        self.arguments: list[object] = [skip, take, min(skip + take, MAX_INT64)]
+        self._statuses = tuple(RunStatus) if status is None else (status,)
+        self._status = "true" if status is None else f"status = '{status.value}'"
+        self._flow = "true" if flow_id is None else f"flow_id = {self.argument(flow_id)}"
+        self._behind = "true"
+        if after is not None:
+            place = f"({self.argument(after.started_at)}, {self.argument(after.run_id)})"
+            self._behind = f"(r.started_at, r.run_id) < {place}"
+
+    def argument(self, value: object) -> str:
+        """The place of a value that is bound."""
+        self.arguments.append(value)
+        return f"${len(self.arguments)}"
+
+    def text(self, statement: str, search: str | None = None) -> str:
+        if search is not None:
+            statement = statement.replace("{source}", FOUND).replace(
+                "{search}", _search_condition(f"{self.argument(fold_ascii(search))}::text")
+            )
+        source = " UNION ALL ".join(OF_ONE_STATUS.replace("{one}", one.value) for one in self._statuses)
+        columns = " + ".join(one.value.lower() for one in self._statuses)
+        for name, value in (
+            ("{source}", source),
+            ("{total}", COUNT_RUNS),
+            ("{counts}", columns),
+            ("{status}", self._status),
+            ("{flow}", self._flow),
+            ("{behind}", self._behind),
+        ):
+            statement = statement.replace(name, value)
+        return statement
+
+
+class Pages:
+    _database: Database
+
+    async def get_runs(
+        self, *, flow_id: UUID | None, after: RunPosition | None, skip: int, take: int
+    ) -> Sequence[FlowRunRecord]:
+        statement = _Statement(flow_id, None, after, skip, take)
+        rows = await self._database.read(statement.text(GET_RUNS), *statement.arguments)
+        return tuple(run_record(row) for row in rows)
+
+    async def get_runs_page(
+        self,
+        *,
+        flow_id: UUID | None,
+        status: RunStatus | None,
+        after: RunPosition | None,
+        skip: int,
+        take: int,
+        search: str | None,
+    ) -> RunPage:
+        statement = _Statement(flow_id, status, after, skip, take)
+        text = statement.text(GET_RUNS_PAGE) if search is None else statement.text(FIND_RUNS, search)
+        row = await self._database.read_row(text, *statement.arguments)
+        return RunPage(runs=tuple(run_record(one) for one in row["page"]), total_count=row["total"])
+
+
+def _search_condition(needle: str) -> str:
+    def short(text: str) -> str:
+        return _SHORT.replace("{needle}", needle).replace("{text}", text)
+
+    def long(text: str) -> str:
+        return _LONG.replace("{needle}", needle).replace("{text}", text)
+
+    run = " OR ".join(
+        short(text) for text in ("r.run_id::text", "r.flow_name", "r.trigger_key", "r.status", "r.job_id")
+    )
+    # What get_run_detail shows: the attempts of a reset step are not shown, so not found either.
+    step = " OR ".join((short("s.step_key"), long("s.error_message"), long("s.output_json")))
+    attempt = " OR ".join((long("a.error_message"), long("a.output_json")))
+    return f"""(coalesce({run}, false)
+        OR EXISTS (SELECT FROM {{schema}}.steps s
+                   WHERE s.run_id = r.run_id AND s.status IS NOT NULL AND ({step}))
+        OR EXISTS (SELECT FROM {{schema}}.attempts a JOIN {{schema}}.steps s USING (run_id, step_key)
+                   WHERE a.run_id = r.run_id AND s.status IS NOT NULL AND ({attempt})))"""
