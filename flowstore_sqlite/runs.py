@@ -14,11 +14,9 @@ from flowstore_core import (
     FlowRunRecord,
     RunAlreadyExistsError,
     RunNotFoundError,
-    RunPage,
     RunStatus,
     StepStatus,
 )
-from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import read_steps
 from flowstore_sqlite.values import (
@@ -61,46 +59,6 @@ GET_RUN = sql(SELECT_RUNS, "WHERE run_id = ?")
 GET_ACTIVE_RUNS = sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST, "LIMIT ?")
 GET_DERIVED_RUNS = sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
 
-OF_FLOW = "AND flow_id = :flow_id"
-# Written out, as only a literal lets SQLite use the partial index of running runs.
-OF_STATUS = {
-    RunStatus.RUNNING: "AND status = 'Running'",
-    RunStatus.SUCCEEDED: "AND status = 'Succeeded'",
-    RunStatus.FAILED: "AND status = 'Failed'",
-    RunStatus.CANCELLED: "AND status = 'Cancelled'",
-}
-# lower() folds ASCII alone. The long texts are cut as bytes; a character cut in half does no harm,
-# because bytes are what is compared then. Unstarted steps and their attempts are not shown, so not found.
-OF_SEARCH = """
-AND (
-    instr(lower(flow_name), :needle) OR instr(lower(trigger_key), :needle)
-    OR instr(lower(status), :needle) OR instr(lower(job_id), :needle)
-    OR instr(
-        lower(
-            substr(hex(run_id), 1, 8) || '-' || substr(hex(run_id), 9, 4) || '-'
-            || substr(hex(run_id), 13, 4) || '-' || substr(hex(run_id), 17, 4) || '-'
-            || substr(hex(run_id), 21)
-        ),
-        :needle
-    )
-    OR EXISTS (
-        SELECT 1 FROM steps
-        WHERE steps.run_id = runs.run_id AND steps.status IS NOT NULL AND (
-            instr(lower(step_key), :needle)
-            OR instr(CAST(lower(substr(CAST(error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
-            OR instr(CAST(lower(substr(CAST(output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
-        )
-    )
-    OR EXISTS (
-        SELECT 1 FROM attempts JOIN steps USING (run_id, step_key)
-        WHERE attempts.run_id = runs.run_id AND steps.status IS NOT NULL AND (
-            instr(CAST(lower(substr(CAST(attempts.error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
-            OR instr(CAST(lower(substr(CAST(attempts.output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
-        )
-    )
-)
-"""
-
 
 class Runs(Database):
     """See flowstore_core.runs for the promises."""
@@ -131,27 +89,6 @@ class Runs(Database):
     ) -> bool:
         return await self.write(partial(_complete_run, run_id, status, expected))
 
-    async def get_runs(self, flow_id: UUID | None, *, skip: int, take: int) -> tuple[FlowRunRecord, ...]:
-        return await self.read(lambda db: _read_page(db, flow_id, None, None, skip, take))
-
-    async def get_runs_page(
-        self,
-        flow_id: UUID | None,
-        *,
-        status: RunStatus | None,
-        skip: int,
-        take: int,
-        search: str | None,
-    ) -> RunPage:
-        def page(db: sqlite3.Connection) -> RunPage:
-            runs = _read_page(db, flow_id, status, search, skip, take)
-            if len(runs) < take and (runs or skip == 0):
-                # The last page tells the count itself, which spares searching twice.
-                return RunPage(runs=runs, total_count=skip + len(runs))
-            return RunPage(runs=runs, total_count=_count(db, flow_id, status, search))
-
-        return await self.read(page)
-
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         def detail(db: sqlite3.Connection) -> FlowRunDetail | None:
             if (row := db.execute(GET_RUN, (run_id.bytes,)).fetchone()) is None:
@@ -164,11 +101,11 @@ class Runs(Database):
         return await self.read(lambda db: read_run_status(db, run_id))
 
     async def get_active_runs(self, *, take: int | None) -> tuple[FlowRunRecord, ...]:
-        return await self.read(lambda db: _to_runs(db.execute(GET_ACTIVE_RUNS, (_limit(take),))))
+        return await self.read(lambda db: to_runs(db.execute(GET_ACTIVE_RUNS, (_limit(take),))))
 
     async def get_derived_runs(self, source_run_id: UUID, *, take: int | None) -> tuple[FlowRunRecord, ...]:
         row = (source_run_id.bytes, _limit(take))
-        return await self.read(lambda db: _to_runs(db.execute(GET_DERIVED_RUNS, row)))
+        return await self.read(lambda db: to_runs(db.execute(GET_DERIVED_RUNS, row)))
 
 
 def new_run(
@@ -251,48 +188,6 @@ def _is_as_expected(
     return statuses == expected
 
 
-def _conditions(
-    flow_id: UUID | None, status: RunStatus | None, search: str | None
-) -> tuple[str, dict[str, object]]:
-    needle = None if search is None else fold_ascii(search)
-    values: dict[str, object] = {
-        "flow_id": to_optional_id(flow_id),
-        "needle": needle,
-        "bytes": None if needle is None else needle.encode(),
-        "most": SEARCHED_BYTES,
-    }
-    text = sql(
-        "WHERE TRUE",
-        OF_FLOW if flow_id is not None else "",
-        OF_STATUS[status] if status is not None else "",
-        OF_SEARCH if search is not None else "",
-    )
-    return text, values
-
-
-def _read_page(
-    db: sqlite3.Connection,
-    flow_id: UUID | None,
-    status: RunStatus | None,
-    search: str | None,
-    skip: int,
-    take: int,
-) -> tuple[FlowRunRecord, ...]:
-    where, values = _conditions(flow_id, status, search)
-    # The ids come first, from an index alone: skipping far does not read the rows that are skipped.
-    ids = sql("SELECT run_id FROM runs", where, NEWEST_FIRST, "LIMIT :take OFFSET :skip")
-    statement = sql(SELECT_RUNS, "WHERE run_id IN (", ids, ")", NEWEST_FIRST)
-    return _to_runs(db.execute(statement, {**values, "skip": skip, "take": take}))
-
-
-def _count(db: sqlite3.Connection, flow_id: UUID | None, status: RunStatus | None, search: str | None) -> int:
-    where, values = _conditions(flow_id, status, search)
-    # Implied by the status, but only when said does it let SQLite count in the index of completed runs.
-    also = "AND completed_at IS NOT NULL" if status is not None and status.is_terminal else ""
-    count: int = db.execute(sql("SELECT COUNT(*) FROM runs", where, also), values).fetchone()[0]
-    return count
-
-
 def _limit(take: int | None) -> int:
     return -1 if take is None else take
 
@@ -317,5 +212,5 @@ def _run_fields(row: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def _to_runs(rows: sqlite3.Cursor) -> tuple[FlowRunRecord, ...]:
+def to_runs(rows: sqlite3.Cursor) -> tuple[FlowRunRecord, ...]:
     return tuple(to_run(row) for row in rows)

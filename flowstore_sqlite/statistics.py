@@ -1,39 +1,56 @@
-"""Dashboard counts and timeseries in SQLite."""
+"""Dashboard counts and timeseries in SQLite, from the sums of migration 2."""
 
 from __future__ import annotations
 
+import json
+import logging
 import sqlite3
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from uuid import UUID
 
-from flowstore_core import DashboardStatistics, RunStatus, RunTimeseriesBucket, RunTimeseriesGranularity
-from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, day_start, percentile_ms
+from flowstore_core import (
+    DashboardStatistics,
+    FlowStoreError,
+    RunStatus,
+    RunTimeseriesBucket,
+    RunTimeseriesGranularity,
+)
+from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, percentile_ms
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.values import from_us, sql, to_us
 
-# From one flow to the next by index, so that it costs a seek per flow and not a step per run.
-COUNT_FLOWS = """
-WITH RECURSIVE flows (flow_id) AS (
-    SELECT MIN(flow_id) FROM runs
-    UNION ALL
-    SELECT (SELECT MIN(flow_id) FROM runs WHERE runs.flow_id > flows.flow_id) FROM flows
-    WHERE flows.flow_id IS NOT NULL
-)
-SELECT COUNT(flow_id) FROM flows
-"""
-COUNT_ACTIVE = "SELECT COUNT(*) FROM runs WHERE status = 'Running'"
-COUNT_COMPLETED = """
-SELECT status, COUNT(*) FROM runs
-WHERE completed_at IS NOT NULL AND completed_at >= ? AND completed_at < ? GROUP BY status
-"""
+_log = logging.getLogger("flowstore_sqlite")
 
-# By duration, as the percentiles need it; bucket number 0 starts at since.
-GET_RUN_TIMESERIES = """
-SELECT (started_at - :since) / :width, status, completed_at - started_at AS duration FROM runs
-WHERE started_at >= :since AND started_at < :until
+DAY = BUCKET_WIDTH[RunTimeseriesGranularity.DAY] // timedelta(microseconds=1)
+
+COUNT_FLOWS = "SELECT COUNT(DISTINCT flow_id) FROM run_counts WHERE amount > 0"
+COUNT_ACTIVE = "SELECT COALESCE(SUM(amount), 0) FROM run_counts WHERE status = 'Running'"
+COUNT_COMPLETED = "SELECT succeeded, failed FROM run_days WHERE day = ?"
+
+# A day's summary is right as long as the day's number of changes is the one it was computed at.
+READ_SUMMARIES = """
+SELECT run_days.day, run_days.changes, buckets FROM run_days
+LEFT JOIN run_summaries AS kept ON kept.granularity = :granularity AND kept.scope = :scope
+    AND kept.day = run_days.day AND kept.changes = run_days.changes
+WHERE run_days.day >= :first AND run_days.day <= :last AND run_days.changes > 0
+"""
+# By duration, as the percentiles need it.
+READ_RUNS = """
+SELECT started_at, status, completed_at - started_at AS duration FROM runs
+WHERE status IN ('Running', 'Succeeded', 'Failed', 'Cancelled')
+    AND started_at >= :since AND started_at < :until
 """
 OF_FLOW = "AND flow_id = :flow_id"
+KEEP_SUMMARY = """
+INSERT INTO run_summaries (granularity, scope, day, changes, buckets) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (granularity, scope, day) DO UPDATE SET changes = excluded.changes, buckets = excluded.buckets
+"""
+
+Bucket = tuple[int, int, int, int, float | None, float | None]
+"""running, succeeded, failed, cancelled, and p50 and p95 in milliseconds."""
 
 
 class Statistics(Database):
@@ -41,14 +58,13 @@ class Statistics(Database):
 
     async def get_statistics(self, *, as_of: datetime | None) -> DashboardStatistics:
         def statistics(db: sqlite3.Connection) -> DashboardStatistics:
-            day = day_start(from_us(self.now()) if as_of is None else as_of)
-            row = (to_us(day), to_us(day + timedelta(days=1)))
-            completed = dict(db.execute(COUNT_COMPLETED, row).fetchall())
+            day = (self.now() if as_of is None else to_us(as_of)) // DAY
+            succeeded, failed = db.execute(COUNT_COMPLETED, (day,)).fetchone() or (0, 0)
             return DashboardStatistics(
                 total_flows=db.execute(COUNT_FLOWS).fetchone()[0],
                 active_runs=db.execute(COUNT_ACTIVE).fetchone()[0],
-                completed_today=completed.get(RunStatus.SUCCEEDED.value, 0),
-                failed_today=completed.get(RunStatus.FAILED.value, 0),
+                completed_today=succeeded,
+                failed_today=failed,
             )
 
         return await self.read(statistics)
@@ -60,43 +76,84 @@ class Statistics(Database):
         until: datetime,
         flow_id: UUID | None,
     ) -> tuple[RunTimeseriesBucket, ...]:
-        values: dict[str, int | bytes] = {
-            "since": to_us(since),
-            "until": to_us(until),
-            "width": BUCKET_WIDTH[granularity] // timedelta(microseconds=1),
+        first, end = to_us(since), to_us(until)
+        width = BUCKET_WIDTH[granularity] // timedelta(microseconds=1)
+        scope = b"" if flow_id is None else flow_id.bytes
+        statement = sql(READ_RUNS, "" if flow_id is None else OF_FLOW, "ORDER BY duration")
+        values = {
+            "granularity": granularity.value,
+            "scope": scope,
+            "first": first // DAY,
+            "last": end // DAY,
+            "flow_id": scope,
         }
-        statement = sql(GET_RUN_TIMESERIES, "ORDER BY duration")
-        if flow_id is not None:
-            values["flow_id"] = flow_id.bytes
-            statement = sql(GET_RUN_TIMESERIES, OF_FLOW, "ORDER BY duration")
 
-        def timeseries(db: sqlite3.Connection) -> tuple[RunTimeseriesBucket, ...]:
-            counts: dict[tuple[int, str], int] = defaultdict(int)
-            durations: dict[int, list[int]] = defaultdict(list)
-            for bucket, status, duration in db.execute(statement, values):
-                counts[bucket, status] += 1
-                if duration is not None:
-                    durations[bucket].append(duration)
-            return tuple(
-                _to_bucket(
-                    start,
-                    {status: counts.get((number, status.value), 0) for status in RunStatus},
-                    durations.get(number, []),
-                )
-                for number, start in enumerate(bucket_starts(since, until, granularity))
-            )
+        def timeseries(db: sqlite3.Connection) -> tuple[dict[int, Bucket], list[tuple[object, ...]]]:
+            found: dict[int, Bucket] = {}
+            new: list[tuple[object, ...]] = []
+            for day, changes, kept in db.execute(READ_SUMMARIES, values).fetchall():
+                if kept is not None:
+                    found.update((start, tuple(own)) for start, *own in json.loads(kept))
+                    continue
+                window = {"since": max(first, day * DAY), "until": min(end, (day + 1) * DAY)}
+                buckets = _compute(db.execute(statement, {**values, **window}).fetchall(), width)
+                found.update(buckets)
+                if window == {"since": day * DAY, "until": (day + 1) * DAY}:
+                    own = [(start, *bucket) for start, bucket in buckets.items()]
+                    new.append((granularity.value, scope, day, changes, json.dumps(own)))
+            return found, new
 
-        return await self.read(timeseries)
+        found, new = await self.read(timeseries)
+        await self._keep_summaries(new)
+        return tuple(
+            _to_bucket(start, found.get(to_us(start), (0, 0, 0, 0, None, None)))
+            for start in bucket_starts(since, until, granularity)
+        )
+
+    async def _keep_summaries(self, rows: Sequence[tuple[object, ...]]) -> None:
+        try:
+            if rows:
+                await self.write(partial(_keep, rows))
+        except FlowStoreError as error:
+            # The answer stands without them: they only spare computing it again.
+            _log.debug("the summaries of %d days were not kept: %s", len(rows), error)
 
 
-def _to_bucket(start: datetime, counts: dict[RunStatus, int], durations: list[int]) -> RunTimeseriesBucket:
+def _keep(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection, now: int) -> None:
+    db.executemany(KEEP_SUMMARY, rows)
+
+
+def _compute(rows: Sequence[tuple[int, str, int | None]], width: int) -> dict[int, Bucket]:
+    """The buckets of runs that are given as started_at, status and, ascending, duration."""
+    counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    durations: dict[int, list[int]] = defaultdict(list)
+    for started_at, status, duration in rows:
+        start = started_at // width * width
+        counts[start][status] += 1
+        if duration is not None:
+            durations[start].append(duration)
+    return {
+        start: (
+            *(own.get(status.value, 0) for status in _ORDER),
+            percentile_ms(durations[start], 0.5),
+            percentile_ms(durations[start], 0.95),
+        )
+        for start, own in counts.items()
+    }
+
+
+_ORDER = (RunStatus.RUNNING, RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
+
+
+def _to_bucket(start: datetime, bucket: Bucket) -> RunTimeseriesBucket:
+    running, succeeded, failed, cancelled, p50, p95 = bucket
     return RunTimeseriesBucket(
         timestamp=start,
-        total=sum(counts.values()),
-        succeeded=counts[RunStatus.SUCCEEDED],
-        failed=counts[RunStatus.FAILED],
-        cancelled=counts[RunStatus.CANCELLED],
-        running=counts[RunStatus.RUNNING],
-        p50_duration_ms=percentile_ms(durations, 0.5),
-        p95_duration_ms=percentile_ms(durations, 0.95),
+        total=running + succeeded + failed + cancelled,
+        succeeded=succeeded,
+        failed=failed,
+        cancelled=cancelled,
+        running=running,
+        p50_duration_ms=p50,
+        p95_duration_ms=p95,
     )

@@ -10,6 +10,7 @@ from flowstore_sqlite.claims import Claims
 from flowstore_sqlite.controls import Controls
 from flowstore_sqlite.events import Events
 from flowstore_sqlite.outputs import Outputs
+from flowstore_sqlite.pages import Pages
 from flowstore_sqlite.recovery import Recovery
 from flowstore_sqlite.retention import Retention
 from flowstore_sqlite.retries import Retries
@@ -23,6 +24,7 @@ PING = "SELECT COUNT(*) FROM flowstore_schema"
 
 class SqliteStore(
     Runs,
+    Pages,
     Steps,
     Retries,
     Recovery,

@@ -1,0 +1,102 @@
+-- works_from: 1
+--
+-- What a dashboard asks of all runs is answered from sums that are kept in the transaction of each change,
+-- so that an answer costs the same however many runs there are. Triggers keep them, not the store's
+-- statements: they hold whoever writes, an older flowstore that is still open and a bulk load as well. To
+-- load many runs at once just insert into runs (and steps) in one transaction; nothing else is needed.
+
+-- A page begins in one of these two and walks on in order; without a status it merges those of all four.
+-- The key of each ends with run_id, the primary key.
+CREATE INDEX runs_of_status ON runs (status, started_at);
+CREATE INDEX runs_of_flow_and_status ON runs (flow_id, status, started_at);
+DROP INDEX runs_started;
+DROP INDEX runs_of_flow;
+DROP INDEX runs_active;
+
+CREATE TABLE run_counts (
+    flow_id BLOB NOT NULL,
+    status  TEXT NOT NULL,
+    amount  INTEGER NOT NULL,
+    PRIMARY KEY (flow_id, status)
+) STRICT, WITHOUT ROWID;
+
+-- By day (UTC), numbered from 1970-01-01: the runs that were completed on it, and how often any run that
+-- started on it has changed. That number only rises, so what was computed of the day's runs is right for as
+-- long as the number is the same. Its rows are never deleted for that reason.
+CREATE TABLE run_days (
+    day       INTEGER NOT NULL PRIMARY KEY,
+    succeeded INTEGER NOT NULL DEFAULT 0,
+    failed    INTEGER NOT NULL DEFAULT 0,
+    changes   INTEGER NOT NULL DEFAULT 0
+) STRICT;
+
+-- The buckets of whole days, as a timeseries once computed them; used while changes is still that of the
+-- day. scope is a flow_id, or empty for all flows.
+CREATE TABLE run_summaries (
+    granularity TEXT NOT NULL,
+    scope       BLOB NOT NULL,
+    day         INTEGER NOT NULL,
+    changes     INTEGER NOT NULL,
+    buckets     TEXT NOT NULL,
+    PRIMARY KEY (granularity, scope, day)
+) STRICT, WITHOUT ROWID;
+
+INSERT INTO run_counts (flow_id, status, amount)
+SELECT flow_id, status, COUNT(*) FROM runs GROUP BY flow_id, status;
+
+INSERT INTO run_days (day, changes)
+SELECT (started_at - ((started_at % 86400000000) + 86400000000) % 86400000000) / 86400000000, COUNT(*)
+FROM runs GROUP BY 1;
+
+INSERT INTO run_days (day, succeeded, failed)
+SELECT (completed_at - ((completed_at % 86400000000) + 86400000000) % 86400000000) / 86400000000,
+    SUM(status = 'Succeeded'), SUM(status = 'Failed')
+FROM runs WHERE completed_at IS NOT NULL GROUP BY 1
+ON CONFLICT (day) DO UPDATE SET succeeded = excluded.succeeded, failed = excluded.failed;
+
+-- Whole days as integers round down before 1970 too.
+CREATE TRIGGER count_started AFTER INSERT ON runs BEGIN
+    INSERT INTO run_counts (flow_id, status, amount) VALUES (NEW.flow_id, NEW.status, 1)
+    ON CONFLICT (flow_id, status) DO UPDATE SET amount = amount + 1;
+    INSERT INTO run_days (day, changes) VALUES (
+        (NEW.started_at - ((NEW.started_at % 86400000000) + 86400000000) % 86400000000) / 86400000000, 1
+    ) ON CONFLICT (day) DO UPDATE SET changes = changes + 1;
+END;
+
+CREATE TRIGGER count_loaded AFTER INSERT ON runs WHEN NEW.completed_at IS NOT NULL BEGIN
+    INSERT INTO run_days (day, succeeded, failed) VALUES (
+        (NEW.completed_at - ((NEW.completed_at % 86400000000) + 86400000000) % 86400000000) / 86400000000,
+        NEW.status = 'Succeeded', NEW.status = 'Failed'
+    ) ON CONFLICT (day) DO UPDATE SET succeeded = succeeded + excluded.succeeded,
+        failed = failed + excluded.failed;
+END;
+
+CREATE TRIGGER count_deleted AFTER DELETE ON runs BEGIN
+    UPDATE run_counts SET amount = amount - 1 WHERE flow_id = OLD.flow_id AND status = OLD.status;
+    DELETE FROM run_counts WHERE flow_id = OLD.flow_id AND status = OLD.status AND amount = 0;
+    UPDATE run_days SET changes = changes + 1
+    WHERE day = (OLD.started_at - ((OLD.started_at % 86400000000) + 86400000000) % 86400000000) / 86400000000;
+    UPDATE run_days SET succeeded = succeeded - (OLD.status = 'Succeeded'),
+        failed = failed - (OLD.status = 'Failed')
+    WHERE day
+        = (OLD.completed_at - ((OLD.completed_at % 86400000000) + 86400000000) % 86400000000) / 86400000000;
+END;
+
+-- The store changes a run's status and completed_at, never its flow or its start.
+CREATE TRIGGER count_changed AFTER UPDATE OF status, completed_at ON runs BEGIN
+    UPDATE run_counts SET amount = amount - 1 WHERE flow_id = OLD.flow_id AND status = OLD.status;
+    INSERT INTO run_counts (flow_id, status, amount) VALUES (NEW.flow_id, NEW.status, 1)
+    ON CONFLICT (flow_id, status) DO UPDATE SET amount = amount + 1;
+    UPDATE run_days SET changes = changes + 1
+    WHERE day = (NEW.started_at - ((NEW.started_at % 86400000000) + 86400000000) % 86400000000) / 86400000000;
+    UPDATE run_days SET succeeded = succeeded - (OLD.status = 'Succeeded'),
+        failed = failed - (OLD.status = 'Failed')
+    WHERE day
+        = (OLD.completed_at - ((OLD.completed_at % 86400000000) + 86400000000) % 86400000000) / 86400000000;
+    INSERT INTO run_days (day, succeeded, failed)
+    SELECT (NEW.completed_at - ((NEW.completed_at % 86400000000) + 86400000000) % 86400000000) / 86400000000,
+        NEW.status = 'Succeeded', NEW.status = 'Failed'
+    WHERE NEW.completed_at IS NOT NULL
+    ON CONFLICT (day) DO UPDATE SET succeeded = succeeded + excluded.succeeded,
+        failed = failed + excluded.failed;
+END;
