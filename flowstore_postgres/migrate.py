@@ -45,6 +45,14 @@ RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from
 # IF NOT EXISTS is not safe against others who do the same at the same moment; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
 NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
+HAS_INDEX = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgname = 'search_ended'
+               AND tgrelid = $name${schema}.runs$name$::regclass) AS indexed
+"""
+ENABLE_SEARCH = "SELECT {schema}.enable_search()"
+GATHER_TEXTS = "SELECT {schema}.gather_texts($1)"
+GATHERED = 256
+"""How many ended runs one transaction adds to the index for searches."""
 SERVER_ENCODING = "SHOW server_encoding"
 
 
@@ -224,8 +232,26 @@ async def read_schema_version(config: StoreConfig) -> int:
 
 
 async def migrate_schema(config: StoreConfig) -> int:
+    """Apply what is missing, and make searches as quick as the server allows."""
     async with _connect(config) as (connection, settings):
-        return await check_schema(connection, settings, migrate=True)
+        version = await check_schema(connection, settings, migrate=True)
+
+        def sql(statement: str) -> str:
+            return statement.replace("{schema}", settings.quoted_schema)
+
+        # An index that could not be made before: pg_trgm may have been installed since.
+        async with connection.transaction():
+            await connection.execute(NO_TIMEOUT)
+            enabled = await connection.fetchval(sql(ENABLE_SEARCH))
+        while enabled and await connection.fetchval(sql(GATHER_TEXTS), GATHERED):
+            pass
+        return version
+
+
+async def has_search_index(config: StoreConfig) -> bool:
+    async with _connect(config) as (connection, settings):
+        statement = HAS_INDEX.replace("{schema}", settings.quoted_schema)
+        return bool(await connection.fetchval(statement))
 
 
 @asynccontextmanager

@@ -7,9 +7,18 @@ from uuid import UUID
 
 from flowstore_core import FlowRunRecord, RunPage, RunPosition, RunStatus
 from flowstore_core.arguments import MAX_INT64
-from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
+from flowstore_core.runs import fold_ascii
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import RUN_COLUMNS, run_record
+from flowstore_postgres.search import (
+    COUNT_LEFT_OUT,
+    TOLERATED,
+    candidates,
+    gather_some,
+    is_indexed,
+    search_condition,
+    trigram_words,
+)
 
 # Each status lies in order in an index of its own, so a page of all of them merges what four of them
 # begin with. Only ids are skipped, and only in indexes; the runs of the page are read then.
@@ -30,9 +39,10 @@ SELECT {{total}} AS total, ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})
 """
 FIND_RUNS = f"""
 WITH found AS MATERIALIZED (
-    SELECT r.started_at, r.run_id FROM {{schema}}.runs r WHERE {{status}} AND {{flow}} AND {{search}}
+    SELECT r.started_at, r.run_id FROM {{candidates}} r WHERE {{status}} AND {{flow}} AND {{search}}
 )
-SELECT (SELECT count(*) FROM found) AS total, ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})")}) AS page
+SELECT (SELECT count(*) FROM found) AS total, ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})")}) AS page,
+       {{left_out}} AS left_out
 """
 FOUND = """
 (SELECT r.started_at, r.run_id FROM found r WHERE {behind}
@@ -47,14 +57,6 @@ COUNT_RUNS = """
     SELECT amount FROM {schema}.run_changes WHERE {flow} AND {status}
 ) numbers)
 """
-
-# Bytes, not characters: UTF-8 needs no decoding to be searched. lower() under "C" folds ASCII alone.
-_SHORT = 'position({needle} IN lower({text} COLLATE "C")) > 0'
-_LONG = (
-    "position(convert_to({needle}, 'UTF8') IN "
-    f"substring(convert_to(lower(left({{text}}, {SEARCHED_BYTES}) COLLATE \"C\"), 'UTF8') "
-    f"FROM 1 FOR {SEARCHED_BYTES})) > 0"
-)
 
 
 class _Statement:
@@ -77,11 +79,20 @@ class _Statement:
         self.arguments.append(value)
         return f"${len(self.arguments)}"
 
-    def text(self, statement: str, search: str | None = None) -> str:
-        if search is not None:
-            statement = statement.replace("{source}", FOUND).replace(
-                "{search}", _search_condition(f"{self.argument(fold_ascii(search))}::text")
-            )
+    def find(self, needle: str, *, indexed: bool) -> str:
+        """FIND_RUNS for a folded needle."""
+        words = [f"{self.argument('%' + word + '%')}::text" for word in trigram_words(needle)]
+        use = indexed and bool(words)
+        statement = FIND_RUNS.replace("{source}", FOUND)
+        for name, value in (
+            ("{candidates}", candidates(words) if use else "{schema}.runs"),
+            ("{search}", search_condition(f"{self.argument(needle)}::text")),
+            ("{left_out}", COUNT_LEFT_OUT if indexed else "0"),
+        ):
+            statement = statement.replace(name, value)
+        return self.text(statement)
+
+    def text(self, statement: str) -> str:
         source = " UNION ALL ".join(OF_ONE_STATUS.replace("{one}", one.value) for one in self._statuses)
         columns = " + ".join(one.value.lower() for one in self._statuses)
         for name, value in (
@@ -117,26 +128,11 @@ class Pages:
         search: str | None,
     ) -> RunPage:
         statement = _Statement(flow_id, status, after, skip, take)
-        text = statement.text(GET_RUNS_PAGE) if search is None else statement.text(FIND_RUNS, search)
-        row = await self._database.read_row(text, *statement.arguments)
+        if search is None:
+            row = await self._database.read_row(statement.text(GET_RUNS_PAGE), *statement.arguments)
+        else:
+            text = statement.find(fold_ascii(search), indexed=await is_indexed(self._database))
+            row = await self._database.read_row(text, *statement.arguments)
+            if row["left_out"] > TOLERATED:
+                await gather_some(self._database)
         return RunPage(runs=tuple(run_record(one) for one in row["page"]), total_count=row["total"])
-
-
-def _search_condition(needle: str) -> str:
-    def short(text: str) -> str:
-        return _SHORT.replace("{needle}", needle).replace("{text}", text)
-
-    def long(text: str) -> str:
-        return _LONG.replace("{needle}", needle).replace("{text}", text)
-
-    run = " OR ".join(
-        short(text) for text in ("r.run_id::text", "r.flow_name", "r.trigger_key", "r.status", "r.job_id")
-    )
-    # What get_run_detail shows: the attempts of a reset step are not shown, so not found either.
-    step = " OR ".join((short("s.step_key"), long("s.error_message"), long("s.output_json")))
-    attempt = " OR ".join((long("a.error_message"), long("a.output_json")))
-    return f"""(coalesce({run}, false)
-        OR EXISTS (SELECT FROM {{schema}}.steps s
-                   WHERE s.run_id = r.run_id AND s.status IS NOT NULL AND ({step}))
-        OR EXISTS (SELECT FROM {{schema}}.attempts a JOIN {{schema}}.steps s USING (run_id, step_key)
-                   WHERE a.run_id = r.run_id AND s.status IS NOT NULL AND ({attempt})))"""

@@ -7,6 +7,7 @@ from datetime import datetime
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
+from flowstore_postgres.search import gather_texts, is_indexed
 
 BATCH = 200
 """Runs deleted per transaction: small enough that no writer waits long (RET-3)."""
@@ -42,9 +43,13 @@ DELETE_RUNS = "DELETE FROM {schema}.runs WHERE run_id = ANY($1::uuid[])"
 # key. A key that another call is using right now is left for the next cleanup.
 LOCK_ORPHANED_KEYS = """
 SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys k
-WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
-  AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = k.run_id)
-ORDER BY flow_id, trigger_key, idempotency_key LIMIT $4 FOR UPDATE
+WHERE (flow_id, trigger_key, idempotency_key) IN (
+    SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys i
+    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+      AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = i.run_id)
+    ORDER BY created_at LIMIT $4
+)
+ORDER BY flow_id, trigger_key, idempotency_key FOR UPDATE
 """
 DELETE_ORPHANED_KEYS = """
 DELETE FROM {schema}.idempotency_keys k
@@ -54,10 +59,16 @@ WHERE k.flow_id = o.flow_id AND k.trigger_key = o.trigger_key AND k.idempotency_
 """
 LOCK_ORPHANED_CONTROLS = """
 SELECT run_id FROM {schema}.controls c
-WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
-  AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
-ORDER BY run_id LIMIT $4 FOR UPDATE
+WHERE run_id IN (
+    SELECT run_id FROM {schema}.controls i
+    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+      AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = i.run_id)
+    ORDER BY created_at LIMIT $4
+)
+ORDER BY run_id FOR UPDATE
 """
+# Of days whose runs are gone, or most of them: whoever asks for one again has it computed again.
+DELETE_SUMMARIES = "DELETE FROM {schema}.run_summaries WHERE day < ($1::timestamptz AT TIME ZONE 'UTC')::date - 1"
 DELETE_ORPHANED_CONTROLS = """
 DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
   AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
@@ -106,6 +117,15 @@ class Retention:
 
         while await self._database.transaction("cleanup", sweep_controls):
             pass
+
+        async def drop_summaries(transaction: Transaction) -> None:
+            await transaction.execute(DELETE_SUMMARIES, cutoff)
+
+        await self._database.transaction("cleanup", drop_summaries)
+        if await is_indexed(self._database):
+            # What ended since the last time becomes quick to search.
+            while await gather_texts(self._database):
+                pass
         return deleted
 
 

@@ -1,0 +1,146 @@
+-- works_from: 1
+--
+-- An index for searches (QRY-2), where the extension pg_trgm is installed or may be. It lies outside of the
+-- writers' way: a run that ends leaves its id in unsearched, nothing else, and the text of such runs is
+-- gathered later, in batches, by cleanup, by searches themselves and by "flowstore migrate up". A search looks
+-- at the texts that hold its trigrams, at every run in unsearched and at every Running one, and then at the
+-- runs themselves, so it finds exactly what a look at all of them would find.
+
+-- What was found in a run the last time, with ASCII letters folded. It may hold more than the run does now,
+-- never less, unless the run is Running or in unsearched.
+CREATE TABLE {schema}.run_texts (
+    run_id uuid NOT NULL PRIMARY KEY,
+    text   text NOT NULL
+);
+CREATE TABLE {schema}.unsearched (
+    run_id uuid NOT NULL PRIMARY KEY
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
+
+-- Set once a text was gathered while the step was still open in a run that is over.
+ALTER TABLE {schema}.steps ADD COLUMN searched_open boolean NOT NULL DEFAULT false;
+
+CREATE FUNCTION {schema}.note_ended_run() RETURNS trigger LANGUAGE plpgsql AS $note$
+BEGIN
+    INSERT INTO {schema}.unsearched VALUES (NEW.run_id) ON CONFLICT DO NOTHING;
+    RETURN NULL;
+END
+$note$;
+
+CREATE FUNCTION {schema}.note_late_step() RETURNS trigger LANGUAGE plpgsql AS $note$
+BEGIN
+    INSERT INTO {schema}.unsearched
+    SELECT run_id FROM {schema}.runs WHERE run_id = NEW.run_id AND status <> 'Running'
+    -- Locks the row that is there already, so that nobody gathers the run without what is written here.
+    ON CONFLICT (run_id) DO UPDATE SET run_id = excluded.run_id;
+    RETURN NULL;
+END
+$note$;
+
+CREATE FUNCTION {schema}.forget_text() RETURNS trigger LANGUAGE plpgsql AS $forget$
+BEGIN
+    DELETE FROM {schema}.run_texts WHERE run_id = OLD.run_id;
+    DELETE FROM {schema}.unsearched WHERE run_id = OLD.run_id;
+    RETURN NULL;
+END
+$forget$;
+
+-- Gathers the text of some runs of unsearched; how many. Their rows are locked, so no step of theirs changes
+-- meanwhile; each statement of a function at READ COMMITTED sees what was committed before it.
+CREATE FUNCTION {schema}.gather_texts(most integer) RETURNS integer LANGUAGE plpgsql AS $gather$
+DECLARE
+    chosen uuid[];
+BEGIN
+    SELECT array_agg(run_id) INTO chosen FROM (
+        SELECT run_id FROM {schema}.unsearched JOIN {schema}.runs USING (run_id)
+        ORDER BY run_id LIMIT most FOR UPDATE SKIP LOCKED
+    ) locked;
+    IF chosen IS NULL THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM {schema}.unsearched WHERE run_id = ANY(chosen);
+    UPDATE {schema}.steps SET searched_open = true
+    WHERE run_id = ANY(chosen) AND status IN ('Pending', 'Running') AND NOT searched_open;
+    INSERT INTO {schema}.run_texts AS t (run_id, text)
+    SELECT r.run_id, lower(concat_ws(
+        E'\n', r.run_id::text, r.flow_name, r.trigger_key, r.status, r.job_id,
+        (SELECT string_agg(concat_ws(E'\n', s.step_key, left(s.error_message, 65536),
+                                     left(s.output_json, 65536)), E'\n')
+         FROM {schema}.steps s WHERE s.run_id = r.run_id AND s.status IS NOT NULL),
+        (SELECT string_agg(concat_ws(E'\n', left(a.error_message, 65536), left(a.output_json, 65536)), E'\n')
+         FROM {schema}.attempts a WHERE a.run_id = r.run_id)
+    ) COLLATE "C")
+    FROM {schema}.runs r WHERE r.run_id = ANY(chosen)
+    ON CONFLICT (run_id) DO UPDATE SET text = excluded.text;
+    RETURN cardinality(chosen);
+END
+$gather$;
+
+-- Installs pg_trgm if it may, builds the index and begins to note which runs it does not hold. Called again
+-- it does nothing, or what could not be done before. Answers whether there is an index now.
+CREATE FUNCTION {schema}.enable_search() RETURNS boolean LANGUAGE plpgsql AS $enable$
+DECLARE
+    place text;
+BEGIN
+    IF EXISTS (SELECT FROM pg_catalog.pg_trigger
+               WHERE tgname = 'search_ended' AND tgrelid = $name${schema}.runs$name$::regclass) THEN
+        RETURN true;
+    END IF;
+    BEGIN
+        IF NOT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_trgm') THEN
+            CREATE EXTENSION pg_trgm SCHEMA public;
+        END IF;
+    EXCEPTION
+        -- Not installed on the server, no right to, no schema public: searches work without it.
+        WHEN OTHERS THEN
+            RAISE NOTICE 'flowstore searches without an index: %', SQLERRM;
+    END;
+    SELECT quote_ident(n.nspname) INTO place
+    FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+    WHERE e.extname = 'pg_trgm';
+    IF place IS NULL THEN
+        RETURN false;
+    END IF;
+    LOCK TABLE {schema}.runs IN ACCESS EXCLUSIVE MODE;
+    LOCK TABLE {schema}.steps IN SHARE ROW EXCLUSIVE MODE;
+    EXECUTE 'CREATE INDEX run_texts_by_trigram ON ' || $name${schema}.run_texts$name$
+            || ' USING gin (text ' || place || '.gin_trgm_ops)';
+    CREATE TRIGGER search_ended AFTER UPDATE OF status ON {schema}.runs FOR EACH ROW
+        WHEN (NEW.status <> 'Running') EXECUTE FUNCTION {schema}.note_ended_run();
+    CREATE TRIGGER search_loaded AFTER INSERT ON {schema}.runs FOR EACH ROW
+        WHEN (NEW.status <> 'Running') EXECUTE FUNCTION {schema}.note_ended_run();
+    CREATE TRIGGER search_deleted AFTER DELETE ON {schema}.runs FOR EACH ROW
+        EXECUTE FUNCTION {schema}.forget_text();
+    CREATE TRIGGER search_late AFTER UPDATE OF status ON {schema}.steps FOR EACH ROW
+        WHEN (OLD.searched_open OR (OLD.status IS NULL AND NEW.status = 'Skipped'))
+        EXECUTE FUNCTION {schema}.note_late_step();
+    CREATE TRIGGER search_skipped AFTER INSERT ON {schema}.steps FOR EACH ROW
+        WHEN (NEW.status = 'Skipped') EXECUTE FUNCTION {schema}.note_late_step();
+    INSERT INTO {schema}.unsearched SELECT run_id FROM {schema}.runs WHERE status <> 'Running';
+    RETURN true;
+END
+$enable$;
+
+-- Whoever may use the tables of version 1 may use those of versions 2 and 3.
+DO $grant$
+DECLARE
+    one record;
+    made text;
+BEGIN
+    FOR one IN
+        SELECT DISTINCT acl.grantee, acl.privilege_type, acl.is_grantable
+        FROM pg_catalog.pg_class c, aclexplode(c.relacl) acl
+        WHERE c.oid = $name${schema}.runs$name$::regclass AND acl.grantee <> c.relowner
+          AND acl.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+    LOOP
+        FOREACH made IN ARRAY ARRAY[
+            $name${schema}.run_changes$name$, $name${schema}.run_counts$name$, $name${schema}.run_days$name$,
+            $name${schema}.run_summaries$name$, $name${schema}.run_texts$name$, $name${schema}.unsearched$name$
+        ] LOOP
+            EXECUTE 'GRANT ' || one.privilege_type || ' ON ' || made || ' TO '
+                || CASE one.grantee WHEN 0 THEN 'PUBLIC' ELSE one.grantee::regrole::text END;
+        END LOOP;
+    END LOOP;
+END
+$grant$;
+
+SELECT {schema}.enable_search();
