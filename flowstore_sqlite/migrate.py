@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from flowstore_core import StoreConfig
 from flowstore_sqlite.connection import Connection, snapshot
@@ -17,6 +19,9 @@ from flowstore_sqlite.schema import (
     load_migrations,
     read_version,
 )
+from flowstore_sqlite.search import enable_search, gather_texts, is_indexed
+
+T = TypeVar("T")
 
 
 def migrations() -> Sequence[tuple[int, str, str]]:
@@ -52,11 +57,43 @@ async def schema_version(config: StoreConfig) -> int:
 async def migrate(config: StoreConfig) -> int:
     """Make the file if need be, apply every migration that is missing, and return the version.
 
+    An index for searches that could not be made before is made too, and brought up to date.
+
     Asked for by name, so ``config.migrate`` does not matter.
     Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
     """
     connection = Connection(read_location(config.url))
     try:
-        return await migrated(connection, replace(config, migrate=True), Options.read(config))
+        options = Options.read(config)
+        version = await migrated(connection, replace(config, migrate=True), options)
+        if await connection.run_patiently(partial(_written, enable_search), options.busy_timeout):
+            gather = partial(_written, partial(gather_texts, now=0))
+            while await connection.run_patiently(gather, options.busy_timeout):
+                pass
+        return version
     finally:
         await connection.shut()
+
+
+async def has_search_index(config: StoreConfig) -> bool:
+    """Whether searches use an index; changes nothing."""
+    connection = Connection(read_location(config.url))
+    try:
+        await connection.open()
+        return await connection.run_patiently(
+            partial(snapshot, is_indexed), Options.read(config).busy_timeout
+        )
+    finally:
+        await connection.shut()
+
+
+def _written(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+    """Run work in a transaction of its own."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(db)
+        db.execute("COMMIT")
+        return result
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from uuid import UUID
 
-from flowstore_core import FlowRunRecord, RunPage, RunPosition, RunStatus
-from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
+from flowstore_core import FlowRunRecord, FlowStoreError, RunPage, RunPosition, RunStatus
+from flowstore_core.runs import fold_ascii
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import NEWEST_FIRST, SELECT_RUNS, to_runs
+from flowstore_sqlite.search import gather_texts, indexed_search, is_far_behind, is_indexed, search_values
 from flowstore_sqlite.values import sql, to_optional_id, to_us
+
+_log = logging.getLogger("flowstore_sqlite")
 
 # Each status lies in order in an index of its own, so a page of all of them merges four of them. Only ids
 # are skipped, and only in indexes; the runs of the page are read then.
@@ -20,38 +24,6 @@ BEHIND = "AND (started_at, run_id) < (:started_at, :after_id)"
 # See migration 2.
 COUNT_RUNS = "SELECT COALESCE(SUM(amount), 0) FROM run_counts WHERE TRUE"
 OF_STATUS = "AND status = :status"
-
-# lower() folds ASCII alone. The long texts are cut as bytes; a character cut in half does no harm,
-# because bytes are what is compared then. Unstarted steps and their attempts are not shown, so not found.
-OF_SEARCH = """
-AND (
-    instr(lower(flow_name), :needle) OR instr(lower(trigger_key), :needle)
-    OR instr(lower(status), :needle) OR instr(lower(job_id), :needle)
-    OR instr(
-        lower(
-            substr(hex(run_id), 1, 8) || '-' || substr(hex(run_id), 9, 4) || '-'
-            || substr(hex(run_id), 13, 4) || '-' || substr(hex(run_id), 17, 4) || '-'
-            || substr(hex(run_id), 21)
-        ),
-        :needle
-    )
-    OR EXISTS (
-        SELECT 1 FROM steps
-        WHERE steps.run_id = runs.run_id AND steps.status IS NOT NULL AND (
-            instr(lower(step_key), :needle)
-            OR instr(CAST(lower(substr(CAST(error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
-            OR instr(CAST(lower(substr(CAST(output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
-        )
-    )
-    OR EXISTS (
-        SELECT 1 FROM attempts JOIN steps USING (run_id, step_key)
-        WHERE attempts.run_id = runs.run_id AND steps.status IS NOT NULL AND (
-            instr(CAST(lower(substr(CAST(attempts.error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
-            OR instr(CAST(lower(substr(CAST(attempts.output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
-        )
-    )
-)
-"""
 
 FIND_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
 
@@ -77,12 +49,20 @@ class Pages(Database):
     ) -> RunPage:
         wanted = _Wanted(flow_id, status, after, skip, take)
 
-        def page(db: sqlite3.Connection) -> RunPage:
-            if search is not None:
-                return wanted.found(db, fold_ascii(search))
-            return RunPage(runs=wanted.runs(db), total_count=wanted.count(db))
+        def page(db: sqlite3.Connection) -> tuple[RunPage, bool]:
+            if search is None:
+                return RunPage(runs=wanted.runs(db), total_count=wanted.count(db)), False
+            indexed = is_indexed(db)
+            return wanted.found(db, fold_ascii(search), indexed), indexed and is_far_behind(db)
 
-        return await self.read(page)
+        found, behind = await self.read(page)
+        if behind:
+            try:
+                await self.write(gather_texts)
+            except FlowStoreError as error:
+                # They were found without the index, and will be again.
+                _log.debug("no texts were gathered: %s", error)
+        return found
 
 
 class _Wanted:
@@ -119,13 +99,12 @@ class _Wanted:
         count: int = db.execute(statement, self._values).fetchone()[0]
         return count
 
-    def found(self, db: sqlite3.Connection, needle: str) -> RunPage:
+    def found(self, db: sqlite3.Connection, needle: str, indexed: bool) -> RunPage:
         """The page and the count of a search, which looks at each run once."""
-        statement = sql(
-            FIND_RUNS, self._flow, "" if self._status is None else OF_STATUS, OF_SEARCH, NEWEST_FIRST
-        )
-        values = {**self._values, "needle": needle, "bytes": needle.encode(), "most": SEARCHED_BYTES}
-        places = db.execute(statement, values).fetchall()
+        condition, values = indexed_search(needle) if indexed else search_values(needle)
+        of_status = "" if self._status is None else OF_STATUS
+        statement = sql(FIND_RUNS, self._flow, of_status, condition, NEWEST_FIRST)
+        places = db.execute(statement, {**self._values, **values}).fetchall()
         behind = places if self._place is None else [place for place in places if place < self._place]
         ids = [place[1] for place in behind[self._skip : self._skip + self._take]]
         marks = ", ".join("?" * len(ids))

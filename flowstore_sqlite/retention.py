@@ -10,6 +10,8 @@ from functools import partial
 
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite.database import Database, Write
+from flowstore_sqlite.search import DROP_TRIGRAMS, gather_texts, is_indexed
+from flowstore_sqlite.statistics import DAY
 from flowstore_sqlite.values import to_us
 
 BATCH = 200
@@ -52,6 +54,9 @@ DELETE FROM idempotency_keys WHERE (flow_id, trigger_key, idempotency_key) IN (
 """
 
 
+DELETE_SUMMARIES = "DELETE FROM run_summaries WHERE day < ?"
+
+
 class Retention(Database):
     """See flowstore_core.retention for the promises."""
 
@@ -60,6 +65,10 @@ class Retention(Database):
         deleted = await self._in_batches(partial(_delete_runs, before))
         await self._in_batches(partial(_sweep, DELETE_ORPHANED_CONTROLS, before))
         await self._in_batches(partial(_sweep, DELETE_ORPHANED_KEYS, before))
+        await self.write(partial(_drop_summaries, before))
+        if await self.read(is_indexed):
+            # What ended since the last time becomes quick to search.
+            await self._in_batches(gather_texts)
         return deleted
 
     async def _in_batches(self, batch: Write[int]) -> int:
@@ -74,13 +83,21 @@ def _delete_runs(before: int, db: sqlite3.Connection, now: int) -> int:
     """Delete a batch of runs, each whole; how many, 0 when none is left."""
     deadline = time.monotonic() + BATCH_SECONDS
     deleted = 0
+    indexed = is_indexed(db)
     for row in db.execute(FIND_COMPLETED, (before, BATCH)).fetchall():
+        if indexed:
+            db.execute(DROP_TRIGRAMS, row)
         for statement in DELETE_RUN:
             db.execute(statement, row)
         deleted += 1
         if time.monotonic() > deadline:
             break
     return deleted
+
+
+def _drop_summaries(before: int, db: sqlite3.Connection, now: int) -> None:
+    """Of days whose runs are gone, or most of them: whoever asks for one has it computed again."""
+    db.execute(DELETE_SUMMARIES, (before // DAY - 1,))
 
 
 def _sweep(statement: str, before: int, db: sqlite3.Connection, now: int) -> int:

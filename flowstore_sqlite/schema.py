@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib.resources import files
 
 from flowstore_core import ConfigurationError, SchemaVersionError
+from flowstore_sqlite.search import enable_search
 
 MINIMUM_SQLITE = (3, 37, 0)
 """STRICT tables came with it."""
@@ -101,6 +102,7 @@ def apply_migrations(db: sqlite3.Connection, now: int) -> int:
                     db.execute(statement)
                 row = (migration.version, migration.name, migration.works_from, now)
                 db.execute(INSERT_VERSION, row)
+            enable_search(db)
         version, _ = read_version(db)
         db.execute("COMMIT")
     finally:

@@ -1,0 +1,187 @@
+"""Searching runs in SQLite: the exact condition, and the index in front of it (QRY-2, migration 3)."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from uuid import UUID
+
+from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
+from flowstore_sqlite.values import sql
+
+TOLERATED = 64
+"""So many ended runs that the index does not hold yet cost a search about a millisecond."""
+GATHERED = 256
+"""How many of them one transaction adds to it, at most."""
+GATHER_SECONDS = 0.02
+"""And for how long, because writers wait for it."""
+
+# FTS5 may be missing where the file is used next, so no trigger touches its table: what a process without it
+# does leaves entries behind that lead nowhere. The letters are folded already; without positions an entry
+# says only which trigrams a text has, and what it has in order is looked at afterwards.
+ENABLE_SEARCH = (
+    """
+    CREATE VIRTUAL TABLE run_trigrams USING fts5 (
+        text, content = 'run_texts', content_rowid = 'id', tokenize = 'trigram case_sensitive 1', detail = none
+    )
+    """,
+    """
+    CREATE TRIGGER search_ended AFTER UPDATE OF status ON runs WHEN NEW.status <> 'Running' BEGIN
+        INSERT INTO unsearched VALUES (NEW.run_id) ON CONFLICT DO NOTHING;
+    END
+    """,
+    """
+    CREATE TRIGGER search_loaded AFTER INSERT ON runs WHEN NEW.status <> 'Running' BEGIN
+        INSERT INTO unsearched VALUES (NEW.run_id) ON CONFLICT DO NOTHING;
+    END
+    """,
+    """
+    CREATE TRIGGER search_deleted AFTER DELETE ON runs BEGIN
+        DELETE FROM run_texts WHERE run_id = OLD.run_id;
+        DELETE FROM unsearched WHERE run_id = OLD.run_id;
+    END
+    """,
+    """
+    CREATE TRIGGER search_late AFTER UPDATE OF status ON steps
+    WHEN OLD.searched_open OR (OLD.status IS NULL AND NEW.status = 'Skipped') BEGIN
+        INSERT INTO unsearched SELECT run_id FROM runs WHERE run_id = NEW.run_id AND status <> 'Running'
+        ON CONFLICT DO NOTHING;
+    END
+    """,
+    """
+    CREATE TRIGGER search_skipped AFTER INSERT ON steps WHEN NEW.status = 'Skipped' BEGIN
+        INSERT INTO unsearched SELECT run_id FROM runs WHERE run_id = NEW.run_id AND status <> 'Running'
+        ON CONFLICT DO NOTHING;
+    END
+    """,
+    "INSERT INTO unsearched SELECT run_id FROM runs WHERE status <> 'Running'",
+)
+HAS_TRIGGER = "SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = 'search_ended'"
+HAS_FTS5 = "SELECT 1 FROM pragma_module_list WHERE name = 'fts5'"
+
+FIND_UNSEARCHED = "SELECT run_id FROM unsearched LIMIT ?"
+COUNT_UNSEARCHED = f"SELECT COUNT(*) FROM (SELECT 1 FROM unsearched LIMIT {TOLERATED + 1})"
+READ_RUN = "SELECT flow_name, trigger_key, status, job_id FROM runs WHERE run_id = ?"
+READ_STEPS = """
+SELECT step_key, substr(error_message, 1, :most), substr(output_json, 1, :most) FROM steps
+WHERE run_id = :run_id AND status IS NOT NULL
+"""
+READ_ATTEMPTS = """
+SELECT substr(error_message, 1, :most), substr(output_json, 1, :most) FROM attempts WHERE run_id = :run_id
+"""
+NOTE_OPEN_STEPS = """
+UPDATE steps SET searched_open = 1 WHERE run_id = ? AND status IN ('Pending', 'Running') AND NOT searched_open
+"""
+DROP_TRIGRAMS = """
+INSERT INTO run_trigrams (run_trigrams, rowid, text)
+SELECT 'delete', id, text FROM run_texts WHERE run_id = ?
+"""
+KEEP_TEXT = """
+INSERT INTO run_texts (run_id, text) VALUES (?, ?) ON CONFLICT (run_id) DO UPDATE SET text = excluded.text
+RETURNING id
+"""
+KEEP_TRIGRAMS = "INSERT INTO run_trigrams (rowid, text) VALUES (?, ?)"
+DROP_UNSEARCHED = "DELETE FROM unsearched WHERE run_id = ?"
+
+# Every run that can match: those whose text has all trigrams, and those whose text may be older than they.
+CANDIDATES = """
+AND run_id IN (
+    SELECT run_id FROM run_texts WHERE id IN (SELECT rowid FROM run_trigrams WHERE run_trigrams MATCH :trigrams)
+    UNION ALL SELECT run_id FROM unsearched
+    UNION ALL SELECT run_id FROM runs WHERE status = 'Running'
+)
+"""
+
+# lower() folds ASCII alone. The long texts are cut as bytes; a character cut in half does no harm,
+# because bytes are what is compared then. Unstarted steps and their attempts are not shown, so not found.
+OF_SEARCH = """
+AND (
+    instr(lower(flow_name), :needle) OR instr(lower(trigger_key), :needle)
+    OR instr(lower(status), :needle) OR instr(lower(job_id), :needle)
+    OR instr(
+        lower(
+            substr(hex(run_id), 1, 8) || '-' || substr(hex(run_id), 9, 4) || '-'
+            || substr(hex(run_id), 13, 4) || '-' || substr(hex(run_id), 17, 4) || '-'
+            || substr(hex(run_id), 21)
+        ),
+        :needle
+    )
+    OR EXISTS (
+        SELECT 1 FROM steps
+        WHERE steps.run_id = runs.run_id AND steps.status IS NOT NULL AND (
+            instr(lower(step_key), :needle)
+            OR instr(CAST(lower(substr(CAST(error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
+        )
+    )
+    OR EXISTS (
+        SELECT 1 FROM attempts JOIN steps USING (run_id, step_key)
+        WHERE attempts.run_id = runs.run_id AND steps.status IS NOT NULL AND (
+            instr(CAST(lower(substr(CAST(attempts.error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(attempts.output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
+        )
+    )
+)
+"""
+
+
+def is_indexed(db: sqlite3.Connection) -> bool:
+    """Whether the file has the index, and this SQLite can read it."""
+    return all(db.execute(statement).fetchone() is not None for statement in (HAS_TRIGGER, HAS_FTS5))
+
+
+def enable_search(db: sqlite3.Connection) -> bool:
+    """Make the index where it is missing and can be had, within a transaction; whether there is one now."""
+    if db.execute(HAS_FTS5).fetchone() is None:
+        return False
+    if db.execute(HAS_TRIGGER).fetchone() is None:
+        for statement in ENABLE_SEARCH:
+            db.execute(statement)
+    return True
+
+
+def search_values(needle: str) -> tuple[str, dict[str, object]]:
+    """The conditions of a search for a folded needle, without the index, and what they bind."""
+    return OF_SEARCH, {"needle": needle, "bytes": needle.encode(), "most": SEARCHED_BYTES}
+
+
+def indexed_search(needle: str) -> tuple[str, dict[str, object]]:
+    """The same with the index in front; a needle of fewer than three characters has no trigram to look up."""
+    condition, values = search_values(needle)
+    trigrams = {needle[at : at + 3] for at in range(len(needle) - 2)}
+    if not trigrams:
+        return condition, values
+    quoted = ('"' + one.replace('"', '""') + '"' for one in sorted(trigrams))
+    return sql(CANDIDATES, condition), {**values, "trigrams": " AND ".join(quoted)}
+
+
+def is_far_behind(db: sqlite3.Connection) -> bool:
+    """Whether more ended runs are missing in the index than do not matter."""
+    count: int = db.execute(COUNT_UNSEARCHED).fetchone()[0]
+    return count > TOLERATED
+
+
+def gather_texts(db: sqlite3.Connection, now: int) -> int:
+    """Add some ended runs to the index; how many."""
+    deadline = time.monotonic() + GATHER_SECONDS
+    gathered = 0
+    for (run_id,) in db.execute(FIND_UNSEARCHED, (GATHERED,)).fetchall():
+        db.execute(NOTE_OPEN_STEPS, (run_id,))
+        text = _read_text(db, run_id)
+        db.execute(DROP_TRIGRAMS, (run_id,))
+        number = db.execute(KEEP_TEXT, (run_id, text)).fetchone()[0]
+        db.execute(KEEP_TRIGRAMS, (number, text))
+        db.execute(DROP_UNSEARCHED, (run_id,))
+        gathered += 1
+        if time.monotonic() > deadline:
+            break
+    return gathered
+
+
+def _read_text(db: sqlite3.Connection, run_id: bytes) -> str:
+    values = {"run_id": run_id, "most": SEARCHED_BYTES}
+    texts = [str(UUID(bytes=run_id)), *db.execute(READ_RUN, (run_id,)).fetchone()]
+    for statement in (READ_STEPS, READ_ATTEMPTS):
+        for row in db.execute(statement, values):
+            texts += row
+    return fold_ascii("\n".join(text for text in texts if text is not None))
