@@ -14,6 +14,7 @@ from flowstore_cli.backends import level
 from flowstore_cli.printing import cell, new_console, print_form, print_json
 from flowstore_cli.stores import (
     AsJson,
+    Describable,
     Migratable,
     NoMigrate,
     Url,
@@ -41,7 +42,8 @@ def ping(
       flowstore ping --url postgresql://user@host/db --json
 
     JSON: backend, url (without secrets), distribution, version, schema_version, python, drivers,
-    level, capabilities, round_trip_ms (min, median, max).
+    level, capabilities, details (what the backend says of it, such as how it searches), round_trip_ms
+    (min, median, max).
     """
     facts = run(_ping(url, times, migrate=not no_migrate))
     if as_json:
@@ -56,6 +58,7 @@ def ping(
         ("runs on", ", ".join([f"Python {facts['python']}", *versions])),
         ("level", facts["level"]),
         ("offers", ", ".join(facts["capabilities"])),
+        *facts["details"].items(),
         (
             "round trip",
             f"{trip['median']:.2f} ms (median of {times}, {trip['min']:.2f} to {trip['max']:.2f})",
@@ -76,6 +79,7 @@ async def _ping(url: str | None, times: int, *, migrate: bool) -> dict[str, Any]
     schema = None
     if isinstance(backend, Migratable):
         schema = await schema_version(plugin, backend, config)
+    details = await backend.describe(config) if isinstance(backend, Describable) else {}
     return {
         "backend": backend.name,
         "url": whereabouts(config),
@@ -86,6 +90,7 @@ async def _ping(url: str | None, times: int, *, migrate: bool) -> dict[str, Any]
         "drivers": {name: _version(name) for name in drivers(backend)},
         "level": level(capabilities),
         "capabilities": sorted(capabilities),
+        "details": dict(details),
         "round_trip_ms": {"min": min(taken), "median": median(taken), "max": max(taken)},
     }
 

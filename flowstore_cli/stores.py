@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
@@ -52,6 +52,15 @@ class Migratable(Protocol):
 
     async def migrate(self, config: StoreConfig) -> int:
         """Apply what is missing and return the version reached."""
+        ...
+
+
+@runtime_checkable
+class Describable(Protocol):
+    """What a backend may bring besides the Protocol of core, for ``flowstore ping``."""
+
+    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
+        """What else is worth knowing of a store that is there, by name, in a few words. Changes nothing."""
         ...
 
 

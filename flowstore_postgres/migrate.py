@@ -50,6 +50,10 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgname = 'search_ended'
                AND tgrelid = $name${schema}.runs$name$::regclass) AS indexed
 """
 ENABLE_SEARCH = "SELECT {schema}.enable_search()"
+INDEX_TEXTS = "SELECT {schema}.index_texts()"
+DROP_INDEX = "DROP INDEX IF EXISTS {schema}.run_texts_by_trigram"
+MANY = 20_000
+COUNT_UNSEARCHED = f"SELECT count(*) FROM (SELECT FROM {{schema}}.unsearched LIMIT {MANY}) few"
 GATHER_TEXTS = "SELECT {schema}.gather_texts($1)"
 GATHERED = 256
 """How many ended runs one transaction adds to the index for searches."""
@@ -243,8 +247,15 @@ async def migrate_schema(config: StoreConfig) -> int:
         async with connection.transaction():
             await connection.execute(NO_TIMEOUT)
             enabled = await connection.fetchval(sql(ENABLE_SEARCH))
-        while enabled and await connection.fetchval(sql(GATHER_TEXTS), GATHERED):
-            pass
+        if enabled:
+            if await connection.fetchval(sql(COUNT_UNSEARCHED)) == MANY:
+                # Much quicker without the index, which is built at the end; searches are right meanwhile.
+                await connection.execute(sql(DROP_INDEX))
+            while await connection.fetchval(sql(GATHER_TEXTS), GATHERED):
+                pass
+            async with connection.transaction():
+                await connection.execute(NO_TIMEOUT)
+                await connection.execute(sql(INDEX_TEXTS))
         return version
 
 

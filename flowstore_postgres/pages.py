@@ -41,8 +41,8 @@ FIND_RUNS = f"""
 WITH found AS MATERIALIZED (
     SELECT r.started_at, r.run_id FROM {{candidates}} r WHERE {{status}} AND {{flow}} AND {{search}}
 )
-SELECT (SELECT count(*) FROM found) AS total, ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})")}) AS page,
-       {{left_out}} AS left_out
+SELECT (SELECT count(*) FROM found) AS total, {{left_out}} AS left_out,
+       ARRAY({PAGE.replace("{columns}", f"ROW({RUN_COLUMNS})")}) AS page
 """
 FOUND = """
 (SELECT r.started_at, r.run_id FROM found r WHERE {behind}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -81,6 +81,13 @@ class PostgresBackend:
         from flowstore_postgres.migrate import read_schema_version
 
         return await read_schema_version(config)
+
+    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
+        """How searches find their runs."""
+        from flowstore_postgres.migrate import has_search_index
+
+        indexed = await has_search_index(config)
+        return {"search": "by index (pg_trgm)" if indexed else "reads every run; see docs for pg_trgm"}
 
     async def migrate(self, config: StoreConfig) -> int:
         """Apply what is missing and return the version reached."""

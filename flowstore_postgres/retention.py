@@ -68,7 +68,9 @@ WHERE run_id IN (
 ORDER BY run_id FOR UPDATE
 """
 # Of days whose runs are gone, or most of them: whoever asks for one again has it computed again.
-DELETE_SUMMARIES = "DELETE FROM {schema}.run_summaries WHERE day < ($1::timestamptz AT TIME ZONE 'UTC')::date - 1"
+DELETE_SUMMARIES = (
+    "DELETE FROM {schema}.run_summaries WHERE day < ($1::timestamptz AT TIME ZONE 'UTC')::date - 1"
+)
 DELETE_ORPHANED_CONTROLS = """
 DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
   AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)

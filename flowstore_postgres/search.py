@@ -47,7 +47,7 @@ def trigram_words(needle: str) -> list[str]:
 
 
 def candidates(words: Sequence[str]) -> str:
-    """The runs whose texts match all patterns, each given as an expression, and all that must be looked at."""
+    """The runs whose texts match all patterns, given as expressions, and those whose texts may be old."""
     return CANDIDATES.replace("{words}", " AND ".join(f"text LIKE {word}" for word in words))
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 from datetime import date, datetime
-from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
@@ -123,7 +122,9 @@ class Statistics:
         computed = {one[0]: tuple(one)[1:] for one in row["computed"]}
         found = dict(computed)
         for buckets in row["known"]:
-            found.update((datetime.fromisoformat(start), tuple(values)) for start, *values in json.loads(buckets))
+            found.update(
+                (datetime.fromisoformat(start), tuple(values)) for start, *values in json.loads(buckets)
+            )
         await self._keep_summaries(granularity, scope, since, until, row["others"], computed)
         return tuple(_bucket(start, found.get(start)) for start in bucket_starts(since, until, granularity))
 

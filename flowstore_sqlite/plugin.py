@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +74,13 @@ class SqliteBackend:
         from flowstore_sqlite.migrate import schema_version
 
         return await schema_version(config)
+
+    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
+        """How searches find their runs."""
+        from flowstore_sqlite.migrate import has_search_index
+
+        indexed = await has_search_index(config)
+        return {"search": "by index (FTS5)" if indexed else "reads every run; this SQLite has no FTS5"}
 
     async def migrate(self, config: StoreConfig) -> int:
         """Make the file if need be, apply every migration, and return the version it then has."""

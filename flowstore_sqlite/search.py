@@ -22,7 +22,8 @@ GATHER_SECONDS = 0.02
 ENABLE_SEARCH = (
     """
     CREATE VIRTUAL TABLE run_trigrams USING fts5 (
-        text, content = 'run_texts', content_rowid = 'id', tokenize = 'trigram case_sensitive 1', detail = none
+        text, content = 'run_texts', content_rowid = 'id', detail = none,
+        tokenize = 'trigram case_sensitive 1'
     )
     """,
     """
@@ -86,7 +87,8 @@ DROP_UNSEARCHED = "DELETE FROM unsearched WHERE run_id = ?"
 # Every run that can match: those whose text has all trigrams, and those whose text may be older than they.
 CANDIDATES = """
 AND run_id IN (
-    SELECT run_id FROM run_texts WHERE id IN (SELECT rowid FROM run_trigrams WHERE run_trigrams MATCH :trigrams)
+    SELECT run_id FROM run_texts
+    WHERE id IN (SELECT rowid FROM run_trigrams WHERE run_trigrams MATCH :trigrams)
     UNION ALL SELECT run_id FROM unsearched
     UNION ALL SELECT run_id FROM runs WHERE status = 'Running'
 )

@@ -20,7 +20,7 @@ from flowstore_core import (
 )
 from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, percentile_ms
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.values import from_us, sql, to_us
+from flowstore_sqlite.values import sql, to_us
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -134,15 +134,15 @@ def _compute(rows: Sequence[tuple[int, str, int | None]], width: int) -> dict[in
             durations[start].append(duration)
     return {
         start: (
-            *(own.get(status.value, 0) for status in _ORDER),
+            own[RunStatus.RUNNING],
+            own[RunStatus.SUCCEEDED],
+            own[RunStatus.FAILED],
+            own[RunStatus.CANCELLED],
             percentile_ms(durations[start], 0.5),
             percentile_ms(durations[start], 0.95),
         )
         for start, own in counts.items()
     }
-
-
-_ORDER = (RunStatus.RUNNING, RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
 
 
 def _to_bucket(start: datetime, bucket: Bucket) -> RunTimeseriesBucket:

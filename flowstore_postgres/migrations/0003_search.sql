@@ -75,11 +75,22 @@ BEGIN
 END
 $gather$;
 
+-- Builds the index of the texts where it is missing.
+CREATE FUNCTION {schema}.index_texts() RETURNS void LANGUAGE plpgsql AS $index$
+DECLARE
+    place text;
+BEGIN
+    SELECT quote_ident(n.nspname) INTO place
+    FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+    WHERE e.extname = 'pg_trgm';
+    EXECUTE 'CREATE INDEX IF NOT EXISTS run_texts_by_trigram ON ' || $name${schema}.run_texts$name$
+            || ' USING gin (text ' || place || '.gin_trgm_ops)';
+END
+$index$;
+
 -- Installs pg_trgm if it may, builds the index and begins to note which runs it does not hold. Called again
 -- it does nothing, or what could not be done before. Answers whether there is an index now.
 CREATE FUNCTION {schema}.enable_search() RETURNS boolean LANGUAGE plpgsql AS $enable$
-DECLARE
-    place text;
 BEGIN
     IF EXISTS (SELECT FROM pg_catalog.pg_trigger
                WHERE tgname = 'search_ended' AND tgrelid = $name${schema}.runs$name$::regclass) THEN
@@ -94,16 +105,12 @@ BEGIN
         WHEN OTHERS THEN
             RAISE NOTICE 'flowstore searches without an index: %', SQLERRM;
     END;
-    SELECT quote_ident(n.nspname) INTO place
-    FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
-    WHERE e.extname = 'pg_trgm';
-    IF place IS NULL THEN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_trgm') THEN
         RETURN false;
     END IF;
     LOCK TABLE {schema}.runs IN ACCESS EXCLUSIVE MODE;
     LOCK TABLE {schema}.steps IN SHARE ROW EXCLUSIVE MODE;
-    EXECUTE 'CREATE INDEX run_texts_by_trigram ON ' || $name${schema}.run_texts$name$
-            || ' USING gin (text ' || place || '.gin_trgm_ops)';
+    PERFORM {schema}.index_texts();
     CREATE TRIGGER search_ended AFTER UPDATE OF status ON {schema}.runs FOR EACH ROW
         WHEN (NEW.status <> 'Running') EXECUTE FUNCTION {schema}.note_ended_run();
     CREATE TRIGGER search_loaded AFTER INSERT ON {schema}.runs FOR EACH ROW

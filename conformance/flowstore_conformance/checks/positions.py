@@ -96,7 +96,9 @@ async def pages_after_positions_hold_what_lasts_while_runs_come_and_go(bench: Be
             break
         await start(bench, run_id=new_id(bench))
         # First, if it can be, the very run that the next page begins behind.
-        going = next((run_id for run_id in doomed if run_id == page[-1].run_id), doomed[0] if doomed else None)
+        going = next(
+            (run_id for run_id in doomed if run_id == page[-1].run_id), doomed[0] if doomed else None
+        )
         if going is not None:
             doomed.remove(going)
             await store.complete_run(going, RunStatus.SUCCEEDED)

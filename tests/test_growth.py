@@ -1,0 +1,282 @@
+"""What makes questions about all runs quick: sums, summaries and indexes, and databases that had none."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from flowstore_core import (
+    FlowStore,
+    InvalidArgumentError,
+    RunPosition,
+    RunStatus,
+    StepStatus,
+    new_run_id,
+    open_store,
+)
+from flowstore_core.opening import resolve_store
+from flowstore_core.plugins import find_backend
+from tests.virtual_clock import VirtualClock
+
+FLOWS = (UUID(int=1), UUID(int=2))
+NOON = datetime(2026, 3, 14, 12, tzinfo=UTC)
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    if request.param == "memory":
+        yield f"memory://{tmp_path.name}"
+    elif request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'x.db'}"
+    else:
+        base = request.getfixturevalue("postgresql_url")
+        async with find_backend("postgresql")[1].scratch(base) as fresh:
+            yield fresh
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'x.db'}"
+    else:
+        base = request.getfixturevalue("postgresql_url")
+        async with find_backend("postgresql")[1].scratch(base) as fresh:
+            yield fresh
+
+
+async def _execute(url: str, *statements: str) -> None:
+    """Speak to the database behind the store's back; {s} is the schema's prefix."""
+    if url.startswith("sqlite"):
+        db = sqlite3.connect(url.removeprefix("sqlite:///"))
+        for statement in statements:
+            db.execute(statement.replace("{s}", ""))
+        db.commit()
+        db.close()
+        return
+    query = parse_qs(urlsplit(url).query)
+    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
+    try:
+        for statement in statements:
+            await connection.execute(statement.replace("{s}", f'"{query["schema"][0]}".'))
+    finally:
+        await connection.close()
+
+
+async def _live(store: FlowStore, clock: VirtualClock, generator: random.Random, count: int) -> None:
+    """Runs that start, end and are reopened over some days."""
+    for number in range(count):
+        clock.now += timedelta(minutes=generator.randrange(90))
+        run_id = new_run_id()
+        await store.start_run(generator.choice(FLOWS), f"flow {number % 3}", run_id, "manual")
+        await store.record_step_start(run_id, "a", "http")
+        clock.now += timedelta(seconds=generator.randrange(9), microseconds=generator.randrange(9))
+        outcome = generator.choice([StepStatus.SUCCEEDED, StepStatus.FAILED])
+        await store.record_step_complete(run_id, "a", outcome, output_json=f'"needle {number % 7}"')
+        if generator.random() < 0.8:
+            status = RunStatus.FAILED if outcome is StepStatus.FAILED else RunStatus.SUCCEEDED
+            await store.complete_run(run_id, generator.choice([status, RunStatus.CANCELLED]))
+        if generator.random() < 0.2:
+            await store.retry_step(run_id, "a")
+    await store.cleanup(clock.now - timedelta(hours=20))
+
+
+async def _ask(store: FlowStore, now: datetime) -> list[Any]:
+    """Every question about all runs."""
+    found: list[Any] = [await store.get_statistics(as_of=now - timedelta(days=days)) for days in range(3)]
+    for flow_id in (None, *FLOWS):
+        found += [
+            await store.get_runs_page(flow_id, status=status, search=search, take=5)
+            for status in (None, *RunStatus)
+            for search in (None, "needle 3", "e 3", "3")
+        ]
+        for granularity in ("hour", "day"):
+            days = timedelta(days=6)
+            # Twice: computed, and as it was kept.
+            for _ in range(2):
+                series = await store.get_run_timeseries(granularity, now - days, now + days, flow_id)  # type: ignore[arg-type]
+                found.append(series)
+    return found
+
+
+async def _ask_plainly(store: FlowStore, now: datetime) -> list[Any]:
+    """The same from what a look at every run tells, in a store without sums."""
+    runs = await store.get_runs(take=1000)
+    async with open_store("memory://", clock=lambda: now) as plain:
+        state = plain._store  # type: ignore[attr-defined]
+        for run in runs:
+            detail = await store.get_run_detail(run.run_id)
+            assert detail is not None
+            await plain.start_run(run.flow_id, run.flow_name, run.run_id, run.trigger_key)
+            for step in detail.steps:
+                for attempt in step.attempts:
+                    await plain.record_step_start(run.run_id, step.step_key, attempt.step_type)
+                    if attempt.status is not StepStatus.RUNNING:
+                        await plain.record_step_complete(
+                            run.run_id, step.step_key, attempt.status, output_json=attempt.output_json
+                        )
+            kept = state._runs[run.run_id]
+            kept.started_at, kept.completed_at, kept.status = run.started_at, run.completed_at, run.status
+        return await _ask(plain, now)
+
+
+async def test_sums_are_what_a_look_at_every_run_tells(url: str) -> None:
+    clock, generator = VirtualClock(), random.Random(7)
+    clock.now = NOON
+    async with open_store(url, clock=clock) as store:
+        for _ in range(4):
+            await _live(store, clock, generator, 40)
+            assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+
+
+async def test_sums_hold_while_many_write(database: str) -> None:
+    async with open_store(database) as store:
+
+        async def one(number: int) -> None:
+            run_id = new_run_id()
+            await store.trigger_run(FLOWS[number % 2], "f", run_id, "manual")
+            await store.record_step_start(run_id, "a", "http")
+            await store.record_step_complete(run_id, "a", StepStatus.FAILED)
+            if number % 3:
+                await store.complete_run(run_id, RunStatus.FAILED)
+            if number % 6 == 1:
+                await store.retry_step(run_id, "a")
+
+        done = asyncio.gather(*(one(number) for number in range(300)))
+        while not done.done():
+            page = await store.get_runs_page(take=1000)
+            assert page.total_count == len(page.runs)
+        await done
+        for status in RunStatus:
+            page = await store.get_runs_page(status=status, take=1000)
+            assert page.total_count == len(page.runs)
+        assert (await store.get_statistics()).active_runs == 150
+
+
+async def test_what_changes_behind_the_store_is_counted_too(database: str) -> None:
+    clock = VirtualClock()
+    clock.now = NOON
+    async with open_store(database, clock=clock) as store:
+        await _live(store, clock, random.Random(1), 60)
+        before = await _ask(store, clock.now)
+        await _execute(database, "DELETE FROM {s}runs WHERE flow_name = 'flow 1'")
+        after = await _ask(store, clock.now)
+        assert after != before
+        assert after == await _ask_plainly(store, clock.now)
+
+
+async def test_a_version_1_database_is_brought_up_with_its_data(database: str) -> None:
+    clock = VirtualClock()
+    clock.now = NOON
+    # The data comes from a store of today, whose sums and indexes are then taken away again.
+    async with open_store(database, clock=clock) as store:
+        await _live(store, clock, random.Random(3), 80)
+        wanted = await _ask(store, clock.now)
+    await _downgrade(database)
+    _, backend, config = resolve_store(database)
+    assert await backend.schema_version(config) == 1  # type: ignore[attr-defined]
+    async with open_store(database, clock=clock) as store:
+        assert await _ask(store, clock.now) == wanted
+        await _live(store, clock, random.Random(4), 40)
+        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+    await _downgrade(database)
+    await backend.migrate(config)  # type: ignore[attr-defined]
+    assert "by index" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
+    async with open_store(database, clock=clock, migrate=False) as store:
+        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+
+
+async def _downgrade(url: str) -> None:
+    tables = ("run_changes", "run_counts", "run_days", "run_summaries", "run_texts", "unsearched")
+    if url.startswith("sqlite"):
+        triggers = ("count_started", "count_loaded", "count_deleted", "count_changed", "search_ended")
+        await _execute(
+            url,
+            *(f"DROP TRIGGER {name}" for name in (*triggers, "search_loaded", "search_deleted")),
+            *(f"DROP TRIGGER {name}" for name in ("search_late", "search_skipped")),
+            "DROP TABLE run_trigrams",
+            *(f"DROP TABLE {name}" for name in tables[1:]),
+            "ALTER TABLE steps DROP COLUMN searched_open",
+            "DROP INDEX runs_of_status",
+            "DROP INDEX runs_of_flow_and_status",
+            "CREATE INDEX runs_started ON runs (started_at)",
+            "CREATE INDEX runs_of_flow ON runs (flow_id, started_at)",
+            "CREATE INDEX runs_active ON runs (started_at) WHERE status = 'Running'",
+            "DELETE FROM flowstore_schema WHERE version > 1",
+        )
+        return
+    functions = ("note_ended_run", "note_late_step", "forget_text", "gather_texts", "enable_search")
+    others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
+    await _execute(
+        url,
+        *(f"DROP TABLE {{s}}{name}" for name in tables),
+        *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
+        "ALTER TABLE {s}steps DROP COLUMN searched_open",
+        "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",
+        "CREATE INDEX runs_by_start ON {s}runs (started_at DESC, run_id DESC)",
+        "CREATE INDEX runs_by_flow ON {s}runs (flow_id, started_at DESC, run_id DESC)",
+        "DELETE FROM {s}schema_version WHERE version > 1",
+    )
+
+
+async def test_a_search_sees_what_happens_in_runs_that_are_over(database: str) -> None:
+    async with open_store(database) as store:
+
+        async def found(needle: str) -> set[UUID]:
+            return {run.run_id for run in (await store.get_runs_page(search=needle)).runs}
+
+        open_one, skipped, reopened = new_run_id(), new_run_id(), new_run_id()
+        for run_id in (open_one, skipped, reopened):
+            await store.start_run(FLOWS[0], "flow", run_id, "manual")
+            await store.record_step_start(run_id, "a", "http")
+        await store.record_step_complete(reopened, "a", StepStatus.FAILED, error_message="haystack")
+        for run_id in (open_one, skipped, reopened):
+            await store.complete_run(run_id, RunStatus.CANCELLED)
+        assert await found("haystack") == {reopened}
+        # Gathers the texts of all three.
+        await store.cleanup(NOON - timedelta(days=3650))
+        assert await found("haystack") == {reopened}
+        await store.record_step_complete(open_one, "a", StepStatus.FAILED, error_message="LATE haystack")
+        await store.record_skipped_step(skipped, "b", "http", "late HAYSTACK")
+        assert await found("late haystack") == {open_one, skipped}
+        await store.cleanup(NOON - timedelta(days=3650))
+        assert await found("late haystack") == {open_one, skipped}
+        await store.retry_step(reopened, "a")
+        await store.record_step_start(reopened, "a", "http")
+        await store.record_step_complete(reopened, "a", StepStatus.SUCCEEDED, output_json='"late haystack"')
+        assert await found("late haystack") == {open_one, skipped, reopened}
+        await store.complete_run(reopened, RunStatus.SUCCEEDED)
+        assert await found("late haystack") == {open_one, skipped, reopened}
+        await store.cleanup(datetime.now(UTC) + timedelta(days=1))
+        assert await found("haystack") == set()
+
+
+async def test_a_search_gathers_what_it_had_to_look_at(database: str) -> None:
+    async with open_store(database) as store:
+        for number in range(100):
+            run_id = new_run_id()
+            await store.start_run(FLOWS[0], f"flow {number}", run_id, "manual")
+            await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        for _ in range(3):
+            assert (await store.get_runs_page(search="flow 77")).total_count == 1
+
+
+def test_a_position_is_one_word() -> None:
+    position = RunPosition(started_at=NOON, run_id=UUID(int=7))
+    assert str(position) == "2026-03-14T12:00:00.000000Z_00000000-0000-0000-0000-000000000007"
+    assert RunPosition.parse(str(position)) == position
+    early = RunPosition(started_at=datetime(1, 1, 2, tzinfo=UTC), run_id=UUID(int=0))
+    assert RunPosition.parse(str(early)) == early
+    bad = ["", "_", "x", str(UUID(int=7)), "2026-03-14_" + str(UUID(int=7)), str(position)[:-1]]
+    for text in [*bad, "0001-01-01T00:00:00+14:00_" + str(UUID(int=7))]:
+        with pytest.raises(InvalidArgumentError, match="position"):
+            RunPosition.parse(text)
