@@ -73,7 +73,7 @@ def list_runs(
       flowstore runs list
       flowstore runs list --status failed --search timeout
       flowstore runs list --json | jq -r '.runs[].run_id'
-      flowstore runs list --after 2026-03-14T12:00:00.000000Z_01970c2e-7a86-7d3b-9a55-0c1d8a3f5b20
+      flowstore runs list --after POSITION
 
     JSON: total_count, runs (a list of objects with run_id, flow_id, flow_name, status, trigger_key,
     trigger_data, job_id, started_at, completed_at, source_run_id), after (for --after of the next
@@ -104,7 +104,9 @@ def list_runs(
     if page.total_count > len(page.runs):
         first, last = skip + 1, skip + len(page.runs)
         shown = f"{first:,} to {last:,}" if after is None else f"{len(page.runs):,}"
-        say(f"{shown} of {page.total_count:,}; --after {onward} goes on")
+        say(f"{shown} of {page.total_count:,}")
+        if len(page.runs) == take:
+            say(f"next: --after {onward}")
 
 
 async def _page(

@@ -202,7 +202,16 @@ def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
 
     assert str(database["failed"]) in flowstore("runs", "list", "--status", "failed")[1]
     assert flowstore("runs", "list", "--status", "Cancelled")[1] == "no runs\n"
-    assert "2 to 2 of 3; --skip 2 goes on" in flowstore("runs", "list", "-n", "1", "--skip", "1")[1]
+    out = flowstore("runs", "list", "-n", "1", "--skip", "1")[1]
+    assert "2 to 2 of 3\nnext: --after " in out
+    assert max(map(len, out.splitlines())) <= 80
+    onward = out.split()[-1]
+    assert str(database["old"]) in flowstore("runs", "list", "--after", onward)[1]
+    document = json.loads(flowstore("runs", "list", "-n", "2", "--json")[1])
+    assert document["after"] == onward
+    code, _, error = flowstore("runs", "list", "--after", "yesterday")
+    assert code == 2
+    assert "position must be" in error
     assert "no runs from number 10 on; there are 3" in flowstore("runs", "list", "--skip", "9")[1]
     found = json.loads(flowstore("runs", "list", "--search", "BROKE", "--json")[1])
     assert [run["run_id"] for run in found["runs"]] == [str(database["failed"])]
