@@ -16,8 +16,8 @@ from flowstore_postgres.search import (
     candidates,
     gather_some,
     is_indexed,
+    patterns,
     search_condition,
-    trigram_words,
 )
 
 # Each status lies in order in an index of its own, so a page of all of them merges what four of them
@@ -81,11 +81,10 @@ class _Statement:
 
     def find(self, needle: str, *, indexed: bool) -> str:
         """FIND_RUNS for a folded needle."""
-        words = [f"{self.argument('%' + word + '%')}::text" for word in trigram_words(needle)]
-        use = indexed and bool(words)
+        like = [f"{self.argument(pattern)}::text" for pattern in patterns(needle)] if indexed else []
         statement = FIND_RUNS.replace("{source}", FOUND)
         for name, value in (
-            ("{candidates}", candidates(words) if use else "{schema}.runs"),
+            ("{candidates}", candidates(like) if like else "{schema}.runs"),
             ("{search}", search_condition(f"{self.argument(needle)}::text")),
             ("{left_out}", COUNT_LEFT_OUT if indexed else "0"),
         ):

@@ -18,10 +18,10 @@ TOLERATED = 64
 """So many ended runs that the index does not hold yet cost a search about a millisecond."""
 COUNT_LEFT_OUT = f"(SELECT count(*) FROM (SELECT FROM {{schema}}.unsearched LIMIT {TOLERATED + 1}) few)"
 
-# Every run that can match: those whose text holds all words, and those whose text may be older than they.
+# Every run that can match: those whose text is like all patterns, and those whose text may be old.
 CANDIDATES = """
 (SELECT * FROM {schema}.runs WHERE run_id IN (
-    SELECT run_id FROM {schema}.run_texts WHERE {words}
+    SELECT run_id FROM {schema}.run_texts WHERE {like}
     UNION ALL SELECT run_id FROM {schema}.unsearched
     UNION ALL SELECT run_id FROM {schema}.runs WHERE status = 'Running'
 ))
@@ -36,19 +36,22 @@ _LONG = (
 )
 
 
-def trigram_words(needle: str) -> list[str]:
-    """What a folded needle certainly needs of a text and the index can look up.
+def patterns(needle: str) -> list[str]:
+    """What the text of a run that matches a folded needle is LIKE; nothing where no index can help.
 
-    The extension folds letters by the rules of the database's language and knows nothing of other
-    characters. Runs of ASCII letters and digits mean the same to it and to QRY-2, whatever stands
-    around them; a needle without one of at least three is searched for without the index.
+    The extension folds letters by the rules of the database's language, so only ASCII is left to it: that
+    means the same to it and to QRY-2, whatever stands around. It can look up what has three letters or
+    digits in a row.
     """
-    return re.findall("[a-z0-9]{3,}", needle)
+    if re.search("[a-z0-9]{3}", needle) is None:
+        return []
+    parts = re.findall("[\x01-\x7f]+", needle)
+    return ["%" + re.sub(r"([%_\\])", r"\\\1", part) + "%" for part in parts]
 
 
-def candidates(words: Sequence[str]) -> str:
+def candidates(like: Sequence[str]) -> str:
     """The runs whose texts match all patterns, given as expressions, and those whose texts may be old."""
-    return CANDIDATES.replace("{words}", " AND ".join(f"text LIKE {word}" for word in words))
+    return CANDIDATES.replace("{like}", " AND ".join(f"text LIKE {pattern}" for pattern in like))
 
 
 def search_condition(needle: str) -> str:

@@ -124,7 +124,7 @@ async def _ask_plainly(store: FlowStore, now: datetime) -> list[Any]:
                         await plain.record_step_complete(
                             run.run_id, step.step_key, attempt.status, output_json=attempt.output_json
                         )
-            kept = state._runs[run.run_id]
+            kept = state._runs[run.run_id.int]
             kept.started_at, kept.completed_at, kept.status = run.started_at, run.completed_at, run.status
         return await _ask(plain, now)
 
@@ -151,7 +151,7 @@ async def test_sums_hold_while_many_write(database: str) -> None:
             if number % 6 == 1:
                 await store.retry_step(run_id, "a")
 
-        done = asyncio.gather(*(one(number) for number in range(300)))
+        done = asyncio.gather(*(one(number) for number in range(120)))
         while not done.done():
             page = await store.get_runs_page(take=1000)
             assert page.total_count == len(page.runs)
@@ -159,7 +159,7 @@ async def test_sums_hold_while_many_write(database: str) -> None:
         for status in RunStatus:
             page = await store.get_runs_page(status=status, take=1000)
             assert page.total_count == len(page.runs)
-        assert (await store.get_statistics()).active_runs == 150
+        assert (await store.get_statistics()).active_runs == 60
 
 
 async def test_what_changes_behind_the_store_is_counted_too(database: str) -> None:
