@@ -43,7 +43,7 @@ class Trap:
         name = config.url.partition("://")[2]
         inner = dataclasses.replace(config, url=f"memory://trap-{name}", scheme="memory")
         async with MemoryBackend().open(inner) as store:
-            if name == "data" and not await store.get_runs(flow_id=None, skip=0, take=1):
+            if name == "data" and not await store.get_runs(flow_id=None, after=None, skip=0, take=1):
                 await store.start_run(
                     flow_id=UUID(int=1), flow_name="payroll", run_id=UUID(int=2), trigger_key="manual",
                     trigger_data=None, job_id=None, source_run_id=None,

@@ -125,7 +125,7 @@ async def _trigger_in_acts(store: Any, given: Any) -> Any:
         await asyncio.sleep(0)
         if not await store.try_register_idempotency_key(**key, run_id=chosen):
             chosen = await store.find_run_id_by_idempotency_key(**key)
-        runs = await store.get_runs(flow_id=given["flow_id"], skip=0, take=1000)
+        runs = await store.get_runs(flow_id=given["flow_id"], after=None, skip=0, take=1000)
         existing = next((one for one in runs if one.run_id == chosen), None)
         if existing is not None:
             return TriggerResult(run=existing, created=False)

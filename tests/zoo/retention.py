@@ -128,5 +128,5 @@ class CleanupSweepsWhatRuns(PostgresSurgery):
     """Sweeps the controls of old runs that still run."""
 
     cut = Cut(
-        (r"AND NOT EXISTS \(SELECT FROM \{schema\}\.runs r WHERE r\.run_id = c\.run_id\)", "AND true"),
+        (r"AND NOT EXISTS \(SELECT FROM \{schema\}\.runs r WHERE r\.run_id = [ci]\.run_id\)", "AND true"),
     )

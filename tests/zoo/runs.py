@@ -11,7 +11,7 @@ from tests.zoo import broken
 
 
 async def _record_of(store: Any, run_id: Any) -> Any:
-    runs = await store.get_runs(flow_id=None, skip=0, take=1000)
+    runs = await store.get_runs(flow_id=None, after=None, skip=0, take=1000)
     return next(run for run in runs if run.run_id == run_id)
 
 
