@@ -36,6 +36,18 @@ def bucket_ceil(moment: datetime, granularity: RunTimeseriesGranularity) -> date
     return start if start == moment else start + BUCKET_WIDTH[granularity]
 
 
+def whole_days(since: datetime, until: datetime) -> tuple[datetime, datetime]:
+    """A window that is widened to whole days if it is as long as one, else as it is.
+
+    For backends that keep what they computed of a whole day: so the first and the last day of a window
+    are kept too, while a short one, often looked at, does not cost a day.
+    """
+    day = RunTimeseriesGranularity.DAY
+    if until - since < BUCKET_WIDTH[day]:
+        return since, until
+    return day_start(since), bucket_ceil(until, day)
+
+
 def bucket_starts(
     since: datetime, until: datetime, granularity: RunTimeseriesGranularity
 ) -> Iterator[datetime]:

@@ -14,7 +14,7 @@ from flowstore_core import (
     RunTimeseriesBucket,
     RunTimeseriesGranularity,
 )
-from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts
+from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, whole_days
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 
@@ -115,9 +115,10 @@ class Statistics:
     ) -> Sequence[RunTimeseriesBucket]:
         scope = "" if flow_id is None else str(flow_id)
         filtered, arguments = ("true", ()) if flow_id is None else ("r.flow_id = $6", (flow_id,))
+        first, end = whole_days(since, until)
         row = await self._database.read_row(
             GET_RUN_TIMESERIES.replace("{filter}", filtered),
-            *(BUCKET_WIDTH[granularity], since, until, granularity.value, scope, *arguments),
+            *(BUCKET_WIDTH[granularity], first, end, granularity.value, scope, *arguments),
         )
         computed = {one[0]: tuple(one)[1:] for one in row["computed"]}
         found = dict(computed)
@@ -125,7 +126,7 @@ class Statistics:
             found.update(
                 (datetime.fromisoformat(start), tuple(values)) for start, *values in json.loads(buckets)
             )
-        await self._keep_summaries(granularity, scope, since, until, row["others"], computed)
+        await self._keep_summaries(granularity, scope, first, end, row["others"], computed)
         return tuple(_bucket(start, found.get(start)) for start in bucket_starts(since, until, granularity))
 
     async def _keep_summaries(

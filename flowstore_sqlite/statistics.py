@@ -18,7 +18,7 @@ from flowstore_core import (
     RunTimeseriesBucket,
     RunTimeseriesGranularity,
 )
-from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, percentile_ms
+from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, percentile_ms, whole_days
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.values import sql, to_us
 
@@ -76,7 +76,7 @@ class Statistics(Database):
         until: datetime,
         flow_id: UUID | None,
     ) -> tuple[RunTimeseriesBucket, ...]:
-        first, end = to_us(since), to_us(until)
+        first, end = map(to_us, whole_days(since, until))
         width = BUCKET_WIDTH[granularity] // timedelta(microseconds=1)
         scope = b"" if flow_id is None else flow_id.bytes
         statement = sql(READ_RUNS, "" if flow_id is None else OF_FLOW, "ORDER BY duration")
