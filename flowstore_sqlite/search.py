@@ -20,6 +20,8 @@ GATHER_SECONDS = 0.02
 # does leaves entries behind that lead nowhere. The letters are folded already; without positions an entry
 # says only which trigrams a text has, and what it has in order is looked at afterwards.
 ENABLE_SEARCH = (
+    # FTS5 must never be told to forget a text that it does not hold.
+    "DELETE FROM run_texts",
     """
     CREATE VIRTUAL TABLE run_trigrams USING fts5 (
         text, content = 'run_texts', content_rowid = 'id', detail = none,
@@ -55,7 +57,7 @@ ENABLE_SEARCH = (
         ON CONFLICT DO NOTHING;
     END
     """,
-    "INSERT INTO unsearched SELECT run_id FROM runs WHERE status <> 'Running'",
+    "INSERT INTO unsearched SELECT run_id FROM runs WHERE status <> 'Running' ON CONFLICT DO NOTHING",
 )
 HAS_TRIGGER = "SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = 'search_ended'"
 HAS_FTS5 = "SELECT 1 FROM pragma_module_list WHERE name = 'fts5'"

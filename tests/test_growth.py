@@ -32,6 +32,9 @@ FLOWS = (UUID(int=1), UUID(int=2))
 NOON = datetime(2026, 3, 14, 12, tzinfo=UTC)
 
 
+SEARCH_TRIGGERS = ("search_ended", "search_loaded", "search_deleted", "search_late", "search_skipped")
+
+
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
     if request.param == "memory":
@@ -198,11 +201,10 @@ async def test_a_version_1_database_is_brought_up_with_its_data(database: str) -
 async def _downgrade(url: str) -> None:
     tables = ("run_changes", "run_counts", "run_days", "run_summaries", "run_texts", "unsearched")
     if url.startswith("sqlite"):
-        triggers = ("count_started", "count_loaded", "count_deleted", "count_changed", "search_ended")
+        triggers = ("count_started", "count_loaded", "count_deleted", "count_changed", *SEARCH_TRIGGERS)
         await _execute(
             url,
-            *(f"DROP TRIGGER {name}" for name in (*triggers, "search_loaded", "search_deleted")),
-            *(f"DROP TRIGGER {name}" for name in ("search_late", "search_skipped")),
+            *(f"DROP TRIGGER {name}" for name in triggers),
             "DROP TABLE run_trigrams",
             *(f"DROP TABLE {name}" for name in tables[1:]),
             "ALTER TABLE steps DROP COLUMN searched_open",
@@ -268,6 +270,67 @@ async def test_a_search_gathers_what_it_had_to_look_at(database: str) -> None:
             await store.complete_run(run_id, RunStatus.SUCCEEDED)
         for _ in range(3):
             assert (await store.get_runs_page(search="flow 77")).total_count == 1
+
+
+async def test_searches_work_without_the_index_and_it_can_come_later(database: str) -> None:
+    _, backend, config = resolve_store(database)
+    if database.startswith("sqlite"):
+        taken = ["DROP TABLE run_trigrams", *(f"DROP TRIGGER {name}" for name in SEARCH_TRIGGERS)]
+    else:
+        places = (
+            "steps" if name in ("search_late", "search_skipped") else "runs" for name in SEARCH_TRIGGERS
+        )
+        pairs = zip(SEARCH_TRIGGERS, places, strict=True)
+        taken = ["DROP INDEX {s}run_texts_by_trigram"]
+        taken += [f"DROP TRIGGER {name} ON {{s}}{place}" for name, place in pairs]
+    async with open_store(database) as store:
+        for number in range(20):
+            run_id = new_run_id()
+            await store.start_run(FLOWS[0], f"flow {number}", run_id, "manual")
+            await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        for _ in range(2):
+            await store.cleanup(NOON - timedelta(days=3650))
+            assert (await store.get_runs_page(search="flow 1")).total_count == 11
+            assert (await store.get_runs_page(search="FLOW 17")).total_count == 1
+            if taken:
+                await _execute(database, *taken)
+                taken = []
+        assert "every run" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
+        run_id = new_run_id()
+        await store.start_run(FLOWS[0], "flow 17", run_id, "manual")
+        await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        await backend.migrate(config)  # type: ignore[attr-defined]
+        assert "by index" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
+        assert (await store.get_runs_page(search="FLOW 17")).total_count == 2
+
+
+async def test_who_might_use_version_1_may_use_what_came_later(postgresql_url: str) -> None:
+    role = f"flows_app_{new_run_id().hex}"
+    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
+        schema = parse_qs(urlsplit(url).query)["schema"][0]
+        async with open_store(url):
+            pass
+        await _downgrade(url)
+        await _execute(
+            url,
+            f"CREATE ROLE {role} LOGIN",
+            f'GRANT USAGE ON SCHEMA "{schema}" TO {role}',
+            f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{schema}" TO {role}',
+        )
+        try:
+            async with open_store(url):
+                pass
+            async with open_store(url.replace("user=postgres", f"user={role}"), migrate=False) as store:
+                run_id = new_run_id()
+                await store.start_run(FLOWS[0], "flow", run_id, "manual")
+                await store.complete_run(run_id, RunStatus.SUCCEEDED)
+                assert (await store.get_runs_page(search="flow")).total_count == 1
+                now = datetime.now(UTC)
+                series = await store.get_run_timeseries("day", now - timedelta(days=2), now)  # type: ignore[arg-type]
+                assert sum(bucket.total for bucket in series) == 1
+                assert await store.cleanup(now + timedelta(days=1)) == 1
+        finally:
+            await _execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
 def test_a_position_is_one_word() -> None:

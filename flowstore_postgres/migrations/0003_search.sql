@@ -122,7 +122,8 @@ BEGIN
         EXECUTE FUNCTION {schema}.note_late_step();
     CREATE TRIGGER search_skipped AFTER INSERT ON {schema}.steps FOR EACH ROW
         WHEN (NEW.status = 'Skipped') EXECUTE FUNCTION {schema}.note_late_step();
-    INSERT INTO {schema}.unsearched SELECT run_id FROM {schema}.runs WHERE status <> 'Running';
+    INSERT INTO {schema}.unsearched SELECT run_id FROM {schema}.runs WHERE status <> 'Running'
+    ON CONFLICT DO NOTHING;
     RETURN true;
 END
 $enable$;

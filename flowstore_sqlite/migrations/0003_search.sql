@@ -9,7 +9,7 @@
 -- What was found in a run the last time, with ASCII letters folded. It may hold more than the run does now,
 -- never less, unless the run is Running or in unsearched.
 CREATE TABLE run_texts (
-    id     INTEGER PRIMARY KEY,
+    id     INTEGER PRIMARY KEY AUTOINCREMENT, -- never used again: the index may still hold an old one
     run_id BLOB NOT NULL UNIQUE,
     text   TEXT NOT NULL
 ) STRICT;
