@@ -6,6 +6,9 @@
 -- at the texts that hold its trigrams, at every run in unsearched and at every Running one, and then at the
 -- runs themselves, so it finds exactly what a look at all of them would find.
 
+-- To load many runs that are over: steps and attempts first or all in one transaction, so that no text is
+-- gathered without them; then "flowstore migrate up", which gathers many quickest.
+
 -- What was found in a run the last time, with ASCII letters folded. It may hold more than the run does now,
 -- never less, unless the run is Running or in unsearched.
 CREATE TABLE {schema}.run_texts (
