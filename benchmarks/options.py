@@ -31,6 +31,10 @@ class Options:
     def wants(self, measure: str) -> bool:
         return self.only in measure
 
+    def wants_backend(self, backend: str) -> bool:
+        """Whether any measure of it may be wanted: names begin with the backend's."""
+        return self.only.startswith(backend) or not self.only.startswith(("PostgreSQL", "SQLite"))
+
 
 def parser(description: str, callers: str) -> argparse.ArgumentParser:
     """The shared options; ``callers`` is the default of --callers."""

@@ -79,10 +79,7 @@ async def program(options: Options) -> Report:
         stack.push_async_callback(server.close)
         report = await _report(server, options, folder)
         await _measure(stack, url, server, report, options)
-    for target in targets(options.callers):
-        ratio = target.judge(report)
-        if ratio is not None:
-            report.ratios.append(ratio)
+    report.judge(targets(options.callers))
     return report
 
 
