@@ -49,6 +49,8 @@ from flowstore_core import (
 )
 
 SIZES = (10_000, 100_000, 1_000_000)
+SMALLEST = (200, 400, 800)
+"""The sizes of a trial, however small."""
 PAGE = 50
 DEEP = 100_000
 CLEANED = 1_000
@@ -90,7 +92,7 @@ class Namespace:
 
 
 def sizes(options: Options) -> list[int]:
-    return [max(200, int(size * options.scale)) for size in SIZES]
+    return [max(least, int(size * options.scale)) for size, least in zip(SIZES, SMALLEST, strict=True)]
 
 
 def targets(backend: str, options: Options) -> list[Target]:

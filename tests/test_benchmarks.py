@@ -84,6 +84,17 @@ def test_growth(tmp_path: Path) -> None:
         assert len(found[f"{backend}, bytes per lifecycle: on disk"]) == 2
 
 
+@pytest.mark.xdist_group("benchmarks")
+def test_peers(tmp_path: Path) -> None:
+    report, printed = run("peers", tmp_path, "--callers", "4,8")
+    found = measures(report)
+    for at_once in (4, 8):
+        assert "flowstore" in found[f"durable steps, {at_once} at once"]
+    # Those that are not installed are named with the reason.
+    for engine in ("pgqueuer", "procrastinate", "DBOS", "absurd"):
+        assert f"A step of {engine}" in printed or f"{engine} was skipped" in printed
+
+
 def test_memory(tmp_path: Path) -> None:
     report, _ = run("memory", tmp_path, "--callers", "1,16")
     assert "lifecycle, callers: 16, each call timed" in measures(report)
