@@ -79,7 +79,7 @@ def test_growth(tmp_path: Path) -> None:
     found = measures(report)
     for backend in ("PostgreSQL", "SQLite"):
         assert len(found[f"{backend}, lifecycle"]) == 4
-        for call in ("statistics", "first page", "deep page", "search", "30-day timeseries", "cleanup"):
+        for call in ("statistics", "first page", "search", "30-day timeseries", "cleanup"):
             assert len(found[f"{backend}, {call}"]) == 3
         assert len(found[f"{backend}, bytes per lifecycle: on disk"]) == 2
 
