@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
         claims=given.claims,
         folder=given.folder,
     )
+    # Ended either way, it stops its server and removes its files.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = asyncio.run(program(chosen))
     except KeyboardInterrupt:
