@@ -202,7 +202,10 @@ async def _check_copies(store: FlowStore, copies: Sequence[Copy]) -> None:
 async def _backend(report: Report, options: Options, backend: str, opener: Open) -> None:
     async with AsyncExitStack() as stack:
         namespaces = [await _namespace(stack, backend, opener, size) for size in sizes(options)]
-        randomly = await _namespace(stack, backend, opener, max(sizes(options)), random_ids=True)
+        randomly = []
+        if options.wants(f"{backend}, lifecycle"):
+            largest = max(sizes(options))
+            randomly.append(await _namespace(stack, backend, opener, largest, random_ids=True))
         await _measure(report, options, backend, namespaces, randomly)
 
 
@@ -237,7 +240,11 @@ async def _namespace(
 
 
 async def _measure(
-    report: Report, options: Options, backend: str, namespaces: Sequence[Namespace], randomly: Namespace
+    report: Report,
+    options: Options,
+    backend: str,
+    namespaces: Sequence[Namespace],
+    randomly: Sequence[Namespace],
 ) -> None:
     callers = max(options.callers)
 
@@ -257,7 +264,7 @@ async def _measure(
         options,
         f"{backend}, lifecycle",
         "lifecycles per second",
-        [life(at) for at in (*namespaces, randomly)],
+        [life(at) for at in (*namespaces, *randomly)],
         least=4 * callers,
     )
     cleaned = max(1, min(CLEANED, namespaces[0].runs * 9 // 10 // (options.rounds + 1)))
