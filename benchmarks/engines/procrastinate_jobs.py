@@ -13,8 +13,8 @@ from benchmarks.results import Sample
 from benchmarks.workload import WrongAnswerError
 
 STEP = (
-    "one job without output, deferred beforehand in one batch: fetched, run and marked as succeeded by an "
-    "asynchronous worker"
+    "one job without output: deferred with all others in one call, fetched, run and marked as succeeded by an"
+    " asynchronous worker"
 )
 CONNECTIONS = 10
 
@@ -36,8 +36,8 @@ async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Aw
 
         async def work(amount: int) -> Sample:
             before = await succeeded()
-            await task.batch_defer_async(*({"order": number} for number in range(amount)))
             began = perf_counter()
+            await task.batch_defer_async(*({"order": number} for number in range(amount)))
             await app.run_worker_async(concurrency=concurrency, wait=False, install_signal_handlers=False)
             seconds = perf_counter() - began
             done = await succeeded() - before
