@@ -18,7 +18,7 @@ from benchmarks.sqlite import store_url
 from benchmarks.workload import Records, StepCalls, StoreRecords, lifecycles
 from flowstore_core import open_store
 
-WRITTEN_BYTES = 20_000
+WRITTEN_BYTES = 5_000
 """Lifecycles over which bytes are counted."""
 
 Count = Callable[[], Awaitable[int]]
