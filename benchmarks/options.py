@@ -52,6 +52,7 @@ def parser(description: str, callers: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--claims", type=_count, default=0, help="watch the memory of the process over so many claims"
     )
+    options.add_argument("--note", help="said below the figures: what else the machine did")
     options.add_argument("--folder", type=Path, help="where databases go: on a real disk (found by itself)")
     return options
 
@@ -88,6 +89,8 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         sys.exit(130)
+    if given.note:
+        report.notes.insert(0, given.note)
     sys.stdout.write(show(report))
     if chosen.json is not None:
         report.save(chosen.json)
