@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class Options:
     def wants(self, measure: str) -> bool:
         return self.only in measure
 
+    def wants_backend(self, backend: str) -> bool:
+        """Whether any measure of it may be wanted: names begin with the backend's."""
+        return self.only.startswith(backend) or not self.only.startswith(("PostgreSQL", "SQLite"))
+
 
 def parser(description: str, callers: str) -> argparse.ArgumentParser:
     """The shared options; ``callers`` is the default of --callers."""
@@ -47,6 +52,7 @@ def parser(description: str, callers: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--claims", type=_count, default=0, help="watch the memory of the process over so many claims"
     )
+    options.add_argument("--note", help="said below the figures: what else the machine did")
     options.add_argument("--folder", type=Path, help="where databases go: on a real disk (found by itself)")
     return options
 
@@ -76,11 +82,15 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
         claims=given.claims,
         folder=given.folder,
     )
+    # Ended either way, it stops its server and removes its files.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = asyncio.run(program(chosen))
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         sys.exit(130)
+    if given.note:
+        report.notes.insert(0, given.note)
     sys.stdout.write(show(report))
     if chosen.json is not None:
         report.save(chosen.json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -108,6 +108,13 @@ class Report:
             for one in source.results
         ]
         self.measures.append(Measure(new_name, unit, results))
+
+    def judge(self, targets: Iterable[Target]) -> None:
+        """Hold what was measured against the targets; those of other measures are left out."""
+        for target in targets:
+            ratio = target.judge(self)
+            if ratio is not None:
+                self.ratios.append(ratio)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

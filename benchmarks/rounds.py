@@ -34,11 +34,13 @@ async def measure(
     least: int,
     note: str = "",
     settle: Callable[[], Awaitable[None]] | None = None,
+    warm_up: bool = True,
 ) -> None:
     """Warm every variant up, then take the rounds, each beginning with another variant.
 
     A round's amount of work follows from the rate before it, so that every variant is measured for
-    about as long; ``least`` is the smallest. ``settle`` runs before each, untimed.
+    about as long; ``least`` is the smallest. ``settle`` runs before each, untimed. ``warm_up=False``
+    is for variants that warm themselves up and need no amount.
     """
     if not options.wants(name):
         return
@@ -58,7 +60,9 @@ async def measure(
         return sample
 
     for variant in variants:
-        await take(variant, least, "warm-up")
+        amounts[variant.name] = least
+        if warm_up:
+            await take(variant, least, "warm-up")
     for number in range(options.rounds):
         shift = number % len(variants)
         for variant in (*variants[shift:], *variants[:shift]):

@@ -48,9 +48,7 @@ async def watch_rss(report: Report, options: Options, store: FlowStore, callers:
     target = Target(
         "memory, second half of the claims", growth.name, "flowstore", None, False, 1.05, 1.01, "value"
     )
-    ratio = target.judge(report)
-    assert ratio is not None
-    report.ratios.append(ratio)
+    report.judge((target,))
 
 
 async def _chunk(store: FlowStore, callers: int, claims: int) -> None:

@@ -30,13 +30,15 @@ async def work(calls: StepCalls, records: Records, callers: int, seconds: float,
     # The first call of each kind loads and prepares what the others then have.
     source = iter(steps)
     latencies: list[float] = []
-    warm = await lifecycles_until(calls, source, latencies, callers, perf_counter())
+    warm = await lifecycles_until(calls, source, latencies, callers, lambda: True)
     latencies.clear()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.readline)
     began = perf_counter()
-    done = await lifecycles_until(calls, source, latencies, callers, began + seconds)
+    done = await lifecycles_until(
+        calls, source, latencies, callers, lambda: perf_counter() >= began + seconds
+    )
     took = perf_counter() - began
     found = await records.count_completed(run_ids)
     if found != warm + done:

@@ -98,16 +98,22 @@ class StoreRecords:
         return found
 
 
-def make_steps(amount: int) -> tuple[list[UUID], list[Step]]:
+def make_steps(amount: int, new_id: Callable[[], UUID] = new_run_id) -> tuple[list[UUID], list[Step]]:
     """New runs, and ``amount`` steps of them, eight to a run."""
-    run_ids = [new_run_id() for _ in range(-(-amount // STEPS_PER_RUN))]
+    run_ids = [new_id() for _ in range(-(-amount // STEPS_PER_RUN))]
     steps = [(run_id, f"step-{index}") for run_id in run_ids for index in range(STEPS_PER_RUN)]
     return run_ids, steps[:amount]
 
 
-async def lifecycles(calls: StepCalls, records: Records, callers: int, amount: int) -> Sample:
+async def lifecycles(
+    calls: StepCalls,
+    records: Records,
+    callers: int,
+    amount: int,
+    new_id: Callable[[], UUID] = new_run_id,
+) -> Sample:
     """``amount`` lifecycles by so many callers; each takes the next step when it is done with one."""
-    run_ids, steps = make_steps(amount)
+    run_ids, steps = make_steps(amount, new_id)
     await records.add_runs(run_ids)
     source = iter(steps)
     latencies: list[float] = []
@@ -119,15 +125,15 @@ async def lifecycles(calls: StepCalls, records: Records, callers: int, amount: i
 
 
 async def lifecycles_until(
-    calls: StepCalls, source: Iterator[Step], latencies: list[float], callers: int, until: float
+    calls: StepCalls, source: Iterator[Step], latencies: list[float], callers: int, stop: Callable[[], bool]
 ) -> int:
-    """Lifecycles until a time of perf_counter, at least one by each caller; how many were done."""
+    """Lifecycles until told to stop, at least one by each caller; how many were done."""
     before = len(latencies)
 
     async def caller() -> None:
         for step in source:
             await _lifecycle_caller(calls, iter((step,)), latencies)
-            if perf_counter() >= until:
+            if stop():
                 return
 
     await _together(callers, caller)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import report as reporting
 from benchmarks.results import Measure, Ratio, Report, Result, Sample, Target, load
 from benchmarks.svg import draw
 from benchmarks.tables import WIDTH, show
@@ -71,6 +72,29 @@ def test_sqlite(tmp_path: Path) -> None:
     assert "synchronous FULL" in printed
 
 
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_growth(tmp_path: Path) -> None:
+    report, _ = run("growth", tmp_path, "--callers", "8", "--scale", "0.001")
+    found = measures(report)
+    for backend in ("PostgreSQL", "SQLite"):
+        assert len(found[f"{backend}, lifecycle"]) == 4
+        for call in ("statistics", "first page", "search", "30-day timeseries", "cleanup"):
+            assert len(found[f"{backend}, {call}"]) == 3
+        assert len(found[f"{backend}, bytes per lifecycle: on disk"]) == 2
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_peers(tmp_path: Path) -> None:
+    report, printed = run("peers", tmp_path, "--callers", "4,8")
+    found = measures(report)
+    for at_once in (4, 8):
+        assert "flowstore" in found[f"durable steps, {at_once} at once"]
+    # Those that are not installed are named with the reason.
+    for engine in ("pgqueuer", "procrastinate", "DBOS", "absurd"):
+        assert f"A step of {engine}" in printed or f"{engine} was skipped" in printed
+
+
 def test_memory(tmp_path: Path) -> None:
     report, _ = run("memory", tmp_path, "--callers", "1,16")
     assert "lifecycle, callers: 16, each call timed" in measures(report)
@@ -120,3 +144,26 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
 def test_a_report_is_shown_and_drawn() -> None:
     assert "1,100" in show(example())
     assert "life &lt;1&gt;" in draw(example())
+
+
+def test_the_page_shows_the_figures_of_its_files(tmp_path: Path) -> None:
+    page = (reporting.DOCS / reporting.PAGE).read_text(encoding="utf-8")
+    folder = tmp_path / reporting.FIGURES
+    folder.mkdir()
+    for path in (reporting.DOCS / reporting.FIGURES).iterdir():
+        (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / reporting.PAGE).write_text(page, encoding="utf-8")
+    reporting.write(tmp_path)
+    assert (tmp_path / reporting.PAGE).read_text(encoding="utf-8") == page
+    for path in (reporting.DOCS / reporting.FIGURES).iterdir():
+        assert (folder / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
+
+
+def test_figures_replace_what_stands_between_the_marks() -> None:
+    old = f"before\n{reporting.BEGIN}\nold\n{reporting.END}\nafter\n"
+    new = reporting.page(old, [example()])
+    assert new.startswith("before\n")
+    assert new.endswith("after\n")
+    assert "old" not in new
+    assert "| flowstore | 900 | 1,100 | 1,300 | 1.38 | - |" in new
+    assert reporting.page(new, [example()]) == new

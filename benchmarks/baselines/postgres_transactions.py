@@ -103,8 +103,10 @@ class TransactionPerCall(Tables):
 
 
 @asynccontextmanager
-async def transaction_per_call(url: str, connections: int) -> AsyncIterator[TransactionPerCall]:
+async def transaction_per_call(
+    url: str, connections: int, schema: str = "transactions"
+) -> AsyncIterator[TransactionPerCall]:
     async with asyncpg.create_pool(url, min_size=connections, max_size=connections) as pool:
-        baseline = TransactionPerCall(pool, "transactions")
+        baseline = TransactionPerCall(pool, schema)
         await baseline.create()
         yield baseline

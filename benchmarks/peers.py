@@ -1,0 +1,90 @@
+"""Other engines on the same PostgreSQL: durable steps per second, each through its own worker loop."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import asyncpg
+
+from benchmarks.cluster import cluster
+from benchmarks.machine import describe, disk_folder, file_system
+from benchmarks.options import Options, parser, run, say
+from benchmarks.results import Report, Target
+from benchmarks.rounds import Variant, measure
+
+# The name in the tables, the module below engines, and the distributions to say the versions of.
+ENGINES = (
+    ("flowstore", "flowstore_loop", ()),
+    ("pgqueuer", "pgqueuer_jobs", ("pgqueuer",)),
+    ("procrastinate", "procrastinate_jobs", ("procrastinate",)),
+    ("DBOS", "dbos_workflows", ("dbos",)),
+    ("absurd", "absurd_tasks", ("absurd-sdk",)),
+)
+STEPS = "durable steps, {concurrency:,} at once"
+
+
+async def program(options: Options) -> Report:
+    folder = disk_folder(options.folder)
+    distributions = [name for *_, names in ENGINES for name in names]
+    async with AsyncExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
+        url = await stack.enter_async_context(cluster(Path(place)))
+        server = await asyncpg.connect(url)
+        stack.push_async_callback(server.close)
+        version = str(await server.fetchval("SHOW server_version")).partition(" ")[0]
+        report = Report(
+            "peers",
+            {"PostgreSQL": version, **describe("asyncpg", *distributions)},
+            {
+                "durability": f"PostgreSQL's own defaults, fsync on; data on {file_system(folder)}",
+                "rounds": f"{options.rounds} of {options.seconds:g} s per engine, interleaved; medians",
+                "work": "a step is an asynchronous function that returns a constant",
+            },
+        )
+        # One after another, for each may hold up to twenty connections.
+        for concurrency in options.callers:
+            await _compare(url, server, report, options, concurrency)
+    return report
+
+
+async def _compare(
+    url: str, server: asyncpg.Connection, report: Report, options: Options, concurrency: int
+) -> None:
+    async with AsyncExitStack() as stack:
+        variants = []
+        for name, module, _ in ENGINES:
+            try:
+                engine = importlib.import_module(f"benchmarks.engines.{module}")
+            except ImportError as error:
+                note = f"{name} was skipped: {error.name} is not installed."
+                say(note)
+                if note not in report.notes:
+                    report.notes.append(note)
+                continue
+            database = f"{module}_{concurrency}"
+            await server.execute(f"CREATE DATABASE {database}")
+            place = url.replace("///postgres?", f"///{database}?")
+            variants.append(Variant(name, await stack.enter_async_context(engine.engine(place, concurrency))))
+            note = f"A step of {name}: {engine.STEP}."
+            if note not in report.notes:
+                report.notes.append(note)
+
+        async def settle() -> None:
+            await server.execute("CHECKPOINT")
+
+        measured = STEPS.format(concurrency=concurrency)
+        await measure(
+            report, options, measured, "steps per second", variants, least=2 * concurrency, settle=settle
+        )
+        report.judge(
+            Target(f"{concurrency:,} at once, against {one.name}", measured, "flowstore", one.name, True, 1.0)
+            for one in variants
+            if one.name != "flowstore"
+        )
+
+
+if __name__ == "__main__":
+    run(parser(str(__doc__), "64,256"), program)
