@@ -52,6 +52,8 @@ def main() -> None:
 
         server = get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
+            # As docs/using-it-in-an-engine.md advises, for searches.
+            server.psql("CREATE EXTENSION pg_trgm;")
             place = server.get_postmaster_info().socket_dir
             sys.stdout.write(f"postgresql:///postgres?host={place}&user=postgres\n")
             sys.stdout.flush()

@@ -54,6 +54,8 @@ def main() -> None:
         try:
             # Nobody cuts the power here, and stopping must not wait for thousands of files to be synced.
             server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
+            # So that searches by index are tested; a test that wants none makes a database of its own.
+            server.psql("CREATE EXTENSION pg_trgm;")
             folder_of_socket = server.get_postmaster_info().socket_dir
             sys.stdout.write(f"postgresql:///postgres?host={folder_of_socket}&user=postgres\n")
             sys.stdout.flush()

@@ -91,23 +91,15 @@ BEGIN
 END
 $index$;
 
--- Installs pg_trgm if it may, builds the index and begins to note which runs it does not hold. Called again
--- it does nothing, or what could not be done before. Answers whether there is an index now.
+-- Builds the index if pg_trgm is installed, and begins to note which runs it does not hold. Called again it
+-- does nothing, or what could not be done before. Answers whether there is an index now. The extension is the
+-- database's, not ours to install: nothing outside of the schema is ever touched.
 CREATE FUNCTION {schema}.enable_search() RETURNS boolean LANGUAGE plpgsql AS $enable$
 BEGIN
     IF EXISTS (SELECT FROM pg_catalog.pg_trigger
                WHERE tgname = 'search_ended' AND tgrelid = $name${schema}.runs$name$::regclass) THEN
         RETURN true;
     END IF;
-    BEGIN
-        IF NOT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_trgm') THEN
-            CREATE EXTENSION pg_trgm SCHEMA public;
-        END IF;
-    EXCEPTION
-        -- Not installed on the server, no right to, no schema public: searches work without it.
-        WHEN OTHERS THEN
-            RAISE NOTICE 'flowstore searches without an index: %', SQLERRM;
-    END;
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'pg_trgm') THEN
         RETURN false;
     END IF;
