@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 from uuid import UUID, uuid4
 
 from benchmarks.cluster import cluster
@@ -40,9 +39,10 @@ from benchmarks.workload import (
     make_steps,
     sample,
 )
-from flowstore_core import RunPosition, (
+from flowstore_core import (
     FlowRunDetail,
     FlowStore,
+    RunPosition,
     RunStatus,
     RunTimeseriesGranularity,
     StoreConfig,
