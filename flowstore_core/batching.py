@@ -13,14 +13,15 @@ A backend makes one Batcher per store and one Method for each kind of call::
 
 What it keeps, whatever the backend:
 
-- a call returns after its batch was written, never before;
+- a call returns after its batch was written, never before; so one caller's calls happen in its order.
+  No order is promised among concurrent callers, of one key either: two lanes may carry the same key;
 - two calls with one key never meet in one batch of a keyed method, unless ``share`` answers the second
   from the first's answer;
 - an error in one row stays with its caller: ``run`` returns it in its place, or raises BatchError, and
   the batch is halved until the row stands alone;
 - a cancelled caller leaves the batch as it is: a call that was not sent never happens, and what a sent
   one wins is given back (CON-4);
-- the queue is bounded in length and in time: callers wait, and then get StoreUnavailableError.
+- the queue is bounded in length and in time: callers wait in line, then get StoreUnavailableError.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
+from flowstore_core.calls import AGAIN, BatchError, Call, another, shared
 from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
+from flowstore_core.inflight import Undoing
+from flowstore_core.places import Places
+
+__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Method"]
 
 I = TypeVar("I")  # noqa: E741 - an item
 R = TypeVar("R")
@@ -41,47 +47,13 @@ LARGEST_BATCH = 256
 """Rows in one batch, at most."""
 WORTH_SPLITTING = 64
 """From this many waiting calls on, two free lanes take half each."""
+HEAVIEST_BATCH = 4 * 1024 * 1024
+"""What rows that are weighed may weigh together; one may weigh more."""
 CAPACITY = 10_000
 """Calls that may wait in a queue; further callers wait for a place."""
 PATIENCE_SECONDS = 10.0
 
-AGAIN: Any = object()
-"""The outcome of a call that has to be sent again: ``run`` did not come to it, or ``share`` cannot tell."""
-
 _log = logging.getLogger("flowstore_core")
-
-
-class BatchError(Exception):
-    """Nothing of the batch happened, and one row may be the reason: the parts are to be tried."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-        """What the caller of a row that fails alone gets."""
-
-
-class _Call:
-    """One call on its way."""
-
-    __slots__ = ("followers", "give_back", "item", "key", "order", "outcome", "since")
-
-    def __init__(
-        self,
-        key: Hashable,
-        item: Any,
-        outcome: asyncio.Future[Any],
-        give_back: Callable[[Any], Awaitable[None]] | None,
-        order: int,
-        since: float,
-    ) -> None:
-        self.key = key
-        self.item = item
-        self.outcome = outcome
-        self.give_back = give_back
-        self.order = order
-        self.since = since
-        self.followers: list[_Call] | None = None
-        """Calls with the same key that hope to be answered from this one's answer."""
 
 
 class Method(Generic[I, R]):
@@ -94,12 +66,14 @@ class Method(Generic[I, R]):
         run: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]],
         keyed: bool,
         share: Callable[[I, R, I], R | Exception] | None,
+        weigh: Callable[[I], int] | None,
     ) -> None:
         self.name = name
         self.run = run
         self.keyed = keyed
         self.share = share
-        self.queue: deque[_Call] = deque()
+        self.weigh = weigh
+        self.queue: deque[Call] = deque()
         self._batcher = batcher
 
     async def call(
@@ -114,17 +88,20 @@ class Method(Generic[I, R]):
         batcher's patience (it never happened); StoreClosedError.
         """
         batcher = self._batcher
-        if (batcher.closing or batcher.waiting >= batcher.capacity) and not batcher.is_giving_back():
-            await batcher.wait_for_place()
+        since = batcher.loop.time()
+        places = batcher.places
+        if places.taken < places.capacity and not batcher.closing:
+            places.taken += 1
+        else:
+            await batcher.wait_for_place(since)
         outcome = batcher.loop.create_future()
-        call = _Call(key, item, outcome, give_back, batcher.next_order(), batcher.loop.time())
+        call = Call(key, item, outcome, give_back, since)
         self.queue.append(call)
         batcher.notice()
         try:
             return await outcome  # type: ignore[no-any-return]
         except asyncio.CancelledError:
-            # A future that was answered at the same moment has its outcome; else it is cancelled with
-            # its caller, and whoever comes to answer it gives back.
+            # Answered at the same moment; else it is cancelled too, and whoever answers it gives back.
             if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
                 batcher.give_back(call, outcome.result())
             raise
@@ -148,20 +125,18 @@ class Batcher:
         advice: str = "send fewer calls at once",
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.capacity = capacity
-        self.waiting = 0
+        self.places = Places(capacity)
         self.closing = False
+        self._closed = False
         self._lanes = lanes
         self._largest = largest
         self._patience = patience
         self._advice = advice
         self._methods: list[Method[Any, Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle: list[asyncio.Future[None]] = []
-        self._busy = 0
-        self._giving_back: set[asyncio.Task[None]] = set()
-        self._order = 0
-        self._places: deque[asyncio.Future[None]] = deque()
+        """The open lanes: a lane lasts as long as there is something to send."""
+        self._on_the_way: dict[asyncio.Task[None], tuple[Method[Any, Any], list[Call]]] = {}
+        self._giving_back = Undoing()
         self._sweeper: asyncio.TimerHandle | None = None
 
     def method(
@@ -171,6 +146,7 @@ class Batcher:
         *,
         keyed: bool = False,
         share: Callable[[I, R, I], R | Exception] | None = None,
+        weigh: Callable[[I], int] | None = None,
     ) -> Method[I, R]:
         """A kind of call.
 
@@ -178,54 +154,56 @@ class Batcher:
         that its caller gets, or AGAIN for one that it did not come to. It is not cancelled with any
         caller. With ``keyed``, items of one key never meet in a batch: the later waits for the next
         one, or, with ``share``, for the answer of the first: ``share(first item, its result, later
-        item)`` gives the later one's outcome, or AGAIN to have it sent.
+        item)`` gives the later one's outcome, or AGAIN to have it sent. ``weigh`` tells an item's size
+        where it may be large, so that HEAVIEST_BATCH bounds a batch as well.
         """
-        made: Method[I, R] = Method(self, name, run, keyed, share)
-        self._methods.append(made)
+        self._methods.append(made := Method(self, name, run, keyed, share, weigh))
         return made
 
-    def next_order(self) -> int:
-        self._order += 1
-        return self._order
-
     def notice(self) -> None:
-        """A call was queued: wake a lane that is free."""
-        self.waiting += 1
+        """A call was queued: wake a lane if none is coming anyway."""
         if self._sweeper is None:
-            self._sweeper = self.loop.call_later(self._patience, self._sweep)
+            self._sweeper = self.loop.call_later(self._patience, self._sweep, context=Context())
         self._wake()
 
     def _wake(self) -> None:
-        if self._idle:
-            lane = self._idle.pop()
-            if not lane.done():
-                lane.set_result(None)
-        else:
+        if len(self._on_the_way) == len(self._tasks) < self._lanes:
             self._open_lane()
 
     def _open_lane(self) -> None:
-        if len(self._tasks) < self._lanes:
+        if len(self._tasks) < self._lanes and not self._closed:
             # In an empty context: a lane must not carry the first caller's variables to all others.
-            task = self.loop.create_task(self._serve(), context=Context())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task = Context().run(self.loop.create_task, self._serve())
+            if not task.done():
+                self._tasks.add(task)
+            task.add_done_callback(self._lane_ended)
 
-    def is_giving_back(self) -> bool:
-        """Whether the running task undoes what a cancelled call has won: it may go on while closing."""
-        return asyncio.current_task() in self._giving_back
+    def _lane_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # Somebody who cancels every task of the loop cancels lanes too.
+        if any(not call.outcome.done() for method in self._methods for call in method.queue):
+            self._open_lane()
 
-    async def wait_for_place(self) -> None:
-        """Wait until the queue is shorter than its capacity."""
-        deadline = self.loop.time() + self._patience
-        while self.waiting >= self.capacity and not self.closing:
-            place: asyncio.Future[None] = self.loop.create_future()
-            self._places.append(place)
+    @property
+    def waiting(self) -> int:
+        """Calls in the queues, and callers that were given a place a moment ago."""
+        return self.places.taken
+
+    async def wait_for_place(self, since: float) -> None:
+        """Take a place in the queue as soon as there is one."""
+        if self._giving_back.is_current():
+            # It may go on while the store is closing.
+            self.places.taken += 1
+            return
+        if not self.closing:
             try:
-                await asyncio.wait_for(place, deadline - self.loop.time())
+                await self.places.take(since + self._patience)
             except TimeoutError:
-                raise self._too_slow(f"{self.capacity} calls were waiting") from None
-        if self.closing:
-            raise StoreClosedError
+                raise self._too_slow(f"{self.places.capacity} calls were waiting") from None
+            if not self.closing:
+                return
+            self.places.leave(1)
+        raise StoreClosedError
 
     def _too_slow(self, what: str) -> StoreUnavailableError:
         return StoreUnavailableError(
@@ -238,65 +216,68 @@ class Batcher:
         now = self.loop.time()
         oldest = now
         for method in self._methods:
-            while method.queue and method.queue[0].since <= now - self._patience:
-                self._settle(method.queue.popleft(), self._too_slow("the call waited"))
-                self._leave_queue(1)
-            if method.queue:
-                oldest = min(oldest, method.queue[0].since)
+            queue = method.queue
+            while queue and (queue[0].outcome.done() or queue[0].since + self._patience <= now):
+                self._settle(queue.popleft(), self._too_slow("the call waited"))
+                self.places.leave(1)
+            if queue:
+                oldest = min(oldest, queue[0].since)
         if self.waiting:
             self._sweeper = self.loop.call_at(oldest + self._patience, self._sweep)
-            # Somebody who cancels every task of the loop cancels lanes too.
-            self._open_lane()
-
-    def _leave_queue(self, count: int, *, wake: int | None = None) -> None:
-        self.waiting -= count
-        free = count if wake is None else wake
-        while self._places and free:
-            place = self._places.popleft()
-            if not place.done():
-                place.set_result(None)
-                free -= 1
 
     async def _serve(self) -> None:
-        """One lane: send batch after batch until the store is closed and nothing is left."""
-        while True:
-            method = min((m for m in self._methods if m.queue), key=_head, default=None)
-            if method is not None:
+        """One lane: send batch after batch until nothing is left."""
+        lane: Any = asyncio.current_task()
+        try:
+            while queued := [method for method in self._methods if method.queue]:
+                method = min(queued, key=lambda one: one.queue[0].since)
                 if calls := self._take(method):
-                    self._busy += 1
-                    try:
-                        await self._run(method, calls)
-                    finally:
-                        self._busy -= 1
+                    self._on_the_way[lane] = method, calls
+                    if self.waiting:
+                        self._wake()
+                    await self._run(method, calls)
+                    self._on_the_way.pop(lane, None)
                     # Whoever was answered queues its next call before the next batch is made up.
                     await asyncio.sleep(0)
-            elif self.closing:
-                return
-            else:
-                idle: asyncio.Future[None] = self.loop.create_future()
-                self._idle.append(idle)
-                await idle
+        finally:
+            self._tasks.discard(lane)
+            self._abandon(lane)
 
-    def _take(self, method: Method[Any, Any]) -> list[_Call]:
+    def _abandon(self, lane: asyncio.Task[None]) -> None:
+        """Answer for a lane that was cancelled with a batch on its way."""
+        if sent := self._on_the_way.pop(lane, None):
+            method, calls = sent
+            followers = [one for call in calls for one in call.followers or ()]
+            # They were not sent. Where the loop is ending they are cancelled, and no lane must open.
+            self._queue_again(method, [one for one in followers if not one.outcome.done()])
+            for call in calls:
+                call.followers = None
+                self._settle(call, OutcomeUnknownError(method.name))
+
+    def _take(self, method: Method[Any, Any]) -> list[Call]:
         """The calls of the next batch, out of their queue."""
         queue = method.queue
         length = len(queue)
         largest = self._largest
-        if length >= WORTH_SPLITTING and self._busy < self._lanes - 1:
+        if length >= WORTH_SPLITTING and len(self._on_the_way) < self._lanes - 1:
             largest = min(largest, (length + 1) // 2)
-        if length <= largest and not method.keyed:
+        now = self.loop.time()
+        if length <= largest and not (method.keyed or method.weigh) and queue[0].since + self._patience > now:
             # All of them, but for those that were cancelled before they were sent: they never happen.
             whole = [call for call in queue if not call.outcome.done()]
             queue.clear()
-            self._leave_queue(length)
+            self.places.leave(length)
             return whole
-        batch: list[_Call] = []
-        later: list[_Call] = []
-        firsts: dict[Hashable, _Call] = {}
+        weight = 0
+        batch: list[Call] = []
+        later: list[Call] = []
+        firsts: dict[Hashable, Call] = {}
         while queue and len(batch) < largest and len(later) < largest:
             call = queue.popleft()
             if call.outcome.done():
-                # Cancelled before it was sent: it never happens.
+                continue
+            if call.since + self._patience <= now:
+                self._settle(call, self._too_slow("the call waited"))
                 continue
             if method.keyed:
                 first = firsts.setdefault(call.key, call)
@@ -308,12 +289,17 @@ class Batcher:
                             first.followers = []
                         first.followers.append(call)
                     continue
+            if method.weigh is not None:
+                weight += method.weigh(call.item)
+                if weight > HEAVIEST_BATCH and batch:
+                    queue.appendleft(call)
+                    break
             batch.append(call)
         queue.extendleft(reversed(later))
-        self._leave_queue(length - len(queue))
+        self.places.leave(length - len(queue))
         return batch
 
-    async def _run(self, method: Method[Any, Any], calls: list[_Call]) -> None:
+    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> None:
         outcomes: Sequence[Any]
         try:
             outcomes = await method.run([call.item for call in calls])
@@ -327,69 +313,52 @@ class Batcher:
                 return
             outcomes = [error.cause]
         except Exception as error:  # noqa: BLE001 - not swallowed: each caller gets it
-            outcomes = [error for _ in calls]
-        except asyncio.CancelledError:
-            for call in calls:
-                for one in (call, *(call.followers or ())):
-                    self._settle(one, OutcomeUnknownError(method.name))
-            raise
+            outcomes = [error, *(another(error) for _ in calls[1:])]
         self._answer(method, calls, outcomes)
 
-    def _answer(self, method: Method[Any, Any], calls: Sequence[_Call], outcomes: Sequence[Any]) -> None:
-        again: list[_Call] = []
+    def _answer(self, method: Method[Any, Any], calls: Sequence[Call], outcomes: Sequence[Any]) -> None:
+        again: list[Call] = []
         for call, outcome in zip(calls, outcomes, strict=True):
             if outcome is AGAIN:
                 again.append(call)
-                again.extend(call.followers or ())
-                call.followers = None
-                continue
-            if isinstance(outcome, Exception) or call.outcome.done():
+            elif isinstance(outcome, Exception) or call.outcome.done():
                 self._settle(call, outcome)
             else:
                 call.outcome.set_result(outcome)
             if call.followers is not None:
-                self._answer_followers(method, call, outcome)
-        self._queue_again(method, again)
+                followers, call.followers = call.followers, None
+                for follower in followers:
+                    answer = shared(method.share, call, outcome, follower)
+                    if answer is AGAIN:
+                        again.append(follower)
+                    elif not follower.outcome.done():
+                        self._settle(follower, answer)
+        if again:
+            self._queue_again(method, again)
 
-    def _answer_followers(self, method: Method[Any, Any], first: _Call, outcome: Any) -> None:
-        followers, first.followers = first.followers or [], None
-        again: list[_Call] = []
-        for call in followers:
-            if call.outcome.done():
-                continue
-            answer = AGAIN
-            if method.share is not None and not isinstance(outcome, Exception):
-                answer = method.share(first.item, outcome, call.item)
-            if answer is AGAIN:
-                again.append(call)
-            else:
-                self._settle(call, answer)
-        self._queue_again(method, again)
-
-    def _queue_again(self, method: Method[Any, Any], calls: list[_Call]) -> None:
+    def _queue_again(self, method: Method[Any, Any], calls: list[Call]) -> None:
         # In front: they have waited longest.
         method.queue.extendleft(reversed(calls))
+        self.places.taken += len(calls)
         for _ in calls:
             self.notice()
 
-    def _settle(self, call: _Call, outcome: Any) -> None:
-        if call.outcome.done():
-            if not isinstance(outcome, Exception):
-                self.give_back(call, outcome)
-        elif isinstance(outcome, Exception):
-            call.outcome.set_exception(outcome)
-        else:
+    def _settle(self, call: Call, outcome: Any) -> None:
+        if isinstance(outcome, Exception):
+            if not call.outcome.done():
+                call.outcome.set_exception(outcome)
+        elif call.outcome.cancelled():
+            self.give_back(call, outcome)
+        elif not call.outcome.done():
             call.outcome.set_result(outcome)
 
-    def give_back(self, call: _Call, outcome: Any) -> None:
+    def give_back(self, call: Call, outcome: Any) -> None:
         """Undo what a cancelled call has won."""
         if call.give_back is not None:
-            task = self.loop.create_task(_undo(call.give_back(outcome)))
-            self._giving_back.add(task)
-            task.add_done_callback(self._giving_back.discard)
+            self._giving_back.begin(call.give_back, outcome)
 
     def _unfinished(self) -> set[asyncio.Future[None]]:
-        return {*self._tasks, *self._giving_back}
+        return {*self._tasks, *self._giving_back.tasks}
 
     async def drain(self, seconds: float) -> None:
         """Take no further call, wait, bounded, until all that were taken are answered, and stop.
@@ -399,39 +368,32 @@ class Batcher:
         """
         self.closing = True
         deadline = self.loop.time() + seconds
-        self._leave_queue(0, wake=len(self._places))
+        # Those who wait for a place wake, see that it is too late, and leave it.
+        self.places.open()
         if self.waiting:
             self._open_lane()
-        for idle in self._idle:
-            if not idle.done():
-                idle.set_result(None)
-        self._idle.clear()
         # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
         while (unfinished := self._unfinished()) and (left := deadline - self.loop.time()) > 0:
             await asyncio.wait(unfinished, timeout=left)
+        self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
+        unfinished = self._unfinished()
+        if (not_sent := self._refuse_queued()) or unfinished:
+            _log.warning("closing after %.1f s with %d calls not sent", seconds, not_sent)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=1)
+        for deaf in list(self._on_the_way):
+            self._abandon(deaf)
+        self._refuse_queued()
+
+    def _refuse_queued(self) -> int:
         rest = [call for method in self._methods for call in method.queue]
         for method in self._methods:
             method.queue.clear()
+        self.places.leave(len(rest))
         for call in rest:
             self._settle(call, StoreClosedError())
-        unfinished = self._unfinished()
-        if rest or unfinished:
-            _log.warning("closing after %.1f s with %d calls not sent", seconds, len(rest))
-        for task in unfinished:
-            task.cancel()
-        await asyncio.gather(*unfinished, return_exceptions=True)
-
-
-def _head(method: Method[Any, Any]) -> int:
-    return method.queue[0].order
-
-
-async def _undo(giving_back: Awaitable[None]) -> None:
-    try:
-        await giving_back
-    except Exception:  # noqa: BLE001 - see below
-        # The caller is gone, so the log is the only place left to say it; the store's own errors
-        # hold no secret.
-        _log.warning("a cancelled call could not give back what it had won", exc_info=True)
+        return len(rest)

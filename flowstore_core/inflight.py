@@ -70,3 +70,26 @@ async def _finish(task: asyncio.Task[T], give_back: Callable[[T], Awaitable[None
         # The caller is gone, so the log is the only place left to say it; the store's own errors
         # hold no secret.
         _log.warning("a cancelled call failed after its caller had gone", exc_info=True)
+
+
+class Undoing:
+    """The giving back that is under way: tasks of their own, because the callers have gone."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, give_back: Callable[[T], Awaitable[None]], result: T) -> None:
+        task = asyncio.create_task(_undo(give_back, result))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def is_current(self) -> bool:
+        """Whether the running task is one of them."""
+        return asyncio.current_task() in self.tasks
+
+
+async def _undo(give_back: Callable[[T], Awaitable[None]], result: T) -> None:
+    try:
+        await give_back(result)
+    except Exception:  # noqa: BLE001 - see _finish
+        _log.warning("a cancelled call could not give back what it had won", exc_info=True)

@@ -9,6 +9,7 @@ again, once the server can no longer act on what was sent (CON-3).
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,16 @@ import asyncpg
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import Batcher, BatchError, Method
 from flowstore_postgres.connection import Connection
-from flowstore_postgres.errors import LOST, ROLLED_BACK, Retry, describe
+from flowstore_postgres.errors import LOST, Retry, describe
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database, Lost
 
 Row = tuple[Any, ...]
+
+# The classes of SQLSTATE that one row can be the reason of: a value, a constraint, a limit of the server,
+# a trigger. Any other would meet each half of a batch again; a lock that is held, for as long again.
+OF_A_ROW = frozenset({"22", "23", "54", "P0"})
 
 LONGEST_LANES = 2
 WATCH_SECONDS = 1.0
@@ -67,6 +72,8 @@ class Batched:
     """The column of the token."""
     share: Callable[[Row, Any, Row], Any] | None = None
     """See flowstore_core.batching.Batcher.method."""
+    weigh: Callable[[Row], int] | None = None
+    """As share; for rows that carry texts, of which a message can hold a gigabyte."""
 
 
 def _key(row: Row) -> tuple[int, str]:
@@ -128,7 +135,9 @@ class Batches:
         async def run(rows: Sequence[Row]) -> Sequence[Any]:
             return await self._run(batched, rows)
 
-        method = self._batcher.method(batched.operation, run, keyed=True, share=batched.share)
+        method = self._batcher.method(
+            batched.operation, run, keyed=True, share=batched.share, weigh=batched.weigh
+        )
         self._methods[batched] = method
         return method
 
@@ -165,12 +174,10 @@ class Batches:
             await database.retrying(attempt)
         except StoreUnavailableError as error:
             for n in left:
-                answers[n] = (
-                    OutcomeUnknownError(batched.operation) if lost else StoreUnavailableError(*error.args)
-                )
+                answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
         except FlowStoreError as error:
             for n in left:
-                answers[n] = error
+                answers[n] = copy.copy(error)
         return [answers[n] for n in range(len(rows))]
 
     async def _find(
@@ -218,8 +225,7 @@ class Batches:
             database.drop(connection)
             raise Retry(describe(error)) from None
         except asyncpg.PostgresError as error:
-            if len(rows) > 1 and error.sqlstate not in ROLLED_BACK:
-                # One of the rows may be why.
+            if len(rows) > 1 and (error.sqlstate or "")[:2] in OF_A_ROW:
                 raise BatchError(describe(error)) from None
             raise
         if not found["in_time"]:

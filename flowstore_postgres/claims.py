@@ -42,14 +42,16 @@ WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
 """
 # The runs are locked against completion and cleanup (SHARE: claims of one run do not wait for each
 # other), then one upsert decides, row by row in the order of the keys. What was lost before the
-# statement began is not tried: lost_to says to which owner, '' if no owner can win.
+# statement began is not tried: lost_to says to which owner, '' if no owner can win. now is taken behind
+# the lock, because a claim that waited for its run must not begin, nor its lease run, before it was free.
 TRY_CLAIM_STEP = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
+    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS began
 ), asked AS MATERIALIZED (
     SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
+           coalesce($2, clock_timestamp()) AS now,
            (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
-                        WHEN claim_expires_at <= now THEN NULL
+                        WHEN claim_expires_at <= began THEN NULL
                         WHEN claim_token = token THEN NULL
                         WHEN claim_owned THEN claim_token
                         WHEN claimed_at IS NOT NULL THEN '' END
@@ -61,7 +63,7 @@ WITH guard AS MATERIALIZED (
         (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
     SELECT run_id, step_key, token, owned, now,
            CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END
-    FROM guard, asked WHERE open AND lost_to IS NULL
+    FROM asked WHERE open AND lost_to IS NULL
     {take}
     RETURNING run_id, step_key
 )
@@ -75,8 +77,8 @@ TRY_CLAIM_STEP_ALONE = """
 INSERT INTO {schema}.steps AS s (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
 SELECT $3, $4, $5, $6, now,
        CASE WHEN $7::interval IS NULL THEN NULL WHEN now < {latest} - $7 THEN now + $7 ELSE {latest} END
-FROM (SELECT coalesce($2, clock_timestamp()) AS now FROM {schema}.runs
-      WHERE run_id = $3 AND status = 'Running' FOR SHARE) run
+FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+     LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
 {take}
 RETURNING true AS won

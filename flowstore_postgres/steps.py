@@ -27,12 +27,14 @@ from flowstore_postgres.recovery import Recovery
 from flowstore_postgres.runs import lock_run
 
 # The hot way: an update of a row that has no attempt to keep, for the ordinary first start. Whatever else
-# may be the case is for RECORD_STEP_START_CAREFULLY, of which this does nothing.
+# may be the case is for RECORD_STEP_START_CAREFULLY, of which this does nothing. As for a claim, now is the
+# time after the wait for the run: the owner's lease may end while it lasts.
 RECORD_STEP_START = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
+    SELECT clock_timestamp() < $1 AS in_time
 ), asked AS MATERIALIZED (
-    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
+    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
+           coalesce($2, clock_timestamp()) AS now
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[])
                 WITH ORDINALITY AS a (run_id, step_key, token, step_type, input_json, job_id, owner, n)
     WHERE in_time
@@ -45,7 +47,7 @@ WITH guard AS MATERIALIZED (
         first_started_at = coalesce(first_started_at, now), last_attempt = last_attempt + 1,
         reopened = false, rescheduled = false, started_owner = a.owner, started_token = a.token,
         closed_token = NULL
-    FROM guard, asked a
+    FROM asked a
     WHERE open AND s.run_id = a.run_id AND s.step_key = a.step_key AND (s.status IS NULL OR reopened)
       AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner
                               AND (claim_expires_at IS NULL OR claim_expires_at > now))
@@ -240,6 +242,14 @@ class Started:
     attempt: int | None
 
 
+def _weigh_start(row: Row) -> int:
+    return len(row[4] or "")
+
+
+def _weigh_completion(row: Row) -> int:
+    return len(row[4] or "") + len(row[5] or "")
+
+
 def _read_starts(rows: Sequence[Row], found: Any) -> list[Started]:
     attempts = dict(zip(found["n"] or (), found["attempts"] or (), strict=True))
     return [Started(is_open, attempts.get(n)) for n, is_open in enumerate(found["open"], 1)]
@@ -256,6 +266,7 @@ START = Batched(
     read=_read_starts,
     find=FIND_STEP_START,
     found=lambda row: Started(True, row["attempt"]),
+    weigh=_weigh_start,
 )
 COMPLETE = Batched(
     operation="record_step_complete",
@@ -263,6 +274,7 @@ COMPLETE = Batched(
     read=_read_completions,
     find=FIND_STEP_COMPLETE,
     found=lambda row: True,
+    weigh=_weigh_completion,
 )
 
 

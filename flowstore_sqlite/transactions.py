@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flowstore_core import StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import AGAIN
-from flowstore_core.batching import _Call as Call
+from flowstore_core.batching import AGAIN, Call
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
 from flowstore_sqlite.turnstile import Turnstile
 

@@ -15,8 +15,7 @@ from functools import partial
 from typing import Any
 
 from flowstore_core import OutcomeUnknownError
-from flowstore_core.batching import Batcher, Method
-from flowstore_core.batching import _Call as Call
+from flowstore_core.batching import Batcher, Call, Method
 from flowstore_sqlite.connection import Connection
 from flowstore_sqlite.errors import map_error
 from flowstore_sqlite.transactions import Transactions, Write

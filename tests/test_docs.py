@@ -418,12 +418,69 @@ def test_code_in_pages_compiles(page: str) -> None:
 def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
     lines = {line.strip() for line in source.splitlines()}
-    blocks = [block for block in _blocks(WRITING, "python") if "class Traced" not in block]
+    own = ("class Traced", "import AGAIN, Batcher")
+    blocks = [block for block in _blocks(WRITING, "python") if not any(mark in block for mark in own)]
     assert len(blocks) == 3
     for block in blocks:
         for line in filter(None, (line.strip() for line in block.splitlines())):
             # "..." stands for what the page leaves out.
             assert "..." in line or line in lines, line
+
+
+class _Rows:
+    """A database for the excerpt on coalescing: the claims of a set of rows in one go."""
+
+    class RowRefused(Exception):  # noqa: N818 - a database's own word
+        pass
+
+    def __init__(self) -> None:
+        self.holders: dict[Any, str] = {}
+        self.batches: list[Any] = []
+        self.free = asyncio.Event()
+        self.free.set()
+
+    async def claim(self, rows: list[Any]) -> set[Any]:
+        self.batches.append(rows)
+        assert rows == sorted(rows)
+        await self.free.wait()
+        if any(key == "refused" for _, key, _, _ in rows):
+            raise self.RowRefused
+        for run_id, key, token, _ in rows:
+            self.holders.setdefault((run_id, key), token)
+        return {row[:3] for row in rows if self.holders[row[:2]] == row[2]}
+
+    async def release(self, run_id: Any, key: str, token: str) -> None:
+        if self.holders.get((run_id, key)) == token:
+            del self.holders[run_id, key]
+
+
+async def test_the_excerpt_on_coalescing_runs() -> None:
+    (code,) = [block for block in _blocks(WRITING, "python") if "import AGAIN, Batcher" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, "writing-a-backend.md", "exec"), names)
+    database = _Rows()
+    claims = names["Claims"](database)
+
+    def claim(key: str, owner: str | None = None) -> asyncio.Task[bool]:
+        call = claims.try_claim_step(run_id="run", step_key=key, owner=owner, lease=None)
+        return asyncio.ensure_future(call)
+
+    assert await asyncio.gather(*(claim(f"step {n % 3}") for n in range(9))) == [True] * 3 + [False] * 6
+    assert [len(batch) for batch in database.batches] == [3]
+    assert await asyncio.gather(*(claim("owned", owner) for owner in "aab")) == [True, True, False]
+    refused = await asyncio.gather(claim("good"), claim("refused"), return_exceptions=True)
+    assert refused[0] is True
+    assert "refused" in str(refused[1])
+    database.free.clear()
+    cancelled = claim("cancelled")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert database.batches[-1][0][1] == "cancelled"
+    cancelled.cancel()
+    database.free.set()
+    await claims.aclose()
+    assert cancelled.cancelled()
+    assert ("run", "cancelled") not in database.holders
 
 
 # Hygiene

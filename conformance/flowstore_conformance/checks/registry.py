@@ -75,6 +75,7 @@ MODULES = (
     "positions",
     "statistics",
     "acknowledgements",
+    "coalescing",
     "capabilities",
     "model",
     "races",

@@ -1,0 +1,60 @@
+"""One call on its way through a Batcher, and what may become of it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Any
+
+AGAIN: Any = object()
+"""The outcome of a call that has to be sent again: ``run`` did not come to it, or ``share`` cannot tell."""
+
+
+class BatchError(Exception):
+    """Nothing of the batch happened, and one row may be the reason: the parts are to be tried."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        """What the caller of a row that fails alone gets."""
+
+
+class Call:
+    """One call on its way."""
+
+    __slots__ = ("followers", "give_back", "item", "key", "outcome", "since")
+
+    def __init__(
+        self,
+        key: Hashable,
+        item: Any,
+        outcome: asyncio.Future[Any],
+        give_back: Callable[[Any], Awaitable[None]] | None,
+        since: float,
+    ) -> None:
+        self.key = key
+        self.item = item
+        self.outcome = outcome
+        self.give_back = give_back
+        self.since = since
+        self.followers: list[Call] | None = None
+        """Calls with the same key that hope to be answered from this one's answer."""
+
+
+def shared(share: Callable[[Any, Any, Any], Any] | None, first: Call, outcome: Any, follower: Call) -> Any:
+    """What a follower gets from the first one's outcome, or AGAIN."""
+    if outcome is AGAIN or share is None or isinstance(outcome, Exception):
+        return AGAIN
+    try:
+        return share(first.item, outcome, follower.item)
+    except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it
+        return error
+
+
+def another(error: Exception) -> Exception:
+    """The same error for another caller: one object raised in many tasks gathers their tracebacks."""
+    try:
+        return copy.copy(error).with_traceback(error.__traceback__)
+    except Exception:  # noqa: BLE001 - an error that cannot be copied serves all
+        return error

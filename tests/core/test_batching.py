@@ -1,0 +1,922 @@
+"""The Batcher: what gathers, what is answered, and what is left when callers and lanes go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import logging
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
+from flowstore_core.batching import AGAIN, HEAVIEST_BATCH, WORTH_SPLITTING, Batcher, BatchError
+
+Batch = list[Any]
+
+
+class Book:
+    """A database of one table: it writes batches down, and can be held, so that calls gather."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.batches: list[Batch] = []
+        self.written: list[Any] = []
+        self.returned: list[Any] = []
+        self.under_way = 0
+        self.most_under_way = 0
+        self.free = asyncio.Event()
+        self.answer: Callable[[Any], Any] = lambda item: ("done", item)
+        if not held:
+            self.free.set()
+
+    async def run(self, items: Sequence[Any]) -> Sequence[Any]:
+        self.batches.append(list(items))
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            await self.free.wait()
+            await asyncio.sleep(0)
+            answers = [self.answer(item) for item in items]
+            self.written += [item for item, one in zip(items, answers, strict=True) if one is not AGAIN]
+            return answers
+        finally:
+            self.under_way -= 1
+
+    async def take_back(self, outcome: Any) -> None:
+        self.returned.append(outcome)
+
+
+async def steps(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def begin(*calls: Awaitable[Any]) -> list[asyncio.Task[Any]]:
+    return [asyncio.ensure_future(call) for call in calls]
+
+
+async def outcomes(tasks: Sequence[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+
+
+@pytest.fixture(autouse=True)
+def no_noise(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing is left behind that asyncio would complain of."""
+    yield
+    gc.collect()
+    assert [one.getMessage() for one in caplog.records if one.name == "asyncio"] == []
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only when nothing else is left to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+        select = self._selector.select
+        # asyncio asks its selector to wait until the next timer is due.
+
+        def wait(timeout: float | None = None) -> Any:
+            if timeout:
+                # A little more, as a real clock does: rounding must not leave the timer not yet due.
+                self._now += timeout + 1e-6
+            elif timeout is None:
+                raise AssertionError("everybody waits, and for nothing")
+            return select(0)
+
+        self._selector.select = wait
+
+    def time(self) -> float:
+        return self._now
+
+
+# What gathers
+
+
+async def test_alone_a_call_leaves_at_once_as_a_batch_of_one() -> None:
+    book = Book()
+    method = Batcher(lanes=2).method("write", book.run)
+    for number in range(3):
+        assert await method.call(number, number) == ("done", number)
+    assert book.batches == [[0], [1], [2]]
+
+
+async def test_calls_of_one_moment_share_a_batch_and_calls_gather_while_the_lane_is_busy() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1).method("write", book.run)
+    first = begin(*(method.call(n, n) for n in range(3)))
+    await steps()
+    later = begin(*(method.call(n, n) for n in range(3, 40)))
+    await steps()
+    assert book.batches == [[0, 1, 2]]
+    book.free.set()
+    assert await outcomes(first + later) == [("done", n) for n in range(40)]
+    assert book.batches == [[0, 1, 2], list(range(3, 40))]
+
+
+async def test_no_batch_is_larger_than_largest() -> None:
+    book = Book()
+    method = Batcher(lanes=1, largest=10).method("write", book.run)
+    assert await outcomes(begin(*(method.call(n, n) for n in range(35)))) == [("done", n) for n in range(35)]
+    assert [len(batch) for batch in book.batches] == [10, 10, 10, 5]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+async def test_no_more_batches_are_under_way_than_lanes(lanes: int) -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=lanes, largest=7).method("write", book.run)
+    tasks = begin(*(method.call(n, n) for n in range(300)))
+    await steps(10)
+    book.free.set()
+    await outcomes(tasks)
+    assert book.most_under_way == lanes
+    assert sorted(book.written) == list(range(300))
+
+
+async def test_two_free_lanes_take_half_each_of_many_calls() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=2).method("write", book.run)
+    tasks = begin(*(method.call(n, n) for n in range(WORTH_SPLITTING)))
+    await steps()
+    assert [len(batch) for batch in book.batches] == [WORTH_SPLITTING // 2] * 2
+    book.free.set()
+    await outcomes(tasks)
+
+
+async def test_heavy_items_are_spread_over_batches() -> None:
+    book = Book()
+    method = Batcher(lanes=1).method("write", book.run, weigh=lambda item: int(item))
+    sizes = [HEAVIEST_BATCH // 2, HEAVIEST_BATCH // 2, 1, 3 * HEAVIEST_BATCH, 2, 3]
+    await outcomes(begin(*(method.call(n, size) for n, size in enumerate(sizes))))
+    assert book.batches == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
+
+
+# Order
+
+
+async def test_one_callers_calls_happen_in_its_order_and_it_reads_its_writes() -> None:
+    book = Book()
+    batcher = Batcher(lanes=2, largest=4)
+    methods = [batcher.method(f"write {n}", book.run, keyed=n == 1) for n in range(3)]
+
+    async def caller(name: int) -> None:
+        for number in range(20):
+            await methods[(name + number) % 3].call("one key", (name, number))
+            assert (name, number) in book.written
+
+    await asyncio.gather(*(caller(name) for name in range(16)))
+    for name in range(16):
+        assert [item[1] for item in book.written if item[0] == name] == list(range(20))
+
+
+async def test_whoever_waits_longest_goes_first_and_a_flood_starves_nobody() -> None:
+    book, batcher = Book(held=True), Batcher(lanes=1, largest=10)
+    flood, rare = batcher.method("flood", book.run), batcher.method("rare", book.run)
+    tasks = begin(*(flood.call(n, f"flood {n}") for n in range(25)))
+    await asyncio.sleep(0.002)
+    tasks += begin(rare.call(0, "rare"))
+    await asyncio.sleep(0.002)
+    ending = False
+
+    async def flooding() -> None:
+        while not ending:
+            await flood.call(0, "more")
+
+    await steps()
+    tasks += begin(*(flooding() for _ in range(50)))
+    await steps()
+    book.free.set()
+    await asyncio.wait_for(tasks[25], 5)
+    ending = True
+    await outcomes(tasks)
+    # Those who came before it took three batches.
+    assert [batch[0] for batch in book.batches].index("rare") == 3
+
+
+async def test_one_key_never_meets_itself_in_a_batch_and_keeps_its_order_on_one_lane() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1).method("write", book.run, keyed=True)
+    tasks = begin(*(method.call(n % 3, (n % 3, n)) for n in range(12)))
+    await steps()
+    book.free.set()
+    await outcomes(tasks)
+    for batch in book.batches:
+        assert len({key for key, _ in batch}) == len(batch)
+    for key in range(3):
+        assert [n for other, n in book.written if other == key] == list(range(key, 12, 3))
+
+
+async def test_another_lane_may_carry_the_same_key_at_once() -> None:
+    # No order is promised among concurrent callers: the database decides, as among processes.
+    book = Book(held=True)
+    method = Batcher(lanes=2).method("write", book.run, keyed=True)
+    tasks = begin(method.call("key", 1), method.call("key", 2))
+    await steps()
+    assert sorted(book.batches) == [[1], [2]]
+    book.free.set()
+    assert await outcomes(tasks) == [("done", 1), ("done", 2)]
+
+
+# Shared answers
+
+
+async def test_a_later_call_of_a_key_is_answered_from_the_first_or_sent_again() -> None:
+    book = Book(held=True)
+
+    def share(first: int, outcome: Any, later: int) -> Any:
+        return AGAIN if later == 2 else ("shared", first, outcome, later)
+
+    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=share)
+    tasks = begin(*(method.call("key", n) for n in range(4)))
+    await steps()
+    book.free.set()
+    first = ("done", 0)
+    assert await outcomes(tasks) == [first, ("shared", 0, first, 1), ("done", 2), ("shared", 0, first, 3)]
+    assert book.batches == [[0], [2]]
+
+
+async def test_followers_of_a_first_that_fails_are_sent_themselves() -> None:
+    book = Book()
+    book.answer = lambda item: ValueError("first") if item == 0 else item
+    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    found = await outcomes(begin(*(method.call("key", n) for n in range(3))))
+    assert [repr(found[0]), *found[1:]] == ["ValueError('first')", 1, "shared"]
+
+
+async def test_a_share_that_raises_fails_its_follower_alone_and_the_lane_lives() -> None:
+    book = Book()
+
+    def share(first: int, outcome: Any, later: int) -> Any:
+        if later == 1:
+            raise ZeroDivisionError("in share")
+        return "shared"
+
+    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=share)
+    found = await outcomes(begin(*(method.call("key", n) for n in range(3)), method.call("other", 3)))
+    assert found[0] == ("done", 0)
+    assert isinstance(found[1], ZeroDivisionError)
+    assert found[2:] == ["shared", ("done", 3)]
+    assert await method.call("key", 4) == ("done", 4)
+
+
+async def test_a_run_may_leave_items_for_the_next_batch() -> None:
+    book = Book()
+    seen: set[int] = set()
+
+    def answer(item: int) -> Any:
+        if item % 2 or item in seen:
+            return item
+        seen.add(item)
+        return AGAIN
+
+    book.answer = answer
+    method = Batcher(lanes=2).method("write", book.run)
+    assert await outcomes(begin(*(method.call(n, n) for n in range(8)))) == list(range(8))
+    assert book.batches == [list(range(8)), [0, 2, 4, 6]]
+
+
+async def test_an_item_that_is_always_left_fails_after_the_patience() -> None:
+    book = Book()
+    book.answer = lambda item: AGAIN
+    method = Batcher(lanes=1, patience=0.1).method("write", book.run)
+    assert isinstance((await outcomes(begin(method.call(0, 0))))[0], StoreUnavailableError)
+
+
+# Failures
+
+
+async def test_a_row_that_fails_a_batch_is_found_and_the_others_happen_exactly_once() -> None:
+    written: list[int] = []
+    bad = {3, 4, 11}
+
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        await asyncio.sleep(0)
+        if bad & set(items):
+            raise BatchError(ValueError(f"a row of {len(items)}"))
+        written.extend(items)
+        return items
+
+    method = Batcher(lanes=1).method("write", run)
+    found = await outcomes(begin(*(method.call(n, n) for n in range(20))))
+    for number, outcome in enumerate(found):
+        if number in bad:
+            assert isinstance(outcome, ValueError)
+            assert str(outcome) == "a row of 1"
+        else:
+            assert outcome == number
+    assert sorted(written) == [n for n in range(20) if n not in bad]
+
+
+async def test_an_exception_in_a_place_is_that_callers() -> None:
+    book = Book()
+    book.answer = lambda item: KeyError(item) if item == 1 else item
+    method = Batcher(lanes=1).method("write", book.run)
+    found = await outcomes(begin(*(method.call(n, n) for n in range(3))))
+    assert [found[0], repr(found[1]), found[2]] == [0, "KeyError(1)", 2]
+
+
+@pytest.mark.parametrize("answers", [[], [1], [1, 2, 3], None])
+async def test_a_wrong_number_of_outcomes_reaches_every_caller_and_nobody_hangs(answers: Any) -> None:
+    async def run(items: Sequence[int]) -> Any:
+        return answers if len(items) == 2 else items
+
+    method = Batcher(lanes=1).method("write", run)
+    found = await outcomes(begin(method.call(0, 0), method.call(1, 1)))
+    assert all(isinstance(one, RuntimeError | TypeError) for one in found)
+    assert await method.call(0, 0) == 0
+
+
+async def test_an_unexpected_exception_reaches_every_caller_as_an_object_of_its_own() -> None:
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        raise LookupError("broken")
+
+    method = Batcher(lanes=1).method("write", run)
+    found = await outcomes(begin(*(method.call(n, n) for n in range(5))))
+    assert [repr(one) for one in found] == ["LookupError('broken')"] * 5
+    assert len({id(one) for one in found}) == 5
+
+
+async def test_an_error_that_cannot_be_copied_reaches_every_caller_all_the_same() -> None:
+    class OddError(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__("odd")
+
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        raise OddError(1, 2)
+
+    method = Batcher(lanes=1).method("write", run)
+    assert [str(one) for one in await outcomes(begin(method.call(0, 0), method.call(1, 1)))] == ["odd"] * 2
+
+
+# Cancelled callers
+
+
+async def test_a_caller_cancelled_before_its_call_was_sent_never_happens() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1).method("write", book.run)
+    tasks = begin(method.call(0, 0, book.take_back))
+    await steps()
+    tasks += begin(*(method.call(n, n, book.take_back) for n in (1, 2, 3)))
+    await steps()
+    tasks[2].cancel()
+    await steps()
+    book.free.set()
+    found = await outcomes(tasks)
+    assert found[:2] + found[3:] == [("done", n) for n in (0, 1, 3)]
+    assert isinstance(found[2], asyncio.CancelledError)
+    assert book.written == [0, 1, 3]
+    assert book.returned == []
+
+
+async def test_what_a_sent_call_of_a_cancelled_caller_won_is_given_back_once() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1).method("write", book.run)
+    tasks = begin(*(method.call(n, n, book.take_back) for n in range(3)))
+    await steps()
+    tasks[1].cancel()
+    await steps()
+    book.free.set()
+    found = await outcomes(tasks)
+    await steps()
+    assert [found[0], found[2]] == [("done", 0), ("done", 2)]
+    assert book.returned == [("done", 1)]
+
+
+async def test_a_caller_cancelled_at_the_moment_of_its_answer_gives_back_once() -> None:
+    for turns in range(12):
+        book = Book(held=True)
+        method = Batcher(lanes=1).method("write", book.run)
+        tasks = begin(method.call(0, 0, book.take_back), method.call(1, 1))
+        await steps()
+        book.free.set()
+        await steps(turns)
+        told = not tasks[0].cancel()
+        found = await outcomes(tasks)
+        await steps()
+        if isinstance(found[0], asyncio.CancelledError):
+            assert book.returned == [("done", 0)], turns
+        else:
+            assert told, turns
+            assert book.returned == [], turns
+        assert found[1] == ("done", 1)
+
+
+async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_in_the_loop(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    book = Book(held=True)
+    book.answer = lambda item: ValueError(item) if item == 0 else item
+    method = Batcher(lanes=1).method("write", book.run)
+
+    async def fail(outcome: Any) -> None:
+        raise ValueError("cannot give back")
+
+    def fail_at_once(outcome: Any) -> Awaitable[None]:
+        raise ValueError("cannot give back")
+
+    tasks = begin(*(method.call(n, n, give) for n, give in enumerate((book.take_back, fail, fail_at_once))))
+    await steps()
+    for task in tasks:
+        task.cancel()
+    book.free.set()
+    with caplog.at_level(logging.WARNING, "flowstore_core"):
+        await outcomes(tasks)
+        await steps()
+    assert book.returned == []
+    assert [one.name for one in caplog.records] == ["flowstore_core"] * 2
+    assert await method.call(5, 5) == 5
+
+
+async def test_a_cancelled_follower_disturbs_nobody_and_a_cancelled_first_still_answers_followers() -> None:
+    for cancelled in (0, 1):
+        book = Book(held=True)
+        method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
+        tasks = begin(*(method.call("key", n, book.take_back) for n in range(3)))
+        await steps()
+        tasks[cancelled].cancel()
+        await steps()
+        book.free.set()
+        found = await outcomes(tasks)
+        await steps()
+        assert isinstance(found.pop(cancelled), asyncio.CancelledError)
+        assert found[-1] == "shared"
+        assert book.written == [0]
+        assert book.returned == ([("done", 0)] if cancelled == 0 else [])
+
+
+async def test_a_first_cancelled_before_it_was_sent_leaves_its_place_to_the_next() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    tasks = begin(method.call("busy", "busy"))
+    await steps()
+    tasks += begin(*(method.call("key", n) for n in range(3)))
+    await steps()
+    tasks[1].cancel()
+    book.free.set()
+    found = await outcomes(tasks)
+    assert found[2:] == [("done", 1), "shared"]
+
+
+# Bounds
+
+
+async def test_beyond_the_capacity_callers_wait_for_a_place_first_come_first_served() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1, capacity=4, largest=2).method("write", book.run)
+    tasks = begin(*(method.call(n, n) for n in range(30)))
+    await steps()
+    book.free.set()
+    assert await outcomes(tasks) == [("done", n) for n in range(30)]
+    assert book.written == list(range(30))
+
+
+async def test_who_gets_no_place_in_time_is_told_what_to_do_and_never_happens() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1, capacity=2, patience=0.05, advice="buy a disk").method("write", book.run)
+    sent = begin(method.call(0, 0))
+    await steps()
+    queued = begin(method.call(1, 1), method.call(2, 2))
+    await steps()
+    waiting = begin(method.call(3, 3), method.call(4, 4))
+    found = await outcomes(queued + waiting)
+    assert [type(one) for one in found] == [StoreUnavailableError] * 4
+    assert all("0.05 s" in str(one) and "buy a disk" in str(one) for one in found)
+    assert "2 calls were waiting" in str(found[2])
+    book.free.set()
+    assert await outcomes(sent) == [("done", 0)]
+    assert await method.call(5, 5) == ("done", 5)
+    assert book.written == [0, 5]
+
+
+async def test_a_waiter_cancelled_when_it_got_its_place_hands_it_on() -> None:
+    for turns in range(16):
+        book = Book(held=True)
+        method = Batcher(lanes=1, capacity=1, patience=5).method("write", book.run)
+        tasks = begin(method.call(0, 0))
+        await steps()
+        tasks += begin(method.call(1, 1))
+        await steps()
+        waiters = begin(*(method.call(n, n) for n in (2, 3, 4)))
+        await steps()
+        book.free.set()
+        await steps(turns)
+        waiters[0].cancel()
+        waiters[1].cancel()
+        # Nobody else comes, so a place that was lost would never be noticed.
+        found = await asyncio.wait_for(asyncio.gather(*tasks, *waiters, return_exceptions=True), 2)
+        assert [found[0], found[1], found[4]] == [("done", 0), ("done", 1), ("done", 4)], turns
+        assert await asyncio.wait_for(method.call(9, 9), 1) == ("done", 9)
+
+
+async def test_calls_behind_hanging_lanes_are_told_in_time_and_those_on_their_way_are_not() -> None:
+    book = Book(held=True)
+    batcher = Batcher(lanes=2, patience=0.05)
+    method = batcher.method("write", book.run)
+    for number in range(2):
+        begin(method.call(number, number))
+        await steps()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    tasks = begin(*(method.call(n, n) for n in range(5)))
+    await asyncio.sleep(0.03)
+    tasks += begin(method.call(5, 5))
+    assert [type(one) for one in await outcomes(tasks)] == [StoreUnavailableError] * 6
+    assert loop.time() - began < 1
+    assert book.batches == [[0], [1]]
+    book.free.set()
+    await batcher.drain(1)
+    assert book.written == [0, 1]
+
+
+# Closing
+
+
+async def test_drain_answers_what_was_taken_and_refuses_what_comes() -> None:
+    book = Book(held=True)
+    batcher = Batcher(lanes=2, largest=5, capacity=30)
+    method = batcher.method("write", book.run)
+    tasks = begin(*(method.call(n, n) for n in range(30)))
+    await steps()
+    begin_waiting = begin(*(method.call(n, n) for n in range(30, 50)))
+    await steps()
+    draining = begin(batcher.drain(5), batcher.drain(5))
+    await steps()
+    with pytest.raises(StoreClosedError):
+        await method.call(99, 99)
+    book.free.set()
+    found = await outcomes(tasks)
+    assert found == [("done", n) for n in range(30)]
+    late = await outcomes(begin_waiting)
+    assert all(one == ("done", n) or isinstance(one, StoreClosedError) for n, one in enumerate(late, 30))
+    assert sorted(book.written) == [n for n, one in enumerate(found + late) if one == ("done", n)]
+    assert await outcomes(draining) == [None, None]
+    await batcher.drain(5)
+    with pytest.raises(StoreClosedError):
+        await method.call(99, 99)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_known(deaf: bool) -> None:
+    batcher, release = Batcher(lanes=1), asyncio.Event()
+
+    async def hang(items: Sequence[Any]) -> Sequence[Any]:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                if not deaf:
+                    raise
+        return items
+
+    book = Book()
+    method = batcher.method("hang", hang, keyed=True, share=lambda *_: "shared")
+    sent = begin(method.call("key", 1, book.take_back), method.call("key", 2))
+    await steps()
+    queued = begin(*(method.call(n, n) for n in range(3)))
+    await steps()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await batcher.drain(0.05)
+    assert loop.time() - began < 1.5
+    assert [type(one) for one in await outcomes(sent)] == [OutcomeUnknownError, StoreClosedError]
+    assert [type(one) for one in await outcomes(queued)] == [StoreClosedError] * 3
+    release.set()
+    await steps()
+    assert book.returned == []
+
+
+async def test_drain_waits_for_what_is_being_given_back_and_lets_it_call() -> None:
+    book = Book(held=True)
+    batcher = Batcher(lanes=1)
+    method = batcher.method("write", book.run)
+
+    async def undo(outcome: Any) -> None:
+        await asyncio.sleep(0.02)
+        book.returned.append(await method.call("undo", "undo"))
+
+    tasks = begin(method.call(0, 0, undo))
+    await steps()
+    tasks[0].cancel()
+    await steps()
+    book.free.set()
+    await batcher.drain(5)
+    assert book.written == [0, "undo"]
+    assert book.returned == [("done", "undo")]
+
+
+# Lanes that go away
+
+
+async def test_later_calls_work_when_somebody_cancelled_every_task_of_the_loop() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=2, patience=5).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    for turns in range(4):
+        book.free.clear()
+        lost = begin(*(method.call(n % 3, n) for n in range(5)))
+        await steps(turns)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        assert all(isinstance(one, asyncio.CancelledError) for one in await outcomes(lost))
+        book.free.set()
+        assert await asyncio.wait_for(method.call("later", turns), 1) == ("done", turns)
+
+
+async def test_calls_outlive_their_lane_where_they_were_not_sent() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1, patience=5).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    others = asyncio.all_tasks()
+    sent = begin(method.call("key", 0), method.call("key", 1), method.call("other", 2))
+    await steps()
+    queued = begin(method.call("queued", 3))
+    await steps()
+    (lane,) = asyncio.all_tasks() - others - {*sent, *queued}
+    lane.cancel()
+    await steps()
+    book.free.set()
+    found = await outcomes(sent + queued)
+    assert [type(found[0]), type(found[2])] == [OutcomeUnknownError] * 2
+    assert [found[1], found[3]] == [("done", 1), ("done", 3)]
+
+
+async def test_a_lane_lost_between_halves_leaves_nobody_unanswered() -> None:
+    halves: list[int] = []
+    never = asyncio.Event()
+
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        halves.append(len(items))
+        if len(items) == 4:
+            raise BatchError(ValueError())
+        await never.wait()
+        return items
+
+    others = asyncio.all_tasks()
+    method = Batcher(lanes=1).method("write", run)
+    tasks = begin(*(method.call(n, n) for n in range(4)))
+    await steps()
+    assert halves == [4, 2]
+    (lane,) = asyncio.all_tasks() - others - {*tasks}
+    lane.cancel()
+    assert [type(one) for one in await outcomes(tasks)] == [OutcomeUnknownError] * 4
+
+
+async def test_no_lane_stays_when_there_is_nothing_to_send() -> None:
+    book = Book()
+    others = asyncio.all_tasks()
+    method = Batcher(lanes=3).method("write", book.run)
+    await outcomes(begin(*(method.call(n, n) for n in range(200))))
+    await steps()
+    assert asyncio.all_tasks() == others
+
+
+@pytest.mark.parametrize("ending", ["return", "raise KeyboardInterrupt", "await method.call(1, 1)"])
+def test_a_loop_that_ends_with_calls_queued_ends_quietly(ending: str) -> None:
+    program = f"""
+    import asyncio, gc
+    from flowstore_core.batching import Batcher
+
+    async def main():
+        batcher = Batcher(lanes=2)
+
+        async def run(items):
+            await asyncio.sleep(0.01 if items == [1] else 3600)
+            return items
+
+        method = batcher.method("write", run, keyed=True, share=lambda *_: "shared")
+
+        async def persistent(n):
+            try:
+                await method.call(n % 7, n)
+            finally:
+                await method.call(1, 1)
+
+        tasks = [asyncio.ensure_future(method.call(n % 7, n)) for n in range(500)]
+        tasks += [asyncio.ensure_future(persistent(n)) for n in range(5)]
+        await asyncio.sleep(0.01)
+        tasks += [asyncio.ensure_future(method.call(n % 7, n)) for n in range(500)]
+        await asyncio.sleep(0)
+        if {ending.startswith("await")}:
+            for task in asyncio.all_tasks() - {{asyncio.current_task()}}:
+                task.cancel()
+            await asyncio.sleep(0)
+        {ending}
+
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        pass
+    gc.collect()
+    print("ended")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
+
+
+# What must not leak
+
+_request: contextvars.ContextVar[str] = contextvars.ContextVar("_request", default="nobody's")
+
+
+async def test_a_callers_context_does_not_reach_the_lane() -> None:
+    seen: list[str] = []
+
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        seen.append(_request.get())
+        _request.set("the lane's")
+        return items
+
+    method = Batcher(lanes=1).method("write", run)
+    _request.set("the caller's")
+    await method.call(0, 0)
+    await outcomes(begin(*(method.call(n, n) for n in range(5))))
+    assert seen == ["nobody's"] * 2
+    assert _request.get() == "the caller's"
+
+
+class _Item:
+    """Something that can be asked whether it is still there."""
+
+
+async def test_nothing_is_kept_of_calls_that_are_over() -> None:
+    batcher = Batcher(lanes=2, capacity=500, largest=64)
+    left: weakref.WeakSet[_Item] = weakref.WeakSet()
+
+    async def run(items: Sequence[_Item]) -> Sequence[_Item]:
+        await asyncio.sleep(0)
+        return items
+
+    async def take_back(outcome: _Item) -> None:
+        await asyncio.sleep(0)
+
+    method = batcher.method(
+        "write", run, keyed=True, share=lambda first, outcome, later: AGAIN if id(later) % 3 else later
+    )
+
+    async def round_of(count: int) -> None:
+        tasks = []
+        for n in range(count):
+            item = _Item()
+            left.add(item)
+            tasks.append(asyncio.ensure_future(method.call(n % 40, item, take_back)))
+        del item
+        for n, task in enumerate(tasks):
+            if n % 3 == 0:
+                task.cancel()
+            if n % 50 == 0:
+                await asyncio.sleep(0)
+        await outcomes(tasks)
+
+    async def objects() -> int:
+        await steps(20)
+        gc.collect()
+        return len(gc.get_objects())
+
+    await round_of(1000)
+    before = await objects()
+    for _ in range(20):
+        await round_of(1000)
+    assert await objects() < before + 200
+    assert len(left) == 0
+    assert batcher.waiting == 0
+
+
+async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=1, capacity=100, patience=0.02).method("write", book.run)
+    begin(method.call("hangs", "hangs"))
+    await steps()
+    left: weakref.WeakSet[_Item] = weakref.WeakSet()
+    for _ in range(50):
+        items = [_Item() for _ in range(200)]
+        left.update(items)
+        tasks = begin(*(method.call(n, item) for n, item in enumerate(items)))
+        await steps(2)
+        for task in tasks:
+            task.cancel()
+        await outcomes(tasks)
+        del items, tasks, task
+    gc.collect()
+    assert len(left) <= 110
+    await asyncio.sleep(0.1)
+    gc.collect()
+    assert len(left) == 0
+    book.free.set()
+    with suppress(StoreUnavailableError):
+        await method.call(0, 0)
+
+
+# All of it at once
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(seed=st.integers(0, 2**32))
+def test_every_call_has_exactly_its_own_outcome_or_never_happened(seed: int) -> None:
+    with closing(VirtualTimeLoop()) as loop:
+        loop.run_until_complete(_any_schedule(Random(seed)))
+
+
+async def _any_schedule(chance: Random) -> None:
+    # Chosen by a generator of our own: tasks other than the test's cannot ask Hypothesis.
+    kind = chance.choice(["plain", "keyed", "shared"])
+    batcher = Batcher(
+        lanes=chance.randint(1, 3),
+        largest=chance.randint(1, 8),
+        capacity=chance.randint(1, 20),
+        patience=chance.choice([0.5, 3.0, 1000.0]),
+    )
+    pauses = [0, 0, 0.1, 0.4, 1.0, 2.5]
+    poison = frozenset(chance.sample(range(30), chance.randint(0, 4)))
+    failing = frozenset(chance.sample(range(30), chance.randint(0, 4)))
+    written: list[int] = []
+    keys: dict[int, int] = {}
+    returned: list[int] = []
+    shared: list[int] = []
+
+    async def run(items: Sequence[int]) -> Sequence[Any]:
+        if kind != "plain":
+            assert len({keys[item] for item in items}) == len(items)
+        await asyncio.sleep(chance.choice(pauses))
+        if poison & set(items):
+            raise BatchError(ValueError("poison"))
+        left = chance.choice([0, 0, 0, 1]) if len(items) > 1 else 0
+        done: list[Any] = []
+        for item in items[: len(items) - left]:
+            if item in failing:
+                done.append(KeyError(item))
+            else:
+                written.append(item)
+                done.append(("own", item))
+        await asyncio.sleep(chance.choice(pauses))
+        return done + [AGAIN] * left
+
+    def share(first: int, outcome: Any, later: int) -> Any:
+        assert keys[first] == keys[later]
+        assert outcome == ("own", first)
+        if later % 4 == 0:
+            return AGAIN
+        shared.append(later)
+        return ("shared", later)
+
+    async def take_back(outcome: tuple[str, int]) -> None:
+        await asyncio.sleep(chance.choice(pauses))
+        returned.append(outcome[1])
+
+    methods = [
+        batcher.method(f"write {n}", run, keyed=kind != "plain", share=share if kind == "shared" else None)
+        for n in range(2)
+    ]
+    tasks: list[asyncio.Task[Any]] = []
+    for number in range(chance.randint(1, 30)):
+        keys[number] = chance.randint(0, 4)
+        method = methods[chance.randint(0, 1)]
+        tasks += begin(method.call(keys[number], number, take_back))
+        await asyncio.sleep(chance.choice(pauses))
+        if chance.random() < 0.4:
+            chance.choice(tasks).cancel()
+        if chance.randint(0, 60) == 0:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in sorted(others, key=lambda one: one.get_name()):
+                task.cancel()
+    if chance.random() < 0.4:
+        await asyncio.sleep(chance.choice(pauses))
+    await batcher.drain(chance.choice([0.1, 2.0, 1000.0]))
+    found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5000)
+    assert batcher.waiting == 0
+    assert len(asyncio.all_tasks()) == 1
+
+    # Nothing is lost or done twice.
+    assert len(written) == len(set(written))
+    assert len(returned) == len(set(returned))
+    for number, outcome in enumerate(found):
+        if outcome == ("own", number):
+            assert number in written
+            assert number not in returned
+        elif outcome == ("shared", number):
+            assert number in shared
+            assert number not in written
+        elif type(outcome) in (StoreUnavailableError, StoreClosedError):
+            assert number not in written
+        elif isinstance(outcome, ValueError):
+            assert number in poison
+        elif isinstance(outcome, KeyError):
+            assert outcome.args == (number,)
+            assert number in failing
+        else:
+            assert isinstance(outcome, asyncio.CancelledError | OutcomeUnknownError), outcome
+        if number in returned:
+            assert isinstance(outcome, asyncio.CancelledError)

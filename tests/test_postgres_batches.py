@@ -1,0 +1,415 @@
+"""PostgreSQL's batches: deadlocks, lost acknowledgements, bad rows, cancelled callers, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from flowstore_core import (
+    ClaimLostError,
+    FlowStore,
+    FlowStoreError,
+    OutcomeUnknownError,
+    RunNotFoundError,
+    StaleAttemptError,
+    StepStatus,
+    StoreClosedError,
+    StoreUnavailableError,
+    new_run_id,
+    open_store,
+)
+from flowstore_core.plugins import find_backend
+from tests.proxy import Fault, proxy_before
+from tests.worker import Call, Fleet
+
+FLOW = UUID(int=1)
+LEASE = timedelta(minutes=5)
+
+
+@pytest.fixture
+async def fresh(postgresql_url: str) -> AsyncIterator[str]:
+    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
+        yield url
+
+
+@pytest.fixture
+async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection of somebody else, with the store's schema in its path."""
+    query = parse_qs(urlsplit(fresh).query)
+    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
+    await connection.execute(f'SET search_path = "{query["schema"][0]}"')
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def new_run(store: FlowStore) -> UUID:
+    run = new_run_id()
+    await store.start_run(FLOW, "orders", run, "manual")
+    return run
+
+
+async def answers(*calls: Awaitable[Any]) -> list[Any]:
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+
+
+@asynccontextmanager
+async def locked(admin: asyncpg.Connection, run: UUID) -> AsyncIterator[None]:
+    """Somebody else holds the run, so whatever names it waits."""
+    async with admin.transaction():
+        await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
+        yield
+
+
+async def gathered(store: FlowStore, admin: asyncpg.Connection, calls: list[Awaitable[Any]]) -> list[Any]:
+    """Start calls that go out together: every lane waits for a lock until all are queued."""
+    runs = [await new_run(store) for _ in range(2)]
+    async with admin.transaction():
+        await admin.execute("SELECT FROM runs WHERE run_id = ANY($1) FOR UPDATE", runs)
+        waiting = []
+        for run in runs:
+            waiting.append(asyncio.ensure_future(store.try_claim_step(run, "blocked")))
+            await asyncio.sleep(0.05)
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.sleep(0.02)
+    assert await answers(*waiting) == [True, True]
+    return tasks
+
+
+async def deadlocks(admin: asyncpg.Connection) -> int:
+    await admin.execute("SELECT pg_stat_clear_snapshot()")
+    return int(
+        await admin.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+    )
+
+
+# Processes
+
+
+def storm(runs: list[UUID], process: int, turn: int) -> list[Call]:
+    chance = random.Random(f"{process} {turn}")
+    calls: list[Call] = []
+    for caller in range(128):
+        step: dict[str, Any] = {"run_id": chance.choice(runs), "step_key": f"step {chance.randrange(4)}"}
+        owner = f"owner {chance.randrange(3)}"
+        calls.append(
+            chance.choice(
+                [
+                    ("try_claim_step", {**step, "owner": owner, "lease": timedelta(seconds=1)}),
+                    ("try_claim_step", step),
+                    ("release_step_claim", step),
+                    ("renew_step_claim", {**step, "owner": owner, "lease": timedelta(seconds=2)}),
+                    ("try_record_dispatch", step),
+                    ("annotate_dispatch", {**step, "job_id": f"job {caller}"}),
+                    ("release_dispatch", step),
+                    ("record_step_start", {**step, "step_type": "http"}),
+                    ("record_step_start", {**step, "step_type": "http", "owner": owner}),
+                    ("record_step_complete", {**step, "status": StepStatus.PENDING}),
+                    ("record_step_complete", {**step, "status": StepStatus.FAILED, "attempt": 1}),
+                    ("complete_run", {"run_id": step["run_id"], "status": "Failed", "expected": {}}),
+                    ("retry_step", step),
+                ]
+            )
+        )
+    return calls
+
+
+async def test_two_processes_of_128_callers_on_the_same_steps_meet_no_deadlock_and_no_error(
+    fresh: str, admin: asyncpg.Connection, fleet: Fleet
+) -> None:
+    workers = fleet.take(2)
+    assert await answers(*(worker.ask("open", fresh, None) for worker in workers)) == [None, None]
+    async with open_store(fresh) as store:
+        runs = [await new_run(store) for _ in range(20)]
+        before = await deadlocks(admin)
+        odd: set[type] = set()
+        expected = {"ConflictError", "StepNotFoundError"}
+        for turn in range(8):
+            await answers(*(w.ask("prepare", storm(runs, n, turn)) for n, w in enumerate(workers)))
+            for found in await answers(*(worker.ask("go") for worker in workers)):
+                odd |= {
+                    type(one)
+                    for one in found
+                    if isinstance(one, FlowStoreError)
+                    and not expected & {kind.__name__ for kind in type(one).__mro__}
+                }
+        assert odd == set()
+        # Keys that nobody has touched: exactly one of both processes wins each.
+        keys = [(run, f"fresh {n}") for run in runs for n in range(6)]
+        for name, more in (("try_claim_step", {}), ("try_record_dispatch", {})):
+            calls = [(name, {"run_id": run, "step_key": key, **more}) for run, key in keys]
+            await answers(*(w.ask("prepare", calls[:: 1 - 2 * n]) for n, w in enumerate(workers)))
+            first, second = await answers(*(worker.ask("go") for worker in workers))
+            open_runs = {run for run in runs if await store.get_run_status(run) == "Running"}
+            for (run, _), one, other in zip(keys, first, reversed(second), strict=True):
+                assert [one, other].count(True) == (run in open_runs)
+        await answers(*(worker.ask("close") for worker in workers))
+        assert await deadlocks(admin) == before
+
+
+# A lost acknowledgement of many
+
+
+@pytest.mark.parametrize("fault", Fault)
+async def test_con_3_a_batch_whose_acknowledgement_is_lost_gets_true_answers(
+    fault: Fault, fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with (
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through) as store,
+    ):
+        run = await new_run(direct)
+        keys = [f"step {n:02}" for n in range(20)]
+        for key in keys[::2]:
+            assert await direct.try_claim_step(run, key)
+        free = [n % 2 == 1 for n in range(20)]
+
+        async def round_of(*calls: Awaitable[Any]) -> list[Any]:
+            tasks = await gathered(store, admin, list(calls))
+            return await answers(*tasks)
+
+        # Known connections and prepared statements, so that the next message is the statement itself.
+        warm = [f"warm {n}" for n in range(20)]
+        assert await round_of(*(store.try_claim_step(run, key) for key in warm)) == [True] * 20
+        assert await round_of(*(store.record_step_start(run, key, "t") for key in warm)) == [1] * 20
+        await round_of(*(store.record_step_complete(run, key, "Failed") for key in warm))
+        await round_of(*(store.try_record_dispatch(run, key) for key in warm))
+
+        async def struck(*calls: Awaitable[Any]) -> list[Any]:
+            tasks = await gathered_and_armed(list(calls))
+            found = await answers(*tasks)
+            assert proxy.struck
+            proxy.disarm()
+            await proxy.settle()
+            return found
+
+        async def gathered_and_armed(calls: list[Awaitable[Any]]) -> list[Any]:
+            tasks = [asyncio.ensure_future(call) for call in calls]
+            proxy.arm(1, fault)
+            return tasks
+
+        # Of two claims of one key in one batch exactly one wins, whatever became of the message.
+        claims = await struck(*(store.try_claim_step(run, key) for key in keys for _ in range(2)))
+        assert [sum(claims[2 * n : 2 * n + 2]) for n in range(20)] == free
+        assert await struck(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 20
+        assert await struck(*(store.record_step_complete(run, key, "Failed") for key in keys)) == [None] * 20
+        # A second start is a second attempt, numbered once.
+        assert await struck(*(store.record_step_start(run, key, "t") for key in keys)) == [2] * 20
+        dispatches = await struck(*(store.try_record_dispatch(run, key) for key in keys for _ in range(2)))
+        assert [sum(dispatches[2 * n : 2 * n + 2]) for n in range(20)] == [True] * 20
+        detail = await direct.get_run_detail(run)
+        assert detail is not None
+        assert [len(step.attempts) for step in detail.steps if step.step_key in keys] == [2] * 20
+        assert len(await direct.get_step_claims(run)) == 40
+
+
+# Errors among good calls
+
+
+async def test_a_row_that_the_server_refuses_fails_alone(fresh: str, admin: asyncpg.Connection) -> None:
+    async with open_store(fresh) as store:
+        run = await new_run(store)
+        # Argument checks leave PostgreSQL nothing to refuse, so the table gets a constraint.
+        await admin.execute("ALTER TABLE steps ADD CHECK (step_key NOT LIKE 'bad%')")
+        keys = [f"{'bad' if n in (3, 17, 18) else 'good'} {n}" for n in range(40)]
+        found = await answers(*await gathered(store, admin, [store.try_claim_step(run, key) for key in keys]))
+        for key, one in zip(keys, found, strict=True):
+            if key.startswith("bad"):
+                assert type(one) is StoreUnavailableError
+                assert "23514" in str(one)
+                assert key not in str(one)
+            else:
+                assert one is True
+        assert {one.step_key for one in await store.get_step_claims(run)} == {
+            key for key in keys if key.startswith("good")
+        }
+
+
+async def test_an_error_that_no_row_is_the_reason_of_is_not_looked_for_in_the_rows(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh, statement_timeout=0.3) as store:
+        run = await new_run(store)
+        async with locked(admin, run):
+            began = asyncio.get_running_loop().time()
+            found = await answers(*(store.try_claim_step(run, f"step {n}") for n in range(40)))
+            # Halving 40 rows would wait for the lock once for each half.
+            assert asyncio.get_running_loop().time() - began < 2
+        assert {type(one) for one in found} == {StoreUnavailableError}
+        assert len({id(one) for one in found}) == 40
+        assert await store.try_claim_step(run, "step 0")
+
+
+async def test_unknown_runs_and_stale_attempts_hurt_no_neighbour(fresh: str) -> None:
+    async with open_store(fresh) as store:
+        run = await new_run(store)
+        unknown = new_run_id()
+        for n in range(30):
+            await store.record_step_start(run, f"step {n}", "t")
+        found = await answers(
+            *(
+                store.record_step_complete(
+                    unknown if n % 3 == 0 else run, f"step {n}", "Failed", attempt=2 if n % 3 == 1 else 1
+                )
+                for n in range(30)
+            )
+        )
+        assert [type(one) for one in found] == [RunNotFoundError, StaleAttemptError, type(None)] * 10
+
+
+async def test_large_texts_do_not_share_a_message(fresh: str, admin: asyncpg.Connection) -> None:
+    # 256 of the largest texts together are more than the server takes in one message.
+    async with open_store(fresh) as store:
+        run = await new_run(store)
+        text = '"' + "x" * (3 * 1024 * 1024) + '"'
+        keys = [f"step {n}" for n in range(6)]
+        for calls in (
+            [store.try_claim_step(run, key) for key in keys],
+            [store.record_step_start(run, key, "t", input_json=text) for key in keys],
+            [store.record_step_complete(run, key, "Failed", error_message=text) for key in keys],
+        ):
+            await answers(*await gathered(store, admin, calls))
+            written = await admin.fetchval(
+                "SELECT count(DISTINCT xmin::text) FROM steps WHERE run_id = $1", run
+            )
+            assert written == (1 if calls[0].__name__ == "try_claim_step" else 6)
+
+
+# Time
+
+
+async def test_a_claim_counts_from_when_the_run_was_free_not_from_when_it_was_asked_for(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run = await new_run(store)
+        assert await store.try_claim_step(run, "mine", owner="me", lease=timedelta(seconds=0.3))
+        async with locked(admin, run):
+            calls = [
+                asyncio.ensure_future(store.try_claim_step(run, "other", owner="me", lease=LEASE)),
+                asyncio.ensure_future(store.record_step_start(run, "mine", "t", owner="me")),
+            ]
+            await asyncio.sleep(0.5)
+            freed = datetime.now(UTC)
+        claimed, started = await answers(*calls)
+        assert claimed is True
+        (claim,) = [one for one in await store.get_step_claims(run) if one.step_key == "other"]
+        assert claim.claimed_at >= freed
+        # The lease ended while the start waited, so nothing may start under it (STP-3).
+        assert isinstance(started, ClaimLostError)
+
+
+# Cancellation
+
+
+async def test_con_4_a_storm_of_cancelled_claims_leaves_no_key_taken(fresh: str) -> None:
+    chance = random.Random(4)
+    async with open_store(fresh) as store:
+        run = await new_run(store)
+        keys = [f"step {n}" for n in range(500)]
+
+        async def claim(key: str) -> None:
+            task = asyncio.ensure_future(
+                chance.choice([store.try_claim_step, store.try_record_dispatch])(run, key)
+            )
+            await asyncio.sleep(chance.random() * 0.05)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                if await task:
+                    # It had been answered.
+                    await store.release_step_claim(run, key)
+                    await store.release_dispatch(run, key)
+
+        for _ in range(3):
+            await asyncio.wait_for(asyncio.gather(*(claim(key) for key in keys)), 30)
+    async with open_store(fresh) as store:
+        assert await answers(*(store.try_claim_step(run, key, owner="new") for key in keys)) == [True] * 500
+        assert await answers(*(store.try_record_dispatch(run, key) for key in keys)) == [True] * 500
+
+
+# Closing and options
+
+
+async def test_a_store_closed_with_work_queued_answers_all_of_it_truly(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    opened = open_store(fresh)
+    store = await opened.__aenter__()
+    run = await new_run(store)
+    tasks = [asyncio.ensure_future(store.try_claim_step(run, f"step {n}", owner="me")) for n in range(600)]
+    await asyncio.sleep(0.001)
+    await opened.__aexit__(None, None, None)
+    found = await answers(*tasks)
+    assert {type(one) for one in found} <= {bool, StoreClosedError, OutcomeUnknownError}
+    rows = await admin.fetch("SELECT step_key FROM steps WHERE claimed_at IS NOT NULL")
+    claimed = {row["step_key"] for row in rows}
+    for n, one in enumerate(found):
+        if not isinstance(one, OutcomeUnknownError):
+            assert (f"step {n}" in claimed) == (one is True)
+    assert found.count(True) > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"pool_size": 1}, {"pgbouncer": True}, {"pgbouncer": True, "pool_size": 1}]
+)
+async def test_a_single_connection_and_a_transaction_pooler_work_too(
+    options: dict[str, Any], fresh: str
+) -> None:
+    async with open_store(fresh, **options) as store:
+        run = await new_run(store)
+        keys = [f"step {n}" for n in range(150)]
+        assert await answers(*(store.try_claim_step(run, key) for key in keys)) == [True] * 150
+        assert await answers(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 150
+        found = await answers(
+            *(store.record_step_complete(run, key, "Succeeded") for key in keys), store.get_step_statuses(run)
+        )
+        assert found[:-1] == [None] * 150
+        assert set((await store.get_step_statuses(run)).values()) == {StepStatus.SUCCEEDED}
+
+
+async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh, pool_size=2) as store:
+        run = await new_run(store)
+        for turn in range(8):
+            # More than five executions, after which PostgreSQL may keep a plan for good.
+            await answers(*(store.try_claim_step(run, f"{turn} {n}") for n in range(20)))
+            await answers(*(store.record_step_start(run, f"{turn} {n}", "t") for n in range(20)))
+            await answers(*(store.record_step_complete(run, f"{turn} {n}", "Failed") for n in range(20)))
+        await admin.execute(
+            "INSERT INTO steps (run_id, step_key)"
+            " SELECT gen_random_uuid(), 'x' FROM generate_series(1, 50000)"
+        )
+
+        async def use() -> None:
+            for call in (store.try_claim_step, store.release_step_claim, store.try_record_dispatch):
+                await answers(*(call(run, f"late {n}") for n in range(20)))
+            await answers(*(store.record_step_start(run, f"late {n}", "t") for n in range(20)))
+            await answers(*(store.record_step_complete(run, f"late {n}", "Pending") for n in range(20)))
+
+        async def scans() -> int:
+            # A server process tells what it has done with the next thing it does a second later.
+            await asyncio.sleep(1.1)
+            await use()
+            await admin.execute("SELECT pg_stat_clear_snapshot()")
+            found = await admin.fetchval(
+                "SELECT seq_scan FROM pg_stat_user_tables WHERE relid = 'steps'::regclass"
+            )
+            return int(found)
+
+        await use()
+        before = await scans()
+        await use()
+        assert await scans() == before
