@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import asyncpg
 
@@ -38,7 +40,12 @@ WATCH_SECONDS = 1.0
 # rows, so it is made once; PostgreSQL would else make one anew for every small batch.
 BY_KEY = """
 SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;
-SET plan_cache_mode = force_generic_plan
+SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
+"""
+# The last of them, in milliseconds, because whoever holds a run for long must hold up the calls on that
+# run alone: these leave the batch and wait each on its own.
+FIND_FREE_RUNS = """
+SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) FOR SHARE SKIP LOCKED
 """
 
 
@@ -86,6 +93,19 @@ def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return None if values[0] is None and values.count(None) == len(values) else values
 
 
+class _LockedError(Exception):
+    """Somebody else has held the row's run, or its step, for too long; nothing happened."""
+
+
+class _LockedRunsError(Exception):
+    """The same of a batch."""
+
+    def __init__(self, free: set[UUID]) -> None:
+        super().__init__()
+        self.free = free
+        """The runs that nobody holds."""
+
+
 class _Lane:
     """A connection on its way with batches."""
 
@@ -112,37 +132,61 @@ class Batches:
         self._sending: set[_Lane] = set()
         self._watcher: asyncio.TimerHandle | None = None
         self._patience = patience
-        self._batcher: Batcher | None = None
+        self._batchers: dict[bool, Batcher] = {}
+        """By whether they are for runs that somebody holds."""
         self._methods: dict[Batched, Method[Row, Any]] = {}
+        self._apart: dict[Batched, Method[Row, Any]] = {}
+        self._locked: Counter[UUID] = Counter()
+        """How many calls wait for each run that somebody holds."""
 
-    def call(
+    async def call(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None = None
-    ) -> Coroutine[Any, Any, Any]:
-        """Write one row with the next batch; awaited, it gives the answer to that row."""
-        method = self._methods.get(batched)
-        if method is None:
-            method = self._begin(batched)
-        return method.call(_key(row), row, give_back)
+    ) -> Any:
+        """Write one row with the next batch and return the answer to it."""
+        if row[0] not in self._locked:
+            method = self._methods.get(batched) or self._method(batched, apart=False)
+            try:
+                return await method.call(_key(row), row, give_back)
+            except _LockedError:
+                pass
+        return await self._wait_apart(batched, row, give_back)
 
-    def _begin(self, batched: Batched) -> Method[Row, Any]:
-        if self._batcher is None:
-            self._batcher = Batcher(
+    async def _wait_apart(
+        self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None
+    ) -> Any:
+        """Write a row of a run that somebody holds, in a batch with others that wait for such runs."""
+        run_id = row[0]
+        self._locked[run_id] += 1
+        try:
+            return await self._method(batched, apart=True).call(_key(row), row, give_back)
+        finally:
+            self._locked[run_id] -= 1
+            if not self._locked[run_id]:
+                del self._locked[run_id]
+
+    def _method(self, batched: Batched, *, apart: bool) -> Method[Row, Any]:
+        batcher = self._batchers.get(apart)
+        if batcher is None:
+            # Those who wait take at most as many connections as those who do not.
+            batcher = self._batchers[apart] = Batcher(
                 lanes=self._lanes,
                 patience=self._patience,
                 advice="raise pool_size or acquire_timeout, or send fewer calls at once",
             )
+        methods = self._apart if apart else self._methods
+        method = methods.get(batched)
+        if method is None:
 
-        async def run(rows: Sequence[Row]) -> Sequence[Any]:
-            return await self._run(batched, rows)
+            async def run(rows: Sequence[Row]) -> Sequence[Any]:
+                return await self._run(batched, rows, apart=apart)
 
-        method = self._batcher.method(
-            batched.operation, run, keyed=True, share=batched.share, weigh=batched.weigh
-        )
-        self._methods[batched] = method
+            method = methods[batched] = batcher.method(
+                batched.operation, run, keyed=True, share=batched.share, weigh=batched.weigh
+            )
         return method
 
-    async def _run(self, batched: Batched, rows: Sequence[Row]) -> Sequence[Any]:
-        """The answer to each row, or the error that its caller gets."""
+    async def _run(self, batched: Batched, rows: Sequence[Row], *, apart: bool = False) -> Sequence[Any]:
+        """The answer to each row, or the error that its caller gets; ``apart`` leaves the lanes free."""
         database = self._database
         answers: dict[int, Any] = {}
         left = sorted(range(len(rows)), key=lambda n: _key(rows[n]))
@@ -150,7 +194,7 @@ class Batches:
 
         async def attempt() -> None:
             nonlocal left
-            lane = await self._take()
+            lane = await self._take(apart=apart)
             connection = lane.connection
             try:
                 if lost:
@@ -161,14 +205,21 @@ class Batches:
                         if batched.find is not None:
                             left = await self._find(connection, batched, rows, left, answers)
                     lost.clear()
-                if left:
-                    found = await self._send(lane, batched, [rows[n] for n in left], lost)
-                    answers.update(zip(left, found, strict=True))
+                while left:
+                    try:
+                        found = await self._send(lane, batched, [rows[n] for n in left], lost)
+                    except _LockedRunsError as locked:
+                        stuck = [n for n in left if rows[n][0] not in locked.free] or left
+                        answers.update((n, _LockedError()) for n in stuck)
+                        left = [n for n in left if n not in answers]
+                    else:
+                        answers.update(zip(left, found, strict=True))
+                        break
             except asyncio.CancelledError:
                 database.drop(connection)
                 raise
             finally:
-                await self._put(lane)
+                await self._put(lane, keep=not apart)
 
         try:
             await database.retrying(attempt)
@@ -220,6 +271,12 @@ class Batches:
             database.drop(connection)
             lost.append(database.lost(peer, sent))
             raise Retry(describe(error)) from None
+        except asyncpg.LockNotAvailableError:
+            if lane.prepared is None:
+                raise
+            runs = {row[0] for row in rows}
+            free = await connection.fetch(database.sql(FIND_FREE_RUNS), runs, timeout=database.client_timeout)
+            raise _LockedRunsError({one[0] for one in free}) from None
         except asyncpg.InvalidCachedStatementError as error:
             # The tables were changed under it; a new connection prepares anew.
             database.drop(connection)
@@ -265,14 +322,14 @@ class Batches:
         if self._sending:
             self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
 
-    async def _take(self) -> _Lane:
-        while self._free:
+    async def _take(self, *, apart: bool) -> _Lane:
+        while self._free and not apart:
             lane = self._free.pop()
             if self._database.is_usable(lane.connection):
                 return lane
             await self._database.release(lane.connection)
         connection = await self._database.acquire()
-        if not (self._hold and self._by_key):
+        if apart or not (self._hold and self._by_key):
             return _Lane(connection, None)
         try:
             await connection.execute(BY_KEY, timeout=self._database.client_timeout)
@@ -282,16 +339,16 @@ class Batches:
             raise Retry(describe(error)) from None
         return _Lane(connection, {})
 
-    async def _put(self, lane: _Lane) -> None:
-        if self._hold and self._database.is_usable(lane.connection):
+    async def _put(self, lane: _Lane, *, keep: bool) -> None:
+        if keep and self._hold and self._database.is_usable(lane.connection):
             self._free.append(lane)
         else:
             await self._database.release(lane.connection)
 
     async def aclose(self, seconds: float) -> None:
         """Answer every call that was taken, wait for what is given back, let the connections go."""
-        if self._batcher is not None:
-            await self._batcher.drain(seconds)
+        for _, batcher in sorted(self._batchers.items()):
+            await batcher.drain(seconds)
         if self._watcher is not None:
             self._watcher.cancel()
         while self._free:

@@ -413,3 +413,42 @@ async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow
         before = await scans()
         await use()
         assert await scans() == before
+
+
+async def test_a_run_that_somebody_holds_holds_up_no_other(fresh: str, admin: asyncpg.Connection) -> None:
+    async with open_store(fresh) as store:
+        held, free = await new_run(store), await new_run(store)
+        for step in "abc":
+            assert await store.try_claim_step(held, step, owner="me", lease=LEASE)
+            await store.record_step_start(held, step, "t", owner="me")
+        transaction = admin.transaction()
+        await transaction.start()
+        await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", held)
+        await admin.execute("SELECT FROM steps WHERE run_id = $1 AND step_key = 'b' FOR UPDATE", held)
+        # More than there are connections, of operations that wait for the run and of one that waits
+        # for the step.
+        waiting = [asyncio.create_task(store.try_claim_step(held, f"s{n}")) for n in range(8)]
+        for step in "ab":
+            completing = store.record_step_complete(held, step, StepStatus.SUCCEEDED)
+            waiting.append(asyncio.create_task(completing))
+        doomed = asyncio.create_task(store.try_claim_step(held, "doomed"))
+        try:
+            # While it is held, whatever else is asked for is answered.
+            for n in range(3):
+                key = f"s{n}"
+                assert await store.try_record_dispatch(free, key)
+                assert await store.try_claim_step(free, key)
+                await store.record_step_start(free, key, "t")
+                await store.record_step_complete(free, key, StepStatus.SUCCEEDED)
+            assert not any(task.done() for task in waiting)
+            doomed.cancel()
+        finally:
+            await transaction.rollback()
+        assert await asyncio.gather(*waiting) == [True] * 8 + [None, None]
+        with suppress(asyncio.CancelledError):
+            await doomed
+        statuses = await store.get_step_statuses(held)
+        assert statuses == {"a": StepStatus.SUCCEEDED, "b": StepStatus.SUCCEEDED, "c": StepStatus.RUNNING}
+    async with open_store(fresh) as store:
+        # What the cancelled call had won, if anything, was given back.
+        assert await store.try_claim_step(held, "doomed")
