@@ -124,9 +124,9 @@ class Batcher:
         patience: float = PATIENCE_SECONDS,
         advice: str = "send fewer calls at once",
     ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.places = Places(capacity)
-        self.closing = False
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.places: Places = Places(capacity)
+        self.closing: bool = False
         self._closed = False
         self._lanes = lanes
         self._largest = largest
@@ -237,8 +237,9 @@ class Batcher:
                         self._wake()
                     await self._run(method, calls)
                     self._on_the_way.pop(lane, None)
-                    # Whoever was answered queues its next call before the next batch is made up.
-                    await asyncio.sleep(0)
+                    if len(calls) > 1:
+                        # Whoever was answered queues its next call before the next batch is made up.
+                        await asyncio.sleep(0)
         finally:
             self._tasks.discard(lane)
             self._abandon(lane)

@@ -33,11 +33,11 @@ class Call:
         give_back: Callable[[Any], Awaitable[None]] | None,
         since: float,
     ) -> None:
-        self.key = key
-        self.item = item
-        self.outcome = outcome
-        self.give_back = give_back
-        self.since = since
+        self.key: Hashable = key
+        self.item: Any = item
+        self.outcome: asyncio.Future[Any] = outcome
+        self.give_back: Callable[[Any], Awaitable[None]] | None = give_back
+        self.since: float = since
         self.followers: list[Call] | None = None
         """Calls with the same key that hope to be answered from this one's answer."""
 

@@ -10,8 +10,8 @@ class Places:
     """Counts who has a place; whoever finds none waits for one that is left."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.taken = 0
+        self.capacity: int = capacity
+        self.taken: int = 0
         """With those that were handed to a waiter a moment ago; may exceed the capacity."""
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 

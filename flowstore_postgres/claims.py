@@ -133,6 +133,13 @@ SELECT step_key, claim_token, claim_owned, claimed_at, claim_expires_at FROM {sc
 WHERE run_id = $1 AND claimed_at IS NOT NULL ORDER BY step_key
 """
 
+TAKE_DISPATCH = """
+ON CONFLICT (run_id, step_key) DO UPDATE SET
+    dispatch_token = excluded.dispatch_token,
+    dispatched_at = excluded.dispatched_at,
+    due_at = excluded.due_at
+WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running')) AND s.dispatched_at IS NULL
+"""
 TRY_RECORD_DISPATCH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
@@ -143,17 +150,22 @@ WITH guard AS MATERIALIZED (
 ), won AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
     SELECT run_id, step_key, token, now, due_at FROM guard, asked WHERE open
-    ON CONFLICT (run_id, step_key) DO UPDATE SET
-        dispatch_token = excluded.dispatch_token,
-        dispatched_at = excluded.dispatched_at,
-        due_at = excluded.due_at
-    WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running')) AND s.dispatched_at IS NULL
+    {take}
     RETURNING dispatch_token
 )
 SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open,
        (SELECT array_agg(dispatch_token) FROM won) AS won
 FROM guard
-"""
+""".replace("{take}", TAKE_DISPATCH)
+TRY_RECORD_DISPATCH_ALONE = """
+INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
+SELECT $3, $4, $5, now, $6
+FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+     LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
+WHERE clock_timestamp() < $1
+{take}
+RETURNING true AS won
+""".replace("{take}", TAKE_DISPATCH)
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
 GIVE_BACK_DISPATCH = """
 UPDATE {schema}.steps
@@ -169,6 +181,12 @@ annotated AS (
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
 SELECT in_time FROM guard
+"""
+ANNOTATE_DISPATCH_ALONE = """
+UPDATE {schema}.steps SET dispatch_job_id = $5
+WHERE clock_timestamp() < $1 AND $2::timestamptz IS NULL
+  AND run_id = $3 AND step_key = $4 AND dispatched_at IS NOT NULL
+RETURNING true AS done
 """
 FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_job_id = $3"
 
@@ -259,12 +277,18 @@ RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=_
 DISPATCH = Batched(
     operation="try_record_dispatch",
     statement=TRY_RECORD_DISPATCH,
+    alone=TRY_RECORD_DISPATCH_ALONE,
     read=_read_dispatches,
     find=FIND_DISPATCH,
     found=lambda row: WON,
     share=_share_dispatch,
 )
-ANNOTATE = Batched(operation="annotate_dispatch", statement=ANNOTATE_DISPATCH, find=FIND_ANNOTATION)
+ANNOTATE = Batched(
+    operation="annotate_dispatch",
+    statement=ANNOTATE_DISPATCH,
+    alone=ANNOTATE_DISPATCH_ALONE,
+    find=FIND_ANNOTATION,
+)
 FREE = Batched(operation="release_dispatch", statement=RELEASE_DISPATCH, find=FIND_RELEASE)
 
 

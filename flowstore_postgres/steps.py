@@ -26,6 +26,20 @@ from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
 from flowstore_postgres.runs import lock_run
 
+START_ATTEMPT = """
+SET status = 'Running', step_type = a.step_type, input_json = a.input_json, job_id = a.job_id,
+    output_json = NULL, error_message = NULL, completed_at = NULL,
+    -- Not before the attempt before it ended, however long this statement waited for the row.
+    started_at = coalesce($2, greatest(now, completed_at)),
+    first_started_at = coalesce(first_started_at, now), last_attempt = last_attempt + 1,
+    reopened = false, rescheduled = false, started_owner = a.owner, started_token = a.token,
+    closed_token = NULL
+"""
+MAY_START = """
+(s.status IS NULL OR reopened)
+AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner
+                        AND (claim_expires_at IS NULL OR claim_expires_at > now))
+"""
 # The hot way: an update of a row that has no attempt to keep, for the ordinary first start. Whatever else
 # may be the case is for RECORD_STEP_START_CAREFULLY, of which this does nothing. As for a claim, now is the
 # time after the wait for the run: the owner's lease may end while it lasts.
@@ -40,22 +54,25 @@ WITH guard AS MATERIALIZED (
     WHERE in_time
 ), started AS (
     UPDATE {schema}.steps s
-    SET status = 'Running', step_type = a.step_type, input_json = a.input_json, job_id = a.job_id,
-        output_json = NULL, error_message = NULL, completed_at = NULL,
-        -- Not before the attempt before it ended, however long this statement waited for the row.
-        started_at = coalesce($2, greatest(now, completed_at)),
-        first_started_at = coalesce(first_started_at, now), last_attempt = last_attempt + 1,
-        reopened = false, rescheduled = false, started_owner = a.owner, started_token = a.token,
-        closed_token = NULL
+    {start}
     FROM asked a
-    WHERE open AND s.run_id = a.run_id AND s.step_key = a.step_key AND (s.status IS NULL OR reopened)
-      AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner
-                              AND (claim_expires_at IS NULL OR claim_expires_at > now))
+    WHERE open AND s.run_id = a.run_id AND s.step_key = a.step_key AND {may_start}
     RETURNING n, last_attempt
 )
 SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open, started.*
 FROM guard, (SELECT array_agg(n) AS n, array_agg(last_attempt) AS attempts FROM started) started
-"""
+""".replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
+# The same for a start that goes alone.
+RECORD_STEP_START_ALONE = """
+UPDATE {schema}.steps s
+{start}
+FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
+     LATERAL (SELECT coalesce($2, clock_timestamp()) AS now, $5::bigint AS token, $6::text AS step_type,
+                     $7::text AS input_json, $8::text AS job_id, $9::text AS owner
+              WHERE run.run_id = $3) a
+WHERE clock_timestamp() < $1 AND s.run_id = $3 AND s.step_key = $4 AND {may_start}
+RETURNING last_attempt AS attempt
+""".replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
 # The newest attempt lies in the step's row; before a new one begins it moves to attempts, closed as
 # Failed where it was still open (STP-1). FOR UPDATE gives the row as it is after waiting for it, and
 # every decision is made on that row alone. "again" says that the row was inserted while we looked.
@@ -135,6 +152,14 @@ closed AS (
     RETURNING n
 )
 SELECT in_time, (SELECT array_agg(n) FROM closed) AS closed FROM guard
+"""
+RECORD_STEP_COMPLETE_ALONE = """
+UPDATE {schema}.steps
+SET status = $6, output_json = $7, error_message = $8, closed_token = $5,
+    completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
+WHERE clock_timestamp() < $1 AND run_id = $3 AND step_key = $4
+  AND status = 'Running' AND coalesce($9, last_attempt) = last_attempt
+RETURNING true AS closed
 """
 RECORD_STEP_COMPLETE_CAREFULLY = """
 WITH guard AS MATERIALIZED (
@@ -263,6 +288,7 @@ def _read_completions(rows: Sequence[Row], found: Any) -> list[bool]:
 START = Batched(
     operation="record_step_start",
     statement=RECORD_STEP_START,
+    alone=RECORD_STEP_START_ALONE,
     read=_read_starts,
     find=FIND_STEP_START,
     found=lambda row: Started(True, row["attempt"]),
@@ -271,6 +297,7 @@ START = Batched(
 COMPLETE = Batched(
     operation="record_step_complete",
     statement=RECORD_STEP_COMPLETE,
+    alone=RECORD_STEP_COMPLETE_ALONE,
     read=_read_completions,
     find=FIND_STEP_COMPLETE,
     found=lambda row: True,
