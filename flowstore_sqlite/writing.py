@@ -56,7 +56,7 @@ class Writing(Batcher):
 
     def _send(self) -> None:
         self._flush = None
-        if self._sent is None and (calls := self._take(self._method)):
+        if self._sent is None and self._method.queue and (calls := self._take(self._method)):
             self._sent = calls
             self._is_crowded = len(calls) > 1
             if self._serving is None:

@@ -27,6 +27,7 @@ from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.programs import replay_on_memory
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
+from flowstore_conformance.surfacing import watch_callbacks
 from flowstore_conformance.waivers import Waiver, apply_waivers
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.config import read_scheme, redact
@@ -200,9 +201,10 @@ class Outcome:
 async def _among_others(check: Check, profile: Profile, seed: int, shared: SharedNamespace) -> Outcome | None:
     """What a check found in a shared namespace; None, and the namespace given up, unless it passed."""
     try:
-        async with shared.bench(_own_seed(check, seed)) as bench:
-            outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
-        if outcome.status in (Status.PASS, Status.UNSUPPORTED):
+        with watch_callbacks() as surfaced:
+            async with shared.bench(_own_seed(check, seed)) as bench:
+                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+        if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not surfaced:
             return outcome
     except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
         _raise_refusal(error)
@@ -232,8 +234,13 @@ async def _outcome(
     own_seed = _own_seed(check, seed, look)
     outcome: Outcome | None = None
     try:
-        async with make_bench(url, backend, profile, own_seed, patience=4.0**look) as bench:
-            outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+        with watch_callbacks() as surfaced:
+            async with make_bench(url, backend, profile, own_seed, patience=4.0**look) as bench:
+                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+        if surfaced and outcome.status is Status.PASS:
+            message = f"{type(surfaced[0]).__name__} surfaced in a callback, where no caller sees it"
+            failure = Failure(clause="CON-2", message=message, traceback=_frames(surfaced[0], url))
+            outcome = Outcome(Status.FAIL, outcome.exercised, failure)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         # Not of the check, which _judge has told, but of making the bench or of putting it away.
         _raise_refusal(error)

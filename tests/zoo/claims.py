@@ -76,6 +76,15 @@ class ClaimRaceLetsOutDriverError:
         return bool(won)
 
 
+@broken("memory", "CON-2", look_at=("CLM-3",))
+class ReleaseFailsInCallback:
+    """A callback that a release leaves behind raises; no caller sees it."""
+
+    async def release_step_claim(self, **given: Any) -> None:
+        await super().release_step_claim(**given)
+        asyncio.get_running_loop().call_soon([].pop)
+
+
 @broken("memory", "CLM-1")
 class ClaimLoserRaises:
     """Who loses gets a ConflictError."""
