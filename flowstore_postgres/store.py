@@ -19,13 +19,16 @@ from flowstore_postgres.migrate import check_schema, read_connection_settings
 from flowstore_postgres.outputs import Outputs
 from flowstore_postgres.pages import Pages
 from flowstore_postgres.retention import Retention
+from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
 
 
-class PostgresStore(Runs, Pages, Steps, Claims, Controls, Signals, Outputs, Events, Retention, Statistics):
+class PostgresStore(
+    Runs, Pages, Steps, Retries, Claims, Controls, Signals, Outputs, Events, Retention, Statistics
+):
     """The store; each noun's file holds its statements and the methods that run them."""
 
     def __init__(self, database: Database) -> None:

@@ -1,0 +1,82 @@
+"""Retrying a step on PostgreSQL: it is opened again, the run with it, and skipped steps are reset."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from flowstore_core import RunStatus, StaleAttemptError, StepNotFoundError
+from flowstore_core.steps import superseded_by
+from flowstore_postgres.connection import Transaction
+from flowstore_postgres.database import Database
+from flowstore_postgres.runs import lock_run
+from flowstore_postgres.steps import ARCHIVE_ATTEMPTS, READ_STEP
+
+REOPEN_STEP = """
+UPDATE {schema}.steps
+SET status = 'Pending', reopened = true, rescheduled = false, output_json = NULL, error_message = NULL,
+    completed_at = coalesce(completed_at, $3), started_owner = NULL,
+    claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
+    dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+WHERE run_id = $1 AND step_key = $2
+"""
+FIND_SKIPPED = """
+SELECT step_key FROM {schema}.steps
+WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped' FOR UPDATE
+"""
+# A skipped step that is reset keeps its attempts and its numbering for the next start, nothing else.
+RESET_STEPS = """
+UPDATE {schema}.steps
+SET status = NULL, output_json = NULL, error_message = NULL, completed_at = NULL, started_owner = NULL,
+    claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
+    dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+WHERE run_id = $1 AND step_key = ANY($2::text[])
+"""
+DELETE_UNDELIVERED = """
+DELETE FROM {schema}.waiters WHERE run_id = $1 AND step_key = ANY($2::text[]) AND delivered_at IS NULL
+"""
+REOPEN_RUN = "UPDATE {schema}.runs SET status = 'Running', completed_at = NULL WHERE run_id = $1"
+CLEAR_LATCHES = """
+UPDATE {schema}.controls
+SET cancel_requested_at = NULL, cancel_reason = NULL, timed_out_at = NULL, timed_out_reason = NULL,
+    timeout_at = CASE WHEN timeout_at <= $2 THEN NULL ELSE timeout_at END
+WHERE run_id = $1
+"""
+
+
+class Retries:
+    _database: Database
+
+    async def retry_step(
+        self, *, run_id: UUID, step_key: str, attempt: int | None, reset: frozenset[str]
+    ) -> None:
+        async def work(transaction: Transaction) -> None:
+            status = await lock_run(transaction, run_id)
+            row = await transaction.row(READ_STEP, run_id, step_key, transaction.now)
+            if row is None or row["status"] is None:
+                raise StepNotFoundError(run_id, step_key)
+            if attempt is not None and attempt != row["last_attempt"]:
+                raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+            if not row["reopened"]:
+                error = superseded_by(row["last_attempt"] + 1)
+                await transaction.execute(ARCHIVE_ATTEMPTS, run_id, [step_key], error, row["now"])
+                await transaction.execute(REOPEN_STEP, run_id, step_key, row["now"])
+                await self._reset(transaction, run_id, step_key, reset, row["now"])
+            if status is not RunStatus.RUNNING:
+                await transaction.execute(REOPEN_RUN, run_id)
+                await transaction.execute(CLEAR_LATCHES, run_id, row["now"])
+
+        await self._database.transaction("retry_step", work)
+
+    @staticmethod
+    async def _reset(
+        transaction: Transaction, run_id: UUID, step_key: str, reset: frozenset[str], now: datetime
+    ) -> None:
+        skipped: list[str] = []
+        if others := sorted(reset - {step_key}):
+            skipped = [row[0] for row in await transaction.rows(FIND_SKIPPED, run_id, others)]
+        if skipped:
+            # None of them is open, so none is closed with a message.
+            await transaction.execute(ARCHIVE_ATTEMPTS, run_id, skipped, "", now)
+            await transaction.execute(RESET_STEPS, run_id, skipped)
+        await transaction.execute(DELETE_UNDELIVERED, run_id, [step_key, *skipped])
