@@ -810,6 +810,7 @@ async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
             task.cancel()
         await outcomes(tasks)
         del items, tasks, task
+    await steps(2)
     gc.collect()
     assert len(left) <= 110
     await asyncio.sleep(0.1)
