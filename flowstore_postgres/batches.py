@@ -20,11 +20,12 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import Batcher, BatchError, Method
+from flowstore_postgres.acknowledgements import Lost, settle
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
 
 if TYPE_CHECKING:
-    from flowstore_postgres.database import Database, Lost
+    from flowstore_postgres.database import Database
 
 Row = tuple[Any, ...]
 
@@ -201,7 +202,7 @@ class Batches:
                     if batched.find is not None:
                         left = await self._find(connection, batched, rows, left, answers)
                     if left:
-                        await database.settle(connection, lost, batched.operation)
+                        await settle(database, connection, lost, batched.operation)
                         if batched.find is not None:
                             left = await self._find(connection, batched, rows, left, answers)
                     lost.clear()

@@ -14,7 +14,6 @@ import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -28,6 +27,7 @@ from flowstore_core import (
 )
 from flowstore_core.inflight import InFlight
 from flowstore_core.timeseries import LATEST
+from flowstore_postgres.acknowledgements import Lost, settle, was_committed
 from flowstore_postgres.batches import Batched, Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, Retry, describe, unreadable_url
@@ -48,28 +48,10 @@ ARRIVAL_SECONDS = 5.0
 # As in INP-3: a lease never ends later.
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 
-# A lost statement can take effect only as long as the process that got it lives.
-TERMINATE_BACKEND = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2
-"""
-TERMINATE_TRANSACTION = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid::text = $1
-"""
 BEGIN = "BEGIN"
 IDENTIFY_TRANSACTION = "SELECT pg_current_xact_id()::text"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-# xid8 has 64 bits; pg_stat_activity shows the low 32, which is enough to find a living one.
-TRANSACTION_STATUS = "SELECT pg_xact_status($1::text::xid8)"
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A statement that was sent and not answered."""
-
-    peer: Peer
-    over: float
-    """From this time of the event loop on it cannot take effect any more."""
 
 
 class Database:
@@ -96,6 +78,10 @@ class Database:
     @property
     def client_timeout(self) -> float:
         return self._settings.client_timeout
+
+    @property
+    def retry_timeout(self) -> float:
+        return self._settings.retry_timeout
 
     def now(self) -> datetime | None:
         """The virtual clock's time; None where the server's clock decides."""
@@ -137,7 +123,7 @@ class Database:
         return rows[0] if rows else None
 
     async def _read(self, statement: str, arguments: tuple[object, ...]) -> Sequence[Any]:
-        async with self._connection() as connection:
+        async with self.connection() as connection:
             try:
                 rows: Sequence[Any] = await connection.fetch(
                     self.sql(statement), *arguments, timeout=self._settings.client_timeout
@@ -176,12 +162,12 @@ class Database:
         lost: list[Lost] = []
 
         async def attempt() -> Any:
-            async with self._connection() as connection:
+            async with self.connection() as connection:
                 if lost:
                     # Found is final. Not found is final only when nothing can take effect any more.
                     found = None if look is None else await self.ask(connection, *look)
                     if found is None:
-                        await self.settle(connection, lost, operation)
+                        await settle(self, connection, lost, operation)
                         found = None if look is None else await self.ask(connection, *look)
                     if found is not None:
                         return found
@@ -239,19 +225,6 @@ class Database:
         """What arrived in time may run for as long as the server lets it."""
         return Lost(peer, sent + self._arrival + self._settings.statement_timeout)
 
-    async def settle(self, connection: Connection, lost: list[Lost], operation: str) -> None:
-        """Return once no lost statement can take effect any more (CON-3)."""
-        give_up = self._loop.time() + self._settings.retry_timeout
-        for one in lost:
-            while self._loop.time() < one.over:
-                if one.peer.started is not None:
-                    alive = await self.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
-                    if alive is None:
-                        break
-                if self._loop.time() > give_up:
-                    raise OutcomeUnknownError(operation)
-                await asyncio.sleep(0.02)
-
     async def transaction(
         self,
         operation: str,
@@ -266,7 +239,7 @@ class Database:
         self._check_place()
 
         async def attempt() -> T:
-            async with self._connection() as connection:
+            async with self.connection() as connection:
                 return await self._transaction(connection, operation, work)
 
         return await self.run(self.retrying(attempt), give_back)
@@ -296,7 +269,7 @@ class Database:
             answer = await transaction.execute(COMMIT)
         except LOST:
             self.drop(connection)
-            if await self._committed(xid, operation):
+            if await was_committed(self, xid, operation):
                 return result
             raise Retry(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
         except asyncio.CancelledError:
@@ -305,23 +278,6 @@ class Database:
         if answer != COMMIT:
             raise Retry(StoreUnavailableError("PostgreSQL rolled the transaction back"))
         return result
-
-    async def _committed(self, xid: str, operation: str) -> bool:
-        """What became of a transaction whose COMMIT got no answer."""
-
-        async def ask() -> bool:
-            async with self._connection() as connection:
-                low = str(int(xid) & 0xFFFFFFFF)
-                status = await self.ask(connection, TRANSACTION_STATUS, xid)
-                if status is None or status[0] == "in progress":
-                    await self.ask(connection, TERMINATE_TRANSACTION, low)
-                    raise Retry(StoreUnavailableError("a transaction is still in progress"))
-                return bool(status[0] == "committed")
-
-        try:
-            return await self.retrying(ask)
-        except StoreUnavailableError:
-            raise OutcomeUnknownError(operation) from None
 
     async def ask(self, connection: Connection, statement: str, *arguments: object) -> Any:
         try:
@@ -355,7 +311,7 @@ class Database:
             pause = min(pause * 2, LONGEST_PAUSE)
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
+    async def connection(self) -> AsyncIterator[Connection]:
         """A connection for one piece of work."""
         connection = await self.acquire()
         try:
@@ -408,7 +364,7 @@ class Database:
         """Undo what a cancelled call had won; the statement may be repeated."""
 
         async def attempt() -> None:
-            async with self._connection() as connection:
+            async with self.connection() as connection:
                 await self.ask(connection, statement, *arguments)
 
         await self.retrying(attempt)
@@ -417,7 +373,7 @@ class Database:
         """Run what may be repeated from its beginning, such as migrating, on one connection."""
 
         async def attempt() -> T:
-            async with self._connection() as connection:
+            async with self.connection() as connection:
                 try:
                     return await work(connection)
                 except LOST as error:
