@@ -144,7 +144,7 @@ class Batches:
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None = None
     ) -> Any:
         """Write one row with the next batch and return the answer to it."""
-        if row[0] not in self._locked:
+        if not self._locked or row[0] not in self._locked:
             method = self._methods.get(batched) or self._method(batched, apart=False)
             try:
                 return await method.call(_key(row), row, give_back)
