@@ -44,7 +44,7 @@ SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;
 SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
 """
 # The last of them, in milliseconds, because whoever holds a run for long must hold up the calls on that
-# run alone: these leave the batch and wait each on its own.
+# run alone: these leave the batch and wait in others, apart.
 FIND_FREE_RUNS = """
 SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) FOR SHARE SKIP LOCKED
 """
@@ -53,6 +53,16 @@ SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) FOR SHARE SKIP L
 def read_nothing(rows: Sequence[Row], found: Any) -> Sequence[None]:
     """The answers of an operation that has none."""
     return [None] * len(rows)
+
+
+def read_done(column: str) -> Callable[[Sequence[Row], Any], Sequence[bool]]:
+    """Whether each row was written, from a column that holds the numbers of those that were."""
+
+    def read(rows: Sequence[Row], found: Any) -> Sequence[bool]:
+        done = set(found[column] or ())
+        return [n in done for n in range(1, len(rows) + 1)]
+
+    return read
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -128,7 +138,7 @@ class Batches:
         self._lanes = max(1, min(LONGEST_LANES, (pool_size + 1) // 2))
         # With a single connection every other call needs it as well.
         self._hold = pool_size > 1
-        self._by_key = not pgbouncer
+        self._by_key = self._hold and not pgbouncer
         self._free: list[_Lane] = []
         self._sending: set[_Lane] = set()
         self._watcher: asyncio.TimerHandle | None = None
@@ -330,7 +340,7 @@ class Batches:
                 return lane
             await self._database.release(lane.connection)
         connection = await self._database.acquire()
-        if apart or not (self._hold and self._by_key):
+        if apart or not self._by_key:
             return _Lane(connection, None)
         try:
             await connection.execute(BY_KEY, timeout=self._database.client_timeout)

@@ -16,7 +16,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.batching import AGAIN
-from flowstore_postgres.batches import Batched, Row
+from flowstore_postgres.batches import Batched, Row, read_done
 from flowstore_postgres.database import Database
 
 log = logging.getLogger("flowstore_postgres")
@@ -258,11 +258,6 @@ def _share_dispatch(first: Row, answer: Answer, later: Row) -> Answer:
     return LOST if answer.won else answer
 
 
-def _read_renewals(rows: Sequence[Row], found: Any) -> list[bool]:
-    renewed = set(found["renewed"] or ())
-    return [n in renewed for n in range(1, len(rows) + 1)]
-
-
 CLAIM = Batched(
     operation="try_claim_step",
     statement=TRY_CLAIM_STEP,
@@ -273,7 +268,7 @@ CLAIM = Batched(
     share=_share_claim,
 )
 RELEASE = Batched(operation="release_step_claim", statement=RELEASE_STEP_CLAIM, find=FIND_RELEASE)
-RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=_read_renewals)
+RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=read_done("renewed"))
 DISPATCH = Batched(
     operation="try_record_dispatch",
     statement=TRY_RECORD_DISPATCH,

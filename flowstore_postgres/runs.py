@@ -54,7 +54,7 @@ UPDATE {schema}.runs SET status = $2, completed_at = coalesce($3, clock_timestam
 
 LIST_RUNS = f"""
 SELECT {RUN_COLUMNS} FROM {{schema}}.runs r
-WHERE {{filter}} ORDER BY r.started_at DESC, r.run_id DESC OFFSET $1 LIMIT $2
+WHERE {{filter}} ORDER BY r.started_at DESC, r.run_id DESC LIMIT $1
 """
 
 STEP_COLUMNS = """s.step_key, s.step_type, s.status, s.last_attempt, s.reopened, s.first_started_at,
@@ -210,14 +210,14 @@ class Runs:
         self, filtered: str, take: int | None, *arguments: object
     ) -> tuple[FlowRunRecord, ...]:
         # LIMIT NULL is no limit.
-        rows = await self._database.read(LIST_RUNS.replace("{filter}", filtered), 0, take, *arguments)
+        rows = await self._database.read(LIST_RUNS.replace("{filter}", filtered), take, *arguments)
         return tuple(run_record(row) for row in rows)
 
     async def get_active_runs(self, *, take: int | None) -> Sequence[FlowRunRecord]:
         return await self._list_runs("r.status = 'Running'", take)
 
     async def get_derived_runs(self, *, source_run_id: UUID, take: int | None) -> Sequence[FlowRunRecord]:
-        return await self._list_runs("r.source_run_id = $3", take, source_run_id)
+        return await self._list_runs("r.source_run_id = $2", take, source_run_id)
 
     async def get_run_detail(self, *, run_id: UUID) -> FlowRunDetail | None:
         row = await self._database.read_row(GET_RUN_DETAIL, run_id)

@@ -18,7 +18,7 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.steps import SUPERSEDED_BY, superseded_by
-from flowstore_postgres.batches import Batched, Row
+from flowstore_postgres.batches import Batched, Row, read_done
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
@@ -247,11 +247,6 @@ def _read_starts(rows: Sequence[Row], found: Any) -> list[Started]:
     return [Started(is_open, attempts.get(n)) for n, is_open in enumerate(found["open"], 1)]
 
 
-def _read_completions(rows: Sequence[Row], found: Any) -> list[bool]:
-    closed = set(found["closed"] or ())
-    return [n in closed for n in range(1, len(rows) + 1)]
-
-
 START = Batched(
     operation="record_step_start",
     statement=RECORD_STEP_START,
@@ -265,7 +260,7 @@ COMPLETE = Batched(
     operation="record_step_complete",
     statement=RECORD_STEP_COMPLETE,
     alone=RECORD_STEP_COMPLETE_ALONE,
-    read=_read_completions,
+    read=read_done("closed"),
     find=FIND_STEP_COMPLETE,
     found=lambda row: True,
     weigh=_weigh_completion,

@@ -139,6 +139,19 @@ def snapshot(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) ->
             db.execute("ROLLBACK")
 
 
+def written(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+    """Run work in a transaction of its own, under the write lock: whole or not at all."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(db)
+        db.execute("COMMIT")
+        return result
+    finally:
+        # Some errors have rolled back already.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
 def delays() -> Iterator[float]:
     """Seconds to wait between tries: jittered, and short even after long, because who asks seldom starves."""
     longest = 0.002

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from flowstore_core import StoreConfig
-from flowstore_sqlite.connection import Connection, snapshot
+from flowstore_sqlite.connection import Connection, snapshot, written
 from flowstore_sqlite.location import file_exists, read_location
 from flowstore_sqlite.opening import Options, migrated
 from flowstore_sqlite.schema import (
@@ -20,8 +18,6 @@ from flowstore_sqlite.schema import (
     read_version,
 )
 from flowstore_sqlite.search import enable_search, gather_texts, is_indexed
-
-T = TypeVar("T")
 
 
 def migrations() -> Sequence[tuple[int, str, str]]:
@@ -66,8 +62,8 @@ async def migrate(config: StoreConfig) -> int:
     try:
         options = Options.read(config)
         version = await migrated(connection, replace(config, migrate=True), options)
-        if await connection.run_patiently(partial(_written, enable_search), options.busy_timeout):
-            gather = partial(_written, partial(gather_texts, now=0))
+        if await connection.run_patiently(partial(written, enable_search), options.busy_timeout):
+            gather = partial(written, partial(gather_texts, now=0))
             while await connection.run_patiently(gather, options.busy_timeout):
                 pass
         return version
@@ -85,15 +81,3 @@ async def has_search_index(config: StoreConfig) -> bool:
         )
     finally:
         await connection.shut()
-
-
-def _written(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-    """Run work in a transaction of its own."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        result = work(db)
-        db.execute("COMMIT")
-        return result
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")

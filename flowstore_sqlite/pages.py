@@ -79,8 +79,8 @@ class _Wanted:
         self._values: dict[str, object] = {
             "flow_id": to_optional_id(flow_id),
             "status": None if status is None else status.value,
-            "started_at": None if after is None else to_us(after.started_at),
-            "after_id": None if after is None else after.run_id.bytes,
+            "started_at": self._place and self._place[0],
+            "after_id": self._place and self._place[1],
             "skip": skip,
             "take": take,
         }

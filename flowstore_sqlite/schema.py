@@ -6,10 +6,11 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 
 from flowstore_core import ConfigurationError, SchemaVersionError
+from flowstore_sqlite.connection import written
 from flowstore_sqlite.search import enable_search
 
 MINIMUM_SQLITE = (3, 37, 0)
@@ -89,25 +90,23 @@ def is_current(db: sqlite3.Connection, migrate: bool) -> bool:
 
 def apply_migrations(db: sqlite3.Connection, now: int) -> int:
     """Bring the schema up to date in one transaction, under the write lock; the version it then has."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        # Looked at again: of many processes that open a new file at once, one migrates.
-        if not is_current(db, migrate=True):
-            db.execute(CREATE_SCHEMA_TABLE)
-            version, _ = read_version(db)
-            for migration in load_migrations():
-                if migration.version <= version:
-                    continue
-                for statement in _statements(migration.sql):
-                    db.execute(statement)
-                row = (migration.version, migration.name, migration.works_from, now)
-                db.execute(INSERT_VERSION, row)
-            enable_search(db)
+    return written(partial(_apply_missing, now=now), db)
+
+
+def _apply_missing(db: sqlite3.Connection, *, now: int) -> int:
+    # Looked at again: of many processes that open a new file at once, one migrates.
+    if not is_current(db, migrate=True):
+        db.execute(CREATE_SCHEMA_TABLE)
         version, _ = read_version(db)
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        for migration in load_migrations():
+            if migration.version <= version:
+                continue
+            for statement in _statements(migration.sql):
+                db.execute(statement)
+            row = (migration.version, migration.name, migration.works_from, now)
+            db.execute(INSERT_VERSION, row)
+        enable_search(db)
+    version, _ = read_version(db)
     return version
 
 
