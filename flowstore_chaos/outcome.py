@@ -62,13 +62,12 @@ class Outcome:
 
 
 async def run_row(
-    line: Line, backend: str, *, seed: int, scale: float, planned: int | None, broken: bool, folder: Path,
+    line: Line, backend: str, *, seed: int, planned: int, broken: bool, folder: Path,
     say: Callable[[int], None],
 ) -> Outcome:  # fmt: skip
     """Run one row in a process of its own; it is killed when its time is up."""
-    amount = planned if planned is not None else line.planned_at(scale)
     command = ["-m", "flowstore_chaos.row", "--line", line.name, "--backend", backend, "--seed", str(seed)]
-    command += ["--planned", str(amount), "--folder", str(folder), *["--broken"] * broken]
+    command += ["--planned", str(planned), "--folder", str(folder), *["--broken"] * broken]
     began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -80,7 +79,7 @@ async def run_row(
     )
     assert process.stderr is not None
     complaints = asyncio.create_task(process.stderr.read())
-    limit = line.seconds_at(amount / line.planned)
+    limit = line.seconds_at(planned / line.planned)
     last: dict[str, object] = {}
     failure = None
     try:
@@ -102,7 +101,7 @@ async def run_row(
         line=line,
         backend=backend,
         seed=seed,
-        planned=amount,
+        planned=planned,
         broken=broken,
         seconds=time.monotonic() - began,
         tally=tally,
