@@ -33,7 +33,7 @@ _app = typer.Typer(
 def chaos(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[LINE]...", help="Lines to run, by name or number; all without."),
+        typer.Argument(metavar="LINE", help="Lines to run, by name or number; all without."),
     ] = None,
     *,
     backend: Annotated[
@@ -69,17 +69,18 @@ def chaos(
 ) -> None:
     """Inject faults into stores, and count what is lost, done twice, answered wrongly or leaked.
 
-    Everything is made for the purpose and deleted afterwards: files, servers, processes. No store of yours
-    is touched. Exit code 0: every row is as it must be (rows that this machine cannot run are named).
-    1: a row is red, or a broken variant was not found out. 2: the command line makes no sense.
+    Files, servers and processes are made for the purpose and deleted afterwards. No store of yours is touched.
 
-    Examples:
+    Exit code 0: every row is as it must be; rows that this machine cannot run are named. 1: a row is red, or a
+    broken variant was not found out. 2: the command line makes no sense.
 
-      python -m flowstore_chaos --scale 0.02            a quick look at everything
+    [bold]Examples[/bold]
 
-      python -m flowstore_chaos server-kills --seed 7   one line, with the choices of seed 7
+    python -m flowstore_chaos --scale 0.02 [dim]# a quick look at everything[/dim]
 
-      python -m flowstore_chaos --broken --scale 0.01   does each line find its broken variant?
+    python -m flowstore_chaos server-kills --seed 7 [dim]# one line, with the choices of seed 7[/dim]
+
+    python -m flowstore_chaos --broken [dim]# does each line find its broken variant?[/dim]
     """
     console = Console(highlight=False)
     if not console.is_terminal:
