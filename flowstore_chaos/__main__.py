@@ -69,10 +69,10 @@ def chaos(
 ) -> None:
     """Inject faults into stores, and count what is lost, done twice, answered wrongly or leaked.
 
-    Files, servers and processes are made for the purpose and deleted afterwards. No store of yours is touched.
+    Files, servers and processes are made for this and deleted afterwards. No store of yours is touched.
 
-    Exit code 0: every row is as it must be; rows that this machine cannot run are named. 1: a row is red, or a
-    broken variant was not found out. 2: the command line makes no sense.
+    Exit code 0: every row is as it must be; rows that this machine cannot run are named. 1: a row is red, or
+    a broken variant was not found out. 2: the command line makes no sense.
 
     [bold]Examples[/bold]
 
