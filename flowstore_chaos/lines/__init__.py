@@ -6,7 +6,10 @@ from importlib import import_module
 
 from flowstore_chaos.line import Line
 
-_MODULES = ("claim_races",)
+_MODULES = (
+    "claim_races",
+    "power_cuts",
+)
 
 
 def load_lines() -> tuple[Line, ...]:
