@@ -7,6 +7,7 @@ from importlib import import_module
 from flowstore_chaos.line import Line
 
 _MODULES = (
+    "cancellations",
     "claim_races",
     "power_cuts",
 )
