@@ -10,6 +10,7 @@ _MODULES = (
     "cancellations",
     "claim_races",
     "power_cuts",
+    "waiters",
 )
 
 
