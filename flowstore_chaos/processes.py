@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from flowstore_core import FlowStore, open_store
@@ -42,10 +42,13 @@ class Crew:
 
     async def ask(self, what: object) -> list[Any]:
         """Send every process one request, and wait for all of the answers."""
-        message = json.dumps(what).encode() + b"\n"
-        for member in self.members:
+        return await self.ask_each([what] * len(self.members))
+
+    async def ask_each(self, requests: Sequence[object]) -> list[Any]:
+        """Send each process a request of its own, and wait for all of the answers."""
+        for member, what in zip(self.members, requests, strict=True):
             assert member.stdin is not None
-            member.stdin.write(message)
+            member.stdin.write(json.dumps(what).encode() + b"\n")
         return await self._answers()
 
     async def _answers(self) -> list[Any]:

@@ -6,7 +6,12 @@ from importlib import import_module
 
 from flowstore_chaos.line import Line
 
-_MODULES = ("claim_races",)
+_MODULES = (
+    "cancellations",
+    "claim_races",
+    "power_cuts",
+    "waiters",
+)
 
 
 def load_lines() -> tuple[Line, ...]:
