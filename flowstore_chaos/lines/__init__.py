@@ -6,7 +6,10 @@ from importlib import import_module
 
 from flowstore_chaos.line import Line
 
-_MODULES = ("claim_races",)
+_MODULES = (
+    "claim_races",
+    "worker_kills",
+)
 
 
 def load_lines() -> tuple[Line, ...]:
