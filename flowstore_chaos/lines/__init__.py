@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from flowstore_chaos.line import Line
 
-_MODULES = (
-    "cancellations",
-    "claim_races",
-    "power_cuts",
-    "waiters",
-)
-
 
 def load_lines() -> tuple[Line, ...]:
-    """Every line, by its number."""
-    found: list[Line] = [import_module(f"{__name__}.{name}").LINE for name in _MODULES]
+    """Every line, by its number: a module of this package that has a LINE."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    found: list[Line] = [module.LINE for module in modules if hasattr(module, "LINE")]
     return tuple(sorted(found, key=lambda line: line.number))
