@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -36,6 +37,8 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     line = next(line for line in load_lines() if line.name == given.line)
     folder = Path(tempfile.mkdtemp(prefix="flowstore-chaos-", dir=given.folder))
+    # Where the wheel of PostgreSQL puts its lock file; else it warns that it has to choose a place itself.
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
     said = 0.0
 
     def say(landed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,13 @@ ROWS = [
 ]
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not pytest's own: it closes those to other users at every start, PostgreSQL's among them."""
+    with tempfile.TemporaryDirectory(prefix="flowstore-lines-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
 async def _row(line: Line, backend: str, folder: Path, *, broken: bool) -> Outcome:
     outcome = await run_row(
         line, backend, seed=SEED, planned=line.least, broken=broken, folder=folder, say=lambda _: None
@@ -29,8 +38,8 @@ async def _row(line: Line, backend: str, folder: Path, *, broken: bool) -> Outco
 
 
 @pytest.mark.parametrize(("line", "where"), ROWS)
-async def test_line_is_green(line: Line, where: str, tmp_path: Path) -> None:
-    outcome = await _row(line, where, tmp_path, broken=False)
+async def test_line_is_green(line: Line, where: str, folder: Path) -> None:
+    outcome = await _row(line, where, folder, broken=False)
     assert outcome.failure is None, outcome.failure
     assert not outcome.tally.findings
     assert outcome.tally.landed >= line.least
@@ -38,8 +47,8 @@ async def test_line_is_green(line: Line, where: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "where"), ROWS)
-async def test_line_goes_red_on_its_broken_variant(line: Line, where: str, tmp_path: Path) -> None:
-    outcome = await _row(line, where, tmp_path, broken=True)
+async def test_line_goes_red_on_its_broken_variant(line: Line, where: str, folder: Path) -> None:
+    outcome = await _row(line, where, folder, broken=True)
     # By a count that it is there for, not by breaking down.
     assert outcome.failure is None, outcome.failure
     assert outcome.tally.findings
