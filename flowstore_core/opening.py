@@ -12,7 +12,7 @@ from flowstore_core.arguments import check_clock
 from flowstore_core.checked import CheckedStore
 from flowstore_core.config import StoreConfig, read_scheme, read_settings
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
-from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, load_plugins
+from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, wrap_store
 from flowstore_core.status import Capability
 from flowstore_core.store import CAPABILITY_METHODS, FlowStore
 
@@ -44,10 +44,7 @@ async def open_store(
         _check_capabilities(plugin, store, capabilities)
         if config.clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
             raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
-        for wrapper in load_plugins():
-            if wrapper.wrap is not None:
-                for wrapped in wrapper.wrap(store=store, config=config):
-                    store = wrapped
+        store = wrap_store(store, config, plugin)
         checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
     try:
         yield checked

@@ -416,6 +416,22 @@ def test_backends_tells_a_broken_plugin(flowstore: Flowstore, monkeypatch: pytes
     assert flowstore("backends")[0] == 0
 
 
+def test_backends_tells_two_that_claim_one_scheme(
+    flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flowstore_core.plugins import Plugin, load_plugins
+
+    memory = next(plugin for plugin in load_plugins() if plugin.name == "memory")
+    second = Plugin(name="other", distribution="other-dist", module="other", backends=memory.backends)
+    monkeypatch.setattr("flowstore_cli.backends.load_plugins", lambda: (memory, second))
+    listed = json.loads(flowstore("backends", "--json")[1])
+    assert [entry["status"] for entry in listed] == ["conflict", "conflict"]
+    assert listed[0]["problem"] == (
+        "scheme 'memory' is claimed by plugins 'memory' (flowstore) and 'other' (other-dist)"
+    )
+    assert listed[0]["remedy"] == "uninstall all but one"
+
+
 def test_replay_answers_in_json(flowstore: Flowstore) -> None:
     code, out, err = flowstore("replay", "--speed", "5000", "--workers", "2", "--json")
     assert code == 0, err
