@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -84,6 +85,7 @@ class Settings:
 
 def read_connection_settings(config: StoreConfig) -> Settings:
     """Check the options and turn libpq's into a DSN for the driver."""
+    _check_tls_files(config)
     statement_timeout = config.seconds("statement_timeout", 30.0, 0.1, 3600.0)
     pgbouncer = config.flag("pgbouncer", False)
     arguments: dict[str, Any] = {
@@ -117,6 +119,26 @@ def _driver_url(config: StoreConfig) -> str:
     driver = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
     base = config.url.partition("#")[0].partition("?")[0]
     return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
+
+
+def _check_tls_files(config: StoreConfig) -> None:
+    """Say which file cannot be read; the driver would only say that something was not found."""
+    for option in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        for origin, name in (
+            (f"option {option}", config.options.get(option)),
+            (f"PG{option.upper()}", os.environ.get(f"PG{option.upper()}")),
+        ):
+            if not isinstance(name, str) or not name or (option == "sslrootcert" and name == "system"):
+                continue
+            problem = None
+            try:
+                with open(name, "rb"):
+                    pass
+            except (OSError, ValueError) as error:
+                problem = getattr(error, "strerror", None) or "not a file name"
+            if problem:
+                raise ConfigurationError(f"the file that {origin} names cannot be read: {problem}")
+            break
 
 
 def _check_schema_name(name: str) -> str:

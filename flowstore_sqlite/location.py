@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.config import read_path
+from flowstore_core.config import read_path, split_place
 
 # Held while a new file is made. Closing any descriptor of a file drops the locks that this process
 # holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
@@ -17,7 +17,7 @@ _creating = threading.Lock()
 
 def read_location(url: str) -> str:
     """The absolute path that a URL names. Raises ConfigurationError."""
-    if urlsplit(url.replace("#", "%23")).netloc:
+    if split_place(url)[0]:
         raise ConfigurationError(
             "a SQLite URL names no host: write sqlite:///relative.db or sqlite:////absolute.db"
         )
