@@ -18,6 +18,7 @@ from flowstore_core.errors import ConfigurationError
 DEFAULT_URL = "sqlite:///flowstore.db"
 URL_VARIABLE = "FLOWSTORE_URL"
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -154,7 +155,7 @@ def read_scheme(url: str) -> str:
     """The scheme of a URL, in lower case; ConfigurationError when there is none."""
     scheme, separator, _ = url.partition("://")
     # What stands there is not shown: a URL that is badly written may have its password in front.
-    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+    if not separator or not _SCHEME.fullmatch(scheme):
         raise ConfigurationError(
             "a store URL begins with scheme://, such as sqlite:///flows.db or postgresql://user@host/db"
         )
@@ -195,7 +196,7 @@ def shown_option(name: str) -> str:
 def redact(url: str) -> str:
     """A URL for people's eyes: no password, no query values."""
     head, separator, rest = url.partition("://")
-    if not separator:
+    if not separator or not _SCHEME.fullmatch(head):
         return "<not a URL>"
     # Everything up to the last @ counts as user and password, wherever it stands: a password with a
     # raw slash or question mark must not slip out as a path or as an option's name.
@@ -207,7 +208,7 @@ def redact(url: str) -> str:
         return f"{head}://{user}:***"
     rest, _, query = rest.partition("?")
     shown = f"{head}://{user}{':***' if user != secret else ''}{at}{rest}"
-    names = "&".join(f"{part.partition('=')[0]}=..." for part in query.split("&") if part)
+    names = "&".join(f"{shown_option(part.partition('=')[0])}=..." for part in query.split("&") if part)
     return f"{shown}?{names}" if names else shown
 
 

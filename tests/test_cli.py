@@ -184,10 +184,14 @@ def test_an_unexpected_error_is_a_line_too(flowstore: Flowstore, monkeypatch: py
     monkeypatch.setattr("flowstore_cli.backends.load_plugins", broken)
     code, _, err = flowstore("backends")
     assert code == 1
-    assert err.startswith("flowstore: this is a bug: RuntimeError: boom boom; FLOWSTORE_DEBUG=1 shows where")
+    assert err.startswith("flowstore: this is a bug: RuntimeError; FLOWSTORE_DEBUG=1 shows where")
     assert err.count("\n") == 1
     monkeypatch.setenv("FLOWSTORE_DEBUG", "1")
-    assert "Traceback" in flowstore("backends")[2]
+    told = flowstore("backends")[2]
+    assert "Traceback" in told
+    assert "in broken" in told
+    # Nobody knows what the text of an unexpected error holds.
+    assert "boom boom" not in err + told
 
 
 def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
