@@ -102,8 +102,9 @@ class Database:
         """A statement with the schema's quoted name, and the last moment of all, in place."""
         known = self._statements.get(statement)
         if known is None:
-            known = statement.replace("{schema}", self._settings.quoted_schema).replace(
-                "{latest}", LATEST_SQL
+            # The schema's name last: it may look like anything.
+            known = statement.replace("{latest}", LATEST_SQL).replace(
+                "{schema}", self._settings.quoted_schema
             )
             self._statements[statement] = known
         return known

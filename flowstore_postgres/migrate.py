@@ -22,6 +22,7 @@ from flowstore_postgres.errors import map_errors
 from flowstore_postgres.plugin import DRIVER_OPTIONS
 
 DEFAULT_SCHEMA = "flowstore"
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f$\u2028\u2029\ud800-\udfff]+")
 CLOSE_SECONDS = 5.0
 
 # Not to_regclass(): it may answer from a cache that was filled before another process, for whose lock
@@ -103,6 +104,9 @@ def read_connection_settings(config: StoreConfig) -> Settings:
             # Bounds how long a transaction of a vanished client can hold its locks.
             "idle_in_transaction_session_timeout": milliseconds,
             "jit": "off",
+            # All that is ours is named with its schema. Whatever others have made elsewhere, an operator
+            # or a function in schema public say, is never taken for the server's own.
+            "search_path": "pg_catalog, pg_temp",
         }
     return Settings(
         schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),
@@ -142,9 +146,12 @@ def _check_tls_files(config: StoreConfig) -> None:
 
 
 def _check_schema_name(name: str) -> str:
-    if len(name.encode()) > 63 or "\0" in name or name.startswith("pg_"):
+    # Quoted, anything would do; but the functions of the schema are written between dollar signs.
+    size = len(name.encode(errors="surrogatepass"))
+    if size > 63 or name.startswith("pg_") or name == "information_schema" or not _NAME.fullmatch(name):
         raise ConfigurationError(
-            "option schema must have 1 to 63 bytes of UTF-8, no U+0000, and not begin with pg_"
+            "option schema must have 1 to 63 bytes of UTF-8, no control characters, no dollar sign, and not "
+            "be one of the server's own (pg_..., information_schema)"
         )
     return name
 
@@ -184,7 +191,7 @@ def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     schema = read_connection_settings(config).quoted_schema
     scripts = []
     for one in read_migrations():
-        prepare = f"CREATE SCHEMA IF NOT EXISTS {schema};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
+        prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
         values = f"({one.number}, '{one.name}', {one.works_from})"
         record = RECORD_VERSION.replace("($1, $2, $3)", values)
         script = f"BEGIN;\n{prepare}\n{one.sql}\n{record};\nCOMMIT;\n"

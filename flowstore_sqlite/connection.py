@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import aiosqlite
 
-from flowstore_core import StoreClosedError, StoreUnavailableError
+from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError, StoreUnavailableError
 from flowstore_sqlite.errors import is_transient, map_error
-from flowstore_sqlite.location import sqlite_uri
+from flowstore_sqlite.location import is_same_place, sqlite_uri
 
 T = TypeVar("T")
 
@@ -100,12 +100,20 @@ class Connection(aiosqlite.Connection):
         try:
             # To the end, because a connection that opens after its caller has gone is never closed.
             await to_the_end(opening())
-            return
+            if await self.run_work(self._is_at_its_place):
+                return
+            failure: FlowStoreError = ConfigurationError(
+                f"{self.path} became a symbolic link while it was opened; links are never followed"
+            )
         except sqlite3.Error as error:
             failure = map_error(error, self.path)
         except RuntimeError:
             failure = StoreUnavailableError("no thread could be started")
         raise failure
+
+    def _is_at_its_place(self, db: sqlite3.Connection) -> bool:
+        # Reads no page of the file, so nothing has happened to it yet.
+        return is_same_place(db.execute("PRAGMA database_list").fetchone()[2], self.path)
 
     # Not named run, which until aiosqlite 0.22 is the thread's own method.
     async def run_work(self, work: Callable[[sqlite3.Connection], T]) -> T:
