@@ -82,11 +82,14 @@ def _check_characters(name: str, value: str) -> str:
     if "\0" in value:
         raise InvalidArgumentError(name, "free of U+0000", "one at index " + str(value.index("\0")))
     if not value.isascii():
+        index = None
         try:
             value.encode()
         except UnicodeEncodeError as error:
             index = error.start
-            raise InvalidArgumentError(name, "free of lone surrogates", f"one at index {index}") from None
+        # Out here, because the codec's error holds the whole text.
+        if index is not None:
+            raise InvalidArgumentError(name, "free of lone surrogates", f"one at index {index}")
     return value if type(value) is str else str.__str__(value)
 
 

@@ -25,12 +25,23 @@ from flowstore_core import (
     OutcomeUnknownError,
     StoreUnavailableError,
 )
+from flowstore_core.errors import without_foreign
 from flowstore_core.inflight import InFlight
 from flowstore_core.timeseries import LATEST
 from flowstore_postgres.acknowledgements import Lost, settle, was_committed
 from flowstore_postgres.batches import Batched, Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
-from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, Retry, describe, unreadable_url
+from flowstore_postgres.errors import (
+    DRIVER,
+    FINAL,
+    LOST,
+    ROLLED_BACK,
+    UNREACHABLE,
+    Retry,
+    describe,
+    name_error,
+    unreadable_url,
+)
 from flowstore_postgres.migrate import Settings
 
 T = TypeVar("T")
@@ -91,8 +102,9 @@ class Database:
         """A statement with the schema's quoted name, and the last moment of all, in place."""
         known = self._statements.get(statement)
         if known is None:
-            known = statement.replace("{schema}", self._settings.quoted_schema).replace(
-                "{latest}", LATEST_SQL
+            # The schema's name last: it may look like anything.
+            known = statement.replace("{latest}", LATEST_SQL).replace(
+                "{schema}", self._settings.quoted_schema
             )
             self._statements[statement] = known
         return known
@@ -297,16 +309,20 @@ class Database:
                 return await attempt()
             except Retry as retry:
                 error: FlowStoreError = retry.error
-            except asyncpg.PostgresError as raised:
+                again = True
+            except FlowStoreError as raised:
+                error, again = raised, False
+            except DRIVER as raised:
                 error = describe(raised)
-                if raised.sqlstate not in ROLLED_BACK:
-                    log.debug("PostgreSQL answered SQLSTATE %s", raised.sqlstate)
-                    raise error from None
-            except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as raised:
-                raise describe(raised) from None
+                again = getattr(raised, "sqlstate", None) in ROLLED_BACK
+                if not again:
+                    log.debug("the driver raised %s", name_error(raised))
+            # Out here, where no driver's error is being handled that would be chained.
+            if not again:
+                raise without_foreign(error)
             wait = pause * random.uniform(0.5, 1.5)
             if self._loop.time() + wait > deadline:
-                raise error from None
+                raise without_foreign(error)
             await asyncio.sleep(wait)
             pause = min(pause * 2, LONGEST_PAUSE)
 
@@ -329,10 +345,12 @@ class Database:
                 f"no connection within {self._settings.acquire_timeout:g} s; "
                 "raise pool_size or acquire_timeout, or send fewer calls at once"
             ) from None
-        except (asyncpg.ClientConfigurationError, ValueError):
-            raise unreadable_url() from None
+        except FINAL as error:
+            raise describe(error) from None
         except UNREACHABLE as error:
             raise Retry(describe(error)) from None
+        except ValueError:
+            raise unreadable_url() from None
         except asyncpg.InterfaceError as error:
             raise describe(error) from None
         if connection.is_closed():

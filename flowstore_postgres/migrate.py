@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -21,6 +22,7 @@ from flowstore_postgres.errors import map_errors
 from flowstore_postgres.plugin import DRIVER_OPTIONS
 
 DEFAULT_SCHEMA = "flowstore"
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f$\u2028\u2029\ud800-\udfff]+")
 CLOSE_SECONDS = 5.0
 
 # Not to_regclass(): it may answer from a cache that was filled before another process, for whose lock
@@ -84,6 +86,7 @@ class Settings:
 
 def read_connection_settings(config: StoreConfig) -> Settings:
     """Check the options and turn libpq's into a DSN for the driver."""
+    _check_tls_files(config)
     statement_timeout = config.seconds("statement_timeout", 30.0, 0.1, 3600.0)
     pgbouncer = config.flag("pgbouncer", False)
     arguments: dict[str, Any] = {
@@ -101,6 +104,9 @@ def read_connection_settings(config: StoreConfig) -> Settings:
             # Bounds how long a transaction of a vanished client can hold its locks.
             "idle_in_transaction_session_timeout": milliseconds,
             "jit": "off",
+            # All that is ours is named with its schema. Whatever others have made elsewhere, an operator
+            # or a function in schema public say, is never taken for the server's own.
+            "search_path": "pg_catalog, pg_temp",
         }
     return Settings(
         schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),
@@ -119,10 +125,33 @@ def _driver_url(config: StoreConfig) -> str:
     return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
 
 
+def _check_tls_files(config: StoreConfig) -> None:
+    """Say which file cannot be read; the driver would only say that something was not found."""
+    for option in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        for origin, name in (
+            (f"option {option}", config.options.get(option)),
+            (f"PG{option.upper()}", os.environ.get(f"PG{option.upper()}")),
+        ):
+            if not isinstance(name, str) or not name or (option == "sslrootcert" and name == "system"):
+                continue
+            problem = None
+            try:
+                with open(name, "rb"):
+                    pass
+            except (OSError, ValueError) as error:
+                problem = getattr(error, "strerror", None) or "not a file name"
+            if problem:
+                raise ConfigurationError(f"the file that {origin} names cannot be read: {problem}")
+            break
+
+
 def _check_schema_name(name: str) -> str:
-    if len(name.encode()) > 63 or "\0" in name or name.startswith("pg_"):
+    # Quoted, anything would do; but the functions of the schema are written between dollar signs.
+    size = len(name.encode(errors="surrogatepass"))
+    if size > 63 or name.startswith("pg_") or name == "information_schema" or not _NAME.fullmatch(name):
         raise ConfigurationError(
-            "option schema must have 1 to 63 bytes of UTF-8, no U+0000, and not begin with pg_"
+            "option schema must have 1 to 63 bytes of UTF-8, no control characters, no dollar sign, and not "
+            "be one of the server's own (pg_..., information_schema)"
         )
     return name
 
@@ -162,7 +191,7 @@ def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     schema = read_connection_settings(config).quoted_schema
     scripts = []
     for one in read_migrations():
-        prepare = f"CREATE SCHEMA IF NOT EXISTS {schema};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
+        prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
         values = f"({one.number}, '{one.name}', {one.works_from})"
         record = RECORD_VERSION.replace("($1, $2, $3)", values)
         script = f"BEGIN;\n{prepare}\n{one.sql}\n{record};\nCOMMIT;\n"
