@@ -93,3 +93,19 @@ async def _undo(give_back: Callable[[T], Awaitable[None]], result: T) -> None:
         await give_back(result)
     except Exception:  # noqa: BLE001 - see _finish
         _log.warning("a cancelled call could not give back what it had won", exc_info=True)
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await work to its end even when cancelled; the cancellation is raised afterwards."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        _log.debug("cancelled while this failed with %s", type(failure).__name__)
+    raise cancelled

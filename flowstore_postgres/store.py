@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import asyncpg
 
 from flowstore_core import StoreConfig
+from flowstore_core.inflight import to_the_end
 from flowstore_postgres.claims import Claims
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.controls import Controls
@@ -66,5 +66,6 @@ async def open_postgres(config: StoreConfig) -> AsyncIterator[PostgresStore]:
         )
         yield PostgresStore(database)
     finally:
-        # A task of its own, so that a cancelled closing closes all the same.
-        await asyncio.shield(asyncio.ensure_future(database.aclose()))
+        # It is bounded, and a cancelled closing that is over must not go on behind its caller's back: the
+        # event loop may end then.
+        await to_the_end(database.aclose())

@@ -8,13 +8,14 @@ import os
 import random
 import sqlite3
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import aiosqlite
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError, StoreUnavailableError
+from flowstore_core.inflight import to_the_end
 from flowstore_sqlite.errors import is_transient, map_error
 from flowstore_sqlite.location import is_same_place, sqlite_uri
 
@@ -207,19 +208,3 @@ def delays() -> Iterator[float]:
     while True:
         yield random.uniform(longest / 4, longest)
         longest = min(longest * 1.5, 0.025)
-
-
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await work to its end even when cancelled; the cancellation is raised afterwards."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return task.result()
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        _log.debug("cancelled while this failed with %s", type(failure).__name__)
-    raise cancelled

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
-from flowstore_sqlite.connection import Connection, snapshot, to_the_end
+from flowstore_core.inflight import to_the_end
+from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.transactions import Read, Transactions
 from flowstore_sqlite.transactions import Write as Write
 from flowstore_sqlite.values import to_us
