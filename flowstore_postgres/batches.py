@@ -20,7 +20,7 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import Batcher, BatchError, Method
-from flowstore_postgres.acknowledgements import Lost, settle
+from flowstore_postgres.acknowledgements import Lost, confirm, settle
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
 
@@ -202,13 +202,16 @@ class Batches:
         answers: dict[int, Any] = {}
         left = sorted(range(len(rows)), key=lambda n: _key(rows[n]))
         lost: list[Lost] = []
+        shaken = False
+        """Whether a reply was lost at all."""
 
         async def attempt() -> None:
-            nonlocal left
+            nonlocal left, shaken
             lane = await self._take(apart=apart)
             connection = lane.connection
             try:
                 if lost:
+                    shaken = True
                     if batched.find is not None:
                         left = await self._find(connection, batched, rows, left, answers)
                     if left:
@@ -225,7 +228,9 @@ class Batches:
                         left = [n for n in left if n not in answers]
                     else:
                         answers.update(zip(left, found, strict=True))
-                        break
+                        left = []
+                if shaken:
+                    await confirm(database, connection)
             except asyncio.CancelledError:
                 database.drop(connection)
                 raise
@@ -234,12 +239,14 @@ class Batches:
 
         try:
             await database.retrying(attempt)
-        except StoreUnavailableError as error:
-            for n in left:
-                answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
         except FlowStoreError as error:
+            for n, answer in answers.items():
+                if not isinstance(answer, _LockedError):
+                    # Found or written, and not confirmed.
+                    answers[n] = OutcomeUnknownError(batched.operation)
+            unknown = lost and isinstance(error, StoreUnavailableError)
             for n in left:
-                answers[n] = copy.copy(error)
+                answers[n] = OutcomeUnknownError(batched.operation) if unknown else copy.copy(error)
         return [answers[n] for n in range(len(rows))]
 
     async def _find(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +31,8 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
     """asyncpg's connection with what we must know when it breaks."""
 
     peer: Peer
+    number: int
+    """What the connection's row in the table commits goes by."""
 
     async def identify(self, *, behind_pgbouncer: bool) -> None:
         """Learn who serves the connection, and how far the server's clock is from ours."""
@@ -40,6 +43,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         # Behind PgBouncer the next statement may have another peer, which must not be terminated.
         started = None if behind_pgbouncer else row["started"]
         self.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
+        self.number = random.getrandbits(63)
 
 
 class Transaction:

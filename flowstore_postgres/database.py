@@ -2,8 +2,8 @@
 
 ``Database.statement`` sends one statement that is a transaction of its own; ``Database.transaction``
 runs several. Both know what to do when the connection breaks under way: nothing is guessed. A lost
-statement is looked for by the token it would have written, a lost COMMIT by the id of its transaction,
-and either only once the server can no longer act on what was sent (CON-3).
+statement is looked for by the token it would have written, a lost COMMIT by the token that its
+transaction noted, and either only once the server can no longer act on what was sent (CON-3).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowstore_core import (
 from flowstore_core.errors import without_foreign
 from flowstore_core.inflight import InFlight
 from flowstore_core.timeseries import LATEST
-from flowstore_postgres.acknowledgements import Lost, settle, was_committed
+from flowstore_postgres.acknowledgements import NOTE_COMMIT, Doubt, Look, Lost, LostCommit, was_committed
 from flowstore_postgres.batches import Batched, Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import (
@@ -48,8 +48,6 @@ T = TypeVar("T")
 
 log = logging.getLogger("flowstore_postgres")
 
-Look = tuple[str, *tuple[object, ...]]
-
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.5
 CLOSE_SECONDS = 5.0
@@ -60,7 +58,6 @@ ARRIVAL_SECONDS = 5.0
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 
 BEGIN = "BEGIN"
-IDENTIFY_TRANSACTION = "SELECT pg_current_xact_id()::text"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
 
@@ -171,19 +168,12 @@ class Database:
         arguments: tuple[object, ...],
         look: Look | None,
     ) -> Any:
-        lost: list[Lost] = []
+        doubt = Doubt(operation, look)
 
         async def attempt() -> Any:
             async with self.connection() as connection:
-                if lost:
-                    # Found is final. Not found is final only when nothing can take effect any more.
-                    found = None if look is None else await self.ask(connection, *look)
-                    if found is None:
-                        await settle(self, connection, lost, operation)
-                        found = None if look is None else await self.ask(connection, *look)
-                    if found is not None:
-                        return found
-                    lost.clear()
+                if doubt and (found := await doubt.resolve(self, connection)) is not None:
+                    return found
                 peer = connection.peer
                 sent, not_after = self.not_after(peer)
                 try:
@@ -196,18 +186,19 @@ class Database:
                     )
                 except LOST as error:
                     self.drop(connection)
-                    lost.append(self.lost(peer, sent))
+                    doubt.lose(self.lost(peer, sent))
                     raise Retry(describe(error)) from None
                 if not row["in_time"]:
                     # Our idea of the server's clock is off; a new connection brings a better one.
                     self.drop(connection)
                     raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
+                await doubt.end(self, connection)
                 return row
 
         try:
             return await self.retrying(attempt)
         except StoreUnavailableError:
-            if lost:
+            if doubt:
                 raise OutcomeUnknownError(operation) from None
             raise
 
@@ -246,7 +237,7 @@ class Database:
         """Run ``work`` in one transaction at READ COMMITTED and commit it.
 
         An error of our own rolls back and is raised. Serialization failures, deadlocks and a
-        connection lost before COMMIT are retried; a lost COMMIT is resolved by the transaction's id.
+        connection lost before COMMIT are retried; a lost COMMIT is resolved by what the transaction noted.
         """
         self._check_place()
 
@@ -259,12 +250,14 @@ class Database:
     async def _transaction(
         self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
     ) -> T:
+        # Taken now: a connection that breaks forgets them.
+        peer, number, token = connection.peer, connection.number, self.new_token()
         transaction = Transaction(connection, self.sql, self.now, self._settings.client_timeout)
         try:
             await transaction.execute(BEGIN)
             try:
                 result = await work(transaction)
-                xid = (await transaction.row(IDENTIFY_TRANSACTION))[0]
+                xid = (await transaction.row(NOTE_COMMIT, number, token))[0]
             except (FlowStoreError, asyncpg.PostgresError) as error:
                 if isinstance(error, LOST):
                     raise
@@ -281,7 +274,7 @@ class Database:
             answer = await transaction.execute(COMMIT)
         except LOST:
             self.drop(connection)
-            if await was_committed(self, xid, operation):
+            if await was_committed(self, LostCommit(peer, number, token, xid), operation):
                 return result
             raise Retry(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
         except asyncio.CancelledError:

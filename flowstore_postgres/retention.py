@@ -76,6 +76,9 @@ DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
   AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
 """
 
+# Longer than anybody asks what became of a COMMIT, whatever retry_timeout.
+DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '1 day'"
+
 
 class Retention:
     _database: Database
@@ -122,6 +125,7 @@ class Retention:
 
         async def drop_summaries(transaction: Transaction) -> None:
             await transaction.execute(DELETE_SUMMARIES, cutoff)
+            await transaction.execute(DELETE_COMMITS)
 
         await self._database.transaction("cleanup", drop_summaries)
         if await is_indexed(self._database):
