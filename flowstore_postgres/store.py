@@ -57,6 +57,7 @@ async def open_postgres(config: StoreConfig) -> AsyncIterator[PostgresStore]:
             init=identify,
             reset=keep,
             connection_class=Connection,
+            connect=settings.hosts.connect,
             **settings.connect_arguments,
         )
         database = Database(settings, await pool, config.clock)
