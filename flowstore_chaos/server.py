@@ -115,9 +115,11 @@ class Server:
         """Make a standby the primary, and wait until it takes writes."""
         await _run("pg_ctl", "promote", "-w", "-D", str(self.folder))
 
-    async def new_standby(self, folder: Path, name: str, settings: Mapping[str, str] | None = None) -> Server:
+    async def new_standby(
+        self, folder: Path, name: str, settings: Mapping[str, str] | None = None, *, port: int | None = None
+    ) -> Server:
         """A standby of this server that streams from it; not started yet."""
-        standby = Server(folder, _free_port(), {**self._settings, **(settings or {})})
+        standby = Server(folder, port or _free_port(), {**self._settings, **(settings or {})})
         make_folder(folder)
         await _run(
             "pg_basebackup", "-D", str(folder), "-R", "-X", "stream", "--checkpoint=fast",

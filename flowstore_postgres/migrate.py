@@ -14,11 +14,10 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, urlencode
 
-import asyncpg
-
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
 from flowstore_core.config import read_query, read_scheme
 from flowstore_postgres.errors import map_errors
+from flowstore_postgres.hosts import Hosts, read_hosts
 from flowstore_postgres.plugin import DRIVER_OPTIONS
 
 DEFAULT_SCHEMA = "flowstore"
@@ -72,7 +71,9 @@ class Settings:
     statement_timeout: float
     retry_timeout: float
     pgbouncer: bool
+    hosts: Hosts = field(repr=False)
     connect_arguments: dict[str, Any] = field(repr=False)
+    """What ``hosts.connect`` needs."""
 
     @property
     def quoted_schema(self) -> str:
@@ -93,6 +94,10 @@ def read_connection_settings(config: StoreConfig) -> Settings:
         "dsn": _driver_url(config),
         "timeout": config.seconds("connect_timeout", 10.0, 0.1, 600.0),
     }
+    hosts = read_hosts(config.url, config.options)
+    if len(hosts) > 1 and "target_session_attrs" not in config.options:
+        # One of them takes writes; the others are its standbys, which answer with the past.
+        arguments["target_session_attrs"] = os.environ.get("PGTARGETSESSIONATTRS") or "read-write"
     if pgbouncer:
         # In transaction mode statements of one session meet different servers.
         arguments["statement_cache_size"] = 0
@@ -115,6 +120,7 @@ def read_connection_settings(config: StoreConfig) -> Settings:
         statement_timeout=statement_timeout,
         retry_timeout=config.seconds("retry_timeout", 15.0, 0.0, 3600.0),
         pgbouncer=pgbouncer,
+        hosts=Hosts(hosts),
         connect_arguments=arguments,
     )
 
@@ -252,7 +258,7 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
 async def _connect(config: StoreConfig) -> AsyncIterator[tuple[Any, Settings]]:
     settings = read_connection_settings(config)
     with map_errors():
-        connection = await asyncpg.connect(**settings.connect_arguments)
+        connection = await settings.hosts.connect(**settings.connect_arguments)
         try:
             yield connection, settings
         finally:

@@ -63,6 +63,7 @@ class OpenPostgres:
                 init=identify,
                 reset=keep,
                 connection_class=Connection,
+                connect=settings.hosts.connect,
                 **settings.connect_arguments,
             )
             database = Database(settings, await pool, self._config.clock)
