@@ -50,7 +50,7 @@ class Transaction:
         connection: Connection,
         sql: Callable[[str], str],
         now: Callable[[], datetime | None],
-        timeout: float,
+        timeout: Callable[[], float],
     ) -> None:
         self._connection = connection
         self._sql = sql
@@ -64,15 +64,15 @@ class Transaction:
 
     async def row(self, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
-        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout)
+        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout())
 
     async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
         found: Sequence[Any] = await self._connection.fetch(
-            self._sql(statement), *arguments, timeout=self._timeout
+            self._sql(statement), *arguments, timeout=self._timeout()
         )
         return found
 
     async def execute(self, statement: str, *arguments: object) -> str:
         """Run it and return the command tag."""
-        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout)
+        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout())
         return tag
