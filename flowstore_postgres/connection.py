@@ -35,7 +35,12 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         """Learn who serves the connection, and how far the server's clock is from ours."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        row = await self.fetchrow(IDENTIFY)
+        try:
+            row = await self.fetchrow(IDENTIFY)
+        except (Exception, asyncio.CancelledError):
+            # The pool would close it politely, and wait for ever on a peer that has gone silent.
+            self.terminate()
+            raise
         middle = (asked + loop.time()) / 2
         # Behind PgBouncer the next statement may have another peer, which must not be terminated.
         started = None if behind_pgbouncer else row["started"]

@@ -14,6 +14,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from flowstore_chaos.proxy import Fault, proxy_before
 from flowstore_core import (
     ClaimLostError,
     FlowStore,
@@ -28,7 +29,6 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.plugins import find_backend
-from flowstore_chaos.proxy import Fault, proxy_before
 from tests.worker import Call, Fleet
 
 FLOW = UUID(int=1)

@@ -7,6 +7,7 @@ them comparable.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -14,9 +15,9 @@ from uuid import UUID
 
 import pytest
 
-from flowstore_core import FlowStore, StepStatus, open_store
-from flowstore_core.plugins import find_backend
 from flowstore_chaos.proxy import CUTS, HOLES, Fault, Proxy, proxy_before
+from flowstore_core import FlowStore, StepStatus, StoreUnavailableError, open_store
+from flowstore_core.plugins import find_backend
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -148,6 +149,27 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
         proxy.arm(0, Fault.REPLY_LOST)
         await call(store, run)
     return proxy.messages
+
+
+@pytest.mark.parametrize("strike_at", [1, 2, 3])
+async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
+    strike_at: int, postgresql_url: str
+) -> None:
+    _, backend = find_backend("postgresql")
+    options = {"pool_size": 1, "acquire_timeout": 0.3, "statement_timeout": 0.3, "retry_timeout": 0.3}
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, **options) as store,
+    ):
+        # The server's first answers: to the greeting, and to who it is.
+        proxy.arm(strike_at, Fault.BLACK_HOLE)
+        proxy.cut()
+        async with asyncio.timeout(5):
+            with pytest.raises(StoreUnavailableError):
+                await store.ping()
+            assert proxy.struck
+            await store.ping()
 
 
 async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql_url: str) -> None:
