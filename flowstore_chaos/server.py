@@ -95,8 +95,11 @@ class Server:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+        children = []
+        if process.returncode is None:
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()

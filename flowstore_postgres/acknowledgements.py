@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from flowstore_core import OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_postgres.connection import Connection, Peer
 from flowstore_postgres.errors import Retry
 
@@ -50,7 +50,7 @@ class Lost:
 async def settle(database: Database, connection: Connection, lost: Sequence[Lost], operation: str) -> None:
     """Return once no lost statement can take effect any more (CON-3)."""
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + database.retry_timeout
+    give_up = loop.time() + database.within(database.retry_timeout)
     for one in lost:
         while loop.time() < one.over:
             if one.peer.started is not None:
@@ -137,8 +137,8 @@ async def was_committed(database: Database, commit: LostCommit, operation: str) 
             return found is not None
 
     try:
-        return await database.retrying(ask)
-    except StoreUnavailableError:
+        return await database.retrying(ask, failed=True)
+    except FlowStoreError:
         raise OutcomeUnknownError(operation) from None
 
 
