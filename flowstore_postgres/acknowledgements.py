@@ -52,7 +52,9 @@ async def settle(database: Database, connection: Connection, lost: Sequence[Lost
     loop = asyncio.get_running_loop()
     give_up = loop.time() + database.within(database.retry_timeout)
     for one in lost:
-        while loop.time() < one.over:
+        # The end of its time is believed only of a process that cannot be seen: one that waits for a
+        # standby has committed, and shows it whenever that wait ends.
+        while one.peer.started is not None or loop.time() < one.over:
             if one.peer.started is not None:
                 alive = await database.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
                 if alive is None:
