@@ -125,7 +125,7 @@ class Server:
         standby = Server(folder, port or _free_port(), {**self._settings, **(settings or {})})
         make_folder(folder)
         await _run(
-            "pg_basebackup", "-D", str(folder), "-R", "-X", "stream", "--checkpoint=fast",
+            "pg_basebackup", "-D", str(folder), "-R", "-X", "stream", "--checkpoint=fast", "--no-sync",
             "-d", f"host=127.0.0.1 port={self.port} user=postgres application_name={name}",
         )  # fmt: skip
         return standby
