@@ -11,40 +11,30 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
-from flowstore_conformance.agreement import expected_outcome, is_read
 from flowstore_conformance.bench import VirtualClock
-from flowstore_conformance.calls import METHODS, SPANNING, draw_call
-from flowstore_conformance.drawing import RandomChooser, World
-from flowstore_conformance.execution import is_foreign
-from flowstore_conformance.history import UNKNOWN, Call, History, Operation
-from flowstore_conformance.linearizability import Answer, Verdict, check_history
-from flowstore_conformance.model import Model
-from flowstore_conformance.observation import answer, what_to_ask
-from flowstore_conformance.racing import Done, Job, Phase, Race, Run, assemble, do_jobs, phases_of
+from flowstore_conformance.history import UNKNOWN
+from flowstore_conformance.racing import Done, Job, Phase, assemble, do_jobs, phases_of
 
+from flowstore_chaos.histories import CLIENTS, draw_race, judge
+from flowstore_chaos.history_worker import Worker
 from flowstore_chaos.line import Line
 from flowstore_chaos.lines.replies_lost import RepeatsBlindly
 from flowstore_chaos.proxy import Aim, Fault, Proxy, proxy_before_port
 from flowstore_chaos.server import Server
 from flowstore_chaos.trial import Trial
-from flowstore_core import Capability, FlowStore, open_store
+from flowstore_core import FlowStore, open_store
 
-CLIENTS = 8
 STORES = 2
 """Of one history, each shared by half of its clients."""
 AT_ONCE = 8
 """Histories, each with stores and a proxy of its own; a kill of the server strikes all."""
-CALLS = (2, 3, 4, 5)
-MOST_STEPS = 6
-"""So many calls come before the clients, at most."""
-BUDGET = 2_000_000
+WORKERS = 4
+"""Processes of clients on SQLite, each with clients of every history."""
 OPTIONS = {"pool_size": 3, "statement_timeout": 1.0, "acquire_timeout": 10.0, "retry_timeout": 15.0}
 DOWN_SECONDS = (0.0, 0.3)
-EVERYTHING = frozenset(Capability)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +54,13 @@ class _Fault:
 
 
 async def run(trial: Trial) -> None:
+    if trial.backend == "postgresql":
+        await _with_server(trial)
+    else:
+        await _with_processes(trial)
+
+
+async def _with_server(trial: Trial) -> None:
     clock = VirtualClock()
     # Killed and started again, it must hold what was acknowledged: it is durable.
     async with trial.server() as server, AsyncExitStack() as stack:
@@ -115,7 +112,7 @@ async def _volley(
         await place.proxy.settle()
     done.append(await _alone(direct, end, clock))
     for history, landed in zip(assemble(races, done, one_loop=True), struck, strict=True):
-        _judge(trial, history)
+        judge(trial.tally, history.history, history.unavailable)
         if landed:
             trial.landed()
             trial.tally.add(f"histories with {fault.name}")
@@ -160,83 +157,63 @@ FAULTS = (
 )
 
 
-def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
-    """Clients that make any calls on the same few runs and keys."""
-    chooser = RandomChooser(rng)
-    model = Model(clock)
-    runs = [UUID(int=1), UUID(int=2)]
-    keys = ["a"] if rng.random() < 0.5 else ["a", "b"]
-    flow = UUID(int=100)
-    world = World(model=model, runs=runs, flows=[flow], keys=keys)
-    weights = {
-        # Writes above all: reads are looked for in the end.
-        name: one.weight * rng.choice((0, 1, 1, 2)) * (1 if is_read(Call(method=name)) else 3)
-        for name, one in METHODS.items()
-        if name not in SPANNING
-    }
-
-    def draw() -> Call:
-        [method] = rng.choices(list(weights), list(weights.values()))
-        return draw_call(chooser, world, method)
-
-    first = draw_call(chooser, world, "start_run")
-    setup = [Call(method="start_run", arguments={**first.arguments, "run_id": runs[0]})]
-    expected_outcome(model, setup[0])
-    for _ in range(rng.randint(0, MOST_STEPS)):
-        call = draw()
-        if not is_read(call):
-            setup.append(call)
-            expected_outcome(model, call)
-    clients = tuple(tuple(draw() for _ in range(rng.choice(CALLS))) for _ in range(CLIENTS))
-    final = [call for run_id in runs for call in what_to_ask(run_id, EVERYTHING)]
-    race = Race(setup=tuple(setup), clients=clients, final=tuple(final))
-    return race.scheduled(rng).on_fresh_ids(rng)
+async def _with_processes(trial: Trial) -> None:
+    clock = VirtualClock()
+    async with trial.store_url() as url, open_store(url, clock=clock) as direct:
+        starting = [Worker.start(url, broken=trial.broken) for _ in range(WORKERS)]
+        workers = await asyncio.gather(*starting)
+        took = 0.2
+        try:
+            while not trial.done:
+                took = await _volley_of_processes(trial, direct, workers, clock, took)
+                for number, worker in enumerate(workers):
+                    if not worker.alive:
+                        workers[number] = await Worker.start(url, broken=trial.broken)
+        finally:
+            await asyncio.gather(*(worker.end() for worker in workers))
 
 
-def _judge(trial: Trial, history: Run) -> None:
-    operations = history.history.operations
-    trial.tally.operations += len(operations)
-    trial.tally.add("calls refused", history.unavailable)
-    trial.tally.add("outcomes unknown", sum(one.outcome is UNKNOWN for one in operations))
-    for one in operations:
-        if is_foreign(one.outcome):
-            trial.tally.mistrust(f"{one.call.method} gave {answer(one.outcome)}, which is not the contract's")
-            return
-    verdict = check_history(History.of([_as_known(one) for one in operations]), budget=BUDGET)
-    most = trial.tally.details.get("most states tried for one", 0)
-    trial.tally.details["most states tried for one"] = max(int(most), verdict.states)
-    if verdict.answer is Answer.VIOLATION:
-        trial.tally.mistrust(f"no order of the calls explains their answers: {_stuck(verdict)}")
-    elif verdict.answer is Answer.UNDECIDED:
-        trial.tally.mistrust(f"a history of {len(operations)} calls could not be decided")
-
-
-def _as_known(one: Operation) -> Operation:
-    """What is known of an operation by its answer: an annotation is best effort, and never fails (CLM-7)."""
-    if one.call.method != "annotate_dispatch":
-        return one
-    return replace(one, outcome=UNKNOWN, returned=float("inf"))
-
-
-def _stuck(verdict: Verdict) -> str:
-    """Where the search ended."""
-    parts = [
-        f"{one.call.method} gave {answer(one.outcome)}, where {answer(right)} is right"
-        for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
-    ]
-    return "; ".join(parts[:2])
+async def _volley_of_processes(
+    trial: Trial, direct: FlowStore, workers: Sequence[Worker], clock: VirtualClock, usual: float
+) -> float:
+    """Histories at the same time, in whose midst processes are killed; how long they took."""
+    rng = trial.rng
+    races = [draw_race(rng, clock) for _ in range(min(AT_ONCE, trial.planned))]
+    begin, middle, end = phases_of(races)
+    done = [await _alone(direct, begin, clock)]
+    places: list[list[Job]] = [[] for _ in workers]
+    for job in middle.jobs:
+        places[(job.race + job.client) % len(workers)].append(job)
+    began = asyncio.get_running_loop().time()
+    working = asyncio.gather(
+        *(worker.do(jobs, clock.now) for worker, jobs in zip(workers, places, strict=True))
+    )
+    await asyncio.wait({working}, timeout=rng.uniform(0, usual))
+    for worker in rng.sample(workers, rng.randint(1, len(workers) - 1)):
+        worker.kill()
+    done.append([one for told in await working for one in told])
+    took = asyncio.get_running_loop().time() - began
+    done.append(await _alone(direct, end, clock))
+    for history in assemble(races, done, one_loop=False):
+        judge(trial.tally, history.history, history.unavailable)
+        struck = sum(one.outcome is UNKNOWN for one in history.history.operations)
+        if struck:
+            trial.landed()
+            trial.tally.add("calls struck by killed clients", struck)
+    # The killed are gone early, so the others take longer than this when none is.
+    return max(0.05, (usual + took) / 2)
 
 
 LINE = Line(
     number=7,
     name="histories",
-    fault=f"{CLIENTS} clients on the same runs while replies and requests are lost and the server is killed",
+    fault=f"{CLIENTS} clients on the same runs; messages lost, the server killed; on SQLite, clients killed",
     unit="histories struck",
     planned=500,
     least=24,
-    backends=("postgresql",),
+    backends=("postgresql", "sqlite"),
     passes_when="an order of the calls explains every answer; none is left undecided",
-    broken="the store repeats a call of unknown outcome and believes what it is told then",
+    broken="a call of unknown outcome is repeated and believed; on SQLite, answered before it is written",
     minutes=10,
     run=run,
 )
