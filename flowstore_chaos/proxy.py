@@ -237,7 +237,7 @@ class Proxy:
                     continue
                 link.client_out.write(data)
                 await link.client_out.drain()
-        if link.asked:
+        if link.asked and not link.greeting:
             self.broken_in_flight += 1
         if link.losing is None:
             link.client_out.close()
@@ -286,6 +286,8 @@ class _Link:
         self.first, self.started = True, False
         self.asked = False
         """A request is under way."""
+        self.greeting = False
+        """It is the first of the connection, which a server that is starting refuses."""
         self.writes = False
         """It is COMMIT, or a statement that writes."""
         self.committed = False
@@ -300,7 +302,8 @@ class _Link:
         """Remember what is asked; True when it asks that another connection's statement be cancelled."""
         self.reply, self._parsed, self._completed, self.committed = b"", 0, False, False
         self.answered.clear()
-        if not self.started:
+        self.greeting = not self.started
+        if self.greeting:
             self.started = True
             return request[4:8] == struct.pack("!i", 80877102)
         position, text, kind = 0, b"", b""
