@@ -122,8 +122,15 @@ def _unpack_outcome(packed: Any) -> Outcome:
 
 
 _WITHOUT_ANSWER = frozenset(
-    "configure_run record_step_complete register_waiter release_step_claim reschedule_step retry_step "
-    "save_output".split()
+    (
+        "configure_run",
+        "record_step_complete",
+        "register_waiter",
+        "release_step_claim",
+        "reschedule_step",
+        "retry_step",
+        "save_output",
+    )
 )
 
 
