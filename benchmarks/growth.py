@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -32,6 +32,7 @@ from benchmarks.results import Report, Sample, Target
 from benchmarks.rounds import Variant, measure, measure_paired
 from benchmarks.sqlite import store_url
 from benchmarks.workload import (
+    Step,
     StoreRecords,
     WrongAnswerError,
     lifecycles,
@@ -57,8 +58,8 @@ SMALLEST = (200, 400, 800)
 PAGE = 50
 DEEP = 100_000
 CLEANED = 1_000
-CLEANED_UNDER_WRITERS = 10_000
 WRITERS = 16
+STEPS_PER_WRITER = 800
 RANDOM_IDS = "{size:,} runs, ids by uuid4()"
 
 Call = Callable[[], Awaitable[None]]
@@ -354,18 +355,23 @@ async def _repeat(call: Call, amount: int) -> Sample:
 
 async def _writers(at: Namespace, seconds: float, amount: int) -> tuple[Sample, Sample]:
     """The same writers twice: alone for a while, then until a cleanup beside them is done."""
+    alone = await _prepare(at)
+    beside = await _prepare(at)
     began = perf_counter()
-    alone = await _write(at, lambda: perf_counter() > began + seconds)
-    cleaning = asyncio.create_task(at.clean(min(CLEANED_UNDER_WRITERS, at.runs // 40)))
-    beside = await _write(at, cleaning.done)
+    first = await _write(at, alone, lambda: perf_counter() > began + seconds)
+    cleaning = asyncio.create_task(at.clean(min(CLEANED, at.runs // 40)))
+    second = await _write(at, beside, cleaning.done)
     await cleaning
-    return alone, beside
+    return first, second
 
 
-async def _write(at: Namespace, stop: Callable[[], bool]) -> Sample:
-    run_ids, steps = make_steps(64 * WRITERS)
+async def _prepare(at: Namespace) -> Iterator[Step]:
+    run_ids, steps = make_steps(STEPS_PER_WRITER * WRITERS)
     await at.records.add_runs(run_ids)
-    source = iter(steps)
+    return iter(steps)
+
+
+async def _write(at: Namespace, source: Iterator[Step], stop: Callable[[], bool]) -> Sample:
     latencies: list[float] = []
     began = perf_counter()
     done = await lifecycles_until(at.store, source, latencies, WRITERS, stop)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
+from uuid import UUID
 
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.search import gather_texts, is_indexed
 
-BATCH = 200
-"""Runs deleted per transaction: small enough that no writer waits long (RET-3)."""
+BATCH = 500
+"""Runs that are looked up at once."""
+TURN = 20
+PAUSE = 1.0
 
 FIND_COMPLETED = """
 SELECT run_id FROM {schema}.runs WHERE completed_at < $1 ORDER BY completed_at, run_id LIMIT $2
 """
-# Keys before runs: trigger_run locks in that order too, and would deadlock with any other.
-LOCK_KEYS = """
-SELECT FROM {schema}.idempotency_keys WHERE run_id = ANY($1::uuid[])
-ORDER BY flow_id, trigger_key, idempotency_key FOR UPDATE
-"""
-# Locked rows are waited for, not skipped: a skipped run would stay. After the wait the row is read
-# again, so a run that was reopened meanwhile drops out, whole (RET-2).
+# Keys before runs: trigger_run locks in that order too, and would deadlock with any other. Locked rows are
+# waited for, not skipped: a skipped run would stay. After the wait the row is read again, so a run that was
+# reopened meanwhile drops out, whole (RET-2).
 LOCK_COMPLETED = """
-SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) AND completed_at < $2
+WITH keys AS MATERIALIZED (
+    SELECT FROM {schema}.idempotency_keys WHERE run_id = ANY($1::uuid[])
+    ORDER BY flow_id, trigger_key, idempotency_key FOR UPDATE
+)
+SELECT run_id FROM {schema}.runs
+WHERE run_id = ANY($1::uuid[]) AND completed_at < $2 AND (SELECT count(*) FROM keys) >= 0
 ORDER BY run_id FOR UPDATE
 """
 CHILDREN = (
@@ -36,8 +43,14 @@ CHILDREN = (
     "controls",
     "idempotency_keys",
 )
-DELETE_CHILDREN = "DELETE FROM {schema}.{table} WHERE run_id = ANY($1::uuid[])"
-DELETE_RUNS = "DELETE FROM {schema}.runs WHERE run_id = ANY($1::uuid[])"
+# A statement of its own: its snapshot sees what was written while the locks were waited for.
+DELETE_RUNS = (
+    "WITH "
+    + ", ".join(
+        f"{table} AS (DELETE FROM {{schema}}.{table} WHERE run_id = ANY($1::uuid[]))" for table in CHILDREN
+    )
+    + " DELETE FROM {schema}.runs WHERE run_id = ANY($1::uuid[])"
+)
 
 # Two statements: the second one's snapshot sees a run that a trigger started while we waited for its
 # key. A key that another call is using right now is left for the next cleanup.
@@ -84,23 +97,20 @@ class Retention:
     _database: Database
 
     async def cleanup(self, *, cutoff: datetime) -> int:
-        async def delete_runs(transaction: Transaction) -> tuple[int, int]:
-            found = [row[0] for row in await transaction.rows(FIND_COMPLETED, cutoff, BATCH)]
-            if not found:
-                return 0, 0
-            await transaction.execute(LOCK_KEYS, found)
-            runs = [row[0] for row in await transaction.rows(LOCK_COMPLETED, found, cutoff)]
-            for table in CHILDREN:
-                await transaction.execute(DELETE_CHILDREN.replace("{table}", table), runs)
-            await transaction.execute(DELETE_RUNS, runs)
-            return len(found), len(runs)
-
+        loop = asyncio.get_running_loop()
         deleted = 0
-        while True:
-            found, gone = await self._database.transaction("cleanup", delete_runs)
-            deleted += gone
-            if not found:
-                break
+
+        async def delete_runs(transaction: Transaction, runs: Sequence[UUID]) -> int:
+            locked = [row[0] for row in await transaction.rows(LOCK_COMPLETED, runs, cutoff)]
+            return _count(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
+
+        while found := [row[0] for row in await self._database.read(FIND_COMPLETED, cutoff, BATCH)]:
+            while found:
+                some, found = found[:TURN], found[TURN:]
+                began = loop.time()
+                deleted += await self._database.transaction("cleanup", partial(delete_runs, runs=some))
+                took = loop.time() - began
+                await asyncio.sleep(PAUSE * took)
 
         async def sweep_keys(transaction: Transaction) -> int:
             rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -14,15 +15,18 @@ from flowstore_sqlite.search import DROP_TRIGRAMS, gather_texts, is_indexed
 from flowstore_sqlite.statistics import DAY
 from flowstore_sqlite.values import to_us
 
-BATCH = 200
-BATCH_SECONDS = 0.05
-"""A batch ends early after that long, so that writers do not wait for runs with much history."""
-PAUSE_SECONDS = 0.005
-"""Between batches, for the writers of other processes."""
+BATCH = 500
+"""Runs that are looked up at once."""
+SHORTEST_TURN = 0.0003
+"""How long cleanup keeps the writers waiting while there are any; the run that it is at is finished."""
+LONGEST_TURN = 0.01
+PAUSE_SECONDS = 0.001
+"""Between turns, for the writers of other processes."""
 
 FIND_COMPLETED = """
 SELECT run_id FROM runs WHERE completed_at IS NOT NULL AND completed_at < ? ORDER BY completed_at LIMIT ?
 """
+IS_COMPLETED = "SELECT 1 FROM runs WHERE run_id = ? AND completed_at < ?"
 DELETE_RUN = (
     "DELETE FROM attempts WHERE run_id = ?",
     "DELETE FROM steps WHERE run_id = ?",
@@ -62,7 +66,14 @@ class Retention(Database):
 
     async def cleanup(self, cutoff: datetime) -> int:
         before = to_us(cutoff)
-        deleted = await self._in_batches(partial(_delete_runs, before))
+        turn = Turn()
+        deleted = 0
+        while found := await self.read(partial(_find_completed, before)):
+            while found:
+                turn, (done, count) = await self.write(turn.of(partial(_delete_runs, before, found)))
+                deleted += count
+                del found[:done]
+                await asyncio.sleep(turn.pause)
         await self._in_batches(partial(_sweep, DELETE_ORPHANED_CONTROLS, before))
         await self._in_batches(partial(_sweep, DELETE_ORPHANED_KEYS, before))
         await self.write(partial(_drop_summaries, before))
@@ -79,20 +90,40 @@ class Retention(Database):
         return total
 
 
-def _delete_runs(before: int, db: sqlite3.Connection, now: int) -> int:
-    """Delete a batch of runs, each whole; how many, 0 when none is left."""
-    deadline = time.monotonic() + BATCH_SECONDS
-    deleted = 0
+class Turn:
+    def __init__(self, seconds=SHORTEST_TURN, seen=None, pause=0.001):
+        self.seconds, self.seen, self.pause = seconds, seen, pause
+
+    def of(self, work):
+        def write(db, now):
+            seen = (db.total_changes, db.execute("PRAGMA data_version").fetchone()[0])
+            alone = seen == self.seen or self.seen is None
+            seconds = min(2 * self.seconds, LONGEST_TURN) if alone else SHORTEST_TURN
+            answer = work(time.monotonic() + seconds, db)
+            return Turn(seconds, (db.total_changes, seen[1]), 0.001 if alone else PAUSE_SECONDS), answer
+        return write
+
+
+def _find_completed(before: int, db: sqlite3.Connection) -> list[bytes]:
+    return [row[0] for row in db.execute(FIND_COMPLETED, (before, BATCH))]
+
+
+def _delete_runs(before: int, found: Sequence[bytes], until: float, db: sqlite3.Connection) -> tuple[int, int]:
+    """Delete runs, each whole, until it is time; how many were looked at and how many deleted."""
+    done = deleted = 0
     indexed = is_indexed(db)
-    for row in db.execute(FIND_COMPLETED, (before, BATCH)).fetchall():
-        if indexed:
-            db.execute(DROP_TRIGRAMS, row)
-        for statement in DELETE_RUN:
-            db.execute(statement, row)
-        deleted += 1
-        if time.monotonic() > deadline:
+    for run_id in found:
+        # Not one that was reopened meanwhile.
+        if db.execute(IS_COMPLETED, (run_id, before)).fetchone():
+            if indexed:
+                db.execute(DROP_TRIGRAMS, (run_id,))
+            for statement in DELETE_RUN:
+                db.execute(statement, (run_id,))
+            deleted += 1
+        done += 1
+        if time.monotonic() > until:
             break
-    return deleted
+    return done, deleted
 
 
 def _drop_summaries(before: int, db: sqlite3.Connection, now: int) -> None:
