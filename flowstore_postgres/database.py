@@ -45,6 +45,7 @@ from flowstore_postgres.errors import (
     unreadable_url,
 )
 from flowstore_postgres.migrate import Settings
+from flowstore_postgres.reading import Reading
 
 T = TypeVar("T")
 
@@ -91,6 +92,7 @@ class Database:
             pgbouncer=settings.pgbouncer,
         )
         self.completion = Completion(self, patience=settings.acquire_timeout)
+        self.reading = Reading(self, patience=settings.acquire_timeout)
 
     def within(self, seconds: float) -> float:
         """So many seconds, or what is left to a call that has failed and goes on trying."""
@@ -435,7 +437,7 @@ class Database:
         await self.read("SELECT 1")
 
     async def aclose(self) -> None:
-        await self.completion.aclose(CLOSE_SECONDS)
+        await asyncio.gather(self.completion.aclose(CLOSE_SECONDS), self.reading.aclose(CLOSE_SECONDS))
         await self._batches.aclose(CLOSE_SECONDS)
         await self._in_flight.drain(CLOSE_SECONDS)
         try:

@@ -35,7 +35,9 @@ FIND_OUTPUT = """
 SELECT true AS found FROM {schema}.outputs WHERE run_id = $1 AND key = $2 AND value_json = $3
 """
 GET_OUTPUT = "SELECT value_json FROM {schema}.outputs WHERE run_id = $1 AND key = $2"
-GET_OUTPUTS = "SELECT key, value_json FROM {schema}.outputs WHERE run_id = $1 ORDER BY key"
+GET_OUTPUTS = """
+SELECT run_id, key, value_json FROM {schema}.outputs WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, key
+"""
 
 
 def _weigh(row: Row) -> int:
@@ -65,4 +67,5 @@ class Outputs:
         return None if row is None else row[0]
 
     async def get_outputs(self, *, run_id: UUID) -> Mapping[str, str]:
-        return MappingProxyType(dict(await self._database.read(GET_OUTPUTS, run_id)))
+        rows = await self._database.reading.rows(GET_OUTPUTS, run_id)
+        return MappingProxyType({row[1]: row[2] for row in rows})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from uuid import UUID
@@ -11,12 +11,17 @@ from uuid import UUID
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
-from flowstore_postgres.search import gather_texts, is_indexed
+from flowstore_postgres.search import gather, is_indexed
 
 BATCH = 500
-"""Runs that are looked up at once."""
+"""Runs that are looked up at once; orphans that are deleted at once at most."""
 TURN = 20
-PAUSE = 1.0
+"""Runs that are deleted in one transaction: some milliseconds of the server's time, in statements of less
+than one, so that nobody waits long for a processor or a row (RET-3)."""
+GATHERED = 32
+"""Ended runs that become quick to search in one transaction."""
+REST = 1.0
+"""How long cleanup rests after each transaction, as a multiple of what that took."""
 
 FIND_COMPLETED = """
 SELECT run_id FROM {schema}.runs WHERE completed_at < $1 ORDER BY completed_at, run_id LIMIT $2
@@ -97,52 +102,53 @@ class Retention:
     _database: Database
 
     async def cleanup(self, *, cutoff: datetime) -> int:
-        loop = asyncio.get_running_loop()
         deleted = 0
-
-        async def delete_runs(transaction: Transaction, runs: Sequence[UUID]) -> int:
-            locked = [row[0] for row in await transaction.rows(LOCK_COMPLETED, runs, cutoff)]
-            return _count(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
-
-        while found := [row[0] for row in await self._database.read(FIND_COMPLETED, cutoff, BATCH)]:
-            while found:
-                some, found = found[:TURN], found[TURN:]
-                began = loop.time()
-                deleted += await self._database.transaction("cleanup", partial(delete_runs, runs=some))
-                took = loop.time() - began
-                await asyncio.sleep(PAUSE * took)
-
-        async def sweep_keys(transaction: Transaction) -> int:
-            rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
-            if not rows:
-                return 0
-            columns = [list(column) for column in zip(*rows, strict=True)]
-            return _count(await transaction.execute(DELETE_ORPHANED_KEYS, *columns))
-
-        while await self._database.transaction("cleanup", sweep_keys):
-            pass
-
-        async def sweep_controls(transaction: Transaction) -> int:
-            rows = await transaction.rows(
-                LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, ORPHAN_GRACE, BATCH
-            )
-            if not rows:
-                return 0
-            return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
-
-        while await self._database.transaction("cleanup", sweep_controls):
-            pass
-
-        async def drop_summaries(transaction: Transaction) -> None:
-            await transaction.execute(DELETE_SUMMARIES, cutoff)
-            await transaction.execute(DELETE_COMMITS)
-
-        await self._database.transaction("cleanup", drop_summaries)
+        while found := await self._database.read(FIND_COMPLETED, cutoff, BATCH):
+            runs = [row[0] for row in found]
+            for start in range(0, len(runs), TURN):
+                deleted += await self._in_turn(partial(_delete_runs, runs[start : start + TURN], cutoff))
+        for sweep in (_sweep_keys, _sweep_controls):
+            while await self._in_turn(partial(sweep, cutoff)):
+                pass
+        await self._in_turn(partial(_drop_notes, cutoff))
         if await is_indexed(self._database):
             # What ended since the last time becomes quick to search.
-            while await gather_texts(self._database):
+            while await self._in_turn(partial(gather, GATHERED)):
                 pass
         return deleted
+
+    async def _in_turn(self, work: Callable[[Transaction], Awaitable[int]]) -> int:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        done = await self._database.transaction("cleanup", work)
+        await asyncio.sleep(REST * (loop.time() - began))
+        return done
+
+
+async def _delete_runs(runs: Sequence[UUID], cutoff: datetime, transaction: Transaction) -> int:
+    """Delete those that are still completed, each whole; how many."""
+    locked = [row[0] for row in await transaction.rows(LOCK_COMPLETED, runs, cutoff)]
+    return _count(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
+
+
+async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:
+    rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+    if not rows:
+        return 0
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return _count(await transaction.execute(DELETE_ORPHANED_KEYS, *columns))
+
+
+async def _sweep_controls(cutoff: datetime, transaction: Transaction) -> int:
+    rows = await transaction.rows(LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+    if not rows:
+        return 0
+    return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
+
+
+async def _drop_notes(cutoff: datetime, transaction: Transaction) -> int:
+    await transaction.execute(DELETE_SUMMARIES, cutoff)
+    return _count(await transaction.execute(DELETE_COMMITS))
 
 
 def _count(tag: str) -> int:

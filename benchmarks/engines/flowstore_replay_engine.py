@@ -9,7 +9,7 @@ from time import perf_counter
 
 from benchmarks.results import Sample
 from benchmarks.workload import OUTPUT, STEPS_PER_RUN, StoreRecords, WrongAnswerError
-from flowstore_core import RunStatus, new_run_id, open_store
+from flowstore_core import new_run_id, open_store
 from flowstore_replay import Engine, Task, Workflow
 from flowstore_replay.engine import Job
 
@@ -47,8 +47,8 @@ async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Aw
             await worker.run(run_ids)
             seconds = perf_counter() - began
             done = await records.count_completed(run_ids)
-            ended = [await store.get_run_status(run_id) for run_id in run_ids]
-            if done != len(run_ids) * STEPS_PER_RUN or set(ended) != {RunStatus.SUCCEEDED}:
+            left = {run.run_id for run in await store.get_active_runs()}
+            if done != len(run_ids) * STEPS_PER_RUN or left:
                 raise WrongAnswerError(f"{done} steps of {len(run_ids)} runs were completed")
             return Sample(done, rate=done / seconds)
 
