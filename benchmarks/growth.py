@@ -226,7 +226,7 @@ async def _measure(
         f"{backend}, writers and cleanup",
         "lifecycles per second",
         ("without", "during cleanup", "during DELETE by hand"),
-        partial(writers_beside_cleanup, namespaces[-1], options.seconds),
+        partial(writers_beside_cleanup, namespaces[-1], options.seconds, options.scale),
         least=1,
         note=f"{WRITERS} writers among {namespaces[-1].name}",
     )

@@ -16,9 +16,11 @@ STEPS_PER_WRITER = 800
 CLEANED = 1_000
 
 
-async def writers_beside_cleanup(at: Namespace, seconds: float, amount: int) -> tuple[Sample, Sample, Sample]:
+async def writers_beside_cleanup(
+    at: Namespace, seconds: float, scale: float, amount: int
+) -> tuple[Sample, Sample, Sample]:
     """The same writers alone for a while, then until a cleanup beside them is done, or deletes by hand."""
-    steps = [await _prepare(at) for _ in range(3)]
+    steps = [await _prepare(at, scale) for _ in range(3)]
     began = perf_counter()
     alone = await _write(at, steps[0], lambda: perf_counter() > began + seconds)
     runs = min(CLEANED, at.runs // 40)
@@ -35,8 +37,8 @@ async def writers_beside_cleanup(at: Namespace, seconds: float, amount: int) -> 
     return alone, beside[0], beside[1]
 
 
-async def _prepare(at: Namespace) -> Iterator[Step]:
-    run_ids, steps = make_steps(STEPS_PER_WRITER * WRITERS)
+async def _prepare(at: Namespace, scale: float) -> Iterator[Step]:
+    run_ids, steps = make_steps(max(20, int(STEPS_PER_WRITER * min(1.0, scale))) * WRITERS)
     await at.records.add_runs(run_ids)
     return iter(steps)
 

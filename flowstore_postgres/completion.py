@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
+import asyncpg
+
 from flowstore_core import FlowStoreError, RunStatus, StepStatus
 from flowstore_core.batching import Batcher, Method
+from flowstore_postgres.batches import OF_A_ROW
 from flowstore_postgres.connection import Transaction
 
 if TYPE_CHECKING:
@@ -57,6 +60,10 @@ class Ending(NamedTuple):
         return statuses == self.expected and not any(held and status is None for _, status, held in steps)
 
 
+class _RefusedError(FlowStoreError):
+    """One of the runs was the reason that nothing happened; alone, each call hears of its own."""
+
+
 class Completion:
     """The calls of complete_run of one store."""
 
@@ -71,16 +78,17 @@ class Completion:
 
     async def _run(self, endings: Sequence[Ending]) -> Sequence[bool]:
         async def work(transaction: Transaction) -> set[UUID]:
-            return await _complete(transaction, endings)
+            try:
+                return await _complete(transaction, endings)
+            except asyncpg.PostgresError as error:
+                if (error.sqlstate or "")[:2] in OF_A_ROW:
+                    raise _RefusedError from None
+                raise
 
         try:
             done = await self._database.transaction("complete_run", work)
-        except FlowStoreError:
-            if len(endings) == 1:
-                raise
-            # One of them may have been the reason.
-            middle = len(endings) // 2
-            return [*await self._run(endings[:middle]), *await self._run(endings[middle:])]
+        except _RefusedError:
+            return [False] * len(endings)
         return [ending.run_id in done for ending in endings]
 
     async def aclose(self, seconds: float) -> None:
