@@ -31,6 +31,7 @@ from flowstore_core.inflight import InFlight
 from flowstore_core.timeseries import LATEST
 from flowstore_postgres.acknowledgements import NOTE_COMMIT, Doubt, Look, Lost, LostCommit, was_committed
 from flowstore_postgres.batches import Batched, Batches
+from flowstore_postgres.completion import Completion
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import (
     DRIVER,
@@ -44,6 +45,7 @@ from flowstore_postgres.errors import (
     unreadable_url,
 )
 from flowstore_postgres.migrate import Settings
+from flowstore_postgres.reading import Reading
 
 T = TypeVar("T")
 
@@ -89,6 +91,8 @@ class Database:
             patience=settings.acquire_timeout,
             pgbouncer=settings.pgbouncer,
         )
+        self.completion = Completion(self, patience=settings.acquire_timeout)
+        self.reading = Reading(self, patience=settings.acquire_timeout)
 
     def within(self, seconds: float) -> float:
         """So many seconds, or what is left to a call that has failed and goes on trying."""
@@ -433,6 +437,7 @@ class Database:
         await self.read("SELECT 1")
 
     async def aclose(self) -> None:
+        await asyncio.gather(self.completion.aclose(CLOSE_SECONDS), self.reading.aclose(CLOSE_SECONDS))
         await self._batches.aclose(CLOSE_SECONDS)
         await self._in_flight.drain(CLOSE_SECONDS)
         try:
