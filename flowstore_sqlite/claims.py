@@ -117,7 +117,8 @@ class Claims(Database):
         if owner is not None:
             # No giving back: the owner may ask again and gets the true answer.
             return self.write(partial(_try_claim_step, run_id, step_key, owner, lease))
-        return self.write(_Claim(run_id, step_key, None))
+        claim = _Claim(run_id, step_key, None)
+        return self.write(claim, claim.undo)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
         row: tuple[object, ...] = (run_id.bytes, step_key)
@@ -162,7 +163,8 @@ class Claims(Database):
     def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None
     ) -> Coroutine[Any, Any, bool]:
-        return self.write(_Dispatch(run_id, step_key, due_at))
+        dispatch = _Dispatch(run_id, step_key, due_at)
+        return self.write(dispatch, dispatch.undo)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         try:

@@ -64,18 +64,19 @@ class Database:
         self._process = _process
         self._closed = False
 
-    def write(self, work: Write[T]) -> Coroutine[Any, Any, T]:
+    def write(
+        self, work: Write[T], undo: Callable[[T], Write[None] | None] | None = None
+    ) -> Coroutine[Any, Any, T]:
         """Run work in a transaction of the writer, whole or not at all.
 
         Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and what it has won and nobody will hear of is given back: if ``work`` has a method
-        ``undo``, it gets the result and returns the work that undoes it, or None. Work that has not
-        begun never does.
+        begun ends, and what it has won and nobody will hear of is given back: ``undo`` gets the result
+        and returns the work that undoes it, or None. Work that has not begun never does.
 
         Raises StoreUnavailableError when the lock was not free within busy_timeout.
         """
         self._check_usable()
-        return self._writing.write(None, work)
+        return self._writing.write(work, undo)
 
     async def read(self, work: Read[T]) -> T:
         """Run work on one snapshot, which holds every write that has returned before."""
