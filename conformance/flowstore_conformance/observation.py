@@ -149,8 +149,10 @@ async def find_half(
         return difference(asked, seen, wanted)
     # What had not happened when we looked may still have been on its way to the server.
     again = [one.then(call, times=times) for one in possible]
-    outcome = await outcome_of(store, call, times=times)
-    if outcome not in (right := [one.outcome for one in again]):
+    right = [one.outcome for one in again]
+    is_undone = len(possible) == 1 and possible[0] is before
+    outcome = await _outcome_at_last(store, call, right, patient=is_undone, times=times)
+    if outcome not in right:
         only = " or ".join(dict.fromkeys(answer(one) for one in right if one is not None))
         return f"said again it gives {answer(outcome)}, where only {only} is right"
     if any(one is before for one in possible):
@@ -158,6 +160,20 @@ async def find_half(
     wanted = [one.look(asked, times=times) for one in again]
     seen = await look_until(store, asked, wanted, times=times)
     return None if seen in wanted else f"after saying it again {difference(asked, seen, wanted)}"
+
+
+async def _outcome_at_last(
+    store: FlowStore, call: Call, right: Sequence[Outcome | None], *, patient: bool, times: bool
+) -> Outcome:
+    """What a call gives; with ``patient``, when what an earlier one has won should be given back again.
+
+    It may still have been on its way when we looked, and have won since.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + (PATIENCE_SECONDS if patient else 0)
+    while (outcome := await outcome_of(store, call, times=times)) not in right and loop.time() < until:
+        await asyncio.sleep(0.02)
+    return outcome
 
 
 def difference(asked: Sequence[Call], seen: Sight, wanted: Sequence[Sight]) -> str:
