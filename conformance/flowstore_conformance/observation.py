@@ -171,9 +171,11 @@ async def _outcome_at_last(
     """
     loop = asyncio.get_running_loop()
     until = loop.time() + (PATIENCE_SECONDS if patient else 0)
-    while (outcome := await outcome_of(store, call, times=times)) not in right and loop.time() < until:
+    while True:
+        outcome = await outcome_of(store, call, times=times)
+        if outcome in right or loop.time() >= until:
+            return outcome
         await asyncio.sleep(0.02)
-    return outcome
 
 
 def difference(asked: Sequence[Call], seen: Sight, wanted: Sequence[Sight]) -> str:
