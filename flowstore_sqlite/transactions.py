@@ -54,7 +54,8 @@ class Transactions:
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
         try:
-            if (refusals := self._begin(calls)) is not None:
+            has_begun = self._turnstile.is_open() and self._try_begin()
+            if not has_begun and (refusals := self._begin(calls)) is not None:
                 return refusals
             outcomes: list[Any] = []
             try:
@@ -63,7 +64,12 @@ class Transactions:
                 # One of them failed all: they run again, told apart.
                 self._roll_back()
                 return self._run_guarded(calls)
-            return self._commit(outcomes) + [AGAIN] * (len(calls) - len(outcomes))
+            outcomes = self._commit(outcomes)
+            if len(outcomes) < len(calls):
+                outcomes += [AGAIN] * (len(calls) - len(outcomes))
+            return outcomes
+        except sqlite3.Error as error:
+            return [map_error(error, self._path) for _ in calls]
         finally:
             self._roll_back()
 

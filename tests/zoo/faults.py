@@ -15,7 +15,7 @@ from tests.zoo import broken
 class CancelledClaimIsKept:
     """Gives nothing back of what a cancelled call had won."""
 
-    async def write(self, work: Any, undo: Any = None) -> Any:
+    async def write(self, work: Any, give_back: Any = None) -> Any:
         return await super().write(work)
 
 
