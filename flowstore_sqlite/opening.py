@@ -23,8 +23,6 @@ SETTINGS = (
     # The file is ours, but whoever can write to it should not run code through its schema.
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cache_size = -16000",
-    # A page that many groups have changed is copied once for all: 16 MB of log, four times the default.
-    "PRAGMA wal_autocheckpoint = 4000",
     # After a checkpoint the log is cut to this size, so that one burst does not keep the disk for ever.
     "PRAGMA journal_size_limit = 67108864",
 )
