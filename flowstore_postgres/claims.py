@@ -27,7 +27,9 @@ TAKE_CLAIM = """
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     claim_token = excluded.claim_token,
     claim_owned = excluded.claim_owned,
-    claim_call = excluded.claim_call,
+    claim_call = CASE WHEN s.claim_token = excluded.claim_token
+                       AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
+                      THEN s.claim_call ELSE excluded.claim_call END,
     claimed_at = CASE WHEN s.claim_token = excluded.claim_token
                        AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
                       THEN s.claimed_at ELSE excluded.claimed_at END,
@@ -88,6 +90,7 @@ RETURNING true AS won
 """.replace("{take}", TAKE_CLAIM)
 # By the call's own token, which stays when the claim goes: the owner may have held it from before, and what
 # was won may have been released since, or its run be over, so that asking again would be answered no.
+# A call of an owner that found its claim there has changed nothing, and may be made again.
 FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_call = $3"
 # What a cancelled call had won goes, whoever claimed since keeps (CON-4).
 GIVE_BACK_CLAIM = """
