@@ -172,6 +172,7 @@ WHERE clock_timestamp() < $1
 {take}
 RETURNING true AS won
 """.replace("{take}", TAKE_DISPATCH)
+# The token stays when the dispatch goes, as with claims.
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
 GIVE_BACK_DISPATCH = """
 UPDATE {schema}.steps
@@ -199,8 +200,8 @@ FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $
 RELEASE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
 released AS (
-    UPDATE {schema}.steps s SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL,
-                                dispatch_job_id = NULL, release_token = a.token
+    UPDATE {schema}.steps s SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL,
+                                release_token = a.token
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[]) AS a (run_id, step_key, token)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
