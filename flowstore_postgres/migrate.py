@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
-from flowstore_core.config import read_query, read_scheme
+from flowstore_core.config import read_query, read_scheme, split_place
 from flowstore_postgres.errors import map_errors
 from flowstore_postgres.hosts import Hosts, read_hosts
 from flowstore_postgres.plugin import DRIVER_OPTIONS
@@ -126,8 +126,24 @@ def read_connection_settings(config: StoreConfig) -> Settings:
 
 
 def _driver_url(config: StoreConfig) -> str:
+    """The URL with every option in it; what an option says goes before the same in the URL's first part.
+
+    The driver would do it the other way round, and connect as another user than the one asked for.
+    """
     driver = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
-    base = config.url.partition("#")[0].partition("?")[0]
+    authority, path = split_place(config.url.partition("#")[0])
+    userinfo, _, place = authority.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    for name, value in (("user", user), ("password", password)):
+        if value:
+            driver.setdefault(name, unquote(value))
+    if "host" in driver:
+        place = ""
+    elif "port" in driver:
+        place = re.sub(r":\d*(?=,|$)", "", place)
+    if "database" in driver or "dbname" in driver:
+        path = ""
+    base = f"postgresql://{place}/{path}" if path else f"postgresql://{place}"
     return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
 
 
