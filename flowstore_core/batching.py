@@ -36,6 +36,7 @@ from typing import Any, Generic, TypeVar
 from flowstore_core.calls import AGAIN, BatchError, Call, another, shared
 from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import Undoing
+from flowstore_core.observing import NOBODY, Observers, report_batch
 from flowstore_core.places import Places
 
 __all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Method"]
@@ -112,7 +113,8 @@ class Batcher:
 
     One scheduler for all methods: whoever has waited longest goes first, with all that its method has
     gathered. ``lanes`` is how many batches may be on their way at once; ``patience`` is in seconds, and
-    ``advice`` ends the message of the error that follows it.
+    ``advice`` ends the message of the error that follows it. ``observers`` hear of each batch, and
+    ``log`` at level debug.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class Batcher:
         capacity: int = CAPACITY,
         patience: float = PATIENCE_SECONDS,
         advice: str = "send fewer calls at once",
+        observers: Observers = NOBODY,
+        log: logging.Logger = _log,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.places: Places = Places(capacity)
@@ -132,6 +136,8 @@ class Batcher:
         self._largest = largest
         self._patience = patience
         self._advice = advice
+        self._observers = observers
+        self._batch_log = log
         self._methods: list[Method[Any, Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         """The open lanes: a lane lasts as long as there is something to send."""
@@ -268,6 +274,8 @@ class Batcher:
             whole = [call for call in queue if not call.outcome.done()]
             queue.clear()
             self.places.leave(length)
+            if whole and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+                self._report(method, whole, now)
             return whole
         weight = 0
         batch: list[Call] = []
@@ -298,7 +306,13 @@ class Batcher:
             batch.append(call)
         queue.extendleft(reversed(later))
         self.places.leave(length - len(queue))
+        if batch and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+            self._report(method, batch, now)
         return batch
+
+    def _report(self, method: Method[Any, Any], batch: Sequence[Call], now: float) -> None:
+        waited = now - min(call.since for call in batch)
+        report_batch(self._observers, self._batch_log, method.name, len(batch), waited)
 
     async def _run(self, method: Method[Any, Any], calls: list[Call]) -> None:
         outcomes: Sequence[Any]
