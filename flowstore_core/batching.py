@@ -36,7 +36,7 @@ from typing import Any, Generic, TypeVar
 from flowstore_core.calls import AGAIN, BatchError, Call, another, shared
 from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import Undoing
-from flowstore_core.observing import NOBODY, Observers, report_batch
+from flowstore_core.observing import NOBODY, Observers, Resolution, report_batch
 from flowstore_core.places import Places
 
 __all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Method"]
@@ -257,6 +257,8 @@ class Batcher:
             followers = [one for call in calls for one in call.followers or ()]
             # They were not sent. Where the loop is ending they are cancelled, and no lane must open.
             self._queue_again(method, [one for one in followers if not one.outcome.done()])
+            if self._observers:
+                self._observers.outcome_unknown(method.name, Resolution.UNKNOWN, len(calls))
             for call in calls:
                 call.followers = None
                 self._settle(call, OutcomeUnknownError(method.name))
@@ -395,7 +397,12 @@ class Batcher:
             self._sweeper.cancel()
         unfinished = self._unfinished()
         if (not_sent := self._refuse_queued()) or unfinished:
-            _log.warning("closing after %.1f s with %d calls not sent", seconds, not_sent)
+            _log.warning(
+                "closing after %.1f s with %d calls not sent",
+                seconds,
+                not_sent,
+                extra={"flowstore.wait_seconds": seconds, "flowstore.calls": not_sent},
+            )
         for task in unfinished:
             task.cancel()
         if unfinished:

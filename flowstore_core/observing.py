@@ -28,6 +28,8 @@ class Resolution(StrEnum):
     """It was found; its caller gets the true answer."""
     DID_NOT_HAPPEN = "did_not_happen"
     """It was not found, and nothing can take effect any more; it is sent again."""
+    REPEATED = "repeated"
+    """It is sent again without a look, because that gives the true answer whether it had happened or not."""
     UNKNOWN = "unknown"
     """It could not be looked for; its caller gets OutcomeUnknownError."""
 
@@ -86,10 +88,8 @@ NOBODY = Observers()
 """For what is used without a store's configuration; nothing is ever appended to it."""
 
 
-def report_batch(
-    observers: Observers, log: logging.Logger, operation: str, size: int, waited: float
-) -> None:
-    """Tell of a batch that goes out, in the log at level debug too; call it only where one of them listens."""
+def report_batch(observers: Observers, log: logging.Logger, operation: str, size: int, waited: float) -> None:
+    """Tell of a batch, in the log at level debug too; to be called only where one of them listens."""
     if observers:
         observers.batch(operation, size, waited)
     log.debug(

@@ -15,6 +15,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, TypeVar
 
 import asyncpg
@@ -27,8 +28,17 @@ from flowstore_core import (
 )
 from flowstore_core.errors import without_foreign
 from flowstore_core.inflight import InFlight
+from flowstore_core.observing import NOBODY, Observers, Resolution
 from flowstore_core.timeseries import LATEST
-from flowstore_postgres.acknowledgements import NOTE_COMMIT, Doubt, Look, Lost, LostCommit, was_committed
+from flowstore_postgres.acknowledgements import (
+    NOTE_COMMIT,
+    Doubt,
+    Look,
+    Lost,
+    LostCommit,
+    report_lost,
+    was_committed,
+)
 from flowstore_postgres.batches import Batched, Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import (
@@ -40,6 +50,7 @@ from flowstore_postgres.errors import (
     Retry,
     describe,
     name_error,
+    report_retry,
     unreadable_url,
 )
 from flowstore_postgres.migrate import Settings
@@ -65,7 +76,14 @@ ROLLBACK = "ROLLBACK"
 class Database:
     """One store's way to PostgreSQL; every noun class goes through it."""
 
-    def __init__(self, settings: Settings, pool: Any, clock: Callable[[], datetime] | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Any,
+        clock: Callable[[], datetime] | None,
+        observers: Observers = NOBODY,
+    ) -> None:
+        self.observers: Observers = observers
         self._settings = settings
         self._pool = pool
         self._clock = clock
@@ -125,7 +143,7 @@ class Database:
     async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
         self._check_place()
-        return await self.run(self.retrying(lambda: self._read(statement, arguments)))
+        return await self.run(self.retrying(lambda: self._read(statement, arguments), "read"))
 
     async def read_row(self, statement: str, *arguments: object) -> Any:
         rows = await self.read(statement, *arguments)
@@ -196,9 +214,10 @@ class Database:
                 return row
 
         try:
-            return await self.retrying(attempt)
+            return await self.retrying(attempt, operation)
         except StoreUnavailableError:
             if doubt:
+                report_lost(self.observers, operation, Resolution.UNKNOWN)
                 raise OutcomeUnknownError(operation) from None
             raise
 
@@ -245,7 +264,7 @@ class Database:
             async with self.connection() as connection:
                 return await self._transaction(connection, operation, work)
 
-        return await self.run(self.retrying(attempt), give_back)
+        return await self.run(self.retrying(attempt, operation), give_back)
 
     async def _transaction(
         self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
@@ -293,11 +312,11 @@ class Database:
             self.drop(connection)
             raise Retry(describe(error)) from None
 
-    async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def retrying(self, attempt: Callable[[], Awaitable[T]], operation: str) -> T:
         """Repeat what is known not to have happened, with jittered backoff, for retry_timeout."""
         deadline = self._loop.time() + self._settings.retry_timeout
         pause = FIRST_PAUSE
-        while True:
+        for tries in count(1):
             try:
                 return await attempt()
             except Retry as retry:
@@ -309,15 +328,26 @@ class Database:
                 error = describe(raised)
                 again = getattr(raised, "sqlstate", None) in ROLLED_BACK
                 if not again:
-                    log.debug("the driver raised %s", name_error(raised))
+                    log.debug(
+                        "%s: the driver raised %s",
+                        operation,
+                        name_error(raised),
+                        extra={
+                            "flowstore.operation": operation,
+                            "flowstore.error_type": type(raised).__name__,
+                            "flowstore.sqlstate": getattr(raised, "sqlstate", None),
+                        },
+                    )
             # Out here, where no driver's error is being handled that would be chained.
             if not again:
                 raise without_foreign(error)
             wait = pause * random.uniform(0.5, 1.5)
             if self._loop.time() + wait > deadline:
                 raise without_foreign(error)
+            report_retry(self.observers, operation, tries, error, wait)
             await asyncio.sleep(wait)
             pause = min(pause * 2, LONGEST_PAUSE)
+        raise AssertionError("unreachable")
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -378,7 +408,7 @@ class Database:
             async with self.connection() as connection:
                 await self.ask(connection, statement, *arguments)
 
-        await self.retrying(attempt)
+        await self.retrying(attempt, "give_back")
 
     async def on_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run what may be repeated from its beginning, such as migrating, on one connection."""
@@ -391,7 +421,7 @@ class Database:
                     self.drop(connection)
                     raise Retry(describe(error)) from None
 
-        return await self.run(self.retrying(attempt))
+        return await self.run(self.retrying(attempt, "open"))
 
     async def ping(self) -> None:
         await self.read("SELECT 1")

@@ -74,13 +74,19 @@ class OpenSqlite:
             await migrated(writer, self._config, options)
             readers = []
             for _ in range(options.readers):
-                reader = Connection(path)
+                reader = Connection(path, self._config.observers)
                 stack.push_async_callback(reader.shut)
                 await reader.open()
                 await reader.run_patiently(partial(_set_up, (READ_ONLY,)), options.busy_timeout)
                 readers.append(reader)
             kind = SqliteStore if options.synchronous == "FULL" else FastSqliteStore
-            store = kind(writer, readers, clock=self._config.clock, busy_timeout=options.busy_timeout)
+            store = kind(
+                writer,
+                readers,
+                clock=self._config.clock,
+                busy_timeout=options.busy_timeout,
+                observers=self._config.observers,
+            )
             stack.push_async_callback(store.aclose)
             self._stack = stack.pop_all()
         return store
@@ -145,4 +151,5 @@ def _check_sqlite() -> None:
             "SQLite %s has a rare bug that can damage a database in WAL mode when two connections write and "
             "checkpoint at the same moment; it is fixed in 3.51.3, so upgrade when you can",
             sqlite3.sqlite_version,
+            extra={"flowstore.sqlite_version": sqlite3.sqlite_version},
         )

@@ -7,6 +7,7 @@ task in between. While it runs one group the calls for the next gather.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,9 +17,12 @@ from typing import Any
 
 from flowstore_core import OutcomeUnknownError
 from flowstore_core.batching import Batcher, Call, Method
+from flowstore_core.observing import NOBODY, Observers, Resolution
 from flowstore_sqlite.connection import Connection
 from flowstore_sqlite.errors import map_error
 from flowstore_sqlite.transactions import Transactions, Write
+
+_log = logging.getLogger("flowstore_sqlite")
 
 GROUP = 1000
 """How many waiting writes share one transaction, and so one sync of the disk, at most."""
@@ -27,9 +31,21 @@ GROUP = 1000
 class Writing(Batcher):
     """A Batcher whose one lane is the writer's thread."""
 
-    def __init__(self, writer: Connection, transactions: Transactions, *, patience: float) -> None:
+    def __init__(
+        self,
+        writer: Connection,
+        transactions: Transactions,
+        *,
+        patience: float,
+        observers: Observers = NOBODY,
+    ) -> None:
         super().__init__(
-            lanes=1, largest=GROUP, patience=patience, advice="send fewer calls at once, or smaller ones"
+            lanes=1,
+            largest=GROUP,
+            patience=patience,
+            advice="send fewer calls at once, or smaller ones",
+            observers=observers,
+            log=_log,
         )
         self._writer = writer
         self._transactions = transactions
@@ -40,7 +56,7 @@ class Writing(Batcher):
         """Whether the last group was more than one call, so that more will follow at once."""
         self._flush: asyncio.Handle | None = None
         self._idle_again: asyncio.Future[None] | None = None
-        self._method: Method[Write[Any], Any] = self.method("a write", _never)
+        self._method: Method[Write[Any], Any] = self.method("write", _never)
         self.write: Callable[..., Coroutine[Any, Any, Any]] = self._method.call
 
     def _wake(self) -> None:
@@ -92,11 +108,27 @@ class Writing(Batcher):
         if calls is None:
             # Closed meanwhile, and the callers know.
             return
+        if isinstance(outcomes[0], OutcomeUnknownError):
+            self._tell_unknown(len(outcomes))
         self._answer(self._method, calls, outcomes)
         if self._is_crowded or self.waiting or self._idle_again is not None:
             self._is_crowded = True
             if self._flush is None:
                 self._flush = self.loop.call_soon(self._send)
+
+    def _tell_unknown(self, calls: int) -> None:
+        """The disk failed in a COMMIT, so of none of the calls in it is it known whether it happened."""
+        _log.warning(
+            "the outcome of %d writes is unknown",
+            calls,
+            extra={
+                "flowstore.operation": self._method.name,
+                "flowstore.calls": calls,
+                "flowstore.resolution": Resolution.UNKNOWN.value,
+            },
+        )
+        if self._observers:
+            self._observers.outcome_unknown(self._method.name, Resolution.UNKNOWN, calls)
 
     def give_back(self, call: Call, outcome: Any) -> None:
         undo = getattr(call.item, "undo", None)
@@ -122,7 +154,7 @@ class Writing(Batcher):
         finally:
             calls, self._sent = self._sent, None
             for call in calls or ():
-                self._settle(call, OutcomeUnknownError(self._method.name))
+                self._settle(call, OutcomeUnknownError("a write"))
             self._groups.put(None)
             if self._serving is not None:
                 await asyncio.wait({self._serving}, timeout=1)
