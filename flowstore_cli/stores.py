@@ -14,7 +14,7 @@ from uuid import UUID
 import typer
 
 from flowstore_cli.failures import USAGE, Failure
-from flowstore_core import Backend, BackendLoadError, FlowStore, StoreConfig, open_store
+from flowstore_core import BackendLoadError, FlowStore, StoreConfig, open_store
 from flowstore_core.config import read_path, redact
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin, explain_import
@@ -125,9 +125,9 @@ def whereabouts(config: StoreConfig) -> str:
     return shown
 
 
-def drivers(backend: Backend) -> tuple[str, ...]:
-    """The modules that a backend says it needs (the optional attribute ``drivers``)."""
-    named = getattr(backend, "drivers", ())
+def drivers(source: object) -> tuple[str, ...]:
+    """The modules that a backend, or a wrapper's module, says it needs (the attribute ``drivers``)."""
+    named = getattr(source, "drivers", ())
     return tuple(named) if isinstance(named, (tuple, list, frozenset, set)) else ()
 
 

@@ -139,6 +139,11 @@ def _system_time() -> datetime:
     return datetime.now(UTC)
 
 
+def has_reset_bug() -> bool:
+    """Whether this SQLite may damage a file that several connections write and checkpoint at once."""
+    return (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
+
+
 def _check_sqlite() -> None:
     version = sqlite3.sqlite_version_info
     if version < MINIMUM_SQLITE:
@@ -146,7 +151,7 @@ def _check_sqlite() -> None:
         raise ConfigurationError(
             f"this Python is linked with SQLite {sqlite3.sqlite_version}, but {needed} or newer is needed"
         )
-    if (3, 7, 0) <= version < (3, 51, 3):
+    if has_reset_bug():
         _log.debug(
             "SQLite %s has a rare bug that can damage a database in WAL mode when two connections write and "
             "checkpoint at the same moment; it is fixed in 3.51.3, so upgrade when you can",
