@@ -55,4 +55,6 @@ class Finding:
     examples: tuple[str, ...] = ()
     """The first few of them."""
     fix: str | None = None
-    """What ``fix`` would do about it; None where nothing is safe to do without asking."""
+    """What ``fix`` would do about it; None where nothing is safe to do by itself."""
+    blocks: bool = False
+    """Whether the store must not be opened before it is dealt with: opening would make it worse."""

@@ -52,7 +52,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
     """Every finding about the file; changes nothing."""
     path, options = read_location(config.url), Options.read(config)
     found = [*_judge_settings(options), *files.inspect(path)]
-    if any(finding.code in files.NOT_TO_BE_OPENED for finding in found):
+    if any(finding.blocks for finding in found) or not files.exists(path):
         return found
     connection = Connection(path)
     try:
@@ -98,8 +98,8 @@ def _judge_settings(options: Options) -> list[Finding]:
                 code="wal-reset-bug",
                 severity=Severity.NOTE,
                 summary=f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug",
-                meaning="Very rarely, two connections that write and checkpoint at the same moment damage the "
-                "file. flowstore writes with one connection per process, so the risk grows with processes.",
+                meaning="Very rarely, two connections that write and checkpoint at the same moment damage "
+                "the file. flowstore writes with one connection a process: the risk grows with their number.",
                 remedy="use a Python linked with SQLite 3.51.3 or newer; to see yours: "
                 'python -c "import sqlite3; print(sqlite3.sqlite_version)"',
             )
@@ -129,8 +129,8 @@ def _damaged(detail: str) -> Finding:
         severity=Severity.ERROR,
         summary="the database file is damaged",
         meaning=f"SQLite says: {detail}. Answers may be wrong, and writes make it worse.",
-        remedy="stop every process that uses it, copy file and -wal aside, and restore a backup; or save what "
-        "can be read: sqlite3 FILE .recover | sqlite3 NEW",
+        remedy="stop every process that uses it, copy file and -wal aside, and restore a backup; or save "
+        "what can be read: sqlite3 FILE .recover | sqlite3 NEW",
     )
 
 
@@ -172,12 +172,14 @@ def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
 
 
 def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
-    found = []
+    found: list[Finding] = []
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
-            for table in (*FORGOTTEN, *STRAYS):
-                if runs := _runs_of_orphans(table, now, db):
-                    found.append(_orphans(table, runs))
+            found.extend(
+                _orphans(table, runs)
+                for table in (*FORGOTTEN, *STRAYS)
+                if (runs := _runs_of_orphans(table, now, db))
+            )
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise

@@ -43,8 +43,10 @@ LOG_HEADER_BYTES = 32
 MAGIC = b"SQLite format 3\0"
 LOG_MAGIC = (0x377F0682, 0x377F0683)
 
-NOT_TO_BE_OPENED = frozenset({"symlink", "not-a-database", "log-foreign", "log-missing"})
-"""With one of these, opening the database would change what should be looked at first."""
+
+def exists(path: str) -> bool:
+    """Whether there is a file, and not something else."""
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 def inspect(path: str) -> Iterator[Finding]:
@@ -53,7 +55,7 @@ def inspect(path: str) -> Iterator[Finding]:
     if links:
         yield _symlink(links)
         return
-    if not os.path.isfile(path):
+    if not exists(path):
         return
     yield from _judge_file_system(path)
     yield from _judge_modes(path)
@@ -64,6 +66,7 @@ def inspect(path: str) -> Iterator[Finding]:
 def _symlink(links: list[str]) -> Finding:
     return Finding(
         code="symlink",
+        blocks=True,
         severity=Severity.ERROR,
         summary=f"{links[0]} is a symbolic link",
         meaning="Whoever may change the link decides which file is written. flowstore does not follow it.",
@@ -140,7 +143,7 @@ def _judge_modes(path: str) -> Iterator[Finding]:
         code="mode-wide",
         severity=Severity.WARNING,
         summary=f"others may use {names[0]} (mode {wide[0][1]:04o}; 0600 is right)",
-        meaning="Payloads, outputs and error messages can be read, or changed, by other users of the machine.",
+        meaning="Payloads, outputs and error messages can be read or changed by other users of the machine.",
         remedy=shlex.join(["chmod", "0600", *names]),
         count=len(names),
         examples=tuple(names[1:]),
@@ -174,6 +177,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
     if header and not header.startswith(MAGIC):
         yield Finding(
             code="not-a-database",
+            blocks=True,
             severity=Severity.ERROR,
             summary=f"{path} is no SQLite database, or its beginning was overwritten",
             meaning="It cannot be opened.",
@@ -183,20 +187,22 @@ def _judge_log(path: str) -> Iterator[Finding]:
     if log and (reason := _foreign(header or b"", log)):
         yield Finding(
             code="log-foreign",
+            blocks=True,
             severity=Severity.ERROR,
             summary=f"{path}-wal does not belong to the database: {reason}",
-            meaning="A log holds the newest commits of its own database. Beside another one it is dropped, or "
-            "damages it. File and -wal must be moved, copied and restored together.",
+            meaning="A log holds the newest commits of its own database. Beside another one it is dropped "
+            "or damages it. File and -wal must be moved, copied and restored together.",
             remedy="stop every process; put the right log in its place, or set this one aside: "
             + shlex.join(["mv", f"{path}-wal", f"{path}-wal.aside"]),
         )
     elif log is None and os.path.exists(path + "-shm"):
         yield Finding(
             code="log-missing",
+            blocks=True,
             severity=Severity.WARNING,
             summary=f"{path}-wal is gone, though {path}-shm is there",
-            meaning="SQLite removes both or none. If the log was deleted, the newest commits are lost; claims "
-            "and results that were acknowledged may be among them.",
+            meaning="SQLite removes both or none. If the log was deleted, the newest commits are lost, "
+            "acknowledged claims and results among them.",
             remedy="put the log back if you have it; else accept the loss: "
             + shlex.join(["rm", f"{path}-shm"]),
         )
