@@ -44,7 +44,7 @@ class Observer(Protocol):
     def retried(self, operation: str, reason: str, wait: float) -> None:
         """A try that is known not to have happened is made again after ``wait`` seconds.
 
-        ``reason`` is one of few words: an SQLSTATE, or the kind of what broke.
+        ``reason`` is one of few words: ``connection_lost``, or the database's own code.
         """
         ...
 

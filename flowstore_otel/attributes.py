@@ -47,6 +47,9 @@ def _describe_postgresql(config: StoreConfig) -> Attributes:
     schema = options.get("schema") or "flowstore"
     found[NAMESPACE] = f"{database}|{schema}" if database else str(schema)
     host, _, port = parts.netloc.rpartition("@")[2].partition(":")
+    if not port.isdecimal():
+        # What is left where a password could not be told from the rest.
+        host, port = ("" if port else host), ""
     host, port = str(options.get("host") or host), str(options.get("port") or port)
     # Of several hosts, which one it is shows only once connected.
     if host and "," not in host and not host.startswith("["):

@@ -177,6 +177,9 @@ async def look(connection: Any, second: Any, settings: Settings, config: StoreCo
 def _place(config: StoreConfig, database: str) -> tuple[str, ...]:
     # Redacted first: what stands where is not guessed from a URL with a password in it.
     host, _, port = urlsplit(redact(config.url)).netloc.rpartition("@")[2].partition(":")
+    if port and not port.isdecimal():
+        # What is left where a password could not be told from the rest.
+        host = port = ""
     host, port = str(config.options.get("host") or host), str(config.options.get("port") or port)
     place = ["-h", host] if host else []
     return (*place, *(("-p", port) if port else ()), "-d", database)

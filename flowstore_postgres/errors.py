@@ -75,7 +75,7 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
 
 
 CONNECTION_LOST = "connection_lost"
-"""The reason of a retry without an SQLSTATE: a connection broke, was silent, or could not be had."""
+"""The reason of a retry: a connection broke, was silent, or could not be had."""
 
 
 class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
@@ -134,7 +134,8 @@ def report_retry(
     Warned of once for each call, and not of conflicts between transactions, which are everyday.
     """
     code = error.database_code
-    reason = code or CONNECTION_LOST
+    # The driver's own word for a connection that broke is a code of class 08.
+    reason = CONNECTION_LOST if code is None or code.startswith("08") else code
     log.log(
         logging.WARNING if tries == 1 and code not in ROLLED_BACK else logging.DEBUG,
         "%s: try %d failed (%s); the next in %.3f s",
