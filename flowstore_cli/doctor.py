@@ -237,7 +237,7 @@ def _print(report: Report, fixed: Sequence[str], url: str | None, *, fix: bool) 
         say("")
     for finding in report.findings:
         title = cell(f"{finding.severity.value.upper():<8}", STYLES[finding.severity])
-        console.print(title.append_text(cell(f" {finding.summary}", "bold")))
+        console.print(title.append_text(cell(f" {finding.summary}", "bold")), soft_wrap=True)
         facts = [("  means", cell(finding.meaning))]
         if finding.examples:
             facts.append(("  as", cell(", ".join(finding.examples))))

@@ -70,7 +70,7 @@ async def examine(store: FlowStore, *, grace: timedelta, most: int) -> Examinati
 async def _oldest_runs(store: FlowStore, most: int) -> tuple[Sequence[FlowRunRecord], int]:
     """The oldest Running runs, which are the likeliest to stand still, and how many there are in all."""
     if Capability.DASHBOARD not in store.capabilities:
-        runs = await store.get_active_runs(take=WALKED)
+        runs = await store.get_active_runs()
         return runs[-most:], len(runs)
     kept: deque[FlowRunRecord] = deque(maxlen=most)
     page = await store.get_runs_page(status=RunStatus.RUNNING, take=PAGE)

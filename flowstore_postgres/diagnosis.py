@@ -23,8 +23,10 @@ from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.judgement import Facts, Setting, judge
 from flowstore_postgres.migrate import CLOSE_SECONDS, Settings, read_connection_settings, read_version
 
-ORPHAN_SECONDS = 2
-"""How long each table is looked through for rows without a run, unless thorough."""
+ORPHAN_SECONDS = 5.0
+"""How long rows without a run are looked for, in all tables together, unless thorough."""
+LEAST_SECONDS = 0.1
+"""What each table gets all the same."""
 COUNTED = 10_000
 """As many orphans are counted at most."""
 SHOWN = 3
@@ -201,13 +203,13 @@ async def _compare_clocks(connection: Any) -> tuple[float, float]:
 async def _find_orphans(connection: Any, settings: Settings, *, thorough: bool) -> list[Finding]:
     found: list[Finding] = []
     unfinished: list[str] = []
+    until = time.monotonic() + ORPHAN_SECONDS
     for table in (*FORGOTTEN, *STRAYS):
+        left = 0 if thorough else int(max(until - time.monotonic(), LEAST_SECONDS) * 1000)
         statement, arguments = _about(table, FIND_FORGOTTEN, FIND_STRAYS, settings)
         try:
             async with connection.transaction(readonly=True):
-                await connection.execute(
-                    LIMIT_TIME.format(milliseconds=0 if thorough else ORPHAN_SECONDS * 1000)
-                )
+                await connection.execute(LIMIT_TIME.format(milliseconds=left))
                 rows = await connection.fetch(statement, *arguments)
         except asyncpg.QueryCanceledError:
             unfinished.append(table)
@@ -217,10 +219,10 @@ async def _find_orphans(connection: Any, settings: Settings, *, thorough: bool) 
     if unfinished:
         found.append(
             Finding(
-                code="orphans-not-counted",
+                code="rows-not-checked",
                 severity=Severity.NOTE,
-                summary=f"not looked through to the end: {', '.join(unfinished)}",
-                meaning=f"Looking for rows without a run was stopped after {ORPHAN_SECONDS} s a table.",
+                summary=f"not all rows were looked at: {', '.join(unfinished)}",
+                meaning=f"Looking for rows without a run was stopped after {ORPHAN_SECONDS:g} s.",
                 remedy="flowstore doctor --thorough",
             )
         )

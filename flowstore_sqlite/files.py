@@ -209,6 +209,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
     if os.path.exists(path + "-journal"):
         yield Finding(
             code="journal-foreign",
+            blocks=True,
             severity=Severity.WARNING,
             summary=f"{path}-journal is there",
             meaning="flowstore uses a write-ahead log and makes no such file. Another program was writing to "
