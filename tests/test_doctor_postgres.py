@@ -1,4 +1,4 @@
-"""``flowstore doctor`` on a PostgreSQL server of its own, whose settings the tests spoil one after another."""
+"""``flowstore doctor`` on a PostgreSQL server of its own, whose settings the tests spoil one by one."""
 
 from __future__ import annotations
 
