@@ -11,15 +11,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
-from flowstore_core.config import redact
 from flowstore_core.findings import Finding, Severity
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.errors import LOST, describe, map_errors
+from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.judgement import Facts, Setting, judge
 from flowstore_postgres.migrate import CLOSE_SECONDS, Settings, read_connection_settings, read_version
 
@@ -104,7 +103,7 @@ DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
 @asynccontextmanager
 async def _connect(settings: Settings) -> AsyncIterator[Any]:
     with map_errors():
-        connection = await asyncpg.connect(**settings.connect_arguments)
+        connection = await settings.hosts.connect(**settings.connect_arguments)
         try:
             yield connection
         finally:
@@ -177,14 +176,13 @@ async def look(connection: Any, second: Any, settings: Settings, config: StoreCo
 
 
 def _place(config: StoreConfig, database: str) -> tuple[str, ...]:
-    # Redacted first: what stands where is not guessed from a URL with a password in it.
-    host, _, port = urlsplit(redact(config.url)).netloc.rpartition("@")[2].partition(":")
-    if port and not port.isdecimal():
-        # What is left where a password could not be told from the rest.
-        host = port = ""
-    host, port = str(config.options.get("host") or host), str(config.options.get("port") or port)
-    place = ["-h", host] if host else []
-    return (*place, *(("-p", port) if port else ()), "-d", database)
+    """psql's options for the first host of the URL."""
+    place: list[str] = []
+    for host, port in read_hosts(config.url, config.options)[:1]:
+        place += ["-h", host]
+        if port is not None:
+            place += ["-p", str(port)]
+    return (*place, "-d", database)
 
 
 async def _compare_clocks(connection: Any) -> tuple[float, float]:

@@ -261,7 +261,7 @@ def test_another_schema_is_found(statement: str, code: str, place: str, server: 
 async def _facts(url: str) -> Facts:
     _, _, config = resolve_store(url)
     settings = read_connection_settings(config)
-    one, two = [await asyncpg.connect(**settings.connect_arguments) for _ in range(2)]
+    one, two = [await settings.hosts.connect(**settings.connect_arguments) for _ in range(2)]
     try:
         return await diagnosis.look(one, two, settings, config)
     finally:

@@ -31,8 +31,10 @@ from flowstore_core import (
     StoreConfig,
     open_store,
 )
+from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import find_backend, load_wrappers
 from flowstore_otel.attributes import describe_store
+from flowstore_otel.plugin import flowstore_wrap_store
 from flowstore_otel.tracing import NOUNS
 from tests.proxy import Fault, proxy_before
 from tests.scenes import new_run, together
@@ -258,9 +260,10 @@ def test_every_operation_has_a_span() -> None:
     }
 
 
-async def test_without_a_provider_a_store_is_left_as_it_is() -> None:
-    async with open_store("memory://") as store:
-        assert type(store._store).__module__ == "flowstore_memory.store"  # type: ignore[attr-defined]
+def test_without_a_provider_a_store_is_left_as_it_is() -> None:
+    _, _, config = resolve_store("memory://")
+    assert flowstore_wrap_store(object(), config) is None
+    assert not config.observers
 
 
 WITHOUT = """
