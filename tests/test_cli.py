@@ -31,6 +31,7 @@ READING = (
     ["signal", "deliver", str(UUID(int=1)), "go"],
     ["cleanup", "--older-than", "30d"],
     ["ping"],
+    ["doctor"],
 )
 COMMANDS = (["backends"], ["migrate", "up"], ["migrate", "status"], ["migrate", "sql"], ["replay"], *READING)
 
