@@ -95,8 +95,11 @@ class Server:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+        children = []
+        if process.returncode is None:
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -122,7 +125,7 @@ class Server:
         standby = Server(folder, port or _free_port(), {**self._settings, **(settings or {})})
         make_folder(folder)
         await _run(
-            "pg_basebackup", "-D", str(folder), "-R", "-X", "stream", "--checkpoint=fast",
+            "pg_basebackup", "-D", str(folder), "-R", "-X", "stream", "--checkpoint=fast", "--no-sync",
             "-d", f"host=127.0.0.1 port={self.port} user=postgres application_name={name}",
         )  # fmt: skip
         return standby

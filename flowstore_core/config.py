@@ -121,10 +121,23 @@ def read_settings(url: str | None, options: Mapping[str, object], *, migrate: bo
     if not isinstance(chosen, str):
         raise ConfigurationError(f"url must be a str such as {DEFAULT_URL!r}, not {type(chosen).__name__}")
     from_file = table if file_url is None or file_url == chosen else {}
+    said = _said_in_front(chosen)
+    from_file = {name: value for name, value in from_file.items() if name not in said}
     merged = {**from_file, **read_query(chosen), **options}
     if "migrate" in merged:
         migrate = _flag("migrate", merged.pop("migrate")) and migrate
     return Settings(url=chosen, options=MappingProxyType(merged), migrate=migrate, origin=origin)
+
+
+def _said_in_front(url: str) -> set[str]:
+    """The options that the URL gives without naming them; they go before the file's, as its query does."""
+    authority, path = split_place(url.partition("#")[0])
+    userinfo, _, place = authority.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    said = {"user": user, "password": password, "host": place, "database": path, "dbname": path}
+    if re.search(r":\d+$", place):
+        said["port"] = place
+    return {name for name, value in said.items() if value}
 
 
 def _read_file(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from flowstore_core import OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.observing import Observers, Resolution
 from flowstore_postgres.connection import Connection, Peer
 from flowstore_postgres.errors import Retry
@@ -54,9 +54,11 @@ class Lost:
 async def settle(database: Database, connection: Connection, lost: Sequence[Lost], operation: str) -> None:
     """Return once no lost statement can take effect any more (CON-3)."""
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + database.retry_timeout
+    give_up = loop.time() + database.within(database.retry_timeout)
     for one in lost:
-        while loop.time() < one.over:
+        # The end of its time is believed only of a process that cannot be seen: one that waits for a
+        # standby has committed, and shows it whenever that wait ends.
+        while one.peer.started is not None or loop.time() < one.over:
             if one.peer.started is not None:
                 alive = await database.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
                 if alive is None:
@@ -143,8 +145,8 @@ async def was_committed(database: Database, commit: LostCommit, operation: str) 
             return found is not None
 
     try:
-        committed = await database.retrying(ask, operation)
-    except StoreUnavailableError:
+        committed = await database.retrying(ask, operation, failed=True)
+    except FlowStoreError:
         report_lost(database.observers, operation, Resolution.UNKNOWN)
         raise OutcomeUnknownError(operation) from None
     report_lost(

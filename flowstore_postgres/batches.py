@@ -38,7 +38,7 @@ Row = tuple[Any, ...]
 OF_A_ROW = frozenset({"22", "23", "54", "P0"})
 
 LONGEST_LANES = 2
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.25
 
 # A plan made while the tables were small must not be kept as they grow: with these, rows are found by
 # key, one after another, in the order in which they are asked for. That plan is right for any number of
@@ -124,14 +124,14 @@ class _LockedRunsError(Exception):
 class _Lane:
     """A connection on its way with batches."""
 
-    __slots__ = ("connection", "prepared", "since")
+    __slots__ = ("connection", "prepared", "until")
 
     def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
         self.connection = connection
         self.prepared = prepared
         """The statements made ready on it; None where it is not kept."""
-        self.since = 0.0
-        """When it was sent the statement that it is at."""
+        self.until = 0.0
+        """How long it waits for an answer to the statement that it is at, by the event loop's time."""
 
 
 class Batches:
@@ -254,9 +254,8 @@ class Batches:
                 if not isinstance(answer, _LockedError):
                     # Found or written, and not confirmed.
                     answers[n] = OutcomeUnknownError(batched.operation)
-            unknown = lost and isinstance(error, StoreUnavailableError)
             for n in left:
-                answers[n] = OutcomeUnknownError(batched.operation) if unknown else copy.copy(error)
+                answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
             number = sum(isinstance(answer, OutcomeUnknownError) for answer in answers.values())
             report_lost(observers, batched.operation, Resolution.UNKNOWN, number)
         return [answers[n] for n in range(len(rows))]
@@ -305,7 +304,13 @@ class Batches:
             if lane.prepared is None:
                 raise
             runs = {row[0] for row in rows}
-            free = await connection.fetch(database.sql(FIND_FREE_RUNS), runs, timeout=database.client_timeout)
+            try:
+                free = await connection.fetch(
+                    database.sql(FIND_FREE_RUNS), runs, timeout=database.client_timeout()
+                )
+            except LOST as error:
+                database.drop(connection)
+                raise Retry(describe(error)) from None
             raise _LockedRunsError({one[0] for one in free}) from None
         except asyncpg.InvalidCachedStatementError as error:
             # The tables were changed under it; a new connection prepares anew.
@@ -324,7 +329,7 @@ class Batches:
     async def _ask(self, lane: _Lane, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
         loop = asyncio.get_running_loop()
-        lane.since = loop.time()
+        lane.until = loop.time() + self._database.client_timeout()
         self._sending.add(lane)
         if self._watcher is None:
             self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
@@ -347,7 +352,7 @@ class Batches:
         loop = asyncio.get_running_loop()
         self._watcher = None
         for lane in self._sending:
-            if loop.time() > lane.since + self._database.client_timeout:
+            if loop.time() > lane.until:
                 self._database.drop(lane.connection)
         if self._sending:
             self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
@@ -362,7 +367,7 @@ class Batches:
         if apart or not self._by_key:
             return _Lane(connection, None)
         try:
-            await connection.execute(BY_KEY, timeout=self._database.client_timeout)
+            await connection.execute(BY_KEY, timeout=self._database.client_timeout())
         except LOST as error:
             self._database.drop(connection)
             await self._database.release(connection)

@@ -38,7 +38,12 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         """Learn who serves the connection, and how far the server's clock is from ours."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        row = await self.fetchrow(IDENTIFY)
+        try:
+            row = await self.fetchrow(IDENTIFY)
+        except (Exception, asyncio.CancelledError):
+            # The pool would close it politely, and wait for ever on a peer that has gone silent.
+            self.terminate()
+            raise
         middle = (asked + loop.time()) / 2
         # Behind PgBouncer the next statement may have another peer, which must not be terminated.
         started = None if behind_pgbouncer else row["started"]
@@ -54,7 +59,7 @@ class Transaction:
         connection: Connection,
         sql: Callable[[str], str],
         now: Callable[[], datetime | None],
-        timeout: float,
+        timeout: Callable[[], float],
     ) -> None:
         self._connection = connection
         self._sql = sql
@@ -68,15 +73,15 @@ class Transaction:
 
     async def row(self, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
-        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout)
+        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout())
 
     async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
         found: Sequence[Any] = await self._connection.fetch(
-            self._sql(statement), *arguments, timeout=self._timeout
+            self._sql(statement), *arguments, timeout=self._timeout()
         )
         return found
 
     async def execute(self, statement: str, *arguments: object) -> str:
         """Run it and return the command tag."""
-        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout)
+        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout())
         return tag

@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from flowstore_postgres.acknowledgements import (
     was_committed,
 )
 from flowstore_postgres.batches import Batched, Batches
+from flowstore_postgres.completion import Completion
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import (
     DRIVER,
@@ -54,6 +56,7 @@ from flowstore_postgres.errors import (
     unreadable_url,
 )
 from flowstore_postgres.migrate import Settings
+from flowstore_postgres.reading import Reading
 
 T = TypeVar("T")
 
@@ -64,6 +67,8 @@ LONGEST_PAUSE = 0.5
 CLOSE_SECONDS = 5.0
 ARRIVAL_SECONDS = 5.0
 """A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
+LEAST_SECONDS = 0.1
+"""A call that goes on trying waits so long for an answer, however soon its time is up."""
 
 # As in INP-3: a lease never ends later.
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
@@ -71,6 +76,10 @@ LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 BEGIN = "BEGIN"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
+
+
+_until: ContextVar[float | None] = ContextVar("flowstore_postgres_until", default=None)
+# When the time of the call under way is up; None as long as nothing of it has failed.
 
 
 class Database:
@@ -100,10 +109,17 @@ class Database:
             patience=settings.acquire_timeout,
             pgbouncer=settings.pgbouncer,
         )
+        self.completion = Completion(self, patience=settings.acquire_timeout)
+        self.reading = Reading(self, patience=settings.acquire_timeout)
 
-    @property
+    def within(self, seconds: float) -> float:
+        """So many seconds, or what is left to a call that has failed and goes on trying."""
+        until = _until.get()
+        return seconds if until is None else max(LEAST_SECONDS, min(seconds, until - self._loop.time()))
+
     def client_timeout(self) -> float:
-        return self._settings.client_timeout
+        """How long a statement that is sent now is waited for."""
+        return self.within(self._settings.client_timeout)
 
     @property
     def retry_timeout(self) -> float:
@@ -153,7 +169,7 @@ class Database:
         async with self.connection() as connection:
             try:
                 rows: Sequence[Any] = await connection.fetch(
-                    self.sql(statement), *arguments, timeout=self._settings.client_timeout
+                    self.sql(statement), *arguments, timeout=self.client_timeout()
                 )
             except LOST as error:
                 self.drop(connection)
@@ -200,7 +216,7 @@ class Database:
                         not_after,
                         self.now(),
                         *arguments,
-                        timeout=self._settings.client_timeout,
+                        timeout=self.client_timeout(),
                     )
                 except LOST as error:
                     self.drop(connection)
@@ -215,7 +231,7 @@ class Database:
 
         try:
             return await self.retrying(attempt, operation)
-        except StoreUnavailableError:
+        except FlowStoreError:
             if doubt:
                 report_lost(self.observers, operation, Resolution.UNKNOWN)
                 raise OutcomeUnknownError(operation) from None
@@ -271,7 +287,7 @@ class Database:
     ) -> T:
         # Taken now: a connection that breaks forgets them.
         peer, number, token = connection.peer, connection.number, self.new_token()
-        transaction = Transaction(connection, self.sql, self.now, self._settings.client_timeout)
+        transaction = Transaction(connection, self.sql, self.now, self.client_timeout)
         try:
             await transaction.execute(BEGIN)
             try:
@@ -304,49 +320,65 @@ class Database:
         return result
 
     async def ask(self, connection: Connection, statement: str, *arguments: object) -> Any:
+        """The first row of a look that is repeated whatever it fails from: what happened is to be known."""
         try:
-            return await connection.fetchrow(
-                self.sql(statement), *arguments, timeout=self._settings.client_timeout
-            )
+            return await connection.fetchrow(self.sql(statement), *arguments, timeout=self.client_timeout())
         except LOST as error:
             self.drop(connection)
             raise Retry(describe(error)) from None
+        except asyncpg.PostgresError as error:
+            raise Retry(describe(error)) from None
 
-    async def retrying(self, attempt: Callable[[], Awaitable[T]], operation: str) -> T:
-        """Repeat what is known not to have happened, with jittered backoff, for retry_timeout."""
-        deadline = self._loop.time() + self._settings.retry_timeout
+    async def retrying(
+        self, attempt: Callable[[], Awaitable[T]], operation: str, *, failed: bool = False
+    ) -> T:
+        """Repeat what is known not to have happened, with jittered backoff.
+
+        It goes on for retry_timeout after the first failure, because that itself may have taken long;
+        ``failed`` says that there has been one. From then on no wait outlasts that time.
+        """
+        until = _until.get()
+        token: Token[float | None] | None = None
         pause = FIRST_PAUSE
-        for tries in count(1):
-            try:
-                return await attempt()
-            except Retry as retry:
-                error: FlowStoreError = retry.error
-                again = True
-            except FlowStoreError as raised:
-                error, again = raised, False
-            except DRIVER as raised:
-                error = describe(raised)
-                again = getattr(raised, "sqlstate", None) in ROLLED_BACK
+        error: FlowStoreError | None = None
+        try:
+            for tries in count():
+                if until is None and (failed or error is not None):
+                    until = self._loop.time() + self._settings.retry_timeout
+                    token = _until.set(until)
+                if error is not None and until is not None:
+                    wait = pause * random.uniform(0.5, 1.5)
+                    if self._loop.time() + wait > until:
+                        raise without_foreign(error)
+                    report_retry(self.observers, operation, tries, error, wait)
+                    await asyncio.sleep(wait)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+                try:
+                    return await attempt()
+                except Retry as retry:
+                    error, again = retry.error, True
+                except FlowStoreError as raised:
+                    error, again = raised, False
+                except DRIVER as raised:
+                    error = describe(raised)
+                    again = getattr(raised, "sqlstate", None) in ROLLED_BACK
+                    if not again:
+                        log.debug(
+                            "%s: the driver raised %s",
+                            operation,
+                            name_error(raised),
+                            extra={
+                                "flowstore.operation": operation,
+                                "flowstore.error_type": type(raised).__name__,
+                                "flowstore.sqlstate": getattr(raised, "sqlstate", None),
+                            },
+                        )
+                # Out here, where no driver's error is being handled that would be chained.
                 if not again:
-                    log.debug(
-                        "%s: the driver raised %s",
-                        operation,
-                        name_error(raised),
-                        extra={
-                            "flowstore.operation": operation,
-                            "flowstore.error_type": type(raised).__name__,
-                            "flowstore.sqlstate": getattr(raised, "sqlstate", None),
-                        },
-                    )
-            # Out here, where no driver's error is being handled that would be chained.
-            if not again:
-                raise without_foreign(error)
-            wait = pause * random.uniform(0.5, 1.5)
-            if self._loop.time() + wait > deadline:
-                raise without_foreign(error)
-            report_retry(self.observers, operation, tries, error, wait)
-            await asyncio.sleep(wait)
-            pause = min(pause * 2, LONGEST_PAUSE)
+                    raise without_foreign(error)
+        finally:
+            if token is not None:
+                _until.reset(token)
         raise AssertionError("unreachable")
 
     @asynccontextmanager
@@ -362,14 +394,20 @@ class Database:
         """A connection that was open a moment ago; Retry when none can be had."""
         try:
             # acquire(timeout=) bounds the waiting; a timeout of fetch would not.
-            connection: Connection = await self._pool.acquire(timeout=self._settings.acquire_timeout)
+            connection: Connection = await self._pool.acquire(
+                timeout=self.within(self._settings.acquire_timeout)
+            )
         except TimeoutError:
-            raise StoreUnavailableError(
+            error = StoreUnavailableError(
                 f"no connection within {self._settings.acquire_timeout:g} s; "
                 "raise pool_size or acquire_timeout, or send fewer calls at once"
-            ) from None
-        except FINAL as error:
-            raise describe(error) from None
+            )
+            if _until.get() is None:
+                raise error from None
+            # Whoever has to look what became of a call does not give up before the time is up.
+            raise Retry(error) from None
+        except FINAL as raised:
+            raise describe(raised) from None
         except UNREACHABLE as error:
             raise Retry(describe(error)) from None
         except ValueError:
@@ -382,7 +420,11 @@ class Database:
         return connection
 
     async def release(self, connection: Connection) -> None:
-        await self._pool.release(connection)
+        try:
+            await self._pool.release(connection)
+        except LOST:
+            # The pool closes those that it has used up; what the call has got is right all the same.
+            log.debug("a connection broke when it was given back")
 
     @staticmethod
     def is_usable(connection: Connection) -> bool:
@@ -427,6 +469,7 @@ class Database:
         await self.read("SELECT 1")
 
     async def aclose(self) -> None:
+        await asyncio.gather(self.completion.aclose(CLOSE_SECONDS), self.reading.aclose(CLOSE_SECONDS))
         await self._batches.aclose(CLOSE_SECONDS)
         await self._in_flight.drain(CLOSE_SECONDS)
         try:

@@ -49,9 +49,9 @@ class Hosts:
 
 
 def read_hosts(url: str, options: Mapping[str, object]) -> list[Host]:
-    """The hosts and ports that a URL or its options name; empty where that is left to the driver."""
+    """The hosts and ports that options or a URL name; empty where that is left to the driver."""
     place = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0].rpartition("@")[2]
-    names = place or str(options.get("host", ""))
+    names = str(options.get("host", "")) or place
     if not names:
         return []
     specs = names.split(",")
@@ -61,6 +61,6 @@ def read_hosts(url: str, options: Mapping[str, object]) -> list[Host]:
     for spec, given in zip(specs, ports, strict=len(specs) == len(ports)):
         # A folder of sockets may hold a colon.
         parts = None if unquote(spec).startswith("/") else HOST.fullmatch(unquote(spec))
-        host, port = (parts[1].strip("[]"), parts[2] or given) if parts else (unquote(spec), given)
+        host, port = (parts[1].strip("[]"), given or parts[2]) if parts else (unquote(spec), given)
         found.append((host, int(port) if port.isdecimal() else None))
     return found

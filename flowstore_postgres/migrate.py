@@ -85,7 +85,7 @@ class Settings:
     @property
     def client_timeout(self) -> float:
         """A little longer than the server's own, which gives the clearer answer."""
-        return self.statement_timeout + 1.0
+        return self.statement_timeout + 0.5
 
 
 def read_connection_settings(config: StoreConfig) -> Settings:

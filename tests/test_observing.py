@@ -14,10 +14,10 @@ from typing import Any
 import asyncpg
 import pytest
 
+from flowstore_chaos.proxy import Fault, proxy_before
 from flowstore_core import Capability, FlowStore, OutcomeUnknownError, StepStatus, StoreConfig, open_store
 from flowstore_core.observing import Observers, Resolution
 from flowstore_core.plugins import find_backend
-from tests.proxy import Fault, proxy_before
 from tests.scenes import new_run, together
 
 LOGGERS = ("flowstore_core", "flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "flowstore_replay")

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from flowstore_chaos.proxy import Fault, proxy_before
 from flowstore_core import (
     ConfigurationError,
     FlowStore,
@@ -36,7 +37,6 @@ from flowstore_core.plugins import find_backend, load_wrappers
 from flowstore_otel.attributes import describe_store
 from flowstore_otel.plugin import flowstore_wrap_store
 from flowstore_otel.tracing import NOUNS
-from tests.proxy import Fault, proxy_before
 from tests.scenes import new_run, together
 
 CANARY = "canary-51c0"

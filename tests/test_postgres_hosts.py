@@ -27,6 +27,8 @@ from flowstore_postgres.migrate import read_connection_settings
         ("postgresql://[::1]:1,[fe80::2]/db", {}, [("::1", 1), ("fe80::2", None)]),
         ("postgresql:///db", {"host": "/run/a:b,/run/c"}, [("/run/a:b", None), ("/run/c", None)]),
         ("postgresql://%2Frun%2Fpg/db", {}, [("/run/pg", None)]),
+        ("postgresql://c:1/db", {"host": "a,b", "port": "7"}, [("a", 7), ("b", 7)]),
+        ("postgresql://a:1,b/db", {"port": "7"}, [("a", 7), ("b", 7)]),
         ("postgresql:///db", {}, []),
         ("postgresql://me:p%40w@a:1/db", {}, [("a", 1)]),
     ],

@@ -15,13 +15,15 @@ from pathlib import Path
 import psutil
 
 from flowstore_chaos.line import Line
-from flowstore_chaos.server import Server
+from flowstore_chaos.server import Server, new_server
 from flowstore_chaos.trial import Trial
 from flowstore_chaos.work import Clients
 from flowstore_core import open_store
 
 CLIENTS = 4
 SETTINGS = {"synchronous_standby_names": "*", "hot_standby": "on"}
+INITDB = ("--wal-segsize=1",)
+"""So that a standby is copied sooner."""
 BROKEN = {"synchronous_commit": "local"}
 WORK_SECONDS = (0.1, 0.5)
 SILENT_SECONDS = (0.2, 0.5)
@@ -77,9 +79,8 @@ class Pair:
 
 async def run(trial: Trial) -> None:
     async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(
-            trial.server({**SETTINGS, **BROKEN} if trial.broken else SETTINGS)
-        )
+        settings = {**SETTINGS, **BROKEN} if trial.broken else SETTINGS
+        first = await stack.enter_async_context(new_server(trial.folder / "primary", settings, INITDB))
         pair = Pair(trial, first)
         stack.push_async_callback(pair.aclose)
         await pair.follow()

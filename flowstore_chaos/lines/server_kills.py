@@ -6,22 +6,15 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 
-import psutil
-
+from flowstore_chaos.crashes import KINDS, crash
 from flowstore_chaos.line import Line
-from flowstore_chaos.server import Server, wait_dead
+from flowstore_chaos.server import Server
 from flowstore_chaos.trial import Trial
 from flowstore_chaos.work import Clients
 from flowstore_core import open_store
 
 CLIENTS = 4
-KINDS = ("SIGKILL", "immediate", "SIGKILL of one process")
-"""Of all its processes; the stop that does without a checkpoint; of a client's process alone, upon which
-PostgreSQL crashes and restarts by itself."""
 WORK_SECONDS = (0.05, 0.4)
-AWAY_SECONDS = (0.0, 0.3)
-CRASHED = "terminating any other active server processes"
-NOTICE_SECONDS = 2.0
 RESUME_SECONDS = 30.0
 """From the server's return until the first answer; longer is counted as wrong."""
 
@@ -51,17 +44,11 @@ async def _crash(trial: Trial, server: Server) -> None:
     rng, tally = trial.rng, trial.tally
     before = tally.operations
     await asyncio.sleep(rng.uniform(*WORK_SECONDS))
-    kind = KINDS[tally.landed % len(KINDS)] if tally.landed < len(KINDS) else rng.choice(KINDS)
+    # Each in turn at first, so that small rows meet all.
+    kind = KINDS[tally.landed] if tally.landed < len(KINDS) else rng.choice(KINDS)
     working = tally.operations > before
-    if kind == "SIGKILL":
-        await server.kill()
-    elif kind == "immediate":
-        await server.stop("immediate")
-    elif not await _kill_one(trial, server):
+    if not await crash(server, kind, rng):
         return
-    if kind != "SIGKILL of one process":
-        await asyncio.sleep(rng.uniform(*AWAY_SECONDS))
-        await server.start()
     began, before = time.monotonic(), tally.operations
     while tally.operations == before:
         if time.monotonic() - began > RESUME_SECONDS:
@@ -73,24 +60,6 @@ async def _crash(trial: Trial, server: Server) -> None:
     if working:
         tally.add(kind)
         trial.landed()
-
-
-async def _kill_one(trial: Trial, server: Server) -> bool:
-    """Kill the process that serves one of the clients, and wait until the others are gone as well."""
-    children = psutil.Process(server.pid).children()
-    serving = [child for child in children if "127.0.0.1" in " ".join(child.cmdline())]
-    if not serving:
-        return False
-    before = server.log.count(CRASHED)
-    trial.rng.choice(serving).kill()
-    until = time.monotonic() + NOTICE_SECONDS
-    while server.log.count(CRASHED) == before:
-        if time.monotonic() > until:
-            # It was one that only told a client to come back later; nothing happened to the others.
-            return False
-        await asyncio.sleep(0.01)
-    await wait_dead(children)
-    return True
 
 
 LINE = Line(

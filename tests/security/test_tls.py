@@ -59,8 +59,8 @@ async def _tls(url: str, **options: Any) -> str | None:
     """The version of TLS that the store's connections speak."""
     async with open_store(url, **options) as store:
         await store.ping()
-        database = store._store._database  # type: ignore[attr-defined]
-        row = await database.read_row("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+        (inner,) = store._store.values()  # type: ignore[attr-defined]
+        row = await inner._database.read_row("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
         return cast(str | None, row["version"])
 
 
@@ -175,15 +175,11 @@ async def test_that_a_wrong_certificate_is_told_at_once(secured: Secured) -> Non
 
 
 async def test_that_a_server_without_tls_is_refused_where_tls_is_asked_for(postgresql_url: str) -> None:
-    from tests.proxy import Proxy
+    from flowstore_chaos.proxy import serve_proxy
 
-    proxy = Proxy(f"{postgresql_url.partition('host=')[2].partition('&')[0]}/.s.PGSQL.5432", 0)
-    listener = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    url = f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=require&retry_timeout=0.1"
-    try:
+    socket = f"{postgresql_url.partition('host=')[2].partition('&')[0]}/.s.PGSQL.5432"
+    async with serve_proxy(lambda: asyncio.open_unix_connection(socket)) as proxy:
+        url = f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres?sslmode=require&retry_timeout=0.1"
         with pytest.raises(StoreUnavailableError, match="offers no TLS"):
             async with open_store(url):
                 pytest.fail("it opened")
-    finally:
-        listener.close()
