@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import Batcher, BatchError, Method
-from flowstore_postgres.acknowledgements import Lost, confirm, settle
+from flowstore_core.observing import Resolution
+from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
+
+log = logging.getLogger("flowstore_postgres")
 
 Row = tuple[Any, ...]
 
@@ -183,6 +187,8 @@ class Batches:
                 lanes=self._lanes,
                 patience=self._patience,
                 advice="raise pool_size or acquire_timeout, or send fewer calls at once",
+                observers=self._database.observers,
+                log=log,
             )
         methods = self._apart if apart else self._methods
         method = methods.get(batched)
@@ -198,7 +204,7 @@ class Batches:
 
     async def _run(self, batched: Batched, rows: Sequence[Row], *, apart: bool = False) -> Sequence[Any]:
         """The answer to each row, or the error that its caller gets; ``apart`` leaves the lanes free."""
-        database = self._database
+        database, observers = self._database, self._database.observers
         answers: dict[int, Any] = {}
         left = sorted(range(len(rows)), key=lambda n: _key(rows[n]))
         lost: list[Lost] = []
@@ -212,6 +218,7 @@ class Batches:
             try:
                 if lost:
                     shaken = True
+                    unsure = len(left)
                     if batched.find is not None:
                         left = await self._find(connection, batched, rows, left, answers)
                     if left:
@@ -219,6 +226,9 @@ class Batches:
                         if batched.find is not None:
                             left = await self._find(connection, batched, rows, left, answers)
                     lost.clear()
+                    report_lost(observers, batched.operation, Resolution.HAPPENED, unsure - len(left))
+                    gone = Resolution.REPEATED if batched.find is None else Resolution.DID_NOT_HAPPEN
+                    report_lost(observers, batched.operation, gone, len(left))
                 while left:
                     try:
                         found = await self._send(lane, batched, [rows[n] for n in left], lost)
@@ -238,7 +248,7 @@ class Batches:
                 await self._put(lane, keep=not apart)
 
         try:
-            await database.retrying(attempt)
+            await database.retrying(attempt, batched.operation)
         except FlowStoreError as error:
             for n, answer in answers.items():
                 if not isinstance(answer, _LockedError):
@@ -246,6 +256,8 @@ class Batches:
                     answers[n] = OutcomeUnknownError(batched.operation)
             for n in left:
                 answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
+            number = sum(isinstance(answer, OutcomeUnknownError) for answer in answers.values())
+            report_lost(observers, batched.operation, Resolution.UNKNOWN, number)
         return [answers[n] for n in range(len(rows))]
 
     async def _find(

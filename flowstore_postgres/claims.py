@@ -347,7 +347,11 @@ class Claims:
         try:
             await self._database.write(ANNOTATE, (run_id, step_key, job_id))
         except StoreUnavailableError as error:
-            log.warning("the job id of a dispatch was not stored: %s", error)
+            log.warning(
+                "the job id of a dispatch was not stored: %s",
+                error,
+                extra={"flowstore.operation": "annotate_dispatch"},
+            )
 
     async def release_dispatch(self, *, run_id: UUID, step_key: str) -> None:
         await self._database.write(FREE, (run_id, step_key, self._database.new_token()))
