@@ -79,6 +79,14 @@ class Clients:
 
         await asyncio.gather(*(group() for _ in range(groups)))
 
+    async def progress(self, calls: int, seconds: float) -> bool:
+        """Wait until so many more calls are answered, at most so long; whether any was."""
+        before, until = self.tally.operations, time.monotonic() + seconds
+        while True:
+            if self.tally.operations >= before + calls or time.monotonic() > until:
+                return self.tally.operations > before
+            await asyncio.sleep(0.005)
+
     async def one_run(self) -> Entry:
         """One run from its trigger to its end, all clients at every call of it."""
         entry = Entry(idempotency_key=new_claim_token())

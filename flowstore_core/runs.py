@@ -72,11 +72,9 @@ class FlowRunRecord:
         return RunPosition(started_at=self.started_at, run_id=self.run_id)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class FlowRunDetail(FlowRunRecord):
     """A run with its steps and their attempts, from one snapshot (QRY-3)."""
-
-    __repr__ = without_contents
 
     steps: tuple[FlowStepRecord, ...]
     """By started_at, then step_key."""

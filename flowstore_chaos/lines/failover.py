@@ -25,7 +25,9 @@ SETTINGS = {"synchronous_standby_names": "*", "hot_standby": "on"}
 INITDB = ("--wal-segsize=1",)
 """So that a standby is copied sooner."""
 BROKEN = {"synchronous_commit": "local"}
-WORK_SECONDS = (0.1, 0.5)
+WORK_CALLS = (5, 60)
+"""So many are answered between two fail-overs, unless that takes too long."""
+WORK_SECONDS = 3.0
 SILENT_SECONDS = (0.2, 0.5)
 """How long the standby gets nothing before the primary is killed."""
 STATEMENT_SECONDS = 2.0
@@ -95,7 +97,7 @@ async def run(trial: Trial) -> None:
         working = asyncio.create_task(clients.work(lambda: trial.done))
         try:
             while not trial.done and not working.done():
-                await _cycle(trial, pair)
+                await _cycle(trial, pair, clients)
         finally:
             if not trial.done:
                 working.cancel()
@@ -105,12 +107,10 @@ async def run(trial: Trial) -> None:
         await clients.books.verify(stores[0], trial.tally)
 
 
-async def _cycle(trial: Trial, pair: Pair) -> None:
+async def _cycle(trial: Trial, pair: Pair, clients: Clients) -> None:
     """Let the clients work, fail over, and see that they are served by the new primary."""
     tally = trial.tally
-    before = tally.operations
-    await asyncio.sleep(trial.rng.uniform(*WORK_SECONDS))
-    working = tally.operations > before
+    working = await clients.progress(trial.rng.randrange(*WORK_CALLS), WORK_SECONDS)
     await pair.fail_over()
     await pair.follow()
     began, before = time.monotonic(), tally.operations

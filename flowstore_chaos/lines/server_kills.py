@@ -31,7 +31,7 @@ async def run(trial: Trial) -> None:
         working = asyncio.create_task(clients.work(lambda: trial.done))
         try:
             while not trial.done and not working.done():
-                await _crash(trial, server)
+                await _crash(trial, server, clients)
         finally:
             if not trial.done:
                 working.cancel()
@@ -41,16 +41,12 @@ async def run(trial: Trial) -> None:
         await clients.books.verify(stores[0], trial.tally)
 
 
-async def _crash(trial: Trial, server: Server) -> None:
+async def _crash(trial: Trial, server: Server, clients: Clients) -> None:
     """Let the clients work, end the server, bring it back, and see that the clients are served again."""
     rng, tally = trial.rng, trial.tally
-    before = tally.operations
-    until, wanted = time.monotonic() + WORK_SECONDS, before + rng.randrange(*WORK_CALLS)
-    while tally.operations < wanted and time.monotonic() < until:  # noqa: ASYNC110 - a count of work has no event
-        await asyncio.sleep(0.005)
+    working = await clients.progress(rng.randrange(*WORK_CALLS), WORK_SECONDS)
     # Each in turn at first, so that small rows meet all.
     kind = KINDS[tally.landed] if tally.landed < len(KINDS) else rng.choice(KINDS)
-    working = tally.operations > before
     if not await crash(server, kind, rng):
         return
     began, before = time.monotonic(), tally.operations
