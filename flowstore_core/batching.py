@@ -260,8 +260,10 @@ class Batcher:
         queue = method.queue
         length = len(queue)
         largest = self._largest
-        if length >= WORTH_SPLITTING and len(self._on_the_way) < self._lanes - 1:
-            largest = min(largest, (length + 1) // 2)
+        outstanding = self.waiting + sum(len(sent) for _, sent in self._on_the_way.values())
+        if outstanding >= WORTH_SPLITTING:
+            # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
+            largest = min(largest, -(-outstanding // self._lanes))
         now = self.loop.time()
         if length <= largest and not (method.keyed or method.weigh) and queue[0].since + self._patience > now:
             # All of them, but for those that were cancelled before they were sent: they never happen.
