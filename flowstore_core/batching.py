@@ -31,14 +31,16 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import Context
+from itertools import islice
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
-from flowstore_core.calls import AGAIN, BatchError, Call, another, shared
+from flowstore_core.calls import AGAIN, BatchError, Call, Elsewhere, another, shared
 from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import Undoing
 from flowstore_core.places import Places
 
-__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Method"]
+__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Elsewhere", "Method"]
 
 I = TypeVar("I")  # noqa: E741 - an item
 R = TypeVar("R")
@@ -54,6 +56,7 @@ CAPACITY = 10_000
 PATIENCE_SECONDS = 10.0
 
 _log = logging.getLogger("flowstore_core")
+_key = attrgetter("key")
 
 
 class Method(Generic[I, R]):
@@ -67,14 +70,18 @@ class Method(Generic[I, R]):
         keyed: bool,
         share: Callable[[I, R, I], R | Exception] | None,
         weigh: Callable[[I], int] | None,
+        ordered: bool,
+        tell: Callable[[I, Any], R] | None,
     ) -> None:
         self.name = name
         self.run = run
         self.keyed = keyed
+        self.ordered = ordered
         self.share = share
         self.weigh = weigh
         self.queue: deque[Call] = deque()
         self._batcher = batcher
+        self._tell = tell
 
     async def call(
         self, key: Hashable, item: I, give_back: Callable[[R], Awaitable[None]] | None = None
@@ -88,7 +95,7 @@ class Method(Generic[I, R]):
         batcher's patience (it never happened); StoreClosedError.
         """
         batcher = self._batcher
-        since = batcher.loop.time()
+        since = batcher.time()
         places = batcher.places
         if places.taken < places.capacity and not batcher.closing:
             places.taken += 1
@@ -99,12 +106,20 @@ class Method(Generic[I, R]):
         self.queue.append(call)
         batcher.notice()
         try:
-            return await outcome  # type: ignore[no-any-return]
+            result = await outcome
         except asyncio.CancelledError:
             # Answered at the same moment; else it is cancelled too, and whoever answers it gives back.
             if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
                 batcher.give_back(call, outcome.result())
             raise
+        return result if self._tell is None else self._tell(item, result)
+
+    def adopt(self, call: Call) -> None:
+        """Take over a call of another batcher's method, to whom its outcome was Elsewhere."""
+        call.since = self._batcher.time()
+        self._batcher.places.taken += 1
+        self.queue.append(call)
+        self._batcher.notice()
 
 
 class Batcher:
@@ -125,6 +140,7 @@ class Batcher:
         advice: str = "send fewer calls at once",
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.time: Callable[[], float] = self.loop.time
         self.places: Places = Places(capacity)
         self.closing: bool = False
         self._closed = False
@@ -147,6 +163,8 @@ class Batcher:
         keyed: bool = False,
         share: Callable[[I, R, I], R | Exception] | None = None,
         weigh: Callable[[I], int] | None = None,
+        ordered: bool = False,
+        tell: Callable[[I, Any], R] | None = None,
     ) -> Method[I, R]:
         """A kind of call.
 
@@ -155,9 +173,11 @@ class Batcher:
         caller. With ``keyed``, items of one key never meet in a batch: the later waits for the next
         one, or, with ``share``, for the answer of the first: ``share(first item, its result, later
         item)`` gives the later one's outcome, or AGAIN to have it sent. ``weigh`` tells an item's size
-        where it may be large, so that HEAVIEST_BATCH bounds a batch as well.
+        where it may be large, so that HEAVIEST_BATCH bounds a batch as well. With ``ordered`` the items of
+        a batch come in the order of their keys. ``tell(item, outcome)`` makes of an outcome what the
+        caller gets, or raises; ``share`` and ``give_back`` see the outcome itself.
         """
-        self._methods.append(made := Method(self, name, run, keyed, share, weigh))
+        self._methods.append(made := Method(self, name, run, keyed, share, weigh, ordered, tell))
         return made
 
     def notice(self) -> None:
@@ -213,7 +233,7 @@ class Batcher:
     def _sweep(self) -> None:
         """Answer the calls that have waited too long to be sent."""
         self._sweeper = None
-        now = self.loop.time()
+        now = self.time()
         oldest = now
         for method in self._methods:
             queue = method.queue
@@ -232,6 +252,8 @@ class Batcher:
             while queued := [method for method in self._methods if method.queue]:
                 method = min(queued, key=lambda one: one.queue[0].since)
                 if calls := self._take(method):
+                    if method.ordered:
+                        calls.sort(key=_key)
                     self._on_the_way[lane] = method, calls
                     if self.waiting:
                         self._wake()
@@ -264,13 +286,18 @@ class Batcher:
         if outstanding >= WORTH_SPLITTING:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
             largest = min(largest, -(-outstanding // self._lanes))
-        now = self.loop.time()
-        if length <= largest and not (method.keyed or method.weigh) and queue[0].since + self._patience > now:
-            # All of them, but for those that were cancelled before they were sent: they never happen.
-            whole = [call for call in queue if not call.outcome.done()]
-            queue.clear()
-            self.places.leave(length)
-            return whole
+        now = self.time()
+        if queue[0].since + self._patience > now:
+            # The common case: no key twice, nothing heavy.
+            some = list(islice(queue, largest))
+            if (not method.keyed or len({call.key for call in some}) == len(some)) and (
+                method.weigh is None or sum(method.weigh(call.item) for call in some) <= HEAVIEST_BATCH
+            ):
+                for _ in some:
+                    queue.popleft()
+                self.places.leave(len(some))
+                # Those that were cancelled before they were sent never happen.
+                return [call for call in some if not call.outcome.done()]
         weight = 0
         batch: list[Call] = []
         later: list[Call] = []
@@ -324,6 +351,10 @@ class Batcher:
         for call, outcome in zip(calls, outcomes, strict=True):
             if outcome is AGAIN:
                 again.append(call)
+            elif type(outcome) is Elsewhere:
+                for one in (call, *(call.followers or ())):
+                    outcome.take(one)
+                call.followers = None
             elif isinstance(outcome, Exception) or call.outcome.done():
                 self._settle(call, outcome)
             else:
@@ -370,13 +401,13 @@ class Batcher:
         OutcomeUnknownError.
         """
         self.closing = True
-        deadline = self.loop.time() + seconds
+        deadline = self.time() + seconds
         # Those who wait for a place wake, see that it is too late, and leave it.
         self.places.open()
         if self.waiting:
             self._open_lane()
         # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
-        while (unfinished := self._unfinished()) and (left := deadline - self.loop.time()) > 0:
+        while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:
             await asyncio.wait(unfinished, timeout=left)
         self._closed = True
         if self._sweeper is not None:

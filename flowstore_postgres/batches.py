@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.batching import Batcher, BatchError, Method
+from flowstore_core.batching import Batcher, BatchError, Call, Elsewhere, Method
 from flowstore_postgres.acknowledgements import Lost, settle
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
@@ -86,6 +87,8 @@ class Batched:
     None where saying it again gives the true answer by itself."""
     found: Callable[[Any], Any] = lambda row: None
     """Turns what find found into the answer."""
+    tell: Callable[[Row, Any], Any] | None = None
+    """See flowstore_core.batching.Batcher.method; as share and weigh."""
     token: int = 2
     """The column of the token."""
     share: Callable[[Row, Any, Row], Any] | None = None
@@ -94,22 +97,13 @@ class Batched:
     """As share; for rows that carry texts, of which a message can hold a gigabyte."""
 
 
-def _key(row: Row) -> tuple[int, str]:
-    """Where a row goes; as plain values, which compare and hash faster than UUIDs."""
-    return row[0].int, row[1]
-
-
 def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """An array, or nothing where nothing is in it: unnest fills that up with NULLs."""
     return None if values[0] is None and values.count(None) == len(values) else values
 
 
-class _LockedError(Exception):
-    """Somebody else has held the row's run, or its step, for too long; nothing happened."""
-
-
 class _LockedRunsError(Exception):
-    """The same of a batch."""
+    """Somebody else has held a run, or a step, of a batch for too long; nothing happened."""
 
     def __init__(self, free: set[UUID]) -> None:
         super().__init__()
@@ -150,17 +144,14 @@ class Batches:
         self._locked: Counter[UUID] = Counter()
         """How many calls wait for each run that somebody holds."""
 
-    async def call(
+    def call(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None = None
-    ) -> Any:
-        """Write one row with the next batch and return the answer to it."""
-        if not self._locked or row[0] not in self._locked:
-            method = self._methods.get(batched) or self._method(batched, apart=False)
-            try:
-                return await method.call(_key(row), row, give_back)
-            except _LockedError:
-                pass
-        return await self._wait_apart(batched, row, give_back)
+    ) -> Coroutine[Any, Any, Any]:
+        """Write one row with the next batch; awaited, it gives the answer to it."""
+        if self._locked and row[0] in self._locked:
+            return self._wait_apart(batched, row, give_back)
+        method = self._methods.get(batched) or self._method(batched, apart=False)
+        return method.call((row[0].int, row[1]), row, give_back)
 
     async def _wait_apart(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None
@@ -169,11 +160,21 @@ class Batches:
         run_id = row[0]
         self._locked[run_id] += 1
         try:
-            return await self._method(batched, apart=True).call(_key(row), row, give_back)
+            return await self._method(batched, apart=True).call((run_id.int, row[1]), row, give_back)
         finally:
-            self._locked[run_id] -= 1
-            if not self._locked[run_id]:
-                del self._locked[run_id]
+            self._unlock(run_id)
+
+    def _move_apart(self, batched: Batched, call: Call) -> None:
+        """Somebody has held the row's run, or its step, for too long; nothing happened."""
+        run_id = call.item[0]
+        self._locked[run_id] += 1
+        call.outcome.add_done_callback(lambda _: self._unlock(run_id))
+        self._method(batched, apart=True).adopt(call)
+
+    def _unlock(self, run_id: UUID) -> None:
+        self._locked[run_id] -= 1
+        if not self._locked[run_id]:
+            del self._locked[run_id]
 
     def _method(self, batched: Batched, *, apart: bool) -> Method[Row, Any]:
         batcher = self._batchers.get(apart)
@@ -191,16 +192,23 @@ class Batches:
             async def run(rows: Sequence[Row]) -> Sequence[Any]:
                 return await self._run(batched, rows, apart=apart)
 
+            # In the order of the keys, so that no two batches wait for each other.
             method = methods[batched] = batcher.method(
-                batched.operation, run, keyed=True, share=batched.share, weigh=batched.weigh
+                batched.operation,
+                run,
+                keyed=True,
+                ordered=True,
+                share=batched.share,
+                weigh=batched.weigh,
+                tell=batched.tell,
             )
         return method
 
-    async def _run(self, batched: Batched, rows: Sequence[Row], *, apart: bool = False) -> Sequence[Any]:
+    async def _run(self, batched: Batched, rows: Sequence[Row], *, apart: bool) -> Sequence[Any]:
         """The answer to each row, or the error that its caller gets; ``apart`` leaves the lanes free."""
         database = self._database
         answers: dict[int, Any] = {}
-        left = sorted(range(len(rows)), key=lambda n: _key(rows[n]))
+        left: Sequence[int] = range(len(rows))
         lost: list[Lost] = []
 
         async def attempt() -> None:
@@ -220,8 +228,9 @@ class Batches:
                     try:
                         found = await self._send(lane, batched, [rows[n] for n in left], lost)
                     except _LockedRunsError as locked:
+                        elsewhere = Elsewhere(partial(self._move_apart, batched))
                         stuck = [n for n in left if rows[n][0] not in locked.free] or left
-                        answers.update((n, _LockedError()) for n in stuck)
+                        answers.update((n, elsewhere) for n in stuck)
                         left = [n for n in left if n not in answers]
                     else:
                         answers.update(zip(left, found, strict=True))
