@@ -152,6 +152,8 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
         """The open lanes: a lane lasts as long as there is something to send."""
         self._on_the_way: dict[asyncio.Task[None], tuple[Method[Any, Any], list[Call]]] = {}
+        self._borrower: asyncio.Future[None] | None = None
+        """Done when the caller who has borrowed a lane gives it back."""
         self._giving_back = Undoing()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -186,12 +188,34 @@ class Batcher:
             self._sweeper = self.loop.call_later(self._patience, self._sweep, context=Context())
         self._wake()
 
+    def borrow_lane(self) -> bool:
+        """Whether the caller may send its call itself, in its own task: only while nobody else has one.
+
+        Whoever got True must call return_lane.
+        """
+        if self.is_idle:
+            self._borrower = self.loop.create_future()
+            return True
+        return False
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._tasks or self.places.taken or self._borrower is not None or self.closing)
+
+    def return_lane(self) -> None:
+        if self._borrower is not None and not self._borrower.done():
+            self._borrower.set_result(None)
+        self._borrower = None
+        if self.places.taken:
+            self._wake()
+
     def _wake(self) -> None:
         if len(self._on_the_way) == len(self._tasks) < self._lanes:
             self._open_lane()
 
     def _open_lane(self) -> None:
-        if len(self._tasks) < self._lanes and not self._closed:
+        lanes = self._lanes if self._borrower is None else self._lanes - 1
+        if len(self._tasks) < lanes and not self._closed:
             # In an empty context: a lane must not carry the first caller's variables to all others.
             task = Context().run(self.loop.create_task, self._serve())
             if not task.done():
@@ -389,10 +413,15 @@ class Batcher:
     def give_back(self, call: Call, outcome: Any) -> None:
         """Undo what a cancelled call has won."""
         if call.give_back is not None:
-            self._giving_back.begin(call.give_back, outcome)
+            self.undo(call.give_back, outcome)
+
+    def undo(self, give_back: Callable[[R], Awaitable[None]], outcome: R) -> None:
+        """Begin ``give_back(outcome)``, for which drain waits."""
+        self._giving_back.begin(give_back, outcome)
 
     def _unfinished(self) -> set[asyncio.Future[None]]:
-        return {*self._tasks, *self._giving_back.tasks}
+        borrower = () if self._borrower is None else (self._borrower,)
+        return {*self._tasks, *self._giving_back.tasks, *borrower}
 
     async def drain(self, seconds: float) -> None:
         """Take no further call, wait, bounded, until all that were taken are answered, and stop.

@@ -20,7 +20,7 @@ from uuid import UUID
 import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.batching import Batcher, BatchError, Call, Elsewhere, Method
+from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
 from flowstore_postgres.acknowledgements import Lost, settle
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
@@ -151,7 +151,68 @@ class Batches:
         if self._locked and row[0] in self._locked:
             return self._wait_apart(batched, row, give_back)
         method = self._methods.get(batched) or self._method(batched, apart=False)
+        if self._free and batched.alone is not None and self._batchers[False].is_idle:
+            return self._call_alone(method, batched, row, give_back)
         return method.call((row[0].int, row[1]), row, give_back)
+
+    async def _call_alone(
+        self,
+        method: Method[Row, Any],
+        batched: Batched,
+        row: Row,
+        give_back: Callable[[Any], Awaitable[None]] | None,
+    ) -> Any:
+        """Send a row at once, in its caller's own task: there is nobody to share a batch with."""
+        database, batcher = self._database, self._batchers[False]
+        if not (self._free and database.is_usable(self._free[-1].connection) and batcher.borrow_lane()):
+            return await method.call((row[0].int, row[1]), row, give_back)
+        lane = self._free.pop()
+        peer = lane.connection.peer
+        lost: list[Lost] = []
+        try:
+            (answer,) = await self._send(lane, batched, [row], lost)
+        except asyncio.CancelledError:
+            database.drop(lane.connection)
+            if give_back is not None:
+                lost.append(database.lost(peer, batcher.time()))
+                batcher.undo(partial(self._find_out, batched, row, lost), give_back)
+            raise
+        except (_LockedRunsError, Retry, asyncpg.PostgresError):
+            answer = AGAIN
+        finally:
+            try:
+                await self._put(lane, keep=True)
+            finally:
+                batcher.return_lane()
+        if answer is AGAIN:
+            if not lost:
+                # What went wrong, the ordinary way knows how to deal with.
+                return await method.call((row[0].int, row[1]), row, give_back)
+            answer = await database.run(self._run_lost(batched, row, lost), give_back)
+        return answer if batched.tell is None else batched.tell(row, answer)
+
+    async def _run_lost(self, batched: Batched, row: Row, lost: list[Lost]) -> Any:
+        (answer,) = await self._run(batched, [row], apart=True, lost=lost)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def _find_out(
+        self, batched: Batched, row: Row, lost: list[Lost], give_back: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Give back what a call had won that was cancelled when it was on its way."""
+        database = self._database
+
+        async def attempt() -> dict[int, Any]:
+            answers: dict[int, Any] = {}
+            async with database.connection() as connection:
+                if await self._find(connection, batched, [row], [0], answers):
+                    await settle(database, connection, lost, batched.operation)
+                    await self._find(connection, batched, [row], [0], answers)
+            return answers
+
+        for answer in (await database.retrying(attempt)).values():
+            await give_back(answer)
 
     async def _wait_apart(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None
@@ -204,12 +265,17 @@ class Batches:
             )
         return method
 
-    async def _run(self, batched: Batched, rows: Sequence[Row], *, apart: bool) -> Sequence[Any]:
-        """The answer to each row, or the error that its caller gets; ``apart`` leaves the lanes free."""
+    async def _run(
+        self, batched: Batched, rows: Sequence[Row], *, apart: bool, lost: list[Lost] | None = None
+    ) -> Sequence[Any]:
+        """The answer to each row, or the error that its caller gets.
+
+        ``apart`` leaves the lanes free; ``lost`` are statements with these rows that were sent before.
+        """
         database = self._database
         answers: dict[int, Any] = {}
         left: Sequence[int] = range(len(rows))
-        lost: list[Lost] = []
+        lost = [] if lost is None else lost
 
         async def attempt() -> None:
             nonlocal left
@@ -371,6 +437,9 @@ class Batches:
             await batcher.drain(seconds)
         if self._watcher is not None:
             self._watcher.cancel()
+        for lane in self._sending:
+            # Somebody waits alone for a server that does not answer.
+            self._database.drop(lane.connection)
         while self._free:
             connection = self._free.pop().connection
             if self._by_key:
