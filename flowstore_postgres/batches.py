@@ -12,7 +12,6 @@ import asyncio
 import copy
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -22,79 +21,24 @@ import asyncpg
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
 from flowstore_postgres.acknowledgements import Lost, settle
+from flowstore_postgres.batched import Batched, Row
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
+from flowstore_postgres.lanes import Lane, Lanes
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
 
-Row = tuple[Any, ...]
-
+LONGEST_LANES = 2
 # The classes of SQLSTATE that one row can be the reason of: a value, a constraint, a limit of the server,
 # a trigger. Any other would meet each half of a batch again; a lock that is held, for as long again.
 OF_A_ROW = frozenset({"22", "23", "54", "P0"})
 
-LONGEST_LANES = 2
-WATCH_SECONDS = 1.0
-
-# A plan made while the tables were small must not be kept as they grow: with these, rows are found by
-# key, one after another, in the order in which they are asked for. That plan is right for any number of
-# rows, so it is made once; PostgreSQL would else make one anew for every small batch.
-BY_KEY = """
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;
-SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
-"""
-# The last of them, in milliseconds, because whoever holds a run for long must hold up the calls on that
-# run alone: these leave the batch and wait in others, apart.
+# Whoever holds a run for long must hold up the calls on that run alone: they leave the batch, and wait in
+# others, apart.
 FIND_FREE_RUNS = """
 SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) FOR SHARE SKIP LOCKED
 """
-
-
-def read_nothing(rows: Sequence[Row], found: Any) -> Sequence[None]:
-    """The answers of an operation that has none."""
-    return [None] * len(rows)
-
-
-def read_done(column: str) -> Callable[[Sequence[Row], Any], Sequence[bool]]:
-    """Whether each row was written, from a column that holds the numbers of those that were."""
-
-    def read(rows: Sequence[Row], found: Any) -> Sequence[bool]:
-        done = set(found[column] or ())
-        return [n in done for n in range(1, len(rows) + 1)]
-
-    return read
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Batched:
-    """A statement for any number of calls of one operation.
-
-    ``statement`` gets the not-after time ($1), the virtual now or NULL ($2), and from $3 on an array
-    for each column of the rows, run_id and step_key first; it must have no effect once the first is
-    over, and answers one row for all calls, with ``in_time``.
-    """
-
-    operation: str
-    statement: str
-    read: Callable[[Sequence[Row], Any], Sequence[Any]] = read_nothing
-    """Turns the statement's row into the answers to the rows, in their order."""
-    alone: str | None = None
-    """A plainer statement for a call that goes alone: the columns as they are, from $3 on. Where it gives
-    a row, ``found`` turns that into the answer; where it gives none, it did nothing."""
-    find: str | None = None
-    """A SELECT of the key and the token, to find what a call has written whose acknowledgement was lost.
-    None where saying it again gives the true answer by itself."""
-    found: Callable[[Any], Any] = lambda row: None
-    """Turns what find found into the answer."""
-    tell: Callable[[Row, Any], Any] | None = None
-    """See flowstore_core.batching.Batcher.method; as share and weigh."""
-    token: int = 2
-    """The column of the token."""
-    share: Callable[[Row, Any, Row], Any] | None = None
-    """See flowstore_core.batching.Batcher.method."""
-    weigh: Callable[[Row], int] | None = None
-    """As share; for rows that carry texts, of which a message can hold a gigabyte."""
 
 
 def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -111,19 +55,6 @@ class _LockedRunsError(Exception):
         """The runs that nobody holds."""
 
 
-class _Lane:
-    """A connection on its way with batches."""
-
-    __slots__ = ("connection", "prepared", "since")
-
-    def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
-        self.connection = connection
-        self.prepared = prepared
-        """The statements made ready on it; None where it is not kept."""
-        self.since = 0.0
-        """When it was sent the statement that it is at."""
-
-
 class Batches:
     """The batched statements of one store, and the connections held for them."""
 
@@ -131,11 +62,8 @@ class Batches:
         self._database = database
         self._lanes = max(1, min(LONGEST_LANES, (pool_size + 1) // 2))
         # With a single connection every other call needs it as well.
-        self._hold = pool_size > 1
-        self._by_key = self._hold and not pgbouncer
-        self._free: list[_Lane] = []
-        self._sending: set[_Lane] = set()
-        self._watcher: asyncio.TimerHandle | None = None
+        hold = pool_size > 1
+        self._connections = Lanes(database, hold=hold, by_key=hold and not pgbouncer)
         self._patience = patience
         self._batchers: dict[bool, Batcher] = {}
         """By whether they are for runs that somebody holds."""
@@ -151,7 +79,7 @@ class Batches:
         if self._locked and row[0] in self._locked:
             return self._wait_apart(batched, row, give_back)
         method = self._methods.get(batched) or self._method(batched, apart=False)
-        if self._free and batched.alone is not None and self._batchers[False].is_idle:
+        if self._connections.has_free and batched.alone is not None and self._batchers[False].is_idle:
             return self._call_alone(method, batched, row, give_back)
         return method.call((row[0].int, row[1]), row, give_back)
 
@@ -164,9 +92,9 @@ class Batches:
     ) -> Any:
         """Send a row at once, in its caller's own task: there is nobody to share a batch with."""
         database, batcher = self._database, self._batchers[False]
-        if not (self._free and database.is_usable(self._free[-1].connection) and batcher.borrow_lane()):
+        if not (self._connections.has_free and batcher.borrow_lane()):
             return await method.call((row[0].int, row[1]), row, give_back)
-        lane = self._free.pop()
+        lane = self._connections.take_free()
         peer = lane.connection.peer
         lost: list[Lost] = []
         try:
@@ -181,7 +109,7 @@ class Batches:
             answer = AGAIN
         finally:
             try:
-                await self._put(lane, keep=True)
+                await self._connections.put(lane, keep=True)
             finally:
                 batcher.return_lane()
         if answer is AGAIN:
@@ -279,7 +207,7 @@ class Batches:
 
         async def attempt() -> None:
             nonlocal left
-            lane = await self._take(apart=apart)
+            lane = await self._connections.take(apart=apart)
             connection = lane.connection
             try:
                 if lost:
@@ -305,7 +233,7 @@ class Batches:
                 database.drop(connection)
                 raise
             finally:
-                await self._put(lane, keep=not apart)
+                await self._connections.put(lane, keep=not apart)
 
         try:
             await database.retrying(attempt)
@@ -339,7 +267,7 @@ class Batches:
         return missing
 
     async def _send(
-        self, lane: _Lane, batched: Batched, rows: Sequence[Row], lost: list[Lost]
+        self, lane: Lane, batched: Batched, rows: Sequence[Row], lost: list[Lost]
     ) -> Sequence[Any]:
         database = self._database
         connection = lane.connection
@@ -348,11 +276,11 @@ class Batches:
         sent, not_after = database.not_after(peer)
         try:
             if batched.alone is not None and len(rows) == 1:
-                found = await self._ask(lane, batched.alone, not_after, database.now(), *rows[0])
+                found = await self._connections.ask(lane, batched.alone, not_after, database.now(), *rows[0])
                 if found is not None:
                     return [batched.found(found)]
             columns = map(_column, zip(*rows, strict=True))
-            found = await self._ask(lane, batched.statement, not_after, database.now(), *columns)
+            found = await self._connections.ask(lane, batched.statement, not_after, database.now(), *columns)
         except LOST as error:
             database.drop(connection)
             lost.append(database.lost(peer, sent))
@@ -377,72 +305,8 @@ class Batches:
             raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
         return batched.read(rows, found)
 
-    async def _ask(self, lane: _Lane, statement: str, *arguments: object) -> Any:
-        """The first row, or None."""
-        loop = asyncio.get_running_loop()
-        lane.since = loop.time()
-        self._sending.add(lane)
-        if self._watcher is None:
-            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
-        try:
-            if lane.prepared is None:
-                return await lane.connection.fetchrow(self._database.sql(statement), *arguments)
-            ready = lane.prepared.get(statement)
-            if ready is None:
-                ready = await lane.connection.prepare(self._database.sql(statement))
-                lane.prepared[statement] = ready
-            return await ready.fetchrow(*arguments)
-        finally:
-            self._sending.discard(lane)
-
-    def _watch(self) -> None:
-        """Drop the connections whose server has gone silent.
-
-        One look for all in a while: a time-out of each call's own costs a good part of its sending.
-        """
-        loop = asyncio.get_running_loop()
-        self._watcher = None
-        for lane in self._sending:
-            if loop.time() > lane.since + self._database.client_timeout:
-                self._database.drop(lane.connection)
-        if self._sending:
-            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
-
-    async def _take(self, *, apart: bool) -> _Lane:
-        while self._free and not apart:
-            lane = self._free.pop()
-            if self._database.is_usable(lane.connection):
-                return lane
-            await self._database.release(lane.connection)
-        connection = await self._database.acquire()
-        if apart or not self._by_key:
-            return _Lane(connection, None)
-        try:
-            await connection.execute(BY_KEY, timeout=self._database.client_timeout)
-        except LOST as error:
-            self._database.drop(connection)
-            await self._database.release(connection)
-            raise Retry(describe(error)) from None
-        return _Lane(connection, {})
-
-    async def _put(self, lane: _Lane, *, keep: bool) -> None:
-        if keep and self._hold and self._database.is_usable(lane.connection):
-            self._free.append(lane)
-        else:
-            await self._database.release(lane.connection)
-
     async def aclose(self, seconds: float) -> None:
         """Answer every call that was taken, wait for what is given back, let the connections go."""
         for _, batcher in sorted(self._batchers.items()):
             await batcher.drain(seconds)
-        if self._watcher is not None:
-            self._watcher.cancel()
-        for lane in self._sending:
-            # Somebody waits alone for a server that does not answer.
-            self._database.drop(lane.connection)
-        while self._free:
-            connection = self._free.pop().connection
-            if self._by_key:
-                # What it was set to must not leak into the pool.
-                self._database.drop(connection)
-            await self._database.release(connection)
+        await self._connections.aclose()

@@ -17,7 +17,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.batching import AGAIN
-from flowstore_postgres.batches import Batched, Row, read_done
+from flowstore_postgres.batched import Batched, Row, read_done
 from flowstore_postgres.database import Database
 
 log = logging.getLogger("flowstore_postgres")
@@ -352,8 +352,6 @@ class Claims:
             StepDispatch(run_id=run_id, step_key=row[0], dispatched_at=row[1], due_at=row[2], job_id=row[3])
             for row in rows
         )
-
-
 
 
 def _claim_record(run_id: UUID, row: Any) -> StepClaim:

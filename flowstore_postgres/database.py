@@ -30,7 +30,8 @@ from flowstore_core import (
 from flowstore_core.inflight import InFlight
 from flowstore_core.timeseries import LATEST
 from flowstore_postgres.acknowledgements import Lost, settle, was_committed
-from flowstore_postgres.batches import Batched, Batches
+from flowstore_postgres.batched import Batched
+from flowstore_postgres.batches import Batches
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, Retry, describe, unreadable_url
 from flowstore_postgres.migrate import Settings
