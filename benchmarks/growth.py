@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from benchmarks.cluster import cluster
 from benchmarks.copies import (
@@ -19,79 +17,38 @@ from benchmarks.copies import (
     RARE,
     RARE_RUNS,
     Copy,
-    copy_into_postgres,
-    copy_into_sqlite,
     make_models,
     plan,
     utc_now,
 )
 from benchmarks.growth_bytes import postgres_bytes, sqlite_bytes
+from benchmarks.growth_stores import Namespace, Open, open_postgres, open_sqlite
+from benchmarks.growth_writers import CLEANED, WRITERS, writers_beside_cleanup
 from benchmarks.machine import describe, disk_folder, file_system
 from benchmarks.options import Options, parser, run, say
 from benchmarks.results import Report, Sample, Target
 from benchmarks.rounds import Variant, measure, measure_paired
-from benchmarks.sqlite import store_url
 from benchmarks.workload import (
-    StoreRecords,
     WrongAnswerError,
     lifecycles,
-    lifecycles_until,
-    make_steps,
     sample,
 )
 from flowstore_core import (
     FlowRunDetail,
     FlowStore,
-    RunPosition,
     RunStatus,
     RunTimeseriesGranularity,
-    StoreConfig,
     new_run_id,
-    open_store,
 )
-from flowstore_core.opening import resolve_store
 
 SIZES = (10_000, 100_000, 1_000_000)
 SMALLEST = (200, 400, 800)
 """The sizes of a trial, however small."""
 PAGE = 50
 DEEP = 100_000
-CLEANED = 1_000
-CLEANED_UNDER_WRITERS = 10_000
-WRITERS = 16
 RANDOM_IDS = "{size:,} runs, ids by uuid4()"
 
 Call = Callable[[], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class Namespace:
-    """A store with so many completed runs."""
-
-    name: str
-    store: FlowStore
-    runs: int
-    ends: list[datetime]
-    """When each stored run was completed, in order."""
-    after: RunPosition
-    """The position of the run before the deep page."""
-    new_id: Callable[[], UUID] = new_run_id
-    cleaned: int = 0
-    random_ids: bool = False
-    records: StoreRecords = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.records = StoreRecords(self.store)
-
-    async def clean(self, runs: int) -> float:
-        """Delete the oldest runs; how many seconds it took."""
-        self.cleaned += runs
-        began = perf_counter()
-        removed = await self.store.cleanup(self.ends[self.cleaned])
-        seconds = perf_counter() - began
-        if removed != runs:
-            raise WrongAnswerError(f"runs cleaned up: expected {runs}, found {removed}")
-        return seconds
 
 
 def sizes(options: Options) -> list[int]:
@@ -127,6 +84,16 @@ def targets(backend: str, options: Options) -> list[Target]:
             None,
             "p99_ms",
         ),
+        Target(
+            "... against DELETE by hand",
+            f"{backend}, writers and cleanup",
+            "during cleanup",
+            "during DELETE by hand",
+            False,
+            1,
+            None,
+            "p99_ms",
+        ),
     ]
 
 
@@ -143,43 +110,14 @@ async def program(options: Options) -> Report:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder)))
         if options.wants_backend("PostgreSQL"):
             url = await stack.enter_async_context(cluster(place))
-            await _backend(report, options, "PostgreSQL", partial(_open_postgres, url))
+            await _backend(report, options, "PostgreSQL", partial(open_postgres, url))
             await postgres_bytes(report, options, url)
         if options.wants_backend("SQLite"):
-            await _backend(report, options, "SQLite", partial(_open_sqlite, place))
+            await _backend(report, options, "SQLite", partial(open_sqlite, place))
             await sqlite_bytes(report, options, place)
     for backend in ("PostgreSQL", "SQLite"):
         report.judge(targets(backend, options))
     return report
-
-
-Copier = Callable[[list[Copy]], Awaitable[None]]
-Migration = Callable[[], Awaitable[None]]
-Open = Callable[[AsyncExitStack, str], Awaitable[tuple[FlowStore, Copier, Migration]]]
-
-
-async def _open_postgres(url: str, stack: AsyncExitStack, name: str) -> tuple[FlowStore, Copier, Migration]:
-    place = f"{url}&schema={name}"
-    store = await stack.enter_async_context(open_store(place))
-    return store, partial(copy_into_postgres, url, name), partial(_migrate, place)
-
-
-async def _open_sqlite(folder: Path, stack: AsyncExitStack, name: str) -> tuple[FlowStore, Copier, Migration]:
-    path = folder / f"{name}.db"
-
-    async def copy(copies: list[Copy]) -> None:
-        await asyncio.to_thread(copy_into_sqlite, path, copies)
-
-    store = await stack.enter_async_context(open_store(store_url(path)))
-    return store, copy, partial(_migrate, store_url(path))
-
-
-async def _migrate(url: str) -> None:
-    """What ``flowstore migrate up`` does: after a bulk load it brings the backend's indexes up."""
-    _, backend, config = resolve_store(url)
-    migrate: Callable[[StoreConfig], Awaitable[int]] | None = getattr(backend, "migrate", None)
-    if migrate is not None:
-        await migrate(config)
 
 
 async def _check_copies(store: FlowStore, copies: Sequence[Copy]) -> None:
@@ -214,7 +152,9 @@ async def _namespace(
 ) -> Namespace:
     """A store with ``size`` completed runs; whether it has them is asked through the store."""
     say(f"{backend}: making {size:,} runs{' with random ids' if random_ids else ''}")
-    store, copy, migrate = await opener(stack, f"runs_{size}{'_random' if random_ids else ''}")
+    store, copy, migrate, delete_by_hand = await opener(
+        stack, f"runs_{size}{'_random' if random_ids else ''}"
+    )
     models = await make_models(store)
     copies = plan(models, size - len(models), random_ids=random_ids, now=utc_now())
     await copy(copies)
@@ -234,6 +174,7 @@ async def _namespace(
         size,
         ends,
         last.position,
+        delete_by_hand,
         uuid4 if random_ids else new_run_id,
         random_ids=random_ids,
     )
@@ -284,8 +225,8 @@ async def _measure(
         options,
         f"{backend}, writers and cleanup",
         "lifecycles per second",
-        ("without", "during cleanup"),
-        partial(_writers, namespaces[-1], options.seconds),
+        ("without", "during cleanup", "during DELETE by hand"),
+        partial(writers_beside_cleanup, namespaces[-1], options.seconds, options.scale),
         least=1,
         note=f"{WRITERS} writers among {namespaces[-1].name}",
     )
@@ -350,26 +291,6 @@ async def _repeat(call: Call, amount: int) -> Sample:
         await call()
         latencies.append(perf_counter() - start)
     return sample(amount, perf_counter() - began, latencies)
-
-
-async def _writers(at: Namespace, seconds: float, amount: int) -> tuple[Sample, Sample]:
-    """The same writers twice: alone for a while, then until a cleanup beside them is done."""
-    began = perf_counter()
-    alone = await _write(at, lambda: perf_counter() > began + seconds)
-    cleaning = asyncio.create_task(at.clean(min(CLEANED_UNDER_WRITERS, at.runs // 40)))
-    beside = await _write(at, cleaning.done)
-    await cleaning
-    return alone, beside
-
-
-async def _write(at: Namespace, stop: Callable[[], bool]) -> Sample:
-    run_ids, steps = make_steps(64 * WRITERS)
-    await at.records.add_runs(run_ids)
-    source = iter(steps)
-    latencies: list[float] = []
-    began = perf_counter()
-    done = await lifecycles_until(at.store, source, latencies, WRITERS, stop)
-    return sample(done, perf_counter() - began, latencies)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks.rounds import Variant, measure
 
 # The name in the tables, the module below engines, and the distributions to say the versions of.
 ENGINES = (
-    ("flowstore", "flowstore_loop", ()),
+    ("flowstore", "flowstore_replay_engine", ()),
     ("pgqueuer", "pgqueuer_jobs", ("pgqueuer",)),
     ("procrastinate", "procrastinate_jobs", ("procrastinate",)),
     ("DBOS", "dbos_workflows", ("dbos",)),
@@ -77,7 +77,7 @@ async def _compare(
 
         measured = STEPS.format(concurrency=concurrency)
         await measure(
-            report, options, measured, "steps per second", variants, least=2 * concurrency, settle=settle
+            report, options, measured, "steps per second", variants, least=8 * concurrency, settle=settle
         )
         report.judge(
             Target(f"{concurrency:,} at once, against {one.name}", measured, "flowstore", one.name, True, 1.0)

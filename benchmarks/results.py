@@ -70,14 +70,17 @@ class Ratio:
     lowest: float
     highest: float
     """Of the single rounds."""
-    target: float
+    target: float | None
+    """None: held against a limit, which nothing can reach."""
     aim: float | None
     at_least: bool
     """Whether more is better."""
     unit: str = "x"
 
     @property
-    def met(self) -> bool:
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
 
@@ -152,7 +155,8 @@ class Target:
     theirs: str | None
     """None: the target is on our own figure."""
     at_least: bool
-    target: float
+    target: float | None
+    """None: theirs is a limit."""
     aim: float | None = None
     statistic: Statistic = "rate"
     unit: str = "x"

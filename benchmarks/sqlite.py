@@ -15,15 +15,15 @@ from typing import Any
 from urllib.parse import quote
 
 from benchmarks.baselines import sqlite_tables
-from benchmarks.baselines.sqlite_callables import callable_per_call
+from benchmarks.baselines.sqlite_callables import call_on_the_spot, callable_per_call
 from benchmarks.baselines.sqlite_sets import SetBased
 from benchmarks.baselines.sqlite_transactions import transaction_per_call
 from benchmarks.machine import describe, disk_folder, file_system
 from benchmarks.options import Options, parser, run
 from benchmarks.results import Report, Sample, Target
-from benchmarks.rounds import Variant, measure
+from benchmarks.rounds import Variant, measure, measure_paired
 from benchmarks.rss import watch_rss
-from benchmarks.workload import STEPS_PER_RUN, StoreRecords, claims, lifecycles, sample
+from benchmarks.workload import STEPS_PER_RUN, StoreRecords, claims, lifecycles, paired_claims, sample
 from flowstore_core import open_store
 
 PROCESSES = 4
@@ -34,10 +34,12 @@ MOST_PER_SECOND = 12_000
 OURS = "flowstore"
 TRANSACTIONS = "a transaction per call, aiosqlite"
 CALLABLES = "one callable per call"
+ON_THE_SPOT = "limit: the same without a thread"
 SETS = "limit: executemany of 256, no callers"
 GROUPED = "grouped, busy_timeout alone"
 SINGLE = "one callable per call, busy_timeout alone"
 
+BY_TURNS = "try_claim_step, 1 caller, call by call in turn"
 TOTAL = f"lifecycle, {PROCESSES} processes on one file, together"
 FAIRNESS = "... the slowest process against the fastest"
 WAITS = "... wait of one call at the 99.9th percentile"
@@ -56,6 +58,9 @@ TARGETS = (
     Target("claims, 256 callers", claim(256), OURS, TRANSACTIONS, True, 30),
     Target("lifecycle, 1 caller", life(1), OURS, CALLABLES, True, 1.0),
     Target("claims, 1 caller", claim(1), OURS, CALLABLES, True, 1.0),
+    Target("... call by call in turn", BY_TURNS, OURS, CALLABLES, True, 1.0),
+    Target("... against no thread", BY_TURNS, OURS, ON_THE_SPOT, True, None),
+    Target("... one callable per call against no thread", BY_TURNS, CALLABLES, ON_THE_SPOT, True, None),
     Target("4 processes: slowest against fastest", FAIRNESS, OURS, None, True, 0.5, None, "value"),
     Target("... wait at the 99.9th percentile, ms", WAITS, OURS, None, False, 500, None, "value", "ms"),
     Target("... total against grouped", TOTAL, OURS, GROUPED, True, 1.0),
@@ -91,6 +96,7 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
         store = await stack.enter_async_context(open_store(store_url(place / "flowstore.db")))
         transactions = await stack.enter_async_context(transaction_per_call(place / "transactions.db"))
         callables = await stack.enter_async_context(callable_per_call(place / "callables.db"))
+        on_the_spot = await stack.enter_async_context(call_on_the_spot(place / "spot.db"))
         sets = SetBased(place / "sets.db")
         stack.callback(sets.close)
         records = StoreRecords(store)
@@ -103,10 +109,24 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
                 Variant(CALLABLES, lambda amount: work(callables, callables, callers, amount)),
             ]
 
+        if 1 in options.callers:
+            contestants = ((store, records), (callables, callables), (on_the_spot, on_the_spot))
+            await measure_paired(
+                report,
+                options,
+                BY_TURNS,
+                "calls per second",
+                (OURS, CALLABLES, ON_THE_SPOT),
+                lambda amount: paired_claims(contestants, amount),
+                least=64,
+            )
         for callers in options.callers:
             limits = ([Variant(SETS, sets.lifecycles)], [Variant(SETS, sets.claims)])
             if callers == 1:
-                limits = ([], [])
+                limits = (
+                    [Variant(ON_THE_SPOT, lambda amount: lifecycles(on_the_spot, on_the_spot, 1, amount))],
+                    [Variant(ON_THE_SPOT, lambda amount: claims(on_the_spot, on_the_spot, 1, amount))],
+                )
             lives = [*of(lifecycles, callers), *limits[0]]
             await take(life(callers), "lifecycles per second", lives, least=max(callers, 32))
             single = [*of(claims, callers), *limits[1]]

@@ -47,9 +47,9 @@ def ratio_rows(ratios: Sequence[Ratio]) -> list[tuple[str, ...]]:
             ratio.name,
             number(ratio.value),
             f"{number(ratio.lowest)} to {number(ratio.highest)}",
-            target(ratio, ratio.target),
+            "limit" if ratio.target is None else target(ratio, ratio.target),
             "" if ratio.aim is None else target(ratio, ratio.aim),
-            "yes" if ratio.met else "NO",
+            {True: "yes", False: "NO", None: "-"}[ratio.met],
         )
         for ratio in ratios
     ]

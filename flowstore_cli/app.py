@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -107,11 +107,23 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
         if explained := explain(error):
             return complain(*explained)
+        # Never its text: nobody knows what it holds.
         if os.environ.get(DEBUG_VARIABLE):
-            traceback.print_exc()
-        text = clean(f"{type(error).__name__}: {error}")
+            sys.stderr.write("".join(_frames(error)))
+        text = clean(type(error).__name__)
         return complain(f"this is a bug: {text}; {DEBUG_VARIABLE}=1 shows where, please report it", NO)
     return SUCCESS
+
+
+def _frames(error: BaseException) -> Iterator[str]:
+    """A traceback with the names of the exceptions and without their texts."""
+    chained = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if chained is not None:
+        yield from _frames(chained)
+        yield "which led to:\n"
+    yield "Traceback (most recent call last):\n"
+    yield from traceback.format_tb(error.__traceback__)
+    yield f"{type(error).__name__}\n"
 
 
 def _flushed(code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flowstore_cli.printing import (
@@ -16,10 +17,10 @@ from flowstore_cli.printing import (
 )
 from flowstore_cli.stores import AsJson, drivers, missing_driver
 from flowstore_core import CRASH_SAFE, Backend, Capability
-from flowstore_core.plugins import Plugin, load_plugins
+from flowstore_core.plugins import Plugin, load_plugins, load_wrappers
 
-INSTALLED, DRIVER_MISSING, BROKEN = "installed", "driver missing", "broken"
-STYLES = {INSTALLED: "green", DRIVER_MISSING: "yellow", BROKEN: "red"}
+INSTALLED, DRIVER_MISSING, CONFLICT, BROKEN = "installed", "driver missing", "conflict", "broken"
+STYLES = {INSTALLED: "green", DRIVER_MISSING: "yellow", CONFLICT: "yellow", BROKEN: "red"}
 FACTS = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK})
 
 
@@ -49,10 +50,13 @@ def backends(as_json: AsJson = False) -> None:
       flowstore backends
       flowstore backends --json
 
-    JSON: a list of objects with name, schemes, distribution, status (installed, driver missing or
-    broken), problem, remedy, level, capabilities, options.
+    JSON: a list of objects with name, schemes, distribution, status (installed, driver missing,
+    conflict or broken), problem, remedy, level, capabilities, options.
     """
-    found = [entry for plugin in load_plugins() for entry in _list(plugin)]
+    plugins = load_plugins()
+    claims = _list_claims(plugins)
+    # Wrappers bring no backend; a broken one is listed, because no store opens until it is gone.
+    found = [entry for plugin in (*plugins, *load_wrappers()) for entry in _list(plugin, claims)]
     if as_json:
         print_json(found)
         return
@@ -80,7 +84,16 @@ def backends(as_json: AsJson = False) -> None:
         print_form(console, facts)
 
 
-def _list(plugin: Plugin) -> list[Listed]:
+def _list_claims(plugins: Sequence[Plugin]) -> dict[str, list[str]]:
+    """For each scheme the plugins that say they serve it; opening a URL imports only one of them."""
+    claims: dict[str, list[str]] = {}
+    for plugin in plugins:
+        for scheme in sorted({scheme for backend in plugin.backends for scheme in backend.schemes}):
+            claims.setdefault(scheme, []).append(f"{plugin.name!r} ({plugin.distribution or plugin.module})")
+    return claims
+
+
+def _list(plugin: Plugin, claims: Mapping[str, Sequence[str]]) -> list[Listed]:
     if plugin.error is not None:
         return [
             Listed(
@@ -95,19 +108,27 @@ def _list(plugin: Plugin) -> list[Listed]:
                 options=[],
             )
         ]
-    return [_list_backend(plugin, backend) for backend in plugin.backends]
+    return [_list_backend(plugin, backend, claims) for backend in plugin.backends]
 
 
-def _list_backend(plugin: Plugin, backend: Backend) -> Listed:
+def _list_backend(plugin: Plugin, backend: Backend, claims: Mapping[str, Sequence[str]]) -> Listed:
+    contested = sorted(scheme for scheme in backend.schemes if len(claims[scheme]) > 1)
     missing = [name for name in drivers(backend) if not _is_installed(name)]
     error = missing_driver(plugin, ModuleNotFoundError(name=missing[0])) if missing else None
+    status, problem, remedy = INSTALLED, None, None
+    if error is not None:
+        status, problem, remedy = DRIVER_MISSING, f"module {missing[0]!r} is not installed", error.remedy
+    elif contested:
+        names = " and ".join(claims[contested[0]])
+        status, problem = CONFLICT, f"scheme {contested[0]!r} is claimed by plugins {names}"
+        remedy = "uninstall all but one"
     return Listed(
         name=backend.name,
         schemes=sorted(backend.schemes),
         distribution=plugin.distribution,
-        status=DRIVER_MISSING if missing else INSTALLED,
-        problem=f"module {missing[0]!r} is not installed" if missing else None,
-        remedy=error.remedy if error else None,
+        status=status,
+        problem=problem,
+        remedy=remedy,
         level=level(backend.capabilities),
         capabilities=sorted(backend.capabilities),
         options=sorted(backend.options),

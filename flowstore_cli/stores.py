@@ -15,6 +15,7 @@ import typer
 
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_core import Backend, BackendLoadError, FlowStore, StoreConfig, open_store
+from flowstore_core.arguments import MAX_TEXT_BYTES
 from flowstore_core.config import read_path, redact
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin, explain_import
@@ -132,5 +133,5 @@ def drivers(backend: Backend) -> tuple[str, ...]:
 
 
 def read_stdin() -> str:
-    """All of standard input."""
-    return sys.stdin.read()
+    """All of standard input, or enough of it to be refused as too long."""
+    return sys.stdin.read(MAX_TEXT_BYTES + 1)

@@ -32,6 +32,8 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_TAKE = 1000
 MAX_INT64 = 2**63 - 1
 MAX_LEASE = timedelta(days=366)
+MAX_KEYS = 100_000
+"""How many step keys one call may name; no run is known that has nearly so many."""
 
 _NO_TIME = timedelta(0)
 # Texts of up to so many characters are small enough however they are encoded.
@@ -82,11 +84,14 @@ def _check_characters(name: str, value: str) -> str:
     if "\0" in value:
         raise InvalidArgumentError(name, "free of U+0000", "one at index " + str(value.index("\0")))
     if not value.isascii():
+        index = None
         try:
             value.encode()
         except UnicodeEncodeError as error:
             index = error.start
-            raise InvalidArgumentError(name, "free of lone surrogates", f"one at index {index}") from None
+        # Out here, because the codec's error holds the whole text.
+        if index is not None:
+            raise InvalidArgumentError(name, "free of lone surrogates", f"one at index {index}")
     return value if type(value) is str else str.__str__(value)
 
 
@@ -206,6 +211,8 @@ def check_expected(value: Any) -> dict[str, StepStatus] | None:
         return None
     if not isinstance(value, Mapping):
         raise InvalidArgumentError("expected", "a mapping of step_key to StepStatus", _kind(value))
+    if len(value) > MAX_KEYS:
+        raise InvalidArgumentError("expected", f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return {
         check_key("expected", key): _check_enum("expected", status, StepStatus, tuple(StepStatus))
         for key, status in value.items()
@@ -215,6 +222,8 @@ def check_expected(value: Any) -> dict[str, StepStatus] | None:
 def check_keys(name: str, value: Any) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, Collection):
         raise InvalidArgumentError(name, "a collection of step keys", _kind(value))
+    if len(value) > MAX_KEYS:
+        raise InvalidArgumentError(name, f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return frozenset(check_key(name, key) for key in value)
 
 

@@ -5,7 +5,8 @@ lane (a connection, a writer thread) is busy, calls of one method gather; the mo
 has gathered goes out as one batch, and each caller gets its own row's answer. There is no timer and no
 added delay: a call that finds a lane free leaves alone, at once.
 
-A backend makes one Batcher per store and one Method for each kind of call::
+A backend makes one Batcher per store and one Method for each kind of call; the lanes are tasks, or what
+flowstore_core.lanes.Lanes describes::
 
     batcher = Batcher(lanes=2)
     claim = batcher.method("try_claim_step", run_claims, keyed=True)
@@ -34,13 +35,15 @@ from itertools import islice
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from flowstore_core.calls import AGAIN, BatchError, Call, Elsewhere, another, shared
+from flowstore_core.calls import AGAIN, BatchError, Call, Elsewhere, shared
 from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.inflight import Undoing
+from flowstore_core.inflight import InFlight
+from flowstore_core.lanes import GRACE_SECONDS, Lanes, TaskLanes
 from flowstore_core.methods import Method
 from flowstore_core.places import Places
+from flowstore_core.threads import ThreadLane
 
-__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Elsewhere", "Method"]
+__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Elsewhere", "Lanes", "Method", "ThreadLane"]
 
 I = TypeVar("I")  # noqa: E741 - an item
 R = TypeVar("R")
@@ -63,14 +66,14 @@ class Batcher:
     """The queues of one store, and the lanes that serve them; belongs to one event loop.
 
     One scheduler for all methods: whoever has waited longest goes first, with all that its method has
-    gathered. ``lanes`` is how many batches may be on their way at once; ``patience`` is in seconds, and
-    ``advice`` ends the message of the error that follows it.
+    gathered. ``lanes`` is how many batches may be on their way at once, or makes lanes of another kind;
+    ``patience`` is in seconds, and ``advice`` ends the message of the error that follows it.
     """
 
     def __init__(
         self,
         *,
-        lanes: int,
+        lanes: int | Callable[[Batcher], Lanes],
         largest: int = LARGEST_BATCH,
         capacity: int = CAPACITY,
         patience: float = PATIENCE_SECONDS,
@@ -80,24 +83,22 @@ class Batcher:
         self.time: Callable[[], float] = self.loop.time
         self.places: Places = Places(capacity)
         self.closing: bool = False
-        self._closed = False
-        self._lanes = lanes
         self._largest = largest
         self._patience = patience
         self._advice = advice
         self._methods: list[Method[Any, Any]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-        """The open lanes: a lane lasts as long as there is something to send."""
-        self._on_the_way: dict[asyncio.Task[None], tuple[Method[Any, Any], list[Call]]] = {}
         self._borrower: asyncio.Future[None] | None = None
         """Done when the caller who has borrowed a lane gives it back."""
-        self._giving_back = Undoing()
+        self._giving_back = InFlight()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._lanes: Lanes = TaskLanes(self, lanes) if isinstance(lanes, int) else lanes(self)
+        self._wake = self._lanes.wake
 
     def method(
         self,
         name: str,
-        run: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]],
+        run: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]]
+        | Callable[[Sequence[Call]], Sequence[R | Exception]],
         *,
         keyed: bool = False,
         share: Callable[[I, R, I], R | Exception] | None = None,
@@ -138,7 +139,9 @@ class Batcher:
     @property
     def is_idle(self) -> bool:
         """Nobody has a lane, and nothing waits for one."""
-        return not (self._tasks or self.places.taken or self._borrower is not None or self.closing)
+        return not (
+            self._lanes.under_way() or self.places.taken or self._borrower is not None or self.closing
+        )
 
     def return_lane(self) -> None:
         if self._borrower is not None and not self._borrower.done():
@@ -147,24 +150,10 @@ class Batcher:
         if self.places.taken:
             self._wake()
 
-    def _wake(self) -> None:
-        if len(self._on_the_way) == len(self._tasks) < self._lanes:
-            self._open_lane()
-
-    def _open_lane(self) -> None:
-        lanes = self._lanes if self._borrower is None else self._lanes - 1
-        if len(self._tasks) < lanes and not self._closed:
-            # In an empty context: a lane must not carry the first caller's variables to all others.
-            task = Context().run(self.loop.create_task, self._serve())
-            if not task.done():
-                self._tasks.add(task)
-            task.add_done_callback(self._lane_ended)
-
-    def _lane_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        # Somebody who cancels every task of the loop cancels lanes too.
-        if any(not call.outcome.done() for method in self._methods for call in method.queue):
-            self._open_lane()
+    @property
+    def borrowed(self) -> int:
+        """How many lanes a caller has borrowed."""
+        return 0 if self._borrower is None else 1
 
     @property
     def waiting(self) -> int:
@@ -207,47 +196,35 @@ class Batcher:
         if self.waiting:
             self._sweeper = self.loop.call_at(oldest + self._patience, self._sweep)
 
-    async def _serve(self) -> None:
-        """One lane: send batch after batch until nothing is left."""
-        lane: Any = asyncio.current_task()
-        try:
-            while queued := [method for method in self._methods if method.queue]:
-                method = min(queued, key=lambda one: one.queue[0].since)
-                if calls := self._take(method):
-                    if method.ordered:
-                        calls.sort(key=_key)
-                    self._on_the_way[lane] = method, calls
-                    if self.waiting:
-                        self._wake()
-                    await self._run(method, calls)
-                    self._on_the_way.pop(lane, None)
-                    if len(calls) > 1:
-                        # Whoever was answered queues its next call before the next batch is made up.
-                        await asyncio.sleep(0)
-        finally:
-            self._tasks.discard(lane)
-            self._abandon(lane)
+    def has_calls(self) -> bool:
+        """Whether anybody waits for a call that is queued."""
+        return any(not call.outcome.done() for method in self._methods for call in method.queue)
 
-    def _abandon(self, lane: asyncio.Task[None]) -> None:
-        """Answer for a lane that was cancelled with a batch on its way."""
-        if sent := self._on_the_way.pop(lane, None):
-            method, calls = sent
-            followers = [one for call in calls for one in call.followers or ()]
-            # They were not sent. Where the loop is ending they are cancelled, and no lane must open.
-            self._queue_again(method, [one for one in followers if not one.outcome.done()])
-            for call in calls:
-                call.followers = None
-                self._settle(call, OutcomeUnknownError(method.name))
+    def next_batch(self, lanes: int = 1, under_way: int = 0) -> tuple[Method[Any, Any], list[Call]] | None:
+        """For a lane: the calls that it is to send now, out of their queue, or None.
 
-    def _take(self, method: Method[Any, Any]) -> list[Call]:
-        """The calls of the next batch, out of their queue."""
+        ``lanes`` is how many share the calls, ``under_way`` how many of these the others have.
+        """
+        while True:
+            first: Method[Any, Any] | None = None
+            for method in self._methods:
+                if method.queue and (first is None or method.queue[0].since < first.queue[0].since):
+                    first = method
+            if first is None:
+                return None
+            if calls := self._take(first, lanes, under_way):
+                if first.ordered:
+                    calls.sort(key=_key)
+                return first, calls
+
+    def _take(self, method: Method[Any, Any], lanes: int, under_way: int) -> list[Call]:
         queue = method.queue
         length = len(queue)
         largest = self._largest
-        outstanding = self.waiting + sum(len(sent) for _, sent in self._on_the_way.values())
-        if outstanding >= WORTH_SPLITTING:
+        outstanding = self.waiting + under_way
+        if lanes > 1 and outstanding >= WORTH_SPLITTING:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
-            largest = min(largest, -(-outstanding // self._lanes))
+            largest = min(largest, -(-outstanding // lanes))
         now = self.time()
         if queue[0].since + self._patience > now:
             # The common case: no key twice, nothing heavy.
@@ -291,24 +268,8 @@ class Batcher:
         self.places.leave(length - len(queue))
         return batch
 
-    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> None:
-        outcomes: Sequence[Any]
-        try:
-            outcomes = await method.run([call.item for call in calls])
-            if len(outcomes) != len(calls):
-                raise RuntimeError(f"{method.name} gave {len(outcomes)} outcomes for {len(calls)} calls")
-        except BatchError as error:
-            if len(calls) > 1:
-                middle = len(calls) // 2
-                await self._run(method, calls[:middle])
-                await self._run(method, calls[middle:])
-                return
-            outcomes = [error.cause]
-        except Exception as error:  # noqa: BLE001 - not swallowed: each caller gets it
-            outcomes = [error, *(another(error) for _ in calls[1:])]
-        self._answer(method, calls, outcomes)
-
-    def _answer(self, method: Method[Any, Any], calls: Sequence[Call], outcomes: Sequence[Any]) -> None:
+    def answer(self, method: Method[Any, Any], calls: Sequence[Call], outcomes: Sequence[Any]) -> None:
+        """For a lane: give each call its outcome, in order; AGAIN puts it in front of its queue."""
         again: list[Call] = []
         for call, outcome in zip(calls, outcomes, strict=True):
             if outcome is AGAIN:
@@ -331,6 +292,15 @@ class Batcher:
                         self._settle(follower, answer)
         if again:
             self._queue_again(method, again)
+
+    def lose(self, method: Method[Any, Any], calls: Sequence[Call]) -> None:
+        """For a lane that will never know what became of a batch: tell its callers so."""
+        followers = [one for call in calls for one in call.followers or ()]
+        # They were not sent. Where the loop is ending they are cancelled, and no lane must open.
+        self._queue_again(method, [one for one in followers if not one.outcome.done()])
+        for call in calls:
+            call.followers = None
+            self._settle(call, OutcomeUnknownError(method.name))
 
     def _queue_again(self, method: Method[Any, Any], calls: list[Call]) -> None:
         # In front: they have waited longest.
@@ -355,11 +325,11 @@ class Batcher:
 
     def undo(self, give_back: Callable[[R], Awaitable[None]], outcome: R) -> None:
         """Begin ``give_back(outcome)``, for which drain waits."""
-        self._giving_back.begin(give_back, outcome)
+        self._giving_back.undo(give_back, outcome)
 
-    def _unfinished(self) -> set[asyncio.Future[None]]:
+    def _unfinished(self) -> set[asyncio.Future[Any]]:
         borrower = () if self._borrower is None else (self._borrower,)
-        return {*self._tasks, *self._giving_back.tasks, *borrower}
+        return {*self._lanes.under_way(), *self._giving_back.tasks, *borrower}
 
     async def drain(self, seconds: float) -> None:
         """Take no further call, wait, bounded, until all that were taken are answered, and stop.
@@ -372,23 +342,22 @@ class Batcher:
         # Those who wait for a place wake, see that it is too late, and leave it.
         self.places.open()
         if self.waiting:
-            self._open_lane()
-        # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
-        while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:
-            await asyncio.wait(unfinished, timeout=left)
-        self._closed = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        unfinished = self._unfinished()
-        if (not_sent := self._refuse_queued()) or unfinished:
-            _log.warning("closing after %.1f s with %d calls not sent", seconds, not_sent)
-        for task in unfinished:
-            task.cancel()
-        if unfinished:
-            await asyncio.wait(unfinished, timeout=1)
-        for deaf in list(self._on_the_way):
-            self._abandon(deaf)
-        self._refuse_queued()
+            self._wake()
+        try:
+            # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
+            while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:
+                await asyncio.wait(unfinished, timeout=left)
+        finally:
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+            if (not_sent := self._refuse_queued()) or self._unfinished():
+                _log.warning("closing after %.1f s with %d calls not sent", seconds, not_sent)
+            for task in (undoing := set(self._giving_back.tasks)):
+                task.cancel()
+            await self._lanes.stop()
+            if undoing:
+                await asyncio.wait(undoing, timeout=GRACE_SECONDS)
+            self._refuse_queued()
 
     def _refuse_queued(self) -> int:
         rest = [call for method in self._methods for call in method.queue]

@@ -7,11 +7,14 @@ the backend with every parameter by keyword. The promises stand in the protocols
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
+from threading import get_ident as here
 from typing import Any, NoReturn, cast
 from uuid import UUID
+from weakref import WeakSet
 
 from flowstore_core.arguments import (
     MAX_INT64,
@@ -37,7 +40,7 @@ from flowstore_core.arguments import (
 )
 from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
-from flowstore_core.errors import FlowStoreError, NotSupportedError, StoreClosedError
+from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
@@ -64,6 +67,32 @@ class _Refusal:
         return refuse
 
 
+_OTHER_LOOP = _Refusal(
+    lambda operation: ConfigurationError(
+        "a store belongs to the event loop that it was opened in; open another one in this loop"
+    )
+)
+_FORKED = _Refusal(
+    lambda operation: ConfigurationError("a store cannot be used in a forked process; open another one there")
+)
+_CLOSED = _Refusal(lambda operation: StoreClosedError())
+
+
+class _ByThread(dict[int, FlowStore]):
+    """What operations are called on, by the calling thread: the backend's store in that of its event loop.
+
+    A thread runs one event loop at a time, and in Python 3.11 asking for the loop is a system call. It is
+    a dictionary because every call of every store asks it, and nothing written in Python is as quick.
+    """
+
+    def __init__(self, elsewhere: _Refusal, known: dict[int, FlowStore]) -> None:
+        super().__init__(known)
+        self._elsewhere = cast(FlowStore, elsewhere)
+
+    def __missing__(self, thread: int) -> FlowStore:
+        return self._elsewhere
+
+
 class _Partial:
     """A backend's store that implements a part of the base protocols."""
 
@@ -76,7 +105,11 @@ class _Partial:
 
 
 class CheckedStore:
-    """A FlowStore around a backend's own; see the module's docstring."""
+    """A FlowStore around a backend's own; see the module's docstring.
+
+    In another thread, and in a forked process, it refuses to work, whatever the backend: what a store
+    holds are connections, threads and locks of one event loop in one process.
+    """
 
     def __init__(
         self,
@@ -89,7 +122,10 @@ class CheckedStore:
         self._capabilities = capabilities
         self._stack = stack
         self._closed: asyncio.Event | None = None
-        self._assign(lambda capability: self._target(store, capability))
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        thread = here()
+        self._assign(lambda of: _ByThread(_OTHER_LOOP, {thread: self._target(store, of)}))
+        _open.add(self)
 
     def _target(self, store: Any, capability: Capability | None) -> Any:
         if capability is None:
@@ -99,16 +135,16 @@ class CheckedStore:
             return store
         return _Refusal(lambda operation: NotSupportedError(self._backend, capability.value, operation))
 
-    def _assign(self, target: Callable[[Capability | None], Any]) -> None:
-        self._store = cast(FlowStore, target(None))
-        self._leases = cast(FlowStore, target(Capability.LEASES))
-        self._trigger = cast(FlowStore, target(Capability.TRIGGER))
-        self._recovery = cast(FlowStore, target(Capability.RECOVERY))
-        self._deadlines = cast(FlowStore, target(Capability.DEADLINES))
-        self._waiters = cast(FlowStore, target(Capability.WAITERS))
-        self._events = cast(FlowStore, target(Capability.EVENTS))
-        self._outputs = cast(FlowStore, target(Capability.OUTPUTS))
-        self._dashboard = cast(FlowStore, target(Capability.DASHBOARD))
+    def _assign(self, target: Callable[[Capability | None], _ByThread]) -> None:
+        self._store = target(None)
+        self._leases = target(Capability.LEASES)
+        self._trigger = target(Capability.TRIGGER)
+        self._recovery = target(Capability.RECOVERY)
+        self._deadlines = target(Capability.DEADLINES)
+        self._waiters = target(Capability.WAITERS)
+        self._events = target(Capability.EVENTS)
+        self._outputs = target(Capability.OUTPUTS)
+        self._dashboard = target(Capability.DASHBOARD)
 
     def __repr__(self) -> str:
         return f"<flowstore {self._backend}{' (closed)' if self._closed else ''}>"
@@ -122,14 +158,28 @@ class CheckedStore:
         return self._capabilities
 
     async def ping(self) -> None:
-        await self._store.ping()
+        await self._store[here()].ping()
+
+    def _disown(self) -> None:
+        """Refuse everything: this is the copy of a store that a forked process got."""
+        self._loop = None
+        self._assign(lambda of: _ByThread(_FORKED, {}))
 
     async def aclose(self) -> None:
+        if self._loop is None:
+            # Nothing of it is this process's to close: the parent goes on with the same connections.
+            return
+        if self._closed is not None and self._closed.is_set():
+            return
+        if self._loop is not asyncio.get_running_loop():
+            raise ConfigurationError(
+                "a store belongs to the event loop that it was opened in; close it in that one"
+            )
         if self._closed is not None:
             await self._closed.wait()
             return
         self._closed = asyncio.Event()
-        self._assign(lambda capability: _Refusal(lambda operation: StoreClosedError()))
+        self._assign(lambda of: _ByThread(_CLOSED, {}))
         try:
             # In this task, not in one of its own: a backend's context may hold a task group.
             await self._stack.aclose()
@@ -149,7 +199,7 @@ class CheckedStore:
         job_id: str | None = None,
         source_run_id: UUID | None = None,
     ) -> FlowRunRecord:
-        return await self._store.start_run(
+        return await self._store[here()].start_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -166,7 +216,7 @@ class CheckedStore:
         *,
         expected: Mapping[str, StepStatus] | None = None,
     ) -> bool:
-        return await self._store.complete_run(
+        return await self._store[here()].complete_run(
             run_id=check_id("run_id", run_id),
             status=check_completion(status),
             expected=check_expected(expected),
@@ -180,7 +230,7 @@ class CheckedStore:
         skip: int = 0,
         take: int = 50,
     ) -> Sequence[FlowRunRecord]:
-        return await self._store.get_runs(
+        return await self._store[here()].get_runs(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             after=check_position(after),
             skip=check_skip(skip),
@@ -197,7 +247,7 @@ class CheckedStore:
         take: int = 50,
         search: str | None = None,
     ) -> RunPage:
-        return await self._dashboard.get_runs_page(
+        return await self._dashboard[here()].get_runs_page(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             status=None if status is None else check_run_status(status),
             after=check_position(after),
@@ -207,18 +257,18 @@ class CheckedStore:
         )
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        return await self._store.get_run_detail(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_run_detail(run_id=check_id("run_id", run_id))
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        return await self._store.get_run_status(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_run_status(run_id=check_id("run_id", run_id))
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
-        return await self._store.get_active_runs(take=None if take is None else check_take(take))
+        return await self._store[here()].get_active_runs(take=None if take is None else check_take(take))
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
-        return await self._store.get_derived_runs(
+        return await self._store[here()].get_derived_runs(
             source_run_id=check_id("source_run_id", source_run_id),
             take=None if take is None else check_take(take),
         )
@@ -235,7 +285,7 @@ class CheckedStore:
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        return await self._store.record_step_start(
+        return await self._store[here()].record_step_start(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
@@ -254,7 +304,7 @@ class CheckedStore:
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        await self._store.record_step_complete(
+        await self._store[here()].record_step_complete(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             status=check_outcome(status),
@@ -272,7 +322,7 @@ class CheckedStore:
         *,
         owner: str | None = None,
     ) -> None:
-        await self._store.record_skipped_step(
+        await self._store[here()].record_skipped_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
@@ -288,7 +338,7 @@ class CheckedStore:
         attempt: int | None = None,
         reset: Collection[str] = (),
     ) -> None:
-        await self._store.retry_step(
+        await self._store[here()].retry_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
@@ -296,7 +346,7 @@ class CheckedStore:
         )
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        return await self._store.get_step_statuses(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_step_statuses(run_id=check_id("run_id", run_id))
 
     async def reschedule_step(
         self,
@@ -307,7 +357,7 @@ class CheckedStore:
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        await self._recovery.reschedule_step(
+        await self._recovery[here()].reschedule_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
@@ -318,7 +368,7 @@ class CheckedStore:
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        return await self._recovery.get_stalled_steps(
+        return await self._recovery[here()].get_stalled_steps(
             as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
@@ -327,29 +377,29 @@ class CheckedStore:
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        return await self._store.try_record_dispatch(
+        return await self._store[here()].try_record_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
         )
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
-        await self._store.annotate_dispatch(
+        await self._store[here()].annotate_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             job_id=check_key("job_id", job_id, MAX_JOB_ID),
         )
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        await self._store.release_dispatch(
+        await self._store[here()].release_dispatch(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return await self._store.get_dispatched_step_keys(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_dispatched_step_keys(run_id=check_id("run_id", run_id))
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
-        return await self._store.get_dispatches(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_dispatches(run_id=check_id("run_id", run_id))
 
     async def try_claim_step(
         self,
@@ -359,7 +409,7 @@ class CheckedStore:
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        return await (self._store if lease is None else self._leases).try_claim_step(
+        return await (self._store if lease is None else self._leases)[here()].try_claim_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
@@ -367,14 +417,14 @@ class CheckedStore:
         )
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
-        await self._store.release_step_claim(
+        await self._store[here()].release_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
         )
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        return await self._leases.renew_step_claim(
+        return await self._leases[here()].renew_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=check_key("owner", owner),
@@ -382,10 +432,10 @@ class CheckedStore:
         )
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return await self._store.get_claimed_step_keys(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_claimed_step_keys(run_id=check_id("run_id", run_id))
 
     async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
-        return await self._store.get_step_claims(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_step_claims(run_id=check_id("run_id", run_id))
 
     # Controls
 
@@ -398,7 +448,7 @@ class CheckedStore:
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> None:
-        await self._store.configure_run(
+        await self._store[here()].configure_run(
             run_id=check_id("run_id", run_id),
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
@@ -409,17 +459,17 @@ class CheckedStore:
         )
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        return await self._store.get_run_control(run_id=check_id("run_id", run_id))
+        return await self._store[here()].get_run_control(run_id=check_id("run_id", run_id))
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
-        return await self._store.request_cancel(
+        return await self._store[here()].request_cancel(
             run_id=check_id("run_id", run_id), reason=None if reason is None else check_text("reason", reason)
         )
 
     async def mark_timed_out(
         self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
     ) -> bool:
-        return await self._store.mark_timed_out(
+        return await self._store[here()].mark_timed_out(
             run_id=check_id("run_id", run_id),
             reason=None if reason is None else check_text("reason", reason),
             as_of=None if as_of is None else check_datetime("as_of", as_of),
@@ -428,7 +478,7 @@ class CheckedStore:
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        return await self._store.find_run_id_by_idempotency_key(
+        return await self._store[here()].find_run_id_by_idempotency_key(
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
             idempotency_key=check_key("idempotency_key", idempotency_key),
@@ -437,7 +487,7 @@ class CheckedStore:
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
-        return await self._store.try_register_idempotency_key(
+        return await self._store[here()].try_register_idempotency_key(
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
             idempotency_key=check_key("idempotency_key", idempotency_key),
@@ -457,7 +507,7 @@ class CheckedStore:
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> TriggerResult:
-        return await self._trigger.trigger_run(
+        return await self._trigger[here()].trigger_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -474,12 +524,12 @@ class CheckedStore:
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
-        return await self._deadlines.get_runs_to_stop(
+        return await self._deadlines[here()].get_runs_to_stop(
             as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        return await self._deadlines.extend_deadline(
+        return await self._deadlines[here()].extend_deadline(
             run_id=check_id("run_id", run_id),
             timeout_at=check_datetime("timeout_at", timeout_at),
         )
@@ -494,7 +544,7 @@ class CheckedStore:
         *,
         expires_at: datetime | None = None,
     ) -> None:
-        await self._store.register_waiter(
+        await self._store[here()].register_waiter(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             signal_name=check_key("signal_name", signal_name),
@@ -509,7 +559,7 @@ class CheckedStore:
         *,
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
-        return await self._store.deliver_signal(
+        return await self._store[here()].deliver_signal(
             run_id=check_id("run_id", run_id),
             signal_name=check_key("signal_name", signal_name),
             payload_json=check_text("payload_json", payload_json),
@@ -517,37 +567,39 @@ class CheckedStore:
         )
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._store.get_waiter(
+        return await self._store[here()].get_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._store.remove_waiter(
+        return await self._store[here()].remove_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._waiters.expire_waiter(
+        return await self._waiters[here()].expire_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
-        return await self._waiters.get_waiters(run_id=check_id("run_id", run_id))
+        return await self._waiters[here()].get_waiters(run_id=check_id("run_id", run_id))
 
     # Outputs and events
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
-        await self._outputs.save_output(
+        await self._outputs[here()].save_output(
             run_id=check_id("run_id", run_id),
             key=check_key("key", key),
             value_json=check_text("value_json", value_json),
         )
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
-        return await self._outputs.get_output(run_id=check_id("run_id", run_id), key=check_key("key", key))
+        return await self._outputs[here()].get_output(
+            run_id=check_id("run_id", run_id), key=check_key("key", key)
+        )
 
     async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        return await self._outputs.get_outputs(run_id=check_id("run_id", run_id))
+        return await self._outputs[here()].get_outputs(run_id=check_id("run_id", run_id))
 
     async def append_event(
         self,
@@ -557,7 +609,7 @@ class CheckedStore:
         step_key: str | None = None,
         message: str | None = None,
     ) -> int:
-        return await self._events.append_event(
+        return await self._events[here()].append_event(
             run_id=check_id("run_id", run_id),
             event_type=check_key("event_type", event_type),
             step_key=None if step_key is None else check_key("step_key", step_key),
@@ -567,7 +619,7 @@ class CheckedStore:
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
-        return await self._events.get_run_events(
+        return await self._events[here()].get_run_events(
             run_id=check_id("run_id", run_id),
             after=check_int("after", after, 0, MAX_INT64),
             take=check_take(take),
@@ -576,10 +628,10 @@ class CheckedStore:
     # Retention and statistics
 
     async def cleanup(self, cutoff: datetime) -> int:
-        return await self._store.cleanup(cutoff=check_datetime("cutoff", cutoff))
+        return await self._store[here()].cleanup(cutoff=check_datetime("cutoff", cutoff))
 
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
-        return await self._dashboard.get_statistics(
+        return await self._dashboard[here()].get_statistics(
             as_of=None if as_of is None else check_datetime("as_of", as_of)
         )
 
@@ -592,9 +644,21 @@ class CheckedStore:
     ) -> Sequence[RunTimeseriesBucket]:
         checked = check_granularity(granularity)
         first, end = check_window(checked, check_datetime("since", since), check_datetime("until", until))
-        return await self._dashboard.get_run_timeseries(
+        return await self._dashboard[here()].get_run_timeseries(
             granularity=checked,
             since=first,
             until=end,
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
         )
+
+
+_open: WeakSet[CheckedStore] = WeakSet()
+
+
+def _disown_all() -> None:
+    for store in list(_open):
+        store._disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)

@@ -11,13 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from flowstore_core.errors import ConfigurationError
 
 DEFAULT_URL = "sqlite:///flowstore.db"
 URL_VARIABLE = "FLOWSTORE_URL"
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -117,25 +118,43 @@ def read_settings(url: str | None, options: Mapping[str, object], *, migrate: bo
     if not isinstance(chosen, str):
         raise ConfigurationError(f"url must be a str such as {DEFAULT_URL!r}, not {type(chosen).__name__}")
     from_file = table if file_url is None or file_url == chosen else {}
+    said = _said_in_front(chosen)
+    from_file = {name: value for name, value in from_file.items() if name not in said}
     merged = {**from_file, **read_query(chosen), **options}
     if "migrate" in merged:
         migrate = _flag("migrate", merged.pop("migrate")) and migrate
     return Settings(url=chosen, options=MappingProxyType(merged), migrate=migrate, origin=origin)
 
 
+def _said_in_front(url: str) -> set[str]:
+    """The options that the URL gives without naming them; they go before the file's, as its query does."""
+    authority, path = split_place(url.partition("#")[0])
+    userinfo, _, place = authority.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    said = {"user": user, "password": password, "host": place, "database": path, "dbname": path}
+    if re.search(r":\d+$", place):
+        said["port"] = place
+    return {name for name, value in said.items() if value}
+
+
 def _read_file(folder: Path) -> tuple[str, dict[str, Any]]:
     for name, path in (("flowstore.toml", ()), ("pyproject.toml", ("tool", "flowstore"))):
+        table: Any = None
         try:
-            text = (folder / name).read_text(encoding="utf-8")
+            table = tomllib.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise ConfigurationError(f"{name} cannot be read: {error.strerror}") from None
-        try:
-            table: Any = tomllib.loads(text)
+            problem = f"{name} cannot be read: {error.strerror}"
+        except UnicodeDecodeError as error:
+            problem = f"{name} is not UTF-8 (byte {error.start})"
         except tomllib.TOMLDecodeError as error:
-            # The decoder's message names line and column, never the text, which may hold a password.
-            raise ConfigurationError(f"{name} is not valid TOML: {error}") from None
+            # Where it is, not what it is: the text may hold a password.
+            place = re.search(r"\(at [^()]*\)$", str(error))
+            problem = f"{name} is not valid TOML {place[0] if place else ''}".rstrip()
+        if table is None:
+            # Out here, because both decoders' errors hold the whole text.
+            raise ConfigurationError(problem)
         for key in path:
             table = table.get(key, {}) if isinstance(table, dict) else {}
         if not isinstance(table, dict):
@@ -148,7 +167,8 @@ def _read_file(folder: Path) -> tuple[str, dict[str, Any]]:
 def read_scheme(url: str) -> str:
     """The scheme of a URL, in lower case; ConfigurationError when there is none."""
     scheme, separator, _ = url.partition("://")
-    if not separator or not scheme:
+    # What stands there is not shown: a URL that is badly written may have its password in front.
+    if not separator or not _SCHEME.fullmatch(scheme):
         raise ConfigurationError(
             "a store URL begins with scheme://, such as sqlite:///flows.db or postgresql://user@host/db"
         )
@@ -161,20 +181,35 @@ def read_query(url: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name in found:
-            raise ConfigurationError(f"option {name} stands twice in the URL")
+            raise ConfigurationError(f"option {shown_option(name)} stands twice in the URL")
         found[name] = value
     return found
 
 
 def read_path(url: str) -> str:
     """The path of a URL, decoded, without its leading slash: ``sqlite:////a/b`` gives ``/a/b``."""
-    return unquote(urlsplit(url.replace("#", "%23")).path[1:])
+    return unquote(split_place(url)[1])
+
+
+def split_place(url: str) -> tuple[str, str]:
+    """What a URL has between its scheme and its query: the part up to the first slash, and what follows.
+
+    Not by urlsplit, which raises errors that quote the URL.
+    """
+    place = url.partition("://")[2].partition("?")[0]
+    authority, _, path = place.partition("/")
+    return authority, path
+
+
+def shown_option(name: str) -> str:
+    """An option's name for people's eyes, unless it may be the end of a password with a raw question mark."""
+    return name if re.fullmatch(r"[a-z][a-z_]{0,40}", name) else "<not shown>"
 
 
 def redact(url: str) -> str:
     """A URL for people's eyes: no password, no query values."""
     head, separator, rest = url.partition("://")
-    if not separator:
+    if not separator or not _SCHEME.fullmatch(head):
         return "<not a URL>"
     # Everything up to the last @ counts as user and password, wherever it stands: a password with a
     # raw slash or question mark must not slip out as a path or as an option's name.
@@ -186,7 +221,7 @@ def redact(url: str) -> str:
         return f"{head}://{user}:***"
     rest, _, query = rest.partition("?")
     shown = f"{head}://{user}{':***' if user != secret else ''}{at}{rest}"
-    names = "&".join(f"{part.partition('=')[0]}=..." for part in query.split("&") if part)
+    names = "&".join(f"{shown_option(part.partition('=')[0])}=..." for part in query.split("&") if part)
     return f"{shown}?{names}" if names else shown
 
 

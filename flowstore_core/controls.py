@@ -8,12 +8,15 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.contents import without_contents
 from flowstore_core.runs import FlowRunRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRunControlRecord:
     """What was asked of a run beside its work."""
+
+    __repr__ = without_contents
 
     run_id: UUID
     flow_id: UUID

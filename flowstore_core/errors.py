@@ -26,6 +26,22 @@ def _rebuild(kind: type[FlowStoreError], args: tuple[Any, ...], state: dict[str,
     return error
 
 
+def without_foreign(error: FlowStoreError) -> FlowStoreError:
+    """The same error, with nothing chained to it that is not flowstore's own.
+
+    ``from None`` only keeps a driver's exception from being printed; it stays within reach, with its rows
+    and passwords, for whoever walks ``__context__``. Call this where an error leaves a backend.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if link.__cause__ is not None and not isinstance(link.__cause__, FlowStoreError):
+            link.__cause__ = None
+        if link.__context__ is not None and not isinstance(link.__context__, FlowStoreError):
+            link.__context__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
 class InvalidArgumentError(FlowStoreError, ValueError):
     """An argument lies outside its limits (INP-1 to INP-4); nothing was changed."""
 

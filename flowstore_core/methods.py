@@ -23,7 +23,8 @@ class Method(Generic[I, R]):
         self,
         batcher: Batcher,
         name: str,
-        run: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]],
+        run: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]]
+        | Callable[[Sequence[Call]], Sequence[R | Exception]],
         keyed: bool,
         share: Callable[[I, R, I], R | Exception] | None,
         weigh: Callable[[I], int] | None,
@@ -31,7 +32,7 @@ class Method(Generic[I, R]):
         tell: Callable[[I, Any], R] | None,
     ) -> None:
         self.name = name
-        self.run = run
+        self.run: Callable[..., Any] = run
         self.keyed = keyed
         self.ordered = ordered
         self.share = share

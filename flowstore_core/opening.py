@@ -10,9 +10,9 @@ from typing import Any
 
 from flowstore_core.arguments import check_clock
 from flowstore_core.checked import CheckedStore
-from flowstore_core.config import StoreConfig, read_scheme, read_settings
+from flowstore_core.config import StoreConfig, read_scheme, read_settings, shown_option
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
-from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, load_plugins
+from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, wrap_store
 from flowstore_core.status import Capability
 from flowstore_core.store import CAPABILITY_METHODS, FlowStore
 
@@ -44,10 +44,7 @@ async def open_store(
         _check_capabilities(plugin, store, capabilities)
         if config.clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
             raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
-        for wrapper in load_plugins():
-            if wrapper.wrap is not None:
-                for wrapped in wrapper.wrap(store=store, config=config):
-                    store = wrapped
+        store = wrap_store(store, config, plugin)
         checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
     try:
         yield checked
@@ -73,9 +70,11 @@ def resolve_store(
     plugin, backend = find_backend(scheme)
     if unknown := settings.options.keys() - backend.options:
         known = ", ".join(sorted(backend.options)) or "none"
-        raise ConfigurationError(
-            f"backend {backend.name!r} has no option {', '.join(sorted(unknown))}; it has: {known}"
-        )
+        names = ", ".join(sorted({shown_option(name) for name in unknown}))
+        if "@" in settings.url.partition("?")[2]:
+            # What looks like options is then most likely the end of a password with a raw question mark.
+            names = "of such a name (write ? and @ in a password as %3F and %40)"
+        raise ConfigurationError(f"backend {backend.name!r} has no option {names}; it has: {known}")
     config = StoreConfig(
         url=settings.url,
         scheme=scheme,

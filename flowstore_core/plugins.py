@@ -1,7 +1,12 @@
-"""Finding backends: pluggy hooks behind the entry-point group ``flowstore``.
+"""Finding backends and wrappers: pluggy hooks behind two groups of entry points.
 
-Every plugin is loaded on its own, so a broken one never disables the others; two that claim one
-scheme are refused by name when that scheme is asked for.
+Group ``flowstore`` holds backends, each entry point named after a URL scheme; only the plugin whose
+scheme a URL names is imported. Where no entry point has that name all of them are looked at, so a
+scheme may also be served under another name. Group ``flowstore_wrappers`` holds what wraps the stores
+of every backend; each of its plugins is imported when a store is opened.
+
+Every backend's plugin is loaded on its own, so a broken one never disables the others; two that claim
+one scheme are refused by name when that scheme is asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +28,10 @@ from flowstore_core.errors import BackendLoadError, UnknownBackendError
 from flowstore_core.status import Capability
 
 PROJECT = "flowstore"
+BACKENDS = PROJECT
+"""The group of entry points named after the schemes that they serve."""
+WRAPPERS = "flowstore_wrappers"
+"""The group of entry points whose hook wraps the stores of every backend."""
 CONTRACT_VERSION = 1
 
 hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
@@ -84,9 +93,11 @@ class Hooks:
     def flowstore_wrap_store(self, store: Any, config: StoreConfig) -> Any:
         """Wrap a store that was just opened, for tracing or encryption; None leaves it as it is.
 
-        Plugins wrap in the order of their entry points' names: the first lies next to the backend,
-        the last is outermost. Core's checks lie outside of all, so a wrapper sees checked arguments,
-        every one by keyword, and its results go to the caller as they are.
+        Of a plugin in group ``flowstore`` it sees the stores of that plugin's own backends; of one in
+        group ``flowstore_wrappers`` those of every backend. A plugin's own wrapper lies next to its
+        backend; the others follow in the order of their entry points' names, the last outermost. Core's
+        checks lie outside of all, so a wrapper sees checked arguments, every one by keyword, and its
+        results go to the caller as they are.
         """
         raise NotImplementedError
 
@@ -96,33 +107,52 @@ class Plugin:
     """A loaded plugin, or one that could not be loaded and why."""
 
     name: str
+    """Of its entry point; where it has several, of the one named like its backend, else the first."""
     distribution: str | None
     module: str
+    value: str = ""
+    """What its entry points name: the module, or an object in it."""
     backends: tuple[Backend, ...] = ()
     wrap: Callable[..., Any] | None = None
     error: BackendLoadError | None = None
 
 
 def load_plugins() -> tuple[Plugin, ...]:
-    """Every plugin of the entry-point group, by name; broken ones carry their error."""
-    # Keyed by the path, so that a plugin installed into a running process is found.
-    return _load_plugins(tuple(sys.path))
+    """Every plugin of group ``flowstore``, by name; broken ones carry their error."""
+    path = tuple(sys.path)
+    loaded = (_load_plugin(path, entries) for entries in _list_entries(path, BACKENDS))
+    return tuple(sorted(loaded, key=lambda plugin: plugin.name))
 
 
-@functools.lru_cache(maxsize=1)
-def _load_plugins(path: tuple[str, ...]) -> tuple[Plugin, ...]:
+def load_wrappers() -> tuple[Plugin, ...]:
+    """Every plugin of group ``flowstore_wrappers``, by name; broken ones carry their error."""
+    path = tuple(sys.path)
+    return tuple(_load_plugin(path, entries) for entries in _list_entries(path, WRAPPERS))
+
+
+# Both are keyed by the path, so that a plugin installed into a running process is found.
+
+
+@functools.lru_cache(maxsize=4)
+def _list_entries(path: tuple[str, ...], group: str) -> tuple[tuple[EntryPoint, ...], ...]:
+    """The entry points of a group, those of one plugin together; from metadata, nothing is imported."""
     # An editable install and a wheel of one distribution may both be on the path.
-    found = {(entry.name, entry.value): entry for entry in entry_points(group=PROJECT)}
-    return tuple(_load_plugin(found[key]) for key in sorted(found))
+    found = {(entry.name, entry.value): entry for entry in entry_points(group=group)}
+    plugins: dict[str, list[EntryPoint]] = {}
+    for key in sorted(found):
+        plugins.setdefault(found[key].value, []).append(found[key])
+    return tuple(tuple(entries) for entries in plugins.values())
 
 
-def _load_plugin(entry: EntryPoint) -> Plugin:
-    name, module = entry.name, entry.module
-    distribution = entry.dist.name if entry.dist is not None else None
+@functools.lru_cache(maxsize=128)
+def _load_plugin(path: tuple[str, ...], entries: tuple[EntryPoint, ...]) -> Plugin:
+    names = [entry.name for entry in entries]
+    name, module, value = names[0], entries[0].module, entries[0].value
+    distribution = entries[0].dist.name if entries[0].dist is not None else None
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
     try:
-        manager.register(entry.load(), name=name)
+        manager.register(entries[0].load(), name=name)
         manager.check_pending()
         backends = tuple(b for result in manager.hook.flowstore_backends() for b in result)
         for backend in backends:
@@ -132,13 +162,15 @@ def _load_plugin(entry: EntryPoint) -> Plugin:
             name=name,
             distribution=distribution,
             module=module,
+            value=value,
             error=explain_import(name, module, distribution, error),
         )
     wrap = manager.hook.flowstore_wrap_store
     return Plugin(
-        name=name,
+        name=next((b.name for b in backends if b.name in names), name),
         distribution=distribution,
         module=module,
+        value=value,
         backends=backends,
         wrap=wrap if wrap.get_hookimpls() else None,
     )
@@ -168,30 +200,60 @@ def _check_backend(backend: Any) -> None:
 
 
 def find_backend(scheme: str) -> tuple[Plugin, Backend]:
-    """The backend that serves a scheme.
+    """The backend that serves a scheme; of all plugins only those named after it are imported.
 
     Raises UnknownBackendError when none or several do, BackendLoadError when the plugin that is
     named after the scheme could not be loaded.
     """
+    path = tuple(sys.path)
+    named = [
+        _load_plugin(path, entries)
+        for entries in _list_entries(path, BACKENDS)
+        if any(entry.name == scheme for entry in entries)
+    ]
+    if serving := _choose(scheme, named):
+        return serving
+    for plugin in named:
+        _refuse_broken(plugin)
     plugins = load_plugins()
+    if serving := _choose(scheme, plugins):
+        return serving
+    known = ", ".join(sorted({s for p in plugins for b in p.backends for s in b.schemes}))
+    message = f"no installed backend serves scheme {scheme!r}; installed: {known or 'none'}"
+    if broken := [plugin for plugin in plugins if plugin.error is not None]:
+        message += "; broken plugins: " + ", ".join(repr(plugin.name) for plugin in broken)
+        message += " (flowstore backends says why)"
+    raise UnknownBackendError(scheme, message)
+
+
+def _choose(scheme: str, plugins: Iterable[Plugin]) -> tuple[Plugin, Backend] | None:
     serving = [(p, b) for p in plugins for b in p.backends if scheme in b.schemes]
-    if len(serving) == 1:
-        return serving[0]
-    if serving:
+    if len(serving) > 1:
         names = " and ".join(f"{p.name!r} ({p.distribution or p.module})" for p, _ in serving)
         raise UnknownBackendError(
             scheme, f"scheme {scheme!r} is claimed by plugins {names}; uninstall all but one"
         )
-    broken = [plugin for plugin in plugins if plugin.error is not None]
-    for plugin in broken:
-        if plugin.name == scheme and plugin.error is not None:
-            raise plugin.error
-    known = ", ".join(sorted(s for p in plugins for b in p.backends for s in b.schemes))
-    message = f"no installed backend serves scheme {scheme!r}; installed: {known or 'none'}"
-    if broken:
-        message += "; broken plugins: " + ", ".join(repr(plugin.name) for plugin in broken)
-        message += " (flowstore backends says why)"
-    raise UnknownBackendError(scheme, message)
+    return serving[0] if serving else None
+
+
+def wrap_store(store: Any, config: StoreConfig, plugin: Plugin) -> Any:
+    """A backend's store inside its own plugin's wrapper, if any, and those of group flowstore_wrappers.
+
+    Raises BackendLoadError when a wrapper could not be loaded: one that encrypts must not be missed.
+    """
+    wrappers = [wrapper for wrapper in load_wrappers() if wrapper.value != plugin.value]
+    for wrapper in (plugin, *wrappers):
+        _refuse_broken(wrapper)
+        if wrapper.wrap is not None:
+            for wrapped in wrapper.wrap(store=store, config=config):
+                store = wrapped
+    return store
+
+
+def _refuse_broken(plugin: Plugin) -> None:
+    if plugin.error is not None:
+        # It is kept for good; its traceback must not grow each time that it is raised.
+        raise plugin.error.with_traceback(None)
 
 
 def explain_import(plugin: str, module: str, distribution: str | None, error: Exception) -> BackendLoadError:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 from uuid import UUID
 
+from flowstore_core.contents import without_contents
 from flowstore_core.errors import InvalidArgumentError
 from flowstore_core.status import RunStatus, StepStatus
 from flowstore_core.steps import FlowStepRecord
@@ -50,6 +51,8 @@ class RunPosition:
 class FlowRunRecord:
     """One run as it was when it was read (RUN-3)."""
 
+    __repr__ = without_contents
+
     run_id: UUID
     flow_id: UUID
     flow_name: str
@@ -72,6 +75,8 @@ class FlowRunRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRunDetail(FlowRunRecord):
     """A run with its steps and their attempts, from one snapshot (QRY-3)."""
+
+    __repr__ = without_contents
 
     steps: tuple[FlowStepRecord, ...]
     """By started_at, then step_key."""

@@ -8,12 +8,15 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.contents import without_contents
 from flowstore_core.status import SignalDeliveryStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowSignalWaiter:
     """A step that waits for a signal, and the payload once it came."""
+
+    __repr__ = without_contents
 
     run_id: UUID
     step_key: str

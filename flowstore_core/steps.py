@@ -8,12 +8,15 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.contents import without_contents
 from flowstore_core.status import StallReason, StepStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowStepAttemptRecord:
     """One attempt of a step; attempts are numbered 1, 2, ... without gaps (STP-1)."""
+
+    __repr__ = without_contents
 
     run_id: UUID
     step_key: str
@@ -32,6 +35,8 @@ class FlowStepAttemptRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowStepRecord:
     """One step with its attempts; its own fields are those of the newest attempt."""
+
+    __repr__ = without_contents
 
     run_id: UUID
     step_key: str

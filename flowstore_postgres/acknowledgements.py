@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any
 
-from flowstore_core import OutcomeUnknownError, StoreUnavailableError
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_postgres.connection import Connection, Peer
 from flowstore_postgres.errors import Retry
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
+
+Look = tuple[str, *tuple[object, ...]]
+"""A SELECT and its arguments."""
 
 # A lost statement can take effect only as long as the process that got it lives.
 TERMINATE_BACKEND = """
@@ -24,8 +28,14 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backen
 TERMINATE_TRANSACTION = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid::text = $1
 """
-# xid8 has 64 bits; pg_stat_activity shows the low 32, which is enough to find a living one.
-TRANSACTION_STATUS = "SELECT pg_xact_status($1::text::xid8)"
+# The id of the transaction finds it while it lives; pg_stat_activity shows its low 32 bits. It must not be
+# asked what became of the transaction: a crash forgets ids, and others get them.
+NOTE_COMMIT = """
+INSERT INTO {schema}.commits (connection, token) VALUES ($1, $2)
+ON CONFLICT (connection) DO UPDATE SET token = excluded.token, noted_at = clock_timestamp()
+RETURNING (pg_current_xact_id()::text::numeric % 4294967296)::text
+"""
+FIND_COMMIT = "SELECT true FROM {schema}.commits WHERE connection = $1 AND token = $2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +50,11 @@ class Lost:
 async def settle(database: Database, connection: Connection, lost: Sequence[Lost], operation: str) -> None:
     """Return once no lost statement can take effect any more (CON-3)."""
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + database.retry_timeout
+    give_up = loop.time() + database.within(database.retry_timeout)
     for one in lost:
-        while loop.time() < one.over:
+        # The end of its time is believed only of a process that cannot be seen: one that waits for a
+        # standby has committed, and shows it whenever that wait ends.
+        while one.peer.started is not None or loop.time() < one.over:
             if one.peer.started is not None:
                 alive = await database.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
                 if alive is None:
@@ -52,19 +64,90 @@ async def settle(database: Database, connection: Connection, lost: Sequence[Lost
             await asyncio.sleep(0.02)
 
 
-async def was_committed(database: Database, xid: str, operation: str) -> bool:
+@dataclass(slots=True)
+class Doubt:
+    """What is not known of a statement that one call sends, again if need be; false while nothing is.
+
+    ``look`` finds what the statement would have written; None where saying it again gives the true
+    answer by itself.
+    """
+
+    operation: str
+    look: Look | None
+    lost: list[Lost] = field(default_factory=list)
+    shaken: bool = False
+    """Whether a reply was lost at all."""
+    happened: bool = False
+    """Whether it is known to have happened, and not yet to last."""
+
+    def __bool__(self) -> bool:
+        return bool(self.lost) or self.happened
+
+    def lose(self, lost: Lost) -> None:
+        self.lost.append(lost)
+        self.shaken = True
+
+    async def resolve(self, database: Database, connection: Connection) -> Any:
+        """What the statement has written, as look finds it; None where it has to be said again."""
+        # Found is final. Not found is final only when nothing can take effect any more.
+        found = await self._find(database, connection)
+        if found is None:
+            await settle(database, connection, self.lost, self.operation)
+            found = await self._find(database, connection)
+        self.lost.clear()
+        self.happened = found is not None
+        if self.happened:
+            await confirm(database, connection)
+        return found
+
+    async def end(self, database: Database, connection: Connection) -> None:
+        """The statement was answered: make sure that what it did lasts."""
+        if self.shaken:
+            self.happened = True
+            await confirm(database, connection)
+
+    async def _find(self, database: Database, connection: Connection) -> Any:
+        return None if self.look is None else await database.ask(connection, *self.look)
+
+
+@dataclass(frozen=True, slots=True)
+class LostCommit:
+    """A COMMIT that was sent and not answered, and what its transaction has noted."""
+
+    peer: Peer
+    connection: int
+    token: int
+    xid: str
+
+
+async def was_committed(database: Database, commit: LostCommit, operation: str) -> bool:
     """What became of a transaction whose COMMIT got no answer."""
 
     async def ask() -> bool:
         async with database.connection() as connection:
-            low = str(int(xid) & 0xFFFFFFFF)
-            status = await database.ask(connection, TRANSACTION_STATUS, xid)
-            if status is None or status[0] == "in progress":
-                await database.ask(connection, TERMINATE_TRANSACTION, low)
-                raise Retry(StoreUnavailableError("a transaction is still in progress"))
-            return bool(status[0] == "committed")
+            noted = (FIND_COMMIT, commit.connection, commit.token)
+            found = await database.ask(connection, *noted)
+            if found is None:
+                # Not found is final only when it can no longer be committed.
+                if commit.peer.started is not None:
+                    await settle(database, connection, [Lost(commit.peer, inf)], operation)
+                elif await database.ask(connection, TERMINATE_TRANSACTION, commit.xid) is not None:
+                    raise Retry(StoreUnavailableError("a transaction is still in progress"))
+                found = await database.ask(connection, *noted)
+            if found is not None:
+                await confirm(database, connection)
+            return found is not None
 
     try:
-        return await database.retrying(ask)
-    except StoreUnavailableError:
+        return await database.retrying(ask, failed=True)
+    except FlowStoreError:
         raise OutcomeUnknownError(operation) from None
+
+
+async def confirm(database: Database, connection: Connection) -> None:
+    """Return once what this connection sees is as durable as any commit of the server.
+
+    A commit can be seen before a synchronous standby has it: when its wait was broken off, as settle
+    does. A commit of our own behind it waits for both.
+    """
+    await database.ask(connection, NOTE_COMMIT, connection.number, database.new_token())

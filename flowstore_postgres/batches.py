@@ -20,7 +20,7 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
-from flowstore_postgres.acknowledgements import Lost, settle
+from flowstore_postgres.acknowledgements import Lost, confirm, settle
 from flowstore_postgres.batched import Batched, Row
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
@@ -204,13 +204,16 @@ class Batches:
         answers: dict[int, Any] = {}
         left: Sequence[int] = range(len(rows))
         lost = [] if lost is None else lost
+        shaken = False
+        """Whether a reply was lost at all."""
 
         async def attempt() -> None:
-            nonlocal left
+            nonlocal left, shaken
             lane = await self._connections.take(apart=apart)
             connection = lane.connection
             try:
                 if lost:
+                    shaken = True
                     if batched.find is not None:
                         left = await self._find(connection, batched, rows, left, answers)
                     if left:
@@ -228,7 +231,9 @@ class Batches:
                         left = [n for n in left if n not in answers]
                     else:
                         answers.update(zip(left, found, strict=True))
-                        break
+                        left = ()
+                if shaken:
+                    await confirm(database, connection)
             except asyncio.CancelledError:
                 database.drop(connection)
                 raise
@@ -237,12 +242,13 @@ class Batches:
 
         try:
             await database.retrying(attempt)
-        except StoreUnavailableError as error:
+        except FlowStoreError as error:
+            for n, answer in answers.items():
+                if not isinstance(answer, Elsewhere):
+                    # Found or written, and not confirmed.
+                    answers[n] = OutcomeUnknownError(batched.operation)
             for n in left:
                 answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
-        except FlowStoreError as error:
-            for n in left:
-                answers[n] = copy.copy(error)
         return [answers[n] for n in range(len(rows))]
 
     async def _find(
@@ -289,7 +295,13 @@ class Batches:
             if lane.prepared is None:
                 raise
             runs = {row[0] for row in rows}
-            free = await connection.fetch(database.sql(FIND_FREE_RUNS), runs, timeout=database.client_timeout)
+            try:
+                free = await connection.fetch(
+                    database.sql(FIND_FREE_RUNS), runs, timeout=database.client_timeout()
+                )
+            except LOST as error:
+                database.drop(connection)
+                raise Retry(describe(error)) from None
             raise _LockedRunsError({one[0] for one in free}) from None
         except asyncpg.InvalidCachedStatementError as error:
             # The tables were changed under it; a new connection prepares anew.

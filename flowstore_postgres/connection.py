@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,16 +31,24 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
     """asyncpg's connection with what we must know when it breaks."""
 
     peer: Peer
+    number: int
+    """What the connection's row in the table commits goes by."""
 
     async def identify(self, *, behind_pgbouncer: bool) -> None:
         """Learn who serves the connection, and how far the server's clock is from ours."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        row = await self.fetchrow(IDENTIFY)
+        try:
+            row = await self.fetchrow(IDENTIFY)
+        except (Exception, asyncio.CancelledError):
+            # The pool would close it politely, and wait for ever on a peer that has gone silent.
+            self.terminate()
+            raise
         middle = (asked + loop.time()) / 2
         # Behind PgBouncer the next statement may have another peer, which must not be terminated.
         started = None if behind_pgbouncer else row["started"]
         self.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
+        self.number = random.getrandbits(63)
 
 
 class Transaction:
@@ -50,7 +59,7 @@ class Transaction:
         connection: Connection,
         sql: Callable[[str], str],
         now: Callable[[], datetime | None],
-        timeout: float,
+        timeout: Callable[[], float],
     ) -> None:
         self._connection = connection
         self._sql = sql
@@ -64,15 +73,15 @@ class Transaction:
 
     async def row(self, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
-        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout)
+        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout())
 
     async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
         found: Sequence[Any] = await self._connection.fetch(
-            self._sql(statement), *arguments, timeout=self._timeout
+            self._sql(statement), *arguments, timeout=self._timeout()
         )
         return found
 
     async def execute(self, statement: str, *arguments: object) -> str:
         """Run it and return the command tag."""
-        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout)
+        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout())
         return tag

@@ -2,8 +2,8 @@
 
 ``Database.statement`` sends one statement that is a transaction of its own; ``Database.transaction``
 runs several. Both know what to do when the connection breaks under way: nothing is guessed. A lost
-statement is looked for by the token it would have written, a lost COMMIT by the id of its transaction,
-and either only once the server can no longer act on what was sent (CON-3).
+statement is looked for by the token it would have written, a lost COMMIT by the token that its
+transaction noted, and either only once the server can no longer act on what was sent (CON-3).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from functools import partial
 from os import getpid
@@ -27,34 +28,50 @@ from flowstore_core import (
     OutcomeUnknownError,
     StoreUnavailableError,
 )
+from flowstore_core.errors import without_foreign
 from flowstore_core.inflight import InFlight
 from flowstore_core.timeseries import LATEST
-from flowstore_postgres.acknowledgements import Lost, settle, was_committed
+from flowstore_postgres.acknowledgements import NOTE_COMMIT, Doubt, Look, Lost, LostCommit, was_committed
 from flowstore_postgres.batched import Batched
 from flowstore_postgres.batches import Batches
+from flowstore_postgres.completion import Completion
 from flowstore_postgres.connection import Connection, Peer, Transaction
-from flowstore_postgres.errors import LOST, ROLLED_BACK, UNREACHABLE, Retry, describe, unreadable_url
+from flowstore_postgres.errors import (
+    DRIVER,
+    FINAL,
+    LOST,
+    ROLLED_BACK,
+    UNREACHABLE,
+    Retry,
+    describe,
+    name_error,
+    unreadable_url,
+)
 from flowstore_postgres.migrate import Settings
+from flowstore_postgres.reading import Reading
 
 T = TypeVar("T")
 
 log = logging.getLogger("flowstore_postgres")
-
-Look = tuple[str, *tuple[object, ...]]
 
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.5
 CLOSE_SECONDS = 5.0
 ARRIVAL_SECONDS = 5.0
 """A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
+LEAST_SECONDS = 0.1
+"""A call that goes on trying waits so long for an answer, however soon its time is up."""
 
 # As in INP-3: a lease never ends later.
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 
 BEGIN = "BEGIN"
-IDENTIFY_TRANSACTION = "SELECT pg_current_xact_id()::text"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
+
+
+_until: ContextVar[float | None] = ContextVar("flowstore_postgres_until", default=None)
+# When the time of the call under way is up; None as long as nothing of it has failed.
 
 
 class Database:
@@ -78,10 +95,17 @@ class Database:
             patience=settings.acquire_timeout,
             pgbouncer=settings.pgbouncer,
         )
+        self.completion = Completion(self, patience=settings.acquire_timeout)
+        self.reading = Reading(self, patience=settings.acquire_timeout)
 
-    @property
+    def within(self, seconds: float) -> float:
+        """So many seconds, or what is left to a call that has failed and goes on trying."""
+        until = _until.get()
+        return seconds if until is None else max(LEAST_SECONDS, min(seconds, until - self._loop.time()))
+
     def client_timeout(self) -> float:
-        return self._settings.client_timeout
+        """How long a statement that is sent now is waited for."""
+        return self.within(self._settings.client_timeout)
 
     @property
     def retry_timeout(self) -> float:
@@ -95,8 +119,9 @@ class Database:
         """A statement with the schema's quoted name, and the last moment of all, in place."""
         known = self._statements.get(statement)
         if known is None:
-            known = statement.replace("{schema}", self._settings.quoted_schema).replace(
-                "{latest}", LATEST_SQL
+            # The schema's name last: it may look like anything.
+            known = statement.replace("{latest}", LATEST_SQL).replace(
+                "{schema}", self._settings.quoted_schema
             )
             self._statements[statement] = known
         return known
@@ -130,7 +155,7 @@ class Database:
         async with self.connection() as connection:
             try:
                 rows: Sequence[Any] = await connection.fetch(
-                    self.sql(statement), *arguments, timeout=self._settings.client_timeout
+                    self.sql(statement), *arguments, timeout=self.client_timeout()
                 )
             except LOST as error:
                 self.drop(connection)
@@ -163,19 +188,12 @@ class Database:
         arguments: tuple[object, ...],
         look: Look | None,
     ) -> Any:
-        lost: list[Lost] = []
+        doubt = Doubt(operation, look)
 
         async def attempt() -> Any:
             async with self.connection() as connection:
-                if lost:
-                    # Found is final. Not found is final only when nothing can take effect any more.
-                    found = None if look is None else await self.ask(connection, *look)
-                    if found is None:
-                        await settle(self, connection, lost, operation)
-                        found = None if look is None else await self.ask(connection, *look)
-                    if found is not None:
-                        return found
-                    lost.clear()
+                if doubt and (found := await doubt.resolve(self, connection)) is not None:
+                    return found
                 peer = connection.peer
                 sent, not_after = self.not_after(peer)
                 try:
@@ -184,22 +202,23 @@ class Database:
                         not_after,
                         self.now(),
                         *arguments,
-                        timeout=self._settings.client_timeout,
+                        timeout=self.client_timeout(),
                     )
                 except LOST as error:
                     self.drop(connection)
-                    lost.append(self.lost(peer, sent))
+                    doubt.lose(self.lost(peer, sent))
                     raise Retry(describe(error)) from None
                 if not row["in_time"]:
                     # Our idea of the server's clock is off; a new connection brings a better one.
                     self.drop(connection)
                     raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
+                await doubt.end(self, connection)
                 return row
 
         try:
             return await self.retrying(attempt)
-        except StoreUnavailableError:
-            if lost:
+        except FlowStoreError:
+            if doubt:
                 raise OutcomeUnknownError(operation) from None
             raise
 
@@ -234,7 +253,7 @@ class Database:
         """Run ``work`` in one transaction at READ COMMITTED and commit it.
 
         An error of our own rolls back and is raised. Serialization failures, deadlocks and a
-        connection lost before COMMIT are retried; a lost COMMIT is resolved by the transaction's id.
+        connection lost before COMMIT are retried; a lost COMMIT is resolved by what the transaction noted.
         """
         self._check_place()
 
@@ -247,12 +266,14 @@ class Database:
     async def _transaction(
         self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
     ) -> T:
-        transaction = Transaction(connection, self.sql, self.now, self._settings.client_timeout)
+        # Taken now: a connection that breaks forgets them.
+        peer, number, token = connection.peer, connection.number, self.new_token()
+        transaction = Transaction(connection, self.sql, self.now, self.client_timeout)
         try:
             await transaction.execute(BEGIN)
             try:
                 result = await work(transaction)
-                xid = (await transaction.row(IDENTIFY_TRANSACTION))[0]
+                xid = (await transaction.row(NOTE_COMMIT, number, token))[0]
             except (FlowStoreError, asyncpg.PostgresError) as error:
                 if isinstance(error, LOST):
                     raise
@@ -269,7 +290,7 @@ class Database:
             answer = await transaction.execute(COMMIT)
         except LOST:
             self.drop(connection)
-            if await was_committed(self, xid, operation):
+            if await was_committed(self, LostCommit(peer, number, token, xid), operation):
                 return result
             raise Retry(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
         except asyncio.CancelledError:
@@ -280,35 +301,53 @@ class Database:
         return result
 
     async def ask(self, connection: Connection, statement: str, *arguments: object) -> Any:
+        """The first row of a look that is repeated whatever it fails from: what happened is to be known."""
         try:
-            return await connection.fetchrow(
-                self.sql(statement), *arguments, timeout=self._settings.client_timeout
-            )
+            return await connection.fetchrow(self.sql(statement), *arguments, timeout=self.client_timeout())
         except LOST as error:
             self.drop(connection)
             raise Retry(describe(error)) from None
+        except asyncpg.PostgresError as error:
+            raise Retry(describe(error)) from None
 
-    async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Repeat what is known not to have happened, with jittered backoff, for retry_timeout."""
-        deadline = self._loop.time() + self._settings.retry_timeout
+    async def retrying(self, attempt: Callable[[], Awaitable[T]], *, failed: bool = False) -> T:
+        """Repeat what is known not to have happened, with jittered backoff.
+
+        It goes on for retry_timeout after the first failure, because that itself may have taken long;
+        ``failed`` says that there has been one. From then on no wait outlasts that time.
+        """
+        until = _until.get()
+        token: Token[float | None] | None = None
         pause = FIRST_PAUSE
-        while True:
-            try:
-                return await attempt()
-            except Retry as retry:
-                error: FlowStoreError = retry.error
-            except asyncpg.PostgresError as raised:
-                error = describe(raised)
-                if raised.sqlstate not in ROLLED_BACK:
-                    log.debug("PostgreSQL answered SQLSTATE %s", raised.sqlstate)
-                    raise error from None
-            except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as raised:
-                raise describe(raised) from None
-            wait = pause * random.uniform(0.5, 1.5)
-            if self._loop.time() + wait > deadline:
-                raise error from None
-            await asyncio.sleep(wait)
-            pause = min(pause * 2, LONGEST_PAUSE)
+        error: FlowStoreError | None = None
+        try:
+            while True:
+                if until is None and (failed or error is not None):
+                    until = self._loop.time() + self._settings.retry_timeout
+                    token = _until.set(until)
+                if error is not None and until is not None:
+                    wait = pause * random.uniform(0.5, 1.5)
+                    if self._loop.time() + wait > until:
+                        raise without_foreign(error)
+                    await asyncio.sleep(wait)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+                try:
+                    return await attempt()
+                except Retry as retry:
+                    error, again = retry.error, True
+                except FlowStoreError as raised:
+                    error, again = raised, False
+                except DRIVER as raised:
+                    error = describe(raised)
+                    again = getattr(raised, "sqlstate", None) in ROLLED_BACK
+                    if not again:
+                        log.debug("the driver raised %s", name_error(raised))
+                # Out here, where no driver's error is being handled that would be chained.
+                if not again:
+                    raise without_foreign(error)
+        finally:
+            if token is not None:
+                _until.reset(token)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -323,16 +362,24 @@ class Database:
         """A connection that was open a moment ago; Retry when none can be had."""
         try:
             # acquire(timeout=) bounds the waiting; a timeout of fetch would not.
-            connection: Connection = await self._pool.acquire(timeout=self._settings.acquire_timeout)
+            connection: Connection = await self._pool.acquire(
+                timeout=self.within(self._settings.acquire_timeout)
+            )
         except TimeoutError:
-            raise StoreUnavailableError(
+            error = StoreUnavailableError(
                 f"no connection within {self._settings.acquire_timeout:g} s; "
                 "raise pool_size or acquire_timeout, or send fewer calls at once"
-            ) from None
-        except (asyncpg.ClientConfigurationError, ValueError):
-            raise unreadable_url() from None
+            )
+            if _until.get() is None:
+                raise error from None
+            # Whoever has to look what became of a call does not give up before the time is up.
+            raise Retry(error) from None
+        except FINAL as raised:
+            raise describe(raised) from None
         except UNREACHABLE as error:
             raise Retry(describe(error)) from None
+        except ValueError:
+            raise unreadable_url() from None
         except asyncpg.InterfaceError as error:
             raise describe(error) from None
         if connection.is_closed():
@@ -341,7 +388,11 @@ class Database:
         return connection
 
     async def release(self, connection: Connection) -> None:
-        await self._pool.release(connection)
+        try:
+            await self._pool.release(connection)
+        except LOST:
+            # The pool closes those that it has used up; what the call has got is right all the same.
+            log.debug("a connection broke when it was given back")
 
     @staticmethod
     def is_usable(connection: Connection) -> bool:
@@ -386,6 +437,7 @@ class Database:
         await self.read("SELECT 1")
 
     async def aclose(self) -> None:
+        await asyncio.gather(self.completion.aclose(CLOSE_SECONDS), self.reading.aclose(CLOSE_SECONDS))
         await self._batches.aclose(CLOSE_SECONDS)
         await self._in_flight.drain(CLOSE_SECONDS)
         try:

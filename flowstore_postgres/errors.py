@@ -1,18 +1,20 @@
 """One seam between asyncpg's errors and flowstore's own.
 
 PostgreSQL's messages carry keys and row contents, asyncpg's carry arguments, so nothing of them but
-the five-character code ever reaches a message, and none is chained.
+the class, the five-character code and the constraint's name ever reaches a message, and none is chained.
 """
 
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import asyncpg
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
+from flowstore_core.errors import without_foreign
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -24,6 +26,11 @@ ROLLED_BACK = frozenset(
         "55P03",  # lock_not_available
     }
 )
+
+DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+
+# A wrong URL, and a server that is not who it should be: trying again does not help.
+FINAL = (asyncpg.ClientConfigurationError, ssl.SSLCertVerificationError)
 
 # The server cannot be reached now; nothing was sent.
 UNREACHABLE = (
@@ -78,16 +85,38 @@ def describe(error: BaseException) -> FlowStoreError:
     """An error of our own that tells what may be told."""
     code = getattr(error, "sqlstate", None)
     if isinstance(error, asyncpg.PostgresError) and code:
-        kind, text = _REMEDIES.get(
-            code, (StoreUnavailableError, f"PostgreSQL answered {type(error).__name__}")
-        )
-        text = f"{text} (SQLSTATE {code})"
+        kind, text = _REMEDIES.get(code, (StoreUnavailableError, "PostgreSQL refused the statement"))
+        text = f"{text} ({name_error(error)})"
         return StoreUnavailableError(text) if kind is StoreUnavailableError else kind(text)
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        return unreadable_url()
+    if isinstance(error, ssl.SSLCertVerificationError):
+        # Its text tells of the certificate alone.
+        return ConfigurationError(
+            f"the server's certificate is not to be trusted: {error.verify_message}; name the root that "
+            "signed it with sslrootcert, and the host as the certificate does"
+        )
     if isinstance(error, TimeoutError):
         return StoreUnavailableError("PostgreSQL did not answer in time")
+    if isinstance(error, ssl.SSLError):
+        return StoreUnavailableError(
+            f"no TLS connection with PostgreSQL ({type(error).__name__}, {error.reason})"
+        )
+    if isinstance(error, ConnectionError) and "rejected SSL" in str(error):
+        return StoreUnavailableError("PostgreSQL offers no TLS, which sslmode asks for; turn ssl on there")
     if isinstance(error, OSError):
         return StoreUnavailableError(f"PostgreSQL cannot be reached ({type(error).__name__})")
     return StoreUnavailableError(f"the PostgreSQL driver failed ({type(error).__name__})")
+
+
+def name_error(error: BaseException) -> str:
+    """The class of a driver's error and what names it further; nothing of its text."""
+    words = [type(error).__name__]
+    if code := getattr(error, "sqlstate", None):
+        words.append(f"SQLSTATE {code}")
+    if constraint := getattr(error, "constraint_name", None):
+        words.append(f"constraint {constraint}")
+    return ", ".join(words)
 
 
 def unreadable_url() -> ConfigurationError:
@@ -104,10 +133,14 @@ def map_errors() -> Iterator[None]:
     """Turn what the driver raises on connecting into an error of our own; CancelledError passes."""
     try:
         yield
-    except FlowStoreError:
+    except FlowStoreError as error:
+        without_foreign(error)
         raise
-    except (asyncpg.ClientConfigurationError, ValueError):
-        raise unreadable_url() from None
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
-        log.debug("driver error %s %s", type(error).__name__, getattr(error, "sqlstate", ""))
-        raise describe(error) from None
+    except (*DRIVER, ValueError) as error:
+        log.debug("the driver raised %s", name_error(error))
+        failure = describe(error) if isinstance(error, DRIVER) else unreadable_url()
+        try:
+            raise failure from None
+        finally:
+            # Python has chained the driver's error all the same.
+            without_foreign(failure)

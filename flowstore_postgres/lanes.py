@@ -11,7 +11,7 @@ from flowstore_postgres.errors import LOST, Retry, describe
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
 
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.25
 
 # A plan made while the tables were small must not be kept as they grow: with these, rows are found by
 # key, one after another, in the order in which they are asked for. That plan is right for any number of
@@ -26,14 +26,14 @@ SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
 class Lane:
     """A connection for batches, and what is ready on it."""
 
-    __slots__ = ("connection", "prepared", "since")
+    __slots__ = ("connection", "prepared", "until")
 
     def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
         self.connection = connection
         self.prepared = prepared
         """The statements made ready on it; None where it is not kept."""
-        self.since = 0.0
-        """When it was sent the statement that it is at."""
+        self.until = 0.0
+        """How long it waits for an answer to the statement that it is at, by the event loop's time."""
 
 
 class Lanes:
@@ -58,7 +58,7 @@ class Lanes:
     async def ask(self, lane: Lane, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
         loop = asyncio.get_running_loop()
-        lane.since = loop.time()
+        lane.until = loop.time() + self._database.client_timeout()
         self._sending.add(lane)
         if self._watcher is None:
             self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
@@ -81,7 +81,7 @@ class Lanes:
         loop = asyncio.get_running_loop()
         self._watcher = None
         for lane in self._sending:
-            if loop.time() > lane.since + self._database.client_timeout:
+            if loop.time() > lane.until:
                 self._database.drop(lane.connection)
         if self._sending:
             self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
@@ -96,7 +96,7 @@ class Lanes:
         if apart or not self._by_key:
             return Lane(connection, None)
         try:
-            await connection.execute(BY_KEY, timeout=self._database.client_timeout)
+            await connection.execute(BY_KEY, timeout=self._database.client_timeout())
         except LOST as error:
             self._database.drop(connection)
             await self._database.release(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -11,16 +12,16 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote, urlencode
-
-import asyncpg
+from urllib.parse import quote, unquote, urlencode
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
-from flowstore_core.config import read_query, read_scheme
+from flowstore_core.config import read_query, read_scheme, split_place
 from flowstore_postgres.errors import map_errors
+from flowstore_postgres.hosts import Hosts, read_hosts
 from flowstore_postgres.plugin import DRIVER_OPTIONS
 
 DEFAULT_SCHEMA = "flowstore"
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f$\u2028\u2029\ud800-\udfff]+")
 CLOSE_SECONDS = 5.0
 
 # Not to_regclass(): it may answer from a cache that was filled before another process, for whose lock
@@ -70,7 +71,9 @@ class Settings:
     statement_timeout: float
     retry_timeout: float
     pgbouncer: bool
+    hosts: Hosts = field(repr=False)
     connect_arguments: dict[str, Any] = field(repr=False)
+    """What ``hosts.connect`` needs."""
 
     @property
     def quoted_schema(self) -> str:
@@ -79,17 +82,22 @@ class Settings:
     @property
     def client_timeout(self) -> float:
         """A little longer than the server's own, which gives the clearer answer."""
-        return self.statement_timeout + 1.0
+        return self.statement_timeout + 0.5
 
 
 def read_connection_settings(config: StoreConfig) -> Settings:
     """Check the options and turn libpq's into a DSN for the driver."""
+    _check_tls_files(config)
     statement_timeout = config.seconds("statement_timeout", 30.0, 0.1, 3600.0)
     pgbouncer = config.flag("pgbouncer", False)
     arguments: dict[str, Any] = {
         "dsn": _driver_url(config),
         "timeout": config.seconds("connect_timeout", 10.0, 0.1, 600.0),
     }
+    hosts = read_hosts(config.url, config.options)
+    if len(hosts) > 1 and "target_session_attrs" not in config.options:
+        # One of them takes writes; the others are its standbys, which answer with the past.
+        arguments["target_session_attrs"] = os.environ.get("PGTARGETSESSIONATTRS") or "read-write"
     if pgbouncer:
         # In transaction mode statements of one session meet different servers.
         arguments["statement_cache_size"] = 0
@@ -101,6 +109,9 @@ def read_connection_settings(config: StoreConfig) -> Settings:
             # Bounds how long a transaction of a vanished client can hold its locks.
             "idle_in_transaction_session_timeout": milliseconds,
             "jit": "off",
+            # All that is ours is named with its schema. Whatever others have made elsewhere, an operator
+            # or a function in schema public say, is never taken for the server's own.
+            "search_path": "pg_catalog, pg_temp",
         }
     return Settings(
         schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),
@@ -109,20 +120,60 @@ def read_connection_settings(config: StoreConfig) -> Settings:
         statement_timeout=statement_timeout,
         retry_timeout=config.seconds("retry_timeout", 15.0, 0.0, 3600.0),
         pgbouncer=pgbouncer,
+        hosts=Hosts(hosts),
         connect_arguments=arguments,
     )
 
 
 def _driver_url(config: StoreConfig) -> str:
+    """The URL with every option in it; what an option says goes before the same in the URL's first part.
+
+    The driver would do it the other way round, and connect as another user than the one asked for.
+    """
     driver = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
-    base = config.url.partition("#")[0].partition("?")[0]
+    authority, path = split_place(config.url.partition("#")[0])
+    userinfo, _, place = authority.rpartition("@")
+    user, _, password = userinfo.partition(":")
+    for name, value in (("user", user), ("password", password)):
+        if value:
+            driver.setdefault(name, unquote(value))
+    if "host" in driver:
+        place = ""
+    elif "port" in driver:
+        place = re.sub(r":\d*(?=,|$)", "", place)
+    if "database" in driver or "dbname" in driver:
+        path = ""
+    base = f"postgresql://{place}/{path}" if path else f"postgresql://{place}"
     return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
 
 
+def _check_tls_files(config: StoreConfig) -> None:
+    """Say which file cannot be read; the driver would only say that something was not found."""
+    for option in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        for origin, name in (
+            (f"option {option}", config.options.get(option)),
+            (f"PG{option.upper()}", os.environ.get(f"PG{option.upper()}")),
+        ):
+            if not isinstance(name, str) or not name or (option == "sslrootcert" and name == "system"):
+                continue
+            problem = None
+            try:
+                with open(name, "rb"):
+                    pass
+            except (OSError, ValueError) as error:
+                problem = getattr(error, "strerror", None) or "not a file name"
+            if problem:
+                raise ConfigurationError(f"the file that {origin} names cannot be read: {problem}")
+            break
+
+
 def _check_schema_name(name: str) -> str:
-    if len(name.encode()) > 63 or "\0" in name or name.startswith("pg_"):
+    # Quoted, anything would do; but the functions of the schema are written between dollar signs.
+    size = len(name.encode(errors="surrogatepass"))
+    if size > 63 or name.startswith("pg_") or name == "information_schema" or not _NAME.fullmatch(name):
         raise ConfigurationError(
-            "option schema must have 1 to 63 bytes of UTF-8, no U+0000, and not begin with pg_"
+            "option schema must have 1 to 63 bytes of UTF-8, no control characters, no dollar sign, and not "
+            "be one of the server's own (pg_..., information_schema)"
         )
     return name
 
@@ -162,7 +213,7 @@ def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     schema = read_connection_settings(config).quoted_schema
     scripts = []
     for one in read_migrations():
-        prepare = f"CREATE SCHEMA IF NOT EXISTS {schema};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
+        prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
         values = f"({one.number}, '{one.name}', {one.works_from})"
         record = RECORD_VERSION.replace("($1, $2, $3)", values)
         script = f"BEGIN;\n{prepare}\n{one.sql}\n{record};\nCOMMIT;\n"
@@ -223,7 +274,7 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
 async def _connect(config: StoreConfig) -> AsyncIterator[tuple[Any, Settings]]:
     settings = read_connection_settings(config)
     with map_errors():
-        connection = await asyncpg.connect(**settings.connect_arguments)
+        connection = await settings.hosts.connect(**settings.connect_arguments)
         try:
             yield connection, settings
         finally:

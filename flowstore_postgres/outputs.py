@@ -7,37 +7,59 @@ from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import RunNotFoundError
+from flowstore_postgres.batched import Batched, Row, read_done
 from flowstore_postgres.database import Database
 
+# The runs are locked against cleanup, in the order of the keys; a row whose run is not there saves nothing.
 SAVE_OUTPUT = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
-run AS MATERIALIZED (SELECT true AS found FROM {schema}.runs WHERE run_id = $3 FOR SHARE),
-saved AS (
-    INSERT INTO {schema}.outputs (run_id, key, value_json) SELECT $3, $4, $5 FROM guard, run WHERE in_time
+asked AS MATERIALIZED (
+    SELECT a.*, (SELECT true FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS found
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[])
+                WITH ORDINALITY AS a (run_id, key, value_json, n) WHERE in_time
+), saved AS (
+    INSERT INTO {schema}.outputs (run_id, key, value_json)
+    SELECT run_id, key, value_json FROM asked WHERE found ORDER BY n
     ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
 )
-SELECT guard.in_time, run.found FROM guard LEFT JOIN run ON true
+SELECT in_time, ARRAY(SELECT n FROM asked WHERE found) AS saved FROM guard
+"""
+SAVE_OUTPUT_ALONE = """
+INSERT INTO {schema}.outputs (run_id, key, value_json)
+SELECT $3, $4, $5 FROM (SELECT FROM {schema}.runs WHERE run_id = $3 FOR SHARE) run
+WHERE clock_timestamp() < $1 AND ($2::timestamptz IS NULL OR true)
+ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
+RETURNING true AS saved
 """
 FIND_OUTPUT = """
 SELECT true AS found FROM {schema}.outputs WHERE run_id = $1 AND key = $2 AND value_json = $3
 """
 GET_OUTPUT = "SELECT value_json FROM {schema}.outputs WHERE run_id = $1 AND key = $2"
-GET_OUTPUTS = "SELECT key, value_json FROM {schema}.outputs WHERE run_id = $1 ORDER BY key"
+GET_OUTPUTS = """
+SELECT run_id, key, value_json FROM {schema}.outputs WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, key
+"""
+
+
+def _weigh(row: Row) -> int:
+    return len(row[2])
+
+
+SAVE = Batched(
+    operation="save_output",
+    statement=SAVE_OUTPUT,
+    alone=SAVE_OUTPUT_ALONE,
+    read=read_done("saved"),
+    find=FIND_OUTPUT,
+    found=lambda row: True,
+    weigh=_weigh,
+)
 
 
 class Outputs:
     _database: Database
 
     async def save_output(self, *, run_id: UUID, key: str, value_json: str) -> None:
-        row = await self._database.statement(
-            "save_output",
-            SAVE_OUTPUT,
-            run_id,
-            key,
-            value_json,
-            look=(FIND_OUTPUT, run_id, key, value_json),
-        )
-        if row["found"] is None:
+        if not await self._database.write(SAVE, (run_id, key, value_json)):
             raise RunNotFoundError(run_id)
 
     async def get_output(self, *, run_id: UUID, key: str) -> str | None:
@@ -45,4 +67,5 @@ class Outputs:
         return None if row is None else row[0]
 
     async def get_outputs(self, *, run_id: UUID) -> Mapping[str, str]:
-        return MappingProxyType(dict(await self._database.read(GET_OUTPUTS, run_id)))
+        rows = await self._database.reading.rows(GET_OUTPUTS, run_id)
+        return MappingProxyType({row[1]: row[2] for row in rows})

@@ -20,15 +20,20 @@ from flowstore_postgres.search import (
     search_condition,
 )
 
+COMMON = frozenset({10, 20, 25, 50, 100, 200})
+"""Sizes of pages that get a statement of their own when nothing is skipped. With the size in its text
+PostgreSQL knows how little a page is, and keeps the plan; else it makes one anew for each, which takes as
+long as the page itself, and longer the more it knows of the table."""
+
 # Each status lies in order in an index of its own, so a page of all of them merges what four of them
 # begin with. Only ids are skipped, and only in indexes; the runs of the page are read then.
 OF_ONE_STATUS = """
 (SELECT r.started_at, r.run_id FROM {schema}.runs r WHERE r.status = '{one}' AND {flow} AND {behind}
- ORDER BY r.started_at DESC, r.run_id DESC LIMIT $3)
+ ORDER BY r.started_at DESC, r.run_id DESC LIMIT {reach})
 """
 PAGE = """
 SELECT {columns} FROM (
-    SELECT i.run_id FROM ({source}) i ORDER BY i.started_at DESC, i.run_id DESC OFFSET $1 LIMIT $2
+    SELECT i.run_id FROM ({source}) i ORDER BY i.started_at DESC, i.run_id DESC OFFSET {skip} LIMIT {take}
 ) page JOIN {schema}.runs r USING (run_id) ORDER BY r.started_at DESC, r.run_id DESC
 """
 GET_RUNS = PAGE.replace("{columns}", RUN_COLUMNS)
@@ -46,7 +51,7 @@ SELECT (SELECT count(*) FROM found) AS total, {{left_out}} AS left_out,
 """
 FOUND = """
 (SELECT r.started_at, r.run_id FROM found r WHERE {behind}
- ORDER BY r.started_at DESC, r.run_id DESC LIMIT $3)
+ ORDER BY r.started_at DESC, r.run_id DESC LIMIT {reach})
 """
 
 # See migration 2: a number is the sum of what was folded and of what changed since.
@@ -65,7 +70,10 @@ class _Statement:
     def __init__(
         self, flow_id: UUID | None, status: RunStatus | None, after: RunPosition | None, skip: int, take: int
     ) -> None:
-        self.arguments: list[object] = [skip, take, min(skip + take, MAX_INT64)]
+        self.arguments: list[object] = []
+        places = (skip, take, min(skip + take, MAX_INT64))
+        is_common = skip == 0 and take in COMMON
+        self._places = [str(one) if is_common else f"{self.argument(one)}::bigint" for one in places]
         self._statuses = tuple(RunStatus) if status is None else (status,)
         self._status = "true" if status is None else f"status = '{status.value}'"
         self._flow = "true" if flow_id is None else f"flow_id = {self.argument(flow_id)}"
@@ -101,6 +109,9 @@ class _Statement:
             ("{status}", self._status),
             ("{flow}", self._flow),
             ("{behind}", self._behind),
+            ("{skip}", self._places[0]),
+            ("{take}", self._places[1]),
+            ("{reach}", self._places[2]),
         ):
             statement = statement.replace(name, value)
         return statement

@@ -59,9 +59,9 @@ class PostgresBackend:
     drivers = ("asyncpg",)
 
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[Any]:
-        from flowstore_postgres.store import open_postgres
+        from flowstore_postgres.store import OpenPostgres
 
-        return open_postgres(config)
+        return OpenPostgres(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:

@@ -16,6 +16,7 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
+from flowstore_postgres.completion import COMPLETE_RUNS, WAIT_FOR_BLOCKERS, Ending
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 
@@ -39,18 +40,6 @@ FIND_START = "SELECT started_at FROM {schema}.runs WHERE run_id = $1 AND start_t
 # Every operation on a step shares this lock or waits for it, so the statements that follow it in a
 # transaction see the whole run as it is now: each takes a new snapshot.
 LOCK_RUN = "SELECT status FROM {schema}.runs WHERE run_id = $1 FOR UPDATE"
-
-# Locked, because completing a step does not lock the run.
-READ_BLOCKERS = """
-SELECT step_key, status,
-       dispatched_at IS NOT NULL
-       OR claimed_at IS NOT NULL
-          AND (claim_expires_at IS NULL OR claim_expires_at > coalesce($2, clock_timestamp())) AS held
-FROM {schema}.steps WHERE run_id = $1 ORDER BY step_key FOR SHARE
-"""
-COMPLETE_RUN = """
-UPDATE {schema}.runs SET status = $2, completed_at = coalesce($3, clock_timestamp()) WHERE run_id = $1
-"""
 
 LIST_RUNS = f"""
 SELECT {RUN_COLUMNS} FROM {{schema}}.runs r
@@ -193,17 +182,20 @@ class Runs:
     async def complete_run(
         self, *, run_id: UUID, status: RunStatus, expected: Mapping[str, StepStatus] | None
     ) -> bool:
+        ending = Ending(run_id, status, expected)
+
         async def work(transaction: Transaction) -> bool:
             if (await lock_run(transaction, run_id)).is_terminal:
                 return False
             if expected is not None:
-                rows = await transaction.rows(READ_BLOCKERS, run_id, transaction.now)
-                statuses = {row["step_key"]: row["status"] for row in rows if row["status"] is not None}
-                if statuses != expected or any(row["held"] and row["status"] is None for row in rows):
+                rows = await transaction.rows(WAIT_FOR_BLOCKERS, [run_id], transaction.now)
+                if not ending.is_met_by([(row[1], row[2], row[3]) for row in rows]):
                     return False
-            await transaction.execute(COMPLETE_RUN, run_id, status, transaction.now)
+            await transaction.execute(COMPLETE_RUNS, [run_id], [status.value], transaction.now)
             return True
 
+        if await self._database.completion.complete(ending):
+            return True
         return await self._database.transaction("complete_run", work)
 
     async def _list_runs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from flowstore_core import FlowStoreError
 from flowstore_core.runs import SEARCHED_BYTES
@@ -80,19 +81,15 @@ async def is_indexed(database: Database) -> bool:
     return bool((await database.read_row(HAS_INDEX))["indexed"])
 
 
-async def gather_texts(database: Database) -> int:
+async def gather(most: int, transaction: Transaction) -> int:
     """Add some ended runs to the index; how many."""
-
-    async def work(transaction: Transaction) -> int:
-        return int((await transaction.row(GATHER_TEXTS, GATHERED))[0])
-
-    return await database.transaction("gather_texts", work)
+    return int((await transaction.row(GATHER_TEXTS, most))[0])
 
 
 async def gather_some(database: Database) -> None:
     """Add some ended runs to the index if that can be done now."""
     try:
-        await gather_texts(database)
+        await database.transaction("gather_texts", partial(gather, GATHERED))
     except FlowStoreError as error:
         # They were found without it, and will be again.
         log.debug("no texts were gathered: %s", error)

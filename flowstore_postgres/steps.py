@@ -222,7 +222,8 @@ WHERE run_id = $1 AND step_key = $2
 """
 
 GET_STEP_STATUSES = """
-SELECT step_key, status FROM {schema}.steps WHERE run_id = $1 AND status IS NOT NULL ORDER BY step_key
+SELECT run_id, step_key, status FROM {schema}.steps WHERE run_id = ANY($1::uuid[]) AND status IS NOT NULL
+ORDER BY run_id, step_key
 """
 
 
@@ -383,8 +384,8 @@ class Steps(Recovery):
         return (await transaction.row("SELECT coalesce($1, clock_timestamp())", transaction.now))[0]
 
     async def get_step_statuses(self, *, run_id: UUID) -> Mapping[str, StepStatus]:
-        rows = await self._database.read(GET_STEP_STATUSES, run_id)
-        return MappingProxyType({row[0]: StepStatus(row[1]) for row in rows})
+        rows = await self._database.reading.rows(GET_STEP_STATUSES, run_id)
+        return MappingProxyType({row[1]: StepStatus(row[2]) for row in rows})
 
 
 def _is_live(row: Any) -> bool:

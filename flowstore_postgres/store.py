@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import asyncpg
 
 from flowstore_core import StoreConfig
+from flowstore_core.inflight import to_the_end
 from flowstore_postgres.claims import Claims
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.controls import Controls
@@ -38,33 +35,54 @@ class PostgresStore(
         await self._database.ping()
 
 
-@asynccontextmanager
-async def open_postgres(config: StoreConfig) -> AsyncIterator[PostgresStore]:
-    """Open the pool, bring the schema up to date, and close everything at the end."""
-    settings = read_connection_settings(config)
+class OpenPostgres:
+    """The context of an open store: the pool, the schema brought up to date; leaving it closes everything.
 
-    async def identify(connection: Connection) -> None:
-        await connection.identify(behind_pgbouncer=settings.pgbouncer)
+    Not an async generator: those that a dying event loop finds open it closes all at once, and not the
+    inner one after the outer one.
+    """
 
-    async def keep(connection: Connection) -> None:
-        # Our statements leave nothing behind, so the default reset, a round trip, is not needed.
-        return None
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        self._database: Database | None = None
 
-    with map_errors():
-        pool = asyncpg.create_pool(
-            min_size=0,
-            max_size=settings.pool_size,
-            init=identify,
-            reset=keep,
-            connection_class=Connection,
-            **settings.connect_arguments,
-        )
-        database = Database(settings, await pool, config.clock)
-    try:
-        await database.on_connection(
-            lambda connection: check_schema(connection, settings, migrate=config.migrate)
-        )
-        yield PostgresStore(database)
-    finally:
-        # A task of its own, so that a cancelled closing closes all the same.
-        await asyncio.shield(asyncio.ensure_future(database.aclose()))
+    async def __aenter__(self) -> PostgresStore:
+        settings = read_connection_settings(self._config)
+
+        async def identify(connection: Connection) -> None:
+            await connection.identify(behind_pgbouncer=settings.pgbouncer)
+
+        async def keep(connection: Connection) -> None:
+            # Our statements leave nothing behind, so the default reset, a round trip, is not needed.
+            return None
+
+        with map_errors():
+            pool = asyncpg.create_pool(
+                min_size=0,
+                max_size=settings.pool_size,
+                init=identify,
+                reset=keep,
+                connection_class=Connection,
+                connect=settings.hosts.connect,
+                **settings.connect_arguments,
+            )
+            database = Database(settings, await pool, self._config.clock)
+        try:
+            await database.on_connection(
+                lambda connection: check_schema(connection, settings, migrate=self._config.migrate)
+            )
+        except BaseException:
+            await _close(database)
+            raise
+        self._database = database
+        return PostgresStore(database)
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._database is not None:
+            await _close(self._database)
+
+
+async def _close(database: Database) -> None:
+    # It is bounded, and a cancelled closing that is over must not go on behind its caller's back: the
+    # event loop may end then.
+    await to_the_end(database.aclose())

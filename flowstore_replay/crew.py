@@ -8,7 +8,7 @@ import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,20 @@ class Worker:
         return self.said[-1] if self.said else f"exit code {self.process.returncode}"
 
 
+# -P: modules of the working directory are not to stand in for installed ones.
+PROGRAM = ("-P", "-m", "flowstore_replay.worker")
+
+
 class Crew:
     """Processes that this one started; it never touches any other."""
 
-    def __init__(self, orders: Mapping[str, Any]) -> None:
-        """``orders`` are what every worker is told; each gets a name of its own besides."""
+    def __init__(self, orders: Mapping[str, Any], *, program: Sequence[str] = PROGRAM) -> None:
+        """``orders`` are what every worker is told; each gets a name of its own besides.
+
+        ``program`` is what Python runs, for workers that do something besides.
+        """
         self._orders = dict(orders)
+        self._program = tuple(program)
         self._started = 0
         self.workers: list[Worker] = []
 
@@ -43,9 +51,7 @@ class Crew:
         """Start one more worker."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-P",  # Modules of the working directory are not to stand in for installed ones.
-            "-m",
-            "flowstore_replay.worker",
+            *self._program,
             stdin=PIPE,
             stdout=DEVNULL,
             stderr=PIPE,

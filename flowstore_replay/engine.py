@@ -1,9 +1,10 @@
 """The reference engine: how to run workflows on a store so that a crash anywhere loses nothing.
 
-It keeps nothing in memory that it could not do without. Every turn it reads what the store says and
-does the one thing that is missing, so it needs no start-up recovery: finding a half-done run and going
-on with it is all it ever does. Any number of engines may work on the same runs; where two want the same
-thing, the store lets one of them win and the other looks again.
+It keeps nothing in memory that it could not do without. It reads what the store says and does the one
+thing that is missing, so it needs no start-up recovery: finding a half-done run and going on with it is
+all it ever does. Any number of engines may work on the same runs; where two want the same thing, the
+store lets one of them win and the other looks again. What an engine remembers of a run from one step to
+the next (looks.py) spares it reading that again, and may be wrong: the store's answers decide.
 
 What a SIGKILL leaves behind, and what picks it up:
 
@@ -40,16 +41,15 @@ from flowstore_core import (
     FlowStepRecord,
     FlowStore,
     RunStatus,
+    StalledStep,
     StallReason,
     StepStatus,
     StoreUnavailableError,
     new_claim_token,
 )
+from flowstore_replay.looks import LONGEST_PAUSE, SHORTEST_PAUSE, Hand, Look, View, Watch
+from flowstore_replay.patience import cancel, insist
 from flowstore_replay.wfformat import Task, Workflow
-
-SHORTEST_PAUSE = 0.02
-LONGEST_PAUSE = 0.3
-"""Seconds between two looks at the store while there is nothing to do."""
 
 FAILED = "failed: "
 """How the error_message of an attempt begins whose work failed; a worker's death is no failure."""
@@ -84,7 +84,7 @@ so it should be safe to repeat. Only one attempt's outcome is ever recorded as t
 
 
 class Engine:
-    """One worker. It runs one step at a time; for more, start more of them, in any process."""
+    """One worker. It runs ``at_once`` steps at a time; for more, start more of them, in any process."""
 
     def __init__(
         self,
@@ -96,11 +96,13 @@ class Engine:
         lease: timedelta = timedelta(seconds=30),
         max_attempts: int = 5,
         approve: Collection[str] = (),
+        at_once: int = 1,
     ) -> None:
         """``name`` is recorded as the job_id of attempts; ``approve`` names steps that wait for a signal.
 
         A step fails its run after ``max_attempts`` failed attempts. Attempts that ended because their
-        worker died do not count.
+        worker died do not count. Steps that run at once share the store's round trips, so that many cost
+        little more than one.
         """
         self._store = store
         self._workflow = workflow
@@ -109,75 +111,109 @@ class Engine:
         self._lease = lease
         self._max_attempts = max_attempts
         self._approve = frozenset(approve)
+        self._at_once = at_once
+        self._executing: set[tuple[UUID, str]] = set()
 
     async def run(self, run_ids: Collection[UUID]) -> None:
         """Work on these runs until each of them is completed, by whomever."""
         wanted = frozenset(run_ids)
+
+        async def list_active() -> Collection[UUID]:
+            return [run.run_id for run in await self._store.get_active_runs() if run.run_id in wanted]
+
+        hands = [Hand() for _ in range(self._at_once)]
+        watch = Watch(hands, list_active, lambda look: self._look_around(look, wanted))
+        tasks = [asyncio.create_task(self._work_on(watch, hand)) for hand in hands]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                await cancel(task)
+
+    async def _work_on(self, watch: Watch, hand: Hand) -> None:
+        """Step after step until nothing is left to do."""
         pause = SHORTEST_PAUSE
         while True:
             try:
-                active = [run.run_id for run in await self._store.get_active_runs() if run.run_id in wanted]
-                if not active:
+                look = await watch.look()
+                if look is None:
                     return
-                moved = await self.turn(active)
+                moved = await self._move(look, hand)
             except ConflictError as error:
                 # Somebody was faster, or decided otherwise. What we had is dropped; the state says the rest.
                 _log.debug("%s", error)
                 moved = False
+                hand.let_go()
             except StoreUnavailableError as error:
                 # It may have happened or not: the next look tells.
                 _log.warning("%s", error)
                 moved, pause = False, LONGEST_PAUSE
+                hand.let_go()
             pause = SHORTEST_PAUSE if moved else min(2 * pause, LONGEST_PAUSE)
             await asyncio.sleep(0 if moved else pause * random.uniform(0.5, 1.0))
 
     async def turn(self, active: Collection[UUID]) -> bool:
-        """Do at most one step of work; whether anything moved."""
-        reasons = await self._stop_reasons(active)
-        ended = [await self._end(run_id, RunStatus.CANCELLED, why) for run_id, why in reasons.items()]
-        going = [run_id for run_id in active if run_id not in reasons]
-        if await self.recover(going):
-            return True
-        # In any order, so that workers spread over the runs instead of racing for the first.
-        for run_id in random.sample(going, len(going)):
-            if await self.advance(run_id):
-                return True
-        return any(ended)
+        """Look at the store and do at most one step of work; whether anything moved."""
+        look = Look()
+        look.list_runs(active)
+        await self._look_around(look, active)
+        return await self._move(look, Hand())
 
-    async def recover(self, run_ids: Collection[UUID]) -> bool:
-        """Go on with one step that nothing else moves: abandoned, or dispatched and never claimed.
+    async def _look_around(self, look: Look, run_ids: Collection[UUID]) -> None:
+        """Note which of these runs have to be stopped, and which of their steps nothing else moves."""
+        look.stop(await self._stop_reasons(run_ids))
+        look.stalled.clear()
+        for stalled in await self._store.get_stalled_steps(take=1000):
+            run_id, key = stalled.run_id, stalled.step_key
+            # What this engine has dispatched a moment ago it is about to claim.
+            if run_id in run_ids and key in self._workflow.by_key and (run_id, key) not in self._executing:
+                look.stalled.append(stalled)
+
+    async def _move(self, look: Look, hand: Hand) -> bool:
+        """Do at most one step of what is to be done; whether anything moved."""
+        ended = False
+        while look.reasons:
+            run_id, why = look.reasons.popitem()
+            ended |= await self._end(run_id, RunStatus.CANCELLED, why)
+        while look.stalled:
+            stalled = look.stalled.popleft()
+            if stalled.run_id not in look.stopping and await self.recover(stalled):
+                return True
+        followed = None if hand.view.is_over else hand.run_id
+        if followed is not None and followed not in look.stopping and await self.advance(followed, hand.view):
+            return True
+        while look.runs:
+            run_id = look.runs.popleft()
+            if run_id not in look.stopping and await self.advance(run_id, hand.follow(run_id, look)):
+                return True
+        hand.let_go()
+        return ended
+
+    async def recover(self, stalled: StalledStep) -> bool:
+        """Go on with a step that nothing else moves: abandoned, or dispatched and never claimed.
 
         Between another worker's dispatch and its claim this may be the faster one. That is no harm: the
         claim decides, and either of them does the work.
         """
-        for stalled in await self._store.get_stalled_steps(take=1000):
-            run_id, key = stalled.run_id, stalled.step_key
-            if run_id not in run_ids or key not in self._workflow.by_key:
-                continue
-            if stalled.reason is StallReason.NOT_DISPATCHED:
-                await self._store.try_record_dispatch(run_id, key)
-            if await self.execute(run_id, key, taken_over=stalled.reason is StallReason.LEASE_EXPIRED):
-                return True
-        return False
+        run_id, key = stalled.run_id, stalled.step_key
+        if stalled.reason is StallReason.NOT_DISPATCHED:
+            await self._store.try_record_dispatch(run_id, key)
+        return await self.execute(run_id, key, View(), taken_over=stalled.reason is StallReason.LEASE_EXPIRED)
 
-    async def advance(self, run_id: UUID) -> bool:
+    async def advance(self, run_id: UUID, view: View) -> bool:
         """Do the next thing that a run needs: complete it, retry a step, or dispatch and execute one."""
-        statuses = await self._store.get_step_statuses(run_id)
+        statuses = view.known()
+        if statuses is None:
+            statuses = view.see(await self._store.get_step_statuses(run_id))
         missing = [
             task for task in self._workflow.tasks if statuses.get(task.key) is not StepStatus.SUCCEEDED
         ]
         if not missing:
-            return await self._store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses)
+            view.is_over = await self._store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses)
+            return view.is_over or view.forget()
 
         if StepStatus.FAILED in statuses.values():
-            detail = await self._store.get_run_detail(run_id)
-            failed = [step for step in detail.steps if step.status is StepStatus.FAILED] if detail else []
-            if lost := [step for step in failed if not self._has_attempts_left(step)]:
-                return await self._end(run_id, RunStatus.FAILED, f"step {lost[0].step_key!r} failed for good")
-            for step in failed:
-                # Naming the attempt makes this safe against another worker that has retried already.
-                await self._store.retry_step(run_id, step.step_key, attempt=step.attempts[-1].attempt)
-            return bool(failed)
+            return await self._mend(run_id, view)
 
         ready = [
             task
@@ -186,20 +222,47 @@ class Engine:
             and all(statuses.get(parent) is StepStatus.SUCCEEDED for parent in task.parents)
         ]
         if not ready and not {StepStatus.PENDING, StepStatus.RUNNING} & set(statuses.values()):
-            return await self._end(run_id, RunStatus.FAILED, "a step that others wait for was skipped")
-        dispatched = await self._store.get_dispatched_step_keys(run_id) if ready else frozenset()
+            if not view.is_fresh:
+                return view.forget()
+            view.is_over = await self._end(
+                run_id, RunStatus.FAILED, "a step that others wait for was skipped"
+            )
+            return view.is_over
+        if view.is_fresh and len(ready) > 1:
+            view.dispatched |= await self._store.get_dispatched_step_keys(run_id)
+        ready = [task for task in ready if task.key not in view.dispatched]
+        if len(ready) > 1 and view.leave is not None:
+            view.leave()
         for task in random.sample(ready, len(ready)):
-            if task.key not in dispatched and await self._store.try_record_dispatch(run_id, task.key):
-                # An engine with a queue would send its message here; this one is its own consumer.
-                return await self.execute(run_id, task.key)
-        return False
+            view.dispatched.add(task.key)
+            self._executing.add((run_id, task.key))
+            try:
+                if await self._store.try_record_dispatch(run_id, task.key):
+                    # An engine with a queue would send its message here; this one is its own consumer.
+                    return await self.execute(run_id, task.key, view)
+            finally:
+                self._executing.discard((run_id, task.key))
+        return view.forget()
 
-    async def execute(self, run_id: UUID, key: str, *, taken_over: bool = False) -> bool:
+    async def _mend(self, run_id: UUID, view: View) -> bool:
+        """Retry the steps that failed, or end the run if one did for good."""
+        detail = await self._store.get_run_detail(run_id)
+        failed = [step for step in detail.steps if step.status is StepStatus.FAILED] if detail else []
+        if lost := [step for step in failed if not self._has_attempts_left(step)]:
+            why = f"step {lost[0].step_key!r} failed for good"
+            view.is_over = await self._end(run_id, RunStatus.FAILED, why)
+            return view.is_over
+        for step in failed:
+            # Naming the attempt makes this safe against another worker that has retried already.
+            await self._store.retry_step(run_id, step.step_key, attempt=step.attempts[-1].attempt)
+        return view.forget() or bool(failed)
+
+    async def execute(self, run_id: UUID, key: str, view: View, *, taken_over: bool = False) -> bool:
         """Claim a dispatched step and do its work under a lease that is renewed; False if it is another's."""
         task = self._workflow.by_key[key]
         owner = new_claim_token()
         if not await self._store.try_claim_step(run_id, key, owner=owner, lease=self._lease):
-            return False
+            return view.forget()
         recorded = json.dumps({"seconds": task.seconds, "parents": task.parents})
         attempt = await self._store.record_step_start(
             run_id, key, task.name, input_json=recorded, job_id=self._name, owner=owner
@@ -207,57 +270,63 @@ class Engine:
         if taken_over:
             await self._store.append_event(run_id, TAKEN_OVER, step_key=key, message=self._name)
 
-        work = asyncio.create_task(self._perform(run_id, task, attempt))
+        work = asyncio.create_task(self._perform(run_id, task, attempt, view))
         try:
             while not (await asyncio.wait({work}, timeout=self._lease.total_seconds() / 3))[0]:
                 try:
                     if not await self._store.renew_step_claim(run_id, key, owner, self._lease):
+                        view.forget()
                         return True  # Too late: another worker decides now.
                     reasons = await self._stop_reasons([run_id])
                 except StoreUnavailableError:
                     continue  # The next beat asks again, and learns whether the claim survived.
                 if run_id in reasons:
-                    await _cancel(work)
+                    await cancel(work)
                     await self._store.record_step_complete(
                         run_id, key, StepStatus.SKIPPED, error_message=reasons[run_id], attempt=attempt
                     )
+                    view.forget()
                     return True
             work.result()
         finally:
-            await _cancel(work)
+            await cancel(work)
         return True
 
-    async def _perform(self, run_id: UUID, task: Task, attempt: int) -> None:
+    async def _perform(self, run_id: UUID, task: Task, attempt: int, view: View) -> None:
         """Do the work of one attempt and record what came of it."""
         store, key = self._store, task.key
         try:
             if key in self._approve:
                 output = await self._await_signal(run_id, key)
             else:
-                outputs = await store.get_outputs(run_id) if task.parents else {}
-                inputs = {parent: outputs[parent] for parent in task.parents}
+                if not view.outputs.keys() >= set(task.parents):
+                    view.outputs.update(await store.get_outputs(run_id))
+                inputs = {parent: view.outputs[parent] for parent in task.parents}
                 output = await self._work(Job(run_id=run_id, task=task, attempt=attempt, inputs=inputs))
         except WorkFailed as error:
             message = f"{FAILED}{error}"
-            await _insist(
+            await insist(
                 lambda: store.record_step_complete(
                     run_id, key, StepStatus.FAILED, error_message=message, attempt=attempt
                 )
             )
+            view.forget()
             return
         if output is None:
             # One call that ends the attempt, gives up the claim and dispatches anew: there is no moment at
             # which the step would be lost, and while its waiter is open nobody is told to move it.
-            await _insist(lambda: store.reschedule_step(run_id, key, attempt=attempt))
+            await insist(lambda: store.reschedule_step(run_id, key, attempt=attempt))
+            view.forget()
             return
         # The output goes first: whoever sees the step succeeded finds it.
         value = output
-        await _insist(lambda: store.save_output(run_id, key, value))
-        await _insist(
+        await insist(lambda: store.save_output(run_id, key, value))
+        await insist(
             lambda: store.record_step_complete(
                 run_id, key, StepStatus.SUCCEEDED, output_json=value, attempt=attempt
             )
         )
+        view.note_success(key, value)
 
     async def _await_signal(self, run_id: UUID, key: str) -> str | None:
         """The payload of the signal that is named after the step; None while it has not come."""
@@ -315,22 +384,3 @@ class Engine:
     def _has_attempts_left(self, step: FlowStepRecord) -> bool:
         failures = sum((attempt.error_message or "").startswith(FAILED) for attempt in step.attempts)
         return failures < self._max_attempts
-
-
-async def _insist(call: Callable[[], Awaitable[None]]) -> None:
-    """Repeat a call that is harmless to repeat until the store answers; losing the claim cancels it."""
-    while True:
-        try:
-            return await call()
-        except StoreUnavailableError as error:
-            _log.warning("%s", error)
-            await asyncio.sleep(LONGEST_PAUSE)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait for its end; what it may still have raised concerns nobody any more."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled() and (error := task.exception()):
-            _log.debug("dropped: %s", error)

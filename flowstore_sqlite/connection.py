@@ -8,15 +8,16 @@ import os
 import random
 import sqlite3
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import aiosqlite
 
-from flowstore_core import StoreClosedError, StoreUnavailableError
+from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError, StoreUnavailableError
+from flowstore_core.inflight import to_the_end
 from flowstore_sqlite.errors import is_transient, map_error
-from flowstore_sqlite.location import sqlite_uri
+from flowstore_sqlite.location import is_same_place, sqlite_uri
 
 T = TypeVar("T")
 
@@ -25,6 +26,46 @@ BLOCKING_SECONDS = 0.02
 CLOSE_SECONDS = 5.0
 
 _log = logging.getLogger("flowstore_sqlite")
+
+
+class _Done(Generic[T]):
+    """What came of some work; like the work itself it shows nothing of it.
+
+    aiosqlite's logger writes at DEBUG what it calls and what that raises, and asyncio in debug mode
+    what it hands on: without these two, rows and parameters would stand in the log.
+    """
+
+    __slots__ = ("_error", "_value")
+
+    def __init__(self, value: T | None, error: Exception | None) -> None:
+        self._value = value
+        self._error = error
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return cast(T, self._value)
+
+    def __repr__(self) -> str:
+        return "<done>"
+
+
+class _Unnamed(Generic[T]):
+    """Work without its parameters in sight."""
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
+        self._work = work
+
+    def __call__(self, db: sqlite3.Connection) -> _Done[T]:
+        try:
+            return _Done(self._work(db), None)
+        except Exception as error:  # noqa: BLE001 - not swallowed: result() raises it
+            return _Done(None, error)
+
+    def __repr__(self) -> str:
+        return "<work>"
 
 
 class Connection(aiosqlite.Connection):
@@ -60,19 +101,28 @@ class Connection(aiosqlite.Connection):
         try:
             # To the end, because a connection that opens after its caller has gone is never closed.
             await to_the_end(opening())
-            return
+            if await self.run_work(self._is_at_its_place):
+                return
+            failure: FlowStoreError = ConfigurationError(
+                f"{self.path} became a symbolic link while it was opened; links are never followed"
+            )
         except sqlite3.Error as error:
             failure = map_error(error, self.path)
         except RuntimeError:
             failure = StoreUnavailableError("no thread could be started")
         raise failure
 
+    def _is_at_its_place(self, db: sqlite3.Connection) -> bool:
+        # Reads no page of the file, so nothing has happened to it yet.
+        return is_same_place(db.execute("PRAGMA database_list").fetchone()[2], self.path)
+
     # Not named run, which until aiosqlite 0.22 is the thread's own method.
     async def run_work(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run a callable on the connection's thread. It goes on when the caller is cancelled."""
         if self._shutting:
             raise StoreClosedError
-        return cast(T, await cast(Any, self)._execute(work, self._conn))
+        done: _Done[T] = await cast(Any, self)._execute(_Unnamed(work), self._conn)
+        return done.result()
 
     async def run_patiently(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
         """As run_work, again and again while the database is locked, at most that long.
@@ -158,19 +208,3 @@ def delays() -> Iterator[float]:
     while True:
         yield random.uniform(longest / 4, longest)
         longest = min(longest * 1.5, 0.025)
-
-
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await work to its end even when cancelled; the cancellation is raised afterwards."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return task.result()
-    if not task.cancelled() and (failure := task.exception()) is not None:
-        _log.debug("cancelled while this failed: %s", failure)
-    raise cancelled

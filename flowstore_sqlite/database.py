@@ -6,13 +6,14 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
 from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
-from flowstore_sqlite.connection import Connection, snapshot, to_the_end
+from flowstore_core.inflight import to_the_end
+from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.transactions import Read, Transactions
 from flowstore_sqlite.transactions import Write as Write
 from flowstore_sqlite.values import to_us
@@ -63,17 +64,22 @@ class Database:
         self._process = _process
         self._closed = False
 
-    def write(self, work: Write[T]) -> Coroutine[Any, Any, T]:
+    def write(
+        self, work: Write[T], give_back: Callable[[T], Awaitable[None]] | None = None
+    ) -> Coroutine[Any, Any, T]:
         """Run work in a transaction of the writer, whole or not at all.
 
         Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and what it has won and nobody will hear of is given back: if ``work`` has a method
-        ``undo``, it gets the result and returns the work that undoes it, or None. Work that has not
-        begun never does.
+        begun ends, and ``give_back`` gets its result, to give back what it has won and nobody will hear
+        of. Work that has not begun never does.
 
         Raises StoreUnavailableError when the lock was not free within busy_timeout.
         """
         self._check_usable()
+        return self._writing.write(None, work, give_back)
+
+    def write_back(self, work: Write[None]) -> Coroutine[Any, Any, None]:
+        """As write, for what gives back: it may go on while the store is closing."""
         return self._writing.write(None, work)
 
     async def read(self, work: Read[T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
@@ -26,6 +27,11 @@ _REASONS = {
     sqlite3.SQLITE_NOLFS: "the file is too large for this system",
 }
 
+_HARMLESS = re.compile(
+    r"no such (table|column|index|function|module): [\w.]+"
+    r"|(UNIQUE|NOT NULL|CHECK|FOREIGN KEY|PRIMARY KEY) constraint failed(: [\w., ]+)?"
+)
+
 
 def primary_code(error: sqlite3.Error) -> int:
     """SQLite's primary result code; 0 where the error does not come from SQLite itself."""
@@ -41,8 +47,8 @@ def is_transient(error: sqlite3.Error) -> bool:
 def map_error(error: sqlite3.Error, path: str) -> FlowStoreError:
     """The error that the caller gets; raise it outside of the ``except`` block.
 
-    Its text is our own. The driver's error is chained only if it comes from SQLite itself, whose
-    messages name tables and columns; those of Python's module may quote a value.
+    Its text is our own: SQLite's result code, and of SQLite's message no more than what names a table or
+    a column. Other messages quote values or searches, so the driver's error is never chained.
     """
     code = primary_code(error)
     name = getattr(error, "sqlite_errorname", type(error).__name__)
@@ -52,12 +58,11 @@ def map_error(error: sqlite3.Error, path: str) -> FlowStoreError:
         # Python's module could not decode a stored text.
         mapped = StoreUnavailableError(f"{path}: the file is damaged; restore it from a backup")
     else:
+        said = f" ({error})" if _HARMLESS.fullmatch(str(error)) else ""
         mapped = FlowStoreError(
-            f"{path}: unexpected {name} in the SQLite backend; nothing was changed. "
+            f"{path}: unexpected {name}{said} in the SQLite backend; nothing was changed. "
             "Either another program changed the schema or this is a bug; please report it"
         )
-    if code:
-        mapped.__cause__ = error
     return mapped
 
 
@@ -65,6 +70,4 @@ def map_commit_error(error: sqlite3.Error, path: str) -> FlowStoreError:
     """As map_error, for a COMMIT: where the disk failed, the log may or may not hold the commit."""
     if primary_code(error) != sqlite3.SQLITE_IOERR:
         return map_error(error, path)
-    mapped = OutcomeUnknownError(f"COMMIT on {path}")
-    mapped.__cause__ = error
-    return mapped
+    return OutcomeUnknownError(f"COMMIT on {path}")

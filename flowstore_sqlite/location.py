@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.config import read_path
+from flowstore_core.config import read_path, split_place
 
 # Held while a new file is made. Closing any descriptor of a file drops the locks that this process
 # holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
@@ -17,7 +18,7 @@ _creating = threading.Lock()
 
 def read_location(url: str) -> str:
     """The absolute path that a URL names. Raises ConfigurationError."""
-    if urlsplit(url.replace("#", "%23")).netloc:
+    if split_place(url)[0]:
         raise ConfigurationError(
             "a SQLite URL names no host: write sqlite:///relative.db or sqlite:////absolute.db"
         )
@@ -29,7 +30,8 @@ def read_location(url: str) -> str:
         )
     if "\0" in path:
         raise ConfigurationError("the path in a SQLite URL must not hold a zero byte")
-    return os.path.abspath(path)
+    # A second slash in front means nothing, but would be kept.
+    return os.path.abspath(re.sub("^/+", "/", path))
 
 
 def file_exists(path: str) -> bool:
@@ -66,12 +68,27 @@ def create_file(path: str) -> None:
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
         try:
-            os.close(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600))
+            file = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+            try:
+                # A umask may have taken away even the owner's rights.
+                os.fchmod(file, 0o600)
+            finally:
+                os.close(file)
         except FileExistsError:
             # Another process was faster, or a link was put there: looked at once more.
             file_exists(path)
         except OSError as error:
             raise StoreUnavailableError(f"{path} cannot be created: {error.strerror}") from None
+
+
+def is_same_place(opened: str, path: str) -> bool:
+    """Whether what SQLite says it opened is the file itself and not what a link in its place led to.
+
+    SQLite follows links before it opens, and tells where it arrived. Directories may be links, as /tmp
+    is on some systems.
+    """
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name) == opened
 
 
 def sqlite_uri(path: str) -> str:

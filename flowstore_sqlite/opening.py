@@ -101,8 +101,6 @@ async def migrated(writer: Connection, config: StoreConfig, options: Options) ->
     elif not file_exists(writer.path):
         raise SchemaVersionError(0, known_version(), "open it once with migrate=True")
     await writer.open()
-    # Once more, as the file may have been replaced by a link just now.
-    file_exists(writer.path)
     patience = options.busy_timeout
     check = partial(is_current, migrate=config.migrate)
     current = await writer.run_patiently(partial(snapshot, check), patience)

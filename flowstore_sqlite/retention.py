@@ -1,28 +1,27 @@
-"""Retention in SQLite: cleanup in short transactions that find their rows by index."""
+"""Retention in SQLite: cleanup in short turns that find their rows by index."""
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import partial
 
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_sqlite.database import Database, Write
+from flowstore_sqlite.background import Turns
+from flowstore_sqlite.database import Database
 from flowstore_sqlite.search import DROP_TRIGRAMS, gather_texts, is_indexed
 from flowstore_sqlite.statistics import DAY
 from flowstore_sqlite.values import to_us
 
-BATCH = 200
-BATCH_SECONDS = 0.05
-"""A batch ends early after that long, so that writers do not wait for runs with much history."""
-PAUSE_SECONDS = 0.005
-"""Between batches, for the writers of other processes."""
+BATCH = 500
+"""Runs that are looked up at once, by a reader; orphans that are deleted at once at most."""
 
 FIND_COMPLETED = """
 SELECT run_id FROM runs WHERE completed_at IS NOT NULL AND completed_at < ? ORDER BY completed_at LIMIT ?
 """
+IS_COMPLETED = "SELECT 1 FROM runs WHERE run_id = ? AND completed_at < ?"
 DELETE_RUN = (
     "DELETE FROM attempts WHERE run_id = ?",
     "DELETE FROM steps WHERE run_id = ?",
@@ -53,7 +52,6 @@ DELETE FROM idempotency_keys WHERE (flow_id, trigger_key, idempotency_key) IN (
 )
 """
 
-
 DELETE_SUMMARIES = "DELETE FROM run_summaries WHERE day < ?"
 
 
@@ -62,37 +60,46 @@ class Retention(Database):
 
     async def cleanup(self, cutoff: datetime) -> int:
         before = to_us(cutoff)
-        deleted = await self._in_batches(partial(_delete_runs, before))
-        await self._in_batches(partial(_sweep, DELETE_ORPHANED_CONTROLS, before))
-        await self._in_batches(partial(_sweep, DELETE_ORPHANED_KEYS, before))
+        turns = Turns(self.write)
+        deleted = 0
+        while found := await self.read(partial(_find_completed, before)):
+            while found:
+                done, count = await turns.take(partial(_delete_runs, before, found))
+                deleted += count
+                found = found[done:]
+        for statement in (DELETE_ORPHANED_CONTROLS, DELETE_ORPHANED_KEYS):
+            while await turns.take(partial(_sweep, statement, before)):
+                pass
         await self.write(partial(_drop_summaries, before))
         if await self.read(is_indexed):
             # What ended since the last time becomes quick to search.
-            await self._in_batches(gather_texts)
+            while await turns.take(gather_texts):
+                pass
         return deleted
 
-    async def _in_batches(self, batch: Write[int]) -> int:
-        total = 0
-        while count := await self.write(batch):
-            total += count
-            await asyncio.sleep(PAUSE_SECONDS)
-        return total
+
+def _find_completed(before: int, db: sqlite3.Connection) -> list[tuple[bytes]]:
+    return db.execute(FIND_COMPLETED, (before, BATCH)).fetchall()
 
 
-def _delete_runs(before: int, db: sqlite3.Connection, now: int) -> int:
-    """Delete a batch of runs, each whole; how many, 0 when none is left."""
-    deadline = time.monotonic() + BATCH_SECONDS
-    deleted = 0
+def _delete_runs(
+    before: int, found: Sequence[tuple[bytes]], db: sqlite3.Connection, now: int, until: float
+) -> tuple[int, int]:
+    """Delete runs, each whole, until it is time; how many were looked at, and how many were deleted."""
+    done = deleted = 0
     indexed = is_indexed(db)
-    for row in db.execute(FIND_COMPLETED, (before, BATCH)).fetchall():
-        if indexed:
-            db.execute(DROP_TRIGRAMS, row)
-        for statement in DELETE_RUN:
-            db.execute(statement, row)
-        deleted += 1
-        if time.monotonic() > deadline:
+    for row in found:
+        # Others may have reopened it meanwhile, or deleted it.
+        if db.execute(IS_COMPLETED, (*row, before)).fetchone() is not None:
+            if indexed:
+                db.execute(DROP_TRIGRAMS, row)
+            for statement in DELETE_RUN:
+                db.execute(statement, row)
+            deleted += 1
+        done += 1
+        if time.monotonic() > until:
             break
-    return deleted
+    return done, deleted
 
 
 def _drop_summaries(before: int, db: sqlite3.Connection, now: int) -> None:
@@ -100,7 +107,7 @@ def _drop_summaries(before: int, db: sqlite3.Connection, now: int) -> None:
     db.execute(DELETE_SUMMARIES, (before // DAY - 1,))
 
 
-def _sweep(statement: str, before: int, db: sqlite3.Connection, now: int) -> int:
+def _sweep(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
     """Delete a batch of orphans; how many, 0 when none is left."""
     grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
     return db.execute(statement, {"cutoff": before, "grace": grace, "most": BATCH}).rowcount

@@ -165,9 +165,9 @@ def is_far_behind(db: sqlite3.Connection) -> bool:
     return count > TOLERATED
 
 
-def gather_texts(db: sqlite3.Connection, now: int) -> int:
-    """Add some ended runs to the index; how many."""
-    deadline = time.monotonic() + GATHER_SECONDS
+def gather_texts(db: sqlite3.Connection, now: int, until: float | None = None) -> int:
+    """Add some ended runs to the index, by time.monotonic() until then or for GATHER_SECONDS; how many."""
+    deadline = time.monotonic() + GATHER_SECONDS if until is None else until
     gathered = 0
     for (run_id,) in db.execute(FIND_UNSEARCHED, (GATHERED,)).fetchall():
         db.execute(NOTE_OPEN_STEPS, (run_id,))

@@ -43,30 +43,38 @@ class Transactions:
         self._now = now
         self._busy_timeout = busy_timeout
         self._turnstile = Turnstile(path)
+        self.db: sqlite3.Connection
+        """Given before the first group, by the thread that runs them."""
         self.give_up_at: float | None = None
         """Set when the store closes: from then on nobody waits for the lock, by time.monotonic()."""
 
     def close(self) -> None:
         self._turnstile.close()
 
-    def run(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
+    def run(self, calls: Sequence[Call]) -> list[Any]:
         """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
         try:
-            if (refusals := self._begin(calls, db)) is not None:
+            has_begun = self._turnstile.is_open() and self._try_begin()
+            if not has_begun and (refusals := self._begin(calls)) is not None:
                 return refusals
             outcomes: list[Any] = []
             try:
-                self._run_plainly(calls, db, outcomes)
+                self._run_plainly(calls, outcomes)
             except (_ChangedError, sqlite3.Error):
                 # One of them failed all: they run again, told apart.
-                _roll_back(db)
-                return self._run_guarded(calls, db)
-            return self._commit(outcomes, db) + [AGAIN] * (len(calls) - len(outcomes))
+                self._roll_back()
+                return self._run_guarded(calls)
+            outcomes = self._commit(outcomes)
+            if len(outcomes) < len(calls):
+                outcomes += [AGAIN] * (len(calls) - len(outcomes))
+            return outcomes
+        except sqlite3.Error as error:
+            return [map_error(error, self._path) for _ in calls]
         finally:
-            _roll_back(db)
+            self._roll_back()
 
-    def _run_plainly(self, calls: Sequence[Call], db: sqlite3.Connection, outcomes: list[Any]) -> None:
-        monotonic, now = time.monotonic, self._now
+    def _run_plainly(self, calls: Sequence[Call], outcomes: list[Any]) -> None:
+        db, monotonic, now = self.db, time.monotonic, self._now
         until = monotonic() + HOLD_SECONDS
         for call in calls:
             changes = db.total_changes
@@ -82,23 +90,24 @@ class Transactions:
             if monotonic() >= until:
                 break
 
-    def _run_guarded(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any]:
-        if (refusals := self._begin(calls, db)) is not None:
+    def _run_guarded(self, calls: Sequence[Call]) -> list[Any]:
+        if (refusals := self._begin(calls)) is not None:
             return refusals
         try:
-            outcomes = [self._run_behind_savepoint(call.item, db) for call in calls]
+            outcomes = [self._run_behind_savepoint(call.item) for call in calls]
         except sqlite3.Error as error:
-            _roll_back(db)
+            self._roll_back()
             if is_transient(error):
                 return [AGAIN] * len(calls)
             if len(calls) == 1:
                 return [map_error(error, self._path)]
             # It took the whole transaction with it, so the parts get transactions of their own.
             middle = len(calls) // 2
-            return self._run_guarded(calls[:middle], db) + self._run_guarded(calls[middle:], db)
-        return self._commit(outcomes, db)
+            return self._run_guarded(calls[:middle]) + self._run_guarded(calls[middle:])
+        return self._commit(outcomes)
 
-    def _run_behind_savepoint(self, work: Write[Any], db: sqlite3.Connection) -> Any:
+    def _run_behind_savepoint(self, work: Write[Any]) -> Any:
+        db = self.db
         outcome: Any
         db.execute("SAVEPOINT call")
         try:
@@ -114,33 +123,33 @@ class Transactions:
         db.execute("RELEASE call")
         return outcome
 
-    def _begin(self, calls: Sequence[Call], db: sqlite3.Connection) -> list[Any] | None:
+    def _begin(self, calls: Sequence[Call]) -> list[Any] | None:
         """Get the write lock in turn, or give the errors that the callers get instead."""
         deadline = calls[0].since + self._busy_timeout
-
-        def begin() -> bool:
-            try:
-                # IMMEDIATE: a transaction that reads first and writes then fails at once when another
-                # wrote between.
-                db.execute("BEGIN IMMEDIATE")
-            except sqlite3.Error as error:
-                if not is_transient(error):
-                    raise
-                return False
-            return True
 
         def give_up() -> bool:
             now = time.monotonic()
             return now >= deadline or (self.give_up_at is not None and now >= self.give_up_at)
 
         try:
-            if self._turnstile.pass_through(begin, give_up):
+            if self._turnstile.pass_through(self._try_begin, give_up):
                 return None
         except sqlite3.Error as error:
             failure = error
         else:
             return self._late(calls)
         return [map_error(failure, self._path) for _ in calls]
+
+    def _try_begin(self) -> bool:
+        try:
+            # IMMEDIATE: a transaction that reads first and writes then fails at once when another
+            # wrote between.
+            self.db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if not is_transient(error):
+                raise
+            return False
+        return True
 
     def _late(self, calls: Sequence[Call]) -> list[Any]:
         now = time.monotonic()
@@ -150,18 +159,17 @@ class Transactions:
         latest = now - self._busy_timeout
         return [StoreUnavailableError(reason) if call.since <= latest else AGAIN for call in calls]
 
-    def _commit(self, outcomes: list[Any], db: sqlite3.Connection) -> list[Any]:
+    def _commit(self, outcomes: list[Any]) -> list[Any]:
         try:
-            db.execute("COMMIT")
+            self.db.execute("COMMIT")
         except sqlite3.Error as error:
-            _roll_back(db)
+            self._roll_back()
             if is_transient(error):
                 return [AGAIN for _ in outcomes]
             return [map_commit_error(error, self._path) for _ in outcomes]
         return outcomes
 
-
-def _roll_back(db: sqlite3.Connection) -> None:
-    # Some errors have rolled back already.
-    if db.in_transaction:
-        db.execute("ROLLBACK")
+    def _roll_back(self) -> None:
+        # Some errors have rolled back already.
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")

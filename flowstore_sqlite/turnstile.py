@@ -4,7 +4,8 @@ SQLite's write lock goes to whoever asks at the right moment. A process that has
 again at once and gets it again, while another, asleep between two tries, can starve. Here only the
 process that holds a lock on a small file beside the database may ask for the write lock, so who has
 just written queues behind who waits. Those who wait for the file ask the more often the longer they
-have waited.
+have waited. Who holds it asks often: while a process hands out answers and gathers the next calls, which
+takes as long as a group of writes, another can write. Where nobody else writes, nobody queues.
 
 It is a courtesy, not a safeguard: SQLite's own lock keeps the data right. Where the file cannot be made
 or locked, or when its holder hangs, processes ask for the write lock directly. The system frees the
@@ -28,15 +29,14 @@ except ImportError:  # Windows has no flock; there SQLite's own waiting has to d
 
 SUFFIX = "-turn"
 TURN_SECONDS = 0.01
-"""How long a turn lasts: who has it may write again without queueing, unless somebody was faster.
-
-What a process has read of the file it must read again once another has written, so longer turns are less
-work in total.
-"""
+"""How long who has had the turn, and has met nobody, may write again without queueing."""
+CROWDED_SECONDS = 0.2
+"""How long after it has met somebody a process queues for every group of writes."""
 PATIENCE_SECONDS = 1.0
 """How long one waits for its turn before it goes without: nobody waits for a process that hangs."""
 WITHOUT_SECONDS = 10.0
 """How long it then goes without."""
+SHORTEST_SLEEP = 0.0001
 LONGEST_SLEEP = 0.005
 
 _log = logging.getLogger("flowstore_sqlite")
@@ -50,26 +50,28 @@ class Turnstile:
         self._file = _open(self.path, database)
         self._without_until = 0.0
         self._turn_until = 0.0
+        self._crowded_until = 0.0
 
     def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
 
+    def is_open(self) -> bool:
+        """Whether this process has the turn and nobody else was met: it need not pass through."""
+        return time.monotonic() < self._turn_until
+
     def pass_through(self, begin: Callable[[], bool], give_up: Callable[[], bool]) -> bool:
         """Call ``begin`` in turn until it is True; False when ``give_up`` said so first."""
         since = now = time.monotonic()
-        if now < self._turn_until and begin():
-            return True
         has_turn = self._take_turn()
         try:
             while True:
                 if has_turn or self._file is None or now < self._without_until:
                     if begin():
-                        self._turn_until = now + TURN_SECONDS
+                        self._turn_until = now + TURN_SECONDS if now >= self._crowded_until else 0.0
                         return True
-                    # Next in line: late enough to leave the other its turn.
-                    pause = min(LONGEST_SLEEP, 0.001 + (now - since) / 50)
+                    pause = min(LONGEST_SLEEP, SHORTEST_SLEEP + (now - since) / 50)
                 elif now - since > PATIENCE_SECONDS:
                     self._without_until = now + WITHOUT_SECONDS
                     continue
@@ -77,6 +79,7 @@ class Turnstile:
                     pause = max(0.0003, 0.002 - (now - since) / 50)
                 if give_up():
                     return False
+                self._crowded_until = now + CROWDED_SECONDS
                 time.sleep(random.uniform(pause / 2, pause))
                 now = time.monotonic()
                 has_turn = has_turn or self._take_turn()

@@ -68,6 +68,7 @@ def test_sqlite(tmp_path: Path) -> None:
     report, printed = run("sqlite", tmp_path, "--callers", "1,32", "--claims", "2_000")
     found = measures(report)
     assert len(found["lifecycle, 32 callers"]) == 4
+    assert len(found["try_claim_step, 1 caller, call by call in turn"]) == 3
     assert len(found["lifecycle, 4 processes on one file, together"]) == 3
     assert "synchronous FULL" in printed
 
@@ -124,8 +125,8 @@ def example() -> Report:
     return Report("example", {"processor": "a fast one"}, {"rounds": "2"}, [measure])
 
 
-@pytest.mark.parametrize(("least", "met"), [(10.0, True), (11.5, False)])
-def test_a_target_is_judged_by_the_medians(least: float, met: bool) -> None:
+@pytest.mark.parametrize(("least", "met"), [(10.0, True), (11.5, False), (None, None)])
+def test_a_target_is_judged_by_the_medians(least: float | None, met: bool | None) -> None:
     ratio = Target("life", "life <1>", "flowstore", "the other", True, least).judge(example())
     assert ratio == Ratio("life", 11.0, 9.0, 13.0, least, None, True)
     assert ratio.met is met

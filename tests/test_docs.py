@@ -418,7 +418,7 @@ def test_code_in_pages_compiles(page: str) -> None:
 def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
     lines = {line.strip() for line in source.splitlines()}
-    own = ("class Traced", "import AGAIN, Batcher")
+    own = ("class Traced", "import AGAIN, Batcher", "import Batcher, BatchError, ThreadLane")
     blocks = [block for block in _blocks(WRITING, "python") if not any(mark in block for mark in own)]
     assert len(blocks) == 3
     for block in blocks:
@@ -481,6 +481,23 @@ async def test_the_excerpt_on_coalescing_runs() -> None:
     await claims.aclose()
     assert cancelled.cancelled()
     assert ("run", "cancelled") not in database.holders
+
+
+async def test_the_excerpt_on_threads_runs(tmp_path: Path) -> None:
+    (code,) = [block for block in _blocks(WRITING, "python") if "import Batcher, BatchError, Thread" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, "writing-a-backend.md", "exec"), names)
+    writing = names["Writing"](tmp_path / "excerpt.db")
+    await writing.write(lambda db: db.execute("CREATE TABLE numbers (number INTEGER PRIMARY KEY)"))
+
+    def add(number: int) -> Any:
+        return writing.write(lambda db: db.execute("INSERT INTO numbers VALUES (?)", (number,)).lastrowid)
+
+    answers = await asyncio.gather(*(add(number % 50) for number in range(51)), return_exceptions=True)
+    assert sorted(one for one in answers if isinstance(one, int)) == [*range(50)]
+    (refused,) = [one for one in answers if not isinstance(one, int)]
+    assert "UNIQUE" in str(refused)
+    await writing.aclose()
 
 
 # Hygiene

@@ -220,7 +220,7 @@ async def _downgrade(url: str) -> None:
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
     await _execute(
         url,
-        *(f"DROP TABLE {{s}}{name}" for name in tables),
+        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits")),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
         "ALTER TABLE {s}steps DROP COLUMN searched_open",
         "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",

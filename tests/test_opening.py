@@ -73,3 +73,22 @@ async def test_con_4_opening_may_be_cancelled(namespace: str, clock: VirtualCloc
         run_id = await new_run(store)
         assert await store.get_run_status(run_id) is RunStatus.RUNNING
     assert asyncio.all_tasks() == before
+
+
+async def test_con_4_a_closing_that_was_cancelled_is_over_when_it_says_so(
+    namespace: str, clock: VirtualClock
+) -> None:
+    before = asyncio.all_tasks()
+    for turns in range(1, 12):
+        opened = open_store(namespace, clock=clock)
+        store = await opened.__aenter__()
+        under_way = [asyncio.ensure_future(store.get_runs()) for _ in range(3)]
+        closing = asyncio.ensure_future(opened.__aexit__(None, None, None))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait({closing})
+        # The event loop may end at this moment, and would tear up whatever still runs.
+        assert not closing.cancelled() or asyncio.all_tasks() - before <= set(under_way)
+        await asyncio.gather(*under_way, return_exceptions=True)
+    assert asyncio.all_tasks() == before

@@ -14,6 +14,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from flowstore_chaos.proxy import Fault, proxy_before
 from flowstore_core import (
     ClaimLostError,
     FlowStore,
@@ -28,7 +29,6 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.plugins import find_backend
-from tests.proxy import Fault, proxy_before
 from tests.worker import Call, Fleet
 
 FLOW = UUID(int=1)
@@ -167,7 +167,7 @@ async def test_con_3_a_batch_whose_acknowledgement_is_lost_gets_true_answers(
     async with (
         open_store(fresh) as direct,
         proxy_before(fresh) as (proxy, through),
-        open_store(through) as store,
+        open_store(through, statement_timeout=0.5) as store,
     ):
         run = await new_run(direct)
         keys = [f"step {n:02}" for n in range(20)]

@@ -7,6 +7,7 @@ them comparable.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -14,9 +15,9 @@ from uuid import UUID
 
 import pytest
 
-from flowstore_core import FlowStore, StepStatus, open_store
+from flowstore_chaos.proxy import CUTS, HOLES, Fault, Proxy, proxy_before
+from flowstore_core import FlowStore, StepStatus, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
-from tests.proxy import Fault, Proxy, proxy_before
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -103,8 +104,12 @@ def _with_run(value: Any, run: UUID) -> str:
     return text
 
 
-@pytest.mark.parametrize("fault", Fault)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, fault) for fault in CUTS for name in CALLS]
+    # These take a time-out each: one by a statement for many, one by a statement, one by a transaction.
+    + [(name, fault) for fault in HOLES for name in ("try_claim_step", "append_event", "deliver_signal")],
+)
 async def test_con_3_a_lost_message_gets_the_true_answer(
     name: str, fault: Fault, postgresql_url: str
 ) -> None:
@@ -116,7 +121,7 @@ async def test_con_3_a_lost_message_gets_the_true_answer(
         proxy_before(fresh) as (proxy, through),
         open_store(fresh, clock=clock) as direct,
         # One connection, so that the messages of a call come in one order.
-        open_store(through, clock=clock, pool_size=1) as store,
+        open_store(through, clock=clock, pool_size=1, statement_timeout=0.5) as store,
     ):
         messages = await _count_messages(proxy, store, direct, call)
         calm = UUID(int=10_000)
@@ -132,6 +137,7 @@ async def test_con_3_a_lost_message_gets_the_true_answer(
             proxy.disarm()
             assert proxy.struck, f"message {strike_at} of {name} was not sent"
             await proxy.settle()
+            proxy.heal()
             assert struck == answer, f"message {strike_at} of {messages}"
             assert _with_run(await _state(direct, run), run) == state, f"message {strike_at} of {messages}"
 
@@ -143,6 +149,27 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
         proxy.arm(0, Fault.REPLY_LOST)
         await call(store, run)
     return proxy.messages
+
+
+@pytest.mark.parametrize("strike_at", [1, 2, 3])
+async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
+    strike_at: int, postgresql_url: str
+) -> None:
+    _, backend = find_backend("postgresql")
+    options = {"pool_size": 1, "acquire_timeout": 0.3, "statement_timeout": 0.3, "retry_timeout": 0.3}
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, **options) as store,
+    ):
+        # The server's first answers: to the greeting, and to who it is.
+        proxy.arm(strike_at, Fault.BLACK_HOLE)
+        proxy.cut()
+        async with asyncio.timeout(5):
+            with pytest.raises(StoreUnavailableError):
+                await store.ping()
+            assert proxy.struck
+            await store.ping()
 
 
 async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql_url: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
@@ -20,7 +22,9 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import find_backend
+from flowstore_postgres.migrate import read_connection_settings
 
 SECRET = "hunter2-Zw"
 
@@ -96,6 +100,39 @@ async def test_libpq_urls_with_an_empty_host_find_the_socket(fresh: str) -> None
     ):
         async with open_store(url) as store:
             await store.ping()
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "expected"),
+    [
+        ("postgresql://u:p@h:1/d", {}, ("h", "1", "d", "u", "p")),
+        ("postgresql://u:p@h:1/d", {"user": "x"}, ("h", "1", "d", "x", "p")),
+        ("postgresql://u:p%40@h:1/d", {"password": "q%/"}, ("h", "1", "d", "u", "q%/")),
+        ("postgresql://u:p%40@h:1/d?user=x", {}, ("h", "1", "d", "x", "p@")),
+        ("postgresql://u:p@h:1/d", {"host": "i"}, ("i", None, "d", "u", "p")),
+        ("postgresql://u:p@h:1/d", {"port": 2}, ("h", "2", "d", "u", "p")),
+        ("postgresql://u:p@[::1]:1/d", {"port": 2}, ("[::1]", "2", "d", "u", "p")),
+        ("postgresql://u:p@h:1/d", {"dbname": "e"}, ("h", "1", "e", "u", "p")),
+        ("postgresql://u:p@h:1/d?database=e", {"user": "x"}, ("h", "1", "e", "x", "p")),
+    ],
+)
+def test_an_option_goes_before_the_same_in_the_url(
+    given: str, options: dict[str, Any], expected: tuple[str | None, ...]
+) -> None:
+    _, _, config = resolve_store(given, **options)
+    parts = urlsplit(read_connection_settings(config).connect_arguments["dsn"])
+    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    host, _, port = (
+        parts.netloc.rpartition(":") if re.search(r":\d+$", parts.netloc) else (parts.netloc, "", "")
+    )
+    found = (
+        query.get("host") or host,
+        query.get("port") or port or None,
+        query.get("database") or query.get("dbname") or parts.path[1:],
+        query["user"],
+        query["password"],
+    )
+    assert found == expected
 
 
 async def test_a_schema_of_any_name_is_quoted(fresh: str) -> None:

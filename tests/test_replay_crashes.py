@@ -310,7 +310,7 @@ async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 async def test_a_store_that_comes_and_goes_loses_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
-    monkeypatch.setattr("flowstore_replay.engine.LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("flowstore_replay.patience.LONGEST_PAUSE", 0.001)
 
     class Flaky(Interposed):
         async def before(self, name: str) -> None:

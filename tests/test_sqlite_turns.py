@@ -157,3 +157,89 @@ async def test_the_lock_may_be_lost(tmp_path: Path) -> None:
         assert await store.try_claim_step(run.run_id, "one")
     async with open_store(f"sqlite:///{path}") as store:
         assert [claim.step_key for claim in await store.get_step_claims(run.run_id)] == ["one"]
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.0])
+def test_who_meets_nobody_need_not_queue_for_a_while(
+    queue: Turnstile, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(turnstile, "TURN_SECONDS", seconds)
+    assert not queue.is_open()
+    pass_through(queue)
+    assert queue.is_open() == (seconds > 0)
+
+
+def test_who_has_met_somebody_queues_every_time(queue: Turnstile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turnstile, "TURN_SECONDS", 60.0)
+    monkeypatch.setattr(turnstile, "CROWDED_SECONDS", 60.0)
+    pass_through(queue)
+    answers = iter([False, True])
+    assert queue.pass_through(lambda: next(answers), lambda: False)
+    assert not queue.is_open()
+    pass_through(queue)
+    assert not queue.is_open()
+
+
+def test_who_meets_nobody_any_more_need_not_queue_either(
+    queue: Turnstile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turnstile, "TURN_SECONDS", 60.0)
+    monkeypatch.setattr(turnstile, "CROWDED_SECONDS", 0.01)
+    answers = iter([False, True])
+    queue.pass_through(lambda: next(answers), lambda: False)
+    time.sleep(0.02)
+    pass_through(queue)
+    assert queue.is_open()
+
+
+WRITER = """
+import asyncio, sys, time
+from uuid import uuid4
+from flowstore_core import open_store
+
+async def caller(store, run_id, end, number):
+    done = 0
+    while time.monotonic() < end:
+        assert await store.try_claim_step(run_id, f"{number}-{done}")
+        done += 1
+    return done
+
+async def main(url, seconds):
+    async with open_store(url) as store:
+        run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        end = time.monotonic() + seconds
+        done = await asyncio.gather(*(caller(store, run.run_id, end, number) for number in range(8)))
+        print(sum(done), flush=True)
+
+asyncio.run(main(sys.argv[1], float(sys.argv[2])))
+"""
+
+
+def test_nobody_starves_and_who_is_killed_holds_up_nobody(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    command = [sys.executable, "-c", WRITER, url]
+    seconds = 2.0
+    writers = [
+        subprocess.Popen([*command, str(seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        time.sleep(seconds / 4)
+        writers[0].kill()
+        done = [int(writer.communicate(timeout=60)[0]) for writer in writers[1:]]
+        assert [writer.returncode for writer in writers[1:]] == [0, 0, 0]
+        # Each of its eight callers has come to its turn; how often is a matter of speed.
+        assert min(done) >= 8
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()

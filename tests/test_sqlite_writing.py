@@ -48,7 +48,7 @@ async def run_id(store: FlowStore) -> UUID:
 def database(store: FlowStore) -> Database:
     """The backend's own store, which can be given works that the contract does not know."""
     inner: Any = store
-    found = inner._store
+    (found,) = inner._store.values()
     assert isinstance(found, Database)
     return found
 

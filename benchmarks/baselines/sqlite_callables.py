@@ -3,6 +3,9 @@
 The least that a call can cost when every call is a transaction of its own: one hop to the thread and
 back, not one per statement. With ``grouped`` the thread takes all functions that are waiting and
 commits them together, and nothing but busy_timeout orders the processes that share the file.
+
+Without the thread, each function runs where its caller does, and stops the event loop meanwhile: what
+SQLite and the disk take, the limit of what any call can reach.
 """
 
 from __future__ import annotations
@@ -30,52 +33,12 @@ Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
 Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
-class CallablePerCall(tables.Records):
-    def __init__(self, path: Path, *, grouped: bool) -> None:
-        super().__init__(path)
-        self._largest = LARGEST_GROUP if grouped else 1
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
+class _Calls(tables.Records):
+    """The five calls of a lifecycle, each as one function."""
 
     async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        answer: asyncio.Future[T] = self._loop.create_future()
-        self._jobs.put((function, answer))
-        return await answer
-
-    def _work(self) -> None:
-        db = tables.connect(self._path)
-        while (job := self._jobs.get()) is not None:
-            group = [job]
-            ended = False
-            while len(group) < self._largest and not self._jobs.empty():
-                following = self._jobs.get()
-                if following is None:
-                    ended = True
-                    break
-                group.append(following)
-            answers = self._transaction(db, group)
-            self._loop.call_soon_threadsafe(_deliver, answers)
-            if ended:
-                break
-        db.close()
-
-    @staticmethod
-    def _transaction(db: sqlite3.Connection, group: list[Job]) -> list[Answer]:
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            answers: list[Answer] = [(answer, function(db), None) for function, answer in group]
-            db.execute("COMMIT")
-        except (sqlite3.Error, WrongAnswerError) as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            return [(answer, None, error) for _, answer in group]
-        return answers
+        """Run it in a transaction of its own."""
+        raise NotImplementedError
 
     async def try_record_dispatch(self, run_id: UUID, step_key: str, /) -> bool:
         row = (run_id.bytes, step_key, time.time_ns())
@@ -126,6 +89,69 @@ class CallablePerCall(tables.Records):
         await self._call(complete)
 
 
+class CallablePerCall(_Calls):
+    def __init__(self, path: Path, *, grouped: bool) -> None:
+        super().__init__(path)
+        self._largest = LARGEST_GROUP if grouped else 1
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._jobs.put((function, answer))
+        return await answer
+
+    def _work(self) -> None:
+        db = tables.connect(self._path)
+        while (job := self._jobs.get()) is not None:
+            group = [job]
+            ended = False
+            while len(group) < self._largest and not self._jobs.empty():
+                following = self._jobs.get()
+                if following is None:
+                    ended = True
+                    break
+                group.append(following)
+            answers = self._transaction(db, group)
+            self._loop.call_soon_threadsafe(_deliver, answers)
+            if ended:
+                break
+        db.close()
+
+    @staticmethod
+    def _transaction(db: sqlite3.Connection, group: list[Job]) -> list[Answer]:
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            answers: list[Answer] = [(answer, function(db), None) for function, answer in group]
+            db.execute("COMMIT")
+        except (sqlite3.Error, WrongAnswerError) as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            return [(answer, None, error) for _, answer in group]
+        return answers
+
+
+class CallOnTheSpot(_Calls):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._db = tables.connect(path)
+
+    def stop(self) -> None:
+        self._db.close()
+
+    async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        self._db.execute("BEGIN IMMEDIATE")
+        result = function(self._db)
+        self._db.execute("COMMIT")
+        return result
+
+
 def _deliver(answers: list[Answer]) -> None:
     for answer, result, error in answers:
         if answer.cancelled():
@@ -143,6 +169,16 @@ async def callable_per_call(
     if create:
         tables.create(path)
     baseline = CallablePerCall(path, grouped=grouped)
+    try:
+        yield baseline
+    finally:
+        baseline.stop()
+
+
+@asynccontextmanager
+async def call_on_the_spot(path: Path) -> AsyncIterator[CallOnTheSpot]:
+    tables.create(path)
+    baseline = CallOnTheSpot(path)
     try:
         yield baseline
     finally:

@@ -22,6 +22,7 @@ from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
 from flowstore_core import FlowStoreError, open_store
+from flowstore_core.contents import in_full
 
 START = {start}
 now = START
@@ -29,7 +30,7 @@ now = START
 
 async def told(call):
     try:
-        return repr(await call)
+        return in_full(await call)
     except FlowStoreError as error:
         return f"raises {{type(error).__name__}}"
 

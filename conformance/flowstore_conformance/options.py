@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -44,7 +44,8 @@ NO_URL = (
 class Session:
     """What a session of pytest checks, and how."""
 
-    url: str
+    # pytest shows the arguments of tests that fail.
+    url: str = field(repr=False)
     backend: GuardedBackend
     profile: Profile
     seed: int

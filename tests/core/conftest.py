@@ -74,7 +74,12 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     modules: set[str] = set()
 
     def install_one(
-        name: str, code: str, *, entry: str | None = None, requires: tuple[str, ...] = ()
+        name: str,
+        code: str,
+        *,
+        entry: str | None = None,
+        entries: str | None = None,
+        requires: tuple[str, ...] = (),
     ) -> None:
         # A directory of its own: what is already on the path is looked at once only.
         place = tmp_path / f"site-{len(modules)}"
@@ -86,7 +91,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         metadata = [f"Metadata-Version: 2.1\nName: dist-of-{name}\nVersion: 1.0"]
         metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
         (info / "METADATA").write_text("\n".join(metadata) + "\n")
-        (info / "entry_points.txt").write_text(f"[flowstore]\n{entry or name} = {module}\n")
+        written = entries or f"[flowstore]\n{entry or name} = {module}\n"
+        (info / "entry_points.txt").write_text(written)
         monkeypatch.syspath_prepend(place)
 
     yield install_one

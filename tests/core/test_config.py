@@ -28,6 +28,28 @@ def _config(**options: Any) -> StoreConfig:
 # Where the URL comes from
 
 
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("mine://", {"user", "password", "host", "port", "database", "colour"}),
+        ("mine://me@h/d", {"password", "port", "colour"}),
+        ("mine://me:secret@h:5/d", {"colour"}),
+        ("mine:///d?user=x", {"user", "password", "host", "port", "colour"}),
+    ],
+)
+def test_what_the_url_says_in_front_goes_before_the_file_too(
+    url: str, kept: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("user", "password", "host", "port", "database", "colour")
+    (tmp_path / "flowstore.toml").write_text("".join(f'{name} = "of the file"\n' for name in names))
+    options = read_settings(url, {}).options
+    assert set(options) == kept
+    assert options.get("user") in (None, "of the file", "x")
+    # A keyword goes before all.
+    assert read_settings(url, {"user": "mine"}).options["user"] == "mine"
+
+
 def test_config_the_default_is_a_file_in_the_working_directory() -> None:
     found = read_settings(None, {})
     assert (found.url, dict(found.options), found.migrate) == ("sqlite:///flowstore.db", {}, True)

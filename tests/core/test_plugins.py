@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+import traceback
+from importlib.metadata import entry_points
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 from uuid import uuid4
 
@@ -54,6 +61,14 @@ def test_plugins_the_built_in_backends_are_found_like_any_other() -> None:
         assert found[name].error is None
         assert [backend.name for backend in found[name].backends] == [name]
         assert found[name].distribution == "flowstore"
+    names = {entry.name for entry in entry_points(group="flowstore") if entry.value.startswith("flowstore_")}
+    # Named after every scheme, so that opening one imports one.
+    assert names == {
+        scheme
+        for name in ("memory", "postgresql", "sqlite")
+        for b in found[name].backends
+        for scheme in b.schemes
+    }
 
 
 async def test_plugins_an_installed_backend_is_opened_by_its_scheme(install: Install) -> None:
@@ -235,18 +250,48 @@ async def test_plugins_a_clock_needs_virtual_clock(install: Install) -> None:
     await _open("mine://x")
 
 
+def _install_wrapper(install: Install, name: str, code: str) -> None:
+    install(name, code, entries=f"[flowstore_wrappers]\n{name} = plugin_of_{name}\n")
+
+
 async def test_plugins_wrap_in_the_order_of_their_names(install: Install) -> None:
-    install("zulu", _wrapper("zulu"))
+    _install_wrapper(install, "zulu", _wrapper("zulu"))
     install("mine", RECORDING)
-    install("alpha", _wrapper("alpha"))
+    _install_wrapper(install, "alpha", _wrapper("alpha"))
     async with open_store("mine://x") as store:
         # The first lies next to the backend, the last is outermost.
         answer = await store.get_run_status(uuid4())
     assert answer == "zulu(alpha(get_run_status of innermost))"
 
 
+async def test_plugins_a_wrapper_beside_a_backend_wraps_that_backend_only(install: Install) -> None:
+    own = dedent(_wrapper("own")).replace('config.scheme == "mine"', "True")
+    install("mine", RECORDING + own)
+    install("other", RECORDING.replace('"mine"', '"other"').replace("mine", "other"))
+    _install_wrapper(install, "alpha", _wrapper("alpha").replace('config.scheme == "mine"', "True"))
+    for scheme, expected in (
+        ("mine", "alpha(own(get_run_status of innermost))"),
+        ("other", "alpha(get_run_status of innermost)"),
+    ):
+        async with open_store(f"{scheme}://x") as store:
+            assert await store.get_run_status(uuid4()) == expected
+
+
+async def test_plugins_one_in_both_groups_wraps_a_store_once(install: Install) -> None:
+    own = dedent(_wrapper("own")).replace('config.scheme == "mine"', "True")
+    install(
+        "mine",
+        RECORDING + own,
+        entries="[flowstore]\nmine = plugin_of_mine\n[flowstore_wrappers]\nmine = plugin_of_mine\n",
+    )
+    install("other", RECORDING.replace('"mine"', '"other"').replace("mine", "other"))
+    for scheme in ("mine", "other"):
+        async with open_store(f"{scheme}://x") as store:
+            assert await store.get_run_status(uuid4()) == "own(get_run_status of innermost)"
+
+
 async def test_plugins_a_wrapper_may_leave_a_store_as_it_is(install: Install) -> None:
-    install("alpha", _wrapper("alpha"))
+    _install_wrapper(install, "alpha", _wrapper("alpha"))
     async with open_store("memory://") as store:
         run_id = await new_run(store)
         assert await store.get_run_status(run_id) == "Running"
@@ -254,10 +299,103 @@ async def test_plugins_a_wrapper_may_leave_a_store_as_it_is(install: Install) ->
 
 async def test_plugins_a_wrapper_that_fails_closes_the_store(install: Install) -> None:
     install("mine", RECORDING)
-    install("alpha", _wrapper("alpha").replace("return Wrapper(store)", "return 1 / 0"))
+    _install_wrapper(install, "alpha", _wrapper("alpha").replace("return Wrapper(store)", "return 1 / 0"))
     with pytest.raises(ZeroDivisionError):
         await _open("mine://x")
     assert len(importlib.import_module("plugin_of_mine").closed) == 1
+
+
+async def test_plugins_no_store_opens_without_a_wrapper_that_is_broken(install: Install) -> None:
+    # It may be the one that encrypts.
+    install("mine", RECORDING)
+    _install_wrapper(install, "alpha", "raise RuntimeError('broken')")
+    with pytest.raises(BackendLoadError) as caught:
+        await _open("mine://x")
+    assert caught.value.plugin == "alpha"
+    assert len(importlib.import_module("plugin_of_mine").closed) == 1
+
+
+_OPEN = """
+import asyncio
+import sys
+
+from flowstore_core import FlowStoreError, open_store
+
+
+async def use(url):
+    try:
+        async with open_store(url) as store:
+            await store.get_runs()
+    except FlowStoreError as error:
+        print(type(error).__name__)
+
+
+asyncio.run(use(sys.argv[1]))
+print(*sorted(sys.modules))
+"""
+
+
+def _imported_for(url: str) -> set[str]:
+    """What a process of its own has imported, after it opened a store."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", _OPEN, url], env=environment, capture_output=True, text=True, check=True
+    )
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("url", "own"),
+    [
+        ("memory://", {"flowstore_memory"}),
+        ("sqlite:///{folder}/x.db", {"flowstore_sqlite", "aiosqlite", "sqlite3"}),
+        # Nobody listens there: the plugin is imported, the driver tries, and that is all.
+        ("postgresql://nobody@127.0.0.1:9/x?retry_timeout=0.1", {"flowstore_postgres", "asyncpg"}),
+        ("postgres://nobody@127.0.0.1:9/x?retry_timeout=0.1", {"flowstore_postgres", "asyncpg"}),
+        ("mine://x", {"plugin_of_mine"}),
+    ],
+)
+def test_plugins_only_the_one_whose_scheme_the_url_names_is_imported(
+    install: Install, tmp_path: Path, url: str, own: set[str]
+) -> None:
+    install("mine", RECORDING)
+    install("foreign", RECORDING.replace("mine", "foreign"))
+    # Neither name is a scheme that the URL names, but the second would like to serve it.
+    install("broken", "raise RuntimeError('must not be imported')")
+    scheme = url.partition(":")[0]
+    install("grabbing", RECORDING.replace('frozenset({"mine"})', f"frozenset({{{scheme!r}}})"))
+    every = {
+        *("flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "aiosqlite", "asyncpg"),
+        *("plugin_of_mine", "plugin_of_foreign", "plugin_of_broken", "plugin_of_grabbing"),
+    }
+    imported = _imported_for(url.format(folder=tmp_path))
+    assert own <= imported
+    assert not imported & (every - own)
+
+
+def test_plugins_a_scheme_that_no_entry_point_is_named_after_is_looked_for_in_all(install: Install) -> None:
+    install("mine", RECORDING.replace('frozenset({"mine"})', 'frozenset({"mine", "unnamed"})'))
+    install("broken", "raise RuntimeError('broken')")
+    assert find_backend("unnamed")[0].name == "mine"
+
+
+def test_plugins_two_entry_points_of_one_name_are_refused(install: Install) -> None:
+    install("first", RECORDING, entry="mine")
+    install("second", RECORDING, entry="mine")
+    with pytest.raises(UnknownBackendError) as caught:
+        find_backend("mine")
+    for name in ("dist-of-first", "dist-of-second"):
+        assert name in str(caught.value)
+
+
+def test_plugins_a_broken_one_does_not_grow_each_time_it_is_asked_for(install: Install) -> None:
+    install("mine", "raise RuntimeError('broken')")
+    depths = set()
+    for _ in range(3):
+        with pytest.raises(BackendLoadError) as caught:
+            find_backend("mine")
+        depths.add(len(traceback.extract_tb(caught.value.__traceback__)))
+    assert len(depths) == 1
 
 
 async def test_plugins_one_plugin_may_bring_several_backends(install: Install) -> None:

@@ -128,9 +128,9 @@ class ClaimsReadFromOwnCache:
     def begin(self) -> None:
         self._known: dict[Any, Any] = {}
 
-    async def write(self, work: Any, **given: Any) -> Any:
+    async def write(self, *given: Any) -> Any:
         self._known.clear()
-        return await super().write(work, **given)
+        return await super().write(*given)
 
     async def get_claimed_step_keys(self, **given: Any) -> Any:
         if given["run_id"] not in self._known:

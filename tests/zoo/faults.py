@@ -15,9 +15,8 @@ from tests.zoo import broken
 class CancelledClaimIsKept:
     """Gives nothing back of what a cancelled call had won."""
 
-    async def write(self, work: Any) -> Any:
-        # Without the work's method ``undo``.
-        return await super().write(lambda db, now: work(db, now))
+    async def write(self, work: Any, give_back: Any = None) -> Any:
+        return await super().write(work)
 
 
 @broken("postgresql", "CON-4")

@@ -51,7 +51,10 @@ class CleanupCountsTables(PostgresSurgery):
 class CleanupTakesRunningRuns(SqliteSurgery):
     """Deletes old runs that still run."""
 
-    cut = Cut((r"completed_at IS NOT NULL AND completed_at < \? ORDER BY completed_at", "started_at < ?"))
+    cut = Cut(
+        (r"completed_at IS NOT NULL AND completed_at < \? ORDER BY completed_at", "started_at < ?"),
+        (r"run_id = \? AND completed_at < \?", "run_id = ? AND started_at < ?"),
+    )
 
 
 @broken("memory", "RET-2", concurrent=True)

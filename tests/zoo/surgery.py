@@ -28,13 +28,10 @@ class SqliteSurgery:
     def bind(self, statement: str, values: Any) -> Any:
         return values
 
-    async def write(self, work: Any) -> Any:
-        def under_the_knife(db: sqlite3.Connection, now: int) -> Any:
-            return work(_Patient(db, self), now)
-
-        if hasattr(work, "undo"):
-            under_the_knife.undo = work.undo  # type: ignore[attr-defined]
-        return await super().write(under_the_knife)  # type: ignore[misc]
+    async def write(self, work: Any, give_back: Any = None) -> Any:
+        return await super().write(  # type: ignore[misc]
+            lambda db, now: work(_Patient(db, self), now), give_back
+        )
 
     async def read(self, work: Any) -> Any:
         return await super().read(lambda db: work(_Patient(db, self)))  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ from flowstore_conformance.checks.scenes import (
     start,
     the_step,
 )
-from flowstore_core import Capability, InvalidArgumentError, RunStatus
+from flowstore_core import Capability, InvalidArgumentError, RunStatus, StepStatus
 from flowstore_core.timeseries import LATEST
 
 
@@ -74,6 +74,15 @@ async def wrong_types_and_ranges_are_refused(bench: Bench) -> None:
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
     await _refused(bench, kinds | {"expected", "keys", "granularity"}, "it is outside its limits")
     store, moment = bench.store, now(bench)
+    many = [f"step-{number}" for number in range(100_001)]
+    told = "a call names at most 100,000 step keys"
+    states = dict.fromkeys(many, StepStatus.FAILED)
+    call: Awaitable[object] = store.complete_run(RUN, RunStatus.FAILED, expected=states)
+    error = await bench.expect_error(call, InvalidArgumentError, told)
+    has(bench, error, f"{told}, and the argument is named", argument="expected")
+    call = store.retry_step(RUN, "charge", reset=many)
+    error = await bench.expect_error(call, InvalidArgumentError, told)
+    has(bench, error, f"{told}, and the argument is named", argument="reset")
     error = await bench.expect_error(
         store.try_claim_step(RUN, "ship", lease=MINUTE), InvalidArgumentError, "a lease needs an owner"
     )
@@ -84,8 +93,11 @@ async def wrong_types_and_ranges_are_refused(bench: Bench) -> None:
         ("until", "day", moment, moment + 10_001 * 24 * HOUR),
     ]
     for name, granularity, since, until in windows:
-        call = store.get_run_timeseries(granularity, since, until)
-        error = await bench.expect_error(call, InvalidArgumentError, "since <= until, at most 10,000 buckets")
+        error = await bench.expect_error(
+            store.get_run_timeseries(granularity, since, until),
+            InvalidArgumentError,
+            "since <= until, at most 10,000 buckets",
+        )
         has(bench, error, f"a window of {granularity}s that is refused names", argument=name)
 
 

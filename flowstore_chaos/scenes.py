@@ -1,0 +1,73 @@
+"""Runs that a few calls make, each call acknowledged in turn; what they must look like is the model's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import State
+from flowstore_conformance.observation import Expectation, Sight, what_to_ask
+from flowstore_conformance.situations import Scene, Setting, available
+
+from flowstore_core import Capability
+
+
+def new_scene(rng: random.Random, setting: Setting, capabilities: Collection[Capability]) -> Scene:
+    """The setting on a run of its own."""
+    run_id, flow_id = UUID(int=rng.getrandbits(128)), UUID(int=rng.getrandbits(128))
+    setup, call = setting(run_id, flow_id)
+    ownerless = call.method == "try_claim_step" and call.arguments.get("owner") is None
+    return Scene(
+        run_id=run_id,
+        setup=tuple(setup),
+        call=call,
+        gives_back=ownerless or call.method == "try_record_dispatch",
+        asked=what_to_ask(run_id, capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]),
+    )
+
+
+def draw_scenes(
+    seed: str, count: int, capabilities: Collection[Capability] = tuple(Capability)
+) -> list[Scene]:
+    """So many, of all settings in turn; the same for the same seed."""
+    rng = random.Random(seed)
+    settings = list(available(capabilities).values())
+    found: list[Scene] = []
+    while len(found) < count:
+        rng.shuffle(settings)
+        found += [new_scene(rng, setting, capabilities) for setting in settings[: count - len(found)]]
+    return found
+
+
+def expected(calls: Sequence[Call]) -> Expectation:
+    """The model after these calls."""
+    state = Expectation(lambda: datetime.now(UTC), State())
+    for call in calls:
+        state = state.then(call, times=False)
+    return state
+
+
+class Course:
+    """A scene's calls in order, and the sight of its run after each of them."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.calls = (*scene.setup, scene.call)
+        self._sights: list[Sight] = []
+
+    def sight(self, done: int) -> Sight:
+        """What is seen once so many of the calls have happened."""
+        if not self._sights:
+            state = expected(())
+            self._sights.append(state.look(self.scene.asked, times=False))
+            for call in self.calls:
+                state = state.then(call, times=False)
+                self._sights.append(state.look(self.scene.asked, times=False))
+        return self._sights[done]
+
+    def earlier(self, seen: Sight, done: int) -> bool:
+        """Whether this was to be seen before so many of the calls had happened."""
+        return any(self.sight(number) == seen for number in range(done))

@@ -1,0 +1,122 @@
+"""What carries the batches of a Batcher to the database: tasks of the event loop.
+
+A Batcher gathers calls and answers them. Its lanes fetch batch after batch and have them written; for
+what blocks a thread there is ThreadLane, and a backend may bring lanes of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flowstore_core.calls import BatchError, Call, another
+
+if TYPE_CHECKING:
+    from flowstore_core.batching import Batcher, Method
+
+GRACE_SECONDS = 1.0
+"""How long what was told to stop may take to do so."""
+
+
+class Lanes(Protocol):
+    """What a Batcher needs of its lanes; every method is called on the event loop.
+
+    A lane that is free calls ``batcher.next_batch()``, has the batch written, and calls
+    ``batcher.answer(method, calls, outcomes)``; or ``batcher.lose(method, calls)``, when it will never
+    know what became of it.
+    """
+
+    def wake(self) -> None:
+        """Calls are waiting. Comes with every call that is queued, so mostly there is nothing to do."""
+
+    def under_way(self) -> Collection[asyncio.Future[Any]]:
+        """What to wait for until nothing is queued and nothing on its way any more; empty when it is so."""
+        ...
+
+    async def stop(self) -> None:
+        """Fetch nothing more, and answer or lose what is on its way within GRACE_SECONDS."""
+
+
+class TaskLanes:
+    """So many batches on their way at once; ``run`` of a method is awaited with the items of each."""
+
+    def __init__(self, batcher: Batcher, lanes: int) -> None:
+        self._batcher = batcher
+        self._lanes = lanes
+        self._stopped = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        """The open lanes: a lane lasts as long as there is something to send."""
+        self._on_the_way: dict[asyncio.Task[None], tuple[Method[Any, Any], list[Call]]] = {}
+
+    def wake(self) -> None:
+        # A lane that is open and has nothing on its way is coming anyway.
+        lanes = self._lanes - self._batcher.borrowed
+        if len(self._on_the_way) == len(self._tasks) < lanes and not self._stopped:
+            # In an empty context: a lane must not carry the first caller's variables to all others.
+            task = Context().run(self._batcher.loop.create_task, self._serve())
+            if not task.done():
+                self._tasks.add(task)
+            task.add_done_callback(self._lane_ended)
+
+    def _lane_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # Somebody who cancels every task of the loop cancels lanes too.
+        if self._batcher.has_calls():
+            self.wake()
+
+    def under_way(self) -> Collection[asyncio.Future[Any]]:
+        return self._tasks
+
+    def _under_way(self) -> int:
+        return sum(len(calls) for _, calls in self._on_the_way.values())
+
+    async def stop(self) -> None:
+        self._stopped = True
+        for task in (tasks := set(self._tasks)):
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=GRACE_SECONDS)
+        for deaf in list(self._on_the_way):
+            self._lose(deaf)
+
+    async def _serve(self) -> None:
+        """One lane: send batch after batch until nothing is left."""
+        lane: Any = asyncio.current_task()
+        batcher = self._batcher
+        try:
+            while (batch := batcher.next_batch(self._lanes, self._under_way())) is not None:
+                method, calls = self._on_the_way[lane] = batch
+                if batcher.waiting:
+                    self.wake()
+                await self._run(method, calls)
+                self._on_the_way.pop(lane, None)
+                if len(calls) > 1:
+                    # Whoever was answered queues its next call before the next batch is made up.
+                    await asyncio.sleep(0)
+        finally:
+            self._tasks.discard(lane)
+            self._lose(lane)
+
+    def _lose(self, lane: asyncio.Task[None]) -> None:
+        """Answer for a lane that was cancelled with a batch on its way."""
+        if sent := self._on_the_way.pop(lane, None):
+            self._batcher.lose(*sent)
+
+    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> None:
+        outcomes: Sequence[Any]
+        try:
+            outcomes = await method.run([call.item for call in calls])
+            if len(outcomes) != len(calls):
+                raise RuntimeError(f"{method.name} gave {len(outcomes)} outcomes for {len(calls)} calls")
+        except BatchError as error:
+            if len(calls) > 1:
+                middle = len(calls) // 2
+                await self._run(method, calls[:middle])
+                await self._run(method, calls[middle:])
+                return
+            outcomes = [error.cause]
+        except Exception as error:  # noqa: BLE001 - not swallowed: each caller gets it
+            outcomes = [error, *(another(error) for _ in calls[1:])]
+        self._batcher.answer(method, calls, outcomes)

@@ -1,0 +1,60 @@
+"""Reads of one run each that share a statement when there are many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from flowstore_core.batching import Batcher, Method
+
+if TYPE_CHECKING:
+    from flowstore_postgres.database import Database
+
+APART = 2
+"""So many reads have a statement of their own at a time; any more gather."""
+
+Rows = list[Any]
+
+
+class Reading:
+    """The shared reads of one store.
+
+    A call is answered from a snapshot that was taken after it came, so it sees what its caller wrote.
+    """
+
+    def __init__(self, database: Database, *, patience: float) -> None:
+        self._database = database
+        self._batcher = Batcher(
+            lanes=1,
+            patience=patience,
+            advice="raise pool_size or acquire_timeout, or send fewer calls at once",
+        )
+        self._methods: dict[str, Method[UUID, Rows]] = {}
+        self._apart = 0
+
+    async def rows(self, statement: str, run_id: UUID) -> Rows:
+        """The run's rows of a SELECT that takes an array of run_ids and gives run_id first."""
+        if self._apart < APART:
+            self._apart += 1
+            try:
+                return list(await self._database.read(statement, [run_id]))
+            finally:
+                self._apart -= 1
+        method = self._methods.get(statement) or self._method(statement)
+        return await method.call(run_id, run_id)
+
+    def _method(self, statement: str) -> Method[UUID, Rows]:
+        async def run(run_ids: Sequence[UUID]) -> Sequence[Rows]:
+            found: dict[UUID, Rows] = {run_id: [] for run_id in run_ids}
+            for row in await self._database.read(statement, run_ids):
+                found[row[0]].append(row)
+            return [found[run_id] for run_id in run_ids]
+
+        # Nobody changes the rows, so calls for one run get the same.
+        made = self._batcher.method("a read", run, keyed=True, share=lambda first, rows, later: rows)
+        self._methods[statement] = made
+        return made
+
+    async def aclose(self, seconds: float) -> None:
+        await self._batcher.drain(seconds)

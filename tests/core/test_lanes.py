@@ -1,0 +1,255 @@
+"""Lanes that are no tasks: a thread, and what a backend brings itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
+from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, ThreadLane
+
+
+class Slate:
+    """A database of one thread: it writes batches down, and can be held, so that calls gather."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.threads: set[str] = set()
+        self.free = threading.Event()
+        self.free.set()
+        self.answer: Callable[[Any], Any] = lambda item: ("done", item)
+        self.returned: list[Any] = []
+
+    def run(self, calls: Sequence[Call]) -> Sequence[Any]:
+        self.threads.add(threading.current_thread().name)
+        self.batches.append([call.item for call in calls])
+        assert self.free.wait(10)
+        return [self.answer(call.item) for call in calls]
+
+    async def take_back(self, outcome: Any) -> None:
+        self.returned.append(outcome)
+
+    async def holds(self, count: int) -> None:
+        """Until so many batches have come to the thread."""
+        for _ in range(1000):
+            if len(self.batches) >= count:
+                return
+            await asyncio.sleep(0.005)
+        raise AssertionError(f"only {self.batches} came")
+
+
+@pytest.fixture
+def slate() -> Iterator[Slate]:
+    made = Slate()
+    yield made
+    made.free.set()
+
+
+def batcher_of(lanes: Callable[[Batcher], Any] = ThreadLane, **given: Any) -> Batcher:
+    return Batcher(lanes=lanes, **given)
+
+
+async def test_calls_gather_while_the_thread_is_busy(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+    slate.free.clear()
+    tasks = [asyncio.create_task(method.call(None, number)) for number in range(50)]
+    await slate.holds(1)
+    slate.free.set()
+    assert await asyncio.gather(*tasks) == [("done", number) for number in range(50)]
+    assert slate.batches == [[0], [*range(1, 50)]]
+    assert await method.call(None, 50) == ("done", 50)
+    await batcher.drain(5)
+    assert slate.threads == {"flowstore"}
+    assert not any(thread.name == "flowstore" for thread in threading.enumerate())
+
+
+async def test_keys_shares_and_calls_that_are_sent_again(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method(
+        "write", slate.run, keyed=True, share=lambda first, result, later: AGAIN if later == "c" else later
+    )
+    slate.free.clear()
+    first = asyncio.create_task(method.call("key", "first"))
+    await slate.holds(1)
+    rest = [asyncio.create_task(method.call("key", item)) for item in "abc"]
+    slate.free.set()
+    await first
+    # b got its answer from a's, c was sent by itself.
+    assert await asyncio.gather(*rest) == [("done", "a"), "b", ("done", "c")]
+    assert slate.batches == [["first"], ["a"], ["c"]]
+    await batcher.drain(5)
+
+
+async def test_an_error_stays_with_its_row(slate: Slate) -> None:
+    def run(calls: Sequence[Call]) -> Sequence[Any]:
+        if any(call.item == 7 for call in calls):
+            raise BatchError(ValueError("seven"))
+        return [KeyError("three") if call.item == 3 else call.item for call in calls]
+
+    batcher = batcher_of()
+    method = batcher.method("write", run)
+    answers = await asyncio.gather(
+        *(method.call(None, number) for number in range(20)), return_exceptions=True
+    )
+    for number, answer in enumerate(answers):
+        if number in (3, 7):
+            assert isinstance(answer, KeyError if number == 3 else ValueError)
+        else:
+            assert answer == number
+    await batcher.drain(5)
+
+
+@pytest.mark.parametrize("wrong", [RuntimeError("broken"), None])
+async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | None) -> None:
+    def run(calls: Sequence[Call]) -> Sequence[Any]:
+        if wrong is not None:
+            raise wrong
+        return []
+
+    batcher = batcher_of()
+    method = batcher.method("write", run)
+    answers = await asyncio.gather(*(method.call(None, n) for n in range(5)), return_exceptions=True)
+    assert all(isinstance(answer, RuntimeError) for answer in answers)
+    # One object raised in many tasks would gather their tracebacks; the first of a batch gets the very one.
+    assert len({id(answer) for answer in answers}) >= 4
+    await batcher.drain(5)
+
+
+async def test_cancelled_calls_never_happen_or_are_given_back(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+    slate.free.clear()
+    tasks = [asyncio.create_task(method.call(None, number, slate.take_back)) for number in range(3)]
+    await slate.holds(1)
+    for task in tasks[:2]:
+        task.cancel()
+    slate.free.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [asyncio.CancelledError, asyncio.CancelledError, tuple]
+    await batcher.drain(5)
+    assert slate.batches == [[0], [2]]
+    assert slate.returned == [("done", 0)]
+
+
+async def test_draining_serves_what_is_queued_and_what_gives_back_queues(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+
+    async def give_back(outcome: Any) -> None:
+        await method.call(None, ("back", outcome))
+
+    slate.free.clear()
+    tasks = [asyncio.create_task(method.call(None, number, give_back)) for number in range(30)]
+    await slate.holds(1)
+    tasks[0].cancel()
+    asyncio.get_running_loop().call_later(0.05, slate.free.set)
+    await batcher.drain(5)
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert answers[1:] == [("done", number) for number in range(1, 30)]
+    assert ("back", ("done", 0)) in slate.batches[-1]
+    with pytest.raises(StoreClosedError):
+        await method.call(None, 1)
+
+
+async def test_a_thread_that_hangs_is_left(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+    slate.free.clear()
+    tasks = [asyncio.create_task(method.call(None, number)) for number in range(3)]
+    await slate.holds(1)
+    await asyncio.wait_for(batcher.drain(0.1), 5)
+    first, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(first, OutcomeUnknownError)
+    assert all(isinstance(other, StoreClosedError) for other in others)
+    # Its late answer finds nobody.
+    slate.free.set()
+    await asyncio.sleep(0.05)
+
+
+async def test_a_drain_that_is_cancelled_answers_everybody(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+    slate.free.clear()
+    tasks = [asyncio.create_task(method.call(None, number)) for number in range(3)]
+    await slate.holds(1)
+    draining = asyncio.create_task(batcher.drain(30))
+    await asyncio.sleep(0.02)
+    draining.cancel()
+    answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert isinstance(answers[0], OutcomeUnknownError)
+    with pytest.raises(asyncio.CancelledError):
+        await draining
+
+
+async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it(slate: Slate) -> None:
+    failures = 2
+
+    async def sometimes(serve: Callable[[], None]) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise StoreUnavailableError("no thread could be started")
+        await asyncio.to_thread(serve)
+
+    batcher = batcher_of(lambda batcher: ThreadLane(batcher, sometimes))
+    method = batcher.method("write", slate.run)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError, match="no thread"):
+            await method.call(None, 1)
+    assert await method.call(None, 2) == ("done", 2)
+    await batcher.drain(5)
+
+
+async def test_cancelling_every_task_leaves_the_thread(slate: Slate) -> None:
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+    assert await method.call(None, 1) == ("done", 1)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await asyncio.sleep(0)
+    assert await asyncio.wait_for(method.call(None, 2), 5) == ("done", 2)
+    await batcher.drain(5)
+
+
+async def test_a_backend_brings_its_own_lanes() -> None:
+    class Timers:
+        """Writes by callbacks of the event loop, one batch at a time."""
+
+        def __init__(self, batcher: Batcher) -> None:
+            self.batcher = batcher
+            self.busy: asyncio.Future[None] | None = None
+
+        def wake(self) -> None:
+            if self.busy is None and (batch := self.batcher.next_batch()) is not None:
+                self.busy = self.batcher.loop.create_future()
+                self.batcher.loop.call_later(0.001, self.finish, *batch)
+
+        def finish(self, method: Any, calls: list[Call]) -> None:
+            assert self.busy is not None
+            self.busy.set_result(None)
+            self.busy = None
+            self.batcher.answer(method, calls, [call.item * 2 for call in calls])
+            self.wake()
+
+        def under_way(self) -> Collection[asyncio.Future[Any]]:
+            return [self.busy] if self.busy is not None else []
+
+        async def stop(self) -> None:
+            """Nothing hangs here."""
+
+    async def unused(items: Sequence[int]) -> Sequence[int]:
+        raise AssertionError
+
+    batcher = batcher_of(Timers)
+    method = batcher.method("double", unused)
+    calls: list[Awaitable[int]] = [method.call(None, number) for number in range(10)]
+    assert await asyncio.gather(*calls) == [number * 2 for number in range(10)]
+    left = [asyncio.create_task(method.call(None, number)) for number in range(10)]
+    await asyncio.sleep(0)
+    await batcher.drain(5)
+    assert await asyncio.gather(*left) == [number * 2 for number in range(10)]

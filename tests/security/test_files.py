@@ -1,0 +1,256 @@
+"""SQLite's files: for their owner alone, never behind a link, and of any name."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from flowstore_core import ConfigurationError, FlowStore, StoreUnavailableError, open_store
+from flowstore_core.plugins import find_backend
+from flowstore_sqlite.location import create_file
+from tests.scenes import new_run
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def _listing(folder: Path) -> dict[str, bytes]:
+    return {path.name: b"" if path.is_dir() else path.read_bytes() for path in folder.iterdir()}
+
+
+def _path(path: Path) -> str:
+    return f"sqlite:///{quote(str(path))}"
+
+
+async def _use(store: FlowStore) -> None:
+    # From two connections at once, so that the log and the lock of the turns are there.
+    run_id = await new_run(store)
+    assert await store.get_run_status(run_id)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o277, 0o777])
+async def test_that_every_file_is_for_its_owner_alone_whatever_the_umask(mask: int, tmp_path: Path) -> None:
+    with _umask(mask):
+        async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
+            await _use(store)
+            modes = {name: _mode(tmp_path / name) for name in os.listdir(tmp_path)}
+        async with find_backend("sqlite")[1].scratch(f"sqlite:///{tmp_path}/flows.db") as url:
+            folder = Path(url.removeprefix("sqlite:///")).parent
+            assert _mode(folder) & 0o077 == 0
+    assert {"flows.db", "flows.db-wal", "flows.db-shm", "flows.db-turn"} == set(modes)
+    assert modes["flows.db"] == 0o600
+    for name, mode in modes.items():
+        assert mode & 0o177 == 0, f"{name} has mode {mode:o}"
+
+
+async def test_that_a_file_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "flows.db"
+    path.touch()
+    path.chmod(0o664)
+    async with open_store(_path(path)) as store:
+        await _use(store)
+        assert _mode(path) == 0o664
+        # SQLite gives its files the mode of the database, for those who share it.
+        assert _mode(tmp_path / "flows.db-wal") == 0o664
+    assert _mode(path) == 0o664
+
+
+@pytest.mark.parametrize("migrate", [True, False])
+async def test_that_a_link_is_refused(migrate: bool, tmp_path: Path) -> None:
+    """Who can write to the folder could else send our data to a file of their choice, or have ours read."""
+    other = tmp_path / "other"
+    other.mkdir()
+    async with open_store(f"sqlite:///{other}/flows.db") as store:
+        await _use(store)
+    before = _listing(other)
+    link = tmp_path / "flows.db"
+    for target in (other / "flows.db", other / "absent.db", other, Path("/dev/null"), link):
+        link.symlink_to(target)
+        with pytest.raises(ConfigurationError, match="symbolic link"):
+            async with open_store(_path(link), migrate=migrate):
+                pytest.fail("it opened")
+        link.unlink()
+    assert _listing(other) == before
+    assert _listing(tmp_path) == {"other": b""}
+
+
+@pytest.mark.parametrize("present", [True, False])
+async def test_that_a_link_put_there_at_the_last_moment_is_refused(
+    present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look and SQLite's opening: SQLite says where it arrived, before it reads a byte."""
+    other = tmp_path / "other"
+    other.mkdir()
+    target = other / "target.db"
+    if present:
+        async with open_store(_path(target)) as store:
+            await _use(store)
+    before = _listing(other)
+
+    def swapped(path: str) -> None:
+        create_file(path)
+        os.unlink(path)
+        os.symlink(target, path)
+
+    monkeypatch.setattr("flowstore_sqlite.opening.create_file", swapped)
+    with pytest.raises((ConfigurationError, StoreUnavailableError)) as caught:
+        async with open_store(f"sqlite:///{tmp_path}/flows.db"):
+            pytest.fail("it opened")
+    if present:
+        assert "symbolic link" in str(caught.value)
+    assert _listing(other) == before
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-turn", "-journal"])
+async def test_that_links_beside_the_file_are_not_followed(suffix: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    (tmp_path / f"flows.db{suffix}").symlink_to(target)
+    try:
+        async with open_store(f"sqlite:///{tmp_path}/flows.db", busy_timeout=0) as store:
+            await _use(store)
+    except StoreUnavailableError:
+        # SQLite will not open such a log. The lock of the turns is a courtesy that can be done without.
+        assert suffix != "-turn"
+    assert target.read_bytes() == b"precious"
+    assert _mode(target) & 0o111 == 0
+
+
+async def test_that_a_folder_may_be_a_link(tmp_path: Path) -> None:
+    """As /tmp is on some systems: whoever may change a folder above the file can do as they like anyway."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    async with open_store(f"sqlite:///{tmp_path}/link/../link/flows.db") as store:
+        await _use(store)
+    async with open_store(f"sqlite:///{tmp_path}/real/flows.db") as store:
+        assert len(await store.get_runs()) == 1
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device", "below a file", "nowhere", "too long"])
+async def test_that_what_is_no_plain_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "flows.db"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/null")
+    elif kind == "below a file":
+        path.touch()
+        path = path / "flows.db"
+    elif kind == "nowhere":
+        path = tmp_path / "absent" / "flows.db"
+    else:
+        path = tmp_path / ("x" * 300)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises((ConfigurationError, StoreUnavailableError)):
+        async with open_store(_path(path)):
+            pytest.fail("it opened")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+NAMES = [
+    "flows?mode=memory&cache=shared.db",
+    "flows#fragment.db",
+    "two words.db",
+    "100%.db",
+    "%41.db",
+    "file:flows.db?vfs=none",
+    ":memory:x",
+    "it's; DROP TABLE runs; --.db",
+    'quote".db',
+    "äöü-\N{SNOWMAN}.db",
+    "back\\slash.db",
+    "-wal",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_that_a_file_of_any_name_is_that_file(name: str, tmp_path: Path) -> None:
+    async with open_store(_path(tmp_path / name)) as store:
+        await _use(store)
+        assert name in os.listdir(tmp_path)
+        await store.aclose()
+    assert set(os.listdir(tmp_path)) == {name, f"{name}-turn"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite://host/flows.db",
+        "sqlite:///a%00b.db",
+        "sqlite:///?mode=memory",
+        "sqlite:///x.db?mode=memory",
+        "sqlite:///x.db?vfs=unix-none",
+        "sqlite:///x.db?immutable=1",
+    ],
+)
+async def test_that_a_url_names_one_plain_file(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError):
+        async with open_store(url):
+            pytest.fail("it opened")
+    assert os.listdir(tmp_path) == []
+
+
+def test_that_a_file_of_another_user_stays_theirs() -> None:
+    """What cannot be written is said to be so, and its mode is not changed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "flows.db"
+        path.touch()
+        path.chmod(0o600)
+        told = _open_as_nobody(path)
+        assert "StoreUnavailableError" in told
+        assert "permissions" in told
+        assert _mode(path) == 0o600
+
+
+def _open_as_nobody(path: Path) -> str:
+    program = (
+        "import asyncio, os, sys\n"
+        "from flowstore_core import open_store, FlowStoreError\n"
+        "import flowstore_sqlite.opening\n"
+        "async def main(url):\n"
+        "    try:\n"
+        "        async with open_store(url): print('opened')\n"
+        "    except FlowStoreError as error: print(type(error).__name__, error)\n"
+        # Everything is imported first: nobody may be unable to read the interpreter's own files.
+        "asyncio.run(main(sys.argv[1] + '-first'))\n"
+        "os.setuid(65534)\n"
+        "asyncio.run(main(sys.argv[1]))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, _path(path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ran.stdout

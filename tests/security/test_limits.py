@@ -1,0 +1,114 @@
+"""Limits: what is too large is refused by name before a backend hears of it, and reads have an end."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tracemalloc
+from io import StringIO
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from flowstore_cli.stores import read_stdin
+from flowstore_core import FlowStore, InvalidArgumentError
+from flowstore_core.arguments import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
+from tests.security.watch import CANARY, OPERATIONS, TEXTS, values
+
+KEYS = {
+    *("step_key", "trigger_key", "idempotency_key", "signal_name", "step_type", "flow_name", "owner"),
+    *("event_type", "key", "delivery_id"),
+}
+LIMITS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(KEYS, ("x" * (MAX_KEY + 1), f"{MAX_KEY:,}")),
+    "job_id": ("x" * (MAX_JOB_ID + 1), f"{MAX_JOB_ID:,}"),
+    "search": (CANARY * MAX_SEARCH, f"{MAX_SEARCH}"),
+    "take": (MAX_TAKE + 1, f"{MAX_TAKE:,}"),
+    "skip": (2**63, "9,223,372,036,854,775,807"),
+    "attempt": (2**63, "9,223,372,036,854,775,807"),
+    "reset": ([CANARY] * (MAX_KEYS + 1), f"{MAX_KEYS:,}"),
+    "expected": ({n: n for n in range(MAX_KEYS + 1)}, f"{MAX_KEYS:,}"),
+}
+TEXT = CANARY * (MAX_TEXT_BYTES // len(CANARY) + 1)
+
+
+class _Untouched:
+    """A backend that must not hear of any of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        async def refuse(**arguments: object) -> None:
+            pytest.fail(f"{name} was called")
+
+        return refuse
+
+
+@pytest.fixture(scope="module")
+def store() -> FlowStore:
+    from contextlib import AsyncExitStack
+
+    from flowstore_core import Capability
+    from flowstore_core.checked import CheckedStore
+
+    return CheckedStore(_Untouched(), "untouched", frozenset(Capability), AsyncExitStack())
+
+
+def _given(operation: str, store: FlowStore) -> dict[str, Any]:
+    good = {**values(uuid4()), "status": "Failed"}
+    if operation == "get_run_events":
+        good["after"] = 0
+    return {name: good[name] for name in inspect.signature(getattr(store, operation)).parameters}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_that_every_argument_of_every_operation_has_an_end(operation: str, store: FlowStore) -> None:
+    given = _given(operation, store)
+    for name in given:
+        value, limit = LIMITS.get(name, (TEXT, f"{MAX_TEXT_BYTES:,}"))
+        if name not in LIMITS and name not in TEXTS:
+            # Ids, moments and choices have a fixed size.
+            continue
+        with pytest.raises(InvalidArgumentError) as caught:
+            await getattr(store, operation)(**{**given, name: value})
+        assert caught.value.argument == name
+        assert limit in str(caught.value), (name, str(caught.value))
+        assert CANARY not in str(caught.value)
+
+
+def test_that_every_text_is_in_one_of_the_lists(store: FlowStore) -> None:
+    """A new argument of the contract is noticed here, and its limit asked for."""
+    fixed = {
+        *("run_id", "flow_id", "source_run_id", "status", "lease", "due_at", "timeout_at", "expires_at"),
+        *("as_of", "cutoff", "since", "until", "granularity", "after"),
+    }
+    known = fixed | set(LIMITS) | set(TEXTS)
+    for operation in OPERATIONS:
+        assert set(inspect.signature(getattr(store, operation)).parameters) <= known, operation
+
+
+def test_that_reads_of_rows_that_anybody_can_add_to_have_an_end(store: FlowStore) -> None:
+    """Lists of runs, events and stalled steps take a bounded ``take``, and most have one by default."""
+    lists = [name for name in OPERATIONS if "take" in inspect.signature(getattr(store, name)).parameters]
+    defaults = {name: inspect.signature(getattr(store, name)).parameters["take"].default for name in lists}
+    assert {name for name, take in defaults.items() if take is None} == {
+        "get_active_runs",
+        "get_derived_runs",
+    }
+    assert all(take <= MAX_TAKE for take in defaults.values() if take is not None)
+
+
+async def test_that_a_large_refused_text_costs_no_copy(store: FlowStore) -> None:
+    given = _given("start_run", store)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(InvalidArgumentError):
+            await store.start_run(**{**given, "trigger_data": TEXT})
+        assert tracemalloc.get_traced_memory()[1] - before < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_that_the_command_line_reads_no_more_than_a_payload_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", StringIO("x" * (MAX_TEXT_BYTES + 1000)))
+    assert len(read_stdin()) == MAX_TEXT_BYTES + 1

@@ -1,0 +1,106 @@
+"""URLs that name several servers: whichever takes writes is found, and a silent one is passed by."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from flowstore_core import StoreConfig, open_store
+from flowstore_core.config import redact
+from flowstore_core.plugins import find_backend
+from flowstore_postgres.hosts import read_hosts
+from flowstore_postgres.migrate import read_connection_settings
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "found"),
+    [
+        ("postgresql://me:pw@a:1,b:2/db?x=y", {}, [("a", 1), ("b", 2)]),
+        ("postgresql://me@a,b/db", {}, [("a", None), ("b", None)]),
+        ("postgresql://a,b/db", {"port": "7"}, [("a", 7), ("b", 7)]),
+        ("postgresql:///db", {"host": "a,b", "port": "7,8"}, [("a", 7), ("b", 8)]),
+        ("postgresql://[::1]:1,[fe80::2]/db", {}, [("::1", 1), ("fe80::2", None)]),
+        ("postgresql:///db", {"host": "/run/a:b,/run/c"}, [("/run/a:b", None), ("/run/c", None)]),
+        ("postgresql://%2Frun%2Fpg/db", {}, [("/run/pg", None)]),
+        ("postgresql://c:1/db", {"host": "a,b", "port": "7"}, [("a", 7), ("b", 7)]),
+        ("postgresql://a:1,b/db", {"port": "7"}, [("a", 7), ("b", 7)]),
+        ("postgresql:///db", {}, []),
+        ("postgresql://me:p%40w@a:1/db", {}, [("a", 1)]),
+    ],
+)
+def test_reading_hosts(url: str, options: Mapping[str, object], found: list[tuple[str, int | None]]) -> None:
+    assert read_hosts(url, options) == found
+
+
+@asynccontextmanager
+async def _silent() -> AsyncIterator[int]:
+    """The port of a server that takes connections and never says a word."""
+    gone = asyncio.Event()
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield listening.sockets[0].getsockname()[1]
+    finally:
+        gone.set()
+        listening.close()
+
+
+def test_no_password_of_a_url_with_many_hosts_is_shown() -> None:
+    url = "postgresql://me:secret@a:1,b:2/db?target_session_attrs=read-write&password=secret"
+    assert redact(url) == "postgresql://me:***@a:1,b:2/db?target_session_attrs=...&password=..."
+
+
+async def test_a_silent_host_is_passed_by_and_then_asked_last(postgresql_url: str) -> None:
+    _, backend = find_backend("postgresql")
+    folder = parse_qs(urlsplit(postgresql_url).query)["host"][0]
+    async with _silent() as silent:
+        url = (
+            f"postgresql://postgres@/postgres?host=127.0.0.1,{folder}&port={silent},5432"
+            "&sslmode=disable&connect_timeout=2"
+        )
+        async with backend.scratch(url) as fresh:
+            began = time.monotonic()
+            async with open_store(fresh, pool_size=4) as store:
+                # Half of the time-out is the silent one's, unless a busy machine needs its own.
+                assert time.monotonic() - began > 0.9
+                began = time.monotonic()
+                await asyncio.gather(*(store.get_runs() for _ in range(4)))
+                # New connections, and none has asked the silent one first.
+                assert time.monotonic() - began < 0.9
+                await store.ping()
+
+
+async def test_a_patience_shorter_than_the_silence_gets_to_the_next_host_all_the_same(
+    postgresql_url: str,
+) -> None:
+    _, backend = find_backend("postgresql")
+    folder = parse_qs(urlsplit(postgresql_url).query)["host"][0]
+    async with backend.scratch(postgresql_url) as fresh, _silent() as silent:
+        schema = parse_qs(urlsplit(fresh).query)["schema"][0]
+        config = StoreConfig(
+            url="postgresql://postgres@/postgres",
+            scheme="postgresql",
+            options={
+                "host": f"127.0.0.1,{folder}",
+                "port": f"{silent},5432",
+                "connect_timeout": 60.0,
+                "schema": schema,
+                "sslmode": "disable",
+            },
+            clock=None,
+            migrate=True,
+        )
+        settings = read_connection_settings(config)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(settings.hosts.connect(**settings.connect_arguments), 0.2)
+        connection = await settings.hosts.connect(**settings.connect_arguments)
+        await connection.close()
