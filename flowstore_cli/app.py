@@ -15,6 +15,7 @@ import typer
 from flowstore_cli import (
     backends,
     conformance,
+    doctor,
     migrate,
     ping,
     replay,
@@ -51,6 +52,7 @@ app.command("timeseries")(timeseries.timeseries)
 app.add_typer(signals.app, name="signal")
 app.command("cleanup")(retention.cleanup)
 app.command("ping")(ping.ping)
+app.command("doctor")(doctor.doctor)
 
 
 def _say_version(wanted: bool) -> None:
@@ -70,6 +72,7 @@ def _say_version(wanted: bool) -> None:
         "[tool.flowstore] of pyproject.toml, else sqlite:///flowstore.db.\n\n\b\n"
         "  flowstore replay --kill 2      run a workflow, kill two workers, and check\n"
         "  flowstore runs list            what is in the store\n"
+        "  flowstore doctor               what is wrong with it, and what to do\n"
         "  flowstore backends             what stores there are\n\n\b\n" + EXIT_CODES
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class Listed:
 def backends(as_json: AsJson = False) -> None:
     """List the backends, and what is wrong with any.
 
-    A backend comes from any installed package with an entry point in group "flowstore". Its level is
+    A backend comes from any installed package with an entry point in group "flowstore", a wrapper, such
+    as otel for spans and metrics, from one in group "flowstore_wrappers". A backend's level is
     "crash-safe" when an engine can recover from crashes on it, "full" when it offers everything but
     facts such as durability.
 
@@ -55,7 +57,7 @@ def backends(as_json: AsJson = False) -> None:
     """
     plugins = load_plugins()
     claims = _list_claims(plugins)
-    # Wrappers bring no backend; a broken one is listed, because no store opens until it is gone.
+    # Wrappers bring no backend; a broken one keeps every store from opening.
     found = [entry for plugin in (*plugins, *load_wrappers()) for entry in _list(plugin, claims)]
     if as_json:
         print_json(found)
@@ -76,12 +78,13 @@ def backends(as_json: AsJson = False) -> None:
         if entry.problem:
             facts.append(("  problem", cell(entry.problem, STYLES[entry.status])))
             facts.append(("  remedy", cell(entry.remedy)))
-        if entry.status != BROKEN:
+        if entry.schemes:
             facts.append(("  offers", cell(", ".join(entry.capabilities))))
             facts.append(("  options", cell(", ".join(entry.options) or "none")))
-        console.print()
-        console.print(cell(entry.name, "bold"))
-        print_form(console, facts)
+        if facts:
+            console.print()
+            console.print(cell(entry.name, "bold"))
+            print_form(console, facts)
 
 
 def _list_claims(plugins: Sequence[Plugin]) -> dict[str, list[str]]:
@@ -108,7 +111,26 @@ def _list(plugin: Plugin, claims: Mapping[str, Sequence[str]]) -> list[Listed]:
                 options=[],
             )
         ]
+    if not plugin.backends and plugin.wrap is not None:
+        return [_list_wrapper(plugin)]
     return [_list_backend(plugin, backend, claims) for backend in plugin.backends]
+
+
+def _list_wrapper(plugin: Plugin) -> Listed:
+    """A plugin that wraps every store, unless a module that it names in ``drivers`` is missing."""
+    missing = [name for name in drivers(sys.modules.get(plugin.module)) if not _is_installed(name)]
+    error = missing_driver(plugin, ModuleNotFoundError(name=missing[0])) if missing else None
+    return Listed(
+        name=plugin.name,
+        schemes=[],
+        distribution=plugin.distribution,
+        status=DRIVER_MISSING if error else INSTALLED,
+        problem=f"module {missing[0]!r} is not installed, so this wrapper does nothing" if error else None,
+        remedy=error.remedy if error else None,
+        level=None,
+        capabilities=[],
+        options=[],
+    )
 
 
 def _list_backend(plugin: Plugin, backend: Backend, claims: Mapping[str, Sequence[str]]) -> Listed:

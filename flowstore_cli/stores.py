@@ -14,9 +14,10 @@ from uuid import UUID
 import typer
 
 from flowstore_cli.failures import USAGE, Failure
-from flowstore_core import Backend, BackendLoadError, FlowStore, StoreConfig, open_store
+from flowstore_core import BackendLoadError, FlowStore, StoreConfig, open_store
 from flowstore_core.arguments import MAX_TEXT_BYTES
 from flowstore_core.config import read_path, redact
+from flowstore_core.findings import Finding
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin, explain_import
 
@@ -62,6 +63,24 @@ class Describable(Protocol):
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
         """What else is worth knowing of a store that is there, by name, in a few words. Changes nothing."""
+        ...
+
+
+@runtime_checkable
+class Diagnosable(Protocol):
+    """What a backend may bring besides the Protocol of core, for ``flowstore doctor``."""
+
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+        """What is wrong that only the backend can see; see flowstore_core.findings. Changes nothing."""
+        ...
+
+
+@runtime_checkable
+class Fixable(Protocol):
+    """The same, for ``flowstore doctor --fix``."""
+
+    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+        """Do what these findings say with ``fix``, and answer what was done, a line for each."""
         ...
 
 
@@ -126,9 +145,9 @@ def whereabouts(config: StoreConfig) -> str:
     return shown
 
 
-def drivers(backend: Backend) -> tuple[str, ...]:
-    """The modules that a backend says it needs (the optional attribute ``drivers``)."""
-    named = getattr(backend, "drivers", ())
+def drivers(source: object) -> tuple[str, ...]:
+    """The modules that a backend, or a wrapper's module, says it needs (the attribute ``drivers``)."""
+    named = getattr(source, "drivers", ())
     return tuple(named) if isinstance(named, (tuple, list, frozenset, set)) else ()
 
 

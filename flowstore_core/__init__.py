@@ -3,6 +3,8 @@
 Start at ``open_store``; the promises stand in the protocols of the noun files, cited by clause ids.
 """
 
+import logging
+
 from flowstore_core.claims import (
     DispatchLedger,
     Leases,
@@ -154,3 +156,6 @@ __all__ = [
     "new_run_id",
     "open_store",
 ]
+
+# Quiet unless the application asks for it.
+logging.getLogger("flowstore_core").addHandler(logging.NullHandler())

@@ -40,6 +40,7 @@ from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUn
 from flowstore_core.inflight import InFlight
 from flowstore_core.lanes import GRACE_SECONDS, Lanes, TaskLanes
 from flowstore_core.methods import Method
+from flowstore_core.observing import NOBODY, Observers, Resolution, report_batch
 from flowstore_core.places import Places
 from flowstore_core.threads import ThreadLane
 
@@ -68,6 +69,7 @@ class Batcher:
     One scheduler for all methods: whoever has waited longest goes first, with all that its method has
     gathered. ``lanes`` is how many batches may be on their way at once, or makes lanes of another kind;
     ``patience`` is in seconds, and ``advice`` ends the message of the error that follows it.
+    ``observers`` hear of each batch, and ``log`` at level debug.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Batcher:
         capacity: int = CAPACITY,
         patience: float = PATIENCE_SECONDS,
         advice: str = "send fewer calls at once",
+        observers: Observers = NOBODY,
+        log: logging.Logger = _log,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.time: Callable[[], float] = self.loop.time
@@ -86,6 +90,8 @@ class Batcher:
         self._largest = largest
         self._patience = patience
         self._advice = advice
+        self._observers = observers
+        self._batch_log = log
         self._methods: list[Method[Any, Any]] = []
         self._borrower: asyncio.Future[None] | None = None
         """Done when the caller who has borrowed a lane gives it back."""
@@ -236,7 +242,10 @@ class Batcher:
                     queue.popleft()
                 self.places.leave(len(some))
                 # Those that were cancelled before they were sent never happen.
-                return [call for call in some if not call.outcome.done()]
+                whole = [call for call in some if not call.outcome.done()]
+                if whole and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+                    self._report(method, whole, now)
+                return whole
         weight = 0
         batch: list[Call] = []
         later: list[Call] = []
@@ -266,7 +275,13 @@ class Batcher:
             batch.append(call)
         queue.extendleft(reversed(later))
         self.places.leave(length - len(queue))
+        if batch and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+            self._report(method, batch, now)
         return batch
+
+    def _report(self, method: Method[Any, Any], batch: Sequence[Call], now: float) -> None:
+        waited = now - min(call.since for call in batch)
+        report_batch(self._observers, self._batch_log, method.name, len(batch), waited)
 
     def answer(self, method: Method[Any, Any], calls: Sequence[Call], outcomes: Sequence[Any]) -> None:
         """For a lane: give each call its outcome, in order; AGAIN puts it in front of its queue."""
@@ -298,6 +313,8 @@ class Batcher:
         followers = [one for call in calls for one in call.followers or ()]
         # They were not sent. Where the loop is ending they are cancelled, and no lane must open.
         self._queue_again(method, [one for one in followers if not one.outcome.done()])
+        if self._observers:
+            self._observers.outcome_unknown(method.name, Resolution.UNKNOWN, len(calls))
         for call in calls:
             call.followers = None
             self._settle(call, OutcomeUnknownError(method.name))
@@ -351,7 +368,12 @@ class Batcher:
             if self._sweeper is not None:
                 self._sweeper.cancel()
             if (not_sent := self._refuse_queued()) or self._unfinished():
-                _log.warning("closing after %.1f s with %d calls not sent", seconds, not_sent)
+                _log.warning(
+                    "closing after %.1f s with %d calls not sent",
+                    seconds,
+                    not_sent,
+                    extra={"flowstore.wait_seconds": seconds, "flowstore.calls": not_sent},
+                )
             for task in (undoing := set(self._giving_back.tasks)):
                 task.cancel()
             await self._lanes.stop()

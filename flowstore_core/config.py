@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from flowstore_core.errors import ConfigurationError
+from flowstore_core.observing import Observers
 
 DEFAULT_URL = "sqlite:///flowstore.db"
 URL_VARIABLE = "FLOWSTORE_URL"
@@ -35,6 +36,8 @@ class StoreConfig:
     clock: Callable[[], datetime] | None
     """Checked: each reading is aware, in UTC and within the limits of INP-3."""
     migrate: bool
+    observers: Observers = field(default_factory=Observers, compare=False)
+    """Where the backend reports retries, batches and lost answers; empty as long as nobody listens."""
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(self.options))

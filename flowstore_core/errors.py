@@ -14,6 +14,9 @@ from uuid import UUID
 class FlowStoreError(Exception):
     """The root of every error that flowstore raises."""
 
+    database_code: str | None = None
+    """The database's own code of what went wrong, such as the SQLSTATE 53100; None where it gave none."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Constructors take attributes, not messages, so the default pickling would not rebuild them;
         # engines do send errors between processes.

@@ -62,7 +62,12 @@ class InFlight:
         while self.tasks and (left := deadline - loop.time()) > 0:
             await asyncio.wait(set(self.tasks), timeout=left)
         if rest := set(self.tasks):
-            _log.warning("closing with %d calls unfinished after %.1f s", len(rest), seconds)
+            _log.warning(
+                "closing with %d calls unfinished after %.1f s",
+                len(rest),
+                seconds,
+                extra={"flowstore.wait_seconds": seconds, "flowstore.calls": len(rest)},
+            )
             for task in rest:
                 task.cancel()
             await asyncio.wait(rest, timeout=seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
@@ -10,11 +11,13 @@ from typing import Any
 
 from flowstore_core.arguments import check_clock
 from flowstore_core.checked import CheckedStore
-from flowstore_core.config import StoreConfig, read_scheme, read_settings, shown_option
+from flowstore_core.config import StoreConfig, read_scheme, read_settings, redact, shown_option
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
 from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, wrap_store
 from flowstore_core.status import Capability
 from flowstore_core.store import CAPABILITY_METHODS, FlowStore
+
+_log = logging.getLogger("flowstore_core")
 
 
 @asynccontextmanager
@@ -46,10 +49,21 @@ async def open_store(
             raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
         store = wrap_store(store, config, plugin)
         checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
+    _log.debug(
+        "opened %s, backend %s",
+        redact(config.url),
+        backend.name,
+        extra={"flowstore.backend": backend.name, "flowstore.url": redact(config.url)},
+    )
     try:
         yield checked
     finally:
         await checked.aclose()
+        _log.debug(
+            "closed %s",
+            redact(config.url),
+            extra={"flowstore.backend": backend.name, "flowstore.url": redact(config.url)},
+        )
 
 
 def resolve_store(

@@ -292,7 +292,8 @@ def _requirement(module: str, distribution: str | None) -> str:
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
         if name and extra:
             sizes[extra[1]] += 1
-            if re.sub(r"[-.]", "_", name[0]).lower() == module.lower():
+            # A module that several distributions share, such as opentelemetry, begins their names.
+            if f"{re.sub(r'[-.]', '_', name[0])}_".lower().startswith(f"{module.lower()}_"):
                 offering.append(extra[1])
     # The smallest that has it: others, such as "all", bring more than what is missing.
     return f"'{distribution}[{min(offering, key=sizes.__getitem__)}]'" if offering else module

@@ -6,17 +6,21 @@ Nothing is guessed: the server is asked, and only once it can no longer act on w
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+from flowstore_core.observing import Observers, Resolution
 from flowstore_postgres.connection import Connection, Peer
 from flowstore_postgres.errors import Retry
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
+
+log = logging.getLogger("flowstore_postgres")
 
 Look = tuple[str, *tuple[object, ...]]
 """A SELECT and its arguments."""
@@ -96,6 +100,8 @@ class Doubt:
             found = await self._find(database, connection)
         self.lost.clear()
         self.happened = found is not None
+        gone = Resolution.REPEATED if self.look is None else Resolution.DID_NOT_HAPPEN
+        report_lost(database.observers, self.operation, Resolution.HAPPENED if self.happened else gone)
         if self.happened:
             await confirm(database, connection)
         return found
@@ -139,9 +145,14 @@ async def was_committed(database: Database, commit: LostCommit, operation: str) 
             return found is not None
 
     try:
-        return await database.retrying(ask, failed=True)
+        committed = await database.retrying(ask, operation, failed=True)
     except FlowStoreError:
+        report_lost(database.observers, operation, Resolution.UNKNOWN)
         raise OutcomeUnknownError(operation) from None
+    report_lost(
+        database.observers, operation, Resolution.HAPPENED if committed else Resolution.DID_NOT_HAPPEN
+    )
+    return committed
 
 
 async def confirm(database: Database, connection: Connection) -> None:
@@ -151,3 +162,22 @@ async def confirm(database: Database, connection: Connection) -> None:
     does. A commit of our own behind it waits for both.
     """
     await database.ask(connection, NOTE_COMMIT, connection.number, database.new_token())
+
+
+def report_lost(observers: Observers, operation: str, resolution: Resolution, calls: int = 1) -> None:
+    """Say what became of calls whose acknowledgement was lost."""
+    if not calls:
+        return
+    log.warning(
+        "the acknowledgement of %d %s was lost: %s",
+        calls,
+        operation,
+        resolution,
+        extra={
+            "flowstore.operation": operation,
+            "flowstore.calls": calls,
+            "flowstore.resolution": resolution.value,
+        },
+    )
+    if observers:
+        observers.outcome_unknown(operation, resolution, calls)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
@@ -20,7 +21,8 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
-from flowstore_postgres.acknowledgements import Lost, confirm, settle
+from flowstore_core.observing import Resolution, report_batch
+from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.batched import Batched, Row
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
@@ -28,6 +30,8 @@ from flowstore_postgres.lanes import Lane, Lanes
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
+
+log = logging.getLogger("flowstore_postgres")
 
 LONGEST_LANES = 2
 # The classes of SQLSTATE that one row can be the reason of: a value, a constraint, a limit of the server,
@@ -95,6 +99,8 @@ class Batches:
         if not (self._connections.has_free and batcher.borrow_lane()):
             return await method.call((row[0].int, row[1]), row, give_back)
         lane = self._connections.take_free()
+        if database.observers or log.isEnabledFor(logging.DEBUG):
+            report_batch(database.observers, log, batched.operation, 1, 0.0)
         peer = lane.connection.peer
         lost: list[Lost] = []
         try:
@@ -139,7 +145,7 @@ class Batches:
                     await self._find(connection, batched, [row], [0], answers)
             return answers
 
-        for answer in (await database.retrying(attempt)).values():
+        for answer in (await database.retrying(attempt, batched.operation)).values():
             await give_back(answer)
 
     async def _wait_apart(
@@ -173,6 +179,8 @@ class Batches:
                 lanes=self._lanes,
                 patience=self._patience,
                 advice="raise pool_size or acquire_timeout, or send fewer calls at once",
+                observers=self._database.observers,
+                log=log,
             )
         methods = self._apart if apart else self._methods
         method = methods.get(batched)
@@ -200,7 +208,7 @@ class Batches:
 
         ``apart`` leaves the lanes free; ``lost`` are statements with these rows that were sent before.
         """
-        database = self._database
+        database, observers = self._database, self._database.observers
         answers: dict[int, Any] = {}
         left: Sequence[int] = range(len(rows))
         lost = [] if lost is None else lost
@@ -214,6 +222,7 @@ class Batches:
             try:
                 if lost:
                     shaken = True
+                    unsure = len(left)
                     if batched.find is not None:
                         left = await self._find(connection, batched, rows, left, answers)
                     if left:
@@ -221,6 +230,9 @@ class Batches:
                         if batched.find is not None:
                             left = await self._find(connection, batched, rows, left, answers)
                     lost.clear()
+                    report_lost(observers, batched.operation, Resolution.HAPPENED, unsure - len(left))
+                    gone = Resolution.REPEATED if batched.find is None else Resolution.DID_NOT_HAPPEN
+                    report_lost(observers, batched.operation, gone, len(left))
                 while left:
                     try:
                         found = await self._send(lane, batched, [rows[n] for n in left], lost)
@@ -241,7 +253,7 @@ class Batches:
                 await self._connections.put(lane, keep=not apart)
 
         try:
-            await database.retrying(attempt)
+            await database.retrying(attempt, batched.operation)
         except FlowStoreError as error:
             for n, answer in answers.items():
                 if not isinstance(answer, Elsewhere):
@@ -249,6 +261,8 @@ class Batches:
                     answers[n] = OutcomeUnknownError(batched.operation)
             for n in left:
                 answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
+            number = sum(isinstance(answer, OutcomeUnknownError) for answer in answers.values())
+            report_lost(observers, batched.operation, Resolution.UNKNOWN, number)
         return [answers[n] for n in range(len(rows))]
 
     async def _find(

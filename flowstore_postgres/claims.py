@@ -28,6 +28,9 @@ TAKE_CLAIM = """
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     claim_token = excluded.claim_token,
     claim_owned = excluded.claim_owned,
+    claim_call = CASE WHEN s.claim_token = excluded.claim_token
+                       AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
+                      THEN s.claim_call ELSE excluded.claim_call END,
     claimed_at = CASE WHEN s.claim_token = excluded.claim_token
                        AND (s.claim_expires_at IS NULL OR s.claim_expires_at > excluded.claimed_at)
                       THEN s.claimed_at ELSE excluded.claimed_at END,
@@ -57,13 +60,14 @@ WITH guard AS MATERIALIZED (
                         WHEN claim_owned THEN claim_token
                         WHEN claimed_at IS NOT NULL THEN '' END
             FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS lost_to
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::boolean[], $7::interval[])
-                WITH ORDINALITY AS a (run_id, step_key, token, owned, lease, n) WHERE in_time
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::boolean[], $7::interval[], $8::bigint[])
+                WITH ORDINALITY AS a (run_id, step_key, token, owned, lease, call, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s
-        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
+        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
     SELECT run_id, step_key, token, coalesce(owned, false), now,
-           CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END
+           CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END,
+           call
     FROM asked WHERE open AND lost_to IS NULL
     {take}
     RETURNING run_id, step_key
@@ -75,18 +79,20 @@ FROM guard
 """.replace("{take}", TAKE_CLAIM)
 # The same for a claim that goes alone, as plain as can be. No row: it was not won, and why is for the above.
 TRY_CLAIM_STEP_ALONE = """
-INSERT INTO {schema}.steps AS s (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at)
+INSERT INTO {schema}.steps AS s
+    (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
 SELECT $3, $4, $5, coalesce($6, false), now,
-       CASE WHEN $7::interval IS NULL THEN NULL WHEN now < {latest} - $7 THEN now + $7 ELSE {latest} END
+       CASE WHEN $7::interval IS NULL THEN NULL WHEN now < {latest} - $7 THEN now + $7 ELSE {latest} END, $8
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
 {take}
 RETURNING true AS won
 """.replace("{take}", TAKE_CLAIM)
-FIND_CLAIM = """
-SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_token = $3 AND NOT claim_owned
-"""
+# By the call's own token, which stays when the claim goes: the owner may have held it from before, and what
+# was won may have been released since, or its run be over, so that asking again would be answered no.
+# A call of an owner that found its claim there has changed nothing, and may be made again.
+FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_call = $3"
 # What a cancelled call had won goes, whoever claimed since keeps (CON-4).
 GIVE_BACK_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
@@ -167,6 +173,7 @@ WHERE clock_timestamp() < $1
 {take}
 RETURNING true AS won
 """.replace("{take}", TAKE_DISPATCH)
+# The token stays when the dispatch goes, as with claims.
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
 GIVE_BACK_DISPATCH = """
 UPDATE {schema}.steps
@@ -194,8 +201,8 @@ FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $
 RELEASE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
 released AS (
-    UPDATE {schema}.steps s SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL,
-                                dispatch_job_id = NULL, release_token = a.token
+    UPDATE {schema}.steps s SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL,
+                                release_token = a.token
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[]) AS a (run_id, step_key, token)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
@@ -272,6 +279,7 @@ CLAIM = Batched(
     read=_read_claims,
     find=FIND_CLAIM,
     found=lambda row: WON,
+    token=5,
     share=_share_claim,
     tell=_tell,
 )
@@ -305,8 +313,10 @@ class Claims:
         if owner is not None:
             # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
             # it expire.
-            return self._database.write(CLAIM, (run_id, step_key, owner, True, lease))
-        row = (run_id, step_key, f"{self._database.new_token():x}", None, lease)
+            mine = (run_id, step_key, owner, True, lease, self._database.new_token())
+            return self._database.write(CLAIM, mine)
+        call = self._database.new_token()
+        row = (run_id, step_key, f"{call:x}", None, lease, call)
         return self._database.write(CLAIM, row, partial(self._give_back, GIVE_BACK_CLAIM, row))
 
     async def _give_back(self, statement: str, row: Row, answer: Answer) -> None:
@@ -338,7 +348,11 @@ class Claims:
         try:
             await self._database.write(ANNOTATE, (run_id, step_key, job_id))
         except StoreUnavailableError as error:
-            log.warning("the job id of a dispatch was not stored: %s", error)
+            log.warning(
+                "the job id of a dispatch was not stored: %s",
+                error,
+                extra={"flowstore.operation": "annotate_dispatch"},
+            )
 
     async def release_dispatch(self, *, run_id: UUID, step_key: str) -> None:
         await self._database.write(FREE, (run_id, step_key, self._database.new_token()))

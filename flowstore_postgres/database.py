@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from os import getpid
 from typing import Any, TypeVar
 
@@ -30,8 +31,17 @@ from flowstore_core import (
 )
 from flowstore_core.errors import without_foreign
 from flowstore_core.inflight import InFlight
+from flowstore_core.observing import NOBODY, Observers, Resolution
 from flowstore_core.timeseries import LATEST
-from flowstore_postgres.acknowledgements import NOTE_COMMIT, Doubt, Look, Lost, LostCommit, was_committed
+from flowstore_postgres.acknowledgements import (
+    NOTE_COMMIT,
+    Doubt,
+    Look,
+    Lost,
+    LostCommit,
+    report_lost,
+    was_committed,
+)
 from flowstore_postgres.batched import Batched
 from flowstore_postgres.batches import Batches
 from flowstore_postgres.completion import Completion
@@ -45,6 +55,7 @@ from flowstore_postgres.errors import (
     Retry,
     describe,
     name_error,
+    report_retry,
     unreadable_url,
 )
 from flowstore_postgres.migrate import Settings
@@ -77,7 +88,14 @@ _until: ContextVar[float | None] = ContextVar("flowstore_postgres_until", defaul
 class Database:
     """One store's way to PostgreSQL; every noun class goes through it."""
 
-    def __init__(self, settings: Settings, pool: Any, clock: Callable[[], datetime] | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Any,
+        clock: Callable[[], datetime] | None,
+        observers: Observers = NOBODY,
+    ) -> None:
+        self.observers: Observers = observers
         self._settings = settings
         self._pool = pool
         self._clock = clock
@@ -145,7 +163,7 @@ class Database:
     async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
         self._check_place()
-        return await self.run(self.retrying(lambda: self._read(statement, arguments)))
+        return await self.run(self.retrying(lambda: self._read(statement, arguments), "read"))
 
     async def read_row(self, statement: str, *arguments: object) -> Any:
         rows = await self.read(statement, *arguments)
@@ -216,9 +234,10 @@ class Database:
                 return row
 
         try:
-            return await self.retrying(attempt)
+            return await self.retrying(attempt, operation)
         except FlowStoreError:
             if doubt:
+                report_lost(self.observers, operation, Resolution.UNKNOWN)
                 raise OutcomeUnknownError(operation) from None
             raise
 
@@ -261,7 +280,7 @@ class Database:
             async with self.connection() as connection:
                 return await self._transaction(connection, operation, work)
 
-        return await self.run(self.retrying(attempt), give_back)
+        return await self.run(self.retrying(attempt, operation), give_back)
 
     async def _transaction(
         self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
@@ -310,7 +329,9 @@ class Database:
         except asyncpg.PostgresError as error:
             raise Retry(describe(error)) from None
 
-    async def retrying(self, attempt: Callable[[], Awaitable[T]], *, failed: bool = False) -> T:
+    async def retrying(
+        self, attempt: Callable[[], Awaitable[T]], operation: str, *, failed: bool = False
+    ) -> T:
         """Repeat what is known not to have happened, with jittered backoff.
 
         It goes on for retry_timeout after the first failure, because that itself may have taken long;
@@ -321,7 +342,7 @@ class Database:
         pause = FIRST_PAUSE
         error: FlowStoreError | None = None
         try:
-            while True:
+            for tries in count():
                 if until is None and (failed or error is not None):
                     until = self._loop.time() + self._settings.retry_timeout
                     token = _until.set(until)
@@ -329,6 +350,7 @@ class Database:
                     wait = pause * random.uniform(0.5, 1.5)
                     if self._loop.time() + wait > until:
                         raise without_foreign(error)
+                    report_retry(self.observers, operation, tries, error, wait)
                     await asyncio.sleep(wait)
                     pause = min(pause * 2, LONGEST_PAUSE)
                 try:
@@ -341,13 +363,23 @@ class Database:
                     error = describe(raised)
                     again = getattr(raised, "sqlstate", None) in ROLLED_BACK
                     if not again:
-                        log.debug("the driver raised %s", name_error(raised))
+                        log.debug(
+                            "%s: the driver raised %s",
+                            operation,
+                            name_error(raised),
+                            extra={
+                                "flowstore.operation": operation,
+                                "flowstore.error_type": type(raised).__name__,
+                                "flowstore.sqlstate": getattr(raised, "sqlstate", None),
+                            },
+                        )
                 # Out here, where no driver's error is being handled that would be chained.
                 if not again:
                     raise without_foreign(error)
         finally:
             if token is not None:
                 _until.reset(token)
+        raise AssertionError("unreachable")
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -418,7 +450,7 @@ class Database:
             async with self.connection() as connection:
                 await self.ask(connection, statement, *arguments)
 
-        await self.retrying(attempt)
+        await self.retrying(attempt, "give_back")
 
     async def on_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run what may be repeated from its beginning, such as migrating, on one connection."""
@@ -431,7 +463,7 @@ class Database:
                     self.drop(connection)
                     raise Retry(describe(error)) from None
 
-        return await self.run(self.retrying(attempt))
+        return await self.run(self.retrying(attempt, "open"))
 
     async def ping(self) -> None:
         await self.read("SELECT 1")

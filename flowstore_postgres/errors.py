@@ -15,6 +15,7 @@ import asyncpg
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
 from flowstore_core.errors import without_foreign
+from flowstore_core.observing import Observers
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -73,6 +74,10 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
 }
 
 
+CONNECTION_LOST = "connection_lost"
+"""The reason of a retry: a connection broke, was silent, or could not be had."""
+
+
 class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
     """The operation is known not to have happened; it may be tried again."""
 
@@ -87,7 +92,9 @@ def describe(error: BaseException) -> FlowStoreError:
     if isinstance(error, asyncpg.PostgresError) and code:
         kind, text = _REMEDIES.get(code, (StoreUnavailableError, "PostgreSQL refused the statement"))
         text = f"{text} ({name_error(error)})"
-        return StoreUnavailableError(text) if kind is StoreUnavailableError else kind(text)
+        found = StoreUnavailableError(text) if kind is StoreUnavailableError else kind(text)
+        found.database_code = code
+        return found
     if isinstance(error, asyncpg.ClientConfigurationError):
         return unreadable_url()
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -119,6 +126,35 @@ def name_error(error: BaseException) -> str:
     return ", ".join(words)
 
 
+def report_retry(
+    observers: Observers, operation: str, tries: int, error: FlowStoreError, wait: float
+) -> None:
+    """Say that what did not happen is tried again.
+
+    Warned of once for each call, and not of conflicts between transactions, which are everyday.
+    """
+    code = error.database_code
+    # The driver's own word for a connection that broke is a code of class 08.
+    reason = CONNECTION_LOST if code is None or code.startswith("08") else code
+    log.log(
+        logging.WARNING if tries == 1 and code not in ROLLED_BACK else logging.DEBUG,
+        "%s: try %d failed (%s); the next in %.3f s",
+        operation,
+        tries,
+        reason,
+        wait,
+        extra={
+            "flowstore.operation": operation,
+            "flowstore.attempt": tries,
+            "flowstore.reason": reason,
+            "flowstore.sqlstate": code,
+            "flowstore.wait_seconds": wait,
+        },
+    )
+    if observers:
+        observers.retried(operation, reason, wait)
+
+
 def unreadable_url() -> ConfigurationError:
     """The driver's own message would quote the URL, password included."""
     return ConfigurationError(
@@ -137,7 +173,14 @@ def map_errors() -> Iterator[None]:
         without_foreign(error)
         raise
     except (*DRIVER, ValueError) as error:
-        log.debug("the driver raised %s", name_error(error))
+        log.debug(
+            "the driver raised %s",
+            name_error(error),
+            extra={
+                "flowstore.error_type": type(error).__name__,
+                "flowstore.sqlstate": getattr(error, "sqlstate", None),
+            },
+        )
         failure = describe(error) if isinstance(error, DRIVER) else unreadable_url()
         try:
             raise failure from None

@@ -62,5 +62,5 @@ def read_hosts(url: str, options: Mapping[str, object]) -> list[Host]:
         # A folder of sockets may hold a colon.
         parts = None if unquote(spec).startswith("/") else HOST.fullmatch(unquote(spec))
         host, port = (parts[1].strip("[]"), given or parts[2]) if parts else (unquote(spec), given)
-        found.append((host, int(port) if port.isdecimal() else None))
+        found.append((host, int(port) if port and port.isdecimal() else None))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ from flowstore_core.config import read_query, read_scheme, split_place
 from flowstore_postgres.errors import map_errors
 from flowstore_postgres.hosts import Hosts, read_hosts
 from flowstore_postgres.plugin import DRIVER_OPTIONS
+
+log = logging.getLogger("flowstore_postgres")
 
 DEFAULT_SCHEMA = "flowstore"
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f$\u2028\u2029\ud800-\udfff]+")
@@ -267,6 +270,13 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
         if one.number > found:
             await connection.execute(one.sql.replace("{schema}", schema))
             await connection.execute(record, one.number, one.name, one.works_from)
+            log.info(
+                "applied migration %04d %s to schema %s",
+                one.number,
+                one.name,
+                settings.schema,
+                extra={"flowstore.schema_version": one.number, "flowstore.schema": settings.schema},
+            )
     return max(found, needed)
 
 

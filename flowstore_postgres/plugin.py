@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.findings import Finding
 
 # What libpq's URLs may carry and asyncpg understands; TLS options pass through (see docs).
 DRIVER_OPTIONS = frozenset(
@@ -92,6 +93,18 @@ class PostgresBackend:
             if indexed
             else "reads every run; CREATE EXTENSION pg_trgm, then flowstore migrate up, makes it quick"
         }
+
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+        """What is wrong with the server, its settings and its clock, and rows without a run."""
+        from flowstore_postgres.diagnosis import diagnose
+
+        return await diagnose(config, thorough=thorough)
+
+    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+        """Delete the rows without a run that were found."""
+        from flowstore_postgres.diagnosis import fix
+
+        return await fix(config, findings)
 
     async def migrate(self, config: StoreConfig) -> int:
         """Apply what is missing and return the version reached."""

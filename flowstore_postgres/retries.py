@@ -17,7 +17,7 @@ UPDATE {schema}.steps
 SET status = 'Pending', reopened = true, rescheduled = false, output_json = NULL, error_message = NULL,
     completed_at = coalesce(completed_at, $3), started_owner = NULL,
     claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
-    dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
 WHERE run_id = $1 AND step_key = $2
 """
 FIND_SKIPPED = """
@@ -29,7 +29,7 @@ RESET_STEPS = """
 UPDATE {schema}.steps
 SET status = NULL, output_json = NULL, error_message = NULL, completed_at = NULL, started_owner = NULL,
     claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
-    dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
 WHERE run_id = $1 AND step_key = ANY($2::text[])
 """
 DELETE_UNDELIVERED = """

@@ -66,7 +66,7 @@ class OpenPostgres:
                 connect=settings.hosts.connect,
                 **settings.connect_arguments,
             )
-            database = Database(settings, await pool, self._config.clock)
+            database = Database(settings, await pool, self._config.clock, self._config.observers)
         try:
             await database.on_connection(
                 lambda connection: check_schema(connection, settings, migrate=self._config.migrate)

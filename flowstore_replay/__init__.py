@@ -5,6 +5,8 @@ reads recorded workflows, ``work.py`` is the work, ``worker.py`` one worker proc
 starts and kills workers, ``verify.py`` asks the store what became of it all.
 """
 
+import logging
+
 from flowstore_replay.engine import Engine, Work, WorkFailed
 from flowstore_replay.replay import Observer, Options, Replay, ReplayError, View
 from flowstore_replay.verify import Check, Summary, verify
@@ -36,3 +38,6 @@ __all__ = [
     "shipped_workflow",
     "verify",
 ]
+
+# Quiet unless the application asks for it.
+logging.getLogger("flowstore_replay").addHandler(logging.NullHandler())

@@ -47,6 +47,7 @@ from flowstore_core import (
     StoreUnavailableError,
     new_claim_token,
 )
+from flowstore_replay.heartbeats import with_heartbeat
 from flowstore_replay.looks import LONGEST_PAUSE, SHORTEST_PAUSE, Hand, Look, View, Watch
 from flowstore_replay.patience import cancel, insist
 from flowstore_replay.wfformat import Task, Workflow
@@ -270,26 +271,23 @@ class Engine:
         if taken_over:
             await self._store.append_event(run_id, TAKEN_OVER, step_key=key, message=self._name)
 
-        work = asyncio.create_task(self._perform(run_id, task, attempt, view))
-        try:
-            while not (await asyncio.wait({work}, timeout=self._lease.total_seconds() / 3))[0]:
-                try:
-                    if not await self._store.renew_step_claim(run_id, key, owner, self._lease):
-                        view.forget()
-                        return True  # Too late: another worker decides now.
-                    reasons = await self._stop_reasons([run_id])
-                except StoreUnavailableError:
-                    continue  # The next beat asks again, and learns whether the claim survived.
-                if run_id in reasons:
-                    await cancel(work)
-                    await self._store.record_step_complete(
-                        run_id, key, StepStatus.SKIPPED, error_message=reasons[run_id], attempt=attempt
-                    )
-                    view.forget()
-                    return True
-            work.result()
-        finally:
-            await cancel(work)
+        async def beat() -> str | None:
+            """Why the work has to stop: nothing but an empty text where another worker decides now."""
+            try:
+                if not await self._store.renew_step_claim(run_id, key, owner, self._lease):
+                    return ""
+                return (await self._stop_reasons([run_id])).get(run_id)
+            except StoreUnavailableError:
+                return None  # The next beat asks again, and learns whether the claim survived.
+
+        work = self._perform(run_id, task, attempt, view)
+        reason = await with_heartbeat(work, self._lease.total_seconds() / 3, beat)
+        if reason is not None:
+            view.forget()
+        if reason:
+            await self._store.record_step_complete(
+                run_id, key, StepStatus.SKIPPED, error_message=reason, attempt=attempt
+            )
         return True
 
     async def _perform(self, run_id: UUID, task: Task, attempt: int, view: View) -> None:

@@ -16,6 +16,7 @@ import aiosqlite
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import to_the_end
+from flowstore_core.observing import NOBODY, Observers
 from flowstore_sqlite.errors import is_transient, map_error
 from flowstore_sqlite.location import is_same_place, sqlite_uri
 
@@ -74,8 +75,9 @@ class Connection(aiosqlite.Connection):
     A transaction of several awaits would stay open half-way when its caller is cancelled.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, observers: Observers = NOBODY) -> None:
         self.path = path
+        self._observers = observers
         self._pid = os.getpid()
         self._shutting = False
         connector = partial(
@@ -138,7 +140,10 @@ class Connection(aiosqlite.Connection):
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
                 raise map_error(failure, self.path)
-            await asyncio.sleep(next(wait))
+            pause = next(wait)
+            if self._observers:
+                self._observers.retried("read", getattr(failure, "sqlite_errorname", ""), pause)
+            await asyncio.sleep(pause)
 
     async def stop_work(self) -> None:
         """Interrupt the statement that runs, and wait until the thread is free."""
@@ -165,9 +170,17 @@ class Connection(aiosqlite.Connection):
         closing = asyncio.create_task(self._close_and_end())
         done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
         if not done:
-            _log.warning("a connection to %s did not close within %.0f s", self.path, CLOSE_SECONDS)
+            _log.warning(
+                "a connection to %s did not close within %.0f s",
+                self.path,
+                CLOSE_SECONDS,
+                extra={"flowstore.wait_seconds": CLOSE_SECONDS},
+            )
         elif not closing.cancelled() and (error := closing.exception()) is not None:
-            _log.warning("a connection to %s closed with %s", self.path, type(error).__name__)
+            kind = type(error).__name__
+            _log.warning(
+                "a connection to %s closed with %s", self.path, kind, extra={"flowstore.error_type": kind}
+            )
 
     async def _close_and_end(self) -> None:
         await self.close()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import to_the_end
+from flowstore_core.observing import NOBODY, Observers
 from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.transactions import Read, Transactions
 from flowstore_sqlite.transactions import Write as Write
@@ -48,6 +49,7 @@ class Database:
         *,
         clock: Callable[[], datetime] | None,
         busy_timeout: float,
+        observers: Observers = NOBODY,
     ) -> None:
         self._writer = writer
         self._readers = tuple(readers)
@@ -58,7 +60,12 @@ class Database:
         """The store's time in microseconds: the caller's clock if one was given, else the system's."""
         self._busy_timeout = busy_timeout
         self._transactions = Transactions(writer.path, self.now, busy_timeout)
-        self._writing = Writing(writer, self._transactions, patience=max(busy_timeout, QUEUE_SECONDS))
+        self._writing = Writing(
+            writer,
+            self._transactions,
+            patience=max(busy_timeout, QUEUE_SECONDS),
+            observers=observers,
+        )
         self._reading: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._process = _process

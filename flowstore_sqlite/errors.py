@@ -63,6 +63,8 @@ def map_error(error: sqlite3.Error, path: str) -> FlowStoreError:
             f"{path}: unexpected {name}{said} in the SQLite backend; nothing was changed. "
             "Either another program changed the schema or this is a bug; please report it"
         )
+    if code:
+        mapped.database_code = name
     return mapped
 
 
@@ -70,4 +72,6 @@ def map_commit_error(error: sqlite3.Error, path: str) -> FlowStoreError:
     """As map_error, for a COMMIT: where the disk failed, the log may or may not hold the commit."""
     if primary_code(error) != sqlite3.SQLITE_IOERR:
         return map_error(error, path)
-    return OutcomeUnknownError(f"COMMIT on {path}")
+    mapped = OutcomeUnknownError(f"COMMIT on {path}")
+    mapped.database_code = getattr(error, "sqlite_errorname", None)
+    return mapped

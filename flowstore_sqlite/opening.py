@@ -74,13 +74,19 @@ class OpenSqlite:
             await migrated(writer, self._config, options)
             readers = []
             for _ in range(options.readers):
-                reader = Connection(path)
+                reader = Connection(path, self._config.observers)
                 stack.push_async_callback(reader.shut)
                 await reader.open()
                 await reader.run_patiently(partial(_set_up, (READ_ONLY,)), options.busy_timeout)
                 readers.append(reader)
             kind = SqliteStore if options.synchronous == "FULL" else FastSqliteStore
-            store = kind(writer, readers, clock=self._config.clock, busy_timeout=options.busy_timeout)
+            store = kind(
+                writer,
+                readers,
+                clock=self._config.clock,
+                busy_timeout=options.busy_timeout,
+                observers=self._config.observers,
+            )
             stack.push_async_callback(store.aclose)
             self._stack = stack.pop_all()
         return store
@@ -133,6 +139,11 @@ def _system_time() -> datetime:
     return datetime.now(UTC)
 
 
+def has_reset_bug() -> bool:
+    """Whether this SQLite may damage a file that several connections write and checkpoint at once."""
+    return (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
+
+
 def _check_sqlite() -> None:
     version = sqlite3.sqlite_version_info
     if version < MINIMUM_SQLITE:
@@ -140,9 +151,10 @@ def _check_sqlite() -> None:
         raise ConfigurationError(
             f"this Python is linked with SQLite {sqlite3.sqlite_version}, but {needed} or newer is needed"
         )
-    if (3, 7, 0) <= version < (3, 51, 3):
+    if has_reset_bug():
         _log.debug(
             "SQLite %s has a rare bug that can damage a database in WAL mode when two connections write and "
             "checkpoint at the same moment; it is fixed in 3.51.3, so upgrade when you can",
             sqlite3.sqlite_version,
+            extra={"flowstore.sqlite_version": sqlite3.sqlite_version},
         )

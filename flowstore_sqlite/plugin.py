@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.findings import Finding
 
 if TYPE_CHECKING:
     from flowstore_sqlite.store import SqliteStore
@@ -81,6 +82,21 @@ class SqliteBackend:
 
         indexed = await has_search_index(config)
         return {"search": "by index (FTS5)" if indexed else "reads every run; this SQLite has no FTS5"}
+
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+        """What is wrong with the file and its neighbours, and rows without a run.
+
+        Not in a process that has the store open: the files are read beside SQLite.
+        """
+        from flowstore_sqlite.diagnosis import diagnose
+
+        return await diagnose(config, thorough=thorough)
+
+    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+        """Narrow permissions and delete the rows without a run, where they were found."""
+        from flowstore_sqlite.diagnosis import fix
+
+        return await fix(config, findings)
 
     async def migrate(self, config: StoreConfig) -> int:
         """Make the file if need be, apply every migration, and return the version it then has."""

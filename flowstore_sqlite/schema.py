@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from importlib.resources import files
 from flowstore_core import ConfigurationError, SchemaVersionError
 from flowstore_sqlite.connection import written
 from flowstore_sqlite.search import enable_search
+
+_log = logging.getLogger("flowstore_sqlite")
 
 MINIMUM_SQLITE = (3, 37, 0)
 """STRICT tables came with it."""
@@ -105,6 +108,12 @@ def _apply_missing(db: sqlite3.Connection, *, now: int) -> int:
                 db.execute(statement)
             row = (migration.version, migration.name, migration.works_from, now)
             db.execute(INSERT_VERSION, row)
+            _log.info(
+                "applied migration %04d %s",
+                migration.version,
+                migration.name,
+                extra={"flowstore.schema_version": migration.version},
+            )
         enable_search(db)
     version, _ = read_version(db)
     return version

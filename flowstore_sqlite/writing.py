@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from flowstore_core.batching import Batcher, ThreadLane
+from flowstore_core import OutcomeUnknownError
+from flowstore_core.batching import Batcher, Call, ThreadLane
+from flowstore_core.observing import NOBODY, Observers, Resolution
 from flowstore_sqlite.connection import Connection
 from flowstore_sqlite.transactions import Transactions
+
+_log = logging.getLogger("flowstore_sqlite")
 
 GROUP = 1000
 """How many waiting writes share one transaction, and so one sync of the disk, at most."""
@@ -17,18 +22,26 @@ GROUP = 1000
 class Writing:
     """Gathers writes; the writer's thread runs what has gathered as one transaction."""
 
-    def __init__(self, writer: Connection, transactions: Transactions, *, patience: float) -> None:
+    def __init__(
+        self,
+        writer: Connection,
+        transactions: Transactions,
+        *,
+        patience: float,
+        observers: Observers = NOBODY,
+    ) -> None:
         self._writer = writer
+        self._observers = observers
         self._transactions = transactions
         self._batcher = Batcher(
             lanes=lambda batcher: ThreadLane(batcher, self._serve),
             largest=GROUP,
             patience=patience,
             advice="send fewer calls at once, or smaller ones",
+            observers=observers,
+            log=_log,
         )
-        self.write: Callable[..., Coroutine[Any, Any, Any]] = self._batcher.method(
-            "a write", transactions.run
-        ).call
+        self.write: Callable[..., Coroutine[Any, Any, Any]] = self._batcher.method("write", self._run).call
         """Gets None, as no key is needed, the work, and what gives back its result if nobody hears of it."""
         self.drain: Callable[[float], Coroutine[Any, Any, None]] = self._batcher.drain
 
@@ -40,3 +53,23 @@ class Writing:
             serve()
 
         await self._writer.run_work(begin)
+
+    def _run(self, calls: Sequence[Call]) -> Sequence[Any]:
+        outcomes = self._transactions.run(calls)
+        if outcomes and isinstance(outcomes[0], OutcomeUnknownError):
+            # Of a COMMIT in which the disk failed, so of all of them. Observers live on the event loop.
+            self._batcher.loop.call_soon_threadsafe(self._tell_unknown, len(outcomes))
+        return outcomes
+
+    def _tell_unknown(self, calls: int) -> None:
+        _log.warning(
+            "the outcome of %d writes is unknown",
+            calls,
+            extra={
+                "flowstore.operation": "write",
+                "flowstore.calls": calls,
+                "flowstore.resolution": Resolution.UNKNOWN.value,
+            },
+        )
+        if self._observers:
+            self._observers.outcome_unknown("write", Resolution.UNKNOWN, calls)

@@ -2,7 +2,8 @@
 
 Run as a program it starts a cluster in a fresh directory, says its URL in one line on stdout and
 keeps it until stdin ends; then it stops it and deletes the directory. The end of a pipe comes
-however the test run dies, so a cluster never outlives it.
+however the test run dies, so a cluster never outlives it. With argument ``durable`` its settings are those
+of a server that is not for tests.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 class Cluster:
     """The cluster's keeper process, seen from the test run."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
         self._url: str | None = None
         # Not waited for here: it starts while the test workers do.
         self._keeper = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *(["durable"] if durable else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -52,8 +53,9 @@ def main() -> None:
         # A short path, because the socket lies in it: a socket's path may have 107 characters.
         server = get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
-            # Nobody cuts the power here, and stopping must not wait for thousands of files to be synced.
-            server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
+            if "durable" not in sys.argv:
+                # Nobody cuts the power here, and stopping must not wait for thousands of files to be synced.
+                server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
             # So that searches by index are tested; a test that wants none makes a database of its own.
             server.psql("CREATE EXTENSION pg_trgm;")
             folder_of_socket = server.get_postmaster_info().socket_dir

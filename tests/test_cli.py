@@ -31,6 +31,7 @@ READING = (
     ["signal", "deliver", str(UUID(int=1)), "go"],
     ["cleanup", "--older-than", "30d"],
     ["ping"],
+    ["doctor"],
 )
 COMMANDS = (["backends"], ["migrate", "up"], ["migrate", "status"], ["migrate", "sql"], ["replay"], *READING)
 
@@ -428,6 +429,7 @@ def test_backends_tells_two_that_claim_one_scheme(
     memory = next(plugin for plugin in load_plugins() if plugin.name == "memory")
     second = Plugin(name="other", distribution="other-dist", module="other", backends=memory.backends)
     monkeypatch.setattr("flowstore_cli.backends.load_plugins", lambda: (memory, second))
+    monkeypatch.setattr("flowstore_cli.backends.load_wrappers", lambda: ())
     listed = json.loads(flowstore("backends", "--json")[1])
     assert [entry["status"] for entry in listed] == ["conflict", "conflict"]
     assert listed[0]["problem"] == (

@@ -418,7 +418,12 @@ def test_code_in_pages_compiles(page: str) -> None:
 def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
     lines = {line.strip() for line in source.splitlines()}
-    own = ("class Traced", "import AGAIN, Batcher", "import Batcher, BatchError, ThreadLane")
+    own = (
+        "class Traced",
+        "import AGAIN, Batcher",
+        "import Batcher, BatchError, ThreadLane",
+        "observers.retried",
+    )
     blocks = [block for block in _blocks(WRITING, "python") if not any(mark in block for mark in own)]
     assert len(blocks) == 3
     for block in blocks:

@@ -115,7 +115,7 @@ async def _ask_plainly(store: FlowStore, now: datetime) -> list[Any]:
     """The same from what a look at every run tells, in a store without sums."""
     runs = await store.get_runs(take=1000)
     async with open_store("memory://", clock=lambda: now) as plain:
-        state = plain._store  # type: ignore[attr-defined]
+        (state,) = plain._store.values()  # type: ignore[attr-defined]
         for run in runs:
             detail = await store.get_run_detail(run.run_id)
             assert detail is not None

@@ -78,7 +78,7 @@ async def test_con_3_a_transaction_id_that_a_crash_gave_to_another_proves_nothin
 @pytest.mark.parametrize("name", ["trigger_run", "save_output", "try_claim_step"])
 async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str, server: Server) -> None:
     # Whose wait for the standby is broken off has committed all the same, on this server alone.
-    async with open_store(server.url(), statement_timeout=0.3, retry_timeout=0.5) as store:
+    async with open_store(server.url(), statement_timeout=1.5, retry_timeout=1.0) as store:
         calls: dict[str, Hook] = {
             "trigger_run": lambda: store.trigger_run(FLOW, "orders", RUN, "manual", idempotency_key="k"),
             "save_output": lambda: store.save_output(FLOW, "key", "1"),

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import pytest
 
-from flowstore_chaos.proxy import CUTS, HOLES, Fault, Proxy, proxy_before
+from flowstore_chaos.proxy import CUTS, HOLES, Aim, Fault, Proxy, proxy_before
 from flowstore_core import FlowStore, StepStatus, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
 from tests.virtual_clock import VirtualClock
@@ -149,6 +149,72 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
         proxy.arm(0, Fault.REPLY_LOST)
         await call(store, run)
     return proxy.messages
+
+
+async def _struck(proxy: Proxy, store: FlowStore, call: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Make a call and lose its reply; nobody connects until the proxy is disarmed."""
+    await store.ping()
+    proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT)
+    made = asyncio.ensure_future(call)
+    while not proxy.struck:  # noqa: ASYNC110 - before the store gets to try again
+        await asyncio.sleep(0)
+    proxy.arm(1, Fault.RESET, aim=Aim.CONNECT, times=1_000)
+    return made
+
+
+MEANWHILE: dict[str, Call] = {
+    "the run ends": lambda s, r: s.complete_run(r, "Cancelled"),
+    "the claim is released": lambda s, r: s.release_step_claim(r, "fresh"),
+    "the owner asks again": lambda s, r: s.try_claim_step(r, "fresh", owner="me", lease=LEASE),
+    "the owner asks again and the run ends": lambda s, r: _claim_and_end(s, r),
+}
+
+
+async def _claim_and_end(store: FlowStore, run: UUID) -> None:
+    assert await store.try_claim_step(run, "fresh", owner="me", lease=LEASE)
+    await store.complete_run(run, "Cancelled")
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+async def test_con_3_a_claim_that_was_won_stays_won_whatever_happens_meanwhile(
+    what: str, postgresql_url: str
+) -> None:
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1) as store,
+    ):
+        run = UUID(int=10_000)
+        await direct.start_run(FLOW, "orders", run, "manual")
+        call = store.try_claim_step(run, "fresh", owner="me", lease=LEASE)
+        claiming = await _struck(proxy, store, call)
+        await MEANWHILE[what](direct, run)
+        proxy.disarm()
+        assert await claiming is True
+        owners = [claim.owner for claim in await direct.get_step_claims(run)]
+        assert owners == ([] if what == "the claim is released" else ["me"])
+
+
+async def test_con_3_a_dispatch_that_was_won_stays_won_when_it_is_released_meanwhile(
+    postgresql_url: str,
+) -> None:
+    _, backend = find_backend("postgresql")
+    async with (
+        backend.scratch(postgresql_url) as fresh,
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1) as store,
+    ):
+        run = UUID(int=10_000)
+        await direct.start_run(FLOW, "orders", run, "manual")
+        dispatching = await _struck(proxy, store, store.try_record_dispatch(run, "fresh"))
+        await direct.release_dispatch(run, "fresh")
+        proxy.disarm()
+        assert await dispatching is True
+        # It was dispatched once, and that was undone.
+        assert await direct.get_dispatches(run) == ()
 
 
 @pytest.mark.parametrize("strike_at", [1, 2, 3])

@@ -24,6 +24,7 @@ from flowstore_core import (
 )
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import find_backend
+from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.migrate import read_connection_settings
 
 SECRET = "hunter2-Zw"
@@ -133,6 +134,23 @@ def test_an_option_goes_before_the_same_in_the_url(
         query["password"],
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "expected"),
+    [
+        ("postgresql:///d", {}, []),
+        ("postgresql://h/d", {}, [("h", None)]),
+        ("postgresql://me:p@h:5/d", {}, [("h", 5)]),
+        ("postgresql://h,[::1]:6,i:x/d", {}, [("h", None), ("::1", 6), ("i:x", None)]),
+        ("postgresql://h,i/d", {"port": "7"}, [("h", 7), ("i", 7)]),
+        ("postgresql://h:1/d", {"host": "/run/pg,i"}, [("/run/pg", None), ("i", None)]),
+    ],
+)
+def test_hosts_need_no_port(
+    url: str, options: dict[str, str], expected: list[tuple[str, int | None]]
+) -> None:
+    assert read_hosts(url, options) == expected
 
 
 async def test_a_schema_of_any_name_is_quoted(fresh: str) -> None:

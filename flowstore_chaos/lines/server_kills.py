@@ -14,7 +14,9 @@ from flowstore_chaos.work import Clients
 from flowstore_core import open_store
 
 CLIENTS = 4
-WORK_SECONDS = (0.05, 0.4)
+WORK_CALLS = (5, 60)
+"""So many are answered between two crashes, unless that takes too long."""
+WORK_SECONDS = 3.0
 RESUME_SECONDS = 30.0
 """From the server's return until the first answer; longer is counted as wrong."""
 
@@ -43,7 +45,9 @@ async def _crash(trial: Trial, server: Server) -> None:
     """Let the clients work, end the server, bring it back, and see that the clients are served again."""
     rng, tally = trial.rng, trial.tally
     before = tally.operations
-    await asyncio.sleep(rng.uniform(*WORK_SECONDS))
+    until, wanted = time.monotonic() + WORK_SECONDS, before + rng.randrange(*WORK_CALLS)
+    while tally.operations < wanted and time.monotonic() < until:  # noqa: ASYNC110 - a count of work has no event
+        await asyncio.sleep(0.005)
     # Each in turn at first, so that small rows meet all.
     kind = KINDS[tally.landed] if tally.landed < len(KINDS) else rng.choice(KINDS)
     working = tally.operations > before

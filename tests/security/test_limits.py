@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import tracemalloc
+from contextlib import AsyncExitStack
 from io import StringIO
 from typing import Any
 from uuid import uuid4
@@ -12,8 +13,9 @@ from uuid import uuid4
 import pytest
 
 from flowstore_cli.stores import read_stdin
-from flowstore_core import FlowStore, InvalidArgumentError
+from flowstore_core import Capability, FlowStore, InvalidArgumentError
 from flowstore_core.arguments import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
+from flowstore_core.checked import CheckedStore
 from tests.security.watch import CANARY, OPERATIONS, TEXTS, values
 
 KEYS = {
@@ -43,13 +45,8 @@ class _Untouched:
         return refuse
 
 
-@pytest.fixture(scope="module")
-def store() -> FlowStore:
-    from contextlib import AsyncExitStack
-
-    from flowstore_core import Capability
-    from flowstore_core.checked import CheckedStore
-
+@pytest.fixture
+async def store() -> FlowStore:
     return CheckedStore(_Untouched(), "untouched", frozenset(Capability), AsyncExitStack())
 
 
@@ -75,7 +72,7 @@ async def test_that_every_argument_of_every_operation_has_an_end(operation: str,
         assert CANARY not in str(caught.value)
 
 
-def test_that_every_text_is_in_one_of_the_lists(store: FlowStore) -> None:
+async def test_that_every_text_is_in_one_of_the_lists(store: FlowStore) -> None:
     """A new argument of the contract is noticed here, and its limit asked for."""
     fixed = {
         *("run_id", "flow_id", "source_run_id", "status", "lease", "due_at", "timeout_at", "expires_at"),
@@ -86,7 +83,7 @@ def test_that_every_text_is_in_one_of_the_lists(store: FlowStore) -> None:
         assert set(inspect.signature(getattr(store, operation)).parameters) <= known, operation
 
 
-def test_that_reads_of_rows_that_anybody_can_add_to_have_an_end(store: FlowStore) -> None:
+async def test_that_reads_of_rows_that_anybody_can_add_to_have_an_end(store: FlowStore) -> None:
     """Lists of runs, events and stalled steps take a bounded ``take``, and most have one by default."""
     lists = [name for name in OPERATIONS if "take" in inspect.signature(getattr(store, name)).parameters]
     defaults = {name: inspect.signature(getattr(store, name)).parameters["take"].default for name in lists}

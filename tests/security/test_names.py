@@ -91,7 +91,8 @@ async def test_that_a_schema_of_any_name_holds_the_whole_store(name: str, postgr
             )
             assert {"runs", "steps", "schema_version", "run_texts"} <= {row[0] for row in tables}
             _, backend, config = resolve_store(postgresql_url, schema=own)
-            assert await backend.schema_version(config) == len(backend.migrations(config))  # type: ignore[attr-defined]
+            newest = backend.migrations(config)[-1][0]  # type: ignore[attr-defined]
+            assert await backend.schema_version(config) == newest  # type: ignore[attr-defined]
             assert await backend.migrate(config)  # type: ignore[attr-defined]
             assert "index" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
             # The script that an administrator would run by hand makes the same schema.

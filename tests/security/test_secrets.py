@@ -41,7 +41,7 @@ from tests.security.watch import (
 
 TABLES = (
     *("runs", "steps", "attempts", "controls", "idempotency_keys", "waiters", "deliveries", "outputs"),
-    *("events", "run_changes", "unsearched"),
+    *("events", "run_changes", "unsearched", "commits"),
 )
 
 

@@ -13,6 +13,7 @@ import pytest
 import trustme
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError, open_store
+from flowstore_core.opening import resolve_store
 from tests.security.tls_cluster import TlsCluster, find_server
 from tests.security.watch import ENCODED, IN_PASSWORDS, watching_loop
 
@@ -57,10 +58,11 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
 
 async def _tls(url: str, **options: Any) -> str | None:
     """The version of TLS that the store's connections speak."""
-    async with open_store(url, **options) as store:
-        await store.ping()
-        database = store._store._database  # type: ignore[attr-defined]
-        row = await database.read_row("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+    async with open_store(url, **options) as checked:
+        await checked.ping()
+    _, backend, config = resolve_store(url, **options)
+    async with backend.open(config) as store:
+        row = await store._database.read_row("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
         return cast(str | None, row["version"])
 
 
@@ -174,16 +176,19 @@ async def test_that_a_wrong_certificate_is_told_at_once(secured: Secured) -> Non
             pytest.fail("it opened")
 
 
-async def test_that_a_server_without_tls_is_refused_where_tls_is_asked_for(postgresql_url: str) -> None:
-    from tests.proxy import Proxy
+async def test_that_a_server_without_tls_is_refused_where_tls_is_asked_for() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # What every PostgreSQL that speaks no TLS answers to the request for it.
+        await reader.read(8)
+        writer.write(b"N")
+        await reader.read()
+        writer.close()
 
-    proxy = Proxy(f"{postgresql_url.partition('host=')[2].partition('&')[0]}/.s.PGSQL.5432", 0)
-    listener = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+    listener = await asyncio.start_server(refuse, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
-    url = f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=require&retry_timeout=0.1"
     try:
         with pytest.raises(StoreUnavailableError, match="offers no TLS"):
-            async with open_store(url):
+            async with open_store(f"postgresql://me@127.0.0.1:{port}/x?sslmode=require&retry_timeout=0.1"):
                 pytest.fail("it opened")
     finally:
         listener.close()

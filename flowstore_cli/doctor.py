@@ -1,0 +1,274 @@
+"""``flowstore doctor``: what is wrong with a store, what it means, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+
+from flowstore_cli.durations import parse_duration
+from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say
+from flowstore_cli.stores import (
+    AsJson,
+    Diagnosable,
+    Fixable,
+    Migratable,
+    Url,
+    existing_store,
+    missing_driver,
+    run,
+    schema_version,
+    whereabouts,
+)
+from flowstore_cli.symptoms import Examination, examine
+from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
+from flowstore_core.config import redact
+from flowstore_core.findings import SEVERITIES, Finding, Severity
+from flowstore_core.opening import resolve_store
+from flowstore_core.plugins import Plugin
+
+STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
+
+
+@dataclass(slots=True)
+class Report:
+    """All that one look has found."""
+
+    backend: str
+    store: str
+    findings: list[Finding] = field(default_factory=list)
+    running: int = 0
+    looked_at: int = 0
+    is_open: bool = False
+    """Whether the store could be opened, so that its runs were looked at as well."""
+
+    @property
+    def is_well(self) -> bool:
+        return all(finding.severity is Severity.NOTE for finding in self.findings)
+
+
+def doctor(
+    place: Annotated[
+        str | None, typer.Argument(metavar="URL", help="The store, as with --url.", show_default=False)
+    ] = None,
+    url: Url = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Do what is safe about it, after asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --fix: do not ask.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Look at every page and row, however long that takes.")
+    ] = False,
+    grace: Annotated[
+        str, typer.Option(metavar="AGE", help="How long work may stand still before that counts.")
+    ] = "5m",
+    most: Annotated[
+        int, typer.Option("--runs", min=1, max=100_000, help="Running runs to look into, the oldest first.")
+    ] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with a store, what it means, and what to do.
+
+    Looks for work that stands still (expired leases, lost dispatches, runs with nothing in flight or past
+    their deadline), rows that belong to no run, settings of the server or the file that can lose data,
+    clocks that differ, and a schema that is not this version's. It changes nothing, and takes a few
+    seconds however large the store is.
+
+    With --fix it deletes the rows that belong to no run and sets the mode of SQLite files to 0600, then
+    looks again. It never touches a run, nor the settings of a server.
+
+    \b
+      flowstore doctor
+      flowstore doctor postgresql://user@host/db --grace 15m
+      flowstore doctor sqlite:///flows.db --thorough
+      flowstore doctor --fix --yes --json
+
+    \b
+    Exit codes of this command:
+    0  nothing found, or notes only
+    1  there are warnings or errors
+    2  it could not look: wrong usage, no store there, or one that is unavailable
+       (for which other commands have 3)
+
+    JSON: store, backend, findings (a list of objects with code, severity, summary, meaning, remedy, count,
+    examples, fix, blocks), fixed (what --fix did), running_runs, looked_at (runs), opened.
+    """
+    if place is not None and url is not None:
+        raise Failure("name the store once: as the argument or with --url", USAGE)
+    url = url if place is None else place
+    length = parse_duration(grace, "--grace")
+    if yes and not fix:
+        raise Failure("--yes goes with --fix", USAGE)
+    report = _look(url, thorough, length, most)
+    fixed: Sequence[str] = ()
+    wanted = [finding for finding in report.findings if finding.fix is not None]
+    if fix and wanted and (yes or _agrees(wanted, as_json)):
+        fixed = _run(_fix(url, wanted))
+        report = _look(url, thorough, length, most)
+    if as_json:
+        print_json(_document(report, fixed))
+    else:
+        _print(report, fixed, url, fix=fix)
+    if not report.is_well:
+        raise typer.Exit(NO)
+
+
+def _run(work: Any) -> Any:
+    try:
+        return run(work)
+    except StoreUnavailableError as error:
+        raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+    except FlowStoreError as error:
+        raise Failure(str(error), USAGE) from error
+
+
+def _look(url: str | None, thorough: bool, grace: timedelta, most: int) -> Report:
+    report: Report = _run(_diagnose(url, thorough, grace, most))
+    report.findings.sort(key=lambda finding: (-SEVERITIES.index(finding.severity), finding.code))
+    return report
+
+
+async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int) -> Report:
+    plugin, backend, config = resolve_store(url, migrate=False)
+    report = Report(backend.name, whereabouts(config))
+    if isinstance(backend, Diagnosable):
+        try:
+            # Before anything else: the store is as its users left it.
+            report.findings += await backend.diagnose(config, thorough=thorough)
+        except ModuleNotFoundError as error:
+            raise missing_driver(plugin, error) from error
+    if any(finding.blocks for finding in report.findings):
+        return report
+    try:
+        outdated = await _judge_schema(plugin, backend, config)
+        report.findings += outdated
+        if any(finding.blocks for finding in outdated):
+            return report
+        async with existing_store(url, migrate=False) as store:
+            found: Examination = await examine(store, grace=grace, most=most)
+    except FlowStoreError:
+        if report.is_well:
+            raise
+        # What was found is the reason, or worth knowing all the same.
+        return report
+    report.findings += found.findings
+    report.running, report.looked_at, report.is_open = found.running, found.looked_at, True
+    return report
+
+
+async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -> list[Finding]:
+    if not isinstance(backend, Migratable):
+        return []
+    version = await schema_version(plugin, backend, config)
+    latest = max((number for number, _, _ in backend.migrations(config)), default=0)
+    if 0 < version < latest:
+        return [
+            Finding(
+                code="schema-behind",
+                severity=Severity.WARNING,
+                summary=f"the schema has version {version}, this flowstore works on {latest}",
+                meaning="A store with migrate=False refuses to open. The runs were not looked at.",
+                remedy="flowstore migrate up",
+                blocks=True,
+            )
+        ]
+    if version <= latest:
+        return []
+    try:
+        async with backend.open(config):
+            pass
+    except SchemaVersionError:
+        return [
+            Finding(
+                code="schema-ahead",
+                severity=Severity.ERROR,
+                summary=f"the schema has version {version}, this flowstore knows {latest}",
+                meaning="A newer flowstore has changed it so that this one cannot work on it.",
+                remedy="pip install --upgrade flowstore",
+                blocks=True,
+            )
+        ]
+    return [
+        Finding(
+            code="schema-newer",
+            severity=Severity.NOTE,
+            summary=f"the schema has version {version}, this flowstore knows {latest}",
+            meaning="A newer flowstore uses the store as well. This one can still work on it.",
+            remedy="pip install --upgrade flowstore",
+        )
+    ]
+
+
+async def _fix(url: str | None, findings: Sequence[Finding]) -> Sequence[str]:
+    _, backend, config = resolve_store(url, migrate=False)
+    return await backend.fix(config, findings) if isinstance(backend, Fixable) else ()
+
+
+def _agrees(wanted: Sequence[Finding], as_json: bool) -> bool:
+    if as_json or not sys.stdin.isatty():
+        raise Failure("--fix asks first; where nobody can answer, give --yes too", USAGE)
+    for finding in wanted:
+        sys.stderr.write(f"will {clean(finding.fix or '')}\n")
+    return typer.confirm("go on?", err=True)
+
+
+def _document(report: Report, fixed: Sequence[str]) -> dict[str, Any]:
+    return {
+        "store": report.store,
+        "backend": report.backend,
+        "findings": report.findings,
+        "fixed": fixed,
+        "running_runs": report.running,
+        "looked_at": report.looked_at,
+        "opened": report.is_open,
+    }
+
+
+def _print(report: Report, fixed: Sequence[str], url: str | None, *, fix: bool) -> None:
+    console = new_console()
+    for line in fixed:
+        say(f"fixed: {line}")
+    if fixed:
+        say("")
+    for finding in report.findings:
+        title = cell(f"{finding.severity.value.upper():<8}", STYLES[finding.severity])
+        console.print(title.append_text(cell(f" {finding.summary}", "bold")), soft_wrap=True)
+        facts = [("  means", cell(finding.meaning))]
+        if finding.examples:
+            facts.append(("  as", cell(", ".join(finding.examples))))
+        print_form(console, facts)
+        # Not folded, so that a command can be copied.
+        console.print(
+            cell("  do     ", "dim").append_text(cell(_complete(finding.remedy, url))), soft_wrap=True
+        )
+        console.print(cell(f"  code   {finding.code}", "dim"))
+        console.print()
+    _print_sum(report, url, fix=fix)
+
+
+def _complete(remedy: str, url: str | None) -> str:
+    """Our own command with the store that the user named; what redact would hide is left to be filled in."""
+    if url is None or not re.search("(^|: )flowstore ", remedy):
+        return remedy
+    named = shlex.quote(url) if redact(url) == url else "URL"
+    return f"{remedy} --url {named}"
+
+
+def _print_sum(report: Report, url: str | None, *, fix: bool) -> None:
+    numbers = [
+        count(number, severity.value)
+        for severity in reversed(SEVERITIES)
+        if (number := sum(finding.severity is severity for finding in report.findings))
+    ]
+    say(f"{', '.join(numbers) if numbers else 'nothing found'}: {report.store}")
+    if not report.is_open:
+        say("the store was not opened, so its runs were not looked at")
+    elif report.looked_at < report.running:
+        say(f"looked into {report.looked_at:,} of {report.running:,} Running runs, the oldest (--runs)")
+    if not fix and any(finding.fix for finding in report.findings):
+        say(_complete("some of it can be fixed: flowstore doctor --fix", url))

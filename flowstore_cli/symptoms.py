@@ -1,0 +1,247 @@
+"""What any store shows of work that stands still, asked through the protocols alone.
+
+Bounded, however large the store is: so many steps are listed, so many runs looked into, at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+from uuid import UUID
+
+from flowstore_cli.printing import count
+from flowstore_core import (
+    Capability,
+    FlowRunRecord,
+    FlowStore,
+    RunStatus,
+    StalledStep,
+    StallReason,
+    StepStatus,
+)
+from flowstore_core.findings import Finding, Severity
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LISTED = 1000
+"""Stalled steps, and runs to stop, that are asked for at most."""
+WALKED = 100_000
+"""Running runs that are walked over at most, to find the oldest."""
+PAGE = 1000
+AT_ONCE = 8
+"""Runs that are looked into at once."""
+SECOND_LOOK = 2.0
+"""Seconds after which a run without anything in flight is looked at once more: a run that goes on is
+so for a moment, between two steps."""
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What was found, and how far the look went."""
+
+    findings: list[Finding] = field(default_factory=list)
+    running: int = 0
+    """Running runs that there are."""
+    looked_at: int = 0
+    """Those of them that were looked into."""
+
+
+async def examine(store: FlowStore, *, grace: timedelta, most: int) -> Examination:
+    """Everything that has stood still for longer than ``grace``; of Running runs the ``most`` oldest."""
+    as_of = datetime.now(UTC) - grace
+    found: list[Finding] = []
+    runs, running = await _oldest_runs(store, most)
+    if Capability.RECOVERY in store.capabilities:
+        found += _judge_stalled(await store.get_stalled_steps(as_of=as_of, take=LISTED), grace)
+    else:
+        found += _judge_stalled(await _expired(store, runs, as_of), grace)
+    found += await _idle(store, [run for run in runs if run.started_at <= as_of])
+    if Capability.DEADLINES in store.capabilities:
+        found += await _overdue(store, as_of)
+    return Examination(found, running, len(runs))
+
+
+async def _oldest_runs(store: FlowStore, most: int) -> tuple[Sequence[FlowRunRecord], int]:
+    """The oldest Running runs, which are the likeliest to stand still, and how many there are in all."""
+    if Capability.DASHBOARD not in store.capabilities:
+        runs = await store.get_active_runs()
+        return runs[-most:], len(runs)
+    kept: deque[FlowRunRecord] = deque(maxlen=most)
+    page = await store.get_runs_page(status=RunStatus.RUNNING, take=PAGE)
+    running, walked = page.total_count, 0
+    while page.runs:
+        kept.extend(page.runs)
+        walked += len(page.runs)
+        if len(page.runs) < PAGE or walked >= WALKED:
+            break
+        page = await store.get_runs_page(status=RunStatus.RUNNING, after=page.runs[-1].position, take=PAGE)
+    return kept, max(running, walked)
+
+
+# Steps
+
+
+_STALLED = {
+    StallReason.LEASE_EXPIRED: (
+        "leases-expired",
+        "a worker's lease ran out, and nobody has taken over",
+        "The worker died or was cut off. The step is free for any other; none has come for it.",
+    ),
+    StallReason.DISPATCH_DUE: (
+        "dispatches-due",
+        "dispatched, and no worker has claimed the step",
+        "The message was lost, or the queue is longer than that. No worker holds the step.",
+    ),
+    StallReason.NOT_DISPATCHED: (
+        "steps-not-dispatched",
+        "open, and neither dispatched nor claimed",
+        "Whoever was to dispatch the step died before it did. No message is on its way.",
+    ),
+}
+
+
+def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Finding]:
+    found = []
+    for reason, (code, what, meaning) in _STALLED.items():
+        steps = [step for step in stalled if step.reason is reason]
+        if not steps:
+            continue
+        more = " or more" if len(stalled) == LISTED else ""
+        found.append(
+            Finding(
+                code=code,
+                severity=Severity.WARNING,
+                summary=f"{count(len(steps), 'step')}{more}: {what}, for over {_length(grace)}",
+                meaning=f"{meaning} An engine picks such steps up with get_stalled_steps; either none "
+                "runs, or it does not ask.",
+                remedy=f"start the engine's workers; to look into one: flowstore runs show {steps[0].run_id}",
+                count=len(steps),
+                examples=tuple(f"{step.run_id} {step.step_key}" for step in steps[:SHOWN]),
+            )
+        )
+    return found
+
+
+async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datetime) -> list[StalledStep]:
+    """Expired leases, for a store that cannot list stalled steps: by a look into each run."""
+
+    async def look(run: FlowRunRecord) -> list[StalledStep]:
+        claims = await store.get_step_claims(run.run_id)
+        ended = [claim for claim in claims if claim.expires_at is not None and claim.expires_at <= as_of]
+        statuses = await store.get_step_statuses(run.run_id) if ended else {}
+        return [
+            StalledStep(
+                run_id=run.run_id,
+                step_key=claim.step_key,
+                status=statuses.get(claim.step_key, StepStatus.PENDING),
+                reason=StallReason.LEASE_EXPIRED,
+                since=claim.expires_at or as_of,
+            )
+            for claim in ended
+            if not statuses.get(claim.step_key, StepStatus.PENDING).is_terminal
+        ]
+
+    return [step for steps in await _each(runs, look) for step in steps]
+
+
+# Runs
+
+
+async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Finding]:
+    """Running runs in which nothing is open, claimed, dispatched or waited for."""
+
+    async def look(run: FlowRunRecord) -> tuple[UUID, Mapping[str, StepStatus]] | None:
+        statuses = await store.get_step_statuses(run.run_id)
+        return None if await _in_flight(store, run.run_id, statuses) else (run.run_id, dict(statuses))
+
+    first = {seen[0]: seen[1] for seen in await _each(runs, look) if seen is not None}
+    if not first:
+        return []
+    await asyncio.sleep(SECOND_LOOK)
+    again = await _each([run for run in runs if run.run_id in first], look)
+    # As they were before: whatever moved is alive.
+    still = [seen[0] for seen in again if seen is not None and first[seen[0]] == seen[1]]
+    statuses = await _each(still, store.get_run_status)
+    idle = [run_id for run_id, status in zip(still, statuses, strict=True) if status is RunStatus.RUNNING]
+    if not idle:
+        return []
+    return [
+        Finding(
+            code="runs-idle",
+            severity=Severity.WARNING,
+            summary=f"{count(len(idle), 'run')} Running with nothing in flight",
+            meaning="No step of theirs is open, claimed, dispatched or waiting: whoever was to dispatch the "
+            "next step, or to complete the run, died. get_stalled_steps does not list such runs.",
+            remedy="have the engine advance the runs of get_active_runs; to end one instead: "
+            f"flowstore runs cancel {idle[0]}",
+            count=len(idle),
+            examples=tuple(str(run_id) for run_id in idle[:SHOWN]),
+        )
+    ]
+
+
+async def _in_flight(store: FlowStore, run_id: UUID, statuses: Mapping[str, StepStatus]) -> bool:
+    if any(not status.is_terminal for status in statuses.values()):
+        return True
+    # A terminal step keeps its dispatch; one of a key that never started is on its way.
+    if await store.get_dispatched_step_keys(run_id) - statuses.keys():
+        return True
+    if any(claim.step_key not in statuses for claim in await store.get_step_claims(run_id)):
+        return True
+    if Capability.WAITERS not in store.capabilities:
+        return False
+    waiters = await store.get_waiters(run_id)
+    return any(waiter.delivered_at is None and waiter.expired_at is None for waiter in waiters)
+
+
+async def _overdue(store: FlowStore, as_of: datetime) -> list[Finding]:
+    """Running runs that should have been stopped by then."""
+    runs = await store.get_runs_to_stop(as_of=as_of, take=LISTED)
+    controls = await _each([run.run_id for run in runs], store.get_run_control)
+    late = [
+        control.run_id
+        for control in controls
+        if control is not None
+        and any(
+            moment is not None and moment <= as_of
+            for moment in (control.timeout_at, control.cancel_requested_at)
+        )
+    ]
+    if not late:
+        return []
+    more = " or more" if len(runs) == LISTED else ""
+    return [
+        Finding(
+            code="runs-to-stop",
+            severity=Severity.WARNING,
+            summary=f"{count(len(late), 'run')}{more} past the deadline or asked to cancel, still Running",
+            meaning="The store does not end runs by itself. The engine that should ask get_runs_to_stop does "
+            "not, or cannot.",
+            remedy=f"start the engine; to look into one: flowstore runs show {late[0]}",
+            count=len(late),
+            examples=tuple(str(run_id) for run_id in late[:SHOWN]),
+        )
+    ]
+
+
+async def _each(items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
+    """The answers of ``work`` to each item, a few at a time."""
+    found: list[R] = []
+    waiting = list(items)
+    for start in range(0, len(waiting), AT_ONCE):
+        found += await asyncio.gather(*(work(item) for item in waiting[start : start + AT_ONCE]))
+    return found
+
+
+def _length(grace: timedelta) -> str:
+    seconds = int(grace.total_seconds())
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"

@@ -1,0 +1,251 @@
+"""What ``flowstore doctor`` learns of a database file: where it lies, its neighbours, its pages, its rows.
+
+The files are looked at before the database is opened: opening takes a log in, and closing removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+from uuid import UUID
+
+from flowstore_core import StoreConfig, StoreUnavailableError
+from flowstore_core.findings import Finding, Severity
+from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_sqlite import files
+from flowstore_sqlite.connection import Connection, snapshot, written
+from flowstore_sqlite.errors import primary_code
+from flowstore_sqlite.location import read_location
+from flowstore_sqlite.opening import JOURNAL_MODE, Options, has_reset_bug
+from flowstore_sqlite.schema import read_version
+
+T = TypeVar("T")
+
+LOOK_SECONDS = 3.0
+"""How long the pages, and then the rows, are looked through, unless thorough."""
+COUNTED = 10_000
+"""As many orphans are counted at most."""
+SHOWN = 3
+FIXED_AT_ONCE = 500
+INSTRUCTIONS = 10_000
+"""Of SQLite's virtual machine, between two looks at the clock."""
+
+QUICK_CHECK = "PRAGMA quick_check(5)"
+INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
+
+# Those of which cleanup takes care by itself one day (RET-4), and those that no call can leave behind.
+FORGOTTEN = ("idempotency_keys", "controls")
+STRAYS = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+WITHOUT_RUN = "NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = {table}.run_id)"
+FIND_FORGOTTEN = f"SELECT run_id FROM {{table}} WHERE created_at <= ? AND {WITHOUT_RUN} LIMIT {COUNTED}"
+FIND_STRAYS = f"SELECT run_id FROM {{table}} WHERE {WITHOUT_RUN} LIMIT {COUNTED}"
+DELETE_FORGOTTEN = "DELETE FROM {table} WHERE created_at <= ? AND run_id IN ({marks}) AND " + WITHOUT_RUN
+DELETE_STRAYS = "DELETE FROM {table} WHERE run_id IN ({marks}) AND " + WITHOUT_RUN
+
+
+async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+    """Every finding about the file; changes nothing."""
+    path, options = read_location(config.url), Options.read(config)
+    found = [*_judge_settings(options), *files.inspect(path)]
+    if any(finding.blocks for finding in found) or not files.exists(path):
+        return found
+    connection = Connection(path)
+    try:
+        await connection.open()
+
+        async def ask(work: Callable[[sqlite3.Connection], T]) -> T:
+            return await connection.run_patiently(partial(snapshot, work), options.busy_timeout)
+
+        try:
+            found += await ask(_judge_journal)
+            found += await ask(partial(_check_pages, thorough))
+            if (await ask(read_version))[0]:
+                found += await ask(partial(_find_orphans, thorough, _now(config)))
+        except StoreUnavailableError as error:
+            if not str(error.database_code).startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+                raise
+            found.append(_damaged(str(error.database_code)))
+    finally:
+        await connection.shut()
+    return found
+
+
+def _now(config: StoreConfig) -> int:
+    return int(config.clock().timestamp() * 1_000_000) if config.clock else time.time_ns() // 1000
+
+
+def _judge_settings(options: Options) -> list[Finding]:
+    found = []
+    if options.synchronous != "FULL":
+        found.append(
+            Finding(
+                code="synchronous-normal",
+                severity=Severity.WARNING,
+                summary="the store is opened with synchronous=NORMAL",
+                meaning="A commit is not synced to disk: a power cut loses claims and results that were "
+                "acknowledged. A crash of the process loses nothing.",
+                remedy="take synchronous=NORMAL out of the URL's query or flowstore.toml",
+            )
+        )
+    if has_reset_bug():
+        found.append(
+            Finding(
+                code="wal-reset-bug",
+                severity=Severity.NOTE,
+                summary=f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug",
+                meaning="Very rarely, two connections that write and checkpoint at the same moment damage "
+                "the file. flowstore writes with one connection a process: the risk grows with their number.",
+                remedy="use a Python linked with SQLite 3.51.3 or newer; to see yours: "
+                'python -c "import sqlite3; print(sqlite3.sqlite_version)"',
+            )
+        )
+    return found
+
+
+def _judge_journal(db: sqlite3.Connection) -> list[Finding]:
+    mode = db.execute(JOURNAL_MODE).fetchone()[0]
+    if mode == "wal" or not read_version(db)[0]:
+        return []
+    return [
+        Finding(
+            code="journal-mode",
+            severity=Severity.WARNING,
+            summary=f"the file was in journal mode {mode.upper()}, not WAL",
+            meaning="Another program has changed it. Readers and writers then wait for each other. Whenever "
+            "flowstore opens the store, as it does now, it sets WAL again.",
+            remedy="find the program that sets journal_mode, or that copies the file, and stop it",
+        )
+    ]
+
+
+def _damaged(detail: str) -> Finding:
+    return Finding(
+        code="damaged",
+        severity=Severity.ERROR,
+        summary="the database file is damaged",
+        meaning=f"SQLite says: {detail}. Answers may be wrong, and writes make it worse.",
+        remedy="stop every process that uses it, copy file and -wal aside, and restore a backup; or save "
+        "what can be read: sqlite3 FILE .recover | sqlite3 NEW",
+    )
+
+
+def _check_pages(thorough: bool, db: sqlite3.Connection) -> list[Finding]:
+    statement = INTEGRITY_CHECK if thorough else QUICK_CHECK
+    try:
+        with _bounded(db, None if thorough else LOOK_SECONDS):
+            rows = db.execute(statement).fetchall()
+    except sqlite3.OperationalError as error:
+        if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
+            raise
+        return [_not_to_the_end("pages", "Checking the pages of the file")]
+    # Its messages name tables, indexes and pages, never what is in a row.
+    return [] if rows == [("ok",)] else [_damaged(f"{rows[0][0].splitlines()[0]}")]
+
+
+def _not_to_the_end(what: str, doing: str) -> Finding:
+    return Finding(
+        code=f"{what}-not-checked",
+        severity=Severity.NOTE,
+        summary=f"not all {what} were looked at",
+        meaning=f"{doing} was stopped after {LOOK_SECONDS:g} s.",
+        remedy="flowstore doctor --thorough",
+    )
+
+
+@contextlib.contextmanager
+def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
+    """Interrupt what takes longer."""
+    if seconds is None:
+        yield
+        return
+    deadline = time.monotonic() + seconds
+    db.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
+    try:
+        yield
+    finally:
+        db.set_progress_handler(None, 0)
+
+
+def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        with _bounded(db, None if thorough else LOOK_SECONDS):
+            found.extend(
+                _orphans(table, runs)
+                for table in (*FORGOTTEN, *STRAYS)
+                if (runs := _runs_of_orphans(table, now, db))
+            )
+    except sqlite3.OperationalError as error:
+        if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
+            raise
+        found.append(_not_to_the_end("rows", "Looking for rows without a run"))
+    return found
+
+
+def _runs_of_orphans(table: str, now: int, db: sqlite3.Connection) -> list[bytes]:
+    if table in FORGOTTEN:
+        grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
+        rows = db.execute(FIND_FORGOTTEN.replace("{table}", table), (grace,))
+    else:
+        rows = db.execute(FIND_STRAYS.replace("{table}", table))
+    return [row[0] for row in rows]
+
+
+def _orphans(table: str, runs: Sequence[bytes]) -> Finding:
+    many = f"{len(runs):,}{' or more' if len(runs) == COUNTED else ''}"
+    if table in FORGOTTEN:
+        meaning = "Their run never started; they are older than an hour, so it will not. They take space."
+        if table == "idempotency_keys":
+            meaning += " A trigger with such a key starts the run under the id that is registered."
+    else:
+        meaning = (
+            "No call leaves these behind: rows of table runs were deleted by hand, or a restore lost some."
+        )
+    return Finding(
+        code=f"orphans-{table.replace('_', '-')}",
+        severity=Severity.WARNING,
+        summary=f"{many} rows of table {table} belong to no run",
+        meaning=meaning,
+        remedy="flowstore doctor --fix",
+        count=len(runs),
+        examples=tuple(dict.fromkeys(str(UUID(bytes=run)) for run in runs))[:SHOWN],
+        fix=f"delete the rows of table {table} that belong to no run",
+    )
+
+
+async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+    """Delete orphans and narrow permissions, as the findings say; safe while others write."""
+    path, options = read_location(config.url), Options.read(config)
+    done = [line for finding in findings for line in files.fix(path, finding)]
+    tables = [finding.code.removeprefix("orphans-").replace("-", "_") for finding in findings]
+    wanted = [table for table in (*FORGOTTEN, *STRAYS) if table in tables]
+    if not wanted:
+        return done
+    connection = Connection(path)
+    try:
+        await connection.open()
+        for table in wanted:
+            deleted = 0
+            delete = partial(written, partial(_delete_orphans, table, _now(config)))
+            # Little by little, so that nobody waits long for the lock.
+            while number := await connection.run_patiently(delete, options.busy_timeout):
+                deleted += number
+            done.append(f"deleted {deleted:,} rows of table {table} that belonged to no run")
+    finally:
+        await connection.shut()
+    return done
+
+
+def _delete_orphans(table: str, now: int, db: sqlite3.Connection) -> int:
+    runs = list(dict.fromkeys(_runs_of_orphans(table, now, db)))[:FIXED_AT_ONCE]
+    if not runs:
+        return 0
+    statement = DELETE_FORGOTTEN if table in FORGOTTEN else DELETE_STRAYS
+    statement = statement.replace("{table}", table).replace("{marks}", ", ".join("?" * len(runs)))
+    grace = [now - ORPHAN_GRACE // timedelta(microseconds=1)] if table in FORGOTTEN else []
+    return db.execute(statement, (*grace, *runs)).rowcount

@@ -1,0 +1,259 @@
+"""The database file and its neighbours, as the file system shows them; the database is not opened.
+
+Not for a process that has the store open: closing any descriptor of a file drops the locks that the process
+holds on it, SQLite's too.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from flowstore_core.findings import Finding, Severity
+from flowstore_sqlite.turnstile import SUFFIX
+
+NEIGHBOURS = ("", "-wal", "-shm", SUFFIX)
+MOUNTS = Path("/proc/self/mountinfo")
+
+# As Linux calls them. WAL needs memory that all processes share, and locks that work.
+NETWORK = frozenset(
+    {
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "smb3",
+        "smbfs",
+    }
+)
+IN_MEMORY = frozenset({"ramfs", "tmpfs"})
+
+HEADER_BYTES = 100
+LOG_HEADER_BYTES = 32
+MAGIC = b"SQLite format 3\0"
+LOG_MAGIC = (0x377F0682, 0x377F0683)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file, and not something else."""
+    return os.path.isfile(path) and not os.path.islink(path)
+
+
+def inspect(path: str) -> Iterator[Finding]:
+    """What is wrong with the files, at the moment."""
+    links = [path + suffix for suffix in NEIGHBOURS if os.path.islink(path + suffix)]
+    if links:
+        yield _symlink(links)
+        return
+    if not exists(path):
+        return
+    yield from _judge_file_system(path)
+    yield from _judge_modes(path)
+    yield from _judge_folder(path)
+    yield from _judge_log(path)
+
+
+def _symlink(links: list[str]) -> Finding:
+    return Finding(
+        code="symlink",
+        blocks=True,
+        severity=Severity.ERROR,
+        summary=f"{links[0]} is a symbolic link",
+        meaning="Whoever may change the link decides which file is written. flowstore does not follow it.",
+        remedy="name the file itself in the URL; to see where the link leads: "
+        + shlex.join(["ls", "-l", *links]),
+        count=len(links),
+        examples=tuple(links),
+    )
+
+
+def _judge_file_system(path: str) -> Iterator[Finding]:
+    kind = file_system(path)
+    if kind in NETWORK or kind.startswith("fuse.sshfs"):
+        yield Finding(
+            code="network-file-system",
+            severity=Severity.ERROR,
+            summary=f"the file lies on a network file system ({kind})",
+            meaning="The write-ahead log needs shared memory and locks of one machine. On a network it is "
+            "damaged sooner or later.",
+            remedy="stop every process, move file and -wal together to a local disk, and change the URL; for "
+            "several machines use PostgreSQL",
+        )
+    elif kind in IN_MEMORY:
+        yield Finding(
+            code="memory-disk",
+            severity=Severity.WARNING,
+            summary=f"the file lies in memory ({kind})",
+            meaning="It is gone when the machine stops.",
+            remedy="move file and -wal to a disk, and change the URL",
+        )
+
+
+def file_system(path: str) -> str:
+    """The kind of file system that a path lies on, in Linux's words; empty where it cannot be told."""
+    try:
+        device = os.stat(path).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        mounts = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+    for line in mounts.splitlines():
+        # id, parent, device, root, place, options..., "-", kind, source, more options
+        front, _, back = line.partition(" - ")
+        if front.split()[2:3] == [number]:
+            return back.split()[0]
+    return ""
+
+
+def _judge_modes(path: str) -> Iterator[Finding]:
+    wide = []
+    for suffix in NEIGHBOURS:
+        try:
+            mode = stat.S_IMODE(os.stat(path + suffix).st_mode)
+        except OSError:
+            continue
+        if mode & 0o077:
+            wide.append((path + suffix, mode))
+    if not wide:
+        return
+    names = [name for name, _ in wide]
+    if all(mode & 0o077 == 0o060 for _, mode in wide):
+        # A group that may write as well was meant to; one that may only read could not even use it.
+        yield Finding(
+            code="mode-group",
+            severity=Severity.NOTE,
+            summary=f"the group of {names[0]} may read and write it (mode {wide[0][1]:04o})",
+            meaning="That is right where a group is to share the store, and wrong elsewhere.",
+            remedy=f"if nobody shares it: {shlex.join(['chmod', '0600', *names])}",
+            count=len(names),
+            examples=tuple(names[1:]),
+        )
+        return
+    yield Finding(
+        code="mode-wide",
+        severity=Severity.WARNING,
+        summary=f"others may use {names[0]} (mode {wide[0][1]:04o}; 0600 is right)",
+        meaning="Payloads, outputs and error messages can be read or changed by other users of the machine.",
+        remedy=shlex.join(["chmod", "0600", *names]),
+        count=len(names),
+        examples=tuple(names[1:]),
+        fix=f"set the mode of {', '.join(names)} to 0600",
+    )
+
+
+def _judge_folder(path: str) -> Iterator[Finding]:
+    folder = os.path.dirname(path)
+    mode = os.stat(folder).st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        yield Finding(
+            code="folder-open",
+            severity=Severity.WARNING,
+            summary=f"everybody may write to directory {folder}",
+            meaning="Any user of the machine can put another file in the place of this one.",
+            remedy=shlex.join(["chmod", "o-w", folder]),
+        )
+
+
+def _read(path: str, size: int) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except FileNotFoundError:
+        return None
+
+
+def _judge_log(path: str) -> Iterator[Finding]:
+    header, log = _read(path, HEADER_BYTES), _read(path + "-wal", LOG_HEADER_BYTES)
+    if header and not header.startswith(MAGIC):
+        yield Finding(
+            code="not-a-database",
+            blocks=True,
+            severity=Severity.ERROR,
+            summary=f"{path} is no SQLite database, or its beginning was overwritten",
+            meaning="It cannot be opened.",
+            remedy="restore a backup, or correct the URL",
+        )
+        return
+    if log and (reason := _foreign(header or b"", log)):
+        yield Finding(
+            code="log-foreign",
+            blocks=True,
+            severity=Severity.ERROR,
+            summary=f"{path}-wal does not belong to the database: {reason}",
+            meaning="A log holds the newest commits of its own database. Beside another one it is dropped "
+            "or damages it. File and -wal must be moved, copied and restored together.",
+            remedy="stop every process; put the right log in its place, or set this one aside: "
+            + shlex.join(["mv", f"{path}-wal", f"{path}-wal.aside"]),
+        )
+    elif log is None and os.path.exists(path + "-shm"):
+        yield Finding(
+            code="log-missing",
+            blocks=True,
+            severity=Severity.WARNING,
+            summary=f"{path}-wal is gone, though {path}-shm is there",
+            meaning="SQLite removes both or none. If the log was deleted, the newest commits are lost, "
+            "acknowledged claims and results among them.",
+            remedy="put the log back if you have it; else accept the loss: "
+            + shlex.join(["rm", f"{path}-shm"]),
+        )
+    if os.path.exists(path + "-journal"):
+        yield Finding(
+            code="journal-foreign",
+            blocks=True,
+            severity=Severity.WARNING,
+            summary=f"{path}-journal is there",
+            meaning="flowstore uses a write-ahead log and makes no such file. Another program was writing to "
+            "the database, or a journal of another one was put there; SQLite may roll it back.",
+            remedy="find out whose it is before you open the store; "
+            + shlex.join(["ls", "-l", f"{path}-journal"]),
+        )
+
+
+def _foreign(header: bytes, log: bytes) -> str | None:
+    """Why a log cannot be that of the database with this header; None where it may be."""
+    if len(log) < LOG_HEADER_BYTES or int.from_bytes(log[:4]) not in LOG_MAGIC:
+        return "it is no write-ahead log"
+    if len(header) < HEADER_BYTES:
+        # The first pages of a new database may be in the log alone.
+        return None
+    # 65536 does not fit into two bytes and is written as 1.
+    pages = int.from_bytes(header[16:18])
+    if int.from_bytes(log[8:12]) != (65536 if pages == 1 else pages):
+        return "its pages have another size"
+    if header[18:20] != b"\2\2":
+        return "the database is in another journal mode"
+    return None
+
+
+def fix(path: str, finding: Finding) -> Iterator[str]:
+    """Narrow the permissions that were found wide."""
+    if finding.code != "mode-wide":
+        return
+    for suffix in NEIGHBOURS:
+        name = path + suffix
+        try:
+            # Never through a link that was put there meanwhile.
+            file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            yield f"could not open {name}: {error.strerror}"
+            continue
+        try:
+            if stat.S_IMODE(os.fstat(file).st_mode) & 0o077:
+                os.fchmod(file, 0o600)
+                yield f"set the mode of {name} to 0600"
+        except OSError as error:
+            yield f"could not change the mode of {name}: {error.strerror}"
+        finally:
+            os.close(file)

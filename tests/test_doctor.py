@@ -1,0 +1,544 @@
+"""``flowstore doctor``: what it finds in any store and in SQLite's files; a healthy store is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from flowstore_cli import doctor as command
+from flowstore_cli import symptoms
+from flowstore_cli.main import main
+from flowstore_core import Capability, FlowStore, RunStatus, StepStatus, open_store
+from flowstore_sqlite import files
+from tests.scenes import FLOW, new_run
+from tests.virtual_clock import VirtualClock
+
+# Of the machine that the tests run on, not of the store.
+OF_THE_MACHINE = {"wal-reset-bug", "memory-disk"}
+HOUR = timedelta(hours=1)
+
+
+@dataclass
+class Answer:
+    """What the command answered with --json."""
+
+    code: int
+    document: dict[str, Any]
+
+    @property
+    def findings(self) -> dict[str, dict[str, Any]]:
+        return {one["code"]: one for one in self.document["findings"] if one["code"] not in OF_THE_MACHINE}
+
+    @property
+    def codes(self) -> list[str]:
+        return list(self.findings)
+
+
+Doctor = Callable[..., Answer]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(symptoms, "SECOND_LOOK", 0.02)
+    monkeypatch.delenv("FLOWSTORE_URL", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
+    def ask(url: str, *options: str) -> Answer:
+        code = main(["doctor", url, "--json", *options])
+        out, err = capsys.readouterr()
+        assert out, err
+        return Answer(code, json.loads(out))
+
+    return ask
+
+
+async def _fill(store: FlowStore) -> None:
+    """Work as it should be: done, under way, to come, and waiting for a signal."""
+    done = await new_run(store)
+    await store.record_step_start(done, "a", "test")
+    await store.record_step_complete(done, "a", StepStatus.SUCCEEDED, output_json="1")
+    await store.save_output(done, "a", "1")
+    await store.append_event(done, "done")
+    await store.complete_run(done, RunStatus.SUCCEEDED)
+    run_id = uuid4()
+    later = datetime.now(UTC) + HOUR
+    await store.trigger_run(FLOW, "orders", run_id, "manual", idempotency_key=str(run_id), timeout_at=later)
+    assert await store.try_claim_step(run_id, "claimed", owner="me", lease=2 * HOUR)
+    await store.record_step_start(run_id, "claimed", "test", owner="me")
+    assert await store.try_record_dispatch(run_id, "later", due_at=later)
+    await store.register_waiter(run_id, "waits", "go")
+    attempt = await store.record_step_start(run_id, "waits", "test")
+    await store.reschedule_step(run_id, "waits", attempt=attempt)
+    waiting = await new_run(store)
+    await store.register_waiter(waiting, "only", "go")
+
+
+def _with_store(url: str, work: Callable[[FlowStore], Awaitable[Any]], *, ago: timedelta = HOUR) -> Any:
+    """What ``work`` answers on a store whose clock is so far behind."""
+
+    async def run() -> Any:
+        async with open_store(url, clock=VirtualClock(datetime.now(UTC) - ago)) as store:
+            return await work(store)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def place(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a store with healthy work in it, of each backend."""
+    url = f"sqlite:///{tmp_path}/flows.db" if backend == "sqlite" else f"memory://doctor-{uuid4().hex}"
+    schema = f"doctor_{uuid4().hex}"
+    if backend == "postgresql":
+        url = f"{request.getfixturevalue('postgresql_url')}&schema={schema}"
+    _with_store(url, _fill)
+    yield url
+    if backend == "postgresql":
+        asyncio.run(_drop(request.getfixturevalue("postgresql_url"), schema))
+
+
+async def _drop(url: str, schema: str) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute(f"DROP SCHEMA {schema} CASCADE")
+    await connection.close()
+
+
+@pytest.fixture(autouse=True)
+def tests_server_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own PostgreSQL runs with fsync off; test_doctor_postgres.py has one that does not."""
+    monkeypatch.setitem(globals(), "OF_THE_MACHINE", OF_THE_MACHINE | {"fsync-off"})
+
+
+# Any store
+
+
+def test_a_healthy_store_is_silent(place: str, doctor: Doctor) -> None:
+    answer = doctor(place)
+    assert answer.codes == []
+    assert answer.document["opened"] is True
+    assert (answer.document["running_runs"], answer.document["looked_at"]) == (2, 2)
+    if "postgresql" not in place:
+        assert answer.code == 0
+
+
+async def _expire_lease(store: FlowStore) -> UUID:
+    run_id = await new_run(store)
+    assert await store.try_claim_step(run_id, "a", owner="dead", lease=timedelta(seconds=30))
+    return run_id
+
+
+async def _lose_dispatch(store: FlowStore) -> UUID:
+    run_id = await new_run(store)
+    assert await store.try_record_dispatch(run_id, "a")
+    return run_id
+
+
+async def _forget_dispatch(store: FlowStore) -> UUID:
+    run_id = await new_run(store)
+    await store.record_step_start(run_id, "a", "test")
+    return run_id
+
+
+async def _stand_still(store: FlowStore) -> UUID:
+    run_id = await new_run(store)
+    await store.try_record_dispatch(run_id, "a")
+    await store.record_step_start(run_id, "a", "test")
+    await store.record_step_complete(run_id, "a", StepStatus.SUCCEEDED)
+    return run_id
+
+
+async def _miss_deadline(store: FlowStore) -> UUID:
+    run_id = uuid4()
+    await store.trigger_run(
+        FLOW, "orders", run_id, "manual", timeout_at=datetime.now(UTC) - timedelta(minutes=30)
+    )
+    await store.register_waiter(run_id, "a", "go")
+    return run_id
+
+
+async def _ignore_cancel(store: FlowStore) -> UUID:
+    run_id = await new_run(store)
+    await store.register_waiter(run_id, "a", "go")
+    await store.request_cancel(run_id)
+    return run_id
+
+
+STANDING = {
+    "leases-expired": _expire_lease,
+    "dispatches-due": _lose_dispatch,
+    "steps-not-dispatched": _forget_dispatch,
+    "runs-idle": _stand_still,
+    "runs-to-stop": _miss_deadline,
+}
+
+
+@pytest.mark.parametrize(("code", "make"), STANDING.items(), ids=list(STANDING))
+def test_work_that_stands_still_is_found(
+    code: str, make: Callable[[FlowStore], Awaitable[UUID]], place: str, doctor: Doctor
+) -> None:
+    run_id = _with_store(place, make)
+    answer = doctor(place)
+    assert answer.codes == [code]
+    assert answer.code == 1
+    found = answer.findings[code]
+    assert (found["severity"], found["count"], found["fix"]) == ("warning", 1, None)
+    assert str(run_id) in found["examples"][0]
+    assert str(run_id) in found["remedy"]
+    assert doctor(place, "--grace", "2h").codes == []
+
+
+def test_a_cancel_that_nobody_acts_on_is_found(place: str, doctor: Doctor) -> None:
+    _with_store(place, _ignore_cancel)
+    assert doctor(place).codes == ["runs-to-stop"]
+
+
+def test_a_run_that_goes_on_meanwhile_is_not_idle(
+    tmp_path: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    run_id = _with_store(url, _stand_still)
+
+    async def go_on(seconds: float) -> None:
+        async with open_store(url) as store:
+            await store.try_record_dispatch(run_id, "next")
+
+    monkeypatch.setattr(symptoms.asyncio, "sleep", go_on)
+    assert doctor(url).codes == []
+
+
+class Less:
+    """A store with fewer capabilities, as a third party's may be."""
+
+    def __init__(self, store: FlowStore) -> None:
+        self._store = store
+        self.capabilities = frozenset({Capability.LEASES})
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in ("get_active_runs", "get_step_claims", "get_step_statuses", "get_run_status") or (
+            name == "get_dispatched_step_keys"
+        ), name
+        return getattr(self._store, name)
+
+
+async def test_a_store_with_fewer_capabilities_is_looked_at_as_far_as_it_goes() -> None:
+    clock = VirtualClock(datetime.now(UTC) - HOUR)
+    async with open_store("memory://", clock=clock) as store:
+        await _expire_lease(store)
+        await _stand_still(store)
+        less: Any = Less(store)
+        found = await symptoms.examine(less, grace=timedelta(minutes=5), most=10)
+        assert [finding.code for finding in found.findings] == ["leases-expired", "runs-idle"]
+        assert (found.running, found.looked_at) == (2, 2)
+        found = await symptoms.examine(less, grace=2 * HOUR, most=10)
+        assert found.findings == []
+
+
+def test_of_many_runs_the_oldest_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(symptoms, "PAGE", 4)
+
+    url = f"sqlite:///{tmp_path}/flows.db"
+    clock = VirtualClock(datetime.now(UTC) - HOUR)
+
+    async def run() -> UUID:
+        async with open_store(url, clock=clock) as store:
+            oldest = await _stand_still(store)
+            for _ in range(9):
+                clock.advance(seconds=1)
+                await _stand_still(store)
+            return oldest
+
+    oldest = asyncio.run(run())
+    assert main(["doctor", "--url", url, "--runs", "3"]) == 1
+    out = capsys.readouterr().out
+    assert "looked into 3 of 10 Running runs" in out
+    assert "3 runs Running with nothing in flight" in out
+    assert str(oldest) in out
+
+
+# SQLite's files
+
+
+@pytest.fixture
+def flows(tmp_path: Path) -> Path:
+    """A healthy file in the working directory."""
+    path = tmp_path / "flows.db"
+    _with_store(f"sqlite:///{path}", _fill)
+    return path
+
+
+def _execute(path: Path, *statements: str) -> None:
+    db = sqlite3.connect(path)
+    try:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+    finally:
+        db.close()
+
+
+def _foreign_log(path: Path) -> None:
+    other = path.with_name("other.db")
+    db = sqlite3.connect(other)
+    db.execute("PRAGMA page_size = 8192")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("CREATE TABLE t (x)")
+    db.commit()
+    log = other.with_name("other.db-wal").read_bytes()
+    db.close()
+    path.with_name("flows.db-wal").write_bytes(log)
+
+
+def _damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    # Behind the schema's own page.
+    content[8192:20480] = b"\xa5" * 12288
+    path.write_bytes(content)
+
+
+def _link(path: Path) -> None:
+    path.rename(path.with_name("real.db"))
+    path.symlink_to(path.with_name("real.db"))
+
+
+FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "mode-wide": ("warning", lambda path: path.chmod(0o644)),
+    "mode-group": ("note", lambda path: path.chmod(0o660)),
+    "symlink": ("error", _link),
+    "folder-open": ("warning", lambda path: path.parent.chmod(0o777)),
+    "log-missing": ("warning", lambda path: path.with_name("flows.db-shm").write_bytes(bytes(32768))),
+    "log-foreign": ("error", _foreign_log),
+    "journal-foreign": ("warning", lambda path: path.with_name("flows.db-journal").write_bytes(b"\1" * 600)),
+    "journal-mode": ("warning", lambda path: _execute(path, "PRAGMA journal_mode = DELETE")),
+    "not-a-database": ("error", lambda path: path.write_bytes(b"no database" * 1000)),
+    "damaged": ("error", _damage),
+    "schema-behind": (
+        "warning",
+        lambda path: _execute(path, "DELETE FROM flowstore_schema WHERE version > 1"),
+    ),
+    "schema-newer": (
+        "note",
+        lambda path: _execute(path, "INSERT INTO flowstore_schema VALUES (99, 'later', 1, 0)"),
+    ),
+    "schema-ahead": (
+        "error",
+        lambda path: _execute(path, "INSERT INTO flowstore_schema VALUES (99, 'later', 99, 0)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("code", FILES)
+def test_what_is_wrong_with_a_file_is_found(code: str, flows: Path, doctor: Doctor) -> None:
+    severity, spoil = FILES[code]
+    assert doctor("sqlite:///flows.db").codes == []
+    spoil(flows)
+    for suffix in ("-wal", "-shm"):
+        if code.startswith("log") and flows.with_name(f"flows.db{suffix}").exists():
+            flows.with_name(f"flows.db{suffix}").chmod(0o600)
+    content = flows.read_bytes() if code != "journal-mode" else b""
+    answer = doctor("sqlite:///flows.db", "--thorough")
+    assert answer.codes == [code]
+    assert answer.findings[code]["severity"] == severity
+    assert answer.code == (0 if severity == "note" else 1)
+    if answer.findings[code]["blocks"]:
+        assert answer.document["opened"] is False
+    if content:
+        assert flows.read_bytes() == content
+
+
+def test_permissions_are_fixed(flows: Path, doctor: Doctor) -> None:
+    flows.chmod(0o664)
+    flows.with_name("flows.db-turn").chmod(0o644)
+    answer = doctor("sqlite:///flows.db", "--fix", "--yes")
+    assert answer.document["fixed"] == [
+        f"set the mode of {flows} to 0600",
+        f"set the mode of {flows}-turn to 0600",
+    ]
+    assert (answer.code, answer.codes) == (0, [])
+    assert flows.stat().st_mode & 0o777 == 0o600
+    assert doctor("sqlite:///flows.db").codes == []
+
+
+ORPHANS = {
+    "orphans-idempotency-keys": "INSERT INTO idempotency_keys VALUES (x'00', 't', 'k', zeroblob(16), 0)",
+    "orphans-controls": "INSERT INTO controls (run_id, flow_id, created_at, trigger_key) "
+    "VALUES (zeroblob(16), x'00', 0, 't')",
+    "orphans-steps": "INSERT INTO steps (run_id, step_key) VALUES (zeroblob(16), 'a')",
+    "orphans-attempts": "INSERT INTO attempts (run_id, step_key, attempt, status, started_at, completed_at, "
+    "step_type) VALUES (zeroblob(16), 'a', 1, 'Failed', 0, 0, 't')",
+    "orphans-waiters": "INSERT INTO waiters (run_id, step_key, signal_name, created_at) "
+    "VALUES (zeroblob(16), 'a', 's', 0)",
+    "orphans-deliveries": "INSERT INTO deliveries VALUES (zeroblob(16), 'd', 'a', 0)",
+    "orphans-outputs": "INSERT INTO outputs VALUES (zeroblob(16), 'k', '1')",
+    "orphans-events": "INSERT INTO events VALUES (zeroblob(16), 1, 0, 'e', NULL, NULL)",
+}
+
+
+@pytest.mark.parametrize("code", ORPHANS)
+def test_rows_without_a_run_are_found_and_fixed(code: str, flows: Path, doctor: Doctor) -> None:
+    _execute(flows, ORPHANS[code])
+    answer = doctor("sqlite:///flows.db")
+    assert (answer.code, answer.codes) == (1, [code])
+    assert answer.findings[code]["count"] == 1
+    assert answer.findings[code]["examples"] == [str(UUID(int=0))]
+    answer = doctor("sqlite:///flows.db", "--fix", "--yes")
+    assert (answer.code, answer.codes) == (0, [])
+    assert answer.document["fixed"][0].startswith("deleted 1 rows of table ")
+    assert doctor("sqlite:///flows.db").document["running_runs"] == 2
+
+
+def test_a_key_of_this_hour_is_no_orphan(flows: Path, doctor: Doctor) -> None:
+    async def register(store: FlowStore) -> None:
+        assert await store.try_register_idempotency_key(FLOW, "t", "fresh", uuid4())
+
+    _with_store("sqlite:///flows.db", register, ago=timedelta(minutes=50))
+    assert doctor("sqlite:///flows.db").codes == []
+
+
+def test_many_orphans_go_little_by_little(
+    flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.FIXED_AT_ONCE", 7)
+    rows = ", ".join(f"(x'{n:032x}', 'k', '1')" for n in range(50))
+    _execute(flows, f"INSERT INTO outputs VALUES {rows}")
+    answer = doctor("sqlite:///flows.db", "--fix", "--yes")
+    assert answer.document["fixed"] == ["deleted 50 rows of table outputs that belonged to no run"]
+    assert answer.codes == []
+
+
+def test_a_look_that_takes_too_long_is_cut_short(
+    flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.LOOK_SECONDS", -1.0)
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.INSTRUCTIONS", 1)
+    answer = doctor("sqlite:///flows.db")
+    assert (answer.code, answer.codes) == (0, ["pages-not-checked", "rows-not-checked"])
+    assert doctor("sqlite:///flows.db", "--thorough").codes == []
+
+
+def test_synchronous_normal_is_found(flows: Path, doctor: Doctor) -> None:
+    assert doctor("sqlite:///flows.db?synchronous=NORMAL").codes == ["synchronous-normal"]
+
+
+@pytest.mark.parametrize(("kind", "code"), [("nfs4", "network-file-system"), ("tmpfs", "memory-disk")])
+def test_a_file_system_that_keeps_no_promise_is_found(
+    kind: str, code: str, flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = flows.stat().st_dev
+    mounts = flows.with_name("mounts")
+    mounts.write_text(
+        f"1 0 0:0 / / rw - ext4 /dev/none rw\n"
+        f"2 1 {os.major(device)}:{os.minor(device)} / {flows.parent} rw shared:1 - {kind} server:/x rw\n"
+    )
+    monkeypatch.setattr(files, "MOUNTS", mounts)
+    monkeypatch.setitem(globals(), "OF_THE_MACHINE", {"wal-reset-bug"})
+    assert doctor("sqlite:///flows.db").codes == [code]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
+def test_a_real_file_system_in_memory_is_told_by_its_name() -> None:
+    assert files.file_system("/dev/shm") in ("tmpfs", "ramfs")
+    assert files.file_system("/dev/shm/missing/deep") == ""
+
+
+@pytest.mark.parametrize(
+    ("version", "told"), [((3, 51, 2), True), ((3, 7, 0), True), ((3, 51, 3), False), ((3, 6, 23), False)]
+)
+def test_the_wal_reset_bug_is_told(
+    version: tuple[int, int, int], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flowstore_sqlite.diagnosis import _judge_settings
+    from flowstore_sqlite.opening import Options
+
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    found = _judge_settings(Options(synchronous="FULL", busy_timeout=1, readers=1))
+    assert [finding.code for finding in found] == (["wal-reset-bug"] if told else [])
+
+
+# For people
+
+
+def test_it_says_what_it_means_and_what_to_do(flows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.chmod(0o644)
+    _execute(flows, ORPHANS["orphans-outputs"])
+    assert main(["doctor", "sqlite:///flows.db"]) == 1
+    out = capsys.readouterr().out
+    assert f"WARNING  others may use {flows} (mode 0644; 0600 is right)\n" in out
+    assert f"  do     chmod 0600 {flows}\n" in out
+    assert "flowstore doctor --fix --url sqlite:///flows.db" in out
+    # Commands and paths are never folded.
+    prose = [line for line in out.splitlines() if line.startswith(("  means", "    "))]
+    assert max(map(len, prose)) <= 80
+    assert not [line for line in out.splitlines() if line != line.rstrip()]
+
+
+def test_what_redacting_hides_is_left_to_be_filled_in() -> None:
+    assert command._complete("flowstore doctor --fix", "sqlite:///x y.db").endswith(
+        "--url 'sqlite:///x y.db'"
+    )
+    assert (
+        command._complete("flowstore migrate up", "postgresql://u:secret@h/d")
+        == "flowstore migrate up --url URL"
+    )
+    assert (
+        command._complete("pip install --upgrade flowstore", "memory://x")
+        == "pip install --upgrade flowstore"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sqlite:///missing.db"], "there is no flowstore schema"),
+        (["sqlite:///a.db", "--url", "sqlite:///b.db"], "name the store once"),
+        (["sqlite:///a.db", "--yes"], "--yes goes with --fix"),
+        (["sqlite:///a.db", "--grace", "soon"], "a length of time such as 30d"),
+        (["nonsense://x"], "no installed backend serves scheme"),
+        (
+            ["postgresql://u:hunter2@127.0.0.1:1/d?connect_timeout=1&retry_timeout=0"],
+            "the store is unavailable",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_where_it_cannot_look_the_exit_code_is_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+    assert "hunter2" not in err
+
+
+def test_fix_asks_first(
+    flows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows.chmod(0o644)
+    assert main(["doctor", "sqlite:///flows.db", "--fix"]) == 2
+    assert "give --yes" in capsys.readouterr().err
+    answers = iter([False, True])
+    monkeypatch.setattr(command.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(command.typer, "confirm", lambda *a, **k: next(answers))
+    assert main(["doctor", "sqlite:///flows.db", "--fix"]) == 1
+    assert flows.stat().st_mode & 0o777 == 0o644
+    assert main(["doctor", "sqlite:///flows.db", "--fix"]) == 0
+    out, err = capsys.readouterr()
+    assert f"will set the mode of {flows} to 0600" in err
+    assert f"fixed: set the mode of {flows} to 0600" in out

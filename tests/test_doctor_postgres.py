@@ -1,0 +1,373 @@
+"""``flowstore doctor`` on a PostgreSQL server of its own, whose settings the tests spoil one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import shlex
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from flowstore_cli import symptoms
+from flowstore_cli.main import main
+from flowstore_core.findings import Finding, Severity
+from flowstore_core.opening import resolve_store
+from flowstore_postgres import diagnosis, judgement
+from flowstore_postgres.judgement import Facts, Setting, judge
+from flowstore_postgres.migrate import read_connection_settings
+from tests.cluster import Cluster
+from tests.test_doctor import _fill, _with_store
+
+# One worker, and one server, for all of these.
+pytestmark = pytest.mark.xdist_group("doctor")
+
+Doctor = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    cluster = Cluster(durable=True)
+    try:
+        yield cluster.url
+    finally:
+        cluster.stop()
+
+
+def _execute(url: str, *statements: str) -> Any:
+    async def run() -> Any:
+        connection = await asyncpg.connect(url)
+        try:
+            for statement in statements[:-1]:
+                await connection.execute(statement)
+            return await connection.fetchval(statements[-1])
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def place(server: str) -> Iterator[str]:
+    """A store with healthy work in it; afterwards the server is as it was."""
+    schema = f"doctor_{uuid4().hex}"
+    url = f"{server}&schema={schema}"
+    _with_store(url, _fill)
+    yield url
+    _execute(
+        server,
+        f"DROP SCHEMA {schema} CASCADE",
+        "ALTER SYSTEM RESET ALL",
+        "ALTER ROLE postgres RESET ALL",
+        "ALTER DATABASE postgres RESET ALL",
+        "SELECT pg_reload_conf()",
+    )
+    _wait_for_reload(server)
+
+
+def _wait_for_reload(url: str) -> None:
+    """Reloading takes a moment, in which new connections still have the old settings."""
+    asyncio.run(asyncio.sleep(0.2))
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
+    monkeypatch.setattr(symptoms, "SECOND_LOOK", 0.02)
+
+    def ask(url: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+        code = main(["doctor", url, "--json", *options])
+        out, err = capsys.readouterr()
+        assert out, err
+        return code, {one["code"]: one for one in json.loads(out)["findings"]}
+
+    return ask
+
+
+def test_a_healthy_server_is_silent(place: str, doctor: Doctor) -> None:
+    assert doctor(place) == (0, {})
+    assert doctor(place, "--thorough") == (0, {})
+
+
+SPOILT = {
+    "fsync-off": ("error", "ALTER SYSTEM SET fsync = off"),
+    "full-page-writes-off": ("error", "ALTER SYSTEM SET full_page_writes = off"),
+    "synchronous-commit-off": ("error", "ALTER SYSTEM SET synchronous_commit = off"),
+    "synchronous-commit-off of the role": ("error", "ALTER ROLE postgres SET synchronous_commit = off"),
+    "synchronous-commit-off of the database": (
+        "error",
+        "ALTER DATABASE postgres SET synchronous_commit = off",
+    ),
+    "synchronous-commit-off of both": (
+        "error",
+        "ALTER ROLE postgres IN DATABASE postgres SET synchronous_commit = off",
+    ),
+    "read-only": ("error", "ALTER ROLE postgres SET default_transaction_read_only = on"),
+    "autovacuum-off": ("warning", "ALTER SYSTEM SET autovacuum = off"),
+    "idle-session-timeout": ("note", "ALTER ROLE postgres SET idle_session_timeout = 60000"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_an_unsafe_setting_is_found_and_its_remedy_helps(
+    name: str, place: str, server: str, doctor: Doctor
+) -> None:
+    code = name.partition(" ")[0]
+    severity, statement = SPOILT[name]
+    _execute(server, statement, "SELECT pg_reload_conf()")
+    _wait_for_reload(server)
+    exit_code, found = doctor(place)
+    assert list(found) == [code]
+    assert found[code]["severity"] == severity
+    assert exit_code == (0 if severity == "note" else 1)
+    # As it would be typed, but for psql.
+    words = shlex.split(found[code]["remedy"])
+    assert words[0] == "psql"
+    commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
+    _execute(server, "SET default_transaction_read_only = off", *commands, "SELECT 1")
+    _wait_for_reload(server)
+    assert doctor(place) == (0, {})
+
+
+def test_a_pool_that_is_larger_than_what_is_left_is_found(place: str, server: str, doctor: Doctor) -> None:
+    code, found = doctor(f"{place}&pool_size=200")
+    assert (code, list(found)) == (1, ["connections-scarce"])
+    assert "max_connections" in found["connections-scarce"]["remedy"]
+    schema = place.rpartition("=")[2]
+    _execute(
+        server,
+        "CREATE ROLE small LOGIN CONNECTION LIMIT 4",
+        f"GRANT USAGE ON SCHEMA {schema} TO small",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO small",
+        "SELECT 1",
+    )
+    try:
+        small = place.replace("user=postgres", "user=small")
+        assert doctor(f"{small}&pool_size=4") == (0, {})
+        code, found = doctor(f"{small}&pool_size=5")
+        assert list(found) == ["connections-scarce"]
+        assert 'ALTER ROLE "small" CONNECTION LIMIT -1' in found["connections-scarce"]["remedy"]
+    finally:
+        _execute(server, "DROP OWNED BY small", "DROP ROLE small", "SELECT 1")
+
+
+def test_behind_a_pooler_the_role_needs_time_outs(place: str, server: str, doctor: Doctor) -> None:
+    _, found = doctor(f"{place}&pgbouncer=true")
+    assert list(found) == ["no-time-outs"]
+    words = shlex.split(found["no-time-outs"]["remedy"])
+    commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
+    assert len(commands) == 2
+    _execute(server, *commands, "SELECT 1")
+    assert doctor(f"{place}&pgbouncer=true") == (0, {})
+
+
+def test_a_transaction_that_stays_open_is_found(
+    place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judgement, "LONG_TRANSACTION_SECONDS", 0.05)
+    assert doctor(place) == (0, {})
+    with _session(server) as execute:
+        execute("BEGIN")
+        execute("SELECT pg_sleep(0.1)")
+        assert list(doctor(place)[1]) == ["long-transaction"]
+
+
+@contextlib.contextmanager
+def _session(url: str) -> Iterator[Callable[[str], Any]]:
+    """A connection that stays open while the command runs in an event loop of its own."""
+    loop = asyncio.new_event_loop()
+    connection = loop.run_until_complete(asyncpg.connect(url))
+    try:
+        yield lambda statement: loop.run_until_complete(connection.execute(statement))
+    finally:
+        loop.run_until_complete(connection.close())
+        loop.close()
+
+
+@pytest.mark.parametrize(("off", "word"), [(5.0, "ahead of"), (-5.0, "behind")])
+def test_a_clock_that_differs_is_found(
+    off: float, word: str, place: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosis, "local_time", lambda: datetime.now(UTC).timestamp() - off)
+    code, found = doctor(place)
+    assert (code, list(found)) == (1, ["clock-skew"])
+    assert f"5.0 s {word} this machine's" in found["clock-skew"]["summary"]
+
+
+RUN = "'00000000-0000-0000-0000-000000000000'"
+ORPHANS = {
+    "orphans-idempotency-keys": f"INTO idempotency_keys VALUES ({RUN}, 't', 'k', {RUN}, '2020-01-01')",
+    "orphans-controls": "INTO controls (run_id, flow_id, created_at, trigger_key) "
+    f"VALUES ({RUN}, {RUN}, '2020-01-01', 't')",
+    "orphans-steps": f"INTO steps (run_id, step_key) VALUES ({RUN}, 'a')",
+    "orphans-attempts": "INTO attempts (run_id, step_key, attempt, status, started_at, completed_at, "
+    f"step_type) VALUES ({RUN}, 'a', 1, 'Failed', '2020-01-01', '2020-01-01', 't')",
+    "orphans-waiters": "INTO waiters (run_id, step_key, signal_name, created_at) "
+    f"VALUES ({RUN}, 'a', 's', '2020-01-01')",
+    "orphans-deliveries": f"INTO deliveries VALUES ({RUN}, 'd', 'a', '2020-01-01')",
+    "orphans-outputs": f"INTO outputs VALUES ({RUN}, 'k', '1')",
+    "orphans-events": f"INTO events VALUES ({RUN}, 1, '2020-01-01', 'e', NULL, NULL, {RUN})",
+}
+
+
+@pytest.mark.parametrize("code", ORPHANS)
+def test_rows_without_a_run_are_found_and_fixed(code: str, place: str, server: str, doctor: Doctor) -> None:
+    schema = place.rpartition("=")[2]
+    _execute(server, f"SET search_path = {schema}", f"INSERT {ORPHANS[code]}", "SELECT 1")
+    exit_code, found = doctor(place)
+    assert (exit_code, list(found)) == (1, [code])
+    assert found[code]["count"] == 1
+    assert found[code]["examples"] == [RUN.strip("'")]
+    assert doctor(place, "--fix", "--yes") == (0, {})
+    assert doctor(place) == (0, {})
+
+
+def test_a_look_that_takes_too_long_is_cut_short(
+    place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosis, "ORPHAN_SECONDS", 0.5)
+    schema = place.rpartition("=")[2]
+    with _session(server) as execute:
+        execute("BEGIN")
+        execute(f"LOCK TABLE {schema}.attempts IN ACCESS EXCLUSIVE MODE")
+        code, found = doctor(place)
+    assert (code, list(found)) == (0, ["rows-not-checked"])
+    assert "attempts" in found["rows-not-checked"]["summary"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"),
+    [
+        ("DELETE FROM {schema}.schema_version WHERE version > 1", "schema-behind"),
+        ("INSERT INTO {schema}.schema_version VALUES (99, 'later', 1)", "schema-newer"),
+        ("INSERT INTO {schema}.schema_version VALUES (99, 'later', 99)", "schema-ahead"),
+    ],
+)
+def test_another_schema_is_found(statement: str, code: str, place: str, server: str, doctor: Doctor) -> None:
+    _execute(server, statement.replace("{schema}", place.rpartition("=")[2]), "SELECT 1")
+    assert list(doctor(place)[1]) == [code]
+
+
+# What no test can make of a server at hand, judged by the facts alone
+
+
+async def _facts(url: str) -> Facts:
+    _, _, config = resolve_store(url)
+    settings = read_connection_settings(config)
+    one, two = [await settings.hosts.connect(**settings.connect_arguments) for _ in range(2)]
+    try:
+        return await diagnosis.look(one, two, settings, config)
+    finally:
+        await one.close()
+        await two.close()
+
+
+@asynccontextmanager
+async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Finding]]:
+    yield list(judge(replace(await _facts(url), **facts)))
+
+
+@pytest.mark.parametrize(
+    ("facts", "code", "severity"),
+    [
+        ({"replica": True}, "replica", Severity.ERROR),
+        ({"version": 120022, "version_text": "12.22"}, "server-too-old", Severity.ERROR),
+        ({"version": 130022, "version_text": "13.22"}, "server-old", Severity.WARNING),
+        ({"pooled": True}, "pooler-undeclared", Severity.ERROR),
+    ],
+)
+async def test_facts_are_judged(facts: dict[str, Any], code: str, severity: Severity, server: str) -> None:
+    found = list(judge(replace(await _facts(server), **facts), date(2026, 6, 1)))
+    assert [(finding.code, finding.severity) for finding in found] == [(code, severity)]
+
+
+async def test_synchronous_commit_local_matters_only_with_standbys(server: str) -> None:
+    facts = await _facts(server)
+    local = {**facts.settings, "synchronous_commit": Setting("local", "configuration file")}
+    assert list(judge(replace(facts, settings=local))) == []
+    local["synchronous_standby_names"] = Setting("b", "configuration file")
+    (found,) = judge(replace(facts, settings=local))
+    assert found.code == "synchronous-commit-local"
+
+
+class Pooled:
+    """Two connections that take turns meet one server process."""
+
+    def __init__(self, connection: Any, pids: Iterator[int]) -> None:
+        self._connection = connection
+        self._pids = pids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def fetchval(self, statement: str) -> Any:
+        if statement == diagnosis.WHO_SERVES:
+            return next(self._pids)
+        return await self._connection.fetchval(statement)
+
+
+@pytest.mark.parametrize(
+    ("pids", "pooled"),
+    [([1, 2, 1, 2], False), ([1, 1, 1, 1], True), ([1, 2, 2, 1], True), ([1, 2, 3, 2], True)],
+)
+async def test_a_transaction_pooler_is_told_by_who_serves(pids: list[int], pooled: bool, server: str) -> None:
+    _, _, config = resolve_store(server)
+    settings = read_connection_settings(config)
+    connection = await asyncpg.connect(server)
+    numbers = iter(pids)
+    try:
+        both: list[Any] = [Pooled(connection, numbers) for _ in range(2)]
+        facts = await diagnosis.look(both[0], both[1], settings, config)
+    finally:
+        await connection.close()
+    assert facts.pooled is pooled
+
+
+async def test_a_server_that_refuses_our_settings_is_taken_for_a_pooler(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def refuse(settings: Any) -> AsyncIterator[Any]:
+        with diagnosis.map_errors():
+            raise asyncpg.ProtocolViolationError("unsupported startup parameter: statement_timeout")
+        yield
+
+    monkeypatch.setattr(diagnosis, "_connect", refuse)
+    _, _, config = resolve_store(server)
+    (found,) = await diagnosis.diagnose(config, thorough=False)
+    assert (found.code, found.remedy) == ("pooler-undeclared", "add pgbouncer=true to the URL's query")
+
+
+async def test_a_key_that_a_trigger_is_using_is_left_alone(server: str) -> None:
+    from flowstore_core import open_store
+
+    schema = f"doctor_{uuid4().hex}"
+    url = f"{server}&schema={schema}"
+    _, _backend, config = resolve_store(url)
+    async with open_store(url):
+        pass
+    holder = await asyncpg.connect(server)
+    try:
+        await holder.execute(f"SET search_path = {schema}")
+        for key in ("held", "free"):
+            await holder.execute(
+                f"INSERT INTO idempotency_keys VALUES ({RUN}, 't', '{key}', {RUN}, '2020-01-01')"
+            )
+        await holder.execute("BEGIN")
+        await holder.execute("SELECT FROM idempotency_keys WHERE idempotency_key = 'held' FOR UPDATE")
+        found = await diagnosis.diagnose(config, thorough=False)
+        fixing = diagnosis.fix(config, found)
+        done = await asyncio.wait_for(fixing, 10)
+        assert done == ["deleted 1 rows of table idempotency_keys that belonged to no run"]
+        await holder.execute("ROLLBACK")
+        assert await holder.fetchval("SELECT idempotency_key FROM idempotency_keys") == "held"
+    finally:
+        await holder.execute(f"DROP SCHEMA {schema} CASCADE")
+        await holder.close()

@@ -1,0 +1,308 @@
+"""What is logged, and what backends report to observers: the names, the levels, and nothing secret."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from flowstore_chaos.proxy import Fault, proxy_before
+from flowstore_core import Capability, FlowStore, OutcomeUnknownError, StepStatus, StoreConfig, open_store
+from flowstore_core.observing import Observers, Resolution
+from flowstore_core.plugins import find_backend
+from tests.scenes import new_run, together
+
+LOGGERS = ("flowstore_core", "flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "flowstore_replay")
+CANARY = "canary-7f3a"
+
+
+class Recorder:
+    """Remembers what it hears."""
+
+    def __init__(self) -> None:
+        self.retries: list[tuple[str, str]] = []
+        self.batches: list[tuple[str, int]] = []
+        self.waits: list[float] = []
+        self.lost: list[tuple[str, Resolution, int]] = []
+
+    def retried(self, operation: str, reason: str, wait: float) -> None:
+        assert wait > 0
+        self.retries.append((operation, reason))
+
+    def batch(self, operation: str, size: int, waited: float) -> None:
+        self.batches.append((operation, size))
+        self.waits.append(waited)
+
+    def outcome_unknown(self, operation: str, resolution: Resolution, calls: int) -> None:
+        self.lost.append((operation, resolution, calls))
+
+
+def _listen(monkeypatch: pytest.MonkeyPatch, *observers: Any) -> list[Any]:
+    """As a plugin's wrapper does, which gets every store that is opened, and its configuration."""
+    opened = []
+
+    def wrap(store: Any, config: StoreConfig, plugin: Any) -> Any:
+        config.observers.extend(observers)
+        opened.append(store)
+        return store
+
+    monkeypatch.setattr("flowstore_core.opening.wrap_store", wrap)
+    return opened
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    _listen(monkeypatch, made)
+    return made
+
+
+@pytest.fixture
+def records() -> Iterator[list[logging.LogRecord]]:
+    """Every record of our loggers, at level debug."""
+    kept: list[logging.LogRecord] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            record.getMessage()
+            kept.append(record)
+
+    handler = Keeping()
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    yield kept
+    for name in LOGGERS:
+        logging.getLogger(name).removeHandler(handler)
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name.startswith("flowstore.")}
+
+
+# Batches
+
+
+@pytest.mark.needs(Capability.DURABLE)
+async def test_batches_are_reported(
+    namespace: str, recorder: Recorder, records: list[logging.LogRecord]
+) -> None:
+    async with open_store(namespace) as store:
+        run_id = await new_run(store)
+        recorder.batches.clear()
+        assert await together(store.try_claim_step(run_id, f"s{n}") for n in range(40)) == [True] * 40
+    names = {name for name, _ in recorder.batches}
+    assert names == {"write"} or names == {"try_claim_step"}
+    assert sum(size for _, size in recorder.batches) == 40
+    assert max(size for _, size in recorder.batches) > 1
+    assert all(0 <= wait < 30 for wait in recorder.waits)
+    batches = [record for record in records if "flowstore.batch_size" in _fields(record)]
+    assert {record.levelno for record in batches} == {logging.DEBUG}
+    assert set(_fields(batches[-1])) == {
+        "flowstore.operation",
+        "flowstore.batch_size",
+        "flowstore.wait_seconds",
+    }
+
+
+async def test_without_an_observer_and_at_level_info_no_batch_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("nobody listens")
+
+    monkeypatch.setattr("flowstore_core.batching.report_batch", refuse)
+    async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
+        await new_run(store)
+
+
+async def test_an_observer_that_fails_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def fail(*arguments: object) -> None:
+                raise RuntimeError(CANARY)
+
+            return fail
+
+    heard = Recorder()
+    _listen(monkeypatch, Broken(), heard)
+    async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
+        await new_run(store)
+    assert heard.batches
+    assert any(
+        record.levelno == logging.WARNING and "RuntimeError" in record.getMessage() for record in records
+    )
+    assert CANARY not in _all_text(records)
+
+
+def test_observers_are_false_until_somebody_listens() -> None:
+    observers = Observers()
+    assert not observers
+    observers.batch("write", 1, 0.0)
+    recorder = Recorder()
+    observers.append(recorder)
+    assert observers
+    observers.outcome_unknown("write", Resolution.UNKNOWN)
+    assert recorder.lost == [("write", Resolution.UNKNOWN, 1)]
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "resolution"),
+    [(Fault.REPLY_LOST, Resolution.HAPPENED), (Fault.REQUEST_LOST, Resolution.DID_NOT_HAPPEN)],
+)
+async def test_a_lost_acknowledgement_is_reported_with_what_became_of_it(
+    fault: Fault,
+    resolution: Resolution,
+    postgresql_url: str,
+    recorder: Recorder,
+    records: list[logging.LogRecord],
+) -> None:
+    async with (
+        find_backend("postgresql")[1].scratch(postgresql_url) as fresh,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1) as store,
+    ):
+        run_id = await new_run(store)
+        for number in range(2):
+            # The first time its statement is prepared.
+            recorder.lost.clear()
+            recorder.retries.clear()
+            if number:
+                proxy.arm(1, fault)
+            assert await store.try_claim_step(run_id, f"batched {number}")
+        assert recorder.lost == [("try_claim_step", resolution, 1)]
+        assert recorder.retries == [("try_claim_step", "connection_lost")]
+        retried, lost = (record for record in records if record.levelno == logging.WARNING)
+        assert _fields(retried) == {
+            "flowstore.operation": "try_claim_step",
+            "flowstore.attempt": 1,
+            "flowstore.reason": "connection_lost",
+            "flowstore.sqlstate": "08003",
+            "flowstore.wait_seconds": pytest.approx(0.01, abs=0.006),
+        }
+        assert _fields(lost) == {
+            "flowstore.operation": "try_claim_step",
+            "flowstore.calls": 1,
+            "flowstore.resolution": resolution.value,
+        }
+        # A COMMIT that was lost, and a statement of its own.
+        await store.register_waiter(run_id, "a", "go")
+        for call in (store.deliver_signal(run_id, "go", "1"), store.append_event(run_id, "e", message="m")):
+            recorder.lost.clear()
+            proxy.arm(1 if "append" in call.__name__ else 4, fault)
+            await call
+            assert proxy.struck
+            proxy.disarm()
+            assert all(calls == 1 for _, _, calls in recorder.lost)
+
+
+async def test_an_outcome_that_stays_unknown_is_reported(postgresql_url: str, recorder: Recorder) -> None:
+    async with (
+        find_backend("postgresql")[1].scratch(postgresql_url) as fresh,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=1, retry_timeout=0.3, statement_timeout=1) as store,
+    ):
+        run_id = await new_run(store)
+        await store.try_claim_step(run_id, "prepared")
+        proxy.arm(1, Fault.REPLY_LOST)
+        call = asyncio.ensure_future(store.try_claim_step(run_id, "lost"))
+        while not call.done():
+            if proxy.struck:
+                # From now on every message is lost, so there is nobody to ask.
+                proxy.arm(1, Fault.REQUEST_LOST)
+            await asyncio.wait({call}, timeout=0.001)
+        proxy.disarm()
+        with pytest.raises(OutcomeUnknownError):
+            await call
+    assert ("try_claim_step", Resolution.UNKNOWN, 1) in recorder.lost
+
+
+async def test_a_conflict_between_transactions_is_no_warning(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
+) -> None:
+    recorder = Recorder()
+    opened = _listen(monkeypatch, recorder)
+    async with find_backend("postgresql")[1].scratch(postgresql_url) as fresh, open_store(fresh):
+        database: Any = opened[0]._database
+        tries = 0
+
+        async def conflict() -> int:
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise asyncpg.SerializationError(CANARY)
+            return tries
+
+        assert await database.retrying(conflict, "complete_run") == 3
+    assert recorder.retries == [("complete_run", "40001")] * 2
+    retries = [record for record in records if "flowstore.attempt" in _fields(record)]
+    assert [record.levelno for record in retries] == [logging.DEBUG] * 2
+    assert [_fields(record)["flowstore.sqlstate"] for record in retries] == ["40001"] * 2
+    assert CANARY not in _all_text(records)
+
+
+# What is logged, and what never is
+
+
+async def test_a_life_leaves_no_content_in_the_log(namespace: str, records: list[logging.LogRecord]) -> None:
+    async with open_store(namespace) as store:
+        await _live(store)
+    assert records
+    assert CANARY not in _all_text(records)
+    opened = [record for record in records if "flowstore.backend" in _fields(record)]
+    assert [record.levelno for record in opened] == [logging.DEBUG] * 2
+    assert opened[0].name == "flowstore_core"
+
+
+async def _live(store: FlowStore) -> None:
+    run_id = await new_run(store, flow_name=CANARY, trigger_data=CANARY)
+    owner = f"{CANARY}-owner"
+    assert await store.try_claim_step(run_id, CANARY, owner=owner, lease=timedelta(seconds=9))
+    attempt = await store.record_step_start(run_id, CANARY, CANARY, input_json=f'"{CANARY}"', owner=owner)
+    await store.register_waiter(run_id, CANARY, CANARY)
+    await store.deliver_signal(run_id, CANARY, f'"{CANARY}"', delivery_id=CANARY)
+    await store.save_output(run_id, CANARY, f'"{CANARY}"')
+    await store.append_event(run_id, CANARY, message=CANARY)
+    await store.record_step_complete(run_id, CANARY, StepStatus.FAILED, error_message=CANARY, attempt=attempt)
+    await store.get_runs_page(search=CANARY)
+    await store.annotate_dispatch(run_id, CANARY, CANARY)
+
+
+def _all_text(records: list[logging.LogRecord]) -> str:
+    formatter = logging.Formatter()
+    return "\n".join(f"{formatter.format(record)} {vars(record)}" for record in records)
+
+
+@pytest.mark.needs(Capability.DURABLE)
+async def test_migrations_are_logged_at_level_info(namespace: str, records: list[logging.LogRecord]) -> None:
+    async with open_store(namespace):
+        pass
+    versions = [
+        _fields(record)["flowstore.schema_version"]
+        for record in records
+        if record.levelno == logging.INFO and "flowstore.schema_version" in _fields(record)
+    ]
+    assert versions[0] == 1
+    assert versions == sorted(set(versions))
+
+
+def test_nothing_is_printed_unless_the_application_asks() -> None:
+    code = "import logging\n" + "\n".join(
+        f"import {name}; logging.getLogger({name!r}).warning('said')" for name in LOGGERS
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
