@@ -11,6 +11,8 @@ from typing import Any
 
 import asyncpg
 
+from benchmarks.baselines.postgres_checked import checked_claim
+from benchmarks.baselines.postgres_grouped import grouped_callers
 from benchmarks.baselines.postgres_insert import prepared_insert
 from benchmarks.baselines.postgres_sets import set_based
 from benchmarks.baselines.postgres_statements import statement_per_call
@@ -36,6 +38,8 @@ SETS = "limit: set-based, four tables, no callers"
 SETS_ONE_ROW = "limit: set-based, one row a step, no callers"
 PAIRED = "try_claim_step, 1 caller, by turns with a bare INSERT"
 PREPARED = "bare prepared INSERT, held connection"
+CHECKED = "limit: prepared claim with the contract's checks, held connection"
+GROUPED = "limit: callers that are grouped, and nothing else"
 
 
 def targets(callers: tuple[int, ...]) -> list[Target]:
@@ -44,12 +48,16 @@ def targets(callers: tuple[int, ...]) -> list[Target]:
         Target("lifecycle, 256 callers", life(256), OURS, TRANSACTIONS, True, 12, 15),
         Target("... against set-based, four tables", life(256), OURS, SETS, True, 0.6, 0.7),
         Target("... against set-based, one row a step", life(256), OURS, SETS_ONE_ROW, True, 0.6, 0.7),
+        Target("... against callers that are grouped", life(256), OURS, GROUPED, True, 0.6, 0.7),
         Target("... p99 of a call", life(256), OURS, TRANSACTIONS, False, 1 / 15, None, "p99_ms"),
         Target("lifecycle, 1,024 callers", life(1024), OURS, TRANSACTIONS, True, 16, 20),
+        Target("... against callers that are grouped", life(1024), OURS, GROUPED, True, 0.6, 0.7),
         Target("lifecycle, 1 caller", life(1), OURS, TRANSACTIONS, True, 1.7),
         Target("claims, 256 callers", claim(256), OURS, TRANSACTIONS, True, 10),
+        Target("... against callers that are grouped", claim(256), OURS, GROUPED, True, 0.6, 0.7),
         Target("contended claims, 256 callers", contended(256), OURS, TRANSACTIONS, True, 12),
         Target("latency of a single claim", PAIRED, OURS, PREPARED, False, 1.1, 1.05, "p50_ms"),
+        Target("... against a claim with its checks", PAIRED, OURS, CHECKED, False, 1.1, 1.05, "p50_ms"),
     ]
     names = {of(number) for of in (life, claim, contended) for number in callers} | {PAIRED}
     return [target for target in known if target.measure in names]
@@ -126,7 +134,9 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
     statements = await stack.enter_async_context(statement_per_call(url, pool))
     sets = await stack.enter_async_context(set_based(url, one_row=False))
     sets_one_row = await stack.enter_async_context(set_based(url, one_row=True))
+    grouped = await stack.enter_async_context(grouped_callers(url))
     prepared = await stack.enter_async_context(prepared_insert(url))
+    checked = await stack.enter_async_context(checked_claim(url))
     records = StoreRecords(store)
 
     async def settle() -> None:
@@ -136,29 +146,35 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
     take = partial(measure, report, options, settle=settle)
 
     def of(work: Callable[..., Awaitable[Any]], callers: int, **more: int) -> list[Variant]:
-        """The three that have callers, in the same loop."""
+        """The three stores, in the same loop."""
         return [
             Variant(OURS, lambda amount: work(store, records, callers, amount, **more)),
             Variant(TRANSACTIONS, lambda amount: work(transactions, transactions, callers, amount, **more)),
             Variant(STATEMENTS, lambda amount: work(statements, statements, callers, amount, **more)),
         ]
 
+    def with_limit(work: Callable[..., Awaitable[Any]], callers: int) -> list[Variant]:
+        limit = Variant(GROUPED, lambda amount: work(grouped, grouped, callers, amount))
+        return [*of(work, callers), limit] if callers > 1 else of(work, callers)
+
     await measure_paired(
         report,
         options,
         PAIRED,
         "calls per second",
-        (OURS, PREPARED),
-        lambda amount: paired_claims(((store, records), (prepared, prepared)), amount),
+        (OURS, PREPARED, CHECKED),
+        lambda amount: paired_claims(((store, records), (prepared, prepared), (checked, checked)), amount),
         least=256,
     )
     for callers in options.callers:
-        variants = of(lifecycles, callers)
+        variants = with_limit(lifecycles, callers)
         if callers > 1:
             variants.append(Variant(SETS, sets.lifecycles))
             variants.append(Variant(SETS_ONE_ROW, sets_one_row.lifecycles))
         await take(life(callers), "lifecycles per second", variants, least=max(2 * callers, 64))
-        await take(claim(callers), "calls per second", of(claims, callers), least=max(4 * callers, 256))
+        await take(
+            claim(callers), "calls per second", with_limit(claims, callers), least=max(4 * callers, 256)
+        )
         if callers >= CLAIMANTS:
             variants = of(claims, callers, claimants=CLAIMANTS)
             await take(contended(callers), "calls per second", variants, least=4 * callers)

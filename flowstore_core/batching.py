@@ -29,20 +29,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import Context
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from operator import attrgetter
+from typing import Any, TypeVar
 
-from flowstore_core.calls import AGAIN, BatchError, Call, shared
+from flowstore_core.calls import AGAIN, BatchError, Call, Elsewhere, shared
 from flowstore_core.errors import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import InFlight
 from flowstore_core.lanes import GRACE_SECONDS, Lanes, TaskLanes
+from flowstore_core.methods import Method
 from flowstore_core.observing import NOBODY, Observers, Resolution, report_batch
 from flowstore_core.places import Places
 from flowstore_core.threads import ThreadLane
 
-__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Lanes", "Method", "ThreadLane"]
+__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Elsewhere", "Lanes", "Method", "ThreadLane"]
 
 I = TypeVar("I")  # noqa: E741 - an item
 R = TypeVar("R")
@@ -58,58 +60,7 @@ CAPACITY = 10_000
 PATIENCE_SECONDS = 10.0
 
 _log = logging.getLogger("flowstore_core")
-
-
-class Method(Generic[I, R]):
-    """One kind of call, whose concurrent calls share batches; made by Batcher.method."""
-
-    def __init__(
-        self,
-        batcher: Batcher,
-        name: str,
-        run: Callable[[Sequence[I]], Awaitable[Sequence[R | Exception]]]
-        | Callable[[Sequence[Call]], Sequence[R | Exception]],
-        keyed: bool,
-        share: Callable[[I, R, I], R | Exception] | None,
-        weigh: Callable[[I], int] | None,
-    ) -> None:
-        self.name = name
-        self.run: Callable[..., Any] = run
-        self.keyed = keyed
-        self.share = share
-        self.weigh = weigh
-        self.queue: deque[Call] = deque()
-        self._batcher = batcher
-
-    async def call(
-        self, key: Hashable, item: I, give_back: Callable[[R], Awaitable[None]] | None = None
-    ) -> R:
-        """Send an item with the next batch and return its own outcome.
-
-        When the caller is cancelled after the item was sent, ``give_back`` gets the outcome, to undo
-        what nobody will hear of.
-
-        Raises what ``run`` answered for the item; StoreUnavailableError when it was not sent within the
-        batcher's patience (it never happened); StoreClosedError.
-        """
-        batcher = self._batcher
-        since = batcher.loop.time()
-        places = batcher.places
-        if places.taken < places.capacity and not batcher.closing:
-            places.taken += 1
-        else:
-            await batcher.wait_for_place(since)
-        outcome = batcher.loop.create_future()
-        call = Call(key, item, outcome, give_back, since)
-        self.queue.append(call)
-        batcher.notice()
-        try:
-            return await outcome  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
-            # Answered at the same moment; else it is cancelled too, and whoever answers it gives back.
-            if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
-                batcher.give_back(call, outcome.result())
-            raise
+_key = attrgetter("key")
 
 
 class Batcher:
@@ -133,6 +84,7 @@ class Batcher:
         log: logging.Logger = _log,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.time: Callable[[], float] = self.loop.time
         self.places: Places = Places(capacity)
         self.closing: bool = False
         self._largest = largest
@@ -141,6 +93,8 @@ class Batcher:
         self._observers = observers
         self._batch_log = log
         self._methods: list[Method[Any, Any]] = []
+        self._borrower: asyncio.Future[None] | None = None
+        """Done when the caller who has borrowed a lane gives it back."""
         self._giving_back = InFlight()
         self._sweeper: asyncio.TimerHandle | None = None
         self._lanes: Lanes = TaskLanes(self, lanes) if isinstance(lanes, int) else lanes(self)
@@ -155,6 +109,8 @@ class Batcher:
         keyed: bool = False,
         share: Callable[[I, R, I], R | Exception] | None = None,
         weigh: Callable[[I], int] | None = None,
+        ordered: bool = False,
+        tell: Callable[[I, Any], R] | None = None,
     ) -> Method[I, R]:
         """A kind of call.
 
@@ -163,9 +119,11 @@ class Batcher:
         caller. With ``keyed``, items of one key never meet in a batch: the later waits for the next
         one, or, with ``share``, for the answer of the first: ``share(first item, its result, later
         item)`` gives the later one's outcome, or AGAIN to have it sent. ``weigh`` tells an item's size
-        where it may be large, so that HEAVIEST_BATCH bounds a batch as well.
+        where it may be large, so that HEAVIEST_BATCH bounds a batch as well. With ``ordered`` the items of
+        a batch come in the order of their keys. ``tell(item, outcome)`` makes of an outcome what the
+        caller gets, or raises; ``share`` and ``give_back`` see the outcome itself.
         """
-        self._methods.append(made := Method(self, name, run, keyed, share, weigh))
+        self._methods.append(made := Method(self, name, run, keyed, share, weigh, ordered, tell))
         return made
 
     def notice(self) -> None:
@@ -173,6 +131,35 @@ class Batcher:
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(self._patience, self._sweep, context=Context())
         self._wake()
+
+    def borrow_lane(self) -> bool:
+        """Whether the caller may send its call itself, in its own task: only while nobody else has one.
+
+        Whoever got True must call return_lane.
+        """
+        if self.is_idle:
+            self._borrower = self.loop.create_future()
+            return True
+        return False
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody has a lane, and nothing waits for one."""
+        return not (
+            self._lanes.under_way() or self.places.taken or self._borrower is not None or self.closing
+        )
+
+    def return_lane(self) -> None:
+        if self._borrower is not None and not self._borrower.done():
+            self._borrower.set_result(None)
+        self._borrower = None
+        if self.places.taken:
+            self._wake()
+
+    @property
+    def borrowed(self) -> int:
+        """How many lanes a caller has borrowed."""
+        return 0 if self._borrower is None else 1
 
     @property
     def waiting(self) -> int:
@@ -203,7 +190,7 @@ class Batcher:
     def _sweep(self) -> None:
         """Answer the calls that have waited too long to be sent."""
         self._sweeper = None
-        now = self.loop.time()
+        now = self.time()
         oldest = now
         for method in self._methods:
             queue = method.queue
@@ -219,10 +206,10 @@ class Batcher:
         """Whether anybody waits for a call that is queued."""
         return any(not call.outcome.done() for method in self._methods for call in method.queue)
 
-    def next_batch(self, free: int = 1) -> tuple[Method[Any, Any], list[Call]] | None:
+    def next_batch(self, lanes: int = 1, under_way: int = 0) -> tuple[Method[Any, Any], list[Call]] | None:
         """For a lane: the calls that it is to send now, out of their queue, or None.
 
-        ``free`` is how many lanes could take a part of what waits, this one among them.
+        ``lanes`` is how many share the calls, ``under_way`` how many of these the others have.
         """
         while True:
             first: Method[Any, Any] | None = None
@@ -231,24 +218,34 @@ class Batcher:
                     first = method
             if first is None:
                 return None
-            if calls := self._take(first, free):
+            if calls := self._take(first, lanes, under_way):
+                if first.ordered:
+                    calls.sort(key=_key)
                 return first, calls
 
-    def _take(self, method: Method[Any, Any], free: int) -> list[Call]:
+    def _take(self, method: Method[Any, Any], lanes: int, under_way: int) -> list[Call]:
         queue = method.queue
         length = len(queue)
         largest = self._largest
-        if free > 1 and length >= WORTH_SPLITTING:
-            largest = min(largest, (length + 1) // 2)
-        now = self.loop.time()
-        if length <= largest and not (method.keyed or method.weigh) and queue[0].since + self._patience > now:
-            # All of them, but for those that were cancelled before they were sent: they never happen.
-            whole = [call for call in queue if not call.outcome.done()]
-            queue.clear()
-            self.places.leave(length)
-            if whole and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
-                self._report(method, whole, now)
-            return whole
+        outstanding = self.waiting + under_way
+        if lanes > 1 and outstanding >= WORTH_SPLITTING:
+            # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
+            largest = min(largest, -(-outstanding // lanes))
+        now = self.time()
+        if queue[0].since + self._patience > now:
+            # The common case: no key twice, nothing heavy.
+            some = list(islice(queue, largest))
+            if (not method.keyed or len({call.key for call in some}) == len(some)) and (
+                method.weigh is None or sum(method.weigh(call.item) for call in some) <= HEAVIEST_BATCH
+            ):
+                for _ in some:
+                    queue.popleft()
+                self.places.leave(len(some))
+                # Those that were cancelled before they were sent never happen.
+                whole = [call for call in some if not call.outcome.done()]
+                if whole and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+                    self._report(method, whole, now)
+                return whole
         weight = 0
         batch: list[Call] = []
         later: list[Call] = []
@@ -292,6 +289,10 @@ class Batcher:
         for call, outcome in zip(calls, outcomes, strict=True):
             if outcome is AGAIN:
                 again.append(call)
+            elif type(outcome) is Elsewhere:
+                for one in (call, *(call.followers or ())):
+                    outcome.take(one)
+                call.followers = None
             elif isinstance(outcome, Exception) or call.outcome.done():
                 self._settle(call, outcome)
             else:
@@ -337,10 +338,15 @@ class Batcher:
     def give_back(self, call: Call, outcome: Any) -> None:
         """Undo what a cancelled call has won."""
         if call.give_back is not None:
-            self._giving_back.undo(call.give_back, outcome)
+            self.undo(call.give_back, outcome)
+
+    def undo(self, give_back: Callable[[R], Awaitable[None]], outcome: R) -> None:
+        """Begin ``give_back(outcome)``, for which drain waits."""
+        self._giving_back.undo(give_back, outcome)
 
     def _unfinished(self) -> set[asyncio.Future[Any]]:
-        return {*self._lanes.under_way(), *self._giving_back.tasks}
+        borrower = () if self._borrower is None else (self._borrower,)
+        return {*self._lanes.under_way(), *self._giving_back.tasks, *borrower}
 
     async def drain(self, seconds: float) -> None:
         """Take no further call, wait, bounded, until all that were taken are answered, and stop.
@@ -349,14 +355,14 @@ class Batcher:
         OutcomeUnknownError.
         """
         self.closing = True
-        deadline = self.loop.time() + seconds
+        deadline = self.time() + seconds
         # Those who wait for a place wake, see that it is too late, and leave it.
         self.places.open()
         if self.waiting:
             self._wake()
         try:
             # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
-            while (unfinished := self._unfinished()) and (left := deadline - self.loop.time()) > 0:
+            while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:
                 await asyncio.wait(unfinished, timeout=left)
         finally:
             if self._sweeper is not None:

@@ -20,6 +20,16 @@ class BatchError(Exception):
         """What the caller of a row that fails alone gets."""
 
 
+class Elsewhere:
+    """The outcome of a call that another batcher's method is to answer."""
+
+    __slots__ = ("take",)
+
+    def __init__(self, take: Callable[[Call], None]) -> None:
+        self.take: Callable[[Call], None] = take
+        """Gets the call, and those that hoped to be answered from its answer; see Method.adopt."""
+
+
 class Call:
     """One call on its way."""
 

@@ -52,7 +52,8 @@ class TaskLanes:
 
     def wake(self) -> None:
         # A lane that is open and has nothing on its way is coming anyway.
-        if len(self._on_the_way) == len(self._tasks) < self._lanes and not self._stopped:
+        lanes = self._lanes - self._batcher.borrowed
+        if len(self._on_the_way) == len(self._tasks) < lanes and not self._stopped:
             # In an empty context: a lane must not carry the first caller's variables to all others.
             task = Context().run(self._batcher.loop.create_task, self._serve())
             if not task.done():
@@ -68,6 +69,9 @@ class TaskLanes:
     def under_way(self) -> Collection[asyncio.Future[Any]]:
         return self._tasks
 
+    def _under_way(self) -> int:
+        return sum(len(calls) for _, calls in self._on_the_way.values())
+
     async def stop(self) -> None:
         self._stopped = True
         for task in (tasks := set(self._tasks)):
@@ -82,7 +86,7 @@ class TaskLanes:
         lane: Any = asyncio.current_task()
         batcher = self._batcher
         try:
-            while (batch := batcher.next_batch(free=self._lanes - len(self._on_the_way))) is not None:
+            while (batch := batcher.next_batch(self._lanes, self._under_way())) is not None:
                 method, calls = self._on_the_way[lane] = batch
                 if batcher.waiting:
                     self.wake()

@@ -12,95 +12,37 @@ import asyncio
 import copy
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.batching import Batcher, BatchError, Method
-from flowstore_core.observing import Resolution
+from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
+from flowstore_core.observing import Resolution, report_batch
 from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
+from flowstore_postgres.batched import Batched, Row
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
+from flowstore_postgres.lanes import Lane, Lanes
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
 
 log = logging.getLogger("flowstore_postgres")
 
-Row = tuple[Any, ...]
-
+LONGEST_LANES = 2
 # The classes of SQLSTATE that one row can be the reason of: a value, a constraint, a limit of the server,
 # a trigger. Any other would meet each half of a batch again; a lock that is held, for as long again.
 OF_A_ROW = frozenset({"22", "23", "54", "P0"})
 
-LONGEST_LANES = 2
-WATCH_SECONDS = 0.25
-
-# A plan made while the tables were small must not be kept as they grow: with these, rows are found by
-# key, one after another, in the order in which they are asked for. That plan is right for any number of
-# rows, so it is made once; PostgreSQL would else make one anew for every small batch.
-BY_KEY = """
-SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_material = off;
-SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
-"""
-# The last of them, in milliseconds, because whoever holds a run for long must hold up the calls on that
-# run alone: these leave the batch and wait in others, apart.
+# Whoever holds a run for long must hold up the calls on that run alone: they leave the batch, and wait in
+# others, apart.
 FIND_FREE_RUNS = """
 SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) FOR SHARE SKIP LOCKED
 """
-
-
-def read_nothing(rows: Sequence[Row], found: Any) -> Sequence[None]:
-    """The answers of an operation that has none."""
-    return [None] * len(rows)
-
-
-def read_done(column: str) -> Callable[[Sequence[Row], Any], Sequence[bool]]:
-    """Whether each row was written, from a column that holds the numbers of those that were."""
-
-    def read(rows: Sequence[Row], found: Any) -> Sequence[bool]:
-        done = set(found[column] or ())
-        return [n in done for n in range(1, len(rows) + 1)]
-
-    return read
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Batched:
-    """A statement for any number of calls of one operation.
-
-    ``statement`` gets the not-after time ($1), the virtual now or NULL ($2), and from $3 on an array
-    for each column of the rows, run_id and step_key first; it must have no effect once the first is
-    over, and answers one row for all calls, with ``in_time``.
-    """
-
-    operation: str
-    statement: str
-    read: Callable[[Sequence[Row], Any], Sequence[Any]] = read_nothing
-    """Turns the statement's row into the answers to the rows, in their order."""
-    alone: str | None = None
-    """A plainer statement for a call that goes alone: the columns as they are, from $3 on. Where it gives
-    a row, ``found`` turns that into the answer; where it gives none, it did nothing."""
-    find: str | None = None
-    """A SELECT of the key and the token, to find what a call has written whose acknowledgement was lost.
-    None where saying it again gives the true answer by itself."""
-    found: Callable[[Any], Any] = lambda row: None
-    """Turns what find found into the answer."""
-    token: int = 2
-    """The column of the token."""
-    share: Callable[[Row, Any, Row], Any] | None = None
-    """See flowstore_core.batching.Batcher.method."""
-    weigh: Callable[[Row], int] | None = None
-    """As share; for rows that carry texts, of which a message can hold a gigabyte."""
-
-
-def _key(row: Row) -> tuple[int, str]:
-    """Where a row goes; as plain values, which compare and hash faster than UUIDs."""
-    return row[0].int, row[1]
 
 
 def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -108,30 +50,13 @@ def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return None if values[0] is None and values.count(None) == len(values) else values
 
 
-class _LockedError(Exception):
-    """Somebody else has held the row's run, or its step, for too long; nothing happened."""
-
-
 class _LockedRunsError(Exception):
-    """The same of a batch."""
+    """Somebody else has held a run, or a step, of a batch for too long; nothing happened."""
 
     def __init__(self, free: set[UUID]) -> None:
         super().__init__()
         self.free = free
         """The runs that nobody holds."""
-
-
-class _Lane:
-    """A connection on its way with batches."""
-
-    __slots__ = ("connection", "prepared", "until")
-
-    def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
-        self.connection = connection
-        self.prepared = prepared
-        """The statements made ready on it; None where it is not kept."""
-        self.until = 0.0
-        """How long it waits for an answer to the statement that it is at, by the event loop's time."""
 
 
 class Batches:
@@ -141,11 +66,8 @@ class Batches:
         self._database = database
         self._lanes = max(1, min(LONGEST_LANES, (pool_size + 1) // 2))
         # With a single connection every other call needs it as well.
-        self._hold = pool_size > 1
-        self._by_key = self._hold and not pgbouncer
-        self._free: list[_Lane] = []
-        self._sending: set[_Lane] = set()
-        self._watcher: asyncio.TimerHandle | None = None
+        hold = pool_size > 1
+        self._connections = Lanes(database, hold=hold, by_key=hold and not pgbouncer)
         self._patience = patience
         self._batchers: dict[bool, Batcher] = {}
         """By whether they are for runs that somebody holds."""
@@ -154,17 +76,77 @@ class Batches:
         self._locked: Counter[UUID] = Counter()
         """How many calls wait for each run that somebody holds."""
 
-    async def call(
+    def call(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Write one row with the next batch; awaited, it gives the answer to it."""
+        if self._locked and row[0] in self._locked:
+            return self._wait_apart(batched, row, give_back)
+        method = self._methods.get(batched) or self._method(batched, apart=False)
+        if self._connections.has_free and batched.alone is not None and self._batchers[False].is_idle:
+            return self._call_alone(method, batched, row, give_back)
+        return method.call((row[0].int, row[1]), row, give_back)
+
+    async def _call_alone(
+        self,
+        method: Method[Row, Any],
+        batched: Batched,
+        row: Row,
+        give_back: Callable[[Any], Awaitable[None]] | None,
     ) -> Any:
-        """Write one row with the next batch and return the answer to it."""
-        if not self._locked or row[0] not in self._locked:
-            method = self._methods.get(batched) or self._method(batched, apart=False)
+        """Send a row at once, in its caller's own task: there is nobody to share a batch with."""
+        database, batcher = self._database, self._batchers[False]
+        if not (self._connections.has_free and batcher.borrow_lane()):
+            return await method.call((row[0].int, row[1]), row, give_back)
+        lane = self._connections.take_free()
+        if database.observers or log.isEnabledFor(logging.DEBUG):
+            report_batch(database.observers, log, batched.operation, 1, 0.0)
+        peer = lane.connection.peer
+        lost: list[Lost] = []
+        try:
+            (answer,) = await self._send(lane, batched, [row], lost)
+        except asyncio.CancelledError:
+            database.drop(lane.connection)
+            if give_back is not None:
+                lost.append(database.lost(peer, batcher.time()))
+                batcher.undo(partial(self._find_out, batched, row, lost), give_back)
+            raise
+        except (_LockedRunsError, Retry, asyncpg.PostgresError):
+            answer = AGAIN
+        finally:
             try:
-                return await method.call(_key(row), row, give_back)
-            except _LockedError:
-                pass
-        return await self._wait_apart(batched, row, give_back)
+                await self._connections.put(lane, keep=True)
+            finally:
+                batcher.return_lane()
+        if answer is AGAIN:
+            if not lost:
+                # What went wrong, the ordinary way knows how to deal with.
+                return await method.call((row[0].int, row[1]), row, give_back)
+            answer = await database.run(self._run_lost(batched, row, lost), give_back)
+        return answer if batched.tell is None else batched.tell(row, answer)
+
+    async def _run_lost(self, batched: Batched, row: Row, lost: list[Lost]) -> Any:
+        (answer,) = await self._run(batched, [row], apart=True, lost=lost)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def _find_out(
+        self, batched: Batched, row: Row, lost: list[Lost], give_back: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Give back what a call had won that was cancelled when it was on its way."""
+        database = self._database
+
+        async def attempt() -> dict[int, Any]:
+            answers: dict[int, Any] = {}
+            async with database.connection() as connection:
+                if await self._find(connection, batched, [row], [0], answers):
+                    await settle(database, connection, lost, batched.operation)
+                    await self._find(connection, batched, [row], [0], answers)
+            return answers
+
+        for answer in (await database.retrying(attempt, batched.operation)).values():
+            await give_back(answer)
 
     async def _wait_apart(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None
@@ -173,11 +155,21 @@ class Batches:
         run_id = row[0]
         self._locked[run_id] += 1
         try:
-            return await self._method(batched, apart=True).call(_key(row), row, give_back)
+            return await self._method(batched, apart=True).call((run_id.int, row[1]), row, give_back)
         finally:
-            self._locked[run_id] -= 1
-            if not self._locked[run_id]:
-                del self._locked[run_id]
+            self._unlock(run_id)
+
+    def _move_apart(self, batched: Batched, call: Call) -> None:
+        """Somebody has held the row's run, or its step, for too long; nothing happened."""
+        run_id = call.item[0]
+        self._locked[run_id] += 1
+        call.outcome.add_done_callback(lambda _: self._unlock(run_id))
+        self._method(batched, apart=True).adopt(call)
+
+    def _unlock(self, run_id: UUID) -> None:
+        self._locked[run_id] -= 1
+        if not self._locked[run_id]:
+            del self._locked[run_id]
 
     def _method(self, batched: Batched, *, apart: bool) -> Method[Row, Any]:
         batcher = self._batchers.get(apart)
@@ -197,23 +189,35 @@ class Batches:
             async def run(rows: Sequence[Row]) -> Sequence[Any]:
                 return await self._run(batched, rows, apart=apart)
 
+            # In the order of the keys, so that no two batches wait for each other.
             method = methods[batched] = batcher.method(
-                batched.operation, run, keyed=True, share=batched.share, weigh=batched.weigh
+                batched.operation,
+                run,
+                keyed=True,
+                ordered=True,
+                share=batched.share,
+                weigh=batched.weigh,
+                tell=batched.tell,
             )
         return method
 
-    async def _run(self, batched: Batched, rows: Sequence[Row], *, apart: bool = False) -> Sequence[Any]:
-        """The answer to each row, or the error that its caller gets; ``apart`` leaves the lanes free."""
+    async def _run(
+        self, batched: Batched, rows: Sequence[Row], *, apart: bool, lost: list[Lost] | None = None
+    ) -> Sequence[Any]:
+        """The answer to each row, or the error that its caller gets.
+
+        ``apart`` leaves the lanes free; ``lost`` are statements with these rows that were sent before.
+        """
         database, observers = self._database, self._database.observers
         answers: dict[int, Any] = {}
-        left = sorted(range(len(rows)), key=lambda n: _key(rows[n]))
-        lost: list[Lost] = []
+        left: Sequence[int] = range(len(rows))
+        lost = [] if lost is None else lost
         shaken = False
         """Whether a reply was lost at all."""
 
         async def attempt() -> None:
             nonlocal left, shaken
-            lane = await self._take(apart=apart)
+            lane = await self._connections.take(apart=apart)
             connection = lane.connection
             try:
                 if lost:
@@ -233,25 +237,26 @@ class Batches:
                     try:
                         found = await self._send(lane, batched, [rows[n] for n in left], lost)
                     except _LockedRunsError as locked:
+                        elsewhere = Elsewhere(partial(self._move_apart, batched))
                         stuck = [n for n in left if rows[n][0] not in locked.free] or left
-                        answers.update((n, _LockedError()) for n in stuck)
+                        answers.update((n, elsewhere) for n in stuck)
                         left = [n for n in left if n not in answers]
                     else:
                         answers.update(zip(left, found, strict=True))
-                        left = []
+                        left = ()
                 if shaken:
                     await confirm(database, connection)
             except asyncio.CancelledError:
                 database.drop(connection)
                 raise
             finally:
-                await self._put(lane, keep=not apart)
+                await self._connections.put(lane, keep=not apart)
 
         try:
             await database.retrying(attempt, batched.operation)
         except FlowStoreError as error:
             for n, answer in answers.items():
-                if not isinstance(answer, _LockedError):
+                if not isinstance(answer, Elsewhere):
                     # Found or written, and not confirmed.
                     answers[n] = OutcomeUnknownError(batched.operation)
             for n in left:
@@ -282,7 +287,7 @@ class Batches:
         return missing
 
     async def _send(
-        self, lane: _Lane, batched: Batched, rows: Sequence[Row], lost: list[Lost]
+        self, lane: Lane, batched: Batched, rows: Sequence[Row], lost: list[Lost]
     ) -> Sequence[Any]:
         database = self._database
         connection = lane.connection
@@ -291,11 +296,11 @@ class Batches:
         sent, not_after = database.not_after(peer)
         try:
             if batched.alone is not None and len(rows) == 1:
-                found = await self._ask(lane, batched.alone, not_after, database.now(), *rows[0])
+                found = await self._connections.ask(lane, batched.alone, not_after, database.now(), *rows[0])
                 if found is not None:
                     return [batched.found(found)]
             columns = map(_column, zip(*rows, strict=True))
-            found = await self._ask(lane, batched.statement, not_after, database.now(), *columns)
+            found = await self._connections.ask(lane, batched.statement, not_after, database.now(), *columns)
         except LOST as error:
             database.drop(connection)
             lost.append(database.lost(peer, sent))
@@ -326,69 +331,8 @@ class Batches:
             raise Retry(StoreUnavailableError("the statement reached PostgreSQL too late"))
         return batched.read(rows, found)
 
-    async def _ask(self, lane: _Lane, statement: str, *arguments: object) -> Any:
-        """The first row, or None."""
-        loop = asyncio.get_running_loop()
-        lane.until = loop.time() + self._database.client_timeout()
-        self._sending.add(lane)
-        if self._watcher is None:
-            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
-        try:
-            if lane.prepared is None:
-                return await lane.connection.fetchrow(self._database.sql(statement), *arguments)
-            ready = lane.prepared.get(statement)
-            if ready is None:
-                ready = await lane.connection.prepare(self._database.sql(statement))
-                lane.prepared[statement] = ready
-            return await ready.fetchrow(*arguments)
-        finally:
-            self._sending.discard(lane)
-
-    def _watch(self) -> None:
-        """Drop the connections whose server has gone silent.
-
-        One look for all in a while: a time-out of each call's own costs a good part of its sending.
-        """
-        loop = asyncio.get_running_loop()
-        self._watcher = None
-        for lane in self._sending:
-            if loop.time() > lane.until:
-                self._database.drop(lane.connection)
-        if self._sending:
-            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
-
-    async def _take(self, *, apart: bool) -> _Lane:
-        while self._free and not apart:
-            lane = self._free.pop()
-            if self._database.is_usable(lane.connection):
-                return lane
-            await self._database.release(lane.connection)
-        connection = await self._database.acquire()
-        if apart or not self._by_key:
-            return _Lane(connection, None)
-        try:
-            await connection.execute(BY_KEY, timeout=self._database.client_timeout())
-        except LOST as error:
-            self._database.drop(connection)
-            await self._database.release(connection)
-            raise Retry(describe(error)) from None
-        return _Lane(connection, {})
-
-    async def _put(self, lane: _Lane, *, keep: bool) -> None:
-        if keep and self._hold and self._database.is_usable(lane.connection):
-            self._free.append(lane)
-        else:
-            await self._database.release(lane.connection)
-
     async def aclose(self, seconds: float) -> None:
         """Answer every call that was taken, wait for what is given back, let the connections go."""
         for _, batcher in sorted(self._batchers.items()):
             await batcher.drain(seconds)
-        if self._watcher is not None:
-            self._watcher.cancel()
-        while self._free:
-            connection = self._free.pop().connection
-            if self._by_key:
-                # What it was set to must not leak into the pool.
-                self._database.drop(connection)
-            await self._database.release(connection)
+        await self._connections.aclose()

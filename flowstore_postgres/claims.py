@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.batching import AGAIN
-from flowstore_postgres.batches import Batched, Row, read_done
+from flowstore_postgres.batched import Batched, Row, read_done
 from flowstore_postgres.database import Database
 
 log = logging.getLogger("flowstore_postgres")
@@ -64,7 +65,7 @@ WITH guard AS MATERIALIZED (
 ), won AS (
     INSERT INTO {schema}.steps AS s
         (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
-    SELECT run_id, step_key, token, owned, now,
+    SELECT run_id, step_key, token, coalesce(owned, false), now,
            CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END,
            call
     FROM asked WHERE open AND lost_to IS NULL
@@ -80,7 +81,7 @@ FROM guard
 TRY_CLAIM_STEP_ALONE = """
 INSERT INTO {schema}.steps AS s
     (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
-SELECT $3, $4, $5, $6, now,
+SELECT $3, $4, $5, coalesce($6, false), now,
        CASE WHEN $7::interval IS NULL THEN NULL WHEN now < {latest} - $7 THEN now + $7 ELSE {latest} END, $8
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
@@ -265,6 +266,12 @@ def _share_dispatch(first: Row, answer: Answer, later: Row) -> Answer:
     return LOST if answer.won else answer
 
 
+def _tell(row: Row, answer: Answer) -> bool:
+    if answer.open is None:
+        raise RunNotFoundError(row[0])
+    return answer.won
+
+
 CLAIM = Batched(
     operation="try_claim_step",
     statement=TRY_CLAIM_STEP,
@@ -274,6 +281,7 @@ CLAIM = Batched(
     found=lambda row: WON,
     token=5,
     share=_share_claim,
+    tell=_tell,
 )
 RELEASE = Batched(operation="release_step_claim", statement=RELEASE_STEP_CLAIM, find=FIND_RELEASE)
 RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=read_done("renewed"))
@@ -285,6 +293,7 @@ DISPATCH = Batched(
     find=FIND_DISPATCH,
     found=lambda row: WON,
     share=_share_dispatch,
+    tell=_tell,
 )
 ANNOTATE = Batched(
     operation="annotate_dispatch",
@@ -298,25 +307,21 @@ FREE = Batched(operation="release_dispatch", statement=RELEASE_DISPATCH, find=FI
 class Claims:
     _database: Database
 
-    async def try_claim_step(
+    def try_claim_step(
         self, *, run_id: UUID, step_key: str, owner: str | None, lease: timedelta | None
-    ) -> bool:
+    ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
             # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
             # it expire.
-            row = (run_id, step_key, owner, True, lease, self._database.new_token())
-            answer = await self._database.write(CLAIM, row)
-        else:
-            call = self._database.new_token()
-            token = f"{call:x}"
+            mine = (run_id, step_key, owner, True, lease, self._database.new_token())
+            return self._database.write(CLAIM, mine)
+        call = self._database.new_token()
+        row = (run_id, step_key, f"{call:x}", None, lease, call)
+        return self._database.write(CLAIM, row, partial(self._give_back, GIVE_BACK_CLAIM, row))
 
-            async def give_back(answer: Answer) -> None:
-                if answer.won:
-                    await self._database.give_back(GIVE_BACK_CLAIM, run_id, step_key, token)
-
-            row = (run_id, step_key, token, False, lease, call)
-            answer = await self._database.write(CLAIM, row, give_back)
-        return _won(answer, run_id)
+    async def _give_back(self, statement: str, row: Row, answer: Answer) -> None:
+        if answer.won:
+            await self._database.give_back(statement, *row[:3])
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
         await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
@@ -333,15 +338,11 @@ class Claims:
         rows = await self._database.read(GET_STEP_CLAIMS, run_id)
         return tuple(_claim_record(run_id, row) for row in rows)
 
-    async def try_record_dispatch(self, *, run_id: UUID, step_key: str, due_at: datetime | None) -> bool:
-        token = self._database.new_token()
-
-        async def give_back(answer: Answer) -> None:
-            if answer.won:
-                await self._database.give_back(GIVE_BACK_DISPATCH, run_id, step_key, token)
-
-        row = (run_id, step_key, token, due_at)
-        return _won(await self._database.write(DISPATCH, row, give_back), run_id)
+    def try_record_dispatch(
+        self, *, run_id: UUID, step_key: str, due_at: datetime | None
+    ) -> Coroutine[Any, Any, bool]:
+        row = (run_id, step_key, self._database.new_token(), due_at)
+        return self._database.write(DISPATCH, row, partial(self._give_back, GIVE_BACK_DISPATCH, row))
 
     async def annotate_dispatch(self, *, run_id: UUID, step_key: str, job_id: str) -> None:
         try:
@@ -365,12 +366,6 @@ class Claims:
             StepDispatch(run_id=run_id, step_key=row[0], dispatched_at=row[1], due_at=row[2], job_id=row[3])
             for row in rows
         )
-
-
-def _won(answer: Answer, run_id: UUID) -> bool:
-    if answer.open is None:
-        raise RunNotFoundError(run_id)
-    return answer.won
 
 
 def _claim_record(run_id: UUID, row: Any) -> StepClaim:

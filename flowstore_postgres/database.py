@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
+from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
+from os import getpid
 from typing import Any, TypeVar
 
 import asyncpg
@@ -40,7 +42,8 @@ from flowstore_postgres.acknowledgements import (
     report_lost,
     was_committed,
 )
-from flowstore_postgres.batches import Batched, Batches
+from flowstore_postgres.batched import Batched
+from flowstore_postgres.batches import Batches
 from flowstore_postgres.completion import Completion
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import (
@@ -98,10 +101,11 @@ class Database:
         self._clock = clock
         self._statements: dict[str, str] = {}
         self._arrival = min(ARRIVAL_SECONDS, settings.statement_timeout)
-        # Seeded by the system, and far cheaper than asking the system for each.
-        self._random = random.Random()
-        self._process = os.getpid()
-        self._loop = asyncio.get_running_loop()
+        # What a write leaves behind, to be found by: unlikely ever to come again. Seeded by the system, and
+        # far cheaper than asking the system for each.
+        self.new_token: Callable[[], int] = partial(random.Random().getrandbits, 63)
+        self._process = getpid()
+        self._loop = get_running_loop()
         self._in_flight = InFlight()
         self._batches = Batches(
             self,
@@ -142,9 +146,9 @@ class Database:
 
     def _check_place(self) -> None:
         # A pool belongs to one event loop in one process; asyncpg would fail in stranger ways.
-        if os.getpid() != self._process:
+        if getpid() != self._process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
-        if asyncio.get_running_loop() is not self._loop:
+        if get_running_loop() is not self._loop:
             raise ConfigurationError(
                 "a store belongs to the event loop that it was opened in; open another one in this loop"
             )
@@ -249,10 +253,6 @@ class Database:
         """
         self._check_place()
         return self._batches.call(batched, row, give_back)
-
-    def new_token(self) -> int:
-        """What a write leaves behind, to be found by: unlikely ever to come again."""
-        return self._random.getrandbits(63)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
         """The event loop's time, and the server's from which on a statement sent now has no effect."""

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import RunNotFoundError
-from flowstore_postgres.batches import Batched, Row, read_done
+from flowstore_postgres.batched import Batched, Row, read_done
 from flowstore_postgres.database import Database
 
 # The runs are locked against cleanup, in the order of the keys; a row whose run is not there saves nothing.

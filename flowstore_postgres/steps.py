@@ -18,7 +18,7 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.steps import SUPERSEDED_BY, superseded_by
-from flowstore_postgres.batches import Batched, Row, read_done
+from flowstore_postgres.batched import Batched, Row, read_done
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery

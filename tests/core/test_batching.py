@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import AGAIN, HEAVIEST_BATCH, WORTH_SPLITTING, Batcher, BatchError
+from flowstore_core.batching import AGAIN, HEAVIEST_BATCH, WORTH_SPLITTING, Batcher, BatchError, Elsewhere
 
 Batch = list[Any]
 
@@ -151,6 +151,71 @@ async def test_two_free_lanes_take_half_each_of_many_calls() -> None:
     assert [len(batch) for batch in book.batches] == [WORTH_SPLITTING // 2] * 2
     book.free.set()
     await outcomes(tasks)
+
+
+async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_way() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=2).method("write", book.run)
+    tasks = begin(*(method.call(n, n) for n in range(20)))
+    await steps()
+    tasks += begin(*(method.call(n, n) for n in range(20, 220)))
+    await steps()
+    book.free.set()
+    await outcomes(tasks)
+    assert [len(batch) for batch in book.batches[:2]] == [20, 110]
+    assert sum(len(batch) for batch in book.batches) == 220
+
+
+async def test_a_lane_that_a_caller_borrows_is_one_of_the_lanes_and_drain_waits_for_it() -> None:
+    book = Book(held=True)
+    batcher = Batcher(lanes=2)
+    method = batcher.method("write", book.run)
+    assert batcher.borrow_lane()
+    assert not batcher.borrow_lane()
+    tasks = begin(method.call(0, 0))
+    await steps()
+    tasks += begin(method.call(1, 1))
+    await steps()
+    assert book.batches == [[0]]
+    batcher.return_lane()
+    await steps()
+    assert book.batches == [[0], [1]]
+    assert not batcher.borrow_lane()
+    book.free.set()
+    await outcomes(tasks)
+    await steps()
+    assert batcher.borrow_lane()
+    closing = begin(batcher.drain(5))
+    await steps()
+    assert not closing[0].done()
+    batcher.return_lane()
+    await outcomes(closing)
+    assert not batcher.borrow_lane()
+
+
+async def test_a_call_may_be_answered_elsewhere_with_those_that_hope_for_its_answer() -> None:
+    book, other = Book(), Book()
+    there = Batcher(lanes=1).method("write", other.run)
+    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    book.answer = lambda item: Elsewhere(there.adopt) if item < 2 else item
+    tasks = begin(method.call("a", 0), method.call("a", 1), method.call("b", 2))
+    assert await outcomes(tasks) == [("done", 0), ("done", 1), 2]
+    assert other.written == [0, 1]
+
+
+async def test_an_ordered_batch_is_sorted_and_tell_makes_the_callers_answer() -> None:
+    book = Book()
+
+    def tell(item: int, outcome: Any) -> int:
+        if item == 3:
+            raise LookupError(item)
+        return outcome[1] * 10
+
+    method = Batcher(lanes=1).method("write", book.run, keyed=True, ordered=True, tell=tell)
+    found = await outcomes(begin(*(method.call(n, n) for n in (4, 2, 3, 1))))
+    assert book.batches == [[1, 2, 3, 4]]
+    assert found[:2] + found[3:] == [40, 20, 10]
+    assert isinstance(found[2], LookupError)
 
 
 async def test_heavy_items_are_spread_over_batches() -> None:

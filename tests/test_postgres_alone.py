@@ -1,0 +1,150 @@
+"""A call that nobody shares a batch with: it goes out in its caller's own task, and loses no promise."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from flowstore_core import FlowStore, StoreClosedError, new_run_id, open_store
+from flowstore_core.plugins import find_backend
+
+FLOW = UUID(int=1)
+
+Taking = Callable[[FlowStore, UUID, str], Awaitable[bool]]
+TAKINGS: list[Taking] = [
+    lambda store, run, key: store.try_claim_step(run, key),
+    lambda store, run, key: store.try_record_dispatch(run, key),
+]
+
+
+@pytest.fixture
+async def fresh(postgresql_url: str) -> AsyncIterator[str]:
+    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
+        yield url
+
+
+@pytest.fixture
+async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection of somebody else, with the store's schema in its path."""
+    query = parse_qs(urlsplit(fresh).query)
+    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
+    await connection.execute(f'SET search_path = "{query["schema"][0]}"')
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def run_of(store: FlowStore) -> UUID:
+    run = new_run_id()
+    await store.start_run(FLOW, "orders", run, "manual")
+    # The first call of all makes the connection ready that later ones find at hand.
+    assert await store.try_claim_step(run, "first")
+    return run
+
+
+def soon(call: Awaitable[Any]) -> asyncio.Task[Any]:
+    return asyncio.ensure_future(call)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("take", TAKINGS, ids=["claim", "dispatch"])
+async def test_con_4_what_a_call_cancelled_at_any_moment_had_won_is_given_back(
+    fresh: str, take: Taking
+) -> None:
+    chance = random.Random(7)
+    keys = [f"step {n}" for n in range(60)]
+    kept = set()
+    async with open_store(fresh) as store:
+        run = await run_of(store)
+        for key in keys:
+            task = soon(take(store, run, key))
+            await asyncio.sleep(chance.random() * 0.003)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                if await task:
+                    kept.add(key)
+            # Nobody has to wait for what is being given back.
+            assert (await store.get_run_detail(run)) is not None
+    async with open_store(fresh) as store:
+        found = {key: await take(store, run, key) for key in keys}
+    assert found == {key: key not in kept for key in keys}
+
+
+@pytest.mark.parametrize("take", TAKINGS, ids=["claim", "dispatch"])
+async def test_con_4_a_call_cancelled_while_the_server_is_at_it_leaves_nothing(
+    fresh: str, admin: asyncpg.Connection, take: Taking
+) -> None:
+    others = asyncio.all_tasks()
+    async with open_store(fresh) as store:
+        run = await run_of(store)
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
+            task = soon(take(store, run, "step"))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert await asyncio.wait_for(take(store, run, "another"), 10) is True
+    assert asyncio.all_tasks() == others
+    async with open_store(fresh) as store:
+        assert await take(store, run, "step") is True
+    for _ in range(100):
+        left = await admin.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%' || current_schema() || '%'"
+            " AND pid <> pg_backend_pid()"
+        )
+        if not left:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{left} connections are left")
+
+
+async def test_a_call_on_a_run_that_is_held_waits_and_holds_up_no_other(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        held, free = await run_of(store), await run_of(store)
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", held)
+            waiting = soon(store.try_claim_step(held, "step"))
+            await asyncio.sleep(0)
+            for n in range(20):
+                assert await asyncio.wait_for(store.try_claim_step(free, f"step {n}"), 5) is True
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+        assert await asyncio.wait_for(waiting, 5) is True
+
+
+async def test_a_store_closed_meanwhile_still_answers(fresh: str, admin: asyncpg.Connection) -> None:
+    async with open_store(fresh) as store:
+        run = await run_of(store)
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
+            waiting = soon(store.try_claim_step(run, "step"))
+            await asyncio.sleep(0.02)
+            closing = soon(store.aclose())
+            await asyncio.sleep(0.02)
+            with pytest.raises(StoreClosedError):
+                await store.try_claim_step(run, "later")
+        assert await asyncio.wait_for(waiting, 5) is True
+        await asyncio.wait_for(closing, 10)
+
+
+async def test_a_server_that_refuses_is_said_so_once_and_not_for_ever(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run = await run_of(store)
+        await admin.execute("ALTER TABLE steps RENAME TO gone")
+        with pytest.raises(Exception, match="flowstore migrate up"):
+            await asyncio.wait_for(store.try_claim_step(run, "step"), 5)
+        await admin.execute("ALTER TABLE gone RENAME TO steps")
+        assert await store.try_claim_step(run, "step") is True
