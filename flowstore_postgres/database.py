@@ -144,7 +144,7 @@ class Database:
             self._statements[statement] = known
         return known
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
         # A pool belongs to one event loop in one process; asyncpg would fail in stranger ways.
         if getpid() != self._process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
@@ -162,7 +162,7 @@ class Database:
 
     async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
-        self._check_place()
+        self.check_place()
         return await self.run(self.retrying(lambda: self._read(statement, arguments), "read"))
 
     async def read_row(self, statement: str, *arguments: object) -> Any:
@@ -196,7 +196,7 @@ class Database:
         have written, and its row is then the answer to a call whose acknowledgement was lost. None
         where saying it again gives the true answer by itself.
         """
-        self._check_place()
+        self.check_place()
         return await self.run(self._statement(operation, statement, arguments, look), give_back)
 
     async def _statement(
@@ -251,7 +251,7 @@ class Database:
 
         When the caller is cancelled, ``give_back`` gets the answer.
         """
-        self._check_place()
+        self.check_place()
         return self._batches.call(batched, row, give_back)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
@@ -274,7 +274,7 @@ class Database:
         An error of our own rolls back and is raised. Serialization failures, deadlocks and a
         connection lost before COMMIT are retried; a lost COMMIT is resolved by what the transaction noted.
         """
-        self._check_place()
+        self.check_place()
 
         async def attempt() -> T:
             async with self.connection() as connection:

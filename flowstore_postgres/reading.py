@@ -35,6 +35,7 @@ class Reading:
 
     async def rows(self, statement: str, run_id: UUID) -> Rows:
         """The run's rows of a SELECT that takes an array of run_ids and gives run_id first."""
+        self._database.check_place()
         if self._apart < APART:
             self._apart += 1
             try:

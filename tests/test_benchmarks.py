@@ -57,7 +57,7 @@ def test_postgres(tmp_path: Path) -> None:
     report, printed = run("postgres", tmp_path, "--callers", "1,16")
     found = measures(report)
     assert len(found["lifecycle, 1 caller"]) == 3
-    assert len(found["lifecycle, 16 callers"]) == 5
+    assert len(found["lifecycle, 16 callers"]) == 6
     assert len(found["try_claim_step, 8 claimants per key, 16 callers"]) == 3
     assert {one["name"] for one in report["ratios"]} >= {"lifecycle, 1 caller", "latency of a single claim"}
     assert "fsync on" in printed

@@ -222,7 +222,7 @@ async def _downgrade(url: str) -> None:
         url,
         *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits")),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
-        "ALTER TABLE {s}steps DROP COLUMN searched_open",
+        "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call",
         "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",
         "CREATE INDEX runs_by_start ON {s}runs (started_at DESC, run_id DESC)",
         "CREATE INDEX runs_by_flow ON {s}runs (flow_id, started_at DESC, run_id DESC)",
