@@ -14,10 +14,8 @@ import random
 from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from functools import partial
-from itertools import count
 from os import getpid
 from typing import Any, TypeVar
 
@@ -29,7 +27,6 @@ from flowstore_core import (
     OutcomeUnknownError,
     StoreUnavailableError,
 )
-from flowstore_core.errors import without_foreign
 from flowstore_core.inflight import InFlight
 from flowstore_core.observing import NOBODY, Observers, Resolution
 from flowstore_core.timeseries import LATEST
@@ -47,31 +44,24 @@ from flowstore_postgres.batches import Batches
 from flowstore_postgres.completion import Completion
 from flowstore_postgres.connection import Connection, Peer, Transaction
 from flowstore_postgres.errors import (
-    DRIVER,
     FINAL,
     LOST,
-    ROLLED_BACK,
     UNREACHABLE,
     Retry,
     describe,
-    name_error,
-    report_retry,
     unreadable_url,
 )
 from flowstore_postgres.migrate import Settings
 from flowstore_postgres.reading import Reading
+from flowstore_postgres.repeating import Repeating
 
 T = TypeVar("T")
 
 log = logging.getLogger("flowstore_postgres")
 
-FIRST_PAUSE = 0.01
-LONGEST_PAUSE = 0.5
 CLOSE_SECONDS = 5.0
 ARRIVAL_SECONDS = 5.0
 """A statement that reaches the server later than this after it was sent has no effect (CON-3)."""
-LEAST_SECONDS = 0.1
-"""A call that goes on trying waits so long for an answer, however soon its time is up."""
 
 # As in INP-3: a lease never ends later.
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
@@ -79,10 +69,6 @@ LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 BEGIN = "BEGIN"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-
-
-_until: ContextVar[float | None] = ContextVar("flowstore_postgres_until", default=None)
-# When the time of the call under way is up; None as long as nothing of it has failed.
 
 
 class Database:
@@ -106,6 +92,7 @@ class Database:
         self.new_token: Callable[[], int] = partial(random.Random().getrandbits, 63)
         self._process = getpid()
         self._loop = get_running_loop()
+        self._repeating = Repeating(settings.retry_timeout, observers)
         self._in_flight = InFlight()
         self._batches = Batches(
             self,
@@ -118,8 +105,7 @@ class Database:
 
     def within(self, seconds: float) -> float:
         """So many seconds, or what is left to a call that has failed and goes on trying."""
-        until = _until.get()
-        return seconds if until is None else max(LEAST_SECONDS, min(seconds, until - self._loop.time()))
+        return self._repeating.within(seconds)
 
     def client_timeout(self) -> float:
         """How long a statement that is sent now is waited for."""
@@ -329,57 +315,11 @@ class Database:
         except asyncpg.PostgresError as error:
             raise Retry(describe(error)) from None
 
-    async def retrying(
+    def retrying(
         self, attempt: Callable[[], Awaitable[T]], operation: str, *, failed: bool = False
-    ) -> T:
-        """Repeat what is known not to have happened, with jittered backoff.
-
-        It goes on for retry_timeout after the first failure, because that itself may have taken long;
-        ``failed`` says that there has been one. From then on no wait outlasts that time.
-        """
-        until = _until.get()
-        token: Token[float | None] | None = None
-        pause = FIRST_PAUSE
-        error: FlowStoreError | None = None
-        try:
-            for tries in count():
-                if until is None and (failed or error is not None):
-                    until = self._loop.time() + self._settings.retry_timeout
-                    token = _until.set(until)
-                if error is not None and until is not None:
-                    wait = pause * random.uniform(0.5, 1.5)
-                    if self._loop.time() + wait > until:
-                        raise without_foreign(error)
-                    report_retry(self.observers, operation, tries, error, wait)
-                    await asyncio.sleep(wait)
-                    pause = min(pause * 2, LONGEST_PAUSE)
-                try:
-                    return await attempt()
-                except Retry as retry:
-                    error, again = retry.error, True
-                except FlowStoreError as raised:
-                    error, again = raised, False
-                except DRIVER as raised:
-                    error = describe(raised)
-                    again = getattr(raised, "sqlstate", None) in ROLLED_BACK
-                    if not again:
-                        log.debug(
-                            "%s: the driver raised %s",
-                            operation,
-                            name_error(raised),
-                            extra={
-                                "flowstore.operation": operation,
-                                "flowstore.error_type": type(raised).__name__,
-                                "flowstore.sqlstate": getattr(raised, "sqlstate", None),
-                            },
-                        )
-                # Out here, where no driver's error is being handled that would be chained.
-                if not again:
-                    raise without_foreign(error)
-        finally:
-            if token is not None:
-                _until.reset(token)
-        raise AssertionError("unreachable")
+    ) -> Coroutine[Any, Any, T]:
+        """Repeat what is known not to have happened; see Repeating."""
+        return self._repeating.repeat(attempt, operation, failed=failed)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -402,7 +342,7 @@ class Database:
                 f"no connection within {self._settings.acquire_timeout:g} s; "
                 "raise pool_size or acquire_timeout, or send fewer calls at once"
             )
-            if _until.get() is None:
+            if not self._repeating.under_way():
                 raise error from None
             # Whoever has to look what became of a call does not give up before the time is up.
             raise Retry(error) from None
