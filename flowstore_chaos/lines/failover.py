@@ -15,24 +15,19 @@ from pathlib import Path
 import psutil
 
 from flowstore_chaos.line import Line
+from flowstore_chaos.outages import work_through
 from flowstore_chaos.server import Server, new_server
 from flowstore_chaos.trial import Trial
-from flowstore_chaos.work import Clients
-from flowstore_core import open_store
 
-CLIENTS = 4
 SETTINGS = {"synchronous_standby_names": "*", "hot_standby": "on"}
 INITDB = ("--wal-segsize=1",)
 """So that a standby is copied sooner."""
 BROKEN = {"synchronous_commit": "local"}
-WORK_CALLS = (5, 60)
-"""So many are answered between two fail-overs, unless that takes too long."""
-WORK_SECONDS = 3.0
 SILENT_SECONDS = (0.2, 0.5)
 """How long the standby gets nothing before the primary is killed."""
 STATEMENT_SECONDS = 2.0
 """Shorter than a new standby may take: a call that waits for it is broken off, and says so."""
-RESUME_SECONDS = 30.0
+FOLLOW_SECONDS = 30.0
 SYNC_STATE = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming' AND sync_state = 'sync'"
 
 
@@ -52,7 +47,7 @@ class Pair:
         folder: Path = self._trial.folder / f"standby-{self._number}"
         self.standby = await self.primary.new_standby(folder, "standby", port=self._port)
         await self.standby.start()
-        until = time.monotonic() + RESUME_SECONDS
+        until = time.monotonic() + FOLLOW_SECONDS
         while not self._trial.broken and await self.primary.psql(SYNC_STATE) != "1":
             if time.monotonic() > until:
                 raise RuntimeError(f"the standby does not stream: {self.standby.log[-1000:]}")
@@ -92,37 +87,13 @@ async def run(trial: Trial) -> None:
             target_session_attrs="read-write",
             statement_timeout=str(STATEMENT_SECONDS),
         ).replace(f":{first.port}/", f":{first.port},127.0.0.1:{pair.standby.port}/")
-        stores = [await stack.enter_async_context(open_store(url)) for _ in range(CLIENTS)]
-        clients = Clients(stores, trial.tally, trial.rng)
-        working = asyncio.create_task(clients.work(lambda: trial.done))
-        try:
-            while not trial.done and not working.done():
-                await _cycle(trial, pair, clients)
-        finally:
-            if not trial.done:
-                working.cancel()
-            await asyncio.wait({working})
-        working.result()
-        trial.tally.details["calls refused"] = clients.refused
-        await clients.books.verify(stores[0], trial.tally)
 
+        async def outage() -> str:
+            await pair.fail_over()
+            await pair.follow()
+            return "standbys promoted"
 
-async def _cycle(trial: Trial, pair: Pair, clients: Clients) -> None:
-    """Let the clients work, fail over, and see that they are served by the new primary."""
-    tally = trial.tally
-    working = await clients.progress(trial.rng.randrange(*WORK_CALLS), WORK_SECONDS)
-    await pair.fail_over()
-    await pair.follow()
-    began, before = time.monotonic(), tally.operations
-    while tally.operations == before:
-        if time.monotonic() - began > RESUME_SECONDS:
-            tally.mistrust(f"no client was served within {RESUME_SECONDS:.0f} s after the fail-over")
-            break
-        await asyncio.sleep(0.01)
-    longest = float(tally.details.get("longest until served again, s", 0))
-    tally.details["longest until served again, s"] = max(longest, round(time.monotonic() - began, 2))
-    if working:
-        trial.landed()
+        await work_through(trial, url, outage)
 
 
 LINE = Line(
