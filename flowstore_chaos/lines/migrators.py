@@ -82,7 +82,8 @@ def _path(url: str) -> str:
 def _read(url: str, statement: str) -> list[tuple[Any, ...]]:
     if not Path(_path(url)).exists():
         return []
-    with closing(sqlite3.connect(f"file:{_path(url)}?mode=ro", uri=True, timeout=5)) as database:
+    # Not read-only: whoever comes upon the log of a process that was killed has to recover from it.
+    with closing(sqlite3.connect(f"file:{_path(url)}?mode=rw", uri=True, timeout=5)) as database:
         return database.execute(statement).fetchall()
 
 
