@@ -14,6 +14,9 @@ from flowstore_chaos.outcome import Outcome, Verdict, run_row
 
 SEED = 20
 
+# A row ends itself after two minutes at the soonest, and then says why.
+pytestmark = pytest.mark.timeout(300)
+
 ROWS = [
     pytest.param(line, backend, id=f"{line.name}-{backend}")
     for line in load_lines()
