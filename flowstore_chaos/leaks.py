@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -51,3 +52,15 @@ class Holdings:
             *(f"connection {name} is still open" for name in sorted(now.connections - self.connections)),
             *(f"process {pid} still runs" for pid in sorted(now.children - self.children)),
         ]
+
+
+def kill_tree(pid: int, *, itself: bool = True) -> None:
+    """End a process and all that it has started."""
+    try:
+        root = psutil.Process(pid)
+        everyone = [*root.children(recursive=True), *[root] * itself]
+    except psutil.NoSuchProcess:
+        return
+    for process in everyone:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from flowstore_chaos.leaks import kill_tree
 from flowstore_chaos.line import Line
 from flowstore_chaos.tally import Tally
 
@@ -72,7 +73,8 @@ async def run_row(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
+        # Never written to: its end tells the row that nobody waits for it any more.
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         limit=1 << 22,
@@ -90,7 +92,7 @@ async def run_row(
         failure = f"it did not end within {limit:.0f} s"
     finally:
         if process.returncode is None:
-            _kill_tree(process.pid)
+            kill_tree(process.pid)
             await process.wait()
     said = (await complaints).decode(errors="replace").strip()
     if failure is None and "tally" not in last:
@@ -118,18 +120,3 @@ async def _listen(process: asyncio.subprocess.Process, say: Callable[[int], None
         if isinstance(landed := last.get("landed"), int):
             say(landed)
     return last
-
-
-def _kill_tree(pid: int) -> None:
-    import psutil
-
-    try:
-        row = psutil.Process(pid)
-        everyone = [*row.children(recursive=True), row]
-    except psutil.NoSuchProcess:
-        return
-    for process in everyone:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue

@@ -13,11 +13,12 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from flowstore_chaos.leaks import Holdings
+from flowstore_chaos.leaks import Holdings, kill_tree
 from flowstore_chaos.lines import load_lines
 from flowstore_chaos.trial import SkippedError, Trial
 
@@ -39,6 +40,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="flowstore-chaos-", dir=given.folder))
     # Where the wheel of PostgreSQL puts its lock file; else it warns that it has to choose a place itself.
     os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     said = 0.0
 
     def say(landed: int) -> None:
@@ -66,6 +68,15 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _tell({"tally": asdict(trial.tally), "skipped": skipped})
+
+
+def _end_with_parent(folder: Path) -> None:
+    """Leave nothing behind when the parent dies, however it does: servers would run on for ever."""
+    # Not by sys.stdin, whose lock would be held when the interpreter ends.
+    os.read(0, 1)
+    kill_tree(os.getpid(), itself=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _tell(what: dict[str, object]) -> None:

@@ -6,9 +6,12 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from flowstore_chaos.line import Line
@@ -134,6 +137,35 @@ async def test_a_row_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert outcome.failure == "it did not end within 1 s"
     assert not outcome.good
+
+
+def test_a_row_whose_parent_is_killed_leaves_nothing_behind() -> None:
+    with tempfile.TemporaryDirectory(prefix="flowstore-lines-") as folder:
+        parent = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "flowstore_chaos",
+                "claim-races",
+                "--backend",
+                "postgresql",
+                "--folder",
+                folder,
+            ],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 60
+        while len(left := psutil.Process(parent.pid).children(recursive=True)) < 5:
+            assert time.monotonic() < until, "its server did not start"
+            time.sleep(0.05)
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs(left, 20)
+        assert not alive
+        while list(Path(folder).iterdir()):
+            assert time.monotonic() < until, "its files stayed"
+            time.sleep(0.05)
 
 
 def test_published_rows_replace_their_like_and_leave_others(tmp_path: Path) -> None:
