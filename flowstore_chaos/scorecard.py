@@ -69,6 +69,10 @@ def publish(
     for proof in proofs:
         if _key(proof) in known:
             known[_key(proof)]["proof"] = _row(proof)
+    for row in known.values():
+        for one in filter(None, (row, row["proof"])):
+            # They name places of the machine; --json has them.
+            one["tally"]["findings"] = []
     ordered = {f"{line.name}/{backend}": None for line in lines for backend in line.backends}
     rows = {key: known[key] for key in ordered if key in known}
     figures.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
@@ -101,6 +105,8 @@ def machine() -> dict[str, str]:
 
 
 def _markdown(lines: Sequence[Line], rows: Mapping[str, Any]) -> Iterator[str]:
+    yield "; ".join(f"{name}: {value}" for name, value in machine().items()) + "."
+    yield ""
     yield "| # | fault | backend | seed | landed | operations | lost | twice | wrong | leaks | |"
     yield "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---|"
     for line in lines:
@@ -122,8 +128,8 @@ def _markdown(lines: Sequence[Line], rows: Mapping[str, Any]) -> Iterator[str]:
         yield f"### {line.name}"
         yield ""
         yield f"**{line.fault}.** Passes when {line.passes_when}. `python -m flowstore_chaos {line.name}`"
+        yield ""
         for backend, row in shown:
-            yield ""
             yield f"- {backend}: {_story(row)}"
         yield ""
         yield f"Broken variant: {line.broken}. {_proofs(shown)}"
