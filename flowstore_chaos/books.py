@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from flowstore_chaos.tally import Tally
-from flowstore_core import FlowRunDetail, FlowStore, RunStatus, SignalDeliveryStatus, StepStatus
+from flowstore_core import FlowRunDetail, FlowStore, RunStatus, StepStatus
 
 READERS = 16
 
@@ -120,6 +120,3 @@ async def _verify_events(store: FlowStore, tally: Tally, name: str, entry: Entry
             tally.lose(f"{name}: an event is not there")
         elif count > most:
             tally.repeat(f"{name}: an event is there {count} times, and {most} can be explained")
-
-
-DELIVERED = (SignalDeliveryStatus.DELIVERED, SignalDeliveryStatus.ALREADY_DELIVERED)

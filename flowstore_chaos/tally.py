@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 MOST_FINDINGS = 20
@@ -52,22 +51,6 @@ class Tally:
         if isinstance(before, str):
             raise TypeError(f"detail {detail!r} is a text")
         self.details[detail] = before + amount
-
-    def merge(self, others: Iterable[Tally]) -> None:
-        """Add what other processes counted; details that are counts are added up."""
-        for other in others:
-            self.landed += other.landed
-            self.operations += other.operations
-            self.lost += other.lost
-            self.twice += other.twice
-            self.wrong += other.wrong
-            self.leaks += other.leaks
-            self.findings.extend(other.findings[: MOST_FINDINGS - len(self.findings)])
-            for name, value in other.details.items():
-                if isinstance(value, str):
-                    self.details[name] = value
-                else:
-                    self.add(name, value)
 
     @property
     def clean(self) -> bool:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from flowstore_chaos.books import DELIVERED, Books, Entry
+from flowstore_chaos.books import Books, Entry
 from flowstore_chaos.tally import Tally
 from flowstore_core import (
     FlowStore,
@@ -34,6 +34,7 @@ from flowstore_core import (
 FLOW = UUID("5c3a7c1e-8a42-4f0f-9d8e-0d7b6f1f2a11")
 STEPS = ("fetch", "count", "publish")
 WAITING = "approve"
+DELIVERED = (SignalDeliveryStatus.DELIVERED, SignalDeliveryStatus.ALREADY_DELIVERED)
 LEASE = timedelta(hours=1)
 """No claim may run out here: that a step has two winners must be the store's fault."""
 PAUSE_SECONDS = 0.02
