@@ -15,6 +15,7 @@ each; it must be safe while others use the store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -32,6 +33,9 @@ class Severity(StrEnum):
 
 # In order, the worst last.
 SEVERITIES = (Severity.NOTE, Severity.WARNING, Severity.ERROR)
+
+SHOWN = 3
+"""So many examples are enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,3 +62,30 @@ class Finding:
     """What ``fix`` would do about it; None where nothing is safe to do by itself."""
     blocks: bool = False
     """Whether the store must not be opened before it is dealt with: opening would make it worse."""
+
+
+def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> Finding:
+    """Rows of a table that belong to no run, for backends whose ``fix`` deletes them.
+
+    ``runs`` are the run ids that they name, of which at most ``most`` were asked for. ``forgotten``: they
+    were registered ahead of a run that never started (RET-4); else no call can have left them behind.
+    """
+    many = f"{len(runs):,}{' or more' if len(runs) == most else ''}"
+    if forgotten:
+        meaning = "Their run never started; they are older than an hour, so it will not. They take space."
+        if table == "idempotency_keys":
+            meaning += " A trigger with such a key starts the run under the id that is registered."
+    else:
+        meaning = (
+            "No call leaves these behind: rows of table runs were deleted by hand, or a restore lost some."
+        )
+    return Finding(
+        code=f"orphans-{table.replace('_', '-')}",
+        severity=Severity.WARNING,
+        summary=f"{many} rows of table {table} belong to no run",
+        meaning=meaning,
+        remedy="flowstore doctor --fix",
+        count=len(runs),
+        examples=tuple(dict.fromkeys(runs))[:SHOWN],
+        fix=f"delete the rows of table {table} that belong to no run",
+    )

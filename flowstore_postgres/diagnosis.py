@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
-from flowstore_core.findings import Finding, Severity
+from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.hosts import read_hosts
@@ -28,7 +28,6 @@ LEAST_SECONDS = 0.1
 """What each table gets all the same."""
 COUNTED = 10_000
 """As many orphans are counted at most."""
-SHOWN = 3
 FIXED_AT_ONCE = 1000
 
 WANTED = (
@@ -213,7 +212,8 @@ async def _find_orphans(connection: Any, settings: Settings, *, thorough: bool) 
             unfinished.append(table)
             continue
         if rows:
-            found.append(_orphans(table, [row[0] for row in rows]))
+            runs = [row[0] for row in rows]
+            found.append(orphans(table, runs, forgotten=table in FORGOTTEN, most=COUNTED))
     if unfinished:
         found.append(
             Finding(
@@ -231,28 +231,6 @@ def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple
     old = table in FORGOTTEN
     statement = (forgotten if old else strays).replace("{schema}", settings.quoted_schema)
     return statement.replace("{table}", table), (ORPHAN_GRACE,) if old else ()
-
-
-def _orphans(table: str, runs: Sequence[str]) -> Finding:
-    many = f"{len(runs):,}{' or more' if len(runs) == COUNTED else ''}"
-    if table in FORGOTTEN:
-        meaning = "Their run never started; they are older than an hour, so it will not. They take space."
-        if table == "idempotency_keys":
-            meaning += " A trigger with such a key starts the run under the id that is registered."
-    else:
-        meaning = (
-            "No call leaves these behind: rows of table runs were deleted by hand, or a restore lost some."
-        )
-    return Finding(
-        code=f"orphans-{table.replace('_', '-')}",
-        severity=Severity.WARNING,
-        summary=f"{many} rows of table {table} belong to no run",
-        meaning=meaning,
-        remedy="flowstore doctor --fix",
-        count=len(runs),
-        examples=tuple(dict.fromkeys(runs))[:SHOWN],
-        fix=f"delete the rows of table {table} that belong to no run",
-    )
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import StoreConfig, StoreUnavailableError
-from flowstore_core.findings import Finding, Severity
+from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite import files
 from flowstore_sqlite.connection import Connection, snapshot, written
@@ -30,7 +30,6 @@ LOOK_SECONDS = 3.0
 """How long the pages, and then the rows, are looked through, unless thorough."""
 COUNTED = 10_000
 """As many orphans are counted at most."""
-SHOWN = 3
 FIXED_AT_ONCE = 500
 INSTRUCTIONS = 10_000
 """Of SQLite's virtual machine, between two looks at the clock."""
@@ -176,7 +175,12 @@ def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Find
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
             found.extend(
-                _orphans(table, runs)
+                orphans(
+                    table,
+                    [str(UUID(bytes=run)) for run in runs],
+                    forgotten=table in FORGOTTEN,
+                    most=COUNTED,
+                )
                 for table in (*FORGOTTEN, *STRAYS)
                 if (runs := _runs_of_orphans(table, now, db))
             )
@@ -194,28 +198,6 @@ def _runs_of_orphans(table: str, now: int, db: sqlite3.Connection) -> list[bytes
     else:
         rows = db.execute(FIND_STRAYS.replace("{table}", table))
     return [row[0] for row in rows]
-
-
-def _orphans(table: str, runs: Sequence[bytes]) -> Finding:
-    many = f"{len(runs):,}{' or more' if len(runs) == COUNTED else ''}"
-    if table in FORGOTTEN:
-        meaning = "Their run never started; they are older than an hour, so it will not. They take space."
-        if table == "idempotency_keys":
-            meaning += " A trigger with such a key starts the run under the id that is registered."
-    else:
-        meaning = (
-            "No call leaves these behind: rows of table runs were deleted by hand, or a restore lost some."
-        )
-    return Finding(
-        code=f"orphans-{table.replace('_', '-')}",
-        severity=Severity.WARNING,
-        summary=f"{many} rows of table {table} belong to no run",
-        meaning=meaning,
-        remedy="flowstore doctor --fix",
-        count=len(runs),
-        examples=tuple(dict.fromkeys(str(UUID(bytes=run)) for run in runs))[:SHOWN],
-        fix=f"delete the rows of table {table} that belong to no run",
-    )
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
