@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+import asyncpg
 import pytest
 
 from flowstore_core import FlowStore, open_store
@@ -61,6 +63,25 @@ def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
         yield cluster.url
     finally:
         cluster.stop()
+
+
+@pytest.fixture
+async def fresh(postgresql_url: str) -> AsyncIterator[str]:
+    """The URL of a fresh, empty namespace of PostgreSQL, dropped at the end."""
+    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
+        yield url
+
+
+@pytest.fixture
+async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection of somebody else, with the schema of ``fresh`` in its path."""
+    query = parse_qs(urlsplit(fresh).query)
+    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
+    await connection.execute(f'SET search_path = "{query["schema"][0]}"')
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 @pytest.fixture

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import asyncpg
 import pytest
 
 from flowstore_core import FlowStore, StoreClosedError, new_run_id, open_store
-from flowstore_core.plugins import find_backend
 
 FLOW = UUID(int=1)
 
@@ -23,24 +21,6 @@ TAKINGS: list[Taking] = [
     lambda store, run, key: store.try_claim_step(run, key),
     lambda store, run, key: store.try_record_dispatch(run, key),
 ]
-
-
-@pytest.fixture
-async def fresh(postgresql_url: str) -> AsyncIterator[str]:
-    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
-        yield url
-
-
-@pytest.fixture
-async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of somebody else, with the store's schema in its path."""
-    query = parse_qs(urlsplit(fresh).query)
-    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
-    await connection.execute(f'SET search_path = "{query["schema"][0]}"')
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def run_of(store: FlowStore) -> UUID:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import asyncpg
@@ -28,29 +27,10 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_core.plugins import find_backend
 from tests.worker import Call, Fleet
 
 FLOW = UUID(int=1)
 LEASE = timedelta(minutes=5)
-
-
-@pytest.fixture
-async def fresh(postgresql_url: str) -> AsyncIterator[str]:
-    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
-        yield url
-
-
-@pytest.fixture
-async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of somebody else, with the store's schema in its path."""
-    query = parse_qs(urlsplit(fresh).query)
-    connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
-    await connection.execute(f'SET search_path = "{query["schema"][0]}"')
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def new_run(store: FlowStore) -> UUID:

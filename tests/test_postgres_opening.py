@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import traceback
-from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,12 +27,6 @@ from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.migrate import read_connection_settings
 
 SECRET = "hunter2-Zw"
-
-
-@pytest.fixture
-async def fresh(postgresql_url: str) -> AsyncIterator[str]:
-    async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
-        yield url
 
 
 async def _say(url: str, sql: str) -> list[asyncpg.Record]:
