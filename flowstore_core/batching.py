@@ -146,7 +146,7 @@ class Batcher:
     def is_idle(self) -> bool:
         """Nobody has a lane, and nothing waits for one."""
         return not (
-            self._lanes.under_way() or self.places.taken or self._borrower is not None or self.closing
+            self.places.taken or self._lanes.under_way() or self._borrower is not None or self.closing
         )
 
     def return_lane(self) -> None:
@@ -299,12 +299,17 @@ class Batcher:
                 call.outcome.set_result(outcome)
             if call.followers is not None:
                 followers, call.followers = call.followers, None
-                for follower in followers:
-                    answer = shared(method.share, call, outcome, follower)
+                for follower, answer in zip(
+                    followers, shared(method.share, call, outcome, followers), strict=True
+                ):
                     if answer is AGAIN:
                         again.append(follower)
-                    elif not follower.outcome.done():
-                        self._settle(follower, answer)
+                    elif follower.outcome.done():
+                        continue
+                    elif isinstance(answer, Exception):
+                        follower.outcome.set_exception(answer)
+                    else:
+                        follower.outcome.set_result(answer)
         if again:
             self._queue_again(method, again)
 

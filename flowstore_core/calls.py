@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 AGAIN: Any = object()
@@ -52,14 +52,20 @@ class Call:
         """Calls with the same key that hope to be answered from this one's answer."""
 
 
-def shared(share: Callable[[Any, Any, Any], Any] | None, first: Call, outcome: Any, follower: Call) -> Any:
-    """What a follower gets from the first one's outcome, or AGAIN."""
+def shared(
+    share: Callable[[Any, Any, Any], Any] | None, first: Call, outcome: Any, followers: Sequence[Call]
+) -> list[Any]:
+    """What each follower gets from the first one's outcome, or AGAIN."""
     if outcome is AGAIN or share is None or isinstance(outcome, Exception):
-        return AGAIN
-    try:
-        return share(first.item, outcome, follower.item)
-    except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it
-        return error
+        return [AGAIN] * len(followers)
+    item = first.item
+    answers: list[Any] = []
+    for follower in followers:
+        try:
+            answers.append(share(item, outcome, follower.item))
+        except Exception as error:  # noqa: BLE001 - not swallowed: the caller gets it
+            answers.append(error)
+    return answers
 
 
 def another(error: Exception) -> Exception:

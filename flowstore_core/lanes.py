@@ -52,8 +52,9 @@ class TaskLanes:
 
     def wake(self) -> None:
         # A lane that is open and has nothing on its way is coming anyway.
-        lanes = self._lanes - self._batcher.borrowed
-        if len(self._on_the_way) == len(self._tasks) < lanes and not self._stopped:
+        if len(self._on_the_way) == (lanes := len(self._tasks)) < self._lanes and not (
+            self._stopped or lanes >= self._lanes - self._batcher.borrowed
+        ):
             # In an empty context: a lane must not carry the first caller's variables to all others.
             task = Context().run(self._batcher.loop.create_task, self._serve())
             if not task.done():

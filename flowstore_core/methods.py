@@ -59,7 +59,8 @@ class Method(Generic[I, R]):
             places.taken += 1
         else:
             await batcher.wait_for_place(since)
-        outcome = batcher.loop.create_future()
+        # As loop.create_future, without the way there: this is done for every call.
+        outcome: asyncio.Future[Any] = asyncio.Future(loop=batcher.loop)
         call = Call(key, item, outcome, give_back, since)
         self.queue.append(call)
         batcher.notice()

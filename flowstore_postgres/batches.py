@@ -83,7 +83,7 @@ class Batches:
         if self._locked and row[0] in self._locked:
             return self._wait_apart(batched, row, give_back)
         method = self._methods.get(batched) or self._method(batched, apart=False)
-        if self._connections.has_free and batched.alone is not None and self._batchers[False].is_idle:
+        if self._batchers[False].is_idle and batched.alone is not None and self._connections.has_free:
             return self._call_alone(method, batched, row, give_back)
         return method.call((row[0].int, row[1]), row, give_back)
 

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
-from os import getpid
 from typing import Any, TypeVar
 
 import asyncpg
@@ -90,7 +89,6 @@ class Database:
         # What a write leaves behind, to be found by: unlikely ever to come again. Seeded by the system, and
         # far cheaper than asking the system for each.
         self.new_token: Callable[[], int] = partial(random.Random().getrandbits, 63)
-        self._process = getpid()
         self._loop = get_running_loop()
         self._repeating = Repeating(settings.retry_timeout, observers)
         self._in_flight = InFlight()
@@ -131,9 +129,8 @@ class Database:
         return known
 
     def check_place(self) -> None:
-        # A pool belongs to one event loop in one process; asyncpg would fail in stranger ways.
-        if getpid() != self._process:
-            raise ConfigurationError("a store cannot be used in a forked process; open another one there")
+        # A pool belongs to one event loop; asyncpg would fail in stranger ways. Other threads, and forked
+        # processes, core refuses.
         if get_running_loop() is not self._loop:
             raise ConfigurationError(
                 "a store belongs to the event loop that it was opened in; open another one in this loop"
