@@ -129,9 +129,9 @@ class Database:
         return known
 
     def check_place(self) -> None:
-        # A pool belongs to one event loop; asyncpg would fail in stranger ways. Other threads, and forked
-        # processes, core refuses.
-        if get_running_loop() is not self._loop:
+        # A pool belongs to one event loop; asyncpg would fail in stranger ways. As core refuses other threads
+        # and forked processes, the loop that runs is the one that we are in; asking for that costs more.
+        if not self._loop.is_running():
             raise ConfigurationError(
                 "a store belongs to the event loop that it was opened in; open another one in this loop"
             )

@@ -120,7 +120,8 @@ class Database:
     def _check_usable(self) -> None:
         if self._process is not _process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
-        if asyncio.get_running_loop() is not self._loop:
+        # As core refuses other threads, the loop that runs is the one that we are in.
+        if not self._loop.is_running():
             raise ConfigurationError(
                 "a store belongs to the event loop that it was opened in; open another one in this loop"
             )
