@@ -87,7 +87,7 @@ class Batcher:
         self.time: Callable[[], float] = self.loop.time
         self.places: Places = Places(capacity)
         self.closing: bool = False
-        self._largest = largest
+        self.largest: int = largest
         self._patience = patience
         self._advice = advice
         self._observers = observers
@@ -226,7 +226,7 @@ class Batcher:
     def _take(self, method: Method[Any, Any], lanes: int, under_way: int) -> list[Call]:
         queue = method.queue
         length = len(queue)
-        largest = self._largest
+        largest = self.largest
         outstanding = self.waiting + under_way
         if lanes > 1 and outstanding >= WORTH_SPLITTING:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.

@@ -40,26 +40,40 @@ class Lanes(Protocol):
 
 
 class TaskLanes:
-    """So many batches on their way at once; ``run`` of a method is awaited with the items of each."""
+    """So many batches on their way at once; ``run`` of a method is awaited with the items of each.
 
-    def __init__(self, batcher: Batcher, lanes: int) -> None:
+    Further lanes open, up to ``most``, while there are more calls than batches of full size would take
+    on the lanes that are open.
+    """
+
+    def __init__(self, batcher: Batcher, lanes: int, most: int | None = None) -> None:
         self._batcher = batcher
         self._lanes = lanes
+        self._most = lanes if most is None else max(lanes, most)
         self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
         """The open lanes: a lane lasts as long as there is something to send."""
         self._on_the_way: dict[asyncio.Task[None], tuple[Method[Any, Any], list[Call]]] = {}
+        self._carried = 0
+        """How many calls are on their way."""
 
     def wake(self) -> None:
         # A lane that is open and has nothing on its way is coming anyway.
-        if len(self._on_the_way) == (lanes := len(self._tasks)) < self._lanes and not (
-            self._stopped or lanes >= self._lanes - self._batcher.borrowed
-        ):
+        if len(self._on_the_way) == (lanes := len(self._tasks)) < self._most and self._may_open(lanes):
             # In an empty context: a lane must not carry the first caller's variables to all others.
             task = Context().run(self._batcher.loop.create_task, self._serve())
             if not task.done():
                 self._tasks.add(task)
             task.add_done_callback(self._lane_ended)
+
+    def _may_open(self, lanes: int) -> bool:
+        """Whether there may be another lane beside so many."""
+        batcher = self._batcher
+        if self._stopped:
+            return False
+        if lanes < self._lanes:
+            return lanes < self._lanes - batcher.borrowed
+        return batcher.waiting + self._carried > lanes * batcher.largest
 
     def _lane_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -69,9 +83,6 @@ class TaskLanes:
 
     def under_way(self) -> Collection[asyncio.Future[Any]]:
         return self._tasks
-
-    def _under_way(self) -> int:
-        return sum(len(calls) for _, calls in self._on_the_way.values())
 
     async def stop(self) -> None:
         self._stopped = True
@@ -87,12 +98,15 @@ class TaskLanes:
         lane: Any = asyncio.current_task()
         batcher = self._batcher
         try:
-            while (batch := batcher.next_batch(self._lanes, self._under_way())) is not None:
+            while not self._is_too_many() and (
+                batch := batcher.next_batch(max(self._lanes, len(self._tasks)), self._carried)
+            ):
                 method, calls = self._on_the_way[lane] = batch
+                self._carried += len(calls)
                 if batcher.waiting:
                     self.wake()
                 await self._run(method, calls)
-                self._on_the_way.pop(lane, None)
+                self._arrived(lane)
                 if len(calls) > 1:
                     # Whoever was answered queues its next call before the next batch is made up.
                     await asyncio.sleep(0)
@@ -100,9 +114,20 @@ class TaskLanes:
             self._tasks.discard(lane)
             self._lose(lane)
 
+    def _is_too_many(self) -> bool:
+        """Whether a further lane, of those that are open, is no longer worth it."""
+        further = len(self._tasks) - self._lanes
+        return further > 0 and self._batcher.waiting + self._carried <= further * self._batcher.largest
+
+    def _arrived(self, lane: asyncio.Task[None]) -> tuple[Method[Any, Any], list[Call]] | None:
+        """What the lane had on its way until now."""
+        if sent := self._on_the_way.pop(lane, None):
+            self._carried -= len(sent[1])
+        return sent
+
     def _lose(self, lane: asyncio.Task[None]) -> None:
         """Answer for a lane that was cancelled with a batch on its way."""
-        if sent := self._on_the_way.pop(lane, None):
+        if sent := self._arrived(lane):
             self._batcher.lose(*sent)
 
     async def _run(self, method: Method[Any, Any], calls: list[Call]) -> None:

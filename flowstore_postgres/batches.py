@@ -21,6 +21,7 @@ import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
+from flowstore_core.lanes import TaskLanes
 from flowstore_core.observing import Resolution, report_batch
 from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.batched import Batched, Row
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowstore_postgres")
 
-LONGEST_LANES = 2
+LANES = 2
+MOST_LANES = 4
+"""For so many callers at once that two lanes would send only batches of full size."""
 # The classes of SQLSTATE that one row can be the reason of: a value, a constraint, a limit of the server,
 # a trigger. Any other would meet each half of a batch again; a lock that is held, for as long again.
 OF_A_ROW = frozenset({"22", "23", "54", "P0"})
@@ -64,7 +67,7 @@ class Batches:
 
     def __init__(self, database: Database, *, pool_size: int, patience: float, pgbouncer: bool) -> None:
         self._database = database
-        self._lanes = max(1, min(LONGEST_LANES, (pool_size + 1) // 2))
+        self._most_lanes = max(1, min(MOST_LANES, (pool_size + 1) // 2))
         # With a single connection every other call needs it as well.
         hold = pool_size > 1
         self._connections = Lanes(database, hold=hold, by_key=hold and not pgbouncer)
@@ -175,8 +178,9 @@ class Batches:
         batcher = self._batchers.get(apart)
         if batcher is None:
             # Those who wait take at most as many connections as those who do not.
+            most = min(LANES, self._most_lanes) if apart else self._most_lanes
             batcher = self._batchers[apart] = Batcher(
-                lanes=self._lanes,
+                lanes=lambda batcher: TaskLanes(batcher, min(LANES, most), most),
                 patience=self._patience,
                 advice="raise pool_size or acquire_timeout, or send fewer calls at once",
                 observers=self._database.observers,
