@@ -16,9 +16,11 @@ def read_nothing(rows: Sequence[Row], found: Any) -> Sequence[None]:
 
 
 def read_done(column: str) -> Callable[[Sequence[Row], Any], Sequence[bool]]:
-    """Whether each row was written, from a column that holds the numbers of those that were."""
+    """Whether each row was written: ``every`` one, or those whose numbers a column holds."""
 
     def read(rows: Sequence[Row], found: Any) -> Sequence[bool]:
+        if found["every"]:
+            return [True] * len(rows)
         done = set(found[column] or ())
         return [n in done for n in range(1, len(rows) + 1)]
 

@@ -72,10 +72,12 @@ WITH guard AS MATERIALIZED (
     {take}
     RETURNING run_id, step_key
 )
-SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open,
-       (SELECT array_agg(lost_to ORDER BY n) FROM asked) AS lost_to,
-       (SELECT array_agg(run_id) FROM won) AS run_ids, (SELECT array_agg(step_key) FROM won) AS step_keys
-FROM guard
+SELECT in_time, every,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM asked) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(lost_to ORDER BY n) FROM asked) END AS lost_to,
+       CASE WHEN NOT every THEN (SELECT array_agg(run_id) FROM won) END AS run_ids,
+       CASE WHEN NOT every THEN (SELECT array_agg(step_key) FROM won) END AS step_keys
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
 """.replace("{take}", TAKE_CLAIM)
 # The same for a claim that goes alone, as plain as can be. No row: it was not won, and why is for the above.
 TRY_CLAIM_STEP_ALONE = """
@@ -126,7 +128,8 @@ renewed AS (
       AND claim_token = a.owner AND claim_expires_at > coalesce($2, clock_timestamp())
     RETURNING n
 )
-SELECT in_time, (SELECT array_agg(n) FROM renewed) AS renewed FROM guard
+SELECT in_time, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM renewed) END AS renewed
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM renewed) renewed
 """
 
 GET_CLAIMED_STEP_KEYS = """
@@ -160,9 +163,10 @@ WITH guard AS MATERIALIZED (
     {take}
     RETURNING dispatch_token
 )
-SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open,
-       (SELECT array_agg(dispatch_token) FROM won) AS won
-FROM guard
+SELECT in_time, every,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM asked) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
 """.replace("{take}", TAKE_DISPATCH)
 TRY_RECORD_DISPATCH_ALONE = """
 INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
@@ -230,10 +234,9 @@ LOST = Answer(True, False, "")
 
 
 def _read_claims(rows: Sequence[Row], found: Any) -> list[Answer]:
-    won = found["step_keys"] or ()
-    if len(won) == len(rows):
+    if found["every"]:
         return [WON] * len(rows)
-    keys = set(zip(found["run_ids"] or (), won, strict=True))
+    keys = set(zip(found["run_ids"] or (), found["step_keys"] or (), strict=True))
     return [
         WON if row[:2] in keys else Answer(is_open, False, lost_to)
         for row, is_open, lost_to in zip(rows, found["open"], found["lost_to"], strict=True)
@@ -253,9 +256,9 @@ def _share_claim(first: Row, answer: Answer, later: Row) -> Answer:
 
 
 def _read_dispatches(rows: Sequence[Row], found: Any) -> list[Answer]:
-    won = set(found["won"] or ())
-    if len(won) == len(rows):
+    if found["every"]:
         return [WON] * len(rows)
+    won = set(found["won"] or ())
     return [
         WON if row[2] in won else Answer(is_open, False)
         for row, is_open in zip(rows, found["open"], strict=True)

@@ -22,7 +22,8 @@ asked AS MATERIALIZED (
     SELECT run_id, key, value_json FROM asked WHERE found ORDER BY n
     ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
 )
-SELECT in_time, ARRAY(SELECT n FROM asked WHERE found) AS saved FROM guard
+SELECT in_time, every, CASE WHEN NOT every THEN ARRAY(SELECT n FROM asked WHERE found) END AS saved
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM asked WHERE found) found
 """
 SAVE_OUTPUT_ALONE = """
 INSERT INTO {schema}.outputs (run_id, key, value_json)

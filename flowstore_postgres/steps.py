@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from flowstore_core import (
@@ -57,8 +56,10 @@ WITH guard AS MATERIALIZED (
     WHERE open AND s.run_id = a.run_id AND s.step_key = a.step_key AND {may_start}
     RETURNING n, last_attempt
 )
-SELECT in_time, (SELECT array_agg(open ORDER BY n) FROM asked) AS open, started.*
-FROM guard, (SELECT array_agg(n) AS n, array_agg(last_attempt) AS attempts FROM started) started
+SELECT in_time, n, attempts,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM asked) END AS open
+FROM guard, (SELECT array_agg(n) AS n, array_agg(last_attempt) AS attempts,
+                    count(*) = cardinality($3::uuid[]) AS every FROM started) started
 """.replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
 # The same for a start that goes alone.
 RECORD_STEP_START_ALONE = """
@@ -149,7 +150,8 @@ closed AS (
       AND s.status = 'Running' AND coalesce(a.attempt, last_attempt) = last_attempt
     RETURNING n
 )
-SELECT in_time, (SELECT array_agg(n) FROM closed) AS closed FROM guard
+SELECT in_time, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM closed) END AS closed
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM closed) closed
 """
 RECORD_STEP_COMPLETE_ALONE = """
 UPDATE {schema}.steps
@@ -227,8 +229,7 @@ ORDER BY run_id, step_key
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """What the hot way of starting found."""
 
     open: bool | None
@@ -245,6 +246,8 @@ def _weigh_completion(row: Row) -> int:
 
 def _read_starts(rows: Sequence[Row], found: Any) -> list[Started]:
     attempts = dict(zip(found["n"] or (), found["attempts"] or (), strict=True))
+    if len(attempts) == len(rows):
+        return [Started(True, attempts[n]) for n in range(1, len(rows) + 1)]
     return [Started(is_open, attempts.get(n)) for n, is_open in enumerate(found["open"], 1)]
 
 
