@@ -86,7 +86,7 @@ class Batches:
         if self._locked and row[0] in self._locked:
             return self._wait_apart(batched, row, give_back)
         method = self._methods.get(batched) or self._method(batched, apart=False)
-        if self._batchers[False].is_idle and batched.alone is not None and self._connections.has_free:
+        if self._batchers[False].is_idle and batched.alone is not None:
             return self._call_alone(method, batched, row, give_back)
         return method.call((row[0].int, row[1]), row, give_back)
 
@@ -99,19 +99,18 @@ class Batches:
     ) -> Any:
         """Send a row at once, in its caller's own task: there is nobody to share a batch with."""
         database, batcher = self._database, self._batchers[False]
-        if not (self._connections.has_free and batcher.borrow_lane()):
+        if not batcher.is_idle or (lane := self._connections.take_free()) is None:
             return await method.call((row[0].int, row[1]), row, give_back)
-        lane = self._connections.take_free()
+        batcher.borrow_lane()
         if database.observers or log.isEnabledFor(logging.DEBUG):
             report_batch(database.observers, log, batched.operation, 1, 0.0)
-        peer = lane.connection.peer
         lost: list[Lost] = []
         try:
             (answer,) = await self._send(lane, batched, [row], lost)
         except asyncio.CancelledError:
             database.drop(lane.connection)
             if give_back is not None:
-                lost.append(database.lost(peer, batcher.time()))
+                lost.append(database.lost(lane.peer, batcher.time()))
                 batcher.undo(partial(self._find_out, batched, row, lost), give_back)
             raise
         except (_LockedRunsError, Retry, asyncpg.PostgresError):
@@ -295,9 +294,7 @@ class Batches:
     ) -> Sequence[Any]:
         database = self._database
         connection = lane.connection
-        # Taken now: a connection that breaks forgets it.
-        peer = connection.peer
-        sent, not_after = database.not_after(peer)
+        sent, not_after = database.not_after(lane.peer)
         try:
             if batched.alone is not None and len(rows) == 1:
                 found = await self._connections.ask(lane, batched.alone, not_after, database.now(), *rows[0])
@@ -307,7 +304,7 @@ class Batches:
             found = await self._connections.ask(lane, batched.statement, not_after, database.now(), *columns)
         except LOST as error:
             database.drop(connection)
-            lost.append(database.lost(peer, sent))
+            lost.append(database.lost(lane.peer, sent))
             raise Retry(describe(error)) from None
         except asyncpg.LockNotAvailableError:
             if lane.prepared is None:

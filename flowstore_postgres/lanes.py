@@ -26,10 +26,12 @@ SET plan_cache_mode = force_generic_plan; SET lock_timeout = 100
 class Lane:
     """A connection for batches, and what is ready on it."""
 
-    __slots__ = ("connection", "prepared", "until")
+    __slots__ = ("connection", "peer", "prepared", "until")
 
     def __init__(self, connection: Connection, prepared: dict[str, Any] | None) -> None:
         self.connection = connection
+        self.peer = connection.peer
+        """A connection that breaks forgets it."""
         self.prepared = prepared
         """The statements made ready on it; None where it is not kept."""
         self.until = 0.0
@@ -41,27 +43,25 @@ class Lanes:
 
     def __init__(self, database: Database, *, hold: bool, by_key: bool) -> None:
         self._database = database
+        self._loop = asyncio.get_running_loop()
         self._hold = hold
         self._by_key = by_key
         self._free: list[Lane] = []
         self._sending: set[Lane] = set()
         self._watcher: asyncio.TimerHandle | None = None
 
-    @property
-    def has_free(self) -> bool:
-        """Whether a kept connection is at hand, and usable."""
-        return bool(self._free) and self._database.is_usable(self._free[-1].connection)
-
-    def take_free(self) -> Lane:
-        return self._free.pop()
+    def take_free(self) -> Lane | None:
+        """A kept connection, if one is at hand and usable."""
+        if self._free and self._database.is_usable(self._free[-1].connection):
+            return self._free.pop()
+        return None
 
     async def ask(self, lane: Lane, statement: str, *arguments: object) -> Any:
         """The first row, or None."""
-        loop = asyncio.get_running_loop()
-        lane.until = loop.time() + self._database.client_timeout()
+        lane.until = self._loop.time() + self._database.client_timeout()
         self._sending.add(lane)
         if self._watcher is None:
-            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
+            self._watcher = self._loop.call_later(WATCH_SECONDS, self._watch)
         try:
             if lane.prepared is None:
                 return await lane.connection.fetchrow(self._database.sql(statement), *arguments)
@@ -78,13 +78,12 @@ class Lanes:
 
         One look for all in a while: a time-out of each call's own costs a good part of its sending.
         """
-        loop = asyncio.get_running_loop()
         self._watcher = None
         for lane in self._sending:
-            if loop.time() > lane.until:
+            if self._loop.time() > lane.until:
                 self._database.drop(lane.connection)
         if self._sending:
-            self._watcher = loop.call_later(WATCH_SECONDS, self._watch)
+            self._watcher = self._loop.call_later(WATCH_SECONDS, self._watch)
 
     async def take(self, *, apart: bool) -> Lane:
         while self._free and not apart:
