@@ -14,6 +14,7 @@ import asyncpg
 from benchmarks.baselines.postgres_checked import checked_claim
 from benchmarks.baselines.postgres_grouped import grouped_callers
 from benchmarks.baselines.postgres_insert import prepared_insert
+from benchmarks.baselines.postgres_own import own_claim
 from benchmarks.baselines.postgres_sets import set_based
 from benchmarks.baselines.postgres_statements import statement_per_call
 from benchmarks.baselines.postgres_transactions import transaction_per_call
@@ -39,6 +40,7 @@ SETS_ONE_ROW = "limit: set-based, one row a step, no callers"
 PAIRED = "try_claim_step, 1 caller, by turns with a bare INSERT"
 PREPARED = "bare prepared INSERT, held connection"
 CHECKED = "limit: prepared claim with the contract's checks, held connection"
+OWN = "limit: flowstore's own statement, prepared, held connection"
 GROUPED = "limit: callers that are grouped, and nothing else"
 
 
@@ -56,8 +58,10 @@ def targets(callers: tuple[int, ...]) -> list[Target]:
         Target("claims, 256 callers", claim(256), OURS, TRANSACTIONS, True, 10),
         Target("... against callers that are grouped", claim(256), OURS, GROUPED, True, 0.6, 0.7),
         Target("contended claims, 256 callers", contended(256), OURS, TRANSACTIONS, True, 12),
+        Target("... against callers that are grouped", contended(256), OURS, GROUPED, True, 0.6, 0.7),
         Target("latency of a single claim", PAIRED, OURS, PREPARED, False, 1.1, 1.05, "p50_ms"),
         Target("... against a claim with its checks", PAIRED, OURS, CHECKED, False, 1.1, 1.05, "p50_ms"),
+        Target("... against its own statement", PAIRED, OURS, OWN, False, 1.1, 1.05, "p50_ms"),
     ]
     names = {of(number) for of in (life, claim, contended) for number in callers} | {PAIRED}
     return [target for target in known if target.measure in names]
@@ -137,6 +141,7 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
     grouped = await stack.enter_async_context(grouped_callers(url))
     prepared = await stack.enter_async_context(prepared_insert(url))
     checked = await stack.enter_async_context(checked_claim(url))
+    own = await stack.enter_async_context(own_claim(url))
     records = StoreRecords(store)
 
     async def settle() -> None:
@@ -153,17 +158,19 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
             Variant(STATEMENTS, lambda amount: work(statements, statements, callers, amount, **more)),
         ]
 
-    def with_limit(work: Callable[..., Awaitable[Any]], callers: int) -> list[Variant]:
-        limit = Variant(GROUPED, lambda amount: work(grouped, grouped, callers, amount))
-        return [*of(work, callers), limit] if callers > 1 else of(work, callers)
+    def with_limit(work: Callable[..., Awaitable[Any]], callers: int, **more: int) -> list[Variant]:
+        limit = Variant(GROUPED, lambda amount: work(grouped, grouped, callers, amount, **more))
+        return [*of(work, callers, **more), limit] if callers > 1 else of(work, callers, **more)
 
     await measure_paired(
         report,
         options,
         PAIRED,
         "calls per second",
-        (OURS, PREPARED, CHECKED),
-        lambda amount: paired_claims(((store, records), (prepared, prepared), (checked, checked)), amount),
+        (OURS, PREPARED, CHECKED, OWN),
+        lambda amount: paired_claims(
+            ((store, records), (prepared, prepared), (checked, checked), (own, own)), amount
+        ),
         least=256,
     )
     for callers in options.callers:
@@ -176,7 +183,7 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
             claim(callers), "calls per second", with_limit(claims, callers), least=max(4 * callers, 256)
         )
         if callers >= CLAIMANTS:
-            variants = of(claims, callers, claimants=CLAIMANTS)
+            variants = with_limit(claims, callers, claimants=CLAIMANTS)
             await take(contended(callers), "calls per second", variants, least=4 * callers)
     if options.claims:
         await watch_rss(report, options, store, 256, options.claims)

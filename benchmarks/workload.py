@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from random import Random
 from time import perf_counter
 from typing import Any, Protocol
 from uuid import UUID
@@ -188,14 +189,18 @@ async def _claim_caller(
 
 
 async def paired_claims(contestants: Sequence[tuple[ClaimCalls, Records]], amount: int) -> tuple[Sample, ...]:
-    """One caller claims steps of each contestant by turns, so that all meet the same moments."""
+    """One caller claims steps of each contestant by turns, so that all meet the same moments.
+
+    Whose turn it is says the lot: in a fixed order each would find the processor as one and the same
+    neighbour has left it.
+    """
+    lot = Random(amount)
     run_ids, steps = make_steps(amount)
     for _, records in contestants:
         await records.add_runs(run_ids)
     latencies: list[list[float]] = [[] for _ in contestants]
-    for index, (run_id, step_key) in enumerate(steps):
-        order = range(len(contestants)) if index % 2 else reversed(range(len(contestants)))
-        for place in order:
+    for run_id, step_key in steps:
+        for place in lot.sample(range(len(contestants)), len(contestants)):
             began = perf_counter()
             won = await contestants[place][0].try_claim_step(run_id, step_key)
             latencies[place].append(perf_counter() - began)

@@ -52,20 +52,21 @@ TRY_CLAIM_STEP = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS began
 ), asked AS MATERIALIZED (
-    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
+    SELECT a.*, coalesce(owner, to_hex(call)) AS token, owner IS NOT NULL AS owned,
+           (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
            coalesce($2, clock_timestamp()) AS now,
            (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
                         WHEN claim_expires_at <= began THEN NULL
-                        WHEN claim_token = token THEN NULL
+                        WHEN claim_token = coalesce(owner, to_hex(call)) THEN NULL
                         WHEN claim_owned THEN claim_token
                         WHEN claimed_at IS NOT NULL THEN '' END
             FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS lost_to
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::boolean[], $7::interval[], $8::bigint[])
-                WITH ORDINALITY AS a (run_id, step_key, token, owned, lease, call, n) WHERE in_time
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::interval[], $7::bigint[])
+                WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s
         (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
-    SELECT run_id, step_key, token, coalesce(owned, false), now,
+    SELECT run_id, step_key, token, owned, now,
            CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END,
            call
     FROM asked WHERE open AND lost_to IS NULL
@@ -83,8 +84,8 @@ FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
 TRY_CLAIM_STEP_ALONE = """
 INSERT INTO {schema}.steps AS s
     (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
-SELECT $3, $4, $5, coalesce($6, false), now,
-       CASE WHEN $7::interval IS NULL THEN NULL WHEN now < {latest} - $7 THEN now + $7 ELSE {latest} END, $8
+SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
+       CASE WHEN $6::interval IS NULL THEN NULL WHEN now < {latest} - $6 THEN now + $6 ELSE {latest} END, $7
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
@@ -98,7 +99,7 @@ FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND
 # What a cancelled call had won goes, whoever claimed since keeps (CON-4).
 GIVE_BACK_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
-WHERE run_id = $1 AND step_key = $2 AND claim_token = $3
+WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint)
 """
 
 RELEASE_STEP_CLAIM = """
@@ -245,14 +246,14 @@ def _read_claims(rows: Sequence[Row], found: Any) -> list[Answer]:
 
 def _share_claim(first: Row, answer: Answer, later: Row) -> Answer:
     """What a claim gets that was made at the same moment as the first one of its step."""
-    token, owned = later[2:4]
+    owner = later[2]
     if answer.won:
-        return answer if owned and token == first[2] else LOST
+        return LOST if owner is None or owner != first[2] else answer
     if not answer.open:
         return answer
     # Nobody here knows whether it was lost to the later one's own owner.
     again: Answer = AGAIN
-    return again if answer.lost_to is None or token == answer.lost_to else LOST
+    return again if answer.lost_to is None or owner == answer.lost_to else LOST
 
 
 def _read_dispatches(rows: Sequence[Row], found: Any) -> list[Answer]:
@@ -282,7 +283,7 @@ CLAIM = Batched(
     read=_read_claims,
     find=FIND_CLAIM,
     found=lambda row: WON,
-    token=5,
+    token=4,
     share=_share_claim,
     tell=_tell,
 )
@@ -316,15 +317,18 @@ class Claims:
         if owner is not None:
             # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
             # it expire.
-            mine = (run_id, step_key, owner, True, lease, self._database.new_token())
+            mine = (run_id, step_key, owner, lease, self._database.new_token())
             return self._database.write(CLAIM, mine)
-        call = self._database.new_token()
-        row = (run_id, step_key, f"{call:x}", None, lease, call)
-        return self._database.write(CLAIM, row, partial(self._give_back, GIVE_BACK_CLAIM, row))
+        row = (run_id, step_key, None, lease, self._database.new_token())
+        return self._database.write(CLAIM, row, partial(self._give_back_claim, row))
 
-    async def _give_back(self, statement: str, row: Row, answer: Answer) -> None:
+    async def _give_back_claim(self, row: Row, answer: Answer) -> None:
         if answer.won:
-            await self._database.give_back(statement, *row[:3])
+            await self._database.give_back(GIVE_BACK_CLAIM, row[0], row[1], row[4])
+
+    async def _give_back_dispatch(self, row: Row, answer: Answer) -> None:
+        if answer.won:
+            await self._database.give_back(GIVE_BACK_DISPATCH, *row[:3])
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
         await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
@@ -345,7 +349,7 @@ class Claims:
         self, *, run_id: UUID, step_key: str, due_at: datetime | None
     ) -> Coroutine[Any, Any, bool]:
         row = (run_id, step_key, self._database.new_token(), due_at)
-        return self._database.write(DISPATCH, row, partial(self._give_back, GIVE_BACK_DISPATCH, row))
+        return self._database.write(DISPATCH, row, partial(self._give_back_dispatch, row))
 
     async def annotate_dispatch(self, *, run_id: UUID, step_key: str, job_id: str) -> None:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -29,13 +30,13 @@ SELECT k.run_id, k.step_key, now()
 FROM unnest($1::uuid[], $2::text[]) AS k (run_id, step_key)
      JOIN {schema}.runs r ON r.run_id = k.run_id AND r.status = 'Running'
 ON CONFLICT (run_id, step_key) DO UPDATE SET claimed_at = excluded.claimed_at
-WHERE steps.claimed_at IS NULL RETURNING 1
+WHERE steps.claimed_at IS NULL RETURNING run_id, step_key
 """
 COUNT_CLAIMED = """
 SELECT count(*) FROM {schema}.steps WHERE run_id = ANY($1::uuid[]) AND claimed_at IS NOT NULL
 """
 
-Waiting = tuple[int, str, UUID, "asyncio.Future[None]"]
+Waiting = tuple[int, str, UUID, "asyncio.Future[bool]"]
 
 
 class Grouped(SetBased):
@@ -58,8 +59,7 @@ class Grouped(SetBased):
         await self._call(ANNOTATE, run_id, step_key)
 
     async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool:
-        await self._call(CLAIM, run_id, step_key)
-        return True
+        return await self._call(CLAIM, run_id, step_key)
 
     async def record_step_start(
         self, run_id: UUID, step_key: str, step_type: str, /, *, input_json: str | None = None
@@ -85,8 +85,8 @@ class Grouped(SetBased):
     async def count_claimed(self, run_ids: Sequence[UUID]) -> int:
         return int(await self._connections[0].fetchval(self.sql(COUNT_CLAIMED), run_ids))
 
-    def _call(self, number: int, run_id: UUID, step_key: str) -> asyncio.Future[None]:
-        answer = self._loop.create_future()
+    def _call(self, number: int, run_id: UUID, step_key: str) -> asyncio.Future[bool]:
+        answer: asyncio.Future[bool] = self._loop.create_future()
         self._queues[number].append((run_id.int, step_key, run_id, answer))
         if self._idle:
             task = self._loop.create_task(self._serve(self._idle.pop()))
@@ -104,19 +104,31 @@ class Grouped(SetBased):
             group = queue[: min(share, BATCH)]
             del queue[: len(group)]
             # In one order, so that two groups cannot wait for each other.
-            group.sort()
+            group.sort(key=itemgetter(0, 1))
             self._sent += len(group)
-            rows = await connection.fetch(
-                self._statements[number], [one[2] for one in group], [one[1] for one in group]
-            )
+            send = self._send_claims if number == CLAIM else self._send
+            await send(connection, self._statements[number], group)
             self._sent -= len(group)
-            if len(rows) != len(group):
-                raise WrongAnswerError(f"{len(rows)} rows of {len(group)} were changed")
-            for one in group:
-                one[3].set_result(None)
             # Whoever was answered makes the next call before the next group is made up.
             await asyncio.sleep(0)
         self._idle.append(connection)
+
+    async def _send(self, connection: Any, statement: str, group: Sequence[Waiting]) -> None:
+        rows = await connection.fetch(statement, [one[2] for one in group], [one[1] for one in group])
+        if len(rows) != len(group):
+            raise WrongAnswerError(f"{len(rows)} rows of {len(group)} were changed")
+        for one in group:
+            one[3].set_result(True)
+
+    async def _send_claims(self, connection: Any, statement: str, group: Sequence[Waiting]) -> None:
+        """As _send; of several that ask for one step the first asks, and only it can win."""
+        first = {one[:2]: one for one in group}
+        rows = await connection.fetch(
+            statement, [one[2] for one in first.values()], [one[1] for one in first.values()]
+        )
+        won = first if len(rows) == len(first) else {(row[0].int, row[1]): None for row in rows}
+        for one in group:
+            one[3].set_result(one is first[one[:2]] and one[:2] in won)
 
 
 @asynccontextmanager

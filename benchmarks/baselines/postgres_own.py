@@ -1,0 +1,51 @@
+"""PostgreSQL, flowstore's own statement for a claim that goes alone, prepared on a held connection.
+
+On tables of flowstore, with the settings of its lanes, and with no store before it. What is between this
+and flowstore is Python: the input is checked, nobody else must be on the way, the connection is watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from random import getrandbits
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from benchmarks.baselines.postgres_checked import ARRIVAL
+from benchmarks.workload import StoreRecords
+from flowstore_core import FlowStore, open_store
+from flowstore_postgres.claims import TRY_CLAIM_STEP_ALONE
+from flowstore_postgres.database import LATEST_SQL
+from flowstore_postgres.lanes import BY_KEY
+
+SCHEMA = "own"
+
+
+class OwnClaim(StoreRecords):
+    """Claims of one caller; the records are made and counted by a store."""
+
+    def __init__(self, store: FlowStore, statement: Any) -> None:
+        super().__init__(store)
+        self._statement = statement
+
+    async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool:
+        call = getrandbits(63)
+        not_after = datetime.now(UTC) + ARRIVAL
+        found = await self._statement.fetchval(not_after, None, run_id, step_key, None, None, call)
+        return found is not None
+
+
+@asynccontextmanager
+async def own_claim(url: str) -> AsyncIterator[OwnClaim]:
+    async with open_store(url, schema=SCHEMA) as store:
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.execute(BY_KEY)
+            text = TRY_CLAIM_STEP_ALONE.replace("{latest}", LATEST_SQL).replace("{schema}", SCHEMA)
+            yield OwnClaim(store, await connection.prepare(text))
+        finally:
+            await connection.close()
