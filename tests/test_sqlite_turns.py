@@ -160,36 +160,21 @@ async def test_the_lock_may_be_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [60.0, 0.0])
-def test_who_meets_nobody_need_not_queue_for_a_while(
+def test_who_got_the_lock_in_turn_need_not_queue_for_a_while(
     queue: Turnstile, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     monkeypatch.setattr(turnstile, "TURN_SECONDS", seconds)
     assert not queue.is_open()
-    pass_through(queue)
+    answers = iter([False, True])
+    assert queue.pass_through(lambda: next(answers), lambda: False)
     assert queue.is_open() == (seconds > 0)
 
 
-def test_who_has_met_somebody_queues_every_time(queue: Turnstile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turnstile, "TURN_SECONDS", 60.0)
-    monkeypatch.setattr(turnstile, "CROWDED_SECONDS", 60.0)
+def test_a_turn_ends(queue: Turnstile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turnstile, "TURN_SECONDS", 0.01)
     pass_through(queue)
-    answers = iter([False, True])
-    assert queue.pass_through(lambda: next(answers), lambda: False)
-    assert not queue.is_open()
-    pass_through(queue)
-    assert not queue.is_open()
-
-
-def test_who_meets_nobody_any_more_need_not_queue_either(
-    queue: Turnstile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(turnstile, "TURN_SECONDS", 60.0)
-    monkeypatch.setattr(turnstile, "CROWDED_SECONDS", 0.01)
-    answers = iter([False, True])
-    queue.pass_through(lambda: next(answers), lambda: False)
     time.sleep(0.02)
-    pass_through(queue)
-    assert queue.is_open()
+    assert not queue.is_open()
 
 
 WRITER = """
