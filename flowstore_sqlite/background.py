@@ -15,14 +15,16 @@ T = TypeVar("T")
 Share = Callable[[sqlite3.Connection, int, float], T]
 """Work of one turn: gets the connection, the store's time, and when to stop, by time.monotonic()."""
 
-SHORT_SECONDS = 0.004
+SHORT_SECONDS = 0.003
 """How long a turn is while others write; they wait for it."""
-APART_SECONDS = 0.07
+APART_SECONDS = 0.1
 """Between two turns then. One in a hundred calls may meet a turn, however fast the calls come; turns that
 are shorter and closer together meet more of them, and syncs of the disk and merges in the index of searches
 keep them from being much shorter."""
 LONG_SECONDS = 0.01
 """How long a turn becomes while nobody else writes; who comes then waits for that once."""
+FIRST_PAUSE_SECONDS = 0.02
+"""Behind the first turn: time for others to show that they write."""
 PAUSE_SECONDS = 0.001
 """Between two turns then, for processes that have not got hold of the file yet."""
 
@@ -50,7 +52,8 @@ class Turns:
         result: T
         result, found, left = await self._write(partial(_turn, work, self._seconds))
         if self._seen is None:
-            self._pause = PAUSE_SECONDS
+            # Nothing is known of others yet.
+            self._pause = FIRST_PAUSE_SECONDS
         elif self._seen == found:
             self._seconds, self._pause = min(2 * self._seconds, LONG_SECONDS), PAUSE_SECONDS
         else:
