@@ -58,7 +58,7 @@ def test_postgres(tmp_path: Path) -> None:
     found = measures(report)
     assert len(found["lifecycle, 1 caller"]) == 3
     assert len(found["lifecycle, 16 callers"]) == 6
-    assert len(found["try_claim_step, 8 claimants per key, 16 callers"]) == 3
+    assert len(found["try_claim_step, 8 claimants per key, 16 callers"]) == 4
     assert {one["name"] for one in report["ratios"]} >= {"lifecycle, 1 caller", "latency of a single claim"}
     assert "fsync on" in printed
 
