@@ -44,7 +44,17 @@ from flowstore_core.observing import NOBODY, Observers, Resolution, report_batch
 from flowstore_core.places import Places
 from flowstore_core.threads import ThreadLane
 
-__all__ = ["AGAIN", "BatchError", "Batcher", "Call", "Elsewhere", "Lanes", "Method", "ThreadLane"]
+__all__ = [
+    "AGAIN",
+    "BatchError",
+    "Batcher",
+    "Call",
+    "Elsewhere",
+    "Lanes",
+    "Method",
+    "TaskLanes",
+    "ThreadLane",
+]
 
 I = TypeVar("I")  # noqa: E741 - an item
 R = TypeVar("R")

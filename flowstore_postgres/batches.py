@@ -20,8 +20,7 @@ from uuid import UUID
 import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method
-from flowstore_core.lanes import TaskLanes
+from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method, TaskLanes
 from flowstore_core.observing import Resolution, report_batch
 from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.batched import Batched, Row

@@ -20,7 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import AGAIN, HEAVIEST_BATCH, WORTH_SPLITTING, Batcher, BatchError, Elsewhere
+from flowstore_core.batching import (
+    AGAIN,
+    HEAVIEST_BATCH,
+    WORTH_SPLITTING,
+    Batcher,
+    BatchError,
+    Elsewhere,
+    TaskLanes,
+)
 
 Batch = list[Any]
 
@@ -164,6 +172,36 @@ async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_w
     await outcomes(tasks)
     assert [len(batch) for batch in book.batches[:2]] == [20, 110]
     assert sum(len(batch) for batch in book.batches) == 220
+
+
+async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -> None:
+    gates: list[asyncio.Event] = []
+    under_way: list[int] = []
+
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        gates.append(gate := asyncio.Event())
+        under_way.append(len(items))
+        await gate.wait()
+        under_way.remove(len(items))
+        return items
+
+    batcher = Batcher(lanes=lambda batcher: TaskLanes(batcher, 1, most=3), largest=10)
+    method = batcher.method("write", run)
+    tasks: list[asyncio.Task[Any]] = []
+    for more, expected in ((10, [10]), (10, [10, 10]), (1, [10, 10, 1]), (12, [10, 10, 1])):
+        tasks += begin(*(method.call(len(tasks) + n, len(tasks) + n) for n in range(more)))
+        await steps()
+        assert under_way == expected
+    gates[0].set()
+    gates[1].set()
+    await steps()
+    # Thirteen are left, which two lanes can carry: the last two of them wait.
+    assert (under_way, batcher.waiting) == ([1, 10], 2)
+    while not all(task.done() for task in tasks):
+        for gate in gates:
+            gate.set()
+        await steps(1)
+    assert await outcomes(tasks) == list(range(33))
 
 
 async def test_a_lane_that_a_caller_borrows_is_one_of_the_lanes_and_drain_waits_for_it() -> None:
