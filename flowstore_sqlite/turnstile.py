@@ -30,7 +30,7 @@ except ImportError:  # Windows has no flock; there SQLite's own waiting has to d
 SUFFIX = "-turn"
 TURN_SECONDS = 0.02
 """How long who has got the write lock in turn may write again without queueing. Shorter turns make shorter
-waits and less work done: with turns of a single group, four processes do two thirds of it."""
+waits and less work done: with turns of a single group, four processes do three quarters of it."""
 PATIENCE_SECONDS = 1.0
 """How long one waits for its turn before it goes without: nobody waits for a process that hangs."""
 WITHOUT_SECONDS = 10.0
