@@ -242,13 +242,6 @@ class Batcher:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
             largest = min(largest, -(-outstanding // lanes))
         now = self.time()
-        if length == 1 and not (call := queue[0]).outcome.done() and call.since + self._patience > now:
-            # Whoever calls alone waits for every line of this.
-            queue.clear()
-            self.places.leave(1)
-            if self._observers or self._batch_log.isEnabledFor(logging.DEBUG):
-                self._report(method, (call,), now)
-            return [call]
         if queue[0].since + self._patience > now:
             # The common case: no key twice, nothing heavy.
             some = list(islice(queue, largest))

@@ -55,7 +55,7 @@ class TaskLanes:
         """The open lanes: a lane lasts as long as there is something to send."""
         self._on_the_way: dict[asyncio.Task[None], tuple[Method[Any, Any], list[Call]]] = {}
         self._carried = 0
-        """How many calls are on their way."""
+        """How many calls are on their way; kept, because it is asked for with every call."""
 
     def wake(self) -> None:
         # A lane that is open and has nothing on its way is coming anyway.

@@ -320,15 +320,11 @@ class Claims:
             mine = (run_id, step_key, owner, lease, self._database.new_token())
             return self._database.write(CLAIM, mine)
         row = (run_id, step_key, None, lease, self._database.new_token())
-        return self._database.write(CLAIM, row, partial(self._give_back_claim, row))
+        return self._database.write(CLAIM, row, partial(self._give_back, CLAIM, GIVE_BACK_CLAIM, row))
 
-    async def _give_back_claim(self, row: Row, answer: Answer) -> None:
+    async def _give_back(self, batched: Batched, statement: str, row: Row, answer: Answer) -> None:
         if answer.won:
-            await self._database.give_back(GIVE_BACK_CLAIM, row[0], row[1], row[4])
-
-    async def _give_back_dispatch(self, row: Row, answer: Answer) -> None:
-        if answer.won:
-            await self._database.give_back(GIVE_BACK_DISPATCH, *row[:3])
+            await self._database.give_back(statement, row[0], row[1], row[batched.token])
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
         await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
@@ -349,7 +345,9 @@ class Claims:
         self, *, run_id: UUID, step_key: str, due_at: datetime | None
     ) -> Coroutine[Any, Any, bool]:
         row = (run_id, step_key, self._database.new_token(), due_at)
-        return self._database.write(DISPATCH, row, partial(self._give_back_dispatch, row))
+        return self._database.write(
+            DISPATCH, row, partial(self._give_back, DISPATCH, GIVE_BACK_DISPATCH, row)
+        )
 
     async def annotate_dispatch(self, *, run_id: UUID, step_key: str, job_id: str) -> None:
         try:

@@ -121,14 +121,14 @@ class Grouped(SetBased):
             one[3].set_result(True)
 
     async def _send_claims(self, connection: Any, statement: str, group: Sequence[Waiting]) -> None:
-        """As _send; of several that ask for one step the first asks, and only it can win."""
-        first = {one[:2]: one for one in group}
+        """As _send; of several that claim one step one is sent, and only it can win."""
+        sent = {one[:2]: one for one in group}
         rows = await connection.fetch(
-            statement, [one[2] for one in first.values()], [one[1] for one in first.values()]
+            statement, [one[2] for one in sent.values()], [one[1] for one in sent.values()]
         )
-        won = first if len(rows) == len(first) else {(row[0].int, row[1]): None for row in rows}
+        won = sent if len(rows) == len(sent) else {(row[0].int, row[1]): None for row in rows}
         for one in group:
-            one[3].set_result(one is first[one[:2]] and one[:2] in won)
+            one[3].set_result(one is sent[one[:2]] and one[:2] in won)
 
 
 @asynccontextmanager
