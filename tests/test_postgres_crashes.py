@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,6 +76,20 @@ async def test_con_3_a_transaction_id_that_a_crash_gave_to_another_proves_nothin
         assert run.status is RunStatus.RUNNING
 
 
+async def _commits_wait(server: Server) -> None:
+    """Until commits wait for a standby: on a busy machine that is long after pg_reload_conf() returned."""
+    while True:
+        commit = asyncio.create_task(server.psql("SELECT pg_logical_emit_message(true, 'flowstore', '')"))
+        waiting = ""
+        while not waiting and not commit.done():
+            waiting = await server.psql(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            )
+        await commit
+        if waiting:
+            return
+
+
 @pytest.mark.parametrize("name", ["trigger_run", "save_output", "try_claim_step"])
 async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str, server: Server) -> None:
     # Whose wait for the standby is broken off has committed all the same, on this server alone.
@@ -87,6 +102,7 @@ async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str,
         await store.start_run(FLOW, "orders", FLOW, "manual")
         await server.psql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         await server.psql("SELECT pg_reload_conf()")
+        await _commits_wait(server)
         with pytest.raises(OutcomeUnknownError):
             await calls[name]()
         await server.psql("ALTER SYSTEM RESET synchronous_standby_names")
