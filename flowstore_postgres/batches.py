@@ -24,6 +24,7 @@ from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere,
 from flowstore_core.observing import Resolution, report_batch
 from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.batched import Batched, Row
+from flowstore_postgres.columns import pack
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import LOST, Retry, describe
 from flowstore_postgres.lanes import Lane, Lanes
@@ -45,11 +46,6 @@ OF_A_ROW = frozenset({"22", "23", "54", "P0"})
 FIND_FREE_RUNS = """
 SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) FOR SHARE SKIP LOCKED
 """
-
-
-def _column(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """An array, or nothing where nothing is in it: unnest fills that up with NULLs."""
-    return None if values[0] is None and values.count(None) == len(values) else values
 
 
 class _LockedRunsError(Exception):
@@ -299,8 +295,8 @@ class Batches:
                 found = await self._connections.ask(lane, batched.alone, not_after, database.now(), *rows[0])
                 if found is not None:
                     return [batched.found(found)]
-            columns = map(_column, zip(*rows, strict=True))
-            found = await self._connections.ask(lane, batched.statement, not_after, database.now(), *columns)
+            statement, columns = pack(batched.statement, rows)
+            found = await self._connections.ask(lane, statement, not_after, database.now(), *columns)
         except LOST as error:
             database.drop(connection)
             lost.append(database.lost(lane.peer, sent))

@@ -28,21 +28,32 @@ LOCK_RUNS = """
 SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) AND status = 'Running'
 ORDER BY run_id FOR UPDATE SKIP LOCKED
 """
-# Locked, because completing a step does not lock the run.
-READ_BLOCKERS = """
-SELECT run_id, step_key, status,
-       dispatched_at IS NOT NULL
-       OR claimed_at IS NOT NULL
-          AND (claim_expires_at IS NULL OR claim_expires_at > coalesce($2, clock_timestamp())) AS held
-FROM {schema}.steps WHERE run_id = ANY($1::uuid[]) ORDER BY run_id, step_key FOR SHARE{wait}
+# $2 and $3 are the statuses to end with and what is expected, as Ending.expected_text says it; $4 are the
+# runs of which something is. A snapshot taken behind the runs' locks: nothing is claimed or dispatched in
+# them any more. The steps are locked too, because completing one does not lock its run; where others hold
+# one, it is not what is expected.
+END_RUNS = """
+WITH ending AS (
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS e (run_id, status, expected)
+), locked AS MATERIALIZED (
+    SELECT run_id, step_key, status,
+           dispatched_at IS NOT NULL
+           OR claimed_at IS NOT NULL
+              AND (claim_expires_at IS NULL OR claim_expires_at > coalesce($5, clock_timestamp())) AS held
+    FROM {schema}.steps WHERE run_id = ANY($4::uuid[]) ORDER BY run_id, step_key FOR SHARE{wait}
+), found AS (
+    SELECT run_id, string_agg(length(step_key) || ':' || step_key || status, '' ORDER BY step_key) AS statuses,
+           bool_or(held AND status IS NULL) AS held
+    FROM locked GROUP BY run_id
+)
+UPDATE {schema}.runs r SET status = e.status, completed_at = coalesce($5, clock_timestamp())
+FROM ending e LEFT JOIN found f USING (run_id)
+WHERE r.run_id = e.run_id
+  AND (e.expected IS NULL OR e.expected = coalesce(f.statuses, '') AND f.held IS NOT true)
+RETURNING r.run_id
 """
-WAIT_FOR_BLOCKERS = READ_BLOCKERS.replace("{wait}", "")
-# A step that is missing for being held is not what is expected.
-FREE_BLOCKERS = READ_BLOCKERS.replace("{wait}", " SKIP LOCKED")
-COMPLETE_RUNS = """
-UPDATE {schema}.runs r SET status = c.status, completed_at = coalesce($3, clock_timestamp())
-FROM unnest($1::uuid[], $2::text[]) AS c (run_id, status) WHERE r.run_id = c.run_id
-"""
+END_FREE_RUNS = END_RUNS.replace("{wait}", " SKIP LOCKED")
+WAIT_AND_END_RUNS = END_RUNS.replace("{wait}", "")
 
 
 class Ending(NamedTuple):
@@ -52,12 +63,25 @@ class Ending(NamedTuple):
     status: RunStatus
     expected: Mapping[str, StepStatus] | None
 
-    def is_met_by(self, steps: Sequence[tuple[str, str | None, bool]]) -> bool:
-        """Whether the steps, as key, status and whether held, are what is expected."""
+    @property
+    def expected_text(self) -> str | None:
+        """What is expected, as the statement spells what it finds: the lengths make it unambiguous."""
         if self.expected is None:
-            return True
-        statuses = {key: status for key, status, _ in steps if status is not None}
-        return statuses == self.expected and not any(held and status is None for _, status, held in steps)
+            return None
+        return "".join(f"{len(key)}:{key}{status.value}" for key, status in sorted(self.expected.items()))
+
+
+async def end_runs(transaction: Transaction, statement: str, endings: Sequence[Ending]) -> set[UUID]:
+    """End those of these runs, which are locked and Running, that are as expected; which were."""
+    rows = await transaction.rows(
+        statement,
+        [ending.run_id for ending in endings],
+        [ending.status.value for ending in endings],
+        [ending.expected_text for ending in endings],
+        [ending.run_id for ending in endings if ending.expected is not None],
+        transaction.now,
+    )
+    return {row[0] for row in rows}
 
 
 class _RefusedError(FlowStoreError):
@@ -97,19 +121,7 @@ class Completion:
 
 
 async def _complete(transaction: Transaction, endings: Sequence[Ending]) -> set[UUID]:
-    wanted = {ending.run_id for ending in endings}
-    free = {row[0] for row in await transaction.rows(LOCK_RUNS, sorted(wanted))}
+    wanted = sorted(ending.run_id for ending in endings)
+    free = {row[0] for row in await transaction.rows(LOCK_RUNS, wanted)}
     asked = [ending for ending in endings if ending.run_id in free]
-    if conditional := [ending.run_id for ending in asked if ending.expected is not None]:
-        steps: dict[UUID, list[tuple[str, str | None, bool]]] = {run_id: [] for run_id in conditional}
-        for row in await transaction.rows(FREE_BLOCKERS, conditional, transaction.now):
-            steps[row[0]].append((row[1], row[2], row[3]))
-        asked = [ending for ending in asked if ending.is_met_by(steps.get(ending.run_id, ()))]
-    if asked:
-        await transaction.execute(
-            COMPLETE_RUNS,
-            [ending.run_id for ending in asked],
-            [ending.status.value for ending in asked],
-            transaction.now,
-        )
-    return {ending.run_id for ending in asked}
+    return await end_runs(transaction, END_FREE_RUNS, asked) if asked else set()

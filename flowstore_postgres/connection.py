@@ -16,6 +16,10 @@ SELECT pg_backend_pid() AS pid, clock_timestamp() AS now,
        (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started
 """
 
+# asyncio has as much memory ready for each answer as it may at most be long, and for its own 256 KiB the
+# allocator asks the system each time and gives it back. So much comes from the heap.
+RECEIVE_BYTES = 64 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -49,6 +53,10 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         started = None if behind_pgbouncer else row["started"]
         self.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
         self.number = random.getrandbits(63)
+        # Not part of any interface, and nothing but speed depends on it.
+        transport: Any = getattr(self, "_transport", None)
+        if hasattr(transport, "max_size"):
+            transport.max_size = RECEIVE_BYTES
 
 
 class Transaction:

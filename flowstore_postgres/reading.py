@@ -11,8 +11,7 @@ from flowstore_core.batching import Batcher, Method
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
 
-APART = 2
-"""So many reads have a statement of their own at a time; any more gather."""
+LANES = 2
 
 Rows = list[Any]
 
@@ -26,22 +25,20 @@ class Reading:
     def __init__(self, database: Database, *, patience: float) -> None:
         self._database = database
         self._batcher = Batcher(
-            lanes=1,
+            lanes=LANES,
             patience=patience,
             advice="raise pool_size or acquire_timeout, or send fewer calls at once",
         )
         self._methods: dict[str, Method[UUID, Rows]] = {}
-        self._apart = 0
 
     async def rows(self, statement: str, run_id: UUID) -> Rows:
         """The run's rows of a SELECT that takes an array of run_ids and gives run_id first."""
         self._database.check_place()
-        if self._apart < APART:
-            self._apart += 1
+        if self._batcher.borrow_lane():
             try:
                 return list(await self._database.read(statement, [run_id]))
             finally:
-                self._apart -= 1
+                self._batcher.return_lane()
         method = self._methods.get(statement) or self._method(statement)
         return await method.call(run_id, run_id)
 

@@ -16,7 +16,7 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
-from flowstore_postgres.completion import COMPLETE_RUNS, WAIT_FOR_BLOCKERS, Ending
+from flowstore_postgres.completion import WAIT_AND_END_RUNS, Ending, end_runs
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 
@@ -187,12 +187,7 @@ class Runs:
         async def work(transaction: Transaction) -> bool:
             if (await lock_run(transaction, run_id)).is_terminal:
                 return False
-            if expected is not None:
-                rows = await transaction.rows(WAIT_FOR_BLOCKERS, [run_id], transaction.now)
-                if not ending.is_met_by([(row[1], row[2], row[3]) for row in rows]):
-                    return False
-            await transaction.execute(COMPLETE_RUNS, [run_id], [status.value], transaction.now)
-            return True
+            return bool(await end_runs(transaction, WAIT_AND_END_RUNS, [ending]))
 
         if await self._database.completion.complete(ending):
             return True

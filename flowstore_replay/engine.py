@@ -12,7 +12,7 @@ What a SIGKILL leaves behind, and what picks it up:
     trigger_run                       a run without steps                   advance
     try_record_dispatch               a due dispatch, no claim              recover (DISPATCH_DUE)
     try_claim_step                    a claim that expires                  recover (LEASE_EXPIRED)
-    record_step_start, save_output    the same, and an open attempt         recover; its start closes it
+    record_step_start                 the same, and an open attempt         recover; its start closes it
     register_waiter                   the same; not listed while it waits   recover, once the signal came
     reschedule_step                   a due dispatch                        recover, once the signal came
     record_step_complete              children that nobody dispatched       advance
@@ -34,6 +34,7 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic
 from uuid import UUID
 
 from flowstore_core import (
@@ -47,7 +48,7 @@ from flowstore_core import (
     StoreUnavailableError,
     new_claim_token,
 )
-from flowstore_replay.heartbeats import with_heartbeat
+from flowstore_replay.heartbeats import Heartbeats
 from flowstore_replay.looks import LONGEST_PAUSE, SHORTEST_PAUSE, Hand, Look, View, Watch
 from flowstore_replay.patience import cancel, insist
 from flowstore_replay.wfformat import Task, Workflow
@@ -57,6 +58,9 @@ FAILED = "failed: "
 
 TAKEN_OVER = "step.taken_over"
 """The event that says a step went on after its worker's lease had run out."""
+
+LONGEST_STRETCH = 0.005
+"""Seconds after which a hand lets others have their turn, even where no call of it had to wait."""
 
 _log = logging.getLogger("flowstore_replay")
 
@@ -113,6 +117,12 @@ class Engine:
         self._max_attempts = max_attempts
         self._approve = frozenset(approve)
         self._at_once = at_once
+        self._inputs = {
+            task.key: json.dumps({"seconds": task.seconds, "parents": task.parents})
+            for task in workflow.tasks
+        }
+        """What is recorded as the input of each step."""
+        self._heartbeats: Heartbeats[str] = Heartbeats(lease.total_seconds() / 3)
         self._executing: set[tuple[UUID, str]] = set()
 
     async def run(self, run_ids: Collection[UUID]) -> None:
@@ -133,7 +143,7 @@ class Engine:
 
     async def _work_on(self, watch: Watch, hand: Hand) -> None:
         """Step after step until nothing is left to do."""
-        pause = SHORTEST_PAUSE
+        pause, rested = SHORTEST_PAUSE, monotonic()
         while True:
             try:
                 look = await watch.look()
@@ -150,8 +160,15 @@ class Engine:
                 _log.warning("%s", error)
                 moved, pause = False, LONGEST_PAUSE
                 hand.let_go()
-            pause = SHORTEST_PAUSE if moved else min(2 * pause, LONGEST_PAUSE)
-            await asyncio.sleep(0 if moved else pause * random.uniform(0.5, 1.0))
+            if not moved:
+                pause = min(2 * pause, LONGEST_PAUSE)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                rested = monotonic()
+                continue
+            pause = SHORTEST_PAUSE
+            if monotonic() > rested + LONGEST_STRETCH:
+                await asyncio.sleep(0)
+                rested = monotonic()
 
     async def turn(self, active: Collection[UUID]) -> bool:
         """Look at the store and do at most one step of work; whether anything moved."""
@@ -203,38 +220,31 @@ class Engine:
 
     async def advance(self, run_id: UUID, view: View) -> bool:
         """Do the next thing that a run needs: complete it, retry a step, or dispatch and execute one."""
-        statuses = view.known()
-        if statuses is None:
-            statuses = view.see(await self._store.get_step_statuses(run_id))
-        missing = [
-            task for task in self._workflow.tasks if statuses.get(task.key) is not StepStatus.SUCCEEDED
-        ]
-        if not missing:
-            view.is_over = await self._store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses)
+        plan = view.known()
+        if plan is None:
+            plan = view.see(self._workflow, await self._store.get_step_statuses(run_id))
+        if not plan.unfinished:
+            view.is_over = await self._store.complete_run(run_id, RunStatus.SUCCEEDED, expected=plan.statuses)
             return view.is_over or view.forget()
 
-        if StepStatus.FAILED in statuses.values():
+        if plan.failed:
             return await self._mend(run_id, view)
 
-        ready = [
-            task
-            for task in missing
-            if statuses.get(task.key) in (None, StepStatus.PENDING)
-            and all(statuses.get(parent) is StepStatus.SUCCEEDED for parent in task.parents)
-        ]
-        if not ready and not {StepStatus.PENDING, StepStatus.RUNNING} & set(statuses.values()):
+        if not plan.ready and not plan.moving:
             if not view.is_fresh:
                 return view.forget()
             view.is_over = await self._end(
                 run_id, RunStatus.FAILED, "a step that others wait for was skipped"
             )
             return view.is_over
-        if view.is_fresh and len(ready) > 1:
+        if view.is_fresh and len(plan.ready) > 1:
             view.dispatched |= await self._store.get_dispatched_step_keys(run_id)
-        ready = [task for task in ready if task.key not in view.dispatched]
-        if len(ready) > 1 and view.leave is not None:
-            view.leave()
-        for task in random.sample(ready, len(ready)):
+        ready = [task for task in plan.ready if task.key not in view.dispatched]
+        if len(ready) > 1:
+            random.shuffle(ready)
+            if view.leave is not None:
+                view.leave()
+        for task in ready:
             view.dispatched.add(task.key)
             self._executing.add((run_id, task.key))
             try:
@@ -264,9 +274,8 @@ class Engine:
         owner = new_claim_token()
         if not await self._store.try_claim_step(run_id, key, owner=owner, lease=self._lease):
             return view.forget()
-        recorded = json.dumps({"seconds": task.seconds, "parents": task.parents})
         attempt = await self._store.record_step_start(
-            run_id, key, task.name, input_json=recorded, job_id=self._name, owner=owner
+            run_id, key, task.name, input_json=self._inputs[key], job_id=self._name, owner=owner
         )
         if taken_over:
             await self._store.append_event(run_id, TAKEN_OVER, step_key=key, message=self._name)
@@ -281,7 +290,7 @@ class Engine:
                 return None  # The next beat asks again, and learns whether the claim survived.
 
         work = self._perform(run_id, task, attempt, view)
-        reason = await with_heartbeat(work, self._lease.total_seconds() / 3, beat)
+        reason = await self._heartbeats.during(work, beat)
         if reason is not None:
             view.forget()
         if reason:
@@ -298,7 +307,7 @@ class Engine:
                 output = await self._await_signal(run_id, key)
             else:
                 if not view.outputs.keys() >= set(task.parents):
-                    view.outputs.update(await store.get_outputs(run_id))
+                    view.outputs.update(await self._read_outputs(run_id))
                 inputs = {parent: view.outputs[parent] for parent in task.parents}
                 output = await self._work(Job(run_id=run_id, task=task, attempt=attempt, inputs=inputs))
         except WorkFailed as error:
@@ -316,15 +325,23 @@ class Engine:
             await insist(lambda: store.reschedule_step(run_id, key, attempt=attempt))
             view.forget()
             return
-        # The output goes first: whoever sees the step succeeded finds it.
-        value = output
-        await insist(lambda: store.save_output(run_id, key, value))
+        # With its output, in one call: whoever sees the step succeeded finds it.
         await insist(
             lambda: store.record_step_complete(
-                run_id, key, StepStatus.SUCCEEDED, output_json=value, attempt=attempt
+                run_id, key, StepStatus.SUCCEEDED, output_json=output, attempt=attempt
             )
         )
-        view.note_success(key, value)
+        view.note_success(key, output)
+
+    async def _read_outputs(self, run_id: UUID) -> Mapping[str, str]:
+        """The outputs of the steps that have succeeded, by key."""
+        detail = await self._store.get_run_detail(run_id)
+        steps = detail.steps if detail is not None else ()
+        return {
+            step.step_key: step.output_json
+            for step in steps
+            if step.status is StepStatus.SUCCEEDED and step.output_json is not None
+        }
 
     async def _await_signal(self, run_id: UUID, key: str) -> str | None:
         """The payload of the signal that is named after the step; None while it has not come."""

@@ -11,9 +11,11 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from uuid import UUID
 
 from flowstore_core import StalledStep, StepStatus
+from flowstore_replay.wfformat import Task, Workflow
 
 SHORTEST_PAUSE = 0.02
 LONGEST_PAUSE = 0.3
@@ -21,13 +23,57 @@ LONGEST_PAUSE = 0.3
 REMEMBERED = 2.0
 """For how many seconds a hand goes by what it knows of its run: then it sees what others changed there."""
 
+_SUCCEEDED = StepStatus.SUCCEEDED
+_STARTABLE = (None, StepStatus.PENDING)
+_MOVING = (StepStatus.PENDING, StepStatus.RUNNING)
+
+
+class Plan:
+    """Which steps of a run can be done next, from its statuses; kept up as steps succeed."""
+
+    def __init__(self, workflow: Workflow, statuses: Mapping[str, StepStatus]) -> None:
+        self.statuses: dict[str, StepStatus] = dict(statuses)
+        self.ready: list[Task] = []
+        """Neither begun nor waiting for a parent."""
+        self.unfinished = 0
+        """How many tasks have not succeeded."""
+        self.moving = sum(status in _MOVING for status in statuses.values())
+        """How many steps are begun and not over: somebody's work, or what recovery finds."""
+        self.failed = StepStatus.FAILED in self.statuses.values()
+        self._workflow = workflow
+        self._waits: dict[str, int] = {}
+        """For how many parents each unfinished task waits."""
+        succeeded = {key for key, status in statuses.items() if status is _SUCCEEDED}
+        for task in workflow.tasks:
+            if task.key not in succeeded:
+                self.unfinished += 1
+                self._waits[task.key] = len(set(task.parents) - succeeded)
+                self._note_ready(task)
+
+    def note_success(self, key: str) -> None:
+        before, self.statuses[key] = self.statuses.get(key), _SUCCEEDED
+        if before in _MOVING:
+            self.moving -= 1
+        if self._waits.pop(key, None) is None:
+            return
+        self.unfinished -= 1
+        self.ready = [task for task in self.ready if task.key != key]
+        for child in self._workflow.children[key]:
+            if child.key in self._waits:
+                self._waits[child.key] -= 1
+                self._note_ready(child)
+
+    def _note_ready(self, task: Task) -> None:
+        if not self._waits[task.key] and self.statuses.get(task.key) in _STARTABLE:
+            self.ready.append(task)
+
 
 @dataclass(slots=True)
 class View:
     """What one hand knows of the run that it follows."""
 
-    statuses: dict[str, StepStatus] | None = None
-    """None: they have to be read."""
+    plan: Plan | None = None
+    """None: the statuses have to be read."""
     read_at: float = 0.0
     is_fresh: bool = False
     """Whether they were read since the hand last did something."""
@@ -38,30 +84,30 @@ class View:
     leave: Callable[[], None] | None = None
     """Called when the run has more to do at once than the hand takes."""
 
-    def known(self) -> dict[str, StepStatus] | None:
-        """The statuses; None when they are not known, or were read too long ago."""
-        if asyncio.get_running_loop().time() > self.read_at + REMEMBERED:
-            self.statuses = None
-        return self.statuses
+    def known(self) -> Plan | None:
+        """The plan; None when it is not known, or was made too long ago."""
+        if monotonic() > self.read_at + REMEMBERED:
+            self.plan = None
+        return self.plan
 
-    def see(self, statuses: Mapping[str, StepStatus]) -> dict[str, StepStatus]:
+    def see(self, workflow: Workflow, statuses: Mapping[str, StepStatus]) -> Plan:
         """Begin with what the store says now."""
-        self.statuses, self.is_fresh = dict(statuses), True
-        self.read_at = asyncio.get_running_loop().time()
+        self.plan, self.is_fresh = Plan(workflow, statuses), True
+        self.read_at = monotonic()
         self.dispatched.clear()
         self.outputs.clear()
-        return self.statuses
+        return self.plan
 
     def note_success(self, key: str, output: str) -> None:
         """A step was done here."""
         self.outputs[key] = output
-        if self.statuses is not None:
-            self.statuses[key] = StepStatus.SUCCEEDED
+        if self.plan is not None:
+            self.plan.note_success(key)
             self.is_fresh = False
 
     def forget(self) -> bool:
         """Read before anything else is decided; whether there may be anything new to read."""
-        was_fresh, self.statuses, self.is_fresh = self.is_fresh, None, False
+        was_fresh, self.plan, self.is_fresh = self.is_fresh, None, False
         return not was_fresh
 
 
@@ -130,7 +176,7 @@ class Watch:
     def _is_old(self) -> bool:
         if self._made is None:
             return True
-        age = asyncio.get_running_loop().time() - self._made
+        age = monotonic() - self._made
         return not self._is_over and age >= (LONGEST_PAUSE if self._look.runs else self._pause)
 
     async def _renew(self) -> None:
@@ -144,4 +190,4 @@ class Watch:
             await self._look_around(look)
         found = look.runs or look.stalled or look.reasons
         self._pause = SHORTEST_PAUSE if found else min(2 * self._pause, LONGEST_PAUSE)
-        self._made = asyncio.get_running_loop().time()
+        self._made = monotonic()

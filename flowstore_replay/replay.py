@@ -347,7 +347,7 @@ def _check_capabilities(store: FlowStore) -> None:
             "postgresql:// URL",
             usage=True,
         )
-    needed = CRASH_SAFE | {Capability.EVENTS, Capability.OUTPUTS}
+    needed = CRASH_SAFE | {Capability.EVENTS}
     if missing := needed - store.capabilities:
         names = ", ".join(sorted(missing))
         raise ReplayError(

@@ -57,6 +57,15 @@ class Workflow:
         return {task.key: task for task in self.tasks}
 
     @cached_property
+    def children(self) -> Mapping[str, tuple[Task, ...]]:
+        """The tasks that wait for each task, by its key."""
+        waiting: dict[str, list[Task]] = {task.key: [] for task in self.tasks}
+        for task in self.tasks:
+            for parent in set(task.parents):
+                waiting.setdefault(parent, []).append(task)
+        return {key: tuple(tasks) for key, tasks in waiting.items()}
+
+    @cached_property
     def flow_id(self) -> UUID:
         """The same for the same workflow on every machine, another for another."""
         shape = json.dumps([self.name, [[task.key, *task.parents] for task in self.tasks]])
