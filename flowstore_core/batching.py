@@ -240,6 +240,7 @@ class Batcher:
         outstanding = self.waiting + under_way
         if lanes > 1 and outstanding >= WORTH_SPLITTING:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
+            lanes += outstanding >= 2 * WORTH_SPLITTING
             largest = min(largest, -(-outstanding // lanes))
         now = self.time()
         if queue[0].since + self._patience > now:

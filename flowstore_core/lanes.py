@@ -97,16 +97,24 @@ class TaskLanes:
         """One lane: send batch after batch until nothing is left."""
         lane: Any = asyncio.current_task()
         batcher = self._batcher
+        arrived = 0
         try:
             while not self._is_too_many() and (
-                batch := batcher.next_batch(max(self._lanes, len(self._tasks)), self._carried)
+                batch := batcher.next_batch(max(self._lanes, len(self._tasks)), self._carried + arrived)
             ):
                 method, calls = self._on_the_way[lane] = batch
                 self._carried += len(calls)
                 if batcher.waiting:
                     self.wake()
-                await self._run(method, calls)
+                outcomes = await self._run(method, calls)
                 self._arrived(lane)
+                if 2 * batcher.waiting >= len(calls) > 1:
+                    # The next batch goes out first, so that the database works on it while callers wake.
+                    batcher.loop.call_soon(batcher.answer, method, calls, outcomes)
+                    arrived = len(calls)
+                    continue
+                arrived = 0
+                batcher.answer(method, calls, outcomes)
                 if len(calls) > 1:
                     # Whoever was answered queues its next call before the next batch is made up.
                     await asyncio.sleep(0)
@@ -130,7 +138,8 @@ class TaskLanes:
         if sent := self._arrived(lane):
             self._batcher.lose(*sent)
 
-    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> None:
+    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> Sequence[Any]:
+        """The outcome of each call."""
         outcomes: Sequence[Any]
         try:
             outcomes = await method.run([call.item for call in calls])
@@ -139,10 +148,11 @@ class TaskLanes:
         except BatchError as error:
             if len(calls) > 1:
                 middle = len(calls) // 2
-                await self._run(method, calls[:middle])
-                await self._run(method, calls[middle:])
-                return
+                return [
+                    *await self._run(method, calls[:middle]),
+                    *await self._run(method, calls[middle:]),
+                ]
             outcomes = [error.cause]
         except Exception as error:  # noqa: BLE001 - not swallowed: each caller gets it
             outcomes = [error, *(another(error) for _ in calls[1:])]
-        self._batcher.answer(method, calls, outcomes)
+        return outcomes
