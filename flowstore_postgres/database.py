@@ -234,7 +234,8 @@ class Database:
 
         When the caller is cancelled, ``give_back`` gets the answer.
         """
-        self.check_place()
+        if not self._loop.is_running():
+            self.check_place()
         return self._batches.call(batched, row, give_back)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
