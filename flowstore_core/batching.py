@@ -63,6 +63,8 @@ LARGEST_BATCH = 256
 """Rows in one batch, at most."""
 WORTH_SPLITTING = 64
 """From this many waiting calls on, two free lanes take half each."""
+WORTH_WAITING = 128
+"""From this many on they take a third each: the last third waits for the lane that comes back first."""
 HEAVIEST_BATCH = 4 * 1024 * 1024
 """What rows that are weighed may weigh together; one may weigh more."""
 CAPACITY = 10_000
@@ -243,31 +245,56 @@ class Batcher:
         queue = method.queue
         length = len(queue)
         largest = self.largest
+        # Those who hope for the answer to another's call are no rows of the batch.
+        most = largest if method.share is None else length
         outstanding = self.waiting + under_way
         if lanes > 1 and outstanding >= WORTH_SPLITTING:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
-            lanes += outstanding >= 2 * WORTH_SPLITTING
-            largest = min(largest, -(-outstanding // lanes))
+            # Of many some wait while all lanes are busy, so that a lane that comes back need not.
+            lanes += outstanding >= WORTH_WAITING
+            most = min(most, -(-outstanding // lanes))
         now = self.time()
-        if queue[0].since + self._patience > now:
-            # The common case: no key twice, nothing heavy.
-            some = list(islice(queue, largest))
-            if (not method.keyed or len({call.key for call in some}) == len(some)) and (
-                method.weigh is None or sum(method.weigh(call.item) for call in some) <= HEAVIEST_BATCH
-            ):
-                for _ in some:
-                    queue.popleft()
-                self.places.leave(len(some))
-                # Those that were cancelled before they were sent never happen.
-                whole = [call for call in some if not call.outcome.done()]
-                if whole and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
-                    self._report(method, whole, now)
-                return whole
+        batch = self._take_plain(method, largest, most, now)
+        if batch is None:
+            batch = self._take_carefully(method, largest, most, now)
+        self.places.leave(length - len(queue))
+        if batch and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+            self._report(method, batch, now)
+        return batch
+
+    def _take_plain(self, method: Method[Any, Any], largest: int, most: int, now: float) -> list[Call] | None:
+        """The common case, quickly: nobody is late, and what waits may all go. None where it is another."""
+        queue = method.queue
+        if queue[0].since + self._patience <= now:
+            return None
+        some = list(islice(queue, most))
+        # Those that were cancelled before they were sent never happen.
+        batch = [call for call in some if not call.outcome.done()]
+        followers: list[Call] = []
+        if method.keyed:
+            firsts = {call.key: call for call in reversed(batch)}
+            if len(firsts) < len(batch):
+                if method.share is None:
+                    return None
+                followers = [call for call in batch if firsts[call.key] is not call]
+                batch = [call for call in batch if firsts[call.key] is call]
+        if len(batch) > largest or (
+            method.weigh is not None and sum(method.weigh(call.item) for call in batch) > HEAVIEST_BATCH
+        ):
+            return None
+        for call in followers:
+            firsts[call.key].follow(call)
+        for _ in some:
+            queue.popleft()
+        return batch
+
+    def _take_carefully(self, method: Method[Any, Any], largest: int, most: int, now: float) -> list[Call]:
+        queue = method.queue
         weight = 0
         batch: list[Call] = []
         later: list[Call] = []
         firsts: dict[Hashable, Call] = {}
-        while queue and len(batch) < largest and len(later) < largest:
+        while queue and len(batch) < largest and len(later) < largest and most > 0:
             call = queue.popleft()
             if call.outcome.done():
                 continue
@@ -280,9 +307,8 @@ class Batcher:
                     if method.share is None:
                         later.append(call)
                     else:
-                        if first.followers is None:
-                            first.followers = []
-                        first.followers.append(call)
+                        first.follow(call)
+                        most -= 1
                     continue
             if method.weigh is not None:
                 weight += method.weigh(call.item)
@@ -290,10 +316,8 @@ class Batcher:
                     queue.appendleft(call)
                     break
             batch.append(call)
+            most -= 1
         queue.extendleft(reversed(later))
-        self.places.leave(length - len(queue))
-        if batch and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
-            self._report(method, batch, now)
         return batch
 
     def _report(self, method: Method[Any, Any], batch: Sequence[Call], now: float) -> None:

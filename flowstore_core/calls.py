@@ -51,6 +51,12 @@ class Call:
         self.followers: list[Call] | None = None
         """Calls with the same key that hope to be answered from this one's answer."""
 
+    def follow(self, later: Call) -> None:
+        """Let a later call with the same key hope for this one's answer."""
+        if self.followers is None:
+            self.followers = []
+        self.followers.append(later)
+
 
 def shared(
     share: Callable[[Any, Any, Any], Any] | None, first: Call, outcome: Any, followers: Sequence[Call]

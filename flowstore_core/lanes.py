@@ -97,25 +97,27 @@ class TaskLanes:
         """One lane: send batch after batch until nothing is left."""
         lane: Any = asyncio.current_task()
         batcher = self._batcher
-        arrived = 0
+        returning = 0
+        """How many callers are about to hear of their calls, and will mostly come back with the next."""
         try:
             while not self._is_too_many() and (
-                batch := batcher.next_batch(max(self._lanes, len(self._tasks)), self._carried + arrived)
+                batch := batcher.next_batch(max(self._lanes, len(self._tasks)), self._carried + returning)
             ):
                 method, calls = self._on_the_way[lane] = batch
-                self._carried += len(calls)
+                self._carried += (callers := _callers(calls))
                 if batcher.waiting:
                     self.wake()
                 outcomes = await self._run(method, calls)
                 self._arrived(lane)
-                if 2 * batcher.waiting >= len(calls) > 1:
-                    # The next batch goes out first, so that the database works on it while callers wake.
+                if outcomes is not None and 2 * batcher.waiting >= callers > 1:
+                    # The next batch goes out first: the database works on it while these callers wake.
                     batcher.loop.call_soon(batcher.answer, method, calls, outcomes)
-                    arrived = len(calls)
+                    returning = callers
                     continue
-                arrived = 0
-                batcher.answer(method, calls, outcomes)
-                if len(calls) > 1:
+                if outcomes is not None:
+                    batcher.answer(method, calls, outcomes)
+                returning = 0
+                if callers > 1:
                     # Whoever was answered queues its next call before the next batch is made up.
                     await asyncio.sleep(0)
         finally:
@@ -130,7 +132,7 @@ class TaskLanes:
     def _arrived(self, lane: asyncio.Task[None]) -> tuple[Method[Any, Any], list[Call]] | None:
         """What the lane had on its way until now."""
         if sent := self._on_the_way.pop(lane, None):
-            self._carried -= len(sent[1])
+            self._carried -= _callers(sent[1])
         return sent
 
     def _lose(self, lane: asyncio.Task[None]) -> None:
@@ -138,8 +140,8 @@ class TaskLanes:
         if sent := self._arrived(lane):
             self._batcher.lose(*sent)
 
-    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> Sequence[Any]:
-        """The outcome of each call."""
+    async def _run(self, method: Method[Any, Any], calls: list[Call]) -> Sequence[Any] | None:
+        """The outcome of each call; None where they were answered in parts."""
         outcomes: Sequence[Any]
         try:
             outcomes = await method.run([call.item for call in calls])
@@ -148,11 +150,17 @@ class TaskLanes:
         except BatchError as error:
             if len(calls) > 1:
                 middle = len(calls) // 2
-                return [
-                    *await self._run(method, calls[:middle]),
-                    *await self._run(method, calls[middle:]),
-                ]
+                for part in (calls[:middle], calls[middle:]):
+                    # At once, so that what is known stays known should the lane be cancelled.
+                    if (answers := await self._run(method, part)) is not None:
+                        self._batcher.answer(method, part, answers)
+                return None
             outcomes = [error.cause]
         except Exception as error:  # noqa: BLE001 - not swallowed: each caller gets it
             outcomes = [error, *(another(error) for _ in calls[1:])]
         return outcomes
+
+
+def _callers(calls: Sequence[Call]) -> int:
+    """How many wait for these calls."""
+    return len(calls) + sum(len(call.followers) for call in calls if call.followers is not None)

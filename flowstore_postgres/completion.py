@@ -42,8 +42,8 @@ WITH ending AS (
               AND (claim_expires_at IS NULL OR claim_expires_at > coalesce($5, clock_timestamp())) AS held
     FROM {schema}.steps WHERE run_id = ANY($4::uuid[]) ORDER BY run_id, step_key FOR SHARE{wait}
 ), found AS (
-    SELECT run_id, string_agg(length(step_key) || ':' || step_key || status, '' ORDER BY step_key) AS statuses,
-           bool_or(held AND status IS NULL) AS held
+    SELECT run_id, bool_or(held AND status IS NULL) AS held,
+           string_agg(length(step_key) || ':' || step_key || status, '' ORDER BY step_key) AS statuses
     FROM locked GROUP BY run_id
 )
 UPDATE {schema}.runs r SET status = e.status, completed_at = coalesce($5, clock_timestamp())

@@ -16,8 +16,8 @@ from flowstore_replay.engine import Job
 STEP = (
     "one step of a run of eight, one after another, by one worker of flowstore_replay that does as many "
     "steps at once as the concurrency says: recorded in the dispatch ledger, claimed with an owner and a "
-    "lease, started with its input, run, completed with its output, from which the next step follows; the run "
-    "is completed after its last step. Runs are started beforehand"
+    "lease, started with its input, run, completed with its output, the input of the next step; the run is "
+    "completed after its last step. Runs are started beforehand"
 )
 LEASE = timedelta(seconds=30)
 CHAIN = Workflow(

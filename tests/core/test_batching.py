@@ -24,6 +24,7 @@ from flowstore_core.batching import (
     AGAIN,
     HEAVIEST_BATCH,
     WORTH_SPLITTING,
+    WORTH_WAITING,
     Batcher,
     BatchError,
     Elsewhere,
@@ -170,8 +171,41 @@ async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_w
     await steps()
     book.free.set()
     await outcomes(tasks)
-    assert [len(batch) for batch in book.batches[:2]] == [20, 110]
+    # Of so many a third waits, for the lane that comes back first.
+    assert [len(batch) for batch in book.batches[:2]] == [20, 74]
     assert sum(len(batch) for batch in book.batches) == 220
+
+
+async def test_of_many_calls_a_third_waits_and_goes_out_before_those_that_came_back_are_answered() -> None:
+    book = Book(held=True)
+    batcher = Batcher(lanes=2)
+    method = batcher.method("write", book.run)
+    answered_at: list[int] = []
+
+    async def caller(number: int) -> None:
+        await method.call(number, number)
+        answered_at.append(len(book.batches))
+
+    tasks = begin(*(caller(n) for n in range(WORTH_WAITING)))
+    await steps()
+    third = -(-WORTH_WAITING // 3)
+    assert [len(batch) for batch in book.batches] == [third, third]
+    assert batcher.waiting == WORTH_WAITING - 2 * third
+    book.free.set()
+    await outcomes(tasks)
+    # The lane that came back first had sent the last third when its callers heard.
+    assert min(answered_at) == len(book.batches) == 3
+
+
+async def test_those_who_share_an_answer_count_where_lanes_share_the_callers() -> None:
+    book = Book(held=True)
+    method = Batcher(lanes=2).method("claim", book.run, keyed=True, share=lambda first, answer, later: answer)
+    tasks = begin(*(method.call(n // 8, n // 8) for n in range(256)))
+    await steps()
+    # As callers of 86 calls each; the last key of the one is the first of the other.
+    assert [len(batch) for batch in book.batches] == [11, 12]
+    book.free.set()
+    assert await outcomes(tasks) == [("done", n // 8) for n in range(256)]
 
 
 async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -> None:

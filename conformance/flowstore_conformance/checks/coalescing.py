@@ -13,7 +13,7 @@ from uuid import UUID
 
 from flowstore_conformance.bench import Bench, Violation
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.checks.scenes import another, new_id, start
+from flowstore_conformance.checks.scenes import another, new_id, start, the_run
 from flowstore_core import (
     FlowStore,
     FlowStoreError,
@@ -113,6 +113,56 @@ def _a_call(
             return store.record_step_start(ended, key, "http"), "RunCompletedError"
         case _:
             return store.record_step_start(run_id, key, "http", owner="nobody"), "ClaimLostError"
+
+
+# Among them each character that a store could take to tell many texts apart by.
+ODD_TEXTS = (
+    None,
+    "",
+    *(chr(number) for number in range(1, 32)),
+    "\x1f\x1f",
+    "a\x1e",
+    "\x1fb",
+    "'",
+    ",",
+    "{}",
+    "\\N",
+)
+
+
+@check("INP-2", "CON-1", kind=Kind.RACE)
+async def texts_written_at_once_come_back_to_the_letter(bench: Bench) -> None:
+    """Keys, inputs, outputs and job ids that 64 callers write at the same moment are kept to the letter."""
+    store = bench.store
+    for turn in range(bench.profile.of(3, 6, 20)):
+        run_id = await start(bench)
+        odd = bench.random.choice([0.02, 0.5])
+
+        def text(odd: float = odd) -> str | None:
+            return bench.random.choice(ODD_TEXTS) if bench.random.random() < odd else "plain"
+
+        keys = [f"{text() or ''} {number}" for number in range(64)]
+        inputs, outputs, job_ids = ([text() for _ in keys] for _ in range(3))
+        starts = await _all_at_once(
+            [
+                store.record_step_start(run_id, key, "http", input_json=one, job_id=job_id or None)
+                for key, one, job_id in zip(keys, inputs, job_ids, strict=True)
+            ]
+        )
+        bench.expect(starts, [1] * 64, f"the attempts of 64 steps that start at once, in turn {turn}")
+        await _all_at_once(
+            [
+                store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, output_json=one, attempt=1)
+                for key, one in zip(keys, outputs, strict=True)
+            ]
+        )
+        detail = await the_run(bench, run_id)
+        found = {step.step_key: (step.input_json, step.output_json, step.job_id) for step in detail.steps}
+        wanted = {
+            key: (one, other, job_id or None)
+            for key, one, other, job_id in zip(keys, inputs, outputs, job_ids, strict=True)
+        }
+        bench.expect(found, wanted, "the texts of 64 steps that were written at once")
 
 
 @check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE)
