@@ -93,7 +93,7 @@ class Completion:
 
     def __init__(self, database: Database, *, patience: float) -> None:
         self._database = database
-        self._batcher = Batcher(lanes=1, largest=LARGEST, patience=patience)
+        self._batcher = Batcher(lanes=2, largest=LARGEST, patience=patience)
         self._method: Method[Ending, bool] = self._batcher.method("complete_run", self._run, keyed=True)
 
     async def complete(self, ending: Ending) -> bool:
