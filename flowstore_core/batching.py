@@ -109,10 +109,8 @@ class Batcher:
         """Done when the caller who has borrowed a lane gives it back."""
         self._giving_back = InFlight()
         self._sweeper: asyncio.TimerHandle | None = None
-        self.is_watched: bool = False
-        """Whether somebody will look at calls that wait too long."""
         self._lanes: Lanes = TaskLanes(self, lanes) if isinstance(lanes, int) else lanes(self)
-        self.wake: Callable[[], None] = self._lanes.wake
+        self._wake = self._lanes.wake
 
     def method(
         self,
@@ -142,13 +140,9 @@ class Batcher:
 
     def notice(self) -> None:
         """A call was queued: wake a lane if none is coming anyway."""
-        if not self.is_watched:
-            self._watch(self.time() + self._patience)
-        self.wake()
-
-    def _watch(self, until: float) -> None:
-        self.is_watched = True
-        self._sweeper = self.loop.call_at(until, self._sweep, context=Context())
+        if self._sweeper is None:
+            self._sweeper = self.loop.call_later(self._patience, self._sweep, context=Context())
+        self._wake()
 
     def borrow_lane(self) -> bool:
         """Whether the caller may send its call itself, in its own task: only while nobody else has one.
@@ -172,7 +166,7 @@ class Batcher:
             self._borrower.set_result(None)
         self._borrower = None
         if self.places.taken:
-            self.wake()
+            self._wake()
 
     @property
     def borrowed(self) -> int:
@@ -207,7 +201,7 @@ class Batcher:
 
     def _sweep(self) -> None:
         """Answer the calls that have waited too long to be sent."""
-        self.is_watched = False
+        self._sweeper = None
         now = self.time()
         oldest = now
         for method in self._methods:
@@ -218,7 +212,7 @@ class Batcher:
             if queue:
                 oldest = min(oldest, queue[0].since)
         if self.waiting:
-            self._watch(oldest + self._patience)
+            self._sweeper = self.loop.call_at(oldest + self._patience, self._sweep)
 
     def has_calls(self) -> bool:
         """Whether anybody waits for a call that is queued."""
@@ -405,7 +399,7 @@ class Batcher:
         # Those who wait for a place wake, see that it is too late, and leave it.
         self.places.open()
         if self.waiting:
-            self.wake()
+            self._wake()
         try:
             # Giving back may queue calls of its own, which the lanes have to serve, hence the loop.
             while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from asyncio import Future
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -61,13 +60,10 @@ class Method(Generic[I, R]):
         else:
             await batcher.wait_for_place(since)
         # As loop.create_future, without the way there: this is done for every call.
-        outcome: asyncio.Future[Any] = Future(loop=batcher.loop)
+        outcome: asyncio.Future[Any] = asyncio.Future(loop=batcher.loop)
         call = Call(key, item, outcome, give_back, since)
         self.queue.append(call)
-        if batcher.is_watched:
-            batcher.wake()
-        else:
-            batcher.notice()
+        batcher.notice()
         try:
             result = await outcome
         except asyncio.CancelledError:

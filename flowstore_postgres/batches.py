@@ -81,9 +81,7 @@ class Batches:
         if self._locked and row[0] in self._locked:
             return self._wait_apart(batched, row, give_back)
         method = self._methods.get(batched) or self._method(batched, apart=False)
-        batcher = self._batchers[False]
-        # Asked first, because then somebody is there: under load this is done for every call.
-        if not batcher.places.taken and batcher.is_idle and batched.alone is not None:
+        if self._batchers[False].is_idle and batched.alone is not None:
             return self._call_alone(method, batched, row, give_back)
         return method.call((row[0].int, row[1]), row, give_back)
 

@@ -57,4 +57,5 @@ def _text_columns(statement: str) -> tuple[int, ...]:
 
 @cache
 def _with_texts(statement: str) -> str:
-    return _TEXTS.sub(r"string_to_array($\1, E'\\x1f', E'\\x1e')", statement)
+    separator, null = (f"chr({ord(one)})" for one in (SEPARATOR, NULL))
+    return _TEXTS.sub(rf"string_to_array($\1, {separator}, {null})", statement)

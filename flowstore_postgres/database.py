@@ -234,8 +234,7 @@ class Database:
 
         When the caller is cancelled, ``give_back`` gets the answer.
         """
-        if not self._loop.is_running():
-            self.check_place()
+        self.check_place()
         return self._batches.call(batched, row, give_back)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
