@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import Context
@@ -37,6 +39,54 @@ async def own_thread(serve: Serve) -> None:
     await ended.wait()
 
 
+class _Bell:
+    """Has the event loop call something, rung by another thread.
+
+    As loop.call_soon_threadsafe, which sends a byte through a socket and reads it twice; where the system
+    has counters that can be waited for, a tenth of a hop to the thread and back is saved.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, heard: Callable[[], None]) -> None:
+        self._loop = loop
+        self._heard = heard
+        self._counter: int | None = None
+        if not hasattr(os, "eventfd"):
+            return
+        try:
+            counter = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError:
+            return
+        # With the bell, so not while a thread that may ring has it; at exit threads may still run.
+        self._close = weakref.finalize(self, os.close, counter)
+        self._close.atexit = False
+        try:
+            # In an empty context: what is called must not carry the first caller's variables.
+            Context().run(loop.add_reader, counter, self._read)
+        except NotImplementedError:
+            self._close()
+            return
+        self._counter = counter
+
+    def ring(self) -> None:
+        """On any thread. Raises RuntimeError when the event loop was closed."""
+        if self._counter is None:
+            self._loop.call_soon_threadsafe(self._heard)
+        elif self._loop.is_closed():
+            raise RuntimeError("Event loop is closed")
+        else:
+            os.eventfd_write(self._counter, 1)
+
+    def _read(self) -> None:
+        assert self._counter is not None
+        os.eventfd_read(self._counter)
+        self._heard()
+
+    def silence(self) -> None:
+        """Call nothing any more."""
+        if self._counter is not None:
+            self._loop.remove_reader(self._counter)
+
+
 class ThreadLane:
     """One thread that does nothing but run batches: one hop to it and one back for each, and no task.
 
@@ -53,6 +103,9 @@ class ThreadLane:
         """From the first call on."""
         self._batches: queue.SimpleQueue[tuple[Method[Any, Any], list[Call]] | None] = queue.SimpleQueue()
         self._sent: tuple[Method[Any, Any], list[Call]] | None = None
+        self._outcomes: Sequence[Any] = ()
+        """Of the batch that the thread has run last."""
+        self._bell: _Bell | None = None
         self._is_crowded = False
         """Whether the last batch was more than one call, so that more will follow at once."""
         self._flush: asyncio.Handle | None = None
@@ -77,6 +130,8 @@ class ThreadLane:
             self._sent = batch
             self._is_crowded = len(batch[1]) > 1
             if self._serving is None:
+                if self._bell is None:
+                    self._bell = _Bell(self._loop, self._receive)
                 # In an empty context: the thread must not carry the first caller's variables to all others.
                 self._serving = self._loop.create_task(self._serve(), context=Context())
             self._batches.put(batch)
@@ -93,23 +148,26 @@ class ThreadLane:
             self._serving = None
             self._batches = queue.SimpleQueue()
             if self._sent is not None:
-                self._receive([another(error) for _ in self._sent[1]])
+                self._outcomes = [another(error) for _ in self._sent[1]]
+                self._receive()
 
     def _run_batches(self) -> None:
-        batches = self._batches
+        batches, bell = self._batches, self._bell
+        assert bell is not None
         while (batch := batches.get()) is not None:
-            outcomes = _outcomes(*batch)
+            self._outcomes = _outcomes(*batch)
             try:
-                self._loop.call_soon_threadsafe(self._receive, outcomes)
+                bell.ring()
             except RuntimeError:
                 # The event loop was closed; nobody waits any more.
                 return
 
-    def _receive(self, outcomes: Sequence[Any]) -> None:
+    def _receive(self) -> None:
         sent, self._sent = self._sent, None
         if sent is None:
             # Lost meanwhile, and the callers know.
             return
+        outcomes, self._outcomes = self._outcomes, ()
         self._batcher.answer(*sent, outcomes)
         if self._is_crowded or self._done is not None or self._batcher.waiting:
             self._is_crowded = True
@@ -130,6 +188,10 @@ class ThreadLane:
         self._batches.put(None)
         if self._serving is not None:
             await asyncio.wait({self._serving}, timeout=GRACE_SECONDS)
+        if self._bell is not None:
+            self._bell.silence()
+            # The thread has it still, unless it has ended.
+            self._bell = None
 
     def _lose(self) -> None:
         sent, self._sent = self._sent, None

@@ -35,7 +35,7 @@ PATIENCE_SECONDS = 1.0
 """How long one waits for its turn before it goes without: nobody waits for a process that hangs."""
 WITHOUT_SECONDS = 10.0
 """How long it then goes without."""
-SHORTEST_SLEEP = 0.002
+SHORTEST_SLEEP = 0.0005
 LONGEST_SLEEP = 0.005
 
 _log = logging.getLogger("flowstore_sqlite")
@@ -62,26 +62,27 @@ class Turnstile:
     def pass_through(self, begin: Callable[[], bool], give_up: Callable[[], bool]) -> bool:
         """Call ``begin`` in turn until it is True; False when ``give_up`` said so first."""
         since = now = time.monotonic()
-        has_turn = self._take_turn()
+        next_since = now if self._take_turn() else None
         try:
             while True:
-                if has_turn or self._file is None or now < self._without_until:
+                if next_since is not None or self._file is None or now < self._without_until:
                     if begin():
                         self._turn_until = now + TURN_SECONDS
                         return True
-                    pause = min(LONGEST_SLEEP, SHORTEST_SLEEP + (now - since) / 50)
+                    pause = _pause(now - (since if next_since is None else next_since))
                 elif now - since > PATIENCE_SECONDS:
                     self._without_until = now + WITHOUT_SECONDS
                     continue
                 else:
-                    pause = max(0.0003, 0.002 - (now - since) / 50)
+                    pause = max(0.001, 0.003 - (now - since) / 50)
                 if give_up():
                     return False
                 time.sleep(random.uniform(pause / 2, pause))
                 now = time.monotonic()
-                has_turn = has_turn or self._take_turn()
+                if next_since is None and self._take_turn():
+                    next_since = now
         finally:
-            if has_turn and self._file is not None:
+            if next_since is not None and self._file is not None:
                 with contextlib.suppress(OSError):
                     fcntl.flock(self._file, fcntl.LOCK_UN)
 
@@ -97,6 +98,19 @@ class Turnstile:
             self.close()
             return False
         return True
+
+
+def _pause(waited: float) -> float:
+    """How long who is next sleeps before it asks again, at most.
+
+    It came to be next when the turn of the one before began, so it knows when that ends. It asks a few
+    times before, because the other may have nothing left to write, and often from then on, lest the file
+    lie idle.
+    """
+    left = TURN_SECONDS - waited
+    if left > 0:
+        return min(0.004 + waited, max(left, SHORTEST_SLEEP))
+    return min(SHORTEST_SLEEP - left / 4, LONGEST_SLEEP)
 
 
 def _open(path: str, database: str) -> int | None:

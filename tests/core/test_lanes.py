@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -214,6 +216,52 @@ async def test_cancelling_every_task_leaves_the_thread(slate: Slate) -> None:
     await asyncio.sleep(0)
     assert await asyncio.wait_for(method.call(None, 2), 5) == ("done", 2)
     await batcher.drain(5)
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "watching files", "counters", "room for files"])
+async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
+    slate: Slate, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(error: Exception) -> Callable[..., Any]:
+        def refusing(*arguments: Any) -> Any:
+            raise error
+
+        return refusing
+
+    before = open_files()
+    if lacks == "watching files":
+        monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", refuse(NotImplementedError()))
+    elif lacks == "counters":
+        monkeypatch.delattr(os, "eventfd", raising=False)
+    elif lacks == "room for files":
+        monkeypatch.setattr(os, "eventfd", refuse(OSError(errno.EMFILE, "too many")), raising=False)
+    batcher = batcher_of()
+    method = batcher.method("write", slate.run)
+    assert await asyncio.gather(*(method.call(None, number) for number in range(5))) == [
+        ("done", number) for number in range(5)
+    ]
+    await batcher.drain(5)
+    assert open_files() == before
+
+
+def open_files() -> set[str]:
+    """Descriptors of this process; nothing where the system does not list them."""
+    return set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+
+
+def test_a_thread_whose_event_loop_is_gone_ends(slate: Slate) -> None:
+    async def leave() -> None:
+        slate.free.clear()
+        method = batcher_of().method("write", slate.run)
+        asyncio.get_running_loop().create_task(method.call(None, 1))
+        await slate.holds(1)
+
+    asyncio.run(leave())
+    slate.free.set()
+    for thread in threading.enumerate():
+        if thread.name == "flowstore":
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 async def test_a_backend_brings_its_own_lanes() -> None:
