@@ -31,6 +31,8 @@ RARE = "zebrafinch"
 """A word in the output of RARE_RUNS runs and nowhere else."""
 RARE_RUNS = 10
 LONGEST_END = 600.0
+LIVED_STEPS = 55
+"""How full PostgreSQL's pages of steps are, in per cent, when lifecycles have filled them."""
 
 # Where a run's own rows lie, runs first; what is not here is derived from them.
 NOUNS = (
@@ -149,6 +151,14 @@ async def copy_into_postgres(url: str, schema: str, copies: Sequence[Copy]) -> N
             " moved interval, put_off interval)"
         )
         tables = await _postgres_tables(db, schema, copies[0].model.run_id)
+        # Rows that are copied have their full length at once, and would leave in each page just the room
+        # for one more new one. Where they lived they grew beyond what the table leaves free.
+        given = await db.fetchval(
+            "SELECT option_value FROM pg_class, pg_options_to_table(reloptions)"
+            " WHERE oid = $1::regclass AND option_name = 'fillfactor'",
+            f"{schema}.steps",
+        )
+        await db.execute(f"ALTER TABLE {schema}.steps SET (fillfactor = {LIVED_STEPS})")
         for chunk in _chunks(copies):
             async with db.transaction():
                 await db.execute("TRUNCATE wanted")
@@ -169,6 +179,7 @@ async def copy_into_postgres(url: str, schema: str, copies: Sequence[Copy]) -> N
                 )
                 for statement in tables:
                     await db.execute(statement)
+        await db.execute(f"ALTER TABLE {schema}.steps SET (fillfactor = {given})")
         # What autovacuum would have done by and by.
         await db.execute("VACUUM (ANALYZE)")
         await db.execute("CHECKPOINT")
