@@ -51,6 +51,7 @@ def targets(callers: tuple[int, ...]) -> list[Target]:
         Target("... against set-based, four tables", life(256), OURS, SETS, True, 0.6, 0.7),
         Target("... against set-based, one row a step", life(256), OURS, SETS_ONE_ROW, True, 0.6, 0.7),
         Target("... against callers that are grouped", life(256), OURS, GROUPED, True, 0.6, 0.7),
+        Target("... such callers against set-based, four tables", life(256), GROUPED, SETS, True, None),
         Target("... p99 of a call", life(256), OURS, TRANSACTIONS, False, 1 / 15, None, "p99_ms"),
         Target("lifecycle, 1,024 callers", life(1024), OURS, TRANSACTIONS, True, 16, 20),
         Target("... against callers that are grouped", life(1024), OURS, GROUPED, True, 0.6, 0.7),

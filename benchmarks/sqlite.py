@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from benchmarks.baselines import sqlite_tables
 from benchmarks.baselines.sqlite_callables import call_on_the_spot, callable_per_call
+from benchmarks.baselines.sqlite_own import own_claim
 from benchmarks.baselines.sqlite_sets import SetBased
 from benchmarks.baselines.sqlite_transactions import transaction_per_call
 from benchmarks.machine import describe, disk_folder, file_system
@@ -34,6 +35,7 @@ MOST_PER_SECOND = 12_000
 OURS = "flowstore"
 TRANSACTIONS = "a transaction per call, aiosqlite"
 CALLABLES = "one callable per call"
+OWN = "limit: the same, flowstore's own statement"
 ON_THE_SPOT = "limit: the same without a thread"
 SETS = "limit: executemany of 256, no callers"
 GROUPED = "grouped, busy_timeout alone"
@@ -59,6 +61,7 @@ TARGETS = (
     Target("lifecycle, 1 caller", life(1), OURS, CALLABLES, True, 1.0),
     Target("claims, 1 caller", claim(1), OURS, CALLABLES, True, 1.0),
     Target("... call by call in turn", BY_TURNS, OURS, CALLABLES, True, 1.0),
+    Target("... against its own statement", BY_TURNS, OURS, OWN, True, 1.0),
     Target("... against no thread", BY_TURNS, OURS, ON_THE_SPOT, True, None),
     Target("... one callable per call against no thread", BY_TURNS, CALLABLES, ON_THE_SPOT, True, None),
     Target("4 processes: slowest against fastest", FAIRNESS, OURS, None, True, 0.5, None, "value"),
@@ -96,6 +99,7 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
         store = await stack.enter_async_context(open_store(store_url(place / "flowstore.db")))
         transactions = await stack.enter_async_context(transaction_per_call(place / "transactions.db"))
         callables = await stack.enter_async_context(callable_per_call(place / "callables.db"))
+        own = await stack.enter_async_context(own_claim(place / "own.db"))
         on_the_spot = await stack.enter_async_context(call_on_the_spot(place / "spot.db"))
         sets = SetBased(place / "sets.db")
         stack.callback(sets.close)
@@ -110,13 +114,13 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
             ]
 
         if 1 in options.callers:
-            contestants = ((store, records), (callables, callables), (on_the_spot, on_the_spot))
+            contestants = ((store, records), *((one, one) for one in (callables, own, on_the_spot)))
             await measure_paired(
                 report,
                 options,
                 BY_TURNS,
                 "calls per second",
-                (OURS, CALLABLES, ON_THE_SPOT),
+                (OURS, CALLABLES, OWN, ON_THE_SPOT),
                 lambda amount: paired_claims(contestants, amount),
                 least=64,
             )
