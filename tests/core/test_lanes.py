@@ -67,7 +67,7 @@ async def test_calls_gather_while_the_thread_is_busy(slate: Slate) -> None:
     assert await method.call(None, 50) == ("done", 50)
     await batcher.drain(5)
     assert slate.threads == {"flowstore"}
-    assert not any(thread.name == "flowstore" for thread in threading.enumerate())
+    assert_threads_end()
 
 
 async def test_keys_shares_and_calls_that_are_sent_again(slate: Slate) -> None:
@@ -244,6 +244,14 @@ async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
     assert open_files() == before
 
 
+def assert_threads_end() -> None:
+    """A thread says that it has ended a moment before it has."""
+    for thread in threading.enumerate():
+        if thread.name == "flowstore":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def open_files() -> set[str]:
     """Descriptors of this process; nothing where the system does not list them."""
     return set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
@@ -258,10 +266,7 @@ def test_a_thread_whose_event_loop_is_gone_ends(slate: Slate) -> None:
 
     asyncio.run(leave())
     slate.free.set()
-    for thread in threading.enumerate():
-        if thread.name == "flowstore":
-            thread.join(10)
-            assert not thread.is_alive()
+    assert_threads_end()
 
 
 async def test_a_backend_brings_its_own_lanes() -> None:
