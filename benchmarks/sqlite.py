@@ -61,7 +61,7 @@ TARGETS = (
     Target("lifecycle, 1 caller", life(1), OURS, CALLABLES, True, 1.0),
     Target("claims, 1 caller", claim(1), OURS, CALLABLES, True, 1.0),
     Target("... call by call in turn", BY_TURNS, OURS, CALLABLES, True, 1.0),
-    Target("... against its own statement", BY_TURNS, OURS, OWN, True, 1.0),
+    Target("... against its own statement", BY_TURNS, OURS, OWN, True, None),
     Target("... against no thread", BY_TURNS, OURS, ON_THE_SPOT, True, None),
     Target("... one callable per call against no thread", BY_TURNS, CALLABLES, ON_THE_SPOT, True, None),
     Target("4 processes: slowest against fastest", FAIRNESS, OURS, None, True, 0.5, None, "value"),
