@@ -38,7 +38,11 @@ async def _kill_one(server: Server, rng: random.Random) -> bool:
     if not serving:
         return False
     before = server.log.count(CRASHED)
-    rng.choice(serving).kill()
+    try:
+        rng.choice(serving).kill()
+    except psutil.NoSuchProcess:
+        # Its client has left it at this moment.
+        return False
     until = time.monotonic() + NOTICE_SECONDS
     while server.log.count(CRASHED) == before:
         if time.monotonic() > until:
