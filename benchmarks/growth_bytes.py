@@ -14,8 +14,7 @@ from benchmarks.baselines.postgres_transactions import transaction_per_call
 from benchmarks.baselines.sqlite_transactions import transaction_per_call as sqlite_transaction_per_call
 from benchmarks.options import Options
 from benchmarks.results import Measure, Report, Result, Sample
-from benchmarks.sqlite import store_url
-from benchmarks.workload import Records, StepCalls, StoreRecords, lifecycles
+from benchmarks.workload import Records, StepCalls, StoreRecords, lifecycles, store_url
 from flowstore_core import open_store
 
 WRITTEN_BYTES = 5_000

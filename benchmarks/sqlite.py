@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from benchmarks.baselines import sqlite_tables
 from benchmarks.baselines.sqlite_callables import call_on_the_spot, callable_per_call
@@ -24,7 +23,15 @@ from benchmarks.options import Options, parser, run
 from benchmarks.results import Report, Sample, Target
 from benchmarks.rounds import Variant, measure, measure_paired
 from benchmarks.rss import watch_rss
-from benchmarks.workload import STEPS_PER_RUN, StoreRecords, claims, lifecycles, paired_claims, sample
+from benchmarks.workload import (
+    STEPS_PER_RUN,
+    StoreRecords,
+    claims,
+    lifecycles,
+    paired_claims,
+    sample,
+    store_url,
+)
 from flowstore_core import open_store
 
 PROCESSES = 4
@@ -69,10 +76,6 @@ TARGETS = (
     Target("... total against grouped", TOTAL, OURS, GROUPED, True, 1.0),
     Target("... total against one callable per call", TOTAL, OURS, SINGLE, True, 1.0),
 )
-
-
-def store_url(path: Path) -> str:
-    return f"sqlite:///{quote(str(path))}"
 
 
 async def program(options: Options) -> Report:

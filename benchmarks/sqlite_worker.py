@@ -12,7 +12,6 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.baselines.sqlite_callables import callable_per_call
-from benchmarks.sqlite import store_url
 from benchmarks.workload import (
     Records,
     StepCalls,
@@ -20,6 +19,7 @@ from benchmarks.workload import (
     WrongAnswerError,
     lifecycles_until,
     make_steps,
+    store_url,
 )
 from flowstore_core import open_store
 

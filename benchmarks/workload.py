@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from random import Random
 from time import perf_counter
 from typing import Any, Protocol
+from urllib.parse import quote
 from uuid import UUID
 
 from benchmarks.results import Sample
@@ -69,6 +71,11 @@ class Records(Protocol):
     async def count_claimed(self, run_ids: Sequence[UUID]) -> int:
         """How many steps of these runs are claimed."""
         ...
+
+
+def store_url(path: Path) -> str:
+    """Of a store of flowstore on that SQLite file."""
+    return f"sqlite:///{quote(str(path))}"
 
 
 class StoreRecords:

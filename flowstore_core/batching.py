@@ -238,38 +238,32 @@ class Batcher:
     def _take(self, method: Method[Any, Any], lanes: int, under_way: int) -> list[Call]:
         queue = method.queue
         length = len(queue)
-        now = self.time()
-        batch: list[Call] | None
-        if length == 1 and not queue[0].outcome.done() and queue[0].since + self._patience > now:
-            # Nothing to weigh up: where a call takes a trip of its own, what comes before it counts.
-            batch = [queue.popleft()]
-        else:
-            most = self._share_of(method, lanes, under_way)
-            batch = self._take_plain(method, most, now)
-            if batch is None:
-                batch = self._take_carefully(method, most, now)
-        self.places.leave(length - len(queue))
-        if batch and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
-            self._report(method, batch, now)
-        return batch
-
-    def _share_of(self, method: Method[Any, Any], lanes: int, under_way: int) -> int:
-        """How many of a method's calls one lane takes, at most."""
+        largest = self.largest
         # Those who hope for the answer to another's call are no rows of the batch.
-        most = self.largest if method.share is None else len(method.queue)
+        most = largest if method.share is None else length
         outstanding = self.waiting + under_way
         if lanes > 1 and outstanding >= WORTH_SPLITTING:
             # Else one lane would gather nearly all callers, and what it waits for would hold up them all.
             # Of many some wait while all lanes are busy, so that a lane that comes back need not.
             lanes += outstanding >= WORTH_WAITING
             most = min(most, -(-outstanding // lanes))
-        return most
+        now = self.time()
+        batch = self._take_plain(method, largest, most, now)
+        if batch is None:
+            batch = self._take_carefully(method, largest, most, now)
+        self.places.leave(length - len(queue))
+        if batch and (self._observers or self._batch_log.isEnabledFor(logging.DEBUG)):
+            self._report(method, batch, now)
+        return batch
 
-    def _take_plain(self, method: Method[Any, Any], most: int, now: float) -> list[Call] | None:
+    def _take_plain(self, method: Method[Any, Any], largest: int, most: int, now: float) -> list[Call] | None:
         """The common case, quickly: nobody is late, and what waits may all go. None where it is another."""
         queue = method.queue
         if queue[0].since + self._patience <= now:
             return None
+        if len(queue) == 1 and not queue[0].outcome.done():
+            # Nothing to weigh up: where a call takes a trip of its own, what comes before it counts.
+            return [queue.popleft()]
         some = list(islice(queue, most))
         # Those that were cancelled before they were sent never happen.
         batch = [call for call in some if not call.outcome.done()]
@@ -281,7 +275,7 @@ class Batcher:
                     return None
                 followers = [call for call in batch if firsts[call.key] is not call]
                 batch = [call for call in batch if firsts[call.key] is call]
-        if len(batch) > self.largest or (
+        if len(batch) > largest or (
             method.weigh is not None and sum(method.weigh(call.item) for call in batch) > HEAVIEST_BATCH
         ):
             return None
@@ -291,9 +285,8 @@ class Batcher:
             queue.popleft()
         return batch
 
-    def _take_carefully(self, method: Method[Any, Any], most: int, now: float) -> list[Call]:
+    def _take_carefully(self, method: Method[Any, Any], largest: int, most: int, now: float) -> list[Call]:
         queue = method.queue
-        largest = self.largest
         weight = 0
         batch: list[Call] = []
         later: list[Call] = []

@@ -57,13 +57,13 @@ class _Bell:
         except OSError:
             return
         # With the bell, so not while a thread that may ring has it; at exit threads may still run.
-        self._close = weakref.finalize(self, os.close, counter)
-        self._close.atexit = False
+        close = weakref.finalize(self, os.close, counter)
+        close.atexit = False
         try:
             # In an empty context: what is called must not carry the first caller's variables.
             Context().run(loop.add_reader, counter, self._read)
         except NotImplementedError:
-            self._close()
+            close()
             return
         self._counter = counter
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
+from flowstore_core import StoreClosedError, StoreUnavailableError
 from flowstore_core.batching import AGAIN, Call
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
 from flowstore_sqlite.turnstile import Turnstile
@@ -47,8 +47,6 @@ class Transactions:
         """Given before the first group, by the thread that runs them."""
         self.give_up_at: float | None = None
         """Set when the store closes: from then on nobody waits for the lock, by time.monotonic()."""
-        self.note_unknown: Callable[[int], None]
-        """Given before the first group too: hears of how many writes nobody knows whether they happened."""
 
     def close(self) -> None:
         self._turnstile.close()
@@ -56,7 +54,7 @@ class Transactions:
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
         try:
-            has_begun = time.monotonic() < self._turnstile.turn_until and self._try_begin()
+            has_begun = self._turnstile.is_open() and self._try_begin()
             if not has_begun and (refusals := self._begin(calls)) is not None:
                 return refusals
             outcomes: list[Any] = []
@@ -168,11 +166,7 @@ class Transactions:
             self._roll_back()
             if is_transient(error):
                 return [AGAIN for _ in outcomes]
-            failures = [map_commit_error(error, self._path) for _ in outcomes]
-            if failures and isinstance(failures[0], OutcomeUnknownError):
-                # The disk failed in it, so of all of them.
-                self.note_unknown(len(failures))
-            return failures
+            return [map_commit_error(error, self._path) for _ in outcomes]
         return outcomes
 
     def _roll_back(self) -> None:

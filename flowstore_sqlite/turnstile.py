@@ -48,13 +48,16 @@ class Turnstile:
         self.path = database + SUFFIX
         self._file = _open(self.path, database)
         self._without_until = 0.0
-        self.turn_until: float = 0.0
-        """Until when this process need not pass through, by time.monotonic(): it has its turn still."""
+        self._turn_until = 0.0
 
     def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
+
+    def is_open(self) -> bool:
+        """Whether this process has its turn still: it need not pass through."""
+        return time.monotonic() < self._turn_until
 
     def pass_through(self, begin: Callable[[], bool], give_up: Callable[[], bool]) -> bool:
         """Call ``begin`` in turn until it is True; False when ``give_up`` said so first."""
@@ -64,7 +67,7 @@ class Turnstile:
             while True:
                 if next_since is not None or self._file is None or now < self._without_until:
                     if begin():
-                        self.turn_until = now + TURN_SECONDS
+                        self._turn_until = now + TURN_SECONDS
                         return True
                     pause = _pause(now - (since if next_since is None else next_since))
                 elif now - since > PATIENCE_SECONDS:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from flowstore_core.batching import Batcher, Method, ThreadLane
+from flowstore_core import OutcomeUnknownError
+from flowstore_core.batching import Batcher, Call, ThreadLane
 from flowstore_core.observing import NOBODY, Observers, Resolution
 from flowstore_sqlite.connection import Connection
 from flowstore_sqlite.transactions import Transactions
@@ -32,7 +33,6 @@ class Writing:
         self._writer = writer
         self._observers = observers
         self._transactions = transactions
-        transactions.note_unknown = self._note_unknown
         self._batcher = Batcher(
             lanes=lambda batcher: ThreadLane(batcher, self._serve),
             largest=GROUP,
@@ -41,8 +41,7 @@ class Writing:
             observers=observers,
             log=_log,
         )
-        method: Method[Any, Any] = self._batcher.method("write", transactions.run)
-        self.write: Callable[..., Coroutine[Any, Any, Any]] = method.call
+        self.write: Callable[..., Coroutine[Any, Any, Any]] = self._batcher.method("write", self._run).call
         """Gets None, as no key is needed, the work, and what gives back its result if nobody hears of it."""
         self.drain: Callable[[float], Coroutine[Any, Any, None]] = self._batcher.drain
 
@@ -55,9 +54,12 @@ class Writing:
 
         await self._writer.run_work(begin)
 
-    def _note_unknown(self, calls: int) -> None:
-        # Observers live on the event loop.
-        self._batcher.loop.call_soon_threadsafe(self._tell_unknown, calls)
+    def _run(self, calls: Sequence[Call]) -> Sequence[Any]:
+        outcomes = self._transactions.run(calls)
+        if outcomes and isinstance(outcomes[0], OutcomeUnknownError):
+            # Of a COMMIT in which the disk failed, so of all of them. Observers live on the event loop.
+            self._batcher.loop.call_soon_threadsafe(self._tell_unknown, len(outcomes))
+        return outcomes
 
     def _tell_unknown(self, calls: int) -> None:
         _log.warning(

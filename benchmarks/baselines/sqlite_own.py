@@ -12,11 +12,10 @@ from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 from random import getrandbits
-from urllib.parse import quote
 from uuid import UUID
 
 from benchmarks.baselines.sqlite_callables import CallablePerCall
-from benchmarks.workload import StoreRecords
+from benchmarks.workload import StoreRecords, store_url
 from flowstore_core import FlowStore, open_store
 from flowstore_sqlite.claims import TRY_CLAIM_STEP
 
@@ -42,7 +41,7 @@ class OwnClaim(CallablePerCall):
 
 @asynccontextmanager
 async def own_claim(path: Path) -> AsyncIterator[OwnClaim]:
-    async with open_store(f"sqlite:///{quote(str(path))}") as store:
+    async with open_store(store_url(path)) as store:
         baseline = OwnClaim(path, store)
         try:
             yield baseline
