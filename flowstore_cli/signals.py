@@ -10,7 +10,7 @@ import typer
 from flowstore_cli.failures import NO, USAGE, Failure
 from flowstore_cli.printing import print_json, say
 from flowstore_cli.stores import AsJson, NoMigrate, RunId, Url, existing_store, new_group, read_stdin, run
-from flowstore_core import RunNotFoundError, SignalDeliveryResult, SignalDeliveryStatus
+from flowstore_core import RunNotFoundError, RunStatus, SignalDeliveryResult, SignalDeliveryStatus
 
 app = new_group("Deliver signals to waiting steps.")
 
@@ -47,13 +47,18 @@ def deliver(
     except ValueError as error:
         quoting = """quote it for the shell, as in '{"approved": true}'"""
         raise Failure(f"the payload is not JSON ({error}); {quoting}", USAGE) from None
-    result = run(_deliver(url, run_id, name, text, delivery_id, migrate=not no_migrate))
+    result, status = run(_deliver(url, run_id, name, text, delivery_id, migrate=not no_migrate))
     if as_json:
         print_json(result)
     elif result.status is SignalDeliveryStatus.DELIVERED:
         say(f"delivered to step {result.step_key!r}")
     elif result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
         say(f"step {result.step_key!r} has had this signal already, and no other waits for it")
+    elif status is not None and status.is_terminal:
+        say(
+            f"the run has ended ({status}), so no step waits for a signal; "
+            f"to reopen it: flowstore runs retry {run_id} STEP"
+        )
     else:
         say(f"no step of the run waits for signal {name!r}; see: flowstore runs show {run_id}")
     if result.status is not SignalDeliveryStatus.DELIVERED:
@@ -62,10 +67,13 @@ def deliver(
 
 async def _deliver(
     url: str | None, run_id: RunId, name: str, payload: str, delivery_id: str | None, *, migrate: bool
-) -> SignalDeliveryResult:
+) -> tuple[SignalDeliveryResult, RunStatus | None]:
+    """The result, and the run's status where no waiter was found."""
     async with existing_store(url, migrate=migrate) as store:
         result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id)
-        unknown = result.status is SignalDeliveryStatus.NOT_FOUND
-        if unknown and await store.get_run_status(run_id) is None:
+        if result.status is not SignalDeliveryStatus.NOT_FOUND:
+            return result, None
+        status = await store.get_run_status(run_id)
+        if status is None:
             raise RunNotFoundError(run_id)
-        return result
+        return result, status

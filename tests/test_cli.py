@@ -313,6 +313,8 @@ def test_signal_deliver(
     run_id = str(database["waiting"])
     code, out, _ = flowstore("signal", "deliver", run_id, "other", "{}")
     assert (code, "no step of the run waits" in out) == (1, True)
+    code, out, _ = flowstore("signal", "deliver", str(database["failed"]), "approval", "{}")
+    assert (code, "the run has ended (Failed)" in out) == (1, True)
     monkeypatch.setattr("flowstore_cli.signals.read_stdin", lambda: '{"from": "stdin"}')
     code, out, _ = flowstore("signal", "deliver", run_id, "approval", "-", "--delivery-id", "d1", "--json")
     assert code == 0
