@@ -87,7 +87,7 @@ def expected_and_got(wanted: Any, got: Any) -> str:
 class Absent(Enum):
     """Stands for a value where one of two answers has none."""
 
-    ABSENT = "nothing"
+    ABSENT = "absent"
 
 
 ABSENT = Absent.ABSENT
@@ -134,7 +134,7 @@ def _in_words(path: str, wanted: Any, got: Any) -> str:
 
 def _of(value: Any, alike: bool) -> str:
     if value is ABSENT:
-        return ABSENT.value
+        return "nothing"
     return f"{brief(plain(value))} of {type(value).__name__}" if alike else brief(plain(value))
 
 

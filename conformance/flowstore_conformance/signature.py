@@ -13,6 +13,7 @@ from flowstore_core import RunStatus, SignalDeliveryStatus, StallReason, StepSta
 _STATES = frozenset(
     member.value for kind in (RunStatus, StepStatus, SignalDeliveryStatus, StallReason) for member in kind
 )
+"""Texts that say what happened. Other texts, such as keys and payloads, differ from program to program."""
 
 
 @dataclass(frozen=True, slots=True)
