@@ -77,7 +77,9 @@ class OpenFiles:
         try:
             self._known.append((path, look, look(path)))
         except OSError as error:
-            raise StoreUnavailableError(f"{path} cannot be reached: {error.strerror}") from None
+            raise StoreUnavailableError(
+                f"{path} cannot be reached: {error.strerror}; check its directory"
+            ) from None
 
     def verify(self) -> None:
         """Raise StoreUnavailableError unless each path still leads to the file that was opened."""
@@ -112,7 +114,9 @@ class OpenFiles:
             except (FileNotFoundError, NotADirectoryError):
                 change = "was removed or moved while the store was open"
             except OSError as error:
-                raise StoreUnavailableError(f"{path} cannot be reached: {error.strerror}") from None
+                raise StoreUnavailableError(
+                    f"{path} cannot be reached: {error.strerror}; check its directory"
+                ) from None
             return self._explain(path, change)
         return None
 

@@ -67,7 +67,9 @@ def file_exists(path: str) -> bool:
     except NotADirectoryError:
         raise ConfigurationError(f"{folder} is not a directory") from None
     except OSError as error:
-        raise StoreUnavailableError(f"{path} cannot be reached: {error.strerror}") from None
+        raise StoreUnavailableError(
+            f"{path} cannot be reached: {error.strerror}; check its directory"
+        ) from None
     if stat.S_ISLNK(mode):
         raise ConfigurationError(f"{path} is a symbolic link, which is never followed; name the file itself")
     if not stat.S_ISREG(mode):
@@ -96,7 +98,9 @@ def create_file(path: str) -> None:
             # Another process was faster, or a link was put there: looked at once more.
             file_exists(path)
         except OSError as error:
-            raise StoreUnavailableError(f"{path} cannot be created: {error.strerror}") from None
+            raise StoreUnavailableError(
+                f"{path} cannot be created: {error.strerror}; check its directory"
+            ) from None
 
 
 def is_same_place(opened: str, path: str) -> bool:

@@ -107,6 +107,11 @@ async def migrated(writer: Connection, config: StoreConfig, options: Options) ->
     if config.migrate:
         create_file(writer.path)
         access = Access.WRITE
+        if find_access(writer.path) is not access:
+            raise StoreUnavailableError(
+                f"{writer.path} cannot be written: this process may not write to the file or its directory; "
+                "change the permissions, or open it with migrate=False to read it"
+            )
     elif file_exists(writer.path):
         access = find_access(writer.path)
     else:

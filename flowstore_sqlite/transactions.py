@@ -171,7 +171,8 @@ class Transactions:
         now = time.monotonic()
         if self.give_up_at is not None and now >= self.give_up_at:
             return [StoreClosedError() for _ in calls]
-        reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+        waited = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+        reason = f"{waited}; try again, or raise busy_timeout"
         latest = now - self._busy_timeout
         return [StoreUnavailableError(reason) if call.since <= latest else AGAIN for call in calls]
 
