@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from flowstore_core import FlowStore, OutcomeUnknownError, StoreUnavailableError, open_store
+from flowstore_sqlite import identity
 from flowstore_sqlite.database import Database
 from tests.scenes import new_run
 
@@ -120,10 +121,28 @@ async def _is_refused(store: FlowStore, run_id: UUID) -> None:
         assert "flows.db" in caught.value.reason
 
 
+def _let_file_clock_advance(folder: Path) -> None:
+    """Wait until a change would give the folder a new ctime."""
+    other = folder.with_name("other")
+    other.mkdir()
+    while other.stat().st_ctime_ns <= folder.stat().st_ctime_ns:
+        other.rmdir()
+        other.mkdir()
+
+
+@pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-async def test_every_call_is_refused_afterwards(change: str, path: Path) -> None:
+async def test_every_call_is_refused_afterwards(
+    change: str, settled: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if settled:
+        # The directory has not changed for long when the files are verified.
+        monkeypatch.setattr(identity, "SETTLED_NS", 0)
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
+        if settled:
+            await asyncio.to_thread(_let_file_clock_advance, path.parent)
+            await store.ping()
         CHANGES[change](path)
         await _is_refused(store, run_id)
     if change in RESCUED:
