@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import clean, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
@@ -129,7 +129,7 @@ def conformance(
     try:
         report = run(check())
     except StoreUnavailableError as error:
-        raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+        raise Failure(explain_unavailable(error), USAGE) from error
     try:
         if programs is not None:
             report = suite.write_programs(report, programs)

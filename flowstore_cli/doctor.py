@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from flowstore_cli.durations import parse_duration
-from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say
 from flowstore_cli.stores import (
     AsJson,
@@ -122,7 +122,7 @@ def _run(work: Any) -> Any:
     try:
         return run(work)
     except StoreUnavailableError as error:
-        raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+        raise Failure(explain_unavailable(error), USAGE) from error
     except FlowStoreError as error:
         raise Failure(str(error), USAGE) from error
 

@@ -40,12 +40,18 @@ class Failure(Exception):  # noqa: N818 - the command's own way to end with a li
         super().__init__(message)
 
 
+def explain_unavailable(error: StoreUnavailableError) -> str:
+    """The error with a next step, unless its message ends with one, which follows a semicolon."""
+    named = "; " in str(error)
+    return str(error) if named else f"{error}; check that the server runs and that the URL is right"
+
+
 def explain(error: Exception) -> tuple[str, int] | None:
     """The line and the exit code for an error; None for one that nobody expects."""
     if isinstance(error, Failure):
         return str(error), error.code
     if isinstance(error, StoreUnavailableError):
-        return f"{error}; check that the server runs and that the URL is right", UNAVAILABLE
+        return explain_unavailable(error), UNAVAILABLE
     if isinstance(error, MISUSES):
         return str(error), USAGE
     if isinstance(error, ReplayError):

@@ -59,7 +59,7 @@ class Database:
         self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
         """The store's time in microseconds: the caller's clock if one was given, else the system's."""
         self._busy_timeout = busy_timeout
-        self._transactions = Transactions(writer.path, self.now, busy_timeout)
+        self._transactions = Transactions(writer.files, self.now, busy_timeout)
         self._writing = Writing(
             writer,
             self._transactions,
@@ -146,10 +146,19 @@ class Database:
         finally:
             for reader in self._readers:
                 reader.interrupt_now()
-            await asyncio.gather(*(reader.shut() for reader in self._readers))
-            # Last and alone: only who knows itself alone empties and removes the log.
-            await self._writer.shut()
+            if self._writer.files.may_take_log_in():
+                await self._shut_readers()
+                # Last and alone: only who knows itself alone empties and removes the log.
+                await self._writer.shut()
+            else:
+                # The log at this path is another process's. The readers' locks keep the writer from touching
+                # it, and readers cannot.
+                await self._writer.shut()
+                await self._shut_readers()
             self._transactions.close()
+
+    async def _shut_readers(self) -> None:
+        await asyncio.gather(*(reader.shut() for reader in self._readers))
 
     async def _drain(self) -> None:
         self._transactions.give_up_at = time.monotonic() + DRAIN_SECONDS / 2

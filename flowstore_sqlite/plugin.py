@@ -42,6 +42,8 @@ class SqliteBackend:
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[SqliteStore]:
         """Open the file, making and migrating it if need be.
 
+        With ``migrate=False`` a file that this process may not write to opens for reading.
+
         Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
         """
         from flowstore_sqlite.opening import OpenSqlite
