@@ -99,10 +99,11 @@ def run(arguments: Sequence[str]) -> int:
     # A library's warnings, without a traceback's worth of decoration.
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     command = typer.main.get_command(app)
-    if completion.VARIABLE in os.environ:
-        logging.disable()
-        command(prog_name="flowstore")
     try:
+        if completion.VARIABLE in os.environ:
+            # A warning would appear in the command line that the user is typing.
+            logging.disable()
+            command(prog_name="flowstore")
         # Not by calling the app: it has ends of its own for a broken pipe and an interrupt.
         with command.make_context("flowstore", list(arguments)) as context:
             command.invoke(context)
@@ -110,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as leaving:
         return _flushed(leaving.exit_code)
     except SystemExit as leaving:
-        # How typer leaves after --install-completion and --show-completion.
+        # How typer ends after all that concerns completion.
         return _flushed(leaving.code if isinstance(leaving.code, int) else SUCCESS)
     except UsageProblem as error:
         place = getattr(error, "ctx", None)

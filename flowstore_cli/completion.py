@@ -24,7 +24,6 @@ RUNS = 50
 """Newest runs that are offered."""
 NAMED = 200
 """Newest runs whose flows are offered."""
-
 LONGEST_NAME = 40
 """Characters of a flow's name that are shown next to a run."""
 VARIABLE = "_FLOWSTORE_COMPLETE"

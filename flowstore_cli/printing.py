@@ -80,7 +80,7 @@ def say(text: str) -> None:
 
 
 def remark(text: str) -> None:
-    """A line about a listing: below it on a terminal, else on stderr, apart from the rows."""
+    """A line about a listing: on a terminal below the rows, else on stderr, so that rows stay alone."""
     (sys.stdout if on_terminal() else sys.stderr).write(f"{clean(text)}\n")
 
 

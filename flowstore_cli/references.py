@@ -105,6 +105,8 @@ async def find_run(store: FlowStore, reference: RunId) -> UUID:
         while page.runs and len(found) <= MOST_LISTED:
             # The digits may also stand elsewhere: in an output, or in the middle of an id.
             found.update((run.run_id, run) for run in page.runs if reference.fits(run.run_id))
+            if len(page.runs) < MAX_TAKE:
+                break
             page = await store.get_runs_page(search=text, take=MAX_TAKE, after=page.runs[-1].position)
     if len(found) == 1:
         return next(iter(found))

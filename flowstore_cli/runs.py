@@ -52,8 +52,10 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
+from flowstore_core.arguments import MAX_INT64
 
 EVENTS = 1000
+"""Events that --json and --full have at most."""
 EVENTS_SHOWN = 10
 
 app = new_group("List runs, look into one, reopen or cancel it.")
@@ -208,10 +210,10 @@ async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventR
         return events
     # There is an event ``low``, and none behind ``high``.
     low = events[-1].sequence
-    high = 2 * low
+    high = min(2 * low, MAX_INT64)
     while found := await store.get_run_events(run_id, after=high, take=1):
         low = found[-1].sequence
-        high = 2 * low
+        high = min(2 * low, MAX_INT64)
     while low < high:
         middle = (low + high) // 2
         if found := await store.get_run_events(run_id, after=middle, take=1):

@@ -43,11 +43,9 @@ OPTIONS = {
 def in_words(error: FlowStoreError) -> str:
     """The message of an error, for a user who knows the command line and not the Python API."""
     if isinstance(error, InvalidArgumentError):
-        limit = re.sub(r"\ba str\b", "text", error.limit)
-        limit = re.sub(r"\b(since|until)\b", r"--\1", limit)
-        _, _, got = str(error).rpartition("; got ")
-        told = f"; got {got}" if got and str(error).endswith(f"; got {got}") else ""
-        return f"{OPTIONS.get(error.argument, error.argument)} must be {limit}{told}"
+        rest = str(error).removeprefix(error.argument)
+        rest = re.sub(r"\ba str\b", "text", re.sub(r"\b(since|until)\b", r"--\1", rest))
+        return f"{OPTIONS.get(error.argument, error.argument)}{rest}"
     if isinstance(error, RunNotFoundError):
         return f"there is no run {error.run_id} in this store; list the runs with: flowstore runs list"
     if isinstance(error, StepNotFoundError):
