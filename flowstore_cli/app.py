@@ -14,6 +14,7 @@ import typer
 
 from flowstore_cli import (
     backends,
+    completion,
     conformance,
     doctor,
     migrate,
@@ -25,10 +26,13 @@ from flowstore_cli import (
     stats,
     timeseries,
 )
-from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, explain
+from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, Failure, explain
 from flowstore_cli.printing import clean, complain, prepare_streams
+from flowstore_cli.stores import RootUrl
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
+
+WITHOUT_URL = ("backends", "conformance")
 
 # typer brings click under one name or the other, depending on its version; its root class is this.
 UsageProblem: type[Exception] = next(
@@ -37,7 +41,6 @@ UsageProblem: type[Exception] = next(
 
 app = typer.Typer(
     name="flowstore",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -78,12 +81,16 @@ def _say_version(wanted: bool) -> None:
 )
 def flowstore(
     context: typer.Context,
+    url: RootUrl = None,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif url is not None and context.invoked_subcommand in WITHOUT_URL:
+        name = context.invoked_subcommand
+        raise Failure(f"{name} takes no --url; see: flowstore {name} --help", USAGE)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -93,12 +100,19 @@ def run(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     command = typer.main.get_command(app)
     try:
+        if completion.VARIABLE in os.environ:
+            # A warning would appear in the command line that the user is typing.
+            logging.disable()
+            command(prog_name="flowstore")
         # Not by calling the app: it has ends of its own for a broken pipe and an interrupt.
         with command.make_context("flowstore", list(arguments)) as context:
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as leaving:
         return _flushed(leaving.exit_code)
+    except SystemExit as leaving:
+        # How typer ends after all that concerns completion.
+        return _flushed(leaving.code if isinstance(leaving.code, int) else SUCCESS)
     except UsageProblem as error:
         place = getattr(error, "ctx", None)
         name = place.command_path if place else "flowstore"
@@ -109,7 +123,7 @@ def run(arguments: Sequence[str]) -> int:
         return _leave_quietly()
     except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
         if explained := explain(error):
-            return complain(*explained)
+            return complain(*explained, getattr(error, "details", ()))
         # Never its text: nobody knows what it holds.
         if os.environ.get(DEBUG_VARIABLE):
             sys.stderr.write("".join(_frames(error)))

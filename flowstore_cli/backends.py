@@ -14,7 +14,6 @@ from flowstore_cli.printing import (
     print_form,
     print_json,
     print_table,
-    shortened,
 )
 from flowstore_cli.stores import AsJson, drivers, missing_driver
 from flowstore_core import CRASH_SAFE, Backend, Capability
@@ -63,14 +62,16 @@ def backends(as_json: AsJson = False) -> None:
         print_json(found)
         return
     console = new_console()
-    table = new_table("NAME", "SCHEMES", "STATUS", "LEVEL", "FROM", short=("SCHEMES", "FROM"))
+    table = new_table(
+        "NAME", "SCHEMES", "STATUS", "LEVEL", "FROM", short=("SCHEMES", "FROM"), spare=("FROM", "LEVEL")
+    )
     for entry in found:
         table.add_row(
             cell(entry.name),
-            shortened(", ".join(entry.schemes) or None),
+            cell(", ".join(entry.schemes) or None),
             cell(entry.status, STYLES[entry.status]),
             cell(entry.level),
-            shortened(entry.distribution),
+            cell(entry.distribution),
         )
     print_table(console, table)
     for entry in found:

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
-from flowstore_cli.durations import parse_duration
+from flowstore_cli.durations import before, parse_duration
 from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say
 from flowstore_cli.stores import (
@@ -28,6 +28,7 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_cli.symptoms import Examination, examine
+from flowstore_cli.words import in_words
 from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
 from flowstore_core.config import redact
 from flowstore_core.findings import SEVERITIES, Finding, Severity
@@ -102,6 +103,7 @@ def doctor(
         raise Failure("name the store once: as the argument or with --url", USAGE)
     url = url if place is None else place
     length = parse_duration(grace, "--grace")
+    before(datetime.now(UTC), length, "--grace")
     if yes and not fix:
         raise Failure("--yes goes with --fix", USAGE)
     report = _look(url, thorough, length, most)
@@ -124,7 +126,7 @@ def _run(work: Any) -> Any:
     except StoreUnavailableError as error:
         raise Failure(explain_unavailable(error), USAGE) from error
     except FlowStoreError as error:
-        raise Failure(str(error), USAGE) from error
+        raise Failure(in_words(error), USAGE) from error
 
 
 def _look(url: str | None, thorough: bool, grace: timedelta, most: int) -> Report:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
-from uuid import UUID
 
 import typer
 
@@ -19,25 +18,49 @@ from flowstore_core.arguments import MAX_TEXT_BYTES
 from flowstore_core.config import read_path, redact
 from flowstore_core.findings import Finding
 from flowstore_core.opening import resolve_store
-from flowstore_core.plugins import Plugin, explain_import
+from flowstore_core.plugins import Plugin, explain_import, load_plugins
 
 T = TypeVar("T")
 
+
+def complete_url(incomplete: str) -> list[str]:
+    """The beginnings of the URLs that can be opened here."""
+    schemes = {scheme for plugin in load_plugins() for one in plugin.backends for scheme in one.schemes}
+    starts = sorted(f"{scheme}://{'/' if scheme == 'sqlite' else ''}" for scheme in schemes)
+    return [start for start in starts if start.startswith(incomplete)]
+
+
+def _given_once(context: typer.Context, url: str | None) -> str | None:
+    """The URL of this command, else the one in front of it; both may be given if they are the same."""
+    in_front = context.find_root().params.get("url")
+    if url is not None and in_front is not None and url != in_front:
+        raise Failure("--url is given twice, with different stores; leave one of them out", USAGE)
+    return in_front if url is None else url
+
+
+URL_HELP = "The store, such as sqlite:///flows.db or postgresql://user@host/db."
+RootUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--url", "-u", metavar="URL", help=URL_HELP, show_default=False, autocompletion=complete_url
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option(
         "--url",
         "-u",
         metavar="URL",
-        help="The store, such as sqlite:///flows.db or postgresql://user@host/db.",
+        help=URL_HELP,
         show_default=False,
+        autocompletion=complete_url,
+        callback=_given_once,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
 NoMigrate = Annotated[
     bool, typer.Option("--no-migrate", help="Leave the schema as it is; an old one is then an error.")
 ]
-RunId = Annotated[UUID, typer.Argument(metavar="RUN_ID", help="The run's id.", show_default=False)]
 
 
 @runtime_checkable
