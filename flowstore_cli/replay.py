@@ -15,8 +15,8 @@ from flowstore_cli.failures import NO, SUCCESS
 from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say, span
 from flowstore_cli.screens import Moving, Plain, Quiet, Screen
 from flowstore_cli.stores import AsJson, NoMigrate, Url, run, whereabouts
-from flowstore_core.config import redact
 from flowstore_core.opening import resolve_store
+from flowstore_core.urls import redact
 from flowstore_replay import Options, Replay, Summary, load_workflow, shipped_workflow
 
 DEFAULTS = Options()
