@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
 from flowstore_conformance.bench import (
     Bench,
@@ -29,6 +28,7 @@ from flowstore_conformance.report import CheckResult, Failure, Report, Status
 from flowstore_conformance.surfacing import watch_callbacks
 from flowstore_conformance.waivers import Waiver, apply_waivers
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
+from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url, redact
 
@@ -353,8 +353,5 @@ def versions(distribution: str | None) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in dict.fromkeys(("flowstore", distribution)):
         if name is not None:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                found[name] = "not installed"
+            found[name] = installed_version(name) or "not installed"
     return found
