@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -29,6 +28,7 @@ from flowstore_cli import (
 from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, Failure, explain
 from flowstore_cli.printing import clean, complain, prepare_streams
 from flowstore_cli.stores import RootUrl
+from flowstore_core.distributions import installed_version
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
 
@@ -60,10 +60,7 @@ app.command("doctor")(doctor.doctor)
 
 def _say_version(wanted: bool) -> None:
     if wanted:
-        try:
-            typer.echo(f"flowstore {version('flowstore')}")
-        except PackageNotFoundError:
-            typer.echo("flowstore (not installed)")
+        typer.echo(f"flowstore {installed_version('flowstore') or '(not installed)'}")
         raise typer.Exit
 
 

@@ -17,7 +17,7 @@ from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import clean, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.config import redact
+from flowstore_core.urls import redact
 
 if TYPE_CHECKING:
     # Imported by the command itself, so that all others work without the extra.
@@ -108,7 +108,7 @@ def conformance(
     wanted = [(path, render) for path, render in forms if path is not None]
     for path, _ in wanted:
         # Before the run, which may take minutes.
-        if not path.absolute().parent.is_dir():
+        if not path.parent.is_dir():
             raise Failure(f"there is no folder for {path}; make it first", USAGE)
     known = suite.read_waivers(waivers) if waivers is not None else ()
     _say(f"checking {redact(url)}, only in scratch namespaces beside it: what it holds is not touched")

@@ -30,10 +30,10 @@ from flowstore_cli.stores import (
 from flowstore_cli.symptoms import Examination, examine
 from flowstore_cli.words import in_words
 from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
-from flowstore_core.config import redact
 from flowstore_core.findings import SEVERITIES, Finding, Severity
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin
+from flowstore_core.urls import redact
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
 

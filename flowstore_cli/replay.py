@@ -25,8 +25,8 @@ from flowstore_cli.printing import (
 )
 from flowstore_cli.screens import Moving, Plain, Quiet, Screen
 from flowstore_cli.stores import AsJson, NoMigrate, Url, run, whereabouts
-from flowstore_core.config import redact
 from flowstore_core.opening import resolve_store
+from flowstore_core.urls import redact
 from flowstore_replay import Options, Replay, Summary, load_workflow, shipped_workflow
 
 DEFAULTS = Options()

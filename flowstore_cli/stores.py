@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
@@ -15,10 +16,10 @@ import typer
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_core import BackendLoadError, FlowStore, StoreConfig, open_store
 from flowstore_core.arguments import MAX_TEXT_BYTES
-from flowstore_core.config import read_path, redact
 from flowstore_core.findings import Finding
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin, explain_import, load_plugins
+from flowstore_core.urls import redact
 
 T = TypeVar("T")
 
@@ -164,7 +165,9 @@ def whereabouts(config: StoreConfig) -> str:
     """Where a store is, for people: its URL without secrets, and the file if it is one."""
     shown = redact(config.url)
     if config.scheme == "sqlite":
-        return f"{shown} (file {Path(read_path(config.url)).absolute()})"
+        # Without a working directory a relative path leads nowhere, which opening the store explains.
+        with contextlib.suppress(OSError):
+            return f"{shown} (file {Path(config.parts.path).absolute()})"
     return shown
 
 

@@ -16,6 +16,7 @@ import asyncpg
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
 from flowstore_core.errors import without_foreign
 from flowstore_core.observing import Observers
+from flowstore_core.urls import ENCODING_RULE
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -58,7 +59,10 @@ LOST = (
 )
 
 _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
-    "28P01": (ConfigurationError, "PostgreSQL refused the password of the URL's user"),
+    "28P01": (
+        ConfigurationError,
+        f"PostgreSQL refused the password of the URL's user; in the URL, {ENCODING_RULE}",
+    ),
     "28000": (ConfigurationError, "PostgreSQL refused the URL's user (see pg_hba.conf)"),
     "3D000": (ConfigurationError, "the URL's database does not exist; create it with createdb"),
     "42501": (
@@ -159,8 +163,7 @@ def unreadable_url() -> ConfigurationError:
     """The driver's own message would quote the URL, password included."""
     return ConfigurationError(
         "the PostgreSQL driver cannot read the URL or one of its options; it must look like "
-        "postgresql://user:password@host:5432/database?sslmode=require, with special characters in "
-        "user and password percent-encoded"
+        f"postgresql://user:password@host:5432/database?sslmode=require; {ENCODING_RULE}"
     )
 
 

@@ -7,19 +7,22 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, urlencode
+
+import asyncpg
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
-from flowstore_core.config import read_query, read_scheme, split_place
+from flowstore_core.urls import has_control_characters, parse_url
 from flowstore_postgres.errors import map_errors
-from flowstore_postgres.hosts import Hosts, read_hosts
-from flowstore_postgres.plugin import DRIVER_OPTIONS
+from flowstore_postgres.hosts import Host, Hosts, read_hosts, read_ports
+from flowstore_postgres.plugin import DRIVER_OPTIONS, DRIVER_VARIABLES, DRIVER_WORDS
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -89,15 +92,15 @@ class Settings:
 
 
 def read_connection_settings(config: StoreConfig) -> Settings:
-    """Check the options and turn libpq's into a DSN for the driver."""
+    """Check the options and turn libpq's into arguments for the driver."""
     _check_tls_files(config)
+    hosts = read_hosts(config.url, config.options)
     statement_timeout = config.seconds("statement_timeout", 30.0, 0.1, 3600.0)
     pgbouncer = config.flag("pgbouncer", False)
     arguments: dict[str, Any] = {
-        "dsn": _driver_url(config),
+        **_driver_arguments(config, hosts),
         "timeout": config.seconds("connect_timeout", 10.0, 0.1, 600.0),
     }
-    hosts = read_hosts(config.url, config.options)
     if len(hosts) > 1 and "target_session_attrs" not in config.options:
         # One of them takes writes; the others are its standbys, which answer with the past.
         arguments["target_session_attrs"] = os.environ.get("PGTARGETSESSIONATTRS") or "read-write"
@@ -128,26 +131,44 @@ def read_connection_settings(config: StoreConfig) -> Settings:
     )
 
 
-def _driver_url(config: StoreConfig) -> str:
-    """The URL with every option in it; what an option says goes before the same in the URL's first part.
+def _driver_arguments(config: StoreConfig, hosts: Sequence[Host]) -> dict[str, Any]:
+    """The driver's arguments; an option has precedence over the same thing in the front of the URL.
 
-    The driver would do it the other way round, and connect as another user than the one asked for.
+    The driver never parses the user's URL: it gets decoded parts. Options for which it has no argument, those
+    for TLS above all, are in the query of a URL that is made here.
     """
-    driver = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
-    authority, path = split_place(config.url.partition("#")[0])
-    userinfo, _, place = authority.rpartition("@")
-    user, _, password = userinfo.partition(":")
-    for name, value in (("user", user), ("password", password)):
-        if value:
-            driver.setdefault(name, unquote(value))
-    if "host" in driver:
-        place = ""
-    elif "port" in driver:
-        place = re.sub(r":\d*(?=,|$)", "", place)
-    if "database" in driver or "dbname" in driver:
-        path = ""
-    base = f"postgresql://{place}/{path}" if path else f"postgresql://{place}"
-    return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
+    url = config.parts
+    given = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
+    given.update({name: config.choice(name, "", DRIVER_WORDS[name]) for name in DRIVER_WORDS.keys() & given})
+    user, password, database, dbname, _, port, servicefile = (
+        given.pop(name, "")
+        for name in ("user", "password", "database", "dbname", "host", "port", "servicefile")
+    )
+    arguments: dict[str, Any] = {
+        "user": user or url.user,
+        "password": password or url.password,
+        "database": dbname or database or url.path,
+        "servicefile": servicefile,
+    }
+    if (servicefile or "service" in given) and "servicefile" not in signature(asyncpg.connect).parameters:
+        raise ConfigurationError("options service and servicefile need asyncpg 0.31 or newer")
+    _check_texts({**given, **arguments, "host": ",".join(host for host, _ in hosts)})
+    # The hosts have their ports.
+    arguments["port"] = read_ports(port) if not hosts else None
+    query = urlencode(given, quote_via=quote, errors="surrogatepass")
+    return {"dsn": f"postgresql://?{query}", **{name: value for name, value in arguments.items() if value}}
+
+
+def _check_texts(given: Mapping[str, str]) -> None:
+    """Refuse control characters, such as the line end of a mounted secret, that the server would not find."""
+    for name, value in given.items():
+        if has_control_characters(value):
+            raise ConfigurationError(f"option {name} must not contain control characters, such as a line end")
+    for variable, name in DRIVER_VARIABLES.items():
+        if not given.get(name) and has_control_characters(os.environ.get(variable, "")):
+            raise ConfigurationError(
+                f"environment variable {variable} must not contain control characters, such as a line end"
+            )
 
 
 def _check_tls_files(config: StoreConfig) -> None:
@@ -330,11 +351,12 @@ async def has_search_index(config: StoreConfig) -> bool:
 async def scratch_schema(url: str) -> AsyncIterator[str]:
     """A new schema of our own making beside the URL's, dropped at the end; yields its URL."""
     name = f"flowstore_scratch_{secrets.token_hex(8)}"
-    options = {**read_query(url), "schema": name}
-    fresh = f"{url.partition('#')[0].partition('?')[0]}?{urlencode(options, quote_via=quote)}"
+    parts = parse_url(url)
+    options = {**parts.options, "schema": name}
+    fresh = parts.with_options(options)
     config = StoreConfig(
         url=fresh,
-        scheme=read_scheme(url),
+        scheme=parts.scheme,
         options=MappingProxyType(dict(options)),
         clock=None,
         migrate=True,

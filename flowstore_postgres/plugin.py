@@ -36,6 +36,22 @@ DRIVER_OPTIONS = frozenset(
         "user",
     }
 )
+DRIVER_WORDS = {
+    "gsslib": ("gssapi", "sspi"),
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "sslnegotiation": ("postgres", "direct"),
+    "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
+}
+"""The allowed values of options that take one of a few words."""
+DRIVER_VARIABLES = {
+    "PGDATABASE": "database",
+    "PGHOST": "host",
+    "PGPASSFILE": "passfile",
+    "PGPASSWORD": "password",
+    "PGSERVICE": "service",
+    "PGUSER": "user",
+}
+"""Environment variables of the driver, and the option that replaces each."""
 STORE_OPTIONS = frozenset(
     {
         "acquire_timeout",

@@ -23,7 +23,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_core.config import redact
+from flowstore_core.urls import redact
 from flowstore_replay.crew import Crew, Worker
 from flowstore_replay.engine import TAKEN_OVER
 from flowstore_replay.kills import POLL, Grip, kill_due

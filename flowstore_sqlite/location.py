@@ -10,7 +10,7 @@ from enum import Enum
 from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.config import read_path, split_place
+from flowstore_core.urls import parse_url
 
 # Held while a new file is made. Closing any descriptor of a file drops the locks that this process
 # holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
@@ -36,11 +36,12 @@ class Access(Enum):
 
 def read_location(url: str) -> str:
     """The absolute path that a URL names. Raises ConfigurationError."""
-    if split_place(url)[0]:
+    parts = parse_url(url)
+    if parts.hosts or parts.user or parts.password:
         raise ConfigurationError(
             "a SQLite URL names no host: write sqlite:///relative.db or sqlite:////absolute.db"
         )
-    path = read_path(url)
+    path = parts.path
     if path in ("", "/", ":memory:"):
         raise ConfigurationError(
             "a SQLite URL names a file: sqlite:///relative.db or sqlite:////absolute.db; "
@@ -48,8 +49,14 @@ def read_location(url: str) -> str:
         )
     if "\0" in path:
         raise ConfigurationError("the path in a SQLite URL must not hold a zero byte")
-    # A second slash in front means nothing, but would be kept.
-    return os.path.abspath(re.sub("^/+", "/", path))
+    try:
+        # A second slash in front means nothing, but would be kept.
+        return os.path.abspath(re.sub("^/+", "/", path))
+    except OSError:
+        raise ConfigurationError(
+            f"the SQLite URL names the relative path {path!r}, and the working directory no longer exists or "
+            "may not be read; change to another directory, or name an absolute path: sqlite:////absolute.db"
+        ) from None
 
 
 def file_exists(path: str) -> bool:

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from flowstore_conformance.bench import Violation
@@ -24,6 +23,7 @@ from flowstore_chaos.scenes import expected, new_scene
 from flowstore_chaos.server import Server
 from flowstore_chaos.trial import Trial
 from flowstore_core import FlowStore, FlowStoreError, TriggerResult, open_store
+from flowstore_core.urls import parse_url
 
 POINTS = 24
 """At most so many of the places where one call waits, in one sweep."""
@@ -300,7 +300,7 @@ async def _examine(trial: Trial, store: FlowStore, made: Cut) -> None:
 async def _expect_released(trial: Trial, url: str, server: Server | None, connections: int | None) -> None:
     """No transaction is open on the other side, and, if said, only so many connections are."""
     if trial.backend == "sqlite":
-        if (what := await asyncio.to_thread(_held, urlsplit(url).path[1:])) is not None:
+        if (what := await asyncio.to_thread(_held, parse_url(url).path)) is not None:
             trial.tally.leak(what)
         return
     if server is None:
