@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
+    OutcomeUnknownError,
     RunNotFoundError,
     StepClaim,
     StepDispatch,
@@ -99,7 +100,7 @@ FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND
 # What a cancelled call had won goes, whoever claimed since keeps (CON-4).
 GIVE_BACK_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
-WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint)
+WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint) RETURNING true
 """
 
 RELEASE_STEP_CLAIM = """
@@ -183,7 +184,7 @@ FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 
 GIVE_BACK_DISPATCH = """
 UPDATE {schema}.steps
 SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
-WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3
+WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3 AND dispatched_at IS NOT NULL RETURNING true
 """
 
 ANNOTATE_DISPATCH = """
@@ -322,9 +323,14 @@ class Claims:
         row = (run_id, step_key, None, lease, self._database.new_token())
         return self._database.write(CLAIM, row, partial(self._give_back, CLAIM, GIVE_BACK_CLAIM, row))
 
-    async def _give_back(self, batched: Batched, statement: str, row: Row, answer: Answer) -> None:
-        if answer.won:
-            await self._database.give_back(statement, row[0], row[1], row[batched.token])
+    async def _give_back(
+        self, batched: Batched, statement: str, row: Row, answer: Answer | OutcomeUnknownError
+    ) -> None:
+        key = (row[0], row[1], row[batched.token])
+        if isinstance(answer, OutcomeUnknownError):
+            await self._database.give_back(statement, *key, lost=self._database.unacknowledged(answer))
+        elif answer.won:
+            await self._database.give_back(statement, *key)
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
         await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))

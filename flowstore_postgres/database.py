@@ -36,6 +36,7 @@ from flowstore_postgres.acknowledgements import (
     Lost,
     LostCommit,
     report_lost,
+    settle,
     was_committed,
 )
 from flowstore_postgres.batched import Batched
@@ -109,10 +110,6 @@ class Database:
         """How long a statement that is sent now is waited for."""
         return self.within(self._settings.client_timeout)
 
-    @property
-    def retry_timeout(self) -> float:
-        return self._settings.retry_timeout
-
     def now(self) -> datetime | None:
         """The virtual clock's time; None where the server's clock decides."""
         return None if self._clock is None else self._clock()
@@ -139,7 +136,7 @@ class Database:
     async def run(
         self,
         operation: Coroutine[Any, Any, T],
-        give_back: Callable[[T], Awaitable[None]] | None = None,
+        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
         return await self._in_flight.run(operation, give_back)
 
@@ -232,10 +229,15 @@ class Database:
     ) -> Coroutine[Any, Any, Any]:
         """Write one row together with what others write at this moment; awaited, it gives the answer.
 
-        When the caller is cancelled, ``give_back`` gets the answer.
+        When the caller is cancelled, ``give_back`` gets the answer, or the OutcomeUnknownError that it
+        ended with.
         """
         self.check_place()
         return self._batches.call(batched, row, give_back)
+
+    def unacknowledged(self, error: OutcomeUnknownError) -> Sequence[Lost]:
+        """The statements on which an unknown outcome of ``write`` depends."""
+        return self._batches.unacknowledged(error)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
         """The event loop's time, and the server's from which on a statement sent now has no effect."""
@@ -250,7 +252,7 @@ class Database:
         self,
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
-        give_back: Callable[[T], Awaitable[None]] | None = None,
+        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
         """Run ``work`` in one transaction at READ COMMITTED and commit it.
 
@@ -380,14 +382,27 @@ class Database:
             # The pool noticed that it broke and has let go of it already.
             log.debug("a broken connection was gone before it was dropped")
 
-    async def give_back(self, statement: str, *arguments: object) -> None:
-        """Undo what a cancelled call had won; the statement may be repeated."""
+    async def give_back(self, statement: str, *arguments: object, lost: Sequence[Lost] = ()) -> None:
+        """Undo the effect of a cancelled call (CON-4).
 
-        async def attempt() -> None:
+        The statement may be repeated; it returns a row if it undid something, and nothing follows that.
+        If it did not, it is repeated once none of the ``lost`` statements can take effect any more.
+        """
+
+        async def attempt() -> bool:
             async with self.connection() as connection:
+                return await self.ask(connection, statement, *arguments) is not None
+
+        async def settled_attempt() -> None:
+            async with self.connection() as connection:
+                await settle(self, connection, lost)
                 await self.ask(connection, statement, *arguments)
 
-        await self.retrying(attempt, "give_back")
+        if not await self.retrying(attempt, "give_back") and lost:
+            over = max((one.over for one in lost if one.peer.started is None), default=0.0)
+            # Without a connection, and however much longer than retry_timeout that is.
+            await asyncio.sleep(max(over - self._loop.time(), 0.0))
+            await self.retrying(settled_attempt, "give_back")
 
     async def on_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run what may be repeated from its beginning, such as migrating, on one connection."""

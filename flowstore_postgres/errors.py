@@ -81,9 +81,11 @@ CONNECTION_LOST = "connection_lost"
 class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
     """The operation is known not to have happened; it may be tried again."""
 
-    def __init__(self, error: FlowStoreError) -> None:
+    def __init__(self, error: FlowStoreError, *, fence: float | None = None) -> None:
         super().__init__(str(error))
         self.error = error
+        self.fence = fence
+        """The event loop's time from which on a retry is certain to make progress; None if unknown."""
 
 
 def describe(error: BaseException) -> FlowStoreError:
