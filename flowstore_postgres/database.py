@@ -14,7 +14,7 @@ import random
 from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -65,10 +65,19 @@ ARRIVAL_SECONDS = 5.0
 
 # As in INP-3: a lease never ends later.
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
+# A duration travels as a number of these. The driver would send a timedelta as an interval of days, and the
+# server adds days in the time zone of the session, where one of them may have 23 or 25 hours.
+MICROSECOND_SQL = "interval '1 microsecond'"
+MICROSECOND = timedelta(microseconds=1)
 
 BEGIN = "BEGIN"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
+
+
+def in_microseconds(duration: timedelta) -> int:
+    """A duration as statements get it, to multiply ``{microsecond}`` by."""
+    return duration // MICROSECOND
 
 
 class Database:
@@ -115,13 +124,12 @@ class Database:
         return None if self._clock is None else self._clock()
 
     def sql(self, statement: str) -> str:
-        """A statement with the schema's quoted name, and the last moment of all, in place."""
+        """A statement with the schema's quoted name, the last moment of all and a microsecond in place."""
         known = self._statements.get(statement)
         if known is None:
             # The schema's name last: it may look like anything.
-            known = statement.replace("{latest}", LATEST_SQL).replace(
-                "{schema}", self._settings.quoted_schema
-            )
+            known = statement.replace("{latest}", LATEST_SQL).replace("{microsecond}", MICROSECOND_SQL)
+            known = known.replace("{schema}", self._settings.quoted_schema)
             self._statements[statement] = known
         return known
 

@@ -17,6 +17,7 @@ import asyncpg
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
 from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_postgres.database import MICROSECOND_SQL, in_microseconds
 from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.judgement import Facts, Setting, judge
@@ -72,7 +73,7 @@ FORGOTTEN = ("idempotency_keys", "controls")
 STRAYS = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
 FIND_FORGOTTEN = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
-WHERE created_at <= clock_timestamp() - $1::interval
+WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
   AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {COUNTED}
 """
 FIND_STRAYS = f"""
@@ -84,7 +85,7 @@ WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT
 DELETE_FORGOTTEN = f"""
 DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM {{schema}}.{{table}} o
-    WHERE created_at <= clock_timestamp() - $1::interval
+    WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
       AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id)
     LIMIT {FIXED_AT_ONCE} FOR UPDATE SKIP LOCKED
 )) AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = d.run_id)
@@ -229,8 +230,9 @@ async def _find_orphans(connection: Any, settings: Settings, *, thorough: bool) 
 
 def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple[str, tuple[Any, ...]]:
     old = table in FORGOTTEN
-    statement = (forgotten if old else strays).replace("{schema}", settings.quoted_schema)
-    return statement.replace("{table}", table), (ORPHAN_GRACE,) if old else ()
+    statement = (forgotten if old else strays).replace("{microsecond}", MICROSECOND_SQL)
+    statement = statement.replace("{schema}", settings.quoted_schema)
+    return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if old else ()
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:

@@ -74,6 +74,7 @@ MODULES = (
     "queries",
     "positions",
     "statistics",
+    "elapsed_time",
     "acknowledgements",
     "coalescing",
     "capabilities",
