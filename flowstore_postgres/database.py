@@ -70,7 +70,8 @@ LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
 MICROSECOND_SQL = "interval '1 microsecond'"
 MICROSECOND = timedelta(microseconds=1)
 
-BEGIN = "BEGIN"
+# Behind a pooler the role's defaults apply.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
 

@@ -22,6 +22,7 @@ from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.judgement import Facts, Setting, judge
 from flowstore_postgres.migrate import CLOSE_SECONDS, Settings, read_connection_settings, read_version
+from flowstore_postgres.sessions import PINNED
 
 ORPHAN_SECONDS = 5.0
 """How long rows without a run are looked for, in all tables together, unless thorough."""
@@ -32,14 +33,15 @@ COUNTED = 10_000
 FIXED_AT_ONCE = 1000
 
 WANTED = (
+    *PINNED,
     "autovacuum",
-    "default_transaction_read_only",
     "fsync",
     "full_page_writes",
     "idle_in_transaction_session_timeout",
     "idle_session_timeout",
     "max_connections",
     "reserved_connections",
+    "session_replication_role",
     "statement_timeout",
     "superuser_reserved_connections",
     "synchronous_commit",
@@ -101,9 +103,13 @@ DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
 
 
 @asynccontextmanager
-async def _connect(settings: Settings) -> AsyncIterator[Any]:
+async def _connect(settings: Settings, *, pinned: bool = True) -> AsyncIterator[Any]:
+    """A connection; unless ``pinned``, the defaults of the server, the database and the role hold on it."""
+    arguments = dict(settings.connect_arguments)
+    if not pinned:
+        arguments.pop("server_settings", None)
     with map_errors():
-        connection = await settings.hosts.connect(**settings.connect_arguments)
+        connection = await settings.hosts.connect(**arguments)
         try:
             yield connection
         finally:
@@ -114,7 +120,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
     """Every finding about the server and the schema; changes nothing."""
     settings = read_connection_settings(config)
     try:
-        async with _connect(settings) as connection, _connect(settings) as second:
+        async with _connect(settings) as connection, _connect(settings, pinned=False) as second:
             facts = await look(connection, second, settings, config)
             found = list(judge(facts))
             if (await read_version(connection, settings))[0]:
@@ -146,8 +152,11 @@ def local_time() -> float:
 
 
 async def look(connection: Any, second: Any, settings: Settings, config: StoreConfig) -> Facts:
-    """What the server says of itself, asked over two connections at once."""
-    rows = await connection.fetch(READ_SETTINGS, list(WANTED))
+    """What the server says of itself, asked over two connections at once.
+
+    The second shows the settings, so none should be pinned on it.
+    """
+    rows = await second.fetch(READ_SETTINGS, list(WANTED))
     server = await connection.fetchrow(READ_SERVER)
     skew, error = await _compare_clocks(connection)
     # Through a transaction pooler, two connections that take turns may meet one server process.

@@ -67,7 +67,11 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
     ),
     "3F000": (ConfigurationError, "the schema does not exist; run: flowstore migrate up"),
     "42P01": (ConfigurationError, "a table is missing; run: flowstore migrate up"),
-    "25006": (StoreUnavailableError, "the server is read-only; name target_session_attrs=read-write"),
+    "25006": (
+        StoreUnavailableError,
+        "the server, or the role's default_transaction_read_only, allows no writes; "
+        "name target_session_attrs=read-write, or run: flowstore doctor",
+    ),
     "53100": (StoreUnavailableError, "the server's disk is full"),
     "53200": (StoreUnavailableError, "the server is out of memory"),
     "57014": (StoreUnavailableError, "a statement ran longer than statement_timeout"),

@@ -20,6 +20,7 @@ from flowstore_core.config import read_query, read_scheme, split_place
 from flowstore_postgres.errors import map_errors
 from flowstore_postgres.hosts import Hosts, read_hosts
 from flowstore_postgres.plugin import DRIVER_OPTIONS
+from flowstore_postgres.sessions import PINNED
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -111,10 +112,7 @@ def read_connection_settings(config: StoreConfig) -> Settings:
             "statement_timeout": milliseconds,
             # Bounds how long a transaction of a vanished client can hold its locks.
             "idle_in_transaction_session_timeout": milliseconds,
-            "jit": "off",
-            # All that is ours is named with its schema. Whatever others have made elsewhere, an operator
-            # or a function in schema public say, is never taken for the server's own.
-            "search_path": "pg_catalog, pg_temp",
+            **PINNED,
         }
     return Settings(
         schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),
