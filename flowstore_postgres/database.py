@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import asyncpg
 
 from flowstore_core import (
-    ConfigurationError,
     FlowStoreError,
     OutcomeUnknownError,
     StoreUnavailableError,
@@ -134,14 +133,6 @@ class Database:
             self._statements[statement] = known
         return known
 
-    def check_place(self) -> None:
-        # A pool belongs to one event loop; asyncpg would fail in stranger ways. As core refuses other threads
-        # and forked processes, the loop that runs is the one that we are in; asking for that costs more.
-        if not self._loop.is_running():
-            raise ConfigurationError(
-                "a store belongs to the event loop that it was opened in; open another one in this loop"
-            )
-
     async def run(
         self,
         operation: Coroutine[Any, Any, T],
@@ -151,7 +142,6 @@ class Database:
 
     async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
-        self.check_place()
         return await self.run(self.retrying(lambda: self._read(statement, arguments), "read"))
 
     async def read_row(self, statement: str, *arguments: object) -> Any:
@@ -185,7 +175,6 @@ class Database:
         have written, and its row is then the answer to a call whose acknowledgement was lost. None
         where saying it again gives the true answer by itself.
         """
-        self.check_place()
         return await self.run(self._statement(operation, statement, arguments, look), give_back)
 
     async def _statement(
@@ -241,7 +230,6 @@ class Database:
         When the caller is cancelled, ``give_back`` gets the answer, or the OutcomeUnknownError that it
         ended with.
         """
-        self.check_place()
         return self._batches.call(batched, row, give_back)
 
     def unacknowledged(self, error: OutcomeUnknownError) -> Sequence[Lost]:
@@ -268,7 +256,6 @@ class Database:
         An error of our own rolls back and is raised. Serialization failures, deadlocks and a
         connection lost before COMMIT are retried; a lost COMMIT is resolved by what the transaction noted.
         """
-        self.check_place()
 
         async def attempt() -> T:
             async with self.connection() as connection:

@@ -120,11 +120,6 @@ class Database:
     def _check_usable(self) -> None:
         if self._process is not _process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
-        # As core refuses other threads, the loop that runs is the one that we are in.
-        if not self._loop.is_running():
-            raise ConfigurationError(
-                "a store belongs to the event loop that it was opened in; open another one in this loop"
-            )
         if self._closed:
             raise StoreClosedError
 

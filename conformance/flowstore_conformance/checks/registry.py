@@ -78,6 +78,7 @@ MODULES = (
     "acknowledgements",
     "coalescing",
     "capabilities",
+    "event_loops",
     "model",
     "races",
     "processes",
