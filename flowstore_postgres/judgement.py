@@ -164,9 +164,9 @@ def judge_durability(facts: Facts) -> Iterator[Finding]:
 
 # What hurts where a pooler keeps flowstore from setting it.
 HARMFUL_DEFAULTS = {
-    "default_transaction_isolation": "Calls that meet are tried again, several times as slow, and counters "
-    "are never folded: pages get slower with each run.",
-    "lock_timeout": "Calls that wait for a lock are tried again, and fail where a step or a run is busy.",
+    "default_transaction_isolation": "Concurrent calls on a run are retried and several times slower. "
+    "Counters are never folded, so pages get slower with each run.",
+    "lock_timeout": "Calls that wait for a lock are retried, and fail while their run or step is busy.",
     "gin_fuzzy_search_limit": "Searches leave out runs.",
 }
 
@@ -311,6 +311,16 @@ def judge_pooler(facts: Facts) -> Iterator[Finding]:
                 meaning="Behind a pooler flowstore cannot set them itself. Without them a client that "
                 "vanished holds its locks for as long as it likes.",
                 remedy=_psql(facts, *statements),
+            )
+        schemas = {name.strip(' "') for name in facts.value("search_path").split(",")}
+        if schemas - {"pg_catalog", "pg_temp"}:
+            yield Finding(
+                code="search-path",
+                severity=Severity.NOTE,
+                summary=f"search_path is {facts.value('search_path')} for the role",
+                meaning="Behind a pooler flowstore cannot set it itself. An operator or a function that "
+                "others make in one of these schemas can be called in place of the server's own.",
+                remedy=_psql(facts, f"ALTER ROLE {role} SET search_path = {PINNED['search_path']}"),
             )
 
 

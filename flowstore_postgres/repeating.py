@@ -65,6 +65,8 @@ class Repeating:
                     until = self._loop.time() + self._seconds
                     token = _until.set(until)
                 if error is not None and until is not None:
+                    if fence is None:
+                        pause = min(pause, LONGEST_PAUSE)
                     wait = pause * random.uniform(0.5, 1.5)
                     left = until - self._loop.time()
                     if fence is not None:
@@ -74,7 +76,7 @@ class Repeating:
                         raise without_foreign(error)
                     report_retry(self._observers, operation, tries, error, wait)
                     await asyncio.sleep(wait)
-                    pause = pause * 2 if fence is not None else min(pause * 2, LONGEST_PAUSE)
+                    pause *= 2
                 fence = None
                 try:
                     return await attempt()

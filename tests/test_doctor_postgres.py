@@ -135,17 +135,18 @@ SPOILT_BEHIND_A_POOLER = {
     "idle-session-timeout": ("note", "ALTER ROLE postgres SET idle_session_timeout = 60000"),
     "transaction-timeout": ("note", "ALTER ROLE postgres SET transaction_timeout = 60000"),
 }
-TIME_OUTS = [
-    f"ALTER ROLE postgres SET {name} = 30000"
-    for name in ("statement_timeout", "idle_in_transaction_session_timeout")
-]
+FOR_A_POOLER = (
+    "ALTER ROLE postgres SET statement_timeout = 30000",
+    "ALTER ROLE postgres SET idle_in_transaction_session_timeout = 30000",
+    "ALTER ROLE postgres SET search_path = pg_catalog, pg_temp",
+)
 
 
 @pytest.mark.parametrize("name", SPOILT_BEHIND_A_POOLER)
 def test_behind_a_pooler_an_unsafe_default_is_found_and_its_remedy_helps(
     name: str, place: str, server: str, doctor: Doctor
 ) -> None:
-    _execute(server, *TIME_OUTS, "SELECT 1")
+    _execute(server, *FOR_A_POOLER, "SELECT 1")
     _spoil_and_mend(f"{place}&pgbouncer=true", server, doctor, name, *SPOILT_BEHIND_A_POOLER[name])
 
 
@@ -197,12 +198,14 @@ def test_a_pool_that_is_larger_than_what_is_left_is_found(place: str, server: st
         _execute(server, "DROP OWNED BY small", "DROP ROLE small", "SELECT 1")
 
 
-def test_behind_a_pooler_the_role_needs_time_outs(place: str, server: str, doctor: Doctor) -> None:
+def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
+    place: str, server: str, doctor: Doctor
+) -> None:
     _, found = doctor(f"{place}&pgbouncer=true")
-    assert list(found) == ["no-time-outs"]
-    words = shlex.split(found["no-time-outs"]["remedy"])
+    assert list(found) == ["no-time-outs", "search-path"]
+    words = shlex.split(found["no-time-outs"]["remedy"]) + shlex.split(found["search-path"]["remedy"])
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
-    assert len(commands) == 2
+    assert len(commands) == 3
     _execute(server, *commands, "SELECT 1")
     assert doctor(f"{place}&pgbouncer=true") == (0, {})
 
