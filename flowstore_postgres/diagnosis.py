@@ -17,10 +17,12 @@ import asyncpg
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
 from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_postgres.database import MICROSECOND_SQL, in_microseconds
 from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.judgement import Facts, Setting, judge
 from flowstore_postgres.migrate import CLOSE_SECONDS, Settings, read_connection_settings, read_version
+from flowstore_postgres.sessions import PINNED
 
 ORPHAN_SECONDS = 5.0
 """How long rows without a run are looked for, in all tables together, unless thorough."""
@@ -31,14 +33,15 @@ COUNTED = 10_000
 FIXED_AT_ONCE = 1000
 
 WANTED = (
+    *PINNED,
     "autovacuum",
-    "default_transaction_read_only",
     "fsync",
     "full_page_writes",
     "idle_in_transaction_session_timeout",
     "idle_session_timeout",
     "max_connections",
     "reserved_connections",
+    "session_replication_role",
     "statement_timeout",
     "superuser_reserved_connections",
     "synchronous_commit",
@@ -72,7 +75,7 @@ FORGOTTEN = ("idempotency_keys", "controls")
 STRAYS = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
 FIND_FORGOTTEN = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
-WHERE created_at <= clock_timestamp() - $1::interval
+WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
   AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {COUNTED}
 """
 FIND_STRAYS = f"""
@@ -84,7 +87,7 @@ WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT
 DELETE_FORGOTTEN = f"""
 DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM {{schema}}.{{table}} o
-    WHERE created_at <= clock_timestamp() - $1::interval
+    WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
       AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id)
     LIMIT {FIXED_AT_ONCE} FOR UPDATE SKIP LOCKED
 )) AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = d.run_id)
@@ -100,9 +103,13 @@ DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
 
 
 @asynccontextmanager
-async def _connect(settings: Settings) -> AsyncIterator[Any]:
+async def _connect(settings: Settings, *, pinned: bool = True) -> AsyncIterator[Any]:
+    """A connection; unless ``pinned``, the defaults of the server, the database and the role hold on it."""
+    arguments = dict(settings.connect_arguments)
+    if not pinned:
+        arguments.pop("server_settings", None)
     with map_errors():
-        connection = await settings.hosts.connect(**settings.connect_arguments)
+        connection = await settings.hosts.connect(**arguments)
         try:
             yield connection
         finally:
@@ -113,7 +120,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
     """Every finding about the server and the schema; changes nothing."""
     settings = read_connection_settings(config)
     try:
-        async with _connect(settings) as connection, _connect(settings) as second:
+        async with _connect(settings) as connection, _connect(settings, pinned=False) as second:
             facts = await look(connection, second, settings, config)
             found = list(judge(facts))
             if (await read_version(connection, settings))[0]:
@@ -145,8 +152,11 @@ def local_time() -> float:
 
 
 async def look(connection: Any, second: Any, settings: Settings, config: StoreConfig) -> Facts:
-    """What the server says of itself, asked over two connections at once."""
-    rows = await connection.fetch(READ_SETTINGS, list(WANTED))
+    """What the server says of itself, asked over two connections at once.
+
+    The second shows the settings, so none should be pinned on it.
+    """
+    rows = await second.fetch(READ_SETTINGS, list(WANTED))
     server = await connection.fetchrow(READ_SERVER)
     skew, error = await _compare_clocks(connection)
     # Through a transaction pooler, two connections that take turns may meet one server process.
@@ -229,8 +239,9 @@ async def _find_orphans(connection: Any, settings: Settings, *, thorough: bool) 
 
 def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple[str, tuple[Any, ...]]:
     old = table in FORGOTTEN
-    statement = (forgotten if old else strays).replace("{schema}", settings.quoted_schema)
-    return statement.replace("{table}", table), (ORPHAN_GRACE,) if old else ()
+    statement = (forgotten if old else strays).replace("{microsecond}", MICROSECOND_SQL)
+    statement = statement.replace("{schema}", settings.quoted_schema)
+    return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if old else ()
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:

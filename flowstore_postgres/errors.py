@@ -71,7 +71,11 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
     ),
     "3F000": (ConfigurationError, "the schema does not exist; run: flowstore migrate up"),
     "42P01": (ConfigurationError, "a table is missing; run: flowstore migrate up"),
-    "25006": (StoreUnavailableError, "the server is read-only; name target_session_attrs=read-write"),
+    "25006": (
+        StoreUnavailableError,
+        "the server, or the role's default_transaction_read_only, allows no writes; "
+        "name target_session_attrs=read-write, or run: flowstore doctor",
+    ),
     "53100": (StoreUnavailableError, "the server's disk is full"),
     "53200": (StoreUnavailableError, "the server is out of memory"),
     "57014": (StoreUnavailableError, "a statement ran longer than statement_timeout"),
@@ -85,9 +89,11 @@ CONNECTION_LOST = "connection_lost"
 class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
     """The operation is known not to have happened; it may be tried again."""
 
-    def __init__(self, error: FlowStoreError) -> None:
+    def __init__(self, error: FlowStoreError, *, fence: float | None = None) -> None:
         super().__init__(str(error))
         self.error = error
+        self.fence = fence
+        """The event loop's time from which on a retry is certain to make progress; None if unknown."""
 
 
 def describe(error: BaseException) -> FlowStoreError:

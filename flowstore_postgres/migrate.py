@@ -23,6 +23,7 @@ from flowstore_core.urls import has_control_characters, parse_url
 from flowstore_postgres.errors import map_errors
 from flowstore_postgres.hosts import Host, Hosts, read_hosts, read_ports
 from flowstore_postgres.plugin import DRIVER_OPTIONS, DRIVER_VARIABLES, DRIVER_WORDS
+from flowstore_postgres.sessions import PINNED
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -114,10 +115,7 @@ def read_connection_settings(config: StoreConfig) -> Settings:
             "statement_timeout": milliseconds,
             # Bounds how long a transaction of a vanished client can hold its locks.
             "idle_in_transaction_session_timeout": milliseconds,
-            "jit": "off",
-            # All that is ours is named with its schema. Whatever others have made elsewhere, an operator
-            # or a function in schema public say, is never taken for the server's own.
-            "search_path": "pg_catalog, pg_temp",
+            **PINNED,
         }
     return Settings(
         schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),

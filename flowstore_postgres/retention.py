@@ -10,9 +10,10 @@ from uuid import UUID
 
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.connection import Transaction
-from flowstore_postgres.database import Database
+from flowstore_postgres.database import Database, in_microseconds
 from flowstore_postgres.search import gather, is_indexed
 
+GRACE = in_microseconds(ORPHAN_GRACE)
 BATCH = 500
 """Runs that are looked up at once; orphans that are deleted at once at most."""
 TURN = 20
@@ -63,7 +64,7 @@ LOCK_ORPHANED_KEYS = """
 SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys k
 WHERE (flow_id, trigger_key, idempotency_key) IN (
     SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys i
-    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::bigint * {microsecond}
       AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = i.run_id)
     ORDER BY created_at LIMIT $4
 )
@@ -79,7 +80,7 @@ LOCK_ORPHANED_CONTROLS = """
 SELECT run_id FROM {schema}.controls c
 WHERE run_id IN (
     SELECT run_id FROM {schema}.controls i
-    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::bigint * {microsecond}
       AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = i.run_id)
     ORDER BY created_at LIMIT $4
 )
@@ -95,7 +96,7 @@ DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
 """
 
 # Longer than anybody asks what became of a COMMIT, whatever retry_timeout.
-DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '1 day'"
+DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '24 hours'"
 
 
 class Retention:
@@ -132,7 +133,7 @@ async def _delete_runs(runs: Sequence[UUID], cutoff: datetime, transaction: Tran
 
 
 async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:
-    rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+    rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, GRACE, BATCH)
     if not rows:
         return 0
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -140,7 +141,7 @@ async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:
 
 
 async def _sweep_controls(cutoff: datetime, transaction: Transaction) -> int:
-    rows = await transaction.rows(LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+    rows = await transaction.rows(LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, GRACE, BATCH)
     if not rows:
         return 0
     return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
+from flowstore_core import ConfigurationError, OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import to_the_end
 from flowstore_core.observing import NOBODY, Observers
 from flowstore_sqlite.connection import Connection, snapshot
@@ -72,13 +72,13 @@ class Database:
         self._closed = False
 
     def write(
-        self, work: Write[T], give_back: Callable[[T], Awaitable[None]] | None = None
+        self, work: Write[T], give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None
     ) -> Coroutine[Any, Any, T]:
         """Run work in a transaction of the writer, whole or not at all.
 
         Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and ``give_back`` gets its result, to give back what it has won and nobody will hear
-        of. Work that has not begun never does.
+        begun ends, and ``give_back`` gets its result, or OutcomeUnknownError, to undo its effect. Work
+        that has not begun never does.
 
         Raises StoreUnavailableError when the lock was not free within busy_timeout.
         """
@@ -120,11 +120,6 @@ class Database:
     def _check_usable(self) -> None:
         if self._process is not _process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
-        # As core refuses other threads, the loop that runs is the one that we are in.
-        if not self._loop.is_running():
-            raise ConfigurationError(
-                "a store belongs to the event loop that it was opened in; open another one in this loop"
-            )
         if self._closed:
             raise StoreClosedError
 
