@@ -16,7 +16,7 @@ from flowstore_postgres.migrate import NO_TIMEOUT, Settings, pinned_transaction
 SINCE = 7
 """The version of the schema that ignores loaded sums and has the lock below."""
 UNFOLDED = 10_000
-"""Healthy writers leave some 400 rows of run_changes unfolded, and never as many as this."""
+"""Healthy writers leave some 400 rows of run_changes unfolded; only a bulk load leaves as many as this."""
 
 # changes has no right value, but a day on which a stored run started without any is left out of timeseries.
 DIFFERENCES = """
@@ -111,8 +111,9 @@ async def find_unfolded(connection: Any, settings: Settings) -> Sequence[Finding
             code="changes-unfolded",
             severity=Severity.WARNING,
             summary=f"more than {UNFOLDED:,} rows of table run_changes are not folded into the counters",
-            meaning="Counts are right, but every page and every statistic reads these rows. Folding fails, "
-            "for a reason that is in the server's log, or a transaction that has folded is still open.",
+            meaning="Counts are right, but every page and every statistic reads these rows. Writers fold them "
+            "after a bulk load. Otherwise folding fails, for a reason that is in the server's log, or a "
+            "transaction that has folded is still open.",
             remedy="flowstore doctor --fix",
             fix="fold table run_changes into the counters",
         ),
