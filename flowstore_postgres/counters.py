@@ -111,8 +111,8 @@ async def find_unfolded(connection: Any, settings: Settings) -> Sequence[Finding
             code="changes-unfolded",
             severity=Severity.WARNING,
             summary=f"more than {UNFOLDED:,} rows of table run_changes are not folded into the counters",
-            meaning="Counts are right, but every page and every statistic reads these rows. Writers fold them "
-            "after a bulk load. Otherwise folding fails, for a reason that is in the server's log, or a "
+            meaning="Counts are right, but every page and every statistic reads these rows. After a bulk "
+            "load writers fold them. Otherwise folding fails, for a reason that is in the server's log, or a "
             "transaction that has folded is still open.",
             remedy="flowstore doctor --fix",
             fix="fold table run_changes into the counters",
