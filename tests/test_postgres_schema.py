@@ -300,7 +300,9 @@ async def test_data_alone_restored_into_a_migrated_schema_is_counted_once(
         await store.cleanup(LONG_AGO)
         # Some changes are folded, some are not; some runs can be searched by index, some cannot.
         await _live(store, clock, random.Random(9), 30)
+        await _work(store, 20)
         wanted = await _ask(store, clock.now)
+    assert await database.admin.fetchval("SELECT count(*) FROM flowstore.unsearched") >= 20
     await database.admin.execute("INSERT INTO flowstore.commits (connection, token) VALUES (1, 1)")
     dump = await database.run_tool(
         "pg_dump", "-n", "flowstore", "--data-only", "-T", "flowstore.schema_version", *options
@@ -331,6 +333,7 @@ async def test_a_loaded_summary_is_not_taken_for_one_of_a_day_with_as_many_chang
         await store.start_run(FLOWS[0], "flow", run_ids[0], "manual")
         # Twenty runs came and went, so the day has 81 changes and one run.
         await store.get_run_timeseries("day", now - week, now)  # type: ignore[arg-type]
+        await database.admin.execute("SELECT flowstore.fold_run_changes()")
     dump = await database.run_tool(
         "pg_dump", "-n", "flowstore", "--data-only", "-T", "flowstore.schema_version"
     )
