@@ -1,8 +1,8 @@
 """The sums of migration 2 compared with the runs that they count, and corrected.
 
-A sum is that of run_counts or run_days and of run_changes, so its error is the same in every snapshot,
-whatever is written or folded meanwhile. Adding the difference that one snapshot shows is therefore right
-beside running writers, and holds up none of them.
+A counter is the sum over run_counts or run_days and run_changes. Writers change it together with the run, and
+folding does not change it, so its error is the same in every snapshot. The difference that one snapshot shows
+can therefore be added while others write, without locking any row of theirs.
 """
 
 from __future__ import annotations

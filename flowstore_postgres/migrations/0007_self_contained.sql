@@ -14,16 +14,16 @@
 -- Folding can no longer fail the transaction of its writer. It runs in a subtransaction, waits at most 50 ms for
 -- a lock and folds at most 10,000 rows. The server's log has the reason when it fails, and "flowstore doctor"
 -- reports rows that stay unfolded. Each further fold of the same transaction is half as likely and may take twice
--- as many rows: a bulk load folds some ten times, and not once in 250 runs, each time reading past all rows that
--- it has folded already.
+-- as many rows. A bulk load thus folds some ten times; once in 250 runs would be quadratic, because each fold reads
+-- past all rows that the transaction has folded before.
 --
 -- Server CPU time per run with the index for searches, medians of interleaved rounds on PostgreSQL 18.6 (15.18):
--- a start takes 37 (37) instead of 24 (23) microseconds, an end 62 (68) instead of 34 (37). At an end, keys are
--- 10 of the difference, search_path 10, recognising loaded rows 4. EXECUTE instead of search_path would take 35
--- more. The subtransaction of a fold takes 0.8 microseconds, once in 250 changes.
+-- a start takes 36 (33) instead of 24 (23) microseconds, an end 66 (70) instead of 37 (38). At an end, keys are
+-- about 12 of the difference, search_path 12, recognising loaded rows 4. EXECUTE instead of search_path would take
+-- 35 more. The subtransaction of a fold takes 0.9 microseconds, once in 250 changes.
 
--- Rewrites the table, which is small. An update of a run adds two rows, with one id and the amounts 1 and -1: a
--- random uuid takes the server three microseconds.
+-- Rewrites the table, which is small. The two rows of an updated run share an id and have the amounts 1 and -1,
+-- because a random uuid takes the server three microseconds.
 ALTER TABLE {schema}.run_changes
     ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid(), ADD PRIMARY KEY (id, amount);
 
@@ -147,7 +147,8 @@ BEGIN
 END
 $ignore$;
 
--- Rows of the triggers on runs come from a depth of 1. Folding may be called by itself, and says so.
+-- The triggers on runs insert at a trigger depth of 1. A direct call of fold_run_changes() inserts at depth 0 and
+-- sets flowstore.folding.
 CREATE TRIGGER ignore_loaded BEFORE INSERT ON {schema}.run_changes FOR EACH ROW
     WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION {schema}.ignore_loaded_sums();
 CREATE TRIGGER ignore_loaded BEFORE INSERT ON {schema}.run_counts FOR EACH ROW
