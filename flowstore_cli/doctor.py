@@ -76,12 +76,12 @@ def doctor(
     """Say what is wrong with a store, what it means, and what to do.
 
     Looks for work that stands still (expired leases, lost dispatches, runs with nothing in flight or past
-    their deadline), rows that belong to no run, settings of the server or the file that can lose data,
-    clocks that differ, and a schema that is not this version's. It changes nothing, and takes a few
-    seconds however large the store is.
+    their deadline), rows that belong to no run, counters that differ from the runs, settings of the server
+    or the file that can lose data, clocks that differ, and a schema that is not this version's. It changes
+    nothing, and takes a few seconds however large the store is.
 
-    With --fix it deletes the rows that belong to no run and sets the mode of SQLite files to 0600, then
-    looks again. It never touches a run, nor the settings of a server.
+    With --fix it deletes the rows that belong to no run, corrects the counters and sets the mode of SQLite
+    files to 0600, then looks again. It never touches a run, nor the settings of a server.
 
     \b
       flowstore doctor

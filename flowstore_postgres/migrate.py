@@ -20,7 +20,7 @@ import asyncpg
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
 from flowstore_core.urls import has_control_characters, parse_url
-from flowstore_postgres.errors import map_errors
+from flowstore_postgres.errors import describe, map_errors
 from flowstore_postgres.hosts import Host, Hosts, read_hosts, read_ports
 from flowstore_postgres.plugin import DRIVER_OPTIONS, DRIVER_VARIABLES, DRIVER_WORDS
 from flowstore_postgres.sessions import PINNED
@@ -52,7 +52,19 @@ CREATE TABLE {schema}.schema_version (
 RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from) VALUES ($1, $2, $3)"
 # IF NOT EXISTS is not safe against others who do the same at the same moment; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
-NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
+SET_WRITABLE = "SET TRANSACTION READ WRITE"
+NO_TIMEOUT = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
+# A script is run by any client, whose role or database may have other defaults. The lock is that of a store
+# which migrates the same schema when it is opened.
+SCRIPT = f"""BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+{NO_TIMEOUT};
+SET LOCAL search_path = pg_catalog, pg_temp;
+{{}};
+{{}}
+{{}}
+{{}};
+COMMIT;
+"""
 HAS_INDEX = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgname = 'search_ended'
                AND tgrelid = $name${schema}.runs$name$::regclass) AS indexed
@@ -204,6 +216,11 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def quote_text(text: str) -> str:
+    """A string constant, whatever standard_conforming_strings is."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migration:
     """One numbered .sql file; ``{schema}`` in it stands for the schema's quoted name."""
@@ -232,14 +249,16 @@ def read_migrations() -> tuple[Migration, ...]:
 
 def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     """Every migration as (number, name, a script that applies and records it)."""
-    schema = read_connection_settings(config).quoted_schema
+    settings = read_connection_settings(config)
+    lock = LOCK_SCHEMA.replace("$1", quote_text(settings.schema))
     scripts = []
     for one in read_migrations():
         prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
         values = f"({one.number}, '{one.name}', {one.works_from})"
         record = RECORD_VERSION.replace("($1, $2, $3)", values)
-        script = f"BEGIN;\n{prepare}\n{one.sql}\n{record};\nCOMMIT;\n"
-        scripts.append((one.number, one.name, script.replace("{schema}", schema)))
+        parts = (part.replace("{schema}", settings.quoted_schema) for part in (prepare, one.sql, record))
+        script = SCRIPT.format(lock, *parts)
+        scripts.append((one.number, one.name, script))
     return scripts
 
 
@@ -265,8 +284,23 @@ async def check_schema(connection: Any, settings: Settings, *, migrate: bool) ->
         return found
     if not migrate:
         raise SchemaVersionError(found, needed, "run: flowstore migrate up (with a role that may)")
-    async with connection.transaction():
+    async with pinned_transaction(connection):
         return await _apply(connection, settings, needed)
+
+
+@asynccontextmanager
+async def pinned_transaction(connection: Any) -> AsyncIterator[None]:
+    """A transaction at READ COMMITTED that may write, whatever the defaults of the session.
+
+    Statements that follow a wait for a lock must see what was committed meanwhile.
+    """
+    async with connection.transaction(isolation="read_committed"):
+        try:
+            await connection.execute(SET_WRITABLE)
+        except asyncpg.FeatureNotSupportedError:
+            # Only a replica refuses it.
+            raise describe(asyncpg.ReadOnlySQLTransactionError()) from None
+        yield
 
 
 async def _apply(connection: Any, settings: Settings, needed: int) -> int:
@@ -324,16 +358,19 @@ async def migrate_schema(config: StoreConfig) -> int:
             return statement.replace("{schema}", settings.quoted_schema)
 
         # An index that could not be made before: pg_trgm may have been installed since.
-        async with connection.transaction():
+        async with pinned_transaction(connection):
             await connection.execute(NO_TIMEOUT)
             enabled = await connection.fetchval(sql(ENABLE_SEARCH))
         if enabled:
             if await connection.fetchval(sql(COUNT_UNSEARCHED)) == MANY:
                 # Much quicker without the index, which is built at the end; searches are right meanwhile.
-                await connection.execute(sql(DROP_INDEX))
-            while await connection.fetchval(sql(GATHER_TEXTS), GATHERED):
-                pass
-            async with connection.transaction():
+                async with pinned_transaction(connection):
+                    await connection.execute(sql(DROP_INDEX))
+            gathered = 1
+            while gathered:
+                async with pinned_transaction(connection):
+                    gathered = await connection.fetchval(sql(GATHER_TEXTS), GATHERED)
+            async with pinned_transaction(connection):
                 await connection.execute(NO_TIMEOUT)
                 await connection.execute(sql(INDEX_TEXTS))
         return version
@@ -359,11 +396,11 @@ async def scratch_schema(url: str) -> AsyncIterator[str]:
         clock=None,
         migrate=True,
     )
-    async with _connect(config) as (connection, settings):
+    async with _connect(config) as (connection, settings), pinned_transaction(connection):
         # No IF NOT EXISTS: a schema that exists is somebody's, and is never taken over.
         await connection.execute(f"CREATE SCHEMA {settings.quoted_schema}")
     try:
         yield fresh
     finally:
-        async with _connect(config) as (connection, settings):
+        async with _connect(config) as (connection, settings), pinned_transaction(connection):
             await connection.execute(f"DROP SCHEMA {settings.quoted_schema} CASCADE")

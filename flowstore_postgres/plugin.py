@@ -111,13 +111,13 @@ class PostgresBackend:
         }
 
     async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
-        """What is wrong with the server, its settings and its clock, and rows without a run."""
+        """What is wrong with the server, its settings and its clock, rows without a run, and counters."""
         from flowstore_postgres.diagnosis import diagnose
 
         return await diagnose(config, thorough=thorough)
 
     async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
-        """Delete the rows without a run that were found."""
+        """Delete the rows without a run that were found, and correct the counters."""
         from flowstore_postgres.diagnosis import fix
 
         return await fix(config, findings)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from uuid import UUID
 
+from flowstore_core import FlowStoreError
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database, in_microseconds
 from flowstore_postgres.search import gather, is_indexed
+
+log = logging.getLogger("flowstore_postgres")
 
 GRACE = in_microseconds(ORPHAN_GRACE)
 BATCH = 500
@@ -113,10 +117,20 @@ class Retention:
                 pass
         await self._in_turn(partial(_drop_notes, cutoff))
         if await is_indexed(self._database):
-            # What ended since the last time becomes quick to search.
+            await self._gather()
+        return deleted
+
+    async def _gather(self) -> None:
+        """Add ended runs to the index for searches; a search finds them without it."""
+        try:
             while await self._in_turn(partial(gather, GATHERED)):
                 pass
-        return deleted
+        except FlowStoreError as error:
+            log.warning(
+                "cleanup could not add ended runs to the index for searches: %s",
+                error,
+                extra={"flowstore.operation": "cleanup", "flowstore.sqlstate": error.database_code},
+            )
 
     async def _in_turn(self, work: Callable[[Transaction], Awaitable[int]]) -> int:
         loop = asyncio.get_running_loop()

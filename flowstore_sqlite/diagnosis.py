@@ -19,7 +19,7 @@ from uuid import UUID
 from flowstore_core import StoreConfig, StoreUnavailableError
 from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_sqlite import files
+from flowstore_sqlite import counters, files
 from flowstore_sqlite.connection import Connection, snapshot, written
 from flowstore_sqlite.errors import primary_code
 from flowstore_sqlite.location import LOG, LOG_INDEX, Access, read_location, size
@@ -77,7 +77,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
                 # The rows of damaged pages tell nothing more.
                 return found
             if (await ask(read_version))[0]:
-                found += await ask(partial(_find_orphans, thorough, _now(config)))
+                found += await ask(partial(_check_rows, thorough, _now(config)))
         except StoreUnavailableError as error:
             if not str(error.database_code).startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
                 raise
@@ -221,7 +221,7 @@ def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
         db.set_progress_handler(None, 0)
 
 
-def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
+def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
     found: list[Finding] = []
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
@@ -235,10 +235,12 @@ def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Find
                 for table in (*FORGOTTEN, *STRAYS)
                 if (runs := _runs_of_orphans(table, now, db))
             )
+            if read_version(db)[0] >= counters.SINCE:
+                found.extend(counters.compare(db))
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
-        found.append(_not_to_the_end("rows", "Looking for rows without a run"))
+        found.append(_not_to_the_end("rows", "The check of rows"))
     return found
 
 
@@ -252,16 +254,20 @@ def _runs_of_orphans(table: str, now: int, db: sqlite3.Connection) -> list[bytes
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
-    """Delete orphans and narrow permissions, as the findings say; safe while others write."""
+    """Delete orphans, correct counters, narrow permissions, as the findings say; safe while others write."""
     path, options = read_location(config.url), Options.read(config)
     done = [line for finding in findings for line in files.fix(path, finding)]
     tables = [finding.code.removeprefix("orphans-").replace("-", "_") for finding in findings]
     wanted = [table for table in (*FORGOTTEN, *STRAYS) if table in tables]
-    if not wanted:
+    counters_wrong = any(finding.code == "counters-wrong" for finding in findings)
+    if not wanted and not counters_wrong:
         return done
     connection = Connection(path)
     try:
         await connection.open()
+        if counters_wrong:
+            correct = partial(written, counters.correct)
+            done.append(await connection.run_patiently(correct, options.busy_timeout))
         for table in wanted:
             deleted = 0
             delete = partial(written, partial(_delete_orphans, table, _now(config)))

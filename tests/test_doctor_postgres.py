@@ -274,7 +274,7 @@ def test_rows_without_a_run_are_found_and_fixed(code: str, place: str, server: s
 def test_a_look_that_takes_too_long_is_cut_short(
     place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "ORPHAN_SECONDS", 0.5)
+    monkeypatch.setattr(diagnosis, "ROWS_SECONDS", 0.5)
     schema = place.rpartition("=")[2]
     with _session(server) as execute:
         execute("BEGIN")
