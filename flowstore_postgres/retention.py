@@ -101,6 +101,13 @@ DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
 
 # Longer than anybody asks what became of a COMMIT, whatever retry_timeout.
 DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '24 hours'"
+FOLD_CHANGES = "SELECT {schema}.fold_run_changes()"
+# A summary of another number of changes is never used. One that counts changes which are not folded yet goes
+# too, and is computed again.
+DELETE_STALE_SUMMARIES = """
+DELETE FROM {schema}.run_summaries s
+WHERE NOT EXISTS (SELECT FROM {schema}.run_days d WHERE d.day = s.day AND d.changes = s.changes)
+"""
 
 
 class Retention:
@@ -116,18 +123,21 @@ class Retention:
             while await self._in_turn(partial(sweep, cutoff)):
                 pass
         await self._in_turn(partial(_drop_notes, cutoff))
+        await self._maintain("fold the changes of runs into the counters", _fold)
+        await self._maintain("delete stale summaries", _delete_stale_summaries)
         if await is_indexed(self._database):
-            await self._gather()
+            await self._maintain("add ended runs to the index for searches", partial(gather, GATHERED))
         return deleted
 
-    async def _gather(self) -> None:
-        """Add ended runs to the index for searches; a search finds them without it."""
+    async def _maintain(self, what: str, work: Callable[[Transaction], Awaitable[int]]) -> None:
+        """Repeat maintenance until nothing is left. Every answer is right without it, so it may fail."""
         try:
-            while await self._in_turn(partial(gather, GATHERED)):
+            while await self._in_turn(work):
                 pass
         except FlowStoreError as error:
             log.warning(
-                "cleanup could not add ended runs to the index for searches: %s",
+                "cleanup could not %s: %s",
+                what,
                 error,
                 extra={"flowstore.operation": "cleanup", "flowstore.sqlstate": error.database_code},
             )
@@ -144,6 +154,15 @@ async def _delete_runs(runs: Sequence[UUID], cutoff: datetime, transaction: Tran
     """Delete those that are still completed, each whole; how many."""
     locked = [row[0] for row in await transaction.rows(LOCK_COMPLETED, runs, cutoff)]
     return _count(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
+
+
+async def _fold(transaction: Transaction) -> int:
+    return int((await transaction.row(FOLD_CHANGES))[0])
+
+
+async def _delete_stale_summaries(transaction: Transaction) -> int:
+    await transaction.execute(DELETE_STALE_SUMMARIES)
+    return 0
 
 
 async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:

@@ -185,9 +185,6 @@ async def _postgresql_rows(url: str) -> dict[str, list[Any]]:
         await connection.close()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="cleanup leaves rows in run_changes, run_counts and run_summaries for a while"
-)
 async def test_postgresql_keeps_no_row(fresh: str, clock: VirtualClock) -> None:
     async with open_store(fresh, clock=clock) as store:
         empty = await _postgresql_rows(fresh)
