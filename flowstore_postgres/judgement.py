@@ -10,11 +10,10 @@ from datetime import UTC, date, datetime
 from flowstore_core.findings import Finding, Severity
 from flowstore_postgres.sessions import PINNED
 
-OLDEST = 130000
-"""pg_current_xact_id, by which a lost COMMIT is resolved, came with PostgreSQL 13."""
+OLDEST = 140000
+"""Timeseries use date_bin, which PostgreSQL 14 introduced."""
 # The day from which on the PostgreSQL project mends a major version no more.
 END_OF_LIFE = {
-    13: date(2025, 11, 13),
     14: date(2026, 11, 12),
     15: date(2027, 11, 11),
     16: date(2028, 11, 9),
@@ -228,7 +227,7 @@ def judge_version(facts: Facts, today: date) -> Iterator[Finding]:
             code="server-too-old",
             severity=Severity.ERROR,
             summary=f"the server is PostgreSQL {facts.version_text}",
-            meaning="flowstore needs 13 or newer.",
+            meaning="flowstore needs 14 or newer.",
             remedy=remedy,
         )
     elif end is not None and end <= today:

@@ -320,13 +320,13 @@ async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Finding]]:
     ("facts", "code", "severity"),
     [
         ({"replica": True}, "replica", Severity.ERROR),
-        ({"version": 120022, "version_text": "12.22"}, "server-too-old", Severity.ERROR),
-        ({"version": 130022, "version_text": "13.22"}, "server-old", Severity.WARNING),
+        ({"version": 130022, "version_text": "13.22"}, "server-too-old", Severity.ERROR),
+        ({"version": 140020, "version_text": "14.20"}, "server-old", Severity.WARNING),
         ({"pooled": True}, "pooler-undeclared", Severity.ERROR),
     ],
 )
 async def test_facts_are_judged(facts: dict[str, Any], code: str, severity: Severity, server: str) -> None:
-    found = list(judge(replace(await _facts(server), **facts), date(2026, 6, 1)))
+    found = list(judge(replace(await _facts(server), **facts), date(2026, 12, 1)))
     assert [(finding.code, finding.severity) for finding in found] == [(code, severity)]
 
 
