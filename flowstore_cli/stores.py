@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 from uuid import UUID
@@ -14,7 +15,7 @@ from uuid import UUID
 import typer
 
 from flowstore_cli.failures import USAGE, Failure
-from flowstore_core import BackendLoadError, FlowStore, StoreConfig, open_store
+from flowstore_core import BackendLoadError, FlowStore, SchemaVersionError, StoreConfig, open_store
 from flowstore_core.arguments import MAX_TEXT_BYTES
 from flowstore_core.config import read_path, redact
 from flowstore_core.findings import Finding
@@ -112,17 +113,43 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 @asynccontextmanager
-async def existing_store(url: str | None, *, migrate: bool) -> AsyncIterator[FlowStore]:
-    """Open a store that is there already: a command that only looks must not make one."""
-    plugin, backend, config = resolve_store(url, migrate=migrate)
-    if isinstance(backend, Migratable) and not await schema_version(plugin, backend, config):
-        raise Failure(
-            f"there is no flowstore schema at {whereabouts(config)}; check --url, or make one with: "
-            "flowstore migrate up",
-            USAGE,
-        )
-    async with open_store(url, migrate=migrate) as store:
+async def existing_store(url: str | None, *, migrate: bool = False) -> AsyncIterator[FlowStore]:
+    """Open a store as it is: neither it nor its schema is created or migrated, whatever ``migrate`` says.
+
+    Raises Failure where there is no schema, SchemaVersionError where the schema is older.
+    """
+    _, _, config = resolve_store(url, migrate=False)
+    async with AsyncExitStack() as stack:
+        try:
+            store = await stack.enter_async_context(open_store(url, migrate=False))
+        except SchemaVersionError as error:
+            if error.found >= error.needed:
+                raise
+            command = with_url("flowstore migrate up", url)
+            if error.found:
+                raise SchemaVersionError(error.found, error.needed, f"run: {command}") from error
+            raise Failure(
+                f"there is no flowstore schema at {whereabouts(config)}; check --url, or create one with: "
+                f"{command}",
+                USAGE,
+            ) from error
         yield store
+
+
+async def migrate_schema(plugin: Plugin, backend: Migratable, config: StoreConfig) -> tuple[int, int]:
+    """Apply the missing migrations; the versions before and after."""
+    before = await schema_version(plugin, backend, config)
+    try:
+        return before, await backend.migrate(config)
+    except ModuleNotFoundError as error:
+        raise missing_driver(plugin, error) from error
+
+
+def with_url(command: str, url: str | None) -> str:
+    """A command line of our own for the store that the user named; URL stands for one with secrets."""
+    if url is None:
+        return command
+    return f"{command} --url {shlex.quote(url) if redact(url) == url else 'URL'}"
 
 
 async def schema_version(plugin: Plugin, backend: Migratable, config: StoreConfig) -> int:
@@ -141,7 +168,9 @@ def whereabouts(config: StoreConfig) -> str:
     """Where a store is, for people: its URL without secrets, and the file if it is one."""
     shown = redact(config.url)
     if config.scheme == "sqlite":
-        return f"{shown} (file {Path(read_path(config.url)).absolute()})"
+        # Without a working directory a relative path leads nowhere; opening the store says so.
+        with suppress(FileNotFoundError):
+            return f"{shown} (file {Path(read_path(config.url)).absolute()})"
     return shown
 
 
