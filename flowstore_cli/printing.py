@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,23 +26,9 @@ STATUS_STYLES = {
 }
 
 
-def prepare_streams() -> None:
-    """A character that the terminal cannot show must not end the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-class Outlet(Console):
-    """A console that leaves a broken pipe to whoever ends the command."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def new_console() -> Console:
     """A console on stdout: colours only on a terminal, and none where NO_COLOR is set."""
-    return Outlet(highlight=False, markup=False, emoji=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def complain(message: str, code: int) -> int:

@@ -104,12 +104,18 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return await work
 
+    # Ctrl-C waits until the loop is complete: it would leave half a loop, and warnings about it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return asyncio.run(supervised())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        work.close()
 
 
 @asynccontextmanager
@@ -181,5 +187,16 @@ def drivers(source: object) -> tuple[str, ...]:
 
 
 def read_stdin() -> str:
-    """All of standard input, or enough of it to be refused as too long."""
-    return sys.stdin.read(MAX_TEXT_BYTES + 1)
+    """All of standard input as text. Raises Failure where it is empty, too long or not UTF-8."""
+    try:
+        data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise Failure(f"standard input cannot be read: {error.strerror}", USAGE) from error
+    if not data:
+        raise Failure("standard input is empty or closed; pipe the text into it", USAGE)
+    if len(data) > MAX_TEXT_BYTES:
+        raise Failure(f"standard input must have at most {MAX_TEXT_BYTES:,} bytes", USAGE)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Failure(f"standard input must be UTF-8, and its byte {error.start:,} is not", USAGE) from error
