@@ -193,7 +193,6 @@ def test_the_streams_of_a_caller_are_put_back() -> None:
         ("0> file", b"", "standard input cannot be read: Bad file descriptor"),
         ("", b'"\xff"', "standard input must be UTF-8, and its byte 1 is not"),
         ("", b"not json", "the payload is not JSON"),
-        ("", "é".encode() * MAX_TEXT_BYTES, f"standard input must have at most {MAX_TEXT_BYTES:,} bytes"),
     ],
 )
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
@@ -212,6 +211,13 @@ def test_a_payload_that_cannot_be_read_is_refused_in_one_line(
     code, out, err = shell(redirection, *arguments, piped=piped, environment={"LC_ALL": locale})
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"flowstore: {said}" in err
+
+
+def test_a_payload_that_is_too_long_is_refused_in_one_line(place: Place) -> None:
+    url, run_id = place
+    arguments = ["signal", "deliver", str(run_id), "go", "-", "--url", url]
+    limit = f"flowstore: standard input must have at most {MAX_TEXT_BYTES:,} bytes\n"
+    assert shell("", *arguments, piped="é".encode() * MAX_TEXT_BYTES) == (2, "", limit)
 
 
 def test_an_argument_that_is_no_text_is_refused_in_one_line(place: Place) -> None:
