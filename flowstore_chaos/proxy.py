@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
-from urllib.parse import parse_qs, urlsplit
+
+from flowstore_core.urls import parse_url
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Streams]]
@@ -396,11 +397,11 @@ async def proxy_before_port(port: int, *, delay: float = 0.2) -> AsyncIterator[P
 @asynccontextmanager
 async def proxy_before(url: str, *, delay: float = 0.2) -> AsyncIterator[tuple[Proxy, str]]:
     """A proxy before the server of a URL whose host is a socket folder, and the URL that goes through it."""
-    query = parse_qs(urlsplit(url).query)
-    socket = f"{query['host'][0]}/.s.PGSQL.5432"
+    options = parse_url(url).options
+    socket = f"{options['host']}/.s.PGSQL.5432"
     async with serve_proxy(lambda: asyncio.open_unix_connection(socket), delay=delay) as proxy:
         through = (
             f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres?sslmode=disable"
-            f"&schema={query['schema'][0]}"
+            f"&schema={options['schema']}"
         )
         yield proxy, through

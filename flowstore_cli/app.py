@@ -7,13 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
 from flowstore_cli import (
     backends,
+    completion,
     conformance,
     doctor,
     migrate,
@@ -25,10 +25,14 @@ from flowstore_cli import (
     stats,
     timeseries,
 )
-from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, explain
+from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, Failure, explain
 from flowstore_cli.printing import clean, complain
+from flowstore_cli.stores import RootUrl
+from flowstore_core.distributions import installed_version
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
+
+WITHOUT_URL = ("backends", "conformance")
 
 # typer brings click under one name or the other, depending on its version; its root class is this.
 UsageProblem: type[Exception] = next(
@@ -37,7 +41,6 @@ UsageProblem: type[Exception] = next(
 
 app = typer.Typer(
     name="flowstore",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -57,10 +60,7 @@ app.command("doctor")(doctor.doctor)
 
 def _say_version(wanted: bool) -> None:
     if wanted:
-        try:
-            typer.echo(f"flowstore {version('flowstore')}")
-        except PackageNotFoundError:
-            typer.echo("flowstore (not installed)")
+        typer.echo(f"flowstore {installed_version('flowstore') or '(not installed)'}")
         raise typer.Exit
 
 
@@ -78,12 +78,16 @@ def _say_version(wanted: bool) -> None:
 )
 def flowstore(
     context: typer.Context,
+    url: RootUrl = None,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif url is not None and context.invoked_subcommand in WITHOUT_URL:
+        name = context.invoked_subcommand
+        raise Failure(f"{name} takes no --url; see: flowstore {name} --help", USAGE)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -92,11 +96,18 @@ def run(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     command = typer.main.get_command(app)
     try:
+        if completion.VARIABLE in os.environ:
+            # A warning would appear in the command line that the user is typing.
+            logging.disable()
+            command(prog_name="flowstore")
         # Not by calling the app, which handles a broken pipe and an interrupt in its own way.
         with command.make_context("flowstore", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as leaving:
         return leaving.exit_code
+    except SystemExit as leaving:
+        # How typer ends after all that concerns completion.
+        return leaving.code if isinstance(leaving.code, int) else SUCCESS
     except UsageProblem as error:
         place = getattr(error, "ctx", None)
         name = place.command_path if place else "flowstore"
@@ -105,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
         return complain("interrupted", INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
         if explained := explain(error):
-            return complain(*explained)
+            return complain(*explained, getattr(error, "details", ()))
         # Never its text: nobody knows what it holds.
         if os.environ.get(DEBUG_VARIABLE):
             sys.stderr.write("".join(_frames(error)))

@@ -14,14 +14,21 @@ from flowstore_cli.printing import (
     print_form,
     print_json,
     print_table,
-    shortened,
 )
 from flowstore_cli.stores import AsJson, drivers, missing_driver
 from flowstore_core import CRASH_SAFE, Backend, Capability
+from flowstore_core.distributions import BrokenDistribution, list_broken_distributions
 from flowstore_core.plugins import Plugin, load_plugins, load_wrappers
 
 INSTALLED, DRIVER_MISSING, CONFLICT, BROKEN = "installed", "driver missing", "conflict", "broken"
-STYLES = {INSTALLED: "green", DRIVER_MISSING: "yellow", CONFLICT: "yellow", BROKEN: "red"}
+UNREADABLE = "unreadable"
+STYLES = {
+    INSTALLED: "green",
+    DRIVER_MISSING: "yellow",
+    CONFLICT: "yellow",
+    UNREADABLE: "yellow",
+    BROKEN: "red",
+}
 FACTS = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK})
 
 
@@ -52,25 +59,32 @@ def backends(as_json: AsJson = False) -> None:
       flowstore backends
       flowstore backends --json
 
+    A package whose entry points cannot be read is listed as unreadable, whatever it is for: a backend
+    that it brings is not found.
+
     JSON: a list of objects with name, schemes, distribution, status (installed, driver missing,
-    conflict or broken), problem, remedy, level, capabilities, options.
+    conflict, broken or unreadable), problem, remedy, level, capabilities, options.
     """
     plugins = load_plugins()
     claims = _list_claims(plugins)
     # Wrappers bring no backend; a broken one keeps every store from opening.
     found = [entry for plugin in (*plugins, *load_wrappers()) for entry in _list(plugin, claims)]
+    broken = {entry.name for entry in found if entry.status == BROKEN}
+    found += [_list_unreadable(one) for one in list_broken_distributions() if one.name not in broken]
     if as_json:
         print_json(found)
         return
     console = new_console()
-    table = new_table("NAME", "SCHEMES", "STATUS", "LEVEL", "FROM", short=("SCHEMES", "FROM"))
+    table = new_table(
+        "NAME", "SCHEMES", "STATUS", "LEVEL", "FROM", short=("SCHEMES", "FROM"), spare=("FROM", "LEVEL")
+    )
     for entry in found:
         table.add_row(
             cell(entry.name),
-            shortened(", ".join(entry.schemes) or None),
+            cell(", ".join(entry.schemes) or None),
             cell(entry.status, STYLES[entry.status]),
             cell(entry.level),
-            shortened(entry.distribution),
+            cell(entry.distribution),
         )
     print_table(console, table)
     for entry in found:
@@ -114,6 +128,20 @@ def _list(plugin: Plugin, claims: Mapping[str, Sequence[str]]) -> list[Listed]:
     if not plugin.backends and plugin.wrap is not None:
         return [_list_wrapper(plugin)]
     return [_list_backend(plugin, backend, claims) for backend in plugin.backends]
+
+
+def _list_unreadable(distribution: BrokenDistribution) -> Listed:
+    return Listed(
+        name=distribution.name,
+        schemes=[],
+        distribution=distribution.name,
+        status=UNREADABLE,
+        problem=distribution.problem,
+        remedy=f"reinstall or uninstall {distribution.name}",
+        level=None,
+        capabilities=[],
+        options=[],
+    )
 
 
 def _list_wrapper(plugin: Plugin) -> Listed:

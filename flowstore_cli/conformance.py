@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowstore_cli.failures import NO, UNWRITTEN, USAGE, Failure
+from flowstore_cli.failures import NO, UNWRITTEN, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import clean, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.config import redact
+from flowstore_core.urls import redact
 
 if TYPE_CHECKING:
     # Imported by the command itself, so that all others work without the extra.
@@ -130,7 +130,7 @@ def conformance(
     try:
         report = run(check())
     except StoreUnavailableError as error:
-        raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+        raise Failure(explain_unavailable(error), USAGE) from error
     unwritten = []
     if programs is not None:
         try:

@@ -6,13 +6,13 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
-from flowstore_cli.durations import parse_duration
-from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.durations import before, parse_duration
+from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say
 from flowstore_cli.stores import (
     AsJson,
@@ -28,6 +28,7 @@ from flowstore_cli.stores import (
     with_url,
 )
 from flowstore_cli.symptoms import Examination, examine
+from flowstore_cli.words import in_words
 from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
 from flowstore_core.findings import SEVERITIES, Finding, Severity
 from flowstore_core.opening import resolve_store
@@ -74,12 +75,12 @@ def doctor(
     """Say what is wrong with a store, what it means, and what to do.
 
     Looks for work that stands still (expired leases, lost dispatches, runs with nothing in flight or past
-    their deadline), rows that belong to no run, settings of the server or the file that can lose data,
-    clocks that differ, and a schema that is not this version's. It changes nothing, and takes a few
-    seconds however large the store is.
+    their deadline), rows that belong to no run, counters that differ from the runs, settings of the server
+    or the file that can lose data, clocks that differ, and a schema that is not this version's. It changes
+    nothing, and takes a few seconds however large the store is.
 
-    With --fix it deletes the rows that belong to no run and sets the mode of SQLite files to 0600, then
-    looks again. It never touches a run, nor the settings of a server.
+    With --fix it deletes the rows that belong to no run, corrects the counters and sets the mode of SQLite
+    files to 0600, then looks again. It never touches a run, nor the settings of a server.
 
     \b
       flowstore doctor
@@ -101,6 +102,7 @@ def doctor(
         raise Failure("name the store once: as the argument or with --url", USAGE)
     url = url if place is None else place
     length = parse_duration(grace, "--grace")
+    before(datetime.now(UTC), length, "--grace")
     if yes and not fix:
         raise Failure("--yes goes with --fix", USAGE)
     report = _look(url, thorough, length, most)
@@ -121,9 +123,9 @@ def _run(work: Any) -> Any:
     try:
         return run(work)
     except StoreUnavailableError as error:
-        raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+        raise Failure(explain_unavailable(error), USAGE) from error
     except FlowStoreError as error:
-        raise Failure(str(error), USAGE) from error
+        raise Failure(in_words(error), USAGE) from error
 
 
 def _look(url: str | None, thorough: bool, grace: timedelta, most: int) -> Report:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from flowstore_cli.words import in_words
 from flowstore_core import (
     ConfigurationError,
     FlowStoreError,
@@ -36,11 +39,18 @@ Exit codes: 0 success; 1 the answer is no, a check failed, or not found;
 
 
 class Failure(Exception):  # noqa: N818 - the command's own way to end with a line and a code
-    """Ends the command with one line on stderr and an exit code."""
+    """Ends the command with one line on stderr, lines of details below it, and an exit code."""
 
-    def __init__(self, message: str, code: int = NO) -> None:
+    def __init__(self, message: str, code: int = NO, details: Sequence[str] = ()) -> None:
         self.code = code
+        self.details = details
         super().__init__(message)
+
+
+def explain_unavailable(error: StoreUnavailableError) -> str:
+    """The error with a next step, unless its message ends with one, which follows a semicolon."""
+    text = in_words(error)
+    return text if "; " in text else f"{text}; check that the server runs and that the URL is right"
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
@@ -48,11 +58,11 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, Failure):
         return str(error), error.code
     if isinstance(error, StoreUnavailableError):
-        return f"{error}; check that the server runs and that the URL is right", UNAVAILABLE
+        return explain_unavailable(error), UNAVAILABLE
     if isinstance(error, MISUSES):
-        return str(error), USAGE
+        return in_words(error) if isinstance(error, FlowStoreError) else str(error), USAGE
     if isinstance(error, ReplayError):
         return str(error), USAGE if error.usage else NO
     if isinstance(error, FlowStoreError):
-        return str(error), NO
+        return in_words(error), NO
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ from flowstore_cli.stores import (
     schema_version,
     whereabouts,
 )
+from flowstore_core.distributions import installed_version
 from flowstore_core.opening import resolve_store
 
 
@@ -82,19 +82,12 @@ async def _ping(url: str | None, times: int) -> dict[str, Any]:
         "backend": backend.name,
         "url": whereabouts(config),
         "distribution": plugin.distribution,
-        "version": _version(plugin.distribution) if plugin.distribution else None,
+        "version": installed_version(plugin.distribution) if plugin.distribution else None,
         "schema_version": schema,
         "python": platform.python_version(),
-        "drivers": {name: _version(name) for name in drivers(backend)},
+        "drivers": {name: installed_version(name) for name in drivers(backend)},
         "level": level(capabilities),
         "capabilities": sorted(capabilities),
         "details": dict(details),
         "round_trip_ms": {"min": min(taken), "median": median(taken), "max": max(taken)},
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

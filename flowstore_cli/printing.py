@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from rich.console import Console
-from rich.segment import Segment, Segments
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 STATUS_STYLES = {
@@ -25,15 +23,34 @@ STATUS_STYLES = {
     "Pending": "dim",
 }
 
+UNLIMITED = 2**31
+"""Columns of a console that is not a terminal."""
+GAP = "  "
+NARROWEST = 8
+"""Columns that a table's column keeps when it is cut."""
+LONGEST_EXCERPT = 200
+SHORT_ID = 8
+"""Digits of a short run id."""
+
+
+def on_terminal() -> bool:
+    return sys.stdout.isatty()
+
 
 def new_console() -> Console:
-    """A console on stdout: colours only on a terminal, and none where NO_COLOR is set."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """A console on stdout.
+
+    Colours only on a terminal, and none where NO_COLOR is set. Without a terminal no line is folded or cut.
+    """
+    width = None if on_terminal() else UNLIMITED
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
-def complain(message: str, code: int) -> int:
-    """One line on stderr; returns the code."""
+def complain(message: str, code: int, details: Iterable[str] = ()) -> int:
+    """One line on stderr, and an indented line for each detail; returns the code."""
     sys.stderr.write(f"flowstore: {clean(' '.join(message.split()))}\n")
+    for line in details:
+        sys.stderr.write(f"  {clean(line)}\n")
     return code
 
 
@@ -45,6 +62,11 @@ def clean(text: str) -> str:
 def say(text: str) -> None:
     """A line for people on stdout."""
     sys.stdout.write(f"{clean(text)}\n")
+
+
+def remark(text: str) -> None:
+    """A line about a listing: on a terminal below the rows, else on stderr, so that rows stay alone."""
+    (sys.stdout if on_terminal() else sys.stderr).write(f"{clean(text)}\n")
 
 
 def print_json(document: Any) -> None:
@@ -72,32 +94,87 @@ def plain(value: Any) -> Any:
     return value
 
 
-def new_table(*columns: str, right: Collection[str] = (), short: Collection[str] = ()) -> Table:
-    """A table without lines; where it is too wide, the ``short`` columns give way (see ``shortened``)."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in short)
-    return table
+class Listing:
+    """A table without lines, one row per line.
+
+    Without a terminal every cell is shown in full. Where a terminal is too narrow, the ``short`` columns
+    are cut, and then those of the ``spare`` columns are left out that have no room, the first ones first.
+    All others, such as ids, are never cut.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], right: Collection[str], short: Collection[str], spare: Sequence[str]
+    ) -> None:
+        self._columns = columns
+        self._right, self._short, self._spare = right, short, spare
+        self._rows: list[Sequence[Text]] = [[Text(name, style="bold") for name in columns]]
+
+    def add_row(self, *cells: Text) -> None:
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(options.max_width)
+
+    def lines(self, width: int) -> Iterator[Text]:
+        """The lines, of at most ``width`` characters where that is possible."""
+        widths = self._fit(width)
+        for row in self._rows:
+            cells = []
+            for place, size in widths.items():
+                one = row[place].copy()
+                one.truncate(size, overflow="ellipsis")
+                one.align("right" if self._columns[place] in self._right else "left", size)
+                cells.append(one)
+            line = Text(GAP, no_wrap=True, overflow="ignore").join(cells)
+            line.rstrip()
+            yield line
+
+    def _fit(self, width: int) -> dict[int, int]:
+        """The columns that are shown, by place, and the width of each."""
+        sizes = [max(row[place].cell_len for row in self._rows) for place in range(len(self._columns))]
+        least = [
+            min(size, NARROWEST) if name in self._short else size
+            for name, size in zip(self._columns, sizes, strict=True)
+        ]
+        shown = {place for place, name in enumerate(self._columns) if name not in self._spare}
+        for name in reversed(self._spare):
+            place = self._columns.index(name)
+            if sum(least[one] + len(GAP) for one in (*shown, place)) - len(GAP) <= width:
+                shown.add(place)
+        widths = {place: sizes[place] for place in sorted(shown)}
+        short = [place for place in widths if sizes[place] > least[place]]
+        while short and (over := sum(widths.values()) + len(GAP) * (len(widths) - 1) - width) > 0:
+            widest = max(short, key=lambda place: widths[place])
+            if widths[widest] <= NARROWEST:
+                break
+            # To the width of the next one at once: a cell may hold a long text.
+            following = max((widths[place] for place in short if place != widest), default=0)
+            widths[widest] = max(widths[widest] - over, min(following, widths[widest] - 1), NARROWEST)
+        return widths
 
 
-def print_table(console: Console, table: Table) -> None:
-    """Print a table without the blanks at its lines' ends, for whoever reads it from a pipe."""
-    for line in console.render_lines(table, pad=False):
-        while line and not line[-1].text.strip():
-            line.pop()
-        if line:
-            line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
-        console.print(Segments([*line, Segment.line()]), end="")
+def new_table(
+    *columns: str, right: Collection[str] = (), short: Collection[str] = (), spare: Sequence[str] = ()
+) -> Listing:
+    return Listing(columns, right, short, spare)
+
+
+def print_table(console: Console, table: Listing) -> None:
+    for line in table.lines(console.width):
+        console.print(line, soft_wrap=True)
 
 
 def print_form(console: Console, facts: Iterable[tuple[str, Text]]) -> None:
-    """Names with what belongs to them; long values go on below."""
-    form = Table.grid(padding=(0, 2, 0, 0))
-    form.add_column(no_wrap=True)
-    form.add_column(overflow="fold")
+    """Names with their values. On a terminal a value is folded, unless it is marked ``no_wrap``."""
+    facts = list(facts)
+    indent = max((len(name) for name, _ in facts), default=0) + len(GAP)
     for name, value in facts:
-        form.add_row(cell(name, "dim"), value)
-    print_table(console, form)
+        title = cell(name.ljust(indent), "dim")
+        width = UNLIMITED if value.no_wrap else max(console.width - indent, NARROWEST)
+        for line in value.wrap(console, width, overflow="fold", no_wrap=False):
+            line.rstrip()
+            console.print(Text.assemble(title, line), soft_wrap=True)
+            title = Text(" " * indent)
 
 
 def cell(value: object, style: str = "") -> Text:
@@ -105,11 +182,31 @@ def cell(value: object, style: str = "") -> Text:
     return Text(clean("-" if value is None else str(value)).replace("\n", " "), style=style)
 
 
-def shortened(value: object, style: str = "") -> Text:
-    """A cell that loses its end where the table is too wide."""
-    text = cell(value, style)
-    text.no_wrap, text.overflow = True, "ellipsis"
+def unfolded(value: object) -> Text:
+    """A value that a form keeps in one piece, so that it can be copied."""
+    text = cell(value)
+    text.no_wrap = True
     return text
+
+
+def excerpt(text: str, *, full: bool, style: str = "") -> Text:
+    """A text from a store: with all its lines if ``full``, else on one, shortened on a terminal."""
+    if full:
+        return Text(clean(text), style=style)
+    if len(text) > LONGEST_EXCERPT and on_terminal():
+        return cell(f"{text[:LONGEST_EXCERPT]}... ({len(text):,} characters; --full)", style)
+    return cell(text, style)
+
+
+def short_ids(ids: Sequence[UUID]) -> dict[UUID, str]:
+    """The ids as a list shows them: in full without a terminal, else the last 8 digits where these differ.
+
+    The first digits of a UUIDv7 are its time: runs that start within a minute have them in common.
+    """
+    short = {one: one.hex[-SHORT_ID:] for one in ids}
+    if on_terminal() and len(set(short.values())) == len(short):
+        return short
+    return {one: str(one) for one in ids}
 
 
 def count(number: int, noun: str) -> str:
@@ -123,13 +220,15 @@ def status(value: str) -> Text:
 
 def moment(value: datetime | None) -> str:
     """A moment to the second, in UTC."""
-    return "-" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    return "-" if value is None else value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "seconds")
 
 
 def span(seconds: float | None) -> str:
-    """A length of time in at most six characters."""
+    """A length of time in at most six characters; "?" for a negative one, from clocks that differ."""
     if seconds is None:
         return "-"
+    if seconds < 0:
+        return "?"
     if seconds < 1:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 100:
@@ -142,5 +241,13 @@ def span(seconds: float | None) -> str:
 
 
 def between(start: datetime, end: datetime | None) -> str:
-    """How long something took; "-" while it has not ended."""
-    return "-" if end is None else span(max((end - start) / timedelta(seconds=1), 0.0))
+    """How long something took; "-" while it has not ended, "?" where it ended before it started."""
+    return "-" if end is None else span((end - start) / timedelta(seconds=1))
+
+
+def since(start: datetime, now: datetime) -> str:
+    """When something started: how long ago on a terminal, else the moment in ISO 8601."""
+    if not on_terminal():
+        return f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    seconds = (now - start) / timedelta(seconds=1)
+    return f"{span(seconds)} ago" if seconds >= 0 else f"in {span(-seconds)}"

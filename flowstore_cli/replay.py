@@ -12,7 +12,17 @@ from rich.console import Console
 from rich.text import Text
 
 from flowstore_cli.failures import NO, SUCCESS
-from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say, span
+from flowstore_cli.printing import (
+    cell,
+    clean,
+    count,
+    new_console,
+    print_form,
+    print_json,
+    say,
+    span,
+    unfolded,
+)
 from flowstore_cli.screens import Moving, Plain, Quiet, Screen
 from flowstore_cli.stores import (
     AsJson,
@@ -25,9 +35,9 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_core import StoreConfig
-from flowstore_core.config import redact
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin
+from flowstore_core.urls import redact
 from flowstore_replay import Options, Replay, Summary, load_workflow, shipped_workflow
 
 DEFAULTS = Options()
@@ -220,6 +230,6 @@ def _print_summary(console: Console, summary: Summary, one: Replay) -> None:
         facts += [("", cell(f"- {finding}", "red")) for finding in check.findings]
         if check.count > len(check.findings):
             facts.append(("", cell(f"- and {check.count - len(check.findings)} more", "red")))
-    facts.append(("look", cell(f"flowstore runs show {one.run_ids[0]}")))
+    facts.append(("look", unfolded(f"flowstore runs show {one.run_ids[0]}")))
     console.print()
     print_form(console, facts)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Annotated
-from uuid import UUID
 
 import typer
 
 from flowstore_cli.durations import before, parse_duration
 from flowstore_cli.printing import count, moment, print_json, say
-from flowstore_cli.stores import AsJson, NoMigrate, Url, existing_store, run
-from flowstore_core import FlowStore, RunStatus
+from flowstore_cli.stores import AsJson, Url, existing_store, run
+from flowstore_core import FlowStore
 
 PAGE = 1000
 
@@ -24,7 +23,6 @@ def cleanup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would go; delete nothing.")] = False,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """Delete runs that have long been over.
 
@@ -38,7 +36,7 @@ def cleanup(
     JSON: cutoff, dry_run, runs (deleted, or with --dry-run to be deleted).
     """
     cutoff = before(datetime.now(UTC), parse_duration(older_than, "--older-than"), "--older-than")
-    number = run(_cleanup(url, cutoff, dry_run, migrate=not no_migrate))
+    number = run(_cleanup(url, cutoff, dry_run))
     if as_json:
         print_json({"cutoff": cutoff, "dry_run": dry_run, "runs": number})
         return
@@ -46,21 +44,16 @@ def cleanup(
     say(f"{verb} {count(number, 'run')} completed before {moment(cutoff)} UTC")
 
 
-async def _cleanup(url: str | None, cutoff: datetime, dry_run: bool, *, migrate: bool) -> int:
-    async with existing_store(url, migrate=migrate) as store:
-        return await _count(store, cutoff) if dry_run else await store.cleanup(cutoff)
+async def _cleanup(url: str | None, cutoff: datetime, dry_run: bool) -> int:
+    async with existing_store(url) as store:
+        return await count_completed(store, cutoff) if dry_run else await store.cleanup(cutoff)
 
 
-async def _count(store: FlowStore, cutoff: datetime) -> int:
-    """How many runs cleanup would delete, through the reads that anybody may use."""
-    found: set[UUID] = set()
-    for status in RunStatus:
-        skip = 0
-        while status.is_terminal:
-            # New runs push the pages on meanwhile; by their ids none counts twice.
-            runs, _ = await store.get_runs_page(status=status, skip=skip, take=PAGE)
-            found.update(run.run_id for run in runs if run.completed_at and run.completed_at < cutoff)
-            skip += PAGE
-            if len(runs) < PAGE:
-                break
-    return len(found)
+async def count_completed(store: FlowStore, cutoff: datetime) -> int:
+    """How many runs cleanup would delete, by one walk over all runs: nothing lists them by completion."""
+    number = 0
+    position = None
+    while runs := await store.get_runs(after=position, take=PAGE):
+        number += sum(run.completed_at is not None and run.completed_at < cutoff for run in runs)
+        position = runs[-1].position
+    return number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -14,25 +16,35 @@ from flowstore_cli.failures import Failure
 from flowstore_cli.printing import (
     between,
     cell,
+    clean,
+    excerpt,
     moment,
     new_console,
     new_table,
+    on_terminal,
     plain,
     print_form,
     print_json,
     print_table,
+    remark,
     say,
-    shortened,
+    short_ids,
+    since,
     span,
     status,
+    unfolded,
 )
-from flowstore_cli.stores import AsJson, NoMigrate, RunId, Url, existing_store, new_group, run
+from flowstore_cli.references import Flow, Run, RunId, Status, find_flow, find_run
+from flowstore_cli.stores import AsJson, Url, existing_store, new_group, run
+from flowstore_cli.words import in_words, suggestion
 from flowstore_core import (
     Capability,
+    Events,
+    FlowEventRecord,
     FlowRunDetail,
+    FlowRunRecord,
     FlowStepAttemptRecord,
     FlowStepRecord,
-    FlowStore,
     RunNotFoundError,
     RunPage,
     RunPosition,
@@ -40,6 +52,11 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
+from flowstore_core.arguments import MAX_INT64
+
+EVENTS = 1000
+"""Events that --json and --full have at most."""
+EVENTS_SHOWN = 10
 
 app = new_group("List runs, look into one, reopen or cancel it.")
 
@@ -48,31 +65,30 @@ StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", 
 
 @app.command("list")
 def list_runs(
-    flow: Annotated[UUID | None, typer.Option(metavar="FLOW_ID", help="Only runs of this flow.")] = None,
-    wanted: Annotated[
-        RunStatus | None,
-        typer.Option("--status", "-s", case_sensitive=False, help="Only runs in it."),
-    ] = None,
+    flow: Flow = None,
+    wanted: Status = None,
     search: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="In ids, names, step keys, errors, outputs."),
     ] = None,
-    take: Annotated[int, typer.Option("--take", "-n", min=0, max=1000, help="How many.")] = 20,
-    skip: Annotated[int, typer.Option(min=0, help="How many to leave out first.")] = 0,
+    take: Annotated[int, typer.Option("--take", "-n", metavar="N", min=0, max=1000, help="How many.")] = 20,
+    skip: Annotated[int, typer.Option(metavar="N", min=0, help="How many to leave out first.")] = 0,
     after: Annotated[
         str | None,
-        typer.Option(metavar="POSITION", help="Only what lies behind; the last page says it."),
+        typer.Option(metavar="POSITION", help="Continue after the end of another page, which shows this."),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """List runs, the newest first.
+
+    On a terminal a run is shown by the last 8 digits of its id, which other commands accept. Piped, rows
+    are complete: whole ids, flow ids, and times in UTC.
 
     \b
       flowstore runs list
       flowstore runs list --status failed --search timeout
-      flowstore runs list --json | jq -r '.runs[].run_id'
+      flowstore runs list --flow orders --json | jq -r '.runs[].run_id'
       flowstore runs list --after POSITION
 
     JSON: total_count, runs (a list of objects with run_id, flow_id, flow_name, status, trigger_key,
@@ -80,47 +96,57 @@ def list_runs(
     page, null when this one is empty).
     """
     position = None if after is None else RunPosition.parse(after)
-    page = run(_page(url, flow, wanted, position, skip, take, search, migrate=not no_migrate))
+    page = run(_page(url, flow, wanted, position, skip, take, search))
     onward = str(page.runs[-1].position) if page.runs else None
     if as_json:
         print_json({"total_count": page.total_count, "runs": page.runs, "after": onward})
         return
-    if not page.runs:
-        behind = f"number {skip + 1}" if after is None else "there"
-        none = f"no runs from {behind} on; there are {page.total_count:,}"
-        say(none if skip or after is not None else "no runs")
-        return
-    now = datetime.now(UTC)
-    table = new_table("RUN", "STATUS", "STARTED", "TOOK", "FLOW", right=("TOOK",), short=("FLOW",))
-    for one in page.runs:
-        table.add_row(
-            cell(one.run_id),
-            status(one.status),
-            cell(f"{span(max((now - one.started_at).total_seconds(), 0.0))} ago"),
-            cell(between(one.started_at, one.completed_at)),
-            shortened(one.flow_name),
-        )
-    print_table(new_console(), table)
-    if page.total_count > len(page.runs):
+    if page.runs:
+        _print_runs(page.runs)
+    if not page.total_count:
+        remark("no runs")
+    elif not page.runs:
+        start = f"from number {skip + 1:,} on" if skip else "there"
+        remark(f"no runs {start}; there are {page.total_count:,}" if take else f"{page.total_count:,} runs")
+    elif page.total_count > len(page.runs):
         first, last = skip + 1, skip + len(page.runs)
         shown = f"{first:,} to {last:,}" if after is None else f"{len(page.runs):,}"
-        say(f"{shown} of {page.total_count:,}")
+        remark(f"{shown} of {page.total_count:,}")
         if len(page.runs) == take:
-            say(f"next: --after {onward}")
+            remark(f"next: --after {onward}")
+
+
+def _print_runs(runs: Sequence[FlowRunRecord]) -> None:
+    now = datetime.now(UTC)
+    ids = short_ids([one.run_id for one in runs])
+    flows = {(one.flow_id, one.flow_name) for one in runs}
+    with_flow_id = not on_terminal() or len(flows) > len({name for _, name in flows})
+    columns = ("RUN", "STATUS", "STARTED", "TOOK", "FLOW", *(["FLOW ID"] if with_flow_id else []))
+    spare = [name for name in ("TOOK", "STARTED", "FLOW ID") if name in columns]
+    table = new_table(*columns, right=("TOOK",), short=("FLOW",), spare=spare)
+    for one in runs:
+        table.add_row(
+            cell(ids[one.run_id]),
+            status(one.status),
+            cell(since(one.started_at, now)),
+            cell(between(one.started_at, one.completed_at)),
+            cell(one.flow_name),
+            *([cell(one.flow_id)] if with_flow_id else []),
+        )
+    print_table(new_console(), table)
 
 
 async def _page(
     url: str | None,
-    flow_id: UUID | None,
+    flow: str | None,
     wanted: RunStatus | None,
     after: RunPosition | None,
     skip: int,
     take: int,
     search: str | None,
-    *,
-    migrate: bool,
 ) -> RunPage:
-    async with existing_store(url, migrate=migrate) as store:
+    async with existing_store(url) as store:
+        flow_id = None if flow is None else await find_flow(store, flow)
         return await store.get_runs_page(
             flow_id, status=wanted, after=after, skip=skip, take=take, search=search
         )
@@ -128,29 +154,36 @@ async def _page(
 
 @app.command()
 def show(
-    run_id: RunId,
+    reference: Run,
+    full: Annotated[
+        bool, typer.Option("--full", help="Whole texts, of every attempt, and the last 1,000 events.")
+    ] = False,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
-    """Show a run, its steps and its last events.
+    """Show a run: its input, steps, outputs, errors and last events.
+
+    On a terminal long texts are shortened to their first 200 characters.
 
     \b
-      flowstore runs show 01970c2e-7a86-7d3b-9a55-0c1d8a3f5b20
-      flowstore runs show RUN_ID --json | jq '.outputs'
+      flowstore runs show 1d8a3f5b
+      flowstore runs show 1d8a3f5b --full | less
+      flowstore runs show 1d8a3f5b --json | jq .outputs
 
     JSON: run (with steps and their attempts), control, claims, dispatches, waiters, outputs, events
     (the last 1,000); null where the backend does not offer it.
     """
-    document = run(_show(url, run_id, migrate=not no_migrate))
+    most = EVENTS if as_json or full else EVENTS_SHOWN
+    document = run(_show(url, reference, most))
     if as_json:
         print_json(document)
     else:
-        _print_run(new_console(), document)
+        _print_run(new_console(), document, full=full)
 
 
-async def _show(url: str | None, run_id: UUID, *, migrate: bool) -> dict[str, Any]:
-    async with existing_store(url, migrate=migrate) as store:
+async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
+    async with existing_store(url) as store:
+        run_id = await find_run(store, reference)
         detail = await store.get_run_detail(run_id)
         if detail is None:
             raise RunNotFoundError(run_id)
@@ -162,29 +195,61 @@ async def _show(url: str | None, run_id: UUID, *, migrate: bool) -> dict[str, An
             "dispatches": await store.get_dispatches(run_id),
             "waiters": await store.get_waiters(run_id) if Capability.WAITERS in offered else None,
             "outputs": await store.get_outputs(run_id) if Capability.OUTPUTS in offered else None,
-            "events": await _last_events(store, run_id) if Capability.EVENTS in offered else None,
+            "events": await last_events(store, run_id, most) if Capability.EVENTS in offered else None,
         }
 
 
-async def _last_events(store: FlowStore, run_id: UUID) -> list[Any]:
-    last: list[Any] = []
-    while events := await store.get_run_events(run_id, after=last[-1].sequence if last else 0, take=1000):
-        last = [*last, *events][-1000:]
-    return last
+async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventRecord]:
+    """The newest events of a run, at most ``most``.
+
+    The store reads forwards only, so the end is searched for: of n events some 2 log2(n / most) are read
+    besides those that are returned.
+    """
+    events = list(await store.get_run_events(run_id, take=most))
+    if len(events) < most:
+        return events
+    # There is an event ``low``, and none behind ``high``.
+    low = events[-1].sequence
+    high = min(2 * low, MAX_INT64)
+    while found := await store.get_run_events(run_id, after=high, take=1):
+        low = found[-1].sequence
+        high = min(2 * low, MAX_INT64)
+    while low < high:
+        middle = (low + high) // 2
+        if found := await store.get_run_events(run_id, after=middle, take=1):
+            low = found[-1].sequence
+        else:
+            high = middle
+    window = most
+    while True:
+        events = []
+        after = max(low - window, 0)
+        while page := await store.get_run_events(run_id, after=after, take=EVENTS):
+            events += page
+            after = page[-1].sequence
+        if len(events) >= most or window >= low:
+            return events[-most:]
+        # The sequence has gaps.
+        window *= 2
 
 
-def _print_run(console: Console, document: dict[str, Any]) -> None:
+def _print_run(console: Console, document: dict[str, Any], *, full: bool) -> None:
     one: FlowRunDetail = document["run"]
     control = document["control"]
     facts = [
-        ("run", cell(one.run_id)),
-        ("flow", cell(f"{one.flow_name} ({one.flow_id})")),
+        ("run", unfolded(one.run_id)),
+        ("flow", cell(one.flow_name)),
+        ("flow id", unfolded(one.flow_id)),
         ("status", status(one.status)),
         ("trigger", cell(one.trigger_key)),
-        ("started", cell(f"{moment(one.started_at)} UTC, took {between(one.started_at, one.completed_at)}")),
+        ("started", cell(f"{moment(one.started_at)} UTC, {_took(one)}")),
     ]
+    if one.trigger_data is not None:
+        facts.append(("input", excerpt(one.trigger_data, full=full)))
+    if one.job_id is not None:
+        facts.append(("job", cell(one.job_id)))
     if one.source_run_id:
-        facts.append(("derived from", cell(one.source_run_id)))
+        facts.append(("derived from", unfolded(one.source_run_id)))
     if control and control.cancel_requested:
         facts.append(("cancel", cell(control.cancel_reason or "requested")))
     if control and control.timeout_at:
@@ -193,56 +258,117 @@ def _print_run(console: Console, document: dict[str, Any]) -> None:
     if one.steps:
         console.print()
         _print_steps(console, one)
+    for step in one.steps:
+        if texts := _texts(step, full=full):
+            console.print()
+            console.print(cell(step.step_key, "bold"), soft_wrap=True)
+            print_form(console, texts)
+    steps = {step.step_key: step.output_json for step in one.steps}
+    outputs = [
+        (f"  {clean(key)}", excerpt(value, full=full))
+        for key, value in (document["outputs"] or {}).items()
+        if steps.get(key) != value
+    ]
+    if outputs:
+        console.print()
+        console.print(cell("outputs", "bold"))
+        print_form(console, outputs)
     for waiter in document["waiters"] or ():
         if waiter.delivered_at is None and waiter.expired_at is None:
-            text = f"step {waiter.step_key!r} waits for signal {waiter.signal_name!r}"
+            name = shlex.quote(waiter.signal_name)
+            text = f"step {waiter.step_key!r} waits for signal {waiter.signal_name!r}; deliver it with:"
+            console.print()
             console.print(cell(text, "yellow"), overflow="fold")
-    if events := (document["events"] or [])[-10:]:
+            console.print(cell(f"  flowstore signal deliver {one.run_id} {name} PAYLOAD"), soft_wrap=True)
+    if document["events"]:
         console.print()
-        table = new_table("EVENT", "AT (UTC)", "STEP", "MESSAGE", short=("STEP", "MESSAGE"))
-        for event in events:
-            table.add_row(
-                cell(event.event_type),
-                cell(f"{event.timestamp.astimezone(UTC):%H:%M:%S}"),
-                shortened(event.step_key),
-                shortened(event.message),
-            )
-        print_table(console, table)
+        _print_events(console, one, document["events"])
+
+
+def _took(one: FlowRunRecord) -> str:
+    if one.completed_at is None:
+        return "not completed"
+    if one.completed_at < one.started_at:
+        early = span((one.started_at - one.completed_at) / timedelta(seconds=1))
+        return f"completed {early} before its start: two clocks differ"
+    return f"took {between(one.started_at, one.completed_at)}"
+
+
+def _texts(step: FlowStepRecord, *, full: bool) -> list[tuple[str, Text]]:
+    """The input, output and errors of a step; of every attempt if ``full``."""
+    several = len(step.attempts) > 1
+    texts: list[tuple[str, str | None, str]] = []
+    if not (full and several):
+        texts += [("input", step.input_json, ""), ("output", step.output_json, "")]
+    for attempt in step.attempts:
+        which = f" {attempt.attempt}" if several else ""
+        if full and several:
+            texts += [(f"input{which}", attempt.input_json, ""), (f"output{which}", attempt.output_json, "")]
+        texts.append((f"error{which}", attempt.error_message, "red"))
+    return [
+        (f"  {name}", excerpt(text, full=full, style=style))
+        for name, text, style in texts
+        if text is not None
+    ]
+
+
+def _print_events(console: Console, one: FlowRunDetail, events: Sequence[FlowEventRecord]) -> None:
+    columns = ("NO", "AT (UTC)", "EVENT", "STEP", "MESSAGE")
+    short = ("EVENT", "STEP", "MESSAGE")
+    table = new_table(*columns, right=("NO",), short=short, spare=("AT (UTC)", "NO"))
+    for event in events:
+        table.add_row(
+            cell(event.sequence),
+            cell(_clock(event.timestamp, one.started_at)),
+            cell(event.event_type),
+            cell(event.step_key),
+            cell(event.message),
+        )
+    print_table(console, table)
 
 
 def _print_steps(console: Console, one: FlowRunDetail) -> None:
     columns = ("STEP", "STATUS", "TRY", "STARTED", "TOOK", "BY")
-    table = new_table(*columns, right=("TRY", "TOOK"), short=("STEP", "BY"))
-    errors: list[str] = []
+    right = ("TRY", "TOOK")
+    table = new_table(*columns, right=right, short=("STEP", "BY"), spare=("BY", "STARTED", "TRY", "TOOK"))
     for step in one.steps:
-        table.add_row(shortened(step.step_key), *_times(step, str(step.attempt_count)))
-        for attempt in step.attempts:
-            if len(step.attempts) > 1:
-                table.add_row(cell(f"  attempt {attempt.attempt}", "dim"), *_times(attempt, "", "dim"))
-            if attempt.error_message:
-                errors.append(f"{step.step_key}, attempt {attempt.attempt}: {attempt.error_message}")
+        table.add_row(cell(step.step_key), *_times(step, str(step.attempt_count), one.started_at))
+        if len(step.attempts) > 1:
+            for attempt in step.attempts:
+                name = cell(f"  attempt {attempt.attempt}", "dim")
+                table.add_row(name, *_times(attempt, "", one.started_at, "dim"))
     print_table(console, table)
-    for error in errors:
-        console.print(cell(error, "red"), overflow="fold")
 
 
-def _times(one: FlowStepRecord | FlowStepAttemptRecord, attempts: str, style: str = "") -> tuple[Text, ...]:
+def _times(
+    one: FlowStepRecord | FlowStepAttemptRecord, attempts: str, start: datetime, style: str = ""
+) -> tuple[Text, ...]:
     return (
         status(one.status),
         cell(attempts),
-        cell(f"{one.started_at.astimezone(UTC):%H:%M:%S}", style),
+        cell(_clock(one.started_at, start), style),
         cell(between(one.started_at, one.completed_at), style),
-        shortened(one.job_id, style),
+        cell(one.job_id, style),
     )
+
+
+def _clock(value: datetime, start: datetime) -> str:
+    """A moment in UTC: the time alone on the day on which the run started, else with the day."""
+    value = value.astimezone(UTC)
+    if not on_terminal():
+        return f"{value:%Y-%m-%dT%H:%M:%SZ}"
+    return f"{value:%H:%M:%S}" if value.date() == start.astimezone(UTC).date() else f"{value:%m-%d %H:%M:%S}"
 
 
 @app.command()
 def retry(
-    run_id: RunId,
+    reference: Run,
     step_key: StepKey,
     attempt: Annotated[
         int | None,
-        typer.Option(min=1, help="The last attempt as you know it; refused if another came meanwhile."),
+        typer.Option(
+            metavar="N", min=1, help="The last attempt as you know it; refused if another came meanwhile."
+        ),
     ] = None,
     reset: Annotated[
         list[str] | None,
@@ -253,7 +379,6 @@ def retry(
     ] = False,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """Reopen a step, and its run, for one more attempt.
 
@@ -261,36 +386,39 @@ def retry(
     that was over is cleared.
 
     \b
-      flowstore runs retry RUN_ID charge-card
-      flowstore runs retry RUN_ID charge-card --attempt 3 --reset-skipped
+      flowstore runs retry RUN charge-card
+      flowstore runs retry RUN charge-card --attempt 3 --reset-skipped
 
     JSON: run_id, step_key, status, attempt_count, run_status.
     """
-    answer = run(_retry(url, run_id, step_key, attempt, reset or [], reset_skipped, migrate=not no_migrate))
+    answer = run(_retry(url, reference, step_key, attempt, reset or [], reset_skipped))
     if as_json:
         print_json(answer)
     else:
         say(
             f"step {step_key!r} is {answer['status']}, attempt {answer['attempt_count']} is to come; "
-            f"run {run_id} is {answer['run_status']}"
+            f"run {answer['run_id']} is {answer['run_status']}"
         )
 
 
 async def _retry(
     url: str | None,
-    run_id: UUID,
+    reference: RunId,
     step_key: str,
     attempt: int | None,
     reset: list[str],
     reset_skipped: bool,
-    *,
-    migrate: bool,
 ) -> dict[str, Any]:
-    async with existing_store(url, migrate=migrate) as store:
+    async with existing_store(url) as store:
+        run_id = await find_run(store, reference)
         if reset_skipped:
             statuses = await store.get_step_statuses(run_id)
             reset = [*reset, *(key for key, value in statuses.items() if value is StepStatus.SKIPPED)]
-        await store.retry_step(run_id, step_key, attempt=attempt, reset=reset)
+        try:
+            await store.retry_step(run_id, step_key, attempt=attempt, reset=reset)
+        except StepNotFoundError as error:
+            close = suggestion(step_key, await store.get_step_statuses(run_id))
+            raise Failure(f"{in_words(error)}{close}") from error
         detail = await store.get_run_detail(run_id)
         for step in detail.steps if detail else ():
             if detail and step.step_key == step_key:
@@ -306,11 +434,10 @@ async def _retry(
 
 @app.command()
 def cancel(
-    run_id: RunId,
+    reference: Run,
     reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Kept with the run.")] = None,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """Ask for a run to be cancelled.
 
@@ -318,12 +445,12 @@ def cancel(
     already.
 
     \b
-      flowstore runs cancel RUN_ID --reason "wrong input"
+      flowstore runs cancel RUN --reason "wrong input"
 
     JSON: requested (whether by this call), and the run's control record (cancel_reason,
     cancel_requested_at, ...) under control.
     """
-    requested, control = run(_cancel(url, run_id, reason, migrate=not no_migrate))
+    run_id, requested, control = run(_cancel(url, reference, reason))
     if as_json:
         print_json({"requested": requested, "control": plain(control)})
     elif requested:
@@ -333,12 +460,13 @@ def cancel(
         say(f"the cancel of run {run_id} had been requested before{why}")
 
 
-async def _cancel(url: str | None, run_id: UUID, reason: str | None, *, migrate: bool) -> tuple[bool, Any]:
-    async with existing_store(url, migrate=migrate) as store:
+async def _cancel(url: str | None, reference: RunId, reason: str | None) -> tuple[UUID, bool, Any]:
+    async with existing_store(url) as store:
+        run_id = await find_run(store, reference)
         state = await store.get_run_status(run_id)
         if state is None:
             raise RunNotFoundError(run_id)
         if state.is_terminal:
             raise Failure(f"run {run_id} is {state} already; there is nothing to cancel")
         requested = await store.request_cancel(run_id, reason)
-        return requested, await store.get_run_control(run_id)
+        return run_id, requested, await store.get_run_control(run_id)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from flowstore_cli.printing import cell, clean, new_table, say, shortened, span
+from flowstore_cli.printing import cell, clean, new_table, say, span
 from flowstore_replay import Observer, View
 
 MOST_WORKERS = 20
@@ -100,7 +100,7 @@ class Moving:
         )
         workers = new_table("WORKER", "STEP", short=("STEP",))
         for name, step in view.at_work[:MOST_WORKERS]:
-            workers.add_row(cell(name), shortened(step or "", "cyan"))
+            workers.add_row(cell(name), cell(step or "", "cyan"))
         for step in view.waiting[:MOST_WAITING]:
-            workers.add_row(cell("nobody", "dim"), shortened(f"{step} (waits for a signal)", "yellow"))
+            workers.add_row(cell("nobody", "dim"), cell(f"{step} (waits for a signal)", "yellow"))
         self._live.update(Group("", done, "", workers))

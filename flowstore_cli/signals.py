@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from typing import Annotated
+from uuid import UUID
 
 import typer
 
 from flowstore_cli.failures import NO, USAGE, Failure
 from flowstore_cli.printing import print_json, say
-from flowstore_cli.stores import AsJson, NoMigrate, RunId, Url, existing_store, new_group, read_stdin, run
-from flowstore_core import RunNotFoundError, SignalDeliveryResult, SignalDeliveryStatus
+from flowstore_cli.references import Run, RunId, find_run
+from flowstore_cli.stores import AsJson, Url, existing_store, new_group, read_stdin, run
+from flowstore_cli.words import suggestion
+from flowstore_core import RunNotFoundError, RunStatus, SignalDeliveryResult, SignalDeliveryStatus
 
 app = new_group("Deliver signals to waiting steps.")
 
 
 @app.command()
 def deliver(
-    run_id: RunId,
+    reference: Run,
     name: Annotated[str, typer.Argument(metavar="SIGNAL", help="The signal's name.", show_default=False)],
     payload: Annotated[
         str, typer.Argument(metavar="PAYLOAD", help="JSON text; - reads it from standard input.")
@@ -28,7 +31,6 @@ def deliver(
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """Deliver a signal to a waiting step.
 
@@ -36,8 +38,8 @@ def deliver(
     for it, or the only ones that did have had it already.
 
     \b
-      flowstore signal deliver RUN_ID approval '{"approved": true}'
-      echo '{"approved": true}' | flowstore signal deliver RUN_ID approval -
+      flowstore signal deliver RUN approval '{"approved": true}'
+      echo '{"approved": true}' | flowstore signal deliver RUN approval -
 
     JSON: status (Delivered, AlreadyDelivered, NotFound), step_key, delivered_at.
     """
@@ -47,25 +49,39 @@ def deliver(
     except ValueError as error:
         quoting = """quote it for the shell, as in '{"approved": true}'"""
         raise Failure(f"the payload is not JSON ({error}); {quoting}", USAGE) from None
-    result = run(_deliver(url, run_id, name, text, delivery_id, migrate=not no_migrate))
+    run_id, result, status, close = run(_deliver(url, reference, name, text, delivery_id))
     if as_json:
         print_json(result)
     elif result.status is SignalDeliveryStatus.DELIVERED:
         say(f"delivered to step {result.step_key!r}")
     elif result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
         say(f"step {result.step_key!r} has had this signal already, and no other waits for it")
+    elif status is not None and status.is_terminal:
+        say(
+            f"the run has ended ({status}), so no step waits for a signal; "
+            f"to reopen it: flowstore runs retry {run_id} STEP"
+        )
     else:
-        say(f"no step of the run waits for signal {name!r}; see: flowstore runs show {run_id}")
+        say(f"no step of the run waits for signal {name!r}; see: flowstore runs show {run_id}{close}")
     if result.status is not SignalDeliveryStatus.DELIVERED:
         raise typer.Exit(NO)
 
 
 async def _deliver(
-    url: str | None, run_id: RunId, name: str, payload: str, delivery_id: str | None, *, migrate: bool
-) -> SignalDeliveryResult:
-    async with existing_store(url, migrate=migrate) as store:
+    url: str | None,
+    reference: RunId,
+    name: str,
+    payload: str,
+    delivery_id: str | None,
+) -> tuple[UUID, SignalDeliveryResult, RunStatus | None, str]:
+    """The run, the result and, if no waiter matched, the run's status and a suggestion."""
+    async with existing_store(url) as store:
+        run_id = await find_run(store, reference)
         result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id)
-        unknown = result.status is SignalDeliveryStatus.NOT_FOUND
-        if unknown and await store.get_run_status(run_id) is None:
+        if result.status is not SignalDeliveryStatus.NOT_FOUND:
+            return run_id, result, None, ""
+        status = await store.get_run_status(run_id)
+        if status is None:
             raise RunNotFoundError(run_id)
-        return result
+        close = suggestion(name, {waiter.signal_name for waiter in await store.get_waiters(run_id)})
+        return run_id, result, status, close

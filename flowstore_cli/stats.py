@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from flowstore_cli.printing import print_json, say
-from flowstore_cli.stores import AsJson, NoMigrate, Url, existing_store, run
+from flowstore_cli.stores import AsJson, Url, existing_store, run
 from flowstore_core import DashboardStatistics
 
 
-def stats(url: Url = None, as_json: AsJson = False, no_migrate: NoMigrate = False) -> None:
+def stats(url: Url = None, as_json: AsJson = False) -> None:
     """Count flows and runs; today is the day in UTC.
 
     \b
@@ -16,7 +16,7 @@ def stats(url: Url = None, as_json: AsJson = False, no_migrate: NoMigrate = Fals
 
     JSON: total_flows, active_runs, completed_today, failed_today.
     """
-    counts = run(_stats(url, migrate=not no_migrate))
+    counts = run(_stats(url))
     if as_json:
         print_json(counts)
         return
@@ -29,6 +29,6 @@ def stats(url: Url = None, as_json: AsJson = False, no_migrate: NoMigrate = Fals
         say(f"{name:<16}{count:>10,}")
 
 
-async def _stats(url: str | None, *, migrate: bool) -> DashboardStatistics:
-    async with existing_store(url, migrate=migrate) as store:
+async def _stats(url: str | None) -> DashboardStatistics:
+    async with existing_store(url) as store:
         return await store.get_statistics()

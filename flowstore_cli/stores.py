@@ -3,42 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
-from uuid import UUID
 
 import typer
 
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_core import BackendLoadError, FlowStore, SchemaVersionError, StoreConfig, open_store
 from flowstore_core.arguments import MAX_TEXT_BYTES
-from flowstore_core.config import read_path, redact
 from flowstore_core.findings import Finding
 from flowstore_core.opening import resolve_store
-from flowstore_core.plugins import Plugin, explain_import
+from flowstore_core.plugins import Plugin, explain_import, load_plugins
+from flowstore_core.urls import redact
 
 T = TypeVar("T")
 
+
+def complete_url(incomplete: str) -> list[str]:
+    """The beginnings of the URLs that can be opened here."""
+    schemes = {scheme for plugin in load_plugins() for one in plugin.backends for scheme in one.schemes}
+    starts = sorted(f"{scheme}://{'/' if scheme == 'sqlite' else ''}" for scheme in schemes)
+    return [start for start in starts if start.startswith(incomplete)]
+
+
+def _given_once(context: typer.Context, url: str | None) -> str | None:
+    """The URL of this command, else the one in front of it; both may be given if they are the same."""
+    in_front = context.find_root().params.get("url")
+    if url is not None and in_front is not None and url != in_front:
+        raise Failure("--url is given twice, with different stores; leave one of them out", USAGE)
+    return in_front if url is None else url
+
+
+URL_HELP = "The store, such as sqlite:///flows.db or postgresql://user@host/db."
+RootUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--url", "-u", metavar="URL", help=URL_HELP, show_default=False, autocompletion=complete_url
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option(
         "--url",
         "-u",
         metavar="URL",
-        help="The store, such as sqlite:///flows.db or postgresql://user@host/db.",
+        help=URL_HELP,
         show_default=False,
+        autocompletion=complete_url,
+        callback=_given_once,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
 NoMigrate = Annotated[
     bool, typer.Option("--no-migrate", help="Leave the schema as it is; an old one is then an error.")
 ]
-RunId = Annotated[UUID, typer.Argument(metavar="RUN_ID", help="The run's id.", show_default=False)]
 
 
 @runtime_checkable
@@ -119,10 +143,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 @asynccontextmanager
-async def existing_store(url: str | None, *, migrate: bool = False) -> AsyncIterator[FlowStore]:
-    """Open a store as it is: neither it nor its schema is created or migrated, whatever ``migrate`` says.
+async def existing_store(url: str | None) -> AsyncIterator[FlowStore]:
+    """Open a store as it is: neither it nor its schema is created or migrated.
 
-    Raises Failure where there is no schema, SchemaVersionError where the schema is older.
+    Raises Failure, with the command that does it, where there is no schema or an older one.
     """
     _, _, config = resolve_store(url, migrate=False)
     async with AsyncExitStack() as stack:
@@ -131,14 +155,13 @@ async def existing_store(url: str | None, *, migrate: bool = False) -> AsyncIter
         except SchemaVersionError as error:
             if error.found >= error.needed:
                 raise
-            command = with_url("flowstore migrate up", url)
-            if error.found:
-                raise SchemaVersionError(error.found, error.needed, f"run: {command}") from error
-            raise Failure(
-                f"there is no flowstore schema at {whereabouts(config)}; check --url, or create one with: "
-                f"{command}",
-                USAGE,
-            ) from error
+            problem = (
+                f"the schema at {whereabouts(config)} has version {error.found}, this flowstore works on "
+                f"{error.needed}; bring it up to date with"
+                if error.found
+                else f"there is no flowstore schema at {whereabouts(config)}; check --url, or create one with"
+            )
+            raise Failure(f"{problem}: {with_url('flowstore migrate up', url)}", USAGE) from error
         yield store
 
 
@@ -174,9 +197,9 @@ def whereabouts(config: StoreConfig) -> str:
     """Where a store is, for people: its URL without secrets, and the file if it is one."""
     shown = redact(config.url)
     if config.scheme == "sqlite":
-        # Without a working directory a relative path leads nowhere; opening the store says so.
-        with suppress(FileNotFoundError):
-            return f"{shown} (file {Path(read_path(config.url)).absolute()})"
+        # Without a working directory a relative path leads nowhere, which opening the store explains.
+        with contextlib.suppress(OSError):
+            return f"{shown} (file {Path(config.parts.path).absolute()})"
     return shown
 
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated
-from uuid import UUID
 
 import typer
 from rich.text import Text
 
 from flowstore_cli.durations import parse_moment
-from flowstore_cli.printing import cell, count, new_console, new_table, print_json, print_table, span
-from flowstore_cli.stores import AsJson, NoMigrate, Url, existing_store, run
-from flowstore_core import RunTimeseriesBucket, RunTimeseriesGranularity
+from flowstore_cli.failures import USAGE, Failure
+from flowstore_cli.printing import (
+    cell,
+    count,
+    new_console,
+    new_table,
+    on_terminal,
+    print_json,
+    print_table,
+    span,
+)
+from flowstore_cli.references import Flow, find_flow
+from flowstore_cli.stores import AsJson, Url, existing_store, run
+from flowstore_core import InvalidArgumentError, RunTimeseriesBucket, RunTimeseriesGranularity
+from flowstore_core.timeseries import MAX_BUCKETS
 
 # Told apart without colours too.
 PARTS = (
@@ -38,10 +49,9 @@ def timeseries(
     until: Annotated[
         str | None, typer.Option(metavar="WHEN", help="A moment, or how long ago. Default: now.")
     ] = None,
-    flow: Annotated[UUID | None, typer.Option(metavar="FLOW_ID", help="Only runs of this flow.")] = None,
+    flow: Flow = None,
     url: Url = None,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """Chart the runs of each hour or day.
 
@@ -58,11 +68,11 @@ def timeseries(
     now = datetime.now(UTC)
     first = parse_moment(since or DEFAULT_SINCE[granularity], "--since", now)
     last = parse_moment(until, "--until", now) if until else now
-    buckets = run(_timeseries(url, granularity, first, last, flow, migrate=not no_migrate))
+    buckets = run(_timeseries(url, granularity, first, last, flow))
     if as_json:
         print_json(buckets)
     else:
-        _draw(buckets, granularity)
+        _print(buckets, granularity)
 
 
 async def _timeseries(
@@ -70,35 +80,47 @@ async def _timeseries(
     granularity: RunTimeseriesGranularity,
     since: datetime,
     until: datetime,
-    flow_id: UUID | None,
-    *,
-    migrate: bool,
+    flow: str | None,
 ) -> Sequence[RunTimeseriesBucket]:
-    async with existing_store(url, migrate=migrate) as store:
-        return await store.get_run_timeseries(granularity, since, until, flow_id)
+    async with existing_store(url) as store:
+        flow_id = None if flow is None else await find_flow(store, flow)
+        try:
+            return await store.get_run_timeseries(granularity, since, until, flow_id)
+        except InvalidArgumentError as error:
+            if error.argument != "until":
+                raise
+            limit = f"the chart may have {MAX_BUCKETS:,} rows at most; take a later --since"
+            wider = ", or --by day" if granularity is RunTimeseriesGranularity.HOUR else ""
+            raise Failure(f"{limit}{wider}", USAGE) from error
 
 
-def _draw(buckets: Sequence[RunTimeseriesBucket], granularity: RunTimeseriesGranularity) -> None:
+def _print(buckets: Sequence[RunTimeseriesBucket], granularity: RunTimeseriesGranularity) -> None:
     console = new_console()
-    numbers = ("SUCC", "FAIL", "CANC", "RUN", "P50", "P95")
-    table = new_table("FROM (UTC)", "RUNS", *numbers, right=numbers, short=("RUNS",))
+    # Bars are for the eye: what reads from a pipe gets the numbers.
+    bars = ["RUNS"] if on_terminal() else []
+    numbers = ("TOTAL", "SUCC", "FAIL", "CANC", "RUN", "P50", "P95")
+    table = new_table(
+        "FROM (UTC)", *bars, *numbers, right=numbers, short=bars, spare=("P95", "P50", "TOTAL", *bars)
+    )
     most = max((bucket.total for bucket in buckets), default=0)
     for bucket in buckets:
+        start = bucket.timestamp.astimezone(UTC)
         table.add_row(
-            cell(f"{bucket.timestamp.astimezone(UTC):{FORMAT[granularity]}}"),
-            _bar(bucket, most),
-            *(cell(getattr(bucket, name) or ".") for name, _, _ in PARTS),
+            cell(f"{start:{FORMAT[granularity] if on_terminal() else '%Y-%m-%dT%H:%M:%SZ'}}"),
+            *([_bar(bucket, most)] if bars else []),
+            *(cell(getattr(bucket, name) or ".") for name in ("total", *(name for name, _, _ in PARTS))),
             *(
                 cell(span(None if value is None else value / 1000))
                 for value in (bucket.p50_duration_ms, bucket.p95_duration_ms)
             ),
         )
     print_table(console, table)
-    legend = Text("\n")
-    for name, mark, style in PARTS:
-        legend.append(f"{mark} ", style).append(f"{name}  ")
-    total = sum(bucket.total for bucket in buckets)
-    console.print(legend.append(f"in all {count(total, 'run')}"))
+    if bars:
+        legend = Text("\n")
+        for name, mark, style in PARTS:
+            legend.append(f"{mark} ", style).append(f"{name}  ")
+        total = sum(bucket.total for bucket in buckets)
+        console.print(legend.append(f"in all {count(total, 'run')}"))
 
 
 def _bar(bucket: RunTimeseriesBucket, most: int) -> Text:

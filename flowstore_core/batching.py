@@ -21,7 +21,7 @@ What it keeps, whatever the backend:
 - an error in one row stays with its caller: ``run`` returns it in its place, or raises BatchError, and
   the batch is halved until the row stands alone;
 - a cancelled caller leaves the batch as it is: a call that was not sent never happens, and what a sent
-  one wins is given back (CON-4);
+  one wins is given back, whatever fails meanwhile (CON-4);
 - the queue is bounded in length and in time: callers wait in line, then get StoreUnavailableError.
 """
 
@@ -70,6 +70,8 @@ HEAVIEST_BATCH = 4 * 1024 * 1024
 CAPACITY = 10_000
 """Calls that may wait in a queue; further callers wait for a place."""
 PATIENCE_SECONDS = 10.0
+ABANDONED_SECONDS = 0.5
+"""How long after a lane was cancelled the compensation of its cancelled calls begins."""
 
 _log = logging.getLogger("flowstore_core")
 _key = attrgetter("key")
@@ -108,6 +110,7 @@ class Batcher:
         self._borrower: asyncio.Future[None] | None = None
         """Done when the caller who has borrowed a lane gives it back."""
         self._giving_back = InFlight()
+        self._stopped = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._lanes: Lanes = TaskLanes(self, lanes) if isinstance(lanes, int) else lanes(self)
         self._wake = self._lanes.wake
@@ -360,7 +363,16 @@ class Batcher:
             self._observers.outcome_unknown(method.name, Resolution.UNKNOWN, len(calls))
         for call in calls:
             call.followers = None
-            self._settle(call, OutcomeUnknownError(method.name))
+            error = OutcomeUnknownError(method.name)
+            if call.outcome.cancelled():
+                # Not at once: if the loop is ending, it must not meet a new task.
+                self.loop.call_later(ABANDONED_SECONDS, self._compensate_abandoned, call, error)
+            else:
+                self._settle(call, error)
+
+    def _compensate_abandoned(self, call: Call, error: OutcomeUnknownError) -> None:
+        if not self._stopped:
+            self.give_back(call, error)
 
     def _queue_again(self, method: Method[Any, Any], calls: list[Call]) -> None:
         # In front: they have waited longest.
@@ -370,21 +382,28 @@ class Batcher:
             self.notice()
 
     def _settle(self, call: Call, outcome: Any) -> None:
-        if isinstance(outcome, Exception):
-            if not call.outcome.done():
-                call.outcome.set_exception(outcome)
-        elif call.outcome.cancelled():
+        if call.outcome.cancelled():
             self.give_back(call, outcome)
-        elif not call.outcome.done():
+        elif call.outcome.done():
+            return
+        elif isinstance(outcome, Exception):
+            call.outcome.set_exception(outcome)
+        else:
             call.outcome.set_result(outcome)
 
     def give_back(self, call: Call, outcome: Any) -> None:
-        """Undo what a cancelled call has won."""
-        if call.give_back is not None:
+        """Begin the compensation of a cancelled call; a call that failed had no effect."""
+        if call.give_back is not None and (
+            not isinstance(outcome, Exception) or isinstance(outcome, OutcomeUnknownError)
+        ):
             self.undo(call.give_back, outcome)
 
-    def undo(self, give_back: Callable[[R], Awaitable[None]], outcome: R) -> None:
-        """Begin ``give_back(outcome)``, for which drain waits."""
+    def undo(
+        self,
+        give_back: Callable[[R | OutcomeUnknownError], Awaitable[None]],
+        outcome: R | OutcomeUnknownError,
+    ) -> None:
+        """Begin ``give_back(outcome)``, which is retried until it succeeds, and for which drain waits."""
         self._giving_back.undo(give_back, outcome)
 
     def _unfinished(self) -> set[asyncio.Future[Any]]:
@@ -398,6 +417,7 @@ class Batcher:
         OutcomeUnknownError.
         """
         self.closing = True
+        self._giving_back.hasten()
         deadline = self.time() + seconds
         # Those who wait for a place wake, see that it is too late, and leave it.
         self.places.open()
@@ -408,6 +428,7 @@ class Batcher:
             while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:
                 await asyncio.wait(unfinished, timeout=left)
         finally:
+            self._stopped = True
             if self._sweeper is not None:
                 self._sweeper.cancel()
             if (not_sent := self._refuse_queued()) or self._unfinished():

@@ -11,15 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import parse_qsl, unquote
 
 from flowstore_core.errors import ConfigurationError
 from flowstore_core.observing import Observers
+from flowstore_core.suggestions import did_you_mean
+from flowstore_core.urls import DEFAULT_URL, StoreUrl, parse_url, redact
 
-DEFAULT_URL = "sqlite:///flowstore.db"
 URL_VARIABLE = "FLOWSTORE_URL"
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -29,7 +28,7 @@ class StoreConfig:
     """What a backend's ``open`` gets. Its repr hides passwords and the options' values."""
 
     url: str
-    """As the user gave it, query included."""
+    """As the user gave it, query included, without whitespace around it."""
     scheme: str
     options: Mapping[str, object]
     """From the URL's query (str) and from keywords (typed); only names that the backend lists."""
@@ -38,6 +37,11 @@ class StoreConfig:
     migrate: bool
     observers: Observers = field(default_factory=Observers, compare=False)
     """Where the backend reports retries, batches and lost answers; empty as long as nobody listens."""
+
+    @property
+    def parts(self) -> StoreUrl:
+        """The URL, parsed."""
+        return parse_url(self.url)
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(self.options))
@@ -80,7 +84,8 @@ class StoreConfig:
         for word in allowed:
             if isinstance(value, str) and value.lower() == word.lower():
                 return word
-        raise ConfigurationError(f"option {name} must be one of {', '.join(allowed)}")
+        near = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        raise ConfigurationError(f"option {name} must be one of {', '.join(allowed)}{near}")
 
     def text(self, name: str, default: str) -> str:
         """An option as text that is not empty."""
@@ -106,48 +111,58 @@ def read_settings(url: str | None, options: Mapping[str, object], *, migrate: bo
     A file's options belong to the file's URL; a file without one gives its options to any. Options in
     the URL's query come before the file's, keywords before both.
     """
-    place, table = _read_file(Path.cwd())
+    place, table = _read_file()
     file_url = table.pop("url", None)
     if file_url is not None and not isinstance(file_url, str):
         raise ConfigurationError(f"key url in {place} must be a str")
+    variable = os.environ.get(URL_VARIABLE, "").strip()
     if url is not None:
         chosen, origin = url, "argument url"
-    elif os.environ.get(URL_VARIABLE):
-        chosen, origin = os.environ[URL_VARIABLE], URL_VARIABLE
+    elif variable:
+        chosen, origin = variable, URL_VARIABLE
     elif file_url is not None:
         chosen, origin = file_url, f"key url in {place}"
     else:
         chosen, origin = DEFAULT_URL, "the default"
-    if not isinstance(chosen, str):
-        raise ConfigurationError(f"url must be a str such as {DEFAULT_URL!r}, not {type(chosen).__name__}")
-    from_file = table if file_url is None or file_url == chosen else {}
-    said = _said_in_front(chosen)
+    parsed = parse_url(chosen)
+    from_file = table if file_url is None or file_url.strip() == parsed.text else {}
+    said = _said_in_front(parsed)
     from_file = {name: value for name, value in from_file.items() if name not in said}
-    merged = {**from_file, **read_query(chosen), **options}
+    merged = {**from_file, **parsed.options, **options}
     if "migrate" in merged:
         migrate = _flag("migrate", merged.pop("migrate")) and migrate
-    return Settings(url=chosen, options=MappingProxyType(merged), migrate=migrate, origin=origin)
+    return Settings(url=parsed.text, options=MappingProxyType(merged), migrate=migrate, origin=origin)
 
 
-def _said_in_front(url: str) -> set[str]:
+def _said_in_front(url: StoreUrl) -> set[str]:
     """The options that the URL gives without naming them; they go before the file's, as its query does."""
-    authority, path = split_place(url.partition("#")[0])
-    userinfo, _, place = authority.rpartition("@")
-    user, _, password = userinfo.partition(":")
-    said = {"user": user, "password": password, "host": place, "database": path, "dbname": path}
-    if re.search(r":\d+$", place):
-        said["port"] = place
+    said = {
+        "user": url.user,
+        "password": url.password,
+        "host": url.hosts,
+        "database": url.path,
+        "dbname": url.path,
+    }
+    if re.search(r":\d+$", url.hosts):
+        said["port"] = url.hosts
     return {name for name, value in said.items() if value}
 
 
-def _read_file(folder: Path) -> tuple[str, dict[str, Any]]:
+def _read_file() -> tuple[str, dict[str, Any]]:
+    """The name and the table of the first file in the working directory that configures flowstore.
+
+    Relative names are opened, so that a working directory that was deleted, or that the user may not
+    enter, counts as one without files.
+    """
     for name, path in (("flowstore.toml", ()), ("pyproject.toml", ("tool", "flowstore"))):
         table: Any = None
         try:
-            table = tomllib.loads((folder / name).read_text(encoding="utf-8"))
+            table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except OSError as error:
+            if not _is_visible(name):
+                continue
             problem = f"{name} cannot be read: {error.strerror}"
         except UnicodeDecodeError as error:
             problem = f"{name} is not UTF-8 (byte {error.start})"
@@ -167,65 +182,13 @@ def _read_file(folder: Path) -> tuple[str, dict[str, Any]]:
     return "", {}
 
 
-def read_scheme(url: str) -> str:
-    """The scheme of a URL, in lower case; ConfigurationError when there is none."""
-    scheme, separator, _ = url.partition("://")
-    # What stands there is not shown: a URL that is badly written may have its password in front.
-    if not separator or not _SCHEME.fullmatch(scheme):
-        raise ConfigurationError(
-            "a store URL begins with scheme://, such as sqlite:///flows.db or postgresql://user@host/db"
-        )
-    return scheme.lower()
-
-
-def read_query(url: str) -> dict[str, str]:
-    """The query of a URL; ConfigurationError for a name that stands twice."""
-    query = url.partition("#")[0].partition("?")[2]
-    found: dict[str, str] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
-        if name in found:
-            raise ConfigurationError(f"option {shown_option(name)} stands twice in the URL")
-        found[name] = value
-    return found
-
-
-def read_path(url: str) -> str:
-    """The path of a URL, decoded, without its leading slash: ``sqlite:////a/b`` gives ``/a/b``."""
-    return unquote(split_place(url)[1])
-
-
-def split_place(url: str) -> tuple[str, str]:
-    """What a URL has between its scheme and its query: the part up to the first slash, and what follows.
-
-    Not by urlsplit, which raises errors that quote the URL.
-    """
-    place = url.partition("://")[2].partition("?")[0]
-    authority, _, path = place.partition("/")
-    return authority, path
-
-
-def shown_option(name: str) -> str:
-    """An option's name for people's eyes, unless it may be the end of a password with a raw question mark."""
-    return name if re.fullmatch(r"[a-z][a-z_]{0,40}", name) else "<not shown>"
-
-
-def redact(url: str) -> str:
-    """A URL for people's eyes: no password, no query values."""
-    head, separator, rest = url.partition("://")
-    if not separator or not _SCHEME.fullmatch(head):
-        return "<not a URL>"
-    # Everything up to the last @ counts as user and password, wherever it stands: a password with a
-    # raw slash or question mark must not slip out as a path or as an option's name.
-    secret, at, rest = rest.rpartition("@")
-    user = re.split("[:/?#]", secret)[0]
-    if "?" in secret:
-        # A raw question mark in the password, or a raw @ in a query's value: what follows is the host,
-        # or the end of a secret, so neither is shown.
-        return f"{head}://{user}:***"
-    rest, _, query = rest.partition("?")
-    shown = f"{head}://{user}{':***' if user != secret else ''}{at}{rest}"
-    names = "&".join(f"{shown_option(part.partition('=')[0])}=..." for part in query.split("&") if part)
-    return f"{shown}?{names}" if names else shown
+def _is_visible(name: str) -> bool:
+    """Whether the directory can be searched and has an entry of this name, readable or not."""
+    try:
+        os.lstat(name)
+    except OSError:
+        return False
+    return True
 
 
 def _flag(name: str, value: object) -> bool:

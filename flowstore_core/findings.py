@@ -89,3 +89,24 @@ def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> F
         examples=tuple(dict.fromkeys(runs))[:SHOWN],
         fix=f"delete the rows of table {table} that belong to no run",
     )
+
+
+def wrong_counters(flows: int, days: int) -> Sequence[Finding]:
+    """Counters that differ from the stored runs, for backends whose ``fix`` corrects them.
+
+    ``flows`` and ``days`` are the numbers of flows and days whose counters are wrong.
+    """
+    if not flows and not days:
+        return ()
+    return (
+        Finding(
+            code="counters-wrong",
+            severity=Severity.ERROR,
+            summary=f"the counters of {flows:,} flows and {days:,} days differ from the stored runs",
+            meaning="Totals of pages, dashboard statistics and timeseries are wrong. Rows were loaded or "
+            "changed while triggers were off, a table was edited by hand, or a dump was restored in part.",
+            remedy="flowstore doctor --fix",
+            count=flows + days,
+            fix="correct the counters by counting the runs",
+        ),
+    )

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from flowstore_core.calls import Call
+from flowstore_core.errors import OutcomeUnknownError
 
 if TYPE_CHECKING:
     from flowstore_core.batching import Batcher
@@ -42,12 +43,15 @@ class Method(Generic[I, R]):
         self._tell = tell
 
     async def call(
-        self, key: Hashable, item: I, give_back: Callable[[R], Awaitable[None]] | None = None
+        self,
+        key: Hashable,
+        item: I,
+        give_back: Callable[[R | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> R:
         """Send an item with the next batch and return its own outcome.
 
-        When the caller is cancelled after the item was sent, ``give_back`` gets the outcome, to undo
-        what nobody will hear of.
+        When the caller is cancelled after the item was sent, ``give_back`` gets the outcome, or the
+        OutcomeUnknownError that the call ended with, to undo its effect. See InFlight.run.
 
         Raises what ``run`` answered for the item; StoreUnavailableError when it was not sent within the
         batcher's patience (it never happened); StoreClosedError.
@@ -68,8 +72,8 @@ class Method(Generic[I, R]):
             result = await outcome
         except asyncio.CancelledError:
             # Answered at the same moment; else it is cancelled too, and whoever answers it gives back.
-            if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
-                batcher.give_back(call, outcome.result())
+            if outcome.done() and not outcome.cancelled():
+                batcher.give_back(call, outcome.exception() or outcome.result())
             raise
         return result if self._tell is None else self._tell(item, result)
 

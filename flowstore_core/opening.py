@@ -11,11 +11,13 @@ from typing import Any
 
 from flowstore_core.arguments import check_clock
 from flowstore_core.checked import CheckedStore
-from flowstore_core.config import StoreConfig, read_scheme, read_settings, redact, shown_option
+from flowstore_core.config import StoreConfig, read_settings
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
 from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, wrap_store
 from flowstore_core.status import Capability
 from flowstore_core.store import CAPABILITY_METHODS, FlowStore
+from flowstore_core.suggestions import did_you_mean
+from flowstore_core.urls import ENCODING_RULE, parse_url, redact, shown_option
 
 _log = logging.getLogger("flowstore_core")
 
@@ -80,18 +82,18 @@ def resolve_store(
     """
     checked_clock = check_clock(clock)
     settings = read_settings(url, options, migrate=migrate)
-    scheme = read_scheme(settings.url)
-    plugin, backend = find_backend(scheme)
+    parsed = parse_url(settings.url)
+    plugin, backend = find_backend(parsed.scheme)
     if unknown := settings.options.keys() - backend.options:
         known = ", ".join(sorted(backend.options)) or "none"
-        names = ", ".join(sorted({shown_option(name) for name in unknown}))
-        if "@" in settings.url.partition("?")[2]:
-            # What looks like options is then most likely the end of a password with a raw question mark.
-            names = "of such a name (write ? and @ in a password as %3F and %40)"
+        near = {name: did_you_mean(name, backend.options | {"migrate"}) for name in unknown}
+        names = ", ".join(sorted({f"{shown_option(name)}{near[name]}" for name in unknown}))
+        if parsed.has_at_in_query:
+            names = f"of such a name ({ENCODING_RULE})"
         raise ConfigurationError(f"backend {backend.name!r} has no option {names}; it has: {known}")
     config = StoreConfig(
         url=settings.url,
-        scheme=scheme,
+        scheme=parsed.scheme,
         options=MappingProxyType(dict(settings.options)),
         clock=checked_clock,
         migrate=settings.migrate,

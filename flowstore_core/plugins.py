@@ -6,7 +6,8 @@ scheme may also be served under another name. Group ``flowstore_wrappers`` holds
 of every backend; each of its plugins is imported when a store is opened.
 
 Every backend's plugin is loaded on its own, so a broken one never disables the others; two that claim
-one scheme are refused by name when that scheme is asked for.
+one scheme are refused by name when that scheme is asked for. A distribution whose metadata cannot be read
+counts as a broken plugin of each group that it mentions.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Protocol
 
 import pluggy
 
 from flowstore_core.config import StoreConfig
+from flowstore_core.distributions import (
+    BrokenDistribution,
+    distribution_name,
+    read_entry_points,
+    read_requirements,
+)
 from flowstore_core.errors import BackendLoadError, UnknownBackendError
 from flowstore_core.status import Capability
+from flowstore_core.suggestions import did_you_mean
 
 PROJECT = "flowstore"
 BACKENDS = PROJECT
@@ -119,25 +127,45 @@ class Plugin:
 
 def load_plugins() -> tuple[Plugin, ...]:
     """Every plugin of group ``flowstore``, by name; broken ones carry their error."""
-    path = tuple(sys.path)
-    loaded = (_load_plugin(path, entries) for entries in _list_entries(path, BACKENDS))
-    return tuple(sorted(loaded, key=lambda plugin: plugin.name))
+    return tuple(sorted(_load_group(BACKENDS), key=lambda plugin: plugin.name))
 
 
 def load_wrappers() -> tuple[Plugin, ...]:
     """Every plugin of group ``flowstore_wrappers``, by name; broken ones carry their error."""
+    return _load_group(WRAPPERS)
+
+
+def _load_group(group: str) -> tuple[Plugin, ...]:
     path = tuple(sys.path)
-    return tuple(_load_plugin(path, entries) for entries in _list_entries(path, WRAPPERS))
+    _, broken = _read_metadata(path)
+    unreadable = [_explain_distribution(one) for one in broken if group in one.groups]
+    return (*(_load_plugin(path, entries) for entries in _list_entries(path, group)), *unreadable)
 
 
-# Both are keyed by the path, so that a plugin installed into a running process is found.
+def _explain_distribution(broken: BrokenDistribution) -> Plugin:
+    remedy = f"reinstall or uninstall {broken.name}"
+    return Plugin(
+        name=broken.name,
+        distribution=broken.name,
+        module="",
+        error=BackendLoadError(broken.name, broken.problem, remedy),
+    )
+
+
+# These are keyed by the path, so that a plugin installed into a running process is found.
 
 
 @functools.lru_cache(maxsize=4)
+def _read_metadata(path: tuple[str, ...]) -> tuple[list[EntryPoint], list[BrokenDistribution]]:
+    return read_entry_points((BACKENDS, WRAPPERS))
+
+
+@functools.lru_cache(maxsize=8)
 def _list_entries(path: tuple[str, ...], group: str) -> tuple[tuple[EntryPoint, ...], ...]:
     """The entry points of a group, those of one plugin together; from metadata, nothing is imported."""
+    entries, _ = _read_metadata(path)
     # An editable install and a wheel of one distribution may both be on the path.
-    found = {(entry.name, entry.value): entry for entry in entry_points(group=group)}
+    found = {(entry.name, entry.value): entry for entry in entries if entry.group == group}
     plugins: dict[str, list[EntryPoint]] = {}
     for key in sorted(found):
         plugins.setdefault(found[key].value, []).append(found[key])
@@ -147,8 +175,14 @@ def _list_entries(path: tuple[str, ...], group: str) -> tuple[tuple[EntryPoint, 
 @functools.lru_cache(maxsize=128)
 def _load_plugin(path: tuple[str, ...], entries: tuple[EntryPoint, ...]) -> Plugin:
     names = [entry.name for entry in entries]
-    name, module, value = names[0], entries[0].module, entries[0].value
-    distribution = entries[0].dist.name if entries[0].dist is not None else None
+    name, value = names[0], entries[0].value
+    distribution = distribution_name(entries[0].dist) if entries[0].dist is not None else None
+    named = entries[0].pattern.match(value)
+    if named is None:
+        problem = f"its entry point names {value!r}, which is not a module"
+        error = BackendLoadError(name, problem, f"report it to the authors of {distribution or name}")
+        return Plugin(name=name, distribution=distribution, module=value, value=value, error=error)
+    module = named["module"]
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
     try:
@@ -218,11 +252,17 @@ def find_backend(scheme: str) -> tuple[Plugin, Backend]:
     plugins = load_plugins()
     if serving := _choose(scheme, plugins):
         return serving
-    known = ", ".join(sorted({s for p in plugins for b in p.backends for s in b.schemes}))
-    message = f"no installed backend serves scheme {scheme!r}; installed: {known or 'none'}"
+    known = sorted({s for p in plugins for b in p.backends for s in b.schemes})
+    message = f"no installed backend serves scheme {scheme!r}{did_you_mean(scheme, known)}"
+    message += f"; installed: {', '.join(known) or 'none'}"
     if broken := [plugin for plugin in plugins if plugin.error is not None]:
         message += "; broken plugins: " + ", ".join(repr(plugin.name) for plugin in broken)
         message += " (flowstore backends says why)"
+    if all(plugin.distribution != PROJECT for plugin in plugins):
+        message += (
+            "; the metadata of flowstore, which names its backends, is missing: install flowstore with pip, "
+            "or add its metadata to the frozen program (PyInstaller: --copy-metadata flowstore)"
+        )
     raise UnknownBackendError(scheme, message)
 
 
@@ -261,7 +301,12 @@ def explain_import(plugin: str, module: str, distribution: str | None, error: Ex
     own = module.partition(".")[0]
     missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     top = missing.partition(".")[0]
-    if top and top != own:
+    if missing and f"{module}.".startswith(f"{missing}."):
+        remedy = f"reinstall or uninstall {distribution or module}"
+        if getattr(sys, "frozen", False):
+            remedy = f"add it to the frozen program (PyInstaller: --collect-all {own})"
+        found = BackendLoadError(plugin, f"its module {module!r} is not installed", remedy)
+    elif top and top != own:
         found = BackendLoadError(
             plugin,
             f"module {top!r} is not installed",
@@ -281,13 +326,9 @@ def _requirement(module: str, distribution: str | None) -> str:
     """What pip must install for a module: the plugin's own extra where one lists it."""
     if distribution is None:
         return module
-    try:
-        requires: Iterable[str] = Distribution.from_name(distribution).requires or ()
-    except PackageNotFoundError:
-        return module
     sizes: Counter[str] = Counter()
     offering: list[str] = []
-    for requirement in requires:
+    for requirement in read_requirements(distribution):
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
         if name and extra:

@@ -53,7 +53,7 @@ class Signals(Protocol):
         """Let a step wait for a signal (SIG-1).
 
         Again on the same key it updates signal_name and expires_at and keeps created_at and any
-        delivered payload.
+        delivered payload. Allowed on a terminal run (RUN-4).
 
         Raises RunNotFoundError; ConflictError for another signal_name on a delivered waiter, and for
         any registering on an expired one: remove it first.
@@ -72,8 +72,9 @@ class Signals(Protocol):
 
         Oldest by created_at, then step_key; exactly one delivery per waiter. With none left but one
         delivered: ALREADY_DELIVERED, naming the oldest delivered. NOT_FOUND only if at that moment no
-        waiter matches (SIG-3). A ``delivery_id`` that was DELIVERED before returns the first result,
-        for as long as the run is stored.
+        waiter matches; on a terminal run an undelivered waiter does not match, and nothing changes
+        (SIG-3). A ``delivery_id`` that was DELIVERED before returns the first result, for as long as
+        the run is stored, on a terminal run too.
         """
         ...
 

@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from functools import partial
 
 from flowstore_core import Backend, ConfigurationError, FlowStore, StoreConfig, hookimpl
+from flowstore_core.urls import parse_url
 from flowstore_memory.state import Namespace
 from flowstore_memory.store import CAPABILITIES, MemoryStore, SharedStore
 
 # Named stores live until the process ends. Threads may open one name at once; setdefault is atomic.
 _named: dict[str, Namespace] = {}
 
-_URL = re.compile(r"memory://(?P<name>[\w.~-]*)(\?.*)?", re.IGNORECASE)
+_FORM = re.compile(r"memory://[\w.~-]*(\?|$)", re.IGNORECASE)
 
 
 class MemoryBackend:
@@ -46,13 +47,13 @@ class MemoryBackend:
 
 
 def _read_name(url: str) -> str:
-    parts = _URL.fullmatch(url)
-    if parts is None:
+    parts = parse_url(url)
+    if not _FORM.match(parts.text):
         raise ConfigurationError(
             "a memory URL is memory:// or memory://name, the name of letters, digits and . _ ~ -; "
             "it has no user, port or path"
         )
-    return parts["name"]
+    return parts.hosts
 
 
 @hookimpl

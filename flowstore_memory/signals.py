@@ -7,6 +7,7 @@ from datetime import datetime
 from uuid import UUID
 
 from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
+from flowstore_core.status import TERMINAL_RUN_STATUSES
 from flowstore_memory.state import Opened, RunState, WaiterState
 
 _NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
@@ -61,8 +62,9 @@ class Signals(Opened):
         ]
         # Keys are distinct, so no two waiters are ever compared.
         waiting = min((found for found in matching if found[2].delivered_at is None), default=None)
-        if waiting is None:
-            return _already_delivered(min(matching, default=None))
+        if waiting is None or run.status in TERMINAL_RUN_STATUSES:
+            delivered = (found for found in matching if found[2].delivered_at is not None)
+            return _already_delivered(min(delivered, default=None))
         _, step_key, waiter = waiting
         waiter.delivered_at = self._now()
         waiter.payload_json = payload_json

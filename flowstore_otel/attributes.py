@@ -5,10 +5,7 @@ Nothing of it is a secret or the content of a row: the URL is read without its u
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from flowstore_core import FlowStoreError, StoreConfig
-from flowstore_core.config import read_path, redact
 
 SYSTEM = "db.system.name"
 NAMESPACE = "db.namespace"
@@ -34,22 +31,19 @@ def describe_store(config: StoreConfig) -> Attributes:
         return _describe_postgresql(config)
     found: Attributes = {SYSTEM: config.scheme}
     if config.scheme == "sqlite":
-        found[NAMESPACE] = read_path(config.url)
+        # A file name may have bytes that are not UTF-8; exporters accept UTF-8 alone.
+        found[NAMESPACE] = config.parts.path.encode(errors="replace").decode()
     return found
 
 
 def _describe_postgresql(config: StoreConfig) -> Attributes:
     found: Attributes = {SYSTEM: "postgresql"}
     options = config.options
-    # Redacted first: what stands where is not guessed from a URL with a password in it.
-    parts = urlsplit(redact(config.url))
-    database = options.get("dbname") or options.get("database") or parts.path.strip("/")
+    parts = config.parts
+    database = options.get("dbname") or options.get("database") or parts.path
     schema = options.get("schema") or "flowstore"
     found[NAMESPACE] = f"{database}|{schema}" if database else str(schema)
-    host, _, port = parts.netloc.rpartition("@")[2].partition(":")
-    if not port.isdecimal():
-        # What is left where a password could not be told from the rest.
-        host, port = ("" if port else host), ""
+    host, _, port = parts.hosts.partition(":")
     host, port = str(options.get("host") or host), str(options.get("port") or port)
     # Of several hosts, which one it is shows only once connected.
     if host and "," not in host and not host.startswith("["):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from opentelemetry import metrics, trace
 
+from flowstore_core.distributions import installed_version
 from flowstore_core.observing import Resolution
 from flowstore_otel.attributes import OPERATION, REASON, RESOLUTION, Attributes
 
@@ -19,10 +19,7 @@ CALLS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def scope_version() -> str:
-    try:
-        return version("flowstore")
-    except PackageNotFoundError:
-        return ""
+    return installed_version("flowstore") or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

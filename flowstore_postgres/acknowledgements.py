@@ -51,21 +51,23 @@ class Lost:
     """From this time of the event loop on it cannot take effect any more."""
 
 
-async def settle(database: Database, connection: Connection, lost: Sequence[Lost], operation: str) -> None:
-    """Return once no lost statement can take effect any more (CON-3)."""
+async def settle(database: Database, connection: Connection, lost: Sequence[Lost]) -> None:
+    """Raise Retry while an unacknowledged statement can still take effect (CON-3).
+
+    The wait is the caller's, without the connection: other calls need it, and the compensation of
+    cancelled calls does.
+    """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + database.within(database.retry_timeout)
     for one in lost:
-        # The end of its time is believed only of a process that cannot be seen: one that waits for a
-        # standby has committed, and shows it whenever that wait ends.
-        while one.peer.started is not None or loop.time() < one.over:
-            if one.peer.started is not None:
-                alive = await database.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started)
-                if alive is None:
-                    break
-            if loop.time() > give_up:
-                raise OutcomeUnknownError(operation)
-            await asyncio.sleep(0.02)
+        if one.peer.started is not None:
+            # A visible process is not believed to be over because its time is: if it waits for a standby,
+            # it has committed, and the commit becomes visible whenever that wait ends.
+            if await database.ask(connection, TERMINATE_BACKEND, one.peer.pid, one.peer.started) is not None:
+                raise Retry(StoreUnavailableError("an unacknowledged statement is still running"))
+        elif loop.time() < one.over:
+            raise Retry(
+                StoreUnavailableError("an unacknowledged statement can still take effect"), fence=one.over
+            )
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class Doubt:
         # Found is final. Not found is final only when nothing can take effect any more.
         found = await self._find(database, connection)
         if found is None:
-            await settle(database, connection, self.lost, self.operation)
+            await settle(database, connection, self.lost)
             found = await self._find(database, connection)
         self.lost.clear()
         self.happened = found is not None
@@ -136,7 +138,7 @@ async def was_committed(database: Database, commit: LostCommit, operation: str) 
             if found is None:
                 # Not found is final only when it can no longer be committed.
                 if commit.peer.started is not None:
-                    await settle(database, connection, [Lost(commit.peer, inf)], operation)
+                    await settle(database, connection, [Lost(commit.peer, inf)])
                 elif await database.ask(connection, TERMINATE_TRANSACTION, commit.xid) is not None:
                     raise Retry(StoreUnavailableError("a transaction is still in progress"))
                 found = await database.ask(connection, *noted)

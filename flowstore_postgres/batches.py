@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 import asyncpg
 
@@ -25,7 +26,7 @@ from flowstore_core.observing import Resolution, report_batch
 from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.batched import Batched, Row
 from flowstore_postgres.columns import pack
-from flowstore_postgres.connection import Connection
+from flowstore_postgres.connection import Connection, Peer
 from flowstore_postgres.errors import LOST, Retry, describe
 from flowstore_postgres.lanes import Lane, Lanes
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowstore_postgres")
 
 LANES = 2
+UNSEEN = Peer(pid=0, started=None, clock_offset=0.0)
 MOST_LANES = 4
 """For so many callers at once that two lanes would send only batches of full size."""
 # The classes of SQLSTATE that one row can be the reason of: a value, a constraint, a limit of the server,
@@ -71,6 +73,8 @@ class Batches:
         """By whether they are for runs that somebody holds."""
         self._methods: dict[Batched, Method[Row, Any]] = {}
         self._apart: dict[Batched, Method[Row, Any]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._unacknowledged: WeakKeyDictionary[OutcomeUnknownError, Sequence[Lost]] = WeakKeyDictionary()
         self._locked: Counter[UUID] = Counter()
         """How many calls wait for each run that somebody holds."""
 
@@ -106,7 +110,7 @@ class Batches:
             database.drop(lane.connection)
             if give_back is not None:
                 lost.append(database.lost(lane.peer, batcher.time()))
-                batcher.undo(partial(self._find_out, batched, row, lost), give_back)
+                batcher.undo(give_back, self._unknown(batched, lost))
             raise
         except (_LockedRunsError, Retry, asyncpg.PostgresError):
             answer = AGAIN
@@ -128,22 +132,18 @@ class Batches:
             raise answer
         return answer
 
-    async def _find_out(
-        self, batched: Batched, row: Row, lost: list[Lost], give_back: Callable[[Any], Awaitable[None]]
-    ) -> None:
-        """Give back what a call had won that was cancelled when it was on its way."""
-        database = self._database
+    def _unknown(self, batched: Batched, lost: Sequence[Lost]) -> OutcomeUnknownError:
+        error = OutcomeUnknownError(batched.operation)
+        self._unacknowledged[error] = tuple(lost)
+        return error
 
-        async def attempt() -> dict[int, Any]:
-            answers: dict[int, Any] = {}
-            async with database.connection() as connection:
-                if await self._find(connection, batched, [row], [0], answers):
-                    await settle(database, connection, lost, batched.operation)
-                    await self._find(connection, batched, [row], [0], answers)
-            return answers
-
-        for answer in (await database.retrying(attempt, batched.operation)).values():
-            await give_back(answer)
+    def unacknowledged(self, error: OutcomeUnknownError) -> Sequence[Lost]:
+        """The statements on which an unknown outcome depends."""
+        lost = self._unacknowledged.get(error)
+        if lost is None:
+            # The batch was abandoned with its lane, so its peer is not known.
+            lost = self._unacknowledged[error] = (self._database.lost(UNSEEN, self._loop.time()),)
+        return lost
 
     async def _wait_apart(
         self, batched: Batched, row: Row, give_back: Callable[[Any], Awaitable[None]] | None
@@ -208,7 +208,7 @@ class Batches:
         """
         database, observers = self._database, self._database.observers
         answers: dict[int, Any] = {}
-        left: Sequence[int] = range(len(rows))
+        left = list(range(len(rows)))
         lost = [] if lost is None else lost
         shaken = False
         """Whether a reply was lost at all."""
@@ -220,17 +220,15 @@ class Batches:
             try:
                 if lost:
                     shaken = True
-                    unsure = len(left)
-                    if batched.find is not None:
-                        left = await self._find(connection, batched, rows, left, answers)
-                    if left:
-                        await settle(database, connection, lost, batched.operation)
-                        if batched.find is not None:
-                            left = await self._find(connection, batched, rows, left, answers)
+                    if (missing := await self._find(connection, batched, rows, left, answers)) == left:
+                        # Had any row been found, the statement would be known to have ended.
+                        await settle(database, connection, lost)
+                        missing = await self._find(connection, batched, rows, left, answers)
                     lost.clear()
-                    report_lost(observers, batched.operation, Resolution.HAPPENED, unsure - len(left))
+                    report_lost(observers, batched.operation, Resolution.HAPPENED, len(left) - len(missing))
                     gone = Resolution.REPEATED if batched.find is None else Resolution.DID_NOT_HAPPEN
-                    report_lost(observers, batched.operation, gone, len(left))
+                    report_lost(observers, batched.operation, gone, len(missing))
+                    left = missing
                 while left:
                     try:
                         found = await self._send(lane, batched, [rows[n] for n in left], lost)
@@ -241,7 +239,7 @@ class Batches:
                         left = [n for n in left if n not in answers]
                     else:
                         answers.update(zip(left, found, strict=True))
-                        left = ()
+                        left = []
                 if shaken:
                     await confirm(database, connection)
             except asyncio.CancelledError:
@@ -256,9 +254,9 @@ class Batches:
             for n, answer in answers.items():
                 if not isinstance(answer, Elsewhere):
                     # Found or written, and not confirmed.
-                    answers[n] = OutcomeUnknownError(batched.operation)
+                    answers[n] = self._unknown(batched, lost)
             for n in left:
-                answers[n] = OutcomeUnknownError(batched.operation) if lost else copy.copy(error)
+                answers[n] = self._unknown(batched, lost) if lost else copy.copy(error)
             number = sum(isinstance(answer, OutcomeUnknownError) for answer in answers.values())
             report_lost(observers, batched.operation, Resolution.UNKNOWN, number)
         return [answers[n] for n in range(len(rows))]
@@ -272,12 +270,12 @@ class Batches:
         answers: dict[int, Any],
     ) -> list[int]:
         """Look for the token of each row; return those that have none."""
+        if batched.find is None:
+            return list(wanted)
         missing = []
         for n in wanted:
             row = rows[n]
-            found = await self._database.ask(
-                connection, batched.find or "", row[0], row[1], row[batched.token]
-            )
+            found = await self._database.ask(connection, batched.find, row[0], row[1], row[batched.token])
             if found is None:
                 missing.append(n)
             else:

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
+    OutcomeUnknownError,
     RunNotFoundError,
     StepClaim,
     StepDispatch,
@@ -18,7 +19,7 @@ from flowstore_core import (
 )
 from flowstore_core.batching import AGAIN
 from flowstore_postgres.batched import Batched, Row, read_done
-from flowstore_postgres.database import Database
+from flowstore_postgres.database import Database, in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -61,13 +62,15 @@ WITH guard AS MATERIALIZED (
                         WHEN claim_owned THEN claim_token
                         WHEN claimed_at IS NOT NULL THEN '' END
             FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS lost_to
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::interval[], $7::bigint[])
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::bigint[], $7::bigint[])
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE in_time
 ), won AS (
     INSERT INTO {schema}.steps AS s
         (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
     SELECT run_id, step_key, token, owned, now,
-           CASE WHEN lease IS NULL THEN NULL WHEN now < {latest} - lease THEN now + lease ELSE {latest} END,
+           CASE WHEN lease IS NULL THEN NULL
+                WHEN now < {latest} - lease * {microsecond} THEN now + lease * {microsecond}
+                ELSE {latest} END,
            call
     FROM asked WHERE open AND lost_to IS NULL
     {take}
@@ -85,7 +88,9 @@ TRY_CLAIM_STEP_ALONE = """
 INSERT INTO {schema}.steps AS s
     (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
 SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
-       CASE WHEN $6::interval IS NULL THEN NULL WHEN now < {latest} - $6 THEN now + $6 ELSE {latest} END, $7
+       CASE WHEN $6::bigint IS NULL THEN NULL
+            WHEN now < {latest} - $6 * {microsecond} THEN now + $6 * {microsecond}
+            ELSE {latest} END, $7
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
@@ -99,7 +104,7 @@ FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND
 # What a cancelled call had won goes, whoever claimed since keeps (CON-4).
 GIVE_BACK_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
-WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint)
+WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint) RETURNING true
 """
 
 RELEASE_STEP_CLAIM = """
@@ -121,9 +126,9 @@ WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time),
 renewed AS (
     UPDATE {schema}.steps s
     SET claim_expires_at = greatest(claim_expires_at, CASE
-            WHEN coalesce($2, clock_timestamp()) < {latest} - lease
-            THEN coalesce($2, clock_timestamp()) + lease ELSE {latest} END)
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::interval[])
+            WHEN coalesce($2, clock_timestamp()) < {latest} - lease * {microsecond}
+            THEN coalesce($2, clock_timestamp()) + lease * {microsecond} ELSE {latest} END)
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::bigint[])
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, n)
     WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claim_owned
       AND claim_token = a.owner AND claim_expires_at > coalesce($2, clock_timestamp())
@@ -183,7 +188,7 @@ FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 
 GIVE_BACK_DISPATCH = """
 UPDATE {schema}.steps
 SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
-WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3
+WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3 AND dispatched_at IS NOT NULL RETURNING true
 """
 
 ANNOTATE_DISPATCH = """
@@ -317,20 +322,26 @@ class Claims:
         if owner is not None:
             # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
             # it expire.
-            mine = (run_id, step_key, owner, lease, self._database.new_token())
+            length = None if lease is None else in_microseconds(lease)
+            mine = (run_id, step_key, owner, length, self._database.new_token())
             return self._database.write(CLAIM, mine)
-        row = (run_id, step_key, None, lease, self._database.new_token())
+        row = (run_id, step_key, None, None, self._database.new_token())
         return self._database.write(CLAIM, row, partial(self._give_back, CLAIM, GIVE_BACK_CLAIM, row))
 
-    async def _give_back(self, batched: Batched, statement: str, row: Row, answer: Answer) -> None:
-        if answer.won:
-            await self._database.give_back(statement, row[0], row[1], row[batched.token])
+    async def _give_back(
+        self, batched: Batched, statement: str, row: Row, answer: Answer | OutcomeUnknownError
+    ) -> None:
+        key = (row[0], row[1], row[batched.token])
+        if isinstance(answer, OutcomeUnknownError):
+            await self._database.give_back(statement, *key, lost=self._database.unacknowledged(answer))
+        elif answer.won:
+            await self._database.give_back(statement, *key)
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
         await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
 
     async def renew_step_claim(self, *, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, lease))
+        renewed: bool = await self._database.write(RENEW, (run_id, step_key, owner, in_microseconds(lease)))
         return renewed
 
     async def get_claimed_step_keys(self, *, run_id: UUID) -> frozenset[str]:

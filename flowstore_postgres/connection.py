@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import asyncpg
 
+from flowstore_postgres.sessions import PIN_MORE, READ_DEFAULTS, WATCHED, check_session
+
 IDENTIFY = """
 SELECT pg_backend_pid() AS pid, clock_timestamp() AS now,
-       (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started
+       (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started, {more}
 """
+IDENTIFY_AND_PIN = IDENTIFY.replace("{more}", PIN_MORE)
+# Behind PgBouncer a setting would go to whoever gets the server process next.
+IDENTIFY_POOLED = IDENTIFY.replace("{more}", READ_DEFAULTS)
 
 # asyncio has as much memory ready for each answer as it may at most be long, and for its own 256 KiB the
 # allocator asks the system each time and gives it back. So much comes from the heap.
@@ -37,13 +42,19 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
     peer: Peer
     number: int
     """What the connection's row in the table commits goes by."""
+    defaults: Mapping[str, str]
+    """The settings of the session that could not be pinned."""
 
     async def identify(self, *, behind_pgbouncer: bool) -> None:
-        """Learn who serves the connection, and how far the server's clock is from ours."""
+        """Learn who serves the connection, and how far the server's clock is from ours; pin what can be.
+
+        Raises ConfigurationError for a session in which the contract cannot be kept.
+        """
         loop = asyncio.get_running_loop()
         asked = loop.time()
         try:
-            row = await self.fetchrow(IDENTIFY)
+            row = await self.fetchrow(IDENTIFY_POOLED if behind_pgbouncer else IDENTIFY_AND_PIN)
+            check_session(row)
         except (Exception, asyncio.CancelledError):
             # The pool would close it politely, and wait for ever on a peer that has gone silent.
             self.terminate()
@@ -53,6 +64,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         started = None if behind_pgbouncer else row["started"]
         self.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
         self.number = random.getrandbits(63)
+        self.defaults = {name: row[name] for name in WATCHED} if behind_pgbouncer else {}
         # Not part of any interface, and nothing but speed depends on it.
         transport: Any = getattr(self, "_transport", None)
         if hasattr(transport, "max_size"):

@@ -14,14 +14,13 @@ import random
 from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
 import asyncpg
 
 from flowstore_core import (
-    ConfigurationError,
     FlowStoreError,
     OutcomeUnknownError,
     StoreUnavailableError,
@@ -36,6 +35,7 @@ from flowstore_postgres.acknowledgements import (
     Lost,
     LostCommit,
     report_lost,
+    settle,
     was_committed,
 )
 from flowstore_postgres.batched import Batched
@@ -64,10 +64,20 @@ ARRIVAL_SECONDS = 5.0
 
 # As in INP-3: a lease never ends later.
 LATEST_SQL = f"'{LATEST.isoformat()}'::timestamptz"
+# A duration travels as a number of these. The driver would send a timedelta as an interval of days, and the
+# server adds days in the time zone of the session, where one of them may have 23 or 25 hours.
+MICROSECOND_SQL = "interval '1 microsecond'"
+MICROSECOND = timedelta(microseconds=1)
 
-BEGIN = "BEGIN"
+# Behind a pooler the role's defaults apply.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
+
+
+def in_microseconds(duration: timedelta) -> int:
+    """A duration as statements get it, to multiply ``{microsecond}`` by."""
+    return duration // MICROSECOND
 
 
 class Database:
@@ -109,43 +119,29 @@ class Database:
         """How long a statement that is sent now is waited for."""
         return self.within(self._settings.client_timeout)
 
-    @property
-    def retry_timeout(self) -> float:
-        return self._settings.retry_timeout
-
     def now(self) -> datetime | None:
         """The virtual clock's time; None where the server's clock decides."""
         return None if self._clock is None else self._clock()
 
     def sql(self, statement: str) -> str:
-        """A statement with the schema's quoted name, and the last moment of all, in place."""
+        """A statement with the schema's quoted name, the last moment of all and a microsecond in place."""
         known = self._statements.get(statement)
         if known is None:
             # The schema's name last: it may look like anything.
-            known = statement.replace("{latest}", LATEST_SQL).replace(
-                "{schema}", self._settings.quoted_schema
-            )
+            known = statement.replace("{latest}", LATEST_SQL).replace("{microsecond}", MICROSECOND_SQL)
+            known = known.replace("{schema}", self._settings.quoted_schema)
             self._statements[statement] = known
         return known
-
-    def check_place(self) -> None:
-        # A pool belongs to one event loop; asyncpg would fail in stranger ways. As core refuses other threads
-        # and forked processes, the loop that runs is the one that we are in; asking for that costs more.
-        if not self._loop.is_running():
-            raise ConfigurationError(
-                "a store belongs to the event loop that it was opened in; open another one in this loop"
-            )
 
     async def run(
         self,
         operation: Coroutine[Any, Any, T],
-        give_back: Callable[[T], Awaitable[None]] | None = None,
+        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
         return await self._in_flight.run(operation, give_back)
 
     async def read(self, statement: str, *arguments: object) -> Sequence[Any]:
         """The rows of one SELECT: one snapshot. Repeated freely when the connection breaks."""
-        self.check_place()
         return await self.run(self.retrying(lambda: self._read(statement, arguments), "read"))
 
     async def read_row(self, statement: str, *arguments: object) -> Any:
@@ -179,7 +175,6 @@ class Database:
         have written, and its row is then the answer to a call whose acknowledgement was lost. None
         where saying it again gives the true answer by itself.
         """
-        self.check_place()
         return await self.run(self._statement(operation, statement, arguments, look), give_back)
 
     async def _statement(
@@ -232,10 +227,14 @@ class Database:
     ) -> Coroutine[Any, Any, Any]:
         """Write one row together with what others write at this moment; awaited, it gives the answer.
 
-        When the caller is cancelled, ``give_back`` gets the answer.
+        When the caller is cancelled, ``give_back`` gets the answer, or the OutcomeUnknownError that it
+        ended with.
         """
-        self.check_place()
         return self._batches.call(batched, row, give_back)
+
+    def unacknowledged(self, error: OutcomeUnknownError) -> Sequence[Lost]:
+        """The statements on which an unknown outcome of ``write`` depends."""
+        return self._batches.unacknowledged(error)
 
     def not_after(self, peer: Peer) -> tuple[float, datetime]:
         """The event loop's time, and the server's from which on a statement sent now has no effect."""
@@ -250,14 +249,13 @@ class Database:
         self,
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
-        give_back: Callable[[T], Awaitable[None]] | None = None,
+        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
         """Run ``work`` in one transaction at READ COMMITTED and commit it.
 
         An error of our own rolls back and is raised. Serialization failures, deadlocks and a
         connection lost before COMMIT are retried; a lost COMMIT is resolved by what the transaction noted.
         """
-        self.check_place()
 
         async def attempt() -> T:
             async with self.connection() as connection:
@@ -380,14 +378,27 @@ class Database:
             # The pool noticed that it broke and has let go of it already.
             log.debug("a broken connection was gone before it was dropped")
 
-    async def give_back(self, statement: str, *arguments: object) -> None:
-        """Undo what a cancelled call had won; the statement may be repeated."""
+    async def give_back(self, statement: str, *arguments: object, lost: Sequence[Lost] = ()) -> None:
+        """Undo the effect of a cancelled call (CON-4).
 
-        async def attempt() -> None:
+        The statement may be repeated; it returns a row if it undid something, and nothing follows that.
+        If it did not, it is repeated once none of the ``lost`` statements can take effect any more.
+        """
+
+        async def attempt() -> bool:
             async with self.connection() as connection:
+                return await self.ask(connection, statement, *arguments) is not None
+
+        async def settled_attempt() -> None:
+            async with self.connection() as connection:
+                await settle(self, connection, lost)
                 await self.ask(connection, statement, *arguments)
 
-        await self.retrying(attempt, "give_back")
+        if not await self.retrying(attempt, "give_back") and lost:
+            over = max((one.over for one in lost if one.peer.started is None), default=0.0)
+            # Without a connection, and however much longer than retry_timeout that is.
+            await asyncio.sleep(max(over - self._loop.time(), 0.0))
+            await self.retrying(settled_attempt, "give_back")
 
     async def on_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run what may be repeated from its beginning, such as migrating, on one connection."""

@@ -1,15 +1,16 @@
-"""What ``flowstore doctor`` learns of a PostgreSQL server: its settings, its clock, rows without a run.
+"""What ``flowstore doctor`` learns of a PostgreSQL server: its settings, its clock, rows, counters.
 
 ``look`` reads facts; the functions of judgement.py turn them into findings. Two connections, a few
-statements; only rows without a run take long to look for, so that is bounded by time.
+statements; only the checks of rows take long, so they are bounded by time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -17,28 +18,40 @@ import asyncpg
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
 from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_postgres import counters
+from flowstore_postgres.database import MICROSECOND_SQL, in_microseconds
 from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.judgement import Facts, Setting, judge
-from flowstore_postgres.migrate import CLOSE_SECONDS, Settings, read_connection_settings, read_version
+from flowstore_postgres.migrate import (
+    CLOSE_SECONDS,
+    COUNT_UNSEARCHED,
+    MANY,
+    Settings,
+    pinned_transaction,
+    read_connection_settings,
+    read_version,
+)
+from flowstore_postgres.sessions import PINNED
 
-ORPHAN_SECONDS = 5.0
-"""How long rows without a run are looked for, in all tables together, unless thorough."""
+ROWS_SECONDS = 5.0
+"""How long the checks of rows may take together, unless thorough."""
 LEAST_SECONDS = 0.1
-"""What each table gets all the same."""
+"""What each check gets all the same."""
 COUNTED = 10_000
 """As many orphans are counted at most."""
 FIXED_AT_ONCE = 1000
 
 WANTED = (
+    *PINNED,
     "autovacuum",
-    "default_transaction_read_only",
     "fsync",
     "full_page_writes",
     "idle_in_transaction_session_timeout",
     "idle_session_timeout",
     "max_connections",
     "reserved_connections",
+    "session_replication_role",
     "statement_timeout",
     "superuser_reserved_connections",
     "synchronous_commit",
@@ -72,7 +85,7 @@ FORGOTTEN = ("idempotency_keys", "controls")
 STRAYS = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
 FIND_FORGOTTEN = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
-WHERE created_at <= clock_timestamp() - $1::interval
+WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
   AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {COUNTED}
 """
 FIND_STRAYS = f"""
@@ -84,7 +97,7 @@ WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT
 DELETE_FORGOTTEN = f"""
 DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM {{schema}}.{{table}} o
-    WHERE created_at <= clock_timestamp() - $1::interval
+    WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
       AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id)
     LIMIT {FIXED_AT_ONCE} FOR UPDATE SKIP LOCKED
 )) AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = d.run_id)
@@ -100,9 +113,13 @@ DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
 
 
 @asynccontextmanager
-async def _connect(settings: Settings) -> AsyncIterator[Any]:
+async def _connect(settings: Settings, *, pinned: bool = True) -> AsyncIterator[Any]:
+    """A connection; unless ``pinned``, the defaults of the server, the database and the role hold on it."""
+    arguments = dict(settings.connect_arguments)
+    if not pinned:
+        arguments.pop("server_settings", None)
     with map_errors():
-        connection = await settings.hosts.connect(**settings.connect_arguments)
+        connection = await settings.hosts.connect(**arguments)
         try:
             yield connection
         finally:
@@ -113,11 +130,12 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
     """Every finding about the server and the schema; changes nothing."""
     settings = read_connection_settings(config)
     try:
-        async with _connect(settings) as connection, _connect(settings) as second:
+        async with _connect(settings) as connection, _connect(settings, pinned=False) as second:
             facts = await look(connection, second, settings, config)
             found = list(judge(facts))
-            if (await read_version(connection, settings))[0]:
-                found += await _find_orphans(connection, settings, thorough=thorough)
+            version, _ = await read_version(connection, settings)
+            if version:
+                found += await _check_rows(connection, settings, version, thorough=thorough)
             return found
     except (ConfigurationError, StoreUnavailableError) as error:
         if error.database_code == POOLER_REFUSES:
@@ -145,8 +163,11 @@ def local_time() -> float:
 
 
 async def look(connection: Any, second: Any, settings: Settings, config: StoreConfig) -> Facts:
-    """What the server says of itself, asked over two connections at once."""
-    rows = await connection.fetch(READ_SETTINGS, list(WANTED))
+    """What the server says of itself, asked over two connections at once.
+
+    The second shows the settings, so none should be pinned on it.
+    """
+    rows = await second.fetch(READ_SETTINGS, list(WANTED))
     server = await connection.fetchrow(READ_SERVER)
     skew, error = await _compare_clocks(connection)
     # Through a transaction pooler, two connections that take turns may meet one server process.
@@ -197,58 +218,100 @@ async def _compare_clocks(connection: Any) -> tuple[float, float]:
     return best
 
 
-async def _find_orphans(connection: Any, settings: Settings, *, thorough: bool) -> list[Finding]:
+Check = Callable[[Any, Settings], Awaitable[Sequence[Finding]]]
+
+
+async def _check_rows(connection: Any, settings: Settings, version: int, *, thorough: bool) -> list[Finding]:
+    checks: list[tuple[str, Check]] = []
+    if version >= counters.SINCE:
+        # The cheap ones first; the next reads an index of all runs.
+        checks += [
+            ("run_changes", counters.find_unfolded),
+            ("unsearched", _find_unsearched),
+            ("counters", counters.compare),
+        ]
+    checks += [(table, partial(_find_orphans, table)) for table in (*FORGOTTEN, *STRAYS)]
     found: list[Finding] = []
     unfinished: list[str] = []
-    until = time.monotonic() + ORPHAN_SECONDS
-    for table in (*FORGOTTEN, *STRAYS):
+    until = time.monotonic() + ROWS_SECONDS
+    for name, check in checks:
         left = 0 if thorough else int(max(until - time.monotonic(), LEAST_SECONDS) * 1000)
-        statement, arguments = _about(table, FIND_FORGOTTEN, FIND_STRAYS, settings)
         try:
-            async with connection.transaction(readonly=True):
+            # At serializable, reading all rows of a table would make transactions of others fail.
+            async with connection.transaction(isolation="read_committed", readonly=True):
                 await connection.execute(LIMIT_TIME.format(milliseconds=left))
-                rows = await connection.fetch(statement, *arguments)
+                found += await check(connection, settings)
         except asyncpg.QueryCanceledError:
-            unfinished.append(table)
-            continue
-        if rows:
-            runs = [row[0] for row in rows]
-            found.append(orphans(table, runs, forgotten=table in FORGOTTEN, most=COUNTED))
+            unfinished.append(name)
     if unfinished:
         found.append(
             Finding(
                 code="rows-not-checked",
                 severity=Severity.NOTE,
                 summary=f"not all rows were looked at: {', '.join(unfinished)}",
-                meaning=f"Looking for rows without a run was stopped after {ORPHAN_SECONDS:g} s.",
+                meaning=f"The checks of rows were stopped after {ROWS_SECONDS:g} s.",
                 remedy="flowstore doctor --thorough",
             )
         )
     return found
 
 
+async def _find_unsearched(connection: Any, settings: Settings) -> Sequence[Finding]:
+    statement = COUNT_UNSEARCHED.replace("{schema}", settings.quoted_schema)
+    if await connection.fetchval(statement) < MANY:
+        return ()
+    return (
+        Finding(
+            code="search-behind",
+            severity=Severity.NOTE,
+            summary=f"{MANY:,} or more ended runs are not in the index for searches",
+            meaning="Every search reads them one by one. cleanup and flowstore migrate up add them to the "
+            "index.",
+            remedy="flowstore migrate up",
+        ),
+    )
+
+
+async def _find_orphans(table: str, connection: Any, settings: Settings) -> Sequence[Finding]:
+    statement, arguments = _about(table, FIND_FORGOTTEN, FIND_STRAYS, settings)
+    rows = await connection.fetch(statement, *arguments)
+    if not rows:
+        return ()
+    return (orphans(table, [row[0] for row in rows], forgotten=table in FORGOTTEN, most=COUNTED),)
+
+
 def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple[str, tuple[Any, ...]]:
     old = table in FORGOTTEN
-    statement = (forgotten if old else strays).replace("{schema}", settings.quoted_schema)
-    return statement.replace("{table}", table), (ORPHAN_GRACE,) if old else ()
+    statement = (forgotten if old else strays).replace("{microsecond}", MICROSECOND_SQL)
+    statement = statement.replace("{schema}", settings.quoted_schema)
+    return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if old else ()
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
-    """Delete the orphans of the tables that were found to hold some; safe while others write."""
+    """Delete orphans, fold changes and correct counters, as the findings say; safe while others write."""
     settings = read_connection_settings(config)
     done = []
     async with _connect(settings) as connection:
         for finding in findings:
             table = finding.code.removeprefix("orphans-").replace("-", "_")
-            if table not in (*FORGOTTEN, *STRAYS):
-                continue
-            statement, arguments = _about(table, DELETE_FORGOTTEN, DELETE_STRAYS, settings)
-            deleted = 0
             try:
-                # Little by little, so that nobody waits long for a row.
-                while number := int((await connection.execute(statement, *arguments)).rpartition(" ")[2]):
-                    deleted += number
+                if finding.code == "counters-wrong":
+                    done.append(await counters.correct(connection, settings))
+                elif finding.code == "changes-unfolded":
+                    done.append(await counters.fold(connection, settings))
+                elif table in (*FORGOTTEN, *STRAYS):
+                    done.append(await _delete_orphans(table, connection, settings))
             except LOST as error:
                 raise describe(error) from None
-            done.append(f"deleted {deleted:,} rows of table {table} that belonged to no run")
     return done
+
+
+async def _delete_orphans(table: str, connection: Any, settings: Settings) -> str:
+    statement, arguments = _about(table, DELETE_FORGOTTEN, DELETE_STRAYS, settings)
+    deleted, number = 0, 1
+    while number:
+        # Little by little, so that nobody waits long for a row.
+        async with pinned_transaction(connection):
+            number = int((await connection.execute(statement, *arguments)).rpartition(" ")[2])
+        deleted += number
+    return f"deleted {deleted:,} rows of table {table} that belonged to no run"

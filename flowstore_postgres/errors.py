@@ -16,6 +16,7 @@ import asyncpg
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
 from flowstore_core.errors import without_foreign
 from flowstore_core.observing import Observers
+from flowstore_core.urls import ENCODING_RULE
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -58,7 +59,10 @@ LOST = (
 )
 
 _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
-    "28P01": (ConfigurationError, "PostgreSQL refused the password of the URL's user"),
+    "28P01": (
+        ConfigurationError,
+        f"PostgreSQL refused the password of the URL's user; in the URL, {ENCODING_RULE}",
+    ),
     "28000": (ConfigurationError, "PostgreSQL refused the URL's user (see pg_hba.conf)"),
     "3D000": (ConfigurationError, "the URL's database does not exist; create it with createdb"),
     "42501": (
@@ -67,7 +71,11 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
     ),
     "3F000": (ConfigurationError, "the schema does not exist; run: flowstore migrate up"),
     "42P01": (ConfigurationError, "a table is missing; run: flowstore migrate up"),
-    "25006": (StoreUnavailableError, "the server is read-only; name target_session_attrs=read-write"),
+    "25006": (
+        StoreUnavailableError,
+        "the server, or the role's default_transaction_read_only, allows no writes; "
+        "name target_session_attrs=read-write, or run: flowstore doctor",
+    ),
     "53100": (StoreUnavailableError, "the server's disk is full"),
     "53200": (StoreUnavailableError, "the server is out of memory"),
     "57014": (StoreUnavailableError, "a statement ran longer than statement_timeout"),
@@ -81,9 +89,11 @@ CONNECTION_LOST = "connection_lost"
 class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
     """The operation is known not to have happened; it may be tried again."""
 
-    def __init__(self, error: FlowStoreError) -> None:
+    def __init__(self, error: FlowStoreError, *, fence: float | None = None) -> None:
         super().__init__(str(error))
         self.error = error
+        self.fence = fence
+        """The event loop's time from which on a retry is certain to make progress; None if unknown."""
 
 
 def describe(error: BaseException) -> FlowStoreError:
@@ -159,8 +169,7 @@ def unreadable_url() -> ConfigurationError:
     """The driver's own message would quote the URL, password included."""
     return ConfigurationError(
         "the PostgreSQL driver cannot read the URL or one of its options; it must look like "
-        "postgresql://user:password@host:5432/database?sslmode=require, with special characters in "
-        "user and password percent-encoded"
+        f"postgresql://user:password@host:5432/database?sslmode=require; {ENCODING_RULE}"
     )
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
 
 import asyncpg
 
+from flowstore_core import ConfigurationError
+from flowstore_core.urls import ENCODING_RULE, decode, parse_url
 from flowstore_postgres.errors import UNREACHABLE
 
 Host = tuple[str, int | None]
 
-HOST = re.compile(r"(\[[^]]*\]|[^:]*)(?::(\d*))?")
+HOST = re.compile(r"(\[[^]]*\]|[^][:]*)(?::(\d*))?")
 
 
 class Hosts:
@@ -29,7 +31,7 @@ class Hosts:
 
     async def connect(self, dsn: str, *, timeout: float, **arguments: Any) -> Any:  # noqa: ASYNC109
         """As asyncpg.connect, and raises what it does; ``timeout`` is in seconds, for all hosts together."""
-        if len(self._hosts) < 2:
+        if not self._hosts:
             return await asyncpg.connect(dsn, timeout=timeout, **arguments)
         failure: BaseException | None = None
         for host, port in tuple(self._hosts):
@@ -49,18 +51,58 @@ class Hosts:
 
 
 def read_hosts(url: str, options: Mapping[str, object]) -> list[Host]:
-    """The hosts and ports that options or a URL name; empty where that is left to the driver."""
-    place = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0].rpartition("@")[2]
-    names = str(options.get("host", "")) or place
-    if not names:
+    """The hosts and ports that options or a URL name; empty where that is left to the driver.
+
+    Raises ConfigurationError for a malformed host, and for ports that do not match the hosts.
+    """
+    named = str(options.get("host", ""))
+    # Split before it is decoded: an encoded comma or colon is a part of a name.
+    specs = (named or parse_url(url).hosts).split(",")
+    if specs == [""]:
         return []
-    specs = names.split(",")
-    ports = str(options.get("port", "")).split(",")
-    ports = ports * len(specs) if len(ports) == 1 else ports
-    found: list[Host] = []
-    for spec, given in zip(specs, ports, strict=len(specs) == len(ports)):
-        # A folder of sockets may hold a colon.
-        parts = None if unquote(spec).startswith("/") else HOST.fullmatch(unquote(spec))
-        host, port = (parts[1].strip("[]"), given or parts[2]) if parts else (unquote(spec), given)
-        found.append((host, int(port) if port and port.isdecimal() else None))
-    return found
+    found = [_read_host(spec) if named else _read_encoded_host(spec) for spec in specs]
+    ports = read_ports(str(options.get("port", "")))
+    if len(ports) > 1 and len(ports) != len(found):
+        raise ConfigurationError(
+            f"option port must have one port, or one for each of the {len(found)} hosts, not {len(ports)}"
+        )
+    if not ports:
+        return found
+    return [(host, ports[number % len(ports)]) for number, (host, _) in enumerate(found)]
+
+
+def read_ports(text: str) -> list[int]:
+    """Ports separated by commas; empty for an empty text."""
+    ports = text.split(",") if text else []
+    return [_read_port(port) for port in ports]
+
+
+def _read_encoded_host(spec: str) -> Host:
+    name, port = _split_port(spec)
+    return decode(name, "a host"), port
+
+
+def _read_host(spec: str) -> Host:
+    # A folder of sockets may contain a colon.
+    return (spec, None) if spec.startswith("/") else _split_port(spec)
+
+
+def _split_port(spec: str) -> Host:
+    try:
+        ipaddress.IPv6Address(spec)
+    except ValueError:
+        found = HOST.fullmatch(spec)
+    else:
+        return spec, None
+    if found is None:
+        raise ConfigurationError(
+            "a host must be written as name or name:port, with a number as the port, and an IPv6 address in "
+            f"brackets; {ENCODING_RULE}"
+        )
+    return found[1].strip("[]"), _read_port(found[2]) if found[2] else None
+
+
+def _read_port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ConfigurationError(f"a port must be a number from 1 to 65,535; {ENCODING_RULE}")
+    return int(text)

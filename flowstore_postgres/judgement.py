@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
 from flowstore_core.findings import Finding, Severity
+from flowstore_postgres.sessions import PINNED
 
 OLDEST = 130000
 """pg_current_xact_id, by which a lost COMMIT is resolved, came with PostgreSQL 13."""
@@ -69,6 +70,7 @@ def judge(facts: Facts, today: date | None = None) -> Iterator[Finding]:
     """Every finding that follows from the facts."""
     yield from judge_role_of_server(facts)
     yield from judge_durability(facts)
+    yield from judge_defaults(facts)
     yield from judge_version(facts, today or datetime.now(UTC).date())
     yield from judge_connections(facts)
     yield from judge_pooler(facts)
@@ -88,15 +90,19 @@ def _psql(facts: Facts, *statements: str) -> str:
 
 def _undo(facts: Facts, name: str, value: str) -> str:
     """The command that takes a setting back where it was made."""
+    return _psql(facts, *_undoing(facts, name, value))
+
+
+def _undoing(facts: Facts, name: str, value: str) -> tuple[str, ...]:
     source = facts.settings[name].source
     role, database = _quote(facts.role), _quote(facts.database)
     if source == "user":
-        return _psql(facts, f"ALTER ROLE {role} RESET {name}")
+        return (f"ALTER ROLE {role} RESET {name}",)
     if source == "database":
-        return _psql(facts, f"ALTER DATABASE {database} RESET {name}")
+        return (f"ALTER DATABASE {database} RESET {name}",)
     if source == "database user":
-        return _psql(facts, f"ALTER ROLE {role} IN DATABASE {database} RESET {name}")
-    return _psql(facts, f"ALTER SYSTEM SET {name} = {value}", "SELECT pg_reload_conf()")
+        return (f"ALTER ROLE {role} IN DATABASE {database} RESET {name}",)
+    return (f"ALTER SYSTEM SET {name} = '{value}'", "SELECT pg_reload_conf()")
 
 
 def judge_role_of_server(facts: Facts) -> Iterator[Finding]:
@@ -108,7 +114,7 @@ def judge_role_of_server(facts: Facts) -> Iterator[Finding]:
             meaning="It answers with the past and refuses writes. Nothing may be decided from it.",
             remedy="name all hosts in the URL and add target_session_attrs=read-write to its query",
         )
-    elif facts.value("default_transaction_read_only") == "on":
+    elif facts.pgbouncer and facts.value("default_transaction_read_only") == "on":
         yield Finding(
             code="read-only",
             severity=Severity.ERROR,
@@ -137,13 +143,13 @@ def judge_durability(facts: Facts) -> Iterator[Finding]:
             remedy=_undo(facts, "full_page_writes", "on"),
         )
     commit = facts.value("synchronous_commit")
-    if commit == "off":
+    if commit == "off" and facts.pgbouncer:
         yield Finding(
             code="synchronous-commit-off",
             severity=Severity.ERROR,
             summary="synchronous_commit is off for this role and database",
-            meaning="What was acknowledged in the last moments before a crash of the server is lost: claims, "
-            "results, signals.",
+            meaning="A crash of the server would lose claims, results and signals that were acknowledged. "
+            "Behind a pooler flowstore cannot turn it on, and refuses to open the store.",
             remedy=_undo(facts, "synchronous_commit", "on"),
         )
     elif commit == "local" and facts.value("synchronous_standby_names"):
@@ -153,6 +159,63 @@ def judge_durability(facts: Facts) -> Iterator[Finding]:
             summary="synchronous_commit is local, though there are synchronous standbys",
             meaning="A fail-over may lose what was acknowledged.",
             remedy=_undo(facts, "synchronous_commit", "on"),
+        )
+
+
+# What hurts where a pooler keeps flowstore from setting it.
+HARMFUL_DEFAULTS = {
+    "default_transaction_isolation": "Concurrent calls on a run are retried and several times slower. "
+    "Counters are never folded, so pages get slower with each run.",
+    "lock_timeout": "Calls that wait for a lock are retried, and fail while their run or step is busy.",
+    "gin_fuzzy_search_limit": "Searches leave out runs.",
+}
+
+
+def judge_defaults(facts: Facts) -> Iterator[Finding]:
+    """Defaults of the server, the database or the role that statements must not run under."""
+    if facts.value("session_replication_role") == "replica":
+        yield Finding(
+            code="triggers-off",
+            severity=Severity.ERROR,
+            summary="session_replication_role is replica for this role and database",
+            meaning="Triggers do not run, so counts and pages would be wrong. flowstore cannot change it, "
+            "and refuses to open the store.",
+            remedy=_undo(facts, "session_replication_role", "origin"),
+        )
+    if facts.pgbouncer:
+        for name, meaning in HARMFUL_DEFAULTS.items():
+            if (value := facts.value(name, PINNED[name])) != PINNED[name]:
+                yield Finding(
+                    code="harmful-default",
+                    severity=Severity.WARNING,
+                    summary=f"{name} is {value} by default",
+                    meaning=f"{meaning} Behind a pooler flowstore cannot set it itself.",
+                    remedy=_undo(facts, name, PINNED[name]),
+                )
+        return
+    harmful = [
+        name
+        for name in (*HARMFUL_DEFAULTS, "default_transaction_read_only")
+        if facts.value(name, PINNED[name]) != PINNED[name]
+    ]
+    if facts.value("synchronous_commit") == "off":
+        harmful.append("synchronous_commit")
+    if harmful:
+        yield Finding(
+            code="defaults-overridden",
+            severity=Severity.NOTE,
+            summary="flowstore overrides defaults that would hurt: "
+            + ", ".join(f"{name} = {facts.value(name)}" for name in harmful),
+            meaning="Its own connections are right. Other programs on the same tables have these defaults, "
+            "and flowstore would have them behind a pooler.",
+            remedy=_psql(
+                facts,
+                *dict.fromkeys(
+                    statement
+                    for name in harmful
+                    for statement in _undoing(facts, name, PINNED.get(name, "on"))
+                ),
+            ),
         )
 
 
@@ -249,14 +312,28 @@ def judge_pooler(facts: Facts) -> Iterator[Finding]:
                 "vanished holds its locks for as long as it likes.",
                 remedy=_psql(facts, *statements),
             )
+        schemas = {name.strip(' "') for name in facts.value("search_path").split(",")}
+        if schemas - {"pg_catalog", "pg_temp"}:
+            yield Finding(
+                code="search-path",
+                severity=Severity.NOTE,
+                summary=f"search_path is {facts.value('search_path')} for the role",
+                meaning="Behind a pooler flowstore cannot set it itself. An operator or a function that "
+                "others make in one of these schemas can be called in place of the server's own.",
+                remedy=_psql(facts, f"ALTER ROLE {role} SET search_path = {PINNED['search_path']}"),
+            )
 
 
 def judge_time_outs(facts: Facts) -> Iterator[Finding]:
     for name, cut in (
-        ("idle_session_timeout", "connections that the pool holds idle"),
-        ("transaction_timeout", "transactions, cleanup and migrations among them"),
+        ("idle_session_timeout", "connections that the pooler holds idle"),
+        (
+            "transaction_timeout",
+            "transactions, cleanup and migrations among them" if facts.pgbouncer else "long migrations",
+        ),
     ):
-        if facts.number(name):
+        # Without a pooler the store's own connections have neither.
+        if facts.number(name) and (facts.pgbouncer or name == "transaction_timeout"):
             yield Finding(
                 code=name.replace("_", "-"),
                 severity=Severity.NOTE,

@@ -7,19 +7,23 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, urlencode
+
+import asyncpg
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig
-from flowstore_core.config import read_query, read_scheme, split_place
-from flowstore_postgres.errors import map_errors
-from flowstore_postgres.hosts import Hosts, read_hosts
-from flowstore_postgres.plugin import DRIVER_OPTIONS
+from flowstore_core.urls import has_control_characters, parse_url
+from flowstore_postgres.errors import describe, map_errors
+from flowstore_postgres.hosts import Host, Hosts, read_hosts, read_ports
+from flowstore_postgres.plugin import DRIVER_OPTIONS, DRIVER_VARIABLES, DRIVER_WORDS
+from flowstore_postgres.sessions import PINNED
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -48,7 +52,19 @@ CREATE TABLE {schema}.schema_version (
 RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from) VALUES ($1, $2, $3)"
 # IF NOT EXISTS is not safe against others who do the same at the same moment; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
-NO_TIMEOUT = "SET LOCAL statement_timeout = 0"
+SET_WRITABLE = "SET TRANSACTION READ WRITE"
+NO_TIMEOUT = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
+# A script is run by any client, whose role or database may have other defaults. The lock is that of a store
+# which migrates the same schema when it is opened.
+SCRIPT = f"""BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+{NO_TIMEOUT};
+SET LOCAL search_path = pg_catalog, pg_temp;
+{{}};
+{{}}
+{{}}
+{{}};
+COMMIT;
+"""
 HAS_INDEX = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgname = 'search_ended'
                AND tgrelid = $name${schema}.runs$name$::regclass) AS indexed
@@ -89,15 +105,15 @@ class Settings:
 
 
 def read_connection_settings(config: StoreConfig) -> Settings:
-    """Check the options and turn libpq's into a DSN for the driver."""
+    """Check the options and turn libpq's into arguments for the driver."""
     _check_tls_files(config)
+    hosts = read_hosts(config.url, config.options)
     statement_timeout = config.seconds("statement_timeout", 30.0, 0.1, 3600.0)
     pgbouncer = config.flag("pgbouncer", False)
     arguments: dict[str, Any] = {
-        "dsn": _driver_url(config),
+        **_driver_arguments(config, hosts),
         "timeout": config.seconds("connect_timeout", 10.0, 0.1, 600.0),
     }
-    hosts = read_hosts(config.url, config.options)
     if len(hosts) > 1 and "target_session_attrs" not in config.options:
         # One of them takes writes; the others are its standbys, which answer with the past.
         arguments["target_session_attrs"] = os.environ.get("PGTARGETSESSIONATTRS") or "read-write"
@@ -111,10 +127,7 @@ def read_connection_settings(config: StoreConfig) -> Settings:
             "statement_timeout": milliseconds,
             # Bounds how long a transaction of a vanished client can hold its locks.
             "idle_in_transaction_session_timeout": milliseconds,
-            "jit": "off",
-            # All that is ours is named with its schema. Whatever others have made elsewhere, an operator
-            # or a function in schema public say, is never taken for the server's own.
-            "search_path": "pg_catalog, pg_temp",
+            **PINNED,
         }
     return Settings(
         schema=_check_schema_name(config.text("schema", DEFAULT_SCHEMA)),
@@ -128,26 +141,44 @@ def read_connection_settings(config: StoreConfig) -> Settings:
     )
 
 
-def _driver_url(config: StoreConfig) -> str:
-    """The URL with every option in it; what an option says goes before the same in the URL's first part.
+def _driver_arguments(config: StoreConfig, hosts: Sequence[Host]) -> dict[str, Any]:
+    """The driver's arguments; an option has precedence over the same thing in the front of the URL.
 
-    The driver would do it the other way round, and connect as another user than the one asked for.
+    The driver never parses the user's URL: it gets decoded parts. Options for which it has no argument, those
+    for TLS above all, are in the query of a URL that is made here.
     """
-    driver = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
-    authority, path = split_place(config.url.partition("#")[0])
-    userinfo, _, place = authority.rpartition("@")
-    user, _, password = userinfo.partition(":")
-    for name, value in (("user", user), ("password", password)):
-        if value:
-            driver.setdefault(name, unquote(value))
-    if "host" in driver:
-        place = ""
-    elif "port" in driver:
-        place = re.sub(r":\d*(?=,|$)", "", place)
-    if "database" in driver or "dbname" in driver:
-        path = ""
-    base = f"postgresql://{place}/{path}" if path else f"postgresql://{place}"
-    return f"{base}?{urlencode(driver, quote_via=quote)}" if driver else base
+    url = config.parts
+    given = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}
+    given.update({name: config.choice(name, "", DRIVER_WORDS[name]) for name in DRIVER_WORDS.keys() & given})
+    user, password, database, dbname, _, port, servicefile = (
+        given.pop(name, "")
+        for name in ("user", "password", "database", "dbname", "host", "port", "servicefile")
+    )
+    arguments: dict[str, Any] = {
+        "user": user or url.user,
+        "password": password or url.password,
+        "database": dbname or database or url.path,
+        "servicefile": servicefile,
+    }
+    if (servicefile or "service" in given) and "servicefile" not in signature(asyncpg.connect).parameters:
+        raise ConfigurationError("options service and servicefile need asyncpg 0.31 or newer")
+    _check_texts({**given, **arguments, "host": ",".join(host for host, _ in hosts)})
+    # The hosts have their ports.
+    arguments["port"] = read_ports(port) if not hosts else None
+    query = urlencode(given, quote_via=quote, errors="surrogatepass")
+    return {"dsn": f"postgresql://?{query}", **{name: value for name, value in arguments.items() if value}}
+
+
+def _check_texts(given: Mapping[str, str]) -> None:
+    """Refuse control characters, such as the line end of a mounted secret, that the server would not find."""
+    for name, value in given.items():
+        if has_control_characters(value):
+            raise ConfigurationError(f"option {name} must not contain control characters, such as a line end")
+    for variable, name in DRIVER_VARIABLES.items():
+        if not given.get(name) and has_control_characters(os.environ.get(variable, "")):
+            raise ConfigurationError(
+                f"environment variable {variable} must not contain control characters, such as a line end"
+            )
 
 
 def _check_tls_files(config: StoreConfig) -> None:
@@ -185,6 +216,11 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def quote_text(text: str) -> str:
+    """A string constant, whatever standard_conforming_strings is."""
+    return "E'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migration:
     """One numbered .sql file; ``{schema}`` in it stands for the schema's quoted name."""
@@ -213,14 +249,16 @@ def read_migrations() -> tuple[Migration, ...]:
 
 def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     """Every migration as (number, name, a script that applies and records it)."""
-    schema = read_connection_settings(config).quoted_schema
+    settings = read_connection_settings(config)
+    lock = LOCK_SCHEMA.replace("$1", quote_text(settings.schema))
     scripts = []
     for one in read_migrations():
         prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
         values = f"({one.number}, '{one.name}', {one.works_from})"
         record = RECORD_VERSION.replace("($1, $2, $3)", values)
-        script = f"BEGIN;\n{prepare}\n{one.sql}\n{record};\nCOMMIT;\n"
-        scripts.append((one.number, one.name, script.replace("{schema}", schema)))
+        parts = (part.replace("{schema}", settings.quoted_schema) for part in (prepare, one.sql, record))
+        script = SCRIPT.format(lock, *parts)
+        scripts.append((one.number, one.name, script))
     return scripts
 
 
@@ -246,8 +284,23 @@ async def check_schema(connection: Any, settings: Settings, *, migrate: bool) ->
         return found
     if not migrate:
         raise SchemaVersionError(found, needed, "run: flowstore migrate up (with a role that may)")
-    async with connection.transaction():
+    async with pinned_transaction(connection):
         return await _apply(connection, settings, needed)
+
+
+@asynccontextmanager
+async def pinned_transaction(connection: Any) -> AsyncIterator[None]:
+    """A transaction at READ COMMITTED that may write, whatever the defaults of the session.
+
+    Statements that follow a wait for a lock must see what was committed meanwhile.
+    """
+    async with connection.transaction(isolation="read_committed"):
+        try:
+            await connection.execute(SET_WRITABLE)
+        except asyncpg.FeatureNotSupportedError:
+            # Only a replica refuses it.
+            raise describe(asyncpg.ReadOnlySQLTransactionError()) from None
+        yield
 
 
 async def _apply(connection: Any, settings: Settings, needed: int) -> int:
@@ -305,16 +358,19 @@ async def migrate_schema(config: StoreConfig) -> int:
             return statement.replace("{schema}", settings.quoted_schema)
 
         # An index that could not be made before: pg_trgm may have been installed since.
-        async with connection.transaction():
+        async with pinned_transaction(connection):
             await connection.execute(NO_TIMEOUT)
             enabled = await connection.fetchval(sql(ENABLE_SEARCH))
         if enabled:
             if await connection.fetchval(sql(COUNT_UNSEARCHED)) == MANY:
                 # Much quicker without the index, which is built at the end; searches are right meanwhile.
-                await connection.execute(sql(DROP_INDEX))
-            while await connection.fetchval(sql(GATHER_TEXTS), GATHERED):
-                pass
-            async with connection.transaction():
+                async with pinned_transaction(connection):
+                    await connection.execute(sql(DROP_INDEX))
+            gathered = 1
+            while gathered:
+                async with pinned_transaction(connection):
+                    gathered = await connection.fetchval(sql(GATHER_TEXTS), GATHERED)
+            async with pinned_transaction(connection):
                 await connection.execute(NO_TIMEOUT)
                 await connection.execute(sql(INDEX_TEXTS))
         return version
@@ -330,20 +386,21 @@ async def has_search_index(config: StoreConfig) -> bool:
 async def scratch_schema(url: str) -> AsyncIterator[str]:
     """A new schema of our own making beside the URL's, dropped at the end; yields its URL."""
     name = f"flowstore_scratch_{secrets.token_hex(8)}"
-    options = {**read_query(url), "schema": name}
-    fresh = f"{url.partition('#')[0].partition('?')[0]}?{urlencode(options, quote_via=quote)}"
+    parts = parse_url(url)
+    options = {**parts.options, "schema": name}
+    fresh = parts.with_options(options)
     config = StoreConfig(
         url=fresh,
-        scheme=read_scheme(url),
+        scheme=parts.scheme,
         options=MappingProxyType(dict(options)),
         clock=None,
         migrate=True,
     )
-    async with _connect(config) as (connection, settings):
+    async with _connect(config) as (connection, settings), pinned_transaction(connection):
         # No IF NOT EXISTS: a schema that exists is somebody's, and is never taken over.
         await connection.execute(f"CREATE SCHEMA {settings.quoted_schema}")
     try:
         yield fresh
     finally:
-        async with _connect(config) as (connection, settings):
+        async with _connect(config) as (connection, settings), pinned_transaction(connection):
             await connection.execute(f"DROP SCHEMA {settings.quoted_schema} CASCADE")

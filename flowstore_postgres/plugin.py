@@ -36,6 +36,22 @@ DRIVER_OPTIONS = frozenset(
         "user",
     }
 )
+DRIVER_WORDS = {
+    "gsslib": ("gssapi", "sspi"),
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "sslnegotiation": ("postgres", "direct"),
+    "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
+}
+"""The allowed values of options that take one of a few words."""
+DRIVER_VARIABLES = {
+    "PGDATABASE": "database",
+    "PGHOST": "host",
+    "PGPASSFILE": "passfile",
+    "PGPASSWORD": "password",
+    "PGSERVICE": "service",
+    "PGUSER": "user",
+}
+"""Environment variables of the driver, and the option that replaces each."""
 STORE_OPTIONS = frozenset(
     {
         "acquire_timeout",
@@ -95,13 +111,13 @@ class PostgresBackend:
         }
 
     async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
-        """What is wrong with the server, its settings and its clock, and rows without a run."""
+        """What is wrong with the server, its settings and its clock, rows without a run, and counters."""
         from flowstore_postgres.diagnosis import diagnose
 
         return await diagnose(config, thorough=thorough)
 
     async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
-        """Delete the rows without a run that were found."""
+        """Delete the rows without a run that were found, and correct the counters."""
         from flowstore_postgres.diagnosis import fix
 
         return await fix(config, findings)

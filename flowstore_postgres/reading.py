@@ -33,7 +33,6 @@ class Reading:
 
     async def rows(self, statement: str, run_id: UUID) -> Rows:
         """The run's rows of a SELECT that takes an array of run_ids and gives run_id first."""
-        self._database.check_place()
         if self._batcher.borrow_lane():
             try:
                 return list(await self._database.read(statement, [run_id]))

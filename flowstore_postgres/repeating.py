@@ -58,22 +58,30 @@ class Repeating:
         token: Token[float | None] | None = None
         pause = FIRST_PAUSE
         error: FlowStoreError | None = None
+        fence: float | None = None
         try:
             for tries in count():
                 if until is None and (failed or error is not None):
                     until = self._loop.time() + self._seconds
                     token = _until.set(until)
                 if error is not None and until is not None:
+                    if fence is None:
+                        pause = min(pause, LONGEST_PAUSE)
                     wait = pause * random.uniform(0.5, 1.5)
-                    if self._loop.time() + wait > until:
+                    left = until - self._loop.time()
+                    if fence is not None:
+                        # The outcome may be known earlier, and is probed one last time when the time is up.
+                        wait = min(wait, max(fence - self._loop.time(), FIRST_PAUSE), left)
+                    if left <= 0 or wait > left:
                         raise without_foreign(error)
                     report_retry(self._observers, operation, tries, error, wait)
                     await asyncio.sleep(wait)
-                    pause = min(pause * 2, LONGEST_PAUSE)
+                    pause *= 2
+                fence = None
                 try:
                     return await attempt()
                 except Retry as retry:
-                    error, again = retry.error, True
+                    error, again, fence = retry.error, True, retry.fence
                 except FlowStoreError as raised:
                     error, again = raised, False
                 except DRIVER as raised:

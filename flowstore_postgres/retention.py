@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from uuid import UUID
 
+from flowstore_core import FlowStoreError
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.connection import Transaction
-from flowstore_postgres.database import Database
+from flowstore_postgres.database import Database, in_microseconds
 from flowstore_postgres.search import gather, is_indexed
 
+log = logging.getLogger("flowstore_postgres")
+
+GRACE = in_microseconds(ORPHAN_GRACE)
 BATCH = 500
 """Runs that are looked up at once; orphans that are deleted at once at most."""
 TURN = 20
@@ -63,7 +68,7 @@ LOCK_ORPHANED_KEYS = """
 SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys k
 WHERE (flow_id, trigger_key, idempotency_key) IN (
     SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys i
-    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::bigint * {microsecond}
       AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = i.run_id)
     ORDER BY created_at LIMIT $4
 )
@@ -79,7 +84,7 @@ LOCK_ORPHANED_CONTROLS = """
 SELECT run_id FROM {schema}.controls c
 WHERE run_id IN (
     SELECT run_id FROM {schema}.controls i
-    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::interval
+    WHERE created_at < $1 AND created_at <= coalesce($2, clock_timestamp()) - $3::bigint * {microsecond}
       AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = i.run_id)
     ORDER BY created_at LIMIT $4
 )
@@ -95,7 +100,7 @@ DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
 """
 
 # Longer than anybody asks what became of a COMMIT, whatever retry_timeout.
-DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '1 day'"
+DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '24 hours'"
 
 
 class Retention:
@@ -112,10 +117,20 @@ class Retention:
                 pass
         await self._in_turn(partial(_drop_notes, cutoff))
         if await is_indexed(self._database):
-            # What ended since the last time becomes quick to search.
+            await self._gather()
+        return deleted
+
+    async def _gather(self) -> None:
+        """Add ended runs to the index for searches; a search finds them without it."""
+        try:
             while await self._in_turn(partial(gather, GATHERED)):
                 pass
-        return deleted
+        except FlowStoreError as error:
+            log.warning(
+                "cleanup could not add ended runs to the index for searches: %s",
+                error,
+                extra={"flowstore.operation": "cleanup", "flowstore.sqlstate": error.database_code},
+            )
 
     async def _in_turn(self, work: Callable[[Transaction], Awaitable[int]]) -> int:
         loop = asyncio.get_running_loop()
@@ -132,7 +147,7 @@ async def _delete_runs(runs: Sequence[UUID], cutoff: datetime, transaction: Tran
 
 
 async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:
-    rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+    rows = await transaction.rows(LOCK_ORPHANED_KEYS, cutoff, transaction.now, GRACE, BATCH)
     if not rows:
         return 0
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -140,7 +155,7 @@ async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:
 
 
 async def _sweep_controls(cutoff: datetime, transaction: Transaction) -> int:
-    rows = await transaction.rows(LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, ORPHAN_GRACE, BATCH)
+    rows = await transaction.rows(LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, GRACE, BATCH)
     if not rows:
         return 0
     return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))

@@ -1,7 +1,8 @@
 """Signal waiters and deliveries on PostgreSQL.
 
 Every write locks the run first, so the deliveries of one run follow each other, and each sees what
-the one before it did: a waiter is never overlooked while another delivery holds it (SIG-3).
+the one before it did: a waiter is never overlooked while another delivery holds it (SIG-3). complete_run
+locks the run too, so the status that comes with the lock holds until the delivery commits (RUN-4).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from uuid import UUID
 from flowstore_core import (
     ConflictError,
     FlowSignalWaiter,
+    RunStatus,
     SignalDeliveryResult,
     SignalDeliveryStatus,
 )
@@ -80,13 +82,18 @@ class Signals:
         self, *, run_id: UUID, signal_name: str, payload_json: str, delivery_id: str | None
     ) -> SignalDeliveryResult:
         async def work(transaction: Transaction) -> SignalDeliveryResult:
-            if await transaction.row(LOCK_RUN, run_id) is None:
+            run = await transaction.row(LOCK_RUN, run_id)
+            if run is None:
                 return _result(SignalDeliveryStatus.NOT_FOUND)
             if delivery_id is not None:
                 first = await transaction.row(FIND_DELIVERY, run_id, delivery_id)
                 if first is not None:
                     return _result(SignalDeliveryStatus.DELIVERED, first)
-            row = await transaction.row(DELIVER_SIGNAL, run_id, signal_name, transaction.now, payload_json)
+            row = None
+            if not RunStatus(run[0]).is_terminal:
+                row = await transaction.row(
+                    DELIVER_SIGNAL, run_id, signal_name, transaction.now, payload_json
+                )
             if row is None:
                 delivered = await transaction.row(FIND_DELIVERED, run_id, signal_name)
                 if delivered is None:

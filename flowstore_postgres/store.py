@@ -18,6 +18,7 @@ from flowstore_postgres.pages import Pages
 from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
+from flowstore_postgres.sessions import warn_of_defaults
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
@@ -52,6 +53,10 @@ class OpenPostgres:
         async def identify(connection: Connection) -> None:
             await connection.identify(behind_pgbouncer=settings.pgbouncer)
 
+        async def prepare(connection: Connection) -> None:
+            warn_of_defaults(connection.defaults)
+            await check_schema(connection, settings, migrate=self._config.migrate)
+
         async def keep(connection: Connection) -> None:
             # Our statements leave nothing behind, so the default reset, a round trip, is not needed.
             return None
@@ -68,9 +73,7 @@ class OpenPostgres:
             )
             database = Database(settings, await pool, self._config.clock, self._config.observers)
         try:
-            await database.on_connection(
-                lambda connection: check_schema(connection, settings, migrate=self._config.migrate)
-            )
+            await database.on_connection(prepare)
         except BaseException:
             await _close(database)
             raise

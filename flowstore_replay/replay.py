@@ -17,12 +17,13 @@ from flowstore_core import (
     Capability,
     FlowRunDetail,
     FlowStore,
+    SignalDeliveryStatus,
     StepStatus,
     StoreUnavailableError,
     new_run_id,
     open_store,
 )
-from flowstore_core.config import redact
+from flowstore_core.urls import redact
 from flowstore_replay.crew import Crew, Worker
 from flowstore_replay.engine import TAKEN_OVER
 from flowstore_replay.kills import POLL, Grip, kill_due
@@ -280,7 +281,7 @@ class Replay:
         for run_id in [detail.run_id for detail in details] if self._options.approve else ():
             for waiter in await store.get_waiters(run_id):
                 place = (run_id, waiter.step_key)
-                if waiter.delivered_at is not None:
+                if waiter.delivered_at is not None or waiter.expired_at is not None:
                     self._waiting.pop(place, None)
                     continue
                 if place not in self._waiting:
@@ -297,6 +298,8 @@ class Replay:
                         PAYLOAD,
                         delivery_id=f"{run_id}/{waiter.created_at.isoformat()}",
                     )
+                    if result.status is SignalDeliveryStatus.NOT_FOUND:
+                        continue  # The run ended first. A retry may reopen it with this waiter in place.
                     self._approved.add(place)
                     self._note(f"approved step {waiter.step_key!r} of run {run_id}: {result.status}")
 

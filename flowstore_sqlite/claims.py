@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import StepClaim, StepDispatch, StoreUnavailableError
+from flowstore_core import OutcomeUnknownError, StepClaim, StepDispatch, StoreUnavailableError
 from flowstore_core.claims import lease_end
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import load_step
@@ -222,8 +222,8 @@ class _Claim(_Attempt):
         load_step(db, self.run_id, self.step_key)
         return False
 
-    async def give_back(self, won: bool) -> None:
-        if won:
+    async def give_back(self, won: bool | OutcomeUnknownError) -> None:
+        if won is not False:
             await self._undo(GIVE_BACK_CLAIM)
 
 
@@ -238,8 +238,8 @@ class _Dispatch(_Attempt):
         load_step(db, self.run_id, self.step_key)
         return False
 
-    async def give_back(self, won: bool) -> None:
-        if won:
+    async def give_back(self, won: bool | OutcomeUnknownError) -> None:
+        if won is not False:
             await self._undo(GIVE_BACK_DISPATCH)
 
 

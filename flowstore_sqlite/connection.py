@@ -9,7 +9,6 @@ import random
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import aiosqlite
@@ -18,7 +17,8 @@ from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError,
 from flowstore_core.inflight import to_the_end
 from flowstore_core.observing import NOBODY, Observers
 from flowstore_sqlite.errors import is_transient, map_error
-from flowstore_sqlite.location import is_same_place, sqlite_uri
+from flowstore_sqlite.identity import OpenFiles
+from flowstore_sqlite.location import Access, find_access, is_same_place, sqlite_uri
 
 T = TypeVar("T")
 
@@ -73,29 +73,43 @@ class Connection(aiosqlite.Connection):
     """An aiosqlite connection that runs callables: a whole transaction is one trip to its thread.
 
     A transaction of several awaits would stay open half-way when its caller is cancelled.
+
+    One that ``only_reads`` can neither empty nor delete the log when it closes.
     """
 
-    def __init__(self, path: str, observers: Observers = NOBODY) -> None:
+    files: OpenFiles
+    """Of the store, from ``open`` on."""
+
+    def __init__(self, path: str, observers: Observers = NOBODY, *, only_reads: bool = False) -> None:
         self.path = path
+        self._only_reads = only_reads
         self._observers = observers
         self._pid = os.getpid()
         self._shutting = False
-        connector = partial(
-            sqlite3.connect,
-            sqlite_uri(path),
-            uri=True,
-            timeout=BLOCKING_SECONDS,
-            isolation_level=None,
-            cached_statements=256,
-        )
-        super().__init__(connector, iter_chunk_size=64)
+        super().__init__(self._connect_file, iter_chunk_size=64)
         # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
         # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
         self._worker = cast(threading.Thread, getattr(self, "_thread", self))
         self._worker.daemon = True
 
-    async def open(self) -> None:
-        """Open it, or leave nothing behind. Raises StoreUnavailableError."""
+    def _connect_file(self) -> sqlite3.Connection:
+        access = self.files.access
+        if self._only_reads and access is Access.WRITE:
+            access = Access.READ
+        return sqlite3.connect(
+            sqlite_uri(self.path, access),
+            uri=True,
+            timeout=BLOCKING_SECONDS,
+            isolation_level=None,
+            cached_statements=256,
+        )
+
+    async def open(self, files: OpenFiles | None = None) -> None:
+        """Open it, or leave nothing behind. Raises StoreUnavailableError.
+
+        Without ``files`` it gets whatever access this process has.
+        """
+        self.files = OpenFiles(self.path, find_access(self.path)) if files is None else files
 
         async def opening() -> None:
             await self
@@ -129,16 +143,25 @@ class Connection(aiosqlite.Connection):
     async def run_patiently(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
         """As run_work, again and again while the database is locked, at most that long.
 
-        ``work`` must have changed nothing when it fails so. Raises StoreUnavailableError.
+        ``work`` must have changed nothing when it fails so. Afterwards the files are verified. Raises
+        StoreUnavailableError.
         """
+
+        def verified(db: sqlite3.Connection) -> T:
+            result = work(db)
+            self.files.verify()
+            return result
+
         deadline = asyncio.get_running_loop().time() + seconds
         wait = delays()
         while True:
             try:
-                return await self.run_work(work)
+                return await self.run_work(verified)
             except sqlite3.Error as error:
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
+                # Tells more than any error that follows from a missing file.
+                self.files.verify()
                 raise map_error(failure, self.path)
             pause = next(wait)
             if self._observers:

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from flowstore_core import ConfigurationError, StoreClosedError, StoreUnavailableError
+from flowstore_core import ConfigurationError, OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.inflight import to_the_end
 from flowstore_core.observing import NOBODY, Observers
 from flowstore_sqlite.connection import Connection, snapshot
@@ -59,7 +59,7 @@ class Database:
         self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
         """The store's time in microseconds: the caller's clock if one was given, else the system's."""
         self._busy_timeout = busy_timeout
-        self._transactions = Transactions(writer.path, self.now, busy_timeout)
+        self._transactions = Transactions(writer.files, self.now, busy_timeout)
         self._writing = Writing(
             writer,
             self._transactions,
@@ -72,13 +72,13 @@ class Database:
         self._closed = False
 
     def write(
-        self, work: Write[T], give_back: Callable[[T], Awaitable[None]] | None = None
+        self, work: Write[T], give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None
     ) -> Coroutine[Any, Any, T]:
         """Run work in a transaction of the writer, whole or not at all.
 
         Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and ``give_back`` gets its result, to give back what it has won and nobody will hear
-        of. Work that has not begun never does.
+        begun ends, and ``give_back`` gets its result, or OutcomeUnknownError, to undo its effect. Work
+        that has not begun never does.
 
         Raises StoreUnavailableError when the lock was not free within busy_timeout.
         """
@@ -120,11 +120,6 @@ class Database:
     def _check_usable(self) -> None:
         if self._process is not _process:
             raise ConfigurationError("a store cannot be used in a forked process; open another one there")
-        # As core refuses other threads, the loop that runs is the one that we are in.
-        if not self._loop.is_running():
-            raise ConfigurationError(
-                "a store belongs to the event loop that it was opened in; open another one in this loop"
-            )
         if self._closed:
             raise StoreClosedError
 
@@ -146,10 +141,19 @@ class Database:
         finally:
             for reader in self._readers:
                 reader.interrupt_now()
-            await asyncio.gather(*(reader.shut() for reader in self._readers))
-            # Last and alone: only who knows itself alone empties and removes the log.
-            await self._writer.shut()
+            if self._writer.files.may_take_log_in():
+                await self._shut_readers()
+                # Last and alone: only who knows itself alone empties and removes the log.
+                await self._writer.shut()
+            else:
+                # The log at this path is another process's. The readers' locks keep the writer from touching
+                # it, and readers cannot.
+                await self._writer.shut()
+                await self._shut_readers()
             self._transactions.close()
+
+    async def _shut_readers(self) -> None:
+        await asyncio.gather(*(reader.shut() for reader in self._readers))
 
     async def _drain(self) -> None:
         self._transactions.give_up_at = time.monotonic() + DRAIN_SECONDS / 2

@@ -5,7 +5,9 @@ The files are looked at before the database is opened: opening takes a log in, a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +19,10 @@ from uuid import UUID
 from flowstore_core import StoreConfig, StoreUnavailableError
 from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_sqlite import files
+from flowstore_sqlite import counters, files
 from flowstore_sqlite.connection import Connection, snapshot, written
 from flowstore_sqlite.errors import primary_code
-from flowstore_sqlite.location import read_location
+from flowstore_sqlite.location import LOG, LOG_INDEX, Access, read_location, size
 from flowstore_sqlite.opening import JOURNAL_MODE, Options, has_reset_bug
 from flowstore_sqlite.schema import read_version
 
@@ -35,6 +37,11 @@ INSTRUCTIONS = 10_000
 """Of SQLite's virtual machine, between two looks at the clock."""
 
 QUICK_CHECK = "PRAGMA quick_check(5)"
+CHECKPOINT = "PRAGMA wal_checkpoint(PASSIVE)"
+LONG_LOG_PAGES = 1000
+"""From then on SQLite copies the log into the database, and starts it anew when no reader needs it."""
+PIN_SECONDS = 2.0
+"""A snapshot that is older keeps the log from starting anew; a busy writer does not."""
 INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
 
 # Those of which cleanup takes care by itself one day (RET-4), and those that no call can leave behind.
@@ -61,10 +68,16 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
             return await connection.run_patiently(partial(snapshot, work), options.busy_timeout)
 
         try:
-            found += await ask(_judge_journal)
-            found += await ask(partial(_check_pages, thorough))
+            if connection.files.access is Access.WRITE:
+                found += await ask(_judge_journal)
+                found += await _judge_log_size(connection, options)
+            damage = await ask(partial(_check_pages, thorough))
+            found += damage
+            if damage and damage[0].severity is Severity.ERROR:
+                # The rows of damaged pages tell nothing more.
+                return found
             if (await ask(read_version))[0]:
-                found += await ask(partial(_find_orphans, thorough, _now(config)))
+                found += await ask(partial(_check_rows, thorough, _now(config)))
         except StoreUnavailableError as error:
             if not str(error.database_code).startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
                 raise
@@ -122,6 +135,44 @@ def _judge_journal(db: sqlite3.Connection) -> list[Finding]:
     ]
 
 
+async def _judge_log_size(connection: Connection, options: Options) -> list[Finding]:
+    """Whether a reader keeps the log from starting anew, so that it grows with every write."""
+
+    async def checkpoint() -> tuple[int, int]:
+        # Waits for nobody, and does only what the next commit would do anyway.
+        _, pages, done = await connection.run_patiently(
+            lambda db: db.execute(CHECKPOINT).fetchone(), options.busy_timeout
+        )
+        return pages, done
+
+    pages, reached = await checkpoint()
+    if pages < LONG_LOG_PAGES:
+        return []
+    deadline = time.monotonic() + PIN_SECONDS
+    while reached < pages and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+        latest, done = await checkpoint()
+        if 0 <= latest < pages:
+            # It has started anew meanwhile.
+            return []
+        reached = max(reached, done)
+    if reached >= pages:
+        return []
+    path = connection.path
+    return [
+        Finding(
+            code="log-pinned",
+            severity=Severity.WARNING,
+            summary=f"{path}-wal has grown to {size(path + LOG) / 1e6:,.0f} MB and cannot start anew",
+            meaning=f"For at least {PIN_SECONDS:g} s a connection has kept a snapshot open: a long read, or "
+            "a program that began a transaction and did not end it. Until it ends, the log grows with "
+            "every write, and reads become slower.",
+            remedy="end that transaction or its process; to list the processes: "
+            + shlex.join(["fuser", "-v", path + LOG_INDEX]),
+        )
+    ]
+
+
 def _damaged(detail: str) -> Finding:
     return Finding(
         code="damaged",
@@ -170,7 +221,7 @@ def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
         db.set_progress_handler(None, 0)
 
 
-def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
+def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
     found: list[Finding] = []
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
@@ -184,10 +235,12 @@ def _find_orphans(thorough: bool, now: int, db: sqlite3.Connection) -> list[Find
                 for table in (*FORGOTTEN, *STRAYS)
                 if (runs := _runs_of_orphans(table, now, db))
             )
+            if read_version(db)[0] >= counters.SINCE:
+                found.extend(counters.compare(db))
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
-        found.append(_not_to_the_end("rows", "Looking for rows without a run"))
+        found.append(_not_to_the_end("rows", "The check of rows"))
     return found
 
 
@@ -201,16 +254,20 @@ def _runs_of_orphans(table: str, now: int, db: sqlite3.Connection) -> list[bytes
 
 
 async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
-    """Delete orphans and narrow permissions, as the findings say; safe while others write."""
+    """Delete orphans, correct counters, narrow permissions, as the findings say; safe while others write."""
     path, options = read_location(config.url), Options.read(config)
     done = [line for finding in findings for line in files.fix(path, finding)]
     tables = [finding.code.removeprefix("orphans-").replace("-", "_") for finding in findings]
     wanted = [table for table in (*FORGOTTEN, *STRAYS) if table in tables]
-    if not wanted:
+    counters_wrong = any(finding.code == "counters-wrong" for finding in findings)
+    if not wanted and not counters_wrong:
         return done
     connection = Connection(path)
     try:
         await connection.open()
+        if counters_wrong:
+            correct = partial(written, counters.correct)
+            done.append(await connection.run_patiently(correct, options.busy_timeout))
         for table in wanted:
             deleted = 0
             delete = partial(written, partial(_delete_orphans, table, _now(config)))

@@ -10,21 +10,22 @@ from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailable
 # What goes by itself: another connection holds a lock, or recovers the log.
 _TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
 
+_LOCKED = "other connections kept it locked for longer than busy_timeout; try again, or raise busy_timeout"
 _REASONS = {
-    sqlite3.SQLITE_BUSY: "other connections kept it locked for longer than busy_timeout",
-    sqlite3.SQLITE_LOCKED: "other connections kept it locked for longer than busy_timeout",
-    sqlite3.SQLITE_PROTOCOL: "other connections kept it locked for longer than busy_timeout",
-    sqlite3.SQLITE_FULL: "the disk is full",
-    sqlite3.SQLITE_READONLY: "the file or its directory is read-only",
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_PROTOCOL: _LOCKED,
+    sqlite3.SQLITE_FULL: "the disk is full; make room, then try again",
+    sqlite3.SQLITE_READONLY: "the file or its directory is read-only; change the permissions",
     sqlite3.SQLITE_PERM: "access is denied; check the permissions of the file and its directory",
     sqlite3.SQLITE_AUTH: "access is denied; check the permissions of the file and its directory",
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the permissions of the file and its directory",
-    sqlite3.SQLITE_NOTADB: "the file is not a SQLite database",
+    sqlite3.SQLITE_NOTADB: "its beginning is no longer that of an SQLite database; restore it from a backup",
     sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup",
-    sqlite3.SQLITE_IOERR: "the disk failed to read or write",
-    sqlite3.SQLITE_NOMEM: "memory ran out",
-    sqlite3.SQLITE_INTERRUPT: "the statement was interrupted",
-    sqlite3.SQLITE_NOLFS: "the file is too large for this system",
+    sqlite3.SQLITE_IOERR: "the disk failed to read or write; see the log of the system",
+    sqlite3.SQLITE_NOMEM: "memory ran out; try again",
+    sqlite3.SQLITE_INTERRUPT: "the statement was interrupted; try again",
+    sqlite3.SQLITE_NOLFS: "the file is too large for this system; move it to one with large files",
 }
 
 _HARMLESS = re.compile(
@@ -53,7 +54,7 @@ def map_error(error: sqlite3.Error, path: str) -> FlowStoreError:
     code = primary_code(error)
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     if reason := _REASONS.get(code):
-        mapped: FlowStoreError = StoreUnavailableError(f"{path}: {reason} ({name})")
+        mapped: FlowStoreError = StoreUnavailableError(f"{path} ({name}): {reason}")
     elif code == 0 and isinstance(error, sqlite3.OperationalError):
         # Python's module could not decode a stored text.
         mapped = StoreUnavailableError(f"{path}: the file is damaged; restore it from a backup")

@@ -6,6 +6,7 @@ holds on it, SQLite's too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import stat
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flowstore_core.findings import Finding, Severity
+from flowstore_sqlite.location import LOG, LOG_INDEX
 from flowstore_sqlite.turnstile import SUFFIX
 
 NEIGHBOURS = ("", "-wal", "-shm", SUFFIX)
 MOUNTS = Path("/proc/self/mountinfo")
+PROCESSES = Path("/proc")
 
 # As Linux calls them. WAL needs memory that all processes share, and locks that work.
 NETWORK = frozenset(
@@ -40,6 +43,7 @@ IN_MEMORY = frozenset({"ramfs", "tmpfs"})
 
 HEADER_BYTES = 100
 LOG_HEADER_BYTES = 32
+FRAME_HEADER_BYTES = 24
 MAGIC = b"SQLite format 3\0"
 LOG_MAGIC = (0x377F0682, 0x377F0683)
 
@@ -55,6 +59,7 @@ def inspect(path: str) -> Iterator[Finding]:
     if links:
         yield _symlink(links)
         return
+    yield from _judge_removed(path)
     if not exists(path):
         return
     yield from _judge_file_system(path)
@@ -184,7 +189,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
             remedy="restore a backup, or correct the URL",
         )
         return
-    if log and (reason := _foreign(header or b"", log)):
+    if log and (reason := _foreign(path, header or b"", log)):
         yield Finding(
             code="log-foreign",
             blocks=True,
@@ -219,7 +224,32 @@ def _judge_log(path: str) -> Iterator[Finding]:
         )
 
 
-def _foreign(header: bytes, log: bytes) -> str | None:
+def _judge_removed(path: str) -> Iterator[Finding]:
+    """Find processes of this user that still use files removed from this path, where Linux tells."""
+    removed = {f"{os.path.realpath(path)}{suffix} (deleted)" for suffix in ("", LOG, LOG_INDEX)}
+    processes = []
+    for folder in PROCESSES.glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):
+            # It may end meanwhile, or be another user's.
+            if any(os.readlink(file) in removed for file in folder.iterdir()):
+                processes.append(folder.parent.name)
+    if not processes:
+        return
+    yield Finding(
+        code="file-removed",
+        severity=Severity.ERROR,
+        summary=f"a file that was removed from {path} is still in use",
+        meaning="The database or its log was deleted, or a backup was put in its place, while a process had "
+        "it open. A store of flowstore then refuses every call; another program loses all that it writes.",
+        remedy="stop such a process without killing it, then start it again: "
+        + shlex.join(["kill", "-TERM", *processes]),
+        count=len(processes),
+        examples=tuple(f"process {process}" for process in processes),
+        blocks=not exists(path),
+    )
+
+
+def _foreign(path: str, header: bytes, log: bytes) -> str | None:
     """Why a log cannot be that of the database with this header; None where it may be."""
     if len(log) < LOG_HEADER_BYTES or int.from_bytes(log[:4]) not in LOG_MAGIC:
         return "it is no write-ahead log"
@@ -228,11 +258,42 @@ def _foreign(header: bytes, log: bytes) -> str | None:
         return None
     # 65536 does not fit into two bytes and is written as 1.
     pages = int.from_bytes(header[16:18])
-    if int.from_bytes(log[8:12]) != (65536 if pages == 1 else pages):
+    size = int.from_bytes(log[8:12])
+    if size != (65536 if pages == 1 else pages):
         return "its pages have another size"
     if header[18:20] != b"\2\2":
         return "the database is in another journal mode"
+    counters = _change_counters(f"{path}-wal", log, size)
+    if (_read(path, HEADER_BYTES), _read(f"{path}-wal", LOG_HEADER_BYTES)) != (header, log):
+        # Somebody works with them, and they were read at different moments.
+        return None
+    # The counter of the database rises by one at most with each commit that writes its first page. When a log
+    # starts anew, all before it is in the database.
+    counter = _change_counter(header)
+    if counters and counter + 1 < counters[0]:
+        return "it continues a newer state of the database, as beside a restored backup"
+    if counters and counters[-1] < counter:
+        return "it is older than the database"
     return None
+
+
+def _change_counter(page: bytes) -> int:
+    return int.from_bytes(page[24:28])
+
+
+def _change_counters(path: str, log: bytes, page_size: int) -> list[int]:
+    """Of each first page of the database that is in the log, in order."""
+    found = []
+    with open(path, "rb") as file:
+        file.seek(LOG_HEADER_BYTES)
+        # A frame's header ends with checksums; it is of this log if it has the salt of the log's own header.
+        while len(frame := file.read(FRAME_HEADER_BYTES)) == FRAME_HEADER_BYTES and frame[8:16] == log[16:24]:
+            if int.from_bytes(frame[:4]) == 1 and len(page := file.read(HEADER_BYTES)) == HEADER_BYTES:
+                found.append(_change_counter(page))
+                file.seek(page_size - HEADER_BYTES, os.SEEK_CUR)
+            else:
+                file.seek(page_size, os.SEEK_CUR)
+    return found
 
 
 def fix(path: str, finding: Finding) -> Iterator[str]:

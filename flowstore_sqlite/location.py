@@ -6,23 +6,42 @@ import os
 import re
 import stat
 import threading
+from enum import Enum
 from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.config import read_path, split_place
+from flowstore_core.urls import parse_url
 
 # Held while a new file is made. Closing any descriptor of a file drops the locks that this process
 # holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
 _creating = threading.Lock()
 
 
+LOG = "-wal"
+LOG_INDEX = "-shm"
+JOURNAL = "-journal"
+
+
+class Access(Enum):
+    """How SQLite opens a file; the values are parameters of its URI.
+
+    Always an existing file: SQLite would make one with wider permissions.
+    """
+
+    WRITE = "mode=rw"
+    READ = "mode=ro"
+    FROZEN = "mode=ro&immutable=1"
+    """Without locks and without a log, for a file that no process is writing to."""
+
+
 def read_location(url: str) -> str:
     """The absolute path that a URL names. Raises ConfigurationError."""
-    if split_place(url)[0]:
+    parts = parse_url(url)
+    if parts.hosts or parts.user or parts.password:
         raise ConfigurationError(
             "a SQLite URL names no host: write sqlite:///relative.db or sqlite:////absolute.db"
         )
-    path = read_path(url)
+    path = parts.path
     if path in ("", "/", ":memory:"):
         raise ConfigurationError(
             "a SQLite URL names a file: sqlite:///relative.db or sqlite:////absolute.db; "
@@ -30,8 +49,14 @@ def read_location(url: str) -> str:
         )
     if "\0" in path:
         raise ConfigurationError("the path in a SQLite URL must not hold a zero byte")
-    # A second slash in front means nothing, but would be kept.
-    return os.path.abspath(re.sub("^/+", "/", path))
+    try:
+        # A second slash in front means nothing, but would be kept.
+        return os.path.abspath(re.sub("^/+", "/", path))
+    except OSError:
+        raise ConfigurationError(
+            f"the SQLite URL names the relative path {path!r}, and the working directory no longer exists or "
+            "may not be read; change to another directory, or name an absolute path: sqlite:////absolute.db"
+        ) from None
 
 
 def file_exists(path: str) -> bool:
@@ -49,7 +74,9 @@ def file_exists(path: str) -> bool:
     except NotADirectoryError:
         raise ConfigurationError(f"{folder} is not a directory") from None
     except OSError as error:
-        raise StoreUnavailableError(f"{path} cannot be reached: {error.strerror}") from None
+        raise StoreUnavailableError(
+            f"{path} cannot be reached: {error.strerror}; check its directory"
+        ) from None
     if stat.S_ISLNK(mode):
         raise ConfigurationError(f"{path} is a symbolic link, which is never followed; name the file itself")
     if not stat.S_ISREG(mode):
@@ -78,7 +105,9 @@ def create_file(path: str) -> None:
             # Another process was faster, or a link was put there: looked at once more.
             file_exists(path)
         except OSError as error:
-            raise StoreUnavailableError(f"{path} cannot be created: {error.strerror}") from None
+            raise StoreUnavailableError(
+                f"{path} cannot be created: {error.strerror}; check its directory"
+            ) from None
 
 
 def is_same_place(opened: str, path: str) -> bool:
@@ -91,6 +120,34 @@ def is_same_place(opened: str, path: str) -> bool:
     return os.path.join(os.path.realpath(folder), name) == opened
 
 
-def sqlite_uri(path: str) -> str:
-    """What SQLite opens: an existing file only, so that it never makes one with wider permissions."""
-    return f"file://{quote(os.fsencode(path))}?mode=rw"
+def size(path: str) -> int:
+    """The size in bytes; 0 if there is no such file. Raises OSError."""
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def find_access(path: str) -> Access:
+    """The most that this process may do with a file that is there.
+
+    Even a reader of a database in WAL mode needs the log and its index, and creates them if they are
+    missing. A process without the right to create them reads the file alone, which holds everything if the
+    log is empty. Raises StoreUnavailableError.
+    """
+    may_create = os.access(os.path.dirname(path), os.W_OK)
+    has_log = os.path.lexists(path + LOG) and os.path.lexists(path + LOG_INDEX)
+    if os.access(path, os.W_OK) and (may_create or has_log):
+        return Access.WRITE
+    if size(path + LOG) or size(path + JOURNAL):
+        if not may_create and not os.path.lexists(path + LOG_INDEX) and size(path + LOG):
+            raise StoreUnavailableError(
+                f"{path}{LOG} holds the newest commits, and without {path}{LOG_INDEX} only a user who may "
+                "write to the directory can read them; open and close the store once as such a user"
+            )
+        return Access.READ
+    return Access.FROZEN
+
+
+def sqlite_uri(path: str, access: Access) -> str:
+    return f"file://{quote(os.fsencode(path))}?{access.value}"

@@ -11,7 +11,8 @@ from functools import partial
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig, StoreUnavailableError
 from flowstore_sqlite.connection import Connection, snapshot
-from flowstore_sqlite.location import create_file, file_exists, read_location
+from flowstore_sqlite.identity import OpenFiles
+from flowstore_sqlite.location import Access, create_file, file_exists, find_access, read_location
 from flowstore_sqlite.schema import MINIMUM_SQLITE, apply_migrations, is_current, known_version, read_version
 from flowstore_sqlite.store import FastSqliteStore, SqliteStore
 from flowstore_sqlite.values import to_us
@@ -26,7 +27,6 @@ SETTINGS = (
     # After a checkpoint the log is cut to this size, so that one burst does not keep the disk for ever.
     "PRAGMA journal_size_limit = 67108864",
 )
-READ_ONLY = "PRAGMA query_only = ON"
 USE_LOG = "PRAGMA journal_mode = WAL"
 JOURNAL_MODE = "PRAGMA journal_mode"
 SYNCHRONOUS = {
@@ -74,10 +74,12 @@ class OpenSqlite:
             await migrated(writer, self._config, options)
             readers = []
             for _ in range(options.readers):
-                reader = Connection(path, self._config.observers)
+                reader = Connection(path, self._config.observers, only_reads=True)
                 stack.push_async_callback(reader.shut)
-                await reader.open()
-                await reader.run_patiently(partial(_set_up, (READ_ONLY,)), options.busy_timeout)
+                await reader.open(writer.files)
+                await reader.run_patiently(partial(_set_up, ()), options.busy_timeout)
+                # From its first read on a connection holds a lock on the file; see Database._close.
+                await reader.run_patiently(partial(snapshot, read_version), options.busy_timeout)
                 readers.append(reader)
             kind = SqliteStore if options.synchronous == "FULL" else FastSqliteStore
             store = kind(
@@ -104,15 +106,26 @@ async def migrated(writer: Connection, config: StoreConfig, options: Options) ->
     _check_sqlite()
     if config.migrate:
         create_file(writer.path)
-    elif not file_exists(writer.path):
+        access = Access.WRITE
+        if find_access(writer.path) is not access:
+            raise StoreUnavailableError(
+                f"{writer.path} cannot be written: this process may not write to the file or its directory; "
+                "change the permissions, or open it with migrate=False to read it"
+            )
+    elif file_exists(writer.path):
+        access = find_access(writer.path)
+    else:
         raise SchemaVersionError(0, known_version(), "open it once with migrate=True")
-    await writer.open()
+    files = OpenFiles(writer.path, access)
+    await writer.open(files)
     patience = options.busy_timeout
     check = partial(is_current, migrate=config.migrate)
     current = await writer.run_patiently(partial(snapshot, check), patience)
     await writer.run_patiently(partial(_set_up, SYNCHRONOUS[options.synchronous]), patience)
-    # The log is chosen only now, so that a file with a wrong schema stays untouched.
-    await writer.run_patiently(_use_log, patience)
+    if not files.is_read_only:
+        # The log is chosen only now, so that a file with a wrong schema stays untouched.
+        await writer.run_patiently(_use_log, patience)
+    await writer.run_patiently(partial(snapshot, partial(_remember_log, files)), patience)
     if current:
         version, _ = await writer.run_patiently(partial(snapshot, read_version), patience)
         return version
@@ -128,6 +141,12 @@ def _use_log(db: sqlite3.Connection) -> None:
         raise StoreUnavailableError(
             "the write-ahead log cannot be used here; keep the file on a local disk, not on a network one"
         )
+
+
+def _remember_log(files: OpenFiles, db: sqlite3.Connection) -> None:
+    # SQLite opens the log when it reads.
+    read_version(db)
+    files.remember_log()
 
 
 def _set_up(more: tuple[str, ...], db: sqlite3.Connection) -> None:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
 from flowstore_core.findings import Finding
+from flowstore_core.urls import parse_url
 
 if TYPE_CHECKING:
     from flowstore_sqlite.store import SqliteStore
@@ -42,6 +42,8 @@ class SqliteBackend:
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[SqliteStore]:
         """Open the file, making and migrating it if need be.
 
+        With ``migrate=False`` a file that this process may not write to opens for reading.
+
         Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
         """
         from flowstore_sqlite.opening import OpenSqlite
@@ -58,9 +60,8 @@ class SqliteBackend:
         from flowstore_sqlite.location import read_location
 
         folder = _make_folder(Path(read_location(url)).parent)
-        _, mark, query = url.partition("#")[0].partition("?")
         try:
-            yield f"sqlite:///{quote(str(folder / 'scratch.db'))}{mark}{query}"
+            yield parse_url(url).with_path(str(folder / "scratch.db"))
         finally:
             shutil.rmtree(folder)
 

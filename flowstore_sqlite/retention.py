@@ -11,7 +11,7 @@ from functools import partial
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite.background import Turns
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.search import DROP_TRIGRAMS, gather_texts, is_indexed
+from flowstore_sqlite.search import DROP_TRIGRAMS, empty_index, gather_texts, has_only_deleted, is_indexed
 from flowstore_sqlite.statistics import DAY
 from flowstore_sqlite.values import to_us
 
@@ -52,7 +52,12 @@ DELETE FROM idempotency_keys WHERE (flow_id, trigger_key, idempotency_key) IN (
 )
 """
 
-DELETE_SUMMARIES = "DELETE FROM run_summaries WHERE day < ?"
+# Of days before the cutoff, and of days whose runs have changed since: those are computed again when needed.
+FIND_STALE_SUMMARIES = """
+SELECT granularity, scope, kept.day FROM run_summaries AS kept LEFT JOIN run_days ON run_days.day = kept.day
+WHERE kept.day < ? OR kept.changes IS NOT run_days.changes LIMIT ?
+"""
+DELETE_SUMMARY = "DELETE FROM run_summaries WHERE granularity = ? AND scope = ? AND day = ?"
 
 
 class Retention(Database):
@@ -70,11 +75,16 @@ class Retention(Database):
         for statement in (DELETE_ORPHANED_CONTROLS, DELETE_ORPHANED_KEYS):
             while await turns.take(partial(_sweep, statement, before)):
                 pass
-        await self.write(partial(_drop_summaries, before))
+        while stale := await self.read(partial(_find_stale_summaries, before)):
+            await turns.take(partial(_delete_summaries, stale))
+            if len(stale) < BATCH:
+                break
         if await self.read(is_indexed):
             # What ended since the last time becomes quick to search.
             while await turns.take(gather_texts):
                 pass
+            if await self.read(has_only_deleted):
+                await self.write(empty_index)
         return deleted
 
 
@@ -102,9 +112,14 @@ def _delete_runs(
     return done, deleted
 
 
-def _drop_summaries(before: int, db: sqlite3.Connection, now: int) -> None:
-    """Of days whose runs are gone, or most of them: whoever asks for one has it computed again."""
-    db.execute(DELETE_SUMMARIES, (before // DAY - 1,))
+def _find_stale_summaries(before: int, db: sqlite3.Connection) -> list[tuple[str, bytes, int]]:
+    return db.execute(FIND_STALE_SUMMARIES, (before // DAY - 1, BATCH)).fetchall()
+
+
+def _delete_summaries(
+    stale: Sequence[tuple[str, bytes, int]], db: sqlite3.Connection, now: int, until: float
+) -> None:
+    db.executemany(DELETE_SUMMARY, stale)
 
 
 def _sweep(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:

@@ -12,6 +12,7 @@ from importlib.resources import files
 
 from flowstore_core import ConfigurationError, SchemaVersionError
 from flowstore_sqlite.connection import written
+from flowstore_sqlite.errors import primary_code
 from flowstore_sqlite.search import enable_search
 
 _log = logging.getLogger("flowstore_sqlite")
@@ -66,8 +67,24 @@ def known_version() -> int:
 
 
 def read_version(db: sqlite3.Connection) -> tuple[int, int]:
-    """The version of a database and the oldest code that can work on it; (0, 0) without a schema."""
-    if db.execute(HAS_SCHEMA_TABLE).fetchone() is None:
+    """The version of a database and the oldest code that can work on it; (0, 0) without a schema.
+
+    Raises ConfigurationError for a file that is not a database.
+    """
+    try:
+        has_schema = db.execute(HAS_SCHEMA_TABLE).fetchone() is not None
+    except sqlite3.DatabaseError as error:
+        if primary_code(error) != sqlite3.SQLITE_NOTADB:
+            raise
+        is_database = False
+    else:
+        is_database = True
+    if not is_database:
+        path = db.execute("PRAGMA database_list").fetchone()[2]
+        raise ConfigurationError(
+            f"{path} is not an SQLite database; name another file in the URL, or restore a backup"
+        )
+    if not has_schema:
         return 0, 0
     version, works_from = db.execute(READ_VERSION).fetchone()
     return version, works_from

@@ -84,6 +84,11 @@ INSERT INTO run_texts (run_id, text) VALUES (?, ?) ON CONFLICT (run_id) DO UPDAT
 RETURNING id
 """
 KEEP_TRIGRAMS = "INSERT INTO run_trigrams (rowid, text) VALUES (?, ?)"
+# An entry that was deleted stays in the index until FTS5 merges it away, which it does when others are added.
+HAS_ONLY_DELETED = """
+SELECT NOT EXISTS (SELECT 1 FROM run_texts) AND EXISTS (SELECT 1 FROM run_trigrams_idx)
+"""
+EMPTY_TRIGRAMS = "INSERT INTO run_trigrams (run_trigrams) VALUES ('delete-all')"
 DROP_UNSEARCHED = "DELETE FROM unsearched WHERE run_id = ?"
 
 # Every run that can match: those whose text has all trigrams, and those whose text may be older than they.
@@ -180,6 +185,16 @@ def gather_texts(db: sqlite3.Connection, now: int, until: float | None = None) -
         if time.monotonic() > deadline:
             break
     return gathered
+
+
+def empty_index(db: sqlite3.Connection, now: int) -> None:
+    """Remove all that is left in the index once no text is stored."""
+    if has_only_deleted(db):
+        db.execute(EMPTY_TRIGRAMS)
+
+
+def has_only_deleted(db: sqlite3.Connection) -> bool:
+    return bool(db.execute(HAS_ONLY_DELETED).fetchone()[0])
 
 
 def _read_text(db: sqlite3.Connection, run_id: bytes) -> str:

@@ -26,8 +26,8 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
 
 FIND_DELIVERY = "SELECT step_key, delivered_at FROM deliveries WHERE run_id = ? AND delivery_id = ?"
 FIND_OPEN_WAITER = """
-SELECT step_key FROM waiters
-WHERE run_id = ? AND signal_name = ? AND delivered_at IS NULL AND expired_at IS NULL
+SELECT step_key FROM waiters JOIN runs USING (run_id)
+WHERE run_id = ? AND status = 'Running' AND signal_name = ? AND delivered_at IS NULL AND expired_at IS NULL
 ORDER BY created_at, step_key LIMIT 1
 """
 FIND_DELIVERED_WAITER = """

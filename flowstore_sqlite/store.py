@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 
-from flowstore_core import Capability, StoreUnavailableError
+from flowstore_core import Capability
 from flowstore_sqlite.claims import Claims
 from flowstore_sqlite.controls import Controls
 from flowstore_sqlite.events import Events
@@ -41,7 +40,7 @@ class SqliteStore(
     capabilities = frozenset(Capability)
 
     async def ping(self) -> None:
-        """Read from the file, and see that it is still the one that was opened."""
+        """Read from the file. Like every call, it fails once the file was removed or replaced."""
         await self.read(_ping)
 
 
@@ -53,7 +52,3 @@ class FastSqliteStore(SqliteStore):
 
 def _ping(db: sqlite3.Connection) -> None:
     db.execute(PING).fetchone()
-    path = db.execute("PRAGMA database_list").fetchone()[2]
-    if not os.path.exists(path):
-        # Writes would go on into a file that nobody will ever open again.
-        raise StoreUnavailableError(f"{path} was removed while the store was open; open it again")

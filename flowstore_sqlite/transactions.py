@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from flowstore_core import StoreClosedError, StoreUnavailableError
+from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.batching import AGAIN, Call
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
+from flowstore_sqlite.identity import OpenFiles
 from flowstore_sqlite.turnstile import Turnstile
 
 T = TypeVar("T")
@@ -38,11 +39,12 @@ class _ChangedError(Exception):
 class Transactions:
     """Runs groups of writes; its methods are called on one thread at a time."""
 
-    def __init__(self, path: str, now: Callable[[], int], busy_timeout: float) -> None:
-        self._path = path
+    def __init__(self, files: OpenFiles, now: Callable[[], int], busy_timeout: float) -> None:
+        self._files = files
+        self._path = files.path
         self._now = now
         self._busy_timeout = busy_timeout
-        self._turnstile = Turnstile(path)
+        self._turnstile = Turnstile(files.path)
         self.db: sqlite3.Connection
         """Given before the first group, by the thread that runs them."""
         self.give_up_at: float | None = None
@@ -53,6 +55,12 @@ class Transactions:
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
+        if self._files.is_read_only:
+            reason = (
+                f"{self._path} can only be read: this process may not write to the file or its directory; "
+                "change the permissions, then open the store again"
+            )
+            return [StoreUnavailableError(reason) for _ in calls]
         try:
             has_begun = self._turnstile.is_open() and self._try_begin()
             if not has_begun and (refusals := self._begin(calls)) is not None:
@@ -69,9 +77,17 @@ class Transactions:
                 outcomes += [AGAIN] * (len(calls) - len(outcomes))
             return outcomes
         except sqlite3.Error as error:
-            return [map_error(error, self._path) for _ in calls]
+            return self._refuse(error, calls)
         finally:
             self._roll_back()
+
+    def _refuse(self, error: sqlite3.Error, calls: Sequence[Call]) -> list[Any]:
+        try:
+            # Tells more than any error that follows from a missing file.
+            self._files.verify()
+        except StoreUnavailableError as lost:
+            return [StoreUnavailableError(lost.reason) for _ in calls]
+        return [map_error(error, self._path) for _ in calls]
 
     def _run_plainly(self, calls: Sequence[Call], outcomes: list[Any]) -> None:
         db, monotonic, now = self.db, time.monotonic, self._now
@@ -138,7 +154,7 @@ class Transactions:
             failure = error
         else:
             return self._late(calls)
-        return [map_error(failure, self._path) for _ in calls]
+        return self._refuse(failure, calls)
 
     def _try_begin(self) -> bool:
         try:
@@ -155,11 +171,18 @@ class Transactions:
         now = time.monotonic()
         if self.give_up_at is not None and now >= self.give_up_at:
             return [StoreClosedError() for _ in calls]
-        reason = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+        waited = f"{self._path} was locked by others for {self._busy_timeout:g} s"
+        reason = f"{waited}; try again, or raise busy_timeout"
         latest = now - self._busy_timeout
         return [StoreUnavailableError(reason) if call.since <= latest else AGAIN for call in calls]
 
     def _commit(self, outcomes: list[Any]) -> list[Any]:
+        try:
+            # As late as possible: in a log that another process has replaced, a commit damages that one's.
+            self._files.verify()
+        except StoreUnavailableError as error:
+            self._roll_back()
+            return [StoreUnavailableError(error.reason) for _ in outcomes]
         try:
             self.db.execute("COMMIT")
         except sqlite3.Error as error:
@@ -167,6 +190,12 @@ class Transactions:
             if is_transient(error):
                 return [AGAIN for _ in outcomes]
             return [map_commit_error(error, self._path) for _ in outcomes]
+        try:
+            # Again, because the commit may have gone into a file that was removed since.
+            self._files.verify()
+        except StoreUnavailableError:
+            what = f"COMMIT on {self._path}, which was removed or replaced at that moment,"
+            return [OutcomeUnknownError(what) for _ in outcomes]
         return outcomes
 
     def _roll_back(self) -> None:

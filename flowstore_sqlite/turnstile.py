@@ -46,7 +46,10 @@ class Turnstile:
 
     def __init__(self, database: str) -> None:
         self.path = database + SUFFIX
-        self._file = _open(self.path, database)
+        self._database = database
+        self._file: int | None = None
+        self._is_opened = False
+        """Before the first write there is no need for the file, and a read-only store must not make it."""
         self._without_until = 0.0
         self._turn_until = 0.0
 
@@ -87,6 +90,9 @@ class Turnstile:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _take_turn(self) -> bool:
+        if not self._is_opened:
+            self._is_opened = True
+            self._file = _open(self.path, self._database)
         if self._file is None:
             return False
         try:

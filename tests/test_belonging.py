@@ -6,10 +6,16 @@ import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from flowstore_conformance.bench import Profile
+from flowstore_conformance.checks.registry import Check, all_checks
+from flowstore_conformance.report import Status
+from flowstore_conformance.suite import run_check
 
-from flowstore_core import ConfigurationError, FlowStore, StoreClosedError, open_store
+from flowstore_core import ConfigurationError, FlowStore, StoreClosedError, checked, open_store
+from flowstore_core.plugins import find_backend
 from tests.scenes import new_run
 
 NEVER_CLOSED = """
@@ -36,6 +42,36 @@ async def test_another_thread_is_refused(namespace: str) -> None:
         assert await store.try_claim_step(run_id, "a")
     with pytest.raises(StoreClosedError):
         await asyncio.to_thread(lambda: asyncio.run(store.get_runs()))
+
+
+async def test_a_loop_within_the_stores_own_is_refused(namespace: str, backend: str) -> None:
+    result = await run_check(_nested(), namespace, find_backend(backend)[1], Profile.QUICK, 1)
+    assert result.status is Status.PASS, result.failure
+
+
+async def test_the_suite_finds_a_store_that_belongs_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(checked, "here", lambda: loop)
+    result = await run_check(_nested(), "memory://", find_backend("memory")[1], Profile.QUICK, 1)
+    assert result.failure is not None
+    assert "expected ConfigurationError, got no error" in result.failure.message
+
+
+def _nested() -> Check:
+    name = "another_event_loop_in_the_same_thread_is_refused"
+    return next(check for check in all_checks() if check.name == name)
+
+
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{folder}/flows.db"])
+def test_a_later_loop_of_the_same_thread_is_refused(url: str, tmp_path: Path) -> None:
+    opened = open_store(url.replace("{folder}", str(tmp_path)))
+    with asyncio.Runner() as runner:
+        store = runner.run(opened.__aenter__())
+        for operation in (store.get_runs, store.ping, store.aclose):
+            with pytest.raises(ConfigurationError, match="event loop"), asyncio.Runner() as later:
+                later.run(operation())
+        assert runner.run(store.get_runs()) == ()
+        runner.run(opened.__aexit__(None, None, None))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it needs a system that forks")

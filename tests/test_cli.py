@@ -6,17 +6,24 @@ import asyncio
 import json
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 
+from flowstore_cli.failures import Failure
 from flowstore_cli.main import main
-from flowstore_core import FlowStore, RunStatus, StepStatus, new_run_id, open_store
+from flowstore_cli.references import find_flow, find_run, parse_run
+from flowstore_cli.retention import count_completed
+from flowstore_cli.runs import last_events
+from flowstore_core import FlowEventRecord, FlowStore, RunStatus, StepStatus, new_run_id, open_store
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=7)
@@ -130,7 +137,28 @@ def test_a_command_that_looks_makes_no_database(
     [
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["runs", "list", "--take", "lots"], 2, "runs list --help tells more"),
-        (["runs", "show", "no-uuid"], 2, "'RUN_ID'"),
+        (["runs", "show", "no-uuid"], 2, "RUN must be the id of a run"),
+        (["runs", "show", "12345"], 2, "at least 6 of its first or last hexadecimal digits"),
+        (
+            ["runs", "show", "abc123", "--url", "memory://"],
+            1,
+            "begins or ends with abc123; list the runs with",
+        ),
+        (["runs", "list", "--status", "runing"], 2, "did you mean 'Running'?"),
+        (["runs", "list", "--status", "can"], 2, "did you mean 'Cancelled'?"),
+        (["runs", "list", "--flow", "x", "--url", "memory://"], 1, "no run belongs to a flow 'x'"),
+        (
+            ["runs", "list", "--search", "x" * 300, "--url", "memory://"],
+            2,
+            "--search must be text of at most 256",
+        ),
+        (["runs", "list", "--after", "x"], 2, "--after must be a moment in UTC"),
+        (["runs", "retry", str(UUID(int=1)), "", "--url", "memory://"], 2, "STEP must be text of 1 to 256"),
+        (["signal", "deliver", str(UUID(int=1)), "", "--url", "memory://"], 2, "SIGNAL must be text of 1 to"),
+        (["--url", "memory://", "stats", "--url", "sqlite:///x.db"], 2, "--url is given twice"),
+        (["--url", "memory://", "doctor", "memory://"], 2, "name the store once"),
+        (["--url", "memory://", "conformance", "memory://"], 2, "conformance takes no --url"),
+        (["doctor", "--grace", "900000d"], 2, "--grace reaches back before the year 1"),
         (["stats", "--url", "nonsense"], 2, "a store URL begins with scheme://"),
         (["stats", "--url", "nonsense://x"], 2, "no installed backend serves scheme 'nonsense'"),
         (["stats", "--url", "memory://x?colour=red"], 2, "has no option colour"),
@@ -139,17 +167,21 @@ def test_a_command_that_looks_makes_no_database(
         (["cleanup", "--older-than", "999999w"], 2, "before the year 1"),
         (["cleanup"], 2, "--older-than"),
         (["timeseries", "--since", "yesterday"], 2, "2025-06-01T12:00"),
-        (["timeseries", "--url", "memory://", "--since", "2w", "--until", "3w"], 2, "since must be"),
-        (["timeseries", "--url", "memory://", "--since", "520w"], 2, "10,000 buckets"),
+        (
+            ["timeseries", "--url", "memory://", "--since", "2w", "--until", "3w"],
+            2,
+            "--since must be at or before --until",
+        ),
+        (["timeseries", "--url", "memory://", "--since", "520w"], 2, "take a later --since, or --by day"),
         (["signal", "deliver", str(UUID(int=1)), "go", "{broken"], 2, "is not JSON"),
         (["replay", "missing.json"], 2, "missing.json cannot be read"),
         (["replay", "--url", "memory://"], 2, "several processes"),
         (["replay", "--approve", "nope"], 2, "no step 'nope'"),
         (["replay", "--fail-rate", "2"], 2, "--fail-rate"),
-        (["runs", "show", str(UUID(int=1)), "--url", "memory://"], 1, "does not exist"),
-        (["runs", "retry", str(UUID(int=1)), "s", "--url", "memory://"], 1, "does not exist"),
-        (["runs", "cancel", str(UUID(int=1)), "--url", "memory://"], 1, "does not exist"),
-        (["signal", "deliver", str(UUID(int=1)), "go", "--url", "memory://"], 1, "does not exist"),
+        (["runs", "show", str(UUID(int=1)), "--url", "memory://"], 1, "there is no run"),
+        (["runs", "retry", str(UUID(int=1)), "s", "--url", "memory://"], 1, "there is no run"),
+        (["runs", "cancel", str(UUID(int=1)), "--url", "memory://"], 1, "there is no run"),
+        (["signal", "deliver", str(UUID(int=1)), "go", "--url", "memory://"], 1, "there is no run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -197,29 +229,23 @@ def test_an_unexpected_error_is_a_line_too(flowstore: Flowstore, monkeypatch: py
 def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
     code, out, _ = flowstore("runs", "list")
     assert code == 0
-    lines = out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [
         str(database[name]) for name in ("waiting", "failed", "old")
     ]
-    assert max(map(len, lines)) <= 80
-    assert "\x1b" not in out
 
     assert str(database["failed"]) in flowstore("runs", "list", "--status", "failed")[1]
-    assert flowstore("runs", "list", "--status", "Cancelled")[1] == "no runs\n"
-    out = flowstore("runs", "list", "-n", "1", "--skip", "1")[1]
-    assert "2 to 2 of 3\nnext: --after " in out
-    assert max(map(len, out.splitlines())) <= 80
-    onward = out.split()[-1]
+    assert flowstore("runs", "list", "--status", "Cancelled")[1:] == ("", "no runs\n")
+    out, err = flowstore("runs", "list", "-n", "1", "--skip", "1")[1:]
+    assert [line.split()[0] for line in out.splitlines()] == ["RUN", str(database["failed"])]
+    assert err.startswith("2 to 2 of 3\nnext: --after ")
+    onward = err.split()[-1]
     assert str(database["old"]) in flowstore("runs", "list", "--after", onward)[1]
     document = json.loads(flowstore("runs", "list", "-n", "2", "--json")[1])
     assert document["after"] == onward
-    code, _, error = flowstore("runs", "list", "--after", "yesterday")
-    assert code == 2
-    assert "position must be" in error
-    assert "no runs from number 10 on; there are 3" in flowstore("runs", "list", "--skip", "9")[1]
+    assert "no runs from number 10 on; there are 3" in flowstore("runs", "list", "--skip", "9")[2]
     found = json.loads(flowstore("runs", "list", "--search", "BROKE", "--json")[1])
     assert [run["run_id"] for run in found["runs"]] == [str(database["failed"])]
-    assert flowstore("runs", "list", "--flow", str(UUID(int=8)))[1] == "no runs\n"
+    assert flowstore("runs", "list", "--flow", str(UUID(int=8)))[2] == "no runs\n"
 
     page = json.loads(flowstore("runs", "list", "--json", "--take", "1")[1])
     assert page["total_count"] == 3
@@ -247,7 +273,6 @@ def test_runs_show(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert "it broke in two lines" in out
     assert "\\x1b[31mred" in out
     assert "\x1b" not in out
-    assert max(map(len, out.splitlines())) <= 80
     assert "step 'step' waits for signal 'approval'" in flowstore("runs", "show", str(database["waiting"]))[1]
 
     shown = json.loads(flowstore("runs", "show", str(database["failed"]), "--json")[1])
@@ -257,10 +282,371 @@ def test_runs_show(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert [event["event_type"] for event in shown["events"]] == ["note"]
 
 
+LONG_NAME = "import of all orders of the northern warehouses " * 4
+ERROR = "Traceback (most recent call last):\n  line 3\n" + "ValueError: no such column " * 40
+
+
+@pytest.fixture
+def contents(tmp_path: Path) -> dict[str, UUID]:
+    """flowstore.db in the working directory: a run with long texts, and one by clocks that differ."""
+
+    async def fill() -> dict[str, UUID]:
+        runs = {"long": new_run_id(), "skewed": new_run_id()}
+        clock = VirtualClock(datetime.now(UTC) - timedelta(hours=2))
+        async with open_store(f"sqlite:///{tmp_path}/flowstore.db", clock=clock) as store:
+            await store.start_run(FLOW, LONG_NAME, runs["long"], "manual", trigger_data='{"day": 1}')
+            for number in range(2):
+                await store.record_step_start(runs["long"], "load", "sql", input_json=f"[{number}]")
+                await store.record_step_complete(runs["long"], "load", StepStatus.FAILED, error_message=ERROR)
+                await store.retry_step(runs["long"], "load")
+            await store.record_step_start(runs["long"], "load", "sql", input_json='{"table": "orders"}')
+            output = json.dumps(["row"] * 500)
+            await store.record_step_complete(runs["long"], "load", StepStatus.SUCCEEDED, output_json=output)
+            await store.save_output(runs["long"], "load", output)
+            await store.save_output(runs["long"], "report", '"https://example.com"')
+            await store.start_run(UUID(int=9), "backup", runs["skewed"], "manual")
+            clock.advance(minutes=-5)
+            await store.complete_run(runs["skewed"], RunStatus.SUCCEEDED)
+        return runs
+
+    return asyncio.run(fill())
+
+
+def test_what_is_piped_is_whole(
+    contents: dict[str, UUID], flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    header, *rows = flowstore("runs", "list")[1].splitlines()
+    assert header.split() == ["RUN", "STATUS", "STARTED", "TOOK", "FLOW", "FLOW", "ID"]
+    assert len(rows) == 2
+    assert all(str(contents[name]) in row for name, row in zip(("skewed", "long"), rows, strict=True))
+    assert rows[1].endswith(f"{LONG_NAME.rstrip()}   {FLOW}")
+    assert datetime.fromisoformat(rows[0].split()[2]) > datetime.now(UTC) - timedelta(hours=3)
+    out = flowstore("runs", "show", str(contents["long"]))[1]
+    assert f"flow     {LONG_NAME.strip()}\n" in out
+    assert " ".join(ERROR.split("\n")).strip() in out
+    assert max(map(len, flowstore("backends")[1].splitlines())) > 300
+    for command in (["runs", "list"], ["runs", "show", str(contents["long"])], ["backends"], ["timeseries"]):
+        assert not set(flowstore(*command)[1]) & set("\x1b─│┃━…█")
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120])
+def test_a_narrow_terminal_cuts_names_and_never_ids(
+    columns: int, contents: dict[str, UUID], flowstore: Flowstore
+) -> None:
+    lines = lines_on_a_terminal("runs", "list", columns=columns)
+    assert [line.split()[0] for line in lines[1:]] == [contents[n].hex[-8:] for n in ("skewed", "long")]
+    assert max(map(len, lines)) <= columns
+    assert "Running" in lines[2]
+    assert lines[2].endswith("…")
+    shown = lines_on_a_terminal("runs", "show", contents["long"].hex[-8:], columns=columns)
+    assert f"run      {contents['long']}" in shown
+
+
+def test_runs_show_has_inputs_outputs_and_errors(contents: dict[str, UUID], flowstore: Flowstore) -> None:
+    reference = contents["long"].hex[-8:]
+    piped = flowstore("runs", "show", reference)[1]
+    shown = "\n".join(lines_on_a_terminal("runs", "show", reference))
+    full = "\n".join(lines_on_a_terminal("runs", "show", reference, "--full", columns=5000))
+    for text in ('input    {"day": 1}', 'input    {"table": "orders"}', 'report  "https://example.com"'):
+        assert text in shown
+        assert text in piped
+    assert json.dumps(["row"] * 500) in piped
+    assert json.dumps(["row"] * 500) in full
+    # An output that is that of its step is not shown twice.
+    assert piped.count('["row"') == 1
+    assert f"... ({len(ERROR):,} characters; --full)" in " ".join(shown.split())
+    assert len(shown) < 3000
+    # All attempts, and the lines of an error as they are.
+    assert "  input 1   [0]\n" in full
+    assert "  error 2   Traceback (most recent call last):\n" in full
+    assert full.count(ERROR.splitlines()[2].strip()) == 2
+
+
+def test_a_run_that_ended_before_it_started(contents: dict[str, UUID], flowstore: Flowstore) -> None:
+    row = flowstore("runs", "list", "--flow", "backup")[1].splitlines()[1]
+    assert row.split()[3] == "?"
+    shown = flowstore("runs", "show", str(contents["skewed"]))[1]
+    assert "completed 5m00s before its start: two clocks differ" in shown
+    assert "-300" not in flowstore("timeseries")[1]
+    buckets = [line.split() for line in flowstore("timeseries")[1].splitlines()]
+    assert ["?", "?"] in [bucket[-2:] for bucket in buckets]
+
+
+def test_a_flow_is_given_by_name_or_id(
+    database: dict[str, UUID], flowstore: Flowstore, tmp_path: Path
+) -> None:
+    name = "nightly \x1b[31mred\x1b[0m import"
+    for flow in (name, str(FLOW)):
+        assert json.loads(flowstore("runs", "list", "--flow", flow, "--json")[1])["total_count"] == 3
+        assert flowstore("timeseries", "--flow", flow)[0] == 0
+    code, _, err = flowstore("runs", "list", "--flow", "nightly import")
+    assert (code, "did you mean 'nightly " in err) == (1, True)
+
+    async def start() -> None:
+        async with open_store(f"sqlite:///{tmp_path}/flowstore.db") as store:
+            # A name that another one contains, and one that two flows have.
+            await store.start_run(UUID(int=70), "red", new_run_id(), "manual")
+            await store.start_run(UUID(int=71), "backup", new_run_id(), "manual")
+            await store.start_run(UUID(int=72), "backup", new_run_id(), "manual")
+
+    asyncio.run(start())
+    assert json.loads(flowstore("runs", "list", "--flow", "red", "--json")[1])["total_count"] == 1
+    code, _, err = flowstore("timeseries", "--flow", "backup")
+    assert code == 1
+    assert err.splitlines() == [
+        "flowstore: 2 flows have the name 'backup'; give the id of one of them:",
+        f"  {UUID(int=72)}  1 run",
+        f"  {UUID(int=71)}  1 run",
+    ]
+    # Where names do not tell flows apart, ids do.
+    assert str(UUID(int=72)) in "\n".join(lines_on_a_terminal("runs", "list", columns=120))
+
+
+def test_a_flow_of_many_runs_is_found_without_reading_them_all() -> None:
+    async def find() -> None:
+        async with open_store("memory://") as store:
+            for number in range(3000):
+                flow = ("import", 1) if number != 5 else ("important", 2)
+                await store.start_run(UUID(int=flow[1]), flow[0], new_run_id(), "manual")
+            counted = Counted(store)
+            assert await find_flow(counted.store, "important") == UUID(int=2)
+            assert counted.rows == 1
+            with pytest.raises(Failure, match="did you mean 'import'"):
+                await find_flow(counted.store, "imported")
+            # The older of two flows, far behind the first page.
+            await store.start_run(UUID(int=3), "import", UUID(int=3), "manual")
+            for _ in range(1500):
+                await store.start_run(UUID(int=4), "import", new_run_id(), "manual")
+            with pytest.raises(Failure) as ambiguous:
+                await find_flow(store, "import")
+            assert [line.split()[0] for line in ambiguous.value.details] == [
+                str(UUID(int=number)) for number in (4, 3, 1)
+            ]
+
+    asyncio.run(find())
+
+
+class Counted:
+    """A store, and how many runs and events were read from it."""
+
+    def __init__(self, store: FlowStore) -> None:
+        self.rows = 0
+        self.calls: list[str] = []
+        self.store = cast(FlowStore, self)
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+        if not callable(method):
+            return method
+
+        async def call(*arguments: Any, **keywords: Any) -> Any:
+            answer = await method(*arguments, **keywords)
+            self.calls.append(name)
+            self.rows += len(getattr(answer, "runs", answer))
+            return answer
+
+        return call
+
+
+def test_a_run_is_given_by_its_first_or_last_digits(
+    database: dict[str, UUID], flowstore: Flowstore, tmp_path: Path
+) -> None:
+    run_id = database["failed"]
+    # Ids of one moment have their first digits in common: as many as this one has in common with no other.
+    first = next(
+        str(run_id)[:size]
+        for size in range(8, 37)
+        if sum(str(one).startswith(str(run_id)[:size]) for one in database.values()) == 1
+    )
+    for text in (run_id.hex[-6:], run_id.hex[-8:].upper(), run_id.hex[-14:], first, run_id.hex, str(run_id)):
+        code, out, err = flowstore("runs", "show", text, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["run"]["run_id"] == str(run_id)
+    assert json.loads(flowstore("runs", "retry", run_id.hex[-8:], "step", "--json")[1])["attempt_count"] == 2
+    waiting = database["waiting"].hex[-8:]
+    assert flowstore("signal", "deliver", waiting, "approval")[:2] == (0, "delivered to step 'step'\n")
+    assert flowstore("runs", "cancel", waiting)[1] == f"cancel requested for run {database['waiting']}\n"
+
+    async def start() -> list[str]:
+        async with open_store(f"sqlite:///{tmp_path}/flowstore.db") as store:
+            twins = [UUID(int=number << 96 | 0xABCDEF1234) for number in range(12)]
+            for twin in twins:
+                await store.start_run(FLOW, "twins", twin, "manual")
+            # The digits in the middle of an id, and in an output.
+            await store.start_run(FLOW, "other", UUID(int=0xABCDEF12340000), "manual")
+            await store.record_step_start(run_id, "step", "test")
+            await store.record_step_complete(run_id, "step", StepStatus.SUCCEEDED, output_json='"abcdef1234"')
+        return [str(twin) for twin in twins]
+
+    twins = asyncio.run(start())
+    code, _, err = flowstore("runs", "show", "abcdef1234")
+    lines = err.splitlines()
+    assert code == 1
+    assert lines[0].startswith("flowstore: more than 10 runs have an id that begins or ends with abcdef1234;")
+    assert len(lines) == 11
+    assert all(line.split()[0] in twins and line.endswith("twins") for line in lines[1:])
+    assert flowstore("runs", "show", twins[3], "--json")[0] == 0
+    assert flowstore("runs", "show", "0000000000abcdef12340000", "--json")[0] == 0
+    # Short ids that are not unique are not shown.
+    rows = lines_on_a_terminal("runs", "list", columns=120)[1:]
+    assert [row.split()[0] for row in rows if "twins" in row] == sorted(twins, reverse=True)
+
+
+def test_a_whole_id_is_not_searched_for() -> None:
+    async def find() -> None:
+        async with open_store("memory://") as store:
+            counted = Counted(store)
+            run_id = new_run_id()
+            assert await find_run(counted.store, parse_run(str(run_id))) == run_id
+            assert counted.calls == []
+            with pytest.raises(Failure, match="no run has an id"):
+                await find_run(counted.store, parse_run(run_id.hex[-8:]))
+            assert counted.calls == ["get_runs_page"]
+
+    asyncio.run(find())
+
+
+@pytest.mark.parametrize("gap", [1, 3, 1000])
+@pytest.mark.parametrize("number", [0, 9, 10, 11, 37, 1000, 5000])
+def test_the_last_events_are_read_without_the_others(number: int, gap: int) -> None:
+    class Log:
+        """A run's events, in a backend whose sequences have gaps."""
+
+        async def get_run_events(self, run_id: UUID, *, after: int = 0, take: int) -> list[FlowEventRecord]:
+            first = after // gap + 1
+            return [
+                FlowEventRecord(
+                    sequence=place * gap,
+                    run_id=run_id,
+                    timestamp=datetime.now(UTC),
+                    event_type="note",
+                    step_key=None,
+                    message=None,
+                )
+                for place in range(first, min(first + take, number + 1))
+            ]
+
+    async def read() -> None:
+        counted = Counted(cast(FlowStore, Log()))
+        for most in (10, 1000):
+            counted.rows = 0
+            events = await last_events(counted.store, UUID(int=1), most)
+            wanted = [place * gap for place in range(max(number - most, 0) + 1, number + 1)]
+            assert [event.sequence for event in events] == wanted
+            assert counted.rows <= 4 * most + 50
+
+    asyncio.run(read())
+
+
+def test_runs_show_shows_the_last_events(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    async def append() -> None:
+        async with open_store("sqlite:///flowstore.db") as store:
+            for number in range(60):
+                await store.append_event(database["failed"], "note", message=f"event {number}")
+
+    asyncio.run(append())
+    rows = flowstore("runs", "show", str(database["failed"]))[1].splitlines()[-10:]
+    assert [row.split()[-1] for row in rows] == [str(number) for number in range(50, 60)]
+    assert rows[-1].split()[0] == "61"
+    assert flowstore("runs", "show", str(database["failed"]), "--full")[1].count(" note ") == 61
+
+
+def test_cleanup_counts_each_run_once() -> None:
+    async def count() -> None:
+        clock = VirtualClock()
+        async with open_store("memory://", clock=clock) as store:
+            for number in range(2500):
+                run_id = new_run_id()
+                await store.start_run(FLOW, "flow", run_id, "manual")
+                clock.advance(seconds=1)
+                if number % 2:
+                    await store.complete_run(run_id, RunStatus.FAILED if number % 3 else RunStatus.CANCELLED)
+            counted = Counted(store)
+            cutoff = clock() - timedelta(seconds=500)
+            number = await count_completed(counted.store, cutoff)
+            assert counted.rows == 2500
+            assert number == await store.cleanup(cutoff)
+
+    asyncio.run(count())
+
+
+def test_the_url_may_stand_in_front(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    url = "sqlite:///flowstore.db"
+    for command in (["runs", "list"], ["stats"], ["migrate", "status"], ["ping", "--times", "1"]):
+        assert flowstore("--url", "memory://", *command) != flowstore("--url", url, *command)
+    expected = flowstore("runs", "list", "--url", url)
+    assert flowstore("--url", url, "runs", "list") == expected
+    assert flowstore("-u", url, "runs", "list", "--url", url) == expected
+    code, _, err = flowstore("--url", "memory://user:hunter2@x", "runs", "list", "--url", url)
+    assert (code, "hunter2" in err) == (2, False)
+
+
+def complete(words: str, tmp_path: Path, shell: str = "bash") -> list[str]:
+    """What the shell is offered for the last of the words."""
+    environment = {
+        **os.environ,
+        "_FLOWSTORE_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+        "_TYPER_COMPLETE_ARGS": words,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "flowstore_cli.main"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split("\n")[:-1]
+
+
+def test_completion_in_the_shell(database: dict[str, UUID], flowstore: Flowstore, tmp_path: Path) -> None:
+    assert complete("flowstore runs sh", tmp_path) == ["show"]
+    assert complete("flowstore runs list --status ca", tmp_path) == ["cancelled"]
+    assert complete("flowstore runs list --status R", tmp_path) == ["Running"]
+    assert "postgresql://" in complete("flowstore --url po", tmp_path)
+    newest = [database[name].hex[-8:] for name in ("waiting", "failed", "old")]
+    assert complete("flowstore runs show ", tmp_path) == newest
+    assert complete("flowstore --url sqlite:///flowstore.db runs cancel ", tmp_path) == newest
+    assert complete(f"flowstore runs show {str(database['old'])[:4]}", tmp_path)[-1] == str(database["old"])
+    assert complete("flowstore runs list --flow ni", tmp_path) == [r"nightly\ \\x1b\[31mred\\x1b\[0m\ import"]
+    assert "Failed, " in complete("flowstore runs show ", tmp_path, "fish")[1]
+    assert newest[0] in "".join(complete("flowstore runs show ", tmp_path, "zsh"))
+
+
+def test_completion_creates_and_says_nothing_where_there_is_no_store(tmp_path: Path) -> None:
+    for url in ("sqlite:///missing.db", "postgresql://127.0.0.1:1/x", "nonsense://x", "memory://?x=1"):
+        assert complete(f"flowstore runs show --url {url} ", tmp_path) in ([], [""])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_and_shown(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    program = f"{sys.executable} -m flowstore_cli.main"
+    # A command of the shell's own at the end, so that it does not replace itself by the last program.
+    shown = subprocess.run(
+        [shell, "-c", f"{program} --show-completion && {program} --install-completion && true"],
+        env={**os.environ, "HOME": str(tmp_path), "SHELL": shell},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"_FLOWSTORE_COMPLETE=complete_{shell}" in shown.stdout
+    assert f"{shell} completion installed in {tmp_path}" in shown.stdout
+
+
 def test_runs_retry(database: dict[str, UUID], flowstore: Flowstore) -> None:
     run_id = str(database["failed"])
     code, _, err = flowstore("runs", "retry", run_id, "step", "--attempt", "2")
-    assert (code, "attempt 2 of step 'step'" in err) == (1, True)
+    assert (code, "attempt 1 is the last of step 'step', not attempt 2" in err) == (1, True)
     code, out, _ = flowstore("runs", "retry", run_id, "step", "--attempt", "1", "--reset-skipped", "--json")
     assert code == 0
     assert json.loads(out) == {
@@ -271,7 +657,8 @@ def test_runs_retry(database: dict[str, UUID], flowstore: Flowstore) -> None:
         "run_status": "Running",
     }
     assert "attempt 2 is to come" in flowstore("runs", "retry", run_id, "step")[1]
-    assert flowstore("runs", "retry", run_id, "other")[0] == 1
+    code, _, err = flowstore("runs", "retry", run_id, "stp")
+    assert (code, "did you mean 'step'?" in err) == (1, True)
 
 
 def test_runs_cancel(database: dict[str, UUID], flowstore: Flowstore) -> None:
@@ -299,10 +686,14 @@ def test_timeseries(database: dict[str, UUID], flowstore: Flowstore) -> None:
     buckets = json.loads(out)
     assert len(buckets) in (45, 46, 47)
     assert [sum(b[n] for b in buckets) for n in ("total", "succeeded", "failed", "running")] == [3, 1, 1, 1]
-    out = flowstore("timeseries", "--by", "day", "--since", "45d")[1]
-    assert "in all 3 runs" in out
-    assert all(mark in out for mark in "█▓░")
-    assert max(map(len, out.splitlines())) <= 80
+    lines = lines_on_a_terminal("timeseries", "--by", "day", "--since", "45d")
+    assert "in all 3 runs" in lines[-1]
+    assert all(any(mark in line for line in lines[:-1]) for mark in "█▓░")
+    assert max(map(len, lines)) <= 80
+    # Without a terminal the numbers alone.
+    rows = flowstore("timeseries", "--by", "day", "--since", "45d")[1].splitlines()
+    assert len(rows) == len(buckets) + 1
+    assert rows[-1].split()[:6] == [f"{datetime.now(UTC):%Y-%m-%dT00:00:00Z}", "2", ".", "1", ".", "1"]
     assert flowstore("timeseries", "--since", "2025-06-01", "--until", "2025-06-01T12:00")[0] == 0
 
 
@@ -312,6 +703,9 @@ def test_signal_deliver(
     run_id = str(database["waiting"])
     code, out, _ = flowstore("signal", "deliver", run_id, "other", "{}")
     assert (code, "no step of the run waits" in out) == (1, True)
+    code, out, _ = flowstore("signal", "deliver", str(database["failed"]), "approval", "{}")
+    assert (code, "the run has ended (Failed)" in out) == (1, True)
+    assert "did you mean 'approval'?" in flowstore("signal", "deliver", run_id, "aproval")[1]
     monkeypatch.setattr("flowstore_cli.signals.read_stdin", lambda: '{"from": "stdin"}')
     code, out, _ = flowstore("signal", "deliver", run_id, "approval", "-", "--delivery-id", "d1", "--json")
     assert code == 0
@@ -379,9 +773,7 @@ def test_ping(database: dict[str, UUID], flowstore: Flowstore) -> None:
 
 
 def test_backends(flowstore: Flowstore) -> None:
-    code, out, _ = flowstore("backends")
-    assert code == 0
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, lines_on_a_terminal("backends"))) <= 80
     listed = {entry["name"]: entry for entry in json.loads(flowstore("backends", "--json")[1])}
     assert {"memory", "postgresql", "sqlite"} <= set(listed)
     assert listed["sqlite"]["status"] == "installed"
@@ -496,6 +888,12 @@ def on_a_terminal(*arguments: str, **environment: str) -> bytes:
     os.close(main_end)
     assert process.wait(60) == 0
     return written
+
+
+def lines_on_a_terminal(*arguments: str, columns: int = 80) -> list[str]:
+    """What a user sees on a terminal of so many columns, without colours."""
+    written = on_a_terminal(*arguments, COLUMNS=str(columns)).decode()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written).splitlines()
 
 
 def test_colours_are_for_terminals_that_want_them() -> None:

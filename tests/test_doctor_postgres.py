@@ -99,6 +99,21 @@ def test_a_healthy_server_is_silent(place: str, doctor: Doctor) -> None:
 SPOILT = {
     "fsync-off": ("error", "ALTER SYSTEM SET fsync = off"),
     "full-page-writes-off": ("error", "ALTER SYSTEM SET full_page_writes = off"),
+    "autovacuum-off": ("warning", "ALTER SYSTEM SET autovacuum = off"),
+    "triggers-off": ("error", "ALTER ROLE postgres SET session_replication_role = replica"),
+    "transaction-timeout": ("note", "ALTER ROLE postgres SET transaction_timeout = 60000"),
+    "defaults-overridden synchronous_commit of the server": (
+        "note",
+        "ALTER SYSTEM SET synchronous_commit = off",
+    ),
+    "defaults-overridden read-only": ("note", "ALTER ROLE postgres SET default_transaction_read_only = on"),
+    "defaults-overridden isolation": (
+        "note",
+        "ALTER SYSTEM SET default_transaction_isolation = 'repeatable read'",
+    ),
+    "defaults-overridden lock_timeout": ("note", "ALTER DATABASE postgres SET lock_timeout = 100"),
+}
+SPOILT_BEHIND_A_POOLER = {
     "synchronous-commit-off": ("error", "ALTER SYSTEM SET synchronous_commit = off"),
     "synchronous-commit-off of the role": ("error", "ALTER ROLE postgres SET synchronous_commit = off"),
     "synchronous-commit-off of the database": (
@@ -110,17 +125,42 @@ SPOILT = {
         "ALTER ROLE postgres IN DATABASE postgres SET synchronous_commit = off",
     ),
     "read-only": ("error", "ALTER ROLE postgres SET default_transaction_read_only = on"),
-    "autovacuum-off": ("warning", "ALTER SYSTEM SET autovacuum = off"),
+    "triggers-off": ("error", "ALTER DATABASE postgres SET session_replication_role = replica"),
+    "harmful-default isolation": (
+        "warning",
+        "ALTER DATABASE postgres SET default_transaction_isolation = serializable",
+    ),
+    "harmful-default of the server": ("warning", "ALTER SYSTEM SET gin_fuzzy_search_limit = 1000"),
+    "harmful-default lock_timeout": ("warning", "ALTER ROLE postgres SET lock_timeout = 100"),
     "idle-session-timeout": ("note", "ALTER ROLE postgres SET idle_session_timeout = 60000"),
+    "transaction-timeout": ("note", "ALTER ROLE postgres SET transaction_timeout = 60000"),
 }
+FOR_A_POOLER = (
+    "ALTER ROLE postgres SET statement_timeout = 30000",
+    "ALTER ROLE postgres SET idle_in_transaction_session_timeout = 30000",
+    "ALTER ROLE postgres SET search_path = pg_catalog, pg_temp",
+)
+
+
+@pytest.mark.parametrize("name", SPOILT_BEHIND_A_POOLER)
+def test_behind_a_pooler_an_unsafe_default_is_found_and_its_remedy_helps(
+    name: str, place: str, server: str, doctor: Doctor
+) -> None:
+    _execute(server, *FOR_A_POOLER, "SELECT 1")
+    _spoil_and_mend(f"{place}&pgbouncer=true", server, doctor, name, *SPOILT_BEHIND_A_POOLER[name])
 
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_an_unsafe_setting_is_found_and_its_remedy_helps(
     name: str, place: str, server: str, doctor: Doctor
 ) -> None:
+    _spoil_and_mend(place, server, doctor, name, *SPOILT[name])
+
+
+def _spoil_and_mend(
+    place: str, server: str, doctor: Doctor, name: str, severity: str, statement: str
+) -> None:
     code = name.partition(" ")[0]
-    severity, statement = SPOILT[name]
     _execute(server, statement, "SELECT pg_reload_conf()")
     _wait_for_reload(server)
     exit_code, found = doctor(place)
@@ -158,12 +198,14 @@ def test_a_pool_that_is_larger_than_what_is_left_is_found(place: str, server: st
         _execute(server, "DROP OWNED BY small", "DROP ROLE small", "SELECT 1")
 
 
-def test_behind_a_pooler_the_role_needs_time_outs(place: str, server: str, doctor: Doctor) -> None:
+def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
+    place: str, server: str, doctor: Doctor
+) -> None:
     _, found = doctor(f"{place}&pgbouncer=true")
-    assert list(found) == ["no-time-outs"]
-    words = shlex.split(found["no-time-outs"]["remedy"])
+    assert list(found) == ["no-time-outs", "search-path"]
+    words = shlex.split(found["no-time-outs"]["remedy"]) + shlex.split(found["search-path"]["remedy"])
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
-    assert len(commands) == 2
+    assert len(commands) == 3
     _execute(server, *commands, "SELECT 1")
     assert doctor(f"{place}&pgbouncer=true") == (0, {})
 
@@ -232,7 +274,7 @@ def test_rows_without_a_run_are_found_and_fixed(code: str, place: str, server: s
 def test_a_look_that_takes_too_long_is_cut_short(
     place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "ORPHAN_SECONDS", 0.5)
+    monkeypatch.setattr(diagnosis, "ROWS_SECONDS", 0.5)
     schema = place.rpartition("=")[2]
     with _session(server) as execute:
         execute("BEGIN")

@@ -218,6 +218,7 @@ async def _downgrade(url: str) -> None:
         return
     functions = ("note_ended_run", "note_late_step", "forget_text", "gather_texts", "enable_search")
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
+    others += ("ignore_loaded_sums", "skip_known_run")
     await _execute(
         url,
         *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits")),

@@ -219,9 +219,9 @@ async def test_no_content_and_no_password_is_exported(namespace: str, telemetry:
             {"server.address": "db.example", "server.port": 6432, "db.namespace": "flows|mine"},
         ),
         (
-            "postgres://app:p@ss?w/ord@db.example/flows",
+            "postgres://app:p@ss%3Fw%2Ford@db.example/flows",
             {},
-            {"db.namespace": "flowstore"},
+            {"server.address": "db.example", "db.namespace": "flows|flowstore"},
         ),
         (
             "postgresql:///flows?host=/run/postgresql&password=hunter2",

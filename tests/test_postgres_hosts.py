@@ -11,8 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from flowstore_core import StoreConfig, open_store
-from flowstore_core.config import redact
 from flowstore_core.plugins import find_backend
+from flowstore_core.urls import redact
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.migrate import read_connection_settings
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import traceback
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import asyncpg
 import pytest
+from asyncpg.connect_utils import _parse_connect_dsn_and_args
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from flowstore_core import (
     ConfigurationError,
@@ -97,36 +102,181 @@ async def test_libpq_urls_with_an_empty_host_find_the_socket(fresh: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "expected"),
+    ("url", "options", "expected"),
     [
-        ("postgresql://u:p@h:1/d", {}, ("h", "1", "d", "u", "p")),
-        ("postgresql://u:p@h:1/d", {"user": "x"}, ("h", "1", "d", "x", "p")),
-        ("postgresql://u:p%40@h:1/d", {"password": "q%/"}, ("h", "1", "d", "u", "q%/")),
-        ("postgresql://u:p%40@h:1/d?user=x", {}, ("h", "1", "d", "x", "p@")),
-        ("postgresql://u:p@h:1/d", {"host": "i"}, ("i", None, "d", "u", "p")),
-        ("postgresql://u:p@h:1/d", {"port": 2}, ("h", "2", "d", "u", "p")),
-        ("postgresql://u:p@[::1]:1/d", {"port": 2}, ("[::1]", "2", "d", "u", "p")),
-        ("postgresql://u:p@h:1/d", {"dbname": "e"}, ("h", "1", "e", "u", "p")),
-        ("postgresql://u:p@h:1/d?database=e", {"user": "x"}, ("h", "1", "e", "x", "p")),
+        ("postgresql://u:p@h:1/d", {}, ("h", 1, "d", "u", "p")),
+        ("postgresql://u:p@h:1/d", {"user": "x"}, ("h", 1, "d", "x", "p")),
+        ("postgresql://u:p%40@h:1/d", {"password": "q%/"}, ("h", 1, "d", "u", "q%/")),
+        ("postgresql://u:p%40@h:1/d?user=x", {}, ("h", 1, "d", "x", "p@")),
+        ("postgresql://u:p@h:1/d", {"host": "i"}, ("i", 5432, "d", "u", "p")),
+        ("postgresql://u:p@h:1/d", {"port": 2}, ("h", 2, "d", "u", "p")),
+        ("postgresql://u:p@[::1]:1/d", {"port": 2}, ("::1", 2, "d", "u", "p")),
+        ("postgresql://u:p@h:1/d", {"dbname": "e"}, ("h", 1, "e", "u", "p")),
+        ("postgresql://u:p@h:1/d?database=e", {"user": "x"}, ("h", 1, "e", "x", "p")),
     ],
 )
 def test_an_option_goes_before_the_same_in_the_url(
-    given: str, options: dict[str, Any], expected: tuple[str | None, ...]
+    url: str, options: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    _, _, config = resolve_store(given, **options)
-    parts = urlsplit(read_connection_settings(config).connect_arguments["dsn"])
-    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-    host, _, port = (
-        parts.netloc.rpartition(":") if re.search(r":\d+$", parts.netloc) else (parts.netloc, "", "")
+    _, _, config = resolve_store(url, **options)
+    ((address, parameters),) = _driver_reads(config)
+    assert (*address, parameters.database, parameters.user, parameters.password) == expected
+
+
+def _driver_reads(config: StoreConfig) -> list[tuple[Any, Any]]:
+    """The address of each host, and the parameters, that the driver finds in its arguments."""
+    settings = read_connection_settings(config)
+    arguments = settings.connect_arguments | {"timeout": None}
+    found = []
+    for host, port in read_hosts(config.url, config.options) or [(None, arguments.pop("port", None))]:
+        read = signature(_parse_connect_dsn_and_args).parameters
+        given = {name: arguments.get(name) for name in read} | {"host": host, "port": port}
+        (address, *_), parameters = _parse_connect_dsn_and_args(**given)
+        found.append((address, parameters))
+    return found
+
+
+# As a part of a URL; no character that the server or the driver cannot take.
+_TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=10)
+_HOSTS = st.lists(
+    st.tuples(
+        st.from_regex(r"[a-z][a-z0-9.-]{0,8}|::1|/run/[a-z:,#]{1,5}", fullmatch=True), st.integers(1, 65535)
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(deadline=None)
+@given(user=_TEXTS, password=_TEXTS, database=_TEXTS, hosts=_HOSTS)
+@example(user="a@b", password="c#d?e/f:g%h@i", database="d/#?%41", hosts=[("/run/a,b", 1), ("::1", 2)])
+def test_the_driver_connects_with_what_the_url_says(
+    user: str, password: str, database: str, hosts: list[tuple[str, int]]
+) -> None:
+    places = ",".join(
+        f"{f'[{host}]' if host == '::1' else quote(host, safe='')}:{port}" for host, port in hosts
     )
-    found = (
-        query.get("host") or host,
-        query.get("port") or port or None,
-        query.get("database") or query.get("dbname") or parts.path[1:],
-        query["user"],
-        query["password"],
-    )
-    assert found == expected
+    name, secret, path = (quote(text, safe="") for text in (user, password, database))
+    _, _, config = resolve_store(f"postgresql://{name}:{secret}@{places}/{path}?sslmode=disable")
+    expected = [f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port) for host, port in hosts]
+    read = _driver_reads(config)
+    assert [address for address, _ in read] == expected
+    for _, parameters in read:
+        assert (parameters.user, parameters.password, parameters.database) == (user, password, database)
+        assert parameters.sslmode.name == "disable"
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("postgresql://me:p#w@h#1/d#x?sslmode=disable&user=a#b", {}),
+        ("postgresql://h#1/d#x?sslmode=disable", {"user": "a#b", "password": "p#w"}),
+    ],
+)
+def test_the_driver_sees_a_raw_hash_as_flowstore_does(url: str, options: dict[str, Any]) -> None:
+    _, _, config = resolve_store(url, **options)
+    ((address, parameters),) = _driver_reads(config)
+    assert address == ("h#1", 5432)
+    assert (parameters.user, parameters.password, parameters.database) == ("a#b", "p#w", "d#x")
+    assert parameters.sslmode.name == "disable"
+
+
+def test_options_for_tls_reach_the_driver_unchanged(tmp_path: Path) -> None:
+    root = tmp_path / "r#oot&=+%41.pem"
+    root.write_bytes(b"")
+    _, _, config = resolve_store(f"postgresql://h/d?sslmode=Verify-Full&sslrootcert={quote(str(root))}")
+    dsn = read_connection_settings(config).connect_arguments["dsn"]
+    assert parse_qs(urlsplit(dsn).query) == {"sslmode": ["verify-full"], "sslrootcert": [str(root)]}
+
+
+def test_a_service_is_looked_up_in_the_file_that_an_option_names(tmp_path: Path) -> None:
+    file = tmp_path / "services"
+    file.write_text("[mine]\nhost=h\nport=7\nuser=me\npassword=p#w\ndbname=d\n")
+    _, _, config = resolve_store(f"postgresql://?service=mine&servicefile={file}&sslmode=disable")
+    ((address, parameters),) = _driver_reads(config)
+    assert address == ("h", 7)
+    assert (parameters.user, parameters.password, parameters.database) == ("me", "p#w", "d")
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("postgresql://h:port/d", {}),
+        ("postgresql://h:0/d", {}),
+        ("postgresql://h:65536/d", {}),
+        (f"postgresql://h:{'9' * 5000}/d", {}),
+        ("postgresql://h:1:2/d", {}),
+        ("postgresql://[::1/d", {}),
+        ("postgresql://me:secret", {}),
+        ("postgresql:///d", {"port": "x"}),
+        ("postgresql:///d", {"port": "1,"}),
+        ("postgresql://a,b,c/d", {"port": "1,2"}),
+        ("postgresql://a/d", {"port": "1,2"}),
+        ("postgresql://a/d", {"host": "b:x"}),
+    ],
+)
+def test_a_malformed_host_or_port_is_a_configuration_error(url: str, options: dict[str, Any]) -> None:
+    _, _, config = resolve_store(url, **options)
+    with pytest.raises(ConfigurationError, match=r"port|host") as raised:
+        read_connection_settings(config)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("user", "postgresql://m%0Ae@h/d"),
+        ("password", "postgresql://me:p%0A@h/d"),
+        ("database", "postgresql://me@h/d%0D"),
+        ("host", "postgresql://me@h%09/d"),
+        ("password", "postgresql://me@h/d?password=p%0A"),
+        ("service", "postgresql://me@h/d?service=x%0A"),
+    ],
+)
+def test_a_control_character_in_what_the_server_is_told_is_refused(name: str, url: str) -> None:
+    _, _, config = resolve_store(url)
+    with pytest.raises(ConfigurationError, match=f"option {name} .*control characters"):
+        read_connection_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("PGPASSWORD", "postgresql://me:pw@h/d"),
+        ("PGUSER", "postgresql://me@h/d"),
+        ("PGDATABASE", "postgresql://me@h/d"),
+        ("PGHOST", "postgresql://me@h/d"),
+        ("PGSERVICE", "postgresql://me@h/d?service=x"),
+        ("PGPASSFILE", "postgresql://me@h/d?passfile=x"),
+    ],
+)
+def test_a_line_end_in_a_variable_of_the_driver_is_refused_where_it_counts(
+    variable: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, f"{SECRET}\n")
+    _, _, config = resolve_store(url)
+    read_connection_settings(config)
+    with pytest.raises(ConfigurationError, match=f"{variable} .*line end") as raised:
+        read_connection_settings(replace(config, url="postgresql://", options={}))
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "near"),
+    [
+        ("sslmode=requird", "require"),
+        ("sslmode=verify_full", "verify-full"),
+        ("target_session_attrs=readwrite", "read-write"),
+        ("poolsize=5", "pool_size"),
+        ("Pool_Size=5", "pool_size"),
+        ("migrat=false", "migrate"),
+    ],
+)
+def test_a_misspelt_option_or_value_gets_a_suggestion(query: str, near: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        read_connection_settings(resolve_store(f"postgresql://me:{SECRET}@h/d?{query}")[2])
+    assert f"(did you mean {near!r}?)" in str(raised.value)
+    assert SECRET not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +285,7 @@ def test_an_option_goes_before_the_same_in_the_url(
         ("postgresql:///d", {}, []),
         ("postgresql://h/d", {}, [("h", None)]),
         ("postgresql://me:p@h:5/d", {}, [("h", 5)]),
-        ("postgresql://h,[::1]:6,i:x/d", {}, [("h", None), ("::1", 6), ("i:x", None)]),
+        ("postgresql://h,[::1]:6,::2,i:/d", {}, [("h", None), ("::1", 6), ("::2", None), ("i", None)]),
         ("postgresql://h,i/d", {"port": "7"}, [("h", 7), ("i", 7)]),
         ("postgresql://h:1/d", {"host": "/run/pg,i"}, [("/run/pg", None), ("i", None)]),
     ],

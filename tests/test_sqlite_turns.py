@@ -65,6 +65,8 @@ def pass_through(queue: Turnstile, seconds: float = 30) -> float:
 def test_the_lock_is_a_private_file_beside_the_database(database: Path, queue: Turnstile) -> None:
     lock = Path(f"{database}-turn")
     assert Path(queue.path) == lock
+    assert not lock.exists()
+    pass_through(queue)
     assert lock.stat().st_mode & 0o777 == 0o600
     assert lock.stat().st_size == 0
 

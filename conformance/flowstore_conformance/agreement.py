@@ -17,9 +17,11 @@ from flowstore_conformance.difference import expected_and_got
 from flowstore_conformance.drawing import FLOWS, World
 from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
+from flowstore_conformance.legality import is_legal, is_rightly_refused
 from flowstore_conformance.listing import Line, sequential_program
 from flowstore_conformance.model import Model
 from flowstore_conformance.observation import answer, what_to_ask
+from flowstore_conformance.signature import Signature, wrong_answers
 from flowstore_core import Capability, FlowStoreError
 
 TWO_HOURS = timedelta(hours=2)
@@ -204,7 +206,10 @@ class Program:
             actual = await execute(self.bench.store, call)
             if actual is UNKNOWN or is_unavailable(actual):
                 raise Inconclusive(f"{call.method} was unavailable, though nothing else was going on")
-            lines.append(Line(self.jumped, call, expected_outcome(self.world.model, call), actual))
+            # A call that the contract forbids changes nothing (INP), so the model is not asked.
+            refused = is_rightly_refused(call, actual)
+            expected = actual if refused else expected_outcome(self.world.model, call)
+            lines.append(Line(self.jumped, call, expected, actual))
         self.bench.exercised += len(lines)
         return lines
 
@@ -222,6 +227,11 @@ class Disagreement(Violation):
         super().__init__(message, clause=clause, program=program)
         self.started_at = started_at
         self.lines = tuple(lines)
+        # Of the wrong answer alone: which write a wrong read is held against depends on the program.
+        self.signature = Signature(
+            guess_clause(last.call, last.expected, last.actual),
+            frozenset(wrong_answers(last.call, last.expected, last.actual)),
+        )
         self.__cause__ = last.actual.exception if isinstance(last.actual, Raised) else None
 
 
@@ -248,7 +258,11 @@ def _message(line: Line) -> str:
 
 
 async def shrink(bench: Bench, found: Disagreement, seconds: float) -> Disagreement:
-    """The same violation in as few and as plain calls as can be found in that time."""
+    """The same violation in as few and as plain calls as can be found in that time.
+
+    The wrong answer of every smaller program is one of the program that was found (see Signature), and the
+    write that it is held against breaks the same clause.
+    """
     async with AsyncExitStack() as stack:
         return await _Shrinker(bench, found, stack, time.monotonic() + seconds).run()
 
@@ -257,36 +271,68 @@ class _Shrinker:
     def __init__(self, bench: Bench, found: Disagreement, stack: AsyncExitStack, until: float) -> None:
         self._bench = bench
         self._best = found
+        self._signature = found.signature
+        self._clause: str | None = None
+        """The clause that is broken, once it is known which write leads to the wrong answer."""
         self._stack = stack
         self._until = until
         self._shared: Bench | None = None
         self._replays = 0
 
     async def run(self) -> Disagreement:
+        await self._find_clause()
         await self._try(lambda lines: [line for line in lines[:-1] if not is_read(line.call)] + lines[-1:])
+        simpler = True
+        while simpler:
+            await self._shorten()
+            # A call without an argument may need fewer calls before it.
+            simpler = await self._simplify()
+        return self._best
+
+    async def _shorten(self) -> None:
+        """Leave out calls: long stretches first, then single ones."""
         length = len(self._best.lines)
         while length >= 1 and time.monotonic() < self._until:
             shorter = await self._drop_chunks(length)
             length = min(length // 2, len(self._best.lines)) if not (shorter and length == 1) else 1
-        await self._simplify()
-        return self._best
+
+    async def _find_clause(self) -> None:
+        """Make a wrong read after each write: it is held against the first write after which it is wrong."""
+        *before, last = self._best.lines
+        if last.call.method in SHOWS:
+            read = replace(last, jump=timedelta(0))
+            watched: list[Line] = []
+            for line in before:
+                watched += [line] if is_read(line.call) else [line, read]
+            await self._try(lambda lines: [*watched, last])
+        self._clause = self._best.clause
 
     async def _drop_chunks(self, length: int) -> bool:
         """Leave out each stretch of calls once, from the last."""
         shorter = False
-        start = len(self._best.lines) - 1 - length
-        while start > -length:
-            first, last = max(start, 0), start + length
-            shorter |= await self._try(lambda lines: _without(lines, first, last))  # noqa: B023
-            start -= length
+        end = len(self._best.lines) - 1
+        while end > 0:
+            first = max(end - length, 0)
+            shorter |= await self._try(lambda lines: _without(lines, first, end))  # noqa: B023
+            # A shorter program may show the violation before its end.
+            end = min(first, len(self._best.lines) - 1)
         return shorter
 
-    async def _simplify(self) -> None:
-        """Leave out arguments that have a default."""
-        for index in range(len(self._best.lines)):
+    async def _simplify(self) -> bool:
+        """Leave out arguments that have a default; whether any could be."""
+        simpler, index = False, 0
+        while index < len(self._best.lines):
             call = self._best.lines[index].call
             for name in optional_arguments(call):
-                await self._try(lambda lines: _without_argument(lines, index, name))  # noqa: B023
+                candidate = without_argument(call, name)
+                if candidate is not None and await self._try(
+                    lambda lines: _with_call(lines, index, candidate)  # noqa: B023
+                ):
+                    simpler = True
+                    break
+            else:
+                index += 1
+        return simpler
 
     async def _try(self, change: Callable[[list[Line]], list[Line]]) -> bool:
         if time.monotonic() > self._until:
@@ -295,7 +341,9 @@ class _Shrinker:
         if lines == list(self._best.lines):
             return False
         found = await self._replay(lines)
-        if found is None or found.lines[-1].call.method != self._best.lines[-1].call.method:
+        if found is None or not self._signature.covers(found.signature):
+            return False
+        if self._clause not in (None, found.clause):
             return False
         self._best = found
         return True
@@ -336,11 +384,24 @@ def _without(lines: list[Line], first: int, last: int) -> list[Line]:
     return [*lines[:first], replace(rest[0], jump=rest[0].jump + gone), *rest[1:]]
 
 
-def _without_argument(lines: list[Line], index: int, name: str) -> list[Line]:
-    call = lines[index].call
-    arguments = {key: value for key, value in call.arguments.items() if key != name}
-    lines[index] = replace(lines[index], call=replace(call, arguments=arguments))
-    return lines
+def without_argument(call: Call, name: str) -> Call | None:
+    """The call without an optional argument, and without another one that is not allowed without it.
+
+    None where the contract allows neither, or the argument was not given.
+    """
+    if name not in call.arguments:
+        return None
+    others = [other for other in optional_arguments(call) if other != name]
+    for gone in ({name}, *({name, other} for other in others)):
+        arguments = {key: value for key, value in call.arguments.items() if key not in gone}
+        simpler = replace(call, arguments=arguments)
+        if is_legal(simpler):
+            return simpler
+    return None
+
+
+def _with_call(lines: list[Line], index: int, call: Call) -> list[Line]:
+    return [*lines[:index], replace(lines[index], call=call), *lines[index + 1 :]]
 
 
 def _renamed(lines: Sequence[Line], block: int) -> list[Line]:

@@ -53,7 +53,8 @@ CLAUSES: dict[str, Clause] = {
         _clause("RUN-2", "The first terminal status wins, once; with expected, only if nothing else moves."),
         _clause("RUN-3", "A returned record is a snapshot that nothing later changes."),
         _clause(
-            "RUN-4", "On a terminal run nothing is claimed, dispatched or started; closing stays allowed."
+            "RUN-4",
+            "A terminal run takes no claim, dispatch, start or delivery; closing stays allowed.",
         ),
         _clause(
             "STP-1", "Attempts are numbered 1, 2, ... without gaps; at most one is open, and it is the last."
@@ -99,7 +100,9 @@ CLAUSES: dict[str, Clause] = {
         _clause("IDM-4", "Cleaning up a run ends its deduplication."),
         _clause("SIG-1", "A waiter may be registered again; one that is over must be removed first."),
         _clause("SIG-2", "A payload goes to the oldest open waiter, exactly once."),
-        _clause("SIG-3", "A waiter that was there throughout never yields NOT_FOUND."),
+        _clause(
+            "SIG-3", "While the run is Running, a waiter that was there throughout never yields NOT_FOUND."
+        ),
         _clause("SIG-4", "A waiter ends delivered or expired, one of the two, for ever.", Capability.WAITERS),
         _clause("RET-1", "cleanup deletes runs completed before the cutoff with all that belongs to them."),
         _clause(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 from flowstore_conformance.history import literal
@@ -78,51 +79,63 @@ def expected_and_got(wanted: Any, got: Any) -> str:
     if max(len(want), len(have)) <= LONGEST and want != have:
         return f"expected {want}, got {have}"
     found = list(differences(wanted, got))
-    told = [
-        f"{path}: expected {one}, got {other}" if path else f"expected {one}, got {other}"
-        for path, one, other in found[:MOST]
-    ]
+    told = [_in_words("".join(path).lstrip("."), one, other) for path, one, other in found[:MOST]]
     more = f"; and {len(found) - MOST} more differences" if len(found) > MOST else ""
     return "; ".join(told) + more
 
 
-def differences(wanted: Any, got: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every place where two comparable answers differ: its path, what should be there, and what is."""
+class Absent(Enum):
+    """Stands for a value where one of two answers has none."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
+
+
+def differences(
+    wanted: Any, got: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Every place where two comparable answers differ: its path, the expected value and the actual one.
+
+    The path has a part for each field, such as ``.status``, and for each item, such as ``[0]``.
+    """
     if wanted == got:
         return
     if _is_record(wanted) and _is_record(got) and wanted[0] == got[0]:
-        yield from _pairs(dict(wanted[1]), dict(got[1]), path, "{path}.{key}")
+        yield from _pairs(dict(wanted[1]), dict(got[1]), path, ".{}".format)
     elif wanted and got and _is_mapping(wanted) and _is_mapping(got):
-        yield from _pairs(dict(wanted), dict(got), path, "{path}[{key!r}]")
+        yield from _pairs(dict(wanted), dict(got), path, "[{!r}]".format)
     elif isinstance(wanted, tuple) and isinstance(got, tuple) and len(wanted) == len(got):
         for number, (one, other) in enumerate(zip(wanted, got, strict=True)):
-            yield from differences(one, other, f"{path}[{number}]")
-    elif isinstance(wanted, tuple) and isinstance(got, tuple):
-        yield path, *_lengths(wanted, got)
-    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > LONGEST:
-        yield path, *_texts(wanted, got)
+            yield from differences(one, other, (*path, f"[{number}]"))
     else:
-        one, other = plain(wanted), plain(got)
-        # Values that look alike, such as 1 and True, are told apart by their type.
-        alike = one == other
-        yield path, _of(one, wanted, alike), _of(other, got, alike)
-
-
-def _of(text: str, value: Any, alike: bool) -> str:
-    return f"{brief(text)} of {type(value).__name__}" if alike else brief(text)
+        yield path, wanted, got
 
 
 def _pairs(
-    wanted: Mapping[str, Any], got: Mapping[str, Any], path: str, form: str
-) -> Iterator[tuple[str, str, str]]:
+    wanted: Mapping[str, Any], got: Mapping[str, Any], path: tuple[str, ...], part: Callable[[str], str]
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     for key in dict.fromkeys((*wanted, *got)):
-        place = form.format(path=path, key=key).lstrip(".")
-        if key not in got:
-            yield place, brief(plain(wanted[key])), "nothing"
-        elif key not in wanted:
-            yield place, "nothing", brief(plain(got[key]))
-        else:
-            yield from differences(wanted[key], got[key], place)
+        yield from differences(wanted.get(key, ABSENT), got.get(key, ABSENT), (*path, part(key)))
+
+
+def _in_words(path: str, wanted: Any, got: Any) -> str:
+    if isinstance(wanted, tuple) and isinstance(got, tuple):
+        want, have = _lengths(wanted, got)
+    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > LONGEST:
+        want, have = _texts(wanted, got)
+    else:
+        # Values that look alike, such as 1 and True, are told apart by their type.
+        alike = plain(wanted) == plain(got)
+        want, have = _of(wanted, alike), _of(got, alike)
+    return f"{path}: expected {want}, got {have}" if path else f"expected {want}, got {have}"
+
+
+def _of(value: Any, alike: bool) -> str:
+    if value is ABSENT:
+        return "nothing"
+    return f"{brief(plain(value))} of {type(value).__name__}" if alike else brief(plain(value))
 
 
 def _lengths(wanted: tuple[Any, ...], got: tuple[Any, ...]) -> tuple[str, str]:

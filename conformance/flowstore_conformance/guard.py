@@ -19,7 +19,7 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
-from flowstore_core.config import redact
+from flowstore_core.urls import redact
 
 
 class Refused(ConfigurationError):  # noqa: N818 - says what the suite did

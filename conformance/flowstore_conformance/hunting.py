@@ -7,15 +7,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
 
 from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.calls import METHODS
 from flowstore_conformance.execution import is_foreign
-from flowstore_conformance.history import Call, Operation, Raised
+from flowstore_conformance.history import Call, History, Operation, Raised
+from flowstore_conformance.legality import is_rightly_refused
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
 from flowstore_conformance.listing import Listed, answer_text, concurrent_program
 from flowstore_conformance.observation import answer
 from flowstore_conformance.racing import AFTER, BEFORE, Race, Run, Runner, Setting
+from flowstore_conformance.signature import Signature, wrong_answers
 from flowstore_conformance.themes import Drawing, Theme
 
 SHRINK_SECONDS = 6.0
@@ -130,18 +133,19 @@ def _offered(race: Race, bench: Bench) -> Race:
 def judge(bench: Bench, run: Run, budget: int = DEFAULT_BUDGET) -> Verdict | None:
     """The verdict on a race that breaks the contract; None for one that does not.
 
-    Raises Inconclusive when the search ran out of its budget, ten times over.
+    A call with arguments that the contract forbids, refused as it must be, is left out: it changed nothing
+    (INP). Raises Inconclusive when the search ran out of its budget, ten times over.
     """
-    foreign = [one for one in run.history.operations if is_foreign(one.outcome)]
+    operations = [one for one in run.history.operations if not is_rightly_refused(one.call, one.outcome)]
+    history = History.of(operations)
+    foreign = [one for one in operations if is_foreign(one.outcome)]
     if foreign:
         return Verdict(answer=Answer.VIOLATION, states=0, unplaced=tuple(foreign))
-    verdict = check_history(run.history, times=bench.times, budget=budget)
+    verdict = check_history(history, times=bench.times, budget=budget)
     if verdict.answer is Answer.UNDECIDED:
-        verdict = check_history(run.history, times=bench.times, budget=10 * budget)
+        verdict = check_history(history, times=bench.times, budget=10 * budget)
     if verdict.answer is Answer.UNDECIDED:
-        raise Inconclusive(
-            f"no verdict on a race of {len(run.history.operations)} calls within {budget} states"
-        )
+        raise Inconclusive(f"no verdict on a race of {len(operations)} calls within {budget} states")
     return verdict if verdict.answer is Answer.VIOLATION else None
 
 
@@ -163,11 +167,11 @@ class _Found:
 
 def _violation(bench: Bench, theme: Theme, setting: Setting, found: _Found) -> Violation:
     run, verdict = found.run, found.verdict
-    clause, cause = theme.blame(verdict) or theme.clauses[0], None
+    clause, cause = broken_clause(theme, verdict), None
     message = theme.tell(run.history) or _no_order(verdict)
     surfaced = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
     if surfaced and isinstance(surfaced[0], Raised):
-        clause, cause = "CON-2", surfaced[0].exception
+        cause = surfaced[0].exception
         method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
         message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
     message = f"{message} (struck in {found.struck} of {found.tried} runs of this race, {setting})"
@@ -180,6 +184,23 @@ def _violation(bench: Bench, theme: Theme, setting: Setting, found: _Found) -> V
     )
     violation.__cause__ = cause
     return violation
+
+
+def broken_clause(theme: Theme, verdict: Verdict) -> str:
+    """The clause that the wrong answers of a race of this theme break."""
+    if any(is_foreign(one.outcome) for one in verdict.unplaced):
+        return "CON-2"
+    return theme.blame(verdict) or theme.clauses[0]
+
+
+def signature_of(theme: Theme, verdict: Verdict) -> Signature:
+    """The clause and the answers that no order explains."""
+    wrong = {
+        answer
+        for one, right in zip_longest(verdict.unplaced, verdict.expected)
+        for answer in wrong_answers(one.call, right, one.outcome)
+    }
+    return Signature(broken_clause(theme, verdict), frozenset(wrong))
 
 
 def _no_order(verdict: Verdict) -> str:
@@ -229,13 +250,16 @@ def _program(bench: Bench, run: Run, setting: Setting, title: str) -> str:
 
 
 class _Shrinking:
-    """Runs smaller races many times, and keeps one that strikes too."""
+    """Runs smaller races many times, and keeps one that shows the same violation."""
 
     def __init__(self, bench: Bench, theme: Theme, runner: Runner, run: Run, verdict: Verdict) -> None:
         self._bench = bench
         self._theme = theme
         self._runner = runner
         self._best = _Found(run=run, verdict=verdict, struck=1, tried=1)
+        # Of the race that was found, for all smaller ones: steps from race to race could drift away.
+        self._signature = signature_of(theme, verdict)
+        self._told = theme.tell(run.history) is not None
         self._until = time.monotonic() + SHRINK_SECONDS
         self._generator = random.Random(f"{bench.seed}/smaller")
 
@@ -243,7 +267,7 @@ class _Shrinking:
         smaller = True
         while smaller:
             smaller = False
-            for race in _smaller(self._best.run.race):
+            for race in smaller_races(self._best.run.race):
                 if time.monotonic() > self._until:
                     return self._best
                 found = await self._try(race)
@@ -253,7 +277,7 @@ class _Shrinking:
         return self._best
 
     async def _try(self, race: Race) -> _Found | None:
-        """Run a race many times over; the last that struck."""
+        """Run a race many times over; the last run that shows the same violation."""
         struck, tried, last = 0, 0, None
         size = 1 if self._theme.alone else 8
         while tried < TRIES and (last is None or tried < 8):
@@ -265,7 +289,7 @@ class _Shrinking:
                     verdict = judge(self._bench, run, 20_000)
                 except Inconclusive:
                     continue
-                if verdict is not None:
+                if verdict is not None and self._is_same(run, verdict):
                     struck += 1
                     if last is None or self._theme.tell(run.history):
                         # One that can be told in plain words, if there is.
@@ -273,6 +297,11 @@ class _Shrinking:
         if last is None:
             return None
         return _Found(run=last[0], verdict=last[1], struck=struck, tried=tried)
+
+    def _is_same(self, run: Run, verdict: Verdict) -> bool:
+        # What counting shows of the larger race, it must show of the smaller one.
+        told = not self._told or self._theme.tell(run.history) is not None
+        return told and self._signature.covers(signature_of(self._theme, verdict))
 
     def _later(self, race: Race) -> Race:
         """The race at the clock's present time: moments that it names lie as far ahead as they did."""
@@ -290,8 +319,8 @@ class _Shrinking:
         return race.changed(shift)
 
 
-def _smaller(race: Race) -> Iterator[Race]:
-    """Races with a client or a call less, or without a schedule."""
+def smaller_races(race: Race) -> Iterator[Race]:
+    """Races with a client or a call less, or without a schedule. No call is changed."""
     if len(race.clients) > 2:
         for client in range(len(race.clients)):
             yield race.without_client(client)

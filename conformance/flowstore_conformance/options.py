@@ -28,8 +28,9 @@ from flowstore_conformance.suite import (
     versions,
 )
 from flowstore_core import Capability, FlowStoreError
-from flowstore_core.config import URL_VARIABLE, read_scheme, redact
+from flowstore_core.config import URL_VARIABLE
 from flowstore_core.plugins import find_backend
+from flowstore_core.urls import parse_url, redact
 
 PACKAGE = "flowstore_conformance"
 
@@ -120,10 +121,12 @@ def session_of(config: pytest.Config) -> Session:
 
 
 def _open_session(config: pytest.Config) -> Session:
-    url = config.getoption("flowstore_url", None) or os.environ.get(URL_VARIABLE)
+    url = config.getoption("flowstore_url", None) or os.environ.get(URL_VARIABLE, "").strip()
     if not url:
         raise pytest.UsageError(NO_URL)
-    plugin, backend = find_backend(read_scheme(url))
+    parts = parse_url(url)
+    url = parts.text
+    plugin, backend = find_backend(parts.scheme)
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     checks = select_checks(config.getoption("flowstore_clause", ()))
     looked = getattr(config, "workerinput", {}).get("flowstore_guarded")

@@ -10,8 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from urllib.parse import parse_qsl, unquote
 
 from flowstore_conformance.bench import (
     Bench,
@@ -30,8 +28,9 @@ from flowstore_conformance.report import CheckResult, Failure, Report, Status
 from flowstore_conformance.surfacing import watch_callbacks
 from flowstore_conformance.waivers import Waiver, apply_waivers
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
-from flowstore_core.config import read_scheme, redact
+from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
+from flowstore_core.urls import parse_url, redact
 
 CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
 """After this long a check is taken to hang, which is a failure: no operation may block for ever."""
@@ -77,7 +76,10 @@ async def run_suite(
     profile = read_profile(profile)
     chosen = select_checks(clauses, checks)
     chosen_seed = new_seed() if seed is None else seed
-    plugin, backend = find_backend(read_scheme(url))
+    parts = parse_url(url)
+    # Backends get it without whitespace around it, as from open_store.
+    url = parts.text
+    plugin, backend = find_backend(parts.scheme)
     started_at, begun = datetime.now(UTC), time.monotonic()
     guarded = await guard(backend, url)
     results: list[CheckResult] = []
@@ -317,10 +319,7 @@ def _leaf(error: BaseException) -> BaseException:
 def _frames(error: BaseException, url: str) -> str:
     """The traceback of an error, without the password of the URL."""
     text = "".join(traceback.format_exception(error))
-    password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
-    secrets = {password, unquote(password)}
-    secrets.update(value for name, value in parse_qsl(url.partition("?")[2]) if "password" in name)
-    for secret in secrets - {""}:
+    for secret in parse_url(url).secrets():
         text = text.replace(secret, "***")
     return text
 
@@ -354,8 +353,5 @@ def versions(distribution: str | None) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in dict.fromkeys(("flowstore", distribution)):
         if name is not None:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                found[name] = "not installed"
+            found[name] = installed_version(name) or "not installed"
     return found

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from flowstore_conformance.bench import Violation
@@ -20,10 +19,12 @@ from flowstore_conformance.surfacing import watch_callbacks
 
 from flowstore_chaos.leaks import Holdings
 from flowstore_chaos.line import Line
+from flowstore_chaos.proxy import Aim, Fault, proxy_before_port
 from flowstore_chaos.scenes import expected, new_scene
 from flowstore_chaos.server import Server
 from flowstore_chaos.trial import Trial
-from flowstore_core import FlowStore, FlowStoreError, TriggerResult, open_store
+from flowstore_core import FlowStore, FlowStoreError, TriggerResult, new_run_id, open_store
+from flowstore_core.urls import parse_url
 
 POINTS = 24
 """At most so many of the places where one call waits, in one sweep."""
@@ -101,6 +102,8 @@ async def _round(trial: Trial, url: str, server: Server | None) -> None:
             seconds = await _seconds(trial, store)
             await _judge(trial, store, await many(trial, store, seconds), resident)
         await _expect_released(trial, url, server, connections=None)
+        if server is not None:
+            await _unacknowledged(trial, server)
         cuts = await _closing(trial, store, stack)
     if trial.backend != "memory":
         async with open_store(url) as again:
@@ -196,6 +199,39 @@ async def _group(trial: Trial, store: FlowStore, seconds: float) -> list[Cut]:
     asyncio.get_running_loop().call_later(after, task.cancel)
     await asyncio.wait({task})
     return [_seen(trial, scene, one, after) for scene, one in zip(scenes, tasks, strict=True)]
+
+
+async def _unacknowledged(trial: Trial, server: Server) -> None:
+    """Cancel claims whose messages are lost, where resolving them and undoing them share two connections."""
+    through = {"pgbouncer": "true", "pool_size": "2", "statement_timeout": "1", "acquire_timeout": "0.3"}
+    run_id = new_run_id()
+    cancelled: set[str] = set()
+    async with (
+        proxy_before_port(server.port) as proxy,
+        open_store(server.url(schema="chaos")) as direct,
+        open_store(server.url(port=proxy.port, schema="chaos", **through)) as store,
+    ):
+        await direct.start_run(run_id, "cancellations", run_id, "manual")
+        for fault in (Fault.REPLY_LOST, Fault.REQUEST_LOST, Fault.BLACK_HOLE, Fault.REQUEST_LATE):
+            proxy.arm(1, fault, aim=Aim.COMMIT, times=2)
+            keys = [f"{fault.name} {number}" for number in range(AT_ONCE)]
+            calls = {key: asyncio.create_task(store.try_claim_step(run_id, key)) for key in keys}
+            while not (proxy.struck or all(call.done() for call in calls.values())):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            for call in calls.values():
+                call.cancel()
+            await asyncio.wait(calls.values())
+            cancelled.update(key for key, call in calls.items() if call.cancelled())
+            proxy.heal()
+        trial.landed(len(cancelled))
+        trial.tally.add("claims cancelled while their messages were lost", len(cancelled))
+
+        async def kept() -> int:
+            return len(cancelled & await direct.get_claimed_step_keys(run_id))
+
+        # As long as a lost statement may take effect, and a moment for what follows that.
+        if await _stays_above(kept, 0, seconds=4 * PATIENCE_SECONDS):
+            trial.tally.leak(f"{await kept()} cancelled claims are kept after their messages were lost")
 
 
 async def _closing(trial: Trial, store: FlowStore, stack: AsyncExitStack) -> list[Cut]:
@@ -300,7 +336,7 @@ async def _examine(trial: Trial, store: FlowStore, made: Cut) -> None:
 async def _expect_released(trial: Trial, url: str, server: Server | None, connections: int | None) -> None:
     """No transaction is open on the other side, and, if said, only so many connections are."""
     if trial.backend == "sqlite":
-        if (what := await asyncio.to_thread(_held, urlsplit(url).path[1:])) is not None:
+        if (what := await asyncio.to_thread(_held, parse_url(url).path)) is not None:
             trial.tally.leak(what)
         return
     if server is None:
@@ -312,15 +348,17 @@ async def _expect_released(trial: Trial, url: str, server: Server | None, connec
     async def others() -> int:
         return await _count(server, "true")
 
-    if await _reaches(transactions, 0):
+    if await _stays_above(transactions, 0):
         trial.tally.leak("a transaction stays open on the server after its call was cancelled")
-    if connections is not None and await _reaches(others, connections):
+    if connections is not None and await _stays_above(others, connections):
         trial.tally.leak("a connection stays open on the server after the store was closed")
 
 
-async def _reaches(count: Callable[[], Awaitable[int]], wanted: int) -> bool:
-    """Whether a count does not come down to what is wanted."""
-    until = time.monotonic() + PATIENCE_SECONDS
+async def _stays_above(
+    count: Callable[[], Awaitable[int]], wanted: int, *, seconds: float = PATIENCE_SECONDS
+) -> bool:
+    """Whether a count does not come down to the wanted one in time."""
+    until = time.monotonic() + seconds
     while await count() > wanted:
         if time.monotonic() > until:
             return True

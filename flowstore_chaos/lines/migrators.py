@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 from flowstore_chaos.line import Line
@@ -18,6 +17,7 @@ from flowstore_chaos.processes import Crew, EndedError, is_broken, serve_request
 from flowstore_chaos.trial import Trial
 from flowstore_core import FlowStoreError, new_claim_token, new_run_id, open_store
 from flowstore_core.opening import resolve_store
+from flowstore_core.urls import parse_url
 
 MIGRATORS = 12
 HUNG_SECONDS = 60.0
@@ -72,11 +72,11 @@ class Looking:
 
 
 def _schema(url: str) -> str:
-    return parse_qs(urlsplit(url).query)["schema"][0]
+    return parse_url(url).options["schema"]
 
 
 def _path(url: str) -> str:
-    return urlsplit(url).path[1:]
+    return parse_url(url).path
 
 
 def _read(url: str, statement: str) -> list[tuple[Any, ...]]:
@@ -217,7 +217,7 @@ async def _migrate_unlocked(url: str) -> None:
     import asyncpg
 
     schema = _schema(url)
-    connection = await asyncpg.connect(url.partition("?")[0], ssl=False)
+    connection = await asyncpg.connect(parse_url(url).with_options({}), ssl=False)
     try:
         if not await connection.fetchval(POSTGRES_IS_THERE, schema):
             for _, _, script in backend.migrations(config):

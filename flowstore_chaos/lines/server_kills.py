@@ -6,12 +6,28 @@ from flowstore_chaos.crashes import KINDS, crash
 from flowstore_chaos.line import Line
 from flowstore_chaos.outages import work_through
 from flowstore_chaos.trial import Trial
+from flowstore_core import open_store
+
+# A crash then forgets commits that were acknowledged. By triggers: the store sets it for its sessions.
+COMMIT_ASYNCHRONOUSLY = """
+CREATE FUNCTION chaos.commit_asynchronously() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    RETURN NULL;
+END $$;
+DO $$ DECLARE name text; BEGIN
+    FOR name IN SELECT table_name FROM information_schema.tables WHERE table_schema = 'chaos' LOOP
+        EXECUTE format('CREATE TRIGGER commit_asynchronously AFTER INSERT OR UPDATE ON chaos.%I'
+                       ' FOR EACH STATEMENT EXECUTE FUNCTION chaos.commit_asynchronously()', name);
+    END LOOP;
+END $$
+"""
 
 
 async def run(trial: Trial) -> None:
-    # A crash then forgets commits that were acknowledged.
-    settings = {"synchronous_commit": "off"} if trial.broken else {}
-    async with trial.server(settings) as server:
+    async with trial.server({}) as server:
+        if trial.broken:
+            async with open_store(server.url(schema="chaos")):
+                await server.psql(COMMIT_ASYNCHRONOUSLY)
 
         async def outage() -> str | None:
             # Each in turn at first, so that small rows meet all.

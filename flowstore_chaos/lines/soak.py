@@ -18,7 +18,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import psutil
@@ -30,6 +29,7 @@ from flowstore_chaos.server import Server
 from flowstore_chaos.trial import Trial
 from flowstore_chaos.work import Clients
 from flowstore_core import FlowStore, FlowStoreError, RunStatus, new_claim_token, new_run_id, open_store
+from flowstore_core.urls import parse_url
 
 LASTING = 2
 PASSING = 2
@@ -197,7 +197,7 @@ def _faults(trial: Trial, place: Place) -> dict[str, Callable[[], Awaitable[bool
     rng, server, proxy = trial.rng, place.server, place.proxy
 
     async def lock_file() -> bool:
-        with closing(sqlite3.connect(urlsplit(place.url).path, timeout=0, isolation_level=None)) as other:
+        with closing(sqlite3.connect(parse_url(place.url).path, timeout=0, isolation_level=None)) as other:
             until = time.monotonic() + 1.0
             while True:
                 try:

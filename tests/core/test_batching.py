@@ -574,6 +574,88 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
     assert await method.call(5, 5) == 5
 
 
+class Compensation:
+    """Fails the first few times that it is called."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.given: list[Any] = []
+        self.done = asyncio.Event()
+
+    async def __call__(self, outcome: Any) -> None:
+        self.given.append(outcome)
+        if len(self.given) <= self.failures:
+            raise StoreUnavailableError("no connection")
+        self.done.set()
+
+
+async def cancel_one(compensation: Compensation, answer: Callable[[int], Any]) -> Batcher:
+    """Cancel a call that was sent, and have it answered."""
+    book = Book(held=True)
+    book.answer = answer
+    batcher = Batcher(lanes=1)
+    tasks = begin(batcher.method("write", book.run).call(0, 0, compensation))
+    await steps()
+    tasks[0].cancel()
+    book.free.set()
+    await outcomes(tasks)
+    return batcher
+
+
+async def test_a_compensation_that_fails_is_retried_until_it_succeeds() -> None:
+    compensation = Compensation(failures=3)
+    await cancel_one(compensation, lambda item: "won")
+    await asyncio.wait_for(compensation.done.wait(), 5)
+    assert compensation.given == ["won"] * 4
+
+
+async def test_a_call_whose_outcome_is_unknown_is_compensated_for() -> None:
+    compensation, unknown = Compensation(failures=1), OutcomeUnknownError("write")
+    await cancel_one(compensation, lambda item: unknown)
+    await asyncio.wait_for(compensation.done.wait(), 5)
+    assert compensation.given == [unknown] * 2
+
+
+async def test_a_call_that_did_not_happen_is_not_compensated_for() -> None:
+    compensation = Compensation(failures=0)
+    batcher = await cancel_one(compensation, lambda item: StoreUnavailableError("it did not happen"))
+    await batcher.drain(1)
+    assert compensation.given == []
+
+
+async def test_closing_retries_a_compensation_at_once_and_waits_for_it() -> None:
+    compensation = Compensation(failures=1)
+    batcher = await cancel_one(compensation, lambda item: "won")
+    await steps()
+    began = asyncio.get_running_loop().time()
+    await batcher.drain(5)
+    assert compensation.given == ["won"] * 2
+    assert asyncio.get_running_loop().time() - began < 1
+
+
+async def test_closing_does_not_wait_for_ever_for_a_compensation() -> None:
+    others = asyncio.all_tasks()
+    compensation = Compensation(failures=10_000)
+    batcher = await cancel_one(compensation, lambda item: "won")
+    await batcher.drain(0.3)
+    assert len(compensation.given) > 1
+    assert asyncio.all_tasks() == others
+
+
+async def test_a_call_that_was_sent_by_a_cancelled_lane_is_compensated_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flowstore_core.batching.ABANDONED_SECONDS", 0.01)
+    book, compensation = Book(held=True), Compensation(failures=0)
+    tasks = begin(Batcher(lanes=1).method("write", book.run).call(0, 0, compensation))
+    await steps()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await outcomes(tasks)
+    await asyncio.wait_for(compensation.done.wait(), 5)
+    assert [type(one) for one in compensation.given] == [OutcomeUnknownError]
+
+
 async def test_a_cancelled_follower_disturbs_nobody_and_a_cancelled_first_still_answers_followers() -> None:
     for cancelled in (0, 1):
         book = Book(held=True)

@@ -168,6 +168,17 @@ async def test_that_what_is_no_plain_file_is_refused(kind: str, tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize("content", [b"hello", b"no database" * 1000, b"\0" * 5000])
+async def test_that_a_file_that_is_no_database_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "flows.db"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="is not an SQLite database") as caught:
+        async with open_store(_path(path)):
+            pytest.fail("it opened")
+    assert caught.value.__context__ is None
+    assert _listing(tmp_path) == {"flows.db": content}
+
+
 NAMES = [
     "flows?mode=memory&cache=shared.db",
     "flows#fragment.db",

@@ -149,7 +149,7 @@ async def test_that_a_certificate_logs_in(secured: Secured) -> None:
         ),
         ("localhost", {"sslmode": "verify-full", "sslrootcert": "rubbish.pem"}, FlowStoreError, "TLS"),
         ("localhost", {"sslmode": "require", "sslcert": "absent.pem"}, ConfigurationError, "sslcert"),
-        ("localhost", {"sslmode": "require", "sslnegotiation": "bogus"}, ConfigurationError, "URL"),
+        ("localhost", {"sslmode": "require", "sslnegotiation": "bogus"}, ConfigurationError, "direct"),
         ("localhost", {"sslmode": "disable"}, ConfigurationError, "pg_hba.conf"),
         ("localhost", {"sslmode": "require", "password": "wrong"}, ConfigurationError, "password"),
     ],

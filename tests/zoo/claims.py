@@ -227,6 +227,18 @@ class LeaseNeverEnds:
         return bool(await super().try_claim_step(**{**given, "lease": None}))
 
 
+@broken("memory", "CLM-6")
+class LeaseAddedToLocalTime:
+    """Adds a lease to the local time, where a day may have 23 or 25 hours."""
+
+    async def try_claim_step(self, **given: Any) -> bool:
+        if given["lease"] is not None:
+            now = self._now()
+            end = (now.astimezone().replace(tzinfo=None) + given["lease"]).astimezone()
+            given["lease"] = end - now
+        return bool(await super().try_claim_step(**given))
+
+
 @broken("sqlite", "CLM-6")
 class LeaseInWholeMinutes:
     """Cuts the lease to whole minutes."""

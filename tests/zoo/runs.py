@@ -8,6 +8,7 @@ from typing import Any
 
 from flowstore_core import RunAlreadyExistsError, RunStatus
 from tests.zoo import broken
+from tests.zoo.surgery import Cut, PostgresSurgery, SqliteSurgery
 
 
 async def _record_of(store: Any, run_id: Any) -> Any:
@@ -139,6 +140,36 @@ class StartLooksAtRunBefore:
             return int(await super().record_step_start(**given))
         finally:
             run.status = status
+
+
+@broken("sqlite", "RUN-4")
+class TerminalRunGetsSignals(SqliteSurgery):
+    """Delivers to a waiter of a run that is over."""
+
+    cut = Cut((r"AND status = 'Running' (AND signal_name)", r"\1"))
+
+
+@broken("memory", "RUN-4", concurrent=True)
+class DeliveryLooksAtRunBefore:
+    """Looks whether the run is over, and delivers a moment later, when it may be."""
+
+    async def deliver_signal(self, **given: Any) -> Any:
+        run = self._runs.get(given["run_id"].int)
+        if run is None or run.status is not RunStatus.RUNNING:
+            return await super().deliver_signal(**given)
+        await asyncio.sleep(0)
+        status, run.status = run.status, RunStatus.RUNNING
+        try:
+            return await super().deliver_signal(**given)
+        finally:
+            run.status = status
+
+
+@broken("postgresql", "RUN-4", concurrent=True)
+class DeliveryLocksNoRun(PostgresSurgery):
+    """Reads the run without locking it, so that it may end before the delivery."""
+
+    cut = Cut((r"(SELECT status FROM \{schema\}\.runs WHERE run_id = \$1) FOR UPDATE", r"\1"))
 
 
 @broken("sqlite", "RUN-4")

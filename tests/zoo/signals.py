@@ -127,6 +127,29 @@ class DeliveryIdForgottenWithWaiter:
         return removed
 
 
+@broken("postgresql", "SIG-2")
+class DeliveryIdForgottenWithRun:
+    """Says NOT_FOUND to a delivery id that it has delivered, once the run is over."""
+
+    async def deliver_signal(self, **given: Any) -> Any:
+        status = await super().get_run_status(run_id=given["run_id"])
+        if status is not None and status.is_terminal:
+            given["delivery_id"] = None
+        result = await super().deliver_signal(**given)
+        return NOT_FOUND if status is not None and status.is_terminal else result
+
+
+@broken("memory", "SIG-3")
+class TerminalRunForgetsDeliveries:
+    """Says NOT_FOUND on a run that is over, though a waiter under that name was delivered to."""
+
+    async def deliver_signal(self, **given: Any) -> Any:
+        result = await super().deliver_signal(**given)
+        run = self._runs.get(given["run_id"].int)
+        over = run is not None and run.status.is_terminal
+        return NOT_FOUND if over and result.status is SignalDeliveryStatus.ALREADY_DELIVERED else result
+
+
 @broken("postgresql", "SIG-3", concurrent=True, look_at=("SIG-2",))
 class LockedWaiterSkipped(PostgresSurgery):
     """Looks for a waiter with SKIP LOCKED, and for a delivered one when all are locked: neither is found."""

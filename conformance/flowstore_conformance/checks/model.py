@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity, reject, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir, storage_directory
 from hypothesis.errors import HypothesisException
@@ -32,6 +32,7 @@ from flowstore_conformance.bench import Bench
 from flowstore_conformance.calls import draw_call, draw_jump, drawable_methods
 from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.drawing import KEYS, RandomChooser
+from flowstore_conformance.signature import Signature
 from flowstore_core import Capability
 
 T = TypeVar("T")
@@ -189,6 +190,8 @@ class _Session:
     namespace: Bench | None = None
     programs: int = 0
     found: Disagreement | None = None
+    signature: Signature | None = None
+    """Of the first violation."""
 
     async def begin(self) -> Program:
         """A program in a namespace in which nothing has failed."""
@@ -197,13 +200,20 @@ class _Session:
         self.programs += 1
         return Program.on(self.namespace, self.programs)
 
-    def keep(self, found: Disagreement) -> None:
-        """Keep the shortest failure, and give the namespace up."""
+    def keep(self, found: Disagreement) -> bool:
+        """Keep the shortest program that shows the first violation, and give the namespace up.
+
+        False for another violation.
+        """
         self.namespace = None
-        if self.found is None:
+        if self.signature is None:
             self.until = time.monotonic() + SHRINK_SECONDS
+            self.signature = found.signature
+        if not self.signature.covers(found.signature):
+            return False
         if self.found is None or len(found.lines) < len(self.found.lines):
             self.found = found
+        return True
 
 
 class _Machine(RuleBasedStateMachine):
@@ -224,7 +234,9 @@ class _Machine(RuleBasedStateMachine):
             self.session.line.ask(make)
         except Disagreement as found:
             self.failed = True
-            self.session.keep(found)
+            if not self.session.keep(found):
+                # Hypothesis takes every Disagreement for the same failure, and would follow this one.
+                reject()
             raise
 
     def draw(self, data: st.DataObject, method: str) -> None:

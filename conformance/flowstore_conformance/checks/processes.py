@@ -64,10 +64,10 @@ async def keys_by_processes(bench: Bench) -> None:
     await _race(bench, ("keys", "triggers"))
 
 
-@check("SIG-2", "SIG-3", "SIG-4", needs=MULTI, kind=Kind.RACE, shares=True)
+@check("SIG-2", "SIG-3", "SIG-4", "RUN-4", needs=MULTI, kind=Kind.RACE, shares=True)
 async def signals_by_processes(bench: Bench) -> None:
     """Processes that deliver to the same waiters get answers that some order explains."""
-    await _race(bench, ("deliveries", "expiries"))
+    await _race(bench, ("deliveries", "late_deliveries", "expiries"))
 
 
 @check("CON-1", "EVT-1", "EVT-2", "RET-2", "RET-3", "IDM-4", needs=MULTI, kind=Kind.RACE)

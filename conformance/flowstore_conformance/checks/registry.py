@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_core import Capability
+from flowstore_core import Capability, ConfigurationError
 
 if TYPE_CHECKING:
     from flowstore_conformance.bench import Bench
@@ -74,9 +75,11 @@ MODULES = (
     "queries",
     "positions",
     "statistics",
+    "elapsed_time",
     "acknowledgements",
     "coalescing",
     "capabilities",
+    "event_loops",
     "model",
     "races",
     "processes",
@@ -121,7 +124,17 @@ def check(
 
 
 def all_checks() -> tuple[Check, ...]:
-    """Every check, in the order of the contract's clauses."""
+    """Every check, in the order of the contract's clauses.
+
+    Raises ConfigurationError without a working directory, which Hypothesis needs as soon as it is imported.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise ConfigurationError(
+            "the working directory no longer exists or may not be read, and the conformance suite needs one; "
+            "change to another directory"
+        ) from None
     for module in MODULES:
         import_module(f"flowstore_conformance.checks.{module}")
     order = {clause: number for number, clause in enumerate(CLAUSES)}

@@ -9,6 +9,7 @@ from flowstore_conformance.checks.examples import example
 from flowstore_conformance.checks.scenes import (
     FLOW,
     MINUTE,
+    NOBODY,
     OUTCOMES,
     RUN_ENDS,
     SECOND,
@@ -269,8 +270,6 @@ async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(bench: Ben
         claim = only(await store.get_step_claims(run_id), f"the claim that a skip took {sentence}")
         bench.expect(claim.owner, "me", f"the owner of the claim that a skip took {sentence}")
         bench.expect(await told(store.register_waiter(run_id, "w", "go")), None, f"waiting {sentence}")
-        delivery = await store.deliver_signal(run_id, "go", "{}")
-        bench.expect(delivery.status, SignalDeliveryStatus.DELIVERED, f"a delivery {sentence}")
         if Capability.OUTPUTS in bench.capabilities:
             bench.expect(await told(store.save_output(run_id, "x", "1")), None, f"an output {sentence}")
         if Capability.EVENTS in bench.capabilities:
@@ -278,3 +277,32 @@ async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(bench: Ben
         after = await the_run(bench, run_id)
         wanted = {"status": status, "completed_at": ended.completed_at}
         has(bench, after, "none of it reopens the run", **wanted)
+
+
+@example("RUN-4")
+async def a_terminal_run_gets_no_delivery(bench: Bench) -> None:
+    """deliver_signal is NOT_FOUND and changes nothing; after retry_step the same waiter is delivered to."""
+    store = bench.store
+    for status in RUN_ENDS:
+        run_id = await start(bench)
+        await run_step(bench, run_id, "other", StepStatus.FAILED)
+        await store.register_waiter(run_id, "before", "go")
+        await store.complete_run(run_id, status)
+        later(bench, SECOND)
+        await store.register_waiter(run_id, "after", "stop")
+        before = await look(bench, run_id)
+        for name in ("go", "stop"):
+            for delivery_id in (None, "id"):
+                answer = await store.deliver_signal(run_id, name, "late", delivery_id=delivery_id)
+                bench.expect(answer, NOBODY, f"a delivery of {name!r} to a run that is {status}")
+        sentence = f"a delivery to a run that is {status} changes nothing"
+        expect_alike(bench, await look(bench, run_id), before, sentence)
+        await store.retry_step(run_id, "other")
+        for name, key in (("go", "before"), ("stop", "after")):
+            again = await store.deliver_signal(run_id, name, "now", delivery_id=f"id of {name}")
+            found = (again.status, again.step_key)
+            wanted = (SignalDeliveryStatus.DELIVERED, key)
+            bench.expect(found, wanted, f"a delivery of {name!r} once a run that was {status} is reopened")
+        again = await store.deliver_signal(run_id, "go", "now", delivery_id="id")
+        already = SignalDeliveryStatus.ALREADY_DELIVERED
+        bench.expect(again.status, already, "a delivery_id that a terminal run refused is not remembered")

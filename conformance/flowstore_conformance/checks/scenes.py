@@ -20,6 +20,8 @@ from flowstore_core import (
     FlowStore,
     FlowStoreError,
     RunStatus,
+    SignalDeliveryResult,
+    SignalDeliveryStatus,
     StepStatus,
 )
 
@@ -37,6 +39,8 @@ RUN_ENDS = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
 STEP_ENDS = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
 OUTCOMES = (*STEP_ENDS, StepStatus.PENDING)
 """Every status that closes an attempt."""
+
+NOBODY = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 # Each differs from every other by a detail that one database or another does not see: case, blanks,
 # accents, compositions of one letter, a homoglyph, the code point order beyond the first plane.

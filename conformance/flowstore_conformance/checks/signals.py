@@ -8,6 +8,8 @@ from flowstore_conformance.checks.registry import check
 from flowstore_conformance.checks.scenes import (
     DAY,
     MINUTE,
+    NOBODY,
+    RUN_ENDS,
     SECOND,
     TICK,
     expect_alike,
@@ -31,7 +33,6 @@ from flowstore_core import (
 
 DELIVERED = SignalDeliveryStatus.DELIVERED
 ALREADY = SignalDeliveryStatus.ALREADY_DELIVERED
-NOBODY = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 KEYS = ("b", "a", "\u00e9", "Z", "\U0001f600", "\uffff")
 """Neither in code point order nor in that of any language."""
@@ -196,6 +197,23 @@ async def a_delivery_id_is_delivered_once(bench: Bench) -> None:
 
 
 @example("SIG-2")
+async def a_delivery_id_is_remembered_on_a_terminal_run(bench: Bench) -> None:
+    """The same id again returns the first result after the run has ended, whatever waits there then."""
+    store = bench.store
+    for status in RUN_ENDS:
+        run_id = await start(bench)
+        await store.register_waiter(run_id, "a", "go")
+        first = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
+        await store.register_waiter(run_id, "b", "go")
+        await store.complete_run(run_id, status)
+        before = await look(bench, run_id)
+        for name in ("go", "another name"):
+            again = await store.deliver_signal(run_id, name, "two", delivery_id="id")
+            bench.expect(again, first, f"the same delivery_id again on a run that is {status}")
+        expect_alike(bench, await look(bench, run_id), before, "a delivery_id said again changes nothing")
+
+
+@example("SIG-2")
 async def only_what_was_delivered_is_remembered(bench: Bench) -> None:
     """A delivery_id that found nobody, or came too late, may be delivered later."""
     store, run_id = bench.store, await start(bench)
@@ -269,6 +287,29 @@ async def where_no_waiter_matches_it_is_not_found(bench: Bench) -> None:
             result = await store.deliver_signal(run_id, "go", "{}")
             found = (result.status, result.step_key)
             bench.expect(found, (status, "fresh"), "a signal where one waiter expired and one did not")
+
+
+@example("SIG-3")
+async def on_a_terminal_run_only_delivered_waiters_match(bench: Bench) -> None:
+    """ALREADY_DELIVERED where one of that name was delivered, though another is not; else NOT_FOUND."""
+    store = bench.store
+    for status in RUN_ENDS:
+        run_id = await start(bench)
+        await store.register_waiter(run_id, "delivered", "go")
+        delivered = await store.deliver_signal(run_id, "go", "one")
+        for key, name in (("a", "go"), ("b", "stop")):
+            await store.register_waiter(run_id, key, name)
+        await store.complete_run(run_id, status)
+        for delivery_id in (None, "id"):
+            late = await store.deliver_signal(run_id, "go", "two", delivery_id=delivery_id)
+            named = {"status": ALREADY, "step_key": "delivered", "delivered_at": delivered.delivered_at}
+            has(bench, late, f"a delivery to a run that is {status} names the delivered waiter", **named)
+            answer = await store.deliver_signal(run_id, "stop", "{}", delivery_id=delivery_id)
+            bench.expect(answer, NOBODY, f"a delivery to a run that is {status} without a delivered waiter")
+        for key in ("a", "b"):
+            waiter = await the_waiter(bench, run_id, key)
+            kept = {"delivered_at": None, "payload_json": None}
+            has(bench, waiter, f"an undelivered waiter of a run that is {status}", **kept)
 
 
 # SIG-4

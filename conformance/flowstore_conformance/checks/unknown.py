@@ -11,6 +11,7 @@ from flowstore_conformance.checks.operations import NEEDS
 from flowstore_conformance.checks.scenes import (
     FLOW,
     MINUTE,
+    NOBODY,
     expect_alike,
     has,
     look,
@@ -23,8 +24,6 @@ from flowstore_core import (
     Capability,
     RunNotFoundError,
     RunStatus,
-    SignalDeliveryResult,
-    SignalDeliveryStatus,
     StepNotFoundError,
     StepStatus,
 )
@@ -51,7 +50,6 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("append_event", {"event_type": "event"}),
     ("save_output", {"key": "a", "value_json": "1"}),
 )
-_NOBODY = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 _READS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("get_run_detail", {}, None),
     ("get_run_status", {}, None),
@@ -74,8 +72,8 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("annotate_dispatch", {"step_key": "a", "job_id": "job"}, None),
     ("remove_waiter", {"step_key": "a"}, None),
     ("expire_waiter", {"step_key": "a"}, None),
-    ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, _NOBODY),
-    ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, _NOBODY),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, NOBODY),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, NOBODY),
     ("request_cancel", {"reason": "enough"}, False),
     ("mark_timed_out", {}, False),
     ("mark_timed_out", {"as_of": _MOMENT}, False),

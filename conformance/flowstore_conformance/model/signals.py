@@ -43,7 +43,7 @@ class Signals(Nouns):
         if delivery_id is not None and delivery_id in run.deliveries:
             return run.deliveries[delivery_id]
         waiter = _oldest(run, signal_name, lambda one: one.delivered_at is None and one.expired_at is None)
-        if waiter is None:
+        if waiter is None or run.record.status.is_terminal:
             before = _oldest(run, signal_name, lambda one: one.delivered_at is not None)
             if before is None:
                 return _nothing()

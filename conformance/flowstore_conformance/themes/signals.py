@@ -45,6 +45,39 @@ def _blame_delivery(verdict: Verdict) -> str | None:
     return "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in told if one) else None
 
 
+def _late_deliveries(d: Drawing) -> Race:
+    """Deliveries to a run that ends and is reopened; a step of its own fails, so its waiters are kept."""
+    deliver = _deliver(d)
+
+    def end(client: int) -> Call:
+        return d.on("complete_run", status=d.one_of("Succeeded", "Failed", "Cancelled"))
+
+    waiters = d.generator.sample(["a", "b"], d.one_of(1, 2))
+    clients = d.clients(
+        deliver,
+        deliver,
+        end,
+        lambda client: d.step("retry_step", step_key="failed"),
+        lambda client: d.step("register_waiter", step_key="c", signal_name="go"),
+        lambda client: d.on("get_run_status"),
+    )
+    if d.one_of(True, False):
+        # A client that ended the run knows that every later delivery is too late.
+        clients = ((end(0), deliver(0)), *clients[1:])
+    ended = (end(0),) if d.one_of(False, False, True) else ()
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("record_step_start", step_key="failed", step_type="s"),
+            d.step("record_step_complete", step_key="failed", status="Failed", attempt=1),
+            *(d.step("register_waiter", step_key=key, signal_name="go") for key in sorted(waiters)),
+            *ended,
+        ),
+        clients=clients,
+        final=(d.on("get_run_status"), *(d.step("get_waiter", step_key=key) for key in ("a", "b", "c"))),
+    )
+
+
 def _expiries(d: Drawing) -> Race:
     return Race(
         setup=(
@@ -91,6 +124,7 @@ def _outputs(d: Drawing) -> Race:
 
 THEMES: tuple[Theme, ...] = (
     theme("deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, blame=_blame_delivery),
+    theme("late_deliveries", "RUN-4 SIG-2 SIG-3", "deliveries to a run that ends", _late_deliveries),
     theme(
         "expiries",
         "SIG-4",

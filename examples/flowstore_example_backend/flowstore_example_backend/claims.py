@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from flowstore_core import StepClaim, StepDispatch, StoreUnavailableError
+from flowstore_core import OutcomeUnknownError, StepClaim, StepDispatch, StoreUnavailableError
 from flowstore_example_backend.document import Document
 from flowstore_example_backend.folder import Folder
 
@@ -25,13 +25,16 @@ class Claims(Folder):
         lease: timedelta | None = None,
     ) -> bool:
         # lease is None here: core refuses it, because LEASES is not among the capabilities.
+        mine: StepClaim | None = None
+
         def claim(document: Document) -> bool:
+            nonlocal mine
             if _is_over(document, run_id, step_key):
                 return False
             held = document.claims.get(step_key)
             if held is not None:
                 return owner is not None and held.owner == owner
-            document.claims[step_key] = StepClaim(
+            document.claims[step_key] = mine = StepClaim(
                 run_id=run_id, step_key=step_key, owner=owner, claimed_at=self._now(), expires_at=None
             )
             if (step := document.steps.get(step_key)) is not None:
@@ -39,9 +42,13 @@ class Claims(Folder):
                 document.steps[step_key] = replace(step, started_owner=None)
             return True
 
-        async def give_back(won: bool) -> None:
-            if won:
-                await self.release_step_claim(run_id, step_key)
+        def unclaim(document: Document) -> None:
+            # This claim only: it may have been released, and won by another call, meanwhile.
+            if mine is not None and document.claims.get(step_key) is mine:
+                del document.claims[step_key]
+
+        async def give_back(outcome: bool | OutcomeUnknownError) -> None:
+            await self._change(run_id, unclaim)
 
         # With an owner the caller can ask again; without one, nobody could ever release it (CON-4).
         return await self._change(run_id, claim, give_back if owner is None else None)
@@ -66,17 +73,23 @@ class Claims(Folder):
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
+        mine: StepDispatch | None = None
+
         def dispatch(document: Document) -> bool:
+            nonlocal mine
             if _is_over(document, run_id, step_key) or step_key in document.dispatches:
                 return False
-            document.dispatches[step_key] = StepDispatch(
+            document.dispatches[step_key] = mine = StepDispatch(
                 run_id=run_id, step_key=step_key, dispatched_at=self._now(), due_at=due_at, job_id=None
             )
             return True
 
-        async def give_back(won: bool) -> None:
-            if won:
-                await self.release_dispatch(run_id, step_key)
+        def undispatch(document: Document) -> None:
+            if mine is not None and document.dispatches.get(step_key) is mine:
+                del document.dispatches[step_key]
+
+        async def give_back(outcome: bool | OutcomeUnknownError) -> None:
+            await self._change(run_id, undispatch)
 
         return await self._change(run_id, dispatch, give_back)
 

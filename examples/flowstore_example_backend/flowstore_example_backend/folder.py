@@ -55,12 +55,12 @@ class Folder:
         self,
         run_id: UUID,
         act: Callable[[Document], T],
-        give_back: Callable[[T], Awaitable[None]] | None = None,
+        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
         """Let ``act`` change the document of a run: all of it, or nothing if it raises.
 
         A write that has begun goes on to its end when its caller is cancelled; ``give_back`` then
-        undoes what nobody will hear of.
+        undoes its effect, and is retried if it fails.
         """
         return await self._in_flight.run(self._write(run_id, act), give_back)
 

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from flowstore_core import (
     Backend,
@@ -21,7 +20,7 @@ from flowstore_core import (
     StoreUnavailableError,
     hookimpl,
 )
-from flowstore_core.config import read_path
+from flowstore_core.urls import parse_url
 from flowstore_example_backend.store import FolderStore
 
 
@@ -63,13 +62,13 @@ class FolderBackend:
         parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix="flowstore-scratch-", dir=parent)
         try:
-            yield f"folder:///{quote(made)}"
+            yield parse_url(url).with_path(made)
         finally:
             shutil.rmtree(made)
 
 
 def _read_folder(url: str) -> Path:
-    path = read_path(url)
+    path = parse_url(url).path
     if not path:
         raise ConfigurationError("a folder URL names a folder: folder:///runs or folder:////var/runs")
     return Path(path)

@@ -56,6 +56,8 @@ class Signals(Folder):
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
         def deliver(document: Document) -> SignalDeliveryResult:
+            if document.run is None:
+                return NOT_FOUND
             if delivery_id is not None and delivery_id in document.deliveries:
                 return document.deliveries[delivery_id]
             waiters = sorted(
@@ -63,7 +65,7 @@ class Signals(Folder):
                 key=lambda waiter: (waiter.created_at, waiter.step_key),
             )
             for waiter in waiters:
-                if waiter.delivered_at is None:
+                if waiter.delivered_at is None and not document.run.status.is_terminal:
                     now = self._now()
                     document.waiters[waiter.step_key] = replace(
                         waiter, delivered_at=now, payload_json=payload_json
@@ -75,11 +77,12 @@ class Signals(Folder):
                         document.deliveries[delivery_id] = delivered
                     return delivered
             for waiter in waiters:
-                return SignalDeliveryResult(
-                    status=SignalDeliveryStatus.ALREADY_DELIVERED,
-                    step_key=waiter.step_key,
-                    delivered_at=waiter.delivered_at,
-                )
+                if waiter.delivered_at is not None:
+                    return SignalDeliveryResult(
+                        status=SignalDeliveryStatus.ALREADY_DELIVERED,
+                        step_key=waiter.step_key,
+                        delivered_at=waiter.delivered_at,
+                    )
             return NOT_FOUND
 
         return await self._change(run_id, deliver)

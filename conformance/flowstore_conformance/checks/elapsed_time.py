@@ -1,0 +1,103 @@
+"""Durations are elapsed time, and days are days in UTC, whatever the local time zone does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.registry import check
+from flowstore_conformance.checks.scenes import DAY, HOUR, TICK, clock_of, start
+from flowstore_core import Capability, RunStatus
+
+CLOCK = [Capability.VIRTUAL_CLOCK]
+
+# As POSIX writes them, which no time zone database is needed for; and the days before both changes of 2026.
+ZONES = {
+    "CET-1CEST,M3.5.0,M10.5.0/3": (
+        datetime(2026, 3, 28, 12, tzinfo=UTC),
+        datetime(2026, 10, 24, 12, tzinfo=UTC),
+    ),
+    "EST5EDT,M3.2.0,M11.1.0": (datetime(2026, 3, 7, 12, tzinfo=UTC), datetime(2026, 10, 31, 12, tzinfo=UTC)),
+}
+
+
+@contextmanager
+def _local_zone(zone: str) -> Iterator[None]:
+    """Make it the time zone of this process, where the system can change that."""
+    if not hasattr(time, "tzset"):
+        yield
+        return
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = zone
+    time.tzset()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TZ"]
+        else:
+            os.environ["TZ"] = before
+        time.tzset()
+
+
+@check("CLM-6", needs=CLOCK)
+async def a_lease_lasts_as_long_across_a_daylight_saving_change(bench: Bench) -> None:
+    """A lease and a renewal of whole days end exactly so much later, across both changes of a year."""
+    clock = clock_of(bench)
+    for zone, days_before in ZONES.items():
+        with _local_zone(zone):
+            for begun in days_before:
+                clock.now = begun
+                run_id = await start(bench)
+                leases = {f"{days} days": days * DAY for days in (1, 2, 200, 366)}
+                for key, lease in leases.items():
+                    await bench.store.try_claim_step(run_id, key, owner="me", lease=lease)
+                ends = {
+                    claim.step_key: claim.expires_at for claim in await bench.store.get_step_claims(run_id)
+                }
+                wanted = {key: begun + lease for key, lease in leases.items()}
+                bench.expect(ends, wanted, f"the ends of leases that begin at {begun:%Y-%m-%d}")
+                await bench.store.renew_step_claim(run_id, "1 days", "me", 2 * DAY)
+                (renewed, *_) = await bench.store.get_step_claims(run_id)
+                bench.expect(
+                    renewed.expires_at, begun + 2 * DAY, f"the end of a lease renewed at {begun:%Y-%m-%d}"
+                )
+                clock.now = begun + 2 * DAY - TICK
+                won = await bench.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
+                bench.expect(won, False, "claiming a moment before a lease ends, a day after the change")
+                clock.now = begun + 2 * DAY
+                won = await bench.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
+                bench.expect(won, True, "claiming when a lease ends, a day after the change")
+
+
+@check("QRY-5", "QRY-4", needs=CLOCK)
+async def days_and_hours_are_those_of_utc_across_a_daylight_saving_change(bench: Bench) -> None:
+    """Buckets, durations and the day of the statistics do not depend on the local time zone."""
+    clock = clock_of(bench)
+    for zone, days_before in ZONES.items():
+        with _local_zone(zone):
+            for noon in days_before:
+                since = noon.replace(hour=0)
+                for hours in range(48):
+                    clock.now = since + hours * HOUR
+                    run_id = await start(bench)
+                    clock.now += DAY
+                    await bench.store.complete_run(run_id, RunStatus.SUCCEEDED)
+                for granularity, width, number in (("hour", HOUR, 1), ("day", DAY, 24)):
+                    found = await bench.store.get_run_timeseries(granularity, since, since + 2 * DAY)
+                    buckets = [(one.timestamp, one.total, one.p50_duration_ms) for one in found]
+                    wanted = [
+                        (since + bucket * width, number, DAY.total_seconds() * 1000)
+                        for bucket in range(2 * DAY // width)
+                    ]
+                    bench.expect(
+                        buckets, wanted, f"the buckets of each {granularity} from {since:%Y-%m-%d} on"
+                    )
+                for day in (1, 2):
+                    as_of = since + (day + 1) * DAY - TICK
+                    today = (await bench.store.get_statistics(as_of=as_of)).completed_today
+                    bench.expect(today, 24, f"completed_today as of {as_of:%Y-%m-%d %H:%M}")

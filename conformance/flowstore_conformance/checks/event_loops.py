@@ -1,0 +1,61 @@
+"""A store belongs to the event loop that it was opened in, not to the thread of that loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.checks.scenes import FLOW, expect_alike, look_at, new_id, start
+from flowstore_conformance.nesting import run_nested
+from flowstore_core import ConfigurationError, StepStatus
+
+HUNG_SECONDS = 5.0
+
+
+async def _error_of(call: Callable[[], Awaitable[object]]) -> Exception | None:
+    try:
+        async with asyncio.timeout(HUNG_SECONDS):
+            await call()
+    except Exception as error:  # noqa: BLE001 - the answer
+        return error
+    return None
+
+
+@check("CON-2", kind=Kind.HOSTILE)
+async def another_event_loop_in_the_same_thread_is_refused(bench: Bench) -> None:
+    """Within the store's event loop a second one gets ConfigurationError, and nothing happens."""
+    store, new = bench.store, new_id(bench)
+    run_id = await start(bench)
+    attempt = await store.record_step_start(run_id, "charge", "http")
+    await store.register_waiter(run_id, "wait", "go")
+    before = await look_at(bench, run_id)
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "start_run": lambda: store.start_run(FLOW, "orders", new, "manual"),
+        "try_claim_step": lambda: store.try_claim_step(run_id, "claimed"),
+        "try_record_dispatch": lambda: store.try_record_dispatch(run_id, "sent"),
+        "record_step_complete": lambda: store.record_step_complete(
+            run_id, "charge", StepStatus.SUCCEEDED, attempt=attempt
+        ),
+        "complete_run": lambda: store.complete_run(run_id, "Succeeded"),
+        "deliver_signal": lambda: store.deliver_signal(run_id, "go", "{}"),
+        "get_runs": lambda: store.get_runs(),
+        "get_step_statuses": lambda: store.get_step_statuses(run_id),
+        "ping": lambda: store.ping(),
+        "aclose": lambda: store.aclose(),
+    }
+    for name, call in calls.items():
+        error = run_nested(_error_of(call))
+        told = "no error" if error is None else type(error).__name__
+        bench.expect_that(
+            type(error) is ConfigurationError,
+            f"{name} in another event loop of the thread: expected ConfigurationError, got {told}",
+        )
+    expect_alike(bench, await look_at(bench, run_id), before, "calls in another event loop")
+    bench.expect(await store.get_run_status(new), None, "the run of start_run in another event loop")
+    # Now in the store's own loop, several at once.
+    keys = [f"step {number}" for number in range(20)]
+    claims = await asyncio.gather(*(store.try_claim_step(run_id, key) for key in keys))
+    bench.expect(claims, [True] * len(keys), "claims after calls in another event loop")

@@ -1,0 +1,49 @@
+"""Which calls the contract allows (INP)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import NoReturn
+
+from flowstore_conformance.history import Call, Outcome, Raised
+from flowstore_core import Capability, InvalidArgumentError
+from flowstore_core.checked import CheckedStore
+
+
+class _AcceptedError(Exception):
+    """The arguments passed every check."""
+
+
+class _Behind:
+    """Stands behind the checks of core, in the place of a backend's store."""
+
+    def __getattr__(self, operation: str) -> Callable[..., NoReturn]:
+        def accept(**arguments: object) -> NoReturn:
+            raise _AcceptedError
+
+        return accept
+
+
+def is_legal(call: Call) -> bool:
+    """Whether core lets the call through to a backend. Needs a running event loop."""
+    store = CheckedStore(_Behind(), "checks", frozenset(Capability), AsyncExitStack())
+    try:
+        made = getattr(store, call.method)(**call.arguments)
+    except TypeError:
+        return False  # An argument is missing or unknown.
+    try:
+        # No check of arguments awaits anything.
+        made.send(None)
+    except InvalidArgumentError:
+        return False
+    except (_AcceptedError, StopIteration):
+        pass
+    finally:
+        made.close()
+    return True
+
+
+def is_rightly_refused(call: Call, outcome: Outcome) -> bool:
+    """Whether the call was refused with the error that every store owes it."""
+    return outcome == Raised(InvalidArgumentError.__name__) and not is_legal(call)

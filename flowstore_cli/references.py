@@ -1,0 +1,162 @@
+"""Runs, flows and statuses as a user names them: by a whole id, by a part of one, or by name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+from uuid import UUID
+
+import typer
+
+from flowstore_cli.completion import complete_flow, complete_run, complete_run_status
+from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.printing import count, moment
+from flowstore_cli.words import suggestion
+from flowstore_core import Capability, FlowRunRecord, FlowStore, RunStatus
+from flowstore_core.arguments import MAX_SEARCH, MAX_TAKE
+
+FEWEST_DIGITS = 6
+MOST_LISTED = 10
+"""Candidates that are listed of an ambiguous reference."""
+GROUPS = (8, 12, 16, 20)
+"""The digits of a UUID after which it has a hyphen."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunId:
+    """The id of a run as a user gives it: whole, or only its first or last digits."""
+
+    digits: str
+
+    def fits(self, run_id: UUID) -> bool:
+        return run_id.hex.startswith(self.digits) or run_id.hex.endswith(self.digits)
+
+    def searches(self) -> set[str]:
+        """The digits as they stand at the beginning and at the end of a hyphenated id."""
+        return {_hyphenated(self.digits, 0), _hyphenated(self.digits, 32 - len(self.digits))}
+
+
+def _hyphenated(digits: str, start: int) -> str:
+    """Digits of a UUID from digit ``start`` on, with the hyphens that lie between them."""
+    return "".join(
+        f"-{digit}" if place in GROUPS and place > start else digit
+        for place, digit in enumerate(digits, start)
+    )
+
+
+def parse_run(text: str) -> RunId:
+    digits = text.strip().lower().replace("-", "")
+    if re.fullmatch(f"[0-9a-f]{{{FEWEST_DIGITS},32}}", digits):
+        return RunId(digits)
+    raise Failure(
+        f"RUN must be the id of a run, or at least {FEWEST_DIGITS} of its first or last hexadecimal digits, "
+        f"not {text!r}; list the runs with: flowstore runs list",
+        USAGE,
+    )
+
+
+def parse_status(text: str) -> RunStatus:
+    for one in RunStatus:
+        if one.lower() == text.strip().lower():
+            return one
+    names = ", ".join(RunStatus)
+    raise Failure(f"--status must be one of {names}, not {text!r}{suggestion(text, RunStatus)}", USAGE)
+
+
+Run = Annotated[
+    RunId,
+    typer.Argument(
+        metavar="RUN",
+        help=f"The run's id, or {FEWEST_DIGITS} or more of its first or last digits.",
+        show_default=False,
+        parser=parse_run,
+        autocompletion=complete_run,
+    ),
+]
+Flow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FLOW", help="Only runs of this flow: its name or id.", autocompletion=complete_flow
+    ),
+]
+Status = Annotated[
+    RunStatus | None,
+    typer.Option(
+        "--status",
+        "-s",
+        metavar="STATUS",
+        help=f"Only runs in this status: {', '.join(RunStatus)}.",
+        parser=parse_status,
+        autocompletion=complete_run_status,
+    ),
+]
+
+
+async def find_run(store: FlowStore, reference: RunId) -> UUID:
+    """The id of the one run that is meant. A whole id is taken as it is; nothing is read for it."""
+    if len(reference.digits) == 32:
+        return UUID(reference.digits)
+    if Capability.DASHBOARD not in store.capabilities:
+        raise Failure("this backend cannot search for a run; give the whole run id", USAGE)
+    found: dict[UUID, FlowRunRecord] = {}
+    for text in reference.searches():
+        page = await store.get_runs_page(search=text, take=MAX_TAKE)
+        while page.runs and len(found) <= MOST_LISTED:
+            # The digits may also stand elsewhere: in an output, or in the middle of an id.
+            found.update((run.run_id, run) for run in page.runs if reference.fits(run.run_id))
+            if len(page.runs) < MAX_TAKE:
+                break
+            page = await store.get_runs_page(search=text, take=MAX_TAKE, after=page.runs[-1].position)
+    if len(found) == 1:
+        return next(iter(found))
+    which = f"an id that begins or ends with {reference.digits}"
+    if not found:
+        raise Failure(f"no run has {which}; list the runs with: flowstore runs list", NO)
+    runs = sorted(found.values(), key=lambda run: run.started_at, reverse=True)
+    listed = [
+        f"{run.run_id}  {run.status:<9}  {moment(run.started_at)} UTC  {run.flow_name}"
+        for run in runs[:MOST_LISTED]
+    ]
+    more = "more than " if len(runs) > MOST_LISTED else ""
+    raise Failure(
+        f"{more}{len(listed)} runs have {which}; give more digits, or one of these ids:", NO, listed
+    )
+
+
+async def find_flow(store: FlowStore, text: str) -> UUID:
+    """The id of the flow that a user names by its name or id. An id is taken as it is."""
+    try:
+        return UUID(text)
+    except ValueError:
+        pass
+    flows = await _flows_of(store, text) if 0 < len(text) <= MAX_SEARCH else {}
+    if len(flows) == 1:
+        return next(iter(flows))
+    if flows:
+        listed = [f"{flow_id}  {count(runs, 'run')}" for flow_id, runs in flows.items()]
+        raise Failure(f"{len(flows)} flows have the name {text!r}; give the id of one of them:", NO, listed)
+    recent = {run.flow_name for run in await store.get_runs(take=MAX_TAKE)}
+    close = suggestion(text, recent) or "; list the runs and their flows with: flowstore runs list"
+    raise Failure(f"no run belongs to a flow {text!r}{close}", NO)
+
+
+async def _flows_of(store: FlowStore, name: str) -> dict[UUID, int]:
+    """The flows with this name, each with the number of its runs that a search for the name finds.
+
+    A flow has the name of the newest of these runs. One page is enough as a rule: no flow is missing once
+    the runs of the flows that were seen add up to all that the search finds.
+    """
+    names: dict[UUID, str] = {}
+    counts: dict[UUID, int] = {}
+    page = await store.get_runs_page(search=name, take=MAX_TAKE)
+    while page.runs:
+        for run in page.runs:
+            if run.flow_id not in names:
+                names[run.flow_id] = run.flow_name
+                counted = await store.get_runs_page(run.flow_id, search=name, take=0)
+                counts[run.flow_id] = counted.total_count
+        if sum(counts.values()) >= page.total_count:
+            break
+        page = await store.get_runs_page(search=name, take=MAX_TAKE, after=page.runs[-1].position)
+    return {flow_id: counts[flow_id] for flow_id, found in names.items() if found == name}

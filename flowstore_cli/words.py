@@ -1,0 +1,85 @@
+"""Errors of a store in the words of the command line: its options and arguments, and the next command."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from flowstore_core import (
+    FlowStoreError,
+    InvalidArgumentError,
+    NotSupportedError,
+    OutcomeUnknownError,
+    RunNotFoundError,
+    SchemaVersionError,
+    StaleAttemptError,
+    StepNotFoundError,
+)
+
+OPTIONS = {
+    "after": "--after",
+    "as_of": "--grace",
+    "attempt": "--attempt",
+    "cutoff": "--older-than",
+    "delivery_id": "--delivery-id",
+    "flow_id": "--flow",
+    "payload_json": "PAYLOAD",
+    "position": "--after",
+    "reason": "--reason",
+    "reset": "--reset",
+    "run_id": "RUN",
+    "search": "--search",
+    "signal_name": "SIGNAL",
+    "since": "--since",
+    "skip": "--skip",
+    "step_key": "STEP",
+    "take": "--take",
+    "until": "--until",
+}
+"""What a command calls an argument of the store's operations."""
+
+
+def in_words(error: FlowStoreError) -> str:
+    """The message of an error, for a user who knows the command line and not the Python API."""
+    if isinstance(error, InvalidArgumentError):
+        rest = str(error).removeprefix(error.argument)
+        rest = re.sub(r"\ba str\b", "text", re.sub(r"\b(since|until)\b", r"--\1", rest))
+        return f"{OPTIONS.get(error.argument, error.argument)}{rest}"
+    if isinstance(error, RunNotFoundError):
+        return f"there is no run {error.run_id} in this store; list the runs with: flowstore runs list"
+    if isinstance(error, StepNotFoundError):
+        return (
+            f"run {error.run_id} has no started step {error.step_key!r}; list its steps with: "
+            f"flowstore runs show {error.run_id}"
+        )
+    if isinstance(error, StaleAttemptError) and error.attempt is not None:
+        return (
+            f"attempt {error.last_attempt} is the last of step {error.step_key!r}, not attempt "
+            f"{error.attempt}; see what has changed with: flowstore runs show {error.run_id}"
+        )
+    if isinstance(error, NotSupportedError):
+        return (
+            f"this needs capability {error.capability}, which backend {error.backend!r} does not offer; "
+            "list what each backend offers with: flowstore backends"
+        )
+    if isinstance(error, OutcomeUnknownError):
+        return (
+            "the connection was lost before the store answered, so the change may or may not have been made; "
+            "look before you repeat the command"
+        )
+    if isinstance(error, SchemaVersionError) and error.found < error.needed:
+        return (
+            f"the database has schema version {error.found}, this flowstore works on {error.needed}; "
+            "bring it up to date with: flowstore migrate up"
+        )
+    return str(error)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` for a misspelt or unfinished word, else nothing."""
+    by_lower = {one.lower(): str(one) for one in known}
+    word = word.lower()
+    begun = [one for one in by_lower if word and one.startswith(word)]
+    close = begun if len(begun) == 1 else difflib.get_close_matches(word, by_lower, 1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""

@@ -1,0 +1,260 @@
+"""Broken metadata: of a stranger's distribution it hides nothing, of a plugin's it is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowstore_core import BackendLoadError, UnknownBackendError, open_store
+from flowstore_core.distributions import installed_version, list_broken_distributions, read_requirements
+from flowstore_core.plugins import load_plugins
+from tests.core.conftest import RECORDING, Install
+
+UTF_16 = "[console_scripts]\nx = y:z\n".encode("utf-16")
+LATIN = "[console_scripts]\nmüll = m:x\n".encode("latin-1")
+NAMED = b"Metadata-Version: 2.1\nName: stray\nVersion: 1.0\n"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for packages, searched before all others."""
+    place = tmp_path / "site"
+    place.mkdir()
+    monkeypatch.syspath_prepend(place)
+    return place
+
+
+def _write(
+    site: Path, entry_points: bytes | None, metadata: bytes | None = NAMED, folder: str = "stray-1.0"
+) -> None:
+    place = site / f"{folder}.dist-info"
+    place.mkdir()
+    if metadata is not None:
+        (place / "METADATA").write_bytes(metadata)
+    if entry_points is not None:
+        (place / "entry_points.txt").write_bytes(entry_points)
+
+
+STRANGERS: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda site: _write(site, None, None),
+    "nameless": lambda site: _write(site, None, None, folder=""),
+    "nameless, with entry points": lambda site: _write(site, b"[a]\nb = c\n", None, folder=""),
+    "a file": lambda site: (site / "old.egg-info").write_text("Metadata-Version: 1.0\nName: old\n"),
+    "no metadata": lambda site: _write(site, b"[console_scripts]\nx = y:z\n", None),
+    "metadata in Latin-1": lambda site: _write(site, b"[a]\nb = c\n", b"Name: stray\nAuthor: M\xfcller\n"),
+    "a line without =": lambda site: _write(site, b"[console_scripts]\nhalf\n"),
+    "a line before any group": lambda site: _write(site, b"x = y:z\n"),
+    "Latin-1": lambda site: _write(site, LATIN),
+    "UTF-16": lambda site: _write(site, UTF_16),
+    "zero bytes": lambda site: _write(site, b"\0" * 512),
+}
+UNREADABLE = {"a line without =", "Latin-1", "UTF-16"}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+async def test_metadata_of_a_stranger_keeps_no_store_from_opening(kind: str, site: Path) -> None:
+    STRANGERS[kind](site)
+    async with open_store("memory://") as store:
+        await store.ping()
+    assert {"memory", "sqlite", "postgresql"} <= {plugin.name for plugin in load_plugins()}
+    assert all(plugin.error is None for plugin in load_plugins())
+    with pytest.raises(UnknownBackendError):
+        async with open_store("nobody://"):
+            pytest.fail("it opened")
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_metadata_that_cannot_be_read_is_listed(kind: str, site: Path) -> None:
+    STRANGERS[kind](site)
+    listed = {entry["name"]: entry for entry in _list_backends(site)}
+    if kind in UNREADABLE:
+        assert listed["stray"]["status"] == "unreadable"
+        assert "entry points cannot be read" in listed["stray"]["problem"]
+        assert listed["stray"]["remedy"] == "reinstall or uninstall stray"
+        assert [one.name for one in list_broken_distributions()] == ["stray"]
+    else:
+        assert {entry["status"] for entry in listed.values()} == {"installed"}
+        assert list_broken_distributions() == []
+
+
+def _list_backends(site: Path) -> list[dict[str, Any]]:
+    ran = subprocess.run(
+        [sys.executable, "-m", "flowstore_cli.main", "backends", "--json"],
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: list[dict[str, Any]] = json.loads(ran.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    "value", ["my-package.plugin", "", "my_package/plugin.py", "gone_package.plugin", "json:nothing"]
+)
+async def test_metadata_with_a_wrong_value_is_named_with_its_plugin(value: str, site: Path) -> None:
+    _write(site, f"[flowstore]\nmine = {value}\n".encode())
+    async with open_store("memory://") as store:
+        await store.ping()
+    with pytest.raises(BackendLoadError, match="mine") as caught:
+        async with open_store("mine://x"):
+            pytest.fail("it opened")
+    assert "stray" in caught.value.remedy
+    with pytest.raises(UnknownBackendError, match="broken plugins: 'mine'"):
+        async with open_store("nobody://x"):
+            pytest.fail("it opened")
+    (listed,) = [entry for entry in _list_backends(site) if entry["name"] == "mine"]
+    assert listed["status"] == "broken"
+
+
+async def test_a_module_that_a_frozen_program_lacks_is_told_with_its_remedy(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(site, b"[flowstore]\nmine = gone_package.plugin\n")
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(BackendLoadError, match=r"gone_package\.plugin.*--collect-all gone_package"):
+        async with open_store("mine://x"):
+            pytest.fail("it opened")
+
+
+@pytest.mark.parametrize("value", ["my-package.tracing", "gone_package.tracing"])
+async def test_metadata_of_a_wrapper_with_a_wrong_value_refuses_every_store(value: str, site: Path) -> None:
+    _write(site, f"[flowstore_wrappers]\nmine = {value}\n".encode())
+    with pytest.raises(BackendLoadError, match="mine"):
+        async with open_store("memory://"):
+            pytest.fail("it opened")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("[{}]\nmine = m\nhalf\n", "utf-8"),
+        ("# müll\n[{}]\nmine = m\n", "latin-1"),
+        ("[{}]\nmine = m\n", "utf-16"),
+    ],
+)
+async def test_metadata_of_ours_that_cannot_be_read_counts_as_a_broken_plugin(
+    text: str, encoding: str, site: Path
+) -> None:
+    _write(site, text.format("flowstore").encode(encoding))
+    async with open_store("memory://") as store:
+        await store.ping()
+    with pytest.raises(UnknownBackendError, match="broken plugins: 'stray'"):
+        async with open_store("mine://x"):
+            pytest.fail("it opened")
+    (listed,) = [entry for entry in _list_backends(site) if entry["name"] == "stray"]
+    assert (listed["status"], listed["remedy"]) == ("broken", "reinstall or uninstall stray")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("[{}]\nmine = m\nhalf\n", "utf-8"),
+        ("# müll\n[{}]\nmine = m\n", "latin-1"),
+        ("[{}]\nmine = m\n", "utf-16"),
+    ],
+)
+async def test_metadata_of_a_wrapper_that_cannot_be_read_refuses_every_store(
+    text: str, encoding: str, site: Path
+) -> None:
+    """It may be the wrapper that encrypts."""
+    _write(site, text.format("flowstore_wrappers").encode(encoding))
+    with pytest.raises(BackendLoadError, match=r"stray.*entry points cannot be read") as caught:
+        async with open_store("memory://"):
+            pytest.fail("it opened")
+    assert caught.value.remedy == "reinstall or uninstall stray"
+
+
+async def test_metadata_of_a_plugin_without_a_readable_name_is_enough(
+    install: Install, tmp_path: Path
+) -> None:
+    install("mine", RECORDING)
+    (tmp_path / "site-0" / "dist_of_mine-1.0.dist-info" / "METADATA").write_bytes(b"Author: M\xfcller\n")
+    async with open_store("mine://x") as store:
+        assert store.backend == "mine"
+    assert [plugin.distribution for plugin in load_plugins() if plugin.name == "mine"] == ["dist_of_mine"]
+    assert installed_version("dist-of-mine") is None
+    assert read_requirements("dist-of-mine") == []
+
+
+async def test_metadata_of_the_first_of_two_versions_counts(site: Path, install: Install) -> None:
+    install("mine", RECORDING)
+    # Searched after it.
+    later = site / "later"
+    later.mkdir()
+    sys.path.append(str(later))
+    try:
+        _write(later, b"[flowstore]\nmine = gone_package\n", folder="dist_of_mine-0.1")
+        async with open_store("mine://x") as store:
+            assert store.backend == "mine"
+    finally:
+        sys.path.remove(str(later))
+
+
+async def test_a_broken_import_hook_hides_no_backend(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hook:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            return None
+
+        def find_distributions(self, context: Any) -> Any:
+            raise RuntimeError("no distributions here")
+
+    monkeypatch.setattr(sys, "meta_path", [Hook(), *sys.meta_path])
+    async with open_store("memory://") as store:
+        await store.ping()
+
+
+FROZEN = """
+import sys
+from importlib.metadata import MetadataPathFinder
+MetadataPathFinder.find_distributions = classmethod(lambda cls, context=None: iter(()))
+import asyncio
+from flowstore_core import UnknownBackendError, open_store
+async def main():
+    try:
+        async with open_store("sqlite:///x.db"):
+            print("opened")
+    except UnknownBackendError as error:
+        print(error)
+asyncio.run(main())
+"""
+
+
+def test_metadata_that_is_missing_is_told_with_its_remedy(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", FROZEN], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "metadata of flowstore" in ran.stdout
+    assert "--copy-metadata flowstore" in ran.stdout
+    assert "pip" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("scheme", "near"),
+    [
+        ("postgrse", "postgres"),
+        ("sqlite3", "sqlite"),
+        ("postgresql+asyncpg", "postgresql"),
+        ("mem", "memory"),
+    ],
+)
+async def test_a_misspelt_scheme_gets_a_suggestion(scheme: str, near: str) -> None:
+    with pytest.raises(UnknownBackendError) as caught:
+        async with open_store(f"{scheme}://me:S3cr3t@x"):
+            pytest.fail("it opened")
+    assert f"{scheme!r} (did you mean {near!r}?)" in str(caught.value)
+    assert "S3cr3t" not in str(caught.value)
+
+
+async def test_a_scheme_that_is_like_none_gets_no_suggestion() -> None:
+    with pytest.raises(UnknownBackendError) as caught:
+        async with open_store("nobody://x"):
+            pytest.fail("it opened")
+    assert "did you mean" not in str(caught.value)

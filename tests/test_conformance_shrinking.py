@@ -1,0 +1,224 @@
+"""Findings are made smaller, not different: the same promise, broken in the same way, by legal calls."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from flowstore_conformance.agreement import expected_outcome, optional_arguments, without_argument
+from flowstore_conformance.bench import Profile, make_bench
+from flowstore_conformance.calls import METHODS, draw_call, draw_jump
+from flowstore_conformance.drawing import FLOWS, RandomChooser, World
+from flowstore_conformance.history import Call, Raised, Returned
+from flowstore_conformance.hunting import Effort, hunt, smaller_races
+from flowstore_conformance.legality import is_legal, is_rightly_refused
+from flowstore_conformance.model import Model
+from flowstore_conformance.racing import Race, StoreRunner
+from flowstore_conformance.signature import Signature, WrongAnswer, wrong_answers
+from flowstore_conformance.themes import THEMES, Drawing, Theme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowstore_core import Capability
+from flowstore_core.plugins import find_backend
+from flowstore_memory.store import SharedStore
+from tests.test_conformance_races import make_wrong, run
+from tests.virtual_clock import VirtualClock
+
+_, MEMORY = find_backend("memory")
+NOW = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
+RUN = UUID(int=1)
+
+
+def claim(**given: Any) -> Call:
+    return Call(method="try_claim_step", arguments={"run_id": RUN, "step_key": "a", **given})
+
+
+class LeaseTakesOver(SharedStore):
+    """Gives a claim with a lease to everybody who asks."""
+
+    async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
+        won = await super().try_claim_step(run_id, step_key, **given)
+        return won or given["lease"] is not None
+
+
+class WaiterChangesNumbers(SharedStore):
+    """Numbers starts wrongly in a run with a waiter; from then on, those without let an error surface."""
+
+    met = False
+
+    async def record_step_start(self, run_id: UUID, step_key: str, step_type: str, **given: Any) -> int:
+        number = await super().record_step_start(run_id, step_key, step_type, **given)
+        if self._runs[run_id.int].waiters:
+            type(self).met = True
+            return number + 1
+        if self.met:
+            raise ConnectionResetError("a fault of the driver")
+        return number
+
+
+class ThirdStartMiscounted(SharedStore):
+    """Numbers the third start wrongly; from then on, runs with fewer starts let an error surface."""
+
+    met = False
+
+    async def record_step_start(self, run_id: UUID, step_key: str, step_type: str, **given: Any) -> int:
+        number = await super().record_step_start(run_id, step_key, step_type, **given)
+        if number < 3:
+            return number
+        type(self).met = True
+        return number + 1
+
+    async def get_step_statuses(self, run_id: UUID) -> Any:
+        run = await super().get_run_detail(run_id)
+        if self.met and run is not None and sum(len(step.attempts) for step in run.steps) < 3:
+            raise ConnectionResetError("a fault of the driver")
+        return await super().get_step_statuses(run_id)
+
+
+async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wrong(monkeypatch, LeaseTakesOver)
+    result = await run("programs_agree_with_the_model")
+    assert result.failure is not None
+    assert result.failure.message == "try_claim_step: expected False, got True"
+    program = result.failure.program
+    assert program is not None
+    assert "InvalidArgumentError" not in program
+    last = [line for line in program.splitlines() if "try_claim_step(" in line][-1]
+    # Only the lease reveals the fault, and there is no lease without an owner.
+    assert ("lease=" in last, "owner=" in last) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["programs_agree_with_the_model", "machine_agrees_with_the_model"])
+async def test_a_smaller_program_keeps_to_the_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WaiterChangesNumbers, "met", False)
+    make_wrong(monkeypatch, WaiterChangesNumbers)
+    result = await run(name)
+    assert result.failure is not None
+    assert result.failure.clause == "STP-1"
+    assert result.failure.message == "record_step_start: expected 1, got 2"
+    assert result.failure.program is not None
+    calls = re.findall(r"store\.(\w+)\(", result.failure.program)
+    assert calls == ["start_run", "register_waiter", "record_step_start"]
+
+
+async def test_a_smaller_race_keeps_to_the_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThirdStartMiscounted, "met", False)
+    make_wrong(monkeypatch, ThirdStartMiscounted)
+    result = await run("attempts_by_tasks")
+    failure = result.failure
+    assert failure is not None
+    assert failure.clause == "STP-1"
+    assert failure.history is not None
+    operations = failure.history.operations
+    assert not any(isinstance(one.outcome, Raised) for one in operations)
+    assert sum(one.call.method == "record_step_start" for one in operations) == 3
+
+
+def test_a_signature_leaves_out_what_differs_from_program_to_program() -> None:
+    read = Call(method="get_run_detail", arguments={"run_id": RUN})
+
+    def wrong(key: str, **actual: Any) -> frozenset[WrongAnswer]:
+        expected = {"step_key": key, "status": "Pending", "output_json": None}
+        steps = [("FlowStepRecord", tuple({**expected, **each}.items())) for each in ({}, actual)]
+        outcomes = [Returned(("FlowRunDetail", (("steps", (step,)),))) for step in steps]
+        return frozenset(wrong_answers(read, *outcomes))
+
+    status = Signature("STP-6", wrong("a", status="Running"))
+    assert status.covers(Signature("STP-6", wrong("b", status="Running")))
+    assert not status.covers(Signature("STP-4", wrong("a", status="Running")))
+    assert not status.covers(Signature("STP-6", wrong("a", status="Failed")))
+    assert not status.covers(Signature("STP-6", wrong("a", output_json="1")))
+    assert not status.covers(Signature("STP-6", wrong("a", status="Running", output_json="1")))
+    assert not status.covers(Signature("STP-6", frozenset()))
+    refused = Signature("CLM-1", frozenset(wrong_answers(claim(), Returned(False), Raised("ConflictError"))))
+    won = Signature("CLM-1", frozenset(wrong_answers(claim(), Returned(False), Returned(True))))
+    assert not refused.covers(won)
+    assert won.covers(won)
+
+
+# Every call that is tried is one that the contract allows
+
+
+async def test_only_legal_calls_are_legal() -> None:
+    lease = timedelta(minutes=1)
+    assert is_legal(claim(owner="one", lease=lease))
+    assert is_legal(Call(method="ping"))
+    for illegal in (
+        claim(lease=lease),
+        claim(owner="one", lease=timedelta(0)),
+        claim(owner=""),
+        claim(nobody="one"),
+        Call(method="try_claim_step", arguments={"run_id": RUN}),
+    ):
+        assert not is_legal(illegal), illegal.source()
+    refused = Raised("InvalidArgumentError")
+    assert is_rightly_refused(claim(lease=lease), refused)
+    assert not is_rightly_refused(claim(lease=lease), Returned(False))
+    assert not is_rightly_refused(claim(owner="one", lease=lease), refused)
+
+
+async def test_dropping_the_owner_drops_the_lease() -> None:
+    held = claim(owner="one", lease=timedelta(minutes=1))
+    assert without_argument(held, "owner") == claim()
+    assert without_argument(held, "lease") == claim(owner="one")
+    assert without_argument(claim(owner="one"), "owner") == claim()
+    assert without_argument(claim(), "owner") is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**64), length=st.integers(1, 40))
+def test_every_simpler_call_is_legal(seed: int, length: int) -> None:
+    async def try_all() -> None:
+        generator, clock = random.Random(seed), VirtualClock(NOW)
+        chooser = RandomChooser(generator)
+        world = World(model=Model(clock), runs=[RUN, UUID(int=2)], flows=FLOWS)
+        for number in range(length):
+            clock.now += draw_jump(chooser, world)
+            call = draw_call(chooser, world, generator.choice(list(METHODS)) if number else "start_run")
+            assert is_legal(call), call.source()
+            expected_outcome(world.model, call)
+            while optional := optional_arguments(call):
+                simpler = without_argument(call, generator.choice(optional))
+                assert simpler is not None, call.source()
+                assert is_legal(simpler), simpler.source()
+                assert simpler.arguments.items() < call.arguments.items()
+                call = simpler
+
+    asyncio.run(try_all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**64), theme=st.sampled_from(THEMES))
+def test_every_smaller_race_is_legal(seed: int, theme: Theme) -> None:
+    def calls(race: Race) -> list[Call]:
+        return [*race.setup, *(call for client in race.clients for call in client), *race.final]
+
+    async def try_all() -> None:
+        generator = random.Random(seed)
+        drawing = Drawing(generator=generator, capabilities=frozenset(Capability), now=NOW)
+        race = theme.draw(drawing).scheduled(generator)
+        while smaller := list(smaller_races(race)):
+            for each in (race, *smaller):
+                assert all(map(is_legal, calls(each)))
+            race = generator.choice(smaller)
+
+    asyncio.run(try_all())
+
+
+async def test_an_illegal_call_that_is_refused_is_no_finding() -> None:
+    """Every valid store raises InvalidArgumentError for it, so a race that has one breaks nothing by it."""
+    start = Drawing(generator=random.Random(1), capabilities=frozenset(Capability), now=NOW).start_run()
+    alone = claim(lease=timedelta(minutes=1))
+    race = Race(setup=(start,), clients=((alone,), (claim(owner="one"),)), final=())
+    theme = Theme(name="refusals", clauses=("CLM-1",), sentence="refusals", draw=lambda drawing: race)
+    async with make_bench("memory://", MEMORY, Profile.QUICK, 3) as bench:
+        await hunt(
+            bench, theme, StoreRunner([bench.store], bench.clock), Effort(volleys=2, races=2, seconds=5)
+        )
+        assert bench.exercised == 4

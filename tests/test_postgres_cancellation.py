@@ -1,0 +1,162 @@
+"""CON-4 on PostgreSQL: a cancelled claim is released, whatever holds the connections meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from flowstore_chaos.proxy import Aim, Fault, Proxy, proxy_before
+from flowstore_core import FlowStore, OutcomeUnknownError, new_run_id, open_store
+
+PATIENCE_SECONDS = 20.0
+
+WAITS_FOR_A_LOCK = """
+SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%"' || $1 || '"%'
+"""
+
+
+async def _until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not await condition():  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {PATIENCE_SECONDS:g} s: {what}") from None
+
+
+@asynccontextmanager
+async def _locked(admin: asyncpg.Connection, run_id: UUID) -> AsyncIterator[None]:
+    """Keep every claim on the run waiting on the server."""
+    async with admin.transaction():
+        await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_id)
+        yield
+
+
+async def _claims_waiting(admin: asyncpg.Connection) -> int:
+    # Within a transaction the server would show what it showed first.
+    await admin.execute("SELECT pg_stat_clear_snapshot()")
+    schema = await admin.fetchval("SELECT current_schema()")
+    return int(await admin.fetchval(WAITS_FOR_A_LOCK, schema))
+
+
+async def _runs(store: FlowStore) -> tuple[UUID, UUID]:
+    run_ids = (new_run_id(), new_run_id())
+    for run_id in run_ids:
+        await store.start_run(new_run_id(), "orders", run_id, "manual")
+    # The connection of the batches is open, and a call that comes alone goes out on it at once.
+    for _ in range(2):
+        await store.try_claim_step(run_ids[0], "warm", owner="warm")
+    return run_ids
+
+
+def _claims(store: FlowStore, run_id: UUID, count: int) -> list[asyncio.Task[bool]]:
+    return [asyncio.create_task(store.try_claim_step(run_id, f"step {n}")) for n in range(count)]
+
+
+async def _cancel(tasks: list[asyncio.Task[bool]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(task.cancelled() for task in tasks)
+
+
+async def _is_claimed(store: FlowStore, run_id: UUID, step_key: str) -> bool:
+    return any(claim.step_key == step_key for claim in await store.get_step_claims(run_id))
+
+
+async def _is_free(store: FlowStore, run_id: UUID, step_key: str) -> bool:
+    return not await _is_claimed(store, run_id, step_key)
+
+
+async def _released(store: FlowStore, run_id: UUID) -> bool:
+    return all(claim.owner is not None for claim in await store.get_step_claims(run_id))
+
+
+@pytest.mark.parametrize("pgbouncer", ["false", "true"])
+async def test_claims_are_released_while_an_unacknowledged_statement_can_still_take_effect(
+    pgbouncer: str, fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with (
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(
+            through, pgbouncer=pgbouncer, pool_size=2, statement_timeout=2, acquire_timeout=0.3
+        ) as store,
+    ):
+        held, free = await _runs(store)
+        async with _locked(admin, held):
+            waiting = _claims(store, held, 1)
+            await _until(lambda: _is(admin, 1), "a claim waits for the run")
+            await _cancel(waiting)
+            # Its outcome is unknown for as long as the lock is held, and nothing waits for that.
+            lost = await _lose_replies(proxy, store, free)
+            await _cancel(lost)
+            await _until(lambda: _released(direct, free), "the claims are released")
+        await _until(lambda: _released(direct, held), "the claim that had waited is released")
+        assert await store.try_claim_step(free, "step 0", owner="next")
+        assert await store.try_claim_step(held, "step 0", owner="next")
+
+
+async def _is(admin: asyncpg.Connection, count: int) -> bool:
+    return await _claims_waiting(admin) == count
+
+
+async def _lose_replies(proxy: Proxy, store: FlowStore, run_id: UUID) -> list[asyncio.Task[bool]]:
+    """Claims that were won, and whose replies are lost."""
+    proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT, times=3)
+    tasks = _claims(store, run_id, 3)
+    while not proxy.struck:  # noqa: ASYNC110 - before the store gets to try again
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def test_a_claim_whose_outcome_stays_unknown_for_longer_than_retry_timeout_is_released(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with (
+        open_store(fresh) as direct,
+        open_store(fresh, pgbouncer=True, pool_size=2, statement_timeout=3, retry_timeout=0) as store,
+    ):
+        held, _ = await _runs(store)
+        async with _locked(admin, held):
+            # The first goes out alone, the others share a batch behind it.
+            first, cancelled, told = _claims(store, held, 3)
+            await _until(lambda: _is(admin, 1), "the first waits for the run")
+            await _cancel([first])
+            await _until(lambda: _is(admin, 2), "a batch waits for the run too")
+            await _cancel([cancelled])
+            with pytest.raises(OutcomeUnknownError):
+                await told
+        # The batch takes effect only now, and its fence is over later still.
+        await _until(lambda: _is_claimed(direct, held, "step 2"), "the batch is committed")
+        await _until(lambda: _is_free(direct, held, "step 1"), "the cancelled claim is released")
+        assert await _is_claimed(direct, held, "step 2")
+
+
+async def test_compensations_are_retried_until_the_server_is_back(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with (
+        open_store(fresh) as direct,
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pool_size=2, acquire_timeout=0.2, retry_timeout=0.2) as store,
+    ):
+        _, free = await _runs(store)
+        lost = await _lose_replies(proxy, store, free)
+        proxy.arm(1, Fault.RESET, aim=Aim.CONNECT, times=100_000)
+        await _cancel(lost)
+        refused = sum(proxy.landed.values())
+        # Several times as many tries as one retry_timeout takes.
+        await _until(lambda: _true(sum(proxy.landed.values()) > refused + 30), "the store tries to connect")
+        assert not await _released(direct, free)
+        proxy.heal()
+        await _until(lambda: _released(direct, free), "the claims are released")
+
+
+async def _true(value: bool) -> bool:
+    return value

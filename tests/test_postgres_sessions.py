@@ -1,0 +1,251 @@
+"""PostgreSQL under hostile defaults: what a server, database or role sets changes no answer and no cost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from urllib.parse import quote
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from flowstore_core import (
+    ConfigurationError,
+    FlowStore,
+    RunStatus,
+    StepStatus,
+    StoreUnavailableError,
+    new_claim_token,
+    new_run_id,
+    open_store,
+)
+from flowstore_postgres.sessions import PINNED, WATCHED
+
+HOSTILE = {
+    "default_transaction_isolation": "serializable",
+    "default_transaction_read_only": "on",
+    "default_transaction_deferrable": "on",
+    "lock_timeout": "1",
+    "gin_fuzzy_search_limit": "1",
+    "exit_on_error": "on",
+    "TimeZone": "Europe/Berlin",
+    "DateStyle": "German",
+    "IntervalStyle": "iso_8601",
+    "array_nulls": "off",
+    "standard_conforming_strings": "off",
+    "transform_null_equals": "on",
+    "enable_indexscan": "off",
+    "enable_nestloop": "off",
+    "plan_cache_mode": "force_custom_plan",
+    "jit": "on",
+    "default_table_access_method": "unknown_method",
+    "search_path": "public, pg_catalog",
+    "statement_timeout": "1",
+    "idle_in_transaction_session_timeout": "1",
+    "idle_session_timeout": "500",
+    "transaction_timeout": "500",
+    "synchronous_commit": "off",
+    "client_encoding": "LATIN1",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "row_security": "off",
+}
+RIGHT = {
+    **PINNED,
+    "statement_timeout": "30s",
+    "idle_in_transaction_session_timeout": "30s",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
+    "synchronous_commit": "on",
+    "client_encoding": "UTF8",
+}
+NOTE_SETTINGS = """
+CREATE TABLE public.seen (name text, setting text);
+CREATE FUNCTION public.note_settings() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO public.seen SELECT name, current_setting(name) FROM unnest(ARRAY[{names}]) AS s (name);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER note_settings AFTER INSERT ON flowstore.runs
+FOR EACH ROW EXECUTE FUNCTION public.note_settings()
+"""
+
+
+class Place:
+    """A database of the test's own."""
+
+    def __init__(self, server: asyncpg.Connection, socket: str, name: str) -> None:
+        self._server = server
+        self._socket = socket
+        self._name = name
+        self.url = f"postgresql:///{name}?host={quote(socket, safe='')}&user=postgres"
+
+    async def default(self, **settings: str) -> None:
+        for name, value in settings.items():
+            # A list for search_path, and one word for all others.
+            given = value if name == "search_path" else f"'{value}'"
+            await self._server.execute(f'ALTER DATABASE "{self._name}" SET {name} = {given}')
+
+    async def connect(self) -> asyncpg.Connection:
+        """A connection without those defaults that would hinder the test."""
+        hinder = ("statement_timeout", "idle_session_timeout", "transaction_timeout", "lock_timeout")
+        hinder += ("default_transaction_read_only", "default_transaction_isolation")
+        settings = {name: RIGHT[name] for name in hinder}
+        return await asyncpg.connect(
+            host=self._socket, user="postgres", database=self._name, server_settings=settings
+        )
+
+
+@pytest.fixture
+async def place(postgresql_url: str) -> AsyncIterator[Place]:
+    name = f"sessions_{uuid4().hex}"
+    server = await asyncpg.connect(postgresql_url)
+    await server.execute(f'CREATE DATABASE "{name}"')
+    socket = postgresql_url.partition("host=")[2].partition("&")[0]
+    made = Place(server, socket, name)
+    connection = await made.connect()
+    await connection.execute("CREATE EXTENSION pg_trgm")
+    await connection.close()
+    try:
+        yield made
+    finally:
+        await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await server.close()
+
+
+async def _work(store: FlowStore, other: FlowStore) -> None:
+    """Calls of every kind, some of them at once, and what they must answer."""
+    flow_id = new_run_id()
+    triggers = [
+        each.trigger_run(flow_id, "orders", new_run_id(), "http", idempotency_key="k")
+        for each in (store, other) * 3
+    ]
+    results = await asyncio.gather(*triggers)
+    assert sum(result.created for result in results) == 1
+    run_id = results[0].run.run_id
+    owners = [new_claim_token() for _ in range(8)]
+    calls = [(store, other)[n % 2].try_claim_step(run_id, "a", owner=one) for n, one in enumerate(owners)]
+    won = await asyncio.gather(*calls)
+    assert sum(won) == 1
+    owner = owners[won.index(True)]
+    attempt = await store.record_step_start(
+        run_id, "a", "http", owner=owner, input_json=r'{"a":"\\n","b":null}'
+    )
+    await asyncio.gather(*(each.append_event(run_id, "log", message="NULL") for each in (store, other) * 4))
+    await store.record_step_complete(
+        run_id, "a", StepStatus.FAILED, error_message=r"back\slash 'quoted' found", attempt=attempt
+    )
+    await store.retry_step(run_id, "a", attempt=attempt)
+    await store.record_skipped_step(run_id, "a", "http", "enough")
+    await store.register_waiter(run_id, "w", "go")
+    await store.deliver_signal(run_id, "go", "{}", delivery_id="d")
+    await store.save_output(run_id, "NULL", "null")
+    assert dict(await other.get_outputs(run_id)) == {"NULL": "null"}
+    assert len(await other.get_run_events(run_id)) == 8
+    # Some of them end on the other side of a change to or from daylight-saving time.
+    for days in range(30, 366, 30):
+        assert await store.try_claim_step(run_id, f"{days}", owner=owner, lease=timedelta(days=days))
+    for claim in await other.get_step_claims(run_id):
+        if claim.expires_at is not None:
+            assert claim.expires_at - claim.claimed_at == timedelta(days=int(claim.step_key))
+    await asyncio.gather(*(store.release_step_claim(run_id, f"{days}") for days in range(30, 366, 30)))
+    assert sum(
+        await asyncio.gather(*(each.complete_run(run_id, RunStatus.FAILED) for each in (store, other)))
+    )
+    await asyncio.gather(*(store.start_run(flow_id, f"found {n}", new_run_id(), "manual") for n in range(20)))
+    for run in await store.get_active_runs():
+        await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
+    assert (await other.get_runs_page()).total_count == 21
+    assert (await store.get_statistics()).completed_today == 20
+    # Makes them quick to search.
+    await store.cleanup(results[0].run.started_at - timedelta(days=1))
+    assert (await other.get_runs_page(search="found")).total_count == 21
+
+
+@pytest.fixture
+def retries(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    caplog.set_level(logging.DEBUG, "flowstore_postgres")
+    return caplog.records
+
+
+def _retried(records: list[logging.LogRecord]) -> list[str]:
+    return [one.getMessage() for one in records if hasattr(one, "flowstore.reason")]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "all at once"])
+async def test_a_hostile_default_changes_nothing(
+    name: str, place: Place, retries: list[logging.LogRecord]
+) -> None:
+    await place.default(**(HOSTILE if name == "all at once" else {name: HOSTILE[name]}))
+    async with open_store(place.url) as store, open_store(place.url) as other:
+        connection = await place.connect()
+        names = ", ".join(f"'{name}'" for name in RIGHT)
+        await connection.execute(NOTE_SETTINGS.replace("{names}", names))
+        await _work(store, other)
+        seen = await connection.fetch("SELECT DISTINCT name, setting FROM public.seen")
+        await connection.close()
+    # Batches wait for no lock for longer than 100 ms, and have them planned once.
+    own = {("lock_timeout", "100ms"), ("plan_cache_mode", "force_generic_plan"), ("enable_indexscan", "on")}
+    assert {tuple(row) for row in seen} - own == set(RIGHT.items()) - own
+    assert _retried(retries) == []
+
+
+@pytest.mark.parametrize("name", ["default_transaction_isolation", "TimeZone", "DateStyle", "array_nulls"])
+async def test_behind_a_pooler_a_hostile_default_changes_no_answer(name: str, place: Place) -> None:
+    async with open_store(place.url):
+        pass
+    await place.default(**{name: HOSTILE[name]})
+    url = f"{place.url}&pgbouncer=true"
+    async with open_store(url) as store, open_store(url) as other:
+        await _work(store, other)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+async def test_behind_a_pooler_a_default_that_does_harm_is_told(
+    name: str, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    await place.default(**{name: HOSTILE[name]})
+    async with open_store(f"{place.url}&pgbouncer=true"):
+        pass
+    told = [one.getMessage() for one in caplog.records if "ALTER ROLE" in one.getMessage()]
+    assert len(told) == 1
+    assert name in told[0]
+
+
+async def test_behind_a_pooler_a_read_only_role_reads_and_is_told_why_it_does_not_write(place: Place) -> None:
+    async with open_store(place.url):
+        pass
+    await place.default(default_transaction_read_only="on")
+    async with open_store(f"{place.url}&pgbouncer=true") as store:
+        assert await store.get_runs() == ()
+        with pytest.raises(StoreUnavailableError, match="default_transaction_read_only"):
+            await store.start_run(uuid4(), "orders", uuid4(), "manual")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pgbouncer"),
+    [
+        ("synchronous_commit", "off", "true"),
+        ("session_replication_role", "replica", "true"),
+        ("session_replication_role", "replica", "false"),
+    ],
+)
+async def test_a_default_that_breaks_the_contract_and_cannot_be_changed_is_refused(
+    name: str, value: str, pgbouncer: str, place: Place
+) -> None:
+    await place.default(**{name: value})
+    with pytest.raises(ConfigurationError, match=f"{name} is {value}.*ALTER ROLE"):
+        async with open_store(f"{place.url}&pgbouncer={pgbouncer}"):
+            pass
+
+
+async def test_a_stronger_synchronous_commit_stays(place: Place) -> None:
+    await place.default(synchronous_commit="remote_apply")
+    async with open_store(place.url) as store:
+        connection = await place.connect()
+        await connection.execute(NOTE_SETTINGS.replace("{names}", "'synchronous_commit'"))
+        await store.start_run(uuid4(), "orders", uuid4(), "manual")
+        assert await connection.fetchval("SELECT DISTINCT setting FROM public.seen") == "remote_apply"
+        await connection.close()

@@ -1,0 +1,331 @@
+"""SQLite: files that are removed, moved or replaced while a store has them open (CON-5)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from flowstore_core import FlowStore, OutcomeUnknownError, StoreUnavailableError, open_store
+from flowstore_sqlite import identity
+from flowstore_sqlite.database import Database
+from tests.scenes import new_run
+
+SUFFIXES = ("", "-wal", "-shm")
+
+OTHER = """
+import asyncio, sys
+from uuid import UUID
+from flowstore_core import new_run_id, open_store
+
+async def main(url, runs):
+    async with open_store(url) as store:
+        for run in runs:
+            await store.start_run(new_run_id(), "other", UUID(run), "manual")
+        print("acknowledged", flush=True)
+        sys.stdin.readline()
+
+asyncio.run(main(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder / "flows.db"
+
+
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[FlowStore]:
+    async with open_store(f"sqlite:///{path}") as opened:
+        await new_run(opened)
+        yield opened
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _remove(*suffixes: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        for suffix in suffixes:
+            _beside(path, suffix).unlink()
+
+    return change
+
+
+def _replace(suffix: str) -> Callable[[Path], None]:
+    """Put a copy in its place, as a restore does."""
+
+    def change(path: Path) -> None:
+        copy = path.with_name("copy")
+        shutil.copy(_beside(path, suffix), copy)
+        os.replace(copy, _beside(path, suffix))
+
+    return change
+
+
+def _restore(path: Path) -> None:
+    backup = path.with_name("backup.db")
+    source, target = sqlite3.connect(path), sqlite3.connect(backup)
+    source.backup(target)
+    source.close()
+    target.close()
+    os.replace(backup, path)
+    _remove("-wal", "-shm")(path)
+
+
+def _leave_link(path: Path) -> None:
+    path.rename(path.with_name("moved.db"))
+    path.symlink_to("moved.db")
+
+
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "all-removed": _remove(*SUFFIXES),
+    "database-removed": _remove(""),
+    "database-replaced": _replace(""),
+    "backup-restored": _restore,
+    "database-moved": lambda path: path.rename(path.with_name("moved.db")),
+    "link-left": _leave_link,
+    "folder-moved": lambda path: path.parent.rename(path.parent.with_name("moved")),
+    "log-removed": _remove("-wal"),
+    "log-replaced": _replace("-wal"),
+    "index-removed": _remove("-shm"),
+    "index-replaced": _replace("-shm"),
+    "log-and-index-removed": _remove("-wal", "-shm"),
+}
+RESCUED = ("log-removed", "index-removed", "log-and-index-removed")
+
+
+async def _is_refused(store: FlowStore, run_id: UUID) -> None:
+    for call in (
+        lambda: store.try_claim_step(run_id, "a"),
+        lambda: store.get_run_status(run_id),
+        store.ping,
+    ):
+        with pytest.raises(StoreUnavailableError, match=r"then open (it|the store) again") as caught:
+            await call()
+        assert not isinstance(caught.value, OutcomeUnknownError)
+        assert "flows.db" in caught.value.reason
+
+
+def _let_file_clock_advance(folder: Path) -> None:
+    """Wait until a change would give the folder a new ctime."""
+    other = folder.with_name("other")
+    other.mkdir()
+    while other.stat().st_ctime_ns <= folder.stat().st_ctime_ns:
+        other.rmdir()
+        other.mkdir()
+
+
+@pytest.mark.parametrize("settled", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+async def test_every_call_is_refused_afterwards(
+    change: str, settled: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if settled:
+        # The directory has not changed for long when the files are verified.
+        monkeypatch.setattr(identity, "SETTLED_NS", 0)
+    async with open_store(f"sqlite:///{path}") as store:
+        run_id = await new_run(store)
+        if settled:
+            await asyncio.to_thread(_let_file_clock_advance, path.parent)
+            await store.ping()
+        CHANGES[change](path)
+        await _is_refused(store, run_id)
+    if change in RESCUED:
+        async with open_store(f"sqlite:///{path}") as store:
+            assert await store.get_claimed_step_keys(run_id) == frozenset()
+
+
+FIRST: dict[str, Callable[[FlowStore], Awaitable[object]]] = {
+    "read": lambda store: store.get_run_status(uuid4()),
+    "ping": lambda store: store.ping(),
+    "write": new_run,
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+async def test_a_store_stays_refused_when_the_file_comes_back(
+    first: str, store: FlowStore, path: Path
+) -> None:
+    os.rename(path, f"{path}-moved")
+    with pytest.raises(StoreUnavailableError):
+        await FIRST[first](store)
+    os.rename(f"{path}-moved", path)
+    await _is_refused(store, uuid4())
+    async with open_store(f"sqlite:///{path}") as again:
+        assert len(await again.get_runs()) == 1
+
+
+async def test_another_link_or_working_directory_changes_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    async with open_store("sqlite:///flows.db") as store:
+        run_id = await new_run(store)
+        os.link(path, path.with_name("linked.db"))
+        monkeypatch.chdir("/")
+        assert await store.try_claim_step(run_id, "a")
+        assert await store.get_claimed_step_keys(run_id) == {"a"}
+        await store.ping()
+
+
+async def test_a_directory_link_that_leads_elsewhere_is_noticed(path: Path) -> None:
+    link = path.parent.with_name("current")
+    link.symlink_to(path.parent)
+    async with open_store(f"sqlite:///{link}/flows.db") as store:
+        run_id = await new_run(store)
+        link.unlink()
+        next_folder = path.parent.with_name("next")
+        shutil.copytree(path.parent, next_folder)
+        link.symlink_to(next_folder)
+        await _is_refused(store, run_id)
+    assert _beside(next_folder / "flows.db", "-wal").exists()
+
+
+async def test_a_call_after_the_removal_is_never_acknowledged(store: FlowStore, path: Path) -> None:
+    removed = asyncio.Event()
+    refused: list[BaseException] = []
+
+    async def write() -> None:
+        while True:
+            is_late = removed.is_set()
+            try:
+                await new_run(store)
+            except StoreUnavailableError as error:
+                refused.append(error)
+                return
+            assert not is_late
+
+    writers = [asyncio.create_task(write()) for _ in range(32)]
+    for _ in range(5):
+        await new_run(store)
+    # The writer's thread is anywhere in a group.
+    _remove("")(path)
+    removed.set()
+    await asyncio.gather(*writers)
+    assert len(refused) == len(writers)
+
+
+async def test_a_removal_between_commit_and_answer_leaves_the_outcome_unknown(
+    store: FlowStore, path: Path
+) -> None:
+    inner: Any = store
+    (database,) = inner._store.values()
+    assert isinstance(database, Database)
+
+    def remove(statement: str) -> None:
+        if statement == "COMMIT":
+            path.unlink()
+
+    with pytest.raises(OutcomeUnknownError, match="removed or replaced"):
+        await database.write(lambda db, now: db.set_trace_callback(remove))
+    await _is_refused(store, uuid4())
+
+
+@contextmanager
+def _other_process(path: Path, runs: list[UUID]) -> Iterator[Callable[[], None]]:
+    """A process that has these runs acknowledged; gives a function that kills it."""
+    command = [sys.executable, "-c", OTHER, f"sqlite:///{path}", *map(str, runs)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def kill() -> None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "acknowledged\n"
+            yield kill
+        finally:
+            kill()
+
+
+@pytest.mark.parametrize("killed", ["before", "after"])
+@pytest.mark.parametrize(
+    "change", ["all-removed", "backup-restored", "log-and-index-removed", "index-removed"]
+)
+async def test_the_old_process_leaves_the_log_of_the_new_one_alone(
+    change: str, killed: str, path: Path
+) -> None:
+    runs = [uuid4() for _ in range(5)]
+    async with open_store(f"sqlite:///{path}") as store:
+        await new_run(store)
+        if change == "log-and-index-removed":
+            # The new process finds all commits in the database.
+            db = sqlite3.connect(path)
+            db.execute("PRAGMA wal_checkpoint")
+            db.close()
+        CHANGES[change](path)
+        with _other_process(path, runs) as kill:
+            if killed == "before":
+                kill()
+            log = _beside(path, "-wal").read_bytes()
+            assert log
+            await store.aclose()
+            assert _beside(path, "-wal").read_bytes() == log
+            assert _beside(path, "-shm").exists()
+    async with open_store(f"sqlite:///{path}") as again:
+        for run_id in runs:
+            assert await again.get_run_status(run_id) is not None
+        # A second store in the process of the first shares nothing with it.
+        assert await again.try_claim_step(runs[0], "a")
+
+
+@pytest.mark.parametrize("change", RESCUED)
+async def test_closing_saves_the_commits_of_a_removed_log(change: str, path: Path) -> None:
+    async with open_store(f"sqlite:///{path}") as store:
+        runs = [await new_run(store) for _ in range(5)]
+        CHANGES[change](path)
+    assert {file.name for file in path.parent.iterdir()} == {"flows.db", "flows.db-turn"}
+    async with open_store(f"sqlite:///{path}") as again:
+        assert {run.run_id for run in await again.get_runs()} == set(runs)
+
+
+@pytest.mark.parametrize("change", ["all-removed", "backup-restored", "log-and-index-removed"])
+async def test_the_store_opens_again_in_the_same_process(change: str, store: FlowStore, path: Path) -> None:
+    CHANGES[change](path)
+    with pytest.raises(StoreUnavailableError):
+        await store.ping()
+    await store.aclose()
+    async with open_store(f"sqlite:///{path}") as again:
+        run_id = await new_run(again)
+        assert await again.try_claim_step(run_id, "a")
+
+
+async def test_the_turn_file_may_be_replaced(store: FlowStore, path: Path) -> None:
+    run_id = await new_run(store)
+    _replace("-turn")(path)
+    assert await store.try_claim_step(run_id, "a")
+    await store.ping()
+
+
+async def test_a_file_replaced_while_it_is_opened_is_not_used(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(f"sqlite:///{path}") as store:
+        await new_run(store)
+    connect = sqlite3.connect
+
+    def replaced(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        _replace("")(path)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", replaced)
+    with pytest.raises(StoreUnavailableError, match="no longer the file that was opened"):
+        async with open_store(f"sqlite:///{path}"):
+            pytest.fail("it opened")
