@@ -29,6 +29,7 @@ from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, 
 from flowstore_cli.printing import clean, complain
 from flowstore_cli.stores import RootUrl
 from flowstore_core.distributions import installed_version
+from flowstore_core.platforms import require_posix
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
 
@@ -96,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     command = typer.main.get_command(app)
     try:
+        require_posix("the command line")
         if completion.VARIABLE in os.environ:
             # A warning would appear in the command line that the user is typing.
             logging.disable()
