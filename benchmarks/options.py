@@ -91,11 +91,12 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
         sys.exit(130)
     if given.note:
         report.notes.insert(0, given.note)
-    sys.stdout.write(show(report))
+    # The files first: standard output may be closed or full.
     if chosen.json is not None:
         report.save(chosen.json)
     if chosen.svg is not None:
         chosen.svg.write_text(draw(report), encoding="utf-8")
+    sys.stdout.write(show(report))
 
 
 def say(text: str) -> None:

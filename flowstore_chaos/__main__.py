@@ -105,10 +105,11 @@ def chaos(
     if prove and not broken:
         rows += [(line, name, True) for line, name, _ in rows]
     outcomes = asyncio.run(_run(console, rows, chosen_seed, scale, planned, jobs, folder))
-    console.print(terminal_table(outcomes))
-    bad = _explain(console, outcomes)
+    # The file first: standard output may be closed or full.
     if json_file is not None:
         json_file.write_text(json.dumps(document(outcomes), indent=1) + "\n", encoding="utf-8")
+    console.print(terminal_table(outcomes))
+    bad = _explain(console, outcomes)
     if published:
         publish(
             [outcome for outcome in outcomes if not outcome.broken],

@@ -26,9 +26,10 @@ from flowstore_cli import (
     timeseries,
 )
 from flowstore_cli.failures import EXIT_CODES, INTERRUPTED, NO, SUCCESS, USAGE, Failure, explain
-from flowstore_cli.printing import clean, complain, prepare_streams
+from flowstore_cli.printing import clean, complain
 from flowstore_cli.stores import RootUrl
 from flowstore_core.distributions import installed_version
+from flowstore_core.platforms import require_posix
 
 DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
 
@@ -92,32 +93,29 @@ def flowstore(
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code; nothing but a signal ever escapes."""
-    prepare_streams()
     # A library's warnings, without a traceback's worth of decoration.
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     command = typer.main.get_command(app)
     try:
+        require_posix("the command line")
         if completion.VARIABLE in os.environ:
             # A warning would appear in the command line that the user is typing.
             logging.disable()
             command(prog_name="flowstore")
-        # Not by calling the app: it has ends of its own for a broken pipe and an interrupt.
+        # Not by calling the app, which handles a broken pipe and an interrupt in its own way.
         with command.make_context("flowstore", list(arguments)) as context:
             command.invoke(context)
-        sys.stdout.flush()
     except typer.Exit as leaving:
-        return _flushed(leaving.exit_code)
+        return leaving.exit_code
     except SystemExit as leaving:
         # How typer ends after all that concerns completion.
-        return _flushed(leaving.code if isinstance(leaving.code, int) else SUCCESS)
+        return leaving.code if isinstance(leaving.code, int) else SUCCESS
     except UsageProblem as error:
         place = getattr(error, "ctx", None)
         name = place.command_path if place else "flowstore"
         return complain(f"{error.format_message()} ({name} --help tells more)", USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        return _leave_quietly()
     except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
         if explained := explain(error):
             return complain(*explained, getattr(error, "details", ()))
@@ -138,18 +136,3 @@ def _frames(error: BaseException) -> Iterator[str]:
     yield "Traceback (most recent call last):\n"
     yield from traceback.format_tb(error.__traceback__)
     yield f"{type(error).__name__}\n"
-
-
-def _flushed(code: int) -> int:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _leave_quietly()
-    return code
-
-
-def _leave_quietly() -> int:
-    """Whoever read our output has had enough of it."""
-    # The interpreter flushes once more when it ends; there must be something to flush to.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return SUCCESS

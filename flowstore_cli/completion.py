@@ -65,7 +65,7 @@ def complete_flow(context: typer.Context, incomplete: str) -> Offers:
 def _newest_runs(context: typer.Context, take: int) -> Sequence[FlowRunRecord]:
     async def read() -> Sequence[FlowRunRecord]:
         async with asyncio.timeout(TIMEOUT):
-            async with existing_store(context.params.get("url"), migrate=False) as store:
+            async with existing_store(context.params.get("url")) as store:
                 return await store.get_runs(take=take)
 
     try:

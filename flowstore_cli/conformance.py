@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
+from flowstore_cli.failures import NO, UNWRITTEN, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import clean, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
@@ -87,6 +87,7 @@ def conformance(
     1  it violates the contract, or could not be shown to keep it
     2  the suite could not run: wrong usage, a namespace that it refuses, or a store that
        is unavailable (for which other commands have 3)
+    4  it conforms, but the report or a file cannot be written
     """
     try:
         import flowstore_conformance as suite
@@ -130,13 +131,17 @@ def conformance(
         report = run(check())
     except StoreUnavailableError as error:
         raise Failure(explain_unavailable(error), USAGE) from error
-    try:
-        if programs is not None:
+    unwritten = []
+    if programs is not None:
+        try:
             report = suite.write_programs(report, programs)
-        for path, render in wanted:
+        except OSError as error:
+            unwritten.append(f"{error.filename or programs} cannot be written: {error.strerror}")
+    for path, render in wanted:
+        try:
             path.write_text(render(report), encoding="utf-8")
-    except OSError as error:
-        raise Failure(f"{error.filename} cannot be written: {error.strerror}", USAGE) from error
+        except OSError as error:
+            unwritten.append(f"{path} cannot be written: {error.strerror}")
     text = rendering.render_text(
         report,
         width=max(NARROWEST, min(shutil.get_terminal_size((100, 24)).columns, WIDEST)),
@@ -144,6 +149,8 @@ def conformance(
         unicode="utf" in (sys.stdout.encoding or "").lower(),
     )
     sys.stdout.write(text)
+    if unwritten:
+        raise Failure("; ".join(unwritten), UNWRITTEN if report.conforms else NO)
     if not report.conforms:
         raise typer.Exit(NO)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from flowstore_cli.stores import (
     run,
     schema_version,
     whereabouts,
+    with_url,
 )
 from flowstore_cli.symptoms import Examination, examine
 from flowstore_cli.words import in_words
@@ -33,7 +33,6 @@ from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreCon
 from flowstore_core.findings import SEVERITIES, Finding, Severity
 from flowstore_core.opening import resolve_store
 from flowstore_core.plugins import Plugin
-from flowstore_core.urls import redact
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
 
@@ -151,7 +150,7 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int
         report.findings += outdated
         if any(finding.blocks for finding in outdated):
             return report
-        async with existing_store(url, migrate=False) as store:
+        async with existing_store(url) as store:
             found: Examination = await examine(store, grace=grace, most=most)
     except FlowStoreError:
         if report.is_well:
@@ -254,11 +253,8 @@ def _print(report: Report, fixed: Sequence[str], url: str | None, *, fix: bool) 
 
 
 def _complete(remedy: str, url: str | None) -> str:
-    """Our own command with the store that the user named; what redact would hide is left to be filled in."""
-    if url is None or not re.search("(^|: )flowstore ", remedy):
-        return remedy
-    named = shlex.quote(url) if redact(url) == url else "URL"
-    return f"{remedy} --url {named}"
+    """A remedy that ends with a command of our own, for the store that the user named."""
+    return with_url(remedy, url) if re.search("(^|: )flowstore ", remedy) else remedy
 
 
 def _print_sum(report: Report, url: str | None, *, fix: bool) -> None:

@@ -28,11 +28,14 @@ NO = 1
 """The answer is no: not found, a conflict, a check that failed."""
 USAGE = 2
 UNAVAILABLE = 3
+UNWRITTEN = 4
+"""The command has done its work, but its output cannot be written."""
 INTERRUPTED = 130
 
 EXIT_CODES = """\
 Exit codes: 0 success; 1 the answer is no, a check failed, or not found;
-2 wrong usage or configuration; 3 the store is unavailable; 130 interrupted."""
+2 wrong usage or configuration; 3 the store is unavailable;
+4 the work is done, but the output cannot be written; 130 interrupted."""
 
 
 class Failure(Exception):  # noqa: N818 - the command's own way to end with a line and a code

@@ -12,7 +12,7 @@ from flowstore_cli.stores import (
     AsJson,
     Migratable,
     Url,
-    missing_driver,
+    migrate_schema,
     new_group,
     run,
     schema_version,
@@ -24,7 +24,8 @@ from flowstore_core.plugins import Plugin
 
 app = new_group(
     "Bring a store's schema up to date, or look at it.\n\n"
-    "Opening a store migrates it too, unless it is told not to."
+    "Of the other commands only replay migrates, and says so; an application does when it opens the "
+    "store, unless it opens it with migrate=False."
 )
 
 
@@ -44,7 +45,7 @@ def up(url: Url = None, as_json: AsJson = False) -> None:
     if backend is None:
         _needs_none(plugin.name, as_json, {"before": None, "version": None})
         return
-    before, version = run(_migrate(plugin, backend, config))
+    before, version = run(migrate_schema(plugin, backend, config))
     if as_json:
         print_json({"backend": plugin.name, "before": before, "version": version})
     elif before == version:
@@ -117,14 +118,6 @@ def sql(
 def _resolve(url: str | None) -> tuple[Plugin, Migratable | None, StoreConfig]:
     plugin, backend, config = resolve_store(url)
     return plugin, backend if isinstance(backend, Migratable) else None, config
-
-
-async def _migrate(plugin: Plugin, backend: Migratable, config: StoreConfig) -> tuple[int, int]:
-    before = await schema_version(plugin, backend, config)
-    try:
-        return before, await backend.migrate(config)
-    except ModuleNotFoundError as error:
-        raise missing_driver(plugin, error) from error
 
 
 def _needs_none(name: str, as_json: bool, answer: dict[str, object] | None) -> None:

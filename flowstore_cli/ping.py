@@ -15,7 +15,6 @@ from flowstore_cli.stores import (
     AsJson,
     Describable,
     Migratable,
-    NoMigrate,
     Url,
     drivers,
     existing_store,
@@ -31,7 +30,6 @@ def ping(
     url: Url = None,
     times: Annotated[int, typer.Option("--times", "-n", min=1, max=1000, help="How often to ask.")] = 5,
     as_json: AsJson = False,
-    no_migrate: NoMigrate = False,
 ) -> None:
     """Say what the store is and how fast it answers.
 
@@ -45,7 +43,7 @@ def ping(
     level, capabilities, details (what the backend says of it, such as how it searches), round_trip_ms
     (min, median, max).
     """
-    facts = run(_ping(url, times, migrate=not no_migrate))
+    facts = run(_ping(url, times))
     if as_json:
         print_json(facts)
         return
@@ -67,9 +65,9 @@ def ping(
     print_form(new_console(), ((name, cell(value)) for name, value in for_people))
 
 
-async def _ping(url: str | None, times: int, *, migrate: bool) -> dict[str, Any]:
-    plugin, backend, config = resolve_store(url, migrate=migrate)
-    async with existing_store(url, migrate=migrate) as store:
+async def _ping(url: str | None, times: int) -> dict[str, Any]:
+    plugin, backend, config = resolve_store(url, migrate=False)
+    async with existing_store(url) as store:
         taken = []
         for _ in range(times):
             began = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -34,20 +33,6 @@ SHORT_ID = 8
 """Digits of a short run id."""
 
 
-def prepare_streams() -> None:
-    """A character that the terminal cannot show must not end the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-class Outlet(Console):
-    """A console that leaves a broken pipe to whoever ends the command."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def on_terminal() -> bool:
     return sys.stdout.isatty()
 
@@ -58,7 +43,7 @@ def new_console() -> Console:
     Colours only on a terminal, and none where NO_COLOR is set. Without a terminal no line is folded or cut.
     """
     width = None if on_terminal() else UNLIMITED
-    return Outlet(highlight=False, markup=False, emoji=False, width=width)
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def complain(message: str, code: int, details: Iterable[str] = ()) -> int:

@@ -24,8 +24,19 @@ from flowstore_cli.printing import (
     unfolded,
 )
 from flowstore_cli.screens import Moving, Plain, Quiet, Screen
-from flowstore_cli.stores import AsJson, NoMigrate, Url, run, whereabouts
+from flowstore_cli.stores import (
+    AsJson,
+    Migratable,
+    NoMigrate,
+    Url,
+    migrate_schema,
+    run,
+    schema_version,
+    whereabouts,
+)
+from flowstore_core import StoreConfig
 from flowstore_core.opening import resolve_store
+from flowstore_core.plugins import Plugin
 from flowstore_core.urls import redact
 from flowstore_replay import Options, Replay, Summary, load_workflow, shipped_workflow
 
@@ -115,11 +126,13 @@ def replay(
         timeout=timeout,
         key=key,
     )
-    _, _, config = resolve_store(url)
+    plugin, backend, config = resolve_store(url, migrate=not no_migrate)
     place = whereabouts(config)
     console = new_console()
     screen: Screen = Quiet() if as_json else Moving(console) if console.is_terminal else Plain()
-    one = Replay(recorded, options, screen, url=url, migrate=not no_migrate)
+    one = Replay(recorded, options, screen, url=url, migrate=config.migrate)
+    if config.migrate and isinstance(backend, Migratable):
+        run(_migrate(plugin, backend, config, place))
     if not as_json:
         size = f"{count(runs, 'run')} of {count(len(recorded.tasks), 'step')}"
         say(f"replaying {recorded.name!r}: {size}, {count(workers, 'worker')}, {speed:g} times as fast")
@@ -130,13 +143,28 @@ def replay(
     except KeyboardInterrupt:
         if one.run_ids:
             again = _again(workflow, options, one.key, url)
-            sys.stderr.write(f"the runs stay in the store; go on with them: {again}\n")
+            _tell(f"the runs stay in the store; go on with them: {again}")
         raise
     if as_json:
         print_json(_document(summary, one, place, screen.notes))
     else:
         _print_summary(console, summary, one)
     raise typer.Exit(SUCCESS if summary.ok else NO)
+
+
+async def _migrate(plugin: Plugin, backend: Migratable, config: StoreConfig, place: str) -> None:
+    latest = max((number for number, _, _ in backend.migrations(config)), default=0)
+    if await schema_version(plugin, backend, config) >= latest:
+        return
+    before, version = await migrate_schema(plugin, backend, config)
+    if before:
+        _tell(f"migrated the schema of {place} from version {before} to {version}")
+    else:
+        _tell(f"created the schema of {place}, version {version}")
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{clean(text)}\n")
 
 
 def _again(workflow: Path | None, options: Options, key: str, url: str | None) -> str:

@@ -45,7 +45,7 @@ def cleanup(
 
 
 async def _cleanup(url: str | None, cutoff: datetime, dry_run: bool) -> int:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         return await count_completed(store, cutoff) if dry_run else await store.cleanup(cutoff)
 
 

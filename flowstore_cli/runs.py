@@ -145,7 +145,7 @@ async def _page(
     take: int,
     search: str | None,
 ) -> RunPage:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         flow_id = None if flow is None else await find_flow(store, flow)
         return await store.get_runs_page(
             flow_id, status=wanted, after=after, skip=skip, take=take, search=search
@@ -182,7 +182,7 @@ def show(
 
 
 async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         run_id = await find_run(store, reference)
         detail = await store.get_run_detail(run_id)
         if detail is None:
@@ -409,7 +409,7 @@ async def _retry(
     reset: list[str],
     reset_skipped: bool,
 ) -> dict[str, Any]:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         run_id = await find_run(store, reference)
         if reset_skipped:
             statuses = await store.get_step_statuses(run_id)
@@ -461,7 +461,7 @@ def cancel(
 
 
 async def _cancel(url: str | None, reference: RunId, reason: str | None) -> tuple[UUID, bool, Any]:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         run_id = await find_run(store, reference)
         state = await store.get_run_status(run_id)
         if state is None:

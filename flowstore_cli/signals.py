@@ -75,7 +75,7 @@ async def _deliver(
     delivery_id: str | None,
 ) -> tuple[UUID, SignalDeliveryResult, RunStatus | None, str]:
     """The run, the result and, if no waiter matched, the run's status and a suggestion."""
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         run_id = await find_run(store, reference)
         result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id)
         if result.status is not SignalDeliveryStatus.NOT_FOUND:

@@ -30,5 +30,5 @@ def stats(url: Url = None, as_json: AsJson = False) -> None:
 
 
 async def _stats(url: str | None) -> DashboardStatistics:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         return await store.get_statistics()

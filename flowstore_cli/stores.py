@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import typer
 
 from flowstore_cli.failures import USAGE, Failure
-from flowstore_core import BackendLoadError, FlowStore, StoreConfig, open_store
+from flowstore_core import BackendLoadError, FlowStore, SchemaVersionError, StoreConfig, open_store
 from flowstore_core.arguments import MAX_TEXT_BYTES
 from flowstore_core.findings import Finding
 from flowstore_core.opening import resolve_store
@@ -127,26 +128,57 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return await work
 
+    # Ctrl-C waits until the loop is complete: it would leave half a loop, and warnings about it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return asyncio.run(supervised())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        work.close()
 
 
 @asynccontextmanager
-async def existing_store(url: str | None, *, migrate: bool) -> AsyncIterator[FlowStore]:
-    """Open a store that is there already: a command that only looks must not make one."""
-    plugin, backend, config = resolve_store(url, migrate=migrate)
-    if isinstance(backend, Migratable) and not await schema_version(plugin, backend, config):
-        raise Failure(
-            f"there is no flowstore schema at {whereabouts(config)}; check --url, or make one with: "
-            "flowstore migrate up",
-            USAGE,
-        )
-    async with open_store(url, migrate=migrate) as store:
+async def existing_store(url: str | None) -> AsyncIterator[FlowStore]:
+    """Open a store as it is: neither it nor its schema is created or migrated.
+
+    Raises Failure, with the command that does it, where there is no schema or an older one.
+    """
+    _, _, config = resolve_store(url, migrate=False)
+    async with AsyncExitStack() as stack:
+        try:
+            store = await stack.enter_async_context(open_store(url, migrate=False))
+        except SchemaVersionError as error:
+            if error.found >= error.needed:
+                raise
+            problem = (
+                f"the schema at {whereabouts(config)} has version {error.found}, this flowstore works on "
+                f"{error.needed}; bring it up to date with"
+                if error.found
+                else f"there is no flowstore schema at {whereabouts(config)}; check --url, or create one with"
+            )
+            raise Failure(f"{problem}: {with_url('flowstore migrate up', url)}", USAGE) from error
         yield store
+
+
+async def migrate_schema(plugin: Plugin, backend: Migratable, config: StoreConfig) -> tuple[int, int]:
+    """Apply the missing migrations; the versions before and after."""
+    before = await schema_version(plugin, backend, config)
+    try:
+        return before, await backend.migrate(config)
+    except ModuleNotFoundError as error:
+        raise missing_driver(plugin, error) from error
+
+
+def with_url(command: str, url: str | None) -> str:
+    """A command line of our own for the store that the user named; URL stands for one with secrets."""
+    if url is None:
+        return command
+    return f"{command} --url {shlex.quote(url) if redact(url) == url else 'URL'}"
 
 
 async def schema_version(plugin: Plugin, backend: Migratable, config: StoreConfig) -> int:
@@ -178,5 +210,16 @@ def drivers(source: object) -> tuple[str, ...]:
 
 
 def read_stdin() -> str:
-    """All of standard input, or enough of it to be refused as too long."""
-    return sys.stdin.read(MAX_TEXT_BYTES + 1)
+    """All of standard input as text. Raises Failure where it is empty, too long or not UTF-8."""
+    try:
+        data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise Failure(f"standard input cannot be read: {error.strerror}", USAGE) from error
+    if not data:
+        raise Failure("standard input is empty or closed; pipe the text into it", USAGE)
+    if len(data) > MAX_TEXT_BYTES:
+        raise Failure(f"standard input must have at most {MAX_TEXT_BYTES:,} bytes", USAGE)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Failure(f"standard input must be UTF-8, and its byte {error.start:,} is not", USAGE) from error

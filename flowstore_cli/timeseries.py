@@ -82,7 +82,7 @@ async def _timeseries(
     until: datetime,
     flow: str | None,
 ) -> Sequence[RunTimeseriesBucket]:
-    async with existing_store(url, migrate=False) as store:
+    async with existing_store(url) as store:
         flow_id = None if flow is None else await find_flow(store, flow)
         try:
             return await store.get_run_timeseries(granularity, since, until, flow_id)

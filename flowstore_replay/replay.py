@@ -23,6 +23,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.platforms import require_posix
 from flowstore_core.urls import redact
 from flowstore_replay.crew import Crew, Worker
 from flowstore_replay.engine import TAKEN_OVER
@@ -139,6 +140,7 @@ class Replay:
         workers and leaves the runs as they are: the same key goes on with them.
         """
         options = self._options
+        require_posix("a replay")
         async with open_store(self._url, migrate=self._migrate) as store:
             _check_capabilities(store)
             await self._trigger(store)

@@ -10,6 +10,7 @@ from enum import Enum
 from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
+from flowstore_core.platforms import require_posix
 from flowstore_core.urls import parse_url
 
 # Held while a new file is made. Closing any descriptor of a file drops the locks that this process
@@ -36,6 +37,8 @@ class Access(Enum):
 
 def read_location(url: str) -> str:
     """The absolute path that a URL names. Raises ConfigurationError."""
+    # Permissions, locks and the refusal of links are those of POSIX.
+    require_posix("the SQLite backend")
     parts = parse_url(url)
     if parts.hosts or parts.user or parts.password:
         raise ConfigurationError(

@@ -19,6 +19,7 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
+from flowstore_core.platforms import require_posix
 from flowstore_core.urls import redact
 
 
@@ -78,6 +79,7 @@ async def guard(backend: Backend, url: str) -> GuardedBackend:
     Raises Refused, a ConfigurationError, when it is not a fresh and empty one, or when that cannot be
     seen; StoreUnavailableError and ConfigurationError as the backend raises them.
     """
+    require_posix("the conformance suite")
     guarded = GuardedBackend(backend, url)
     try:
         async with guarded.scratch(url) as fresh, open_store(fresh) as store:

@@ -1,0 +1,81 @@
+"""Install flowstore with every direct dependency at its lower bound, and run tests in that environment.
+
+The bounds are those of pyproject.toml, for the build and for every extra. pip chooses the versions of
+indirect dependencies, as it would for a user who pins the direct ones.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+EXTRA = "test"
+TESTS = (
+    "tests/core",
+    "tests/test_cli.py",
+    "tests/test_conformance_builtins.py",
+    "tests/test_conformance_cli.py",
+    "tests/test_conformance_pytest.py",
+    "tests/test_memory.py",
+    "tests/test_opening.py",
+    "tests/test_otel.py",
+)
+
+
+def lower_bounds(pyproject: dict[str, Any]) -> dict[str, str]:
+    """The lower bound of each direct dependency, by name.
+
+    Raises ValueError for a dependency without one, and for one with different bounds in two places.
+    """
+    bounds: dict[str, str] = {}
+    for requirement in _requirements(pyproject):
+        name = canonicalize_name(requirement.name)
+        if name == pyproject["project"]["name"]:
+            continue
+        found = [one.version for one in requirement.specifier if one.operator == ">="]
+        if len(found) != 1:
+            raise ValueError(f"{requirement} has no lower bound; write it as name>=version")
+        if bounds.setdefault(name, found[0]) != found[0]:
+            raise ValueError(f"{name} has two lower bounds: {bounds[name]} and {found[0]}")
+    return bounds
+
+
+def _requirements(pyproject: dict[str, Any]) -> Iterator[Requirement]:
+    project = pyproject["project"]
+    for requirements in (
+        pyproject["build-system"]["requires"],
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+    ):
+        yield from map(Requirement, requirements)
+
+
+def main() -> int:
+    pins = lower_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory(prefix="flowstore-lowest-") as folder:
+        constraints = Path(folder, "constraints.txt")
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
+        python = Path(folder, "venv", "bin", "python")
+        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+        # In the environment, so that they hold for the build too.
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[{EXTRA}]"],
+            env={**os.environ, "PIP_CONSTRAINT": str(constraints), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+            check=True,
+        )
+        subprocess.run([python, "-m", "pip", "check"], check=True)
+        return subprocess.run([python, "-m", "pytest", *TESTS], cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
