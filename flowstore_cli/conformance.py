@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowstore_cli.failures import NO, USAGE, Failure
+from flowstore_cli.failures import INTERRUPTED, NO, SUCCESS, USAGE, Failure
 from flowstore_cli.printing import clean, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     # Imported by the command itself, so that all others work without the extra.
     from flowstore_conformance import CheckResult, Report
     from flowstore_conformance.checks.registry import Check
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 TICK = 0.2
 """Seconds between two looks of the live line."""
@@ -70,6 +75,14 @@ def conformance(
         Path | None,
         typer.Option(metavar="FILE", help="Known failures, in a TOML file.", show_default=False),
     ] = None,
+    check_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a check may take; a call may take half of that (default: 30 s).",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
@@ -87,6 +100,7 @@ def conformance(
     1  it violates the contract, or could not be shown to keep it
     2  the suite could not run: wrong usage, a namespace that it refuses, or a store that
        is unavailable (for which other commands have 3)
+    130  interrupted: the report of the checks that ran is written, marked as incomplete
     """
     try:
         import flowstore_conformance as suite
@@ -115,15 +129,17 @@ def conformance(
     progress = Progress(live=sys.stderr.isatty())
 
     async def check() -> Report:
-        async with progress.shown():
+        async with progress.shown(), stopped_by_signals() as stop:
             return await suite.run_suite(
                 url,
                 profile=profile,
                 clauses=clause or (),
                 seed=seed,
                 waivers=known,
+                check_timeout=check_timeout,
                 starting=progress.starting,
                 progress=progress.ended,
+                stop=stop,
             )
 
     try:
@@ -144,8 +160,41 @@ def conformance(
         unicode="utf" in (sys.stdout.encoding or "").lower(),
     )
     sys.stdout.write(text)
-    if not report.conforms:
-        raise typer.Exit(NO)
+    code = INTERRUPTED if report.incomplete else SUCCESS if report.conforms else NO
+    if report.left_behind or any(one.failure.hung for one in report.failures if one.failure is not None):
+        leave_threads(code)
+    if code:
+        raise typer.Exit(code)
+
+
+@contextlib.asynccontextmanager
+async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the command at once."""
+    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    assert task is not None
+
+    def interrupt() -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            _say("interrupted: dropping the scratch namespaces, then writing the report of what ran")
+            stop.set()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, interrupt)
+    try:
+        yield stop
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def leave_threads(code: int) -> None:
+    """End the process if a thread of the backend still hangs: the interpreter would wait for it for ever."""
+    if threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Progress:
