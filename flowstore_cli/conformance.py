@@ -10,14 +10,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowstore_cli.failures import INTERRUPTED, NO, SUCCESS, USAGE, Failure
-from flowstore_cli.printing import clean, new_console, span
+from flowstore_cli.printing import clean, complain, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
 from flowstore_core.config import redact
@@ -31,6 +31,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 TICK = 0.2
 """Seconds between two looks of the live line."""
+
+THREAD_SECONDS = 2.0
+"""How long threads may take to end after the run."""
 
 NARROWEST, WIDEST = 60, 120
 """Columns of the printed report."""
@@ -142,10 +145,17 @@ def conformance(
                 stop=stop,
             )
 
+    before = threading.enumerate()
     try:
         report = run(check())
+    except KeyboardInterrupt:
+        leave_threads(before, INTERRUPTED, "interrupted")
+        raise
     except StoreUnavailableError as error:
         raise Failure(f"{error}; check that the server runs and that the URL is right", USAGE) from error
+    except ConfigurationError as error:
+        leave_threads(before, USAGE, str(error))
+        raise
     try:
         if programs is not None:
             report = suite.write_programs(report, programs)
@@ -161,8 +171,7 @@ def conformance(
     )
     sys.stdout.write(text)
     code = INTERRUPTED if report.incomplete else SUCCESS if report.conforms else NO
-    if report.left_behind or any(one.failure.hung for one in report.failures if one.failure is not None):
-        leave_threads(code)
+    leave_threads(before, code)
     if code:
         raise typer.Exit(code)
 
@@ -189,9 +198,14 @@ async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-def leave_threads(code: int) -> None:
-    """End the process if a thread of the backend still hangs: the interpreter would wait for it for ever."""
-    if threading.active_count() > 1:
+def leave_threads(before: Collection[threading.Thread], code: int, message: str = "") -> None:
+    """End the process if a thread of the backend hangs: the interpreter would wait for it for ever."""
+    until = time.monotonic() + THREAD_SECONDS
+    for one in set(threading.enumerate()).difference(before):
+        one.join(max(until - time.monotonic(), 0.0))
+    if set(threading.enumerate()).difference(before):
+        if message:
+            complain(message, code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -67,7 +67,7 @@ def _compare(store: Any, name: str, capability: Capability | None) -> Iterator[S
             certain=certain,
         )
 
-    right = f"define it as: async def {name}({', '.join(_shown(wanted))})"
+    right = f"core passes everything by keyword; define it as: async def {name}({', '.join(_shown(wanted))})"
     if method is None:
         because = f", which the declared capability {capability} needs" if capability else ""
         yield finding(f"is missing{because}", right, missing=True)
@@ -79,8 +79,9 @@ def _compare(store: Any, name: str, capability: Capability | None) -> Iterator[S
         given = inspect.signature(method).parameters
     except (TypeError, ValueError):
         return  # Written in C, for example: only a call can tell.
-    yield from (finding(problem, right) for problem in _problems(wanted, given))
-    if not _may_be_awaited(method):
+    if problems := list(_problems(wanted, given)):
+        yield finding(", ".join(problems), right)
+    elif not _may_be_awaited(method):
         yield finding("is not a coroutine function", f"write async def {name}", certain=False)
 
 
@@ -96,7 +97,7 @@ def _problems(wanted: list[Parameter], given: Any) -> Iterator[str]:
     surplus = [name for name in named if name not in names]
     for one in wanted:
         if one.name in positional:
-            yield f"takes the parameter `{one.name}` by position only; core passes it by keyword"
+            yield f"takes the parameter `{one.name}` by position only"
         elif one.name not in named and not takes_any:
             other = _renamed(one.name, names, named, surplus)
             if other is None:
