@@ -178,7 +178,7 @@ def conformance(
 
 @contextlib.asynccontextmanager
 async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the command at once."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the command without a report."""
     loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
     assert task is not None
 

@@ -381,7 +381,11 @@ async def test_processes_race(tmp_path: Any) -> None:
     assert (result.status, result.failure, result.reason) == (Status.PASS, None, None)
 
 
-@pytest.mark.parametrize("theme", [one for one in THEMES if one.name not in ("keys", "triggers")], ids=str)
+@pytest.mark.parametrize(
+    "theme",
+    [one for one in THEMES if one.name not in ("keys", "triggers")],
+    ids=lambda one: one.name,
+)
 @pytest.mark.parametrize("capabilities", [frozenset(Capability), frozenset()], ids=["full", "base"])
 def test_a_race_ends_with_a_look_at_all_state_of_its_run(
     theme: Theme, capabilities: frozenset[Capability]

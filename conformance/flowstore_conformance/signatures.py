@@ -25,6 +25,7 @@ class SignatureFinding:
     """The module of core that declares it, such as ``claims``."""
     problem: str
     remedy: str
+    """A definition that core can call."""
     place: str | None = None
     """Where the backend defines it."""
     capability: str | None = None
@@ -67,7 +68,7 @@ def _compare(store: Any, name: str, capability: Capability | None) -> Iterator[S
             certain=certain,
         )
 
-    right = f"core passes everything by keyword; define it as: async def {name}({', '.join(_shown(wanted))})"
+    right = f"async def {name}({', '.join(_shown(wanted))})"
     if method is None:
         because = f", which the declared capability {capability} needs" if capability else ""
         yield finding(f"is missing{because}", right, missing=True)
@@ -82,7 +83,7 @@ def _compare(store: Any, name: str, capability: Capability | None) -> Iterator[S
     if problems := list(_problems(wanted, given)):
         yield finding(", ".join(problems), right)
     elif not _may_be_awaited(method):
-        yield finding("is not a coroutine function", f"write async def {name}", certain=False)
+        yield finding("is not a coroutine function", right, certain=False)
 
 
 def _problems(wanted: list[Parameter], given: Any) -> Iterator[str]:

@@ -245,12 +245,19 @@ async def look(
     supervisor: Supervisor, backend: Backend, url: str, *, stop: asyncio.Event | None = None
 ) -> GuardedBackend:
     """Look into a backend (see guard); ConfigurationError when it does not answer."""
-
     guarded = GuardedBackend(backend, url)
 
     async def job() -> GuardedBackend:
-        async with supervisor.watchdog.over():
-            return await guard(guarded, url)
+        try:
+            async with supervisor.watchdog.over():
+                return await guard(guarded, url)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            because = "CancelledError surfaced"
+            raise Refused(
+                f"refused: whether the scratch namespace is empty cannot be seen, because {because}"
+            ) from None
 
     try:
         return await supervisor.run(job, stop=stop)
@@ -450,6 +457,9 @@ async def _give_up(shared: SharedNamespace, dog: Watchdog) -> None:
     try:
         async with dog.over():
             await shared.give_up()
+    except asyncio.CancelledError:
+        if _is_cancelled():
+            raise
     except Exception as error:  # noqa: BLE001
         _raise_refusal(error)
 
@@ -478,7 +488,7 @@ async def _outcome(
     try:
         with watch_callbacks() as surfaced:
             async with (
-                dog.over(),
+                dog.over(patience=4.0**look),
                 make_bench(url, backend, profile, own_seed, 4.0**look, dog.limits.call) as bench,
             ):
                 made = bench

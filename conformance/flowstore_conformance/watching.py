@@ -139,12 +139,15 @@ class Watchdog:
         self._left_over: WeakSet[asyncio.Task[Any]] = WeakSet()
 
     @asynccontextmanager
-    async def over(self) -> AsyncIterator[None]:
-        """Watch what runs in the context; raises Hung when a call in it, or all of it, takes too long."""
+    async def over(self, *, patience: float = 1.0) -> AsyncIterator[None]:
+        """Watch what runs in the context; raises Hung when a call in it, or all of it, takes too long.
+
+        ``patience`` multiplies the limit for all of it.
+        """
         task = asyncio.current_task()
         assert task is not None
         before = asyncio.all_tasks()
-        round_ = _Round(self, task)
+        round_ = _Round(self, task, self.limits.check * patience)
         self.hang, self.stuck = None, False
         try:
             yield
@@ -191,8 +194,9 @@ class Watchdog:
 class _Round:
     """The watch over one check."""
 
-    def __init__(self, dog: Watchdog, task: asyncio.Task[Any]) -> None:
+    def __init__(self, dog: Watchdog, task: asyncio.Task[Any], limit: float) -> None:
         self._dog = dog
+        self._limit = limit
         self._task = task
         self._loop = asyncio.get_running_loop()
         self._ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
@@ -232,8 +236,8 @@ class _Round:
         if pending and ages[pending[0].owner] >= (limit := self._dog.limit_of(pending[0].operation)):
             self._dog.hang = describe_call(pending, limit, known=pending[0].operation in self._dog.known)
             self._cancel()
-        elif self._spent >= self._dog.limits.check:
-            self._dog.hang = describe_check(self._task, pending, self._dog.limits.check)
+        elif self._spent >= self._limit:
+            self._dog.hang = describe_check(self._task, pending, self._limit)
             self._cancel()
 
     def _cancel(self) -> None:

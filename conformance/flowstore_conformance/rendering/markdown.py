@@ -86,8 +86,8 @@ def _cause(report: Report, cause: Cause) -> Iterator[str]:
     yield ""
     if (finding := cause.finding) is not None:
         defined = f" Defined at `{finding.place}`." if finding.place else ""
-        yield f"{_text(finding.noun + '.' + finding.method)} {_text(finding.problem)}.{defined} Remedy:"
-        yield _fenced(finding.remedy, "text")
+        yield f"{_text(finding.noun + '.' + finding.method)} {_text(finding.problem)}.{defined} Define it as:"
+        yield _fenced(finding.remedy, "python")
     if cause.lead is not None:
         yield from _failure(report, cause.lead)
     if cause.others:

@@ -175,7 +175,8 @@ def _failures(report: Report) -> Iterator[str]:
         return
     checks = sum(len(one.results) for one in causes)
     yield '<section class="failures">\n<h2>Probable causes '
-    yield f'<span class="count">{len(causes)} of {checks} checks that did not pass</span></h2>\n'
+    behind = f"behind {checks} checks that did not pass"
+    yield f'<span class="count">{len(causes)}</span> <span class="note">{behind}</span></h2>\n'
     for number, cause in enumerate(causes, 1):
         yield from _cause(report, cause, number)
     yield "</section>\n"
@@ -189,7 +190,7 @@ def _cause(report: Report, cause: Cause, number: int) -> Iterator[str]:
         if finding.place is not None:
             yield f'<div><dt>defined</dt><dd class="mono">{escape(finding.place)}</dd></div>'
         yield f"<div><dt>problem</dt><dd>{escape(finding.problem)}</dd></div></dl>\n"
-        yield _code("Remedy", finding.remedy)
+        yield _code("Define it as", finding.remedy)
         yield "</div></div>\n"
     if cause.lead is not None:
         yield from _failure(report, cause.lead)

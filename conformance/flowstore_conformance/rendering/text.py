@@ -95,7 +95,7 @@ def finding_lines(finding: SignatureFinding) -> Iterator[str]:
     yield f"  found     {legible(finding.problem)}"
     if finding.place is not None:
         yield f"  defined   {legible(finding.place)}"
-    yield f"  remedy    {legible(finding.remedy)}"
+    yield f"  remedy    define it as {legible(finding.remedy)}"
 
 
 def _waivers(report: Report) -> Iterator[str]:
