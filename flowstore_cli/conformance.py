@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowstore_cli.failures import NO, UNWRITTEN, USAGE, Failure, explain_unavailable
-from flowstore_cli.printing import clean, new_console, span
+from flowstore_cli.failures import (
+    INTERRUPTED,
+    NO,
+    SUCCESS,
+    UNWRITTEN,
+    USAGE,
+    Failure,
+    explain_unavailable,
+)
+from flowstore_cli.printing import clean, complain, new_console, span
 from flowstore_cli.stores import run
 from flowstore_core import ConfigurationError, StoreUnavailableError
 from flowstore_core.urls import redact
@@ -24,8 +35,13 @@ if TYPE_CHECKING:
     from flowstore_conformance import CheckResult, Report
     from flowstore_conformance.checks.registry import Check
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 TICK = 0.2
 """Seconds between two looks of the live line."""
+
+THREAD_SECONDS = 2.0
+"""How long threads may take to end after the run."""
 
 NARROWEST, WIDEST = 60, 120
 """Columns of the printed report."""
@@ -70,6 +86,14 @@ def conformance(
         Path | None,
         typer.Option(metavar="FILE", help="Known failures, in a TOML file.", show_default=False),
     ] = None,
+    check_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a check may take; a call may take half of that (default: 30 s).",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
@@ -88,6 +112,7 @@ def conformance(
     2  the suite could not run: wrong usage, a namespace that it refuses, or a store that
        is unavailable (for which other commands have 3)
     4  it conforms, but the report or a file cannot be written
+    130  interrupted: the report of the checks that ran is written, marked as incomplete
     """
     try:
         import flowstore_conformance as suite
@@ -116,21 +141,30 @@ def conformance(
     progress = Progress(live=sys.stderr.isatty())
 
     async def check() -> Report:
-        async with progress.shown():
+        async with progress.shown(), stopped_by_signals() as stop:
             return await suite.run_suite(
                 url,
                 profile=profile,
                 clauses=clause or (),
                 seed=seed,
                 waivers=known,
+                check_timeout=check_timeout,
                 starting=progress.starting,
                 progress=progress.ended,
+                stop=stop,
             )
 
+    before = threading.enumerate()
     try:
         report = run(check())
+    except KeyboardInterrupt:
+        leave_threads(before, INTERRUPTED, "interrupted")
+        raise
     except StoreUnavailableError as error:
         raise Failure(explain_unavailable(error), USAGE) from error
+    except ConfigurationError as error:
+        leave_threads(before, USAGE, str(error))
+        raise
     unwritten = []
     if programs is not None:
         try:
@@ -150,9 +184,49 @@ def conformance(
     )
     sys.stdout.write(text)
     if unwritten:
-        raise Failure("; ".join(unwritten), UNWRITTEN if report.conforms else NO)
-    if not report.conforms:
-        raise typer.Exit(NO)
+        code, message = UNWRITTEN if report.conforms else NO, "; ".join(unwritten)
+        code = INTERRUPTED if report.incomplete else code
+        leave_threads(before, code, message)
+        raise Failure(message, code)
+    code = INTERRUPTED if report.incomplete else SUCCESS if report.conforms else NO
+    leave_threads(before, code)
+    if code:
+        raise typer.Exit(code)
+
+
+@contextlib.asynccontextmanager
+async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the command without a report."""
+    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    assert task is not None
+
+    def interrupt() -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            _say("interrupted: dropping the scratch namespaces, then writing the report of what ran")
+            stop.set()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, interrupt)
+    try:
+        yield stop
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def leave_threads(before: Collection[threading.Thread], code: int, message: str = "") -> None:
+    """End the process if a thread of the backend hangs: the interpreter would wait for it for ever."""
+    until = time.monotonic() + THREAD_SECONDS
+    for one in set(threading.enumerate()).difference(before):
+        one.join(max(until - time.monotonic(), 0.0))
+    if set(threading.enumerate()).difference(before):
+        if message:
+            complain(message, code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,10 +21,17 @@ from flowstore_conformance.programs import replay_on_memory
 from flowstore_conformance.racing import Done, Job, Race, Run, StoreRunner
 from flowstore_conformance.report import CheckResult, Status
 from flowstore_conformance.suite import run_check
-from flowstore_conformance.themes import THEMES
+from flowstore_conformance.themes import THEMES, Drawing, Theme
 from flowstore_conformance.wire import pack_done, pack_job, read_line, unpack_done, unpack_job, write_line
 
-from flowstore_core import RunStatus, SignalDeliveryResult, SignalDeliveryStatus, StepStatus, open_store
+from flowstore_core import (
+    Capability,
+    RunStatus,
+    SignalDeliveryResult,
+    SignalDeliveryStatus,
+    StepStatus,
+    open_store,
+)
 from flowstore_core.plugins import find_backend
 from flowstore_memory.store import SharedStore
 
@@ -371,3 +379,21 @@ async def test_processes_race(tmp_path: Any) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
     result = await run_check(CHECKS["keys_by_processes"], url, find_backend("sqlite")[1], Profile.QUICK, 4)
     assert (result.status, result.failure, result.reason) == (Status.PASS, None, None)
+
+
+@pytest.mark.parametrize(
+    "theme",
+    [one for one in THEMES if one.name not in ("keys", "triggers")],
+    ids=lambda one: one.name,
+)
+@pytest.mark.parametrize("capabilities", [frozenset(Capability), frozenset()], ids=["full", "base"])
+def test_a_race_ends_with_a_look_at_all_state_of_its_run(
+    theme: Theme, capabilities: frozenset[Capability]
+) -> None:
+    if not theme.needs <= capabilities:
+        pytest.skip("the theme needs more")
+    drawing = Drawing(random.Random(7), capabilities, datetime(2026, 1, 1, tzinfo=UTC))
+    looks = {call.method for call in theme.draw(drawing).final}
+    wanted = {"get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"}
+    extensions = {"get_waiters", "get_outputs", "get_run_events"}
+    assert looks >= wanted | (extensions if capabilities else {"get_waiter"})

@@ -114,6 +114,8 @@ class Bench:
     random: random.Random
     patience: float = 1.0
     """By how much longer than usual to go on, before a check is inconclusive."""
+    call_seconds: float = 30.0
+    """How long a call may take in a process of the check's."""
     lasting: Lasting | None = None
     """None in a namespace of the check's own."""
     exercised: int = 0
@@ -147,7 +149,8 @@ class Bench:
     async def fresh(self) -> AsyncIterator[Bench]:
         """A bench on another fresh namespace, for one example of many. Counts on this bench."""
         seed = self.random.getrandbits(64)
-        async with make_bench(self.base_url, self.backend, self.profile, seed, self.patience) as another:
+        more = (self.patience, self.call_seconds)
+        async with make_bench(self.base_url, self.backend, self.profile, seed, *more) as another:
             yield another
         self.exercised += max(another.exercised, 1)
 
@@ -192,7 +195,12 @@ class Bench:
 
 @asynccontextmanager
 async def make_bench(
-    base_url: str, backend: Backend, profile: Profile, seed: int, patience: float = 1.0
+    base_url: str,
+    backend: Backend,
+    profile: Profile,
+    seed: int,
+    patience: float = 1.0,
+    call_seconds: float = 30.0,
 ) -> AsyncIterator[Bench]:
     """A bench on a namespace that the backend makes afresh, and drops at the end."""
     clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
@@ -209,6 +217,7 @@ async def make_bench(
             clock=clock,
             random=random.Random(seed),
             patience=patience,
+            call_seconds=call_seconds,
             _stack=stack,
         )
 
@@ -219,8 +228,8 @@ class SharedNamespace:
     Making a namespace takes a database longer than most checks do.
     """
 
-    def __init__(self, base_url: str, backend: Backend, profile: Profile) -> None:
-        self._make = partial(make_bench, base_url, backend, profile, 0)
+    def __init__(self, base_url: str, backend: Backend, profile: Profile, call_seconds: float = 30.0) -> None:
+        self._make = partial(make_bench, base_url, backend, profile, 0, call_seconds=call_seconds)
         self._first: Bench | None = None
         self._stack = AsyncExitStack()
 

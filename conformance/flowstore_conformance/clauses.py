@@ -11,7 +11,7 @@ from flowstore_core import CRASH_SAFE, Capability
 class Level(StrEnum):
     """What a backend is granted when every clause that the level requires ran and passed."""
 
-    CORE = "core"
+    BASE = "base"
     CRASH_SAFE = "crash-safe"
     FULL = "full"
 
@@ -29,7 +29,7 @@ class Clause:
     def level(self) -> Level:
         """The lowest level that requires it."""
         if self.needs is None or self.needs is Capability.DURABLE:
-            return Level.CORE
+            return Level.BASE
         return Level.CRASH_SAFE if self.needs in CRASH_SAFE else Level.FULL
 
 

@@ -1,14 +1,17 @@
 """The process that the crash checks kill: it writes without end, and says what was acknowledged.
 
-``python -m flowstore_conformance.crash_child URL SEED WORKERS`` opens the store, says ``ready``, waits for
-a line on stdin, and then each worker makes the calls of its own script, run after run. For each call that
-returned it writes ``worker number`` in one line; one that raised it writes with the error's name behind it.
-The parent knows the scripts, so numbers are enough.
+``python -m flowstore_conformance.crash_child URL SEED WORKERS LIMIT`` opens the store, says ``ready``, waits
+for a line on stdin, and then each worker makes the calls of its own script, run after run. For each call that
+returned it writes ``worker number`` in one line; one that raised it writes with the error's name and trace
+behind it.
+The parent knows the scripts, so numbers are enough. When a call takes longer than LIMIT seconds it writes
+``hung`` with a description, and ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import sys
@@ -19,6 +22,8 @@ from uuid import UUID
 
 from flowstore_conformance.history import Call
 from flowstore_conformance.observation import ask
+from flowstore_conformance.traces import pack_error
+from flowstore_conformance.watching import Limits, watch_process
 from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
 
 FLOW_ID = UUID(int=0xC4A54)
@@ -92,12 +97,13 @@ async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
             await ask(store, call)
         except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
             what = type(error).__name__ if isinstance(error, FlowStoreError) else f"!{type(error).__name__}"
-            _say(f"{worker} {number} {what}")
+            _say(f"{worker} {number} {what} {json.dumps(pack_error(error))}")
             return
         _say(f"{worker} {number}")
 
 
-async def main(url: str, seed: int, workers: int) -> None:
+async def main(url: str, seed: int, workers: int, limit: float) -> None:
+    watch_process(Limits(limit, limit, limit), lambda hang: _say(f"hung {hang.packed()}"))
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(open_store(url))
@@ -114,4 +120,4 @@ async def main(url: str, seed: int, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))

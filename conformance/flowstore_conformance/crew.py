@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.bench import Bench, Inconclusive, Violation, VirtualClock
+from flowstore_conformance.children import start_module
 from flowstore_conformance.racing import Done, Job, Phase, Race, Run, Setting, assemble, phases_of
+from flowstore_conformance.watching import Hang, Hung
 from flowstore_conformance.wire import pack, pack_job, read_line, unpack_done, write_line
 
 START_SECONDS = 60.0
@@ -30,9 +30,15 @@ class Worker:
         self._process = process
         self._stdin = process.stdin
         self._stdout = process.stdout
+        self._owes = False
+        """Whether an answer is missing."""
 
     async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Say something and wait for the answer. Raises Inconclusive when the process has died."""
+        """Say something and wait for the answer.
+
+        Raises Hung when a call in the process does not end, and Inconclusive when the process has died.
+        """
+        self._owes = True
         try:
             self._stdin.write(write_line(message))
             await self._stdin.drain()
@@ -41,11 +47,17 @@ class Worker:
             line = b""
         if not line:
             raise Inconclusive("a worker process died; it told on stderr why")
-        return read_line(line)
+        self._owes = False
+        answer = read_line(line)
+        if "hung" in answer:
+            raise Hung(Hang.unpacked(answer["hung"]))
+        return answer
 
     async def end(self) -> None:
-        """Let it close its store and end; kill it when it does not."""
+        """Let it close its store and end; kill it when it does not, or is in the midst of something."""
         self._stdin.close()
+        if self._owes and self._process.returncode is None:
+            self._process.kill()
         try:
             async with asyncio.timeout(END_SECONDS):
                 await self._process.wait()
@@ -76,32 +88,20 @@ async def _open_crew(bench: Bench, count: int) -> AsyncIterator[ProcessRunner]:
     try:
         for _ in range(count):
             # One by one, so that those which were started end when another cannot be.
-            workers.append(await _spawn())  # noqa: PERF401
-        order = {"open": bench.url, "clock": bench.clock is not None}
-        async with asyncio.timeout(START_SECONDS):
-            answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+            workers.append(Worker(await start_module("flowstore_conformance.worker")))  # noqa: PERF401
+        order = {"open": bench.url, "clock": bench.clock is not None, "limit": bench.call_seconds}
+        try:
+            # A worker tells by itself which call hangs, so this limit is for the start of Python.
+            async with asyncio.timeout(START_SECONDS + bench.call_seconds):
+                answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+        except TimeoutError:
+            raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
         if refused := [answer["refused"] for answer in answers if "refused" in answer]:
             message = f"a process of its own could not open the store and read from it: {refused[0]}"
             raise Violation(message, clause="CON-6")
         yield ProcessRunner(workers, bench.clock)
     finally:
         await asyncio.gather(*(worker.end() for worker in workers))
-
-
-async def _spawn() -> Worker:
-    # The worker finds plugins where the harness found them, be it a folder that was put on sys.path.
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return Worker(
-        await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "flowstore_conformance.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            limit=1 << 26,
-        )
-    )
 
 
 class ProcessRunner:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import CodeType
 from typing import Any
 from uuid import uuid4
 
+from flowstore_conformance.signatures import SignatureFinding, compare
 from flowstore_core import (
     Backend,
     Capability,
@@ -17,9 +20,11 @@ from flowstore_core import (
     SchemaVersionError,
     StoreConfig,
     StoreUnavailableError,
-    open_store,
 )
+from flowstore_core.checked import CheckedStore
+from flowstore_core.opening import resolve_store
 from flowstore_core.platforms import require_posix
+from flowstore_core.plugins import explain_import
 from flowstore_core.urls import redact
 
 
@@ -43,7 +48,16 @@ class GuardedBackend:
         self.contract_version = backend.contract_version
         self._backend = backend
         self._url = url
+        self.findings: tuple[SignatureFinding, ...] = ()
+        """Methods that core cannot call."""
+        self.looked_into = False
+        """Whether a namespace was found to be empty, or no check can run anyway."""
         self._in_use: set[str] = set()
+
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """The namespaces that were made and not dropped yet, without secrets."""
+        return tuple(sorted(map(redact, self._in_use)))
 
     def __getattr__(self, name: str) -> Any:
         # The optional members of a backend, such as schema_version.
@@ -73,23 +87,24 @@ class GuardedBackend:
                 self._in_use.discard(fresh)
 
 
+SCRATCH: CodeType = inspect.unwrap(GuardedBackend.scratch).__code__
+"""By which a stack shows that a namespace is being made or dropped."""
+
+
 async def guard(backend: Backend, url: str) -> GuardedBackend:
     """Make a namespace once, see that it is empty, drop it, and return the backend with its guard.
+
+    First the methods of the backend's store are compared with the Protocol. A declared capability without
+    its methods keeps core from opening the store; then the namespace is not looked into, and no check runs.
 
     Raises Refused, a ConfigurationError, when it is not a fresh and empty one, or when that cannot be
     seen; StoreUnavailableError and ConfigurationError as the backend raises them.
     """
     require_posix("the conformance suite")
-    guarded = GuardedBackend(backend, url)
+    guarded = backend if isinstance(backend, GuardedBackend) else GuardedBackend(backend, url)
     try:
-        async with guarded.scratch(url) as fresh, open_store(fresh) as store:
-            # What a store can do may depend on the URL; from now on that counts.
-            guarded.capabilities = store.capabilities
-            if found := await _holds(store):
-                raise Refused(
-                    f"refused: the namespace that scratch() of backend {backend.name!r} made, "
-                    f"{redact(fresh)}, is not empty: {found}. Nothing was changed"
-                )
+        async with guarded.scratch(url) as fresh:
+            await _look_into(guarded, fresh)
     except NoNamespace as error:
         cause = error.__cause__
         if isinstance(cause, (ConfigurationError, StoreUnavailableError)):
@@ -104,12 +119,40 @@ async def guard(backend: Backend, url: str) -> GuardedBackend:
     return guarded
 
 
-async def _holds(store: FlowStore) -> str | None:
+async def _look_into(guarded: GuardedBackend, url: str) -> None:
+    """Open the backend's own store, below core's, and see what it lacks and what it holds."""
+    plugin, _, config = resolve_store(url)
+    async with AsyncExitStack() as stack:
+        try:
+            store = await stack.enter_async_context(guarded.open(config))
+        except ModuleNotFoundError as error:
+            raise explain_import(plugin.name, plugin.module, plugin.distribution, error) from error
+        # What a store can do may depend on the URL; from now on that counts.
+        guarded.capabilities = frozenset(getattr(store, "capabilities", guarded.capabilities))
+        guarded.findings = compare(store, guarded.capabilities)
+        if not any(one.missing and one.capability for one in guarded.findings):
+            checked = CheckedStore(store, guarded.name, guarded.capabilities, AsyncExitStack())
+            if found := await _holds(checked, guarded.findings):
+                raise Refused(
+                    f"refused: the namespace that scratch() of backend {guarded.name!r} made, "
+                    f"{redact(url)}, is not empty: {found}. Nothing was changed"
+                )
+        guarded.looked_into = True
+
+
+LOOK_INTO: CodeType = _look_into.__code__
+"""By which a stack shows that the store is being opened or closed."""
+
+
+async def _holds(store: FlowStore, findings: Sequence[SignatureFinding] = ()) -> str | None:
     """What a namespace holds, in words; None when it is empty.
 
-    Operations that the backend does not offer yet are passed over; one that lists runs must answer.
+    Operations that the backend does not offer yet, or not with the right signature, are passed over; one
+    that lists runs must answer.
     """
     unknown, seen = uuid4(), 0
+    wrong = {one.method: one for one in findings}
+    wrong |= {"get_statistics": wrong["get_runs_page"]} if "get_runs_page" in wrong else {}
     asks: tuple[tuple[bool, str, Callable[[], Awaitable[object]]], ...] = (
         (True, "get_runs", lambda: store.get_runs(take=1)),
         (True, "get_active_runs", lambda: store.get_active_runs(take=1)),
@@ -126,6 +169,8 @@ async def _holds(store: FlowStore) -> str | None:
         ),
     )
     for lists_runs, name, ask in asks:
+        if name in wrong:
+            continue
         try:
             answer = await ask()
         except NotSupportedError:
@@ -133,6 +178,8 @@ async def _holds(store: FlowStore) -> str | None:
         if answer:
             return f"{name} finds something{'' if lists_runs else ' for an id that was made up just now'}"
         seen += lists_runs
+    if not seen and (found := [wrong[name].title for _, name, _ in asks[:3] if name in wrong]):
+        raise Refused(f"refused: whether the namespace is empty cannot be seen, because {'; '.join(found)}")
     if not seen:
         raise Refused("refused: the backend has no operation yet that shows whether a namespace is empty")
     return None

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,17 +20,22 @@ import pytest
 
 from flowstore_conformance.bench import Profile
 from flowstore_conformance.checks.registry import Check
-from flowstore_conformance.guard import GuardedBackend, guard
+from flowstore_conformance.guard import GuardedBackend
 from flowstore_conformance.report import CheckResult, Report
+from flowstore_conformance.signatures import SignatureFinding
 from flowstore_conformance.suite import (
+    OneRun,
+    look,
     new_seed,
+    read_limits,
     read_profile,
-    run_check,
     select_checks,
-    strike_again,
+    slowness,
     versions,
 )
-from flowstore_core import Capability, FlowStoreError
+from flowstore_conformance.supervision import Supervisor
+from flowstore_conformance.watching import Limits, Watchdog
+from flowstore_core import Backend, Capability, FlowStoreError
 from flowstore_core.config import URL_VARIABLE
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url, redact
@@ -52,11 +60,25 @@ class Session:
     seed: int
     checks: Sequence[Check]
     versions: dict[str, str]
+    limits: Limits
+    known: set[str] = field(default_factory=set)
+    """Operations that were found to hang."""
+    lost: list[Supervisor] = field(default_factory=list)
+    """Those that had to leave a loop behind."""
 
     def examine(self, check: Check) -> tuple[CheckResult, Report]:
-        """Run one check; its result, and a report that holds it alone."""
+        """Run one check; its result, and a report that holds it alone.
+
+        It runs in a thread of its own, as in the command, so that a backend that blocks is told apart.
+        """
         started_at = datetime.now(UTC)
-        result = asyncio.run(self._examine(check))
+        watchdog = Watchdog(self.limits)
+        watchdog.known = self.known
+        supervisor = Supervisor(watchdog)
+        one = OneRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
+        result = asyncio.run(self._examine(one, check))
+        if result.failure is not None and result.failure.hung:
+            self.lost.append(supervisor)
         report = Report(
             backend=self.backend.name,
             url=redact(self.url),
@@ -68,18 +90,21 @@ class Session:
             results=(result,),
             versions=self.versions,
             selected=check.clauses,
+            left_behind=one.left_behind,
         )
         return result, report
 
-    async def _examine(self, check: Check) -> CheckResult:
-        result = await run_check(check, self.url, self.backend, self.profile, self.seed)
-        if result.failure is not None:
-            result = await strike_again(result, self.url, self.backend, self.profile)
-        return result
+    async def _examine(self, one: OneRun, check: Check) -> CheckResult:
+        try:
+            result = await one.check(check)
+            return result if result.failure is None else await one.strike_again(result)
+        finally:
+            await one.aclose()
 
 
 _session = pytest.StashKey[Session]()
 _seed = pytest.StashKey[int]()
+_exit_status = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,6 +114,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--flowstore-profile", metavar="PROFILE", default="standard", help="quick, standard or thorough"
     )
     group.addoption("--flowstore-seed", metavar="N", type=int, help="repeat the run that had this seed")
+    group.addoption(
+        "--flowstore-check-timeout",
+        metavar="SECONDS",
+        type=float,
+        help="how long a check may take; a call may take half of that",
+    )
     group.addoption(
         "--flowstore-clause", metavar="ID", action="append", default=[], help="check this clause only"
     )
@@ -104,7 +135,26 @@ def pytest_configure_node(node: Any) -> None:
     # All workers of pytest-xdist share one seed, and need not look again where the controller has.
     node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
     session = node.config.stash.get(_session, None)
-    node.workerinput["flowstore_guarded"] = session and [one.value for one in session.backend.capabilities]
+    node.workerinput["flowstore_guarded"] = session and {
+        "capabilities": [one.value for one in session.backend.capabilities],
+        "findings": [asdict(one) for one in session.backend.findings],
+        "limits": asdict(session.limits),
+    }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_exit_status] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    # A thread of the backend that still hangs would keep the interpreter waiting for ever.
+    own = config.stash.get(_session, None)
+    if own is not None and own.lost and threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash.get(_exit_status, 1))
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -129,12 +179,17 @@ def _open_session(config: pytest.Config) -> Session:
     plugin, backend = find_backend(parts.scheme)
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     checks = select_checks(config.getoption("flowstore_clause", ()))
+    limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     looked = getattr(config, "workerinput", {}).get("flowstore_guarded")
-    guarded = (
-        asyncio.run(guard(backend, url))
-        if looked is None
-        else GuardedBackend(backend, url, frozenset(map(Capability, looked)))
-    )
+    if looked is None:
+        supervisor, begun = Supervisor(Watchdog(limits)), time.monotonic()
+        guarded = asyncio.run(_look(supervisor, backend, url))
+        if timeout is None:
+            limits = limits.scaled(slowness(time.monotonic() - begun))
+    else:
+        guarded = GuardedBackend(backend, url, frozenset(map(Capability, looked["capabilities"])))
+        guarded.findings = tuple(SignatureFinding(**one) for one in looked["findings"])
+        limits = Limits(**looked["limits"])
     return Session(
         url=url,
         backend=guarded,
@@ -142,7 +197,15 @@ def _open_session(config: pytest.Config) -> Session:
         seed=_chosen_seed(config),
         checks=checks,
         versions=versions(plugin.distribution),
+        limits=limits,
     )
+
+
+async def _look(supervisor: Supervisor, backend: Backend, url: str) -> GuardedBackend:
+    try:
+        return await look(supervisor, backend, url)
+    finally:
+        await supervisor.aclose()
 
 
 def _chosen_seed(config: pytest.Config) -> int:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 
+from flowstore_conformance.causes import Cause, find_causes
 from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import CLAUSES, Clause, Level
 from flowstore_conformance.history import History
 from flowstore_conformance.linearizability import Verdict
+from flowstore_conformance.signatures import SignatureFinding
 from flowstore_conformance.status import Status as Status
 from flowstore_conformance.waivers import WaiverResult
 from flowstore_core import Capability
@@ -40,6 +42,19 @@ class Failure:
     """How often it struck,"""
     tried: int = 1
     """of how many runs of the check with the same seed."""
+    operation: str | None = None
+    """The operation that hung or that raised the exception."""
+    place: str | None = None
+    """The line of the author's code where it hung or raised."""
+    error: str | None = None
+    """The class of the exception."""
+    hung: bool = False
+    """Whether a call did not end."""
+
+    @property
+    def trace_title(self) -> str:
+        """What the traceback shows."""
+        return "where it hangs" if self.hung else "where it came from"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +70,8 @@ class CheckResult:
     failure: Failure | None = None
     reason: str | None = None
     """Why it is inconclusive, unsupported, waived or did not run."""
+    finding: SignatureFinding | None = None
+    """The wrong method that kept it from running."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +114,14 @@ class Report:
     selected: tuple[str, ...] = ()
     """The clauses that were asked for, if not all; then no level is granted."""
     waivers: tuple[WaiverResult, ...] = ()
+    findings: tuple[SignatureFinding, ...] = ()
+    """Methods that core cannot call."""
+    incomplete: str | None = None
+    """Why the run ended early."""
+    check_timeout: float | None = None
+    """The limit that was asked for, in seconds."""
+    left_behind: tuple[str, ...] = ()
+    """Scratch namespaces that could not be dropped, redacted."""
 
     @cached_property
     def clauses(self) -> tuple[ClauseResult, ...]:
@@ -117,6 +142,27 @@ class Report:
         """The checks that found a broken promise, waived ones too."""
         return tuple(one for one in self.results if one.failure is not None)
 
+    @cached_property
+    def causes(self) -> tuple[Cause, ...]:
+        """The probable causes of everything that did not pass because the backend is wrong."""
+        findings = () if self.selected or self.incomplete else self.findings
+        return find_causes(self.results, findings)
+
+    @property
+    def asked(self) -> tuple[ClauseResult, ...]:
+        """The clauses to show: all, or those that were asked for and those that were found broken."""
+        if not self.selected:
+            return self.clauses
+        broken = (Status.FAIL, Status.WAIVED)
+        return tuple(one for one in self.clauses if one.clause.id in self.selected or one.status in broken)
+
+    @property
+    def unasked(self) -> str | None:
+        """A sentence about the clauses that are not shown; None where all are."""
+        number = len(self.clauses) - len(self.asked)
+        plural = "s were" if number != 1 else " was"
+        return f"{number} other clause{plural} not asked for" if number else None
+
     @property
     def problems(self) -> tuple[str, ...]:
         """What makes the run fail beside clauses: an expired waiver, or one that is not needed."""
@@ -124,21 +170,23 @@ class Report:
 
     @property
     def counts(self) -> Mapping[Status, int]:
-        """How many clauses have which status."""
-        found = Counter(one.status for one in self.clauses)
+        """How many of the clauses that are shown have which status."""
+        found = Counter(one.status for one in self.asked)
         return {status: found[status] for status in Status}
 
     @property
     def conforms(self) -> bool:
         """Everything that was asked for was looked at and kept, or is waived.
 
-        False when anything failed or stayed inconclusive, when a waiver is out of order, when
-        nothing ran, and, unless only some clauses were asked for, when a clause was not looked at.
+        False when anything failed, stayed inconclusive or could not run, when the run was interrupted,
+        when a waiver is out of order, when nothing ran, and, unless only some clauses were asked for,
+        when a clause was not looked at.
         """
         statuses = {one.status for one in self.results}
         bad = statuses & {Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN}
         looked = bool(statuses & {Status.PASS, Status.WAIVED})
-        return not self.problems and not bad and looked and (bool(self.selected) or not self.unchecked)
+        whole = not self.incomplete and (bool(self.selected) or not self.unchecked)
+        return not self.problems and not bad and looked and whole
 
     @property
     def unchecked(self) -> tuple[str, ...]:
@@ -179,14 +227,30 @@ class Report:
         """One word for it all."""
         if self.conforms:
             return "CONFORMS"
-        return "VIOLATES" if self._ids(Status.FAIL) or self.problems else "UNDECIDED"
+        if self._ids(Status.FAIL) or self.problems or self._wrong_methods:
+            return "VIOLATES"
+        return "INCOMPLETE" if self.incomplete else "UNDECIDED"
+
+    @property
+    def _wrong_methods(self) -> list[str]:
+        return [one.finding.method for one in self.causes if one.finding is not None]
 
     @property
     def headline(self) -> str:
         """The sentence that belongs to the word."""
+        told = self._headline()
+        if self.incomplete is None:
+            return told
+        return f"{self.incomplete}; {told}" if self.verdict == "VIOLATES" else self.incomplete
+
+    def _headline(self) -> str:
         failed, open_ones = self._ids(Status.FAIL), self._ids(Status.INCONCLUSIVE)
-        if failed:
-            return f"{_count(failed, 'clause')} broken: {_list(failed)}"
+        broken = f"{_count(failed, 'clause')} broken: {_list(failed)}" if failed else ""
+        if wrong := self._wrong_methods:
+            methods = f"core cannot call {_list(wrong)}"
+            return f"{methods}; {broken}" if broken else methods
+        if broken:
+            return broken
         if self.problems:
             return f"{_count(self.problems, 'waiver')} out of order"
         if open_ones:
@@ -201,8 +265,8 @@ class Report:
         beside = f", {len(waived)} waived" if waived else ""
         if self.level is not None:
             return f"level {self.level}{beside}"
-        lacking = [one.clause.id for one in self.lacking(Level.CORE)]
-        return f"no level{beside}: level core lacks {_list(lacking)}"
+        lacking = [one.clause.id for one in self.lacking(Level.BASE)]
+        return f"no level{beside}: level {Level.BASE} lacks {_list(lacking)}"
 
     def _ids(self, status: Status) -> list[str]:
         return [one.clause.id for one in self.clauses if one.status is status]
@@ -211,6 +275,8 @@ class Report:
         """The command that repeats a check with the same seed."""
         words = ["flowstore", "conformance", self.url, "--profile", self.profile]
         words += ["--clause", result.check.clauses[0], "--seed", str(self.seed)]
+        if self.check_timeout is not None:
+            words += ["--check-timeout", f"{self.check_timeout:g}"]
         return shlex.join(words)
 
 

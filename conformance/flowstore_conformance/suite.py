@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import platform
 import random
+import re
 import time
-import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 
 from flowstore_conformance.bench import (
     Bench,
@@ -23,23 +26,28 @@ from flowstore_conformance.bench import (
 from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.history import Raised
 from flowstore_conformance.programs import replay_on_memory
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
+from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.supervision import Stopped, Supervisor
 from flowstore_conformance.surfacing import watch_callbacks
+from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
 from flowstore_conformance.waivers import Waiver, apply_waivers
+from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url, redact
-
-CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
-"""After this long a check is taken to hang, which is a failure: no operation may block for ever."""
 
 MORE_LOOKS = 2
 """So often a check that was inconclusive by chance looks again, each time four times as patiently."""
 
 REPEATS = 4
 """A check that fails runs so many times more, to tell how often it strikes."""
+
+USUAL_SECONDS = 3.0
+"""A backend that takes longer to be looked into before the first check gets more time for all others."""
 
 REPEAT_SECONDS = 20.0
 """What all of these together may take in one run of the suite."""
@@ -60,20 +68,29 @@ async def run_suite(
     waivers: Sequence[Waiver] = (),
     checks: Sequence[Check] | None = None,
     repeats: int = REPEATS,
+    check_timeout: float | None = None,
     progress: Progress | None = None,
     starting: Starting | None = None,
+    stop: asyncio.Event | None = None,
 ) -> Report:
     """Check the backend that a URL names and return the report.
 
     Works only inside namespaces that the backend's ``scratch(url)`` makes, never in what the URL
     itself holds. ``clauses`` limits the run to checks of these; ``seed`` repeats an earlier run;
-    ``checks`` replaces the suite's own.
+    ``checks`` replaces the suite's own. The checks run in an event loop in a thread of their own, so that a
+    backend which blocks the loop can be told apart; ``progress`` and ``starting`` are called in the caller's.
 
-    Raises ConfigurationError for an unknown clause or profile, for a URL that no backend serves, for
-    a missing extra, and when the namespace is not a fresh and empty one; StoreUnavailableError when
-    none can be made.
+    ``check_timeout`` is the limit in seconds for a check; a call of the store in it may take half of that.
+    Without it a call has 30 s and a check as long as its profile says, both longer on a backend that is slow
+    from the start. Setting ``stop`` ends the run early: the report of the checks that ran is then returned,
+    marked as incomplete.
+
+    Raises ConfigurationError for an unknown clause or profile, for a limit that is not positive, for a URL
+    that no backend serves, for a missing extra, and when the namespace is not a fresh and empty one;
+    StoreUnavailableError when none can be made.
     """
     profile = read_profile(profile)
+    limits = read_limits(profile, check_timeout)
     chosen = select_checks(clauses, checks)
     chosen_seed = new_seed() if seed is None else seed
     parts = parse_url(url)
@@ -81,28 +98,34 @@ async def run_suite(
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     started_at, begun = datetime.now(UTC), time.monotonic()
-    guarded = await guard(backend, url)
+    run = OneRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), stop)
     results: list[CheckResult] = []
+    incomplete: str | None = None
     left = REPEAT_SECONDS
-    shared = SharedNamespace(url, guarded, profile)
     try:
+        await run.look(adapt=check_timeout is None)
         for number, check in enumerate(chosen, 1):
             if starting is not None:
                 starting(check, number, len(chosen))
-            result = await run_check(check, url, guarded, profile, chosen_seed, shared=shared)
+            result = await run.check(check)
             if result.failure is not None:
                 since = time.monotonic()
-                result = await strike_again(result, url, guarded, profile, repeats=repeats, seconds=left)
+                result = await run.strike_again(result, repeats=repeats, seconds=left)
                 left -= time.monotonic() - since
             results.append(result)
             if progress is not None:
                 progress(result, number, len(chosen))
+    except Stopped as stopped:
+        incomplete = f"interrupted after {len(results)} of {len(chosen)} checks"
+        if stopped.under_way:
+            incomplete += f", while {Scrubber(url)(stopped.under_way)}"
+        results += [_not_run(one, chosen_seed, "the run was interrupted") for one in chosen[len(results) :]]
     finally:
-        await _give_up(shared)
+        await run.aclose()
     report = Report(
         backend=backend.name,
         url=redact(url),
-        capabilities=tuple(sorted(guarded.capabilities)),
+        capabilities=tuple(sorted(run.backend.capabilities)),
         profile=profile.value,
         seed=chosen_seed,
         started_at=started_at,
@@ -110,8 +133,187 @@ async def run_suite(
         results=tuple(results),
         versions=versions(plugin.distribution),
         selected=tuple(clause for clause in CLAUSES if clause in clauses),
+        findings=run.backend.findings,
+        incomplete=incomplete,
+        check_timeout=check_timeout,
+        left_behind=run.left_behind,
     )
     return apply_waivers(report, waivers)
+
+
+class OneRun:
+    """One run of checks: its jobs go to a supervisor, which survives a backend that blocks its loop."""
+
+    def __init__(
+        self,
+        url: str,
+        backend: Backend,
+        profile: Profile,
+        seed: int,
+        supervisor: Supervisor,
+        stop: asyncio.Event | None = None,
+        *,
+        shares: bool = True,
+    ) -> None:
+        self.backend = backend if isinstance(backend, GuardedBackend) else GuardedBackend(backend, url)
+        self.left_behind: tuple[str, ...] = ()
+        self._url = url
+        self._plain = backend
+        self._profile = profile
+        self._seed = seed
+        self._supervisor = supervisor
+        self._watchdog = supervisor.watchdog
+        self._stop = stop
+        self._shares = shares
+        self._shared: SharedNamespace | None = None
+
+    async def look(self, *, adapt: bool) -> None:
+        """Look into the backend before the first check; see guard."""
+        begun = time.monotonic()
+        self.backend = await look(self._supervisor, self._plain, self._url, stop=self._stop)
+        if adapt:
+            self._watchdog.limits = self._watchdog.limits.scaled(slowness(time.monotonic() - begun))
+
+    async def check(self, check: Check) -> CheckResult:
+        if (blocker := _blocker(self.backend)) is not None:
+            return _not_run(check, self._seed, blocker.title, blocker)
+        if self._shared is None and self._shares:
+            self._shared = SharedNamespace(self._url, self.backend, self._profile, self._watchdog.limits.call)
+        shared = self._shared
+        return await self._examine(
+            check,
+            lambda: run_check(
+                check,
+                self._url,
+                self.backend,
+                self._profile,
+                self._seed,
+                shared=shared,
+                watchdog=self._watchdog,
+            ),
+        )
+
+    async def strike_again(
+        self, result: CheckResult, *, repeats: int = REPEATS, seconds: float = REPEAT_SECONDS
+    ) -> CheckResult:
+        again = partial(
+            strike_again,
+            result,
+            self._url,
+            self.backend,
+            self._profile,
+            repeats=repeats,
+            seconds=seconds,
+            watchdog=self._watchdog,
+        )
+        try:
+            return await self._supervisor.run(again, stop=self._stop)
+        except Hung as hung:
+            self._lose(hung.hang)
+            return result
+
+    async def _examine(self, check: Check, job: Callable[[], Awaitable[CheckResult]]) -> CheckResult:
+        begun = time.monotonic()
+        try:
+            result = await self._supervisor.run(job, stop=self._stop)
+        except Hung as hung:
+            # The event loop is lost, and with it the namespaces and stores that were open in it.
+            self._lose(hung.hang)
+            result = CheckResult(
+                check=check,
+                status=Status.FAIL,
+                exercised=0,
+                seconds=time.monotonic() - begun,
+                seed=self._seed,
+                failure=_hang_failure(hung.hang, Scrubber(self._url)),
+            )
+        return stumbled(result, self.backend.findings)
+
+    def _lose(self, hang: Hang) -> None:
+        if hang.operation is not None:
+            self._watchdog.known.add(hang.operation)
+        self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
+        self._shared = None
+
+    async def aclose(self) -> None:
+        """Drop the shared namespace and end the loop."""
+        if (shared := self._shared) is not None:
+            with suppress(Hung):
+                await self._supervisor.run(lambda: _give_up(shared, self._watchdog))
+        await self._supervisor.aclose()
+        self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
+
+
+async def look(
+    supervisor: Supervisor, backend: Backend, url: str, *, stop: asyncio.Event | None = None
+) -> GuardedBackend:
+    """Look into a backend (see guard); ConfigurationError when it does not answer."""
+    guarded = GuardedBackend(backend, url)
+
+    async def job() -> GuardedBackend:
+        try:
+            async with supervisor.watchdog.over():
+                return await guard(guarded, url)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            because = "CancelledError surfaced"
+            raise Refused(
+                f"refused: whether the scratch namespace is empty cannot be seen, because {because}"
+            ) from None
+
+    try:
+        return await supervisor.run(job, stop=stop)
+    except Hung as hung:
+        if guarded.looked_into:
+            # Closing hangs, which the checks will find.
+            return guarded
+        message = Scrubber(url)(hung.hang.message)
+        raise Refused(f"refused: whether the scratch namespace is empty cannot be seen: {message}") from None
+
+
+def slowness(seconds: float) -> float:
+    """By how much longer than usual a backend takes, from how long it took to look into it."""
+    return max(1.0, seconds / USUAL_SECONDS)
+
+
+def _blocker(backend: GuardedBackend) -> SignatureFinding | None:
+    """A finding that keeps core from opening the store."""
+    return next((one for one in backend.findings if one.missing and one.capability), None)
+
+
+def _not_run(check: Check, seed: int, reason: str, finding: SignatureFinding | None = None) -> CheckResult:
+    return CheckResult(
+        check=check,
+        status=Status.NOT_RUN,
+        exercised=0,
+        seconds=0.0,
+        seed=seed,
+        reason=reason,
+        finding=finding,
+    )
+
+
+def stumbled(result: CheckResult, findings: Sequence[SignatureFinding]) -> CheckResult:
+    """The result of a check; NOT RUN where it failed because core cannot call a method."""
+    for finding in findings:
+        if result.failure is not None and _is_due_to(result.failure, finding):
+            return dataclasses.replace(
+                result, status=Status.NOT_RUN, failure=None, reason=finding.title, finding=finding
+            )
+    return result
+
+
+def _is_due_to(failure: Failure, finding: SignatureFinding) -> bool:
+    error = "NotSupportedError" if finding.missing else "TypeError"
+    if failure.error is not None:
+        # Raised by the call itself, not in the author's code.
+        return failure.error == error and failure.operation == finding.method and failure.place is None
+    raised = () if failure.history is None else failure.history.operations
+    return any(
+        one.call.method == finding.method and isinstance(one.outcome, Raised) and one.outcome.error == error
+        for one in raised
+    ) or (error in failure.message and re.search(rf"\b{finding.method}\b", failure.message) is not None)
 
 
 def check_backend(
@@ -121,9 +323,13 @@ def check_backend(
     clauses: Collection[str] = (),
     seed: int | None = None,
     waivers: Sequence[Waiver] = (),
+    check_timeout: float | None = None,
 ) -> Report:
     """run_suite for code that has no event loop running; the same arguments, errors and report."""
-    return asyncio.run(run_suite(url, profile=profile, clauses=clauses, seed=seed, waivers=waivers))
+    suite = run_suite(
+        url, profile=profile, clauses=clauses, seed=seed, waivers=waivers, check_timeout=check_timeout
+    )
+    return asyncio.run(suite)
 
 
 def select_checks(clauses: Collection[str] = (), checks: Sequence[Check] | None = None) -> Sequence[Check]:
@@ -149,6 +355,14 @@ def read_profile(name: str) -> Profile:
         raise ConfigurationError(f"profile must be one of {', '.join(Profile)}, not {name!r}") from None
 
 
+def read_limits(profile: Profile, check_timeout: float | None) -> Limits:
+    """The time limits of a run; ConfigurationError for one that is not positive."""
+    if check_timeout is not None and not 0 < check_timeout < math.inf:
+        message = f"the check timeout must be a positive number of seconds, not {check_timeout}"
+        raise ConfigurationError(message)
+    return Limits.of(profile, check_timeout)
+
+
 def new_seed() -> int:
     return random.SystemRandom().getrandbits(32)
 
@@ -161,22 +375,31 @@ async def run_check(
     seed: int,
     *,
     shared: SharedNamespace | None = None,
+    watchdog: Watchdog | None = None,
 ) -> CheckResult:
     """Run one check on a namespace of its own; any outcome is a result.
+
+    It runs in the caller's event loop. A call that does not end is cancelled and is a failure; one that
+    blocks the loop cannot be, which is why run_suite has a Supervisor.
 
     A check that can share a namespace is run in the shared one first, if there is one. When it does not
     pass there, nothing is said yet: it is run on a namespace of its own, and that counts.
     Raises Refused alone: then the suite must stop, since it is not safe to go on.
     """
     begun = time.monotonic()
-    outcome = await _among_others(check, profile, seed, shared) if shared and check.shares else None
+    dog = watchdog or Watchdog(Limits.of(profile))
+    outcome = None
+    if shared and check.shares:
+        outcome = await _among_others(check, profile, seed, shared, dog, url)
     if outcome is None:
-        outcome = await _outcome(check, url, backend, profile, seed)
+        outcome = await _outcome(check, url, backend, profile, seed, dog)
     for number in range(1, MORE_LOOKS + 1):
         if not outcome.by_chance:
             break
         # Something else may have kept the machine busy: look longer, and at other draws.
-        outcome = await _outcome(check, url, backend, profile, seed, look=number)
+        outcome = await _outcome(check, url, backend, profile, seed, dog, look=number)
+    if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
+        dog.known.add(outcome.failure.operation)
     return CheckResult(
         check=check,
         status=outcome.status,
@@ -200,24 +423,46 @@ class Outcome:
     """Inconclusive, and perhaps not the next time."""
 
 
-async def _among_others(check: Check, profile: Profile, seed: int, shared: SharedNamespace) -> Outcome | None:
-    """What a check found in a shared namespace; None, and the namespace given up, unless it passed."""
+async def _among_others(
+    check: Check, profile: Profile, seed: int, shared: SharedNamespace, dog: Watchdog, url: str
+) -> Outcome | None:
+    """What a check found in a shared namespace; None, and the namespace given up, unless it passed.
+
+    A call that hangs again, as it did in a namespace of a check's own, is told at once.
+    """
+    told = None
     try:
         with watch_callbacks() as surfaced:
-            async with shared.bench(_own_seed(check, seed)) as bench:
-                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+            async with dog.over(), shared.bench(_own_seed(check, seed)) as bench:
+                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench)
         if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not surfaced:
             return outcome
+    except Hung as error:
+        if error.hang.operation in dog.known:
+            told = _explain(error, check, 0, url)
+    except asyncio.CancelledError:
+        if _is_cancelled():
+            raise
     except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
         _raise_refusal(error)
-    await _give_up(shared)
-    return None
+    await _give_up(shared, dog)
+    return told
 
 
-async def _give_up(shared: SharedNamespace) -> None:
+def _is_cancelled() -> bool:
+    """Whether somebody cancels the running task; else a CancelledError in it comes from the backend."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _give_up(shared: SharedNamespace, dog: Watchdog) -> None:
     """Drop a namespace; that this fails is found by checks with one of their own."""
     try:
-        await shared.give_up()
+        async with dog.over():
+            await shared.give_up()
+    except asyncio.CancelledError:
+        if _is_cancelled():
+            raise
     except Exception as error:  # noqa: BLE001
         _raise_refusal(error)
 
@@ -228,26 +473,42 @@ def _own_seed(check: Check, seed: int, look: int = 0) -> int:
 
 
 async def _outcome(
-    check: Check, url: str, backend: Backend, profile: Profile, seed: int, *, look: int = 0
+    check: Check,
+    url: str,
+    backend: Backend,
+    profile: Profile,
+    seed: int,
+    dog: Watchdog,
+    *,
+    look: int = 0,
 ) -> Outcome:
     # Once guarded, a backend declares what its opened store does. Else only a store can tell.
     if isinstance(backend, GuardedBackend) and (lacking := _lacking(check, backend.capabilities)):
         return lacking
     own_seed = _own_seed(check, seed, look)
     outcome: Outcome | None = None
+    made: Bench | None = None
     try:
         with watch_callbacks() as surfaced:
-            async with make_bench(url, backend, profile, own_seed, patience=4.0**look) as bench:
-                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench, profile)
+            async with (
+                dog.over(patience=4.0**look),
+                make_bench(url, backend, profile, own_seed, 4.0**look, dog.limits.call) as bench,
+            ):
+                made = bench
+                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench)
         if surfaced and outcome.status is Status.PASS:
             message = f"{type(surfaced[0]).__name__} surfaced in a callback, where no caller sees it"
-            failure = Failure(clause="CON-2", message=message, traceback=_frames(surfaced[0], url))
+            failure = _exception_failure("CON-2", message, surfaced[0], url)
             outcome = Outcome(Status.FAIL, outcome.exercised, failure)
+    except asyncio.CancelledError as error:
+        if _is_cancelled():
+            raise
+        outcome = _explain(error, check, made.exercised if made else 0, url)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         # Not of the check, which _judge has told, but of making the bench or of putting it away.
         _raise_refusal(error)
         if outcome is None or outcome.status is Status.PASS:
-            outcome = _explain(error, check, 0, url)
+            outcome = _explain(error, check, made.exercised if made else 0, url)
     return outcome
 
 
@@ -258,16 +519,11 @@ def _lacking(check: Check, capabilities: Collection[Capability]) -> Outcome | No
     return None
 
 
-async def _judge(check: Check, bench: Bench, profile: Profile) -> Outcome:
-    limit = CHECK_SECONDS[profile]
+async def _judge(check: Check, bench: Bench) -> Outcome:
     try:
-        async with asyncio.timeout(limit) as timer:
-            await check.run(bench)
+        await check.run(bench)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         _raise_refusal(error)
-        if timer.expired():
-            hung = Failure(clause="CON-2", message=f"the check did not end within {limit:.0f} s")
-            return Outcome(Status.FAIL, bench.exercised, hung)
         return _explain(error, check, bench.exercised, bench.base_url)
     if not bench.exercised:
         return Outcome(Status.INCONCLUSIVE, reason="nothing was exercised")
@@ -280,48 +536,64 @@ def _raise_refusal(error: Exception) -> None:
         raise found
 
 
-def _explain(error: Exception, check: Check, exercised: int, url: str) -> Outcome:
+def _explain(error: BaseException, check: Check, exercised: int, url: str) -> Outcome:
     """What an exception says about the backend."""
-    found = _leaf(error)
+    found, clean = _leaf(error), Scrubber(url)
+    if isinstance(found, Hung):
+        return Outcome(Status.FAIL, exercised, _hang_failure(found.hang, clean))
     if isinstance(found, Violation):
-        failure = Failure(
-            clause=found.clause or check.clauses[0],
-            message=found.message,
-            program=found.program,
-            history=found.history,
-            verdict=found.verdict,
-            traceback=_frames(found.__cause__, url) if found.__cause__ is not None else None,
+        clause = found.clause or check.clauses[0]
+        failure = _exception_failure(clause, found.message, found.__cause__, url)
+        failure = dataclasses.replace(
+            failure, program=found.program, history=found.history, verdict=found.verdict
         )
         return Outcome(Status.FAIL, exercised, failure)
     if isinstance(found, (Inconclusive, NoNamespace)):
         by_chance = isinstance(found, Inconclusive) and found.by_chance
-        return Outcome(Status.INCONCLUSIVE, exercised, reason=str(found), by_chance=by_chance)
+        return Outcome(Status.INCONCLUSIVE, exercised, reason=clean(str(found)), by_chance=by_chance)
     if isinstance(found, Unsupported):
-        return Outcome(Status.UNSUPPORTED, exercised, reason=str(found))
+        return Outcome(Status.UNSUPPORTED, exercised, reason=clean(str(found)))
     if isinstance(found, FlowStoreError):
         clause = check.clauses[0]
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
     else:
         clause = "CON-2"
         message = f"{type(found).__name__} surfaced, which is no error of the contract"
-    failure = Failure(clause=clause, message=message, traceback=_frames(found, url))
-    return Outcome(Status.FAIL, exercised, failure)
+    return Outcome(Status.FAIL, exercised, _exception_failure(clause, message, found, url))
+
+
+def _hang_failure(hang: Hang, clean: Scrubber) -> Failure:
+    return Failure(
+        clause="CON-2",
+        message=clean(hang.message),
+        traceback=clean(hang.stack) or None,
+        operation=hang.operation,
+        place=hang.place,
+        hung=True,
+    )
+
+
+def _exception_failure(clause: str, message: str, error: BaseException | None, url: str) -> Failure:
+    """A failure with the exception that shows it, if there is one."""
+    clean = Scrubber(url)
+    if error is None:
+        return Failure(clause=clause, message=clean(message))
+    return Failure(
+        clause=clause,
+        message=clean(message),
+        traceback=clean(trace_of(error)),
+        operation=operation_of(error),
+        place=place_of(error),
+        error=error_type(error),
+    )
 
 
 def _leaf(error: BaseException) -> BaseException:
-    """What stands behind an exception group: a violation before anything else."""
+    """What stands behind an exception group: a hang or a violation before anything else."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_leaf(one) for one in error.exceptions]
-    return next((one for one in leaves if isinstance(one, (Refused, Violation))), leaves[0])
-
-
-def _frames(error: BaseException, url: str) -> str:
-    """The traceback of an error, without the password of the URL."""
-    text = "".join(traceback.format_exception(error))
-    for secret in parse_url(url).secrets():
-        text = text.replace(secret, "***")
-    return text
+    return next((one for one in leaves if isinstance(one, (Refused, Hung, Violation))), leaves[0])
 
 
 async def strike_again(
@@ -332,13 +604,19 @@ async def strike_again(
     *,
     repeats: int = REPEATS,
     seconds: float = REPEAT_SECONDS,
+    watchdog: Watchdog | None = None,
 ) -> CheckResult:
-    """A failed check with how often it fails when run again, and what its program prints on memory."""
+    """A failed check with how often it fails when run again, and what its program prints on memory.
+
+    A check in which a call hung is not run again: that would take as long each time.
+    """
     assert result.failure is not None
+    if result.failure.hung:
+        return result
     struck = tried = 1
     begun = time.monotonic()
     while tried <= repeats and time.monotonic() - begun + result.seconds < seconds:
-        again = await run_check(result.check, url, backend, profile, result.seed)
+        again = await run_check(result.check, url, backend, profile, result.seed, watchdog=watchdog)
         tried += 1
         struck += again.failure is not None and again.failure.clause == result.failure.clause
     failure = dataclasses.replace(result.failure, struck=struck, tried=tried)

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
 from flowstore_conformance.racing import Done, Job
+from flowstore_conformance.traces import RemoteError, pack_error
 from flowstore_core import RunPosition
 
 TICK = timedelta(microseconds=1)
@@ -131,11 +132,17 @@ def _pack(outcome: Outcome) -> Any:
     if outcome is UNKNOWN:
         return None
     if isinstance(outcome, Raised):
-        return {"raised": outcome.error}
+        error = outcome.exception
+        if error is None:
+            return {"raised": outcome.error}
+        return {"raised": outcome.error, "exception": pack_error(error)}
     return {"returned": pack(outcome.value)}
 
 
 def _unpack(packed: Any) -> Outcome:
     if packed is None:
         return UNKNOWN
-    return Raised(packed["raised"]) if "raised" in packed else Returned(unpack(packed["returned"]))
+    if "raised" not in packed:
+        return Returned(unpack(packed["returned"]))
+    told = packed.get("exception")
+    return Raised(packed["raised"], None if told is None else RemoteError(packed["raised"], **told))

@@ -1,10 +1,11 @@
 """A process that races for the harness: ``python -m flowstore_conformance.worker``.
 
-Lines of JSON come on stdin, the first ``{"open": url, "clock": true}``; each is answered by one line on
-stdout. A store that cannot be opened is told as ``{"refused": error}``, and the process ends. Then, for
-every phase of a volley, two lines: ``{"now": ..., "jobs": [...]}``, answered when all clients stand at the
-barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes of one machine
-share, when they are let go; it is answered by what came of the jobs. The end of stdin ends the process.
+Lines of JSON come on stdin, the first ``{"open": url, "clock": true, "limit": 30}``; each is answered by one
+line on stdout. A store that cannot be opened is told as ``{"refused": error}``, and the process ends. Then,
+for every phase of a volley, two lines: ``{"now": ..., "jobs": [...]}``, answered when all clients stand at
+the barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes of one machine
+share, when they are let go; it is answered by what came of the jobs. When a call takes longer than the limit,
+``{"hung": ...}`` describes it and the process ends. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.racing import do_jobs
+from flowstore_conformance.watching import Limits, watch_process
 from flowstore_conformance.wire import pack_done, read_line, unpack, unpack_job, write_line
 from flowstore_core import FlowStore, FlowStoreError, open_store
 
@@ -47,6 +49,8 @@ async def main() -> None:
     order = await hear()
     if order is None:
         return
+    limit = order["limit"]
+    watch_process(Limits(limit, limit, limit), lambda hang: say({"hung": hang.packed()}))
     clock = _Clock()
     times = order["clock"]
     async with AsyncExitStack() as stack:

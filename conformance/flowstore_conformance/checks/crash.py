@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-from collections.abc import AsyncIterator, Iterator
+import json
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from itertools import islice
@@ -14,6 +13,7 @@ from uuid import UUID
 from flowstore_conformance import crash_child
 from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.children import start_module
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
 from flowstore_conformance.observation import (
@@ -26,6 +26,8 @@ from flowstore_conformance.observation import (
     outcome_of,
     what_to_ask,
 )
+from flowstore_conformance.traces import RemoteError
+from flowstore_conformance.watching import Hang, Hung
 from flowstore_core import Capability, FlowStore
 
 WORKERS = 6
@@ -37,19 +39,23 @@ ANSWER_SECONDS = 30.0
 class Child:
     """A writing process, and what it said until it was killed."""
 
-    def __init__(self, process: asyncio.subprocess.Process, seed: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, seed: int, call_seconds: float) -> None:
         self._process = process
+        self._call_seconds = call_seconds
         self.seed = seed
         self.acknowledged = [0] * WORKERS
         """How many calls of each worker returned; the next one may have been under way."""
-        self.raised: str | None = None
+        self.raised: tuple[int, int, RemoteError] | None = None
+        """A worker, the number of a call of its script, and what it raised."""
 
     async def ready(self) -> None:
         assert self._process.stdout is not None
         try:
-            line = await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)
+            seconds = START_SECONDS + self._call_seconds
+            line = await asyncio.wait_for(self._process.stdout.readline(), seconds)
         except TimeoutError:
             raise Inconclusive(f"no process opened the store within {START_SECONDS:.0f} s") from None
+        _raise_hang(line)
         if line.startswith(b"refused "):
             told = line.decode().removeprefix("refused ").strip()
             message = f"a process of its own could not open the store: {told}"
@@ -62,7 +68,8 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         try:
-            await asyncio.wait_for(self._read(calls), ANSWER_SECONDS)
+            # It tells by itself when a call hangs.
+            await asyncio.wait_for(self._read(calls), ANSWER_SECONDS + self._call_seconds)
         except TimeoutError:
             if not any(self.acknowledged):
                 raise Inconclusive("the process that should be killed was told nothing") from None
@@ -83,26 +90,29 @@ class Child:
             # The last line may have been cut by the kill: what is not whole was not said.
             if not line.endswith(b"\n"):
                 return
-            worker, number, *error = line.decode().split()
+            _raise_hang(line)
+            worker, number, *error = line.decode().split(maxsplit=3)
             if error:
-                self.raised = self.raised or error[0]
+                self.raised = self.raised or (
+                    int(worker),
+                    int(number),
+                    RemoteError(error[0], **json.loads(error[1])),
+                )
             else:
                 self.acknowledged[int(worker)] = int(number) + 1
+
+
+def _raise_hang(line: bytes) -> None:
+    if line.startswith(b"hung "):
+        raise Hung(Hang.unpacked(line.decode().removeprefix("hung ")))
 
 
 @asynccontextmanager
 async def _child(bench: Bench) -> AsyncIterator[Child]:
     seed = bench.random.getrandbits(32)
-    # What this process can import, a backend in a test's own folder too, that one must find.
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", crash_child.__name__, bench.url, str(seed), str(WORKERS)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    child = Child(process, seed)
+    arguments = (bench.url, str(seed), str(WORKERS), str(bench.call_seconds))
+    process = await start_module(crash_child.__name__, *arguments)
+    child = Child(process, seed, bench.call_seconds)
     try:
         yield child
     finally:
@@ -120,9 +130,7 @@ async def what_returned_survives_a_kill(bench: Bench) -> None:
             await child.ready()
             await child.write(bench.random.randrange(20, 150), bench.random.random() * 0.03)
             if child.raised is not None:
-                clause = "CON-2" if child.raised.startswith("!") else "CON-5"
-                message = f"a call of another process raised {child.raised.strip('!')}"
-                raise Violation(message, clause=clause)
+                raise _raised(child, bench.capabilities)
             # On its own clock, as the dead process was: steps are ordered by their start.
             store = await bench.open(clock=None)
             scripts = [
@@ -132,6 +140,19 @@ async def what_returned_survives_a_kill(bench: Bench) -> None:
             await asyncio.gather(*(_examine(bench, store, script, count) for script, count in pairs))
             await _use(bench, store)
             await store.aclose()
+
+
+def _raised(child: Child, capabilities: Collection[Capability]) -> Violation:
+    assert child.raised is not None
+    worker, number, error = child.raised
+    call = next(islice(crash_child.script(child.seed, worker, capabilities), number, None))
+    foreign = error.name.startswith("!")
+    error.name = error.name.removeprefix("!")
+    violation = Violation(
+        f"in a process of its own {call.method} raised {error.name}", clause="CON-2" if foreign else "CON-5"
+    )
+    violation.__cause__ = error
+    return violation
 
 
 async def _examine(bench: Bench, store: FlowStore, script: Iterator[Call], count: int) -> None:

@@ -7,7 +7,7 @@ import json
 from flowstore_conformance.clauses import Level
 from flowstore_conformance.report import Report, Status
 
-COLOURS = {Level.FULL: "brightgreen", Level.CRASH_SAFE: "green", Level.CORE: "yellowgreen"}
+COLOURS = {Level.FULL: "brightgreen", Level.CRASH_SAFE: "green", Level.BASE: "yellowgreen"}
 
 
 def render_badge(report: Report) -> str:
@@ -21,5 +21,7 @@ def render_badge(report: Report) -> str:
         message, colour = ("partial run" if report.selected else "no level"), "yellow"
     if waived:
         message = f"{message}, {waived} waived"
+    if report.incomplete and report.verdict != "INCOMPLETE":
+        message = f"{message}, incomplete"
     badge = {"schemaVersion": 1, "label": "flowstore contract", "message": message, "color": colour}
     return json.dumps(badge) + "\n"

@@ -7,12 +7,14 @@ import math
 from importlib.resources import files
 from typing import Any
 
+from flowstore_conformance.causes import Cause
 from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.rendering.words import outcome_words
 from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, anchor
+from flowstore_conformance.signatures import SignatureFinding
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Rises when a field changes its meaning or goes; new fields may come within one version."""
 
 
@@ -35,6 +37,7 @@ def document(report: Report) -> dict[str, Any]:
         "verdict": report.verdict,
         "headline": report.headline,
         "conforms": report.conforms,
+        "incomplete": report.incomplete,
         "level": report.level,
         "backend": report.backend,
         "url": report.url,
@@ -57,8 +60,30 @@ def document(report: Report) -> dict[str, Any]:
             }
             for one in report.waivers
         ],
+        "left_behind": list(report.left_behind),
+        "causes": [_cause(one) for one in report.causes],
         "clauses": [_clause(one) for one in report.clauses],
         "checks": [_check(report, one) for one in report.results],
+    }
+
+
+def _cause(one: Cause) -> dict[str, Any]:
+    return {
+        "kind": one.kind.word,
+        "title": one.title,
+        "finding": None if one.finding is None else _finding(one.finding),
+        "checks": [result.check.name for result in one.results],
+    }
+
+
+def _finding(one: SignatureFinding) -> dict[str, Any]:
+    return {
+        "method": one.method,
+        "noun": one.noun,
+        "problem": one.problem,
+        "remedy": one.remedy,
+        "place": one.place,
+        "capability": one.capability,
     }
 
 
@@ -101,6 +126,10 @@ def _failure(failure: Failure) -> dict[str, Any]:
         "program_file": failure.program_file,
         "right_answer": failure.right_answer,
         "traceback": failure.traceback,
+        "hung": failure.hung,
+        "operation": failure.operation,
+        "place": failure.place,
+        "error": failure.error,
         "history": None if failure.history is None else _history(failure),
     }
 

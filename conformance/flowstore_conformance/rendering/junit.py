@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
-from flowstore_conformance.rendering.text import failure_text
+from flowstore_conformance.rendering.text import failure_text, finding_lines
 from flowstore_conformance.report import CheckResult, Report, Status
+from flowstore_conformance.signatures import SignatureFinding
 
 SUITE = "flowstore_conformance"
 
@@ -25,11 +26,18 @@ def render_junit(report: Report) -> str:
         ("seed", str(report.seed)),
         ("verdict", report.verdict),
         ("level", report.level or "none"),
+        ("incomplete", report.incomplete or "no"),
         *report.versions.items(),
     ):
         ET.SubElement(properties, "property", name=name, value=_legal(value))
     for result in report.results:
         _case(report, suite, result)
+    if report.incomplete is not None:
+        case = ET.SubElement(suite, "testcase", classname=SUITE, name="the run is complete", time="0")
+        ET.SubElement(case, "error", message=report.incomplete, type="incomplete")
+    for cause in report.causes:
+        if cause.finding is not None:
+            _finding(suite, cause.finding)
     for one in report.waivers:
         if one.problem is not None:
             case = ET.SubElement(
@@ -44,6 +52,14 @@ def render_junit(report: Report) -> str:
     suite.set("timestamp", report.started_at.isoformat(timespec="seconds"))
     ET.indent(suites)
     return ET.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _finding(suite: ET.Element, finding: SignatureFinding) -> None:
+    case = ET.SubElement(
+        suite, "testcase", classname=f"{SUITE}.signatures", name=f"{finding.noun}.{finding.method}", time="0"
+    )
+    found = ET.SubElement(case, "failure", message=_legal(finding.title), type="signature")
+    found.text = _legal("\n".join(finding_lines(finding)))
 
 
 def _case(report: Report, suite: ET.Element, result: CheckResult) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
-from flowstore_conformance.rendering.text import history_lines
+from flowstore_conformance.rendering.text import MOST_OTHERS, history_lines
 from flowstore_conformance.rendering.words import legible
 from flowstore_conformance.report import CheckResult, Report, Status, anchor
 
@@ -27,15 +28,15 @@ def render_markdown(report: Report) -> str:
     """The report as Markdown; where failures are too many for a summary, the last ones are left out."""
     head = legible("\n".join([*_head(report), *_waivers(report), *_table(report)]))
     parts, size, left_out = [head], len(head.encode()), 0
-    for result in report.failures:
-        part = legible("\n".join(["", *_failure(report, result)]))
+    for cause in report.causes:
+        part = legible("\n".join(["", *_cause(report, cause)]))
         size += len(part.encode())
         if size <= LONGEST:
             parts.append(part)
         else:
             left_out += 1
     if left_out:
-        parts.append(f"\n{left_out} more failures are in the other reports.")
+        parts.append(f"\n{left_out} more causes are in the other reports.")
     return "\n".join(parts) + "\n"
 
 
@@ -56,6 +57,7 @@ def _head(report: Report) -> Iterator[str]:
         f"{report.seconds:.1f} s, {_text(versions)}."
     )
     yield from (f"\n> {_text(problem)}" for problem in report.problems)
+    yield from (f"\n> Left behind, drop it by hand: {_text(one)}" for one in report.left_behind)
 
 
 def _waivers(report: Report) -> Iterator[str]:
@@ -69,25 +71,46 @@ def _waivers(report: Report) -> Iterator[str]:
 
 def _table(report: Report) -> Iterator[str]:
     yield "\n| clause | | times | what it promises |\n|---|---|---:|---|"
-    for one in report.clauses:
+    for one in report.asked:
         said = _text(one.clause.sentence)
         if one.reason and one.status is not Status.WAIVED:
             said = f"{said} <br><sub>{_text(one.reason)}</sub>"
         times = f"{one.exercised:,}" if one.exercised else ""
         yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {said} |"
+    if report.unasked:
+        yield f"\n{report.unasked}."
+
+
+def _cause(report: Report, cause: Cause) -> Iterator[str]:
+    yield f"### {_text(cause.title)}"
+    yield ""
+    if (finding := cause.finding) is not None:
+        defined = f" Defined at `{finding.place}`." if finding.place else ""
+        yield f"{_text(finding.noun + '.' + finding.method)} {_text(finding.problem)}.{defined} Define it as:"
+        yield _fenced(finding.remedy, "python")
+    if cause.lead is not None:
+        yield from _failure(report, cause.lead)
+    if cause.others:
+        yield ""
+        yield "Not run because of it:" if cause.lead is None else "The same cause fails:"
+        yield ""
+    for one in cause.others[:MOST_OTHERS]:
+        told = one.failure.message if one.failure is not None else one.check.sentence
+        yield f"- {one.check.clauses[0]} `{one.check.name}`: {_text(told)}"
+    if len(cause.others) > MOST_OTHERS:
+        names = ", ".join(f"`{one.check.name}`" for one in cause.others[MOST_OTHERS:])
+        yield f"- and {len(cause.others) - MOST_OTHERS} more: {names}"
 
 
 def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     failure = result.failure
     assert failure is not None
-    yield f"### {MARKS[result.status]} {failure.clause}: {_text(CLAUSES[failure.clause].sentence)}"
+    yield f"{MARKS[result.status]} **{failure.clause}: {_text(CLAUSES[failure.clause].sentence)}**"
     yield ""
     yield f"{_text(failure.message)}"
     yield ""
-    yield (
-        f"`{anchor(failure.clause)}`, check `{result.check.name}`, struck in {failure.struck} of "
-        f"{failure.tried} runs. Again:"
-    )
+    struck = "" if failure.hung else f", struck in {failure.struck} of {failure.tried} runs"
+    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{struck}. Again:"
     yield _fenced(report.command(result), "bash")
     if failure.history is not None:
         yield from _details("History", "\n".join(history_lines(result, width=110)), "text")
@@ -96,7 +119,7 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     if failure.right_answer is not None:
         yield from _details("What it prints on memory://", failure.right_answer, "text")
     if failure.traceback is not None:
-        yield from _details("Where it came from", failure.traceback, "text")
+        yield from _details(failure.trace_title.capitalize(), failure.traceback, "text")
 
 
 def _details(title: str, text: str, language: str) -> Iterator[str]:

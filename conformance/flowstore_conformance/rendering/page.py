@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 
+from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.rendering.timeline import Timeline, lay_out, svg_timeline
@@ -29,7 +30,7 @@ FAMILIES = {
 }
 
 LEVEL_NOTES = {
-    Level.CORE: "the base every store keeps",
+    Level.BASE: "what every store keeps",
     Level.CRASH_SAFE: "safe recovery from crashes",
     Level.FULL: "every extension",
 }
@@ -104,15 +105,17 @@ def _ladder(report: Report) -> Iterator[str]:
     for level in Level:
         required, lacking = report.required(level), report.lacking(level)
         passed = len(required) - len(lacking)
-        open_below = open_below and not lacking
-        state = "granted" if report.level and open_below else "complete" if not lacking else "lacking"
+        below, open_below = open_below, open_below and not lacking
+        state = "granted" if report.level and open_below else "complete" if open_below else "lacking"
         said = "granted" if state == "granted" else f"{passed} of {len(required)} pass"
         missing = ", ".join(one.clause.id for one in lacking[:8])
         if len(lacking) > 8:
             missing += f" and {len(lacking) - 8} more"
         yield f'<li class="{state}"><div class="step-head"><b>{level.value}</b><span>{said}</span></div>'
         yield f'<div class="track"><i style="width:{100 * passed / len(required):.1f}%"></i></div>'
-        note = f"lacks {missing}" if missing else LEVEL_NOTES[level]
+        note = (
+            f"lacks {missing}" if missing else LEVEL_NOTES[level] if below else "a level below lacks clauses"
+        )
         yield f'<p class="note">{escape(note)}</p></li>\n'
     yield "</ol>\n"
 
@@ -134,7 +137,11 @@ def _facts(report: Report) -> Iterator[str]:
     yield from (
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts.items()
     )
-    yield "</dl>\n" + '<p class="chips" aria-label="Capabilities">'
+    yield "</dl>\n"
+    yield from (
+        f'<p class="problem">Left behind, drop it by hand: {escape(one)}</p>\n' for one in report.left_behind
+    )
+    yield '<p class="chips" aria-label="Capabilities">'
     yield from (f'<span class="chip">{escape(one)}</span>' for one in report.capabilities)
     yield "</p>\n</section>\n"
 
@@ -163,21 +170,54 @@ def _waivers(report: Report) -> Iterator[str]:
 
 
 def _failures(report: Report) -> Iterator[str]:
-    found = report.failures
-    if not found:
+    causes = report.causes
+    if not causes:
         return
-    yield f'<section class="failures">\n<h2>Failures <span class="count">{len(found)}</span></h2>\n'
-    for result in found:
-        yield from _failure(report, result)
+    checks = sum(len(one.results) for one in causes)
+    yield '<section class="failures">\n<h2>Probable causes '
+    behind = f"behind {checks} checks that did not pass"
+    yield f'<span class="count">{len(causes)}</span> <span class="note">{behind}</span></h2>\n'
+    for number, cause in enumerate(causes, 1):
+        yield from _cause(report, cause, number)
     yield "</section>\n"
 
 
-def _failure(report: Report, result: CheckResult) -> Iterator[str]:
+def _cause(report: Report, cause: Cause, number: int) -> Iterator[str]:
+    yield f'<section class="cause"><h3><span class="number">{number}</span>{escape(cause.title)}</h3>\n'
+    if (finding := cause.finding) is not None:
+        yield '<div class="failure card fail"><div class="body"><dl class="meta">'
+        yield f'<div><dt>method</dt><dd class="mono">{escape(f"{finding.noun}.{finding.method}")}</dd></div>'
+        if finding.place is not None:
+            yield f'<div><dt>defined</dt><dd class="mono">{escape(finding.place)}</dd></div>'
+        yield f"<div><dt>problem</dt><dd>{escape(finding.problem)}</dd></div></dl>\n"
+        yield _code("Define it as", finding.remedy)
+        yield "</div></div>\n"
+    if cause.lead is not None:
+        yield from _failure(report, cause.lead)
+    if cause.others:
+        what = "not run because of it" if cause.lead is None else "that fail from the same cause"
+        checks = f"{len(cause.others)} check{'s' if len(cause.others) != 1 else ''}"
+        yield f'<details class="others"><summary>{checks} {what}</summary>\n'
+        for result in cause.others:
+            yield from _failure(report, result, is_open=False) if result.failure else _stumbled(result)
+        yield "</details>\n"
+    yield "</section>\n"
+
+
+def _stumbled(result: CheckResult) -> Iterator[str]:
+    yield (
+        f'<p class="stumbled">{_pill(result.status)} <span class="mono">{escape(result.check.id)}</span> '
+        f'<span class="note">{escape(result.check.sentence)}</span></p>\n'
+    )
+
+
+def _failure(report: Report, result: CheckResult, *, is_open: bool = True) -> Iterator[str]:
     failure = result.failure
     assert failure is not None
     clause = CLAUSES[failure.clause]
     place = f"{clause.id.lower()}-{result.check.name}"
-    yield f'<details class="failure card {_kind(result.status)}" open id="{place}">\n'
+    shown = " open" if is_open else ""
+    yield f'<details class="failure card {_kind(result.status)}"{shown} id="{place}">\n'
     yield (
         f'<summary><span class="id mono">{clause.id}</span>{_pill(result.status)}'
         f'<span class="sentence">{escape(clause.sentence)}</span></summary>\n<div class="body">\n'
@@ -188,7 +228,8 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     yield '<dl class="meta">'
     yield f'<div><dt>contract</dt><dd class="mono">{anchor(clause.id)}</dd></div>'
     yield f'<div><dt>check</dt><dd class="mono">{escape(result.check.name)}</dd></div>'
-    yield f"<div><dt>struck</dt><dd>{failure.struck} of {failure.tried} runs</dd></div>"
+    if not failure.hung:
+        yield f"<div><dt>struck</dt><dd>{failure.struck} of {failure.tried} runs</dd></div>"
     yield f"<div><dt>seed</dt><dd>{result.seed}</dd></div></dl>\n"
     yield _code("Again", report.command(result))
     if failure.history is not None:
@@ -203,7 +244,7 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
             yield _code("What it prints on memory://", failure.right_answer, kind="printed")
         yield "</div>\n"
     if failure.traceback is not None:
-        yield '<details class="trace"><summary>Where it came from</summary>'
+        yield f'<details class="trace" open><summary>{failure.trace_title.capitalize()}</summary>'
         yield f"<pre><code>{escape(failure.traceback)}</code></pre></details>\n"
     yield "</div>\n</details>\n"
 
@@ -260,7 +301,7 @@ def _clauses(report: Report) -> Iterator[str]:
             yield f'<i class="{_kind(status)}" style="flex:{number}" title="{number} {status}"></i>'
     yield '</div>\n<div class="filters" role="group" aria-label="Show clauses by status">'
     yield '<button type="button" class="filter" data-status="" aria-pressed="true">'
-    yield f"All <b>{len(report.clauses)}</b></button>"
+    yield f"All <b>{len(report.asked)}</b></button>"
     for status, number in report.counts.items():
         if number:
             yield (
@@ -269,11 +310,13 @@ def _clauses(report: Report) -> Iterator[str]:
             )
     yield '<input type="search" id="search" placeholder="Find a clause or a check" aria-label="Find">'
     yield "</div>\n</div>\n"
-    for family, members in groupby(report.clauses, key=lambda one: one.clause.id.partition("-")[0]):
+    for family, members in groupby(report.asked, key=lambda one: one.clause.id.partition("-")[0]):
         yield f'<div class="family card"><h3>{FAMILIES[family]}<span class="mono">{family}</span></h3>\n'
         for one in members:
             yield from _clause(one)
         yield "</div>\n"
+    if report.unasked:
+        yield f'<p class="note">{report.unasked}.</p>\n'
     yield '<p class="nothing" hidden>No clause matches.</p>\n</section>\n'
 
 

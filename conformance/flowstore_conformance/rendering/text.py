@@ -5,11 +5,16 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
 from flowstore_conformance.rendering.words import legible
 from flowstore_conformance.report import CheckResult, Report, Status, anchor
+from flowstore_conformance.signatures import SignatureFinding
+
+MOST_OTHERS = 8
+"""Failures of one cause that are told in a line each; of the rest there are only names."""
 
 COLOURS = {
     Status.PASS: "32",
@@ -35,11 +40,11 @@ class Paint:
 
 
 def render_text(report: Report, *, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """The whole report: clauses, waivers, failures, and last of all the verdict."""
+    """The whole report: clauses, waivers, failures by cause, and last of all the verdict."""
     paint = Paint(colour)
     lines = [*_table(report, width, paint), *_waivers(report)]
-    for result in report.failures:
-        lines += ["", *failure_lines(report, result, width=width, paint=paint, unicode=unicode)]
+    for number, cause in enumerate(report.causes, 1):
+        lines += ["", *_cause(report, cause, number, width=width, paint=paint, unicode=unicode)]
     lines += ["", *_verdict(report, width, paint)]
     text = "\n".join(lines) + "\n"
     return text if unicode else text.encode("ascii", "backslashreplace").decode()
@@ -47,7 +52,7 @@ def render_text(report: Report, *, width: int = 100, colour: bool = False, unico
 
 def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
     yield paint(f"{'CLAUSE':7} {'STATUS':12} {'TIMES':>9}  WHAT IT PROMISES", "1")
-    for one in report.clauses:
+    for one in report.asked:
         status = paint.status(one.status, f"{one.status.value:12}")
         times = f"{one.exercised:,}" if one.exercised else "-"
         said = one.clause.sentence
@@ -57,6 +62,40 @@ def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
         first, *rest = textwrap.wrap(said, room)
         yield f"{one.clause.id:7} {status} {times:>9}  {first}"
         yield from (f"{'':32}{line}" for line in rest)
+    if report.unasked:
+        yield paint(report.unasked, COLOURS[Status.NOT_RUN])
+
+
+def _cause(
+    report: Report, cause: Cause, number: int, *, width: int, paint: Paint, unicode: bool
+) -> Iterator[str]:
+    """One probable cause: the failure that shows it best, and a line for each check that it explains."""
+    affected = f", {len(cause.results)} checks" if len(cause.results) > 1 else ""
+    title = f"CAUSE {number} of {len(report.causes)}{affected}: {legible(cause.title)}"
+    yield from (paint(line, "1") for line in textwrap.wrap(title, width, subsequent_indent="  "))
+    if cause.finding is not None:
+        yield from finding_lines(cause.finding)
+    if cause.lead is not None:
+        yield from failure_lines(report, cause.lead, width=width, paint=paint, unicode=unicode)
+    if cause.others:
+        yield "  not run because of it:" if cause.lead is None else "  the same cause fails:"
+    for other in cause.others[:MOST_OTHERS]:
+        told = other.failure.message if other.failure is not None else other.check.sentence
+        line = f"    {other.check.id}: {' '.join(legible(told).split())}"
+        yield line if len(line) <= width else f"{line[: width - 3]}..."
+    if len(cause.others) > MOST_OTHERS:
+        names = ", ".join(one.check.id for one in cause.others[MOST_OTHERS:])
+        more = f"    and {len(cause.others) - MOST_OTHERS} more: {names}"
+        yield from textwrap.wrap(more, width, subsequent_indent="      ", break_on_hyphens=False)
+
+
+def finding_lines(finding: SignatureFinding) -> Iterator[str]:
+    """A method that core cannot call, and the remedy."""
+    yield f"  method    {finding.noun}.{finding.method}"
+    yield f"  found     {legible(finding.problem)}"
+    if finding.place is not None:
+        yield f"  defined   {legible(finding.place)}"
+    yield f"  remedy    define it as {legible(finding.remedy)}"
 
 
 def _waivers(report: Report) -> Iterator[str]:
@@ -84,6 +123,9 @@ def _verdict(report: Report, width: int, paint: Paint) -> Iterator[str]:
                 named = ", ".join(f"{one.clause.id} {one.status}" for one in lacking)
                 text = f"level {level} is not granted: {named}"
                 yield from textwrap.wrap(text, width, subsequent_indent="  ")
+    elif not report.selected:
+        yield "no level is granted to a run that does not conform"
+    yield from (f"left behind, drop it by hand: {one}" for one in report.left_behind)
     good, bad = COLOURS[Status.PASS], COLOURS[Status.FAIL]
     yield from report.problems
     yield f"{paint(report.verdict, f'1;{good}' if report.conforms else bad)}: {report.headline}"
@@ -110,7 +152,8 @@ def failure_lines(
             wrapped = [line for part in legible(text).split("\n") for line in _wrap(part, width - 12)]
             yield f"  {label:9} {wrapped[0]}"
             yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
-    yield f"  struck    {failure.struck} of {failure.tried} runs of this check"
+    if not failure.hung:
+        yield f"  struck    {failure.struck} of {failure.tried} runs of this check"
     yield f"  again     {report.command(result)}"
     if failure.history is not None:
         yield from ("", *history_lines(result, width=width - 2, unicode=unicode))
@@ -123,7 +166,7 @@ def failure_lines(
         yield "  on memory:// the program prints:"
         yield from _indent(failure.right_answer)
     if failure.traceback is not None:
-        yield "  where it came from:"
+        yield f"  {failure.trace_title}:"
         yield from _indent(failure.traceback)
 
 

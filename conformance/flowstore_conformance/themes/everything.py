@@ -38,14 +38,7 @@ def _cleanups(d: Drawing) -> Race:
         makers += [lambda client: trigger(1)] * 2
     if d.has(Capability.EVENTS):
         makers.append(lambda client: d.on("append_event", event_type="e"))
-    ends = [
-        call
-        for one in (d.run, again)
-        for call in (
-            Call(method="get_run_detail", arguments={"run_id": one}),
-            Call(method="get_run_control", arguments={"run_id": one}),
-        )
-    ]
+    ends = [*d.look(), *d.look(run_id=again)]
     # Whatever is left would be counted by the next race's cleanup.
     sweep = [
         Call(method="complete_run", arguments={"run_id": one, "status": "Failed"}) for one in (d.run, again)
@@ -74,7 +67,7 @@ def _cleanups_seen(d: Drawing) -> Race:
     return Race(
         setup=tuple(before),
         clients=((clean,), *watching),
-        final=tuple(d.on(name) for name in dict.fromkeys(looks)),
+        final=d.look(d.on("get_step_statuses")),
     )
 
 
@@ -109,13 +102,8 @@ def _anything(d: Drawing) -> Race:
             expected_outcome(model, call)
     d.count = min(d.count, 4)
     clients = d.clients(lambda client: draw())
-    looks = [
-        Call(method=method, arguments={"run_id": run_id})
-        for run_id in runs
-        for method in ("get_run_detail", "get_run_control", "get_step_claims", "get_dispatches")
-    ]
-    waiters = [d.step("get_waiter", step_key=key) for key in keys]
-    return Race(setup=tuple(setup), clients=clients, final=(*looks, *waiters))
+    final = [call for run_id in runs for call in d.look(run_id=run_id)]
+    return Race(setup=tuple(setup), clients=clients, final=tuple(final))
 
 
 THEMES: tuple[Theme, ...] = (

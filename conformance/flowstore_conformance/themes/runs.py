@@ -36,7 +36,7 @@ def _starts_of_one_run(d: Drawing) -> Race:
     ]
     if d.has(Capability.TRIGGER):
         makers.append(lambda client: Call(method="trigger_run", arguments=begin(client).arguments))
-    return Race(setup=(), clients=d.clients(*makers, first=begin), final=(d.on("get_run_detail"),))
+    return Race(setup=(), clients=d.clients(*makers, first=begin), final=d.look())
 
 
 def _late_starts(d: Drawing) -> Race:
@@ -105,7 +105,7 @@ def _latches(d: Drawing) -> Race:
     return Race(
         setup=(d.start_run(), *((configure(0),) * d.one_of(0, 1))),
         clients=d.clients(*makers),
-        final=d.look(d.on("get_run_control")),
+        final=d.look(),
     )
 
 

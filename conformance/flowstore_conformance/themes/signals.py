@@ -34,7 +34,7 @@ def _deliveries(d: Drawing) -> Race:
             *(d.step("register_waiter", step_key=key, signal_name="go") for key in sorted(waiters)),
         ),
         clients=d.clients(deliver, deliver, deliver, *mixed),
-        final=tuple(d.step("get_waiter", step_key=key) for key in ("a", "b", "c")),
+        final=d.look(),
     )
 
 
@@ -93,7 +93,7 @@ def _expiries(d: Drawing) -> Race:
             lambda client: d.step("remove_waiter"),
             lambda client: d.step("register_waiter", signal_name="go", expires_at=d.now + 3 * LEASE),
         ),
-        final=(d.on("get_waiters"),),
+        final=d.look(),
         jump=LEASE,
     )
 
@@ -105,7 +105,7 @@ def _events(d: Drawing) -> Race:
     return Race(
         setup=(d.start_run(),),
         clients=d.clients(*[lambda client: d.on("append_event", event_type=f"by {client}")] * 3, read),
-        final=(d.on("get_run_events"),),
+        final=d.look(),
     )
 
 
@@ -118,7 +118,7 @@ def _outputs(d: Drawing) -> Race:
             lambda client: d.on("get_output", key="k"),
             lambda client: d.on("get_outputs"),
         ),
-        final=(d.on("get_outputs"),),
+        final=d.look(),
     )
 
 

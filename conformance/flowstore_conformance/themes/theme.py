@@ -64,9 +64,20 @@ class Drawing:
             programs.append(tuple([first(client), *calls[1:]] if first is not None else calls))
         return tuple(programs)
 
-    def look(self, *more: Call) -> tuple[Call, ...]:
-        """What is looked at in the end."""
-        return (self.on("get_run_detail"), self.on("get_step_claims"), self.on("get_dispatches"), *more)
+    def look(self, *more: Call, run_id: UUID | None = None) -> tuple[Call, ...]:
+        """Reads of all state of a run, for the end of a race; then more calls."""
+        names = ["get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"]
+        # On a store's own clock nobody knows the order in which it made waiters.
+        listed = self.has(Capability.WAITERS) and self.virtual
+        names += ["get_waiters"] if listed else []
+        names += ["get_outputs"] if self.has(Capability.OUTPUTS) else []
+        names += ["get_run_events"] if self.has(Capability.EVENTS) else []
+        of_run = {"run_id": run_id or self.run}
+        reads = [Call(method=name, arguments=of_run) for name in names]
+        if not listed:
+            keys = ("a", "b", "c")
+            reads += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in keys]
+        return (*reads, *more)
 
 
 def nothing_told(history: History) -> str | None:

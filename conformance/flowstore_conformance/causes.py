@@ -1,0 +1,129 @@
+"""Groups failed checks by their probable cause, so that a report shows each cause once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from flowstore_conformance.checks.registry import Kind
+from flowstore_conformance.clauses import CLAUSES
+from flowstore_conformance.signatures import SignatureFinding
+
+if TYPE_CHECKING:
+    from flowstore_conformance.report import CheckResult
+
+SIMPLEST = (
+    Kind.EXAMPLE,
+    Kind.CAPABILITY,
+    Kind.HOSTILE,
+    Kind.MODEL,
+    Kind.SNAPSHOT,
+    Kind.RACE,
+    Kind.CANCELLATION,
+    Kind.CRASH,
+)
+"""The kinds of checks, in the order in which an author best reads their failures."""
+
+
+class CauseKind(IntEnum):
+    """What went wrong, the most telling first."""
+
+    SIGNATURE = 0
+    EXCEPTION = 1
+    HANG = 2
+    VIOLATION = 3
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """A probable cause, and the checks that did not pass because of it."""
+
+    kind: CauseKind
+    title: str
+    results: tuple[CheckResult, ...]
+    """The simplest check first. Empty for a wrong method that no check has called."""
+    finding: SignatureFinding | None = None
+
+    @property
+    def lead(self) -> CheckResult | None:
+        """The check that shows it best; None where no check failed, but could not run."""
+        return self.results[0] if self.results and self.results[0].failure is not None else None
+
+    @property
+    def others(self) -> tuple[CheckResult, ...]:
+        """The checks whose failures follow from the same cause."""
+        return self.results[1:] if self.lead is not None else self.results
+
+
+def find_causes(
+    results: Iterable[CheckResult], findings: Sequence[SignatureFinding] = ()
+) -> tuple[Cause, ...]:
+    """The causes of all failures, the most telling first: by kind, then by how much follows from each.
+
+    One wrong method is a cause. So are exceptions of one class at one line of the author's code, calls of one
+    operation that hang, and wrong answers that break one clause.
+    """
+    groups: dict[Hashable, list[CheckResult]] = {}
+    for result in results:
+        if (key := _key(result)) is not None:
+            groups.setdefault(key, []).append(result)
+    causes = [_made(sorted(group, key=_telling)) for group in groups.values()]
+    stumbled = {one.finding for one in causes}
+    causes += [
+        Cause(kind=CauseKind.SIGNATURE, title=one.title, results=(), finding=one)
+        for one in findings
+        if one.certain and one not in stumbled
+    ]
+    return tuple(sorted(causes, key=lambda one: (one.kind, -len(one.results), _first_clause(one))))
+
+
+def _key(result: CheckResult) -> Hashable | None:
+    if result.finding is not None:
+        return result.finding
+    failure = result.failure
+    if failure is None:
+        return None
+    if failure.hung:
+        return (CauseKind.HANG, failure.operation or failure.place)
+    if failure.error is not None and (failure.place is not None or failure.clause == "CON-2"):
+        return (CauseKind.EXCEPTION, failure.error, failure.place or failure.operation)
+    return (CauseKind.VIOLATION, failure.clause)
+
+
+def _telling(result: CheckResult) -> tuple[int, str]:
+    if result.failure is not None and result.failure.hung:
+        # As they came: the first one was given the most time.
+        return (0, "")
+    return (SIMPLEST.index(result.check.kind), result.check.name)
+
+
+def _first_clause(cause: Cause) -> int:
+    order = list(CLAUSES)
+    return order.index(cause.results[0].check.clauses[0]) if cause.results else len(order)
+
+
+def _made(results: list[CheckResult]) -> Cause:
+    first = results[0]
+    if first.finding is not None:
+        kind, title = CauseKind.SIGNATURE, first.finding.title
+        return Cause(kind=kind, title=title, results=tuple(results), finding=first.finding)
+    failure = first.failure
+    assert failure is not None
+    if failure.hung:
+        kind, title = CauseKind.HANG, f"{failure.operation or 'a check'} does not end"
+    elif isinstance(key := _key(first), tuple) and key[0] is CauseKind.EXCEPTION:
+        kind, title = CauseKind.EXCEPTION, f"{failure.error} surfaces"
+        if failure.operation is not None:
+            title += f" from {failure.operation}"
+    else:
+        kind = CauseKind.VIOLATION
+        title = f"{failure.clause} is broken: {CLAUSES[failure.clause].sentence}"
+    if failure.place is not None and kind is not CauseKind.VIOLATION:
+        title += f", at {failure.place}"
+    return Cause(kind=kind, title=title, results=tuple(results))

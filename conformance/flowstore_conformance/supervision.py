@@ -1,0 +1,235 @@
+"""An event loop for checks in a thread of its own, which can be left behind when a backend blocks it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import ctypes
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, TypeVar, cast
+
+from flowstore_conformance.children import kill_children
+from flowstore_conformance.watching import Hang, Hung, Watchdog, describe_blocked
+
+T = TypeVar("T")
+Job = Callable[[], Awaitable[T]]
+
+POLL_SECONDS = 0.2
+ANSWER_SECONDS = 2.0
+"""How long an interrupted loop may take to say what is under way in it; else it is blocked."""
+
+END_SECONDS = 10.0
+"""How long a cancelled job, or the end of the loop, may take before the loop is left behind."""
+
+
+class Stopped(Exception):  # noqa: N818 - what the caller asked for
+    """The caller asked to stop while a job ran."""
+
+    def __init__(self, under_way: str | None = None) -> None:
+        super().__init__(under_way)
+        self.under_way = under_way
+        """The call of the store that was under way, and where it waits."""
+
+
+class _Loop:
+    """A thread that runs jobs one after the other, all in one task: a store opens and closes in the same."""
+
+    def __init__(self, tick: float) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.beats = 0
+        self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._tick = tick
+        self._jobs: asyncio.Queue[tuple[Job[Any], concurrent.futures.Future[Any]] | None] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self._current: concurrent.futures.Future[Any] | None = None
+        self._dropped: set[concurrent.futures.Future[Any]] = set()
+        context = contextvars.copy_context()
+        # A daemon, so that a loop which was left behind does not keep the interpreter from ending.
+        self.thread = threading.Thread(
+            target=lambda: context.run(self._main), name="flowstore-checks", daemon=True
+        )
+        self.thread.start()
+
+    def submit(self, job: Job[T]) -> concurrent.futures.Future[T]:
+        told: concurrent.futures.Future[T] = concurrent.futures.Future()
+        told.set_running_or_notify_cancel()
+        self.loop.call_soon_threadsafe(self._jobs.put_nowait, (job, told))
+        return told
+
+    def cancel(self, told: concurrent.futures.Future[Any]) -> None:
+        """Cancel a job, which may not have begun."""
+        self.loop.call_soon_threadsafe(self._cancel, told)
+
+    def _cancel(self, told: concurrent.futures.Future[Any]) -> None:
+        if told is self._current and self._task is not None:
+            self._task.cancel()
+        else:
+            self._dropped.add(told)
+
+    def end(self) -> None:
+        self.loop.call_soon_threadsafe(self._jobs.put_nowait, None)
+
+    def leave(self) -> None:
+        """Give the thread up. An exception is raised in it, which ends an endless loop of Python code."""
+        kill_children(self.loop)
+        # Of no more interest: tasks that are dropped, exceptions of callbacks.
+        self.loop.set_exception_handler(lambda loop, context: None)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(self.thread.ident or 0), ctypes.py_object(SystemExit)
+        )
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            # RuntimeError: the loop was stopped, because it was left behind.
+            with suppress(SystemExit, RuntimeError):
+                self.loop.run_until_complete(self._serve())
+        finally:
+            self.loop.close()
+            self.ended.set_result(None)
+
+    async def _serve(self) -> None:
+        task = self._task = asyncio.current_task()
+        assert task is not None
+        self._beat()
+        while (order := await self._jobs.get()) is not None:
+            job, told = order
+            if told in self._dropped:
+                told.set_exception(Stopped())
+                continue
+            self._current = told
+            try:
+                told.set_result(await job())
+            except asyncio.CancelledError as error:
+                told.set_exception(Stopped(str(error) or None))
+            except Exception as error:  # noqa: BLE001 - raised again where the job was submitted
+                told.set_exception(error)
+            self._current = None
+            while task.cancelling():
+                task.uncancel()
+        others = asyncio.all_tasks() - {task}
+        for one in others:
+            one.cancel()
+        if others:
+            await asyncio.wait(others, timeout=END_SECONDS / 2)
+        await self.loop.shutdown_asyncgens()
+
+    def _beat(self) -> None:
+        self.beats += 1
+        self.loop.call_later(self._tick, self._beat)
+
+
+_left_behind: list[_Loop] = []
+"""Loops whose thread may still run. They are kept for good, because they hold what a backend left open."""
+
+
+class Supervisor:
+    """Runs jobs in an event loop of its own, and takes a new one when a backend blocks it.
+
+    A backend can block an event loop for ever, with a lock or an endless loop. Python code cannot end such a
+    thread, so it is left behind, and ``Hung`` tells where it stands.
+    """
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+        self._loop: _Loop | None = None
+        self._told: concurrent.futures.Future[Any] | None = None
+
+    async def run(self, job: Job[T], *, stop: asyncio.Event | None = None) -> T:
+        """Run a job in the loop and return what it returns, or raise what it raises.
+
+        Raises Hung when it blocks the loop or does not end though it was cancelled; the loop is then left
+        behind. Raises Stopped once ``stop`` is set; the job is cancelled first.
+        """
+        if self._loop is None:
+            self._loop = _Loop(self.watchdog.limits.tick)
+        self._told = self._loop.submit(job)
+        done = asyncio.wrap_future(self._told)
+        stopping = asyncio.ensure_future(stop.wait()) if stop is not None else None
+        try:
+            while not done.done():
+                beats, since = self._loop.beats, time.monotonic()
+                still = 0.0
+                while not done.done() and self._loop.beats == beats:
+                    waits: set[asyncio.Future[Any]] = {done} if stopping is None else {done, stopping}
+                    await asyncio.wait(waits, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                    if stopping is not None and stopping.done() and not done.done():
+                        raise Stopped(await self._stop(done))
+                    # Time in which this process did not run counts for little.
+                    now = time.monotonic()
+                    still, since = still + min(now - since, 2 * POLL_SECONDS), now
+                    if still >= self._limit():
+                        hang = describe_blocked(self._loop.thread.ident or 0, still)
+                        self._leave(done)
+                        raise Hung(hang)
+                if self.watchdog.stuck and not done.done():
+                    hang = cast(Hang, self.watchdog.hang)
+                    self._leave(done)
+                    raise Hung(hang)
+            return await done
+        except asyncio.CancelledError:
+            # By the caller: what the job has opened is closed before this goes on.
+            await asyncio.shield(self._cancel(done))
+            raise
+        finally:
+            if stopping is not None:
+                stopping.cancel()
+
+    async def aclose(self) -> None:
+        """End the loop, in bounded time."""
+        if self._loop is not None:
+            self._loop.end()
+            done = asyncio.wrap_future(self._loop.ended)
+            await asyncio.wait({done}, timeout=END_SECONDS)
+            if done.done():
+                self._loop = None
+            else:
+                self._leave(done)
+
+    def _limit(self) -> float:
+        """How long the loop may be blocked: as long as a call may take."""
+        limits = self.watchdog.limits
+        if self.watchdog.known and self._loop is not None:
+            hang = describe_blocked(self._loop.thread.ident or 0, 0.0)
+            if hang.operation is not None:
+                return self.watchdog.limit_of(hang.operation)
+        return limits.call
+
+    async def _stop(self, done: asyncio.Future[Any]) -> str | None:
+        """Cancel the job under way, and say what it was waiting for."""
+        assert self._loop is not None
+        told: concurrent.futures.Future[str | None] = concurrent.futures.Future()
+        told.set_running_or_notify_cancel()
+        self._loop.loop.call_soon_threadsafe(lambda: told.set_result(self.watchdog.under_way()))
+        answer = asyncio.wrap_future(told)
+        await asyncio.wait({answer}, timeout=ANSWER_SECONDS)
+        if answer.done():
+            await self._cancel(done)
+            return answer.result()
+        answer.cancel()
+        hang = describe_blocked(self._loop.thread.ident or 0, ANSWER_SECONDS)
+        self._leave(done)
+        return f"{hang.operation or 'the backend'} blocked the event loop at {hang.place}"
+
+    async def _cancel(self, done: asyncio.Future[Any]) -> None:
+        if self._loop is None or self._told is None or done.done():
+            return
+        self._loop.cancel(self._told)
+        await asyncio.wait({done}, timeout=END_SECONDS)
+        if not done.done():
+            self._leave(done)
+        elif not done.cancelled():
+            done.exception()  # Retrieved, so that asyncio does not report it.
+
+    def _leave(self, done: asyncio.Future[Any]) -> None:
+        assert self._loop is not None
+        done.cancel()
+        self._loop.leave()
+        _left_behind.append(self._loop)
+        self._loop = None

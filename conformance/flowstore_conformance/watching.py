@@ -1,0 +1,461 @@
+"""Finds calls that do not end: which one, with which arguments, and where in the backend's code it waits.
+
+A watchdog runs in the event loop of the checks and looks a few times a second at the stacks of all tasks. A
+call of a store is a frame of core's CheckedStore, so nothing has to be put around the calls themselves. A
+loop that is blocked cannot look at itself; another thread does (see supervision).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from flowstore_conformance.bench import Profile
+from flowstore_conformance.difference import brief
+from flowstore_conformance.guard import LOOK_INTO, SCRATCH
+from flowstore_conformance.history import Call
+from flowstore_conformance.rendering.words import call_words
+from flowstore_conformance.traces import OPEN_STORE, OPERATIONS, is_authors, is_suites, place, stack_text
+from flowstore_core.urls import redact
+
+CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
+"""How long a check may take."""
+
+CALL_SECONDS = 30.0
+"""How long one call of a store may take."""
+
+KNOWN_SECONDS = 2.0
+"""The same for an operation that a check has already found to hang."""
+
+CANCEL_SECONDS = 5.0
+"""How long a cancelled check may take to end, before it is cancelled again."""
+
+MOST_CANCELS = 3
+
+TICK = 0.5
+MOST_SHOWN = 4
+"""Stacks that a report shows."""
+
+OPTION = "--check-timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Time limits in seconds."""
+
+    check: float = CHECK_SECONDS[Profile.STANDARD]
+    call: float = CALL_SECONDS
+    known: float = KNOWN_SECONDS
+
+    @staticmethod
+    def of(profile: Profile, check_timeout: float | None = None) -> Limits:
+        """The defaults of a profile; ``check_timeout`` replaces them, and a call may take half of it."""
+        if check_timeout is not None:
+            return Limits(check_timeout, check_timeout / 2, min(KNOWN_SECONDS, check_timeout / 2))
+        return Limits(CHECK_SECONDS[profile], min(CALL_SECONDS, CHECK_SECONDS[profile]))
+
+    def scaled(self, factor: float) -> Limits:
+        """The limits for a backend that is slower than usual by a factor."""
+        return Limits(self.check * factor, self.call * factor, self.known * factor)
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks."""
+        return min(TICK, self.check / 5, self.call / 5, self.known / 5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hang:
+    """A call that did not end within its limit."""
+
+    message: str
+    operation: str | None
+    """The operation of the store that was pending; None where none was."""
+    place: str | None
+    """The innermost line of the author's code."""
+    stack: str
+
+    def packed(self) -> str:
+        """The same as a line of JSON, for another process."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def unpacked(text: str) -> Hang:
+        return Hang(**json.loads(text))
+
+
+class Hung(Exception):  # noqa: N818 - a finding about the store, not an error of the suite
+    """A call of the store did not end."""
+
+    def __init__(self, hang: Hang) -> None:
+        super().__init__(hang.message)
+        self.hang = hang
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A call of a store that is under way."""
+
+    owner: Any
+    """The coroutine or generator; alive as long as the call is."""
+    operation: str
+    frames: tuple[FrameType, ...]
+    """From the call inwards."""
+
+    @property
+    def words(self) -> str:
+        """The call as reports show it."""
+        frame = self.frames[0]
+        if frame.f_code in (OPEN_STORE, SCRATCH, LOOK_INTO):
+            return f"{self.operation}({redact(str(frame.f_locals.get('url')))})"
+        code = frame.f_code
+        names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        given = {name: frame.f_locals[name] for name in names if name in frame.f_locals}
+        return brief(call_words(Call(method=self.operation, arguments=given)))
+
+
+class Watchdog:
+    """Watches the calls under way in one event loop, and cancels a check of which one does not end."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.known: set[str] = set()
+        """Operations that were found to hang."""
+        self.hang: Hang | None = None
+        """Found in the check under way."""
+        self.stuck = False
+        """Whether the check under way did not end though it was cancelled several times."""
+        self._left_over: WeakSet[asyncio.Task[Any]] = WeakSet()
+
+    @asynccontextmanager
+    async def over(self, *, patience: float = 1.0) -> AsyncIterator[None]:
+        """Watch what runs in the context; raises Hung when a call in it, or all of it, takes too long.
+
+        ``patience`` multiplies the limit for all of it.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        before = asyncio.all_tasks()
+        round_ = _Round(self, task, self.limits.check * patience)
+        self.hang, self.stuck = None, False
+        try:
+            yield
+        except BaseException as error:
+            # A cancellation by somebody else is theirs.
+            if round_.end() and not (isinstance(error, asyncio.CancelledError) and task.cancelling()):
+                raise Hung(self._hung()) from None
+            raise
+        else:
+            if round_.end():
+                with suppress(asyncio.CancelledError):
+                    # A cancellation that came too late must not reach what follows.
+                    await asyncio.sleep(0)
+                raise Hung(self._hung())
+        finally:
+            if self.hang is not None:
+                for one in asyncio.all_tasks() - before - {task}:
+                    self._left_over.add(one)
+                    one.cancel()
+
+    def _hung(self) -> Hang:
+        assert self.hang is not None
+        return self.hang
+
+    def limit_of(self, operation: str) -> float:
+        """How long a call may take."""
+        return self.limits.known if operation in self.known else self.limits.call
+
+    def pending(self) -> list[Pending]:
+        """The calls under way, without those that an earlier check left behind."""
+        tasks = [one for one in asyncio.all_tasks() if one not in self._left_over]
+        found = [one for task in tasks if (one := pending_call(task)) is not None]
+        return list({id(one.owner): one for one in found}.values())
+
+    def under_way(self) -> str | None:
+        """The first call under way, and where it waits."""
+        pending = self.pending()
+        if not pending:
+            return None
+        where = _innermost(pending[0].frames)
+        return f"{pending[0].words} was under way{f' at {where}' if where else ''}"
+
+
+class _Round:
+    """The watch over one check."""
+
+    def __init__(self, dog: Watchdog, task: asyncio.Task[Any], limit: float) -> None:
+        self._dog = dog
+        self._limit = limit
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        self._spent = 0.0
+        self._since_cancel = 0.0
+        self._cancels = 0
+        self._last = time.monotonic()
+        self._interval = dog.limits.tick
+        self._handle = self._loop.call_later(self._interval, self._tick)
+
+    def end(self) -> bool:
+        """Stop watching. True if a hang was found; the task is then as if it had not been cancelled."""
+        self._handle.cancel()
+        for _ in range(self._cancels):
+            self._task.uncancel()
+        self._cancels = 0
+        return self._dog.hang is not None
+
+    def _tick(self) -> None:
+        self._handle = self._loop.call_later(self._interval, self._tick)
+        now = time.monotonic()
+        # Time in which this process did not run counts for little.
+        passed, self._last = min(now - self._last, 2 * self._interval), now
+        if self._dog.hang is not None:
+            self._since_cancel += passed
+            known = self._dog.hang.operation in self._dog.known
+            if self._since_cancel >= (self._dog.limits.known if known else CANCEL_SECONDS):
+                self._cancel()
+            return
+        self._spent += passed
+        pending = self._dog.pending()
+        ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        for one in pending:
+            ages[one.owner] = self._ages.get(one.owner, 0.0) + passed
+        self._ages = ages
+        pending.sort(key=lambda one: -ages[one.owner])
+        if pending and ages[pending[0].owner] >= (limit := self._dog.limit_of(pending[0].operation)):
+            self._dog.hang = describe_call(pending, limit, known=pending[0].operation in self._dog.known)
+            self._cancel()
+        elif self._spent >= self._limit:
+            self._dog.hang = describe_check(self._task, pending, self._limit)
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self._since_cancel = 0.0
+        if self._cancels == MOST_CANCELS:
+            self._dog.stuck = True
+            return
+        self._cancels += 1
+        self._task.cancel()
+
+
+# Telling
+
+
+def describe_call(pending: list[Pending], limit: float, *, known: bool = False) -> Hang:
+    """The hang of the first of some pending calls."""
+    first = pending[0]
+    where = _innermost(first.frames)
+    waits = f"; it waits at {where}" if where else ""
+    limited = (
+        "it hung in an earlier check, so it was given less time here"
+        if known
+        else f"a limit that {OPTION} raises"
+    )
+    return Hang(
+        message=f"{first.words} did not return within {limit:g} s{waits} ({limited})",
+        operation=first.operation,
+        place=where,
+        stack=_stacks(pending),
+    )
+
+
+def describe_check(task: asyncio.Task[Any], pending: list[Pending], limit: float) -> Hang:
+    """The hang of a check of which no single call took too long."""
+    under_way = f"; {pending[0].words} was under way" if pending else "; no call of the store was under way"
+    frames = [frame for _, frame in chain(task.get_coro())]
+    return Hang(
+        message=f"the check did not end within {limit:g} s{under_way} (a limit that {OPTION} raises)",
+        operation=pending[0].operation if pending else None,
+        place=_innermost(pending[0].frames if pending else frames),
+        stack=_stacks(pending) if pending else stack_text(frames),
+    )
+
+
+def describe_blocked(thread: int, seconds: float) -> Hang:
+    """The hang of a thread whose event loop does not run any more; for another thread to ask."""
+    frames = _of_thread(thread)
+    found = [number for number, one in enumerate(frames) if one.f_code in OPERATIONS]
+    inner = frames[found[-1] :] if found else frames
+    if found:
+        call = Pending(None, OPERATIONS[inner[0].f_code], tuple(inner))
+        words, operation = call.words, call.operation
+    else:
+        words, operation = "code of the backend", None
+    where = _innermost(inner)
+    return Hang(
+        message=(
+            f"{words} blocks the event loop{f' at {where}' if where else ''}: nothing else could run in it "
+            f"for {seconds:.3g} s (a limit that {OPTION} raises)"
+        ),
+        operation=operation,
+        place=where,
+        stack=stack_text(inner),
+    )
+
+
+def _innermost(frames: Iterator[FrameType] | tuple[FrameType, ...] | list[FrameType]) -> str | None:
+    found = [one for one in frames if is_authors(one.f_code.co_filename)]
+    return (
+        place(found[-1].f_code.co_filename, found[-1].f_lineno, found[-1].f_code.co_name) if found else None
+    )
+
+
+def _stacks(pending: list[Pending]) -> str:
+    """Where the pending calls wait, then the backend's own tasks and threads."""
+    places: dict[str, list[Pending]] = {}
+    for one in pending:
+        places.setdefault(stack_text(one.frames), []).append(one)
+    parts = []
+    for stack, there in list(places.items())[:MOST_SHOWN]:
+        more = f", and {len(there) - 1} more in the same place," if len(there) > 1 else ""
+        parts.append(f"{there[0].words}{more} waits:\n{stack}")
+    if len(places) > MOST_SHOWN:
+        parts.append(f"calls in {len(places) - MOST_SHOWN} more places wait\n")
+    shown = {id(frame) for one in pending for frame in one.frames}
+    others: dict[str, str] = {}
+    for task in asyncio.all_tasks():
+        frames = [frame for _, frame in chain(task.get_coro())]
+        if _is_backends(frames) and id(frames[-1]) not in shown:
+            others.setdefault(stack_text(frames), f"a task of the backend, {task.get_name()}, waits")
+    for thread in threading.enumerate():
+        frames = _of_thread(thread.ident or 0)
+        ours = thread.ident == threading.get_ident() or thread is threading.main_thread()
+        if not ours and _is_backends(frames):
+            others.setdefault(stack_text(frames), f"a thread, {thread.name}, is at")
+    parts += [f"{title}:\n{stack}" for stack, title in list(others.items())[:MOST_SHOWN]]
+    return "\n".join(parts)
+
+
+def _is_backends(frames: list[FrameType]) -> bool:
+    """Whether a stack is of the backend's own work: its code is in it, and the suite's is not."""
+    files = [one.f_code.co_filename for one in frames]
+    return any(map(is_authors, files)) and not any(map(is_suites, files))
+
+
+def _of_thread(thread: int) -> list[FrameType]:
+    """The stack of a thread, outermost frame first."""
+    frames: list[FrameType] = []
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        frames.insert(0, frame)
+        frame = frame.f_back
+    return frames
+
+
+# Looking
+
+
+def pending_call(task: asyncio.Task[Any]) -> Pending | None:
+    """The call of a store that a task waits for; None if there is none."""
+    links = list(chain(task.get_coro()))
+    for number in range(len(links) - 1, -1, -1):
+        owner, frame = links[number]
+        operation = _operation(frame)
+        if operation is not None:
+            return Pending(owner, operation, tuple(frame for _, frame in links[number:]))
+    return None
+
+
+def _operation(frame: FrameType) -> str | None:
+    if frame.f_code is OPEN_STORE:
+        return "open_store"
+    if frame.f_code is SCRATCH:
+        return "scratch"
+    if frame.f_code is LOOK_INTO:
+        return "close" if "checked" in frame.f_locals else "open"
+    return OPERATIONS.get(frame.f_code)
+
+
+def chain(awaitable: Any) -> Iterator[tuple[Any, FrameType]]:
+    """The coroutines and generators that one waits for, outermost first, with the frame of each.
+
+    It leads through tasks that are awaited, and through the generators of async context managers.
+    """
+    seen: set[int] = set()
+    current: Any = awaitable
+    last: FrameType | None = None
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        frame, following = _step(current)
+        if frame is not None:
+            yield current, frame
+            last = frame
+        if following is None and last is not None:
+            following, last = _task_in(last), None
+        current = following
+
+
+def _step(one: Any) -> tuple[FrameType | None, Any]:
+    if isinstance(one, CoroutineType):
+        return one.cr_frame, one.cr_await
+    if isinstance(one, AsyncGeneratorType):
+        return one.ag_frame, one.ag_await
+    if isinstance(one, GeneratorType):
+        return one.gi_frame, one.gi_yieldfrom
+    if isinstance(one, asyncio.Task):
+        return None, None if one.done() else one.get_coro()
+    # What awaits an async generator, a coroutine or a future is an object that only refers to it.
+    kinds = (AsyncGeneratorType, CoroutineType, GeneratorType, asyncio.Task)
+    return None, next((each for each in gc.get_referents(one) if isinstance(each, kinds)), None)
+
+
+def _task_in(frame: FrameType) -> asyncio.Task[Any] | None:
+    """The one unfinished task that a frame holds: what it waits for through asyncio.shield."""
+    tasks = [one for one in frame.f_locals.values() if isinstance(one, asyncio.Task) and not one.done()]
+    return tasks[0] if len(tasks) == 1 else None
+
+
+# In a process of its own
+
+
+def watch_process(limits: Limits, tell: Callable[[Hang], None]) -> None:
+    """Watch the running loop for good: when a call hangs or blocks it, tell so and end the process."""
+    loop, dog, thread = asyncio.get_running_loop(), Watchdog(limits), threading.get_ident()
+    ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+    beats = 0
+
+    def leave(hang: Hang) -> None:
+        try:
+            tell(hang)
+        finally:
+            os._exit(1)
+
+    def look() -> None:
+        nonlocal ages, beats
+        beats += 1
+        loop.call_later(limits.tick, look)
+        pending = dog.pending()
+        older: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        for one in pending:
+            older[one.owner] = ages.get(one.owner, 0.0) + limits.tick
+        ages = older
+        pending.sort(key=lambda one: -ages[one.owner])
+        if pending and ages[pending[0].owner] >= limits.call:
+            leave(in_another(describe_call(pending, limits.call)))
+
+    def stand_by() -> None:
+        still, seen = 0.0, -1
+        while True:
+            time.sleep(limits.tick)
+            still, seen = (0.0 if beats != seen else still + limits.tick), beats
+            if still >= limits.call:
+                leave(in_another(describe_blocked(thread, still)))
+
+    look()
+    threading.Thread(target=stand_by, name="flowstore-watch", daemon=True).start()
+
+
+def in_another(hang: Hang) -> Hang:
+    """The hang of a call in another process."""
+    return replace(hang, message=f"in a process of its own {hang.message}")

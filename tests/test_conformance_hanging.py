@@ -1,0 +1,380 @@
+"""A call that does not end: the suite names it, fails the check, goes on, and reports whatever ran."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from flowstore_conformance import CheckResult, Failure, Report, Status, run_suite
+from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.registry import all_checks
+from flowstore_conformance.suite import select_checks
+from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog, chain
+
+from flowstore_core import ConfigurationError, new_run_id
+from tests import faulty
+from tests.conformance_reports import made_check, passes
+from tests.faulty import DIST
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(DIST)
+    monkeypatch.setattr(faulty, "released", threading.Event())
+    yield
+    faulty.released.set()
+
+
+async def claims(bench: Bench) -> None:
+    run_id = new_run_id()
+    await bench.store.start_run(new_run_id(), "orders", run_id, "manual")
+    bench.expect(await bench.store.try_claim_step(run_id, "pay", owner="me"), True, "the first claim wins")
+
+
+async def run(name: str, *checks: Any, url: str = "", limit: float = 1.0, **options: Any) -> Report:
+    return await run_suite(
+        f"faulty-{name}://{url}",
+        profile="quick",
+        seed=7,
+        checks=checks or [made_check("CLM-1", "claims", claims), made_check("RUN-1", "passes")],
+        check_timeout=limit,
+        **options,
+    )
+
+
+def hang_of(result: CheckResult) -> Failure:
+    assert result.status is Status.FAIL, result
+    assert result.failure is not None
+    assert result.failure.hung
+    assert result.failure.clause == "CON-2"
+    return result.failure
+
+
+WAITING = {
+    "waits": "_never",
+    "waits-for-its-task": "_work",
+    "waits-for-a-thread": "try_claim_step",
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+async def test_a_call_that_waits_is_named_and_the_suite_goes_on(name: str) -> None:
+    report = await run(name)
+    failure = hang_of(report.results[0])
+    assert failure.operation == "try_claim_step"
+    assert "step_key='pay', owner='me') did not return within 0.5 s" in failure.message
+    assert "--check-timeout" in failure.message
+    assert failure.place is not None
+    assert failure.place.startswith("faulty/__init__.py:")
+    assert failure.place.endswith(WAITING[name])
+    assert failure.traceback is not None
+    assert "in try_claim_step" in failure.traceback
+    assert "flowstore_conformance" not in failure.traceback
+    if name == "waits-for-a-thread":
+        assert "released.wait(LONG)" in failure.traceback
+    assert report.results[1].status is Status.PASS
+    assert report.left_behind == ()
+
+
+BLOCKING = {"sleeps": "_sleep_long", "locks": "try_claim_step", "loops": "try_claim_step"}
+
+
+@pytest.mark.parametrize("name", BLOCKING)
+async def test_a_call_that_blocks_the_loop_is_named_and_the_suite_goes_on(name: str) -> None:
+    report = await run(name)
+    failure = hang_of(report.results[0])
+    assert failure.operation == "try_claim_step"
+    assert "step_key='pay', owner='me') blocks the event loop at faulty/__init__.py:" in failure.message
+    assert failure.place is not None
+    assert failure.place.endswith(BLOCKING[name])
+    assert report.results[1].status is Status.PASS
+    (left,) = report.left_behind
+    assert left.startswith(f"faulty-{name}://scratch-")
+
+
+async def test_an_endless_loop_of_python_code_is_ended() -> None:
+    await run("loops", made_check("CLM-1", "claims", claims))
+    async with asyncio.timeout(20):
+        while any(map(_spins, threading.enumerate())):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+def _spins(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code is faulty.Loops.try_claim_step.__code__
+
+
+async def test_a_call_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowstore_conformance.watching.CANCEL_SECONDS", 0.2)
+    report = await run("ignores-cancellation")
+    assert hang_of(report.results[0]).operation == "try_claim_step"
+    assert report.results[1].status is Status.PASS
+    assert len(report.left_behind) == 1
+
+
+async def test_a_close_that_hangs_is_named() -> None:
+    report = await run("hangs-on-close")
+    for result in report.results:
+        failure = hang_of(result)
+        assert failure.operation == "aclose"
+        assert failure.message.startswith("aclose() did not return within 0.5 s; it waits at faulty/__init__")
+        assert failure.place is not None
+        assert failure.place.endswith("_wait_for_writers")
+
+
+async def test_a_store_that_hangs_before_the_first_check_is_a_refusal() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"^refused: .* open\(faulty-hangs-on-open://.* did not return"
+    ):
+        await run("hangs-on-open")
+
+
+async def test_an_operation_that_is_known_to_hang_gets_less_time() -> None:
+    checks = [made_check("CLM-1", f"claims_{number}", claims) for number in range(3)]
+    report = await run("waits", *checks, limit=10.0)
+    first, second, third = (hang_of(one) for one in report.results)
+    assert "within 5 s" in first.message
+    for later in (second, third):
+        assert "within 2 s" in later.message
+        assert "it hung in an earlier check" in later.message
+    (cause,) = report.causes
+    assert cause.lead is report.results[0]
+
+
+async def test_a_cancellation_that_the_backend_lets_out_ends_only_its_check() -> None:
+    report = await run("lets-cancellation-out")
+    failure = report.results[0].failure
+    assert failure is not None
+    assert failure.message.startswith("CancelledError surfaced")
+    assert report.results[1].status is Status.PASS
+
+
+@pytest.mark.parametrize("name", ["waits", "sleeps"])
+async def test_a_hang_in_a_process_of_a_check_is_named_and_leaves_no_process(
+    name: str, tmp_path: Path
+) -> None:
+    chosen = {one.name: one for one in all_checks()}
+    racing, killed = chosen["claims_by_processes"], chosen["what_returned_survives_a_kill"]
+    report = await run(f"{name}-sqlite", racing, killed, url=f"/{tmp_path}/x.db", limit=12.0)
+    for result in report.results:
+        failure = hang_of(result)
+        assert failure.message.startswith("in a process of its own try_claim_step(")
+        assert failure.operation == "try_claim_step"
+        assert failure.traceback is not None
+        assert "in try_claim_step" in failure.traceback
+    assert _children_of(os.getpid()) == []
+    assert os.listdir(tmp_path) == []
+
+
+def _children_of(process: int) -> list[int]:
+    """The processes of the suite that this one has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == process and "flowstore_conformance" in words:
+            found.append(int(folder.name))
+    return found
+
+
+async def test_limits_grow_with_a_slow_backend_and_not_with_a_given_one() -> None:
+    limits = Limits.of(select_profile("quick"))
+    assert (limits.check, limits.call) == (120.0, 30.0)
+    assert limits.scaled(3.0).call == 90.0
+    assert Limits.of(select_profile("quick"), 8.0).call == 4.0
+    with pytest.raises(ConfigurationError, match="check timeout must be a positive number"):
+        await run_suite("memory://", checks=[], check_timeout=0.0)
+
+
+def select_profile(name: str) -> Any:
+    from flowstore_conformance import Profile
+
+    return Profile(name)
+
+
+# The watchdog alone
+
+
+async def test_the_watchdog_leaves_a_cancellation_by_others_alone() -> None:
+    dog = Watchdog(Limits(60.0, 60.0))
+
+    async def guarded() -> None:
+        async with dog.over():
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(guarded())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_the_watchdog_leaves_the_task_as_it_was() -> None:
+    dog = Watchdog(Limits(0.05, 60.0))
+    with pytest.raises(Hung, match="no call of the store was under way"):
+        async with dog.over():
+            await asyncio.Event().wait()
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    async with asyncio.timeout(5):
+        await asyncio.sleep(0)
+
+
+async def test_a_hang_survives_the_way_from_another_process() -> None:
+    hang = Hang(message="m", operation="ping", place="a.py:1 in f", stack="s\nt")
+    assert Hang.unpacked(hang.packed()) == hang
+
+
+async def test_a_stack_leads_through_tasks_and_context_managers() -> None:
+    async def innermost() -> None:
+        await asyncio.Event().wait()
+
+    async def outer() -> None:
+        await asyncio.create_task(innermost())
+
+    task = asyncio.create_task(outer())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    names = [frame.f_code.co_name for _, frame in chain(task.get_coro())]
+    task.cancel()
+    assert names[:2] == ["outer", "innermost"]
+
+
+# An interrupt
+
+
+class Command:
+    """The command in a process of its own, which writes every form of the report."""
+
+    FORMS = ("json", "html", "junit", "markdown", "badge")
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        path = os.pathsep.join([str(DIST), str(ROOT), *(each for each in sys.path if each)])
+        forms = [word for form in self.FORMS for word in (f"--{form}", f"r.{form}")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flowstore_cli.main", "conformance", *arguments, *forms],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, text: str) -> None:
+        """Read the progress until it shows a text."""
+        assert self.process.stderr is not None
+        while text not in (line := self.process.stderr.readline()):
+            assert line, f"the command ended before {text}"
+
+    def interrupt(self, number: int) -> str:
+        self.process.send_signal(number)
+        printed, _ = self.process.communicate(timeout=60)
+        return printed
+
+    def read(self, form: str) -> str:
+        return (self.folder / f"r.{form}").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["waits", "sleeps", "waits-for-a-thread"])
+def test_an_interrupt_writes_every_form_of_what_ran(name: str, number: int, tmp_path: Path) -> None:
+    command = Command(tmp_path, f"faulty-{name}://", "--profile", "quick", "--seed", "7", "--clause", "CLM-1")
+    command.wait_for("[1/")
+    # The next check hangs for 30 s; whether it has begun when the signal comes does not matter.
+    printed = command.interrupt(number)
+    assert command.process.returncode == 130
+    assert "INCOMPLETE: interrupted after 1 of " in printed
+    told = json.loads(command.read("json"))
+    assert told["verdict"] == "INCOMPLETE"
+    assert told["incomplete"].startswith("interrupted after 1 of ")
+    assert (told["conforms"], told["level"]) == (False, None)
+    assert "interrupted after 1 of" in command.read("html")
+    assert "interrupted after 1 of" in command.read("markdown")
+    assert "incomplete" in json.loads(command.read("badge"))["message"]
+    root = ET.fromstring(command.read("junit"))
+    assert root.get("errors") == "1"
+    assert root.find(".//error[@type='incomplete']") is not None
+
+
+def test_an_interrupt_in_the_midst_of_processes_leaves_none(tmp_path: Path) -> None:
+    url = f"faulty-waits-sqlite:///{tmp_path}/x.db"
+    command = Command(tmp_path, url, "--profile", "quick", "--clause", "CLM-1")
+    until = time.monotonic() + 60
+    while not (children := _children_of(command.process.pid)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    command.interrupt(signal.SIGINT)
+    assert command.process.returncode == 130
+    for child in children:
+        assert not Path(f"/proc/{child}").exists()
+    assert [name for name in os.listdir(tmp_path) if not name.startswith("r.")] == []
+
+
+async def test_a_run_can_be_stopped_from_python() -> None:
+    stop = asyncio.Event()
+    report = await run_suite(
+        "memory://",
+        checks=[made_check("RUN-1", "one", passes), made_check("RUN-2", "two", passes)],
+        progress=lambda result, number, count: stop.set(),
+        stop=stop,
+    )
+    assert [one.status for one in report.results] == [Status.PASS, Status.NOT_RUN]
+    assert report.incomplete == "interrupted after 1 of 2 checks"
+    assert (report.conforms, report.verdict) == (False, "INCOMPLETE")
+
+
+# Under pytest
+
+
+def test_pytest_has_the_same_watchdog_beside_pytest_timeout(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(DIST), str(ROOT), *(each for each in sys.path if each)])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    names = [one.name for one in select_checks(["CLM-7"])]
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:asyncio",
+                "--timeout=1",
+            ),
+            *("-p", "flowstore_conformance.options", "--pyargs", "flowstore_conformance"),
+            *("--flowstore-url=faulty-waits-for-a-thread://", "--flowstore-clause=CLM-7"),
+            *("--flowstore-profile=quick", "--flowstore-check-timeout=6"),
+        ],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"{len(names)} failed" in done.stdout
+    assert "did not return within 3 s" in done.stdout
+    assert "released.wait(LONG)" in done.stdout
+    assert "Timeout" not in done.stdout

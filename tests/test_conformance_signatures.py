@@ -1,0 +1,176 @@
+"""Methods that core cannot call are found before any check; an author's exceptions show their own lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import pytest
+from flowstore_conformance import Report, Status, run_suite
+from flowstore_conformance.causes import CauseKind
+from flowstore_conformance.rendering import (
+    render_json,
+    render_junit,
+    render_markdown,
+    render_page,
+    render_text,
+)
+from flowstore_conformance.signatures import compare
+from flowstore_conformance.suite import select_checks
+
+from flowstore_core import Capability
+from tests.conformance_reports import made_check, passes
+from tests.faulty import DIST
+
+RENDERERS = (render_text, render_json, render_junit, render_markdown, render_page)
+
+
+@pytest.fixture(autouse=True)
+def _plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DIST)
+
+
+async def run(name: str, *clauses: str, place: str = "") -> Report:
+    chosen = [one for one in select_checks(clauses) if one.name.startswith("examples_of_")]
+    checks = [*chosen, made_check("RUN-1", "passes", passes)]
+    return await run_suite(f"faulty-{name}://{place}", profile="quick", seed=7, checks=checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("lacks-parameter", "lacks the parameter `lease`"),
+        ("renames-parameter", "calls the parameter `lease_time` that the protocol calls `lease`"),
+        (
+            "takes-by-position",
+            "takes the parameter `run_id` by position only, takes the parameter `step_key` by position only",
+        ),
+        ("requires-more", "requires the parameter `worker`, which the protocol does not have"),
+        ("is-no-coroutine", "is not a coroutine function"),
+    ],
+)
+async def test_a_wrong_signature_is_one_cause_and_its_checks_do_not_run(name: str, problem: str) -> None:
+    report = await run(name, "CLM-1", "CLM-7")
+    *stumbled, fine = report.results
+    assert len(stumbled) == 2
+    for result in stumbled:
+        assert (result.status, result.failure) == (Status.NOT_RUN, None)
+        assert result.reason == f"claims.try_claim_step {problem}"
+    assert fine.status is Status.PASS
+    (cause,) = report.causes
+    assert (cause.kind, cause.title) == (CauseKind.SIGNATURE, f"claims.try_claim_step {problem}")
+    assert cause.finding is not None
+    assert "async def try_claim_step" in cause.finding.remedy
+    assert cause.finding.place is not None
+    assert cause.finding.place.startswith("faulty/__init__.py:")
+    assert (report.conforms, report.verdict) == (False, "VIOLATES")
+    assert "core cannot call try_claim_step" in report.headline
+    for render in RENDERERS:
+        assert problem.partition("`")[0] in render(report)
+
+
+async def test_a_missing_method_of_a_declared_capability_keeps_all_checks_from_running() -> None:
+    report = await run("lacks-method", "CLM-1")
+    assert {one.status for one in report.results} == {Status.NOT_RUN}
+    (cause,) = report.causes
+    assert cause.title == "claims.renew_step_claim is missing, which the declared capability leases needs"
+    assert report.verdict == "VIOLATES"
+
+
+async def test_a_missing_base_method_stops_the_checks_that_need_it_alone() -> None:
+    report = await run("lacks-base-method", "CLM-1", "CLM-7")
+    assert [one.status for one in report.results] == [Status.PASS, Status.NOT_RUN, Status.PASS]
+    assert report.results[1].reason == "claims.release_dispatch is missing"
+
+
+async def test_a_plain_function_may_return_an_awaitable() -> None:
+    report = await run("returns-an-awaitable", "CLM-1", "CLM-7")
+    assert {one.status for one in report.results} == {Status.PASS}
+    assert report.causes == ()
+
+
+@pytest.mark.parametrize("name", ["memory", "sqlite"])
+async def test_the_built_in_stores_have_the_signatures_of_the_protocol(name: str, tmp_path: Any) -> None:
+    from flowstore_core.opening import resolve_store
+
+    url = "memory://" if name == "memory" else f"sqlite:///{tmp_path}/x.db"
+    _, backend, config = resolve_store(url)
+    async with backend.open(config) as store:
+        assert compare(store, backend.capabilities) == ()
+
+
+class Anything:
+    """A store that passes everything on."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def call(**arguments: Any) -> None:
+            return None
+
+        return call
+
+
+def test_a_store_that_takes_any_keyword_is_fine() -> None:
+    assert compare(Anything(), frozenset(Capability)) == ()
+
+
+class Several(Anything):
+    async def start_run(self, flow: UUID, name: str, run_id: UUID) -> None: ...
+
+    ping = "pong"
+
+
+def test_every_problem_of_a_method_is_told() -> None:
+    told = [one.title for one in compare(Several(), frozenset())]
+    assert told[0] == "store.ping is not a method but of type str"
+    (start_run,) = [one for one in told if "start_run" in one]
+    assert "calls the parameter `flow` that the protocol calls `flow_id`" in start_run
+    assert "lacks the parameter `trigger_key`" in start_run
+
+
+# Exceptions of the author's code
+
+
+async def test_an_exception_shows_the_frames_of_the_author_and_no_others() -> None:
+    report = await run("raises", "CLM-1")
+    failure = report.results[0].failure
+    assert failure is not None
+    assert (failure.error, failure.operation) == ("KeyError", "try_claim_step")
+    assert failure.place is not None
+    assert failure.place.endswith("in _row")
+    assert failure.traceback is not None
+    assert "in try_claim_step" in failure.traceback
+    assert 'return rows["claim"]' in failure.traceback
+    for ours in ("flowstore_conformance/", "flowstore_core/"):
+        assert ours not in failure.traceback
+    for render in RENDERERS:
+        shown = render(report).replace("&quot;", '"').replace("\\", "")
+        assert 'return rows["claim"]' in shown, render
+
+
+async def test_an_exception_in_another_process_shows_them_too(tmp_path: Any) -> None:
+    checks = [
+        one for one in select_checks() if one.name in ("claims_by_processes", "what_returned_survives_a_kill")
+    ]
+    url = f"faulty-raises-sqlite:///{tmp_path}/x.db"
+    report = await run_suite(url, profile="quick", seed=7, checks=checks, repeats=0)
+    for result in report.results:
+        assert result.failure is not None
+        assert "try_claim_step" in result.failure.message
+        assert result.failure.traceback is not None
+        assert 'return rows["claim"]' in result.failure.traceback
+        assert result.failure.operation == "try_claim_step"
+    (cause,) = report.causes
+    assert cause.kind is CauseKind.EXCEPTION
+
+
+async def test_passwords_of_the_url_stay_out_of_every_form() -> None:
+    report = await run("tells", "CLM-1", place="me:s3cr%20et@host")
+    failure = report.results[0].failure
+    assert failure is not None
+    assert failure.traceback is not None
+    assert "cannot connect to faulty-tells://me:***@" in failure.traceback
+    for render in RENDERERS:
+        assert "s3cr" not in render(report)
+    assert json.loads(render_json(report))["causes"][0]["kind"] == "exception"
