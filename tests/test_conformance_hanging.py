@@ -287,7 +287,10 @@ class Command:
 
     def interrupt(self, number: int) -> str:
         self.process.send_signal(number)
-        printed, _ = self.process.communicate(timeout=60)
+        try:
+            printed, _ = self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
         return printed
 
     def read(self, form: str) -> str:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
@@ -81,7 +81,7 @@ class Hang:
 
     message: str
     operation: str | None
-    """The operation of the store that was pending; None where none was."""
+    """The operation of the store that did not end; None where no single call was to blame."""
     place: str | None
     """The innermost line of the author's code."""
     stack: str
@@ -276,7 +276,8 @@ def describe_check(task: asyncio.Task[Any], pending: list[Pending], limit: float
     frames = [frame for _, frame in chain(task.get_coro())]
     return Hang(
         message=f"the check did not end within {limit:g} s{under_way} (a limit that {OPTION} raises)",
-        operation=pending[0].operation if pending else None,
+        # The call may have been one of many that each came to its end.
+        operation=None,
         place=_innermost(pending[0].frames if pending else frames),
         stack=_stacks(pending) if pending else stack_text(frames),
     )
@@ -304,7 +305,7 @@ def describe_blocked(thread: int, seconds: float) -> Hang:
     )
 
 
-def _innermost(frames: Iterator[FrameType] | tuple[FrameType, ...] | list[FrameType]) -> str | None:
+def _innermost(frames: Sequence[FrameType]) -> str | None:
     found = [one for one in frames if is_authors(one.f_code.co_filename)]
     return (
         place(found[-1].f_code.co_filename, found[-1].f_lineno, found[-1].f_code.co_name) if found else None
