@@ -6,12 +6,13 @@ import inspect
 import sys
 import tracemalloc
 from contextlib import AsyncExitStack
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from flowstore_cli.failures import Failure
 from flowstore_cli.stores import read_stdin
 from flowstore_core import Capability, FlowStore, InvalidArgumentError
 from flowstore_core.arguments import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
@@ -107,5 +108,8 @@ async def test_that_a_large_refused_text_costs_no_copy(store: FlowStore) -> None
 
 
 def test_that_the_command_line_reads_no_more_than_a_payload_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", StringIO("x" * (MAX_TEXT_BYTES + 1000)))
-    assert len(read_stdin()) == MAX_TEXT_BYTES + 1
+    piped = BytesIO(b"x" * (MAX_TEXT_BYTES + 1000))
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(piped))
+    with pytest.raises(Failure, match="at most 16,777,216 bytes"):
+        read_stdin()
+    assert piped.tell() == MAX_TEXT_BYTES + 1
