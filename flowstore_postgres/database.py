@@ -75,6 +75,13 @@ COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
 
 
+def fill_in(statement: str, quoted_schema: str) -> str:
+    """Replace ``{latest}``, ``{microsecond}`` and ``{schema}`` in a statement."""
+    known = statement.replace("{latest}", LATEST_SQL).replace("{microsecond}", MICROSECOND_SQL)
+    # The name of the schema comes last, because it may contain braces.
+    return known.replace("{schema}", quoted_schema)
+
+
 def in_microseconds(duration: timedelta) -> int:
     """A duration as statements get it, to multiply ``{microsecond}`` by."""
     return duration // MICROSECOND
@@ -127,10 +134,7 @@ class Database:
         """A statement with the schema's quoted name, the last moment of all and a microsecond in place."""
         known = self._statements.get(statement)
         if known is None:
-            # The schema's name last: it may look like anything.
-            known = statement.replace("{latest}", LATEST_SQL).replace("{microsecond}", MICROSECOND_SQL)
-            known = known.replace("{schema}", self._settings.quoted_schema)
-            self._statements[statement] = known
+            known = self._statements[statement] = fill_in(statement, self._settings.quoted_schema)
         return known
 
     async def run(

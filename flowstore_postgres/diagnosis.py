@@ -19,7 +19,7 @@ from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableErro
 from flowstore_core.findings import Finding, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres import counters
-from flowstore_postgres.database import MICROSECOND_SQL, in_microseconds
+from flowstore_postgres.database import fill_in, in_microseconds
 from flowstore_postgres.errors import LOST, describe, map_errors
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.judgement import Facts, Setting, judge
@@ -282,8 +282,7 @@ async def _find_orphans(table: str, connection: Any, settings: Settings) -> Sequ
 
 def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple[str, tuple[Any, ...]]:
     old = table in FORGOTTEN
-    statement = (forgotten if old else strays).replace("{microsecond}", MICROSECOND_SQL)
-    statement = statement.replace("{schema}", settings.quoted_schema)
+    statement = fill_in(forgotten if old else strays, settings.quoted_schema)
     return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if old else ()
 
 

@@ -19,7 +19,7 @@ from benchmarks.baselines.postgres_checked import ARRIVAL
 from benchmarks.workload import StoreRecords
 from flowstore_core import FlowStore, open_store
 from flowstore_postgres.claims import TRY_CLAIM_STEP_ALONE
-from flowstore_postgres.database import LATEST_SQL
+from flowstore_postgres.database import fill_in
 from flowstore_postgres.lanes import BY_KEY
 
 SCHEMA = "own"
@@ -45,7 +45,7 @@ async def own_claim(url: str) -> AsyncIterator[OwnClaim]:
         connection = await asyncpg.connect(url)
         try:
             await connection.execute(BY_KEY)
-            text = TRY_CLAIM_STEP_ALONE.replace("{latest}", LATEST_SQL).replace("{schema}", SCHEMA)
-            yield OwnClaim(store, await connection.prepare(text))
+            statement = await connection.prepare(fill_in(TRY_CLAIM_STEP_ALONE, SCHEMA))
+            yield OwnClaim(store, statement)
         finally:
             await connection.close()
