@@ -17,7 +17,7 @@ from benchmarks.baselines import postgres_deletes, sqlite_deletes
 from benchmarks.copies import Copy, copy_into_postgres, copy_into_sqlite
 from benchmarks.workload import StoreRecords, WrongAnswerError, store_url
 from flowstore_core import FlowStore, RunPosition, StoreConfig, new_run_id, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 
 
 @dataclass(slots=True)

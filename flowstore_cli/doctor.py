@@ -30,8 +30,8 @@ from flowstore_cli.stores import (
 from flowstore_cli.symptoms import Examination, examine
 from flowstore_cli.words import in_words
 from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
-from flowstore_core.findings import SEVERITIES, Finding, Severity
-from flowstore_core.opening import resolve_store
+from flowstore_core.diagnostics import SEVERITIES, Diagnostic, Severity
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
@@ -43,7 +43,7 @@ class Report:
 
     backend: str
     store: str
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Diagnostic] = field(default_factory=list)
     running: int = 0
     looked_at: int = 0
     is_open: bool = False
@@ -162,14 +162,14 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int
     return report
 
 
-async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -> list[Finding]:
+async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -> list[Diagnostic]:
     if not isinstance(backend, Migratable):
         return []
     version = await schema_version(plugin, backend, config)
     latest = max((number for number, _, _ in backend.migrations(config)), default=0)
     if 0 < version < latest:
         return [
-            Finding(
+            Diagnostic(
                 code="schema-behind",
                 severity=Severity.WARNING,
                 summary=f"the schema has version {version}, this flowstore works on {latest}",
@@ -185,7 +185,7 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
             pass
     except SchemaVersionError:
         return [
-            Finding(
+            Diagnostic(
                 code="schema-ahead",
                 severity=Severity.ERROR,
                 summary=f"the schema has version {version}, this flowstore knows {latest}",
@@ -195,7 +195,7 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
             )
         ]
     return [
-        Finding(
+        Diagnostic(
             code="schema-newer",
             severity=Severity.NOTE,
             summary=f"the schema has version {version}, this flowstore knows {latest}",
@@ -205,12 +205,12 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
     ]
 
 
-async def _fix(url: str | None, findings: Sequence[Finding]) -> Sequence[str]:
+async def _fix(url: str | None, findings: Sequence[Diagnostic]) -> Sequence[str]:
     _, backend, config = resolve_store(url, migrate=False)
     return await backend.fix(config, findings) if isinstance(backend, Fixable) else ()
 
 
-def _agrees(wanted: Sequence[Finding], as_json: bool) -> bool:
+def _agrees(wanted: Sequence[Diagnostic], as_json: bool) -> bool:
     if as_json or not sys.stdin.isatty():
         raise Failure("--fix asks first; where nobody can answer, give --yes too", USAGE)
     for finding in wanted:

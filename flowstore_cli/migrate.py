@@ -19,7 +19,7 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_core import StoreConfig
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 
 app = new_group(

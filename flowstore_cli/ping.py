@@ -23,7 +23,7 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_core.distributions import installed_version
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 
 
 def ping(

@@ -14,7 +14,7 @@ from flowstore_cli.failures import NO, USAGE, Failure
 from flowstore_cli.printing import count, moment
 from flowstore_cli.words import suggestion
 from flowstore_core import Capability, FlowRunRecord, FlowStore, RunStatus
-from flowstore_core.arguments import MAX_SEARCH, MAX_TAKE
+from flowstore_core.validation import MAX_SEARCH, MAX_TAKE
 
 FEWEST_DIGITS = 6
 MOST_LISTED = 10

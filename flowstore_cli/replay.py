@@ -35,7 +35,7 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_core import StoreConfig
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 from flowstore_core.urls import redact
 from flowstore_replay import Options, Replay, Summary, load_workflow, shipped_workflow

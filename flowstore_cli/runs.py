@@ -52,7 +52,7 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_core.arguments import MAX_INT64
+from flowstore_core.validation import MAX_INT64
 
 EVENTS = 1000
 """Events that --json and --full have at most."""

@@ -16,11 +16,11 @@ import typer
 
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_core import BackendLoadError, FlowStore, SchemaVersionError, StoreConfig, open_store
-from flowstore_core.arguments import MAX_TEXT_BYTES
-from flowstore_core.findings import Finding
-from flowstore_core.opening import resolve_store
-from flowstore_core.plugins import Plugin, explain_import, load_plugins
+from flowstore_core.diagnostics import Diagnostic
+from flowstore_core.open import resolve_store
+from flowstore_core.plugins import Plugin, load_error, load_plugins
 from flowstore_core.urls import redact
+from flowstore_core.validation import MAX_TEXT_BYTES
 
 T = TypeVar("T")
 
@@ -95,8 +95,8 @@ class Describable(Protocol):
 class Diagnosable(Protocol):
     """What a backend may bring besides the Protocol of core, for ``flowstore doctor``."""
 
-    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
-        """What is wrong that only the backend can see; see flowstore_core.findings. Changes nothing."""
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
+        """What is wrong that only the backend can see; see flowstore_core.diagnostics. Changes nothing."""
         ...
 
 
@@ -104,7 +104,7 @@ class Diagnosable(Protocol):
 class Fixable(Protocol):
     """The same, for ``flowstore doctor --fix``."""
 
-    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
         """Do what these findings say with ``fix``, and answer what was done, a line for each."""
         ...
 
@@ -190,7 +190,7 @@ async def schema_version(plugin: Plugin, backend: Migratable, config: StoreConfi
 
 
 def missing_driver(plugin: Plugin, error: ModuleNotFoundError) -> BackendLoadError:
-    return explain_import(plugin.name, plugin.module, plugin.distribution, error)
+    return load_error(plugin.name, plugin.module, plugin.distribution, error)
 
 
 def whereabouts(config: StoreConfig) -> str:

@@ -23,7 +23,7 @@ from flowstore_core import (
     StallReason,
     StepStatus,
 )
-from flowstore_core.findings import Finding, Severity
+from flowstore_core.diagnostics import Diagnostic, Severity
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,7 +45,7 @@ SHOWN = 3
 class Examination:
     """What was found, and how far the look went."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Diagnostic] = field(default_factory=list)
     running: int = 0
     """Running runs that there are."""
     looked_at: int = 0
@@ -55,7 +55,7 @@ class Examination:
 async def examine(store: FlowStore, *, grace: timedelta, most: int) -> Examination:
     """Everything that has stood still for longer than ``grace``; of Running runs the ``most`` oldest."""
     as_of = datetime.now(UTC) - grace
-    found: list[Finding] = []
+    found: list[Diagnostic] = []
     runs, running = await _oldest_runs(store, most)
     if Capability.RECOVERY in store.capabilities:
         found += _judge_stalled(await store.get_stalled_steps(as_of=as_of, take=LISTED), grace)
@@ -106,7 +106,7 @@ _STALLED = {
 }
 
 
-def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Finding]:
+def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Diagnostic]:
     found = []
     for reason, (code, what, meaning) in _STALLED.items():
         steps = [step for step in stalled if step.reason is reason]
@@ -114,7 +114,7 @@ def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Fin
             continue
         more = " or more" if len(stalled) == LISTED else ""
         found.append(
-            Finding(
+            Diagnostic(
                 code=code,
                 severity=Severity.WARNING,
                 summary=f"{count(len(steps), 'step')}{more}: {what}, for over {_length(grace)}",
@@ -153,7 +153,7 @@ async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datet
 # Runs
 
 
-async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Finding]:
+async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Diagnostic]:
     """Running runs in which nothing is open, claimed, dispatched or waited for."""
 
     async def look(run: FlowRunRecord) -> tuple[UUID, Mapping[str, StepStatus]] | None:
@@ -172,7 +172,7 @@ async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Finding
     if not idle:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="runs-idle",
             severity=Severity.WARNING,
             summary=f"{count(len(idle), 'run')} Running with nothing in flight",
@@ -200,7 +200,7 @@ async def _in_flight(store: FlowStore, run_id: UUID, statuses: Mapping[str, Step
     return any(waiter.delivered_at is None and waiter.expired_at is None for waiter in waiters)
 
 
-async def _overdue(store: FlowStore, as_of: datetime) -> list[Finding]:
+async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
     """Running runs that should have been stopped by then."""
     runs = await store.get_runs_to_stop(as_of=as_of, take=LISTED)
     controls = await _each([run.run_id for run in runs], store.get_run_control)
@@ -217,7 +217,7 @@ async def _overdue(store: FlowStore, as_of: datetime) -> list[Finding]:
         return []
     more = " or more" if len(runs) == LISTED else ""
     return [
-        Finding(
+        Diagnostic(
             code="runs-to-stop",
             severity=Severity.WARNING,
             summary=f"{count(len(late), 'run')}{more} past the deadline or asked to cancel, still Running",

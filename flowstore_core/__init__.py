@@ -44,7 +44,7 @@ from flowstore_core.errors import (
 )
 from flowstore_core.events import Events, FlowEventRecord
 from flowstore_core.identifiers import new_run_id
-from flowstore_core.opening import open_store
+from flowstore_core.open import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
 from flowstore_core.retention import FlowRetentionStore

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flowstore_core.errors import ConfigurationError
-from flowstore_core.observing import Observers
+from flowstore_core.instrumentation import Observers
 from flowstore_core.suggestions import did_you_mean
 from flowstore_core.urls import DEFAULT_URL, StoreUrl, parse_url, redact
 
@@ -96,7 +96,7 @@ class StoreConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ResolvedUrl:
     """A URL with the options that belong to it, and where it was found."""
 
     url: str = field(repr=False)
@@ -105,7 +105,7 @@ class Settings:
     origin: str
 
 
-def read_settings(url: str | None, options: Mapping[str, object], *, migrate: bool = True) -> Settings:
+def resolve_url(url: str | None, options: Mapping[str, object], *, migrate: bool = True) -> ResolvedUrl:
     """Choose the URL: argument, FLOWSTORE_URL, flowstore.toml or [tool.flowstore], the default.
 
     A file's options belong to the file's URL; a file without one gives its options to any. Options in
@@ -126,15 +126,15 @@ def read_settings(url: str | None, options: Mapping[str, object], *, migrate: bo
         chosen, origin = DEFAULT_URL, "the default"
     parsed = parse_url(chosen)
     from_file = table if file_url is None or file_url.strip() == parsed.text else {}
-    said = _said_in_front(parsed)
+    said = _options_from_authority(parsed)
     from_file = {name: value for name, value in from_file.items() if name not in said}
     merged = {**from_file, **parsed.options, **options}
     if "migrate" in merged:
         migrate = _flag("migrate", merged.pop("migrate")) and migrate
-    return Settings(url=parsed.text, options=MappingProxyType(merged), migrate=migrate, origin=origin)
+    return ResolvedUrl(url=parsed.text, options=MappingProxyType(merged), migrate=migrate, origin=origin)
 
 
-def _said_in_front(url: StoreUrl) -> set[str]:
+def _options_from_authority(url: StoreUrl) -> set[str]:
     """The options that the URL gives without naming them; they go before the file's, as its query does."""
     said = {
         "user": url.user,

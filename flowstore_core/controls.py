@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from flowstore_core.contents import without_contents
+from flowstore_core.redaction import redacted_repr
 from flowstore_core.runs import FlowRunRecord
 
 
@@ -16,7 +16,7 @@ from flowstore_core.runs import FlowRunRecord
 class FlowRunControlRecord:
     """What was asked of a run beside its work."""
 
-    __repr__ = without_contents
+    __repr__ = redacted_repr
 
     run_id: UUID
     flow_id: UUID

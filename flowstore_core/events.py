@@ -8,14 +8,14 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from flowstore_core.contents import without_contents
+from flowstore_core.redaction import redacted_repr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowEventRecord:
     """One event; ``sequence`` rises per run from 1 in commit order."""
 
-    __repr__ = without_contents
+    __repr__ = redacted_repr
 
     sequence: int
     run_id: UUID

@@ -1,4 +1,4 @@
-"""Finding backends and wrappers: pluggy hooks behind two groups of entry points.
+"""Diagnostic backends and wrappers: pluggy hooks behind two groups of entry points.
 
 Group ``flowstore`` holds backends, each entry point named after a URL scheme; only the plugin whose
 scheme a URL names is imported. Where no entry point has that name all of them are looked at, so a
@@ -197,7 +197,7 @@ def _load_plugin(path: tuple[str, ...], entries: tuple[EntryPoint, ...]) -> Plug
             distribution=distribution,
             module=module,
             value=value,
-            error=explain_import(name, module, distribution, error),
+            error=load_error(name, module, distribution, error),
         )
     wrap = manager.hook.flowstore_wrap_store
     return Plugin(
@@ -296,7 +296,7 @@ def _refuse_broken(plugin: Plugin) -> None:
         raise plugin.error.with_traceback(None)
 
 
-def explain_import(plugin: str, module: str, distribution: str | None, error: Exception) -> BackendLoadError:
+def load_error(plugin: str, module: str, distribution: str | None, error: Exception) -> BackendLoadError:
     """Why a plugin could not be loaded, and the remedy: a missing driver is not a bug of the plugin."""
     own = module.partition(".")[0]
     missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 from uuid import UUID
 
-from flowstore_core.contents import without_contents
 from flowstore_core.errors import InvalidArgumentError
+from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import RunStatus, StepStatus
 from flowstore_core.steps import FlowStepRecord
 
@@ -51,7 +51,7 @@ class RunPosition:
 class FlowRunRecord:
     """One run as it was when it was read (RUN-3)."""
 
-    __repr__ = without_contents
+    __repr__ = redacted_repr
 
     run_id: UUID
     flow_id: UUID

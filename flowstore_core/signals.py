@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from flowstore_core.contents import without_contents
+from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import SignalDeliveryStatus
 
 
@@ -16,7 +16,7 @@ from flowstore_core.status import SignalDeliveryStatus
 class FlowSignalWaiter:
     """A step that waits for a signal, and the payload once it came."""
 
-    __repr__ = without_contents
+    __repr__ = redacted_repr
 
     run_id: UUID
     step_key: str

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
-from flowstore_core.contents import without_contents
+from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import StallReason, StepStatus
 
 
@@ -16,7 +16,7 @@ from flowstore_core.status import StallReason, StepStatus
 class FlowStepAttemptRecord:
     """One attempt of a step; attempts are numbered 1, 2, ... without gaps (STP-1)."""
 
-    __repr__ = without_contents
+    __repr__ = redacted_repr
 
     run_id: UUID
     step_key: str
@@ -36,7 +36,7 @@ class FlowStepAttemptRecord:
 class FlowStepRecord:
     """One step with its attempts; its own fields are those of the newest attempt."""
 
-    __repr__ = without_contents
+    __repr__ = redacted_repr
 
     run_id: UUID
     step_key: str

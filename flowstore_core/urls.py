@@ -133,7 +133,7 @@ def has_control_characters(text: str) -> bool:
     return _CONTROL.search(text) is not None
 
 
-def shown_option(name: str) -> str:
+def redact_option(name: str) -> str:
     """An option's name for messages, unless it may be the end of a password with a raw question mark."""
     return name if re.fullmatch(r"[a-z][a-z_]{0,40}", name) else "<not shown>"
 
@@ -158,7 +158,7 @@ def redact(url: str) -> str:
         # The URL of a user and a password, without a host.
         return f"{shown}{hosts[: bad.end()]}***"
     shown += f"{hosts}{slash}{path}"
-    names = "&".join(f"{shown_option(part.partition('=')[0])}=..." for part in query.split("&") if part)
+    names = "&".join(f"{redact_option(part.partition('=')[0])}=..." for part in query.split("&") if part)
     return f"{shown}?{names}" if names else shown
 
 
@@ -182,7 +182,7 @@ def _read_options(query: str) -> dict[str, str]:
     for name, value in pairs:
         if name in found:
             # Behind an @ a name may be a part of a password.
-            shown = shown_option(name) if "@" not in query else "<not shown>"
+            shown = redact_option(name) if "@" not in query else "<not shown>"
             raise ConfigurationError(f"option {shown} stands twice in the URL")
         found[name] = value
     return found

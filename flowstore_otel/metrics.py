@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from opentelemetry import metrics, trace
 
 from flowstore_core.distributions import installed_version
-from flowstore_core.observing import Resolution
+from flowstore_core.instrumentation import Resolution
 from flowstore_otel.attributes import OPERATION, REASON, RESOLUTION, Attributes
 
 SCOPE = "flowstore_otel"
@@ -68,7 +68,7 @@ def instruments(provider: metrics.MeterProvider) -> Instruments:
 
 
 class Measuring:
-    """An observer (see flowstore_core.observing) that turns what a backend reports into metrics.
+    """An observer (see flowstore_core.instrumentation) that turns what a backend reports into metrics.
 
     A retry is an event of the call's span as well, unless the call went out in a batch: a batch belongs
     to no call alone.

@@ -13,7 +13,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.observing import Observers, Resolution
+from flowstore_core.instrumentation import Observers, Resolution
 from flowstore_postgres.connection import Connection, Peer
 from flowstore_postgres.errors import Retry
 

@@ -48,11 +48,11 @@ class Batched:
     None where saying it again gives the true answer by itself."""
     found: Callable[[Any], Any] = lambda row: None
     """Turns what find found into the answer."""
-    tell: Callable[[Row, Any], Any] | None = None
-    """See flowstore_core.batching.Batcher.method; as share and weigh."""
+    to_result: Callable[[Row, Any], Any] | None = None
+    """See flowstore_core.batching.Batcher.operation; as share and weigh."""
     token: int = 2
     """The column of the token."""
-    share: Callable[[Row, Any, Row], Any] | None = None
-    """See flowstore_core.batching.Batcher.method."""
-    weigh: Callable[[Row], int] | None = None
+    coalesce: Callable[[Row, Any, Row], Any] | None = None
+    """See flowstore_core.batching.Batcher.operation."""
+    size_of: Callable[[Row], int] | None = None
     """As share; for rows that carry texts, of which a message can hold a gigabyte."""

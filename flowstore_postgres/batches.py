@@ -21,8 +21,16 @@ from weakref import WeakKeyDictionary
 import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, Elsewhere, Method, TaskLanes
-from flowstore_core.observing import Resolution, report_batch
+from flowstore_core.batching import (
+    REQUEUE,
+    BatchedOperation,
+    Batcher,
+    BatchError,
+    PendingCall,
+    TaskWorkers,
+    Transfer,
+)
+from flowstore_core.instrumentation import Resolution, report_batch
 from flowstore_postgres.acknowledgements import Lost, confirm, report_lost, settle
 from flowstore_postgres.batched import Batched, Row
 from flowstore_postgres.columns import pack
@@ -71,8 +79,8 @@ class Batches:
         self._patience = patience
         self._batchers: dict[bool, Batcher] = {}
         """By whether they are for runs that somebody holds."""
-        self._methods: dict[Batched, Method[Row, Any]] = {}
-        self._apart: dict[Batched, Method[Row, Any]] = {}
+        self._methods: dict[Batched, BatchedOperation[Row, Any]] = {}
+        self._apart: dict[Batched, BatchedOperation[Row, Any]] = {}
         self._loop = asyncio.get_running_loop()
         self._unacknowledged: WeakKeyDictionary[OutcomeUnknownError, Sequence[Lost]] = WeakKeyDictionary()
         self._locked: Counter[UUID] = Counter()
@@ -87,11 +95,11 @@ class Batches:
         method = self._methods.get(batched) or self._method(batched, apart=False)
         if self._batchers[False].is_idle and batched.alone is not None:
             return self._call_alone(method, batched, row, give_back)
-        return method.call((row[0].int, row[1]), row, give_back)
+        return method.submit((row[0].int, row[1]), row, give_back)
 
     async def _call_alone(
         self,
-        method: Method[Row, Any],
+        method: BatchedOperation[Row, Any],
         batched: Batched,
         row: Row,
         give_back: Callable[[Any], Awaitable[None]] | None,
@@ -99,8 +107,8 @@ class Batches:
         """Send a row at once, in its caller's own task: there is nobody to share a batch with."""
         database, batcher = self._database, self._batchers[False]
         if not batcher.is_idle or (lane := self._connections.take_free()) is None:
-            return await method.call((row[0].int, row[1]), row, give_back)
-        batcher.borrow_lane()
+            return await method.submit((row[0].int, row[1]), row, give_back)
+        batcher.acquire_direct_slot()
         if database.observers or log.isEnabledFor(logging.DEBUG):
             report_batch(database.observers, log, batched.operation, 1, 0.0)
         lost: list[Lost] = []
@@ -110,21 +118,21 @@ class Batches:
             database.drop(lane.connection)
             if give_back is not None:
                 lost.append(database.lost(lane.peer, batcher.time()))
-                batcher.undo(give_back, self._unknown(batched, lost))
+                batcher.start_compensation(give_back, self._unknown(batched, lost))
             raise
         except (_LockedRunsError, Retry, asyncpg.PostgresError):
-            answer = AGAIN
+            answer = REQUEUE
         finally:
             try:
                 await self._connections.put(lane, keep=True)
             finally:
-                batcher.return_lane()
-        if answer is AGAIN:
+                batcher.release_direct_slot()
+        if answer is REQUEUE:
             if not lost:
                 # What went wrong, the ordinary way knows how to deal with.
-                return await method.call((row[0].int, row[1]), row, give_back)
+                return await method.submit((row[0].int, row[1]), row, give_back)
             answer = await database.run(self._run_lost(batched, row, lost), give_back)
-        return answer if batched.tell is None else batched.tell(row, answer)
+        return answer if batched.to_result is None else batched.to_result(row, answer)
 
     async def _run_lost(self, batched: Batched, row: Row, lost: list[Lost]) -> Any:
         (answer,) = await self._run(batched, [row], apart=True, lost=lost)
@@ -152,31 +160,31 @@ class Batches:
         run_id = row[0]
         self._locked[run_id] += 1
         try:
-            return await self._method(batched, apart=True).call((run_id.int, row[1]), row, give_back)
+            return await self._method(batched, apart=True).submit((run_id.int, row[1]), row, give_back)
         finally:
             self._unlock(run_id)
 
-    def _move_apart(self, batched: Batched, call: Call) -> None:
+    def _move_apart(self, batched: Batched, call: PendingCall) -> None:
         """Somebody has held the row's run, or its step, for too long; nothing happened."""
         run_id = call.item[0]
         self._locked[run_id] += 1
-        call.outcome.add_done_callback(lambda _: self._unlock(run_id))
-        self._method(batched, apart=True).adopt(call)
+        call.future.add_done_callback(lambda _: self._unlock(run_id))
+        self._method(batched, apart=True).accept_transfer(call)
 
     def _unlock(self, run_id: UUID) -> None:
         self._locked[run_id] -= 1
         if not self._locked[run_id]:
             del self._locked[run_id]
 
-    def _method(self, batched: Batched, *, apart: bool) -> Method[Row, Any]:
+    def _method(self, batched: Batched, *, apart: bool) -> BatchedOperation[Row, Any]:
         batcher = self._batchers.get(apart)
         if batcher is None:
             # Those who wait take at most as many connections as those who do not.
             most = min(LANES, self._most_lanes) if apart else self._most_lanes
             batcher = self._batchers[apart] = Batcher(
-                lanes=lambda batcher: TaskLanes(batcher, min(LANES, most), most),
-                patience=self._patience,
-                advice="raise pool_size or acquire_timeout, or send fewer calls at once",
+                workers=lambda batcher: TaskWorkers(batcher, min(LANES, most), most),
+                queue_timeout=self._patience,
+                timeout_hint="raise pool_size or acquire_timeout, or send fewer calls at once",
                 observers=self._database.observers,
                 log=log,
             )
@@ -188,14 +196,14 @@ class Batches:
                 return await self._run(batched, rows, apart=apart)
 
             # In the order of the keys, so that no two batches wait for each other.
-            method = methods[batched] = batcher.method(
+            method = methods[batched] = batcher.operation(
                 batched.operation,
                 run,
                 keyed=True,
                 ordered=True,
-                share=batched.share,
-                weigh=batched.weigh,
-                tell=batched.tell,
+                coalesce=batched.coalesce,
+                size_of=batched.size_of,
+                decode=batched.to_result,
             )
         return method
 
@@ -233,7 +241,7 @@ class Batches:
                     try:
                         found = await self._send(lane, batched, [rows[n] for n in left], lost)
                     except _LockedRunsError as locked:
-                        elsewhere = Elsewhere(partial(self._move_apart, batched))
+                        elsewhere = Transfer(partial(self._move_apart, batched))
                         stuck = [n for n in left if rows[n][0] not in locked.free] or left
                         answers.update((n, elsewhere) for n in stuck)
                         left = [n for n in left if n not in answers]
@@ -252,7 +260,7 @@ class Batches:
             await database.retrying(attempt, batched.operation)
         except FlowStoreError as error:
             for n, answer in answers.items():
-                if not isinstance(answer, Elsewhere):
+                if not isinstance(answer, Transfer):
                     # Found or written, and not confirmed.
                     answers[n] = self._unknown(batched, lost)
             for n in left:

@@ -17,7 +17,7 @@ from flowstore_core import (
     StepDispatch,
     StoreUnavailableError,
 )
-from flowstore_core.batching import AGAIN
+from flowstore_core.batching import REQUEUE
 from flowstore_postgres.batched import Batched, Row, read_done
 from flowstore_postgres.database import Database, in_microseconds
 
@@ -257,7 +257,7 @@ def _share_claim(first: Row, answer: Answer, later: Row) -> Answer:
     if not answer.open:
         return answer
     # Nobody here knows whether it was lost to the later one's own owner.
-    again: Answer = AGAIN
+    again: Answer = REQUEUE
     return again if answer.lost_to is None or owner == answer.lost_to else LOST
 
 
@@ -289,8 +289,8 @@ CLAIM = Batched(
     find=FIND_CLAIM,
     found=lambda row: WON,
     token=4,
-    share=_share_claim,
-    tell=_tell,
+    coalesce=_share_claim,
+    to_result=_tell,
 )
 RELEASE = Batched(operation="release_step_claim", statement=RELEASE_STEP_CLAIM, find=FIND_RELEASE)
 RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=read_done("renewed"))
@@ -301,8 +301,8 @@ DISPATCH = Batched(
     read=_read_dispatches,
     find=FIND_DISPATCH,
     found=lambda row: WON,
-    share=_share_dispatch,
-    tell=_tell,
+    coalesce=_share_dispatch,
+    to_result=_tell,
 )
 ANNOTATE = Batched(
     operation="annotate_dispatch",

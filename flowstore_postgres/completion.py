@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 
 from flowstore_core import FlowStoreError, RunStatus, StepStatus
-from flowstore_core.batching import Batcher, Method
+from flowstore_core.batching import BatchedOperation, Batcher
 from flowstore_postgres.batches import OF_A_ROW
 from flowstore_postgres.connection import Transaction
 
@@ -93,12 +93,14 @@ class Completion:
 
     def __init__(self, database: Database, *, patience: float) -> None:
         self._database = database
-        self._batcher = Batcher(lanes=2, largest=LARGEST, patience=patience)
-        self._method: Method[Ending, bool] = self._batcher.method("complete_run", self._run, keyed=True)
+        self._batcher = Batcher(workers=2, max_rows=LARGEST, queue_timeout=patience)
+        self._method: BatchedOperation[Ending, bool] = self._batcher.operation(
+            "complete_run", self._run, keyed=True
+        )
 
     async def complete(self, ending: Ending) -> bool:
         """True where it was done together with others; False says nothing but that it was not."""
-        return await self._method.call(ending.run_id, ending)
+        return await self._method.submit(ending.run_id, ending)
 
     async def _run(self, endings: Sequence[Ending]) -> Sequence[bool]:
         async def work(transaction: Transaction) -> set[UUID]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flowstore_core.findings import Finding, Severity, wrong_counters
+from flowstore_core.diagnostics import Diagnostic, Severity, wrong_counters
 from flowstore_postgres.migrate import NO_TIMEOUT, Settings, pinned_transaction
 
 SINCE = 7
@@ -96,18 +96,18 @@ COUNT_UNFOLDED = f"SELECT count(*) FROM (SELECT FROM {{schema}}.run_changes LIMI
 FOLD = "SELECT {schema}.fold_run_changes()"
 
 
-async def compare(connection: Any, settings: Settings) -> Sequence[Finding]:
+async def compare(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
     """Compare the sums with the runs, in one snapshot."""
     row = await connection.fetchrow(_sql(COUNT_DIFFERENCES, settings))
     return wrong_counters(row["flows"], row["days"])
 
 
-async def find_unfolded(connection: Any, settings: Settings) -> Sequence[Finding]:
+async def find_unfolded(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
     """Report changes of runs that should have been folded long ago."""
     if await connection.fetchval(_sql(COUNT_UNFOLDED, settings)) <= UNFOLDED:
         return ()
     return (
-        Finding(
+        Diagnostic(
             code="changes-unfolded",
             severity=Severity.WARNING,
             summary=f"more than {UNFOLDED:,} rows of table run_changes are not folded into the counters",

@@ -25,8 +25,8 @@ from flowstore_core import (
     OutcomeUnknownError,
     StoreUnavailableError,
 )
-from flowstore_core.inflight import InFlight
-from flowstore_core.observing import NOBODY, Observers, Resolution
+from flowstore_core.instrumentation import NO_OBSERVERS, Observers, Resolution
+from flowstore_core.shielding import ShieldedTasks
 from flowstore_core.timeseries import LATEST
 from flowstore_postgres.acknowledgements import (
     NOTE_COMMIT,
@@ -95,7 +95,7 @@ class Database:
         settings: Settings,
         pool: Any,
         clock: Callable[[], datetime] | None,
-        observers: Observers = NOBODY,
+        observers: Observers = NO_OBSERVERS,
     ) -> None:
         self.observers: Observers = observers
         self._settings = settings
@@ -108,7 +108,7 @@ class Database:
         self.new_token: Callable[[], int] = partial(random.Random().getrandbits, 63)
         self._loop = get_running_loop()
         self._repeating = Repeating(settings.retry_timeout, observers)
-        self._in_flight = InFlight()
+        self._in_flight = ShieldedTasks()
         self._batches = Batches(
             self,
             pool_size=settings.pool_size,

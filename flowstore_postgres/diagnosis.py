@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
-from flowstore_core.findings import Finding, Severity, orphans
+from flowstore_core.diagnostics import Diagnostic, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres import counters
 from flowstore_postgres.database import fill_in, in_microseconds
@@ -126,7 +126,7 @@ async def _connect(settings: Settings, *, pinned: bool = True) -> AsyncIterator[
             await connection.close(timeout=CLOSE_SECONDS)
 
 
-async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
     """Every finding about the server and the schema; changes nothing."""
     settings = read_connection_settings(config)
     try:
@@ -147,8 +147,8 @@ POOLER_REFUSES = "08P01"
 """protocol_violation: what PgBouncer answers to a setting that it does not know at the start."""
 
 
-def _refused_by_a_pooler() -> Finding:
-    return Finding(
+def _refused_by_a_pooler() -> Diagnostic:
+    return Diagnostic(
         code="pooler-undeclared",
         severity=Severity.ERROR,
         summary="the server refuses the settings of a connection, as PgBouncer does",
@@ -218,10 +218,12 @@ async def _compare_clocks(connection: Any) -> tuple[float, float]:
     return best
 
 
-Check = Callable[[Any, Settings], Awaitable[Sequence[Finding]]]
+Check = Callable[[Any, Settings], Awaitable[Sequence[Diagnostic]]]
 
 
-async def _check_rows(connection: Any, settings: Settings, version: int, *, thorough: bool) -> list[Finding]:
+async def _check_rows(
+    connection: Any, settings: Settings, version: int, *, thorough: bool
+) -> list[Diagnostic]:
     checks: list[tuple[str, Check]] = []
     if version >= counters.SINCE:
         # The cheap ones first; the next reads an index of all runs.
@@ -231,7 +233,7 @@ async def _check_rows(connection: Any, settings: Settings, version: int, *, thor
             ("counters", counters.compare),
         ]
     checks += [(table, partial(_find_orphans, table)) for table in (*FORGOTTEN, *STRAYS)]
-    found: list[Finding] = []
+    found: list[Diagnostic] = []
     unfinished: list[str] = []
     until = time.monotonic() + ROWS_SECONDS
     for name, check in checks:
@@ -245,7 +247,7 @@ async def _check_rows(connection: Any, settings: Settings, version: int, *, thor
             unfinished.append(name)
     if unfinished:
         found.append(
-            Finding(
+            Diagnostic(
                 code="rows-not-checked",
                 severity=Severity.NOTE,
                 summary=f"not all rows were looked at: {', '.join(unfinished)}",
@@ -256,12 +258,12 @@ async def _check_rows(connection: Any, settings: Settings, version: int, *, thor
     return found
 
 
-async def _find_unsearched(connection: Any, settings: Settings) -> Sequence[Finding]:
+async def _find_unsearched(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
     statement = COUNT_UNSEARCHED.replace("{schema}", settings.quoted_schema)
     if await connection.fetchval(statement) < MANY:
         return ()
     return (
-        Finding(
+        Diagnostic(
             code="search-behind",
             severity=Severity.NOTE,
             summary=f"{MANY:,} or more ended runs are not in the index for searches",
@@ -272,7 +274,7 @@ async def _find_unsearched(connection: Any, settings: Settings) -> Sequence[Find
     )
 
 
-async def _find_orphans(table: str, connection: Any, settings: Settings) -> Sequence[Finding]:
+async def _find_orphans(table: str, connection: Any, settings: Settings) -> Sequence[Diagnostic]:
     statement, arguments = _about(table, FIND_FORGOTTEN, FIND_STRAYS, settings)
     rows = await connection.fetch(statement, *arguments)
     if not rows:
@@ -286,7 +288,7 @@ def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple
     return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if old else ()
 
 
-async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+async def fix(config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
     """Delete orphans, fold changes and correct counters, as the findings say; safe while others write."""
     settings = read_connection_settings(config)
     done = []

@@ -15,7 +15,7 @@ import asyncpg
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
 from flowstore_core.errors import without_foreign
-from flowstore_core.observing import Observers
+from flowstore_core.instrumentation import Observers
 from flowstore_core.urls import ENCODING_RULE
 
 log = logging.getLogger("flowstore_postgres")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
-from flowstore_core.findings import Finding, Severity
+from flowstore_core.diagnostics import Diagnostic, Severity
 from flowstore_postgres.sessions import PINNED
 
 OLDEST = 140000
@@ -65,7 +65,7 @@ class Facts:
         return int(self.value(name, "0"))
 
 
-def judge(facts: Facts, today: date | None = None) -> Iterator[Finding]:
+def judge(facts: Facts, today: date | None = None) -> Iterator[Diagnostic]:
     """Every finding that follows from the facts."""
     yield from judge_role_of_server(facts)
     yield from judge_durability(facts)
@@ -104,9 +104,9 @@ def _undoing(facts: Facts, name: str, value: str) -> tuple[str, ...]:
     return (f"ALTER SYSTEM SET {name} = '{value}'", "SELECT pg_reload_conf()")
 
 
-def judge_role_of_server(facts: Facts) -> Iterator[Finding]:
+def judge_role_of_server(facts: Facts) -> Iterator[Diagnostic]:
     if facts.replica:
-        yield Finding(
+        yield Diagnostic(
             code="replica",
             severity=Severity.ERROR,
             summary="the server is a replica",
@@ -114,7 +114,7 @@ def judge_role_of_server(facts: Facts) -> Iterator[Finding]:
             remedy="name all hosts in the URL and add target_session_attrs=read-write to its query",
         )
     elif facts.pgbouncer and facts.value("default_transaction_read_only") == "on":
-        yield Finding(
+        yield Diagnostic(
             code="read-only",
             severity=Severity.ERROR,
             summary="transactions are read-only by default (default_transaction_read_only)",
@@ -123,9 +123,9 @@ def judge_role_of_server(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def judge_durability(facts: Facts) -> Iterator[Finding]:
+def judge_durability(facts: Facts) -> Iterator[Diagnostic]:
     if facts.value("fsync") == "off":
-        yield Finding(
+        yield Diagnostic(
             code="fsync-off",
             severity=Severity.ERROR,
             summary="fsync is off",
@@ -133,7 +133,7 @@ def judge_durability(facts: Facts) -> Iterator[Finding]:
             remedy=_undo(facts, "fsync", "on"),
         )
     if facts.value("full_page_writes") == "off":
-        yield Finding(
+        yield Diagnostic(
             code="full-page-writes-off",
             severity=Severity.ERROR,
             summary="full_page_writes is off",
@@ -143,7 +143,7 @@ def judge_durability(facts: Facts) -> Iterator[Finding]:
         )
     commit = facts.value("synchronous_commit")
     if commit == "off" and facts.pgbouncer:
-        yield Finding(
+        yield Diagnostic(
             code="synchronous-commit-off",
             severity=Severity.ERROR,
             summary="synchronous_commit is off for this role and database",
@@ -152,7 +152,7 @@ def judge_durability(facts: Facts) -> Iterator[Finding]:
             remedy=_undo(facts, "synchronous_commit", "on"),
         )
     elif commit == "local" and facts.value("synchronous_standby_names"):
-        yield Finding(
+        yield Diagnostic(
             code="synchronous-commit-local",
             severity=Severity.WARNING,
             summary="synchronous_commit is local, though there are synchronous standbys",
@@ -170,10 +170,10 @@ HARMFUL_DEFAULTS = {
 }
 
 
-def judge_defaults(facts: Facts) -> Iterator[Finding]:
+def judge_defaults(facts: Facts) -> Iterator[Diagnostic]:
     """Defaults of the server, the database or the role that statements must not run under."""
     if facts.value("session_replication_role") == "replica":
-        yield Finding(
+        yield Diagnostic(
             code="triggers-off",
             severity=Severity.ERROR,
             summary="session_replication_role is replica for this role and database",
@@ -184,7 +184,7 @@ def judge_defaults(facts: Facts) -> Iterator[Finding]:
     if facts.pgbouncer:
         for name, meaning in HARMFUL_DEFAULTS.items():
             if (value := facts.value(name, PINNED[name])) != PINNED[name]:
-                yield Finding(
+                yield Diagnostic(
                     code="harmful-default",
                     severity=Severity.WARNING,
                     summary=f"{name} is {value} by default",
@@ -200,7 +200,7 @@ def judge_defaults(facts: Facts) -> Iterator[Finding]:
     if facts.value("synchronous_commit") == "off":
         harmful.append("synchronous_commit")
     if harmful:
-        yield Finding(
+        yield Diagnostic(
             code="defaults-overridden",
             severity=Severity.NOTE,
             summary="flowstore overrides defaults that would hurt: "
@@ -218,12 +218,12 @@ def judge_defaults(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def judge_version(facts: Facts, today: date) -> Iterator[Finding]:
+def judge_version(facts: Facts, today: date) -> Iterator[Diagnostic]:
     major = facts.version // 10000
     remedy = "upgrade the server: https://www.postgresql.org/docs/current/upgrading.html"
     end = END_OF_LIFE.get(major)
     if facts.version < OLDEST:
-        yield Finding(
+        yield Diagnostic(
             code="server-too-old",
             severity=Severity.ERROR,
             summary=f"the server is PostgreSQL {facts.version_text}",
@@ -231,7 +231,7 @@ def judge_version(facts: Facts, today: date) -> Iterator[Finding]:
             remedy=remedy,
         )
     elif end is not None and end <= today:
-        yield Finding(
+        yield Diagnostic(
             code="server-old",
             severity=Severity.WARNING,
             summary=f"the server is PostgreSQL {facts.version_text}",
@@ -240,7 +240,7 @@ def judge_version(facts: Facts, today: date) -> Iterator[Finding]:
         )
 
 
-def judge_connections(facts: Facts) -> Iterator[Finding]:
+def judge_connections(facts: Facts) -> Iterator[Diagnostic]:
     reserved = 0
     if not facts.superuser:
         reserved = facts.number("superuser_reserved_connections") + facts.number("reserved_connections")
@@ -273,7 +273,7 @@ def judge_connections(facts: Facts) -> Iterator[Finding]:
         raised = "max_connections" not in raising
         # -1 is no limit.
         if limit >= 0 and facts.pool_size > free:
-            yield Finding(
+            yield Diagnostic(
                 code="connections-scarce",
                 severity=Severity.WARNING,
                 summary=f"pool_size is {facts.pool_size}, and {free} of {limit} connections are free",
@@ -284,9 +284,9 @@ def judge_connections(facts: Facts) -> Iterator[Finding]:
             return
 
 
-def judge_pooler(facts: Facts) -> Iterator[Finding]:
+def judge_pooler(facts: Facts) -> Iterator[Diagnostic]:
     if facts.pooled and not facts.pgbouncer:
-        yield Finding(
+        yield Diagnostic(
             code="pooler-undeclared",
             severity=Severity.ERROR,
             summary="the URL leads to a transaction pooler, and does not say so",
@@ -303,7 +303,7 @@ def judge_pooler(facts: Facts) -> Iterator[Finding]:
         ]
         if missing:
             statements = [f"ALTER ROLE {role} SET {name} = 30000" for name in missing]
-            yield Finding(
+            yield Diagnostic(
                 code="no-time-outs",
                 severity=Severity.WARNING,
                 summary=f"{' and '.join(missing)} not set for the role",
@@ -313,7 +313,7 @@ def judge_pooler(facts: Facts) -> Iterator[Finding]:
             )
         schemas = {name.strip(' "') for name in facts.value("search_path").split(",")}
         if schemas - {"pg_catalog", "pg_temp"}:
-            yield Finding(
+            yield Diagnostic(
                 code="search-path",
                 severity=Severity.NOTE,
                 summary=f"search_path is {facts.value('search_path')} for the role",
@@ -323,7 +323,7 @@ def judge_pooler(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def judge_time_outs(facts: Facts) -> Iterator[Finding]:
+def judge_time_outs(facts: Facts) -> Iterator[Diagnostic]:
     for name, cut in (
         ("idle_session_timeout", "connections that the pooler holds idle"),
         (
@@ -333,7 +333,7 @@ def judge_time_outs(facts: Facts) -> Iterator[Finding]:
     ):
         # Without a pooler the store's own connections have neither.
         if facts.number(name) and (facts.pgbouncer or name == "transaction_timeout"):
-            yield Finding(
+            yield Diagnostic(
                 code=name.replace("_", "-"),
                 severity=Severity.NOTE,
                 summary=f"{name} is {facts.number(name):,} ms",
@@ -342,9 +342,9 @@ def judge_time_outs(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def judge_housekeeping(facts: Facts) -> Iterator[Finding]:
+def judge_housekeeping(facts: Facts) -> Iterator[Diagnostic]:
     if facts.value("autovacuum") == "off":
-        yield Finding(
+        yield Diagnostic(
             code="autovacuum-off",
             severity=Severity.WARNING,
             summary="autovacuum is off",
@@ -353,7 +353,7 @@ def judge_housekeeping(facts: Facts) -> Iterator[Finding]:
         )
     oldest = facts.oldest_transaction
     if oldest is not None and oldest > LONG_TRANSACTION_SECONDS:
-        yield Finding(
+        yield Diagnostic(
             code="long-transaction",
             severity=Severity.WARNING,
             summary=f"a transaction has been open for {oldest / 3600:.1f} hours in this database",
@@ -365,9 +365,9 @@ def judge_housekeeping(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def judge_clock(facts: Facts) -> Iterator[Finding]:
+def judge_clock(facts: Facts) -> Iterator[Diagnostic]:
     if abs(facts.skew) - facts.skew_error > SKEW_SECONDS:
-        yield Finding(
+        yield Diagnostic(
             code="clock-skew",
             severity=Severity.WARNING,
             summary=f"the server's clock is {abs(facts.skew):.1f} s "

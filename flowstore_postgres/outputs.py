@@ -52,7 +52,7 @@ SAVE = Batched(
     read=read_done("saved"),
     find=FIND_OUTPUT,
     found=lambda row: True,
-    weigh=_weigh,
+    size_of=_weigh,
 )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from flowstore_core import FlowRunRecord, RunPage, RunPosition, RunStatus
-from flowstore_core.arguments import MAX_INT64
 from flowstore_core.runs import fold_ascii
+from flowstore_core.validation import MAX_INT64
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import RUN_COLUMNS, run_record
 from flowstore_postgres.search import (

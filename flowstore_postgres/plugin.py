@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.findings import Finding
+from flowstore_core.diagnostics import Diagnostic
 
 # What libpq's URLs may carry and asyncpg understands; TLS options pass through (see docs).
 DRIVER_OPTIONS = frozenset(
@@ -110,13 +110,13 @@ class PostgresBackend:
             else "reads every run; CREATE EXTENSION pg_trgm, then flowstore migrate up, makes it quick"
         }
 
-    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
         """What is wrong with the server, its settings and its clock, rows without a run, and counters."""
         from flowstore_postgres.diagnosis import diagnose
 
         return await diagnose(config, thorough=thorough)
 
-    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
         """Delete the rows without a run that were found, and correct the counters."""
         from flowstore_postgres.diagnosis import fix
 

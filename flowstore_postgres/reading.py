@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from flowstore_core.batching import Batcher, Method
+from flowstore_core.batching import BatchedOperation, Batcher
 
 if TYPE_CHECKING:
     from flowstore_postgres.database import Database
@@ -25,23 +25,23 @@ class Reading:
     def __init__(self, database: Database, *, patience: float) -> None:
         self._database = database
         self._batcher = Batcher(
-            lanes=LANES,
-            patience=patience,
-            advice="raise pool_size or acquire_timeout, or send fewer calls at once",
+            workers=LANES,
+            queue_timeout=patience,
+            timeout_hint="raise pool_size or acquire_timeout, or send fewer calls at once",
         )
-        self._methods: dict[str, Method[UUID, Rows]] = {}
+        self._methods: dict[str, BatchedOperation[UUID, Rows]] = {}
 
     async def rows(self, statement: str, run_id: UUID) -> Rows:
         """The run's rows of a SELECT that takes an array of run_ids and gives run_id first."""
-        if self._batcher.borrow_lane():
+        if self._batcher.acquire_direct_slot():
             try:
                 return list(await self._database.read(statement, [run_id]))
             finally:
-                self._batcher.return_lane()
+                self._batcher.release_direct_slot()
         method = self._methods.get(statement) or self._method(statement)
-        return await method.call(run_id, run_id)
+        return await method.submit(run_id, run_id)
 
-    def _method(self, statement: str) -> Method[UUID, Rows]:
+    def _method(self, statement: str) -> BatchedOperation[UUID, Rows]:
         async def run(run_ids: Sequence[UUID]) -> Sequence[Rows]:
             found: dict[UUID, Rows] = {run_id: [] for run_id in run_ids}
             for row in await self._database.read(statement, run_ids):
@@ -49,7 +49,7 @@ class Reading:
             return [found[run_id] for run_id in run_ids]
 
         # Nobody changes the rows, so calls for one run get the same.
-        made = self._batcher.method("a read", run, keyed=True, share=lambda first, rows, later: rows)
+        made = self._batcher.operation("a read", run, keyed=True, coalesce=lambda first, rows, later: rows)
         self._methods[statement] = made
         return made
 

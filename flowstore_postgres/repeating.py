@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from flowstore_core import FlowStoreError
 from flowstore_core.errors import without_foreign
-from flowstore_core.observing import Observers
+from flowstore_core.instrumentation import Observers
 from flowstore_postgres.errors import DRIVER, ROLLED_BACK, Retry, describe, name_error, report_retry
 
 T = TypeVar("T")

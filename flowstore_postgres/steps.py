@@ -258,7 +258,7 @@ START = Batched(
     read=_read_starts,
     find=FIND_STEP_START,
     found=lambda row: Started(True, row["attempt"]),
-    weigh=_weigh_start,
+    size_of=_weigh_start,
 )
 COMPLETE = Batched(
     operation="record_step_complete",
@@ -267,7 +267,7 @@ COMPLETE = Batched(
     read=read_done("closed"),
     find=FIND_STEP_COMPLETE,
     found=lambda row: True,
-    weigh=_weigh_completion,
+    size_of=_weigh_completion,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 
 from flowstore_core import StoreConfig
-from flowstore_core.inflight import to_the_end
+from flowstore_core.shielding import run_to_completion
 from flowstore_postgres.claims import Claims
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.controls import Controls
@@ -88,4 +88,4 @@ class OpenPostgres:
 async def _close(database: Database) -> None:
     # It is bounded, and a cancelled closing that is over must not go on behind its caller's back: the
     # event loop may end then.
-    await to_the_end(database.aclose())
+    await run_to_completion(database.aclose())

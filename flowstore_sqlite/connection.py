@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar, cast
 import aiosqlite
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError, StoreUnavailableError
-from flowstore_core.inflight import to_the_end
-from flowstore_core.observing import NOBODY, Observers
+from flowstore_core.instrumentation import NO_OBSERVERS, Observers
+from flowstore_core.shielding import run_to_completion
 from flowstore_sqlite.errors import is_transient, map_error
 from flowstore_sqlite.identity import OpenFiles
 from flowstore_sqlite.location import Access, find_access, is_same_place, sqlite_uri
@@ -80,7 +80,7 @@ class Connection(aiosqlite.Connection):
     files: OpenFiles
     """Of the store, from ``open`` on."""
 
-    def __init__(self, path: str, observers: Observers = NOBODY, *, only_reads: bool = False) -> None:
+    def __init__(self, path: str, observers: Observers = NO_OBSERVERS, *, only_reads: bool = False) -> None:
         self.path = path
         self._only_reads = only_reads
         self._observers = observers
@@ -116,7 +116,7 @@ class Connection(aiosqlite.Connection):
 
         try:
             # To the end, because a connection that opens after its caller has gone is never closed.
-            await to_the_end(opening())
+            await run_to_completion(opening())
             if await self.run_work(self._is_at_its_place):
                 return
             failure: FlowStoreError = ConfigurationError(
@@ -187,7 +187,7 @@ class Connection(aiosqlite.Connection):
         if self._pid != os.getpid():
             # After a fork there is no thread that could close it, and the file's locks are the parent's.
             return
-        await to_the_end(self._shut())
+        await run_to_completion(self._shut())
 
     async def _shut(self) -> None:
         closing = asyncio.create_task(self._close_and_end())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
-from flowstore_core.findings import Finding, wrong_counters
+from flowstore_core.diagnostics import Diagnostic, wrong_counters
 
 SINCE = 2
 """The version of the schema that has them."""
@@ -49,7 +49,7 @@ def _count(db: sqlite3.Connection) -> tuple[int, int]:
     return db.execute(COUNT_FLOWS).fetchone()[0], db.execute(COUNT_DAYS).fetchone()[0]
 
 
-def compare(db: sqlite3.Connection) -> Sequence[Finding]:
+def compare(db: sqlite3.Connection) -> Sequence[Diagnostic]:
     """Compare the sums with the runs, in the transaction of the caller."""
     return wrong_counters(*_count(db))
 

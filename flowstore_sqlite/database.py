@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from flowstore_core import ConfigurationError, OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.inflight import to_the_end
-from flowstore_core.observing import NOBODY, Observers
+from flowstore_core.instrumentation import NO_OBSERVERS, Observers
+from flowstore_core.shielding import run_to_completion
 from flowstore_sqlite.connection import Connection, snapshot
 from flowstore_sqlite.transactions import Read, Transactions
 from flowstore_sqlite.transactions import Write as Write
@@ -49,7 +49,7 @@ class Database:
         *,
         clock: Callable[[], datetime] | None,
         busy_timeout: float,
-        observers: Observers = NOBODY,
+        observers: Observers = NO_OBSERVERS,
     ) -> None:
         self._writer = writer
         self._readers = tuple(readers)
@@ -110,7 +110,7 @@ class Database:
             if not task.done():
                 # Nobody waits for the rows any more, but the reader must be free when it is put back.
                 task.cancel()
-                await to_the_end(reader.stop_work())
+                await run_to_completion(reader.stop_work())
             raise
         except StoreUnavailableError:
             if self._closed:
@@ -129,7 +129,7 @@ class Database:
             # In a forked process nothing of it is under way, and the connections are the parent's.
             self._closed = True
             return
-        await to_the_end(self._close())
+        await run_to_completion(self._close())
 
     async def _close(self) -> None:
         if self._closed:

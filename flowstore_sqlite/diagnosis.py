@@ -17,7 +17,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import StoreConfig, StoreUnavailableError
-from flowstore_core.findings import Finding, Severity, orphans
+from flowstore_core.diagnostics import Diagnostic, Severity, orphans
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite import counters, files
 from flowstore_sqlite.connection import Connection, snapshot, written
@@ -54,7 +54,7 @@ DELETE_FORGOTTEN = "DELETE FROM {table} WHERE created_at <= ? AND run_id IN ({ma
 DELETE_STRAYS = "DELETE FROM {table} WHERE run_id IN ({marks}) AND " + WITHOUT_RUN
 
 
-async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
     """Every finding about the file; changes nothing."""
     path, options = read_location(config.url), Options.read(config)
     found = [*_judge_settings(options), *files.inspect(path)]
@@ -91,11 +91,11 @@ def _now(config: StoreConfig) -> int:
     return int(config.clock().timestamp() * 1_000_000) if config.clock else time.time_ns() // 1000
 
 
-def _judge_settings(options: Options) -> list[Finding]:
+def _judge_settings(options: Options) -> list[Diagnostic]:
     found = []
     if options.synchronous != "FULL":
         found.append(
-            Finding(
+            Diagnostic(
                 code="synchronous-normal",
                 severity=Severity.WARNING,
                 summary="the store is opened with synchronous=NORMAL",
@@ -106,7 +106,7 @@ def _judge_settings(options: Options) -> list[Finding]:
         )
     if has_reset_bug():
         found.append(
-            Finding(
+            Diagnostic(
                 code="wal-reset-bug",
                 severity=Severity.NOTE,
                 summary=f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug",
@@ -119,12 +119,12 @@ def _judge_settings(options: Options) -> list[Finding]:
     return found
 
 
-def _judge_journal(db: sqlite3.Connection) -> list[Finding]:
+def _judge_journal(db: sqlite3.Connection) -> list[Diagnostic]:
     mode = db.execute(JOURNAL_MODE).fetchone()[0]
     if mode == "wal" or not read_version(db)[0]:
         return []
     return [
-        Finding(
+        Diagnostic(
             code="journal-mode",
             severity=Severity.WARNING,
             summary=f"the file was in journal mode {mode.upper()}, not WAL",
@@ -135,7 +135,7 @@ def _judge_journal(db: sqlite3.Connection) -> list[Finding]:
     ]
 
 
-async def _judge_log_size(connection: Connection, options: Options) -> list[Finding]:
+async def _judge_log_size(connection: Connection, options: Options) -> list[Diagnostic]:
     """Whether a reader keeps the log from starting anew, so that it grows with every write."""
 
     async def checkpoint() -> tuple[int, int]:
@@ -160,7 +160,7 @@ async def _judge_log_size(connection: Connection, options: Options) -> list[Find
         return []
     path = connection.path
     return [
-        Finding(
+        Diagnostic(
             code="log-pinned",
             severity=Severity.WARNING,
             summary=f"{path}-wal has grown to {size(path + LOG) / 1e6:,.0f} MB and cannot start anew",
@@ -173,8 +173,8 @@ async def _judge_log_size(connection: Connection, options: Options) -> list[Find
     ]
 
 
-def _damaged(detail: str) -> Finding:
-    return Finding(
+def _damaged(detail: str) -> Diagnostic:
+    return Diagnostic(
         code="damaged",
         severity=Severity.ERROR,
         summary="the database file is damaged",
@@ -184,7 +184,7 @@ def _damaged(detail: str) -> Finding:
     )
 
 
-def _check_pages(thorough: bool, db: sqlite3.Connection) -> list[Finding]:
+def _check_pages(thorough: bool, db: sqlite3.Connection) -> list[Diagnostic]:
     statement = INTEGRITY_CHECK if thorough else QUICK_CHECK
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
@@ -197,8 +197,8 @@ def _check_pages(thorough: bool, db: sqlite3.Connection) -> list[Finding]:
     return [] if rows == [("ok",)] else [_damaged(f"{rows[0][0].splitlines()[0]}")]
 
 
-def _not_to_the_end(what: str, doing: str) -> Finding:
-    return Finding(
+def _not_to_the_end(what: str, doing: str) -> Diagnostic:
+    return Diagnostic(
         code=f"{what}-not-checked",
         severity=Severity.NOTE,
         summary=f"not all {what} were looked at",
@@ -221,8 +221,8 @@ def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
         db.set_progress_handler(None, 0)
 
 
-def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Finding]:
-    found: list[Finding] = []
+def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagnostic]:
+    found: list[Diagnostic] = []
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
             found.extend(
@@ -253,7 +253,7 @@ def _runs_of_orphans(table: str, now: int, db: sqlite3.Connection) -> list[bytes
     return [row[0] for row in rows]
 
 
-async def fix(config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+async def fix(config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
     """Delete orphans, correct counters, narrow permissions, as the findings say; safe while others write."""
     path, options = read_location(config.url), Options.read(config)
     done = [line for finding in findings for line in files.fix(path, finding)]

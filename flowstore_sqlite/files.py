@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowstore_core.findings import Finding, Severity
+from flowstore_core.diagnostics import Diagnostic, Severity
 from flowstore_sqlite.location import LOG, LOG_INDEX
 from flowstore_sqlite.turnstile import SUFFIX
 
@@ -53,7 +53,7 @@ def exists(path: str) -> bool:
     return os.path.isfile(path) and not os.path.islink(path)
 
 
-def inspect(path: str) -> Iterator[Finding]:
+def inspect(path: str) -> Iterator[Diagnostic]:
     """What is wrong with the files, at the moment."""
     links = [path + suffix for suffix in NEIGHBOURS if os.path.islink(path + suffix)]
     if links:
@@ -68,8 +68,8 @@ def inspect(path: str) -> Iterator[Finding]:
     yield from _judge_log(path)
 
 
-def _symlink(links: list[str]) -> Finding:
-    return Finding(
+def _symlink(links: list[str]) -> Diagnostic:
+    return Diagnostic(
         code="symlink",
         blocks=True,
         severity=Severity.ERROR,
@@ -82,10 +82,10 @@ def _symlink(links: list[str]) -> Finding:
     )
 
 
-def _judge_file_system(path: str) -> Iterator[Finding]:
+def _judge_file_system(path: str) -> Iterator[Diagnostic]:
     kind = file_system(path)
     if kind in NETWORK or kind.startswith("fuse.sshfs"):
-        yield Finding(
+        yield Diagnostic(
             code="network-file-system",
             severity=Severity.ERROR,
             summary=f"the file lies on a network file system ({kind})",
@@ -95,7 +95,7 @@ def _judge_file_system(path: str) -> Iterator[Finding]:
             "several machines use PostgreSQL",
         )
     elif kind in IN_MEMORY:
-        yield Finding(
+        yield Diagnostic(
             code="memory-disk",
             severity=Severity.WARNING,
             summary=f"the file lies in memory ({kind})",
@@ -120,7 +120,7 @@ def file_system(path: str) -> str:
     return ""
 
 
-def _judge_modes(path: str) -> Iterator[Finding]:
+def _judge_modes(path: str) -> Iterator[Diagnostic]:
     wide = []
     for suffix in NEIGHBOURS:
         try:
@@ -134,7 +134,7 @@ def _judge_modes(path: str) -> Iterator[Finding]:
     names = [name for name, _ in wide]
     if all(mode & 0o077 == 0o060 for _, mode in wide):
         # A group that may write as well was meant to; one that may only read could not even use it.
-        yield Finding(
+        yield Diagnostic(
             code="mode-group",
             severity=Severity.NOTE,
             summary=f"the group of {names[0]} may read and write it (mode {wide[0][1]:04o})",
@@ -144,7 +144,7 @@ def _judge_modes(path: str) -> Iterator[Finding]:
             examples=tuple(names[1:]),
         )
         return
-    yield Finding(
+    yield Diagnostic(
         code="mode-wide",
         severity=Severity.WARNING,
         summary=f"others may use {names[0]} (mode {wide[0][1]:04o}; 0600 is right)",
@@ -156,11 +156,11 @@ def _judge_modes(path: str) -> Iterator[Finding]:
     )
 
 
-def _judge_folder(path: str) -> Iterator[Finding]:
+def _judge_folder(path: str) -> Iterator[Diagnostic]:
     folder = os.path.dirname(path)
     mode = os.stat(folder).st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        yield Finding(
+        yield Diagnostic(
             code="folder-open",
             severity=Severity.WARNING,
             summary=f"everybody may write to directory {folder}",
@@ -177,10 +177,10 @@ def _read(path: str, size: int) -> bytes | None:
         return None
 
 
-def _judge_log(path: str) -> Iterator[Finding]:
+def _judge_log(path: str) -> Iterator[Diagnostic]:
     header, log = _read(path, HEADER_BYTES), _read(path + "-wal", LOG_HEADER_BYTES)
     if header and not header.startswith(MAGIC):
-        yield Finding(
+        yield Diagnostic(
             code="not-a-database",
             blocks=True,
             severity=Severity.ERROR,
@@ -190,7 +190,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
         )
         return
     if log and (reason := _foreign(path, header or b"", log)):
-        yield Finding(
+        yield Diagnostic(
             code="log-foreign",
             blocks=True,
             severity=Severity.ERROR,
@@ -201,7 +201,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
             + shlex.join(["mv", f"{path}-wal", f"{path}-wal.aside"]),
         )
     elif log is None and os.path.exists(path + "-shm"):
-        yield Finding(
+        yield Diagnostic(
             code="log-missing",
             blocks=True,
             severity=Severity.WARNING,
@@ -212,7 +212,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
             + shlex.join(["rm", f"{path}-shm"]),
         )
     if os.path.exists(path + "-journal"):
-        yield Finding(
+        yield Diagnostic(
             code="journal-foreign",
             blocks=True,
             severity=Severity.WARNING,
@@ -224,7 +224,7 @@ def _judge_log(path: str) -> Iterator[Finding]:
         )
 
 
-def _judge_removed(path: str) -> Iterator[Finding]:
+def _judge_removed(path: str) -> Iterator[Diagnostic]:
     """Find processes of this user that still use files removed from this path, where Linux tells."""
     removed = {f"{os.path.realpath(path)}{suffix} (deleted)" for suffix in ("", LOG, LOG_INDEX)}
     processes = []
@@ -235,7 +235,7 @@ def _judge_removed(path: str) -> Iterator[Finding]:
                 processes.append(folder.parent.name)
     if not processes:
         return
-    yield Finding(
+    yield Diagnostic(
         code="file-removed",
         severity=Severity.ERROR,
         summary=f"a file that was removed from {path} is still in use",
@@ -296,7 +296,7 @@ def _change_counters(path: str, log: bytes, page_size: int) -> list[int]:
     return found
 
 
-def fix(path: str, finding: Finding) -> Iterator[str]:
+def fix(path: str, finding: Diagnostic) -> Iterator[str]:
     """Narrow the permissions that were found wide."""
     if finding.code != "mode-wide":
         return

@@ -97,7 +97,7 @@ class OpenFiles:
             self._verified = folder
 
     def _stat_folder(self) -> tuple[int, ...] | None:
-        # Elsewhere st_ctime is not the time of the last change.
+        # Transfer st_ctime is not the time of the last change.
         if self.access is Access.FROZEN or os.name != "posix":
             return None
         try:

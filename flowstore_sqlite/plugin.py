@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.findings import Finding
+from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SqliteBackend:
         indexed = await has_search_index(config)
         return {"search": "by index (FTS5)" if indexed else "reads every run; this SQLite has no FTS5"}
 
-    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]:
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
         """What is wrong with the file and its neighbours, and rows without a run.
 
         Not in a process that has the store open: the files are read beside SQLite.
@@ -93,7 +93,7 @@ class SqliteBackend:
 
         return await diagnose(config, thorough=thorough)
 
-    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]:
+    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
         """Narrow permissions and delete the rows without a run, where they were found."""
         from flowstore_sqlite.diagnosis import fix
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import AGAIN, Call
+from flowstore_core.batching import REQUEUE, PendingCall
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
 from flowstore_sqlite.identity import OpenFiles
 from flowstore_sqlite.turnstile import Turnstile
@@ -53,8 +53,8 @@ class Transactions:
     def close(self) -> None:
         self._turnstile.close()
 
-    def run(self, calls: Sequence[Call]) -> list[Any]:
-        """For each call its result, the error that its caller gets, or AGAIN if it has not run."""
+    def run(self, calls: Sequence[PendingCall]) -> list[Any]:
+        """For each call its result, the error that its caller gets, or REQUEUE if it has not run."""
         if self._files.is_read_only:
             reason = (
                 f"{self._path} can only be read: this process may not write to the file or its directory; "
@@ -74,14 +74,14 @@ class Transactions:
                 return self._run_guarded(calls)
             outcomes = self._commit(outcomes)
             if len(outcomes) < len(calls):
-                outcomes += [AGAIN] * (len(calls) - len(outcomes))
+                outcomes += [REQUEUE] * (len(calls) - len(outcomes))
             return outcomes
         except sqlite3.Error as error:
             return self._refuse(error, calls)
         finally:
             self._roll_back()
 
-    def _refuse(self, error: sqlite3.Error, calls: Sequence[Call]) -> list[Any]:
+    def _refuse(self, error: sqlite3.Error, calls: Sequence[PendingCall]) -> list[Any]:
         try:
             # Tells more than any error that follows from a missing file.
             self._files.verify()
@@ -89,7 +89,7 @@ class Transactions:
             return [StoreUnavailableError(lost.reason) for _ in calls]
         return [map_error(error, self._path) for _ in calls]
 
-    def _run_plainly(self, calls: Sequence[Call], outcomes: list[Any]) -> None:
+    def _run_plainly(self, calls: Sequence[PendingCall], outcomes: list[Any]) -> None:
         db, monotonic, now = self.db, time.monotonic, self._now
         until = monotonic() + HOLD_SECONDS
         for call in calls:
@@ -106,7 +106,7 @@ class Transactions:
             if monotonic() >= until:
                 break
 
-    def _run_guarded(self, calls: Sequence[Call]) -> list[Any]:
+    def _run_guarded(self, calls: Sequence[PendingCall]) -> list[Any]:
         if (refusals := self._begin(calls)) is not None:
             return refusals
         try:
@@ -114,7 +114,7 @@ class Transactions:
         except sqlite3.Error as error:
             self._roll_back()
             if is_transient(error):
-                return [AGAIN] * len(calls)
+                return [REQUEUE] * len(calls)
             if len(calls) == 1:
                 return [map_error(error, self._path)]
             # It took the whole transaction with it, so the parts get transactions of their own.
@@ -139,9 +139,9 @@ class Transactions:
         db.execute("RELEASE call")
         return outcome
 
-    def _begin(self, calls: Sequence[Call]) -> list[Any] | None:
+    def _begin(self, calls: Sequence[PendingCall]) -> list[Any] | None:
         """Get the write lock in turn, or give the errors that the callers get instead."""
-        deadline = calls[0].since + self._busy_timeout
+        deadline = calls[0].queued_at + self._busy_timeout
 
         def give_up() -> bool:
             now = time.monotonic()
@@ -167,14 +167,14 @@ class Transactions:
             return False
         return True
 
-    def _late(self, calls: Sequence[Call]) -> list[Any]:
+    def _late(self, calls: Sequence[PendingCall]) -> list[Any]:
         now = time.monotonic()
         if self.give_up_at is not None and now >= self.give_up_at:
             return [StoreClosedError() for _ in calls]
         waited = f"{self._path} was locked by others for {self._busy_timeout:g} s"
         reason = f"{waited}; try again, or raise busy_timeout"
         latest = now - self._busy_timeout
-        return [StoreUnavailableError(reason) if call.since <= latest else AGAIN for call in calls]
+        return [StoreUnavailableError(reason) if call.queued_at <= latest else REQUEUE for call in calls]
 
     def _commit(self, outcomes: list[Any]) -> list[Any]:
         try:
@@ -188,7 +188,7 @@ class Transactions:
         except sqlite3.Error as error:
             self._roll_back()
             if is_transient(error):
-                return [AGAIN for _ in outcomes]
+                return [REQUEUE for _ in outcomes]
             return [map_commit_error(error, self._path) for _ in outcomes]
         try:
             # Again, because the commit may have gone into a file that was removed since.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from flowstore_core import OutcomeUnknownError
-from flowstore_core.batching import Batcher, Call, ThreadLane
-from flowstore_core.observing import NOBODY, Observers, Resolution
+from flowstore_core.batching import Batcher, PendingCall, ThreadWorker
+from flowstore_core.instrumentation import NO_OBSERVERS, Observers, Resolution
 from flowstore_sqlite.connection import Connection
 from flowstore_sqlite.transactions import Transactions
 
@@ -28,20 +28,22 @@ class Writing:
         transactions: Transactions,
         *,
         patience: float,
-        observers: Observers = NOBODY,
+        observers: Observers = NO_OBSERVERS,
     ) -> None:
         self._writer = writer
         self._observers = observers
         self._transactions = transactions
         self._batcher = Batcher(
-            lanes=lambda batcher: ThreadLane(batcher, self._serve),
-            largest=GROUP,
-            patience=patience,
-            advice="send fewer calls at once, or smaller ones",
+            workers=lambda batcher: ThreadWorker(batcher, self._serve),
+            max_rows=GROUP,
+            queue_timeout=patience,
+            timeout_hint="send fewer calls at once, or smaller ones",
             observers=observers,
             log=_log,
         )
-        self.write: Callable[..., Coroutine[Any, Any, Any]] = self._batcher.method("write", self._run).call
+        self.write: Callable[..., Coroutine[Any, Any, Any]] = self._batcher.operation(
+            "write", self._run
+        ).submit
         """Gets None, as no key is needed, the work, and what gives back its result if nobody hears of it."""
         self.drain: Callable[[float], Coroutine[Any, Any, None]] = self._batcher.drain
 
@@ -54,7 +56,7 @@ class Writing:
 
         await self._writer.run_work(begin)
 
-    def _run(self, calls: Sequence[Call]) -> Sequence[Any]:
+    def _run(self, calls: Sequence[PendingCall]) -> Sequence[Any]:
         outcomes = self._transactions.run(calls)
         if outcomes and isinstance(outcomes[0], OutcomeUnknownError):
             # Of a COMMIT in which the disk failed, so of all of them. Observers live on the event loop.

@@ -800,9 +800,9 @@ def test_backends_tells_a_missing_driver_and_its_remedy(
 
 
 def test_backends_tells_a_broken_plugin(flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowstore_core.plugins import Plugin, explain_import
+    from flowstore_core.plugins import Plugin, load_error
 
-    error = explain_import("mine", "mine.plugin", "mine-dist", ValueError("no; not at all"))
+    error = load_error("mine", "mine.plugin", "mine-dist", ValueError("no; not at all"))
     broken = Plugin(name="mine", distribution="mine-dist", module="mine.plugin", error=error)
     monkeypatch.setattr("flowstore_cli.backends.load_plugins", lambda: (broken,))
     listed = json.loads(flowstore("backends", "--json")[1])[0]

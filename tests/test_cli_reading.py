@@ -16,7 +16,7 @@ import pytest
 from flowstore_cli.main import main
 from flowstore_cli.stores import Migratable
 from flowstore_core import open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 
 RUN = str(UUID(int=1))
 # Every command that works on an existing store without starting work.

@@ -18,7 +18,7 @@ import pytest
 
 from flowstore_cli.main import main
 from flowstore_core import FlowStore, RunStatus, SignalDeliveryStatus, open_store
-from flowstore_core.arguments import MAX_TEXT_BYTES
+from flowstore_core.validation import MAX_TEXT_BYTES
 from tests.conformance_reports import breaks, made_check, passes
 
 UNWRITTEN = "flowstore: standard output cannot be written: No space left on device\n"

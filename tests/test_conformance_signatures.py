@@ -93,7 +93,7 @@ async def test_a_plain_function_may_return_an_awaitable() -> None:
 
 @pytest.mark.parametrize("name", ["memory", "sqlite"])
 async def test_the_built_in_stores_have_the_signatures_of_the_protocol(name: str, tmp_path: Any) -> None:
-    from flowstore_core.opening import resolve_store
+    from flowstore_core.open import resolve_store
 
     url = "memory://" if name == "memory" else f"sqlite:///{tmp_path}/x.db"
     _, backend, config = resolve_store(url)

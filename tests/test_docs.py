@@ -420,8 +420,8 @@ def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
     lines = {line.strip() for line in source.splitlines()}
     own = (
         "class Traced",
-        "import AGAIN, Batcher",
-        "import Batcher, BatchError, ThreadLane",
+        "import REQUEUE, Batcher",
+        "import Batcher, BatchError, ThreadWorker",
         "observers.retried",
     )
     blocks = [block for block in _blocks(WRITING, "python") if not any(mark in block for mark in own)]
@@ -460,7 +460,7 @@ class _Rows:
 
 
 async def test_the_excerpt_on_coalescing_runs() -> None:
-    (code,) = [block for block in _blocks(WRITING, "python") if "import AGAIN, Batcher" in block]
+    (code,) = [block for block in _blocks(WRITING, "python") if "import REQUEUE, Batcher" in block]
     names: dict[str, Any] = {}
     exec(compile(code, "writing-a-backend.md", "exec"), names)
     database = _Rows()

@@ -19,8 +19,8 @@ import pytest
 
 from flowstore_cli import symptoms
 from flowstore_cli.main import main
-from flowstore_core.findings import Finding, Severity
-from flowstore_core.opening import resolve_store
+from flowstore_core.diagnostics import Diagnostic, Severity
+from flowstore_core.open import resolve_store
 from flowstore_postgres import diagnosis, judgement
 from flowstore_postgres.judgement import Facts, Setting, judge
 from flowstore_postgres.migrate import read_connection_settings
@@ -312,7 +312,7 @@ async def _facts(url: str) -> Facts:
 
 
 @asynccontextmanager
-async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Finding]]:
+async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Diagnostic]]:
     yield list(judge(replace(await _facts(url), **facts)))
 
 

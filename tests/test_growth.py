@@ -24,7 +24,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend
 from tests.virtual_clock import VirtualClock
 

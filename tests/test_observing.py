@@ -16,7 +16,7 @@ import pytest
 
 from flowstore_chaos.proxy import Fault, proxy_before
 from flowstore_core import Capability, FlowStore, OutcomeUnknownError, StepStatus, StoreConfig, open_store
-from flowstore_core.observing import Observers, Resolution
+from flowstore_core.instrumentation import Observers, Resolution
 from flowstore_core.plugins import find_backend
 from tests.scenes import new_run, together
 
@@ -54,7 +54,7 @@ def _listen(monkeypatch: pytest.MonkeyPatch, *observers: Any) -> list[Any]:
         opened.append(store)
         return store
 
-    monkeypatch.setattr("flowstore_core.opening.wrap_store", wrap)
+    monkeypatch.setattr("flowstore_core.open.wrap_store", wrap)
     return opened
 
 

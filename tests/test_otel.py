@@ -32,7 +32,7 @@ from flowstore_core import (
     StoreConfig,
     open_store,
 )
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend, load_wrappers
 from flowstore_otel.attributes import describe_store
 from flowstore_otel.plugin import flowstore_wrap_store

@@ -26,7 +26,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend
 from flowstore_postgres.hosts import read_hosts
 from flowstore_postgres.migrate import read_connection_settings

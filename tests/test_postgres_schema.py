@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 
 from flowstore_core import FlowStore, RunStatus, StoreUnavailableError, new_run_id, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_postgres import counters, diagnosis
 from flowstore_postgres.migrate import read_migrations
 from tests.test_growth import FLOWS, NOON, _ask, _ask_plainly, _live

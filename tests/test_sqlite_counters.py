@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowstore_core import RunStatus, new_run_id, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_sqlite import diagnosis
 from tests.test_growth import FLOWS, NOON, _ask, _ask_plainly, _live
 from tests.virtual_clock import VirtualClock

@@ -28,7 +28,7 @@ import asyncio, json, os, sys
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 from flowstore_core import FlowStoreError, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 
 async def read(url):
     async with open_store(url, migrate=False) as store:

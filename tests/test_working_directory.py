@@ -12,7 +12,7 @@ import pytest
 
 from flowstore_cli.main import main
 from flowstore_core import ConfigurationError, StoreUnavailableError, open_store
-from flowstore_core.config import read_settings
+from flowstore_core.config import resolve_url
 from flowstore_core.plugins import find_backend
 
 
@@ -148,4 +148,4 @@ def test_a_file_that_is_there_and_cannot_be_read_is_an_error(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flowstore.toml").mkdir()
     with pytest.raises(ConfigurationError, match=r"flowstore\.toml cannot be read: Is a directory"):
-        read_settings("memory://", {})
+        resolve_url("memory://", {})

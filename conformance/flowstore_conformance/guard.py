@@ -21,11 +21,11 @@ from flowstore_core import (
     StoreConfig,
     StoreUnavailableError,
 )
-from flowstore_core.checked import CheckedStore
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.platforms import require_posix
-from flowstore_core.plugins import explain_import
+from flowstore_core.plugins import load_error
 from flowstore_core.urls import redact
+from flowstore_core.validated_store import ValidatedStore
 
 
 class Refused(ConfigurationError):  # noqa: N818 - says what the suite did
@@ -126,12 +126,12 @@ async def _look_into(guarded: GuardedBackend, url: str) -> None:
         try:
             store = await stack.enter_async_context(guarded.open(config))
         except ModuleNotFoundError as error:
-            raise explain_import(plugin.name, plugin.module, plugin.distribution, error) from error
+            raise load_error(plugin.name, plugin.module, plugin.distribution, error) from error
         # What a store can do may depend on the URL; from now on that counts.
         guarded.capabilities = frozenset(getattr(store, "capabilities", guarded.capabilities))
         guarded.findings = compare(store, guarded.capabilities)
         if not any(one.missing and one.capability for one in guarded.findings):
-            checked = CheckedStore(store, guarded.name, guarded.capabilities, AsyncExitStack())
+            checked = ValidatedStore(store, guarded.name, guarded.capabilities, AsyncExitStack())
             if found := await _holds(checked, guarded.findings):
                 raise Refused(
                     f"refused: the namespace that scratch() of backend {guarded.name!r} made, "

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from flowstore_conformance.history import Call, Outcome, Raised
 from flowstore_core import Capability, InvalidArgumentError
-from flowstore_core.checked import CheckedStore
+from flowstore_core.validated_store import ValidatedStore
 
 
 class _AcceptedError(Exception):
@@ -27,7 +27,7 @@ class _Behind:
 
 def is_legal(call: Call) -> bool:
     """Whether core lets the call through to a backend. Needs a running event loop."""
-    store = CheckedStore(_Behind(), "checks", frozenset(Capability), AsyncExitStack())
+    store = ValidatedStore(_Behind(), "checks", frozenset(Capability), AsyncExitStack())
     try:
         made = getattr(store, call.method)(**call.arguments)
     except TypeError:

@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
 from flowstore_core import FlowStoreError, open_store
-from flowstore_core.contents import in_full
+from flowstore_core.redaction import full_repr
 
 START = {start}
 now = START
@@ -30,7 +30,7 @@ now = START
 
 async def told(call):
     try:
-        return in_full(await call)
+        return full_repr(await call)
     except FlowStoreError as error:
         return f"raises {{type(error).__name__}}"
 

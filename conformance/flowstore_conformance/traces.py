@@ -15,8 +15,8 @@ from types import CodeType, FrameType
 
 import flowstore_core
 from flowstore_core import open_store
-from flowstore_core.checked import CheckedStore
 from flowstore_core.urls import parse_url
+from flowstore_core.validated_store import ValidatedStore
 
 SUITE = str(Path(__file__).parent)
 CORE = str(Path(flowstore_core.__file__).parent)
@@ -25,7 +25,7 @@ INSTALLED = ("site-packages", "dist-packages")
 
 OPERATIONS: dict[CodeType, str] = {
     method.__code__: name
-    for name, method in vars(CheckedStore).items()
+    for name, method in vars(ValidatedStore).items()
     if inspect.iscoroutinefunction(method)
 }
 """The code of every call that core makes on a backend, with its name."""

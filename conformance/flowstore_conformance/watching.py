@@ -1,7 +1,7 @@
 """Finds calls that do not end: which one, with which arguments, and where in the backend's code it waits.
 
 A watchdog runs in the event loop of the checks and looks a few times a second at the stacks of all tasks. A
-call of a store is a frame of core's CheckedStore, so nothing has to be put around the calls themselves. A
+call of a store is a frame of core's ValidatedStore, so nothing has to be put around the calls themselves. A
 loop that is blocked cannot look at itself; another thread does (see supervision).
 """
 

@@ -16,7 +16,7 @@ from flowstore_chaos.line import Line
 from flowstore_chaos.processes import Crew, EndedError, is_broken, serve_requests, tell
 from flowstore_chaos.trial import Trial
 from flowstore_core import FlowStoreError, new_claim_token, new_run_id, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_core.urls import parse_url
 
 MIGRATORS = 12

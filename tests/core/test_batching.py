@@ -20,16 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import (
-    AGAIN,
-    HEAVIEST_BATCH,
-    WORTH_SPLITTING,
-    WORTH_WAITING,
-    Batcher,
-    BatchError,
-    Elsewhere,
-    TaskLanes,
-)
+from flowstore_core.batching import REQUEUE, Batcher, BatchError, TaskWorkers, Transfer
+from flowstore_core.batching.scheduler import HOLDBACK_THRESHOLD, MAX_BATCH_BYTES, SPLIT_THRESHOLD
 
 Batch = list[Any]
 
@@ -56,7 +48,7 @@ class Book:
             await self.free.wait()
             await asyncio.sleep(0)
             answers = [self.answer(item) for item in items]
-            self.written += [item for item, one in zip(items, answers, strict=True) if one is not AGAIN]
+            self.written += [item for item, one in zip(items, answers, strict=True) if one is not REQUEUE]
             return answers
         finally:
             self.under_way -= 1
@@ -114,18 +106,18 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 async def test_alone_a_call_leaves_at_once_as_a_batch_of_one() -> None:
     book = Book()
-    method = Batcher(lanes=2).method("write", book.run)
+    method = Batcher(workers=2).operation("write", book.run)
     for number in range(3):
-        assert await method.call(number, number) == ("done", number)
+        assert await method.submit(number, number) == ("done", number)
     assert book.batches == [[0], [1], [2]]
 
 
 async def test_calls_of_one_moment_share_a_batch_and_calls_gather_while_the_lane_is_busy() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1).method("write", book.run)
-    first = begin(*(method.call(n, n) for n in range(3)))
+    method = Batcher(workers=1).operation("write", book.run)
+    first = begin(*(method.submit(n, n) for n in range(3)))
     await steps()
-    later = begin(*(method.call(n, n) for n in range(3, 40)))
+    later = begin(*(method.submit(n, n) for n in range(3, 40)))
     await steps()
     assert book.batches == [[0, 1, 2]]
     book.free.set()
@@ -135,16 +127,18 @@ async def test_calls_of_one_moment_share_a_batch_and_calls_gather_while_the_lane
 
 async def test_no_batch_is_larger_than_largest() -> None:
     book = Book()
-    method = Batcher(lanes=1, largest=10).method("write", book.run)
-    assert await outcomes(begin(*(method.call(n, n) for n in range(35)))) == [("done", n) for n in range(35)]
+    method = Batcher(workers=1, max_rows=10).operation("write", book.run)
+    assert await outcomes(begin(*(method.submit(n, n) for n in range(35)))) == [
+        ("done", n) for n in range(35)
+    ]
     assert [len(batch) for batch in book.batches] == [10, 10, 10, 5]
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 async def test_no_more_batches_are_under_way_than_lanes(lanes: int) -> None:
     book = Book(held=True)
-    method = Batcher(lanes=lanes, largest=7).method("write", book.run)
-    tasks = begin(*(method.call(n, n) for n in range(300)))
+    method = Batcher(workers=lanes, max_rows=7).operation("write", book.run)
+    tasks = begin(*(method.submit(n, n) for n in range(300)))
     await steps(10)
     book.free.set()
     await outcomes(tasks)
@@ -154,20 +148,20 @@ async def test_no_more_batches_are_under_way_than_lanes(lanes: int) -> None:
 
 async def test_two_free_lanes_take_half_each_of_many_calls() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=2).method("write", book.run)
-    tasks = begin(*(method.call(n, n) for n in range(WORTH_SPLITTING)))
+    method = Batcher(workers=2).operation("write", book.run)
+    tasks = begin(*(method.submit(n, n) for n in range(SPLIT_THRESHOLD)))
     await steps()
-    assert [len(batch) for batch in book.batches] == [WORTH_SPLITTING // 2] * 2
+    assert [len(batch) for batch in book.batches] == [SPLIT_THRESHOLD // 2] * 2
     book.free.set()
     await outcomes(tasks)
 
 
 async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_way() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=2).method("write", book.run)
-    tasks = begin(*(method.call(n, n) for n in range(20)))
+    method = Batcher(workers=2).operation("write", book.run)
+    tasks = begin(*(method.submit(n, n) for n in range(20)))
     await steps()
-    tasks += begin(*(method.call(n, n) for n in range(20, 220)))
+    tasks += begin(*(method.submit(n, n) for n in range(20, 220)))
     await steps()
     book.free.set()
     await outcomes(tasks)
@@ -178,19 +172,19 @@ async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_w
 
 async def test_of_many_calls_a_third_waits_and_goes_out_before_those_that_came_back_are_answered() -> None:
     book = Book(held=True)
-    batcher = Batcher(lanes=2)
-    method = batcher.method("write", book.run)
+    batcher = Batcher(workers=2)
+    method = batcher.operation("write", book.run)
     answered_at: list[int] = []
 
     async def caller(number: int) -> None:
-        await method.call(number, number)
+        await method.submit(number, number)
         answered_at.append(len(book.batches))
 
-    tasks = begin(*(caller(n) for n in range(WORTH_WAITING)))
+    tasks = begin(*(caller(n) for n in range(HOLDBACK_THRESHOLD)))
     await steps()
-    third = -(-WORTH_WAITING // 3)
+    third = -(-HOLDBACK_THRESHOLD // 3)
     assert [len(batch) for batch in book.batches] == [third, third]
-    assert batcher.waiting == WORTH_WAITING - 2 * third
+    assert batcher.queued == HOLDBACK_THRESHOLD - 2 * third
     book.free.set()
     await outcomes(tasks)
     # The lane that came back first had sent the last third when its callers heard.
@@ -199,8 +193,10 @@ async def test_of_many_calls_a_third_waits_and_goes_out_before_those_that_came_b
 
 async def test_those_who_share_an_answer_count_where_lanes_share_the_callers() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=2).method("claim", book.run, keyed=True, share=lambda first, answer, later: answer)
-    tasks = begin(*(method.call(n // 8, n // 8) for n in range(256)))
+    method = Batcher(workers=2).operation(
+        "claim", book.run, keyed=True, coalesce=lambda first, answer, later: answer
+    )
+    tasks = begin(*(method.submit(n // 8, n // 8) for n in range(256)))
     await steps()
     # As callers of 86 calls each; the last key of the one is the first of the other.
     assert [len(batch) for batch in book.batches] == [11, 12]
@@ -219,18 +215,18 @@ async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -
         under_way.remove(len(items))
         return items
 
-    batcher = Batcher(lanes=lambda batcher: TaskLanes(batcher, 1, most=3), largest=10)
-    method = batcher.method("write", run)
+    batcher = Batcher(workers=lambda batcher: TaskWorkers(batcher, 1, limit=3), max_rows=10)
+    method = batcher.operation("write", run)
     tasks: list[asyncio.Task[Any]] = []
     for more, expected in ((10, [10]), (10, [10, 10]), (1, [10, 10, 1]), (12, [10, 10, 1])):
-        tasks += begin(*(method.call(len(tasks) + n, len(tasks) + n) for n in range(more)))
+        tasks += begin(*(method.submit(len(tasks) + n, len(tasks) + n) for n in range(more)))
         await steps()
         assert under_way == expected
     gates[0].set()
     gates[1].set()
     await steps()
     # Thirteen are left, which two lanes can carry: the last two of them wait.
-    assert (under_way, batcher.waiting) == ([1, 10], 2)
+    assert (under_way, batcher.queued) == ([1, 10], 2)
     while not all(task.done() for task in tasks):
         for gate in gates:
             gate.set()
@@ -240,37 +236,37 @@ async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -
 
 async def test_a_lane_that_a_caller_borrows_is_one_of_the_lanes_and_drain_waits_for_it() -> None:
     book = Book(held=True)
-    batcher = Batcher(lanes=2)
-    method = batcher.method("write", book.run)
-    assert batcher.borrow_lane()
-    assert not batcher.borrow_lane()
-    tasks = begin(method.call(0, 0))
+    batcher = Batcher(workers=2)
+    method = batcher.operation("write", book.run)
+    assert batcher.acquire_direct_slot()
+    assert not batcher.acquire_direct_slot()
+    tasks = begin(method.submit(0, 0))
     await steps()
-    tasks += begin(method.call(1, 1))
+    tasks += begin(method.submit(1, 1))
     await steps()
     assert book.batches == [[0]]
-    batcher.return_lane()
+    batcher.release_direct_slot()
     await steps()
     assert book.batches == [[0], [1]]
-    assert not batcher.borrow_lane()
+    assert not batcher.acquire_direct_slot()
     book.free.set()
     await outcomes(tasks)
     await steps()
-    assert batcher.borrow_lane()
+    assert batcher.acquire_direct_slot()
     closing = begin(batcher.drain(5))
     await steps()
     assert not closing[0].done()
-    batcher.return_lane()
+    batcher.release_direct_slot()
     await outcomes(closing)
-    assert not batcher.borrow_lane()
+    assert not batcher.acquire_direct_slot()
 
 
 async def test_a_call_may_be_answered_elsewhere_with_those_that_hope_for_its_answer() -> None:
     book, other = Book(), Book()
-    there = Batcher(lanes=1).method("write", other.run)
-    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
-    book.answer = lambda item: Elsewhere(there.adopt) if item < 2 else item
-    tasks = begin(method.call("a", 0), method.call("a", 1), method.call("b", 2))
+    there = Batcher(workers=1).operation("write", other.run)
+    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+    book.answer = lambda item: Transfer(there.accept_transfer) if item < 2 else item
+    tasks = begin(method.submit("a", 0), method.submit("a", 1), method.submit("b", 2))
     assert await outcomes(tasks) == [("done", 0), ("done", 1), 2]
     assert other.written == [0, 1]
 
@@ -283,8 +279,8 @@ async def test_an_ordered_batch_is_sorted_and_tell_makes_the_callers_answer() ->
             raise LookupError(item)
         return outcome[1] * 10
 
-    method = Batcher(lanes=1).method("write", book.run, keyed=True, ordered=True, tell=tell)
-    found = await outcomes(begin(*(method.call(n, n) for n in (4, 2, 3, 1))))
+    method = Batcher(workers=1).operation("write", book.run, keyed=True, ordered=True, decode=tell)
+    found = await outcomes(begin(*(method.submit(n, n) for n in (4, 2, 3, 1))))
     assert book.batches == [[1, 2, 3, 4]]
     assert found[:2] + found[3:] == [40, 20, 10]
     assert isinstance(found[2], LookupError)
@@ -292,9 +288,9 @@ async def test_an_ordered_batch_is_sorted_and_tell_makes_the_callers_answer() ->
 
 async def test_heavy_items_are_spread_over_batches() -> None:
     book = Book()
-    method = Batcher(lanes=1).method("write", book.run, weigh=lambda item: int(item))
-    sizes = [HEAVIEST_BATCH // 2, HEAVIEST_BATCH // 2, 1, 3 * HEAVIEST_BATCH, 2, 3]
-    await outcomes(begin(*(method.call(n, size) for n, size in enumerate(sizes))))
+    method = Batcher(workers=1).operation("write", book.run, size_of=lambda item: int(item))
+    sizes = [MAX_BATCH_BYTES // 2, MAX_BATCH_BYTES // 2, 1, 3 * MAX_BATCH_BYTES, 2, 3]
+    await outcomes(begin(*(method.submit(n, size) for n, size in enumerate(sizes))))
     assert book.batches == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
 
 
@@ -303,12 +299,12 @@ async def test_heavy_items_are_spread_over_batches() -> None:
 
 async def test_one_callers_calls_happen_in_its_order_and_it_reads_its_writes() -> None:
     book = Book()
-    batcher = Batcher(lanes=2, largest=4)
-    methods = [batcher.method(f"write {n}", book.run, keyed=n == 1) for n in range(3)]
+    batcher = Batcher(workers=2, max_rows=4)
+    methods = [batcher.operation(f"write {n}", book.run, keyed=n == 1) for n in range(3)]
 
     async def caller(name: int) -> None:
         for number in range(20):
-            await methods[(name + number) % 3].call("one key", (name, number))
+            await methods[(name + number) % 3].submit("one key", (name, number))
             assert (name, number) in book.written
 
     await asyncio.gather(*(caller(name) for name in range(16)))
@@ -317,17 +313,17 @@ async def test_one_callers_calls_happen_in_its_order_and_it_reads_its_writes() -
 
 
 async def test_whoever_waits_longest_goes_first_and_a_flood_starves_nobody() -> None:
-    book, batcher = Book(held=True), Batcher(lanes=1, largest=10)
-    flood, rare = batcher.method("flood", book.run), batcher.method("rare", book.run)
-    tasks = begin(*(flood.call(n, f"flood {n}") for n in range(25)))
+    book, batcher = Book(held=True), Batcher(workers=1, max_rows=10)
+    flood, rare = batcher.operation("flood", book.run), batcher.operation("rare", book.run)
+    tasks = begin(*(flood.submit(n, f"flood {n}") for n in range(25)))
     await asyncio.sleep(0.002)
-    tasks += begin(rare.call(0, "rare"))
+    tasks += begin(rare.submit(0, "rare"))
     await asyncio.sleep(0.002)
     ending = False
 
     async def flooding() -> None:
         while not ending:
-            await flood.call(0, "more")
+            await flood.submit(0, "more")
 
     await steps()
     tasks += begin(*(flooding() for _ in range(50)))
@@ -342,8 +338,8 @@ async def test_whoever_waits_longest_goes_first_and_a_flood_starves_nobody() -> 
 
 async def test_one_key_never_meets_itself_in_a_batch_and_keeps_its_order_on_one_lane() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1).method("write", book.run, keyed=True)
-    tasks = begin(*(method.call(n % 3, (n % 3, n)) for n in range(12)))
+    method = Batcher(workers=1).operation("write", book.run, keyed=True)
+    tasks = begin(*(method.submit(n % 3, (n % 3, n)) for n in range(12)))
     await steps()
     book.free.set()
     await outcomes(tasks)
@@ -356,8 +352,8 @@ async def test_one_key_never_meets_itself_in_a_batch_and_keeps_its_order_on_one_
 async def test_another_lane_may_carry_the_same_key_at_once() -> None:
     # No order is promised among concurrent callers: the database decides, as among processes.
     book = Book(held=True)
-    method = Batcher(lanes=2).method("write", book.run, keyed=True)
-    tasks = begin(method.call("key", 1), method.call("key", 2))
+    method = Batcher(workers=2).operation("write", book.run, keyed=True)
+    tasks = begin(method.submit("key", 1), method.submit("key", 2))
     await steps()
     assert sorted(book.batches) == [[1], [2]]
     book.free.set()
@@ -371,10 +367,10 @@ async def test_a_later_call_of_a_key_is_answered_from_the_first_or_sent_again() 
     book = Book(held=True)
 
     def share(first: int, outcome: Any, later: int) -> Any:
-        return AGAIN if later == 2 else ("shared", first, outcome, later)
+        return REQUEUE if later == 2 else ("shared", first, outcome, later)
 
-    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=share)
-    tasks = begin(*(method.call("key", n) for n in range(4)))
+    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=share)
+    tasks = begin(*(method.submit("key", n) for n in range(4)))
     await steps()
     book.free.set()
     first = ("done", 0)
@@ -385,8 +381,8 @@ async def test_a_later_call_of_a_key_is_answered_from_the_first_or_sent_again() 
 async def test_followers_of_a_first_that_fails_are_sent_themselves() -> None:
     book = Book()
     book.answer = lambda item: ValueError("first") if item == 0 else item
-    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
-    found = await outcomes(begin(*(method.call("key", n) for n in range(3))))
+    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+    found = await outcomes(begin(*(method.submit("key", n) for n in range(3))))
     assert [repr(found[0]), *found[1:]] == ["ValueError('first')", 1, "shared"]
 
 
@@ -398,12 +394,12 @@ async def test_a_share_that_raises_fails_its_follower_alone_and_the_lane_lives()
             raise ZeroDivisionError("in share")
         return "shared"
 
-    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=share)
-    found = await outcomes(begin(*(method.call("key", n) for n in range(3)), method.call("other", 3)))
+    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=share)
+    found = await outcomes(begin(*(method.submit("key", n) for n in range(3)), method.submit("other", 3)))
     assert found[0] == ("done", 0)
     assert isinstance(found[1], ZeroDivisionError)
     assert found[2:] == ["shared", ("done", 3)]
-    assert await method.call("key", 4) == ("done", 4)
+    assert await method.submit("key", 4) == ("done", 4)
 
 
 async def test_a_run_may_leave_items_for_the_next_batch() -> None:
@@ -414,19 +410,19 @@ async def test_a_run_may_leave_items_for_the_next_batch() -> None:
         if item % 2 or item in seen:
             return item
         seen.add(item)
-        return AGAIN
+        return REQUEUE
 
     book.answer = answer
-    method = Batcher(lanes=2).method("write", book.run)
-    assert await outcomes(begin(*(method.call(n, n) for n in range(8)))) == list(range(8))
+    method = Batcher(workers=2).operation("write", book.run)
+    assert await outcomes(begin(*(method.submit(n, n) for n in range(8)))) == list(range(8))
     assert book.batches == [list(range(8)), [0, 2, 4, 6]]
 
 
 async def test_an_item_that_is_always_left_fails_after_the_patience() -> None:
     book = Book()
-    book.answer = lambda item: AGAIN
-    method = Batcher(lanes=1, patience=0.1).method("write", book.run)
-    assert isinstance((await outcomes(begin(method.call(0, 0))))[0], StoreUnavailableError)
+    book.answer = lambda item: REQUEUE
+    method = Batcher(workers=1, queue_timeout=0.1).operation("write", book.run)
+    assert isinstance((await outcomes(begin(method.submit(0, 0))))[0], StoreUnavailableError)
 
 
 # Failures
@@ -443,8 +439,8 @@ async def test_a_row_that_fails_a_batch_is_found_and_the_others_happen_exactly_o
         written.extend(items)
         return items
 
-    method = Batcher(lanes=1).method("write", run)
-    found = await outcomes(begin(*(method.call(n, n) for n in range(20))))
+    method = Batcher(workers=1).operation("write", run)
+    found = await outcomes(begin(*(method.submit(n, n) for n in range(20))))
     for number, outcome in enumerate(found):
         if number in bad:
             assert isinstance(outcome, ValueError)
@@ -457,8 +453,8 @@ async def test_a_row_that_fails_a_batch_is_found_and_the_others_happen_exactly_o
 async def test_an_exception_in_a_place_is_that_callers() -> None:
     book = Book()
     book.answer = lambda item: KeyError(item) if item == 1 else item
-    method = Batcher(lanes=1).method("write", book.run)
-    found = await outcomes(begin(*(method.call(n, n) for n in range(3))))
+    method = Batcher(workers=1).operation("write", book.run)
+    found = await outcomes(begin(*(method.submit(n, n) for n in range(3))))
     assert [found[0], repr(found[1]), found[2]] == [0, "KeyError(1)", 2]
 
 
@@ -467,18 +463,18 @@ async def test_a_wrong_number_of_outcomes_reaches_every_caller_and_nobody_hangs(
     async def run(items: Sequence[int]) -> Any:
         return answers if len(items) == 2 else items
 
-    method = Batcher(lanes=1).method("write", run)
-    found = await outcomes(begin(method.call(0, 0), method.call(1, 1)))
+    method = Batcher(workers=1).operation("write", run)
+    found = await outcomes(begin(method.submit(0, 0), method.submit(1, 1)))
     assert all(isinstance(one, RuntimeError | TypeError) for one in found)
-    assert await method.call(0, 0) == 0
+    assert await method.submit(0, 0) == 0
 
 
 async def test_an_unexpected_exception_reaches_every_caller_as_an_object_of_its_own() -> None:
     async def run(items: Sequence[int]) -> Sequence[int]:
         raise LookupError("broken")
 
-    method = Batcher(lanes=1).method("write", run)
-    found = await outcomes(begin(*(method.call(n, n) for n in range(5))))
+    method = Batcher(workers=1).operation("write", run)
+    found = await outcomes(begin(*(method.submit(n, n) for n in range(5))))
     assert [repr(one) for one in found] == ["LookupError('broken')"] * 5
     assert len({id(one) for one in found}) == 5
 
@@ -491,8 +487,10 @@ async def test_an_error_that_cannot_be_copied_reaches_every_caller_all_the_same(
     async def run(items: Sequence[int]) -> Sequence[int]:
         raise OddError(1, 2)
 
-    method = Batcher(lanes=1).method("write", run)
-    assert [str(one) for one in await outcomes(begin(method.call(0, 0), method.call(1, 1)))] == ["odd"] * 2
+    method = Batcher(workers=1).operation("write", run)
+    assert [str(one) for one in await outcomes(begin(method.submit(0, 0), method.submit(1, 1)))] == [
+        "odd"
+    ] * 2
 
 
 # Cancelled callers
@@ -500,10 +498,10 @@ async def test_an_error_that_cannot_be_copied_reaches_every_caller_all_the_same(
 
 async def test_a_caller_cancelled_before_its_call_was_sent_never_happens() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1).method("write", book.run)
-    tasks = begin(method.call(0, 0, book.take_back))
+    method = Batcher(workers=1).operation("write", book.run)
+    tasks = begin(method.submit(0, 0, book.take_back))
     await steps()
-    tasks += begin(*(method.call(n, n, book.take_back) for n in (1, 2, 3)))
+    tasks += begin(*(method.submit(n, n, book.take_back) for n in (1, 2, 3)))
     await steps()
     tasks[2].cancel()
     await steps()
@@ -517,8 +515,8 @@ async def test_a_caller_cancelled_before_its_call_was_sent_never_happens() -> No
 
 async def test_what_a_sent_call_of_a_cancelled_caller_won_is_given_back_once() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1).method("write", book.run)
-    tasks = begin(*(method.call(n, n, book.take_back) for n in range(3)))
+    method = Batcher(workers=1).operation("write", book.run)
+    tasks = begin(*(method.submit(n, n, book.take_back) for n in range(3)))
     await steps()
     tasks[1].cancel()
     await steps()
@@ -532,8 +530,8 @@ async def test_what_a_sent_call_of_a_cancelled_caller_won_is_given_back_once() -
 async def test_a_caller_cancelled_at_the_moment_of_its_answer_gives_back_once() -> None:
     for turns in range(12):
         book = Book(held=True)
-        method = Batcher(lanes=1).method("write", book.run)
-        tasks = begin(method.call(0, 0, book.take_back), method.call(1, 1))
+        method = Batcher(workers=1).operation("write", book.run)
+        tasks = begin(method.submit(0, 0, book.take_back), method.submit(1, 1))
         await steps()
         book.free.set()
         await steps(turns)
@@ -553,7 +551,7 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
 ) -> None:
     book = Book(held=True)
     book.answer = lambda item: ValueError(item) if item == 0 else item
-    method = Batcher(lanes=1).method("write", book.run)
+    method = Batcher(workers=1).operation("write", book.run)
 
     async def fail(outcome: Any) -> None:
         raise ValueError("cannot give back")
@@ -561,7 +559,7 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
     def fail_at_once(outcome: Any) -> Awaitable[None]:
         raise ValueError("cannot give back")
 
-    tasks = begin(*(method.call(n, n, give) for n, give in enumerate((book.take_back, fail, fail_at_once))))
+    tasks = begin(*(method.submit(n, n, give) for n, give in enumerate((book.take_back, fail, fail_at_once))))
     await steps()
     for task in tasks:
         task.cancel()
@@ -571,7 +569,7 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
         await steps()
     assert book.returned == []
     assert [one.name for one in caplog.records] == ["flowstore_core"] * 2
-    assert await method.call(5, 5) == 5
+    assert await method.submit(5, 5) == 5
 
 
 class Compensation:
@@ -593,8 +591,8 @@ async def cancel_one(compensation: Compensation, answer: Callable[[int], Any]) -
     """Cancel a call that was sent, and have it answered."""
     book = Book(held=True)
     book.answer = answer
-    batcher = Batcher(lanes=1)
-    tasks = begin(batcher.method("write", book.run).call(0, 0, compensation))
+    batcher = Batcher(workers=1)
+    tasks = begin(batcher.operation("write", book.run).submit(0, 0, compensation))
     await steps()
     tasks[0].cancel()
     book.free.set()
@@ -645,9 +643,9 @@ async def test_closing_does_not_wait_for_ever_for_a_compensation() -> None:
 async def test_a_call_that_was_sent_by_a_cancelled_lane_is_compensated_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flowstore_core.batching.ABANDONED_SECONDS", 0.01)
+    monkeypatch.setattr("flowstore_core.batching.scheduler.ABANDON_DELAY", 0.01)
     book, compensation = Book(held=True), Compensation(failures=0)
-    tasks = begin(Batcher(lanes=1).method("write", book.run).call(0, 0, compensation))
+    tasks = begin(Batcher(workers=1).operation("write", book.run).submit(0, 0, compensation))
     await steps()
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
@@ -659,8 +657,8 @@ async def test_a_call_that_was_sent_by_a_cancelled_lane_is_compensated_for(
 async def test_a_cancelled_follower_disturbs_nobody_and_a_cancelled_first_still_answers_followers() -> None:
     for cancelled in (0, 1):
         book = Book(held=True)
-        method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
-        tasks = begin(*(method.call("key", n, book.take_back) for n in range(3)))
+        method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+        tasks = begin(*(method.submit("key", n, book.take_back) for n in range(3)))
         await steps()
         tasks[cancelled].cancel()
         await steps()
@@ -675,10 +673,10 @@ async def test_a_cancelled_follower_disturbs_nobody_and_a_cancelled_first_still_
 
 async def test_a_first_cancelled_before_it_was_sent_leaves_its_place_to_the_next() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1).method("write", book.run, keyed=True, share=lambda *_: "shared")
-    tasks = begin(method.call("busy", "busy"))
+    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+    tasks = begin(method.submit("busy", "busy"))
     await steps()
-    tasks += begin(*(method.call("key", n) for n in range(3)))
+    tasks += begin(*(method.submit("key", n) for n in range(3)))
     await steps()
     tasks[1].cancel()
     book.free.set()
@@ -691,8 +689,8 @@ async def test_a_first_cancelled_before_it_was_sent_leaves_its_place_to_the_next
 
 async def test_beyond_the_capacity_callers_wait_for_a_place_first_come_first_served() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1, capacity=4, largest=2).method("write", book.run)
-    tasks = begin(*(method.call(n, n) for n in range(30)))
+    method = Batcher(workers=1, max_queued=4, max_rows=2).operation("write", book.run)
+    tasks = begin(*(method.submit(n, n) for n in range(30)))
     await steps()
     book.free.set()
     assert await outcomes(tasks) == [("done", n) for n in range(30)]
@@ -701,31 +699,33 @@ async def test_beyond_the_capacity_callers_wait_for_a_place_first_come_first_ser
 
 async def test_who_gets_no_place_in_time_is_told_what_to_do_and_never_happens() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1, capacity=2, patience=0.05, advice="buy a disk").method("write", book.run)
-    sent = begin(method.call(0, 0))
+    method = Batcher(workers=1, max_queued=2, queue_timeout=0.05, timeout_hint="buy a disk").operation(
+        "write", book.run
+    )
+    sent = begin(method.submit(0, 0))
     await steps()
-    queued = begin(method.call(1, 1), method.call(2, 2))
+    queued = begin(method.submit(1, 1), method.submit(2, 2))
     await steps()
-    waiting = begin(method.call(3, 3), method.call(4, 4))
+    waiting = begin(method.submit(3, 3), method.submit(4, 4))
     found = await outcomes(queued + waiting)
     assert [type(one) for one in found] == [StoreUnavailableError] * 4
     assert all("0.05 s" in str(one) and "buy a disk" in str(one) for one in found)
-    assert "2 calls were waiting" in str(found[2])
+    assert "2 calls were queued" in str(found[2])
     book.free.set()
     assert await outcomes(sent) == [("done", 0)]
-    assert await method.call(5, 5) == ("done", 5)
+    assert await method.submit(5, 5) == ("done", 5)
     assert book.written == [0, 5]
 
 
 async def test_a_waiter_cancelled_when_it_got_its_place_hands_it_on() -> None:
     for turns in range(16):
         book = Book(held=True)
-        method = Batcher(lanes=1, capacity=1, patience=5).method("write", book.run)
-        tasks = begin(method.call(0, 0))
+        method = Batcher(workers=1, max_queued=1, queue_timeout=5).operation("write", book.run)
+        tasks = begin(method.submit(0, 0))
         await steps()
-        tasks += begin(method.call(1, 1))
+        tasks += begin(method.submit(1, 1))
         await steps()
-        waiters = begin(*(method.call(n, n) for n in (2, 3, 4)))
+        waiters = begin(*(method.submit(n, n) for n in (2, 3, 4)))
         await steps()
         book.free.set()
         await steps(turns)
@@ -734,21 +734,21 @@ async def test_a_waiter_cancelled_when_it_got_its_place_hands_it_on() -> None:
         # Nobody else comes, so a place that was lost would never be noticed.
         found = await asyncio.wait_for(asyncio.gather(*tasks, *waiters, return_exceptions=True), 2)
         assert [found[0], found[1], found[4]] == [("done", 0), ("done", 1), ("done", 4)], turns
-        assert await asyncio.wait_for(method.call(9, 9), 1) == ("done", 9)
+        assert await asyncio.wait_for(method.submit(9, 9), 1) == ("done", 9)
 
 
 async def test_calls_behind_hanging_lanes_are_told_in_time_and_those_on_their_way_are_not() -> None:
     book = Book(held=True)
-    batcher = Batcher(lanes=2, patience=0.05)
-    method = batcher.method("write", book.run)
+    batcher = Batcher(workers=2, queue_timeout=0.05)
+    method = batcher.operation("write", book.run)
     for number in range(2):
-        begin(method.call(number, number))
+        begin(method.submit(number, number))
         await steps()
     loop = asyncio.get_running_loop()
     began = loop.time()
-    tasks = begin(*(method.call(n, n) for n in range(5)))
+    tasks = begin(*(method.submit(n, n) for n in range(5)))
     await asyncio.sleep(0.03)
-    tasks += begin(method.call(5, 5))
+    tasks += begin(method.submit(5, 5))
     assert [type(one) for one in await outcomes(tasks)] == [StoreUnavailableError] * 6
     assert loop.time() - began < 1
     assert book.batches == [[0], [1]]
@@ -762,16 +762,16 @@ async def test_calls_behind_hanging_lanes_are_told_in_time_and_those_on_their_wa
 
 async def test_drain_answers_what_was_taken_and_refuses_what_comes() -> None:
     book = Book(held=True)
-    batcher = Batcher(lanes=2, largest=5, capacity=30)
-    method = batcher.method("write", book.run)
-    tasks = begin(*(method.call(n, n) for n in range(30)))
+    batcher = Batcher(workers=2, max_rows=5, max_queued=30)
+    method = batcher.operation("write", book.run)
+    tasks = begin(*(method.submit(n, n) for n in range(30)))
     await steps()
-    begin_waiting = begin(*(method.call(n, n) for n in range(30, 50)))
+    begin_waiting = begin(*(method.submit(n, n) for n in range(30, 50)))
     await steps()
     draining = begin(batcher.drain(5), batcher.drain(5))
     await steps()
     with pytest.raises(StoreClosedError):
-        await method.call(99, 99)
+        await method.submit(99, 99)
     book.free.set()
     found = await outcomes(tasks)
     assert found == [("done", n) for n in range(30)]
@@ -781,12 +781,12 @@ async def test_drain_answers_what_was_taken_and_refuses_what_comes() -> None:
     assert await outcomes(draining) == [None, None]
     await batcher.drain(5)
     with pytest.raises(StoreClosedError):
-        await method.call(99, 99)
+        await method.submit(99, 99)
 
 
 @pytest.mark.parametrize("deaf", [False, True])
 async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_known(deaf: bool) -> None:
-    batcher, release = Batcher(lanes=1), asyncio.Event()
+    batcher, release = Batcher(workers=1), asyncio.Event()
 
     async def hang(items: Sequence[Any]) -> Sequence[Any]:
         while not release.is_set():
@@ -798,10 +798,10 @@ async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_know
         return items
 
     book = Book()
-    method = batcher.method("hang", hang, keyed=True, share=lambda *_: "shared")
-    sent = begin(method.call("key", 1, book.take_back), method.call("key", 2))
+    method = batcher.operation("hang", hang, keyed=True, coalesce=lambda *_: "shared")
+    sent = begin(method.submit("key", 1, book.take_back), method.submit("key", 2))
     await steps()
-    queued = begin(*(method.call(n, n) for n in range(3)))
+    queued = begin(*(method.submit(n, n) for n in range(3)))
     await steps()
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -816,14 +816,14 @@ async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_know
 
 async def test_drain_waits_for_what_is_being_given_back_and_lets_it_call() -> None:
     book = Book(held=True)
-    batcher = Batcher(lanes=1)
-    method = batcher.method("write", book.run)
+    batcher = Batcher(workers=1)
+    method = batcher.operation("write", book.run)
 
     async def undo(outcome: Any) -> None:
         await asyncio.sleep(0.02)
-        book.returned.append(await method.call("undo", "undo"))
+        book.returned.append(await method.submit("undo", "undo"))
 
-    tasks = begin(method.call(0, 0, undo))
+    tasks = begin(method.submit(0, 0, undo))
     await steps()
     tasks[0].cancel()
     await steps()
@@ -833,30 +833,34 @@ async def test_drain_waits_for_what_is_being_given_back_and_lets_it_call() -> No
     assert book.returned == [("done", "undo")]
 
 
-# Lanes that go away
+# BatchWorkers that go away
 
 
 async def test_later_calls_work_when_somebody_cancelled_every_task_of_the_loop() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=2, patience=5).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    method = Batcher(workers=2, queue_timeout=5).operation(
+        "write", book.run, keyed=True, coalesce=lambda *_: "shared"
+    )
     for turns in range(4):
         book.free.clear()
-        lost = begin(*(method.call(n % 3, n) for n in range(5)))
+        lost = begin(*(method.submit(n % 3, n) for n in range(5)))
         await steps(turns)
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         assert all(isinstance(one, asyncio.CancelledError) for one in await outcomes(lost))
         book.free.set()
-        assert await asyncio.wait_for(method.call("later", turns), 1) == ("done", turns)
+        assert await asyncio.wait_for(method.submit("later", turns), 1) == ("done", turns)
 
 
 async def test_calls_outlive_their_lane_where_they_were_not_sent() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1, patience=5).method("write", book.run, keyed=True, share=lambda *_: "shared")
+    method = Batcher(workers=1, queue_timeout=5).operation(
+        "write", book.run, keyed=True, coalesce=lambda *_: "shared"
+    )
     others = asyncio.all_tasks()
-    sent = begin(method.call("key", 0), method.call("key", 1), method.call("other", 2))
+    sent = begin(method.submit("key", 0), method.submit("key", 1), method.submit("other", 2))
     await steps()
-    queued = begin(method.call("queued", 3))
+    queued = begin(method.submit("queued", 3))
     await steps()
     (lane,) = asyncio.all_tasks() - others - {*sent, *queued}
     lane.cancel()
@@ -879,8 +883,8 @@ async def test_a_lane_lost_between_halves_leaves_nobody_unanswered() -> None:
         return items
 
     others = asyncio.all_tasks()
-    method = Batcher(lanes=1).method("write", run)
-    tasks = begin(*(method.call(n, n) for n in range(4)))
+    method = Batcher(workers=1).operation("write", run)
+    tasks = begin(*(method.submit(n, n) for n in range(4)))
     await steps()
     assert halves == [4, 2]
     (lane,) = asyncio.all_tasks() - others - {*tasks}
@@ -891,37 +895,37 @@ async def test_a_lane_lost_between_halves_leaves_nobody_unanswered() -> None:
 async def test_no_lane_stays_when_there_is_nothing_to_send() -> None:
     book = Book()
     others = asyncio.all_tasks()
-    method = Batcher(lanes=3).method("write", book.run)
-    await outcomes(begin(*(method.call(n, n) for n in range(200))))
+    method = Batcher(workers=3).operation("write", book.run)
+    await outcomes(begin(*(method.submit(n, n) for n in range(200))))
     await steps()
     assert asyncio.all_tasks() == others
 
 
-@pytest.mark.parametrize("ending", ["return", "raise KeyboardInterrupt", "await method.call(1, 1)"])
+@pytest.mark.parametrize("ending", ["return", "raise KeyboardInterrupt", "await method.submit(1, 1)"])
 def test_a_loop_that_ends_with_calls_queued_ends_quietly(ending: str) -> None:
     program = f"""
     import asyncio, gc
     from flowstore_core.batching import Batcher
 
     async def main():
-        batcher = Batcher(lanes=2)
+        batcher = Batcher(workers=2)
 
         async def run(items):
             await asyncio.sleep(0.01 if items == [1] else 3600)
             return items
 
-        method = batcher.method("write", run, keyed=True, share=lambda *_: "shared")
+        method = batcher.operation("write", run, keyed=True, coalesce=lambda *_: "shared")
 
         async def persistent(n):
             try:
-                await method.call(n % 7, n)
+                await method.submit(n % 7, n)
             finally:
-                await method.call(1, 1)
+                await method.submit(1, 1)
 
-        tasks = [asyncio.ensure_future(method.call(n % 7, n)) for n in range(500)]
+        tasks = [asyncio.ensure_future(method.submit(n % 7, n)) for n in range(500)]
         tasks += [asyncio.ensure_future(persistent(n)) for n in range(5)]
         await asyncio.sleep(0.01)
-        tasks += [asyncio.ensure_future(method.call(n % 7, n)) for n in range(500)]
+        tasks += [asyncio.ensure_future(method.submit(n % 7, n)) for n in range(500)]
         await asyncio.sleep(0)
         if {ending.startswith("await")}:
             for task in asyncio.all_tasks() - {{asyncio.current_task()}}:
@@ -959,10 +963,10 @@ async def test_a_callers_context_does_not_reach_the_lane() -> None:
         _request.set("the lane's")
         return items
 
-    method = Batcher(lanes=1).method("write", run)
+    method = Batcher(workers=1).operation("write", run)
     _request.set("the caller's")
-    await method.call(0, 0)
-    await outcomes(begin(*(method.call(n, n) for n in range(5))))
+    await method.submit(0, 0)
+    await outcomes(begin(*(method.submit(n, n) for n in range(5))))
     assert seen == ["nobody's"] * 2
     assert _request.get() == "the caller's"
 
@@ -972,7 +976,7 @@ class _Item:
 
 
 async def test_nothing_is_kept_of_calls_that_are_over() -> None:
-    batcher = Batcher(lanes=2, capacity=500, largest=64)
+    batcher = Batcher(workers=2, max_queued=500, max_rows=64)
     left: weakref.WeakSet[_Item] = weakref.WeakSet()
 
     async def run(items: Sequence[_Item]) -> Sequence[_Item]:
@@ -982,8 +986,8 @@ async def test_nothing_is_kept_of_calls_that_are_over() -> None:
     async def take_back(outcome: _Item) -> None:
         await asyncio.sleep(0)
 
-    method = batcher.method(
-        "write", run, keyed=True, share=lambda first, outcome, later: AGAIN if id(later) % 3 else later
+    method = batcher.operation(
+        "write", run, keyed=True, coalesce=lambda first, outcome, later: REQUEUE if id(later) % 3 else later
     )
 
     async def round_of(count: int) -> None:
@@ -991,7 +995,7 @@ async def test_nothing_is_kept_of_calls_that_are_over() -> None:
         for n in range(count):
             item = _Item()
             left.add(item)
-            tasks.append(asyncio.ensure_future(method.call(n % 40, item, take_back)))
+            tasks.append(asyncio.ensure_future(method.submit(n % 40, item, take_back)))
         del item
         for n, task in enumerate(tasks):
             if n % 3 == 0:
@@ -1011,19 +1015,19 @@ async def test_nothing_is_kept_of_calls_that_are_over() -> None:
         await round_of(1000)
     assert await objects() < before + 200
     assert len(left) == 0
-    assert batcher.waiting == 0
+    assert batcher.queued == 0
 
 
 async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
     book = Book(held=True)
-    method = Batcher(lanes=1, capacity=100, patience=0.02).method("write", book.run)
-    begin(method.call("hangs", "hangs"))
+    method = Batcher(workers=1, max_queued=100, queue_timeout=0.02).operation("write", book.run)
+    begin(method.submit("hangs", "hangs"))
     await steps()
     left: weakref.WeakSet[_Item] = weakref.WeakSet()
     for _ in range(50):
         items = [_Item() for _ in range(200)]
         left.update(items)
-        tasks = begin(*(method.call(n, item) for n, item in enumerate(items)))
+        tasks = begin(*(method.submit(n, item) for n, item in enumerate(items)))
         await steps(2)
         for task in tasks:
             task.cancel()
@@ -1037,7 +1041,7 @@ async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
     assert len(left) == 0
     book.free.set()
     with suppress(StoreUnavailableError):
-        await method.call(0, 0)
+        await method.submit(0, 0)
 
 
 # All of it at once
@@ -1054,10 +1058,10 @@ async def _any_schedule(chance: Random) -> None:
     # Chosen by a generator of our own: tasks other than the test's cannot ask Hypothesis.
     kind = chance.choice(["plain", "keyed", "shared"])
     batcher = Batcher(
-        lanes=chance.randint(1, 3),
-        largest=chance.randint(1, 8),
-        capacity=chance.randint(1, 20),
-        patience=chance.choice([0.5, 3.0, 1000.0]),
+        workers=chance.randint(1, 3),
+        max_rows=chance.randint(1, 8),
+        max_queued=chance.randint(1, 20),
+        queue_timeout=chance.choice([0.5, 3.0, 1000.0]),
     )
     pauses = [0, 0, 0.1, 0.4, 1.0, 2.5]
     poison = frozenset(chance.sample(range(30), chance.randint(0, 4)))
@@ -1082,13 +1086,13 @@ async def _any_schedule(chance: Random) -> None:
                 written.append(item)
                 done.append(("own", item))
         await asyncio.sleep(chance.choice(pauses))
-        return done + [AGAIN] * left
+        return done + [REQUEUE] * left
 
     def share(first: int, outcome: Any, later: int) -> Any:
         assert keys[first] == keys[later]
         assert outcome == ("own", first)
         if later % 4 == 0:
-            return AGAIN
+            return REQUEUE
         shared.append(later)
         return ("shared", later)
 
@@ -1097,14 +1101,16 @@ async def _any_schedule(chance: Random) -> None:
         returned.append(outcome[1])
 
     methods = [
-        batcher.method(f"write {n}", run, keyed=kind != "plain", share=share if kind == "shared" else None)
+        batcher.operation(
+            f"write {n}", run, keyed=kind != "plain", coalesce=share if kind == "shared" else None
+        )
         for n in range(2)
     ]
     tasks: list[asyncio.Task[Any]] = []
     for number in range(chance.randint(1, 30)):
         keys[number] = chance.randint(0, 4)
         method = methods[chance.randint(0, 1)]
-        tasks += begin(method.call(keys[number], number, take_back))
+        tasks += begin(method.submit(keys[number], number, take_back))
         await asyncio.sleep(chance.choice(pauses))
         if chance.random() < 0.4:
             chance.choice(tasks).cancel()
@@ -1116,7 +1122,7 @@ async def _any_schedule(chance: Random) -> None:
         await asyncio.sleep(chance.choice(pauses))
     await batcher.drain(chance.choice([0.1, 2.0, 1000.0]))
     found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5000)
-    assert batcher.waiting == 0
+    assert batcher.queued == 0
     assert len(asyncio.all_tasks()) == 1
 
     # Nothing is lost or done twice.

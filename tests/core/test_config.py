@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 
 from flowstore_core import ConfigurationError, InvalidArgumentError, StoreConfig, open_store
-from flowstore_core.config import read_settings
+from flowstore_core.config import resolve_url
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +43,15 @@ def test_what_the_url_says_in_front_goes_before_the_file_too(
     monkeypatch.chdir(tmp_path)
     names = ("user", "password", "host", "port", "database", "colour")
     (tmp_path / "flowstore.toml").write_text("".join(f'{name} = "of the file"\n' for name in names))
-    options = read_settings(url, {}).options
+    options = resolve_url(url, {}).options
     assert set(options) == kept
     assert options.get("user") in (None, "of the file", "x")
     # A keyword goes before all.
-    assert read_settings(url, {"user": "mine"}).options["user"] == "mine"
+    assert resolve_url(url, {"user": "mine"}).options["user"] == "mine"
 
 
 def test_config_the_default_is_a_file_in_the_working_directory() -> None:
-    found = read_settings(None, {})
+    found = resolve_url(None, {})
     assert (found.url, dict(found.options), found.migrate) == ("sqlite:///flowstore.db", {}, True)
 
 
@@ -59,23 +59,23 @@ def test_config_argument_then_variable_then_files_then_default(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (elsewhere / "pyproject.toml").write_text('[tool.flowstore]\nurl = "mine://pyproject"\n')
-    assert read_settings(None, {}).url == "mine://pyproject"
+    assert resolve_url(None, {}).url == "mine://pyproject"
     (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
-    assert read_settings(None, {}).url == "mine://file"
+    assert resolve_url(None, {}).url == "mine://file"
     monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
-    assert read_settings(None, {}).url == "mine://variable"
-    assert read_settings("mine://argument", {}).url == "mine://argument"
+    assert resolve_url(None, {}).url == "mine://variable"
+    assert resolve_url("mine://argument", {}).url == "mine://argument"
     # An empty variable is none.
     monkeypatch.setenv("FLOWSTORE_URL", "")
-    assert read_settings(None, {}).url == "mine://file"
+    assert resolve_url(None, {}).url == "mine://file"
 
 
 def test_config_says_where_the_url_was_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "default" in read_settings(None, {}).origin
+    assert "default" in resolve_url(None, {}).origin
     (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
-    assert "flowstore.toml" in read_settings(None, {}).origin
+    assert "flowstore.toml" in resolve_url(None, {}).origin
     monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
-    assert "FLOWSTORE_URL" in read_settings(None, {}).origin
+    assert "FLOWSTORE_URL" in resolve_url(None, {}).origin
 
 
 async def test_config_open_store_reads_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ async def test_config_open_store_falls_back_to_the_default_file(elsewhere: Path)
 
 def test_config_keyword_beats_query_beats_file(elsewhere: Path) -> None:
     (elsewhere / "flowstore.toml").write_text('url = "mine://x?b=query&c=query"\na = 1\nb = 1\nc = 1\n')
-    found = read_settings(None, {"c": "keyword", "d": True})
+    found = resolve_url(None, {"c": "keyword", "d": True})
     assert dict(found.options) == {"a": 1, "b": "query", "c": "keyword", "d": True}
 
 
@@ -109,26 +109,26 @@ def test_config_a_files_options_belong_to_the_files_url(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (elsewhere / "flowstore.toml").write_text('url = "mine://file"\npool = 5\n')
-    assert dict(read_settings("mine://file", {}).options) == {"pool": 5}
-    assert dict(read_settings("mine://other", {}).options) == {}
+    assert dict(resolve_url("mine://file", {}).options) == {"pool": 5}
+    assert dict(resolve_url("mine://other", {}).options) == {}
     monkeypatch.setenv("FLOWSTORE_URL", "mine://other")
-    assert dict(read_settings(None, {}).options) == {}
+    assert dict(resolve_url(None, {}).options) == {}
 
 
 def test_config_a_file_without_url_gives_its_options_to_any(elsewhere: Path) -> None:
     (elsewhere / "pyproject.toml").write_text("[tool.flowstore]\npool = 5\n")
-    assert dict(read_settings("mine://any", {}).options) == {"pool": 5}
+    assert dict(resolve_url("mine://any", {}).options) == {"pool": 5}
 
 
 def test_config_options_are_read_only(elsewhere: Path) -> None:
-    options = read_settings("mine://x?a=1", {}).options
+    options = resolve_url("mine://x?a=1", {}).options
     with pytest.raises(TypeError):
         options["b"] = 2  # type: ignore[index]
 
 
 def test_config_an_option_that_stands_twice_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="pool"):
-        read_settings("mine://x?pool=1&pool=2", {})
+        resolve_url("mine://x?pool=1&pool=2", {})
 
 
 async def test_config_an_unknown_option_is_refused_and_the_known_are_listed() -> None:
@@ -159,19 +159,19 @@ async def test_config_an_unknown_option_is_refused_and_the_known_are_listed() ->
 def test_config_false_anywhere_turns_migrating_off(
     url: str, migrate: bool, options: dict[str, object], wanted: bool
 ) -> None:
-    found = read_settings(url, options, migrate=migrate)
+    found = resolve_url(url, options, migrate=migrate)
     assert found.migrate is wanted
     assert "migrate" not in found.options
 
 
 def test_config_migrate_may_stand_in_the_file(elsewhere: Path) -> None:
     (elsewhere / "flowstore.toml").write_text("migrate = false\n")
-    assert read_settings("mine://x", {}).migrate is False
+    assert resolve_url("mine://x", {}).migrate is False
 
 
 def test_config_migrate_must_be_true_or_false() -> None:
     with pytest.raises(ConfigurationError, match="migrate"):
-        read_settings("mine://x?migrate=maybe", {})
+        resolve_url("mine://x?migrate=maybe", {})
 
 
 # Files that are wrong
@@ -190,19 +190,19 @@ def test_config_migrate_must_be_true_or_false() -> None:
 def test_config_a_wrong_file_is_named(elsewhere: Path, name: str, text: str, wanted: str) -> None:
     (elsewhere / name).write_text(text)
     with pytest.raises(ConfigurationError, match=wanted):
-        read_settings(None, {})
+        resolve_url(None, {})
 
 
 def test_config_a_wrong_file_does_not_show_its_text(elsewhere: Path) -> None:
     (elsewhere / "flowstore.toml").write_text('url = "postgresql://me:hunter2@host/db" hunter2\n')
     with pytest.raises(ConfigurationError) as caught:
-        read_settings(None, {})
+        resolve_url(None, {})
     assert "hunter2" not in _all_that_is_said(caught.value)
 
 
 def test_config_a_pyproject_of_other_tools_is_no_configuration(elsewhere: Path) -> None:
     (elsewhere / "pyproject.toml").write_text("[tool.other]\nurl = 'x'\n[project]\nname = 'y'\n")
-    assert read_settings(None, {}).url == "sqlite:///flowstore.db"
+    assert resolve_url(None, {}).url == "sqlite:///flowstore.db"
 
 
 @pytest.mark.parametrize("url", ["", "flows.db", "sqlite:", "sqlite:/x", "://x", "/home/me/flows.db"])
@@ -292,7 +292,7 @@ def test_config_no_repr_shows_a_password(secret: str) -> None:
         url=url, scheme="mine", options={"password": secret}, clock=lambda: datetime.now(UTC), migrate=True
     )
     assert "S3cr3t" not in f"{config!r} {config}"
-    assert "S3cr3t" not in repr(read_settings(url, {"token": secret}))
+    assert "S3cr3t" not in repr(resolve_url(url, {"token": secret}))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 from flowstore_cli.failures import Failure
 from flowstore_cli.stores import read_stdin
 from flowstore_core import Capability, FlowStore, InvalidArgumentError
-from flowstore_core.arguments import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
-from flowstore_core.checked import CheckedStore
+from flowstore_core.validated_store import ValidatedStore
+from flowstore_core.validation import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
 from tests.security.watch import CANARY, OPERATIONS, TEXTS, values
 
 KEYS = {
@@ -48,7 +48,7 @@ class _Untouched:
 
 @pytest.fixture
 async def store() -> FlowStore:
-    return CheckedStore(_Untouched(), "untouched", frozenset(Capability), AsyncExitStack())
+    return ValidatedStore(_Untouched(), "untouched", frozenset(Capability), AsyncExitStack())
 
 
 def _given(operation: str, store: FlowStore) -> dict[str, Any]:

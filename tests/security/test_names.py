@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from flowstore_core import ConfigurationError, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from flowstore_postgres.migrate import read_connection_settings
 from tests.security.watch import exercise, watching_loop
 

@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError, open_store
-from flowstore_core.opening import resolve_store
+from flowstore_core.open import resolve_store
 from tests.security.tls_cluster import TlsCluster, find_server
 from tests.security.watch import ENCODED, IN_PASSWORDS, watching_loop
 

@@ -27,7 +27,7 @@ from flowstore_conformance.checks.scenes import (
     the_run,
 )
 from flowstore_core import Capability, FlowStore, RunStatus, StepStatus
-from flowstore_core.contents import in_full
+from flowstore_core.redaction import full_repr
 
 
 async def _furnish(bench: Bench) -> UUID:
@@ -59,7 +59,7 @@ async def what_was_returned_does_not_change(bench: Bench) -> None:
     taken = await look(bench, run_id)
     detail, statuses = await the_run(bench, run_id), await store.get_step_statuses(run_id)
     outputs = {} if Capability.OUTPUTS not in bench.capabilities else await store.get_outputs(run_id)
-    shown = in_full((taken, detail, dict(statuses), dict(outputs)))
+    shown = full_repr((taken, detail, dict(statuses), dict(outputs)))
     later(bench, HOUR)
     await store.deliver_signal(run_id, "b", "{}")
     await store.request_cancel(run_id)
@@ -73,7 +73,7 @@ async def what_was_returned_does_not_change(bench: Bench) -> None:
     if Capability.EVENTS in bench.capabilities:
         await store.append_event(run_id, "more")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
-    still = in_full((taken, detail, dict(statuses), dict(outputs)))
+    still = full_repr((taken, detail, dict(statuses), dict(outputs)))
     bench.expect(still, shown, "what was returned earlier stays as it was")
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import Capability, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.inflight import InFlight
+from flowstore_core.shielding import ShieldedTasks
 from flowstore_example_backend.document import Document, Key, from_json, to_json
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Folder:
         for file in path.glob("*.json"):
             self._show(UUID(file.stem), from_json(file.read_text(encoding="utf-8")))
         self._writing = asyncio.Lock()
-        self._in_flight = InFlight()
+        self._in_flight = ShieldedTasks()
 
     async def ping(self) -> None:
         if not self._path.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-CONTENTS = frozenset(
+SENSITIVE_FIELDS = frozenset(
     {
         "cancel_reason",
         "error_message",
@@ -20,21 +20,21 @@ CONTENTS = frozenset(
 """The fields that hold an application's own data."""
 
 
-def without_contents(record: Any) -> str:
+def redacted_repr(record: Any) -> str:
     """The ``repr`` of a record: records end up in logs and in tracebacks with locals, their data must not."""
     shown = []
     for field in fields(record):
         value = getattr(record, field.name)
-        hidden = field.name in CONTENTS and isinstance(value, str)
+        hidden = field.name in SENSITIVE_FIELDS and isinstance(value, str)
         shown.append(f"{field.name}=" + (f"<{len(value):,} characters>" if hidden else repr(value)))
     return f"{type(record).__qualname__}({', '.join(shown)})"
 
 
-def in_full(value: Any) -> str:
+def full_repr(value: Any) -> str:
     """A record, or a tuple of them, as text with all its contents: for a person who asked to see it."""
     if is_dataclass(value):
-        shown = (f"{field.name}={in_full(getattr(value, field.name))}" for field in fields(value))
+        shown = (f"{field.name}={full_repr(getattr(value, field.name))}" for field in fields(value))
         return f"{type(value).__qualname__}({', '.join(shown)})"
     if isinstance(value, tuple):
-        return f"({', '.join(map(in_full, value))}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(map(full_repr, value))}{',' if len(value) == 1 else ''})"
     return repr(value)

@@ -1,8 +1,8 @@
-"""Work that outlives its caller: what a cancelled call had won is given back (CON-4).
+"""Tasks that continue when their caller is cancelled, and the compensation for their effect (CON-4).
 
-A statement that was sent cannot be unsent, so a backend runs each write as a task of its own. When
-the caller is cancelled the task goes on to its end, and ``give_back`` compensates for its effect. A
-compensation that fails is retried until it succeeds or the store closes; closing waits for it, bounded.
+A statement that was sent cannot be recalled, so a backend runs each write as a task. When the caller is
+cancelled, the task continues to its end and ``on_abandoned`` compensates for its effect. A compensation
+that fails is retried until it succeeds or the store closes; closing waits for it for a bounded time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from flowstore_core.errors import OutcomeUnknownError, StoreClosedError
 T = TypeVar("T")
 
 FIRST_PAUSE = 0.05
-LONGEST_PAUSE = 5.0
-"""The backoff of a compensation, in seconds, while the store is open."""
-LONGEST_PAUSE_CLOSING = 0.2
-"""The same while the store waits for it to close."""
+MAX_PAUSE = 5.0
+"""Bounds of the backoff of a compensation, in seconds, while the store is open."""
+MAX_PAUSE_CLOSING = 0.2
+"""The upper bound while the store is closing."""
 
 _log = logging.getLogger("flowstore_core")
 
 
-class InFlight:
-    """The tasks of one store that go on without their callers."""
+class ShieldedTasks:
+    """The tasks of one store that continue when their callers are cancelled."""
 
     def __init__(self) -> None:
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -38,83 +38,82 @@ class InFlight:
     async def run(
         self,
         operation: Coroutine[Any, Any, T],
-        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
-        """Await an operation that goes on when the caller is cancelled.
+        """Await an operation that continues when the caller is cancelled.
 
-        ``give_back`` then gets its result, or the OutcomeUnknownError that it ended with, to undo its
-        effect. It is called until it succeeds, so it must be idempotent, and undo nothing but the effect
-        of this very call.
+        ``on_abandoned`` then gets its result, or the OutcomeUnknownError that it ended with, to undo its
+        effect. It is called until it succeeds, so it must be idempotent, and it must undo the effect of
+        this call only.
         """
-        task = self._begin(operation)
+        task = self._start(operation)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.cancelled():
-                self._begin(self._finish(task, give_back))
+                self._start(self._finish(task, on_abandoned))
             raise
 
-    def undo(
+    def compensate(
         self,
-        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]],
-        result: T | OutcomeUnknownError,
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]],
+        outcome: T | OutcomeUnknownError,
     ) -> None:
-        """Begin the compensation of a cancelled call."""
-        self._begin(self._undo(give_back, result))
+        """Start the compensation of a cancelled call."""
+        self._start(self._compensate(on_abandoned, outcome))
 
-    # The callers are gone, so the log is the only place left to say what failed; the store's own errors
-    # hold no secret.
+    # The caller is cancelled, so failures go to the log. The store's own errors hold no secret.
 
     async def _finish(
         self,
         task: asyncio.Task[T],
-        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None,
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None,
     ) -> None:
-        result: T | OutcomeUnknownError
+        outcome: T | OutcomeUnknownError
         try:
-            result = await task
+            outcome = await task
         except OutcomeUnknownError as error:
-            result = error
-            if give_back is None:
+            outcome = error
+            if on_abandoned is None:
                 _log.warning("the outcome of a cancelled call is unknown", exc_info=True)
-        except Exception:  # noqa: BLE001 - said in the log
-            _log.warning("a cancelled call failed after its caller had gone", exc_info=True)
+        except Exception:  # noqa: BLE001 - logged
+            _log.warning("a cancelled call failed", exc_info=True)
             return
-        if give_back is not None:
-            await self._undo(give_back, result)
+        if on_abandoned is not None:
+            await self._compensate(on_abandoned, outcome)
 
-    async def _undo(
+    async def _compensate(
         self,
-        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]],
-        result: T | OutcomeUnknownError,
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]],
+        outcome: T | OutcomeUnknownError,
     ) -> None:
         pause = FIRST_PAUSE
-        for tries in count(1):
+        for attempt in count(1):
             try:
-                await give_back(result)
+                await on_abandoned(outcome)
                 return
             except StoreClosedError:
                 _log.warning("the store was closed before a cancelled call was compensated for")
                 return
-            except Exception:  # noqa: BLE001 - said in the log, and retried
+            except Exception:  # noqa: BLE001 - logged and retried
                 _log.log(
-                    logging.WARNING if tries == 1 else logging.DEBUG,
+                    logging.WARNING if attempt == 1 else logging.DEBUG,
                     "the compensation of a cancelled call failed; it is retried",
                     exc_info=True,
-                    extra={"flowstore.attempt": tries},
+                    extra={"flowstore.attempt": attempt},
                 )
             await self._pause(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, LONGEST_PAUSE)
+            pause = min(pause * 2, MAX_PAUSE)
 
     async def _pause(self, seconds: float) -> None:
         if self._closing.is_set():
-            await asyncio.sleep(min(seconds, LONGEST_PAUSE_CLOSING))
+            await asyncio.sleep(min(seconds, MAX_PAUSE_CLOSING))
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -125,15 +124,15 @@ class InFlight:
         return asyncio.current_task() in self.tasks
 
     def hasten(self) -> None:
-        """Retry the compensations at once, and with short pauses from now on: the store is closing."""
+        """Retry compensations at once, and with short pauses from now on: the store is closing."""
         self._closing.set()
 
     async def drain(self, seconds: float) -> None:
-        """Wait until nothing is in flight, at most that long, then cancel the rest."""
+        """Wait until no task is left, at most ``seconds``, then cancel the rest."""
         self.hasten()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        # Giving back begins new work, hence the loop.
+        # A compensation starts new tasks, hence the loop.
         while self.tasks and (left := deadline - loop.time()) > 0:
             await asyncio.wait(set(self.tasks), timeout=left)
         if rest := set(self.tasks):
@@ -148,7 +147,7 @@ class InFlight:
             await asyncio.wait(rest, timeout=seconds)
 
 
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """Await work to its end even when cancelled; the cancellation is raised afterwards."""
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None

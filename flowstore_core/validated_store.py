@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from asyncio import AbstractEventLoop
-from asyncio import _get_running_loop as here
+from asyncio import _get_running_loop as get_ident
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
@@ -17,28 +17,6 @@ from typing import Any, NoReturn, cast
 from uuid import UUID
 from weakref import WeakSet
 
-from flowstore_core.arguments import (
-    MAX_INT64,
-    MAX_JOB_ID,
-    check_claim_lease,
-    check_completion,
-    check_datetime,
-    check_expected,
-    check_granularity,
-    check_id,
-    check_int,
-    check_key,
-    check_keys,
-    check_lease,
-    check_outcome,
-    check_position,
-    check_run_status,
-    check_search,
-    check_skip,
-    check_take,
-    check_text,
-    check_window,
-)
 from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
@@ -49,9 +27,31 @@ from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import StalledStep
 from flowstore_core.store import BASE_OPERATIONS, FlowStore
+from flowstore_core.validation import (
+    MAX_INT64,
+    MAX_JOB_ID,
+    check_claim_lease,
+    check_datetime,
+    check_expected,
+    check_granularity,
+    check_id,
+    check_int,
+    check_key,
+    check_keys,
+    check_lease,
+    check_position,
+    check_run_outcome,
+    check_run_status,
+    check_search,
+    check_skip,
+    check_step_outcome,
+    check_take,
+    check_text,
+    check_window,
+)
 
 
-class _Refusal:
+class _AlwaysRaises:
     """Stands where a backend's store would be: any operation on it raises.
 
     It raises when called, not when looked up, so that argument errors come first, and so that an
@@ -68,15 +68,15 @@ class _Refusal:
         return refuse
 
 
-_OTHER_LOOP = _Refusal(
+_OTHER_LOOP = _AlwaysRaises(
     lambda operation: ConfigurationError(
         "a store belongs to the event loop that it was opened in; open another one in this loop"
     )
 )
-_FORKED = _Refusal(
+_FORKED = _AlwaysRaises(
     lambda operation: ConfigurationError("a store cannot be used in a forked process; open another one there")
 )
-_CLOSED = _Refusal(lambda operation: StoreClosedError())
+_CLOSED = _AlwaysRaises(lambda operation: StoreClosedError())
 
 
 class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
@@ -88,7 +88,7 @@ class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
     asks it, and nothing written in Python is as quick.
     """
 
-    def __init__(self, elsewhere: _Refusal, known: dict[AbstractEventLoop | None, FlowStore]) -> None:
+    def __init__(self, elsewhere: _AlwaysRaises, known: dict[AbstractEventLoop | None, FlowStore]) -> None:
         super().__init__(known)
         self._elsewhere = cast(FlowStore, elsewhere)
 
@@ -96,18 +96,18 @@ class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
         return self._elsewhere
 
 
-class _Partial:
+class _PartialStore:
     """A backend's store that implements a part of the base protocols."""
 
     def __init__(self, store: Any, backend: str) -> None:
         self._store = store
-        self._rest = _Refusal(lambda operation: NotSupportedError(backend, "base", operation))
+        self._rest = _AlwaysRaises(lambda operation: NotSupportedError(backend, "base", operation))
 
     def __getattr__(self, operation: str) -> Any:
         return getattr(self._store, operation, None) or getattr(self._rest, operation)
 
 
-class CheckedStore:
+class ValidatedStore:
     """A FlowStore around a backend's own; see the module's docstring.
 
     In another event loop, and in a forked process, it refuses to work, whatever the backend: what a store
@@ -134,10 +134,10 @@ class CheckedStore:
     def _target(self, store: Any, capability: Capability | None) -> Any:
         if capability is None:
             complete = all(hasattr(store, operation) for operation in BASE_OPERATIONS)
-            return store if complete else _Partial(store, self._backend)
+            return store if complete else _PartialStore(store, self._backend)
         if capability in self._capabilities:
             return store
-        return _Refusal(lambda operation: NotSupportedError(self._backend, capability.value, operation))
+        return _AlwaysRaises(lambda operation: NotSupportedError(self._backend, capability.value, operation))
 
     def _assign(self, target: Callable[[Capability | None], _ByLoop]) -> None:
         self._store = target(None)
@@ -162,9 +162,9 @@ class CheckedStore:
         return self._capabilities
 
     async def ping(self) -> None:
-        await self._store[here()].ping()
+        await self._store[get_ident()].ping()
 
-    def _disown(self) -> None:
+    def _invalidate_after_fork(self) -> None:
         """Refuse everything: this is the copy of a store that a forked process got."""
         self._loop = None
         self._assign(lambda of: _ByLoop(_FORKED, {}))
@@ -175,7 +175,7 @@ class CheckedStore:
             return
         if self._closed is not None and self._closed.is_set():
             return
-        if self._loop is not here():
+        if self._loop is not get_ident():
             raise ConfigurationError(
                 "a store belongs to the event loop that it was opened in; close it in that one"
             )
@@ -203,7 +203,7 @@ class CheckedStore:
         job_id: str | None = None,
         source_run_id: UUID | None = None,
     ) -> FlowRunRecord:
-        return await self._store[here()].start_run(
+        return await self._store[get_ident()].start_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -220,9 +220,9 @@ class CheckedStore:
         *,
         expected: Mapping[str, StepStatus] | None = None,
     ) -> bool:
-        return await self._store[here()].complete_run(
+        return await self._store[get_ident()].complete_run(
             run_id=check_id("run_id", run_id),
-            status=check_completion(status),
+            status=check_run_outcome(status),
             expected=check_expected(expected),
         )
 
@@ -234,7 +234,7 @@ class CheckedStore:
         skip: int = 0,
         take: int = 50,
     ) -> Sequence[FlowRunRecord]:
-        return await self._store[here()].get_runs(
+        return await self._store[get_ident()].get_runs(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             after=check_position(after),
             skip=check_skip(skip),
@@ -251,7 +251,7 @@ class CheckedStore:
         take: int = 50,
         search: str | None = None,
     ) -> RunPage:
-        return await self._dashboard[here()].get_runs_page(
+        return await self._dashboard[get_ident()].get_runs_page(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             status=None if status is None else check_run_status(status),
             after=check_position(after),
@@ -261,18 +261,18 @@ class CheckedStore:
         )
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        return await self._store[here()].get_run_detail(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_run_detail(run_id=check_id("run_id", run_id))
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        return await self._store[here()].get_run_status(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_run_status(run_id=check_id("run_id", run_id))
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
-        return await self._store[here()].get_active_runs(take=None if take is None else check_take(take))
+        return await self._store[get_ident()].get_active_runs(take=None if take is None else check_take(take))
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
-        return await self._store[here()].get_derived_runs(
+        return await self._store[get_ident()].get_derived_runs(
             source_run_id=check_id("source_run_id", source_run_id),
             take=None if take is None else check_take(take),
         )
@@ -289,7 +289,7 @@ class CheckedStore:
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        return await self._store[here()].record_step_start(
+        return await self._store[get_ident()].record_step_start(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
@@ -308,10 +308,10 @@ class CheckedStore:
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        await self._store[here()].record_step_complete(
+        await self._store[get_ident()].record_step_complete(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
-            status=check_outcome(status),
+            status=check_step_outcome(status),
             output_json=None if output_json is None else check_text("output_json", output_json),
             error_message=None if error_message is None else check_text("error_message", error_message),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
@@ -326,7 +326,7 @@ class CheckedStore:
         *,
         owner: str | None = None,
     ) -> None:
-        await self._store[here()].record_skipped_step(
+        await self._store[get_ident()].record_skipped_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
@@ -342,7 +342,7 @@ class CheckedStore:
         attempt: int | None = None,
         reset: Collection[str] = (),
     ) -> None:
-        await self._store[here()].retry_step(
+        await self._store[get_ident()].retry_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
@@ -350,7 +350,7 @@ class CheckedStore:
         )
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        return await self._store[here()].get_step_statuses(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_step_statuses(run_id=check_id("run_id", run_id))
 
     async def reschedule_step(
         self,
@@ -361,7 +361,7 @@ class CheckedStore:
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        await self._recovery[here()].reschedule_step(
+        await self._recovery[get_ident()].reschedule_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
@@ -372,7 +372,7 @@ class CheckedStore:
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        return await self._recovery[here()].get_stalled_steps(
+        return await self._recovery[get_ident()].get_stalled_steps(
             as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
@@ -381,29 +381,29 @@ class CheckedStore:
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        return await self._store[here()].try_record_dispatch(
+        return await self._store[get_ident()].try_record_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
         )
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
-        await self._store[here()].annotate_dispatch(
+        await self._store[get_ident()].annotate_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             job_id=check_key("job_id", job_id, MAX_JOB_ID),
         )
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        await self._store[here()].release_dispatch(
+        await self._store[get_ident()].release_dispatch(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return await self._store[here()].get_dispatched_step_keys(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_dispatched_step_keys(run_id=check_id("run_id", run_id))
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
-        return await self._store[here()].get_dispatches(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_dispatches(run_id=check_id("run_id", run_id))
 
     async def try_claim_step(
         self,
@@ -413,7 +413,7 @@ class CheckedStore:
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        return await (self._store if lease is None else self._leases)[here()].try_claim_step(
+        return await (self._store if lease is None else self._leases)[get_ident()].try_claim_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
@@ -421,14 +421,14 @@ class CheckedStore:
         )
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
-        await self._store[here()].release_step_claim(
+        await self._store[get_ident()].release_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
         )
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        return await self._leases[here()].renew_step_claim(
+        return await self._leases[get_ident()].renew_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=check_key("owner", owner),
@@ -436,10 +436,10 @@ class CheckedStore:
         )
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return await self._store[here()].get_claimed_step_keys(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_claimed_step_keys(run_id=check_id("run_id", run_id))
 
     async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
-        return await self._store[here()].get_step_claims(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_step_claims(run_id=check_id("run_id", run_id))
 
     # Controls
 
@@ -452,7 +452,7 @@ class CheckedStore:
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> None:
-        await self._store[here()].configure_run(
+        await self._store[get_ident()].configure_run(
             run_id=check_id("run_id", run_id),
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
@@ -463,17 +463,17 @@ class CheckedStore:
         )
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        return await self._store[here()].get_run_control(run_id=check_id("run_id", run_id))
+        return await self._store[get_ident()].get_run_control(run_id=check_id("run_id", run_id))
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
-        return await self._store[here()].request_cancel(
+        return await self._store[get_ident()].request_cancel(
             run_id=check_id("run_id", run_id), reason=None if reason is None else check_text("reason", reason)
         )
 
     async def mark_timed_out(
         self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
     ) -> bool:
-        return await self._store[here()].mark_timed_out(
+        return await self._store[get_ident()].mark_timed_out(
             run_id=check_id("run_id", run_id),
             reason=None if reason is None else check_text("reason", reason),
             as_of=None if as_of is None else check_datetime("as_of", as_of),
@@ -482,7 +482,7 @@ class CheckedStore:
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        return await self._store[here()].find_run_id_by_idempotency_key(
+        return await self._store[get_ident()].find_run_id_by_idempotency_key(
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
             idempotency_key=check_key("idempotency_key", idempotency_key),
@@ -491,7 +491,7 @@ class CheckedStore:
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
-        return await self._store[here()].try_register_idempotency_key(
+        return await self._store[get_ident()].try_register_idempotency_key(
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
             idempotency_key=check_key("idempotency_key", idempotency_key),
@@ -511,7 +511,7 @@ class CheckedStore:
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> TriggerResult:
-        return await self._trigger[here()].trigger_run(
+        return await self._trigger[get_ident()].trigger_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -528,12 +528,12 @@ class CheckedStore:
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
-        return await self._deadlines[here()].get_runs_to_stop(
+        return await self._deadlines[get_ident()].get_runs_to_stop(
             as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        return await self._deadlines[here()].extend_deadline(
+        return await self._deadlines[get_ident()].extend_deadline(
             run_id=check_id("run_id", run_id),
             timeout_at=check_datetime("timeout_at", timeout_at),
         )
@@ -548,7 +548,7 @@ class CheckedStore:
         *,
         expires_at: datetime | None = None,
     ) -> None:
-        await self._store[here()].register_waiter(
+        await self._store[get_ident()].register_waiter(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             signal_name=check_key("signal_name", signal_name),
@@ -563,7 +563,7 @@ class CheckedStore:
         *,
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
-        return await self._store[here()].deliver_signal(
+        return await self._store[get_ident()].deliver_signal(
             run_id=check_id("run_id", run_id),
             signal_name=check_key("signal_name", signal_name),
             payload_json=check_text("payload_json", payload_json),
@@ -571,39 +571,39 @@ class CheckedStore:
         )
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._store[here()].get_waiter(
+        return await self._store[get_ident()].get_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._store[here()].remove_waiter(
+        return await self._store[get_ident()].remove_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._waiters[here()].expire_waiter(
+        return await self._waiters[get_ident()].expire_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
-        return await self._waiters[here()].get_waiters(run_id=check_id("run_id", run_id))
+        return await self._waiters[get_ident()].get_waiters(run_id=check_id("run_id", run_id))
 
     # Outputs and events
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
-        await self._outputs[here()].save_output(
+        await self._outputs[get_ident()].save_output(
             run_id=check_id("run_id", run_id),
             key=check_key("key", key),
             value_json=check_text("value_json", value_json),
         )
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
-        return await self._outputs[here()].get_output(
+        return await self._outputs[get_ident()].get_output(
             run_id=check_id("run_id", run_id), key=check_key("key", key)
         )
 
     async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        return await self._outputs[here()].get_outputs(run_id=check_id("run_id", run_id))
+        return await self._outputs[get_ident()].get_outputs(run_id=check_id("run_id", run_id))
 
     async def append_event(
         self,
@@ -613,7 +613,7 @@ class CheckedStore:
         step_key: str | None = None,
         message: str | None = None,
     ) -> int:
-        return await self._events[here()].append_event(
+        return await self._events[get_ident()].append_event(
             run_id=check_id("run_id", run_id),
             event_type=check_key("event_type", event_type),
             step_key=None if step_key is None else check_key("step_key", step_key),
@@ -623,7 +623,7 @@ class CheckedStore:
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
-        return await self._events[here()].get_run_events(
+        return await self._events[get_ident()].get_run_events(
             run_id=check_id("run_id", run_id),
             after=check_int("after", after, 0, MAX_INT64),
             take=check_take(take),
@@ -632,10 +632,10 @@ class CheckedStore:
     # Retention and statistics
 
     async def cleanup(self, cutoff: datetime) -> int:
-        return await self._store[here()].cleanup(cutoff=check_datetime("cutoff", cutoff))
+        return await self._store[get_ident()].cleanup(cutoff=check_datetime("cutoff", cutoff))
 
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
-        return await self._dashboard[here()].get_statistics(
+        return await self._dashboard[get_ident()].get_statistics(
             as_of=None if as_of is None else check_datetime("as_of", as_of)
         )
 
@@ -648,7 +648,7 @@ class CheckedStore:
     ) -> Sequence[RunTimeseriesBucket]:
         checked = check_granularity(granularity)
         first, end = check_window(checked, check_datetime("since", since), check_datetime("until", until))
-        return await self._dashboard[here()].get_run_timeseries(
+        return await self._dashboard[get_ident()].get_run_timeseries(
             granularity=checked,
             since=first,
             until=end,
@@ -656,12 +656,12 @@ class CheckedStore:
         )
 
 
-_open: WeakSet[CheckedStore] = WeakSet()
+_open: WeakSet[ValidatedStore] = WeakSet()
 
 
 def _disown_all() -> None:
     for store in list(_open):
-        store._disown()
+        store._invalidate_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

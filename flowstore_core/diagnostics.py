@@ -4,8 +4,8 @@ What any store can be asked, the command asks through the protocols. What only a
 the settings of its server or the permissions of its file, it learns from two optional members of the
 backend's descriptor::
 
-    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Finding]: ...
-    async def fix(self, config: StoreConfig, findings: Sequence[Finding]) -> Sequence[str]: ...
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]: ...
+    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]: ...
 
 ``diagnose`` changes nothing, and works also where the store cannot be opened: that is when it is needed
 most. Unless ``thorough`` it costs a few seconds at most, however large the store is. ``fix`` gets those of
@@ -39,7 +39,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Diagnostic:
     """One thing that is wrong, what it means, and what to do about it.
 
     No text holds a password or the content of a row; ``examples`` may hold run ids and step keys.
@@ -64,7 +64,7 @@ class Finding:
     """Whether the store must not be opened before it is dealt with: opening would make it worse."""
 
 
-def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> Finding:
+def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> Diagnostic:
     """Rows of a table that belong to no run, for backends whose ``fix`` deletes them.
 
     ``runs`` are the run ids that they name, of which at most ``most`` were asked for. ``forgotten``: they
@@ -79,7 +79,7 @@ def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> F
         meaning = (
             "No call leaves these behind: rows of table runs were deleted by hand, or a restore lost some."
         )
-    return Finding(
+    return Diagnostic(
         code=f"orphans-{table.replace('_', '-')}",
         severity=Severity.WARNING,
         summary=f"{many} rows of table {table} belong to no run",
@@ -91,7 +91,7 @@ def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> F
     )
 
 
-def wrong_counters(flows: int, days: int) -> Sequence[Finding]:
+def wrong_counters(flows: int, days: int) -> Sequence[Diagnostic]:
     """Counters that differ from the stored runs, for backends whose ``fix`` corrects them.
 
     ``flows`` and ``days`` are the numbers of flows and days whose counters are wrong.
@@ -99,7 +99,7 @@ def wrong_counters(flows: int, days: int) -> Sequence[Finding]:
     if not flows and not days:
         return ()
     return (
-        Finding(
+        Diagnostic(
             code="counters-wrong",
             severity=Severity.ERROR,
             summary=f"the counters of {flows:,} flows and {days:,} days differ from the stored runs",

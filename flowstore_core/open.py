@@ -9,15 +9,15 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
-from flowstore_core.arguments import check_clock
-from flowstore_core.checked import CheckedStore
-from flowstore_core.config import StoreConfig, read_settings
+from flowstore_core.config import StoreConfig, resolve_url
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
-from flowstore_core.plugins import Backend, Plugin, explain_import, find_backend, wrap_store
+from flowstore_core.plugins import Backend, Plugin, find_backend, load_error, wrap_store
 from flowstore_core.status import Capability
 from flowstore_core.store import CAPABILITY_METHODS, FlowStore
 from flowstore_core.suggestions import did_you_mean
-from flowstore_core.urls import ENCODING_RULE, parse_url, redact, shown_option
+from flowstore_core.urls import ENCODING_RULE, parse_url, redact, redact_option
+from flowstore_core.validated_store import ValidatedStore
+from flowstore_core.validation import check_clock
 
 _log = logging.getLogger("flowstore_core")
 
@@ -44,13 +44,13 @@ async def open_store(
     """
     plugin, backend, config = resolve_store(url, clock=clock, migrate=migrate, **options)
     async with AsyncExitStack() as stack:
-        store = await _enter(stack, plugin, backend, config)
+        store = await _enter_backend(stack, plugin, backend, config)
         capabilities = frozenset(getattr(store, "capabilities", backend.capabilities))
         _check_capabilities(plugin, store, capabilities)
         if config.clock is not None and Capability.VIRTUAL_CLOCK not in capabilities:
             raise NotSupportedError(backend.name, Capability.VIRTUAL_CLOCK, "open_store(clock=...)")
         store = wrap_store(store, config, plugin)
-        checked = CheckedStore(store, backend.name, capabilities, stack.pop_all())
+        checked = ValidatedStore(store, backend.name, capabilities, stack.pop_all())
     _log.debug(
         "opened %s, backend %s",
         redact(config.url),
@@ -81,13 +81,13 @@ def resolve_store(
     InvalidArgumentError for the clock.
     """
     checked_clock = check_clock(clock)
-    settings = read_settings(url, options, migrate=migrate)
+    settings = resolve_url(url, options, migrate=migrate)
     parsed = parse_url(settings.url)
     plugin, backend = find_backend(parsed.scheme)
     if unknown := settings.options.keys() - backend.options:
         known = ", ".join(sorted(backend.options)) or "none"
         near = {name: did_you_mean(name, backend.options | {"migrate"}) for name in unknown}
-        names = ", ".join(sorted({f"{shown_option(name)}{near[name]}" for name in unknown}))
+        names = ", ".join(sorted({f"{redact_option(name)}{near[name]}" for name in unknown}))
         if parsed.has_at_in_query:
             names = f"of such a name ({ENCODING_RULE})"
         raise ConfigurationError(f"backend {backend.name!r} has no option {names}; it has: {known}")
@@ -101,12 +101,12 @@ def resolve_store(
     return plugin, backend, config
 
 
-async def _enter(stack: AsyncExitStack, plugin: Plugin, backend: Backend, config: StoreConfig) -> Any:
+async def _enter_backend(stack: AsyncExitStack, plugin: Plugin, backend: Backend, config: StoreConfig) -> Any:
     try:
         return await stack.enter_async_context(backend.open(config))
     except ModuleNotFoundError as error:
         # The driver is imported here at the earliest; told apart from a bug by the module's name.
-        raise explain_import(plugin.name, plugin.module, plugin.distribution, error) from error
+        raise load_error(plugin.name, plugin.module, plugin.distribution, error) from error
 
 
 def _check_capabilities(plugin: Plugin, store: Any, capabilities: frozenset[Capability]) -> None:

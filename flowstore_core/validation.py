@@ -42,7 +42,7 @@ _SHORT = MAX_TEXT_BYTES // 4
 _E = TypeVar("_E", bound=StrEnum)
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     # Only the type is ever shown: a value may be somebody's secret.
     return "None" if value is None else type(value).__name__
 
@@ -53,7 +53,7 @@ def check_id(name: str, value: Any) -> UUID:
     if isinstance(value, UUID):
         # A driver's own kind, say, which a backend would keep and give back.
         return UUID(int=value.int)
-    raise InvalidArgumentError(name, "a uuid.UUID", _kind(value))
+    raise InvalidArgumentError(name, "a uuid.UUID", _type_name(value))
 
 
 def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
@@ -61,7 +61,7 @@ def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
         return value
     wanted = f"a str of 1 to {limit:,} characters"
     if not isinstance(value, str):
-        raise InvalidArgumentError(name, wanted, _kind(value))
+        raise InvalidArgumentError(name, wanted, _type_name(value))
     if not 0 < len(value) <= limit:
         raise InvalidArgumentError(name, wanted, f"{len(value):,} characters")
     return _check_characters(name, value)
@@ -71,7 +71,7 @@ def check_text(name: str, value: Any) -> str:
     if type(value) is str and len(value) <= _SHORT and value.isascii() and "\0" not in value:
         return value
     if not isinstance(value, str):
-        raise InvalidArgumentError(name, "a str", _kind(value))
+        raise InvalidArgumentError(name, "a str", _type_name(value))
     # UTF-8 takes at most four bytes a character, so most texts are settled without encoding them.
     if len(value) > _SHORT:
         size = len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
@@ -99,7 +99,7 @@ def check_datetime(name: str, value: Any) -> datetime:
     if type(value) is datetime and value.tzinfo is UTC and EARLIEST <= value <= LATEST:
         return value
     if not isinstance(value, datetime):
-        raise InvalidArgumentError(name, "an aware datetime", _kind(value))
+        raise InvalidArgumentError(name, "an aware datetime", _type_name(value))
     try:
         if value.utcoffset() is None:
             raise InvalidArgumentError(name, "an aware datetime (give it a tzinfo)", "a naive one")
@@ -120,7 +120,7 @@ def check_int(name: str, value: Any, low: int, high: int) -> int:
         if low <= value <= high:
             return int(value)
         raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", "one outside")
-    raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _kind(value))
+    raise InvalidArgumentError(name, f"an int from {low:,} to {high:,}", _type_name(value))
 
 
 def check_skip(value: Any) -> int:
@@ -136,7 +136,7 @@ def check_position(value: Any) -> RunPosition | None:
     if value is None:
         return None
     if not isinstance(value, RunPosition):
-        raise InvalidArgumentError("after", "a RunPosition (a run's .position)", _kind(value))
+        raise InvalidArgumentError("after", "a RunPosition (a run's .position)", _type_name(value))
     started_at = check_datetime("after", value.started_at)
     return RunPosition(started_at=started_at, run_id=check_id("after", value.run_id))
 
@@ -146,7 +146,7 @@ def check_lease(name: str, value: Any) -> timedelta:
         if _NO_TIME < value <= MAX_LEASE:
             return value
         raise InvalidArgumentError(name, "over 0 and at most 366 days", f"{value}")
-    raise InvalidArgumentError(name, "a timedelta", _kind(value))
+    raise InvalidArgumentError(name, "a timedelta", _type_name(value))
 
 
 def check_claim_lease(owner: str | None, lease: Any) -> timedelta:
@@ -161,7 +161,7 @@ def check_search(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise InvalidArgumentError("search", f"a str of at most {MAX_SEARCH} characters", _kind(value))
+        raise InvalidArgumentError("search", f"a str of at most {MAX_SEARCH} characters", _type_name(value))
     if len(value) > MAX_SEARCH:
         raise InvalidArgumentError("search", f"a str of at most {MAX_SEARCH} characters", f"{len(value):,}")
     return _check_characters("search", value) or None
@@ -177,7 +177,7 @@ def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) 
             return member
         names = ", ".join(allowed)
         raise InvalidArgumentError(name, f"one of {names}", "another value")
-    raise InvalidArgumentError(name, f"a {kind.__name__} or its value", _kind(value))
+    raise InvalidArgumentError(name, f"a {kind.__name__} or its value", _type_name(value))
 
 
 _COMPLETIONS = tuple(status for status in RunStatus if status is not RunStatus.RUNNING)
@@ -186,12 +186,12 @@ _OUTCOMES = tuple(status for status in StepStatus if status is not StepStatus.RU
 _RUNNING = StepStatus.RUNNING
 
 
-def check_completion(value: Any) -> RunStatus:
+def check_run_outcome(value: Any) -> RunStatus:
     """A status that completes a run: any but Running."""
     return _check_enum("status", value, RunStatus, _COMPLETIONS)
 
 
-def check_outcome(value: Any) -> StepStatus:
+def check_step_outcome(value: Any) -> StepStatus:
     """A status that closes an attempt: any but Running."""
     if type(value) is StepStatus and value is not _RUNNING:
         return value
@@ -210,7 +210,7 @@ def check_expected(value: Any) -> dict[str, StepStatus] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise InvalidArgumentError("expected", "a mapping of step_key to StepStatus", _kind(value))
+        raise InvalidArgumentError("expected", "a mapping of step_key to StepStatus", _type_name(value))
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError("expected", f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return {
@@ -221,7 +221,7 @@ def check_expected(value: Any) -> dict[str, StepStatus] | None:
 
 def check_keys(name: str, value: Any) -> frozenset[str]:
     if isinstance(value, str) or not isinstance(value, Collection):
-        raise InvalidArgumentError(name, "a collection of step keys", _kind(value))
+        raise InvalidArgumentError(name, "a collection of step keys", _type_name(value))
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError(name, f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return frozenset(check_key(name, key) for key in value)
@@ -251,7 +251,7 @@ def check_clock(clock: Any) -> Callable[[], datetime] | None:
         return None
     if not callable(clock):
         raise InvalidArgumentError(
-            "clock", "a callable without arguments that returns an aware datetime", _kind(clock)
+            "clock", "a callable without arguments that returns an aware datetime", _type_name(clock)
         )
 
     def now() -> datetime:

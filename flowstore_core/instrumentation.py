@@ -84,7 +84,7 @@ class Observers(list[Observer]):
                 )
 
 
-NOBODY = Observers()
+NO_OBSERVERS = Observers()
 """For what is used without a store's configuration; nothing is ever appended to it."""
 
 

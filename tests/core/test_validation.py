@@ -10,15 +10,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowstore_core import InvalidArgumentError, StepStatus
-from flowstore_core.arguments import (
+from flowstore_core.timeseries import EARLIEST, LATEST
+from flowstore_core.validation import (
     MAX_INT64,
     check_datetime,
     check_int,
     check_key,
-    check_outcome,
+    check_step_outcome,
     check_text,
 )
-from flowstore_core.timeseries import EARLIEST, LATEST
 
 
 class Text(str):
@@ -86,4 +86,4 @@ def test_checks_a_datetime_is_judged_alike_on_both_ways(naive: datetime) -> None
 
 @given(st.sampled_from(StepStatus))
 def test_checks_an_outcome_is_judged_alike_as_member_and_as_value(status: StepStatus) -> None:
-    assert answer(lambda: check_outcome(status)) == answer(lambda: check_outcome(status.value))
+    assert answer(lambda: check_step_outcome(status)) == answer(lambda: check_step_outcome(status.value))

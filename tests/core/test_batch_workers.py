@@ -1,4 +1,4 @@
-"""Lanes that are no tasks: a thread, and what a backend brings itself."""
+"""BatchWorkers that are no tasks: a thread, and what a backend brings itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
-from flowstore_core.batching import AGAIN, Batcher, BatchError, Call, ThreadLane
+from flowstore_core.batching import REQUEUE, Batcher, BatchError, PendingCall, ThreadWorker
 
 
 class Slate:
@@ -26,7 +26,7 @@ class Slate:
         self.answer: Callable[[Any], Any] = lambda item: ("done", item)
         self.returned: list[Any] = []
 
-    def run(self, calls: Sequence[Call]) -> Sequence[Any]:
+    def run(self, calls: Sequence[PendingCall]) -> Sequence[Any]:
         self.threads.add(threading.current_thread().name)
         self.batches.append([call.item for call in calls])
         assert self.free.wait(10)
@@ -51,20 +51,20 @@ def slate() -> Iterator[Slate]:
     made.free.set()
 
 
-def batcher_of(lanes: Callable[[Batcher], Any] = ThreadLane, **given: Any) -> Batcher:
-    return Batcher(lanes=lanes, **given)
+def batcher_of(lanes: Callable[[Batcher], Any] = ThreadWorker, **given: Any) -> Batcher:
+    return Batcher(workers=lanes, **given)
 
 
 async def test_calls_gather_while_the_thread_is_busy(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
+    method = batcher.operation("write", slate.run)
     slate.free.clear()
-    tasks = [asyncio.create_task(method.call(None, number)) for number in range(50)]
+    tasks = [asyncio.create_task(method.submit(None, number)) for number in range(50)]
     await slate.holds(1)
     slate.free.set()
     assert await asyncio.gather(*tasks) == [("done", number) for number in range(50)]
     assert slate.batches == [[0], [*range(1, 50)]]
-    assert await method.call(None, 50) == ("done", 50)
+    assert await method.submit(None, 50) == ("done", 50)
     await batcher.drain(5)
     assert slate.threads == {"flowstore"}
     assert_threads_end()
@@ -72,13 +72,16 @@ async def test_calls_gather_while_the_thread_is_busy(slate: Slate) -> None:
 
 async def test_keys_shares_and_calls_that_are_sent_again(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method(
-        "write", slate.run, keyed=True, share=lambda first, result, later: AGAIN if later == "c" else later
+    method = batcher.operation(
+        "write",
+        slate.run,
+        keyed=True,
+        coalesce=lambda first, result, later: REQUEUE if later == "c" else later,
     )
     slate.free.clear()
-    first = asyncio.create_task(method.call("key", "first"))
+    first = asyncio.create_task(method.submit("key", "first"))
     await slate.holds(1)
-    rest = [asyncio.create_task(method.call("key", item)) for item in "abc"]
+    rest = [asyncio.create_task(method.submit("key", item)) for item in "abc"]
     slate.free.set()
     await first
     # b got its answer from a's, c was sent by itself.
@@ -88,15 +91,15 @@ async def test_keys_shares_and_calls_that_are_sent_again(slate: Slate) -> None:
 
 
 async def test_an_error_stays_with_its_row(slate: Slate) -> None:
-    def run(calls: Sequence[Call]) -> Sequence[Any]:
+    def run(calls: Sequence[PendingCall]) -> Sequence[Any]:
         if any(call.item == 7 for call in calls):
             raise BatchError(ValueError("seven"))
         return [KeyError("three") if call.item == 3 else call.item for call in calls]
 
     batcher = batcher_of()
-    method = batcher.method("write", run)
+    method = batcher.operation("write", run)
     answers = await asyncio.gather(
-        *(method.call(None, number) for number in range(20)), return_exceptions=True
+        *(method.submit(None, number) for number in range(20)), return_exceptions=True
     )
     for number, answer in enumerate(answers):
         if number in (3, 7):
@@ -108,14 +111,14 @@ async def test_an_error_stays_with_its_row(slate: Slate) -> None:
 
 @pytest.mark.parametrize("wrong", [RuntimeError("broken"), None])
 async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | None) -> None:
-    def run(calls: Sequence[Call]) -> Sequence[Any]:
+    def run(calls: Sequence[PendingCall]) -> Sequence[Any]:
         if wrong is not None:
             raise wrong
         return []
 
     batcher = batcher_of()
-    method = batcher.method("write", run)
-    answers = await asyncio.gather(*(method.call(None, n) for n in range(5)), return_exceptions=True)
+    method = batcher.operation("write", run)
+    answers = await asyncio.gather(*(method.submit(None, n) for n in range(5)), return_exceptions=True)
     assert all(isinstance(answer, RuntimeError) for answer in answers)
     # One object raised in many tasks would gather their tracebacks; the first of a batch gets the very one.
     assert len({id(answer) for answer in answers}) >= 4
@@ -124,9 +127,9 @@ async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | No
 
 async def test_cancelled_calls_never_happen_or_are_given_back(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
+    method = batcher.operation("write", slate.run)
     slate.free.clear()
-    tasks = [asyncio.create_task(method.call(None, number, slate.take_back)) for number in range(3)]
+    tasks = [asyncio.create_task(method.submit(None, number, slate.take_back)) for number in range(3)]
     await slate.holds(1)
     for task in tasks[:2]:
         task.cancel()
@@ -140,13 +143,13 @@ async def test_cancelled_calls_never_happen_or_are_given_back(slate: Slate) -> N
 
 async def test_draining_serves_what_is_queued_and_what_gives_back_queues(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
+    method = batcher.operation("write", slate.run)
 
-    async def give_back(outcome: Any) -> None:
-        await method.call(None, ("back", outcome))
+    async def on_abandoned(outcome: Any) -> None:
+        await method.submit(None, ("back", outcome))
 
     slate.free.clear()
-    tasks = [asyncio.create_task(method.call(None, number, give_back)) for number in range(30)]
+    tasks = [asyncio.create_task(method.submit(None, number, on_abandoned)) for number in range(30)]
     await slate.holds(1)
     tasks[0].cancel()
     asyncio.get_running_loop().call_later(0.05, slate.free.set)
@@ -155,14 +158,14 @@ async def test_draining_serves_what_is_queued_and_what_gives_back_queues(slate: 
     assert answers[1:] == [("done", number) for number in range(1, 30)]
     assert ("back", ("done", 0)) in slate.batches[-1]
     with pytest.raises(StoreClosedError):
-        await method.call(None, 1)
+        await method.submit(None, 1)
 
 
 async def test_a_thread_that_hangs_is_left(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
+    method = batcher.operation("write", slate.run)
     slate.free.clear()
-    tasks = [asyncio.create_task(method.call(None, number)) for number in range(3)]
+    tasks = [asyncio.create_task(method.submit(None, number)) for number in range(3)]
     await slate.holds(1)
     await asyncio.wait_for(batcher.drain(0.1), 5)
     first, *others = await asyncio.gather(*tasks, return_exceptions=True)
@@ -175,9 +178,9 @@ async def test_a_thread_that_hangs_is_left(slate: Slate) -> None:
 
 async def test_a_drain_that_is_cancelled_answers_everybody(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
+    method = batcher.operation("write", slate.run)
     slate.free.clear()
-    tasks = [asyncio.create_task(method.call(None, number)) for number in range(3)]
+    tasks = [asyncio.create_task(method.submit(None, number)) for number in range(3)]
     await slate.holds(1)
     draining = asyncio.create_task(batcher.drain(30))
     await asyncio.sleep(0.02)
@@ -198,23 +201,23 @@ async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it
             raise StoreUnavailableError("no thread could be started")
         await asyncio.to_thread(serve)
 
-    batcher = batcher_of(lambda batcher: ThreadLane(batcher, sometimes))
-    method = batcher.method("write", slate.run)
+    batcher = batcher_of(lambda batcher: ThreadWorker(batcher, sometimes))
+    method = batcher.operation("write", slate.run)
     for _ in range(2):
         with pytest.raises(StoreUnavailableError, match="no thread"):
-            await method.call(None, 1)
-    assert await method.call(None, 2) == ("done", 2)
+            await method.submit(None, 1)
+    assert await method.submit(None, 2) == ("done", 2)
     await batcher.drain(5)
 
 
 async def test_cancelling_every_task_leaves_the_thread(slate: Slate) -> None:
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
-    assert await method.call(None, 1) == ("done", 1)
+    method = batcher.operation("write", slate.run)
+    assert await method.submit(None, 1) == ("done", 1)
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
     await asyncio.sleep(0)
-    assert await asyncio.wait_for(method.call(None, 2), 5) == ("done", 2)
+    assert await asyncio.wait_for(method.submit(None, 2), 5) == ("done", 2)
     await batcher.drain(5)
 
 
@@ -236,8 +239,8 @@ async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
     elif lacks == "room for files":
         monkeypatch.setattr(os, "eventfd", refuse(OSError(errno.EMFILE, "too many")), raising=False)
     batcher = batcher_of()
-    method = batcher.method("write", slate.run)
-    assert await asyncio.gather(*(method.call(None, number) for number in range(5))) == [
+    method = batcher.operation("write", slate.run)
+    assert await asyncio.gather(*(method.submit(None, number) for number in range(5))) == [
         ("done", number) for number in range(5)
     ]
     await batcher.drain(5)
@@ -260,8 +263,8 @@ def open_files() -> set[str]:
 def test_a_thread_whose_event_loop_is_gone_ends(slate: Slate) -> None:
     async def leave() -> None:
         slate.free.clear()
-        method = batcher_of().method("write", slate.run)
-        asyncio.get_running_loop().create_task(method.call(None, 1))
+        method = batcher_of().operation("write", slate.run)
+        asyncio.get_running_loop().create_task(method.submit(None, 1))
         await slate.holds(1)
 
     asyncio.run(leave())
@@ -282,14 +285,14 @@ async def test_a_backend_brings_its_own_lanes() -> None:
                 self.busy = self.batcher.loop.create_future()
                 self.batcher.loop.call_later(0.001, self.finish, *batch)
 
-        def finish(self, method: Any, calls: list[Call]) -> None:
+        def finish(self, method: Any, calls: list[PendingCall]) -> None:
             assert self.busy is not None
             self.busy.set_result(None)
             self.busy = None
-            self.batcher.answer(method, calls, [call.item * 2 for call in calls])
+            self.batcher.resolve(method, calls, [call.item * 2 for call in calls])
             self.wake()
 
-        def under_way(self) -> Collection[asyncio.Future[Any]]:
+        def pending(self) -> Collection[asyncio.Future[Any]]:
             return [self.busy] if self.busy is not None else []
 
         async def stop(self) -> None:
@@ -299,10 +302,10 @@ async def test_a_backend_brings_its_own_lanes() -> None:
         raise AssertionError
 
     batcher = batcher_of(Timers)
-    method = batcher.method("double", unused)
-    calls: list[Awaitable[int]] = [method.call(None, number) for number in range(10)]
+    method = batcher.operation("double", unused)
+    calls: list[Awaitable[int]] = [method.submit(None, number) for number in range(10)]
     assert await asyncio.gather(*calls) == [number * 2 for number in range(10)]
-    left = [asyncio.create_task(method.call(None, number)) for number in range(10)]
+    left = [asyncio.create_task(method.submit(None, number)) for number in range(10)]
     await asyncio.sleep(0)
     await batcher.drain(5)
     assert await asyncio.gather(*left) == [number * 2 for number in range(10)]
