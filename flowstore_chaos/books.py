@@ -95,9 +95,9 @@ async def _verify_entry(store: FlowStore, tally: Tally, entry: Entry) -> None:
 
 def _verify_steps(tally: Tally, name: str, entry: Entry, detail: FlowRunDetail) -> None:
     steps: Mapping[str, object] = {step.step_key: step for step in detail.steps}
-    for key, times in entry.effects.items():
-        for _ in range(times - 1):
-            tally.repeat(f"{name}: the work of {key!r} was done {times} times")
+    for key, exact_times in entry.effects.items():
+        for _ in range(exact_times - 1):
+            tally.repeat(f"{name}: the work of {key!r} was done {exact_times} times")
     for step in detail.steps:
         for _ in step.attempts[1:]:
             tally.repeat(f"{name}: step {step.step_key!r} has {len(step.attempts)} attempts")

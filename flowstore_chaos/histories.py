@@ -6,16 +6,16 @@ import random
 from dataclasses import replace
 from uuid import UUID
 
-from flowstore_conformance.agreement import expected_outcome, is_read
-from flowstore_conformance.bench import VirtualClock
-from flowstore_conformance.calls import METHODS, SPANNING, draw_call
-from flowstore_conformance.drawing import RandomChooser, World
+from flowstore_conformance.context import VirtualClock
+from flowstore_conformance.differential import expected_outcome, is_read
 from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation
 from flowstore_conformance.linearizability import Answer, Verdict, check_history
 from flowstore_conformance.model import Model
-from flowstore_conformance.observation import answer, what_to_ask
-from flowstore_conformance.racing import Race
+from flowstore_conformance.operations import GLOBAL_OPERATIONS, STRATEGIES, draw_call
+from flowstore_conformance.races import Race
+from flowstore_conformance.state_probe import answer, probe_calls
+from flowstore_conformance.strategies import RandomChoices, Universe
 
 from flowstore_chaos.tally import Tally
 from flowstore_core import Capability
@@ -29,17 +29,17 @@ BUDGET = 2_000_000
 
 def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
     """Clients that make any calls on the same few runs and keys."""
-    chooser = RandomChooser(rng)
+    chooser = RandomChoices(rng)
     model = Model(clock)
     runs = [UUID(int=1), UUID(int=2)]
     keys = ["a"] if rng.random() < 0.5 else ["a", "b"]
     flow = UUID(int=100)
-    world = World(model=model, runs=runs, flows=[flow], keys=keys)
+    world = Universe(model=model, runs=runs, flows=[flow], keys=keys)
     weights = {
         # Writes above all: reads are looked for in the end.
         name: one.weight * rng.choice((0, 1, 1, 2)) * (1 if is_read(Call(method=name)) else 3)
-        for name, one in METHODS.items()
-        if name not in SPANNING
+        for name, one in STRATEGIES.items()
+        if name not in GLOBAL_OPERATIONS
     }
 
     def draw() -> Call:
@@ -55,7 +55,7 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
             setup.append(call)
             expected_outcome(model, call)
     clients = tuple(tuple(draw() for _ in range(rng.choice(CALLS))) for _ in range(CLIENTS))
-    final = [call for run_id in runs for call in what_to_ask(run_id, tuple(Capability))]
+    final = [call for run_id in runs for call in probe_calls(run_id, tuple(Capability))]
     race = Race(setup=tuple(setup), clients=clients, final=tuple(final))
     return race.scheduled(rng).on_fresh_ids(rng)
 

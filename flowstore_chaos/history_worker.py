@@ -15,11 +15,11 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from flowstore_conformance.bench import VirtualClock
+from flowstore_conformance.context import VirtualClock
 from flowstore_conformance.execution import execute, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Operation, Outcome, Raised, Returned
-from flowstore_conformance.racing import Done, Job
-from flowstore_conformance.wire import pack, pack_job, read_line, unpack, unpack_job, write_line
+from flowstore_conformance.races import ClientResult, ClientTask
+from flowstore_conformance.wire import pack, pack_task, read_line, unpack, unpack_task, write_line
 
 from flowstore_core import FlowStore, open_store
 
@@ -53,10 +53,10 @@ class Worker:
     def kill(self) -> None:
         self._process.kill()
 
-    async def do(self, jobs: Sequence[Job], now: datetime) -> list[Done]:
+    async def do(self, jobs: Sequence[ClientTask], now: datetime) -> list[ClientResult]:
         """What came of the jobs, as far as it could tell before it was killed."""
         with suppress(ConnectionError):
-            self._stdin.write(write_line({"now": pack(now), "jobs": [pack_job(job) for job in jobs]}))
+            self._stdin.write(write_line({"now": pack(now), "jobs": [pack_task(job) for job in jobs]}))
             await self._stdin.drain()
         begun: dict[tuple[int, int], float] = {}
         ended: dict[tuple[int, int], tuple[float, Outcome]] = {}
@@ -80,11 +80,11 @@ class Worker:
 
 def _assemble(
     number: int,
-    job: Job,
+    job: ClientTask,
     begun: Mapping[tuple[int, int], float],
     ended: Mapping[tuple[int, int], tuple[float, Outcome]],
     now: datetime,
-) -> Done:
+) -> ClientResult:
     operations = []
     unavailable = 0
     for position, call in enumerate(job.calls):
@@ -104,7 +104,7 @@ def _assemble(
                 now=now,
             )
         )
-    return Done(race=job.race, operations=tuple(operations), suspended=True, unavailable=unavailable)
+    return ClientResult(race=job.race, operations=tuple(operations), suspended=True, unavailable=unavailable)
 
 
 def _pack_outcome(outcome: Outcome) -> Any:
@@ -169,14 +169,14 @@ async def _main(url: str, *, broken: bool) -> None:
             order = read_line(text)
             clock.now = unpack(order["now"])
 
-            async def do(number: int, job: Job) -> None:
+            async def do(number: int, job: ClientTask) -> None:
                 for position, call in enumerate(job.calls):
                     place = {"job": number, "call": position}
                     say({**place, "begun": time.monotonic()})
                     outcome = await execute(store, call)
                     say({**place, "ended": time.monotonic(), "outcome": _pack_outcome(outcome)})
 
-            jobs = [unpack_job(packed) for packed in order["jobs"]]
+            jobs = [unpack_task(packed) for packed in order["jobs"]]
             await asyncio.gather(*(do(number, job) for number, job in enumerate(jobs)))
             say({"done": True})
 

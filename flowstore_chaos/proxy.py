@@ -83,12 +83,12 @@ class Proxy:
         """Connections that clients hold now."""
         return sum(not link.client_gone for link in self._links)
 
-    def arm(self, strike_at: int, fault: Fault, *, aim: Aim = Aim.ANY, times: int = 1) -> None:
+    def arm(self, strike_at: int, fault: Fault, *, aim: Aim = Aim.ANY, exact_times: int = 1) -> None:
         """Strike at the n-th message from now on, and at those after it, so many times; 0 never strikes."""
         self.messages, self.broken_in_flight = 0, 0
         self.landed = Counter()
         self._healed = asyncio.Event()
-        self._order = _Order(fault, aim, strike_at - 1, times) if strike_at else None
+        self._order = _Order(fault, aim, strike_at - 1, exact_times) if strike_at else None
 
     def disarm(self) -> None:
         self._order = None

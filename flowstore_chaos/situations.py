@@ -9,22 +9,22 @@ from datetime import timedelta
 from enum import StrEnum
 from uuid import UUID
 
-from flowstore_conformance.agreement import is_read
-from flowstore_conformance.bench import VirtualClock
-from flowstore_conformance.calls import METHODS, SPANNING, draw_call, draw_jump
-from flowstore_conformance.drawing import FLOWS, IDEMPOTENCY_KEYS, RandomChooser, World
+from flowstore_conformance.context import VirtualClock
+from flowstore_conformance.differential import is_read
 from flowstore_conformance.execution import is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome
 from flowstore_conformance.model import Model, State
-from flowstore_conformance.observation import (
-    Expectation,
+from flowstore_conformance.operations import GLOBAL_OPERATIONS, STRATEGIES, draw_call, draw_clock_advance
+from flowstore_conformance.state_probe import (
+    ModelState,
     answer,
     difference,
-    look_until,
+    observe_until,
     outcome_of,
-    what_to_ask,
+    probe_calls,
 )
-from flowstore_conformance.situations import SETTINGS
+from flowstore_conformance.strategies import FLOWS, IDEMPOTENCY_KEYS, RandomChoices, Universe
+from flowstore_conformance.write_scenarios import SETTINGS
 
 from flowstore_chaos.scenes import new_scene
 from flowstore_chaos.tally import Tally
@@ -37,7 +37,7 @@ EVERYTHING = frozenset(Capability)
 
 def writes() -> list[str]:
     """Every writing method of the Protocol."""
-    return [name for name in METHODS if not is_read(Call(method=name))]
+    return [name for name in STRATEGIES if not is_read(Call(method=name))]
 
 
 class Origin(StrEnum):
@@ -54,7 +54,7 @@ class Situation:
     """A call that is going to be made, the state that it will find, and what shows the state."""
 
     call: Call
-    before: Expectation
+    before: ModelState
     asked: tuple[Call, ...]
 
 
@@ -79,40 +79,40 @@ class Stage:
     async def _prepare_listed(self, method: str) -> Situation:
         setting = SETTINGS[self._rng.choice(self._listed[method])]
         scene = new_scene(self._rng, setting, EVERYTHING)
-        state = Expectation(self._clock, State())
+        state = ModelState(self._clock, State())
         for call in scene.setup:
             state = await self._make(state, call)
         return Situation(call=scene.call, before=state, asked=scene.asked)
 
     async def _prepare_drawn(self, method: str) -> Situation:
-        rng, chooser = self._rng, RandomChooser(self._rng)
-        if method in SPANNING:
+        rng, chooser = self._rng, RandomChoices(self._rng)
+        if method in GLOBAL_OPERATIONS:
             # It acts on all runs: those of earlier situations go first.
             await self.store.cleanup(self._clock() + timedelta(days=1))
         runs = sorted(UUID(int=rng.getrandbits(127)) for _ in range(2))
         flows = [UUID(int=rng.getrandbits(127)) for _ in FLOWS]
-        state = Expectation(self._clock, State())
+        state = ModelState(self._clock, State())
 
-        def world() -> World:
+        def world() -> Universe:
             model = Model(self._clock, state.state)
-            return World(model=model, runs=runs, flows=flows, keys=("a", "b"))
+            return Universe(model=model, runs=runs, flows=flows, keys=("a", "b"))
 
-        others = [name for name in writes() if name not in SPANNING]
-        weights = [METHODS[name].weight for name in others]
+        others = [name for name in writes() if name not in GLOBAL_OPERATIONS]
+        weights = [STRATEGIES[name].weight for name in others]
         state = await self._make(state, draw_call(chooser, world(), "start_run"))
         for _ in range(rng.randint(0, LONGEST)):
             if rng.random() < 0.15:
-                self._clock.advance(draw_jump(chooser, world()))
+                self._clock.advance(draw_clock_advance(chooser, world()))
             [name] = rng.choices(others, weights)
             state = await self._make(state, draw_call(chooser, world(), name))
         keys = [(flow, trigger, key) for flow in flows for trigger in "tT" for key in IDEMPOTENCY_KEYS]
-        asked = [call for run in runs for call in what_to_ask(run, EVERYTHING)]
-        asked += what_to_ask(runs[0], (), keys=keys)[-len(keys) :]
+        asked = [call for run in runs for call in probe_calls(run, EVERYTHING)]
+        asked += probe_calls(runs[0], (), keys=keys)[-len(keys) :]
         return Situation(call=draw_call(chooser, world(), method), before=state, asked=tuple(asked))
 
-    async def _make(self, state: Expectation, call: Call) -> Expectation:
-        after = state.then(call, times=True)
-        outcome = await outcome_of(self.store, call, times=True)
+    async def _make(self, state: ModelState, call: Call) -> ModelState:
+        after = state.then(call, exact_times=True)
+        outcome = await outcome_of(self.store, call, exact_times=True)
         if outcome != after.outcome:
             raise RuntimeError(f"without any fault {call.source()} gave {answer(outcome)}")
         return after
@@ -126,14 +126,14 @@ async def judge(
     ``reachable`` says that the store could be asked at any time, so that its answer must be exact.
     """
     call, before = situation.call, situation.before
-    after = before.then(call, times=True)
+    after = before.then(call, exact_times=True)
     told = f"{call.method} gave {answer(outcome)}"
     if is_foreign(outcome):
         tally.mistrust(f"{told}, which is none of the contract's errors")
         return
     if (outcome is UNKNOWN or is_unavailable(outcome)) and reachable:
         tally.mistrust(f"{told}, where the store could be asked")
-    possible: Sequence[Expectation] = [after]
+    possible: Sequence[ModelState] = [after]
     if outcome is UNKNOWN or (call.method == "annotate_dispatch" and not reachable):
         # The latter is best effort, and never says that it failed (CLM-7).
         possible = [before, after]
@@ -141,14 +141,14 @@ async def judge(
         possible = [before]
     elif outcome != after.outcome and after.outcome is not None:
         tally.mistrust(f"{told}, where {answer(after.outcome)} is right")
-    wanted = [one.look(situation.asked, times=True) for one in possible]
-    seen = await look_until(store, situation.asked, wanted, times=True)
+    wanted = [one.look(situation.asked, exact_times=True) for one in possible]
+    seen = await observe_until(store, situation.asked, wanted, exact_times=True)
     if seen in wanted:
         return
     what = f"{told}, and then {difference(situation.asked, seen, wanted)}"
-    if seen == before.look(situation.asked, times=True):
+    if seen == before.look(situation.asked, exact_times=True):
         tally.lose(what)
-    elif seen == after.then(call, times=True).look(situation.asked, times=True):
+    elif seen == after.then(call, exact_times=True).look(situation.asked, exact_times=True):
         tally.repeat(what)
     else:
         tally.mistrust(what)

@@ -261,7 +261,7 @@ class Progress:
     def ended(self, result: CheckResult, number: int, count: int) -> None:
         self._bad += result.status in ("FAIL", "INCONCLUSIVE")
         if not self._live:
-            _say(f"{self._line}: {result.status}, {result.exercised:,} times in {span(result.seconds)}")
+            _say(f"{self._line}: {result.status}, {result.assertions:,} times in {span(result.seconds)}")
 
     async def _tick(self) -> None:
         while True:

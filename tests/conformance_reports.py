@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from flowstore_conformance import CLAUSES, CheckResult, Failure, Report, Status
-from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.checks.registry import Check, Kind, Run
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
 from flowstore_conformance.linearizability import Verdict, check_history
 
@@ -90,16 +90,16 @@ def made_check(
     )
 
 
-async def passes(bench: Bench) -> None:
+async def passes(context: CheckContext) -> None:
     run_id = new_run_id()
-    run = await bench.store.start_run(new_run_id(), "orders", run_id, "manual")
-    bench.expect(run.status, RunStatus.RUNNING, "a run that was started is Running")
+    run = await context.store.start_run(new_run_id(), "orders", run_id, "manual")
+    context.expect(run.status, RunStatus.RUNNING, "a run that was started is Running")
 
 
-async def breaks(bench: Bench) -> None:
+async def breaks(context: CheckContext) -> None:
     history = two_winners()
-    bench.exercised += 40
-    raise Violation(
+    context.assertions += 40
+    raise ContractViolation(
         "two of three concurrent try_claim_step were told True: expected exactly one",
         program=PROGRAM,
         history=history,
@@ -107,8 +107,8 @@ async def breaks(bench: Bench) -> None:
     )
 
 
-async def runs_out(bench: Bench) -> None:
-    bench.exercised += 1
+async def runs_out(context: CheckContext) -> None:
+    context.assertions += 1
     raise Inconclusive("the search ran out of its budget of 200,000 states")
 
 
@@ -136,7 +136,7 @@ def made_report(
             CheckResult(
                 check=made_check(clause, f"keeps_{clause.lower().replace('-', '_')}"),
                 status=status,
-                exercised=0 if status is Status.UNSUPPORTED else 13 * (number + 1),
+                assertions=0 if status is Status.UNSUPPORTED else 13 * (number + 1),
                 seconds=0.012 * (number + 1),
                 seed=1234,
                 failure=failure,
@@ -158,7 +158,12 @@ def made_report(
 
 
 def simple_failure(clause: str) -> Failure:
-    return Failure(clause=clause, message="expected True, got <False> & `nothing` | else", struck=5, tried=5)
+    return Failure(
+        clause=clause,
+        message="expected True, got <False> & `nothing` | else",
+        reproductions=5,
+        repetitions=5,
+    )
 
 
 def race_failure(clause: str) -> Failure:
@@ -172,6 +177,6 @@ def race_failure(clause: str) -> Failure:
         history=history,
         verdict=verdict_of(history),
         traceback="Traceback (most recent call last):\n  ...\nKeyError: 'charge'\n",
-        struck=3,
-        tried=5,
+        reproductions=3,
+        repetitions=5,
     )

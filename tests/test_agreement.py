@@ -14,12 +14,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.agreement import LOOKS, expected_outcome
-from flowstore_conformance.calls import draw_call, draw_jump, drawable_methods
-from flowstore_conformance.drawing import FLOWS, KEYS, RandomChooser, World
+from flowstore_conformance.differential import GLOBAL_READS, expected_outcome
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import Model
-from flowstore_conformance.observation import ask, what_to_ask
+from flowstore_conformance.operations import available_strategies, draw_call, draw_clock_advance
+from flowstore_conformance.state_probe import invoke, probe_calls
+from flowstore_conformance.strategies import FLOWS, KEYS, RandomChoices, Universe
 
 from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
 from flowstore_core.plugins import find_backend
@@ -52,7 +52,7 @@ async def stores(
 async def _answer(store: FlowStore, call: Call) -> Any:
     """What a call returned, or the error with its attributes: equal answers, equal behaviour."""
     try:
-        return await ask(store, call)
+        return await invoke(store, call)
     except FlowStoreError as error:
         return type(error), error.__dict__
 
@@ -68,9 +68,9 @@ async def _agree(stores: dict[str, FlowStore], history: list[Call], call: Call) 
 
 async def _agree_on_everything(stores: dict[str, FlowStore], history: list[Call]) -> None:
     for run_id in RUNS:
-        for call in what_to_ask(run_id, ALL):
+        for call in probe_calls(run_id, ALL):
             await _agree(stores, history, call)
-    for method in LOOKS:
+    for method in GLOBAL_READS:
         await _agree(stores, history, Call(method=method))
 
 
@@ -79,16 +79,16 @@ async def test_backends_agree_on_random_histories(
     stores: dict[str, FlowStore], clock: VirtualClock, seed: int
 ) -> None:
     rng = random.Random(seed)
-    chooser = RandomChooser(rng)
+    chooser = RandomChoices(rng)
     # The model says what is at hand to draw from; its answers are the suite's to compare.
     model = Model(clock)
-    world = World(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
-    methods = {name: one.weight for name, one in drawable_methods(ALL).items()}
+    world = Universe(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
+    methods = {name: one.weight for name, one in available_strategies(ALL).items()}
     history: list[Call] = []
     errors = 0
     for number in range(CALLS):
         if rng.random() < 0.3:
-            clock.now += draw_jump(chooser, world)
+            clock.now += draw_clock_advance(chooser, world)
         [method] = rng.choices(list(methods), list(methods.values()))
         call = draw_call(chooser, world, "start_run" if number < 2 else method)
         answer = await _agree(stores, history, call)

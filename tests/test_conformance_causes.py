@@ -27,7 +27,7 @@ LACKS = SignatureFinding(method="ping", noun="store", problem="is missing", reme
 
 def failed(name: str, failure: Failure, kind: Kind = Kind.EXAMPLE, clause: str = "CLM-1") -> CheckResult:
     check = dataclasses.replace(made_check(clause, name), kind=kind)
-    return CheckResult(check=check, status=Status.FAIL, exercised=1, seconds=0.1, seed=1, failure=failure)
+    return CheckResult(check=check, status=Status.FAIL, assertions=1, seconds=0.1, seed=1, failure=failure)
 
 
 def wrong(clause: str = "CLM-1") -> Failure:
@@ -48,7 +48,7 @@ def stumbled(name: str, finding: SignatureFinding = LACKS) -> CheckResult:
     return CheckResult(
         check=made_check("RUN-1", name),
         status=Status.NOT_RUN,
-        exercised=0,
+        assertions=0,
         seconds=0.0,
         seed=1,
         reason=finding.title,

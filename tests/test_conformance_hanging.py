@@ -17,8 +17,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from flowstore_conformance import CheckResult, Failure, Report, Status, run_suite
-from flowstore_conformance.bench import Bench
 from flowstore_conformance.checks.registry import all_checks
+from flowstore_conformance.context import CheckContext
 from flowstore_conformance.suite import select_checks
 from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog, chain
 
@@ -38,10 +38,12 @@ def _plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     faulty.released.set()
 
 
-async def claims(bench: Bench) -> None:
+async def claims(context: CheckContext) -> None:
     run_id = new_run_id()
-    await bench.store.start_run(new_run_id(), "orders", run_id, "manual")
-    bench.expect(await bench.store.try_claim_step(run_id, "pay", owner="me"), True, "the first claim wins")
+    await context.store.start_run(new_run_id(), "orders", run_id, "manual")
+    context.expect(
+        await context.store.try_claim_step(run_id, "pay", owner="me"), True, "the first claim wins"
+    )
 
 
 async def run(name: str, *checks: Any, url: str = "", limit: float = 1.0, **options: Any) -> Report:
@@ -368,7 +370,7 @@ def test_pytest_has_the_same_watchdog_beside_pytest_timeout(tmp_path: Path) -> N
                 "no:asyncio",
                 "--timeout=1",
             ),
-            *("-p", "flowstore_conformance.options", "--pyargs", "flowstore_conformance"),
+            *("-p", "flowstore_conformance.pytest_plugin", "--pyargs", "flowstore_conformance"),
             *("--flowstore-url=faulty-waits-for-a-thread://", "--flowstore-clause=CLM-7"),
             *("--flowstore-profile=quick", "--flowstore-check-timeout=6"),
         ],

@@ -32,7 +32,7 @@ def run(folder: Path, *arguments: str, url: str | None = None) -> subprocess.Com
     )
 
 
-PLUGIN = ("-p", "flowstore_conformance.options", "--pyargs", "flowstore_conformance")
+PLUGIN = ("-p", "flowstore_conformance.pytest_plugin", "--pyargs", "flowstore_conformance")
 
 
 def test_one_test_for_each_check_named_by_its_clause(tmp_path: Path) -> None:

@@ -12,17 +12,24 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.bench import Bench, Inconclusive, Profile, make_bench
 from flowstore_conformance.checks.registry import Check, Kind, all_checks
 from flowstore_conformance.checks.snapshots import torn
+from flowstore_conformance.context import CheckContext, Inconclusive, Profile, new_context
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
-from flowstore_conformance.hunting import Effort, hunt, judge
-from flowstore_conformance.programs import replay_on_memory
-from flowstore_conformance.racing import Done, Job, Race, Run, StoreRunner
+from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
+from flowstore_conformance.race_search import Budget, judge, search
+from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
 from flowstore_conformance.report import CheckResult, Status
+from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.suite import run_check
-from flowstore_conformance.themes import THEMES, Drawing, Theme
-from flowstore_conformance.wire import pack_done, pack_job, read_line, unpack_done, unpack_job, write_line
+from flowstore_conformance.wire import (
+    pack_result,
+    pack_task,
+    read_line,
+    unpack_result,
+    unpack_task,
+    write_line,
+)
 
 from flowstore_core import (
     Capability,
@@ -148,7 +155,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
 
 @pytest.mark.parametrize("mode", ["tasks", "stores"])
 @pytest.mark.parametrize(
-    ("wrong", "theme", "clause", "words"),
+    ("wrong", "family", "clause", "words"),
     [
         (CheckThenClaim, "claims", "CLM-1", "what only one can win"),
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
@@ -159,10 +166,10 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
     ],
 )
 async def test_catches_a_race(
-    monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], theme: str, clause: str, words: str, mode: str
+    monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], family: str, clause: str, words: str, mode: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
-    result = await run(f"{theme}_by_{mode}")
+    result = await run(f"{family}_by_{mode}")
     failure = result.failure
     assert failure is not None
     assert (result.status, failure.clause) == (Status.FAIL, clause)
@@ -228,7 +235,7 @@ async def test_the_same_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         make_wrong(monkeypatch, wrong)
         name = "claims_by_tasks" if wrong is CheckThenClaim else "programs_agree_with_the_model"
         first, second = await run(name, seed=5), await run(name, seed=5)
-        assert first.exercised > 0
+        assert first.assertions > 0
         assert first.failure is not None
         assert second.failure is not None
         assert first.failure.clause == second.failure.clause
@@ -240,18 +247,20 @@ async def test_the_same_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 class _OneAfterTheOther:
     """A runner in which nothing overlaps."""
 
-    def __init__(self, bench: Bench) -> None:
-        self._runner = StoreRunner([bench.store], bench.clock)
-        self.setting = self._runner.setting
+    def __init__(self, context: CheckContext) -> None:
+        self._runner = StoreRunner([context.store], context.clock)
+        self.topology = self._runner.topology
 
-    async def run(self, races: Sequence[Race]) -> list[Run]:
+    async def run(self, races: Sequence[Race]) -> list[RaceRun]:
         return [dataclasses.replace(one, overlapping=0) for one in await self._runner.run(races)]
 
 
 async def test_too_little_overlap_is_no_pass() -> None:
-    async with make_bench("memory://", MEMORY, Profile.QUICK, 3) as bench:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
         with pytest.raises(Inconclusive, match="calls overlapped in only 0 of"):
-            await hunt(bench, THEMES[0], _OneAfterTheOther(bench), Effort(volleys=2, races=2, seconds=5))
+            await search(
+                context, RACE_FAMILIES[0], _OneAfterTheOther(context), Budget(rounds=2, races=2, seconds=5)
+            )
 
 
 async def test_no_verdict_is_no_pass() -> None:
@@ -264,9 +273,9 @@ async def test_no_verdict_is_no_pass() -> None:
     wrong = dataclasses.replace(same, outcome=Returned(None))
     history = History.of([same, same, same, wrong])
     race = Race(setup=(), clients=(), final=())
-    async with make_bench("memory://", MEMORY, Profile.QUICK, 3) as bench:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
         with pytest.raises(Inconclusive, match="no verdict"):
-            judge(bench, Run(race=race, history=history, overlapping=1, unavailable=0), budget=0)
+            judge(context, RaceRun(race=race, history=history, overlapping=1, unavailable=0), budget=0)
 
 
 async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> None:
@@ -352,8 +361,8 @@ def test_jobs_and_histories_survive_the_wire() -> None:
         "status": StepStatus.FAILED,
     }
     call = Call(method="retry_step", arguments=arguments)
-    job = Job(race=3, client=1, calls=(call, call), yields=(0, 2))
-    assert unpack_job(read_line(write_line(pack_job(job)))) == job
+    job = ClientTask(race=3, client=1, calls=(call, call), yields=(0, 2))
+    assert unpack_task(read_line(write_line(pack_task(job)))) == job
     outcomes = (
         Returned((("a", frozenset({"x"})), (UUID(int=2), now, 1.5, True))),
         Raised("StaleAttemptError"),
@@ -370,8 +379,8 @@ def test_jobs_and_histories_survive_the_wire() -> None:
         )
         for outcome in outcomes
     )
-    done = Done(race=3, operations=operations, suspended=True, unavailable=2)
-    assert unpack_done(read_line(write_line(pack_done(done))), 1, now) == done
+    done = ClientResult(race=3, operations=operations, suspended=True, unavailable=2)
+    assert unpack_result(read_line(write_line(pack_result(done))), 1, now) == done
 
 
 async def test_processes_race(tmp_path: Any) -> None:
@@ -383,17 +392,17 @@ async def test_processes_race(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "theme",
-    [one for one in THEMES if one.name not in ("keys", "triggers")],
+    [one for one in RACE_FAMILIES if one.name not in ("keys", "triggers")],
     ids=lambda one: one.name,
 )
 @pytest.mark.parametrize("capabilities", [frozenset(Capability), frozenset()], ids=["full", "base"])
 def test_a_race_ends_with_a_look_at_all_state_of_its_run(
-    theme: Theme, capabilities: frozenset[Capability]
+    family: RaceFamily, capabilities: frozenset[Capability]
 ) -> None:
-    if not theme.needs <= capabilities:
+    if not family.needs <= capabilities:
         pytest.skip("the theme needs more")
-    drawing = Drawing(random.Random(7), capabilities, datetime(2026, 1, 1, tzinfo=UTC))
-    looks = {call.method for call in theme.draw(drawing).final}
+    drawing = RaceBuilder(random.Random(7), capabilities, datetime(2026, 1, 1, tzinfo=UTC))
+    looks = {call.method for call in family.draw(drawing).final}
     wanted = {"get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"}
     extensions = {"get_waiters", "get_outputs", "get_run_events"}
     assert looks >= wanted | (extensions if capabilities else {"get_waiter"})

@@ -169,7 +169,7 @@ def test_the_json_holds_the_history_and_its_order() -> None:
     assert history["operations"][history["unplaced"][0]["operation"]]["answer"] == "True"
     assert history["unplaced"][0]["expected"] == "False"
     assert [one["returned"] for one in history["operations"]].count(None) == 1
-    assert (race["struck"], race["tried"]) == (3, 5)
+    assert (race["reproductions"], race["repetitions"]) == (3, 5)
 
 
 # JUnit

@@ -19,7 +19,7 @@ def result(clause: str, status: Status, *also: str, name: str = "one", failing: 
     return CheckResult(
         check=made_check(clause, name, None, *also),
         status=status,
-        exercised=3,
+        assertions=3,
         seconds=0.1,
         seed=1,
         failure=failure,
@@ -68,7 +68,7 @@ def test_a_clause_is_as_good_as_the_worst_of_its_checks() -> None:
     good, bad = result("RUN-1", Status.PASS), result("RUN-1", Status.INCONCLUSIVE, name="two")
     report = report_of(good, bad)
     assert status_of(report, "RUN-1") is Status.INCONCLUSIVE
-    assert next(one.exercised for one in report.clauses if one.clause.id == "RUN-1") == 6
+    assert next(one.assertions for one in report.clauses if one.clause.id == "RUN-1") == 6
 
 
 def test_a_check_that_needs_more_than_its_clause_does_not_hide_the_others() -> None:

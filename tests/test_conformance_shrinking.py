@@ -10,17 +10,17 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.agreement import expected_outcome, optional_arguments, without_argument
-from flowstore_conformance.bench import Profile, make_bench
-from flowstore_conformance.calls import METHODS, draw_call, draw_jump
-from flowstore_conformance.drawing import FLOWS, RandomChooser, World
+from flowstore_conformance.context import Profile, new_context
+from flowstore_conformance.differential import expected_outcome, optional_arguments, without_argument
 from flowstore_conformance.history import Call, Raised, Returned
-from flowstore_conformance.hunting import Effort, hunt, smaller_races
 from flowstore_conformance.legality import is_legal, is_rightly_refused
 from flowstore_conformance.model import Model
-from flowstore_conformance.racing import Race, StoreRunner
+from flowstore_conformance.operations import STRATEGIES, draw_call, draw_clock_advance
+from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
+from flowstore_conformance.race_search import Budget, search, smaller_races
+from flowstore_conformance.races import Race, StoreRunner
 from flowstore_conformance.signature import Signature, WrongAnswer, wrong_answers
-from flowstore_conformance.themes import THEMES, Drawing, Theme
+from flowstore_conformance.strategies import FLOWS, RandomChoices, Universe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,11 +176,11 @@ async def test_dropping_the_owner_drops_the_lease() -> None:
 def test_every_simpler_call_is_legal(seed: int, length: int) -> None:
     async def try_all() -> None:
         generator, clock = random.Random(seed), VirtualClock(NOW)
-        chooser = RandomChooser(generator)
-        world = World(model=Model(clock), runs=[RUN, UUID(int=2)], flows=FLOWS)
+        chooser = RandomChoices(generator)
+        world = Universe(model=Model(clock), runs=[RUN, UUID(int=2)], flows=FLOWS)
         for number in range(length):
-            clock.now += draw_jump(chooser, world)
-            call = draw_call(chooser, world, generator.choice(list(METHODS)) if number else "start_run")
+            clock.now += draw_clock_advance(chooser, world)
+            call = draw_call(chooser, world, generator.choice(list(STRATEGIES)) if number else "start_run")
             assert is_legal(call), call.source()
             expected_outcome(world.model, call)
             while optional := optional_arguments(call):
@@ -194,15 +194,15 @@ def test_every_simpler_call_is_legal(seed: int, length: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**64), theme=st.sampled_from(THEMES))
-def test_every_smaller_race_is_legal(seed: int, theme: Theme) -> None:
+@given(seed=st.integers(0, 2**64), family=st.sampled_from(RACE_FAMILIES))
+def test_every_smaller_race_is_legal(seed: int, family: RaceFamily) -> None:
     def calls(race: Race) -> list[Call]:
         return [*race.setup, *(call for client in race.clients for call in client), *race.final]
 
     async def try_all() -> None:
         generator = random.Random(seed)
-        drawing = Drawing(generator=generator, capabilities=frozenset(Capability), now=NOW)
-        race = theme.draw(drawing).scheduled(generator)
+        drawing = RaceBuilder(generator=generator, capabilities=frozenset(Capability), now=NOW)
+        race = family.draw(drawing).scheduled(generator)
         while smaller := list(smaller_races(race)):
             for each in (race, *smaller):
                 assert all(map(is_legal, calls(each)))
@@ -213,12 +213,12 @@ def test_every_smaller_race_is_legal(seed: int, theme: Theme) -> None:
 
 async def test_an_illegal_call_that_is_refused_is_no_finding() -> None:
     """Every valid store raises InvalidArgumentError for it, so a race that has one breaks nothing by it."""
-    start = Drawing(generator=random.Random(1), capabilities=frozenset(Capability), now=NOW).start_run()
-    alone = claim(lease=timedelta(minutes=1))
-    race = Race(setup=(start,), clients=((alone,), (claim(owner="one"),)), final=())
-    theme = Theme(name="refusals", clauses=("CLM-1",), sentence="refusals", draw=lambda drawing: race)
-    async with make_bench("memory://", MEMORY, Profile.QUICK, 3) as bench:
-        await hunt(
-            bench, theme, StoreRunner([bench.store], bench.clock), Effort(volleys=2, races=2, seconds=5)
+    start = RaceBuilder(generator=random.Random(1), capabilities=frozenset(Capability), now=NOW).start_run()
+    exclusive = claim(lease=timedelta(minutes=1))
+    race = Race(setup=(start,), clients=((exclusive,), (claim(owner="one"),)), final=())
+    family = RaceFamily(name="refusals", clauses=("CLM-1",), sentence="refusals", draw=lambda drawing: race)
+    async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
+        await search(
+            context, family, StoreRunner([context.store], context.clock), Budget(rounds=2, races=2, seconds=5)
         )
-        assert bench.exercised == 4
+        assert context.assertions == 4

@@ -14,10 +14,10 @@ from typing import Any
 import flowstore_conformance
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Profile, Report, Status, check_backend, run_suite
-from flowstore_conformance.bench import Bench, Violation
 from flowstore_conformance.checks.registry import Check, Run, all_checks
+from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
-from flowstore_conformance.programs import replay_on_memory, write_programs
+from flowstore_conformance.repro import replay_on_memory, write_programs
 from flowstore_conformance.suite import run_check
 
 from flowstore_core import Capability, ConfigurationError, FlowStoreError, StoreUnavailableError, open_store
@@ -44,7 +44,7 @@ async def run_one(
 
 async def test_a_check_that_passes() -> None:
     result = await run_one(passes)
-    assert (result.status, result.exercised) == (Status.PASS, 1)
+    assert (result.status, result.assertions) == (Status.PASS, 1)
 
 
 async def test_a_check_that_finds_a_broken_promise() -> None:
@@ -52,7 +52,7 @@ async def test_a_check_that_finds_a_broken_promise() -> None:
     assert result.status is Status.FAIL
     assert result.failure is not None
     assert result.failure.clause == "CLM-1"
-    assert (result.failure.struck, result.failure.tried) == (1, 1)
+    assert (result.failure.reproductions, result.failure.repetitions) == (1, 1)
 
 
 async def test_a_check_that_ran_out_of_its_budget_is_no_pass() -> None:
@@ -62,7 +62,7 @@ async def test_a_check_that_ran_out_of_its_budget_is_no_pass() -> None:
 
 
 async def test_a_check_that_looked_at_nothing_is_no_pass() -> None:
-    async def looks_away(bench: Bench) -> None:
+    async def looks_away(context: CheckContext) -> None:
         return
 
     assert (await run_one(looks_away)).status is Status.INCONCLUSIVE
@@ -71,12 +71,12 @@ async def test_a_check_that_looked_at_nothing_is_no_pass() -> None:
 async def test_a_check_whose_capability_is_missing_is_unsupported() -> None:
     check = made_check("CON-5", "one", breaks, needs=[Capability.DURABLE])
     (result,) = (await run(check)).results
-    assert (result.status, result.exercised) == (Status.UNSUPPORTED, 0)
+    assert (result.status, result.assertions) == (Status.UNSUPPORTED, 0)
     assert result.reason == "the backend does not declare DURABLE"
 
 
 async def test_an_error_that_is_not_of_the_contract_breaks_con_2() -> None:
-    async def leaks(bench: Bench) -> None:
+    async def leaks(context: CheckContext) -> None:
         raise KeyError("s3cret row")
 
     failure = (await run_one(leaks)).failure
@@ -88,7 +88,7 @@ async def test_an_error_that_is_not_of_the_contract_breaks_con_2() -> None:
 
 
 async def test_an_error_of_the_contract_where_none_belongs_breaks_the_clause() -> None:
-    async def refuses(bench: Bench) -> None:
+    async def refuses(context: CheckContext) -> None:
         raise StoreUnavailableError("too busy")
 
     failure = (await run_one(refuses)).failure
@@ -98,9 +98,9 @@ async def test_an_error_of_the_contract_where_none_belongs_breaks_the_clause() -
 
 
 async def test_a_violation_inside_a_task_group_is_found() -> None:
-    async def one(bench: Bench) -> None:
+    async def one(context: CheckContext) -> None:
         async def fail() -> None:
-            raise Violation("wrong", clause="RUN-3")
+            raise ContractViolation("wrong", clause="RUN-3")
 
         async with asyncio.TaskGroup() as group:
             group.create_task(fail())
@@ -111,7 +111,7 @@ async def test_a_violation_inside_a_task_group_is_found() -> None:
 
 
 async def test_a_check_that_hangs_is_a_failure() -> None:
-    async def hangs(bench: Bench) -> None:
+    async def hangs(context: CheckContext) -> None:
         await asyncio.Event().wait()
 
     failure = (await run_one(hangs, check_timeout=2.0)).failure
@@ -120,7 +120,7 @@ async def test_a_check_that_hangs_is_a_failure() -> None:
 
 
 async def test_a_time_out_that_a_driver_lets_out_is_not_taken_for_hanging() -> None:
-    async def leaks(bench: Bench) -> None:
+    async def leaks(context: CheckContext) -> None:
         raise TimeoutError
 
     failure = (await run_one(leaks)).failure
@@ -131,22 +131,22 @@ async def test_a_time_out_that_a_driver_lets_out_is_not_taken_for_hanging() -> N
 async def test_a_failure_is_run_again_to_tell_how_often_it_strikes() -> None:
     calls = 0
 
-    async def sometimes(bench: Bench) -> None:
+    async def sometimes(context: CheckContext) -> None:
         nonlocal calls
         calls += 1
-        bench.expect_that(calls % 2 == 0, "an answer is right every time")
+        context.expect_that(calls % 2 == 0, "an answer is right every time")
 
     failure = (await run_one(sometimes, repeats=4)).failure
     assert failure is not None
-    assert (failure.struck, failure.tried) == (3, 5)
+    assert (failure.reproductions, failure.repetitions) == (3, 5)
 
 
 async def test_the_seed_decides_what_a_check_draws_alone_or_among_others() -> None:
     drawn: list[float] = []
 
-    async def draws(bench: Bench) -> None:
-        bench.exercised += 1
-        drawn.append(bench.random.random())
+    async def draws(context: CheckContext) -> None:
+        context.assertions += 1
+        drawn.append(context.random.random())
 
     check = made_check("RUN-2", "draws", draws)
     await run(check)
@@ -242,7 +242,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-async def touches(bench: Bench) -> None:
+async def touches(context: CheckContext) -> None:
     raise AssertionError("a check ran in somebody's namespace")
 
 
@@ -314,8 +314,8 @@ async def test_one_namespace_for_two_is_refused() -> None:
 
 
 async def test_a_refusal_in_the_middle_ends_the_run() -> None:
-    async def makes_another(bench: Bench) -> None:
-        async with bench.fresh():
+    async def makes_another(context: CheckContext) -> None:
+        async with context.new_namespace():
             pass
 
     backend = GuardedBackend(Handing("memory://one", "handing://mine"), "handing://mine")
@@ -344,7 +344,7 @@ async def test_the_guard_passes_a_fresh_namespace_of_a_built_in_backend(tmp_path
 async def test_a_password_stays_out_of_tracebacks_and_url(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = GuardedBackend(Handing("memory://one"), "handing://me:s3cr%20et@host/db")
 
-    async def leaks(bench: Bench) -> None:
+    async def leaks(context: CheckContext) -> None:
         raise OSError("cannot log in as me with s3cr et (s3cr%20et)")
 
     result = await run_check(made_check("RUN-1", "one", leaks), backend._url, backend, Profile.QUICK, 7)

@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.calls import SPANNING, draw_call, drawable_methods
-from flowstore_conformance.drawing import RandomChooser, World
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
 from flowstore_conformance.linearizability import Answer, apply_call, check_history, independent_parts
 from flowstore_conformance.model import Model, State
+from flowstore_conformance.operations import GLOBAL_OPERATIONS, available_strategies, draw_call
+from flowstore_conformance.strategies import RandomChoices, Universe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,10 +85,10 @@ def _fits(order: list[Operation], start: State) -> bool:
 def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
     """Up to six calls with drawn times, the answers of some order, and now and then a wrong one."""
     generator = random.Random(draw(st.integers(0, 2**32)))
-    chooser, model = RandomChooser(generator), Model(lambda: NOW)
+    chooser, model = RandomChoices(generator), Model(lambda: NOW)
     capabilities = frozenset(Capability)
-    world = World(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
-    names = [name for name in drawable_methods(capabilities) if name not in SPANNING]
+    world = Universe(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
+    names = [name for name in available_strategies(capabilities) if name not in GLOBAL_OPERATIONS]
     favourites = generator.sample(names, 6)
 
     def draw_one() -> Call:
@@ -270,7 +270,7 @@ def test_the_clock_of_each_call_counts() -> None:
 
 def test_without_a_common_clock_times_are_not_compared() -> None:
     _, state = apply_call(State(), op(START, 0, 0, None))
-    outcome, _ = apply_call(state, op(on("get_run_detail"), 0, 0, None), times=False)
+    outcome, _ = apply_call(state, op(on("get_run_detail"), 0, 0, None), exact_times=False)
     elsewhere = replace(op(START, 0, 0, None), now=NOW + timedelta(days=3))
-    _, later = apply_call(State(), elsewhere, times=False)
-    assert apply_call(later, op(on("get_run_detail"), 0, 0, None), times=False)[0] == outcome
+    _, later = apply_call(State(), elsewhere, exact_times=False)
+    assert apply_call(later, op(on("get_run_detail"), 0, 0, None), exact_times=False)[0] == outcome

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from flowstore_conformance.history import Call
-from flowstore_conformance.observation import ask
+from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.traces import pack_error
 from flowstore_conformance.watching import Limits, watch_process
 from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
@@ -94,7 +94,7 @@ def _say(line: str) -> None:
 async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
     for number, call in enumerate(calls):
         try:
-            await ask(store, call)
+            await invoke(store, call)
         except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
             what = type(error).__name__ if isinstance(error, FlowStoreError) else f"!{type(error).__name__}"
             _say(f"{worker} {number} {what} {json.dumps(pack_error(error))}")

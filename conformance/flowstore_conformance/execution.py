@@ -22,10 +22,10 @@ def begin(store: FlowStore, call: Call) -> Awaitable[object]:
     return made
 
 
-async def finish(begun: Awaitable[object], *, times: bool = True) -> Outcome:
+async def finish(begun: Awaitable[object], *, exact_times: bool = True) -> Outcome:
     """Await a call that begin made; whatever comes is an outcome, foreign exceptions included."""
     try:
-        return Returned(comparable(await begun, times=times))
+        return Returned(comparable(await begun, exact_times=exact_times))
     except OutcomeUnknownError:
         return UNKNOWN
     except FlowStoreError as error:
@@ -34,9 +34,9 @@ async def finish(begun: Awaitable[object], *, times: bool = True) -> Outcome:
         return Raised(type(error).__name__, error)
 
 
-async def execute(store: FlowStore, call: Call, *, times: bool = True) -> Outcome:
+async def execute(store: FlowStore, call: Call, *, exact_times: bool = True) -> Outcome:
     """Make a call and tell its outcome, as finish does."""
-    return await finish(begin(store, call), times=times)
+    return await finish(begin(store, call), exact_times=exact_times)
 
 
 def is_foreign(outcome: Outcome) -> bool:
@@ -49,7 +49,7 @@ def is_unavailable(outcome: Outcome) -> bool:
     return isinstance(outcome, Raised) and outcome.error == "StoreUnavailableError"
 
 
-class Turns:
+class YieldDetector:
     """Notices whether a call let other tasks run between its beginning and its end."""
 
     def __init__(self) -> None:

@@ -93,29 +93,29 @@ class History:
         return pairs
 
 
-def comparable(value: Any, *, times: bool = True) -> Any:
+def comparable(value: Any, *, exact_times: bool = True) -> Any:
     """An answer as a hashable value that two stores, or a store and the model, can be compared by.
 
     Mappings become tuples of pairs in key order, sequences tuples, enums their text. With
     ``times=False``, for a store on its own clock, a datetime only says that it is there.
     """
     if isinstance(value, datetime):
-        return value if times else "<time>"
-    if isinstance(value, FlowRunDetail) and not times:
+        return value if exact_times else "<time>"
+    if isinstance(value, FlowRunDetail) and not exact_times:
         # Ordered by the time they started at, which is not known then.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = tuple(
-            (each.name, comparable(getattr(value, each.name), times=times))
+            (each.name, comparable(getattr(value, each.name), exact_times=exact_times))
             for each in dataclasses.fields(value)
         )
         return (type(value).__name__, fields)
     if isinstance(value, Mapping):
-        return tuple(sorted((key, comparable(each, times=times)) for key, each in value.items()))
+        return tuple(sorted((key, comparable(each, exact_times=exact_times)) for key, each in value.items()))
     if isinstance(value, (frozenset, set)):
-        return frozenset(comparable(each, times=times) for each in value)
+        return frozenset(comparable(each, exact_times=exact_times) for each in value)
     if isinstance(value, (list, tuple)):
-        return tuple(comparable(each, times=times) for each in value)
+        return tuple(comparable(each, exact_times=exact_times) for each in value)
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float):

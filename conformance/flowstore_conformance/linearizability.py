@@ -58,14 +58,14 @@ def check_history(
     history: History,
     *,
     start: State | None = None,
-    times: bool = True,
+    exact_times: bool = True,
     budget: int = DEFAULT_BUDGET,
 ) -> Verdict:
     """Search an order for each independent part of a history, from the state that ``start`` gives."""
     states = 0
     order: list[Operation] = []
     for part in independent_parts(history.operations):
-        verdict = _Search(part, start or State(), times=times, budget=budget - states).run()
+        verdict = _Search(part, start or State(), exact_times=exact_times, budget=budget - states).run()
         states += verdict.states
         if verdict.answer is not Answer.LINEARIZABLE:
             return verdict
@@ -101,9 +101,11 @@ def _objects(operation: Operation) -> Iterable[object]:
 class _Search:
     """One search over one part; operations are numbered, and sets of them are bit masks."""
 
-    def __init__(self, operations: Sequence[Operation], start: State, *, times: bool, budget: int) -> None:
+    def __init__(
+        self, operations: Sequence[Operation], start: State, *, exact_times: bool, budget: int
+    ) -> None:
         self._operations = operations
-        self._times = times
+        self._times = exact_times
         self._budget = budget
         self._start = start
         self._tried = 0
@@ -168,7 +170,7 @@ class _Search:
         return following
 
     def _apply(self, state: State, operation: Operation) -> tuple[Outcome, State]:
-        return apply_call(state, operation, times=self._times)
+        return apply_call(state, operation, exact_times=self._times)
 
     def _verdict(self, answer: Answer, order: tuple[int, ...]) -> Verdict:
         prefix = tuple(self._operations[index] for index in order)
@@ -205,7 +207,7 @@ def _is_read(operation: Operation) -> bool:
     return operation.call.method.startswith(("get_", "find_"))
 
 
-def apply_call(state: State, operation: Operation, *, times: bool = True) -> tuple[Outcome, State]:
+def apply_call(state: State, operation: Operation, *, exact_times: bool = True) -> tuple[Outcome, State]:
     """What the model answers to a call in a state, and the state after it; the state given is kept."""
     call = operation.call
     after = state if _is_read(operation) else _copy_for(state, operation)
@@ -215,7 +217,7 @@ def apply_call(state: State, operation: Operation, *, times: bool = True) -> tup
         value: Any = method(**call.arguments)
     except FlowStoreError as error:
         return Raised(error_name(error)), after
-    return Returned(comparable(value, times=times)), after
+    return Returned(comparable(value, exact_times=exact_times)), after
 
 
 def _copy_for(state: State, operation: Operation) -> State:

@@ -38,9 +38,9 @@ class Failure:
     verdict: Verdict | None = None
     traceback: str | None = None
     """Of an exception that should not have come, without passwords."""
-    struck: int = 1
+    reproductions: int = 1
     """How often it struck,"""
-    tried: int = 1
+    repetitions: int = 1
     """of how many runs of the check with the same seed."""
     operation: str | None = None
     """The operation that hung or that raised the exception."""
@@ -63,7 +63,7 @@ class CheckResult:
 
     check: Check
     status: Status
-    exercised: int
+    assertions: int
     seconds: float
     seed: int
     """Of the whole run: the one that repeats it."""
@@ -80,7 +80,7 @@ class ClauseResult:
 
     clause: Clause
     status: Status
-    exercised: int
+    assertions: int
     """How often its checks put a promise to the test."""
     results: tuple[CheckResult, ...]
 
@@ -133,7 +133,7 @@ class Report:
         return ClauseResult(
             clause=clause,
             status=_fold(clause.id, own),
-            exercised=sum(result.exercised for result in own),
+            assertions=sum(result.assertions for result in own),
             results=own,
         )
 

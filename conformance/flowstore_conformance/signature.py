@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flowstore_conformance.difference import differences
+from flowstore_conformance.diffing import differences
 from flowstore_conformance.history import Call, Outcome, Raised, Returned
 from flowstore_core import RunStatus, SignalDeliveryStatus, StallReason, StepStatus
 

@@ -14,24 +14,24 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from flowstore_conformance.bench import (
-    Bench,
+from flowstore_conformance.checks.registry import Check, all_checks
+from flowstore_conformance.clauses import CLAUSES
+from flowstore_conformance.context import (
+    CheckContext,
+    ContractViolation,
     Inconclusive,
     Profile,
     SharedNamespace,
     Unsupported,
-    Violation,
-    make_bench,
+    new_context,
 )
-from flowstore_conformance.checks.registry import Check, all_checks
-from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.history import Raised
-from flowstore_conformance.programs import replay_on_memory
+from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
+from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.signatures import SignatureFinding
 from flowstore_conformance.supervision import Stopped, Supervisor
-from flowstore_conformance.surfacing import watch_callbacks
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
 from flowstore_conformance.waivers import Waiver, apply_waivers
 from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog
@@ -40,7 +40,7 @@ from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url, redact
 
-MORE_LOOKS = 2
+INCONCLUSIVE_RETRIES = 2
 """So often a check that was inconclusive by chance looks again, each time four times as patiently."""
 
 REPEATS = 4
@@ -110,7 +110,7 @@ async def run_suite(
             result = await run.check(check)
             if result.failure is not None:
                 since = time.monotonic()
-                result = await run.strike_again(result, repeats=repeats, seconds=left)
+                result = await run.rerun_failed(result, repeats=repeats, seconds=left)
                 left -= time.monotonic() - since
             results.append(result)
             if progress is not None:
@@ -193,11 +193,11 @@ class OneRun:
             ),
         )
 
-    async def strike_again(
+    async def rerun_failed(
         self, result: CheckResult, *, repeats: int = REPEATS, seconds: float = REPEAT_SECONDS
     ) -> CheckResult:
         again = partial(
-            strike_again,
+            rerun_failed,
             result,
             self._url,
             self.backend,
@@ -222,7 +222,7 @@ class OneRun:
             result = CheckResult(
                 check=check,
                 status=Status.FAIL,
-                exercised=0,
+                assertions=0,
                 seconds=time.monotonic() - begun,
                 seed=self._seed,
                 failure=_hang_failure(hung.hang, Scrubber(self._url)),
@@ -239,7 +239,7 @@ class OneRun:
         """Drop the shared namespace and end the loop."""
         if (shared := self._shared) is not None:
             with suppress(Hung):
-                await self._supervisor.run(lambda: _give_up(shared, self._watchdog))
+                await self._supervisor.run(lambda: _discard(shared, self._watchdog))
         await self._supervisor.aclose()
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
 
@@ -286,7 +286,7 @@ def _not_run(check: Check, seed: int, reason: str, finding: SignatureFinding | N
     return CheckResult(
         check=check,
         status=Status.NOT_RUN,
-        exercised=0,
+        assertions=0,
         seconds=0.0,
         seed=seed,
         reason=reason,
@@ -390,11 +390,11 @@ async def run_check(
     dog = watchdog or Watchdog(Limits.of(profile))
     outcome = None
     if shared and check.shares:
-        outcome = await _among_others(check, profile, seed, shared, dog, url)
+        outcome = await _run_shared(check, profile, seed, shared, dog, url)
     if outcome is None:
         outcome = await _outcome(check, url, backend, profile, seed, dog)
-    for number in range(1, MORE_LOOKS + 1):
-        if not outcome.by_chance:
+    for number in range(1, INCONCLUSIVE_RETRIES + 1):
+        if not outcome.retryable:
             break
         # Something else may have kept the machine busy: look longer, and at other draws.
         outcome = await _outcome(check, url, backend, profile, seed, dog, look=number)
@@ -403,7 +403,7 @@ async def run_check(
     return CheckResult(
         check=check,
         status=outcome.status,
-        exercised=outcome.exercised,
+        assertions=outcome.assertions,
         seconds=time.monotonic() - begun,
         seed=seed,
         failure=outcome.failure,
@@ -416,14 +416,14 @@ class Outcome:
     """What one look of a check found."""
 
     status: Status
-    exercised: int = 0
+    assertions: int = 0
     failure: Failure | None = None
     reason: str | None = None
-    by_chance: bool = False
+    retryable: bool = False
     """Inconclusive, and perhaps not the next time."""
 
 
-async def _among_others(
+async def _run_shared(
     check: Check, profile: Profile, seed: int, shared: SharedNamespace, dog: Watchdog, url: str
 ) -> Outcome | None:
     """What a check found in a shared namespace; None, and the namespace given up, unless it passed.
@@ -432,9 +432,9 @@ async def _among_others(
     """
     told = None
     try:
-        with watch_callbacks() as surfaced:
-            async with dog.over(), shared.bench(_own_seed(check, seed)) as bench:
-                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench)
+        with capture_callback_errors() as surfaced:
+            async with dog.over(), shared.context(_own_seed(check, seed)) as context:
+                outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not surfaced:
             return outcome
     except Hung as error:
@@ -445,7 +445,7 @@ async def _among_others(
             raise
     except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
         _raise_refusal(error)
-    await _give_up(shared, dog)
+    await _discard(shared, dog)
     return told
 
 
@@ -455,11 +455,11 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def _give_up(shared: SharedNamespace, dog: Watchdog) -> None:
+async def _discard(shared: SharedNamespace, dog: Watchdog) -> None:
     """Drop a namespace; that this fails is found by checks with one of their own."""
     try:
         async with dog.over():
-            await shared.give_up()
+            await shared.discard()
     except asyncio.CancelledError:
         if _is_cancelled():
             raise
@@ -483,51 +483,51 @@ async def _outcome(
     look: int = 0,
 ) -> Outcome:
     # Once guarded, a backend declares what its opened store does. Else only a store can tell.
-    if isinstance(backend, GuardedBackend) and (lacking := _lacking(check, backend.capabilities)):
+    if isinstance(backend, GuardedBackend) and (lacking := _unsupported(check, backend.capabilities)):
         return lacking
     own_seed = _own_seed(check, seed, look)
     outcome: Outcome | None = None
-    made: Bench | None = None
+    made: CheckContext | None = None
     try:
-        with watch_callbacks() as surfaced:
+        with capture_callback_errors() as surfaced:
             async with (
-                dog.over(patience=4.0**look),
-                make_bench(url, backend, profile, own_seed, 4.0**look, dog.limits.call) as bench,
+                dog.over(timeout_factor=4.0**look),
+                new_context(url, backend, profile, own_seed, 4.0**look, dog.limits.call) as context,
             ):
-                made = bench
-                outcome = _lacking(check, bench.capabilities) or await _judge(check, bench)
+                made = context
+                outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if surfaced and outcome.status is Status.PASS:
             message = f"{type(surfaced[0]).__name__} surfaced in a callback, where no caller sees it"
             failure = _exception_failure("CON-2", message, surfaced[0], url)
-            outcome = Outcome(Status.FAIL, outcome.exercised, failure)
+            outcome = Outcome(Status.FAIL, outcome.assertions, failure)
     except asyncio.CancelledError as error:
         if _is_cancelled():
             raise
-        outcome = _explain(error, check, made.exercised if made else 0, url)
+        outcome = _explain(error, check, made.assertions if made else 0, url)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         # Not of the check, which _judge has told, but of making the bench or of putting it away.
         _raise_refusal(error)
         if outcome is None or outcome.status is Status.PASS:
-            outcome = _explain(error, check, made.exercised if made else 0, url)
+            outcome = _explain(error, check, made.assertions if made else 0, url)
     return outcome
 
 
-def _lacking(check: Check, capabilities: Collection[Capability]) -> Outcome | None:
+def _unsupported(check: Check, capabilities: Collection[Capability]) -> Outcome | None:
     if missing := check.needs - frozenset(capabilities):
         names = ", ".join(sorted(one.name for one in missing))
         return Outcome(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
     return None
 
 
-async def _judge(check: Check, bench: Bench) -> Outcome:
+async def _judge(check: Check, context: CheckContext) -> Outcome:
     try:
-        await check.run(bench)
+        await check.run(context)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         _raise_refusal(error)
-        return _explain(error, check, bench.exercised, bench.base_url)
-    if not bench.exercised:
+        return _explain(error, check, context.assertions, context.base_url)
+    if not context.assertions:
         return Outcome(Status.INCONCLUSIVE, reason="nothing was exercised")
-    return Outcome(Status.PASS, bench.exercised)
+    return Outcome(Status.PASS, context.assertions)
 
 
 def _raise_refusal(error: Exception) -> None:
@@ -536,30 +536,30 @@ def _raise_refusal(error: Exception) -> None:
         raise found
 
 
-def _explain(error: BaseException, check: Check, exercised: int, url: str) -> Outcome:
+def _explain(error: BaseException, check: Check, assertions: int, url: str) -> Outcome:
     """What an exception says about the backend."""
     found, clean = _leaf(error), Scrubber(url)
     if isinstance(found, Hung):
-        return Outcome(Status.FAIL, exercised, _hang_failure(found.hang, clean))
-    if isinstance(found, Violation):
+        return Outcome(Status.FAIL, assertions, _hang_failure(found.hang, clean))
+    if isinstance(found, ContractViolation):
         clause = found.clause or check.clauses[0]
         failure = _exception_failure(clause, found.message, found.__cause__, url)
         failure = dataclasses.replace(
             failure, program=found.program, history=found.history, verdict=found.verdict
         )
-        return Outcome(Status.FAIL, exercised, failure)
+        return Outcome(Status.FAIL, assertions, failure)
     if isinstance(found, (Inconclusive, NoNamespace)):
-        by_chance = isinstance(found, Inconclusive) and found.by_chance
-        return Outcome(Status.INCONCLUSIVE, exercised, reason=clean(str(found)), by_chance=by_chance)
+        retryable = isinstance(found, Inconclusive) and found.retryable
+        return Outcome(Status.INCONCLUSIVE, assertions, reason=clean(str(found)), retryable=retryable)
     if isinstance(found, Unsupported):
-        return Outcome(Status.UNSUPPORTED, exercised, reason=clean(str(found)))
+        return Outcome(Status.UNSUPPORTED, assertions, reason=clean(str(found)))
     if isinstance(found, FlowStoreError):
         clause = check.clauses[0]
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
     else:
         clause = "CON-2"
         message = f"{type(found).__name__} surfaced, which is no error of the contract"
-    return Outcome(Status.FAIL, exercised, _exception_failure(clause, message, found, url))
+    return Outcome(Status.FAIL, assertions, _exception_failure(clause, message, found, url))
 
 
 def _hang_failure(hang: Hang, clean: Scrubber) -> Failure:
@@ -593,10 +593,10 @@ def _leaf(error: BaseException) -> BaseException:
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_leaf(one) for one in error.exceptions]
-    return next((one for one in leaves if isinstance(one, (Refused, Hung, Violation))), leaves[0])
+    return next((one for one in leaves if isinstance(one, (Refused, Hung, ContractViolation))), leaves[0])
 
 
-async def strike_again(
+async def rerun_failed(
     result: CheckResult,
     url: str,
     backend: Backend,
@@ -613,13 +613,13 @@ async def strike_again(
     assert result.failure is not None
     if result.failure.hung:
         return result
-    struck = tried = 1
+    reproductions = repetitions = 1
     begun = time.monotonic()
-    while tried <= repeats and time.monotonic() - begun + result.seconds < seconds:
+    while repetitions <= repeats and time.monotonic() - begun + result.seconds < seconds:
         again = await run_check(result.check, url, backend, profile, result.seed, watchdog=watchdog)
-        tried += 1
-        struck += again.failure is not None and again.failure.clause == result.failure.clause
-    failure = dataclasses.replace(result.failure, struck=struck, tried=tried)
+        repetitions += 1
+        reproductions += again.failure is not None and again.failure.clause == result.failure.clause
+    failure = dataclasses.replace(result.failure, reproductions=reproductions, repetitions=repetitions)
     if failure.program is not None and backend.name != "memory":
         answer = await replay_on_memory(failure.program)
         failure = dataclasses.replace(failure, right_answer=answer)

@@ -172,7 +172,8 @@ class Supervisor:
                     hang = cast(Hang, self.watchdog.hang)
                     self._leave(done)
                     raise Hung(hang)
-            return await done
+            result: T = await done
+            return result
         except asyncio.CancelledError:
             # By the caller: what the job has opened is closed before this goes on.
             await asyncio.shield(self._cancel(done))

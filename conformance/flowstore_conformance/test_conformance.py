@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowstore_conformance.checks.registry import Check
-from flowstore_conformance.options import session_of
+from flowstore_conformance.pytest_plugin import session_of
 from flowstore_conformance.rendering.text import failure_text, finding_lines
 from flowstore_conformance.report import Status
 

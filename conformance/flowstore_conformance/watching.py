@@ -21,11 +21,11 @@ from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from flowstore_conformance.bench import Profile
-from flowstore_conformance.difference import brief
+from flowstore_conformance.context import Profile
+from flowstore_conformance.diffing import brief
 from flowstore_conformance.guard import LOOK_INTO, SCRATCH
 from flowstore_conformance.history import Call
-from flowstore_conformance.rendering.words import call_words
+from flowstore_conformance.rendering.phrasing import call_words
 from flowstore_conformance.traces import OPEN_STORE, OPERATIONS, is_authors, is_suites, place, stack_text
 from flowstore_core.urls import redact
 
@@ -139,7 +139,7 @@ class Watchdog:
         self._left_over: WeakSet[asyncio.Task[Any]] = WeakSet()
 
     @asynccontextmanager
-    async def over(self, *, patience: float = 1.0) -> AsyncIterator[None]:
+    async def over(self, *, timeout_factor: float = 1.0) -> AsyncIterator[None]:
         """Watch what runs in the context; raises Hung when a call in it, or all of it, takes too long.
 
         ``patience`` multiplies the limit for all of it.
@@ -147,7 +147,7 @@ class Watchdog:
         task = asyncio.current_task()
         assert task is not None
         before = asyncio.all_tasks()
-        round_ = _Round(self, task, self.limits.check * patience)
+        round_ = _Round(self, task, self.limits.check * timeout_factor)
         self.hang, self.stuck = None, False
         try:
             yield

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
-from flowstore_conformance.racing import Done, Job
+from flowstore_conformance.races import ClientResult, ClientTask
 from flowstore_conformance.traces import RemoteError, pack_error
 from flowstore_core import RunPosition
 
@@ -77,13 +77,13 @@ def unpack(value: Any) -> Any:
     return frozenset(items) if kind == "f" else tuple(items)
 
 
-def pack_job(job: Job) -> dict[str, Any]:
+def pack_task(job: ClientTask) -> dict[str, Any]:
     calls = [[call.method, pack(call.arguments)] for call in job.calls]
     return {"race": job.race, "client": job.client, "calls": calls, "yields": list(job.yields)}
 
 
-def unpack_job(packed: Mapping[str, Any]) -> Job:
-    return Job(
+def unpack_task(packed: Mapping[str, Any]) -> ClientTask:
+    return ClientTask(
         race=packed["race"],
         client=packed["client"],
         calls=tuple(Call(method=method, arguments=unpack(given)) for method, given in packed["calls"]),
@@ -91,7 +91,7 @@ def unpack_job(packed: Mapping[str, Any]) -> Job:
     )
 
 
-def pack_done(done: Done) -> dict[str, Any]:
+def pack_result(done: ClientResult) -> dict[str, Any]:
     operations = [
         [one.call.method, pack(one.call.arguments), one.invoked, _finite(one.returned), _pack(one.outcome)]
         for one in done.operations
@@ -104,7 +104,7 @@ def pack_done(done: Done) -> dict[str, Any]:
     }
 
 
-def unpack_done(packed: Mapping[str, Any], client: int, now: datetime) -> Done:
+def unpack_result(packed: Mapping[str, Any], client: int, now: datetime) -> ClientResult:
     operations = tuple(
         Operation(
             client=client,
@@ -116,7 +116,7 @@ def unpack_done(packed: Mapping[str, Any], client: int, now: datetime) -> Done:
         )
         for method, arguments, invoked, returned, outcome in packed["operations"]
     )
-    return Done(
+    return ClientResult(
         race=packed["race"],
         operations=operations,
         suspended=packed["suspended"],

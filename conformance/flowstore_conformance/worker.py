@@ -20,9 +20,9 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
 
-from flowstore_conformance.racing import do_jobs
+from flowstore_conformance.races import run_tasks
 from flowstore_conformance.watching import Limits, watch_process
-from flowstore_conformance.wire import pack_done, read_line, unpack, unpack_job, write_line
+from flowstore_conformance.wire import pack_result, read_line, unpack, unpack_task, write_line
 from flowstore_core import FlowStore, FlowStoreError, open_store
 
 SPIN_SECONDS = 0.0005
@@ -52,10 +52,12 @@ async def main() -> None:
     limit = order["limit"]
     watch_process(Limits(limit, limit, limit), lambda hang: say({"hung": hang.packed()}))
     clock = _Clock()
-    times = order["clock"]
+    exact_times = order["clock"]
     async with AsyncExitStack() as stack:
         try:
-            store = await stack.enter_async_context(open_store(order["open"], clock=clock if times else None))
+            store = await stack.enter_async_context(
+                open_store(order["open"], clock=clock if exact_times else None)
+            )
             # Connected before the first race.
             await store.get_active_runs(take=1)
         except Exception as error:  # noqa: BLE001 - told to the harness, whose finding it is
@@ -65,19 +67,19 @@ async def main() -> None:
             return
         say({"open": store.backend})
         while (order := await hear()) is not None:
-            await _phase(store, clock, times, order, hear, say)
+            await _phase(store, clock, exact_times, order, hear, say)
 
 
 async def _phase(
     store: FlowStore,
     clock: _Clock,
-    times: bool,
+    exact_times: bool,
     order: dict[str, Any],
     hear: Callable[[], Awaitable[dict[str, Any] | None]],
     say: Callable[[dict[str, Any]], None],
 ) -> None:
     clock.now = unpack(order["now"])
-    jobs = [unpack_job(packed) for packed in order["jobs"]]
+    jobs = [unpack_task(packed) for packed in order["jobs"]]
 
     async def start() -> None:
         say({"ready": len(jobs)})
@@ -90,8 +92,8 @@ async def _phase(
         while time.monotonic() < go["at"]:
             pass
 
-    done = await do_jobs([(store, job) for job in jobs], clock.now, times, start)
-    say({"done": [pack_done(one) for one in done]})
+    done = await run_tasks([(store, job) for job in jobs], clock.now, exact_times, start)
+    say({"done": [pack_result(one) for one in done]})
 
 
 class _Clock:

@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.bench import Violation
-from flowstore_conformance.cutting import Cut, Point, course, cut, sweep
+from flowstore_conformance.cancellation_points import CancelledCall, CancelPoint, cancel_at, profile, sweep
+from flowstore_conformance.context import ContractViolation
 from flowstore_conformance.history import Raised, Returned, comparable, error_name
-from flowstore_conformance.observation import answer, ask, find_half
-from flowstore_conformance.situations import Scene, available
-from flowstore_conformance.surfacing import watch_callbacks
+from flowstore_conformance.loop_errors import capture_callback_errors
+from flowstore_conformance.state_probe import answer, find_partial_effect, invoke
+from flowstore_conformance.write_scenarios import Scenario, available
 
 from flowstore_chaos.leaks import Holdings
 from flowstore_chaos.line import Line
@@ -57,7 +57,7 @@ class InTwo:
 
 async def run(trial: Trial) -> None:
     async with _place(trial) as (url, server):
-        with watch_callbacks() as surfaced:
+        with capture_callback_errors() as surfaced:
             while not (trial.done or _found_out(trial)):
                 before = Holdings.now()
                 try:
@@ -111,7 +111,7 @@ async def _round(trial: Trial, url: str, server: Server | None) -> None:
     await _openings(trial, url)
 
 
-async def _scenes(trial: Trial, store: FlowStore, count: int) -> list[Scene]:
+async def _scenes(trial: Trial, store: FlowStore, count: int) -> list[Scenario]:
     """Scenes of all kinds, made ready."""
     settings = list(available(store.capabilities).values())
     scenes = [new_scene(trial.rng, trial.rng.choice(settings), store.capabilities) for _ in range(count)]
@@ -119,10 +119,10 @@ async def _scenes(trial: Trial, store: FlowStore, count: int) -> list[Scene]:
     return scenes
 
 
-async def _set_up(trial: Trial, store: FlowStore, scenes: Sequence[Scene]) -> None:
-    async def one(scene: Scene) -> None:
+async def _set_up(trial: Trial, store: FlowStore, scenes: Sequence[Scenario]) -> None:
+    async def one(scene: Scenario) -> None:
         for call in scene.setup:
-            await ask(store, call)
+            await invoke(store, call)
 
     await asyncio.gather(*(one(scene) for scene in scenes))
     trial.tally.operations += sum(len(scene.setup) for scene in scenes)
@@ -136,20 +136,20 @@ async def _sweep(trial: Trial, store: FlowStore) -> None:
         names[0] = "trigger_run"
     for name in names:
 
-        async def make(count: int, name: str = name) -> Sequence[Scene]:
+        async def make(count: int, name: str = name) -> Sequence[Scenario]:
             made = [new_scene(trial.rng, settings[name], store.capabilities) for _ in range(count)]
             await _set_up(trial, store, made)
             return made
 
         [whole] = await make(1)
-        usual = await course(store, whole)
+        usual = await profile(store, whole)
         resident = set(asyncio.all_tasks())
         cuts = []
-        swept = sweep(store, make, usual, trial.rng, moments=MOMENTS, times=False, most=POINTS)
+        swept = sweep(store, make, usual, trial.rng, moments=MOMENTS, exact_times=False, most=POINTS)
         try:
             async for made in swept:
                 cuts.append(made)  # noqa: PERF401 - what came before a violation counts
-        except Violation as violation:
+        except ContractViolation as violation:
             trial.tally.mistrust(str(violation))
         await _judge(trial, store, cuts, resident)
 
@@ -158,22 +158,22 @@ async def _seconds(trial: Trial, store: FlowStore) -> float:
     """How long as many calls take that nobody cancels."""
     scenes = await _scenes(trial, store, AT_ONCE)
     began = time.monotonic()
-    await asyncio.gather(*(ask(store, scene.call) for scene in scenes))
+    await asyncio.gather(*(invoke(store, scene.call) for scene in scenes))
     trial.tally.operations += AT_ONCE
     return time.monotonic() - began
 
 
-async def _storm(trial: Trial, store: FlowStore, seconds: float) -> list[Cut]:
+async def _storm(trial: Trial, store: FlowStore, seconds: float) -> list[CancelledCall]:
     """Many calls at once, most of them cancelled, or ended by a time-out, while their neighbours go on."""
 
-    async def timed(scene: Scene, after: float) -> Any:
+    async def timed(scene: Scenario, after: float) -> Any:
         async with asyncio.timeout(after):
-            return await ask(store, scene.call)
+            return await invoke(store, scene.call)
 
-    async def one(scene: Scene) -> Cut:
+    async def one(scene: Scenario) -> CancelledCall:
         after, way = trial.rng.random() * seconds, trial.rng.choice(("cancel", "timeout", "wait", "none"))
         if way == "wait":
-            return await cut(store, scene, Point(trial.rng.randrange(1, 8)), times=False)
+            return await cancel_at(store, scene, CancelPoint(trial.rng.randrange(1, 8)), exact_times=False)
         task = asyncio.ensure_future(timed(scene, after if way == "timeout" else HUNG_SECONDS))
         if way == "cancel":
             asyncio.get_running_loop().call_later(after, task.cancel)
@@ -184,14 +184,14 @@ async def _storm(trial: Trial, store: FlowStore, seconds: float) -> list[Cut]:
     return await asyncio.gather(*(one(scene) for scene in scenes))
 
 
-async def _group(trial: Trial, store: FlowStore, seconds: float) -> list[Cut]:
+async def _group(trial: Trial, store: FlowStore, seconds: float) -> list[CancelledCall]:
     """A whole task group cancelled at once, with all the calls that it has under way."""
     scenes = await _scenes(trial, store, AT_ONCE)
     tasks: list[asyncio.Task[Any]] = []
 
     async def whole() -> None:
         async with asyncio.TaskGroup() as group:
-            tasks.extend(group.create_task(ask(store, scene.call)) for scene in scenes)
+            tasks.extend(group.create_task(invoke(store, scene.call)) for scene in scenes)
 
     after = trial.rng.random() * seconds
     task = asyncio.ensure_future(whole())
@@ -213,7 +213,7 @@ async def _unacknowledged(trial: Trial, server: Server) -> None:
     ):
         await direct.start_run(run_id, "cancellations", run_id, "manual")
         for fault in (Fault.REPLY_LOST, Fault.REQUEST_LOST, Fault.BLACK_HOLE, Fault.REQUEST_LATE):
-            proxy.arm(1, fault, aim=Aim.COMMIT, times=2)
+            proxy.arm(1, fault, aim=Aim.COMMIT, exact_times=2)
             keys = [f"{fault.name} {number}" for number in range(AT_ONCE)]
             calls = {key: asyncio.create_task(store.try_claim_step(run_id, key)) for key in keys}
             while not (proxy.struck or all(call.done() for call in calls.values())):  # noqa: ASYNC110
@@ -234,10 +234,10 @@ async def _unacknowledged(trial: Trial, server: Server) -> None:
             trial.tally.leak(f"{await kept()} cancelled claims are kept after their messages were lost")
 
 
-async def _closing(trial: Trial, store: FlowStore, stack: AsyncExitStack) -> list[Cut]:
+async def _closing(trial: Trial, store: FlowStore, stack: AsyncExitStack) -> list[CancelledCall]:
     """Close the store while calls are under way, and cancel the closing, and some of the calls."""
     scenes = await _scenes(trial, store, AT_ONCE)
-    tasks = [asyncio.ensure_future(ask(store, scene.call)) for scene in scenes]
+    tasks = [asyncio.ensure_future(invoke(store, scene.call)) for scene in scenes]
     for _ in range(trial.rng.randrange(4)):
         await asyncio.sleep(0)
     ending = asyncio.ensure_future(stack.aclose())
@@ -280,22 +280,24 @@ async def _openings(trial: Trial, url: str) -> None:
             trial.tally.mistrust(f"opening, cancelled, let {type(error).__name__} out")
 
 
-def _seen(trial: Trial, scene: Scene, task: asyncio.Task[Any], after: float) -> Cut:
+def _seen(trial: Trial, scene: Scenario, task: asyncio.Task[Any], after: float) -> CancelledCall:
     """What became of a call of a storm."""
     outcome: Returned | Raised | None = None
     if not task.cancelled():
         error = task.exception()
         if error is None:
-            outcome = Returned(comparable(task.result(), times=False))
+            outcome = Returned(comparable(task.result(), exact_times=False))
         elif isinstance(error, FlowStoreError):
             outcome = Raised(error_name(error))
         elif not isinstance(error, TimeoutError):
             trial.tally.mistrust(f"{scene.call.method}, cancelled, let {type(error).__name__} out")
-    return Cut(scene=scene, point=Point(seconds=after), reached=outcome is None, outcome=outcome)
+    return CancelledCall(
+        scene=scene, point=CancelPoint(seconds=after), reached=outcome is None, outcome=outcome
+    )
 
 
 async def _judge(
-    trial: Trial, store: FlowStore, cuts: Sequence[Cut], resident: set[asyncio.Task[Any]]
+    trial: Trial, store: FlowStore, cuts: Sequence[CancelledCall], resident: set[asyncio.Task[Any]]
 ) -> None:
     """Each call happened whole or not at all, and nothing runs on."""
     until = time.monotonic() + PATIENCE_SECONDS
@@ -306,28 +308,30 @@ async def _judge(
     await asyncio.gather(*(_examine(trial, store, made) for made in cuts))
 
 
-async def _examine(trial: Trial, store: FlowStore, made: Cut) -> None:
+async def _examine(trial: Trial, store: FlowStore, made: CancelledCall) -> None:
     scene = made.scene
     if made.outcome is None and (made.point.wait != 0 or trial.backend == "memory"):
         trial.landed()
         trial.tally.add("calls cancelled")
     before = expected(scene.setup)
-    after = before.then(scene.call, times=False)
+    after = before.then(scene.call, exact_times=False)
     trial.tally.operations += 2 * len(scene.asked) + 1
     if isinstance(made.outcome, Returned):
         if made.outcome != after.outcome:
             trial.tally.mistrust(f"{made.title} gave {answer(made.outcome)}")
         possible = [after]
-    elif (scene.gives_back and made.outcome is None) or made.outcome == Raised("StoreClosedError"):
+    elif (scene.must_compensate and made.outcome is None) or made.outcome == Raised("StoreClosedError"):
         possible = [before]
     else:
         possible = [before, after]
-    half = await find_half(store, scene.asked, scene.call, before=before, possible=possible, times=False)
+    half = await find_partial_effect(
+        store, scene.asked, scene.call, before=before, possible=possible, exact_times=False
+    )
     if half is None:
         return
     if possible == [after]:
         trial.tally.lose(f"{made.title} was answered, and {half}")
-    elif possible == [before] and scene.gives_back:
+    elif possible == [before] and scene.must_compensate:
         trial.tally.leak(f"{made.title} left what it had won: {half}")
     else:
         trial.tally.mistrust(f"{made.title} was neither whole nor undone: {half}")

@@ -227,7 +227,7 @@ async def _use_up_connections(scene: _Scene) -> None:
 
 async def _black_hole(scene: _Scene) -> None:
     while True:
-        scene.proxy.arm(scene.rng.randint(1, 10), Fault.BLACK_HOLE, times=2)
+        scene.proxy.arm(scene.rng.randint(1, 10), Fault.BLACK_HOLE, exact_times=2)
         await asyncio.sleep(0.5)
         scene.forced += scene.proxy.landed.total()
         scene.proxy.heal()
@@ -325,12 +325,12 @@ async def _until_landed(trial: Trial, kind: _Kind, scene: _Scene, clients: Clien
     before = _count(kind, scene)
     landed = 0
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + PHASE_SECONDS
+    discard = loop.time() + PHASE_SECONDS
     ended = False
     forcing = asyncio.ensure_future(kind.force(scene))
     working = asyncio.ensure_future(clients.work(lambda: ended, groups=GROUPS))
     try:
-        while landed < quota and loop.time() < give_up and not forcing.done() and not working.done():
+        while landed < quota and loop.time() < discard and not forcing.done() and not working.done():
             await asyncio.sleep(POLL_SECONDS)
             seen = _count(kind, scene) - before
             trial.landed(min(seen, quota) - min(landed, quota))

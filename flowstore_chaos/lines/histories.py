@@ -14,9 +14,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from flowstore_conformance.bench import VirtualClock
+from flowstore_conformance.context import VirtualClock
 from flowstore_conformance.history import UNKNOWN
-from flowstore_conformance.racing import Done, Job, Phase, assemble, do_jobs, phases_of
+from flowstore_conformance.races import ClientResult, ClientTask, Phase, assemble, phases_of, run_tasks
 
 from flowstore_chaos.histories import CLIENTS, draw_race, judge
 from flowstore_chaos.history_worker import Worker
@@ -103,7 +103,7 @@ async def _volley(
     async def strike() -> None:
         striking.append(asyncio.ensure_future(fault.strike(trial, server, places)))
 
-    done.append(await do_jobs(jobs, clock.now, True, strike))
+    done.append(await run_tasks(jobs, clock.now, True, strike))
     for task in striking:
         await task
     struck = [place.proxy.landed.total() + place.proxy.broken_in_flight for place in places]
@@ -119,23 +119,23 @@ async def _volley(
             trial.tally.add(f"calls struck by {fault.name}", landed)
 
 
-async def _alone(direct: FlowStore, phase: Phase, clock: VirtualClock) -> list[Done]:
+async def _alone(direct: FlowStore, phase: Phase, clock: VirtualClock) -> list[ClientResult]:
     """What comes before the clients, or after them, each race's calls one after the other."""
-    jobs: list[tuple[FlowStore, Job]] = [(direct, job) for job in phase.jobs]
-    return await do_jobs(jobs, clock.now, True)
+    jobs: list[tuple[FlowStore, ClientTask]] = [(direct, job) for job in phase.jobs]
+    return await run_tasks(jobs, clock.now, True)
 
 
 async def _lose_replies(trial: Trial, server: Server, places: Sequence[_Place]) -> None:
     for place in places:
-        times = place.rng.randint(1, 6)
-        place.proxy.arm(place.rng.randint(1, 6), Fault.REPLY_LOST, aim=Aim.COMMIT, times=times)
+        exact_times = place.rng.randint(1, 6)
+        place.proxy.arm(place.rng.randint(1, 6), Fault.REPLY_LOST, aim=Aim.COMMIT, exact_times=exact_times)
 
 
 async def _lose_requests(trial: Trial, server: Server, places: Sequence[_Place]) -> None:
     faults = [Fault.REQUEST_LOST, Fault.REQUEST_LATE, Fault.RESET, Fault.BLACK_HOLE]
     for place in places:
-        fault, times = place.rng.choice(faults), place.rng.randint(1, 4)
-        place.proxy.arm(place.rng.randint(1, 12), fault, times=times)
+        fault, exact_times = place.rng.choice(faults), place.rng.randint(1, 4)
+        place.proxy.arm(place.rng.randint(1, 12), fault, exact_times=exact_times)
 
 
 async def _kill(trial: Trial, server: Server, places: Sequence[_Place]) -> None:
@@ -181,7 +181,7 @@ async def _volley_of_processes(
     races = [draw_race(rng, clock) for _ in range(min(AT_ONCE, trial.planned))]
     begin, middle, end = phases_of(races)
     done = [await _alone(direct, begin, clock)]
-    places: list[list[Job]] = [[] for _ in workers]
+    places: list[list[ClientTask]] = [[] for _ in workers]
     for job in middle.jobs:
         places[(job.race + job.client) % len(workers)].append(job)
     began = asyncio.get_running_loop().time()

@@ -19,12 +19,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowstore_conformance.observation import ask, difference, look
+from flowstore_conformance.state_probe import difference, invoke, look
 
 from flowstore_chaos.disk import Act, Disk, Kind, read_record
 from flowstore_chaos.line import Line
 from flowstore_chaos.preloading import build, preloaded
-from flowstore_chaos.scenes import Course, draw_scenes
+from flowstore_chaos.scenes import CallProfile, draw_scenes
 from flowstore_chaos.tally import Tally
 from flowstore_chaos.trial import Trial
 from flowstore_core import FlowStoreError, new_run_id, open_store
@@ -49,7 +49,7 @@ class Record:
     """What a process did, and on which scenes it worked."""
 
     acts: list[Act]
-    scenes: list[Course]
+    scenes: list[CallProfile]
     folder: Path
 
 
@@ -102,7 +102,7 @@ async def _record(folder: Path, library: Path, seed: str, setting: str) -> Recor
         raise RuntimeError(f"the recorded process ended with code {process.returncode}; see above")
     acts = read_record(log)
     _check_record(acts, where)
-    return Record(acts, [Course(scene) for scene in draw_scenes(seed, SCENES)], where)
+    return Record(acts, [CallProfile(scene) for scene in draw_scenes(seed, SCENES)], where)
 
 
 def _check_record(acts: list[Act], folder: Path) -> None:
@@ -169,7 +169,7 @@ async def _look(
         async with open_store(f"sqlite:///{folder / DATABASE}?readers=1") as store:
             for number in sorted({*begun, *recent, *following, *old}):
                 course = record.scenes[number]
-                seen = await look(store, course.scene.asked, times=False)
+                seen = await look(store, course.scene.asked, exact_times=False)
                 tally.operations += len(course.scene.asked)
                 acknowledged = done[number]
                 wanted = [course.sight(acknowledged)]
@@ -216,7 +216,7 @@ async def _work(folder: Path, seed: str, setting: str) -> None:
     # SQLite opens the folder itself to sync it; so that the record knows it, it is opened here too.
     os.close(os.open(folder, os.O_RDONLY))
     marks = os.open(folder / MARKS, os.O_CREAT | os.O_WRONLY)
-    courses = [Course(scene) for scene in draw_scenes(seed, SCENES)]
+    courses = [CallProfile(scene) for scene in draw_scenes(seed, SCENES)]
     for opening in range(OPENINGS):
         numbers = iter(range(SCENES)[opening * SCENES // OPENINGS : (opening + 1) * SCENES // OPENINGS])
         async with open_store(f"sqlite:///{folder / DATABASE}?synchronous={setting}") as store:
@@ -224,7 +224,7 @@ async def _work(folder: Path, seed: str, setting: str) -> None:
             async def client() -> None:
                 for number in numbers:  # noqa: B023
                     for call in courses[number].calls:
-                        await ask(store, call)
+                        await invoke(store, call)
                         os.write(marks, json.dumps(number).encode())
 
             await asyncio.gather(*(client() for _ in range(CLIENTS)))

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from random import Random
 from typing import Any
 
-from flowstore_conformance.bench import VirtualClock
+from flowstore_conformance.context import VirtualClock
 from flowstore_conformance.execution import execute
 from flowstore_conformance.history import Call
 
@@ -100,8 +100,8 @@ async def _lose(
 ) -> int:
     """Make calls at once, and lose the reply of the first that commits, and of the next now and then."""
     situations = [await stage.prepare(method, origin) for _ in range(crowd)]
-    times = rng.choice((1, 1, 1, 2))
-    proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT, times=times)
+    exact_times = rng.choice((1, 1, 1, 2))
+    proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT, exact_times=exact_times)
     outcomes = await asyncio.gather(*(_call(trial, store, one.call) for one in situations))
     landed = proxy.landed.total()
     proxy.heal()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from flowstore_conformance.bench import VirtualClock
+from flowstore_conformance.context import VirtualClock
 from flowstore_conformance.execution import execute, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome
 
@@ -155,7 +155,7 @@ async def _strike(
         1 if strike.aim is Aim.CONNECT else rng.randint(1, 8),
         strike.fault,
         aim=strike.aim,
-        times=rng.choice((1, 1, 2, CALLERS, ALL)),
+        exact_times=rng.choice((1, 1, 2, CALLERS, ALL)),
     )
     if strike.aim is Aim.CONNECT:
         # So that they have to connect.

@@ -116,7 +116,7 @@ class Place:
 
 async def run(trial: Trial) -> None:
     async with _new_place(trial) as place, AsyncExitStack() as stack:
-        lasting = [
+        shared = [
             _new_store(trial, await stack.enter_async_context(open_store(place.url))) for _ in range(LASTING)
         ]
         # Of the broken variant.
@@ -124,9 +124,7 @@ async def run(trial: Trial) -> None:
         spell_seconds = min(SPELL_SECONDS, trial.planned / SPELLS)
         samples: list[Sample] = []
         while not trial.done:
-            await _spell(
-                trial, place, lasting, leaked, min(spell_seconds, trial.planned - trial.tally.landed)
-            )
+            await _spell(trial, place, shared, leaked, min(spell_seconds, trial.planned - trial.tally.landed))
             if place.server is not None:
                 await _expect_connections(trial, place.server, LASTING * POOL_SIZE)
             samples.append(Sample.now(trial.tally.operations))
@@ -148,14 +146,14 @@ def _new_store(trial: Trial, opened: FlowStore) -> Any:
 
 
 async def _spell(
-    trial: Trial, place: Place, lasting: list[Any], leaked: AsyncExitStack, seconds: float
+    trial: Trial, place: Place, shared: list[Any], leaked: AsyncExitStack, seconds: float
 ) -> None:
     """Work under faults for so long, then look that everything is as was told, and delete it."""
     tally = trial.tally
     async with AsyncExitStack() as stack:
         closing_them = leaked if trial.broken else stack
         passing = [await closing_them.enter_async_context(open_store(place.url)) for _ in range(PASSING)]
-        stores = [*lasting, *passing]
+        stores = [*shared, *passing]
         clients = Clients(stores, tally, trial.rng)
         until = time.monotonic() + seconds
         whole = round(seconds)
@@ -176,10 +174,10 @@ async def _spell(
                 task.cancel()
             await asyncio.wait(work)
         tally.add("calls refused", clients.refused)
-        await clients.books.verify(lasting[0], tally)
-        for run in await lasting[0].get_active_runs():
-            await lasting[0].complete_run(run.run_id, RunStatus.CANCELLED)
-        await lasting[0].cleanup(datetime.now(UTC) + timedelta(days=1))
+        await clients.books.verify(shared[0], tally)
+        for run in await shared[0].get_active_runs():
+            await shared[0].complete_run(run.run_id, RunStatus.CANCELLED)
+        await shared[0].cleanup(datetime.now(UTC) + timedelta(days=1))
     if tally.operations > before:
         trial.landed(max(1, whole))
 

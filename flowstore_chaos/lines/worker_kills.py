@@ -190,9 +190,9 @@ class _Round:
                     if attempt.status is StepStatus.SUCCEEDED:
                         winners[str(detail.run_id), step.step_key] += 1
                         told.discard((str(detail.run_id), step.step_key, attempt.attempt))
-        for (run_id, key), times in winners.items():
-            for _ in range(times - 1):
-                tally.repeat(f"step {key!r} of run {run_id} succeeded {times} times")
+        for (run_id, key), exact_times in winners.items():
+            for _ in range(exact_times - 1):
+                tally.repeat(f"step {key!r} of run {run_id} succeeded {exact_times} times")
         for run_id, key, attempt in sorted(told):
             tally.lose(
                 f"attempt {attempt} of step {key!r} of run {run_id} was acknowledged, and is not there"

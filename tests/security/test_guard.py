@@ -112,7 +112,7 @@ def test_that_the_file_of_the_default_url_is_untouched(default: Path) -> None:
 @pytest.mark.parametrize("given", ["environment", "option"])
 def test_that_pytest_leaves_the_store_of_the_environment_untouched(given: str, default: Path) -> None:
     before = _files(default)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "flowstore_conformance.options"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "flowstore_conformance.pytest_plugin"]
     command += ["--pyargs", "flowstore_conformance", "--flowstore-profile=quick"]
     command += ["--flowstore-clause=RET-1", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -129,7 +129,7 @@ def test_that_pytest_leaves_the_store_of_the_environment_untouched(given: str, d
 
 def test_that_without_a_url_pytest_checks_nothing(default: Path) -> None:
     """Not even the default URL is taken for granted."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "flowstore_conformance.options"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "flowstore_conformance.pytest_plugin"]
     command += ["--pyargs", "flowstore_conformance", "-p", "no:cacheprovider"]
     ran = subprocess.run(
         command,

@@ -80,7 +80,7 @@ async def database(request: pytest.FixtureRequest, postgresql_url: str) -> Async
         await server.close()
 
 
-def _lacking(watch: Watch) -> list[str]:
+def _unsupported(watch: Watch) -> list[str]:
     return [f"{error}" for error in watch.errors if "SQLSTATE" in str(error)]
 
 
@@ -104,7 +104,7 @@ async def test_that_rights_on_rows_suffice_at_run_time(migrate: bool, database: 
             await app.close()
             assert await store.cleanup(now + LATER) >= 1
         assert len(watch.errors) > 5
-        assert not _lacking(watch)
+        assert not _unsupported(watch)
 
 
 async def test_that_such_a_role_can_change_nothing_but_rows(database: Database) -> None:

@@ -76,9 +76,9 @@ async def test_that_nothing_shows_when_all_is_well(store: FlowStore, watch: Watc
 async def test_that_the_watch_sees_what_is_shown() -> None:
     """The negative: each way in which a secret could show is noticed."""
 
-    def leak(tell: Callable[[Watch], Any]) -> None:
+    def leak(explain: Callable[[Watch], Any]) -> None:
         with watching() as watch:
-            tell(watch)
+            explain(watch)
         with pytest.raises(AssertionError):
             watch.check()
 

@@ -6,146 +6,152 @@ from collections.abc import Awaitable, Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments
-from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.fixtures import (
     FLOW,
     HOUR,
     MINUTE,
+    assert_same,
     brief,
     clock_of,
-    expect_alike,
-    has,
-    look,
+    expect_fields,
+    get_step,
     new_id,
     now,
+    observe_all,
     run_step,
     start,
-    the_step,
 )
+from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, InvalidArgumentError, RunStatus, StepStatus
 from flowstore_core.timeseries import LATEST
 
 
-async def _refused(bench: Bench, kinds: Collection[str], rule: str) -> None:
+async def _refused(context: CheckContext, kinds: Collection[str], rule: str) -> None:
     """Every hostile value of some kinds, in every argument of that kind, of every operation."""
-    store = bench.store
-    run_id = await start(bench, run_id=RUN)
+    store = context.store
+    run_id = await start(context, run_id=RUN)
     await store.try_claim_step(run_id, "charge", owner="me")
     await store.record_step_start(run_id, "charge", "http")
     await store.configure_run(run_id, FLOW, "manual")
     await store.register_waiter(run_id, "charge", "go")
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     for operation in OPERATIONS:
         for name, arguments in hostile_arguments(operation, kinds):
             sentence = f"{operation}({name}={brief(arguments[name])}): {rule}"
             call = getattr(store, operation)(**arguments)
-            error = await bench.expect_error(call, InvalidArgumentError, sentence)
-            has(bench, error, f"{sentence}, naming the argument", argument=name)
-            bench.expect_that(getattr(error, "limit", None), f"{sentence}, naming its limit")
-    expect_alike(bench, await look(bench, run_id), before, "what is refused changes nothing")
+            error = await context.expect_error(call, InvalidArgumentError, sentence)
+            expect_fields(context, error, f"{sentence}, naming the argument", argument=name)
+            context.expect_that(getattr(error, "limit", None), f"{sentence}, naming its limit")
+    assert_same(context, await observe_all(context, run_id), before, "what is refused changes nothing")
 
 
 @check("INP-1", kind=Kind.HOSTILE)
-async def ids_and_keys_out_of_limits_are_refused(bench: Bench) -> None:
+async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
     """An id that is no UUID, and a key or a name outside its length, is refused by every operation."""
-    await _refused(bench, ("id", "key", "job"), "it is outside its limits, so it is refused")
+    await _refused(context, ("id", "key", "job"), "it is outside its limits, so it is refused")
 
 
 @check("INP-2", kind=Kind.HOSTILE)
-async def texts_that_cannot_be_kept_are_refused(bench: Bench) -> None:
+async def texts_that_cannot_be_kept_are_refused(context: CheckContext) -> None:
     """U+0000, lone surrogates, over 16 MiB and what is no str are refused in every text."""
-    await _refused(bench, ("text", "search"), "it is no legal text, so it is refused")
+    await _refused(context, ("text", "search"), "it is no legal text, so it is refused")
     oversize = "\u00e9" * (8 * 1024 * 1024 + 1)
-    call = bench.store.request_cancel(RUN, oversize)
-    await bench.expect_error(call, InvalidArgumentError, "16 MiB count in bytes of UTF-8, not in characters")
+    call = context.store.request_cancel(RUN, oversize)
+    await context.expect_error(
+        call, InvalidArgumentError, "16 MiB count in bytes of UTF-8, not in characters"
+    )
 
 
 @check("INP-3", kind=Kind.HOSTILE)
-async def datetimes_that_are_naive_or_out_of_range_are_refused(bench: Bench) -> None:
+async def datetimes_that_are_naive_or_out_of_range_are_refused(context: CheckContext) -> None:
     """A naive datetime, or one outside 0001-01-02 to 9999-12-30 UTC, is refused by every operation."""
-    await _refused(bench, ("datetime",), "datetimes are aware and within range, so it is refused")
+    await _refused(context, ("datetime",), "datetimes are aware and within range, so it is refused")
 
 
 @check("INP-4", kind=Kind.HOSTILE)
-async def wrong_types_and_ranges_are_refused(bench: Bench) -> None:
+async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
     """Numbers, leases, statuses and collections outside their limits are refused, bool as int too."""
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
-    await _refused(bench, kinds | {"expected", "keys", "granularity"}, "it is outside its limits")
-    store, moment = bench.store, now(bench)
+    await _refused(context, kinds | {"expected", "keys", "granularity"}, "it is outside its limits")
+    store, moment = context.store, now(context)
     many = [f"step-{number}" for number in range(100_001)]
     told = "a call names at most 100,000 step keys"
     states = dict.fromkeys(many, StepStatus.FAILED)
     call: Awaitable[object] = store.complete_run(RUN, RunStatus.FAILED, expected=states)
-    error = await bench.expect_error(call, InvalidArgumentError, told)
-    has(bench, error, f"{told}, and the argument is named", argument="expected")
+    error = await context.expect_error(call, InvalidArgumentError, told)
+    expect_fields(context, error, f"{told}, and the argument is named", argument="expected")
     call = store.retry_step(RUN, "charge", reset=many)
-    error = await bench.expect_error(call, InvalidArgumentError, told)
-    has(bench, error, f"{told}, and the argument is named", argument="reset")
-    error = await bench.expect_error(
+    error = await context.expect_error(call, InvalidArgumentError, told)
+    expect_fields(context, error, f"{told}, and the argument is named", argument="reset")
+    error = await context.expect_error(
         store.try_claim_step(RUN, "ship", lease=MINUTE), InvalidArgumentError, "a lease needs an owner"
     )
-    has(bench, error, "a lease without owner names the argument", argument="lease")
+    expect_fields(context, error, "a lease without owner names the argument", argument="lease")
     windows: list[tuple[str, Any, datetime, datetime]] = [
         ("since", "hour", moment + timedelta(microseconds=1), moment),
         ("until", "hour", moment, moment + 10_001 * HOUR),
         ("until", "day", moment, moment + 10_001 * 24 * HOUR),
     ]
     for name, granularity, since, until in windows:
-        error = await bench.expect_error(
+        error = await context.expect_error(
             store.get_run_timeseries(granularity, since, until),
             InvalidArgumentError,
             "since <= until, at most 10,000 buckets",
         )
-        has(bench, error, f"a window of {granularity}s that is refused names", argument=name)
+        expect_fields(context, error, f"a window of {granularity}s that is refused names", argument=name)
 
 
 @check("INP-4")
-async def values_at_their_limits_and_plain_strings_are_accepted(bench: Bench) -> None:
+async def values_at_their_limits_and_plain_strings_are_accepted(context: CheckContext) -> None:
     """Numbers at their limits are legal, and so is the value of an enum as a plain str."""
-    store = bench.store
-    run_id = await start(bench)
+    store = context.store
+    run_id = await start(context)
     for take in (0, 1000):
-        bench.expect(await store.get_runs(skip=2**63 - 1, take=take), (), "skip may be 2^63 - 1")
-    bench.expect(len(await store.get_runs(skip=0, take=1000)), 1, "take may be 1,000")
-    if Capability.DASHBOARD in bench.capabilities:
+        context.expect(await store.get_runs(skip=2**63 - 1, take=take), (), "skip may be 2^63 - 1")
+    context.expect(len(await store.get_runs(skip=0, take=1000)), 1, "take may be 1,000")
+    if Capability.DASHBOARD in context.capabilities:
         page = await store.get_runs_page(skip=2**63 - 1, take=1000, search="x" * 256)
-        bench.expect(page.total_count, 0, "a search may have 256 characters")
-    if Capability.EVENTS in bench.capabilities:
+        context.expect(page.total_count, 0, "a search may have 256 characters")
+    if Capability.EVENTS in context.capabilities:
         events = await store.get_run_events(run_id, after=2**63 - 1, take=1000)
-        bench.expect(events, (), "after may be 2^63 - 1")
-    if Capability.LEASES in bench.capabilities:
+        context.expect(events, (), "after may be 2^63 - 1")
+    if Capability.LEASES in context.capabilities:
         longest = timedelta(days=366)
         claimed = await store.try_claim_step(run_id, "leased", owner="me", lease=longest)
-        bench.expect(claimed, True, "a lease may be 366 days")
+        context.expect(claimed, True, "a lease may be 366 days")
         await store.renew_step_claim(run_id, "leased", "me", timedelta(microseconds=1))
         await store.release_step_claim(run_id, "leased")
     plain: Any = ("Pending", "Failed", "Skipped", "Succeeded")
     for status in plain:
-        await run_step(bench, run_id, status, status)
-        bench.expect((await the_step(bench, run_id, status)).status, status, "a status may be a plain str")
+        await run_step(context, run_id, status, status)
+        context.expect(
+            (await get_step(context, run_id, status)).status, status, "a status may be a plain str"
+        )
     expected: Any = {status: status for status in plain}
     done: Any = "Cancelled"
     answer = await store.complete_run(run_id, done, expected=expected)
-    bench.expect(answer, True, "complete_run takes plain str for statuses")
-    bench.expect(await store.get_run_status(run_id), RunStatus.CANCELLED, "a status may be a plain str")
+    context.expect(answer, True, "complete_run takes plain str for statuses")
+    context.expect(await store.get_run_status(run_id), RunStatus.CANCELLED, "a status may be a plain str")
 
 
 @check("INP-3", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.HOSTILE)
-async def a_clock_that_reads_nonsense_is_refused(bench: Bench) -> None:
+async def a_clock_that_reads_nonsense_is_refused(context: CheckContext) -> None:
     """Each reading of the clock is checked like an argument, and nothing changes."""
-    store, clock = bench.store, clock_of(bench)
-    run_id = await start(bench)
-    before, good = await look(bench, run_id), clock.now
+    store, clock = context.store, clock_of(context)
+    run_id = await start(context)
+    before, good = await observe_all(context, run_id), clock.now
     readings: tuple[Any, ...] = (None, "2026-03-14", 0, good.replace(tzinfo=None), LATEST + HOUR)
     for reading in readings:
         clock.now = reading
         for call in (
-            store.start_run(FLOW, "orders", new_id(bench), "manual"),
+            store.start_run(FLOW, "orders", new_id(context), "manual"),
             store.record_step_start(run_id, "charge", "http"),
         ):
-            error = await bench.expect_error(call, InvalidArgumentError, f"the clock reads {reading!r}")
-            has(bench, error, "a bad reading names the clock", argument="clock")
+            error = await context.expect_error(call, InvalidArgumentError, f"the clock reads {reading!r}")
+            expect_fields(context, error, "a bad reading names the clock", argument="clock")
     clock.now = good
-    expect_alike(bench, await look(bench, run_id), before, "a bad reading of the clock changes nothing")
+    assert_same(
+        context, await observe_all(context, run_id), before, "a bad reading of the clock changes nothing"
+    )

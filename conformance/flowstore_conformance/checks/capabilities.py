@@ -8,26 +8,26 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from flowstore_conformance.bench import Bench, VirtualClock
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.operations import NEEDS, OPERATIONS, RUN, hostile_arguments, legal_arguments
-from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
-    another,
-    expect_alike,
-    has,
-    look_at,
+    assert_same,
+    expect_fields,
+    get_run,
     new_id,
     now,
-    only,
+    observe,
+    outcome_of,
     run_step,
+    second_store,
+    single,
     start,
-    the_run,
     there,
-    told,
 )
+from flowstore_conformance.checks.operations import NEEDS, OPERATIONS, RUN, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.context import CheckContext, VirtualClock
 from flowstore_core import (
     Capability,
     ConfigurationError,
@@ -46,192 +46,196 @@ from flowstore_core import (
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
-async def declared_capabilities_work_and_others_are_refused(bench: Bench) -> None:
+async def declared_capabilities_work_and_others_are_refused(context: CheckContext) -> None:
     """Each operation of a capability works where it is declared, and raises NotSupportedError elsewhere."""
-    store = bench.store
+    store = context.store
     declared = store.capabilities
-    bench.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
+    context.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
     unknown = sorted(set(declared) - set(Capability))
-    bench.expect(unknown, [], "every declared capability is one of the contract")
-    await start(bench, run_id=RUN)
+    context.expect(unknown, [], "every declared capability is one of the contract")
+    await start(context, run_id=RUN)
     await store.try_claim_step(RUN, "charge", owner="charge")
     await store.record_step_start(RUN, "charge", "http", owner="charge")
     for operation, capability in NEEDS.items():
         arguments = legal_arguments(operation)
         if operation == "trigger_run":
-            arguments["run_id"] = new_id(bench)
+            arguments["run_id"] = new_id(context)
         call = getattr(store, operation)(**arguments)
         if capability in declared:
-            answer = await told(call)
+            answer = await outcome_of(call)
             sentence = f"{operation} works where {capability} is declared"
-            bench.expect_that(
+            context.expect_that(
                 answer != "<NotSupportedError raised>", f"{sentence}: it raised NotSupportedError"
             )
         else:
-            await _refused(bench, call, capability, operation)
+            await _refused(context, call, capability, operation)
     leased: dict[str, Any] = {"owner": "me", "lease": DAY}
     call = store.try_claim_step(RUN, "ship", **leased)
     if Capability.LEASES in declared:
-        bench.expect(await told(call), True, "try_claim_step with a lease where LEASES is declared")
+        context.expect(await outcome_of(call), True, "try_claim_step with a lease where LEASES is declared")
     else:
-        await _refused(bench, call, Capability.LEASES, "try_claim_step")
+        await _refused(context, call, Capability.LEASES, "try_claim_step")
     for operation in OPERATIONS:
         # Arguments are looked at first, whatever the backend lacks.
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
             call = getattr(store, operation)(**arguments)
             sentence = f"{operation} with a bad {name}, before any capability is asked for"
-            await bench.expect_error(call, InvalidArgumentError, sentence)
+            await context.expect_error(call, InvalidArgumentError, sentence)
 
 
-async def _refused(bench: Bench, call: Any, capability: Capability, operation: str) -> None:
+async def _refused(context: CheckContext, call: Any, capability: Capability, operation: str) -> None:
     sentence = f"{operation} where {capability} is not declared"
-    error = await bench.expect_error(call, NotSupportedError, sentence)
-    named = {"backend": bench.store.backend, "capability": capability.value, "operation": operation}
-    has(bench, error, f"{sentence}: the error", **named)
+    error = await context.expect_error(call, NotSupportedError, sentence)
+    named = {"backend": context.store.backend, "capability": capability.value, "operation": operation}
+    expect_fields(context, error, f"{sentence}: the error", **named)
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
-async def a_clock_is_honoured_or_refused(bench: Bench) -> None:
+async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
     """With VIRTUAL_CLOCK each store goes by the clock it was opened with; without it a clock is refused."""
     ahead = VirtualClock(datetime(2050, 1, 1, tzinfo=UTC))
-    if Capability.VIRTUAL_CLOCK in bench.capabilities:
+    if Capability.VIRTUAL_CLOCK in context.capabilities:
         sentence = "a timestamp by the clock that the store was opened with"
-        async with bench.backend.scratch(bench.base_url) as url, open_store(url, clock=ahead) as store:
-            run = await store.start_run(FLOW, "orders", new_id(bench), "manual")
-            bench.expect(run.started_at, ahead.now, sentence)
-        other = await another(bench, clock=ahead)
-        if other is not bench.store:
-            run_id = await start(bench)
+        async with context.backend.scratch(context.base_url) as url, open_store(url, clock=ahead) as store:
+            run = await store.start_run(FLOW, "orders", new_id(context), "manual")
+            context.expect(run.started_at, ahead.now, sentence)
+        other = await second_store(context, clock=ahead)
+        if other is not context.store:
+            run_id = await start(context)
             await other.complete_run(run_id, RunStatus.SUCCEEDED)
             sentence = f"{sentence}, where two are open with clocks of their own"
-            wanted = {"started_at": now(bench), "completed_at": ahead.now}
-            has(bench, await the_run(bench, run_id), sentence, **wanted)
+            wanted = {"started_at": now(context), "completed_at": ahead.now}
+            expect_fields(context, await get_run(context, run_id), sentence, **wanted)
         return
     try:
-        async with open_store(bench.url, clock=ahead):
+        async with open_store(context.url, clock=ahead):
             pass
     except FlowStoreError as error:
         sentence = "open_store(clock=...) where VIRTUAL_CLOCK is not declared"
-        bench.expect(type(error).__name__, "NotSupportedError", sentence)
+        context.expect(type(error).__name__, "NotSupportedError", sentence)
     else:
-        bench.expect_that(False, "open_store(clock=...) raises NotSupportedError without VIRTUAL_CLOCK")
+        context.expect_that(False, "open_store(clock=...) raises NotSupportedError without VIRTUAL_CLOCK")
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
-async def without_a_clock_the_stores_own_is_used(bench: Bench) -> None:
+async def without_a_clock_the_stores_own_is_used(context: CheckContext) -> None:
     """Its timestamps are of today, in the order of what happened, and it knows what is over by now."""
     before = datetime.now(UTC)
-    async with bench.backend.scratch(bench.base_url) as url, open_store(url) as store:
-        run = await store.start_run(FLOW, "orders", new_id(bench), "manual")
+    async with context.backend.scratch(context.base_url) as url, open_store(url) as store:
+        run = await store.start_run(FLOW, "orders", new_id(context), "manual")
         await store.record_skipped_step(run.run_id, "charge", "http")
         await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
         detail = there(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
-        await _hold_against_its_own_clock(bench, store)
-    step = only(detail.steps, "the step of a run that has one")
+        await _hold_against_its_own_clock(context, store)
+    step = single(detail.steps, "the step of a run that has one")
     stamps = [detail.started_at, step.started_at, step.completed_at, detail.completed_at]
     # No limit that a slow machine or a server's clock could pass.
     limits = [before - DAY, *stamps, datetime.now(UTC) + DAY]
     rising = all(a is not None and b is not None and a <= b for a, b in pairwise(limits))
-    bench.expect_that(rising, f"the store's own clock is about right and does not step back: got {stamps}")
+    context.expect_that(rising, f"the store's own clock is about right and does not step back: got {stamps}")
 
 
-async def _hold_against_its_own_clock(bench: Bench, store: FlowStore) -> None:
+async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -> None:
     """What was due two days ago and what is due in two: no clock is wrong by so much."""
     past, future = datetime.now(UTC) - 2 * DAY, datetime.now(UTC) + 2 * DAY
-    run_id = new_id(bench)
+    run_id = new_id(context)
     await store.start_run(FLOW, "orders", run_id, "manual")
-    if Capability.LEASES in bench.capabilities:
+    if Capability.LEASES in context.capabilities:
         leased: dict[str, Any] = {"owner": "me", "lease": DAY}
-        bench.expect(await store.try_claim_step(run_id, "leased", **leased), True, "claiming with a lease")
+        context.expect(await store.try_claim_step(run_id, "leased", **leased), True, "claiming with a lease")
         answer = await store.try_claim_step(run_id, "leased", owner="other", lease=DAY)
-        bench.expect(answer, False, "claiming what another has leased for a day")
-        bench.expect(await store.renew_step_claim(run_id, "leased", "me", 2 * DAY), True, "renewing a lease")
-        claim = only(await store.get_step_claims(run_id), "the claim")
+        context.expect(answer, False, "claiming what another has leased for a day")
+        context.expect(
+            await store.renew_step_claim(run_id, "leased", "me", 2 * DAY), True, "renewing a lease"
+        )
+        claim = single(await store.get_step_claims(run_id), "the claim")
         end = there(claim.expires_at, "expires_at of a leased claim")
-        bench.expect_that(end - claim.claimed_at >= 2 * DAY, "a lease ends as long from now as was asked")
-        bench.expect(await store.get_claimed_step_keys(run_id), {"leased"}, "the keys that are claimed")
+        context.expect_that(end - claim.claimed_at >= 2 * DAY, "a lease ends as long from now as was asked")
+        context.expect(await store.get_claimed_step_keys(run_id), {"leased"}, "the keys that are claimed")
         number = await store.record_step_start(run_id, "leased", "http", owner="me")
-        bench.expect(number, 1, "starting under a live claim")
+        context.expect(number, 1, "starting under a live claim")
     for key, at in (("past", past), ("future", future)):
         await store.try_record_dispatch(run_id, key, due_at=at)
         await store.register_waiter(run_id, key, key, expires_at=at)
-        if Capability.WAITERS in bench.capabilities:
+        if Capability.WAITERS in context.capabilities:
             waiter = there(await store.expire_waiter(run_id, key), "the waiter")
             sentence = f"expiring a waiter whose expires_at lies in the {key}: it expired"
-            bench.expect(waiter.expired_at is not None, key == "past", sentence)
-    if Capability.RECOVERY in bench.capabilities:
+            context.expect(waiter.expired_at is not None, key == "past", sentence)
+    if Capability.RECOVERY in context.capabilities:
         stalled = [step.step_key for step in await store.get_stalled_steps()]
-        bench.expect(stalled, ["past"], "the steps that are stalled by the store's own clock")
-    if Capability.DASHBOARD in bench.capabilities:
+        context.expect(stalled, ["past"], "the steps that are stalled by the store's own clock")
+    if Capability.DASHBOARD in context.capabilities:
         active = (await store.get_statistics()).active_runs
-        bench.expect(active, 1, "the active runs by the store's own clock")
+        context.expect(active, 1, "the active runs by the store's own clock")
     for timeout_at, listed in ((future, []), (past, [run_id])):
         await store.configure_run(run_id, FLOW, "manual", timeout_at=timeout_at)
-        if Capability.DEADLINES in bench.capabilities:
+        if Capability.DEADLINES in context.capabilities:
             found = [run.run_id for run in await store.get_runs_to_stop()]
-            bench.expect(found, listed, "the runs to stop by the store's own clock")
-    orphan = new_id(bench)
+            context.expect(found, listed, "the runs to stop by the store's own clock")
+    orphan = new_id(context)
     await store.try_register_idempotency_key(FLOW, "manual", "key", orphan)
-    bench.expect(await store.cleanup(past), 0, "a cleanup of what was over two days ago")
-    bench.expect(await store.cleanup(future), 1, "a cleanup of all but the Running run")
+    context.expect(await store.cleanup(past), 0, "a cleanup of what was over two days ago")
+    context.expect(await store.cleanup(future), 1, "a cleanup of all but the Running run")
     found_id = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
-    bench.expect(found_id, orphan, "a key that is younger than an hour by the store's own clock")
+    context.expect(found_id, orphan, "a key that is younger than an hour by the store's own clock")
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
-async def a_closed_store_says_so(bench: Bench) -> None:
+async def a_closed_store_says_so(context: CheckContext) -> None:
     """aclose is idempotent; then each operation raises StoreClosedError, where its arguments are right."""
-    async with bench.backend.scratch(bench.base_url) as url:
+    async with context.backend.scratch(context.base_url) as url:
         async with open_store(url) as store:
-            bench.expect(await told(store.ping()), None, "ping of an open store")
+            context.expect(await outcome_of(store.ping()), None, "ping of an open store")
             await asyncio.gather(*(store.aclose() for _ in range(3)))
-            bench.expect(await told(store.aclose()), None, "aclose of a closed store")
-            await _expect_closed(bench, store)
+            context.expect(await outcome_of(store.aclose()), None, "aclose of a closed store")
+            await _expect_closed(context, store)
         try:
             async with open_store(url) as store:
                 raise ZeroDivisionError
         except ZeroDivisionError:
-            await bench.expect_error(store.ping(), StoreClosedError, "a store whose context an error left")
-    other = await another(bench)
-    if other is not bench.store:
+            await context.expect_error(store.ping(), StoreClosedError, "a store whose context an error left")
+    other = await second_store(context)
+    if other is not context.store:
         await other.aclose()
-        run_id = await start(bench)
-        status = await bench.store.get_run_status(run_id)
-        bench.expect(status, RunStatus.RUNNING, "closing one store leaves the others open")
-        closing = await another(bench)
+        run_id = await start(context)
+        status = await context.store.get_run_status(run_id)
+        context.expect(status, RunStatus.RUNNING, "closing one store leaves the others open")
+        closing = await second_store(context)
         keys = [f"step {number}" for number in range(12)]
-        calls = [asyncio.ensure_future(told(closing.try_claim_step(run_id, key, owner="me"))) for key in keys]
+        calls = [
+            asyncio.ensure_future(outcome_of(closing.try_claim_step(run_id, key, owner="me"))) for key in keys
+        ]
         await asyncio.sleep(0)
         await closing.aclose()
-        claimed = await bench.store.get_claimed_step_keys(run_id)
+        claimed = await context.store.get_claimed_step_keys(run_id)
         for key, answer in zip(keys, await asyncio.gather(*calls), strict=True):
             held = answer is True and key in claimed
             sentence = (
                 f"a call under way while its store closes ends with its answer, or as if closed: {answer}"
             )
-            bench.expect_that(held or answer == f"<{StoreClosedError.__name__} raised>", sentence)
+            context.expect_that(held or answer == f"<{StoreClosedError.__name__} raised>", sentence)
 
 
-async def _expect_closed(bench: Bench, store: FlowStore) -> None:
-    await bench.expect_error(store.ping(), StoreClosedError, "ping of a closed store")
+async def _expect_closed(context: CheckContext, store: FlowStore) -> None:
+    await context.expect_error(store.ping(), StoreClosedError, "ping of a closed store")
     for operation in OPERATIONS:
         call = getattr(store, operation)(**legal_arguments(operation))
-        await bench.expect_error(call, StoreClosedError, f"{operation} of a closed store")
+        await context.expect_error(call, StoreClosedError, f"{operation} of a closed store")
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
             call = getattr(store, operation)(**arguments)
             sentence = f"{operation} of a closed store with a bad {name}"
-            await bench.expect_error(call, InvalidArgumentError, sentence)
+            await context.expect_error(call, InvalidArgumentError, sentence)
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def an_option_that_is_not_listed_is_refused(bench: Bench) -> None:
+async def an_option_that_is_not_listed_is_refused(context: CheckContext) -> None:
     """By keyword and in the URL's query: ConfigurationError, and nothing is opened."""
     name = "no_such_option"
-    bench.expect_that(name not in bench.backend.options, f"the backend does not list {name}")
-    mark = "&" if "?" in bench.url else "?"
+    context.expect_that(name not in context.backend.options, f"the backend does not list {name}")
+    mark = "&" if "?" in context.url else "?"
     attempts: tuple[tuple[str, dict[str, Any]], ...] = (
-        (bench.url, {name: 1}),
-        (f"{bench.url}{mark}{name}=1", {}),
+        (context.url, {name: 1}),
+        (f"{context.url}{mark}{name}=1", {}),
     )
     for url, options in attempts:
         where = "by keyword" if options else "in the query"
@@ -240,26 +244,26 @@ async def an_option_that_is_not_listed_is_refused(bench: Bench) -> None:
                 pass
         except FlowStoreError as error:
             sentence = f"an option that the backend does not list, {where}"
-            bench.expect(type(error).__name__, ConfigurationError.__name__, sentence)
+            context.expect(type(error).__name__, ConfigurationError.__name__, sentence)
         else:
-            bench.expect_that(False, f"an option that the backend does not list, {where}, is refused")
+            context.expect_that(False, f"an option that the backend does not list, {where}, is refused")
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def scratch_gives_a_fresh_namespace_and_drops_it(bench: Bench) -> None:
+async def scratch_gives_a_fresh_namespace_and_drops_it(context: CheckContext) -> None:
     """Two are apart, each is empty at first, and nothing is left where one was."""
-    run_id = await start(bench)
+    run_id = await start(context)
     urls = []
     for _ in range(2):
-        async with bench.fresh() as other:
+        async with context.new_namespace() as other:
             urls.append(other.url)
-            bench.expect_that(other.url != bench.url, "scratch gives another namespace each time")
-            bench.expect(await other.store.get_runs(), (), "a fresh namespace is empty")
+            context.expect_that(other.url != context.url, "scratch gives another namespace each time")
+            context.expect(await other.store.get_runs(), (), "a fresh namespace is empty")
             await start(other, run_id=RUN)
-            bench.expect(await bench.store.get_run_status(RUN), None, "what another namespace holds")
-    bench.expect_that(urls[0] != urls[1], "scratch gives another namespace each time")
-    status = await bench.store.get_run_status(run_id)
-    bench.expect(status, RunStatus.RUNNING, "a run in a namespace while others come and go")
+            context.expect(await context.store.get_run_status(RUN), None, "what another namespace holds")
+    context.expect_that(urls[0] != urls[1], "scratch gives another namespace each time")
+    status = await context.store.get_run_status(run_id)
+    context.expect(status, RunStatus.RUNNING, "a run in a namespace while others come and go")
     for url in urls:
         try:
             async with open_store(url, migrate=False) as store:
@@ -267,15 +271,15 @@ async def scratch_gives_a_fresh_namespace_and_drops_it(bench: Bench) -> None:
         except FlowStoreError:
             # It is gone, and without leave to migrate nothing is made in its place.
             left = ()
-        bench.expect(left, (), "what is left of a namespace that was dropped")
+        context.expect(left, (), "what is left of a namespace that was dropped")
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def many_may_open_a_new_namespace_at_once(bench: Bench) -> None:
+async def many_may_open_a_new_namespace_at_once(context: CheckContext) -> None:
     """A dozen stores open one fresh namespace at the same time, and all work on the same."""
-    count = bench.profile.of(6, 12, 12)
-    given: dict[str, Any] = {} if bench.clock is None else {"clock": bench.clock}
-    async with bench.backend.scratch(bench.base_url) as url, AsyncExitStack() as stack:
+    count = context.profile.of(6, 12, 12)
+    given: dict[str, Any] = {} if context.clock is None else {"clock": context.clock}
+    async with context.backend.scratch(context.base_url) as url, AsyncExitStack() as stack:
 
         async def join() -> FlowStore | FlowStoreError:
             try:
@@ -286,27 +290,32 @@ async def many_may_open_a_new_namespace_at_once(bench: Bench) -> None:
         stores = await asyncio.gather(*(join() for _ in range(count)))
         opened = [store for store in stores if not isinstance(store, FlowStoreError)]
         failed = [error for error in stores if isinstance(error, FlowStoreError)]
-        if Capability.MULTI_PROCESS not in bench.capabilities:
+        if Capability.MULTI_PROCESS not in context.capabilities:
             # Such a backend may let in one at a time; who comes too late is told so.
             failed = [error for error in failed if not isinstance(error, StoreUnavailableError)]
         names = [type(error).__name__ for error in failed]
-        bench.expect(names, [], f"{count} stores opening a fresh namespace at once")
-        bench.expect_that(opened, "of many that open a fresh namespace at once one gets in")
-        run_id = new_id(bench)
+        context.expect(names, [], f"{count} stores opening a fresh namespace at once")
+        context.expect_that(opened, "of many that open a fresh namespace at once one gets in")
+        run_id = new_id(context)
         await opened[0].start_run(FLOW, "orders", run_id, "manual")
         won = await asyncio.gather(
-            *(told(store.try_claim_step(run_id, "charge", owner=str(n))) for n, store in enumerate(opened))
+            *(
+                outcome_of(store.try_claim_step(run_id, "charge", owner=str(n)))
+                for n, store in enumerate(opened)
+            )
         )
-        bench.expect(sorted(map(str, won)), ["False"] * (len(won) - 1) + ["True"], "one of all wins a claim")
+        context.expect(
+            sorted(map(str, won)), ["False"] * (len(won) - 1) + ["True"], "one of all wins a claim"
+        )
         seen = [await store.get_claimed_step_keys(run_id) for store in opened]
-        bench.expect(seen, [{"charge"}] * len(opened), "all that opened the namespace see the same")
+        context.expect(seen, [{"charge"}] * len(opened), "all that opened the namespace see the same")
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def opening_again_changes_nothing(bench: Bench) -> None:
+async def opening_again_changes_nothing(context: CheckContext) -> None:
     """Once migrated, opening with and without leave to migrate shows what was stored before."""
-    run_id = new_id(bench)
-    async with bench.backend.scratch(bench.base_url) as url:
+    run_id = new_id(context)
+    async with context.backend.scratch(context.base_url) as url:
         looks: list[dict[str, Any]] = []
         for migrate in (True, True, False):
             async with open_store(url, migrate=migrate) as store:
@@ -314,20 +323,20 @@ async def opening_again_changes_nothing(bench: Bench) -> None:
                     await store.start_run(FLOW, "orders", run_id, "manual")
                     await store.record_step_start(run_id, "charge", "http")
                     await store.try_claim_step(run_id, "ship", owner="me")
-                looks.append(await look_at(bench, run_id, store=store))
+                looks.append(await observe(context, run_id, store=store))
     for after in looks[1:]:
-        expect_alike(bench, after, looks[0], "opening again changes nothing")
+        assert_same(context, after, looks[0], "opening again changes nothing")
 
 
 @check("CON-5")
-async def what_was_stored_outlives_every_store(bench: Bench) -> None:
+async def what_was_stored_outlives_every_store(context: CheckContext) -> None:
     """With all stores closed and one opened anew, every read shows what it showed before."""
-    run_id = await start(bench)
-    await run_step(bench, run_id)
-    await bench.store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
-    await bench.store.try_claim_step(run_id, "ship", owner="me")
-    before = await look_at(bench, run_id)
-    await bench.store.aclose()
-    other = await bench.open()
-    after = await look_at(bench, run_id, store=other)
-    expect_alike(bench, after, before, "what was stored outlives the stores that stored it")
+    run_id = await start(context)
+    await run_step(context, run_id)
+    await context.store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
+    await context.store.try_claim_step(run_id, "ship", owner="me")
+    before = await observe(context, run_id)
+    await context.store.aclose()
+    other = await context.open()
+    after = await observe(context, run_id, store=other)
+    assert_same(context, after, before, "what was stored outlives the stores that stored it")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     HOUR,
     LOOKALIKES,
@@ -14,21 +13,22 @@ from flowstore_conformance.checks.scenes import (
     SECOND,
     STEP_ENDS,
     TICK,
-    another,
+    advance,
+    assert_same,
     clock_of,
-    expect_alike,
-    has,
-    later,
-    look,
-    look_at,
+    expect_fields,
+    get_run,
+    get_step,
     now,
-    only,
+    observe,
+    observe_all,
+    outcome_of,
     run_step,
+    second_store,
+    single,
     start,
-    the_run,
-    the_step,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, ClaimLostError, RunStatus, StepClaim, StepStatus
 
 LEASED = [Capability.LEASES, Capability.VIRTUAL_CLOCK]
@@ -38,177 +38,187 @@ LEASED = [Capability.LEASES, Capability.VIRTUAL_CLOCK]
 
 
 @example("CLM-1")
-async def one_claimant_wins_until_the_claim_is_released(bench: Bench) -> None:
+async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -> None:
     """Losing is False, never an exception, and changes nothing; no time makes a claim without lease end."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
-    at = now(bench)
-    bench.expect(await told(store.try_claim_step(run_id, "b", owner="first")), True, "claiming a free key")
-    bench.expect(await told(store.try_claim_step(run_id, "a")), True, "claiming another free key")
-    answer = await told(store.try_claim_step(other, "b", owner="second"))
-    bench.expect(answer, True, "claiming the same key of another run")
+    store, run_id, other = context.store, await start(context), await start(context)
+    at = now(context)
+    context.expect(
+        await outcome_of(store.try_claim_step(run_id, "b", owner="first")), True, "claiming a free key"
+    )
+    context.expect(await outcome_of(store.try_claim_step(run_id, "a")), True, "claiming another free key")
+    answer = await outcome_of(store.try_claim_step(other, "b", owner="second"))
+    context.expect(answer, True, "claiming the same key of another run")
     wanted = tuple(
         StepClaim(run_id=run_id, step_key=key, owner=owner, claimed_at=at, expires_at=None)
         for key, owner in (("a", None), ("b", "first"))
     )
-    bench.expect(await store.get_step_claims(run_id), wanted, "get_step_claims by step_key")
-    later(bench, 3650 * DAY)
+    context.expect(await store.get_step_claims(run_id), wanted, "get_step_claims by step_key")
+    advance(context, 3650 * DAY)
     for key in ("a", "b"):
         for owner in ("second", None):
-            answer = await told(store.try_claim_step(run_id, key, owner=owner))
-            bench.expect(answer, False, f"claiming a key that is held, as {owner}")
-    if Capability.LEASES in bench.capabilities:
-        answer = await told(store.try_claim_step(run_id, "b", owner="second", lease=MINUTE))
-        bench.expect(answer, False, "claiming a key that is held, with a lease")
-    bench.expect(await store.get_step_claims(run_id), wanted, "a losing claim changes nothing")
-    bench.expect(await store.get_claimed_step_keys(run_id), {"a", "b"}, "get_claimed_step_keys")
-    bench.expect(await store.get_step_statuses(run_id), {}, "a claimed key is no step")
-    bench.expect((await the_run(bench, run_id)).steps, (), "a claimed key is in no detail")
+            answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
+            context.expect(answer, False, f"claiming a key that is held, as {owner}")
+    if Capability.LEASES in context.capabilities:
+        answer = await outcome_of(store.try_claim_step(run_id, "b", owner="second", lease=MINUTE))
+        context.expect(answer, False, "claiming a key that is held, with a lease")
+    context.expect(await store.get_step_claims(run_id), wanted, "a losing claim changes nothing")
+    context.expect(await store.get_claimed_step_keys(run_id), {"a", "b"}, "get_claimed_step_keys")
+    context.expect(await store.get_step_statuses(run_id), {}, "a claimed key is no step")
+    context.expect((await get_run(context, run_id)).steps, (), "a claimed key is in no detail")
 
 
 @example("CLM-2")
-async def what_returned_true_is_visible_to_every_store(bench: Bench) -> None:
+async def what_returned_true_is_visible_to_every_store(context: CheckContext) -> None:
     """Another store on the same namespace sees each claim, dispatch, completion and key at once."""
-    store, other = bench.store, await another(bench)
+    store, other = context.store, await second_store(context)
     for number in range(4):
-        run_id = await start(bench)
+        run_id = await start(context)
         # Read first: who keeps what it has read must notice what others write.
-        bench.expect(await other.get_claimed_step_keys(run_id), set(), "the claims of a new run")
-        bench.expect(await other.get_dispatched_step_keys(run_id), set(), "the dispatches of a new run")
+        context.expect(await other.get_claimed_step_keys(run_id), set(), "the claims of a new run")
+        context.expect(await other.get_dispatched_step_keys(run_id), set(), "the dispatches of a new run")
         await store.try_claim_step(run_id, "a", owner="mine")
-        bench.expect(await other.get_claimed_step_keys(run_id), {"a"}, "a claim, seen by another store")
-        answer = await told(other.try_claim_step(run_id, "a", owner="theirs"))
-        bench.expect(answer, False, "claiming through another store what was won through this one")
+        context.expect(await other.get_claimed_step_keys(run_id), {"a"}, "a claim, seen by another store")
+        answer = await outcome_of(other.try_claim_step(run_id, "a", owner="theirs"))
+        context.expect(answer, False, "claiming through another store what was won through this one")
         await store.try_record_dispatch(run_id, "a")
-        bench.expect(await other.get_dispatched_step_keys(run_id), {"a"}, "a dispatch, seen by another store")
-        answer = await told(other.try_record_dispatch(run_id, "a"))
-        bench.expect(answer, False, "dispatching through another store what this one has dispatched")
+        context.expect(
+            await other.get_dispatched_step_keys(run_id), {"a"}, "a dispatch, seen by another store"
+        )
+        answer = await outcome_of(other.try_record_dispatch(run_id, "a"))
+        context.expect(answer, False, "dispatching through another store what this one has dispatched")
         key = ("manual", f"key {number}")
         await store.try_register_idempotency_key(run_id, *key, run_id)
         found = await other.find_run_id_by_idempotency_key(run_id, *key)
-        bench.expect(found, run_id, "an idempotency key, seen by another store")
+        context.expect(found, run_id, "an idempotency key, seen by another store")
         await store.request_cancel(run_id)
-        bench.expect(await told(other.request_cancel(run_id)), False, "a latch, seen by another store")
+        context.expect(
+            await outcome_of(other.request_cancel(run_id)), False, "a latch, seen by another store"
+        )
         await store.complete_run(run_id, RunStatus.SUCCEEDED)
         status = await other.get_run_status(run_id)
-        bench.expect(status, RunStatus.SUCCEEDED, "a completion, seen by another store")
-        mine, theirs = await look_at(bench, run_id), await look_at(bench, run_id, store=other)
-        expect_alike(bench, theirs, mine, "two stores on one namespace show the same")
+        context.expect(status, RunStatus.SUCCEEDED, "a completion, seen by another store")
+        mine, theirs = await observe(context, run_id), await observe(context, run_id, store=other)
+        assert_same(context, theirs, mine, "two stores on one namespace show the same")
 
 
 # CLM-3
 
 
 @example("CLM-3")
-async def releasing_a_claim_frees_that_key_alone(bench: Bench) -> None:
+async def releasing_a_claim_frees_that_key_alone(context: CheckContext) -> None:
     """It is idempotent, keeps step and dispatch, and lets the next caller win."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
         await store.try_record_dispatch(one, key)
         await store.try_claim_step(one, key, owner="me")
         await store.record_step_start(one, key, "http", owner="me")
-    step = await the_step(bench, run_id, "a")
+    step = await get_step(context, run_id, "a")
     for again in ("", " again"):
         call = store.release_step_claim(run_id, "a")
-        bench.expect(await told(call), None, f"releasing a claim{again}")
+        context.expect(await outcome_of(call), None, f"releasing a claim{again}")
         claims = [claim.step_key for claim in await store.get_step_claims(run_id)]
-        bench.expect(claims, ["b"], f"the claims of the run after releasing one{again}")
-    bench.expect(await store.get_claimed_step_keys(other), {"a"}, "the claim of the same key in another run")
-    bench.expect(await the_step(bench, run_id, "a"), step, "releasing a claim keeps the step")
-    bench.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "it keeps the dispatch")
-    bench.expect(await told(store.release_step_claim(run_id, "never claimed")), None, "releasing nothing")
-    answer = await told(store.try_claim_step(run_id, "a", owner="next"))
-    bench.expect(answer, True, "claiming a key that was released")
+        context.expect(claims, ["b"], f"the claims of the run after releasing one{again}")
+    context.expect(
+        await store.get_claimed_step_keys(other), {"a"}, "the claim of the same key in another run"
+    )
+    context.expect(await get_step(context, run_id, "a"), step, "releasing a claim keeps the step")
+    context.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "it keeps the dispatch")
+    context.expect(
+        await outcome_of(store.release_step_claim(run_id, "never claimed")), None, "releasing nothing"
+    )
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="next"))
+    context.expect(answer, True, "claiming a key that was released")
 
 
 @example("CLM-3")
-async def with_owner_only_that_owners_claim_is_released(bench: Bench) -> None:
+async def with_owner_only_that_owners_claim_is_released(context: CheckContext) -> None:
     """Another's claim and nobody's stay; without owner whoever's goes, of a terminal step too."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "mine", owner="me")
     await store.try_claim_step(run_id, "nobody's")
     for key in ("mine", "nobody's"):
         for owner in ("other", "Me", "me ", "None", "null"):
             await store.release_step_claim(run_id, key, owner=owner)
     both = {"mine", "nobody's"}
-    bench.expect(await store.get_claimed_step_keys(run_id), both, "the claims after others' releases")
+    context.expect(await store.get_claimed_step_keys(run_id), both, "the claims after others' releases")
     await store.release_step_claim(run_id, "mine", owner="me")
-    bench.expect(await store.get_claimed_step_keys(run_id), {"nobody's"}, "its owner releases a claim")
+    context.expect(await store.get_claimed_step_keys(run_id), {"nobody's"}, "its owner releases a claim")
     await store.release_step_claim(run_id, "nobody's")
-    bench.expect(await store.get_step_claims(run_id), (), "without owner whoever's claim is released")
+    context.expect(await store.get_step_claims(run_id), (), "without owner whoever's claim is released")
     for by in ("me", None):
         key = f"done, released by {by}"
         await store.try_claim_step(run_id, key, owner="me")
-        await run_step(bench, run_id, key)
+        await run_step(context, run_id, key)
         await store.release_step_claim(run_id, key, owner=by)
-        bench.expect(await store.get_step_claims(run_id), (), f"the claim of a terminal step, {key}")
-        answer = await told(store.try_claim_step(run_id, key, owner="me"))
-        bench.expect(answer, False, "a terminal step is not claimed, released or not")
+        context.expect(await store.get_step_claims(run_id), (), f"the claim of a terminal step, {key}")
+        answer = await outcome_of(store.try_claim_step(run_id, key, owner="me"))
+        context.expect(answer, False, "a terminal step is not claimed, released or not")
 
 
 @example("CLM-3", needs=LEASED)
-async def an_expired_claim_is_released_by_its_owner(bench: Bench) -> None:
+async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> None:
     """The owner removes its claim even when the lease has ended, and nobody else's that took over."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for key in ("expired", "taken over"):
         await store.try_claim_step(run_id, key, owner="me", lease=MINUTE)
-    later(bench, 2 * MINUTE)
+    advance(context, 2 * MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="next", lease=MINUTE)
     for key in ("expired", "taken over"):
         await store.release_step_claim(run_id, key, owner="me")
     claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
-    bench.expect(claims, [("taken over", "next")], "the claims after the old owner released both")
+    context.expect(claims, [("taken over", "next")], "the claims after the old owner released both")
 
 
 # CLM-4
 
 
 @example("CLM-4")
-async def a_terminal_step_keeps_its_claim(bench: Bench) -> None:
+async def a_terminal_step_keeps_its_claim(context: CheckContext) -> None:
     """A redelivered message loses; get_claimed_step_keys leaves the step out, get_step_claims lists it."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in STEP_ENDS:
         await store.try_claim_step(run_id, status, owner=f"of {status}")
-        await run_step(bench, run_id, status, status)
+        await run_step(context, run_id, status, status)
     await store.try_claim_step(run_id, "pending", owner="me")
-    await run_step(bench, run_id, "pending", StepStatus.PENDING)
+    await run_step(context, run_id, "pending", StepStatus.PENDING)
     await store.try_claim_step(run_id, "running", owner="me")
     await store.record_step_start(run_id, "running", "http", owner="me")
     for status in STEP_ENDS:
-        answer = await told(store.try_claim_step(run_id, status, owner="redelivered"))
-        bench.expect(answer, False, f"a message that is delivered again for a step that is {status}")
+        answer = await outcome_of(store.try_claim_step(run_id, status, owner="redelivered"))
+        context.expect(answer, False, f"a message that is delivered again for a step that is {status}")
     claimed = await store.get_claimed_step_keys(run_id)
-    bench.expect(claimed, {"pending", "running"}, "get_claimed_step_keys leaves out terminal steps alone")
+    context.expect(claimed, {"pending", "running"}, "get_claimed_step_keys leaves out terminal steps alone")
     owners = {claim.step_key: claim.owner for claim in await store.get_step_claims(run_id)}
     wanted = {status.value: f"of {status}" for status in STEP_ENDS}
     sentence = "get_step_claims lists the claims of terminal steps too"
-    bench.expect(owners, {**wanted, "pending": "me", "running": "me"}, sentence)
+    context.expect(owners, {**wanted, "pending": "me", "running": "me"}, sentence)
 
 
 @example("CLM-4", needs=LEASED)
-async def the_claim_of_a_terminal_step_does_not_expire(bench: Bench) -> None:
+async def the_claim_of_a_terminal_step_does_not_expire(context: CheckContext) -> None:
     """While the step is terminal the lease does not count, so nobody but its owner starts it again."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in STEP_ENDS:
         await store.try_claim_step(run_id, status, owner="me", lease=MINUTE)
-        await run_step(bench, run_id, status, status)
+        await run_step(context, run_id, status, status)
     before = await store.get_step_claims(run_id)
-    later(bench, HOUR)
+    advance(context, HOUR)
     for status in STEP_ENDS:
         for owner in ("redelivered", "me"):
-            answer = await told(store.try_claim_step(run_id, status, owner=owner))
-            bench.expect(answer, False, f"claiming a {status} step past the lease of its claim, as {owner}")
-    bench.expect(await store.get_step_claims(run_id), before, "the claims of terminal steps stay")
+            answer = await outcome_of(store.try_claim_step(run_id, status, owner=owner))
+            context.expect(answer, False, f"claiming a {status} step past the lease of its claim, as {owner}")
+    context.expect(await store.get_step_claims(run_id), before, "the claims of terminal steps stay")
     call = store.record_step_start(run_id, "Failed", "http", owner="redelivered")
-    await bench.expect_error(call, ClaimLostError, "starting a Failed step under somebody else's claim")
-    number = await told(store.record_step_start(run_id, "Failed", "http", owner="me"))
-    bench.expect(number, 2, "starting a Failed step under its own claim, which has not expired")
+    await context.expect_error(call, ClaimLostError, "starting a Failed step under somebody else's claim")
+    number = await outcome_of(store.record_step_start(run_id, "Failed", "http", owner="me"))
+    context.expect(number, 2, "starting a Failed step under its own claim, which has not expired")
 
 
 @example("CLM-4", needs=LEASED)
-async def expired_claims_are_listed_but_not_claimed(bench: Bench) -> None:
+async def expired_claims_are_listed_but_not_claimed(context: CheckContext) -> None:
     """get_claimed_step_keys leaves out a claim from the moment its lease ends; get_step_claims keeps it."""
-    store, run_id = bench.store, await start(bench)
-    at = now(bench)
+    store, run_id = context.store, await start(context)
+    at = now(context)
     await store.try_claim_step(run_id, "b", owner="late", lease=MINUTE)
     await store.try_claim_step(run_id, "a", owner="long", lease=3 * MINUTE)
     await store.try_claim_step(run_id, "c")
@@ -217,149 +227,157 @@ async def expired_claims_are_listed_but_not_claimed(bench: Bench) -> None:
         StepClaim(run_id=run_id, step_key=key, owner=owner, claimed_at=at, expires_at=end)
         for key, (owner, end) in ends.items()
     )
-    later(bench, MINUTE - TICK)
+    advance(context, MINUTE - TICK)
     for claimed in ({"a", "b", "c"}, {"a", "c"}):
         found = await store.get_claimed_step_keys(run_id)
-        bench.expect(found, claimed, f"the live claims at {now(bench)} where one ends at {at + MINUTE}")
-        bench.expect(await store.get_step_claims(run_id), wanted, "get_step_claims lists every claim")
-        later(bench, TICK)
+        context.expect(found, claimed, f"the live claims at {now(context)} where one ends at {at + MINUTE}")
+        context.expect(await store.get_step_claims(run_id), wanted, "get_step_claims lists every claim")
+        advance(context, TICK)
 
 
 # CLM-5
 
 
 @example("CLM-5")
-async def the_owner_gets_true_again_and_changes_nothing(bench: Bench) -> None:
+async def the_owner_gets_true_again_and_changes_nothing(context: CheckContext) -> None:
     """A caller that lost its acknowledgement asks again and learns the truth; everybody else gets False."""
-    store, run_id = bench.store, await start(bench)
-    leased = Capability.LEASES in bench.capabilities
+    store, run_id = context.store, await start(context)
+    leased = Capability.LEASES in context.capabilities
     lease = {"lease": DAY} if leased else {}
     await store.try_claim_step(run_id, "plain", owner="me")
     await store.try_claim_step(run_id, "leased", owner="me", **lease)
     before = await store.get_step_claims(run_id)
-    later(bench, SECOND)
+    advance(context, SECOND)
     for key in ("plain", "leased"):
-        answer = await told(store.try_claim_step(run_id, key, owner="me"))
-        bench.expect(answer, True, f"the owner of a live claim claims again ({key})")
+        answer = await outcome_of(store.try_claim_step(run_id, key, owner="me"))
+        context.expect(answer, True, f"the owner of a live claim claims again ({key})")
         if leased:
-            answer = await told(store.try_claim_step(run_id, key, owner="me", lease=10 * DAY))
-            bench.expect(answer, True, f"the owner of a live claim claims again with a lease ({key})")
-    bench.expect(await store.get_step_claims(run_id), before, "claiming again changes nothing")
+            answer = await outcome_of(store.try_claim_step(run_id, key, owner="me", lease=10 * DAY))
+            context.expect(answer, True, f"the owner of a live claim claims again with a lease ({key})")
+    context.expect(await store.get_step_claims(run_id), before, "claiming again changes nothing")
     await store.record_step_start(run_id, "plain", "http", owner="me")
-    answer = await told(store.try_claim_step(run_id, "plain", owner="me"))
-    bench.expect(answer, True, "the owner of a live claim claims again once the step runs")
-    number = await told(store.record_step_start(run_id, "plain", "http", owner="me"))
-    bench.expect(number, 1, "claiming again does not win the claim anew: its attempt is the same")
+    answer = await outcome_of(store.try_claim_step(run_id, "plain", owner="me"))
+    context.expect(answer, True, "the owner of a live claim claims again once the step runs")
+    number = await outcome_of(store.record_step_start(run_id, "plain", "http", owner="me"))
+    context.expect(number, 1, "claiming again does not win the claim anew: its attempt is the same")
 
 
 @example("CLM-5")
-async def owners_are_compared_exactly(bench: Bench) -> None:
+async def owners_are_compared_exactly(context: CheckContext) -> None:
     """Without owner each call is its own owner, recorded as None; a like token is somebody else's."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "nobody's")
     for owner in (None, "None", "null"):
-        answer = await told(store.try_claim_step(run_id, "nobody's", owner=owner))
-        bench.expect(answer, False, f"claiming a key that a call without owner holds, as {owner!r}")
-    claim = only(await store.get_step_claims(run_id), "the claim")
-    bench.expect(claim.owner, None, "the owner of a claim without owner")
+        answer = await outcome_of(store.try_claim_step(run_id, "nobody's", owner=owner))
+        context.expect(answer, False, f"claiming a key that a call without owner holds, as {owner!r}")
+    claim = single(await store.get_step_claims(run_id), "the claim")
+    context.expect(claim.owner, None, "the owner of a claim without owner")
     first, *others = LOOKALIKES
     await store.try_claim_step(run_id, "charge", owner=first)
     for owner in others:
-        answer = await told(store.try_claim_step(run_id, "charge", owner=owner))
-        bench.expect(answer, False, f"claiming as {owner!r} what {first!r} holds")
+        answer = await outcome_of(store.try_claim_step(run_id, "charge", owner=owner))
+        context.expect(answer, False, f"claiming as {owner!r} what {first!r} holds")
 
 
 # CLM-6
 
 
 @example("CLM-6", needs=LEASED)
-async def a_lease_ends_on_time(bench: Bench) -> None:
+async def a_lease_ends_on_time(context: CheckContext) -> None:
     """A claim is held while now < expires_at, its time plus the lease; then the next claimant wins."""
-    store, run_id = bench.store, await start(bench)
-    at = now(bench)
-    bench.expect(await told(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE)), True, "claiming")
-    later(bench, MINUTE - TICK)
-    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    bench.expect(answer, False, "claiming a microsecond before the lease of the claim ends")
-    claim = only(await store.get_step_claims(run_id), "the claim")
-    has(bench, claim, "a leased claim", owner="old", claimed_at=at, expires_at=at + MINUTE)
-    end = later(bench, TICK)
-    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    bench.expect(answer, True, "claiming when the lease of the claim has just ended")
-    answer = await told(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE))
-    bench.expect(answer, False, "the old owner once another took the claim over")
-    claim = only(await store.get_step_claims(run_id), "the claim that was taken over")
-    has(bench, claim, "a claim taken over", owner="new", claimed_at=end, expires_at=end + MINUTE)
-    again = later(bench, HOUR)
-    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    bench.expect(answer, True, "the old owner is a claimant like any other")
-    claim = only(await store.get_step_claims(run_id), "the claim that its owner won anew")
-    has(bench, claim, "a claim won anew", claimed_at=again, expires_at=again + MINUTE)
-    later(bench, MINUTE)
-    bench.expect(await told(store.try_claim_step(run_id, "a")), True, "taking it over without owner or lease")
-    claim = only(await store.get_step_claims(run_id), "the claim without lease")
-    has(bench, claim, "a claim taken over without lease", owner=None, expires_at=None)
-    later(bench, 3650 * DAY)
-    answer = await told(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    bench.expect(answer, False, "a claim without lease does not end, whatever the one before had")
+    store, run_id = context.store, await start(context)
+    at = now(context)
+    context.expect(
+        await outcome_of(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE)), True, "claiming"
+    )
+    advance(context, MINUTE - TICK)
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    context.expect(answer, False, "claiming a microsecond before the lease of the claim ends")
+    claim = single(await store.get_step_claims(run_id), "the claim")
+    expect_fields(context, claim, "a leased claim", owner="old", claimed_at=at, expires_at=at + MINUTE)
+    end = advance(context, TICK)
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    context.expect(answer, True, "claiming when the lease of the claim has just ended")
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE))
+    context.expect(answer, False, "the old owner once another took the claim over")
+    claim = single(await store.get_step_claims(run_id), "the claim that was taken over")
+    expect_fields(context, claim, "a claim taken over", owner="new", claimed_at=end, expires_at=end + MINUTE)
+    again = advance(context, HOUR)
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    context.expect(answer, True, "the old owner is a claimant like any other")
+    claim = single(await store.get_step_claims(run_id), "the claim that its owner won anew")
+    expect_fields(context, claim, "a claim won anew", claimed_at=again, expires_at=again + MINUTE)
+    advance(context, MINUTE)
+    context.expect(
+        await outcome_of(store.try_claim_step(run_id, "a")), True, "taking it over without owner or lease"
+    )
+    claim = single(await store.get_step_claims(run_id), "the claim without lease")
+    expect_fields(context, claim, "a claim taken over without lease", owner=None, expires_at=None)
+    advance(context, 3650 * DAY)
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
+    context.expect(answer, False, "a claim without lease does not end, whatever the one before had")
 
 
 @example("CLM-6", needs=LEASED)
-async def renewing_extends_and_never_shortens(bench: Bench) -> None:
+async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
     """expires_at becomes now + lease if that is later; owner and claimed_at stay, and so does the attempt."""
-    store, run_id = bench.store, await start(bench)
-    at = now(bench)
+    store, run_id = context.store, await start(context)
+    at = now(context)
     await store.try_claim_step(run_id, "a", owner="me", lease=MINUTE)
     await store.record_step_start(run_id, "a", "http", owner="me")
-    half = later(bench, MINUTE / 2)
+    half = advance(context, MINUTE / 2)
     for lease, end in ((MINUTE, half + MINUTE), (SECOND, half + MINUTE), (HOUR, half + HOUR)):
-        answer = await told(store.renew_step_claim(run_id, "a", "me", lease))
-        bench.expect(answer, True, f"renewing a live claim by {lease}")
-        claim = only(await store.get_step_claims(run_id), "the claim")
-        has(bench, claim, f"a claim renewed by {lease}", owner="me", claimed_at=at, expires_at=end)
-    number = await told(store.record_step_start(run_id, "a", "http", owner="me"))
-    bench.expect(number, 1, "a renewed claim is the same claim: its attempt is the same")
-    later(bench, HOUR - TICK)
-    answer = await told(store.try_claim_step(run_id, "a", owner="other"))
-    bench.expect(answer, False, "claiming a microsecond before a renewed lease ends")
-    answer = await told(store.renew_step_claim(run_id, "a", "me", SECOND))
-    bench.expect(answer, True, "renewing a microsecond before the lease ends")
+        answer = await outcome_of(store.renew_step_claim(run_id, "a", "me", lease))
+        context.expect(answer, True, f"renewing a live claim by {lease}")
+        claim = single(await store.get_step_claims(run_id), "the claim")
+        expect_fields(
+            context, claim, f"a claim renewed by {lease}", owner="me", claimed_at=at, expires_at=end
+        )
+    number = await outcome_of(store.record_step_start(run_id, "a", "http", owner="me"))
+    context.expect(number, 1, "a renewed claim is the same claim: its attempt is the same")
+    advance(context, HOUR - TICK)
+    answer = await outcome_of(store.try_claim_step(run_id, "a", owner="other"))
+    context.expect(answer, False, "claiming a microsecond before a renewed lease ends")
+    answer = await outcome_of(store.renew_step_claim(run_id, "a", "me", SECOND))
+    context.expect(answer, True, "renewing a microsecond before the lease ends")
 
 
 @example("CLM-6", needs=LEASED)
-async def renewing_is_refused_past_the_lease_and_to_others(bench: Bench) -> None:
+async def renewing_is_refused_past_the_lease_and_to_others(context: CheckContext) -> None:
     """False for a claim without lease, past its lease, another's or none; nothing changes."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "leased", owner="me", lease=HOUR)
     await store.try_claim_step(run_id, "expired", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "plain", owner="me")
     await store.try_claim_step(run_id, "nobody's")
-    later(bench, MINUTE)
+    advance(context, MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="next", lease=MINUTE)
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     owners = {"leased": ("other", "Me"), "nobody's": ("me", "None"), "unclaimed": ("me",)}
     for key in ("leased", "expired", "taken over", "plain", "nobody's", "unclaimed"):
         for owner in owners.get(key, ("me",)):
-            answer = await told(store.renew_step_claim(run_id, key, owner, HOUR))
-            bench.expect(answer, False, f"renewing the claim {key!r} as {owner!r}")
-    expect_alike(bench, await look(bench, run_id), before, "renewing that is refused changes nothing")
-    await run_step(bench, run_id, "leased")
+            answer = await outcome_of(store.renew_step_claim(run_id, key, owner, HOUR))
+            context.expect(answer, False, f"renewing the claim {key!r} as {owner!r}")
+    assert_same(
+        context, await observe_all(context, run_id), before, "renewing that is refused changes nothing"
+    )
+    await run_step(context, run_id, "leased")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
-    answer = await told(store.renew_step_claim(run_id, "leased", "me", 2 * HOUR))
-    bench.expect(answer, True, "the status of step and run does not matter to renewing")
+    answer = await outcome_of(store.renew_step_claim(run_id, "leased", "me", 2 * HOUR))
+    context.expect(answer, True, "the status of step and run does not matter to renewing")
 
 
 @example("CLM-6", needs=LEASED)
-async def leases_at_their_limits_end_on_time(bench: Bench) -> None:
+async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
     """A lease may be one microsecond; one that would end after 9999-12-30 ends there."""
-    store, clock, run_id = bench.store, clock_of(bench), await start(bench)
+    store, clock, run_id = context.store, clock_of(context), await start(context)
     await store.try_claim_step(run_id, "short", owner="me", lease=TICK)
-    answer = await told(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
-    bench.expect(answer, False, "claiming within a lease of one microsecond")
-    later(bench, TICK)
-    answer = await told(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
-    bench.expect(answer, True, "claiming after a lease of one microsecond")
+    answer = await outcome_of(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
+    context.expect(answer, False, "claiming within a lease of one microsecond")
+    advance(context, TICK)
+    answer = await outcome_of(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
+    context.expect(answer, True, "claiming after a lease of one microsecond")
     latest = datetime(9999, 12, 30, tzinfo=clock.now.tzinfo)
     clock.now = latest - DAY
     longest = timedelta(days=366)
@@ -367,6 +385,8 @@ async def leases_at_their_limits_end_on_time(bench: Bench) -> None:
         store.try_claim_step(run_id, "long", owner="me", lease=longest),
         store.renew_step_claim(run_id, "long", "me", longest),
     ):
-        bench.expect(await told(call), True, "a lease that would end after the last moment a store can hold")
+        context.expect(
+            await outcome_of(call), True, "a lease that would end after the last moment a store can hold"
+        )
     claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
-    bench.expect(only(claims, "the claim").expires_at, latest, "the end of such a lease")
+    context.expect(single(claims, "the claim").expires_at, latest, "the end of such a lease")

@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
     MINUTE,
     SECOND,
     TICK,
-    expect_alike,
-    has,
-    later,
-    look,
+    advance,
+    assert_same,
+    expect_fields,
+    get_control,
     new_id,
     now,
     numbers,
+    observe_all,
+    outcome_of,
     start,
-    the_control,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, FlowRunControlRecord, RunStatus
 
 NOTHING_LATCHED: dict[str, Any] = {
@@ -35,71 +35,78 @@ NOTHING_LATCHED: dict[str, Any] = {
 
 
 @example("CTL-1")
-async def configure_run_stores_a_control_record(bench: Bench) -> None:
+async def configure_run_stores_a_control_record(context: CheckContext) -> None:
     """It may come before start_run, which leaves it alone; it makes no run and registers no key."""
-    store, run_id = bench.store, new_id(bench)
-    at = later(bench, SECOND)
+    store, run_id = context.store, new_id(context)
+    at = advance(context, SECOND)
     given: dict[str, Any] = {"idempotency_key": "key", "timeout_at": at + MINUTE}
     await store.configure_run(run_id, FLOW, "manual", **given)
     wanted = FlowRunControlRecord(
         run_id=run_id, flow_id=FLOW, trigger_key="manual", created_at=at, **given, **NOTHING_LATCHED
     )
-    bench.expect(await store.get_run_control(run_id), wanted, "the control record as it was given")
+    context.expect(await store.get_run_control(run_id), wanted, "the control record as it was given")
     found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
-    bench.expect(found, None, "configure_run registers no idempotency key")
-    answer = await told(store.try_register_idempotency_key(FLOW, "manual", "key", new_id(bench)))
-    bench.expect(answer, True, "registering for another run the key that configure_run names")
-    bench.expect(await store.get_run_status(run_id), None, "configure_run makes no run")
+    context.expect(found, None, "configure_run registers no idempotency key")
+    answer = await outcome_of(store.try_register_idempotency_key(FLOW, "manual", "key", new_id(context)))
+    context.expect(answer, True, "registering for another run the key that configure_run names")
+    context.expect(await store.get_run_status(run_id), None, "configure_run makes no run")
     before = await store.get_run_control(run_id)
-    later(bench, SECOND)
-    await start(bench, run_id=run_id)
-    bench.expect(await store.get_run_control(run_id), before, "start_run leaves the control record alone")
+    advance(context, SECOND)
+    await start(context, run_id=run_id)
+    context.expect(await store.get_run_control(run_id), before, "start_run leaves the control record alone")
 
 
 @example("CTL-1")
-async def configure_run_overwrites_and_keeps_created_at_and_latches(bench: Bench) -> None:
+async def configure_run_overwrites_and_keeps_created_at_and_latches(context: CheckContext) -> None:
     """None overwrites too; created_at, a cancel and a time-out stay; other runs are left alone."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
-        await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(bench))
+        await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
     elsewhere = await store.get_run_control(other)
-    made = await the_control(bench, run_id)
-    flow_id = new_id(bench)
-    later(bench, SECOND)
+    made = await get_control(context, run_id)
+    flow_id = new_id(context)
+    advance(context, SECOND)
     await store.configure_run(run_id, flow_id, "timer")
     overwritten = {"flow_id": flow_id, "trigger_key": "timer", "idempotency_key": None, "timeout_at": None}
     sentence = "configure_run overwrites, with None too, and keeps created_at"
-    has(bench, await the_control(bench, run_id), sentence, **overwritten, created_at=made.created_at)
+    expect_fields(
+        context, await get_control(context, run_id), sentence, **overwritten, created_at=made.created_at
+    )
     await store.request_cancel(run_id, "user")
     await store.mark_timed_out(run_id, "late")
     before = await store.get_run_control(run_id)
-    later(bench, SECOND)
+    advance(context, SECOND)
     await store.configure_run(run_id, flow_id, "timer")
     after = await store.get_run_control(run_id)
-    bench.expect(after, before, "configure_run never clears a cancel or a time-out")
-    bench.expect(await told(store.request_cancel(run_id)), False, "the latch after configuring again")
-    bench.expect(await store.get_run_control(other), elsewhere, "the control record of another run")
+    context.expect(after, before, "configure_run never clears a cancel or a time-out")
+    context.expect(await outcome_of(store.request_cancel(run_id)), False, "the latch after configuring again")
+    context.expect(await store.get_run_control(other), elsewhere, "the control record of another run")
 
 
 # CTL-2
 
 
 @example("CTL-2")
-async def each_latch_is_set_by_one_call(bench: Bench) -> None:
+async def each_latch_is_set_by_one_call(context: CheckContext) -> None:
     """True for the call that set it, else False; each is its own, and the user's reason comes first."""
-    store = bench.store
+    store = context.store
     for order in (("cancel", "time out"), ("time out", "cancel"), ("cancel",), ("time out",)):
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.configure_run(run_id, FLOW, "manual")
-        has(bench, await the_control(bench, run_id), "a control record before any latch", **NOTHING_LATCHED)
+        expect_fields(
+            context,
+            await get_control(context, run_id),
+            "a control record before any latch",
+            **NOTHING_LATCHED,
+        )
         latch = {"cancel": store.request_cancel, "time out": store.mark_timed_out}
         at = {}
         for what in order:
-            at[what] = later(bench, SECOND)
-            bench.expect(await told(latch[what](run_id, f"first {what}")), True, f"the first {what}")
-        later(bench, SECOND)
+            at[what] = advance(context, SECOND)
+            context.expect(await outcome_of(latch[what](run_id, f"first {what}")), True, f"the first {what}")
+        advance(context, SECOND)
         for what in order:
-            bench.expect(await told(latch[what](run_id, "again")), False, f"the same {what} again")
+            context.expect(await outcome_of(latch[what](run_id, "again")), False, f"the same {what} again")
         first = "cancel" if "cancel" in order else "time out"
         wanted = {
             "cancel_requested": True,
@@ -107,27 +114,33 @@ async def each_latch_is_set_by_one_call(bench: Bench) -> None:
             "cancel_requested_at": at[first],
             "timed_out_at": at.get("time out"),
         }
-        has(bench, await the_control(bench, run_id), f"the latches after {' and '.join(order)}", **wanted)
-    run_id = await start(bench)
+        expect_fields(
+            context, await get_control(context, run_id), f"the latches after {' and '.join(order)}", **wanted
+        )
+    run_id = await start(context)
     await store.configure_run(run_id, FLOW, "manual")
     await store.mark_timed_out(run_id, "late")
-    at["cancel"] = later(bench, SECOND)
+    at["cancel"] = advance(context, SECOND)
     await store.request_cancel(run_id)
     wanted = {"cancel_requested": True, "cancel_reason": None, "cancel_requested_at": at["cancel"]}
     sentence = "a user's cancel without reason comes before the time-out's reason"
-    has(bench, await the_control(bench, run_id), sentence, **wanted)
+    expect_fields(context, await get_control(context, run_id), sentence, **wanted)
 
 
 @example("CTL-2")
-async def request_cancel_makes_the_record_of_a_stored_run(bench: Bench) -> None:
+async def request_cancel_makes_the_record_of_a_stored_run(context: CheckContext) -> None:
     """With flow and trigger of the run; mark_timed_out makes none and is False."""
-    store = bench.store
-    flow_id = new_id(bench)
-    run_id = await start(bench, flow_id=flow_id, trigger_key="timer")
-    bench.expect(await told(store.mark_timed_out(run_id, "late")), False, "a time-out without control record")
-    bench.expect(await store.get_run_control(run_id), None, "mark_timed_out makes no control record")
-    at = later(bench, SECOND)
-    bench.expect(await told(store.request_cancel(run_id, "")), True, "a cancel without control record")
+    store = context.store
+    flow_id = new_id(context)
+    run_id = await start(context, flow_id=flow_id, trigger_key="timer")
+    context.expect(
+        await outcome_of(store.mark_timed_out(run_id, "late")), False, "a time-out without control record"
+    )
+    context.expect(await store.get_run_control(run_id), None, "mark_timed_out makes no control record")
+    at = advance(context, SECOND)
+    context.expect(
+        await outcome_of(store.request_cancel(run_id, "")), True, "a cancel without control record"
+    )
     wanted = FlowRunControlRecord(
         run_id=run_id,
         flow_id=flow_id,
@@ -141,59 +154,70 @@ async def request_cancel_makes_the_record_of_a_stored_run(bench: Bench) -> None:
         created_at=at,
     )
     sentence = "the control record that request_cancel makes"
-    bench.expect(await store.get_run_control(run_id), wanted, sentence)
-    bench.expect(await told(store.request_cancel(run_id)), False, "the second cancel")
+    context.expect(await store.get_run_control(run_id), wanted, sentence)
+    context.expect(await outcome_of(store.request_cancel(run_id)), False, "the second cancel")
 
 
 @example("CTL-2")
-async def latches_do_not_look_at_the_runs_status(bench: Bench) -> None:
+async def latches_do_not_look_at_the_runs_status(context: CheckContext) -> None:
     """They are set before a run starts and after it ended, and leave its status alone."""
-    store, early, ended = bench.store, new_id(bench), await start(bench)
+    store, early, ended = context.store, new_id(context), await start(context)
     await store.complete_run(ended, RunStatus.SUCCEEDED)
     for run_id, status in ((early, None), (ended, RunStatus.SUCCEEDED)):
         await store.configure_run(run_id, FLOW, "manual")
-        bench.expect(await told(store.request_cancel(run_id)), True, f"a cancel where the run is {status}")
-        bench.expect(await told(store.mark_timed_out(run_id)), True, f"a time-out where the run is {status}")
-        bench.expect(await store.get_run_status(run_id), status, "the run's status after both latches")
-    await start(bench, run_id=early)
-    control = await the_control(bench, early)
-    bench.expect(control.cancel_requested, True, "a cancel from before the run started")
+        context.expect(
+            await outcome_of(store.request_cancel(run_id)), True, f"a cancel where the run is {status}"
+        )
+        context.expect(
+            await outcome_of(store.mark_timed_out(run_id)), True, f"a time-out where the run is {status}"
+        )
+        context.expect(await store.get_run_status(run_id), status, "the run's status after both latches")
+    await start(context, run_id=early)
+    control = await get_control(context, early)
+    context.expect(control.cancel_requested, True, "a cancel from before the run started")
 
 
 @example("CTL-2")
-async def with_as_of_only_a_deadline_that_has_come_times_out(bench: Bench) -> None:
+async def with_as_of_only_a_deadline_that_has_come_times_out(context: CheckContext) -> None:
     """mark_timed_out with as_of needs timeout_at <= as_of; without it the deadline does not matter."""
-    store, run_id, bare, early = bench.store, await start(bench), await start(bench), await start(bench)
-    deadline = now(bench) + DAY
+    store, run_id, bare, early = (
+        context.store,
+        await start(context),
+        await start(context),
+        await start(context),
+    )
+    deadline = now(context) + DAY
     await store.configure_run(run_id, FLOW, "manual", timeout_at=deadline)
     await store.configure_run(early, FLOW, "manual", timeout_at=deadline)
     await store.configure_run(bare, FLOW, "manual")
-    before = await look(bench, run_id, bare)
-    answer = await told(store.mark_timed_out(run_id, as_of=deadline - TICK))
-    bench.expect(answer, False, "a time-out as of a microsecond before the deadline")
-    answer = await told(store.mark_timed_out(bare, as_of=deadline + 3650 * DAY))
-    bench.expect(answer, False, "a time-out with as_of of a run without deadline")
-    after = await look(bench, run_id, bare)
-    expect_alike(bench, after, before, "a time-out that is not due changes nothing")
-    answer = await told(store.mark_timed_out(run_id, "late", as_of=deadline))
-    bench.expect(answer, True, "a time-out as of the deadline itself")
-    control = await the_control(bench, run_id)
+    before = await observe_all(context, run_id, bare)
+    answer = await outcome_of(store.mark_timed_out(run_id, as_of=deadline - TICK))
+    context.expect(answer, False, "a time-out as of a microsecond before the deadline")
+    answer = await outcome_of(store.mark_timed_out(bare, as_of=deadline + 3650 * DAY))
+    context.expect(answer, False, "a time-out with as_of of a run without deadline")
+    after = await observe_all(context, run_id, bare)
+    assert_same(context, after, before, "a time-out that is not due changes nothing")
+    answer = await outcome_of(store.mark_timed_out(run_id, "late", as_of=deadline))
+    context.expect(answer, True, "a time-out as of the deadline itself")
+    control = await get_control(context, run_id)
     sentence = "a time-out is latched at the store's time, whatever as_of is"
-    has(bench, control, sentence, timed_out_at=now(bench), cancel_reason="late", timeout_at=deadline)
-    answer = await told(store.mark_timed_out(run_id, as_of=deadline))
-    bench.expect(answer, False, "the second time-out")
-    answer = await told(store.mark_timed_out(early))
-    bench.expect(answer, True, "without as_of the deadline does not matter")
+    expect_fields(
+        context, control, sentence, timed_out_at=now(context), cancel_reason="late", timeout_at=deadline
+    )
+    answer = await outcome_of(store.mark_timed_out(run_id, as_of=deadline))
+    context.expect(answer, False, "the second time-out")
+    answer = await outcome_of(store.mark_timed_out(early))
+    context.expect(answer, True, "without as_of the deadline does not matter")
 
 
 # CTL-3
 
 
 @example("CTL-3")
-async def runs_to_stop_are_past_their_deadline_or_cancelled(bench: Bench) -> None:
+async def runs_to_stop_are_past_their_deadline_or_cancelled(context: CheckContext) -> None:
     """Running runs alone, by timeout_at and run_id, those without a deadline last; as_of governs."""
-    store = bench.store
-    at = now(bench) + DAY
+    store = context.store
+    at = now(context) + DAY
     deadlines = {
         9: at - MINUTE,
         8: at,
@@ -206,14 +230,14 @@ async def runs_to_stop_are_past_their_deadline_or_cancelled(bench: Bench) -> Non
         1: None,
     }
     for number, timeout_at in deadlines.items():
-        run_id = await start(bench, run_id=UUID(int=number))
+        run_id = await start(context, run_id=UUID(int=number))
         await store.configure_run(run_id, FLOW, "manual", timeout_at=timeout_at)
-    await start(bench, run_id=UUID(int=10))
+    await start(context, run_id=UUID(int=10))
     for number in (5, 4):
         await store.mark_timed_out(UUID(int=number))
     for number in (3, 2):
         await store.request_cancel(UUID(int=number))
-    ended, orphan = await start(bench), new_id(bench)
+    ended, orphan = await start(context), new_id(context)
     for run_id in (ended, orphan):
         await store.configure_run(run_id, FLOW, "manual", timeout_at=at - MINUTE)
         await store.request_cancel(run_id)
@@ -222,38 +246,40 @@ async def runs_to_stop_are_past_their_deadline_or_cancelled(bench: Bench) -> Non
     sentence = "the runs past their deadline or latched, by timeout_at and run_id"
     for take in (100, 4, 1, 0):
         found = await store.get_runs_to_stop(as_of=at, take=take)
-        bench.expect(numbers(found), wanted[:take], f"{sentence}, take={take}")
+        context.expect(numbers(found), wanted[:take], f"{sentence}, take={take}")
     found = await store.get_runs_to_stop(as_of=at - TICK)
-    bench.expect(numbers(found), [5, 9, 4, 2, 3], "as of a microsecond before the deadline of two runs")
-    everything = {run.run_id: run for run in await store.get_runs()}
-    records = [everything[UUID(int=number)] for number in (5, 9, 4, 2, 3)]
-    bench.expect(found, records, "get_runs_to_stop gives the records of get_runs")
+    context.expect(numbers(found), [5, 9, 4, 2, 3], "as of a microsecond before the deadline of two runs")
+    mixed = {run.run_id: run for run in await store.get_runs()}
+    records = [mixed[UUID(int=number)] for number in (5, 9, 4, 2, 3)]
+    context.expect(found, records, "get_runs_to_stop gives the records of get_runs")
 
 
 @example("CTL-3", needs=[Capability.VIRTUAL_CLOCK])
-async def without_as_of_the_deadline_is_held_against_the_stores_now(bench: Bench) -> None:
+async def without_as_of_the_deadline_is_held_against_the_stores_now(context: CheckContext) -> None:
     """A run comes onto the list at its deadline, to the microsecond."""
-    store, run_id = bench.store, await start(bench)
-    await store.configure_run(run_id, FLOW, "manual", timeout_at=now(bench) + MINUTE)
-    later(bench, MINUTE - TICK)
+    store, run_id = context.store, await start(context)
+    await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) + MINUTE)
+    advance(context, MINUTE - TICK)
     for how, listed in (("a microsecond before the deadline", False), ("at the deadline", True)):
         found = [run.run_id for run in await store.get_runs_to_stop()]
-        bench.expect(run_id in found, listed, f"the run is among those to stop, {how}")
-        later(bench, TICK)
+        context.expect(run_id in found, listed, f"the run is among those to stop, {how}")
+        advance(context, TICK)
 
 
 @example("CTL-3")
-async def extending_a_deadline_undoes_the_time_out(bench: Bench) -> None:
+async def extending_a_deadline_undoes_the_time_out(context: CheckContext) -> None:
     """The time-out latch and its reason go, a user's cancel stays; True where there is a control record."""
-    store, run_id, timed_out = bench.store, await start(bench), await start(bench)
+    store, run_id, timed_out = context.store, await start(context), await start(context)
     for one in (run_id, timed_out):
-        await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(bench))
+        await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
         await store.mark_timed_out(one, "late")
     await store.request_cancel(run_id, "user")
-    before = await the_control(bench, run_id)
+    before = await get_control(context, run_id)
     for days in (2, -2):
-        deadline = now(bench) + days * DAY
-        bench.expect(await told(store.extend_deadline(run_id, deadline)), True, "extending a deadline")
+        deadline = now(context) + days * DAY
+        context.expect(
+            await outcome_of(store.extend_deadline(run_id, deadline)), True, "extending a deadline"
+        )
         wanted = {
             "timeout_at": deadline,
             "timed_out_at": None,
@@ -264,20 +290,24 @@ async def extending_a_deadline_undoes_the_time_out(bench: Bench) -> None:
             "idempotency_key": "key",
         }
         sentence = "extending a deadline undoes the time-out and keeps a user's cancel"
-        has(bench, await the_control(bench, run_id), sentence, **wanted)
-    deadline = now(bench) + DAY
-    bench.expect(await told(store.extend_deadline(timed_out, deadline)), True, "extending after a time-out")
+        expect_fields(context, await get_control(context, run_id), sentence, **wanted)
+    deadline = now(context) + DAY
+    context.expect(
+        await outcome_of(store.extend_deadline(timed_out, deadline)), True, "extending after a time-out"
+    )
     sentence = "extending a deadline undoes the time-out latch and its reason"
-    has(bench, await the_control(bench, timed_out), sentence, **NOTHING_LATCHED, timeout_at=deadline)
+    expect_fields(
+        context, await get_control(context, timed_out), sentence, **NOTHING_LATCHED, timeout_at=deadline
+    )
     found = [run.run_id for run in await store.get_runs_to_stop(as_of=deadline - TICK)]
     listed = (run_id in found, timed_out in found)
     sentence = "a run whose deadline was extended is not to stop before it, unless it is cancelled"
-    bench.expect(listed, (True, False), sentence)
-    answer = await told(store.mark_timed_out(timed_out, "later", as_of=deadline))
-    bench.expect(answer, True, "a time-out at the new deadline")
-    reason = (await the_control(bench, timed_out)).cancel_reason
-    bench.expect(reason, "later", "the reason of a time-out after extending")
-    bare = await start(bench)
-    state = await look(bench, bare)
-    bench.expect(await told(store.extend_deadline(bare, deadline)), False, "without control record")
-    expect_alike(bench, await look(bench, bare), state, "extend_deadline makes no control record")
+    context.expect(listed, (True, False), sentence)
+    answer = await outcome_of(store.mark_timed_out(timed_out, "later", as_of=deadline))
+    context.expect(answer, True, "a time-out at the new deadline")
+    reason = (await get_control(context, timed_out)).cancel_reason
+    context.expect(reason, "later", "the reason of a time-out after extending")
+    bare = await start(context)
+    state = await observe_all(context, bare)
+    context.expect(await outcome_of(store.extend_deadline(bare, deadline)), False, "without control record")
+    assert_same(context, await observe_all(context, bare), state, "extend_deadline makes no control record")

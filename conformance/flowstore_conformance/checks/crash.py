@@ -11,20 +11,20 @@ from itertools import islice
 from uuid import UUID
 
 from flowstore_conformance import crash_child
-from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.children import start_module
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
-from flowstore_conformance.observation import (
-    Expectation,
-    Sight,
+from flowstore_conformance.state_probe import (
+    ModelState,
+    Snapshot,
     answer,
     difference,
-    find_half,
-    look_until,
+    find_partial_effect,
+    observe_until,
     outcome_of,
-    what_to_ask,
+    probe_calls,
 )
 from flowstore_conformance.traces import RemoteError
 from flowstore_conformance.watching import Hang, Hung
@@ -59,7 +59,7 @@ class Child:
         if line.startswith(b"refused "):
             told = line.decode().removeprefix("refused ").strip()
             message = f"a process of its own could not open the store: {told}"
-            raise Violation(message, clause="CON-6")
+            raise ContractViolation(message, clause="CON-6")
         if line.strip() != b"ready":
             raise Inconclusive("a process that should open the store ended before it had")
 
@@ -108,11 +108,11 @@ def _raise_hang(line: bytes) -> None:
 
 
 @asynccontextmanager
-async def _child(bench: Bench) -> AsyncIterator[Child]:
-    seed = bench.random.getrandbits(32)
-    arguments = (bench.url, str(seed), str(WORKERS), str(bench.call_seconds))
+async def _child(context: CheckContext) -> AsyncIterator[Child]:
+    seed = context.random.getrandbits(32)
+    arguments = (context.url, str(seed), str(WORKERS), str(context.call_seconds))
     process = await start_module(crash_child.__name__, *arguments)
-    child = Child(process, seed, bench.call_seconds)
+    child = Child(process, seed, context.call_seconds)
     try:
         yield child
     finally:
@@ -120,42 +120,42 @@ async def _child(bench: Bench) -> AsyncIterator[Child]:
 
 
 @check("CON-5", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH)
-async def what_returned_survives_a_kill(bench: Bench) -> None:
+async def what_returned_survives_a_kill(context: CheckContext) -> None:
     """After a SIGKILL what was acknowledged is there, the rest whole or not at all, and the store works."""
-    kills = bench.profile.of(1, 4, 20)
+    kills = context.profile.of(1, 4, 20)
     async with AsyncExitStack() as stack:
-        children = [await stack.enter_async_context(_child(bench)) for _ in range(min(kills, 4))]
+        children = [await stack.enter_async_context(_child(context)) for _ in range(min(kills, 4))]
         for number in range(kills):
-            child = children[number] if number < 4 else await stack.enter_async_context(_child(bench))
+            child = children[number] if number < 4 else await stack.enter_async_context(_child(context))
             await child.ready()
-            await child.write(bench.random.randrange(20, 150), bench.random.random() * 0.03)
+            await child.write(context.random.randrange(20, 150), context.random.random() * 0.03)
             if child.raised is not None:
-                raise _raised(child, bench.capabilities)
+                raise _raised(child, context.capabilities)
             # On its own clock, as the dead process was: steps are ordered by their start.
-            store = await bench.open(clock=None)
+            store = await context.open(clock=None)
             scripts = [
-                crash_child.script(child.seed, worker, bench.capabilities) for worker in range(WORKERS)
+                crash_child.script(child.seed, worker, context.capabilities) for worker in range(WORKERS)
             ]
             pairs = zip(scripts, child.acknowledged, strict=True)
-            await asyncio.gather(*(_examine(bench, store, script, count) for script, count in pairs))
-            await _use(bench, store)
+            await asyncio.gather(*(_examine(context, store, script, count) for script, count in pairs))
+            await _use(context, store)
             await store.aclose()
 
 
-def _raised(child: Child, capabilities: Collection[Capability]) -> Violation:
+def _raised(child: Child, capabilities: Collection[Capability]) -> ContractViolation:
     assert child.raised is not None
     worker, number, error = child.raised
     call = next(islice(crash_child.script(child.seed, worker, capabilities), number, None))
     foreign = error.name.startswith("!")
     error.name = error.name.removeprefix("!")
-    violation = Violation(
+    violation = ContractViolation(
         f"in a process of its own {call.method} raised {error.name}", clause="CON-2" if foreign else "CON-5"
     )
     violation.__cause__ = error
     return violation
 
 
-async def _examine(bench: Bench, store: FlowStore, script: Iterator[Call], count: int) -> None:
+async def _examine(context: CheckContext, store: FlowStore, script: Iterator[Call], count: int) -> None:
     """Hold every run of one worker against the model, the last one with and without the call under way."""
     runs: dict[UUID, list[Call]] = {}
     for call in islice(script, count):
@@ -164,37 +164,39 @@ async def _examine(bench: Bench, store: FlowStore, script: Iterator[Call], count
     last = crash_child.run_of(under_way)
     runs.setdefault(last, [])
     for run_id, calls in runs.items():
-        before = Expectation(lambda: datetime.now(UTC), State())
+        before = ModelState(lambda: datetime.now(UTC), State())
         for call in calls:
-            before = before.then(call, times=False)
+            before = before.then(call, exact_times=False)
         possible = [before]
         if run_id == last:
-            possible.append(before.then(under_way, times=False))
+            possible.append(before.then(under_way, exact_times=False))
         key = (crash_child.FLOW_ID, "manual", f"key of {run_id}")
-        asked = what_to_ask(run_id, bench.capabilities, step_keys=("c",), keys=[key])
-        bench.exercised += len(calls)
+        asked = probe_calls(run_id, context.capabilities, step_keys=("c",), keys=[key])
+        context.assertions += len(calls)
         done = f"{len(calls)} calls on a run had returned"
         if run_id == last:
             done += f" and {under_way.method} was under way"
-            half = await find_half(store, asked, under_way, before=before, possible=possible, times=False)
+            half = await find_partial_effect(
+                store, asked, under_way, before=before, possible=possible, exact_times=False
+            )
         else:
-            wanted: list[Sight] = [before.look(asked, times=False)]
-            seen = await look_until(store, asked, wanted, times=False)
+            wanted: list[Snapshot] = [before.look(asked, exact_times=False)]
+            seen = await observe_until(store, asked, wanted, exact_times=False)
             half = None if seen in wanted else difference(asked, seen, wanted)
         if half is not None:
-            raise Violation(f"{done} when the process was killed: {half}")
+            raise ContractViolation(f"{done} when the process was killed: {half}")
 
 
-async def _use(bench: Bench, store: FlowStore) -> None:
+async def _use(context: CheckContext, store: FlowStore) -> None:
     """A run from its beginning to its end, in the store that a dead process had open."""
-    state = Expectation(lambda: datetime.now(UTC), State())
-    calls = list(islice(crash_child.script(bench.random.getrandbits(32), 0, bench.capabilities), 12))
+    state = ModelState(lambda: datetime.now(UTC), State())
+    calls = list(islice(crash_child.script(context.random.getrandbits(32), 0, context.capabilities), 12))
     run_id = crash_child.run_of(calls[0])
     for call in calls:
         if crash_child.run_of(call) == run_id:
-            state = state.then(call, times=False)
-            outcome, right = await outcome_of(store, call, times=False), state.outcome
-            bench.exercised += 1
+            state = state.then(call, exact_times=False)
+            outcome, right = await outcome_of(store, call, exact_times=False), state.outcome
+            context.assertions += 1
             if outcome != right and right is not None:
                 told = f"gives {answer(outcome)}, where {answer(right)} is right"
-                raise Violation(f"after a kill {call.method} {told}")
+                raise ContractViolation(f"after a kill {call.method} {told}")

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, clock_of, start
 from flowstore_conformance.checks.registry import check
-from flowstore_conformance.checks.scenes import DAY, HOUR, TICK, clock_of, start
-from flowstore_core import Capability, RunStatus
+from flowstore_conformance.context import CheckContext
+from flowstore_core import Capability, RunStatus, RunTimeseriesGranularity
 
 CLOCK = [Capability.VIRTUAL_CLOCK]
 
@@ -45,59 +45,62 @@ def _local_zone(zone: str) -> Iterator[None]:
 
 
 @check("CLM-6", needs=CLOCK)
-async def a_lease_lasts_as_long_across_a_daylight_saving_change(bench: Bench) -> None:
+async def a_lease_lasts_as_long_across_a_daylight_saving_change(context: CheckContext) -> None:
     """A lease and a renewal of whole days end exactly so much later, across both changes of a year."""
-    clock = clock_of(bench)
+    clock = clock_of(context)
     for zone, days_before in ZONES.items():
         with _local_zone(zone):
             for begun in days_before:
                 clock.now = begun
-                run_id = await start(bench)
+                run_id = await start(context)
                 leases = {f"{days} days": days * DAY for days in (1, 2, 200, 366)}
                 for key, lease in leases.items():
-                    await bench.store.try_claim_step(run_id, key, owner="me", lease=lease)
+                    await context.store.try_claim_step(run_id, key, owner="me", lease=lease)
                 ends = {
-                    claim.step_key: claim.expires_at for claim in await bench.store.get_step_claims(run_id)
+                    claim.step_key: claim.expires_at for claim in await context.store.get_step_claims(run_id)
                 }
                 wanted = {key: begun + lease for key, lease in leases.items()}
-                bench.expect(ends, wanted, f"the ends of leases that begin at {begun:%Y-%m-%d}")
-                await bench.store.renew_step_claim(run_id, "1 days", "me", 2 * DAY)
-                (renewed, *_) = await bench.store.get_step_claims(run_id)
-                bench.expect(
+                context.expect(ends, wanted, f"the ends of leases that begin at {begun:%Y-%m-%d}")
+                await context.store.renew_step_claim(run_id, "1 days", "me", 2 * DAY)
+                (renewed, *_) = await context.store.get_step_claims(run_id)
+                context.expect(
                     renewed.expires_at, begun + 2 * DAY, f"the end of a lease renewed at {begun:%Y-%m-%d}"
                 )
                 clock.now = begun + 2 * DAY - TICK
-                won = await bench.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
-                bench.expect(won, False, "claiming a moment before a lease ends, a day after the change")
+                won = await context.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
+                context.expect(won, False, "claiming a moment before a lease ends, a day after the change")
                 clock.now = begun + 2 * DAY
-                won = await bench.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
-                bench.expect(won, True, "claiming when a lease ends, a day after the change")
+                won = await context.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
+                context.expect(won, True, "claiming when a lease ends, a day after the change")
 
 
 @check("QRY-5", "QRY-4", needs=CLOCK)
-async def days_and_hours_are_those_of_utc_across_a_daylight_saving_change(bench: Bench) -> None:
+async def days_and_hours_are_those_of_utc_across_a_daylight_saving_change(context: CheckContext) -> None:
     """Buckets, durations and the day of the statistics do not depend on the local time zone."""
-    clock = clock_of(bench)
+    clock = clock_of(context)
     for zone, days_before in ZONES.items():
         with _local_zone(zone):
             for noon in days_before:
                 since = noon.replace(hour=0)
                 for hours in range(48):
                     clock.now = since + hours * HOUR
-                    run_id = await start(bench)
+                    run_id = await start(context)
                     clock.now += DAY
-                    await bench.store.complete_run(run_id, RunStatus.SUCCEEDED)
-                for granularity, width, number in (("hour", HOUR, 1), ("day", DAY, 24)):
-                    found = await bench.store.get_run_timeseries(granularity, since, since + 2 * DAY)
+                    await context.store.complete_run(run_id, RunStatus.SUCCEEDED)
+                for granularity, width, number in (
+                    (RunTimeseriesGranularity.HOUR, HOUR, 1),
+                    (RunTimeseriesGranularity.DAY, DAY, 24),
+                ):
+                    found = await context.store.get_run_timeseries(granularity, since, since + 2 * DAY)
                     buckets = [(one.timestamp, one.total, one.p50_duration_ms) for one in found]
                     wanted = [
                         (since + bucket * width, number, DAY.total_seconds() * 1000)
                         for bucket in range(2 * DAY // width)
                     ]
-                    bench.expect(
+                    context.expect(
                         buckets, wanted, f"the buckets of each {granularity} from {since:%Y-%m-%d} on"
                     )
                 for day in (1, 2):
                     as_of = since + (day + 1) * DAY - TICK
-                    today = (await bench.store.get_statistics(as_of=as_of)).completed_today
-                    bench.expect(today, 24, f"completed_today as of {as_of:%Y-%m-%d %H:%M}")
+                    today = (await context.store.get_statistics(as_of=as_of)).completed_today
+                    context.expect(today, 24, f"completed_today as of {as_of:%Y-%m-%d %H:%M}")

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from flowstore_conformance.bench import Bench
+from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id, observe, start
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.checks.scenes import FLOW, expect_alike, look_at, new_id, start
+from flowstore_conformance.context import CheckContext
 from flowstore_conformance.nesting import run_nested
-from flowstore_core import ConfigurationError, StepStatus
+from flowstore_core import ConfigurationError, RunStatus, StepStatus
 
 HUNG_SECONDS = 5.0
 
@@ -25,13 +25,13 @@ async def _error_of(call: Callable[[], Awaitable[object]]) -> Exception | None:
 
 
 @check("CON-2", kind=Kind.HOSTILE)
-async def another_event_loop_in_the_same_thread_is_refused(bench: Bench) -> None:
+async def another_event_loop_in_the_same_thread_is_refused(context: CheckContext) -> None:
     """Within the store's event loop a second one gets ConfigurationError, and nothing happens."""
-    store, new = bench.store, new_id(bench)
-    run_id = await start(bench)
+    store, new = context.store, new_id(context)
+    run_id = await start(context)
     attempt = await store.record_step_start(run_id, "charge", "http")
     await store.register_waiter(run_id, "wait", "go")
-    before = await look_at(bench, run_id)
+    before = await observe(context, run_id)
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "start_run": lambda: store.start_run(FLOW, "orders", new, "manual"),
         "try_claim_step": lambda: store.try_claim_step(run_id, "claimed"),
@@ -39,7 +39,7 @@ async def another_event_loop_in_the_same_thread_is_refused(bench: Bench) -> None
         "record_step_complete": lambda: store.record_step_complete(
             run_id, "charge", StepStatus.SUCCEEDED, attempt=attempt
         ),
-        "complete_run": lambda: store.complete_run(run_id, "Succeeded"),
+        "complete_run": lambda: store.complete_run(run_id, RunStatus.SUCCEEDED),
         "deliver_signal": lambda: store.deliver_signal(run_id, "go", "{}"),
         "get_runs": lambda: store.get_runs(),
         "get_step_statuses": lambda: store.get_step_statuses(run_id),
@@ -49,13 +49,13 @@ async def another_event_loop_in_the_same_thread_is_refused(bench: Bench) -> None
     for name, call in calls.items():
         error = run_nested(_error_of(call))
         told = "no error" if error is None else type(error).__name__
-        bench.expect_that(
+        context.expect_that(
             type(error) is ConfigurationError,
             f"{name} in another event loop of the thread: expected ConfigurationError, got {told}",
         )
-    expect_alike(bench, await look_at(bench, run_id), before, "calls in another event loop")
-    bench.expect(await store.get_run_status(new), None, "the run of start_run in another event loop")
+    assert_same(context, await observe(context, run_id), before, "calls in another event loop")
+    context.expect(await store.get_run_status(new), None, "the run of start_run in another event loop")
     # Now in the store's own loop, several at once.
     keys = [f"step {number}" for number in range(20)]
     claims = await asyncio.gather(*(store.try_claim_step(run_id, key) for key in keys))
-    bench.expect(claims, [True] * len(keys), "claims after calls in another event loop")
+    context.expect(claims, [True] * len(keys), "claims after calls in another event loop")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import SECOND, another, later, new_id, start
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import SECOND, advance, new_id, second_store, start
+from flowstore_conformance.context import CheckContext
 from flowstore_core import FlowEventRecord
 
 
 @example("EVT-1")
-async def events_are_kept_as_they_were_appended(bench: Bench) -> None:
+async def events_are_kept_as_they_were_appended(context: CheckContext) -> None:
     """append_event returns the sequence, which begins at 1 for each run and rises in commit order."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
-    other_store = await another(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
+    other_store = await second_store(context)
     wanted = []
     details = ((None, None), ("charge", "10 \u20ac"), ("charge", ""))
     for number, (step_key, message) in enumerate(details, 1):
-        at = later(bench, SECOND)
+        at = advance(context, SECOND)
         writer = other_store if number % 2 else store
         event_type = f"event {number}"
         sequence = await writer.append_event(run_id, event_type, step_key=step_key, message=message)
-        bench.expect(sequence, number, "the sequence of an event, by commit order from 1")
+        context.expect(sequence, number, "the sequence of an event, by commit order from 1")
         wanted.append(
             FlowEventRecord(
                 sequence=number,
@@ -32,17 +32,17 @@ async def events_are_kept_as_they_were_appended(bench: Bench) -> None:
             )
         )
         # A clock that steps back changes no order.
-        later(bench, -2 * SECOND)
-    bench.expect(await store.append_event(other, "event"), 1, "each run counts its own events")
-    bench.expect(await store.get_run_events(run_id), wanted, "get_run_events by sequence")
+        advance(context, -2 * SECOND)
+    context.expect(await store.append_event(other, "event"), 1, "each run counts its own events")
+    context.expect(await store.get_run_events(run_id), wanted, "get_run_events by sequence")
 
 
 @example("EVT-1")
-async def after_and_take_cut_the_log(bench: Bench) -> None:
+async def after_and_take_cut_the_log(context: CheckContext) -> None:
     """get_run_events gives those with sequence > after, at most take, 200 unless asked otherwise."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     # The default of take shows only above 200.
-    count = bench.profile.of(12, 205, 205)
+    count = context.profile.of(12, 205, 205)
     for number in range(1, count + 1):
         await store.append_event(run_id, f"event {number}")
     cuts: tuple[tuple[dict[str, int], range], ...] = (
@@ -58,5 +58,5 @@ async def after_and_take_cut_the_log(bench: Bench) -> None:
     for arguments, wanted in cuts:
         events = await store.get_run_events(run_id, **arguments)
         sequences = [event.sequence for event in events]
-        bench.expect(sequences, list(wanted), f"the sequences of get_run_events({arguments})")
-    bench.expect(await store.get_run_events(new_id(bench)), (), "get_run_events of an unknown run")
+        context.expect(sequences, list(wanted), f"the sequences of get_run_events({arguments})")
+    context.expect(await store.get_run_events(new_id(context)), (), "get_run_events of an unknown run")

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     HOUR,
     LOOKALIKES,
     MINUTE,
     SECOND,
-    expect_alike,
-    has,
-    later,
-    look,
+    advance,
+    assert_same,
+    expect_fields,
+    get_control,
+    get_run,
     new_id,
     now,
+    observe_all,
+    outcome_of,
     run_step,
     start,
-    the_control,
-    the_run,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, FlowRunRecord, RunAlreadyExistsError, RunStatus, TriggerResult
 
 
 @example("IDM-1")
-async def a_key_is_scoped_by_flow_and_trigger(bench: Bench) -> None:
+async def a_key_is_scoped_by_flow_and_trigger(context: CheckContext) -> None:
     """The same key under another flow or trigger is another key, and nothing is glued together."""
-    flow_id = new_id(bench)
-    store = bench.store
+    flow_id = new_id(context)
+    store = context.store
     scopes = [
         (flow_id, "manual", "key"),
-        (new_id(bench), "manual", "key"),
+        (new_id(context), "manual", "key"),
         (flow_id, "timer", "key"),
         (flow_id, "manual", "other"),
         (flow_id, "manualk", "ey"),
@@ -42,69 +42,71 @@ async def a_key_is_scoped_by_flow_and_trigger(bench: Bench) -> None:
         (flow_id, "manual", "key:key"),
         (flow_id, "key", "manual"),
     ]
-    runs = [new_id(bench) for _ in scopes]
+    runs = [new_id(context) for _ in scopes]
     for scope, run_id in zip(scopes, runs, strict=True):
         found = await store.find_run_id_by_idempotency_key(*scope)
-        bench.expect(found, None, f"the run of {scope[1:]}, while only keys of other scopes are registered")
-        answer = await told(store.try_register_idempotency_key(*scope, run_id))
-        bench.expect(answer, True, f"registering {scope[1:]} beside keys of other scopes")
+        context.expect(found, None, f"the run of {scope[1:]}, while only keys of other scopes are registered")
+        answer = await outcome_of(store.try_register_idempotency_key(*scope, run_id))
+        context.expect(answer, True, f"registering {scope[1:]} beside keys of other scopes")
     for scope, run_id in zip(scopes, runs, strict=True):
         found = await store.find_run_id_by_idempotency_key(*scope)
-        bench.expect(found, run_id, f"the run of {scope[1:]}, whose scope is flow, trigger and key")
+        context.expect(found, run_id, f"the run of {scope[1:]}, whose scope is flow, trigger and key")
 
 
 @example("IDM-1")
-async def idempotency_keys_are_compared_exactly(bench: Bench) -> None:
+async def idempotency_keys_are_compared_exactly(context: CheckContext) -> None:
     """Keys and triggers are opaque and case-sensitive: none is folded, trimmed or composed."""
-    flow_id = new_id(bench)
-    store = bench.store
+    flow_id = new_id(context)
+    store = context.store
     for place in ("key", "trigger"):
         runs = {}
         # Of the triggers a few: case, blank, accent.
         for text in LOOKALIKES if place == "key" else LOOKALIKES[:10:3]:
-            run_id = runs[text] = new_id(bench)
+            run_id = runs[text] = new_id(context)
             scope = ("manual", text) if place == "key" else (text, "key of a trigger")
-            answer = await told(store.try_register_idempotency_key(flow_id, *scope, run_id))
-            bench.expect(answer, True, f"registering the {place} {text!r} beside those that look alike")
+            answer = await outcome_of(store.try_register_idempotency_key(flow_id, *scope, run_id))
+            context.expect(answer, True, f"registering the {place} {text!r} beside those that look alike")
         for text, run_id in runs.items():
             scope = ("manual", text) if place == "key" else (text, "key of a trigger")
             found = await store.find_run_id_by_idempotency_key(flow_id, *scope)
-            bench.expect(found, run_id, f"the run of the {place} {text!r}")
+            context.expect(found, run_id, f"the run of the {place} {text!r}")
 
 
 @example("IDM-2")
-async def the_first_run_of_a_key_wins_and_wins_again(bench: Bench) -> None:
+async def the_first_run_of_a_key_wins_and_wins_again(context: CheckContext) -> None:
     """The same run_id again is True, any other False; find gives the winner; registering starts nothing."""
-    flow_id = new_id(bench)
-    store, first, second = bench.store, new_id(bench), await start(bench)
+    flow_id = new_id(context)
+    store, first, second = context.store, new_id(context), await start(context)
     scope = (flow_id, "manual", "key")
-    bench.expect(await store.find_run_id_by_idempotency_key(*scope), None, "a key that is free")
+    context.expect(await store.find_run_id_by_idempotency_key(*scope), None, "a key that is free")
     for run_id, won in ((first, True), (second, False), (first, True), (second, False)):
-        answer = await told(store.try_register_idempotency_key(*scope, run_id))
-        bench.expect(answer, won, f"registering for the {'first' if won else 'second'} run")
-        bench.expect(await store.find_run_id_by_idempotency_key(*scope), first, "the run that won the key")
+        answer = await outcome_of(store.try_register_idempotency_key(*scope, run_id))
+        context.expect(answer, won, f"registering for the {'first' if won else 'second'} run")
+        context.expect(await store.find_run_id_by_idempotency_key(*scope), first, "the run that won the key")
     for number in range(3):
-        answer = await told(store.try_register_idempotency_key(flow_id, "manual", f"more {number}", first))
-        bench.expect(answer, True, "one run may hold many keys")
-    bench.expect(await store.get_run_status(first), None, "registering a key starts no run")
-    bench.expect(await store.get_run_control(first), None, "registering a key makes no control record")
+        answer = await outcome_of(
+            store.try_register_idempotency_key(flow_id, "manual", f"more {number}", first)
+        )
+        context.expect(answer, True, "one run may hold many keys")
+    context.expect(await store.get_run_status(first), None, "registering a key starts no run")
+    context.expect(await store.get_run_control(first), None, "registering a key makes no control record")
 
 
 # IDM-3
 
 
 @example("IDM-3")
-async def a_trigger_registers_key_control_and_run(bench: Bench) -> None:
+async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None:
     """With a free key, or without one, the run is started as it was given, with its control record."""
-    flow_id = new_id(bench)
-    store = bench.store
-    at = later(bench, SECOND)
-    more: dict[str, Any] = {"trigger_data": "{}", "job_id": "job", "source_run_id": new_id(bench)}
+    flow_id = new_id(context)
+    store = context.store
+    at = advance(context, SECOND)
+    more: dict[str, Any] = {"trigger_data": "{}", "job_id": "job", "source_run_id": new_id(context)}
     control = {"idempotency_key": "key", "timeout_at": at + MINUTE}
     nothing = (dict.fromkeys(more), dict.fromkeys(control))
     # Without a key each call starts a run of its own.
     for optional, stop in ((more, control), nothing, nothing):
-        run_id = new_id(bench)
+        run_id = new_id(context)
         result = await store.trigger_run(flow_id, "orders", run_id, "manual", **optional, **stop)
         run = FlowRunRecord(
             run_id=run_id,
@@ -116,108 +118,118 @@ async def a_trigger_registers_key_control_and_run(bench: Bench) -> None:
             completed_at=None,
             **optional,
         )
-        bench.expect(result, TriggerResult(run=run, created=True), "a trigger that starts a run")
+        context.expect(result, TriggerResult(run=run, created=True), "a trigger that starts a run")
         stored = [each for each in await store.get_runs() if each.run_id == run_id]
-        bench.expect(stored, [run], "the run that a trigger started")
+        context.expect(stored, [run], "the run that a trigger started")
         wanted = {"flow_id": flow_id, "trigger_key": "manual", "created_at": at, **stop}
-        found = await the_control(bench, run_id)
-        has(bench, found, "the control record of a triggered run", **wanted, cancel_requested=False)
+        found = await get_control(context, run_id)
+        expect_fields(
+            context, found, "the control record of a triggered run", **wanted, cancel_requested=False
+        )
         if stop["idempotency_key"] is not None:
             found_id = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
-            bench.expect(found_id, run_id, "the key that a trigger registered")
+            context.expect(found_id, run_id, "the key that a trigger registered")
 
 
 @example("IDM-3")
-async def a_taken_key_gives_the_run_that_has_it(bench: Bench) -> None:
+async def a_taken_key_gives_the_run_that_has_it(context: CheckContext) -> None:
     """created is False, the run comes as it is now, and nothing changes."""
-    flow_id = new_id(bench)
-    store, first, second = bench.store, new_id(bench), new_id(bench)
+    flow_id = new_id(context)
+    store, first, second = context.store, new_id(context), new_id(context)
     await store.trigger_run(flow_id, "orders", first, "manual", trigger_data="one", idempotency_key="key")
-    existing = await start(bench)
+    existing = await start(context)
     for status in (RunStatus.RUNNING, RunStatus.SUCCEEDED):
         if status is not RunStatus.RUNNING:
-            await run_step(bench, first)
-            later(bench, SECOND)
+            await run_step(context, first)
+            advance(context, SECOND)
             await store.complete_run(first, status)
         stored = [each for each in await store.get_runs() if each.run_id == first]
-        before = await look(bench, first, second, existing)
-        later(bench, SECOND)
+        before = await observe_all(context, first, second, existing)
+        advance(context, SECOND)
         for asked in (second, first, existing):
             given: dict[str, Any] = {
                 "trigger_data": "two",
-                "timeout_at": now(bench),
+                "timeout_at": now(context),
                 "idempotency_key": "key",
             }
             result = await store.trigger_run(flow_id, "other", asked, "manual", **given)
             sentence = f"a trigger under a key whose run is {status}"
-            bench.expect([result.run], stored, f"{sentence} gives that run as it is")
-            bench.expect(result.created, False, f"{sentence} creates nothing")
-        later(bench, -SECOND)
-        after = await look(bench, first, second, existing)
-        expect_alike(bench, after, before, "a trigger under a taken key changes nothing")
+            context.expect([result.run], stored, f"{sentence} gives that run as it is")
+            context.expect(result.created, False, f"{sentence} creates nothing")
+        advance(context, -SECOND)
+        after = await observe_all(context, first, second, existing)
+        assert_same(context, after, before, "a trigger under a taken key changes nothing")
 
 
 @example("IDM-3")
-async def a_key_whose_run_never_started_starts_it(bench: Bench) -> None:
+async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None:
     """Under the registered run_id, as this call gives it: no crash leaves a key that swallows triggers."""
-    flow_id = new_id(bench)
-    store = bench.store
+    flow_id = new_id(context)
+    store = context.store
     for asked_exists in (False, True):
-        registered = new_id(bench)
-        asked = await start(bench) if asked_exists else new_id(bench)
+        registered = new_id(context)
+        asked = await start(context) if asked_exists else new_id(context)
         key = f"key {asked_exists}"
         await store.try_register_idempotency_key(flow_id, "manual", key, registered)
-        before = await look(bench, asked)
-        given: dict[str, Any] = {"trigger_data": "data", "job_id": "job", "source_run_id": new_id(bench)}
-        stop: dict[str, Any] = {"idempotency_key": key, "timeout_at": now(bench) + DAY}
+        before = await observe_all(context, asked)
+        given: dict[str, Any] = {"trigger_data": "data", "job_id": "job", "source_run_id": new_id(context)}
+        stop: dict[str, Any] = {"idempotency_key": key, "timeout_at": now(context) + DAY}
         result = await store.trigger_run(flow_id, "orders", asked, "manual", **given, **stop)
         sentence = "a trigger under a key whose run never started"
-        bench.expect(result.created, True, f"{sentence} creates it")
-        has(bench, result.run, f"{sentence}: its run", run_id=registered, flow_name="orders", **given)
-        has(
-            bench,
-            await the_run(bench, registered),
+        context.expect(result.created, True, f"{sentence} creates it")
+        expect_fields(
+            context, result.run, f"{sentence}: its run", run_id=registered, flow_name="orders", **given
+        )
+        expect_fields(
+            context,
+            await get_run(context, registered),
             f"{sentence}: the stored run",
             flow_name="orders",
             **given,
         )
-        has(bench, await the_control(bench, registered), f"{sentence}: its control record", **stop)
+        expect_fields(
+            context, await get_control(context, registered), f"{sentence}: its control record", **stop
+        )
         shown = await store.get_run_detail(asked)
-        bench.expect(shown, before[f"get_run_detail of {asked}"], f"{sentence} leaves the asked run_id alone")
-        bench.expect(await store.get_run_control(asked), None, "and makes no control record for it")
+        context.expect(
+            shown, before[f"get_run_detail of {asked}"], f"{sentence} leaves the asked run_id alone"
+        )
+        context.expect(await store.get_run_control(asked), None, "and makes no control record for it")
         again = await store.trigger_run(flow_id, "orders", asked, "manual", idempotency_key=key)
-        bench.expect((again.created, again.run.run_id), (False, registered), f"{sentence}, said again")
+        context.expect((again.created, again.run.run_id), (False, registered), f"{sentence}, said again")
 
 
 @example("IDM-3")
-async def a_trigger_with_a_run_id_that_exists_registers_nothing(bench: Bench) -> None:
+async def a_trigger_with_a_run_id_that_exists_registers_nothing(context: CheckContext) -> None:
     """Under a free key, or without a key, RunAlreadyExistsError, and nothing changes."""
-    flow_id = new_id(bench)
-    store, run_id = bench.store, await start(bench)
-    await run_step(bench, run_id)
-    before = await look(bench, run_id)
+    flow_id = new_id(context)
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id)
+    before = await observe_all(context, run_id)
     for key in ("free", None):
         call = store.trigger_run(
-            flow_id, "other", run_id, "manual", idempotency_key=key, timeout_at=now(bench)
+            flow_id, "other", run_id, "manual", idempotency_key=key, timeout_at=now(context)
         )
         sentence = f"a trigger with the id of a stored run and the key {key!r}"
-        error = await bench.expect_error(call, RunAlreadyExistsError, sentence)
-        has(bench, error, f"{sentence}: the error", run_id=run_id)
-    expect_alike(bench, await look(bench, run_id), before, "a trigger that is refused changes nothing")
+        error = await context.expect_error(call, RunAlreadyExistsError, sentence)
+        expect_fields(context, error, f"{sentence}: the error", run_id=run_id)
+    assert_same(
+        context, await observe_all(context, run_id), before, "a trigger that is refused changes nothing"
+    )
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "free")
-    bench.expect(found, None, "a trigger that is refused registers no key")
+    context.expect(found, None, "a trigger that is refused registers no key")
 
 
 @example("IDM-3")
-async def a_trigger_configures_an_earlier_control_record_anew(bench: Bench) -> None:
+async def a_trigger_configures_an_earlier_control_record_anew(context: CheckContext) -> None:
     """As configure_run would: overwritten, with created_at and latches kept."""
-    flow_id = new_id(bench)
-    store, run_id = bench.store, new_id(bench)
-    old: dict[str, Any] = {"idempotency_key": "old", "timeout_at": now(bench)}
-    await store.configure_run(run_id, new_id(bench), "timer", **old)
+    flow_id = new_id(context)
+    store, run_id = context.store, new_id(context)
+    old: dict[str, Any] = {"idempotency_key": "old", "timeout_at": now(context)}
+    await store.configure_run(run_id, new_id(context), "timer", **old)
     await store.request_cancel(run_id, "user")
-    made = (await the_control(bench, run_id)).created_at
-    later(bench, SECOND)
+    made = (await get_control(context, run_id)).created_at
+    advance(context, SECOND)
     await store.trigger_run(flow_id, "orders", run_id, "manual", idempotency_key="key")
     wanted: dict[str, Any] = {
         "flow_id": flow_id,
@@ -228,47 +240,51 @@ async def a_trigger_configures_an_earlier_control_record_anew(bench: Bench) -> N
         "cancel_requested": True,
         "cancel_reason": "user",
     }
-    has(bench, await the_control(bench, run_id), "a control record from before the trigger", **wanted)
+    expect_fields(
+        context, await get_control(context, run_id), "a control record from before the trigger", **wanted
+    )
 
 
 # IDM-4
 
 
 @example("IDM-4")
-async def cleaning_up_a_run_ends_its_deduplication(bench: Bench) -> None:
+async def cleaning_up_a_run_ends_its_deduplication(context: CheckContext) -> None:
     """Until then no time and no completion ends it; then the key is free for another run."""
-    flow_id = new_id(bench)
-    store, first, second = bench.store, await start(bench), new_id(bench)
+    flow_id = new_id(context)
+    store, first, second = context.store, await start(context), new_id(context)
     keys = ("key", "another key")
     for key in keys:
         await store.try_register_idempotency_key(flow_id, "manual", key, first)
     await store.complete_run(first, RunStatus.SUCCEEDED)
-    later(bench, 3650 * DAY)
-    await store.cleanup(now(bench) - 3650 * DAY - HOUR)
+    advance(context, 3650 * DAY)
+    await store.cleanup(now(context) - 3650 * DAY - HOUR)
     for key in keys:
-        answer = await told(store.try_register_idempotency_key(flow_id, "manual", key, second))
-        bench.expect(answer, False, "a key stays registered until its run is cleaned up")
+        answer = await outcome_of(store.try_register_idempotency_key(flow_id, "manual", key, second))
+        context.expect(answer, False, "a key stays registered until its run is cleaned up")
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
-        bench.expect(found, first, "a key gives its run until that is cleaned up")
-    await store.cleanup(now(bench) + DAY)
+        context.expect(found, first, "a key gives its run until that is cleaned up")
+    await store.cleanup(now(context) + DAY)
     for key in keys:
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
-        bench.expect(found, None, "a key whose run was cleaned up")
-    if Capability.TRIGGER in bench.capabilities:
+        context.expect(found, None, "a key whose run was cleaned up")
+    if Capability.TRIGGER in context.capabilities:
         result = await store.trigger_run(flow_id, "orders", second, "manual", idempotency_key="key")
         wanted = (True, second)
-        bench.expect((result.created, result.run.run_id), wanted, "a trigger under a key that is free again")
-    answer = await told(store.try_register_idempotency_key(flow_id, "manual", "another key", second))
-    bench.expect(answer, True, "registering a key that is free again")
+        context.expect(
+            (result.created, result.run.run_id), wanted, "a trigger under a key that is free again"
+        )
+    answer = await outcome_of(store.try_register_idempotency_key(flow_id, "manual", "another key", second))
+    context.expect(answer, True, "registering a key that is free again")
 
 
 @example("IDM-4", needs=[Capability.VIRTUAL_CLOCK])
-async def a_young_key_goes_with_its_run(bench: Bench) -> None:
+async def a_young_key_goes_with_its_run(context: CheckContext) -> None:
     """A key goes because its run does, however young it is: the hour of RET-4 is for runs never started."""
-    flow_id = new_id(bench)
-    store, run_id = bench.store, await start(bench)
+    flow_id = new_id(context)
+    store, run_id = context.store, await start(context)
     await store.try_register_idempotency_key(flow_id, "manual", "key", run_id)
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
-    await store.cleanup(now(bench) + SECOND)
+    await store.cleanup(now(context) + SECOND)
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
-    bench.expect(found, None, "a key of this very moment whose run was cleaned up")
+    context.expect(found, None, "a key of this very moment whose run was cleaned up")

@@ -27,12 +27,12 @@ from hypothesis.configuration import set_hypothesis_home_dir, storage_directory
 from hypothesis.errors import HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from flowstore_conformance.agreement import Disagreement, Program, shrink
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.calls import draw_call, draw_jump, drawable_methods
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.drawing import KEYS, RandomChooser
+from flowstore_conformance.context import CheckContext
+from flowstore_conformance.differential import CallSequence, ModelMismatch, shrink
+from flowstore_conformance.operations import available_strategies, draw_call, draw_clock_advance
 from flowstore_conformance.signature import Signature
+from flowstore_conformance.strategies import KEYS, RandomChoices
 from flowstore_core import Capability
 
 T = TypeVar("T")
@@ -45,22 +45,22 @@ LOOK_EVERY = 8
 
 
 @check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
-async def programs_agree_with_the_model(bench: Bench) -> None:
+async def programs_agree_with_the_model(context: CheckContext) -> None:
     """Long random programs of all operations get the model's answers, and leave what it leaves."""
-    until = time.monotonic() + bench.profile.of(3, 12, 900)
-    async with bench.fresh() as namespace:
+    until = time.monotonic() + context.profile.of(3, 12, 900)
+    async with context.new_namespace() as namespace:
         try:
-            for number in range(1, bench.profile.of(5, 60, 5000)):
-                await _random_program(Program.on(namespace, number), bench.random)
+            for number in range(1, context.profile.of(5, 60, 5000)):
+                await _random_program(CallSequence.on(namespace, number), context.random)
                 if time.monotonic() > until:
                     break
-        except Disagreement as found:
-            raise await shrink(bench, found, SHRINK_SECONDS) from found.__cause__
+        except ModelMismatch as found:
+            raise await shrink(context, found, SHRINK_SECONDS) from found.__cause__
 
 
-async def _random_program(program: Program, generator: random.Random) -> None:
-    chooser = RandomChooser(generator)
-    methods = drawable_methods(program.bench.capabilities)
+async def _random_program(program: CallSequence, generator: random.Random) -> None:
+    chooser = RandomChoices(generator)
+    methods = available_strategies(program.context.capabilities)
     # Swarms: with some operations missing and others frequent, programs reach states that a steady
     # mixture does not.
     weights = [one.weight * generator.choice((0, 1, 1, 2, 4)) for one in methods.values()]
@@ -69,7 +69,7 @@ async def _random_program(program: Program, generator: random.Random) -> None:
         await program.make(draw_call(chooser, program.world, "start_run"))
     for number in range(LENGTH):
         if generator.random() < 0.15:
-            program.jump(draw_jump(chooser, program.world))
+            program.jump(draw_clock_advance(chooser, program.world))
         [method] = generator.choices(list(methods), weights)
         await program.make(draw_call(chooser, program.world, method))
         if number % LOOK_EVERY == 0:
@@ -78,14 +78,14 @@ async def _random_program(program: Program, generator: random.Random) -> None:
 
 
 @check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
-async def machine_agrees_with_the_model(bench: Bench) -> None:
+async def machine_agrees_with_the_model(context: CheckContext) -> None:
     """Programs that Hypothesis draws and varies get the model's answers, and leave what it leaves."""
     line = _Line()
-    session = _Session(bench, line, until=time.monotonic() + bench.profile.of(2, 8, 300))
-    machine = seed(bench.seed)(_machine_of(session))
+    session = _Session(context, line, until=time.monotonic() + context.profile.of(2, 8, 300))
+    machine = seed(context.seed)(_machine_of(session))
     chosen = settings(
-        max_examples=bench.profile.of(4, 60, 2000),
-        stateful_step_count=bench.profile.of(30, 40, 50),
+        max_examples=context.profile.of(4, 60, 2000),
+        stateful_step_count=context.profile.of(30, 40, 50),
         database=None,
         deadline=None,
         derandomize=False,
@@ -99,7 +99,7 @@ async def machine_agrees_with_the_model(bench: Bench) -> None:
         with _no_traces():
             await line.serve(asyncio.ensure_future(asyncio.to_thread(_run, machine, chosen)))
     if session.found is not None:
-        raise await shrink(bench, session.found, SHRINK_SECONDS) from session.found.__cause__
+        raise await shrink(context, session.found, SHRINK_SECONDS) from session.found.__cause__
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _run(machine: Any, chosen: settings) -> None:
     """In the thread; what it finds is kept by the session."""
     try:
         run_state_machine_as_test(machine, settings=chosen)
-    except (Disagreement, HypothesisException, _Enough, _Abandoned):
+    except (ModelMismatch, HypothesisException, _Enough, _Abandoned):
         # A failure was kept when it came. Hypothesis itself complains of failures that do not come
         # again; the one that was seen stands all the same.
         return
@@ -182,25 +182,25 @@ class _Line:
 class _Session:
     """All programs of one check: where they run, and the shortest that failed."""
 
-    bench: Bench
+    context: CheckContext
     line: _Line
     until: float
     """When to stop drawing."""
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-    namespace: Bench | None = None
+    namespace: CheckContext | None = None
     programs: int = 0
-    found: Disagreement | None = None
+    found: ModelMismatch | None = None
     signature: Signature | None = None
     """Of the first violation."""
 
-    async def begin(self) -> Program:
+    async def begin(self) -> CallSequence:
         """A program in a namespace in which nothing has failed."""
         if self.namespace is None:
-            self.namespace = await self.stack.enter_async_context(self.bench.fresh())
+            self.namespace = await self.stack.enter_async_context(self.context.new_namespace())
         self.programs += 1
-        return Program.on(self.namespace, self.programs)
+        return CallSequence.on(self.namespace, self.programs)
 
-    def keep(self, found: Disagreement) -> bool:
+    def keep(self, found: ModelMismatch) -> bool:
         """Keep the shortest program that shows the first violation, and give the namespace up.
 
         False for another violation.
@@ -232,7 +232,7 @@ class _Machine(RuleBasedStateMachine):
     def run(self, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             self.session.line.ask(make)
-        except Disagreement as found:
+        except ModelMismatch as found:
             self.failed = True
             if not self.session.keep(found):
                 # Hypothesis takes every Disagreement for the same failure, and would follow this one.
@@ -254,7 +254,7 @@ class _Machine(RuleBasedStateMachine):
 def _machine_of(session: _Session) -> type[_Machine]:
     """The machine for one check: a rule for each method, several times over for those that lead further."""
     rules: dict[str, Any] = {"session": session, "first_calls": initialize(data=st.data())(_first_calls)}
-    for method, drawable in drawable_methods(session.bench.capabilities).items():
+    for method, drawable in available_strategies(session.context.capabilities).items():
         for number in range(drawable.weight):
             rules[f"{method}_{number}"] = rule(data=st.data())(_draw(method))
     for number in range(8):
@@ -276,7 +276,7 @@ def _first_calls(self: Any, data: st.DataObject) -> None:
 
 
 def _jump(self: Any, data: st.DataObject) -> None:
-    self.program.jump(draw_jump(_Drawn(data), self.program.world))
+    self.program.jump(draw_clock_advance(_Drawn(data), self.program.world))
 
 
 def _look(self: Any) -> None:

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import LOOKALIKES, another, start
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import LOOKALIKES, second_store, start
+from flowstore_conformance.context import CheckContext
 
 
 @example("EVT-2")
-async def the_last_write_of_a_key_wins(bench: Bench) -> None:
+async def the_last_write_of_a_key_wins(context: CheckContext) -> None:
     """An output is replaced by the next under its key, from any store, and by nothing else."""
-    store, other_store = bench.store, await another(bench)
-    run_id, other = await start(bench), await start(bench)
+    store, other_store = context.store, await second_store(context)
+    run_id, other = await start(context), await start(context)
     for writer, reader, value in (
         (store, other_store, "1"),
         (other_store, store, '{"b": 1, "a": 1.0}'),
         (store, store, ""),
     ):
         await writer.save_output(run_id, "a", value)
-        bench.expect(await reader.get_output(run_id, "a"), value, "the output that was saved last")
-        bench.expect(await reader.get_outputs(run_id), {"a": value}, "get_outputs after saving one again")
+        context.expect(await reader.get_output(run_id, "a"), value, "the output that was saved last")
+        context.expect(await reader.get_outputs(run_id), {"a": value}, "get_outputs after saving one again")
     await store.save_output(other, "a", "another run's")
-    bench.expect(await store.get_output(run_id, "a"), "", "the output of the same key of another run")
+    context.expect(await store.get_output(run_id, "a"), "", "the output of the same key of another run")
     for key in ("A", "a ", "b"):
-        bench.expect(await store.get_output(run_id, key), None, f"the output {key!r}, which was not saved")
+        context.expect(await store.get_output(run_id, key), None, f"the output {key!r}, which was not saved")
 
 
 @example("EVT-2")
-async def outputs_are_by_run_and_key(bench: Bench) -> None:
+async def outputs_are_by_run_and_key(context: CheckContext) -> None:
     """get_outputs gives every output of the run and no other's, in code point order of the keys."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for key in LOOKALIKES:
         await store.save_output(run_id, key, f"of {key}")
     await store.save_output(other, "another", "another run's")
     outputs = await store.get_outputs(run_id)
     wanted = [(key, f"of {key}") for key in sorted(LOOKALIKES)]
-    bench.expect(list(outputs.items()), wanted, "get_outputs in the order of the keys")
-    bench.expect(await store.get_output(other, "key"), None, "an output of another run")
+    context.expect(list(outputs.items()), wanted, "get_outputs in the order of the keys")
+    context.expect(await store.get_output(other, "key"), None, "an output of another run")

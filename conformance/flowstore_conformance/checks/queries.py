@@ -7,126 +7,126 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.registry import check
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     FLOW,
     HOUR,
     SECOND,
     TICK,
+    advance,
     clock_of,
-    later,
+    get_run,
     new_id,
     numbers,
     run_step,
     skip_step,
     start,
-    the_run,
 )
+from flowstore_conformance.checks.registry import check
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, RunStatus, StepStatus
 
 BIG = UUID("ffffffff-ffff-4fff-bfff-ffffffffffff").int
 
 
-async def _runs_of_several_times(bench: Bench) -> list[int]:
+async def _runs_of_several_times(context: CheckContext) -> list[int]:
     """Start runs and return the numbers of their ids in the order of QRY-1."""
     begun = []
     # The third batch starts before the second: a clock may step back.
     batches = ((TICK, [3, 1, 2]), (SECOND, [9]), (-TICK, [BIG, 7, 2**64, 8]), (HOUR, [4, 6, 5]))
     for passed, ids in batches:
-        at = later(bench, passed)
+        at = advance(context, passed)
         for number in ids:
-            await start(bench, run_id=UUID(int=number))
+            await start(context, run_id=UUID(int=number))
             begun.append((at, number))
     return [number for _, number in sorted(begun, reverse=True)]
 
 
 @check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
-async def runs_come_by_start_then_id_descending(bench: Bench) -> None:
+async def runs_come_by_start_then_id_descending(context: CheckContext) -> None:
     """To the microsecond, by the number of the id, whatever order they were started in."""
-    store = bench.store
-    wanted = await _runs_of_several_times(bench)
-    bench.expect(numbers(await store.get_runs()), wanted, "get_runs by started_at and run_id, descending")
+    store = context.store
+    wanted = await _runs_of_several_times(context)
+    context.expect(numbers(await store.get_runs()), wanted, "get_runs by started_at and run_id, descending")
     found = numbers(await store.get_active_runs())
-    bench.expect(found, wanted, "get_active_runs by started_at and run_id, descending")
+    context.expect(found, wanted, "get_active_runs by started_at and run_id, descending")
     for take in (1, 3, 4, 11, 12):
         paged: list[int] = []
         while page := await store.get_runs(skip=len(paged), take=take):
             paged += numbers(page)
             if len(paged) > len(wanted):
                 break
-        bench.expect(paged, wanted, f"pages of {take} neither repeat nor skip")
+        context.expect(paged, wanted, f"pages of {take} neither repeat nor skip")
     for skip, take in ((0, 0), (11, 5), (10, 1000), (2**63 - 1, 1000)):
         found = numbers(await store.get_runs(skip=skip, take=take))
-        bench.expect(found, wanted[skip : skip + take], f"get_runs(skip={skip}, take={take})")
+        context.expect(found, wanted[skip : skip + take], f"get_runs(skip={skip}, take={take})")
 
 
 @check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
-async def runs_at_the_limits_of_time_come_in_order(bench: Bench) -> None:
+async def runs_at_the_limits_of_time_come_in_order(context: CheckContext) -> None:
     """From year 9999 down to year 1, across 2038, 1970 and 1582."""
-    store, clock = bench.store, clock_of(bench)
+    store, clock = context.store, clock_of(context)
     days = ((9999, 12, 30), (2038, 1, 19), (1970, 1, 1), (1969, 12, 31), (1582, 10, 10), (1, 1, 2))
     moments = [datetime(*day, tzinfo=UTC) for day in days]
     for moment in reversed(moments):
         clock.now = moment
-        await store.complete_run(await start(bench), RunStatus.SUCCEEDED)
+        await store.complete_run(await start(context), RunStatus.SUCCEEDED)
     runs = await store.get_runs()
-    bench.expect([run.started_at for run in runs], moments, "the order of runs at the limits of time")
+    context.expect([run.started_at for run in runs], moments, "the order of runs at the limits of time")
 
 
 @check("QRY-1")
-async def pages_hold_fifty_runs_of_the_asked_flow(bench: Bench) -> None:
+async def pages_hold_fifty_runs_of_the_asked_flow(context: CheckContext) -> None:
     """get_runs gives at most 50 unless asked for more, and with flow_id that flow's alone."""
-    store, other = bench.store, new_id(bench)
-    everything = [new_id(bench) for _ in range(55)]
-    flows = {run_id: other if number < 3 else FLOW for number, run_id in enumerate(everything)}
-    await asyncio.gather(*(start(bench, run_id=one, flow_id=flow) for one, flow in flows.items()))
-    bench.expect(len(await store.get_runs()), 50, "the number of runs when take is not given")
+    store, other = context.store, new_id(context)
+    mixed = [new_id(context) for _ in range(55)]
+    flows = {run_id: other if number < 3 else FLOW for number, run_id in enumerate(mixed)}
+    await asyncio.gather(*(start(context, run_id=one, flow_id=flow) for one, flow in flows.items()))
+    context.expect(len(await store.get_runs()), 50, "the number of runs when take is not given")
     found = {run.run_id for run in await store.get_runs(take=1000)}
-    bench.expect(found, set(everything), "get_runs(take=1000)")
-    bench.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs when take is not given")
+    context.expect(found, set(mixed), "get_runs(take=1000)")
+    context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs when take is not given")
     mine = await store.get_runs(other)
-    bench.expect({run.run_id for run in mine}, set(everything[:3]), "get_runs of one flow")
+    context.expect({run.run_id for run in mine}, set(mixed[:3]), "get_runs of one flow")
     paged = [run for skip in range(4) for run in await store.get_runs(other, skip=skip, take=1)]
-    bench.expect(paged, mine, "pages of one flow's runs")
+    context.expect(paged, mine, "pages of one flow's runs")
 
 
 @check("QRY-1")
-async def step_keys_order_by_code_point(bench: Bench) -> None:
+async def step_keys_order_by_code_point(context: CheckContext) -> None:
     """Statuses, claims and dispatches come in the order of step_key by code point, in no language's."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     keys = ("b", "a", "B", "\u00e9", "e", "Z", "_", "a b", "\U0001f600", "\uffff", "10", "9", "a-b", "ab")
     for key in keys:
         await store.try_claim_step(run_id, key)
         await store.try_record_dispatch(run_id, key)
         await store.record_step_start(run_id, key, "http")
     wanted = sorted(keys)
-    bench.expect(list(await store.get_step_statuses(run_id)), wanted, "the keys of get_step_statuses")
+    context.expect(list(await store.get_step_statuses(run_id)), wanted, "the keys of get_step_statuses")
     found = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    bench.expect(found, wanted, "the keys of get_step_claims")
+    context.expect(found, wanted, "the keys of get_step_claims")
     found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
-    bench.expect(found, wanted, "the keys of get_dispatches")
+    context.expect(found, wanted, "the keys of get_dispatches")
 
 
 # QRY-2
 
 
-async def _found(bench: Bench, needle: str) -> list[int]:
+async def _found(context: CheckContext, needle: str) -> list[int]:
     """The runs that a search finds, after holding its count against its rows."""
-    page = await bench.store.get_runs_page(search=needle, take=1000)
+    page = await context.store.get_runs_page(search=needle, take=1000)
     found = sorted(numbers(page.runs))
-    bench.expect(page.total_count, len(found), f"total_count of a search for {needle!r}")
+    context.expect(page.total_count, len(found), f"total_count of a search for {needle!r}")
     return found
 
 
 @example("QRY-2")
-async def search_looks_at_what_it_should(bench: Bench) -> None:
+async def search_looks_at_what_it_should(context: CheckContext) -> None:
     """Run id, names, status and job of the run, keys, errors and outputs of steps and attempts; no more."""
-    store = bench.store
+    store = context.store
     run_id = UUID("0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d")
     named = {"flow_name": "needle1", "trigger_key": "needle2", "job_id": "needle3", "trigger_data": "hay1"}
-    await start(bench, run_id=run_id, **named, flow_id=UUID("abcdef01-0000-4000-8000-000000000000"))
+    await start(context, run_id=run_id, **named, flow_id=UUID("abcdef01-0000-4000-8000-000000000000"))
     await store.configure_run(run_id, FLOW, "hay2", idempotency_key="hay3")
     await store.record_step_start(run_id, "needle4", "hay4", input_json="hay5", job_id="hay6")
     result: dict[str, Any] = {"error_message": "needle5", "output_json": "needle6"}
@@ -136,44 +136,48 @@ async def search_looks_at_what_it_should(bench: Bench) -> None:
     await store.record_step_complete(run_id, "needle4", StepStatus.PENDING, **result)
     await store.try_record_dispatch(run_id, "hay7")
     await store.register_waiter(run_id, "hay8", "hay9")
-    await start(bench, run_id=UUID(int=1), flow_name="other")
-    ended = await start(bench, run_id=UUID(int=2), flow_name="other")
+    await start(context, run_id=UUID(int=1), flow_name="other")
+    ended = await start(context, run_id=UUID(int=2), flow_name="other")
     await store.complete_run(ended, RunStatus.FAILED)
     for number in range(1, 9):
-        found = await _found(bench, f"needle{number}")
-        bench.expect(found, [run_id.int], f"a search for needle{number}, which lies in one run")
+        found = await _found(context, f"needle{number}")
+        context.expect(found, [run_id.int], f"a search for needle{number}, which lies in one run")
     for needle in ("0a1b2c3d-4e5f", "5f-4a6b-8c", "9e0f1a2b3c4d", "0A1B2C3D", str(run_id)):
-        bench.expect(
-            await _found(bench, needle), [run_id.int], f"a search for a part of the run id ({needle})"
+        context.expect(
+            await _found(context, needle), [run_id.int], f"a search for a part of the run id ({needle})"
         )
-    bench.expect(await _found(bench, run_id.hex), [], "a run id is searched hyphenated")
+    context.expect(await _found(context, run_id.hex), [], "a run id is searched hyphenated")
     for needle in (*(f"hay{number}" for number in range(1, 10)), "abcdef01"):
-        bench.expect(await _found(bench, needle), [], f"a search for {needle}, which lies where none looks")
-    for needle in ("needle1needle2", "needle2needle3", "needle1 needle2", "needle6needle5"):
-        bench.expect(
-            await _found(bench, needle), [], f"a search for {needle!r}: texts are not glued together"
+        context.expect(
+            await _found(context, needle), [], f"a search for {needle}, which lies where none looks"
         )
-    bench.expect(await _found(bench, "unnin"), [1, run_id.int], "a search for a part of the status Running")
-    bench.expect(await _found(bench, "FAILED"), [2], "a search for the status Failed")
+    for needle in ("needle1needle2", "needle2needle3", "needle1 needle2", "needle6needle5"):
+        context.expect(
+            await _found(context, needle), [], f"a search for {needle!r}: texts are not glued together"
+        )
+    context.expect(
+        await _found(context, "unnin"), [1, run_id.int], "a search for a part of the status Running"
+    )
+    context.expect(await _found(context, "FAILED"), [2], "a search for the status Failed")
     for nothing in ("", None):
         page = await store.get_runs_page(search=nothing)
-        bench.expect(page.total_count, 3, f"a search for {nothing!r} filters nothing")
+        context.expect(page.total_count, 3, f"a search for {nothing!r} filters nothing")
 
 
 @example("QRY-2")
-async def search_sees_what_a_detail_shows(bench: Bench) -> None:
+async def search_sees_what_a_detail_shows(context: CheckContext) -> None:
     """Attempts of a reopened step are seen still; a reset step only from its next start on."""
-    store, run_id = bench.store, await start(bench, run_id=UUID(int=11))
-    await run_step(bench, run_id, "charge", StepStatus.FAILED, error_message="declined", output_json="402")
-    await skip_step(bench, run_id, "ship")
+    store, run_id = context.store, await start(context, run_id=UUID(int=11))
+    await run_step(context, run_id, "charge", StepStatus.FAILED, error_message="declined", output_json="402")
+    await skip_step(context, run_id, "ship")
     await store.retry_step(run_id, "charge", reset=["ship"])
     for needle, shown in (("declined", True), ("402", True), ("ship", False), ("not needed", False)):
         sentence = f"a search for {needle!r} after a retry that reset 'ship'"
-        bench.expect(await _found(bench, needle), [11] if shown else [], sentence)
+        context.expect(await _found(context, needle), [11] if shown else [], sentence)
     await store.record_step_start(run_id, "ship", "http")
     for needle in ("ship", "not needed"):
-        bench.expect(
-            await _found(bench, needle), [11], f"a search for {needle!r} once 'ship' has started again"
+        context.expect(
+            await _found(context, needle), [11], f"a search for {needle!r} once 'ship' has started again"
         )
 
 
@@ -196,33 +200,33 @@ _SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 @example("QRY-2")
-async def search_is_a_substring_that_folds_ascii_alone(bench: Bench) -> None:
+async def search_is_a_substring_that_folds_ascii_alone(context: CheckContext) -> None:
     """No wildcard, no pattern, no other letter's case: %, _ and \\ are ordinary characters."""
     for at, (text, _, _) in enumerate(_SEARCHES):
         by_name, by_step = UUID(int=100 + at), UUID(int=200 + at)
-        await start(bench, run_id=by_name, flow_name=text, trigger_key="~")
-        await start(bench, run_id=by_step, flow_name="~", trigger_key="~")
+        await start(context, run_id=by_name, flow_name=text, trigger_key="~")
+        await start(context, run_id=by_step, flow_name="~", trigger_key="~")
         # Odd ones by key and error, even ones by output.
         given = {"error_message": f"<{text}>"} if at % 2 else {"output_json": f"<{text}>"}
-        await run_step(bench, by_step, text if at % 2 else "~", StepStatus.FAILED, **given)
+        await run_step(context, by_step, text if at % 2 else "~", StepStatus.FAILED, **given)
     for at, (text, matching, others) in enumerate(_SEARCHES):
         both = {100 + at, 200 + at}
         for needle in matching:
-            found = set(await _found(bench, needle))
+            found = set(await _found(context, needle))
             missing = f"a search for {needle!r} finds {text!r} in a flow name and in a step"
-            bench.expect_that(both <= found, f"{missing}: expected {both} among {found}")
+            context.expect_that(both <= found, f"{missing}: expected {both} among {found}")
         for needle in others:
-            found = set(await _found(bench, needle))
+            found = set(await _found(context, needle))
             sentence = f"a search for {needle!r} does not find {text!r}"
-            bench.expect_that(not both & found, f"{sentence}: expected neither of {both} in {found}")
+            context.expect_that(not both & found, f"{sentence}: expected neither of {both} in {found}")
 
 
 @example("QRY-2")
-async def search_looks_at_the_first_64_kib_of_long_texts(bench: Bench) -> None:
+async def search_looks_at_the_first_64_kib_of_long_texts(context: CheckContext) -> None:
     """The match must lie within the first 65,536 bytes of UTF-8 as a whole; keys and names count whole."""
     limit = 64 * 1024
     run_id = await start(
-        bench, run_id=UUID(int=12), flow_name="n" * 250 + "name 1", job_id="j" * 1018 + "job 12"
+        context, run_id=UUID(int=12), flow_name="n" * 250 + "name 1", job_id="j" * 1018 + "job 12"
     )
     texts = {
         "exact": "x" * (limit - 6) + "inside",
@@ -232,7 +236,7 @@ async def search_looks_at_the_first_64_kib_of_long_texts(bench: Bench) -> None:
     }
     for number, (key, text) in enumerate(texts.items()):
         given = {"output_json": text} if number % 2 else {"error_message": text}
-        await run_step(bench, run_id, key, StepStatus.FAILED, **given)
+        await run_step(context, run_id, key, StepStatus.FAILED, **given)
     for needle, inside in (
         ("inside", True),
         ("XINSIDE", True),
@@ -249,30 +253,30 @@ async def search_looks_at_the_first_64_kib_of_long_texts(bench: Bench) -> None:
         ("N" * 249 + "NAME 1", True),
     ):
         sentence = f"a search for {needle[-20:]!r}, which lies {'within' if inside else 'beyond'} 64 KiB"
-        bench.expect(await _found(bench, needle), [12] if inside else [], sentence)
+        context.expect(await _found(context, needle), [12] if inside else [], sentence)
 
 
 # QRY-3
 
 
 @check("QRY-3", needs=[Capability.DASHBOARD])
-async def a_page_has_its_rows_and_the_count_of_all_that_match(bench: Bench) -> None:
+async def a_page_has_its_rows_and_the_count_of_all_that_match(context: CheckContext) -> None:
     """Filters go together, and total_count counts what they let through, whatever skip and take are."""
-    store, other = bench.store, new_id(bench)
+    store, other = context.store, new_id(context)
     for flow_id in (FLOW, other):
         for status in RunStatus:
             for name in ("orders", "invoices"):
-                run_id = await start(bench, flow_id=flow_id, flow_name=name)
+                run_id = await start(context, flow_id=flow_id, flow_name=name)
                 if status is not RunStatus.RUNNING:
                     await store.complete_run(run_id, status)
-    everything = await store.get_runs(take=1000)
-    asked: tuple[UUID | None, ...] = (None, other, new_id(bench))
+    mixed = await store.get_runs(take=1000)
+    asked: tuple[UUID | None, ...] = (None, other, new_id(context))
     for flow in asked:
         for status in (None, *RunStatus):
             for search in (None, "INVOICE", "nobody"):
                 wanted = [
                     run
-                    for run in everything
+                    for run in mixed
                     if (flow is None or run.flow_id == flow)
                     and (status is None or run.status == status)
                     and (search is None or search.lower() in run.flow_name)
@@ -280,92 +284,94 @@ async def a_page_has_its_rows_and_the_count_of_all_that_match(bench: Bench) -> N
                 given = {"status": status, "search": search}
                 sentence = f"of get_runs_page({'flow_id, ' if flow else ''}{given})"
                 page = await store.get_runs_page(flow, status=status, search=search, skip=1, take=2)
-                bench.expect(page.runs, wanted[1:3], f"rows 2 and 3 {sentence}")
-                bench.expect(page.total_count, len(wanted), f"total_count {sentence}")
+                context.expect(page.runs, wanted[1:3], f"rows 2 and 3 {sentence}")
+                context.expect(page.total_count, len(wanted), f"total_count {sentence}")
     for skip, take in ((0, 0), (2**63 - 1, 50), (15, 50), (0, 1000)):
         page = await store.get_runs_page(skip=skip, take=take)
-        bench.expect(page.runs, everything[skip : skip + take], f"the rows at skip={skip}, take={take}")
-        bench.expect(page.total_count, len(everything), f"total_count at skip={skip}, take={take}")
+        context.expect(page.runs, mixed[skip : skip + take], f"the rows at skip={skip}, take={take}")
+        context.expect(page.total_count, len(mixed), f"total_count at skip={skip}, take={take}")
     runs, total = await store.get_runs_page()
-    bench.expect((runs, total), (everything, 16), "a page unpacks as runs and total")
+    context.expect((runs, total), (mixed, 16), "a page unpacks as runs and total")
 
 
 @check("QRY-3", needs=[Capability.VIRTUAL_CLOCK])
-async def a_detail_has_steps_by_start_and_attempts_by_number(bench: Bench) -> None:
+async def a_detail_has_steps_by_start_and_attempts_by_number(context: CheckContext) -> None:
     """Steps come by the start of their first attempt, then step_key; retries and resets change no order."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for key in ("c", "b"):
-        await run_step(bench, run_id, key, StepStatus.FAILED)
-    later(bench, TICK)
+        await run_step(context, run_id, key, StepStatus.FAILED)
+    advance(context, TICK)
     keys = ("z", "a", "Z", "\u00e9", "\U0001f600", "\uffff")
     for key in keys:
-        await run_step(bench, run_id, key, StepStatus.FAILED)
-    later(bench, SECOND)
-    await skip_step(bench, run_id, "last")
+        await run_step(context, run_id, key, StepStatus.FAILED)
+    advance(context, SECOND)
+    await skip_step(context, run_id, "last")
     for key in ("z", "c"):
         for _ in "12":
-            await run_step(bench, run_id, key, StepStatus.FAILED)
+            await run_step(context, run_id, key, StepStatus.FAILED)
     await store.retry_step(run_id, "b", reset=["last"])
-    later(bench, SECOND)
-    await run_step(bench, run_id, "newest")
-    await run_step(bench, run_id, "last")
-    steps = (await the_run(bench, run_id)).steps
+    advance(context, SECOND)
+    await run_step(context, run_id, "newest")
+    await run_step(context, run_id, "last")
+    steps = (await get_run(context, run_id)).steps
     wanted = ["b", "c", *sorted(keys), "last", "newest"]
-    bench.expect(
+    context.expect(
         [step.step_key for step in steps], wanted, "the steps of a detail by started_at and step_key"
     )
     tries = [
         [attempt.attempt for attempt in step.attempts] for step in steps if step.step_key in ("c", "last")
     ]
-    bench.expect(tries, [[1, 2, 3], [1, 2]], "the attempts of two steps of a detail by number")
+    context.expect(tries, [[1, 2, 3], [1, 2]], "the attempts of two steps of a detail by number")
 
 
 # QRY-6
 
 
 @example("QRY-6")
-async def active_runs_are_the_running_ones_all_of_them(bench: Bench) -> None:
+async def active_runs_are_the_running_ones_all_of_them(context: CheckContext) -> None:
     """take=None means all; the order is that of QRY-1, and a run that ended is not among them."""
-    store = bench.store
+    store = context.store
     # More than any default of a page; a cap at 1,000 shows in the thorough profile.
-    count = bench.profile.of(55, 65, 1005)
-    runs = [new_id(bench) for _ in range(count)]
+    count = context.profile.of(55, 65, 1005)
+    runs = [new_id(context) for _ in range(count)]
     for at in range(0, count, 50):
-        await asyncio.gather(*(start(bench, run_id=run_id) for run_id in runs[at : at + 50]))
+        await asyncio.gather(*(start(context, run_id=run_id) for run_id in runs[at : at + 50]))
     for run_id, status in zip(
         runs, (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED), strict=False
     ):
         await store.complete_run(run_id, status)
     active = await store.get_active_runs()
-    bench.expect({run.run_id for run in active}, set(runs[3:]), "get_active_runs without take gives all")
+    context.expect({run.run_id for run in active}, set(runs[3:]), "get_active_runs without take gives all")
     ordered = sorted(active, key=lambda run: (run.started_at, run.run_id.int), reverse=True)
-    bench.expect(active, ordered, "get_active_runs in the order of QRY-1")
+    context.expect(active, ordered, "get_active_runs in the order of QRY-1")
     for take in (0, 3):
-        bench.expect(await store.get_active_runs(take=take), active[:take], f"get_active_runs(take={take})")
+        context.expect(await store.get_active_runs(take=take), active[:take], f"get_active_runs(take={take})")
 
 
 @example("QRY-6")
-async def derived_runs_are_one_generation_all_of_them(bench: Bench) -> None:
+async def derived_runs_are_one_generation_all_of_them(context: CheckContext) -> None:
     """Runs whose source_run_id is the given one, of any status, in the order of QRY-1."""
-    store = bench.store
-    source = await start(bench, run_id=UUID(int=1000))
+    store = context.store
+    source = await start(context, run_id=UUID(int=1000))
     children = [UUID(int=number) for number in range(1, 56)]
-    await asyncio.gather(*(start(bench, run_id=one, source_run_id=source) for one in children))
-    later(bench, timedelta(seconds=1))
-    await start(bench, run_id=UUID(int=60), source_run_id=source)
-    await start(bench, run_id=UUID(int=70), source_run_id=UUID(int=60))
+    await asyncio.gather(*(start(context, run_id=one, source_run_id=source) for one in children))
+    advance(context, timedelta(seconds=1))
+    await start(context, run_id=UUID(int=60), source_run_id=source)
+    await start(context, run_id=UUID(int=70), source_run_id=UUID(int=60))
     await store.complete_run(UUID(int=1), RunStatus.SUCCEEDED)
     derived = await store.get_derived_runs(source)
     wanted = sorted([60, *range(1, 56)])
-    bench.expect(sorted(numbers(derived)), wanted, "get_derived_runs without take gives the whole generation")
+    context.expect(
+        sorted(numbers(derived)), wanted, "get_derived_runs without take gives the whole generation"
+    )
     ordered = sorted(derived, key=lambda run: (run.started_at, run.run_id.int), reverse=True)
-    bench.expect(derived, ordered, "get_derived_runs in the order of QRY-1")
+    context.expect(derived, ordered, "get_derived_runs in the order of QRY-1")
     for take in (0, 2):
         first = await store.get_derived_runs(source, take=take)
-        bench.expect(first, derived[:take], f"get_derived_runs(take={take})")
-    bench.expect(numbers(await store.get_derived_runs(UUID(int=60))), [70], "the next generation")
-    bench.expect(await store.get_derived_runs(UUID(int=70)), (), "a run that none is derived from")
-    unstored = new_id(bench)
-    child = await start(bench, source_run_id=unstored)
+        context.expect(first, derived[:take], f"get_derived_runs(take={take})")
+    context.expect(numbers(await store.get_derived_runs(UUID(int=60))), [70], "the next generation")
+    context.expect(await store.get_derived_runs(UUID(int=70)), (), "a run that none is derived from")
+    unstored = new_id(context)
+    child = await start(context, source_run_id=unstored)
     found = [run.run_id for run in await store.get_derived_runs(unstored)]
-    bench.expect(found, [child], "a source need not be stored")
+    context.expect(found, [child], "a source need not be stored")

@@ -9,82 +9,82 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.operations import NEEDS
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
     HOUR,
     MINUTE,
-    later,
-    look,
+    advance,
+    get_run,
     new_id,
     now,
+    observe_all,
     run_step,
     skip_step,
     start,
-    the_run,
 )
+from flowstore_conformance.checks.operations import NEEDS
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, FlowStore, RunStatus, StepStatus
 from flowstore_core.redaction import full_repr
 
 
-async def _furnish(bench: Bench) -> UUID:
+async def _furnish(context: CheckContext) -> UUID:
     """A run with something to see in every read."""
-    store = bench.store
-    run_id = await start(bench, trigger_data="{}", job_id="job", source_run_id=new_id(bench))
-    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(bench))
+    store = context.store
+    run_id = await start(context, trigger_data="{}", job_id="job", source_run_id=new_id(context))
+    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
     await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
     for key in ("b", "a", "c"):
-        await store.try_record_dispatch(run_id, key, due_at=now(bench))
+        await store.try_record_dispatch(run_id, key, due_at=now(context))
         await store.try_claim_step(run_id, key, owner=key)
-        await store.register_waiter(run_id, key, key, expires_at=now(bench) + DAY)
-    await run_step(bench, run_id, "b", StepStatus.FAILED, output_json="{}", error_message="error")
+        await store.register_waiter(run_id, key, key, expires_at=now(context) + DAY)
+    await run_step(context, run_id, "b", StepStatus.FAILED, output_json="{}", error_message="error")
     await store.record_step_start(run_id, "b", "http", input_json="{}", job_id="job", owner="b")
-    await run_step(bench, run_id, "a")
+    await run_step(context, run_id, "a")
     await store.deliver_signal(run_id, "a", "{}")
-    if Capability.OUTPUTS in bench.capabilities:
+    if Capability.OUTPUTS in context.capabilities:
         for key in ("y", "x"):
             await store.save_output(run_id, key, "1")
-    if Capability.EVENTS in bench.capabilities:
+    if Capability.EVENTS in context.capabilities:
         await store.append_event(run_id, "begun", step_key="a", message="message")
     return run_id
 
 
 @example("RUN-3")
-async def what_was_returned_does_not_change(bench: Bench) -> None:
+async def what_was_returned_does_not_change(context: CheckContext) -> None:
     """Records, collections and mappings stay as they were read, whatever happens later."""
-    store, run_id = bench.store, await _furnish(bench)
-    taken = await look(bench, run_id)
-    detail, statuses = await the_run(bench, run_id), await store.get_step_statuses(run_id)
-    outputs = {} if Capability.OUTPUTS not in bench.capabilities else await store.get_outputs(run_id)
+    store, run_id = context.store, await _furnish(context)
+    taken = await observe_all(context, run_id)
+    detail, statuses = await get_run(context, run_id), await store.get_step_statuses(run_id)
+    outputs = {} if Capability.OUTPUTS not in context.capabilities else await store.get_outputs(run_id)
     shown = full_repr((taken, detail, dict(statuses), dict(outputs)))
-    later(bench, HOUR)
+    advance(context, HOUR)
     await store.deliver_signal(run_id, "b", "{}")
     await store.request_cancel(run_id)
     await store.release_dispatch(run_id, "a")
     await store.release_step_claim(run_id, "a")
     await store.record_step_complete(run_id, "b", StepStatus.SUCCEEDED, output_json="done")
-    await skip_step(bench, run_id, "d")
-    if Capability.OUTPUTS in bench.capabilities:
+    await skip_step(context, run_id, "d")
+    if Capability.OUTPUTS in context.capabilities:
         await store.save_output(run_id, "x", "2")
         await store.save_output(run_id, "z", "2")
-    if Capability.EVENTS in bench.capabilities:
+    if Capability.EVENTS in context.capabilities:
         await store.append_event(run_id, "more")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     still = full_repr((taken, detail, dict(statuses), dict(outputs)))
-    bench.expect(still, shown, "what was returned earlier stays as it was")
+    context.expect(still, shown, "what was returned earlier stays as it was")
 
 
 @example("RUN-3")
-async def answers_have_exactly_the_types_of_the_contract(bench: Bench) -> None:
+async def answers_have_exactly_the_types_of_the_contract(context: CheckContext) -> None:
     """Collections are tuples, mappings read-only and in key order, values of the plain types."""
-    store, run_id = bench.store, await _furnish(bench)
-    moment = now(bench)
+    store, run_id = context.store, await _furnish(context)
+    moment = now(context)
     calls: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("start_run", {**_START, "run_id": new_id(bench)}),
-        ("trigger_run", {**_START, "run_id": new_id(bench), "idempotency_key": "other"}),
+        ("start_run", {**_START, "run_id": new_id(context)}),
+        ("trigger_run", {**_START, "run_id": new_id(context), "idempotency_key": "other"}),
         ("get_runs", {}),
         ("get_runs_page", {"search": "order"}),
         ("get_run_detail", {"run_id": run_id}),
@@ -122,7 +122,7 @@ async def answers_have_exactly_the_types_of_the_contract(bench: Bench) -> None:
         ("release_step_claim", {"run_id": run_id, "step_key": "m"}),
         ("release_dispatch", {"run_id": run_id, "step_key": "m"}),
         ("try_register_idempotency_key", {**_SCOPE, "idempotency_key": "key", "run_id": run_id}),
-        ("try_register_idempotency_key", {**_SCOPE, "idempotency_key": "key", "run_id": new_id(bench)}),
+        ("try_register_idempotency_key", {**_SCOPE, "idempotency_key": "key", "run_id": new_id(context)}),
         ("configure_run", {"run_id": run_id, "flow_id": FLOW, "trigger_key": "manual"}),
         ("request_cancel", {"run_id": run_id}),
         ("request_cancel", {"run_id": run_id}),
@@ -137,11 +137,11 @@ async def answers_have_exactly_the_types_of_the_contract(bench: Bench) -> None:
         ("cleanup", {"cutoff": moment - DAY}),
     )
     for operation, arguments in calls:
-        if operation not in NEEDS or NEEDS[operation] in bench.capabilities:
+        if operation not in NEEDS or NEEDS[operation] in context.capabilities:
             answer = await getattr(store, operation)(**arguments)
             wanted = get_type_hints(getattr(FlowStore, operation))["return"]
             wrong = _wrong_type(answer, wanted)
-            bench.expect_that(wrong is None, f"the answer of {operation} has the contract's types: {wrong}")
+            context.expect_that(wrong is None, f"the answer of {operation} has the contract's types: {wrong}")
 
 
 _SCOPE = {"flow_id": FLOW, "trigger_key": "manual"}

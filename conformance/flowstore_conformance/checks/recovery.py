@@ -6,27 +6,27 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     MINUTE,
     SECOND,
     STEP_ENDS,
     TICK,
-    expect_alike,
-    has,
-    later,
-    look,
+    advance,
+    assert_same,
+    expect_fields,
+    get_run,
+    get_step,
     now,
-    only,
+    observe_all,
+    outcome_of,
     run_step,
+    single,
     skip_step,
     start,
-    the_run,
-    the_step,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     RunStatus,
@@ -43,125 +43,131 @@ from flowstore_core import (
 
 
 @example("STP-7")
-async def rescheduling_closes_unclaims_and_dispatches_in_one_act(bench: Bench) -> None:
+async def rescheduling_closes_unclaims_and_dispatches_in_one_act(context: CheckContext) -> None:
     """The attempt is closed as Pending, the claim is gone, and the dispatch is a new one with due_at."""
-    store, run_id = bench.store, await start(bench)
-    await store.try_record_dispatch(run_id, "poll", due_at=now(bench))
+    store, run_id = context.store, await start(context)
+    await store.try_record_dispatch(run_id, "poll", due_at=now(context))
     await store.annotate_dispatch(run_id, "poll", "job")
     await store.try_claim_step(run_id, "poll", owner="me")
     for key in ("poll", "undispatched"):
         await store.record_step_start(run_id, key, "http", owner="me" if key == "poll" else None)
-    at = later(bench, SECOND)
+    at = advance(context, SECOND)
     due = {"poll": at + MINUTE, "undispatched": None}
     for key, due_at in due.items():
         await store.reschedule_step(run_id, key, attempt=1, output_json="not yet", due_at=due_at)
-        step = await the_step(bench, run_id, key)
+        step = await get_step(context, run_id, key)
         alike = {"status": StepStatus.PENDING, "output_json": "not yet", "error_message": None}
-        has(bench, step.attempts[0], "an attempt that was rescheduled", **alike, completed_at=at)
-        has(bench, step, "a step that was rescheduled", **alike, completed_at=None, attempt_count=1)
-    bench.expect(await store.get_step_claims(run_id), (), "rescheduling removes the claim")
+        expect_fields(context, step.attempts[0], "an attempt that was rescheduled", **alike, completed_at=at)
+        expect_fields(
+            context, step, "a step that was rescheduled", **alike, completed_at=None, attempt_count=1
+        )
+    context.expect(await store.get_step_claims(run_id), (), "rescheduling removes the claim")
     dispatches = tuple(
         StepDispatch(run_id=run_id, step_key=key, dispatched_at=at, due_at=due_at, job_id=None)
         for key, due_at in due.items()
     )
     sentence = "rescheduling replaces the dispatch by a new one with due_at, without job"
-    bench.expect(await store.get_dispatches(run_id), dispatches, sentence)
-    answer = await told(store.try_claim_step(run_id, "poll", owner="next"))
-    bench.expect(answer, True, "claiming a step that was rescheduled")
-    number = await told(store.record_step_start(run_id, "poll", "http", owner="next"))
-    bench.expect(number, 2, "starting a step that was rescheduled")
+    context.expect(await store.get_dispatches(run_id), dispatches, sentence)
+    answer = await outcome_of(store.try_claim_step(run_id, "poll", owner="next"))
+    context.expect(answer, True, "claiming a step that was rescheduled")
+    number = await outcome_of(store.record_step_start(run_id, "poll", "http", owner="next"))
+    context.expect(number, 2, "starting a step that was rescheduled")
 
 
 @example("STP-7")
-async def rescheduling_again_is_a_no_op(bench: Bench) -> None:
+async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
     """Said again for the attempt that it closed it changes nothing, whatever its other arguments."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.record_step_start(run_id, "poll", "http")
-    await store.reschedule_step(run_id, "poll", attempt=1, output_json="out", due_at=now(bench))
+    await store.reschedule_step(run_id, "poll", attempt=1, output_json="out", due_at=now(context))
     await store.try_claim_step(run_id, "poll", owner="next")
     await store.annotate_dispatch(run_id, "poll", "job")
     await store.record_step_start(run_id, "released", "http")
     await store.reschedule_step(run_id, "released", attempt=1)
     await store.release_dispatch(run_id, "released")
-    before = await look(bench, run_id)
-    later(bench, SECOND)
-    for output, due_at in (("out", now(bench)), ("other", now(bench) + MINUTE), (None, None)):
+    before = await observe_all(context, run_id)
+    advance(context, SECOND)
+    for output, due_at in (("out", now(context)), ("other", now(context) + MINUTE), (None, None)):
         for key in ("poll", "released"):
             call = store.reschedule_step(run_id, key, attempt=1, output_json=output, due_at=due_at)
-            bench.expect(await told(call), None, "rescheduling again for the attempt that it closed")
-    later(bench, -SECOND)
-    expect_alike(bench, await look(bench, run_id), before, "rescheduling again changes nothing")
+            context.expect(await outcome_of(call), None, "rescheduling again for the attempt that it closed")
+    advance(context, -SECOND)
+    assert_same(context, await observe_all(context, run_id), before, "rescheduling again changes nothing")
     await store.record_step_start(run_id, "poll", "http")
-    await store.reschedule_step(run_id, "poll", attempt=2, due_at=now(bench) + DAY)
-    dispatch = only(await store.get_dispatches(run_id), "the dispatch after rescheduling the next attempt")
-    bench.expect(dispatch.due_at, now(bench) + DAY, "the next attempt is rescheduled anew")
+    await store.reschedule_step(run_id, "poll", attempt=2, due_at=now(context) + DAY)
+    dispatch = single(await store.get_dispatches(run_id), "the dispatch after rescheduling the next attempt")
+    context.expect(dispatch.due_at, now(context) + DAY, "the next attempt is rescheduled anew")
 
 
 @example("STP-7")
-async def after_completing_as_pending_it_reschedules_all_the_same(bench: Bench) -> None:
+async def after_completing_as_pending_it_reschedules_all_the_same(context: CheckContext) -> None:
     """The claim goes and the dispatch is renewed; the output that was recorded then stays."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll")
     await store.try_claim_step(run_id, "poll", owner="me")
     await store.record_step_start(run_id, "poll", "http", owner="me")
-    ended = later(bench, SECOND)
+    ended = advance(context, SECOND)
     await store.record_step_complete(run_id, "poll", StepStatus.PENDING, output_json="first")
-    at = later(bench, SECOND)
+    at = advance(context, SECOND)
     await store.reschedule_step(run_id, "poll", attempt=1, output_json="second", due_at=at + MINUTE)
-    step = await the_step(bench, run_id, "poll")
+    step = await get_step(context, run_id, "poll")
     wanted: dict[str, Any] = {"output_json": "first", "completed_at": ended, "error_message": None}
-    has(bench, step.attempts[0], "an attempt that was closed as Pending before rescheduling", **wanted)
-    bench.expect(step.output_json, "first", "the step's output from before rescheduling stays")
-    bench.expect(await store.get_step_claims(run_id), (), "rescheduling removes the claim")
-    dispatch = only(await store.get_dispatches(run_id), "the dispatch after rescheduling")
-    has(bench, dispatch, "the dispatch after rescheduling", dispatched_at=at, due_at=at + MINUTE)
-    before = await look(bench, run_id)
+    expect_fields(
+        context, step.attempts[0], "an attempt that was closed as Pending before rescheduling", **wanted
+    )
+    context.expect(step.output_json, "first", "the step's output from before rescheduling stays")
+    context.expect(await store.get_step_claims(run_id), (), "rescheduling removes the claim")
+    dispatch = single(await store.get_dispatches(run_id), "the dispatch after rescheduling")
+    expect_fields(context, dispatch, "the dispatch after rescheduling", dispatched_at=at, due_at=at + MINUTE)
+    before = await observe_all(context, run_id)
     await store.reschedule_step(run_id, "poll", attempt=1)
-    expect_alike(bench, await look(bench, run_id), before, "rescheduling again changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "rescheduling again changes nothing")
 
 
 @example("STP-7")
-async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(bench: Bench) -> None:
+async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context: CheckContext) -> None:
     """Stale and reopened attempts, other outcomes and keys that never started are refused."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in STEP_ENDS:
-        await run_step(bench, run_id, status, status)
+        await run_step(context, run_id, status, status)
     await store.record_step_start(run_id, "poll", "http")
     await store.reschedule_step(run_id, "poll", attempt=1)
     await store.record_step_start(run_id, "poll", "http")
-    await run_step(bench, run_id, "reopened", StepStatus.PENDING)
+    await run_step(context, run_id, "reopened", StepStatus.PENDING)
     await store.retry_step(run_id, "reopened")
     await store.try_record_dispatch(run_id, "dispatched")
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     for status in STEP_ENDS:
         sentence = f"rescheduling an attempt that was closed as {status}"
         call = store.reschedule_step(run_id, status, attempt=1)
-        error = await bench.expect_error(call, StepAlreadyCompletedError, sentence)
-        has(bench, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
+        error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
+        expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
     for key, attempt, last in (("poll", 1, 2), ("poll", 3, 2), ("reopened", 1, 1), ("reopened", 2, 1)):
         sentence = f"rescheduling attempt {attempt} of {key!r}, whose last is {last}"
         call = store.reschedule_step(run_id, key, attempt=attempt)
-        error = await bench.expect_error(call, StaleAttemptError, sentence)
-        has(bench, error, f"{sentence}: the error", attempt=attempt, last_attempt=last)
+        error = await context.expect_error(call, StaleAttemptError, sentence)
+        expect_fields(context, error, f"{sentence}: the error", attempt=attempt, last_attempt=last)
     call = store.reschedule_step(run_id, "dispatched", attempt=1)
-    await bench.expect_error(call, StepNotFoundError, "rescheduling a key that never started")
-    expect_alike(bench, await look(bench, run_id), before, "rescheduling that is refused changes nothing")
+    await context.expect_error(call, StepNotFoundError, "rescheduling a key that never started")
+    assert_same(
+        context, await observe_all(context, run_id), before, "rescheduling that is refused changes nothing"
+    )
 
 
 @example("STP-7")
-async def on_a_terminal_run_rescheduling_dispatches_nothing(bench: Bench) -> None:
+async def on_a_terminal_run_rescheduling_dispatches_nothing(context: CheckContext) -> None:
     """The attempt closes, the claim and the old dispatch go, and the run stays as it is."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll")
     await store.try_claim_step(run_id, "poll", owner="me")
     await store.record_step_start(run_id, "poll", "http", owner="me")
     await store.complete_run(run_id, RunStatus.CANCELLED)
-    await store.reschedule_step(run_id, "poll", attempt=1, due_at=now(bench) + MINUTE)
-    step = await the_step(bench, run_id, "poll")
-    bench.expect(step.attempts[0].status, StepStatus.PENDING, "the attempt closes on a terminal run too")
-    bench.expect(await store.get_step_claims(run_id), (), "the claim goes on a terminal run too")
-    bench.expect(await store.get_dispatches(run_id), (), "nothing is dispatched on a terminal run")
-    bench.expect((await the_run(bench, run_id)).status, RunStatus.CANCELLED, "the run stays terminal")
+    await store.reschedule_step(run_id, "poll", attempt=1, due_at=now(context) + MINUTE)
+    step = await get_step(context, run_id, "poll")
+    context.expect(step.attempts[0].status, StepStatus.PENDING, "the attempt closes on a terminal run too")
+    context.expect(await store.get_step_claims(run_id), (), "the claim goes on a terminal run too")
+    context.expect(await store.get_dispatches(run_id), (), "nothing is dispatched on a terminal run")
+    context.expect((await get_run(context, run_id)).status, RunStatus.CANCELLED, "the run stays terminal")
 
 
 # STP-8
@@ -171,17 +177,17 @@ def _stalled(run_id: UUID, key: str, status: StepStatus, reason: StallReason, si
     return StalledStep(run_id=run_id, step_key=key, status=status, reason=reason, since=since)
 
 
-async def _stalls(bench: Bench, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
+async def _stalls(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
     """What is listed of some runs."""
-    found = await bench.store.get_stalled_steps(as_of=as_of, take=1000)
+    found = await context.store.get_stalled_steps(as_of=as_of, take=1000)
     return [stalled for stalled in found if stalled.run_id in runs]
 
 
 @example("STP-8", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def an_expired_lease_stalls_from_its_end(bench: Bench) -> None:
+async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
     """LEASE_EXPIRED counts from expires_at, whatever the dispatch; a claim without lease never stalls."""
-    store, run_id = bench.store, await start(bench)
-    expires = now(bench) + MINUTE
+    store, run_id = context.store, await start(context)
+    expires = now(context) + MINUTE
     await store.try_record_dispatch(run_id, "claimed")
     await store.try_claim_step(run_id, "claimed", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "running", owner="me", lease=2 * MINUTE)
@@ -198,19 +204,19 @@ async def an_expired_lease_stalls_from_its_end(bench: Bench) -> None:
         (expires + MINUTE, (claimed, running)),
         (expires + 3650 * DAY, (claimed, running)),
     ):
-        found = await _stalls(bench, as_of, run_id)
-        bench.expect(found, wanted, f"claims whose lease ends at {expires}, as of {as_of}")
+        found = await _stalls(context, as_of, run_id)
+        context.expect(found, wanted, f"claims whose lease ends at {expires}, as of {as_of}")
     for wanted in ((), (claimed,)):
-        found = await _stalls(bench, None, run_id)
-        bench.expect(found, wanted, f"without as_of it is the store's now, {now(bench)}")
-        later(bench, MINUTE)
+        found = await _stalls(context, None, run_id)
+        context.expect(found, wanted, f"without as_of it is the store's now, {now(context)}")
+        advance(context, MINUTE)
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])
-async def a_dispatch_stalls_when_it_is_due(bench: Bench) -> None:
+async def a_dispatch_stalls_when_it_is_due(context: CheckContext) -> None:
     """DISPATCH_DUE counts from due_at, else dispatched_at, for unstarted keys and unclaimed steps alike."""
-    store, run_id = bench.store, await start(bench)
-    at = now(bench)
+    store, run_id = context.store, await start(context)
+    at = now(context)
     await store.try_record_dispatch(run_id, "long due", due_at=at - MINUTE)
     await store.try_record_dispatch(run_id, "now")
     await store.try_record_dispatch(run_id, "running", due_at=at + MINUTE)
@@ -226,23 +232,23 @@ async def a_dispatch_stalls_when_it_is_due(bench: Bench) -> None:
         (at + MINUTE - TICK, (old, new)),
         (at + MINUTE, (old, new, running)),
     ):
-        found = await _stalls(bench, as_of, run_id)
-        bench.expect(found, wanted, f"dispatches made at {at}, as of {as_of}")
+        found = await _stalls(context, as_of, run_id)
+        context.expect(found, wanted, f"dispatches made at {at}, as of {as_of}")
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])
-async def a_missing_dispatch_stalls_from_the_last_attempt(bench: Bench) -> None:
+async def a_missing_dispatch_stalls_from_the_last_attempt(context: CheckContext) -> None:
     """NOT_DISPATCHED counts from the end of the last attempt, else its start; as_of may lie in the past."""
-    store, run_id = bench.store, await start(bench)
-    begun = now(bench)
+    store, run_id = context.store, await start(context)
+    begun = now(context)
     for key in ("open", "pending", "reopened"):
         await store.record_step_start(run_id, key, "http")
-    ended = later(bench, 10 * SECOND)
+    ended = advance(context, 10 * SECOND)
     await store.try_record_dispatch(run_id, "pending")
     await store.record_step_complete(run_id, "pending", StepStatus.PENDING)
     await store.release_dispatch(run_id, "pending")
     await store.record_step_complete(run_id, "reopened", StepStatus.FAILED)
-    later(bench, 10 * SECOND)
+    advance(context, 10 * SECOND)
     await store.retry_step(run_id, "reopened")
     reason = StallReason.NOT_DISPATCHED
     still_open = _stalled(run_id, "open", StepStatus.RUNNING, reason, begun)
@@ -254,44 +260,44 @@ async def a_missing_dispatch_stalls_from_the_last_attempt(bench: Bench) -> None:
         (ended - TICK, (still_open,)),
         (ended, (still_open, pending, reopened)),
     ):
-        found = await _stalls(bench, as_of, run_id)
-        bench.expect(found, wanted, f"undispatched steps begun at {begun}, ended at {ended}, as of {as_of}")
+        found = await _stalls(context, as_of, run_id)
+        context.expect(found, wanted, f"undispatched steps begun at {begun}, ended at {ended}, as of {as_of}")
 
 
 @example("STP-8")
-async def what_is_over_or_nothing_is_not_stalled(bench: Bench) -> None:
+async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
     """Terminal steps, steps of terminal runs, and keys with neither claim nor dispatch are not listed."""
-    store, run_id, finished = bench.store, await start(bench), await start(bench)
+    store, run_id, finished = context.store, await start(context), await start(context)
     for status in STEP_ENDS:
         await store.try_record_dispatch(run_id, status)
-        await run_step(bench, run_id, status, status)
+        await run_step(context, run_id, status, status)
     await store.try_record_dispatch(run_id, "released")
     await store.try_claim_step(run_id, "released", owner="me")
     await store.release_step_claim(run_id, "released")
     await store.release_dispatch(run_id, "released")
-    await run_step(bench, run_id, "charge", StepStatus.FAILED)
-    await skip_step(bench, run_id, "reset")
+    await run_step(context, run_id, "charge", StepStatus.FAILED)
+    await skip_step(context, run_id, "reset")
     await store.retry_step(run_id, "charge", reset=["reset"])
     await store.try_claim_step(run_id, "charge")
     await store.try_record_dispatch(finished, "dispatched")
     await store.record_step_start(finished, "open", "http")
     await store.complete_run(finished, RunStatus.CANCELLED)
     # A day ahead, so that a clock of the store's own need not agree with this one.
-    found = await _stalls(bench, now(bench) + DAY, run_id, finished)
-    bench.expect(found, (), "get_stalled_steps where everything is over, claimed or nothing")
+    found = await _stalls(context, now(context) + DAY, run_id, finished)
+    context.expect(found, (), "get_stalled_steps where everything is over, claimed or nothing")
     await store.try_record_dispatch(run_id, "reset")
-    found = await _stalls(bench, now(bench) + DAY, run_id, finished)
+    found = await _stalls(context, now(context) + DAY, run_id, finished)
     sentence = "a key that was reset and dispatched again"
-    stalled = only(found, sentence)
+    stalled = single(found, sentence)
     wanted = {"step_key": "reset", "status": StepStatus.PENDING, "reason": StallReason.DISPATCH_DUE}
-    has(bench, stalled, sentence, **wanted)
+    expect_fields(context, stalled, sentence, **wanted)
 
 
 @example("STP-8")
-async def a_waiting_step_is_not_stalled(bench: Bench) -> None:
+async def a_waiting_step_is_not_stalled(context: CheckContext) -> None:
     """An undelivered waiter, not expired and not past its expires_at, keeps a step off the list."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
-    horizon = now(bench) + 10 * DAY
+    store, run_id, other = context.store, await start(context), await start(context)
+    horizon = now(context) + 10 * DAY
     keys = ("delivered", "elapsed", "ever", "other run's", "removed")
     for key in keys:
         await store.record_step_start(run_id, key, "wait")
@@ -305,30 +311,30 @@ async def a_waiting_step_is_not_stalled(bench: Bench) -> None:
     await store.remove_waiter(run_id, "removed")
     await store.register_waiter(other, "other run's", "go")
     wanted = ["delivered", "other run's", "removed"]
-    if Capability.WAITERS in bench.capabilities:
+    if Capability.WAITERS in context.capabilities:
         await store.record_step_start(run_id, "expired", "wait")
         # Where time can be moved: expired, though as_of lies before its expires_at.
-        due = now(bench) - DAY if bench.clock is None else horizon + DAY
+        due = now(context) - DAY if context.clock is None else horizon + DAY
         await store.register_waiter(run_id, "expired", "go", expires_at=due)
-        later(bench, 20 * DAY)
+        advance(context, 20 * DAY)
         await store.expire_waiter(run_id, "expired")
-        later(bench, -20 * DAY)
+        advance(context, -20 * DAY)
         wanted.insert(1, "expired")
-    found = sorted(each.step_key for each in await _stalls(bench, horizon - TICK, run_id, other))
-    bench.expect(found, wanted, "the stalled steps while others wait for a signal")
-    found = sorted(each.step_key for each in await _stalls(bench, horizon, run_id, other))
-    bench.expect(found, sorted([*wanted, "elapsed"]), "as_of governs the expiry of a waiter too")
+    found = sorted(each.step_key for each in await _stalls(context, horizon - TICK, run_id, other))
+    context.expect(found, wanted, "the stalled steps while others wait for a signal")
+    found = sorted(each.step_key for each in await _stalls(context, horizon, run_id, other))
+    context.expect(found, sorted([*wanted, "elapsed"]), "as_of governs the expiry of a waiter too")
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])
-async def stalled_steps_come_by_since_run_and_key(bench: Bench) -> None:
+async def stalled_steps_come_by_since_run_and_key(context: CheckContext) -> None:
     """The order is since, run_id, step_key by code point; take cuts it off."""
     # Long before the steps of other examples.
-    store, at = bench.store, later(bench, -3650 * DAY)
+    store, at = context.store, advance(context, -3650 * DAY)
     first, second = UUID(int=2), UUID(int=1)
     keys = ("b", "a", "Z", "\u00e9", "\U0001f600", "\uffff")
     for run_id in (first, second):
-        await start(bench, run_id=run_id)
+        await start(context, run_id=run_id)
         for key in keys:
             await store.try_record_dispatch(run_id, key, due_at=at)
     await store.try_record_dispatch(first, "oldest", due_at=at - TICK)
@@ -341,4 +347,4 @@ async def stalled_steps_come_by_since_run_and_key(bench: Bench) -> None:
     for take in (1000, 1, 3, 0):
         found = await store.get_stalled_steps(as_of=at, take=take)
         order = [(each.run_id.int, each.step_key) for each in found]
-        bench.expect(order, wanted[:take], f"get_stalled_steps with take={take} by since, run_id, step_key")
+        context.expect(order, wanted[:take], f"get_stalled_steps with take={take} by since, run_id, step_key")

@@ -13,9 +13,9 @@ from flowstore_conformance.clauses import CLAUSES
 from flowstore_core import Capability, ConfigurationError
 
 if TYPE_CHECKING:
-    from flowstore_conformance.bench import Bench
+    from flowstore_conformance.context import CheckContext
 
-Run = Callable[["Bench"], Awaitable[None]]
+Run = Callable[["CheckContext"], Awaitable[None]]
 
 
 class Kind(StrEnum):
@@ -56,12 +56,12 @@ _checks: dict[str, Check] = {}
 # One module per noun, in the order of the contract, then those that look at many nouns at once.
 MODULES = (
     "arguments",
-    "fidelity",
-    "unknown",
+    "round_trip",
+    "missing_runs",
     "runs",
     "records",
     "steps",
-    "completions",
+    "step_outcomes",
     "retries",
     "recovery",
     "claims",
@@ -73,11 +73,11 @@ MODULES = (
     "events",
     "retention",
     "queries",
-    "positions",
+    "cursors",
     "statistics",
     "elapsed_time",
-    "acknowledgements",
-    "coalescing",
+    "lost_replies",
+    "concurrent_batches",
     "capabilities",
     "event_loops",
     "model",

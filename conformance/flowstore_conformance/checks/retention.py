@@ -5,30 +5,30 @@ from __future__ import annotations
 import asyncio
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.registry import check
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
     HOUR,
     RUN_ENDS,
     SECOND,
     TICK,
-    expect_alike,
-    later,
-    look,
-    look_at,
+    advance,
+    assert_same,
+    get_run,
+    get_step,
     new_id,
     now,
+    observe,
+    observe_all,
+    outcome_of,
     run_step,
     skip_step,
     start,
-    the_run,
-    the_step,
     there,
-    told,
 )
+from flowstore_conformance.checks.registry import check
+from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     RunNotFoundError,
@@ -39,20 +39,20 @@ from flowstore_core import (
 )
 
 
-async def _furnish(bench: Bench, run_id: UUID) -> None:
+async def _furnish(context: CheckContext, run_id: UUID) -> None:
     """A completed run with something of every kind that belongs to a run."""
-    store, can = bench.store, bench.capabilities
-    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(bench))
+    store, can = context.store, context.capabilities
+    await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
     for key in ("key", "more"):
         await store.try_register_idempotency_key(FLOW, "manual", f"{key} of {run_id}", run_id)
-    await start(bench, run_id=run_id)
+    await start(context, run_id=run_id)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
-    await run_step(bench, run_id, "charge", StepStatus.PENDING, output_json="needle")
-    await run_step(bench, run_id, "charge", StepStatus.FAILED, output_json="out")
-    await skip_step(bench, run_id, "skipped", "reset")
+    await run_step(context, run_id, "charge", StepStatus.PENDING, output_json="needle")
+    await run_step(context, run_id, "charge", StepStatus.FAILED, output_json="out")
+    await skip_step(context, run_id, "skipped", "reset")
     await store.retry_step(run_id, "charge", reset=["reset"])
-    await run_step(bench, run_id, "charge", StepStatus.FAILED, error_message="needle")
+    await run_step(context, run_id, "charge", StepStatus.FAILED, error_message="needle")
     await store.try_record_dispatch(run_id, "only dispatched")
     await store.try_claim_step(run_id, "only claimed")
     for key in ("wait", "wait more"):
@@ -67,233 +67,253 @@ async def _furnish(bench: Bench, run_id: UUID) -> None:
     await store.complete_run(run_id, RunStatus.CANCELLED)
 
 
-async def _completed_at(bench: Bench, run_id: UUID) -> object:
-    return there((await the_run(bench, run_id)).completed_at, "completed_at of a terminal run")
+async def _completed_at(context: CheckContext, run_id: UUID) -> object:
+    return there((await get_run(context, run_id)).completed_at, "completed_at of a terminal run")
 
 
 @example("RET-1")
-async def runs_completed_strictly_before_the_cutoff_go(bench: Bench) -> None:
+async def runs_completed_strictly_before_the_cutoff_go(context: CheckContext) -> None:
     """By completed_at, to the microsecond, whatever the status; the answer counts runs alone."""
-    store = bench.store
+    store = context.store
     runs = []
     for status in RUN_ENDS:
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.configure_run(run_id, FLOW, "manual")
-        later(bench, SECOND)
+        advance(context, SECOND)
         await store.complete_run(run_id, status)
         runs.append(run_id)
-    last = there((await the_run(bench, runs[-1])).completed_at, "completed_at of a terminal run")
-    began_early = await start(bench)
-    later(bench, 30 * DAY)
-    bench.expect(await told(store.cleanup(last - 3650 * DAY)), 0, "a cleanup of what was before all runs")
-    if bench.clock is not None:
-        bench.expect(
-            await told(store.cleanup(last)), 2, "runs completed before the cutoff, one exactly at it"
+    last = there((await get_run(context, runs[-1])).completed_at, "completed_at of a terminal run")
+    began_early = await start(context)
+    advance(context, 30 * DAY)
+    context.expect(
+        await outcome_of(store.cleanup(last - 3650 * DAY)), 0, "a cleanup of what was before all runs"
+    )
+    if context.clock is not None:
+        context.expect(
+            await outcome_of(store.cleanup(last)), 2, "runs completed before the cutoff, one exactly at it"
         )
         left = {run.run_id for run in await store.get_runs()}
-        bench.expect(left, {runs[-1], began_early}, "the runs that are left")
-        bench.expect(await told(store.cleanup(last)), 0, "the same cleanup again")
-        bench.expect(await told(store.cleanup(last + TICK)), 1, "the run completed a microsecond before")
+        context.expect(left, {runs[-1], began_early}, "the runs that are left")
+        context.expect(await outcome_of(store.cleanup(last)), 0, "the same cleanup again")
+        context.expect(
+            await outcome_of(store.cleanup(last + TICK)), 1, "the run completed a microsecond before"
+        )
     else:
-        bench.expect(await told(store.cleanup(last + TICK)), 3, "three runs completed before the cutoff")
+        context.expect(
+            await outcome_of(store.cleanup(last + TICK)), 3, "three runs completed before the cutoff"
+        )
     await store.complete_run(began_early, RunStatus.SUCCEEDED)
-    completed = there((await the_run(bench, began_early)).completed_at, "completed_at of a terminal run")
-    answer = await told(store.cleanup(completed))
-    bench.expect(answer, 0, "when a run started does not matter to the cutoff")
-    bench.expect(await told(store.cleanup(completed + TICK)), 1, "the last run")
-    bench.expect(await store.get_runs(), (), "the runs that are left")
-    bench.expect(await told(store.cleanup(completed + DAY)), 0, "a cleanup of nothing")
+    completed = there((await get_run(context, began_early)).completed_at, "completed_at of a terminal run")
+    answer = await outcome_of(store.cleanup(completed))
+    context.expect(answer, 0, "when a run started does not matter to the cutoff")
+    context.expect(await outcome_of(store.cleanup(completed + TICK)), 1, "the last run")
+    context.expect(await store.get_runs(), (), "the runs that are left")
+    context.expect(await outcome_of(store.cleanup(completed + DAY)), 0, "a cleanup of nothing")
 
 
 @example("RET-1")
-async def everything_that_belongs_to_a_run_goes_with_it(bench: Bench) -> None:
+async def everything_that_belongs_to_a_run_goes_with_it(context: CheckContext) -> None:
     """No read shows any of it, writing to it raises RunNotFoundError, and its keys are free."""
-    store, run_id, unknown = bench.store, new_id(bench), new_id(bench)
-    nothing = await look_at(bench, unknown)
-    empty = await look(bench)
-    await _furnish(bench, run_id)
-    bench.expect(
-        await told(store.cleanup(now(bench) + DAY)), 1, "a cleanup of one run and all its belongings"
+    store, run_id, unknown = context.store, new_id(context), new_id(context)
+    nothing = await observe(context, unknown)
+    empty = await observe_all(context)
+    await _furnish(context, run_id)
+    context.expect(
+        await outcome_of(store.cleanup(now(context) + DAY)), 1, "a cleanup of one run and all its belongings"
     )
     sentence = "after cleanup no read shows anything of the run"
-    expect_alike(bench, await look_at(bench, run_id), nothing, sentence)
-    expect_alike(bench, await look(bench), empty, "after cleanup no list shows anything of the run")
+    assert_same(context, await observe(context, run_id), nothing, sentence)
+    assert_same(context, await observe_all(context), empty, "after cleanup no list shows anything of the run")
     for key in ("charge", "wait", "wait more", "skipped"):
-        bench.expect(await store.get_waiter(run_id, key), None, f"the waiter {key!r} of a run cleaned up")
-    if Capability.OUTPUTS in bench.capabilities:
-        bench.expect(await store.get_output(run_id, "out"), None, "an output of a run cleaned up")
+        context.expect(await store.get_waiter(run_id, key), None, f"the waiter {key!r} of a run cleaned up")
+    if Capability.OUTPUTS in context.capabilities:
+        context.expect(await store.get_output(run_id, "out"), None, "an output of a run cleaned up")
     for key in ("key", "more"):
         found = await store.find_run_id_by_idempotency_key(FLOW, "manual", f"{key} of {run_id}")
-        bench.expect(found, None, "an idempotency key of a run cleaned up")
-    if Capability.DASHBOARD in bench.capabilities:
+        context.expect(found, None, "an idempotency key of a run cleaned up")
+    if Capability.DASHBOARD in context.capabilities:
         for search in (None, "orders", "needle"):
             page = await store.get_runs_page(search=search)
-            bench.expect((page.runs, page.total_count), ((), 0), f"a page searching {search!r} after cleanup")
+            context.expect(
+                (page.runs, page.total_count), ((), 0), f"a page searching {search!r} after cleanup"
+            )
     delivery = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
-    bench.expect(delivery.status, SignalDeliveryStatus.NOT_FOUND, "a remembered delivery_id after cleanup")
-    bench.expect(await told(store.request_cancel(run_id)), False, "a cancel after cleanup")
+    context.expect(delivery.status, SignalDeliveryStatus.NOT_FOUND, "a remembered delivery_id after cleanup")
+    context.expect(await outcome_of(store.request_cancel(run_id)), False, "a cancel after cleanup")
     call = store.record_step_complete(run_id, "charge", StepStatus.FAILED)
-    await bench.expect_error(call, RunNotFoundError, "writing to a run that was cleaned up")
+    await context.expect_error(call, RunNotFoundError, "writing to a run that was cleaned up")
 
 
 @example("RET-1")
-async def a_run_started_anew_under_the_id_begins_empty(bench: Bench) -> None:
+async def a_run_started_anew_under_the_id_begins_empty(context: CheckContext) -> None:
     """Nothing of the run from before comes back: no attempts, numbers, deliveries, claims or latches."""
-    store, run_id, fresh = bench.store, new_id(bench), new_id(bench)
-    await _furnish(bench, run_id)
-    await store.cleanup(now(bench) + DAY)
+    store, run_id, fresh = context.store, new_id(context), new_id(context)
+    await _furnish(context, run_id)
+    await store.cleanup(now(context) + DAY)
     for one in (run_id, fresh):
-        await start(bench, run_id=one)
-    anew, other = await look_at(bench, run_id), await look_at(bench, fresh)
-    bench.expect((await the_run(bench, run_id)).steps, (), "the steps of a run started anew")
+        await start(context, run_id=one)
+    anew, other = await observe(context, run_id), await observe(context, fresh)
+    context.expect((await get_run(context, run_id)).steps, (), "the steps of a run started anew")
     for shown in (anew, other):
         del shown["get_run_detail"]
-    expect_alike(bench, anew, other, "a run started anew under an id that was cleaned up begins empty")
+    assert_same(context, anew, other, "a run started anew under an id that was cleaned up begins empty")
     for key in ("skipped", "reset", "charge"):
         call = store.record_step_complete(run_id, key, StepStatus.SKIPPED)
-        await bench.expect_error(call, StepNotFoundError, f"completing the step {key!r} from before")
-        number = await told(store.record_step_start(run_id, key, "http"))
-        bench.expect(number, 1, f"numbering begins anew for the step {key!r}")
-        attempts = [attempt.attempt for attempt in (await the_step(bench, run_id, key)).attempts]
-        bench.expect(attempts, [1], f"the attempts of the step {key!r}, started anew")
+        await context.expect_error(call, StepNotFoundError, f"completing the step {key!r} from before")
+        number = await outcome_of(store.record_step_start(run_id, key, "http"))
+        context.expect(number, 1, f"numbering begins anew for the step {key!r}")
+        attempts = [attempt.attempt for attempt in (await get_step(context, run_id, key)).attempts]
+        context.expect(attempts, [1], f"the attempts of the step {key!r}, started anew")
     for key in ("only claimed", "only dispatched"):
-        bench.expect(await told(store.try_claim_step(run_id, key, owner="x")), True, f"claiming {key!r} anew")
-        bench.expect(await told(store.try_record_dispatch(run_id, key)), True, f"dispatching {key!r} anew")
-    if Capability.EVENTS in bench.capabilities:
-        bench.expect(await told(store.append_event(run_id, "again")), 1, "events are numbered anew")
-        bench.expect(len(await store.get_run_events(run_id)), 1, "the events of a run started anew")
+        context.expect(
+            await outcome_of(store.try_claim_step(run_id, key, owner="x")), True, f"claiming {key!r} anew"
+        )
+        context.expect(
+            await outcome_of(store.try_record_dispatch(run_id, key)), True, f"dispatching {key!r} anew"
+        )
+    if Capability.EVENTS in context.capabilities:
+        context.expect(await outcome_of(store.append_event(run_id, "again")), 1, "events are numbered anew")
+        context.expect(len(await store.get_run_events(run_id)), 1, "the events of a run started anew")
     await store.register_waiter(run_id, "new", "go")
     delivery = await store.deliver_signal(run_id, "go", "new", delivery_id="id")
     found = (delivery.status, delivery.step_key)
     sentence = "a delivery_id from before is forgotten with its run"
-    bench.expect(found, (SignalDeliveryStatus.DELIVERED, "new"), sentence)
+    context.expect(found, (SignalDeliveryStatus.DELIVERED, "new"), sentence)
 
 
 @example("RET-1")
-async def other_runs_stay_to_the_letter(bench: Bench) -> None:
+async def other_runs_stay_to_the_letter(context: CheckContext) -> None:
     """Running and newer runs, derived runs and their keys are left as they are."""
-    store, gone, kept = bench.store, new_id(bench), new_id(bench)
-    await _furnish(bench, gone)
-    derived = await start(bench, source_run_id=gone)
-    await run_step(bench, derived, "charge", StepStatus.FAILED, output_json="out")
+    store, gone, kept = context.store, new_id(context), new_id(context)
+    await _furnish(context, gone)
+    derived = await start(context, source_run_id=gone)
+    await run_step(context, derived, "charge", StepStatus.FAILED, output_json="out")
     await store.try_register_idempotency_key(FLOW, "manual", "derived", derived)
     runs = [derived]
-    cutoff = now(bench) + DAY
-    if bench.clock is not None:
-        cutoff = later(bench, SECOND)
-        await _furnish(bench, kept)
+    cutoff = now(context) + DAY
+    if context.clock is not None:
+        cutoff = advance(context, SECOND)
+        await _furnish(context, kept)
         runs.append(kept)
-    before = {one: await look_at(bench, one) for one in runs}
-    bench.expect(await told(store.cleanup(cutoff)), 1, "a cleanup of one of several runs")
+    before = {one: await observe(context, one) for one in runs}
+    context.expect(await outcome_of(store.cleanup(cutoff)), 1, "a cleanup of one of several runs")
     for one in runs:
-        expect_alike(
-            bench, await look_at(bench, one), before[one], "other runs stay as they are at a cleanup"
+        assert_same(
+            context, await observe(context, one), before[one], "other runs stay as they are at a cleanup"
         )
     found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "derived")
-    bench.expect(found, derived, "the key of a run that stays")
+    context.expect(found, derived, "the key of a run that stays")
     sources = [run.run_id for run in await store.get_derived_runs(gone)]
-    bench.expect(sources, [derived], "a run whose source was cleaned up stays derived from it")
+    context.expect(sources, [derived], "a run whose source was cleaned up stays derived from it")
     if kept in runs:
         for key in ("key", "more"):
             found = await store.find_run_id_by_idempotency_key(FLOW, "manual", f"{key} of {kept}")
-            bench.expect(found, kept, "a key of a completed run that stays")
+            context.expect(found, kept, "a key of a completed run that stays")
         again = await store.deliver_signal(kept, "go", "{}", delivery_id="id")
-        bench.expect(again.step_key, "wait", "a delivery_id of a run that stays is remembered")
+        context.expect(again.step_key, "wait", "a delivery_id of a run that stays is remembered")
 
 
 @check("RET-2")
-async def running_runs_are_never_touched(bench: Bench) -> None:
+async def running_runs_are_never_touched(context: CheckContext) -> None:
     """However old they are, with all that belongs to them; a run that a retry reopened is Running."""
-    store, run_id, reopened = bench.store, await start(bench), await start(bench)
+    store, run_id, reopened = context.store, await start(context), await start(context)
     for one in (run_id, reopened):
-        await run_step(bench, one, "charge", StepStatus.FAILED)
+        await run_step(context, one, "charge", StepStatus.FAILED)
         await store.configure_run(one, FLOW, "manual", idempotency_key="key")
         await store.try_register_idempotency_key(FLOW, "manual", str(one), one)
     await store.complete_run(reopened, RunStatus.FAILED)
-    later(bench, DAY)
+    advance(context, DAY)
     await store.retry_step(reopened, "charge")
-    before = await look(bench, run_id, reopened)
-    later(bench, 3650 * DAY)
-    bench.expect(await told(store.cleanup(now(bench) + DAY)), 0, "a cleanup where every run is Running")
-    later(bench, -3650 * DAY)
-    after = await look(bench, run_id, reopened)
-    expect_alike(bench, after, before, "Running runs are never touched")
+    before = await observe_all(context, run_id, reopened)
+    advance(context, 3650 * DAY)
+    context.expect(
+        await outcome_of(store.cleanup(now(context) + DAY)), 0, "a cleanup where every run is Running"
+    )
+    advance(context, -3650 * DAY)
+    after = await observe_all(context, run_id, reopened)
+    assert_same(context, after, before, "Running runs are never touched")
     for one in (run_id, reopened):
         found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(one))
-        bench.expect(found, one, "the key of a Running run")
+        context.expect(found, one, "the key of a Running run")
 
 
 @check("RET-3")
-async def more_runs_than_any_batch_go_in_one_cleanup(bench: Bench) -> None:
+async def more_runs_than_any_batch_go_in_one_cleanup(context: CheckContext) -> None:
     """However many batches it takes, one call deletes every run that is over and counts each once."""
-    store = bench.store
-    count = bench.profile.of(20, 605, 2500)
-    runs = [new_id(bench) for _ in range(count + 5)]
+    store = context.store
+    count = context.profile.of(20, 605, 2500)
+    runs = [new_id(context) for _ in range(count + 5)]
 
     async def run(number: int) -> None:
-        await start(bench, run_id=runs[number])
+        await start(context, run_id=runs[number])
         if number < count:
             await store.complete_run(runs[number], RunStatus.SUCCEEDED)
 
     for at in range(0, len(runs), 50):
         await asyncio.gather(*(run(number) for number in range(at, min(at + 50, len(runs)))))
-    bench.expect(await told(store.cleanup(now(bench) + DAY)), count, f"a cleanup of {count} completed runs")
+    context.expect(
+        await outcome_of(store.cleanup(now(context) + DAY)), count, f"a cleanup of {count} completed runs"
+    )
     left = {run.run_id for run in await store.get_runs(take=1000)}
-    bench.expect(left, set(runs[count:]), "the runs that are left: those that are Running")
+    context.expect(left, set(runs[count:]), "the runs that are left: those that are Running")
 
 
 @check("RET-4", needs=[Capability.VIRTUAL_CLOCK])
-async def old_keys_and_controls_without_run_go(bench: Bench) -> None:
+async def old_keys_and_controls_without_run_go(context: CheckContext) -> None:
     """Once they are older than the cutoff and at least an hour old; they are not counted."""
-    store, stored, never = bench.store, new_id(bench), [new_id(bench) for _ in range(3)]
+    store, stored, never = context.store, new_id(context), [new_id(context) for _ in range(3)]
     for run_id in (*never, stored):
         await store.try_register_idempotency_key(FLOW, "manual", str(run_id), run_id)
         await store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
-    made = now(bench)
-    later(bench, HOUR - TICK)
-    await start(bench, run_id=stored)
-    rest = await look_at(bench, stored)
+    made = now(context)
+    advance(context, HOUR - TICK)
+    await start(context, run_id=stored)
+    rest = await observe(context, stored)
     for passed, how, cutoff, stays in (
         (0 * TICK, "a microsecond before they are an hour old", made + DAY, True),
         (TICK, "an hour old, not older than the cutoff", made, True),
         (0 * TICK, "an hour old and older than the cutoff", made + TICK, False),
     ):
-        later(bench, passed)
-        bench.expect(await told(store.cleanup(cutoff)), 0, "keys and controls without run are not counted")
+        advance(context, passed)
+        context.expect(
+            await outcome_of(store.cleanup(cutoff)), 0, "keys and controls without run are not counted"
+        )
         for run_id in never:
             found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(run_id))
-            bench.expect(found, run_id if stays else None, f"a key whose run never started, {how}")
+            context.expect(found, run_id if stays else None, f"a key whose run never started, {how}")
             control = await store.get_run_control(run_id)
             sentence = f"a control record whose run never started is there, {how}"
-            bench.expect(control is not None, stays, sentence)
+            context.expect(control is not None, stays, sentence)
     found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(stored))
-    bench.expect(found, stored, "an old key of a stored run stays")
+    context.expect(found, stored, "an old key of a stored run stays")
     sentence = "an old control record of a stored run stays"
-    expect_alike(bench, await look_at(bench, stored), rest, sentence)
+    assert_same(context, await observe(context, stored), rest, sentence)
     # Each key of one run has an age of its own.
     both = {"old": None, "young": never[0]}
     for key in both:
         await store.try_register_idempotency_key(FLOW, "manual", key, never[0])
-        later(bench, 2 * HOUR)
-    later(bench, -2 * HOUR)
+        advance(context, 2 * HOUR)
+    advance(context, -2 * HOUR)
     for passed, left in ((0 * HOUR, both), (2 * HOUR, dict.fromkeys(both)), (HOUR, dict.fromkeys(both))):
-        later(bench, passed)
-        await store.cleanup(now(bench))
+        advance(context, passed)
+        await store.cleanup(now(context))
         for key, run in left.items():
             found = await store.find_run_id_by_idempotency_key(FLOW, "manual", key)
-            bench.expect(found, run, f"the {key} one of two keys of a run that never started")
-    answer = await told(store.try_register_idempotency_key(FLOW, "manual", "young", new_id(bench)))
-    bench.expect(answer, True, "registering a key that was swept for another run")
+            context.expect(found, run, f"the {key} one of two keys of a run that never started")
+    answer = await outcome_of(store.try_register_idempotency_key(FLOW, "manual", "young", new_id(context)))
+    context.expect(answer, True, "registering a key that was swept for another run")
 
 
 @check("RET-4")
-async def fresh_keys_and_controls_stay_for_an_hour(bench: Bench) -> None:
+async def fresh_keys_and_controls_stay_for_an_hour(context: CheckContext) -> None:
     """Whatever the cutoff, what was registered just now for a run to come is kept."""
-    store, run_id = bench.store, new_id(bench)
+    store, run_id = context.store, new_id(context)
     await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
     await store.configure_run(run_id, FLOW, "manual")
     control = await store.get_run_control(run_id)
-    bench.expect(await told(store.cleanup(now(bench) + DAY)), 0, "a cleanup with a cutoff in the future")
+    context.expect(
+        await outcome_of(store.cleanup(now(context) + DAY)), 0, "a cleanup with a cutoff in the future"
+    )
     found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
-    bench.expect(found, run_id, "a fresh key whose run has not started yet")
-    bench.expect(await store.get_run_control(run_id), control, "a fresh control record without run")
+    context.expect(found, run_id, "a fresh key whose run has not started yet")
+    context.expect(await store.get_run_control(run_id), control, "a fresh control record without run")

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
     OUTCOMES,
     RUN_ENDS,
     SECOND,
-    expect_alike,
-    has,
-    later,
-    look,
-    look_at,
+    advance,
+    assert_same,
+    expect_fields,
+    get_control,
+    get_run,
+    get_step,
     new_id,
     now,
+    observe,
+    observe_all,
+    outcome_of,
     run_step,
     skip_step,
     start,
-    the_control,
-    the_run,
-    the_step,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, RunStatus, StaleAttemptError, StepNotFoundError, StepStatus
 from flowstore_core.steps import superseded_by
 
@@ -34,40 +34,42 @@ PENDING, SKIPPED = StepStatus.PENDING, StepStatus.SKIPPED
 
 
 @example("STP-6")
-async def a_retried_step_is_pending_and_cleared(bench: Bench) -> None:
+async def a_retried_step_is_pending_and_cleared(context: CheckContext) -> None:
     """Output, error and completion go, attempt_count is that of the attempt to come, attempts stay."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     cleared: dict[str, Any] = {"output_json": None, "error_message": None, "completed_at": None}
     for status in OUTCOMES:
-        begun = later(bench, SECOND)
+        begun = advance(context, SECOND)
         await store.record_step_start(run_id, status, "http", input_json="in", job_id="job")
-        later(bench, SECOND)
+        advance(context, SECOND)
         result: dict[str, Any] = {"output_json": "out", "error_message": "error"}
         await store.record_step_complete(run_id, status, status, **result)
-        attempts = (await the_step(bench, run_id, status)).attempts
-        later(bench, SECOND)
+        attempts = (await get_step(context, run_id, status)).attempts
+        advance(context, SECOND)
         await store.retry_step(run_id, status)
-        step = await the_step(bench, run_id, status)
+        step = await get_step(context, run_id, status)
         kept = {"started_at": begun, "step_type": "http", "input_json": "in", "job_id": "job"}
         sentence = f"a {status} step that was retried"
-        has(bench, step, sentence, status=PENDING, attempt_count=2, **cleared, **kept)
-        bench.expect(step.attempts, attempts, f"the attempts of {sentence} stay as they are")
+        expect_fields(context, step, sentence, status=PENDING, attempt_count=2, **cleared, **kept)
+        context.expect(step.attempts, attempts, f"the attempts of {sentence} stay as they are")
     await store.record_step_start(run_id, "open", "http")
-    ended = later(bench, SECOND)
+    ended = advance(context, SECOND)
     await store.retry_step(run_id, "open")
-    step = await the_step(bench, run_id, "open")
-    has(bench, step, "a Running step that was retried", status=PENDING, attempt_count=2, **cleared)
-    bench.expect(len(step.attempts), 1, "the number of attempts of a Running step that was retried")
+    step = await get_step(context, run_id, "open")
+    expect_fields(
+        context, step, "a Running step that was retried", status=PENDING, attempt_count=2, **cleared
+    )
+    context.expect(len(step.attempts), 1, "the number of attempts of a Running step that was retried")
     closed = {"status": StepStatus.FAILED, "error_message": superseded_by(2), "completed_at": ended}
-    has(bench, step.attempts[0], "an open attempt is closed as Failed by a retry", **closed)
+    expect_fields(context, step.attempts[0], "an open attempt is closed as Failed by a retry", **closed)
     wanted = dict.fromkeys((*OUTCOMES, "open"), PENDING)
-    bench.expect(await store.get_step_statuses(run_id), wanted, "the statuses of retried steps")
+    context.expect(await store.get_step_statuses(run_id), wanted, "the statuses of retried steps")
 
 
 @example("STP-6")
-async def claim_dispatch_and_undelivered_waiter_go(bench: Bench) -> None:
+async def claim_dispatch_and_undelivered_waiter_go(context: CheckContext) -> None:
     """The retried step's claim, dispatch and undelivered waiter are gone; a delivered waiter stays."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for key in ("charge", "other"):
         await store.try_record_dispatch(run_id, key)
         await store.try_claim_step(run_id, key, owner="me")
@@ -76,52 +78,54 @@ async def claim_dispatch_and_undelivered_waiter_go(bench: Bench) -> None:
     kept = await store.get_waiter(run_id, "other")
     await store.retry_step(run_id, "charge")
     claims = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    bench.expect(claims, ["other"], "the claims after a retry of the step 'charge'")
-    bench.expect(await store.get_dispatched_step_keys(run_id), {"other"}, "the dispatches after a retry")
-    bench.expect(await store.get_waiter(run_id, "charge"), None, "an undelivered waiter of a retried step")
-    bench.expect(await store.get_waiter(run_id, "other"), kept, "the waiter of another step")
-    bench.expect(await told(store.try_record_dispatch(run_id, "charge")), True, "dispatching after a retry")
-    answer = await told(store.try_claim_step(run_id, "charge", owner="next"))
-    bench.expect(answer, True, "claiming after a retry")
-    number = await told(store.record_step_start(run_id, "charge", "http", owner="next"))
-    bench.expect(number, 2, "starting after a retry")
+    context.expect(claims, ["other"], "the claims after a retry of the step 'charge'")
+    context.expect(await store.get_dispatched_step_keys(run_id), {"other"}, "the dispatches after a retry")
+    context.expect(await store.get_waiter(run_id, "charge"), None, "an undelivered waiter of a retried step")
+    context.expect(await store.get_waiter(run_id, "other"), kept, "the waiter of another step")
+    context.expect(
+        await outcome_of(store.try_record_dispatch(run_id, "charge")), True, "dispatching after a retry"
+    )
+    answer = await outcome_of(store.try_claim_step(run_id, "charge", owner="next"))
+    context.expect(answer, True, "claiming after a retry")
+    number = await outcome_of(store.record_step_start(run_id, "charge", "http", owner="next"))
+    context.expect(number, 2, "starting after a retry")
     await store.register_waiter(run_id, "charge", "came")
     await store.deliver_signal(run_id, "came", "payload")
     delivered = await store.get_waiter(run_id, "charge")
     await store.retry_step(run_id, "charge")
-    bench.expect(await store.get_waiter(run_id, "charge"), delivered, "a delivered waiter stays at a retry")
-    if Capability.WAITERS in bench.capabilities:
+    context.expect(await store.get_waiter(run_id, "charge"), delivered, "a delivered waiter stays at a retry")
+    if Capability.WAITERS in context.capabilities:
         await store.record_step_start(run_id, "expired", "http")
-        await store.register_waiter(run_id, "expired", "go", expires_at=now(bench) - DAY)
+        await store.register_waiter(run_id, "expired", "go", expires_at=now(context) - DAY)
         await store.expire_waiter(run_id, "expired")
         await store.retry_step(run_id, "expired")
         found = await store.get_waiter(run_id, "expired")
-        bench.expect(found, None, "an expired waiter counts as undelivered, and goes at a retry")
+        context.expect(found, None, "an expired waiter counts as undelivered, and goes at a retry")
 
 
 @example("STP-6")
-async def the_run_of_a_retried_step_is_running_again(bench: Bench) -> None:
+async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> None:
     """completed_at is None; latches and an elapsed deadline of a terminal run are cleared."""
-    store = bench.store
+    store = context.store
     # Elapsed is timeout_at <= now; to the microsecond where the clock stands still.
-    elapsed = now(bench) if bench.clock is not None else now(bench) - DAY
+    elapsed = now(context) if context.clock is not None else now(context) - DAY
     for status, deadline, left in zip(
-        RUN_ENDS, (elapsed, None, now(bench) + DAY), (None, None, now(bench) + DAY), strict=True
+        RUN_ENDS, (elapsed, None, now(context) + DAY), (None, None, now(context) + DAY), strict=True
     ):
-        run_id = await start(bench)
-        await run_step(bench, run_id, "charge", StepStatus.FAILED)
+        run_id = await start(context)
+        await run_step(context, run_id, "charge", StepStatus.FAILED)
         await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=deadline)
         await store.request_cancel(run_id, "user")
         await store.mark_timed_out(run_id, "late")
-        made = (await the_control(bench, run_id)).created_at
-        begun = (await the_run(bench, run_id)).started_at
+        made = (await get_control(context, run_id)).created_at
+        begun = (await get_run(context, run_id)).started_at
         await store.complete_run(run_id, status)
         await store.retry_step(run_id, "charge")
-        run = await the_run(bench, run_id)
+        run = await get_run(context, run_id)
         wanted = {"status": RunStatus.RUNNING, "completed_at": None, "started_at": begun}
-        has(bench, run, f"a run that was {status} when a step was retried", **wanted)
+        expect_fields(context, run, f"a run that was {status} when a step was retried", **wanted)
         active = [each.run_id for each in await store.get_active_runs()]
-        bench.expect_that(run_id in active, "a run that a retry reopened is among the active ones")
+        context.expect_that(run_id in active, "a run that a retry reopened is among the active ones")
         latches: dict[str, Any] = {
             "cancel_requested": False,
             "cancel_reason": None,
@@ -130,206 +134,216 @@ async def the_run_of_a_retried_step_is_running_again(bench: Bench) -> None:
         }
         kept = {"timeout_at": left, "idempotency_key": "key", "created_at": made}
         sentence = "the control record of a terminal run that a retry reopened"
-        has(bench, await the_control(bench, run_id), sentence, **latches, **kept)
-        bench.expect(await told(store.request_cancel(run_id)), True, "the cancel latch may be set again")
-        bench.expect(await told(store.mark_timed_out(run_id)), True, "the time-out latch may be set again")
-        answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED))
-        bench.expect(answer, True, "completing a run that a retry reopened")
+        expect_fields(context, await get_control(context, run_id), sentence, **latches, **kept)
+        context.expect(
+            await outcome_of(store.request_cancel(run_id)), True, "the cancel latch may be set again"
+        )
+        context.expect(
+            await outcome_of(store.mark_timed_out(run_id)), True, "the time-out latch may be set again"
+        )
+        answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED))
+        context.expect(answer, True, "completing a run that a retry reopened")
 
 
 @example("STP-6")
-async def latches_of_a_running_run_stay(bench: Bench) -> None:
+async def latches_of_a_running_run_stay(context: CheckContext) -> None:
     """A retry in a run that is Running already leaves its control record alone, and makes none."""
-    store, run_id, bare = bench.store, await start(bench), await start(bench)
-    await store.configure_run(run_id, FLOW, "manual", timeout_at=now(bench) - DAY)
+    store, run_id, bare = context.store, await start(context), await start(context)
+    await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) - DAY)
     await store.request_cancel(run_id, "user")
     await store.mark_timed_out(run_id, "late")
     before = await store.get_run_control(run_id)
     for one in (run_id, bare):
-        await run_step(bench, one, "charge", StepStatus.FAILED)
+        await run_step(context, one, "charge", StepStatus.FAILED)
         await store.retry_step(one, "charge")
     after = await store.get_run_control(run_id)
-    bench.expect(after, before, "the control record of a Running run stays as it is at a retry")
+    context.expect(after, before, "the control record of a Running run stays as it is at a retry")
     await store.complete_run(bare, RunStatus.FAILED)
     await store.retry_step(bare, "charge")
-    bench.expect(await store.get_run_control(bare), None, "a retry makes no control record")
+    context.expect(await store.get_run_control(bare), None, "a retry makes no control record")
 
 
 @example("STP-6")
-async def a_retry_said_again_before_the_start_changes_nothing(bench: Bench) -> None:
+async def a_retry_said_again_before_the_start_changes_nothing(context: CheckContext) -> None:
     """With or without attempt, what was claimed, dispatched and registered meanwhile is kept."""
-    store, run_id = bench.store, await start(bench)
-    await run_step(bench, run_id, "charge", StepStatus.FAILED)
-    await skip_step(bench, run_id, "after")
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id, "charge", StepStatus.FAILED)
+    await skip_step(context, run_id, "after")
     await store.retry_step(run_id, "charge", attempt=1)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
     await store.register_waiter(run_id, "charge", "go")
-    before = await look(bench, run_id)
-    later(bench, SECOND)
+    before = await observe_all(context, run_id)
+    advance(context, SECOND)
     for attempt in (None, 1):
         call = store.retry_step(run_id, "charge", attempt=attempt, reset=["after"])
-        bench.expect(await told(call), None, f"a retry said again with attempt={attempt}")
-    later(bench, -SECOND)
+        context.expect(await outcome_of(call), None, f"a retry said again with attempt={attempt}")
+    advance(context, -SECOND)
     sentence = "a retry said again before the step starts changes nothing"
-    expect_alike(bench, await look(bench, run_id), before, sentence)
+    assert_same(context, await observe_all(context, run_id), before, sentence)
 
 
 @example("STP-6")
-async def a_retry_said_again_reopens_a_run_that_ended_meanwhile(bench: Bench) -> None:
+async def a_retry_said_again_reopens_a_run_that_ended_meanwhile(context: CheckContext) -> None:
     """The run is Running again, its latches and an elapsed deadline cleared; all else is kept."""
-    store = bench.store
+    store = context.store
     for attempt in (None, 1):
-        run_id = await start(bench)
-        await run_step(bench, run_id, "charge", StepStatus.FAILED)
-        await skip_step(bench, run_id, "after")
+        run_id = await start(context)
+        await run_step(context, run_id, "charge", StepStatus.FAILED)
+        await skip_step(context, run_id, "after")
         await store.retry_step(run_id, "charge")
         await store.try_record_dispatch(run_id, "charge")
         await store.try_claim_step(run_id, "charge", owner="me")
         await store.register_waiter(run_id, "charge", "go")
-        before = await look_at(bench, run_id)
-        await store.configure_run(run_id, FLOW, "manual", timeout_at=now(bench) - DAY)
+        before = await observe(context, run_id)
+        await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) - DAY)
         await store.request_cancel(run_id)
         await store.complete_run(run_id, RunStatus.CANCELLED)
         await store.retry_step(run_id, "charge", attempt=attempt, reset=["after"])
-        control = await the_control(bench, run_id)
+        control = await get_control(context, run_id)
         sentence = "the control record of a run that a retry said again reopened"
-        has(bench, control, sentence, cancel_requested=False, timeout_at=None)
+        expect_fields(context, control, sentence, cancel_requested=False, timeout_at=None)
         del before["get_run_control"]
         sentence = "a retry said again makes the run Running again and changes nothing else"
-        expect_alike(bench, await look_at(bench, run_id), before, sentence)
+        assert_same(context, await observe(context, run_id), before, sentence)
 
 
 @example("STP-6")
-async def an_attempt_that_is_not_the_last_is_a_double_click(bench: Bench) -> None:
+async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContext) -> None:
     """attempt, when given, must be the last one started, else StaleAttemptError; each click counts once."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for number in (1, 2):
-        await run_step(bench, run_id, "charge", StepStatus.FAILED)
+        await run_step(context, run_id, "charge", StepStatus.FAILED)
         call = store.retry_step(run_id, "charge", attempt=number)
-        bench.expect(await told(call), None, f"retrying attempt {number}, the last one started")
-        step = await the_step(bench, run_id)
-        has(bench, step, "a step retried after each attempt", status=PENDING, attempt_count=number + 1)
-    await run_step(bench, run_id, "failed", StepStatus.FAILED)
-    await skip_step(bench, run_id, "after")
+        context.expect(await outcome_of(call), None, f"retrying attempt {number}, the last one started")
+        step = await get_step(context, run_id)
+        expect_fields(
+            context, step, "a step retried after each attempt", status=PENDING, attempt_count=number + 1
+        )
+    await run_step(context, run_id, "failed", StepStatus.FAILED)
+    await skip_step(context, run_id, "after")
     await store.complete_run(run_id, RunStatus.FAILED)
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     cases = (("charge", 1, 2), ("charge", 3, 2), ("failed", 2, 1), ("failed", 2**63 - 1, 1))
     for key, attempt, last in cases:
         call = store.retry_step(run_id, key, attempt=attempt, reset=["after"])
         sentence = f"retrying attempt {attempt} of a step whose last is {last}"
-        error = await bench.expect_error(call, StaleAttemptError, sentence)
+        error = await context.expect_error(call, StaleAttemptError, sentence)
         named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
-        has(bench, error, f"{sentence}: the error", **named)
-    expect_alike(bench, await look(bench, run_id), before, "a double click changes nothing")
+        expect_fields(context, error, f"{sentence}: the error", **named)
+    assert_same(context, await observe_all(context, run_id), before, "a double click changes nothing")
 
 
 @example("STP-6")
-async def reset_makes_skipped_keys_unstarted(bench: Bench) -> None:
+async def reset_makes_skipped_keys_unstarted(context: CheckContext) -> None:
     """They are gone from statuses, details, claims and dispatches; keys that are not Skipped are ignored."""
-    store, run_id = bench.store, await start(bench)
-    await run_step(bench, run_id, "charge", SKIPPED)
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id, "charge", SKIPPED)
     await store.try_record_dispatch(run_id, "ship")
     await store.record_skipped_step(run_id, "ship", "http", "no", owner="planner")
     await store.register_waiter(run_id, "ship", "go")
-    await skip_step(bench, run_id, "mail", "stays skipped")
+    await skip_step(context, run_id, "mail", "stays skipped")
     others = {"done": StepStatus.SUCCEEDED, "failed": StepStatus.FAILED, "pending": PENDING}
     for key, status in others.items():
         await store.try_claim_step(run_id, key, owner="me")
-        await run_step(bench, run_id, key, status)
+        await run_step(context, run_id, key, status)
         await store.register_waiter(run_id, key, "go")
     await store.record_step_start(run_id, "running", "http")
     await store.try_record_dispatch(run_id, "dispatched")
-    kept = {step.step_key: step for step in (await the_run(bench, run_id)).steps}
+    kept = {step.step_key: step for step in (await get_run(context, run_id)).steps}
     await store.complete_run(run_id, RunStatus.FAILED)
     reset = ["ship", "mail", *others, "running", "dispatched", "unknown", "charge"]
     await store.retry_step(run_id, "charge", reset=reset)
     statuses = {**others, "charge": PENDING, "running": StepStatus.RUNNING, "stays skipped": SKIPPED}
     found = await store.get_step_statuses(run_id)
-    bench.expect(found, statuses, f"the statuses after a retry of 'charge' that resets {reset}")
-    steps = {step.step_key: step for step in (await the_run(bench, run_id)).steps}
-    bench.expect(sorted(steps), sorted(statuses), "get_run_detail shows no step that was reset")
+    context.expect(found, statuses, f"the statuses after a retry of 'charge' that resets {reset}")
+    steps = {step.step_key: step for step in (await get_run(context, run_id)).steps}
+    context.expect(sorted(steps), sorted(statuses), "get_run_detail shows no step that was reset")
     for key in (*others, "running", "stays skipped"):
-        bench.expect(steps[key], kept[key], f"the step {key!r}, which a retry of another leaves alone")
+        context.expect(steps[key], kept[key], f"the step {key!r}, which a retry of another leaves alone")
     claims = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    bench.expect(claims, sorted(others), "the claim of a key that was reset goes, others stay")
-    bench.expect(await store.get_dispatched_step_keys(run_id), {"dispatched"}, "the dispatches after a reset")
-    bench.expect(await store.get_waiter(run_id, "ship"), None, "the waiter of a key that was reset")
+    context.expect(claims, sorted(others), "the claim of a key that was reset goes, others stay")
+    context.expect(
+        await store.get_dispatched_step_keys(run_id), {"dispatched"}, "the dispatches after a reset"
+    )
+    context.expect(await store.get_waiter(run_id, "ship"), None, "the waiter of a key that was reset")
     for key in others:
-        bench.expect_that(await store.get_waiter(run_id, key), f"the waiter of {key!r} stays at a reset")
+        context.expect_that(await store.get_waiter(run_id, key), f"the waiter of {key!r} stays at a reset")
 
 
 @example("STP-6")
-async def a_reset_key_is_not_found_until_its_next_start(bench: Bench) -> None:
+async def a_reset_key_is_not_found_until_its_next_start(context: CheckContext) -> None:
     """Completing, retrying and rescheduling it raise StepNotFoundError; claiming and dispatching work."""
-    store, run_id = bench.store, await start(bench)
-    await run_step(bench, run_id, "charge", StepStatus.FAILED)
-    await skip_step(bench, run_id, "ship")
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id, "charge", StepStatus.FAILED)
+    await skip_step(context, run_id, "ship")
     await store.retry_step(run_id, "charge", reset=["ship"])
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     for attempt in (None, 1):
         sentence = f"attempt {attempt} of a key that was reset"
         call = store.record_step_complete(run_id, "ship", SKIPPED, attempt=attempt)
-        await bench.expect_error(call, StepNotFoundError, f"record_step_complete of {sentence}")
+        await context.expect_error(call, StepNotFoundError, f"record_step_complete of {sentence}")
         call = store.retry_step(run_id, "ship", attempt=attempt)
-        await bench.expect_error(call, StepNotFoundError, f"retry_step of {sentence}")
-    if Capability.RECOVERY in bench.capabilities:
+        await context.expect_error(call, StepNotFoundError, f"retry_step of {sentence}")
+    if Capability.RECOVERY in context.capabilities:
         call = store.reschedule_step(run_id, "ship", attempt=1)
-        await bench.expect_error(call, StepNotFoundError, "reschedule_step of a key that was reset")
-    expect_alike(bench, await look(bench, run_id), before, "what is not found changes nothing")
-    bench.expect(await told(store.try_record_dispatch(run_id, "ship")), True, "dispatching a reset key")
-    answer = await told(store.try_claim_step(run_id, "ship", owner="me"))
-    bench.expect(answer, True, "claiming a key that was reset")
+        await context.expect_error(call, StepNotFoundError, "reschedule_step of a key that was reset")
+    assert_same(context, await observe_all(context, run_id), before, "what is not found changes nothing")
+    context.expect(
+        await outcome_of(store.try_record_dispatch(run_id, "ship")), True, "dispatching a reset key"
+    )
+    answer = await outcome_of(store.try_claim_step(run_id, "ship", owner="me"))
+    context.expect(answer, True, "claiming a key that was reset")
     statuses = await store.get_step_statuses(run_id)
-    bench.expect(statuses, {"charge": PENDING}, "a reset key that is dispatched and claimed is no step yet")
+    context.expect(statuses, {"charge": PENDING}, "a reset key that is dispatched and claimed is no step yet")
 
 
 @example("STP-6")
-async def a_reset_keys_attempts_and_numbering_wait_for_its_start(bench: Bench) -> None:
+async def a_reset_keys_attempts_and_numbering_wait_for_its_start(context: CheckContext) -> None:
     """Its next attempt takes the next number, and the earlier attempts are shown again."""
-    store, run_id = bench.store, await start(bench)
-    await run_step(bench, run_id, "charge", StepStatus.FAILED)
-    await run_step(bench, run_id, "ship", PENDING, error_message="first")
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id, "charge", StepStatus.FAILED)
+    await run_step(context, run_id, "ship", PENDING, error_message="first")
     await store.record_skipped_step(run_id, "ship", "http", "reason", owner="planner")
-    before = await the_step(bench, run_id, "ship")
-    later(bench, SECOND)
+    before = await get_step(context, run_id, "ship")
+    advance(context, SECOND)
     await store.retry_step(run_id, "charge", reset=["ship"])
-    number = await told(store.record_step_start(run_id, "ship", "grpc"))
-    bench.expect(number, 3, "the start of a key that was reset after two attempts")
-    after = await the_step(bench, run_id, "ship")
-    bench.expect(after.attempts[:2], before.attempts, "the attempts from before a reset are shown again")
+    number = await outcome_of(store.record_step_start(run_id, "ship", "grpc"))
+    context.expect(number, 3, "the start of a key that was reset after two attempts")
+    after = await get_step(context, run_id, "ship")
+    context.expect(after.attempts[:2], before.attempts, "the attempts from before a reset are shown again")
     wanted = {"status": StepStatus.RUNNING, "attempt_count": 3, "started_at": before.started_at}
-    has(bench, after, "a step that starts again after a reset", **wanted)
+    expect_fields(context, after, "a step that starts again after a reset", **wanted)
     call = store.record_step_complete(run_id, "ship", StepStatus.FAILED, attempt=3)
-    bench.expect(await told(call), None, "completing it")
+    context.expect(await outcome_of(call), None, "completing it")
     await store.retry_step(run_id, "ship", attempt=3)
     for expected in (4, 5):
         await store.record_skipped_step(run_id, "ship", "http", "reason", owner="planner")
-        step = await the_step(bench, run_id, "ship")
+        step = await get_step(context, run_id, "ship")
         sentence = "a skip by the same owner for the same reason after a reset is a new attempt"
-        has(bench, step, sentence, attempt_count=expected, status=SKIPPED)
-        await run_step(bench, run_id, f"other {expected}", StepStatus.FAILED)
+        expect_fields(context, step, sentence, attempt_count=expected, status=SKIPPED)
+        await run_step(context, run_id, f"other {expected}", StepStatus.FAILED)
         await store.retry_step(run_id, f"other {expected}", reset=["ship"])
 
 
 @example("STP-6")
-async def a_key_that_never_started_cannot_be_retried(bench: Bench) -> None:
+async def a_key_that_never_started_cannot_be_retried(context: CheckContext) -> None:
     """StepNotFoundError, with neither the run reopened nor anything reset; other runs stay as they are."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     await store.try_record_dispatch(run_id, "dispatched")
-    await skip_step(bench, run_id, "skipped")
-    await run_step(bench, run_id, "charge", StepStatus.FAILED)
+    await skip_step(context, run_id, "skipped")
+    await run_step(context, run_id, "charge", StepStatus.FAILED)
     for one in (run_id, other):
-        await run_step(bench, one, "same key", StepStatus.FAILED)
+        await run_step(context, one, "same key", StepStatus.FAILED)
         await store.complete_run(one, RunStatus.FAILED)
-    before = await look(bench, run_id, other)
+    before = await observe_all(context, run_id, other)
     for key in ("dispatched", "unknown", "Charge"):
         call = store.retry_step(run_id, key, reset=["skipped"])
-        await bench.expect_error(call, StepNotFoundError, f"retrying a key that never started ({key})")
-    after = await look(bench, run_id, other)
-    expect_alike(bench, after, before, "a retry of a key that never started changes nothing")
-    before = await look_at(bench, other)
+        await context.expect_error(call, StepNotFoundError, f"retrying a key that never started ({key})")
+    after = await observe_all(context, run_id, other)
+    assert_same(context, after, before, "a retry of a key that never started changes nothing")
+    before = await observe(context, other)
     await store.retry_step(run_id, "same key")
     sentence = "a retry leaves a step of the same key in another run alone"
-    expect_alike(bench, await look_at(bench, other), before, sentence)
-    bench.expect(await store.get_run_status(new_id(bench)), None, "a retry makes no run")
+    assert_same(context, await observe(context, other), before, sentence)
+    context.expect(await store.get_run_status(new_id(context)), None, "a retry makes no run")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     FLOW,
     MINUTE,
     NOBODY,
@@ -14,19 +13,20 @@ from flowstore_conformance.checks.scenes import (
     RUN_ENDS,
     SECOND,
     TICK,
-    expect_alike,
-    has,
-    later,
-    look,
+    advance,
+    assert_same,
+    expect_fields,
+    get_run,
+    get_step,
     new_id,
-    only,
+    observe_all,
+    outcome_of,
     run_step,
+    single,
     skip_step,
     start,
-    the_run,
-    the_step,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     FlowRunDetail,
@@ -41,83 +41,89 @@ from flowstore_core import (
 
 
 @example("RUN-1")
-async def a_started_run_is_stored_as_it_was_given(bench: Bench) -> None:
+async def a_started_run_is_stored_as_it_was_given(context: CheckContext) -> None:
     """start_run stores a Running run with all that was given, and returns its record."""
-    store = bench.store
+    store = context.store
     given: dict[str, Any] = {
         "flow_id": FLOW,
         "flow_name": "orders",
-        "run_id": new_id(bench),
+        "run_id": new_id(context),
         "trigger_key": "manual",
     }
-    more = {"trigger_data": '{"a": 1}', "job_id": "job", "source_run_id": new_id(bench)}
-    begun = later(bench, SECOND)
+    more = {"trigger_data": '{"a": 1}', "job_id": "job", "source_run_id": new_id(context)}
+    begun = advance(context, SECOND)
     for optional in (more, dict.fromkeys(more)):
-        given["run_id"] = run_id = new_id(bench)
+        given["run_id"] = run_id = new_id(context)
         wanted: dict[str, Any] = {**given, **optional, "status": RunStatus.RUNNING, "completed_at": None}
         record = FlowRunRecord(**wanted, started_at=begun)
-        bench.expect(await store.start_run(**given, **optional), record, "start_run returns the run's record")
+        context.expect(
+            await store.start_run(**given, **optional), record, "start_run returns the run's record"
+        )
         stored = [run for run in await store.get_runs() if run.run_id == run_id]
-        bench.expect(stored, [record], "get_runs shows the run as it was given")
+        context.expect(stored, [record], "get_runs shows the run as it was given")
         detail = FlowRunDetail(**wanted, started_at=begun, steps=())
         shown = await store.get_run_detail(run_id)
-        bench.expect(shown, detail, "get_run_detail shows the run as it was given, without steps")
-        bench.expect(await store.get_run_status(run_id), RunStatus.RUNNING, "a started run is Running")
-        bench.expect(await store.get_run_control(run_id), None, "start_run makes no control record")
+        context.expect(shown, detail, "get_run_detail shows the run as it was given, without steps")
+        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, "a started run is Running")
+        context.expect(await store.get_run_control(run_id), None, "start_run makes no control record")
 
 
 @example("RUN-1")
-async def a_run_id_that_exists_is_refused(bench: Bench) -> None:
+async def a_run_id_that_exists_is_refused(context: CheckContext) -> None:
     """start_run with an id that is stored raises RunAlreadyExistsError and changes nothing."""
-    store = bench.store
-    running, ended = await start(bench), await start(bench)
-    await run_step(bench, running)
+    store = context.store
+    running, ended = await start(context), await start(context)
+    await run_step(context, running)
     await store.complete_run(ended, RunStatus.FAILED)
-    before = await look(bench, running, ended)
-    later(bench, SECOND)
+    before = await observe_all(context, running, ended)
+    advance(context, SECOND)
     for run_id, how in ((running, "a Running run"), (ended, "a terminal run")):
-        call = store.start_run(new_id(bench), "other", run_id, "other", trigger_data="other")
+        call = store.start_run(new_id(context), "other", run_id, "other", trigger_data="other")
         sentence = f"start_run with the id of {how}"
-        error = await bench.expect_error(call, RunAlreadyExistsError, sentence)
-        has(bench, error, f"{sentence}: the error names the run", run_id=run_id)
-    later(bench, -SECOND)
-    after = await look(bench, running, ended)
-    expect_alike(bench, after, before, "starting a run that exists changes nothing")
+        error = await context.expect_error(call, RunAlreadyExistsError, sentence)
+        expect_fields(context, error, f"{sentence}: the error names the run", run_id=run_id)
+    advance(context, -SECOND)
+    after = await observe_all(context, running, ended)
+    assert_same(context, after, before, "starting a run that exists changes nothing")
 
 
 @example("RUN-2")
-async def the_first_terminal_status_wins(bench: Bench) -> None:
+async def the_first_terminal_status_wins(context: CheckContext) -> None:
     """complete_run is True for the call that did it, and False ever after, changing nothing."""
-    store = bench.store
+    store = context.store
     for status in RUN_ENDS:
-        run_id = await start(bench)
-        begun = await the_run(bench, run_id)
-        ended = later(bench, MINUTE)
-        bench.expect(await store.complete_run(run_id, status), True, f"completing a Running run as {status}")
+        run_id = await start(context)
+        begun = await get_run(context, run_id)
+        ended = advance(context, MINUTE)
+        context.expect(
+            await store.complete_run(run_id, status), True, f"completing a Running run as {status}"
+        )
         wanted = {"status": status, "completed_at": ended, "started_at": begun.started_at}
-        has(bench, await the_run(bench, run_id), "complete_run sets status and completed_at", **wanted)
-        bench.expect(await store.get_run_status(run_id), status, "get_run_status after complete_run")
-        before = await look(bench, run_id)
-        later(bench, MINUTE)
+        expect_fields(
+            context, await get_run(context, run_id), "complete_run sets status and completed_at", **wanted
+        )
+        context.expect(await store.get_run_status(run_id), status, "get_run_status after complete_run")
+        before = await observe_all(context, run_id)
+        advance(context, MINUTE)
         for second in RUN_ENDS:
             nothing: dict[str, StepStatus] = {}
             for expected in (None, nothing):
-                answer = await told(store.complete_run(run_id, second, expected=expected))
-                bench.expect(answer, False, f"complete_run as {second} of a run that is {status} already")
-        later(bench, -MINUTE)
-        expect_alike(bench, await look(bench, run_id), before, "the first terminal status wins")
+                answer = await outcome_of(store.complete_run(run_id, second, expected=expected))
+                context.expect(answer, False, f"complete_run as {second} of a run that is {status} already")
+        advance(context, -MINUTE)
+        assert_same(context, await observe_all(context, run_id), before, "the first terminal status wins")
 
 
 @example("RUN-2")
-async def with_expected_the_statuses_must_be_exactly_these(bench: Bench) -> None:
+async def with_expected_the_statuses_must_be_exactly_these(context: CheckContext) -> None:
     """With expected, complete_run is False and changes nothing when any key or status differs."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     statuses: dict[str, StepStatus] = {status.lower(): status for status in OUTCOMES}
     for key, status in statuses.items():
-        await run_step(bench, run_id, key, status)
+        await run_step(context, run_id, key, status)
     await store.record_step_start(run_id, "running", "http")
     statuses["running"] = StepStatus.RUNNING
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     changes: tuple[dict[str, StepStatus | None], ...] = (
         {"succeeded": StepStatus.FAILED},
         {"running": StepStatus.PENDING},
@@ -129,180 +135,190 @@ async def with_expected_the_statuses_must_be_exactly_these(bench: Bench) -> None
     )
     for change in changes:
         expected = {key: status for key, status in {**statuses, **change}.items() if status is not None}
-        answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected))
-        bench.expect(answer, False, f"complete_run expecting {change} where the statuses are {statuses}")
-    expect_alike(bench, await look(bench, run_id), before, "complete_run that is False changes nothing")
-    answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses))
-    bench.expect(answer, True, "complete_run expecting exactly the statuses of the run")
-    empty = await start(bench)
-    answer = await told(store.complete_run(empty, RunStatus.SUCCEEDED, expected={}))
-    bench.expect(answer, True, "complete_run expecting no steps of a run without steps")
+        answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected))
+        context.expect(answer, False, f"complete_run expecting {change} where the statuses are {statuses}")
+    assert_same(
+        context, await observe_all(context, run_id), before, "complete_run that is False changes nothing"
+    )
+    answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses))
+    context.expect(answer, True, "complete_run expecting exactly the statuses of the run")
+    empty = await start(context)
+    answer = await outcome_of(store.complete_run(empty, RunStatus.SUCCEEDED, expected={}))
+    context.expect(answer, True, "complete_run expecting no steps of a run without steps")
 
 
 @example("RUN-2")
-async def with_expected_no_claim_or_dispatch_may_lie_outside(bench: Bench) -> None:
+async def with_expected_no_claim_or_dispatch_may_lie_outside(context: CheckContext) -> None:
     """A run does not finish while a key outside expected is claimed or dispatched, or was retried."""
-    store = bench.store
+    store = context.store
     steps = {"a": StepStatus.SUCCEEDED}
     for how in ("claimed", "dispatched"):
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.try_record_dispatch(run_id, "a")
         await store.try_claim_step(run_id, "a", owner="me")
-        await run_step(bench, run_id, "a")
+        await run_step(context, run_id, "a")
         if how == "claimed":
             await store.try_claim_step(run_id, "b")
         else:
             await store.try_record_dispatch(run_id, "b")
-        answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
-        bench.expect(answer, False, f"complete_run while a key outside expected is {how}")
-        bench.expect(await store.get_run_status(run_id), RunStatus.RUNNING, f"the run while one is {how}")
+        answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
+        context.expect(answer, False, f"complete_run while a key outside expected is {how}")
+        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, f"the run while one is {how}")
         await store.release_step_claim(run_id, "b")
         await store.release_dispatch(run_id, "b")
-        answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
-        bench.expect(answer, True, "complete_run when only keys in expected are claimed or dispatched")
-    retried = await start(bench)
-    await run_step(bench, retried, "a", StepStatus.FAILED)
+        answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
+        context.expect(answer, True, "complete_run when only keys in expected are claimed or dispatched")
+    retried = await start(context)
+    await run_step(context, retried, "a", StepStatus.FAILED)
     seen = await store.get_step_statuses(retried)
     await store.retry_step(retried, "a")
-    answer = await told(store.complete_run(retried, RunStatus.FAILED, expected=seen))
-    bench.expect(answer, False, "complete_run expecting statuses from before a retry")
-    await skip_step(bench, retried, "b")
+    answer = await outcome_of(store.complete_run(retried, RunStatus.FAILED, expected=seen))
+    context.expect(answer, False, "complete_run expecting statuses from before a retry")
+    await skip_step(context, retried, "b")
     await store.retry_step(retried, "a", attempt=1)
-    await run_step(bench, retried, "a", StepStatus.FAILED)
+    await run_step(context, retried, "a", StepStatus.FAILED)
     await store.retry_step(retried, "a", reset=["b"])
     pending = {"a": StepStatus.PENDING}
-    answer = await told(store.complete_run(retried, RunStatus.FAILED, expected=pending))
-    bench.expect(answer, True, "a key that was reset is not among the statuses")
+    answer = await outcome_of(store.complete_run(retried, RunStatus.FAILED, expected=pending))
+    context.expect(answer, True, "a key that was reset is not among the statuses")
 
 
 @example("RUN-2", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def with_expected_an_expired_claim_does_not_count(bench: Bench) -> None:
+async def with_expected_an_expired_claim_does_not_count(context: CheckContext) -> None:
     """Only a live claim outside expected keeps a run from finishing: an expired one does not."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "b", owner="me", lease=MINUTE)
-    later(bench, MINUTE - TICK)
-    answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED, expected={}))
-    bench.expect(answer, False, "complete_run while a leased claim outside expected is live")
-    later(bench, TICK)
-    answer = await told(store.complete_run(run_id, RunStatus.SUCCEEDED, expected={}))
-    bench.expect(answer, True, "complete_run once the lease of the claim outside expected has ended")
+    advance(context, MINUTE - TICK)
+    answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected={}))
+    context.expect(answer, False, "complete_run while a leased claim outside expected is live")
+    advance(context, TICK)
+    answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected={}))
+    context.expect(answer, True, "complete_run once the lease of the claim outside expected has ended")
 
 
 # RUN-4
 
 
 @example("RUN-4")
-async def nothing_begins_on_a_terminal_run(bench: Bench) -> None:
+async def nothing_begins_on_a_terminal_run(context: CheckContext) -> None:
     """On a terminal run claims and dispatches are False, to the claim's owner too, and nothing starts."""
-    store = bench.store
+    store = context.store
     for status in RUN_ENDS:
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.try_claim_step(run_id, "mine", owner="me")
-        await run_step(bench, run_id, "failed", StepStatus.FAILED)
+        await run_step(context, run_id, "failed", StepStatus.FAILED)
         await store.complete_run(run_id, status)
-        before = await look(bench, run_id)
+        before = await observe_all(context, run_id)
         for key, owner in (("mine", "me"), ("new", "me"), ("new", None), ("failed", None)):
-            answer = await told(store.try_claim_step(run_id, key, owner=owner))
-            bench.expect(answer, False, f"try_claim_step of {key!r} by {owner} on a run that is {status}")
-            answer = await told(store.try_record_dispatch(run_id, key))
-            bench.expect(answer, False, f"try_record_dispatch of {key!r} on a run that is {status}")
+            answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
+            context.expect(answer, False, f"try_claim_step of {key!r} by {owner} on a run that is {status}")
+            answer = await outcome_of(store.try_record_dispatch(run_id, key))
+            context.expect(answer, False, f"try_record_dispatch of {key!r} on a run that is {status}")
         starts = (("failed", None), ("mine", None), ("mine", "me"), ("mine", "not me"), ("new", None))
         for key, owner in starts:
             call = store.record_step_start(run_id, key, "http", owner=owner)
             sentence = f"record_step_start of {key!r} by {owner} on a run that is {status}"
-            error = await bench.expect_error(call, RunCompletedError, sentence)
-            has(bench, error, f"{sentence}: the error names the run", run_id=run_id)
-        expect_alike(bench, await look(bench, run_id), before, "nothing changes on a terminal run")
+            error = await context.expect_error(call, RunCompletedError, sentence)
+            expect_fields(context, error, f"{sentence}: the error names the run", run_id=run_id)
+        assert_same(context, await observe_all(context, run_id), before, "nothing changes on a terminal run")
 
 
 @example("RUN-4")
-async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(bench: Bench) -> None:
+async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(context: CheckContext) -> None:
     """A terminal step is not claimed or dispatched, by its owner either; the run counts first."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in OUTCOMES[:3]:
         await store.try_claim_step(run_id, status, owner="me")
-        await run_step(bench, run_id, status, status)
-        await run_step(bench, run_id, f"unclaimed {status}", status)
-    before = await look(bench, run_id)
+        await run_step(context, run_id, status, status)
+        await run_step(context, run_id, f"unclaimed {status}", status)
+    before = await observe_all(context, run_id)
     for status in OUTCOMES[:3]:
         for key, owner in ((status.value, "me"), (status.value, None), (f"unclaimed {status}", "me")):
-            answer = await told(store.try_claim_step(run_id, key, owner=owner))
-            bench.expect(answer, False, f"try_claim_step of a {status} step by {owner}")
-        answer = await told(store.try_record_dispatch(run_id, status))
-        bench.expect(answer, False, f"try_record_dispatch of a {status} step")
-    expect_alike(bench, await look(bench, run_id), before, "claiming a terminal step changes nothing")
+            answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
+            context.expect(answer, False, f"try_claim_step of a {status} step by {owner}")
+        answer = await outcome_of(store.try_record_dispatch(run_id, status))
+        context.expect(answer, False, f"try_record_dispatch of a {status} step")
+    assert_same(
+        context, await observe_all(context, run_id), before, "claiming a terminal step changes nothing"
+    )
     call = store.record_step_start(run_id, "Succeeded", "http", owner="not me")
     sentence = "starting a finished step as somebody who does not hold its claim"
-    await bench.expect_error(call, StepAlreadyCompletedError, sentence)
+    await context.expect_error(call, StepAlreadyCompletedError, sentence)
     for status in (StepStatus.PENDING, StepStatus.RUNNING):
         await store.record_step_start(run_id, status, "http")
         if status is StepStatus.PENDING:
             await store.record_step_complete(run_id, status, status)
         sentence = f"of a {status} step"
-        bench.expect(await told(store.try_record_dispatch(run_id, status)), True, f"dispatching {sentence}")
-        bench.expect(await told(store.try_claim_step(run_id, status)), True, f"claiming {sentence}")
+        context.expect(
+            await outcome_of(store.try_record_dispatch(run_id, status)), True, f"dispatching {sentence}"
+        )
+        context.expect(await outcome_of(store.try_claim_step(run_id, status)), True, f"claiming {sentence}")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     call = store.record_step_start(run_id, "Succeeded", "http", owner="not me")
-    await bench.expect_error(call, RunCompletedError, "the run is looked at before its step and the claim")
+    await context.expect_error(call, RunCompletedError, "the run is looked at before its step and the claim")
 
 
 @example("RUN-4")
-async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(bench: Bench) -> None:
+async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: CheckContext) -> None:
     """An open attempt is completed, steps are skipped and waiters registered on a terminal run."""
-    store = bench.store
+    store = context.store
     for status in RUN_ENDS:
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.record_step_start(run_id, "open", "http")
         await store.complete_run(run_id, status)
-        ended = await the_run(bench, run_id)
-        at = later(bench, SECOND)
+        ended = await get_run(context, run_id)
+        at = advance(context, SECOND)
         sentence = f"on a run that is {status}"
         call = store.record_step_complete(run_id, "open", StepStatus.SUCCEEDED, output_json="1", attempt=1)
-        bench.expect(await told(call), None, f"completing an open attempt {sentence}")
-        step = await the_step(bench, run_id, "open")
+        context.expect(await outcome_of(call), None, f"completing an open attempt {sentence}")
+        step = await get_step(context, run_id, "open")
         wanted = {"status": StepStatus.SUCCEEDED, "output_json": "1", "completed_at": at}
-        has(bench, step, f"a step completed {sentence}", **wanted)
+        expect_fields(context, step, f"a step completed {sentence}", **wanted)
         for key, owner in (("a", None), ("b", "me")):
             call = store.record_skipped_step(run_id, key, "http", "late", owner=owner)
-            bench.expect(await told(call), None, f"skipping {sentence}")
+            context.expect(await outcome_of(call), None, f"skipping {sentence}")
         skipped = {"a": StepStatus.SKIPPED, "b": StepStatus.SKIPPED, "open": StepStatus.SUCCEEDED}
-        bench.expect(await store.get_step_statuses(run_id), skipped, f"the steps skipped {sentence}")
-        claim = only(await store.get_step_claims(run_id), f"the claim that a skip took {sentence}")
-        bench.expect(claim.owner, "me", f"the owner of the claim that a skip took {sentence}")
-        bench.expect(await told(store.register_waiter(run_id, "w", "go")), None, f"waiting {sentence}")
-        if Capability.OUTPUTS in bench.capabilities:
-            bench.expect(await told(store.save_output(run_id, "x", "1")), None, f"an output {sentence}")
-        if Capability.EVENTS in bench.capabilities:
-            bench.expect(await told(store.append_event(run_id, "after")), 1, f"an event {sentence}")
-        after = await the_run(bench, run_id)
+        context.expect(await store.get_step_statuses(run_id), skipped, f"the steps skipped {sentence}")
+        claim = single(await store.get_step_claims(run_id), f"the claim that a skip took {sentence}")
+        context.expect(claim.owner, "me", f"the owner of the claim that a skip took {sentence}")
+        context.expect(
+            await outcome_of(store.register_waiter(run_id, "w", "go")), None, f"waiting {sentence}"
+        )
+        if Capability.OUTPUTS in context.capabilities:
+            context.expect(
+                await outcome_of(store.save_output(run_id, "x", "1")), None, f"an output {sentence}"
+            )
+        if Capability.EVENTS in context.capabilities:
+            context.expect(await outcome_of(store.append_event(run_id, "after")), 1, f"an event {sentence}")
+        after = await get_run(context, run_id)
         wanted = {"status": status, "completed_at": ended.completed_at}
-        has(bench, after, "none of it reopens the run", **wanted)
+        expect_fields(context, after, "none of it reopens the run", **wanted)
 
 
 @example("RUN-4")
-async def a_terminal_run_gets_no_delivery(bench: Bench) -> None:
+async def a_terminal_run_gets_no_delivery(context: CheckContext) -> None:
     """deliver_signal is NOT_FOUND and changes nothing; after retry_step the same waiter is delivered to."""
-    store = bench.store
+    store = context.store
     for status in RUN_ENDS:
-        run_id = await start(bench)
-        await run_step(bench, run_id, "other", StepStatus.FAILED)
+        run_id = await start(context)
+        await run_step(context, run_id, "other", StepStatus.FAILED)
         await store.register_waiter(run_id, "before", "go")
         await store.complete_run(run_id, status)
-        later(bench, SECOND)
+        advance(context, SECOND)
         await store.register_waiter(run_id, "after", "stop")
-        before = await look(bench, run_id)
+        before = await observe_all(context, run_id)
         for name in ("go", "stop"):
             for delivery_id in (None, "id"):
                 answer = await store.deliver_signal(run_id, name, "late", delivery_id=delivery_id)
-                bench.expect(answer, NOBODY, f"a delivery of {name!r} to a run that is {status}")
+                context.expect(answer, NOBODY, f"a delivery of {name!r} to a run that is {status}")
         sentence = f"a delivery to a run that is {status} changes nothing"
-        expect_alike(bench, await look(bench, run_id), before, sentence)
+        assert_same(context, await observe_all(context, run_id), before, sentence)
         await store.retry_step(run_id, "other")
         for name, key in (("go", "before"), ("stop", "after")):
             again = await store.deliver_signal(run_id, name, "now", delivery_id=f"id of {name}")
             found = (again.status, again.step_key)
             wanted = (SignalDeliveryStatus.DELIVERED, key)
-            bench.expect(found, wanted, f"a delivery of {name!r} once a run that was {status} is reopened")
+            context.expect(found, wanted, f"a delivery of {name!r} once a run that was {status} is reopened")
         again = await store.deliver_signal(run_id, "go", "now", delivery_id="id")
         already = SignalDeliveryStatus.ALREADY_DELIVERED
-        bench.expect(again.status, already, "a delivery_id that a terminal run refused is not remembered")
+        context.expect(again.status, already, "a delivery_id that a terminal run refused is not remembered")

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.registry import check
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     MINUTE,
     NOBODY,
     RUN_ENDS,
     SECOND,
     TICK,
-    expect_alike,
-    has,
-    later,
-    look,
+    advance,
+    assert_same,
+    expect_fields,
+    get_waiter,
     new_id,
     now,
+    observe_all,
+    outcome_of,
     start,
-    the_waiter,
     there,
-    told,
 )
+from flowstore_conformance.checks.registry import check
+from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     ConflictError,
@@ -41,10 +41,10 @@ KEYS = ("b", "a", "\u00e9", "Z", "\U0001f600", "\uffff")
 
 
 @example("SIG-1")
-async def register_waiter_creates_it(bench: Bench) -> None:
+async def register_waiter_creates_it(context: CheckContext) -> None:
     """The waiter is stored as it was given; its step need not have started, and does not by waiting."""
-    store, run_id = bench.store, await start(bench)
-    at = later(bench, SECOND)
+    store, run_id = context.store, await start(context)
+    at = advance(context, SECOND)
     for key, expires_at in (("wait", at + MINUTE), ("ever", None)):
         await store.register_waiter(run_id, key, "go", expires_at=expires_at)
         wanted = FlowSignalWaiter(
@@ -57,244 +57,257 @@ async def register_waiter_creates_it(bench: Bench) -> None:
             payload_json=None,
             expired_at=None,
         )
-        bench.expect(await store.get_waiter(run_id, key), wanted, "a waiter as it was registered")
-    bench.expect(await store.get_step_statuses(run_id), {}, "a waiter is no step")
+        context.expect(await store.get_waiter(run_id, key), wanted, "a waiter as it was registered")
+    context.expect(await store.get_step_statuses(run_id), {}, "a waiter is no step")
 
 
 @example("SIG-1")
-async def registering_again_updates_name_and_expiry_alone(bench: Bench) -> None:
+async def registering_again_updates_name_and_expiry_alone(context: CheckContext) -> None:
     """created_at and a delivered payload are kept; after remove_waiter it is a new waiter."""
-    store, run_id = bench.store, await start(bench)
-    made = now(bench)
+    store, run_id = context.store, await start(context)
+    made = now(context)
     await store.register_waiter(run_id, "wait", "go", expires_at=made + MINUTE)
-    later(bench, SECOND)
+    advance(context, SECOND)
     await store.register_waiter(run_id, "wait", "stop")
     changed = {"signal_name": "stop", "expires_at": None, "created_at": made}
-    has(bench, await the_waiter(bench, run_id), "a waiter that was registered again", **changed)
-    bench.expect(await store.deliver_signal(run_id, "go", "{}"), NOBODY, "a signal by the waiter's old name")
-    at = later(bench, SECOND)
+    expect_fields(context, await get_waiter(context, run_id), "a waiter that was registered again", **changed)
+    context.expect(
+        await store.deliver_signal(run_id, "go", "{}"), NOBODY, "a signal by the waiter's old name"
+    )
+    at = advance(context, SECOND)
     delivery = await store.deliver_signal(run_id, "stop", "payload")
-    bench.expect(delivery.status, DELIVERED, "a signal by the waiter's new name")
-    later(bench, SECOND)
-    await store.register_waiter(run_id, "wait", "stop", expires_at=now(bench) + MINUTE)
+    context.expect(delivery.status, DELIVERED, "a signal by the waiter's new name")
+    advance(context, SECOND)
+    await store.register_waiter(run_id, "wait", "stop", expires_at=now(context) + MINUTE)
     kept = {"created_at": made, "delivered_at": at, "payload_json": "payload", "signal_name": "stop"}
-    waiter = await the_waiter(bench, run_id)
+    waiter = await get_waiter(context, run_id)
     sentence = "a delivered waiter that was registered again keeps its payload"
-    has(bench, waiter, sentence, **kept, expires_at=now(bench) + MINUTE)
+    expect_fields(context, waiter, sentence, **kept, expires_at=now(context) + MINUTE)
     delivery = await store.deliver_signal(run_id, "stop", "another")
-    bench.expect(delivery.status, ALREADY, "a delivered waiter that was registered again is delivered")
+    context.expect(delivery.status, ALREADY, "a delivered waiter that was registered again is delivered")
     await store.remove_waiter(run_id, "wait")
-    fresh = later(bench, SECOND)
+    fresh = advance(context, SECOND)
     await store.register_waiter(run_id, "wait", "go")
     new = {"created_at": fresh, "delivered_at": None, "payload_json": None, "signal_name": "go"}
-    has(bench, await the_waiter(bench, run_id), "a waiter registered after one was removed", **new)
+    expect_fields(
+        context, await get_waiter(context, run_id), "a waiter registered after one was removed", **new
+    )
 
 
 @example("SIG-1")
-async def a_delivered_waiter_does_not_change_its_name(bench: Bench) -> None:
+async def a_delivered_waiter_does_not_change_its_name(context: CheckContext) -> None:
     """Another signal_name on it raises ConflictError and changes nothing."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.register_waiter(run_id, "wait", "go")
     await store.deliver_signal(run_id, "go", "payload")
-    before = await the_waiter(bench, run_id)
+    before = await get_waiter(context, run_id)
     for name in ("stop", "Go", "go "):
-        call = store.register_waiter(run_id, "wait", name, expires_at=now(bench))
+        call = store.register_waiter(run_id, "wait", name, expires_at=now(context))
         sentence = f"registering a delivered waiter under another signal_name ({name!r})"
-        error = await bench.expect_error(call, ConflictError, sentence)
-        has(bench, error, f"{sentence}: the error", run_id=run_id, step_key="wait")
-    bench.expect(await the_waiter(bench, run_id), before, "registering that is refused changes nothing")
+        error = await context.expect_error(call, ConflictError, sentence)
+        expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key="wait")
+    context.expect(await get_waiter(context, run_id), before, "registering that is refused changes nothing")
 
 
 @example("SIG-1", needs=[Capability.WAITERS])
-async def an_expired_waiter_must_be_removed_first(bench: Bench) -> None:
+async def an_expired_waiter_must_be_removed_first(context: CheckContext) -> None:
     """Any registering on it raises ConflictError and changes nothing."""
-    store, run_id = bench.store, await start(bench)
-    await store.register_waiter(run_id, "wait", "go", expires_at=now(bench) - DAY)
+    store, run_id = context.store, await start(context)
+    await store.register_waiter(run_id, "wait", "go", expires_at=now(context) - DAY)
     await store.expire_waiter(run_id, "wait")
-    before = await the_waiter(bench, run_id)
+    before = await get_waiter(context, run_id)
     for name in ("go", "stop"):
         call = store.register_waiter(run_id, "wait", name)
-        await bench.expect_error(call, ConflictError, f"registering an expired waiter for {name!r}")
-    bench.expect(await the_waiter(bench, run_id), before, "registering that is refused changes nothing")
+        await context.expect_error(call, ConflictError, f"registering an expired waiter for {name!r}")
+    context.expect(await get_waiter(context, run_id), before, "registering that is refused changes nothing")
     await store.remove_waiter(run_id, "wait")
     call = store.register_waiter(run_id, "wait", "go")
-    bench.expect(await told(call), None, "registering once the expired waiter was removed")
+    context.expect(await outcome_of(call), None, "registering once the expired waiter was removed")
 
 
 # SIG-2
 
 
 @example("SIG-2")
-async def a_delivery_gives_the_payload_to_the_waiter(bench: Bench) -> None:
+async def a_delivery_gives_the_payload_to_the_waiter(context: CheckContext) -> None:
     """DELIVERED names the step and the time; only the run and the exact name match."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         await store.register_waiter(one, "wait", "go")
         await store.register_waiter(one, "else", "gone")
     for name in ("Go", "go ", " go", "g", "g%", "g_", "g\u00f3", "o"):
         answer = await store.deliver_signal(run_id, name, "{}")
-        bench.expect(answer, NOBODY, f"a signal {name!r} where one waits for 'go'")
-    at = later(bench, SECOND)
+        context.expect(answer, NOBODY, f"a signal {name!r} where one waits for 'go'")
+    at = advance(context, SECOND)
     result = await store.deliver_signal(run_id, "go", ' {"a": 1} ')
     wanted = SignalDeliveryResult(status=DELIVERED, step_key="wait", delivered_at=at)
-    bench.expect(result, wanted, "the result of a delivery")
+    context.expect(result, wanted, "the result of a delivery")
     kept = {"delivered_at": at, "payload_json": ' {"a": 1} ', "expired_at": None}
-    has(bench, await the_waiter(bench, run_id), "a waiter that was delivered to", **kept)
+    expect_fields(context, await get_waiter(context, run_id), "a waiter that was delivered to", **kept)
     for one, key in ((run_id, "else"), (other, "wait"), (other, "else")):
-        waiter = await the_waiter(bench, one, key)
-        bench.expect(waiter.delivered_at, None, "waiters of other names and runs get nothing")
+        waiter = await get_waiter(context, one, key)
+        context.expect(waiter.delivered_at, None, "waiters of other names and runs get nothing")
 
 
 @example("SIG-2")
-async def the_oldest_waiter_gets_the_payload(bench: Bench) -> None:
+async def the_oldest_waiter_gets_the_payload(context: CheckContext) -> None:
     """Oldest by created_at, which registering again keeps, then by step_key in code point order."""
-    store, run_id = bench.store, await start(bench)
-    if bench.clock is not None:
+    store, run_id = context.store, await start(context)
+    if context.clock is not None:
         for key in ("z", "y", "x"):
             await store.register_waiter(run_id, key, "by age")
-            later(bench, TICK)
+            advance(context, TICK)
         await store.register_waiter(run_id, "z", "by age")
         got = [(await store.deliver_signal(run_id, "by age", "{}")).step_key for _ in "123"]
-        bench.expect(got, ["z", "y", "x"], "three deliveries to waiters of different age")
+        context.expect(got, ["z", "y", "x"], "three deliveries to waiters of different age")
         for key in KEYS:
             await store.register_waiter(run_id, key, "by key")
         got = [(await store.deliver_signal(run_id, "by key", key)).step_key for key in KEYS]
-        bench.expect(got, sorted(KEYS), "deliveries to waiters of one age")
+        context.expect(got, sorted(KEYS), "deliveries to waiters of one age")
     await store.register_waiter(run_id, "older", "own clock")
     await store.deliver_signal(run_id, "own clock", "one")
     await store.register_waiter(run_id, "newer", "own clock")
     result = await store.deliver_signal(run_id, "own clock", "two")
-    bench.expect(result.step_key, "newer", "a waiter that was delivered to gets no second payload")
-    waiter = await the_waiter(bench, run_id, "older")
-    bench.expect(waiter.payload_json, "one", "the payload of a waiter stays as it was delivered")
+    context.expect(result.step_key, "newer", "a waiter that was delivered to gets no second payload")
+    waiter = await get_waiter(context, run_id, "older")
+    context.expect(waiter.payload_json, "one", "the payload of a waiter stays as it was delivered")
 
 
 @example("SIG-2")
-async def a_delivery_id_is_delivered_once(bench: Bench) -> None:
+async def a_delivery_id_is_delivered_once(context: CheckContext) -> None:
     """The same id again returns the first result, whatever name it gives, and after the waiter is gone."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         for key in ("a", "b"):
             await store.register_waiter(one, key, "go")
     first = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
-    bench.expect(first.status, DELIVERED, "the first delivery of an id")
-    before = await look(bench, run_id)
-    later(bench, SECOND)
+    context.expect(first.status, DELIVERED, "the first delivery of an id")
+    before = await observe_all(context, run_id)
+    advance(context, SECOND)
     for name in ("go", "another name"):
         again = await store.deliver_signal(run_id, name, "two", delivery_id="id")
-        bench.expect(again, first, f"the same delivery_id again, for the signal {name!r}")
-    later(bench, -SECOND)
-    expect_alike(bench, await look(bench, run_id), before, "a delivery_id said again changes nothing")
+        context.expect(again, first, f"the same delivery_id again, for the signal {name!r}")
+    advance(context, -SECOND)
+    assert_same(
+        context, await observe_all(context, run_id), before, "a delivery_id said again changes nothing"
+    )
     elsewhere = await store.deliver_signal(other, "go", "{}", delivery_id="id")
-    bench.expect(elsewhere.status, DELIVERED, "delivery ids belong to the run")
+    context.expect(elsewhere.status, DELIVERED, "delivery ids belong to the run")
     second = await store.deliver_signal(run_id, "go", "two", delivery_id="ID")
-    bench.expect((second.status, second.step_key), (DELIVERED, "b"), "another delivery_id, in upper case")
+    context.expect((second.status, second.step_key), (DELIVERED, "b"), "another delivery_id, in upper case")
     await store.remove_waiter(run_id, "a")
     await store.register_waiter(run_id, "a", "go")
     again = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
-    bench.expect(again, first, "a delivery_id outlives its waiter")
-    bench.expect((await the_waiter(bench, run_id, "a")).delivered_at, None, "and reaches no new waiter")
+    context.expect(again, first, "a delivery_id outlives its waiter")
+    context.expect((await get_waiter(context, run_id, "a")).delivered_at, None, "and reaches no new waiter")
 
 
 @example("SIG-2")
-async def a_delivery_id_is_remembered_on_a_terminal_run(bench: Bench) -> None:
+async def a_delivery_id_is_remembered_on_a_terminal_run(context: CheckContext) -> None:
     """The same id again returns the first result after the run has ended, whatever waits there then."""
-    store = bench.store
+    store = context.store
     for status in RUN_ENDS:
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.register_waiter(run_id, "a", "go")
         first = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
         await store.register_waiter(run_id, "b", "go")
         await store.complete_run(run_id, status)
-        before = await look(bench, run_id)
+        before = await observe_all(context, run_id)
         for name in ("go", "another name"):
             again = await store.deliver_signal(run_id, name, "two", delivery_id="id")
-            bench.expect(again, first, f"the same delivery_id again on a run that is {status}")
-        expect_alike(bench, await look(bench, run_id), before, "a delivery_id said again changes nothing")
+            context.expect(again, first, f"the same delivery_id again on a run that is {status}")
+        assert_same(
+            context, await observe_all(context, run_id), before, "a delivery_id said again changes nothing"
+        )
 
 
 @example("SIG-2")
-async def only_what_was_delivered_is_remembered(bench: Bench) -> None:
+async def only_what_was_delivered_is_remembered(context: CheckContext) -> None:
     """A delivery_id that found nobody, or came too late, may be delivered later."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     answer = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
-    bench.expect(answer, NOBODY, "a delivery without waiter")
+    context.expect(answer, NOBODY, "a delivery without waiter")
     await store.register_waiter(run_id, "a", "go")
     await store.deliver_signal(run_id, "go", "{}")
     late = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
-    bench.expect(late.status, ALREADY, "a delivery_id that found nobody is not remembered")
+    context.expect(late.status, ALREADY, "a delivery_id that found nobody is not remembered")
     await store.register_waiter(run_id, "b", "go")
     result = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
     found = (result.status, result.step_key)
-    bench.expect(found, (DELIVERED, "b"), "a delivery_id that came too late is not remembered")
+    context.expect(found, (DELIVERED, "b"), "a delivery_id that came too late is not remembered")
 
 
 # SIG-3
 
 
 @example("SIG-3")
-async def with_nobody_left_the_oldest_delivered_is_named(bench: Bench) -> None:
+async def with_nobody_left_the_oldest_delivered_is_named(context: CheckContext) -> None:
     """ALREADY_DELIVERED carries the step and time of the oldest delivered waiter, and delivers nothing."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for key in ("c", "a", "b"):
         await store.register_waiter(run_id, key, "go")
-        later(bench, SECOND)
+        advance(context, SECOND)
     results = []
     for payload in ("one", "two", "three"):
         results.append(await store.deliver_signal(run_id, "go", payload))
-        later(bench, SECOND)
-    bench.expect([each.status for each in results], [DELIVERED] * 3, "three deliveries to three waiters")
+        advance(context, SECOND)
+    context.expect([each.status for each in results], [DELIVERED] * 3, "three deliveries to three waiters")
     # Without a clock to move, waiters may be of one age; then they go by key.
     oldest = results[0]
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     for delivery_id in (None, "id"):
         late = await store.deliver_signal(run_id, "go", "four", delivery_id=delivery_id)
         named = {"status": ALREADY, "step_key": oldest.step_key, "delivered_at": oldest.delivered_at}
-        has(bench, late, "a delivery when every waiter has got one names the oldest", **named)
-    expect_alike(bench, await look(bench, run_id), before, "a late delivery changes nothing")
+        expect_fields(context, late, "a delivery when every waiter has got one names the oldest", **named)
+    assert_same(context, await observe_all(context, run_id), before, "a late delivery changes nothing")
     other = await store.deliver_signal(run_id, "stop", "{}")
-    bench.expect(other, NOBODY, "a signal that nobody waits for is NOT_FOUND")
-    if bench.clock is not None:
+    context.expect(other, NOBODY, "a signal that nobody waits for is NOT_FOUND")
+    if context.clock is not None:
         keys = [f"{key} of one age" for key in KEYS]
         for key in keys:
             await store.register_waiter(run_id, key, "of one age")
         for payload in (*keys, "late"):
             late = await store.deliver_signal(run_id, "of one age", payload)
         named = {"status": ALREADY, "step_key": min(keys)}
-        has(bench, late, "a late delivery among delivered waiters of one age names the first by key", **named)
+        expect_fields(
+            context,
+            late,
+            "a late delivery among delivered waiters of one age names the first by key",
+            **named,
+        )
     await store.register_waiter(run_id, "d", "go")
     result = await store.deliver_signal(run_id, "go", "four")
-    bench.expect((result.status, result.step_key), (DELIVERED, "d"), "a delivery once another waits")
+    context.expect((result.status, result.step_key), (DELIVERED, "d"), "a delivery once another waits")
 
 
 @example("SIG-3")
-async def where_no_waiter_matches_it_is_not_found(bench: Bench) -> None:
+async def where_no_waiter_matches_it_is_not_found(context: CheckContext) -> None:
     """Before any waits, and after the delivered one was removed."""
-    store, run_id = bench.store, await start(bench)
-    bench.expect(await store.deliver_signal(run_id, "go", "{}"), NOBODY, "a signal before any waiter")
+    store, run_id = context.store, await start(context)
+    context.expect(await store.deliver_signal(run_id, "go", "{}"), NOBODY, "a signal before any waiter")
     await store.register_waiter(run_id, "wait", "go")
     await store.deliver_signal(run_id, "go", "{}")
     await store.remove_waiter(run_id, "wait")
     answer = await store.deliver_signal(run_id, "go", "{}")
-    bench.expect(answer, NOBODY, "a signal after the delivered waiter was removed")
-    if Capability.WAITERS in bench.capabilities:
-        await store.register_waiter(run_id, "expired", "go", expires_at=now(bench) - DAY)
+    context.expect(answer, NOBODY, "a signal after the delivered waiter was removed")
+    if Capability.WAITERS in context.capabilities:
+        await store.register_waiter(run_id, "expired", "go", expires_at=now(context) - DAY)
         await store.expire_waiter(run_id, "expired")
         answer = await store.deliver_signal(run_id, "go", "{}")
-        bench.expect(answer, NOBODY, "a signal that only an expired waiter matches")
+        context.expect(answer, NOBODY, "a signal that only an expired waiter matches")
         await store.register_waiter(run_id, "fresh", "go")
         for status in (DELIVERED, ALREADY):
             result = await store.deliver_signal(run_id, "go", "{}")
             found = (result.status, result.step_key)
-            bench.expect(found, (status, "fresh"), "a signal where one waiter expired and one did not")
+            context.expect(found, (status, "fresh"), "a signal where one waiter expired and one did not")
 
 
 @example("SIG-3")
-async def on_a_terminal_run_only_delivered_waiters_match(bench: Bench) -> None:
+async def on_a_terminal_run_only_delivered_waiters_match(context: CheckContext) -> None:
     """ALREADY_DELIVERED where one of that name was delivered, though another is not; else NOT_FOUND."""
-    store = bench.store
+    store = context.store
     for status in RUN_ENDS:
-        run_id = await start(bench)
+        run_id = await start(context)
         await store.register_waiter(run_id, "delivered", "go")
         delivered = await store.deliver_signal(run_id, "go", "one")
         for key, name in (("a", "go"), ("b", "stop")):
@@ -303,91 +316,97 @@ async def on_a_terminal_run_only_delivered_waiters_match(bench: Bench) -> None:
         for delivery_id in (None, "id"):
             late = await store.deliver_signal(run_id, "go", "two", delivery_id=delivery_id)
             named = {"status": ALREADY, "step_key": "delivered", "delivered_at": delivered.delivered_at}
-            has(bench, late, f"a delivery to a run that is {status} names the delivered waiter", **named)
+            expect_fields(
+                context, late, f"a delivery to a run that is {status} names the delivered waiter", **named
+            )
             answer = await store.deliver_signal(run_id, "stop", "{}", delivery_id=delivery_id)
-            bench.expect(answer, NOBODY, f"a delivery to a run that is {status} without a delivered waiter")
+            context.expect(answer, NOBODY, f"a delivery to a run that is {status} without a delivered waiter")
         for key in ("a", "b"):
-            waiter = await the_waiter(bench, run_id, key)
+            waiter = await get_waiter(context, run_id, key)
             kept = {"delivered_at": None, "payload_json": None}
-            has(bench, waiter, f"an undelivered waiter of a run that is {status}", **kept)
+            expect_fields(context, waiter, f"an undelivered waiter of a run that is {status}", **kept)
 
 
 # SIG-4
 
 
 @example("SIG-4")
-async def the_store_itself_does_not_act_on_expires_at(bench: Bench) -> None:
+async def the_store_itself_does_not_act_on_expires_at(context: CheckContext) -> None:
     """A waiter past its expires_at that nobody expired is open still, and is delivered to."""
-    store, run_id = bench.store, await start(bench)
-    await store.register_waiter(run_id, "wait", "go", expires_at=now(bench) - DAY)
-    later(bench, DAY)
-    bench.expect((await the_waiter(bench, run_id)).expired_at, None, "expired_at of a waiter nobody expired")
+    store, run_id = context.store, await start(context)
+    await store.register_waiter(run_id, "wait", "go", expires_at=now(context) - DAY)
+    advance(context, DAY)
+    context.expect(
+        (await get_waiter(context, run_id)).expired_at, None, "expired_at of a waiter nobody expired"
+    )
     result = await store.deliver_signal(run_id, "go", "{}")
-    bench.expect(result.status, DELIVERED, "a delivery to a waiter past its expires_at that nobody expired")
+    context.expect(result.status, DELIVERED, "a delivery to a waiter past its expires_at that nobody expired")
 
 
 @example("SIG-4")
-async def expire_waiter_closes_one_that_is_due(bench: Bench) -> None:
+async def expire_waiter_closes_one_that_is_due(context: CheckContext) -> None:
     """It sets expired_at and returns the row; one not due, without expiry or delivered is unchanged."""
-    store, run_id = bench.store, await start(bench)
-    due = now(bench) + MINUTE if bench.clock is not None else now(bench) - DAY
+    store, run_id = context.store, await start(context)
+    due = now(context) + MINUTE if context.clock is not None else now(context) - DAY
     await store.register_waiter(run_id, "due", "go", expires_at=due)
     await store.register_waiter(run_id, "later", "go", expires_at=due + 3650 * DAY)
     await store.register_waiter(run_id, "ever", "go")
     await store.register_waiter(run_id, "delivered", "came", expires_at=due)
     await store.deliver_signal(run_id, "came", "payload")
-    if bench.clock is not None:
-        later(bench, MINUTE - TICK)
-        before = await the_waiter(bench, run_id, "due")
+    if context.clock is not None:
+        advance(context, MINUTE - TICK)
+        before = await get_waiter(context, run_id, "due")
         answer = await store.expire_waiter(run_id, "due")
-        bench.expect(answer, before, "expire_waiter a microsecond before expires_at")
-    at = later(bench, TICK)
+        context.expect(answer, before, "expire_waiter a microsecond before expires_at")
+    at = advance(context, TICK)
     for key in ("later", "ever", "delivered", "due"):
-        before = await the_waiter(bench, run_id, key)
+        before = await get_waiter(context, run_id, key)
         answer = there(await store.expire_waiter(run_id, key), f"expire_waiter of {key!r}")
-        stored = await the_waiter(bench, run_id, key)
-        bench.expect(stored, answer, f"expire_waiter returns the row as it then is ({key})")
+        stored = await get_waiter(context, run_id, key)
+        context.expect(stored, answer, f"expire_waiter returns the row as it then is ({key})")
         if key != "due":
-            bench.expect(answer, before, f"a waiter that expire_waiter does not close ({key})")
+            context.expect(answer, before, f"a waiter that expire_waiter does not close ({key})")
     closed = {"expired_at": at, "delivered_at": None, "payload_json": None, "expires_at": due}
-    expired = await the_waiter(bench, run_id, "due")
-    has(bench, expired, "a waiter that is due and was expired", **closed)
-    later(bench, SECOND)
+    expired = await get_waiter(context, run_id, "due")
+    expect_fields(context, expired, "a waiter that is due and was expired", **closed)
+    advance(context, SECOND)
     again = await store.expire_waiter(run_id, "due")
-    bench.expect(again, expired, "an expired waiter stays as it is for ever")
+    context.expect(again, expired, "an expired waiter stays as it is for ever")
     for key in ("later", "ever"):
         await store.remove_waiter(run_id, key)
-    bench.expect(await store.deliver_signal(run_id, "go", "{}"), NOBODY, "no delivery reaches an expired one")
-    bench.expect(await store.expire_waiter(run_id, "unknown"), None, "expire_waiter without waiter")
+    context.expect(
+        await store.deliver_signal(run_id, "go", "{}"), NOBODY, "no delivery reaches an expired one"
+    )
+    context.expect(await store.expire_waiter(run_id, "unknown"), None, "expire_waiter without waiter")
 
 
 @example("SIG-1")
-async def remove_waiter_returns_what_it_removed(bench: Bench) -> None:
+async def remove_waiter_returns_what_it_removed(context: CheckContext) -> None:
     """The row as it was, a delivered payload included; None when there is none, or not any more."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
-        await store.register_waiter(one, "delivered", "came", expires_at=now(bench))
+        await store.register_waiter(one, "delivered", "came", expires_at=now(context))
         await store.deliver_signal(one, "came", "payload")
         await store.register_waiter(one, "open", "go")
     for key in ("open", "delivered"):
-        before = await the_waiter(bench, run_id, key)
+        before = await get_waiter(context, run_id, key)
         removed = await store.remove_waiter(run_id, key)
-        bench.expect(removed, before, f"remove_waiter returns what it removed ({key})")
-        bench.expect(await store.get_waiter(run_id, key), None, "a waiter that was removed")
-        bench.expect(await store.remove_waiter(run_id, key), None, "removing a waiter twice")
-        await the_waiter(bench, other, key)
-    bench.expect(await store.remove_waiter(run_id, "unknown"), None, "removing what never was")
+        context.expect(removed, before, f"remove_waiter returns what it removed ({key})")
+        context.expect(await store.get_waiter(run_id, key), None, "a waiter that was removed")
+        context.expect(await store.remove_waiter(run_id, key), None, "removing a waiter twice")
+        await get_waiter(context, other, key)
+    context.expect(await store.remove_waiter(run_id, "unknown"), None, "removing what never was")
 
 
 @check("QRY-1", needs=[Capability.WAITERS])
-async def waiters_are_listed_by_step_key(bench: Bench) -> None:
+async def waiters_are_listed_by_step_key(context: CheckContext) -> None:
     """get_waiters lists every waiter of the run, in code point order of the step keys."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
+    store, run_id, other = context.store, await start(context), await start(context)
     for key in KEYS:
         await store.register_waiter(run_id, key, "go")
-        later(bench, SECOND)
+        advance(context, SECOND)
     await store.register_waiter(other, "c", "go")
     await store.deliver_signal(run_id, "go", "{}")
     wanted = [await store.get_waiter(run_id, key) for key in sorted(KEYS)]
-    bench.expect(await store.get_waiters(run_id), wanted, "get_waiters by step_key")
-    bench.expect(await store.get_waiters(new_id(bench)), (), "get_waiters of an unknown run")
+    context.expect(await store.get_waiters(run_id), wanted, "get_waiters by step_key")
+    context.expect(await store.get_waiters(new_id(context)), (), "get_waiters of an unknown run")

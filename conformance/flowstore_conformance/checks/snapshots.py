@@ -11,9 +11,9 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench, Inconclusive, Violation
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.difference import plain
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
+from flowstore_conformance.diffing import plain
 from flowstore_conformance.history import comparable
 from flowstore_core import Capability, FlowRunDetail, FlowStepRecord, FlowStore, RunStatus, StepStatus
 
@@ -28,10 +28,10 @@ PATIENCE_SECONDS = 15.0
 
 
 @check("QRY-3", "RUN-2", "STP-1", "STP-6", kind=Kind.SNAPSHOT)
-async def details_are_never_torn(bench: Bench) -> None:
+async def details_are_never_torn(context: CheckContext) -> None:
     """get_run_detail beside writers shows run, steps and attempts as they were at one moment."""
-    stores = await bench.workers(3)
-    rounds = bench.profile.of(6, 24, 400)
+    stores = await context.workers(3)
+    rounds = context.profile.of(6, 24, 400)
     runs = [UUID(int=number) for number in (1, 2, 3)]
     """Of each writer, the run that it is at."""
     seen: set[object] = set()
@@ -39,7 +39,7 @@ async def details_are_never_torn(bench: Bench) -> None:
 
     async def write(number: int) -> None:
         store = stores[number % len(stores)]
-        for count in _rounds(bench, rounds, lambda: len(seen) >= fewest):
+        for count in _rounds(context, rounds, lambda: len(seen) >= fewest):
             # A new run now and then, since attempts pile up with each life of a run.
             if count % 3 == 0:
                 run_id = UUID(int=(number + 1 << 32) + count)
@@ -52,12 +52,12 @@ async def details_are_never_torn(bench: Bench) -> None:
         if detail is None:
             return
         if problem := torn(detail):
-            raise Violation(f"get_run_detail shows a torn run: {problem}")
-        bench.exercised += 1
-        seen.add(comparable(detail, times=False))
+            raise ContractViolation(f"get_run_detail shows a torn run: {problem}")
+        context.assertions += 1
+        seen.add(comparable(detail, exact_times=False))
 
     async def watch(number: int) -> None:
-        generator = random.Random(f"{bench.seed}/{number}")
+        generator = random.Random(f"{context.seed}/{number}")
         while True:
             await read(generator.choice(stores), generator.choice(runs))
             await asyncio.sleep(0)
@@ -67,9 +67,9 @@ async def details_are_never_torn(bench: Bench) -> None:
         raise Inconclusive(f"the readers met only {len(seen)} different states")
 
 
-def _rounds(bench: Bench, rounds: int, enough: Callable[[], bool]) -> Iterator[int]:
+def _rounds(context: CheckContext, rounds: int, enough: Callable[[], bool]) -> Iterator[int]:
     """The numbers of a writer's rounds; more of them until the readers have seen enough, bounded."""
-    until = time.monotonic() + PATIENCE_SECONDS * bench.patience
+    until = time.monotonic() + PATIENCE_SECONDS * context.timeout_factor
     for count in itertools.count():
         if count >= rounds and (enough() or time.monotonic() > until):
             return
@@ -94,7 +94,7 @@ async def _one_life(store: FlowStore, run_id: UUID) -> None:
         await _turn()
     expected = dict.fromkeys(("a", "b"), StepStatus.SUCCEEDED)
     if not await store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected):
-        raise Violation("complete_run refused a run whose steps were all as expected", clause="RUN-2")
+        raise ContractViolation("complete_run refused a run whose steps were all as expected", clause="RUN-2")
     await _turn()
     for key in ("b", "a"):
         await store.retry_step(run_id, key)
@@ -146,26 +146,26 @@ def _torn_step(step: FlowStepRecord) -> str | None:
 
 
 @check("QRY-3", "QRY-1", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT)
-async def pages_agree_with_their_counts(bench: Bench) -> None:
+async def pages_agree_with_their_counts(context: CheckContext) -> None:
     """get_runs_page beside writers takes its rows and its count from one moment."""
-    stores = await bench.workers(3)
-    rounds = bench.profile.of(8, 60, 600)
+    stores = await context.workers(3)
+    rounds = context.profile.of(8, 60, 600)
     totals: set[int] = set()
     fewest = min(FEWEST, rounds) // 2
 
     async def write(number: int) -> None:
         store = stores[number % len(stores)]
-        for count in _rounds(bench, rounds, lambda: len(totals) >= fewest):
+        for count in _rounds(context, rounds, lambda: len(totals) >= fewest):
             run_id = UUID(int=(number << 32) + count + 1)
             await store.start_run(FLOW, "snapshots", run_id, "t")
             if count % 2:
                 await store.complete_run(run_id, RunStatus.FAILED)
-            if count % 16 == 15 and bench.clock is not None:
-                await store.cleanup(bench.clock.now + timedelta(days=1))
+            if count % 16 == 15 and context.clock is not None:
+                await store.cleanup(context.clock.now + timedelta(days=1))
             await _turn()
 
     async def watch(number: int) -> None:
-        generator = random.Random(f"{bench.seed}/{number}")
+        generator = random.Random(f"{context.seed}/{number}")
         while True:
             status = generator.choice((None, None, RunStatus.RUNNING, RunStatus.FAILED))
             skip, take = generator.choice(((0, 1000), (0, 3), (2, 1000)))
@@ -175,11 +175,13 @@ async def pages_agree_with_their_counts(bench: Bench) -> None:
                 skip=skip,
                 take=take,
             )
-            _judge_page(bench, page.total_count, [run.status.value for run in page.runs], status, skip, take)
+            _judge_page(
+                context, page.total_count, [run.status.value for run in page.runs], status, skip, take
+            )
             order = [(run.started_at, run.run_id.bytes) for run in page.runs]
             if order != sorted(set(order), reverse=True):
                 message = "get_runs_page lists runs twice, or not by started_at and run_id descending"
-                raise Violation(message, clause="QRY-1")
+                raise ContractViolation(message, clause="QRY-1")
             totals.add(page.total_count)
             await asyncio.sleep(0)
 
@@ -189,34 +191,34 @@ async def pages_agree_with_their_counts(bench: Bench) -> None:
 
 
 def _judge_page(
-    bench: Bench, total: int, statuses: list[str], status: RunStatus | None, skip: int, take: int
+    context: CheckContext, total: int, statuses: list[str], status: RunStatus | None, skip: int, take: int
 ) -> None:
-    bench.exercised += 1
+    context.assertions += 1
     fitting = min(take, max(0, total - skip))
     if len(statuses) != fitting:
-        raise Violation(
+        raise ContractViolation(
             f"get_runs_page(skip={skip}, take={take}) counts {total} runs beside a page of {len(statuses)}, "
             f"where {fitting} belong to such a count"
         )
     if status is not None and set(statuses) - {status.value}:
         listed = " and ".join(sorted(set(statuses)))
-        raise Violation(f"get_runs_page(status={status.value!r}) lists runs that are {listed}")
+        raise ContractViolation(f"get_runs_page(status={status.value!r}) lists runs that are {listed}")
 
 
 @check("RUN-3", kind=Kind.SNAPSHOT)
-async def records_stay_as_they_were_told(bench: Bench) -> None:
+async def records_stay_as_they_were_told(context: CheckContext) -> None:
     """No record that was returned changes, whatever is written afterwards."""
     kept: list[tuple[str, object, object]] = []
-    for number in range(bench.profile.of(2, 5, 20)):
+    for number in range(context.profile.of(2, 5, 20)):
         run_id = UUID(int=1 + number)
-        store = bench.store
+        store = context.store
         kept.append(_kept("start_run", await store.start_run(FLOW, "snapshots", run_id, "t")))
         for write in _writes(store, run_id):
             await write()
-            for name, ask in _reads(store, run_id, bench.capabilities):
-                kept.append(_kept(name, await ask()))
+            for name, invoke in _reads(store, run_id, context.capabilities):
+                kept.append(_kept(name, await invoke()))
     for name, record, before in kept:
-        bench.expect_that(
+        context.expect_that(
             comparable(record) == before,
             f"what {name} returned must never change, and it did after later writes",
         )

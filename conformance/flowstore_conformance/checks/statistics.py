@@ -6,10 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.registry import check
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
     HOUR,
@@ -21,6 +19,8 @@ from flowstore_conformance.checks.scenes import (
     run_step,
     start,
 )
+from flowstore_conformance.checks.registry import check
+from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     DashboardStatistics,
@@ -34,69 +34,69 @@ BY_HOUR, BY_DAY = RunTimeseriesGranularity.HOUR, RunTimeseriesGranularity.DAY
 
 
 async def _run(
-    bench: Bench,
+    context: CheckContext,
     begun: datetime,
     status: RunStatus | None = None,
     duration: timedelta = timedelta(0),
     **given: Any,
 ) -> None:
     """A run that starts at a moment and, with a status, ends so after a duration."""
-    clock = clock_of(bench)
+    clock = clock_of(context)
     clock.now = begun
-    run_id = await start(bench, **given)
+    run_id = await start(context, **given)
     if status is not None:
         clock.now = begun + duration
-        await bench.store.complete_run(run_id, status)
+        await context.store.complete_run(run_id, status)
 
 
 # QRY-4
 
 
 @check("QRY-4")
-async def statistics_count_flows_and_active_runs(bench: Bench) -> None:
+async def statistics_count_flows_and_active_runs(context: CheckContext) -> None:
     """total_flows counts the flows of stored runs; a reopened run is active and not completed."""
-    store = bench.store
+    store = context.store
     none = DashboardStatistics(total_flows=0, active_runs=0, completed_today=0, failed_today=0)
-    bench.expect(await store.get_statistics(), none, "the statistics of an empty store")
-    first, second = await start(bench), await start(bench)
-    other = await start(bench, flow_id=new_id(bench))
-    await store.configure_run(new_id(bench), new_id(bench), "manual")
+    context.expect(await store.get_statistics(), none, "the statistics of an empty store")
+    first, second = await start(context), await start(context)
+    other = await start(context, flow_id=new_id(context))
+    await store.configure_run(new_id(context), new_id(context), "manual")
     for run_id in (first, second):
-        await run_step(bench, run_id)
+        await run_step(context, run_id)
     wanted = {"total_flows": 2, "active_runs": 3}
     found = await store.get_statistics()
     counted = {name: getattr(found, name) for name in wanted}
-    bench.expect(counted, wanted, "the statistics of three Running runs of two flows")
+    context.expect(counted, wanted, "the statistics of three Running runs of two flows")
     await store.complete_run(first, RunStatus.SUCCEEDED)
     await store.complete_run(other, RunStatus.CANCELLED)
     found = await store.get_statistics()
-    bench.expect((found.total_flows, found.active_runs), (2, 1), "the statistics once two of them ended")
+    context.expect((found.total_flows, found.active_runs), (2, 1), "the statistics once two of them ended")
     await store.retry_step(first, "charge")
     found = await store.get_statistics()
-    bench.expect((found.active_runs, found.completed_today), (2, 0), "a reopened run is active")
-    await store.cleanup(now(bench) + DAY)
-    bench.expect((await store.get_statistics()).total_flows, 1, "the flow of a run that was cleaned up")
+    context.expect((found.active_runs, found.completed_today), (2, 0), "a reopened run is active")
+    await store.cleanup(now(context) + DAY)
+    context.expect((await store.get_statistics()).total_flows, 1, "the flow of a run that was cleaned up")
     for moment in (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)):
         answer = await store.get_statistics(as_of=moment)
-        bench.expect(answer.active_runs, 2, f"the statistics as of {moment}")
+        context.expect(answer.active_runs, 2, f"the statistics as of {moment}")
 
 
 @check("QRY-4", needs=CLOCK)
-async def today_is_the_utc_day_of_completion(bench: Bench) -> None:
+async def today_is_the_utc_day_of_completion(context: CheckContext) -> None:
     """completed_today and failed_today count Succeeded and Failed by completed_at on as_of's UTC day."""
-    store, clock = bench.store, clock_of(bench)
+    store, clock = context.store, clock_of(context)
     midnight = datetime(2026, 3, 14, tzinfo=UTC)
     # Begun yesterday and completed today: today's.
-    await _run(bench, midnight - TICK, RunStatus.SUCCEEDED, TICK)
-    await _run(bench, midnight, RunStatus.FAILED)
-    await _run(bench, midnight, RunStatus.FAILED, DAY - TICK)
-    await _run(bench, midnight, RunStatus.CANCELLED)
+    await _run(context, midnight - TICK, RunStatus.SUCCEEDED, TICK)
+    await _run(context, midnight, RunStatus.FAILED)
+    await _run(context, midnight, RunStatus.FAILED, DAY - TICK)
+    await _run(context, midnight, RunStatus.CANCELLED)
     # Yesterday's and tomorrow's.
-    await _run(bench, midnight - 2 * TICK, RunStatus.SUCCEEDED, TICK)
-    await _run(bench, midnight, RunStatus.SUCCEEDED, DAY)
-    await _run(bench, midnight, RunStatus.FAILED, DAY)
+    await _run(context, midnight - 2 * TICK, RunStatus.SUCCEEDED, TICK)
+    await _run(context, midnight, RunStatus.SUCCEEDED, DAY)
+    await _run(context, midnight, RunStatus.FAILED, DAY)
     for days in (0, -1, -20):
-        await _run(bench, midnight + days * DAY, flow_id=new_id(bench))
+        await _run(context, midnight + days * DAY, flow_id=new_id(context))
     clock.now = midnight + 12 * HOUR
     zone = timezone(timedelta(hours=14))
     for as_of, counts in (
@@ -111,30 +111,30 @@ async def today_is_the_utc_day_of_completion(bench: Bench) -> None:
         wanted = DashboardStatistics(
             total_flows=4, active_runs=3, completed_today=counts[0], failed_today=counts[1]
         )
-        bench.expect(await store.get_statistics(as_of=as_of), wanted, f"the statistics as of {as_of}")
+        context.expect(await store.get_statistics(as_of=as_of), wanted, f"the statistics as of {as_of}")
 
 
 # QRY-5
 
 
 async def _series(
-    bench: Bench,
+    context: CheckContext,
     granularity: RunTimeseriesGranularity,
     since: datetime,
     until: datetime,
     flow_id: UUID | None = None,
 ) -> list[tuple[datetime, int]]:
-    buckets = await bench.store.get_run_timeseries(granularity, since, until, flow_id)
+    buckets = await context.store.get_run_timeseries(granularity, since, until, flow_id)
     return [(bucket.timestamp, bucket.total) for bucket in buckets]
 
 
 @example("QRY-5", needs=CLOCK)
-async def buckets_are_whole_and_without_gaps(bench: Bench) -> None:
+async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
     """since is floored and until ceiled to the bucket; empty buckets are there too."""
     for granularity, width in ((BY_HOUR, HOUR), (BY_DAY, DAY)):
         first = datetime(2026, 2, 27 if width == DAY else 20, tzinfo=UTC)
         for begun in (first - TICK, first, first + width - TICK, first + 3 * width, first + 4 * width):
-            await _run(bench, begun, flow_id=UUID(int=width.days))
+            await _run(context, begun, flow_id=UUID(int=width.days))
         counts = (2, 0, 0, 1)
         wanted = [(first + n * width, total) for n, total in enumerate(counts)]
         for since, until in (
@@ -142,8 +142,8 @@ async def buckets_are_whole_and_without_gaps(bench: Bench) -> None:
             (first + width - TICK, first + 3 * width + TICK),
             (first + TICK, first + 4 * width - TICK),
         ):
-            found = await _series(bench, granularity, since, until, UUID(int=width.days))
-            bench.expect(found, wanted, f"the {granularity}s from {since} to {until} and their runs")
+            found = await _series(context, granularity, since, until, UUID(int=width.days))
+            context.expect(found, wanted, f"the {granularity}s from {since} to {until} and their runs")
         empty = RunTimeseriesBucket(
             timestamp=first + width,
             total=0,
@@ -154,68 +154,68 @@ async def buckets_are_whole_and_without_gaps(bench: Bench) -> None:
             p50_duration_ms=None,
             p95_duration_ms=None,
         )
-        found_empty = await bench.store.get_run_timeseries(granularity, first + width, first + 2 * width)
-        bench.expect(found_empty, (empty,), "an empty bucket")
+        found_empty = await context.store.get_run_timeseries(granularity, first + width, first + 2 * width)
+        context.expect(found_empty, (empty,), "an empty bucket")
         for moment in (first, first + width / 3):
-            found = await _series(bench, granularity, moment, moment)
-            bench.expect(found, [], "since == until gives no bucket")
+            found = await _series(context, granularity, moment, moment)
+            context.expect(found, [], "since == until gives no bucket")
     ends = (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC))
     for bound, other in zip(ends, (TICK, -TICK), strict=True):
         since, until = min(bound, bound + other), max(bound, bound + other)
-        found = await _series(bench, BY_DAY, since, until)
-        bench.expect([total for _, total in found], [0], f"the day at the limit of time, {since}")
+        found = await _series(context, BY_DAY, since, until)
+        context.expect([total for _, total in found], [0], f"the day at the limit of time, {since}")
     start_of_all = datetime(2000, 1, 1, tzinfo=UTC)
-    found = await _series(bench, BY_DAY, start_of_all, start_of_all + 10_000 * DAY)
+    found = await _series(context, BY_DAY, start_of_all, start_of_all + 10_000 * DAY)
     stamps = [stamp for stamp, _ in found]
     wanted_stamps = [start_of_all + n * DAY for n in range(10_000)]
-    bench.expect_that(stamps == wanted_stamps, f"10,000 days are as many buckets, got {len(stamps)}")
+    context.expect_that(stamps == wanted_stamps, f"10,000 days are as many buckets, got {len(stamps)}")
 
 
 @example("QRY-5", needs=CLOCK)
-async def buckets_are_those_of_utc(bench: Bench) -> None:
+async def buckets_are_those_of_utc(context: CheckContext) -> None:
     """Whatever zone since and until are in, a bucket begins at a whole hour or day of UTC."""
-    await _run(bench, datetime(2026, 5, 14, 23, 30, tzinfo=UTC))
+    await _run(context, datetime(2026, 5, 14, 23, 30, tzinfo=UTC))
     zone = timezone(timedelta(hours=5, minutes=30))
     since = datetime(2026, 5, 15, 5, 0, tzinfo=zone)
     for granularity, hour in ((BY_DAY, 0), (BY_HOUR, 23)):
         wanted = [(datetime(2026, 5, 14, hour, tzinfo=UTC), 1)]
-        found = await _series(bench, granularity, since, since + timedelta(minutes=1))
-        bench.expect(found, wanted, f"the {granularity} of UTC that holds {since}")
+        found = await _series(context, granularity, since, since + timedelta(minutes=1))
+        context.expect(found, wanted, f"the {granularity} of UTC that holds {since}")
 
 
 @example("QRY-5", needs=CLOCK)
-async def runs_count_by_start_and_present_status(bench: Bench) -> None:
+async def runs_count_by_start_and_present_status(context: CheckContext) -> None:
     """Of the asked flow alone; what became of a run later counts in the bucket of its start."""
-    store, other = bench.store, new_id(bench)
+    store, other = context.store, new_id(context)
     first = datetime(2026, 3, 14, 9, tzinfo=UTC)
-    await _run(bench, first, RunStatus.SUCCEEDED, 5 * HOUR)
-    await _run(bench, first, RunStatus.SUCCEEDED)
-    await _run(bench, first + SECOND, RunStatus.FAILED)
-    await _run(bench, first, RunStatus.CANCELLED)
-    await _run(bench, first + HOUR - TICK)
-    await _run(bench, first + HOUR, RunStatus.FAILED, 3 * SECOND, flow_id=other)
-    await _run(bench, first + HOUR, None, flow_id=FLOW)
+    await _run(context, first, RunStatus.SUCCEEDED, 5 * HOUR)
+    await _run(context, first, RunStatus.SUCCEEDED)
+    await _run(context, first + SECOND, RunStatus.FAILED)
+    await _run(context, first, RunStatus.CANCELLED)
+    await _run(context, first + HOUR - TICK)
+    await _run(context, first + HOUR, RunStatus.FAILED, 3 * SECOND, flow_id=other)
+    await _run(context, first + HOUR, None, flow_id=FLOW)
     names = ("total", "succeeded", "failed", "cancelled", "running")
     for flow_id, wanted in (
         (None, [(5, 2, 1, 1, 1), (2, 0, 1, 0, 1)]),
         (other, [(0, 0, 0, 0, 0), (1, 0, 1, 0, 0)]),
         (FLOW, [(5, 2, 1, 1, 1), (1, 0, 0, 0, 1)]),
-        (new_id(bench), [(0, 0, 0, 0, 0), (0, 0, 0, 0, 0)]),
+        (new_id(context), [(0, 0, 0, 0, 0), (0, 0, 0, 0, 0)]),
     ):
         buckets = await store.get_run_timeseries(BY_HOUR, first, first + 2 * HOUR, flow_id)
         found = [tuple(getattr(bucket, name) for name in names) for bucket in buckets]
-        bench.expect(found, wanted, f"{', '.join(names)} of two hours, flow_id={flow_id}")
+        context.expect(found, wanted, f"{', '.join(names)} of two hours, flow_id={flow_id}")
     plain: Any = "hour"
-    found = [bucket.p50_duration_ms for bucket in await _plain(bench, plain, first + HOUR, other)]
-    bench.expect(found, [3000.0], "a percentile of the asked flow's runs, granularity as a plain str")
+    found = [bucket.p50_duration_ms for bucket in await _plain(context, plain, first + HOUR, other)]
+    context.expect(found, [3000.0], "a percentile of the asked flow's runs, granularity as a plain str")
 
 
-async def _plain(bench: Bench, granularity: Any, first: datetime, flow_id: UUID) -> Any:
-    return await bench.store.get_run_timeseries(granularity, first, first + HOUR, flow_id)
+async def _plain(context: CheckContext, granularity: Any, first: datetime, flow_id: UUID) -> Any:
+    return await context.store.get_run_timeseries(granularity, first, first + HOUR, flow_id)
 
 
 @example("QRY-5", needs=CLOCK)
-async def percentiles_are_linear_interpolated(bench: Bench) -> None:
+async def percentiles_are_linear_interpolated(context: CheckContext) -> None:
     """Type 7 over completed_at - started_at of completed runs, in milliseconds; None where there are none."""
     first = datetime(2026, 4, 14, tzinfo=UTC)
     cases: tuple[tuple[list[float], float | None, float | None], ...] = (
@@ -232,10 +232,10 @@ async def percentiles_are_linear_interpolated(bench: Bench) -> None:
     for at, (durations, p50, p95) in enumerate(cases):
         begun = first + at * HOUR
         for number, duration in enumerate(durations):
-            await _run(bench, begun, ends[number % 3], timedelta(milliseconds=duration))
+            await _run(context, begun, ends[number % 3], timedelta(milliseconds=duration))
         # A run that is Running has no duration.
-        await _run(bench, begun)
-        buckets = await bench.store.get_run_timeseries(BY_HOUR, begun, begun + HOUR)
+        await _run(context, begun)
+        buckets = await context.store.get_run_timeseries(BY_HOUR, begun, begun + HOUR)
         for name, wanted in (("p50_duration_ms", p50), ("p95_duration_ms", p95)):
             found = [getattr(bucket, name) for bucket in buckets]
             close = len(found) == 1 and (
@@ -244,4 +244,4 @@ async def percentiles_are_linear_interpolated(bench: Bench) -> None:
                 else abs(found[0] - wanted) <= 1e-9 * max(1.0, wanted)
             )
             sentence = f"{name} of runs that took {durations} ms"
-            bench.expect_that(close, f"{sentence}: expected {wanted}, got {found}")
+            context.expect_that(close, f"{sentence}: expected {wanted}, got {found}")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowstore_conformance.bench import Bench
-from flowstore_conformance.checks.examples import example
-from flowstore_conformance.checks.scenes import (
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
     MINUTE,
     SECOND,
-    expect_alike,
-    has,
-    later,
-    look,
+    advance,
+    assert_same,
+    expect_fields,
+    get_step,
+    observe_all,
+    outcome_of,
     run_step,
     start,
-    the_step,
-    told,
 )
+from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
     ClaimLostError,
@@ -35,12 +35,12 @@ FINISHED = (StepStatus.SUCCEEDED, StepStatus.SKIPPED)
 
 
 @example("STP-1")
-async def a_start_opens_attempt_1(bench: Bench) -> None:
+async def a_start_opens_attempt_1(context: CheckContext) -> None:
     """The first start opens attempt 1, and the step shows it as Running with all that was given."""
-    store, run_id = bench.store, await start(bench)
-    at = later(bench, SECOND)
+    store, run_id = context.store, await start(context)
+    at = advance(context, SECOND)
     number = await store.record_step_start(run_id, "charge", "http", input_json='{"n": 1}', job_id="job")
-    bench.expect(number, 1, "record_step_start returns the number of the attempt")
+    context.expect(number, 1, "record_step_start returns the number of the attempt")
     both: dict[str, Any] = {
         "run_id": run_id,
         "step_key": "charge",
@@ -55,50 +55,50 @@ async def a_start_opens_attempt_1(bench: Bench) -> None:
     }
     attempt = FlowStepAttemptRecord(**both, attempt=1)
     wanted = FlowStepRecord(**both, attempt_count=1, attempts=(attempt,))
-    bench.expect(await the_step(bench, run_id), wanted, "a started step and its attempt")
+    context.expect(await get_step(context, run_id), wanted, "a started step and its attempt")
     statuses = await store.get_step_statuses(run_id)
-    bench.expect(statuses, {"charge": StepStatus.RUNNING}, "get_step_statuses after a start")
+    context.expect(statuses, {"charge": StepStatus.RUNNING}, "get_step_statuses after a start")
 
 
 @example("STP-1")
-async def the_next_attempt_clears_output_error_and_completion(bench: Bench) -> None:
+async def the_next_attempt_clears_output_error_and_completion(context: CheckContext) -> None:
     """A step that starts again shows its new attempt alone; the one before keeps all it had."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in MAY_START:
-        first = later(bench, SECOND)
+        first = advance(context, SECOND)
         given = {"input_json": "in 1", "job_id": "job 1"}
         await store.record_step_start(run_id, status, "http", **given)
-        ended = later(bench, SECOND)
+        ended = advance(context, SECOND)
         result: dict[str, Any] = {"output_json": "out", "error_message": "error"}
         await store.record_step_complete(run_id, status, status, **result)
-        second = later(bench, SECOND)
+        second = advance(context, SECOND)
         number = await store.record_step_start(run_id, status, "grpc")
-        bench.expect(number, 2, f"the start after an attempt that ended {status}")
-        step = await the_step(bench, run_id, status)
+        context.expect(number, 2, f"the start after an attempt that ended {status}")
+        step = await get_step(context, run_id, status)
         cleared: dict[str, Any] = {"output_json": None, "error_message": None, "completed_at": None}
         fresh = {"status": StepStatus.RUNNING, "step_type": "grpc", "input_json": None, "job_id": None}
         sentence = f"a step that starts again after {status}"
-        has(bench, step, sentence, **cleared, **fresh, started_at=first, attempt_count=2)
-        bench.expect([one.attempt for one in step.attempts], [1, 2], f"the attempts of {sentence}")
-        times = {"started_at": first, "completed_at": ended}
-        before = {**given, **result, **times, "attempt": 1, "status": status, "step_type": "http"}
-        has(bench, step.attempts[0], "an attempt that another followed", **before)
+        expect_fields(context, step, sentence, **cleared, **fresh, started_at=first, attempt_count=2)
+        context.expect([one.attempt for one in step.attempts], [1, 2], f"the attempts of {sentence}")
+        exact_times = {"started_at": first, "completed_at": ended}
+        before = {**given, **result, **exact_times, "attempt": 1, "status": status, "step_type": "http"}
+        expect_fields(context, step.attempts[0], "an attempt that another followed", **before)
         after = {**cleared, **fresh, "attempt": 2, "started_at": second}
-        has(bench, step.attempts[1], "the attempt that followed", **after)
+        expect_fields(context, step.attempts[1], "the attempt that followed", **after)
 
 
 @example("STP-1")
-async def an_open_attempt_is_superseded_by_the_next(bench: Bench) -> None:
+async def an_open_attempt_is_superseded_by_the_next(context: CheckContext) -> None:
     """At most one attempt is open, the last: one still open is closed as Failed, naming its successor."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     starts = []
     for number in (1, 2, 3):
-        starts.append(later(bench, SECOND))
+        starts.append(advance(context, SECOND))
         given = await store.record_step_start(run_id, "charge", "http", input_json=str(number))
-        bench.expect(given, number, "attempts are numbered 1, 2, ... without gaps")
-    step = await the_step(bench, run_id)
+        context.expect(given, number, "attempts are numbered 1, 2, ... without gaps")
+    step = await get_step(context, run_id)
     sentence = "three starts without an end between make three attempts"
-    bench.expect([one.attempt for one in step.attempts], [1, 2, 3], sentence)
+    context.expect([one.attempt for one in step.attempts], [1, 2, 3], sentence)
     for attempt, ended in zip(step.attempts, starts[1:], strict=False):
         wanted: dict[str, Any] = {
             "status": StepStatus.FAILED,
@@ -107,150 +107,162 @@ async def an_open_attempt_is_superseded_by_the_next(bench: Bench) -> None:
             "completed_at": ended,
             "input_json": str(attempt.attempt),
         }
-        has(bench, attempt, f"attempt {attempt.attempt}, which another followed while it was open", **wanted)
+        expect_fields(
+            context, attempt, f"attempt {attempt.attempt}, which another followed while it was open", **wanted
+        )
     for record in (step, step.attempts[2]):
         wanted = {"status": StepStatus.RUNNING, "error_message": None, "completed_at": None}
-        has(bench, record, "the last attempt is open, and the step Running", **wanted)
-    bench.expect((step.attempt_count, step.started_at), (3, starts[0]), "attempt_count and started_at")
+        expect_fields(context, record, "the last attempt is open, and the step Running", **wanted)
+    context.expect((step.attempt_count, step.started_at), (3, starts[0]), "attempt_count and started_at")
 
 
 @example("STP-1")
-async def attempts_are_numbered_per_step_of_a_run_without_gaps(bench: Bench) -> None:
+async def attempts_are_numbered_per_step_of_a_run_without_gaps(context: CheckContext) -> None:
     """Each step of each run counts its own attempts, and a start that is refused takes no number."""
-    store, run_id, other = bench.store, await start(bench), await start(bench)
-    bench.expect([await run_step(bench, run_id, "a", StepStatus.FAILED) for _ in "12"], [1, 2], "numbering")
-    bench.expect(await run_step(bench, run_id, "b"), 1, "another step counts its own attempts")
-    bench.expect(await run_step(bench, other, "a"), 1, "another run counts its own attempts")
+    store, run_id, other = context.store, await start(context), await start(context)
+    context.expect(
+        [await run_step(context, run_id, "a", StepStatus.FAILED) for _ in "12"], [1, 2], "numbering"
+    )
+    context.expect(await run_step(context, run_id, "b"), 1, "another step counts its own attempts")
+    context.expect(await run_step(context, other, "a"), 1, "another run counts its own attempts")
     for _ in range(2):
         call = store.record_step_start(run_id, "a", "http", owner="nobody")
-        await bench.expect_error(call, ClaimLostError, "a start as an owner without claim")
-    number = await run_step(bench, run_id, "a")
-    bench.expect(number, 3, "the start after two that were refused")
+        await context.expect_error(call, ClaimLostError, "a start as an owner without claim")
+    number = await run_step(context, run_id, "a")
+    context.expect(number, 3, "the start after two that were refused")
     for expected in range(1, 13):
-        bench.expect(await run_step(bench, run_id, "poll", StepStatus.PENDING), expected, "a dozen attempts")
-    step = await the_step(bench, run_id, "poll")
-    bench.expect([one.attempt for one in step.attempts], list(range(1, 13)), "attempts go by number")
+        context.expect(
+            await run_step(context, run_id, "poll", StepStatus.PENDING), expected, "a dozen attempts"
+        )
+    step = await get_step(context, run_id, "poll")
+    context.expect([one.attempt for one in step.attempts], list(range(1, 13)), "attempts go by number")
 
 
 # STP-2
 
 
 @example("STP-2")
-async def finished_steps_do_not_start_again(bench: Bench) -> None:
+async def finished_steps_do_not_start_again(context: CheckContext) -> None:
     """A Succeeded or Skipped step refuses to start and changes nothing; retry_step reopens it."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in FINISHED:
         await store.try_claim_step(run_id, status, owner="me")
-        await run_step(bench, run_id, status, status)
-    before = await look(bench, run_id)
+        await run_step(context, run_id, status, status)
+    before = await observe_all(context, run_id)
     for status in FINISHED:
         for owner in (None, "me", "other"):
             call = store.record_step_start(run_id, status, "http", owner=owner)
             sentence = f"starting a {status} step"
-            error = await bench.expect_error(call, StepAlreadyCompletedError, sentence)
-            has(bench, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
-    expect_alike(bench, await look(bench, run_id), before, "a start that is refused changes nothing")
+            error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
+            expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
+    assert_same(
+        context, await observe_all(context, run_id), before, "a start that is refused changes nothing"
+    )
     for status in FINISHED:
         await store.retry_step(run_id, status)
-        number = await told(store.record_step_start(run_id, status, "http"))
-        bench.expect(number, 2, f"starting a {status} step that retry_step reopened")
+        number = await outcome_of(store.record_step_start(run_id, status, "http"))
+        context.expect(number, 2, f"starting a {status} step that retry_step reopened")
 
 
 @example("STP-2")
-async def failed_and_pending_steps_may_start_again(bench: Bench) -> None:
+async def failed_and_pending_steps_may_start_again(context: CheckContext) -> None:
     """A Failed or a Pending step starts again without a retry."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for status in MAY_START:
-        await run_step(bench, run_id, status, status)
-        number = await told(store.record_step_start(run_id, status, "http"))
-        bench.expect(number, 2, f"starting a {status} step again")
+        await run_step(context, run_id, status, status)
+        number = await outcome_of(store.record_step_start(run_id, status, "http"))
+        context.expect(number, 2, f"starting a {status} step again")
 
 
 # STP-3
 
 
 @example("STP-3")
-async def starting_as_an_owner_needs_that_owners_claim(bench: Bench) -> None:
+async def starting_as_an_owner_needs_that_owners_claim(context: CheckContext) -> None:
     """Without an unexpired claim of just that owner a start raises ClaimLostError, changing nothing."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "theirs", owner="them")
     await store.try_claim_step(run_id, "anonymous")
     await store.try_record_dispatch(run_id, "dispatched")
     await store.try_claim_step(run_id, "released", owner="me")
     await store.record_step_start(run_id, "released", "http", owner="me")
     await store.release_step_claim(run_id, "released")
-    before = await look(bench, run_id)
+    before = await observe_all(context, run_id)
     for key in ("theirs", "anonymous", "dispatched", "released", "unclaimed"):
         call = store.record_step_start(run_id, key, "http", owner="me")
         sentence = f"starting as an owner who does not hold the claim ({key})"
-        error = await bench.expect_error(call, ClaimLostError, sentence)
-        has(bench, error, f"{sentence}: the error", run_id=run_id, step_key=key)
-    expect_alike(bench, await look(bench, run_id), before, "a start that is refused changes nothing")
+        error = await context.expect_error(call, ClaimLostError, sentence)
+        expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
+    assert_same(
+        context, await observe_all(context, run_id), before, "a start that is refused changes nothing"
+    )
     await store.try_claim_step(run_id, "mine", owner="me")
-    number = await told(store.record_step_start(run_id, "mine", "http", owner="me"))
-    bench.expect(number, 1, "starting as the owner of the claim")
+    number = await outcome_of(store.record_step_start(run_id, "mine", "http", owner="me"))
+    context.expect(number, 1, "starting as the owner of the claim")
     call = store.record_step_start(run_id, "theirs", "http")
-    bench.expect(await told(call), 1, "a start without owner needs no claim")
+    context.expect(await outcome_of(call), 1, "a start without owner needs no claim")
 
 
 @example("STP-3")
-async def a_start_is_repeatable_under_the_same_claim(bench: Bench) -> None:
+async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> None:
     """While its attempt is open, the same claim's start again returns that attempt and changes nothing."""
-    store, run_id = bench.store, await start(bench)
-    await run_step(bench, run_id, "charge", StepStatus.PENDING)
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id, "charge", StepStatus.PENDING)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
     claims = await store.get_step_claims(run_id)
     number = await store.record_step_start(run_id, "charge", "http", input_json="in", owner="me")
-    bench.expect(number, 2, "the first start under a claim")
-    bench.expect(await store.get_step_claims(run_id), claims, "a start keeps the claim as it is")
-    bench.expect(await store.get_dispatched_step_keys(run_id), {"charge"}, "a start keeps the dispatch")
-    before = await look(bench, run_id)
-    later(bench, SECOND)
+    context.expect(number, 2, "the first start under a claim")
+    context.expect(await store.get_step_claims(run_id), claims, "a start keeps the claim as it is")
+    context.expect(await store.get_dispatched_step_keys(run_id), {"charge"}, "a start keeps the dispatch")
+    before = await observe_all(context, run_id)
+    advance(context, SECOND)
     again = await store.record_step_start(run_id, "charge", "grpc", input_json="else", owner="me")
-    bench.expect(again, 2, "the same start said again under the same claim")
-    later(bench, -SECOND)
-    expect_alike(bench, await look(bench, run_id), before, "a start said again changes nothing")
+    context.expect(again, 2, "the same start said again under the same claim")
+    advance(context, -SECOND)
+    assert_same(context, await observe_all(context, run_id), before, "a start said again changes nothing")
     for status in MAY_START:
         await store.record_step_complete(run_id, "charge", status)
         number += 1
         for how in ("the first", "the second"):
-            found = await told(store.record_step_start(run_id, "charge", "http", owner="me"))
-            bench.expect(found, number, f"{how} start under a claim whose attempt was closed as {status}")
+            found = await outcome_of(store.record_step_start(run_id, "charge", "http", owner="me"))
+            context.expect(found, number, f"{how} start under a claim whose attempt was closed as {status}")
 
 
 @example("STP-3")
-async def another_claim_starts_another_attempt(bench: Bench) -> None:
+async def another_claim_starts_another_attempt(context: CheckContext) -> None:
     """A claim won anew starts the next attempt, by the same token too; so does a start of nobody's."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     for number, owner in enumerate(("me", "me", "other"), 1):
         await store.try_claim_step(run_id, "charge", owner=owner)
         found = await store.record_step_start(run_id, "charge", "http", owner=owner)
-        bench.expect(found, number, f"the start of {owner!r} under a claim that was released and won anew")
+        context.expect(found, number, f"the start of {owner!r} under a claim that was released and won anew")
         await store.release_step_claim(run_id, "charge", owner=owner)
     await store.try_claim_step(run_id, "mixed", owner="me")
     for number, by in enumerate((None, "me", None, "me"), 1):
         found = await store.record_step_start(run_id, "mixed", "http", owner=by)
-        bench.expect(found, number, f"a start by {by} after one by another")
+        context.expect(found, number, f"a start by {by} after one by another")
 
 
 @example("STP-3", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def an_expired_claim_does_not_start(bench: Bench) -> None:
+async def an_expired_claim_does_not_start(context: CheckContext) -> None:
     """Past its lease, or taken over, a claim does not start a step; won anew it starts the next attempt."""
-    store, run_id = bench.store, await start(bench)
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     await store.record_step_start(run_id, "charge", "http", owner="old")
-    later(bench, MINUTE)
-    before = await look(bench, run_id)
+    advance(context, MINUTE)
+    before = await observe_all(context, run_id)
     call = store.record_step_start(run_id, "charge", "http", owner="old")
-    await bench.expect_error(call, ClaimLostError, "starting under a claim whose lease has just ended")
-    expect_alike(bench, await look(bench, run_id), before, "a start that is refused changes nothing")
+    await context.expect_error(call, ClaimLostError, "starting under a claim whose lease has just ended")
+    assert_same(
+        context, await observe_all(context, run_id), before, "a start that is refused changes nothing"
+    )
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     number = await store.record_step_start(run_id, "charge", "http", owner="old")
-    bench.expect(number, 2, "a start under a claim that expired and was won anew by the same token")
-    later(bench, MINUTE)
+    context.expect(number, 2, "a start under a claim that expired and was won anew by the same token")
+    advance(context, MINUTE)
     await store.try_claim_step(run_id, "charge", owner="new", lease=MINUTE)
     call = store.record_step_start(run_id, "charge", "http", owner="old")
-    await bench.expect_error(call, ClaimLostError, "starting under a claim that another took over")
+    await context.expect_error(call, ClaimLostError, "starting under a claim that another took over")
     number = await store.record_step_start(run_id, "charge", "http", owner="new")
-    bench.expect(number, 3, "a start of the owner that took the claim over")
+    context.expect(number, 3, "a start of the owner that took the claim over")

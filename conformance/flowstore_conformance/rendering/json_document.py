@@ -10,7 +10,7 @@ from typing import Any
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
-from flowstore_conformance.rendering.words import outcome_words
+from flowstore_conformance.rendering.phrasing import outcome_words
 from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, anchor
 from flowstore_conformance.signatures import SignatureFinding
 
@@ -95,7 +95,7 @@ def _clause(one: ClauseResult) -> dict[str, Any]:
         "level": one.clause.level.value,
         "needs": one.clause.needs,
         "status": one.status.value,
-        "exercised": one.exercised,
+        "exercised": one.assertions,
         "reason": one.reason,
         "checks": [each.check.name for each in one.results],
     }
@@ -108,7 +108,7 @@ def _check(report: Report, result: CheckResult) -> dict[str, Any]:
         "kind": result.check.kind.value,
         "sentence": result.check.sentence,
         "status": result.status.value,
-        "exercised": result.exercised,
+        "exercised": result.assertions,
         "seconds": round(result.seconds, 3),
         "reason": result.reason,
         "command": report.command(result),
@@ -120,8 +120,8 @@ def _failure(failure: Failure) -> dict[str, Any]:
     return {
         "clause": failure.clause,
         "message": failure.message,
-        "struck": failure.struck,
-        "tried": failure.tried,
+        "reproductions": failure.reproductions,
+        "repetitions": failure.repetitions,
         "program": failure.program,
         "program_file": failure.program_file,
         "right_answer": failure.right_answer,

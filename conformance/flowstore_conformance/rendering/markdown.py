@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
+from flowstore_conformance.rendering.phrasing import legible
 from flowstore_conformance.rendering.text import MOST_OTHERS, history_lines
-from flowstore_conformance.rendering.words import legible
 from flowstore_conformance.report import CheckResult, Report, Status, anchor
 
 MARKS = {
@@ -75,7 +75,7 @@ def _table(report: Report) -> Iterator[str]:
         said = _text(one.clause.sentence)
         if one.reason and one.status is not Status.WAIVED:
             said = f"{said} <br><sub>{_text(one.reason)}</sub>"
-        times = f"{one.exercised:,}" if one.exercised else ""
+        times = f"{one.assertions:,}" if one.assertions else ""
         yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {said} |"
     if report.unasked:
         yield f"\n{report.unasked}."
@@ -109,8 +109,8 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     yield ""
     yield f"{_text(failure.message)}"
     yield ""
-    struck = "" if failure.hung else f", struck in {failure.struck} of {failure.tried} runs"
-    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{struck}. Again:"
+    reproductions = "" if failure.hung else f", struck in {failure.reproductions} of {failure.repetitions} runs"
+    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{reproductions}. Again:"
     yield _fenced(report.command(result), "bash")
     if failure.history is not None:
         yield from _details("History", "\n".join(history_lines(result, width=110)), "text")

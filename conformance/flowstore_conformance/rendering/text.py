@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.rendering.phrasing import legible
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
-from flowstore_conformance.rendering.words import legible
 from flowstore_conformance.report import CheckResult, Report, Status, anchor
 from flowstore_conformance.signatures import SignatureFinding
 
@@ -54,7 +54,7 @@ def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
     yield paint(f"{'CLAUSE':7} {'STATUS':12} {'TIMES':>9}  WHAT IT PROMISES", "1")
     for one in report.asked:
         status = paint.status(one.status, f"{one.status.value:12}")
-        times = f"{one.exercised:,}" if one.exercised else "-"
+        times = f"{one.assertions:,}" if one.assertions else "-"
         said = one.clause.sentence
         if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED, Status.NOT_RUN):
             said = legible(f"{said} ({one.reason})")
@@ -153,7 +153,7 @@ def failure_lines(
             yield f"  {label:9} {wrapped[0]}"
             yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
     if not failure.hung:
-        yield f"  struck    {failure.struck} of {failure.tried} runs of this check"
+        yield f"  reproduced {failure.reproductions} of {failure.repetitions} runs of this check"
     yield f"  again     {report.command(result)}"
     if failure.history is not None:
         yield from ("", *history_lines(result, width=width - 2, unicode=unicode))

@@ -1,0 +1,232 @@
+"""Many callers of one store at once: a store may gather their calls, and none may notice (CON-1).
+
+What a store sends together must answer each caller as if it had come alone: in its own order, with its
+own error, and truly when the store is closed under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.checks.fixtures import get_run, new_id, second_store, start
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.context import CheckContext, ContractViolation
+from flowstore_core import (
+    FlowStore,
+    FlowStoreError,
+    OutcomeUnknownError,
+    RunStatus,
+    StepStatus,
+    StoreClosedError,
+    StoreUnavailableError,
+    new_claim_token,
+)
+
+
+async def _all_at_once(calls: Sequence[Awaitable[object]]) -> list[object]:
+    """What each call answered, or the error that it raised."""
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException) and not isinstance(one, FlowStoreError):
+            raise ContractViolation(
+                f"one of many calls let out {type(one).__name__}", clause="CON-2"
+            ) from one
+    return list(found)
+
+
+def _brief(outcome: object) -> object:
+    return type(outcome).__name__ if isinstance(outcome, Exception) else outcome
+
+
+@check("CON-1", kind=Kind.RACE)
+async def one_of_many_callers_reads_what_it_wrote(context: CheckContext) -> None:
+    """Each of 64 callers finds its own calls done, in its order, while the others go on."""
+    run_id = await start(context)
+    store = context.store
+
+    async def caller(number: int) -> None:
+        for turn in range(context.profile.of(1, 3, 12)):
+            key, owner = f"caller {number} turn {turn}", new_claim_token()
+            context.expect(await store.try_record_dispatch(run_id, key), True, "a dispatch of a new key")
+            context.expect(
+                await store.try_claim_step(run_id, key, owner=owner), True, "a claim of a free key"
+            )
+            context.expect(
+                await store.try_claim_step(run_id, key), False, "a second claim by the same caller"
+            )
+            for attempt, status in ((1, StepStatus.FAILED), (2, StepStatus.PENDING)):
+                started = await store.record_step_start(run_id, key, "http", owner=owner)
+                context.expect(started, attempt, "a start after the last attempt was closed")
+                await store.record_step_complete(run_id, key, status, attempt=attempt)
+            await store.release_step_claim(run_id, key, owner=owner)
+            context.expect(await store.try_claim_step(run_id, key), True, "a claim after its release")
+            await store.release_dispatch(run_id, key)
+            if turn == 0 and number % 8 == 0:
+                statuses = await store.get_step_statuses(run_id)
+                context.expect(
+                    statuses.get(key), StepStatus.PENDING, "the status that the caller has written"
+                )
+                dispatched = await store.get_dispatched_step_keys(run_id)
+                context.expect_that(key not in dispatched, "a dispatch that its caller released is gone")
+
+    await asyncio.gather(*(caller(number) for number in range(64)))
+
+
+@check("CON-1", "CON-2", "STP-4", kind=Kind.RACE)
+async def one_of_many_calls_fails_alone(context: CheckContext) -> None:
+    """Of many calls at once those that must fail do, each with its own error, and all others happen."""
+    run_id, unknown, ended = await start(context), new_id(context), await start(context)
+    store = context.store
+    count = context.profile.of(48, 96, 192)
+    keys = [f"step {number}" for number in range(count)]
+    calls: list[Awaitable[object]] = [store.record_step_start(run_id, key, "http") for key in keys]
+    context.expect(await _all_at_once(calls), [1] * count, "the first attempts of many steps")
+    await store.complete_run(ended, RunStatus.FAILED)
+
+    calls, wanted = [], []
+    for number, key in enumerate(keys):
+        call, answer = _a_call(store, run_id, unknown, ended, key, number % 8)
+        calls.append(call)
+        wanted.append(answer)
+    found = await _all_at_once(calls)
+    context.expect([_brief(one) for one in found], wanted, "calls at once of which many must fail")
+    statuses = await store.get_step_statuses(run_id)
+    for number, key in enumerate(keys):
+        status = StepStatus.FAILED if number % 8 == 0 else StepStatus.RUNNING
+        context.expect(statuses[key], status, "a step after calls at once of which many must fail")
+
+
+def _a_call(
+    store: FlowStore, run_id: UUID, unknown: UUID, ended: UUID, key: str, kind: int
+) -> tuple[Awaitable[object], object]:
+    """A call of one of eight kinds, and what must come of it."""
+    failed = StepStatus.FAILED
+    match kind:
+        case 0:
+            return store.record_step_complete(run_id, key, failed, attempt=1), None
+        case 1:
+            return store.record_step_complete(unknown, key, failed), "RunNotFoundError"
+        case 2:
+            return store.record_step_complete(run_id, key, failed, attempt=2), "StaleAttemptError"
+        case 3:
+            return store.record_step_complete(run_id, f"no {key}", failed), "StepNotFoundError"
+        case 4:
+            return store.try_claim_step(unknown, key), "RunNotFoundError"
+        case 5:
+            return store.try_claim_step(ended, key), False
+        case 6:
+            return store.record_step_start(ended, key, "http"), "RunCompletedError"
+        case _:
+            return store.record_step_start(run_id, key, "http", owner="nobody"), "ClaimLostError"
+
+
+# Among them each character that a store could take to tell many texts apart by.
+ODD_TEXTS = (
+    None,
+    "",
+    *(chr(number) for number in range(1, 32)),
+    "\x1f\x1f",
+    "a\x1e",
+    "\x1fb",
+    "'",
+    ",",
+    "{}",
+    "\\N",
+)
+
+
+@check("INP-2", "CON-1", kind=Kind.RACE)
+async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -> None:
+    """Keys, inputs, outputs and job ids that 64 callers write at the same moment are kept to the letter."""
+    store = context.store
+    for turn in range(context.profile.of(3, 6, 20)):
+        run_id = await start(context)
+        odd = context.random.choice([0.02, 0.5])
+
+        def text(odd: float = odd) -> str | None:
+            return context.random.choice(ODD_TEXTS) if context.random.random() < odd else "plain"
+
+        keys = [f"{text() or ''} {number}" for number in range(64)]
+        inputs, outputs, job_ids = ([text() for _ in keys] for _ in range(3))
+        starts = await _all_at_once(
+            [
+                store.record_step_start(run_id, key, "http", input_json=one, job_id=job_id or None)
+                for key, one, job_id in zip(keys, inputs, job_ids, strict=True)
+            ]
+        )
+        context.expect(starts, [1] * 64, f"the attempts of 64 steps that start at once, in turn {turn}")
+        await _all_at_once(
+            [
+                store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, output_json=one, attempt=1)
+                for key, one in zip(keys, outputs, strict=True)
+            ]
+        )
+        detail = await get_run(context, run_id)
+        found = {step.step_key: (step.input_json, step.output_json, step.job_id) for step in detail.steps}
+        wanted = {
+            key: (one, other, job_id or None)
+            for key, one, other, job_id in zip(keys, inputs, outputs, job_ids, strict=True)
+        }
+        context.expect(found, wanted, "the texts of 64 steps that were written at once")
+
+
+@check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE)
+async def many_callers_of_one_store_on_few_keys(context: CheckContext) -> None:
+    """Of 200 callers of one store on few keys one wins each, or one owner's callers together."""
+    store = context.store
+    for turn in range(context.profile.of(1, 3, 10)):
+        run_id = await start(context)
+        keys = [f"step {number % 5}" for number in range(200)]
+        # On two of the five keys there are owners, each calling many times.
+        owners = [f"owner {n % 7}" if n % 5 in (1, 3) and n % 2 else None for n in range(200)]
+        claims = await _all_at_once(
+            [store.try_claim_step(run_id, key, owner=o) for key, o in zip(keys, owners, strict=True)]
+        )
+        dispatches = await _all_at_once([store.try_record_dispatch(run_id, key) for key in keys])
+        held = {one.step_key: one.owner for one in await store.get_step_claims(run_id)}
+        for key in sorted(set(keys)):
+            won = [n for n in range(200) if keys[n] == key and claims[n] is True]
+            winners = {owners[n] for n in won}
+            what = f"the winners of {key!r}, claimed by 40 callers at once, in turn {turn}"
+            context.expect(winners, {held.get(key)}, what)
+            owner = held.get(key)
+            callers = [n for n in range(200) if keys[n] == key and owners[n] == owner]
+            context.expect(len(won), 1 if owner is None else len(callers), f"how many {what[4:]} there are")
+            told = [dispatches[n] for n in range(200) if keys[n] == key]
+            context.expect(told.count(True), 1, f"winners of 40 dispatches of {key!r} at once")
+            context.expect(told.count(False), 39, f"losers of 40 dispatches of {key!r} at once")
+
+
+@check("CON-1", "CON-2", kind=Kind.RACE)
+async def calls_in_flight_at_aclose_say_what_became_of_them(context: CheckContext) -> None:
+    """Of many calls in flight when the store is closed each happened and says so, or did not."""
+    for turn in range(context.profile.of(3, 6, 20)):
+        run_id = await start(context)
+        closing = await second_store(context)
+        if closing is context.store:
+            context.expect_that(True, "one store at a time")
+            return
+        count = 100
+        keys = [f"step {number}" for number in range(count)]
+        calls: list[Coroutine[Any, Any, object]] = [
+            *(closing.try_claim_step(run_id, key, owner="me") for key in keys),
+            *(closing.record_step_start(run_id, f"{key} too", "t") for key in keys),
+        ]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        for _ in range(turn * 3):
+            await asyncio.sleep(0)
+        await closing.aclose()
+        found = await _all_at_once(tasks)
+        claimed = {one.step_key for one in await context.store.get_step_claims(run_id)}
+        started = await context.store.get_step_statuses(run_id)
+        for number, (outcome, key) in enumerate(zip(found, [*keys, *keys], strict=True)):
+            happened = key in claimed if number < count else f"{key} too" in started
+            what = f"a call that was in flight at aclose and answered {_brief(outcome)!r}"
+            if type(outcome) in (StoreClosedError, StoreUnavailableError):
+                context.expect(happened, False, f"whether {what} happened")
+            elif type(outcome) is not OutcomeUnknownError:
+                context.expect(_brief(outcome), True if number < count else 1, "a call in flight at aclose")
+                context.expect(happened, True, f"whether {what} happened")

@@ -1,0 +1,72 @@
+"""Examples: small looks at one promise each, which share a namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from flowstore_conformance.checks.registry import Kind, Run, check
+from flowstore_conformance.clauses import CLAUSES
+from flowstore_conformance.context import CheckContext, ContractViolation
+from flowstore_core import Capability, FlowStoreError
+
+NEEDS_EMPTY_NAMESPACE = ("QRY-", "RET-", "STP-8", "CTL-1", "CTL-3", "INP-3", "IDM-")
+"""Clauses whose examples look at all there is, or delete it; they get a namespace without others."""
+
+_Group = tuple[str, frozenset[Capability], Kind]
+_groups: dict[_Group, list[Run]] = {}
+
+
+def example(
+    clause: str, *, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE
+) -> Callable[[Run], Run]:
+    """Declare an example of a clause; its docstring says what it proves.
+
+    The examples of one clause with the same needs are one check, in one namespace: making a namespace
+    takes longer than most examples do. They run in the order of their declaration, and the examples of
+    other clauses may have been there before (but see LOOKS_AT_ALL). So an example works on runs, flows and
+    keys of its own, and expects those of others in every list over all runs. It may move the clock, which
+    is put back after it.
+    """
+    group = (clause, frozenset(needs), kind)
+
+    def add(run: Run) -> Run:
+        if group not in _groups:
+            _groups[group] = []
+            _declare(*group)
+        _groups[group].append(run)
+        return run
+
+    return add
+
+
+def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
+    async def run_all(context: CheckContext) -> None:
+        await _run(context, _groups[clause, needs, kind])
+
+    more = "_and_".join(sorted(needs))
+    own = "examples" if kind is Kind.EXAMPLE else f"{kind}_examples"
+    run_all.__name__ = f"{own}_of_{clause.lower().replace('-', '_')}{'_with_' if more else ''}{more}"
+    run_all.__doc__ = CLAUSES[clause].sentence
+    shares = kind is Kind.EXAMPLE and not clause.startswith(NEEDS_EMPTY_NAMESPACE)
+    check(clause, needs=needs, kind=kind, shares=shares)(run_all)
+
+
+async def _run(context: CheckContext, runs: Iterable[Run]) -> None:
+    """Run every example, and report all that failed: each works on its own."""
+    failed: list[str] = []
+    cause: BaseException | None = None
+    at = None if context.clock is None else context.clock.now
+    for run in runs:
+        try:
+            await run(context)
+        except ContractViolation as found:
+            failed.append(f"{found.message} [{run.__name__}]")
+            cause = cause or found.__cause__
+        except FlowStoreError as error:
+            what = f"an operation that should have worked raised {type(error).__name__}: {error}"
+            failed.append(f"{what} [{run.__name__}]")
+            cause = cause or error
+        if context.clock is not None and at is not None:
+            context.clock.now = at
+    if failed:
+        raise ContractViolation("\n".join(failed)) from cause

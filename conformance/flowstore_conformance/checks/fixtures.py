@@ -1,0 +1,269 @@
+"""How checks set a scene, and how they look at all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from uuid import UUID
+
+from flowstore_conformance.context import (
+    CheckContext,
+    ContractViolation,
+    Inconclusive,
+    Unsupported,
+    VirtualClock,
+)
+from flowstore_conformance.diffing import expected_and_got, plain
+from flowstore_conformance.history import comparable
+from flowstore_core import (
+    Capability,
+    FlowRunControlRecord,
+    FlowRunDetail,
+    FlowRunRecord,
+    FlowSignalWaiter,
+    FlowStepRecord,
+    FlowStore,
+    FlowStoreError,
+    RunStatus,
+    SignalDeliveryResult,
+    SignalDeliveryStatus,
+    StepStatus,
+)
+
+T = TypeVar("T")
+
+FLOW = UUID("f10a0000-0000-4000-8000-000000000001")
+TICK = timedelta(microseconds=1)
+SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
+FAR = datetime(2100, 1, 1, tzinfo=UTC)
+
+RUN_ENDS = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
+STEP_ENDS = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
+OUTCOMES = (*STEP_ENDS, StepStatus.PENDING)
+"""Every status that closes an attempt."""
+
+NOBODY = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
+
+# Each differs from every other by a detail that one database or another does not see: case, blanks,
+# accents, compositions of one letter, a homoglyph, the code point order beyond the first plane.
+LOOKALIKES = (
+    "key",
+    "Key",
+    "KEY",
+    "key ",
+    " key",
+    "key\n",
+    "k\u0435y",
+    "k\u00e9y",
+    "ke\u0301y",
+    "\u212aey",
+    "k%y",
+    "k_y",
+    "stra\u00dfe",
+    "strasse",
+    "1",
+    "01",
+    "1.0",
+    "\uffff",
+    "\U0001f600",
+)
+
+
+def new_id(context: CheckContext) -> UUID:
+    """An id that the seed decides."""
+    return UUID(int=context.random.getrandbits(128), version=4)
+
+
+def now(context: CheckContext) -> datetime:
+    """The store's time: exactly where its clock is the bench's, else about it."""
+    return datetime.now(UTC) if context.clock is None else context.clock()
+
+
+def advance(context: CheckContext, duration: timedelta) -> datetime:
+    """Let time pass where the clock is the bench's; the time that it then is."""
+    if context.clock is not None:
+        context.clock.advance(duration)
+    return now(context)
+
+
+def clock_of(context: CheckContext) -> VirtualClock:
+    """The clock, for checks that need VIRTUAL_CLOCK."""
+    if context.clock is None:
+        raise Inconclusive("this store's time cannot be moved", retryable=False)
+    return context.clock
+
+
+async def second_store(context: CheckContext, **options: Any) -> FlowStore:
+    """A further store on the namespace; the bench's own where the backend lets one in at a time."""
+    try:
+        return await context.open(**options)
+    except Unsupported:
+        return context.store
+
+
+async def start(context: CheckContext, **given: Any) -> UUID:
+    """Start a run and return its id."""
+    run_id: UUID = given.pop("run_id", None) or new_id(context)
+    arguments = {"flow_id": FLOW, "flow_name": "orders", "trigger_key": "manual", **given}
+    await context.store.start_run(run_id=run_id, **arguments)
+    return run_id
+
+
+async def run_step(
+    context: CheckContext,
+    run_id: UUID,
+    step_key: str = "charge",
+    status: StepStatus = StepStatus.SUCCEEDED,
+    *,
+    output_json: str | None = None,
+    error_message: str | None = None,
+) -> int:
+    """Start a step, close the attempt and return its number."""
+    attempt = await context.store.record_step_start(run_id, step_key, "http")
+    await context.store.record_step_complete(
+        run_id, step_key, status, output_json=output_json, error_message=error_message, attempt=attempt
+    )
+    return attempt
+
+
+async def skip_step(context: CheckContext, run_id: UUID, *step_keys: str) -> None:
+    for step_key in step_keys:
+        await context.store.record_skipped_step(run_id, step_key, "http", "not needed")
+
+
+# What must be there; its absence is the store's, not the suite's
+
+
+def there(value: T | None, what: str) -> T:
+    """A record that must be there."""
+    if value is None:
+        raise ContractViolation(f"{what}: expected a record, got None")
+    return value
+
+
+def single(values: Iterable[T], what: str) -> T:
+    """The one value that must be there."""
+    found = list(values)
+    if len(found) != 1:
+        raise ContractViolation(f"{what}: expected one, got {len(found)}: {plain(comparable(found))[:300]}")
+    return found[0]
+
+
+async def get_run(context: CheckContext, run_id: UUID) -> FlowRunDetail:
+    return there(await context.store.get_run_detail(run_id), "get_run_detail of a stored run")
+
+
+async def get_step(context: CheckContext, run_id: UUID, step_key: str = "charge") -> FlowStepRecord:
+    """The step as get_run_detail shows it."""
+    detail = await get_run(context, run_id)
+    steps = [step for step in detail.steps if step.step_key == step_key]
+    step = single(steps, f"step {step_key!r} in get_run_detail")
+    if not step.attempts:
+        raise ContractViolation(f"step {step_key!r} in get_run_detail: expected its attempts, got none")
+    return step
+
+
+async def get_control(context: CheckContext, run_id: UUID) -> FlowRunControlRecord:
+    return there(await context.store.get_run_control(run_id), "get_run_control")
+
+
+async def get_waiter(context: CheckContext, run_id: UUID, step_key: str = "wait") -> FlowSignalWaiter:
+    return there(await context.store.get_waiter(run_id, step_key), f"get_waiter of {step_key!r}")
+
+
+def of(record: object, *names: str) -> dict[str, Any]:
+    """Some fields of a record by name, to be held against a mapping of the same names."""
+    return {name: getattr(record, name, "<no such field>") for name in names}
+
+
+def expect_fields(context: CheckContext, record: object, sentence: str, **wanted: object) -> None:
+    """Hold some fields of a record, or attributes of an error, against what they should be."""
+    context.expect(of(record, *wanted), wanted, sentence)
+
+
+def numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
+    """The ids of runs whose ids are small numbers."""
+    return [run.run_id.int for run in runs]
+
+
+def brief(value: object) -> str:
+    """A value for a sentence."""
+    # Cut first: the repr of a text that is too long is long too.
+    text = repr(value[:60]) if isinstance(value, str) else repr(value)
+    size = len(value) if isinstance(value, str) else len(text)
+    return text if size < 60 else f"{text[:50]}... of {size:,}"
+
+
+async def outcome_of(call: Awaitable[object]) -> object:
+    """What a caller is told: an answer, or the name of an error where no error is allowed."""
+    try:
+        return await call
+    except FlowStoreError as error:
+        return f"<{type(error).__name__} raised>"
+
+
+# All of it
+
+
+async def observe_all(
+    context: CheckContext, *run_ids: UUID, store: FlowStore | None = None
+) -> dict[str, Any]:
+    """All that a store shows of some runs, and of all runs together: equal looks, equal stores."""
+    store = store or context.store
+    can = context.capabilities
+    shown: dict[str, Any] = {
+        "get_runs": await store.get_runs(take=1000),
+        "get_active_runs": await store.get_active_runs(),
+    }
+    # A fixed moment where time passes by itself, so that two looks compare.
+    as_of = FAR if context.clock is None else context.clock()
+    if Capability.DASHBOARD in can:
+        shown["get_runs_page"] = await store.get_runs_page(take=1000)
+        shown["get_statistics"] = await store.get_statistics(as_of=as_of)
+    if Capability.RECOVERY in can:
+        shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=1000)
+    if Capability.DEADLINES in can:
+        shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=1000)
+    for run_id in run_ids:
+        for read, value in (await observe(context, run_id, store=store)).items():
+            shown[f"{read} of {run_id}"] = value
+    return shown
+
+
+async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | None = None) -> dict[str, Any]:
+    """All that a store shows of one run by its id."""
+    store = store or context.store
+    can = context.capabilities
+    shown: dict[str, Any] = {
+        "get_run_detail": await store.get_run_detail(run_id),
+        "get_run_status": await store.get_run_status(run_id),
+        "get_step_statuses": dict(await store.get_step_statuses(run_id)),
+        "get_step_claims": await store.get_step_claims(run_id),
+        "get_claimed_step_keys": await store.get_claimed_step_keys(run_id),
+        "get_dispatches": await store.get_dispatches(run_id),
+        "get_dispatched_step_keys": await store.get_dispatched_step_keys(run_id),
+        "get_run_control": await store.get_run_control(run_id),
+        "get_derived_runs": await store.get_derived_runs(run_id),
+    }
+    if Capability.WAITERS in can:
+        shown["get_waiters"] = await store.get_waiters(run_id)
+    if Capability.OUTPUTS in can:
+        shown["get_outputs"] = dict(await store.get_outputs(run_id))
+    if Capability.EVENTS in can:
+        shown["get_run_events"] = await store.get_run_events(run_id, take=1000)
+    return shown
+
+
+def assert_same(
+    context: CheckContext, after: Mapping[str, Any], before: Mapping[str, Any], sentence: str
+) -> None:
+    """Hold two looks against each other, times to the microsecond, and name what differs."""
+    context.assertions += 1
+    for read, was in before.items():
+        want, got = comparable(was), comparable(after[read])
+        if got != want:
+            raise ContractViolation(f"{sentence}: {read}: {expected_and_got(want, got)}")

@@ -1,0 +1,164 @@
+"""UNK: what each operation says of a run, or a step, that the store does not hold."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
+    FLOW,
+    MINUTE,
+    NOBODY,
+    assert_same,
+    expect_fields,
+    new_id,
+    now,
+    observe_all,
+    run_step,
+    start,
+)
+from flowstore_conformance.checks.operations import NEEDS
+from flowstore_conformance.context import CheckContext
+from flowstore_core import (
+    Capability,
+    RunNotFoundError,
+    RunStatus,
+    StepNotFoundError,
+    StepStatus,
+)
+
+_MOMENT = datetime(2026, 3, 14, tzinfo=UTC)
+
+# An operation and its arguments beside run_id.
+_WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("record_step_start", {"step_key": "a", "step_type": "http"}),
+    ("record_step_start", {"step_key": "a", "step_type": "http", "owner": "me"}),
+    ("record_step_complete", {"step_key": "a", "status": StepStatus.FAILED}),
+    ("record_step_complete", {"step_key": "a", "status": StepStatus.FAILED, "attempt": 1}),
+    ("record_skipped_step", {"step_key": "a", "step_type": "http"}),
+    ("record_skipped_step", {"step_key": "a", "step_type": "http", "owner": "me"}),
+    ("complete_run", {"status": RunStatus.SUCCEEDED}),
+    ("complete_run", {"status": RunStatus.SUCCEEDED, "expected": {}}),
+    ("retry_step", {"step_key": "a"}),
+    ("retry_step", {"step_key": "a", "attempt": 1, "reset": ["b"]}),
+    ("try_record_dispatch", {"step_key": "a"}),
+    ("try_claim_step", {"step_key": "a"}),
+    ("try_claim_step", {"step_key": "a", "owner": "me"}),
+    ("register_waiter", {"step_key": "a", "signal_name": "go"}),
+    ("reschedule_step", {"step_key": "a", "attempt": 1}),
+    ("append_event", {"event_type": "event"}),
+    ("save_output", {"key": "a", "value_json": "1"}),
+)
+_READS: tuple[tuple[str, dict[str, Any], Any], ...] = (
+    ("get_run_detail", {}, None),
+    ("get_run_status", {}, None),
+    ("get_run_control", {}, None),
+    ("get_waiter", {"step_key": "a"}, None),
+    ("get_output", {"key": "a"}, None),
+    ("get_outputs", {}, {}),
+    ("get_step_statuses", {}, {}),
+    ("get_claimed_step_keys", {}, frozenset()),
+    ("get_dispatched_step_keys", {}, frozenset()),
+    ("get_step_claims", {}, ()),
+    ("get_dispatches", {}, ()),
+    ("get_waiters", {}, ()),
+    ("get_run_events", {}, ()),
+)
+_NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
+    ("release_step_claim", {"step_key": "a"}, None),
+    ("release_step_claim", {"step_key": "a", "owner": "me"}, None),
+    ("release_dispatch", {"step_key": "a"}, None),
+    ("annotate_dispatch", {"step_key": "a", "job_id": "job"}, None),
+    ("remove_waiter", {"step_key": "a"}, None),
+    ("expire_waiter", {"step_key": "a"}, None),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, NOBODY),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, NOBODY),
+    ("request_cancel", {"reason": "enough"}, False),
+    ("mark_timed_out", {}, False),
+    ("mark_timed_out", {"as_of": _MOMENT}, False),
+    ("renew_step_claim", {"step_key": "a", "owner": "me", "lease": MINUTE}, False),
+    ("extend_deadline", {"timeout_at": _MOMENT}, False),
+)
+
+
+def _offered(context: CheckContext, operation: str) -> bool:
+    return operation not in NEEDS or NEEDS[operation] in context.capabilities
+
+
+@example("UNK")
+async def writing_to_an_unknown_run_raises(context: CheckContext) -> None:
+    """Each operation that writes the state of a run raises RunNotFoundError, and nothing changes."""
+    other, unknown = await start(context), new_id(context)
+    await run_step(context, other, "a", StepStatus.FAILED)
+    before = await observe_all(context, unknown, other)
+    for operation, arguments in _WRITES:
+        if _offered(context, operation):
+            call = getattr(context.store, operation)(run_id=unknown, **arguments)
+            error = await context.expect_error(call, RunNotFoundError, f"{operation} on an unknown run")
+            expect_fields(context, error, f"the error of {operation} names the run", run_id=unknown)
+    after = await observe_all(context, unknown, other)
+    assert_same(context, after, before, "writing to an unknown run changes nothing")
+
+
+@example("UNK")
+async def reading_an_unknown_run_is_empty(context: CheckContext) -> None:
+    """Reads give None or empty, releases are no-ops, latches and renewals say False; nothing changes."""
+    store = context.store
+    other, unknown = await start(context), new_id(context)
+    # The same keys and names lie in another run.
+    await run_step(context, other, "a", StepStatus.FAILED)
+    await store.register_waiter(other, "a", "go")
+    before = await observe_all(context, unknown, other)
+    for operation, arguments, answer in (*_READS, *_NO_OPS):
+        if _offered(context, operation):
+            said = await getattr(store, operation)(run_id=unknown, **arguments)
+            context.expect(said, answer, f"{operation} of an unknown run")
+    context.expect(await store.get_derived_runs(unknown), (), "get_derived_runs of an unknown run")
+    context.expect(await store.get_runs(new_id(context)), (), "get_runs of an unknown flow")
+    after = await observe_all(context, unknown, other)
+    assert_same(context, after, before, "asking for an unknown run changes nothing")
+
+
+@example("UNK")
+async def a_control_record_and_a_key_are_no_run(context: CheckContext) -> None:
+    """A run that was configured and registered, but never started, is unknown."""
+    store, run_id = context.store, new_id(context)
+    await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context))
+    await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
+    for operation, arguments in _WRITES:
+        if _offered(context, operation):
+            call = getattr(store, operation)(run_id=run_id, **arguments)
+            await context.expect_error(call, RunNotFoundError, f"{operation} on a run that never started")
+    context.expect(await store.get_run_status(run_id), None, "a control record alone is no run")
+    listed = [run.run_id for run in await store.get_runs() if run.run_id == run_id]
+    context.expect(listed, [], "a control record alone is no run")
+    if Capability.DEADLINES in context.capabilities:
+        to_stop = [run.run_id for run in await store.get_runs_to_stop() if run.run_id == run_id]
+        context.expect(to_stop, [], "a run that never started is not to stop")
+
+
+@example("UNK")
+async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
+    """On a stored run, completing, retrying and rescheduling such a key raise StepNotFoundError."""
+    store, run_id = context.store, await start(context)
+    await run_step(context, run_id, "other", StepStatus.FAILED)
+    await store.try_record_dispatch(run_id, "dispatched")
+    await store.try_claim_step(run_id, "claimed", owner="me")
+    await store.register_waiter(run_id, "waiting", "go")
+    before = await observe_all(context, run_id)
+    calls: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("record_step_complete", {"status": StepStatus.FAILED}),
+        ("record_step_complete", {"status": StepStatus.FAILED, "attempt": 1}),
+        ("retry_step", {}),
+        ("retry_step", {"attempt": 1, "reset": ["other"]}),
+        ("reschedule_step", {"attempt": 1}),
+    )
+    for key in ("unknown", "dispatched", "claimed", "waiting"):
+        for operation, arguments in calls:
+            if _offered(context, operation):
+                sentence = f"{operation} on a key that never started ({key})"
+                call = getattr(store, operation)(run_id=run_id, step_key=key, **arguments)
+                error = await context.expect_error(call, StepNotFoundError, sentence)
+                expect_fields(context, error, f"the error of {sentence}", run_id=run_id, step_key=key)
+    assert_same(context, await observe_all(context, run_id), before, "what is not found changes nothing")

@@ -1,0 +1,312 @@
+"""INP-1 to INP-3: what is legal comes back to the letter, and to the microsecond."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta, timezone
+
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
+    FLOW,
+    LOOKALIKES,
+    brief,
+    clock_of,
+    expect_fields,
+    get_control,
+    get_run,
+    get_step,
+    get_waiter,
+    new_id,
+    run_step,
+    single,
+    start,
+)
+from flowstore_conformance.context import CheckContext
+from flowstore_core import Capability, RunStatus, StepStatus
+
+# What has been seen to come back changed, or not at all, from one database or another.
+TEXTS = (
+    " ",
+    "  leading and trailing  ",
+    "\t\r\n\v\f",
+    "a\r\nb\rc\n",
+    '{"b": 1.0,  "a": [1e400, -0.0], "a": "\\u0000"}',
+    "null",
+    "'; DROP TABLE runs; --",
+    "\\ \\x00 \\u0000 %s %% $1 ? :name {0}",
+    "\x01\x02\x1b\x7f\x80\x85\xa0",
+    "\u00c4rger \u00df \u1e9e \u0130 \u0131 \u212a",
+    "e\u0301 \u00e9 \u1112\u1161\u11ab \ud55c",
+    "\u200b\u200e\u202e\ufeff\u2028\u2029",
+    "\ufffd\ufffe\uffff\U0001f600\U0010ffff",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "2026-03-14T09:26:53Z",
+    "1",
+    "1.0",
+    "True",
+)
+_PLANES = ((0x01, 0x7F), (0x80, 0x24F), (0x250, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
+
+
+def any_text(context: CheckContext, shortest: int, longest: int) -> str:
+    """Legal text of characters from every plane."""
+    planes = context.random.choices(_PLANES, k=context.random.randint(shortest, longest))
+    return "".join(chr(context.random.randint(*plane)) for plane in planes)
+
+
+# INP-1
+
+
+async def _keys_come_back(context: CheckContext, key: str, job_id: str) -> None:
+    """Store one text wherever a key, a name or a job id goes, and find it everywhere again."""
+    store, flow_id = context.store, new_id(context)
+    sentence = f"the key {brief(key)} comes back to the letter"
+    run_id = await start(context, flow_id=flow_id, flow_name=key, trigger_key=key, job_id=job_id)
+    await store.configure_run(run_id, flow_id, key, idempotency_key=key)
+    await store.try_register_idempotency_key(flow_id, key, key, run_id)
+    found = await store.find_run_id_by_idempotency_key(flow_id, key, key)
+    context.expect(found, run_id, f"the idempotency key {brief(key)} is found again")
+    await store.try_record_dispatch(run_id, key)
+    await store.annotate_dispatch(run_id, key, job_id)
+    await store.try_claim_step(run_id, key, owner=key)
+    again = await store.try_claim_step(run_id, key, owner=key)
+    context.expect(again, True, f"the owner {brief(key)} is known again")
+    await store.record_step_start(run_id, key, key, job_id=job_id, owner=key)
+    await store.register_waiter(run_id, key, key)
+    first = await store.deliver_signal(run_id, key, "{}", delivery_id=key)
+    context.expect(first.step_key, key, sentence)
+    repeated = await store.deliver_signal(run_id, key, "{}", delivery_id=key)
+    context.expect(repeated, first, f"the delivery_id {brief(key)} is known again")
+
+    detail = await get_run(context, run_id)
+    expect_fields(context, detail, sentence, flow_name=key, trigger_key=key, job_id=job_id)
+    step = single(detail.steps, sentence)
+    expect_fields(context, step, sentence, step_key=key, step_type=key, job_id=job_id)
+    attempt = single(step.attempts, sentence)
+    expect_fields(context, attempt, sentence, step_key=key, step_type=key, job_id=job_id)
+    context.expect(list(await store.get_step_statuses(run_id)), [key], sentence)
+    context.expect(await store.get_claimed_step_keys(run_id), {key}, sentence)
+    context.expect(await store.get_dispatched_step_keys(run_id), {key}, sentence)
+    expect_fields(
+        context, single(await store.get_step_claims(run_id), sentence), sentence, step_key=key, owner=key
+    )
+    dispatch = single(await store.get_dispatches(run_id), sentence)
+    expect_fields(context, dispatch, sentence, step_key=key, job_id=job_id)
+    expect_fields(context, await get_control(context, run_id), sentence, trigger_key=key, idempotency_key=key)
+    expect_fields(context, await get_waiter(context, run_id, key), sentence, step_key=key, signal_name=key)
+    if Capability.OUTPUTS in context.capabilities:
+        await store.save_output(run_id, key, "1")
+        context.expect(await store.get_output(run_id, key), "1", sentence)
+        context.expect(list(await store.get_outputs(run_id)), [key], sentence)
+    if Capability.EVENTS in context.capabilities:
+        await store.append_event(run_id, key, step_key=key)
+        event = single(await store.get_run_events(run_id), sentence)
+        expect_fields(context, event, sentence, event_type=key, step_key=key)
+
+
+@example("INP-1")
+async def keys_come_back_to_the_letter(context: CheckContext) -> None:
+    """Any legal key, name and job id, of any length that is allowed, is kept as it was given."""
+    longest = "\U0001f600" * 256
+    await _keys_come_back(context, longest, longest * 4)
+    mixed = "".join(TEXTS)
+    parts = [mixed[at : at + 256] for at in range(0, len(mixed), 256)]
+    chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
+    drawn = [any_text(context, 1, 256) for _ in range(context.profile.of(1, 1, 40))]
+    for key in (" ", *parts, *chosen, *drawn):
+        await _keys_come_back(context, key, key)
+
+
+@example("INP-1")
+async def keys_that_look_alike_are_different(context: CheckContext) -> None:
+    """Keys are compared exactly: no case is folded, nothing is trimmed, no accent is composed."""
+    store = context.store
+    run_id = await start(context)
+    for key in LOOKALIKES:
+        sentence = f"{key!r} is a key of its own beside those that look alike"
+        context.expect(await store.try_claim_step(run_id, key, owner=key), True, sentence)
+        context.expect(await store.try_record_dispatch(run_id, key), True, sentence)
+        context.expect(await store.record_step_start(run_id, key, "http"), 1, sentence)
+        await store.register_waiter(run_id, key, key)
+        if Capability.OUTPUTS in context.capabilities:
+            await store.save_output(run_id, key, key)
+    sentence = "keys that look alike are kept apart"
+    keys = set(LOOKALIKES)
+    context.expect(set(await store.get_step_statuses(run_id)), keys, sentence)
+    context.expect(await store.get_dispatched_step_keys(run_id), keys, sentence)
+    context.expect({c.step_key: c.owner for c in await store.get_step_claims(run_id)}, _same(keys), sentence)
+    if Capability.OUTPUTS in context.capabilities:
+        context.expect(await store.get_outputs(run_id), _same(keys), sentence)
+    for key in LOOKALIKES:
+        delivery = await store.deliver_signal(run_id, key, key, delivery_id=key)
+        context.expect(delivery.step_key, key, f"the signal and the delivery_id {key!r} are compared exactly")
+
+
+def _same(keys: Collection[str]) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+# INP-2
+
+
+async def _texts_come_back(context: CheckContext, text: str) -> None:
+    """Store one text wherever text goes, and find it everywhere again."""
+    store = context.store
+    sentence = f"the text {brief(text)} comes back to the letter"
+    run_id = await start(context, trigger_data=text)
+    await store.record_step_start(run_id, "failed", "http", input_json=text)
+    for _ in range(2):
+        # The same outcome again is known as the same.
+        await store.record_step_complete(
+            run_id, "failed", StepStatus.FAILED, output_json=text, error_message=text
+        )
+    for _ in range(2):
+        await store.record_skipped_step(run_id, "skipped", "http", text, owner="me")
+    await store.request_cancel(run_id, text)
+    await store.register_waiter(run_id, "wait", "go")
+    await store.deliver_signal(run_id, "go", text)
+    other = await start(context)
+    await store.configure_run(other, FLOW, "manual")
+    await store.mark_timed_out(other, text)
+
+    detail = await get_run(context, run_id)
+    context.expect(detail.trigger_data, text, sentence)
+    step = await get_step(context, run_id, "failed")
+    for record in (step, step.attempts[0]):
+        expect_fields(context, record, sentence, input_json=text, output_json=text, error_message=text)
+    context.expect((await get_step(context, run_id, "skipped")).error_message, text, sentence)
+    context.expect((await get_waiter(context, run_id)).payload_json, text, sentence)
+    context.expect((await get_control(context, run_id)).cancel_reason, text, sentence)
+    context.expect((await get_control(context, other)).cancel_reason, text, sentence)
+    if Capability.OUTPUTS in context.capabilities:
+        await store.save_output(run_id, "out", text)
+        context.expect(await store.get_output(run_id, "out"), text, sentence)
+        context.expect(await store.get_outputs(run_id), {"out": text}, sentence)
+    if Capability.EVENTS in context.capabilities:
+        await store.append_event(run_id, "event", message=text)
+        context.expect(single(await store.get_run_events(run_id), sentence).message, text, sentence)
+    if Capability.RECOVERY in context.capabilities:
+        await store.record_step_start(run_id, "poll", "http")
+        await store.reschedule_step(run_id, "poll", attempt=1, output_json=text)
+        context.expect((await get_step(context, run_id, "poll")).output_json, text, sentence)
+
+
+@example("INP-2")
+async def texts_come_back_to_the_letter(context: CheckContext) -> None:
+    """Any legal text is kept as it was given: no JSON is written anew, nothing trimmed, "" is not None."""
+    chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
+    drawn = [any_text(context, 0, 400) for _ in range(context.profile.of(1, 1, 40))]
+    # JSON that a JSON column would write anew, blanks that a trim would take, all oddities at once.
+    for text in ("", '{"b": 1.0,  "a": 1e2, "a": "\\u00e9"}', "  a  ", "".join(TEXTS), *chosen, *drawn):
+        await _texts_come_back(context, text)
+
+
+@example("INP-2")
+async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
+    """A text of up to 16 MiB of UTF-8 is kept, and two that differ at their end are different."""
+    store = context.store
+    run_id = await start(context)
+    limit = 16 * 1024 * 1024
+    for unit in ("x", "\U0001f600")[: context.profile.of(1, 1, 2)]:
+        size = context.profile.of(limit // 16, limit, limit)
+        text = unit * (size // len(unit.encode()))
+        await store.register_waiter(run_id, unit, unit)
+        await store.deliver_signal(run_id, unit, text)
+        kept = (await get_waiter(context, run_id, unit)).payload_json
+        sentence = f"a text of {size:,} bytes of UTF-8 comes back whole"
+        context.expect_that(
+            kept == text, f"{sentence}: expected {len(text):,} characters, got {len(kept or '')}"
+        )
+    text = "x" * 100_000
+    await store.record_step_start(run_id, "charge", "http")
+    await store.record_step_complete(
+        run_id, "charge", StepStatus.PENDING, output_json=text + "a", error_message=text + "b"
+    )
+    step = await get_step(context, run_id)
+    context.expect_that(step.output_json == text + "a", "an output of 100 kB comes back whole")
+    context.expect_that(step.error_message == text + "b", "an error message of 100 kB comes back whole")
+
+
+# INP-3
+
+_ZONES = (
+    UTC,
+    timezone(timedelta(hours=14)),
+    timezone(timedelta(hours=-12)),
+    timezone(timedelta(hours=5, minutes=53, seconds=28, microseconds=7)),
+)
+_MOMENTS = (
+    datetime(1, 1, 2, tzinfo=UTC),
+    datetime(1582, 10, 10, 1, 2, 3, 4, tzinfo=UTC),
+    datetime(1969, 12, 31, 23, 59, 59, 999_999, UTC),
+    datetime(2026, 7, 14, 1, 2, 3, 999_999, timezone(timedelta(hours=14))),
+    datetime(2038, 1, 19, 3, 14, 8, 1, timezone(timedelta(hours=-12))),
+    datetime(9999, 12, 29, 23, 59, 59, 999_999, UTC),
+    datetime(9999, 12, 30, tzinfo=UTC),
+)
+
+
+def _any_moment(context: CheckContext) -> datetime:
+    micros = context.random.randrange(int((_MOMENTS[-1] - _MOMENTS[0]) / timedelta(microseconds=1)))
+    moment = _MOMENTS[0] + timedelta(microseconds=micros)
+    # A zone's own calendar must be able to hold it.
+    return moment.astimezone(context.random.choice(_ZONES)) if 1 < moment.year < 9999 else moment
+
+
+def _utc(context: CheckContext, value: object, wanted: datetime) -> None:
+    sentence = "a datetime comes back aware, in UTC, to the microsecond"
+    context.expect_that(
+        isinstance(value, datetime) and value.utcoffset() == timedelta(0) and value == wanted,
+        f"{sentence}: expected {wanted.astimezone(UTC)!r}, got {value!r}",
+    )
+
+
+@example("INP-3")
+async def given_datetimes_come_back_in_utc_to_the_microsecond(context: CheckContext) -> None:
+    """A datetime of any zone, at any moment that is allowed, is kept to the microsecond."""
+    store = context.store
+    run_id = await start(context)
+    drawn = [_any_moment(context) for _ in range(context.profile.of(1, 4, 100))]
+    for number, moment in enumerate((*_MOMENTS, *drawn)):
+        key = f"step {number:03}"
+        await store.configure_run(run_id, FLOW, "manual", timeout_at=moment)
+        _utc(context, (await get_control(context, run_id)).timeout_at, moment)
+        await store.try_record_dispatch(run_id, key, due_at=moment)
+        dispatch = [one for one in await store.get_dispatches(run_id) if one.step_key == key]
+        _utc(context, single(dispatch, "the dispatch").due_at, moment)
+        await store.register_waiter(run_id, "wait", "go", expires_at=moment)
+        _utc(context, (await get_waiter(context, run_id)).expires_at, moment)
+
+
+@example("INP-3", needs=[Capability.VIRTUAL_CLOCK])
+async def every_timestamp_is_of_the_given_clock(context: CheckContext) -> None:
+    """What the store stamps by itself is the reading of its clock, in UTC, to the microsecond."""
+    store, clock = context.store, clock_of(context)
+    for moment in (*_MOMENTS[:: context.profile.of(3, 2, 1)], _any_moment(context)):
+        clock.now = moment
+        run_id = await start(context)
+        await store.configure_run(run_id, FLOW, "manual")
+        await store.request_cancel(run_id)
+        await store.mark_timed_out(run_id)
+        await store.try_record_dispatch(run_id, "charge")
+        await store.try_claim_step(run_id, "charge", owner="me")
+        await store.register_waiter(run_id, "charge", "go")
+        delivered = await store.deliver_signal(run_id, "go", "{}")
+        await run_step(context, run_id)
+        await store.complete_run(run_id, RunStatus.SUCCEEDED)
+        detail, control = await get_run(context, run_id), await get_control(context, run_id)
+        step, waiter = await get_step(context, run_id), await get_waiter(context, run_id, "charge")
+        stamps: list[object] = [detail.started_at, detail.completed_at, step.started_at, step.completed_at]
+        stamps += [step.attempts[0].started_at, step.attempts[0].completed_at]
+        stamps += [control.created_at, control.cancel_requested_at, control.timed_out_at]
+        stamps += [waiter.created_at, waiter.delivered_at, delivered.delivered_at]
+        listed = [run for run in await store.get_runs() if run.run_id == run_id]
+        record = single(listed, "the run in get_runs")
+        stamps += [record.started_at, record.completed_at]
+        stamps += [single(await store.get_step_claims(run_id), "the claim").claimed_at]
+        stamps += [single(await store.get_dispatches(run_id), "the dispatch").dispatched_at]
+        if Capability.EVENTS in context.capabilities:
+            await store.append_event(run_id, "event")
+            stamps += [single(await store.get_run_events(run_id), "the event").timestamp]
+        for stamp in stamps:
+            _utc(context, stamp, moment)

@@ -1,0 +1,251 @@
+"""STP-4 and STP-5: completing and skipping steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowstore_conformance.checks.example_checks import example
+from flowstore_conformance.checks.fixtures import (
+    DAY,
+    MINUTE,
+    OUTCOMES,
+    SECOND,
+    STEP_ENDS,
+    advance,
+    assert_same,
+    expect_fields,
+    get_step,
+    observe_all,
+    outcome_of,
+    run_step,
+    single,
+    skip_step,
+    start,
+)
+from flowstore_conformance.context import CheckContext
+from flowstore_core import (
+    Capability,
+    ClaimLostError,
+    StaleAttemptError,
+    StepAlreadyCompletedError,
+    StepStatus,
+)
+from flowstore_core.steps import superseded_by
+
+# STP-4
+
+
+@example("STP-4")
+async def completing_closes_the_attempt_and_the_step_alike(context: CheckContext) -> None:
+    """Status, output and error go to both; closed as Pending, the attempt has an end, the step none."""
+    store, run_id = context.store, await start(context)
+    for status in OUTCOMES:
+        for attempt in (None, 1):
+            key = f"{status} {attempt}"
+            begun = advance(context, SECOND)
+            await store.try_record_dispatch(run_id, key)
+            await store.record_step_start(run_id, key, "http", input_json="in", job_id="job")
+            ended = advance(context, SECOND)
+            result: dict[str, Any] = {"output_json": "out", "error_message": "error"}
+            await store.record_step_complete(run_id, key, status, **result, attempt=attempt)
+            step = await get_step(context, run_id, key)
+            alike = {**result, "status": status, "input_json": "in", "job_id": "job", "started_at": begun}
+            context.expect(len(step.attempts), 1, f"the number of attempts once one was closed as {status}")
+            closed = step.attempts[0]
+            expect_fields(context, closed, f"an attempt closed as {status}", **alike, completed_at=ended)
+            own = None if status is StepStatus.PENDING else ended
+            sentence = f"the step of an attempt closed as {status}"
+            expect_fields(context, step, sentence, **alike, completed_at=own, attempt_count=1)
+    wanted = {f"{status} {attempt}": status for status in OUTCOMES for attempt in (None, 1)}
+    context.expect(await store.get_step_statuses(run_id), wanted, "get_step_statuses after completing")
+    context.expect(await store.get_dispatched_step_keys(run_id), set(wanted), "completing keeps the dispatch")
+
+
+@example("STP-4")
+async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: CheckContext) -> None:
+    """Status, output and error alike change nothing; any other raises StepAlreadyCompletedError."""
+    store, run_id = context.store, await start(context)
+    outcome: dict[str, Any] = {"output_json": "out", "error_message": None}
+    for status in OUTCOMES:
+        await store.record_step_start(run_id, status, "http")
+        await store.record_step_complete(run_id, status, status, **outcome)
+    before = await observe_all(context, run_id)
+    advance(context, SECOND)
+    changes: tuple[dict[str, Any], ...] = (
+        {"output_json": "other"},
+        {"output_json": "OUT"},
+        {"output_json": "out "},
+        {"output_json": None},
+        {"error_message": ""},
+        {"error_message": "error"},
+    )
+    for number, status in enumerate(OUTCOMES):
+        for attempt in (None, 1):
+            sentence = f"the same outcome ({status}) again for attempt {attempt}"
+            call = store.record_step_complete(run_id, status, status, attempt=attempt, **outcome)
+            context.expect(await outcome_of(call), None, sentence)
+        another: dict[str, Any] = {"status": OUTCOMES[number - 1]}
+        for change in (*changes, another):
+            asked: dict[str, Any] = {"status": status, "attempt": 1, **outcome, **change}
+            call = store.record_step_complete(run_id, status, **asked)
+            sentence = f"another outcome ({change}) on an attempt closed as {status}"
+            error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
+            expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
+    advance(context, -SECOND)
+    assert_same(
+        context, await observe_all(context, run_id), before, "completing a closed attempt changes nothing"
+    )
+
+
+@example("STP-4")
+async def a_result_of_an_attempt_that_is_not_current_is_refused(context: CheckContext) -> None:
+    """Any attempt but the last, and any at all of a reopened step, raises StaleAttemptError."""
+    store, run_id = context.store, await start(context)
+    for _ in range(3):
+        await store.record_step_start(run_id, "running", "http")
+    await run_step(context, run_id, "failed", StepStatus.FAILED)
+    await store.record_step_start(run_id, "failed", "http")
+    for status in OUTCOMES:
+        await run_step(context, run_id, f"reopened {status}", status)
+        await store.retry_step(run_id, f"reopened {status}")
+    before = await observe_all(context, run_id)
+    cases: list[tuple[str, int | None, StepStatus, int]] = [
+        *(("running", attempt, StepStatus.SUCCEEDED, 3) for attempt in (1, 2, 4, 2**31, 2**63 - 1)),
+        ("failed", 1, StepStatus.FAILED, 2),
+        *((f"reopened {status}", n, status, 1) for status in OUTCOMES for n in (None, 1, 2)),
+        ("reopened Failed", 1, StepStatus.SUCCEEDED, 1),
+    ]
+    for key, attempt, status, last in cases:
+        call = store.record_step_complete(run_id, key, status, attempt=attempt)
+        sentence = f"completing attempt {attempt} of a step ({key}) whose last is {last}"
+        error = await context.expect_error(call, StaleAttemptError, sentence)
+        named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
+        expect_fields(context, error, f"{sentence}: the error", **named)
+    assert_same(context, await observe_all(context, run_id), before, "a stale result changes nothing")
+    await store.record_step_start(run_id, "reopened Failed", "http")
+    call = store.record_step_complete(run_id, "reopened Failed", StepStatus.SUCCEEDED, attempt=2)
+    context.expect(await outcome_of(call), None, "completing a reopened step once it has started again")
+
+
+# STP-5
+
+
+@example("STP-5")
+async def a_skip_is_one_attempt_that_starts_and_ends_skipped(context: CheckContext) -> None:
+    """The reason is its error_message; an open attempt is closed first, and Pending steps are skipped too."""
+    store, run_id = context.store, await start(context)
+    await store.record_step_start(run_id, "open", "http", input_json="in", job_id="job")
+    await run_step(context, run_id, "pending", StepStatus.PENDING, output_json="out")
+    await run_step(context, run_id, "reopened", StepStatus.FAILED, output_json="out")
+    await store.retry_step(run_id, "reopened")
+    at = advance(context, SECOND)
+    for key, reason in (("new", "a reason"), ("open", None), ("pending", ""), ("reopened", "a reason")):
+        await store.record_skipped_step(run_id, key, "skip", reason)
+        step = await get_step(context, run_id, key)
+        number = 1 if key == "new" else 2
+        context.expect([one.attempt for one in step.attempts], [1, 2][:number], f"the attempts ({key})")
+        wanted: dict[str, Any] = {
+            "step_type": "skip",
+            "status": StepStatus.SKIPPED,
+            "input_json": None,
+            "output_json": None,
+            "job_id": None,
+            "error_message": reason,
+            "completed_at": at,
+        }
+        sentence = f"a skipped step ({key}) with reason {reason!r}"
+        expect_fields(context, step, sentence, **wanted, attempt_count=number)
+        expect_fields(context, step.attempts[-1], f"the attempt of {sentence}", **wanted, started_at=at)
+    first = (await get_step(context, run_id, "open")).attempts[0]
+    closed = {"status": StepStatus.FAILED, "error_message": superseded_by(2), "completed_at": at}
+    expect_fields(
+        context, first, "an open attempt that a skip closed", **closed, output_json=None, input_json="in"
+    )
+    context.expect(await store.get_step_claims(run_id), (), "a skip without owner takes no claim")
+    call = store.record_step_complete(run_id, "open", StepStatus.SUCCEEDED, attempt=1)
+    await context.expect_error(call, StaleAttemptError, "completing an attempt that a skip closed")
+
+
+@example("STP-5")
+async def with_owner_a_skip_takes_the_claim(context: CheckContext) -> None:
+    """A free claim is taken, the owner's own kept, and another's raises ClaimLostError, changing nothing."""
+    store, run_id = context.store, await start(context)
+    lease = {"lease": DAY} if Capability.LEASES in context.capabilities else {}
+    await store.try_claim_step(run_id, "mine", owner="me", **lease)
+    await store.try_claim_step(run_id, "theirs", owner="them")
+    await store.try_claim_step(run_id, "anonymous")
+    before = await observe_all(context, run_id)
+    for key in ("theirs", "anonymous"):
+        call = store.record_skipped_step(run_id, key, "http", "reason", owner="me")
+        sentence = f"skipping as an owner while another holds the claim ({key})"
+        error = await context.expect_error(call, ClaimLostError, sentence)
+        expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
+    assert_same(context, await observe_all(context, run_id), before, "a skip that is refused changes nothing")
+    own = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "mine"]
+    at = advance(context, SECOND)
+    await store.record_skipped_step(run_id, "free", "http", "reason", owner="me")
+    await store.record_skipped_step(run_id, "mine", "http", "reason", owner="me")
+    await store.record_skipped_step(run_id, "theirs", "http", "reason")
+    claims = {claim.step_key: claim for claim in await store.get_step_claims(run_id)}
+    context.expect(sorted(claims), ["anonymous", "free", "mine", "theirs"], "the claims after skipping")
+    taken = {"owner": "me", "claimed_at": at, "expires_at": None}
+    expect_fields(context, claims["free"], "a free claim that a skip with owner took", **taken)
+    context.expect([claims["mine"]], own, "the owner's own claim stays as it is")
+    context.expect(claims["theirs"].owner, "them", "a skip without owner leaves another's claim")
+    answer = await outcome_of(store.try_claim_step(run_id, "free", owner="redelivered"))
+    context.expect(answer, False, "claiming a step that was skipped")
+
+
+@example("STP-5", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
+async def with_owner_a_skip_takes_an_expired_claim(context: CheckContext) -> None:
+    """An expired claim is taken over: claimed_at now, and no lease."""
+    store, run_id = context.store, await start(context)
+    await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
+    at = advance(context, MINUTE)
+    call = store.record_skipped_step(run_id, "charge", "http", "reason", owner="new")
+    context.expect(await outcome_of(call), None, "skipping as an owner when another's lease has ended")
+    claim = single(await store.get_step_claims(run_id), "the claim that the skip took")
+    wanted = {"owner": "new", "claimed_at": at, "expires_at": None}
+    expect_fields(context, claim, "an expired claim that a skip with owner took", **wanted)
+
+
+@example("STP-5")
+async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext) -> None:
+    """The same owner and reason again is a no-op; any other skip of a terminal step is refused."""
+    store, run_id = context.store, await start(context)
+    await store.record_skipped_step(run_id, "a", "http", "reason", owner="me")
+    await store.record_skipped_step(run_id, "b", "http", owner="me")
+    await skip_step(context, run_id, "nobody's")
+    for status in STEP_ENDS:
+        await store.try_claim_step(run_id, status, owner="me")
+        await run_step(context, run_id, status, status)
+    # Like the skip in everything but its status.
+    for status in (StepStatus.SUCCEEDED, StepStatus.FAILED):
+        await store.try_claim_step(run_id, f"like {status}", owner="me")
+        await store.record_step_start(run_id, f"like {status}", "http", owner="me")
+        await store.record_step_complete(run_id, f"like {status}", status, error_message="reason")
+    before = await observe_all(context, run_id)
+    advance(context, SECOND)
+    for key, reason in (("a", "reason"), ("b", None)):
+        call = store.record_skipped_step(run_id, key, "http", reason, owner="me")
+        context.expect(await outcome_of(call), None, f"the same skip again by the same owner ({reason!r})")
+    refused: list[tuple[str, str | None, str | None]] = [
+        ("a", "other", "me"),
+        ("a", None, "me"),
+        ("a", "reason", "other"),
+        ("a", "reason", None),
+        ("b", "", "me"),
+        ("nobody's", "not needed", None),
+        ("nobody's", "not needed", "me"),
+        ("like Succeeded", "reason", "me"),
+        ("like Failed", "reason", "me"),
+        *((status.value, None, owner) for status in STEP_ENDS for owner in (None, "other")),
+    ]
+    for key, reason, owner in refused:
+        call = store.record_skipped_step(run_id, key, "http", reason, owner=owner)
+        sentence = f"skipping a terminal step ({key}) by {owner} for {reason!r}"
+        await context.expect_error(call, StepAlreadyCompletedError, sentence)
+    advance(context, -SECOND)
+    assert_same(
+        context, await observe_all(context, run_id), before, "skipping a terminal step changes nothing"
+    )

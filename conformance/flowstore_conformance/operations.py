@@ -1,0 +1,352 @@
+"""Calls drawn from small domains, so that they meet; and what a store answers to them.
+
+Every operation of the contract is here. Arguments are drawn with an eye on a model's state, so that most
+calls reach something: attempts that are open are completed, claims that are held are released, moments lie
+on the edges of leases, deadlines, days and hours. Whoever draws brings a Chooser: Hypothesis, or a seeded
+generator of random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from flowstore_conformance.history import Call
+from flowstore_conformance.model.state import Step
+from flowstore_conformance.strategies import (
+    ENDINGS,
+    IDEMPOTENCY_KEYS,
+    LEASES,
+    OUTCOMES,
+    SEARCHES,
+    SIGNALS,
+    SPANS,
+    TICK,
+    CallStrategy,
+    ChoiceSource,
+    Universe,
+)
+from flowstore_core import Capability
+
+Arguments = dict[str, Any]
+
+
+def _start_run(d: CallStrategy) -> Arguments:
+    return {
+        "flow_id": d.flow(),
+        "flow_name": d.one_of("Flow", "flow_x"),
+        "run_id": d.run(lambda run: run.record is None),
+        "trigger_key": d.one_of("t", "T"),
+        "trigger_data": d.text(),
+        "job_id": d.one_of(None, "J1"),
+        "source_run_id": d.sampled_from((None, *d.world.runs)),
+    }
+
+
+def _trigger_run(d: CallStrategy) -> Arguments:
+    key = d.sampled_from((*IDEMPOTENCY_KEYS, None))
+    return {**_start_run(d), "idempotency_key": key, "timeout_at": d.maybe_timestamp()}
+
+
+def _complete_run(d: CallStrategy) -> Arguments:
+    run_id = d.run(lambda run: run.record is not None and not run.record.status.is_terminal)
+    drawn: Arguments = {"run_id": run_id, "status": d.sampled_from(ENDINGS)}
+    if d.one_of(True, False):
+        expected = {key: status.value for key, status in d.world.model.get_step_statuses(run_id).items()}
+        forgets = d.one_of(False, False, True)
+        if expected and forgets:
+            del expected[d.sampled_from(sorted(expected))]
+        drawn["expected"] = expected
+    return drawn
+
+
+def _record_step_start(d: CallStrategy) -> Arguments:
+    finished = ("Succeeded", "Skipped")
+    run_id, key, step = d.step(lambda step: step.status not in finished, running=True)
+    held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "step_type": d.one_of("http", "other"),
+        "input_json": d.text(),
+        "job_id": d.one_of(None, "J2"),
+        "owner": d.owner(step) if held or d.one_of(False, False, True) else None,
+    }
+
+
+def _record_step_complete(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.is_open)
+    if not step.is_open and step.attempts and d.one_of(True, False):
+        last = step.attempts[-1]
+        said = {"output_json": last.output_json, "error_message": last.error_message}
+        # What was said before, word by word: it must be a no-op where the attempt is still the last.
+        status = last.status.value if last.status.value in OUTCOMES else "Succeeded"
+        return {"run_id": run_id, "step_key": key, "status": status, **said, "attempt": last.attempt}
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "status": d.sampled_from(OUTCOMES),
+        "output_json": d.text(),
+        "error_message": d.text(),
+        "attempt": d.attempt(step),
+    }
+
+
+def _record_skipped_step(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: not step.is_terminal)
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "step_type": d.one_of("http", "other"),
+        "reason": d.text(),
+        "owner": d.owner(step),
+    }
+
+
+def _retry_step(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.status is not None)
+    steps = d.world.model.peek(run_id).steps
+    reset = [each for each in d.world.keys if steps.get(each, Step()).status == "Skipped"]
+    if d.one_of(False, False, True):
+        reset = [each for each in d.world.keys if d.one_of(True, False)]
+    return {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
+
+
+def _reschedule_step(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.is_open or (step.attempts and step.status == "Pending"))
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "attempt": d.attempt(step) or 1,
+        "output_json": d.text(),
+        "due_at": d.maybe_timestamp(),
+    }
+
+
+def _try_claim_step(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: not step.is_terminal and step.claim is None, running=True)
+    owner = d.owner(step)
+    return {"run_id": run_id, "step_key": key, "owner": owner, **d.lease(owner)}
+
+
+def _release_step_claim(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.claim is not None)
+    return {"run_id": run_id, "step_key": key, "owner": d.owner(step)}
+
+
+def _renew_step_claim(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.claim and step.claim.expires_at and step.held(d.now))
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "owner": d.owner(step) or "one",
+        "lease": d.sampled_from(LEASES),
+    }
+
+
+def _try_record_dispatch(d: CallStrategy) -> Arguments:
+    run_id, key, _ = d.step(lambda step: not step.is_terminal and step.dispatch is None, running=True)
+    return {"run_id": run_id, "step_key": key, "due_at": d.maybe_timestamp()}
+
+
+def _dispatched(d: CallStrategy) -> Arguments:
+    run_id, key, _ = d.step(lambda step: step.dispatch is not None)
+    return {"run_id": run_id, "step_key": key}
+
+
+def _configure_run(d: CallStrategy) -> Arguments:
+    key = d.sampled_from((None, *IDEMPOTENCY_KEYS))
+    of = {"run_id": d.run(), "flow_id": d.flow(), "trigger_key": d.one_of("t", "T")}
+    return {**of, "idempotency_key": key, "timeout_at": d.maybe_timestamp()}
+
+
+def _scope(d: CallStrategy) -> Arguments:
+    return {
+        "flow_id": d.flow(),
+        "trigger_key": d.one_of("t", "T"),
+        "idempotency_key": d.sampled_from(IDEMPOTENCY_KEYS),
+    }
+
+
+def _register_waiter(d: CallStrategy) -> Arguments:
+    run_id, key, _ = d.step()
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "signal_name": d.sampled_from(SIGNALS),
+        "expires_at": d.maybe_timestamp(),
+    }
+
+
+def _deliver_signal(d: CallStrategy) -> Arguments:
+    run_id = d.run(lambda run: run.waiters)
+    delivery = {"delivery_id": d.one_of(None, "d", "D")}
+    return {
+        "run_id": run_id,
+        "signal_name": d.sampled_from(SIGNALS),
+        "payload_json": d.one_of("{}", ""),
+        **delivery,
+    }
+
+
+def _waiting(d: CallStrategy) -> Arguments:
+    run_id, key = d.waiting()
+    return {"run_id": run_id, "step_key": key}
+
+
+def _get_runs_page(d: CallStrategy) -> Arguments:
+    return {
+        "flow_id": d.sampled_from((None, *d.world.flows)),
+        "status": d.one_of(None, "Running", "Failed", "Succeeded"),
+        "after": d.position(),
+        "skip": d.one_of(0, 1, 2),
+        "take": d.one_of(50, 0, 1, 2),
+        "search": d.sampled_from(SEARCHES),
+    }
+
+
+def _get_run_timeseries(d: CallStrategy) -> Arguments:
+    since = d.timestamp() - d.one_of(timedelta(0), timedelta(hours=5), timedelta(days=2))
+    length = d.one_of(timedelta(0), TICK, timedelta(hours=1), timedelta(hours=7), timedelta(days=3))
+    of = {"granularity": d.one_of("hour", "day"), "flow_id": d.sampled_from((None, *d.world.flows))}
+    return {**of, "since": since, "until": since + length}
+
+
+def _as_of(d: CallStrategy) -> Arguments:
+    return {"as_of": d.maybe_timestamp(), "take": d.one_of(100, 2, 1)}
+
+
+def _cleanup(d: CallStrategy) -> Arguments:
+    records = [d.world.model.peek(run_id).record for run_id in d.world.runs]
+    ends = [
+        record.completed_at for record in records if record is not None and record.completed_at is not None
+    ]
+    if ends and d.often():
+        return {"cutoff": d.sampled_from(ends) + d.one_of(timedelta(0), TICK, -TICK)}
+    return {"cutoff": d.timestamp()}
+
+
+def _of_run(d: CallStrategy) -> Arguments:
+    return {"run_id": d.run()}
+
+
+@dataclass(frozen=True, slots=True)
+class OperationStrategy:
+    """How often a method is called, what it needs, and how its arguments are drawn."""
+
+    weight: int
+    draw: Callable[[CallStrategy], Arguments]
+    needs: Capability | None = None
+
+
+STRATEGIES: Mapping[str, OperationStrategy] = {
+    "start_run": OperationStrategy(2, _start_run),
+    "record_step_start": OperationStrategy(8, _record_step_start),
+    "record_step_complete": OperationStrategy(6, _record_step_complete),
+    "try_claim_step": OperationStrategy(4, _try_claim_step),
+    "try_record_dispatch": OperationStrategy(3, _try_record_dispatch),
+    "retry_step": OperationStrategy(3, _retry_step),
+    "record_skipped_step": OperationStrategy(3, _record_skipped_step),
+    "complete_run": OperationStrategy(2, _complete_run),
+    "reschedule_step": OperationStrategy(3, _reschedule_step, Capability.RECOVERY),
+    "release_step_claim": OperationStrategy(2, _release_step_claim),
+    "renew_step_claim": OperationStrategy(2, _renew_step_claim, Capability.LEASES),
+    "annotate_dispatch": OperationStrategy(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),
+    "release_dispatch": OperationStrategy(1, _dispatched),
+    "trigger_run": OperationStrategy(2, _trigger_run, Capability.TRIGGER),
+    "configure_run": OperationStrategy(1, _configure_run),
+    "request_cancel": OperationStrategy(1, lambda d: {**_of_run(d), "reason": d.text()}),
+    "mark_timed_out": OperationStrategy(
+        1, lambda d: {**_of_run(d), "reason": d.text(), "as_of": d.maybe_timestamp()}
+    ),
+    "extend_deadline": OperationStrategy(
+        1, lambda d: {**_of_run(d), "timeout_at": d.timestamp()}, Capability.DEADLINES
+    ),
+    "try_register_idempotency_key": OperationStrategy(1, lambda d: {**_scope(d), "run_id": d.run()}),
+    "find_run_id_by_idempotency_key": OperationStrategy(1, _scope),
+    "register_waiter": OperationStrategy(3, _register_waiter),
+    "deliver_signal": OperationStrategy(3, _deliver_signal),
+    "get_waiter": OperationStrategy(1, _waiting),
+    "remove_waiter": OperationStrategy(1, _waiting),
+    "expire_waiter": OperationStrategy(1, _waiting, Capability.WAITERS),
+    "get_waiters": OperationStrategy(1, _of_run, Capability.WAITERS),
+    "append_event": OperationStrategy(
+        1,
+        lambda d: {
+            **_of_run(d),
+            "event_type": d.one_of("e", "E"),
+            "step_key": d.sampled_from((None, *d.world.keys)),
+            "message": d.text(),
+        },
+        Capability.EVENTS,
+    ),
+    "get_run_events": OperationStrategy(
+        1, lambda d: {**_of_run(d), "after": d.one_of(0, 1, 2), "take": d.one_of(200, 1)}, Capability.EVENTS
+    ),
+    "save_output": OperationStrategy(
+        1,
+        lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys), "value_json": d.one_of("1", "")},
+        Capability.OUTPUTS,
+    ),
+    "get_output": OperationStrategy(
+        1, lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys)}, Capability.OUTPUTS
+    ),
+    "get_outputs": OperationStrategy(1, _of_run, Capability.OUTPUTS),
+    "get_run_detail": OperationStrategy(1, _of_run),
+    "get_run_status": OperationStrategy(1, _of_run),
+    "get_run_control": OperationStrategy(1, _of_run),
+    "get_step_statuses": OperationStrategy(1, _of_run),
+    "get_claimed_step_keys": OperationStrategy(1, _of_run),
+    "get_step_claims": OperationStrategy(1, _of_run),
+    "get_dispatched_step_keys": OperationStrategy(1, _of_run),
+    "get_dispatches": OperationStrategy(1, _of_run),
+    "get_runs": OperationStrategy(
+        1,
+        lambda d: {
+            "flow_id": d.sampled_from((None, *d.world.flows)),
+            "after": d.position(),
+            "skip": d.one_of(0, 1, 2),
+            "take": d.one_of(50, 2, 0),
+        },
+    ),
+    "get_active_runs": OperationStrategy(1, lambda d: {"take": d.one_of(None, 1, 0)}),
+    "get_derived_runs": OperationStrategy(
+        1, lambda d: {"source_run_id": d.sampled_from(d.world.runs), "take": d.one_of(None, 1)}
+    ),
+    "get_runs_page": OperationStrategy(2, _get_runs_page, Capability.DASHBOARD),
+    "get_statistics": OperationStrategy(1, lambda d: {"as_of": d.maybe_timestamp()}, Capability.DASHBOARD),
+    "get_run_timeseries": OperationStrategy(1, _get_run_timeseries, Capability.DASHBOARD),
+    "get_stalled_steps": OperationStrategy(2, _as_of, Capability.RECOVERY),
+    "get_runs_to_stop": OperationStrategy(1, _as_of, Capability.DEADLINES),
+    "cleanup": OperationStrategy(2, _cleanup),
+}
+"""Every operation of FlowStore but ping and aclose."""
+
+GLOBAL_OPERATIONS = frozenset(
+    name for name in STRATEGIES if name.startswith(("get_runs", "get_active", "get_derived", "get_stat"))
+) | {"get_run_timeseries", "get_stalled_steps", "cleanup"}
+"""Those that look at many runs, or act on many, at once."""
+
+
+def available_strategies(capabilities: Collection[Capability]) -> dict[str, OperationStrategy]:
+    """The methods that a store with these capabilities has."""
+    return {name: one for name, one in STRATEGIES.items() if one.needs is None or one.needs in capabilities}
+
+
+def draw_call(chooser: ChoiceSource, world: Universe, method: str) -> Call:
+    """One call of a method; the state is only looked at."""
+    return Call(method=method, arguments=STRATEGIES[method].draw(CallStrategy(chooser, world)))
+
+
+def draw_clock_advance(chooser: ChoiceSource, world: Universe) -> timedelta:
+    """How far to move the clock: a little, or to an edge, exactly or just before or after it."""
+    draw = CallStrategy(chooser, world)
+    now = world.model.now
+    hour = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    midnight = hour.replace(hour=0) + timedelta(days=1)
+    edges = [edge for edge in (*world.moments(), hour, midnight) if edge > now]
+    if draw.one_of(False, False, True):
+        return draw.sampled_from([edge - now for edge in edges]) + draw.one_of(timedelta(0), TICK)
+    return draw.one_of(TICK, TICK, timedelta(seconds=1), timedelta(seconds=1), *SPANS[1:])

@@ -1,0 +1,216 @@
+"""The options of the suite under pytest, and what they ask for.
+
+A conftest inside an installed package is read too late to add options to ``pytest --pyargs``. So this is a
+plugin, which only ``-p flowstore_conformance.pytest_plugin`` loads, never pytest by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from flowstore_conformance.checks.registry import Check
+from flowstore_conformance.context import Profile
+from flowstore_conformance.guard import GuardedBackend
+from flowstore_conformance.report import CheckResult, Report
+from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.suite import (
+    OneRun,
+    look,
+    new_seed,
+    read_limits,
+    read_profile,
+    select_checks,
+    slowness,
+    versions,
+)
+from flowstore_conformance.supervision import Supervisor
+from flowstore_conformance.watching import Limits, Watchdog
+from flowstore_core import Backend, Capability, FlowStoreError
+from flowstore_core.config import URL_VARIABLE
+from flowstore_core.plugins import find_backend
+from flowstore_core.urls import parse_url, redact
+
+PACKAGE = "flowstore_conformance"
+
+NO_URL = (
+    f"the conformance suite needs to know which store to check: pytest -p {PACKAGE}.options "
+    f"--pyargs {PACKAGE} --flowstore-url=URL, or set {URL_VARIABLE}; "
+    "it works only in scratch namespaces beside that store"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What a session of pytest checks, and how."""
+
+    # pytest shows the arguments of tests that fail.
+    url: str = field(repr=False)
+    backend: GuardedBackend
+    profile: Profile
+    seed: int
+    checks: Sequence[Check]
+    versions: dict[str, str]
+    limits: Limits
+    known: set[str] = field(default_factory=set)
+    """Operations that were found to hang."""
+    lost: list[Supervisor] = field(default_factory=list)
+    """Those that had to leave a loop behind."""
+
+    def examine(self, check: Check) -> tuple[CheckResult, Report]:
+        """Run one check; its result, and a report that holds it alone.
+
+        It runs in a thread of its own, as in the command, so that a backend that blocks is told apart.
+        """
+        started_at = datetime.now(UTC)
+        watchdog = Watchdog(self.limits)
+        watchdog.known = self.known
+        supervisor = Supervisor(watchdog)
+        one = OneRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
+        result = asyncio.run(self._examine(one, check))
+        if result.failure is not None and result.failure.hung:
+            self.lost.append(supervisor)
+        report = Report(
+            backend=self.backend.name,
+            url=redact(self.url),
+            capabilities=tuple(sorted(self.backend.capabilities)),
+            profile=self.profile.value,
+            seed=self.seed,
+            started_at=started_at,
+            seconds=result.seconds,
+            results=(result,),
+            versions=self.versions,
+            selected=check.clauses,
+            left_behind=one.left_behind,
+        )
+        return result, report
+
+    async def _examine(self, one: OneRun, check: Check) -> CheckResult:
+        try:
+            result = await one.check(check)
+            return result if result.failure is None else await one.rerun_failed(result)
+        finally:
+            await one.aclose()
+
+
+_session = pytest.StashKey[Session]()
+_seed = pytest.StashKey[int]()
+_exit_status = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("flowstore conformance")
+    group.addoption("--flowstore-url", metavar="URL", help="a store of the backend to check")
+    group.addoption(
+        "--flowstore-profile", metavar="PROFILE", default="standard", help="quick, standard or thorough"
+    )
+    group.addoption("--flowstore-seed", metavar="N", type=int, help="repeat the run that had this seed")
+    group.addoption(
+        "--flowstore-check-timeout",
+        metavar="SECONDS",
+        type=float,
+        help="how long a check may take; a call may take half of that",
+    )
+    group.addoption(
+        "--flowstore-clause", metavar="ID", action="append", default=[], help="check this clause only"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if any(PACKAGE in argument for argument in config.args) and not config.option.help:
+        session_of(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    # All workers of pytest-xdist share one seed, and need not look again where the controller has.
+    node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
+    session = node.config.stash.get(_session, None)
+    node.workerinput["flowstore_guarded"] = session and {
+        "capabilities": [one.value for one in session.backend.capabilities],
+        "findings": [asdict(one) for one in session.backend.findings],
+        "limits": asdict(session.limits),
+    }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_exit_status] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    # A thread of the backend that still hangs would keep the interpreter waiting for ever.
+    own = config.stash.get(_session, None)
+    if own is not None and own.lost and threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash.get(_exit_status, 1))
+
+
+def session_of(config: pytest.Config) -> Session:
+    """What the options ask for; the first call sees to it that a scratch namespace is empty.
+
+    Raises pytest.UsageError where the suite cannot run.
+    """
+    if _session not in config.stash:
+        try:
+            config.stash[_session] = _open_session(config)
+        except FlowStoreError as error:
+            raise pytest.UsageError(str(error)) from error
+    return config.stash[_session]
+
+
+def _open_session(config: pytest.Config) -> Session:
+    url = config.getoption("flowstore_url", None) or os.environ.get(URL_VARIABLE, "").strip()
+    if not url:
+        raise pytest.UsageError(NO_URL)
+    parts = parse_url(url)
+    url = parts.text
+    plugin, backend = find_backend(parts.scheme)
+    profile = read_profile(config.getoption("flowstore_profile", "standard"))
+    checks = select_checks(config.getoption("flowstore_clause", ()))
+    limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
+    looked = getattr(config, "workerinput", {}).get("flowstore_guarded")
+    if looked is None:
+        supervisor, begun = Supervisor(Watchdog(limits)), time.monotonic()
+        guarded = asyncio.run(_look(supervisor, backend, url))
+        if timeout is None:
+            limits = limits.scaled(slowness(time.monotonic() - begun))
+    else:
+        guarded = GuardedBackend(backend, url, frozenset(map(Capability, looked["capabilities"])))
+        guarded.findings = tuple(SignatureFinding(**one) for one in looked["findings"])
+        limits = Limits(**looked["limits"])
+    return Session(
+        url=url,
+        backend=guarded,
+        profile=profile,
+        seed=_chosen_seed(config),
+        checks=checks,
+        versions=versions(plugin.distribution),
+        limits=limits,
+    )
+
+
+async def _look(supervisor: Supervisor, backend: Backend, url: str) -> GuardedBackend:
+    try:
+        return await look(supervisor, backend, url)
+    finally:
+        await supervisor.aclose()
+
+
+def _chosen_seed(config: pytest.Config) -> int:
+    if _seed not in config.stash:
+        given = config.getoption("flowstore_seed", None)
+        shared = getattr(config, "workerinput", {}).get("flowstore_seed")
+        config.stash[_seed] = next((one for one in (given, shared) if one is not None), new_seed())
+    return config.stash[_seed]

@@ -1,0 +1,179 @@
+"""What a theme is, what it draws with, and how it tells in plain words what counting shows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.history import Call, History, Returned
+from flowstore_conformance.linearizability import Verdict
+from flowstore_conformance.races import BEFORE, Race
+from flowstore_core import Capability
+
+Maker = Callable[[int], Call]
+"""A call by a client's number."""
+
+LEASE = timedelta(seconds=30)
+FLOW = UUID(int=100)
+RUN = UUID(int=1)
+
+
+@dataclass(slots=True)
+class RaceBuilder:
+    """What a theme draws with."""
+
+    generator: random.Random
+    capabilities: Collection[Capability]
+    now: datetime
+    virtual: bool = True
+    """Whether the clock stands still during the race, so that what is written at once has one time."""
+    run: UUID = RUN
+    count: int = 0
+    """How many clients."""
+
+    def __post_init__(self) -> None:
+        self.count = self.generator.choice((2, 3, 3, 4, 4, 4, 6, 8))
+
+    def one_of(self, *options: Any) -> Any:
+        return self.generator.choice(options)
+
+    def on(self, method: str, **arguments: Any) -> Call:
+        return Call(method=method, arguments={"run_id": self.run, **arguments})
+
+    def step(self, method: str, **arguments: Any) -> Call:
+        return self.on(method, **{"step_key": "a", **arguments})
+
+    def start_run(self, run_id: UUID | None = None) -> Call:
+        given = {"flow_id": FLOW, "flow_name": "races", "run_id": run_id or self.run, "trigger_key": "t"}
+        return Call(method="start_run", arguments=given)
+
+    def has(self, capability: Capability) -> bool:
+        return capability in self.capabilities
+
+    def clients(self, *makers: Maker, first: Maker | None = None) -> tuple[tuple[Call, ...], ...]:
+        """Programs of calls that are drawn from the makers; ``first`` opens each of them."""
+        longest = 3 if self.count <= 3 else 2 if self.count <= 4 else 1
+        programs = []
+        for client in range(self.count):
+            length = self.generator.randint(1, longest)
+            calls = [self.generator.choice(makers)(client) for _ in range(length)]
+            programs.append(tuple([first(client), *calls[1:]] if first is not None else calls))
+        return tuple(programs)
+
+    def look(self, *more: Call, run_id: UUID | None = None) -> tuple[Call, ...]:
+        """Reads of all state of a run, for the end of a race; then more calls."""
+        names = ["get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"]
+        # On a store's own clock nobody knows the order in which it made waiters.
+        listed = self.has(Capability.WAITERS) and self.virtual
+        names += ["get_waiters"] if listed else []
+        names += ["get_outputs"] if self.has(Capability.OUTPUTS) else []
+        names += ["get_run_events"] if self.has(Capability.EVENTS) else []
+        of_run = {"run_id": run_id or self.run}
+        reads = [Call(method=name, arguments=of_run) for name in names]
+        if not listed:
+            keys = ("a", "b", "c")
+            reads += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in keys]
+        return (*reads, *more)
+
+
+def no_explanation(history: History) -> str | None:
+    """For themes in which counting shows nothing."""
+    return None
+
+
+def first_blamed(verdict: Verdict) -> str | None:
+    """For themes whose violations break their first clause."""
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaceFamily:
+    """One kind of race."""
+
+    name: str
+    clauses: tuple[str, ...]
+    sentence: str
+    draw: Callable[[RaceBuilder], Race]
+    needs: frozenset[Capability] = frozenset()
+    exclusive: bool = False
+    """Only one race at a time, because a call looks at all runs."""
+    explain: Callable[[History], str | None] = no_explanation
+    """What is wrong, in plain words, where counting shows it."""
+    clause_of: Callable[[Verdict], str | None] = first_blamed
+    """Which clause is broken, where it is not the first."""
+
+
+def winners(method: str, undone_by: Sequence[str]) -> Callable[[History], str | None]:
+    """Names everybody who won a race that nobody gave up, retried or reset meanwhile."""
+
+    def explain(history: History) -> str | None:
+        racing = [one for one in history.operations if one.client >= 0]
+        if any(one.call.method in undone_by for one in racing):
+            return None
+        won = [one for one in racing if one.call.method == method and one.outcome == Returned(True)]
+        who = list(
+            dict.fromkeys(str(one.call.arguments.get("owner") or f"client {one.client}") for one in won)
+        )
+        if len(won) < 2 or (len(who) < 2 and won[0].call.arguments.get("owner")):
+            return None
+        return (
+            f"{len(won)} of {len(racing)} calls won what only one can win: {method} was True for {_list(who)}"
+        )
+
+    return explain
+
+
+def duplicate_attempt_numbers(history: History) -> str | None:
+    """Attempts that two calls were told to be theirs."""
+    given: dict[Any, list[str]] = {}
+    for one in history.operations:
+        if one.call.method == "record_step_start" and isinstance(one.outcome, Returned):
+            if one.call.arguments.get("owner") is not None:
+                continue  # Said again under one claim, the number comes back.
+            client = "the setup" if one.client == BEFORE else f"client {one.client}"
+            given.setdefault((one.call.arguments["step_key"], one.outcome.value), []).append(client)
+    for (key, number), clients in given.items():
+        if len(clients) > 1:
+            return f"attempt {number} of step {key!r} was given to {_list(clients)}"
+    return None
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def stuck_on_reads(clause: str) -> Callable[[Verdict], str | None]:
+    """Blames a clause when nothing but what was read is wrong."""
+
+    def clause_of(verdict: Verdict) -> str | None:
+        reads = all(one.call.method.startswith(("get_", "find_")) for one in verdict.unplaced)
+        return clause if verdict.unplaced and reads else None
+
+    return clause_of
+
+
+def family(
+    name: str,
+    clauses: str,
+    sentence: str,
+    draw: Callable[[RaceBuilder], Race],
+    *needs: Capability,
+    exclusive: bool = False,
+    explain: Callable[[History], str | None] = no_explanation,
+    clause_of: Callable[[Verdict], str | None] = first_blamed,
+) -> RaceFamily:
+    """A theme; ``clauses`` are ids with blanks between."""
+    return RaceFamily(
+        name=name,
+        clauses=tuple(clauses.split()),
+        sentence=sentence,
+        draw=draw,
+        needs=frozenset(needs),
+        exclusive=exclusive,
+        explain=explain,
+        clause_of=clause_of,
+    )

@@ -1,0 +1,172 @@
+"""Races for the end of a run, its latches, and idempotency keys."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.history import Call
+from flowstore_conformance.race_families.claims import claim
+from flowstore_conformance.race_families.family import (
+    FLOW,
+    LEASE,
+    Maker,
+    RaceBuilder,
+    RaceFamily,
+    family,
+    winners,
+)
+from flowstore_conformance.race_families.steps import start
+from flowstore_conformance.races import Race
+from flowstore_core import Capability
+
+
+def _ends(d: RaceBuilder) -> Race:
+    def end(client: int) -> Call:
+        return d.on("complete_run", status=d.one_of("Succeeded", "Failed", "Cancelled"))
+
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(end, end, end, start(d), claim(d), lambda client: d.on("get_run_detail")),
+        final=d.look(),
+    )
+
+
+def _starts_of_one_run(d: RaceBuilder) -> Race:
+    def begin(client: int) -> Call:
+        given = {**d.start_run().arguments, "trigger_data": str(client), "job_id": f"job {client}"}
+        return Call(method="start_run", arguments=given)
+
+    makers: list[Maker] = [
+        begin,
+        lambda client: d.on("get_run_detail"),
+        lambda client: d.on("get_run_status"),
+    ]
+    if d.has(Capability.TRIGGER):
+        makers.append(lambda client: Call(method="trigger_run", arguments=begin(client).arguments))
+    return Race(setup=(), clients=d.clients(*makers, first=begin), final=d.look())
+
+
+def _late_starts(d: RaceBuilder) -> Race:
+    def end(client: int) -> Call:
+        return d.on("complete_run", status="Cancelled")
+
+    def look(client: int) -> Call:
+        return d.on("get_step_statuses")
+
+    clients = d.clients(
+        end,
+        end,
+        look,
+        start(d),
+        start(d),
+        claim(d),
+        lambda client: d.step("try_record_dispatch"),
+        lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
+    )
+    if d.one_of(True, False):
+        # Who ends a run and then sees no step has seen that whatever starts now starts too late.
+        clients = ((end(0), look(0)), *clients[1:])
+    return Race(setup=(d.start_run(),), clients=clients, final=d.look())
+
+
+def _expected_ends(d: RaceBuilder) -> Race:
+    def end(client: int) -> Call:
+        return d.on("complete_run", status="Succeeded", expected={"a": "Succeeded"})
+
+    def other(method: str, **arguments: Any) -> Maker:
+        return lambda client: d.step(method, **{"step_key": d.one_of("a", "b"), **arguments})
+
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("record_step_start", step_type="s"),
+            d.step("record_step_complete", status="Succeeded", attempt=1),
+        ),
+        clients=d.clients(
+            end,
+            end,
+            other("record_step_start", step_type="s"),
+            other("try_claim_step", owner="somebody"),
+            other("try_record_dispatch"),
+            lambda client: d.step("retry_step", attempt=1),
+            lambda client: d.on("get_run_detail"),
+        ),
+        final=d.look(),
+    )
+
+
+def _latches(d: RaceBuilder) -> Race:
+    def configure(client: int) -> Call:
+        return d.on("configure_run", flow_id=FLOW, trigger_key="t", timeout_at=d.one_of(None, d.now + LEASE))
+
+    makers: list[Maker] = [
+        lambda client: d.on("request_cancel", reason=f"client {client}"),
+        lambda client: d.on("request_cancel", reason=f"client {client}"),
+        lambda client: d.on("mark_timed_out", reason=f"late {client}"),
+        lambda client: d.on("mark_timed_out", reason=f"late {client}"),
+        lambda client: d.on("get_run_control"),
+        configure,
+    ]
+    if d.has(Capability.DEADLINES):
+        makers.append(lambda client: d.on("extend_deadline", timeout_at=d.now + 2 * LEASE))
+    return Race(
+        setup=(d.start_run(), *((configure(0),) * d.one_of(0, 1))),
+        clients=d.clients(*makers),
+        final=d.look(),
+    )
+
+
+KEY = {"flow_id": FLOW, "trigger_key": "t", "idempotency_key": "k"}
+
+
+def register(client: int) -> Call:
+    return Call(method="try_register_idempotency_key", arguments={**KEY, "run_id": UUID(int=1 + client)})
+
+
+def find(client: int = 0) -> Call:
+    return Call(method="find_run_id_by_idempotency_key", arguments=KEY)
+
+
+def _keys(d: RaceBuilder) -> Race:
+    return Race(
+        setup=(),
+        clients=d.clients(register, register, find, first=register),
+        final=(find(),),
+    )
+
+
+def trigger(client: int) -> Call:
+    given = {**KEY, "flow_name": "races", "run_id": UUID(int=1 + client), "job_id": f"job {client}"}
+    return Call(method="trigger_run", arguments=given)
+
+
+def _triggers(d: RaceBuilder) -> Race:
+    ids = [UUID(int=1 + client) for client in range(d.count)]
+    makers: list[Maker] = [
+        trigger,
+        trigger,
+        trigger,
+        find,
+        lambda client: Call(method="get_run_control", arguments={"run_id": d.one_of(*ids)}),
+    ]
+    if d.one_of(True, False):
+        makers += [register, lambda client: d.start_run(d.one_of(*ids))]
+    looks = [Call(method=name, arguments={"run_id": one}) for one in ids for name in LOOKS_AT_TRIGGERED]
+    return Race(setup=(), clients=d.clients(*makers), final=(find(), *looks))
+
+
+LOOKS_AT_TRIGGERED = ("get_run_detail", "get_run_control")
+
+
+RACE_FAMILIES: tuple[RaceFamily, ...] = (
+    family("starts_of_one_run", "RUN-1", "starts of one run", _starts_of_one_run),
+    family("late_starts", "RUN-4", "starts, claims and dispatches in a run that ends", _late_starts),
+    family("ends", "RUN-2", "ends of one run", _ends, explain=winners("complete_run", ("retry_step",))),
+    family(
+        "expected_ends", "RUN-2", "ends that expect the steps as they are, while these move", _expected_ends
+    ),
+    family("latches", "CTL-2", "cancels and time-outs of one run", _latches),
+    family("keys", "IDM-2", "registrations of one idempotency key", _keys),
+    family("triggers", "IDM-3", "triggers with one idempotency key", _triggers, Capability.TRIGGER),
+)

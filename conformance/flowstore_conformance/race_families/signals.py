@@ -1,0 +1,138 @@
+"""Races of deliveries, events and outputs."""
+
+from __future__ import annotations
+
+from flowstore_conformance.history import Call, Returned
+from flowstore_conformance.linearizability import Verdict
+from flowstore_conformance.race_families.family import LEASE, Maker, RaceBuilder, RaceFamily, family
+from flowstore_conformance.races import Race
+from flowstore_core import Capability, SignalDeliveryStatus
+
+
+def _deliver(d: RaceBuilder) -> Maker:
+    return lambda client: d.on(
+        "deliver_signal",
+        signal_name="go",
+        payload_json=str(client),
+        delivery_id=d.one_of(None, None, f"delivery {client}", "one delivery"),
+    )
+
+
+def _deliveries(d: RaceBuilder) -> Race:
+    waiters = d.generator.sample(["a", "b", "c"], d.one_of(1, 2, 3))
+    deliver = _deliver(d)
+    others: list[Maker] = [
+        lambda client: d.step("remove_waiter"),
+        lambda client: d.step("register_waiter", step_key=d.one_of("a", "b"), signal_name="go"),
+        lambda client: d.step("get_waiter"),
+    ]
+    # Which waiter is the oldest is known only when it is known when they were made.
+    mixed = others if d.virtual and d.one_of(True, False) else []
+    return Race(
+        setup=(
+            d.start_run(),
+            *(d.step("register_waiter", step_key=key, signal_name="go") for key in sorted(waiters)),
+        ),
+        clients=d.clients(deliver, deliver, deliver, *mixed),
+        final=d.look(),
+    )
+
+
+def _blame_delivery(verdict: Verdict) -> str | None:
+    """SIG-3 where somebody was told that there is no waiter."""
+    nothing = ("status", SignalDeliveryStatus.NOT_FOUND.value)
+    told = [one.outcome.value for one in verdict.unplaced if isinstance(one.outcome, Returned)]
+    return "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in told if one) else None
+
+
+def _late_deliveries(d: RaceBuilder) -> Race:
+    """Deliveries to a run that ends and is reopened; a step of its own fails, so its waiters are kept."""
+    deliver = _deliver(d)
+
+    def end(client: int) -> Call:
+        return d.on("complete_run", status=d.one_of("Succeeded", "Failed", "Cancelled"))
+
+    waiters = d.generator.sample(["a", "b"], d.one_of(1, 2))
+    clients = d.clients(
+        deliver,
+        deliver,
+        end,
+        lambda client: d.step("retry_step", step_key="failed"),
+        lambda client: d.step("register_waiter", step_key="c", signal_name="go"),
+        lambda client: d.on("get_run_status"),
+    )
+    if d.one_of(True, False):
+        # A client that ended the run knows that every later delivery is too late.
+        clients = ((end(0), deliver(0)), *clients[1:])
+    ended = (end(0),) if d.one_of(False, False, True) else ()
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("record_step_start", step_key="failed", step_type="s"),
+            d.step("record_step_complete", step_key="failed", status="Failed", attempt=1),
+            *(d.step("register_waiter", step_key=key, signal_name="go") for key in sorted(waiters)),
+            *ended,
+        ),
+        clients=clients,
+        final=(d.on("get_run_status"), *(d.step("get_waiter", step_key=key) for key in ("a", "b", "c"))),
+    )
+
+
+def _expiries(d: RaceBuilder) -> Race:
+    return Race(
+        setup=(
+            d.start_run(),
+            d.step("register_waiter", signal_name="go", expires_at=d.now + LEASE),
+            d.step("register_waiter", step_key="b", signal_name="go"),
+        ),
+        clients=d.clients(
+            _deliver(d),
+            _deliver(d),
+            lambda client: d.step("expire_waiter"),
+            lambda client: d.step("expire_waiter"),
+            lambda client: d.step("remove_waiter"),
+            lambda client: d.step("register_waiter", signal_name="go", expires_at=d.now + 3 * LEASE),
+        ),
+        final=d.look(),
+        jump=LEASE,
+    )
+
+
+def _events(d: RaceBuilder) -> Race:
+    def read(client: int) -> Call:
+        return d.on("get_run_events", after=d.one_of(0, 0, 1))
+
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(*[lambda client: d.on("append_event", event_type=f"by {client}")] * 3, read),
+        final=d.look(),
+    )
+
+
+def _outputs(d: RaceBuilder) -> Race:
+    return Race(
+        setup=(d.start_run(),),
+        clients=d.clients(
+            lambda client: d.on("save_output", key=d.one_of("k", "k", "K"), value_json=str(client)),
+            lambda client: d.on("save_output", key="k", value_json=str(client)),
+            lambda client: d.on("get_output", key="k"),
+            lambda client: d.on("get_outputs"),
+        ),
+        final=d.look(),
+    )
+
+
+RACE_FAMILIES: tuple[RaceFamily, ...] = (
+    family("deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, clause_of=_blame_delivery),
+    family("late_deliveries", "RUN-4 SIG-2 SIG-3", "deliveries to a run that ends", _late_deliveries),
+    family(
+        "expiries",
+        "SIG-4",
+        "deliveries to a waiter that expires",
+        _expiries,
+        Capability.WAITERS,
+        Capability.VIRTUAL_CLOCK,
+    ),
+    family("events", "EVT-1", "events of one run", _events, Capability.EVENTS),
+    family("outputs", "EVT-2", "outputs under one key", _outputs, Capability.OUTPUTS),
+)

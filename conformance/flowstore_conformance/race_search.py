@@ -1,0 +1,352 @@
+"""Hunting for races that no order of their calls explains, and making one that was found small."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
+
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
+from flowstore_conformance.execution import is_foreign
+from flowstore_conformance.history import Call, History, Operation, Raised
+from flowstore_conformance.legality import is_rightly_refused
+from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
+from flowstore_conformance.operations import STRATEGIES
+from flowstore_conformance.race_families import RaceBuilder, RaceFamily
+from flowstore_conformance.races import AFTER, BEFORE, Race, RaceRun, Runner, Topology
+from flowstore_conformance.repro_script import ReproPhase, answer_text, concurrent_script
+from flowstore_conformance.signature import Signature, wrong_answers
+from flowstore_conformance.state_probe import answer
+
+SHRINK_SECONDS = 6.0
+TRIES = 24
+"""How often a smaller race is run before it is taken to be too small."""
+MIN_OVERLAP = 0.2
+"""The share of the planned races in which calls must overlap for a check to have looked closely."""
+OVERLAP_SECONDS = 15.0
+"""How long a hunt goes on, where they have not yet."""
+MOST_UNAVAILABLE = 0.05
+"""The share of calls that a store may refuse as unavailable before nothing can be said of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How much work one hunt is."""
+
+    rounds: int
+    races: int
+    """In a volley."""
+    seconds: float
+    """After so long no new volley begins, if enough races overlapped."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    races: int = 0
+    overlapped: int = 0
+    """Races that were decided and in which calls overlapped."""
+    undecided: int = 0
+    calls: int = 0
+    unavailable: int = 0
+
+    def add(self, run: RaceRun) -> None:
+        self.races += 1
+        self.overlapped += run.overlapping > 0
+        self.calls += len(run.history.operations) + run.unavailable
+        self.unavailable += run.unavailable
+
+    def leave_out(self, run: RaceRun) -> None:
+        """A race that could not be decided says nothing."""
+        self.undecided += 1
+        self.overlapped -= run.overlapping > 0
+
+
+async def search(context: CheckContext, family: RaceFamily, runner: Runner, effort: Budget) -> None:
+    """Run drawn races of a theme; Violation with the smallest race that shows one.
+
+    Raises Inconclusive when too few of them overlapped or could be decided, or when the store refused
+    too much.
+    """
+    tally, begun, volley = _Tally(), time.monotonic(), 0
+    # Where a race is a whole volley, there are more of them.
+    limit = effort.rounds * (2 if family.exclusive else 1)
+    count = 1 if family.exclusive else effort.races
+
+    def enough() -> bool:
+        overlapped = tally.overlapped >= MIN_OVERLAP * min(tally.races, limit * count)
+        return overlapped and tally.unavailable <= MOST_UNAVAILABLE * tally.calls
+
+    while True:
+        for run in await runner.run(_draw(context, family, count)):
+            tally.add(run)
+            context.assertions += 1
+            try:
+                verdict = judge(context, run)
+            except Inconclusive:
+                tally.leave_out(run)
+                continue
+            if verdict is not None:
+                raise await _explain(context, family, runner, run, verdict)
+        volley += 1
+        seconds = time.monotonic() - begun
+        if enough():
+            if volley >= limit or (seconds > effort.seconds and volley >= 3):
+                return
+        elif volley >= limit and seconds > OVERLAP_SECONDS * context.timeout_factor:
+            break
+    if tally.unavailable > MOST_UNAVAILABLE * tally.calls:
+        raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
+    undecided = f"; {tally.undecided} were too large to be decided" if tally.undecided else ""
+    raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
+
+
+def _draw(context: CheckContext, family: RaceFamily, count: int) -> list[Race]:
+    now = datetime.now(UTC) if context.clock is None else context.clock.now
+    races = []
+    for _ in range(count):
+        drawing = RaceBuilder(
+            generator=context.random,
+            capabilities=context.capabilities,
+            now=now,
+            virtual=context.clock is not None,
+        )
+        race = _offered(family.draw(drawing), context).scheduled(context.random)
+        races.append(race.on_fresh_ids(context.random))
+    return races
+
+
+def _offered(race: Race, context: CheckContext) -> Race:
+    """The race without calls that the backend does not offer."""
+
+    def keep(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+        needs = ((call, STRATEGIES[call.method].needs) for call in calls)
+        return tuple(call for call, need in needs if need is None or need in context.capabilities)
+
+    return replace(
+        race,
+        setup=keep(race.setup),
+        clients=tuple(map(keep, race.clients)),
+        final=keep(race.final),
+    )
+
+
+def judge(context: CheckContext, run: RaceRun, budget: int = DEFAULT_BUDGET) -> Verdict | None:
+    """The verdict on a race that breaks the contract; None for one that does not.
+
+    A call with arguments that the contract forbids, refused as it must be, is left out: it changed nothing
+    (INP). Raises Inconclusive when the search ran out of its budget, ten times over.
+    """
+    operations = [one for one in run.history.operations if not is_rightly_refused(one.call, one.outcome)]
+    history = History.of(operations)
+    foreign = [one for one in operations if is_foreign(one.outcome)]
+    if foreign:
+        return Verdict(answer=Answer.VIOLATION, states=0, unplaced=tuple(foreign))
+    verdict = check_history(history, exact_times=context.exact_times, budget=budget)
+    if verdict.answer is Answer.UNDECIDED:
+        verdict = check_history(history, exact_times=context.exact_times, budget=10 * budget)
+    if verdict.answer is Answer.UNDECIDED:
+        raise Inconclusive(f"no verdict on a race of {len(operations)} calls within {budget} states")
+    return verdict if verdict.answer is Answer.VIOLATION else None
+
+
+# Telling
+
+
+async def _explain(
+    context: CheckContext, family: RaceFamily, runner: Runner, run: RaceRun, verdict: Verdict
+) -> ContractViolation:
+    smallest = await _RaceShrinker(context, family, runner, run, verdict).run()
+    return _violation(context, family, runner.topology, smallest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    run: RaceRun
+    verdict: Verdict
+    reproductions: int
+    repetitions: int
+
+
+def _violation(
+    context: CheckContext, family: RaceFamily, topology: Topology, found: _Found
+) -> ContractViolation:
+    run, verdict = found.run, found.verdict
+    clause, cause = broken_clause(family, verdict), None
+    message = family.explain(run.history) or _no_order(verdict)
+    surfaced = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
+    if surfaced and isinstance(surfaced[0], Raised):
+        cause = surfaced[0].exception
+        method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
+        message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
+    message = (
+        f"{message} (struck in {found.reproductions} of {found.repetitions} runs of this race, {topology})"
+    )
+    violation = ContractViolation(
+        message,
+        clause=clause,
+        program=_program(context, run, topology, f"{clause}: {message}"),
+        history=run.history,
+        verdict=verdict,
+    )
+    violation.__cause__ = cause
+    return violation
+
+
+def broken_clause(family: RaceFamily, verdict: Verdict) -> str:
+    """The clause that the wrong answers of a race of this theme break."""
+    if any(is_foreign(one.outcome) for one in verdict.unplaced):
+        return "CON-2"
+    return family.clause_of(verdict) or family.clauses[0]
+
+
+def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
+    """The clause and the answers that no order explains."""
+    wrong = {
+        answer
+        for one, right in zip_longest(verdict.unplaced, verdict.expected)
+        for answer in wrong_answers(one.call, right, one.outcome)
+    }
+    return Signature(broken_clause(family, verdict), frozenset(wrong))
+
+
+def _no_order(verdict: Verdict) -> str:
+    """In words: where the search got stuck."""
+    parts = [
+        f"{one.call.method} of {_client(one)} gave {answer(one.outcome)}, where only {answer(right)} is right"
+        for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
+    ]
+    done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])
+    after = f"after {done}, " if done else ""
+    return f"no order of these calls explains their answers: {after}{'; and '.join(parts[:3])}"
+
+
+def _client(one: Operation) -> str:
+    return {BEFORE: "the setup", AFTER: "the look at the end"}.get(one.client, f"client {one.client}")
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str) -> str:
+    race = run.race
+    answers = "\n".join(
+        f"    {_client(one)}: {one.call.method}: {_brief(answer_text(one.outcome))}"
+        for one in run.history.operations
+    )
+    start = run.history.operations[0].now if run.history.operations else datetime.now(UTC)
+    phases = [
+        ReproPhase(timedelta(0), [race.setup]),
+        ReproPhase(race.jump, race.clients),
+        ReproPhase(timedelta(0), [race.final]),
+    ]
+    title = (
+        f"{title}\n\nSeen, by the time each call began, and no order of these calls explains it:\n\n{answers}"
+    )
+    if topology.processes:
+        title += (
+            f"\n\nThat was {topology}. This program has as many stores in one process,\n"
+            "where it may strike less often or never; the report's command races processes again."
+        )
+    clock = context.clock is not None
+    return concurrent_script(title, start, phases, race.ids, clock=clock, stores=topology.stores)
+
+
+# Shrinking
+
+
+class _RaceShrinker:
+    """Runs smaller races many times, and keeps one that shows the same violation."""
+
+    def __init__(
+        self, context: CheckContext, family: RaceFamily, runner: Runner, run: RaceRun, verdict: Verdict
+    ) -> None:
+        self._context = context
+        self._family = family
+        self._runner = runner
+        self._best = _Found(run=run, verdict=verdict, reproductions=1, repetitions=1)
+        # Of the race that was found, for all smaller ones: steps from race to race could drift away.
+        self._signature = signature_of(family, verdict)
+        self._told = family.explain(run.history) is not None
+        self._until = time.monotonic() + SHRINK_SECONDS
+        self._generator = random.Random(f"{context.seed}/smaller")
+
+    async def run(self) -> _Found:
+        smaller = True
+        while smaller:
+            smaller = False
+            for race in smaller_races(self._best.run.race):
+                if time.monotonic() > self._until:
+                    return self._best
+                found = await self._try(race)
+                if found is not None:
+                    self._best, smaller = found, True
+                    break
+        return self._best
+
+    async def _try(self, race: Race) -> _Found | None:
+        """Run a race many times over; the last run that shows the same violation."""
+        reproductions, repetitions, last = 0, 0, None
+        size = 1 if self._family.exclusive else 8
+        while repetitions < TRIES and (last is None or repetitions < 8):
+            races = [race.on_fresh_ids(self._generator) for _ in range(size)]
+            runs = await self._runner.run([self._later(each) for each in races])
+            for run in runs:
+                repetitions += 1
+                try:
+                    verdict = judge(self._context, run, 20_000)
+                except Inconclusive:
+                    continue
+                if verdict is not None and self._is_same(run, verdict):
+                    reproductions += 1
+                    if last is None or self._family.explain(run.history):
+                        # One that can be told in plain words, if there is.
+                        last = (run, verdict)
+        if last is None:
+            return None
+        return _Found(run=last[0], verdict=last[1], reproductions=reproductions, repetitions=repetitions)
+
+    def _is_same(self, run: RaceRun, verdict: Verdict) -> bool:
+        # What counting shows of the larger race, it must show of the smaller one.
+        told = not self._told or self._family.explain(run.history) is not None
+        return told and self._signature.covers(signature_of(self._family, verdict))
+
+    def _later(self, race: Race) -> Race:
+        """The race at the clock's present time: moments that it names lie as far ahead as they did."""
+        if self._context.clock is None:
+            return race
+        gone = self._context.clock.now - self._best.run.history.operations[0].now
+
+        def shift(call: Call) -> Call:
+            arguments = {
+                name: value + gone if isinstance(value, datetime) else value
+                for name, value in call.arguments.items()
+            }
+            return replace(call, arguments=arguments)
+
+        return race.changed(shift)
+
+
+def smaller_races(race: Race) -> Iterator[Race]:
+    """Races with a client or a call less, or without a schedule. No call is changed."""
+    if len(race.clients) > 2:
+        for client in range(len(race.clients)):
+            yield race.without_client(client)
+    for client, calls in enumerate(race.clients):
+        for number in range(len(calls)):
+            if len(calls) > 1:
+                yield race.without_call(client, number)
+    for number in reversed(range(1, len(race.setup))):
+        yield replace(race, setup=_without(race.setup, number))
+    for number in range(len(race.final)):
+        if len(race.final) > 1:
+            yield replace(race, final=_without(race.final, number))
+    if race.order:
+        yield replace(race, order=(), yields=())
+
+
+def _without(items: tuple[Call, ...], index: int) -> tuple[Call, ...]:
+    return (*items[:index], *items[index + 1 :])

@@ -1,0 +1,178 @@
+"""Small domains that arguments are drawn from, with an eye on the state that the model is in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
+
+from flowstore_conformance.model import Model, Run
+from flowstore_conformance.model.state import Step
+from flowstore_core import Capability, RunPosition
+
+T = TypeVar("T")
+
+KEYS = ("a", "B", "é", "b")
+FLOWS = (UUID(int=0xF1), UUID(int=0xF2))
+OWNERS = ("one", "two", "One")
+TEXTS = (None, "", "x%_", "ABC é")
+SIGNALS = ("go", "Go")
+IDEMPOTENCY_KEYS = ("k", "K")
+OUTCOMES = ("Succeeded", "Failed", "Pending", "Skipped")
+ENDINGS = ("Succeeded", "Failed", "Cancelled")
+SEARCHES = (None, "", "x%", "abc", "B", "É", "é", "running", "superseded", "J1", "-0000", "_")
+TICK = timedelta(microseconds=1)
+SPANS = (
+    timedelta(0),
+    TICK,
+    timedelta(seconds=1),
+    timedelta(minutes=1),
+    timedelta(hours=1),
+    timedelta(days=1),
+)
+LEASES = (timedelta(minutes=1), timedelta(days=2), timedelta(hours=1), timedelta(seconds=1))
+
+
+class ChoiceSource(Protocol):
+    """Whoever decides what is drawn."""
+
+    def one_of(self, options: Sequence[T]) -> T:
+        """One of the options; the first is the simplest."""
+        ...
+
+
+class RandomChoices:
+    """Decides by a seeded generator."""
+
+    def __init__(self, generator: random.Random) -> None:
+        self._generator = generator
+
+    def one_of(self, options: Sequence[T]) -> T:
+        return self._generator.choice(options)
+
+
+@dataclass(slots=True)
+class Universe:
+    """What calls are drawn from: a few names, and the model's state that says which of them is at hand."""
+
+    model: Model
+    runs: Sequence[UUID]
+    flows: Sequence[UUID]
+    keys: Sequence[str] = KEYS
+    owners: Sequence[str] = OWNERS
+    capabilities: Collection[Capability] = field(default_factory=lambda: frozenset(Capability))
+
+    def moments(self) -> list[datetime]:
+        """The moments at which something ends or falls due, in order."""
+        found: set[datetime | None] = set()
+        for run in self.model.state.runs.values():
+            for step in run.steps.values():
+                found.add(step.claim.expires_at if step.claim else None)
+                found.add(step.dispatch.due_at if step.dispatch else None)
+            found.update(waiter.expires_at for waiter in run.waiters.values())
+            found.add(run.control.timeout_at if run.control else None)
+            found.add(run.record.completed_at if run.record else None)
+        return sorted(each for each in found if each is not None)
+
+
+class CallStrategy:
+    """Draws the arguments of one call."""
+
+    def __init__(self, chooser: ChoiceSource, world: Universe) -> None:
+        self._chooser = chooser
+        self.world = world
+        self.now = world.model.now
+
+    def one_of(self, *options: T) -> T:
+        return self._chooser.one_of(options)
+
+    def sampled_from(self, options: Sequence[T]) -> T:
+        return self._chooser.one_of(options)
+
+    def often(self) -> bool:
+        """True four times of five, and in the simplest case."""
+        return self.one_of(True, True, True, True, False)
+
+    def text(self) -> str | None:
+        return self.sampled_from(TEXTS)
+
+    def flow(self) -> UUID:
+        return self.sampled_from(self.world.flows)
+
+    def timestamp(self) -> datetime:
+        """Around now, or on the edge of something that ends."""
+        edges = self.world.moments()
+        on_an_edge = self.one_of(True, False)
+        if edges and on_an_edge:
+            return self.sampled_from(edges) + self.one_of(timedelta(0), TICK, -TICK)
+        return self.now + self.one_of(1, -1) * self.sampled_from(SPANS)
+
+    def position(self) -> RunPosition | None:
+        """Mostly none, else that of a run, stored or not, or one a little before or behind it."""
+        behind = self.one_of(False, True)
+        if not behind:
+            return None
+        run_id = self.sampled_from(self.world.runs)
+        record = self.world.model.peek(run_id).record
+        started_at = self.now if record is None else record.started_at
+        shifted = started_at + self.one_of(timedelta(0), timedelta(0), TICK, -TICK)
+        return RunPosition(started_at=shifted, run_id=run_id)
+
+    def maybe_timestamp(self) -> datetime | None:
+        later = self.one_of(False, True)
+        return self.timestamp() if later else None
+
+    def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
+        """Mostly a run that the call can do something with."""
+        fitting = [run_id for run_id in self.world.runs if wanted(self.world.model.peek(run_id))]
+        return self.sampled_from(fitting if fitting and self.often() else self.world.runs)
+
+    def step(
+        self,
+        wanted: Callable[[Step], object] = lambda step: True,
+        running: bool = False,
+    ) -> tuple[UUID, str, Step]:
+        """Mostly a step that the call can do something with."""
+        places = []
+        for run_id in self.world.runs:
+            run = self.world.model.peek(run_id)
+            if run.record is None or (running and run.record.status.is_terminal):
+                continue
+            places += [(run_id, key) for key in self.world.keys if wanted(run.steps.get(key, Step()))]
+        if places and self.often():
+            run_id, key = self.sampled_from(places)
+        else:
+            run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.world.keys)
+        return run_id, key, self.world.model.peek(run_id).steps.get(key, Step())
+
+    def waiting(self) -> tuple[UUID, str]:
+        """Mostly a step with a waiter."""
+        places = [
+            (run_id, key)
+            for run_id in self.world.runs
+            for key in sorted(self.world.model.peek(run_id).waiters)
+        ]
+        if places and self.often():
+            return self.sampled_from(places)
+        return self.run(), self.sampled_from(self.world.keys)
+
+    def attempt(self, step: Step) -> int | None:
+        """Mostly the last one."""
+        last = max(len(step.attempts), 1)
+        return self.one_of(last, None, last, max(last - 1, 1), last + 1)
+
+    def owner(self, step: Step) -> str | None:
+        """Mostly the one who holds the step."""
+        holder = step.claim.owner if step.claim is not None else None
+        return (
+            self.sampled_from((holder, holder, *self.world.owners))
+            if holder
+            else self.sampled_from((None, *self.world.owners))
+        )
+
+    def lease(self, owner: str | None) -> dict[str, Any]:
+        leased = owner is not None and Capability.LEASES in self.world.capabilities
+        return {"lease": self.sampled_from(LEASES)} if leased and self.one_of(True, True, False) else {}

@@ -1,0 +1,148 @@
+"""The worker processes of a check, and a runner that has them race."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from flowstore_conformance.children import start_module
+from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, VirtualClock
+from flowstore_conformance.races import (
+    ClientResult,
+    ClientTask,
+    Phase,
+    Race,
+    RaceRun,
+    Topology,
+    assemble,
+    phases_of,
+)
+from flowstore_conformance.watching import Hang, Hung
+from flowstore_conformance.wire import pack, pack_task, read_line, unpack_result, write_line
+
+START_SECONDS = 60.0
+HEAD_START = 0.002
+"""Between the order to go and the moment to go, so that every process has heard it."""
+END_SECONDS = 10.0
+
+
+class Worker:
+    """One process of the crew."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._owes = False
+        """Whether an answer is missing."""
+
+    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Say something and wait for the answer.
+
+        Raises Hung when a call in the process does not end, and Inconclusive when the process has died.
+        """
+        self._owes = True
+        try:
+            self._stdin.write(write_line(message))
+            await self._stdin.drain()
+            line = await self._stdout.readline()
+        except ConnectionError:
+            line = b""
+        if not line:
+            raise Inconclusive("a worker process died; it told on stderr why")
+        self._owes = False
+        answer = read_line(line)
+        if "hung" in answer:
+            raise Hung(Hang.unpacked(answer["hung"]))
+        return answer
+
+    async def end(self) -> None:
+        """Let it close its store and end; kill it when it does not, or is in the midst of something."""
+        self._stdin.close()
+        if self._owes and self._process.returncode is None:
+            self._process.kill()
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+@asynccontextmanager
+async def open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[ProcessRunner]:
+    """Worker processes with a store each on the bench's namespace.
+
+    They end with the context or, where checks share the namespace, with that: those that come later get
+    the same crew. Raises Violation when one of them cannot open the store.
+    """
+    if context.shared is None:
+        async with _open_worker_pool(context, count) as runner:
+            yield runner
+        return
+    if not context.shared.worker_pools:
+        context.shared.worker_pools.append(
+            await context.shared.stack.enter_async_context(_open_worker_pool(context, count))
+        )
+    yield context.shared.worker_pools[0]
+
+
+@asynccontextmanager
+async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[ProcessRunner]:
+    workers: list[Worker] = []
+    try:
+        for _ in range(count):
+            # One by one, so that those which were started end when another cannot be.
+            workers.append(Worker(await start_module("flowstore_conformance.worker")))  # noqa: PERF401
+        order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
+        try:
+            # A worker tells by itself which call hangs, so this limit is for the start of Python.
+            async with asyncio.timeout(START_SECONDS + context.call_seconds):
+                answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+        except TimeoutError:
+            raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
+        if refused := [answer["refused"] for answer in answers if "refused" in answer]:
+            message = f"a process of its own could not open the store and read from it: {refused[0]}"
+            raise ContractViolation(message, clause="CON-6")
+        yield ProcessRunner(workers, context.clock)
+    finally:
+        await asyncio.gather(*(worker.end() for worker in workers))
+
+
+class ProcessRunner:
+    """Runs races over processes: clients of one race are in different ones, as far as there are."""
+
+    def __init__(self, workers: Sequence[Worker], clock: VirtualClock | None) -> None:
+        self._workers = workers
+        self._clock = clock
+        self.topology = Topology(len(workers), processes=True)
+
+    async def run(self, races: Sequence[Race]) -> list[RaceRun]:
+        done = []
+        for phase in phases_of(races):
+            if self._clock is not None:
+                self._clock.advance(phase.jump)
+            done.append(await self._phase(phase))
+        return assemble(races, done, one_loop=False)
+
+    async def _phase(self, phase: Phase) -> list[ClientResult]:
+        now = self._clock.now if self._clock is not None else datetime.now(UTC)
+        # A race's clients go round the processes; races begin at different ones, and so do setups and looks.
+        places: list[list[ClientTask]] = [[] for _ in self._workers]
+        for job in phase.jobs:
+            places[(job.race + job.client) % len(places)].append(job)
+        orders = [{"now": pack(now), "jobs": [pack_task(job) for job in place]} for place in places]
+        await asyncio.gather(*(w.ask(order) for w, order in zip(self._workers, orders, strict=True)))
+        at = time.monotonic() + HEAD_START
+        answers = await asyncio.gather(*(worker.ask({"at": at}) for worker in self._workers))
+        return [
+            unpack_result(packed, job.client, now)
+            for place, answer in zip(places, answers, strict=True)
+            for job, packed in zip(place, answer["done"], strict=True)
+        ]

@@ -1,0 +1,211 @@
+"""Every writing operation in a situation where it changes as much as it can, on a run of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from flowstore_conformance.context import CheckContext
+from flowstore_conformance.history import Call
+from flowstore_conformance.state_probe import probe_calls
+from flowstore_core import Capability
+from flowstore_core.store import CAPABILITY_METHODS
+
+LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, UTC)
+LEASE = timedelta(hours=1)
+
+# What belongs to the capability rather than to the method's name.
+NEEDS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A run as some calls have made it, and the call that is going to be cancelled."""
+
+    run_id: UUID
+    setup: tuple[Call, ...]
+    call: Call
+    must_compensate: bool
+    """Cancelled, it must leave nothing (ownerless claims and dispatches)."""
+    asked: tuple[Call, ...]
+
+
+ScenarioFactory = Callable[[UUID, UUID], tuple[list[Call], Call]]
+
+
+def _run(run_id: UUID, flow_id: UUID) -> Call:
+    arguments = {"flow_id": flow_id, "flow_name": "orders", "run_id": run_id, "trigger_key": "manual"}
+    return Call(method="start_run", arguments=arguments)
+
+
+def _on(run_id: UUID, method: str, *names: str, **arguments: object) -> Call:
+    """A call on a run; a single positional name is the step's key."""
+    keys = {"step_key": names[0]} if names else {}
+    return Call(method=method, arguments={"run_id": run_id, **keys, **arguments})
+
+
+def _settings() -> dict[str, ScenarioFactory]:
+    """Every writing operation in a situation where it changes as much as it can."""
+
+    def start_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [], _run(run, flow)
+
+    def trigger_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        arguments = {**_run(run, flow).arguments, "idempotency_key": "K", "timeout_at": LONG_AGO}
+        return [], Call(method="trigger_run", arguments=arguments)
+
+    def trigger_registered(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        key = {"flow_id": flow, "trigger_key": "manual", "idempotency_key": "K", "run_id": run}
+        return [Call(method="try_register_idempotency_key", arguments=key)], trigger_run(run, flow)[1]
+
+    def register_key(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [], trigger_registered(run, flow)[0][0]
+
+    def start_step(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "try_claim_step", "a", owner="o")]
+        return setup, _on(run, "record_step_start", "a", step_type="http", input_json="{ }", owner="o")
+
+    def start_again(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "record_step_start", "a", step_type="http")]
+        setup.append(_on(run, "record_step_complete", "a", status="Failed", error_message="no"))
+        return setup, _on(run, "record_step_start", "a", step_type="http")
+
+    def complete_step(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, start = start_again(run, flow)
+        return [*setup, start], _on(run, "record_step_complete", "a", status="Succeeded", output_json="[1]")
+
+    def skip_step(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        skip = _on(run, "record_skipped_step", "a", step_type="http", reason="not needed", owner="o")
+        return start_again(run, flow)[0][:1], skip
+
+    def retry_step(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        configure = {"flow_id": flow, "trigger_key": "manual", "timeout_at": LONG_AGO}
+        setup = [
+            _run(run, flow),
+            _on(run, "try_record_dispatch", "a"),
+            _on(run, "try_claim_step", "a", owner="o"),
+            _on(run, "record_step_start", "a", step_type="http", owner="o"),
+            _on(run, "record_step_complete", "a", status="Failed", error_message="no"),
+            _on(run, "register_waiter", "a", signal_name="go"),
+            _on(run, "record_skipped_step", "b", step_type="http", reason="upstream failed", owner="p"),
+            _on(run, "configure_run", **configure),
+            _on(run, "request_cancel", reason="enough"),
+            _on(run, "mark_timed_out", reason="late"),
+            _on(run, "complete_run", status="Failed"),
+        ]
+        return setup, _on(run, "retry_step", "a", attempt=1, reset=["b"])
+
+    def reschedule_step(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = retry_step(run, flow)[0][:4]
+        return setup, _on(run, "reschedule_step", "a", attempt=1, output_json="{}", due_at=LONG_AGO)
+
+    def claim_step(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow)], _on(run, "try_claim_step", "a", owner="o")
+
+    def claim_leased(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow)], _on(run, "try_claim_step", "a", owner="o", lease=LEASE)
+
+    def claim_without_owner(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow)], _on(run, "try_claim_step", "a")
+
+    def release_claim(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "try_claim_step", "a", owner="o")]
+        return setup, _on(run, "release_step_claim", "a", owner="o")
+
+    def renew_claim(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "try_claim_step", "a", owner="o", lease=LEASE)]
+        return setup, _on(run, "renew_step_claim", "a", owner="o", lease=3 * LEASE)
+
+    def dispatch(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow)], _on(run, "try_record_dispatch", "a", due_at=LONG_AGO)
+
+    def annotate(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "try_record_dispatch", "a")]
+        return setup, _on(run, "annotate_dispatch", "a", job_id="job 1")
+
+    def release_dispatch(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return annotate(run, flow)[0], _on(run, "release_dispatch", "a")
+
+    def complete_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "record_skipped_step", "a", step_type="http")]
+        return setup, _on(run, "complete_run", status="Succeeded", expected={"a": "Skipped"})
+
+    def configure(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        first = {"flow_id": flow, "trigger_key": "manual", "idempotency_key": "K"}
+        second = {"flow_id": flow, "trigger_key": "cron", "timeout_at": LONG_AGO}
+        return [_on(run, "configure_run", **first)], _on(run, "configure_run", **second)
+
+    def cancel(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow)], _on(run, "request_cancel", reason="enough")
+
+    def time_out(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [_run(run, flow), _on(run, "configure_run", flow_id=flow, trigger_key="manual")]
+        return setup, _on(run, "mark_timed_out", reason="late")
+
+    def extend(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, latch = time_out(run, flow)
+        return [*setup, latch], _on(run, "extend_deadline", timeout_at=LONG_AGO)
+
+    def register_waiter(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        return [_run(run, flow)], _on(run, "register_waiter", "a", signal_name="go", expires_at=LONG_AGO)
+
+    def deliver(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, register = register_waiter(run, flow)
+        more = _on(run, "register_waiter", "b", signal_name="go")
+        signal = {"signal_name": "go", "payload_json": "{ }", "delivery_id": "d"}
+        return [*setup, register, more], _on(run, "deliver_signal", **signal)
+
+    def remove_waiter(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, signal = deliver(run, flow)
+        return [*setup, signal], _on(run, "remove_waiter", "a")
+
+    def expire_waiter(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, register = register_waiter(run, flow)
+        return [*setup, register], _on(run, "expire_waiter", "a")
+
+    def append_event(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        first = _on(run, "append_event", event_type="one")
+        return [_run(run, flow), first], _on(run, "append_event", event_type="two", message="m")
+
+    def save_output(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        first = _on(run, "save_output", key="k", value_json="1")
+        return [_run(run, flow), first], _on(run, "save_output", key="k", value_json="2")
+
+    return {name: setting for name, setting in locals().items() if callable(setting)}
+
+
+SETTINGS = _settings()
+
+
+def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory]:
+    """The settings of which the store offers every call."""
+
+    def is_offered(call: Call) -> bool:
+        needed = {NEEDS.get(call.method)} - {None}
+        if "lease" in call.arguments:
+            needed.add(Capability.LEASES)
+        return needed <= set(capabilities)
+
+    found = {}
+    for name, setting in SETTINGS.items():
+        setup, call = setting(UUID(int=1), UUID(int=2))
+        if all(is_offered(one) for one in (*setup, call)):
+            found[name] = setting
+    return found
+
+
+def new_scenario(context: CheckContext, setting: ScenarioFactory) -> Scenario:
+    run_id, flow_id = (UUID(int=context.random.getrandbits(128)) for _ in range(2))
+    setup, call = setting(run_id, flow_id)
+    ownerless = call.method == "try_claim_step" and call.arguments.get("owner") is None
+    return Scenario(
+        run_id=run_id,
+        setup=tuple(setup),
+        call=call,
+        must_compensate=ownerless or call.method == "try_record_dispatch",
+        asked=probe_calls(
+            run_id, context.capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]
+        ),
+    )

@@ -1,0 +1,196 @@
+"""Backends that are broken when calls are cancelled, processes die, or many open at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import Any
+
+from flowstore_core import RunNotFoundError, StepStatus
+from tests.mutants import broken
+
+
+@broken("sqlite", "CON-4")
+class CancelledClaimIsKept:
+    """Gives nothing back of what a cancelled call had won."""
+
+    async def write(self, work: Any, give_back: Any = None) -> Any:
+        return await super().write(work)
+
+
+@broken("postgresql", "CON-4")
+class CancelledDispatchIsKept:
+    """Keeps the dispatch that a cancelled call had recorded."""
+
+    async def try_record_dispatch(self, **given: Any) -> bool:
+        work = asyncio.ensure_future(super().try_record_dispatch(**given))
+        return bool(await asyncio.shield(work))
+
+
+@broken("sqlite", "CON-4")
+class CompletionInTwoActs:
+    """Sets the status in one transaction and the output in the next."""
+
+    async def record_step_complete(self, **given: Any) -> None:
+        await super().record_step_complete(**{**given, "output_json": None})
+        await self.write(
+            lambda db, now: db.execute(
+                "UPDATE steps SET output_json = ? WHERE run_id = ? AND step_key = ? AND output_json IS NULL",
+                (given["output_json"], given["run_id"].bytes, given["step_key"]),
+            )
+        )
+
+
+@broken("postgresql", "CON-4")
+class RetryInTwoTransactions:
+    """Reopens the run in one transaction and the step in the next."""
+
+    async def retry_step(self, **given: Any) -> None:
+        statuses = await super().get_step_statuses(run_id=given["run_id"])
+        if given["step_key"] in statuses:
+
+            async def reopen(transaction: Any) -> None:
+                await transaction.execute(
+                    "UPDATE {schema}.runs SET status = 'Running', completed_at = NULL WHERE run_id = $1",
+                    given["run_id"],
+                )
+
+            await self._database.transaction("retry_step", reopen)
+        await super().retry_step(**given)
+
+
+@broken("postgresql", "CON-4")
+class RescheduleInThreeTransactions:
+    """Closes the attempt, frees the claim and records the dispatch one after the other."""
+
+    async def reschedule_step(self, **given: Any) -> None:
+        step = {"run_id": given["run_id"], "step_key": given["step_key"]}
+        statuses = await super().get_step_statuses(run_id=given["run_id"])
+        if statuses.get(given["step_key"]) is StepStatus.RUNNING:
+            await super().record_step_complete(
+                **step,
+                status=StepStatus.PENDING,
+                output_json=given["output_json"],
+                error_message=None,
+                attempt=given["attempt"],
+            )
+            await super().release_step_claim(**step, owner=None)
+        await super().reschedule_step(**given)
+
+
+@broken("memory", "CON-4")
+class SkipInTwoActs:
+    """Claims for the skipping owner, and skips a moment later."""
+
+    async def record_skipped_step(self, **given: Any) -> None:
+        if given["owner"] is not None:
+            await super().try_claim_step(
+                run_id=given["run_id"], step_key=given["step_key"], owner=given["owner"], lease=None
+            )
+            await asyncio.sleep(0)
+        await super().record_skipped_step(**given)
+
+
+_watched: list[asyncio.Task[None]] = []
+
+
+@broken("memory", "CON-4")
+class TaskLeaked:
+    """Starts a watchdog with each call, which ends only when the call does: cancelled ones leave theirs."""
+
+    async def start_run(self, **given: Any) -> Any:
+        watchdog = asyncio.create_task(asyncio.sleep(3600))
+        _watched.append(watchdog)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        started = await super().start_run(**given)
+        watchdog.cancel()
+        _watched.remove(watchdog)
+        return started
+
+
+@broken("sqlite", "CON-4")
+class ThreadLeaked:
+    """Leaves a thread behind for each call that is cancelled."""
+
+    async def start_run(self, **given: Any) -> Any:
+        try:
+            return await super().start_run(**given)
+        except asyncio.CancelledError:
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+            raise
+
+
+@broken("sqlite", "CON-4")
+class FileLeaked:
+    """Leaves a file open for each call that is cancelled."""
+
+    async def request_cancel(self, **given: Any) -> bool:
+        handle = os.open(os.devnull, os.O_RDONLY)
+        done = await super().request_cancel(**given)
+        os.close(handle)
+        return bool(done)
+
+
+@broken("memory", "CON-4")
+class CleanupCancelledHalfway:
+    """Deletes the control records of runs, and the runs a moment later."""
+
+    async def cleanup(self, **given: Any) -> int:
+        over = [run.run_id for run in self._runs.values() if self._is_over(run.run_id, given["cutoff"])]
+        for run_id in over:
+            self._space.controls.pop(run_id, None)
+        await asyncio.sleep(0)
+        return int(await super().cleanup(**given))
+
+
+class _WritesBehind:
+    """Answers at once and writes a little later; its own reads wait for that, so that nobody notices."""
+
+    def begin(self) -> None:
+        self._behind: set[asyncio.Task[Any]] = set()
+
+    async def _later(self, operation: Any, given: Any) -> None:
+        async def late() -> None:
+            await asyncio.sleep(0.02)
+            await operation(**given)
+
+        if await super().get_run_status(run_id=given["run_id"]) is None:  # type: ignore[misc]
+            raise RunNotFoundError(given["run_id"])
+        task = asyncio.create_task(late())
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    async def save_output(self, **given: Any) -> None:
+        await self._later(super().save_output, given)  # type: ignore[misc]
+
+    async def get_outputs(self, **given: Any) -> Any:
+        await asyncio.gather(*self._behind)
+        return await super().get_outputs(**given)  # type: ignore[misc]
+
+    async def get_output(self, **given: Any) -> Any:
+        await asyncio.gather(*self._behind)
+        return await super().get_output(**given)  # type: ignore[misc]
+
+
+@broken("sqlite", "CON-5")
+class AnsweredBeforeCommit(_WritesBehind):
+    """Acknowledges outputs before they are committed."""
+
+
+@broken("postgresql", "CON-5")
+class AnsweredBeforeSent(_WritesBehind):
+    """Acknowledges outputs before they are sent."""
+
+
+@broken("sqlite", "CON-6", concurrent=True)
+class SchemaLookedForThenMade:
+    """Looks whether its table is there, and creates it a moment later: of many who open, most fail."""
+
+    async def opened(self) -> None:
+        look = "SELECT COUNT(*) FROM sqlite_schema WHERE name = 'mutants'"
+        found = await self.read(lambda db: db.execute(look).fetchone()[0])
+        if not found:
+            await asyncio.sleep(0.01)
+            await self.write(lambda db, now: db.execute("CREATE TABLE mutants (mutant TEXT)"))

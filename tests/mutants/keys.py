@@ -1,0 +1,192 @@
+"""Broken idempotency keys and triggers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from flowstore_core import RunAlreadyExistsError, TriggerResult
+from tests.mutants import broken
+from tests.mutants.sql_patching import Cut, SqliteSurgery
+
+_RUN = ("flow_id", "flow_name", "run_id", "trigger_key", "trigger_data", "job_id", "source_run_id")
+_SCOPE = ("flow_id", "trigger_key", "idempotency_key")
+
+
+class _Normalised:
+    """Changes every idempotency key before it is used."""
+
+    @staticmethod
+    def change(key: str) -> str:
+        raise NotImplementedError
+
+    def _changed(self, given: Any) -> Any:
+        key = given["idempotency_key"]
+        return {**given, "idempotency_key": key if key is None else self.change(key) or key}
+
+    async def find_run_id_by_idempotency_key(self, **given: Any) -> Any:
+        return await super().find_run_id_by_idempotency_key(**self._changed(given))  # type: ignore[misc]
+
+    async def try_register_idempotency_key(self, **given: Any) -> Any:
+        return await super().try_register_idempotency_key(**self._changed(given))  # type: ignore[misc]
+
+    async def trigger_run(self, **given: Any) -> Any:
+        return await super().trigger_run(**self._changed(given))  # type: ignore[misc]
+
+
+@broken("memory", "IDM-1")
+class KeysCaseFolded(_Normalised):
+    """Lower-cases idempotency keys."""
+
+    change = staticmethod(str.lower)
+
+
+@broken("postgresql", "IDM-1")
+class KeysTrimmed(_Normalised):
+    """Trims idempotency keys."""
+
+    change = staticmethod(str.strip)
+
+
+@broken("sqlite", "IDM-1")
+class KeysWithoutTrigger(SqliteSurgery):
+    """Leaves the trigger out of a key's scope."""
+
+    def bind(self, statement: str, values: Any) -> Any:
+        if "idempotency_key = ?" in statement or "INSERT INTO idempotency_keys" in statement:
+            return (values[0], "any", *values[2:])
+        return values
+
+
+@broken("memory", "IDM-1")
+class KeysWithoutFlow:
+    """Finds a key of another flow."""
+
+    async def find_run_id_by_idempotency_key(self, **given: Any) -> Any:
+        found = await super().find_run_id_by_idempotency_key(**given)
+        for (_, trigger_key, key), registered in self._space.keys.items():
+            if found is None and (trigger_key, key) == (given["trigger_key"], given["idempotency_key"]):
+                return registered.run_id
+        return found
+
+
+@broken("postgresql", "IDM-2", concurrent=True)
+class KeyLookedUpThenRegistered:
+    """Looks the key up, then registers it, and tells all who found it free that it is theirs."""
+
+    async def try_register_idempotency_key(self, **given: Any) -> bool:
+        scope = {name: given[name] for name in _SCOPE}
+        found = await super().find_run_id_by_idempotency_key(**scope)
+        if found is not None:
+            return bool(found == given["run_id"])
+        await super().try_register_idempotency_key(**given)
+        return True
+
+
+@broken("sqlite", "IDM-2")
+class LastRegistrationWins(SqliteSurgery):
+    """Gives the key to whoever registers it last."""
+
+    cut = Cut(
+        (
+            r"ON CONFLICT \(flow_id, trigger_key, idempotency_key\) DO NOTHING",
+            "ON CONFLICT (flow_id, trigger_key, idempotency_key) DO UPDATE SET run_id = excluded.run_id",
+        )
+    )
+
+    async def trigger_run(self, **given: Any) -> Any:
+        self.cut = Cut()
+        try:
+            return await super().trigger_run(**given)
+        finally:
+            del self.cut
+
+
+@broken("memory", "IDM-2")
+class SameRunRegistersOnce:
+    """Refuses the run that holds the key already."""
+
+    async def try_register_idempotency_key(self, **given: Any) -> bool:
+        scope = {name: given[name] for name in _SCOPE}
+        if await super().find_run_id_by_idempotency_key(**scope) is not None:
+            return False
+        return bool(await super().try_register_idempotency_key(**given))
+
+
+async def _trigger_in_acts(store: Any, given: Any) -> Any:
+    """The trigger as three calls of the seed's operations."""
+    run = {name: given[name] for name in _RUN}
+    key = {name: given[name] for name in _SCOPE}
+    chosen = given["run_id"]
+    if given["idempotency_key"] is not None:
+        found = await store.find_run_id_by_idempotency_key(**key)
+        if found is None and await store.get_run_status(run_id=chosen) is not None:
+            raise RunAlreadyExistsError(chosen)
+        await asyncio.sleep(0)
+        if not await store.try_register_idempotency_key(**key, run_id=chosen):
+            chosen = await store.find_run_id_by_idempotency_key(**key)
+        runs = await store.get_runs(flow_id=given["flow_id"], after=None, skip=0, take=1000)
+        existing = next((one for one in runs if one.run_id == chosen), None)
+        if existing is not None:
+            return TriggerResult(run=existing, created=False)
+    await asyncio.sleep(0)
+    started = await store.start_run(**{**run, "run_id": chosen})
+    await asyncio.sleep(0)
+    await store.configure_run(**{name: given[name] for name in (*_SCOPE, "timeout_at")}, run_id=chosen)
+    return TriggerResult(run=started, created=True)
+
+
+@broken("memory", "IDM-3", concurrent=True)
+class TriggerInThreeActs:
+    """Registers the key, starts the run and configures it one after the other."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        return await _trigger_in_acts(super(), given)
+
+
+@broken("sqlite", "CON-4")
+class TriggerCancelledHalfway:
+    """Registers the key, starts the run and configures it in three transactions."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        return await _trigger_in_acts(super(), given)
+
+
+@broken("memory", "IDM-3")
+class RefusedTriggerKeepsKey:
+    """Refuses an id that exists, but leaves the key registered."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        try:
+            return await super().trigger_run(**given)
+        except RunAlreadyExistsError:
+            if given["idempotency_key"] is not None:
+                await super().try_register_idempotency_key(
+                    **{name: given[name] for name in _SCOPE}, run_id=given["run_id"]
+                )
+            raise
+
+
+@broken("postgresql", "IDM-3")
+class RepeatedTriggerConfigures:
+    """Writes the deadline of a repeated trigger over that of the run that exists."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        result = await super().trigger_run(**given)
+        if not result.created:
+            await super().configure_run(
+                **{name: given[name] for name in (*_SCOPE, "timeout_at")}, run_id=result.run.run_id
+            )
+        return result
+
+
+@broken("sqlite", "IDM-3")
+class RegisteredKeySwallowsTriggers:
+    """Takes a key for a run that exists, though that run never started."""
+
+    async def trigger_run(self, **given: Any) -> Any:
+        if given["idempotency_key"] is not None:
+            found = await super().find_run_id_by_idempotency_key(**{name: given[name] for name in _SCOPE})
+            if found is not None and await super().get_run_status(run_id=found) is None:
+                given = {**given, "idempotency_key": None}
+        return await super().trigger_run(**given)

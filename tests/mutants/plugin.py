@@ -1,0 +1,57 @@
+"""The plugin that serves the mutants: one backend for each mutant, under the scheme ``broken-<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from flowstore_core import Backend, StoreConfig, hookimpl
+from flowstore_memory.plugin import MemoryBackend
+from flowstore_postgres.plugin import PostgresBackend
+from flowstore_sqlite.plugin import SqliteBackend
+from tests.mutants import Broken, all_mutants
+
+
+class BrokenBackend:
+    """The descriptor of a mutant; it opens the base's store and gives it the bug."""
+
+    contract_version = 1
+
+    def __init__(self, broken: Broken, base: Backend) -> None:
+        self._broken = broken
+        self._base = base
+        self.name = f"broken-{broken.name}"
+        self.schemes = frozenset({self.name})
+        self.capabilities = base.capabilities
+        self.options = base.options
+
+    @asynccontextmanager
+    async def open(self, config: StoreConfig) -> AsyncIterator[Any]:
+        plain = replace(config, url=_with_scheme(config.url, self._broken.base), scheme=self._broken.base)
+        async with self._base.open(plain) as store:
+            mutant = self._broken.build(store)
+            opened = getattr(mutant, "opened", None)
+            if opened is not None:
+                await opened()
+            yield mutant
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        async with self._base.scratch(_with_scheme(url, self._broken.base)) as fresh:
+            yield _with_scheme(fresh, self.name)
+
+
+def _with_scheme(url: str, scheme: str) -> str:
+    return f"{scheme}://{url.partition('://')[2]}"
+
+
+@hookimpl
+def flowstore_backends() -> list[Backend]:
+    bases: dict[str, Backend] = {
+        "memory": MemoryBackend(),
+        "sqlite": SqliteBackend(),
+        "postgresql": PostgresBackend(),
+    }
+    return [BrokenBackend(mutant, bases[mutant.base]) for mutant in all_mutants().values()]

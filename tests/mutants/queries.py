@@ -1,0 +1,298 @@
+"""Broken lists, pages, searches and statistics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from math import ceil
+from typing import Any
+
+from flowstore_core import RunPage, RunStatus
+from tests.mutants import broken
+from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+
+
+@broken("postgresql", "QRY-1")
+class RunsOrderedByStartAlone(PostgresSurgery):
+    """Leaves runs that started together in any order."""
+
+    cut = Cut(
+        (
+            r"ORDER BY ([ri])\.started_at DESC, \1\.run_id DESC",
+            r"ORDER BY \1.started_at DESC, md5(\1.run_id::text)",
+        )
+    )
+
+
+@broken("sqlite", "QRY-1")
+class RunsTiedTheOtherWay(SqliteSurgery):
+    """Orders runs that started together by their id ascending."""
+
+    cut = Cut((r"ORDER BY started_at DESC, run_id DESC", "ORDER BY started_at DESC, run_id"))
+
+
+@broken("memory", "QRY-1")
+class KeysInCaseFoldedOrder:
+    """Sorts step keys as people do, not by code point."""
+
+    async def get_dispatches(self, **given: Any) -> Any:
+        return tuple(sorted(await super().get_dispatches(**given), key=lambda one: one.step_key.lower()))
+
+    async def get_step_claims(self, **given: Any) -> Any:
+        return tuple(sorted(await super().get_step_claims(**given), key=lambda one: one.step_key.lower()))
+
+    async def get_waiters(self, **given: Any) -> Any:
+        return tuple(sorted(await super().get_waiters(**given), key=lambda one: one.step_key.lower()))
+
+
+class _Searching:
+    """Searches with a rule of its own."""
+
+    def rule(self, search: str) -> Callable[[str], bool]:
+        raise NotImplementedError
+
+    async def get_runs_page(self, **given: Any) -> Any:
+        if given["search"] is None:
+            return await super().get_runs_page(**given)  # type: ignore[misc]
+        every = await super().get_runs_page(  # type: ignore[misc]
+            **{**given, "search": None, "skip": 0, "take": 100_000}
+        )
+        matches = self.rule(given["search"])
+        found = []
+        for run in every.runs:
+            detail = await super().get_run_detail(run_id=run.run_id)  # type: ignore[misc]
+            texts = [str(run.run_id), run.flow_name, run.trigger_key, run.status, run.job_id]
+            for step in detail.steps:
+                texts += [step.step_key, step.error_message, step.output_json]
+                for attempt in step.attempts:
+                    texts += [attempt.error_message, attempt.output_json]
+            if any(text is not None and matches(text) for text in texts):
+                found.append(run)
+        page = tuple(found[given["skip"] : given["skip"] + given["take"]])
+        return RunPage(runs=page, total_count=len(found))
+
+
+@broken("memory", "QRY-2")
+class SearchTakesWildcards(_Searching):
+    """Takes % and _ for wildcards, as LIKE does."""
+
+    def rule(self, search: str) -> Callable[[str], bool]:
+        parts = [{"%": ".*", "_": "."}.get(letter, re.escape(letter)) for letter in search]
+        found = re.compile("".join(parts), re.DOTALL | re.IGNORECASE | re.ASCII)
+        return lambda text: found.search(text) is not None
+
+
+@broken("memory", "QRY-2")
+class SearchMindsCase(_Searching):
+    """Tells upper from lower case."""
+
+    def rule(self, search: str) -> Callable[[str], bool]:
+        return lambda text: search in text
+
+
+@broken("memory", "QRY-2")
+class SearchFoldsUnicode(_Searching):
+    """Folds letters outside of ASCII too."""
+
+    def rule(self, search: str) -> Callable[[str], bool]:
+        return lambda text: search.casefold() in text.casefold()
+
+
+@broken("sqlite", "QRY-2")
+class SearchOverlooksOldAttempts(SqliteSurgery):
+    """Searches the newest attempt of each step alone."""
+
+    cut = Cut(
+        (
+            r"SELECT 1 FROM attempts JOIN steps",
+            "SELECT 1 FROM (SELECT * FROM attempts WHERE FALSE) attempts JOIN steps",
+        )
+    )
+
+
+@broken("postgresql", "QRY-2")
+class SearchOverlooksOutputs(PostgresSurgery):
+    """Does not search outputs."""
+
+    cut = Cut((r"lower\(left\(([sa])\.output_json, ", r"lower(left(NULLIF(\1.output_json, \1.output_json), "))
+
+
+@broken("postgresql", "QRY-3")
+class TotalIgnoresFilter(PostgresSurgery):
+    """Counts all runs, whatever was filtered."""
+
+    cut = Cut(
+        (
+            r"(FROM \{schema\}\.run_(?:counts|changes)) WHERE flow_id = \$\d+",
+            r"\1 WHERE true",
+        )
+    )
+
+
+@broken("sqlite", "QRY-3", concurrent=True)
+class TotalFromAnotherSnapshot:
+    """Reads the page, and the total a moment later."""
+
+    async def get_runs_page(self, **given: Any) -> Any:
+        page = await super().get_runs_page(**given)
+        total = (await super().get_runs_page(**{**given, "skip": 0, "take": 0})).total_count
+        return RunPage(runs=page.runs, total_count=total)
+
+
+class _Torn:
+    async def get_run_detail(self, **given: Any) -> Any:
+        run = await super().get_run_detail(**given)  # type: ignore[misc]
+        if run is None:
+            return None
+        later = await super().get_run_detail(**given)  # type: ignore[misc]
+        steps = () if later is None else later.steps
+        return replace(run, steps=steps)
+
+
+@broken("sqlite", "QRY-3", concurrent=True)
+class DetailFromTwoSnapshots(_Torn):
+    """Reads the run, and its steps a moment later."""
+
+
+@broken("postgresql", "QRY-3", concurrent=True)
+class DetailFromTwoStatements:
+    """Reads the steps, and their attempts a moment later."""
+
+    async def get_run_detail(self, **given: Any) -> Any:
+        run = await super().get_run_detail(**given)
+        later = await super().get_run_detail(**given)
+        if run is None or later is None:
+            return None
+        attempts = {step.step_key: step.attempts for step in later.steps}
+        steps = tuple(
+            replace(step, attempts=attempts.get(step.step_key, step.attempts)) for step in run.steps
+        )
+        return replace(run, steps=steps)
+
+
+@broken("memory", "QRY-4")
+class StatisticsOfAllTime:
+    """Counts completions of every day."""
+
+    async def get_statistics(self, **given: Any) -> Any:
+        statistics = await super().get_statistics(**given)
+        statuses = [run.status for run in self._runs.values()]
+        return replace(
+            statistics,
+            completed_today=statuses.count(RunStatus.SUCCEEDED),
+            failed_today=statuses.count(RunStatus.FAILED),
+        )
+
+
+@broken("sqlite", "QRY-4")
+class StatisticsOfLocalDay:
+    """Takes the day of its own time zone."""
+
+    async def get_statistics(self, **given: Any) -> Any:
+        now = given["as_of"] or (self._clock() if self._clock is not None else datetime.now(UTC))
+        here = now - timedelta(hours=9, minutes=30)
+        return await super().get_statistics(as_of=here)
+
+
+@broken("postgresql", "QRY-4")
+class StatisticsCountRuns(PostgresSurgery):
+    """Counts runs where flows are asked for."""
+
+    cut = Cut((r"SELECT count\(\*\) FROM flows WHERE runs > 0", "SELECT count(*) FROM {schema}.runs"))
+
+
+@broken("memory", "QRY-5")
+class PercentilesByNearestRank:
+    """Takes the nearest rank instead of interpolating."""
+
+    async def get_run_timeseries(self, **given: Any) -> Any:
+        buckets = await super().get_run_timeseries(**given)
+        width = timedelta(hours=1) if given["granularity"] == "hour" else timedelta(days=1)
+        found = []
+        for bucket in buckets:
+            durations = sorted(
+                (run.completed_at - run.started_at) / timedelta(milliseconds=1)
+                for run in self._runs.values()
+                if run.completed_at is not None
+                and bucket.timestamp <= run.started_at < bucket.timestamp + width
+                and given["flow_id"] in (None, run.flow_id)
+            )
+            if durations:
+                p50, p95 = (durations[ceil(part * len(durations)) - 1] for part in (0.5, 0.95))
+                bucket = replace(bucket, p50_duration_ms=p50, p95_duration_ms=p95)
+            found.append(bucket)
+        return tuple(found)
+
+
+@broken("sqlite", "QRY-5")
+class EmptyBucketsLeftOut:
+    """Leaves out buckets without runs."""
+
+    async def get_run_timeseries(self, **given: Any) -> Any:
+        return tuple(bucket for bucket in await super().get_run_timeseries(**given) if bucket.total)
+
+
+@broken("memory", "QRY-5")
+class BucketsByCompletion:
+    """Counts runs in the bucket where they completed."""
+
+    async def get_run_timeseries(self, **given: Any) -> Any:
+        starts = {}
+        for run in self._runs.values():
+            if run.completed_at is not None:
+                starts[run], run.started_at = run.started_at, run.completed_at
+        try:
+            return await super().get_run_timeseries(**given)
+        finally:
+            for run, start in starts.items():
+                run.started_at = start
+
+
+@broken("memory", "QRY-5")
+class BucketsOfLocalTime:
+    """Takes the local time of a start for its time in UTC."""
+
+    async def get_run_timeseries(self, **given: Any) -> Any:
+        starts = {run: run.started_at for run in self._runs.values()}
+        for run in starts:
+            run.started_at = run.started_at.astimezone().replace(tzinfo=UTC)
+        try:
+            return await super().get_run_timeseries(**given)
+        finally:
+            for run, start in starts.items():
+                run.started_at = start
+
+
+@broken("postgresql", "QRY-5")
+class DaysOfAnotherZone(PostgresSurgery):
+    """Cuts days at the midnight of another time zone."""
+
+    cut = Cut(
+        (
+            r"date_bin\(\$1::interval, r\.started_at, \$2\)",
+            "date_bin($1::interval, r.started_at - interval '90 minutes', $2)",
+        )
+    )
+
+
+@broken("sqlite", "QRY-6")
+class ActiveOldestFirst:
+    """Lists active runs from the oldest to the newest."""
+
+    async def get_active_runs(self, **given: Any) -> Any:
+        found = await super().get_active_runs(take=None)
+        return tuple(reversed(found))[: given["take"]]
+
+
+@broken("memory", "QRY-6")
+class DerivedOfAllGenerations:
+    """Lists the derived of the derived too."""
+
+    async def get_derived_runs(self, **given: Any) -> Any:
+        sources = {given["source_run_id"]}
+        while more := {r.run_id for r in self._runs.values() if r.source_run_id in sources} - sources:
+            sources |= more
+        found = await super().get_runs(flow_id=None, after=None, skip=0, take=1000)
+        return tuple(run for run in found if run.source_run_id in sources)[: given["take"]]

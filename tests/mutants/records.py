@@ -1,0 +1,187 @@
+"""Broken texts, times, events and outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from dataclasses import replace
+from datetime import timedelta, timezone
+from typing import Any
+
+from tests.mutants import broken
+from tests.mutants.sql_patching import Cut, SqliteSurgery
+
+
+@broken("sqlite", "INP-1")
+class StepKeysTrimmed:
+    """Trims step keys."""
+
+    async def try_record_dispatch(self, **given: Any) -> bool:
+        given["step_key"] = given["step_key"].strip() or given["step_key"]
+        return bool(await super().try_record_dispatch(**given))
+
+    async def record_step_start(self, **given: Any) -> int:
+        given["step_key"] = given["step_key"].strip() or given["step_key"]
+        return int(await super().record_step_start(**given))
+
+
+@broken("postgresql", "INP-1")
+class LongKeysCut:
+    """Cuts flow names and trigger keys to 100 characters, as a varchar(100) with truncation would."""
+
+    async def start_run(self, **given: Any) -> Any:
+        cut = {name: given[name][:100] for name in ("flow_name", "trigger_key")}
+        return await super().start_run(**{**given, **cut})
+
+
+def _again(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return json.dumps(json.loads(text))
+    except ValueError:
+        return text
+
+
+@broken("memory", "INP-2")
+class JsonWrittenAnew:
+    """Parses JSON and writes it anew, as a jsonb column does."""
+
+    async def start_run(self, **given: Any) -> Any:
+        return await super().start_run(**{**given, "trigger_data": _again(given["trigger_data"])})
+
+    async def record_step_start(self, **given: Any) -> int:
+        return int(await super().record_step_start(**{**given, "input_json": _again(given["input_json"])}))
+
+    async def record_step_complete(self, **given: Any) -> None:
+        await super().record_step_complete(**{**given, "output_json": _again(given["output_json"])})
+
+    async def save_output(self, **given: Any) -> None:
+        await super().save_output(**{**given, "value_json": _again(given["value_json"])})
+
+    async def deliver_signal(self, **given: Any) -> Any:
+        return await super().deliver_signal(**{**given, "payload_json": _again(given["payload_json"])})
+
+
+@broken("sqlite", "INP-2")
+class EmptyTextIsNone:
+    """Stores an empty text as none at all."""
+
+    async def record_step_complete(self, **given: Any) -> None:
+        given["output_json"] = given["output_json"] or None
+        given["error_message"] = given["error_message"] or None
+        await super().record_step_complete(**given)
+
+    async def start_run(self, **given: Any) -> Any:
+        return await super().start_run(**{**given, "trigger_data": given["trigger_data"] or None})
+
+
+@broken("postgresql", "INP-2")
+class ErrorsCut:
+    """Cuts error messages to 64 KiB."""
+
+    async def record_step_complete(self, **given: Any) -> None:
+        if given["error_message"] is not None:
+            given["error_message"] = given["error_message"][: 64 * 1024]
+        await super().record_step_complete(**given)
+
+
+@broken("sqlite", "INP-3")
+class TimesInWholeSeconds:
+    """Cuts deadlines to whole seconds."""
+
+    async def configure_run(self, **given: Any) -> None:
+        if given["timeout_at"] is not None:
+            given["timeout_at"] = given["timeout_at"].replace(microsecond=0)
+        await super().configure_run(**given)
+
+    async def register_waiter(self, **given: Any) -> None:
+        if given["expires_at"] is not None:
+            given["expires_at"] = given["expires_at"].replace(microsecond=0)
+        await super().register_waiter(**given)
+
+
+@broken("memory", "INP-3")
+class TimesInLocalZone:
+    """Returns deadlines in its own time zone."""
+
+    async def get_run_control(self, **given: Any) -> Any:
+        record = await super().get_run_control(**given)
+        if record is None or record.timeout_at is None:
+            return record
+        here = timezone(timedelta(hours=2))
+        return replace(record, timeout_at=record.timeout_at.astimezone(here))
+
+
+@broken("postgresql", "EVT-1", concurrent=True)
+class EventNumberTakenBefore:
+    """Takes the number in one transaction and writes the event in the next: 6 can be seen before 5."""
+
+    async def append_event(self, **given: Any) -> int:
+        database = self._database
+        if await super().get_run_status(run_id=given["run_id"]) is None:
+            return int(await super().append_event(**given))
+
+        async def count(transaction: Any) -> int:
+            statement = (
+                "UPDATE {schema}.runs SET last_event = last_event + 1 WHERE run_id = $1 RETURNING last_event"
+            )
+            return int((await transaction.row(statement, given["run_id"]))[0])
+
+        number = await database.transaction("append_event", count)
+        await asyncio.sleep(random.random() * 0.02)
+
+        async def write(transaction: Any) -> None:
+            statement = """
+                INSERT INTO {schema}.events
+                    (run_id, sequence, timestamp, event_type, step_key, message, token)
+                VALUES ($1, $2, coalesce($3, clock_timestamp()), $4, $5, $6, gen_random_uuid())
+            """
+            texts = (given["event_type"], given["step_key"], given["message"])
+            await transaction.execute(statement, given["run_id"], number, transaction.now, *texts)
+
+        await database.transaction("append_event", write)
+        return number
+
+
+@broken("memory", "EVT-1")
+class EventsAfterInclusive:
+    """Gives the event that was read already once more."""
+
+    async def get_run_events(self, **given: Any) -> Any:
+        return await super().get_run_events(**{**given, "after": max(given["after"] - 1, 0)})
+
+
+@broken("memory", "EVT-1")
+class EventsDeclaredButDropped:
+    """Declares EVENTS, and does nothing with them."""
+
+    async def append_event(self, **given: Any) -> int:
+        self._runs[given["run_id"].int]
+        return 0
+
+    async def get_run_events(self, **given: Any) -> Any:
+        return ()
+
+
+@broken("sqlite", "EVT-2")
+class FirstOutputWins(SqliteSurgery):
+    """Keeps the first output that was saved under a key."""
+
+    cut = Cut((r"DO UPDATE SET value_json = excluded\.value_json", "DO NOTHING"))
+
+
+@broken("memory", "INP-2", concurrent=True)
+class TextsJoinedByASeparator:
+    """Sends the inputs of steps that start at once as one text, which it takes apart at a separator."""
+
+    async def record_step_start(self, **given: Any) -> int:
+        waiting: list[str] = self.__dict__.setdefault("_waiting", [])
+        place = len(waiting)
+        waiting.append(given["input_json"] or "")
+        await asyncio.sleep(0)
+        self.__dict__.pop("_waiting", None)
+        if given["input_json"] is not None:
+            given["input_json"] = "\x1f".join(waiting).split("\x1f")[place]
+        return int(await super().record_step_start(**given))

@@ -1,0 +1,240 @@
+"""What checks work with: further stores, shared namespaces, second looks, points of cancellation, words."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+import pytest
+from flowstore_conformance import Profile, Status, run_suite
+from flowstore_conformance.cancellation_points import CallProfile, CancelPoint, profile, cancel_at, program, sweep
+from flowstore_conformance.context import (
+    CheckContext,
+    ContractViolation,
+    Inconclusive,
+    Unsupported,
+    new_context,
+)
+from flowstore_conformance.diffing import expected_and_got
+from flowstore_conformance.history import Call, Raised, Returned, comparable
+from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.write_scenarios import SETTINGS, Scenario, new_scenario
+
+from flowstore_core import (
+    Capability,
+    FlowRunRecord,
+    FlowStepRecord,
+    RunStatus,
+    StepStatus,
+)
+from flowstore_memory.plugin import MemoryBackend
+from tests.conformance_reports import FLOW, NOW, RUN, made_check
+
+MEMORY = MemoryBackend()
+
+
+# Stores beside the bench's own
+
+
+async def test_a_backend_that_lets_one_in_at_a_time_has_one_worker() -> None:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
+        assert len(await context.workers(3)) == 3
+        context.url = "sqlite:////no/such/folder/x.db"
+        assert await context.workers(3) == [context.store]
+        with pytest.raises(Unsupported, match="a second store on the namespace is refused"):
+            await context.open()
+
+
+async def test_where_processes_share_it_a_second_store_must_open() -> None:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
+        context.url = "sqlite:////no/such/folder/x.db"
+        context.capabilities |= {Capability.MULTI_PROCESS}
+        with pytest.raises(ContractViolation, match="yet MULTI_PROCESS is declared") as raised:
+            await context.open()
+    assert raised.value.clause == "CON-6"
+
+
+async def test_a_check_that_cannot_be_made_is_unsupported() -> None:
+    async def needs_two(context: CheckContext) -> None:
+        raise Unsupported("a second store on the namespace is refused")
+
+    report = await run_suite("memory://", profile="quick", checks=[made_check("CLM-1", "two", needs_two)])
+    assert report.results[0].status is Status.UNSUPPORTED
+    assert report.results[0].reason == "a second store on the namespace is refused"
+
+
+# Looking again
+
+
+async def test_what_was_inconclusive_by_chance_is_looked_at_again_longer_and_otherwise() -> None:
+    looks: list[tuple[int, float]] = []
+
+    async def unlucky(context: CheckContext) -> None:
+        looks.append((context.seed, context.timeout_factor))
+        context.assertions += 1
+        if len(looks) < 3:
+            raise Inconclusive("nothing overlapped")
+
+    report = await run_suite("memory://", profile="quick", checks=[made_check("CLM-1", "one", unlucky)])
+    assert report.results[0].status is Status.PASS
+    assert [timeout_factor for _, timeout_factor in looks] == [1, 4, 16]
+    assert len({seed for seed, _ in looks}) == 3
+
+
+async def test_what_chance_does_not_decide_is_not() -> None:
+    looks = 0
+
+    async def hopeless(context: CheckContext) -> None:
+        nonlocal looks
+        looks += 1
+        raise Inconclusive("no clock", retryable=False)
+
+    report = await run_suite("memory://", profile="quick", checks=[made_check("CLM-1", "one", hopeless)])
+    assert report.results[0].status is Status.INCONCLUSIVE
+    assert looks == 1
+
+
+# Sharing
+
+
+async def test_checks_that_share_a_namespace_start_as_if_alone() -> None:
+    seen: list[tuple[str, object, int]] = []
+
+    async def looks(context: CheckContext) -> None:
+        assert context.clock is not None
+        seen.append((context.url, context.clock.now, context.random.getrandbits(64)))
+        context.clock.now = NOW
+        context.assertions += 1
+
+    checks = [replace(made_check("CLM-1", name, looks), shares=True) for name in ("one", "two")]
+    exclusive = made_check("CLM-1", "three", looks)
+    report = await run_suite("memory://", profile="quick", seed=3, checks=[*checks, exclusive])
+    assert [one.assertions for one in report.results] == [1, 1, 1]
+    assert seen[0][0] == seen[1][0] != seen[2][0]
+    assert seen[0][1] == seen[1][1] == seen[2][1]
+    assert len({drawn for _, _, drawn in seen}) == 3
+
+
+async def test_what_fails_among_others_counts_only_if_it_fails_alone() -> None:
+    urls: list[str] = []
+
+    async def disturbed(context: CheckContext) -> None:
+        urls.append(context.url)
+        context.expect(await context.store.get_runs(), (), "all runs")
+        await context.store.start_run(FLOW, "orders", RUN, "manual")
+
+    checks = [replace(made_check("CLM-1", name, disturbed), shares=True) for name in ("one", "two", "three")]
+    report = await run_suite("memory://", profile="quick", checks=checks)
+    assert [one.status for one in report.results] == [Status.PASS] * 3
+    # The second was disturbed by the first and run alone; the third came to a new shared namespace.
+    assert len(urls) == 4
+    assert len(set(urls)) == 3
+
+
+# Cancelling at every point
+
+
+class Steps:
+    """A store whose only call waits three times, and says how far it came."""
+
+    def __init__(self) -> None:
+        self.reached: list[int] = []
+
+    async def request_cancel(self, **given: Any) -> bool:
+        self.reached.append(0)
+        for number in (1, 2, 3):
+            await asyncio.sleep(0)
+            self.reached[-1] = number
+        return True
+
+
+SCENE = Scenario(
+    run_id=RUN,
+    setup=(),
+    call=Call(method="request_cancel", arguments={"run_id": RUN}),
+    must_compensate=False,
+    asked=(),
+)
+
+
+async def test_a_sweep_reaches_every_point_where_a_call_waits() -> None:
+    store: Any = Steps()
+    assert (await profile(store, SCENE)).waits == 3
+    store.reached.clear()
+
+    async def make(count: int) -> Sequence[Scenario]:
+        return [SCENE] * count
+
+    # It was thought to wait but once: the sweep goes on until it is not cancelled any more.
+    swept = sweep(store, make, CallProfile(1, 0.0), random.Random(1), moments=0, exact_times=True)
+    cuts = [made async for made in swept]
+    assert [made.point.wait for made in cuts] == [0, 1, 2, 3, 4]
+    assert [made.outcome for made in cuts] == [None, None, None, None, Returned(True)]
+    # Before it began it did nothing at all.
+    assert store.reached == [0, 1, 2, 3]
+
+
+async def test_an_error_that_the_cancelled_call_raises_is_its_outcome() -> None:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
+        scene = new_scenario(context, SETTINGS["dispatch"])
+        made = await cancel_at(context.store, scene, CancelPoint(9), exact_times=True)
+        assert made.outcome == Raised("RunNotFoundError")
+        assert not made.reached
+
+
+async def test_the_program_of_a_cancellation_runs() -> None:
+    async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
+        scene = new_scenario(context, SETTINGS["dispatch"])
+        for call in scene.setup:
+            await getattr(context.store, call.method)(**call.arguments)
+        made = await cancel_at(context.store, scene, CancelPoint(0), exact_times=True)
+    printed = await replay_on_memory(program(made))
+    assert printed.startswith("try_record_dispatch: cancelled\n")
+    assert "get_dispatches: " in printed
+
+
+# Words for what differs
+
+
+def _run(**given: Any) -> FlowRunRecord:
+    fields: dict[str, Any] = dict.fromkeys(FlowRunRecord.__dataclass_fields__)
+    return FlowRunRecord(**{**fields, "run_id": RUN, "flow_id": FLOW, "status": RunStatus.RUNNING, **given})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got", "said"),
+    [
+        (1, 2, "expected 1, got 2"),
+        (True, 1, "expected True, got 1"),
+        (
+            "a" * 300 + "b",
+            "a" * 300 + "c",
+            "expected 'b' at character 300 of 301, got 'c' at",
+        ),
+        ({"a": 1}, {"a": 1, "b": 2}, "expected (('a', 1),), got (('a', 1), ('b', 2))"),
+        ([UUID(int=n) for n in range(40)], [UUID(int=n) for n in range(1, 40)], "without UUID(int=0)"),
+        (
+            _run(flow_name="x" * 300, job_id="j"),
+            _run(flow_name="x" * 300, job_id="k", status=RunStatus.FAILED),
+            "status: expected 'Running', got 'Failed'; job_id: expected 'j', got 'k'",
+        ),
+    ],
+)
+def test_a_difference_is_told_where_it_is(wanted: object, got: object, said: str) -> None:
+    assert said in expected_and_got(comparable(wanted), comparable(got))
+
+
+def test_what_differs_deep_in_a_long_record_is_seen() -> None:
+    steps = [comparable(("step", _step(number))) for number in range(30)]
+    other = [*steps[:20], comparable(("step", _step(20, status=StepStatus.FAILED))), *steps[21:]]
+    told = expected_and_got(tuple(steps), tuple(other))
+    assert told == "[20][1].status: expected 'Running', got 'Failed'"
+
+
+def _step(number: int, **given: Any) -> FlowStepRecord:
+    fields: dict[str, Any] = dict.fromkeys(FlowStepRecord.__dataclass_fields__)
+    return FlowStepRecord(**{**fields, "step_key": str(number), "status": StepStatus.RUNNING, **given})
