@@ -74,7 +74,7 @@ def _late_deliveries(d: RaceBuilder) -> Race:
             *ended,
         ),
         clients=clients,
-        final=(d.on("get_run_status"), *(d.step("get_waiter", step_key=key) for key in ("a", "b", "c"))),
+        final=d.look(),
     )
 
 
