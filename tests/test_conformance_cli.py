@@ -77,7 +77,7 @@ def test_a_failure_is_shown_with_all_that_repeats_it(
     for wanted in (
         "FAIL CLM-1: Of any number of claimants",
         "docs/contract.md#clm-1",
-        "struck    5 of 5 runs",
+        "shown in  5 of 5 runs",
         "--profile quick --clause CLM-1 --seed 7",
         "cannot be placed here: the model answers False",
         "asyncio.run(main(sys.argv[1]))",

@@ -11,7 +11,14 @@ from uuid import UUID
 
 import pytest
 from flowstore_conformance import Profile, Status, run_suite
-from flowstore_conformance.cancellation_points import CallProfile, CancelPoint, profile, cancel_at, program, sweep
+from flowstore_conformance.cancellation_points import (
+    CallProfile,
+    CancelPoint,
+    profile,
+    cancel_at,
+    program,
+    sweep,
+)
 from flowstore_conformance.context import (
     CheckContext,
     ContractViolation,

@@ -391,7 +391,7 @@ async def test_processes_race(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "theme",
+    "family",
     [one for one in RACE_FAMILIES if one.name not in ("keys", "triggers")],
     ids=lambda one: one.name,
 )
@@ -400,7 +400,7 @@ def test_a_race_ends_with_a_look_at_all_state_of_its_run(
     family: RaceFamily, capabilities: frozenset[Capability]
 ) -> None:
     if not family.needs <= capabilities:
-        pytest.skip("the theme needs more")
+        pytest.skip("the family needs more")
     drawing = RaceBuilder(random.Random(7), capabilities, datetime(2026, 1, 1, tzinfo=UTC))
     looks = {call.method for call in family.draw(drawing).final}
     wanted = {"get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"}

@@ -109,7 +109,9 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     yield ""
     yield f"{_text(failure.message)}"
     yield ""
-    reproductions = "" if failure.hung else f", struck in {failure.reproductions} of {failure.repetitions} runs"
+    reproductions = (
+        "" if failure.hung else f", struck in {failure.reproductions} of {failure.repetitions} runs"
+    )
     yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{reproductions}. Again:"
     yield _fenced(report.command(result), "bash")
     if failure.history is not None:

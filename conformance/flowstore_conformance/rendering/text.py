@@ -153,7 +153,7 @@ def failure_lines(
             yield f"  {label:9} {wrapped[0]}"
             yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
     if not failure.hung:
-        yield f"  reproduced {failure.reproductions} of {failure.repetitions} runs of this check"
+        yield f"  shown in  {failure.reproductions} of {failure.repetitions} runs of this check"
     yield f"  again     {report.command(result)}"
     if failure.history is not None:
         yield from ("", *history_lines(result, width=width - 2, unicode=unicode))
