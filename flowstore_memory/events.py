@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from flowstore_core import FlowEventRecord
-from flowstore_memory.state import Opened
+from flowstore_memory.state import OpenNamespace
 
 
-class Events(Opened):
+class Events(OpenNamespace):
     async def append_event(
         self,
         run_id: UUID,

@@ -8,12 +8,12 @@ from uuid import UUID
 
 from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
 from flowstore_core.status import TERMINAL_RUN_STATUSES
-from flowstore_memory.state import Opened, RunState, WaiterState
+from flowstore_memory.state import OpenNamespace, RunState, WaiterState
 
 _NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 
-class Signals(Opened):
+class Signals(OpenNamespace):
     async def register_waiter(
         self,
         run_id: UUID,

@@ -110,10 +110,10 @@ class StepState:
         self.expires_at = expires_at
         self.started_owner = None
 
-    def drop_claim(self) -> None:
+    def clear_claim(self) -> None:
         self.claimed_at = self.owner = self.expires_at = None
 
-    def drop_dispatch(self) -> None:
+    def clear_dispatch(self) -> None:
         self.dispatched_at = self.due_at = self.queue_job_id = None
 
 
@@ -209,10 +209,10 @@ class Namespace:
         self.keys_of.setdefault(run_id, []).append(key)
 
 
-class Opened:
+class OpenNamespace:
     """One open of a namespace, with a clock of its own; the noun classes build on it."""
 
-    def __init__(self, space: Namespace, now: Callable[[], datetime]) -> None:
-        self._space = space
-        self._runs = space.runs
+    def __init__(self, namespace: Namespace, now: Callable[[], datetime]) -> None:
+        self._namespace = namespace
+        self._runs = namespace.runs
         self._now = now

@@ -41,11 +41,11 @@ class SharedStore(MemoryStore):
 Operation = Callable[..., Coroutine[Any, Any, Any]]
 
 
-def _one_at_a_time(operation: Operation) -> Operation:
+def _locked(operation: Operation) -> Operation:
     # An operation never awaits, so no other task of this thread can meet the lock held.
     @wraps(operation)
     async def locked(self: SharedStore, *arguments: Any, **named: Any) -> Any:
-        with self._space.lock:
+        with self._namespace.lock:
             return await operation(self, *arguments, **named)
 
     return locked
@@ -54,4 +54,4 @@ def _one_at_a_time(operation: Operation) -> Operation:
 for _name, _operation in inspect.getmembers(MemoryStore, inspect.iscoroutinefunction):
     # cleanup does await, between batches, and takes the lock for each.
     if _name != "cleanup":
-        setattr(SharedStore, _name, _one_at_a_time(_operation))
+        setattr(SharedStore, _name, _locked(_operation))

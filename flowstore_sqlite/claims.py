@@ -19,9 +19,9 @@ from uuid import UUID
 
 from flowstore_core import OutcomeUnknownError, StepClaim, StepDispatch, StoreUnavailableError
 from flowstore_core.claims import lease_end
+from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import load_step
-from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, to_us
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -29,13 +29,13 @@ _log = logging.getLogger("flowstore_sqlite")
 _tokens = itertools.count(secrets.randbits(62))
 
 
-def _count_anew() -> None:
+def _reseed_tokens() -> None:
     global _tokens
     _tokens = itertools.count(secrets.randbits(62))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_anew)
+    os.register_at_fork(after_in_child=_reseed_tokens)
 
 # Whoever wins the claim anew has not started the open attempt, be it under the same token.
 # OR IGNORE is for the run that is not Running, whose id is NULL: INSERT ... SELECT takes half as long again.
@@ -53,11 +53,11 @@ RELEASE_STEP_CLAIM = """
 UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ? AND claimed_at IS NOT NULL
 """
-RELEASE_OWNERS_CLAIM = """
+RELEASE_OWNED_CLAIM = """
 UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ? AND claim_owner = ?
 """
-GIVE_BACK_CLAIM = """
+COMPENSATE_CLAIM = """
 UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ? AND claim_token = ?
 """
@@ -95,7 +95,7 @@ RELEASE_DISPATCH = """
 UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL
 WHERE run_id = ? AND step_key = ? AND dispatched_at IS NOT NULL
 """
-GIVE_BACK_DISPATCH = """
+COMPENSATE_DISPATCH = """
 UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL
 WHERE run_id = ? AND step_key = ? AND dispatch_token = ?
 """
@@ -118,15 +118,15 @@ class Claims(Database):
         if owner is not None:
             # No giving back: the owner may ask again and gets the true answer.
             return self.write(partial(_try_claim_step, run_id, step_key, owner, lease))
-        claim = _Claim(self, run_id, step_key, None)
-        return self.write(claim, claim.give_back)
+        claim = _ClaimWrite(self, run_id, step_key, None)
+        return self.write(claim, claim.compensate)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
         row: tuple[object, ...] = (run_id.bytes, step_key)
         if owner is None:
             await self.write(partial(_execute, RELEASE_STEP_CLAIM, row))
         else:
-            await self.write(partial(_execute, RELEASE_OWNERS_CLAIM, (*row, owner)))
+            await self.write(partial(_execute, RELEASE_OWNED_CLAIM, (*row, owner)))
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         def renew(db: sqlite3.Connection, now: int) -> bool:
@@ -135,7 +135,7 @@ class Claims(Database):
                 "step_key": step_key,
                 "owner": owner,
                 "now": now,
-                "until": _end_of(lease, now),
+                "until": _lease_end_us(lease, now),
             }
             return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
 
@@ -164,8 +164,8 @@ class Claims(Database):
     def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None
     ) -> Coroutine[Any, Any, bool]:
-        dispatch = _Dispatch(self, run_id, step_key, due_at)
-        return self.write(dispatch, dispatch.give_back)
+        dispatch = _DispatchWrite(self, run_id, step_key, due_at)
+        return self.write(dispatch, dispatch.compensate)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         try:
@@ -194,7 +194,7 @@ class Claims(Database):
         )
 
 
-class _Attempt:
+class _Write:
     """A write that may win something for a caller without a token, who would not know if it was cancelled."""
 
     __slots__ = ("database", "due_at", "run_id", "step_key", "token")
@@ -206,12 +206,12 @@ class _Attempt:
         self.due_at = due_at
         self.token = next(_tokens)
 
-    async def _undo(self, statement: str) -> None:
+    async def _clear_own(self, statement: str) -> None:
         row = (self.run_id.bytes, self.step_key, self.token)
-        await self.database.write_back(partial(_execute, statement, row))
+        await self.database.write_while_closing(partial(_execute, statement, row))
 
 
-class _Claim(_Attempt):
+class _ClaimWrite(_Write):
     __slots__ = ()
 
     def __call__(self, db: sqlite3.Connection, now: int) -> bool:
@@ -222,12 +222,12 @@ class _Claim(_Attempt):
         load_step(db, self.run_id, self.step_key)
         return False
 
-    async def give_back(self, won: bool | OutcomeUnknownError) -> None:
+    async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
-            await self._undo(GIVE_BACK_CLAIM)
+            await self._clear_own(COMPENSATE_CLAIM)
 
 
-class _Dispatch(_Attempt):
+class _DispatchWrite(_Write):
     __slots__ = ()
 
     def __call__(self, db: sqlite3.Connection, now: int) -> bool:
@@ -238,9 +238,9 @@ class _Dispatch(_Attempt):
         load_step(db, self.run_id, self.step_key)
         return False
 
-    async def give_back(self, won: bool | OutcomeUnknownError) -> None:
+    async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
-            await self._undo(GIVE_BACK_DISPATCH)
+            await self._clear_own(COMPENSATE_DISPATCH)
 
 
 def _try_claim_step(
@@ -251,7 +251,7 @@ def _try_claim_step(
     db: sqlite3.Connection,
     now: int,
 ) -> bool:
-    expires_at = None if lease is None else _end_of(lease, now)
+    expires_at = None if lease is None else _lease_end_us(lease, now)
     row = (run_id.bytes, step_key, now, expires_at, owner, None)
     if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
         return True
@@ -264,5 +264,5 @@ def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, no
     db.execute(statement, row)
 
 
-def _end_of(lease: timedelta, now: int) -> int:
+def _lease_end_us(lease: timedelta, now: int) -> int:
     return to_us(lease_end(from_us(now), lease))

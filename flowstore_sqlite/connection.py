@@ -17,19 +17,19 @@ from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError,
 from flowstore_core.instrumentation import NO_OBSERVERS, Observers
 from flowstore_core.shielding import run_to_completion
 from flowstore_sqlite.errors import is_transient, map_error
-from flowstore_sqlite.identity import OpenFiles
-from flowstore_sqlite.location import Access, find_access, is_same_place, sqlite_uri
+from flowstore_sqlite.file_access import Access, find_access, is_same_path, sqlite_uri
+from flowstore_sqlite.open_files import OpenFiles
 
 T = TypeVar("T")
 
-BLOCKING_SECONDS = 0.02
+DRIVER_BUSY_TIMEOUT = 0.02
 """How long SQLite itself waits for a lock; further waiting is done outside of the thread."""
-CLOSE_SECONDS = 5.0
+CLOSE_TIMEOUT = 5.0
 
 _log = logging.getLogger("flowstore_sqlite")
 
 
-class _Done(Generic[T]):
+class _RedactedResult(Generic[T]):
     """What came of some work; like the work itself it shows nothing of it.
 
     aiosqlite's logger writes at DEBUG what it calls and what that raises, and asyncio in debug mode
@@ -51,7 +51,7 @@ class _Done(Generic[T]):
         return "<done>"
 
 
-class _Unnamed(Generic[T]):
+class _RedactedWork(Generic[T]):
     """Work without its parameters in sight."""
 
     __slots__ = ("_work",)
@@ -59,11 +59,11 @@ class _Unnamed(Generic[T]):
     def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
         self._work = work
 
-    def __call__(self, db: sqlite3.Connection) -> _Done[T]:
+    def __call__(self, db: sqlite3.Connection) -> _RedactedResult[T]:
         try:
-            return _Done(self._work(db), None)
+            return _RedactedResult(self._work(db), None)
         except Exception as error:  # noqa: BLE001 - not swallowed: result() raises it
-            return _Done(None, error)
+            return _RedactedResult(None, error)
 
     def __repr__(self) -> str:
         return "<work>"
@@ -80,12 +80,12 @@ class Connection(aiosqlite.Connection):
     files: OpenFiles
     """Of the store, from ``open`` on."""
 
-    def __init__(self, path: str, observers: Observers = NO_OBSERVERS, *, only_reads: bool = False) -> None:
+    def __init__(self, path: str, observers: Observers = NO_OBSERVERS, *, read_only: bool = False) -> None:
         self.path = path
-        self._only_reads = only_reads
+        self._read_only = read_only
         self._observers = observers
         self._pid = os.getpid()
-        self._shutting = False
+        self._is_closing = False
         super().__init__(self._connect_file, iter_chunk_size=64)
         # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
         # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
@@ -94,12 +94,12 @@ class Connection(aiosqlite.Connection):
 
     def _connect_file(self) -> sqlite3.Connection:
         access = self.files.access
-        if self._only_reads and access is Access.WRITE:
+        if self._read_only and access is Access.WRITE:
             access = Access.READ
         return sqlite3.connect(
             sqlite_uri(self.path, access),
             uri=True,
-            timeout=BLOCKING_SECONDS,
+            timeout=DRIVER_BUSY_TIMEOUT,
             isolation_level=None,
             cached_statements=256,
         )
@@ -117,7 +117,7 @@ class Connection(aiosqlite.Connection):
         try:
             # To the end, because a connection that opens after its caller has gone is never closed.
             await run_to_completion(opening())
-            if await self.run_work(self._is_at_its_place):
+            if await self.run_in_thread(self._opened_expected_path):
                 return
             failure: FlowStoreError = ConfigurationError(
                 f"{self.path} became a symbolic link while it was opened; links are never followed"
@@ -128,19 +128,19 @@ class Connection(aiosqlite.Connection):
             failure = StoreUnavailableError("no thread could be started")
         raise failure
 
-    def _is_at_its_place(self, db: sqlite3.Connection) -> bool:
+    def _opened_expected_path(self, db: sqlite3.Connection) -> bool:
         # Reads no page of the file, so nothing has happened to it yet.
-        return is_same_place(db.execute("PRAGMA database_list").fetchone()[2], self.path)
+        return is_same_path(db.execute("PRAGMA database_list").fetchone()[2], self.path)
 
     # Not named run, which until aiosqlite 0.22 is the thread's own method.
-    async def run_work(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def run_in_thread(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run a callable on the connection's thread. It goes on when the caller is cancelled."""
-        if self._shutting:
+        if self._is_closing:
             raise StoreClosedError
-        done: _Done[T] = await cast(Any, self)._execute(_Unnamed(work), self._conn)
+        done: _RedactedResult[T] = await cast(Any, self)._execute(_RedactedWork(work), self._conn)
         return done.result()
 
-    async def run_patiently(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
+    async def run_with_busy_retry(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
         """As run_work, again and again while the database is locked, at most that long.
 
         ``work`` must have changed nothing when it fails so. Afterwards the files are verified. Raises
@@ -153,10 +153,10 @@ class Connection(aiosqlite.Connection):
             return result
 
         deadline = asyncio.get_running_loop().time() + seconds
-        wait = delays()
+        wait = backoff()
         while True:
             try:
-                return await self.run_work(verified)
+                return await self.run_in_thread(verified)
             except sqlite3.Error as error:
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
@@ -168,9 +168,9 @@ class Connection(aiosqlite.Connection):
                 self._observers.retried("read", getattr(failure, "sqlite_errorname", ""), pause)
             await asyncio.sleep(pause)
 
-    async def stop_work(self) -> None:
+    async def cancel_work(self) -> None:
         """Interrupt the statement that runs, and wait until the thread is free."""
-        free = asyncio.create_task(self.run_work(lambda db: None))
+        free = asyncio.create_task(self.run_in_thread(lambda db: None))
         while not free.done():
             # Again and again: an interrupt that comes before the statement has begun is lost.
             self.interrupt_now()
@@ -181,23 +181,23 @@ class Connection(aiosqlite.Connection):
         if self._connection is not None:
             self._connection.interrupt()
 
-    async def shut(self) -> None:
+    async def close(self) -> None:
         """Close it behind what is still running there; bounded, and also when cancelled meanwhile."""
-        self._shutting = True
+        self._is_closing = True
         if self._pid != os.getpid():
             # After a fork there is no thread that could close it, and the file's locks are the parent's.
             return
-        await run_to_completion(self._shut())
+        await run_to_completion(self._close_bounded())
 
-    async def _shut(self) -> None:
-        closing = asyncio.create_task(self._close_and_end())
-        done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+    async def _close_bounded(self) -> None:
+        closing = asyncio.create_task(self._close_and_join())
+        done, _ = await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
         if not done:
             _log.warning(
                 "a connection to %s did not close within %.0f s",
                 self.path,
-                CLOSE_SECONDS,
-                extra={"flowstore.wait_seconds": CLOSE_SECONDS},
+                CLOSE_TIMEOUT,
+                extra={"flowstore.wait_seconds": CLOSE_TIMEOUT},
             )
         elif not closing.cancelled() and (error := closing.exception()) is not None:
             kind = type(error).__name__
@@ -205,16 +205,16 @@ class Connection(aiosqlite.Connection):
                 "a connection to %s closed with %s", self.path, kind, extra={"flowstore.error_type": kind}
             )
 
-    async def _close_and_end(self) -> None:
-        await self.close()
+    async def _close_and_join(self) -> None:
+        await super().close()
         # The thread answers just before it ends; nobody should find it still there afterwards.
-        for delay in delays():
+        for delay in backoff():
             if not self._worker.is_alive():
                 break
             await asyncio.sleep(delay)
 
 
-def snapshot(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+def read_transaction(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
     """Run work whose every statement reads the same state of the database."""
     db.execute("BEGIN")
     try:
@@ -225,7 +225,7 @@ def snapshot(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) ->
             db.execute("ROLLBACK")
 
 
-def written(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+def write_transaction(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
     """Run work in a transaction of its own, under the write lock: whole or not at all."""
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -238,7 +238,7 @@ def written(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> 
             db.execute("ROLLBACK")
 
 
-def delays() -> Iterator[float]:
+def backoff() -> Iterator[float]:
     """Seconds to wait between tries: jittered, and short even after long, because who asks seldom starves."""
     longest = 0.002
     while True:

@@ -8,9 +8,9 @@ from functools import partial
 from uuid import UUID
 
 from flowstore_core import FlowRunControlRecord, FlowRunRecord, RunAlreadyExistsError, TriggerResult
+from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import insert_run, new_run, read_run, to_run
-from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, to_us
 
 CONFIGURE_RUN = """
 INSERT INTO controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
@@ -101,8 +101,8 @@ class Controls(Database):
 
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> tuple[FlowRunRecord, ...]:
         def stop(db: sqlite3.Connection) -> tuple[FlowRunRecord, ...]:
-            moment = self.now() if as_of is None else to_us(as_of)
-            return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, (moment, take)))
+            at = self.now() if as_of is None else to_us(as_of)
+            return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, (at, take)))
 
         return await self.read(stop)
 

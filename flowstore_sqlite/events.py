@@ -6,9 +6,9 @@ import sqlite3
 from uuid import UUID
 
 from flowstore_core import FlowEventRecord, RunNotFoundError
+from flowstore_sqlite.codecs import from_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import read_run_status
-from flowstore_sqlite.values import from_us
 
 # One seek to the end of the run's range, not a scan.
 LAST_SEQUENCE = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE run_id = ?"

@@ -46,9 +46,9 @@ class SqliteBackend:
 
         Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
         """
-        from flowstore_sqlite.opening import OpenSqlite
+        from flowstore_sqlite.open import StoreContext
 
-        return OpenSqlite(config)
+        return StoreContext(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
@@ -57,9 +57,9 @@ class SqliteBackend:
         It lies beside the file that ``url`` names, or in the system's directory for temporary files
         where that cannot be written, and keeps the options of ``url``. Only that directory is removed.
         """
-        from flowstore_sqlite.location import read_location
+        from flowstore_sqlite.url import database_path
 
-        folder = _make_folder(Path(read_location(url)).parent)
+        folder = _make_folder(Path(database_path(url)).parent)
         try:
             yield parse_url(url).with_path(str(folder / "scratch.db"))
         finally:
@@ -67,19 +67,19 @@ class SqliteBackend:
 
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
         """Every migration as (number, name, a script that applies and records it), in order."""
-        from flowstore_sqlite.migrate import migrations
+        from flowstore_sqlite.deploy import migrations
 
         return migrations()
 
     async def schema_version(self, config: StoreConfig) -> int:
         """The schema version of the file; 0 without a file or schema. Makes and changes nothing."""
-        from flowstore_sqlite.migrate import schema_version
+        from flowstore_sqlite.deploy import schema_version
 
         return await schema_version(config)
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
         """How searches find their runs."""
-        from flowstore_sqlite.migrate import has_search_index
+        from flowstore_sqlite.deploy import has_search_index
 
         indexed = await has_search_index(config)
         return {"search": "by index (FTS5)" if indexed else "reads every run; this SQLite has no FTS5"}
@@ -101,7 +101,7 @@ class SqliteBackend:
 
     async def migrate(self, config: StoreConfig) -> int:
         """Make the file if need be, apply every migration, and return the version it then has."""
-        from flowstore_sqlite.migrate import migrate
+        from flowstore_sqlite.deploy import migrate
 
         return await migrate(config)
 

@@ -8,9 +8,9 @@ from functools import partial
 from uuid import UUID
 
 from flowstore_core import StalledStep, StallReason, StepAlreadyCompletedError, StepStatus
+from flowstore_sqlite.codecs import from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import RECORD_STEP_COMPLETE, check_attempt, load_step
-from flowstore_sqlite.values import from_us, to_optional_us, to_us
 
 RESCHEDULE_STEP = """
 UPDATE steps SET rescheduled = 1,
@@ -66,8 +66,8 @@ class Recovery(Database):
 
     async def get_stalled_steps(self, *, as_of: datetime | None, take: int) -> tuple[StalledStep, ...]:
         def stalled(db: sqlite3.Connection) -> tuple[StalledStep, ...]:
-            moment = self.now() if as_of is None else to_us(as_of)
-            rows = db.execute(GET_STALLED_STEPS, {"as_of": moment, "take": take})
+            at = self.now() if as_of is None else to_us(as_of)
+            rows = db.execute(GET_STALLED_STEPS, {"as_of": at, "take": take})
             return tuple(
                 StalledStep(
                     run_id=UUID(bytes=run_id),

@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 from functools import partial
 
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_sqlite.background import Turns
+from flowstore_sqlite.codecs import to_us
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.search import DROP_TRIGRAMS, empty_index, gather_texts, has_only_deleted, is_indexed
+from flowstore_sqlite.paced_work import PacedWriter
+from flowstore_sqlite.search import DROP_TRIGRAMS, empty_index, has_only_deleted, index_some, is_indexed
 from flowstore_sqlite.statistics import DAY
-from flowstore_sqlite.values import to_us
 
 BATCH = 500
 """Runs that are looked up at once, by a reader; orphans that are deleted at once at most."""
@@ -65,23 +65,23 @@ class Retention(Database):
 
     async def cleanup(self, cutoff: datetime) -> int:
         before = to_us(cutoff)
-        turns = Turns(self.write)
+        paced = PacedWriter(self.write)
         deleted = 0
         while found := await self.read(partial(_find_completed, before)):
             while found:
-                done, count = await turns.take(partial(_delete_runs, before, found))
+                done, count = await paced.run_slice(partial(_delete_runs, before, found))
                 deleted += count
                 found = found[done:]
         for statement in (DELETE_ORPHANED_CONTROLS, DELETE_ORPHANED_KEYS):
-            while await turns.take(partial(_sweep, statement, before)):
+            while await paced.run_slice(partial(_delete_orphans, statement, before)):
                 pass
         while stale := await self.read(partial(_find_stale_summaries, before)):
-            await turns.take(partial(_delete_summaries, stale))
+            await paced.run_slice(partial(_delete_summaries, stale))
             if len(stale) < BATCH:
                 break
         if await self.read(is_indexed):
             # What ended since the last time becomes quick to search.
-            while await turns.take(gather_texts):
+            while await paced.run_slice(index_some):
                 pass
             if await self.read(has_only_deleted):
                 await self.write(empty_index)
@@ -122,7 +122,7 @@ def _delete_summaries(
     db.executemany(DELETE_SUMMARY, stale)
 
 
-def _sweep(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
+def _delete_orphans(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
     """Delete a batch of orphans; how many, 0 when none is left."""
     grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
     return db.execute(statement, {"cutoff": before, "grace": grace, "most": BATCH}).rowcount

@@ -17,15 +17,15 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
-from flowstore_sqlite.database import Database
-from flowstore_sqlite.steps import read_steps
-from flowstore_sqlite.values import (
+from flowstore_sqlite.codecs import (
     from_optional_id,
     from_optional_us,
     from_us,
-    sql,
+    join_sql,
     to_optional_id,
 )
+from flowstore_sqlite.database import Database
+from flowstore_sqlite.steps import read_steps
 
 START_RUN = """
 INSERT INTO runs (
@@ -55,9 +55,9 @@ FROM runs
 """
 NEWEST_FIRST = "ORDER BY started_at DESC, run_id DESC"
 
-GET_RUN = sql(SELECT_RUNS, "WHERE run_id = ?")
-GET_ACTIVE_RUNS = sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST, "LIMIT ?")
-GET_DERIVED_RUNS = sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
+GET_RUN = join_sql(SELECT_RUNS, "WHERE run_id = ?")
+GET_ACTIVE_RUNS = join_sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST, "LIMIT ?")
+GET_DERIVED_RUNS = join_sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
 
 
 class Runs(Database):
@@ -165,10 +165,10 @@ def _complete_run(
     db: sqlite3.Connection,
     now: int,
 ) -> bool:
-    present = read_run_status(db, run_id)
-    if present is None:
+    status_now = read_run_status(db, run_id)
+    if status_now is None:
         raise RunNotFoundError(run_id)
-    if present.is_terminal:
+    if status_now.is_terminal:
         return False
     if expected is not None and not _is_as_expected(db, run_id, expected, now):
         return False

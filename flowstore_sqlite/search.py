@@ -7,13 +7,13 @@ import time
 from uuid import UUID
 
 from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
-from flowstore_sqlite.values import sql
+from flowstore_sqlite.codecs import join_sql
 
-TOLERATED = 64
+MAX_UNINDEXED = 64
 """So many ended runs that the index does not hold yet cost a search about a millisecond."""
-GATHERED = 256
+INDEX_BATCH = 256
 """How many of them one transaction adds to it, at most."""
-GATHER_SECONDS = 0.02
+INDEX_SLICE = 0.02
 """And for how long, because writers wait for it."""
 
 # FTS5 may be missing where the file is used next, so no trigger touches its table: what a process without it
@@ -63,7 +63,7 @@ HAS_TRIGGER = "SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = 'se
 HAS_FTS5 = "SELECT 1 FROM pragma_module_list WHERE name = 'fts5'"
 
 FIND_UNSEARCHED = "SELECT run_id FROM unsearched LIMIT ?"
-COUNT_UNSEARCHED = f"SELECT COUNT(*) FROM (SELECT 1 FROM unsearched LIMIT {TOLERATED + 1})"
+COUNT_UNSEARCHED = f"SELECT COUNT(*) FROM (SELECT 1 FROM unsearched LIMIT {MAX_UNINDEXED + 1})"
 READ_RUN = "SELECT flow_name, trigger_key, status, job_id FROM runs WHERE run_id = ?"
 READ_STEPS = """
 SELECT step_key, substr(error_message, 1, :most), substr(output_json, 1, :most) FROM steps
@@ -72,18 +72,18 @@ WHERE run_id = :run_id AND status IS NOT NULL
 READ_ATTEMPTS = """
 SELECT substr(error_message, 1, :most), substr(output_json, 1, :most) FROM attempts WHERE run_id = :run_id
 """
-NOTE_OPEN_STEPS = """
+MARK_OPEN_STEPS = """
 UPDATE steps SET searched_open = 1 WHERE run_id = ? AND status IN ('Pending', 'Running') AND NOT searched_open
 """
 DROP_TRIGRAMS = """
 INSERT INTO run_trigrams (run_trigrams, rowid, text)
 SELECT 'delete', id, text FROM run_texts WHERE run_id = ?
 """
-KEEP_TEXT = """
+SAVE_TEXT = """
 INSERT INTO run_texts (run_id, text) VALUES (?, ?) ON CONFLICT (run_id) DO UPDATE SET text = excluded.text
 RETURNING id
 """
-KEEP_TRIGRAMS = "INSERT INTO run_trigrams (rowid, text) VALUES (?, ?)"
+SAVE_TRIGRAMS = "INSERT INTO run_trigrams (rowid, text) VALUES (?, ?)"
 # An entry that was deleted stays in the index until FTS5 merges it away, which it does when others are added.
 HAS_ONLY_DELETED = """
 SELECT NOT EXISTS (SELECT 1 FROM run_texts) AND EXISTS (SELECT 1 FROM run_trigrams_idx)
@@ -92,7 +92,7 @@ EMPTY_TRIGRAMS = "INSERT INTO run_trigrams (run_trigrams) VALUES ('delete-all')"
 DROP_UNSEARCHED = "DELETE FROM unsearched WHERE run_id = ?"
 
 # Every run that can match: those whose text has all trigrams, and those whose text may be older than they.
-CANDIDATES = """
+MATCH_CANDIDATES = """
 AND run_id IN (
     SELECT run_id FROM run_texts
     WHERE id IN (SELECT rowid FROM run_trigrams WHERE run_trigrams MATCH :trigrams)
@@ -103,7 +103,7 @@ AND run_id IN (
 
 # lower() folds ASCII alone. The long texts are cut as bytes; a character cut in half does no harm,
 # because bytes are what is compared then. Unstarted steps and their attempts are not shown, so not found.
-OF_SEARCH = """
+SEARCH_CONDITION = """
 AND (
     instr(lower(flow_name), :needle) OR instr(lower(trigger_key), :needle)
     OR instr(lower(status), :needle) OR instr(lower(job_id), :needle)
@@ -149,42 +149,42 @@ def enable_search(db: sqlite3.Connection) -> bool:
     return True
 
 
-def search_values(needle: str) -> tuple[str, dict[str, object]]:
+def search_by_scan(needle: str) -> tuple[str, dict[str, object]]:
     """The conditions of a search for a folded needle, without the index, and what they bind."""
-    return OF_SEARCH, {"needle": needle, "bytes": needle.encode(), "most": SEARCHED_BYTES}
+    return SEARCH_CONDITION, {"needle": needle, "bytes": needle.encode(), "most": SEARCHED_BYTES}
 
 
-def indexed_search(needle: str) -> tuple[str, dict[str, object]]:
+def search_by_index(needle: str) -> tuple[str, dict[str, object]]:
     """The same with the index in front; a needle of fewer than three characters has no trigram to look up."""
-    condition, values = search_values(needle)
+    condition, values = search_by_scan(needle)
     trigrams = {needle[at : at + 3] for at in range(len(needle) - 2)}
     if not trigrams:
         return condition, values
     quoted = ('"' + one.replace('"', '""') + '"' for one in sorted(trigrams))
-    return sql(CANDIDATES, condition), {**values, "trigrams": " AND ".join(quoted)}
+    return join_sql(MATCH_CANDIDATES, condition), {**values, "trigrams": " AND ".join(quoted)}
 
 
-def is_far_behind(db: sqlite3.Connection) -> bool:
+def is_stale(db: sqlite3.Connection) -> bool:
     """Whether more ended runs are missing in the index than do not matter."""
     count: int = db.execute(COUNT_UNSEARCHED).fetchone()[0]
-    return count > TOLERATED
+    return count > MAX_UNINDEXED
 
 
-def gather_texts(db: sqlite3.Connection, now: int, until: float | None = None) -> int:
+def index_some(db: sqlite3.Connection, now: int, until: float | None = None) -> int:
     """Add some ended runs to the index, by time.monotonic() until then or for GATHER_SECONDS; how many."""
-    deadline = time.monotonic() + GATHER_SECONDS if until is None else until
-    gathered = 0
-    for (run_id,) in db.execute(FIND_UNSEARCHED, (GATHERED,)).fetchall():
-        db.execute(NOTE_OPEN_STEPS, (run_id,))
+    deadline = time.monotonic() + INDEX_SLICE if until is None else until
+    added = 0
+    for (run_id,) in db.execute(FIND_UNSEARCHED, (INDEX_BATCH,)).fetchall():
+        db.execute(MARK_OPEN_STEPS, (run_id,))
         text = _read_text(db, run_id)
         db.execute(DROP_TRIGRAMS, (run_id,))
-        number = db.execute(KEEP_TEXT, (run_id, text)).fetchone()[0]
-        db.execute(KEEP_TRIGRAMS, (number, text))
+        number = db.execute(SAVE_TEXT, (run_id, text)).fetchone()[0]
+        db.execute(SAVE_TRIGRAMS, (number, text))
         db.execute(DROP_UNSEARCHED, (run_id,))
-        gathered += 1
+        added += 1
         if time.monotonic() > deadline:
             break
-    return gathered
+    return added
 
 
 def empty_index(db: sqlite3.Connection, now: int) -> None:

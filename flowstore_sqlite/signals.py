@@ -14,9 +14,9 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
 )
+from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import read_run_status
-from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us
 
 REGISTER_WAITER = """
 INSERT INTO waiters (run_id, step_key, signal_name, expires_at, created_at) VALUES (?, ?, ?, ?, ?)
@@ -38,7 +38,7 @@ ORDER BY created_at, step_key LIMIT 1
 DELIVER_SIGNAL = """
 UPDATE waiters SET delivered_at = ?, payload_json = ? WHERE run_id = ? AND step_key = ?
 """
-REMEMBER_DELIVERY = """
+RECORD_DELIVERY = """
 INSERT INTO deliveries (run_id, delivery_id, step_key, delivered_at) VALUES (?, ?, ?, ?)
 """
 
@@ -94,7 +94,7 @@ class Signals(Database):
             (step_key,) = found
             db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))
             if delivery_id is not None:
-                db.execute(REMEMBER_DELIVERY, (run_id.bytes, delivery_id, step_key, now))
+                db.execute(RECORD_DELIVERY, (run_id.bytes, delivery_id, step_key, now))
             return _to_result(SignalDeliveryStatus.DELIVERED, step_key, now)
 
         return await self.write(deliver)

@@ -19,8 +19,8 @@ from flowstore_core import (
     RunTimeseriesGranularity,
 )
 from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, percentile_ms, whole_days
+from flowstore_sqlite.codecs import join_sql, to_us
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.values import sql, to_us
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -43,8 +43,8 @@ SELECT started_at, status, completed_at - started_at AS duration FROM runs
 WHERE status IN ('Running', 'Succeeded', 'Failed', 'Cancelled')
     AND started_at >= :since AND started_at < :until
 """
-OF_FLOW = "AND flow_id = :flow_id"
-KEEP_SUMMARY = """
+WHERE_FLOW = "AND flow_id = :flow_id"
+SAVE_SUMMARY = """
 INSERT INTO run_summaries (granularity, scope, day, changes, buckets) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (granularity, scope, day) DO UPDATE SET changes = excluded.changes, buckets = excluded.buckets
 """
@@ -79,7 +79,7 @@ class Statistics(Database):
         first, end = map(to_us, whole_days(since, until))
         width = BUCKET_WIDTH[granularity] // timedelta(microseconds=1)
         scope = b"" if flow_id is None else flow_id.bytes
-        statement = sql(READ_RUNS, "" if flow_id is None else OF_FLOW, "ORDER BY duration")
+        statement = join_sql(READ_RUNS, "" if flow_id is None else WHERE_FLOW, "ORDER BY duration")
         values = {
             "granularity": granularity.value,
             "scope": scope,
@@ -91,9 +91,9 @@ class Statistics(Database):
         def timeseries(db: sqlite3.Connection) -> tuple[dict[int, Bucket], list[tuple[object, ...]]]:
             found: dict[int, Bucket] = {}
             new: list[tuple[object, ...]] = []
-            for day, changes, kept in db.execute(READ_SUMMARIES, values).fetchall():
-                if kept is not None:
-                    found.update((start, tuple(own)) for start, *own in json.loads(kept))
+            for day, changes, saved in db.execute(READ_SUMMARIES, values).fetchall():
+                if saved is not None:
+                    found.update((start, tuple(own)) for start, *own in json.loads(saved))
                     continue
                 window = {"since": max(first, day * DAY), "until": min(end, (day + 1) * DAY)}
                 buckets = _compute(db.execute(statement, {**values, **window}).fetchall(), width)
@@ -104,23 +104,23 @@ class Statistics(Database):
             return found, new
 
         found, new = await self.read(timeseries)
-        await self._keep_summaries(new)
+        await self._save_summaries(new)
         return tuple(
             _to_bucket(start, found.get(to_us(start), (0, 0, 0, 0, None, None)))
             for start in bucket_starts(since, until, granularity)
         )
 
-    async def _keep_summaries(self, rows: Sequence[tuple[object, ...]]) -> None:
+    async def _save_summaries(self, rows: Sequence[tuple[object, ...]]) -> None:
         try:
             if rows:
-                await self.write(partial(_keep, rows))
+                await self.write(partial(_insert_summaries, rows))
         except FlowStoreError as error:
             # The answer stands without them: they only spare computing it again.
             _log.debug("the summaries of %d days were not kept: %s", len(rows), error)
 
 
-def _keep(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection, now: int) -> None:
-    db.executemany(KEEP_SUMMARY, rows)
+def _insert_summaries(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection, now: int) -> None:
+    db.executemany(SAVE_SUMMARY, rows)
 
 
 def _compute(rows: Sequence[tuple[int, str, int | None]], width: int) -> dict[int, Bucket]:

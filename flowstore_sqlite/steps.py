@@ -28,8 +28,8 @@ from flowstore_core import (
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_core.steps import superseded_by
+from flowstore_sqlite.codecs import from_optional_us, from_us
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.values import from_optional_us, from_us
 
 LOAD_STEP = """
 SELECT runs.status, steps.status, COALESCE(last_attempt, 0), COALESCE(reopened, 0), rescheduled,
@@ -45,7 +45,7 @@ UPDATE steps SET status = 'Running', last_attempt = 1, started_at = ?, attempt_s
 WHERE run_id = ? AND step_key = ? AND last_attempt = 0
     AND EXISTS (SELECT 1 FROM runs WHERE runs.run_id = steps.run_id AND runs.status = 'Running')
 """
-START_OWNERS_FIRST_ATTEMPT = f"""
+START_OWNED_FIRST_ATTEMPT = f"""
 {START_FIRST_ATTEMPT.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
 """
 
@@ -214,7 +214,7 @@ def _record_step_start(
     if owner is None:
         started = db.execute(START_FIRST_ATTEMPT, first)
     else:
-        started = db.execute(START_OWNERS_FIRST_ATTEMPT, (*first, owner, now))
+        started = db.execute(START_OWNED_FIRST_ATTEMPT, (*first, owner, now))
     if started.rowcount == 1:
         return 1
     step = load_step(db, run_id, step_key)
@@ -289,8 +289,8 @@ def _record_skipped_step(
 ) -> None:
     step = load_step(db, run_id, step_key)
     if step.is_terminal:
-        mine = step.status == StepStatus.SKIPPED and owner is not None and step.started_owner == owner
-        if mine and db.execute(SKIPPED_FOR, (reason, run_id.bytes, step_key)).fetchone()[0]:
+        is_repeat = step.status == StepStatus.SKIPPED and owner is not None and step.started_owner == owner
+        if is_repeat and db.execute(SKIPPED_FOR, (reason, run_id.bytes, step_key)).fetchone()[0]:
             return
         raise StepAlreadyCompletedError(run_id, step_key)
     is_claimed = step.has_live_claim(now)

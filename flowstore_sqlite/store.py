@@ -44,7 +44,7 @@ class SqliteStore(
         await self.read(_ping)
 
 
-class FastSqliteStore(SqliteStore):
+class NonDurableSqliteStore(SqliteStore):
     """With synchronous=NORMAL a power cut may take back what was acknowledged."""
 
     capabilities = frozenset(Capability) - {Capability.DURABLE}

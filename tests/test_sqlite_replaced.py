@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from flowstore_core import FlowStore, OutcomeUnknownError, StoreUnavailableError, open_store
-from flowstore_sqlite import identity
+from flowstore_sqlite import open_files
 from flowstore_sqlite.database import Database
 from tests.scenes import new_run
 
@@ -137,7 +137,7 @@ async def test_every_call_is_refused_afterwards(
 ) -> None:
     if settled:
         # The directory has not changed for long when the files are verified.
-        monkeypatch.setattr(identity, "SETTLED_NS", 0)
+        monkeypatch.setattr(open_files, "CTIME_GRANULARITY_NS", 0)
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
         if settled:

@@ -96,7 +96,7 @@ def test_commands_that_need_the_deleted_directory_say_so(
 CLOSED = """
 import asyncio, os, sys
 from flowstore_core import FlowStoreError, open_store
-import flowstore_sqlite.opening
+import flowstore_sqlite.open
 
 async def tell(url):
     try:

@@ -16,7 +16,7 @@ import pytest
 
 from flowstore_core import ConfigurationError, FlowStore, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
-from flowstore_sqlite.location import create_file
+from flowstore_sqlite.file_access import create_file
 from tests.scenes import new_run
 
 
@@ -111,7 +111,7 @@ async def test_that_a_link_put_there_at_the_last_moment_is_refused(
         os.unlink(path)
         os.symlink(target, path)
 
-    monkeypatch.setattr("flowstore_sqlite.opening.create_file", swapped)
+    monkeypatch.setattr("flowstore_sqlite.open.create_file", swapped)
     with pytest.raises((ConfigurationError, StoreUnavailableError)) as caught:
         async with open_store(f"sqlite:///{tmp_path}/flows.db"):
             pytest.fail("it opened")
@@ -247,7 +247,7 @@ def _open_as_nobody(path: Path) -> str:
     program = (
         "import asyncio, os, sys\n"
         "from flowstore_core import open_store, FlowStoreError\n"
-        "import flowstore_sqlite.opening\n"
+        "import flowstore_sqlite.open\n"
         "async def main(url):\n"
         "    try:\n"
         "        async with open_store(url): print('opened')\n"

@@ -42,16 +42,16 @@ class Claims(Folder):
                 document.steps[step_key] = replace(step, started_owner=None)
             return True
 
-        def unclaim(document: Document) -> None:
+        def compensate_claim(document: Document) -> None:
             # This claim only: it may have been released, and won by another call, meanwhile.
             if mine is not None and document.claims.get(step_key) is mine:
                 del document.claims[step_key]
 
-        async def give_back(outcome: bool | OutcomeUnknownError) -> None:
-            await self._change(run_id, unclaim)
+        async def compensate(outcome: bool | OutcomeUnknownError) -> None:
+            await self._change(run_id, compensate_claim)
 
         # With an owner the caller can ask again; without one, nobody could ever release it (CON-4).
-        return await self._change(run_id, claim, give_back if owner is None else None)
+        return await self._change(run_id, claim, compensate if owner is None else None)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
         def release(document: Document) -> None:
@@ -84,14 +84,14 @@ class Claims(Folder):
             )
             return True
 
-        def undispatch(document: Document) -> None:
+        def compensate_dispatch(document: Document) -> None:
             if mine is not None and document.dispatches.get(step_key) is mine:
                 del document.dispatches[step_key]
 
-        async def give_back(outcome: bool | OutcomeUnknownError) -> None:
-            await self._change(run_id, undispatch)
+        async def compensate(outcome: bool | OutcomeUnknownError) -> None:
+            await self._change(run_id, compensate_dispatch)
 
-        return await self._change(run_id, dispatch, give_back)
+        return await self._change(run_id, dispatch, compensate)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         def annotate(document: Document) -> None:

@@ -21,7 +21,7 @@ from flowstore_example_backend.document import Document, Key, from_json, to_json
 
 T = TypeVar("T")
 
-CLOSING_SECONDS = 10.0
+CLOSE_TIMEOUT = 10.0
 
 
 class Folder:
@@ -39,8 +39,8 @@ class Folder:
             # Of a write that a crash ended before its rename: it never happened.
             draft.unlink()
         for file in path.glob("*.json"):
-            self._show(UUID(file.stem), from_json(file.read_text(encoding="utf-8")))
-        self._writing = asyncio.Lock()
+            self._publish(UUID(file.stem), from_json(file.read_text(encoding="utf-8")))
+        self._write_lock = asyncio.Lock()
         self._in_flight = ShieldedTasks()
 
     async def ping(self) -> None:
@@ -49,37 +49,37 @@ class Folder:
 
     async def aclose(self) -> None:
         """Wait for the writes that have begun, those of cancelled callers too (CON-4)."""
-        await self._in_flight.drain(CLOSING_SECONDS)
+        await self._in_flight.drain(CLOSE_TIMEOUT)
 
     async def _change(
         self,
         run_id: UUID,
-        act: Callable[[Document], T],
-        give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+        change: Callable[[Document], T],
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
     ) -> T:
         """Let ``act`` change the document of a run: all of it, or nothing if it raises.
 
         A write that has begun goes on to its end when its caller is cancelled; ``give_back`` then
         undoes its effect, and is retried if it fails.
         """
-        return await self._in_flight.run(self._write(run_id, act), give_back)
+        return await self._in_flight.run(self._write(run_id, change), on_abandoned)
 
-    async def _write(self, run_id: UUID, act: Callable[[Document], T]) -> T:
-        async with self._writing:
+    async def _write(self, run_id: UUID, change: Callable[[Document], T]) -> T:
+        async with self._write_lock:
             before = self._documents.get(run_id) or Document()
             after = before.copy()
-            result = act(after)
+            result = change(after)
             if after == Document() != before:
-                await self._remove(run_id)
+                await self._delete(run_id)
             elif after != before:
                 try:
-                    await asyncio.to_thread(self._put, run_id, to_json(after))
+                    await asyncio.to_thread(self._save, run_id, to_json(after))
                 except OSError as error:
-                    raise self._look(run_id, after, error) from None
-                self._show(run_id, after)
+                    raise self._resolve_failed_write(run_id, after, error) from None
+                self._publish(run_id, after)
             return result
 
-    def _put(self, run_id: UUID, text: str) -> None:
+    def _save(self, run_id: UUID, text: str) -> None:
         file = self._path / f"{run_id}.json"
         draft = self._path / f"{run_id}.draft"
         with open(draft, "w", encoding="utf-8", opener=_private) as stream:
@@ -99,7 +99,7 @@ class Folder:
             finally:
                 os.close(folder)
 
-    def _look(self, run_id: UUID, after: Document, error: OSError) -> StoreUnavailableError:
+    def _resolve_failed_write(self, run_id: UUID, after: Document, error: OSError) -> StoreUnavailableError:
         """Whether a failed write has happened is resolved by looking, never by guessing (CON-3)."""
         try:
             found = from_json((self._path / f"{run_id}.json").read_text(encoding="utf-8"))
@@ -109,27 +109,27 @@ class Folder:
             return OutcomeUnknownError("a write")
         if found == after:
             # It is in its place, but a power cut may still take it back.
-            self._show(run_id, after)
+            self._publish(run_id, after)
             return OutcomeUnknownError("a write")
         return StoreUnavailableError(f"the folder cannot be written: {error.strerror}")
 
-    def _show(self, run_id: UUID, document: Document) -> None:
-        self._forget_keys(run_id)
+    def _publish(self, run_id: UUID, document: Document) -> None:
+        self._drop_keys(run_id)
         self._documents[run_id] = document
         for registered in document.keys:
             self._keys[registered.key] = run_id
 
-    def _forget_keys(self, run_id: UUID) -> None:
+    def _drop_keys(self, run_id: UUID) -> None:
         if (document := self._documents.get(run_id)) is not None:
             for registered in document.keys:
                 del self._keys[registered.key]
 
-    async def _remove(self, run_id: UUID) -> None:
+    async def _delete(self, run_id: UUID) -> None:
         try:
             await asyncio.to_thread(self._unlink, run_id)
         except OSError as error:
             raise StoreUnavailableError(f"the folder cannot be written: {error.strerror}") from None
-        self._forget_keys(run_id)
+        self._drop_keys(run_id)
         del self._documents[run_id]
 
     def _unlink(self, run_id: UUID) -> None:

@@ -81,8 +81,8 @@ class Runs(Folder):
     ) -> Sequence[FlowRunRecord]:
         runs = self._list(lambda run: flow_id is None or run.flow_id == flow_id)
         if after is not None:
-            place = (after.started_at, after.run_id)
-            runs = tuple(run for run in runs if (run.started_at, run.run_id) < place)
+            position = (after.started_at, after.run_id)
+            runs = tuple(run for run in runs if (run.started_at, run.run_id) < position)
         return runs[skip : skip + take]
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:

@@ -7,17 +7,18 @@ from dataclasses import replace
 from functools import partial
 
 from flowstore_core import StoreConfig
-from flowstore_sqlite.connection import Connection, snapshot, written
-from flowstore_sqlite.location import file_exists, read_location
-from flowstore_sqlite.opening import Options, migrated
-from flowstore_sqlite.schema import (
+from flowstore_sqlite.connection import Connection, read_transaction, write_transaction
+from flowstore_sqlite.file_access import file_exists
+from flowstore_sqlite.open import Options, open_writer
+from flowstore_sqlite.schema_migrations import (
     CREATE_SCHEMA_TABLE,
     INSERT_VERSION,
     Migration,
     load_migrations,
     read_version,
 )
-from flowstore_sqlite.search import enable_search, gather_texts, is_indexed
+from flowstore_sqlite.search import enable_search, index_some, is_indexed
+from flowstore_sqlite.url import database_path
 
 
 def migrations() -> Sequence[tuple[int, str, str]]:
@@ -37,16 +38,18 @@ async def schema_version(config: StoreConfig) -> int:
 
     Raises ConfigurationError, StoreUnavailableError.
     """
-    path = read_location(config.url)
+    path = database_path(config.url)
     options = Options.read(config)
     if not file_exists(path):
         return 0
     connection = Connection(path)
     try:
         await connection.open()
-        version, _ = await connection.run_patiently(partial(snapshot, read_version), options.busy_timeout)
+        version, _ = await connection.run_with_busy_retry(
+            partial(read_transaction, read_version), options.busy_timeout
+        )
     finally:
-        await connection.shut()
+        await connection.close()
     return version
 
 
@@ -58,26 +61,28 @@ async def migrate(config: StoreConfig) -> int:
     Asked for by name, so ``config.migrate`` does not matter.
     Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
     """
-    connection = Connection(read_location(config.url))
+    connection = Connection(database_path(config.url))
     try:
         options = Options.read(config)
-        version = await migrated(connection, replace(config, migrate=True), options)
-        if await connection.run_patiently(partial(written, enable_search), options.busy_timeout):
-            gather = partial(written, partial(gather_texts, now=0))
-            while await connection.run_patiently(gather, options.busy_timeout):
+        version = await open_writer(connection, replace(config, migrate=True), options)
+        if await connection.run_with_busy_retry(
+            partial(write_transaction, enable_search), options.busy_timeout
+        ):
+            index = partial(write_transaction, partial(index_some, now=0))
+            while await connection.run_with_busy_retry(index, options.busy_timeout):
                 pass
         return version
     finally:
-        await connection.shut()
+        await connection.close()
 
 
 async def has_search_index(config: StoreConfig) -> bool:
     """Whether searches use an index; changes nothing."""
-    connection = Connection(read_location(config.url))
+    connection = Connection(database_path(config.url))
     try:
         await connection.open()
-        return await connection.run_patiently(
-            partial(snapshot, is_indexed), Options.read(config).busy_timeout
+        return await connection.run_with_busy_retry(
+            partial(read_transaction, is_indexed), Options.read(config).busy_timeout
         )
     finally:
-        await connection.shut()
+        await connection.close()

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flowstore_core.diagnostics import Diagnostic, Severity
-from flowstore_sqlite.location import LOG, LOG_INDEX
-from flowstore_sqlite.turnstile import SUFFIX
+from flowstore_sqlite.file_access import SHM_SUFFIX, WAL_SUFFIX
+from flowstore_sqlite.writer_queue import LOCK_SUFFIX
 
-NEIGHBOURS = ("", "-wal", "-shm", SUFFIX)
+FILE_SUFFIXES = ("", "-wal", "-shm", LOCK_SUFFIX)
 MOUNTS = Path("/proc/self/mountinfo")
 PROCESSES = Path("/proc")
 
@@ -42,10 +42,10 @@ NETWORK = frozenset(
 IN_MEMORY = frozenset({"ramfs", "tmpfs"})
 
 HEADER_BYTES = 100
-LOG_HEADER_BYTES = 32
+WAL_HEADER_BYTES = 32
 FRAME_HEADER_BYTES = 24
 MAGIC = b"SQLite format 3\0"
-LOG_MAGIC = (0x377F0682, 0x377F0683)
+WAL_MAGIC = (0x377F0682, 0x377F0683)
 
 
 def exists(path: str) -> bool:
@@ -53,22 +53,22 @@ def exists(path: str) -> bool:
     return os.path.isfile(path) and not os.path.islink(path)
 
 
-def inspect(path: str) -> Iterator[Diagnostic]:
+def check_files(path: str) -> Iterator[Diagnostic]:
     """What is wrong with the files, at the moment."""
-    links = [path + suffix for suffix in NEIGHBOURS if os.path.islink(path + suffix)]
+    links = [path + suffix for suffix in FILE_SUFFIXES if os.path.islink(path + suffix)]
     if links:
-        yield _symlink(links)
+        yield _symlink_found(links)
         return
-    yield from _judge_removed(path)
+    yield from _check_removed_files(path)
     if not exists(path):
         return
-    yield from _judge_file_system(path)
-    yield from _judge_modes(path)
-    yield from _judge_folder(path)
-    yield from _judge_log(path)
+    yield from _check_file_system(path)
+    yield from _check_modes(path)
+    yield from _check_folder(path)
+    yield from _check_wal(path)
 
 
-def _symlink(links: list[str]) -> Diagnostic:
+def _symlink_found(links: list[str]) -> Diagnostic:
     return Diagnostic(
         code="symlink",
         blocks=True,
@@ -82,7 +82,7 @@ def _symlink(links: list[str]) -> Diagnostic:
     )
 
 
-def _judge_file_system(path: str) -> Iterator[Diagnostic]:
+def _check_file_system(path: str) -> Iterator[Diagnostic]:
     kind = file_system(path)
     if kind in NETWORK or kind.startswith("fuse.sshfs"):
         yield Diagnostic(
@@ -120,9 +120,9 @@ def file_system(path: str) -> str:
     return ""
 
 
-def _judge_modes(path: str) -> Iterator[Diagnostic]:
+def _check_modes(path: str) -> Iterator[Diagnostic]:
     wide = []
-    for suffix in NEIGHBOURS:
+    for suffix in FILE_SUFFIXES:
         try:
             mode = stat.S_IMODE(os.stat(path + suffix).st_mode)
         except OSError:
@@ -156,7 +156,7 @@ def _judge_modes(path: str) -> Iterator[Diagnostic]:
     )
 
 
-def _judge_folder(path: str) -> Iterator[Diagnostic]:
+def _check_folder(path: str) -> Iterator[Diagnostic]:
     folder = os.path.dirname(path)
     mode = os.stat(folder).st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
@@ -177,8 +177,8 @@ def _read(path: str, size: int) -> bytes | None:
         return None
 
 
-def _judge_log(path: str) -> Iterator[Diagnostic]:
-    header, log = _read(path, HEADER_BYTES), _read(path + "-wal", LOG_HEADER_BYTES)
+def _check_wal(path: str) -> Iterator[Diagnostic]:
+    header, log = _read(path, HEADER_BYTES), _read(path + "-wal", WAL_HEADER_BYTES)
     if header and not header.startswith(MAGIC):
         yield Diagnostic(
             code="not-a-database",
@@ -189,7 +189,7 @@ def _judge_log(path: str) -> Iterator[Diagnostic]:
             remedy="restore a backup, or correct the URL",
         )
         return
-    if log and (reason := _foreign(path, header or b"", log)):
+    if log and (reason := _wal_mismatch(path, header or b"", log)):
         yield Diagnostic(
             code="log-foreign",
             blocks=True,
@@ -224,9 +224,9 @@ def _judge_log(path: str) -> Iterator[Diagnostic]:
         )
 
 
-def _judge_removed(path: str) -> Iterator[Diagnostic]:
+def _check_removed_files(path: str) -> Iterator[Diagnostic]:
     """Find processes of this user that still use files removed from this path, where Linux tells."""
-    removed = {f"{os.path.realpath(path)}{suffix} (deleted)" for suffix in ("", LOG, LOG_INDEX)}
+    removed = {f"{os.path.realpath(path)}{suffix} (deleted)" for suffix in ("", WAL_SUFFIX, SHM_SUFFIX)}
     processes = []
     for folder in PROCESSES.glob("[0-9]*/fd"):
         with contextlib.suppress(OSError):
@@ -249,9 +249,9 @@ def _judge_removed(path: str) -> Iterator[Diagnostic]:
     )
 
 
-def _foreign(path: str, header: bytes, log: bytes) -> str | None:
+def _wal_mismatch(path: str, header: bytes, log: bytes) -> str | None:
     """Why a log cannot be that of the database with this header; None where it may be."""
-    if len(log) < LOG_HEADER_BYTES or int.from_bytes(log[:4]) not in LOG_MAGIC:
+    if len(log) < WAL_HEADER_BYTES or int.from_bytes(log[:4]) not in WAL_MAGIC:
         return "it is no write-ahead log"
     if len(header) < HEADER_BYTES:
         # The first pages of a new database may be in the log alone.
@@ -264,7 +264,7 @@ def _foreign(path: str, header: bytes, log: bytes) -> str | None:
     if header[18:20] != b"\2\2":
         return "the database is in another journal mode"
     counters = _change_counters(f"{path}-wal", log, size)
-    if (_read(path, HEADER_BYTES), _read(f"{path}-wal", LOG_HEADER_BYTES)) != (header, log):
+    if (_read(path, HEADER_BYTES), _read(f"{path}-wal", WAL_HEADER_BYTES)) != (header, log):
         # Somebody works with them, and they were read at different moments.
         return None
     # The counter of the database rises by one at most with each commit that writes its first page. When a log
@@ -285,7 +285,7 @@ def _change_counters(path: str, log: bytes, page_size: int) -> list[int]:
     """Of each first page of the database that is in the log, in order."""
     found = []
     with open(path, "rb") as file:
-        file.seek(LOG_HEADER_BYTES)
+        file.seek(WAL_HEADER_BYTES)
         # A frame's header ends with checksums; it is of this log if it has the salt of the log's own header.
         while len(frame := file.read(FRAME_HEADER_BYTES)) == FRAME_HEADER_BYTES and frame[8:16] == log[16:24]:
             if int.from_bytes(frame[:4]) == 1 and len(page := file.read(HEADER_BYTES)) == HEADER_BYTES:
@@ -300,7 +300,7 @@ def fix(path: str, finding: Diagnostic) -> Iterator[str]:
     """Narrow the permissions that were found wide."""
     if finding.code != "mode-wide":
         return
-    for suffix in NEIGHBOURS:
+    for suffix in FILE_SUFFIXES:
         name = path + suffix
         try:
             # Never through a link that was put there meanwhile.

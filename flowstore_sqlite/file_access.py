@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import threading
 from enum import Enum
 from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
-from flowstore_core.platforms import require_posix
-from flowstore_core.urls import parse_url
 
 # Held while a new file is made. Closing any descriptor of a file drops the locks that this process
 # holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
 _creating = threading.Lock()
 
 
-LOG = "-wal"
-LOG_INDEX = "-shm"
-JOURNAL = "-journal"
+WAL_SUFFIX = "-wal"
+SHM_SUFFIX = "-shm"
+JOURNAL_SUFFIX = "-journal"
 
 
 class Access(Enum):
@@ -33,33 +30,6 @@ class Access(Enum):
     READ = "mode=ro"
     FROZEN = "mode=ro&immutable=1"
     """Without locks and without a log, for a file that no process is writing to."""
-
-
-def read_location(url: str) -> str:
-    """The absolute path that a URL names. Raises ConfigurationError."""
-    # Permissions, locks and the refusal of links are those of POSIX.
-    require_posix("the SQLite backend")
-    parts = parse_url(url)
-    if parts.hosts or parts.user or parts.password:
-        raise ConfigurationError(
-            "a SQLite URL names no host: write sqlite:///relative.db or sqlite:////absolute.db"
-        )
-    path = parts.path
-    if path in ("", "/", ":memory:"):
-        raise ConfigurationError(
-            "a SQLite URL names a file: sqlite:///relative.db or sqlite:////absolute.db; "
-            "for a store in memory open memory://"
-        )
-    if "\0" in path:
-        raise ConfigurationError("the path in a SQLite URL must not hold a zero byte")
-    try:
-        # A second slash in front means nothing, but would be kept.
-        return os.path.abspath(re.sub("^/+", "/", path))
-    except OSError:
-        raise ConfigurationError(
-            f"the SQLite URL names the relative path {path!r}, and the working directory no longer exists or "
-            "may not be read; change to another directory, or name an absolute path: sqlite:////absolute.db"
-        ) from None
 
 
 def file_exists(path: str) -> bool:
@@ -113,7 +83,7 @@ def create_file(path: str) -> None:
             ) from None
 
 
-def is_same_place(opened: str, path: str) -> bool:
+def is_same_path(opened: str, path: str) -> bool:
     """Whether what SQLite says it opened is the file itself and not what a link in its place led to.
 
     SQLite follows links before it opens, and tells where it arrived. Directories may be links, as /tmp
@@ -139,14 +109,14 @@ def find_access(path: str) -> Access:
     log is empty. Raises StoreUnavailableError.
     """
     may_create = os.access(os.path.dirname(path), os.W_OK)
-    has_log = os.path.lexists(path + LOG) and os.path.lexists(path + LOG_INDEX)
+    has_log = os.path.lexists(path + WAL_SUFFIX) and os.path.lexists(path + SHM_SUFFIX)
     if os.access(path, os.W_OK) and (may_create or has_log):
         return Access.WRITE
-    if size(path + LOG) or size(path + JOURNAL):
-        if not may_create and not os.path.lexists(path + LOG_INDEX) and size(path + LOG):
+    if size(path + WAL_SUFFIX) or size(path + JOURNAL_SUFFIX):
+        if not may_create and not os.path.lexists(path + SHM_SUFFIX) and size(path + WAL_SUFFIX):
             raise StoreUnavailableError(
-                f"{path}{LOG} holds the newest commits, and without {path}{LOG_INDEX} only a user who may "
-                "write to the directory can read them; open and close the store once as such a user"
+                f"{path}{WAL_SUFFIX} holds the newest commits, and without {path}{SHM_SUFFIX} only a user "
+                "who may write to the directory can read them; open and close the store once as such a user"
             )
         return Access.READ
     return Access.FROZEN

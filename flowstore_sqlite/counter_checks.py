@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flowstore_core.diagnostics import Diagnostic, wrong_counters
 
-SINCE = 2
+FIRST_VERSION = 2
 """The version of the schema that has them."""
 
 _DAY_OF = "({0} - (({0} % 86400000000) + 86400000000) % 86400000000) / 86400000000"

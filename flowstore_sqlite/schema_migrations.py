@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from importlib.resources import files
 
 from flowstore_core import ConfigurationError, SchemaVersionError
-from flowstore_sqlite.connection import written
+from flowstore_sqlite.connection import write_transaction
 from flowstore_sqlite.errors import primary_code
 from flowstore_sqlite.search import enable_search
 
@@ -110,7 +110,7 @@ def is_current(db: sqlite3.Connection, migrate: bool) -> bool:
 
 def apply_migrations(db: sqlite3.Connection, now: int) -> int:
     """Bring the schema up to date in one transaction, under the write lock; the version it then has."""
-    return written(partial(_apply_missing, now=now), db)
+    return write_transaction(partial(_apply_missing, now=now), db)
 
 
 def _apply_missing(db: sqlite3.Connection, *, now: int) -> int:

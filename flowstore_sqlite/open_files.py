@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 
 from flowstore_core import StoreUnavailableError
-from flowstore_sqlite.location import JOURNAL, LOG, LOG_INDEX, Access, size
+from flowstore_sqlite.file_access import JOURNAL_SUFFIX, SHM_SUFFIX, WAL_SUFFIX, Access, size
 
-SETTLED_NS = 3_000_000_000
+CTIME_GRANULARITY_NS = 3_000_000_000
 """A directory that changed less than this ago may change again without a new ctime: some file systems keep
 whole seconds, FAT two."""
 
-Look = Callable[[str], tuple[int, ...]]
+Fingerprint = Callable[[str], tuple[int, ...]]
 
 
 def _identity(path: str) -> tuple[int, ...]:
@@ -46,36 +46,36 @@ class OpenFiles:
         """Remember the database file. Call this before SQLite opens it. Raises StoreUnavailableError."""
         self.path = path
         self.access = access
-        self._known: list[tuple[str, Look, tuple[int, ...]]] = []
-        self._lost: str | None = None
+        self._recorded: list[tuple[str, Fingerprint, tuple[int, ...]]] = []
+        self._failure: str | None = None
         self._folder = os.path.dirname(path)
         self._verified: tuple[int, ...] | None = None
         """The directory in which the files were verified, and when an entry of it had last changed."""
         if access is Access.FROZEN:
             # SQLite reads such a file without locks, so no byte of it may change.
-            self._remember(path, _version)
-            for suffix in (LOG, JOURNAL):
-                self._known.append((path + suffix, _size, (0,)))
+            self._record(path, _version)
+            for suffix in (WAL_SUFFIX, JOURNAL_SUFFIX):
+                self._recorded.append((path + suffix, _size, (0,)))
         else:
-            self._remember(path, _identity)
+            self._record(path, _identity)
 
     @property
     def is_read_only(self) -> bool:
         return self.access is not Access.WRITE
 
-    def remember_log(self) -> None:
+    def record_wal(self) -> None:
         """Remember the log too. Call this in a transaction, when SQLite has it open.
 
         Raises StoreUnavailableError.
         """
-        if self.access is Access.WRITE or (self.access is Access.READ and size(self.path + LOG)):
-            for suffix in (LOG, LOG_INDEX):
-                self._remember(self.path + suffix, _identity)
+        if self.access is Access.WRITE or (self.access is Access.READ and size(self.path + WAL_SUFFIX)):
+            for suffix in (WAL_SUFFIX, SHM_SUFFIX):
+                self._record(self.path + suffix, _identity)
         self.verify()
 
-    def _remember(self, path: str, look: Look) -> None:
+    def _record(self, path: str, fingerprint: Fingerprint) -> None:
         try:
-            self._known.append((path, look, look(path)))
+            self._recorded.append((path, fingerprint, fingerprint(path)))
         except OSError as error:
             raise StoreUnavailableError(
                 f"{path} cannot be reached: {error.strerror}; check its directory"
@@ -88,12 +88,12 @@ class OpenFiles:
         began, folder = time.time_ns(), self._stat_folder()
         if folder is not None and folder == self._verified:
             return
-        if self._lost is None:
-            self._lost = self._find_change()
-        if self._lost is not None:
+        if self._failure is None:
+            self._failure = self._find_change()
+        if self._failure is not None:
             self._verified = None
-            raise StoreUnavailableError(self._lost)
-        if folder is not None and began - folder[-1] > SETTLED_NS:
+            raise StoreUnavailableError(self._failure)
+        if folder is not None and began - folder[-1] > CTIME_GRANULARITY_NS:
             self._verified = folder
 
     def _stat_folder(self) -> tuple[int, ...] | None:
@@ -107,9 +107,9 @@ class OpenFiles:
         return found.st_dev, found.st_ino, found.st_ctime_ns
 
     def _find_change(self) -> str | None:
-        for path, look, known in self._known:
+        for path, fingerprint, recorded in self._recorded:
             try:
-                if look(path) == known:
+                if fingerprint(path) == recorded:
                     continue
                 change = "is no longer the file that was opened"
             except (FileNotFoundError, NotADirectoryError):
@@ -136,13 +136,13 @@ class OpenFiles:
             )
         return f"{path} {change}, so every call is refused; {remedy}"
 
-    def may_take_log_in(self) -> bool:
+    def may_checkpoint(self) -> bool:
         """Whether closing may copy the log into the database and delete it, as SQLite does.
 
         Not if that could overwrite or delete commits of another process in other files at these paths. SQLite
         does it only while no other process has the database open.
         """
-        database, *log = self._known
+        database, *log = self._recorded
         if not self._is_same(*database):
             return False
         if self.access is not Access.WRITE or len(log) < 2:
@@ -154,8 +154,8 @@ class OpenFiles:
         return self._is_same(*log[0]) and (not os.path.lexists(index_path) or self._is_same(*log[1]))
 
     @staticmethod
-    def _is_same(path: str, look: Look, known: tuple[int, ...]) -> bool:
+    def _is_same(path: str, fingerprint: Fingerprint, recorded: tuple[int, ...]) -> bool:
         try:
-            return look(path) == known
+            return fingerprint(path) == recorded
         except OSError:
             return False

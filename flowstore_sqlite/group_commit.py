@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.batching import REQUEUE, PendingCall
 from flowstore_sqlite.errors import is_transient, map_commit_error, map_error
-from flowstore_sqlite.identity import OpenFiles
-from flowstore_sqlite.turnstile import Turnstile
+from flowstore_sqlite.open_files import OpenFiles
+from flowstore_sqlite.writer_queue import FairWriterLock
 
 T = TypeVar("T")
 Write = Callable[[sqlite3.Connection, int], T]
@@ -28,15 +28,15 @@ run again when nothing came of the first time, so it must change nothing but row
 Read = Callable[[sqlite3.Connection], T]
 """Work on one snapshot."""
 
-HOLD_SECONDS = 0.02
+MAX_HOLD = 0.02
 """How long a group may go on beginning new writes; the rest waits for the next turn."""
 
 
-class _ChangedError(Exception):
+class _DirtyFailureError(Exception):
     """A write failed after it had changed something."""
 
 
-class Transactions:
+class GroupCommit:
     """Runs groups of writes; its methods are called on one thread at a time."""
 
     def __init__(self, files: OpenFiles, now: Callable[[], int], busy_timeout: float) -> None:
@@ -44,14 +44,14 @@ class Transactions:
         self._path = files.path
         self._now = now
         self._busy_timeout = busy_timeout
-        self._turnstile = Turnstile(files.path)
+        self._writer_lock = FairWriterLock(files.path)
         self.db: sqlite3.Connection
         """Given before the first group, by the thread that runs them."""
-        self.give_up_at: float | None = None
+        self.shutdown_deadline: float | None = None
         """Set when the store closes: from then on nobody waits for the lock, by time.monotonic()."""
 
     def close(self) -> None:
-        self._turnstile.close()
+        self._writer_lock.close()
 
     def run(self, calls: Sequence[PendingCall]) -> list[Any]:
         """For each call its result, the error that its caller gets, or REQUEUE if it has not run."""
@@ -62,26 +62,26 @@ class Transactions:
             )
             return [StoreUnavailableError(reason) for _ in calls]
         try:
-            has_begun = self._turnstile.is_open() and self._try_begin()
-            if not has_begun and (refusals := self._begin(calls)) is not None:
-                return refusals
+            has_begun = self._writer_lock.holds_slice() and self._try_begin()
+            if not has_begun and (failures := self._begin(calls)) is not None:
+                return failures
             outcomes: list[Any] = []
             try:
-                self._run_plainly(calls, outcomes)
-            except (_ChangedError, sqlite3.Error):
+                self._run_optimistic(calls, outcomes)
+            except (_DirtyFailureError, sqlite3.Error):
                 # One of them failed all: they run again, told apart.
                 self._roll_back()
-                return self._run_guarded(calls)
+                return self._run_with_savepoints(calls)
             outcomes = self._commit(outcomes)
             if len(outcomes) < len(calls):
                 outcomes += [REQUEUE] * (len(calls) - len(outcomes))
             return outcomes
         except sqlite3.Error as error:
-            return self._refuse(error, calls)
+            return self._failures(error, calls)
         finally:
             self._roll_back()
 
-    def _refuse(self, error: sqlite3.Error, calls: Sequence[PendingCall]) -> list[Any]:
+    def _failures(self, error: sqlite3.Error, calls: Sequence[PendingCall]) -> list[Any]:
         try:
             # Tells more than any error that follows from a missing file.
             self._files.verify()
@@ -89,9 +89,9 @@ class Transactions:
             return [StoreUnavailableError(lost.reason) for _ in calls]
         return [map_error(error, self._path) for _ in calls]
 
-    def _run_plainly(self, calls: Sequence[PendingCall], outcomes: list[Any]) -> None:
+    def _run_optimistic(self, calls: Sequence[PendingCall], outcomes: list[Any]) -> None:
         db, monotonic, now = self.db, time.monotonic, self._now
-        until = monotonic() + HOLD_SECONDS
+        until = monotonic() + MAX_HOLD
         for call in calls:
             changes = db.total_changes
             try:
@@ -100,17 +100,17 @@ class Transactions:
                 raise
             except Exception as error:
                 if db.total_changes != changes:
-                    raise _ChangedError from error
+                    raise _DirtyFailureError from error
                 outcome = error
             outcomes.append(outcome)
             if monotonic() >= until:
                 break
 
-    def _run_guarded(self, calls: Sequence[PendingCall]) -> list[Any]:
-        if (refusals := self._begin(calls)) is not None:
-            return refusals
+    def _run_with_savepoints(self, calls: Sequence[PendingCall]) -> list[Any]:
+        if (failures := self._begin(calls)) is not None:
+            return failures
         try:
-            outcomes = [self._run_behind_savepoint(call.item) for call in calls]
+            outcomes = [self._run_in_savepoint(call.item) for call in calls]
         except sqlite3.Error as error:
             self._roll_back()
             if is_transient(error):
@@ -119,10 +119,10 @@ class Transactions:
                 return [map_error(error, self._path)]
             # It took the whole transaction with it, so the parts get transactions of their own.
             middle = len(calls) // 2
-            return self._run_guarded(calls[:middle]) + self._run_guarded(calls[middle:])
+            return self._run_with_savepoints(calls[:middle]) + self._run_with_savepoints(calls[middle:])
         return self._commit(outcomes)
 
-    def _run_behind_savepoint(self, work: Write[Any]) -> Any:
+    def _run_in_savepoint(self, work: Write[Any]) -> Any:
         db = self.db
         outcome: Any
         db.execute("SAVEPOINT call")
@@ -145,16 +145,16 @@ class Transactions:
 
         def give_up() -> bool:
             now = time.monotonic()
-            return now >= deadline or (self.give_up_at is not None and now >= self.give_up_at)
+            return now >= deadline or (self.shutdown_deadline is not None and now >= self.shutdown_deadline)
 
         try:
-            if self._turnstile.pass_through(self._try_begin, give_up):
+            if self._writer_lock.acquire(self._try_begin, give_up):
                 return None
         except sqlite3.Error as error:
             failure = error
         else:
-            return self._late(calls)
-        return self._refuse(failure, calls)
+            return self._timed_out(calls)
+        return self._failures(failure, calls)
 
     def _try_begin(self) -> bool:
         try:
@@ -167,9 +167,9 @@ class Transactions:
             return False
         return True
 
-    def _late(self, calls: Sequence[PendingCall]) -> list[Any]:
+    def _timed_out(self, calls: Sequence[PendingCall]) -> list[Any]:
         now = time.monotonic()
-        if self.give_up_at is not None and now >= self.give_up_at:
+        if self.shutdown_deadline is not None and now >= self.shutdown_deadline:
             return [StoreClosedError() for _ in calls]
         waited = f"{self._path} was locked by others for {self._busy_timeout:g} s"
         reason = f"{waited}; try again, or raise busy_timeout"

@@ -27,69 +27,69 @@ try:
 except ImportError:  # Windows has no flock; there SQLite's own waiting has to do.
     fcntl = None  # type: ignore[assignment]
 
-SUFFIX = "-turn"
-TURN_SECONDS = 0.02
+LOCK_SUFFIX = "-turn"
+TIME_SLICE = 0.02
 """How long who has got the write lock in turn may write again without queueing. Shorter turns make shorter
 waits and less work done: with turns of a single group, four processes do three quarters of it."""
-PATIENCE_SECONDS = 1.0
+LOCK_TIMEOUT = 1.0
 """How long one waits for its turn before it goes without: nobody waits for a process that hangs."""
-WITHOUT_SECONDS = 10.0
+BYPASS_SECONDS = 10.0
 """How long it then goes without."""
-SHORTEST_SLEEP = 0.0005
-LONGEST_SLEEP = 0.005
+MIN_SLEEP = 0.0005
+MAX_SLEEP = 0.005
 
 _log = logging.getLogger("flowstore_sqlite")
 
 
-class Turnstile:
+class FairWriterLock:
     """The queue in front of one file's write lock; used by one thread at a time."""
 
     def __init__(self, database: str) -> None:
-        self.path = database + SUFFIX
+        self.path = database + LOCK_SUFFIX
         self._database = database
         self._file: int | None = None
         self._is_opened = False
         """Before the first write there is no need for the file, and a read-only store must not make it."""
-        self._without_until = 0.0
-        self._turn_until = 0.0
+        self._bypass_until = 0.0
+        self._slice_until = 0.0
 
     def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
 
-    def is_open(self) -> bool:
+    def holds_slice(self) -> bool:
         """Whether this process has its turn still: it need not pass through."""
-        return time.monotonic() < self._turn_until
+        return time.monotonic() < self._slice_until
 
-    def pass_through(self, begin: Callable[[], bool], give_up: Callable[[], bool]) -> bool:
+    def acquire(self, begin: Callable[[], bool], timed_out: Callable[[], bool]) -> bool:
         """Call ``begin`` in turn until it is True; False when ``give_up`` said so first."""
         since = now = time.monotonic()
-        next_since = now if self._take_turn() else None
+        locked_since = now if self._try_lock() else None
         try:
             while True:
-                if next_since is not None or self._file is None or now < self._without_until:
+                if locked_since is not None or self._file is None or now < self._bypass_until:
                     if begin():
-                        self._turn_until = now + TURN_SECONDS
+                        self._slice_until = now + TIME_SLICE
                         return True
-                    pause = _pause(now - (since if next_since is None else next_since))
-                elif now - since > PATIENCE_SECONDS:
-                    self._without_until = now + WITHOUT_SECONDS
+                    sleep = _backoff(now - (since if locked_since is None else locked_since))
+                elif now - since > LOCK_TIMEOUT:
+                    self._bypass_until = now + BYPASS_SECONDS
                     continue
                 else:
-                    pause = max(0.001, 0.003 - (now - since) / 50)
-                if give_up():
+                    sleep = max(0.001, 0.003 - (now - since) / 50)
+                if timed_out():
                     return False
-                time.sleep(random.uniform(pause / 2, pause))
+                time.sleep(random.uniform(sleep / 2, sleep))
                 now = time.monotonic()
-                if next_since is None and self._take_turn():
-                    next_since = now
+                if locked_since is None and self._try_lock():
+                    locked_since = now
         finally:
-            if next_since is not None and self._file is not None:
+            if locked_since is not None and self._file is not None:
                 with contextlib.suppress(OSError):
                     fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def _take_turn(self) -> bool:
+    def _try_lock(self) -> bool:
         if not self._is_opened:
             self._is_opened = True
             self._file = _open(self.path, self._database)
@@ -106,17 +106,17 @@ class Turnstile:
         return True
 
 
-def _pause(waited: float) -> float:
+def _backoff(waited: float) -> float:
     """How long who is next sleeps before it asks again, at most.
 
     It came to be next when the turn of the one before began, so it knows when that ends. It asks a few
     times before, because the other may have nothing left to write, and often from then on, lest the file
     lie idle.
     """
-    left = TURN_SECONDS - waited
+    left = TIME_SLICE - waited
     if left > 0:
-        return min(0.004 + waited, max(left, SHORTEST_SLEEP))
-    return min(SHORTEST_SLEEP - left / 4, LONGEST_SLEEP)
+        return min(0.004 + waited, max(left, MIN_SLEEP))
+    return min(MIN_SLEEP - left / 4, MAX_SLEEP)
 
 
 def _open(path: str, database: str) -> int | None:
