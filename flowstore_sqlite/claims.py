@@ -1,7 +1,8 @@
 """Step claims and the dispatch ledger in SQLite: columns of the step's row.
 
-The write lock makes every check and its change one act. A call without a token of its caller's leaves
-a random one beside what it won, so that what a cancelled call had won, and no other, is given back.
+The write lock makes each check atomic with the change that follows. A call without an owner stores a random
+token with its claim or dispatch. When the call is cancelled, the compensation removes the claim or dispatch
+only if it still has this token.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from flowstore_sqlite.steps import load_step
 
 _log = logging.getLogger("flowstore_sqlite")
 
-# Unique among all stores: each process counts on from a random start of its own.
+# Unique among all stores: each process counts from a random start.
 _tokens = itertools.count(secrets.randbits(62))
 
 
@@ -37,8 +38,10 @@ def _reseed_tokens() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reseed_tokens)
 
-# Whoever wins the claim anew has not started the open attempt, be it under the same token.
-# OR IGNORE is for the run that is not Running, whose id is NULL: INSERT ... SELECT takes half as long again.
+# Fast path of try_claim_step: one statement, without reading the step.
+# A new claim resets started_owner: its owner has not started the open attempt, even if the owner held an
+# earlier claim. For a run that is not Running the run_id is NULL, and OR IGNORE skips the row; INSERT ...
+# SELECT would take half as long again.
 TRY_CLAIM_STEP = """
 INSERT OR IGNORE INTO steps (run_id, step_key, claimed_at, expires_at, claim_owner, claim_token)
 VALUES ((SELECT run_id FROM runs WHERE run_id = ? AND status = 'Running'), ?, ?, ?, ?, ?)
@@ -111,12 +114,12 @@ WHERE run_id = ? AND dispatched_at IS NOT NULL ORDER BY step_key
 class Claims(Database):
     """See flowstore_core.claims for the promises."""
 
-    # Not ``async``, like others that are called often: a coroutine less to make and to run.
+    # Not ``async``, like other frequent operations: saves one coroutine per call.
     def try_claim_step(
         self, run_id: UUID, step_key: str, *, owner: str | None, lease: timedelta | None
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
-            # No giving back: the owner may ask again and gets the true answer.
+            # No compensation: the owner can call again and gets True for its own claim.
             return self.write(partial(_try_claim_step, run_id, step_key, owner, lease))
         claim = _ClaimWrite(self, run_id, step_key, None)
         return self.write(claim, claim.compensate)
@@ -195,7 +198,7 @@ class Claims(Database):
 
 
 class _Write:
-    """A write that may win something for a caller without a token, who would not know if it was cancelled."""
+    """A write without an owner, which is compensated for when its caller is cancelled (CON-4)."""
 
     __slots__ = ("database", "due_at", "run_id", "step_key", "token")
 
@@ -218,7 +221,7 @@ class _ClaimWrite(_Write):
         row = (self.run_id.bytes, self.step_key, now, None, None, self.token)
         if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
             return True
-        # For an unknown run it raises.
+        # Raises for an unknown run.
         load_step(db, self.run_id, self.step_key)
         return False
 
@@ -234,7 +237,7 @@ class _DispatchWrite(_Write):
         row = (self.run_id.bytes, self.step_key, now, to_optional_us(self.due_at), self.token)
         if db.execute(TRY_RECORD_DISPATCH, row).rowcount == 1:
             return True
-        # For an unknown run it raises.
+        # Raises for an unknown run.
         load_step(db, self.run_id, self.step_key)
         return False
 
@@ -255,7 +258,7 @@ def _try_claim_step(
     row = (run_id.bytes, step_key, now, expires_at, owner, None)
     if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
         return True
-    # Nobody can win it now; what is left to tell is an unknown run, and the claim's own owner.
+    # Slow path: raise for an unknown run, and return True for a claim that this owner already holds.
     step = load_step(db, run_id, step_key)
     return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner
 

@@ -1,4 +1,4 @@
-"""How times and ids are stored: whole microseconds since 1970 and 16 bytes."""
+"""Storage formats: times as whole microseconds since 1970, ids as 16 bytes; and assembled statements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def to_us(at: datetime) -> int:
-    """Microseconds since 1970-01-01 UTC, negative before; exact, as no float is involved."""
+    """Microseconds since 1970-01-01 UTC, negative before it. Exact: no float is involved."""
     span = at - _EPOCH
     return (span.days * 86_400 + span.seconds) * 1_000_000 + span.microseconds
 
@@ -35,5 +35,5 @@ def from_optional_id(stored: bytes | None) -> UUID | None:
 
 
 def join_sql(*parts: str) -> str:
-    """One statement from constant parts; values are always bound, never joined in."""
+    """Join constant parts to one statement. Values are always bound, never part of it."""
     return " ".join(part.strip() for part in parts)

@@ -1,4 +1,4 @@
-"""One connection on a thread of its own, and running whole transactions there."""
+"""A connection with a dedicated thread that runs whole transactions."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from flowstore_sqlite.open_files import OpenFiles
 T = TypeVar("T")
 
 DRIVER_BUSY_TIMEOUT = 0.02
-"""How long SQLite itself waits for a lock; further waiting is done outside of the thread."""
+"""Seconds that SQLite waits for a lock inside a statement; longer waits do not block the thread."""
 CLOSE_TIMEOUT = 5.0
 
 _log = logging.getLogger("flowstore_sqlite")
 
 
 class _RedactedResult(Generic[T]):
-    """What came of some work; like the work itself it shows nothing of it.
+    """The result of a callable, with a ``repr`` that shows no data.
 
-    aiosqlite's logger writes at DEBUG what it calls and what that raises, and asyncio in debug mode
-    what it hands on: without these two, rows and parameters would stand in the log.
+    At DEBUG level aiosqlite logs the callables that it runs and the exceptions that they raise, and asyncio
+    in debug mode logs results. Without this class and _RedactedWork, logs would contain rows and parameters.
     """
 
     __slots__ = ("_error", "_value")
@@ -52,7 +52,7 @@ class _RedactedResult(Generic[T]):
 
 
 class _RedactedWork(Generic[T]):
-    """Work without its parameters in sight."""
+    """A callable with a ``repr`` that hides its parameters. Calling it raises nothing."""
 
     __slots__ = ("_work",)
 
@@ -62,7 +62,7 @@ class _RedactedWork(Generic[T]):
     def __call__(self, db: sqlite3.Connection) -> _RedactedResult[T]:
         try:
             return _RedactedResult(self._work(db), None)
-        except Exception as error:  # noqa: BLE001 - not swallowed: result() raises it
+        except Exception as error:  # noqa: BLE001 - result() raises it
             return _RedactedResult(None, error)
 
     def __repr__(self) -> str:
@@ -70,15 +70,15 @@ class _RedactedWork(Generic[T]):
 
 
 class Connection(aiosqlite.Connection):
-    """An aiosqlite connection that runs callables: a whole transaction is one trip to its thread.
+    """An aiosqlite connection that runs callables, each a whole transaction in one trip to the thread.
 
-    A transaction of several awaits would stay open half-way when its caller is cancelled.
+    A transaction of several awaits would stay open when its caller is cancelled in the middle.
 
-    One that ``only_reads`` can neither empty nor delete the log when it closes.
+    A ``read_only`` connection neither checkpoints nor deletes the write-ahead log when it closes.
     """
 
     files: OpenFiles
-    """Of the store, from ``open`` on."""
+    """The files of the store. Set by ``open``."""
 
     def __init__(self, path: str, observers: Observers = NO_OBSERVERS, *, read_only: bool = False) -> None:
         self.path = path
@@ -87,8 +87,8 @@ class Connection(aiosqlite.Connection):
         self._pid = os.getpid()
         self._is_closing = False
         super().__init__(self._connect_file, iter_chunk_size=64)
-        # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
-        # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
+        # A daemon, because a thread stuck in a dead file system must not keep the interpreter from exiting.
+        # Before aiosqlite 0.22 the connection was the thread.
         self._worker = cast(threading.Thread, getattr(self, "_thread", self))
         self._worker.daemon = True
 
@@ -105,9 +105,10 @@ class Connection(aiosqlite.Connection):
         )
 
     async def open(self, files: OpenFiles | None = None) -> None:
-        """Open it, or leave nothing behind. Raises StoreUnavailableError.
+        """Open the connection, or close it again on error.
 
-        Without ``files`` it gets whatever access this process has.
+        Without ``files`` it opens with the access that this process has. Raises ConfigurationError,
+        StoreUnavailableError.
         """
         self.files = OpenFiles(self.path, find_access(self.path)) if files is None else files
 
@@ -115,7 +116,7 @@ class Connection(aiosqlite.Connection):
             await self
 
         try:
-            # To the end, because a connection that opens after its caller has gone is never closed.
+            # A connection that opens after its caller was cancelled would never be closed.
             await run_to_completion(opening())
             if await self.run_in_thread(self._opened_expected_path):
                 return
@@ -129,21 +130,21 @@ class Connection(aiosqlite.Connection):
         raise failure
 
     def _opened_expected_path(self, db: sqlite3.Connection) -> bool:
-        # Reads no page of the file, so nothing has happened to it yet.
+        # Reads no page, so a file behind a symbolic link stays untouched.
         return is_same_path(db.execute("PRAGMA database_list").fetchone()[2], self.path)
 
-    # Not named run, which until aiosqlite 0.22 is the thread's own method.
+    # Not named run: before aiosqlite 0.22 that is the method of the thread.
     async def run_in_thread(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a callable on the connection's thread. It goes on when the caller is cancelled."""
+        """Run a callable on the connection's thread. It continues when the caller is cancelled."""
         if self._is_closing:
             raise StoreClosedError
         done: _RedactedResult[T] = await cast(Any, self)._execute(_RedactedWork(work), self._conn)
         return done.result()
 
     async def run_with_busy_retry(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
-        """As run_work, again and again while the database is locked, at most that long.
+        """Like run_in_thread, with retries for at most ``seconds`` while the database is locked.
 
-        ``work`` must have changed nothing when it fails so. Afterwards the files are verified. Raises
+        ``work`` must have no effect when it fails with a lock error. The files are verified after it. Raises
         StoreUnavailableError.
         """
 
@@ -160,7 +161,7 @@ class Connection(aiosqlite.Connection):
             except sqlite3.Error as error:
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
-                # Tells more than any error that follows from a missing file.
+                # A missing file explains more than the error that follows from it.
                 self.files.verify()
                 raise map_error(failure, self.path)
             pause = next(wait)
@@ -169,23 +170,26 @@ class Connection(aiosqlite.Connection):
             await asyncio.sleep(pause)
 
     async def cancel_work(self) -> None:
-        """Interrupt the statement that runs, and wait until the thread is free."""
+        """Interrupt the running statement and wait until the thread is free."""
         free = asyncio.create_task(self.run_in_thread(lambda db: None))
         while not free.done():
-            # Again and again: an interrupt that comes before the statement has begun is lost.
+            # Repeated, because an interrupt before the statement begins has no effect.
             self.interrupt_now()
             await asyncio.wait({free}, timeout=0.01)
 
     def interrupt_now(self) -> None:
-        """Abort the statement that runs, if any; from any thread."""
+        """Interrupt the running statement, if any. Thread-safe."""
         if self._connection is not None:
             self._connection.interrupt()
 
     async def close(self) -> None:
-        """Close it behind what is still running there; bounded, and also when cancelled meanwhile."""
+        """Close the connection after its running work, in bounded time, even when cancelled.
+
+        Logs a warning when that fails. Raises only CancelledError.
+        """
         self._is_closing = True
         if self._pid != os.getpid():
-            # After a fork there is no thread that could close it, and the file's locks are the parent's.
+            # A forked process has no thread that could close it, and the locks belong to the parent.
             return
         await run_to_completion(self._close_bounded())
 
@@ -207,7 +211,7 @@ class Connection(aiosqlite.Connection):
 
     async def _close_and_join(self) -> None:
         await super().close()
-        # The thread answers just before it ends; nobody should find it still there afterwards.
+        # aiosqlite reports the close just before its thread ends.
         for delay in backoff():
             if not self._worker.is_alive():
                 break
@@ -215,31 +219,31 @@ class Connection(aiosqlite.Connection):
 
 
 def read_transaction(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-    """Run work whose every statement reads the same state of the database."""
+    """Run work on one snapshot of the database."""
     db.execute("BEGIN")
     try:
         return work(db)
     finally:
-        # Nothing to undo, and it never fails for want of a lock.
+        # Unlike COMMIT, ROLLBACK never fails because of a lock.
         if db.in_transaction:
             db.execute("ROLLBACK")
 
 
 def write_transaction(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-    """Run work in a transaction of its own, under the write lock: whole or not at all."""
+    """Run work atomically, under the write lock."""
     db.execute("BEGIN IMMEDIATE")
     try:
         result = work(db)
         db.execute("COMMIT")
         return result
     finally:
-        # Some errors have rolled back already.
+        # Some errors have already rolled back.
         if db.in_transaction:
             db.execute("ROLLBACK")
 
 
 def backoff() -> Iterator[float]:
-    """Seconds to wait between tries: jittered, and short even after long, because who asks seldom starves."""
+    """Seconds to sleep before each retry, jittered. At most 25 ms: a waiter that rarely polls starves."""
     longest = 0.002
     while True:
         yield random.uniform(longest / 4, longest)

@@ -40,7 +40,7 @@ UPDATE controls SET timed_out_at = :now, timed_out_reason = :reason
 WHERE run_id = :run_id AND timed_out_at IS NULL AND (:as_of IS NULL OR timeout_at <= :as_of)
 """
 
-# CROSS JOIN keeps the order: from the running runs, by their partial index, to their controls.
+# CROSS JOIN fixes the join order: from the running runs, by their partial index, to their controls.
 GET_RUNS_TO_STOP = """
 SELECT runs.run_id, runs.flow_id, flow_name, status, runs.trigger_key, trigger_data, job_id, started_at,
     completed_at, source_run_id
@@ -155,7 +155,7 @@ class Controls(Database):
                 flow_id, flow_name, chosen, trigger_key, trigger_data, job_id, source_run_id, from_us(now)
             )
             if not insert_run(db, run, now):
-                # The key, if one was registered above, goes with the transaction.
+                # The error rolls the idempotency key back.
                 raise RunAlreadyExistsError(chosen)
             _configure_run(db, chosen, flow_id, trigger_key, idempotency_key, timeout, now)
             return TriggerResult(run=run, created=True)
@@ -190,7 +190,7 @@ def _read_control(run_id: UUID, db: sqlite3.Connection) -> FlowRunControlRecord 
         return None
     flow_id, trigger_key, idempotency_key, timeout_at, *latches, created_at = row
     cancelled_at, cancel_reason, timed_out_at, timed_out_reason = latches
-    # The user's latch speaks before the time-out's.
+    # The latch of the user takes precedence over that of the timeout.
     is_cancelled = cancelled_at is not None
     return FlowRunControlRecord(
         run_id=run_id,

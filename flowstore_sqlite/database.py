@@ -1,4 +1,4 @@
-"""The one place where all writes, and the one where all reads, go to the database file."""
+"""Runs every read and every write of a store on its connections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flowstore_sqlite.write_queue import WriteQueue
 T = TypeVar("T")
 
 MIN_QUEUE_TIMEOUT = 10.0
-"""How long a call may wait for its turn in this process at least, be busy_timeout shorter."""
+"""Lower bound, in seconds, of the time that a write may wait in the queue of this process."""
 DRAIN_TIMEOUT = 5.0
 
 _process = object()
@@ -35,12 +35,12 @@ def _mark_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # Asking for the process id at every call would be a system call each time.
+    # os.getpid() would be a system call in every operation.
     os.register_at_fork(after_in_child=_mark_fork)
 
 
 class Database:
-    """A writer and some readers on one file."""
+    """One writer and a pool of readers on one file. Base class of the noun classes."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Database:
         self._free_readers = asyncio.Semaphore(len(self._readers))
         self._clock = clock
         self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
-        """The store's time in microseconds: the caller's clock if one was given, else the system's."""
+        """The store's time in microseconds, from the configured clock or from the system."""
         self._busy_timeout = busy_timeout
         self._group_commit = GroupCommit(writer.files, self.now, busy_timeout)
         self._write_queue = WriteQueue(
@@ -74,23 +74,22 @@ class Database:
     def write(
         self, work: Write[T], on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None
     ) -> Coroutine[Any, Any, T]:
-        """Run work in a transaction of the writer, whole or not at all.
+        """Run work atomically on the writer. Concurrent writes share a transaction.
 
-        Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and ``give_back`` gets its result, or OutcomeUnknownError, to undo its effect. Work
-        that has not begun never does.
+        When the caller is cancelled, queued work is dropped. Work that has begun is completed, and
+        ``on_abandoned`` receives its result, or OutcomeUnknownError, to compensate for its effect.
 
-        Raises StoreUnavailableError when the lock was not free within busy_timeout.
+        Raises StoreUnavailableError when the write lock was not free within busy_timeout.
         """
         self._check_usable()
         return self._write_queue.write(None, work, on_abandoned)
 
     def write_while_closing(self, work: Write[None]) -> Coroutine[Any, Any, None]:
-        """As write, for what gives back: it may go on while the store is closing."""
+        """Like write, for compensations: they may run while the store is closing."""
         return self._write_queue.write(None, work)
 
     async def read(self, work: Read[T]) -> T:
-        """Run work on one snapshot, which holds every write that has returned before."""
+        """Run work on one snapshot, which contains every write that has returned."""
         self._check_usable()
         async with self._free_readers:
             self._check_usable()
@@ -110,7 +109,7 @@ class Database:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.done():
-                # Nobody waits for the rows any more, but the reader must be free when it is put back.
+                # The reader must be free before it goes back to the pool.
                 task.cancel()
                 await run_to_completion(reader.cancel_work())
             raise
@@ -126,9 +125,9 @@ class Database:
             raise StoreClosedError
 
     async def aclose(self) -> None:
-        """Wait, bounded, for what is under way, then close every connection; idempotent."""
+        """Wait for running work in bounded time, then close every connection. Idempotent."""
         if self._process is not _process:
-            # In a forked process nothing of it is under way, and the connections are the parent's.
+            # A forked process has no work to wait for, and the connections belong to the parent.
             self._closed = True
             return
         await run_to_completion(self._close())
@@ -145,11 +144,11 @@ class Database:
                 reader.interrupt_now()
             if self._writer.files.may_checkpoint():
                 await self._close_readers()
-                # Last and alone: only who knows itself alone empties and removes the log.
+                # SQLite checkpoints and deletes the log when the last connection closes.
                 await self._writer.close()
             else:
-                # The log at this path is another process's. The readers' locks keep the writer from touching
-                # it, and readers cannot.
+                # The log at this path belongs to another process. The locks of the readers keep the writer
+                # from checkpointing it, and readers cannot.
                 await self._writer.close()
                 await self._close_readers()
             self._group_commit.close()

@@ -1,4 +1,4 @@
-"""The schema's versions from outside of a store, for tools that deploy; see the backend's descriptor."""
+"""Schema operations for deployment tools, without opening a store; see SqliteBackend in plugin.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowstore_sqlite.url import database_path
 
 
 def migrations() -> Sequence[tuple[int, str, str]]:
-    """Every migration: its number, its name and a script that applies and records it, in order."""
+    """Every migration in order, as (number, name, a script that applies and records it)."""
     return tuple((found.version, found.name, _script(found)) for found in load_migrations())
 
 
@@ -34,7 +34,7 @@ def _script(migration: Migration) -> str:
 
 
 async def schema_version(config: StoreConfig) -> int:
-    """The schema version of the database; 0 without a file or schema. Makes and changes nothing.
+    """The schema version of the file; 0 without a file or schema. Creates and changes nothing.
 
     Raises ConfigurationError, StoreUnavailableError.
     """
@@ -54,12 +54,10 @@ async def schema_version(config: StoreConfig) -> int:
 
 
 async def migrate(config: StoreConfig) -> int:
-    """Make the file if need be, apply every migration that is missing, and return the version.
+    """Apply all missing migrations and return the schema version. Creates the file if needed.
 
-    An index for searches that could not be made before is made too, and brought up to date.
-
-    Asked for by name, so ``config.migrate`` does not matter.
-    Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
+    Also creates the search index if this SQLite has FTS5 and the file has none, and updates it.
+    Ignores ``config.migrate``. Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
     """
     connection = Connection(database_path(config.url))
     try:
@@ -77,7 +75,7 @@ async def migrate(config: StoreConfig) -> int:
 
 
 async def has_search_index(config: StoreConfig) -> bool:
-    """Whether searches use an index; changes nothing."""
+    """Whether searches use an index. Changes nothing."""
     connection = Connection(database_path(config.url))
     try:
         await connection.open()

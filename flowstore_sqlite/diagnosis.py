@@ -1,6 +1,6 @@
-"""What ``flowstore doctor`` learns of a database file: where it lies, its neighbours, its pages, its rows.
+"""The checks of ``flowstore doctor`` for a database file: files, journal, pages and rows.
 
-The files are looked at before the database is opened: opening takes a log in, and closing removes it.
+The files are checked before the database is opened: opening recovers the log, and closing removes it.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from flowstore_sqlite.url import database_path
 T = TypeVar("T")
 
 CHECK_TIMEOUT = 3.0
-"""How long the pages, and then the rows, are looked through, unless thorough."""
+"""Seconds for the check of the pages, and again for that of the rows, unless thorough."""
 MAX_COUNTED = 10_000
-"""As many orphans are counted at most."""
+"""Maximum number of orphaned rows that are counted per table."""
 FIX_BATCH = 500
+"""Runs whose orphaned rows are deleted in one transaction."""
 TIMEOUT_CHECK_INSTRUCTIONS = 10_000
-"""Of SQLite's virtual machine, between two looks at the clock."""
+"""Instructions of SQLite's virtual machine between two checks of the deadline."""
 
 QUICK_CHECK = "PRAGMA quick_check(5)"
 CHECKPOINT = "PRAGMA wal_checkpoint(PASSIVE)"
 LONG_WAL_PAGES = 1000
-"""From then on SQLite copies the log into the database, and starts it anew when no reader needs it."""
+"""The log size in pages at which SQLite checkpoints; the log restarts when no reader needs it."""
 PIN_TIMEOUT = 2.0
-"""A snapshot that is older keeps the log from starting anew; a busy writer does not."""
+"""Seconds after which an unfinished checkpoint means an old snapshot, not just a busy writer."""
 INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
 
-# Those of which cleanup takes care by itself one day (RET-4), and those that no call can leave behind.
+# Tables whose old orphans cleanup deletes (RET-4), and tables in which no call can leave an orphan.
 EXPIRED_TABLES = ("idempotency_keys", "controls")
 ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
 WITHOUT_RUN = "NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = {table}.run_id)"
@@ -56,7 +57,7 @@ DELETE_ORPHANS = "DELETE FROM {table} WHERE run_id IN ({marks}) AND " + WITHOUT_
 
 
 async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
-    """Every finding about the file; changes nothing."""
+    """All findings about the file. Changes nothing."""
     path, options = database_path(config.url), Options.read(config)
     found = [*_check_settings(options), *file_checks.check_files(path)]
     if any(finding.blocks for finding in found) or not file_checks.exists(path):
@@ -75,7 +76,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnosti
             damage = await query(partial(_check_pages, thorough))
             found += damage
             if damage and damage[0].severity is Severity.ERROR:
-                # The rows of damaged pages tell nothing more.
+                # Rows in damaged pages prove nothing.
                 return found
             if (await query(read_version))[0]:
                 found += await query(partial(_check_rows, thorough, _now(config)))
@@ -100,8 +101,8 @@ def _check_settings(options: Options) -> list[Diagnostic]:
                 code="synchronous-normal",
                 severity=Severity.WARNING,
                 summary="the store is opened with synchronous=NORMAL",
-                meaning="A commit is not synced to disk: a power cut loses claims and results that were "
-                "acknowledged. A crash of the process loses nothing.",
+                meaning="A commit is not synced to disk: a power failure loses acknowledged claims and "
+                "results. A crash of the process loses nothing.",
                 remedy="take synchronous=NORMAL out of the URL's query or flowstore.toml",
             )
         )
@@ -129,18 +130,18 @@ def _check_journal_mode(db: sqlite3.Connection) -> list[Diagnostic]:
             code="journal-mode",
             severity=Severity.WARNING,
             summary=f"the file was in journal mode {mode.upper()}, not WAL",
-            meaning="Another program has changed it. Readers and writers then wait for each other. Whenever "
-            "flowstore opens the store, as it does now, it sets WAL again.",
+            meaning="Another program has changed it. Readers and writers then wait for each other. "
+            "flowstore sets WAL again whenever it opens the store.",
             remedy="find the program that sets journal_mode, or that copies the file, and stop it",
         )
     ]
 
 
 async def _check_wal_size(connection: Connection, options: Options) -> list[Diagnostic]:
-    """Whether a reader keeps the log from starting anew, so that it grows with every write."""
+    """Check whether an old snapshot keeps the log from restarting, so that it grows with every write."""
 
     async def checkpoint() -> tuple[int, int]:
-        # Waits for nobody, and does only what the next commit would do anyway.
+        # A passive checkpoint waits for no lock; the next commit would run the same.
         _, pages, done = await connection.run_with_busy_retry(
             lambda db: db.execute(CHECKPOINT).fetchone(), options.busy_timeout
         )
@@ -154,7 +155,7 @@ async def _check_wal_size(connection: Connection, options: Options) -> list[Diag
         await asyncio.sleep(0.1)
         latest, done = await checkpoint()
         if 0 <= latest < pages:
-            # It has started anew meanwhile.
+            # The log has restarted.
             return []
         reached = max(reached, done)
     if reached >= pages:
@@ -164,10 +165,10 @@ async def _check_wal_size(connection: Connection, options: Options) -> list[Diag
         Diagnostic(
             code="log-pinned",
             severity=Severity.WARNING,
-            summary=f"{path}-wal has grown to {size(path + WAL_SUFFIX) / 1e6:,.0f} MB and cannot start anew",
+            summary=f"{path}-wal has grown to {size(path + WAL_SUFFIX) / 1e6:,.0f} MB and cannot restart",
             meaning=f"For at least {PIN_TIMEOUT:g} s a connection has kept a snapshot open: a long read, or "
-            "a program that began a transaction and did not end it. Until it ends, the log grows with "
-            "every write, and reads become slower.",
+            "a transaction that a program did not end. Until it ends, the log grows with every write, and "
+            "reads become slower.",
             remedy="end that transaction or its process; to list the processes: "
             + shlex.join(["fuser", "-v", path + SHM_SUFFIX]),
         )
@@ -179,9 +180,9 @@ def _damaged(detail: str) -> Diagnostic:
         code="damaged",
         severity=Severity.ERROR,
         summary="the database file is damaged",
-        meaning=f"SQLite says: {detail}. Answers may be wrong, and writes make it worse.",
+        meaning=f"SQLite reports: {detail}. Results may be wrong, and writes make it worse.",
         remedy="stop every process that uses it, copy file and -wal aside, and restore a backup; or save "
-        "what can be read: sqlite3 FILE .recover | sqlite3 NEW",
+        "the readable part: sqlite3 FILE .recover | sqlite3 NEW",
     )
 
 
@@ -194,7 +195,7 @@ def _check_pages(thorough: bool, db: sqlite3.Connection) -> list[Diagnostic]:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
         return [_incomplete_check("pages", "Checking the pages of the file")]
-    # Its messages name tables, indexes and pages, never what is in a row.
+    # The messages name tables, indexes and pages, and contain no data.
     return [] if rows == [("ok",)] else [_damaged(f"{rows[0][0].splitlines()[0]}")]
 
 
@@ -202,7 +203,7 @@ def _incomplete_check(what: str, doing: str) -> Diagnostic:
     return Diagnostic(
         code=f"{what}-not-checked",
         severity=Severity.NOTE,
-        summary=f"not all {what} were looked at",
+        summary=f"not all {what} were checked",
         meaning=f"{doing} was stopped after {CHECK_TIMEOUT:g} s.",
         remedy="flowstore doctor --thorough",
     )
@@ -210,7 +211,7 @@ def _incomplete_check(what: str, doing: str) -> Diagnostic:
 
 @contextlib.contextmanager
 def _time_limit(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
-    """Interrupt what takes longer."""
+    """Interrupt statements after this many seconds; None: never."""
     if seconds is None:
         yield
         return
@@ -237,7 +238,7 @@ def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagno
                 if (runs := _find_orphaned_runs(table, now, db))
             )
             if read_version(db)[0] >= counter_checks.FIRST_VERSION:
-                found.extend(counter_checks.compare(db))
+                found.extend(counter_checks.check_counters(db))
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
@@ -255,7 +256,10 @@ def _find_orphaned_runs(table: str, now: int, db: sqlite3.Connection) -> list[by
 
 
 async def fix(config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
-    """Delete orphans, correct counters, narrow permissions, as the findings say; safe while others write."""
+    """Delete orphans, correct counters and narrow permissions, as the findings say.
+
+    Safe while others write.
+    """
     path, options = database_path(config.url), Options.read(config)
     done = [line for finding in findings for line in file_checks.fix(path, finding)]
     tables = [finding.code.removeprefix("orphans-").replace("-", "_") for finding in findings]
@@ -267,12 +271,12 @@ async def fix(config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[s
     try:
         await connection.open()
         if counters_wrong:
-            correct = partial(write_transaction, counter_checks.correct)
+            correct = partial(write_transaction, counter_checks.correct_counters)
             done.append(await connection.run_with_busy_retry(correct, options.busy_timeout))
         for table in tables_to_fix:
             deleted = 0
             delete = partial(write_transaction, partial(_delete_orphans, table, _now(config)))
-            # Little by little, so that nobody waits long for the lock.
+            # In batches, so that other writers do not wait long for the lock.
             while number := await connection.run_with_busy_retry(delete, options.busy_timeout):
                 deleted += number
             done.append(f"deleted {deleted:,} rows of table {table} that belonged to no run")

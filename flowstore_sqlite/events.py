@@ -1,4 +1,4 @@
-"""Events in SQLite: numbered under the write lock, hence in the order of commits."""
+"""Events in SQLite: numbered under the write lock, so in commit order."""
 
 from __future__ import annotations
 

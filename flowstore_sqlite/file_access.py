@@ -1,4 +1,4 @@
-"""Where the database file is, and that it is safe to use: the URL, permissions, no symbolic links."""
+"""Safe access to the database file: creation, permissions, no symbolic links."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from flowstore_core import ConfigurationError, StoreUnavailableError
 
-# Held while a new file is made. Closing any descriptor of a file drops the locks that this process
-# holds on it, SQLite's too: nobody here may have the file open until ours is closed again.
+# Held while a file is created. Closing any descriptor of a file drops all locks of this process on it,
+# including those of SQLite, so no thread may open the database while create_file has a descriptor of it.
 _creating = threading.Lock()
 
 
@@ -21,21 +21,22 @@ JOURNAL_SUFFIX = "-journal"
 
 
 class Access(Enum):
-    """How SQLite opens a file; the values are parameters of its URI.
+    """How SQLite opens a file; the values are URI parameters.
 
-    Always an existing file: SQLite would make one with wider permissions.
+    None of them creates a file: SQLite would create it with wider permissions.
     """
 
     WRITE = "mode=rw"
     READ = "mode=ro"
     FROZEN = "mode=ro&immutable=1"
-    """Without locks and without a log, for a file that no process is writing to."""
+    """Without locks and write-ahead log, for a file that no process writes to."""
 
 
 def file_exists(path: str) -> bool:
-    """Whether the file is there; refuses what is no plain file, symbolic links above all.
+    """Whether the file exists.
 
-    Raises ConfigurationError, StoreUnavailableError.
+    Raises ConfigurationError for anything but a regular file, such as a symbolic link;
+    StoreUnavailableError.
     """
     folder = os.path.dirname(path)
     try:
@@ -53,12 +54,12 @@ def file_exists(path: str) -> bool:
     if stat.S_ISLNK(mode):
         raise ConfigurationError(f"{path} is a symbolic link, which is never followed; name the file itself")
     if not stat.S_ISREG(mode):
-        raise ConfigurationError(f"{path} is not a plain file")
+        raise ConfigurationError(f"{path} is not a regular file")
     return True
 
 
 def create_file(path: str) -> None:
-    """Make the file, empty and for its owner alone, unless it is there.
+    """Create the file, empty and with mode 0600, unless it exists.
 
     SQLite gives the log and its index the permissions of the file. Raises ConfigurationError,
     StoreUnavailableError.
@@ -70,12 +71,12 @@ def create_file(path: str) -> None:
         try:
             file = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
             try:
-                # A umask may have taken away even the owner's rights.
+                # A umask may remove even the owner's permissions.
                 os.fchmod(file, 0o600)
             finally:
                 os.close(file)
         except FileExistsError:
-            # Another process was faster, or a link was put there: looked at once more.
+            # Created by another process, or replaced by a link: check again.
             file_exists(path)
         except OSError as error:
             raise StoreUnavailableError(
@@ -84,17 +85,17 @@ def create_file(path: str) -> None:
 
 
 def is_same_path(opened: str, path: str) -> bool:
-    """Whether what SQLite says it opened is the file itself and not what a link in its place led to.
+    """Whether SQLite opened the file at this path and not the target of a link.
 
-    SQLite follows links before it opens, and tells where it arrived. Directories may be links, as /tmp
-    is on some systems.
+    SQLite resolves links before it opens a file and reports the resolved path, ``opened``. Directories may
+    be links, as /tmp is on some systems.
     """
     folder, name = os.path.split(path)
     return os.path.join(os.path.realpath(folder), name) == opened
 
 
 def size(path: str) -> int:
-    """The size in bytes; 0 if there is no such file. Raises OSError."""
+    """The size in bytes; 0 for a missing file. Raises OSError."""
     try:
         return os.lstat(path).st_size
     except FileNotFoundError:
@@ -102,10 +103,10 @@ def size(path: str) -> int:
 
 
 def find_access(path: str) -> Access:
-    """The most that this process may do with a file that is there.
+    """The widest access that this process has to an existing file.
 
     Even a reader of a database in WAL mode needs the log and its index, and creates them if they are
-    missing. A process without the right to create them reads the file alone, which holds everything if the
+    missing. A process that may not create them can only read the database file, which is complete if the
     log is empty. Raises StoreUnavailableError.
     """
     may_create = os.access(os.path.dirname(path), os.W_OK)

@@ -1,4 +1,4 @@
-"""Opening a store: the file, its mode, its schema, and the connections; closed again on every path."""
+"""Opens a store: the file, its journal mode, its schema and its connections."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from flowstore_sqlite.url import database_path
 
 _log = logging.getLogger("flowstore_sqlite")
 
-# What a connection is set to; none of these is kept in the file.
+# Settings of a connection; none of them is stored in the file.
 CONNECTION_PRAGMAS = (
-    # The file is ours, but whoever can write to it should not run code through its schema.
+    # Another program that can write to the file must not run code through its schema.
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cache_size = -16000",
-    # After a checkpoint the log is cut to this size, so that one burst does not keep the disk for ever.
+    # A checkpoint truncates the log to this size, so that it shrinks again after a burst of writes.
     "PRAGMA journal_size_limit = 67108864",
 )
 ENABLE_WAL = "PRAGMA journal_mode = WAL"
 JOURNAL_MODE = "PRAGMA journal_mode"
 SYNCHRONOUS_PRAGMAS = {
-    # On macOS a plain fsync stops at the disk's cache; elsewhere fullfsync changes nothing.
+    # On macOS a plain fsync does not flush the disk's cache; on other systems fullfsync has no effect.
     "FULL": ("PRAGMA synchronous = FULL", "PRAGMA fullfsync = ON", "PRAGMA checkpoint_fullfsync = ON"),
     "NORMAL": ("PRAGMA synchronous = NORMAL",),
 }
@@ -45,7 +45,7 @@ SYNCHRONOUS_PRAGMAS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What SqliteBackend documents."""
+    """The options of a store; SqliteBackend documents them."""
 
     synchronous: str
     busy_timeout: float
@@ -61,10 +61,10 @@ class Options:
 
 
 class StoreContext:
-    """The context of a store on the file that the URL names; leaving it closes the store.
+    """The context manager of a store.
 
-    Not an async generator: those that a dying event loop finds open it closes all at once, and not the
-    inner one after the outer one.
+    A class, because an event loop that shuts down closes all open async generators concurrently, not the
+    outer one before the inner one.
     """
 
     def __init__(self, config: StoreConfig) -> None:
@@ -74,7 +74,7 @@ class StoreContext:
     async def __aenter__(self) -> SqliteStore:
         path = database_path(self._config.url)
         options = Options.read(self._config)
-        # Whatever fails, and if it is a cancellation: what was opened so far is closed.
+        # On any failure, cancellation included, the stack closes the connections opened so far.
         async with AsyncExitStack() as stack:
             writer = Connection(path)
             stack.push_async_callback(writer.close)
@@ -85,7 +85,7 @@ class StoreContext:
                 stack.push_async_callback(reader.close)
                 await reader.open(writer.files)
                 await reader.run_with_busy_retry(partial(_apply_pragmas, ()), options.busy_timeout)
-                # From its first read on a connection holds a lock on the file; see Database._close.
+                # A connection holds a lock on the file from its first read on; Database._close relies on it.
                 await reader.run_with_busy_retry(
                     partial(read_transaction, read_version), options.busy_timeout
                 )
@@ -107,10 +107,10 @@ class StoreContext:
 
 
 async def open_writer(writer: Connection, config: StoreConfig, options: Options) -> int:
-    """Open a connection to a file whose schema this code can work on, and return its version.
+    """Open the writer, migrate the schema if needed, and return the schema version.
 
-    Makes the file and brings the schema up to date first, unless the configuration forbids it; then
-    it changes nothing.
+    With ``config.migrate`` it creates a missing file; without it changes nothing.
+    Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
     """
     _check_sqlite()
     if config.migrate:
@@ -134,7 +134,7 @@ async def open_writer(writer: Connection, config: StoreConfig, options: Options)
         partial(_apply_pragmas, SYNCHRONOUS_PRAGMAS[options.synchronous]), timeout
     )
     if not files.is_read_only:
-        # The log is chosen only now, so that a file with a wrong schema stays untouched.
+        # After the schema check, so that a file with a wrong schema stays untouched.
         await writer.run_with_busy_retry(_enable_wal, timeout)
     await writer.run_with_busy_retry(partial(read_transaction, partial(_record_wal, files)), timeout)
     if current:
@@ -145,7 +145,7 @@ async def open_writer(writer: Connection, config: StoreConfig, options: Options)
 
 
 def _enable_wal(db: sqlite3.Connection) -> None:
-    # Asked first, because setting it again needs a lock.
+    # Checked first, because setting it again needs a lock.
     if db.execute(JOURNAL_MODE).fetchone()[0] == "wal":
         return
     if db.execute(ENABLE_WAL).fetchone()[0] != "wal":
@@ -155,7 +155,7 @@ def _enable_wal(db: sqlite3.Connection) -> None:
 
 
 def _record_wal(files: OpenFiles, db: sqlite3.Connection) -> None:
-    # SQLite opens the log when it reads.
+    # SQLite opens the log at the first read.
     read_version(db)
     files.record_wal()
 
@@ -170,7 +170,7 @@ def _system_time() -> datetime:
 
 
 def has_wal_reset_bug() -> bool:
-    """Whether this SQLite may damage a file that several connections write and checkpoint at once."""
+    """Whether this SQLite has the WAL-reset bug, which can damage a file written by several connections."""
     return (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
 
 

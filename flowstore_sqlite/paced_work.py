@@ -1,4 +1,4 @@
-"""Work in the background: in turns so short, and so far apart, that those who write hardly notice."""
+"""Background writes in short slices with gaps between them, so that concurrent writers hardly notice."""
 
 from __future__ import annotations
 
@@ -13,61 +13,63 @@ from flowstore_sqlite.group_commit import Write
 
 T = TypeVar("T")
 SliceWork = Callable[[sqlite3.Connection, int, float], T]
-"""Work of one turn: gets the connection, the store's time, and when to stop, by time.monotonic()."""
+"""The work of one slice. Its arguments are the connection, the store's time in microseconds and the deadline
+of the slice by time.monotonic()."""
 
+# Seconds.
 MIN_SLICE = 0.003
-"""How long a turn is while others write; they wait for it."""
+"""Length of a slice while others write: they wait for it."""
 SLICE_GAP = 0.1
-"""Between two turns then. One in a hundred calls may meet a turn, however fast the calls come; turns that
-are shorter and closer together meet more of them, and syncs of the disk and merges in the index of searches
-keep them from being much shorter."""
+"""Gap between two slices while others write. About one call in a hundred meets a slice, at any rate of calls.
+Shorter slices with shorter gaps meet more calls, and disk syncs and index merges put a floor under the
+length of a slice."""
 MAX_SLICE = 0.01
-"""How long a turn becomes while nobody else writes; who comes then waits for that once."""
+"""Length to which a slice grows while nobody else writes; the first new writer waits for it once."""
 FIRST_GAP = 0.02
-"""Behind the first turn: time for others to show that they write."""
+"""Gap after the first slice, in which other writers show up."""
 IDLE_GAP = 0.001
-"""Between two turns then, for processes that have not got hold of the file yet."""
+"""Gap while nobody else writes, for processes that have not reached the file yet."""
 
 
 class _WriteCounters(NamedTuple):
-    """Rises with every write: of this connection, and of any other."""
+    """Counters that rise with every write: of this connection, and of all others."""
 
-    ours: int
+    own: int
     others: int
 
 
 class PacedWriter:
-    """The turns of one piece of work."""
+    """Runs one piece of background work, slice by slice."""
 
     def __init__(self, write: Callable[[Write[Any]], Awaitable[Any]]) -> None:
         self._write = write
         self._seconds = MIN_SLICE
-        self._pause = 0.0
+        self._gap = 0.0
         self._last_counters: _WriteCounters | None = None
-        """As the last turn left it."""
+        """The counters at the end of the last slice."""
 
     async def run_slice(self, work: SliceWork[T]) -> T:
-        """Do a share of the work in a turn of its own."""
-        await asyncio.sleep(self._pause)
+        """Run the next slice of the work in one transaction."""
+        await asyncio.sleep(self._gap)
         result: T
-        result, found, left = await self._write(partial(_run_slice, work, self._seconds))
+        result, before, after = await self._write(partial(_run_slice, work, self._seconds))
         if self._last_counters is None:
-            # Nothing is known of others yet.
-            self._pause = FIRST_GAP
-        elif self._last_counters == found:
-            self._seconds, self._pause = min(2 * self._seconds, MAX_SLICE), IDLE_GAP
+            # The first slice says nothing about other writers.
+            self._gap = FIRST_GAP
+        elif self._last_counters == before:
+            self._seconds, self._gap = min(2 * self._seconds, MAX_SLICE), IDLE_GAP
         else:
-            self._seconds, self._pause = MIN_SLICE, SLICE_GAP
-        self._last_counters = left
+            self._seconds, self._gap = MIN_SLICE, SLICE_GAP
+        self._last_counters = after
         return result
 
 
 def _run_slice(
     work: SliceWork[T], seconds: float, db: sqlite3.Connection, now: int
 ) -> tuple[T, _WriteCounters, _WriteCounters]:
-    found = _read_counters(db)
+    before = _read_counters(db)
     result = work(db, now, time.monotonic() + seconds)
-    return result, found, _read_counters(db)
+    return result, before, _read_counters(db)
 
 
 def _read_counters(db: sqlite3.Connection) -> _WriteCounters:

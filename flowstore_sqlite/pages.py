@@ -1,4 +1,4 @@
-"""Pages of runs in SQLite: in order, behind a position, counted, searched (QRY-1 to QRY-3)."""
+"""Pages of runs in SQLite: ordered, after a position, counted, searched (QRY-1 to QRY-3)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from flowstore_sqlite.search import index_some, is_indexed, is_stale, search_by_
 
 _log = logging.getLogger("flowstore_sqlite")
 
-# Each status lies in order in an index of its own, so a page of all of them merges four of them. Only ids
-# are skipped, and only in indexes; the runs of the page are read then.
+# The index on (status, started_at) has the runs of each status in order; a page of all statuses merges four
+# index ranges. OFFSET skips index entries only; the runs are read afterwards, by id.
 FIND_RUNS_OF_STATUS = "SELECT started_at, run_id FROM runs WHERE status = '{status}'"
 WHERE_FLOW = "AND flow_id = :flow_id"
 AFTER_POSITION = "AND (started_at, run_id) < (:started_at, :after_id)"
 
-# See migration 2.
+# The counters of migration 2.
 COUNT_RUNS = "SELECT COALESCE(SUM(amount), 0) FROM run_counts WHERE TRUE"
 WHERE_STATUS = "AND status = :status"
 
-FIND_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
+SEARCH_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
 
 
 class Pages(Database):
@@ -34,8 +34,8 @@ class Pages(Database):
     async def get_runs(
         self, flow_id: UUID | None, *, after: RunPosition | None, skip: int, take: int
     ) -> tuple[FlowRunRecord, ...]:
-        filtered = _PageFilter(flow_id, None, after, skip, take)
-        return await self.read(filtered.runs)
+        page_filter = _PageFilter(flow_id, None, after, skip, take)
+        return await self.read(page_filter.runs)
 
     async def get_runs_page(
         self,
@@ -47,26 +47,26 @@ class Pages(Database):
         take: int,
         search: str | None,
     ) -> RunPage:
-        filtered = _PageFilter(flow_id, status, after, skip, take)
+        page_filter = _PageFilter(flow_id, status, after, skip, take)
 
         def page(db: sqlite3.Connection) -> tuple[RunPage, bool]:
             if search is None:
-                return RunPage(runs=filtered.runs(db), total_count=filtered.count(db)), False
+                return RunPage(runs=page_filter.runs(db), total_count=page_filter.count(db)), False
             indexed = is_indexed(db)
-            return filtered.found(db, fold_ascii(search), indexed), indexed and is_stale(db)
+            return page_filter.search(db, fold_ascii(search), indexed), indexed and is_stale(db)
 
-        found, behind = await self.read(page)
-        if behind:
+        found, stale = await self.read(page)
+        if stale:
             try:
                 await self.write(index_some)
             except FlowStoreError as error:
-                # They were found without the index, and will be again.
-                _log.debug("no texts were gathered: %s", error)
+                # The search does not need them: it scans runs that are not indexed.
+                _log.debug("no runs were added to the search index: %s", error)
         return found
 
 
 class _PageFilter:
-    """What a page is asked for; its statements are put together from constants, and values are bound."""
+    """The filter of a page. Statements are assembled from constants; values are bound."""
 
     def __init__(
         self, flow_id: UUID | None, status: RunStatus | None, after: RunPosition | None, skip: int, take: int
@@ -100,16 +100,16 @@ class _PageFilter:
         count: int = db.execute(statement, self._values).fetchone()[0]
         return count
 
-    def found(self, db: sqlite3.Connection, needle: str, indexed: bool) -> RunPage:
-        """The page and the count of a search, which looks at each run once."""
+    def search(self, db: sqlite3.Connection, needle: str, indexed: bool) -> RunPage:
+        """The page and the total count of a search, in one pass over the runs."""
         condition, values = search_by_index(needle) if indexed else search_by_scan(needle)
         of_status = "" if self._status is None else WHERE_STATUS
-        statement = join_sql(FIND_RUNS, self._where_flow, of_status, condition, NEWEST_FIRST)
+        statement = join_sql(SEARCH_RUNS, self._where_flow, of_status, condition, NEWEST_FIRST)
         positions = db.execute(statement, {**self._values, **values}).fetchall()
-        behind = (
-            positions if self._position is None else [place for place in positions if place < self._position]
+        following = (
+            positions if self._position is None else [each for each in positions if each < self._position]
         )
-        ids = [place[1] for place in behind[self._skip : self._skip + self._take]]
+        ids = [run_id for _, run_id in following[self._skip : self._skip + self._take]]
         marks = ", ".join("?" * len(ids))
         rows = db.execute(join_sql(SELECT_RUNS, "WHERE run_id IN (", marks, ")", NEWEST_FIRST), ids)
         return RunPage(runs=to_runs(rows), total_count=len(positions))

@@ -1,4 +1,4 @@
-"""Recovery in SQLite: rescheduling a step, and finding what nothing will move."""
+"""Recovery in SQLite: rescheduling a step, and finding stalled steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UPDATE steps SET rescheduled = 1,
 WHERE run_id = ? AND step_key = ?
 """
 
-# CROSS JOIN keeps the order: from the running runs, by their partial index, to their steps.
+# CROSS JOIN fixes the join order: from the running runs, by their partial index, to their steps.
 GET_STALLED_STEPS = """
 SELECT run_id, step_key, status, reason, since FROM (
     SELECT steps.run_id, steps.step_key, COALESCE(steps.status, 'Pending') AS status,

@@ -1,4 +1,4 @@
-"""Retention in SQLite: cleanup in short turns that find their rows by index."""
+"""Retention in SQLite: cleanup in short slices that find their rows by index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowstore_sqlite.search import DROP_TRIGRAMS, empty_index, has_only_deleted
 from flowstore_sqlite.statistics import DAY
 
 BATCH = 500
-"""Runs that are looked up at once, by a reader; orphans that are deleted at once at most."""
+"""Maximum number of runs that one read finds, and of orphans that one slice deletes."""
 
 FIND_COMPLETED = """
 SELECT run_id FROM runs WHERE completed_at IS NOT NULL AND completed_at < ? ORDER BY completed_at LIMIT ?
@@ -34,7 +34,7 @@ DELETE_RUN = (
     "DELETE FROM runs WHERE run_id = ?",
 )
 
-# The runs that did start are few here: older ones that were completed are gone by now.
+# Few of these rows have a run: completed runs before the cutoff are already deleted.
 DELETE_ORPHANED_CONTROLS = """
 DELETE FROM controls WHERE run_id IN (
     SELECT run_id FROM controls
@@ -52,7 +52,7 @@ DELETE FROM idempotency_keys WHERE (flow_id, trigger_key, idempotency_key) IN (
 )
 """
 
-# Of days before the cutoff, and of days whose runs have changed since: those are computed again when needed.
+# Summaries of days before the cutoff, and stale ones, which are recomputed when needed.
 FIND_STALE_SUMMARIES = """
 SELECT granularity, scope, kept.day FROM run_summaries AS kept LEFT JOIN run_days ON run_days.day = kept.day
 WHERE kept.day < ? OR kept.changes IS NOT run_days.changes LIMIT ?
@@ -80,7 +80,7 @@ class Retention(Database):
             if len(stale) < BATCH:
                 break
         if await self.read(is_indexed):
-            # What ended since the last time becomes quick to search.
+            # Runs that ended since the last cleanup are now found by index.
             while await paced.run_slice(index_some):
                 pass
             if await self.read(has_only_deleted):
@@ -95,11 +95,11 @@ def _find_completed(before: int, db: sqlite3.Connection) -> list[tuple[bytes]]:
 def _delete_runs(
     before: int, found: Sequence[tuple[bytes]], db: sqlite3.Connection, now: int, until: float
 ) -> tuple[int, int]:
-    """Delete runs, each whole, until it is time; how many were looked at, and how many were deleted."""
+    """Delete runs, each completely, until the deadline. Returns how many were examined and deleted."""
     done = deleted = 0
     indexed = is_indexed(db)
     for row in found:
-        # Others may have reopened it meanwhile, or deleted it.
+        # It may have been reopened or deleted since it was found (RET-2).
         if db.execute(IS_COMPLETED, (*row, before)).fetchone() is not None:
             if indexed:
                 db.execute(DROP_TRIGRAMS, row)
@@ -123,6 +123,6 @@ def _delete_summaries(
 
 
 def _delete_orphans(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
-    """Delete a batch of orphans; how many, 0 when none is left."""
+    """Delete a batch of orphans; returns how many."""
     grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
     return db.execute(statement, {"cutoff": before, "grace": grace, "most": BATCH}).rowcount

@@ -39,7 +39,7 @@ COMPLETE_RUN = """
 UPDATE runs SET status = ?, completed_at = ? WHERE run_id = ? AND status = 'Running'
 """
 
-# What complete_run compares with ``expected``, and what must not lie outside of it.
+# The statuses that complete_run compares with ``expected``, and whether a step is claimed or dispatched.
 READ_PROGRESS = """
 SELECT step_key, status, claimed_at IS NOT NULL AND (expires_at IS NULL OR expires_at > ?)
     OR dispatched_at IS NOT NULL
@@ -118,7 +118,7 @@ def new_run(
     source_run_id: UUID | None,
     started_at: datetime,
 ) -> FlowRunRecord:
-    """The record of a run that starts."""
+    """The record of a new run."""
     return FlowRunRecord(
         run_id=run_id,
         flow_id=flow_id,
@@ -134,7 +134,7 @@ def new_run(
 
 
 def insert_run(db: sqlite3.Connection, run: FlowRunRecord, now: int) -> bool:
-    """Store a run that starts now; False if its id is stored already."""
+    """Store a new run; False if its id exists."""
     row = (
         run.run_id.bytes,
         run.flow_id.bytes,
@@ -183,7 +183,7 @@ def _is_as_expected(
         if status is not None:
             statuses[step_key] = status
         elif is_busy:
-            # Nobody can expect a key that has not started.
+            # ``expected`` contains only started steps (RUN-2).
             return False
     return statuses == expected
 

@@ -1,4 +1,4 @@
-"""Searching runs in SQLite: the exact condition, and the index in front of it (QRY-2, migration 3)."""
+"""Search in SQLite: the exact condition, and the trigram index that narrows it (QRY-2, migration 3)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from flowstore_core.runs import SEARCHED_BYTES, fold_ascii
 from flowstore_sqlite.codecs import join_sql
 
 MAX_UNINDEXED = 64
-"""So many ended runs that the index does not hold yet cost a search about a millisecond."""
+"""Number of unindexed ended runs that a search tolerates: scanning them takes about a millisecond."""
 INDEX_BATCH = 256
-"""How many of them one transaction adds to it, at most."""
+"""Maximum number of runs that one transaction adds to the index."""
 INDEX_SLICE = 0.02
-"""And for how long, because writers wait for it."""
+"""Seconds after which such a transaction stops, because writers wait for it."""
 
-# FTS5 may be missing where the file is used next, so no trigger touches its table: what a process without it
-# does leaves entries behind that lead nowhere. The letters are folded already; without positions an entry
-# says only which trigrams a text has, and what it has in order is looked at afterwards.
+# No trigger touches the FTS5 table, because the next process may use a SQLite without FTS5. Its deletes leave
+# index entries without a text, which a search skips. Texts are stored with letters folded. With detail = none
+# the index knows which trigrams a text contains, not their order; SEARCH_CONDITION checks the order.
 ENABLE_SEARCH = (
-    # FTS5 must never be told to forget a text that it does not hold.
+    # An FTS5 index is corrupted by the deletion of a text that it does not contain.
     "DELETE FROM run_texts",
     """
     CREATE VIRTUAL TABLE run_trigrams USING fts5 (
@@ -84,14 +84,14 @@ INSERT INTO run_texts (run_id, text) VALUES (?, ?) ON CONFLICT (run_id) DO UPDAT
 RETURNING id
 """
 SAVE_TRIGRAMS = "INSERT INTO run_trigrams (rowid, text) VALUES (?, ?)"
-# An entry that was deleted stays in the index until FTS5 merges it away, which it does when others are added.
+# A deleted entry stays in the index until FTS5 merges it away, which happens when entries are added.
 HAS_ONLY_DELETED = """
 SELECT NOT EXISTS (SELECT 1 FROM run_texts) AND EXISTS (SELECT 1 FROM run_trigrams_idx)
 """
 EMPTY_TRIGRAMS = "INSERT INTO run_trigrams (run_trigrams) VALUES ('delete-all')"
 DROP_UNSEARCHED = "DELETE FROM unsearched WHERE run_id = ?"
 
-# Every run that can match: those whose text has all trigrams, and those whose text may be older than they.
+# All runs that may match: runs whose text has all trigrams, and runs whose text may be out of date.
 MATCH_CANDIDATES = """
 AND run_id IN (
     SELECT run_id FROM run_texts
@@ -101,8 +101,8 @@ AND run_id IN (
 )
 """
 
-# lower() folds ASCII alone. The long texts are cut as bytes; a character cut in half does no harm,
-# because bytes are what is compared then. Unstarted steps and their attempts are not shown, so not found.
+# lower() folds only ASCII. Long texts are truncated and compared as bytes, so a truncated character does no
+# harm. Unstarted steps and their attempts are not visible, so a search does not find them.
 SEARCH_CONDITION = """
 AND (
     instr(lower(flow_name), :needle) OR instr(lower(trigger_key), :needle)
@@ -135,12 +135,12 @@ AND (
 
 
 def is_indexed(db: sqlite3.Connection) -> bool:
-    """Whether the file has the index, and this SQLite can read it."""
+    """Whether the file has the index and this SQLite has FTS5."""
     return all(db.execute(statement).fetchone() is not None for statement in (HAS_TRIGGER, HAS_FTS5))
 
 
 def enable_search(db: sqlite3.Connection) -> bool:
-    """Make the index where it is missing and can be had, within a transaction; whether there is one now."""
+    """Create the index, if missing, in the transaction of the caller; False without FTS5."""
     if db.execute(HAS_FTS5).fetchone() is None:
         return False
     if db.execute(HAS_TRIGGER).fetchone() is None:
@@ -150,12 +150,12 @@ def enable_search(db: sqlite3.Connection) -> bool:
 
 
 def search_by_scan(needle: str) -> tuple[str, dict[str, object]]:
-    """The conditions of a search for a folded needle, without the index, and what they bind."""
+    """The condition and the values of a search that reads every run. The needle is folded."""
     return SEARCH_CONDITION, {"needle": needle, "bytes": needle.encode(), "most": SEARCHED_BYTES}
 
 
 def search_by_index(needle: str) -> tuple[str, dict[str, object]]:
-    """The same with the index in front; a needle of fewer than three characters has no trigram to look up."""
+    """The condition and the values of a search that uses the index, if the needle has three characters."""
     condition, values = search_by_scan(needle)
     trigrams = {needle[at : at + 3] for at in range(len(needle) - 2)}
     if not trigrams:
@@ -165,13 +165,16 @@ def search_by_index(needle: str) -> tuple[str, dict[str, object]]:
 
 
 def is_stale(db: sqlite3.Connection) -> bool:
-    """Whether more ended runs are missing in the index than do not matter."""
+    """Whether more than MAX_UNINDEXED ended runs are missing in the index."""
     count: int = db.execute(COUNT_UNSEARCHED).fetchone()[0]
     return count > MAX_UNINDEXED
 
 
 def index_some(db: sqlite3.Connection, now: int, until: float | None = None) -> int:
-    """Add some ended runs to the index, by time.monotonic() until then or for GATHER_SECONDS; how many."""
+    """Add up to INDEX_BATCH ended runs to the index; returns how many.
+
+    Stops at ``until``, a time of time.monotonic(), or after INDEX_SLICE.
+    """
     deadline = time.monotonic() + INDEX_SLICE if until is None else until
     added = 0
     for (run_id,) in db.execute(FIND_UNSEARCHED, (INDEX_BATCH,)).fetchall():
@@ -188,7 +191,7 @@ def index_some(db: sqlite3.Connection, now: int, until: float | None = None) -> 
 
 
 def empty_index(db: sqlite3.Connection, now: int) -> None:
-    """Remove all that is left in the index once no text is stored."""
+    """Remove all entries of the index if no text is stored."""
     if has_only_deleted(db):
         db.execute(EMPTY_TRIGRAMS)
 

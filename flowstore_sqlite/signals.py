@@ -1,4 +1,4 @@
-"""Signals in SQLite: waiters and deliveries, each operation under the write lock."""
+"""Signals in SQLite: waiters and deliveries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dashboard counts and timeseries in SQLite, from the sums of migration 2."""
+"""Dashboard counts and timeseries in SQLite, from the counters of migration 2."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ COUNT_FLOWS = "SELECT COUNT(DISTINCT flow_id) FROM run_counts WHERE amount > 0"
 COUNT_ACTIVE = "SELECT COALESCE(SUM(amount), 0) FROM run_counts WHERE status = 'Running'"
 COUNT_COMPLETED = "SELECT succeeded, failed FROM run_days WHERE day = ?"
 
-# A day's summary is right as long as the day's number of changes is the one it was computed at.
+# A summary is valid while the change counter of its day is the one it was computed at.
 READ_SUMMARIES = """
 SELECT run_days.day, run_days.changes, buckets FROM run_days
 LEFT JOIN run_summaries AS kept ON kept.granularity = :granularity AND kept.scope = :scope
     AND kept.day = run_days.day AND kept.changes = run_days.changes
 WHERE run_days.day >= :first AND run_days.day <= :last AND run_days.changes > 0
 """
-# By duration, as the percentiles need it.
+# Ordered by duration for the percentiles.
 READ_RUNS = """
 SELECT started_at, status, completed_at - started_at AS duration FROM runs
 WHERE status IN ('Running', 'Succeeded', 'Failed', 'Cancelled')
@@ -50,7 +50,7 @@ ON CONFLICT (granularity, scope, day) DO UPDATE SET changes = excluded.changes, 
 """
 
 Bucket = tuple[int, int, int, int, float | None, float | None]
-"""running, succeeded, failed, cancelled, and p50 and p95 in milliseconds."""
+"""Running, succeeded, failed, cancelled, and p50 and p95 in milliseconds."""
 
 
 class Statistics(Database):
@@ -115,8 +115,8 @@ class Statistics(Database):
             if rows:
                 await self.write(partial(_insert_summaries, rows))
         except FlowStoreError as error:
-            # The answer stands without them: they only spare computing it again.
-            _log.debug("the summaries of %d days were not kept: %s", len(rows), error)
+            # Summaries are a cache: the result is complete without them.
+            _log.debug("the summaries of %d days were not saved: %s", len(rows), error)
 
 
 def _insert_summaries(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection, now: int) -> None:
@@ -124,7 +124,7 @@ def _insert_summaries(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection
 
 
 def _compute(rows: Sequence[tuple[int, str, int | None]], width: int) -> dict[int, Bucket]:
-    """The buckets of runs that are given as started_at, status and, ascending, duration."""
+    """Compute buckets from rows of started_at, status and duration, in ascending order of duration."""
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     durations: dict[int, list[int]] = defaultdict(list)
     for started_at, status, duration in rows:

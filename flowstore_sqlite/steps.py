@@ -1,7 +1,7 @@
 """Steps in SQLite: opening, closing and reopening attempts.
 
-The row of a step carries its newest attempt; older ones are rows of ``attempts``. While a step is
-reopened or reset, its newest attempt lies there too.
+The row of a step contains its newest attempt; earlier ones are rows of ``attempts``. While a step is
+reopened or reset, its newest attempt is stored there too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FROM runs LEFT JOIN steps ON steps.run_id = runs.run_id AND steps.step_key = ?
 WHERE runs.run_id = ?
 """
 
-# The common case in one statement: the first attempt of a step that was claimed or dispatched before.
+# Fast path of record_step_start: the first attempt of a step that is claimed or dispatched.
 START_FIRST_ATTEMPT = """
 UPDATE steps SET status = 'Running', last_attempt = 1, started_at = ?, attempt_started_at = ?,
     started_owner = ?, step_type = ?, job_id = ?, input_json = ?
@@ -49,6 +49,7 @@ START_OWNED_FIRST_ATTEMPT = f"""
 {START_FIRST_ATTEMPT.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
 """
 
+# Slow path: any attempt, after load_step has checked the step.
 RECORD_STEP_START = """
 INSERT INTO steps (
     run_id, step_key, status, last_attempt, started_at, attempt_started_at, started_owner, step_type,
@@ -62,7 +63,7 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     output_json = NULL, input_json = :input_json
 """
 
-# Does nothing unless the attempt, or with None the newest one, is open.
+# Updates no row unless the attempt is open. NULL stands for the newest attempt.
 RECORD_STEP_COMPLETE = """
 UPDATE steps SET status = ?, output_json = ?, error_message = ?, attempt_completed_at = ?
 WHERE run_id = ? AND step_key = ? AND status = 'Running' AND last_attempt = IFNULL(?, last_attempt)
@@ -121,7 +122,7 @@ FROM attempts WHERE run_id = ? ORDER BY step_key, attempt
 
 
 class StepState(NamedTuple):
-    """What decides about the next operation on a step; a row of LOAD_STEP."""
+    """The state that decides about the next operation on a step; a row of LOAD_STEP."""
 
     run_status: str
     status: str | None
@@ -155,7 +156,7 @@ class StepState(NamedTuple):
 
 
 def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
-    """The state of a step, whether or not it is stored. Raises RunNotFoundError."""
+    """The state of a step, stored or not. Raises RunNotFoundError."""
     row = db.execute(LOAD_STEP, (step_key, run_id.bytes)).fetchone()
     if row is None:
         raise RunNotFoundError(run_id)
@@ -165,7 +166,7 @@ def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
 class Steps(Database):
     """See flowstore_core.steps for the promises."""
 
-    # Not ``async``, like others that are called often: a coroutine less to make and to run.
+    # Not ``async``, like other frequent operations: saves one coroutine per call.
     def record_step_start(
         self,
         run_id: UUID,
@@ -244,7 +245,7 @@ def _record_step_start(
 
 
 def archive_attempt(db: sqlite3.Connection, run_id: UUID, step_key: str, step: StepState, now: int) -> int:
-    """Move the newest attempt, closed, to ``attempts`` and return the number of its successor."""
+    """Close the newest attempt, copy it to ``attempts`` and return the number of its successor."""
     successor = step.last_attempt + 1
     if step.status is not None and not step.reopened:
         if step.is_open:
@@ -254,7 +255,7 @@ def archive_attempt(db: sqlite3.Connection, run_id: UUID, step_key: str, step: S
 
 
 def check_attempt(step: StepState, run_id: UUID, step_key: str, attempt: int | None) -> None:
-    """Raises StepNotFoundError, or StaleAttemptError unless the attempt (None: the last) is current."""
+    """Raise StepNotFoundError, or StaleAttemptError unless the attempt (None: the newest) is current."""
     if step.status is None:
         raise StepNotFoundError(run_id, step_key)
     if step.reopened or attempt not in (None, step.last_attempt):

@@ -11,8 +11,8 @@ from flowstore_core.urls import parse_url
 
 
 def database_path(url: str) -> str:
-    """The absolute path that a URL names. Raises ConfigurationError."""
-    # Permissions, locks and the refusal of links are those of POSIX.
+    """The absolute path in a URL. Raises ConfigurationError."""
+    # Permissions, locks and the rejection of links rely on POSIX.
     require_posix("the SQLite backend")
     parts = parse_url(url)
     if parts.hosts or parts.user or parts.password:
@@ -28,7 +28,7 @@ def database_path(url: str) -> str:
     if "\0" in path:
         raise ConfigurationError("the path in a SQLite URL must not hold a zero byte")
     try:
-        # A second slash in front means nothing, but would be kept.
+        # abspath keeps a second leading slash, which has no meaning.
         return os.path.abspath(re.sub("^/+", "/", path))
     except OSError:
         raise ConfigurationError(

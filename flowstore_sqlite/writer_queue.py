@@ -1,14 +1,16 @@
-"""Taking turns: which of the processes that share a file writes next.
+"""The queue of processes that write to one file, on top of SQLite's write lock.
 
-SQLite's write lock goes to whoever asks at the right moment. A process that has just written asks
-again at once and gets it again, while another, asleep between two tries, can starve. Here only the
-process that holds a lock on a small file beside the database may ask for the write lock. Whoever got it
-may go on writing for a turn, because the pages it has just written need not be read again, as they must
-be by the next process; then it queues behind who waits. Who is next asks so seldom that it rarely breaks
-a turn off, and often enough to find a file that nobody writes to. Where nobody else writes, nobody queues.
+SQLite does not queue writers. A process that has just committed usually gets the lock again at once, and a
+process that sleeps between two tries can starve. Here a process asks SQLite for the write lock only while it
+holds an flock on a small file beside the database. After it got the write lock, it may keep writing for a
+time slice without queueing again, because its page cache stays valid while no other process writes. Then it
+queues behind the waiting processes.
 
-It is a courtesy, not a safeguard: SQLite's own lock keeps the data right. Where the file cannot be made
-or locked, or when its holder hangs, processes ask for the write lock directly. The system frees the
+The next process in the queue rarely polls during the slice of the current one, and often after it. A process
+without competitors never waits.
+
+Fairness only; SQLite's own lock protects the data. Processes skip the queue and ask for the write lock
+directly where the lock file cannot be created or locked, and when its holder hangs. The kernel releases the
 lock of a process that dies.
 """
 
@@ -24,17 +26,18 @@ from collections.abc import Callable
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; there SQLite's own waiting has to do.
+except ImportError:  # Windows has no flock; SQLite's own busy handling has to do.
     fcntl = None  # type: ignore[assignment]
 
 LOCK_SUFFIX = "-turn"
+"""Part of the on-disk format: a store with another suffix would not see this lock."""
 TIME_SLICE = 0.02
-"""How long who has got the write lock in turn may write again without queueing. Shorter turns make shorter
-waits and less work done: with turns of a single group, four processes do three quarters of it."""
+"""Seconds for which the lock holder may keep writing before it must requeue. Shorter slices make shorter
+waits and less throughput: with one group per slice, four processes reach three quarters of it."""
 LOCK_TIMEOUT = 1.0
-"""How long one waits for its turn before it goes without: nobody waits for a process that hangs."""
+"""Seconds to wait for the lock file before bypassing the queue: its holder may hang."""
 BYPASS_SECONDS = 10.0
-"""How long it then goes without."""
+"""How long the queue is then bypassed."""
 MIN_SLEEP = 0.0005
 MAX_SLEEP = 0.005
 
@@ -42,14 +45,14 @@ _log = logging.getLogger("flowstore_sqlite")
 
 
 class FairWriterLock:
-    """The queue in front of one file's write lock; used by one thread at a time."""
+    """One process's place in the queue of writers of a file. For one thread at a time."""
 
     def __init__(self, database: str) -> None:
         self.path = database + LOCK_SUFFIX
         self._database = database
         self._file: int | None = None
         self._is_opened = False
-        """Before the first write there is no need for the file, and a read-only store must not make it."""
+        """Opened by the first write: a read-only store must not create the file."""
         self._bypass_until = 0.0
         self._slice_until = 0.0
 
@@ -59,11 +62,11 @@ class FairWriterLock:
             os.close(file)
 
     def holds_slice(self) -> bool:
-        """Whether this process has its turn still: it need not pass through."""
+        """Whether the time slice of this process lasts: it need not call ``acquire``."""
         return time.monotonic() < self._slice_until
 
     def acquire(self, begin: Callable[[], bool], timed_out: Callable[[], bool]) -> bool:
-        """Call ``begin`` in turn until it is True; False when ``give_up`` said so first."""
+        """Queue, then call ``begin`` until it returns True; False when ``timed_out`` returns True first."""
         since = now = time.monotonic()
         locked_since = now if self._try_lock() else None
         try:
@@ -107,11 +110,11 @@ class FairWriterLock:
 
 
 def _backoff(waited: float) -> float:
-    """How long who is next sleeps before it asks again, at most.
+    """The longest sleep before the next process in the queue asks for the write lock again.
 
-    It came to be next when the turn of the one before began, so it knows when that ends. It asks a few
-    times before, because the other may have nothing left to write, and often from then on, lest the file
-    lie idle.
+    A process locks the file when the slice of its predecessor begins, so ``waited`` tells when the slice
+    ends. It polls a few times during the slice, because the predecessor may have nothing left to write, and
+    often afterwards, so that the database does not lie idle.
     """
     left = TIME_SLICE - waited
     if left > 0:
@@ -120,10 +123,13 @@ def _backoff(waited: float) -> float:
 
 
 def _open(path: str, database: str) -> int | None:
-    """Open the lock's file, making it if need be for those who may write to the database; else None."""
+    """Open the lock file; None where it cannot be used.
+
+    Creates it with the database's permissions for owner and group.
+    """
     if fcntl is None:
         return None
-    # Never through a link, and never stuck on a pipe that somebody put there.
+    # Never follow a link, and never block on a named pipe.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         mode = stat.S_IMODE(os.stat(database).st_mode) & 0o660
@@ -133,6 +139,6 @@ def _open(path: str, database: str) -> int | None:
         return None
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        _log.debug("%s is no plain file; processes write in no order", path)
+        _log.debug("%s is not a regular file; processes write in no order", path)
         return None
     return file
