@@ -112,7 +112,7 @@ class Controls(OpenNamespace):
     ) -> Sequence[FlowRunRecord]:
         at = self._now() if as_of is None else as_of
         found = [
-            # No deadline can be later than LATEST, so the flag alone puts those without one last.
+            # Runs without a deadline come last; LATEST only makes the tuples comparable.
             (control.timeout_at is None, control.timeout_at or LATEST, run_id)
             for run_id, control in self._namespace.controls.items()
             if _must_stop(control, at)

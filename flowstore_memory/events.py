@@ -34,5 +34,5 @@ class Events(OpenNamespace):
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
         run = self._runs.get(run_id.int)
-        # Sequences are gapless from 1, so ``after`` is where the slice begins.
+        # Sequences start at 1 without gaps, so ``after`` is the index of the next event.
         return () if run is None else tuple(run.events[after : after + take])

@@ -11,7 +11,7 @@ from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_memory.state import OpenNamespace
 
 BATCH = 200
-"""How many runs are deleted before others get their turn (RET-3)."""
+"""Number of runs that are deleted before other tasks run (RET-3)."""
 
 
 class Retention(OpenNamespace):
@@ -22,9 +22,9 @@ class Retention(OpenNamespace):
         while batch := list(islice(over, BATCH)):
             with self._namespace.lock:
                 for run_id in batch:
-                    # Looked at again, because a retry may have reopened it meanwhile (RET-2).
+                    # Checked again, because a retry may have reopened the run (RET-2).
                     if self._is_over(run_id, cutoff):
-                        # What is not in its control record and its keys lies within the run itself.
+                        # The control record and the keys are the only state outside of the run.
                         del self._runs[run_id.int]
                         self._namespace.controls.pop(run_id, None)
                         self._delete_keys(run_id)
@@ -43,7 +43,7 @@ class Retention(OpenNamespace):
             del self._namespace.keys[key]
 
     def _delete_orphans(self, cutoff: datetime) -> None:
-        """Keys and controls whose run never started (RET-4)."""
+        """Delete old keys and control records whose run never started (RET-4)."""
         namespace = self._namespace
         latest = self._now() - ORPHAN_GRACE
 

@@ -151,7 +151,7 @@ def _page(runs: Iterable[RunState], skip: int, take: int) -> tuple[FlowRunRecord
 
 
 def _has_statuses(run: RunState, expected: Mapping[str, StepStatus], now: datetime) -> bool:
-    """Whether the statuses are exactly these, and no key outside them is claimed or dispatched (RUN-2)."""
+    """Whether the statuses equal ``expected`` and no other step is claimed or dispatched (RUN-2)."""
     started = 0
     for key, step in run.steps.items():
         if step.status is not None:
@@ -164,11 +164,11 @@ def _has_statuses(run: RunState, expected: Mapping[str, StepStatus], now: dateti
 
 
 def _matches(run: RunState, needle: str) -> bool:
-    """QRY-2, over what get_run_detail would show."""
+    """Whether the run matches the search, in the fields of get_run_detail (QRY-2)."""
     visible = [(key, step) for key, step in run.steps.items() if step.status is not None]
     short = [str(run.run_id), run.flow_name, run.trigger_key, run.status, run.job_id]
     short += [key for key, _ in visible]
-    # A reopened step still has what its last attempt had, which is among the earlier ones by now.
+    # The fields of a reopened step are those of its last attempt, which is among the earlier ones too.
     long = [
         text
         for key, step in visible

@@ -35,7 +35,8 @@ class Signals(OpenNamespace):
             )
         if waiter.delivered_at is not None and waiter.signal_name != signal_name:
             raise ConflictError(
-                f"the waiter of step {step_key!r} of run {run_id} has got another signal; remove it first",
+                f"the waiter of step {step_key!r} of run {run_id} was delivered under another signal name; "
+                "remove it first",
                 run_id=run_id,
                 step_key=step_key,
             )
@@ -60,7 +61,7 @@ class Signals(OpenNamespace):
             for key, waiter in run.waiters.items()
             if waiter.signal_name == signal_name and waiter.expired_at is None
         ]
-        # Keys are distinct, so no two waiters are ever compared.
+        # Step keys are distinct, so min() never compares two waiters.
         waiting = min((found for found in matching if found[2].delivered_at is None), default=None)
         if waiting is None or run.status in TERMINAL_RUN_STATUSES:
             delivered = (found for found in matching if found[2].delivered_at is not None)

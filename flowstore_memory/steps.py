@@ -25,7 +25,7 @@ from flowstore_core.steps import superseded_by
 from flowstore_memory.state import OpenNamespace, RunState, StepState, WaiterState
 
 _FINAL = frozenset({StepStatus.SUCCEEDED, StepStatus.SKIPPED})
-"""Only retry_step opens such a step again; a failed one may simply be started anew (STP-2)."""
+"""Statuses that only retry_step reopens; a failed step may be started again (STP-2)."""
 
 
 class Steps(OpenNamespace):
@@ -132,7 +132,7 @@ class Steps(OpenNamespace):
             step.reopened = True
             _clear_step(run, step_key, step)
             for key in reset:
-                # The step itself is Pending by now, so its own key does nothing here.
+                # The key of the retried step has no effect here: its status is Pending.
                 other = run.steps.get(key)
                 if other is not None and other.status is StepStatus.SKIPPED:
                     archive_attempt(run, key, other, now)
@@ -142,7 +142,7 @@ class Steps(OpenNamespace):
             run.status = RunStatus.RUNNING
             run.completed_at = None
             if (control := self._namespace.controls.get(run_id)) is not None:
-                # Or the retry would be stopped at once.
+                # Otherwise the run would be stopped again at once.
                 control.clear_stops(now)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
@@ -199,7 +199,7 @@ class Steps(OpenNamespace):
 
 
 def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
-    """Every step by the start of its first attempt, then key (QRY-3)."""
+    """All visible steps, ordered by start of the first attempt, then key (QRY-3)."""
     records = [
         _step_record(run, key, step, step.status)
         for key, step in run.steps.items()
@@ -229,7 +229,7 @@ def _step_record(run: RunState, step_key: str, step: StepState, status: StepStat
 def _attempt_records(
     run: RunState, step_key: str, step: StepState, status: StepStatus
 ) -> tuple[FlowStepAttemptRecord, ...]:
-    """Every attempt of a step that can be seen, by number."""
+    """All attempts of a visible step, by number."""
     earlier = run.earlier.get(step_key, ())
     if step.reopened:
         return tuple(earlier)
@@ -239,7 +239,7 @@ def _attempt_records(
 def _attempt_record(
     run: RunState, step_key: str, step: StepState, status: StepStatus
 ) -> FlowStepAttemptRecord:
-    """The newest attempt, whose status is the step's until the step is reopened or reset."""
+    """The newest attempt. Its status is that of the step until the step is reopened or reset."""
     return FlowStepAttemptRecord(
         run_id=run.run_id,
         step_key=step_key,
@@ -263,15 +263,15 @@ def _started(run: RunState, step_key: str) -> StepState:
 
 
 def _check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> None:
-    """Whether the newest attempt is the one that is meant and still decides (STP-4)."""
+    """Raise StaleAttemptError unless ``attempt`` is the newest and the step is not reopened (STP-4)."""
     if step.reopened or (attempt is not None and attempt != step.attempt):
         raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
 
 
 def archive_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
-    """Keep the newest attempt among the earlier ones, once, before the step goes on without it.
+    """Close the newest attempt and copy it to the earlier ones, unless it is there already.
 
-    It is closed if it is still open: at most one is, and it is the newest (STP-1).
+    Only the newest attempt of a step can be open (STP-1).
     """
     if step.status is None or step.reopened:
         return
@@ -281,7 +281,7 @@ def archive_attempt(run: RunState, step_key: str, step: StepState, now: datetime
 
 
 def _clear_step(run: RunState, step_key: str, step: StepState) -> None:
-    """Drop what belonged to the attempts so far, when a step is reopened or reset (STP-6)."""
+    """Remove claim, dispatch and undelivered waiter of a step that is reopened or reset (STP-6)."""
     step.clear_claim()
     step.clear_dispatch()
     waiter = run.waiters.get(step_key)
@@ -290,14 +290,14 @@ def _clear_step(run: RunState, step_key: str, step: StepState) -> None:
 
 
 def _awaits_signal(waiter: WaiterState | None, at: datetime) -> bool:
-    """Whether a signal may still move the step (STP-8)."""
+    """Whether a signal may still arrive for the step (STP-8)."""
     if waiter is None or waiter.delivered_at is not None or waiter.expired_at is not None:
         return False
     return waiter.expires_at is None or at < waiter.expires_at
 
 
 def _stall(step: StepState, at: datetime) -> tuple[StallReason, datetime] | None:
-    """Why nothing will move the step, and since when; None if something will (STP-8)."""
+    """The reason and start of a stall; None if the step is not stalled (STP-8)."""
     if step.status in TERMINAL_STEP_STATUSES:
         return None
     if step.claimed_at is not None:

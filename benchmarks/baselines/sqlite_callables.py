@@ -1,11 +1,11 @@
-"""SQLite, one callable per call: a thread with one connection, on which each call is one function.
+"""SQLite, one callable per call: a thread with one connection runs each call as one function.
 
-The least that a call can cost when every call is a transaction of its own: one hop to the thread and
-back, not one per statement. With ``grouped`` the thread takes all functions that are waiting and
-commits them together, and nothing but busy_timeout orders the processes that share the file.
+The minimal cost of a call with one transaction per call: one trip to the thread, not one per statement. With
+``grouped`` the thread commits all waiting functions together. Only busy_timeout orders the processes that
+share the file.
 
-Without the thread, each function runs where its caller does, and stops the event loop meanwhile: what
-SQLite and the disk take, the limit of what any call can reach.
+CallOnTheSpot runs each function in the thread of its caller and blocks the event loop: the time of SQLite and
+the disk alone, a lower bound for any call.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from flowstore_core import StepStatus
 
 T = TypeVar("T")
 
-LARGEST_GROUP = 512
+MAX_GROUP = 512
 
 Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
 Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
 class _Calls(tables.Records):
-    """The five calls of a lifecycle, each as one function."""
+    """The five calls of a lifecycle, each one function."""
 
     async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it in a transaction of its own."""
+        """Run it in one transaction."""
         raise NotImplementedError
 
     async def try_record_dispatch(self, run_id: UUID, step_key: str, /) -> bool:
@@ -92,7 +92,7 @@ class _Calls(tables.Records):
 class CallablePerCall(_Calls):
     def __init__(self, path: Path, *, grouped: bool) -> None:
         super().__init__(path)
-        self._largest = LARGEST_GROUP if grouped else 1
+        self._max_group = MAX_GROUP if grouped else 1
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work)
@@ -112,7 +112,7 @@ class CallablePerCall(_Calls):
         while (job := self._jobs.get()) is not None:
             group = [job]
             ended = False
-            while len(group) < self._largest and not self._jobs.empty():
+            while len(group) < self._max_group and not self._jobs.empty():
                 following = self._jobs.get()
                 if following is None:
                     ended = True

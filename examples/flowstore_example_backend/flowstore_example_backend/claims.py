@@ -24,17 +24,17 @@ class Claims(Folder):
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        # lease is None here: core refuses it, because LEASES is not among the capabilities.
-        mine: StepClaim | None = None
+        # lease is always None: core rejects leases, because the store does not declare LEASES.
+        won: StepClaim | None = None
 
         def claim(document: Document) -> bool:
-            nonlocal mine
+            nonlocal won
             if _is_over(document, run_id, step_key):
                 return False
             held = document.claims.get(step_key)
             if held is not None:
                 return owner is not None and held.owner == owner
-            document.claims[step_key] = mine = StepClaim(
+            document.claims[step_key] = won = StepClaim(
                 run_id=run_id, step_key=step_key, owner=owner, claimed_at=self._now(), expires_at=None
             )
             if (step := document.steps.get(step_key)) is not None:
@@ -43,14 +43,15 @@ class Claims(Folder):
             return True
 
         def compensate_claim(document: Document) -> None:
-            # This claim only: it may have been released, and won by another call, meanwhile.
-            if mine is not None and document.claims.get(step_key) is mine:
+            # Remove only the claim of this call: another call may have claimed the step since.
+            if won is not None and document.claims.get(step_key) is won:
                 del document.claims[step_key]
 
         async def compensate(outcome: bool | OutcomeUnknownError) -> None:
             await self._change(run_id, compensate_claim)
 
-        # With an owner the caller can ask again; without one, nobody could ever release it (CON-4).
+        # Without an owner nobody knows of the claim, so cancellation compensates for it (CON-4). An owner can
+        # call again and gets True for its own claim.
         return await self._change(run_id, claim, compensate if owner is None else None)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
@@ -73,19 +74,19 @@ class Claims(Folder):
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        mine: StepDispatch | None = None
+        won: StepDispatch | None = None
 
         def dispatch(document: Document) -> bool:
-            nonlocal mine
+            nonlocal won
             if _is_over(document, run_id, step_key) or step_key in document.dispatches:
                 return False
-            document.dispatches[step_key] = mine = StepDispatch(
+            document.dispatches[step_key] = won = StepDispatch(
                 run_id=run_id, step_key=step_key, dispatched_at=self._now(), due_at=due_at, job_id=None
             )
             return True
 
         def compensate_dispatch(document: Document) -> None:
-            if mine is not None and document.dispatches.get(step_key) is mine:
+            if won is not None and document.dispatches.get(step_key) is won:
                 del document.dispatches[step_key]
 
         async def compensate(outcome: bool | OutcomeUnknownError) -> None:
@@ -119,6 +120,6 @@ class Claims(Folder):
 
 
 def _is_over(document: Document, run_id: UUID, step_key: str) -> bool:
-    """Whether the run or the step is terminal, so that nobody wins any more (RUN-4)."""
+    """Whether the run or the step is terminal: no claim or dispatch succeeds any more (RUN-4)."""
     status = document.statuses().get(step_key)
     return document.existing_run(run_id).status.is_terminal or (status is not None and status.is_terminal)

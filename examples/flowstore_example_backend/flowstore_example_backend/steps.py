@@ -201,7 +201,7 @@ def _started(document: Document, run_id: UUID, step_key: str) -> Step:
 
 
 def _close_superseded(step: Step | None, now: datetime) -> Attempts:
-    """The attempts so far; the last one, if it is open, closed for its successor (STP-1)."""
+    """The attempts of a step, with an open last attempt closed as superseded (STP-1)."""
     if step is None:
         return ()
     last = step.attempts[-1]
@@ -213,7 +213,7 @@ def _close_superseded(step: Step | None, now: datetime) -> Attempts:
 
 
 def _clear_step(document: Document, step_key: str) -> None:
-    """What goes when a step is reopened or reset (STP-6)."""
+    """Remove claim, dispatch and undelivered waiter of a step that is reopened or reset (STP-6)."""
     document.claims.pop(step_key, None)
     document.dispatches.pop(step_key, None)
     waiter = document.waiters.get(step_key)
@@ -222,7 +222,7 @@ def _clear_step(document: Document, step_key: str) -> None:
 
 
 def _clear_stops(document: Document, now: datetime) -> None:
-    """Or a retry would be stopped at once (STP-6)."""
+    """Clear latches and an elapsed deadline, so that the retried run is not stopped at once (STP-6)."""
     control = document.control
     if control is None:
         return
