@@ -112,7 +112,7 @@ WHERE run_id = ? AND dispatched_at IS NOT NULL ORDER BY step_key
 
 
 class Claims(Database):
-    """See flowstore_core.claims for the promises."""
+    """See flowstore_core.claims for the contract."""
 
     # Not ``async``, like other frequent operations: saves one coroutine per call.
     def try_claim_step(
@@ -197,6 +197,23 @@ class Claims(Database):
         )
 
 
+def _try_claim_step(
+    run_id: UUID,
+    step_key: str,
+    owner: str,
+    lease: timedelta | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> bool:
+    expires_at = None if lease is None else _lease_end_us(lease, now)
+    row = (run_id.bytes, step_key, now, expires_at, owner, None)
+    if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
+        return True
+    # Slow path: raise for an unknown run, and return True for a claim that this owner already holds.
+    step = load_step(db, run_id, step_key)
+    return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner
+
+
 class _Write:
     """A write without an owner, which is compensated for when its caller is cancelled (CON-4)."""
 
@@ -209,7 +226,7 @@ class _Write:
         self.due_at = due_at
         self.token = next(_tokens)
 
-    async def _clear_own(self, statement: str) -> None:
+    async def _remove_own(self, statement: str) -> None:
         row = (self.run_id.bytes, self.step_key, self.token)
         await self.database.write_while_closing(partial(_execute, statement, row))
 
@@ -227,7 +244,7 @@ class _ClaimWrite(_Write):
 
     async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
-            await self._clear_own(COMPENSATE_CLAIM)
+            await self._remove_own(COMPENSATE_CLAIM)
 
 
 class _DispatchWrite(_Write):
@@ -243,24 +260,7 @@ class _DispatchWrite(_Write):
 
     async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
-            await self._clear_own(COMPENSATE_DISPATCH)
-
-
-def _try_claim_step(
-    run_id: UUID,
-    step_key: str,
-    owner: str,
-    lease: timedelta | None,
-    db: sqlite3.Connection,
-    now: int,
-) -> bool:
-    expires_at = None if lease is None else _lease_end_us(lease, now)
-    row = (run_id.bytes, step_key, now, expires_at, owner, None)
-    if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
-        return True
-    # Slow path: raise for an unknown run, and return True for a claim that this owner already holds.
-    step = load_step(db, run_id, step_key)
-    return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner
+            await self._remove_own(COMPENSATE_DISPATCH)
 
 
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:

@@ -105,7 +105,7 @@ class Connection(aiosqlite.Connection):
         )
 
     async def open(self, files: OpenFiles | None = None) -> None:
-        """Open the connection, or close it again on error.
+        """Open the connection. The caller must close it, also after an error.
 
         Without ``files`` it opens with the access that this process has. Raises ConfigurationError,
         StoreUnavailableError.

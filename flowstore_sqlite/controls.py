@@ -66,7 +66,7 @@ ON CONFLICT (flow_id, trigger_key, idempotency_key) DO NOTHING
 
 
 class Controls(Database):
-    """See flowstore_core.controls for the promises."""
+    """See flowstore_core.controls for the contract."""
 
     async def configure_run(
         self,

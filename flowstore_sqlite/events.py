@@ -22,7 +22,7 @@ WHERE run_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
 
 
 class Events(Database):
-    """See flowstore_core.events for the promises."""
+    """See flowstore_core.events for the contract."""
 
     async def append_event(
         self, run_id: UUID, event_type: str, *, step_key: str | None, message: str | None

@@ -29,7 +29,7 @@ SEARCH_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
 
 
 class Pages(Database):
-    """See flowstore_core.runs for the promises."""
+    """See flowstore_core.runs for the contract."""
 
     async def get_runs(
         self, flow_id: UUID | None, *, after: RunPosition | None, skip: int, take: int

@@ -50,7 +50,7 @@ LIMIT :take
 
 
 class Recovery(Database):
-    """See flowstore_core.steps.Recovery for the promises."""
+    """See flowstore_core.steps.Recovery for the contract."""
 
     async def reschedule_step(
         self,

@@ -40,7 +40,7 @@ DELETE FROM controls WHERE run_id IN (
     SELECT run_id FROM controls
     WHERE created_at < :cutoff AND created_at <= :grace
         AND NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = controls.run_id)
-    LIMIT :most
+    LIMIT :batch
 )
 """
 DELETE_ORPHANED_KEYS = """
@@ -48,7 +48,7 @@ DELETE FROM idempotency_keys WHERE (flow_id, trigger_key, idempotency_key) IN (
     SELECT flow_id, trigger_key, idempotency_key FROM idempotency_keys
     WHERE created_at < :cutoff AND created_at <= :grace
         AND NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = idempotency_keys.run_id)
-    LIMIT :most
+    LIMIT :batch
 )
 """
 
@@ -61,7 +61,7 @@ DELETE_SUMMARY = "DELETE FROM run_summaries WHERE granularity = ? AND scope = ? 
 
 
 class Retention(Database):
-    """See flowstore_core.retention for the promises."""
+    """See flowstore_core.retention for the contract."""
 
     async def cleanup(self, cutoff: datetime) -> int:
         before = to_us(cutoff)
@@ -125,4 +125,4 @@ def _delete_summaries(
 def _delete_orphans(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
     """Delete a batch of orphans; returns how many."""
     grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
-    return db.execute(statement, {"cutoff": before, "grace": grace, "most": BATCH}).rowcount
+    return db.execute(statement, {"cutoff": before, "grace": grace, "batch": BATCH}).rowcount

@@ -38,7 +38,7 @@ WHERE run_id = ?
 
 
 class Retries(Database):
-    """See flowstore_core.steps for the promises."""
+    """See flowstore_core.steps for the contract."""
 
     async def retry_step(
         self, run_id: UUID, step_key: str, *, attempt: int | None, reset: Collection[str]

@@ -61,7 +61,7 @@ GET_DERIVED_RUNS = join_sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST
 
 
 class Runs(Database):
-    """See flowstore_core.runs for the promises."""
+    """See flowstore_core.runs for the contract."""
 
     async def start_run(
         self,

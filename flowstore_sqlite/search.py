@@ -66,11 +66,12 @@ FIND_UNSEARCHED = "SELECT run_id FROM unsearched LIMIT ?"
 COUNT_UNSEARCHED = f"SELECT COUNT(*) FROM (SELECT 1 FROM unsearched LIMIT {MAX_UNINDEXED + 1})"
 READ_RUN = "SELECT flow_name, trigger_key, status, job_id FROM runs WHERE run_id = ?"
 READ_STEPS = """
-SELECT step_key, substr(error_message, 1, :most), substr(output_json, 1, :most) FROM steps
+SELECT step_key, substr(error_message, 1, :max_length), substr(output_json, 1, :max_length) FROM steps
 WHERE run_id = :run_id AND status IS NOT NULL
 """
 READ_ATTEMPTS = """
-SELECT substr(error_message, 1, :most), substr(output_json, 1, :most) FROM attempts WHERE run_id = :run_id
+SELECT substr(error_message, 1, :max_length), substr(output_json, 1, :max_length) FROM attempts
+WHERE run_id = :run_id
 """
 MARK_OPEN_STEPS = """
 UPDATE steps SET searched_open = 1 WHERE run_id = ? AND status IN ('Pending', 'Running') AND NOT searched_open
@@ -119,15 +120,15 @@ AND (
         SELECT 1 FROM steps
         WHERE steps.run_id = runs.run_id AND steps.status IS NOT NULL AND (
             instr(lower(step_key), :needle)
-            OR instr(CAST(lower(substr(CAST(error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
-            OR instr(CAST(lower(substr(CAST(output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(error_message AS BLOB), 1, :max_length)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(output_json AS BLOB), 1, :max_length)) AS BLOB), :bytes)
         )
     )
     OR EXISTS (
         SELECT 1 FROM attempts JOIN steps USING (run_id, step_key)
         WHERE attempts.run_id = runs.run_id AND steps.status IS NOT NULL AND (
-            instr(CAST(lower(substr(CAST(attempts.error_message AS BLOB), 1, :most)) AS BLOB), :bytes)
-            OR instr(CAST(lower(substr(CAST(attempts.output_json AS BLOB), 1, :most)) AS BLOB), :bytes)
+            instr(CAST(lower(substr(CAST(attempts.error_message AS BLOB), 1, :max_length)) AS BLOB), :bytes)
+            OR instr(CAST(lower(substr(CAST(attempts.output_json AS BLOB), 1, :max_length)) AS BLOB), :bytes)
         )
     )
 )
@@ -151,7 +152,7 @@ def enable_search(db: sqlite3.Connection) -> bool:
 
 def search_by_scan(needle: str) -> tuple[str, dict[str, object]]:
     """The condition and the values of a search that reads every run. The needle is folded."""
-    return SEARCH_CONDITION, {"needle": needle, "bytes": needle.encode(), "most": SEARCHED_BYTES}
+    return SEARCH_CONDITION, {"needle": needle, "bytes": needle.encode(), "max_length": SEARCHED_BYTES}
 
 
 def search_by_index(needle: str) -> tuple[str, dict[str, object]]:
@@ -201,7 +202,7 @@ def has_only_deleted(db: sqlite3.Connection) -> bool:
 
 
 def _read_text(db: sqlite3.Connection, run_id: bytes) -> str:
-    values = {"run_id": run_id, "most": SEARCHED_BYTES}
+    values = {"run_id": run_id, "max_length": SEARCHED_BYTES}
     texts = [str(UUID(bytes=run_id)), *db.execute(READ_RUN, (run_id,)).fetchone()]
     for statement in (READ_STEPS, READ_ATTEMPTS):
         for row in db.execute(statement, values):

@@ -61,7 +61,7 @@ NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key
 
 
 class Signals(Database):
-    """See flowstore_core.signals for the promises."""
+    """See flowstore_core.signals for the contract."""
 
     async def register_waiter(
         self, run_id: UUID, step_key: str, signal_name: str, *, expires_at: datetime | None

@@ -54,7 +54,7 @@ Bucket = tuple[int, int, int, int, float | None, float | None]
 
 
 class Statistics(Database):
-    """See flowstore_core.statistics for the promises."""
+    """See flowstore_core.statistics for the contract."""
 
     async def get_statistics(self, *, as_of: datetime | None) -> DashboardStatistics:
         def statistics(db: sqlite3.Connection) -> DashboardStatistics:

@@ -39,18 +39,18 @@ WHERE runs.run_id = ?
 """
 
 # Fast path of record_step_start: the first attempt of a step that is claimed or dispatched.
-START_FIRST_ATTEMPT = """
+RECORD_STEP_START = """
 UPDATE steps SET status = 'Running', last_attempt = 1, started_at = ?, attempt_started_at = ?,
     started_owner = ?, step_type = ?, job_id = ?, input_json = ?
 WHERE run_id = ? AND step_key = ? AND last_attempt = 0
     AND EXISTS (SELECT 1 FROM runs WHERE runs.run_id = steps.run_id AND runs.status = 'Running')
 """
-START_OWNED_FIRST_ATTEMPT = f"""
-{START_FIRST_ATTEMPT.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
+RECORD_STEP_START_OWNED = f"""
+{RECORD_STEP_START.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
 """
 
 # Slow path: any attempt, after load_step has checked the step.
-RECORD_STEP_START = """
+RECORD_STEP_START_SLOW_PATH = """
 INSERT INTO steps (
     run_id, step_key, status, last_attempt, started_at, attempt_started_at, started_owner, step_type,
     job_id, input_json
@@ -89,7 +89,7 @@ CLAIM_SKIPPED_STEP = """
 UPDATE steps SET claimed_at = ?, claim_owner = ?, expires_at = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ?
 """
-SKIPPED_FOR = "SELECT error_message IS ? FROM steps WHERE run_id = ? AND step_key = ?"
+IS_SKIPPED_FOR_REASON = "SELECT error_message IS ? FROM steps WHERE run_id = ? AND step_key = ?"
 
 CLOSE_SUPERSEDED = """
 UPDATE steps SET status = 'Failed', output_json = NULL, error_message = ?, attempt_completed_at = ?
@@ -164,7 +164,7 @@ def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
 
 
 class Steps(Database):
-    """See flowstore_core.steps for the promises."""
+    """See flowstore_core.steps for the contract."""
 
     # Not ``async``, like other frequent operations: saves one coroutine per call.
     def record_step_start(
@@ -213,9 +213,9 @@ def _record_step_start(
 ) -> int:
     first = (now, now, owner, *values, run_id.bytes, step_key)
     if owner is None:
-        started = db.execute(START_FIRST_ATTEMPT, first)
+        started = db.execute(RECORD_STEP_START, first)
     else:
-        started = db.execute(START_OWNED_FIRST_ATTEMPT, (*first, owner, now))
+        started = db.execute(RECORD_STEP_START_OWNED, (*first, owner, now))
     if started.rowcount == 1:
         return 1
     step = load_step(db, run_id, step_key)
@@ -240,7 +240,7 @@ def _record_step_start(
         "input_json": input_json,
         "now": now,
     }
-    db.execute(RECORD_STEP_START, row)
+    db.execute(RECORD_STEP_START_SLOW_PATH, row)
     return attempt
 
 
@@ -291,7 +291,7 @@ def _record_skipped_step(
     step = load_step(db, run_id, step_key)
     if step.is_terminal:
         is_repeat = step.status == StepStatus.SKIPPED and owner is not None and step.started_owner == owner
-        if is_repeat and db.execute(SKIPPED_FOR, (reason, run_id.bytes, step_key)).fetchone()[0]:
+        if is_repeat and db.execute(IS_SKIPPED_FOR_REASON, (reason, run_id.bytes, step_key)).fetchone()[0]:
             return
         raise StepAlreadyCompletedError(run_id, step_key)
     is_claimed = step.has_live_claim(now)
