@@ -80,7 +80,7 @@ class Retention(Database):
             if len(stale) < BATCH:
                 break
         if await self.read(is_indexed):
-            # Runs that ended since the last cleanup are now found by index.
+            # Index the runs that ended since the last cleanup.
             while await paced.run_slice(index_some):
                 pass
             if await self.read(has_only_deleted):

@@ -25,16 +25,16 @@ class Claims(Folder):
         lease: timedelta | None = None,
     ) -> bool:
         # lease is always None: core rejects leases, because the store does not declare LEASES.
-        won: StepClaim | None = None
+        new_claim: StepClaim | None = None
 
         def claim(document: Document) -> bool:
-            nonlocal won
+            nonlocal new_claim
             if _is_over(document, run_id, step_key):
                 return False
             held = document.claims.get(step_key)
             if held is not None:
                 return owner is not None and held.owner == owner
-            document.claims[step_key] = won = StepClaim(
+            document.claims[step_key] = new_claim = StepClaim(
                 run_id=run_id, step_key=step_key, owner=owner, claimed_at=self._now(), expires_at=None
             )
             if (step := document.steps.get(step_key)) is not None:
@@ -42,13 +42,13 @@ class Claims(Folder):
                 document.steps[step_key] = replace(step, started_owner=None)
             return True
 
-        def compensate_claim(document: Document) -> None:
+        def remove_claim(document: Document) -> None:
             # Remove only the claim of this call: another call may have claimed the step since.
-            if won is not None and document.claims.get(step_key) is won:
+            if new_claim is not None and document.claims.get(step_key) is new_claim:
                 del document.claims[step_key]
 
         async def compensate(outcome: bool | OutcomeUnknownError) -> None:
-            await self._change(run_id, compensate_claim)
+            await self._change(run_id, remove_claim)
 
         # Without an owner nobody knows of the claim, so cancellation compensates for it (CON-4). An owner can
         # call again and gets True for its own claim.
@@ -74,23 +74,23 @@ class Claims(Folder):
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        won: StepDispatch | None = None
+        new_dispatch: StepDispatch | None = None
 
         def dispatch(document: Document) -> bool:
-            nonlocal won
+            nonlocal new_dispatch
             if _is_over(document, run_id, step_key) or step_key in document.dispatches:
                 return False
-            document.dispatches[step_key] = won = StepDispatch(
+            document.dispatches[step_key] = new_dispatch = StepDispatch(
                 run_id=run_id, step_key=step_key, dispatched_at=self._now(), due_at=due_at, job_id=None
             )
             return True
 
-        def compensate_dispatch(document: Document) -> None:
-            if won is not None and document.dispatches.get(step_key) is won:
+        def remove_dispatch(document: Document) -> None:
+            if new_dispatch is not None and document.dispatches.get(step_key) is new_dispatch:
                 del document.dispatches[step_key]
 
         async def compensate(outcome: bool | OutcomeUnknownError) -> None:
-            await self._change(run_id, compensate_dispatch)
+            await self._change(run_id, remove_dispatch)
 
         return await self._change(run_id, dispatch, compensate)
 
