@@ -215,7 +215,7 @@ def _try_claim_step(
 
 
 class _Write:
-    """A write without an owner, which is compensated for when its caller is cancelled (CON-4)."""
+    """A write that stores a random token, so that its compensation undoes only this write (CON-4)."""
 
     __slots__ = ("database", "due_at", "run_id", "step_key", "token")
 

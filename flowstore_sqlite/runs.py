@@ -1,4 +1,4 @@
-"""Runs in SQLite: starting, completing, listing and searching them."""
+"""Runs in SQLite: starting, completing and reading them."""
 
 from __future__ import annotations
 
