@@ -79,9 +79,9 @@ def test_every_finding_is_documented_with_its_severity() -> None:
         ):
             found[code] = severity.lower()
     # Whose codes are put together.
-    for table in (*sqlite.FORGOTTEN, *sqlite.STRAYS):
+    for table in (*sqlite.EXPIRED_TABLES, *sqlite.ORPHAN_TABLES):
         found[f"orphans-{table.replace('_', '-')}"] = "warning"
     found |= {"pages-not-checked": "note", "idle-session-timeout": "note", "transaction-timeout": "note"}
     found |= dict.fromkeys(("leases-expired", "dispatches-due", "steps-not-dispatched"), "warning")
-    assert (postgres.FORGOTTEN, postgres.STRAYS) == (sqlite.FORGOTTEN, sqlite.STRAYS)
+    assert (postgres.FORGOTTEN, postgres.STRAYS) == (sqlite.EXPIRED_TABLES, sqlite.ORPHAN_TABLES)
     assert documented == found

@@ -16,7 +16,7 @@ class ConfigureClearsLatch:
 
     async def configure_run(self, **given: Any) -> None:
         await super().configure_run(**given)
-        control = self._space.controls[given["run_id"]]
+        control = self._namespace.controls[given["run_id"]]
         control.cancelled_at = control.cancel_reason = None
 
 
@@ -71,7 +71,7 @@ class TimeoutReadThenWritten:
     """Reads the time-out latch and writes it a moment later: all who found it open are told True."""
 
     async def mark_timed_out(self, **given: Any) -> bool:
-        control = self._space.controls.get(given["run_id"])
+        control = self._namespace.controls.get(given["run_id"])
         found = control is not None and control.timed_out_at is None
         await asyncio.sleep(0)
         done = await super().mark_timed_out(**given)
@@ -87,7 +87,7 @@ class LatchAnswersTwice:
 
     async def request_cancel(self, **given: Any) -> bool:
         await super().request_cancel(**given)
-        return given["run_id"] in self._space.controls
+        return given["run_id"] in self._namespace.controls
 
 
 @broken("memory", "CTL-2")
@@ -96,7 +96,7 @@ class TimeoutSpeaksFirst:
 
     async def get_run_control(self, **given: Any) -> Any:
         record = await super().get_run_control(**given)
-        control = self._space.controls.get(given["run_id"])
+        control = self._namespace.controls.get(given["run_id"])
         if record is None or control is None or control.timed_out_at is None:
             return record
         return replace(record, cancel_reason=control.timeout_reason, cancel_requested_at=control.timed_out_at)
@@ -142,7 +142,7 @@ class StopListForgetsCancels:
         due = [
             run
             for run in found
-            if (at := self._space.controls[run.run_id].timeout_at) is not None and at <= moment
+            if (at := self._namespace.controls[run.run_id].timeout_at) is not None and at <= moment
         ]
         return tuple(due[: given["take"]])
 
@@ -181,6 +181,6 @@ class ExtendForgetsCancel:
     async def extend_deadline(self, **given: Any) -> bool:
         done = await super().extend_deadline(**given)
         if done:
-            control = self._space.controls[given["run_id"]]
+            control = self._namespace.controls[given["run_id"]]
             control.cancelled_at = control.cancel_reason = None
         return bool(done)

@@ -15,7 +15,7 @@ from tests.mutants import broken
 class CancelledClaimIsKept:
     """Gives nothing back of what a cancelled call had won."""
 
-    async def write(self, work: Any, give_back: Any = None) -> Any:
+    async def write(self, work: Any, on_abandoned: Any = None) -> Any:
         return await super().write(work)
 
 
@@ -140,7 +140,7 @@ class CleanupCancelledHalfway:
     async def cleanup(self, **given: Any) -> int:
         over = [run.run_id for run in self._runs.values() if self._is_over(run.run_id, given["cutoff"])]
         for run_id in over:
-            self._space.controls.pop(run_id, None)
+            self._namespace.controls.pop(run_id, None)
         await asyncio.sleep(0)
         return int(await super().cleanup(**given))
 

@@ -64,7 +64,7 @@ class KeysWithoutFlow:
 
     async def find_run_id_by_idempotency_key(self, **given: Any) -> Any:
         found = await super().find_run_id_by_idempotency_key(**given)
-        for (_, trigger_key, key), registered in self._space.keys.items():
+        for (_, trigger_key, key), registered in self._namespace.keys.items():
             if found is None and (trigger_key, key) == (given["trigger_key"], given["idempotency_key"]):
                 return registered.run_id
         return found

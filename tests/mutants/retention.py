@@ -66,7 +66,7 @@ class CleanupForgetsToLookAgain:
         await asyncio.sleep(0)
         for run_id in over:
             if self._runs.pop(run_id.int, None) is not None:
-                self._space.controls.pop(run_id, None)
+                self._namespace.controls.pop(run_id, None)
                 self._delete_keys(run_id)
         return len(over) + int(await super().cleanup(**given))
 

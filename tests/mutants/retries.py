@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flowstore_core import RunStatus, StepStatus
-from flowstore_memory.steps import keep_attempt
+from flowstore_memory.steps import archive_attempt
 from tests.mutants import broken
 from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
 
@@ -134,10 +134,10 @@ class ResetTakesAnyStep:
         for key in given["reset"]:
             if key in run.steps and key != given["step_key"]:
                 step = run.steps[key]
-                keep_attempt(run, key, step, self._now())
+                archive_attempt(run, key, step, self._now())
                 step.status = None
-                step.drop_claim()
-                step.drop_dispatch()
+                step.clear_claim()
+                step.clear_dispatch()
 
 
 @broken("memory", "STP-6")
@@ -147,8 +147,8 @@ class RetryAgainDropsNewClaim:
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
         step = self._runs[given["run_id"].int].steps[given["step_key"]]
-        step.drop_claim()
-        step.drop_dispatch()
+        step.clear_claim()
+        step.clear_dispatch()
 
 
 @broken("memory", "STP-6", concurrent=True)
@@ -161,7 +161,7 @@ class RetryInTwoActs:
         meant = step is not None and given["attempt"] in (None, step.attempt)
         if run.status is not RunStatus.RUNNING and meant and step.status is not None:
             run.status, run.completed_at = RunStatus.RUNNING, None
-            control = self._space.controls.get(given["run_id"])
+            control = self._namespace.controls.get(given["run_id"])
             if control is not None:
                 control.clear_stops(self._now())
             await asyncio.sleep(0)

@@ -28,9 +28,9 @@ class SqliteSurgery:
     def bind(self, statement: str, values: Any) -> Any:
         return values
 
-    async def write(self, work: Any, give_back: Any = None) -> Any:
+    async def write(self, work: Any, on_abandoned: Any = None) -> Any:
         return await super().write(  # type: ignore[misc]
-            lambda db, now: work(_Patient(db, self), now), give_back
+            lambda db, now: work(_Patient(db, self), now), on_abandoned
         )
 
     async def read(self, work: Any) -> Any:

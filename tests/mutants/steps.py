@@ -13,7 +13,7 @@ from flowstore_core import (
     StepAlreadyCompletedError,
     StepStatus,
 )
-from flowstore_memory.steps import keep_attempt
+from flowstore_memory.steps import archive_attempt
 from tests.mutants import broken
 from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
 
@@ -90,7 +90,7 @@ class StartLooksAtStepBefore:
                 raise
             run = self._runs[given["run_id"].int]
             step = run.steps[given["step_key"]]
-            keep_attempt(run, given["step_key"], step, self._now())
+            archive_attempt(run, given["step_key"], step, self._now())
             step.status = None
             return int(await super().record_step_start(**given))
 
