@@ -56,7 +56,7 @@ from flowstore_core.runs import (
     RunPages,
     RunPosition,
 )
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, Waiters
+from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import (
     CRASH_SAFE,
@@ -131,6 +131,7 @@ __all__ = [
     "SchemaVersionError",
     "SignalDeliveryResult",
     "SignalDeliveryStatus",
+    "SignalWaiters",
     "Signals",
     "StaleAttemptError",
     "StallReason",
@@ -149,7 +150,6 @@ __all__ = [
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",
-    "Waiters",
     "hookimpl",
     "hookspec",
     "new_claim_token",

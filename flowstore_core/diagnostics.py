@@ -34,7 +34,7 @@ class Severity(StrEnum):
 # In order, the worst last.
 SEVERITIES = (Severity.NOTE, Severity.WARNING, Severity.ERROR)
 
-SHOWN = 3
+MAX_EXAMPLES = 3
 """So many examples are enough."""
 
 
@@ -60,18 +60,18 @@ class Diagnostic:
     """The first few of them."""
     fix: str | None = None
     """What ``fix`` would do about it; None where nothing is safe to do by itself."""
-    blocks: bool = False
+    prevents_open: bool = False
     """Whether the store must not be opened before it is dealt with: opening would make it worse."""
 
 
-def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> Diagnostic:
+def orphaned_rows(table: str, runs: Sequence[str], *, never_started: bool, limit: int) -> Diagnostic:
     """Rows of a table that belong to no run, for backends whose ``fix`` deletes them.
 
     ``runs`` are the run ids that they name, of which at most ``most`` were asked for. ``forgotten``: they
     were registered ahead of a run that never started (RET-4); else no call can have left them behind.
     """
-    many = f"{len(runs):,}{' or more' if len(runs) == most else ''}"
-    if forgotten:
+    many = f"{len(runs):,}{' or more' if len(runs) == limit else ''}"
+    if never_started:
         meaning = "Their run never started; they are older than an hour, so it will not. They take space."
         if table == "idempotency_keys":
             meaning += " A trigger with such a key starts the run under the id that is registered."
@@ -86,7 +86,7 @@ def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> D
         meaning=meaning,
         remedy="flowstore doctor --fix",
         count=len(runs),
-        examples=tuple(dict.fromkeys(runs))[:SHOWN],
+        examples=tuple(dict.fromkeys(runs))[:MAX_EXAMPLES],
         fix=f"delete the rows of table {table} that belong to no run",
     )
 

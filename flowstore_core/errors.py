@@ -29,7 +29,7 @@ def _rebuild(kind: type[FlowStoreError], args: tuple[Any, ...], state: dict[str,
     return error
 
 
-def without_foreign(error: FlowStoreError) -> FlowStoreError:
+def strip_driver_exceptions(error: FlowStoreError) -> FlowStoreError:
     """The same error, with nothing chained to it that is not flowstore's own.
 
     ``from None`` only keeps a driver's exception from being printed; it stays within reach, with its rows

@@ -87,7 +87,7 @@ class Signals(Protocol):
         ...
 
 
-class Waiters(Protocol):
+class SignalWaiters(Protocol):
     """Capability WAITERS: ending a wait, and seeing who waits."""
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import StoreConfig, StoreUnavailableError
-from flowstore_core.diagnostics import Diagnostic, Severity, orphans
+from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite import counters, files
 from flowstore_sqlite.connection import Connection, snapshot, written
@@ -58,7 +58,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnosti
     """Every finding about the file; changes nothing."""
     path, options = read_location(config.url), Options.read(config)
     found = [*_judge_settings(options), *files.inspect(path)]
-    if any(finding.blocks for finding in found) or not files.exists(path):
+    if any(finding.prevents_open for finding in found) or not files.exists(path):
         return found
     connection = Connection(path)
     try:
@@ -226,11 +226,11 @@ def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagno
     try:
         with _bounded(db, None if thorough else LOOK_SECONDS):
             found.extend(
-                orphans(
+                orphaned_rows(
                     table,
                     [str(UUID(bytes=run)) for run in runs],
-                    forgotten=table in FORGOTTEN,
-                    most=COUNTED,
+                    never_started=table in FORGOTTEN,
+                    limit=COUNTED,
                 )
                 for table in (*FORGOTTEN, *STRAYS)
                 if (runs := _runs_of_orphans(table, now, db))

@@ -71,7 +71,7 @@ def inspect(path: str) -> Iterator[Diagnostic]:
 def _symlink(links: list[str]) -> Diagnostic:
     return Diagnostic(
         code="symlink",
-        blocks=True,
+        prevents_open=True,
         severity=Severity.ERROR,
         summary=f"{links[0]} is a symbolic link",
         meaning="Whoever may change the link decides which file is written. flowstore does not follow it.",
@@ -182,7 +182,7 @@ def _judge_log(path: str) -> Iterator[Diagnostic]:
     if header and not header.startswith(MAGIC):
         yield Diagnostic(
             code="not-a-database",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.ERROR,
             summary=f"{path} is no SQLite database, or its beginning was overwritten",
             meaning="It cannot be opened.",
@@ -192,7 +192,7 @@ def _judge_log(path: str) -> Iterator[Diagnostic]:
     if log and (reason := _foreign(path, header or b"", log)):
         yield Diagnostic(
             code="log-foreign",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.ERROR,
             summary=f"{path}-wal does not belong to the database: {reason}",
             meaning="A log holds the newest commits of its own database. Beside another one it is dropped "
@@ -203,7 +203,7 @@ def _judge_log(path: str) -> Iterator[Diagnostic]:
     elif log is None and os.path.exists(path + "-shm"):
         yield Diagnostic(
             code="log-missing",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.WARNING,
             summary=f"{path}-wal is gone, though {path}-shm is there",
             meaning="SQLite removes both or none. If the log was deleted, the newest commits are lost, "
@@ -214,7 +214,7 @@ def _judge_log(path: str) -> Iterator[Diagnostic]:
     if os.path.exists(path + "-journal"):
         yield Diagnostic(
             code="journal-foreign",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.WARNING,
             summary=f"{path}-journal is there",
             meaning="flowstore uses a write-ahead log and makes no such file. Another program was writing to "
@@ -245,7 +245,7 @@ def _judge_removed(path: str) -> Iterator[Diagnostic]:
         + shlex.join(["kill", "-TERM", *processes]),
         count=len(processes),
         examples=tuple(f"process {process}" for process in processes),
-        blocks=not exists(path),
+        prevents_open=not exists(path),
     )
 
 

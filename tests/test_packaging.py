@@ -41,7 +41,7 @@ print(*sorted(installed - {"pip", "setuptools"}))
 LIFECYCLE = """
 import asyncio, sys
 from datetime import timedelta
-from flowstore_core import RunStatus, StepStatus, new_claim_token, new_run_id, open_store
+from flowstore import RunStatus, StepStatus, new_claim_token, new_run_id, open_store
 
 async def main(url):
     run_id, token = new_run_id(), new_claim_token()
@@ -58,7 +58,7 @@ asyncio.run(main(sys.argv[1]))
 
 WITHOUT_DRIVER = """
 import asyncio
-from flowstore_core import BackendLoadError, open_store
+from flowstore import BackendLoadError, open_store
 
 async def main():
     try:
