@@ -31,10 +31,17 @@ def redacted_repr(record: Any) -> str:
 
 
 def full_repr(value: Any) -> str:
-    """A record, or a tuple of them, as text with all its contents: for a person who asked to see it."""
-    if is_dataclass(value):
-        shown = (f"{field.name}={full_repr(getattr(value, field.name))}" for field in fields(value))
+    """The full text of a record or a tuple of records, application data included."""
+    if names := _field_names(value):
+        shown = (f"{name}={full_repr(getattr(value, name))}" for name in names)
         return f"{type(value).__qualname__}({', '.join(shown)})"
     if isinstance(value, tuple):
         return f"({', '.join(map(full_repr, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
+
+
+def _field_names(value: Any) -> tuple[str, ...]:
+    """The fields of a dataclass or named tuple; empty for any other value."""
+    if is_dataclass(value):
+        return tuple(field.name for field in fields(value))
+    return tuple(getattr(value, "_fields", ())) if isinstance(value, tuple) else ()

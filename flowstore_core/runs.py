@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
@@ -80,20 +80,12 @@ class FlowRunDetail(FlowRunRecord):
     """By started_at, then step_key."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPage:
-    """One page of runs and the number of all that match, from one snapshot (QRY-3).
-
-    Unpacks: ``runs, total = page``.
-    """
+class RunPage(NamedTuple):
+    """One page of runs, from one snapshot (QRY-3). Unpacks: ``runs, total = page``."""
 
     runs: tuple[FlowRunRecord, ...]
     total_count: int
-
-    def __iter__(self) -> Iterator[Any]:
-        # Any: a precise union would make every unpacked name a union for type checkers.
-        yield self.runs
-        yield self.total_count
+    """The number of all matching runs."""
 
 
 class RunLifecycle(Protocol):
@@ -119,9 +111,9 @@ class RunLifecycle(Protocol):
     async def complete_run(
         self,
         run_id: UUID,
-        status: RunStatus,
+        status: RunStatus | str,
         *,
-        expected: Mapping[str, StepStatus] | None = None,
+        expected: Mapping[str, StepStatus | str] | None = None,
     ) -> bool:
         """Move a Running run to Succeeded, Failed or Cancelled; True for the one call that did (RUN-2).
 
@@ -174,7 +166,7 @@ class RunPages(Protocol):
         self,
         flow_id: UUID | None = None,
         *,
-        status: RunStatus | None = None,
+        status: RunStatus | str | None = None,
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,

@@ -49,7 +49,7 @@ class Dashboard(RunPages, Protocol):
 
     async def get_run_timeseries(
         self,
-        granularity: RunTimeseriesGranularity,
+        granularity: RunTimeseriesGranularity | str,
         since: datetime,
         until: datetime,
         flow_id: UUID | None = None,

@@ -96,7 +96,7 @@ class StepAttempts(Protocol):
         self,
         run_id: UUID,
         step_key: str,
-        status: StepStatus,
+        status: StepStatus | str,
         *,
         output_json: str | None = None,
         error_message: str | None = None,

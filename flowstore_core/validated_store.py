@@ -216,9 +216,9 @@ class ValidatedStore:
     async def complete_run(
         self,
         run_id: UUID,
-        status: RunStatus,
+        status: RunStatus | str,
         *,
-        expected: Mapping[str, StepStatus] | None = None,
+        expected: Mapping[str, StepStatus | str] | None = None,
     ) -> bool:
         return await self._store[get_ident()].complete_run(
             run_id=check_id("run_id", run_id),
@@ -245,7 +245,7 @@ class ValidatedStore:
         self,
         flow_id: UUID | None = None,
         *,
-        status: RunStatus | None = None,
+        status: RunStatus | str | None = None,
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
@@ -302,7 +302,7 @@ class ValidatedStore:
         self,
         run_id: UUID,
         step_key: str,
-        status: StepStatus,
+        status: StepStatus | str,
         *,
         output_json: str | None = None,
         error_message: str | None = None,
@@ -641,7 +641,7 @@ class ValidatedStore:
 
     async def get_run_timeseries(
         self,
-        granularity: RunTimeseriesGranularity,
+        granularity: RunTimeseriesGranularity | str,
         since: datetime,
         until: datetime,
         flow_id: UUID | None = None,
