@@ -1,6 +1,7 @@
-"""flowstore_core: the protocols, records, errors and plugin hooks of workflow-run stores.
+"""The protocols, records, errors and plugin hooks of workflow-run stores.
 
-Start at ``open_store``; the promises stand in the protocols of the noun files, cited by clause ids.
+``open_store`` is the entry point. The docstrings of the protocols, one noun to a file, are the contract and
+cite its clause ids. Engines import ``flowstore``; backends import ``flowstore_core.backend``.
 """
 
 import logging
@@ -157,5 +158,5 @@ __all__ = [
     "open_store",
 ]
 
-# Quiet unless the application asks for it.
+# Without a handler, warnings would go to stderr.
 logging.getLogger("flowstore_core").addHandler(logging.NullHandler())

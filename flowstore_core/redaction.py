@@ -1,4 +1,4 @@
-"""How a record shows itself: by what identifies it, never by what an application has put in."""
+"""The repr of records, which hides application data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ SENSITIVE_FIELDS = frozenset(
         "trigger_data",
     }
 )
-"""The fields that hold an application's own data."""
+"""The fields that contain application data."""
 
 
 def redacted_repr(record: Any) -> str:
-    """The ``repr`` of a record: records end up in logs and in tracebacks with locals, their data must not."""
+    """The ``repr`` of a record: of application data only the length.
+
+    Records end up in logs and in tracebacks that show local variables.
+    """
     shown = []
     for field in fields(record):
         value = getattr(record, field.name)

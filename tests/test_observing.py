@@ -120,7 +120,7 @@ async def test_without_an_observer_and_at_level_info_no_batch_is_reported(
     def refuse(*arguments: object) -> None:
         raise AssertionError("nobody listens")
 
-    monkeypatch.setattr("flowstore_core.batching.report_batch", refuse)
+    monkeypatch.setattr("flowstore_core.batching.scheduler.report_batch", refuse)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         await new_run(store)
 
