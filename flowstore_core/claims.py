@@ -115,7 +115,7 @@ class Leases(Protocol):
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         """Extend the owner's unexpired claim to now + lease; never shortens it (CLM-6).
 
-        False if the claim has no lease, has expired or belongs to another owner. The caller must then
+        False if the claim has no lease, has expired or belongs to a different owner. The caller must then
         stop working on the step.
         """
         ...

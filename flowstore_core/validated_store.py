@@ -55,7 +55,7 @@ class _AlwaysRaises:
     """A substitute for a backend's store on which every operation raises.
 
     An operation raises when it is called, not when it is looked up, so that argument errors come first. An
-    open store needs no check of its own: closing replaces its target.
+    open store needs no check: closing it replaces the target of its operations.
     """
 
     def __init__(self, error: Callable[[str], FlowStoreError]) -> None:

@@ -1,4 +1,4 @@
-"""A store belongs to one event loop in one process: what it says elsewhere, and that it ends with them."""
+"""A store belongs to one event loop of one process: its errors in others, and its end with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spans and metrics of stores, as an application with OpenTelemetry's SDK gets them."""
+"""Spans and metrics of stores, as exported by OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CANARY = "canary-51c0"
 
 @dataclass
 class Telemetry:
-    """What an application would have exported."""
+    """The spans and metrics that an application exports."""
 
     spans_exported: InMemorySpanExporter
     reader: InMemoryMetricReader
@@ -71,7 +71,7 @@ class Telemetry:
 
 @pytest.fixture
 def telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Telemetry]:
-    """Providers for the time of a test; set_tracer_provider would last for the whole process."""
+    """Set the providers for the duration of a test; set_tracer_provider would last for the whole process."""
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracers, meters = TracerProvider(), MeterProvider([reader])
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
@@ -190,7 +190,7 @@ async def test_retries_and_lost_acknowledgements_are_counted(
     assert retries["read"].value >= 1
     (lost,) = telemetry.points("flowstore.outcome_unknown")
     assert (lost.value, lost.attributes["flowstore.resolution"]) == (1, "happened")
-    # A retry outside of a batch is an event of its call's span.
+    # A retry outside a batch is an event of the call's span.
     (read,) = [span for span in telemetry.spans() if span.name == "get_run_status runs"]
     assert [event.name for event in read.events][:1] == ["flowstore.retry"]
 

@@ -1,4 +1,4 @@
-"""BatchWorkers that are no tasks: a thread, and what a backend brings itself."""
+"""BatchWorkers other than tasks: a thread, and an implementation of a backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowstore_core.batching import REQUEUE, Batcher, BatchError, PendingCall, T
 
 
 class Slate:
-    """A database of one thread: it writes batches down, and can be held, so that calls gather."""
+    """A database with one thread. It records batches, and can be held so that calls queue."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -36,7 +36,7 @@ class Slate:
         self.returned.append(outcome)
 
     async def holds(self, count: int) -> None:
-        """Until so many batches have come to the thread."""
+        """Wait until the thread has got this many batches."""
         for _ in range(1000):
             if len(self.batches) >= count:
                 return
@@ -84,7 +84,7 @@ async def test_keys_shares_and_calls_that_are_sent_again(slate: Slate) -> None:
     rest = [asyncio.create_task(method.submit("key", item)) for item in "abc"]
     slate.free.set()
     await first
-    # b got its answer from a's, c was sent by itself.
+    # b was coalesced with a, c was sent alone.
     assert await asyncio.gather(*rest) == [("done", "a"), "b", ("done", "c")]
     assert slate.batches == [["first"], ["a"], ["c"]]
     await batcher.drain(5)
@@ -120,7 +120,7 @@ async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | No
     method = batcher.operation("write", run)
     answers = await asyncio.gather(*(method.submit(None, n) for n in range(5)), return_exceptions=True)
     assert all(isinstance(answer, RuntimeError) for answer in answers)
-    # One object raised in many tasks would gather their tracebacks; the first of a batch gets the very one.
+    # One object raised in many tasks would accumulate tracebacks; only the first caller gets the original.
     assert len({id(answer) for answer in answers}) >= 4
     await batcher.drain(5)
 
@@ -171,7 +171,7 @@ async def test_a_thread_that_hangs_is_left(slate: Slate) -> None:
     first, *others = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(first, OutcomeUnknownError)
     assert all(isinstance(other, StoreClosedError) for other in others)
-    # Its late answer finds nobody.
+    # Its late outcome has no caller.
     slate.free.set()
     await asyncio.sleep(0.05)
 
@@ -248,7 +248,7 @@ async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
 
 
 def assert_threads_end() -> None:
-    """A thread says that it has ended a moment before it has."""
+    """Wait for the end of the threads; a thread reports its end shortly before it ends."""
     for thread in threading.enumerate():
         if thread.name == "flowstore":
             thread.join(10)
@@ -256,7 +256,7 @@ def assert_threads_end() -> None:
 
 
 def open_files() -> set[str]:
-    """Descriptors of this process; nothing where the system does not list them."""
+    """The open descriptors of this process; empty if the system does not list them."""
     return set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
 
 
@@ -274,7 +274,7 @@ def test_a_thread_whose_event_loop_is_gone_ends(slate: Slate) -> None:
 
 async def test_a_backend_brings_its_own_lanes() -> None:
     class Timers:
-        """Writes by callbacks of the event loop, one batch at a time."""
+        """Writes in callbacks of the event loop, one batch at a time."""
 
         def __init__(self, batcher: Batcher) -> None:
             self.batcher = batcher
@@ -296,7 +296,7 @@ async def test_a_backend_brings_its_own_lanes() -> None:
             return [self.busy] if self.busy is not None else []
 
         async def stop(self) -> None:
-            """Nothing hangs here."""
+            """Has nothing to cancel."""
 
     async def unused(items: Sequence[int]) -> Sequence[int]:
         raise AssertionError

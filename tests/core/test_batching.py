@@ -1,4 +1,4 @@
-"""The Batcher: what gathers, what is answered, and what is left when callers and lanes go away."""
+"""The Batcher: forming batches, resolving calls, and cancelled callers and workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Batch = list[Any]
 
 
 class Book:
-    """A database of one table: it writes batches down, and can be held, so that calls gather."""
+    """A database with one table. It records batches, and can be held so that calls queue."""
 
     def __init__(self, *, held: bool = False) -> None:
         self.batches: list[Batch] = []
@@ -72,24 +72,24 @@ async def outcomes(tasks: Sequence[Awaitable[Any]]) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def no_noise(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing is left behind that asyncio would complain of."""
+    """Fail on errors that asyncio only logs, such as exceptions that were never retrieved."""
     yield
     gc.collect()
     assert [one.getMessage() for one in caplog.records if one.name == "asyncio"] == []
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only when nothing else is left to do."""
+    """An event loop whose clock advances only when it is idle."""
 
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
         select = self._selector.select
-        # asyncio asks its selector to wait until the next timer is due.
+        # asyncio makes its selector wait until the next timer is due.
 
         def wait(timeout: float | None = None) -> Any:
             if timeout:
-                # A little more, as a real clock does: rounding must not leave the timer not yet due.
+                # A little longer, as with a real clock: rounding must not leave the timer short of due.
                 self._now += timeout + 1e-6
             elif timeout is None:
                 raise AssertionError("everybody waits, and for nothing")
@@ -101,7 +101,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._now
 
 
-# What gathers
+# Forming batches
 
 
 async def test_alone_a_call_leaves_at_once_as_a_batch_of_one() -> None:
@@ -165,7 +165,7 @@ async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_w
     await steps()
     book.free.set()
     await outcomes(tasks)
-    # Of so many a third waits, for the lane that comes back first.
+    # With this many calls, a third is held back for the first free worker.
     assert [len(batch) for batch in book.batches[:2]] == [20, 74]
     assert sum(len(batch) for batch in book.batches) == 220
 
@@ -187,7 +187,7 @@ async def test_of_many_calls_a_third_waits_and_goes_out_before_those_that_came_b
     assert batcher.queued == HOLDBACK_THRESHOLD - 2 * third
     book.free.set()
     await outcomes(tasks)
-    # The lane that came back first had sent the last third when its callers heard.
+    # The first free worker sent the last third before its callers resumed.
     assert min(answered_at) == len(book.batches) == 3
 
 
@@ -198,7 +198,7 @@ async def test_those_who_share_an_answer_count_where_lanes_share_the_callers() -
     )
     tasks = begin(*(method.submit(n // 8, n // 8) for n in range(256)))
     await steps()
-    # As callers of 86 calls each; the last key of the one is the first of the other.
+    # Two callers with 86 calls each; the last key of one is the first of the other.
     assert [len(batch) for batch in book.batches] == [11, 12]
     book.free.set()
     assert await outcomes(tasks) == [("done", n // 8) for n in range(256)]
@@ -225,7 +225,7 @@ async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -
     gates[0].set()
     gates[1].set()
     await steps()
-    # Thirteen are left, which two lanes can carry: the last two of them wait.
+    # Thirteen calls are left, enough for two workers: the last two calls wait.
     assert (under_way, batcher.queued) == ([1, 10], 2)
     while not all(task.done() for task in tasks):
         for gate in gates:
@@ -332,7 +332,7 @@ async def test_whoever_waits_longest_goes_first_and_a_flood_starves_nobody() -> 
     await asyncio.wait_for(tasks[25], 5)
     ending = True
     await outcomes(tasks)
-    # Those who came before it took three batches.
+    # The earlier calls took three batches.
     assert [batch[0] for batch in book.batches].index("rare") == 3
 
 
@@ -350,7 +350,7 @@ async def test_one_key_never_meets_itself_in_a_batch_and_keeps_its_order_on_one_
 
 
 async def test_another_lane_may_carry_the_same_key_at_once() -> None:
-    # No order is promised among concurrent callers: the database decides, as among processes.
+    # Concurrent callers have no order: the database decides, as between processes.
     book = Book(held=True)
     method = Batcher(workers=2).operation("write", book.run, keyed=True)
     tasks = begin(method.submit("key", 1), method.submit("key", 2))
@@ -360,7 +360,7 @@ async def test_another_lane_may_carry_the_same_key_at_once() -> None:
     assert await outcomes(tasks) == [("done", 1), ("done", 2)]
 
 
-# Shared answers
+# Coalescing
 
 
 async def test_a_later_call_of_a_key_is_answered_from_the_first_or_sent_again() -> None:
@@ -554,10 +554,10 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
     method = Batcher(workers=1).operation("write", book.run)
 
     async def fail(outcome: Any) -> None:
-        raise ValueError("cannot give back")
+        raise ValueError("cannot compensate")
 
     def fail_at_once(outcome: Any) -> Awaitable[None]:
-        raise ValueError("cannot give back")
+        raise ValueError("cannot compensate")
 
     tasks = begin(*(method.submit(n, n, give) for n, give in enumerate((book.take_back, fail, fail_at_once))))
     await steps()
@@ -573,7 +573,7 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
 
 
 class Compensation:
-    """Fails the first few times that it is called."""
+    """A compensation that fails the first few times."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -588,7 +588,7 @@ class Compensation:
 
 
 async def cancel_one(compensation: Compensation, answer: Callable[[int], Any]) -> Batcher:
-    """Cancel a call that was sent, and have it answered."""
+    """Cancel a call that was sent, then resolve it."""
     book = Book(held=True)
     book.answer = answer
     batcher = Batcher(workers=1)
@@ -731,7 +731,7 @@ async def test_a_waiter_cancelled_when_it_got_its_place_hands_it_on() -> None:
         await steps(turns)
         waiters[0].cancel()
         waiters[1].cancel()
-        # Nobody else comes, so a place that was lost would never be noticed.
+        # No further call arrives, so a leaked slot would never be noticed.
         found = await asyncio.wait_for(asyncio.gather(*tasks, *waiters, return_exceptions=True), 2)
         assert [found[0], found[1], found[4]] == [("done", 0), ("done", 1), ("done", 4)], turns
         assert await asyncio.wait_for(method.submit(9, 9), 1) == ("done", 9)
@@ -833,7 +833,7 @@ async def test_drain_waits_for_what_is_being_given_back_and_lets_it_call() -> No
     assert book.returned == [("done", "undo")]
 
 
-# BatchWorkers that go away
+# Workers that end
 
 
 async def test_later_calls_work_when_somebody_cancelled_every_task_of_the_loop() -> None:
@@ -950,7 +950,7 @@ def test_a_loop_that_ends_with_calls_queued_ends_quietly(ending: str) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
 
 
-# What must not leak
+# Leaks
 
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("_request", default="nobody's")
 
@@ -972,7 +972,7 @@ async def test_a_callers_context_does_not_reach_the_lane() -> None:
 
 
 class _Item:
-    """Something that can be asked whether it is still there."""
+    """An object whose lifetime a weak reference can check."""
 
 
 async def test_nothing_is_kept_of_calls_that_are_over() -> None:
@@ -1044,7 +1044,7 @@ async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
         await method.submit(0, 0)
 
 
-# All of it at once
+# Everything combined
 
 
 @settings(max_examples=200, deadline=None, database=None)
@@ -1055,7 +1055,7 @@ def test_every_call_has_exactly_its_own_outcome_or_never_happened(seed: int) -> 
 
 
 async def _any_schedule(chance: Random) -> None:
-    # Chosen by a generator of our own: tasks other than the test's cannot ask Hypothesis.
+    # From a random generator: Hypothesis cannot draw in tasks other than the test's.
     kind = chance.choice(["plain", "keyed", "shared"])
     batcher = Batcher(
         workers=chance.randint(1, 3),
@@ -1125,7 +1125,7 @@ async def _any_schedule(chance: Random) -> None:
     assert batcher.queued == 0
     assert len(asyncio.all_tasks()) == 1
 
-    # Nothing is lost or done twice.
+    # No call is lost or executed twice.
     assert len(written) == len(set(written))
     assert len(returned) == len(set(returned))
     for number, outcome in enumerate(found):

@@ -1,4 +1,4 @@
-"""The tree of errors, their attributes, and that they travel between processes."""
+"""The tree of errors, their attributes and their pickling."""
 
 from __future__ import annotations
 
