@@ -164,7 +164,7 @@ def test_observers_are_false_until_somebody_listens() -> None:
     ("fault", "resolution"),
     [(Fault.REPLY_LOST, Resolution.HAPPENED), (Fault.REQUEST_LOST, Resolution.DID_NOT_HAPPEN)],
 )
-async def test_a_lost_acknowledgement_is_reported_with_what_became_of_it(
+async def test_an_unacknowledged_write_is_reported_with_its_resolution(
     fault: Fault,
     resolution: Resolution,
     postgresql_url: str,

@@ -74,9 +74,7 @@ async def test_con_4_opening_may_be_cancelled(namespace: str, clock: VirtualCloc
     assert asyncio.all_tasks() == before
 
 
-async def test_con_4_a_closing_that_was_cancelled_is_over_when_it_says_so(
-    namespace: str, clock: VirtualClock
-) -> None:
+async def test_con_4_a_cancelled_close_has_ended_when_it_raises(namespace: str, clock: VirtualClock) -> None:
     before = asyncio.all_tasks()
     for turns in range(1, 12):
         opened = open_store(namespace, clock=clock)

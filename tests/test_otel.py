@@ -133,7 +133,7 @@ async def test_a_call_that_fails_has_the_kind_of_its_error(telemetry: Telemetry)
     assert CANARY not in telemetry.text()
 
 
-async def test_the_databases_code_is_told(postgresql_url: str, telemetry: Telemetry) -> None:
+async def test_the_code_of_the_database_is_recorded(postgresql_url: str, telemetry: Telemetry) -> None:
     async with (
         find_backend("postgresql")[1].scratch(postgresql_url) as fresh,
         open_store(fresh, retry_timeout=0) as store,
@@ -231,7 +231,7 @@ async def test_no_content_and_no_password_is_exported(namespace: str, telemetry:
         ("postgresql://one,two/flows", {}, {"db.namespace": "flows|flowstore"}),
     ],
 )
-def test_where_a_server_is_told_without_its_secrets(
+def test_the_address_of_a_server_is_recorded_without_secrets(
     url: str, options: dict[str, object], expected: dict[str, object]
 ) -> None:
     config = StoreConfig(
@@ -287,7 +287,7 @@ main(["backends", "--json"])
 """
 
 
-def test_without_opentelemetry_the_plugin_does_nothing_and_says_why() -> None:
+def test_without_opentelemetry_the_plugin_does_nothing_and_explains_why() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     (listed,) = [entry for entry in json.loads(done.stdout) if entry["name"] == "otel"]
     assert listed["status"] == "driver missing"

@@ -114,7 +114,7 @@ async def test_metadata_with_a_wrong_value_is_named_with_its_plugin(value: str, 
     assert listed["status"] == "broken"
 
 
-async def test_a_module_that_a_frozen_program_lacks_is_told_with_its_remedy(
+async def test_a_module_missing_from_a_frozen_program_is_reported_with_its_remedy(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write(site, b"[flowstore]\nmine = gone_package.plugin\n")
@@ -227,7 +227,7 @@ asyncio.run(main())
 """
 
 
-def test_metadata_that_is_missing_is_told_with_its_remedy(tmp_path: Path) -> None:
+def test_missing_metadata_is_reported_with_its_remedy(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", FROZEN], cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -87,7 +87,7 @@ async def test_plugins_an_installed_backend_is_opened_by_its_scheme(install: Ins
     )
 
 
-async def test_plugins_an_unknown_scheme_is_told_with_the_installed_ones() -> None:
+async def test_plugins_the_error_of_an_unknown_scheme_lists_the_installed_ones() -> None:
     with pytest.raises(UnknownBackendError) as caught:
         await _open("nobody://x")
     assert caught.value.scheme == "nobody"
@@ -216,7 +216,7 @@ async def test_plugins_capabilities_may_be_plain_str(install: Install) -> None:
         assert Capability.TRIGGER not in store.capabilities
 
 
-async def test_plugins_a_store_that_lacks_what_it_declares_is_refused_and_closed(install: Install) -> None:
+async def test_plugins_a_store_without_a_declared_capability_is_rejected_and_closed(install: Install) -> None:
     code = RECORDING.replace(
         'if operation.startswith("_")', 'if operation == "renew_step_claim" or operation.startswith("_")'
     )
@@ -228,7 +228,7 @@ async def test_plugins_a_store_that_lacks_what_it_declares_is_refused_and_closed
     assert len(importlib.import_module("plugin_of_mine").closed) == 1
 
 
-async def test_plugins_what_a_store_offers_may_depend_on_the_url(install: Install) -> None:
+async def test_plugins_the_capabilities_of_a_store_may_depend_on_the_url(install: Install) -> None:
     code = RECORDING.replace(
         "    async def ping", "    capabilities = frozenset({fs.Capability.EVENTS})\n\n    async def ping"
     )
@@ -355,7 +355,7 @@ def _imported_for(url: str) -> set[str]:
         ("mine://x", {"plugin_of_mine"}),
     ],
 )
-def test_plugins_only_the_one_whose_scheme_the_url_names_is_imported(
+def test_plugins_only_the_plugin_of_the_scheme_is_imported(
     install: Install, tmp_path: Path, url: str, own: set[str]
 ) -> None:
     install("mine", RECORDING)
@@ -373,7 +373,7 @@ def test_plugins_only_the_one_whose_scheme_the_url_names_is_imported(
     assert not imported & (every - own)
 
 
-def test_plugins_a_scheme_that_no_entry_point_is_named_after_is_looked_for_in_all(install: Install) -> None:
+def test_plugins_a_scheme_without_a_named_entry_point_is_searched_in_all(install: Install) -> None:
     install("mine", RECORDING.replace('frozenset({"mine"})', 'frozenset({"mine", "unnamed"})'))
     install("broken", "raise RuntimeError('broken')")
     assert find_backend("unnamed")[0].name == "mine"

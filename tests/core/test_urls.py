@@ -111,7 +111,7 @@ def test_urls_what_is_encoded_is_read_back(user: str, password: str, path: str, 
 
 
 @given(path=TEXTS, other=TEXTS)
-def test_urls_another_path_replaces_the_path_alone(path: str, other: str) -> None:
+def test_urls_with_path_replaces_the_path_only(path: str, other: str) -> None:
     found = parse_url(f"mine://me:p%40@h/{quote(path, safe='')}?a=b%26")
     moved = parse_url(found.with_path(other))
     assert moved.path == other

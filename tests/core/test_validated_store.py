@@ -209,7 +209,7 @@ async def test_checked_a_lease_needs_the_capability_a_claim_does_not(install: In
             await store.try_claim_step(uuid4(), "charge", owner="me", lease=timedelta(0))
 
 
-async def test_checked_a_closed_store_says_so(install: Install) -> None:
+async def test_checked_a_closed_store_raises(install: Install) -> None:
     install("mine", RECORDING)
     async with open_store("mine://x") as store:
         assert "closed" not in repr(store)
