@@ -15,7 +15,7 @@ from flowstore_core.events import Events
 from flowstore_core.outputs import Outputs
 from flowstore_core.retention import FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
-from flowstore_core.signals import Signals, Waiters
+from flowstore_core.signals import Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
@@ -34,7 +34,7 @@ class FlowRunControlStore(RunControls, IdempotencyKeys, Protocol):
 
 
 class FlowSignalStore(Signals, Protocol):
-    """Waiters and deliveries."""
+    """SignalWaiters and deliveries."""
 
 
 class FlowStore(
@@ -47,7 +47,7 @@ class FlowStore(
     Trigger,
     Recovery,
     Deadlines,
-    Waiters,
+    SignalWaiters,
     Events,
     Outputs,
     Protocol,

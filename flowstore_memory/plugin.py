@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 
-from flowstore_core import Backend, ConfigurationError, FlowStore, StoreConfig, hookimpl
+from flowstore_core import Backend, ConfigurationError, StoreConfig, hookimpl
 from flowstore_core.urls import parse_url
 from flowstore_memory.state import Namespace
 from flowstore_memory.store import CAPABILITIES, MemoryStore, SharedStore
@@ -30,7 +30,7 @@ class MemoryBackend:
     contract_version = 1
 
     @asynccontextmanager
-    async def open(self, config: StoreConfig) -> AsyncIterator[FlowStore]:
+    async def open(self, config: StoreConfig) -> AsyncIterator[MemoryStore]:
         name = _read_name(config.url)
         now = config.clock or partial(datetime.now, UTC)
         if name:

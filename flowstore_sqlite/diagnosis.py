@@ -17,7 +17,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import StoreConfig, StoreUnavailableError
-from flowstore_core.diagnostics import Diagnostic, Severity, orphans
+from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_sqlite import counter_checks, file_checks
 from flowstore_sqlite.connection import Connection, read_transaction, write_transaction
@@ -60,7 +60,7 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnosti
     """All findings about the file. Changes nothing."""
     path, options = database_path(config.url), Options.read(config)
     found = [*_check_settings(options), *file_checks.check_files(path)]
-    if any(finding.blocks for finding in found) or not file_checks.exists(path):
+    if any(finding.prevents_open for finding in found) or not file_checks.exists(path):
         return found
     connection = Connection(path)
     try:
@@ -228,11 +228,11 @@ def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagno
     try:
         with _time_limit(db, None if thorough else CHECK_TIMEOUT):
             found.extend(
-                orphans(
+                orphaned_rows(
                     table,
                     [str(UUID(bytes=run)) for run in runs],
-                    forgotten=table in EXPIRED_TABLES,
-                    most=MAX_COUNTED,
+                    never_started=table in EXPIRED_TABLES,
+                    limit=MAX_COUNTED,
                 )
                 for table in (*EXPIRED_TABLES, *ORPHAN_TABLES)
                 if (runs := _find_orphaned_runs(table, now, db))

@@ -72,7 +72,7 @@ def check_files(path: str) -> Iterator[Diagnostic]:
 def _symlink_found(links: list[str]) -> Diagnostic:
     return Diagnostic(
         code="symlink",
-        blocks=True,
+        prevents_open=True,
         severity=Severity.ERROR,
         summary=f"{links[0]} is a symbolic link",
         meaning="A user who may change the link decides which file is written. flowstore does not follow it.",
@@ -183,7 +183,7 @@ def _check_wal(path: str) -> Iterator[Diagnostic]:
     if header and not header.startswith(MAGIC):
         yield Diagnostic(
             code="not-a-database",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.ERROR,
             summary=f"{path} is no SQLite database, or its header was overwritten",
             meaning="It cannot be opened.",
@@ -193,7 +193,7 @@ def _check_wal(path: str) -> Iterator[Diagnostic]:
     if log and (reason := _wal_mismatch(path, header or b"", log)):
         yield Diagnostic(
             code="log-foreign",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.ERROR,
             summary=f"{path}-wal does not belong to the database: {reason}",
             meaning="A log holds the newest commits of one database. Beside another one it is ignored "
@@ -204,7 +204,7 @@ def _check_wal(path: str) -> Iterator[Diagnostic]:
     elif log is None and os.path.exists(path + "-shm"):
         yield Diagnostic(
             code="log-missing",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.WARNING,
             summary=f"{path}-wal is gone, though {path}-shm is there",
             meaning="SQLite removes both or none. If the log was deleted, the newest commits are lost, "
@@ -215,7 +215,7 @@ def _check_wal(path: str) -> Iterator[Diagnostic]:
     if os.path.exists(path + "-journal"):
         yield Diagnostic(
             code="journal-foreign",
-            blocks=True,
+            prevents_open=True,
             severity=Severity.WARNING,
             summary=f"{path}-journal is there",
             meaning="flowstore uses a write-ahead log and creates no such file. Another program was writing "
@@ -246,7 +246,7 @@ def _check_removed_files(path: str) -> Iterator[Diagnostic]:
         + shlex.join(["kill", "-TERM", *processes]),
         count=len(processes),
         examples=tuple(f"process {process}" for process in processes),
-        blocks=not exists(path),
+        prevents_open=not exists(path),
     )
 
 

@@ -75,7 +75,7 @@ def test_every_finding_is_documented_with_its_severity() -> None:
     found = dict[str, str]()
     for text in _sources():
         for code, severity in re.findall(
-            r'code="([a-z-]+)",\s*(?:blocks=True,\s*)?severity=Severity\.(\w+)', text
+            r'code="([a-z-]+)",\s*(?:prevents_open=True,\s*)?severity=Severity\.(\w+)', text
         ):
             found[code] = severity.lower()
     # Whose codes are put together.

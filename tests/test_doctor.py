@@ -358,7 +358,7 @@ def test_what_is_wrong_with_a_file_is_found(code: str, flows: Path, doctor: Doct
     assert answer.codes == [code]
     assert answer.findings[code]["severity"] == severity
     assert answer.code == (0 if severity == "note" else 1)
-    if answer.findings[code]["blocks"]:
+    if answer.findings[code]["prevents_open"]:
         assert answer.document["opened"] is False
     if content:
         assert flows.read_bytes() == content

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import FlowRunDetail, FlowStoreError
+from flowstore_core import FlowRunDetail, FlowStoreError, RunPage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,11 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
             for each in dataclasses.fields(value)
         )
         return (type(value).__name__, fields)
+    if isinstance(value, RunPage):
+        return (
+            "RunPage",
+            tuple((n, comparable(v, exact_times=exact_times)) for n, v in value._asdict().items()),
+        )
     if isinstance(value, Mapping):
         return tuple(sorted((key, comparable(each, exact_times=exact_times)) for key, each in value.items()))
     if isinstance(value, (frozenset, set)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from datetime import datetime, timedelta
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -26,7 +26,7 @@ from flowstore_conformance.checks.fixtures import (
 )
 from flowstore_conformance.checks.operations import NEEDS
 from flowstore_conformance.context import CheckContext
-from flowstore_core import Capability, FlowStore, RunStatus, StepStatus
+from flowstore_core import Capability, FlowStore, RunPage, RunStatus, StepStatus
 from flowstore_core.redaction import full_repr
 
 
@@ -167,11 +167,9 @@ def _wrong_type(value: Any, wanted: Any, path: str = "it") -> str | None:
         return f"{got}, not {getattr(wanted, '__name__', wanted)}"
     if isinstance(value, datetime) and value.utcoffset() != timedelta(0):
         return f"{path} is not in UTC: {value!r}"
-    if is_dataclass(value):
+    if is_dataclass(value) or isinstance(value, RunPage):
         hints = get_type_hints(type(value))
-        parts = (
-            _wrong_type(getattr(value, f.name), hints[f.name], f"{path}.{f.name}") for f in fields(value)
-        )
+        parts = (_wrong_type(getattr(value, name), hint, f"{path}.{name}") for name, hint in hints.items())
         return next((part for part in parts if part), None)
     return None
 

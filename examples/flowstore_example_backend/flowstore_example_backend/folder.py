@@ -16,7 +16,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import Capability, OutcomeUnknownError, StoreUnavailableError
-from flowstore_core.shielding import ShieldedTasks
+from flowstore_core.backend import ShieldedTasks
 from flowstore_example_backend.document import Document, Key, from_json, to_json
 
 T = TypeVar("T")

@@ -12,15 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flowstore_core import (
-    Backend,
-    Capability,
-    ConfigurationError,
-    StoreConfig,
-    StoreUnavailableError,
-    hookimpl,
-)
-from flowstore_core.urls import parse_url
+from flowstore_core import Capability, ConfigurationError, StoreUnavailableError
+from flowstore_core.backend import Backend, StoreConfig, hookimpl, parse_url
 from flowstore_example_backend.store import FolderStore
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_core.backend import ORPHAN_GRACE
 from flowstore_example_backend.document import Document
 from flowstore_example_backend.folder import Folder
 

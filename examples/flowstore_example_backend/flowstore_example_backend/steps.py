@@ -19,7 +19,7 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_core.steps import superseded_by
+from flowstore_core.backend import superseded_by
 from flowstore_example_backend.document import Document, Step
 from flowstore_example_backend.folder import Folder
 
