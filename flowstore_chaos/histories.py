@@ -7,18 +7,19 @@ from dataclasses import replace
 from uuid import UUID
 
 from flowstore_conformance.context import VirtualClock
-from flowstore_conformance.differential import expected_outcome, is_read
+from flowstore_conformance.differential import expected_outcome
 from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation
 from flowstore_conformance.linearizability import Answer, Verdict, check_history
 from flowstore_conformance.model import Model
-from flowstore_conformance.operations import GLOBAL_OPERATIONS, STRATEGIES, draw_call
+from flowstore_conformance.operations import STRATEGIES, draw_call
 from flowstore_conformance.races import Race
 from flowstore_conformance.state_probe import answer, probe_calls
 from flowstore_conformance.strategies import RandomChoices, Universe
 
 from flowstore_chaos.tally import Tally
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 CLIENTS = 8
 CALLS = (2, 3, 4, 5)
@@ -37,9 +38,9 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
     world = Universe(model=model, runs=runs, flows=[flow], keys=keys)
     weights = {
         # Writes above all: reads are looked for in the end.
-        name: one.weight * rng.choice((0, 1, 1, 2)) * (1 if is_read(Call(method=name)) else 3)
+        name: one.weight * rng.choice((0, 1, 1, 2)) * (3 if OPERATIONS[name].writes else 1)
         for name, one in STRATEGIES.items()
-        if name not in GLOBAL_OPERATIONS
+        if not OPERATIONS[name].spans_runs
     }
 
     def draw() -> Call:
@@ -51,7 +52,7 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
     expected_outcome(model, setup[0])
     for _ in range(rng.randint(0, MOST_STEPS)):
         call = draw()
-        if not is_read(call):
+        if call.operation.writes:
             setup.append(call)
             expected_outcome(model, call)
     clients = tuple(tuple(draw() for _ in range(rng.choice(CALLS))) for _ in range(CLIENTS))

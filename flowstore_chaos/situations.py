@@ -10,11 +10,10 @@ from enum import StrEnum
 from uuid import UUID
 
 from flowstore_conformance.context import VirtualClock
-from flowstore_conformance.differential import is_read
 from flowstore_conformance.execution import is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome
 from flowstore_conformance.model import Model, State
-from flowstore_conformance.operations import GLOBAL_OPERATIONS, STRATEGIES, draw_call, draw_clock_advance
+from flowstore_conformance.operations import STRATEGIES, draw_call, draw_clock_advance
 from flowstore_conformance.state_probe import (
     ModelState,
     answer,
@@ -24,11 +23,12 @@ from flowstore_conformance.state_probe import (
     probe_calls,
 )
 from flowstore_conformance.strategies import FLOWS, IDEMPOTENCY_KEYS, RandomChoices, Universe
-from flowstore_conformance.write_scenarios import SETTINGS
+from flowstore_conformance.write_scenarios import SCENARIOS
 
 from flowstore_chaos.scenes import new_scene
 from flowstore_chaos.tally import Tally
 from flowstore_core import Capability, FlowStore
+from flowstore_core.operations import OPERATIONS
 
 LONGEST = 9
 """So many calls lead to a drawn situation, at most."""
@@ -37,7 +37,7 @@ EVERYTHING = frozenset(Capability)
 
 def writes() -> list[str]:
     """Every writing method of the Protocol."""
-    return [name for name in STRATEGIES if not is_read(Call(method=name))]
+    return [name for name in STRATEGIES if OPERATIONS[name].writes]
 
 
 class Origin(StrEnum):
@@ -66,7 +66,7 @@ class Stage:
         self._clock = clock
         self._rng = rng
         self._listed: dict[str, list[str]] = {}
-        for name, setting in SETTINGS.items():
+        for name, setting in SCENARIOS.items():
             method = setting(UUID(int=1), UUID(int=2))[1].method
             self._listed.setdefault(method, []).append(name)
 
@@ -77,7 +77,7 @@ class Stage:
         return await self._prepare_drawn(method)
 
     async def _prepare_listed(self, method: str) -> Situation:
-        setting = SETTINGS[self._rng.choice(self._listed[method])]
+        setting = SCENARIOS[self._rng.choice(self._listed[method])]
         scene = new_scene(self._rng, setting, EVERYTHING)
         state = ModelState(self._clock, State())
         for call in scene.setup:
@@ -86,7 +86,7 @@ class Stage:
 
     async def _prepare_drawn(self, method: str) -> Situation:
         rng, chooser = self._rng, RandomChoices(self._rng)
-        if method in GLOBAL_OPERATIONS:
+        if OPERATIONS[method].spans_runs:
             # It acts on all runs: those of earlier situations go first.
             await self.store.cleanup(self._clock() + timedelta(days=1))
         runs = sorted(UUID(int=rng.getrandbits(127)) for _ in range(2))
@@ -97,7 +97,7 @@ class Stage:
             model = Model(self._clock, state.state)
             return Universe(model=model, runs=runs, flows=flows, keys=("a", "b"))
 
-        others = [name for name in writes() if name not in GLOBAL_OPERATIONS]
+        others = [name for name in writes() if not OPERATIONS[name].spans_runs]
         weights = [STRATEGIES[name].weight for name in others]
         state = await self._make(state, draw_call(chooser, world(), "start_run"))
         for _ in range(rng.randint(0, LONGEST)):

@@ -70,8 +70,8 @@ async def _agree_on_everything(stores: dict[str, FlowStore], history: list[Call]
     for run_id in RUNS:
         for call in probe_calls(run_id, ALL):
             await _agree(stores, history, call)
-    for method in GLOBAL_READS:
-        await _agree(stores, history, Call(method=method))
+    for operation in GLOBAL_READS:
+        await _agree(stores, history, Call(method=operation.name))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

@@ -14,8 +14,8 @@ from flowstore_conformance import Profile, Status, run_suite
 from flowstore_conformance.cancellation_points import (
     CallProfile,
     CancelPoint,
-    profile,
     cancel_at,
+    profile,
     program,
     sweep,
 )
@@ -29,7 +29,7 @@ from flowstore_conformance.context import (
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
 from flowstore_conformance.repro import replay_on_memory
-from flowstore_conformance.write_scenarios import SETTINGS, Scenario, new_scenario
+from flowstore_conformance.write_scenarios import SCENARIOS, Scenario, new_scenario
 
 from flowstore_core import (
     Capability,
@@ -187,7 +187,7 @@ async def test_a_sweep_reaches_every_point_where_a_call_waits() -> None:
 
 async def test_an_error_that_the_cancelled_call_raises_is_its_outcome() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        scene = new_scenario(context, SETTINGS["dispatch"])
+        scene = new_scenario(context, SCENARIOS["dispatch"])
         made = await cancel_at(context.store, scene, CancelPoint(9), exact_times=True)
         assert made.outcome == Raised("RunNotFoundError")
         assert not made.reached
@@ -195,7 +195,7 @@ async def test_an_error_that_the_cancelled_call_raises_is_its_outcome() -> None:
 
 async def test_the_program_of_a_cancellation_runs() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        scene = new_scenario(context, SETTINGS["dispatch"])
+        scene = new_scenario(context, SCENARIOS["dispatch"])
         for call in scene.setup:
             await getattr(context.store, call.method)(**call.arguments)
         made = await cancel_at(context.store, scene, CancelPoint(0), exact_times=True)

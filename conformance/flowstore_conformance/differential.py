@@ -17,67 +17,15 @@ from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.legality import is_legal, is_rightly_refused
 from flowstore_conformance.model import Model
-from flowstore_conformance.operations import GLOBAL_OPERATIONS
 from flowstore_conformance.repro_script import ReproCall, sequential_script
 from flowstore_conformance.signature import Signature, wrong_answers
 from flowstore_conformance.state_probe import answer, probe_calls
 from flowstore_conformance.strategies import FLOWS, Universe
-from flowstore_core import Capability, FlowStoreError
+from flowstore_core import FlowStore, FlowStoreError
+from flowstore_core.operations import OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
 """Enough for keys and controls without a run to be swept (RET-4)."""
-
-CLAUSES = {
-    "start_run": "RUN-1",
-    "record_step_start": "STP-1",
-    "record_step_complete": "STP-4",
-    "try_claim_step": "CLM-5",
-    "try_record_dispatch": "CLM-1",
-    "retry_step": "STP-6",
-    "record_skipped_step": "STP-5",
-    "complete_run": "RUN-2",
-    "reschedule_step": "STP-7",
-    "release_step_claim": "CLM-3",
-    "renew_step_claim": "CLM-6",
-    "annotate_dispatch": "CLM-7",
-    "release_dispatch": "CLM-3",
-    "trigger_run": "IDM-3",
-    "configure_run": "CTL-1",
-    "request_cancel": "CTL-2",
-    "mark_timed_out": "CTL-2",
-    "extend_deadline": "CTL-3",
-    "try_register_idempotency_key": "IDM-2",
-    "find_run_id_by_idempotency_key": "IDM-2",
-    "register_waiter": "SIG-1",
-    "deliver_signal": "SIG-2",
-    "get_waiter": "SIG-1",
-    "remove_waiter": "SIG-4",
-    "expire_waiter": "SIG-4",
-    "get_waiters": "QRY-1",
-    "append_event": "EVT-1",
-    "get_run_events": "EVT-1",
-    "save_output": "EVT-2",
-    "get_output": "EVT-2",
-    "get_outputs": "EVT-2",
-    "get_run_detail": "QRY-3",
-    "get_run_status": "RUN-2",
-    "get_run_control": "CTL-2",
-    "get_step_statuses": "STP-4",
-    "get_claimed_step_keys": "CLM-4",
-    "get_step_claims": "CLM-4",
-    "get_dispatched_step_keys": "CLM-1",
-    "get_dispatches": "CLM-1",
-    "get_runs": "QRY-1",
-    "get_active_runs": "QRY-6",
-    "get_derived_runs": "QRY-6",
-    "get_runs_page": "QRY-2",
-    "get_statistics": "QRY-4",
-    "get_run_timeseries": "QRY-5",
-    "get_stalled_steps": "STP-8",
-    "get_runs_to_stop": "CTL-3",
-    "cleanup": "RET-1",
-}
-"""What a wrong answer of a method most likely breaks, unless an error says it better."""
 
 ERROR_CLAUSES = {
     "RunNotFoundError": "UNK",
@@ -86,39 +34,18 @@ ERROR_CLAUSES = {
     "ClaimLostError": "STP-3",
 }
 
-GLOBAL_READS = {
-    "get_runs": None,
-    "get_active_runs": None,
-    "get_runs_page": Capability.DASHBOARD,
-    "get_statistics": Capability.DASHBOARD,
-    "get_stalled_steps": Capability.RECOVERY,
-    "get_runs_to_stop": Capability.DEADLINES,
-}
-"""What looks at all runs, and what it needs."""
+
+def _required_parameters(method: str) -> list[str]:
+    parameters = inspect.signature(getattr(FlowStore, method)).parameters.values()
+    return [one.name for one in parameters if one.name != "self" and one.default is one.empty]
 
 
-STATE_READS = frozenset(
-    {
-        "get_run_detail",
-        "get_run_status",
-        "get_run_control",
-        "get_step_statuses",
-        "get_step_claims",
-        "get_dispatches",
-        "get_dispatched_step_keys",
-        "get_waiter",
-        "get_waiters",
-        "get_output",
-        "get_outputs",
-        "find_run_id_by_idempotency_key",
-    }
+GLOBAL_READS = tuple(
+    one
+    for one in OPERATIONS.values()
+    if one.spans_runs and not one.writes and not _required_parameters(one.name)
 )
-"""Reads that show what a write left, and so blame it."""
-
-
-def is_read(call: Call) -> bool:
-    """Whether a call only looks."""
-    return call.method.startswith(("get_", "find_"))
+"""The operations that read all runs."""
 
 
 def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
@@ -130,7 +57,7 @@ def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
     for outcome in (expected, actual):
         if isinstance(outcome, Raised) and outcome.error in ERROR_CLAUSES:
             return ERROR_CLAUSES[outcome.error]
-    return CLAUSES[call.method]
+    return OPERATIONS[call.method].clauses[0]
 
 
 def expected_outcome(model: Model, call: Call) -> Outcome:
@@ -200,9 +127,7 @@ class CallSequence:
         for run_id in self.world.runs:
             asked += probe_calls(run_id, capabilities, step_keys=self.world.keys, keys=list(keys))
             keys = {}
-        return asked + [
-            Call(method=name) for name, need in GLOBAL_READS.items() if need in (None, *capabilities)
-        ]
+        return asked + [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
 
     async def _compare(self, calls: Sequence[Call]) -> list[ReproCall]:
         lines = []
@@ -242,9 +167,9 @@ class ModelMismatch(ContractViolation):
 def _responsible_call(lines: Sequence[ReproCall]) -> ReproCall:
     """The wrong call itself; where it only shows what is stored, the last one that stored something."""
     last = lines[-1]
-    if last.call.method in STATE_READS and not is_foreign(last.actual):
+    if last.call.operation.shows_state and not is_foreign(last.actual):
         for line in reversed(lines[:-1]):
-            if not is_read(line.call) and isinstance(line.expected, Returned):
+            if line.call.operation.writes and isinstance(line.expected, Returned):
                 return line
     return last
 
@@ -287,7 +212,9 @@ class _Shrinker:
 
     async def run(self) -> ModelMismatch:
         await self._find_clause()
-        await self._try(lambda lines: [line for line in lines[:-1] if not is_read(line.call)] + lines[-1:])
+        await self._try(
+            lambda lines: [line for line in lines[:-1] if line.call.operation.writes] + lines[-1:]
+        )
         simpler = True
         while simpler:
             await self._shorten()
@@ -305,11 +232,11 @@ class _Shrinker:
     async def _find_clause(self) -> None:
         """Make a wrong read after each write: it is held against the first write after which it is wrong."""
         *before, last = self._best.lines
-        if last.call.method in STATE_READS:
+        if last.call.operation.shows_state:
             read = replace(last, jump=timedelta(0))
             watched: list[ReproCall] = []
             for line in before:
-                watched += [line] if is_read(line.call) else [line, read]
+                watched += [line, read] if line.call.operation.writes else [line]
             await self._try(lambda lines: [*watched, last])
         self._clause = self._best.clause
 
@@ -356,7 +283,7 @@ class _Shrinker:
 
     async def _replay(self, lines: Sequence[ReproCall]) -> ModelMismatch | None:
         """Run the calls where nothing is in their way; what they show, if anything."""
-        if any(line.call.method in GLOBAL_OPERATIONS for line in lines):
+        if any(line.call.operation.spans_runs for line in lines):
             async with self._context.new_namespace() as alone:
                 return await self._run(alone, lines)
         if self._shared is None:

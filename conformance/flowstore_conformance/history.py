@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import FlowRunDetail, FlowStoreError
+from flowstore_core import FlowRunDetail, FlowStoreError, operations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,11 @@ class Call:
 
     method: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def operation(self) -> operations.Operation:
+        """The row of the operation table."""
+        return operations.OPERATIONS[self.method]
 
     def source(self, names: Mapping[UUID, str] | None = None) -> str:
         """The call as a line of Python, for a program that a person can run.

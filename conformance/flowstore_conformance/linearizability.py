@@ -200,17 +200,13 @@ def _is_inert(operation: Operation) -> bool:
     outcome = operation.outcome
     if outcome is UNKNOWN:
         return False
-    return isinstance(outcome, Raised) or outcome == Returned(False) or _is_read(operation)
-
-
-def _is_read(operation: Operation) -> bool:
-    return operation.call.method.startswith(("get_", "find_"))
+    return isinstance(outcome, Raised) or outcome == Returned(False) or not operation.call.operation.writes
 
 
 def apply_call(state: State, operation: Operation, *, exact_times: bool = True) -> tuple[Outcome, State]:
     """What the model answers to a call in a state, and the state after it; the state given is kept."""
     call = operation.call
-    after = state if _is_read(operation) else _copy_for(state, operation)
+    after = _copy_for(state, operation) if call.operation.writes else state
     clock: Callable[[], datetime] = lambda: operation.now  # noqa: E731 - a name for the type
     method = getattr(Model(clock, after), call.method)
     try:

@@ -29,6 +29,7 @@ from flowstore_conformance.strategies import (
     Universe,
 )
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 Arguments = dict[str, Any]
 
@@ -234,11 +235,10 @@ def _of_run(d: CallStrategy) -> Arguments:
 
 @dataclass(frozen=True, slots=True)
 class OperationStrategy:
-    """How often a method is called, what it needs, and how its arguments are drawn."""
+    """How often an operation is called, relative to the others, and how its arguments are drawn."""
 
     weight: int
     draw: Callable[[CallStrategy], Arguments]
-    needs: Capability | None = None
 
 
 STRATEGIES: Mapping[str, OperationStrategy] = {
@@ -250,28 +250,26 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "retry_step": OperationStrategy(3, _retry_step),
     "record_skipped_step": OperationStrategy(3, _record_skipped_step),
     "complete_run": OperationStrategy(2, _complete_run),
-    "reschedule_step": OperationStrategy(3, _reschedule_step, Capability.RECOVERY),
+    "reschedule_step": OperationStrategy(3, _reschedule_step),
     "release_step_claim": OperationStrategy(2, _release_step_claim),
-    "renew_step_claim": OperationStrategy(2, _renew_step_claim, Capability.LEASES),
+    "renew_step_claim": OperationStrategy(2, _renew_step_claim),
     "annotate_dispatch": OperationStrategy(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),
     "release_dispatch": OperationStrategy(1, _dispatched),
-    "trigger_run": OperationStrategy(2, _trigger_run, Capability.TRIGGER),
+    "trigger_run": OperationStrategy(2, _trigger_run),
     "configure_run": OperationStrategy(1, _configure_run),
     "request_cancel": OperationStrategy(1, lambda d: {**_of_run(d), "reason": d.text()}),
     "mark_timed_out": OperationStrategy(
         1, lambda d: {**_of_run(d), "reason": d.text(), "as_of": d.maybe_timestamp()}
     ),
-    "extend_deadline": OperationStrategy(
-        1, lambda d: {**_of_run(d), "timeout_at": d.timestamp()}, Capability.DEADLINES
-    ),
+    "extend_deadline": OperationStrategy(1, lambda d: {**_of_run(d), "timeout_at": d.timestamp()}),
     "try_register_idempotency_key": OperationStrategy(1, lambda d: {**_scope(d), "run_id": d.run()}),
     "find_run_id_by_idempotency_key": OperationStrategy(1, _scope),
     "register_waiter": OperationStrategy(3, _register_waiter),
     "deliver_signal": OperationStrategy(3, _deliver_signal),
     "get_waiter": OperationStrategy(1, _waiting),
     "remove_waiter": OperationStrategy(1, _waiting),
-    "expire_waiter": OperationStrategy(1, _waiting, Capability.WAITERS),
-    "get_waiters": OperationStrategy(1, _of_run, Capability.WAITERS),
+    "expire_waiter": OperationStrategy(1, _waiting),
+    "get_waiters": OperationStrategy(1, _of_run),
     "append_event": OperationStrategy(
         1,
         lambda d: {
@@ -280,20 +278,16 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
             "step_key": d.sampled_from((None, *d.world.keys)),
             "message": d.text(),
         },
-        Capability.EVENTS,
     ),
     "get_run_events": OperationStrategy(
-        1, lambda d: {**_of_run(d), "after": d.one_of(0, 1, 2), "take": d.one_of(200, 1)}, Capability.EVENTS
+        1, lambda d: {**_of_run(d), "after": d.one_of(0, 1, 2), "take": d.one_of(200, 1)}
     ),
     "save_output": OperationStrategy(
         1,
         lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys), "value_json": d.one_of("1", "")},
-        Capability.OUTPUTS,
     ),
-    "get_output": OperationStrategy(
-        1, lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys)}, Capability.OUTPUTS
-    ),
-    "get_outputs": OperationStrategy(1, _of_run, Capability.OUTPUTS),
+    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys)}),
+    "get_outputs": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
     "get_run_control": OperationStrategy(1, _of_run),
@@ -315,24 +309,19 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_derived_runs": OperationStrategy(
         1, lambda d: {"source_run_id": d.sampled_from(d.world.runs), "take": d.one_of(None, 1)}
     ),
-    "get_runs_page": OperationStrategy(2, _get_runs_page, Capability.DASHBOARD),
-    "get_statistics": OperationStrategy(1, lambda d: {"as_of": d.maybe_timestamp()}, Capability.DASHBOARD),
-    "get_run_timeseries": OperationStrategy(1, _get_run_timeseries, Capability.DASHBOARD),
-    "get_stalled_steps": OperationStrategy(2, _as_of, Capability.RECOVERY),
-    "get_runs_to_stop": OperationStrategy(1, _as_of, Capability.DEADLINES),
+    "get_runs_page": OperationStrategy(2, _get_runs_page),
+    "get_statistics": OperationStrategy(1, lambda d: {"as_of": d.maybe_timestamp()}),
+    "get_run_timeseries": OperationStrategy(1, _get_run_timeseries),
+    "get_stalled_steps": OperationStrategy(2, _as_of),
+    "get_runs_to_stop": OperationStrategy(1, _as_of),
     "cleanup": OperationStrategy(2, _cleanup),
 }
 """Every operation of FlowStore but ping and aclose."""
 
-GLOBAL_OPERATIONS = frozenset(
-    name for name in STRATEGIES if name.startswith(("get_runs", "get_active", "get_derived", "get_stat"))
-) | {"get_run_timeseries", "get_stalled_steps", "cleanup"}
-"""Those that look at many runs, or act on many, at once."""
-
 
 def available_strategies(capabilities: Collection[Capability]) -> dict[str, OperationStrategy]:
-    """The methods that a store with these capabilities has."""
-    return {name: one for name, one in STRATEGIES.items() if one.needs is None or one.needs in capabilities}
+    """The strategies of the operations that a store with these capabilities has."""
+    return {name: one for name, one in STRATEGIES.items() if OPERATIONS[name].is_offered(capabilities)}
 
 
 def draw_call(chooser: ChoiceSource, world: Universe, method: str) -> Call:

@@ -14,7 +14,6 @@ from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, History, Operation, Raised
 from flowstore_conformance.legality import is_rightly_refused
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
-from flowstore_conformance.operations import STRATEGIES
 from flowstore_conformance.race_families import RaceBuilder, RaceFamily
 from flowstore_conformance.races import AFTER, BEFORE, Race, RaceRun, Runner, Topology
 from flowstore_conformance.repro_script import ReproPhase, answer_text, concurrent_script
@@ -122,8 +121,7 @@ def _offered(race: Race, context: CheckContext) -> Race:
     """The race without calls that the backend does not offer."""
 
     def keep(calls: tuple[Call, ...]) -> tuple[Call, ...]:
-        needs = ((call, STRATEGIES[call.method].needs) for call in calls)
-        return tuple(call for call, need in needs if need is None or need in context.capabilities)
+        return tuple(call for call in calls if call.operation.is_offered(context.capabilities))
 
     return replace(
         race,

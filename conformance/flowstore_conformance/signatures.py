@@ -11,7 +11,7 @@ from typing import Any
 
 from flowstore_conformance.traces import place
 from flowstore_core import Capability, FlowStore
-from flowstore_core.store import BASE_OPERATIONS, CAPABILITY_METHODS
+from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 
 AWAITABLES = ("Awaitable", "Coroutine", "Future", "Task")
 

@@ -11,13 +11,9 @@ from flowstore_conformance.context import CheckContext
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import probe_calls
 from flowstore_core import Capability
-from flowstore_core.store import CAPABILITY_METHODS
 
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, UTC)
 LEASE = timedelta(hours=1)
-
-# What belongs to the capability rather than to the method's name.
-NEEDS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +42,7 @@ def _on(run_id: UUID, method: str, *names: str, **arguments: object) -> Call:
     return Call(method=method, arguments={"run_id": run_id, **keys, **arguments})
 
 
-def _settings() -> dict[str, ScenarioFactory]:
+def _scenarios() -> dict[str, ScenarioFactory]:
     """Every writing operation in a situation where it changes as much as it can."""
 
     def start_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
@@ -176,20 +172,18 @@ def _settings() -> dict[str, ScenarioFactory]:
     return {name: setting for name, setting in locals().items() if callable(setting)}
 
 
-SETTINGS = _settings()
+SCENARIOS = _scenarios()
 
 
 def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory]:
     """The settings of which the store offers every call."""
 
     def is_offered(call: Call) -> bool:
-        needed = {NEEDS.get(call.method)} - {None}
-        if "lease" in call.arguments:
-            needed.add(Capability.LEASES)
-        return needed <= set(capabilities)
+        leased = "lease" in call.arguments
+        return call.operation.is_offered(capabilities) and (not leased or Capability.LEASES in capabilities)
 
     found = {}
-    for name, setting in SETTINGS.items():
+    for name, setting in SCENARIOS.items():
         setup, call = setting(UUID(int=1), UUID(int=2))
         if all(is_offered(one) for one in (*setup, call)):
             found[name] = setting

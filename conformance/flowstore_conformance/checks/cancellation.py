@@ -38,14 +38,14 @@ from flowstore_conformance.state_probe import (
 from flowstore_conformance.write_scenarios import (
     LEASE,
     LONG_AGO,
-    NEEDS,
-    SETTINGS,
+    SCENARIOS,
     Scenario,
     ScenarioFactory,
     available,
     new_scenario,
 )
 from flowstore_core import FlowStore
+from flowstore_core.operations import OPERATIONS
 
 
 async def _set_up(store: FlowStore, scene: Scenario) -> None:
@@ -174,7 +174,7 @@ def _some_point(context: CheckContext, usual: CallProfile, crowd: int) -> Cancel
 @check("CON-4", kind=Kind.CANCELLATION)
 async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
     """Reads, cancelled at each step, let out nothing, change nothing and leave the store usable."""
-    setup, retry = SETTINGS["retry_step"](UUID(int=context.random.getrandbits(128)), UUID(int=7))
+    setup, retry = SCENARIOS["retry_step"](UUID(int=context.random.getrandbits(128)), UUID(int=7))
     run_id = retry.arguments["run_id"]
     for call in setup:
         await invoke(context.store, call)
@@ -192,7 +192,7 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         ("get_stalled_steps", {}),
         ("get_runs_to_stop", {}),
     ):
-        if NEEDS[method] in context.capabilities:
+        if OPERATIONS[method].is_offered(context.capabilities):
             reads.append(Call(method=method, arguments=arguments))
     for read in reads:
         scene = Scenario(run_id=run_id, setup=(), call=read, must_compensate=False, asked=())
@@ -252,7 +252,7 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
     gc.collect()
     tasks, threads, descriptors = set(asyncio.all_tasks()), _threads(), _descriptors()
     store = await context.open()
-    await _set_up(store, new_scenario(context, SETTINGS["claim_step"]))
+    await _set_up(store, new_scenario(context, SCENARIOS["claim_step"]))
     # A store may keep tasks of its own for as long as it is open.
     resident = set(asyncio.all_tasks())
     cuts: list[CancelledCall] = []
@@ -267,7 +267,7 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
     for _ in range(growing):
         await cancel_at(
             store,
-            new_scenario(context, SETTINGS["start_run"]),
+            new_scenario(context, SCENARIOS["start_run"]),
             CancelPoint(1),
             exact_times=context.exact_times,
         )

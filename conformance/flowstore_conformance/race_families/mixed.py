@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
-from flowstore_conformance.differential import expected_outcome, is_read
+from flowstore_conformance.differential import expected_outcome
 from flowstore_conformance.history import Call
 from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.model import Model
-from flowstore_conformance.operations import GLOBAL_OPERATIONS, available_strategies, draw_call
+from flowstore_conformance.operations import available_strategies, draw_call
 from flowstore_conformance.race_families.family import (
     FLOW,
     Maker,
@@ -23,6 +23,7 @@ from flowstore_conformance.race_families.steps import ended_run
 from flowstore_conformance.races import Race
 from flowstore_conformance.strategies import RandomChoices, Universe
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 
 def _cleanups(d: RaceBuilder) -> Race:
@@ -93,7 +94,7 @@ def _anything(d: RaceBuilder) -> Race:
     methods = {
         name: one.weight * d.one_of(0, 1, 1, 2)
         for name, one in available_strategies(d.capabilities).items()
-        if name not in GLOBAL_OPERATIONS
+        if not OPERATIONS[name].spans_runs
     }
 
     def draw() -> Call:
@@ -104,7 +105,7 @@ def _anything(d: RaceBuilder) -> Race:
     expected_outcome(model, setup[0])
     for _ in range(d.one_of(0, 2, 4, 8, 12)):
         call = draw()
-        if not is_read(call):
+        if call.operation.writes:
             setup.append(call)
             expected_outcome(model, call)
     d.count = min(d.count, 4)
