@@ -35,7 +35,7 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
     runs = [UUID(int=1), UUID(int=2)]
     keys = ["a"] if rng.random() < 0.5 else ["a", "b"]
     flow = UUID(int=100)
-    world = Universe(model=model, runs=runs, flows=[flow], keys=keys)
+    universe = Universe(model=model, runs=runs, flows=[flow], keys=keys)
     weights = {
         # Writes above all: reads are looked for in the end.
         name: one.weight * rng.choice((0, 1, 1, 2)) * (3 if OPERATIONS[name].writes else 1)
@@ -45,9 +45,9 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
 
     def draw() -> Call:
         [method] = rng.choices(list(weights), list(weights.values()))
-        return draw_call(chooser, world, method)
+        return draw_call(chooser, universe, method)
 
-    first = draw_call(chooser, world, "start_run")
+    first = draw_call(chooser, universe, "start_run")
     setup = [Call(method="start_run", arguments={**first.arguments, "run_id": runs[0]})]
     expected_outcome(model, setup[0])
     for _ in range(rng.randint(0, MOST_STEPS)):

@@ -55,7 +55,7 @@ class Situation:
 
     call: Call
     before: ModelState
-    asked: tuple[Call, ...]
+    probes: tuple[Call, ...]
 
 
 class Stage:
@@ -78,11 +78,11 @@ class Stage:
 
     async def _prepare_listed(self, method: str) -> Situation:
         setting = SCENARIOS[self._rng.choice(self._listed[method])]
-        scene = new_scene(self._rng, setting, EVERYTHING)
+        scenario = new_scene(self._rng, setting, EVERYTHING)
         state = ModelState(self._clock, State())
-        for call in scene.setup:
+        for call in scenario.setup:
             state = await self._make(state, call)
-        return Situation(call=scene.call, before=state, asked=scene.asked)
+        return Situation(call=scenario.call, before=state, probes=scenario.probes)
 
     async def _prepare_drawn(self, method: str) -> Situation:
         rng, chooser = self._rng, RandomChoices(self._rng)
@@ -106,12 +106,12 @@ class Stage:
             [name] = rng.choices(others, weights)
             state = await self._make(state, draw_call(chooser, world(), name))
         keys = [(flow, trigger, key) for flow in flows for trigger in "tT" for key in IDEMPOTENCY_KEYS]
-        asked = [call for run in runs for call in probe_calls(run, EVERYTHING)]
-        asked += probe_calls(runs[0], (), keys=keys)[-len(keys) :]
-        return Situation(call=draw_call(chooser, world(), method), before=state, asked=tuple(asked))
+        probes = [call for run in runs for call in probe_calls(run, EVERYTHING)]
+        probes += probe_calls(runs[0], (), keys=keys)[-len(keys) :]
+        return Situation(call=draw_call(chooser, world(), method), before=state, probes=tuple(probes))
 
     async def _make(self, state: ModelState, call: Call) -> ModelState:
-        after = state.then(call, exact_times=True)
+        after = state.apply(call, exact_times=True)
         outcome = await outcome_of(self.store, call, exact_times=True)
         if outcome != after.outcome:
             raise RuntimeError(f"without any fault {call.source()} gave {answer(outcome)}")
@@ -126,7 +126,7 @@ async def judge(
     ``reachable`` says that the store could be asked at any time, so that its answer must be exact.
     """
     call, before = situation.call, situation.before
-    after = before.then(call, exact_times=True)
+    after = before.apply(call, exact_times=True)
     told = f"{call.method} gave {answer(outcome)}"
     if is_foreign(outcome):
         tally.mistrust(f"{told}, which is none of the contract's errors")
@@ -141,14 +141,14 @@ async def judge(
         possible = [before]
     elif outcome != after.outcome and after.outcome is not None:
         tally.mistrust(f"{told}, where {answer(after.outcome)} is right")
-    wanted = [one.look(situation.asked, exact_times=True) for one in possible]
-    seen = await observe_until(store, situation.asked, wanted, exact_times=True)
+    wanted = [one.observe(situation.probes, exact_times=True) for one in possible]
+    seen = await observe_until(store, situation.probes, wanted, exact_times=True)
     if seen in wanted:
         return
-    what = f"{told}, and then {difference(situation.asked, seen, wanted)}"
-    if seen == before.look(situation.asked, exact_times=True):
+    what = f"{told}, and then {difference(situation.probes, seen, wanted)}"
+    if seen == before.observe(situation.probes, exact_times=True):
         tally.lose(what)
-    elif seen == after.then(call, exact_times=True).look(situation.asked, exact_times=True):
+    elif seen == after.apply(call, exact_times=True).observe(situation.probes, exact_times=True):
         tally.repeat(what)
     else:
         tally.mistrust(what)

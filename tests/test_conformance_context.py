@@ -164,7 +164,7 @@ SCENE = Scenario(
     setup=(),
     call=Call(method="request_cancel", arguments={"run_id": RUN}),
     must_compensate=False,
-    asked=(),
+    probes=(),
 )
 
 
@@ -187,18 +187,18 @@ async def test_a_sweep_reaches_every_point_where_a_call_waits() -> None:
 
 async def test_an_error_that_the_cancelled_call_raises_is_its_outcome() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        scene = new_scenario(context, SCENARIOS["dispatch"])
-        made = await cancel_at(context.store, scene, CancelPoint(9), exact_times=True)
+        scenario = new_scenario(context, SCENARIOS["dispatch"])
+        made = await cancel_at(context.store, scenario, CancelPoint(9), exact_times=True)
         assert made.outcome == Raised("RunNotFoundError")
         assert not made.reached
 
 
 async def test_the_program_of_a_cancellation_runs() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        scene = new_scenario(context, SCENARIOS["dispatch"])
-        for call in scene.setup:
+        scenario = new_scenario(context, SCENARIOS["dispatch"])
+        for call in scenario.setup:
             await getattr(context.store, call.method)(**call.arguments)
-        made = await cancel_at(context.store, scene, CancelPoint(0), exact_times=True)
+        made = await cancel_at(context.store, scenario, CancelPoint(0), exact_times=True)
     printed = await replay_on_memory(program(made))
     assert printed.startswith("try_record_dispatch: cancelled\n")
     assert "get_dispatches: " in printed

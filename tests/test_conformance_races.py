@@ -157,7 +157,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
 @pytest.mark.parametrize(
     ("wrong", "family", "clause", "words"),
     [
-        (CheckThenClaim, "claims", "CLM-1", "what only one can win"),
+        (CheckThenClaim, "claims", "CLM-1", "a race that one call can win"),
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
         (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),

@@ -88,16 +88,16 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
     generator = random.Random(draw(st.integers(0, 2**32)))
     chooser, model = RandomChoices(generator), Model(lambda: NOW)
     capabilities = frozenset(Capability)
-    world = Universe(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
+    universe = Universe(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
     names = [name for name in available_strategies(capabilities) if not OPERATIONS[name].spans_runs]
     favourites = generator.sample(names, 6)
 
     def draw_one() -> Call:
-        return draw_call(chooser, world, generator.choice(favourites))
+        return draw_call(chooser, universe, generator.choice(favourites))
 
     before = [START, *(draw_one() for _ in range(generator.randint(0, 4)))]
     start = state_after(*before)
-    world.model.state = start.copy()
+    universe.model.state = start.copy()
     drawn: list[Operation] = []
     state = start
     for _ in range(generator.randint(2, 6)):
@@ -105,7 +105,7 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
         place = len(drawn) * 10.0
         call = draw_one()
         outcome, state = apply_call(state, op(call, 0, 0, None))
-        world.model.state = state.copy()
+        universe.model.state = state.copy()
         # ... and its times lie around it, so that it overlaps with its neighbours.
         invoked, returned = place - generator.randint(0, 25), place + generator.randint(0, 25)
         if generator.random() < 0.15:

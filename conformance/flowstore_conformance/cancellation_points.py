@@ -21,7 +21,7 @@ from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.write_scenarios import Scenario
 from flowstore_core import FlowStore, FlowStoreError
 
-MOST_POINTS = 200
+MAX_POINTS = 200
 """Where a call waits more often than that, the rest is left to the moments that are drawn."""
 
 
@@ -44,7 +44,7 @@ class CancelPoint:
 class CancelledCall:
     """What became of a call that was cancelled."""
 
-    scene: Scenario
+    scenario: Scenario
     point: CancelPoint
     reached: bool
     """Whether the call was still under way at the point."""
@@ -53,7 +53,7 @@ class CancelledCall:
 
     @property
     def title(self) -> str:
-        return f"{self.scene.call.method}, {self.point}"
+        return f"{self.scenario.call.method}, {self.point}"
 
 
 class _CountingAwaitable:
@@ -88,7 +88,7 @@ async def _run(made: Awaitable[object], waits: Callable[[int], None]) -> object:
 
 
 async def cancel_at(
-    store: FlowStore, scene: Scenario, point: CancelPoint, *, exact_times: bool
+    store: FlowStore, scenario: Scenario, point: CancelPoint, *, exact_times: bool
 ) -> CancelledCall:
     """Make the scene's call and cancel it at a point."""
     loop = asyncio.get_running_loop()
@@ -101,7 +101,7 @@ async def cancel_at(
             # In the next turn of the loop, when the task waits; not in the midst of its step.
             loop.call_soon(task.cancel)
 
-    made = invoke(store, scene.call)
+    made = invoke(store, scenario.call)
     task = asyncio.ensure_future(_run(made, waits))
     if point.wait == 0:
         task.cancel()
@@ -124,9 +124,9 @@ async def cancel_at(
         elif isinstance(error, FlowStoreError):
             outcome = Raised(error_name(error))
         else:
-            message = f"{scene.call.method}, {point} let {type(error).__name__} surface"
+            message = f"{scenario.call.method}, {point} let {type(error).__name__} surface"
             raise ContractViolation(message, clause="CON-2") from error
-    return CancelledCall(scene=scene, point=point, reached=reached, outcome=outcome)
+    return CancelledCall(scenario=scenario, point=point, reached=reached, outcome=outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class CallProfile:
     seconds: float
 
 
-async def profile(store: FlowStore, scene: Scenario) -> CallProfile:
+async def profile(store: FlowStore, scenario: Scenario) -> CallProfile:
     """Make the scene's call and see what it takes."""
     waited = 0
 
@@ -146,64 +146,67 @@ async def profile(store: FlowStore, scene: Scenario) -> CallProfile:
         waited = number
 
     begun = time.monotonic()
-    await _run(invoke(store, scene.call), waits)
+    await _run(invoke(store, scenario.call), waits)
     return CallProfile(waited, time.monotonic() - begun)
 
 
 async def sweep(
     store: FlowStore,
     make: Callable[[int], Awaitable[Sequence[Scenario]]],
-    usual: CallProfile,
+    baseline: CallProfile,
     generator: random.Random,
     *,
     moments: int,
     exact_times: bool,
-    most: int = MOST_POINTS,
+    limit: int = MAX_POINTS,
 ) -> AsyncIterator[CancelledCall]:
     """Cancel a call at every point, one after the other, until it ends before; then at drawn moments.
 
     ``make`` makes scenes ready, each for one call. ``most`` limits the points, for calls that wait more
     often; they then lie spread over all, the first and the last included.
     """
-    many = usual.waits + 1 > most
-    points = _spread(usual.waits, most, generator) if many else list(range(usual.waits + 2))
+    many = baseline.waits + 1 > limit
+    points = _spread(baseline.waits, limit, generator) if many else list(range(baseline.waits + 2))
     drawn = [
-        CancelPoint(seconds=usual.seconds * 1.2 * (n + generator.random()) / moments) for n in range(moments)
+        CancelPoint(seconds=baseline.seconds * 1.2 * (n + generator.random()) / moments)
+        for n in range(moments)
     ]
     last = None
     scenes = await make(len(points) + len(drawn))
-    for scene, point in zip(scenes, [*map(CancelPoint, points), *drawn], strict=True):
-        made = await cancel_at(store, scene, point, exact_times=exact_times)
+    for scenario, point in zip(scenes, [*map(CancelPoint, points), *drawn], strict=True):
+        made = await cancel_at(store, scenario, point, exact_times=exact_times)
         if point.wait is not None:
             last = made
         yield made
     # It may wait more often this time, because it waits for others, or connects anew.
-    following = usual.waits + 2
-    while last is not None and last.reached and not many and following < most:
-        [scene] = await make(1)
-        last = await cancel_at(store, scene, CancelPoint(following), exact_times=exact_times)
+    following = baseline.waits + 2
+    while last is not None and last.reached and not many and following < limit:
+        [scenario] = await make(1)
+        last = await cancel_at(store, scenario, CancelPoint(following), exact_times=exact_times)
         following += 1
         yield last
 
 
-def _spread(waits: int, most: int, generator: random.Random) -> list[int]:
+def _spread(waits: int, limit: int, generator: random.Random) -> list[int]:
     """So many of the points from 0 to the last: both, and one drawn in each of as many equal stretches."""
-    stretch = (waits - 1) / (most - 2)
-    inner = [1 + int(stretch * (number + generator.random())) for number in range(most - 2)]
+    stretch = (waits - 1) / (limit - 2)
+    inner = [1 + int(stretch * (number + generator.random())) for number in range(limit - 2)]
     return [0, *inner, waits]
 
 
 def program(made: CancelledCall) -> str:
     """A file that cancels the call in the same way and prints what it left."""
-    scene, point = made.scene, made.point
+    scenario, point = made.scenario, made.point
     return _PROGRAM.format(
         title=made.title,
-        setup="".join(f"        await {call.source()}\n" for call in scene.setup),
-        method=scene.call.method,
-        call=scene.call.source(),
+        setup="".join(f"        await {call.source()}\n" for call in scenario.setup),
+        method=scenario.call.method,
+        call=scenario.call.source(),
         wait=point.wait,
         seconds=f"{point.seconds:.6f}",
-        looks="\n".join(f'        print("{call.method}:", await {call.source()})' for call in scene.asked),
+        looks="\n".join(
+            f'        print("{call.method}:", await {call.source()})' for call in scenario.probes
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flowstore_conformance.checks.registry import Kind
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.method_signatures import SignatureFinding
 
 if TYPE_CHECKING:
     from flowstore_conformance.report import CheckResult
@@ -73,12 +73,12 @@ def find_causes(
     for result in results:
         if (key := _key(result)) is not None:
             groups.setdefault(key, []).append(result)
-    causes = [_made(sorted(group, key=_telling)) for group in groups.values()]
-    stumbled = {one.finding for one in causes}
+    causes = [_cause_of(sorted(group, key=_simplicity)) for group in groups.values()]
+    explained = {one.finding for one in causes}
     causes += [
         Cause(kind=CauseKind.SIGNATURE, title=one.title, results=(), finding=one)
         for one in findings
-        if one.certain and one not in stumbled
+        if one.certain and one not in explained
     ]
     return tuple(sorted(causes, key=lambda one: (one.kind, -len(one.results), _first_clause(one))))
 
@@ -96,7 +96,7 @@ def _key(result: CheckResult) -> Hashable | None:
     return (CauseKind.VIOLATION, failure.clause)
 
 
-def _telling(result: CheckResult) -> tuple[int, str]:
+def _simplicity(result: CheckResult) -> tuple[int, str]:
     if result.failure is not None and result.failure.hung:
         # As they came: the first one was given the most time.
         return (0, "")
@@ -108,7 +108,7 @@ def _first_clause(cause: Cause) -> int:
     return order.index(cause.results[0].check.clauses[0]) if cause.results else len(order)
 
 
-def _made(results: list[CheckResult]) -> Cause:
+def _cause_of(results: list[CheckResult]) -> Cause:
     first = results[0]
     if first.finding is not None:
         kind, title = CauseKind.SIGNATURE, first.finding.title

@@ -23,7 +23,7 @@ from uuid import UUID
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.traces import pack_error
-from flowstore_conformance.watching import Limits, watch_process
+from flowstore_conformance.watchdog import Limits, watch_process
 from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
 
 FLOW_ID = UUID(int=0xC4A54)
@@ -35,9 +35,9 @@ def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iter
 
     Every call changes something, and none of them depends on the time.
     """
-    chance = random.Random(f"{seed}/{worker}")
+    generator = random.Random(f"{seed}/{worker}")
     while True:
-        yield from _one_run(chance, capabilities)
+        yield from _one_run(generator, capabilities)
 
 
 def run_of(call: Call) -> UUID:
@@ -46,8 +46,8 @@ def run_of(call: Call) -> UUID:
     return run_id
 
 
-def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
-    run_id = UUID(int=chance.getrandbits(128))
+def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
+    run_id = UUID(int=generator.getrandbits(128))
     key = {"idempotency_key": f"key of {run_id}"}
     new = {"flow_id": FLOW_ID, "flow_name": "crash", "run_id": run_id, "trigger_key": "manual"}
 
@@ -72,7 +72,7 @@ def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Ite
             yield on("reschedule_step", **step, attempt=1, output_json="1", due_at=LATER)
             yield on("record_step_start", **step, step_type="http")
         if Capability.OUTPUTS in capabilities:
-            yield on("save_output", key=step_key, value_json=str(chance.random()))
+            yield on("save_output", key=step_key, value_json=str(generator.random()))
         if Capability.EVENTS in capabilities:
             yield on("append_event", event_type="done", step_key=step_key)
         if step_key == "a":
@@ -86,7 +86,7 @@ def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Ite
     yield on("retry_step", step_key="b", attempt=1, reset=["c"])
 
 
-def _say(line: str) -> None:
+def _send(line: str) -> None:
     # Past every buffer of this process: what was said stays said when it is killed.
     os.write(1, f"{line}\n".encode())
 
@@ -97,23 +97,23 @@ async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
             await invoke(store, call)
         except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
             what = type(error).__name__ if isinstance(error, FlowStoreError) else f"!{type(error).__name__}"
-            _say(f"{worker} {number} {what} {json.dumps(pack_error(error))}")
+            _send(f"{worker} {number} {what} {json.dumps(pack_error(error))}")
             return
-        _say(f"{worker} {number}")
+        _send(f"{worker} {number}")
 
 
 async def main(url: str, seed: int, workers: int, limit: float) -> None:
-    watch_process(Limits(limit, limit, limit), lambda hang: _say(f"hung {hang.packed()}"))
+    watch_process(Limits(limit, limit, limit), lambda hang: _send(f"hung {hang.to_json()}"))
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(open_store(url))
         except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
             # Only an error of the contract keeps secrets out of its text.
             text = f": {error}" if isinstance(error, FlowStoreError) else ""
-            _say(f"refused {type(error).__name__}{text}".replace("\n", " "))
+            _send(f"refused {type(error).__name__}{text}".replace("\n", " "))
             return
         capabilities = store.capabilities
-        _say("ready")
+        _send("ready")
         await asyncio.to_thread(sys.stdin.readline)
         calls = [script(seed, worker, capabilities) for worker in range(workers)]
         await asyncio.gather(*(_write(store, own, worker) for worker, own in enumerate(calls)))

@@ -11,16 +11,16 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.call_validity import is_correctly_rejected, is_valid
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
-from flowstore_conformance.legality import is_legal, is_rightly_refused
 from flowstore_conformance.model import Model
 from flowstore_conformance.repro_script import ReproCall, sequential_script
-from flowstore_conformance.signature import Signature, wrong_answers
 from flowstore_conformance.state_probe import answer, probe_calls
 from flowstore_conformance.strategies import FLOWS, Universe
+from flowstore_conformance.violation_signature import Signature, wrong_answers
 from flowstore_core import FlowStore, FlowStoreError
 from flowstore_core.operations import OPERATIONS
 
@@ -73,89 +73,91 @@ class CallSequence:
     """Calls that are made on a bench's store and on a model, and compared; Violation where they differ."""
 
     context: CheckContext
-    world: Universe
+    universe: Universe
     started_at: datetime
-    lines: list[ReproCall] = field(default_factory=list)
-    jumped: timedelta = timedelta(0)
+    entries: list[ReproCall] = field(default_factory=list)
+    advanced: timedelta = timedelta(0)
 
     @staticmethod
     def on(context: CheckContext, block: int) -> CallSequence:
         """A program with ids of its own, which follow from the number of the block."""
         assert context.clock is not None
         runs = [UUID(int=(block << 4) + number) for number in (1, 2, 3)]
-        world = Universe(
+        universe = Universe(
             model=Model(context.clock), runs=runs, flows=FLOWS, capabilities=context.capabilities
         )
-        return CallSequence(context=context, world=world, started_at=context.clock.now)
+        return CallSequence(context=context, universe=universe, started_at=context.clock.now)
 
-    async def make(self, call: Call) -> None:
+    async def call(self, call: Call) -> None:
         """Make a call and compare the answers."""
-        [line] = await self._compare([call])
-        self.lines.append(line)
-        self.jumped = timedelta(0)
-        if line.actual != line.expected:
-            raise ModelMismatch(self.started_at, self.lines)
+        [entry] = await self._compare([call])
+        self.entries.append(entry)
+        self.advanced = timedelta(0)
+        if entry.actual != entry.expected:
+            raise ModelMismatch(self.started_at, self.entries)
 
-    def jump(self, span: timedelta) -> None:
+    def advance_clock(self, span: timedelta) -> None:
         assert self.context.clock is not None
         self.context.clock.advance(span)
-        self.jumped += span
+        self.advanced += span
 
-    async def look(self) -> None:
+    async def compare_state(self) -> None:
         """Compare all that can be seen; a difference is held against the last call that wrote."""
-        for line in await self._compare(self._everything()):
-            if line.actual != line.expected:
-                raise ModelMismatch(self.started_at, [*self.lines, line])
+        for entry in await self._compare(self._everything()):
+            if entry.actual != entry.expected:
+                raise ModelMismatch(self.started_at, [*self.entries, entry])
 
-    async def end(self) -> None:
+    async def finish(self) -> None:
         """Delete everything, after which nothing must be left."""
-        await self.look()
-        for record in reversed(self.world.model.get_active_runs()):
-            await self.make(
+        await self.compare_state()
+        for record in reversed(self.universe.model.get_active_runs()):
+            await self.call(
                 Call(method="complete_run", arguments={"run_id": record.run_id, "status": "Cancelled"})
             )
-        self.jump(TWO_HOURS)
-        await self.make(Call(method="cleanup", arguments={"cutoff": self.world.model.now}))
-        await self.look()
+        self.advance_clock(TWO_HOURS)
+        await self.call(Call(method="cleanup", arguments={"cutoff": self.universe.model.now}))
+        await self.compare_state()
 
     def _everything(self) -> list[Call]:
         capabilities = self.context.capabilities
-        named = [line.call.arguments for line in self.lines if line.call.arguments.get("idempotency_key")]
+        named = [
+            entry.call.arguments for entry in self.entries if entry.call.arguments.get("idempotency_key")
+        ]
         # Those that must be gone again are asked for too.
         keys = dict.fromkeys((one["flow_id"], one["trigger_key"], one["idempotency_key"]) for one in named)
         asked: list[Call] = []
-        for run_id in self.world.runs:
-            asked += probe_calls(run_id, capabilities, step_keys=self.world.keys, keys=list(keys))
+        for run_id in self.universe.runs:
+            asked += probe_calls(run_id, capabilities, step_keys=self.universe.keys, keys=list(keys))
             keys = {}
         return asked + [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
 
     async def _compare(self, calls: Sequence[Call]) -> list[ReproCall]:
-        lines = []
+        entries = []
         for call in calls:
             actual = await execute(self.context.store, call)
             if actual is UNKNOWN or is_unavailable(actual):
                 raise Inconclusive(f"{call.method} was unavailable, though nothing else was going on")
             # A call that the contract forbids changes nothing (INP), so the model is not asked.
-            refused = is_rightly_refused(call, actual)
-            expected = actual if refused else expected_outcome(self.world.model, call)
-            lines.append(ReproCall(self.jumped, call, expected, actual))
-        self.context.assertions += len(lines)
-        return lines
+            refused = is_correctly_rejected(call, actual)
+            expected = actual if refused else expected_outcome(self.universe.model, call)
+            entries.append(ReproCall(self.advanced, call, expected, actual))
+        self.context.assertions += len(entries)
+        return entries
 
 
 class ModelMismatch(ContractViolation):
     """A violation that a program showed, whose last line is the one that is wrong."""
 
-    def __init__(self, started_at: datetime, lines: Sequence[ReproCall]) -> None:
-        last, blamed = lines[-1], _responsible_call(lines)
+    def __init__(self, started_at: datetime, entries: Sequence[ReproCall]) -> None:
+        last, blamed = entries[-1], _responsible_call(entries)
         message = _message(last)
         if blamed is not last:
             message = f"after {blamed.call.method}, {message}"
         clause = guess_clause(blamed.call, blamed.expected, blamed.actual)
-        program = sequential_script(f"{clause}: {message}", started_at, lines)
+        program = sequential_script(f"{clause}: {message}", started_at, entries)
         super().__init__(message, clause=clause, program=program)
         self.started_at = started_at
-        self.lines = tuple(lines)
+        self.entries = tuple(entries)
         # Of the wrong answer alone: which write a wrong read is held against depends on the program.
         self.signature = Signature(
             guess_clause(last.call, last.expected, last.actual),
@@ -164,23 +166,23 @@ class ModelMismatch(ContractViolation):
         self.__cause__ = last.actual.exception if isinstance(last.actual, Raised) else None
 
 
-def _responsible_call(lines: Sequence[ReproCall]) -> ReproCall:
+def _responsible_call(entries: Sequence[ReproCall]) -> ReproCall:
     """The wrong call itself; where it only shows what is stored, the last one that stored something."""
-    last = lines[-1]
+    last = entries[-1]
     if last.call.operation.shows_state and not is_foreign(last.actual):
-        for line in reversed(lines[:-1]):
-            if line.call.operation.writes and isinstance(line.expected, Returned):
-                return line
+        for entry in reversed(entries[:-1]):
+            if entry.call.operation.writes and isinstance(entry.expected, Returned):
+                return entry
     return last
 
 
-def _message(line: ReproCall) -> str:
-    if is_foreign(line.actual):
-        assert isinstance(line.actual, Raised)
-        return f"{line.call.method} let {line.actual.error} surface, which is no error of the contract"
-    if isinstance(line.actual, Returned) and isinstance(line.expected, Returned):
-        return f"{line.call.method}: {expected_and_got(line.expected.value, line.actual.value)}"
-    return f"{line.call.method} gave {answer(line.actual)}, where {answer(line.expected)} is right"
+def _message(entry: ReproCall) -> str:
+    if is_foreign(entry.actual):
+        assert isinstance(entry.actual, Raised)
+        return f"{entry.call.method} let {entry.actual.error} surface, which is no error of the contract"
+    if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
+        return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
+    return f"{entry.call.method} gave {answer(entry.actual)}, where {answer(entry.expected)} is right"
 
 
 # Shrinking
@@ -206,14 +208,14 @@ class _Shrinker:
         self._clause: str | None = None
         """The clause that is broken, once it is known which write leads to the wrong answer."""
         self._stack = stack
-        self._until = until
+        self._deadline = until
         self._shared: CheckContext | None = None
         self._replays = 0
 
     async def run(self) -> ModelMismatch:
         await self._find_clause()
         await self._try(
-            lambda lines: [line for line in lines[:-1] if line.call.operation.writes] + lines[-1:]
+            lambda entries: [entry for entry in entries[:-1] if entry.call.operation.writes] + entries[-1:]
         )
         simpler = True
         while simpler:
@@ -224,42 +226,42 @@ class _Shrinker:
 
     async def _shorten(self) -> None:
         """Leave out calls: long stretches first, then single ones."""
-        length = len(self._best.lines)
-        while length >= 1 and time.monotonic() < self._until:
+        length = len(self._best.entries)
+        while length >= 1 and time.monotonic() < self._deadline:
             shorter = await self._drop_chunks(length)
-            length = min(length // 2, len(self._best.lines)) if not (shorter and length == 1) else 1
+            length = min(length // 2, len(self._best.entries)) if not (shorter and length == 1) else 1
 
     async def _find_clause(self) -> None:
         """Make a wrong read after each write: it is held against the first write after which it is wrong."""
-        *before, last = self._best.lines
+        *before, last = self._best.entries
         if last.call.operation.shows_state:
-            read = replace(last, jump=timedelta(0))
+            read = replace(last, clock_advance=timedelta(0))
             watched: list[ReproCall] = []
-            for line in before:
-                watched += [line, read] if line.call.operation.writes else [line]
-            await self._try(lambda lines: [*watched, last])
+            for entry in before:
+                watched += [entry, read] if entry.call.operation.writes else [entry]
+            await self._try(lambda entries: [*watched, last])
         self._clause = self._best.clause
 
     async def _drop_chunks(self, length: int) -> bool:
         """Leave out each stretch of calls once, from the last."""
         shorter = False
-        end = len(self._best.lines) - 1
+        end = len(self._best.entries) - 1
         while end > 0:
             first = max(end - length, 0)
-            shorter |= await self._try(lambda lines: _without(lines, first, end))  # noqa: B023
+            shorter |= await self._try(lambda entries: _without(entries, first, end))  # noqa: B023
             # A shorter program may show the violation before its end.
-            end = min(first, len(self._best.lines) - 1)
+            end = min(first, len(self._best.entries) - 1)
         return shorter
 
     async def _simplify(self) -> bool:
         """Leave out arguments that have a default; whether any could be."""
         simpler, index = False, 0
-        while index < len(self._best.lines):
-            call = self._best.lines[index].call
+        while index < len(self._best.entries):
+            call = self._best.entries[index].call
             for name in optional_arguments(call):
                 candidate = without_argument(call, name)
                 if candidate is not None and await self._try(
-                    lambda lines: _with_call(lines, index, candidate)  # noqa: B023
+                    lambda entries: _with_call(entries, index, candidate)  # noqa: B023
                 ):
                     simpler = True
                     break
@@ -268,12 +270,12 @@ class _Shrinker:
         return simpler
 
     async def _try(self, change: Callable[[list[ReproCall]], list[ReproCall]]) -> bool:
-        if time.monotonic() > self._until:
+        if time.monotonic() > self._deadline:
             return False
-        lines = change(list(self._best.lines))
-        if lines == list(self._best.lines):
+        entries = change(list(self._best.entries))
+        if entries == list(self._best.entries):
             return False
-        found = await self._replay(lines)
+        found = await self._replay(entries)
         if found is None or not self._signature.covers(found.signature):
             return False
         if self._clause not in (None, found.clause):
@@ -281,24 +283,24 @@ class _Shrinker:
         self._best = found
         return True
 
-    async def _replay(self, lines: Sequence[ReproCall]) -> ModelMismatch | None:
+    async def _replay(self, entries: Sequence[ReproCall]) -> ModelMismatch | None:
         """Run the calls where nothing is in their way; what they show, if anything."""
-        if any(line.call.operation.spans_runs for line in lines):
+        if any(entry.call.operation.spans_runs for entry in entries):
             async with self._context.new_namespace() as alone:
-                return await self._run(alone, lines)
+                return await self._run(alone, entries)
         if self._shared is None:
             self._shared = await self._stack.enter_async_context(self._context.new_namespace())
         self._replays += 1
-        return await self._run(self._shared, _renamed(lines, self._replays))
+        return await self._run(self._shared, _renamed(entries, self._replays))
 
-    async def _run(self, context: CheckContext, lines: Sequence[ReproCall]) -> ModelMismatch | None:
+    async def _run(self, context: CheckContext, entries: Sequence[ReproCall]) -> ModelMismatch | None:
         program = CallSequence.on(context, 1)
         assert context.clock is not None
         context.clock.now = program.started_at = self._best.started_at
         try:
-            for line in lines:
-                program.jump(line.jump)
-                await program.make(line.call)
+            for entry in entries:
+                program.advance_clock(entry.clock_advance)
+                await program.call(entry.call)
         except ModelMismatch as found:
             return found
         return None
@@ -310,11 +312,11 @@ def optional_arguments(call: Call) -> list[str]:
     return [name for name in call.arguments if parameters[name].default is not inspect.Parameter.empty]
 
 
-def _without(lines: list[ReproCall], first: int, last: int) -> list[ReproCall]:
+def _without(entries: list[ReproCall], first: int, last: int) -> list[ReproCall]:
     """The lines without a stretch, whose jumps of the clock the next line makes."""
-    gone = sum((line.jump for line in lines[first:last]), timedelta(0))
-    rest = lines[last:]
-    return [*lines[:first], replace(rest[0], jump=rest[0].jump + gone), *rest[1:]]
+    gone = sum((entry.clock_advance for entry in entries[first:last]), timedelta(0))
+    rest = entries[last:]
+    return [*entries[:first], replace(rest[0], clock_advance=rest[0].clock_advance + gone), *rest[1:]]
 
 
 def without_argument(call: Call, name: str) -> Call | None:
@@ -328,16 +330,16 @@ def without_argument(call: Call, name: str) -> Call | None:
     for gone in ({name}, *({name, other} for other in others)):
         arguments = {key: value for key, value in call.arguments.items() if key not in gone}
         simpler = replace(call, arguments=arguments)
-        if is_legal(simpler):
+        if is_valid(simpler):
             return simpler
     return None
 
 
-def _with_call(lines: list[ReproCall], index: int, call: Call) -> list[ReproCall]:
-    return [*lines[:index], replace(lines[index], call=call), *lines[index + 1 :]]
+def _with_call(entries: list[ReproCall], index: int, call: Call) -> list[ReproCall]:
+    return [*entries[:index], replace(entries[index], call=call), *entries[index + 1 :]]
 
 
-def _renamed(lines: Sequence[ReproCall], block: int) -> list[ReproCall]:
+def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
     """The lines on ids of their own."""
 
     def rename(value: Any) -> Any:
@@ -346,10 +348,10 @@ def _renamed(lines: Sequence[ReproCall], block: int) -> list[ReproCall]:
 
     return [
         replace(
-            line,
+            entry,
             call=replace(
-                line.call, arguments={name: rename(value) for name, value in line.call.arguments.items()}
+                entry.call, arguments={name: rename(value) for name, value in entry.call.arguments.items()}
             ),
         )
-        for line in lines
+        for entry in entries
     ]

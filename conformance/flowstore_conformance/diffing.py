@@ -9,10 +9,10 @@ from typing import Any
 
 from flowstore_conformance.history import literal
 
-LONGEST = 240
+MAX_CHARACTERS = 240
 """Characters of one value; what is cut out says how much."""
 
-MOST = 6
+MAX_DIFFERENCES = 6
 """Differences that are listed."""
 
 _LONG_UUID = re.compile(r"UUID\('([0-9a-f]{8})-[0-9a-f-]{27}'\)")
@@ -67,21 +67,23 @@ def _is_mapping(value: Any) -> bool:
 
 def brief(text: str) -> str:
     """A text of which the middle is left out where it is long."""
-    if len(text) <= LONGEST:
+    if len(text) <= MAX_CHARACTERS:
         return text
-    half = LONGEST // 2
+    half = MAX_CHARACTERS // 2
     return f"{text[:half]}[... {len(text) - 2 * half} characters ...]{text[-half:]}"
 
 
 def expected_and_got(wanted: Any, got: Any) -> str:
     """Two comparable answers that differ: both whole where they are short, else field by field."""
     want, have = plain(wanted), plain(got)
-    if max(len(want), len(have)) <= LONGEST and want != have:
+    if max(len(want), len(have)) <= MAX_CHARACTERS and want != have:
         return f"expected {want}, got {have}"
     found = list(differences(wanted, got))
-    told = [_in_words("".join(path).lstrip("."), one, other) for path, one, other in found[:MOST]]
-    more = f"; and {len(found) - MOST} more differences" if len(found) > MOST else ""
-    return "; ".join(told) + more
+    described = [
+        _in_words("".join(path).lstrip("."), one, other) for path, one, other in found[:MAX_DIFFERENCES]
+    ]
+    more = f"; and {len(found) - MAX_DIFFERENCES} more differences" if len(found) > MAX_DIFFERENCES else ""
+    return "; ".join(described) + more
 
 
 class Absent(Enum):
@@ -123,7 +125,7 @@ def _pairs(
 def _in_words(path: str, wanted: Any, got: Any) -> str:
     if isinstance(wanted, tuple) and isinstance(got, tuple):
         want, have = _lengths(wanted, got)
-    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > LONGEST:
+    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > MAX_CHARACTERS:
         want, have = _texts(wanted, got)
     else:
         # Values that look alike, such as 1 and True, are told apart by their type.

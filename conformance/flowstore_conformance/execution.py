@@ -54,13 +54,13 @@ class YieldDetector:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._let = False
+        self._yielded = False
         # Runs at the next turn of the event loop: before the call's end only if the call lets it.
-        self._handle = self._loop.call_soon(self._turn)
+        self._handle = self._loop.call_soon(self._on_next_iteration)
 
-    def _turn(self) -> None:
-        self._let = True
+    def _on_next_iteration(self) -> None:
+        self._yielded = True
 
-    def end(self) -> bool:
+    def stop(self) -> bool:
         self._handle.cancel()
-        return self._let
+        return self._yielded

@@ -9,7 +9,7 @@ from types import CodeType
 from typing import Any
 from uuid import uuid4
 
-from flowstore_conformance.signatures import SignatureFinding, compare
+from flowstore_conformance.method_signatures import SignatureFinding, compare
 from flowstore_core import (
     Backend,
     Capability,
@@ -50,7 +50,7 @@ class GuardedBackend:
         self._url = url
         self.findings: tuple[SignatureFinding, ...] = ()
         """Methods that core cannot call."""
-        self.looked_into = False
+        self.inspected = False
         """Whether a namespace was found to be empty, or no check can run anyway."""
         self._in_use: set[str] = set()
 
@@ -72,7 +72,7 @@ class GuardedBackend:
             try:
                 fresh = await stack.enter_async_context(self._backend.scratch(url))
             except Exception as error:
-                raise NoNamespace(f"no scratch namespace: {_tell(error)}") from error
+                raise NoNamespace(f"no scratch namespace: {_describe_error(error)}") from error
             if fresh == self._url:
                 raise Refused(
                     f"refused: scratch() of backend {self.name!r} gave the URL it was asked for, "
@@ -104,7 +104,7 @@ async def guard(backend: Backend, url: str) -> GuardedBackend:
     guarded = backend if isinstance(backend, GuardedBackend) else GuardedBackend(backend, url)
     try:
         async with guarded.scratch(url) as fresh:
-            await _look_into(guarded, fresh)
+            await _inspect(guarded, fresh)
     except NoNamespace as error:
         cause = error.__cause__
         if isinstance(cause, (ConfigurationError, StoreUnavailableError)):
@@ -114,12 +114,13 @@ async def guard(backend: Backend, url: str) -> GuardedBackend:
         raise
     except Exception as error:
         raise Refused(
-            f"refused: whether the scratch namespace is empty cannot be seen, because {_tell(error)}"
+            f"refused: whether the scratch namespace is empty cannot be seen, because "
+            f"{_describe_error(error)}"
         ) from error
     return guarded
 
 
-async def _look_into(guarded: GuardedBackend, url: str) -> None:
+async def _inspect(guarded: GuardedBackend, url: str) -> None:
     """Open the backend's own store, below core's, and see what it lacks and what it holds."""
     plugin, _, config = resolve_store(url)
     async with AsyncExitStack() as stack:
@@ -137,10 +138,10 @@ async def _look_into(guarded: GuardedBackend, url: str) -> None:
                     f"refused: the namespace that scratch() of backend {guarded.name!r} made, "
                     f"{redact(url)}, is not empty: {found}. Nothing was changed"
                 )
-        guarded.looked_into = True
+        guarded.inspected = True
 
 
-LOOK_INTO: CodeType = _look_into.__code__
+INSPECT: CodeType = _inspect.__code__
 """By which a stack shows that the store is being opened or closed."""
 
 
@@ -153,7 +154,7 @@ async def _holds(store: FlowStore, findings: Sequence[SignatureFinding] = ()) ->
     unknown, seen = uuid4(), 0
     wrong = {one.method: one for one in findings}
     wrong |= {"get_statistics": wrong["get_runs_page"]} if "get_runs_page" in wrong else {}
-    asks: tuple[tuple[bool, str, Callable[[], Awaitable[object]]], ...] = (
+    reads: tuple[tuple[bool, str, Callable[[], Awaitable[object]]], ...] = (
         (True, "get_runs", lambda: store.get_runs(take=1)),
         (True, "get_active_runs", lambda: store.get_active_runs(take=1)),
         (True, "get_statistics", lambda: _count_runs(store)),
@@ -168,17 +169,17 @@ async def _holds(store: FlowStore, findings: Sequence[SignatureFinding] = ()) ->
             lambda: store.find_run_id_by_idempotency_key(unknown, "any", str(unknown)),
         ),
     )
-    for lists_runs, name, ask in asks:
+    for lists_runs, name, read in reads:
         if name in wrong:
             continue
         try:
-            answer = await ask()
+            answer = await read()
         except NotSupportedError:
             continue
         if answer:
             return f"{name} finds something{'' if lists_runs else ' for an id that was made up just now'}"
         seen += lists_runs
-    if not seen and (found := [wrong[name].title for _, name, _ in asks[:3] if name in wrong]):
+    if not seen and (found := [wrong[name].title for _, name, _ in reads[:3] if name in wrong]):
         raise Refused(f"refused: whether the namespace is empty cannot be seen, because {'; '.join(found)}")
     if not seen:
         raise Refused("refused: the backend has no operation yet that shows whether a namespace is empty")
@@ -192,7 +193,7 @@ async def _count_runs(store: FlowStore) -> int:
     return statistics.total_flows + statistics.active_runs + (await store.get_runs_page(take=1)).total_count
 
 
-def _tell(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """An error in words; of one that is not the contract's only the name, since its text may hold secrets."""
     name = type(error).__name__
     return f"{name}: {error}" if isinstance(error, FlowStoreError) else f"{name} surfaced"

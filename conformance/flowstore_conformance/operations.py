@@ -42,7 +42,7 @@ def _start_run(d: CallStrategy) -> Arguments:
         "trigger_key": d.one_of("t", "T"),
         "trigger_data": d.text(),
         "job_id": d.one_of(None, "J1"),
-        "source_run_id": d.sampled_from((None, *d.world.runs)),
+        "source_run_id": d.sampled_from((None, *d.universe.runs)),
     }
 
 
@@ -55,7 +55,7 @@ def _complete_run(d: CallStrategy) -> Arguments:
     run_id = d.run(lambda run: run.record is not None and not run.record.status.is_terminal)
     drawn: Arguments = {"run_id": run_id, "status": d.sampled_from(ENDINGS)}
     if d.one_of(True, False):
-        expected = {key: status.value for key, status in d.world.model.get_step_statuses(run_id).items()}
+        expected = {key: status.value for key, status in d.universe.model.get_step_statuses(run_id).items()}
         forgets = d.one_of(False, False, True)
         if expected and forgets:
             del expected[d.sampled_from(sorted(expected))]
@@ -108,10 +108,10 @@ def _record_skipped_step(d: CallStrategy) -> Arguments:
 
 def _retry_step(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.status is not None)
-    steps = d.world.model.peek(run_id).steps
-    reset = [each for each in d.world.keys if steps.get(each, Step()).status == "Skipped"]
+    steps = d.universe.model.peek(run_id).steps
+    reset = [each for each in d.universe.keys if steps.get(each, Step()).status == "Skipped"]
     if d.one_of(False, False, True):
-        reset = [each for each in d.world.keys if d.one_of(True, False)]
+        reset = [each for each in d.universe.keys if d.one_of(True, False)]
     return {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
 
 
@@ -199,7 +199,7 @@ def _waiting(d: CallStrategy) -> Arguments:
 
 def _get_runs_page(d: CallStrategy) -> Arguments:
     return {
-        "flow_id": d.sampled_from((None, *d.world.flows)),
+        "flow_id": d.sampled_from((None, *d.universe.flows)),
         "status": d.one_of(None, "Running", "Failed", "Succeeded"),
         "after": d.position(),
         "skip": d.one_of(0, 1, 2),
@@ -211,7 +211,7 @@ def _get_runs_page(d: CallStrategy) -> Arguments:
 def _get_run_timeseries(d: CallStrategy) -> Arguments:
     since = d.timestamp() - d.one_of(timedelta(0), timedelta(hours=5), timedelta(days=2))
     length = d.one_of(timedelta(0), TICK, timedelta(hours=1), timedelta(hours=7), timedelta(days=3))
-    of = {"granularity": d.one_of("hour", "day"), "flow_id": d.sampled_from((None, *d.world.flows))}
+    of = {"granularity": d.one_of("hour", "day"), "flow_id": d.sampled_from((None, *d.universe.flows))}
     return {**of, "since": since, "until": since + length}
 
 
@@ -220,7 +220,7 @@ def _as_of(d: CallStrategy) -> Arguments:
 
 
 def _cleanup(d: CallStrategy) -> Arguments:
-    records = [d.world.model.peek(run_id).record for run_id in d.world.runs]
+    records = [d.universe.model.peek(run_id).record for run_id in d.universe.runs]
     ends = [
         record.completed_at for record in records if record is not None and record.completed_at is not None
     ]
@@ -275,7 +275,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
         lambda d: {
             **_of_run(d),
             "event_type": d.one_of("e", "E"),
-            "step_key": d.sampled_from((None, *d.world.keys)),
+            "step_key": d.sampled_from((None, *d.universe.keys)),
             "message": d.text(),
         },
     ),
@@ -284,9 +284,9 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     ),
     "save_output": OperationStrategy(
         1,
-        lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys), "value_json": d.one_of("1", "")},
+        lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys), "value_json": d.one_of("1", "")},
     ),
-    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys)}),
+    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys)}),
     "get_outputs": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
@@ -299,7 +299,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_runs": OperationStrategy(
         1,
         lambda d: {
-            "flow_id": d.sampled_from((None, *d.world.flows)),
+            "flow_id": d.sampled_from((None, *d.universe.flows)),
             "after": d.position(),
             "skip": d.one_of(0, 1, 2),
             "take": d.one_of(50, 2, 0),
@@ -307,7 +307,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     ),
     "get_active_runs": OperationStrategy(1, lambda d: {"take": d.one_of(None, 1, 0)}),
     "get_derived_runs": OperationStrategy(
-        1, lambda d: {"source_run_id": d.sampled_from(d.world.runs), "take": d.one_of(None, 1)}
+        1, lambda d: {"source_run_id": d.sampled_from(d.universe.runs), "take": d.one_of(None, 1)}
     ),
     "get_runs_page": OperationStrategy(2, _get_runs_page),
     "get_statistics": OperationStrategy(1, lambda d: {"as_of": d.maybe_timestamp()}),
@@ -324,18 +324,18 @@ def available_strategies(capabilities: Collection[Capability]) -> dict[str, Oper
     return {name: one for name, one in STRATEGIES.items() if OPERATIONS[name].is_offered(capabilities)}
 
 
-def draw_call(chooser: ChoiceSource, world: Universe, method: str) -> Call:
+def draw_call(chooser: ChoiceSource, universe: Universe, method: str) -> Call:
     """One call of a method; the state is only looked at."""
-    return Call(method=method, arguments=STRATEGIES[method].draw(CallStrategy(chooser, world)))
+    return Call(method=method, arguments=STRATEGIES[method].draw(CallStrategy(chooser, universe)))
 
 
-def draw_clock_advance(chooser: ChoiceSource, world: Universe) -> timedelta:
+def draw_clock_advance(chooser: ChoiceSource, universe: Universe) -> timedelta:
     """How far to move the clock: a little, or to an edge, exactly or just before or after it."""
-    draw = CallStrategy(chooser, world)
-    now = world.model.now
+    draw = CallStrategy(chooser, universe)
+    now = universe.model.now
     hour = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
     midnight = hour.replace(hour=0) + timedelta(days=1)
-    edges = [edge for edge in (*world.moments(), hour, midnight) if edge > now]
+    edges = [edge for edge in (*universe.moments(), hour, midnight) if edge > now]
     if draw.one_of(False, False, True):
         return draw.sampled_from([edge - now for edge in edges]) + draw.one_of(timedelta(0), TICK)
     return draw.one_of(TICK, TICK, timedelta(seconds=1), timedelta(seconds=1), *SPANS[1:])

@@ -21,20 +21,20 @@ import pytest
 from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.report import CheckResult, Report
-from flowstore_conformance.signatures import SignatureFinding
 from flowstore_conformance.suite import (
-    OneRun,
-    look,
+    SuiteRun,
+    inspect_backend,
     new_seed,
     read_limits,
     read_profile,
     select_checks,
-    slowness,
+    slowdown_factor,
     versions,
 )
-from flowstore_conformance.supervision import Supervisor
-from flowstore_conformance.watching import Limits, Watchdog
+from flowstore_conformance.supervisor import Supervisor
+from flowstore_conformance.watchdog import Limits, Watchdog
 from flowstore_core import Backend, Capability, FlowStoreError
 from flowstore_core.config import URL_VARIABLE
 from flowstore_core.plugins import find_backend
@@ -50,7 +50,7 @@ NO_URL = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class ConformanceSession:
     """What a session of pytest checks, and how."""
 
     # pytest shows the arguments of tests that fail.
@@ -61,22 +61,22 @@ class Session:
     checks: Sequence[Check]
     versions: dict[str, str]
     limits: Limits
-    known: set[str] = field(default_factory=set)
+    known_hangs: set[str] = field(default_factory=set)
     """Operations that were found to hang."""
     lost: list[Supervisor] = field(default_factory=list)
     """Those that had to leave a loop behind."""
 
-    def examine(self, check: Check) -> tuple[CheckResult, Report]:
+    def run(self, check: Check) -> tuple[CheckResult, Report]:
         """Run one check; its result, and a report that holds it alone.
 
         It runs in a thread of its own, as in the command, so that a backend that blocks is told apart.
         """
         started_at = datetime.now(UTC)
         watchdog = Watchdog(self.limits)
-        watchdog.known = self.known
+        watchdog.known_hangs = self.known_hangs
         supervisor = Supervisor(watchdog)
-        one = OneRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
-        result = asyncio.run(self._examine(one, check))
+        one = SuiteRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
+        result = asyncio.run(self._run(one, check))
         if result.failure is not None and result.failure.hung:
             self.lost.append(supervisor)
         report = Report(
@@ -94,7 +94,7 @@ class Session:
         )
         return result, report
 
-    async def _examine(self, one: OneRun, check: Check) -> CheckResult:
+    async def _run(self, one: SuiteRun, check: Check) -> CheckResult:
         try:
             result = await one.check(check)
             return result if result.failure is None else await one.rerun_failed(result)
@@ -102,7 +102,7 @@ class Session:
             await one.aclose()
 
 
-_session = pytest.StashKey[Session]()
+_session = pytest.StashKey[ConformanceSession]()
 _seed = pytest.StashKey[int]()
 _exit_status = pytest.StashKey[int]()
 
@@ -157,7 +157,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(config.stash.get(_exit_status, 1))
 
 
-def session_of(config: pytest.Config) -> Session:
+def session_of(config: pytest.Config) -> ConformanceSession:
     """What the options ask for; the first call sees to it that a scratch namespace is empty.
 
     Raises pytest.UsageError where the suite cannot run.
@@ -170,7 +170,7 @@ def session_of(config: pytest.Config) -> Session:
     return config.stash[_session]
 
 
-def _open_session(config: pytest.Config) -> Session:
+def _open_session(config: pytest.Config) -> ConformanceSession:
     url = config.getoption("flowstore_url", None) or os.environ.get(URL_VARIABLE, "").strip()
     if not url:
         raise pytest.UsageError(NO_URL)
@@ -180,17 +180,17 @@ def _open_session(config: pytest.Config) -> Session:
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     checks = select_checks(config.getoption("flowstore_clause", ()))
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
-    looked = getattr(config, "workerinput", {}).get("flowstore_guarded")
-    if looked is None:
+    shared = getattr(config, "workerinput", {}).get("flowstore_guarded")
+    if shared is None:
         supervisor, begun = Supervisor(Watchdog(limits)), time.monotonic()
-        guarded = asyncio.run(_look(supervisor, backend, url))
+        guarded = asyncio.run(_inspect(supervisor, backend, url))
         if timeout is None:
-            limits = limits.scaled(slowness(time.monotonic() - begun))
+            limits = limits.scaled(slowdown_factor(time.monotonic() - begun))
     else:
-        guarded = GuardedBackend(backend, url, frozenset(map(Capability, looked["capabilities"])))
-        guarded.findings = tuple(SignatureFinding(**one) for one in looked["findings"])
-        limits = Limits(**looked["limits"])
-    return Session(
+        guarded = GuardedBackend(backend, url, frozenset(map(Capability, shared["capabilities"])))
+        guarded.findings = tuple(SignatureFinding(**one) for one in shared["findings"])
+        limits = Limits(**shared["limits"])
+    return ConformanceSession(
         url=url,
         backend=guarded,
         profile=profile,
@@ -201,9 +201,9 @@ def _open_session(config: pytest.Config) -> Session:
     )
 
 
-async def _look(supervisor: Supervisor, backend: Backend, url: str) -> GuardedBackend:
+async def _inspect(supervisor: Supervisor, backend: Backend, url: str) -> GuardedBackend:
     try:
-        return await look(supervisor, backend, url)
+        return await inspect_backend(supervisor, backend, url)
     finally:
         await supervisor.aclose()
 

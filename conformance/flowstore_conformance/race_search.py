@@ -9,25 +9,25 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 
+from flowstore_conformance.call_validity import is_correctly_rejected
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, History, Operation, Raised
-from flowstore_conformance.legality import is_rightly_refused
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
 from flowstore_conformance.race_families import RaceBuilder, RaceFamily
 from flowstore_conformance.races import AFTER, BEFORE, Race, RaceRun, Runner, Topology
 from flowstore_conformance.repro_script import ReproPhase, answer_text, concurrent_script
-from flowstore_conformance.signature import Signature, wrong_answers
 from flowstore_conformance.state_probe import answer
+from flowstore_conformance.violation_signature import Signature, wrong_answers
 
 SHRINK_SECONDS = 6.0
-TRIES = 24
+MAX_REPRODUCTION_RUNS = 24
 """How often a smaller race is run before it is taken to be too small."""
 MIN_OVERLAP = 0.2
 """The share of the planned races in which calls must overlap for a check to have looked closely."""
-OVERLAP_SECONDS = 15.0
+MAX_OVERLAP_SECONDS = 15.0
 """How long a hunt goes on, where they have not yet."""
-MOST_UNAVAILABLE = 0.05
+MAX_UNAVAILABLE_SHARE = 0.05
 """The share of calls that a store may refuse as unavailable before nothing can be said of it."""
 
 
@@ -57,26 +57,26 @@ class _Tally:
         self.calls += len(run.history.operations) + run.unavailable
         self.unavailable += run.unavailable
 
-    def leave_out(self, run: RaceRun) -> None:
+    def exclude(self, run: RaceRun) -> None:
         """A race that could not be decided says nothing."""
         self.undecided += 1
         self.overlapped -= run.overlapping > 0
 
 
-async def search(context: CheckContext, family: RaceFamily, runner: Runner, effort: Budget) -> None:
+async def search(context: CheckContext, family: RaceFamily, runner: Runner, budget: Budget) -> None:
     """Run drawn races of a theme; Violation with the smallest race that shows one.
 
     Raises Inconclusive when too few of them overlapped or could be decided, or when the store refused
     too much.
     """
-    tally, begun, volley = _Tally(), time.monotonic(), 0
+    tally, begun, rounds_run = _Tally(), time.monotonic(), 0
     # Where a race is a whole volley, there are more of them.
-    limit = effort.rounds * (2 if family.exclusive else 1)
-    count = 1 if family.exclusive else effort.races
+    limit = budget.rounds * (2 if family.exclusive else 1)
+    count = 1 if family.exclusive else budget.races
 
     def enough() -> bool:
         overlapped = tally.overlapped >= MIN_OVERLAP * min(tally.races, limit * count)
-        return overlapped and tally.unavailable <= MOST_UNAVAILABLE * tally.calls
+        return overlapped and tally.unavailable <= MAX_UNAVAILABLE_SHARE * tally.calls
 
     while True:
         for run in await runner.run(_draw(context, family, count)):
@@ -85,18 +85,18 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, effo
             try:
                 verdict = judge(context, run)
             except Inconclusive:
-                tally.leave_out(run)
+                tally.exclude(run)
                 continue
             if verdict is not None:
                 raise await _explain(context, family, runner, run, verdict)
-        volley += 1
+        rounds_run += 1
         seconds = time.monotonic() - begun
         if enough():
-            if volley >= limit or (seconds > effort.seconds and volley >= 3):
+            if rounds_run >= limit or (seconds > budget.seconds and rounds_run >= 3):
                 return
-        elif volley >= limit and seconds > OVERLAP_SECONDS * context.timeout_factor:
+        elif rounds_run >= limit and seconds > MAX_OVERLAP_SECONDS * context.timeout_factor:
             break
-    if tally.unavailable > MOST_UNAVAILABLE * tally.calls:
+    if tally.unavailable > MAX_UNAVAILABLE_SHARE * tally.calls:
         raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
     undecided = f"; {tally.undecided} were too large to be decided" if tally.undecided else ""
     raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
@@ -112,12 +112,12 @@ def _draw(context: CheckContext, family: RaceFamily, count: int) -> list[Race]:
             now=now,
             virtual=context.clock is not None,
         )
-        race = _offered(family.draw(drawing), context).scheduled(context.random)
+        race = _without_unsupported_calls(family.draw(drawing), context).scheduled(context.random)
         races.append(race.on_fresh_ids(context.random))
     return races
 
 
-def _offered(race: Race, context: CheckContext) -> Race:
+def _without_unsupported_calls(race: Race, context: CheckContext) -> Race:
     """The race without calls that the backend does not offer."""
 
     def keep(calls: tuple[Call, ...]) -> tuple[Call, ...]:
@@ -137,7 +137,7 @@ def judge(context: CheckContext, run: RaceRun, budget: int = DEFAULT_BUDGET) -> 
     A call with arguments that the contract forbids, refused as it must be, is left out: it changed nothing
     (INP). Raises Inconclusive when the search ran out of its budget, ten times over.
     """
-    operations = [one for one in run.history.operations if not is_rightly_refused(one.call, one.outcome)]
+    operations = [one for one in run.history.operations if not is_correctly_rejected(one.call, one.outcome)]
     history = History.of(operations)
     foreign = [one for one in operations if is_foreign(one.outcome)]
     if foreign:
@@ -161,7 +161,7 @@ async def _explain(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class _Reproduced:
     run: RaceRun
     verdict: Verdict
     reproductions: int
@@ -169,16 +169,16 @@ class _Found:
 
 
 def _violation(
-    context: CheckContext, family: RaceFamily, topology: Topology, found: _Found
+    context: CheckContext, family: RaceFamily, topology: Topology, found: _Reproduced
 ) -> ContractViolation:
     run, verdict = found.run, found.verdict
     clause, cause = broken_clause(family, verdict), None
     message = family.explain(run.history) or _no_order(verdict)
-    surfaced = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
-    if surfaced and isinstance(surfaced[0], Raised):
-        cause = surfaced[0].exception
-        method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
-        message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
+    foreign = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
+    if foreign and isinstance(foreign[0], Raised):
+        cause = foreign[0].exception
+        method = next(one.call.method for one in verdict.unplaced if one.outcome == foreign[0])
+        message = f"in a race {method} let {foreign[0].error} surface, which is no error of the contract"
     message = (
         f"{message} (struck in {found.reproductions} of {found.repetitions} runs of this race, {topology})"
     )
@@ -238,7 +238,7 @@ def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str
     start = run.history.operations[0].now if run.history.operations else datetime.now(UTC)
     phases = [
         ReproPhase(timedelta(0), [race.setup]),
-        ReproPhase(race.jump, race.clients),
+        ReproPhase(race.clock_advance, race.clients),
         ReproPhase(timedelta(0), [race.final]),
     ]
     title = (
@@ -265,19 +265,19 @@ class _RaceShrinker:
         self._context = context
         self._family = family
         self._runner = runner
-        self._best = _Found(run=run, verdict=verdict, reproductions=1, repetitions=1)
+        self._best = _Reproduced(run=run, verdict=verdict, reproductions=1, repetitions=1)
         # Of the race that was found, for all smaller ones: steps from race to race could drift away.
         self._signature = signature_of(family, verdict)
-        self._told = family.explain(run.history) is not None
-        self._until = time.monotonic() + SHRINK_SECONDS
+        self._explained = family.explain(run.history) is not None
+        self._deadline = time.monotonic() + SHRINK_SECONDS
         self._generator = random.Random(f"{context.seed}/smaller")
 
-    async def run(self) -> _Found:
+    async def run(self) -> _Reproduced:
         smaller = True
         while smaller:
             smaller = False
             for race in smaller_races(self._best.run.race):
-                if time.monotonic() > self._until:
+                if time.monotonic() > self._deadline:
                     return self._best
                 found = await self._try(race)
                 if found is not None:
@@ -285,42 +285,42 @@ class _RaceShrinker:
                     break
         return self._best
 
-    async def _try(self, race: Race) -> _Found | None:
+    async def _try(self, race: Race) -> _Reproduced | None:
         """Run a race many times over; the last run that shows the same violation."""
         reproductions, repetitions, last = 0, 0, None
         size = 1 if self._family.exclusive else 8
-        while repetitions < TRIES and (last is None or repetitions < 8):
+        while repetitions < MAX_REPRODUCTION_RUNS and (last is None or repetitions < 8):
             races = [race.on_fresh_ids(self._generator) for _ in range(size)]
-            runs = await self._runner.run([self._later(each) for each in races])
+            runs = await self._runner.run([self._shifted_to_now(each) for each in races])
             for run in runs:
                 repetitions += 1
                 try:
                     verdict = judge(self._context, run, 20_000)
                 except Inconclusive:
                     continue
-                if verdict is not None and self._is_same(run, verdict):
+                if verdict is not None and self._shows_same_violation(run, verdict):
                     reproductions += 1
                     if last is None or self._family.explain(run.history):
                         # One that can be told in plain words, if there is.
                         last = (run, verdict)
         if last is None:
             return None
-        return _Found(run=last[0], verdict=last[1], reproductions=reproductions, repetitions=repetitions)
+        return _Reproduced(run=last[0], verdict=last[1], reproductions=reproductions, repetitions=repetitions)
 
-    def _is_same(self, run: RaceRun, verdict: Verdict) -> bool:
+    def _shows_same_violation(self, run: RaceRun, verdict: Verdict) -> bool:
         # What counting shows of the larger race, it must show of the smaller one.
-        told = not self._told or self._family.explain(run.history) is not None
-        return told and self._signature.covers(signature_of(self._family, verdict))
+        explained = not self._explained or self._family.explain(run.history) is not None
+        return explained and self._signature.covers(signature_of(self._family, verdict))
 
-    def _later(self, race: Race) -> Race:
+    def _shifted_to_now(self, race: Race) -> Race:
         """The race at the clock's present time: moments that it names lie as far ahead as they did."""
         if self._context.clock is None:
             return race
-        gone = self._context.clock.now - self._best.run.history.operations[0].now
+        elapsed = self._context.clock.now - self._best.run.history.operations[0].now
 
         def shift(call: Call) -> Call:
             arguments = {
-                name: value + gone if isinstance(value, datetime) else value
+                name: value + elapsed if isinstance(value, datetime) else value
                 for name, value in call.arguments.items()
             }
             return replace(call, arguments=arguments)

@@ -39,7 +39,7 @@ class Race:
     setup: tuple[Call, ...]
     clients: tuple[tuple[Call, ...], ...]
     final: tuple[Call, ...]
-    jump: timedelta = timedelta(0)
+    clock_advance: timedelta = timedelta(0)
     """How far the clock moves between setup and race."""
     order: tuple[int, ...] = ()
     """In which order the clients are let go, where one event loop decides it."""
@@ -81,11 +81,11 @@ class Race:
         clients = (*self.clients[:client], tuple(calls), *self.clients[client + 1 :])
         if not self.yields:
             return replace(self, clients=clients)
-        turns = list(self.yields[client])
-        given = turns.pop(number)
-        if number < len(turns):
-            turns[number] += given
-        yields = (*self.yields[:client], tuple(turns), *self.yields[client + 1 :])
+        detector = list(self.yields[client])
+        given = detector.pop(number)
+        if number < len(detector):
+            detector[number] += given
+        yields = (*self.yields[:client], tuple(detector), *self.yields[client + 1 :])
         return replace(self, clients=clients, yields=yields)
 
     def scheduled(self, generator: random.Random) -> Race:
@@ -165,27 +165,27 @@ class Runner(Protocol):
 
 
 async def run_task(
-    store: FlowStore, job: ClientTask, now: datetime, exact_times: bool, go: asyncio.Event
+    store: FlowStore, client_task: ClientTask, now: datetime, exact_times: bool, go: asyncio.Event
 ) -> ClientResult:
     """Make the calls of a job, one after the other, once the event is set."""
     operations: list[Operation] = []
     suspended, unavailable = False, 0
     await go.wait()
-    for number, call in enumerate(job.calls):
-        for _ in range(job.yields[number] if job.yields else 0):
+    for number, call in enumerate(client_task.calls):
+        for _ in range(client_task.yields[number] if client_task.yields else 0):
             await asyncio.sleep(0)
         begun = begin(store, call)
-        turns = YieldDetector()
+        detector = YieldDetector()
         invoked = time.monotonic()
         outcome = await finish(begun, exact_times=exact_times)
         returned = time.monotonic()
-        suspended |= turns.end()
+        suspended |= detector.stop()
         if is_unavailable(outcome):
             unavailable += 1
             continue
         operations.append(
             Operation(
-                client=job.client,
+                client=client_task.client,
                 call=call,
                 invoked=invoked,
                 returned=returned if outcome is not UNKNOWN else float("inf"),
@@ -194,19 +194,22 @@ async def run_task(
             )
         )
     return ClientResult(
-        race=job.race, operations=tuple(operations), suspended=suspended, unavailable=unavailable
+        race=client_task.race, operations=tuple(operations), suspended=suspended, unavailable=unavailable
     )
 
 
 async def run_tasks(
-    placed: Sequence[tuple[FlowStore, ClientTask]],
+    assignments: Sequence[tuple[FlowStore, ClientTask]],
     now: datetime,
     exact_times: bool,
     start: Callable[[], Awaitable[None]] | None = None,
 ) -> list[ClientResult]:
     """Do jobs at the same time; ``start`` is awaited when all stand at the barrier."""
     go = asyncio.Event()
-    tasks = [asyncio.ensure_future(run_task(store, job, now, exact_times, go)) for store, job in placed]
+    tasks = [
+        asyncio.ensure_future(run_task(store, client_task, now, exact_times, go))
+        for store, client_task in assignments
+    ]
     try:
         # They begin to wait in the order of the list, and an event wakes its waiters in that order.
         await asyncio.sleep(0)
@@ -232,10 +235,13 @@ class StoreRunner:
         done: list[list[ClientResult]] = []
         for phase in phases_of(races):
             if self._clock is not None:
-                self._clock.advance(phase.jump)
+                self._clock.advance(phase.clock_advance)
             now = self._clock.now if self._clock is not None else datetime.now(UTC)
-            placed = [(self._stores[job.client % len(self._stores)], job) for job in phase.jobs]
-            done.append(await run_tasks(placed, now, self._clock is not None))
+            assignments = [
+                (self._stores[client_task.client % len(self._stores)], client_task)
+                for client_task in phase.client_tasks
+            ]
+            done.append(await run_tasks(assignments, now, self._clock is not None))
         return assemble(races, done, one_loop=True)
 
 
@@ -243,8 +249,8 @@ class StoreRunner:
 class Phase:
     """What all races of a volley do at the same time."""
 
-    jump: timedelta
-    jobs: Sequence[ClientTask]
+    clock_advance: timedelta
+    client_tasks: Sequence[ClientTask]
 
 
 def phases_of(races: Sequence[Race]) -> list[Phase]:
@@ -258,7 +264,7 @@ def phases_of(races: Sequence[Race]) -> list[Phase]:
         Phase(
             timedelta(0), [ClientTask(race=n, client=BEFORE, calls=one.setup) for n, one in enumerate(races)]
         ),
-        Phase(races[0].jump, racing),
+        Phase(races[0].clock_advance, racing),
         Phase(
             timedelta(0), [ClientTask(race=n, client=AFTER, calls=one.final) for n, one in enumerate(races)]
         ),

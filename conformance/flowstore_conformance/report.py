@@ -14,7 +14,7 @@ from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import CLAUSES, Clause, Level
 from flowstore_conformance.history import History
 from flowstore_conformance.linearizability import Verdict
-from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.status import Status as Status
 from flowstore_conformance.waivers import WaiverResult
 from flowstore_core import Capability
@@ -149,7 +149,7 @@ class Report:
         return find_causes(self.results, findings)
 
     @property
-    def asked(self) -> tuple[ClauseResult, ...]:
+    def shown_clauses(self) -> tuple[ClauseResult, ...]:
         """The clauses to show: all, or those that were asked for and those that were found broken."""
         if not self.selected:
             return self.clauses
@@ -157,9 +157,9 @@ class Report:
         return tuple(one for one in self.clauses if one.clause.id in self.selected or one.status in broken)
 
     @property
-    def unasked(self) -> str | None:
+    def hidden_note(self) -> str | None:
         """A sentence about the clauses that are not shown; None where all are."""
-        number = len(self.clauses) - len(self.asked)
+        number = len(self.clauses) - len(self.shown_clauses)
         plural = "s were" if number != 1 else " was"
         return f"{number} other clause{plural} not asked for" if number else None
 
@@ -171,7 +171,7 @@ class Report:
     @property
     def counts(self) -> Mapping[Status, int]:
         """How many of the clauses that are shown have which status."""
-        found = Counter(one.status for one in self.asked)
+        found = Counter(one.status for one in self.shown_clauses)
         return {status: found[status] for status in Status}
 
     @property
@@ -238,10 +238,10 @@ class Report:
     @property
     def headline(self) -> str:
         """The sentence that belongs to the word."""
-        told = self._headline()
+        headline = self._headline()
         if self.incomplete is None:
-            return told
-        return f"{self.incomplete}; {told}" if self.verdict == "VIOLATES" else self.incomplete
+            return headline
+        return f"{self.incomplete}; {headline}" if self.verdict == "VIOLATES" else self.incomplete
 
     def _headline(self) -> str:
         failed, open_ones = self._ids(Status.FAIL), self._ids(Status.INCONCLUSIVE)

@@ -16,7 +16,7 @@ REPLAY_URL = "memory://replay"
 
 REPLAY_SECONDS = 20.0
 
-LONGEST = 8_000
+MAX_CHARACTERS = 8_000
 """Characters of a program's output that a report keeps."""
 
 
@@ -46,7 +46,7 @@ async def replay_on_memory(program: str) -> str:
                 process.kill()
                 await process.wait()
     text = printed.decode("utf-8", "replace").rstrip()
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}\n..."
+    text = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}\n..."
     return text if not process.returncode else f"{text}\n(exit code {process.returncode})".lstrip()
 
 

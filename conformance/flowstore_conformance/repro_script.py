@@ -96,22 +96,24 @@ asyncio.run(main(sys.argv[1]))
 class ReproCall:
     """A jump of the clock, then a call with its answers."""
 
-    jump: timedelta
+    clock_advance: timedelta
     call: Call
     expected: Outcome
     actual: Outcome
 
 
-def sequential_script(title: str, start: datetime, lines: Iterable[ReproCall], *, clock: bool = True) -> str:
+def sequential_script(
+    title: str, start: datetime, entries: Iterable[ReproCall], *, clock: bool = True
+) -> str:
     """A program that makes the calls one after the other and prints each answer."""
     body = []
-    for line in lines:
-        if line.jump:
-            body.append(f"        now += {literal(line.jump)}")
-        if line.expected != line.actual:
-            body.append(f"        # expected: {answer_text(line.expected)}")
-            body.append(f"        # got:      {answer_text(line.actual)}")
-        body.append(f'        print("{line.call.method}:", await told({line.call.source()}))')
+    for entry in entries:
+        if entry.clock_advance:
+            body.append(f"        now += {literal(entry.clock_advance)}")
+        if entry.expected != entry.actual:
+            body.append(f"        # expected: {answer_text(entry.expected)}")
+            body.append(f"        # got:      {answer_text(entry.actual)}")
+        body.append(f'        print("{entry.call.method}:", await told({entry.call.source()}))')
     head = _HEAD.format(title=_docstring(title), start=literal(start))
     return head + _SEQUENTIAL.format(clock=", clock=lambda: now" if clock else "", body="\n".join(body))
 
@@ -120,7 +122,7 @@ def sequential_script(title: str, start: datetime, lines: Iterable[ReproCall], *
 class ReproPhase:
     """One phase of a race: a jump of the clock, then the calls of clients at the same time."""
 
-    jump: timedelta
+    clock_advance: timedelta
     clients: Sequence[Sequence[Call]]
 
 
@@ -150,12 +152,14 @@ def concurrent_script(
 
 
 def _phase(phase: ReproPhase, names: Mapping[UUID, str]) -> str:
-    lines = [f"        ({literal(phase.jump)}, ["]
+    entries = [f"        ({literal(phase.clock_advance)}, ["]
     for calls in phase.clients:
-        lines.append("            [")
-        lines += [f'                ("{call.method}", lambda store: {call.source(names)}),' for call in calls]
-        lines.append("            ],")
-    return "\n".join([*lines, "        ]),"])
+        entries.append("            [")
+        entries += [
+            f'                ("{call.method}", lambda store: {call.source(names)}),' for call in calls
+        ]
+        entries.append("            ],")
+    return "\n".join([*entries, "        ]),"])
 
 
 def answer_text(outcome: Outcome) -> str:

@@ -15,9 +15,9 @@ from flowstore_conformance.history import Call, Outcome, Raised, Returned, compa
 from flowstore_conformance.model import Model, State
 from flowstore_core import Capability, FlowStore, FlowStoreError
 
-PATIENCE_SECONDS = 4.0
+SETTLE_SECONDS = 4.0
 """How long a wrong sight must stay as it is to be believed: a call may still have been on its way."""
-MOST_LATE = 3
+MAX_LATE_REPEATS = 3
 """So often a call may find that the one before it, which was cancelled, has still to give back."""
 
 Clock = Callable[[], datetime]
@@ -50,17 +50,17 @@ def probe_calls(
         names.append("get_outputs")
     if Capability.EVENTS in capabilities:
         names.append("get_run_events")
-    asked = [Call(method=name, arguments=of_run) for name in names]
+    probes = [Call(method=name, arguments=of_run) for name in names]
     if Capability.WAITERS not in capabilities:
-        asked += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in step_keys]
-    asked += [
+        probes += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in step_keys]
+    probes += [
         Call(
             method="find_run_id_by_idempotency_key",
             arguments={"flow_id": flow_id, "trigger_key": trigger_key, "idempotency_key": key},
         )
         for flow_id, trigger_key, key in keys
     ]
-    return tuple(asked)
+    return tuple(probes)
 
 
 async def invoke(store: FlowStore, call: Call) -> Any:
@@ -76,9 +76,9 @@ async def outcome_of(store: FlowStore, call: Call, *, exact_times: bool) -> Outc
         return Raised(error_name(error))
 
 
-async def look(store: FlowStore, asked: Sequence[Call], *, exact_times: bool) -> Snapshot:
+async def observe(store: FlowStore, probes: Sequence[Call], *, exact_times: bool) -> Snapshot:
     """What a store shows. The reads follow each other, so look while nothing else moves the run."""
-    return tuple([comparable(await invoke(store, call), exact_times=exact_times) for call in asked])
+    return tuple([comparable(await invoke(store, call), exact_times=exact_times) for call in probes])
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class ModelState:
     outcome: Outcome | None = None
     """Of the last call that was made on it."""
 
-    def then(self, call: Call, *, exact_times: bool) -> ModelState:
+    def apply(self, call: Call, *, exact_times: bool) -> ModelState:
         """The state after a call; this one stays as it is."""
         following = copy(self)
         following.state = self.state.copy()
@@ -102,17 +102,17 @@ class ModelState:
             following.outcome = Raised(error_name(error))
         return following
 
-    def look(self, asked: Sequence[Call], *, exact_times: bool) -> Snapshot:
+    def observe(self, probes: Sequence[Call], *, exact_times: bool) -> Snapshot:
         """What the model shows in this state."""
         model = Model(self.clock, self.state.copy())
         return tuple(
             comparable(getattr(model, call.method)(**call.arguments), exact_times=exact_times)
-            for call in asked
+            for call in probes
         )
 
 
 async def observe_until(
-    store: FlowStore, asked: Sequence[Call], wanted: Collection[Snapshot], *, exact_times: bool
+    store: FlowStore, probes: Sequence[Call], wanted: Collection[Snapshot], *, exact_times: bool
 ) -> Snapshot:
     """Look again and again until one of the wanted sights is seen, or a wrong one does not change any more.
 
@@ -123,12 +123,12 @@ async def observe_until(
     before: Snapshot | None = None
     pause = 0.002
     while True:
-        seen = await look(store, asked, exact_times=exact_times)
+        seen = await observe(store, probes, exact_times=exact_times)
         if seen in wanted:
             return seen
         if seen != before:
             before, since = seen, loop.time()
-        elif loop.time() - since > PATIENCE_SECONDS:
+        elif loop.time() - since > SETTLE_SECONDS:
             return seen
         await asyncio.sleep(pause)
         pause = min(pause * 2, 0.1)
@@ -136,7 +136,7 @@ async def observe_until(
 
 async def find_partial_effect(
     store: FlowStore,
-    asked: Sequence[Call],
+    probes: Sequence[Call],
     call: Call,
     *,
     before: ModelState,
@@ -148,32 +148,32 @@ async def find_partial_effect(
     ``before`` is the state that it found, ``possible`` are those that may be now. Then the call is
     made again, and must be answered, and change the store, as the state demands in which it is.
     """
-    wanted = [one.look(asked, exact_times=exact_times) for one in possible]
-    seen = await observe_until(store, asked, wanted, exact_times=exact_times)
+    wanted = [one.observe(probes, exact_times=exact_times) for one in possible]
+    seen = await observe_until(store, probes, wanted, exact_times=exact_times)
     if seen not in wanted:
-        return difference(asked, seen, wanted)
+        return difference(probes, seen, wanted)
     # What had not happened when we looked may still have been on its way to the server.
-    again = [one.then(call, exact_times=exact_times) for one in possible]
+    again = [one.apply(call, exact_times=exact_times) for one in possible]
     right = [one.outcome for one in again]
     outcome = await outcome_of(store, call, exact_times=exact_times)
-    for _ in range(MOST_LATE):
+    for _ in range(MAX_LATE_REPEATS):
         if outcome in right or any(one is not before for one in possible):
             break
         # It may have won only now, behind our back, and be about to give back; then it is as if it had not.
-        if await observe_until(store, asked, wanted, exact_times=exact_times) not in wanted:
+        if await observe_until(store, probes, wanted, exact_times=exact_times) not in wanted:
             break
         outcome = await outcome_of(store, call, exact_times=exact_times)
     if outcome not in right:
         only = " or ".join(dict.fromkeys(answer(one) for one in right if one is not None))
         return f"said again it gives {answer(outcome)}, where only {only} is right"
     if any(one is before for one in possible):
-        again.append(before.then(call, exact_times=exact_times).then(call, exact_times=exact_times))
-    wanted = [one.look(asked, exact_times=exact_times) for one in again]
-    seen = await observe_until(store, asked, wanted, exact_times=exact_times)
-    return None if seen in wanted else f"after saying it again {difference(asked, seen, wanted)}"
+        again.append(before.apply(call, exact_times=exact_times).apply(call, exact_times=exact_times))
+    wanted = [one.observe(probes, exact_times=exact_times) for one in again]
+    seen = await observe_until(store, probes, wanted, exact_times=exact_times)
+    return None if seen in wanted else f"after saying it again {difference(probes, seen, wanted)}"
 
 
-def difference(asked: Sequence[Call], seen: Snapshot, wanted: Sequence[Snapshot]) -> str:
+def difference(probes: Sequence[Call], seen: Snapshot, wanted: Sequence[Snapshot]) -> str:
     """Where the answers differ from the nearest of the wanted sights."""
 
     def wrong(sight: Snapshot) -> list[int]:
@@ -181,7 +181,7 @@ def difference(asked: Sequence[Call], seen: Snapshot, wanted: Sequence[Snapshot]
 
     nearest = min(wanted, key=lambda sight: len(wrong(sight)))
     parts = [
-        f"{asked[number].method}: {expected_and_got(nearest[number], seen[number])}"
+        f"{probes[number].method}: {expected_and_got(nearest[number], seen[number])}"
         for number in wrong(nearest)
     ]
     return "; ".join(parts)

@@ -81,10 +81,10 @@ class Universe:
 class CallStrategy:
     """Draws the arguments of one call."""
 
-    def __init__(self, chooser: ChoiceSource, world: Universe) -> None:
+    def __init__(self, chooser: ChoiceSource, universe: Universe) -> None:
         self._chooser = chooser
-        self.world = world
-        self.now = world.model.now
+        self.universe = universe
+        self.now = universe.model.now
 
     def one_of(self, *options: T) -> T:
         return self._chooser.one_of(options)
@@ -100,11 +100,11 @@ class CallStrategy:
         return self.sampled_from(TEXTS)
 
     def flow(self) -> UUID:
-        return self.sampled_from(self.world.flows)
+        return self.sampled_from(self.universe.flows)
 
     def timestamp(self) -> datetime:
         """Around now, or on the edge of something that ends."""
-        edges = self.world.moments()
+        edges = self.universe.moments()
         on_an_edge = self.one_of(True, False)
         if edges and on_an_edge:
             return self.sampled_from(edges) + self.one_of(timedelta(0), TICK, -TICK)
@@ -115,8 +115,8 @@ class CallStrategy:
         behind = self.one_of(False, True)
         if not behind:
             return None
-        run_id = self.sampled_from(self.world.runs)
-        record = self.world.model.peek(run_id).record
+        run_id = self.sampled_from(self.universe.runs)
+        record = self.universe.model.peek(run_id).record
         started_at = self.now if record is None else record.started_at
         shifted = started_at + self.one_of(timedelta(0), timedelta(0), TICK, -TICK)
         return RunPosition(started_at=shifted, run_id=run_id)
@@ -127,8 +127,8 @@ class CallStrategy:
 
     def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
         """Mostly a run that the call can do something with."""
-        fitting = [run_id for run_id in self.world.runs if wanted(self.world.model.peek(run_id))]
-        return self.sampled_from(fitting if fitting and self.often() else self.world.runs)
+        fitting = [run_id for run_id in self.universe.runs if wanted(self.universe.model.peek(run_id))]
+        return self.sampled_from(fitting if fitting and self.often() else self.universe.runs)
 
     def step(
         self,
@@ -137,27 +137,27 @@ class CallStrategy:
     ) -> tuple[UUID, str, Step]:
         """Mostly a step that the call can do something with."""
         places = []
-        for run_id in self.world.runs:
-            run = self.world.model.peek(run_id)
+        for run_id in self.universe.runs:
+            run = self.universe.model.peek(run_id)
             if run.record is None or (running and run.record.status.is_terminal):
                 continue
-            places += [(run_id, key) for key in self.world.keys if wanted(run.steps.get(key, Step()))]
+            places += [(run_id, key) for key in self.universe.keys if wanted(run.steps.get(key, Step()))]
         if places and self.often():
             run_id, key = self.sampled_from(places)
         else:
-            run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.world.keys)
-        return run_id, key, self.world.model.peek(run_id).steps.get(key, Step())
+            run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.universe.keys)
+        return run_id, key, self.universe.model.peek(run_id).steps.get(key, Step())
 
     def waiting(self) -> tuple[UUID, str]:
         """Mostly a step with a waiter."""
         places = [
             (run_id, key)
-            for run_id in self.world.runs
-            for key in sorted(self.world.model.peek(run_id).waiters)
+            for run_id in self.universe.runs
+            for key in sorted(self.universe.model.peek(run_id).waiters)
         ]
         if places and self.often():
             return self.sampled_from(places)
-        return self.run(), self.sampled_from(self.world.keys)
+        return self.run(), self.sampled_from(self.universe.keys)
 
     def attempt(self, step: Step) -> int | None:
         """Mostly the last one."""
@@ -168,11 +168,11 @@ class CallStrategy:
         """Mostly the one who holds the step."""
         holder = step.claim.owner if step.claim is not None else None
         return (
-            self.sampled_from((holder, holder, *self.world.owners))
+            self.sampled_from((holder, holder, *self.universe.owners))
             if holder
-            else self.sampled_from((None, *self.world.owners))
+            else self.sampled_from((None, *self.universe.owners))
         )
 
     def lease(self, owner: str | None) -> dict[str, Any]:
-        leased = owner is not None and Capability.LEASES in self.world.capabilities
+        leased = owner is not None and Capability.LEASES in self.universe.capabilities
         return {"lease": self.sampled_from(LEASES)} if leased and self.one_of(True, True, False) else {}

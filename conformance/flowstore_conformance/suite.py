@@ -28,13 +28,13 @@ from flowstore_conformance.context import (
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.report import CheckResult, Failure, Report, Status
 from flowstore_conformance.repro import replay_on_memory
-from flowstore_conformance.signatures import SignatureFinding
-from flowstore_conformance.supervision import Stopped, Supervisor
+from flowstore_conformance.supervisor import Stopped, Supervisor
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
 from flowstore_conformance.waivers import Waiver, apply_waivers
-from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog
+from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
@@ -46,7 +46,7 @@ INCONCLUSIVE_RETRIES = 2
 REPEATS = 4
 """A check that fails runs so many times more, to tell how often it strikes."""
 
-USUAL_SECONDS = 3.0
+EXPECTED_INSPECTION_SECONDS = 3.0
 """A backend that takes longer to be looked into before the first check gets more time for all others."""
 
 REPEAT_SECONDS = 20.0
@@ -98,12 +98,12 @@ async def run_suite(
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     started_at, begun = datetime.now(UTC), time.monotonic()
-    run = OneRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), stop)
+    run = SuiteRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), stop)
     results: list[CheckResult] = []
     incomplete: str | None = None
     left = REPEAT_SECONDS
     try:
-        await run.look(adapt=check_timeout is None)
+        await run.inspect(adapt=check_timeout is None)
         for number, check in enumerate(chosen, 1):
             if starting is not None:
                 starting(check, number, len(chosen))
@@ -117,8 +117,8 @@ async def run_suite(
                 progress(result, number, len(chosen))
     except Stopped as stopped:
         incomplete = f"interrupted after {len(results)} of {len(chosen)} checks"
-        if stopped.under_way:
-            incomplete += f", while {Scrubber(url)(stopped.under_way)}"
+        if stopped.pending_call:
+            incomplete += f", while {Scrubber(url)(stopped.pending_call)}"
         results += [_not_run(one, chosen_seed, "the run was interrupted") for one in chosen[len(results) :]]
     finally:
         await run.aclose()
@@ -141,7 +141,7 @@ async def run_suite(
     return apply_waivers(report, waivers)
 
 
-class OneRun:
+class SuiteRun:
     """One run of checks: its jobs go to a supervisor, which survives a backend that blocks its loop."""
 
     def __init__(
@@ -167,12 +167,12 @@ class OneRun:
         self._shares = shares
         self._shared: SharedNamespace | None = None
 
-    async def look(self, *, adapt: bool) -> None:
+    async def inspect(self, *, adapt: bool) -> None:
         """Look into the backend before the first check; see guard."""
         begun = time.monotonic()
-        self.backend = await look(self._supervisor, self._plain, self._url, stop=self._stop)
+        self.backend = await inspect_backend(self._supervisor, self._plain, self._url, stop=self._stop)
         if adapt:
-            self._watchdog.limits = self._watchdog.limits.scaled(slowness(time.monotonic() - begun))
+            self._watchdog.limits = self._watchdog.limits.scaled(slowdown_factor(time.monotonic() - begun))
 
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
@@ -209,7 +209,7 @@ class OneRun:
         try:
             return await self._supervisor.run(again, stop=self._stop)
         except Hung as hung:
-            self._lose(hung.hang)
+            self._on_hang(hung.hang)
             return result
 
     async def _examine(self, check: Check, job: Callable[[], Awaitable[CheckResult]]) -> CheckResult:
@@ -218,7 +218,7 @@ class OneRun:
             result = await self._supervisor.run(job, stop=self._stop)
         except Hung as hung:
             # The event loop is lost, and with it the namespaces and stores that were open in it.
-            self._lose(hung.hang)
+            self._on_hang(hung.hang)
             result = CheckResult(
                 check=check,
                 status=Status.FAIL,
@@ -227,11 +227,11 @@ class OneRun:
                 seed=self._seed,
                 failure=_hang_failure(hung.hang, Scrubber(self._url)),
             )
-        return stumbled(result, self.backend.findings)
+        return apply_findings(result, self.backend.findings)
 
-    def _lose(self, hang: Hang) -> None:
+    def _on_hang(self, hang: Hang) -> None:
         if hang.operation is not None:
-            self._watchdog.known.add(hang.operation)
+            self._watchdog.known_hangs.add(hang.operation)
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
         self._shared = None
 
@@ -244,7 +244,7 @@ class OneRun:
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
 
 
-async def look(
+async def inspect_backend(
     supervisor: Supervisor, backend: Backend, url: str, *, stop: asyncio.Event | None = None
 ) -> GuardedBackend:
     """Look into a backend (see guard); ConfigurationError when it does not answer."""
@@ -252,7 +252,7 @@ async def look(
 
     async def job() -> GuardedBackend:
         try:
-            async with supervisor.watchdog.over():
+            async with supervisor.watchdog.watch():
                 return await guard(guarded, url)
         except asyncio.CancelledError:
             if _is_cancelled():
@@ -265,16 +265,16 @@ async def look(
     try:
         return await supervisor.run(job, stop=stop)
     except Hung as hung:
-        if guarded.looked_into:
+        if guarded.inspected:
             # Closing hangs, which the checks will find.
             return guarded
         message = Scrubber(url)(hung.hang.message)
         raise Refused(f"refused: whether the scratch namespace is empty cannot be seen: {message}") from None
 
 
-def slowness(seconds: float) -> float:
+def slowdown_factor(seconds: float) -> float:
     """By how much longer than usual a backend takes, from how long it took to look into it."""
-    return max(1.0, seconds / USUAL_SECONDS)
+    return max(1.0, seconds / EXPECTED_INSPECTION_SECONDS)
 
 
 def _blocker(backend: GuardedBackend) -> SignatureFinding | None:
@@ -294,7 +294,7 @@ def _not_run(check: Check, seed: int, reason: str, finding: SignatureFinding | N
     )
 
 
-def stumbled(result: CheckResult, findings: Sequence[SignatureFinding]) -> CheckResult:
+def apply_findings(result: CheckResult, findings: Sequence[SignatureFinding]) -> CheckResult:
     """The result of a check; NOT RUN where it failed because core cannot call a method."""
     for finding in findings:
         if result.failure is not None and _is_due_to(result.failure, finding):
@@ -387,19 +387,19 @@ async def run_check(
     Raises Refused alone: then the suite must stop, since it is not safe to go on.
     """
     begun = time.monotonic()
-    dog = watchdog or Watchdog(Limits.of(profile))
+    watchdog = watchdog or Watchdog(Limits.of(profile))
     outcome = None
     if shared and check.shares:
-        outcome = await _run_shared(check, profile, seed, shared, dog, url)
+        outcome = await _run_shared(check, profile, seed, shared, watchdog, url)
     if outcome is None:
-        outcome = await _outcome(check, url, backend, profile, seed, dog)
+        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog)
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
         if not outcome.retryable:
             break
         # Something else may have kept the machine busy: look longer, and at other draws.
-        outcome = await _outcome(check, url, backend, profile, seed, dog, look=number)
+        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, retry=number)
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
-        dog.known.add(outcome.failure.operation)
+        watchdog.known_hangs.add(outcome.failure.operation)
     return CheckResult(
         check=check,
         status=outcome.status,
@@ -412,7 +412,7 @@ async def run_check(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
+class _CheckRun:
     """What one look of a check found."""
 
     status: Status
@@ -424,29 +424,29 @@ class Outcome:
 
 
 async def _run_shared(
-    check: Check, profile: Profile, seed: int, shared: SharedNamespace, dog: Watchdog, url: str
-) -> Outcome | None:
+    check: Check, profile: Profile, seed: int, shared: SharedNamespace, watchdog: Watchdog, url: str
+) -> _CheckRun | None:
     """What a check found in a shared namespace; None, and the namespace given up, unless it passed.
 
     A call that hangs again, as it did in a namespace of a check's own, is told at once.
     """
-    told = None
+    hung = None
     try:
         with capture_callback_errors() as surfaced:
-            async with dog.over(), shared.context(_own_seed(check, seed)) as context:
+            async with watchdog.watch(), shared.context(_seed_of(check, seed)) as context:
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not surfaced:
             return outcome
     except Hung as error:
-        if error.hang.operation in dog.known:
-            told = _explain(error, check, 0, url)
+        if error.hang.operation in watchdog.known_hangs:
+            hung = _explain(error, check, 0, url)
     except asyncio.CancelledError:
         if _is_cancelled():
             raise
     except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
         _raise_refusal(error)
-    await _discard(shared, dog)
-    return told
+    await _discard(shared, watchdog)
+    return hung
 
 
 def _is_cancelled() -> bool:
@@ -455,10 +455,10 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def _discard(shared: SharedNamespace, dog: Watchdog) -> None:
+async def _discard(shared: SharedNamespace, watchdog: Watchdog) -> None:
     """Drop a namespace; that this fails is found by checks with one of their own."""
     try:
-        async with dog.over():
+        async with watchdog.watch():
             await shared.discard()
     except asyncio.CancelledError:
         if _is_cancelled():
@@ -467,39 +467,39 @@ async def _discard(shared: SharedNamespace, dog: Watchdog) -> None:
         _raise_refusal(error)
 
 
-def _own_seed(check: Check, seed: int, look: int = 0) -> int:
+def _seed_of(check: Check, seed: int, retry: int = 0) -> int:
     """Each check has its own randomness, so that it repeats alike alone and among others."""
-    return random.Random(f"{seed}/{check.name}{f'/{look}' if look else ''}").getrandbits(32)
+    return random.Random(f"{seed}/{check.name}{f'/{retry}' if retry else ''}").getrandbits(32)
 
 
-async def _outcome(
+async def _run_isolated(
     check: Check,
     url: str,
     backend: Backend,
     profile: Profile,
     seed: int,
-    dog: Watchdog,
+    watchdog: Watchdog,
     *,
-    look: int = 0,
-) -> Outcome:
+    retry: int = 0,
+) -> _CheckRun:
     # Once guarded, a backend declares what its opened store does. Else only a store can tell.
     if isinstance(backend, GuardedBackend) and (lacking := _unsupported(check, backend.capabilities)):
         return lacking
-    own_seed = _own_seed(check, seed, look)
-    outcome: Outcome | None = None
+    own_seed = _seed_of(check, seed, retry)
+    outcome: _CheckRun | None = None
     made: CheckContext | None = None
     try:
         with capture_callback_errors() as surfaced:
             async with (
-                dog.over(timeout_factor=4.0**look),
-                new_context(url, backend, profile, own_seed, 4.0**look, dog.limits.call) as context,
+                watchdog.watch(timeout_factor=4.0**retry),
+                new_context(url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call) as context,
             ):
                 made = context
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if surfaced and outcome.status is Status.PASS:
             message = f"{type(surfaced[0]).__name__} surfaced in a callback, where no caller sees it"
             failure = _exception_failure("CON-2", message, surfaced[0], url)
-            outcome = Outcome(Status.FAIL, outcome.assertions, failure)
+            outcome = _CheckRun(Status.FAIL, outcome.assertions, failure)
     except asyncio.CancelledError as error:
         if _is_cancelled():
             raise
@@ -512,22 +512,22 @@ async def _outcome(
     return outcome
 
 
-def _unsupported(check: Check, capabilities: Collection[Capability]) -> Outcome | None:
+def _unsupported(check: Check, capabilities: Collection[Capability]) -> _CheckRun | None:
     if missing := check.needs - frozenset(capabilities):
         names = ", ".join(sorted(one.name for one in missing))
-        return Outcome(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
+        return _CheckRun(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
     return None
 
 
-async def _judge(check: Check, context: CheckContext) -> Outcome:
+async def _judge(check: Check, context: CheckContext) -> _CheckRun:
     try:
         await check.run(context)
     except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
         _raise_refusal(error)
         return _explain(error, check, context.assertions, context.base_url)
     if not context.assertions:
-        return Outcome(Status.INCONCLUSIVE, reason="nothing was exercised")
-    return Outcome(Status.PASS, context.assertions)
+        return _CheckRun(Status.INCONCLUSIVE, reason="nothing was exercised")
+    return _CheckRun(Status.PASS, context.assertions)
 
 
 def _raise_refusal(error: Exception) -> None:
@@ -536,30 +536,30 @@ def _raise_refusal(error: Exception) -> None:
         raise found
 
 
-def _explain(error: BaseException, check: Check, assertions: int, url: str) -> Outcome:
+def _explain(error: BaseException, check: Check, assertions: int, url: str) -> _CheckRun:
     """What an exception says about the backend."""
     found, clean = _leaf(error), Scrubber(url)
     if isinstance(found, Hung):
-        return Outcome(Status.FAIL, assertions, _hang_failure(found.hang, clean))
+        return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean))
     if isinstance(found, ContractViolation):
         clause = found.clause or check.clauses[0]
         failure = _exception_failure(clause, found.message, found.__cause__, url)
         failure = dataclasses.replace(
             failure, program=found.program, history=found.history, verdict=found.verdict
         )
-        return Outcome(Status.FAIL, assertions, failure)
+        return _CheckRun(Status.FAIL, assertions, failure)
     if isinstance(found, (Inconclusive, NoNamespace)):
         retryable = isinstance(found, Inconclusive) and found.retryable
-        return Outcome(Status.INCONCLUSIVE, assertions, reason=clean(str(found)), retryable=retryable)
+        return _CheckRun(Status.INCONCLUSIVE, assertions, reason=clean(str(found)), retryable=retryable)
     if isinstance(found, Unsupported):
-        return Outcome(Status.UNSUPPORTED, assertions, reason=clean(str(found)))
+        return _CheckRun(Status.UNSUPPORTED, assertions, reason=clean(str(found)))
     if isinstance(found, FlowStoreError):
         clause = check.clauses[0]
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
     else:
         clause = "CON-2"
         message = f"{type(found).__name__} surfaced, which is no error of the contract"
-    return Outcome(Status.FAIL, assertions, _exception_failure(clause, message, found, url))
+    return _CheckRun(Status.FAIL, assertions, _exception_failure(clause, message, found, url))
 
 
 def _hang_failure(hang: Hang, clean: Scrubber) -> Failure:

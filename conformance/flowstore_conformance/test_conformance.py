@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_clause(conformance_check: Check, pytestconfig: pytest.Config) -> None:
-    result, report = session_of(pytestconfig).examine(conformance_check)
+    result, report = session_of(pytestconfig).run(conformance_check)
     if result.status is Status.UNSUPPORTED:
         pytest.skip(result.reason or "")
     if result.status is Status.INCONCLUSIVE:

@@ -98,10 +98,10 @@ def trace_of(error: BaseException) -> str:
     """A traceback of the author's frames; of all frames where none is the author's."""
     if isinstance(error, RemoteError):
         return error.trace
-    told = traceback.TracebackException.from_exception(error)
-    for one in _chain(told):
+    formatted = traceback.TracebackException.from_exception(error)
+    for one in _chain(formatted):
         one.stack = traceback.StackSummary.from_list(_without_suite(one.stack))
-    return "".join(told.format())
+    return "".join(formatted.format())
 
 
 def pack_error(error: BaseException) -> dict[str, str | None]:
@@ -109,9 +109,9 @@ def pack_error(error: BaseException) -> dict[str, str | None]:
     return {"trace": trace_of(error), "place": place_of(error), "operation": operation_of(error)}
 
 
-def _chain(told: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
-    yield told
-    for linked in (told.__cause__, told.__context__, *(told.exceptions or ())):
+def _chain(formatted: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
+    yield formatted
+    for linked in (formatted.__cause__, formatted.__context__, *(formatted.exceptions or ())):
         if linked is not None:
             yield from _chain(linked)
 

@@ -42,7 +42,7 @@ class WaiverState(StrEnum):
     """The checks of its clause pass, or do not apply: it must go."""
     UNDECIDED = "undecided"
     """A check of its clause was inconclusive or did not run, so that nobody knows."""
-    NOT_LOOKED_AT = "not looked at"
+    NOT_SELECTED = "not looked at"
     """Its clause was not among those that were asked for."""
 
 
@@ -125,7 +125,7 @@ def apply_waivers(report: Report, waivers: Sequence[Waiver], *, today: date | No
         elif folded[clause] is Status.WAIVED:
             state = WaiverState.USED
         elif not statuses[clause]:
-            state = WaiverState.NOT_LOOKED_AT
+            state = WaiverState.NOT_SELECTED
         elif folded[clause] in (Status.PASS, Status.UNSUPPORTED):
             state = WaiverState.NOT_NEEDED
         else:

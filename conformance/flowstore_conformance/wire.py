@@ -77,9 +77,14 @@ def unpack(value: Any) -> Any:
     return frozenset(items) if kind == "f" else tuple(items)
 
 
-def pack_task(job: ClientTask) -> dict[str, Any]:
-    calls = [[call.method, pack(call.arguments)] for call in job.calls]
-    return {"race": job.race, "client": job.client, "calls": calls, "yields": list(job.yields)}
+def pack_task(client_task: ClientTask) -> dict[str, Any]:
+    calls = [[call.method, pack(call.arguments)] for call in client_task.calls]
+    return {
+        "race": client_task.race,
+        "client": client_task.client,
+        "calls": calls,
+        "yields": list(client_task.yields),
+    }
 
 
 def unpack_task(packed: Mapping[str, Any]) -> ClientTask:

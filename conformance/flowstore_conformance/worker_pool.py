@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from flowstore_conformance.children import start_module
+from flowstore_conformance.child_processes import start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, VirtualClock
 from flowstore_conformance.races import (
     ClientResult,
@@ -21,7 +21,7 @@ from flowstore_conformance.races import (
     assemble,
     phases_of,
 )
-from flowstore_conformance.watching import Hang, Hung
+from flowstore_conformance.watchdog import Hang, Hung
 from flowstore_conformance.wire import pack, pack_task, read_line, unpack_result, write_line
 
 START_SECONDS = 60.0
@@ -39,15 +39,15 @@ class Worker:
         self._process = process
         self._stdin = process.stdin
         self._stdout = process.stdout
-        self._owes = False
+        self._awaits_reply = False
         """Whether an answer is missing."""
 
-    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+    async def request(self, message: dict[str, Any]) -> dict[str, Any]:
         """Say something and wait for the answer.
 
         Raises Hung when a call in the process does not end, and Inconclusive when the process has died.
         """
-        self._owes = True
+        self._awaits_reply = True
         try:
             self._stdin.write(write_line(message))
             await self._stdin.drain()
@@ -56,16 +56,16 @@ class Worker:
             line = b""
         if not line:
             raise Inconclusive("a worker process died; it told on stderr why")
-        self._owes = False
+        self._awaits_reply = False
         answer = read_line(line)
         if "hung" in answer:
-            raise Hung(Hang.unpacked(answer["hung"]))
+            raise Hung(Hang.from_json(answer["hung"]))
         return answer
 
     async def end(self) -> None:
         """Let it close its store and end; kill it when it does not, or is in the midst of something."""
         self._stdin.close()
-        if self._owes and self._process.returncode is None:
+        if self._awaits_reply and self._process.returncode is None:
             self._process.kill()
         try:
             async with asyncio.timeout(END_SECONDS):
@@ -104,7 +104,7 @@ async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[
         try:
             # A worker tells by itself which call hangs, so this limit is for the start of Python.
             async with asyncio.timeout(START_SECONDS + context.call_seconds):
-                answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+                answers = await asyncio.gather(*(worker.request(order) for worker in workers))
         except TimeoutError:
             raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
         if refused := [answer["refused"] for answer in answers if "refused" in answer]:
@@ -127,22 +127,25 @@ class ProcessRunner:
         done = []
         for phase in phases_of(races):
             if self._clock is not None:
-                self._clock.advance(phase.jump)
+                self._clock.advance(phase.clock_advance)
             done.append(await self._phase(phase))
         return assemble(races, done, one_loop=False)
 
     async def _phase(self, phase: Phase) -> list[ClientResult]:
         now = self._clock.now if self._clock is not None else datetime.now(UTC)
         # A race's clients go round the processes; races begin at different ones, and so do setups and looks.
-        places: list[list[ClientTask]] = [[] for _ in self._workers]
-        for job in phase.jobs:
-            places[(job.race + job.client) % len(places)].append(job)
-        orders = [{"now": pack(now), "jobs": [pack_task(job) for job in place]} for place in places]
-        await asyncio.gather(*(w.ask(order) for w, order in zip(self._workers, orders, strict=True)))
+        assignments: list[list[ClientTask]] = [[] for _ in self._workers]
+        for client_task in phase.client_tasks:
+            assignments[(client_task.race + client_task.client) % len(assignments)].append(client_task)
+        orders = [
+            {"now": pack(now), "tasks": [pack_task(client_task) for client_task in assigned]}
+            for assigned in assignments
+        ]
+        await asyncio.gather(*(w.request(order) for w, order in zip(self._workers, orders, strict=True)))
         at = time.monotonic() + HEAD_START
-        answers = await asyncio.gather(*(worker.ask({"at": at}) for worker in self._workers))
+        answers = await asyncio.gather(*(worker.request({"at": at}) for worker in self._workers))
         return [
-            unpack_result(packed, job.client, now)
-            for place, answer in zip(places, answers, strict=True)
-            for job, packed in zip(place, answer["done"], strict=True)
+            unpack_result(packed, client_task.client, now)
+            for assigned, answer in zip(assignments, answers, strict=True)
+            for client_task, packed in zip(assigned, answer["done"], strict=True)
         ]

@@ -25,7 +25,7 @@ class Scenario:
     call: Call
     must_compensate: bool
     """Cancelled, it must leave nothing (ownerless claims and dispatches)."""
-    asked: tuple[Call, ...]
+    probes: tuple[Call, ...]
 
 
 ScenarioFactory = Callable[[UUID, UUID], tuple[list[Call], Call]]
@@ -169,7 +169,7 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         first = _on(run, "save_output", key="k", value_json="1")
         return [_run(run, flow), first], _on(run, "save_output", key="k", value_json="2")
 
-    return {name: setting for name, setting in locals().items() if callable(setting)}
+    return {name: factory for name, factory in locals().items() if callable(factory)}
 
 
 SCENARIOS = _scenarios()
@@ -183,23 +183,23 @@ def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory
         return call.operation.is_offered(capabilities) and (not leased or Capability.LEASES in capabilities)
 
     found = {}
-    for name, setting in SCENARIOS.items():
-        setup, call = setting(UUID(int=1), UUID(int=2))
+    for name, factory in SCENARIOS.items():
+        setup, call = factory(UUID(int=1), UUID(int=2))
         if all(is_offered(one) for one in (*setup, call)):
-            found[name] = setting
+            found[name] = factory
     return found
 
 
-def new_scenario(context: CheckContext, setting: ScenarioFactory) -> Scenario:
+def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
     run_id, flow_id = (UUID(int=context.random.getrandbits(128)) for _ in range(2))
-    setup, call = setting(run_id, flow_id)
+    setup, call = factory(run_id, flow_id)
     ownerless = call.method == "try_claim_step" and call.arguments.get("owner") is None
     return Scenario(
         run_id=run_id,
         setup=tuple(setup),
         call=call,
         must_compensate=ownerless or call.method == "try_record_dispatch",
-        asked=probe_calls(
+        probes=probe_calls(
             run_id, context.capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]
         ),
     )

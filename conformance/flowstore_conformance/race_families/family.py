@@ -14,7 +14,7 @@ from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.races import BEFORE, Race
 from flowstore_core import Capability
 
-Maker = Callable[[int], Call]
+CallMaker = Callable[[int], Call]
 """A call by a client's number."""
 
 LEASE = timedelta(seconds=30)
@@ -54,7 +54,7 @@ class RaceBuilder:
     def has(self, capability: Capability) -> bool:
         return capability in self.capabilities
 
-    def clients(self, *makers: Maker, first: Maker | None = None) -> tuple[tuple[Call, ...], ...]:
+    def clients(self, *makers: CallMaker, first: CallMaker | None = None) -> tuple[tuple[Call, ...], ...]:
         """Programs of calls that are drawn from the makers; ``first`` opens each of them."""
         longest = 3 if self.count <= 3 else 2 if self.count <= 4 else 1
         programs = []
@@ -64,7 +64,7 @@ class RaceBuilder:
             programs.append(tuple([first(client), *calls[1:]] if first is not None else calls))
         return tuple(programs)
 
-    def look(self, *more: Call, run_id: UUID | None = None) -> tuple[Call, ...]:
+    def final_reads(self, *more: Call, run_id: UUID | None = None) -> tuple[Call, ...]:
         """Reads of all state of a run, for the end of a race; then more calls."""
         names = ["get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"]
         # On a store's own clock nobody knows the order in which it made waiters.
@@ -85,7 +85,7 @@ def no_explanation(history: History) -> str | None:
     return None
 
 
-def first_blamed(verdict: Verdict) -> str | None:
+def no_clause(verdict: Verdict) -> str | None:
     """For themes whose violations break their first clause."""
     return None
 
@@ -103,7 +103,7 @@ class RaceFamily:
     """Only one race at a time, because a call looks at all runs."""
     explain: Callable[[History], str | None] = no_explanation
     """What is wrong, in plain words, where counting shows it."""
-    clause_of: Callable[[Verdict], str | None] = first_blamed
+    clause_of: Callable[[Verdict], str | None] = no_clause
     """Which clause is broken, where it is not the first."""
 
 
@@ -115,14 +115,12 @@ def winners(method: str, undone_by: Sequence[str]) -> Callable[[History], str | 
         if any(one.call.method in undone_by for one in racing):
             return None
         won = [one for one in racing if one.call.method == method and one.outcome == Returned(True)]
-        who = list(
+        names = list(
             dict.fromkeys(str(one.call.arguments.get("owner") or f"client {one.client}") for one in won)
         )
-        if len(won) < 2 or (len(who) < 2 and won[0].call.arguments.get("owner")):
+        if len(won) < 2 or (len(names) < 2 and won[0].call.arguments.get("owner")):
             return None
-        return (
-            f"{len(won)} of {len(racing)} calls won what only one can win: {method} was True for {_list(who)}"
-        )
+        return f"{len(won)} of {len(racing)} calls won a race that one call can win: {method} was True for {_list(names)}"
 
     return explain
 
@@ -164,7 +162,7 @@ def family(
     *needs: Capability,
     exclusive: bool = False,
     explain: Callable[[History], str | None] = no_explanation,
-    clause_of: Callable[[Verdict], str | None] = first_blamed,
+    clause_of: Callable[[Verdict], str | None] = no_clause,
 ) -> RaceFamily:
     """A theme; ``clauses`` are ids with blanks between."""
     return RaceFamily(

@@ -12,7 +12,7 @@ from flowstore_conformance.model import Model
 from flowstore_conformance.operations import available_strategies, draw_call
 from flowstore_conformance.race_families.family import (
     FLOW,
-    Maker,
+    CallMaker,
     RaceBuilder,
     RaceFamily,
     family,
@@ -32,7 +32,7 @@ def _cleanups(d: RaceBuilder) -> Race:
     clean = Call(method="cleanup", arguments={"cutoff": later})
     first = register(0) if not d.has(Capability.TRIGGER) else trigger(0)
     begin = ended_run(d)[1:] if first.method == "trigger_run" else [*ended_run(d)]
-    makers: list[Maker] = [
+    makers: list[CallMaker] = [
         lambda client: clean,
         lambda client: clean,
         lambda client: d.step("retry_step", attempt=1, reset=["b"]),
@@ -46,7 +46,7 @@ def _cleanups(d: RaceBuilder) -> Race:
         makers += [lambda client: trigger(1)] * 2
     if d.has(Capability.EVENTS):
         makers.append(lambda client: d.on("append_event", event_type="e"))
-    ends = [*d.look(), *d.look(run_id=again)]
+    ends = [*d.final_reads(), *d.final_reads(run_id=again)]
     # Whatever is left would be counted by the next race's cleanup.
     sweep = [
         Call(method="complete_run", arguments={"run_id": one, "status": "Failed"}) for one in (d.run, again)
@@ -75,11 +75,11 @@ def _cleanups_seen(d: RaceBuilder) -> Race:
     return Race(
         setup=tuple(before),
         clients=((clean,), *watching),
-        final=d.look(d.on("get_step_statuses")),
+        final=d.final_reads(d.on("get_step_statuses")),
     )
 
 
-def _blame_cleanup(verdict: Verdict) -> str | None:
+def _clause_of_cleanup(verdict: Verdict) -> str | None:
     methods = {one.call.method for one in verdict.unplaced}
     return "IDM-4" if methods == {"find_run_id_by_idempotency_key"} else stuck_on_reads("RET-3")(verdict)
 
@@ -90,7 +90,7 @@ def _anything(d: RaceBuilder) -> Race:
     model = Model(lambda: d.now)
     runs = [UUID(int=1), UUID(int=2)]
     keys = ["a"] if d.one_of(True, False) else ["a", "b"]
-    world = Universe(model=model, runs=runs, flows=[FLOW], keys=keys, capabilities=d.capabilities)
+    universe = Universe(model=model, runs=runs, flows=[FLOW], keys=keys, capabilities=d.capabilities)
     methods = {
         name: one.weight * d.one_of(0, 1, 1, 2)
         for name, one in available_strategies(d.capabilities).items()
@@ -99,7 +99,7 @@ def _anything(d: RaceBuilder) -> Race:
 
     def draw() -> Call:
         [method] = d.generator.choices(list(methods), list(methods.values()))
-        return draw_call(chooser, world, method)
+        return draw_call(chooser, universe, method)
 
     setup = [d.start_run()]
     expected_outcome(model, setup[0])
@@ -110,7 +110,7 @@ def _anything(d: RaceBuilder) -> Race:
             expected_outcome(model, call)
     d.count = min(d.count, 4)
     clients = d.clients(lambda client: draw())
-    final = [call for run_id in runs for call in d.look(run_id=run_id)]
+    final = [call for run_id in runs for call in d.final_reads(run_id=run_id)]
     return Race(setup=tuple(setup), clients=clients, final=tuple(final))
 
 
@@ -121,7 +121,7 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
         "cleanups of a run that others use again",
         _cleanups,
         exclusive=True,
-        clause_of=_blame_cleanup,
+        clause_of=_clause_of_cleanup,
     ),
     family("cleanups_seen", "RET-3", "looks at a run that is cleaned up", _cleanups_seen, exclusive=True),
     family("anything", "CON-1", "any operations on one run", _anything, Capability.VIRTUAL_CLOCK),

@@ -107,11 +107,11 @@ def _ladder(report: Report) -> Iterator[str]:
         passed = len(required) - len(lacking)
         below, open_below = open_below, open_below and not lacking
         state = "granted" if report.level and open_below else "complete" if open_below else "lacking"
-        said = "granted" if state == "granted" else f"{passed} of {len(required)} pass"
+        text = "granted" if state == "granted" else f"{passed} of {len(required)} pass"
         missing = ", ".join(one.clause.id for one in lacking[:8])
         if len(lacking) > 8:
             missing += f" and {len(lacking) - 8} more"
-        yield f'<li class="{state}"><div class="step-head"><b>{level.value}</b><span>{said}</span></div>'
+        yield f'<li class="{state}"><div class="step-head"><b>{level.value}</b><span>{text}</span></div>'
         yield f'<div class="track"><i style="width:{100 * passed / len(required):.1f}%"></i></div>'
         note = (
             f"lacks {missing}" if missing else LEVEL_NOTES[level] if below else "a level below lacks clauses"
@@ -301,7 +301,7 @@ def _clauses(report: Report) -> Iterator[str]:
             yield f'<i class="{_kind(status)}" style="flex:{number}" title="{number} {status}"></i>'
     yield '</div>\n<div class="filters" role="group" aria-label="Show clauses by status">'
     yield '<button type="button" class="filter" data-status="" aria-pressed="true">'
-    yield f"All <b>{len(report.asked)}</b></button>"
+    yield f"All <b>{len(report.shown_clauses)}</b></button>"
     for status, number in report.counts.items():
         if number:
             yield (
@@ -310,13 +310,13 @@ def _clauses(report: Report) -> Iterator[str]:
             )
     yield '<input type="search" id="search" placeholder="Find a clause or a check" aria-label="Find">'
     yield "</div>\n</div>\n"
-    for family, members in groupby(report.asked, key=lambda one: one.clause.id.partition("-")[0]):
+    for family, members in groupby(report.shown_clauses, key=lambda one: one.clause.id.partition("-")[0]):
         yield f'<div class="family card"><h3>{FAMILIES[family]}<span class="mono">{family}</span></h3>\n'
         for one in members:
             yield from _clause(one)
         yield "</div>\n"
-    if report.unasked:
-        yield f'<p class="note">{report.unasked}.</p>\n'
+    if report.hidden_note:
+        yield f'<p class="note">{report.hidden_note}.</p>\n'
     yield '<p class="nothing" hidden>No clause matches.</p>\n</section>\n'
 
 

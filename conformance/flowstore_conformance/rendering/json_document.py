@@ -10,9 +10,9 @@ from typing import Any
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.phrasing import outcome_words
 from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, anchor
-from flowstore_conformance.signatures import SignatureFinding
 
 SCHEMA_VERSION = 2
 """Rises when a field changes its meaning or goes; new fields may come within one version."""

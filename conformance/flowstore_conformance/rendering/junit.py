@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.text import failure_text, finding_lines
 from flowstore_conformance.report import CheckResult, Report, Status
-from flowstore_conformance.signatures import SignatureFinding
 
 SUITE = "flowstore_conformance"
 

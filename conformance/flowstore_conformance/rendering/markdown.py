@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.rendering.phrasing import legible
-from flowstore_conformance.rendering.text import MOST_OTHERS, history_lines
+from flowstore_conformance.rendering.text import MAX_OTHERS, history_lines
 from flowstore_conformance.report import CheckResult, Report, Status, anchor
 
 MARKS = {
@@ -20,7 +20,7 @@ MARKS = {
     Status.NOT_RUN: "⬜",
 }
 
-LONGEST = 900_000
+MAX_BYTES = 900_000
 """Bytes; the summary of a GitHub step holds 1 MiB."""
 
 
@@ -31,7 +31,7 @@ def render_markdown(report: Report) -> str:
     for cause in report.causes:
         part = legible("\n".join(["", *_cause(report, cause)]))
         size += len(part.encode())
-        if size <= LONGEST:
+        if size <= MAX_BYTES:
             parts.append(part)
         else:
             left_out += 1
@@ -71,14 +71,14 @@ def _waivers(report: Report) -> Iterator[str]:
 
 def _table(report: Report) -> Iterator[str]:
     yield "\n| clause | | times | what it promises |\n|---|---|---:|---|"
-    for one in report.asked:
-        said = _text(one.clause.sentence)
+    for one in report.shown_clauses:
+        text = _text(one.clause.sentence)
         if one.reason and one.status is not Status.WAIVED:
-            said = f"{said} <br><sub>{_text(one.reason)}</sub>"
+            text = f"{text} <br><sub>{_text(one.reason)}</sub>"
         times = f"{one.assertions:,}" if one.assertions else ""
-        yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {said} |"
-    if report.unasked:
-        yield f"\n{report.unasked}."
+        yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {text} |"
+    if report.hidden_note:
+        yield f"\n{report.hidden_note}."
 
 
 def _cause(report: Report, cause: Cause) -> Iterator[str]:
@@ -94,12 +94,12 @@ def _cause(report: Report, cause: Cause) -> Iterator[str]:
         yield ""
         yield "Not run because of it:" if cause.lead is None else "The same cause fails:"
         yield ""
-    for one in cause.others[:MOST_OTHERS]:
-        told = one.failure.message if one.failure is not None else one.check.sentence
-        yield f"- {one.check.clauses[0]} `{one.check.name}`: {_text(told)}"
-    if len(cause.others) > MOST_OTHERS:
-        names = ", ".join(f"`{one.check.name}`" for one in cause.others[MOST_OTHERS:])
-        yield f"- and {len(cause.others) - MOST_OTHERS} more: {names}"
+    for one in cause.others[:MAX_OTHERS]:
+        message = one.failure.message if one.failure is not None else one.check.sentence
+        yield f"- {one.check.clauses[0]} `{one.check.name}`: {_text(message)}"
+    if len(cause.others) > MAX_OTHERS:
+        names = ", ".join(f"`{one.check.name}`" for one in cause.others[MAX_OTHERS:])
+        yield f"- and {len(cause.others) - MAX_OTHERS} more: {names}"
 
 
 def _failure(report: Report, result: CheckResult) -> Iterator[str]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.phrasing import legible
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
 from flowstore_conformance.report import CheckResult, Report, Status, anchor
-from flowstore_conformance.signatures import SignatureFinding
 
-MOST_OTHERS = 8
+MAX_OTHERS = 8
 """Failures of one cause that are told in a line each; of the rest there are only names."""
 
 COLOURS = {
@@ -52,18 +52,18 @@ def render_text(report: Report, *, width: int = 100, colour: bool = False, unico
 
 def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
     yield paint(f"{'CLAUSE':7} {'STATUS':12} {'TIMES':>9}  WHAT IT PROMISES", "1")
-    for one in report.asked:
+    for one in report.shown_clauses:
         status = paint.status(one.status, f"{one.status.value:12}")
         times = f"{one.assertions:,}" if one.assertions else "-"
-        said = one.clause.sentence
+        text = one.clause.sentence
         if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED, Status.NOT_RUN):
-            said = legible(f"{said} ({one.reason})")
+            text = legible(f"{text} ({one.reason})")
         room = max(width - 32, 30)
-        first, *rest = textwrap.wrap(said, room)
+        first, *rest = textwrap.wrap(text, room)
         yield f"{one.clause.id:7} {status} {times:>9}  {first}"
         yield from (f"{'':32}{line}" for line in rest)
-    if report.unasked:
-        yield paint(report.unasked, COLOURS[Status.NOT_RUN])
+    if report.hidden_note:
+        yield paint(report.hidden_note, COLOURS[Status.NOT_RUN])
 
 
 def _cause(
@@ -79,13 +79,13 @@ def _cause(
         yield from failure_lines(report, cause.lead, width=width, paint=paint, unicode=unicode)
     if cause.others:
         yield "  not run because of it:" if cause.lead is None else "  the same cause fails:"
-    for other in cause.others[:MOST_OTHERS]:
-        told = other.failure.message if other.failure is not None else other.check.sentence
-        line = f"    {other.check.id}: {' '.join(legible(told).split())}"
+    for other in cause.others[:MAX_OTHERS]:
+        message = other.failure.message if other.failure is not None else other.check.sentence
+        line = f"    {other.check.id}: {' '.join(legible(message).split())}"
         yield line if len(line) <= width else f"{line[: width - 3]}..."
-    if len(cause.others) > MOST_OTHERS:
-        names = ", ".join(one.check.id for one in cause.others[MOST_OTHERS:])
-        more = f"    and {len(cause.others) - MOST_OTHERS} more: {names}"
+    if len(cause.others) > MAX_OTHERS:
+        names = ", ".join(one.check.id for one in cause.others[MAX_OTHERS:])
+        more = f"    and {len(cause.others) - MAX_OTHERS} more: {names}"
         yield from textwrap.wrap(more, width, subsequent_indent="      ", break_on_hyphens=False)
 
 

@@ -23,7 +23,7 @@ from flowstore_conformance.rendering.phrasing import (
     span,
 )
 
-SHOWN = 60
+MAX_OPERATIONS = 60
 """How many operations of a history are drawn at most."""
 
 
@@ -32,7 +32,7 @@ class Bar:
     """One operation in the picture. ``begin`` and ``end`` number the moments of the axis."""
 
     operation: Operation
-    lane: int
+    row: int
     begin: int
     end: int
     place: int | None
@@ -59,7 +59,7 @@ class Timeline:
 
     bars: tuple[Bar, ...]
     """By the time they began."""
-    lanes: tuple[str, ...]
+    rows: tuple[str, ...]
     """Their names; a client whose unknown operation goes on beside others has several."""
     moments: tuple[float, ...]
     """Every beginning and end, in seconds from the first."""
@@ -72,7 +72,7 @@ class Timeline:
         return tuple(sorted(self.bars, key=lambda bar: (not bar.place, not bar.misfit, bar.place or 0)))
 
 
-def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SHOWN) -> Timeline:
+def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = MAX_OPERATIONS) -> Timeline:
     """Arrange a history. Of a long one those operations are kept that surround the misfits."""
     operations = history.operations
     order = verdict.prefix if verdict is not None else ()
@@ -86,23 +86,23 @@ def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SH
     moments = sorted({t for one in kept for t in (one.invoked, one.returned) if math.isfinite(t)})
     ranks = {moment: rank for rank, moment in enumerate(moments)}
     bars: list[Bar] = []
-    lanes: list[tuple[int, int]] = []  # client, last moment that is taken
+    rows: list[tuple[int, int]] = []  # client, last moment that is taken
     for index in sorted(chosen, key=lambda index: operations[index].invoked):
         one = operations[index]
         begin = ranks[one.invoked]
         # A bar without an end is drawn two moments long.
         end = ranks[one.returned] if math.isfinite(one.returned) else begin + 2
-        lane = next(
-            (n for n, (client, taken) in enumerate(lanes) if client == one.client and taken <= begin), None
+        row = next(
+            (n for n, (client, taken) in enumerate(rows) if client == one.client and taken <= begin), None
         )
-        if lane is None:
-            lane = len(lanes)
-            lanes.append((one.client, end))
-        lanes[lane] = (one.client, max(end, begin + 1))
+        if row is None:
+            row = len(rows)
+            rows.append((one.client, end))
+        rows[row] = (one.client, max(end, begin + 1))
         bars.append(
             Bar(
                 operation=one,
-                lane=lane,
+                row=row,
                 begin=begin,
                 end=max(end, begin + 1),
                 place=places.get(index),
@@ -110,13 +110,13 @@ def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SH
                 expected=expected.get(index),
             )
         )
-    by_client = sorted(range(len(lanes)), key=lambda lane: _rank(lanes[lane][0]))
-    renumbered = {lane: place for place, lane in enumerate(by_client)}
+    by_client = sorted(range(len(rows)), key=lambda row: _rank(rows[row][0]))
+    renumbered = {row: place for place, row in enumerate(by_client)}
     last = max((bar.end for bar in bars), default=0)
     tail = [moments[-1] + (n + 1) * 1e-6 for n in range(last + 1 - len(moments))] if moments else []
     return Timeline(
-        bars=tuple(_move(bar, renumbered[bar.lane]) for bar in bars),
-        lanes=tuple(client_words(lanes[lane][0]) for lane in by_client),
+        bars=tuple(_move(bar, renumbered[bar.row]) for bar in bars),
+        rows=tuple(client_words(rows[row][0]) for row in by_client),
         moments=tuple(moment - start for moment in [*moments, *tail]),
         left_out=len(operations) - len(chosen),
     )
@@ -126,10 +126,10 @@ def _rank(client: int) -> float:
     return math.inf if client == AFTER else client
 
 
-def _move(bar: Bar, lane: int) -> Bar:
+def _move(bar: Bar, row: int) -> Bar:
     return Bar(
         operation=bar.operation,
-        lane=lane,
+        row=row,
         begin=bar.begin,
         end=bar.end,
         place=bar.place,
@@ -162,11 +162,11 @@ def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True)
     """The picture as lines no wider than ``width``; a long one goes on below itself."""
     left, right, fill, double, dots = "├┤─═…" if unicode else "[]-=~"
     cross, dot = ("✕", "·") if unicode else ("x", ".")
-    name_width = max((len(name) for name in timeline.lanes), default=0) + 2
+    name_width = max((len(name) for name in timeline.rows), default=0) + 2
     columns = max(width - name_width, 24)
     cell = 4 if len(timeline.moments) * 4 <= columns else 3
     length = max(len(timeline.moments) * cell, 1)
-    rows = [[" "] * length for _ in timeline.lanes]
+    rows = [[" "] * length for _ in timeline.rows]
     for bar in timeline.bars:
         begin, end = bar.begin * cell, min(bar.end * cell, length) - 1
         room = end - begin - 1
@@ -175,12 +175,12 @@ def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True)
         line = double if bar.misfit else fill
         inside = (label if len(label) <= room else mark[:room]).ljust(room, line)
         closing = dots if bar.is_open else right
-        rows[bar.lane][begin : end + 1] = [left, *inside, closing]
+        rows[bar.row][begin : end + 1] = [left, *inside, closing]
     lines = []
     for start in range(0, length, columns):
         if start:
             lines.append(f"{'':{name_width}}{dots}")
-        for name, row in zip(timeline.lanes, rows, strict=True):
+        for name, row in zip(timeline.rows, rows, strict=True):
             lines.append(f"{name:{name_width}}{''.join(row[start : start + columns])}".rstrip())
     return lines
 
@@ -193,8 +193,8 @@ def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
     for bar in timeline.legend:
         one = bar.operation
         mark = cross if bar.misfit else dot if bar.mark == "·" else bar.mark
-        said = f"{call_words(one.call)} {arrow} {outcome_words(one.outcome)}"
-        lines.append(f"{mark:>3}  {timeline.lanes[bar.lane]}  {said}")
+        text = f"{call_words(one.call)} {arrow} {outcome_words(one.outcome)}"
+        lines.append(f"{mark:>3}  {timeline.rows[bar.row]}  {text}")
         if bar.misfit and bar.expected is not None:
             lines.append(f"     cannot be placed here: the model answers {outcome_words(bar.expected)}")
     if timeline.left_out:
@@ -204,7 +204,7 @@ def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
 
 # As SVG
 
-LANE = 44
+ROW = 44
 BAR = 28
 TOP = 12
 NAME = 76
@@ -214,13 +214,13 @@ WIDE = 900
 def svg_timeline(timeline: Timeline, *, label: str) -> str:
     """The picture as an SVG element; its colours are classes of the page that it stands in."""
     positions = _positions(timeline.moments)
-    width, height = NAME + positions[-1] + 24, TOP + LANE * len(timeline.lanes) + 26
+    width, height = NAME + positions[-1] + 24, TOP + ROW * len(timeline.rows) + 26
     parts = [
         f'<svg class="timeline" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="{escape(label)}">'
     ]
-    for number, name in enumerate(timeline.lanes):
-        middle = TOP + LANE * number + LANE / 2
+    for number, name in enumerate(timeline.rows):
+        middle = TOP + ROW * number + ROW / 2
         parts.append(f'<text class="lane-name" x="0" y="{middle + 4:.1f}">{escape(name)}</text>')
         parts.append(f'<line class="lane" x1="{NAME}" x2="{width}" y1="{middle:.1f}" y2="{middle:.1f}"/>')
     parts += [_svg_bar(bar, positions) for bar in timeline.bars]
@@ -242,7 +242,7 @@ def _positions(moments: Sequence[float]) -> list[float]:
 def _svg_bar(bar: Bar, positions: Sequence[float]) -> str:
     one = bar.operation
     begin, end = NAME + positions[bar.begin], NAME + positions[bar.end]
-    top = TOP + LANE * bar.lane + (LANE - BAR) / 2
+    top = TOP + ROW * bar.row + (ROW - BAR) / 2
     width, middle = end - begin - 3, top + BAR / 2
     kind = "misfit" if bar.misfit else "placed" if bar.place else "later"
     if bar.is_open:

@@ -25,7 +25,7 @@ class _Behind:
         return accept
 
 
-def is_legal(call: Call) -> bool:
+def is_valid(call: Call) -> bool:
     """Whether core lets the call through to a backend. Needs a running event loop."""
     store = ValidatedStore(_Behind(), "checks", frozenset(Capability), AsyncExitStack())
     try:
@@ -44,6 +44,6 @@ def is_legal(call: Call) -> bool:
     return True
 
 
-def is_rightly_refused(call: Call, outcome: Outcome) -> bool:
+def is_correctly_rejected(call: Call, outcome: Outcome) -> bool:
     """Whether the call was refused with the error that every store owes it."""
-    return outcome == Raised(InvalidArgumentError.__name__) and not is_legal(call)
+    return outcome == Raised(InvalidArgumentError.__name__) and not is_valid(call)

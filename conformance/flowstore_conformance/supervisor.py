@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
-from flowstore_conformance.children import kill_children
-from flowstore_conformance.watching import Hang, Hung, Watchdog, describe_blocked
+from flowstore_conformance.child_processes import kill_children
+from flowstore_conformance.watchdog import Hang, Hung, Watchdog, describe_blocked
 
 T = TypeVar("T")
-Job = Callable[[], Awaitable[T]]
+Work = Callable[[], Awaitable[T]]
 
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 2.0
@@ -31,7 +31,7 @@ class Stopped(Exception):  # noqa: N818 - what the caller asked for
 
     def __init__(self, under_way: str | None = None) -> None:
         super().__init__(under_way)
-        self.under_way = under_way
+        self.pending_call = under_way
         """The call of the store that was under way, and where it waits."""
 
 
@@ -40,13 +40,13 @@ class _Loop:
 
     def __init__(self, tick: float) -> None:
         self.loop = asyncio.new_event_loop()
-        self.beats = 0
+        self.heartbeats = 0
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._tick = tick
-        self._jobs: asyncio.Queue[tuple[Job[Any], concurrent.futures.Future[Any]] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Work[Any], concurrent.futures.Future[Any]] | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._current: concurrent.futures.Future[Any] | None = None
-        self._dropped: set[concurrent.futures.Future[Any]] = set()
+        self._cancelled: set[concurrent.futures.Future[Any]] = set()
         context = contextvars.copy_context()
         # A daemon, so that a loop which was left behind does not keep the interpreter from ending.
         self.thread = threading.Thread(
@@ -54,26 +54,26 @@ class _Loop:
         )
         self.thread.start()
 
-    def submit(self, job: Job[T]) -> concurrent.futures.Future[T]:
-        told: concurrent.futures.Future[T] = concurrent.futures.Future()
-        told.set_running_or_notify_cancel()
-        self.loop.call_soon_threadsafe(self._jobs.put_nowait, (job, told))
-        return told
+    def submit(self, work: Work[T]) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        self.loop.call_soon_threadsafe(self._queue.put_nowait, (work, future))
+        return future
 
-    def cancel(self, told: concurrent.futures.Future[Any]) -> None:
+    def cancel(self, future: concurrent.futures.Future[Any]) -> None:
         """Cancel a job, which may not have begun."""
-        self.loop.call_soon_threadsafe(self._cancel, told)
+        self.loop.call_soon_threadsafe(self._cancel, future)
 
-    def _cancel(self, told: concurrent.futures.Future[Any]) -> None:
-        if told is self._current and self._task is not None:
+    def _cancel(self, future: concurrent.futures.Future[Any]) -> None:
+        if future is self._current and self._task is not None:
             self._task.cancel()
         else:
-            self._dropped.add(told)
+            self._cancelled.add(future)
 
     def end(self) -> None:
-        self.loop.call_soon_threadsafe(self._jobs.put_nowait, None)
+        self.loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """Give the thread up. An exception is raised in it, which ends an endless loop of Python code."""
         kill_children(self.loop)
         # Of no more interest: tasks that are dropped, exceptions of callbacks.
@@ -97,19 +97,19 @@ class _Loop:
     async def _serve(self) -> None:
         task = self._task = asyncio.current_task()
         assert task is not None
-        self._beat()
-        while (order := await self._jobs.get()) is not None:
-            job, told = order
-            if told in self._dropped:
-                told.set_exception(Stopped())
+        self._heartbeat()
+        while (item := await self._queue.get()) is not None:
+            work, future = item
+            if future in self._cancelled:
+                future.set_exception(Stopped())
                 continue
-            self._current = told
+            self._current = future
             try:
-                told.set_result(await job())
+                future.set_result(await work())
             except asyncio.CancelledError as error:
-                told.set_exception(Stopped(str(error) or None))
+                future.set_exception(Stopped(str(error) or None))
             except Exception as error:  # noqa: BLE001 - raised again where the job was submitted
-                told.set_exception(error)
+                future.set_exception(error)
             self._current = None
             while task.cancelling():
                 task.uncancel()
@@ -120,12 +120,12 @@ class _Loop:
             await asyncio.wait(others, timeout=END_SECONDS / 2)
         await self.loop.shutdown_asyncgens()
 
-    def _beat(self) -> None:
-        self.beats += 1
-        self.loop.call_later(self._tick, self._beat)
+    def _heartbeat(self) -> None:
+        self.heartbeats += 1
+        self.loop.call_later(self._tick, self._heartbeat)
 
 
-_left_behind: list[_Loop] = []
+_abandoned: list[_Loop] = []
 """Loops whose thread may still run. They are kept for good, because they hold what a backend left open."""
 
 
@@ -139,9 +139,9 @@ class Supervisor:
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
         self._loop: _Loop | None = None
-        self._told: concurrent.futures.Future[Any] | None = None
+        self._future: concurrent.futures.Future[Any] | None = None
 
-    async def run(self, job: Job[T], *, stop: asyncio.Event | None = None) -> T:
+    async def run(self, work: Work[T], *, stop: asyncio.Event | None = None) -> T:
         """Run a job in the loop and return what it returns, or raise what it raises.
 
         Raises Hung when it blocks the loop or does not end though it was cancelled; the loop is then left
@@ -149,28 +149,28 @@ class Supervisor:
         """
         if self._loop is None:
             self._loop = _Loop(self.watchdog.limits.tick)
-        self._told = self._loop.submit(job)
-        done = asyncio.wrap_future(self._told)
+        self._future = self._loop.submit(work)
+        done = asyncio.wrap_future(self._future)
         stopping = asyncio.ensure_future(stop.wait()) if stop is not None else None
         try:
             while not done.done():
-                beats, since = self._loop.beats, time.monotonic()
-                still = 0.0
-                while not done.done() and self._loop.beats == beats:
+                heartbeats, since = self._loop.heartbeats, time.monotonic()
+                blocked = 0.0
+                while not done.done() and self._loop.heartbeats == heartbeats:
                     waits: set[asyncio.Future[Any]] = {done} if stopping is None else {done, stopping}
                     await asyncio.wait(waits, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                     if stopping is not None and stopping.done() and not done.done():
                         raise Stopped(await self._stop(done))
                     # Time in which this process did not run counts for little.
                     now = time.monotonic()
-                    still, since = still + min(now - since, 2 * POLL_SECONDS), now
-                    if still >= self._limit():
-                        hang = describe_blocked(self._loop.thread.ident or 0, still)
-                        self._leave(done)
+                    blocked, since = blocked + min(now - since, 2 * POLL_SECONDS), now
+                    if blocked >= self._limit():
+                        hang = describe_blocked(self._loop.thread.ident or 0, blocked)
+                        self._abandon(done)
                         raise Hung(hang)
                 if self.watchdog.stuck and not done.done():
                     hang = cast(Hang, self.watchdog.hang)
-                    self._leave(done)
+                    self._abandon(done)
                     raise Hung(hang)
             result: T = await done
             return result
@@ -191,12 +191,12 @@ class Supervisor:
             if done.done():
                 self._loop = None
             else:
-                self._leave(done)
+                self._abandon(done)
 
     def _limit(self) -> float:
         """How long the loop may be blocked: as long as a call may take."""
         limits = self.watchdog.limits
-        if self.watchdog.known and self._loop is not None:
+        if self.watchdog.known_hangs and self._loop is not None:
             hang = describe_blocked(self._loop.thread.ident or 0, 0.0)
             if hang.operation is not None:
                 return self.watchdog.limit_of(hang.operation)
@@ -205,32 +205,32 @@ class Supervisor:
     async def _stop(self, done: asyncio.Future[Any]) -> str | None:
         """Cancel the job under way, and say what it was waiting for."""
         assert self._loop is not None
-        told: concurrent.futures.Future[str | None] = concurrent.futures.Future()
-        told.set_running_or_notify_cancel()
-        self._loop.loop.call_soon_threadsafe(lambda: told.set_result(self.watchdog.under_way()))
-        answer = asyncio.wrap_future(told)
+        future: concurrent.futures.Future[str | None] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        self._loop.loop.call_soon_threadsafe(lambda: future.set_result(self.watchdog.describe_pending()))
+        answer = asyncio.wrap_future(future)
         await asyncio.wait({answer}, timeout=ANSWER_SECONDS)
         if answer.done():
             await self._cancel(done)
             return answer.result()
         answer.cancel()
         hang = describe_blocked(self._loop.thread.ident or 0, ANSWER_SECONDS)
-        self._leave(done)
+        self._abandon(done)
         return f"{hang.operation or 'the backend'} blocked the event loop at {hang.place}"
 
     async def _cancel(self, done: asyncio.Future[Any]) -> None:
-        if self._loop is None or self._told is None or done.done():
+        if self._loop is None or self._future is None or done.done():
             return
-        self._loop.cancel(self._told)
+        self._loop.cancel(self._future)
         await asyncio.wait({done}, timeout=END_SECONDS)
         if not done.done():
-            self._leave(done)
+            self._abandon(done)
         elif not done.cancelled():
             done.exception()  # Retrieved, so that asyncio does not report it.
 
-    def _leave(self, done: asyncio.Future[Any]) -> None:
+    def _abandon(self, done: asyncio.Future[Any]) -> None:
         assert self._loop is not None
         done.cancel()
-        self._loop.leave()
-        _left_behind.append(self._loop)
+        self._loop.abandon()
+        _abandoned.append(self._loop)
         self._loop = None
