@@ -19,8 +19,9 @@ from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Rai
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
-from flowstore_conformance.report import CheckResult, Status
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check
 from flowstore_conformance.wire import (
     pack_result,

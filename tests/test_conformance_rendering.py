@@ -26,7 +26,7 @@ from flowstore_conformance.rendering import (
 )
 from flowstore_conformance.rendering.json_document import schema
 from flowstore_conformance.rendering.timeline import lay_out, svg_timeline, text_timeline
-from flowstore_conformance.waivers import apply_waivers
+from flowstore_conformance.report import apply_waivers
 
 from tests.conformance_reports import (
     made_report,

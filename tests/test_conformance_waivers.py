@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flowstore_conformance import Report, Status, Waiver, WaiverState, read_waivers
-from flowstore_conformance.waivers import apply_waivers
+from flowstore_conformance.report import apply_waivers
 
 from flowstore_core import ConfigurationError
 from tests.conformance_reports import made_report

@@ -6,8 +6,10 @@ else; both return a Report. The command is ``flowstore conformance URL``.
 
 from flowstore_conformance.clauses import CLAUSES, Clause, Level
 from flowstore_conformance.context import Profile
-from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, Status
+from flowstore_conformance.report import Report
 from flowstore_conformance.repro import write_programs
+from flowstore_conformance.results import CheckResult, ClauseResult, Failure
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import check_backend, run_suite
 from flowstore_conformance.waivers import Waiver, WaiverResult, WaiverState, read_waivers
 

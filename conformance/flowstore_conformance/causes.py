@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from flowstore_conformance.checks.registry import Kind
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.method_signatures import SignatureFinding
-
-if TYPE_CHECKING:
-    from flowstore_conformance.report import CheckResult
+from flowstore_conformance.results import CheckResult
 
 SIMPLEST = (
     Kind.EXAMPLE,

@@ -2,99 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, date, datetime
 from functools import cached_property
 
 from flowstore_conformance.causes import Cause, find_causes
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import CLAUSES, Clause, Level
-from flowstore_conformance.history import History
-from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.status import Status as Status
-from flowstore_conformance.waivers import WaiverResult
+from flowstore_conformance.results import CheckResult, ClauseResult
+from flowstore_conformance.status import Status
+from flowstore_conformance.waivers import Waiver, WaiverResult, WaiverState
 from flowstore_core import Capability
 
 CONTRACT_PAGE = "docs/contract.md"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A broken promise, with what a person needs to see and repeat it."""
-
-    clause: str
-    message: str
-    program: str | None = None
-    """A runnable program that shows it; it takes the URL of a store as its argument."""
-    program_file: str | None = None
-    """Where the program was written, if it was."""
-    right_answer: str | None = None
-    """What the same program prints on the memory backend."""
-    history: History | None = None
-    verdict: Verdict | None = None
-    traceback: str | None = None
-    """Of an exception that should not have come, without passwords."""
-    reproductions: int = 1
-    """How often it struck,"""
-    repetitions: int = 1
-    """of how many runs of the check with the same seed."""
-    operation: str | None = None
-    """The operation that hung or that raised the exception."""
-    place: str | None = None
-    """The line of the author's code where it hung or raised."""
-    error: str | None = None
-    """The class of the exception."""
-    hung: bool = False
-    """Whether a call did not end."""
-
-    @property
-    def trace_title(self) -> str:
-        """What the traceback shows."""
-        return "where it hangs" if self.hung else "where it came from"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckResult:
-    """What became of one check."""
-
-    check: Check
-    status: Status
-    assertions: int
-    seconds: float
-    seed: int
-    """Of the whole run: the one that repeats it."""
-    failure: Failure | None = None
-    reason: str | None = None
-    """Why it is inconclusive, unsupported, waived or did not run."""
-    finding: SignatureFinding | None = None
-    """The wrong method that kept it from running."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClauseResult:
-    """A clause with the checks that look at it."""
-
-    clause: Clause
-    status: Status
-    assertions: int
-    """How often its checks put a promise to the test."""
-    results: tuple[CheckResult, ...]
-
-    @property
-    def reason(self) -> str | None:
-        """Why it has its status, where a check gives a reason; one that is named after the clause first."""
-        given = [one for one in self.results if one.status is self.status and one.reason]
-        given.sort(key=lambda one: one.check.clauses[0] != self.clause.id)
-        if given:
-            return given[0].reason
-        if self.status is Status.NOT_RUN:
-            stopped = {one.failure.clause: None for one in self.results if one.failure is not None}
-            return f"cut short: checks of it stopped at {', '.join(stopped)}" if stopped else None
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +202,37 @@ class Report:
         if self.check_timeout is not None:
             words += ["--check-timeout", f"{self.check_timeout:g}"]
         return shlex.join(words)
+
+
+def apply_waivers(report: Report, waivers: Sequence[Waiver], *, today: date | None = None) -> Report:
+    """The report with the failures that are waived marked so, and each waiver with its state."""
+    now = today or datetime.now(UTC).date()
+    valid = {one.clause: one for one in waivers if one.expires >= now}
+    results = []
+    for result in report.results:
+        waiver = valid.get(result.failure.clause) if result.failure is not None else None
+        if waiver is not None and result.status is Status.FAIL:
+            reason = f"{waiver.reason} ({waiver.link}; until {waiver.expires})"
+            result = dataclasses.replace(result, status=Status.WAIVED, reason=reason)
+        results.append(result)
+    waived = dataclasses.replace(report, results=tuple(results))
+    statuses = {one.clause.id: {each.status for each in one.results} for one in waived.clauses}
+    folded = {one.clause.id: one.status for one in waived.clauses}
+    states = []
+    for waiver in waivers:
+        clause = waiver.clause
+        if waiver.expires < now:
+            state = WaiverState.EXPIRED
+        elif folded[clause] is Status.WAIVED:
+            state = WaiverState.USED
+        elif not statuses[clause]:
+            state = WaiverState.NOT_SELECTED
+        elif folded[clause] in (Status.PASS, Status.UNSUPPORTED):
+            state = WaiverState.NOT_NEEDED
+        else:
+            state = WaiverState.UNDECIDED
+        states.append(WaiverResult(waiver=waiver, state=state))
+    return dataclasses.replace(waived, waivers=tuple(states))
 
 
 def anchor(clause: str) -> str:

@@ -29,11 +29,13 @@ from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, gu
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.report import CheckResult, Failure, Report, Status
+from flowstore_conformance.report import Report, apply_waivers
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.results import CheckResult, Failure
+from flowstore_conformance.status import Status
 from flowstore_conformance.supervisor import Stopped, Supervisor
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
-from flowstore_conformance.waivers import Waiver, apply_waivers
+from flowstore_conformance.waivers import Waiver
 from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.distributions import installed_version

@@ -7,7 +7,7 @@ import pytest
 from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.pytest_plugin import session_of
 from flowstore_conformance.rendering.text import failure_text, finding_lines
-from flowstore_conformance.report import Status
+from flowstore_conformance.status import Status
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_conformance.status import Status
 from flowstore_core import ConfigurationError
-
-if TYPE_CHECKING:
-    from flowstore_conformance.report import Report
 
 KEYS = frozenset({"clause", "reason", "link", "expires"})
 
@@ -101,34 +95,3 @@ def _read_waiver(place: str, entry: dict[str, Any]) -> Waiver:
     if not isinstance(expires, date) or isinstance(expires, datetime):
         raise ConfigurationError(f"{place}: expires must be a date such as 2027-01-31, without quotes")
     return Waiver(clause=entry["clause"], reason=entry["reason"], link=entry["link"], expires=expires)
-
-
-def apply_waivers(report: Report, waivers: Sequence[Waiver], *, today: date | None = None) -> Report:
-    """The report with the failures that are waived marked so, and each waiver with its state."""
-    now = today or datetime.now(UTC).date()
-    valid = {one.clause: one for one in waivers if one.expires >= now}
-    results = []
-    for result in report.results:
-        waiver = valid.get(result.failure.clause) if result.failure is not None else None
-        if waiver is not None and result.status is Status.FAIL:
-            reason = f"{waiver.reason} ({waiver.link}; until {waiver.expires})"
-            result = dataclasses.replace(result, status=Status.WAIVED, reason=reason)
-        results.append(result)
-    waived = dataclasses.replace(report, results=tuple(results))
-    statuses = {one.clause.id: {each.status for each in one.results} for one in waived.clauses}
-    folded = {one.clause.id: one.status for one in waived.clauses}
-    states = []
-    for waiver in waivers:
-        clause = waiver.clause
-        if waiver.expires < now:
-            state = WaiverState.EXPIRED
-        elif folded[clause] is Status.WAIVED:
-            state = WaiverState.USED
-        elif not statuses[clause]:
-            state = WaiverState.NOT_SELECTED
-        elif folded[clause] in (Status.PASS, Status.UNSUPPORTED):
-            state = WaiverState.NOT_NEEDED
-        else:
-            state = WaiverState.UNDECIDED
-        states.append(WaiverResult(waiver=waiver, state=state))
-    return dataclasses.replace(waived, waivers=tuple(states))

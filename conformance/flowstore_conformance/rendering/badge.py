@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from flowstore_conformance.clauses import Level
-from flowstore_conformance.report import Report, Status
+from flowstore_conformance.report import Report
+from flowstore_conformance.status import Status
 
 COLOURS = {Level.FULL: "brightgreen", Level.CRASH_SAFE: "green", Level.BASE: "yellowgreen"}
 

@@ -12,7 +12,9 @@ from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.rendering.phrasing import call_words, client_words, legible, outcome_words, span
 from flowstore_conformance.rendering.timeline import Timeline, lay_out, svg_timeline
-from flowstore_conformance.report import CheckResult, ClauseResult, Report, Status, anchor
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult, ClauseResult
+from flowstore_conformance.status import Status
 
 FAMILIES = {
     "INP": "Input",

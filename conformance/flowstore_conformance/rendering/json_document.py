@@ -12,7 +12,8 @@ from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.phrasing import outcome_words
-from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, anchor
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult, ClauseResult, Failure
 
 SCHEMA_VERSION = 2
 """Rises when a field changes its meaning or goes; new fields may come within one version."""

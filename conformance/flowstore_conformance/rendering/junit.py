@@ -7,7 +7,9 @@ from xml.etree import ElementTree as ET
 
 from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.text import failure_text, finding_lines
-from flowstore_conformance.report import CheckResult, Report, Status
+from flowstore_conformance.report import Report
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 
 SUITE = "flowstore_conformance"
 

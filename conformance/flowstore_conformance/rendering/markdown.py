@@ -9,7 +9,9 @@ from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.rendering.phrasing import legible
 from flowstore_conformance.rendering.text import MAX_OTHERS, history_lines
-from flowstore_conformance.report import CheckResult, Report, Status, anchor
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 
 MARKS = {
     Status.PASS: "✅",

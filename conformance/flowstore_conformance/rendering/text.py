@@ -11,7 +11,9 @@ from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.phrasing import legible
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
-from flowstore_conformance.report import CheckResult, Report, Status, anchor
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 
 MAX_OTHERS = 8
 """Failures of one cause that are told in a line each; of the rest there are only names."""
