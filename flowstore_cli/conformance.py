@@ -56,6 +56,14 @@ def conformance(
         list[str] | None,
         typer.Option(metavar="ID", help="Check this clause only; may be given again.", show_default=False),
     ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run this check, or this example of a check, only; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Repeat the run that had this seed.", show_default=False)
     ] = None,
@@ -140,12 +148,13 @@ def conformance(
     _say(f"checking {redact(url)}, only in scratch namespaces beside it: what it holds is not touched")
     progress = Progress(live=sys.stderr.isatty())
 
-    async def check() -> Report:
+    async def run_checks() -> Report:
         async with progress.shown(), stopped_by_signals() as stop:
             return await suite.run_suite(
                 url,
                 profile=profile,
                 clauses=clause or (),
+                check_names=check or (),
                 seed=seed,
                 waivers=known,
                 check_timeout=check_timeout,
@@ -156,7 +165,7 @@ def conformance(
 
     before = threading.enumerate()
     try:
-        report = run(check())
+        report = run(run_checks())
     except KeyboardInterrupt:
         leave_threads(before, INTERRUPTED, "interrupted")
         raise

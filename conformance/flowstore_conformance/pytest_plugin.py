@@ -60,6 +60,8 @@ class ConformanceSession:
     profile: Profile
     seed: int
     checks: Sequence[Check]
+    by_name: bool
+    """Whether --flowstore-check selected the checks."""
     versions: dict[str, str]
     limits: Limits
     known_hangs: set[str] = field(default_factory=set)
@@ -91,6 +93,7 @@ class ConformanceSession:
             results=(result,),
             versions=self.versions,
             selected=check.clauses,
+            selected_checks=(check.name,) if self.by_name else (),
             left_behind=one.left_behind,
         )
         return result, report
@@ -123,6 +126,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--flowstore-clause", metavar="ID", action="append", default=[], help="check this clause only"
+    )
+    group.addoption(
+        "--flowstore-check",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="run this check, or this example of a check, only",
     )
 
 
@@ -179,7 +189,8 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
-    checks = select_checks(config.getoption("flowstore_clause", ()))
+    names = config.getoption("flowstore_check", ())
+    checks = select_checks(config.getoption("flowstore_clause", ()), names=names)
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     shared = getattr(config, "workerinput", {}).get("flowstore_guarded")
     if shared is None:
@@ -197,6 +208,7 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
         profile=profile,
         seed=_chosen_seed(config),
         checks=checks,
+        by_name=bool(names),
         versions=versions(plugin.distribution),
         limits=limits,
     )

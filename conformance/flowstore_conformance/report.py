@@ -37,6 +37,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     selected: tuple[str, ...] = ()
     """The clauses that were asked for, if not all; then no level is granted."""
+    selected_checks: tuple[str, ...] = ()
+    """The names of the selected checks or examples; empty if checks were not selected by name."""
     waivers: tuple[WaiverResult, ...] = ()
     findings: tuple[SignatureFinding, ...] = ()
     """Methods that core cannot call."""
@@ -184,6 +186,8 @@ class Report:
         if not self.conforms:
             return "nothing that was asked for could be checked"
         if self.selected:
+            if self.selected_checks:
+                return f"{_list(self.selected_checks)} passed; a partial run grants no level"
             return f"{_list(self.selected)} kept; a partial run grants no level"
         waived = self._ids(Status.WAIVED)
         beside = f", {len(waived)} waived" if waived else ""
@@ -198,7 +202,10 @@ class Report:
     def command(self, result: CheckResult) -> str:
         """The command that repeats a check with the same seed."""
         words = ["flowstore", "conformance", self.url, "--profile", self.profile]
-        words += ["--clause", result.check.clauses[0], "--seed", str(self.seed)]
+        words += ["--clause", result.check.clauses[0]]
+        if self.selected_checks:
+            words += ["--check", result.check.name]
+        words += ["--seed", str(self.seed)]
         if self.check_timeout is not None:
             words += ["--check-timeout", f"{self.check_timeout:g}"]
         return shlex.join(words)

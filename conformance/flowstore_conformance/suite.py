@@ -40,6 +40,7 @@ from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
+from flowstore_core.suggestions import did_you_mean
 from flowstore_core.urls import parse_url, redact
 
 INCONCLUSIVE_RETRIES = 2
@@ -69,6 +70,7 @@ async def run_suite(
     seed: int | None = None,
     waivers: Sequence[Waiver] = (),
     checks: Sequence[Check] | None = None,
+    check_names: Collection[str] = (),
     repeats: int = REPEATS,
     check_timeout: float | None = None,
     progress: Progress | None = None,
@@ -93,7 +95,8 @@ async def run_suite(
     """
     profile = read_profile(profile)
     limits = read_limits(profile, check_timeout)
-    chosen = select_checks(clauses, checks)
+    chosen = select_checks(clauses, checks, check_names)
+    asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
     parts = parse_url(url)
     # Backends get it without whitespace around it, as from open_store.
@@ -134,7 +137,8 @@ async def run_suite(
         seconds=time.monotonic() - begun,
         results=tuple(results),
         versions=versions(plugin.distribution),
-        selected=tuple(clause for clause in CLAUSES if clause in clauses),
+        selected=tuple(clause for clause in CLAUSES if clause in asked),
+        selected_checks=tuple(check_names),
         findings=run.backend.findings,
         incomplete=incomplete,
         check_timeout=check_timeout,
@@ -323,19 +327,31 @@ def check_backend(
     *,
     profile: Profile | str = Profile.STANDARD,
     clauses: Collection[str] = (),
+    check_names: Collection[str] = (),
     seed: int | None = None,
     waivers: Sequence[Waiver] = (),
     check_timeout: float | None = None,
 ) -> Report:
     """run_suite for code that has no event loop running; the same arguments, errors and report."""
     suite = run_suite(
-        url, profile=profile, clauses=clauses, seed=seed, waivers=waivers, check_timeout=check_timeout
+        url,
+        profile=profile,
+        clauses=clauses,
+        check_names=check_names,
+        seed=seed,
+        waivers=waivers,
+        check_timeout=check_timeout,
     )
     return asyncio.run(suite)
 
 
-def select_checks(clauses: Collection[str] = (), checks: Sequence[Check] | None = None) -> Sequence[Check]:
-    """The checks of some clauses, or all. Raises ConfigurationError for an unknown clause."""
+def select_checks(
+    clauses: Collection[str] = (), checks: Sequence[Check] | None = None, names: Collection[str] = ()
+) -> Sequence[Check]:
+    """The checks of some clauses and of some names, or all; a name may be that of one example of a check.
+
+    Raises ConfigurationError for an unknown clause or name.
+    """
     if unknown := set(clauses) - CLAUSES.keys():
         raise ConfigurationError(f"there is no clause {', '.join(sorted(unknown))}; docs/contract.md has all")
     if checks is None:
@@ -346,7 +362,24 @@ def select_checks(clauses: Collection[str] = (), checks: Sequence[Check] | None 
                 raise
             message = "module 'hypothesis' is missing; pip install 'flowstore[conformance]'"
             raise ConfigurationError(message) from error
+    if names:
+        checks = _named(names, checks)
     return [one for one in checks if not clauses or set(one.clauses) & set(clauses)]
+
+
+def _named(names: Collection[str], checks: Sequence[Check]) -> Sequence[Check]:
+    # Imported after all_checks(), which explains a missing module or working directory.
+    from flowstore_conformance.checks.example_checks import example_names, single_example
+
+    found = {name: [one for one in checks if one.name == name] for name in names}
+    for name, named in found.items():
+        named += [example for one in checks if (example := single_example(one, name)) is not None]
+    if unknown := sorted(name for name, named in found.items() if not named):
+        known = [name for one in checks for name in (one.name, *example_names(one))]
+        raise ConfigurationError(
+            "; ".join(f"there is no check {name!r}{did_you_mean(name, known)}" for name in unknown)
+        )
+    return [one for named in found.values() for one in named]
 
 
 def read_profile(name: str) -> Profile:

@@ -120,7 +120,8 @@ def winners(method: str, undone_by: Sequence[str]) -> Callable[[History], str | 
         )
         if len(won) < 2 or (len(names) < 2 and won[0].call.arguments.get("owner")):
             return None
-        return f"{len(won)} of {len(racing)} calls won a race that one call can win: {method} was True for {_list(names)}"
+        counted = f"{len(won)} of {len(racing)} calls won a race that one call can win"
+        return f"{counted}: {method} was True for {_list(names)}"
 
     return explain
 
