@@ -1,4 +1,4 @@
-"""Calls one after the other, on a store and on the model: do they agree, and if not, in how few calls?"""
+"""Sequential calls on a store and on the model, compared call by call, and the shrinking of mismatches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flowstore_core import FlowStore, FlowStoreError
 from flowstore_core.operations import OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
-"""Enough for keys and controls without a run to be swept (RET-4)."""
+"""Long enough that cleanup deletes keys and controls without a run (RET-4)."""
 
 ERROR_CLAUSES = {
     "RunNotFoundError": "UNK",
@@ -49,7 +49,7 @@ GLOBAL_READS = tuple(
 
 
 def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
-    """The clause that a wrong answer most likely breaks."""
+    """The clause that a wrong outcome most likely breaks."""
     if is_foreign(actual):
         return "CON-2"
     if call.method == "record_step_start" and Raised("StepAlreadyCompletedError") in (expected, actual):
@@ -61,7 +61,7 @@ def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
 
 
 def expected_outcome(model: Model, call: Call) -> Outcome:
-    """What the model answers; it then is as after the call."""
+    """Apply the call to the model and return its outcome."""
     try:
         return Returned(comparable(getattr(model, call.method)(**call.arguments)))
     except FlowStoreError as error:
@@ -70,7 +70,7 @@ def expected_outcome(model: Model, call: Call) -> Outcome:
 
 @dataclass
 class CallSequence:
-    """Calls that are made on a bench's store and on a model, and compared; Violation where they differ."""
+    """Calls on a context's store and on a model; ModelMismatch if their outcomes differ."""
 
     context: CheckContext
     universe: Universe
@@ -80,7 +80,7 @@ class CallSequence:
 
     @staticmethod
     def on(context: CheckContext, block: int) -> CallSequence:
-        """A program with ids of its own, which follow from the number of the block."""
+        """A sequence on the ids that belong to this block number."""
         assert context.clock is not None
         runs = [UUID(int=(block << 4) + number) for number in (1, 2, 3)]
         universe = Universe(
@@ -89,7 +89,7 @@ class CallSequence:
         return CallSequence(context=context, universe=universe, started_at=context.clock.now)
 
     async def call(self, call: Call) -> None:
-        """Make a call and compare the answers."""
+        """Make a call on store and model and compare the outcomes."""
         [entry] = await self._compare([call])
         self.entries.append(entry)
         self.advanced = timedelta(0)
@@ -102,13 +102,13 @@ class CallSequence:
         self.advanced += span
 
     async def compare_state(self) -> None:
-        """Compare all that can be seen; a difference is held against the last call that wrote."""
+        """Compare all readable state; a difference is attributed to the last write."""
         for entry in await self._compare(self._everything()):
             if entry.actual != entry.expected:
                 raise ModelMismatch(self.started_at, [*self.entries, entry])
 
     async def finish(self) -> None:
-        """Delete everything, after which nothing must be left."""
+        """Complete all runs, delete everything, and check that the store is empty."""
         await self.compare_state()
         for record in reversed(self.universe.model.get_active_runs()):
             await self.call(
@@ -123,7 +123,7 @@ class CallSequence:
         named = [
             entry.call.arguments for entry in self.entries if entry.call.arguments.get("idempotency_key")
         ]
-        # Those that must be gone again are asked for too.
+        # Includes keys that must no longer exist.
         keys = dict.fromkeys((one["flow_id"], one["trigger_key"], one["idempotency_key"]) for one in named)
         asked: list[Call] = []
         for run_id in self.universe.runs:
@@ -136,8 +136,8 @@ class CallSequence:
         for call in calls:
             actual = await execute(self.context.store, call)
             if actual is UNKNOWN or is_unavailable(actual):
-                raise Inconclusive(f"{call.method} was unavailable, though nothing else was going on")
-            # A call that the contract forbids changes nothing (INP), so the model is not asked.
+                raise Inconclusive(f"{call.method} was unavailable although no other call was running")
+            # A call that the contract forbids changes nothing (INP), so the model skips it.
             refused = is_correctly_rejected(call, actual)
             expected = actual if refused else expected_outcome(self.universe.model, call)
             entries.append(ReproCall(self.advanced, call, expected, actual))
@@ -146,7 +146,7 @@ class CallSequence:
 
 
 class ModelMismatch(ContractViolation):
-    """A violation that a program showed, whose last line is the one that is wrong."""
+    """A violation shown by a sequence of calls, the last of which has the wrong outcome."""
 
     def __init__(self, started_at: datetime, entries: Sequence[ReproCall]) -> None:
         last, blamed = entries[-1], _responsible_call(entries)
@@ -158,7 +158,7 @@ class ModelMismatch(ContractViolation):
         super().__init__(message, clause=clause, program=program)
         self.started_at = started_at
         self.entries = tuple(entries)
-        # Of the wrong answer alone: which write a wrong read is held against depends on the program.
+        # From the wrong outcome alone: the write to which a wrong read is attributed depends on the sequence.
         self.signature = Signature(
             guess_clause(last.call, last.expected, last.actual),
             frozenset(wrong_answers(last.call, last.expected, last.actual)),
@@ -167,7 +167,7 @@ class ModelMismatch(ContractViolation):
 
 
 def _responsible_call(entries: Sequence[ReproCall]) -> ReproCall:
-    """The wrong call itself; where it only shows what is stored, the last one that stored something."""
+    """The call with the wrong outcome; for a read of state, the last successful write before it."""
     last = entries[-1]
     if last.call.operation.shows_state and not is_foreign(last.actual):
         for entry in reversed(entries[:-1]):
@@ -179,20 +179,20 @@ def _responsible_call(entries: Sequence[ReproCall]) -> ReproCall:
 def _message(entry: ReproCall) -> str:
     if is_foreign(entry.actual):
         assert isinstance(entry.actual, Raised)
-        return f"{entry.call.method} let {entry.actual.error} surface, which is no error of the contract"
+        return f"{entry.call.method} raised {entry.actual.error}, which is not an error of the contract"
     if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
         return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
-    return f"{entry.call.method} gave {answer(entry.actual)}, where {answer(entry.expected)} is right"
+    return f"{entry.call.method} returned {answer(entry.actual)} instead of {answer(entry.expected)}"
 
 
 # Shrinking
 
 
 async def shrink(context: CheckContext, found: ModelMismatch, seconds: float) -> ModelMismatch:
-    """The same violation in as few and as plain calls as can be found in that time.
+    """Shrink a violation to fewer and simpler calls within a time limit.
 
-    The wrong answer of every smaller program is one of the program that was found (see Signature), and the
-    write that it is held against breaks the same clause.
+    Every candidate must show a wrong outcome of the original violation (see Signature), attributed to a write
+    that breaks the same clause.
     """
     async with AsyncExitStack() as stack:
         return await _Shrinker(context, found, stack, time.monotonic() + seconds).run()
@@ -206,7 +206,7 @@ class _Shrinker:
         self._best = found
         self._signature = found.signature
         self._clause: str | None = None
-        """The clause that is broken, once it is known which write leads to the wrong answer."""
+        """The broken clause, once the write that leads to the wrong outcome is known."""
         self._stack = stack
         self._deadline = until
         self._shared: CheckContext | None = None
@@ -220,19 +220,19 @@ class _Shrinker:
         simpler = True
         while simpler:
             await self._shorten()
-            # A call without an argument may need fewer calls before it.
+            # With an argument removed, earlier calls may have become unnecessary.
             simpler = await self._simplify()
         return self._best
 
     async def _shorten(self) -> None:
-        """Leave out calls: long stretches first, then single ones."""
+        """Remove calls: long ranges first, then single calls."""
         length = len(self._best.entries)
         while length >= 1 and time.monotonic() < self._deadline:
             shorter = await self._drop_chunks(length)
             length = min(length // 2, len(self._best.entries)) if not (shorter and length == 1) else 1
 
     async def _find_clause(self) -> None:
-        """Make a wrong read after each write: it is held against the first write after which it is wrong."""
+        """Repeat the wrong read after every write, to find the first write after which it is wrong."""
         *before, last = self._best.entries
         if last.call.operation.shows_state:
             read = replace(last, clock_advance=timedelta(0))
@@ -243,18 +243,18 @@ class _Shrinker:
         self._clause = self._best.clause
 
     async def _drop_chunks(self, length: int) -> bool:
-        """Leave out each stretch of calls once, from the last."""
+        """Try to remove each range of this length once, the last range first."""
         shorter = False
         end = len(self._best.entries) - 1
         while end > 0:
             first = max(end - length, 0)
             shorter |= await self._try(lambda entries: _without(entries, first, end))  # noqa: B023
-            # A shorter program may show the violation before its end.
+            # A shorter sequence may show the violation before its end.
             end = min(first, len(self._best.entries) - 1)
         return shorter
 
     async def _simplify(self) -> bool:
-        """Leave out arguments that have a default; whether any could be."""
+        """Remove optional arguments. Returns whether one was removed."""
         simpler, index = False, 0
         while index < len(self._best.entries):
             call = self._best.entries[index].call
@@ -284,7 +284,7 @@ class _Shrinker:
         return True
 
     async def _replay(self, entries: Sequence[ReproCall]) -> ModelMismatch | None:
-        """Run the calls where nothing is in their way; what they show, if anything."""
+        """Run the calls on unused ids and return the mismatch, if any."""
         if any(entry.call.operation.spans_runs for entry in entries):
             async with self._context.new_namespace() as alone:
                 return await self._run(alone, entries)
@@ -294,35 +294,35 @@ class _Shrinker:
         return await self._run(self._shared, _renamed(entries, self._replays))
 
     async def _run(self, context: CheckContext, entries: Sequence[ReproCall]) -> ModelMismatch | None:
-        program = CallSequence.on(context, 1)
+        sequence = CallSequence.on(context, 1)
         assert context.clock is not None
-        context.clock.now = program.started_at = self._best.started_at
+        context.clock.now = sequence.started_at = self._best.started_at
         try:
             for entry in entries:
-                program.advance_clock(entry.clock_advance)
-                await program.call(entry.call)
+                sequence.advance_clock(entry.clock_advance)
+                await sequence.call(entry.call)
         except ModelMismatch as found:
             return found
         return None
 
 
 def optional_arguments(call: Call) -> list[str]:
-    """The arguments that were given and could have been left out."""
+    """The given arguments that have a default."""
     parameters = inspect.signature(getattr(Model, call.method)).parameters
     return [name for name in call.arguments if parameters[name].default is not inspect.Parameter.empty]
 
 
 def _without(entries: list[ReproCall], first: int, last: int) -> list[ReproCall]:
-    """The lines without a stretch, whose jumps of the clock the next line makes."""
+    """The entries without a range; its clock advances move to the next entry."""
     gone = sum((entry.clock_advance for entry in entries[first:last]), timedelta(0))
     rest = entries[last:]
     return [*entries[:first], replace(rest[0], clock_advance=rest[0].clock_advance + gone), *rest[1:]]
 
 
 def without_argument(call: Call, name: str) -> Call | None:
-    """The call without an optional argument, and without another one that is not allowed without it.
+    """The call without an optional argument and, if necessary, without a second one that depends on it.
 
-    None where the contract allows neither, or the argument was not given.
+    None if the contract allows neither, or if the argument was not given.
     """
     if name not in call.arguments:
         return None
@@ -340,10 +340,10 @@ def _with_call(entries: list[ReproCall], index: int, call: Call) -> list[ReproCa
 
 
 def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
-    """The lines on ids of their own."""
+    """The entries on the ids of another block."""
 
     def rename(value: Any) -> Any:
-        # Those of runs and flows are small; the block is far above them, and the order stays.
+        # Ids of runs and flows are small, so adding a high block number keeps their order.
         return UUID(int=(block << 64) | (value.int & (1 << 64) - 1)) if isinstance(value, UUID) else value
 
     return [

@@ -1,9 +1,8 @@
-"""Calls drawn from small domains, so that they meet; and what a store answers to them.
+"""Strategies that draw the arguments of every operation from small domains.
 
-Every operation of the contract is here. Arguments are drawn with an eye on a model's state, so that most
-calls reach something: attempts that are open are completed, claims that are held are released, moments lie
-on the edges of leases, deadlines, days and hours. Whoever draws brings a Chooser: Hypothesis, or a seeded
-generator of random numbers.
+The draws depend on the model's state, so that most calls have an effect: they complete open attempts, release
+held claims, and use timestamps at the edges of leases, deadlines, days and hours. The source of choices is
+Hypothesis or a seeded random generator.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ def _complete_run(d: CallStrategy) -> Arguments:
     drawn: Arguments = {"run_id": run_id, "status": d.sampled_from(ENDINGS)}
     if d.one_of(True, False):
         expected = {key: status.value for key, status in d.universe.model.get_step_statuses(run_id).items()}
-        forgets = d.one_of(False, False, True)
-        if expected and forgets:
+        omits_a_step = d.one_of(False, False, True)
+        if expected and omits_a_step:
             del expected[d.sampled_from(sorted(expected))]
         drawn["expected"] = expected
     return drawn
@@ -66,14 +65,14 @@ def _complete_run(d: CallStrategy) -> Arguments:
 def _record_step_start(d: CallStrategy) -> Arguments:
     finished = ("Succeeded", "Skipped")
     run_id, key, step = d.step(lambda step: step.status not in finished, running=True)
-    held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
+    is_held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
     return {
         "run_id": run_id,
         "step_key": key,
         "step_type": d.one_of("http", "other"),
         "input_json": d.text(),
         "job_id": d.one_of(None, "J2"),
-        "owner": d.owner(step) if held or d.one_of(False, False, True) else None,
+        "owner": d.owner(step) if is_held or d.one_of(False, False, True) else None,
     }
 
 
@@ -81,10 +80,10 @@ def _record_step_complete(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.is_open)
     if not step.is_open and step.attempts and d.one_of(True, False):
         last = step.attempts[-1]
-        said = {"output_json": last.output_json, "error_message": last.error_message}
-        # What was said before, word by word: it must be a no-op where the attempt is still the last.
+        outcome = {"output_json": last.output_json, "error_message": last.error_message}
+        # The recorded outcome again, unchanged: a no-op if the attempt is still the last.
         status = last.status.value if last.status.value in OUTCOMES else "Succeeded"
-        return {"run_id": run_id, "step_key": key, "status": status, **said, "attempt": last.attempt}
+        return {"run_id": run_id, "step_key": key, "status": status, **outcome, "attempt": last.attempt}
     return {
         "run_id": run_id,
         "step_key": key,
@@ -316,7 +315,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_runs_to_stop": OperationStrategy(1, _as_of),
     "cleanup": OperationStrategy(2, _cleanup),
 }
-"""Every operation of FlowStore but ping and aclose."""
+"""The strategies of all operations except ping and aclose, by name."""
 
 
 def available_strategies(capabilities: Collection[Capability]) -> dict[str, OperationStrategy]:
@@ -325,17 +324,17 @@ def available_strategies(capabilities: Collection[Capability]) -> dict[str, Oper
 
 
 def draw_call(chooser: ChoiceSource, universe: Universe, method: str) -> Call:
-    """One call of a method; the state is only looked at."""
+    """Draw one call of a method. Does not change the model's state."""
     return Call(method=method, arguments=STRATEGIES[method].draw(CallStrategy(chooser, universe)))
 
 
 def draw_clock_advance(chooser: ChoiceSource, universe: Universe) -> timedelta:
-    """How far to move the clock: a little, or to an edge, exactly or just before or after it."""
+    """Draw a clock advance: a short one, or one to an edge of the state or one tick after it."""
     draw = CallStrategy(chooser, universe)
     now = universe.model.now
     hour = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
     midnight = hour.replace(hour=0) + timedelta(days=1)
-    edges = [edge for edge in (*universe.moments(), hour, midnight) if edge > now]
+    edges = [edge for edge in (*universe.edges(), hour, midnight) if edge > now]
     if draw.one_of(False, False, True):
         return draw.sampled_from([edge - now for edge in edges]) + draw.one_of(timedelta(0), TICK)
     return draw.one_of(TICK, TICK, timedelta(seconds=1), timedelta(seconds=1), *SPANS[1:])

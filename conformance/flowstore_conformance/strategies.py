@@ -1,4 +1,4 @@
-"""Small domains that arguments are drawn from, with an eye on the state that the model is in."""
+"""Small domains from which arguments are drawn, depending on the state of the model."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ LEASES = (timedelta(minutes=1), timedelta(days=2), timedelta(hours=1), timedelta
 
 
 class ChoiceSource(Protocol):
-    """Whoever decides what is drawn."""
+    """A source of choices, such as Hypothesis or a random generator."""
 
     def one_of(self, options: Sequence[T]) -> T:
-        """One of the options; the first is the simplest."""
+        """Choose one option; the first counts as the simplest."""
         ...
 
 
 class RandomChoices:
-    """Decides by a seeded generator."""
+    """Choices of a seeded random generator."""
 
     def __init__(self, generator: random.Random) -> None:
         self._generator = generator
@@ -56,7 +56,7 @@ class RandomChoices:
 
 @dataclass(slots=True)
 class Universe:
-    """What calls are drawn from: a few names, and the model's state that says which of them is at hand."""
+    """The names that calls use, and the model's state, which tells which of them exist."""
 
     model: Model
     runs: Sequence[UUID]
@@ -65,8 +65,8 @@ class Universe:
     owners: Sequence[str] = OWNERS
     capabilities: Collection[Capability] = field(default_factory=lambda: frozenset(Capability))
 
-    def moments(self) -> list[datetime]:
-        """The moments at which something ends or falls due, in order."""
+    def edges(self) -> list[datetime]:
+        """The times at which a claim, dispatch, waiter, deadline or run ends, in order."""
         found: set[datetime | None] = set()
         for run in self.model.state.runs.values():
             for step in run.steps.values():
@@ -93,7 +93,7 @@ class CallStrategy:
         return self._chooser.one_of(options)
 
     def often(self) -> bool:
-        """True four times of five, and in the simplest case."""
+        """True in four of five draws, and in the simplest draw."""
         return self.one_of(True, True, True, True, False)
 
     def text(self) -> str | None:
@@ -103,17 +103,17 @@ class CallStrategy:
         return self.sampled_from(self.universe.flows)
 
     def timestamp(self) -> datetime:
-        """Around now, or on the edge of something that ends."""
-        edges = self.universe.moments()
+        """A timestamp near now, or at or next to an edge of the state."""
+        edges = self.universe.edges()
         on_an_edge = self.one_of(True, False)
         if edges and on_an_edge:
             return self.sampled_from(edges) + self.one_of(timedelta(0), TICK, -TICK)
         return self.now + self.one_of(1, -1) * self.sampled_from(SPANS)
 
     def position(self) -> RunPosition | None:
-        """Mostly none, else that of a run, stored or not, or one a little before or behind it."""
-        behind = self.one_of(False, True)
-        if not behind:
+        """Mostly None; otherwise the position of a run, stored or not, or one tick before or after it."""
+        is_given = self.one_of(False, True)
+        if not is_given:
             return None
         run_id = self.sampled_from(self.universe.runs)
         record = self.universe.model.peek(run_id).record
@@ -126,7 +126,7 @@ class CallStrategy:
         return self.timestamp() if later else None
 
     def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
-        """Mostly a run that the call can do something with."""
+        """Mostly a run that satisfies ``wanted``."""
         fitting = [run_id for run_id in self.universe.runs if wanted(self.universe.model.peek(run_id))]
         return self.sampled_from(fitting if fitting and self.often() else self.universe.runs)
 
@@ -135,37 +135,37 @@ class CallStrategy:
         wanted: Callable[[Step], object] = lambda step: True,
         running: bool = False,
     ) -> tuple[UUID, str, Step]:
-        """Mostly a step that the call can do something with."""
-        places = []
+        """Mostly a step that satisfies ``wanted``."""
+        candidates = []
         for run_id in self.universe.runs:
             run = self.universe.model.peek(run_id)
             if run.record is None or (running and run.record.status.is_terminal):
                 continue
-            places += [(run_id, key) for key in self.universe.keys if wanted(run.steps.get(key, Step()))]
-        if places and self.often():
-            run_id, key = self.sampled_from(places)
+            candidates += [(run_id, key) for key in self.universe.keys if wanted(run.steps.get(key, Step()))]
+        if candidates and self.often():
+            run_id, key = self.sampled_from(candidates)
         else:
             run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.universe.keys)
         return run_id, key, self.universe.model.peek(run_id).steps.get(key, Step())
 
     def waiting(self) -> tuple[UUID, str]:
         """Mostly a step with a waiter."""
-        places = [
+        candidates = [
             (run_id, key)
             for run_id in self.universe.runs
             for key in sorted(self.universe.model.peek(run_id).waiters)
         ]
-        if places and self.often():
-            return self.sampled_from(places)
+        if candidates and self.often():
+            return self.sampled_from(candidates)
         return self.run(), self.sampled_from(self.universe.keys)
 
     def attempt(self, step: Step) -> int | None:
-        """Mostly the last one."""
+        """Mostly the number of the last attempt."""
         last = max(len(step.attempts), 1)
         return self.one_of(last, None, last, max(last - 1, 1), last + 1)
 
     def owner(self, step: Step) -> str | None:
-        """Mostly the one who holds the step."""
+        """Mostly the owner of the step's claim."""
         holder = step.claim.owner if step.claim is not None else None
         return (
             self.sampled_from((holder, holder, *self.universe.owners))

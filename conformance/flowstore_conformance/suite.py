@@ -1,4 +1,4 @@
-"""Running the checks against one backend. Nothing here needs pytest."""
+"""Run the checks against one backend. Independent of pytest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flowstore_conformance.context import (
     Unsupported,
     new_context,
 )
-from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.guard import CANNOT_INSPECT, GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
@@ -44,22 +44,22 @@ from flowstore_core.suggestions import did_you_mean
 from flowstore_core.urls import parse_url, redact
 
 INCONCLUSIVE_RETRIES = 2
-"""So often a check that was inconclusive by chance looks again, each time four times as patiently."""
+"""Retries of an inconclusive check, each with four times the time of the one before."""
 
 REPEATS = 4
-"""A check that fails runs so many times more, to tell how often it strikes."""
+"""Reruns of a failed check, to measure how often it fails."""
 
 EXPECTED_INSPECTION_SECONDS = 3.0
-"""A backend that takes longer to be looked into before the first check gets more time for all others."""
+"""The expected duration of the inspection; if a backend takes longer, all time limits are scaled up."""
 
 REPEAT_SECONDS = 20.0
-"""What all of these together may take in one run of the suite."""
+"""Seconds for all reruns in one run of the suite."""
 
 Progress = Callable[[CheckResult, int, int], None]
-"""Told of each result, with its number and how many there are."""
+"""Called with each result, its number and the number of checks."""
 
 Starting = Callable[[Check, int, int], None]
-"""Told of each check before it runs, likewise."""
+"""Called with each check before it runs, its number and the number of checks."""
 
 
 async def run_suite(
@@ -79,19 +79,19 @@ async def run_suite(
 ) -> Report:
     """Check the backend that a URL names and return the report.
 
-    Works only inside namespaces that the backend's ``scratch(url)`` makes, never in what the URL
-    itself holds. ``clauses`` limits the run to checks of these; ``seed`` repeats an earlier run;
-    ``checks`` replaces the suite's own. The checks run in an event loop in a thread of their own, so that a
-    backend which blocks the loop can be told apart; ``progress`` and ``starting`` are called in the caller's.
+    Works only inside namespaces that the backend's ``scratch(url)`` creates; the data under the URL itself is
+    not touched. ``clauses`` limits the run to checks of these clauses, ``check_names`` to checks or examples
+    of these names; ``seed`` repeats an earlier run; ``checks`` replaces the suite's own checks. The checks
+    run in an event loop in a separate thread, so that the suite can report a backend that blocks the loop;
+    ``progress`` and ``starting`` are called in the caller's loop.
 
-    ``check_timeout`` is the limit in seconds for a check; a call of the store in it may take half of that.
-    Without it a call has 30 s and a check as long as its profile says, both longer on a backend that is slow
-    from the start. Setting ``stop`` ends the run early: the report of the checks that ran is then returned,
-    marked as incomplete.
+    ``check_timeout`` is the limit in seconds for a check; a call may take half of it. By default a call has
+    30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. Setting
+    ``stop`` ends the run early: the report then covers the checks that ran and is marked as incomplete.
 
-    Raises ConfigurationError for an unknown clause or profile, for a limit that is not positive, for a URL
-    that no backend serves, for a missing extra, and when the namespace is not a fresh and empty one;
-    StoreUnavailableError when none can be made.
+    Raises ConfigurationError for an unknown clause, check or profile, for a limit that is not positive, for a
+    URL without a backend, for a missing extra, and if the scratch namespace is not new and empty;
+    StoreUnavailableError if no namespace can be created.
     """
     profile = read_profile(profile)
     limits = read_limits(profile, check_timeout)
@@ -99,7 +99,7 @@ async def run_suite(
     asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
     parts = parse_url(url)
-    # Backends get it without whitespace around it, as from open_store.
+    # Without surrounding whitespace, as open_store passes it to backends.
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     started_at, begun = datetime.now(UTC), time.monotonic()
@@ -148,7 +148,7 @@ async def run_suite(
 
 
 class SuiteRun:
-    """One run of checks: its jobs go to a supervisor, which survives a backend that blocks its loop."""
+    """One run of checks in the event loop of a supervisor, which survives a backend that blocks the loop."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class SuiteRun:
         self._shared: SharedNamespace | None = None
 
     async def inspect(self, *, adapt: bool) -> None:
-        """Look into the backend before the first check; see guard."""
+        """Inspect the backend before the first check; see guard."""
         begun = time.monotonic()
         self.backend = await inspect_backend(self._supervisor, self._plain, self._url, stop=self._stop)
         if adapt:
@@ -223,7 +223,7 @@ class SuiteRun:
         try:
             result = await self._supervisor.run(job, stop=self._stop)
         except Hung as hung:
-            # The event loop is lost, and with it the namespaces and stores that were open in it.
+            # The abandoned event loop keeps its open namespaces and stores.
             self._on_hang(hung.hang)
             result = CheckResult(
                 check=check,
@@ -253,7 +253,7 @@ class SuiteRun:
 async def inspect_backend(
     supervisor: Supervisor, backend: Backend, url: str, *, stop: asyncio.Event | None = None
 ) -> GuardedBackend:
-    """Look into a backend (see guard); ConfigurationError when it does not answer."""
+    """Inspect a backend (see guard). Raises ConfigurationError if it does not respond."""
     guarded = GuardedBackend(backend, url)
 
     async def job() -> GuardedBackend:
@@ -263,28 +263,25 @@ async def inspect_backend(
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
-            because = "CancelledError surfaced"
-            raise Refused(
-                f"refused: whether the scratch namespace is empty cannot be seen, because {because}"
-            ) from None
+            raise Refused(f"{CANNOT_INSPECT}: the backend raised CancelledError") from None
 
     try:
         return await supervisor.run(job, stop=stop)
     except Hung as hung:
         if guarded.inspected:
-            # Closing hangs, which the checks will find.
+            # Only closing hangs, which the checks will report.
             return guarded
         message = Scrubber(url)(hung.hang.message)
-        raise Refused(f"refused: whether the scratch namespace is empty cannot be seen: {message}") from None
+        raise Refused(f"{CANNOT_INSPECT}: {message}") from None
 
 
 def slowdown_factor(seconds: float) -> float:
-    """By how much longer than usual a backend takes, from how long it took to look into it."""
+    """The factor by which a backend is slower than expected, given the duration of its inspection."""
     return max(1.0, seconds / EXPECTED_INSPECTION_SECONDS)
 
 
 def _blocker(backend: GuardedBackend) -> SignatureFinding | None:
-    """A finding that keeps core from opening the store."""
+    """A finding that prevents core from opening the store."""
     return next((one for one in backend.findings if one.missing and one.capability), None)
 
 
@@ -301,7 +298,7 @@ def _not_run(check: Check, seed: int, reason: str, finding: SignatureFinding | N
 
 
 def apply_findings(result: CheckResult, findings: Sequence[SignatureFinding]) -> CheckResult:
-    """The result of a check; NOT RUN where it failed because core cannot call a method."""
+    """Change a failure to NOT RUN if its cause is a method that core cannot call."""
     for finding in findings:
         if result.failure is not None and _is_due_to(result.failure, finding):
             return dataclasses.replace(
@@ -313,7 +310,7 @@ def apply_findings(result: CheckResult, findings: Sequence[SignatureFinding]) ->
 def _is_due_to(failure: Failure, finding: SignatureFinding) -> bool:
     error = "NotSupportedError" if finding.missing else "TypeError"
     if failure.error is not None:
-        # Raised by the call itself, not in the author's code.
+        # Raised by the call itself, not inside the author's code.
         return failure.error == error and failure.operation == finding.method and failure.place is None
     raised = () if failure.history is None else failure.history.operations
     return any(
@@ -332,7 +329,7 @@ def check_backend(
     waivers: Sequence[Waiver] = (),
     check_timeout: float | None = None,
 ) -> Report:
-    """run_suite for code that has no event loop running; the same arguments, errors and report."""
+    """run_suite for code without a running event loop; same arguments, errors and report."""
     suite = run_suite(
         url,
         profile=profile,
@@ -353,7 +350,9 @@ def select_checks(
     Raises ConfigurationError for an unknown clause or name.
     """
     if unknown := set(clauses) - CLAUSES.keys():
-        raise ConfigurationError(f"there is no clause {', '.join(sorted(unknown))}; docs/contract.md has all")
+        raise ConfigurationError(
+            f"there is no clause {', '.join(sorted(unknown))}; docs/contract.md lists all"
+        )
     if checks is None:
         try:
             checks = all_checks()
@@ -383,7 +382,7 @@ def _named(names: Collection[str], checks: Sequence[Check]) -> Sequence[Check]:
 
 
 def read_profile(name: str) -> Profile:
-    """The profile of a name; ConfigurationError that lists them otherwise."""
+    """Parse the name of a profile. Raises ConfigurationError, which lists the valid names."""
     try:
         return Profile(name)
     except ValueError:
@@ -391,7 +390,7 @@ def read_profile(name: str) -> Profile:
 
 
 def read_limits(profile: Profile, check_timeout: float | None) -> Limits:
-    """The time limits of a run; ConfigurationError for one that is not positive."""
+    """The time limits of a run. Raises ConfigurationError for a limit that is not positive."""
     if check_timeout is not None and not 0 < check_timeout < math.inf:
         message = f"the check timeout must be a positive number of seconds, not {check_timeout}"
         raise ConfigurationError(message)
@@ -412,14 +411,14 @@ async def run_check(
     shared: SharedNamespace | None = None,
     watchdog: Watchdog | None = None,
 ) -> CheckResult:
-    """Run one check on a namespace of its own; any outcome is a result.
+    """Run one check in a new namespace and return its result, whatever happens.
 
-    It runs in the caller's event loop. A call that does not end is cancelled and is a failure; one that
-    blocks the loop cannot be, which is why run_suite has a Supervisor.
+    Runs in the caller's event loop. A call that does not end is cancelled and counts as a failure; a call
+    that blocks the loop cannot be cancelled, which is why run_suite uses a Supervisor.
 
-    A check that can share a namespace is run in the shared one first, if there is one. When it does not
-    pass there, nothing is said yet: it is run on a namespace of its own, and that counts.
-    Raises Refused alone: then the suite must stop, since it is not safe to go on.
+    A check that can share a namespace runs in the shared one first, if there is one. If it does not pass
+    there, it runs again in a new namespace, and only that result counts. Raises only Refused, after which it
+    is not safe to continue.
     """
     begun = time.monotonic()
     watchdog = watchdog or Watchdog(Limits.of(profile))
@@ -431,7 +430,7 @@ async def run_check(
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
         if not outcome.retryable:
             break
-        # Something else may have kept the machine busy: look longer, and at other draws.
+        # The machine may have been busy: retry with more time and other draws.
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, retry=number)
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
         watchdog.known_hangs.add(outcome.failure.operation)
@@ -448,22 +447,22 @@ async def run_check(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _CheckRun:
-    """What one look of a check found."""
+    """The result of running a check once."""
 
     status: Status
     assertions: int = 0
     failure: Failure | None = None
     reason: str | None = None
     retryable: bool = False
-    """Inconclusive, and perhaps not the next time."""
+    """Whether the check is inconclusive and a retry may decide."""
 
 
 async def _run_shared(
     check: Check, profile: Profile, seed: int, shared: SharedNamespace, watchdog: Watchdog, url: str
 ) -> _CheckRun | None:
-    """What a check found in a shared namespace; None, and the namespace given up, unless it passed.
+    """Run a check in a shared namespace. Unless it passes, discard the namespace and return None.
 
-    A call that hangs again, as it did in a namespace of a check's own, is told at once.
+    A call that is already known to hang in a separate namespace is reported without a second run.
     """
     hung = None
     try:
@@ -478,20 +477,20 @@ async def _run_shared(
     except asyncio.CancelledError:
         if _is_cancelled():
             raise
-    except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
+    except Exception as error:  # noqa: BLE001 - the run in a separate namespace reports it
         _raise_refusal(error)
     await _discard(shared, watchdog)
     return hung
 
 
 def _is_cancelled() -> bool:
-    """Whether somebody cancels the running task; else a CancelledError in it comes from the backend."""
+    """Whether the running task is being cancelled; otherwise a CancelledError comes from the backend."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 async def _discard(shared: SharedNamespace, watchdog: Watchdog) -> None:
-    """Drop a namespace; that this fails is found by checks with one of their own."""
+    """Drop a shared namespace; checks in separate namespaces report it if this fails."""
     try:
         async with watchdog.watch():
             await shared.discard()
@@ -503,7 +502,7 @@ async def _discard(shared: SharedNamespace, watchdog: Watchdog) -> None:
 
 
 def _seed_of(check: Check, seed: int, retry: int = 0) -> int:
-    """Each check has its own randomness, so that it repeats alike alone and among others."""
+    """The seed of a check, which does not depend on the other checks of the run."""
     return random.Random(f"{seed}/{check.name}{f'/{retry}' if retry else ''}").getrandbits(32)
 
 
@@ -517,7 +516,7 @@ async def _run_isolated(
     *,
     retry: int = 0,
 ) -> _CheckRun:
-    # Once guarded, a backend declares what its opened store does. Else only a store can tell.
+    # A guarded backend has the capabilities of an opened store; otherwise they are unknown before opening.
     if isinstance(backend, GuardedBackend) and (lacking := _unsupported(check, backend.capabilities)):
         return lacking
     own_seed = _seed_of(check, seed, retry)
@@ -532,15 +531,15 @@ async def _run_isolated(
                 made = context
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if surfaced and outcome.status is Status.PASS:
-            message = f"{type(surfaced[0]).__name__} surfaced in a callback, where no caller sees it"
-            failure = _exception_failure("CON-2", message, surfaced[0], url)
-            outcome = _CheckRun(Status.FAIL, outcome.assertions, failure)
+            message = f"{type(surfaced[0]).__name__} raised in a callback of the event loop, where no caller
+            sees it" failure = _exception_failure("CON-2", message, surfaced[0], url) outcome =
+            _CheckRun(Status.FAIL, outcome.assertions, failure)
     except asyncio.CancelledError as error:
         if _is_cancelled():
             raise
         outcome = _explain(error, check, made.assertions if made else 0, url)
-    except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
-        # Not of the check, which _judge has told, but of making the bench or of putting it away.
+    except Exception as error:  # noqa: BLE001 - any exception of a backend is a finding
+        # Raised while making or closing the context; _judge handles exceptions of the check itself.
         _raise_refusal(error)
         if outcome is None or outcome.status is Status.PASS:
             outcome = _explain(error, check, made.assertions if made else 0, url)
@@ -557,11 +556,11 @@ def _unsupported(check: Check, capabilities: Collection[Capability]) -> _CheckRu
 async def _judge(check: Check, context: CheckContext) -> _CheckRun:
     try:
         await check.run(context)
-    except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
+    except Exception as error:  # noqa: BLE001 - any exception of a backend is a finding
         _raise_refusal(error)
         return _explain(error, check, context.assertions, context.base_url)
     if not context.assertions:
-        return _CheckRun(Status.INCONCLUSIVE, reason="nothing was exercised")
+        return _CheckRun(Status.INCONCLUSIVE, reason="the check made no assertion")
     return _CheckRun(Status.PASS, context.assertions)
 
 
@@ -572,7 +571,7 @@ def _raise_refusal(error: Exception) -> None:
 
 
 def _explain(error: BaseException, check: Check, assertions: int, url: str) -> _CheckRun:
-    """What an exception says about the backend."""
+    """Turn an exception into a result."""
     found, clean = _leaf(error), Scrubber(url)
     if isinstance(found, Hung):
         return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean))
@@ -593,7 +592,7 @@ def _explain(error: BaseException, check: Check, assertions: int, url: str) -> _
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
     else:
         clause = "CON-2"
-        message = f"{type(found).__name__} surfaced, which is no error of the contract"
+        message = f"the backend raised {type(found).__name__}, which is not an error of the contract"
     return _CheckRun(Status.FAIL, assertions, _exception_failure(clause, message, found, url))
 
 
@@ -609,7 +608,7 @@ def _hang_failure(hang: Hang, clean: Scrubber) -> Failure:
 
 
 def _exception_failure(clause: str, message: str, error: BaseException | None, url: str) -> Failure:
-    """A failure with the exception that shows it, if there is one."""
+    """A failure with its exception, if there is one."""
     clean = Scrubber(url)
     if error is None:
         return Failure(clause=clause, message=clean(message))
@@ -624,7 +623,7 @@ def _exception_failure(clause: str, message: str, error: BaseException | None, u
 
 
 def _leaf(error: BaseException) -> BaseException:
-    """What stands behind an exception group: a hang or a violation before anything else."""
+    """The most informative exception of a group: a refusal, a hang or a violation before any other."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_leaf(one) for one in error.exceptions]
@@ -641,9 +640,9 @@ async def rerun_failed(
     seconds: float = REPEAT_SECONDS,
     watchdog: Watchdog | None = None,
 ) -> CheckResult:
-    """A failed check with how often it fails when run again, and what its program prints on memory.
+    """Rerun a failed check to count its failures, and run its program on the memory backend.
 
-    A check in which a call hung is not run again: that would take as long each time.
+    A check with a hanging call is not rerun, because each rerun would take as long.
     """
     assert result.failure is not None
     if result.failure.hung:
@@ -662,7 +661,7 @@ async def rerun_failed(
 
 
 def versions(distribution: str | None) -> dict[str, str]:
-    """Of Python, flowstore, and the distribution that brings the backend."""
+    """The versions of Python, flowstore and the backend's distribution."""
     found = {"python": platform.python_version()}
     for name in dict.fromkeys(("flowstore", distribution)):
         if name is not None:

@@ -1,4 +1,4 @@
-"""Orders and histories as lines of JSON, for harness and worker processes to exchange."""
+"""JSON lines that the harness and worker processes exchange: client tasks and their results."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def write_line(message: Mapping[str, Any]) -> bytes:
-    """A message as a line."""
+    """Encode a message as a line."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 def read_line(line: bytes) -> dict[str, Any]:
-    """The message of a line."""
+    """Decode the message of a line."""
     message: dict[str, Any] = json.loads(line)
     return message
 
 
 def pack(value: Any) -> Any:
-    """A value that JSON does not know as one that it knows, with a letter for its kind."""
+    """Encode a value as JSON; types unknown to JSON become an object whose key is a letter for the type."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Enum):
@@ -57,7 +57,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """What was packed."""
+    """Decode a packed value."""
     if isinstance(value, list):
         return [unpack(each) for each in value]
     if not isinstance(value, dict):

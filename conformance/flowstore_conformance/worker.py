@@ -1,11 +1,11 @@
-"""A process that races for the harness: ``python -m flowstore_conformance.worker``.
+"""A worker process that runs clients of races: ``python -m flowstore_conformance.worker``.
 
-Lines of JSON come on stdin, the first ``{"open": url, "clock": true, "limit": 30}``; each is answered by one
-line on stdout. A store that cannot be opened is told as ``{"refused": error}``, and the process ends. Then,
-for every phase of a volley, two lines: ``{"now": ..., "tasks": [...]}``, answered when all clients stand at
-the barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes of one machine
-share, when they are let go; it is answered by what came of the jobs. When a call takes longer than the limit,
-``{"hung": ...}`` describes it and the process ends. The end of stdin ends the process.
+The protocol is JSON lines: one reply on stdout for each message on stdin. The first message is ``{"open":
+url, "clock": true, "limit": 30}``; if the store cannot be opened, the reply is ``{"refused": error}`` and the
+process ends. Each phase of a round has two messages: ``{"now": ..., "tasks": [...]}``, with a reply once all
+clients wait at the barrier, and ``{"at": seconds}``, the start time on the monotonic clock, which all
+processes of a machine share; the reply holds the client results. If a call exceeds the limit, ``{"hung":
+...}`` describes it and the process ends. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ async def main() -> None:
             )
             # Connected before the first race.
             await store.get_active_runs(take=1)
-        except Exception as error:  # noqa: BLE001 - told to the harness, whose finding it is
-            # Only an error of the contract keeps secrets out of its text.
+        except Exception as error:  # noqa: BLE001 - reported to the harness
+            # Only errors of the contract guarantee a text without secrets.
             text = f": {error}" if isinstance(error, FlowStoreError) else ""
             send({"refused": f"{type(error).__name__}{text}"})
             return
@@ -99,7 +99,7 @@ async def _phase(
 
 
 class _Clock:
-    """The virtual clock, as the harness sets it for each phase."""
+    """The virtual clock; the harness sets it for each phase."""
 
     now = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -108,6 +108,6 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    # The harness may leave in the midst of a phase.
+    # The harness may end during a phase.
     with contextlib.suppress(EOFError):
         asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The worker processes of a check, and a runner that has them race."""
+"""A pool of worker processes, and a runner that runs races over them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from flowstore_conformance.wire import pack, pack_task, read_line, unpack_result
 
 START_SECONDS = 60.0
 HEAD_START = 0.002
-"""Between the order to go and the moment to go, so that every process has heard it."""
+"""Seconds between the start command and the start time, so that every process receives it in time."""
 END_SECONDS = 10.0
 
 
 class Worker:
-    """One process of the crew."""
+    """One worker process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
@@ -40,12 +40,12 @@ class Worker:
         self._stdin = process.stdin
         self._stdout = process.stdout
         self._awaits_reply = False
-        """Whether an answer is missing."""
+        """Whether a request has no reply yet."""
 
     async def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Say something and wait for the answer.
+        """Send a message and return the reply.
 
-        Raises Hung when a call in the process does not end, and Inconclusive when the process has died.
+        Raises Hung if a call in the process does not end, and Inconclusive if the process died.
         """
         self._awaits_reply = True
         try:
@@ -55,7 +55,7 @@ class Worker:
         except ConnectionError:
             line = b""
         if not line:
-            raise Inconclusive("a worker process died; it told on stderr why")
+            raise Inconclusive("a worker process died; the reason is on stderr")
         self._awaits_reply = False
         answer = read_line(line)
         if "hung" in answer:
@@ -63,7 +63,7 @@ class Worker:
         return answer
 
     async def end(self) -> None:
-        """Let it close its store and end; kill it when it does not, or is in the midst of something."""
+        """Close the store and end the process; kill it if it is busy or does not end in time."""
         self._stdin.close()
         if self._awaits_reply and self._process.returncode is None:
             self._process.kill()
@@ -77,10 +77,10 @@ class Worker:
 
 @asynccontextmanager
 async def open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[ProcessRunner]:
-    """Worker processes with a store each on the bench's namespace.
+    """Open worker processes, each with a store on the context's namespace.
 
-    They end with the context or, where checks share the namespace, with that: those that come later get
-    the same crew. Raises Violation when one of them cannot open the store.
+    They end with this context or, in a shared namespace, with the namespace; later checks then reuse the
+    pool. Raises ContractViolation if a process cannot open the store.
     """
     if context.shared is None:
         async with _open_worker_pool(context, count) as runner:
@@ -98,17 +98,17 @@ async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[
     workers: list[Worker] = []
     try:
         for _ in range(count):
-            # One by one, so that those which were started end when another cannot be.
+            # One by one, so that started processes end if a later one fails to start.
             workers.append(Worker(await start_module("flowstore_conformance.worker")))  # noqa: PERF401
         order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
         try:
-            # A worker tells by itself which call hangs, so this limit is for the start of Python.
+            # A worker reports hanging calls itself; this limit covers the start of Python.
             async with asyncio.timeout(START_SECONDS + context.call_seconds):
                 answers = await asyncio.gather(*(worker.request(order) for worker in workers))
         except TimeoutError:
             raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
         if refused := [answer["refused"] for answer in answers if "refused" in answer]:
-            message = f"a process of its own could not open the store and read from it: {refused[0]}"
+            message = f"another process could not open the store and read from it: {refused[0]}"
             raise ContractViolation(message, clause="CON-6")
         yield ProcessRunner(workers, context.clock)
     finally:
@@ -116,7 +116,7 @@ async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[
 
 
 class ProcessRunner:
-    """Runs races over processes: clients of one race are in different ones, as far as there are."""
+    """Runs races over processes; the clients of a race are spread over all of them."""
 
     def __init__(self, workers: Sequence[Worker], clock: VirtualClock | None) -> None:
         self._workers = workers
@@ -133,7 +133,7 @@ class ProcessRunner:
 
     async def _phase(self, phase: Phase) -> list[ClientResult]:
         now = self._clock.now if self._clock is not None else datetime.now(UTC)
-        # A race's clients go round the processes; races begin at different ones, and so do setups and looks.
+        # Round-robin over the processes, each race starting at a different one.
         assignments: list[list[ClientTask]] = [[] for _ in self._workers]
         for client_task in phase.client_tasks:
             assignments[(client_task.race + client_task.client) % len(assignments)].append(client_task)

@@ -1,4 +1,4 @@
-"""Every writing operation in a situation where it changes as much as it can, on a run of its own."""
+"""Scenarios of one run for every writing operation, in which the write changes as much as possible."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LEASE = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A run as some calls have made it, and the call that is going to be cancelled."""
+    """Setup calls on one run, and the write to cancel after them."""
 
     run_id: UUID
     setup: tuple[Call, ...]
     call: Call
     must_compensate: bool
-    """Cancelled, it must leave nothing (ownerless claims and dispatches)."""
+    """Whether a cancelled call must leave no effect: ownerless claims and dispatches (CON-4)."""
     probes: tuple[Call, ...]
 
 
@@ -37,13 +37,13 @@ def _run(run_id: UUID, flow_id: UUID) -> Call:
 
 
 def _on(run_id: UUID, method: str, *names: str, **arguments: object) -> Call:
-    """A call on a run; a single positional name is the step's key."""
+    """A call on a run; the optional positional name is the step key."""
     keys = {"step_key": names[0]} if names else {}
     return Call(method=method, arguments={"run_id": run_id, **keys, **arguments})
 
 
 def _scenarios() -> dict[str, ScenarioFactory]:
-    """Every writing operation in a situation where it changes as much as it can."""
+    """The scenarios by name; each function takes a run id and a flow id."""
 
     def start_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         return [], _run(run, flow)
@@ -176,7 +176,7 @@ SCENARIOS = _scenarios()
 
 
 def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory]:
-    """The settings of which the store offers every call."""
+    """The scenarios whose calls are all offered with these capabilities."""
 
     def is_offered(call: Call) -> bool:
         leased = "lease" in call.arguments

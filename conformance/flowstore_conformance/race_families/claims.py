@@ -117,8 +117,8 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
         explain=ONE_WINNER,
         clause_of=stuck_on_reads("CLM-2"),
     ),
-    family("releases", "CLM-3", "releases of a claim that others then win", _releases),
-    family("claims_of_one_owner", "CLM-5", "claims by the same owners, said again", _claims_of_one_owner),
+    family("releases", "CLM-3", "releases of a claim that other owners then win", _releases),
+    family("claims_of_one_owner", "CLM-5", "repeated claims by the same owners", _claims_of_one_owner),
     family(
         "takeovers",
         "CLM-6",

@@ -1,4 +1,4 @@
-"""Races that look across nouns: cleanups, and anything at all."""
+"""Races across nouns: cleanups, and arbitrary operations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _cleanups(d: RaceBuilder) -> Race:
     if d.has(Capability.EVENTS):
         makers.append(lambda client: d.on("append_event", event_type="e"))
     ends = [*d.final_reads(), *d.final_reads(run_id=again)]
-    # Whatever is left would be counted by the next race's cleanup.
+    # The next race's cleanup would count the remaining runs.
     sweep = [
         Call(method="complete_run", arguments={"run_id": one, "status": "Failed"}) for one in (d.run, again)
     ]
@@ -59,22 +59,22 @@ def _cleanups(d: RaceBuilder) -> Race:
 
 
 def _cleanups_seen(d: RaceBuilder) -> Race:
-    """One cleans up, and the others look from every side."""
+    """One client runs cleanup while the others read all kinds of state."""
     d.count = min(d.count, 4)
     clean = Call(method="cleanup", arguments={"cutoff": d.now + timedelta(hours=12)})
-    looks = ["get_run_detail", "get_run_detail", "get_step_statuses", "get_run_control", "get_step_claims"]
+    reads = ["get_run_detail", "get_run_detail", "get_step_statuses", "get_run_control", "get_step_claims"]
     before = ended_run(d)
     if d.has(Capability.OUTPUTS):
-        looks.append("get_outputs")
+        reads.append("get_outputs")
         before.append(d.on("save_output", key="k", value_json="1"))
     if d.has(Capability.EVENTS):
-        looks.append("get_run_events")
+        reads.append("get_run_events")
         before.append(d.on("append_event", event_type="e"))
     before += [d.on("request_cancel"), d.step("register_waiter", signal_name="go")]
-    watching = [tuple(d.on(d.one_of(*looks)) for _ in range(4)) for _ in range(d.count)]
+    readers = [tuple(d.on(d.one_of(*reads)) for _ in range(4)) for _ in range(d.count)]
     return Race(
         setup=tuple(before),
-        clients=((clean,), *watching),
+        clients=((clean,), *readers),
         final=d.final_reads(d.on("get_step_statuses")),
     )
 
@@ -85,7 +85,7 @@ def _clause_of_cleanup(verdict: Verdict) -> str | None:
 
 
 def _anything(d: RaceBuilder) -> Race:
-    """Any operations that name a run, drawn from the state that the setup leaves."""
+    """Arbitrary operations on a run, drawn from the state after the setup."""
     chooser = RandomChoices(d.generator)
     model = Model(lambda: d.now)
     runs = [UUID(int=1), UUID(int=2)]
@@ -118,11 +118,11 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
     family(
         "cleanups",
         "RET-2 RET-3 IDM-4",
-        "cleanups of a run that others use again",
+        "cleanups of a run that other clients use again",
         _cleanups,
         exclusive=True,
         clause_of=_clause_of_cleanup,
     ),
-    family("cleanups_seen", "RET-3", "looks at a run that is cleaned up", _cleanups_seen, exclusive=True),
-    family("anything", "CON-1", "any operations on one run", _anything, Capability.VIRTUAL_CLOCK),
+    family("cleanups_seen", "RET-3", "reads of a run during its cleanup", _cleanups_seen, exclusive=True),
+    family("anything", "CON-1", "arbitrary operations on one run", _anything, Capability.VIRTUAL_CLOCK),
 )

@@ -65,7 +65,7 @@ def _late_starts(d: RaceBuilder) -> Race:
         lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
     )
     if d.one_of(True, False):
-        # Who ends a run and then sees no step has seen that whatever starts now starts too late.
+        # A client that ended the run and then reads no step proves that any later start is too late.
         clients = ((end(0), read_statuses(0)), *clients[1:])
     return Race(setup=(d.start_run(),), clients=clients, final=d.final_reads())
 

@@ -26,7 +26,7 @@ def _deliveries(d: RaceBuilder) -> Race:
         lambda client: d.step("register_waiter", step_key=d.one_of("a", "b"), signal_name="go"),
         lambda client: d.step("get_waiter"),
     ]
-    # Which waiter is the oldest is known only when it is known when they were made.
+    # The oldest waiter is known only if the creation times are known.
     mixed = others if d.virtual and d.one_of(True, False) else []
     return Race(
         setup=(
@@ -39,10 +39,12 @@ def _deliveries(d: RaceBuilder) -> Race:
 
 
 def _clause_of_delivery(verdict: Verdict) -> str | None:
-    """SIG-3 where somebody was told that there is no waiter."""
+    """SIG-3 if an unexplained delivery returned NOT_FOUND."""
     nothing = ("status", SignalDeliveryStatus.NOT_FOUND.value)
-    told = [one.outcome.value for one in verdict.unplaced if isinstance(one.outcome, Returned)]
-    return "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in told if one) else None
+    values = [one.outcome.value for one in verdict.unplaced if isinstance(one.outcome, Returned)]
+    return (
+        "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in values if one) else None
+    )
 
 
 def _late_deliveries(d: RaceBuilder) -> Race:
