@@ -60,7 +60,7 @@ async def test_where_processes_share_it_a_second_store_must_open() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
         context.url = "sqlite:////no/such/folder/x.db"
         context.capabilities |= {Capability.MULTI_PROCESS}
-        with pytest.raises(ContractViolation, match="yet MULTI_PROCESS is declared") as raised:
+        with pytest.raises(ContractViolation, match="although MULTI_PROCESS is declared") as raised:
             await context.open()
     assert raised.value.clause == "CON-6"
 

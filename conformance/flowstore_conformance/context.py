@@ -140,7 +140,7 @@ class CheckContext:
             raise Unsupported(message) from error
 
     async def workers(self, count: int) -> list[FlowStore]:
-        """Open ``count`` stores, the context's own included; only that one if the backend allows no second."""
+        """Open ``count`` stores, including the context's own; just that one if no second is allowed."""
         try:
             return [self.store, *[await self.open() for _ in range(count - 1)]]
         except Unsupported:

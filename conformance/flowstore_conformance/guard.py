@@ -193,6 +193,6 @@ async def _count_runs(store: FlowStore) -> int:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Describe an error; only by its class if it is not of the contract, because its text may hold secrets."""
+    """Describe an error; a foreign one only by its class, because its text may hold secrets."""
     name = type(error).__name__
     return f"{name}: {error}" if isinstance(error, FlowStoreError) else f"the backend raised {name}"

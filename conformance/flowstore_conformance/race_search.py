@@ -239,8 +239,12 @@ def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str
         ReproPhase(timedelta(0), [race.setup]),
         ReproPhase(race.clock_advance, race.clients),
         ReproPhase(timedelta(0), [race.final]),
-    ] title = f"{title}\n\nObserved outcomes, in the order in which the calls began; no order of the calls
-    explains them:\n\n{answers}" if topology.processes:
+    ]
+    title = (
+        f"{title}\n\nObserved outcomes, in the order in which the calls began; no order of the calls "
+        f"explains them:\n\n{answers}"
+    )
+    if topology.processes:
         title += (
             f"\n\nThe race ran {topology}. This program opens as many stores in one process,\n"
             "where the violation may be rare or absent; the command in the report uses processes."

@@ -14,28 +14,28 @@ from flowstore_conformance.status import Status
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A broken promise, with what a person needs to see and repeat it."""
+    """A violation of the contract, with the evidence and the means to repeat it."""
 
     clause: str
     message: str
     program: str | None = None
-    """A runnable program that shows it; it takes the URL of a store as its argument."""
+    """A runnable program that reproduces it; takes the URL of a store as its argument."""
     program_file: str | None = None
-    """Where the program was written, if it was."""
+    """The path of the program, if it was written."""
     right_answer: str | None = None
-    """What the same program prints on the memory backend."""
+    """The output of the same program on the memory backend."""
     history: History | None = None
     verdict: Verdict | None = None
     traceback: str | None = None
-    """Of an exception that should not have come, without passwords."""
+    """The traceback of an unexpected exception, without passwords."""
     reproductions: int = 1
-    """How often it struck,"""
+    """Number of failed runs,"""
     repetitions: int = 1
-    """of how many runs of the check with the same seed."""
+    """of this number of runs of the check with the same seed."""
     operation: str | None = None
     """The operation that hung or that raised the exception."""
     place: str | None = None
-    """The line of the author's code where it hung or raised."""
+    """The line of the author's code that hung or raised."""
     error: str | None = None
     """The class of the exception."""
     hung: bool = False
@@ -43,45 +43,45 @@ class Failure:
 
     @property
     def trace_title(self) -> str:
-        """What the traceback shows."""
-        return "where it hangs" if self.hung else "where it came from"
+        """The title of the traceback."""
+        return "where it hangs" if self.hung else "traceback"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """What became of one check."""
+    """The result of one check."""
 
     check: Check
     status: Status
     assertions: int
     seconds: float
     seed: int
-    """Of the whole run: the one that repeats it."""
+    """The seed of the whole run, which repeats it."""
     failure: Failure | None = None
     reason: str | None = None
-    """Why it is inconclusive, unsupported, waived or did not run."""
+    """Why the check is inconclusive, unsupported, waived or not run."""
     finding: SignatureFinding | None = None
-    """The wrong method that kept it from running."""
+    """The method that prevented the check from running."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClauseResult:
-    """A clause with the checks that look at it."""
+    """A clause with the results of its checks."""
 
     clause: Clause
     status: Status
     assertions: int
-    """How often its checks put a promise to the test."""
+    """Number of assertions in its checks."""
     results: tuple[CheckResult, ...]
 
     @property
     def reason(self) -> str | None:
-        """Why it has its status, where a check gives a reason; one that is named after the clause first."""
+        """The reason for the status, if a check gives one; preferably a check named after the clause."""
         given = [one for one in self.results if one.status is self.status and one.reason]
         given.sort(key=lambda one: one.check.clauses[0] != self.clause.id)
         if given:
             return given[0].reason
         if self.status is Status.NOT_RUN:
             stopped = {one.failure.clause: None for one in self.results if one.failure is not None}
-            return f"cut short: checks of it stopped at {', '.join(stopped)}" if stopped else None
+            return f"not completed: its checks failed at {', '.join(stopped)}" if stopped else None
         return None

@@ -531,9 +531,10 @@ async def _run_isolated(
                 made = context
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if surfaced and outcome.status is Status.PASS:
-            message = f"{type(surfaced[0]).__name__} raised in a callback of the event loop, where no caller
-            sees it" failure = _exception_failure("CON-2", message, surfaced[0], url) outcome =
-            _CheckRun(Status.FAIL, outcome.assertions, failure)
+            name = type(surfaced[0]).__name__
+            message = f"a callback of the event loop raised {name}, which no caller sees"
+            failure = _exception_failure("CON-2", message, surfaced[0], url)
+            outcome = _CheckRun(Status.FAIL, outcome.assertions, failure)
     except asyncio.CancelledError as error:
         if _is_cancelled():
             raise

@@ -1,4 +1,4 @@
-"""An event loop for checks in a thread of its own, which can be left behind when a backend blocks it."""
+"""An event loop for checks in a separate thread, which can be abandoned if a backend blocks it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Work = Callable[[], Awaitable[T]]
 
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 2.0
-"""How long an interrupted loop may take to say what is under way in it; else it is blocked."""
+"""Seconds in which an interrupted loop must report its pending call; otherwise it counts as blocked."""
 
 END_SECONDS = 10.0
-"""How long a cancelled job, or the end of the loop, may take before the loop is left behind."""
+"""Seconds for a cancelled work item, or the end of the loop, before the loop is abandoned."""
 
 
-class Stopped(Exception):  # noqa: N818 - what the caller asked for
-    """The caller asked to stop while a job ran."""
+class Stopped(Exception):  # noqa: N818 - requested by the caller
+    """The caller set ``stop`` while work was running."""
 
     def __init__(self, under_way: str | None = None) -> None:
         super().__init__(under_way)
         self.pending_call = under_way
-        """The call of the store that was under way, and where it waits."""
+        """The pending call of the store and where it waits."""
 
 
 class _Loop:
-    """A thread that runs jobs one after the other, all in one task: a store opens and closes in the same."""
+    """A thread that runs work items sequentially in one task, because stores open and close in one task."""
 
     def __init__(self, tick: float) -> None:
         self.loop = asyncio.new_event_loop()
@@ -48,7 +48,7 @@ class _Loop:
         self._current: concurrent.futures.Future[Any] | None = None
         self._cancelled: set[concurrent.futures.Future[Any]] = set()
         context = contextvars.copy_context()
-        # A daemon, so that a loop which was left behind does not keep the interpreter from ending.
+        # A daemon thread, so that an abandoned loop does not prevent the interpreter from exiting.
         self.thread = threading.Thread(
             target=lambda: context.run(self._main), name="flowstore-checks", daemon=True
         )
@@ -61,7 +61,7 @@ class _Loop:
         return future
 
     def cancel(self, future: concurrent.futures.Future[Any]) -> None:
-        """Cancel a job, which may not have begun."""
+        """Cancel a work item, begun or not."""
         self.loop.call_soon_threadsafe(self._cancel, future)
 
     def _cancel(self, future: concurrent.futures.Future[Any]) -> None:
@@ -74,9 +74,9 @@ class _Loop:
         self.loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
     def abandon(self) -> None:
-        """Give the thread up. An exception is raised in it, which ends an endless loop of Python code."""
+        """Abandon the thread. Raises an exception in it, which ends an endless loop of Python code."""
         kill_children(self.loop)
-        # Of no more interest: tasks that are dropped, exceptions of callbacks.
+        # Ignores pending tasks and exceptions of callbacks.
         self.loop.set_exception_handler(lambda loop, context: None)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(self.thread.ident or 0), ctypes.py_object(SystemExit)
@@ -87,7 +87,7 @@ class _Loop:
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
-            # RuntimeError: the loop was stopped, because it was left behind.
+            # RuntimeError: the loop was stopped because it was abandoned.
             with suppress(SystemExit, RuntimeError):
                 self.loop.run_until_complete(self._serve())
         finally:
@@ -108,7 +108,7 @@ class _Loop:
                 future.set_result(await work())
             except asyncio.CancelledError as error:
                 future.set_exception(Stopped(str(error) or None))
-            except Exception as error:  # noqa: BLE001 - raised again where the job was submitted
+            except Exception as error:  # noqa: BLE001 - raised again by the submitter's future
                 future.set_exception(error)
             self._current = None
             while task.cancelling():
@@ -126,14 +126,14 @@ class _Loop:
 
 
 _abandoned: list[_Loop] = []
-"""Loops whose thread may still run. They are kept for good, because they hold what a backend left open."""
+"""Abandoned loops, whose threads may still run; kept because they hold open resources of a backend."""
 
 
 class Supervisor:
-    """Runs jobs in an event loop of its own, and takes a new one when a backend blocks it.
+    """Runs work in a separate event loop, and replaces the loop if a backend blocks it.
 
-    A backend can block an event loop for ever, with a lock or an endless loop. Python code cannot end such a
-    thread, so it is left behind, and ``Hung`` tells where it stands.
+    A lock or an endless loop can block an event loop forever. Python code cannot end such a thread, so it is
+    abandoned, and ``Hung`` reports where it is blocked.
     """
 
     def __init__(self, watchdog: Watchdog) -> None:
@@ -142,10 +142,10 @@ class Supervisor:
         self._future: concurrent.futures.Future[Any] | None = None
 
     async def run(self, work: Work[T], *, stop: asyncio.Event | None = None) -> T:
-        """Run a job in the loop and return what it returns, or raise what it raises.
+        """Run work in the loop; return its result or raise its exception.
 
-        Raises Hung when it blocks the loop or does not end though it was cancelled; the loop is then left
-        behind. Raises Stopped once ``stop`` is set; the job is cancelled first.
+        Raises Hung if it blocks the loop or does not end after cancellation; the loop is then abandoned.
+        Raises Stopped once ``stop`` is set, after cancelling the work.
         """
         if self._loop is None:
             self._loop = _Loop(self.watchdog.limits.tick)
@@ -161,7 +161,7 @@ class Supervisor:
                     await asyncio.wait(waits, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                     if stopping is not None and stopping.done() and not done.done():
                         raise Stopped(await self._stop(done))
-                    # Time in which this process did not run counts for little.
+                    # Limits the effect of time in which this process did not run.
                     now = time.monotonic()
                     blocked, since = blocked + min(now - since, 2 * POLL_SECONDS), now
                     if blocked >= self._limit():
@@ -175,7 +175,7 @@ class Supervisor:
             result: T = await done
             return result
         except asyncio.CancelledError:
-            # By the caller: what the job has opened is closed before this goes on.
+            # Cancelled by the caller: wait until the work has closed its resources.
             await asyncio.shield(self._cancel(done))
             raise
         finally:
@@ -183,7 +183,7 @@ class Supervisor:
                 stopping.cancel()
 
     async def aclose(self) -> None:
-        """End the loop, in bounded time."""
+        """End the loop in bounded time."""
         if self._loop is not None:
             self._loop.end()
             done = asyncio.wrap_future(self._loop.ended)
@@ -194,7 +194,7 @@ class Supervisor:
                 self._abandon(done)
 
     def _limit(self) -> float:
-        """How long the loop may be blocked: as long as a call may take."""
+        """Seconds for which the loop may be blocked: the limit of a call."""
         limits = self.watchdog.limits
         if self.watchdog.known_hangs and self._loop is not None:
             hang = describe_blocked(self._loop.thread.ident or 0, 0.0)
@@ -203,7 +203,7 @@ class Supervisor:
         return limits.call
 
     async def _stop(self, done: asyncio.Future[Any]) -> str | None:
-        """Cancel the job under way, and say what it was waiting for."""
+        """Cancel the running work and return a description of its pending call."""
         assert self._loop is not None
         future: concurrent.futures.Future[str | None] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()

@@ -1,4 +1,4 @@
-"""Waivers: failures that are known, for a reason and until a day."""
+"""Waivers: known failures, each with a reason and an expiry date."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ KEYS = frozenset({"clause", "reason", "link", "expires"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiver:
-    """Failures of one clause that shall not fail the run."""
+    """A permission for failures of one clause."""
 
     clause: str
     reason: str
     link: str
-    """Where it is being worked on."""
+    """A link to the issue or change that addresses the failure."""
     expires: date
-    """The last day, in UTC, on which it counts."""
+    """The last day on which the waiver is valid, in UTC."""
 
 
 class WaiverState(StrEnum):
-    """What a run made of a waiver."""
+    """The state of a waiver after a run."""
 
     USED = "used"
     EXPIRED = "expired"
     NOT_NEEDED = "not needed"
-    """The checks of its clause pass, or do not apply: it must go."""
+    """The checks of its clause pass or do not apply: remove the waiver."""
     UNDECIDED = "undecided"
-    """A check of its clause was inconclusive or did not run, so that nobody knows."""
+    """A check of its clause was inconclusive or did not run."""
     NOT_SELECTED = "not looked at"
-    """Its clause was not among those that were asked for."""
+    """Its clause was not selected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaiverResult:
-    """A waiver, and whether it is in order."""
+    """A waiver and its state."""
 
     waiver: Waiver
     state: WaiverState
 
     @property
     def problem(self) -> str | None:
-        """Why it fails the run; None when it is in order."""
+        """Why the waiver fails the run; None if it has no problem."""
         clause, expires = self.waiver.clause, self.waiver.expires
         if self.state is WaiverState.EXPIRED:
-            return f"the waiver of {clause} expired on {expires}: mend {clause}, or renew the waiver"
+            return f"the waiver of {clause} expired on {expires}: fix {clause}, or renew the waiver"
         if self.state is WaiverState.NOT_NEEDED:
             return f"the waiver of {clause} is not needed, because {clause} does not fail: remove it"
         return None
@@ -61,7 +61,7 @@ class WaiverResult:
 def read_waivers(path: Path) -> tuple[Waiver, ...]:
     """The waivers of a TOML file: tables ``[[waiver]]`` with clause, reason, link and expires.
 
-    Raises ConfigurationError, naming the table, for anything missing, unknown or doubled.
+    Raises ConfigurationError, which names the table, for missing, unknown or duplicate entries.
     """
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -71,12 +71,12 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
         raise ConfigurationError(f"waivers {path} are not valid TOML: {error}") from None
     entries = table.pop("waiver", [])
     if table or not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
-        raise ConfigurationError(f"waivers {path} must hold tables [[waiver]] and nothing else")
+        raise ConfigurationError(f"waivers {path} may contain [[waiver]] tables only")
     found: dict[str, Waiver] = {}
     for number, entry in enumerate(entries, 1):
         waiver = _read_waiver(f"waiver {number} of {path}", entry)
         if waiver.clause in found:
-            raise ConfigurationError(f"waiver {number} of {path}: {waiver.clause} has one already")
+            raise ConfigurationError(f"waiver {number} of {path}: {waiver.clause} already has a waiver")
         found[waiver.clause] = waiver
     return tuple(found.values())
 
@@ -88,7 +88,7 @@ def _read_waiver(place: str, entry: dict[str, Any]) -> Waiver:
         raise ConfigurationError(f"{place} has unknown keys: {', '.join(sorted(unknown))}")
     for key in ("clause", "reason", "link"):
         if not isinstance(entry[key], str) or not entry[key].strip():
-            raise ConfigurationError(f"{place}: {key} must be text that is not empty")
+            raise ConfigurationError(f"{place}: {key} must be a non-empty string")
     if entry["clause"] not in CLAUSES:
         raise ConfigurationError(f"{place}: there is no clause {entry['clause']}")
     expires = entry["expires"]

@@ -1,8 +1,8 @@
-"""Finds calls that do not end: which one, with which arguments, and where in the backend's code it waits.
+"""A watchdog for hanging calls: it reports the call, its arguments and the line of the backend that waits.
 
-A watchdog runs in the event loop of the checks and looks a few times a second at the stacks of all tasks. A
-call of a store is a frame of core's ValidatedStore, so nothing has to be put around the calls themselves. A
-loop that is blocked cannot look at itself; another thread does (see supervision).
+The watchdog runs in the event loop of the checks and inspects the stacks of all tasks a few times a second. A
+call of a store is a frame of core's ValidatedStore, so the calls need no wrapper. A blocked loop cannot run
+the watchdog; another thread detects it (see supervisor.py).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from flowstore_conformance.traces import OPEN_STORE, OPERATIONS, is_authors, is_
 from flowstore_core.urls import redact
 
 CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
-"""How long a check may take."""
+"""Time limit of a check, by profile."""
 
 CALL_SECONDS = 30.0
-"""How long one call of a store may take."""
+"""Time limit of a call of a store."""
 
 KNOWN_HANG_SECONDS = 2.0
-"""The same for an operation that a check has already found to hang."""
+"""Time limit of a call of an operation that is already known to hang."""
 
 CANCEL_SECONDS = 5.0
-"""How long a cancelled check may take to end, before it is cancelled again."""
+"""Time after which a cancelled check that has not ended is cancelled again."""
 
 MAX_CANCELS = 3
 
 TICK = 0.5
 MAX_STACKS = 4
-"""Stacks that a report shows."""
+"""Maximum number of stacks in a report."""
 
 OPTION = "--check-timeout"
 
@@ -66,12 +66,12 @@ class Limits:
         return Limits(CHECK_SECONDS[profile], min(CALL_SECONDS, CHECK_SECONDS[profile]))
 
     def scaled(self, factor: float) -> Limits:
-        """The limits for a backend that is slower than usual by a factor."""
+        """The limits for a backend that is slower than expected by a factor."""
         return Limits(self.check * factor, self.call * factor, self.known_hang * factor)
 
     @property
     def tick(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two inspections of the stacks."""
         return min(TICK, self.check / 5, self.call / 5, self.known_hang / 5)
 
 
@@ -81,13 +81,13 @@ class Hang:
 
     message: str
     operation: str | None
-    """The operation of the store that did not end; None where no single call was to blame."""
+    """The operation that did not end; None if no single call exceeded its limit."""
     place: str | None
     """The innermost line of the author's code."""
     stack: str
 
     def to_json(self) -> str:
-        """The same as a line of JSON, for another process."""
+        """Encode as a line of JSON, for another process."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -105,17 +105,17 @@ class Hung(Exception):  # noqa: N818 - a finding about the store, not an error o
 
 @dataclass(frozen=True, slots=True)
 class PendingCall:
-    """A call of a store that is under way."""
+    """A call of a store in progress."""
 
     owner: Any
-    """The coroutine or generator; alive as long as the call is."""
+    """The coroutine or generator of the call; it lives as long as the call."""
     operation: str
     frames: tuple[FrameType, ...]
-    """From the call inwards."""
+    """The frames from the call inwards."""
 
     @property
     def text(self) -> str:
-        """The call as reports show it."""
+        """The call as shown in reports."""
         frame = self.frames[0]
         if frame.f_code in (OPEN_STORE, SCRATCH, INSPECT):
             return f"{self.operation}({redact(str(frame.f_locals.get('url')))})"
@@ -126,23 +126,23 @@ class PendingCall:
 
 
 class Watchdog:
-    """Watches the calls under way in one event loop, and cancels a check of which one does not end."""
+    """Watches the calls in progress in one event loop, and cancels a check with a call that does not end."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.known_hangs: set[str] = set()
-        """Operations that were found to hang."""
+        """Operations that are known to hang."""
         self.hang: Hang | None = None
-        """Found in the check under way."""
+        """The hang found in the current check."""
         self.stuck = False
-        """Whether the check under way did not end though it was cancelled several times."""
+        """Whether the current check did not end although it was cancelled several times."""
         self._left_over: WeakSet[asyncio.Task[Any]] = WeakSet()
 
     @asynccontextmanager
     async def watch(self, *, timeout_factor: float = 1.0) -> AsyncIterator[None]:
-        """Watch what runs in the context; raises Hung when a call in it, or all of it, takes too long.
+        """Watch the body of the context. Raises Hung if a call in it, or the whole body, exceeds its limit.
 
-        ``patience`` multiplies the limit for all of it.
+        ``timeout_factor`` multiplies the limit of the body.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -152,14 +152,14 @@ class Watchdog:
         try:
             yield
         except BaseException as error:
-            # A cancellation by somebody else is theirs.
+            # A cancellation from outside passes through.
             if watch_.end() and not (isinstance(error, asyncio.CancelledError) and task.cancelling()):
                 raise Hung(self._hung()) from None
             raise
         else:
             if watch_.end():
                 with suppress(asyncio.CancelledError):
-                    # A cancellation that came too late must not reach what follows.
+                    # A cancellation that arrives late must not reach the caller's next await.
                     await asyncio.sleep(0)
                 raise Hung(self._hung())
         finally:
@@ -173,26 +173,26 @@ class Watchdog:
         return self.hang
 
     def limit_of(self, operation: str) -> float:
-        """How long a call may take."""
+        """The time limit of a call."""
         return self.limits.known_hang if operation in self.known_hangs else self.limits.call
 
     def pending(self) -> list[PendingCall]:
-        """The calls under way, without those that an earlier check left behind."""
+        """The calls in progress, without those left over from an earlier check."""
         tasks = [one for one in asyncio.all_tasks() if one not in self._left_over]
         found = [one for task in tasks if (one := pending_call(task)) is not None]
         return list({id(one.owner): one for one in found}.values())
 
     def describe_pending(self) -> str | None:
-        """The first call under way, and where it waits."""
+        """Describe the first call in progress and where it waits."""
         pending = self.pending()
         if not pending:
             return None
         where = _innermost(pending[0].frames)
-        return f"{pending[0].text} was under way{f' at {where}' if where else ''}"
+        return f"{pending[0].text} was in progress{f' at {where}' if where else ''}"
 
 
 class _Watch:
-    """The watch over one check."""
+    """The watch over the body of one Watchdog.watch()."""
 
     def __init__(self, watchdog: Watchdog, task: asyncio.Task[Any], limit: float) -> None:
         self._watchdog = watchdog
@@ -208,7 +208,7 @@ class _Watch:
         self._handle = self._loop.call_later(self._interval, self._tick)
 
     def end(self) -> bool:
-        """Stop watching. True if a hang was found; the task is then as if it had not been cancelled."""
+        """Stop watching. Returns whether a hang was found, and undoes its own cancellations of the task."""
         self._handle.cancel()
         for _ in range(self._cancels):
             self._task.uncancel()
@@ -218,7 +218,7 @@ class _Watch:
     def _tick(self) -> None:
         self._handle = self._loop.call_later(self._interval, self._tick)
         now = time.monotonic()
-        # Time in which this process did not run counts for little.
+        # Limits the effect of time in which this process did not run.
         passed, self._last = min(now - self._last, 2 * self._interval), now
         if self._watchdog.hang is not None:
             self._since_cancel += passed
@@ -251,18 +251,18 @@ class _Watch:
         self._task.cancel()
 
 
-# Telling
+# Descriptions of hangs
 
 
 def describe_call(pending: list[PendingCall], limit: float, *, known_hang: bool = False) -> Hang:
-    """The hang of the first of some pending calls."""
+    """Describe the hang of the first of the pending calls."""
     first = pending[0]
     where = _innermost(first.frames)
     waits = f"; it waits at {where}" if where else ""
     limited = (
-        "it hung in an earlier check, so it was given less time here"
+        "it hung in an earlier check, so its limit is shorter now"
         if known_hang
-        else f"a limit that {OPTION} raises"
+        else f"{OPTION} raises the limit"
     )
     return Hang(
         message=f"{first.text} did not return within {limit:g} s{waits} ({limited})",
@@ -273,12 +273,14 @@ def describe_call(pending: list[PendingCall], limit: float, *, known_hang: bool 
 
 
 def describe_check(task: asyncio.Task[Any], pending: list[PendingCall], limit: float) -> Hang:
-    """The hang of a check of which no single call took too long."""
-    pending_text = f"; {pending[0].text} was under way" if pending else "; no call of the store was under way"
+    """Describe the hang of a check in which no single call exceeded its limit."""
+    pending_text = (
+        f"; {pending[0].text} was in progress" if pending else "; no call of the store was in progress"
+    )
     frames = [frame for _, frame in await_chain(task.get_coro())]
     return Hang(
-        message=f"the check did not end within {limit:g} s{pending_text} (a limit that {OPTION} raises)",
-        # The call may have been one of many that each came to its end.
+        message=f"the check did not end within {limit:g} s{pending_text} ({OPTION} raises the limit)",
+        # The pending call may be one of many that each ended in time.
         operation=None,
         place=_innermost(pending[0].frames if pending else frames),
         stack=_stacks(pending) if pending else stack_text(frames),
@@ -286,7 +288,7 @@ def describe_check(task: asyncio.Task[Any], pending: list[PendingCall], limit: f
 
 
 def describe_blocked(thread: int, seconds: float) -> Hang:
-    """The hang of a thread whose event loop does not run any more; for another thread to ask."""
+    """Describe the hang of a thread with a blocked event loop. Called from another thread."""
     frames = _of_thread(thread)
     found = [number for number, one in enumerate(frames) if one.f_code in OPERATIONS]
     inner = frames[found[-1] :] if found else frames
@@ -298,8 +300,8 @@ def describe_blocked(thread: int, seconds: float) -> Hang:
     where = _innermost(inner)
     return Hang(
         message=(
-            f"{text} blocks the event loop{f' at {where}' if where else ''}: nothing else could run in it "
-            f"for {seconds:.3g} s (a limit that {OPTION} raises)"
+            f"{text} blocks the event loop{f' at {where}' if where else ''}: no other task ran "
+            f"for {seconds:.3g} s ({OPTION} raises the limit)"
         ),
         operation=operation,
         place=where,
@@ -315,16 +317,16 @@ def _innermost(frames: Sequence[FrameType]) -> str | None:
 
 
 def _stacks(pending: list[PendingCall]) -> str:
-    """Where the pending calls wait, then the backend's own tasks and threads."""
+    """The stacks of the pending calls, then those of the backend's own tasks and threads."""
     stacks: dict[str, list[PendingCall]] = {}
     for one in pending:
         stacks.setdefault(stack_text(one.frames), []).append(one)
     parts = []
     for stack, calls in list(stacks.items())[:MAX_STACKS]:
-        more = f", and {len(calls) - 1} more in the same place," if len(calls) > 1 else ""
+        more = f", and {len(calls) - 1} more at the same line," if len(calls) > 1 else ""
         parts.append(f"{calls[0].text}{more} waits:\n{stack}")
     if len(stacks) > MAX_STACKS:
-        parts.append(f"calls in {len(stacks) - MAX_STACKS} more places wait\n")
+        parts.append(f"calls at {len(stacks) - MAX_STACKS} more lines wait\n")
     shown = {id(frame) for one in pending for frame in one.frames}
     others: dict[str, str] = {}
     for task in asyncio.all_tasks():
@@ -341,7 +343,7 @@ def _stacks(pending: list[PendingCall]) -> str:
 
 
 def _is_backends(frames: list[FrameType]) -> bool:
-    """Whether a stack is of the backend's own work: its code is in it, and the suite's is not."""
+    """Whether a stack has frames of the backend and none of the suite."""
     files = [one.f_code.co_filename for one in frames]
     return any(map(is_authors, files)) and not any(map(is_suites, files))
 
@@ -356,11 +358,11 @@ def _of_thread(thread: int) -> list[FrameType]:
     return frames
 
 
-# Looking
+# Stacks
 
 
 def pending_call(task: asyncio.Task[Any]) -> PendingCall | None:
-    """The call of a store that a task waits for; None if there is none."""
+    """The call of a store that a task awaits; None if there is none."""
     links = list(await_chain(task.get_coro()))
     for number in range(len(links) - 1, -1, -1):
         owner, frame = links[number]
@@ -381,9 +383,9 @@ def _operation(frame: FrameType) -> str | None:
 
 
 def await_chain(awaitable: Any) -> Iterator[tuple[Any, FrameType]]:
-    """The coroutines and generators that one waits for, outermost first, with the frame of each.
+    """The chain of awaited coroutines and generators, outermost first, with the frame of each.
 
-    It leads through tasks that are awaited, and through the generators of async context managers.
+    Follows awaited tasks and the generators of async context managers.
     """
     seen: set[int] = set()
     current: Any = awaitable
@@ -408,22 +410,22 @@ def _next_link(one: Any) -> tuple[FrameType | None, Any]:
         return one.gi_frame, one.gi_yieldfrom
     if isinstance(one, asyncio.Task):
         return None, None if one.done() else one.get_coro()
-    # What awaits an async generator, a coroutine or a future is an object that only refers to it.
+    # The awaitables of async generators, coroutines and futures are objects that refer to them.
     kinds = (AsyncGeneratorType, CoroutineType, GeneratorType, asyncio.Task)
     return None, next((each for each in gc.get_referents(one) if isinstance(each, kinds)), None)
 
 
 def _task_in(frame: FrameType) -> asyncio.Task[Any] | None:
-    """The one unfinished task that a frame holds: what it waits for through asyncio.shield."""
+    """The only unfinished task among the locals of a frame, which it awaits through asyncio.shield."""
     tasks = [one for one in frame.f_locals.values() if isinstance(one, asyncio.Task) and not one.done()]
     return tasks[0] if len(tasks) == 1 else None
 
 
-# In a process of its own
+# Child processes
 
 
 def watch_process(limits: Limits, report: Callable[[Hang], None]) -> None:
-    """Watch the running loop for good: when a call hangs or blocks it, tell so and end the process."""
+    """Watch the running loop until the process ends: if a call hangs or blocks it, report and exit."""
     loop, watchdog, thread = asyncio.get_running_loop(), Watchdog(limits), threading.get_ident()
     ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
     beats = 0
@@ -460,5 +462,5 @@ def watch_process(limits: Limits, report: Callable[[Hang], None]) -> None:
 
 
 def in_child_process(hang: Hang) -> Hang:
-    """The hang of a call in another process."""
-    return replace(hang, message=f"in a process of its own {hang.message}")
+    """The hang with a message that names the child process."""
+    return replace(hang, message=f"in another process, {hang.message}")
