@@ -14,7 +14,7 @@ from flowstore_conformance.linearizability import Answer, Verdict, check_history
 from flowstore_conformance.model import Model
 from flowstore_conformance.operations import STRATEGIES, draw_call
 from flowstore_conformance.races import Race
-from flowstore_conformance.state_probe import answer, probe_calls
+from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import RandomChoices, Universe
 
 from flowstore_chaos.tally import Tally
@@ -69,7 +69,9 @@ def judge(tally: Tally, history: History, refused: int) -> None:
     tally.add("outcomes unknown", sum(one.outcome is UNKNOWN for one in operations))
     for one in operations:
         if is_foreign(one.outcome):
-            tally.mistrust(f"{one.call.method} gave {answer(one.outcome)}, which is not the contract's")
+            tally.mistrust(
+                f"{one.call.method} gave {describe_outcome(one.outcome)}, which is not the contract's"
+            )
             return
     verdict = check_history(History.of([_as_known(one) for one in operations]), budget=BUDGET)
     most = tally.details.get("most states tried for one", 0)
@@ -90,7 +92,7 @@ def _as_known(one: Operation) -> Operation:
 def _stuck(verdict: Verdict) -> str:
     """Where the search ended."""
     parts = [
-        f"{one.call.method} gave {answer(one.outcome)}, where {answer(right)} is right"
+        f"{one.call.method} gave {describe_outcome(one.outcome)}, where {describe_outcome(right)} is right"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
     return "; ".join(parts[:2])

@@ -16,7 +16,7 @@ from flowstore_conformance.model import Model, State
 from flowstore_conformance.operations import STRATEGIES, draw_call, draw_clock_advance
 from flowstore_conformance.state_probe import (
     ModelState,
-    answer,
+    describe_outcome,
     difference,
     observe_until,
     outcome_of,
@@ -114,7 +114,7 @@ class Stage:
         after = state.apply(call, exact_times=True)
         outcome = await outcome_of(self.store, call, exact_times=True)
         if outcome != after.outcome:
-            raise RuntimeError(f"without any fault {call.source()} gave {answer(outcome)}")
+            raise RuntimeError(f"without any fault {call.source()} gave {describe_outcome(outcome)}")
         return after
 
 
@@ -127,7 +127,7 @@ async def judge(
     """
     call, before = situation.call, situation.before
     after = before.apply(call, exact_times=True)
-    told = f"{call.method} gave {answer(outcome)}"
+    told = f"{call.method} gave {describe_outcome(outcome)}"
     if is_foreign(outcome):
         tally.mistrust(f"{told}, which is none of the contract's errors")
         return
@@ -140,7 +140,7 @@ async def judge(
     elif is_unavailable(outcome):
         possible = [before]
     elif outcome != after.outcome and after.outcome is not None:
-        tally.mistrust(f"{told}, where {answer(after.outcome)} is right")
+        tally.mistrust(f"{told}, where {describe_outcome(after.outcome)} is right")
     wanted = [one.observe(situation.probes, exact_times=True) for one in possible]
     seen = await observe_until(store, situation.probes, wanted, exact_times=True)
     if seen in wanted:

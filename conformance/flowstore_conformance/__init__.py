@@ -1,7 +1,7 @@
-"""The conformance suite for flowstore backends: does a store keep the contract?
+"""The conformance suite for flowstore backends: checks whether a store keeps the contract.
 
-``await run_suite(url)`` checks a backend from a running event loop, ``check_backend(url)`` from anywhere
-else; both return a Report. The command is ``flowstore conformance URL``.
+``await run_suite(url)`` checks a backend from a running event loop, ``check_backend(url)`` from other code;
+both return a Report. The command is ``flowstore conformance URL``.
 """
 
 from flowstore_conformance.clauses import CLAUSES, Clause, Level

@@ -1,11 +1,10 @@
-"""The process that the crash checks kill: it writes without end, and says what was acknowledged.
+"""The process that the crash checks kill: it writes endlessly and reports every acknowledged call.
 
-``python -m flowstore_conformance.crash_child URL SEED WORKERS LIMIT`` opens the store, says ``ready``, waits
-for a line on stdin, and then each worker makes the calls of its own script, run after run. For each call that
-returned it writes ``worker number`` in one line; one that raised it writes with the error's name and trace
-behind it.
-The parent knows the scripts, so numbers are enough. When a call takes longer than LIMIT seconds it writes
-``hung`` with a description, and ends.
+``python -m flowstore_conformance.crash_child URL SEED WORKERS LIMIT`` opens the store, prints ``ready``,
+waits for a line on stdin, and then each worker makes the calls of its script, run after run. For each call
+that returned it prints the line ``worker number``; for a call that raised, followed by the error's name and
+trace. The parent knows the scripts, so the numbers identify the calls. If a call takes longer than LIMIT
+seconds, it prints ``hung`` with a description and exits.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ LATER = datetime(2099, 1, 1, tzinfo=UTC)
 
 
 def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iterator[Call]:
-    """The calls of one worker, without end: short runs, each written to by nobody else.
+    """The endless sequence of calls of one worker: short runs that no other worker writes.
 
-    Every call changes something, and none of them depends on the time.
+    Every call changes state, and none depends on the time.
     """
     generator = random.Random(f"{seed}/{worker}")
     while True:
@@ -87,7 +86,7 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
 
 
 def _send(line: str) -> None:
-    # Past every buffer of this process: what was said stays said when it is killed.
+    # Unbuffered, so that a reported line survives the kill.
     os.write(1, f"{line}\n".encode())
 
 
@@ -95,7 +94,7 @@ async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
     for number, call in enumerate(calls):
         try:
             await invoke(store, call)
-        except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
+        except Exception as error:  # noqa: BLE001 - reported to the parent
             what = type(error).__name__ if isinstance(error, FlowStoreError) else f"!{type(error).__name__}"
             _send(f"{worker} {number} {what} {json.dumps(pack_error(error))}")
             return
@@ -107,8 +106,8 @@ async def main(url: str, seed: int, workers: int, limit: float) -> None:
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(open_store(url))
-        except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
-            # Only an error of the contract keeps secrets out of its text.
+        except Exception as error:  # noqa: BLE001 - reported to the parent
+            # Only errors of the contract guarantee a text without secrets.
             text = f": {error}" if isinstance(error, FlowStoreError) else ""
             _send(f"refused {type(error).__name__}{text}".replace("\n", " "))
             return

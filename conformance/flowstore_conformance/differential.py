@@ -18,7 +18,7 @@ from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.model import Model
 from flowstore_conformance.repro_script import ReproCall, sequential_script
-from flowstore_conformance.state_probe import answer, probe_calls
+from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import FLOWS, Universe
 from flowstore_conformance.violation_signature import Signature, wrong_answers
 from flowstore_core import FlowStore, FlowStoreError
@@ -182,7 +182,7 @@ def _message(entry: ReproCall) -> str:
         return f"{entry.call.method} raised {entry.actual.error}, which is not an error of the contract"
     if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
         return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
-    return f"{entry.call.method} returned {answer(entry.actual)} instead of {answer(entry.expected)}"
+    return f"{entry.call.method} returned {describe_outcome(entry.actual)} instead of {describe_outcome(entry.expected)}"
 
 
 # Shrinking

@@ -1,7 +1,7 @@
-"""The options of the suite under pytest, and what they ask for.
+"""The pytest plugin of the suite: its options and the session that they configure.
 
-A conftest inside an installed package is read too late to add options to ``pytest --pyargs``. So this is a
-plugin, which only ``-p flowstore_conformance.pytest_plugin`` loads, never pytest by itself.
+pytest reads a conftest inside an installed package too late to add options to ``pytest --pyargs``, so the
+options come from this plugin. It is loaded only by ``-p flowstore_conformance.pytest_plugin``.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from flowstore_core.urls import parse_url, redact
 PACKAGE = "flowstore_conformance"
 
 NO_URL = (
-    f"the conformance suite needs to know which store to check: pytest -p {PACKAGE}.options "
+    f"the conformance suite needs to know which store to check: pytest -p {PACKAGE}.pytest_plugin "
     f"--pyargs {PACKAGE} --flowstore-url=URL, or set {URL_VARIABLE}; "
-    "it works only in scratch namespaces beside that store"
+    "the suite works only in scratch namespaces beside that store"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConformanceSession:
-    """What a session of pytest checks, and how."""
+    """The configuration and state of a pytest session."""
 
-    # pytest shows the arguments of tests that fail.
+    # Without repr, because pytest shows the arguments of failed tests.
     url: str = field(repr=False)
     backend: GuardedBackend
     profile: Profile
@@ -65,14 +65,14 @@ class ConformanceSession:
     versions: dict[str, str]
     limits: Limits
     known_hangs: set[str] = field(default_factory=set)
-    """Operations that were found to hang."""
-    lost: list[Supervisor] = field(default_factory=list)
-    """Those that had to leave a loop behind."""
+    """Operations that are known to hang."""
+    abandoned: list[Supervisor] = field(default_factory=list)
+    """Supervisors that abandoned an event loop."""
 
     def run(self, check: Check) -> tuple[CheckResult, Report]:
-        """Run one check; its result, and a report that holds it alone.
+        """Run one check; return its result and a report of that result.
 
-        It runs in a thread of its own, as in the command, so that a backend that blocks is told apart.
+        Runs in a separate thread, as the command does, to detect a backend that blocks the event loop.
         """
         started_at = datetime.now(UTC)
         watchdog = Watchdog(self.limits)
@@ -81,7 +81,7 @@ class ConformanceSession:
         one = SuiteRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
         result = asyncio.run(self._run(one, check))
         if result.failure is not None and result.failure.hung:
-            self.lost.append(supervisor)
+            self.abandoned.append(supervisor)
         report = Report(
             backend=self.backend.name,
             url=redact(self.url),
@@ -143,7 +143,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    # All workers of pytest-xdist share one seed, and need not look again where the controller has.
+    # All workers of pytest-xdist share one seed and the controller's inspection of the backend.
     node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
     session = node.config.stash.get(_session, None)
     node.workerinput["flowstore_guarded"] = session and {
@@ -160,18 +160,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # A thread of the backend that still hangs would keep the interpreter waiting for ever.
+    # A hanging thread of the backend would prevent the interpreter from exiting.
     own = config.stash.get(_session, None)
-    if own is not None and own.lost and threading.active_count() > 1:
+    if own is not None and own.abandoned and threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash.get(_exit_status, 1))
 
 
 def session_of(config: pytest.Config) -> ConformanceSession:
-    """What the options ask for; the first call sees to it that a scratch namespace is empty.
+    """The session of the options; the first call checks that a scratch namespace is empty.
 
-    Raises pytest.UsageError where the suite cannot run.
+    Raises pytest.UsageError if the suite cannot run.
     """
     if _session not in config.stash:
         try:

@@ -17,7 +17,7 @@ from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdic
 from flowstore_conformance.race_families import RaceBuilder, RaceFamily
 from flowstore_conformance.races import AFTER, BEFORE, Race, RaceRun, Runner, Topology
 from flowstore_conformance.repro_script import ReproPhase, answer_text, concurrent_script
-from flowstore_conformance.state_probe import answer
+from flowstore_conformance.state_probe import describe_outcome
 from flowstore_conformance.violation_signature import Signature, wrong_answers
 
 SHRINK_SECONDS = 6.0
@@ -212,7 +212,7 @@ def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
 def _no_order(verdict: Verdict) -> str:
     """Describe where the search for an order ended."""
     parts = [
-        f"{one.call.method} of {_client(one)} returned {answer(one.outcome)} instead of {answer(right)}"
+        f"{one.call.method} of {_client(one)} returned {describe_outcome(one.outcome)} instead of {describe_outcome(right)}"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
     done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])

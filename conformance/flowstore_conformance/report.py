@@ -179,7 +179,7 @@ class Report:
         if self.problems:
             return f"{_count(self.problems, 'waiver')} expired or unnecessary"
         if open_ones:
-            return f"{_count(open_ones, 'clause')} inconclusive, which does not count as passed: {_list(open_ones)}"
+            return f"{_count(open_ones, 'clause')} inconclusive, so not passed: {_list(open_ones)}"
         if not self.conforms and self.unchecked and not self.selected:
             return f"no check covers {_list(self.unchecked)}"
         if not self.conforms:

@@ -165,8 +165,8 @@ async def find_partial_effect(
             break
         outcome = await outcome_of(store, call, exact_times=exact_times)
     if outcome not in right:
-        only = " or ".join(dict.fromkeys(answer(one) for one in right if one is not None))
-        return f"repeated, it returned {answer(outcome)} instead of {only}"
+        only = " or ".join(dict.fromkeys(describe_outcome(one) for one in right if one is not None))
+        return f"repeated, it returned {describe_outcome(outcome)} instead of {only}"
     if any(one is before for one in possible):
         again.append(before.apply(call, exact_times=exact_times).apply(call, exact_times=exact_times))
     wanted = [one.observe(probes, exact_times=exact_times) for one in again]
@@ -188,7 +188,7 @@ def difference(probes: Sequence[Call], seen: Snapshot, wanted: Sequence[Snapshot
     return "; ".join(parts)
 
 
-def answer(outcome: Outcome) -> str:
+def describe_outcome(outcome: Outcome) -> str:
     """Describe an outcome in words."""
     if isinstance(outcome, Returned):
         return brief(plain(outcome.value))

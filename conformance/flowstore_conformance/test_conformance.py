@@ -1,4 +1,4 @@
-"""One test for each check, named by its clause. How to run them stands in options.py."""
+"""One test for each check, named by its clause. See pytest_plugin.py for the options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         checks = session_of(metafunc.config).checks
     except pytest.UsageError as error:
         raise pytest.Collector.CollectError(str(error)) from None
-    # The suite has its own limit, which names the call that hangs; pytest-timeout would end the session.
+    # The suite's own time limit names the hanging call; pytest-timeout would end the session.
     marks = [pytest.mark.timeout(0)] if metafunc.config.pluginmanager.hasplugin("timeout") else []
     metafunc.parametrize(
         "conformance_check",
@@ -28,7 +28,7 @@ def test_clause(conformance_check: Check, pytestconfig: pytest.Config) -> None:
     if result.status is Status.UNSUPPORTED:
         pytest.skip(result.reason or "")
     if result.status is Status.INCONCLUSIVE:
-        pytest.fail(f"inconclusive, which is no pass: {result.reason}", pytrace=False)
+        pytest.fail(f"inconclusive, which does not count as passed: {result.reason}", pytrace=False)
     if result.finding is not None:
         lines = "\n".join(finding_lines(result.finding))
         pytest.fail(f"not run, because core cannot call a method:\n{lines}", pytrace=False)

@@ -14,7 +14,7 @@ from flowstore_conformance.cancellation_points import CancelledCall, CancelPoint
 from flowstore_conformance.context import ContractViolation
 from flowstore_conformance.history import Raised, Returned, comparable, error_name
 from flowstore_conformance.loop_errors import capture_callback_errors
-from flowstore_conformance.state_probe import answer, find_partial_effect, invoke
+from flowstore_conformance.state_probe import describe_outcome, find_partial_effect, invoke
 from flowstore_conformance.write_scenarios import Scenario, available
 
 from flowstore_chaos.leaks import Holdings
@@ -318,7 +318,7 @@ async def _examine(trial: Trial, store: FlowStore, made: CancelledCall) -> None:
     trial.tally.operations += 2 * len(scenario.probes) + 1
     if isinstance(made.outcome, Returned):
         if made.outcome != after.outcome:
-            trial.tally.mistrust(f"{made.title} gave {answer(made.outcome)}")
+            trial.tally.mistrust(f"{made.title} gave {describe_outcome(made.outcome)}")
         possible = [after]
     elif (scenario.must_compensate and made.outcome is None) or made.outcome == Raised("StoreClosedError"):
         possible = [before]

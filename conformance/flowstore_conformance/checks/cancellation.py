@@ -27,7 +27,7 @@ from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
 from flowstore_conformance.state_probe import (
     ModelState,
-    answer,
+    describe_outcome,
     difference,
     find_partial_effect,
     invoke,
@@ -77,7 +77,7 @@ async def _examine(context: CheckContext, store: FlowStore, made: CancelledCall)
         assert after.outcome is not None
         context.expect_that(
             made.outcome == after.outcome or isinstance(made.outcome, Raised),
-            f"{made.title} gave {answer(made.outcome)}, where {answer(after.outcome)} is right",
+            f"{made.title} gave {describe_outcome(made.outcome)}, where {describe_outcome(after.outcome)} is right",
         )
     if isinstance(made.outcome, Returned):
         possible = [after]
@@ -208,7 +208,7 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         ):
             if made.outcome not in (None, right):
                 assert made.outcome is not None
-                message = f"{made.title} gave {answer(made.outcome)}, where {answer(right)} is right"
+                message = f"{made.title} gave {describe_outcome(made.outcome)}, where {describe_outcome(right)} is right"
                 raise ContractViolation(message)
             context.assertions += 1
         context.expect_that(

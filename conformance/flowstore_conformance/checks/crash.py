@@ -19,7 +19,7 @@ from flowstore_conformance.model import State
 from flowstore_conformance.state_probe import (
     ModelState,
     Snapshot,
-    answer,
+    describe_outcome,
     difference,
     find_partial_effect,
     observe_until,
@@ -198,5 +198,5 @@ async def _use(context: CheckContext, store: FlowStore) -> None:
             outcome, right = await outcome_of(store, call, exact_times=False), state.outcome
             context.assertions += 1
             if outcome != right and right is not None:
-                told = f"gives {answer(outcome)}, where {answer(right)} is right"
+                told = f"gives {describe_outcome(outcome)}, where {describe_outcome(right)} is right"
                 raise ContractViolation(f"after a kill {call.method} {told}")

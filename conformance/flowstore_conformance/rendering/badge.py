@@ -1,4 +1,4 @@
-"""The report as a badge, in the format of endpoints that shields.io reads."""
+"""The report as a badge, in the endpoint format of shields.io."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = {Level.FULL: "brightgreen", Level.CRASH_SAFE: "green", Level.BASE: "ye
 
 
 def render_badge(report: Report) -> str:
-    """The badge as JSON: the level, or what stands in its way."""
+    """The badge as JSON: the level, or the verdict if there is none."""
     waived = report.counts[Status.WAIVED]
     if not report.conforms:
         message, colour = report.verdict.lower(), "red" if report.verdict == "VIOLATES" else "lightgrey"

@@ -13,7 +13,7 @@ from flowstore_conformance.status import Status
 
 SUITE = "flowstore_conformance"
 
-# What XML 1.0 cannot hold, escaped or not.
+# Characters that XML 1.0 excludes, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 

@@ -1,7 +1,7 @@
-"""A history as a picture: one lane per client, a bar for each operation, and the order that was found.
+"""A history as a timeline: a row per client, a bar per operation, and the order found by the search.
 
-What counts in a race is which operations overlap, so the axis shows the order of beginnings and ends. Gaps
-between them are drawn longer when they took longer, but never to scale.
+The axis shows the order of starts and ends, because races are about overlaps. Longer gaps are drawn wider,
+but not to scale.
 """
 
 from __future__ import annotations
@@ -24,56 +24,56 @@ from flowstore_conformance.rendering.phrasing import (
 )
 
 MAX_OPERATIONS = 60
-"""How many operations of a history are drawn at most."""
+"""Maximum number of operations in a timeline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One operation in the picture. ``begin`` and ``end`` number the moments of the axis."""
+    """One operation of a timeline. ``begin`` and ``end`` are indexes into the moments of the axis."""
 
     operation: Operation
     row: int
     begin: int
     end: int
     place: int | None
-    """Its number in the longest legal order, from 1."""
+    """The position in the longest legal order, from 1."""
     misfit: bool
-    """It could come next, but its answer does not fit."""
+    """Whether it could come next by time but its outcome does not fit."""
     expected: Outcome | None
-    """What the model answers there."""
+    """The outcome according to the model."""
 
     @property
     def is_open(self) -> bool:
-        """Nobody heard its answer, so it has no end."""
+        """Whether its outcome is unknown, so that it has no end."""
         return math.isinf(self.operation.returned)
 
     @property
     def mark(self) -> str:
-        """Its number, a cross, or a dot where the search did not come that far."""
+        """Its position, a cross for a misfit, or a dot if the search did not place it."""
         return "✕" if self.misfit else str(self.place) if self.place else "·"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """The picture, before it is text or SVG."""
+    """The layout of a timeline, independent of its format."""
 
     bars: tuple[Bar, ...]
-    """By the time they began."""
+    """Ordered by start."""
     rows: tuple[str, ...]
-    """Their names; a client whose unknown operation goes on beside others has several."""
+    """The client of each row; a client with an open operation beside others has several rows."""
     moments: tuple[float, ...]
-    """Every beginning and end, in seconds from the first."""
+    """Every start and end, in seconds from the first."""
     left_out: int
-    """How many operations are not shown."""
+    """Number of operations that are not shown."""
 
     @property
     def legend(self) -> tuple[Bar, ...]:
-        """The bars in the order in which they are told: placed, misfits, the rest."""
+        """The bars in the order of the legend: placed, misfits, others."""
         return tuple(sorted(self.bars, key=lambda bar: (not bar.place, not bar.misfit, bar.place or 0)))
 
 
 def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = MAX_OPERATIONS) -> Timeline:
-    """Arrange a history. Of a long one those operations are kept that surround the misfits."""
+    """Lay out a history; of a long one, only the operations around the misfits."""
     operations = history.operations
     order = verdict.prefix if verdict is not None else ()
     misfits = verdict.unplaced if verdict is not None and verdict.answer is Answer.VIOLATION else ()
@@ -159,7 +159,7 @@ def _choose(
 
 
 def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True) -> list[str]:
-    """The picture as lines no wider than ``width``; a long one goes on below itself."""
+    """The timeline as lines of at most ``width`` columns; a longer one continues below."""
     left, right, fill, double, dots = "├┤─═…" if unicode else "[]-=~"
     cross, dot = ("✕", "·") if unicode else ("x", ".")
     name_width = max((len(name) for name in timeline.rows), default=0) + 2
@@ -186,7 +186,7 @@ def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True)
 
 
 def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
-    """What the numbers of the picture stand for, and what should have been answered."""
+    """The legend of a timeline: the call of each mark and, for misfits, the expected outcome."""
     arrow = "→" if unicode else "->"
     cross, dot = ("✕", "·") if unicode else ("x", ".")
     lines = []
@@ -196,7 +196,7 @@ def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
         text = f"{call_words(one.call)} {arrow} {outcome_words(one.outcome)}"
         lines.append(f"{mark:>3}  {timeline.rows[bar.row]}  {text}")
         if bar.misfit and bar.expected is not None:
-            lines.append(f"     cannot be placed here: the model answers {outcome_words(bar.expected)}")
+            lines.append(f"     cannot be placed here: the model returns {outcome_words(bar.expected)}")
     if timeline.left_out:
         lines.append(f"     {timeline.left_out} further operations are not shown")
     return lines
@@ -212,7 +212,7 @@ WIDE = 900
 
 
 def svg_timeline(timeline: Timeline, *, label: str) -> str:
-    """The picture as an SVG element; its colours are classes of the page that it stands in."""
+    """The timeline as an SVG element; the page defines its colour classes."""
     positions = _positions(timeline.moments)
     width, height = NAME + positions[-1] + 24, TOP + ROW * len(timeline.rows) + 26
     parts = [
@@ -229,7 +229,7 @@ def svg_timeline(timeline: Timeline, *, label: str) -> str:
 
 
 def _positions(moments: Sequence[float]) -> list[float]:
-    """Where each moment stands: evenly, with longer gaps somewhat wider, and all over the page at least."""
+    """The x coordinate of each moment: evenly spaced, with longer gaps somewhat wider, stretched to the page."""
     gaps = [after - before for before, after in pairwise(moments)]
     shortest = min((gap for gap in gaps if gap > 0), default=1.0)
     places = [0.0]
@@ -249,7 +249,7 @@ def _svg_bar(bar: Bar, positions: Sequence[float]) -> str:
         kind += " open"
     title = f"{call_words(one.call)} → {outcome_words(one.outcome)}"
     if bar.misfit and bar.expected is not None:
-        title += f" (the model answers {outcome_words(bar.expected)})"
+        title += f" (the model returns {outcome_words(bar.expected)})"
     word = outcome_word(one.outcome) if one.outcome is not UNKNOWN else "no answer"
     room = int((width - 34) / 7.4)
     shown = word if len(word) <= room else f"{word[: room - 1]}…" if room >= 4 else ""
