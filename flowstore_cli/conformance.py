@@ -1,4 +1,4 @@
-"""``flowstore conformance``: whether a backend keeps the contract, and every form of the report."""
+"""``flowstore conformance``: check whether a backend keeps the contract, and write reports."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from flowstore_core import ConfigurationError, StoreUnavailableError
 from flowstore_core.urls import redact
 
 if TYPE_CHECKING:
-    # Imported by the command itself, so that all others work without the extra.
+    # The command imports these at run time, so that other commands work without the extra.
     from flowstore_conformance import CheckResult, Report
     from flowstore_conformance.checks.registry import Check
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 TICK = 0.2
-"""Seconds between two looks of the live line."""
+"""Seconds between two updates of the progress line."""
 
 THREAD_SECONDS = 2.0
-"""How long threads may take to end after the run."""
+"""Seconds in which threads must end after the run."""
 
 NARROWEST, WIDEST = 60, 120
-"""Columns of the printed report."""
+"""Minimum and maximum width of the printed report, in columns."""
 
 
 def conformance(
@@ -56,6 +56,14 @@ def conformance(
         list[str] | None,
         typer.Option(metavar="ID", help="Check this clause only; may be given again.", show_default=False),
     ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run this check, or this example of a check, only; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Repeat the run that had this seed.", show_default=False)
     ] = None,
@@ -63,14 +71,17 @@ def conformance(
         Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False)
     ] = None,
     junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as JUnit XML.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Write the report as JUnit XML.", show_default=False)
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write it as Markdown, for a CI summary.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Write the report as Markdown, for a CI summary.", show_default=False
+        ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as one HTML page.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the report as one HTML page.", show_default=False),
     ] = None,
     badge: Annotated[
         Path | None,
@@ -79,7 +90,9 @@ def conformance(
     programs: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the programs that show failures as files.", show_default=False
+            metavar="DIR",
+            help="Write the programs that reproduce failures to this folder.",
+            show_default=False,
         ),
     ] = None,
     waivers: Annotated[
@@ -97,8 +110,8 @@ def conformance(
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
-    Works only in scratch namespaces that the backend makes beside what URL names, and drops them. What
-    URL itself holds is not touched, and a namespace that is not empty is refused.
+    Works only in scratch namespaces that the backend creates beside the store of URL, and drops them. The
+    data of URL itself is not touched, and a namespace that is not empty is refused.
 
     \b
       flowstore conformance sqlite:///flows.db --profile quick
@@ -107,8 +120,8 @@ def conformance(
 
     \b
     Exit codes of this command:
-    0  it conforms: nothing failed or stayed inconclusive, and every waiver is in order
-    1  it violates the contract, or could not be shown to keep it
+    0  it conforms: no check failed or stayed inconclusive, and no waiver has a problem
+    1  it violates the contract, or the suite could not decide
     2  the suite could not run: wrong usage, a namespace that it refuses, or a store that
        is unavailable (for which other commands have 3)
     4  it conforms, but the report or a file cannot be written
@@ -133,19 +146,20 @@ def conformance(
     )
     wanted = [(path, render) for path, render in forms if path is not None]
     for path, _ in wanted:
-        # Before the run, which may take minutes.
+        # Checked before the run, which may take minutes.
         if not path.parent.is_dir():
             raise Failure(f"there is no folder for {path}; make it first", USAGE)
     known = suite.read_waivers(waivers) if waivers is not None else ()
-    _say(f"checking {redact(url)}, only in scratch namespaces beside it: what it holds is not touched")
+    _say(f"checking {redact(url)}, only in scratch namespaces beside it: its own data is not touched")
     progress = Progress(live=sys.stderr.isatty())
 
-    async def check() -> Report:
+    async def run_checks() -> Report:
         async with progress.shown(), stopped_by_signals() as stop:
             return await suite.run_suite(
                 url,
                 profile=profile,
                 clauses=clause or (),
+                check_names=check or (),
                 seed=seed,
                 waivers=known,
                 check_timeout=check_timeout,
@@ -156,7 +170,7 @@ def conformance(
 
     before = threading.enumerate()
     try:
-        report = run(check())
+        report = run(run_checks())
     except KeyboardInterrupt:
         leave_threads(before, INTERRUPTED, "interrupted")
         raise
@@ -204,7 +218,9 @@ async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
         if stop.is_set():
             task.cancel()
         else:
-            _say("interrupted: dropping the scratch namespaces, then writing the report of what ran")
+            _say(
+                "interrupted: dropping the scratch namespaces, then writing the report of the checks that ran"
+            )
             stop.set()
 
     for number in SIGNALS:
@@ -217,7 +233,7 @@ async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
 
 
 def leave_threads(before: Collection[threading.Thread], code: int, message: str = "") -> None:
-    """End the process if a thread of the backend hangs: the interpreter would wait for it for ever."""
+    """Exit the process if a thread of the backend hangs; the interpreter would wait for it forever."""
     until = time.monotonic() + THREAD_SECONDS
     for one in set(threading.enumerate()).difference(before):
         one.join(max(until - time.monotonic(), 0.0))
@@ -230,7 +246,7 @@ def leave_threads(before: Collection[threading.Thread], code: int, message: str 
 
 
 class Progress:
-    """How far the suite is, on stderr: one line that changes on a terminal, a line per check elsewhere."""
+    """Progress on stderr: one updated line on a terminal, otherwise a line for each check."""
 
     def __init__(self, *, live: bool) -> None:
         self._live = live
@@ -240,7 +256,7 @@ class Progress:
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
-        """Keeps the live line moving while a check runs, and takes it away at the end."""
+        """Update the progress line while checks run, and remove it at the end."""
         if not self._live:
             yield
             return
@@ -261,7 +277,7 @@ class Progress:
     def ended(self, result: CheckResult, number: int, count: int) -> None:
         self._bad += result.status in ("FAIL", "INCONCLUSIVE")
         if not self._live:
-            _say(f"{self._line}: {result.status}, {result.assertions:,} times in {span(result.seconds)}")
+            _say(f"{self._line}: {result.status}, {result.assertions:,} assertions in {span(result.seconds)}")
 
     async def _tick(self) -> None:
         while True:

@@ -11,9 +11,10 @@ from typing import Any
 
 from flowstore_core.config import StoreConfig, resolve_url
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
+from flowstore_core.operations import CAPABILITY_METHODS
 from flowstore_core.plugins import Backend, Plugin, find_backend, load_error, wrap_store
 from flowstore_core.status import Capability
-from flowstore_core.store import CAPABILITY_METHODS, FlowStore
+from flowstore_core.store import FlowStore
 from flowstore_core.suggestions import did_you_mean
 from flowstore_core.urls import ENCODING_RULE, parse_url, redact, redact_option
 from flowstore_core.validated_store import ValidatedStore

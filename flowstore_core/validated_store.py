@@ -21,12 +21,13 @@ from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
+from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import StalledStep
-from flowstore_core.store import BASE_OPERATIONS, FlowStore
+from flowstore_core.store import FlowStore
 from flowstore_core.validation import (
     MAX_INT64,
     MAX_JOB_ID,
@@ -114,6 +115,16 @@ class ValidatedStore:
     and locks belong to one event loop of one process. Backends need not check this.
     """
 
+    # The backend's store for the operations of each capability that has some; _assign sets them.
+    _leases: _ByLoop
+    _trigger: _ByLoop
+    _recovery: _ByLoop
+    _deadlines: _ByLoop
+    _waiters: _ByLoop
+    _events: _ByLoop
+    _outputs: _ByLoop
+    _dashboard: _ByLoop
+
     def __init__(
         self,
         store: Any,
@@ -140,14 +151,8 @@ class ValidatedStore:
 
     def _assign(self, target: Callable[[Capability | None], _ByLoop]) -> None:
         self._store = target(None)
-        self._leases = target(Capability.LEASES)
-        self._trigger = target(Capability.TRIGGER)
-        self._recovery = target(Capability.RECOVERY)
-        self._deadlines = target(Capability.DEADLINES)
-        self._waiters = target(Capability.WAITERS)
-        self._events = target(Capability.EVENTS)
-        self._outputs = target(Capability.OUTPUTS)
-        self._dashboard = target(Capability.DASHBOARD)
+        for capability in CAPABILITY_METHODS:
+            setattr(self, f"_{capability}", target(capability))
 
     def __repr__(self) -> str:
         return f"<flowstore {self._backend}{' (closed)' if self._closed else ''}>"

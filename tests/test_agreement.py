@@ -70,8 +70,8 @@ async def _agree_on_everything(stores: dict[str, FlowStore], history: list[Call]
     for run_id in RUNS:
         for call in probe_calls(run_id, ALL):
             await _agree(stores, history, call)
-    for method in GLOBAL_READS:
-        await _agree(stores, history, Call(method=method))
+    for operation in GLOBAL_READS:
+        await _agree(stores, history, Call(method=operation.name))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -82,15 +82,15 @@ async def test_backends_agree_on_random_histories(
     chooser = RandomChoices(rng)
     # The model says what is at hand to draw from; its answers are the suite's to compare.
     model = Model(clock)
-    world = Universe(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
+    universe = Universe(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
     methods = {name: one.weight for name, one in available_strategies(ALL).items()}
     history: list[Call] = []
     errors = 0
     for number in range(CALLS):
         if rng.random() < 0.3:
-            clock.now += draw_clock_advance(chooser, world)
+            clock.now += draw_clock_advance(chooser, universe)
         [method] = rng.choices(list(methods), list(methods.values()))
-        call = draw_call(chooser, world, "start_run" if number < 2 else method)
+        call = draw_call(chooser, universe, "start_run" if number < 2 else method)
         answer = await _agree(stores, history, call)
         expected_outcome(model, call)
         history.append(call)

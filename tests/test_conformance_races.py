@@ -19,8 +19,9 @@ from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Rai
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
-from flowstore_conformance.report import CheckResult, Status
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check
 from flowstore_conformance.wire import (
     pack_result,
@@ -157,7 +158,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
 @pytest.mark.parametrize(
     ("wrong", "family", "clause", "words"),
     [
-        (CheckThenClaim, "claims", "CLM-1", "what only one can win"),
+        (CheckThenClaim, "claims", "CLM-1", "a race that one call can win"),
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
         (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),

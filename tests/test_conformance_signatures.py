@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 from flowstore_conformance import Report, Status, run_suite
 from flowstore_conformance.causes import CauseKind
+from flowstore_conformance.method_signatures import compare
 from flowstore_conformance.rendering import (
     render_json,
     render_junit,
@@ -17,7 +18,6 @@ from flowstore_conformance.rendering import (
     render_page,
     render_text,
 )
-from flowstore_conformance.signatures import compare
 from flowstore_conformance.suite import select_checks
 
 from flowstore_core import Capability
@@ -53,9 +53,9 @@ async def run(name: str, *clauses: str, place: str = "") -> Report:
 )
 async def test_a_wrong_signature_is_one_cause_and_its_checks_do_not_run(name: str, problem: str) -> None:
     report = await run(name, "CLM-1", "CLM-7")
-    *stumbled, fine = report.results
-    assert len(stumbled) == 2
-    for result in stumbled:
+    *apply_findings, fine = report.results
+    assert len(apply_findings) == 2
+    for result in apply_findings:
         assert (result.status, result.failure) == (Status.NOT_RUN, None)
         assert result.reason == f"claims.try_claim_step {problem}"
     assert fine.status is Status.PASS

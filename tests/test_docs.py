@@ -32,8 +32,8 @@ from flowstore_core import (
     StoreConfig,
     open_store,
 )
+from flowstore_core.operations import CAPABILITY_METHODS
 from flowstore_core.plugins import Backend, Hooks, find_backend
-from flowstore_core.store import CAPABILITY_METHODS
 from tests.virtual_clock import VirtualClock
 
 ROOT = Path(__file__).parents[1]

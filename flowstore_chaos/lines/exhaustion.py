@@ -29,7 +29,7 @@ from flowstore_core import FlowStore, StoreUnavailableError, open_store
 STORES = 3
 GROUPS = 4
 SCHEMA = "chaos"
-SETTINGS = {
+SCENARIOS = {
     # Nothing crashes here, so nothing needs to reach a disk.
     "fsync": "off",
     "max_connections": "40",
@@ -289,7 +289,7 @@ KINDS = (
 async def run(trial: Trial) -> None:
     quota = -(-trial.planned // len(KINDS))
     books = Books()
-    async with trial.server(SETTINGS) as server, proxy_before_port(server.port) as proxy:
+    async with trial.server(SCENARIOS) as server, proxy_before_port(server.port) as proxy:
         url = server.url(schema=SCHEMA)
         async with open_store(url, application_name="beside") as direct:
             for kind in KINDS:

@@ -26,7 +26,7 @@ from flowstore_core import (
     StoreClosedError,
     open_store,
 )
-from flowstore_core.store import CAPABILITY_METHODS
+from flowstore_core.operations import CAPABILITY_METHODS
 from tests.core.conftest import RECORDING, Install
 
 EXTENSIONS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}

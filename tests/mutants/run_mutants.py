@@ -10,7 +10,8 @@ from pathlib import Path
 
 from flowstore_conformance.checks.registry import Check, Kind
 from flowstore_conformance.context import Profile
-from flowstore_conformance.report import CheckResult, Status
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend

@@ -27,7 +27,7 @@ from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
 from flowstore_conformance.state_probe import (
     ModelState,
-    answer,
+    describe_outcome,
     difference,
     find_partial_effect,
     invoke,
@@ -38,24 +38,24 @@ from flowstore_conformance.state_probe import (
 from flowstore_conformance.write_scenarios import (
     LEASE,
     LONG_AGO,
-    NEEDS,
-    SETTINGS,
+    SCENARIOS,
     Scenario,
     ScenarioFactory,
     available,
     new_scenario,
 )
 from flowstore_core import FlowStore
+from flowstore_core.operations import OPERATIONS
 
 
-async def _set_up(store: FlowStore, scene: Scenario) -> None:
-    for call in scene.setup:
+async def _set_up(store: FlowStore, scenario: Scenario) -> None:
+    for call in scenario.setup:
         await invoke(store, call)
 
 
 async def _settle(before: set[asyncio.Task[object]]) -> None:
     """Let what cancelled calls have left under way come to its end, bounded."""
-    deadline = asyncio.get_running_loop().time() + state_probe.PATIENCE_SECONDS
+    deadline = asyncio.get_running_loop().time() + state_probe.SETTLE_SECONDS
     while (left := asyncio.all_tasks() - before) and asyncio.get_running_loop().time() < deadline:
         await asyncio.wait(left, timeout=0.1)
 
@@ -64,29 +64,29 @@ def _expected(context: CheckContext, calls: Sequence[Call]) -> ModelState:
     """The model's state after some calls."""
     state = ModelState(context.clock or (lambda: datetime.now(UTC)), State())
     for call in calls:
-        state = state.then(call, exact_times=context.exact_times)
+        state = state.apply(call, exact_times=context.exact_times)
     return state
 
 
 async def _examine(context: CheckContext, store: FlowStore, made: CancelledCall) -> None:
     """Whole or not at all; then the same call again must be answered as that state demands."""
-    scene, exact_times = made.scene, context.exact_times
-    before = _expected(context, scene.setup)
-    after = before.then(scene.call, exact_times=exact_times)
+    scenario, exact_times = made.scenario, context.exact_times
+    before = _expected(context, scenario.setup)
+    after = before.apply(scenario.call, exact_times=exact_times)
     if made.outcome is not None:
         assert after.outcome is not None
         context.expect_that(
             made.outcome == after.outcome or isinstance(made.outcome, Raised),
-            f"{made.title} gave {answer(made.outcome)}, where {answer(after.outcome)} is right",
+            f"{made.title} gave {describe_outcome(made.outcome)}, where {describe_outcome(after.outcome)} is right",
         )
     if isinstance(made.outcome, Returned):
         possible = [after]
-    elif scene.must_compensate:
+    elif scenario.must_compensate:
         possible = [before]
     else:
         possible = [before, after]
     half = await find_partial_effect(
-        store, scene.asked, scene.call, before=before, possible=possible, exact_times=exact_times
+        store, scenario.probes, scenario.call, before=before, possible=possible, exact_times=exact_times
     )
     context.assertions += 1
     if half is not None:
@@ -101,7 +101,7 @@ async def _cut_everywhere(context: CheckContext, settings: dict[str, ScenarioFac
 
         async def make(count: int, setting: ScenarioFactory = setting) -> Sequence[Scenario]:
             scenes = [new_scenario(context, setting) for _ in range(count)]
-            await asyncio.gather(*(_set_up(context.store, scene) for scene in scenes))
+            await asyncio.gather(*(_set_up(context.store, scenario) for scenario in scenes))
             return scenes
 
         [whole] = await make(1)
@@ -115,7 +115,7 @@ async def _cut_everywhere(context: CheckContext, settings: dict[str, ScenarioFac
             # What was won and must be given back is won at one moment, in a server or thread perhaps.
             moments=(4 if whole.must_compensate else 1) * moments,
             exact_times=context.exact_times,
-            most=context.profile.of(24, 60, 200),
+            limit=context.profile.of(24, 60, 200),
         )
         cuts = [made async for made in swept]
         await _settle(before)
@@ -149,13 +149,13 @@ async def a_cancelled_win_is_given_back_before_the_store_closes(context: CheckCo
     for _ in range(rounds):
         closing = await context.open()
         scenes = [new_scenario(context, setting) for setting in settings.values() for _ in range(10)]
-        await asyncio.gather(*(_set_up(closing, scene) for scene in scenes))
+        await asyncio.gather(*(_set_up(closing, scenario) for scenario in scenes))
         # All at once: some are cancelled while they wait for a connection or for the writer.
         points = [_some_point(context, usual, len(scenes)) for _ in scenes]
         cuts = await asyncio.gather(
             *(
-                cancel_at(closing, scene, point, exact_times=context.exact_times)
-                for scene, point in zip(scenes, points, strict=True)
+                cancel_at(closing, scenario, point, exact_times=context.exact_times)
+                for scenario, point in zip(scenes, points, strict=True)
             )
         )
         await closing.aclose()
@@ -174,7 +174,7 @@ def _some_point(context: CheckContext, usual: CallProfile, crowd: int) -> Cancel
 @check("CON-4", kind=Kind.CANCELLATION)
 async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
     """Reads, cancelled at each step, let out nothing, change nothing and leave the store usable."""
-    setup, retry = SETTINGS["retry_step"](UUID(int=context.random.getrandbits(128)), UUID(int=7))
+    setup, retry = SCENARIOS["retry_step"](UUID(int=context.random.getrandbits(128)), UUID(int=7))
     run_id = retry.arguments["run_id"]
     for call in setup:
         await invoke(context.store, call)
@@ -192,23 +192,23 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         ("get_stalled_steps", {}),
         ("get_runs_to_stop", {}),
     ):
-        if NEEDS[method] in context.capabilities:
+        if OPERATIONS[method].is_offered(context.capabilities):
             reads.append(Call(method=method, arguments=arguments))
     for read in reads:
-        scene = Scenario(run_id=run_id, setup=(), call=read, must_compensate=False, asked=())
+        scenario = Scenario(run_id=run_id, setup=(), call=read, must_compensate=False, probes=())
 
-        async def make(count: int, scene: Scenario = scene) -> Sequence[Scenario]:
-            return [scene] * count
+        async def make(count: int, scenario: Scenario = scenario) -> Sequence[Scenario]:
+            return [scenario] * count
 
         right = await outcome_of(context.store, read, exact_times=context.exact_times)
-        usual = await profile(context.store, scene)
+        usual = await profile(context.store, scenario)
         moments = context.profile.of(1, 3, 20)
         async for made in sweep(
             context.store, make, usual, context.random, moments=moments, exact_times=context.exact_times
         ):
             if made.outcome not in (None, right):
                 assert made.outcome is not None
-                message = f"{made.title} gave {answer(made.outcome)}, where {answer(right)} is right"
+                message = f"{made.title} gave {describe_outcome(made.outcome)}, where {describe_outcome(right)} is right"
                 raise ContractViolation(message)
             context.assertions += 1
         context.expect_that(
@@ -240,9 +240,9 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
         # The last is the only one at which a store can be cancelled that answers at once.
         points = [CancelPoint(1), CancelPoint(context.random.randrange(2, 6)), CancelPoint(0)]
         cuts = [(new_scenario(context, setting), point) for point in points for setting in settings]
-        await asyncio.gather(*(_set_up(store, scene) for scene, _ in cuts))
+        await asyncio.gather(*(_set_up(store, scenario) for scenario, _ in cuts))
         return await asyncio.gather(
-            *(cancel_at(store, scene, point, exact_times=context.exact_times) for scene, point in cuts)
+            *(cancel_at(store, scenario, point, exact_times=context.exact_times) for scenario, point in cuts)
         )
 
     # The first time may load what is kept for ever; that is no leak.
@@ -252,7 +252,7 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
     gc.collect()
     tasks, threads, descriptors = set(asyncio.all_tasks()), _threads(), _descriptors()
     store = await context.open()
-    await _set_up(store, new_scenario(context, SETTINGS["claim_step"]))
+    await _set_up(store, new_scenario(context, SCENARIOS["claim_step"]))
     # A store may keep tasks of its own for as long as it is open.
     resident = set(asyncio.all_tasks())
     cuts: list[CancelledCall] = []
@@ -267,7 +267,7 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
     for _ in range(growing):
         await cancel_at(
             store,
-            new_scenario(context, SETTINGS["start_run"]),
+            new_scenario(context, SCENARIOS["start_run"]),
             CancelPoint(1),
             exact_times=context.exact_times,
         )
@@ -275,7 +275,7 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
     grown = len(asyncio.all_tasks() - tasks) - opened
     context.expect_that(grown < growing / 2, f"{growing} cancelled calls left {grown} tasks that do not end")
     await store.aclose()
-    deadline = asyncio.get_running_loop().time() + state_probe.PATIENCE_SECONDS
+    deadline = asyncio.get_running_loop().time() + state_probe.SETTLE_SECONDS
     while True:
         gc.collect()
         left = [task for task in asyncio.all_tasks() - tasks if not task.done()]
@@ -303,7 +303,7 @@ async def a_cancelled_cleanup_deleted_whole_runs(context: CheckContext) -> None:
     # Of the setting only the setup is wanted: a run that failed, with something in every place.
     async def make() -> Sequence[Scenario]:
         scenes = [replace(new_scenario(context, setting), call=cleanup) for _ in range(3)]
-        await asyncio.gather(*(_set_up(context.store, scene) for scene in scenes))
+        await asyncio.gather(*(_set_up(context.store, scenario) for scenario in scenes))
         return scenes
 
     usual = await profile(context.store, (await make())[0])
@@ -320,13 +320,15 @@ async def a_cancelled_cleanup_deleted_whole_runs(context: CheckContext) -> None:
         before: set[asyncio.Task[object]] = set(asyncio.all_tasks())
         made = await cancel_at(context.store, scenes[0], point, exact_times=context.exact_times)
         await _settle(before)
-        for scene in scenes:
-            gone, kept = _expected(context, ()), _expected(context, scene.setup)
-            wanted = [one.look(scene.asked, exact_times=context.exact_times) for one in (gone, kept)]
-            seen = await observe_until(context.store, scene.asked, wanted, exact_times=context.exact_times)
+        for scenario in scenes:
+            gone, kept = _expected(context, ()), _expected(context, scenario.setup)
+            wanted = [one.observe(scenario.probes, exact_times=context.exact_times) for one in (gone, kept)]
+            seen = await observe_until(
+                context.store, scenario.probes, wanted, exact_times=context.exact_times
+            )
             context.assertions += 1
             if seen not in wanted:
                 raise ContractViolation(
-                    f"{made.title} deleted half a run: {difference(scene.asked, seen, wanted)}",
+                    f"{made.title} deleted half a run: {difference(scenario.probes, seen, wanted)}",
                     program=program(made),
                 )

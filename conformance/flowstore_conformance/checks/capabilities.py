@@ -25,7 +25,7 @@ from flowstore_conformance.checks.fixtures import (
     start,
     there,
 )
-from flowstore_conformance.checks.operations import NEEDS, OPERATIONS, RUN, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments, legal_arguments
 from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, VirtualClock
 from flowstore_core import (
@@ -40,6 +40,11 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
+from flowstore_core.operations import CAPABILITY_METHODS
+
+_OPERATIONS_OF_CAPABILITIES = [
+    (capability, one) for capability, names in CAPABILITY_METHODS.items() for one in names
+]
 
 # CON-2 and CON-6 are clauses of every backend. A clause of the capability itself would keep these checks
 # from running just where they are needed: on a backend that lacks it.
@@ -56,7 +61,7 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
     await start(context, run_id=RUN)
     await store.try_claim_step(RUN, "charge", owner="charge")
     await store.record_step_start(RUN, "charge", "http", owner="charge")
-    for operation, capability in NEEDS.items():
+    for capability, operation in _OPERATIONS_OF_CAPABILITIES:
         arguments = legal_arguments(operation)
         if operation == "trigger_run":
             arguments["run_id"] = new_id(context)

@@ -12,14 +12,14 @@ from uuid import UUID
 
 from flowstore_conformance import crash_child
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.children import start_module
+from flowstore_conformance.child_processes import start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
 from flowstore_conformance.state_probe import (
     ModelState,
     Snapshot,
-    answer,
+    describe_outcome,
     difference,
     find_partial_effect,
     observe_until,
@@ -27,7 +27,7 @@ from flowstore_conformance.state_probe import (
     probe_calls,
 )
 from flowstore_conformance.traces import RemoteError
-from flowstore_conformance.watching import Hang, Hung
+from flowstore_conformance.watchdog import Hang, Hung
 from flowstore_core import Capability, FlowStore
 
 WORKERS = 6
@@ -104,7 +104,7 @@ class Child:
 
 def _raise_hang(line: bytes) -> None:
     if line.startswith(b"hung "):
-        raise Hung(Hang.unpacked(line.decode().removeprefix("hung ")))
+        raise Hung(Hang.from_json(line.decode().removeprefix("hung ")))
 
 
 @asynccontextmanager
@@ -166,10 +166,10 @@ async def _examine(context: CheckContext, store: FlowStore, script: Iterator[Cal
     for run_id, calls in runs.items():
         before = ModelState(lambda: datetime.now(UTC), State())
         for call in calls:
-            before = before.then(call, exact_times=False)
+            before = before.apply(call, exact_times=False)
         possible = [before]
         if run_id == last:
-            possible.append(before.then(under_way, exact_times=False))
+            possible.append(before.apply(under_way, exact_times=False))
         key = (crash_child.FLOW_ID, "manual", f"key of {run_id}")
         asked = probe_calls(run_id, context.capabilities, step_keys=("c",), keys=[key])
         context.assertions += len(calls)
@@ -180,7 +180,7 @@ async def _examine(context: CheckContext, store: FlowStore, script: Iterator[Cal
                 store, asked, under_way, before=before, possible=possible, exact_times=False
             )
         else:
-            wanted: list[Snapshot] = [before.look(asked, exact_times=False)]
+            wanted: list[Snapshot] = [before.observe(asked, exact_times=False)]
             seen = await observe_until(store, asked, wanted, exact_times=False)
             half = None if seen in wanted else difference(asked, seen, wanted)
         if half is not None:
@@ -194,9 +194,9 @@ async def _use(context: CheckContext, store: FlowStore) -> None:
     run_id = crash_child.run_of(calls[0])
     for call in calls:
         if crash_child.run_of(call) == run_id:
-            state = state.then(call, exact_times=False)
+            state = state.apply(call, exact_times=False)
             outcome, right = await outcome_of(store, call, exact_times=False), state.outcome
             context.assertions += 1
             if outcome != right and right is not None:
-                told = f"gives {answer(outcome)}, where {answer(right)} is right"
+                told = f"gives {describe_outcome(outcome)}, where {describe_outcome(right)} is right"
                 raise ContractViolation(f"after a kill {call.method} {told}")

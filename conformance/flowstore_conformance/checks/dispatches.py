@@ -202,7 +202,7 @@ async def _left(
 ) -> set[str]:
     """Which of the keys are held, as soon as it is as wanted; bounded."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + state_probe.PATIENCE_SECONDS
+    deadline = loop.time() + state_probe.SETTLE_SECONDS
     while True:
         held: frozenset[str] = await getattr(context.store, read)(run_id)
         if held & asked == wanted or loop.time() > deadline:

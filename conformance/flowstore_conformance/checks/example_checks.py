@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from flowstore_conformance.checks.registry import Kind, Run, check
+from flowstore_conformance.checks.registry import Check, Kind, Run, check
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_core import Capability, FlowStoreError
@@ -14,6 +15,8 @@ NEEDS_EMPTY_NAMESPACE = ("QRY-", "RET-", "STP-8", "CTL-1", "CTL-3", "INP-3", "ID
 
 _Group = tuple[str, frozenset[Capability], Kind]
 _groups: dict[_Group, list[Run]] = {}
+_examples: dict[str, list[Run]] = {}
+"""The examples of each check, by the name of the check."""
 
 
 def example(
@@ -49,6 +52,28 @@ def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
     run_all.__doc__ = CLAUSES[clause].sentence
     shares = kind is Kind.EXAMPLE and not clause.startswith(NEEDS_EMPTY_NAMESPACE)
     check(clause, needs=needs, kind=kind, shares=shares)(run_all)
+    _examples[run_all.__name__] = _groups[clause, needs, kind]
+
+
+def single_example(grouped: Check, name: str) -> Check | None:
+    """The check limited to one of its examples; None if it has no example of that name."""
+    for run in _examples.get(grouped.name, ()):
+        if run.__name__ == name:
+            return _limited(grouped, run)
+    return None
+
+
+def example_names(grouped: Check) -> list[str]:
+    """The names of the examples that a check runs; empty for a check that is not a group of examples."""
+    return [run.__name__ for run in _examples.get(grouped.name, ())]
+
+
+def _limited(grouped: Check, example: Run) -> Check:
+    async def run_one(context: CheckContext) -> None:
+        await _run(context, [example])
+
+    sentence = " ".join((example.__doc__ or "").split())
+    return replace(grouped, name=example.__name__, sentence=sentence, run=run_one)
 
 
 async def _run(context: CheckContext, runs: Iterable[Run]) -> None:

@@ -18,7 +18,6 @@ from flowstore_conformance.checks.fixtures import (
     run_step,
     start,
 )
-from flowstore_conformance.checks.operations import NEEDS
 from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
@@ -27,6 +26,7 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
+from flowstore_core.operations import OPERATIONS
 
 _MOMENT = datetime(2026, 3, 14, tzinfo=UTC)
 
@@ -83,7 +83,7 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
 
 
 def _offered(context: CheckContext, operation: str) -> bool:
-    return operation not in NEEDS or NEEDS[operation] in context.capabilities
+    return OPERATIONS[operation].is_offered(context.capabilities)
 
 
 @example("UNK")

@@ -31,8 +31,8 @@ from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.differential import CallSequence, ModelMismatch, shrink
 from flowstore_conformance.operations import available_strategies, draw_call, draw_clock_advance
-from flowstore_conformance.signature import Signature
 from flowstore_conformance.strategies import KEYS, RandomChoices
+from flowstore_conformance.violation_signature import Signature
 from flowstore_core import Capability
 
 T = TypeVar("T")
@@ -64,17 +64,17 @@ async def _random_program(program: CallSequence, generator: random.Random) -> No
     # Swarms: with some operations missing and others frequent, programs reach states that a steady
     # mixture does not.
     weights = [one.weight * generator.choice((0, 1, 1, 2, 4)) for one in methods.values()]
-    program.world.keys = generator.sample(KEYS, generator.choice((1, 2, 2, 4)))
+    program.universe.keys = generator.sample(KEYS, generator.choice((1, 2, 2, 4)))
     for _ in range(generator.choice((1, 2))):
-        await program.make(draw_call(chooser, program.world, "start_run"))
+        await program.call(draw_call(chooser, program.universe, "start_run"))
     for number in range(LENGTH):
         if generator.random() < 0.15:
-            program.jump(draw_clock_advance(chooser, program.world))
+            program.advance_clock(draw_clock_advance(chooser, program.universe))
         [method] = generator.choices(list(methods), weights)
-        await program.make(draw_call(chooser, program.world, method))
+        await program.call(draw_call(chooser, program.universe, method))
         if number % LOOK_EVERY == 0:
-            await program.look()
-    await program.end()
+            await program.compare_state()
+    await program.finish()
 
 
 @check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
@@ -211,7 +211,7 @@ class _Session:
             self.signature = found.signature
         if not self.signature.covers(found.signature):
             return False
-        if self.found is None or len(found.lines) < len(self.found.lines):
+        if self.found is None or len(found.entries) < len(self.found.entries):
             self.found = found
         return True
 
@@ -240,15 +240,15 @@ class _Machine(RuleBasedStateMachine):
             raise
 
     def draw(self, data: st.DataObject, method: str) -> None:
-        call = draw_call(_Drawn(data), self.program.world, method)
-        self.run(lambda: self.program.make(call))
+        call = draw_call(_Drawn(data), self.program.universe, method)
+        self.run(lambda: self.program.call(call))
 
     def look(self) -> None:
-        self.run(self.program.look)
+        self.run(self.program.compare_state)
 
     def teardown(self) -> None:
-        if not self.failed and self.program.lines:
-            self.run(self.program.end)
+        if not self.failed and self.program.entries:
+            self.run(self.program.finish)
 
 
 def _machine_of(session: _Session) -> type[_Machine]:
@@ -276,7 +276,7 @@ def _first_calls(self: Any, data: st.DataObject) -> None:
 
 
 def _jump(self: Any, data: st.DataObject) -> None:
-    self.program.jump(draw_clock_advance(_Drawn(data), self.program.world))
+    self.program.advance_clock(draw_clock_advance(_Drawn(data), self.program.universe))
 
 
 def _look(self: Any) -> None:

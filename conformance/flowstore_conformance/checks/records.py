@@ -24,9 +24,9 @@ from flowstore_conformance.checks.fixtures import (
     skip_step,
     start,
 )
-from flowstore_conformance.checks.operations import NEEDS
 from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, FlowStore, RunPage, RunStatus, StepStatus
+from flowstore_core.operations import OPERATIONS
 from flowstore_core.redaction import full_repr
 
 
@@ -137,7 +137,7 @@ async def answers_have_exactly_the_types_of_the_contract(context: CheckContext) 
         ("cleanup", {"cutoff": moment - DAY}),
     )
     for operation, arguments in calls:
-        if operation not in NEEDS or NEEDS[operation] in context.capabilities:
+        if OPERATIONS[operation].is_offered(context.capabilities):
             answer = await getattr(store, operation)(**arguments)
             wanted = get_type_hints(getattr(FlowStore, operation))["return"]
             wrong = _wrong_type(answer, wanted)
