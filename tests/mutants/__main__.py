@@ -1,8 +1,8 @@
-"""Every mutant against the whole suite: ``python -m tests.mutants`` writes docs/kill-matrix.md.
+"""Run the suite on every mutant and write docs/kill-matrix.md: ``python -m tests.mutants``.
 
-``--profile`` chooses how hard the suite looks (standard by default), ``--own`` runs only the checks of each
-mutant's own clause (minutes instead of hours), ``--jobs`` says how many mutants run at once. Names limit the run to
-some mutants and write nothing.
+``--profile`` sets the effort of the suite (default: standard). ``--own`` runs only the checks of each
+mutant's clause (minutes instead of hours). ``--jobs`` sets the number of concurrent mutants. With names, only
+these mutants run and nothing is written.
 """
 
 from __future__ import annotations
