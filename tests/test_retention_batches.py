@@ -19,8 +19,8 @@ from tests.virtual_clock import VirtualClock
 
 PACKAGES = {"memory": "flowstore_memory", "sqlite": "flowstore_sqlite", "postgresql": "flowstore_postgres"}
 CHECKS = (
-    "more_runs_than_any_batch_go_in_one_cleanup",
-    "old_keys_and_controls_without_run_go",
+    "one_cleanup_deletes_more_runs_than_a_batch",
+    "old_keys_and_controls_without_run_are_deleted",
     "a_cancelled_cleanup_deleted_whole_runs",
     "cleanups_by_stores",
     "cleanups_by_tasks",

@@ -1,4 +1,4 @@
-"""What a backend declares, probed both ways; and how its stores are opened, closed and dropped."""
+"""Declared capabilities, tested both ways; and opening, closing and dropping stores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flowstore_conformance.checks.fixtures import (
     FLOW,
     assert_same,
     expect_fields,
+    expect_present,
     get_run,
     new_id,
     now,
@@ -23,7 +24,6 @@ from flowstore_conformance.checks.fixtures import (
     second_store,
     single,
     start,
-    there,
 )
 from flowstore_conformance.checks.operations import NEEDS, OPERATIONS, RUN, hostile_arguments, legal_arguments
 from flowstore_conformance.checks.registry import Kind, check
@@ -47,7 +47,7 @@ from flowstore_core import (
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def declared_capabilities_work_and_others_are_refused(context: CheckContext) -> None:
-    """Each operation of a capability works where it is declared, and raises NotSupportedError elsewhere."""
+    """Each operation of a capability works if it is declared, and raises NotSupportedError otherwise."""
     store = context.store
     declared = store.capabilities
     context.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
@@ -68,13 +68,13 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
                 answer != "<NotSupportedError raised>", f"{sentence}: it raised NotSupportedError"
             )
         else:
-            await _refused(context, call, capability, operation)
+            await _expect_unsupported(context, call, capability, operation)
     leased: dict[str, Any] = {"owner": "me", "lease": DAY}
     call = store.try_claim_step(RUN, "ship", **leased)
     if Capability.LEASES in declared:
         context.expect(await outcome_of(call), True, "try_claim_step with a lease where LEASES is declared")
     else:
-        await _refused(context, call, Capability.LEASES, "try_claim_step")
+        await _expect_unsupported(context, call, Capability.LEASES, "try_claim_step")
     for operation in OPERATIONS:
         # Arguments are looked at first, whatever the backend lacks.
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
@@ -83,7 +83,9 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
             await context.expect_error(call, InvalidArgumentError, sentence)
 
 
-async def _refused(context: CheckContext, call: Any, capability: Capability, operation: str) -> None:
+async def _expect_unsupported(
+    context: CheckContext, call: Any, capability: Capability, operation: str
+) -> None:
     sentence = f"{operation} where {capability} is not declared"
     error = await context.expect_error(call, NotSupportedError, sentence)
     named = {"backend": context.store.backend, "capability": capability.value, "operation": operation}
@@ -92,7 +94,7 @@ async def _refused(context: CheckContext, call: Any, capability: Capability, ope
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
-    """With VIRTUAL_CLOCK each store goes by the clock it was opened with; without it a clock is refused."""
+    """With VIRTUAL_CLOCK each store uses the clock it was opened with; without it a clock is refused."""
     ahead = VirtualClock(datetime(2050, 1, 1, tzinfo=UTC))
     if Capability.VIRTUAL_CLOCK in context.capabilities:
         sentence = "a timestamp by the clock that the store was opened with"
@@ -119,14 +121,14 @@ async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def without_a_clock_the_stores_own_is_used(context: CheckContext) -> None:
-    """Its timestamps are of today, in the order of what happened, and it knows what is over by now."""
+    """Its timestamps are current and rising, and it judges leases, deadlines and retention by them."""
     before = datetime.now(UTC)
     async with context.backend.scratch(context.base_url) as url, open_store(url) as store:
         run = await store.start_run(FLOW, "orders", new_id(context), "manual")
         await store.record_skipped_step(run.run_id, "charge", "http")
         await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
-        detail = there(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
-        await _hold_against_its_own_clock(context, store)
+        detail = expect_present(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
+        await _check_comparisons_with_its_clock(context, store)
     step = single(detail.steps, "the step of a run that has one")
     stamps = [detail.started_at, step.started_at, step.completed_at, detail.completed_at]
     # No limit that a slow machine or a server's clock could pass.
@@ -135,8 +137,8 @@ async def without_a_clock_the_stores_own_is_used(context: CheckContext) -> None:
     context.expect_that(rising, f"the store's own clock is about right and does not step back: got {stamps}")
 
 
-async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -> None:
-    """What was due two days ago and what is due in two: no clock is wrong by so much."""
+async def _check_comparisons_with_its_clock(context: CheckContext, store: FlowStore) -> None:
+    """Compare with times two days ago and two days ahead, which tolerates clock skew."""
     past, future = datetime.now(UTC) - 2 * DAY, datetime.now(UTC) + 2 * DAY
     run_id = new_id(context)
     await store.start_run(FLOW, "orders", run_id, "manual")
@@ -149,7 +151,7 @@ async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -
             await store.renew_step_claim(run_id, "leased", "me", 2 * DAY), True, "renewing a lease"
         )
         claim = single(await store.get_step_claims(run_id), "the claim")
-        end = there(claim.expires_at, "expires_at of a leased claim")
+        end = expect_present(claim.expires_at, "expires_at of a leased claim")
         context.expect_that(end - claim.claimed_at >= 2 * DAY, "a lease ends as long from now as was asked")
         context.expect(await store.get_claimed_step_keys(run_id), {"leased"}, "the keys that are claimed")
         number = await store.record_step_start(run_id, "leased", "http", owner="me")
@@ -158,7 +160,7 @@ async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -
         await store.try_record_dispatch(run_id, key, due_at=at)
         await store.register_waiter(run_id, key, key, expires_at=at)
         if Capability.WAITERS in context.capabilities:
-            waiter = there(await store.expire_waiter(run_id, key), "the waiter")
+            waiter = expect_present(await store.expire_waiter(run_id, key), "the waiter")
             sentence = f"expiring a waiter whose expires_at lies in the {key}: it expired"
             context.expect(waiter.expired_at is not None, key == "past", sentence)
     if Capability.RECOVERY in context.capabilities:
@@ -181,8 +183,8 @@ async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
-async def a_closed_store_says_so(context: CheckContext) -> None:
-    """aclose is idempotent; then each operation raises StoreClosedError, where its arguments are right."""
+async def a_closed_store_raises_store_closed(context: CheckContext) -> None:
+    """aclose is idempotent; afterwards each operation with legal arguments raises StoreClosedError."""
     async with context.backend.scratch(context.base_url) as url:
         async with open_store(url) as store:
             context.expect(await outcome_of(store.ping()), None, "ping of an open store")
@@ -228,8 +230,8 @@ async def _expect_closed(context: CheckContext, store: FlowStore) -> None:
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def an_option_that_is_not_listed_is_refused(context: CheckContext) -> None:
-    """By keyword and in the URL's query: ConfigurationError, and nothing is opened."""
+async def an_unknown_option_is_refused(context: CheckContext) -> None:
+    """By keyword and in the URL's query it raises ConfigurationError, and nothing is opened."""
     name = "no_such_option"
     context.expect_that(name not in context.backend.options, f"the backend does not list {name}")
     mark = "&" if "?" in context.url else "?"
@@ -250,8 +252,8 @@ async def an_option_that_is_not_listed_is_refused(context: CheckContext) -> None
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def scratch_gives_a_fresh_namespace_and_drops_it(context: CheckContext) -> None:
-    """Two are apart, each is empty at first, and nothing is left where one was."""
+async def scratch_creates_a_fresh_namespace_and_drops_it(context: CheckContext) -> None:
+    """Two namespaces are separate, each starts empty, and nothing is left of a dropped one."""
     run_id = await start(context)
     urls = []
     for _ in range(2):
@@ -275,8 +277,8 @@ async def scratch_gives_a_fresh_namespace_and_drops_it(context: CheckContext) ->
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def many_may_open_a_new_namespace_at_once(context: CheckContext) -> None:
-    """A dozen stores open one fresh namespace at the same time, and all work on the same."""
+async def many_stores_can_open_a_new_namespace_at_once(context: CheckContext) -> None:
+    """A dozen stores open one fresh namespace concurrently, and all work on the same data."""
     count = context.profile.of(6, 12, 12)
     given: dict[str, Any] = {} if context.clock is None else {"clock": context.clock}
     async with context.backend.scratch(context.base_url) as url, AsyncExitStack() as stack:
@@ -313,7 +315,7 @@ async def many_may_open_a_new_namespace_at_once(context: CheckContext) -> None:
 
 @example("CON-6", kind=Kind.CAPABILITY)
 async def opening_again_changes_nothing(context: CheckContext) -> None:
-    """Once migrated, opening with and without leave to migrate shows what was stored before."""
+    """Opening a migrated namespace with and without migration shows the stored data unchanged."""
     run_id = new_id(context)
     async with context.backend.scratch(context.base_url) as url:
         looks: list[dict[str, Any]] = []
@@ -329,8 +331,8 @@ async def opening_again_changes_nothing(context: CheckContext) -> None:
 
 
 @check("CON-5")
-async def what_was_stored_outlives_every_store(context: CheckContext) -> None:
-    """With all stores closed and one opened anew, every read shows what it showed before."""
+async def stored_data_outlives_every_store(context: CheckContext) -> None:
+    """After every store is closed and one is opened again, every read returns the same."""
     run_id = await start(context)
     await run_step(context, run_id)
     await context.store.configure_run(run_id, FLOW, "manual", idempotency_key="key")

@@ -8,14 +8,13 @@ from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
     HOUR,
-    LOOKALIKES,
     MINUTE,
     SECOND,
-    STEP_ENDS,
+    SIMILAR_KEYS,
+    TERMINAL_STEP_STATUSES,
     TICK,
     advance,
     assert_same,
-    clock_of,
     expect_fields,
     get_run,
     get_step,
@@ -23,6 +22,7 @@ from flowstore_conformance.checks.fixtures import (
     observe,
     observe_all,
     outcome_of,
+    require_clock,
     run_step,
     second_store,
     single,
@@ -39,7 +39,7 @@ LEASED = [Capability.LEASES, Capability.VIRTUAL_CLOCK]
 
 @example("CLM-1")
 async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -> None:
-    """Losing is False, never an exception, and changes nothing; no time makes a claim without lease end."""
+    """Losing returns False and changes nothing; a claim without lease never expires."""
     store, run_id, other = context.store, await start(context), await start(context)
     at = now(context)
     context.expect(
@@ -68,7 +68,7 @@ async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -
 
 
 @example("CLM-2")
-async def what_returned_true_is_visible_to_every_store(context: CheckContext) -> None:
+async def successful_writes_are_visible_to_every_store(context: CheckContext) -> None:
     """Another store on the same namespace sees each claim, dispatch, completion and key at once."""
     store, other = context.store, await second_store(context)
     for number in range(4):
@@ -105,8 +105,8 @@ async def what_returned_true_is_visible_to_every_store(context: CheckContext) ->
 
 
 @example("CLM-3")
-async def releasing_a_claim_frees_that_key_alone(context: CheckContext) -> None:
-    """It is idempotent, keeps step and dispatch, and lets the next caller win."""
+async def releasing_a_claim_frees_only_that_key(context: CheckContext) -> None:
+    """Releasing is idempotent, keeps step and dispatch, and lets the next caller win."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
         await store.try_record_dispatch(one, key)
@@ -131,8 +131,8 @@ async def releasing_a_claim_frees_that_key_alone(context: CheckContext) -> None:
 
 
 @example("CLM-3")
-async def with_owner_only_that_owners_claim_is_released(context: CheckContext) -> None:
-    """Another's claim and nobody's stay; without owner whoever's goes, of a terminal step too."""
+async def a_release_with_owner_frees_only_that_owners_claim(context: CheckContext) -> None:
+    """Other claims stay; without owner any claim is released, also of a terminal step."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "mine", owner="me")
     await store.try_claim_step(run_id, "nobody's")
@@ -157,7 +157,7 @@ async def with_owner_only_that_owners_claim_is_released(context: CheckContext) -
 
 @example("CLM-3", needs=LEASED)
 async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> None:
-    """The owner removes its claim even when the lease has ended, and nobody else's that took over."""
+    """The owner removes its expired claim, but not the claim of a caller that took it over."""
     store, run_id = context.store, await start(context)
     for key in ("expired", "taken over"):
         await store.try_claim_step(run_id, key, owner="me", lease=MINUTE)
@@ -174,36 +174,36 @@ async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> No
 
 @example("CLM-4")
 async def a_terminal_step_keeps_its_claim(context: CheckContext) -> None:
-    """A redelivered message loses; get_claimed_step_keys leaves the step out, get_step_claims lists it."""
+    """A redelivered message loses; get_claimed_step_keys omits the step, get_step_claims lists it."""
     store, run_id = context.store, await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner=f"of {status}")
         await run_step(context, run_id, status, status)
     await store.try_claim_step(run_id, "pending", owner="me")
     await run_step(context, run_id, "pending", StepStatus.PENDING)
     await store.try_claim_step(run_id, "running", owner="me")
     await store.record_step_start(run_id, "running", "http", owner="me")
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         answer = await outcome_of(store.try_claim_step(run_id, status, owner="redelivered"))
         context.expect(answer, False, f"a message that is delivered again for a step that is {status}")
     claimed = await store.get_claimed_step_keys(run_id)
     context.expect(claimed, {"pending", "running"}, "get_claimed_step_keys leaves out terminal steps alone")
     owners = {claim.step_key: claim.owner for claim in await store.get_step_claims(run_id)}
-    wanted = {status.value: f"of {status}" for status in STEP_ENDS}
+    wanted = {status.value: f"of {status}" for status in TERMINAL_STEP_STATUSES}
     sentence = "get_step_claims lists the claims of terminal steps too"
     context.expect(owners, {**wanted, "pending": "me", "running": "me"}, sentence)
 
 
 @example("CLM-4", needs=LEASED)
 async def the_claim_of_a_terminal_step_does_not_expire(context: CheckContext) -> None:
-    """While the step is terminal the lease does not count, so nobody but its owner starts it again."""
+    """The lease does not count while the step is terminal, so only its owner can start it again."""
     store, run_id = context.store, await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner="me", lease=MINUTE)
         await run_step(context, run_id, status, status)
     before = await store.get_step_claims(run_id)
     advance(context, HOUR)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         for owner in ("redelivered", "me"):
             answer = await outcome_of(store.try_claim_step(run_id, status, owner=owner))
             context.expect(answer, False, f"claiming a {status} step past the lease of its claim, as {owner}")
@@ -215,8 +215,8 @@ async def the_claim_of_a_terminal_step_does_not_expire(context: CheckContext) ->
 
 
 @example("CLM-4", needs=LEASED)
-async def expired_claims_are_listed_but_not_claimed(context: CheckContext) -> None:
-    """get_claimed_step_keys leaves out a claim from the moment its lease ends; get_step_claims keeps it."""
+async def expired_claims_are_listed_but_not_live(context: CheckContext) -> None:
+    """get_claimed_step_keys omits a claim from the moment its lease ends; get_step_claims lists it."""
     store, run_id = context.store, await start(context)
     at = now(context)
     await store.try_claim_step(run_id, "b", owner="late", lease=MINUTE)
@@ -239,8 +239,8 @@ async def expired_claims_are_listed_but_not_claimed(context: CheckContext) -> No
 
 
 @example("CLM-5")
-async def the_owner_gets_true_again_and_changes_nothing(context: CheckContext) -> None:
-    """A caller that lost its acknowledgement asks again and learns the truth; everybody else gets False."""
+async def the_owner_can_repeat_its_claim(context: CheckContext) -> None:
+    """The owner of a live claim gets True again and changes nothing; every other caller gets False."""
     store, run_id = context.store, await start(context)
     leased = Capability.LEASES in context.capabilities
     lease = {"lease": DAY} if leased else {}
@@ -264,7 +264,7 @@ async def the_owner_gets_true_again_and_changes_nothing(context: CheckContext) -
 
 @example("CLM-5")
 async def owners_are_compared_exactly(context: CheckContext) -> None:
-    """Without owner each call is its own owner, recorded as None; a like token is somebody else's."""
+    """Calls without owner never share a claim and are recorded as None; similar tokens are distinct."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "nobody's")
     for owner in (None, "None", "null"):
@@ -272,7 +272,7 @@ async def owners_are_compared_exactly(context: CheckContext) -> None:
         context.expect(answer, False, f"claiming a key that a call without owner holds, as {owner!r}")
     claim = single(await store.get_step_claims(run_id), "the claim")
     context.expect(claim.owner, None, "the owner of a claim without owner")
-    first, *others = LOOKALIKES
+    first, *others = SIMILAR_KEYS
     await store.try_claim_step(run_id, "charge", owner=first)
     for owner in others:
         answer = await outcome_of(store.try_claim_step(run_id, "charge", owner=owner))
@@ -284,7 +284,8 @@ async def owners_are_compared_exactly(context: CheckContext) -> None:
 
 @example("CLM-6", needs=LEASED)
 async def a_lease_ends_on_time(context: CheckContext) -> None:
-    """A claim is held while now < expires_at, its time plus the lease; then the next claimant wins."""
+    """A claim is live while now < expires_at, which is its time plus the lease; then the next claimant
+    wins."""
     store, run_id = context.store, await start(context)
     at = now(context)
     context.expect(
@@ -320,7 +321,7 @@ async def a_lease_ends_on_time(context: CheckContext) -> None:
 
 @example("CLM-6", needs=LEASED)
 async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
-    """expires_at becomes now + lease if that is later; owner and claimed_at stay, and so does the attempt."""
+    """expires_at becomes now + lease if that is later; owner, claimed_at and the attempt stay."""
     store, run_id = context.store, await start(context)
     at = now(context)
     await store.try_claim_step(run_id, "a", owner="me", lease=MINUTE)
@@ -343,8 +344,8 @@ async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
 
 
 @example("CLM-6", needs=LEASED)
-async def renewing_is_refused_past_the_lease_and_to_others(context: CheckContext) -> None:
-    """False for a claim without lease, past its lease, another's or none; nothing changes."""
+async def renewing_an_expired_or_foreign_claim_is_refused(context: CheckContext) -> None:
+    """Renewing an absent, expired, leaseless or foreign claim returns False and changes nothing."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "leased", owner="me", lease=HOUR)
     await store.try_claim_step(run_id, "expired", owner="me", lease=MINUTE)
@@ -370,8 +371,8 @@ async def renewing_is_refused_past_the_lease_and_to_others(context: CheckContext
 
 @example("CLM-6", needs=LEASED)
 async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
-    """A lease may be one microsecond; one that would end after 9999-12-30 ends there."""
-    store, clock, run_id = context.store, clock_of(context), await start(context)
+    """A lease may be one microsecond; one that would end after 9999-12-30 ends then."""
+    store, clock, run_id = context.store, require_clock(context), await start(context)
     await store.try_claim_step(run_id, "short", owner="me", lease=TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
     context.expect(answer, False, "claiming within a lease of one microsecond")

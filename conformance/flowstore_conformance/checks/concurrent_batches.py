@@ -1,7 +1,7 @@
-"""Many callers of one store at once: a store may gather their calls, and none may notice (CON-1).
+"""CON-1: concurrent calls on one store, which the store may batch without visible effect.
 
-What a store sends together must answer each caller as if it had come alone: in its own order, with its
-own error, and truly when the store is closed under way.
+Each batched call must behave as if it ran alone: in its caller's order, with its own error, and with a true
+result when the store is closed in the meantime.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from flowstore_core import (
 )
 
 
-async def _all_at_once(calls: Sequence[Awaitable[object]]) -> list[object]:
-    """What each call answered, or the error that it raised."""
+async def _gather_outcomes(calls: Sequence[Awaitable[object]]) -> list[object]:
+    """Run calls concurrently and return each result or raised error."""
     found = await asyncio.gather(*calls, return_exceptions=True)
     for one in found:
         if isinstance(one, BaseException) and not isinstance(one, FlowStoreError):
@@ -42,8 +42,8 @@ def _brief(outcome: object) -> object:
 
 
 @check("CON-1", kind=Kind.RACE)
-async def one_of_many_callers_reads_what_it_wrote(context: CheckContext) -> None:
-    """Each of 64 callers finds its own calls done, in its order, while the others go on."""
+async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> None:
+    """Each of 64 concurrent callers sees its own calls applied in order."""
     run_id = await start(context)
     store = context.store
 
@@ -76,22 +76,22 @@ async def one_of_many_callers_reads_what_it_wrote(context: CheckContext) -> None
 
 
 @check("CON-1", "CON-2", "STP-4", kind=Kind.RACE)
-async def one_of_many_calls_fails_alone(context: CheckContext) -> None:
-    """Of many calls at once those that must fail do, each with its own error, and all others happen."""
+async def one_failing_call_does_not_fail_its_batch(context: CheckContext) -> None:
+    """Of many concurrent calls the invalid ones raise their own errors, and all others are applied."""
     run_id, unknown, ended = await start(context), new_id(context), await start(context)
     store = context.store
     count = context.profile.of(48, 96, 192)
     keys = [f"step {number}" for number in range(count)]
     calls: list[Awaitable[object]] = [store.record_step_start(run_id, key, "http") for key in keys]
-    context.expect(await _all_at_once(calls), [1] * count, "the first attempts of many steps")
+    context.expect(await _gather_outcomes(calls), [1] * count, "the first attempts of many steps")
     await store.complete_run(ended, RunStatus.FAILED)
 
     calls, wanted = [], []
     for number, key in enumerate(keys):
-        call, answer = _a_call(store, run_id, unknown, ended, key, number % 8)
+        call, answer = _call_and_outcome(store, run_id, unknown, ended, key, number % 8)
         calls.append(call)
         wanted.append(answer)
-    found = await _all_at_once(calls)
+    found = await _gather_outcomes(calls)
     context.expect([_brief(one) for one in found], wanted, "calls at once of which many must fail")
     statuses = await store.get_step_statuses(run_id)
     for number, key in enumerate(keys):
@@ -99,10 +99,10 @@ async def one_of_many_calls_fails_alone(context: CheckContext) -> None:
         context.expect(statuses[key], status, "a step after calls at once of which many must fail")
 
 
-def _a_call(
+def _call_and_outcome(
     store: FlowStore, run_id: UUID, unknown: UUID, ended: UUID, key: str, kind: int
 ) -> tuple[Awaitable[object], object]:
-    """A call of one of eight kinds, and what must come of it."""
+    """A call of one of eight kinds, and its expected outcome."""
     failed = StepStatus.FAILED
     match kind:
         case 0:
@@ -139,8 +139,8 @@ ODD_TEXTS = (
 
 
 @check("INP-2", "CON-1", kind=Kind.RACE)
-async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -> None:
-    """Keys, inputs, outputs and job ids that 64 callers write at the same moment are kept to the letter."""
+async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
+    """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
     for turn in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
@@ -151,14 +151,14 @@ async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -
 
         keys = [f"{text() or ''} {number}" for number in range(64)]
         inputs, outputs, job_ids = ([text() for _ in keys] for _ in range(3))
-        starts = await _all_at_once(
+        starts = await _gather_outcomes(
             [
                 store.record_step_start(run_id, key, "http", input_json=one, job_id=job_id or None)
                 for key, one, job_id in zip(keys, inputs, job_ids, strict=True)
             ]
         )
         context.expect(starts, [1] * 64, f"the attempts of 64 steps that start at once, in turn {turn}")
-        await _all_at_once(
+        await _gather_outcomes(
             [
                 store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, output_json=one, attempt=1)
                 for key, one in zip(keys, outputs, strict=True)
@@ -174,18 +174,18 @@ async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -
 
 
 @check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE)
-async def many_callers_of_one_store_on_few_keys(context: CheckContext) -> None:
-    """Of 200 callers of one store on few keys one wins each, or one owner's callers together."""
+async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) -> None:
+    """Of 200 concurrent callers of one store, one caller or one owner wins each key."""
     store = context.store
     for turn in range(context.profile.of(1, 3, 10)):
         run_id = await start(context)
         keys = [f"step {number % 5}" for number in range(200)]
         # On two of the five keys there are owners, each calling many times.
         owners = [f"owner {n % 7}" if n % 5 in (1, 3) and n % 2 else None for n in range(200)]
-        claims = await _all_at_once(
+        claims = await _gather_outcomes(
             [store.try_claim_step(run_id, key, owner=o) for key, o in zip(keys, owners, strict=True)]
         )
-        dispatches = await _all_at_once([store.try_record_dispatch(run_id, key) for key in keys])
+        dispatches = await _gather_outcomes([store.try_record_dispatch(run_id, key) for key in keys])
         held = {one.step_key: one.owner for one in await store.get_step_claims(run_id)}
         for key in sorted(set(keys)):
             won = [n for n in range(200) if keys[n] == key and claims[n] is True]
@@ -201,8 +201,8 @@ async def many_callers_of_one_store_on_few_keys(context: CheckContext) -> None:
 
 
 @check("CON-1", "CON-2", kind=Kind.RACE)
-async def calls_in_flight_at_aclose_say_what_became_of_them(context: CheckContext) -> None:
-    """Of many calls in flight when the store is closed each happened and says so, or did not."""
+async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) -> None:
+    """Each call in flight when the store closes either takes effect and says so, or has no effect."""
     for turn in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
         closing = await second_store(context)
@@ -219,7 +219,7 @@ async def calls_in_flight_at_aclose_say_what_became_of_them(context: CheckContex
         for _ in range(turn * 3):
             await asyncio.sleep(0)
         await closing.aclose()
-        found = await _all_at_once(tasks)
+        found = await _gather_outcomes(tasks)
         claimed = {one.step_key for one in await context.store.get_step_claims(run_id)}
         started = await context.store.get_step_statuses(run_id)
         for number, (outcome, key) in enumerate(zip(found, [*keys, *keys], strict=True)):

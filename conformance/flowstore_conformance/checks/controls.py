@@ -1,4 +1,4 @@
-"""CTL: the control record, its latches and deadlines."""
+"""CTL: control records, latches and deadlines."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flowstore_conformance.checks.fixtures import (
     get_control,
     new_id,
     now,
-    numbers,
     observe_all,
     outcome_of,
+    run_numbers,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -36,7 +36,7 @@ NOTHING_LATCHED: dict[str, Any] = {
 
 @example("CTL-1")
 async def configure_run_stores_a_control_record(context: CheckContext) -> None:
-    """It may come before start_run, which leaves it alone; it makes no run and registers no key."""
+    """It may precede start_run, which keeps the record; it starts no run and registers no key."""
     store, run_id = context.store, new_id(context)
     at = advance(context, SECOND)
     given: dict[str, Any] = {"idempotency_key": "key", "timeout_at": at + MINUTE}
@@ -58,7 +58,7 @@ async def configure_run_stores_a_control_record(context: CheckContext) -> None:
 
 @example("CTL-1")
 async def configure_run_overwrites_and_keeps_created_at_and_latches(context: CheckContext) -> None:
-    """None overwrites too; created_at, a cancel and a time-out stay; other runs are left alone."""
+    """None overwrites too; created_at, a cancel and a time-out are kept; other runs stay unchanged."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
@@ -88,7 +88,7 @@ async def configure_run_overwrites_and_keeps_created_at_and_latches(context: Che
 
 @example("CTL-2")
 async def each_latch_is_set_by_one_call(context: CheckContext) -> None:
-    """True for the call that set it, else False; each is its own, and the user's reason comes first."""
+    """The first call of each latch returns True, later calls False; the user's reason takes precedence."""
     store = context.store
     for order in (("cancel", "time out"), ("time out", "cancel"), ("cancel",), ("time out",)):
         run_id = await start(context)
@@ -128,8 +128,8 @@ async def each_latch_is_set_by_one_call(context: CheckContext) -> None:
 
 
 @example("CTL-2")
-async def request_cancel_makes_the_record_of_a_stored_run(context: CheckContext) -> None:
-    """With flow and trigger of the run; mark_timed_out makes none and is False."""
+async def request_cancel_creates_the_record_of_a_stored_run(context: CheckContext) -> None:
+    """The record takes flow and trigger from the run; mark_timed_out creates none and returns False."""
     store = context.store
     flow_id = new_id(context)
     run_id = await start(context, flow_id=flow_id, trigger_key="timer")
@@ -159,8 +159,8 @@ async def request_cancel_makes_the_record_of_a_stored_run(context: CheckContext)
 
 
 @example("CTL-2")
-async def latches_do_not_look_at_the_runs_status(context: CheckContext) -> None:
-    """They are set before a run starts and after it ended, and leave its status alone."""
+async def latches_do_not_depend_on_the_run_status(context: CheckContext) -> None:
+    """They can be set before a run starts and after it ends, and do not change its status."""
     store, early, ended = context.store, new_id(context), await start(context)
     await store.complete_run(ended, RunStatus.SUCCEEDED)
     for run_id, status in ((early, None), (ended, RunStatus.SUCCEEDED)):
@@ -178,8 +178,8 @@ async def latches_do_not_look_at_the_runs_status(context: CheckContext) -> None:
 
 
 @example("CTL-2")
-async def with_as_of_only_a_deadline_that_has_come_times_out(context: CheckContext) -> None:
-    """mark_timed_out with as_of needs timeout_at <= as_of; without it the deadline does not matter."""
+async def mark_timed_out_with_as_of_needs_an_elapsed_deadline(context: CheckContext) -> None:
+    """With as_of it needs timeout_at <= as_of; without as_of the deadline does not matter."""
     store, run_id, bare, early = (
         context.store,
         await start(context),
@@ -215,7 +215,7 @@ async def with_as_of_only_a_deadline_that_has_come_times_out(context: CheckConte
 
 @example("CTL-3")
 async def runs_to_stop_are_past_their_deadline_or_cancelled(context: CheckContext) -> None:
-    """Running runs alone, by timeout_at and run_id, those without a deadline last; as_of governs."""
+    """Only Running runs, by timeout_at and run_id, without deadline last; as_of replaces now."""
     store = context.store
     at = now(context) + DAY
     deadlines = {
@@ -246,17 +246,17 @@ async def runs_to_stop_are_past_their_deadline_or_cancelled(context: CheckContex
     sentence = "the runs past their deadline or latched, by timeout_at and run_id"
     for take in (100, 4, 1, 0):
         found = await store.get_runs_to_stop(as_of=at, take=take)
-        context.expect(numbers(found), wanted[:take], f"{sentence}, take={take}")
+        context.expect(run_numbers(found), wanted[:take], f"{sentence}, take={take}")
     found = await store.get_runs_to_stop(as_of=at - TICK)
-    context.expect(numbers(found), [5, 9, 4, 2, 3], "as of a microsecond before the deadline of two runs")
+    context.expect(run_numbers(found), [5, 9, 4, 2, 3], "as of a microsecond before the deadline of two runs")
     mixed = {run.run_id: run for run in await store.get_runs()}
     records = [mixed[UUID(int=number)] for number in (5, 9, 4, 2, 3)]
     context.expect(found, records, "get_runs_to_stop gives the records of get_runs")
 
 
 @example("CTL-3", needs=[Capability.VIRTUAL_CLOCK])
-async def without_as_of_the_deadline_is_held_against_the_stores_now(context: CheckContext) -> None:
-    """A run comes onto the list at its deadline, to the microsecond."""
+async def without_as_of_deadlines_compare_with_the_stores_now(context: CheckContext) -> None:
+    """A run is listed from its deadline on, exact to the microsecond."""
     store, run_id = context.store, await start(context)
     await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) + MINUTE)
     advance(context, MINUTE - TICK)
@@ -268,7 +268,8 @@ async def without_as_of_the_deadline_is_held_against_the_stores_now(context: Che
 
 @example("CTL-3")
 async def extending_a_deadline_undoes_the_time_out(context: CheckContext) -> None:
-    """The time-out latch and its reason go, a user's cancel stays; True where there is a control record."""
+    """The time-out latch and its reason are cleared, a user's cancel stays; True if there is a control
+    record."""
     store, run_id, timed_out = context.store, await start(context), await start(context)
     for one in (run_id, timed_out):
         await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))

@@ -1,4 +1,4 @@
-"""CLM-1, CLM-3 and CLM-7 for the dispatch ledger; and what is given back of claims and dispatches (CON-4)."""
+"""CLM-1, CLM-3 and CLM-7 for the dispatch ledger; and the compensation of cancelled calls (CON-4)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowstore_conformance.checks.fixtures import (
     HOUR,
     MINUTE,
     SECOND,
-    STEP_ENDS,
+    TERMINAL_STEP_STATUSES,
     advance,
     assert_same,
     expect_fields,
@@ -34,7 +34,7 @@ from flowstore_core import RunStatus, StepDispatch, StepStatus
 
 @example("CLM-1")
 async def one_dispatch_wins_until_it_is_released(context: CheckContext) -> None:
-    """try_record_dispatch is True once per key; losing is False, never an exception, and changes nothing."""
+    """try_record_dispatch returns True once per key; losing returns False and changes nothing."""
     store, run_id, other = context.store, await start(context), await start(context)
     first = now(context)
     answer = await outcome_of(store.try_record_dispatch(run_id, "b", due_at=first + MINUTE))
@@ -62,8 +62,8 @@ async def one_dispatch_wins_until_it_is_released(context: CheckContext) -> None:
 
 
 @example("CLM-3")
-async def releasing_a_dispatch_frees_that_key_alone(context: CheckContext) -> None:
-    """It is idempotent, keeps the claim, and the next dispatch is a new one, without the old job."""
+async def releasing_a_dispatch_frees_only_that_key(context: CheckContext) -> None:
+    """Releasing is idempotent and keeps the claim; the next dispatch is new, without the old job_id."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
         await store.try_record_dispatch(one, key, due_at=now(context))
@@ -95,13 +95,19 @@ async def releasing_a_dispatch_frees_that_key_alone(context: CheckContext) -> No
 
 
 @example("CLM-3")
-async def the_ledger_keeps_dispatches_of_every_step(context: CheckContext) -> None:
+async def dispatches_outlive_steps_and_runs(context: CheckContext) -> None:
     """Starting, completing and skipping a step, and completing the run, keep its dispatch."""
     store, run_id = context.store, await start(context)
-    keys = {*(status.value for status in STEP_ENDS), "running", "pending", "unstarted", "skipped"}
+    keys = {
+        *(status.value for status in TERMINAL_STEP_STATUSES),
+        "running",
+        "pending",
+        "unstarted",
+        "skipped",
+    }
     for key in keys:
         await store.try_record_dispatch(run_id, key)
-    for status in (*STEP_ENDS, StepStatus.PENDING):
+    for status in (*TERMINAL_STEP_STATUSES, StepStatus.PENDING):
         await run_step(context, run_id, "pending" if status is StepStatus.PENDING else status, status)
     await store.record_step_start(run_id, "running", "http")
     await store.record_skipped_step(run_id, "skipped", "http")
@@ -116,8 +122,8 @@ async def the_ledger_keeps_dispatches_of_every_step(context: CheckContext) -> No
 
 
 @example("CLM-7")
-async def annotating_stores_a_job_id_and_nothing_else(context: CheckContext) -> None:
-    """It changes job_id of an existing dispatch alone, makes none, and never raises for a missing one."""
+async def annotating_sets_only_job_id(context: CheckContext) -> None:
+    """It changes only the job_id of an existing dispatch, creates none, and never raises."""
     store, run_id, other = context.store, await start(context), await start(context)
     due = now(context) + DAY
     for one in (run_id, other):
@@ -161,8 +167,8 @@ async def annotating_stores_a_job_id_and_nothing_else(context: CheckContext) -> 
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
-async def what_a_cancelled_call_gives_back_is_never_anothers(context: CheckContext) -> None:
-    """Of many that ask for one key, most cancelled meanwhile, whoever was told True holds it at the end."""
+async def compensation_never_removes_another_callers_claim(context: CheckContext) -> None:
+    """Of many calls for one key, most of them cancelled, the caller that got True holds it at the end."""
     stores = [context.store, await second_store(context)]
     run_id = await start(context)
     for turn in range(context.profile.of(2, 4, 20)):
@@ -182,13 +188,13 @@ async def what_a_cancelled_call_gives_back_is_never_anothers(context: CheckConte
             context.expect(won, sorted(set(won)), f"the winners of {invoke} beside calls that were cancelled")
             # Where one was told of an error, the key may be held or not.
             doubtful = {key for key, answer in zip(keys, answers, strict=True) if isinstance(answer, str)}
-            left = await _left(context, read, run_id, set(keys) - doubtful, set(won) - doubtful)
+            left = await _wait_for_keys(context, read, run_id, set(keys) - doubtful, set(won) - doubtful)
             sentence = f"{read}, of the keys that several asked for, once cancelled calls have given back"
             context.expect(left, set(won) - doubtful, sentence)
 
 
 async def _cancel_some(context: CheckContext, task: asyncio.Future[object]) -> None:
-    """Three of four, at different turns of the event loop, the first ones often before they begin."""
+    """Cancel three of four calls at different iterations of the event loop, some before they begin."""
     turns = context.random.choice((0, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
     if context.random.random() < 0.25:
         return
@@ -197,10 +203,10 @@ async def _cancel_some(context: CheckContext, task: asyncio.Future[object]) -> N
     task.cancel()
 
 
-async def _left(
+async def _wait_for_keys(
     context: CheckContext, read: str, run_id: UUID, asked: set[str], wanted: set[str]
 ) -> set[str]:
-    """Which of the keys are held, as soon as it is as wanted; bounded."""
+    """Poll the claimed or dispatched keys until they are as expected or time runs out; return them."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + state_probe.PATIENCE_SECONDS
     while True:

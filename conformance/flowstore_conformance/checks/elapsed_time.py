@@ -1,4 +1,4 @@
-"""Durations are elapsed time, and days are days in UTC, whatever the local time zone does."""
+"""Durations are elapsed time and days are UTC days, whatever the local time zone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, clock_of, start
+from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, require_clock, start
 from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, RunStatus, RunTimeseriesGranularity
@@ -27,7 +27,7 @@ ZONES = {
 
 @contextmanager
 def _local_zone(zone: str) -> Iterator[None]:
-    """Make it the time zone of this process, where the system can change that."""
+    """Set the time zone of this process, where the system allows it."""
     if not hasattr(time, "tzset"):
         yield
         return
@@ -45,9 +45,9 @@ def _local_zone(zone: str) -> Iterator[None]:
 
 
 @check("CLM-6", needs=CLOCK)
-async def a_lease_lasts_as_long_across_a_daylight_saving_change(context: CheckContext) -> None:
-    """A lease and a renewal of whole days end exactly so much later, across both changes of a year."""
-    clock = clock_of(context)
+async def a_lease_is_elapsed_time_across_a_daylight_saving_change(context: CheckContext) -> None:
+    """A lease of whole days, and its renewal, ends after exactly 24 hours per day."""
+    clock = require_clock(context)
     for zone, days_before in ZONES.items():
         with _local_zone(zone):
             for begun in days_before:
@@ -75,9 +75,9 @@ async def a_lease_lasts_as_long_across_a_daylight_saving_change(context: CheckCo
 
 
 @check("QRY-5", "QRY-4", needs=CLOCK)
-async def days_and_hours_are_those_of_utc_across_a_daylight_saving_change(context: CheckContext) -> None:
+async def buckets_and_days_are_utc_across_a_daylight_saving_change(context: CheckContext) -> None:
     """Buckets, durations and the day of the statistics do not depend on the local time zone."""
-    clock = clock_of(context)
+    clock = require_clock(context)
     for zone, days_before in ZONES.items():
         with _local_zone(zone):
             for noon in days_before:

@@ -1,4 +1,4 @@
-"""A store belongs to the event loop that it was opened in, not to the thread of that loop."""
+"""A store belongs to the event loop that opened it, not to the thread of that loop."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ async def _error_of(call: Callable[[], Awaitable[object]]) -> Exception | None:
 
 
 @check("CON-2", kind=Kind.HOSTILE)
-async def another_event_loop_in_the_same_thread_is_refused(context: CheckContext) -> None:
-    """Within the store's event loop a second one gets ConfigurationError, and nothing happens."""
+async def a_nested_event_loop_is_refused(context: CheckContext) -> None:
+    """Calls from an event loop nested in the store's own raise ConfigurationError and change nothing."""
     store, new = context.store, new_id(context)
     run_id = await start(context)
     attempt = await store.record_step_start(run_id, "charge", "http")

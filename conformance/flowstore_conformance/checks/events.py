@@ -9,8 +9,8 @@ from flowstore_core import FlowEventRecord
 
 
 @example("EVT-1")
-async def events_are_kept_as_they_were_appended(context: CheckContext) -> None:
-    """append_event returns the sequence, which begins at 1 for each run and rises in commit order."""
+async def append_event_stores_events_in_order(context: CheckContext) -> None:
+    """append_event returns the sequence, which starts at 1 for each run and rises in commit order."""
     store, run_id, other = context.store, await start(context), await start(context)
     other_store = await second_store(context)
     wanted = []
@@ -38,8 +38,8 @@ async def events_are_kept_as_they_were_appended(context: CheckContext) -> None:
 
 
 @example("EVT-1")
-async def after_and_take_cut_the_log(context: CheckContext) -> None:
-    """get_run_events gives those with sequence > after, at most take, 200 unless asked otherwise."""
+async def after_and_take_limit_the_log(context: CheckContext) -> None:
+    """get_run_events returns events with sequence > after, at most take, by default 200."""
     store, run_id = context.store, await start(context)
     # The default of take shows only above 200.
     count = context.profile.of(12, 205, 205)

@@ -39,18 +39,18 @@ SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
-FAR = datetime(2100, 1, 1, tzinfo=UTC)
+FAR_FUTURE = datetime(2100, 1, 1, tzinfo=UTC)
 
-RUN_ENDS = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
-STEP_ENDS = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
-OUTCOMES = (*STEP_ENDS, StepStatus.PENDING)
+TERMINAL_RUN_STATUSES = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
+TERMINAL_STEP_STATUSES = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
+CLOSING_STATUSES = (*TERMINAL_STEP_STATUSES, StepStatus.PENDING)
 """Every status that closes an attempt."""
 
-NOBODY = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
+NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 # Each differs from every other by a detail that one database or another does not see: case, blanks,
 # accents, compositions of one letter, a homoglyph, the code point order beyond the first plane.
-LOOKALIKES = (
+SIMILAR_KEYS = (
     "key",
     "Key",
     "KEY",
@@ -90,7 +90,7 @@ def advance(context: CheckContext, duration: timedelta) -> datetime:
     return now(context)
 
 
-def clock_of(context: CheckContext) -> VirtualClock:
+def require_clock(context: CheckContext) -> VirtualClock:
     """The clock, for checks that need VIRTUAL_CLOCK."""
     if context.clock is None:
         raise Inconclusive("this store's time cannot be moved", retryable=False)
@@ -130,7 +130,7 @@ async def run_step(
     return attempt
 
 
-async def skip_step(context: CheckContext, run_id: UUID, *step_keys: str) -> None:
+async def skip_steps(context: CheckContext, run_id: UUID, *step_keys: str) -> None:
     for step_key in step_keys:
         await context.store.record_skipped_step(run_id, step_key, "http", "not needed")
 
@@ -138,7 +138,7 @@ async def skip_step(context: CheckContext, run_id: UUID, *step_keys: str) -> Non
 # What must be there; its absence is the store's, not the suite's
 
 
-def there(value: T | None, what: str) -> T:
+def expect_present(value: T | None, what: str) -> T:
     """A record that must be there."""
     if value is None:
         raise ContractViolation(f"{what}: expected a record, got None")
@@ -154,7 +154,7 @@ def single(values: Iterable[T], what: str) -> T:
 
 
 async def get_run(context: CheckContext, run_id: UUID) -> FlowRunDetail:
-    return there(await context.store.get_run_detail(run_id), "get_run_detail of a stored run")
+    return expect_present(await context.store.get_run_detail(run_id), "get_run_detail of a stored run")
 
 
 async def get_step(context: CheckContext, run_id: UUID, step_key: str = "charge") -> FlowStepRecord:
@@ -168,29 +168,29 @@ async def get_step(context: CheckContext, run_id: UUID, step_key: str = "charge"
 
 
 async def get_control(context: CheckContext, run_id: UUID) -> FlowRunControlRecord:
-    return there(await context.store.get_run_control(run_id), "get_run_control")
+    return expect_present(await context.store.get_run_control(run_id), "get_run_control")
 
 
 async def get_waiter(context: CheckContext, run_id: UUID, step_key: str = "wait") -> FlowSignalWaiter:
-    return there(await context.store.get_waiter(run_id, step_key), f"get_waiter of {step_key!r}")
+    return expect_present(await context.store.get_waiter(run_id, step_key), f"get_waiter of {step_key!r}")
 
 
-def of(record: object, *names: str) -> dict[str, Any]:
+def fields_of(record: object, *names: str) -> dict[str, Any]:
     """Some fields of a record by name, to be held against a mapping of the same names."""
     return {name: getattr(record, name, "<no such field>") for name in names}
 
 
 def expect_fields(context: CheckContext, record: object, sentence: str, **wanted: object) -> None:
     """Hold some fields of a record, or attributes of an error, against what they should be."""
-    context.expect(of(record, *wanted), wanted, sentence)
+    context.expect(fields_of(record, *wanted), wanted, sentence)
 
 
-def numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
+def run_numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
     """The ids of runs whose ids are small numbers."""
     return [run.run_id.int for run in runs]
 
 
-def brief(value: object) -> str:
+def abbreviate(value: object) -> str:
     """A value for a sentence."""
     # Cut first: the repr of a text that is too long is long too.
     text = repr(value[:60]) if isinstance(value, str) else repr(value)
@@ -220,7 +220,7 @@ async def observe_all(
         "get_active_runs": await store.get_active_runs(),
     }
     # A fixed moment where time passes by itself, so that two looks compare.
-    as_of = FAR if context.clock is None else context.clock()
+    as_of = FAR_FUTURE if context.clock is None else context.clock()
     if Capability.DASHBOARD in can:
         shown["get_runs_page"] = await store.get_runs_page(take=1000)
         shown["get_statistics"] = await store.get_statistics(as_of=as_of)

@@ -8,9 +8,9 @@ from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
     HOUR,
-    LOOKALIKES,
     MINUTE,
     SECOND,
+    SIMILAR_KEYS,
     advance,
     assert_same,
     expect_fields,
@@ -29,7 +29,7 @@ from flowstore_core import Capability, FlowRunRecord, RunAlreadyExistsError, Run
 
 @example("IDM-1")
 async def a_key_is_scoped_by_flow_and_trigger(context: CheckContext) -> None:
-    """The same key under another flow or trigger is another key, and nothing is glued together."""
+    """The same key under another flow or trigger is a different key; parts are never concatenated."""
     flow_id = new_id(context)
     store = context.store
     scopes = [
@@ -55,13 +55,13 @@ async def a_key_is_scoped_by_flow_and_trigger(context: CheckContext) -> None:
 
 @example("IDM-1")
 async def idempotency_keys_are_compared_exactly(context: CheckContext) -> None:
-    """Keys and triggers are opaque and case-sensitive: none is folded, trimmed or composed."""
+    """Keys and triggers are opaque and case-sensitive: never folded, trimmed or normalised."""
     flow_id = new_id(context)
     store = context.store
     for place in ("key", "trigger"):
         runs = {}
         # Of the triggers a few: case, blank, accent.
-        for text in LOOKALIKES if place == "key" else LOOKALIKES[:10:3]:
+        for text in SIMILAR_KEYS if place == "key" else SIMILAR_KEYS[:10:3]:
             run_id = runs[text] = new_id(context)
             scope = ("manual", text) if place == "key" else (text, "key of a trigger")
             answer = await outcome_of(store.try_register_idempotency_key(flow_id, *scope, run_id))
@@ -73,8 +73,8 @@ async def idempotency_keys_are_compared_exactly(context: CheckContext) -> None:
 
 
 @example("IDM-2")
-async def the_first_run_of_a_key_wins_and_wins_again(context: CheckContext) -> None:
-    """The same run_id again is True, any other False; find gives the winner; registering starts nothing."""
+async def the_first_run_of_a_key_wins(context: CheckContext) -> None:
+    """The same run_id again returns True, any other False; find returns the winner; no run is started."""
     flow_id = new_id(context)
     store, first, second = context.store, new_id(context), await start(context)
     scope = (flow_id, "manual", "key")
@@ -97,7 +97,7 @@ async def the_first_run_of_a_key_wins_and_wins_again(context: CheckContext) -> N
 
 @example("IDM-3")
 async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None:
-    """With a free key, or without one, the run is started as it was given, with its control record."""
+    """With a free key, or without a key, the run is started with its control record."""
     flow_id = new_id(context)
     store = context.store
     at = advance(context, SECOND)
@@ -132,8 +132,8 @@ async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None
 
 
 @example("IDM-3")
-async def a_taken_key_gives_the_run_that_has_it(context: CheckContext) -> None:
-    """created is False, the run comes as it is now, and nothing changes."""
+async def a_taken_key_returns_its_run(context: CheckContext) -> None:
+    """created is False, the run's current record is returned, and nothing changes."""
     flow_id = new_id(context)
     store, first, second = context.store, new_id(context), new_id(context)
     await store.trigger_run(flow_id, "orders", first, "manual", trigger_data="one", idempotency_key="key")
@@ -163,7 +163,7 @@ async def a_taken_key_gives_the_run_that_has_it(context: CheckContext) -> None:
 
 @example("IDM-3")
 async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None:
-    """Under the registered run_id, as this call gives it: no crash leaves a key that swallows triggers."""
+    """The run starts under the registered run_id with this call's arguments: no key swallows triggers."""
     flow_id = new_id(context)
     store = context.store
     for asked_exists in (False, True):
@@ -200,8 +200,8 @@ async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None
 
 
 @example("IDM-3")
-async def a_trigger_with_a_run_id_that_exists_registers_nothing(context: CheckContext) -> None:
-    """Under a free key, or without a key, RunAlreadyExistsError, and nothing changes."""
+async def a_trigger_with_a_stored_run_id_registers_nothing(context: CheckContext) -> None:
+    """Under a free key, or without a key, it raises RunAlreadyExistsError and changes nothing."""
     flow_id = new_id(context)
     store, run_id = context.store, await start(context)
     await run_step(context, run_id)
@@ -221,8 +221,8 @@ async def a_trigger_with_a_run_id_that_exists_registers_nothing(context: CheckCo
 
 
 @example("IDM-3")
-async def a_trigger_configures_an_earlier_control_record_anew(context: CheckContext) -> None:
-    """As configure_run would: overwritten, with created_at and latches kept."""
+async def a_trigger_overwrites_an_earlier_control_record(context: CheckContext) -> None:
+    """As configure_run does: created_at and latches are kept."""
     flow_id = new_id(context)
     store, run_id = context.store, new_id(context)
     old: dict[str, Any] = {"idempotency_key": "old", "timeout_at": now(context)}
@@ -250,7 +250,7 @@ async def a_trigger_configures_an_earlier_control_record_anew(context: CheckCont
 
 @example("IDM-4")
 async def cleaning_up_a_run_ends_its_deduplication(context: CheckContext) -> None:
-    """Until then no time and no completion ends it; then the key is free for another run."""
+    """A key stays registered until its run is cleaned up; then it is free for another run."""
     flow_id = new_id(context)
     store, first, second = context.store, await start(context), new_id(context)
     keys = ("key", "another key")
@@ -279,8 +279,8 @@ async def cleaning_up_a_run_ends_its_deduplication(context: CheckContext) -> Non
 
 
 @example("IDM-4", needs=[Capability.VIRTUAL_CLOCK])
-async def a_young_key_goes_with_its_run(context: CheckContext) -> None:
-    """A key goes because its run does, however young it is: the hour of RET-4 is for runs never started."""
+async def a_young_key_is_deleted_with_its_run(context: CheckContext) -> None:
+    """A key of any age is deleted with its run: the hour of RET-4 is for runs that never started."""
     flow_id = new_id(context)
     store, run_id = context.store, await start(context)
     await store.try_register_idempotency_key(flow_id, "manual", "key", run_id)

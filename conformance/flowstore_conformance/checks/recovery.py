@@ -1,4 +1,4 @@
-"""STP-7 and STP-8: rescheduling a step in one act, and finding what nothing will move."""
+"""STP-7 and STP-8: rescheduling a step atomically, and finding stalled steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowstore_conformance.checks.fixtures import (
     DAY,
     MINUTE,
     SECOND,
-    STEP_ENDS,
+    TERMINAL_STEP_STATUSES,
     TICK,
     advance,
     assert_same,
@@ -23,7 +23,7 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     run_step,
     single,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -43,8 +43,8 @@ from flowstore_core import (
 
 
 @example("STP-7")
-async def rescheduling_closes_unclaims_and_dispatches_in_one_act(context: CheckContext) -> None:
-    """The attempt is closed as Pending, the claim is gone, and the dispatch is a new one with due_at."""
+async def rescheduling_closes_releases_and_dispatches(context: CheckContext) -> None:
+    """The attempt is closed as Pending, the claim is removed, and a new dispatch with due_at is recorded."""
     store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll", due_at=now(context))
     await store.annotate_dispatch(run_id, "poll", "job")
@@ -76,7 +76,7 @@ async def rescheduling_closes_unclaims_and_dispatches_in_one_act(context: CheckC
 
 @example("STP-7")
 async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
-    """Said again for the attempt that it closed it changes nothing, whatever its other arguments."""
+    """A repeated call for the closed attempt changes nothing, whatever its other arguments."""
     store, run_id = context.store, await start(context)
     await store.record_step_start(run_id, "poll", "http")
     await store.reschedule_step(run_id, "poll", attempt=1, output_json="out", due_at=now(context))
@@ -100,8 +100,8 @@ async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
 
 
 @example("STP-7")
-async def after_completing_as_pending_it_reschedules_all_the_same(context: CheckContext) -> None:
-    """The claim goes and the dispatch is renewed; the output that was recorded then stays."""
+async def rescheduling_works_after_completing_as_pending(context: CheckContext) -> None:
+    """The claim is removed and the dispatch replaced; the output recorded at completion stays."""
     store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll")
     await store.try_claim_step(run_id, "poll", owner="me")
@@ -128,7 +128,7 @@ async def after_completing_as_pending_it_reschedules_all_the_same(context: Check
 async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context: CheckContext) -> None:
     """Stale and reopened attempts, other outcomes and keys that never started are refused."""
     store, run_id = context.store, await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await run_step(context, run_id, status, status)
     await store.record_step_start(run_id, "poll", "http")
     await store.reschedule_step(run_id, "poll", attempt=1)
@@ -137,7 +137,7 @@ async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context:
     await store.retry_step(run_id, "reopened")
     await store.try_record_dispatch(run_id, "dispatched")
     before = await observe_all(context, run_id)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         sentence = f"rescheduling an attempt that was closed as {status}"
         call = store.reschedule_step(run_id, status, attempt=1)
         error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
@@ -155,8 +155,8 @@ async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context:
 
 
 @example("STP-7")
-async def on_a_terminal_run_rescheduling_dispatches_nothing(context: CheckContext) -> None:
-    """The attempt closes, the claim and the old dispatch go, and the run stays as it is."""
+async def rescheduling_on_a_terminal_run_dispatches_nothing(context: CheckContext) -> None:
+    """The attempt is closed, the claim and the old dispatch are removed, and the run stays terminal."""
     store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll")
     await store.try_claim_step(run_id, "poll", owner="me")
@@ -177,15 +177,15 @@ def _stalled(run_id: UUID, key: str, status: StepStatus, reason: StallReason, si
     return StalledStep(run_id=run_id, step_key=key, status=status, reason=reason, since=since)
 
 
-async def _stalls(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
-    """What is listed of some runs."""
+async def _get_stalled(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
+    """The stalled steps of some runs."""
     found = await context.store.get_stalled_steps(as_of=as_of, take=1000)
     return [stalled for stalled in found if stalled.run_id in runs]
 
 
 @example("STP-8", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
 async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
-    """LEASE_EXPIRED counts from expires_at, whatever the dispatch; a claim without lease never stalls."""
+    """LEASE_EXPIRED counts from expires_at, with or without dispatch; a claim without lease never stalls."""
     store, run_id = context.store, await start(context)
     expires = now(context) + MINUTE
     await store.try_record_dispatch(run_id, "claimed")
@@ -204,10 +204,10 @@ async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
         (expires + MINUTE, (claimed, running)),
         (expires + 3650 * DAY, (claimed, running)),
     ):
-        found = await _stalls(context, as_of, run_id)
+        found = await _get_stalled(context, as_of, run_id)
         context.expect(found, wanted, f"claims whose lease ends at {expires}, as of {as_of}")
     for wanted in ((), (claimed,)):
-        found = await _stalls(context, None, run_id)
+        found = await _get_stalled(context, None, run_id)
         context.expect(found, wanted, f"without as_of it is the store's now, {now(context)}")
         advance(context, MINUTE)
 
@@ -232,7 +232,7 @@ async def a_dispatch_stalls_when_it_is_due(context: CheckContext) -> None:
         (at + MINUTE - TICK, (old, new)),
         (at + MINUTE, (old, new, running)),
     ):
-        found = await _stalls(context, as_of, run_id)
+        found = await _get_stalled(context, as_of, run_id)
         context.expect(found, wanted, f"dispatches made at {at}, as of {as_of}")
 
 
@@ -260,15 +260,15 @@ async def a_missing_dispatch_stalls_from_the_last_attempt(context: CheckContext)
         (ended - TICK, (still_open,)),
         (ended, (still_open, pending, reopened)),
     ):
-        found = await _stalls(context, as_of, run_id)
+        found = await _get_stalled(context, as_of, run_id)
         context.expect(found, wanted, f"undispatched steps begun at {begun}, ended at {ended}, as of {as_of}")
 
 
 @example("STP-8")
-async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
+async def terminal_and_empty_keys_are_not_stalled(context: CheckContext) -> None:
     """Terminal steps, steps of terminal runs, and keys with neither claim nor dispatch are not listed."""
     store, run_id, finished = context.store, await start(context), await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_record_dispatch(run_id, status)
         await run_step(context, run_id, status, status)
     await store.try_record_dispatch(run_id, "released")
@@ -276,17 +276,17 @@ async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
     await store.release_step_claim(run_id, "released")
     await store.release_dispatch(run_id, "released")
     await run_step(context, run_id, "charge", StepStatus.FAILED)
-    await skip_step(context, run_id, "reset")
+    await skip_steps(context, run_id, "reset")
     await store.retry_step(run_id, "charge", reset=["reset"])
     await store.try_claim_step(run_id, "charge")
     await store.try_record_dispatch(finished, "dispatched")
     await store.record_step_start(finished, "open", "http")
     await store.complete_run(finished, RunStatus.CANCELLED)
     # A day ahead, so that a clock of the store's own need not agree with this one.
-    found = await _stalls(context, now(context) + DAY, run_id, finished)
+    found = await _get_stalled(context, now(context) + DAY, run_id, finished)
     context.expect(found, (), "get_stalled_steps where everything is over, claimed or nothing")
     await store.try_record_dispatch(run_id, "reset")
-    found = await _stalls(context, now(context) + DAY, run_id, finished)
+    found = await _get_stalled(context, now(context) + DAY, run_id, finished)
     sentence = "a key that was reset and dispatched again"
     stalled = single(found, sentence)
     wanted = {"step_key": "reset", "status": StepStatus.PENDING, "reason": StallReason.DISPATCH_DUE}
@@ -295,7 +295,7 @@ async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
 
 @example("STP-8")
 async def a_waiting_step_is_not_stalled(context: CheckContext) -> None:
-    """An undelivered waiter, not expired and not past its expires_at, keeps a step off the list."""
+    """A step with an undelivered, unexpired waiter whose expires_at has not passed is not listed."""
     store, run_id, other = context.store, await start(context), await start(context)
     horizon = now(context) + 10 * DAY
     keys = ("delivered", "elapsed", "ever", "other run's", "removed")
@@ -320,15 +320,15 @@ async def a_waiting_step_is_not_stalled(context: CheckContext) -> None:
         await store.expire_waiter(run_id, "expired")
         advance(context, -20 * DAY)
         wanted.insert(1, "expired")
-    found = sorted(each.step_key for each in await _stalls(context, horizon - TICK, run_id, other))
+    found = sorted(each.step_key for each in await _get_stalled(context, horizon - TICK, run_id, other))
     context.expect(found, wanted, "the stalled steps while others wait for a signal")
-    found = sorted(each.step_key for each in await _stalls(context, horizon, run_id, other))
+    found = sorted(each.step_key for each in await _get_stalled(context, horizon, run_id, other))
     context.expect(found, sorted([*wanted, "elapsed"]), "as_of governs the expiry of a waiter too")
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])
-async def stalled_steps_come_by_since_run_and_key(context: CheckContext) -> None:
-    """The order is since, run_id, step_key by code point; take cuts it off."""
+async def stalled_steps_are_ordered_by_since_run_and_key(context: CheckContext) -> None:
+    """The order is since, run_id, step_key by code point; take limits the list."""
     # Long before the steps of other examples.
     store, at = context.store, advance(context, -3650 * DAY)
     first, second = UUID(int=2), UUID(int=1)

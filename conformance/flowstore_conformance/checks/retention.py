@@ -1,4 +1,4 @@
-"""RET: cleanup deletes what is over, whole, and nothing else."""
+"""RET: cleanup deletes completed runs whole, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from flowstore_conformance.checks.fixtures import (
     DAY,
     FLOW,
     HOUR,
-    RUN_ENDS,
     SECOND,
+    TERMINAL_RUN_STATUSES,
     TICK,
     advance,
     assert_same,
+    expect_present,
     get_run,
     get_step,
     new_id,
@@ -23,9 +24,8 @@ from flowstore_conformance.checks.fixtures import (
     observe_all,
     outcome_of,
     run_step,
-    skip_step,
+    skip_steps,
     start,
-    there,
 )
 from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
@@ -39,8 +39,8 @@ from flowstore_core import (
 )
 
 
-async def _furnish(context: CheckContext, run_id: UUID) -> None:
-    """A completed run with something of every kind that belongs to a run."""
+async def _start_populated_run(context: CheckContext, run_id: UUID) -> None:
+    """Start a completed run with something of every kind that belongs to a run."""
     store, can = context.store, context.capabilities
     await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
     for key in ("key", "more"):
@@ -50,7 +50,7 @@ async def _furnish(context: CheckContext, run_id: UUID) -> None:
     await store.try_claim_step(run_id, "charge", owner="me")
     await run_step(context, run_id, "charge", StepStatus.PENDING, output_json="needle")
     await run_step(context, run_id, "charge", StepStatus.FAILED, output_json="out")
-    await skip_step(context, run_id, "skipped", "reset")
+    await skip_steps(context, run_id, "skipped", "reset")
     await store.retry_step(run_id, "charge", reset=["reset"])
     await run_step(context, run_id, "charge", StepStatus.FAILED, error_message="needle")
     await store.try_record_dispatch(run_id, "only dispatched")
@@ -68,21 +68,21 @@ async def _furnish(context: CheckContext, run_id: UUID) -> None:
 
 
 async def _completed_at(context: CheckContext, run_id: UUID) -> object:
-    return there((await get_run(context, run_id)).completed_at, "completed_at of a terminal run")
+    return expect_present((await get_run(context, run_id)).completed_at, "completed_at of a terminal run")
 
 
 @example("RET-1")
-async def runs_completed_strictly_before_the_cutoff_go(context: CheckContext) -> None:
-    """By completed_at, to the microsecond, whatever the status; the answer counts runs alone."""
+async def runs_completed_strictly_before_the_cutoff_are_deleted(context: CheckContext) -> None:
+    """completed_at decides, exact to the microsecond, for every status; the result counts only runs."""
     store = context.store
     runs = []
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.configure_run(run_id, FLOW, "manual")
         advance(context, SECOND)
         await store.complete_run(run_id, status)
         runs.append(run_id)
-    last = there((await get_run(context, runs[-1])).completed_at, "completed_at of a terminal run")
+    last = expect_present((await get_run(context, runs[-1])).completed_at, "completed_at of a terminal run")
     began_early = await start(context)
     advance(context, 30 * DAY)
     context.expect(
@@ -103,7 +103,9 @@ async def runs_completed_strictly_before_the_cutoff_go(context: CheckContext) ->
             await outcome_of(store.cleanup(last + TICK)), 3, "three runs completed before the cutoff"
         )
     await store.complete_run(began_early, RunStatus.SUCCEEDED)
-    completed = there((await get_run(context, began_early)).completed_at, "completed_at of a terminal run")
+    completed = expect_present(
+        (await get_run(context, began_early)).completed_at, "completed_at of a terminal run"
+    )
     answer = await outcome_of(store.cleanup(completed))
     context.expect(answer, 0, "when a run started does not matter to the cutoff")
     context.expect(await outcome_of(store.cleanup(completed + TICK)), 1, "the last run")
@@ -112,12 +114,12 @@ async def runs_completed_strictly_before_the_cutoff_go(context: CheckContext) ->
 
 
 @example("RET-1")
-async def everything_that_belongs_to_a_run_goes_with_it(context: CheckContext) -> None:
+async def everything_that_belongs_to_a_run_is_deleted_with_it(context: CheckContext) -> None:
     """No read shows any of it, writing to it raises RunNotFoundError, and its keys are free."""
     store, run_id, unknown = context.store, new_id(context), new_id(context)
     nothing = await observe(context, unknown)
     empty = await observe_all(context)
-    await _furnish(context, run_id)
+    await _start_populated_run(context, run_id)
     context.expect(
         await outcome_of(store.cleanup(now(context) + DAY)), 1, "a cleanup of one run and all its belongings"
     )
@@ -145,10 +147,10 @@ async def everything_that_belongs_to_a_run_goes_with_it(context: CheckContext) -
 
 
 @example("RET-1")
-async def a_run_started_anew_under_the_id_begins_empty(context: CheckContext) -> None:
-    """Nothing of the run from before comes back: no attempts, numbers, deliveries, claims or latches."""
+async def a_deleted_run_id_starts_empty(context: CheckContext) -> None:
+    """A run started again has no old attempts, numbers, deliveries, claims or latches."""
     store, run_id, fresh = context.store, new_id(context), new_id(context)
-    await _furnish(context, run_id)
+    await _start_populated_run(context, run_id)
     await store.cleanup(now(context) + DAY)
     for one in (run_id, fresh):
         await start(context, run_id=one)
@@ -182,10 +184,10 @@ async def a_run_started_anew_under_the_id_begins_empty(context: CheckContext) ->
 
 
 @example("RET-1")
-async def other_runs_stay_to_the_letter(context: CheckContext) -> None:
-    """Running and newer runs, derived runs and their keys are left as they are."""
+async def other_runs_stay_unchanged(context: CheckContext) -> None:
+    """Running and newer runs, derived runs and their keys stay unchanged."""
     store, gone, kept = context.store, new_id(context), new_id(context)
-    await _furnish(context, gone)
+    await _start_populated_run(context, gone)
     derived = await start(context, source_run_id=gone)
     await run_step(context, derived, "charge", StepStatus.FAILED, output_json="out")
     await store.try_register_idempotency_key(FLOW, "manual", "derived", derived)
@@ -193,7 +195,7 @@ async def other_runs_stay_to_the_letter(context: CheckContext) -> None:
     cutoff = now(context) + DAY
     if context.clock is not None:
         cutoff = advance(context, SECOND)
-        await _furnish(context, kept)
+        await _start_populated_run(context, kept)
         runs.append(kept)
     before = {one: await observe(context, one) for one in runs}
     context.expect(await outcome_of(store.cleanup(cutoff)), 1, "a cleanup of one of several runs")
@@ -215,7 +217,7 @@ async def other_runs_stay_to_the_letter(context: CheckContext) -> None:
 
 @check("RET-2")
 async def running_runs_are_never_touched(context: CheckContext) -> None:
-    """However old they are, with all that belongs to them; a run that a retry reopened is Running."""
+    """Running runs of any age keep everything; a run that a retry reopened is Running."""
     store, run_id, reopened = context.store, await start(context), await start(context)
     for one in (run_id, reopened):
         await run_step(context, one, "charge", StepStatus.FAILED)
@@ -238,8 +240,8 @@ async def running_runs_are_never_touched(context: CheckContext) -> None:
 
 
 @check("RET-3")
-async def more_runs_than_any_batch_go_in_one_cleanup(context: CheckContext) -> None:
-    """However many batches it takes, one call deletes every run that is over and counts each once."""
+async def one_cleanup_deletes_more_runs_than_a_batch(context: CheckContext) -> None:
+    """One call deletes every completed run before the cutoff and counts each once."""
     store = context.store
     count = context.profile.of(20, 605, 2500)
     runs = [new_id(context) for _ in range(count + 5)]
@@ -259,8 +261,8 @@ async def more_runs_than_any_batch_go_in_one_cleanup(context: CheckContext) -> N
 
 
 @check("RET-4", needs=[Capability.VIRTUAL_CLOCK])
-async def old_keys_and_controls_without_run_go(context: CheckContext) -> None:
-    """Once they are older than the cutoff and at least an hour old; they are not counted."""
+async def old_keys_and_controls_without_run_are_deleted(context: CheckContext) -> None:
+    """They are deleted once older than the cutoff and at least an hour old, and not counted."""
     store, stored, never = context.store, new_id(context), [new_id(context) for _ in range(3)]
     for run_id in (*never, stored):
         await store.try_register_idempotency_key(FLOW, "manual", str(run_id), run_id)
@@ -306,7 +308,7 @@ async def old_keys_and_controls_without_run_go(context: CheckContext) -> None:
 
 @check("RET-4")
 async def fresh_keys_and_controls_stay_for_an_hour(context: CheckContext) -> None:
-    """Whatever the cutoff, what was registered just now for a run to come is kept."""
+    """Whatever the cutoff, a key or control record for a run about to start is kept."""
     store, run_id = context.store, new_id(context)
     await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
     await store.configure_run(run_id, FLOW, "manual")

@@ -6,11 +6,11 @@ from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
+    CLOSING_STATUSES,
     DAY,
     FLOW,
-    OUTCOMES,
-    RUN_ENDS,
     SECOND,
+    TERMINAL_RUN_STATUSES,
     advance,
     assert_same,
     expect_fields,
@@ -23,7 +23,7 @@ from flowstore_conformance.checks.fixtures import (
     observe_all,
     outcome_of,
     run_step,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -35,10 +35,10 @@ PENDING, SKIPPED = StepStatus.PENDING, StepStatus.SKIPPED
 
 @example("STP-6")
 async def a_retried_step_is_pending_and_cleared(context: CheckContext) -> None:
-    """Output, error and completion go, attempt_count is that of the attempt to come, attempts stay."""
+    """Output, error and completion are cleared, attempt_count counts the next attempt, attempts stay."""
     store, run_id = context.store, await start(context)
     cleared: dict[str, Any] = {"output_json": None, "error_message": None, "completed_at": None}
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         begun = advance(context, SECOND)
         await store.record_step_start(run_id, status, "http", input_json="in", job_id="job")
         advance(context, SECOND)
@@ -62,13 +62,13 @@ async def a_retried_step_is_pending_and_cleared(context: CheckContext) -> None:
     context.expect(len(step.attempts), 1, "the number of attempts of a Running step that was retried")
     closed = {"status": StepStatus.FAILED, "error_message": superseded_by(2), "completed_at": ended}
     expect_fields(context, step.attempts[0], "an open attempt is closed as Failed by a retry", **closed)
-    wanted = dict.fromkeys((*OUTCOMES, "open"), PENDING)
+    wanted = dict.fromkeys((*CLOSING_STATUSES, "open"), PENDING)
     context.expect(await store.get_step_statuses(run_id), wanted, "the statuses of retried steps")
 
 
 @example("STP-6")
-async def claim_dispatch_and_undelivered_waiter_go(context: CheckContext) -> None:
-    """The retried step's claim, dispatch and undelivered waiter are gone; a delivered waiter stays."""
+async def a_retry_removes_claim_dispatch_and_undelivered_waiter(context: CheckContext) -> None:
+    """A retry removes the step's claim, dispatch and undelivered waiter; a delivered waiter stays."""
     store, run_id = context.store, await start(context)
     for key in ("charge", "other"):
         await store.try_record_dispatch(run_id, key)
@@ -105,12 +105,15 @@ async def claim_dispatch_and_undelivered_waiter_go(context: CheckContext) -> Non
 
 @example("STP-6")
 async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> None:
-    """completed_at is None; latches and an elapsed deadline of a terminal run are cleared."""
+    """The run is Running without completed_at; a terminal run loses its latches and an elapsed deadline."""
     store = context.store
     # Elapsed is timeout_at <= now; to the microsecond where the clock stands still.
     elapsed = now(context) if context.clock is not None else now(context) - DAY
     for status, deadline, left in zip(
-        RUN_ENDS, (elapsed, None, now(context) + DAY), (None, None, now(context) + DAY), strict=True
+        TERMINAL_RUN_STATUSES,
+        (elapsed, None, now(context) + DAY),
+        (None, None, now(context) + DAY),
+        strict=True,
     ):
         run_id = await start(context)
         await run_step(context, run_id, "charge", StepStatus.FAILED)
@@ -146,8 +149,8 @@ async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> N
 
 
 @example("STP-6")
-async def latches_of_a_running_run_stay(context: CheckContext) -> None:
-    """A retry in a run that is Running already leaves its control record alone, and makes none."""
+async def a_retry_in_a_running_run_keeps_its_latches(context: CheckContext) -> None:
+    """A retry in a Running run keeps its control record, and creates none."""
     store, run_id, bare = context.store, await start(context), await start(context)
     await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) - DAY)
     await store.request_cancel(run_id, "user")
@@ -164,11 +167,11 @@ async def latches_of_a_running_run_stay(context: CheckContext) -> None:
 
 
 @example("STP-6")
-async def a_retry_said_again_before_the_start_changes_nothing(context: CheckContext) -> None:
-    """With or without attempt, what was claimed, dispatched and registered meanwhile is kept."""
+async def a_repeated_retry_before_the_start_changes_nothing(context: CheckContext) -> None:
+    """With or without attempt, a claim, dispatch and waiter made since the first retry are kept."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.FAILED)
-    await skip_step(context, run_id, "after")
+    await skip_steps(context, run_id, "after")
     await store.retry_step(run_id, "charge", attempt=1)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
@@ -184,13 +187,13 @@ async def a_retry_said_again_before_the_start_changes_nothing(context: CheckCont
 
 
 @example("STP-6")
-async def a_retry_said_again_reopens_a_run_that_ended_meanwhile(context: CheckContext) -> None:
-    """The run is Running again, its latches and an elapsed deadline cleared; all else is kept."""
+async def a_repeated_retry_reopens_a_run_completed_in_between(context: CheckContext) -> None:
+    """The run is Running, its latches and an elapsed deadline are cleared; everything else is kept."""
     store = context.store
     for attempt in (None, 1):
         run_id = await start(context)
         await run_step(context, run_id, "charge", StepStatus.FAILED)
-        await skip_step(context, run_id, "after")
+        await skip_steps(context, run_id, "after")
         await store.retry_step(run_id, "charge")
         await store.try_record_dispatch(run_id, "charge")
         await store.try_claim_step(run_id, "charge", owner="me")
@@ -209,8 +212,8 @@ async def a_retry_said_again_reopens_a_run_that_ended_meanwhile(context: CheckCo
 
 
 @example("STP-6")
-async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContext) -> None:
-    """attempt, when given, must be the last one started, else StaleAttemptError; each click counts once."""
+async def a_retry_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
+    """attempt must be the last one started, else StaleAttemptError: a double click retries once."""
     store, run_id = context.store, await start(context)
     for number in (1, 2):
         await run_step(context, run_id, "charge", StepStatus.FAILED)
@@ -221,7 +224,7 @@ async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContex
             context, step, "a step retried after each attempt", status=PENDING, attempt_count=number + 1
         )
     await run_step(context, run_id, "failed", StepStatus.FAILED)
-    await skip_step(context, run_id, "after")
+    await skip_steps(context, run_id, "after")
     await store.complete_run(run_id, RunStatus.FAILED)
     before = await observe_all(context, run_id)
     cases = (("charge", 1, 2), ("charge", 3, 2), ("failed", 2, 1), ("failed", 2**63 - 1, 1))
@@ -236,13 +239,13 @@ async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContex
 
 @example("STP-6")
 async def reset_makes_skipped_keys_unstarted(context: CheckContext) -> None:
-    """They are gone from statuses, details, claims and dispatches; keys that are not Skipped are ignored."""
+    """Reset keys leave statuses, details, claims and dispatches; keys that are not Skipped are ignored."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", SKIPPED)
     await store.try_record_dispatch(run_id, "ship")
     await store.record_skipped_step(run_id, "ship", "http", "no", owner="planner")
     await store.register_waiter(run_id, "ship", "go")
-    await skip_step(context, run_id, "mail", "stays skipped")
+    await skip_steps(context, run_id, "mail", "stays skipped")
     others = {"done": StepStatus.SUCCEEDED, "failed": StepStatus.FAILED, "pending": PENDING}
     for key, status in others.items():
         await store.try_claim_step(run_id, key, owner="me")
@@ -276,7 +279,7 @@ async def a_reset_key_is_not_found_until_its_next_start(context: CheckContext) -
     """Completing, retrying and rescheduling it raise StepNotFoundError; claiming and dispatching work."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.FAILED)
-    await skip_step(context, run_id, "ship")
+    await skip_steps(context, run_id, "ship")
     await store.retry_step(run_id, "charge", reset=["ship"])
     before = await observe_all(context, run_id)
     for attempt in (None, 1):
@@ -299,8 +302,8 @@ async def a_reset_key_is_not_found_until_its_next_start(context: CheckContext) -
 
 
 @example("STP-6")
-async def a_reset_keys_attempts_and_numbering_wait_for_its_start(context: CheckContext) -> None:
-    """Its next attempt takes the next number, and the earlier attempts are shown again."""
+async def a_reset_key_keeps_its_attempts_and_numbering(context: CheckContext) -> None:
+    """Its next attempt takes the next number, and the earlier attempts are visible again."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.FAILED)
     await run_step(context, run_id, "ship", PENDING, error_message="first")
@@ -328,10 +331,11 @@ async def a_reset_keys_attempts_and_numbering_wait_for_its_start(context: CheckC
 
 @example("STP-6")
 async def a_key_that_never_started_cannot_be_retried(context: CheckContext) -> None:
-    """StepNotFoundError, with neither the run reopened nor anything reset; other runs stay as they are."""
+    """Retrying an unstarted key raises StepNotFoundError; the run, reset keys and other runs stay
+    unchanged."""
     store, run_id, other = context.store, await start(context), await start(context)
     await store.try_record_dispatch(run_id, "dispatched")
-    await skip_step(context, run_id, "skipped")
+    await skip_steps(context, run_id, "skipped")
     await run_step(context, run_id, "charge", StepStatus.FAILED)
     for one in (run_id, other):
         await run_step(context, one, "same key", StepStatus.FAILED)

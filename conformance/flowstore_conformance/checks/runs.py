@@ -1,4 +1,4 @@
-"""RUN-1, RUN-2 and RUN-4: starting and completing runs, and what a terminal run still allows."""
+"""RUN-1, RUN-2 and RUN-4: starting and completing runs, and operations on a terminal run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
+    CLOSING_STATUSES,
     FLOW,
     MINUTE,
-    NOBODY,
-    OUTCOMES,
-    RUN_ENDS,
+    NOT_FOUND,
     SECOND,
+    TERMINAL_RUN_STATUSES,
     TICK,
     advance,
     assert_same,
@@ -23,7 +23,7 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     run_step,
     single,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -41,8 +41,8 @@ from flowstore_core import (
 
 
 @example("RUN-1")
-async def a_started_run_is_stored_as_it_was_given(context: CheckContext) -> None:
-    """start_run stores a Running run with all that was given, and returns its record."""
+async def start_run_stores_every_argument(context: CheckContext) -> None:
+    """start_run stores a Running run with every argument and returns its record."""
     store = context.store
     given: dict[str, Any] = {
         "flow_id": FLOW,
@@ -69,8 +69,8 @@ async def a_started_run_is_stored_as_it_was_given(context: CheckContext) -> None
 
 
 @example("RUN-1")
-async def a_run_id_that_exists_is_refused(context: CheckContext) -> None:
-    """start_run with an id that is stored raises RunAlreadyExistsError and changes nothing."""
+async def start_run_refuses_a_stored_id(context: CheckContext) -> None:
+    """start_run with a stored id raises RunAlreadyExistsError and changes nothing."""
     store = context.store
     running, ended = await start(context), await start(context)
     await run_step(context, running)
@@ -89,9 +89,9 @@ async def a_run_id_that_exists_is_refused(context: CheckContext) -> None:
 
 @example("RUN-2")
 async def the_first_terminal_status_wins(context: CheckContext) -> None:
-    """complete_run is True for the call that did it, and False ever after, changing nothing."""
+    """complete_run returns True once; every later call returns False and changes nothing."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         begun = await get_run(context, run_id)
         ended = advance(context, MINUTE)
@@ -105,7 +105,7 @@ async def the_first_terminal_status_wins(context: CheckContext) -> None:
         context.expect(await store.get_run_status(run_id), status, "get_run_status after complete_run")
         before = await observe_all(context, run_id)
         advance(context, MINUTE)
-        for second in RUN_ENDS:
+        for second in TERMINAL_RUN_STATUSES:
             nothing: dict[str, StepStatus] = {}
             for expected in (None, nothing):
                 answer = await outcome_of(store.complete_run(run_id, second, expected=expected))
@@ -115,10 +115,10 @@ async def the_first_terminal_status_wins(context: CheckContext) -> None:
 
 
 @example("RUN-2")
-async def with_expected_the_statuses_must_be_exactly_these(context: CheckContext) -> None:
-    """With expected, complete_run is False and changes nothing when any key or status differs."""
+async def complete_run_with_expected_compares_every_status(context: CheckContext) -> None:
+    """With expected, complete_run returns False and changes nothing if any key or status differs."""
     store, run_id = context.store, await start(context)
-    statuses: dict[str, StepStatus] = {status.lower(): status for status in OUTCOMES}
+    statuses: dict[str, StepStatus] = {status.lower(): status for status in CLOSING_STATUSES}
     for key, status in statuses.items():
         await run_step(context, run_id, key, status)
     await store.record_step_start(run_id, "running", "http")
@@ -148,8 +148,8 @@ async def with_expected_the_statuses_must_be_exactly_these(context: CheckContext
 
 
 @example("RUN-2")
-async def with_expected_no_claim_or_dispatch_may_lie_outside(context: CheckContext) -> None:
-    """A run does not finish while a key outside expected is claimed or dispatched, or was retried."""
+async def complete_run_with_expected_refuses_other_claims_and_dispatches(context: CheckContext) -> None:
+    """A run does not complete while a key outside expected is claimed or dispatched, or after a retry."""
     store = context.store
     steps = {"a": StepStatus.SUCCEEDED}
     for how in ("claimed", "dispatched"):
@@ -174,7 +174,7 @@ async def with_expected_no_claim_or_dispatch_may_lie_outside(context: CheckConte
     await store.retry_step(retried, "a")
     answer = await outcome_of(store.complete_run(retried, RunStatus.FAILED, expected=seen))
     context.expect(answer, False, "complete_run expecting statuses from before a retry")
-    await skip_step(context, retried, "b")
+    await skip_steps(context, retried, "b")
     await store.retry_step(retried, "a", attempt=1)
     await run_step(context, retried, "a", StepStatus.FAILED)
     await store.retry_step(retried, "a", reset=["b"])
@@ -184,8 +184,8 @@ async def with_expected_no_claim_or_dispatch_may_lie_outside(context: CheckConte
 
 
 @example("RUN-2", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def with_expected_an_expired_claim_does_not_count(context: CheckContext) -> None:
-    """Only a live claim outside expected keeps a run from finishing: an expired one does not."""
+async def complete_run_with_expected_ignores_expired_claims(context: CheckContext) -> None:
+    """A live claim on a key outside expected prevents completion; an expired claim does not."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "b", owner="me", lease=MINUTE)
     advance(context, MINUTE - TICK)
@@ -200,10 +200,10 @@ async def with_expected_an_expired_claim_does_not_count(context: CheckContext) -
 
 
 @example("RUN-4")
-async def nothing_begins_on_a_terminal_run(context: CheckContext) -> None:
-    """On a terminal run claims and dispatches are False, to the claim's owner too, and nothing starts."""
+async def a_terminal_run_accepts_no_claim_dispatch_or_start(context: CheckContext) -> None:
+    """On a terminal run claims and dispatches return False, also for the claim's owner, and starts raise."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.try_claim_step(run_id, "mine", owner="me")
         await run_step(context, run_id, "failed", StepStatus.FAILED)
@@ -224,15 +224,16 @@ async def nothing_begins_on_a_terminal_run(context: CheckContext) -> None:
 
 
 @example("RUN-4")
-async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(context: CheckContext) -> None:
-    """A terminal step is not claimed or dispatched, by its owner either; the run counts first."""
+async def the_run_is_checked_before_the_step_and_the_step_before_the_claim(context: CheckContext) -> None:
+    """A terminal step accepts no claim or dispatch, not even from its owner; a terminal run takes
+    precedence."""
     store, run_id = context.store, await start(context)
-    for status in OUTCOMES[:3]:
+    for status in CLOSING_STATUSES[:3]:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(context, run_id, status, status)
         await run_step(context, run_id, f"unclaimed {status}", status)
     before = await observe_all(context, run_id)
-    for status in OUTCOMES[:3]:
+    for status in CLOSING_STATUSES[:3]:
         for key, owner in ((status.value, "me"), (status.value, None), (f"unclaimed {status}", "me")):
             answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
             context.expect(answer, False, f"try_claim_step of a {status} step by {owner}")
@@ -260,9 +261,9 @@ async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(con
 
 @example("RUN-4")
 async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: CheckContext) -> None:
-    """An open attempt is completed, steps are skipped and waiters registered on a terminal run."""
+    """A terminal run accepts completing an open attempt, skipping steps and registering waiters."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.record_step_start(run_id, "open", "http")
         await store.complete_run(run_id, status)
@@ -297,9 +298,10 @@ async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: C
 
 @example("RUN-4")
 async def a_terminal_run_gets_no_delivery(context: CheckContext) -> None:
-    """deliver_signal is NOT_FOUND and changes nothing; after retry_step the same waiter is delivered to."""
+    """deliver_signal returns NOT_FOUND and changes nothing; after retry_step it delivers to the same
+    waiter."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await run_step(context, run_id, "other", StepStatus.FAILED)
         await store.register_waiter(run_id, "before", "go")
@@ -310,7 +312,7 @@ async def a_terminal_run_gets_no_delivery(context: CheckContext) -> None:
         for name in ("go", "stop"):
             for delivery_id in (None, "id"):
                 answer = await store.deliver_signal(run_id, name, "late", delivery_id=delivery_id)
-                context.expect(answer, NOBODY, f"a delivery of {name!r} to a run that is {status}")
+                context.expect(answer, NOT_FOUND, f"a delivery of {name!r} to a run that is {status}")
         sentence = f"a delivery to a run that is {status} changes nothing"
         assert_same(context, await observe_all(context, run_id), before, sentence)
         await store.retry_step(run_id, "other")

@@ -6,20 +6,20 @@ from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
     MINUTE,
-    NOBODY,
-    RUN_ENDS,
+    NOT_FOUND,
     SECOND,
+    TERMINAL_RUN_STATUSES,
     TICK,
     advance,
     assert_same,
     expect_fields,
+    expect_present,
     get_waiter,
     new_id,
     now,
     observe_all,
     outcome_of,
     start,
-    there,
 )
 from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
@@ -41,8 +41,8 @@ KEYS = ("b", "a", "\u00e9", "Z", "\U0001f600", "\uffff")
 
 
 @example("SIG-1")
-async def register_waiter_creates_it(context: CheckContext) -> None:
-    """The waiter is stored as it was given; its step need not have started, and does not by waiting."""
+async def register_waiter_creates_a_waiter(context: CheckContext) -> None:
+    """The waiter stores every argument; its step need not have started, and does not start."""
     store, run_id = context.store, await start(context)
     at = advance(context, SECOND)
     for key, expires_at in (("wait", at + MINUTE), ("ever", None)):
@@ -62,8 +62,8 @@ async def register_waiter_creates_it(context: CheckContext) -> None:
 
 
 @example("SIG-1")
-async def registering_again_updates_name_and_expiry_alone(context: CheckContext) -> None:
-    """created_at and a delivered payload are kept; after remove_waiter it is a new waiter."""
+async def registering_again_updates_only_name_and_expiry(context: CheckContext) -> None:
+    """created_at and a delivered payload are kept; after remove_waiter the waiter is new."""
     store, run_id = context.store, await start(context)
     made = now(context)
     await store.register_waiter(run_id, "wait", "go", expires_at=made + MINUTE)
@@ -72,7 +72,7 @@ async def registering_again_updates_name_and_expiry_alone(context: CheckContext)
     changed = {"signal_name": "stop", "expires_at": None, "created_at": made}
     expect_fields(context, await get_waiter(context, run_id), "a waiter that was registered again", **changed)
     context.expect(
-        await store.deliver_signal(run_id, "go", "{}"), NOBODY, "a signal by the waiter's old name"
+        await store.deliver_signal(run_id, "go", "{}"), NOT_FOUND, "a signal by the waiter's old name"
     )
     at = advance(context, SECOND)
     delivery = await store.deliver_signal(run_id, "stop", "payload")
@@ -96,7 +96,7 @@ async def registering_again_updates_name_and_expiry_alone(context: CheckContext)
 
 @example("SIG-1")
 async def a_delivered_waiter_does_not_change_its_name(context: CheckContext) -> None:
-    """Another signal_name on it raises ConflictError and changes nothing."""
+    """Registering it under another signal_name raises ConflictError and changes nothing."""
     store, run_id = context.store, await start(context)
     await store.register_waiter(run_id, "wait", "go")
     await store.deliver_signal(run_id, "go", "payload")
@@ -111,7 +111,7 @@ async def a_delivered_waiter_does_not_change_its_name(context: CheckContext) -> 
 
 @example("SIG-1", needs=[Capability.WAITERS])
 async def an_expired_waiter_must_be_removed_first(context: CheckContext) -> None:
-    """Any registering on it raises ConflictError and changes nothing."""
+    """Registering it again raises ConflictError and changes nothing."""
     store, run_id = context.store, await start(context)
     await store.register_waiter(run_id, "wait", "go", expires_at=now(context) - DAY)
     await store.expire_waiter(run_id, "wait")
@@ -129,15 +129,15 @@ async def an_expired_waiter_must_be_removed_first(context: CheckContext) -> None
 
 
 @example("SIG-2")
-async def a_delivery_gives_the_payload_to_the_waiter(context: CheckContext) -> None:
-    """DELIVERED names the step and the time; only the run and the exact name match."""
+async def a_delivery_stores_the_payload_on_the_waiter(context: CheckContext) -> None:
+    """DELIVERED carries step_key and delivered_at; only the run and the exact name match."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         await store.register_waiter(one, "wait", "go")
         await store.register_waiter(one, "else", "gone")
     for name in ("Go", "go ", " go", "g", "g%", "g_", "g\u00f3", "o"):
         answer = await store.deliver_signal(run_id, name, "{}")
-        context.expect(answer, NOBODY, f"a signal {name!r} where one waits for 'go'")
+        context.expect(answer, NOT_FOUND, f"a signal {name!r} where one waits for 'go'")
     at = advance(context, SECOND)
     result = await store.deliver_signal(run_id, "go", ' {"a": 1} ')
     wanted = SignalDeliveryResult(status=DELIVERED, step_key="wait", delivered_at=at)
@@ -204,9 +204,9 @@ async def a_delivery_id_is_delivered_once(context: CheckContext) -> None:
 
 @example("SIG-2")
 async def a_delivery_id_is_remembered_on_a_terminal_run(context: CheckContext) -> None:
-    """The same id again returns the first result after the run has ended, whatever waits there then."""
+    """The same id returns the first result after the run has ended, whatever waiters it has by then."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.register_waiter(run_id, "a", "go")
         first = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
@@ -222,11 +222,11 @@ async def a_delivery_id_is_remembered_on_a_terminal_run(context: CheckContext) -
 
 
 @example("SIG-2")
-async def only_what_was_delivered_is_remembered(context: CheckContext) -> None:
-    """A delivery_id that found nobody, or came too late, may be delivered later."""
+async def only_successful_delivery_ids_are_remembered(context: CheckContext) -> None:
+    """A delivery_id that got NOT_FOUND or ALREADY_DELIVERED can be delivered later."""
     store, run_id = context.store, await start(context)
     answer = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
-    context.expect(answer, NOBODY, "a delivery without waiter")
+    context.expect(answer, NOT_FOUND, "a delivery without waiter")
     await store.register_waiter(run_id, "a", "go")
     await store.deliver_signal(run_id, "go", "{}")
     late = await store.deliver_signal(run_id, "go", "{}", delivery_id="id")
@@ -241,8 +241,8 @@ async def only_what_was_delivered_is_remembered(context: CheckContext) -> None:
 
 
 @example("SIG-3")
-async def with_nobody_left_the_oldest_delivered_is_named(context: CheckContext) -> None:
-    """ALREADY_DELIVERED carries the step and time of the oldest delivered waiter, and delivers nothing."""
+async def already_delivered_names_the_oldest_delivered_waiter(context: CheckContext) -> None:
+    """ALREADY_DELIVERED carries the step and time of the oldest delivered waiter and delivers nothing."""
     store, run_id = context.store, await start(context)
     for key in ("c", "a", "b"):
         await store.register_waiter(run_id, key, "go")
@@ -261,7 +261,7 @@ async def with_nobody_left_the_oldest_delivered_is_named(context: CheckContext) 
         expect_fields(context, late, "a delivery when every waiter has got one names the oldest", **named)
     assert_same(context, await observe_all(context, run_id), before, "a late delivery changes nothing")
     other = await store.deliver_signal(run_id, "stop", "{}")
-    context.expect(other, NOBODY, "a signal that nobody waits for is NOT_FOUND")
+    context.expect(other, NOT_FOUND, "a signal that nobody waits for is NOT_FOUND")
     if context.clock is not None:
         keys = [f"{key} of one age" for key in KEYS]
         for key in keys:
@@ -281,20 +281,20 @@ async def with_nobody_left_the_oldest_delivered_is_named(context: CheckContext) 
 
 
 @example("SIG-3")
-async def where_no_waiter_matches_it_is_not_found(context: CheckContext) -> None:
-    """Before any waits, and after the delivered one was removed."""
+async def without_a_matching_waiter_a_delivery_is_not_found(context: CheckContext) -> None:
+    """NOT_FOUND before any waiter is registered, and after the delivered one was removed."""
     store, run_id = context.store, await start(context)
-    context.expect(await store.deliver_signal(run_id, "go", "{}"), NOBODY, "a signal before any waiter")
+    context.expect(await store.deliver_signal(run_id, "go", "{}"), NOT_FOUND, "a signal before any waiter")
     await store.register_waiter(run_id, "wait", "go")
     await store.deliver_signal(run_id, "go", "{}")
     await store.remove_waiter(run_id, "wait")
     answer = await store.deliver_signal(run_id, "go", "{}")
-    context.expect(answer, NOBODY, "a signal after the delivered waiter was removed")
+    context.expect(answer, NOT_FOUND, "a signal after the delivered waiter was removed")
     if Capability.WAITERS in context.capabilities:
         await store.register_waiter(run_id, "expired", "go", expires_at=now(context) - DAY)
         await store.expire_waiter(run_id, "expired")
         answer = await store.deliver_signal(run_id, "go", "{}")
-        context.expect(answer, NOBODY, "a signal that only an expired waiter matches")
+        context.expect(answer, NOT_FOUND, "a signal that only an expired waiter matches")
         await store.register_waiter(run_id, "fresh", "go")
         for status in (DELIVERED, ALREADY):
             result = await store.deliver_signal(run_id, "go", "{}")
@@ -304,9 +304,9 @@ async def where_no_waiter_matches_it_is_not_found(context: CheckContext) -> None
 
 @example("SIG-3")
 async def on_a_terminal_run_only_delivered_waiters_match(context: CheckContext) -> None:
-    """ALREADY_DELIVERED where one of that name was delivered, though another is not; else NOT_FOUND."""
+    """ALREADY_DELIVERED if a waiter of that name was delivered, even if another is not; else NOT_FOUND."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.register_waiter(run_id, "delivered", "go")
         delivered = await store.deliver_signal(run_id, "go", "one")
@@ -320,7 +320,9 @@ async def on_a_terminal_run_only_delivered_waiters_match(context: CheckContext) 
                 context, late, f"a delivery to a run that is {status} names the delivered waiter", **named
             )
             answer = await store.deliver_signal(run_id, "stop", "{}", delivery_id=delivery_id)
-            context.expect(answer, NOBODY, f"a delivery to a run that is {status} without a delivered waiter")
+            context.expect(
+                answer, NOT_FOUND, f"a delivery to a run that is {status} without a delivered waiter"
+            )
         for key in ("a", "b"):
             waiter = await get_waiter(context, run_id, key)
             kept = {"delivered_at": None, "payload_json": None}
@@ -331,8 +333,8 @@ async def on_a_terminal_run_only_delivered_waiters_match(context: CheckContext) 
 
 
 @example("SIG-4")
-async def the_store_itself_does_not_act_on_expires_at(context: CheckContext) -> None:
-    """A waiter past its expires_at that nobody expired is open still, and is delivered to."""
+async def expires_at_alone_does_not_expire_a_waiter(context: CheckContext) -> None:
+    """A waiter past its expires_at stays open and is delivered to until expire_waiter closes it."""
     store, run_id = context.store, await start(context)
     await store.register_waiter(run_id, "wait", "go", expires_at=now(context) - DAY)
     advance(context, DAY)
@@ -344,8 +346,8 @@ async def the_store_itself_does_not_act_on_expires_at(context: CheckContext) -> 
 
 
 @example("SIG-4")
-async def expire_waiter_closes_one_that_is_due(context: CheckContext) -> None:
-    """It sets expired_at and returns the row; one not due, without expiry or delivered is unchanged."""
+async def expire_waiter_closes_a_due_waiter(context: CheckContext) -> None:
+    """It sets expired_at and returns the row; a waiter that is not due or is delivered stays unchanged."""
     store, run_id = context.store, await start(context)
     due = now(context) + MINUTE if context.clock is not None else now(context) - DAY
     await store.register_waiter(run_id, "due", "go", expires_at=due)
@@ -361,7 +363,7 @@ async def expire_waiter_closes_one_that_is_due(context: CheckContext) -> None:
     at = advance(context, TICK)
     for key in ("later", "ever", "delivered", "due"):
         before = await get_waiter(context, run_id, key)
-        answer = there(await store.expire_waiter(run_id, key), f"expire_waiter of {key!r}")
+        answer = expect_present(await store.expire_waiter(run_id, key), f"expire_waiter of {key!r}")
         stored = await get_waiter(context, run_id, key)
         context.expect(stored, answer, f"expire_waiter returns the row as it then is ({key})")
         if key != "due":
@@ -375,14 +377,14 @@ async def expire_waiter_closes_one_that_is_due(context: CheckContext) -> None:
     for key in ("later", "ever"):
         await store.remove_waiter(run_id, key)
     context.expect(
-        await store.deliver_signal(run_id, "go", "{}"), NOBODY, "no delivery reaches an expired one"
+        await store.deliver_signal(run_id, "go", "{}"), NOT_FOUND, "no delivery reaches an expired one"
     )
     context.expect(await store.expire_waiter(run_id, "unknown"), None, "expire_waiter without waiter")
 
 
 @example("SIG-1")
-async def remove_waiter_returns_what_it_removed(context: CheckContext) -> None:
-    """The row as it was, a delivered payload included; None when there is none, or not any more."""
+async def remove_waiter_returns_the_removed_row(context: CheckContext) -> None:
+    """The row with a delivered payload, if any; None if there is no waiter or it was removed before."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         await store.register_waiter(one, "delivered", "came", expires_at=now(context))
@@ -400,7 +402,7 @@ async def remove_waiter_returns_what_it_removed(context: CheckContext) -> None:
 
 @check("QRY-1", needs=[Capability.WAITERS])
 async def waiters_are_listed_by_step_key(context: CheckContext) -> None:
-    """get_waiters lists every waiter of the run, in code point order of the step keys."""
+    """get_waiters lists every waiter of the run by step_key in code point order."""
     store, run_id, other = context.store, await start(context), await start(context)
     for key in KEYS:
         await store.register_waiter(run_id, key, "go")

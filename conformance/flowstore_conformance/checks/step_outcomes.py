@@ -6,11 +6,11 @@ from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
+    CLOSING_STATUSES,
     DAY,
     MINUTE,
-    OUTCOMES,
     SECOND,
-    STEP_ENDS,
+    TERMINAL_STEP_STATUSES,
     advance,
     assert_same,
     expect_fields,
@@ -19,7 +19,7 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     run_step,
     single,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -36,10 +36,10 @@ from flowstore_core.steps import superseded_by
 
 
 @example("STP-4")
-async def completing_closes_the_attempt_and_the_step_alike(context: CheckContext) -> None:
-    """Status, output and error go to both; closed as Pending, the attempt has an end, the step none."""
+async def completing_gives_attempt_and_step_the_same_outcome(context: CheckContext) -> None:
+    """Status, output and error apply to both; closed as Pending, only the attempt has a completed_at."""
     store, run_id = context.store, await start(context)
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         for attempt in (None, 1):
             key = f"{status} {attempt}"
             begun = advance(context, SECOND)
@@ -56,17 +56,17 @@ async def completing_closes_the_attempt_and_the_step_alike(context: CheckContext
             own = None if status is StepStatus.PENDING else ended
             sentence = f"the step of an attempt closed as {status}"
             expect_fields(context, step, sentence, **alike, completed_at=own, attempt_count=1)
-    wanted = {f"{status} {attempt}": status for status in OUTCOMES for attempt in (None, 1)}
+    wanted = {f"{status} {attempt}": status for status in CLOSING_STATUSES for attempt in (None, 1)}
     context.expect(await store.get_step_statuses(run_id), wanted, "get_step_statuses after completing")
     context.expect(await store.get_dispatched_step_keys(run_id), set(wanted), "completing keeps the dispatch")
 
 
 @example("STP-4")
-async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: CheckContext) -> None:
-    """Status, output and error alike change nothing; any other raises StepAlreadyCompletedError."""
+async def repeating_an_outcome_is_a_no_op_and_changing_it_is_refused(context: CheckContext) -> None:
+    """The same status, output and error change nothing; any other raises StepAlreadyCompletedError."""
     store, run_id = context.store, await start(context)
     outcome: dict[str, Any] = {"output_json": "out", "error_message": None}
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         await store.record_step_start(run_id, status, "http")
         await store.record_step_complete(run_id, status, status, **outcome)
     before = await observe_all(context, run_id)
@@ -79,12 +79,12 @@ async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: Chec
         {"error_message": ""},
         {"error_message": "error"},
     )
-    for number, status in enumerate(OUTCOMES):
+    for number, status in enumerate(CLOSING_STATUSES):
         for attempt in (None, 1):
             sentence = f"the same outcome ({status}) again for attempt {attempt}"
             call = store.record_step_complete(run_id, status, status, attempt=attempt, **outcome)
             context.expect(await outcome_of(call), None, sentence)
-        another: dict[str, Any] = {"status": OUTCOMES[number - 1]}
+        another: dict[str, Any] = {"status": CLOSING_STATUSES[number - 1]}
         for change in (*changes, another):
             asked: dict[str, Any] = {"status": status, "attempt": 1, **outcome, **change}
             call = store.record_step_complete(run_id, status, **asked)
@@ -98,21 +98,21 @@ async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: Chec
 
 
 @example("STP-4")
-async def a_result_of_an_attempt_that_is_not_current_is_refused(context: CheckContext) -> None:
-    """Any attempt but the last, and any at all of a reopened step, raises StaleAttemptError."""
+async def a_result_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
+    """Any attempt but the last, and any attempt of a reopened step, raises StaleAttemptError."""
     store, run_id = context.store, await start(context)
     for _ in range(3):
         await store.record_step_start(run_id, "running", "http")
     await run_step(context, run_id, "failed", StepStatus.FAILED)
     await store.record_step_start(run_id, "failed", "http")
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         await run_step(context, run_id, f"reopened {status}", status)
         await store.retry_step(run_id, f"reopened {status}")
     before = await observe_all(context, run_id)
     cases: list[tuple[str, int | None, StepStatus, int]] = [
         *(("running", attempt, StepStatus.SUCCEEDED, 3) for attempt in (1, 2, 4, 2**31, 2**63 - 1)),
         ("failed", 1, StepStatus.FAILED, 2),
-        *((f"reopened {status}", n, status, 1) for status in OUTCOMES for n in (None, 1, 2)),
+        *((f"reopened {status}", n, status, 1) for status in CLOSING_STATUSES for n in (None, 1, 2)),
         ("reopened Failed", 1, StepStatus.SUCCEEDED, 1),
     ]
     for key, attempt, status, last in cases:
@@ -132,7 +132,8 @@ async def a_result_of_an_attempt_that_is_not_current_is_refused(context: CheckCo
 
 @example("STP-5")
 async def a_skip_is_one_attempt_that_starts_and_ends_skipped(context: CheckContext) -> None:
-    """The reason is its error_message; an open attempt is closed first, and Pending steps are skipped too."""
+    """The attempt's error_message is the reason; an open attempt is closed first; Pending steps can be
+    skipped."""
     store, run_id = context.store, await start(context)
     await store.record_step_start(run_id, "open", "http", input_json="in", job_id="job")
     await run_step(context, run_id, "pending", StepStatus.PENDING, output_json="out")
@@ -167,8 +168,8 @@ async def a_skip_is_one_attempt_that_starts_and_ends_skipped(context: CheckConte
 
 
 @example("STP-5")
-async def with_owner_a_skip_takes_the_claim(context: CheckContext) -> None:
-    """A free claim is taken, the owner's own kept, and another's raises ClaimLostError, changing nothing."""
+async def a_skip_with_owner_takes_the_claim(context: CheckContext) -> None:
+    """A skip takes a free claim and keeps the owner's claim; another owner's claim raises ClaimLostError."""
     store, run_id = context.store, await start(context)
     lease = {"lease": DAY} if Capability.LEASES in context.capabilities else {}
     await store.try_claim_step(run_id, "mine", owner="me", **lease)
@@ -197,8 +198,8 @@ async def with_owner_a_skip_takes_the_claim(context: CheckContext) -> None:
 
 
 @example("STP-5", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def with_owner_a_skip_takes_an_expired_claim(context: CheckContext) -> None:
-    """An expired claim is taken over: claimed_at now, and no lease."""
+async def a_skip_with_owner_takes_an_expired_claim(context: CheckContext) -> None:
+    """A skip takes over an expired claim: claimed_at is now and there is no lease."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     at = advance(context, MINUTE)
@@ -211,12 +212,12 @@ async def with_owner_a_skip_takes_an_expired_claim(context: CheckContext) -> Non
 
 @example("STP-5")
 async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext) -> None:
-    """The same owner and reason again is a no-op; any other skip of a terminal step is refused."""
+    """Repeating a skip with the same owner and reason is a no-op; other skips of a terminal step raise."""
     store, run_id = context.store, await start(context)
     await store.record_skipped_step(run_id, "a", "http", "reason", owner="me")
     await store.record_skipped_step(run_id, "b", "http", owner="me")
-    await skip_step(context, run_id, "nobody's")
-    for status in STEP_ENDS:
+    await skip_steps(context, run_id, "nobody's")
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(context, run_id, status, status)
     # Like the skip in everything but its status.
@@ -239,7 +240,7 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext
         ("nobody's", "not needed", "me"),
         ("like Succeeded", "reason", "me"),
         ("like Failed", "reason", "me"),
-        *((status.value, None, owner) for status in STEP_ENDS for owner in (None, "other")),
+        *((status.value, None, owner) for status in TERMINAL_STEP_STATUSES for owner in (None, "other")),
     ]
     for key, reason, owner in refused:
         call = store.record_skipped_step(run_id, key, "http", reason, owner=owner)

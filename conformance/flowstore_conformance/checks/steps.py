@@ -36,7 +36,7 @@ FINISHED = (StepStatus.SUCCEEDED, StepStatus.SKIPPED)
 
 @example("STP-1")
 async def a_start_opens_attempt_1(context: CheckContext) -> None:
-    """The first start opens attempt 1, and the step shows it as Running with all that was given."""
+    """The first start opens attempt 1; the step is Running and shows every argument."""
     store, run_id = context.store, await start(context)
     at = advance(context, SECOND)
     number = await store.record_step_start(run_id, "charge", "http", input_json='{"n": 1}', job_id="job")
@@ -62,7 +62,7 @@ async def a_start_opens_attempt_1(context: CheckContext) -> None:
 
 @example("STP-1")
 async def the_next_attempt_clears_output_error_and_completion(context: CheckContext) -> None:
-    """A step that starts again shows its new attempt alone; the one before keeps all it had."""
+    """A restarted step shows only its new attempt; the previous attempt keeps its values."""
     store, run_id = context.store, await start(context)
     for status in MAY_START:
         first = advance(context, SECOND)
@@ -89,7 +89,7 @@ async def the_next_attempt_clears_output_error_and_completion(context: CheckCont
 
 @example("STP-1")
 async def an_open_attempt_is_superseded_by_the_next(context: CheckContext) -> None:
-    """At most one attempt is open, the last: one still open is closed as Failed, naming its successor."""
+    """Only the last attempt may be open: a start closes an open one as Failed, naming its successor."""
     store, run_id = context.store, await start(context)
     starts = []
     for number in (1, 2, 3):
@@ -117,8 +117,8 @@ async def an_open_attempt_is_superseded_by_the_next(context: CheckContext) -> No
 
 
 @example("STP-1")
-async def attempts_are_numbered_per_step_of_a_run_without_gaps(context: CheckContext) -> None:
-    """Each step of each run counts its own attempts, and a start that is refused takes no number."""
+async def attempts_are_numbered_per_step_without_gaps(context: CheckContext) -> None:
+    """Each step of each run numbers its own attempts, and a refused start uses no number."""
     store, run_id, other = context.store, await start(context), await start(context)
     context.expect(
         [await run_step(context, run_id, "a", StepStatus.FAILED) for _ in "12"], [1, 2], "numbering"
@@ -143,7 +143,7 @@ async def attempts_are_numbered_per_step_of_a_run_without_gaps(context: CheckCon
 
 @example("STP-2")
 async def finished_steps_do_not_start_again(context: CheckContext) -> None:
-    """A Succeeded or Skipped step refuses to start and changes nothing; retry_step reopens it."""
+    """Starting a Succeeded or Skipped step raises and changes nothing; retry_step reopens the step."""
     store, run_id = context.store, await start(context)
     for status in FINISHED:
         await store.try_claim_step(run_id, status, owner="me")
@@ -166,7 +166,7 @@ async def finished_steps_do_not_start_again(context: CheckContext) -> None:
 
 @example("STP-2")
 async def failed_and_pending_steps_may_start_again(context: CheckContext) -> None:
-    """A Failed or a Pending step starts again without a retry."""
+    """A Failed or Pending step starts again without a retry."""
     store, run_id = context.store, await start(context)
     for status in MAY_START:
         await run_step(context, run_id, status, status)
@@ -179,7 +179,7 @@ async def failed_and_pending_steps_may_start_again(context: CheckContext) -> Non
 
 @example("STP-3")
 async def starting_as_an_owner_needs_that_owners_claim(context: CheckContext) -> None:
-    """Without an unexpired claim of just that owner a start raises ClaimLostError, changing nothing."""
+    """A start with owner raises ClaimLostError and changes nothing without that owner's unexpired claim."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "theirs", owner="them")
     await store.try_claim_step(run_id, "anonymous")
@@ -205,7 +205,7 @@ async def starting_as_an_owner_needs_that_owners_claim(context: CheckContext) ->
 
 @example("STP-3")
 async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> None:
-    """While its attempt is open, the same claim's start again returns that attempt and changes nothing."""
+    """A repeated start under the same claim returns the open attempt and changes nothing."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.PENDING)
     await store.try_record_dispatch(run_id, "charge")
@@ -230,8 +230,8 @@ async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> N
 
 
 @example("STP-3")
-async def another_claim_starts_another_attempt(context: CheckContext) -> None:
-    """A claim won anew starts the next attempt, by the same token too; so does a start of nobody's."""
+async def a_new_claim_starts_a_new_attempt(context: CheckContext) -> None:
+    """After a new claim, also by the same token, or without owner, a start opens the next attempt."""
     store, run_id = context.store, await start(context)
     for number, owner in enumerate(("me", "me", "other"), 1):
         await store.try_claim_step(run_id, "charge", owner=owner)
@@ -245,8 +245,8 @@ async def another_claim_starts_another_attempt(context: CheckContext) -> None:
 
 
 @example("STP-3", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def an_expired_claim_does_not_start(context: CheckContext) -> None:
-    """Past its lease, or taken over, a claim does not start a step; won anew it starts the next attempt."""
+async def an_expired_claim_does_not_start_a_step(context: CheckContext) -> None:
+    """A start under an expired or taken-over claim raises; under a new claim it opens the next attempt."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     await store.record_step_start(run_id, "charge", "http", owner="old")
