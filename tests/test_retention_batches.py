@@ -21,7 +21,7 @@ PACKAGES = {"memory": "flowstore_memory", "sqlite": "flowstore_sqlite", "postgre
 CHECKS = (
     "one_cleanup_deletes_more_runs_than_a_batch",
     "old_keys_and_controls_without_run_are_deleted",
-    "a_cancelled_cleanup_deleted_whole_runs",
+    "a_cancelled_cleanup_deletes_whole_runs",
     "cleanups_by_stores",
     "cleanups_by_tasks",
 )

@@ -389,7 +389,7 @@ async def run_check(
     begun = time.monotonic()
     dog = watchdog or Watchdog(Limits.of(profile))
     outcome = None
-    if shared and check.shares:
+    if shared and not check.isolated:
         outcome = await _run_shared(check, profile, seed, shared, dog, url)
     if outcome is None:
         outcome = await _outcome(check, url, backend, profile, seed, dog)
