@@ -42,49 +42,53 @@ async def _expect_refused(context: CheckContext, kinds: Collection[str], rule: s
             sentence = f"{operation}({name}={abbreviate(arguments[name])}): {rule}"
             call = getattr(store, operation)(**arguments)
             error = await context.expect_error(call, InvalidArgumentError, sentence)
-            expect_fields(context, error, f"{sentence}, naming the argument", argument=name)
-            context.expect_that(getattr(error, "limit", None), f"{sentence}, naming its limit")
-    assert_same(context, await observe_all(context, run_id), before, "what is refused changes nothing")
+            expect_fields(context, error, f"{sentence}: the error names the argument", argument=name)
+            context.expect_that(getattr(error, "limit", None), f"{sentence}: the error names the limit")
+    assert_same(context, await observe_all(context, run_id), before, "a refused call changes nothing")
 
 
 @check("INP-1", kind=Kind.HOSTILE)
 async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
     """Every operation refuses an id that is no UUID, and a key or name of illegal length."""
-    await _expect_refused(context, ("id", "key", "job"), "it is outside its limits, so it is refused")
+    await _expect_refused(
+        context, ("id", "key", "job"), "ids, keys and names outside their limits are refused"
+    )
 
 
 @check("INP-2", kind=Kind.HOSTILE)
 async def illegal_texts_are_refused(context: CheckContext) -> None:
     """Every text argument refuses U+0000, lone surrogates, more than 16 MiB and values that are no str."""
-    await _expect_refused(context, ("text", "search"), "it is no legal text, so it is refused")
+    await _expect_refused(context, ("text", "search"), "illegal texts are refused")
     oversize = "\u00e9" * (8 * 1024 * 1024 + 1)
     call = context.store.request_cancel(RUN, oversize)
     await context.expect_error(
-        call, InvalidArgumentError, "16 MiB count in bytes of UTF-8, not in characters"
+        call, InvalidArgumentError, "a text of more than 16 MiB of UTF-8 with fewer characters"
     )
 
 
 @check("INP-3", kind=Kind.HOSTILE)
 async def naive_and_out_of_range_datetimes_are_refused(context: CheckContext) -> None:
     """Every operation refuses a naive datetime, and one outside 0001-01-02 to 9999-12-30 UTC."""
-    await _expect_refused(context, ("datetime",), "datetimes are aware and within range, so it is refused")
+    await _expect_refused(context, ("datetime",), "naive and out-of-range datetimes are refused")
 
 
 @check("INP-4", kind=Kind.HOSTILE)
 async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
     """Numbers, leases, statuses and collections outside their limits are refused; so is a bool as an int."""
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
-    await _expect_refused(context, kinds | {"expected", "keys", "granularity"}, "it is outside its limits")
+    await _expect_refused(
+        context, kinds | {"expected", "keys", "granularity"}, "wrong types and ranges are refused"
+    )
     store, moment = context.store, now(context)
     many = [f"step-{number}" for number in range(100_001)]
-    told = "a call names at most 100,000 step keys"
+    rule = "a call names at most 100,000 step keys"
     states = dict.fromkeys(many, StepStatus.FAILED)
     call: Awaitable[object] = store.complete_run(RUN, RunStatus.FAILED, expected=states)
-    error = await context.expect_error(call, InvalidArgumentError, told)
-    expect_fields(context, error, f"{told}, and the argument is named", argument="expected")
+    error = await context.expect_error(call, InvalidArgumentError, rule)
+    expect_fields(context, error, f"{rule}: the error names the argument", argument="expected")
     call = store.retry_step(RUN, "charge", reset=many)
-    error = await context.expect_error(call, InvalidArgumentError, told)
-    expect_fields(context, error, f"{told}, and the argument is named", argument="reset")
+    error = await context.expect_error(call, InvalidArgumentError, rule)
+    expect_fields(context, error, f"{rule}: the error names the argument", argument="reset")
     error = await context.expect_error(
         store.try_claim_step(RUN, "ship", lease=MINUTE), InvalidArgumentError, "a lease needs an owner"
     )
@@ -100,7 +104,7 @@ async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
             InvalidArgumentError,
             "since <= until, at most 10,000 buckets",
         )
-        expect_fields(context, error, f"a window of {granularity}s that is refused names", argument=name)
+        expect_fields(context, error, f"a refused window of {granularity}s: the error names", argument=name)
 
 
 @check("INP-4")
@@ -149,9 +153,11 @@ async def illegal_clock_readings_are_refused(context: CheckContext) -> None:
             store.start_run(FLOW, "orders", new_id(context), "manual"),
             store.record_step_start(run_id, "charge", "http"),
         ):
-            error = await context.expect_error(call, InvalidArgumentError, f"the clock reads {reading!r}")
-            expect_fields(context, error, "a bad reading names the clock", argument="clock")
+            error = await context.expect_error(call, InvalidArgumentError, f"a clock reading of {reading!r}")
+            expect_fields(
+                context, error, "an illegal clock reading: the error names the clock", argument="clock"
+            )
     clock.now = good
     assert_same(
-        context, await observe_all(context, run_id), before, "a bad reading of the clock changes nothing"
+        context, await observe_all(context, run_id), before, "an illegal clock reading changes nothing"
     )

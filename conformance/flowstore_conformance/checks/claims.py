@@ -57,14 +57,16 @@ async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -
     for key in ("a", "b"):
         for owner in ("second", None):
             answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
-            context.expect(answer, False, f"claiming a key that is held, as {owner}")
+            context.expect(answer, False, f"claiming a claimed key as {owner}")
     if Capability.LEASES in context.capabilities:
         answer = await outcome_of(store.try_claim_step(run_id, "b", owner="second", lease=MINUTE))
-        context.expect(answer, False, "claiming a key that is held, with a lease")
+        context.expect(answer, False, "claiming a claimed key with a lease")
     context.expect(await store.get_step_claims(run_id), wanted, "a losing claim changes nothing")
     context.expect(await store.get_claimed_step_keys(run_id), {"a", "b"}, "get_claimed_step_keys")
-    context.expect(await store.get_step_statuses(run_id), {}, "a claimed key is no step")
-    context.expect((await get_run(context, run_id)).steps, (), "a claimed key is in no detail")
+    context.expect(await store.get_step_statuses(run_id), {}, "the statuses with a claimed key")
+    context.expect(
+        (await get_run(context, run_id)).steps, (), "the steps of get_run_detail with a claimed key"
+    )
 
 
 @example("CLM-2")
@@ -73,32 +75,36 @@ async def successful_writes_are_visible_to_every_store(context: CheckContext) ->
     store, other = context.store, await second_store(context)
     for number in range(4):
         run_id = await start(context)
-        # Read first: who keeps what it has read must notice what others write.
+        # Read first, so that a stale cache shows.
         context.expect(await other.get_claimed_step_keys(run_id), set(), "the claims of a new run")
         context.expect(await other.get_dispatched_step_keys(run_id), set(), "the dispatches of a new run")
         await store.try_claim_step(run_id, "a", owner="mine")
-        context.expect(await other.get_claimed_step_keys(run_id), {"a"}, "a claim, seen by another store")
+        context.expect(
+            await other.get_claimed_step_keys(run_id), {"a"}, "the claims read through another store"
+        )
         answer = await outcome_of(other.try_claim_step(run_id, "a", owner="theirs"))
-        context.expect(answer, False, "claiming through another store what was won through this one")
+        context.expect(answer, False, "claiming through another store a claimed key")
         await store.try_record_dispatch(run_id, "a")
         context.expect(
-            await other.get_dispatched_step_keys(run_id), {"a"}, "a dispatch, seen by another store"
+            await other.get_dispatched_step_keys(run_id), {"a"}, "the dispatches read through another store"
         )
         answer = await outcome_of(other.try_record_dispatch(run_id, "a"))
-        context.expect(answer, False, "dispatching through another store what this one has dispatched")
+        context.expect(answer, False, "dispatching through another store a dispatched key")
         key = ("manual", f"key {number}")
         await store.try_register_idempotency_key(run_id, *key, run_id)
         found = await other.find_run_id_by_idempotency_key(run_id, *key)
-        context.expect(found, run_id, "an idempotency key, seen by another store")
+        context.expect(found, run_id, "the run of an idempotency key, read through another store")
         await store.request_cancel(run_id)
         context.expect(
-            await outcome_of(other.request_cancel(run_id)), False, "a latch, seen by another store"
+            await outcome_of(other.request_cancel(run_id)), False, "a second cancel through another store"
         )
         await store.complete_run(run_id, RunStatus.SUCCEEDED)
         status = await other.get_run_status(run_id)
-        context.expect(status, RunStatus.SUCCEEDED, "a completion, seen by another store")
+        context.expect(
+            status, RunStatus.SUCCEEDED, "the status of a completed run, read through another store"
+        )
         mine, theirs = await observe(context, run_id), await observe(context, run_id, store=other)
-        assert_same(context, theirs, mine, "two stores on one namespace show the same")
+        assert_same(context, theirs, mine, "two stores on one namespace return the same state")
 
 
 # CLM-3
@@ -121,13 +127,13 @@ async def releasing_a_claim_frees_only_that_key(context: CheckContext) -> None:
     context.expect(
         await store.get_claimed_step_keys(other), {"a"}, "the claim of the same key in another run"
     )
-    context.expect(await get_step(context, run_id, "a"), step, "releasing a claim keeps the step")
-    context.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "it keeps the dispatch")
+    context.expect(await get_step(context, run_id, "a"), step, "the step after a release")
+    context.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "the dispatches after a release")
     context.expect(
         await outcome_of(store.release_step_claim(run_id, "never claimed")), None, "releasing nothing"
     )
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="next"))
-    context.expect(answer, True, "claiming a key that was released")
+    context.expect(answer, True, "claiming a released key")
 
 
 @example("CLM-3")
@@ -140,11 +146,15 @@ async def a_release_with_owner_frees_only_that_owners_claim(context: CheckContex
         for owner in ("other", "Me", "me ", "None", "null"):
             await store.release_step_claim(run_id, key, owner=owner)
     both = {"mine", "nobody's"}
-    context.expect(await store.get_claimed_step_keys(run_id), both, "the claims after others' releases")
+    context.expect(
+        await store.get_claimed_step_keys(run_id), both, "the claims after releases by other owners"
+    )
     await store.release_step_claim(run_id, "mine", owner="me")
-    context.expect(await store.get_claimed_step_keys(run_id), {"nobody's"}, "its owner releases a claim")
+    context.expect(
+        await store.get_claimed_step_keys(run_id), {"nobody's"}, "the claims after a release by the owner"
+    )
     await store.release_step_claim(run_id, "nobody's")
-    context.expect(await store.get_step_claims(run_id), (), "without owner whoever's claim is released")
+    context.expect(await store.get_step_claims(run_id), (), "the claims after a release without owner")
     for by in ("me", None):
         key = f"done, released by {by}"
         await store.try_claim_step(run_id, key, owner="me")
@@ -152,7 +162,7 @@ async def a_release_with_owner_frees_only_that_owners_claim(context: CheckContex
         await store.release_step_claim(run_id, key, owner=by)
         context.expect(await store.get_step_claims(run_id), (), f"the claim of a terminal step, {key}")
         answer = await outcome_of(store.try_claim_step(run_id, key, owner="me"))
-        context.expect(answer, False, "a terminal step is not claimed, released or not")
+        context.expect(answer, False, "claiming a terminal step after a release")
 
 
 @example("CLM-3", needs=LEASED)
@@ -166,7 +176,7 @@ async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> No
     for key in ("expired", "taken over"):
         await store.release_step_claim(run_id, key, owner="me")
     claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
-    context.expect(claims, [("taken over", "next")], "the claims after the old owner released both")
+    context.expect(claims, [("taken over", "next")], "the claims after releases by the former owner")
 
 
 # CLM-4
@@ -185,12 +195,12 @@ async def a_terminal_step_keeps_its_claim(context: CheckContext) -> None:
     await store.record_step_start(run_id, "running", "http", owner="me")
     for status in TERMINAL_STEP_STATUSES:
         answer = await outcome_of(store.try_claim_step(run_id, status, owner="redelivered"))
-        context.expect(answer, False, f"a message that is delivered again for a step that is {status}")
+        context.expect(answer, False, f"a redelivered message's claim of a {status} step")
     claimed = await store.get_claimed_step_keys(run_id)
-    context.expect(claimed, {"pending", "running"}, "get_claimed_step_keys leaves out terminal steps alone")
+    context.expect(claimed, {"pending", "running"}, "get_claimed_step_keys with terminal steps")
     owners = {claim.step_key: claim.owner for claim in await store.get_step_claims(run_id)}
     wanted = {status.value: f"of {status}" for status in TERMINAL_STEP_STATUSES}
-    sentence = "get_step_claims lists the claims of terminal steps too"
+    sentence = "get_step_claims with terminal steps"
     context.expect(owners, {**wanted, "pending": "me", "running": "me"}, sentence)
 
 
@@ -206,12 +216,16 @@ async def the_claim_of_a_terminal_step_does_not_expire(context: CheckContext) ->
     for status in TERMINAL_STEP_STATUSES:
         for owner in ("redelivered", "me"):
             answer = await outcome_of(store.try_claim_step(run_id, status, owner=owner))
-            context.expect(answer, False, f"claiming a {status} step past the lease of its claim, as {owner}")
-    context.expect(await store.get_step_claims(run_id), before, "the claims of terminal steps stay")
+            context.expect(
+                answer, False, f"claiming a {status} step after the lease of its claim, as {owner}"
+            )
+    context.expect(
+        await store.get_step_claims(run_id), before, "the claims of terminal steps after their leases"
+    )
     call = store.record_step_start(run_id, "Failed", "http", owner="redelivered")
-    await context.expect_error(call, ClaimLostError, "starting a Failed step under somebody else's claim")
+    await context.expect_error(call, ClaimLostError, "starting a Failed step under another owner's claim")
     number = await outcome_of(store.record_step_start(run_id, "Failed", "http", owner="me"))
-    context.expect(number, 2, "starting a Failed step under its own claim, which has not expired")
+    context.expect(number, 2, "starting a Failed step under its owner's claim")
 
 
 @example("CLM-4", needs=LEASED)
@@ -230,8 +244,10 @@ async def expired_claims_are_listed_but_not_live(context: CheckContext) -> None:
     advance(context, MINUTE - TICK)
     for claimed in ({"a", "b", "c"}, {"a", "c"}):
         found = await store.get_claimed_step_keys(run_id)
-        context.expect(found, claimed, f"the live claims at {now(context)} where one ends at {at + MINUTE}")
-        context.expect(await store.get_step_claims(run_id), wanted, "get_step_claims lists every claim")
+        context.expect(
+            found, claimed, f"the live claims at {now(context)} with a lease that ends at {at + MINUTE}"
+        )
+        context.expect(await store.get_step_claims(run_id), wanted, "get_step_claims with expired claims")
         advance(context, TICK)
 
 
@@ -250,16 +266,16 @@ async def the_owner_can_repeat_its_claim(context: CheckContext) -> None:
     advance(context, SECOND)
     for key in ("plain", "leased"):
         answer = await outcome_of(store.try_claim_step(run_id, key, owner="me"))
-        context.expect(answer, True, f"the owner of a live claim claims again ({key})")
+        context.expect(answer, True, f"a repeated claim by the owner ({key})")
         if leased:
             answer = await outcome_of(store.try_claim_step(run_id, key, owner="me", lease=10 * DAY))
-            context.expect(answer, True, f"the owner of a live claim claims again with a lease ({key})")
-    context.expect(await store.get_step_claims(run_id), before, "claiming again changes nothing")
+            context.expect(answer, True, f"a repeated claim by the owner with a lease ({key})")
+    context.expect(await store.get_step_claims(run_id), before, "the claims after repeated claims")
     await store.record_step_start(run_id, "plain", "http", owner="me")
     answer = await outcome_of(store.try_claim_step(run_id, "plain", owner="me"))
-    context.expect(answer, True, "the owner of a live claim claims again once the step runs")
+    context.expect(answer, True, "a repeated claim by the owner of a Running step")
     number = await outcome_of(store.record_step_start(run_id, "plain", "http", owner="me"))
-    context.expect(number, 1, "claiming again does not win the claim anew: its attempt is the same")
+    context.expect(number, 1, "a repeated start after a repeated claim: the attempt")
 
 
 @example("CLM-5")
@@ -269,14 +285,14 @@ async def owners_are_compared_exactly(context: CheckContext) -> None:
     await store.try_claim_step(run_id, "nobody's")
     for owner in (None, "None", "null"):
         answer = await outcome_of(store.try_claim_step(run_id, "nobody's", owner=owner))
-        context.expect(answer, False, f"claiming a key that a call without owner holds, as {owner!r}")
+        context.expect(answer, False, f"claiming as {owner!r} a key claimed without owner")
     claim = single(await store.get_step_claims(run_id), "the claim")
-    context.expect(claim.owner, None, "the owner of a claim without owner")
+    context.expect(claim.owner, None, "the recorded owner of a claim without owner")
     first, *others = SIMILAR_KEYS
     await store.try_claim_step(run_id, "charge", owner=first)
     for owner in others:
         answer = await outcome_of(store.try_claim_step(run_id, "charge", owner=owner))
-        context.expect(answer, False, f"claiming as {owner!r} what {first!r} holds")
+        context.expect(answer, False, f"claiming as {owner!r} a key claimed by {first!r}")
 
 
 # CLM-6
@@ -298,25 +314,29 @@ async def a_lease_ends_on_time(context: CheckContext) -> None:
     expect_fields(context, claim, "a leased claim", owner="old", claimed_at=at, expires_at=at + MINUTE)
     end = advance(context, TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    context.expect(answer, True, "claiming when the lease of the claim has just ended")
+    context.expect(answer, True, "claiming at the end of the lease")
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE))
-    context.expect(answer, False, "the old owner once another took the claim over")
-    claim = single(await store.get_step_claims(run_id), "the claim that was taken over")
-    expect_fields(context, claim, "a claim taken over", owner="new", claimed_at=end, expires_at=end + MINUTE)
+    context.expect(answer, False, "a claim by the former owner after a takeover")
+    claim = single(await store.get_step_claims(run_id), "the claim after a takeover")
+    expect_fields(
+        context, claim, "the claim after a takeover", owner="new", claimed_at=end, expires_at=end + MINUTE
+    )
     again = advance(context, HOUR)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    context.expect(answer, True, "the old owner is a claimant like any other")
-    claim = single(await store.get_step_claims(run_id), "the claim that its owner won anew")
-    expect_fields(context, claim, "a claim won anew", claimed_at=again, expires_at=again + MINUTE)
+    context.expect(answer, True, "a claim by the former owner after the second lease ended")
+    claim = single(await store.get_step_claims(run_id), "the new claim of the former owner")
+    expect_fields(
+        context, claim, "the new claim of the former owner", claimed_at=again, expires_at=again + MINUTE
+    )
     advance(context, MINUTE)
     context.expect(
-        await outcome_of(store.try_claim_step(run_id, "a")), True, "taking it over without owner or lease"
+        await outcome_of(store.try_claim_step(run_id, "a")), True, "a takeover without owner or lease"
     )
     claim = single(await store.get_step_claims(run_id), "the claim without lease")
-    expect_fields(context, claim, "a claim taken over without lease", owner=None, expires_at=None)
+    expect_fields(context, claim, "the claim after a takeover without lease", owner=None, expires_at=None)
     advance(context, 3650 * DAY)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    context.expect(answer, False, "a claim without lease does not end, whatever the one before had")
+    context.expect(answer, False, "claiming long after a takeover without lease")
 
 
 @example("CLM-6", needs=LEASED)
@@ -335,7 +355,7 @@ async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
             context, claim, f"a claim renewed by {lease}", owner="me", claimed_at=at, expires_at=end
         )
     number = await outcome_of(store.record_step_start(run_id, "a", "http", owner="me"))
-    context.expect(number, 1, "a renewed claim is the same claim: its attempt is the same")
+    context.expect(number, 1, "a repeated start after a renewal: the attempt")
     advance(context, HOUR - TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="other"))
     context.expect(answer, False, "claiming a microsecond before a renewed lease ends")
@@ -360,13 +380,11 @@ async def renewing_an_expired_or_foreign_claim_is_refused(context: CheckContext)
         for owner in owners.get(key, ("me",)):
             answer = await outcome_of(store.renew_step_claim(run_id, key, owner, HOUR))
             context.expect(answer, False, f"renewing the claim {key!r} as {owner!r}")
-    assert_same(
-        context, await observe_all(context, run_id), before, "renewing that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused renewal changes nothing")
     await run_step(context, run_id, "leased")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     answer = await outcome_of(store.renew_step_claim(run_id, "leased", "me", 2 * HOUR))
-    context.expect(answer, True, "the status of step and run does not matter to renewing")
+    context.expect(answer, True, "renewing the claim of a terminal step in a terminal run")
 
 
 @example("CLM-6", needs=LEASED)
@@ -386,8 +404,6 @@ async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
         store.try_claim_step(run_id, "long", owner="me", lease=longest),
         store.renew_step_claim(run_id, "long", "me", longest),
     ):
-        context.expect(
-            await outcome_of(call), True, "a lease that would end after the last moment a store can hold"
-        )
+        context.expect(await outcome_of(call), True, "claiming with a lease that would end after 9999-12-30")
     claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
     context.expect(single(claims, "the claim").expires_at, latest, "the end of such a lease")

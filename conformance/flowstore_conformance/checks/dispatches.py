@@ -54,11 +54,13 @@ async def one_dispatch_wins_until_it_is_released(context: CheckContext) -> None:
     advance(context, HOUR)
     for due_at in (None, now(context)):
         answer = await outcome_of(store.try_record_dispatch(run_id, "b", due_at=due_at))
-        context.expect(answer, False, "dispatching a key that is dispatched")
+        context.expect(answer, False, "dispatching a dispatched key")
     context.expect(await store.get_dispatches(run_id), wanted, "a losing dispatch changes nothing")
     context.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "get_dispatched_step_keys")
-    context.expect(await store.get_step_statuses(run_id), {}, "a dispatched key is no step")
-    context.expect((await get_run(context, run_id)).steps, (), "a dispatched key is in no detail")
+    context.expect(await store.get_step_statuses(run_id), {}, "the statuses with a dispatched key")
+    context.expect(
+        (await get_run(context, run_id)).steps, (), "the steps of get_run_detail with a dispatched key"
+    )
 
 
 @example("CLM-3")
@@ -73,25 +75,23 @@ async def releasing_a_dispatch_frees_only_that_key(context: CheckContext) -> Non
         context.expect(
             await outcome_of(store.release_dispatch(run_id, "a")), None, f"releasing a dispatch{again}"
         )
-        context.expect(await store.get_dispatched_step_keys(run_id), {"b"}, f"the ledger afterwards{again}")
-    context.expect(await store.get_dispatched_step_keys(other), {"a"}, "the dispatch in another run")
-    context.expect(await store.get_claimed_step_keys(run_id), {"a"}, "releasing a dispatch keeps the claim")
+        context.expect(
+            await store.get_dispatched_step_keys(run_id), {"b"}, f"the dispatched keys after a release{again}"
+        )
+    context.expect(await store.get_dispatched_step_keys(other), {"a"}, "the dispatched keys of another run")
+    context.expect(await store.get_claimed_step_keys(run_id), {"a"}, "the claims after releasing a dispatch")
     context.expect(
         await outcome_of(store.try_record_dispatch(run_id, "a")), True, "dispatching a released key"
     )
     fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
-    dispatch = single(fresh, "the dispatch after one was released")
-    expect_fields(
-        context, dispatch, "a dispatch after one was released is a new one", job_id=None, due_at=None
-    )
+    dispatch = single(fresh, "the dispatch after a release")
+    expect_fields(context, dispatch, "the new dispatch after a release", job_id=None, due_at=None)
     due = now(context) + HOUR
     await store.release_dispatch(run_id, "a")
     await store.try_record_dispatch(run_id, "a", due_at=due)
     fresh = [one for one in await store.get_dispatches(run_id) if one.step_key == "a"]
     dispatch = single(fresh, "the third dispatch of a key")
-    expect_fields(
-        context, dispatch, "a dispatch of a key that is claimed and was dispatched before", due_at=due
-    )
+    expect_fields(context, dispatch, "the new dispatch of a claimed key", due_at=due)
 
 
 @example("CLM-3")
@@ -111,7 +111,7 @@ async def dispatches_outlive_steps_and_runs(context: CheckContext) -> None:
         await run_step(context, run_id, "pending" if status is StepStatus.PENDING else status, status)
     await store.record_step_start(run_id, "running", "http")
     await store.record_skipped_step(run_id, "skipped", "http")
-    for how in ("that lie in the ledger", "that lie in the ledger of a terminal run"):
+    for how in ("in the ledger", "in the ledger of a terminal run"):
         context.expect(await store.get_dispatched_step_keys(run_id), keys, f"the keys {how}")
         found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
         context.expect(found, sorted(keys), f"the dispatches {how}")
@@ -138,29 +138,31 @@ async def annotating_sets_only_job_id(context: CheckContext) -> None:
     advance(context, MINUTE)
     for key in ("claimed", "started", "unknown", "Charge"):
         call = store.annotate_dispatch(run_id, key, "job")
-        context.expect(await outcome_of(call), None, f"annotating a dispatch that is not there ({key})")
+        context.expect(await outcome_of(call), None, f"annotating a missing dispatch ({key})")
     context.expect(
         await outcome_of(store.annotate_dispatch(new_id(context), "charge", "job")), None, "unknown run"
     )
     advance(context, -MINUTE)
     after = await observe_all(context, run_id, other)
-    assert_same(context, after, before, "annotating what is not there makes nothing")
+    assert_same(context, after, before, "annotating a missing dispatch changes nothing")
     await store.try_record_dispatch(run_id, "claimed")
     ledger = {each.step_key: each.job_id for each in await store.get_dispatches(run_id)}
-    context.expect(ledger["claimed"], None, "the job of a dispatch that was annotated before it was recorded")
+    context.expect(
+        ledger["claimed"], None, "the job_id of a dispatch that was annotated before it was recorded"
+    )
     await store.release_dispatch(run_id, "claimed")
     for job_id in ("job 1", "job 2"):
         advance(context, MINUTE)
         await store.annotate_dispatch(run_id, "charge", job_id)
-        found = single(await store.get_dispatches(run_id), "the dispatch that was annotated")
+        found = single(await store.get_dispatches(run_id), "the annotated dispatch")
         kept = {"dispatched_at": dispatch.dispatched_at, "due_at": dispatch.due_at}
-        expect_fields(context, found, "annotating stores the job_id and nothing else", job_id=job_id, **kept)
+        expect_fields(context, found, "the annotated dispatch", job_id=job_id, **kept)
     elsewhere = single(await store.get_dispatches(other), "the dispatch of another run")
-    context.expect(elsewhere.job_id, None, "annotating leaves the same key of another run alone")
+    context.expect(elsewhere.job_id, None, "the job_id of the same key in another run")
     step = await get_step(context, run_id)
     for record in (step, step.attempts[0]):
-        context.expect(record.job_id, "of the attempt", "an attempt's job is its own")
-    context.expect((await get_run(context, run_id)).job_id, None, "the run's job is its own")
+        context.expect(record.job_id, "of the attempt", "the job_id of the attempt")
+    context.expect((await get_run(context, run_id)).job_id, None, "the job_id of the run")
 
 
 # CON-4
@@ -185,11 +187,11 @@ async def compensation_never_removes_another_callers_claim(context: CheckContext
             await asyncio.gather(*(_cancel_some(context, task) for task in tasks))
             answers = await asyncio.gather(*tasks, return_exceptions=True)
             won = sorted(key for key, answer in zip(keys, answers, strict=True) if answer is True)
-            context.expect(won, sorted(set(won)), f"the winners of {invoke} beside calls that were cancelled")
-            # Where one was told of an error, the key may be held or not.
+            context.expect(won, sorted(set(won)), f"the winners of {invoke} beside cancelled calls")
+            # After an error the key may be held or not.
             doubtful = {key for key, answer in zip(keys, answers, strict=True) if isinstance(answer, str)}
             left = await _wait_for_keys(context, read, run_id, set(keys) - doubtful, set(won) - doubtful)
-            sentence = f"{read}, of the keys that several asked for, once cancelled calls have given back"
+            sentence = f"{read}, of the contended keys after the cancelled calls were compensated"
             context.expect(left, set(won) - doubtful, sentence)
 
 

@@ -45,12 +45,12 @@ async def a_key_is_scoped_by_flow_and_trigger(context: CheckContext) -> None:
     runs = [new_id(context) for _ in scopes]
     for scope, run_id in zip(scopes, runs, strict=True):
         found = await store.find_run_id_by_idempotency_key(*scope)
-        context.expect(found, None, f"the run of {scope[1:]}, while only keys of other scopes are registered")
+        context.expect(found, None, f"the run of {scope[1:]} with only keys of other scopes registered")
         answer = await outcome_of(store.try_register_idempotency_key(*scope, run_id))
         context.expect(answer, True, f"registering {scope[1:]} beside keys of other scopes")
     for scope, run_id in zip(scopes, runs, strict=True):
         found = await store.find_run_id_by_idempotency_key(*scope)
-        context.expect(found, run_id, f"the run of {scope[1:]}, whose scope is flow, trigger and key")
+        context.expect(found, run_id, f"the run of {scope[1:]}")
 
 
 @example("IDM-1")
@@ -60,12 +60,12 @@ async def idempotency_keys_are_compared_exactly(context: CheckContext) -> None:
     store = context.store
     for place in ("key", "trigger"):
         runs = {}
-        # Of the triggers a few: case, blank, accent.
+        # A few trigger keys suffice: case, blank, accent.
         for text in SIMILAR_KEYS if place == "key" else SIMILAR_KEYS[:10:3]:
             run_id = runs[text] = new_id(context)
             scope = ("manual", text) if place == "key" else (text, "key of a trigger")
             answer = await outcome_of(store.try_register_idempotency_key(flow_id, *scope, run_id))
-            context.expect(answer, True, f"registering the {place} {text!r} beside those that look alike")
+            context.expect(answer, True, f"registering the {place} {text!r} beside similar ones")
         for text, run_id in runs.items():
             scope = ("manual", text) if place == "key" else (text, "key of a trigger")
             found = await store.find_run_id_by_idempotency_key(flow_id, *scope)
@@ -78,18 +78,22 @@ async def the_first_run_of_a_key_wins(context: CheckContext) -> None:
     flow_id = new_id(context)
     store, first, second = context.store, new_id(context), await start(context)
     scope = (flow_id, "manual", "key")
-    context.expect(await store.find_run_id_by_idempotency_key(*scope), None, "a key that is free")
+    context.expect(await store.find_run_id_by_idempotency_key(*scope), None, "the run of a free key")
     for run_id, won in ((first, True), (second, False), (first, True), (second, False)):
         answer = await outcome_of(store.try_register_idempotency_key(*scope, run_id))
         context.expect(answer, won, f"registering for the {'first' if won else 'second'} run")
-        context.expect(await store.find_run_id_by_idempotency_key(*scope), first, "the run that won the key")
+        context.expect(
+            await store.find_run_id_by_idempotency_key(*scope), first, "the run of a registered key"
+        )
     for number in range(3):
         answer = await outcome_of(
             store.try_register_idempotency_key(flow_id, "manual", f"more {number}", first)
         )
-        context.expect(answer, True, "one run may hold many keys")
-    context.expect(await store.get_run_status(first), None, "registering a key starts no run")
-    context.expect(await store.get_run_control(first), None, "registering a key makes no control record")
+        context.expect(answer, True, "registering another key for the same run")
+    context.expect(
+        await store.get_run_status(first), None, "the status of a registered run that never started"
+    )
+    context.expect(await store.get_run_control(first), None, "the control record after registering a key")
 
 
 # IDM-3
@@ -104,7 +108,7 @@ async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None
     more: dict[str, Any] = {"trigger_data": "{}", "job_id": "job", "source_run_id": new_id(context)}
     control = {"idempotency_key": "key", "timeout_at": at + MINUTE}
     nothing = (dict.fromkeys(more), dict.fromkeys(control))
-    # Without a key each call starts a run of its own.
+    # Without a key each call starts a new run.
     for optional, stop in ((more, control), nothing, nothing):
         run_id = new_id(context)
         result = await store.trigger_run(flow_id, "orders", run_id, "manual", **optional, **stop)
@@ -128,7 +132,7 @@ async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None
         )
         if stop["idempotency_key"] is not None:
             found_id = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
-            context.expect(found_id, run_id, "the key that a trigger registered")
+            context.expect(found_id, run_id, "the run of the key that a trigger registered")
 
 
 @example("IDM-3")
@@ -154,8 +158,8 @@ async def a_taken_key_returns_its_run(context: CheckContext) -> None:
             }
             result = await store.trigger_run(flow_id, "other", asked, "manual", **given)
             sentence = f"a trigger under a key whose run is {status}"
-            context.expect([result.run], stored, f"{sentence} gives that run as it is")
-            context.expect(result.created, False, f"{sentence} creates nothing")
+            context.expect([result.run], stored, f"{sentence}: the returned run")
+            context.expect(result.created, False, f"{sentence}: created")
         advance(context, -SECOND)
         after = await observe_all(context, first, second, existing)
         assert_same(context, after, before, "a trigger under a taken key changes nothing")
@@ -176,7 +180,7 @@ async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None
         stop: dict[str, Any] = {"idempotency_key": key, "timeout_at": now(context) + DAY}
         result = await store.trigger_run(flow_id, "orders", asked, "manual", **given, **stop)
         sentence = "a trigger under a key whose run never started"
-        context.expect(result.created, True, f"{sentence} creates it")
+        context.expect(result.created, True, f"{sentence}: created")
         expect_fields(
             context, result.run, f"{sentence}: its run", run_id=registered, flow_name="orders", **given
         )
@@ -191,12 +195,10 @@ async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None
             context, await get_control(context, registered), f"{sentence}: its control record", **stop
         )
         shown = await store.get_run_detail(asked)
-        context.expect(
-            shown, before[f"get_run_detail of {asked}"], f"{sentence} leaves the asked run_id alone"
-        )
-        context.expect(await store.get_run_control(asked), None, "and makes no control record for it")
+        context.expect(shown, before[f"get_run_detail of {asked}"], f"{sentence}: the requested run_id")
+        context.expect(await store.get_run_control(asked), None, "the control record of the requested run_id")
         again = await store.trigger_run(flow_id, "orders", asked, "manual", idempotency_key=key)
-        context.expect((again.created, again.run.run_id), (False, registered), f"{sentence}, said again")
+        context.expect((again.created, again.run.run_id), (False, registered), f"{sentence}, repeated")
 
 
 @example("IDM-3")
@@ -213,11 +215,9 @@ async def a_trigger_with_a_stored_run_id_registers_nothing(context: CheckContext
         sentence = f"a trigger with the id of a stored run and the key {key!r}"
         error = await context.expect_error(call, RunAlreadyExistsError, sentence)
         expect_fields(context, error, f"{sentence}: the error", run_id=run_id)
-    assert_same(
-        context, await observe_all(context, run_id), before, "a trigger that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused trigger changes nothing")
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "free")
-    context.expect(found, None, "a trigger that is refused registers no key")
+    context.expect(found, None, "the run of the key after a refused trigger")
 
 
 @example("IDM-3")
@@ -261,21 +261,19 @@ async def cleaning_up_a_run_ends_its_deduplication(context: CheckContext) -> Non
     await store.cleanup(now(context) - 3650 * DAY - HOUR)
     for key in keys:
         answer = await outcome_of(store.try_register_idempotency_key(flow_id, "manual", key, second))
-        context.expect(answer, False, "a key stays registered until its run is cleaned up")
+        context.expect(answer, False, "registering a key of a completed run for another run")
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
-        context.expect(found, first, "a key gives its run until that is cleaned up")
+        context.expect(found, first, "the run of a key before cleanup")
     await store.cleanup(now(context) + DAY)
     for key in keys:
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
-        context.expect(found, None, "a key whose run was cleaned up")
+        context.expect(found, None, "the run of a key after cleanup")
     if Capability.TRIGGER in context.capabilities:
         result = await store.trigger_run(flow_id, "orders", second, "manual", idempotency_key="key")
         wanted = (True, second)
-        context.expect(
-            (result.created, result.run.run_id), wanted, "a trigger under a key that is free again"
-        )
+        context.expect((result.created, result.run.run_id), wanted, "a trigger under a key freed by cleanup")
     answer = await outcome_of(store.try_register_idempotency_key(flow_id, "manual", "another key", second))
-    context.expect(answer, True, "registering a key that is free again")
+    context.expect(answer, True, "registering a key freed by cleanup")
 
 
 @example("IDM-4", needs=[Capability.VIRTUAL_CLOCK])
@@ -287,4 +285,4 @@ async def a_young_key_is_deleted_with_its_run(context: CheckContext) -> None:
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     await store.cleanup(now(context) + SECOND)
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
-    context.expect(found, None, "a key of this very moment whose run was cleaned up")
+    context.expect(found, None, "the run of a new key after cleanup")

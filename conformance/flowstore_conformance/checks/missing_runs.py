@@ -106,7 +106,7 @@ async def reading_an_unknown_run_is_empty(context: CheckContext) -> None:
     """Reads return None or empty, releases are no-ops, latches and renewals return False; nothing changes."""
     store = context.store
     other, unknown = await start(context), new_id(context)
-    # The same keys and names lie in another run.
+    # Another run has the same keys and names.
     await run_step(context, other, "a", StepStatus.FAILED)
     await store.register_waiter(other, "a", "go")
     before = await observe_all(context, unknown, other)
@@ -117,7 +117,7 @@ async def reading_an_unknown_run_is_empty(context: CheckContext) -> None:
     context.expect(await store.get_derived_runs(unknown), (), "get_derived_runs of an unknown run")
     context.expect(await store.get_runs(new_id(context)), (), "get_runs of an unknown flow")
     after = await observe_all(context, unknown, other)
-    assert_same(context, after, before, "asking for an unknown run changes nothing")
+    assert_same(context, after, before, "reading an unknown run changes nothing")
 
 
 @example("UNK")
@@ -130,12 +130,12 @@ async def a_control_record_and_a_key_make_no_run(context: CheckContext) -> None:
         if _is_supported(context, operation):
             call = getattr(store, operation)(run_id=run_id, **arguments)
             await context.expect_error(call, RunNotFoundError, f"{operation} on a run that never started")
-    context.expect(await store.get_run_status(run_id), None, "a control record alone is no run")
+    context.expect(await store.get_run_status(run_id), None, "the run of a lone control record")
     listed = [run.run_id for run in await store.get_runs() if run.run_id == run_id]
-    context.expect(listed, [], "a control record alone is no run")
+    context.expect(listed, [], "the run of a lone control record")
     if Capability.DEADLINES in context.capabilities:
         to_stop = [run.run_id for run in await store.get_runs_to_stop() if run.run_id == run_id]
-        context.expect(to_stop, [], "a run that never started is not to stop")
+        context.expect(to_stop, [], "get_runs_to_stop with a run that never started")
 
 
 @example("UNK")
@@ -161,4 +161,4 @@ async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
                 call = getattr(store, operation)(run_id=run_id, step_key=key, **arguments)
                 error = await context.expect_error(call, StepNotFoundError, sentence)
                 expect_fields(context, error, f"the error of {sentence}", run_id=run_id, step_key=key)
-    assert_same(context, await observe_all(context, run_id), before, "what is not found changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a StepNotFoundError changes nothing")

@@ -18,12 +18,14 @@ async def the_last_write_of_a_key_wins(context: CheckContext) -> None:
         (store, store, ""),
     ):
         await writer.save_output(run_id, "a", value)
-        context.expect(await reader.get_output(run_id, "a"), value, "the output that was saved last")
-        context.expect(await reader.get_outputs(run_id), {"a": value}, "get_outputs after saving one again")
+        context.expect(await reader.get_output(run_id, "a"), value, "the output after its last write")
+        context.expect(
+            await reader.get_outputs(run_id), {"a": value}, "get_outputs after overwriting an output"
+        )
     await store.save_output(other, "a", "another run's")
     context.expect(await store.get_output(run_id, "a"), "", "the output of the same key of another run")
     for key in ("A", "a ", "b"):
-        context.expect(await store.get_output(run_id, key), None, f"the output {key!r}, which was not saved")
+        context.expect(await store.get_output(run_id, key), None, f"the unsaved output {key!r}")
 
 
 @example("EVT-2")

@@ -74,7 +74,7 @@ async def returned_values_never_change(context: CheckContext) -> None:
         await store.append_event(run_id, "more")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     still = full_repr((taken, detail, dict(statuses), dict(outputs)))
-    context.expect(still, shown, "what was returned earlier stays as it was")
+    context.expect(still, shown, "earlier results after later writes")
 
 
 @example("RUN-3")
@@ -141,14 +141,14 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
             answer = await getattr(store, operation)(**arguments)
             wanted = get_type_hints(getattr(FlowStore, operation))["return"]
             wrong = _type_error(answer, wanted)
-            context.expect_that(wrong is None, f"the answer of {operation} has the contract's types: {wrong}")
+            context.expect_that(wrong is None, f"the result of {operation} has the contract's types: {wrong}")
 
 
 _SCOPE = {"flow_id": FLOW, "trigger_key": "manual"}
 _START = {**_SCOPE, "flow_name": "orders", "trigger_data": "{}"}
 
 
-def _type_error(value: Any, wanted: Any, path: str = "it") -> str | None:
+def _type_error(value: Any, wanted: Any, path: str = "the result") -> str | None:
     """Why a value is not exactly of a contract type; None if it is."""
     origin, inner = get_origin(wanted), get_args(wanted)
     if origin is UnionType:
@@ -160,11 +160,11 @@ def _type_error(value: Any, wanted: Any, path: str = "it") -> str | None:
     if origin is not None:
         exact = frozenset if origin is frozenset else tuple
         if type(value) is not exact:
-            return f"{got}, not {exact.__name__}"
+            return f"{got}, expected {exact.__name__}"
         parts = ((_type_error(each, inner[0], f"{path}[{n}]")) for n, each in enumerate(value))
         return next((part for part in parts if part), None)
     if type(value) is not wanted:
-        return f"{got}, not {getattr(wanted, '__name__', wanted)}"
+        return f"{got}, expected {getattr(wanted, '__name__', wanted)}"
     if isinstance(value, datetime) and value.utcoffset() != timedelta(0):
         return f"{path} is not in UTC: {value!r}"
     if is_dataclass(value):
@@ -178,10 +178,10 @@ def _type_error(value: Any, wanted: Any, path: str = "it") -> str | None:
 
 def _mapping_error(value: Any, inner: tuple[Any, ...], path: str, got: str) -> str | None:
     if not isinstance(value, Mapping):
-        return f"{got}, not a mapping"
+        return f"{got}, expected a mapping"
     if isinstance(value, MutableMapping):
-        return f"{got}, which is not read-only"
+        return f"{got}, expected a read-only mapping"
     if list(value) != sorted(value):
-        return f"{path} is not in the order of its keys: {list(value)}"
+        return f"{path} is not ordered by key: {list(value)}"
     parts = (_type_error(each, inner[1], f"{path}[{key!r}]") for key, each in value.items())
     return next((part for part in parts if part), None)

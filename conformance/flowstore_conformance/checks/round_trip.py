@@ -24,7 +24,7 @@ from flowstore_conformance.checks.fixtures import (
 from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, RunStatus, StepStatus
 
-# What has been seen to come back changed, or not at all, from one database or another.
+# Texts that some databases are known to change or to reject.
 TEXTS = (
     " ",
     "  leading and trailing  ",
@@ -60,23 +60,23 @@ def random_text(context: CheckContext, shortest: int, longest: int) -> str:
 async def _expect_key_round_trip(context: CheckContext, key: str, job_id: str) -> None:
     """Store one text in every key, name and job id, and read it everywhere."""
     store, flow_id = context.store, new_id(context)
-    sentence = f"the key {abbreviate(key)} comes back to the letter"
+    sentence = f"the key {abbreviate(key)} round-trips unchanged"
     run_id = await start(context, flow_id=flow_id, flow_name=key, trigger_key=key, job_id=job_id)
     await store.configure_run(run_id, flow_id, key, idempotency_key=key)
     await store.try_register_idempotency_key(flow_id, key, key, run_id)
     found = await store.find_run_id_by_idempotency_key(flow_id, key, key)
-    context.expect(found, run_id, f"the idempotency key {abbreviate(key)} is found again")
+    context.expect(found, run_id, f"the run of the idempotency key {abbreviate(key)}")
     await store.try_record_dispatch(run_id, key)
     await store.annotate_dispatch(run_id, key, job_id)
     await store.try_claim_step(run_id, key, owner=key)
     again = await store.try_claim_step(run_id, key, owner=key)
-    context.expect(again, True, f"the owner {abbreviate(key)} is known again")
+    context.expect(again, True, f"a repeated claim by the owner {abbreviate(key)}")
     await store.record_step_start(run_id, key, key, job_id=job_id, owner=key)
     await store.register_waiter(run_id, key, key)
     first = await store.deliver_signal(run_id, key, "{}", delivery_id=key)
     context.expect(first.step_key, key, sentence)
     repeated = await store.deliver_signal(run_id, key, "{}", delivery_id=key)
-    context.expect(repeated, first, f"the delivery_id {abbreviate(key)} is known again")
+    context.expect(repeated, first, f"a repeated delivery with the delivery_id {abbreviate(key)}")
 
     detail = await get_run(context, run_id)
     expect_fields(context, detail, sentence, flow_name=key, trigger_key=key, job_id=job_id)
@@ -123,14 +123,14 @@ async def similar_keys_are_distinct(context: CheckContext) -> None:
     store = context.store
     run_id = await start(context)
     for key in SIMILAR_KEYS:
-        sentence = f"{key!r} is a key of its own beside those that look alike"
+        sentence = f"{key!r} is distinct from similar keys"
         context.expect(await store.try_claim_step(run_id, key, owner=key), True, sentence)
         context.expect(await store.try_record_dispatch(run_id, key), True, sentence)
         context.expect(await store.record_step_start(run_id, key, "http"), 1, sentence)
         await store.register_waiter(run_id, key, key)
         if Capability.OUTPUTS in context.capabilities:
             await store.save_output(run_id, key, key)
-    sentence = "keys that look alike are kept apart"
+    sentence = "similar keys are distinct"
     keys = set(SIMILAR_KEYS)
     context.expect(set(await store.get_step_statuses(run_id)), keys, sentence)
     context.expect(await store.get_dispatched_step_keys(run_id), keys, sentence)
@@ -139,7 +139,7 @@ async def similar_keys_are_distinct(context: CheckContext) -> None:
         context.expect(await store.get_outputs(run_id), _same(keys), sentence)
     for key in SIMILAR_KEYS:
         delivery = await store.deliver_signal(run_id, key, key, delivery_id=key)
-        context.expect(delivery.step_key, key, f"the signal and the delivery_id {key!r} are compared exactly")
+        context.expect(delivery.step_key, key, f"the waiter of the signal name and delivery_id {key!r}")
 
 
 def _same(keys: Collection[str]) -> dict[str, str]:
@@ -152,11 +152,11 @@ def _same(keys: Collection[str]) -> dict[str, str]:
 async def _expect_text_round_trip(context: CheckContext, text: str) -> None:
     """Store one text in every text argument, and read it everywhere."""
     store = context.store
-    sentence = f"the text {abbreviate(text)} comes back to the letter"
+    sentence = f"the text {abbreviate(text)} round-trips unchanged"
     run_id = await start(context, trigger_data=text)
     await store.record_step_start(run_id, "failed", "http", input_json=text)
     for _ in range(2):
-        # The same outcome again is known as the same.
+        # A repeated outcome compares equal.
         await store.record_step_complete(
             run_id, "failed", StepStatus.FAILED, output_json=text, error_message=text
         )
@@ -196,7 +196,7 @@ async def texts_round_trip_unchanged(context: CheckContext) -> None:
     """Every legal text round-trips unchanged: JSON is not reformatted, blanks stay, "" is not None."""
     chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
     drawn = [random_text(context, 0, 400) for _ in range(context.profile.of(1, 1, 40))]
-    # JSON that a JSON column would write anew, blanks that a trim would take, all oddities at once.
+    # JSON that a JSON column would reformat, blanks that trimming would remove, and all texts together.
     for text in ("", '{"b": 1.0,  "a": 1e2, "a": "\\u00e9"}', "  a  ", "".join(TEXTS), *chosen, *drawn):
         await _expect_text_round_trip(context, text)
 
@@ -213,7 +213,7 @@ async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
         await store.register_waiter(run_id, unit, unit)
         await store.deliver_signal(run_id, unit, text)
         kept = (await get_waiter(context, run_id, unit)).payload_json
-        sentence = f"a text of {size:,} bytes of UTF-8 comes back whole"
+        sentence = f"a text of {size:,} bytes of UTF-8 is returned whole"
         context.expect_that(
             kept == text, f"{sentence}: expected {len(text):,} characters, got {len(kept or '')}"
         )
@@ -223,8 +223,8 @@ async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
         run_id, "charge", StepStatus.PENDING, output_json=text + "a", error_message=text + "b"
     )
     step = await get_step(context, run_id)
-    context.expect_that(step.output_json == text + "a", "an output of 100 kB comes back whole")
-    context.expect_that(step.error_message == text + "b", "an error message of 100 kB comes back whole")
+    context.expect_that(step.output_json == text + "a", "an output of 100 kB is returned whole")
+    context.expect_that(step.error_message == text + "b", "an error message of 100 kB is returned whole")
 
 
 # INP-3
@@ -249,12 +249,12 @@ _MOMENTS = (
 def _random_datetime(context: CheckContext) -> datetime:
     micros = context.random.randrange(int((_MOMENTS[-1] - _MOMENTS[0]) / timedelta(microseconds=1)))
     moment = _MOMENTS[0] + timedelta(microseconds=micros)
-    # A zone's own calendar must be able to hold it.
+    # The local datetime must be within datetime's range.
     return moment.astimezone(context.random.choice(_ZONES)) if 1 < moment.year < 9999 else moment
 
 
 def _expect_utc(context: CheckContext, value: object, wanted: datetime) -> None:
-    sentence = "a datetime comes back aware, in UTC, to the microsecond"
+    sentence = "a datetime is returned aware, in UTC, to the microsecond"
     context.expect_that(
         isinstance(value, datetime) and value.utcoffset() == timedelta(0) and value == wanted,
         f"{sentence}: expected {wanted.astimezone(UTC)!r}, got {value!r}",

@@ -60,12 +60,12 @@ async def start_run_stores_every_argument(context: CheckContext) -> None:
             await store.start_run(**given, **optional), record, "start_run returns the run's record"
         )
         stored = [run for run in await store.get_runs() if run.run_id == run_id]
-        context.expect(stored, [record], "get_runs shows the run as it was given")
+        context.expect(stored, [record], "the run in get_runs")
         detail = FlowRunDetail(**wanted, started_at=begun, steps=())
         shown = await store.get_run_detail(run_id)
-        context.expect(shown, detail, "get_run_detail shows the run as it was given, without steps")
-        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, "a started run is Running")
-        context.expect(await store.get_run_control(run_id), None, "start_run makes no control record")
+        context.expect(shown, detail, "the run in get_run_detail, without steps")
+        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, "the status of a started run")
+        context.expect(await store.get_run_control(run_id), None, "the control record after start_run")
 
 
 @example("RUN-1")
@@ -84,7 +84,7 @@ async def start_run_refuses_a_stored_id(context: CheckContext) -> None:
         expect_fields(context, error, f"{sentence}: the error names the run", run_id=run_id)
     advance(context, -SECOND)
     after = await observe_all(context, running, ended)
-    assert_same(context, after, before, "starting a run that exists changes nothing")
+    assert_same(context, after, before, "a refused start_run changes nothing")
 
 
 @example("RUN-2")
@@ -109,7 +109,7 @@ async def the_first_terminal_status_wins(context: CheckContext) -> None:
             nothing: dict[str, StepStatus] = {}
             for expected in (None, nothing):
                 answer = await outcome_of(store.complete_run(run_id, second, expected=expected))
-                context.expect(answer, False, f"complete_run as {second} of a run that is {status} already")
+                context.expect(answer, False, f"complete_run as {second} of a {status} run")
         advance(context, -MINUTE)
         assert_same(context, await observe_all(context, run_id), before, "the first terminal status wins")
 
@@ -136,9 +136,12 @@ async def complete_run_with_expected_compares_every_status(context: CheckContext
     for change in changes:
         expected = {key: status for key, status in {**statuses, **change}.items() if status is not None}
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected))
-        context.expect(answer, False, f"complete_run expecting {change} where the statuses are {statuses}")
+        context.expect(answer, False, f"complete_run expecting {change} with the statuses {statuses}")
     assert_same(
-        context, await observe_all(context, run_id), before, "complete_run that is False changes nothing"
+        context,
+        await observe_all(context, run_id),
+        before,
+        "a complete_run that returns False changes nothing",
     )
     answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses))
     context.expect(answer, True, "complete_run expecting exactly the statuses of the run")
@@ -163,11 +166,15 @@ async def complete_run_with_expected_refuses_other_claims_and_dispatches(context
             await store.try_record_dispatch(run_id, "b")
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
         context.expect(answer, False, f"complete_run while a key outside expected is {how}")
-        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, f"the run while one is {how}")
+        context.expect(
+            await store.get_run_status(run_id),
+            RunStatus.RUNNING,
+            f"the status of a run while a key outside expected is {how}",
+        )
         await store.release_step_claim(run_id, "b")
         await store.release_dispatch(run_id, "b")
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
-        context.expect(answer, True, "complete_run when only keys in expected are claimed or dispatched")
+        context.expect(answer, True, "complete_run while only keys in expected are claimed or dispatched")
     retried = await start(context)
     await run_step(context, retried, "a", StepStatus.FAILED)
     seen = await store.get_step_statuses(retried)
@@ -180,7 +187,7 @@ async def complete_run_with_expected_refuses_other_claims_and_dispatches(context
     await store.retry_step(retried, "a", reset=["b"])
     pending = {"a": StepStatus.PENDING}
     answer = await outcome_of(store.complete_run(retried, RunStatus.FAILED, expected=pending))
-    context.expect(answer, True, "a key that was reset is not among the statuses")
+    context.expect(answer, True, "complete_run with expected that omits a reset key")
 
 
 @example("RUN-2", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
@@ -193,7 +200,7 @@ async def complete_run_with_expected_ignores_expired_claims(context: CheckContex
     context.expect(answer, False, "complete_run while a leased claim outside expected is live")
     advance(context, TICK)
     answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected={}))
-    context.expect(answer, True, "complete_run once the lease of the claim outside expected has ended")
+    context.expect(answer, True, "complete_run after the lease of the claim outside expected has ended")
 
 
 # RUN-4
@@ -211,16 +218,21 @@ async def a_terminal_run_accepts_no_claim_dispatch_or_start(context: CheckContex
         before = await observe_all(context, run_id)
         for key, owner in (("mine", "me"), ("new", "me"), ("new", None), ("failed", None)):
             answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
-            context.expect(answer, False, f"try_claim_step of {key!r} by {owner} on a run that is {status}")
+            context.expect(answer, False, f"try_claim_step of {key!r} by {owner} on a {status} run")
             answer = await outcome_of(store.try_record_dispatch(run_id, key))
-            context.expect(answer, False, f"try_record_dispatch of {key!r} on a run that is {status}")
+            context.expect(answer, False, f"try_record_dispatch of {key!r} on a {status} run")
         starts = (("failed", None), ("mine", None), ("mine", "me"), ("mine", "not me"), ("new", None))
         for key, owner in starts:
             call = store.record_step_start(run_id, key, "http", owner=owner)
-            sentence = f"record_step_start of {key!r} by {owner} on a run that is {status}"
+            sentence = f"record_step_start of {key!r} by {owner} on a {status} run"
             error = await context.expect_error(call, RunCompletedError, sentence)
             expect_fields(context, error, f"{sentence}: the error names the run", run_id=run_id)
-        assert_same(context, await observe_all(context, run_id), before, "nothing changes on a terminal run")
+        assert_same(
+            context,
+            await observe_all(context, run_id),
+            before,
+            "refused calls on a terminal run change nothing",
+        )
 
 
 @example("RUN-4")
@@ -243,7 +255,7 @@ async def the_run_is_checked_before_the_step_and_the_step_before_the_claim(conte
         context, await observe_all(context, run_id), before, "claiming a terminal step changes nothing"
     )
     call = store.record_step_start(run_id, "Succeeded", "http", owner="not me")
-    sentence = "starting a finished step as somebody who does not hold its claim"
+    sentence = "starting a finished step without owning its claim"
     await context.expect_error(call, StepAlreadyCompletedError, sentence)
     for status in (StepStatus.PENDING, StepStatus.RUNNING):
         await store.record_step_start(run_id, status, "http")
@@ -256,7 +268,7 @@ async def the_run_is_checked_before_the_step_and_the_step_before_the_claim(conte
         context.expect(await outcome_of(store.try_claim_step(run_id, status)), True, f"claiming {sentence}")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     call = store.record_step_start(run_id, "Succeeded", "http", owner="not me")
-    await context.expect_error(call, RunCompletedError, "the run is looked at before its step and the claim")
+    await context.expect_error(call, RunCompletedError, "starting a finished step of a terminal run")
 
 
 @example("RUN-4")
@@ -269,7 +281,7 @@ async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: C
         await store.complete_run(run_id, status)
         ended = await get_run(context, run_id)
         at = advance(context, SECOND)
-        sentence = f"on a run that is {status}"
+        sentence = f"on a {status} run"
         call = store.record_step_complete(run_id, "open", StepStatus.SUCCEEDED, output_json="1", attempt=1)
         context.expect(await outcome_of(call), None, f"completing an open attempt {sentence}")
         step = await get_step(context, run_id, "open")
@@ -283,17 +295,19 @@ async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: C
         claim = single(await store.get_step_claims(run_id), f"the claim that a skip took {sentence}")
         context.expect(claim.owner, "me", f"the owner of the claim that a skip took {sentence}")
         context.expect(
-            await outcome_of(store.register_waiter(run_id, "w", "go")), None, f"waiting {sentence}"
+            await outcome_of(store.register_waiter(run_id, "w", "go")), None, f"register_waiter {sentence}"
         )
         if Capability.OUTPUTS in context.capabilities:
             context.expect(
-                await outcome_of(store.save_output(run_id, "x", "1")), None, f"an output {sentence}"
+                await outcome_of(store.save_output(run_id, "x", "1")), None, f"save_output {sentence}"
             )
         if Capability.EVENTS in context.capabilities:
-            context.expect(await outcome_of(store.append_event(run_id, "after")), 1, f"an event {sentence}")
+            context.expect(
+                await outcome_of(store.append_event(run_id, "after")), 1, f"append_event {sentence}"
+            )
         after = await get_run(context, run_id)
         wanted = {"status": status, "completed_at": ended.completed_at}
-        expect_fields(context, after, "none of it reopens the run", **wanted)
+        expect_fields(context, after, "the run after writes to it while terminal", **wanted)
 
 
 @example("RUN-4")
@@ -312,15 +326,15 @@ async def a_terminal_run_gets_no_delivery(context: CheckContext) -> None:
         for name in ("go", "stop"):
             for delivery_id in (None, "id"):
                 answer = await store.deliver_signal(run_id, name, "late", delivery_id=delivery_id)
-                context.expect(answer, NOT_FOUND, f"a delivery of {name!r} to a run that is {status}")
-        sentence = f"a delivery to a run that is {status} changes nothing"
+                context.expect(answer, NOT_FOUND, f"a delivery of {name!r} to a {status} run")
+        sentence = f"a delivery to a {status} run changes nothing"
         assert_same(context, await observe_all(context, run_id), before, sentence)
         await store.retry_step(run_id, "other")
         for name, key in (("go", "before"), ("stop", "after")):
             again = await store.deliver_signal(run_id, name, "now", delivery_id=f"id of {name}")
             found = (again.status, again.step_key)
             wanted = (SignalDeliveryStatus.DELIVERED, key)
-            context.expect(found, wanted, f"a delivery of {name!r} once a run that was {status} is reopened")
+            context.expect(found, wanted, f"a delivery of {name!r} to a reopened {status} run")
         again = await store.deliver_signal(run_id, "go", "now", delivery_id="id")
         already = SignalDeliveryStatus.ALREADY_DELIVERED
-        context.expect(again.status, already, "a delivery_id that a terminal run refused is not remembered")
+        context.expect(again.status, already, "a delivery with a delivery_id that a terminal run refused")

@@ -50,7 +50,7 @@ async def completing_gives_attempt_and_step_the_same_outcome(context: CheckConte
             await store.record_step_complete(run_id, key, status, **result, attempt=attempt)
             step = await get_step(context, run_id, key)
             alike = {**result, "status": status, "input_json": "in", "job_id": "job", "started_at": begun}
-            context.expect(len(step.attempts), 1, f"the number of attempts once one was closed as {status}")
+            context.expect(len(step.attempts), 1, f"the number of attempts after closing one as {status}")
             closed = step.attempts[0]
             expect_fields(context, closed, f"an attempt closed as {status}", **alike, completed_at=ended)
             own = None if status is StepStatus.PENDING else ended
@@ -58,7 +58,9 @@ async def completing_gives_attempt_and_step_the_same_outcome(context: CheckConte
             expect_fields(context, step, sentence, **alike, completed_at=own, attempt_count=1)
     wanted = {f"{status} {attempt}": status for status in CLOSING_STATUSES for attempt in (None, 1)}
     context.expect(await store.get_step_statuses(run_id), wanted, "get_step_statuses after completing")
-    context.expect(await store.get_dispatched_step_keys(run_id), set(wanted), "completing keeps the dispatch")
+    context.expect(
+        await store.get_dispatched_step_keys(run_id), set(wanted), "the dispatches after completing"
+    )
 
 
 @example("STP-4")
@@ -81,14 +83,14 @@ async def repeating_an_outcome_is_a_no_op_and_changing_it_is_refused(context: Ch
     )
     for number, status in enumerate(CLOSING_STATUSES):
         for attempt in (None, 1):
-            sentence = f"the same outcome ({status}) again for attempt {attempt}"
+            sentence = f"the repeated outcome {status} of attempt {attempt}"
             call = store.record_step_complete(run_id, status, status, attempt=attempt, **outcome)
             context.expect(await outcome_of(call), None, sentence)
         another: dict[str, Any] = {"status": CLOSING_STATUSES[number - 1]}
         for change in (*changes, another):
             asked: dict[str, Any] = {"status": status, "attempt": 1, **outcome, **change}
             call = store.record_step_complete(run_id, status, **asked)
-            sentence = f"another outcome ({change}) on an attempt closed as {status}"
+            sentence = f"a different outcome ({change}) of an attempt closed as {status}"
             error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
             expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
     advance(context, -SECOND)
@@ -121,10 +123,10 @@ async def a_result_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
         error = await context.expect_error(call, StaleAttemptError, sentence)
         named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
         expect_fields(context, error, f"{sentence}: the error", **named)
-    assert_same(context, await observe_all(context, run_id), before, "a stale result changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a refused stale result changes nothing")
     await store.record_step_start(run_id, "reopened Failed", "http")
     call = store.record_step_complete(run_id, "reopened Failed", StepStatus.SUCCEEDED, attempt=2)
-    context.expect(await outcome_of(call), None, "completing a reopened step once it has started again")
+    context.expect(await outcome_of(call), None, "completing a reopened step after its next start")
 
 
 # STP-5
@@ -160,9 +162,9 @@ async def a_skip_is_one_attempt_that_starts_and_ends_skipped(context: CheckConte
     first = (await get_step(context, run_id, "open")).attempts[0]
     closed = {"status": StepStatus.FAILED, "error_message": superseded_by(2), "completed_at": at}
     expect_fields(
-        context, first, "an open attempt that a skip closed", **closed, output_json=None, input_json="in"
+        context, first, "the open attempt that a skip closed", **closed, output_json=None, input_json="in"
     )
-    context.expect(await store.get_step_claims(run_id), (), "a skip without owner takes no claim")
+    context.expect(await store.get_step_claims(run_id), (), "the claims after a skip without owner")
     call = store.record_step_complete(run_id, "open", StepStatus.SUCCEEDED, attempt=1)
     await context.expect_error(call, StaleAttemptError, "completing an attempt that a skip closed")
 
@@ -178,10 +180,10 @@ async def a_skip_with_owner_takes_the_claim(context: CheckContext) -> None:
     before = await observe_all(context, run_id)
     for key in ("theirs", "anonymous"):
         call = store.record_skipped_step(run_id, key, "http", "reason", owner="me")
-        sentence = f"skipping as an owner while another holds the claim ({key})"
+        sentence = f"skipping while another owner holds the claim ({key})"
         error = await context.expect_error(call, ClaimLostError, sentence)
         expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
-    assert_same(context, await observe_all(context, run_id), before, "a skip that is refused changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a refused skip changes nothing")
     own = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "mine"]
     at = advance(context, SECOND)
     await store.record_skipped_step(run_id, "free", "http", "reason", owner="me")
@@ -190,11 +192,11 @@ async def a_skip_with_owner_takes_the_claim(context: CheckContext) -> None:
     claims = {claim.step_key: claim for claim in await store.get_step_claims(run_id)}
     context.expect(sorted(claims), ["anonymous", "free", "mine", "theirs"], "the claims after skipping")
     taken = {"owner": "me", "claimed_at": at, "expires_at": None}
-    expect_fields(context, claims["free"], "a free claim that a skip with owner took", **taken)
-    context.expect([claims["mine"]], own, "the owner's own claim stays as it is")
-    context.expect(claims["theirs"].owner, "them", "a skip without owner leaves another's claim")
+    expect_fields(context, claims["free"], "the claim after a skip with owner took a free key", **taken)
+    context.expect([claims["mine"]], own, "the owner's claim after its skip")
+    context.expect(claims["theirs"].owner, "them", "the claim of another owner after a skip without owner")
     answer = await outcome_of(store.try_claim_step(run_id, "free", owner="redelivered"))
-    context.expect(answer, False, "claiming a step that was skipped")
+    context.expect(answer, False, "claiming a skipped step")
 
 
 @example("STP-5", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
@@ -204,10 +206,10 @@ async def a_skip_with_owner_takes_an_expired_claim(context: CheckContext) -> Non
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     at = advance(context, MINUTE)
     call = store.record_skipped_step(run_id, "charge", "http", "reason", owner="new")
-    context.expect(await outcome_of(call), None, "skipping as an owner when another's lease has ended")
-    claim = single(await store.get_step_claims(run_id), "the claim that the skip took")
+    context.expect(await outcome_of(call), None, "skipping as an owner after another owner's lease has ended")
+    claim = single(await store.get_step_claims(run_id), "the claim after the skip")
     wanted = {"owner": "new", "claimed_at": at, "expires_at": None}
-    expect_fields(context, claim, "an expired claim that a skip with owner took", **wanted)
+    expect_fields(context, claim, "the claim after a skip with owner replaced an expired claim", **wanted)
 
 
 @example("STP-5")
@@ -220,7 +222,7 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext
     for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(context, run_id, status, status)
-    # Like the skip in everything but its status.
+    # Equal to the skip except for its status.
     for status in (StepStatus.SUCCEEDED, StepStatus.FAILED):
         await store.try_claim_step(run_id, f"like {status}", owner="me")
         await store.record_step_start(run_id, f"like {status}", "http", owner="me")
@@ -229,7 +231,7 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext
     advance(context, SECOND)
     for key, reason in (("a", "reason"), ("b", None)):
         call = store.record_skipped_step(run_id, key, "http", reason, owner="me")
-        context.expect(await outcome_of(call), None, f"the same skip again by the same owner ({reason!r})")
+        context.expect(await outcome_of(call), None, f"a repeated skip by the same owner ({reason!r})")
     refused: list[tuple[str, str | None, str | None]] = [
         ("a", "other", "me"),
         ("a", None, "me"),
