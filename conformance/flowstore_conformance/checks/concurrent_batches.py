@@ -32,7 +32,7 @@ async def _gather_outcomes(calls: Sequence[Awaitable[object]]) -> list[object]:
     for one in found:
         if isinstance(one, BaseException) and not isinstance(one, FlowStoreError):
             raise ContractViolation(
-                f"one of many calls let out {type(one).__name__}", clause="CON-2"
+                f"a concurrent call: expected a contract error, got {type(one).__name__}", clause="CON-2"
             ) from one
     return list(found)
 
@@ -49,7 +49,7 @@ async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> 
 
     async def caller(number: int) -> None:
         for turn in range(context.profile.of(1, 3, 12)):
-            key, owner = f"caller {number} turn {turn}", new_claim_token()
+            key, owner = f"caller {number} round {turn}", new_claim_token()
             context.expect(await store.try_record_dispatch(run_id, key), True, "a dispatch of a new key")
             context.expect(
                 await store.try_claim_step(run_id, key, owner=owner), True, "a claim of a free key"
@@ -66,11 +66,11 @@ async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> 
             await store.release_dispatch(run_id, key)
             if turn == 0 and number % 8 == 0:
                 statuses = await store.get_step_statuses(run_id)
-                context.expect(
-                    statuses.get(key), StepStatus.PENDING, "the status that the caller has written"
-                )
+                context.expect(statuses.get(key), StepStatus.PENDING, "the status that the caller wrote")
                 dispatched = await store.get_dispatched_step_keys(run_id)
-                context.expect_that(key not in dispatched, "a dispatch that its caller released is gone")
+                context.expect_that(
+                    key not in dispatched, "a released dispatch is not in get_dispatched_step_keys"
+                )
 
     await asyncio.gather(*(caller(number) for number in range(64)))
 
@@ -92,11 +92,11 @@ async def one_failing_call_does_not_fail_its_batch(context: CheckContext) -> Non
         calls.append(call)
         wanted.append(answer)
     found = await _gather_outcomes(calls)
-    context.expect([_brief(one) for one in found], wanted, "calls at once of which many must fail")
+    context.expect([_brief(one) for one in found], wanted, "concurrent calls of which many must fail")
     statuses = await store.get_step_statuses(run_id)
     for number, key in enumerate(keys):
         status = StepStatus.FAILED if number % 8 == 0 else StepStatus.RUNNING
-        context.expect(statuses[key], status, "a step after calls at once of which many must fail")
+        context.expect(statuses[key], status, "a step after concurrent calls of which many must fail")
 
 
 def _call_and_outcome(
@@ -123,7 +123,7 @@ def _call_and_outcome(
             return store.record_step_start(run_id, key, "http", owner="nobody"), "ClaimLostError"
 
 
-# Among them each character that a store could take to tell many texts apart by.
+# Includes the characters that a store might use as separators between texts.
 ODD_TEXTS = (
     None,
     "",
@@ -157,7 +157,7 @@ async def concurrently_written_texts_round_trip_unchanged(context: CheckContext)
                 for key, one, job_id in zip(keys, inputs, job_ids, strict=True)
             ]
         )
-        context.expect(starts, [1] * 64, f"the attempts of 64 steps that start at once, in turn {turn}")
+        context.expect(starts, [1] * 64, f"the attempts of 64 concurrently started steps, round {turn}")
         await _gather_outcomes(
             [
                 store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, output_json=one, attempt=1)
@@ -170,7 +170,7 @@ async def concurrently_written_texts_round_trip_unchanged(context: CheckContext)
             key: (one, other, job_id or None)
             for key, one, other, job_id in zip(keys, inputs, outputs, job_ids, strict=True)
         }
-        context.expect(found, wanted, "the texts of 64 steps that were written at once")
+        context.expect(found, wanted, "the texts of 64 concurrently written steps")
 
 
 @check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE)
@@ -180,7 +180,7 @@ async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) 
     for turn in range(context.profile.of(1, 3, 10)):
         run_id = await start(context)
         keys = [f"step {number % 5}" for number in range(200)]
-        # On two of the five keys there are owners, each calling many times.
+        # Two of the five keys have owners that claim repeatedly.
         owners = [f"owner {n % 7}" if n % 5 in (1, 3) and n % 2 else None for n in range(200)]
         claims = await _gather_outcomes(
             [store.try_claim_step(run_id, key, owner=o) for key, o in zip(keys, owners, strict=True)]
@@ -190,14 +190,14 @@ async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) 
         for key in sorted(set(keys)):
             won = [n for n in range(200) if keys[n] == key and claims[n] is True]
             winners = {owners[n] for n in won}
-            what = f"the winners of {key!r}, claimed by 40 callers at once, in turn {turn}"
+            what = f"the winners of {key!r}, claimed by 40 concurrent callers, round {turn}"
             context.expect(winners, {held.get(key)}, what)
             owner = held.get(key)
             callers = [n for n in range(200) if keys[n] == key and owners[n] == owner]
-            context.expect(len(won), 1 if owner is None else len(callers), f"how many {what[4:]} there are")
+            context.expect(len(won), 1 if owner is None else len(callers), f"the number of {what[4:]}")
             told = [dispatches[n] for n in range(200) if keys[n] == key]
-            context.expect(told.count(True), 1, f"winners of 40 dispatches of {key!r} at once")
-            context.expect(told.count(False), 39, f"losers of 40 dispatches of {key!r} at once")
+            context.expect(told.count(True), 1, f"the winners of 40 concurrent dispatches of {key!r}")
+            context.expect(told.count(False), 39, f"the losers of 40 concurrent dispatches of {key!r}")
 
 
 @check("CON-1", "CON-2", kind=Kind.RACE)
@@ -207,7 +207,7 @@ async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) 
         run_id = await start(context)
         closing = await second_store(context)
         if closing is context.store:
-            context.expect_that(True, "one store at a time")
+            context.expect_that(True, "the backend allows one store at a time")
             return
         count = 100
         keys = [f"step {number}" for number in range(count)]
@@ -224,9 +224,9 @@ async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) 
         started = await context.store.get_step_statuses(run_id)
         for number, (outcome, key) in enumerate(zip(found, [*keys, *keys], strict=True)):
             happened = key in claimed if number < count else f"{key} too" in started
-            what = f"a call that was in flight at aclose and answered {_brief(outcome)!r}"
+            what = f"a call in flight at aclose with the outcome {_brief(outcome)!r}"
             if type(outcome) in (StoreClosedError, StoreUnavailableError):
-                context.expect(happened, False, f"whether {what} happened")
+                context.expect(happened, False, f"whether {what} took effect")
             elif type(outcome) is not OutcomeUnknownError:
                 context.expect(_brief(outcome), True if number < count else 1, "a call in flight at aclose")
-                context.expect(happened, True, f"whether {what} happened")
+                context.expect(happened, True, f"whether {what} took effect")

@@ -48,7 +48,9 @@ async def pages_start_after_a_position(context: CheckContext) -> None:
             if len(paged) > len(wanted):
                 break
         context.expect(
-            run_numbers(paged), wanted, f"pages of {take}, each after the last run of the one before"
+            run_numbers(paged),
+            wanted,
+            f"the runs on pages of {take}, each after the last run of the previous page",
         )
     for place, run in enumerate(runs):
         for skip in (0, 1, 3):
@@ -75,11 +77,9 @@ async def a_position_needs_no_stored_run(context: CheckContext) -> None:
             context.expect(found, behind, f"the runs after {moment} and id number {number.int}")
     await store.complete_run(runs[0].run_id, RunStatus.FAILED)
     await store.cleanup(require_clock(context).now + HOUR)
-    context.expect(
-        await store.get_run_status(runs[0].run_id), None, "the status of a run that was cleaned up"
-    )
+    context.expect(await store.get_run_status(runs[0].run_id), None, "the status of a deleted run")
     found = run_numbers(await store.get_runs(after=runs[0].position))
-    context.expect(found, run_numbers(runs)[1:], "the runs after the place of a run that was cleaned up")
+    context.expect(found, run_numbers(runs)[1:], "the runs after the position of a deleted run")
 
 
 @check("QRY-1")
@@ -101,7 +101,7 @@ async def pages_show_lasting_runs_once_during_changes(context: CheckContext) -> 
         if len(seen) > 50:
             break
         await start(context, run_id=new_id(context))
-        # First, if it can be, the very run that the next page begins behind.
+        # Preferably delete the run at whose position the next page starts.
         going = next(
             (run_id for run_id in doomed if run_id == page[-1].run_id), doomed[0] if doomed else None
         )
@@ -109,9 +109,9 @@ async def pages_show_lasting_runs_once_during_changes(context: CheckContext) -> 
             doomed.remove(going)
             await store.complete_run(going, RunStatus.SUCCEEDED)
             await store.cleanup(page[-1].started_at + timedelta(days=365))
-            context.expect(await store.get_run_status(going), None, "the status of a run that was cleaned up")
+            context.expect(await store.get_run_status(going), None, "the status of a deleted run")
     shown = sorted(str(run_id) for run_id in seen if run_id in shared)
-    context.expect(shown, sorted(str(run_id) for run_id in shared), "the runs that stayed, each once")
+    context.expect(shown, sorted(str(run_id) for run_id in shared), "the lasting runs on all pages")
 
 
 @check("QRY-1", "QRY-3", needs=[Capability.DASHBOARD])
@@ -129,7 +129,7 @@ async def total_count_does_not_depend_on_the_position(context: CheckContext) -> 
                 what = f"flow {'any' if flow_id is None else 'one'}, status {status}, search {search!r}"
                 every = await store.get_runs_page(flow_id, status=status, search=search)
                 total = len(every.runs)
-                context.expect(every.total_count, total, f"the count of all: {what}")
+                context.expect(every.total_count, total, f"total_count without position: {what}")
                 for place in range(0, total, 2):
                     for skip, take in ((0, 2), (1, 50), (0, 0)):
                         page = await store.get_runs_page(
@@ -142,4 +142,4 @@ async def total_count_does_not_depend_on_the_position(context: CheckContext) -> 
                         )
                         rest = every.runs[place + 1 + skip :][:take]
                         context.expect(page.runs, rest, f"the page after run {place}, skip={skip}: {what}")
-                        context.expect(page.total_count, total, f"the count with that page: {what}")
+                        context.expect(page.total_count, total, f"total_count of that page: {what}")

@@ -15,7 +15,7 @@ from flowstore_core import Capability, RunStatus, RunTimeseriesGranularity
 
 CLOCK = [Capability.VIRTUAL_CLOCK]
 
-# As POSIX writes them, which no time zone database is needed for; and the days before both changes of 2026.
+# POSIX time zones, which need no time zone database, and the days before both changes of 2026.
 ZONES = {
     "CET-1CEST,M3.5.0,M10.5.0/3": (
         datetime(2026, 3, 28, 12, tzinfo=UTC),
@@ -60,7 +60,7 @@ async def a_lease_is_elapsed_time_across_a_daylight_saving_change(context: Check
                     claim.step_key: claim.expires_at for claim in await context.store.get_step_claims(run_id)
                 }
                 wanted = {key: begun + lease for key, lease in leases.items()}
-                context.expect(ends, wanted, f"the ends of leases that begin at {begun:%Y-%m-%d}")
+                context.expect(ends, wanted, f"the ends of leases that start at {begun:%Y-%m-%d}")
                 await context.store.renew_step_claim(run_id, "1 days", "me", 2 * DAY)
                 (renewed, *_) = await context.store.get_step_claims(run_id)
                 context.expect(
@@ -68,10 +68,10 @@ async def a_lease_is_elapsed_time_across_a_daylight_saving_change(context: Check
                 )
                 clock.now = begun + 2 * DAY - TICK
                 won = await context.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
-                context.expect(won, False, "claiming a moment before a lease ends, a day after the change")
+                context.expect(won, False, "claiming just before the end of a lease, a day after the change")
                 clock.now = begun + 2 * DAY
                 won = await context.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
-                context.expect(won, True, "claiming when a lease ends, a day after the change")
+                context.expect(won, True, "claiming at the end of a lease, a day after the change")
 
 
 @check("QRY-5", "QRY-4", needs=CLOCK)
@@ -97,9 +97,7 @@ async def buckets_and_days_are_utc_across_a_daylight_saving_change(context: Chec
                         (since + bucket * width, number, DAY.total_seconds() * 1000)
                         for bucket in range(2 * DAY // width)
                     ]
-                    context.expect(
-                        buckets, wanted, f"the buckets of each {granularity} from {since:%Y-%m-%d} on"
-                    )
+                    context.expect(buckets, wanted, f"the {granularity} buckets from {since:%Y-%m-%d}")
                 for day in (1, 2):
                     as_of = since + (day + 1) * DAY - TICK
                     today = (await context.store.get_statistics(as_of=as_of)).completed_today

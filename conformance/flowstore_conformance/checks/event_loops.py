@@ -19,7 +19,7 @@ async def _error_of(call: Callable[[], Awaitable[object]]) -> Exception | None:
     try:
         async with asyncio.timeout(HUNG_SECONDS):
             await call()
-    except Exception as error:  # noqa: BLE001 - the answer
+    except Exception as error:  # noqa: BLE001 - returned to the caller
         return error
     return None
 
@@ -53,9 +53,11 @@ async def a_nested_event_loop_is_refused(context: CheckContext) -> None:
             type(error) is ConfigurationError,
             f"{name} in another event loop of the thread: expected ConfigurationError, got {told}",
         )
-    assert_same(context, await observe(context, run_id), before, "calls in another event loop")
-    context.expect(await store.get_run_status(new), None, "the run of start_run in another event loop")
-    # Now in the store's own loop, several at once.
+    assert_same(context, await observe(context, run_id), before, "calls in another event loop change nothing")
+    context.expect(
+        await store.get_run_status(new), None, "the status of a run after start_run in another event loop"
+    )
+    # Then concurrent calls in the store's own loop.
     keys = [f"step {number}" for number in range(20)]
     claims = await asyncio.gather(*(store.try_claim_step(run_id, key) for key in keys))
-    context.expect(claims, [True] * len(keys), "claims after calls in another event loop")
+    context.expect(claims, [True] * len(keys), "claims in the store's own loop after calls in another")

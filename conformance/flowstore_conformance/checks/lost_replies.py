@@ -28,9 +28,9 @@ async def _expect_repeatable(
     context.expect(await call(context.store), answer, f"the first {name}")
     before = await observe(context, run_id)
     for store in (context.store, await second_store(context)):
-        context.expect(await call(store), answer, f"{name} said again with its token")
+        context.expect(await call(store), answer, f"the repeated {name} with its token")
         after = await observe(context, run_id, store=store)
-        assert_same(context, after, before, f"{name} said again with its token")
+        assert_same(context, after, before, f"the repeated {name} with its token")
 
 
 @example("CON-3")
@@ -130,6 +130,6 @@ async def a_repeated_trigger_returns_its_run(context: CheckContext) -> None:
     for store in (context.store, await second_store(context)):
         for said in (run_id, new_id(context)):
             again = await store.trigger_run(flow_id, "orders", said, "manual", idempotency_key="order-1")
-            context.expect(again.run, first.run, "the run of trigger_run said again under its key")
-            context.expect(again.created, False, "created of trigger_run said again under its key")
-    assert_same(context, await observe(context, run_id), before, "trigger_run said again under its key")
+            context.expect(again.run, first.run, "the run of a repeated trigger_run")
+            context.expect(again.created, False, "created of a repeated trigger_run")
+    assert_same(context, await observe(context, run_id), before, "a repeated trigger_run changes nothing")

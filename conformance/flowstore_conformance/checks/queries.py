@@ -32,7 +32,7 @@ BIG = UUID("ffffffff-ffff-4fff-bfff-ffffffffffff").int
 async def _start_runs(context: CheckContext) -> list[int]:
     """Start runs at several times and return the numbers of their ids in the order of QRY-1."""
     begun = []
-    # The third batch starts before the second: a clock may step back.
+    # The third group starts before the second: a clock may step back.
     batches = ((TICK, [3, 1, 2]), (SECOND, [9]), (-TICK, [BIG, 7, 2**64, 8]), (HOUR, [4, 6, 5]))
     for passed, ids in batches:
         at = advance(context, passed)
@@ -58,7 +58,7 @@ async def runs_are_ordered_by_start_then_id_descending(context: CheckContext) ->
             paged += run_numbers(page)
             if len(paged) > len(wanted):
                 break
-        context.expect(paged, wanted, f"pages of {take} neither repeat nor skip")
+        context.expect(paged, wanted, f"the runs on pages of {take}")
     for skip, take in ((0, 0), (11, 5), (10, 1000), (2**63 - 1, 1000)):
         found = run_numbers(await store.get_runs(skip=skip, take=take))
         context.expect(found, wanted[skip : skip + take], f"get_runs(skip={skip}, take={take})")
@@ -84,10 +84,10 @@ async def a_page_defaults_to_fifty_runs_and_filters_by_flow(context: CheckContex
     mixed = [new_id(context) for _ in range(55)]
     flows = {run_id: other if number < 3 else FLOW for number, run_id in enumerate(mixed)}
     await asyncio.gather(*(start(context, run_id=one, flow_id=flow) for one, flow in flows.items()))
-    context.expect(len(await store.get_runs()), 50, "the number of runs when take is not given")
+    context.expect(len(await store.get_runs()), 50, "the number of runs without take")
     found = {run.run_id for run in await store.get_runs(take=1000)}
     context.expect(found, set(mixed), "get_runs(take=1000)")
-    context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs when take is not given")
+    context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs without take")
     mine = await store.get_runs(other)
     context.expect({run.run_id for run in mine}, set(mixed[:3]), "get_runs of one flow")
     paged = [run for skip in range(4) for run in await store.get_runs(other, skip=skip, take=1)]
@@ -143,27 +143,25 @@ async def search_covers_exactly_the_contract_fields(context: CheckContext) -> No
     await store.complete_run(ended, RunStatus.FAILED)
     for number in range(1, 9):
         found = await _search(context, f"needle{number}")
-        context.expect(found, [run_id.int], f"a search for needle{number}, which lies in one run")
+        context.expect(found, [run_id.int], f"a search for needle{number}, which one run contains")
     for needle in ("0a1b2c3d-4e5f", "5f-4a6b-8c", "9e0f1a2b3c4d", "0A1B2C3D", str(run_id)):
         context.expect(
             await _search(context, needle), [run_id.int], f"a search for a part of the run id ({needle})"
         )
-    context.expect(await _search(context, run_id.hex), [], "a run id is searched hyphenated")
+    context.expect(await _search(context, run_id.hex), [], "a search for a run id without hyphens")
     for needle in (*(f"hay{number}" for number in range(1, 10)), "abcdef01"):
         context.expect(
-            await _search(context, needle), [], f"a search for {needle}, which lies where none looks"
+            await _search(context, needle), [], f"a search for {needle}, which only unsearched fields contain"
         )
     for needle in ("needle1needle2", "needle2needle3", "needle1 needle2", "needle6needle5"):
-        context.expect(
-            await _search(context, needle), [], f"a search for {needle!r}: texts are not glued together"
-        )
+        context.expect(await _search(context, needle), [], f"a search for {needle!r}, which spans two texts")
     context.expect(
         await _search(context, "unnin"), [1, run_id.int], "a search for a part of the status Running"
     )
     context.expect(await _search(context, "FAILED"), [2], "a search for the status Failed")
     for nothing in ("", None):
         page = await store.get_runs_page(search=nothing)
-        context.expect(page.total_count, 3, f"a search for {nothing!r} filters nothing")
+        context.expect(page.total_count, 3, f"total_count of a search for {nothing!r}")
 
 
 @example("QRY-2")
@@ -179,11 +177,11 @@ async def search_covers_the_steps_of_a_detail(context: CheckContext) -> None:
     await store.record_step_start(run_id, "ship", "http")
     for needle in ("ship", "not needed"):
         context.expect(
-            await _search(context, needle), [11], f"a search for {needle!r} once 'ship' has started again"
+            await _search(context, needle), [11], f"a search for {needle!r} after the next start of 'ship'"
         )
 
 
-# A text, what a search for it finds, and what it must not find.
+# A text, needles that match it, and needles that must not match it.
 _SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Order-42", ("order-42", "ORDER-42", "r-4"), ("order42", "Order-43", "order-42 ")),
     ("100%", ("100%", "%", "0%"), ("1%0", "%100", "100%%")),
@@ -208,18 +206,18 @@ async def search_is_a_substring_match_that_folds_only_ascii(context: CheckContex
         by_name, by_step = UUID(int=100 + at), UUID(int=200 + at)
         await start(context, run_id=by_name, flow_name=text, trigger_key="~")
         await start(context, run_id=by_step, flow_name="~", trigger_key="~")
-        # Odd ones by key and error, even ones by output.
+        # Odd texts in key and error, even texts in outputs.
         given = {"error_message": f"<{text}>"} if at % 2 else {"output_json": f"<{text}>"}
         await run_step(context, by_step, text if at % 2 else "~", StepStatus.FAILED, **given)
     for at, (text, matching, others) in enumerate(_SEARCHES):
         both = {100 + at, 200 + at}
         for needle in matching:
             found = set(await _search(context, needle))
-            missing = f"a search for {needle!r} finds {text!r} in a flow name and in a step"
+            missing = f"a search for {needle!r}, which {text!r} in a flow name and a step contains"
             context.expect_that(both <= found, f"{missing}: expected {both} among {found}")
         for needle in others:
             found = set(await _search(context, needle))
-            sentence = f"a search for {needle!r} does not find {text!r}"
+            sentence = f"a search for {needle!r}, which {text!r} does not contain"
             context.expect_that(not both & found, f"{sentence}: expected neither of {both} in {found}")
 
 
@@ -334,7 +332,7 @@ async def a_detail_orders_steps_by_start_and_attempts_by_number(context: CheckCo
 async def get_active_runs_lists_every_running_run(context: CheckContext) -> None:
     """take=None means all; the order is that of QRY-1, and terminal runs are not listed."""
     store = context.store
-    # More than any default of a page; a cap at 1,000 shows in the thorough profile.
+    # More than the default page size; the thorough profile exceeds 1,000.
     count = context.profile.of(55, 65, 1005)
     runs = [new_id(context) for _ in range(count)]
     for at in range(0, count, 50):
@@ -344,7 +342,7 @@ async def get_active_runs_lists_every_running_run(context: CheckContext) -> None
     ):
         await store.complete_run(run_id, status)
     active = await store.get_active_runs()
-    context.expect({run.run_id for run in active}, set(runs[3:]), "get_active_runs without take gives all")
+    context.expect({run.run_id for run in active}, set(runs[3:]), "get_active_runs without take")
     ordered = sorted(active, key=lambda run: (run.started_at, run.run_id.int), reverse=True)
     context.expect(active, ordered, "get_active_runs in the order of QRY-1")
     for take in (0, 3):
@@ -364,17 +362,21 @@ async def get_derived_runs_lists_one_generation(context: CheckContext) -> None:
     await store.complete_run(UUID(int=1), RunStatus.SUCCEEDED)
     derived = await store.get_derived_runs(source)
     wanted = sorted([60, *range(1, 56)])
-    context.expect(
-        sorted(run_numbers(derived)), wanted, "get_derived_runs without take gives the whole generation"
-    )
+    context.expect(sorted(run_numbers(derived)), wanted, "get_derived_runs without take")
     ordered = sorted(derived, key=lambda run: (run.started_at, run.run_id.int), reverse=True)
     context.expect(derived, ordered, "get_derived_runs in the order of QRY-1")
     for take in (0, 2):
         first = await store.get_derived_runs(source, take=take)
         context.expect(first, derived[:take], f"get_derived_runs(take={take})")
-    context.expect(run_numbers(await store.get_derived_runs(UUID(int=60))), [70], "the next generation")
-    context.expect(await store.get_derived_runs(UUID(int=70)), (), "a run that none is derived from")
+    context.expect(
+        run_numbers(await store.get_derived_runs(UUID(int=60))),
+        [70],
+        "get_derived_runs of the next generation",
+    )
+    context.expect(
+        await store.get_derived_runs(UUID(int=70)), (), "get_derived_runs of a run without derived runs"
+    )
     unstored = new_id(context)
     child = await start(context, source_run_id=unstored)
     found = [run.run_id for run in await store.get_derived_runs(unstored)]
-    context.expect(found, [child], "a source need not be stored")
+    context.expect(found, [child], "get_derived_runs of an unknown source run")

@@ -35,7 +35,7 @@ DELIVERED = SignalDeliveryStatus.DELIVERED
 ALREADY = SignalDeliveryStatus.ALREADY_DELIVERED
 
 KEYS = ("b", "a", "\u00e9", "Z", "\U0001f600", "\uffff")
-"""Neither in code point order nor in that of any language."""
+"""Step keys in neither code point order nor the order of any language."""
 
 # SIG-1
 

@@ -70,12 +70,12 @@ async def statistics_count_flows_and_active_runs(context: CheckContext) -> None:
     await store.complete_run(first, RunStatus.SUCCEEDED)
     await store.complete_run(other, RunStatus.CANCELLED)
     found = await store.get_statistics()
-    context.expect((found.total_flows, found.active_runs), (2, 1), "the statistics once two of them ended")
+    context.expect((found.total_flows, found.active_runs), (2, 1), "the statistics after two of them ended")
     await store.retry_step(first, "charge")
     found = await store.get_statistics()
-    context.expect((found.active_runs, found.completed_today), (2, 0), "a reopened run is active")
+    context.expect((found.active_runs, found.completed_today), (2, 0), "the statistics with a reopened run")
     await store.cleanup(now(context) + DAY)
-    context.expect((await store.get_statistics()).total_flows, 1, "the flow of a run that was cleaned up")
+    context.expect((await store.get_statistics()).total_flows, 1, "total_flows after a cleanup")
     for moment in (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)):
         answer = await store.get_statistics(as_of=moment)
         context.expect(answer.active_runs, 2, f"the statistics as of {moment}")
@@ -86,12 +86,12 @@ async def today_is_the_utc_day_of_completion(context: CheckContext) -> None:
     """completed_today and failed_today count Succeeded and Failed by completed_at on as_of's UTC day."""
     store, clock = context.store, require_clock(context)
     midnight = datetime(2026, 3, 14, tzinfo=UTC)
-    # Begun yesterday and completed today: today's.
+    # Started yesterday and completed today: counts today.
     await _start_run(context, midnight - TICK, RunStatus.SUCCEEDED, TICK)
     await _start_run(context, midnight, RunStatus.FAILED)
     await _start_run(context, midnight, RunStatus.FAILED, DAY - TICK)
     await _start_run(context, midnight, RunStatus.CANCELLED)
-    # Yesterday's and tomorrow's.
+    # Completed yesterday and tomorrow.
     await _start_run(context, midnight - 2 * TICK, RunStatus.SUCCEEDED, TICK)
     await _start_run(context, midnight, RunStatus.SUCCEEDED, DAY)
     await _start_run(context, midnight, RunStatus.FAILED, DAY)
@@ -158,7 +158,7 @@ async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
         context.expect(found_empty, (empty,), "an empty bucket")
         for moment in (first, first + width / 3):
             found = await _series(context, granularity, moment, moment)
-            context.expect(found, [], "since == until gives no bucket")
+            context.expect(found, [], "the buckets of since == until")
     ends = (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC))
     for bound, other in zip(ends, (TICK, -TICK), strict=True):
         since, until = min(bound, bound + other), max(bound, bound + other)
@@ -168,7 +168,9 @@ async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
     found = await _series(context, BY_DAY, start_of_all, start_of_all + 10_000 * DAY)
     stamps = [stamp for stamp, _ in found]
     wanted_stamps = [start_of_all + n * DAY for n in range(10_000)]
-    context.expect_that(stamps == wanted_stamps, f"10,000 days are as many buckets, got {len(stamps)}")
+    context.expect_that(
+        stamps == wanted_stamps, f"the buckets of 10,000 days: expected 10,000, got {len(stamps)}"
+    )
 
 
 @example("QRY-5", needs=CLOCK)
@@ -180,7 +182,7 @@ async def buckets_start_at_utc_hours_and_days(context: CheckContext) -> None:
     for granularity, hour in ((BY_DAY, 0), (BY_HOUR, 23)):
         wanted = [(datetime(2026, 5, 14, hour, tzinfo=UTC), 1)]
         found = await _series(context, granularity, since, since + timedelta(minutes=1))
-        context.expect(found, wanted, f"the {granularity} of UTC that holds {since}")
+        context.expect(found, wanted, f"the UTC {granularity} that contains {since}")
 
 
 @example("QRY-5", needs=CLOCK)
@@ -207,7 +209,7 @@ async def buckets_count_runs_by_start_and_current_status(context: CheckContext) 
         context.expect(found, wanted, f"{', '.join(names)} of two hours, flow_id={flow_id}")
     plain: Any = "hour"
     found = [bucket.p50_duration_ms for bucket in await _plain(context, plain, first + HOUR, other)]
-    context.expect(found, [3000.0], "a percentile of the asked flow's runs, granularity as a plain str")
+    context.expect(found, [3000.0], "a percentile of one flow's runs, with granularity as a plain str")
 
 
 async def _plain(context: CheckContext, granularity: Any, first: datetime, flow_id: UUID) -> Any:
@@ -233,7 +235,7 @@ async def percentiles_are_linear_interpolated(context: CheckContext) -> None:
         begun = first + at * HOUR
         for number, duration in enumerate(durations):
             await _start_run(context, begun, ends[number % 3], timedelta(milliseconds=duration))
-        # A run that is Running has no duration.
+        # A Running run has no duration.
         await _start_run(context, begun)
         buckets = await context.store.get_run_timeseries(BY_HOUR, begun, begun + HOUR)
         for name, wanted in (("p50_duration_ms", p50), ("p95_duration_ms", p95)):
