@@ -189,8 +189,8 @@ class SchemaCheckThenCreate:
     """Checks for its table, then creates it: most concurrent openers fail."""
 
     async def opened(self) -> None:
-        look = "SELECT COUNT(*) FROM sqlite_schema WHERE name = 'mutants'"
-        found = await self.read(lambda db: db.execute(look).fetchone()[0])
+        query = "SELECT COUNT(*) FROM sqlite_schema WHERE name = 'mutants'"
+        found = await self.read(lambda db: db.execute(query).fetchone()[0])
         if not found:
             await asyncio.sleep(0.01)
             await self.write(lambda db, now: db.execute("CREATE TABLE mutants (mutant TEXT)"))

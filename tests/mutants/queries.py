@@ -194,8 +194,8 @@ class StatisticsOfLocalDay:
 
     async def get_statistics(self, **given: Any) -> Any:
         now = given["as_of"] or (self._clock() if self._clock is not None else datetime.now(UTC))
-        here = now - timedelta(hours=9, minutes=30)
-        return await super().get_statistics(as_of=here)
+        local_day = now - timedelta(hours=9, minutes=30)
+        return await super().get_statistics(as_of=local_day)
 
 
 @mutant("postgresql", "QRY-4")

@@ -110,8 +110,8 @@ class TimesInLocalZone:
         record = await super().get_run_control(**given)
         if record is None or record.timeout_at is None:
             return record
-        here = timezone(timedelta(hours=2))
-        return replace(record, timeout_at=record.timeout_at.astimezone(here))
+        zone = timezone(timedelta(hours=2))
+        return replace(record, timeout_at=record.timeout_at.astimezone(zone))
 
 
 @mutant("postgresql", "EVT-1", concurrent=True)
@@ -178,10 +178,10 @@ class TextsJoinedBySeparator:
 
     async def record_step_start(self, **given: Any) -> int:
         waiting: list[str] = self.__dict__.setdefault("_waiting", [])
-        place = len(waiting)
+        index = len(waiting)
         waiting.append(given["input_json"] or "")
         await asyncio.sleep(0)
         self.__dict__.pop("_waiting", None)
         if given["input_json"] is not None:
-            given["input_json"] = "\x1f".join(waiting).split("\x1f")[place]
+            given["input_json"] = "\x1f".join(waiting).split("\x1f")[index]
         return int(await super().record_step_start(**given))

@@ -300,7 +300,7 @@ async def many_stores_can_open_a_new_namespace_at_once(context: CheckContext) ->
             # Without MULTI_PROCESS a backend may allow one store at a time and refuse the others.
             failed = [error for error in failed if not isinstance(error, StoreUnavailableError)]
         names = [type(error).__name__ for error in failed]
-        context.expect(names, [], f"{count} stores opening a fresh namespace at once")
+        context.expect(names, [], f"{count} stores opening a fresh namespace concurrently")
         context.expect_that(opened, "at least one of many concurrent openers of a fresh namespace succeeds")
         run_id = new_id(context)
         await opened[0].start_run(FLOW, "orders", run_id, "manual")
@@ -324,16 +324,16 @@ async def opening_again_changes_nothing(context: CheckContext) -> None:
     """Opening a migrated namespace with and without migration shows the stored data unchanged."""
     run_id = new_id(context)
     async with context.backend.scratch(context.base_url) as url:
-        looks: list[dict[str, Any]] = []
+        observations: list[dict[str, Any]] = []
         for migrate in (True, True, False):
             async with open_store(url, migrate=migrate) as store:
-                if not looks:
+                if not observations:
                     await store.start_run(FLOW, "orders", run_id, "manual")
                     await store.record_step_start(run_id, "charge", "http")
                     await store.try_claim_step(run_id, "ship", owner="me")
-                looks.append(await observe(context, run_id, store=store))
-    for after in looks[1:]:
-        assert_same(context, after, looks[0], "opening again changes nothing")
+                observations.append(await observe(context, run_id, store=store))
+    for after in observations[1:]:
+        assert_same(context, after, observations[0], "opening again changes nothing")
 
 
 @check("CON-5")

@@ -71,7 +71,7 @@ async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -
 
 @example("CLM-2")
 async def successful_writes_are_visible_to_every_store(context: CheckContext) -> None:
-    """Another store on the same namespace sees each claim, dispatch, completion and key at once."""
+    """Another store on the same namespace sees each claim, dispatch, completion and key immediately."""
     store, other = context.store, await second_store(context)
     for number in range(4):
         run_id = await start(context)
@@ -141,19 +141,19 @@ async def a_release_with_owner_frees_only_that_owners_claim(context: CheckContex
     """Other claims stay; without owner any claim is released, also of a terminal step."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "mine", owner="me")
-    await store.try_claim_step(run_id, "nobody's")
-    for key in ("mine", "nobody's"):
+    await store.try_claim_step(run_id, "ownerless")
+    for key in ("mine", "ownerless"):
         for owner in ("other", "Me", "me ", "None", "null"):
             await store.release_step_claim(run_id, key, owner=owner)
-    both = {"mine", "nobody's"}
+    both = {"mine", "ownerless"}
     context.expect(
         await store.get_claimed_step_keys(run_id), both, "the claims after releases by other owners"
     )
     await store.release_step_claim(run_id, "mine", owner="me")
     context.expect(
-        await store.get_claimed_step_keys(run_id), {"nobody's"}, "the claims after a release by the owner"
+        await store.get_claimed_step_keys(run_id), {"ownerless"}, "the claims after a release by the owner"
     )
-    await store.release_step_claim(run_id, "nobody's")
+    await store.release_step_claim(run_id, "ownerless")
     context.expect(await store.get_step_claims(run_id), (), "the claims after a release without owner")
     for by in ("me", None):
         key = f"done, released by {by}"
@@ -282,9 +282,9 @@ async def the_owner_can_repeat_its_claim(context: CheckContext) -> None:
 async def owners_are_compared_exactly(context: CheckContext) -> None:
     """Calls without owner never share a claim and are recorded as None; similar tokens are distinct."""
     store, run_id = context.store, await start(context)
-    await store.try_claim_step(run_id, "nobody's")
+    await store.try_claim_step(run_id, "ownerless")
     for owner in (None, "None", "null"):
-        answer = await outcome_of(store.try_claim_step(run_id, "nobody's", owner=owner))
+        answer = await outcome_of(store.try_claim_step(run_id, "ownerless", owner=owner))
         context.expect(answer, False, f"claiming as {owner!r} a key claimed without owner")
     claim = single(await store.get_step_claims(run_id), "the claim")
     context.expect(claim.owner, None, "the recorded owner of a claim without owner")
@@ -371,12 +371,12 @@ async def renewing_an_expired_or_foreign_claim_is_refused(context: CheckContext)
     await store.try_claim_step(run_id, "expired", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "plain", owner="me")
-    await store.try_claim_step(run_id, "nobody's")
+    await store.try_claim_step(run_id, "ownerless")
     advance(context, MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="next", lease=MINUTE)
     before = await observe_all(context, run_id)
-    owners = {"leased": ("other", "Me"), "nobody's": ("me", "None"), "unclaimed": ("me",)}
-    for key in ("leased", "expired", "taken over", "plain", "nobody's", "unclaimed"):
+    owners = {"leased": ("other", "Me"), "ownerless": ("me", "None"), "unclaimed": ("me",)}
+    for key in ("leased", "expired", "taken over", "plain", "ownerless", "unclaimed"):
         for owner in owners.get(key, ("me",)):
             answer = await outcome_of(store.renew_step_claim(run_id, key, owner, HOUR))
             context.expect(answer, False, f"renewing the claim {key!r} as {owner!r}")

@@ -48,8 +48,8 @@ async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> 
     store = context.store
 
     async def caller(number: int) -> None:
-        for turn in range(context.profile.of(1, 3, 12)):
-            key, owner = f"caller {number} round {turn}", new_claim_token()
+        for round_number in range(context.profile.of(1, 3, 12)):
+            key, owner = f"caller {number} round {round_number}", new_claim_token()
             context.expect(await store.try_record_dispatch(run_id, key), True, "a dispatch of a new key")
             context.expect(
                 await store.try_claim_step(run_id, key, owner=owner), True, "a claim of a free key"
@@ -64,7 +64,7 @@ async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> 
             await store.release_step_claim(run_id, key, owner=owner)
             context.expect(await store.try_claim_step(run_id, key), True, "a claim after its release")
             await store.release_dispatch(run_id, key)
-            if turn == 0 and number % 8 == 0:
+            if round_number == 0 and number % 8 == 0:
                 statuses = await store.get_step_statuses(run_id)
                 context.expect(statuses.get(key), StepStatus.PENDING, "the status that the caller wrote")
                 dispatched = await store.get_dispatched_step_keys(run_id)
@@ -142,7 +142,7 @@ ODD_TEXTS = (
 async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
     """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
-    for turn in range(context.profile.of(3, 6, 20)):
+    for round_number in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
         odd = context.random.choice([0.02, 0.5])
 
@@ -157,7 +157,9 @@ async def concurrently_written_texts_round_trip_unchanged(context: CheckContext)
                 for key, one, job_id in zip(keys, inputs, job_ids, strict=True)
             ]
         )
-        context.expect(starts, [1] * 64, f"the attempts of 64 concurrently started steps, round {turn}")
+        context.expect(
+            starts, [1] * 64, f"the attempts of 64 concurrently started steps, round {round_number}"
+        )
         await _gather_outcomes(
             [
                 store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, output_json=one, attempt=1)
@@ -177,7 +179,7 @@ async def concurrently_written_texts_round_trip_unchanged(context: CheckContext)
 async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) -> None:
     """Of 200 concurrent callers of one store, one caller or one owner wins each key."""
     store = context.store
-    for turn in range(context.profile.of(1, 3, 10)):
+    for round_number in range(context.profile.of(1, 3, 10)):
         run_id = await start(context)
         keys = [f"step {number % 5}" for number in range(200)]
         # Two of the five keys have owners that claim repeatedly.
@@ -190,20 +192,20 @@ async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) 
         for key in sorted(set(keys)):
             won = [n for n in range(200) if keys[n] == key and claims[n] is True]
             winners = {owners[n] for n in won}
-            what = f"the winners of {key!r}, claimed by 40 concurrent callers, round {turn}"
+            what = f"the winners of {key!r}, claimed by 40 concurrent callers, round {round_number}"
             context.expect(winners, {held.get(key)}, what)
             owner = held.get(key)
             callers = [n for n in range(200) if keys[n] == key and owners[n] == owner]
             context.expect(len(won), 1 if owner is None else len(callers), f"the number of {what[4:]}")
-            told = [dispatches[n] for n in range(200) if keys[n] == key]
-            context.expect(told.count(True), 1, f"the winners of 40 concurrent dispatches of {key!r}")
-            context.expect(told.count(False), 39, f"the losers of 40 concurrent dispatches of {key!r}")
+            results = [dispatches[n] for n in range(200) if keys[n] == key]
+            context.expect(results.count(True), 1, f"the winners of 40 concurrent dispatches of {key!r}")
+            context.expect(results.count(False), 39, f"the losers of 40 concurrent dispatches of {key!r}")
 
 
 @check("CON-1", "CON-2", kind=Kind.RACE)
 async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) -> None:
     """Each call in flight when the store closes either takes effect and says so, or has no effect."""
-    for turn in range(context.profile.of(3, 6, 20)):
+    for round_number in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
         closing = await second_store(context)
         if closing is context.store:
@@ -216,7 +218,7 @@ async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) 
             *(closing.record_step_start(run_id, f"{key} too", "t") for key in keys),
         ]
         tasks = [asyncio.ensure_future(call) for call in calls]
-        for _ in range(turn * 3):
+        for _ in range(round_number * 3):
             await asyncio.sleep(0)
         await closing.aclose()
         found = await _gather_outcomes(tasks)

@@ -64,7 +64,7 @@ async def configure_run_overwrites_and_keeps_created_at_and_latches(context: Che
     store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
-    elsewhere = await store.get_run_control(other)
+    other_control = await store.get_run_control(other)
     made = await get_control(context, run_id)
     flow_id = new_id(context)
     advance(context, SECOND)
@@ -84,7 +84,7 @@ async def configure_run_overwrites_and_keeps_created_at_and_latches(context: Che
     context.expect(
         await outcome_of(store.request_cancel(run_id)), False, "a second cancel after configure_run"
     )
-    context.expect(await store.get_run_control(other), elsewhere, "the control record of another run")
+    context.expect(await store.get_run_control(other), other_control, "the control record of another run")
 
 
 # CTL-2

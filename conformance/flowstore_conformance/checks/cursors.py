@@ -52,12 +52,12 @@ async def pages_start_after_a_position(context: CheckContext) -> None:
             wanted,
             f"the runs on pages of {take}, each after the last run of the previous page",
         )
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         for skip in (0, 1, 3):
             found = run_numbers(await store.get_runs(after=run.position, skip=skip, take=3))
-            context.expect(found, wanted[place + 1 + skip :][:3], f"after run {place}, skip={skip}, take=3")
+            context.expect(found, wanted[index + 1 + skip :][:3], f"after run {index}, skip={skip}, take=3")
         found = run_numbers(await store.get_runs(FLOW, after=run.position, take=1000))
-        context.expect(found, wanted[place + 1 :], f"the flow's runs after run {place}")
+        context.expect(found, wanted[index + 1 :], f"the flow's runs after run {index}")
 
 
 @check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
@@ -130,16 +130,16 @@ async def total_count_does_not_depend_on_the_position(context: CheckContext) -> 
                 every = await store.get_runs_page(flow_id, status=status, search=search)
                 total = len(every.runs)
                 context.expect(every.total_count, total, f"total_count without position: {what}")
-                for place in range(0, total, 2):
+                for index in range(0, total, 2):
                     for skip, take in ((0, 2), (1, 50), (0, 0)):
                         page = await store.get_runs_page(
                             flow_id,
                             status=status,
                             search=search,
-                            after=every.runs[place].position,
+                            after=every.runs[index].position,
                             skip=skip,
                             take=take,
                         )
-                        rest = every.runs[place + 1 + skip :][:take]
-                        context.expect(page.runs, rest, f"the page after run {place}, skip={skip}: {what}")
+                        rest = every.runs[index + 1 + skip :][:take]
+                        context.expect(page.runs, rest, f"the page after run {index}, skip={skip}: {what}")
                         context.expect(page.total_count, total, f"total_count of that page: {what}")

@@ -157,8 +157,8 @@ async def annotating_sets_only_job_id(context: CheckContext) -> None:
         found = single(await store.get_dispatches(run_id), "the annotated dispatch")
         kept = {"dispatched_at": dispatch.dispatched_at, "due_at": dispatch.due_at}
         expect_fields(context, found, "the annotated dispatch", job_id=job_id, **kept)
-    elsewhere = single(await store.get_dispatches(other), "the dispatch of another run")
-    context.expect(elsewhere.job_id, None, "the job_id of the same key in another run")
+    other_dispatch = single(await store.get_dispatches(other), "the dispatch of another run")
+    context.expect(other_dispatch.job_id, None, "the job_id of the same key in another run")
     step = await get_step(context, run_id)
     for record in (step, step.attempts[0]):
         context.expect(record.job_id, "of the attempt", "the job_id of the attempt")
@@ -173,12 +173,12 @@ async def compensation_never_removes_another_callers_claim(context: CheckContext
     """Of many calls for one key, most of them cancelled, the caller that got True holds it at the end."""
     stores = [context.store, await second_store(context)]
     run_id = await start(context)
-    for turn in range(context.profile.of(2, 4, 20)):
+    for round_number in range(context.profile.of(2, 4, 20)):
         for invoke, read in (
             ("try_claim_step", "get_claimed_step_keys"),
             ("try_record_dispatch", "get_dispatched_step_keys"),
         ):
-            keys = [f"{turn} {number:02}" for number in range(8)] * 4
+            keys = [f"{round_number} {number:02}" for number in range(8)] * 4
             context.random.shuffle(keys)
             tasks = [
                 asyncio.ensure_future(outcome_of(getattr(stores[number % 2], invoke)(run_id, key)))
@@ -197,10 +197,10 @@ async def compensation_never_removes_another_callers_claim(context: CheckContext
 
 async def _cancel_some(context: CheckContext, task: asyncio.Future[object]) -> None:
     """Cancel three of four calls at different iterations of the event loop, some before they begin."""
-    turns = context.random.choice((0, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
+    iterations = context.random.choice((0, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
     if context.random.random() < 0.25:
         return
-    for _ in range(turns):
+    for _ in range(iterations):
         await asyncio.sleep(0)
     task.cancel()
 

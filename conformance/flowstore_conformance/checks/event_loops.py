@@ -48,10 +48,10 @@ async def a_nested_event_loop_is_refused(context: CheckContext) -> None:
     }
     for name, call in calls.items():
         error = run_nested(_error_of(call))
-        told = "no error" if error is None else type(error).__name__
+        got = "no error" if error is None else type(error).__name__
         context.expect_that(
             type(error) is ConfigurationError,
-            f"{name} in another event loop of the thread: expected ConfigurationError, got {told}",
+            f"{name} in another event loop of the thread: expected ConfigurationError, got {got}",
         )
     assert_same(context, await observe(context, run_id), before, "calls in another event loop change nothing")
     context.expect(

@@ -58,18 +58,18 @@ async def idempotency_keys_are_compared_exactly(context: CheckContext) -> None:
     """Keys and triggers are opaque and case-sensitive: never folded, trimmed or normalised."""
     flow_id = new_id(context)
     store = context.store
-    for place in ("key", "trigger"):
+    for part in ("key", "trigger"):
         runs = {}
         # A few trigger keys suffice: case, blank, accent.
-        for text in SIMILAR_KEYS if place == "key" else SIMILAR_KEYS[:10:3]:
+        for text in SIMILAR_KEYS if part == "key" else SIMILAR_KEYS[:10:3]:
             run_id = runs[text] = new_id(context)
-            scope = ("manual", text) if place == "key" else (text, "key of a trigger")
+            scope = ("manual", text) if part == "key" else (text, "key of a trigger")
             answer = await outcome_of(store.try_register_idempotency_key(flow_id, *scope, run_id))
-            context.expect(answer, True, f"registering the {place} {text!r} beside similar ones")
+            context.expect(answer, True, f"registering the {part} {text!r} beside similar ones")
         for text, run_id in runs.items():
-            scope = ("manual", text) if place == "key" else (text, "key of a trigger")
+            scope = ("manual", text) if part == "key" else (text, "key of a trigger")
             found = await store.find_run_id_by_idempotency_key(flow_id, *scope)
-            context.expect(found, run_id, f"the run of the {place} {text!r}")
+            context.expect(found, run_id, f"the run of the {part} {text!r}")
 
 
 @example("IDM-2")

@@ -22,13 +22,13 @@ LEASE = timedelta(minutes=5)
 
 
 async def _expect_repeatable(
-    context: CheckContext, name: str, run_id: UUID, call: Call, answer: object
+    context: CheckContext, name: str, run_id: UUID, call: Call, wanted: object
 ) -> None:
     """Make a call, repeat it on this and on another store, and compare results and state."""
-    context.expect(await call(context.store), answer, f"the first {name}")
+    context.expect(await call(context.store), wanted, f"the first {name}")
     before = await observe(context, run_id)
     for store in (context.store, await second_store(context)):
-        context.expect(await call(store), answer, f"the repeated {name} with its token")
+        context.expect(await call(store), wanted, f"the repeated {name} with its token")
         after = await observe(context, run_id, store=store)
         assert_same(context, after, before, f"the repeated {name} with its token")
 
@@ -97,13 +97,13 @@ async def a_repeated_delivery_returns_the_first_result(context: CheckContext) ->
     run_id = await start(context)
     await context.store.register_waiter(run_id, "first", "approve")
     await context.store.register_waiter(run_id, "second", "approve")
-    answer = await context.store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1")
+    wanted = await context.store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1")
     await _expect_repeatable(
         context,
         "deliver_signal",
         run_id,
         lambda store: store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1"),
-        answer,
+        wanted,
     )
 
 
@@ -128,8 +128,10 @@ async def a_repeated_trigger_returns_its_run(context: CheckContext) -> None:
     context.expect(first.created, True, "created of the first trigger_run")
     before = await observe(context, run_id)
     for store in (context.store, await second_store(context)):
-        for said in (run_id, new_id(context)):
-            again = await store.trigger_run(flow_id, "orders", said, "manual", idempotency_key="order-1")
+        for requested_id in (run_id, new_id(context)):
+            again = await store.trigger_run(
+                flow_id, "orders", requested_id, "manual", idempotency_key="order-1"
+            )
             context.expect(again.run, first.run, "the run of a repeated trigger_run")
             context.expect(again.created, False, "created of a repeated trigger_run")
     assert_same(context, await observe(context, run_id), before, "a repeated trigger_run changes nothing")

@@ -110,10 +110,10 @@ async def reading_an_unknown_run_is_empty(context: CheckContext) -> None:
     await run_step(context, other, "a", StepStatus.FAILED)
     await store.register_waiter(other, "a", "go")
     before = await observe_all(context, unknown, other)
-    for operation, arguments, answer in (*_READS, *_NO_OPS):
+    for operation, arguments, wanted in (*_READS, *_NO_OPS):
         if _is_supported(context, operation):
-            said = await getattr(store, operation)(run_id=unknown, **arguments)
-            context.expect(said, answer, f"{operation} of an unknown run")
+            result = await getattr(store, operation)(run_id=unknown, **arguments)
+            context.expect(result, wanted, f"{operation} of an unknown run")
     context.expect(await store.get_derived_runs(unknown), (), "get_derived_runs of an unknown run")
     context.expect(await store.get_runs(new_id(context)), (), "get_runs of an unknown flow")
     after = await observe_all(context, unknown, other)

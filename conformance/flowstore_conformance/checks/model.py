@@ -144,15 +144,15 @@ class _LoopBridge:
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """From the thread: run a coroutine in the check's task and return its result or raise its error."""
-        answer: Future[T] = Future()
-        self._loop.call_soon_threadsafe(self._enqueue, make, answer)
-        return answer.result()
+        future: Future[T] = Future()
+        self._loop.call_soon_threadsafe(self._enqueue, make, future)
+        return future.result()
 
-    def _enqueue(self, make: Callable[[], Coroutine[Any, Any, Any]], answer: Future[Any]) -> None:
+    def _enqueue(self, make: Callable[[], Coroutine[Any, Any, Any]], future: Future[Any]) -> None:
         if self._closed:
-            answer.set_exception(_CheckEnded())
+            future.set_exception(_CheckEnded())
         else:
-            self._requests.put_nowait((make, answer))
+            self._requests.put_nowait((make, future))
 
     async def serve(self, work: asyncio.Future[None]) -> None:
         """In the check's task: await the thread's coroutines until its work is done."""
@@ -167,14 +167,14 @@ class _LoopBridge:
                 if (request := self._requests.get_nowait()) is not None:
                     request[1].set_exception(_CheckEnded())
 
-    async def _resolve(self, make: Callable[[], Coroutine[Any, Any, Any]], answer: Future[Any]) -> None:
+    async def _resolve(self, make: Callable[[], Coroutine[Any, Any, Any]], future: Future[Any]) -> None:
         try:
-            answer.set_result(await make())
+            future.set_result(await make())
         except Exception as error:  # noqa: BLE001 - raised in the thread
-            answer.set_exception(error)
+            future.set_exception(error)
         except BaseException:
             # The thread must not wait forever.
-            answer.set_exception(_CheckEnded())
+            future.set_exception(_CheckEnded())
             raise
 
 

@@ -88,10 +88,10 @@ async def a_page_defaults_to_fifty_runs_and_filters_by_flow(context: CheckContex
     found = {run.run_id for run in await store.get_runs(take=1000)}
     context.expect(found, set(mixed), "get_runs(take=1000)")
     context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs without take")
-    mine = await store.get_runs(other)
-    context.expect({run.run_id for run in mine}, set(mixed[:3]), "get_runs of one flow")
+    own_runs = await store.get_runs(other)
+    context.expect({run.run_id for run in own_runs}, set(mixed[:3]), "get_runs of one flow")
     paged = [run for skip in range(4) for run in await store.get_runs(other, skip=skip, take=1)]
-    context.expect(paged, mine, "pages of one flow's runs")
+    context.expect(paged, own_runs, "pages of one flow's runs")
 
 
 @check("QRY-1")

@@ -198,8 +198,8 @@ async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
     await store.record_step_start(run_id, "running", "http", owner="me")
     await store.try_record_dispatch(run_id, "no lease")
     await store.try_claim_step(run_id, "no lease", owner="me")
-    await store.try_claim_step(run_id, "nobody's")
-    await store.record_step_start(run_id, "nobody's", "http")
+    await store.try_claim_step(run_id, "ownerless")
+    await store.record_step_start(run_id, "ownerless", "http")
     claimed = _stalled(run_id, "claimed", StepStatus.PENDING, StallReason.LEASE_EXPIRED, expires)
     running = _stalled(run_id, "running", StepStatus.RUNNING, StallReason.LEASE_EXPIRED, expires + MINUTE)
     for as_of, wanted in (

@@ -154,11 +154,11 @@ async def a_deleted_run_id_starts_empty(context: CheckContext) -> None:
     await store.cleanup(now(context) + DAY)
     for one in (run_id, fresh):
         await start(context, run_id=one)
-    anew, other = await observe(context, run_id), await observe(context, fresh)
+    restarted, other = await observe(context, run_id), await observe(context, fresh)
     context.expect((await get_run(context, run_id)).steps, (), "the steps of a restarted run id")
-    for shown in (anew, other):
+    for shown in (restarted, other):
         del shown["get_run_detail"]
-    assert_same(context, anew, other, "a run restarted under a deleted id is empty")
+    assert_same(context, restarted, other, "a run restarted under a deleted id is empty")
     for key in ("skipped", "reset", "charge"):
         call = store.record_step_complete(run_id, key, StepStatus.SKIPPED)
         await context.expect_error(call, StepNotFoundError, f"completing the deleted step {key!r}")

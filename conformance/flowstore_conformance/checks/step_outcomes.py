@@ -86,8 +86,8 @@ async def repeating_an_outcome_is_a_no_op_and_changing_it_is_refused(context: Ch
             sentence = f"the repeated outcome {status} of attempt {attempt}"
             call = store.record_step_complete(run_id, status, status, attempt=attempt, **outcome)
             context.expect(await outcome_of(call), None, sentence)
-        another: dict[str, Any] = {"status": CLOSING_STATUSES[number - 1]}
-        for change in (*changes, another):
+        other_status: dict[str, Any] = {"status": CLOSING_STATUSES[number - 1]}
+        for change in (*changes, other_status):
             asked: dict[str, Any] = {"status": status, "attempt": 1, **outcome, **change}
             call = store.record_step_complete(run_id, status, **asked)
             sentence = f"a different outcome ({change}) of an attempt closed as {status}"
@@ -218,7 +218,7 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext
     store, run_id = context.store, await start(context)
     await store.record_skipped_step(run_id, "a", "http", "reason", owner="me")
     await store.record_skipped_step(run_id, "b", "http", owner="me")
-    await skip_steps(context, run_id, "nobody's")
+    await skip_steps(context, run_id, "ownerless")
     for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(context, run_id, status, status)
@@ -238,8 +238,8 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext
         ("a", "reason", "other"),
         ("a", "reason", None),
         ("b", "", "me"),
-        ("nobody's", "not needed", None),
-        ("nobody's", "not needed", "me"),
+        ("ownerless", "not needed", None),
+        ("ownerless", "not needed", "me"),
         ("like Succeeded", "reason", "me"),
         ("like Failed", "reason", "me"),
         *((status.value, None, owner) for status in TERMINAL_STEP_STATUSES for owner in (None, "other")),

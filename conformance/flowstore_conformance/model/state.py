@@ -1,8 +1,7 @@
-"""What the model remembers: frozen values in plain dicts, so that a copy is cheap and a state can be hashed.
+"""The state of the model: frozen values in plain dicts, cheap to copy and hashable.
 
-The model is the contract once more, written to be obviously right and nothing else: no input checks (core
-has done them), no concurrency, no storage. It is not the memory backend and shares no code with it, so
-that a mistake in one is not repeated in the other.
+The model states the contract a second time, as simply as possible: no argument checks (core does them), no
+concurrency, no storage. It shares no code with the memory backend, so that the two do not share mistakes.
 """
 
 from __future__ import annotations
