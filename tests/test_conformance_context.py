@@ -117,7 +117,7 @@ async def test_checks_that_share_a_namespace_start_as_if_alone() -> None:
         context.clock.now = NOW
         context.assertions += 1
 
-    checks = [replace(made_check("CLM-1", name, looks), shares=True) for name in ("one", "two")]
+    checks = [replace(made_check("CLM-1", name, looks), isolated=False) for name in ("one", "two")]
     exclusive = made_check("CLM-1", "three", looks)
     report = await run_suite("memory://", profile="quick", seed=3, checks=[*checks, exclusive])
     assert [one.assertions for one in report.results] == [1, 1, 1]
@@ -134,7 +134,9 @@ async def test_what_fails_among_others_counts_only_if_it_fails_alone() -> None:
         context.expect(await context.store.get_runs(), (), "all runs")
         await context.store.start_run(FLOW, "orders", RUN, "manual")
 
-    checks = [replace(made_check("CLM-1", name, disturbed), shares=True) for name in ("one", "two", "three")]
+    checks = [
+        replace(made_check("CLM-1", name, disturbed), isolated=False) for name in ("one", "two", "three")
+    ]
     report = await run_suite("memory://", profile="quick", checks=checks)
     assert [one.status for one in report.results] == [Status.PASS] * 3
     # The second was disturbed by the first and run alone; the third came to a new shared namespace.

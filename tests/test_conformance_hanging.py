@@ -172,7 +172,7 @@ async def test_a_hang_in_a_process_of_a_check_is_named_and_leaves_no_process(
     name: str, tmp_path: Path
 ) -> None:
     chosen = {one.name: one for one in all_checks()}
-    racing, killed = chosen["claims_by_processes"], chosen["what_returned_survives_a_kill"]
+    racing, killed = chosen["claims_by_processes"], chosen["acknowledged_writes_survive_a_kill"]
     report = await run(f"{name}-sqlite", racing, killed, url=f"/{tmp_path}/x.db", limit=12.0)
     for result in report.results:
         failure = hang_of(result)

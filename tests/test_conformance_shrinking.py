@@ -83,7 +83,7 @@ class ThirdStartMiscounted(SharedStore):
 
 async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     make_wrong(monkeypatch, LeaseTakesOver)
-    result = await run("programs_agree_with_the_model")
+    result = await run("call_sequences_agree_with_the_model")
     assert result.failure is not None
     assert result.failure.message == "try_claim_step: expected False, got True"
     program = result.failure.program
@@ -94,7 +94,9 @@ async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: py
     assert ("lease=" in last, "owner=" in last) == (True, True)
 
 
-@pytest.mark.parametrize("name", ["programs_agree_with_the_model", "machine_agrees_with_the_model"])
+@pytest.mark.parametrize(
+    "name", ["call_sequences_agree_with_the_model", "hypothesis_call_sequences_agree_with_the_model"]
+)
 async def test_a_smaller_program_keeps_to_the_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WaiterChangesNumbers, "met", False)
     make_wrong(monkeypatch, WaiterChangesNumbers)

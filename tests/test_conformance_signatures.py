@@ -151,7 +151,9 @@ async def test_an_exception_shows_the_frames_of_the_author_and_no_others() -> No
 
 async def test_an_exception_in_another_process_shows_them_too(tmp_path: Any) -> None:
     checks = [
-        one for one in select_checks() if one.name in ("claims_by_processes", "what_returned_survives_a_kill")
+        one
+        for one in select_checks()
+        if one.name in ("claims_by_processes", "acknowledged_writes_survive_a_kill")
     ]
     url = f"faulty-raises-sqlite:///{tmp_path}/x.db"
     report = await run_suite(url, profile="quick", seed=7, checks=checks, repeats=0)

@@ -58,7 +58,7 @@ async def test_the_suite_finds_a_store_that_belongs_to_a_thread(monkeypatch: pyt
 
 
 def _nested() -> Check:
-    name = "another_event_loop_in_the_same_thread_is_refused"
+    name = "a_nested_event_loop_is_refused"
     return next(check for check in all_checks() if check.name == name)
 
 

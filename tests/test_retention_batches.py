@@ -19,9 +19,9 @@ from tests.virtual_clock import VirtualClock
 
 PACKAGES = {"memory": "flowstore_memory", "sqlite": "flowstore_sqlite", "postgresql": "flowstore_postgres"}
 CHECKS = (
-    "more_runs_than_any_batch_go_in_one_cleanup",
-    "old_keys_and_controls_without_run_go",
-    "a_cancelled_cleanup_deleted_whole_runs",
+    "one_cleanup_deletes_more_runs_than_a_batch",
+    "old_keys_and_controls_without_run_are_deleted",
+    "a_cancelled_cleanup_deletes_whole_runs",
     "cleanups_by_stores",
     "cleanups_by_tasks",
 )

@@ -107,7 +107,7 @@ def _record_skipped_step(d: CallStrategy) -> Arguments:
 
 def _retry_step(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.status is not None)
-    steps = d.universe.model.peek(run_id).steps
+    steps = d.universe.model.get(run_id).steps
     reset = [each for each in d.universe.keys if steps.get(each, Step()).status == "Skipped"]
     if d.one_of(False, False, True):
         reset = [each for each in d.universe.keys if d.one_of(True, False)]
@@ -219,7 +219,7 @@ def _as_of(d: CallStrategy) -> Arguments:
 
 
 def _cleanup(d: CallStrategy) -> Arguments:
-    records = [d.universe.model.peek(run_id).record for run_id in d.universe.runs]
+    records = [d.universe.model.get(run_id).record for run_id in d.universe.runs]
     ends = [
         record.completed_at for record in records if record is not None and record.completed_at is not None
     ]

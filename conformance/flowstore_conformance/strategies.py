@@ -116,7 +116,7 @@ class CallStrategy:
         if not is_given:
             return None
         run_id = self.sampled_from(self.universe.runs)
-        record = self.universe.model.peek(run_id).record
+        record = self.universe.model.get(run_id).record
         started_at = self.now if record is None else record.started_at
         shifted = started_at + self.one_of(timedelta(0), timedelta(0), TICK, -TICK)
         return RunPosition(started_at=shifted, run_id=run_id)
@@ -127,7 +127,7 @@ class CallStrategy:
 
     def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
         """Mostly a run that satisfies ``wanted``."""
-        fitting = [run_id for run_id in self.universe.runs if wanted(self.universe.model.peek(run_id))]
+        fitting = [run_id for run_id in self.universe.runs if wanted(self.universe.model.get(run_id))]
         return self.sampled_from(fitting if fitting and self.often() else self.universe.runs)
 
     def step(
@@ -138,7 +138,7 @@ class CallStrategy:
         """Mostly a step that satisfies ``wanted``."""
         candidates = []
         for run_id in self.universe.runs:
-            run = self.universe.model.peek(run_id)
+            run = self.universe.model.get(run_id)
             if run.record is None or (running and run.record.status.is_terminal):
                 continue
             candidates += [(run_id, key) for key in self.universe.keys if wanted(run.steps.get(key, Step()))]
@@ -146,14 +146,14 @@ class CallStrategy:
             run_id, key = self.sampled_from(candidates)
         else:
             run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.universe.keys)
-        return run_id, key, self.universe.model.peek(run_id).steps.get(key, Step())
+        return run_id, key, self.universe.model.get(run_id).steps.get(key, Step())
 
     def waiting(self) -> tuple[UUID, str]:
         """Mostly a step with a waiter."""
         candidates = [
             (run_id, key)
             for run_id in self.universe.runs
-            for key in sorted(self.universe.model.peek(run_id).waiters)
+            for key in sorted(self.universe.model.get(run_id).waiters)
         ]
         if candidates and self.often():
             return self.sampled_from(candidates)

@@ -423,7 +423,7 @@ async def run_check(
     begun = time.monotonic()
     watchdog = watchdog or Watchdog(Limits.of(profile))
     outcome = None
-    if shared and check.shares:
+    if shared and not check.isolated:
         outcome = await _run_shared(check, profile, seed, shared, watchdog, url)
     if outcome is None:
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog)
