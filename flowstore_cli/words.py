@@ -56,7 +56,7 @@ def in_words(error: FlowStoreError) -> str:
     if isinstance(error, StaleAttemptError) and error.attempt is not None:
         return (
             f"attempt {error.last_attempt} is the last of step {error.step_key!r}, not attempt "
-            f"{error.attempt}; see what has changed with: flowstore runs show {error.run_id}"
+            f"{error.attempt}; see the changes with: flowstore runs show {error.run_id}"
         )
     if isinstance(error, NotSupportedError):
         return (
