@@ -74,7 +74,9 @@ def main() -> int:
             check=True,
         )
         subprocess.run([python, "-m", "pip", "check"], check=True)
-        return subprocess.run([python, "-m", "pytest", *TESTS], cwd=ROOT, check=False).returncode
+        return subprocess.run(
+            [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *TESTS], cwd=ROOT, check=False
+        ).returncode
 
 
 if __name__ == "__main__":

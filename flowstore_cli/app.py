@@ -1,4 +1,4 @@
-"""The command's groups, and the seam where every error becomes a line and an exit code."""
+"""The application: its command groups, and the mapping of every error to one line and an exit code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEBUG_VARIABLE = "FLOWSTORE_DEBUG"
 
 WITHOUT_URL = ("backends", "conformance")
 
-# typer brings click under one name or the other, depending on its version; its root class is this.
+# typer bundles click under one of two names, depending on its version; this is the base class of its errors.
 UsageProblem: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
@@ -68,20 +68,20 @@ def _say_version(wanted: bool) -> None:
 @app.callback(
     invoke_without_command=True,
     help=(
-        "Stores for workflow runs: look into one, and see one at work.\n\n"
+        "Inspect, maintain and try out stores of workflow runs.\n\n"
         "The store is the one that --url names, else FLOWSTORE_URL, else key url of flowstore.toml or "
         "[tool.flowstore] of pyproject.toml, else sqlite:///flowstore.db.\n\n\b\n"
         "  flowstore replay --kill 2      run a workflow, kill two workers, and check\n"
-        "  flowstore runs list            what is in the store\n"
-        "  flowstore doctor               what is wrong with it, and what to do\n"
-        "  flowstore backends             what stores there are\n\n\b\n" + EXIT_CODES
+        "  flowstore runs list            list the runs in the store\n"
+        "  flowstore doctor               find its problems and their remedies\n"
+        "  flowstore backends             list the available backends\n\n\b\n" + EXIT_CODES
     ),
 )
 def flowstore(
     context: typer.Context,
     url: RootUrl = None,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version.")
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -92,8 +92,8 @@ def flowstore(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code; nothing but a signal ever escapes."""
-    # A library's warnings, without a traceback's worth of decoration.
+    """Run the command and return its exit code. Raises no exception."""
+    # Warnings of libraries, as one line each.
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     command = typer.main.get_command(app)
     try:
@@ -102,24 +102,24 @@ def run(arguments: Sequence[str]) -> int:
             # A warning would appear in the command line that the user is typing.
             logging.disable()
             command(prog_name="flowstore")
-        # Not by calling the app, which handles a broken pipe and an interrupt in its own way.
+        # Calling the app instead would leave broken pipes and interrupts to typer.
         with command.make_context("flowstore", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as leaving:
         return leaving.exit_code
     except SystemExit as leaving:
-        # How typer ends after all that concerns completion.
+        # typer exits this way after completion.
         return leaving.code if isinstance(leaving.code, int) else SUCCESS
     except UsageProblem as error:
         place = getattr(error, "ctx", None)
         name = place.command_path if place else "flowstore"
-        return complain(f"{error.format_message()} ({name} --help tells more)", USAGE)  # type: ignore[attr-defined]
+        return complain(f"{error.format_message()} (see {name} --help)", USAGE)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - the last place where it can still be told in a line
+    except Exception as error:  # noqa: BLE001 - reported as one line
         if explained := explain(error):
             return complain(*explained, getattr(error, "details", ()))
-        # Never its text: nobody knows what it holds.
+        # Omits the exception's text, which may hold secrets.
         if os.environ.get(DEBUG_VARIABLE):
             sys.stderr.write("".join(_frames(error)))
         text = clean(type(error).__name__)
@@ -128,7 +128,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _frames(error: BaseException) -> Iterator[str]:
-    """A traceback with the names of the exceptions and without their texts."""
+    """The lines of a traceback, with the classes of the exceptions and without their texts."""
     chained = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if chained is not None:
         yield from _frames(chained)

@@ -1,4 +1,4 @@
-"""``flowstore backends``: which stores can be opened here, and what each of them offers."""
+"""``flowstore backends``: the installed backends, their capabilities and their problems."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FACTS = frozenset({Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """One line of the list; the keys of --json."""
+    """One row of the list. The fields are the keys of --json."""
 
     name: str
     schemes: list[str]
@@ -48,26 +48,25 @@ class Listed:
 
 
 def backends(as_json: AsJson = False) -> None:
-    """List the backends, and what is wrong with any.
+    """List the backends and their problems.
 
-    A backend comes from any installed package with an entry point in group "flowstore", a wrapper, such
-    as otel for spans and metrics, from one in group "flowstore_wrappers". A backend's level is
-    "crash-safe" when an engine can recover from crashes on it, "full" when it offers everything but
-    facts such as durability.
+    Any installed package with an entry point in group "flowstore" provides backends; one in group
+    "flowstore_wrappers" provides a wrapper, such as otel for spans and metrics. A backend's level is
+    "crash-safe" when an engine can recover from crashes on it, "full" when it has every operation.
 
     \b
       flowstore backends
       flowstore backends --json
 
-    A package whose entry points cannot be read is listed as unreadable, whatever it is for: a backend
-    that it brings is not found.
+    A package whose entry points cannot be read is listed as unreadable: a backend that it provides is
+    not found.
 
     JSON: a list of objects with name, schemes, distribution, status (installed, driver missing,
     conflict, broken or unreadable), problem, remedy, level, capabilities, options.
     """
     plugins = load_plugins()
     claims = _list_claims(plugins)
-    # Wrappers bring no backend; a broken one keeps every store from opening.
+    # Wrappers provide no backend; a broken one prevents every store from opening.
     found = [entry for plugin in (*plugins, *load_wrappers()) for entry in _list(plugin, claims)]
     broken = {entry.name for entry in found if entry.status == BROKEN}
     found += [_list_unreadable(one) for one in list_broken_distributions() if one.name not in broken]
@@ -102,7 +101,7 @@ def backends(as_json: AsJson = False) -> None:
 
 
 def _list_claims(plugins: Sequence[Plugin]) -> dict[str, list[str]]:
-    """For each scheme the plugins that say they serve it; opening a URL imports only one of them."""
+    """The plugins that claim each scheme; opening a URL imports only one of them."""
     claims: dict[str, list[str]] = {}
     for plugin in plugins:
         for scheme in sorted({scheme for backend in plugin.backends for scheme in backend.schemes}):
@@ -145,7 +144,7 @@ def _list_unreadable(distribution: BrokenDistribution) -> Listed:
 
 
 def _list_wrapper(plugin: Plugin) -> Listed:
-    """A plugin that wraps every store, unless a module that it names in ``drivers`` is missing."""
+    """The row of a plugin that wraps every store, unless a module in its ``drivers`` is missing."""
     missing = [name for name in drivers(sys.modules.get(plugin.module)) if not _is_installed(name)]
     error = missing_driver(plugin, ModuleNotFoundError(name=missing[0])) if missing else None
     return Listed(
@@ -186,7 +185,7 @@ def _list_backend(plugin: Plugin, backend: Backend, claims: Mapping[str, Sequenc
 
 
 def level(capabilities: frozenset[Capability]) -> str:
-    """How much of the contract a backend offers, in a word."""
+    """The level of the contract that a backend declares."""
     if capabilities >= frozenset(Capability) - FACTS:
         return "full"
     return "crash-safe" if capabilities >= CRASH_SAFE else "base"

@@ -1,4 +1,4 @@
-"""What a shell offers for the word at the cursor. Opens an existing store only, and changes nothing.
+"""Shell completions of the word at the cursor. They open existing stores only, and change nothing.
 
 On any trouble, such as a store that is away, nothing is offered: an error would land in the command line.
 """
@@ -19,35 +19,35 @@ from flowstore_cli.stores import existing_store
 from flowstore_core import FlowRunRecord, FlowStoreError, RunStatus
 
 TIMEOUT = 2.0
-"""Seconds after which nothing is offered: somebody is waiting at the prompt."""
+"""Seconds after which completion offers nothing, because the user waits at the prompt."""
 RUNS = 50
-"""Newest runs that are offered."""
+"""Maximum number of runs offered, the newest first."""
 NAMED = 200
-"""Newest runs whose flows are offered."""
+"""Number of newest runs whose flows are offered."""
 LONGEST_NAME = 40
-"""Characters of a flow's name that are shown next to a run."""
+"""Maximum length of a flow's name beside a run."""
 VARIABLE = "_FLOWSTORE_COMPLETE"
-"""Set by the shell where it asks for completions."""
+"""The environment variable that the shell sets when it requests completions."""
 
 Offers = list[tuple[str, str]]
 
 
 def complete_run_status(incomplete: str) -> list[str]:
-    """The statuses, in lower case where the word is."""
+    """The run statuses, in lower case if the word is in lower case."""
     statuses = [status.lower() if incomplete.islower() else status.value for status in RunStatus]
     return [status for status in statuses if status.startswith(incomplete)]
 
 
 def complete_run(context: typer.Context, incomplete: str) -> Offers:
-    """Short ids of the newest runs, or whole ids where the word begins one."""
+    """Short ids of the newest runs, or whole ids that begin with the word."""
     now = datetime.now(UTC)
     offers: Offers = []
     for run in _newest_runs(context, RUNS):
         age = max((now - run.started_at).total_seconds(), 0.0)
-        told = f"{run.status}, {span(age)} ago, {clean(run.flow_name)[:LONGEST_NAME]}"
+        description = f"{run.status}, {span(age)} ago, {clean(run.flow_name)[:LONGEST_NAME]}"
         for text in (run.run_id.hex[-SHORT_ID:], str(run.run_id)):
             if text.startswith(incomplete.lower()):
-                offers.append((text, told))
+                offers.append((text, description))
                 break
     return offers
 
@@ -57,7 +57,7 @@ def complete_flow(context: typer.Context, incomplete: str) -> Offers:
     flows = {clean(run.flow_name): str(run.flow_id) for run in _newest_runs(context, NAMED)}
     offers = [(name, flow_id) for name, flow_id in flows.items() if name.startswith(incomplete)]
     if os.environ.get(VARIABLE) == "complete_bash":
-        # The other shells quote by themselves.
+        # Other shells quote completions themselves.
         offers = [(re.sub(r"([^\w@%+=,./-])", r"\\\1", name), flow_id) for name, flow_id in offers]
     return offers
 

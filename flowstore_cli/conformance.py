@@ -1,4 +1,4 @@
-"""``flowstore conformance``: check whether a backend keeps the contract, and write reports."""
+"""``flowstore conformance``: check a backend against the contract, and write reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flowstore_core import ConfigurationError, StoreUnavailableError
 from flowstore_core.urls import redact
 
 if TYPE_CHECKING:
-    # The command imports these at run time, so that other commands work without the extra.
+    # The command imports these itself, so that the other commands work without the extra.
     from flowstore_conformance import CheckResult, Report
     from flowstore_conformance.checks.registry import Check
 
@@ -41,7 +41,7 @@ TICK = 0.2
 """Seconds between two updates of the progress line."""
 
 THREAD_SECONDS = 2.0
-"""Seconds in which threads must end after the run."""
+"""Seconds that threads may take to end after the run."""
 
 NARROWEST, WIDEST = 60, 120
 """Minimum and maximum width of the printed report, in columns."""
@@ -50,11 +50,11 @@ NARROWEST, WIDEST = 60, 120
 def conformance(
     url: Annotated[str, typer.Argument(metavar="URL", help="A store of the backend to check.")],
     profile: Annotated[
-        str, typer.Option(metavar="PROFILE", help="How much work: quick, standard or thorough.")
+        str, typer.Option(metavar="PROFILE", help="Amount of work: quick, standard or thorough.")
     ] = "standard",
     clause: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Check this clause only; may be given again.", show_default=False),
+        typer.Option(metavar="ID", help="Check only this clause; repeatable.", show_default=False),
     ] = None,
     check: Annotated[
         list[str] | None,
@@ -65,7 +65,7 @@ def conformance(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Repeat the run that had this seed.", show_default=False)
+        int | None, typer.Option(metavar="N", help="Repeat the run with this seed.", show_default=False)
     ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False)
@@ -90,9 +90,7 @@ def conformance(
     programs: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR",
-            help="Write the programs that reproduce failures to this folder.",
-            show_default=False,
+            metavar="DIR", help="Write the programs that reproduce failures as files.", show_default=False
         ),
     ] = None,
     waivers: Annotated[
@@ -103,15 +101,15 @@ def conformance(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="How long a check may take; a call may take half of that (default: 30 s).",
+            help="Time limit of a check; a call may take half of it (default: 30 s).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
-    Works only in scratch namespaces that the backend creates beside the store of URL, and drops them. The
-    data of URL itself is not touched, and a namespace that is not empty is refused.
+    Works only in scratch namespaces that the backend creates beside the store, and drops them. The data
+    of the store itself is not touched, and a namespace that is not empty is refused.
 
     \b
       flowstore conformance sqlite:///flows.db --profile quick
@@ -120,12 +118,12 @@ def conformance(
 
     \b
     Exit codes of this command:
-    0  it conforms: no check failed or stayed inconclusive, and no waiver has a problem
-    1  it violates the contract, or the suite could not decide
-    2  the suite could not run: wrong usage, a namespace that it refuses, or a store that
-       is unavailable (for which other commands have 3)
+    0  it conforms: no check failed or stayed inconclusive, and every waiver is valid
+    1  it violates the contract, or conformance was not shown
+    2  the suite could not run: wrong usage, a refused namespace, or a store that
+       is unavailable (for which other commands exit with 3)
     4  it conforms, but the report or a file cannot be written
-    130  interrupted: the report of the checks that ran is written, marked as incomplete
+    130  interrupted: the report of the completed checks is written, marked as incomplete
     """
     try:
         import flowstore_conformance as suite
@@ -146,11 +144,11 @@ def conformance(
     )
     wanted = [(path, render) for path, render in forms if path is not None]
     for path, _ in wanted:
-        # Checked before the run, which may take minutes.
+        # Fail before the run, which may take minutes.
         if not path.parent.is_dir():
-            raise Failure(f"there is no folder for {path}; make it first", USAGE)
+            raise Failure(f"the folder of {path} does not exist; create it first", USAGE)
     known = suite.read_waivers(waivers) if waivers is not None else ()
-    _say(f"checking {redact(url)}, only in scratch namespaces beside it: its own data is not touched")
+    _say(f"checking {redact(url)}, only in scratch namespaces beside it; its own data is not touched")
     progress = Progress(live=sys.stderr.isatty())
 
     async def run_checks() -> Report:
@@ -210,7 +208,7 @@ def conformance(
 
 @contextlib.asynccontextmanager
 async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the command without a report."""
+    """Set an event on the first Ctrl-C or SIGTERM; a second one ends the command without a report."""
     loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
     assert task is not None
 
@@ -218,9 +216,7 @@ async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
         if stop.is_set():
             task.cancel()
         else:
-            _say(
-                "interrupted: dropping the scratch namespaces, then writing the report of the checks that ran"
-            )
+            _say("interrupted: dropping the scratch namespaces, then reporting the completed checks")
             stop.set()
 
     for number in SIGNALS:
@@ -233,7 +229,7 @@ async def stopped_by_signals() -> AsyncIterator[asyncio.Event]:
 
 
 def leave_threads(before: Collection[threading.Thread], code: int, message: str = "") -> None:
-    """Exit the process if a thread of the backend hangs; the interpreter would wait for it forever."""
+    """End the process if a thread of the backend hangs; the interpreter would wait for it forever."""
     until = time.monotonic() + THREAD_SECONDS
     for one in set(threading.enumerate()).difference(before):
         one.join(max(until - time.monotonic(), 0.0))
@@ -246,7 +242,7 @@ def leave_threads(before: Collection[threading.Thread], code: int, message: str 
 
 
 class Progress:
-    """Progress on stderr: one updated line on a terminal, otherwise a line for each check."""
+    """Progress on stderr: one line that is updated on a terminal, else one line per check."""
 
     def __init__(self, *, live: bool) -> None:
         self._live = live
@@ -256,7 +252,7 @@ class Progress:
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
-        """Update the progress line while checks run, and remove it at the end."""
+        """Update the progress line while checks run, and clear it at the end."""
         if not self._live:
             yield
             return

@@ -1,4 +1,4 @@
-"""``flowstore doctor``: what is wrong with a store, what it means, and what to do about it."""
+"""``flowstore doctor``: the problems of a store, their meaning and their remedies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.
 
 @dataclass(slots=True)
 class Report:
-    """All that one look has found."""
+    """The result of one examination."""
 
     backend: str
     store: str
@@ -45,7 +45,7 @@ class Report:
     running: int = 0
     looked_at: int = 0
     is_open: bool = False
-    """Whether the store could be opened, so that its runs were looked at as well."""
+    """Whether the store was opened, so that its runs were examined too."""
 
     @property
     def is_well(self) -> bool:
@@ -57,28 +57,31 @@ def doctor(
         str | None, typer.Argument(metavar="URL", help="The store, as with --url.", show_default=False)
     ] = None,
     url: Url = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Do what is safe about it, after asking.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Apply the safe fixes, after asking.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="With --fix: do not ask.")] = False,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Look at every page and row, however long that takes.")
+        bool, typer.Option("--thorough", help="Check every page and row, however long that takes.")
     ] = False,
     grace: Annotated[
-        str, typer.Option(metavar="AGE", help="How long work may stand still before that counts.")
+        str, typer.Option(metavar="AGE", help="How long work may stall before it is reported.")
     ] = "5m",
     most: Annotated[
-        int, typer.Option("--runs", min=1, max=100_000, help="Running runs to look into, the oldest first.")
+        int,
+        typer.Option(
+            "--runs", min=1, max=100_000, help="Number of Running runs to examine, the oldest first."
+        ),
     ] = 1000,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is wrong with a store, what it means, and what to do.
+    """Diagnose a store: each problem, its meaning and its remedy.
 
-    Looks for work that stands still (expired leases, lost dispatches, runs with nothing in flight or past
+    Finds stalled work (expired leases, lost dispatches, runs with nothing in flight or past
     their deadline), rows that belong to no run, counters that differ from the runs, settings of the server
-    or the file that can lose data, clocks that differ, and a schema that is not this version's. It changes
+    or the file that can lose data, clocks that differ, and a schema of another version. It changes
     nothing, and takes a few seconds however large the store is.
 
     With --fix it deletes the rows that belong to no run, corrects the counters and sets the mode of SQLite
-    files to 0600, then looks again. It never touches a run, nor the settings of a server.
+    files to 0600, then checks again. It never changes a run or the settings of a server.
 
     \b
       flowstore doctor
@@ -88,21 +91,21 @@ def doctor(
 
     \b
     Exit codes of this command:
-    0  nothing found, or notes only
+    0  no findings, or notes only
     1  there are warnings or errors
-    2  it could not look: wrong usage, no store there, or one that is unavailable
-       (for which other commands have 3)
+    2  the checks could not run: wrong usage, no store, or one that is unavailable
+       (for which other commands exit with 3)
 
     JSON: store, backend, findings (a list of objects with code, severity, summary, meaning, remedy, count,
-    examples, fix, blocks), fixed (what --fix did), running_runs, looked_at (runs), opened.
+    examples, fix, blocks), fixed (the actions of --fix), running_runs, looked_at (examined runs), opened.
     """
     if place is not None and url is not None:
-        raise Failure("name the store once: as the argument or with --url", USAGE)
+        raise Failure("the store is given twice; use either the argument or --url", USAGE)
     url = url if place is None else place
     length = parse_duration(grace, "--grace")
     before(datetime.now(UTC), length, "--grace")
     if yes and not fix:
-        raise Failure("--yes goes with --fix", USAGE)
+        raise Failure("--yes requires --fix", USAGE)
     report = _look(url, thorough, length, most)
     fixed: Sequence[str] = ()
     wanted = [finding for finding in report.findings if finding.fix is not None]
@@ -137,7 +140,7 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int
     report = Report(backend.name, whereabouts(config))
     if isinstance(backend, Diagnosable):
         try:
-            # Before anything else: the store is as its users left it.
+            # Before opening the store, which would change its files.
             report.findings += await backend.diagnose(config, thorough=thorough)
         except ModuleNotFoundError as error:
             raise missing_driver(plugin, error) from error
@@ -153,7 +156,7 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int
     except FlowStoreError:
         if report.is_well:
             raise
-        # What was found is the reason, or worth knowing all the same.
+        # The findings so far may explain the error.
         return report
     report.findings += found.findings
     report.running, report.looked_at, report.is_open = found.running, found.looked_at, True
@@ -170,8 +173,8 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
             Diagnostic(
                 code="schema-behind",
                 severity=Severity.WARNING,
-                summary=f"the schema has version {version}, this flowstore works on {latest}",
-                meaning="A store with migrate=False refuses to open. The runs were not looked at.",
+                summary=f"the schema has version {version}, this flowstore supports {latest}",
+                meaning="A store with migrate=False refuses to open. The runs were not examined.",
                 remedy="flowstore migrate up",
                 prevents_open=True,
             )
@@ -186,8 +189,8 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
             Diagnostic(
                 code="schema-ahead",
                 severity=Severity.ERROR,
-                summary=f"the schema has version {version}, this flowstore knows {latest}",
-                meaning="A newer flowstore has changed it so that this one cannot work on it.",
+                summary=f"the schema has version {version}, this flowstore supports {latest}",
+                meaning="A newer flowstore has changed it, and this one does not support the change.",
                 remedy="pip install --upgrade flowstore",
                 prevents_open=True,
             )
@@ -196,8 +199,8 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
         Diagnostic(
             code="schema-newer",
             severity=Severity.NOTE,
-            summary=f"the schema has version {version}, this flowstore knows {latest}",
-            meaning="A newer flowstore uses the store as well. This one can still work on it.",
+            summary=f"the schema has version {version}, this flowstore supports {latest}",
+            meaning="A newer flowstore uses the store too. This one still supports it.",
             remedy="pip install --upgrade flowstore",
         )
     ]
@@ -210,7 +213,7 @@ async def _fix(url: str | None, findings: Sequence[Diagnostic]) -> Sequence[str]
 
 def _agrees(wanted: Sequence[Diagnostic], as_json: bool) -> bool:
     if as_json or not sys.stdin.isatty():
-        raise Failure("--fix asks first; where nobody can answer, give --yes too", USAGE)
+        raise Failure("--fix asks for confirmation, which needs a terminal; use --yes to skip it", USAGE)
     for finding in wanted:
         sys.stderr.write(f"will {clean(finding.fix or '')}\n")
     return typer.confirm("go on?", err=True)
@@ -241,7 +244,7 @@ def _print(report: Report, fixed: Sequence[str], url: str | None, *, fix: bool) 
         if finding.examples:
             facts.append(("  as", cell(", ".join(finding.examples))))
         print_form(console, facts)
-        # Not folded, so that a command can be copied.
+        # On one line, so that a command can be copied.
         console.print(
             cell("  do     ", "dim").append_text(cell(_complete(finding.remedy, url))), soft_wrap=True
         )
@@ -251,7 +254,7 @@ def _print(report: Report, fixed: Sequence[str], url: str | None, *, fix: bool) 
 
 
 def _complete(remedy: str, url: str | None) -> str:
-    """A remedy that ends with a command of our own, for the store that the user named."""
+    """A remedy; if it ends with a flowstore command, that command gets the user's URL."""
     return with_url(remedy, url) if re.search("(^|: )flowstore ", remedy) else remedy
 
 
@@ -261,10 +264,10 @@ def _print_sum(report: Report, url: str | None, *, fix: bool) -> None:
         for severity in reversed(SEVERITIES)
         if (number := sum(finding.severity is severity for finding in report.findings))
     ]
-    say(f"{', '.join(numbers) if numbers else 'nothing found'}: {report.store}")
+    say(f"{', '.join(numbers) if numbers else 'no findings'}: {report.store}")
     if not report.is_open:
-        say("the store was not opened, so its runs were not looked at")
+        say("the store was not opened, so its runs were not examined")
     elif report.looked_at < report.running:
-        say(f"looked into {report.looked_at:,} of {report.running:,} Running runs, the oldest (--runs)")
+        say(f"examined the oldest {report.looked_at:,} of {report.running:,} Running runs (--runs)")
     if not fix and any(finding.fix for finding in report.findings):
-        say(_complete("some of it can be fixed: flowstore doctor --fix", url))
+        say(_complete("some findings can be fixed: flowstore doctor --fix", url))

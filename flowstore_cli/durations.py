@@ -1,4 +1,4 @@
-"""Lengths of time and moments, the way people type them."""
+"""Parsers of durations and points in time on the command line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 
 def parse_duration(text: str, option: str) -> timedelta:
-    """``30d``, ``12h``, ``1h30m``: a number and one of s, m, h, d, w, once or more."""
+    """Parse ``30d``, ``12h`` or ``1h30m``: one or more numbers, each with a unit of s, m, h, d or w."""
     if not re.fullmatch(r"(\d{1,9}[smhdw])+", text.strip().lower()):
-        raise Failure(f"{option} must be a length of time such as 30d, 12h or 1h30m, not {text!r}", USAGE)
+        raise Failure(f"{option} must be a duration such as 30d, 12h or 1h30m, not {text!r}", USAGE)
     parts = re.findall(r"(\d+)([smhdw])", text.strip().lower())
     try:
         return sum((timedelta(**{_UNITS[unit]: int(number)}) for number, unit in parts), timedelta())
@@ -22,15 +22,14 @@ def parse_duration(text: str, option: str) -> timedelta:
 
 
 def parse_moment(text: str, option: str, now: datetime) -> datetime:
-    """A moment in ISO 8601 (UTC where it names no zone), or a length of time before now."""
+    """Parse a time in ISO 8601 (UTC without a zone), or a duration before now."""
     if re.fullmatch(r"(\d+[smhdw])+", text.strip().lower()):
         return before(now, parse_duration(text, option), option)
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         raise Failure(
-            f"{option} must be a moment such as 2025-06-01T12:00, or a length of time such as 24h, "
-            f"not {text!r}",
+            f"{option} must be a time such as 2025-06-01T12:00, or a duration such as 24h, not {text!r}",
             USAGE,
         ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

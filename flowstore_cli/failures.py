@@ -1,4 +1,4 @@
-"""Exit codes, and every error as one clear line that ends with what to do."""
+"""Exit codes, and the error messages of the command line: one line that ends with a remedy."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MISUSES = (
 
 SUCCESS = 0
 NO = 1
-"""The answer is no: not found, a conflict, a check that failed."""
+"""A negative result: not found, a conflict, a failed check."""
 USAGE = 2
 UNAVAILABLE = 3
 UNWRITTEN = 4
-"""The command has done its work, but its output cannot be written."""
+"""The work is done, but the output cannot be written."""
 INTERRUPTED = 130
 
 EXIT_CODES = """\
@@ -38,8 +38,8 @@ Exit codes: 0 success; 1 the answer is no, a check failed, or not found;
 4 the work is done, but the output cannot be written; 130 interrupted."""
 
 
-class Failure(Exception):  # noqa: N818 - the command's own way to end with a line and a code
-    """Ends the command with one line on stderr, lines of details below it, and an exit code."""
+class Failure(Exception):  # noqa: N818 - ends the command, not a defect
+    """Ends the command with one line on stderr, indented details, and an exit code."""
 
     def __init__(self, message: str, code: int = NO, details: Sequence[str] = ()) -> None:
         self.code = code
@@ -48,13 +48,13 @@ class Failure(Exception):  # noqa: N818 - the command's own way to end with a li
 
 
 def explain_unavailable(error: StoreUnavailableError) -> str:
-    """The error with a next step, unless its message ends with one, which follows a semicolon."""
+    """The error's message; appends a next step unless it has one, after a semicolon."""
     text = in_words(error)
     return text if "; " in text else f"{text}; check that the server runs and that the URL is right"
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
-    """The line and the exit code for an error; None for one that nobody expects."""
+    """The line and the exit code for an error; None for an unexpected one."""
     if isinstance(error, Failure):
         return str(error), error.code
     if isinstance(error, StoreUnavailableError):

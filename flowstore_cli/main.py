@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with guarded_streams() as output:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
-        # A reader that closes the pipe has read enough.
+        # A reader that closes the pipe is no error.
         if output is None or output.error is None or isinstance(output.error, ConnectionError):
             return code
         from flowstore_cli.failures import UNWRITTEN

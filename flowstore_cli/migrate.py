@@ -23,17 +23,17 @@ from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 
 app = new_group(
-    "Bring a store's schema up to date, or look at it.\n\n"
-    "Of the other commands only replay migrates, and says so; an application does when it opens the "
-    "store, unless it opens it with migrate=False."
+    "Migrate a store's schema, or show its state.\n\n"
+    "Of the other commands only replay migrates, and reports it. An application migrates when it opens "
+    "the store, unless it passes migrate=False."
 )
 
 
 @app.command()
 def up(url: Url = None, as_json: AsJson = False) -> None:
-    """Apply the migrations that are missing.
+    """Apply missing migrations.
 
-    Makes the schema, or the file, if need be. Safe to run at any time and from many places at once.
+    Creates the schema or the file if necessary. Safe to run at any time, also concurrently.
 
     \b
       flowstore migrate up
@@ -56,9 +56,9 @@ def up(url: Url = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def status(url: Url = None, as_json: AsJson = False) -> None:
-    """Say which migrations are missing.
+    """List missing migrations.
 
-    Exit code 1 if any are.
+    Exit code 1 if there are any.
 
     \b
       flowstore migrate status && start-the-workers
@@ -82,7 +82,7 @@ def status(url: Url = None, as_json: AsJson = False) -> None:
         if pending:
             say("apply with: flowstore migrate up")
         if version > latest:
-            say("the schema is newer than this flowstore knows")
+            say("the schema is newer than this flowstore supports")
     raise typer.Exit(NO if pending else SUCCESS)
 
 
@@ -94,7 +94,7 @@ def sql(
 ) -> None:
     """Print the migrations' SQL, as scripts that apply and record them.
 
-    For reading, or for running with psql or sqlite3; nothing is opened.
+    Review them, or run them with psql or sqlite3. No store is opened.
 
     \b
       flowstore migrate sql --url postgresql://host/db

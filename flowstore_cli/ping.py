@@ -1,4 +1,4 @@
-"""``flowstore ping``: whether a store answers, how fast, and what it is."""
+"""``flowstore ping``: the response time of a store, and what it is."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from flowstore_core.open import resolve_store
 
 def ping(
     url: Url = None,
-    times: Annotated[int, typer.Option("--times", "-n", min=1, max=1000, help="How often to ask.")] = 5,
+    times: Annotated[int, typer.Option("--times", "-n", min=1, max=1000, help="Number of requests.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the store is and how fast it answers.
+    """Show what the store is and how fast it responds.
 
-    Exit code 3 if it does not answer.
+    Exit code 3 if it does not respond.
 
     \b
       flowstore ping
       flowstore ping --url postgresql://user@host/db --json
 
     JSON: backend, url (without secrets), distribution, version, schema_version, python, drivers,
-    level, capabilities, details (what the backend says of it, such as how it searches), round_trip_ms
+    level, capabilities, details (further facts from the backend, such as its search index), round_trip_ms
     (min, median, max).
     """
     facts = run(_ping(url, times))

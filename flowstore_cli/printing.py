@@ -1,4 +1,4 @@
-"""What the command writes: text that is safe to show, tables that fit, JSON for scripts."""
+"""Output: text that is safe for a terminal, tables that fit its width, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ STATUS_STYLES = {
 }
 
 UNLIMITED = 2**31
-"""Columns of a console that is not a terminal."""
+"""Width of a console that is not a terminal."""
 GAP = "  "
 NARROWEST = 8
-"""Columns that a table's column keeps when it is cut."""
+"""Minimum width of a table column that is cut."""
 LONGEST_EXCERPT = 200
 SHORT_ID = 8
 """Digits of a short run id."""
@@ -42,14 +42,14 @@ def on_terminal() -> bool:
 def new_console() -> Console:
     """A console on stdout.
 
-    Colours only on a terminal, and none where NO_COLOR is set. Without a terminal no line is folded or cut.
+    Uses colours only on a terminal without NO_COLOR. Without a terminal no line is folded or cut.
     """
     width = None if on_terminal() else UNLIMITED
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def complain(message: str, code: int, details: Iterable[str] = ()) -> int:
-    """One line on stderr, and an indented line for each detail; returns the code."""
+    """Write one line to stderr and an indented line for each detail; return the code."""
     sys.stderr.write(f"flowstore: {clean(' '.join(message.split()))}\n")
     for line in details:
         sys.stderr.write(f"  {clean(line)}\n")
@@ -57,28 +57,28 @@ def complain(message: str, code: int, details: Iterable[str] = ()) -> int:
 
 
 def clean(text: str) -> str:
-    """Text from a store, made safe for a terminal: control characters become visible escapes."""
+    """Escape the control characters of a text, so that it is safe for a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
-    """A line for people on stdout."""
+    """Write a line to stdout."""
     sys.stdout.write(f"{clean(text)}\n")
 
 
 def remark(text: str) -> None:
-    """A line about a listing: on a terminal below the rows, else on stderr, so that rows stay alone."""
+    """Write a remark about a list: on a terminal below the rows, else to stderr, apart from the rows."""
     (sys.stdout if on_terminal() else sys.stderr).write(f"{clean(text)}\n")
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout, as is every answer to --json."""
+    """Write one JSON document to stdout, for --json."""
     utf8 = (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(plain(document), indent=2, ensure_ascii=not utf8) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """Records as JSON: fields under their own names, times in ISO 8601, ids and enums as text."""
+    """Convert records for JSON: fields under their own names, times in ISO 8601, ids and enums as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, RunPage):
@@ -99,11 +99,11 @@ def plain(value: Any) -> Any:
 
 
 class Listing:
-    """A table without lines, one row per line.
+    """A table without borders, one row per line.
 
-    Without a terminal every cell is shown in full. Where a terminal is too narrow, the ``short`` columns
-    are cut, and then those of the ``spare`` columns are left out that have no room, the first ones first.
-    All others, such as ids, are never cut.
+    Without a terminal every cell is shown in full. On a narrow terminal the ``short`` columns are cut
+    first; then ``spare`` columns are omitted in their order until the rest fits. Other columns, such as
+    ids, are never cut.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Listing:
         yield from self.lines(options.max_width)
 
     def lines(self, width: int) -> Iterator[Text]:
-        """The lines, of at most ``width`` characters where that is possible."""
+        """The lines, of at most ``width`` characters if possible."""
         widths = self._fit(width)
         for row in self._rows:
             cells = []
@@ -134,7 +134,7 @@ class Listing:
             yield line
 
     def _fit(self, width: int) -> dict[int, int]:
-        """The columns that are shown, by place, and the width of each."""
+        """The indexes of the visible columns, and the width of each."""
         sizes = [max(row[place].cell_len for row in self._rows) for place in range(len(self._columns))]
         least = [
             min(size, NARROWEST) if name in self._short else size
@@ -151,7 +151,7 @@ class Listing:
             widest = max(short, key=lambda place: widths[place])
             if widths[widest] <= NARROWEST:
                 break
-            # To the width of the next one at once: a cell may hold a long text.
+            # Cut to the width of the next widest column in one step, because a cell may hold a long text.
             following = max((widths[place] for place in short if place != widest), default=0)
             widths[widest] = max(widths[widest] - over, min(following, widths[widest] - 1), NARROWEST)
         return widths
@@ -169,7 +169,7 @@ def print_table(console: Console, table: Listing) -> None:
 
 
 def print_form(console: Console, facts: Iterable[tuple[str, Text]]) -> None:
-    """Names with their values. On a terminal a value is folded, unless it is marked ``no_wrap``."""
+    """Print names with their values. On a terminal values are folded, except ``no_wrap`` ones."""
     facts = list(facts)
     indent = max((len(name) for name, _ in facts), default=0) + len(GAP)
     for name, value in facts:
@@ -182,19 +182,19 @@ def print_form(console: Console, facts: Iterable[tuple[str, Text]]) -> None:
 
 
 def cell(value: object, style: str = "") -> Text:
-    """A cell; what a store holds is shown as it is, never read as markup."""
+    """A table cell on one line. Text of a store is never interpreted as markup."""
     return Text(clean("-" if value is None else str(value)).replace("\n", " "), style=style)
 
 
 def unfolded(value: object) -> Text:
-    """A value that a form keeps in one piece, so that it can be copied."""
+    """A value that is never folded, so that it can be copied."""
     text = cell(value)
     text.no_wrap = True
     return text
 
 
 def excerpt(text: str, *, full: bool, style: str = "") -> Text:
-    """A text from a store: with all its lines if ``full``, else on one, shortened on a terminal."""
+    """A text of a store: all its lines if ``full``, else one line, shortened on a terminal."""
     if full:
         return Text(clean(text), style=style)
     if len(text) > LONGEST_EXCERPT and on_terminal():
@@ -203,9 +203,9 @@ def excerpt(text: str, *, full: bool, style: str = "") -> Text:
 
 
 def short_ids(ids: Sequence[UUID]) -> dict[UUID, str]:
-    """The ids as a list shows them: in full without a terminal, else the last 8 digits where these differ.
+    """The ids for a list: on a terminal the last 8 digits if these are unique, else the whole ids.
 
-    The first digits of a UUIDv7 are its time: runs that start within a minute have them in common.
+    The first digits of a UUIDv7 are its time, and runs that start within a minute share them.
     """
     short = {one: one.hex[-SHORT_ID:] for one in ids}
     if on_terminal() and len(set(short.values())) == len(short):
@@ -223,12 +223,12 @@ def status(value: str) -> Text:
 
 
 def moment(value: datetime | None) -> str:
-    """A moment to the second, in UTC."""
+    """A time in UTC, to the second."""
     return "-" if value is None else value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "seconds")
 
 
 def span(seconds: float | None) -> str:
-    """A length of time in at most six characters; "?" for a negative one, from clocks that differ."""
+    """A duration in at most six characters; "?" for a negative one, from clocks that differ."""
     if seconds is None:
         return "-"
     if seconds < 0:
@@ -245,12 +245,12 @@ def span(seconds: float | None) -> str:
 
 
 def between(start: datetime, end: datetime | None) -> str:
-    """How long something took; "-" while it has not ended, "?" where it ended before it started."""
+    """The time from start to end; "-" without an end, "?" if the end is before the start."""
     return "-" if end is None else span((end - start) / timedelta(seconds=1))
 
 
 def since(start: datetime, now: datetime) -> str:
-    """When something started: how long ago on a terminal, else the moment in ISO 8601."""
+    """A start time: its age on a terminal, else ISO 8601."""
     if not on_terminal():
         return f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
     seconds = (now - start) / timedelta(seconds=1)

@@ -1,4 +1,4 @@
-"""Runs, flows and statuses as a user names them: by a whole id, by a part of one, or by name."""
+"""References to runs, flows and statuses: a whole id, a part of one, or a name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from flowstore_core.validation import MAX_SEARCH, MAX_TAKE
 
 FEWEST_DIGITS = 6
 MOST_LISTED = 10
-"""Candidates that are listed of an ambiguous reference."""
+"""Maximum number of candidates listed for an ambiguous reference."""
 GROUPS = (8, 12, 16, 20)
-"""The digits of a UUID after which it has a hyphen."""
+"""The digits of a UUID that a hyphen precedes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunId:
-    """The id of a run as a user gives it: whole, or only its first or last digits."""
+    """A user's reference to a run: its whole id, or its first or last digits."""
 
     digits: str
 
@@ -33,12 +33,12 @@ class RunId:
         return run_id.hex.startswith(self.digits) or run_id.hex.endswith(self.digits)
 
     def searches(self) -> set[str]:
-        """The digits as they stand at the beginning and at the end of a hyphenated id."""
+        """The digits in the form that they have at the beginning and at the end of a hyphenated id."""
         return {_hyphenated(self.digits, 0), _hyphenated(self.digits, 32 - len(self.digits))}
 
 
 def _hyphenated(digits: str, start: int) -> str:
-    """Digits of a UUID from digit ``start`` on, with the hyphens that lie between them."""
+    """Digits of a UUID from digit ``start`` on, with the hyphens between them."""
     return "".join(
         f"-{digit}" if place in GROUPS and place > start else digit
         for place, digit in enumerate(digits, start)
@@ -94,7 +94,7 @@ Status = Annotated[
 
 
 async def find_run(store: FlowStore, reference: RunId) -> UUID:
-    """The id of the one run that is meant. A whole id is taken as it is; nothing is read for it."""
+    """Resolve a reference to the id of one run. A whole id needs no read."""
     if len(reference.digits) == 32:
         return UUID(reference.digits)
     if Capability.DASHBOARD not in store.capabilities:
@@ -103,7 +103,7 @@ async def find_run(store: FlowStore, reference: RunId) -> UUID:
     for text in reference.searches():
         page = await store.get_runs_page(search=text, take=MAX_TAKE)
         while page.runs and len(found) <= MOST_LISTED:
-            # The digits may also stand elsewhere: in an output, or in the middle of an id.
+            # The search also matches digits in an output, or in the middle of an id.
             found.update((run.run_id, run) for run in page.runs if reference.fits(run.run_id))
             if len(page.runs) < MAX_TAKE:
                 break
@@ -125,7 +125,7 @@ async def find_run(store: FlowStore, reference: RunId) -> UUID:
 
 
 async def find_flow(store: FlowStore, text: str) -> UUID:
-    """The id of the flow that a user names by its name or id. An id is taken as it is."""
+    """Resolve the name or id of a flow to its id. An id needs no read."""
     try:
         return UUID(text)
     except ValueError:
@@ -142,10 +142,10 @@ async def find_flow(store: FlowStore, text: str) -> UUID:
 
 
 async def _flows_of(store: FlowStore, name: str) -> dict[UUID, int]:
-    """The flows with this name, each with the number of its runs that a search for the name finds.
+    """The flows with this name, each with the number of its runs that match a search for the name.
 
-    A flow has the name of the newest of these runs. One page is enough as a rule: no flow is missing once
-    the runs of the flows that were seen add up to all that the search finds.
+    A flow has the name of the newest of these runs. Usually one page is enough: the list is complete when
+    the runs of the flows found so far add up to all matches.
     """
     names: dict[UUID, str] = {}
     counts: dict[UUID, int] = {}

@@ -1,4 +1,4 @@
-"""``flowstore replay``: a recorded workflow on real worker processes, some of which are killed."""
+"""``flowstore replay``: run a recorded workflow on worker processes, and kill some of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def replay(
         Path | None,
         typer.Argument(
             metavar="WORKFLOW",
-            help="A file in WfFormat 1.5; default: a small one of our own.",
+            help="A file in WfFormat 1.5; default: a small built-in one.",
             show_default=False,
         ),
     ] = None,
@@ -57,16 +57,16 @@ def replay(
         int, typer.Option("--workers", "-w", min=1, max=256, help="Worker processes.")
     ] = DEFAULTS.workers,
     runs: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Runs of the workflow, side by side.")
+        int, typer.Option(min=1, max=10_000, help="Number of concurrent runs of the workflow.")
     ] = DEFAULTS.runs,
     speed: Annotated[
-        float, typer.Option(min=0.001, help="Recorded seconds are divided by it.")
+        float, typer.Option(min=0.001, help="Divisor of the recorded durations.")
     ] = DEFAULTS.speed,
     kill: Annotated[
         int, typer.Option(min=0, help="Workers to kill (SIGKILL) midway; others replace them.")
     ] = DEFAULTS.kill,
     fail_rate: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="How likely an attempt is to fail.")
+        float, typer.Option(min=0.0, max=1.0, help="Probability that an attempt fails.")
     ] = DEFAULTS.fail_rate,
     max_attempts: Annotated[
         int, typer.Option(min=1, help="Failed attempts after which a step fails its run.")
@@ -78,26 +78,26 @@ def replay(
         list[str] | None, typer.Option(metavar="STEP", help="A step that waits for a signal; repeatable.")
     ] = None,
     hold: Annotated[
-        bool, typer.Option("--hold", help="Leave the approving to you, and say which command does it.")
+        bool, typer.Option("--hold", help="Wait for you to approve, and print the command for it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Decides which attempts fail.")] = DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(help="Seed of the random failures.")] = DEFAULTS.seed,
     timeout: Annotated[
         float | None,
         typer.Option(min=0.1, help="Seconds until it gives up. Default: 300; none with --hold."),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Names the replay; the same name goes on with its runs."),
+        typer.Option(metavar="NAME", help="Name of the replay; the same name continues its runs."),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
     no_migrate: NoMigrate = False,
 ) -> None:
-    """Run a workflow on workers, kill some, check it all.
+    """Run a workflow on workers, kill some, and verify the result.
 
-    Each worker is a process of its own that claims steps in the store, sleeps as long as each took when
-    it was recorded, and records what came of it. The verdict is read from the store alone. Exit code 0
-    only if every run succeeded, every step exactly once, and every attempt is accounted for.
+    Each worker is a separate process that claims steps in the store, sleeps for the recorded duration of
+    each, and records its result. The verification reads only the store. Exit code 0 only if every run
+    succeeded, every step exactly once, and every attempt is accounted for.
 
     \b
       flowstore replay
@@ -143,7 +143,7 @@ def replay(
     except KeyboardInterrupt:
         if one.run_ids:
             again = _again(workflow, options, one.key, url)
-            _tell(f"the runs stay in the store; go on with them: {again}")
+            _tell(f"the runs stay in the store; continue them with: {again}")
         raise
     if as_json:
         print_json(_document(summary, one, place, screen.notes))

@@ -1,4 +1,4 @@
-"""``flowstore cleanup``: deleting what is over."""
+"""``flowstore cleanup``: delete old completed runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ PAGE = 1000
 def cleanup(
     older_than: Annotated[
         str,
-        typer.Option(metavar="AGE", help="Since completion: 30d, 12h, 1h30m.", show_default=False),
+        typer.Option(
+            metavar="AGE", help="Minimum age since completion: 30d, 12h, 1h30m.", show_default=False
+        ),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would go; delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the runs without deleting them.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete runs that have long been over.
+    """Delete runs that were completed long ago.
 
-    Those completed longer ago than AGE go, with all that belongs to them. Running runs are never
-    touched. It may be interrupted at any time: only whole runs go.
+    Deletes runs that were completed longer ago than AGE, with everything that belongs to them. Running
+    runs are never deleted. It may be interrupted at any time: it deletes whole runs only.
 
     \b
       flowstore cleanup --older-than 30d --dry-run
@@ -50,7 +52,7 @@ async def _cleanup(url: str | None, cutoff: datetime, dry_run: bool) -> int:
 
 
 async def count_completed(store: FlowStore, cutoff: datetime) -> int:
-    """How many runs cleanup would delete, by one walk over all runs: nothing lists them by completion."""
+    """Count the runs that cleanup would delete. Reads every run: no query orders them by completion."""
     number = 0
     position = None
     while runs := await store.get_runs(after=position, take=PAGE):

@@ -1,4 +1,4 @@
-"""``flowstore runs``: listing runs, looking into one, reopening and cancelling."""
+"""``flowstore runs``: list, show, retry and cancel runs."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ from flowstore_core import (
 from flowstore_core.validation import MAX_INT64
 
 EVENTS = 1000
-"""Events that --json and --full have at most."""
+"""Maximum number of events in --json and --full."""
 EVENTS_SHOWN = 10
 
-app = new_group("List runs, look into one, reopen or cancel it.")
+app = new_group("List, show, retry and cancel runs.")
 
 StepKey = Annotated[str, typer.Argument(metavar="STEP", help="The step's key.", show_default=False)]
 
@@ -69,21 +69,23 @@ def list_runs(
     wanted: Status = None,
     search: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="In ids, names, step keys, errors, outputs."),
+        typer.Option(metavar="TEXT", help="Text in ids, names, step keys, errors or outputs."),
     ] = None,
-    take: Annotated[int, typer.Option("--take", "-n", metavar="N", min=0, max=1000, help="How many.")] = 20,
-    skip: Annotated[int, typer.Option(metavar="N", min=0, help="How many to leave out first.")] = 0,
+    take: Annotated[
+        int, typer.Option("--take", "-n", metavar="N", min=0, max=1000, help="Maximum number of runs.")
+    ] = 20,
+    skip: Annotated[int, typer.Option(metavar="N", min=0, help="Number of runs to skip.")] = 0,
     after: Annotated[
         str | None,
-        typer.Option(metavar="POSITION", help="Continue after the end of another page, which shows this."),
+        typer.Option(metavar="POSITION", help="Continue after the page that printed this position."),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """List runs, the newest first.
 
-    On a terminal a run is shown by the last 8 digits of its id, which other commands accept. Piped, rows
-    are complete: whole ids, flow ids, and times in UTC.
+    On a terminal the list shows the last 8 digits of each id, which other commands accept. In a pipe,
+    rows are complete: whole ids, flow ids, and times in UTC.
 
     \b
       flowstore runs list
@@ -92,8 +94,8 @@ def list_runs(
       flowstore runs list --after POSITION
 
     JSON: total_count, runs (a list of objects with run_id, flow_id, flow_name, status, trigger_key,
-    trigger_data, job_id, started_at, completed_at, source_run_id), after (for --after of the next
-    page, null when this one is empty).
+    trigger_data, job_id, started_at, completed_at, source_run_id), after (the --after of the next
+    page, null if this page is empty).
     """
     position = None if after is None else RunPosition.parse(after)
     page = run(_page(url, flow, wanted, position, skip, take, search))
@@ -156,7 +158,7 @@ async def _page(
 def show(
     reference: Run,
     full: Annotated[
-        bool, typer.Option("--full", help="Whole texts, of every attempt, and the last 1,000 events.")
+        bool, typer.Option("--full", help="Show whole texts, every attempt, and the last 1,000 events.")
     ] = False,
     url: Url = None,
     as_json: AsJson = False,
@@ -171,7 +173,7 @@ def show(
       flowstore runs show 1d8a3f5b --json | jq .outputs
 
     JSON: run (with steps and their attempts), control, claims, dispatches, waiters, outputs, events
-    (the last 1,000); null where the backend does not offer it.
+    (the last 1,000); null if the backend lacks the capability.
     """
     most = EVENTS if as_json or full else EVENTS_SHOWN
     document = run(_show(url, reference, most))
@@ -202,13 +204,13 @@ async def _show(url: str | None, reference: RunId, most: int) -> dict[str, Any]:
 async def last_events(store: Events, run_id: UUID, most: int) -> list[FlowEventRecord]:
     """The newest events of a run, at most ``most``.
 
-    The store reads forwards only, so the end is searched for: of n events some 2 log2(n / most) are read
-    besides those that are returned.
+    The store reads forwards only, so this searches for the end: of n events it reads about
+    2 log2(n / most) besides the returned ones.
     """
     events = list(await store.get_run_events(run_id, take=most))
     if len(events) < most:
         return events
-    # There is an event ``low``, and none behind ``high``.
+    # Event ``low`` exists, and none after ``high``.
     low = events[-1].sequence
     high = min(2 * low, MAX_INT64)
     while found := await store.get_run_events(run_id, after=high, take=1):
@@ -295,7 +297,7 @@ def _took(one: FlowRunRecord) -> str:
 
 
 def _texts(step: FlowStepRecord, *, full: bool) -> list[tuple[str, Text]]:
-    """The input, output and errors of a step; of every attempt if ``full``."""
+    """Print the input, output and errors of a step; of every attempt if ``full``."""
     several = len(step.attempts) > 1
     texts: list[tuple[str, str | None, str]] = []
     if not (full and several):
@@ -353,7 +355,7 @@ def _times(
 
 
 def _clock(value: datetime, start: datetime) -> str:
-    """A moment in UTC: the time alone on the day on which the run started, else with the day."""
+    """A time in UTC: without the date on the day on which the run started."""
     value = value.astimezone(UTC)
     if not on_terminal():
         return f"{value:%Y-%m-%dT%H:%M:%SZ}"
@@ -366,24 +368,22 @@ def retry(
     step_key: StepKey,
     attempt: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="The last attempt as you know it; refused if another came meanwhile."
-        ),
+        typer.Option(metavar="N", min=1, help="The expected last attempt; refused if there is a newer one."),
     ] = None,
     reset: Annotated[
         list[str] | None,
-        typer.Option(metavar="STEP", help="A skipped step to make unstarted again; repeatable."),
+        typer.Option(metavar="STEP", help="A skipped step to reset to unstarted; repeatable."),
     ] = None,
     reset_skipped: Annotated[
-        bool, typer.Option("--reset-skipped", help="Make every skipped step unstarted again.")
+        bool, typer.Option("--reset-skipped", help="Reset every skipped step to unstarted.")
     ] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Reopen a step, and its run, for one more attempt.
 
-    An engine that works on this store then goes on with it. A cancel or an elapsed deadline of a run
-    that was over is cleared.
+    The engine of this store then continues the run. A cancel or an elapsed deadline of a completed run
+    is cleared.
 
     \b
       flowstore runs retry RUN charge-card
@@ -396,7 +396,7 @@ def retry(
         print_json(answer)
     else:
         say(
-            f"step {step_key!r} is {answer['status']}, attempt {answer['attempt_count']} is to come; "
+            f"step {step_key!r} is {answer['status']}, the next attempt is {answer['attempt_count']}; "
             f"run {answer['run_id']} is {answer['run_status']}"
         )
 
@@ -435,19 +435,18 @@ async def _retry(
 @app.command()
 def cancel(
     reference: Run,
-    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Kept with the run.")] = None,
+    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Stored with the run.")] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask for a run to be cancelled.
+    """Request the cancellation of a run.
 
-    The engine that works on it stops it and completes it as Cancelled. Exit code 1 if the run is over
-    already.
+    The engine stops the run and completes it as Cancelled. Exit code 1 if the run is already completed.
 
     \b
       flowstore runs cancel RUN --reason "wrong input"
 
-    JSON: requested (whether by this call), and the run's control record (cancel_reason,
+    JSON: requested (True if this call requested it), and the run's control record (cancel_reason,
     cancel_requested_at, ...) under control.
     """
     run_id, requested, control = run(_cancel(url, reference, reason))
@@ -457,7 +456,7 @@ def cancel(
         say(f"cancel requested for run {run_id}")
     else:
         why = f": {control.cancel_reason}" if control.cancel_reason else ""
-        say(f"the cancel of run {run_id} had been requested before{why}")
+        say(f"the cancel of run {run_id} was already requested{why}")
 
 
 async def _cancel(url: str | None, reference: RunId, reason: str | None) -> tuple[UUID, bool, Any]:

@@ -1,4 +1,4 @@
-"""What a replay shows while it goes on: a moving picture, plain lines, or nothing but notes."""
+"""The progress display of a replay: a live table, plain lines, or notes only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_WAITING = 5
 
 
 class Screen(Observer, Protocol):
-    """An observer that is shown something while it lasts, and remembers what it was told."""
+    """An observer that displays the progress while ``on()`` is entered, and collects the notes."""
 
     notes: list[str]
 
@@ -28,7 +28,7 @@ class Screen(Observer, Protocol):
 
 
 class Quiet:
-    """For --json: the notes go to stderr, where a person may read them."""
+    """For --json: writes the notes to stderr."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -45,7 +45,7 @@ class Quiet:
 
 
 class Plain:
-    """For a file or a pipe: a line for each note, and one a second at most for the progress."""
+    """For a file or a pipe: one line per note, and at most one progress line per second."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -73,7 +73,7 @@ class Plain:
 
 
 class Moving:
-    """For a terminal: a picture that moves, below the notes, which stay."""
+    """For a terminal: a live table below the notes."""
 
     def __init__(self, console: Console) -> None:
         self.notes: list[str] = []
@@ -85,7 +85,7 @@ class Moving:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-        # Never folded, so that a command in it can be copied.
+        # On one line, so that a command in it can be copied.
         line = cell(f"{time.monotonic() - self._began:7.1f}s  {text}")
         self._live.console.print(line, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""``flowstore signal``: telling a waiting step what it waits for."""
+"""``flowstore signal``: deliver a signal to a waiting step."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def deliver(
     ] = "null",
     delivery_id: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="The same id again delivers nothing more: safe to repeat."),
+        typer.Option(metavar="ID", help="Makes the command safe to repeat: one id delivers once."),
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Deliver a signal to a waiting step.
 
-    Of several steps that wait for it, to the one that has waited longest. Exit code 1 if no step waits
-    for it, or the only ones that did have had it already.
+    If several steps wait for it, the one that has waited longest gets it. Exit code 1 if no step waits
+    for it, or every waiting step already has it.
 
     \b
       flowstore signal deliver RUN approval '{"approved": true}'
@@ -55,7 +55,7 @@ def deliver(
     elif result.status is SignalDeliveryStatus.DELIVERED:
         say(f"delivered to step {result.step_key!r}")
     elif result.status is SignalDeliveryStatus.ALREADY_DELIVERED:
-        say(f"step {result.step_key!r} has had this signal already, and no other waits for it")
+        say(f"step {result.step_key!r} already has this signal, and no other step waits for it")
     elif status is not None and status.is_terminal:
         say(
             f"the run has ended ({status}), so no step waits for a signal; "
@@ -74,7 +74,7 @@ async def _deliver(
     payload: str,
     delivery_id: str | None,
 ) -> tuple[UUID, SignalDeliveryResult, RunStatus | None, str]:
-    """The run, the result and, if no waiter matched, the run's status and a suggestion."""
+    """Deliver; return run, result and, without a matching waiter, the run's status and a suggestion."""
     async with existing_store(url) as store:
         run_id = await find_run(store, reference)
         result = await store.deliver_signal(run_id, name, payload, delivery_id=delivery_id)

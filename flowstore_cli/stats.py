@@ -1,4 +1,4 @@
-"""``flowstore stats``: a store's counts."""
+"""``flowstore stats``: counts of flows and runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flowstore_core import DashboardStatistics
 
 
 def stats(url: Url = None, as_json: AsJson = False) -> None:
-    """Count flows and runs; today is the day in UTC.
+    """Count flows and runs; today is the current day in UTC.
 
     \b
       flowstore stats

@@ -1,4 +1,4 @@
-"""Opening the store that a command works on, and the options that every such command has."""
+"""Opening the store of a command, and the options that these commands share."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 
 def complete_url(incomplete: str) -> list[str]:
-    """The beginnings of the URLs that can be opened here."""
+    """The beginnings of URLs with an installed backend."""
     schemes = {scheme for plugin in load_plugins() for one in plugin.backends for scheme in one.schemes}
     starts = sorted(f"{scheme}://{'/' if scheme == 'sqlite' else ''}" for scheme in schemes)
     return [start for start in starts if start.startswith(incomplete)]
 
 
 def _given_once(context: typer.Context, url: str | None) -> str | None:
-    """The URL of this command, else the one in front of it; both may be given if they are the same."""
+    """The --url of this command, else that of the main command; both may be given if they are equal."""
     in_front = context.find_root().params.get("url")
     if url is not None and in_front is not None and url != in_front:
         raise Failure("--url is given twice, with different stores; leave one of them out", USAGE)
@@ -59,14 +59,14 @@ Url = Annotated[
         callback=_given_once,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 NoMigrate = Annotated[
-    bool, typer.Option("--no-migrate", help="Leave the schema as it is; an old one is then an error.")
+    bool, typer.Option("--no-migrate", help="Do not migrate the schema; an old one is then an error.")
 ]
 
 
 def new_group(text: str) -> typer.Typer:
-    """A group of commands; alone it shows its help."""
+    """A group of commands, which prints its help when called without one."""
     app = typer.Typer(rich_markup_mode=None)
 
     @app.callback(invoke_without_command=True, help=text)
@@ -78,7 +78,7 @@ def new_group(text: str) -> typer.Typer:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine; Ctrl-C and SIGTERM cancel it, so that what it opened is closed."""
+    """Run a command's coroutine; Ctrl-C and SIGTERM cancel it, so that its store is closed."""
 
     async def supervised() -> T:
         task = asyncio.current_task()
@@ -87,7 +87,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return await work
 
-    # Ctrl-C waits until the loop is complete: it would leave half a loop, and warnings about it.
+    # Block Ctrl-C until the loop is set up; a partly created loop would emit warnings.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return asyncio.run(supervised())
@@ -100,7 +100,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def existing_store(url: str | None) -> AsyncIterator[FlowStore]:
-    """Open a store as it is: neither it nor its schema is created or migrated.
+    """Open an existing store without creating or migrating anything.
 
     Raises Failure, with the command that does it, where there is no schema or an older one.
     """
@@ -112,7 +112,7 @@ async def existing_store(url: str | None) -> AsyncIterator[FlowStore]:
             if error.found >= error.needed:
                 raise
             problem = (
-                f"the schema at {whereabouts(config)} has version {error.found}, this flowstore works on "
+                f"the schema at {whereabouts(config)} has version {error.found}, this flowstore supports "
                 f"{error.needed}; bring it up to date with"
                 if error.found
                 else f"there is no flowstore schema at {whereabouts(config)}; check --url, or create one with"
@@ -122,7 +122,7 @@ async def existing_store(url: str | None) -> AsyncIterator[FlowStore]:
 
 
 async def migrate_schema(plugin: Plugin, backend: Migratable, config: StoreConfig) -> tuple[int, int]:
-    """Apply the missing migrations; the versions before and after."""
+    """Apply missing migrations; return the versions before and after."""
     before = await schema_version(plugin, backend, config)
     try:
         return before, await backend.migrate(config)
@@ -131,14 +131,14 @@ async def migrate_schema(plugin: Plugin, backend: Migratable, config: StoreConfi
 
 
 def with_url(command: str, url: str | None) -> str:
-    """A command line of our own for the store that the user named; URL stands for one with secrets."""
+    """A flowstore command with the user's --url; a URL with secrets is replaced by the word URL."""
     if url is None:
         return command
     return f"{command} --url {shlex.quote(url) if redact(url) == url else 'URL'}"
 
 
 async def schema_version(plugin: Plugin, backend: Migratable, config: StoreConfig) -> int:
-    """The backend's schema version; a missing driver is told with its remedy."""
+    """The backend's schema version. Raises BackendLoadError, with a remedy, for a missing driver."""
     try:
         return await backend.schema_version(config)
     except ModuleNotFoundError as error:
@@ -150,23 +150,23 @@ def missing_driver(plugin: Plugin, error: ModuleNotFoundError) -> BackendLoadErr
 
 
 def whereabouts(config: StoreConfig) -> str:
-    """Where a store is, for people: its URL without secrets, and the file if it is one."""
+    """The location of a store: its URL without secrets, and the path of a SQLite file."""
     shown = redact(config.url)
     if config.scheme == "sqlite":
-        # Without a working directory a relative path leads nowhere, which opening the store explains.
+        # A relative path needs a working directory; opening the store reports a missing one.
         with contextlib.suppress(OSError):
             return f"{shown} (file {Path(config.parts.path).absolute()})"
     return shown
 
 
 def drivers(source: object) -> tuple[str, ...]:
-    """The modules that a backend, or a wrapper's module, says it needs (the attribute ``drivers``)."""
+    """The modules that a backend or a wrapper needs, from its attribute ``drivers``."""
     named = getattr(source, "drivers", ())
     return tuple(named) if isinstance(named, (tuple, list, frozenset, set)) else ()
 
 
 def read_stdin() -> str:
-    """All of standard input as text. Raises Failure where it is empty, too long or not UTF-8."""
+    """Read standard input as text. Raises Failure if it is empty, too long or not UTF-8."""
     try:
         data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     except OSError as error:

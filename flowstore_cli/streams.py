@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or broken: the command does its work all the same."""
+"""Guards for closed, full or broken standard streams, so that the command completes its work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 
 class Descriptor(io.RawIOBase):
-    """A file descriptor to write to; after the first error it keeps the error and discards all output."""
+    """A writable file descriptor that keeps its first error and discards all output after it."""
 
     def __init__(self, raw: io.FileIO) -> None:
         self._raw = raw
@@ -45,10 +45,10 @@ class Descriptor(io.RawIOBase):
 
 @contextmanager
 def guarded_streams() -> Iterator[Descriptor | None]:
-    """Replace the standard streams by ones that never raise when they are written to.
+    """Replace the standard streams by ones whose writes never raise.
 
-    Yields the descriptor behind standard output, None where a caller has put an object in its place. A
-    stream that is closed reads and writes the null device.
+    Yields the descriptor behind standard output, or None if a caller has replaced it by another object.
+    A closed stream reads and writes the null device.
     """
     if None in (sys.stdin, sys.stdout, sys.stderr):
         _reopen_closed()
@@ -69,13 +69,13 @@ def guarded_streams() -> Iterator[Descriptor | None]:
 def _reopen_closed() -> None:
     """Open the null device in place of closed descriptors.
 
-    Otherwise the next file that is opened, such as the database, becomes a standard stream of a child.
+    Otherwise the next opened file, such as the database, becomes a standard stream of child processes.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest one that is free, so this one.
+            # open() returns the lowest free descriptor, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
@@ -84,9 +84,9 @@ def _guard(stack: ExitStack, stream: TextIO | None) -> tuple[TextIO, Descriptor 
         return stack.enter_context(open(os.devnull, "w", encoding="utf-8")), None
     if not isinstance(stream, io.TextIOWrapper):
         return stream, None
-    # A character that the terminal cannot show must not end the command.
+    # A character outside the terminal's encoding must not end the command.
     stream.reconfigure(errors="backslashreplace")
-    # Unbuffered, the stream has no buffer around its descriptor.
+    # An unbuffered stream has no buffer around its descriptor.
     raw = getattr(stream.buffer, "raw", stream.buffer)
     if not isinstance(raw, io.FileIO):
         return stream, None

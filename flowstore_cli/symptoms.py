@@ -1,6 +1,6 @@
-"""What any store shows of work that stands still, asked through the protocols alone.
+"""Detection of stalled work in any store, through the protocols.
 
-Bounded, however large the store is: so many steps are listed, so many runs looked into, at most.
+The number of listed steps and of examined runs is bounded, however large the store is.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 LISTED = 1000
-"""Stalled steps, and runs to stop, that are asked for at most."""
+"""Maximum number of stalled steps, and of runs to stop, that are read."""
 WALKED = 100_000
-"""Running runs that are walked over at most, to find the oldest."""
+"""Maximum number of Running runs that are read to find the oldest."""
 PAGE = 1000
 AT_ONCE = 8
-"""Runs that are looked into at once."""
+"""Number of runs that are examined concurrently."""
 SECOND_LOOK = 2.0
-"""Seconds after which a run without anything in flight is looked at once more: a run that goes on is
-so for a moment, between two steps."""
+"""Seconds until a run without work in flight is examined again: an active run has none between two
+steps."""
 SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What was found, and how far the look went."""
+    """The findings of an examination, and its extent."""
 
     findings: list[Diagnostic] = field(default_factory=list)
     running: int = 0
-    """Running runs that there are."""
+    """Number of Running runs in the store."""
     looked_at: int = 0
-    """Those of them that were looked into."""
+    """Number of Running runs that were examined."""
 
 
 async def examine(store: FlowStore, *, grace: timedelta, most: int) -> Examination:
-    """Everything that has stood still for longer than ``grace``; of Running runs the ``most`` oldest."""
+    """Find work that has stalled for longer than ``grace``, in the ``most`` oldest Running runs."""
     as_of = datetime.now(UTC) - grace
     found: list[Diagnostic] = []
     runs, running = await _oldest_runs(store, most)
@@ -68,7 +68,7 @@ async def examine(store: FlowStore, *, grace: timedelta, most: int) -> Examinati
 
 
 async def _oldest_runs(store: FlowStore, most: int) -> tuple[Sequence[FlowRunRecord], int]:
-    """The oldest Running runs, which are the likeliest to stand still, and how many there are in all."""
+    """The oldest Running runs, which are most likely to be stalled, and the number of all."""
     if Capability.DASHBOARD not in store.capabilities:
         runs = await store.get_active_runs()
         return runs[-most:], len(runs)
@@ -90,18 +90,18 @@ async def _oldest_runs(store: FlowStore, most: int) -> tuple[Sequence[FlowRunRec
 _STALLED = {
     StallReason.LEASE_EXPIRED: (
         "leases-expired",
-        "a worker's lease ran out, and nobody has taken over",
-        "The worker died or was cut off. The step is free for any other; none has come for it.",
+        "a worker's lease expired, and no worker has taken over",
+        "The worker died or lost its connection. Any other worker may claim the step; none has.",
     ),
     StallReason.DISPATCH_DUE: (
         "dispatches-due",
         "dispatched, and no worker has claimed the step",
-        "The message was lost, or the queue is longer than that. No worker holds the step.",
+        "The message was lost, or the queue is slow. No worker holds the step.",
     ),
     StallReason.NOT_DISPATCHED: (
         "steps-not-dispatched",
         "open, and neither dispatched nor claimed",
-        "Whoever was to dispatch the step died before it did. No message is on its way.",
+        "The process that should have dispatched the step died before it did. No message was sent.",
     ),
 }
 
@@ -118,9 +118,9 @@ def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Dia
                 code=code,
                 severity=Severity.WARNING,
                 summary=f"{count(len(steps), 'step')}{more}: {what}, for over {_length(grace)}",
-                meaning=f"{meaning} An engine picks such steps up with get_stalled_steps; either none "
-                "runs, or it does not ask.",
-                remedy=f"start the engine's workers; to look into one: flowstore runs show {steps[0].run_id}",
+                meaning=f"{meaning} Engines find such steps with get_stalled_steps; either none is "
+                "running, or it does not call it.",
+                remedy=f"start the engine's workers; for details: flowstore runs show {steps[0].run_id}",
                 count=len(steps),
                 examples=tuple(f"{step.run_id} {step.step_key}" for step in steps[:SHOWN]),
             )
@@ -129,7 +129,7 @@ def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Dia
 
 
 async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datetime) -> list[StalledStep]:
-    """Expired leases, for a store that cannot list stalled steps: by a look into each run."""
+    """Expired leases of each run, for a store that cannot list stalled steps."""
 
     async def look(run: FlowRunRecord) -> list[StalledStep]:
         claims = await store.get_step_claims(run.run_id)
@@ -165,7 +165,7 @@ async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Diagnos
         return []
     await asyncio.sleep(SECOND_LOOK)
     again = await _each([run for run in runs if run.run_id in first], look)
-    # As they were before: whatever moved is alive.
+    # A run that changed since the first examination is active.
     still = [seen[0] for seen in again if seen is not None and first[seen[0]] == seen[1]]
     statuses = await _each(still, store.get_run_status)
     idle = [run_id for run_id, status in zip(still, statuses, strict=True) if status is RunStatus.RUNNING]
@@ -176,8 +176,8 @@ async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Diagnos
             code="runs-idle",
             severity=Severity.WARNING,
             summary=f"{count(len(idle), 'run')} Running with nothing in flight",
-            meaning="No step of theirs is open, claimed, dispatched or waiting: whoever was to dispatch the "
-            "next step, or to complete the run, died. get_stalled_steps does not list such runs.",
+            meaning="No step of theirs is open, claimed, dispatched or waiting: the process that should have "
+            "dispatched the next step, or completed the run, died. get_stalled_steps does not list them.",
             remedy="have the engine advance the runs of get_active_runs; to end one instead: "
             f"flowstore runs cancel {idle[0]}",
             count=len(idle),
@@ -189,7 +189,7 @@ async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Diagnos
 async def _in_flight(store: FlowStore, run_id: UUID, statuses: Mapping[str, StepStatus]) -> bool:
     if any(not status.is_terminal for status in statuses.values()):
         return True
-    # A terminal step keeps its dispatch; one of a key that never started is on its way.
+    # A terminal step keeps its dispatch; the dispatch of an unstarted key is pending work.
     if await store.get_dispatched_step_keys(run_id) - statuses.keys():
         return True
     if any(claim.step_key not in statuses for claim in await store.get_step_claims(run_id)):
@@ -201,7 +201,7 @@ async def _in_flight(store: FlowStore, run_id: UUID, statuses: Mapping[str, Step
 
 
 async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
-    """Running runs that should have been stopped by then."""
+    """Running runs that should have been stopped before ``as_of``."""
     runs = await store.get_runs_to_stop(as_of=as_of, take=LISTED)
     controls = await _each([run.run_id for run in runs], store.get_run_control)
     late = [
@@ -221,9 +221,9 @@ async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
             code="runs-to-stop",
             severity=Severity.WARNING,
             summary=f"{count(len(late), 'run')}{more} past the deadline or asked to cancel, still Running",
-            meaning="The store does not end runs by itself. The engine that should ask get_runs_to_stop does "
-            "not, or cannot.",
-            remedy=f"start the engine; to look into one: flowstore runs show {late[0]}",
+            meaning="The store does not end runs by itself. The engine that should call get_runs_to_stop "
+            "does not, or cannot.",
+            remedy=f"start the engine; for details: flowstore runs show {late[0]}",
             count=len(late),
             examples=tuple(str(run_id) for run_id in late[:SHOWN]),
         )
@@ -231,7 +231,7 @@ async def _overdue(store: FlowStore, as_of: datetime) -> list[Diagnostic]:
 
 
 async def _each(items: Iterable[T], work: Callable[[T], Awaitable[R]]) -> list[R]:
-    """The answers of ``work`` to each item, a few at a time."""
+    """The results of ``work`` for all items, a few at a time."""
     found: list[R] = []
     waiting = list(items)
     for start in range(0, len(waiting), AT_ONCE):

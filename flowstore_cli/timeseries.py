@@ -1,4 +1,4 @@
-"""``flowstore timeseries``: runs over time, as a chart in the terminal."""
+"""``flowstore timeseries``: a chart of runs over time in the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flowstore_cli.stores import AsJson, Url, existing_store, run
 from flowstore_core import InvalidArgumentError, RunTimeseriesBucket, RunTimeseriesGranularity
 from flowstore_core.timeseries import MAX_BUCKETS
 
-# Told apart without colours too.
+# The marks differ without colours too.
 PARTS = (
     ("succeeded", "█", "green"),
     ("failed", "▓", "red"),
@@ -40,14 +40,16 @@ FORMAT = {RunTimeseriesGranularity.HOUR: "%m-%d %H:%M", RunTimeseriesGranularity
 
 def timeseries(
     granularity: Annotated[
-        RunTimeseriesGranularity, typer.Option("--by", "-b", help="The width of a bucket, in UTC.")
+        RunTimeseriesGranularity, typer.Option("--by", "-b", help="Size of a bucket, in UTC.")
     ] = RunTimeseriesGranularity.HOUR,
     since: Annotated[
         str | None,
-        typer.Option(metavar="WHEN", help="A moment, or how long ago. Default: 24h by hour, 30d by day."),
+        typer.Option(
+            metavar="WHEN", help="A time, or a duration before now. Default: 24h by hour, 30d by day."
+        ),
     ] = None,
     until: Annotated[
-        str | None, typer.Option(metavar="WHEN", help="A moment, or how long ago. Default: now.")
+        str | None, typer.Option(metavar="WHEN", help="A time, or a duration before now. Default: now.")
     ] = None,
     flow: Flow = None,
     url: Url = None,
@@ -55,7 +57,7 @@ def timeseries(
 ) -> None:
     """Chart the runs of each hour or day.
 
-    Runs count by when they started and by what became of them; P50 and P95 are how long they took.
+    Runs count by start time and status; P50 and P95 are percentiles of their durations.
 
     \b
       flowstore timeseries
@@ -63,7 +65,7 @@ def timeseries(
       flowstore timeseries --since 2025-06-01 --until 2025-06-02T12:00
 
     JSON: a list of objects with timestamp, total, succeeded, failed, cancelled, running,
-    p50_duration_ms, p95_duration_ms (null where no run of the bucket is completed).
+    p50_duration_ms, p95_duration_ms (null if no run of the bucket is completed).
     """
     now = datetime.now(UTC)
     first = parse_moment(since or DEFAULT_SINCE[granularity], "--since", now)
@@ -96,7 +98,7 @@ async def _timeseries(
 
 def _print(buckets: Sequence[RunTimeseriesBucket], granularity: RunTimeseriesGranularity) -> None:
     console = new_console()
-    # Bars are for the eye: what reads from a pipe gets the numbers.
+    # Bars are for terminals; a pipe gets the numbers only.
     bars = ["RUNS"] if on_terminal() else []
     numbers = ("TOTAL", "SUCC", "FAIL", "CANC", "RUN", "P50", "P95")
     table = new_table(
@@ -124,7 +126,7 @@ def _print(buckets: Sequence[RunTimeseriesBucket], granularity: RunTimeseriesGra
 
 
 def _bar(bucket: RunTimeseriesBucket, most: int) -> Text:
-    """A bar as long as the bucket's share of the fullest one; whatever occurred is seen in it."""
+    """A bar in proportion to the fullest bucket; every status that occurs gets at least one mark."""
     bar = Text()
     for name, mark, style in PARTS:
         runs = getattr(bucket, name)

@@ -1,4 +1,4 @@
-"""Errors of a store in the words of the command line: its options and arguments, and the next command."""
+"""Error messages of a store in terms of the command line: its options, arguments and next commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS = {
     "take": "--take",
     "until": "--until",
 }
-"""What a command calls an argument of the store's operations."""
+"""The option or argument of the command line for each argument of the store's operations."""
 
 
 def in_words(error: FlowStoreError) -> str:
@@ -56,28 +56,28 @@ def in_words(error: FlowStoreError) -> str:
     if isinstance(error, StaleAttemptError) and error.attempt is not None:
         return (
             f"attempt {error.last_attempt} is the last of step {error.step_key!r}, not attempt "
-            f"{error.attempt}; see what has changed with: flowstore runs show {error.run_id}"
+            f"{error.attempt}; see the changes with: flowstore runs show {error.run_id}"
         )
     if isinstance(error, NotSupportedError):
         return (
-            f"this needs capability {error.capability}, which backend {error.backend!r} does not offer; "
-            "list what each backend offers with: flowstore backends"
+            f"this needs capability {error.capability}, which backend {error.backend!r} lacks; "
+            "list the capabilities of each backend with: flowstore backends"
         )
     if isinstance(error, OutcomeUnknownError):
         return (
             "the connection was lost before the store answered, so the change may or may not have been made; "
-            "look before you repeat the command"
+            "check the state before you repeat the command"
         )
     if isinstance(error, SchemaVersionError) and error.found < error.needed:
         return (
-            f"the database has schema version {error.found}, this flowstore works on {error.needed}; "
+            f"the database has schema version {error.found}, this flowstore supports {error.needed}; "
             "bring it up to date with: flowstore migrate up"
         )
     return str(error)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` for a misspelt or unfinished word, else nothing."""
+    """``; did you mean ...?`` for a misspelt or unfinished word, else an empty string."""
     by_lower = {one.lower(): str(one) for one in known}
     word = word.lower()
     begun = [one for one in by_lower if word and one.startswith(word)]

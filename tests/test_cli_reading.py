@@ -115,7 +115,7 @@ def test_an_older_schema_is_left_as_it_is(
         code = main([*command, "--url", url])
         shown = capsys.readouterr()
         assert (code, shown.out) == (2, ""), command
-        assert f" has version 1, this flowstore works on {_latest(url)}" in shown.err, command
+        assert f" has version 1, this flowstore supports {_latest(url)}" in shown.err, command
         assert "; bring it up to date with: flowstore migrate up --url " in shown.err, command
         assert state() == before, command
     assert main(["doctor", "--url", url]) == 1

@@ -271,7 +271,7 @@ def test_an_interrupt_ends_a_replay_in_order(tmp_path: Path) -> None:
     assert process.returncode == 130
     created, again, last = err.splitlines()
     assert created.startswith("created the schema of ")
-    assert again.startswith("the runs stay in the store; go on with them: flowstore replay --key ")
+    assert again.startswith("the runs stay in the store; continue them with: flowstore replay --key ")
     assert last == "flowstore: interrupted"
 
 

@@ -55,7 +55,7 @@ def test_a_backend_that_keeps_what_was_asked_ends_with_0(capsys: pytest.CaptureF
     assert "CONFORMS: CLM-1, CLM-2 kept; a partial run grants no level" in shown.out
     assert "seed 7" in shown.out
     first, *lines = shown.err.splitlines()
-    assert first == "checking memory://, only in scratch namespaces beside it: what it holds is not touched"
+    assert first == "checking memory://, only in scratch namespaces beside it; its own data is not touched"
     assert [line.partition(", ")[0] for line in lines] == [
         "[1/2] CLM-1 one_wins: PASS",
         "[2/2] CLM-2 wins_are_seen: PASS",
@@ -140,7 +140,7 @@ def test_one_example_of_a_grouped_check_is_selected_by_its_name(capsys: pytest.C
         (["memory://", "--seed", "x"], "--seed"),
         (["nowhere://x"], "nowhere"),
         (["memory://", "--waivers", "none.toml"], "cannot be read"),
-        (["memory://", "--html", "none/r.html"], "there is no folder for none/r.html"),
+        (["memory://", "--html", "none/r.html"], "the folder of none/r.html does not exist"),
         (["postgresql://me:s3cret@127.0.0.1:1/db?connect_timeout=1"], "unavailable"),
     ],
 )

@@ -269,7 +269,7 @@ def test_of_many_runs_the_oldest_are_looked_at(
     oldest = asyncio.run(run())
     assert main(["doctor", "--url", url, "--runs", "3"]) == 1
     out = capsys.readouterr().out
-    assert "looked into 3 of 10 Running runs" in out
+    assert "examined the oldest 3 of 10 Running runs" in out
     assert "3 runs Running with nothing in flight" in out
     assert str(oldest) in out
 
@@ -631,9 +631,9 @@ def test_what_redacting_hides_is_left_to_be_filled_in() -> None:
     ("arguments", "said"),
     [
         (["sqlite:///missing.db"], "there is no flowstore schema"),
-        (["sqlite:///a.db", "--url", "sqlite:///b.db"], "name the store once"),
-        (["sqlite:///a.db", "--yes"], "--yes goes with --fix"),
-        (["sqlite:///a.db", "--grace", "soon"], "a length of time such as 30d"),
+        (["sqlite:///a.db", "--url", "sqlite:///b.db"], "the store is given twice"),
+        (["sqlite:///a.db", "--yes"], "--yes requires --fix"),
+        (["sqlite:///a.db", "--grace", "soon"], "a duration such as 30d"),
         (["nonsense://x"], "no installed backend serves scheme"),
         (
             ["postgresql://u:hunter2@127.0.0.1:1/d?connect_timeout=1&retry_timeout=0"],
@@ -658,7 +658,7 @@ def test_fix_asks_first(
 ) -> None:
     flows.chmod(0o644)
     assert main(["doctor", "sqlite:///flows.db", "--fix"]) == 2
-    assert "give --yes" in capsys.readouterr().err
+    assert "use --yes" in capsys.readouterr().err
     answers = iter([False, True])
     monkeypatch.setattr(command.sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(command.typer, "confirm", lambda *a, **k: next(answers))

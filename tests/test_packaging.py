@@ -177,4 +177,4 @@ def test_the_command_line_needs_its_extra_and_says_so(site: Site) -> None:
     # The wrapper that is installed with the base, and its remedy.
     assert "pip install 'flowstore[otel]'" in done.stdout
     done = site.run("flowstore", "doctor", "memory://")
-    assert (done.returncode, done.stdout) == (0, "nothing found: memory://\n")
+    assert (done.returncode, done.stdout) == (0, "no findings: memory://\n")

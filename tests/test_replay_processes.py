@@ -226,7 +226,7 @@ def test_workers_do_not_outlive_the_replay(how: signal.Signals, tmp_path: Path) 
     if how is signal.SIGKILL:
         return
     assert parent.returncode == 130
-    assert "the runs stay in the store; go on with them: flowstore replay --key mine" in errors
+    assert "the runs stay in the store; continue them with: flowstore replay --key mine" in errors
     assert "Traceback" not in errors
 
 
