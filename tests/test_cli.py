@@ -152,7 +152,7 @@ def test_a_command_that_looks_makes_no_database(
             2,
             "--search must be text of at most 256",
         ),
-        (["runs", "list", "--after", "x"], 2, "--after must be a moment in UTC"),
+        (["runs", "list", "--after", "x"], 2, "--after must be a datetime with offset"),
         (["runs", "retry", str(UUID(int=1)), "", "--url", "memory://"], 2, "STEP must be text of 1 to 256"),
         (["signal", "deliver", str(UUID(int=1)), "", "--url", "memory://"], 2, "SIGNAL must be text of 1 to"),
         (["--url", "memory://", "stats", "--url", "sqlite:///x.db"], 2, "--url is given twice"),

@@ -112,4 +112,4 @@ def test_that_the_command_line_reads_no_more_than_a_payload_may_have(monkeypatch
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(piped))
     with pytest.raises(Failure, match="at most 16,777,216 bytes"):
         read_stdin()
-    assert piped.explain() == MAX_TEXT_BYTES + 1
+    assert piped.tell() == MAX_TEXT_BYTES + 1
