@@ -14,8 +14,8 @@ from flowstore_conformance import Profile, Status, run_suite
 from flowstore_conformance.cancellation_points import (
     CallProfile,
     CancelPoint,
-    profile,
     cancel_at,
+    profile,
     program,
     sweep,
 )

@@ -21,9 +21,9 @@ from flowstore_cli import symptoms
 from flowstore_cli.main import main
 from flowstore_core.diagnostics import Diagnostic, Severity
 from flowstore_core.open import resolve_store
-from flowstore_postgres import diagnosis, judgement
-from flowstore_postgres.judgement import Facts, Setting, judge
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres import diagnosis, server_checks
+from flowstore_postgres.server_checks import ServerFacts, ServerParameter, check_server
+from flowstore_postgres.settings import read_settings
 from tests.cluster import Cluster
 from tests.test_doctor import _fill, _with_store
 
@@ -213,7 +213,7 @@ def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
 def test_a_transaction_that_stays_open_is_found(
     place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judgement, "LONG_TRANSACTION_SECONDS", 0.05)
+    monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
     assert doctor(place) == (0, {})
     with _session(server) as execute:
         execute("BEGIN")
@@ -300,12 +300,12 @@ def test_another_schema_is_found(statement: str, code: str, place: str, server: 
 # What no test can make of a server at hand, judged by the facts alone
 
 
-async def _facts(url: str) -> Facts:
+async def _facts(url: str) -> ServerFacts:
     _, _, config = resolve_store(url)
-    settings = read_connection_settings(config)
+    settings = read_settings(config)
     one, two = [await settings.hosts.connect(**settings.connect_arguments) for _ in range(2)]
     try:
-        return await diagnosis.look(one, two, settings, config)
+        return await diagnosis.collect_facts(one, two, settings, config)
     finally:
         await one.close()
         await two.close()
@@ -313,7 +313,7 @@ async def _facts(url: str) -> Facts:
 
 @asynccontextmanager
 async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Diagnostic]]:
-    yield list(judge(replace(await _facts(url), **facts)))
+    yield list(check_server(replace(await _facts(url), **facts)))
 
 
 @pytest.mark.parametrize(
@@ -326,16 +326,16 @@ async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Diagnostic]]:
     ],
 )
 async def test_facts_are_judged(facts: dict[str, Any], code: str, severity: Severity, server: str) -> None:
-    found = list(judge(replace(await _facts(server), **facts), date(2026, 12, 1)))
+    found = list(check_server(replace(await _facts(server), **facts), date(2026, 12, 1)))
     assert [(finding.code, finding.severity) for finding in found] == [(code, severity)]
 
 
 async def test_synchronous_commit_local_matters_only_with_standbys(server: str) -> None:
     facts = await _facts(server)
-    local = {**facts.settings, "synchronous_commit": Setting("local", "configuration file")}
-    assert list(judge(replace(facts, settings=local))) == []
-    local["synchronous_standby_names"] = Setting("b", "configuration file")
-    (found,) = judge(replace(facts, settings=local))
+    local = {**facts.parameters, "synchronous_commit": ServerParameter("local", "configuration file")}
+    assert list(check_server(replace(facts, parameters=local))) == []
+    local["synchronous_standby_names"] = ServerParameter("b", "configuration file")
+    (found,) = check_server(replace(facts, parameters=local))
     assert found.code == "synchronous-commit-local"
 
 
@@ -350,7 +350,7 @@ class Pooled:
         return getattr(self._connection, name)
 
     async def fetchval(self, statement: str) -> Any:
-        if statement == diagnosis.WHO_SERVES:
+        if statement == diagnosis.READ_PID:
             return next(self._pids)
         return await self._connection.fetchval(statement)
 
@@ -361,12 +361,12 @@ class Pooled:
 )
 async def test_a_transaction_pooler_is_told_by_who_serves(pids: list[int], pooled: bool, server: str) -> None:
     _, _, config = resolve_store(server)
-    settings = read_connection_settings(config)
+    settings = read_settings(config)
     connection = await asyncpg.connect(server)
     numbers = iter(pids)
     try:
         both: list[Any] = [Pooled(connection, numbers) for _ in range(2)]
-        facts = await diagnosis.look(both[0], both[1], settings, config)
+        facts = await diagnosis.collect_facts(both[0], both[1], settings, config)
     finally:
         await connection.close()
     assert facts.pooled is pooled

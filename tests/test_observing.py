@@ -120,7 +120,7 @@ async def test_without_an_observer_and_at_level_info_no_batch_is_reported(
     def refuse(*arguments: object) -> None:
         raise AssertionError("nobody listens")
 
-    monkeypatch.setattr("flowstore_core.batching.report_batch", refuse)
+    monkeypatch.setattr("flowstore_core.batching.scheduler.report_batch", refuse)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         await new_run(store)
 
@@ -247,7 +247,7 @@ async def test_a_conflict_between_transactions_is_no_warning(
                 raise asyncpg.SerializationError(CANARY)
             return tries
 
-        assert await database.retrying(conflict, "complete_run") == 3
+        assert await database.pool.retries.run(conflict, "complete_run") == 3
     assert recorder.retries == [("complete_run", "40001")] * 2
     retries = [record for record in records if "flowstore.attempt" in _fields(record)]
     assert [record.levelno for record in retries] == [logging.DEBUG] * 2

@@ -13,8 +13,7 @@ import pytest
 
 from flowstore_chaos.server import Server, new_server
 from flowstore_core import OutcomeUnknownError, RunStatus, open_store
-from flowstore_postgres.connection import Transaction
-from flowstore_postgres.database import COMMIT
+from flowstore_postgres.transactions import COMMIT, Transaction
 
 FLOW = UUID(int=1)
 RUN = UUID(int=2)

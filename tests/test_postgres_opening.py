@@ -28,8 +28,8 @@ from flowstore_core import (
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend
-from flowstore_postgres.hosts import read_hosts
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres.failover import read_hosts
+from flowstore_postgres.settings import read_settings
 
 SECRET = "hunter2-Zw"
 
@@ -125,7 +125,7 @@ def test_an_option_goes_before_the_same_in_the_url(
 
 def _driver_reads(config: StoreConfig) -> list[tuple[Any, Any]]:
     """The address of each host, and the parameters, that the driver finds in its arguments."""
-    settings = read_connection_settings(config)
+    settings = read_settings(config)
     arguments = settings.connect_arguments | {"timeout": None}
     found = []
     for host, port in read_hosts(config.url, config.options) or [(None, arguments.pop("port", None))]:
@@ -185,7 +185,7 @@ def test_options_for_tls_reach_the_driver_unchanged(tmp_path: Path) -> None:
     root = tmp_path / "r#oot&=+%41.pem"
     root.write_bytes(b"")
     _, _, config = resolve_store(f"postgresql://h/d?sslmode=Verify-Full&sslrootcert={quote(str(root))}")
-    dsn = read_connection_settings(config).connect_arguments["dsn"]
+    dsn = read_settings(config).connect_arguments["dsn"]
     assert parse_qs(urlsplit(dsn).query) == {"sslmode": ["verify-full"], "sslrootcert": [str(root)]}
 
 
@@ -218,7 +218,7 @@ def test_a_service_is_looked_up_in_the_file_that_an_option_names(tmp_path: Path)
 def test_a_malformed_host_or_port_is_a_configuration_error(url: str, options: dict[str, Any]) -> None:
     _, _, config = resolve_store(url, **options)
     with pytest.raises(ConfigurationError, match=r"port|host") as raised:
-        read_connection_settings(config)
+        read_settings(config)
     assert "secret" not in str(raised.value)
 
 
@@ -236,7 +236,7 @@ def test_a_malformed_host_or_port_is_a_configuration_error(url: str, options: di
 def test_a_control_character_in_what_the_server_is_told_is_refused(name: str, url: str) -> None:
     _, _, config = resolve_store(url)
     with pytest.raises(ConfigurationError, match=f"option {name} .*control characters"):
-        read_connection_settings(config)
+        read_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +255,9 @@ def test_a_line_end_in_a_variable_of_the_driver_is_refused_where_it_counts(
 ) -> None:
     monkeypatch.setenv(variable, f"{SECRET}\n")
     _, _, config = resolve_store(url)
-    read_connection_settings(config)
+    read_settings(config)
     with pytest.raises(ConfigurationError, match=f"{variable} .*line end") as raised:
-        read_connection_settings(replace(config, url="postgresql://", options={}))
+        read_settings(replace(config, url="postgresql://", options={}))
     assert SECRET not in str(raised.value)
 
 
@@ -274,7 +274,7 @@ def test_a_line_end_in_a_variable_of_the_driver_is_refused_where_it_counts(
 )
 def test_a_misspelt_option_or_value_gets_a_suggestion(query: str, near: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
-        read_connection_settings(resolve_store(f"postgresql://me:{SECRET}@h/d?{query}")[2])
+        read_settings(resolve_store(f"postgresql://me:{SECRET}@h/d?{query}")[2])
     assert f"(did you mean {near!r}?)" in str(raised.value)
     assert SECRET not in str(raised.value)
 

@@ -156,7 +156,7 @@ async def test_writers_go_on_when_folding_fails_and_the_doctor_says_so(database:
     await database.admin.execute(
         "INSERT INTO flowstore.run_changes SELECT gen_random_uuid(), '2026-01-01', NULL, 'Running', 5 "
         "FROM generate_series(1, $1::int)",
-        counters.UNFOLDED,
+        counters.MAX_UNFOLDED,
     )
     assert await _total(url) == 30
     assert await _diagnose(url) == ["changes-unfolded"]
@@ -198,7 +198,7 @@ async def test_a_search_index_that_is_far_behind_is_found(
     async with open_store(url) as store:
         await _work(store, 20)
     assert await _diagnose(url) == []
-    monkeypatch.setattr(diagnosis, "MANY", 20)
+    monkeypatch.setattr(diagnosis, "REINDEX_THRESHOLD", 20)
     assert await _diagnose(url) == ["search-behind"]
     _, backend, config = resolve_store(url)
     await backend.migrate(config)  # type: ignore[attr-defined]
@@ -265,7 +265,7 @@ async def test_a_role_keeps_what_it_may_execute_when_the_functions_are_replaced(
     _, backend, config = resolve_store(database.url())
     scripts = backend.migrations(config)  # type: ignore[attr-defined]
     for number, _, script in scripts:
-        if number < counters.SINCE:
+        if number < counters.MIN_SCHEMA_VERSION:
             await database.admin.execute(script)
     admin = database.admin
     await admin.execute(

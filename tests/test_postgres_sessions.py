@@ -22,7 +22,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_postgres.sessions import PINNED, WATCHED
+from flowstore_postgres.session_settings import PINNED, WATCHED
 
 HOSTILE = {
     "default_transaction_isolation": "serializable",

@@ -1,8 +1,8 @@
 """Every mutant against the whole suite: ``python -m tests.mutants`` writes docs/kill-matrix.md.
 
 ``--profile`` chooses how hard the suite looks (standard by default), ``--own`` runs only the checks of each
-mutant's own clause (minutes instead of hours), ``--jobs`` says how many mutants run at once. Names limit the run to
-some mutants and write nothing.
+mutant's own clause (minutes instead of hours), ``--jobs`` says how many mutants run at once. Names limit the
+run to some mutants and write nothing.
 """
 
 from __future__ import annotations

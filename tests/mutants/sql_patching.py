@@ -58,12 +58,12 @@ class PostgresSurgery:
     cut: Callable[[str], str] = Cut()
 
     def begin(self) -> None:
-        database: Any = self._database  # type: ignore[attr-defined]
-        whole = type(database)
+        pool: Any = self._database.pool  # type: ignore[attr-defined]
+        whole = type(pool)
         cut = type(self).cut
 
         class Operated(whole):  # type: ignore[misc,valid-type]
             def sql(self, statement: str) -> str:
                 return str(super().sql(cut(statement)))
 
-        database.__class__ = Operated
+        pool.__class__ = Operated

@@ -13,8 +13,8 @@ import pytest
 from flowstore_core import StoreConfig, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import redact
-from flowstore_postgres.hosts import read_hosts
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres.failover import read_hosts
+from flowstore_postgres.settings import read_settings
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ async def test_a_patience_shorter_than_the_silence_gets_to_the_next_host_all_the
             clock=None,
             migrate=True,
         )
-        settings = read_connection_settings(config)
+        settings = read_settings(config)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(settings.hosts.connect(**settings.connect_arguments), 0.2)
         connection = await settings.hosts.connect(**settings.connect_arguments)
