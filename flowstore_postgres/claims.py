@@ -326,6 +326,8 @@ DISPATCH_RELEASE = BatchStatement(
 
 
 class Claims:
+    """The contract of these operations is in flowstore_core/claims.py."""
+
     _database: Database
 
     def try_claim_step(

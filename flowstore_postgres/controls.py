@@ -77,6 +77,8 @@ WHERE run_id = $1 RETURNING run_id
 
 
 class Controls:
+    """The contract of these operations is in flowstore_core/controls.py."""
+
     _database: Database
 
     async def configure_run(

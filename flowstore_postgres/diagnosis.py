@@ -21,11 +21,7 @@ from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres import counters
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, describe, map_errors
 from flowstore_postgres.failover import read_hosts
-from flowstore_postgres.migrate import (
-    CLOSE_SECONDS,
-    pinned_transaction,
-    read_version,
-)
+from flowstore_postgres.migrate import CLOSE_SECONDS, pinned_transaction, read_version
 from flowstore_postgres.search import COUNT_UNINDEXED, REINDEX_THRESHOLD
 from flowstore_postgres.server_checks import ServerFacts, ServerParameter, check_server
 from flowstore_postgres.session_settings import PINNED
@@ -99,7 +95,7 @@ DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     LIMIT {FIX_BATCH} FOR UPDATE SKIP LOCKED
 )) AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = d.run_id)
 """
-# No lock is needed: these rows are written only after their run, so none of them can get a run later.
+# No second check: a run is written before these rows, so none of them can get a run later.
 DELETE_ORPHANS = f"""
 DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM {{schema}}.{{table}} o

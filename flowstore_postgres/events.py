@@ -31,6 +31,8 @@ WHERE run_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3
 
 
 class Events:
+    """The contract of these operations is in flowstore_core/events.py."""
+
     _database: Database
 
     async def append_event(

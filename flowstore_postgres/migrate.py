@@ -146,7 +146,7 @@ async def check_schema(connection: Any, settings: Settings, *, migrate: bool) ->
 async def pinned_transaction(connection: Any) -> AsyncIterator[None]:
     """A writable transaction at READ COMMITTED, independent of the session's defaults.
 
-    Statements behind a wait for a lock must see the commits of that time.
+    A statement after a wait for a lock must see the commits made during the wait.
     """
     async with connection.transaction(isolation="read_committed"):
         try:

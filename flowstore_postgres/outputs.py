@@ -57,6 +57,8 @@ SAVE = BatchStatement(
 
 
 class Outputs:
+    """The contract of these operations is in flowstore_core/outputs.py."""
+
     _database: Database
 
     async def save_output(self, *, run_id: UUID, key: str, value_json: str) -> None:

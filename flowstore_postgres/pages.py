@@ -118,6 +118,8 @@ class _Statement:
 
 
 class Pages:
+    """The contract of these operations is in flowstore_core/runs.py."""
+
     _database: Database
 
     async def get_runs(

@@ -57,6 +57,8 @@ ORDER BY f.since, s.run_id, s.step_key LIMIT $3
 
 
 class Recovery:
+    """The contract of these operations is in flowstore_core/steps.py."""
+
     _database: Database
 
     async def reschedule_step(

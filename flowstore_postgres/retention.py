@@ -112,6 +112,8 @@ WHERE NOT EXISTS (SELECT FROM {schema}.run_days d WHERE d.day = s.day AND d.chan
 
 
 class Retention:
+    """The contract of these operations is in flowstore_core/retention.py."""
+
     _database: Database
 
     async def cleanup(self, *, cutoff: datetime) -> int:

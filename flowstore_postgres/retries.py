@@ -45,6 +45,8 @@ WHERE run_id = $1
 
 
 class Retries:
+    """The contract of these operations is in flowstore_core/steps.py."""
+
     _database: Database
 
     async def retry_step(

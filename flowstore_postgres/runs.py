@@ -140,6 +140,8 @@ async def lock_run(transaction: Transaction, run_id: UUID) -> RunStatus:
 
 
 class Runs:
+    """The contract of these operations is in flowstore_core/runs.py."""
+
     _database: Database
 
     async def start_run(

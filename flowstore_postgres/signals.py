@@ -62,6 +62,8 @@ WHERE run_id = $1 AND step_key = $2 AND delivered_at IS NULL AND expired_at IS N
 
 
 class Signals:
+    """The contract of these operations is in flowstore_core/signals.py."""
+
     _database: Database
 
     async def register_waiter(

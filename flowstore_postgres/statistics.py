@@ -93,6 +93,8 @@ Bucket = tuple[int, int, int, int, int, float | None, float | None]
 
 
 class Statistics:
+    """The contract of these operations is in flowstore_core/statistics.py."""
+
     _database: Database
 
     async def get_statistics(self, *, as_of: datetime | None) -> DashboardStatistics:

@@ -276,6 +276,8 @@ COMPLETE = BatchStatement(
 
 
 class Steps(Recovery):
+    """The contract of these operations is in flowstore_core/steps.py."""
+
     _database: Database
 
     async def record_step_start(

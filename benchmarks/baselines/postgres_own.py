@@ -1,7 +1,7 @@
-"""PostgreSQL, flowstore's own statement for a claim that goes alone, prepared on a held connection.
+"""PostgreSQL, flowstore's own statement for a single claim, prepared on a kept connection, without a store.
 
-On tables of flowstore, with the settings of its lanes, and with no store before it. What is between this
-and flowstore is Python: the input is checked, nobody else must be on the way, the connection is watched.
+It uses flowstore's tables and the session settings of its prepared connections. The difference to flowstore
+is the cost of Python: validation, the check for concurrent calls, and the timeout of the connection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEMA = "own"
 
 
 class OwnClaim(StoreRecords):
-    """Claims of one caller; the records are made and counted by a store."""
+    """Claims of one caller; a store creates and counts the records."""
 
     def __init__(self, store: FlowStore, statement: Any) -> None:
         super().__init__(store)
