@@ -68,8 +68,8 @@ RETURNING true AS won
 """.replace("{claim_if_free}", CLAIM_IF_FREE)
 # Any number of claims, in key order. The runs are locked FOR SHARE against completion and cleanup, so
 # claims of one run do not block each other. A step that is taken when the statement starts is not tried:
-# holder is its owner, or '' if no owner can win. now is read behind the lock, so that neither the claim nor
-# its lease begins before the run was free.
+# holder is its owner, or '' if no owner can win. now is read after the lock is taken, so that neither the
+# claim nor its lease begins before the run was free.
 TRY_CLAIM_STEP = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS began

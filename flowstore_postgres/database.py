@@ -1,8 +1,8 @@
 """The ways a noun file reads and writes: ``read``, ``statement``, ``write`` and ``transaction``.
 
-``statement`` sends one statement that is a transaction of its own, ``write`` a row that shares a statement
-with concurrent calls, ``transaction`` several statements. Each handles a connection that breaks: a write
-stores a token, and the server is probed for it once the lost statement can no longer take effect (CON-3).
+``statement`` sends one statement in autocommit mode, ``write`` a row that shares a statement with concurrent
+calls, ``transaction`` several statements. Each handles a connection that breaks: a write stores a token, and
+the server is probed for it once the lost statement can no longer take effect (CON-3).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Database:
         probe: ProbeQuery | None,
         on_abandoned: Callable[[Any], Awaitable[None]] | None = None,
     ) -> Any:
-        """Execute one writing statement, a transaction of its own, and return its one row.
+        """Execute one writing statement in autocommit mode and return its one row.
 
         The statement gets the deadline ($1), the virtual now or NULL ($2), and ``arguments`` from $3 on. It
         must have no effect after the deadline, and returns one row with column ``before_deadline``.

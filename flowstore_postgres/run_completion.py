@@ -1,7 +1,7 @@
 """Completion of runs on PostgreSQL: concurrent completions share a transaction (RUN-4).
 
 The shared transaction handles only the fast path: runs and steps that are not locked and match the
-expectation. Everything else is left to a transaction of the call's own, which waits for locks; a shared
+expectation. Everything else is left to a dedicated transaction of the call, which waits for locks; a shared
 transaction never does.
 """
 
@@ -26,7 +26,7 @@ SELECT run_id FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) AND status = 'Ru
 ORDER BY run_id FOR UPDATE SKIP LOCKED
 """
 # $2 are the new statuses, $3 the expected step statuses (Completion.encode_expected), $4 the runs that have
-# an expectation. The snapshot is taken behind the locks of the runs, so no step is claimed or dispatched
+# an expectation. The snapshot is taken after the runs are locked, so no step is claimed or dispatched
 # any more. The steps are locked too, because completing a step does not lock its run; a step that another
 # transaction has locked does not match.
 COMPLETE_RUNS = """
@@ -51,7 +51,7 @@ RETURNING r.run_id
 """
 # Fast path, for the shared transaction.
 COMPLETE_UNLOCKED_RUNS = COMPLETE_RUNS.replace("{wait}", " SKIP LOCKED")
-# Slow path, for a transaction of the call's own.
+# Slow path, for a dedicated transaction.
 LOCK_AND_COMPLETE_RUNS = COMPLETE_RUNS.replace("{wait}", "")
 
 

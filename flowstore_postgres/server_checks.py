@@ -73,7 +73,7 @@ def check_server(facts: ServerFacts, today: date | None = None) -> Iterator[Diag
     yield from check_version(facts, today or datetime.now(UTC).date())
     yield from check_connections(facts)
     yield from check_pooler(facts)
-    yield from check_time_outs(facts)
+    yield from check_timeouts(facts)
     yield from check_vacuum(facts)
     yield from check_clock(facts)
 
@@ -323,7 +323,7 @@ def check_pooler(facts: ServerFacts) -> Iterator[Diagnostic]:
             )
 
 
-def check_time_outs(facts: ServerFacts) -> Iterator[Diagnostic]:
+def check_timeouts(facts: ServerFacts) -> Iterator[Diagnostic]:
     for name, target in (
         ("idle_session_timeout", "idle connections of the pooler"),
         (

@@ -38,7 +38,7 @@ AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner
                         AND (claim_expires_at IS NULL OR claim_expires_at > now))
 """
 # Fast path: updates a row that has no attempt to archive, as at the first start of a step. It leaves every
-# other row unchanged for RECORD_STEP_START_SLOW_PATH. now is read behind the lock on the run, as for a
+# other row unchanged for RECORD_STEP_START_SLOW_PATH. now is read after the run is locked, as for a
 # claim: the owner's lease may expire during that wait.
 RECORD_STEP_START = """
 WITH guard AS MATERIALIZED (
