@@ -1,6 +1,6 @@
-"""flowstore_postgres: the PostgreSQL backend. Start at ``store.py``; each noun has a file of its own."""
+"""The PostgreSQL backend. Start at ``store.py``; each noun, such as claims or signals, has its own file."""
 
 import logging
 
-# Quiet unless the application asks for it.
+# No output unless the application configures logging.
 logging.getLogger("flowstore_postgres").addHandler(logging.NullHandler())

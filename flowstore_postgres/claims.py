@@ -1,4 +1,9 @@
-"""Step claims and the dispatch ledger on PostgreSQL."""
+"""Step claims and the dispatch ledger on PostgreSQL.
+
+A claim is one upsert of the step's row, under a shared lock on its run. PostgreSQL re-reads a conflicting row
+after waiting for it, so exactly one of many concurrent claimants finds the step free; the others write
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +23,15 @@ from flowstore_core import (
     StoreUnavailableError,
 )
 from flowstore_core.batching import REQUEUE
-from flowstore_postgres.batched import Batched, Row, read_done
-from flowstore_postgres.database import Database, in_microseconds
+from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
+from flowstore_postgres.database import Database
+from flowstore_postgres.sql_placeholders import in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
 
-# PostgreSQL re-reads a conflicting row after waiting for it, so of many claimants exactly one sees it
-# free; the others write nothing. The owner of a live claim gets its own row back unchanged.
-TAKE_CLAIM = """
+# The conflict clause of every claim. It takes a step that is open and unclaimed, or whose lease has
+# expired; the owner of a live claim gets its own row unchanged.
+CLAIM_IF_FREE = """
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     claim_token = excluded.claim_token,
     claim_owned = excluded.claim_owned,
@@ -45,46 +51,9 @@ WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
   AND (s.claimed_at IS NULL OR s.claim_expires_at <= excluded.claimed_at
        OR s.claim_token = excluded.claim_token)
 """
-# The runs are locked against completion and cleanup (SHARE: claims of one run do not wait for each
-# other), then one upsert decides, row by row in the order of the keys. What was lost before the
-# statement began is not tried: lost_to says to which owner, '' if no owner can win. now is taken behind
-# the lock, because a claim that waited for its run must not begin, nor its lease run, before it was free.
-TRY_CLAIM_STEP = """
-WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS began
-), asked AS MATERIALIZED (
-    SELECT a.*, coalesce(owner, to_hex(call)) AS token, owner IS NOT NULL AS owned,
-           (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
-           coalesce($2, clock_timestamp()) AS now,
-           (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
-                        WHEN claim_expires_at <= began THEN NULL
-                        WHEN claim_token = coalesce(owner, to_hex(call)) THEN NULL
-                        WHEN claim_owned THEN claim_token
-                        WHEN claimed_at IS NOT NULL THEN '' END
-            FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS lost_to
-    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::bigint[], $7::bigint[])
-                WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE in_time
-), won AS (
-    INSERT INTO {schema}.steps AS s
-        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
-    SELECT run_id, step_key, token, owned, now,
-           CASE WHEN lease IS NULL THEN NULL
-                WHEN now < {latest} - lease * {microsecond} THEN now + lease * {microsecond}
-                ELSE {latest} END,
-           call
-    FROM asked WHERE open AND lost_to IS NULL
-    {take}
-    RETURNING run_id, step_key
-)
-SELECT in_time, every,
-       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM asked) END AS open,
-       CASE WHEN NOT every THEN (SELECT array_agg(lost_to ORDER BY n) FROM asked) END AS lost_to,
-       CASE WHEN NOT every THEN (SELECT array_agg(run_id) FROM won) END AS run_ids,
-       CASE WHEN NOT every THEN (SELECT array_agg(step_key) FROM won) END AS step_keys
-FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
-""".replace("{take}", TAKE_CLAIM)
-# The same for a claim that goes alone, as plain as can be. No row: it was not won, and why is for the above.
-TRY_CLAIM_STEP_ALONE = """
+# Fast path: one claim, with deadline $1, virtual now $2, run_id $3, step_key $4, owner $5, lease $6 and the
+# token of the call $7. No row means that the claim was not won; TRY_CLAIM_STEP then tells why.
+TRY_CLAIM_STEP_SINGLE = """
 INSERT INTO {schema}.steps AS s
     (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
 SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
@@ -94,35 +63,73 @@ SELECT $3, $4, coalesce($5, to_hex($7::bigint)), $5 IS NOT NULL, now,
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
-{take}
+{claim_if_free}
 RETURNING true AS won
-""".replace("{take}", TAKE_CLAIM)
-# By the call's own token, which stays when the claim goes: the owner may have held it from before, and what
-# was won may have been released since, or its run be over, so that asking again would be answered no.
-# A call of an owner that found its claim there has changed nothing, and may be made again.
+""".replace("{claim_if_free}", CLAIM_IF_FREE)
+# Any number of claims, in key order. The runs are locked FOR SHARE against completion and cleanup, so
+# claims of one run do not block each other. A step that is taken when the statement starts is not tried:
+# holder is its owner, or '' if no owner can win. now is read after the lock is taken, so that neither the
+# claim nor its lease begins before the run was free.
+TRY_CLAIM_STEP = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS began
+), requested AS MATERIALIZED (
+    SELECT a.*, coalesce(owner, to_hex(call)) AS token, owner IS NOT NULL AS owned,
+           (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
+           coalesce($2, clock_timestamp()) AS now,
+           (SELECT CASE WHEN status IN ('Succeeded', 'Failed', 'Skipped') THEN ''
+                        WHEN claim_expires_at <= began THEN NULL
+                        WHEN claim_token = coalesce(owner, to_hex(call)) THEN NULL
+                        WHEN claim_owned THEN claim_token
+                        WHEN claimed_at IS NOT NULL THEN '' END
+            FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.step_key = a.step_key) AS holder
+    FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::bigint[], $7::bigint[])
+                WITH ORDINALITY AS a (run_id, step_key, owner, lease, call, n) WHERE before_deadline
+), won AS (
+    INSERT INTO {schema}.steps AS s
+        (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)
+    SELECT run_id, step_key, token, owned, now,
+           CASE WHEN lease IS NULL THEN NULL
+                WHEN now < {latest} - lease * {microsecond} THEN now + lease * {microsecond}
+                ELSE {latest} END,
+           call
+    FROM requested WHERE open AND holder IS NULL
+    {claim_if_free}
+    RETURNING run_id, step_key
+)
+SELECT before_deadline, every,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(holder ORDER BY n) FROM requested) END AS holder,
+       CASE WHEN NOT every THEN (SELECT array_agg(run_id) FROM won) END AS run_ids,
+       CASE WHEN NOT every THEN (SELECT array_agg(step_key) FROM won) END AS step_keys
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
+""".replace("{claim_if_free}", CLAIM_IF_FREE)
+# Finds a claim by the token of its call, which stays when the claim is released. The claim itself proves
+# nothing: its owner may have held it before, or it may have been released since. A call that found its own
+# claim has changed nothing and may be repeated.
 FIND_CLAIM = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND claim_call = $3"
-# What a cancelled call had won goes, whoever claimed since keeps (CON-4).
-GIVE_BACK_CLAIM = """
+# Releases the claim of a cancelled call unless another call has claimed the step since (CON-4).
+COMPENSATE_CLAIM = """
 UPDATE {schema}.steps SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
 WHERE run_id = $1 AND step_key = $2 AND claim_token = to_hex($3::bigint) RETURNING true
 """
 
 RELEASE_STEP_CLAIM = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 released AS (
     UPDATE {schema}.steps s
     SET claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
         release_token = a.token
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[]) AS a (run_id, step_key, token, owner)
-    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claimed_at IS NOT NULL
+    WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND claimed_at IS NOT NULL
       AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner)
 )
-SELECT in_time FROM guard
+SELECT before_deadline FROM guard
 """
 FIND_RELEASE = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND release_token = $3"
 
 RENEW_STEP_CLAIM = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time),
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline),
 renewed AS (
     UPDATE {schema}.steps s
     SET claim_expires_at = greatest(claim_expires_at, CASE
@@ -130,11 +137,11 @@ renewed AS (
             THEN coalesce($2, clock_timestamp()) + lease * {microsecond} ELSE {latest} END)
     FROM guard, unnest($3::uuid[], $4::text[], $5::text[], $6::bigint[])
                 WITH ORDINALITY AS a (run_id, step_key, owner, lease, n)
-    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND claim_owned
+    WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND claim_owned
       AND claim_token = a.owner AND claim_expires_at > coalesce($2, clock_timestamp())
     RETURNING n
 )
-SELECT in_time, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM renewed) END AS renewed
+SELECT before_deadline, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM renewed) END AS renewed
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM renewed) renewed
 """
 
@@ -149,7 +156,7 @@ SELECT step_key, claim_token, claim_owned, claimed_at, claim_expires_at FROM {sc
 WHERE run_id = $1 AND claimed_at IS NOT NULL ORDER BY step_key
 """
 
-TAKE_DISPATCH = """
+DISPATCH_IF_FREE = """
 ON CONFLICT (run_id, step_key) DO UPDATE SET
     dispatch_token = excluded.dispatch_token,
     dispatched_at = excluded.dispatched_at,
@@ -158,49 +165,49 @@ WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running')) AND s.dispatched_
 """
 TRY_RECORD_DISPATCH = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
-), asked AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
+), requested AS MATERIALIZED (
     SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::timestamptz[])
-                WITH ORDINALITY AS a (run_id, step_key, token, due_at, n) WHERE in_time
+                WITH ORDINALITY AS a (run_id, step_key, token, due_at, n) WHERE before_deadline
 ), won AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
-    SELECT run_id, step_key, token, now, due_at FROM guard, asked WHERE open
-    {take}
+    SELECT run_id, step_key, token, now, due_at FROM guard, requested WHERE open
+    {dispatch_if_free}
     RETURNING dispatch_token
 )
-SELECT in_time, every,
-       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM asked) END AS open,
+SELECT before_deadline, every,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
        CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
-""".replace("{take}", TAKE_DISPATCH)
-TRY_RECORD_DISPATCH_ALONE = """
+""".replace("{dispatch_if_free}", DISPATCH_IF_FREE)
+TRY_RECORD_DISPATCH_SINGLE = """
 INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at)
 SELECT $3, $4, $5, now, $6
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
      LATERAL (SELECT coalesce($2, clock_timestamp()) AS now WHERE run.run_id = $3) locked
 WHERE clock_timestamp() < $1
-{take}
+{dispatch_if_free}
 RETURNING true AS won
-""".replace("{take}", TAKE_DISPATCH)
-# The token stays when the dispatch goes, as with claims.
+""".replace("{dispatch_if_free}", DISPATCH_IF_FREE)
+# The token stays when the dispatch is released, as with claims.
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
-GIVE_BACK_DISPATCH = """
+COMPENSATE_DISPATCH = """
 UPDATE {schema}.steps
 SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
 WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3 AND dispatched_at IS NOT NULL RETURNING true
 """
 
 ANNOTATE_DISPATCH = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 annotated AS (
     UPDATE {schema}.steps s SET dispatch_job_id = a.job_id
     FROM guard, unnest($3::uuid[], $4::text[], $5::text[]) AS a (run_id, step_key, job_id)
-    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
+    WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
-SELECT in_time FROM guard
+SELECT before_deadline FROM guard
 """
-ANNOTATE_DISPATCH_ALONE = """
+ANNOTATE_DISPATCH_SINGLE = """
 UPDATE {schema}.steps SET dispatch_job_id = $5
 WHERE clock_timestamp() < $1 AND $2::timestamptz IS NULL
   AND run_id = $3 AND step_key = $4 AND dispatched_at IS NOT NULL
@@ -209,14 +216,14 @@ RETURNING true AS done
 FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_job_id = $3"
 
 RELEASE_DISPATCH = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 released AS (
     UPDATE {schema}.steps s SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL,
                                 release_token = a.token
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[]) AS a (run_id, step_key, token)
-    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
+    WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
-SELECT in_time FROM guard
+SELECT before_deadline FROM guard
 """
 
 GET_DISPATCHES = """
@@ -226,116 +233,123 @@ WHERE run_id = $1 AND dispatched_at IS NOT NULL ORDER BY step_key
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of a claim or a dispatch."""
+class ClaimResult:
+    """The result of a claim or a dispatch."""
 
     open: bool | None
-    """Whether the run is; None if there is no such run."""
+    """Whether the run is Running; None if the run does not exist."""
     won: bool
-    lost_to: str | None = None
+    holder: str | None = None
+    """The owner of the claim if it was lost; '' if no owner can win it, None if unknown."""
 
 
-WON = Answer(True, True)
-LOST = Answer(True, False, "")
+CLAIMED = ClaimResult(True, True)
+ALREADY_CLAIMED = ClaimResult(True, False, "")
 
 
-def _read_claims(rows: Sequence[Row], found: Any) -> list[Answer]:
+def _decode_claims(rows: Sequence[Row], found: Any) -> list[ClaimResult]:
     if found["every"]:
-        return [WON] * len(rows)
+        return [CLAIMED] * len(rows)
     keys = set(zip(found["run_ids"] or (), found["step_keys"] or (), strict=True))
     return [
-        WON if row[:2] in keys else Answer(is_open, False, lost_to)
-        for row, is_open, lost_to in zip(rows, found["open"], found["lost_to"], strict=True)
+        CLAIMED if row[:2] in keys else ClaimResult(is_open, False, holder)
+        for row, is_open, holder in zip(rows, found["open"], found["holder"], strict=True)
     ]
 
 
-def _share_claim(first: Row, answer: Answer, later: Row) -> Answer:
-    """What a claim gets that was made at the same moment as the first one of its step."""
+def _coalesce_claim(first: Row, result: ClaimResult, later: Row) -> ClaimResult:
+    """The result of a later claim of the same step in a batch, derived from that of the first."""
     owner = later[2]
-    if answer.won:
-        return LOST if owner is None or owner != first[2] else answer
-    if not answer.open:
-        return answer
-    # Nobody here knows whether it was lost to the later one's own owner.
-    again: Answer = REQUEUE
-    return again if answer.lost_to is None or owner == answer.lost_to else LOST
+    if result.won:
+        return ALREADY_CLAIMED if owner is None or owner != first[2] else result
+    if not result.open:
+        return result
+    # The later claim may come from the holder itself, so it is sent.
+    requeue: ClaimResult = REQUEUE
+    return requeue if result.holder is None or owner == result.holder else ALREADY_CLAIMED
 
 
-def _read_dispatches(rows: Sequence[Row], found: Any) -> list[Answer]:
+def _decode_dispatches(rows: Sequence[Row], found: Any) -> list[ClaimResult]:
     if found["every"]:
-        return [WON] * len(rows)
+        return [CLAIMED] * len(rows)
     won = set(found["won"] or ())
     return [
-        WON if row[2] in won else Answer(is_open, False)
+        CLAIMED if row[2] in won else ClaimResult(is_open, False)
         for row, is_open in zip(rows, found["open"], strict=True)
     ]
 
 
-def _share_dispatch(first: Row, answer: Answer, later: Row) -> Answer:
-    return LOST if answer.won else answer
+def _coalesce_dispatch(first: Row, result: ClaimResult, later: Row) -> ClaimResult:
+    return ALREADY_CLAIMED if result.won else result
 
 
-def _tell(row: Row, answer: Answer) -> bool:
-    if answer.open is None:
+def _to_result(row: Row, result: ClaimResult) -> bool:
+    if result.open is None:
         raise RunNotFoundError(row[0])
-    return answer.won
+    return result.won
 
 
-CLAIM = Batched(
+CLAIM = BatchStatement(
     operation="try_claim_step",
-    statement=TRY_CLAIM_STEP,
-    alone=TRY_CLAIM_STEP_ALONE,
-    read=_read_claims,
-    find=FIND_CLAIM,
-    found=lambda row: WON,
-    token=4,
-    coalesce=_share_claim,
-    to_result=_tell,
+    batch_sql=TRY_CLAIM_STEP,
+    single_sql=TRY_CLAIM_STEP_SINGLE,
+    decode_batch=_decode_claims,
+    probe_sql=FIND_CLAIM,
+    decode_probe=lambda row: CLAIMED,
+    token_column=4,
+    coalesce=_coalesce_claim,
+    to_result=_to_result,
 )
-RELEASE = Batched(operation="release_step_claim", statement=RELEASE_STEP_CLAIM, find=FIND_RELEASE)
-RENEW = Batched(operation="renew_step_claim", statement=RENEW_STEP_CLAIM, read=read_done("renewed"))
-DISPATCH = Batched(
+RELEASE = BatchStatement(operation="release_step_claim", batch_sql=RELEASE_STEP_CLAIM, probe_sql=FIND_RELEASE)
+RENEW = BatchStatement(
+    operation="renew_step_claim", batch_sql=RENEW_STEP_CLAIM, decode_batch=decode_flags("renewed")
+)
+DISPATCH = BatchStatement(
     operation="try_record_dispatch",
-    statement=TRY_RECORD_DISPATCH,
-    alone=TRY_RECORD_DISPATCH_ALONE,
-    read=_read_dispatches,
-    find=FIND_DISPATCH,
-    found=lambda row: WON,
-    coalesce=_share_dispatch,
-    to_result=_tell,
+    batch_sql=TRY_RECORD_DISPATCH,
+    single_sql=TRY_RECORD_DISPATCH_SINGLE,
+    decode_batch=_decode_dispatches,
+    probe_sql=FIND_DISPATCH,
+    decode_probe=lambda row: CLAIMED,
+    coalesce=_coalesce_dispatch,
+    to_result=_to_result,
 )
-ANNOTATE = Batched(
+ANNOTATE = BatchStatement(
     operation="annotate_dispatch",
-    statement=ANNOTATE_DISPATCH,
-    alone=ANNOTATE_DISPATCH_ALONE,
-    find=FIND_ANNOTATION,
+    batch_sql=ANNOTATE_DISPATCH,
+    single_sql=ANNOTATE_DISPATCH_SINGLE,
+    probe_sql=FIND_ANNOTATION,
 )
-FREE = Batched(operation="release_dispatch", statement=RELEASE_DISPATCH, find=FIND_RELEASE)
+DISPATCH_RELEASE = BatchStatement(
+    operation="release_dispatch", batch_sql=RELEASE_DISPATCH, probe_sql=FIND_RELEASE
+)
 
 
 class Claims:
+    """The contract of these operations is in flowstore_core/claims.py."""
+
     _database: Database
 
     def try_claim_step(
         self, *, run_id: UUID, step_key: str, owner: str | None, lease: timedelta | None
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
-            # The claim may be the owner's from before, so nothing is given back: it asks again, or lets
-            # it expire.
-            length = None if lease is None else in_microseconds(lease)
-            mine = (run_id, step_key, owner, length, self._database.new_token())
-            return self._database.write(CLAIM, mine)
+            # The owner may have held the claim before the call, so a cancelled call is not compensated for:
+            # the owner claims again, or the lease expires.
+            duration = None if lease is None else in_microseconds(lease)
+            owned_row = (run_id, step_key, owner, duration, self._database.new_token())
+            return self._database.write(CLAIM, owned_row)
         row = (run_id, step_key, None, None, self._database.new_token())
-        return self._database.write(CLAIM, row, partial(self._give_back, CLAIM, GIVE_BACK_CLAIM, row))
+        return self._database.write(CLAIM, row, partial(self._compensate, CLAIM, COMPENSATE_CLAIM, row))
 
-    async def _give_back(
-        self, batched: Batched, statement: str, row: Row, answer: Answer | OutcomeUnknownError
+    async def _compensate(
+        self, statement: BatchStatement, sql: str, row: Row, result: ClaimResult | OutcomeUnknownError
     ) -> None:
-        key = (row[0], row[1], row[batched.token])
-        if isinstance(answer, OutcomeUnknownError):
-            await self._database.give_back(statement, *key, lost=self._database.unacknowledged(answer))
-        elif answer.won:
-            await self._database.give_back(statement, *key)
+        key = (row[0], row[1], row[statement.token_column])
+        if isinstance(result, OutcomeUnknownError):
+            await self._database.compensate(sql, *key, unacked=self._database.unacked_statements(result))
+        elif result.won:
+            await self._database.compensate(sql, *key)
 
     async def release_step_claim(self, *, run_id: UUID, step_key: str, owner: str | None) -> None:
         await self._database.write(RELEASE, (run_id, step_key, self._database.new_token(), owner))
@@ -357,7 +371,7 @@ class Claims:
     ) -> Coroutine[Any, Any, bool]:
         row = (run_id, step_key, self._database.new_token(), due_at)
         return self._database.write(
-            DISPATCH, row, partial(self._give_back, DISPATCH, GIVE_BACK_DISPATCH, row)
+            DISPATCH, row, partial(self._compensate, DISPATCH, COMPENSATE_DISPATCH, row)
         )
 
     async def annotate_dispatch(self, *, run_id: UUID, step_key: str, job_id: str) -> None:
@@ -371,7 +385,7 @@ class Claims:
             )
 
     async def release_dispatch(self, *, run_id: UUID, step_key: str) -> None:
-        await self._database.write(FREE, (run_id, step_key, self._database.new_token()))
+        await self._database.write(DISPATCH_RELEASE, (run_id, step_key, self._database.new_token()))
 
     async def get_dispatched_step_keys(self, *, run_id: UUID) -> frozenset[str]:
         return frozenset(one.step_key for one in await self.get_dispatches(run_id=run_id))

@@ -1,107 +1,72 @@
-"""A connection that knows its peer, and the transaction that the noun files work in."""
+"""A connection that knows the server process behind it."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import asyncpg
 
-from flowstore_postgres.sessions import PIN_MORE, READ_DEFAULTS, WATCHED, check_session
+from flowstore_postgres.session_settings import PIN_MORE, READ_DEFAULTS, WATCHED, check_session
 
-IDENTIFY = """
+HANDSHAKE = """
 SELECT pg_backend_pid() AS pid, clock_timestamp() AS now,
        (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()) AS started, {more}
 """
-IDENTIFY_AND_PIN = IDENTIFY.replace("{more}", PIN_MORE)
-# Behind PgBouncer a setting would go to whoever gets the server process next.
-IDENTIFY_POOLED = IDENTIFY.replace("{more}", READ_DEFAULTS)
+HANDSHAKE_AND_PIN = HANDSHAKE.replace("{more}", PIN_MORE)
+# Behind PgBouncer a SET would apply to the next client of the server process.
+HANDSHAKE_POOLED = HANDSHAKE.replace("{more}", READ_DEFAULTS)
 
-# asyncio has as much memory ready for each answer as it may at most be long, and for its own 256 KiB the
-# allocator asks the system each time and gives it back. So much comes from the heap.
+# asyncio allocates a receive buffer of the maximum size for each read. With its default of 256 KiB the
+# allocator maps and unmaps memory each time; buffers of this size come from the heap.
 RECEIVE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class ServerProcess:
     """The server process behind a connection."""
 
     pid: int
     started: datetime | None
-    clock_offset: float
+    """None behind PgBouncer, where the next statement may reach another process."""
+    clock_skew: float
     """The server's clock, in seconds since the epoch, minus the event loop's."""
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]
-    """asyncpg's connection with what we must know when it breaks."""
+    """asyncpg's connection with the facts that are needed after it breaks."""
 
-    peer: Peer
-    number: int
-    """What the connection's row in the table commits goes by."""
+    process: ServerProcess
+    connection_id: int
+    """The key of the connection's row in table commits."""
     defaults: Mapping[str, str]
-    """The settings of the session that could not be pinned."""
+    """The session settings that could not be pinned."""
 
-    async def identify(self, *, behind_pgbouncer: bool) -> None:
-        """Learn who serves the connection, and how far the server's clock is from ours; pin what can be.
+    async def handshake(self, *, behind_pgbouncer: bool) -> None:
+        """Read the server's process and clock, and pin the session settings where possible.
 
-        Raises ConfigurationError for a session in which the contract cannot be kept.
+        Raises ConfigurationError for a session that cannot keep the contract.
         """
         loop = asyncio.get_running_loop()
-        asked = loop.time()
+        sent_at = loop.time()
         try:
-            row = await self.fetchrow(IDENTIFY_POOLED if behind_pgbouncer else IDENTIFY_AND_PIN)
+            row = await self.fetchrow(HANDSHAKE_POOLED if behind_pgbouncer else HANDSHAKE_AND_PIN)
             check_session(row)
         except (Exception, asyncio.CancelledError):
-            # The pool would close it politely, and wait for ever on a peer that has gone silent.
+            # The pool would close it gracefully, and wait forever for a silent peer.
             self.terminate()
             raise
-        middle = (asked + loop.time()) / 2
-        # Behind PgBouncer the next statement may have another peer, which must not be terminated.
+        middle = (sent_at + loop.time()) / 2
+        # Behind PgBouncer the process may serve another client by now, and must not be terminated.
         started = None if behind_pgbouncer else row["started"]
-        self.peer = Peer(row["pid"], started, row["now"].timestamp() - middle)
-        self.number = random.getrandbits(63)
+        self.process = ServerProcess(row["pid"], started, row["now"].timestamp() - middle)
+        self.connection_id = random.getrandbits(63)
         self.defaults = {name: row[name] for name in WATCHED} if behind_pgbouncer else {}
-        # Not part of any interface, and nothing but speed depends on it.
+        # A private attribute of asyncio's transport; without it only speed is lost.
         transport: Any = getattr(self, "_transport", None)
         if hasattr(transport, "max_size"):
             transport.max_size = RECEIVE_BYTES
-
-
-class Transaction:
-    """A transaction under way."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        sql: Callable[[str], str],
-        now: Callable[[], datetime | None],
-        timeout: Callable[[], float],
-    ) -> None:
-        self._connection = connection
-        self._sql = sql
-        self._now = now
-        self._timeout = timeout
-
-    @property
-    def now(self) -> datetime | None:
-        """The virtual clock's time; None where the server's clock decides."""
-        return self._now()
-
-    async def row(self, statement: str, *arguments: object) -> Any:
-        """The first row, or None."""
-        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout())
-
-    async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
-        found: Sequence[Any] = await self._connection.fetch(
-            self._sql(statement), *arguments, timeout=self._timeout()
-        )
-        return found
-
-    async def execute(self, statement: str, *arguments: object) -> str:
-        """Run it and return the command tag."""
-        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout())
-        return tag

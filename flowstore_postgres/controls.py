@@ -13,9 +13,9 @@ from flowstore_core import (
     RunAlreadyExistsError,
     TriggerResult,
 )
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import RUN_COLUMNS, plain_uuid, run_record
+from flowstore_postgres.transactions import Transaction
 
 CONFIGURE_RUN = """
 INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
@@ -29,7 +29,7 @@ SELECT flow_id, trigger_key, idempotency_key, timeout_at, cancel_requested_at, c
 FROM {schema}.controls WHERE run_id = $1
 """
 
-# Shared with the run's other writers, so that no control record is made for a run being deleted.
+# A shared lock on the run, so that no control record is created while the run is being deleted.
 SHARE_RUN = "SELECT flow_id, trigger_key FROM {schema}.runs WHERE run_id = $1 FOR SHARE"
 ADD_CONTROL = """
 INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, created_at)
@@ -77,6 +77,8 @@ WHERE run_id = $1 RETURNING run_id
 
 
 class Controls:
+    """The contract of these operations is in flowstore_core/controls.py."""
+
     _database: Database
 
     async def configure_run(
@@ -89,7 +91,7 @@ class Controls:
         timeout_at: datetime | None,
     ) -> None:
         async def work(transaction: Transaction) -> None:
-            # The run may not exist yet; where it does, cleanup waits for us or we for it.
+            # The run may not exist yet. If it does, the lock serializes this with cleanup.
             await transaction.row(SHARE_RUN, run_id)
             await transaction.execute(
                 CONFIGURE_RUN, run_id, flow_id, trigger_key, idempotency_key, timeout_at, transaction.now
@@ -127,8 +129,8 @@ class Controls:
         self, *, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
         async def work(transaction: Transaction) -> bool:
-            winner, _ = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
-            return winner == run_id
+            key_run_id, _ = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
+            return key_run_id == run_id
 
         return await self._database.transaction("try_register_idempotency_key", work)
 
@@ -146,12 +148,14 @@ class Controls:
         timeout_at: datetime | None,
     ) -> TriggerResult:
         async def work(transaction: Transaction) -> TriggerResult:
-            winner, taken = run_id, False
+            key_run_id, existed = run_id, False
             if idempotency_key is not None:
-                winner, taken = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
+                key_run_id, existed = await _register(
+                    transaction, flow_id, trigger_key, idempotency_key, run_id
+                )
             row = await transaction.row(
                 CREATE_RUN,
-                winner,
+                key_run_id,
                 flow_id,
                 flow_name,
                 trigger_key,
@@ -160,13 +164,13 @@ class Controls:
                 source_run_id,
                 transaction.now,
             )
-            if row is None and taken:
-                found = await transaction.row(READ_RUN, winner)
+            if row is None and existed:
+                found = await transaction.row(READ_RUN, key_run_id)
                 return TriggerResult(run=run_record(found), created=False)
             if row is None:
                 raise RunAlreadyExistsError(run_id)
             await transaction.execute(
-                CONFIGURE_RUN, winner, flow_id, trigger_key, idempotency_key, timeout_at, transaction.now
+                CONFIGURE_RUN, key_run_id, flow_id, trigger_key, idempotency_key, timeout_at, transaction.now
             )
             return TriggerResult(run=run_record(row), created=True)
 
@@ -186,7 +190,7 @@ class Controls:
 async def _register(
     transaction: Transaction, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
 ) -> tuple[UUID, bool]:
-    """Whose the key is, and whether it was taken before; the key's row is locked afterwards."""
+    """Register a key, or lock its row. Returns the run id of the key, and whether the key existed before."""
     scope = (flow_id, trigger_key, idempotency_key)
     while True:
         tag = await transaction.execute(REGISTER_KEY, *scope, run_id, transaction.now)
@@ -195,7 +199,7 @@ async def _register(
         row = await transaction.row(LOCK_KEY, *scope)
         if row is not None:
             return plain_uuid(row[0]), True
-        # Cleanup deleted the key in between, so it is free again.
+        # Cleanup deleted the key in between, so the next try registers it.
 
 
 def _control_record(run_id: UUID, row: Any) -> FlowRunControlRecord:

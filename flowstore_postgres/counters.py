@@ -1,8 +1,8 @@
-"""The sums of migration 2 compared with the runs that they count, and corrected.
+"""Checks and corrections of the counters of migration 2 against the stored runs.
 
 A counter is the sum over run_counts or run_days and run_changes. Writers change it together with the run, and
-folding does not change it, so its error is the same in every snapshot. The difference that one snapshot shows
-can therefore be added while others write, without locking any row of theirs.
+folding does not change it, so its error is the same in every snapshot. The difference that one snapshot
+shows can therefore be added during concurrent writes, without locking their rows.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowstore_core.diagnostics import Diagnostic, Severity, wrong_counters
-from flowstore_postgres.migrate import NO_TIMEOUT, Settings, pinned_transaction
+from flowstore_postgres.migrate import NO_TIMEOUT, pinned_transaction
+from flowstore_postgres.settings import Settings
 
-SINCE = 7
-"""The version of the schema that ignores loaded sums and has the lock below."""
-UNFOLDED = 10_000
-"""Healthy writers leave some 400 rows of run_changes unfolded; only a bulk load leaves as many as this."""
+MIN_SCHEMA_VERSION = 7
+"""The first schema version that ignores loaded sums and uses the lock below."""
+MAX_UNFOLDED = 10_000
+"""Normal writers leave some 400 rows of run_changes unfolded; only a bulk load leaves more than this."""
 
-# changes has no right value, but a day on which a stored run started without any is left out of timeseries.
+# changes has no correct value, but timeseries omit a day of stored runs whose changes are not positive.
 DIFFERENCES = """
 WITH counts AS MATERIALIZED (
     SELECT flow_id, sum(running)::bigint AS running, sum(succeeded)::bigint AS succeeded,
@@ -69,7 +70,7 @@ SELECT (SELECT count(*) FROM counts) AS flows, (SELECT count(*) FROM days) AS da
 LOCK_FOLDING = """
 SELECT pg_advisory_xact_lock(hashtextextended('run_changes', $name${schema}$name$::regnamespace::oid::bigint))
 """
-# Lets the rows pass the triggers that ignore loaded ones.
+# The triggers that ignore loaded rows accept rows of a transaction with this setting.
 MARK_FOLDING = "SELECT set_config('flowstore.folding', 'on', true)"
 ADD_DIFFERENCES = f"""
 {DIFFERENCES}, counted AS (
@@ -89,28 +90,28 @@ SELECT (SELECT count(*) FROM counts) AS flows, (SELECT count(*) FROM days) AS da
 DELETE_EMPTY_COUNTS = """
 DELETE FROM {schema}.run_counts WHERE running = 0 AND succeeded = 0 AND failed = 0 AND cancelled = 0
 """
-# What made the sums wrong may have made these wrong too. They are computed again when they are asked for.
+# The cause of the wrong counters may affect summaries too. They are computed again on demand.
 DELETE_SUMMARIES = "DELETE FROM {schema}.run_summaries"
 
-COUNT_UNFOLDED = f"SELECT count(*) FROM (SELECT FROM {{schema}}.run_changes LIMIT {UNFOLDED + 1}) few"
+COUNT_UNFOLDED = f"SELECT count(*) FROM (SELECT FROM {{schema}}.run_changes LIMIT {MAX_UNFOLDED + 1}) few"
 FOLD = "SELECT {schema}.fold_run_changes()"
 
 
 async def compare(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
-    """Compare the sums with the runs, in one snapshot."""
+    """Compare the counters with the stored runs, in one snapshot."""
     row = await connection.fetchrow(_sql(COUNT_DIFFERENCES, settings))
     return wrong_counters(row["flows"], row["days"])
 
 
 async def find_unfolded(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
-    """Report changes of runs that should have been folded long ago."""
-    if await connection.fetchval(_sql(COUNT_UNFOLDED, settings)) <= UNFOLDED:
+    """Report changes of runs that were not folded."""
+    if await connection.fetchval(_sql(COUNT_UNFOLDED, settings)) <= MAX_UNFOLDED:
         return ()
     return (
         Diagnostic(
             code="changes-unfolded",
             severity=Severity.WARNING,
-            summary=f"more than {UNFOLDED:,} rows of table run_changes are not folded into the counters",
+            summary=f"more than {MAX_UNFOLDED:,} rows of table run_changes are not folded into the counters",
             meaning="Counts are right, but every page and every statistic reads these rows. After a bulk "
             "load writers fold them. Otherwise folding fails, for a reason that is in the server's log, or a "
             "transaction that has folded is still open.",
@@ -121,7 +122,7 @@ async def find_unfolded(connection: Any, settings: Settings) -> Sequence[Diagnos
 
 
 async def correct(connection: Any, settings: Settings) -> str:
-    """Add the differences to the sums, in one transaction."""
+    """Add the differences to the counters, in one transaction."""
     async with pinned_transaction(connection):
         await connection.execute(_sql(LOCK_FOLDING, settings))
         await connection.execute(NO_TIMEOUT)
@@ -133,7 +134,7 @@ async def correct(connection: Any, settings: Settings) -> str:
 
 
 async def fold(connection: Any, settings: Settings) -> str:
-    """Fold until nothing is left, or another session folds."""
+    """Fold until nothing is left, or until another session folds."""
     folded, number = 0, 1
     while number:
         async with pinned_transaction(connection):

@@ -1,7 +1,7 @@
-"""What ``flowstore doctor`` learns of a PostgreSQL server: its settings, its clock, rows, counters.
+"""The checks of ``flowstore doctor`` on a PostgreSQL server: its settings, its clock, rows and counters.
 
-``look`` reads facts; the functions of judgement.py turn them into findings. Two connections, a few
-statements; only the checks of rows take long, so they are bounded by time.
+``collect_facts`` reads the facts about the server; server_checks.py derives the findings. That takes two
+connections and a few statements. The checks of rows can take long, so they have a time limit.
 """
 
 from __future__ import annotations
@@ -19,30 +19,24 @@ from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableErro
 from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres import counters
-from flowstore_postgres.database import fill_in, in_microseconds
-from flowstore_postgres.errors import LOST, describe, map_errors
-from flowstore_postgres.hosts import read_hosts
-from flowstore_postgres.judgement import Facts, Setting, judge
-from flowstore_postgres.migrate import (
-    CLOSE_SECONDS,
-    COUNT_UNSEARCHED,
-    MANY,
-    Settings,
-    pinned_transaction,
-    read_connection_settings,
-    read_version,
-)
-from flowstore_postgres.sessions import PINNED
+from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, describe, map_errors
+from flowstore_postgres.failover import read_hosts
+from flowstore_postgres.migrate import CLOSE_SECONDS, pinned_transaction, read_version
+from flowstore_postgres.search import COUNT_UNINDEXED, REINDEX_THRESHOLD
+from flowstore_postgres.server_checks import ServerFacts, ServerParameter, check_server
+from flowstore_postgres.session_settings import PINNED
+from flowstore_postgres.settings import Settings, read_settings
+from flowstore_postgres.sql_placeholders import fill_in, in_microseconds
 
 ROWS_SECONDS = 5.0
-"""How long the checks of rows may take together, unless thorough."""
-LEAST_SECONDS = 0.1
-"""What each check gets all the same."""
-COUNTED = 10_000
-"""As many orphans are counted at most."""
-FIXED_AT_ONCE = 1000
+"""Time limit of all checks of rows together, unless thorough."""
+MIN_CHECK_SECONDS = 0.1
+"""Minimum time of each check."""
+MAX_COUNTED = 10_000
+"""Orphans are counted up to this number."""
+FIX_BATCH = 1000
 
-WANTED = (
+PARAMETERS = (
     *PINNED,
     "autovacuum",
     "fsync",
@@ -58,7 +52,7 @@ WANTED = (
     "synchronous_standby_names",
     "transaction_timeout",
 )
-READ_SETTINGS = "SELECT name, setting, source FROM pg_catalog.pg_settings WHERE name = ANY($1::text[])"
+READ_PARAMETERS = "SELECT name, setting, source FROM pg_catalog.pg_settings WHERE name = ANY($1::text[])"
 READ_SERVER = """
 SELECT pg_is_in_recovery() AS replica, current_setting('server_version_num')::int AS version,
        current_setting('server_version') AS version_text, current_user::text AS role,
@@ -70,51 +64,50 @@ SELECT pg_is_in_recovery() AS replica, current_setting('server_version_num')::in
         WHERE datid IS NOT NULL AND coalesce(backend_type, 'client backend') = 'client backend'
           AND pid <> pg_backend_pid()) AS connections,
        (SELECT count(*) FROM pg_catalog.pg_stat_activity
-        WHERE usename = current_user AND pid <> pg_backend_pid()) AS of_role,
+        WHERE usename = current_user AND pid <> pg_backend_pid()) AS role_connections,
        (SELECT extract(epoch FROM max(clock_timestamp() - xact_start))
         FROM pg_catalog.pg_stat_activity
         WHERE datname = current_database() AND backend_type = 'client backend'
           AND pid <> pg_backend_pid())::float8 AS oldest_transaction
 """
 READ_CLOCK = "SELECT clock_timestamp()"
-WHO_SERVES = "SELECT pg_backend_pid()"
-LIMIT_TIME = "SET LOCAL statement_timeout = {milliseconds}"
+READ_PID = "SELECT pg_backend_pid()"
+SET_TIME_LIMIT = "SET LOCAL statement_timeout = {milliseconds}"
 
-# Those of which cleanup takes care by itself one day (RET-4), and those that no call can leave behind.
-FORGOTTEN = ("idempotency_keys", "controls")
-STRAYS = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
-FIND_FORGOTTEN = f"""
+# Tables whose orphans cleanup deletes after a while (RET-4), and tables in which no call leaves orphans.
+EXPIRED_TABLES = ("idempotency_keys", "controls")
+ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+FIND_EXPIRED = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
 WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
-  AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {COUNTED}
+  AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {MAX_COUNTED}
 """
-FIND_STRAYS = f"""
+FIND_ORPHANS = f"""
 SELECT run_id::text FROM {{schema}}.{{table}} o
-WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {COUNTED}
+WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id) LIMIT {MAX_COUNTED}
 """
-# A key that a trigger uses at this moment is locked by it; it is left alone. What is deleted is looked at
-# again by the statement itself, once it has the lock.
-DELETE_FORGOTTEN = f"""
+# Skips a key that a concurrent trigger has locked. The statement checks each row again once it has the lock.
+DELETE_EXPIRED = f"""
 DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM {{schema}}.{{table}} o
     WHERE created_at <= clock_timestamp() - $1::bigint * {{microsecond}}
       AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id)
-    LIMIT {FIXED_AT_ONCE} FOR UPDATE SKIP LOCKED
+    LIMIT {FIX_BATCH} FOR UPDATE SKIP LOCKED
 )) AND NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = d.run_id)
 """
-# Such a row cannot get a run any more: its run was there before it.
-DELETE_STRAYS = f"""
+# No second check: a run is written before these rows, so none of them can get a run later.
+DELETE_ORPHANS = f"""
 DELETE FROM {{schema}}.{{table}} d WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM {{schema}}.{{table}} o
     WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = o.run_id)
-    LIMIT {FIXED_AT_ONCE} FOR UPDATE SKIP LOCKED
+    LIMIT {FIX_BATCH} FOR UPDATE SKIP LOCKED
 ))
 """
 
 
 @asynccontextmanager
 async def _connect(settings: Settings, *, pinned: bool = True) -> AsyncIterator[Any]:
-    """A connection; unless ``pinned``, the defaults of the server, the database and the role hold on it."""
+    """A connection. Unless ``pinned``, the defaults of the server, the database and the role apply to it."""
     arguments = dict(settings.connect_arguments)
     if not pinned:
         arguments.pop("server_settings", None)
@@ -127,32 +120,32 @@ async def _connect(settings: Settings, *, pinned: bool = True) -> AsyncIterator[
 
 
 async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
-    """Every finding about the server and the schema; changes nothing."""
-    settings = read_connection_settings(config)
+    """Every finding about the server and the schema. Changes nothing."""
+    settings = read_settings(config)
     try:
         async with _connect(settings) as connection, _connect(settings, pinned=False) as second:
-            facts = await look(connection, second, settings, config)
-            found = list(judge(facts))
+            facts = await collect_facts(connection, second, settings, config)
+            found = list(check_server(facts))
             version, _ = await read_version(connection, settings)
             if version:
                 found += await _check_rows(connection, settings, version, thorough=thorough)
             return found
     except (ConfigurationError, StoreUnavailableError) as error:
         if error.database_code == POOLER_REFUSES:
-            return [_refused_by_a_pooler()]
+            return [_pooler_refuses_settings()]
         raise
 
 
 POOLER_REFUSES = "08P01"
-"""protocol_violation: what PgBouncer answers to a setting that it does not know at the start."""
+"""protocol_violation: the error of PgBouncer for an unknown setting in the startup packet."""
 
 
-def _refused_by_a_pooler() -> Diagnostic:
+def _pooler_refuses_settings() -> Diagnostic:
     return Diagnostic(
         code="pooler-undeclared",
         severity=Severity.ERROR,
         summary="the server refuses the settings of a connection, as PgBouncer does",
-        meaning="flowstore sets time-outs when it connects; a transaction pooler forbids that.",
+        meaning="flowstore sets timeouts when it connects; a transaction pooler forbids that.",
         remedy="add pgbouncer=true to the URL's query",
     )
 
@@ -162,18 +155,17 @@ def local_time() -> float:
     return time.time()
 
 
-async def look(connection: Any, second: Any, settings: Settings, config: StoreConfig) -> Facts:
-    """What the server says of itself, asked over two connections at once.
-
-    The second shows the settings, so none should be pinned on it.
-    """
-    rows = await second.fetch(READ_SETTINGS, list(WANTED))
+async def collect_facts(
+    connection: Any, unpinned: Any, settings: Settings, config: StoreConfig
+) -> ServerFacts:
+    """Read the facts over two open connections; ``unpinned`` shows the defaults of the parameters."""
+    rows = await unpinned.fetch(READ_PARAMETERS, list(PARAMETERS))
     server = await connection.fetchrow(READ_SERVER)
     skew, error = await _compare_clocks(connection)
-    # Through a transaction pooler, two connections that take turns may meet one server process.
-    served = [await one.fetchval(WHO_SERVES) for one in (connection, second, connection, second)]
-    return Facts(
-        settings={row["name"]: Setting(row["setting"], row["source"]) for row in rows},
+    # Behind a transaction pooler, alternating statements of two connections may share a server process.
+    pids = [await one.fetchval(READ_PID) for one in (connection, unpinned, connection, unpinned)]
+    return ServerFacts(
+        parameters={row["name"]: ServerParameter(row["setting"], row["source"]) for row in rows},
         replica=server["replica"],
         version=server["version"],
         version_text=server["version_text"],
@@ -182,31 +174,31 @@ async def look(connection: Any, second: Any, settings: Settings, config: StoreCo
         superuser=bool(server["superuser"]),
         role_limit=-1 if server["role_limit"] is None else server["role_limit"],
         database_limit=server["database_limit"],
-        # Less the second of our own.
+        # Without the second connection of this check.
         connections=max(server["connections"] - 1, 0),
-        connections_of_role=max(server["of_role"] - 1, 0),
+        connections_of_role=max(server["role_connections"] - 1, 0),
         oldest_transaction=server["oldest_transaction"],
         skew=skew,
         skew_error=error,
-        pooled=len(set(served)) < 2 or served[0] != served[2] or served[1] != served[3],
+        pooled=len(set(pids)) < 2 or pids[0] != pids[2] or pids[1] != pids[3],
         pool_size=settings.pool_size,
         pgbouncer=settings.pgbouncer,
-        place=_place(config, server["database"]),
+        psql_options=_psql_options(config, server["database"]),
     )
 
 
-def _place(config: StoreConfig, database: str) -> tuple[str, ...]:
-    """psql's options for the first host of the URL."""
-    place: list[str] = []
+def _psql_options(config: StoreConfig, database: str) -> tuple[str, ...]:
+    """The options of psql for the first host of the URL."""
+    options: list[str] = []
     for host, port in read_hosts(config.url, config.options)[:1]:
-        place += ["-h", host]
+        options += ["-h", host]
         if port is not None:
-            place += ["-p", str(port)]
-    return (*place, "-d", database)
+            options += ["-p", str(port)]
+    return (*options, "-d", database)
 
 
 async def _compare_clocks(connection: Any) -> tuple[float, float]:
-    """The server's clock minus ours in seconds, and how far off that may be: the best of three."""
+    """The server's clock minus this machine's, and the error of that, in seconds; the best of three tries."""
     best = (0.0, float("inf"))
     for _ in range(3):
         began = local_time()
@@ -225,23 +217,23 @@ async def _check_rows(
     connection: Any, settings: Settings, version: int, *, thorough: bool
 ) -> list[Diagnostic]:
     checks: list[tuple[str, Check]] = []
-    if version >= counters.SINCE:
-        # The cheap ones first; the next reads an index of all runs.
+    if version >= counters.MIN_SCHEMA_VERSION:
+        # In order of cost: the last reads an index of all runs.
         checks += [
             ("run_changes", counters.find_unfolded),
-            ("unsearched", _find_unsearched),
+            ("unsearched", _find_unindexed),
             ("counters", counters.compare),
         ]
-    checks += [(table, partial(_find_orphans, table)) for table in (*FORGOTTEN, *STRAYS)]
+    checks += [(table, partial(_find_orphans, table)) for table in (*EXPIRED_TABLES, *ORPHAN_TABLES)]
     found: list[Diagnostic] = []
     unfinished: list[str] = []
-    until = time.monotonic() + ROWS_SECONDS
+    deadline = time.monotonic() + ROWS_SECONDS
     for name, check in checks:
-        left = 0 if thorough else int(max(until - time.monotonic(), LEAST_SECONDS) * 1000)
+        left = 0 if thorough else int(max(deadline - time.monotonic(), MIN_CHECK_SECONDS) * 1000)
         try:
-            # At serializable, reading all rows of a table would make transactions of others fail.
+            # At serializable, reading all rows of a table would make concurrent transactions fail.
             async with connection.transaction(isolation="read_committed", readonly=True):
-                await connection.execute(LIMIT_TIME.format(milliseconds=left))
+                await connection.execute(SET_TIME_LIMIT.format(milliseconds=left))
                 found += await check(connection, settings)
         except asyncpg.QueryCanceledError:
             unfinished.append(name)
@@ -250,7 +242,7 @@ async def _check_rows(
             Diagnostic(
                 code="rows-not-checked",
                 severity=Severity.NOTE,
-                summary=f"not all rows were looked at: {', '.join(unfinished)}",
+                summary=f"not all rows were checked: {', '.join(unfinished)}",
                 meaning=f"The checks of rows were stopped after {ROWS_SECONDS:g} s.",
                 remedy="flowstore doctor --thorough",
             )
@@ -258,15 +250,15 @@ async def _check_rows(
     return found
 
 
-async def _find_unsearched(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
-    statement = COUNT_UNSEARCHED.replace("{schema}", settings.quoted_schema)
-    if await connection.fetchval(statement) < MANY:
+async def _find_unindexed(connection: Any, settings: Settings) -> Sequence[Diagnostic]:
+    statement = COUNT_UNINDEXED.replace("{schema}", settings.quoted_schema)
+    if await connection.fetchval(statement) < REINDEX_THRESHOLD:
         return ()
     return (
         Diagnostic(
             code="search-behind",
             severity=Severity.NOTE,
-            summary=f"{MANY:,} or more ended runs are not in the index for searches",
+            summary=f"{REINDEX_THRESHOLD:,} or more ended runs are not in the index for searches",
             meaning="Every search reads them one by one. cleanup and flowstore migrate up add them to the "
             "index.",
             remedy="flowstore migrate up",
@@ -275,43 +267,49 @@ async def _find_unsearched(connection: Any, settings: Settings) -> Sequence[Diag
 
 
 async def _find_orphans(table: str, connection: Any, settings: Settings) -> Sequence[Diagnostic]:
-    statement, arguments = _about(table, FIND_FORGOTTEN, FIND_STRAYS, settings)
+    statement, arguments = _table_statement(table, FIND_EXPIRED, FIND_ORPHANS, settings)
     rows = await connection.fetch(statement, *arguments)
     if not rows:
         return ()
-    return (orphaned_rows(table, [row[0] for row in rows], never_started=table in FORGOTTEN, limit=COUNTED),)
+    return (
+        orphaned_rows(
+            table, [row[0] for row in rows], never_started=table in EXPIRED_TABLES, limit=MAX_COUNTED
+        ),
+    )
 
 
-def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple[str, tuple[Any, ...]]:
-    old = table in FORGOTTEN
-    statement = fill_in(forgotten if old else strays, settings.quoted_schema)
-    return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if old else ()
+def _table_statement(
+    table: str, expired: str, orphans: str, settings: Settings
+) -> tuple[str, tuple[Any, ...]]:
+    expires = table in EXPIRED_TABLES
+    statement = fill_in(expired if expires else orphans, settings.quoted_schema)
+    return statement.replace("{table}", table), (in_microseconds(ORPHAN_GRACE),) if expires else ()
 
 
 async def fix(config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
-    """Delete orphans, fold changes and correct counters, as the findings say; safe while others write."""
-    settings = read_connection_settings(config)
-    done = []
+    """Delete orphans, fold changes and correct counters, as ``findings`` names them, during other writes."""
+    settings = read_settings(config)
+    reports = []
     async with _connect(settings) as connection:
         for finding in findings:
             table = finding.code.removeprefix("orphans-").replace("-", "_")
             try:
                 if finding.code == "counters-wrong":
-                    done.append(await counters.correct(connection, settings))
+                    reports.append(await counters.correct(connection, settings))
                 elif finding.code == "changes-unfolded":
-                    done.append(await counters.fold(connection, settings))
-                elif table in (*FORGOTTEN, *STRAYS):
-                    done.append(await _delete_orphans(table, connection, settings))
-            except LOST as error:
+                    reports.append(await counters.fold(connection, settings))
+                elif table in (*EXPIRED_TABLES, *ORPHAN_TABLES):
+                    reports.append(await _delete_orphans(table, connection, settings))
+            except CONNECTION_LOST_ERRORS as error:
                 raise describe(error) from None
-    return done
+    return reports
 
 
 async def _delete_orphans(table: str, connection: Any, settings: Settings) -> str:
-    statement, arguments = _about(table, DELETE_FORGOTTEN, DELETE_STRAYS, settings)
+    statement, arguments = _table_statement(table, DELETE_EXPIRED, DELETE_ORPHANS, settings)
     deleted, number = 0, 1
     while number:
-        # Little by little, so that nobody waits long for a row.
+        # In small transactions, so that no writer waits long for a row.
         async with pinned_transaction(connection):
             number = int((await connection.execute(statement, *arguments)).rpartition(" ")[2])
         deleted += number

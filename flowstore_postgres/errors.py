@@ -1,7 +1,8 @@
-"""One seam between asyncpg's errors and flowstore's own.
+"""The mapping of asyncpg's errors to flowstore's.
 
-PostgreSQL's messages carry keys and row contents, asyncpg's carry arguments, so nothing of them but
-the class, the five-character code and the constraint's name ever reaches a message, and none is chained.
+PostgreSQL's messages contain keys and row contents, asyncpg's contain arguments. A mapped error therefore
+shows only the class, the five-character code and the name of the constraint, and never chains the driver's
+error.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from flowstore_core.urls import ENCODING_RULE
 
 log = logging.getLogger("flowstore_postgres")
 
-# A transaction that ended with one of these was rolled back, and may be run again (CON-2).
-ROLLED_BACK = frozenset(
+# Rolled back by the server; the transaction may be retried (CON-2).
+RETRYABLE_SQLSTATES = frozenset(
     {
         "40001",  # serialization_failure
         "40P01",  # deadlock_detected
@@ -29,13 +30,13 @@ ROLLED_BACK = frozenset(
     }
 )
 
-DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+DRIVER_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
-# A wrong URL, and a server that is not who it should be: trying again does not help.
-FINAL = (asyncpg.ClientConfigurationError, ssl.SSLCertVerificationError)
+# A wrong URL, or a server whose certificate does not match: a retry does not help.
+PERMANENT_ERRORS = (asyncpg.ClientConfigurationError, ssl.SSLCertVerificationError)
 
-# The server cannot be reached now; nothing was sent.
-UNREACHABLE = (
+# The server cannot be reached now; no statement was sent.
+UNREACHABLE_ERRORS = (
     OSError,
     TimeoutError,
     asyncpg.CannotConnectNowError,
@@ -46,8 +47,8 @@ UNREACHABLE = (
     asyncpg.TargetServerAttributeNotMatched,
 )
 
-# The connection broke, or time ran out, with a statement under way: it may or may not have happened.
-LOST = (
+# The connection broke or timed out during a statement, whose outcome is unknown.
+CONNECTION_LOST_ERRORS = (
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
@@ -57,6 +58,13 @@ LOST = (
     asyncpg.InternalClientError,
     asyncpg.InterfaceError,
 )
+
+ROW_LEVEL_SQLSTATE_CLASSES = frozenset({"22", "23", "54", "P0"})
+"""Classes of errors that one row of a batch can cause: a value, a constraint, a limit of the server, a
+trigger.
+
+Any other error would hit each half of a batch again; a held lock would block each half for as long again.
+"""
 
 _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
     "28P01": (
@@ -83,21 +91,21 @@ _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
 
 
 CONNECTION_LOST = "connection_lost"
-"""The reason of a retry: a connection broke, was silent, or could not be had."""
+"""The reason of a retry: a connection broke, timed out, or could not be made."""
 
 
-class Retry(Exception):  # noqa: N818 - a signal within this package, not an error
-    """The operation is known not to have happened; it may be tried again."""
+class RetryableError(Exception):
+    """The operation is known not to have happened and may be retried; internal to this package."""
 
-    def __init__(self, error: FlowStoreError, *, fence: float | None = None) -> None:
+    def __init__(self, error: FlowStoreError, *, resolvable_at: float | None = None) -> None:
         super().__init__(str(error))
         self.error = error
-        self.fence = fence
-        """The event loop's time from which on a retry is certain to make progress; None if unknown."""
+        self.resolvable_at = resolvable_at
+        """The event loop's time from which a retry can resolve the outcome; None if unknown."""
 
 
 def describe(error: BaseException) -> FlowStoreError:
-    """An error of our own that tells what may be told."""
+    """Map a driver's error to a flowstore error without secrets or contents."""
     code = getattr(error, "sqlstate", None)
     if isinstance(error, asyncpg.PostgresError) and code:
         kind, text = _REMEDIES.get(code, (StoreUnavailableError, "PostgreSQL refused the statement"))
@@ -106,12 +114,12 @@ def describe(error: BaseException) -> FlowStoreError:
         found.database_code = code
         return found
     if isinstance(error, asyncpg.ClientConfigurationError):
-        return unreadable_url()
+        return invalid_url()
     if isinstance(error, ssl.SSLCertVerificationError):
-        # Its text tells of the certificate alone.
+        # Its text describes only the certificate.
         return ConfigurationError(
-            f"the server's certificate is not to be trusted: {error.verify_message}; name the root that "
-            "signed it with sslrootcert, and the host as the certificate does"
+            f"the server's certificate is not trusted: {error.verify_message}; set sslrootcert to the root "
+            "that signed it, and use the host name of the certificate"
         )
     if isinstance(error, TimeoutError):
         return StoreUnavailableError("PostgreSQL did not answer in time")
@@ -127,7 +135,7 @@ def describe(error: BaseException) -> FlowStoreError:
 
 
 def name_error(error: BaseException) -> str:
-    """The class of a driver's error and what names it further; nothing of its text."""
+    """The class of a driver's error, its SQLSTATE and its constraint, without its text."""
     words = [type(error).__name__]
     if code := getattr(error, "sqlstate", None):
         words.append(f"SQLSTATE {code}")
@@ -139,15 +147,16 @@ def name_error(error: BaseException) -> str:
 def report_retry(
     observers: Observers, operation: str, tries: int, error: FlowStoreError, wait: float
 ) -> None:
-    """Say that what did not happen is tried again.
+    """Log and report a retry.
 
-    Warned of once for each call, and not of conflicts between transactions, which are everyday.
+    The first retry of a call is a warning, unless its reason is a conflict between transactions, which is
+    normal.
     """
     code = error.database_code
-    # The driver's own word for a connection that broke is a code of class 08.
+    # The driver reports broken connections with a code of class 08.
     reason = CONNECTION_LOST if code is None or code.startswith("08") else code
     log.log(
-        logging.WARNING if tries == 1 and code not in ROLLED_BACK else logging.DEBUG,
+        logging.WARNING if tries == 1 and code not in RETRYABLE_SQLSTATES else logging.DEBUG,
         "%s: try %d failed (%s); the next in %.3f s",
         operation,
         tries,
@@ -165,8 +174,8 @@ def report_retry(
         observers.retried(operation, reason, wait)
 
 
-def unreadable_url() -> ConfigurationError:
-    """The driver's own message would quote the URL, password included."""
+def invalid_url() -> ConfigurationError:
+    """An error without the URL; the driver's message would quote it, password included."""
     return ConfigurationError(
         "the PostgreSQL driver cannot read the URL or one of its options; it must look like "
         f"postgresql://user:password@host:5432/database?sslmode=require; {ENCODING_RULE}"
@@ -175,13 +184,13 @@ def unreadable_url() -> ConfigurationError:
 
 @contextmanager
 def map_errors() -> Iterator[None]:
-    """Turn what the driver raises on connecting into an error of our own; CancelledError passes."""
+    """Map the errors that the driver raises while connecting; CancelledError passes."""
     try:
         yield
     except FlowStoreError as error:
         strip_driver_exceptions(error)
         raise
-    except (*DRIVER, ValueError) as error:
+    except (*DRIVER_ERRORS, ValueError) as error:
         log.debug(
             "the driver raised %s",
             name_error(error),
@@ -190,9 +199,9 @@ def map_errors() -> Iterator[None]:
                 "flowstore.sqlstate": getattr(error, "sqlstate", None),
             },
         )
-        failure = describe(error) if isinstance(error, DRIVER) else unreadable_url()
+        failure = describe(error) if isinstance(error, DRIVER_ERRORS) else invalid_url()
         try:
             raise failure from None
         finally:
-            # Python has chained the driver's error all the same.
+            # Python chains the driver's error despite `from None`.
             strip_driver_exceptions(failure)

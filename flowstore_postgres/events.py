@@ -9,19 +9,19 @@ from uuid import UUID, uuid4
 from flowstore_core import FlowEventRecord, RunNotFoundError
 from flowstore_postgres.database import Database
 
-# Raising the run's counter holds its row until the commit, so the next event waits: sequence numbers
-# become visible in their order (EVT-1). MAX(sequence) + 1 would not wait for anybody.
+# Incrementing the run's counter locks its row until the commit, so the next event waits, and sequence numbers
+# become visible in order (EVT-1). MAX(sequence) + 1 would not wait.
 APPEND_EVENT = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time
+    SELECT clock_timestamp() < $1 AS before_deadline
 ), counted AS (
-    UPDATE {schema}.runs SET last_event = last_event + 1 FROM guard WHERE in_time AND run_id = $3
+    UPDATE {schema}.runs SET last_event = last_event + 1 FROM guard WHERE before_deadline AND run_id = $3
     RETURNING last_event
 ), appended AS (
     INSERT INTO {schema}.events (run_id, sequence, timestamp, event_type, step_key, message, token)
     SELECT $3, last_event, coalesce($2, clock_timestamp()), $4, $5, $6, $7 FROM counted
 )
-SELECT guard.in_time, counted.last_event AS sequence FROM guard LEFT JOIN counted ON true
+SELECT guard.before_deadline, counted.last_event AS sequence FROM guard LEFT JOIN counted ON true
 """
 FIND_EVENT = "SELECT sequence FROM {schema}.events WHERE run_id = $1 AND token = $2"
 GET_RUN_EVENTS = """
@@ -31,6 +31,8 @@ WHERE run_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3
 
 
 class Events:
+    """The contract of these operations is in flowstore_core/events.py."""
+
     _database: Database
 
     async def append_event(
@@ -45,7 +47,7 @@ class Events:
             step_key,
             message,
             token,
-            look=(FIND_EVENT, run_id, token),
+            probe=(FIND_EVENT, run_id, token),
         )
         if row["sequence"] is None:
             raise RunNotFoundError(run_id)

@@ -7,25 +7,25 @@ from types import MappingProxyType
 from uuid import UUID
 
 from flowstore_core import RunNotFoundError
-from flowstore_postgres.batched import Batched, Row, read_done
+from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
 
-# The runs are locked against cleanup, in the order of the keys; a row whose run is not there saves nothing.
+# The runs are locked against cleanup, in key order. A row whose run does not exist is not saved.
 SAVE_OUTPUT = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time, $2::timestamptz AS now),
-asked AS MATERIALIZED (
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
+requested AS MATERIALIZED (
     SELECT a.*, (SELECT true FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS found
     FROM guard, unnest($3::uuid[], $4::text[], $5::text[])
-                WITH ORDINALITY AS a (run_id, key, value_json, n) WHERE in_time
+                WITH ORDINALITY AS a (run_id, key, value_json, n) WHERE before_deadline
 ), saved AS (
     INSERT INTO {schema}.outputs (run_id, key, value_json)
-    SELECT run_id, key, value_json FROM asked WHERE found ORDER BY n
+    SELECT run_id, key, value_json FROM requested WHERE found ORDER BY n
     ON CONFLICT (run_id, key) DO UPDATE SET value_json = excluded.value_json
 )
-SELECT in_time, every, CASE WHEN NOT every THEN ARRAY(SELECT n FROM asked WHERE found) END AS saved
-FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM asked WHERE found) found
+SELECT before_deadline, every, CASE WHEN NOT every THEN ARRAY(SELECT n FROM requested WHERE found) END AS
+saved FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM requested WHERE found) found
 """
-SAVE_OUTPUT_ALONE = """
+SAVE_OUTPUT_SINGLE = """
 INSERT INTO {schema}.outputs (run_id, key, value_json)
 SELECT $3, $4, $5 FROM (SELECT FROM {schema}.runs WHERE run_id = $3 FOR SHARE) run
 WHERE clock_timestamp() < $1 AND ($2::timestamptz IS NULL OR true)
@@ -41,22 +41,24 @@ SELECT run_id, key, value_json FROM {schema}.outputs WHERE run_id = ANY($1::uuid
 """
 
 
-def _weigh(row: Row) -> int:
+def _size(row: Row) -> int:
     return len(row[2])
 
 
-SAVE = Batched(
+SAVE = BatchStatement(
     operation="save_output",
-    statement=SAVE_OUTPUT,
-    alone=SAVE_OUTPUT_ALONE,
-    read=read_done("saved"),
-    find=FIND_OUTPUT,
-    found=lambda row: True,
-    size_of=_weigh,
+    batch_sql=SAVE_OUTPUT,
+    single_sql=SAVE_OUTPUT_SINGLE,
+    decode_batch=decode_flags("saved"),
+    probe_sql=FIND_OUTPUT,
+    decode_probe=lambda row: True,
+    size_of=_size,
 )
 
 
 class Outputs:
+    """The contract of these operations is in flowstore_core/outputs.py."""
+
     _database: Database
 
     async def save_output(self, *, run_id: UUID, key: str, value_json: str) -> None:
@@ -68,5 +70,5 @@ class Outputs:
         return None if row is None else row[0]
 
     async def get_outputs(self, *, run_id: UUID) -> Mapping[str, str]:
-        rows = await self._database.reading.rows(GET_OUTPUTS, run_id)
+        rows = await self._database.shared_reads.rows(GET_OUTPUTS, run_id)
         return MappingProxyType({row[1]: row[2] for row in rows})

@@ -1,4 +1,4 @@
-"""The plugin that brings PostgreSQL; the driver is imported only when a store is opened."""
+"""The plugin for PostgreSQL; the driver is imported only when a store is opened."""
 
 from __future__ import annotations
 
@@ -8,50 +8,8 @@ from typing import Any
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
 from flowstore_core.diagnostics import Diagnostic
+from flowstore_postgres.driver_options import DRIVER_OPTIONS
 
-# What libpq's URLs may carry and asyncpg understands; TLS options pass through (see docs).
-DRIVER_OPTIONS = frozenset(
-    {
-        "application_name",
-        "database",
-        "dbname",
-        "gsslib",
-        "host",
-        "krbsrvname",
-        "passfile",
-        "password",
-        "port",
-        "service",
-        "servicefile",
-        "ssl_max_protocol_version",
-        "ssl_min_protocol_version",
-        "sslcert",
-        "sslcrl",
-        "sslkey",
-        "sslmode",
-        "sslnegotiation",
-        "sslpassword",
-        "sslrootcert",
-        "target_session_attrs",
-        "user",
-    }
-)
-DRIVER_WORDS = {
-    "gsslib": ("gssapi", "sspi"),
-    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-    "sslnegotiation": ("postgres", "direct"),
-    "target_session_attrs": ("any", "primary", "standby", "read-write", "read-only", "prefer-standby"),
-}
-"""The allowed values of options that take one of a few words."""
-DRIVER_VARIABLES = {
-    "PGDATABASE": "database",
-    "PGHOST": "host",
-    "PGPASSFILE": "passfile",
-    "PGPASSWORD": "password",
-    "PGSERVICE": "service",
-    "PGUSER": "user",
-}
-"""Environment variables of the driver, and the option that replaces each."""
 STORE_OPTIONS = frozenset(
     {
         "acquire_timeout",
@@ -76,9 +34,9 @@ class PostgresBackend:
     drivers = ("asyncpg",)
 
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[Any]:
-        from flowstore_postgres.store import OpenPostgres
+        from flowstore_postgres.store import StoreContext
 
-        return OpenPostgres(config)
+        return StoreContext(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
@@ -88,19 +46,19 @@ class PostgresBackend:
             yield fresh
 
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
-        """Every migration as (number, name, a script that applies and records it), in order."""
+        """Every migration in order, as (number, name, script); the script applies and records it."""
         from flowstore_postgres.migrate import migration_scripts
 
         return migration_scripts(config)
 
     async def schema_version(self, config: StoreConfig) -> int:
-        """The version of the schema that the URL names; 0 where there is none. Changes nothing."""
+        """The version of the URL's schema; 0 if there is none. Changes nothing."""
         from flowstore_postgres.migrate import read_schema_version
 
         return await read_schema_version(config)
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
-        """How searches find their runs."""
+        """Whether searches use an index."""
         from flowstore_postgres.migrate import has_search_index
 
         indexed = await has_search_index(config)
@@ -111,19 +69,19 @@ class PostgresBackend:
         }
 
     async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
-        """What is wrong with the server, its settings and its clock, rows without a run, and counters."""
+        """Check the server, its settings and its clock, and find orphaned rows and wrong counters."""
         from flowstore_postgres.diagnosis import diagnose
 
         return await diagnose(config, thorough=thorough)
 
     async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
-        """Delete the rows without a run that were found, and correct the counters."""
+        """Delete orphans, fold changes and correct counters, as ``findings`` names them."""
         from flowstore_postgres.diagnosis import fix
 
         return await fix(config, findings)
 
     async def migrate(self, config: StoreConfig) -> int:
-        """Apply what is missing and return the version reached."""
+        """Apply the missing migrations and return the version reached."""
         from flowstore_postgres.migrate import migrate_schema
 
         return await migrate_schema(config)

@@ -1,4 +1,4 @@
-"""Recovery on PostgreSQL: rescheduling steps and finding those that nothing will move (STP-7, STP-8)."""
+"""Recovery on PostgreSQL: rescheduling steps and finding stalled ones (STP-7, STP-8)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import lock_run, plain_uuid
+from flowstore_postgres.transactions import Transaction
 
 READ_ATTEMPT = """
 SELECT status, last_attempt, reopened, rescheduled, coalesce($3, clock_timestamp()) AS now
 FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND status IS NOT NULL FOR UPDATE
 """
-# The attempt's recorded output stays where it was closed as Pending before.
+# An attempt that was already closed as Pending keeps its output.
 RESCHEDULE_STEP = """
 UPDATE {schema}.steps
 SET output_json = CASE status WHEN 'Running' THEN $3 ELSE output_json END,
@@ -34,8 +34,8 @@ SET output_json = CASE status WHEN 'Running' THEN $3 ELSE output_json END,
 WHERE run_id = $1 AND step_key = $2
 """
 
-# A step with a claim counts from the claim's end; one without from its dispatch, or where that is
-# missing from the end of its last attempt. A claim without lease has no end, so it never stalls.
+# A claimed step stalls when its lease expires, a dispatched step when its dispatch is due, any other step
+# at the end of its last attempt. A claim without a lease never expires, so its step never stalls.
 GET_STALLED_STEPS = """
 SELECT s.run_id, s.step_key, s.status, f.reason, f.since
 FROM {schema}.runs r
@@ -57,6 +57,8 @@ ORDER BY f.since, s.run_id, s.step_key LIMIT $3
 
 
 class Recovery:
+    """The contract of these operations is in flowstore_core/steps.py."""
+
     _database: Database
 
     async def reschedule_step(

@@ -11,29 +11,30 @@ from uuid import UUID
 
 from flowstore_core import FlowStoreError
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_postgres.connection import Transaction
-from flowstore_postgres.database import Database, in_microseconds
-from flowstore_postgres.search import gather, is_indexed
+from flowstore_postgres.database import Database
+from flowstore_postgres.search import index_batch, is_indexed
+from flowstore_postgres.sql_placeholders import in_microseconds
+from flowstore_postgres.transactions import Transaction
 
 log = logging.getLogger("flowstore_postgres")
 
 GRACE = in_microseconds(ORPHAN_GRACE)
 BATCH = 500
-"""Runs that are looked up at once; orphans that are deleted at once at most."""
-TURN = 20
-"""Runs that are deleted in one transaction: some milliseconds of the server's time, in statements of less
-than one, so that nobody waits long for a processor or a row (RET-3)."""
-GATHERED = 32
-"""Ended runs that become quick to search in one transaction."""
-REST = 1.0
-"""How long cleanup rests after each transaction, as a multiple of what that took."""
+"""Number of runs that one query finds, and maximum number of orphans that one transaction deletes."""
+RUNS_PER_TRANSACTION = 20
+"""Maximum number of runs that one transaction deletes. It takes some milliseconds of the server's time, in
+statements of less than one, so that no caller waits long for a processor or a row (RET-3)."""
+INDEX_BATCH = 32
+"""Maximum number of ended runs that one transaction adds to the index for searches."""
+REST_FACTOR = 1.0
+"""The pause after each transaction of cleanup, as a multiple of the transaction's duration."""
 
 FIND_COMPLETED = """
 SELECT run_id FROM {schema}.runs WHERE completed_at < $1 ORDER BY completed_at, run_id LIMIT $2
 """
-# Keys before runs: trigger_run locks in that order too, and would deadlock with any other. Locked rows are
-# waited for, not skipped: a skipped run would stay. After the wait the row is read again, so a run that was
-# reopened meanwhile drops out, whole (RET-2).
+# Locks keys before runs, as trigger_run does; another order could deadlock with it. It waits for locked rows,
+# because a skipped run would never be deleted. PostgreSQL re-reads a row after the wait, so a run that was
+# reopened meanwhile is kept whole (RET-2).
 LOCK_COMPLETED = """
 WITH keys AS MATERIALIZED (
     SELECT FROM {schema}.idempotency_keys WHERE run_id = ANY($1::uuid[])
@@ -53,7 +54,7 @@ CHILDREN = (
     "controls",
     "idempotency_keys",
 )
-# A statement of its own: its snapshot sees what was written while the locks were waited for.
+# A separate statement, because its snapshot includes rows that were written during the wait for the locks.
 DELETE_RUNS = (
     "WITH "
     + ", ".join(
@@ -62,8 +63,8 @@ DELETE_RUNS = (
     + " DELETE FROM {schema}.runs WHERE run_id = ANY($1::uuid[])"
 )
 
-# Two statements: the second one's snapshot sees a run that a trigger started while we waited for its
-# key. A key that another call is using right now is left for the next cleanup.
+# Two statements, because the snapshot of the second includes a run that a trigger started during the wait
+# for its key.
 LOCK_ORPHANED_KEYS = """
 SELECT flow_id, trigger_key, idempotency_key FROM {schema}.idempotency_keys k
 WHERE (flow_id, trigger_key, idempotency_key) IN (
@@ -90,7 +91,7 @@ WHERE run_id IN (
 )
 ORDER BY run_id FOR UPDATE
 """
-# Of days whose runs are gone, or most of them: whoever asks for one again has it computed again.
+# Summaries of days whose runs are mostly deleted. They are computed again on demand.
 DELETE_SUMMARIES = (
     "DELETE FROM {schema}.run_summaries WHERE day < ($1::timestamptz AT TIME ZONE 'UTC')::date - 1"
 )
@@ -99,11 +100,11 @@ DELETE FROM {schema}.controls c WHERE run_id = ANY($1::uuid[])
   AND NOT EXISTS (SELECT FROM {schema}.runs r WHERE r.run_id = c.run_id)
 """
 
-# Longer than anybody asks what became of a COMMIT, whatever retry_timeout.
+# Longer than any call probes for its COMMIT: the maximum of retry_timeout is one hour.
 DELETE_COMMITS = "DELETE FROM {schema}.commits WHERE noted_at < clock_timestamp() - interval '24 hours'"
 FOLD_CHANGES = "SELECT {schema}.fold_run_changes()"
-# A summary of another number of changes is never used. One that counts changes which are not folded yet goes
-# too, and is computed again.
+# A summary is used only while the day's number of changes matches. This also deletes summaries that include
+# unfolded changes; they are computed again on demand.
 DELETE_STALE_SUMMARIES = """
 DELETE FROM {schema}.run_summaries s
 WHERE NOT EXISTS (SELECT FROM {schema}.run_days d WHERE d.day = s.day AND d.changes = s.changes)
@@ -111,47 +112,53 @@ WHERE NOT EXISTS (SELECT FROM {schema}.run_days d WHERE d.day = s.day AND d.chan
 
 
 class Retention:
+    """The contract of these operations is in flowstore_core/retention.py."""
+
     _database: Database
 
     async def cleanup(self, *, cutoff: datetime) -> int:
         deleted = 0
         while found := await self._database.read(FIND_COMPLETED, cutoff, BATCH):
             runs = [row[0] for row in found]
-            for start in range(0, len(runs), TURN):
-                deleted += await self._in_turn(partial(_delete_runs, runs[start : start + TURN], cutoff))
+            for start in range(0, len(runs), RUNS_PER_TRANSACTION):
+                deleted += await self._run_paced(
+                    partial(_delete_runs, runs[start : start + RUNS_PER_TRANSACTION], cutoff)
+                )
         for sweep in (_sweep_keys, _sweep_controls):
-            while await self._in_turn(partial(sweep, cutoff)):
+            while await self._run_paced(partial(sweep, cutoff)):
                 pass
-        await self._in_turn(partial(_drop_notes, cutoff))
+        await self._run_paced(partial(_delete_notes, cutoff))
         await self._maintain("fold the changes of runs into the counters", _fold)
         await self._maintain("delete stale summaries", _delete_stale_summaries)
         if await is_indexed(self._database):
-            await self._maintain("add ended runs to the index for searches", partial(gather, GATHERED))
+            await self._maintain(
+                "add ended runs to the index for searches", partial(index_batch, INDEX_BATCH)
+            )
         return deleted
 
-    async def _maintain(self, what: str, work: Callable[[Transaction], Awaitable[int]]) -> None:
-        """Repeat maintenance until nothing is left. Every answer is right without it, so it may fail."""
+    async def _maintain(self, task: str, work: Callable[[Transaction], Awaitable[int]]) -> None:
+        """Repeat optional maintenance until nothing is left; a failure is logged."""
         try:
-            while await self._in_turn(work):
+            while await self._run_paced(work):
                 pass
         except FlowStoreError as error:
             log.warning(
                 "cleanup could not %s: %s",
-                what,
+                task,
                 error,
                 extra={"flowstore.operation": "cleanup", "flowstore.sqlstate": error.database_code},
             )
 
-    async def _in_turn(self, work: Callable[[Transaction], Awaitable[int]]) -> int:
+    async def _run_paced(self, work: Callable[[Transaction], Awaitable[int]]) -> int:
         loop = asyncio.get_running_loop()
         began = loop.time()
         done = await self._database.transaction("cleanup", work)
-        await asyncio.sleep(REST * (loop.time() - began))
+        await asyncio.sleep(REST_FACTOR * (loop.time() - began))
         return done
 
 
 async def _delete_runs(runs: Sequence[UUID], cutoff: datetime, transaction: Transaction) -> int:
-    """Delete those that are still completed, each whole; how many."""
+    """Delete the runs that are still completed, each whole, and return their number."""
     locked = [row[0] for row in await transaction.rows(LOCK_COMPLETED, runs, cutoff)]
     return _count(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
 
@@ -180,7 +187,7 @@ async def _sweep_controls(cutoff: datetime, transaction: Transaction) -> int:
     return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
 
 
-async def _drop_notes(cutoff: datetime, transaction: Transaction) -> int:
+async def _delete_notes(cutoff: datetime, transaction: Transaction) -> int:
     await transaction.execute(DELETE_SUMMARIES, cutoff)
     return _count(await transaction.execute(DELETE_COMMITS))
 

@@ -1,4 +1,4 @@
-"""Retrying a step on PostgreSQL: it is opened again, the run with it, and skipped steps are reset."""
+"""Retries of steps on PostgreSQL: reopen the step and its run, and reset skipped steps (STP-6)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from uuid import UUID
 
 from flowstore_core import RunStatus, StaleAttemptError, StepNotFoundError
 from flowstore_core.steps import superseded_by
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import lock_run
 from flowstore_postgres.steps import ARCHIVE_ATTEMPTS, READ_STEP
+from flowstore_postgres.transactions import Transaction
 
 REOPEN_STEP = """
 UPDATE {schema}.steps
@@ -24,7 +24,7 @@ FIND_SKIPPED = """
 SELECT step_key FROM {schema}.steps
 WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped' FOR UPDATE
 """
-# A skipped step that is reset keeps its attempts and its numbering for the next start, nothing else.
+# A reset step keeps only its attempts and their numbering.
 RESET_STEPS = """
 UPDATE {schema}.steps
 SET status = NULL, output_json = NULL, error_message = NULL, completed_at = NULL, started_owner = NULL,
@@ -45,6 +45,8 @@ WHERE run_id = $1
 
 
 class Retries:
+    """The contract of these operations is in flowstore_core/steps.py."""
+
     _database: Database
 
     async def retry_step(
@@ -76,7 +78,7 @@ class Retries:
         if others := sorted(reset - {step_key}):
             skipped = [row[0] for row in await transaction.rows(FIND_SKIPPED, run_id, others)]
         if skipped:
-            # None of them is open, so none is closed with a message.
+            # Skipped steps have no open attempt, so the message is not used.
             await transaction.execute(ARCHIVE_ATTEMPTS, run_id, skipped, "", now)
             await transaction.execute(RESET_STEPS, run_id, skipped)
         await transaction.execute(DELETE_UNDELIVERED, run_id, [step_key, *skipped])

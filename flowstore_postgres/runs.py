@@ -1,4 +1,4 @@
-"""Runs on PostgreSQL: start, complete, list, page, detail."""
+"""Runs on PostgreSQL: start, complete, list, detail."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
-from flowstore_postgres.completion import WAIT_AND_END_RUNS, Ending, end_runs
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
+from flowstore_postgres.run_completion import LOCK_AND_COMPLETE_RUNS, Completion, complete_runs
+from flowstore_postgres.transactions import Transaction
 
 RUN_COLUMNS = """r.run_id, r.flow_id, r.flow_name, r.status, r.trigger_key, r.trigger_data, r.job_id,
     r.started_at, r.completed_at, r.source_run_id"""
 
 START_RUN = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time, coalesce($2, clock_timestamp()) AS now
+    SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
 ), started AS (
     INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
                                source_run_id, start_token, started_at)
-    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, now FROM guard WHERE in_time
+    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, now FROM guard WHERE before_deadline
     ON CONFLICT (run_id) DO NOTHING
     RETURNING started_at
 )
-SELECT guard.in_time, started.started_at FROM guard LEFT JOIN started ON true
+SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON true
 """
 FIND_START = "SELECT started_at FROM {schema}.runs WHERE run_id = $1 AND start_token = $2"
 
-# Every operation on a step shares this lock or waits for it, so the statements that follow it in a
-# transaction see the whole run as it is now: each takes a new snapshot.
+# Every operation on a step takes this lock, exclusive or shared, so later statements of the transaction see
+# the current state of the run: each takes a new snapshot.
 LOCK_RUN = "SELECT status FROM {schema}.runs WHERE run_id = $1 FOR UPDATE"
 
 LIST_RUNS = f"""
@@ -64,12 +64,12 @@ GET_RUN_STATUS = "SELECT status FROM {schema}.runs WHERE run_id = $1"
 
 
 def plain_uuid(value: Any) -> UUID:
-    """asyncpg's own subclass of UUID as a plain one."""
+    """Convert asyncpg's subclass of UUID to a plain UUID."""
     return UUID(int=value.int)
 
 
 def run_fields(row: Any) -> dict[str, Any]:
-    """A row of RUN_COLUMNS as the fields of a FlowRunRecord."""
+    """Convert a row of RUN_COLUMNS to the fields of a FlowRunRecord."""
     return {
         "run_id": plain_uuid(row[0]),
         "flow_id": plain_uuid(row[1]),
@@ -105,7 +105,7 @@ def _attempt_record(run_id: UUID, row: Any) -> FlowStepAttemptRecord:
 
 
 def _step_record(run_id: UUID, row: Any, earlier: list[FlowStepAttemptRecord]) -> FlowStepRecord:
-    """A row of STEP_COLUMNS, which holds the newest attempt too, and the attempts before it."""
+    """Build a record from a row of STEP_COLUMNS, which holds the newest attempt, and the earlier attempts."""
     status = StepStatus(row[2])
     last_attempt, reopened = row[3], row[4]
     attempts = tuple(earlier)
@@ -129,7 +129,10 @@ def _step_record(run_id: UUID, row: Any, earlier: list[FlowStepAttemptRecord]) -
 
 
 async def lock_run(transaction: Transaction, run_id: UUID) -> RunStatus:
-    """Lock a run against every other operation on it; RunNotFoundError if unknown."""
+    """Lock a run against every other operation on it and return its status.
+
+    Raises RunNotFoundError.
+    """
     row = await transaction.row(LOCK_RUN, run_id)
     if row is None:
         raise RunNotFoundError(run_id)
@@ -137,6 +140,8 @@ async def lock_run(transaction: Transaction, run_id: UUID) -> RunStatus:
 
 
 class Runs:
+    """The contract of these operations is in flowstore_core/runs.py."""
+
     _database: Database
 
     async def start_run(
@@ -162,7 +167,7 @@ class Runs:
             job_id,
             source_run_id,
             token,
-            look=(FIND_START, run_id, token),
+            probe=(FIND_START, run_id, token),
         )
         if row["started_at"] is None:
             raise RunAlreadyExistsError(run_id)
@@ -182,21 +187,21 @@ class Runs:
     async def complete_run(
         self, *, run_id: UUID, status: RunStatus, expected: Mapping[str, StepStatus] | None
     ) -> bool:
-        ending = Ending(run_id, status, expected)
+        completion = Completion(run_id, status, expected)
 
         async def work(transaction: Transaction) -> bool:
             if (await lock_run(transaction, run_id)).is_terminal:
                 return False
-            return bool(await end_runs(transaction, WAIT_AND_END_RUNS, [ending]))
+            return bool(await complete_runs(transaction, LOCK_AND_COMPLETE_RUNS, [completion]))
 
-        if await self._database.completion.complete(ending):
+        if await self._database.run_completer.try_complete(completion):
             return True
         return await self._database.transaction("complete_run", work)
 
     async def _list_runs(
         self, filtered: str, take: int | None, *arguments: object
     ) -> tuple[FlowRunRecord, ...]:
-        # LIMIT NULL is no limit.
+        # LIMIT NULL means no limit.
         rows = await self._database.read(LIST_RUNS.replace("{filter}", filtered), take, *arguments)
         return tuple(run_record(row) for row in rows)
 

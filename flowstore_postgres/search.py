@@ -1,4 +1,4 @@
-"""Searching runs on PostgreSQL: the exact condition, and the index in front of it (QRY-2, migration 3)."""
+"""Searches of runs on PostgreSQL: the exact condition of QRY-2, and the trigram index of migration 3."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from functools import partial
 
 from flowstore_core import FlowStoreError
 from flowstore_core.runs import SEARCHED_BYTES
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
-from flowstore_postgres.migrate import GATHER_TEXTS, GATHERED, HAS_INDEX
+from flowstore_postgres.transactions import Transaction
 
 log = logging.getLogger("flowstore_postgres")
 
-TOLERATED = 64
-"""So many ended runs that the index does not hold yet cost a search about a millisecond."""
-COUNT_LEFT_OUT = f"(SELECT count(*) FROM (SELECT FROM {{schema}}.unsearched LIMIT {TOLERATED + 1}) few)"
+HAS_INDEX = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgname = 'search_ended'
+               AND tgrelid = $name${schema}.runs$name$::regclass) AS indexed
+"""
+INDEX_RUNS = "SELECT {schema}.gather_texts($1)"
+INDEX_BATCH = 256
+"""Maximum number of ended runs that one transaction adds to the index."""
+MAX_UNINDEXED = 64
+"""A search adds runs to the index beyond this number; this many cost it about a millisecond."""
+REINDEX_THRESHOLD = 20_000
+"""With this many ended runs outside of the index, a migration rebuilds it, and the doctor reports them."""
+COUNT_UNINDEXED = f"SELECT count(*) FROM (SELECT FROM {{schema}}.unsearched LIMIT {REINDEX_THRESHOLD}) few"
+COUNT_UNINDEXED_CAPPED = (
+    f"(SELECT count(*) FROM (SELECT FROM {{schema}}.unsearched LIMIT {MAX_UNINDEXED + 1}) few)"
+)
 
-# Every run that can match: those whose text is like all patterns, and those whose text may be old.
-CANDIDATES = """
+# Every run that can match: runs whose indexed text matches all patterns, and runs whose text may be outdated.
+MATCH_CANDIDATES = """
 (SELECT * FROM {schema}.runs WHERE run_id IN (
     SELECT run_id FROM {schema}.run_texts WHERE {like}
     UNION ALL SELECT run_id FROM {schema}.unsearched
@@ -28,7 +39,7 @@ CANDIDATES = """
 ))
 """
 
-# Bytes, not characters: UTF-8 needs no decoding to be searched. lower() under "C" folds ASCII alone.
+# Compares bytes: a search in UTF-8 needs no decoding. lower() under "C" folds only ASCII.
 _SHORT = 'position({needle} IN lower({text} COLLATE "C")) > 0'
 _LONG = (
     "position(convert_to({needle}, 'UTF8') IN "
@@ -38,11 +49,10 @@ _LONG = (
 
 
 def patterns(needle: str) -> list[str]:
-    """What the text of a run that matches a folded needle is LIKE; nothing where no index can help.
+    """The LIKE patterns of a folded needle for the index; empty where the index cannot help.
 
-    The extension folds letters by the rules of the database's language, so only ASCII is left to it: that
-    means the same to it and to QRY-2, whatever stands around. It can look up what has three letters or
-    digits in a row.
+    pg_trgm folds letters by the rules of the database's language, so the patterns contain only the needle's
+    ASCII parts, for which those rules agree with QRY-2. The index needs three letters or digits in a row.
     """
     if re.search("[a-z0-9]{3}", needle) is None:
         return []
@@ -50,13 +60,13 @@ def patterns(needle: str) -> list[str]:
     return ["%" + re.sub(r"([%_\\])", r"\\\1", part) + "%" for part in parts]
 
 
-def candidates(like: Sequence[str]) -> str:
-    """The runs whose texts match all patterns, given as expressions, and those whose texts may be old."""
-    return CANDIDATES.replace("{like}", " AND ".join(f"text LIKE {pattern}" for pattern in like))
+def match_candidates(like: Sequence[str]) -> str:
+    """A subquery for the runs that can match; ``like`` are SQL expressions for the patterns."""
+    return MATCH_CANDIDATES.replace("{like}", " AND ".join(f"text LIKE {pattern}" for pattern in like))
 
 
 def search_condition(needle: str) -> str:
-    """Whether the run ``r`` matches a folded needle, to the letter of QRY-2."""
+    """The SQL condition that run ``r`` matches a folded needle, exactly as QRY-2 defines it."""
 
     def short(text: str) -> str:
         return _SHORT.replace("{needle}", needle).replace("{text}", text)
@@ -67,7 +77,7 @@ def search_condition(needle: str) -> str:
     run = " OR ".join(
         short(text) for text in ("r.run_id::text", "r.flow_name", "r.trigger_key", "r.status", "r.job_id")
     )
-    # What get_run_detail shows: the attempts of a reset step are not shown, so not found either.
+    # The attempts of a reset step are absent from get_run_detail, so a search ignores them.
     step = " OR ".join((short("s.step_key"), long("s.error_message"), long("s.output_json")))
     attempt = " OR ".join((long("a.error_message"), long("a.output_json")))
     return f"""(coalesce({run}, false)
@@ -81,15 +91,15 @@ async def is_indexed(database: Database) -> bool:
     return bool((await database.read_row(HAS_INDEX))["indexed"])
 
 
-async def gather(most: int, transaction: Transaction) -> int:
-    """Add some ended runs to the index; how many."""
-    return int((await transaction.row(GATHER_TEXTS, most))[0])
+async def index_batch(limit: int, transaction: Transaction) -> int:
+    """Add up to ``limit`` ended runs to the index and return their number."""
+    return int((await transaction.row(INDEX_RUNS, limit))[0])
 
 
-async def gather_some(database: Database) -> None:
-    """Add some ended runs to the index if that can be done now."""
+async def index_some(database: Database) -> None:
+    """Try to add a batch of ended runs to the index."""
     try:
-        await database.transaction("gather_texts", partial(gather, GATHERED))
+        await database.transaction("gather_texts", partial(index_batch, INDEX_BATCH))
     except FlowStoreError as error:
-        # They were found without it, and will be again.
-        log.debug("no texts were gathered: %s", error)
+        # A search finds them without the index too.
+        log.debug("no runs were added to the index: %s", error)

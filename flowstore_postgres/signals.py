@@ -1,8 +1,8 @@
 """Signal waiters and deliveries on PostgreSQL.
 
-Every write locks the run first, so the deliveries of one run follow each other, and each sees what
-the one before it did: a waiter is never overlooked while another delivery holds it (SIG-3). complete_run
-locks the run too, so the status that comes with the lock holds until the delivery commits (RUN-4).
+Every write locks the run first. Deliveries of one run are therefore serial, and each sees the effect of the
+previous one: no delivery misses a waiter because another delivery has it locked (SIG-3). complete_run locks
+the run too, so the status that is read with the lock is valid until the delivery commits (RUN-4).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
 )
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
 from flowstore_postgres.runs import LOCK_RUN, lock_run
+from flowstore_postgres.transactions import Transaction
 
 WAITER_COLUMNS = "step_key, signal_name, created_at, expires_at, delivered_at, payload_json, expired_at"
 
@@ -62,6 +62,8 @@ WHERE run_id = $1 AND step_key = $2 AND delivered_at IS NULL AND expired_at IS N
 
 
 class Signals:
+    """The contract of these operations is in flowstore_core/signals.py."""
+
     _database: Database
 
     async def register_waiter(
@@ -133,11 +135,13 @@ class Signals:
 
 def _check_registrable(run_id: UUID, step_key: str, signal_name: str, row: Any) -> None:
     if row["expired_at"] is not None:
-        message = f"the waiter of step {step_key!r} has expired; remove_waiter makes room for another"
+        message = (
+            f"the waiter of step {step_key!r} has expired; call remove_waiter before registering another"
+        )
     elif row["delivered_at"] is not None and row["signal_name"] != signal_name:
         message = (
             f"the waiter of step {step_key!r} was delivered under another signal name; "
-            "remove_waiter makes room for another"
+            "call remove_waiter before registering another"
         )
     else:
         return

@@ -1,4 +1,4 @@
-"""Dashboard counts and timeseries on PostgreSQL, from the sums of migration 2."""
+"""Dashboard statistics and timeseries on PostgreSQL, from the counters of migration 2."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flowstore_core import (
     RunTimeseriesGranularity,
 )
 from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, whole_days
-from flowstore_postgres.connection import Transaction
 from flowstore_postgres.database import Database
+from flowstore_postgres.transactions import Transaction
 
 log = logging.getLogger("flowstore_postgres")
 
-# A number is the sum of what was folded and of what changed since.
+# Each number is the sum over the folded counters and the changes since.
 GET_STATISTICS = """
 WITH today AS (
     SELECT (coalesce($1, $2, clock_timestamp()) AT TIME ZONE 'UTC')::date AS day
@@ -45,9 +45,8 @@ SELECT (SELECT count(*) FROM flows WHERE runs > 0) AS flows,
 FROM completed
 """
 
-# A day's summary is right as long as the day's number of changes is the one it was computed at; all of
-# it is read in one snapshot. percentile_cont interpolates as type 7 does; durations are whole
-# microseconds.
+# A day's summary is valid while the day's number of changes equals the one in the summary; both are read in
+# one snapshot. percentile_cont interpolates as type 7 does; durations are whole microseconds.
 GET_RUN_TIMESERIES = """
 WITH days AS MATERIALIZED (
     SELECT day, sum(changes)::bigint AS changes FROM (
@@ -84,7 +83,7 @@ SELECT ARRAY(SELECT buckets FROM known) AS known,
            ) started GROUP BY bucket) summed
        ) AS computed
 """
-KEEP_SUMMARY = """
+STORE_SUMMARY = """
 INSERT INTO {schema}.run_summaries (granularity, scope, day, changes, buckets) VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (granularity, scope, day) DO UPDATE SET changes = excluded.changes, buckets = excluded.buckets
 """
@@ -94,6 +93,8 @@ Bucket = tuple[int, int, int, int, int, float | None, float | None]
 
 
 class Statistics:
+    """The contract of these operations is in flowstore_core/statistics.py."""
+
     _database: Database
 
     async def get_statistics(self, *, as_of: datetime | None) -> DashboardStatistics:
@@ -126,10 +127,10 @@ class Statistics:
             found.update(
                 (datetime.fromisoformat(start), tuple(values)) for start, *values in json.loads(buckets)
             )
-        await self._keep_summaries(granularity, scope, first, end, row["others"], computed)
+        await self._store_summaries(granularity, scope, first, end, row["others"], computed)
         return tuple(_bucket(start, found.get(start)) for start in bucket_starts(since, until, granularity))
 
-    async def _keep_summaries(
+    async def _store_summaries(
         self,
         granularity: RunTimeseriesGranularity,
         scope: str,
@@ -138,7 +139,7 @@ class Statistics:
         days: Sequence[tuple[date, int]],
         computed: dict[datetime, Bucket],
     ) -> None:
-        """Keep what was computed of days that lie in the window whole."""
+        """Store the computed buckets of days that lie completely in the window."""
         rows = []
         for day, changes in days:
             start = datetime(day.year, day.month, day.day, tzinfo=since.tzinfo)
@@ -149,14 +150,14 @@ class Statistics:
 
         async def work(transaction: Transaction) -> None:
             for row in sorted(rows):
-                await transaction.execute(KEEP_SUMMARY, *row)
+                await transaction.execute(STORE_SUMMARY, *row)
 
         try:
             if rows:
                 await self._database.transaction("get_run_timeseries", work)
         except FlowStoreError as error:
-            # The answer stands without them: a role that may only read computes them each time.
-            log.debug("the summaries of %d days were not kept: %s", len(rows), error)
+            # Optional: a read-only role computes the summaries each time.
+            log.debug("the summaries of %d days were not stored: %s", len(rows), error)
 
 
 def _bucket(start: datetime, values: Bucket | None) -> RunTimeseriesBucket:

@@ -1,4 +1,4 @@
-"""Attempts on PostgreSQL: start, complete, skip, retry, statuses."""
+"""Steps and their attempts on PostgreSQL: start, complete, skip, statuses."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_core.steps import SUPERSEDED_BY, superseded_by
-from flowstore_postgres.batched import Batched, Row, read_done
-from flowstore_postgres.connection import Transaction
+from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
 from flowstore_postgres.runs import lock_run
+from flowstore_postgres.transactions import Transaction
 
 START_ATTEMPT = """
 SET status = 'Running', step_type = a.step_type, input_json = a.input_json, job_id = a.job_id,
     output_json = NULL, error_message = NULL, completed_at = NULL,
-    -- Not before the attempt before it ended, however long this statement waited for the row.
+    -- Not before the end of the previous attempt: this statement may have waited for the row.
     started_at = coalesce($2, greatest(now, completed_at)),
     first_started_at = coalesce(first_started_at, now), last_attempt = last_attempt + 1,
     reopened = false, rescheduled = false, started_owner = a.owner, started_token = a.token,
@@ -37,32 +37,32 @@ MAY_START = """
 AND (a.owner IS NULL OR claim_owned AND claim_token = a.owner
                         AND (claim_expires_at IS NULL OR claim_expires_at > now))
 """
-# The hot way: an update of a row that has no attempt to keep, for the ordinary first start. Whatever else
-# may be the case is for RECORD_STEP_START_CAREFULLY, of which this does nothing. As for a claim, now is the
-# time after the wait for the run: the owner's lease may end while it lasts.
+# Fast path: updates a row that has no attempt to archive, as at the first start of a step. It leaves every
+# other row unchanged for RECORD_STEP_START_SLOW_PATH. now is read after the run is locked, as for a
+# claim: the owner's lease may expire during that wait.
 RECORD_STEP_START = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time
-), asked AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS before_deadline
+), requested AS MATERIALIZED (
     SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open,
            coalesce($2, clock_timestamp()) AS now
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[])
                 WITH ORDINALITY AS a (run_id, step_key, token, step_type, input_json, job_id, owner, n)
-    WHERE in_time
+    WHERE before_deadline
 ), started AS (
     UPDATE {schema}.steps s
     {start}
-    FROM asked a
+    FROM requested a
     WHERE open AND s.run_id = a.run_id AND s.step_key = a.step_key AND {may_start}
     RETURNING n, last_attempt
 )
-SELECT in_time, n, attempts,
-       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM asked) END AS open
+SELECT before_deadline, n, attempts,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open
 FROM guard, (SELECT array_agg(n) AS n, array_agg(last_attempt) AS attempts,
                     count(*) = cardinality($3::uuid[]) AS every FROM started) started
 """.replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
-# The same for a start that goes alone.
-RECORD_STEP_START_ALONE = """
+# Fast path for one start.
+RECORD_STEP_START_SINGLE = """
 UPDATE {schema}.steps s
 {start}
 FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' FOR SHARE) run,
@@ -72,17 +72,18 @@ FROM (SELECT run_id FROM {schema}.runs WHERE run_id = $3 AND status = 'Running' 
 WHERE clock_timestamp() < $1 AND s.run_id = $3 AND s.step_key = $4 AND {may_start}
 RETURNING last_attempt AS attempt
 """.replace("{start}", START_ATTEMPT).replace("{may_start}", MAY_START)
-# The newest attempt lies in the step's row; before a new one begins it moves to attempts, closed as
-# Failed where it was still open (STP-1). FOR UPDATE gives the row as it is after waiting for it, and
-# every decision is made on that row alone. "again" says that the row was inserted while we looked.
-RECORD_STEP_START_CAREFULLY = """
+# Slow path. The step's row holds the newest attempt. Before the next attempt it is archived in table
+# attempts, closed as Failed if it was open (STP-1). FOR UPDATE returns the row as it is after the wait for
+# its lock, and every decision uses that row only. If attempt is NULL, another call inserted the row during
+# the statement.
+RECORD_STEP_START_SLOW_PATH = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time
+    SELECT clock_timestamp() < $1 AS before_deadline
 ), run AS MATERIALIZED (
     SELECT status = 'Running' AS open FROM {schema}.runs WHERE run_id = $3 FOR SHARE
 ), old AS MATERIALIZED (
     SELECT s.* FROM {schema}.steps s, guard, run
-    WHERE in_time AND open AND s.run_id = $3 AND s.step_key = $4 FOR UPDATE OF s
+    WHERE before_deadline AND open AND s.run_id = $3 AND s.step_key = $4 FOR UPDATE OF s
 ), facts AS MATERIALIZED (
     SELECT old.*, coalesce($2, clock_timestamp()) AS now,
            coalesce(status IN ('Succeeded', 'Skipped'), false) AS finished,
@@ -117,11 +118,11 @@ WITH guard AS MATERIALIZED (
                                 first_started_at, last_attempt, started_token)
     SELECT $3, $4, 'Running', $5, $6, $7, now, now, 1, $9
     FROM (SELECT coalesce($2, clock_timestamp()) AS now FROM guard, run
-          WHERE in_time AND open AND $8::text IS NULL AND NOT EXISTS (SELECT FROM old)) fresh
+          WHERE before_deadline AND open AND $8::text IS NULL AND NOT EXISTS (SELECT FROM old)) fresh
     ON CONFLICT (run_id, step_key) DO NOTHING
     RETURNING last_attempt
 )
-SELECT guard.in_time, run.open, v.finished, v.claimed,
+SELECT guard.before_deadline, run.open, v.finished, v.claimed,
        CASE WHEN v.repeated THEN v.last_attempt ELSE coalesce(updated.last_attempt, inserted.last_attempt)
        END AS attempt
 FROM guard LEFT JOIN run ON true LEFT JOIN verdict v ON true
@@ -136,24 +137,24 @@ SELECT true AS open, false AS finished, true AS claimed, attempt FROM (
 ) found LIMIT 1
 """
 
-# The hot way: an attempt that is open, named rightly or not at all. No lock on the run: complete_run and
-# cleanup lock the steps' rows that they decide on.
+# Fast path: closes an open attempt whose number matches or is not given. It does not lock the run:
+# complete_run and cleanup lock the rows of the steps.
 RECORD_STEP_COMPLETE = """
-WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS in_time),
+WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline),
 closed AS (
     UPDATE {schema}.steps s
     SET status = a.status, output_json = a.output_json, error_message = a.error_message,
         closed_token = a.token, completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::bigint[])
          WITH ORDINALITY AS a (run_id, step_key, token, status, output_json, error_message, attempt, n)
-    WHERE in_time AND s.run_id = a.run_id AND s.step_key = a.step_key
+    WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key
       AND s.status = 'Running' AND coalesce(a.attempt, last_attempt) = last_attempt
     RETURNING n
 )
-SELECT in_time, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM closed) END AS closed
+SELECT before_deadline, every, CASE WHEN NOT every THEN (SELECT array_agg(n) FROM closed) END AS closed
 FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM closed) closed
 """
-RECORD_STEP_COMPLETE_ALONE = """
+RECORD_STEP_COMPLETE_SINGLE = """
 UPDATE {schema}.steps
 SET status = $6, output_json = $7, error_message = $8, closed_token = $5,
     completed_at = coalesce($2, greatest(clock_timestamp(), started_at))
@@ -161,14 +162,15 @@ WHERE clock_timestamp() < $1 AND run_id = $3 AND step_key = $4
   AND status = 'Running' AND coalesce($9, last_attempt) = last_attempt
 RETURNING true AS closed
 """
-RECORD_STEP_COMPLETE_CAREFULLY = """
+# Slow path: finds out why the fast path closed nothing, and closes the attempt if that is possible by now.
+RECORD_STEP_COMPLETE_SLOW_PATH = """
 WITH guard AS MATERIALIZED (
-    SELECT clock_timestamp() < $1 AS in_time
+    SELECT clock_timestamp() < $1 AS before_deadline
 ), run AS MATERIALIZED (
     SELECT true AS found FROM {schema}.runs WHERE run_id = $3 FOR SHARE
 ), old AS MATERIALIZED (
     SELECT s.* FROM {schema}.steps s, guard, run
-    WHERE in_time AND s.run_id = $3 AND s.step_key = $4 AND s.status IS NOT NULL FOR UPDATE OF s
+    WHERE before_deadline AND s.run_id = $3 AND s.step_key = $4 AND s.status IS NOT NULL FOR UPDATE OF s
 ), verdict AS MATERIALIZED (
     SELECT run_id, step_key, last_attempt,
            reopened OR coalesce($8::bigint, last_attempt) <> last_attempt AS stale,
@@ -182,7 +184,7 @@ WITH guard AS MATERIALIZED (
         completed_at = coalesce($2, greatest(clock_timestamp(), s.started_at))
     FROM verdict v WHERE NOT v.stale AND v.open AND s.run_id = v.run_id AND s.step_key = v.step_key
 )
-SELECT guard.in_time, run.found, v.last_attempt, v.stale, v.open, v.same
+SELECT guard.before_deadline, run.found, v.last_attempt, v.stale, v.open, v.same
 FROM guard LEFT JOIN run ON true LEFT JOIN verdict v ON true
 """
 FIND_STEP_COMPLETE = """
@@ -218,7 +220,7 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     completed_at = $5, last_attempt = steps.last_attempt + 1, reopened = false, rescheduled = false,
     started_owner = $6, started_token = NULL, closed_token = NULL
 """
-TAKE_CLAIM = """
+CLAIM_SKIPPED_STEP = """
 UPDATE {schema}.steps SET claim_token = $3, claim_owned = true, claimed_at = $4, claim_expires_at = NULL
 WHERE run_id = $1 AND step_key = $2
 """
@@ -230,48 +232,52 @@ ORDER BY run_id, step_key
 
 
 class Started(NamedTuple):
-    """What the hot way of starting found."""
+    """The result of the fast path of a start."""
 
     open: bool | None
+    """Whether the run is Running; None if the run does not exist."""
     attempt: int | None
+    """The number of the attempt; None if the fast path did not apply."""
 
 
-def _weigh_start(row: Row) -> int:
+def _start_size(row: Row) -> int:
     return len(row[4] or "")
 
 
-def _weigh_completion(row: Row) -> int:
+def _completion_size(row: Row) -> int:
     return len(row[4] or "") + len(row[5] or "")
 
 
-def _read_starts(rows: Sequence[Row], found: Any) -> list[Started]:
+def _decode_starts(rows: Sequence[Row], found: Any) -> list[Started]:
     attempts = dict(zip(found["n"] or (), found["attempts"] or (), strict=True))
     if len(attempts) == len(rows):
         return [Started(True, attempts[n]) for n in range(1, len(rows) + 1)]
     return [Started(is_open, attempts.get(n)) for n, is_open in enumerate(found["open"], 1)]
 
 
-START = Batched(
+START = BatchStatement(
     operation="record_step_start",
-    statement=RECORD_STEP_START,
-    alone=RECORD_STEP_START_ALONE,
-    read=_read_starts,
-    find=FIND_STEP_START,
-    found=lambda row: Started(True, row["attempt"]),
-    size_of=_weigh_start,
+    batch_sql=RECORD_STEP_START,
+    single_sql=RECORD_STEP_START_SINGLE,
+    decode_batch=_decode_starts,
+    probe_sql=FIND_STEP_START,
+    decode_probe=lambda row: Started(True, row["attempt"]),
+    size_of=_start_size,
 )
-COMPLETE = Batched(
+COMPLETE = BatchStatement(
     operation="record_step_complete",
-    statement=RECORD_STEP_COMPLETE,
-    alone=RECORD_STEP_COMPLETE_ALONE,
-    read=read_done("closed"),
-    find=FIND_STEP_COMPLETE,
-    found=lambda row: True,
-    size_of=_weigh_completion,
+    batch_sql=RECORD_STEP_COMPLETE,
+    single_sql=RECORD_STEP_COMPLETE_SINGLE,
+    decode_batch=decode_flags("closed"),
+    probe_sql=FIND_STEP_COMPLETE,
+    decode_probe=lambda row: True,
+    size_of=_completion_size,
 )
 
 
 class Steps(Recovery):
+    """The contract of these operations is in flowstore_core/steps.py."""
+
     _database: Database
 
     async def record_step_start(
@@ -295,7 +301,7 @@ class Steps(Recovery):
         while True:
             row = await self._database.statement(
                 "record_step_start",
-                RECORD_STEP_START_CAREFULLY,
+                RECORD_STEP_START_SLOW_PATH,
                 run_id,
                 step_key,
                 step_type,
@@ -304,7 +310,7 @@ class Steps(Recovery):
                 owner,
                 token,
                 SUPERSEDED_BY,
-                look=(FIND_STEP_START, run_id, step_key, token),
+                probe=(FIND_STEP_START, run_id, step_key, token),
             )
             if row["open"] is None:
                 raise RunNotFoundError(run_id)
@@ -316,7 +322,7 @@ class Steps(Recovery):
                 raise ClaimLostError(run_id, step_key)
             if row["attempt"] is not None:
                 return int(row["attempt"])
-            # Another caller inserted the row between our snapshot and our insert; now it is there.
+            # Another caller inserted the row between the snapshot and the insert; the next try finds it.
 
     async def record_step_complete(
         self,
@@ -335,7 +341,7 @@ class Steps(Recovery):
             return
         row = await self._database.statement(
             "record_step_complete",
-            RECORD_STEP_COMPLETE_CAREFULLY,
+            RECORD_STEP_COMPLETE_SLOW_PATH,
             run_id,
             step_key,
             status.value,
@@ -343,7 +349,7 @@ class Steps(Recovery):
             error_message,
             attempt,
             token,
-            look=(FIND_STEP_COMPLETE, run_id, step_key, token),
+            probe=(FIND_STEP_COMPLETE, run_id, step_key, token),
         )
         if row["found"] is None:
             raise RunNotFoundError(run_id)
@@ -369,17 +375,17 @@ class Steps(Recovery):
                 ):
                     return
                 raise StepAlreadyCompletedError(run_id, step_key)
-            mine = False
+            owns_claim = False
             if row is not None and owner is not None and _is_live(row):
-                mine = row["claim_owned"] and row["claim_token"] == owner
-                if not mine:
+                owns_claim = row["claim_owned"] and row["claim_token"] == owner
+                if not owns_claim:
                     raise ClaimLostError(run_id, step_key)
             if row is not None:
                 error = superseded_by(row["last_attempt"] + 1)
                 await transaction.execute(ARCHIVE_ATTEMPTS, run_id, [step_key], error, now)
             await transaction.execute(SKIP_STEP, run_id, step_key, step_type, reason, now, owner)
-            if owner is not None and not mine:
-                await transaction.execute(TAKE_CLAIM, run_id, step_key, owner, now)
+            if owner is not None and not owns_claim:
+                await transaction.execute(CLAIM_SKIPPED_STEP, run_id, step_key, owner, now)
 
         await self._database.transaction("record_skipped_step", work)
 
@@ -387,12 +393,12 @@ class Steps(Recovery):
         return (await transaction.row("SELECT coalesce($1, clock_timestamp())", transaction.now))[0]
 
     async def get_step_statuses(self, *, run_id: UUID) -> Mapping[str, StepStatus]:
-        rows = await self._database.reading.rows(GET_STEP_STATUSES, run_id)
+        rows = await self._database.shared_reads.rows(GET_STEP_STATUSES, run_id)
         return MappingProxyType({row[1]: StepStatus(row[2]) for row in rows})
 
 
 def _is_live(row: Any) -> bool:
-    """Whether the step's row carries a claim that holds at the row's own now."""
+    """Whether the step has a live claim at the row's ``now``."""
     return row["claimed_at"] is not None and (
         row["claim_expires_at"] is None or row["now"] < row["claim_expires_at"]
     )

@@ -1,4 +1,4 @@
-"""The PostgreSQL store: its nouns put together, and how it is opened and closed."""
+"""The PostgreSQL store, composed of its nouns, and the context that opens and closes it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from flowstore_postgres.controls import Controls
 from flowstore_postgres.database import Database
 from flowstore_postgres.errors import map_errors
 from flowstore_postgres.events import Events
-from flowstore_postgres.migrate import check_schema, read_connection_settings
+from flowstore_postgres.migrate import check_schema
 from flowstore_postgres.outputs import Outputs
 from flowstore_postgres.pages import Pages
 from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
-from flowstore_postgres.sessions import warn_of_defaults
+from flowstore_postgres.session_settings import warn_of_defaults
+from flowstore_postgres.settings import read_settings
 from flowstore_postgres.signals import Signals
 from flowstore_postgres.statistics import Statistics
 from flowstore_postgres.steps import Steps
@@ -27,7 +28,7 @@ from flowstore_postgres.steps import Steps
 class PostgresStore(
     Runs, Pages, Steps, Retries, Claims, Controls, Signals, Outputs, Events, Retention, Statistics
 ):
-    """The store; each noun's file holds its statements and the methods that run them."""
+    """The store. The file of each noun holds its statements and the methods that execute them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -36,11 +37,10 @@ class PostgresStore(
         await self._database.ping()
 
 
-class OpenPostgres:
-    """The context of an open store: the pool, the schema brought up to date; leaving it closes everything.
+class StoreContext:
+    """The context manager of a store: opens the pool, migrates the schema, and closes the pool at the end.
 
-    Not an async generator: those that a dying event loop finds open it closes all at once, and not the
-    inner one after the outer one.
+    It is not an async generator: an event loop that ends closes all open generators at once, in no order.
     """
 
     def __init__(self, config: StoreConfig) -> None:
@@ -48,32 +48,32 @@ class OpenPostgres:
         self._database: Database | None = None
 
     async def __aenter__(self) -> PostgresStore:
-        settings = read_connection_settings(self._config)
+        settings = read_settings(self._config)
 
-        async def identify(connection: Connection) -> None:
-            await connection.identify(behind_pgbouncer=settings.pgbouncer)
+        async def handshake(connection: Connection) -> None:
+            await connection.handshake(behind_pgbouncer=settings.pgbouncer)
 
         async def prepare(connection: Connection) -> None:
             warn_of_defaults(connection.defaults)
             await check_schema(connection, settings, migrate=self._config.migrate)
 
-        async def keep(connection: Connection) -> None:
-            # Our statements leave nothing behind, so the default reset, a round trip, is not needed.
+        async def skip_reset(connection: Connection) -> None:
+            # The statements leave no session state, so the driver's reset, a round trip, is not needed.
             return None
 
         with map_errors():
             pool = asyncpg.create_pool(
                 min_size=0,
                 max_size=settings.pool_size,
-                init=identify,
-                reset=keep,
+                init=handshake,
+                reset=skip_reset,
                 connection_class=Connection,
                 connect=settings.hosts.connect,
                 **settings.connect_arguments,
             )
             database = Database(settings, await pool, self._config.clock, self._config.observers)
         try:
-            await database.on_connection(prepare)
+            await database.with_connection(prepare)
         except BaseException:
             await _close(database)
             raise
@@ -86,6 +86,6 @@ class OpenPostgres:
 
 
 async def _close(database: Database) -> None:
-    # It is bounded, and a cancelled closing that is over must not go on behind its caller's back: the
-    # event loop may end then.
+    # Bounded in time. It must not continue in the background after a cancellation, because the event loop
+    # may end.
     await run_to_completion(database.aclose())

@@ -265,7 +265,7 @@ def test_every_option_of_a_backend_is_documented(name: str) -> None:
     documented = {_code(row[0])[0] for row in _table(section, "option")}
     options = find_backend(name)[1].options
     if name == "postgresql":
-        from flowstore_postgres.plugin import DRIVER_OPTIONS
+        from flowstore_postgres.driver_options import DRIVER_OPTIONS
 
         assert documented == options - DRIVER_OPTIONS
     else:

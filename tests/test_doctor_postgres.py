@@ -1,4 +1,4 @@
-"""``flowstore doctor`` on a PostgreSQL server of its own, whose settings the tests spoil one by one."""
+"""``flowstore doctor`` on a dedicated PostgreSQL server, whose parameters the tests break one by one."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import pytest
 
 from flowstore_cli import symptoms
 from flowstore_cli.main import main
-from flowstore_core.diagnostics import Diagnostic, Severity
+from flowstore_core.diagnostics import Severity
 from flowstore_core.open import resolve_store
-from flowstore_postgres import diagnosis, judgement
-from flowstore_postgres.judgement import Facts, Setting, judge
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres import diagnosis, server_checks
+from flowstore_postgres.server_checks import ServerFacts, ServerParameter, check_server
+from flowstore_postgres.settings import read_settings
 from tests.cluster import Cluster
 from tests.test_doctor import _fill, _with_store
 
-# One worker, and one server, for all of these.
+# One worker and one server for all of these tests.
 pytestmark = pytest.mark.xdist_group("doctor")
 
 Doctor = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
@@ -57,7 +57,7 @@ def _execute(url: str, *statements: str) -> Any:
 
 @pytest.fixture
 def place(server: str) -> Iterator[str]:
-    """A store with healthy work in it; afterwards the server is as it was."""
+    """A store with normal data; the server's parameters are reset afterwards."""
     schema = f"doctor_{uuid4().hex}"
     url = f"{server}&schema={schema}"
     _with_store(url, _fill)
@@ -74,7 +74,7 @@ def place(server: str) -> Iterator[str]:
 
 
 def _wait_for_reload(url: str) -> None:
-    """Reloading takes a moment, in which new connections still have the old settings."""
+    """Wait until the reload is effective; until then new connections have the old parameters."""
     asyncio.run(asyncio.sleep(0.2))
 
 
@@ -82,13 +82,13 @@ def _wait_for_reload(url: str) -> None:
 def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
     monkeypatch.setattr(symptoms, "SECOND_LOOK", 0.02)
 
-    def ask(url: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    def run_doctor(url: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
         code = main(["doctor", url, "--json", *options])
         out, err = capsys.readouterr()
         assert out, err
         return code, {one["code"]: one for one in json.loads(out)["findings"]}
 
-    return ask
+    return run_doctor
 
 
 def test_a_healthy_server_is_silent(place: str, doctor: Doctor) -> None:
@@ -167,7 +167,7 @@ def _spoil_and_mend(
     assert list(found) == [code]
     assert found[code]["severity"] == severity
     assert exit_code == (0 if severity == "note" else 1)
-    # As it would be typed, but for psql.
+    # The command as a user types it, except for the path of psql.
     words = shlex.split(found[code]["remedy"])
     assert words[0] == "psql"
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
@@ -176,7 +176,7 @@ def _spoil_and_mend(
     assert doctor(place) == (0, {})
 
 
-def test_a_pool_that_is_larger_than_what_is_left_is_found(place: str, server: str, doctor: Doctor) -> None:
+def test_a_pool_larger_than_the_free_connections_is_found(place: str, server: str, doctor: Doctor) -> None:
     code, found = doctor(f"{place}&pool_size=200")
     assert (code, list(found)) == (1, ["connections-scarce"])
     assert "max_connections" in found["connections-scarce"]["remedy"]
@@ -213,7 +213,7 @@ def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
 def test_a_transaction_that_stays_open_is_found(
     place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judgement, "LONG_TRANSACTION_SECONDS", 0.05)
+    monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
     assert doctor(place) == (0, {})
     with _session(server) as execute:
         execute("BEGIN")
@@ -223,7 +223,7 @@ def test_a_transaction_that_stays_open_is_found(
 
 @contextlib.contextmanager
 def _session(url: str) -> Iterator[Callable[[str], Any]]:
-    """A connection that stays open while the command runs in an event loop of its own."""
+    """Keep a connection open in another event loop while the command runs."""
     loop = asyncio.new_event_loop()
     connection = loop.run_until_complete(asyncpg.connect(url))
     try:
@@ -271,7 +271,7 @@ def test_rows_without_a_run_are_found_and_fixed(code: str, place: str, server: s
     assert doctor(place) == (0, {})
 
 
-def test_a_look_that_takes_too_long_is_cut_short(
+def test_a_slow_check_of_rows_is_stopped(
     place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "ROWS_SECONDS", 0.5)
@@ -297,23 +297,18 @@ def test_another_schema_is_found(statement: str, code: str, place: str, server: 
     assert list(doctor(place)[1]) == [code]
 
 
-# What no test can make of a server at hand, judged by the facts alone
+# Findings that the test server cannot produce, from facts only
 
 
-async def _facts(url: str) -> Facts:
+async def _facts(url: str) -> ServerFacts:
     _, _, config = resolve_store(url)
-    settings = read_connection_settings(config)
+    settings = read_settings(config)
     one, two = [await settings.hosts.connect(**settings.connect_arguments) for _ in range(2)]
     try:
-        return await diagnosis.look(one, two, settings, config)
+        return await diagnosis.collect_facts(one, two, settings, config)
     finally:
         await one.close()
         await two.close()
-
-
-@asynccontextmanager
-async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Diagnostic]]:
-    yield list(judge(replace(await _facts(url), **facts)))
 
 
 @pytest.mark.parametrize(
@@ -325,22 +320,22 @@ async def _spoilt(url: str, **facts: Any) -> AsyncIterator[list[Diagnostic]]:
         ({"pooled": True}, "pooler-undeclared", Severity.ERROR),
     ],
 )
-async def test_facts_are_judged(facts: dict[str, Any], code: str, severity: Severity, server: str) -> None:
-    found = list(judge(replace(await _facts(server), **facts), date(2026, 12, 1)))
+async def test_facts_give_findings(facts: dict[str, Any], code: str, severity: Severity, server: str) -> None:
+    found = list(check_server(replace(await _facts(server), **facts), date(2026, 12, 1)))
     assert [(finding.code, finding.severity) for finding in found] == [(code, severity)]
 
 
 async def test_synchronous_commit_local_matters_only_with_standbys(server: str) -> None:
     facts = await _facts(server)
-    local = {**facts.settings, "synchronous_commit": Setting("local", "configuration file")}
-    assert list(judge(replace(facts, settings=local))) == []
-    local["synchronous_standby_names"] = Setting("b", "configuration file")
-    (found,) = judge(replace(facts, settings=local))
+    local = {**facts.parameters, "synchronous_commit": ServerParameter("local", "configuration file")}
+    assert list(check_server(replace(facts, parameters=local))) == []
+    local["synchronous_standby_names"] = ServerParameter("b", "configuration file")
+    (found,) = check_server(replace(facts, parameters=local))
     assert found.code == "synchronous-commit-local"
 
 
 class Pooled:
-    """Two connections that take turns meet one server process."""
+    """A connection whose alternating statements reach given server processes."""
 
     def __init__(self, connection: Any, pids: Iterator[int]) -> None:
         self._connection = connection
@@ -350,7 +345,7 @@ class Pooled:
         return getattr(self._connection, name)
 
     async def fetchval(self, statement: str) -> Any:
-        if statement == diagnosis.WHO_SERVES:
+        if statement == diagnosis.READ_PID:
             return next(self._pids)
         return await self._connection.fetchval(statement)
 
@@ -359,20 +354,22 @@ class Pooled:
     ("pids", "pooled"),
     [([1, 2, 1, 2], False), ([1, 1, 1, 1], True), ([1, 2, 2, 1], True), ([1, 2, 3, 2], True)],
 )
-async def test_a_transaction_pooler_is_told_by_who_serves(pids: list[int], pooled: bool, server: str) -> None:
+async def test_a_transaction_pooler_is_detected_by_its_server_processes(
+    pids: list[int], pooled: bool, server: str
+) -> None:
     _, _, config = resolve_store(server)
-    settings = read_connection_settings(config)
+    settings = read_settings(config)
     connection = await asyncpg.connect(server)
     numbers = iter(pids)
     try:
         both: list[Any] = [Pooled(connection, numbers) for _ in range(2)]
-        facts = await diagnosis.look(both[0], both[1], settings, config)
+        facts = await diagnosis.collect_facts(both[0], both[1], settings, config)
     finally:
         await connection.close()
     assert facts.pooled is pooled
 
 
-async def test_a_server_that_refuses_our_settings_is_taken_for_a_pooler(
+async def test_a_server_that_refuses_the_settings_counts_as_a_pooler(
     server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @asynccontextmanager
@@ -387,7 +384,7 @@ async def test_a_server_that_refuses_our_settings_is_taken_for_a_pooler(
     assert (found.code, found.remedy) == ("pooler-undeclared", "add pgbouncer=true to the URL's query")
 
 
-async def test_a_key_that_a_trigger_is_using_is_left_alone(server: str) -> None:
+async def test_a_key_in_use_by_a_trigger_is_not_deleted(server: str) -> None:
     from flowstore_core import open_store
 
     schema = f"doctor_{uuid4().hex}"

@@ -247,7 +247,7 @@ async def test_a_conflict_between_transactions_is_no_warning(
                 raise asyncpg.SerializationError(CANARY)
             return tries
 
-        assert await database.retrying(conflict, "complete_run") == 3
+        assert await database.pool.retries.run(conflict, "complete_run") == 3
     assert recorder.retries == [("complete_run", "40001")] * 2
     retries = [record for record in records if "flowstore.attempt" in _fields(record)]
     assert [record.levelno for record in retries] == [logging.DEBUG] * 2

@@ -39,20 +39,22 @@ async def new_run(store: FlowStore) -> UUID:
     return run
 
 
-async def answers(*calls: Awaitable[Any]) -> list[Any]:
+async def gather_results(*calls: Awaitable[Any]) -> list[Any]:
     return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
 
 
 @asynccontextmanager
 async def locked(admin: asyncpg.Connection, run: UUID) -> AsyncIterator[None]:
-    """Somebody else holds the run, so whatever names it waits."""
+    """Lock the run, so that every call on it waits."""
     async with admin.transaction():
         await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
         yield
 
 
-async def gathered(store: FlowStore, admin: asyncpg.Connection, calls: list[Awaitable[Any]]) -> list[Any]:
-    """Start calls that go out together: every lane waits for a lock until all are queued."""
+async def queue_together(
+    store: FlowStore, admin: asyncpg.Connection, calls: list[Awaitable[Any]]
+) -> list[Any]:
+    """Start calls that share a batch: every worker waits for a lock until all are queued."""
     runs = [await new_run(store) for _ in range(2)]
     async with admin.transaction():
         await admin.execute("SELECT FROM runs WHERE run_id = ANY($1) FOR UPDATE", runs)
@@ -62,7 +64,7 @@ async def gathered(store: FlowStore, admin: asyncpg.Connection, calls: list[Awai
             await asyncio.sleep(0.05)
         tasks = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0.02)
-    assert await answers(*waiting) == [True, True]
+    assert await gather_results(*waiting) == [True, True]
     return tasks
 
 
@@ -76,14 +78,14 @@ async def deadlocks(admin: asyncpg.Connection) -> int:
 # Processes
 
 
-def storm(runs: list[UUID], process: int, turn: int) -> list[Call]:
-    chance = random.Random(f"{process} {turn}")
+def storm(runs: list[UUID], process: int, number: int) -> list[Call]:
+    rng = random.Random(f"{process} {number}")
     calls: list[Call] = []
     for caller in range(128):
-        step: dict[str, Any] = {"run_id": chance.choice(runs), "step_key": f"step {chance.randrange(4)}"}
-        owner = f"owner {chance.randrange(3)}"
+        step: dict[str, Any] = {"run_id": rng.choice(runs), "step_key": f"step {rng.randrange(4)}"}
+        owner = f"owner {rng.randrange(3)}"
         calls.append(
-            chance.choice(
+            rng.choice(
                 [
                     ("try_claim_step", {**step, "owner": owner, "lease": timedelta(seconds=1)}),
                     ("try_claim_step", step),
@@ -104,44 +106,44 @@ def storm(runs: list[UUID], process: int, turn: int) -> list[Call]:
     return calls
 
 
-async def test_two_processes_of_128_callers_on_the_same_steps_meet_no_deadlock_and_no_error(
+async def test_two_processes_of_128_callers_on_the_same_steps_cause_no_deadlock_and_no_error(
     fresh: str, admin: asyncpg.Connection, fleet: Fleet
 ) -> None:
     workers = fleet.take(2)
-    assert await answers(*(worker.ask("open", fresh, None) for worker in workers)) == [None, None]
+    assert await gather_results(*(worker.ask("open", fresh, None) for worker in workers)) == [None, None]
     async with open_store(fresh) as store:
         runs = [await new_run(store) for _ in range(20)]
         before = await deadlocks(admin)
-        odd: set[type] = set()
+        unexpected: set[type] = set()
         expected = {"ConflictError", "StepNotFoundError"}
-        for turn in range(8):
-            await answers(*(w.ask("prepare", storm(runs, n, turn)) for n, w in enumerate(workers)))
-            for found in await answers(*(worker.ask("go") for worker in workers)):
-                odd |= {
+        for number in range(8):
+            await gather_results(*(w.ask("prepare", storm(runs, n, number)) for n, w in enumerate(workers)))
+            for found in await gather_results(*(worker.ask("go") for worker in workers)):
+                unexpected |= {
                     type(one)
                     for one in found
                     if isinstance(one, FlowStoreError)
                     and not expected & {kind.__name__ for kind in type(one).__mro__}
                 }
-        assert odd == set()
-        # Keys that nobody has touched: exactly one of both processes wins each.
+        assert unexpected == set()
+        # New keys: exactly one of the two processes wins each.
         keys = [(run, f"fresh {n}") for run in runs for n in range(6)]
         for name, more in (("try_claim_step", {}), ("try_record_dispatch", {})):
             calls = [(name, {"run_id": run, "step_key": key, **more}) for run, key in keys]
-            await answers(*(w.ask("prepare", calls[:: 1 - 2 * n]) for n, w in enumerate(workers)))
-            first, second = await answers(*(worker.ask("go") for worker in workers))
+            await gather_results(*(w.ask("prepare", calls[:: 1 - 2 * n]) for n, w in enumerate(workers)))
+            first, second = await gather_results(*(worker.ask("go") for worker in workers))
             open_runs = {run for run in runs if await store.get_run_status(run) == "Running"}
             for (run, _), one, other in zip(keys, first, reversed(second), strict=True):
                 assert [one, other].count(True) == (run in open_runs)
-        await answers(*(worker.ask("close") for worker in workers))
+        await gather_results(*(worker.ask("close") for worker in workers))
         assert await deadlocks(admin) == before
 
 
-# A lost acknowledgement of many
+# Lost acknowledgements of batches
 
 
 @pytest.mark.parametrize("fault", Fault)
-async def test_con_3_a_batch_whose_acknowledgement_is_lost_gets_true_answers(
+async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
     fault: Fault, fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with (
@@ -155,38 +157,42 @@ async def test_con_3_a_batch_whose_acknowledgement_is_lost_gets_true_answers(
             assert await direct.try_claim_step(run, key)
         free = [n % 2 == 1 for n in range(20)]
 
-        async def round_of(*calls: Awaitable[Any]) -> list[Any]:
-            tasks = await gathered(store, admin, list(calls))
-            return await answers(*tasks)
+        async def round_trip(*calls: Awaitable[Any]) -> list[Any]:
+            tasks = await queue_together(store, admin, list(calls))
+            return await gather_results(*tasks)
 
-        # Known connections and prepared statements, so that the next message is the statement itself.
+        # Opens the connections and prepares the statements, so that the next message is the statement itself.
         warm = [f"warm {n}" for n in range(20)]
-        assert await round_of(*(store.try_claim_step(run, key) for key in warm)) == [True] * 20
-        assert await round_of(*(store.record_step_start(run, key, "t") for key in warm)) == [1] * 20
-        await round_of(*(store.record_step_complete(run, key, "Failed") for key in warm))
-        await round_of(*(store.try_record_dispatch(run, key) for key in warm))
+        assert await round_trip(*(store.try_claim_step(run, key) for key in warm)) == [True] * 20
+        assert await round_trip(*(store.record_step_start(run, key, "t") for key in warm)) == [1] * 20
+        await round_trip(*(store.record_step_complete(run, key, "Failed") for key in warm))
+        await round_trip(*(store.try_record_dispatch(run, key) for key in warm))
 
-        async def struck(*calls: Awaitable[Any]) -> list[Any]:
-            tasks = await gathered_and_armed(list(calls))
-            found = await answers(*tasks)
+        async def with_fault(*calls: Awaitable[Any]) -> list[Any]:
+            tasks = await start_and_arm(list(calls))
+            found = await gather_results(*tasks)
             assert proxy.struck
             proxy.disarm()
             await proxy.settle()
             return found
 
-        async def gathered_and_armed(calls: list[Awaitable[Any]]) -> list[Any]:
+        async def start_and_arm(calls: list[Awaitable[Any]]) -> list[Any]:
             tasks = [asyncio.ensure_future(call) for call in calls]
             proxy.arm(1, fault)
             return tasks
 
-        # Of two claims of one key in one batch exactly one wins, whatever became of the message.
-        claims = await struck(*(store.try_claim_step(run, key) for key in keys for _ in range(2)))
+        # Of two claims of one key in one batch exactly one wins, for every fault.
+        claims = await with_fault(*(store.try_claim_step(run, key) for key in keys for _ in range(2)))
         assert [sum(claims[2 * n : 2 * n + 2]) for n in range(20)] == free
-        assert await struck(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 20
-        assert await struck(*(store.record_step_complete(run, key, "Failed") for key in keys)) == [None] * 20
+        assert await with_fault(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 20
+        assert (
+            await with_fault(*(store.record_step_complete(run, key, "Failed") for key in keys)) == [None] * 20
+        )
         # A second start is a second attempt, numbered once.
-        assert await struck(*(store.record_step_start(run, key, "t") for key in keys)) == [2] * 20
-        dispatches = await struck(*(store.try_record_dispatch(run, key) for key in keys for _ in range(2)))
+        assert await with_fault(*(store.record_step_start(run, key, "t") for key in keys)) == [2] * 20
+        dispatches = await with_fault(
+            *(store.try_record_dispatch(run, key) for key in keys for _ in range(2))
+        )
         assert [sum(dispatches[2 * n : 2 * n + 2]) for n in range(20)] == [True] * 20
         detail = await direct.get_run_detail(run)
         assert detail is not None
@@ -194,16 +200,18 @@ async def test_con_3_a_batch_whose_acknowledgement_is_lost_gets_true_answers(
         assert len(await direct.get_step_claims(run)) == 40
 
 
-# Errors among good calls
+# Errors of single rows
 
 
-async def test_a_row_that_the_server_refuses_fails_alone(fresh: str, admin: asyncpg.Connection) -> None:
+async def test_a_rejected_row_fails_alone(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
         run = await new_run(store)
-        # Argument checks leave PostgreSQL nothing to refuse, so the table gets a constraint.
+        # Validation leaves nothing for PostgreSQL to reject, so the table gets a constraint.
         await admin.execute("ALTER TABLE steps ADD CHECK (step_key NOT LIKE 'bad%')")
         keys = [f"{'bad' if n in (3, 17, 18) else 'good'} {n}" for n in range(40)]
-        found = await answers(*await gathered(store, admin, [store.try_claim_step(run, key) for key in keys]))
+        found = await gather_results(
+            *await queue_together(store, admin, [store.try_claim_step(run, key) for key in keys])
+        )
         for key, one in zip(keys, found, strict=True):
             if key.startswith("bad"):
                 assert type(one) is StoreUnavailableError
@@ -216,14 +224,14 @@ async def test_a_row_that_the_server_refuses_fails_alone(fresh: str, admin: asyn
         }
 
 
-async def test_an_error_that_no_row_is_the_reason_of_is_not_looked_for_in_the_rows(
+async def test_an_error_that_no_row_causes_does_not_split_the_batch(
     fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with open_store(fresh, statement_timeout=0.3) as store:
         run = await new_run(store)
         async with locked(admin, run):
             began = asyncio.get_running_loop().time()
-            found = await answers(*(store.try_claim_step(run, f"step {n}") for n in range(40)))
+            found = await gather_results(*(store.try_claim_step(run, f"step {n}") for n in range(40)))
             # Halving 40 rows would wait for the lock once for each half.
             assert asyncio.get_running_loop().time() - began < 2
         assert {type(one) for one in found} == {StoreUnavailableError}
@@ -231,13 +239,13 @@ async def test_an_error_that_no_row_is_the_reason_of_is_not_looked_for_in_the_ro
         assert await store.try_claim_step(run, "step 0")
 
 
-async def test_unknown_runs_and_stale_attempts_hurt_no_neighbour(fresh: str) -> None:
+async def test_unknown_runs_and_stale_attempts_do_not_affect_other_rows(fresh: str) -> None:
     async with open_store(fresh) as store:
         run = await new_run(store)
         unknown = new_run_id()
         for n in range(30):
             await store.record_step_start(run, f"step {n}", "t")
-        found = await answers(
+        found = await gather_results(
             *(
                 store.record_step_complete(
                     unknown if n % 3 == 0 else run, f"step {n}", "Failed", attempt=2 if n % 3 == 1 else 1
@@ -249,7 +257,7 @@ async def test_unknown_runs_and_stale_attempts_hurt_no_neighbour(fresh: str) -> 
 
 
 async def test_large_texts_do_not_share_a_message(fresh: str, admin: asyncpg.Connection) -> None:
-    # 256 of the largest texts together are more than the server takes in one message.
+    # 256 texts of the maximum size exceed the server's limit for a message.
     async with open_store(fresh) as store:
         run = await new_run(store)
         text = '"' + "x" * (3 * 1024 * 1024) + '"'
@@ -259,19 +267,17 @@ async def test_large_texts_do_not_share_a_message(fresh: str, admin: asyncpg.Con
             [store.record_step_start(run, key, "t", input_json=text) for key in keys],
             [store.record_step_complete(run, key, "Failed", error_message=text) for key in keys],
         ):
-            await answers(*await gathered(store, admin, calls))
+            await gather_results(*await queue_together(store, admin, calls))
             written = await admin.fetchval(
                 "SELECT count(DISTINCT xmin::text) FROM steps WHERE run_id = $1", run
             )
             assert written == (1 if calls[0].__name__ == "try_claim_step" else 6)
 
 
-# Time
+# Times of claims
 
 
-async def test_a_claim_counts_from_when_the_run_was_free_not_from_when_it_was_asked_for(
-    fresh: str, admin: asyncpg.Connection
-) -> None:
+async def test_a_claim_begins_when_the_run_is_unlocked(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
         run = await new_run(store)
         assert await store.try_claim_step(run, "mine", owner="me", lease=timedelta(seconds=0.3))
@@ -282,11 +288,11 @@ async def test_a_claim_counts_from_when_the_run_was_free_not_from_when_it_was_as
             ]
             await asyncio.sleep(0.5)
             freed = datetime.now(UTC)
-        claimed, started = await answers(*calls)
+        claimed, started = await gather_results(*calls)
         assert claimed is True
         (claim,) = [one for one in await store.get_step_claims(run) if one.step_key == "other"]
         assert claim.claimed_at >= freed
-        # The lease ended while the start waited, so nothing may start under it (STP-3).
+        # The lease expired while the start waited, so the start must fail (STP-3).
         assert isinstance(started, ClaimLostError)
 
 
@@ -294,34 +300,37 @@ async def test_a_claim_counts_from_when_the_run_was_free_not_from_when_it_was_as
 
 
 async def test_con_4_a_storm_of_cancelled_claims_leaves_no_key_taken(fresh: str) -> None:
-    chance = random.Random(4)
+    rng = random.Random(4)
     async with open_store(fresh) as store:
         run = await new_run(store)
         keys = [f"step {n}" for n in range(500)]
 
         async def claim(key: str) -> None:
             task = asyncio.ensure_future(
-                chance.choice([store.try_claim_step, store.try_record_dispatch])(run, key)
+                rng.choice([store.try_claim_step, store.try_record_dispatch])(run, key)
             )
-            await asyncio.sleep(chance.random() * 0.05)
+            await asyncio.sleep(rng.random() * 0.05)
             task.cancel()
             with suppress(asyncio.CancelledError):
                 if await task:
-                    # It had been answered.
+                    # The claim completed before the cancellation.
                     await store.release_step_claim(run, key)
                     await store.release_dispatch(run, key)
 
         for _ in range(3):
             await asyncio.wait_for(asyncio.gather(*(claim(key) for key in keys)), 30)
     async with open_store(fresh) as store:
-        assert await answers(*(store.try_claim_step(run, key, owner="new") for key in keys)) == [True] * 500
-        assert await answers(*(store.try_record_dispatch(run, key) for key in keys)) == [True] * 500
+        assert (
+            await gather_results(*(store.try_claim_step(run, key, owner="new") for key in keys))
+            == [True] * 500
+        )
+        assert await gather_results(*(store.try_record_dispatch(run, key) for key in keys)) == [True] * 500
 
 
 # Closing and options
 
 
-async def test_a_store_closed_with_work_queued_answers_all_of_it_truly(
+async def test_a_store_closed_with_queued_calls_returns_correct_results(
     fresh: str, admin: asyncpg.Connection
 ) -> None:
     opened = open_store(fresh)
@@ -330,7 +339,7 @@ async def test_a_store_closed_with_work_queued_answers_all_of_it_truly(
     tasks = [asyncio.ensure_future(store.try_claim_step(run, f"step {n}", owner="me")) for n in range(600)]
     await asyncio.sleep(0.001)
     await opened.__aexit__(None, None, None)
-    found = await answers(*tasks)
+    found = await gather_results(*tasks)
     assert {type(one) for one in found} <= {bool, StoreClosedError, OutcomeUnknownError}
     rows = await admin.fetch("SELECT step_key FROM steps WHERE claimed_at IS NOT NULL")
     claimed = {row["step_key"] for row in rows}
@@ -349,9 +358,9 @@ async def test_a_single_connection_and_a_transaction_pooler_work_too(
     async with open_store(fresh, **options) as store:
         run = await new_run(store)
         keys = [f"step {n}" for n in range(150)]
-        assert await answers(*(store.try_claim_step(run, key) for key in keys)) == [True] * 150
-        assert await answers(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 150
-        found = await answers(
+        assert await gather_results(*(store.try_claim_step(run, key) for key in keys)) == [True] * 150
+        assert await gather_results(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 150
+        found = await gather_results(
             *(store.record_step_complete(run, key, "Succeeded") for key in keys), store.get_step_statuses(run)
         )
         assert found[:-1] == [None] * 150
@@ -363,11 +372,13 @@ async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow
 ) -> None:
     async with open_store(fresh, pool_size=2) as store:
         run = await new_run(store)
-        for turn in range(8):
-            # More than five executions, after which PostgreSQL may keep a plan for good.
-            await answers(*(store.try_claim_step(run, f"{turn} {n}") for n in range(20)))
-            await answers(*(store.record_step_start(run, f"{turn} {n}", "t") for n in range(20)))
-            await answers(*(store.record_step_complete(run, f"{turn} {n}", "Failed") for n in range(20)))
+        for number in range(8):
+            # More than five executions, after which PostgreSQL may cache a generic plan.
+            await gather_results(*(store.try_claim_step(run, f"{number} {n}") for n in range(20)))
+            await gather_results(*(store.record_step_start(run, f"{number} {n}", "t") for n in range(20)))
+            await gather_results(
+                *(store.record_step_complete(run, f"{number} {n}", "Failed") for n in range(20))
+            )
         await admin.execute(
             "INSERT INTO steps (run_id, step_key)"
             " SELECT gen_random_uuid(), 'x' FROM generate_series(1, 50000)"
@@ -375,12 +386,14 @@ async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow
 
         async def use() -> None:
             for call in (store.try_claim_step, store.release_step_claim, store.try_record_dispatch):
-                await answers(*(call(run, f"late {n}") for n in range(20)))
-            await answers(*(store.record_step_start(run, f"late {n}", "t") for n in range(20)))
-            await answers(*(store.record_step_complete(run, f"late {n}", "Pending") for n in range(20)))
+                await gather_results(*(call(run, f"late {n}") for n in range(20)))
+            await gather_results(*(store.record_step_start(run, f"late {n}", "t") for n in range(20)))
+            await gather_results(
+                *(store.record_step_complete(run, f"late {n}", "Pending") for n in range(20))
+            )
 
         async def scans() -> int:
-            # A server process tells what it has done with the next thing it does a second later.
+            # A server process reports its statistics with its next statement, at least a second later.
             await asyncio.sleep(1.1)
             await use()
             await admin.execute("SELECT pg_stat_clear_snapshot()")
@@ -395,7 +408,7 @@ async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow
         assert await scans() == before
 
 
-async def test_a_run_that_somebody_holds_holds_up_no_other(fresh: str, admin: asyncpg.Connection) -> None:
+async def test_a_locked_run_delays_no_other_run(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
         held, free = await new_run(store), await new_run(store)
         for step in "abc":
@@ -405,15 +418,14 @@ async def test_a_run_that_somebody_holds_holds_up_no_other(fresh: str, admin: as
         await transaction.start()
         await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", held)
         await admin.execute("SELECT FROM steps WHERE run_id = $1 AND step_key = 'b' FOR UPDATE", held)
-        # More than there are connections, of operations that wait for the run and of one that waits
-        # for the step.
+        # More calls than connections; most wait for the run, one waits for the step.
         waiting = [asyncio.create_task(store.try_claim_step(held, f"s{n}")) for n in range(8)]
         for step in "ab":
             completing = store.record_step_complete(held, step, StepStatus.SUCCEEDED)
             waiting.append(asyncio.create_task(completing))
         doomed = asyncio.create_task(store.try_claim_step(held, "doomed"))
         try:
-            # While it is held, whatever else is asked for is answered.
+            # Calls on another run are not delayed.
             for n in range(3):
                 key = f"s{n}"
                 assert await store.try_record_dispatch(free, key)
@@ -430,5 +442,5 @@ async def test_a_run_that_somebody_holds_holds_up_no_other(fresh: str, admin: as
         statuses = await store.get_step_statuses(held)
         assert statuses == {"a": StepStatus.SUCCEEDED, "b": StepStatus.SUCCEEDED, "c": StepStatus.RUNNING}
     async with open_store(fresh) as store:
-        # What the cancelled call had won, if anything, was given back.
+        # A claim of the cancelled call was released.
         assert await store.try_claim_step(held, "doomed")

@@ -1,4 +1,4 @@
-"""CON-4 on PostgreSQL: a cancelled claim is released, whatever holds the connections meanwhile."""
+"""CON-4 on PostgreSQL: a cancelled claim is released even while all connections are busy."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pytest
 from flowstore_chaos.proxy import Aim, Fault, Proxy, proxy_before
 from flowstore_core import FlowStore, OutcomeUnknownError, new_run_id, open_store
 
-PATIENCE_SECONDS = 20.0
+TIMEOUT_SECONDS = 20.0
 
 WAITS_FOR_A_LOCK = """
 SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%"' || $1 || '"%'
 """
 
 
-async def _until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+async def _until(condition: Callable[[], Awaitable[bool]], description: str) -> None:
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while not await condition():  # noqa: ASYNC110 - of another process
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            while not await condition():  # noqa: ASYNC110 - a condition of another process
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        raise AssertionError(f"not within {PATIENCE_SECONDS:g} s: {what}") from None
+        raise AssertionError(f"not within {TIMEOUT_SECONDS:g} s: {description}") from None
 
 
 @asynccontextmanager
@@ -38,7 +38,7 @@ async def _locked(admin: asyncpg.Connection, run_id: UUID) -> AsyncIterator[None
 
 
 async def _claims_waiting(admin: asyncpg.Connection) -> int:
-    # Within a transaction the server would show what it showed first.
+    # Within a transaction the statistics would be cached.
     await admin.execute("SELECT pg_stat_clear_snapshot()")
     schema = await admin.fetchval("SELECT current_schema()")
     return int(await admin.fetchval(WAITS_FOR_A_LOCK, schema))
@@ -48,7 +48,7 @@ async def _runs(store: FlowStore) -> tuple[UUID, UUID]:
     run_ids = (new_run_id(), new_run_id())
     for run_id in run_ids:
         await store.start_run(new_run_id(), "orders", run_id, "manual")
-    # The connection of the batches is open, and a call that comes alone goes out on it at once.
+    # Opens a connection for batches, so that a single call uses the direct path.
     for _ in range(2):
         await store.try_claim_step(run_ids[0], "warm", owner="warm")
     return run_ids
@@ -93,9 +93,9 @@ async def test_claims_are_released_while_an_unacknowledged_statement_can_still_t
             waiting = _claims(store, held, 1)
             await _until(lambda: _is(admin, 1), "a claim waits for the run")
             await _cancel(waiting)
-            # Its outcome is unknown for as long as the lock is held, and nothing waits for that.
-            lost = await _lose_replies(proxy, store, free)
-            await _cancel(lost)
+            # Its outcome is unknown while the lock is held; no other compensation waits for that.
+            unacked = await _lose_replies(proxy, store, free)
+            await _cancel(unacked)
             await _until(lambda: _released(direct, free), "the claims are released")
         await _until(lambda: _released(direct, held), "the claim that had waited is released")
         assert await store.try_claim_step(free, "step 0", owner="next")
@@ -107,10 +107,10 @@ async def _is(admin: asyncpg.Connection, count: int) -> bool:
 
 
 async def _lose_replies(proxy: Proxy, store: FlowStore, run_id: UUID) -> list[asyncio.Task[bool]]:
-    """Claims that were won, and whose replies are lost."""
+    """Start claims that succeed and whose replies are lost."""
     proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT, times=3)
     tasks = _claims(store, run_id, 3)
-    while not proxy.struck:  # noqa: ASYNC110 - before the store gets to try again
+    while not proxy.struck:  # noqa: ASYNC110 - before the store retries
         await asyncio.sleep(0)
     return tasks
 
@@ -124,15 +124,15 @@ async def test_a_claim_whose_outcome_stays_unknown_for_longer_than_retry_timeout
     ):
         held, _ = await _runs(store)
         async with _locked(admin, held):
-            # The first goes out alone, the others share a batch behind it.
-            first, cancelled, told = _claims(store, held, 3)
+            # The first takes the direct path; the others share the next batch.
+            first, cancelled, kept = _claims(store, held, 3)
             await _until(lambda: _is(admin, 1), "the first waits for the run")
             await _cancel([first])
             await _until(lambda: _is(admin, 2), "a batch waits for the run too")
             await _cancel([cancelled])
             with pytest.raises(OutcomeUnknownError):
-                await told
-        # The batch takes effect only now, and its fence is over later still.
+                await kept
+        # The batch takes effect only now, and its fence ends later.
         await _until(lambda: _is_claimed(direct, held, "step 2"), "the batch is committed")
         await _until(lambda: _is_free(direct, held, "step 1"), "the cancelled claim is released")
         assert await _is_claimed(direct, held, "step 2")
@@ -147,11 +147,11 @@ async def test_compensations_are_retried_until_the_server_is_back(
         open_store(through, pool_size=2, acquire_timeout=0.2, retry_timeout=0.2) as store,
     ):
         _, free = await _runs(store)
-        lost = await _lose_replies(proxy, store, free)
+        unacked = await _lose_replies(proxy, store, free)
         proxy.arm(1, Fault.RESET, aim=Aim.CONNECT, times=100_000)
-        await _cancel(lost)
+        await _cancel(unacked)
         refused = sum(proxy.landed.values())
-        # Several times as many tries as one retry_timeout takes.
+        # Several times the number of tries within one retry_timeout.
         await _until(lambda: _true(sum(proxy.landed.values()) > refused + 30), "the store tries to connect")
         assert not await _released(direct, free)
         proxy.heal()

@@ -1,4 +1,4 @@
-"""CON-3 and CON-5 on PostgreSQL servers that crash or are failed over in the worst of moments."""
+"""CON-3 and CON-5 on PostgreSQL servers that crash or fail over during a commit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 
 from flowstore_chaos.server import Server, new_server
 from flowstore_core import OutcomeUnknownError, RunStatus, open_store
-from flowstore_postgres.connection import Transaction
-from flowstore_postgres.database import COMMIT
+from flowstore_postgres.transactions import COMMIT, Transaction
 
 FLOW = UUID(int=1)
 RUN = UUID(int=2)
@@ -24,15 +23,15 @@ Hook = Callable[[], Awaitable[Any]]
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    # Not in pytest's folder, which the server's user cannot reach when another pytest begins meanwhile.
+    # Not in pytest's directory: the server's user loses access to it when another pytest starts.
     with TemporaryDirectory() as folder:
-        # What is not committed stays out of the log on disk, and is forgotten by a crash.
+        # Uncommitted changes are not flushed to the log, so a crash loses them.
         async with new_server(Path(folder) / "pg", {"wal_writer_delay": "10s"}) as one:
             yield one
 
 
 def _instead_of_commit(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
-    """The next COMMIT is never sent: ``hook`` runs, and the connection is found broken."""
+    """Call ``hook`` instead of sending the next COMMIT, and raise a connection error."""
     execute = Transaction.execute
     armed = True
 
@@ -47,23 +46,23 @@ def _instead_of_commit(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
     monkeypatch.setattr(Transaction, "execute", lossy)
 
 
-async def test_con_3_a_transaction_id_that_a_crash_gave_to_another_proves_nothing(
+async def test_con_3_a_transaction_id_that_is_reused_after_a_crash_is_no_proof(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reused = False
 
     async def crash() -> None:
         nonlocal reused
-        lost = int(
+        lost_xid = int(
             await server.psql("SELECT backend_xid FROM pg_stat_activity WHERE backend_xid IS NOT NULL")
         )
         await server.kill()
         await server.start()
         while not reused:
-            # A COMMIT of somebody else's, with the id that the crash has forgotten.
-            taken = int(await server.psql("SELECT pg_current_xact_id()::xid"))
-            assert taken <= lost, "the id was not forgotten"
-            reused = taken == lost
+            # Another transaction gets the id that the crash lost.
+            xid = int(await server.psql("SELECT pg_current_xact_id()::xid"))
+            assert xid <= lost_xid, "the crash did not lose the id"
+            reused = xid == lost_xid
 
     async with open_store(server.url()) as store:
         await store.ping()
@@ -72,12 +71,12 @@ async def test_con_3_a_transaction_id_that_a_crash_gave_to_another_proves_nothin
         assert reused
         assert result.created
         run = await store.get_run_detail(RUN)
-        assert run is not None, "the run was acknowledged, and is not there"
+        assert run is not None, "the acknowledged run does not exist"
         assert run.status is RunStatus.RUNNING
 
 
 async def _commits_wait(server: Server) -> None:
-    """Until commits wait for a standby: on a busy machine that is long after pg_reload_conf() returned."""
+    """Wait until commits wait for a standby, which may be long after pg_reload_conf() returned."""
     while True:
         commit = asyncio.create_task(server.psql("SELECT pg_logical_emit_message(true, 'flowstore', '')"))
         waiting = ""
@@ -92,7 +91,7 @@ async def _commits_wait(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["trigger_run", "save_output", "try_claim_step"])
 async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str, server: Server) -> None:
-    # Whose wait for the standby is broken off has committed all the same, on this server alone.
+    # A commit whose wait for the standby is interrupted is committed on this server only.
     async with open_store(server.url(), statement_timeout=1.5, retry_timeout=1.0) as store:
         calls: dict[str, Hook] = {
             "trigger_run": lambda: store.trigger_run(FLOW, "orders", RUN, "manual", idempotency_key="k"),
@@ -107,5 +106,5 @@ async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str,
             await calls[name]()
         await server.psql("ALTER SYSTEM RESET synchronous_standby_names")
         await server.psql("SELECT pg_reload_conf()")
-        # Said again it is as true as ever.
+        # The retried call succeeds.
         assert await calls[name]() is not False

@@ -1,4 +1,4 @@
-"""A call that nobody shares a batch with: it goes out in its caller's own task, and loses no promise."""
+"""The direct path of a single call: it is sent by its caller's own task, with all guarantees."""
 
 from __future__ import annotations
 
@@ -16,64 +16,62 @@ from flowstore_core import FlowStore, StoreClosedError, new_run_id, open_store
 
 FLOW = UUID(int=1)
 
-Taking = Callable[[FlowStore, UUID, str], Awaitable[bool]]
-TAKINGS: list[Taking] = [
+TakeCall = Callable[[FlowStore, UUID, str], Awaitable[bool]]
+TAKE_CALLS: list[TakeCall] = [
     lambda store, run, key: store.try_claim_step(run, key),
     lambda store, run, key: store.try_record_dispatch(run, key),
 ]
 
 
-async def run_of(store: FlowStore) -> UUID:
+async def new_run(store: FlowStore) -> UUID:
     run = new_run_id()
     await store.start_run(FLOW, "orders", run, "manual")
-    # The first call of all makes the connection ready that later ones find at hand.
+    # The first call opens the connection that the direct path needs.
     assert await store.try_claim_step(run, "first")
     return run
 
 
-def soon(call: Awaitable[Any]) -> asyncio.Task[Any]:
+def start(call: Awaitable[Any]) -> asyncio.Task[Any]:
     return asyncio.ensure_future(call)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("take", TAKINGS, ids=["claim", "dispatch"])
-async def test_con_4_what_a_call_cancelled_at_any_moment_had_won_is_given_back(
-    fresh: str, take: Taking
-) -> None:
-    chance = random.Random(7)
+@pytest.mark.parametrize("take", TAKE_CALLS, ids=["claim", "dispatch"])
+async def test_con_4_a_call_cancelled_at_any_moment_is_compensated_for(fresh: str, take: TakeCall) -> None:
+    rng = random.Random(7)
     keys = [f"step {n}" for n in range(60)]
     kept = set()
     async with open_store(fresh) as store:
-        run = await run_of(store)
+        run = await new_run(store)
         for key in keys:
-            task = soon(take(store, run, key))
-            await asyncio.sleep(chance.random() * 0.003)
+            task = start(take(store, run, key))
+            await asyncio.sleep(rng.random() * 0.003)
             task.cancel()
             with suppress(asyncio.CancelledError):
                 if await task:
                     kept.add(key)
-            # Nobody has to wait for what is being given back.
+            # The compensation blocks no other call.
             assert (await store.get_run_detail(run)) is not None
     async with open_store(fresh) as store:
         found = {key: await take(store, run, key) for key in keys}
     assert found == {key: key not in kept for key in keys}
 
 
-@pytest.mark.parametrize("take", TAKINGS, ids=["claim", "dispatch"])
-async def test_con_4_a_call_cancelled_while_the_server_is_at_it_leaves_nothing(
-    fresh: str, admin: asyncpg.Connection, take: Taking
+@pytest.mark.parametrize("take", TAKE_CALLS, ids=["claim", "dispatch"])
+async def test_con_4_a_call_cancelled_during_its_statement_has_no_effect(
+    fresh: str, admin: asyncpg.Connection, take: TakeCall
 ) -> None:
-    others = asyncio.all_tasks()
+    tasks = asyncio.all_tasks()
     async with open_store(fresh) as store:
-        run = await run_of(store)
+        run = await new_run(store)
         async with admin.transaction():
             await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
-            task = soon(take(store, run, "step"))
+            task = start(take(store, run, "step"))
             await asyncio.sleep(0.05)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert await asyncio.wait_for(take(store, run, "another"), 10) is True
-    assert asyncio.all_tasks() == others
+    assert asyncio.all_tasks() == tasks
     async with open_store(fresh) as store:
         assert await take(store, run, "step") is True
     for _ in range(100):
@@ -87,14 +85,14 @@ async def test_con_4_a_call_cancelled_while_the_server_is_at_it_leaves_nothing(
     raise AssertionError(f"{left} connections are left")
 
 
-async def test_a_call_on_a_run_that_is_held_waits_and_holds_up_no_other(
+async def test_a_call_on_a_locked_run_waits_and_delays_no_other(
     fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with open_store(fresh) as store:
-        held, free = await run_of(store), await run_of(store)
+        held, free = await new_run(store), await new_run(store)
         async with admin.transaction():
             await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", held)
-            waiting = soon(store.try_claim_step(held, "step"))
+            waiting = start(store.try_claim_step(held, "step"))
             await asyncio.sleep(0)
             for n in range(20):
                 assert await asyncio.wait_for(store.try_claim_step(free, f"step {n}"), 5) is True
@@ -103,14 +101,14 @@ async def test_a_call_on_a_run_that_is_held_waits_and_holds_up_no_other(
         assert await asyncio.wait_for(waiting, 5) is True
 
 
-async def test_a_store_closed_meanwhile_still_answers(fresh: str, admin: asyncpg.Connection) -> None:
+async def test_a_closing_store_completes_the_call(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
-        run = await run_of(store)
+        run = await new_run(store)
         async with admin.transaction():
             await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
-            waiting = soon(store.try_claim_step(run, "step"))
+            waiting = start(store.try_claim_step(run, "step"))
             await asyncio.sleep(0.02)
-            closing = soon(store.aclose())
+            closing = start(store.aclose())
             await asyncio.sleep(0.02)
             with pytest.raises(StoreClosedError):
                 await store.try_claim_step(run, "later")
@@ -118,11 +116,11 @@ async def test_a_store_closed_meanwhile_still_answers(fresh: str, admin: asyncpg
         await asyncio.wait_for(closing, 10)
 
 
-async def test_a_server_that_refuses_is_said_so_once_and_not_for_ever(
+async def test_an_error_of_the_server_is_reported_once_and_does_not_persist(
     fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with open_store(fresh) as store:
-        run = await run_of(store)
+        run = await new_run(store)
         await admin.execute("ALTER TABLE steps RENAME TO gone")
         with pytest.raises(Exception, match="flowstore migrate up"):
             await asyncio.wait_for(store.try_claim_step(run, "step"), 5)

@@ -1,8 +1,7 @@
-"""CON-3 on PostgreSQL: whatever message is lost, the answer is the true one and nothing happens twice.
+"""CON-3 on PostgreSQL: a lost message changes no result and repeats no effect.
 
-Each writing operation is run once undisturbed, and once for each message it sends, with that
-message's request or reply lost. The answers and the whole state must be the same. Virtual time makes
-them comparable.
+Each writing operation is called once without faults, and once for each of its messages with that message's
+request or reply lost. The results and the whole state must be equal. Virtual time makes them comparable.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ CALLS: dict[str, Call] = {
 
 
 async def _state(store: FlowStore, run: UUID) -> list[Any]:
-    """All that can be read of a run, with the two runs a call may have made."""
+    """The readable state of a run and of the two runs that a call may create."""
     found: list[Any] = []
     for one in (run, UUID(int=run.int + 100), UUID(int=run.int + 200)):
         found += [
@@ -97,7 +96,7 @@ async def _state(store: FlowStore, run: UUID) -> list[Any]:
 
 
 def _with_run(value: Any, run: UUID) -> str:
-    """The text of a state or an answer, with the run's own ids replaced."""
+    """The text of a state or a result, with the run's ids replaced."""
     text = repr(value)
     for offset in (0, 100, 200):
         text = text.replace(str(UUID(int=run.int + offset)), f"<run+{offset}>")
@@ -107,10 +106,10 @@ def _with_run(value: Any, run: UUID) -> str:
 @pytest.mark.parametrize(
     ("name", "fault"),
     [(name, fault) for fault in CUTS for name in CALLS]
-    # These take a time-out each: one by a statement for many, one by a statement, one by a transaction.
+    # Each takes a timeout, so only three: a batched write, a single statement and a transaction.
     + [(name, fault) for fault in HOLES for name in ("try_claim_step", "append_event", "deliver_signal")],
 )
-async def test_con_3_a_lost_message_gets_the_true_answer(
+async def test_con_3_a_lost_message_does_not_change_the_result(
     name: str, fault: Fault, postgresql_url: str
 ) -> None:
     call = CALLS[name]
@@ -120,30 +119,30 @@ async def test_con_3_a_lost_message_gets_the_true_answer(
         backend.scratch(postgresql_url) as fresh,
         proxy_before(fresh) as (proxy, through),
         open_store(fresh, clock=clock) as direct,
-        # One connection, so that the messages of a call come in one order.
+        # One connection, so that the order of a call's messages is fixed.
         open_store(through, clock=clock, pool_size=1, statement_timeout=0.5) as store,
     ):
         messages = await _count_messages(proxy, store, direct, call)
         calm = UUID(int=10_000)
         await _prepare(direct, calm)
-        answer = _with_run(await call(store, calm), calm)
+        result = _with_run(await call(store, calm), calm)
         state = _with_run(await _state(direct, calm), calm)
         for strike_at in range(1, messages + 1):
             run = UUID(int=20_000 + 1_000 * strike_at)
             await _prepare(direct, run)
             await store.ping()
             proxy.arm(strike_at, fault)
-            struck = _with_run(await call(store, run), run)
+            with_fault = _with_run(await call(store, run), run)
             proxy.disarm()
             assert proxy.struck, f"message {strike_at} of {name} was not sent"
             await proxy.settle()
             proxy.heal()
-            assert struck == answer, f"message {strike_at} of {messages}"
+            assert with_fault == result, f"message {strike_at} of {messages}"
             assert _with_run(await _state(direct, run), run) == state, f"message {strike_at} of {messages}"
 
 
 async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, call: Call) -> int:
-    """How many messages a call sends once its statements are prepared."""
+    """The number of messages of a call whose statements are prepared."""
     for run in (UUID(int=5_000), UUID(int=6_000)):
         await _prepare(direct, run)
         proxy.arm(0, Fault.REPLY_LOST)
@@ -151,22 +150,22 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
     return proxy.messages
 
 
-async def _struck(proxy: Proxy, store: FlowStore, call: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Make a call and lose its reply; nobody connects until the proxy is disarmed."""
+async def _with_lost_reply(proxy: Proxy, store: FlowStore, call: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Start a call and lose its reply; connections fail until the proxy is disarmed."""
     await store.ping()
     proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT)
     made = asyncio.ensure_future(call)
-    while not proxy.struck:  # noqa: ASYNC110 - before the store gets to try again
+    while not proxy.struck:  # noqa: ASYNC110 - before the store retries
         await asyncio.sleep(0)
     proxy.arm(1, Fault.RESET, aim=Aim.CONNECT, times=1_000)
     return made
 
 
-MEANWHILE: dict[str, Call] = {
+EVENTS_MEANWHILE: dict[str, Call] = {
     "the run ends": lambda s, r: s.complete_run(r, "Cancelled"),
     "the claim is released": lambda s, r: s.release_step_claim(r, "fresh"),
-    "the owner asks again": lambda s, r: s.try_claim_step(r, "fresh", owner="me", lease=LEASE),
-    "the owner asks again and the run ends": lambda s, r: _claim_and_end(s, r),
+    "the owner claims again": lambda s, r: s.try_claim_step(r, "fresh", owner="me", lease=LEASE),
+    "the owner claims again and the run ends": lambda s, r: _claim_and_end(s, r),
 }
 
 
@@ -175,9 +174,9 @@ async def _claim_and_end(store: FlowStore, run: UUID) -> None:
     await store.complete_run(run, "Cancelled")
 
 
-@pytest.mark.parametrize("what", MEANWHILE)
-async def test_con_3_a_claim_that_was_won_stays_won_whatever_happens_meanwhile(
-    what: str, postgresql_url: str
+@pytest.mark.parametrize("event", EVENTS_MEANWHILE)
+async def test_con_3_a_claim_that_was_won_stays_won_during_other_events(
+    event: str, postgresql_url: str
 ) -> None:
     _, backend = find_backend("postgresql")
     async with (
@@ -189,12 +188,12 @@ async def test_con_3_a_claim_that_was_won_stays_won_whatever_happens_meanwhile(
         run = UUID(int=10_000)
         await direct.start_run(FLOW, "orders", run, "manual")
         call = store.try_claim_step(run, "fresh", owner="me", lease=LEASE)
-        claiming = await _struck(proxy, store, call)
-        await MEANWHILE[what](direct, run)
+        claiming = await _with_lost_reply(proxy, store, call)
+        await EVENTS_MEANWHILE[event](direct, run)
         proxy.disarm()
         assert await claiming is True
         owners = [claim.owner for claim in await direct.get_step_claims(run)]
-        assert owners == ([] if what == "the claim is released" else ["me"])
+        assert owners == ([] if event == "the claim is released" else ["me"])
 
 
 async def test_con_3_a_dispatch_that_was_won_stays_won_when_it_is_released_meanwhile(
@@ -209,11 +208,11 @@ async def test_con_3_a_dispatch_that_was_won_stays_won_when_it_is_released_meanw
     ):
         run = UUID(int=10_000)
         await direct.start_run(FLOW, "orders", run, "manual")
-        dispatching = await _struck(proxy, store, store.try_record_dispatch(run, "fresh"))
+        dispatching = await _with_lost_reply(proxy, store, store.try_record_dispatch(run, "fresh"))
         await direct.release_dispatch(run, "fresh")
         proxy.disarm()
         assert await dispatching is True
-        # It was dispatched once, and that was undone.
+        # The dispatch was recorded once and then released.
         assert await direct.get_dispatches(run) == ()
 
 
@@ -228,7 +227,7 @@ async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
         proxy_before(fresh) as (proxy, through),
         open_store(through, **options) as store,
     ):
-        # The server's first answers: to the greeting, and to who it is.
+        # The server's first replies: to the startup message and to the handshake.
         proxy.arm(strike_at, Fault.BLACK_HOLE)
         proxy.cut()
         async with asyncio.timeout(5):

@@ -1,4 +1,4 @@
-"""Opening PostgreSQL: URLs, options, roles and what is said when something is wrong."""
+"""Opening a PostgreSQL store: URLs, options, roles and error messages."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from flowstore_core import (
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend
-from flowstore_postgres.hosts import read_hosts
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres.failover import read_hosts
+from flowstore_postgres.settings import read_settings
 
 SECRET = "hunter2-Zw"
 
 
-async def _say(url: str, sql: str) -> list[asyncpg.Record]:
-    """Speak to the database behind the store's back."""
+async def _execute(url: str, sql: str) -> list[asyncpg.Record]:
+    """Execute a statement without the store."""
     query = parse_qs(urlsplit(url).query)
     connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
     try:
@@ -49,7 +49,7 @@ def _schema(url: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("url", "error", "says"),
+    ("url", "error", "message"),
     [
         (
             f"postgresql://u:{SECRET}@127.0.0.1:1/x?retry_timeout=0",
@@ -68,11 +68,11 @@ def _schema(url: str) -> str:
         ),
     ],
 )
-async def test_a_wrong_url_says_what_is_wrong_and_keeps_the_password(
-    url: str, error: type[FlowStoreError], says: str, caplog: pytest.LogCaptureFixture
+async def test_a_wrong_url_gets_a_clear_error_without_the_password(
+    url: str, error: type[FlowStoreError], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(error, match=says) as raised:
+    with pytest.raises(error, match=message) as raised:
         async with open_store(url):
             pytest.fail("it opened")
     assert SECRET not in "".join(traceback.format_exception(raised.value))
@@ -115,7 +115,7 @@ async def test_libpq_urls_with_an_empty_host_find_the_socket(fresh: str) -> None
         ("postgresql://u:p@h:1/d?database=e", {"user": "x"}, ("h", 1, "e", "x", "p")),
     ],
 )
-def test_an_option_goes_before_the_same_in_the_url(
+def test_an_option_overrides_the_same_part_of_the_url(
     url: str, options: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     _, _, config = resolve_store(url, **options)
@@ -124,8 +124,8 @@ def test_an_option_goes_before_the_same_in_the_url(
 
 
 def _driver_reads(config: StoreConfig) -> list[tuple[Any, Any]]:
-    """The address of each host, and the parameters, that the driver finds in its arguments."""
-    settings = read_connection_settings(config)
+    """The address of each host and the parameters that the driver parses from its arguments."""
+    settings = read_settings(config)
     arguments = settings.connect_arguments | {"timeout": None}
     found = []
     for host, port in read_hosts(config.url, config.options) or [(None, arguments.pop("port", None))]:
@@ -136,7 +136,7 @@ def _driver_reads(config: StoreConfig) -> list[tuple[Any, Any]]:
     return found
 
 
-# As a part of a URL; no character that the server or the driver cannot take.
+# A part of a URL, without characters that the server or the driver rejects.
 _TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=10)
 _HOSTS = st.lists(
     st.tuples(
@@ -150,7 +150,7 @@ _HOSTS = st.lists(
 @settings(deadline=None)
 @given(user=_TEXTS, password=_TEXTS, database=_TEXTS, hosts=_HOSTS)
 @example(user="a@b", password="c#d?e/f:g%h@i", database="d/#?%41", hosts=[("/run/a,b", 1), ("::1", 2)])
-def test_the_driver_connects_with_what_the_url_says(
+def test_the_driver_gets_the_parts_of_the_url(
     user: str, password: str, database: str, hosts: list[tuple[str, int]]
 ) -> None:
     places = ",".join(
@@ -185,7 +185,7 @@ def test_options_for_tls_reach_the_driver_unchanged(tmp_path: Path) -> None:
     root = tmp_path / "r#oot&=+%41.pem"
     root.write_bytes(b"")
     _, _, config = resolve_store(f"postgresql://h/d?sslmode=Verify-Full&sslrootcert={quote(str(root))}")
-    dsn = read_connection_settings(config).connect_arguments["dsn"]
+    dsn = read_settings(config).connect_arguments["dsn"]
     assert parse_qs(urlsplit(dsn).query) == {"sslmode": ["verify-full"], "sslrootcert": [str(root)]}
 
 
@@ -218,7 +218,7 @@ def test_a_service_is_looked_up_in_the_file_that_an_option_names(tmp_path: Path)
 def test_a_malformed_host_or_port_is_a_configuration_error(url: str, options: dict[str, Any]) -> None:
     _, _, config = resolve_store(url, **options)
     with pytest.raises(ConfigurationError, match=r"port|host") as raised:
-        read_connection_settings(config)
+        read_settings(config)
     assert "secret" not in str(raised.value)
 
 
@@ -233,10 +233,10 @@ def test_a_malformed_host_or_port_is_a_configuration_error(url: str, options: di
         ("service", "postgresql://me@h/d?service=x%0A"),
     ],
 )
-def test_a_control_character_in_what_the_server_is_told_is_refused(name: str, url: str) -> None:
+def test_a_control_character_in_an_option_is_refused(name: str, url: str) -> None:
     _, _, config = resolve_store(url)
     with pytest.raises(ConfigurationError, match=f"option {name} .*control characters"):
-        read_connection_settings(config)
+        read_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -250,14 +250,14 @@ def test_a_control_character_in_what_the_server_is_told_is_refused(name: str, ur
         ("PGPASSFILE", "postgresql://me@h/d?passfile=x"),
     ],
 )
-def test_a_line_end_in_a_variable_of_the_driver_is_refused_where_it_counts(
+def test_a_line_end_in_a_used_variable_of_the_driver_is_refused(
     variable: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, f"{SECRET}\n")
     _, _, config = resolve_store(url)
-    read_connection_settings(config)
+    read_settings(config)
     with pytest.raises(ConfigurationError, match=f"{variable} .*line end") as raised:
-        read_connection_settings(replace(config, url="postgresql://", options={}))
+        read_settings(replace(config, url="postgresql://", options={}))
     assert SECRET not in str(raised.value)
 
 
@@ -274,7 +274,7 @@ def test_a_line_end_in_a_variable_of_the_driver_is_refused_where_it_counts(
 )
 def test_a_misspelt_option_or_value_gets_a_suggestion(query: str, near: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
-        read_connection_settings(resolve_store(f"postgresql://me:{SECRET}@h/d?{query}")[2])
+        read_settings(resolve_store(f"postgresql://me:{SECRET}@h/d?{query}")[2])
     assert f"(did you mean {near!r}?)" in str(raised.value)
     assert SECRET not in str(raised.value)
 
@@ -302,27 +302,27 @@ async def test_a_schema_of_any_name_is_quoted(fresh: str) -> None:
         run = new_run_id()
         await store.start_run(run, "f", run, "t")
     try:
-        rows = await _say(fresh, """SELECT run_id FROM "dr""op; schema ä".runs""")
+        rows = await _execute(fresh, """SELECT run_id FROM "dr""op; schema ä".runs""")
         assert [row["run_id"] for row in rows] == [run]
     finally:
-        await _say(fresh, """DROP SCHEMA "dr""op; schema ä" CASCADE""")
+        await _execute(fresh, """DROP SCHEMA "dr""op; schema ä" CASCADE""")
 
 
 async def test_con_6_migrate_false_leaves_an_empty_schema_alone(fresh: str) -> None:
     with pytest.raises(SchemaVersionError, match="flowstore migrate up"):
         async with open_store(fresh, migrate=False):
             pytest.fail("it opened")
-    assert await _say(fresh, f"SELECT 1 FROM pg_tables WHERE schemaname = '{_schema(fresh)}'") == []
+    assert await _execute(fresh, f"SELECT 1 FROM pg_tables WHERE schemaname = '{_schema(fresh)}'") == []
 
 
 async def test_con_6_a_newer_schema_is_refused_unless_it_allows_this_code(fresh: str) -> None:
     async with open_store(fresh):
         pass
     table = f'"{_schema(fresh)}".schema_version'
-    await _say(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (900, 'later', 1)")
+    await _execute(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (900, 'later', 1)")
     async with open_store(fresh) as store:
         await store.ping()
-    await _say(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (901, 'last', 901)")
+    await _execute(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (901, 'last', 901)")
     with pytest.raises(SchemaVersionError, match="newer flowstore") as raised:
         async with open_store(fresh):
             pytest.fail("it opened")
@@ -333,10 +333,12 @@ async def test_a_role_with_dml_rights_only_suffices_at_run_time(fresh: str) -> N
     async with open_store(fresh):
         pass
     schema, role = _schema(fresh), f"{_schema(fresh)}_worker"
-    await _say(fresh, f"CREATE ROLE {role} LOGIN")
+    await _execute(fresh, f"CREATE ROLE {role} LOGIN")
     try:
-        await _say(fresh, f"GRANT USAGE ON SCHEMA {schema} TO {role}")
-        await _say(fresh, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}")
+        await _execute(fresh, f"GRANT USAGE ON SCHEMA {schema} TO {role}")
+        await _execute(
+            fresh, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}"
+        )
         async with open_store(fresh, user=role, migrate=False) as store:
             run = new_run_id()
             await store.start_run(run, "f", run, "t")
@@ -345,8 +347,8 @@ async def test_a_role_with_dml_rights_only_suffices_at_run_time(fresh: str) -> N
             await store.complete_run(run, "Succeeded")
             assert await store.cleanup((await store.get_runs())[0].completed_at) == 0
     finally:
-        await _say(fresh, f"DROP OWNED BY {role}")
-        await _say(fresh, f"DROP ROLE {role}")
+        await _execute(fresh, f"DROP OWNED BY {role}")
+        await _execute(fresh, f"DROP ROLE {role}")
 
 
 async def test_pgbouncer_mode_needs_no_session_state(fresh: str) -> None:
@@ -357,7 +359,7 @@ async def test_pgbouncer_mode_needs_no_session_state(fresh: str) -> None:
         assert (await store.get_run_detail(run)) is not None
 
 
-async def test_a_pool_without_a_free_connection_says_so(fresh: str) -> None:
+async def test_a_pool_without_a_free_connection_gets_a_clear_error(fresh: str) -> None:
     async with open_store(fresh, pool_size=1, acquire_timeout=0.5) as store:
         run = new_run_id()
         await store.start_run(run, "f", run, "t")
@@ -388,7 +390,7 @@ async def test_a_restarted_connection_is_replaced_without_an_error(fresh: str) -
     async with open_store(fresh, application_name="flowstore-restart") as store:
         run = new_run_id()
         await store.start_run(run, "f", run, "t")
-        await _say(
+        await _execute(
             fresh,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE application_name = 'flowstore-restart'",
@@ -411,7 +413,7 @@ def fresh_url(postgresql_url: str) -> str:
     return f"{postgresql_url}&schema=flowstore_loops"
 
 
-async def test_the_descriptor_tells_and_reaches_the_schema_version(fresh: str) -> None:
+async def test_the_descriptor_reads_and_migrates_the_schema_version(fresh: str) -> None:
     backend = find_backend("postgresql")[1]
     config = StoreConfig(
         url=fresh, scheme="postgresql", options=parse_options(fresh), clock=None, migrate=True

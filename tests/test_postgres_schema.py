@@ -1,4 +1,4 @@
-"""The PostgreSQL schema as a whole: renamed, published, dumped, restored, and migrated by many at once."""
+"""The PostgreSQL schema as a whole: renamed, published, dumped, restored, and migrated concurrently."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOOLS = Path(_spec.origin).parent / "pginstall" / "bin"
 
 @dataclass(frozen=True)
 class Database:
-    """A database of a test's own, with a connection of its administrator."""
+    """A database of one test, with a connection of its administrator."""
 
     host: str
     name: str
@@ -45,13 +45,13 @@ class Database:
         return f"postgresql:///{self.name}?{urlencode(query, quote_via=quote)}"
 
     async def fold_always(self) -> None:
-        """Fold at the first change of every transaction, not at one of 250."""
+        """Fold at the first change of every transaction instead of one in 250."""
         body = await self.admin.fetchval("SELECT pg_get_functiondef('flowstore.count_run_changes'::regproc)")
         assert "random() < 0.004" in body
         await self.admin.execute(body.replace("random() < 0.004", "true"))
 
     async def run_tool(self, program: str, *arguments: str, text: str | None = None) -> str:
-        """Run one of PostgreSQL's programs on this database; its output."""
+        """Run one of PostgreSQL's programs on this database and return its output."""
         command = [TOOLS / program, "-h", self.host, "-U", "postgres", "-d", self.name, *arguments]
         done = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ async def _total(url: str, **filters: Any) -> int:
 
 
 async def _diagnose(url: str) -> list[str]:
-    """The codes of what the doctor finds in the rows."""
+    """The codes of the findings about the rows."""
     _, _, config = resolve_store(url)
     found = await diagnosis.diagnose(config, thorough=True)
     return [finding.code for finding in found if finding.code != "fsync-off"]
@@ -116,7 +116,7 @@ async def _fix(url: str) -> list[str]:
     return list(await diagnosis.fix(config, await diagnosis.diagnose(config, thorough=True)))
 
 
-# Keys, and housekeeping inside of writers
+# Keys, and maintenance by writers
 
 
 async def test_every_table_has_a_primary_key(database: Database) -> None:
@@ -143,7 +143,7 @@ async def test_a_publication_of_all_tables_refuses_nothing(database: Database) -
     assert await database.admin.fetchval(folded)
 
 
-async def test_writers_go_on_when_folding_fails_and_the_doctor_says_so(database: Database) -> None:
+async def test_writers_continue_when_folding_fails_and_the_doctor_reports_it(database: Database) -> None:
     url = database.url()
     async with open_store(url) as store:
         await database.fold_always()
@@ -152,11 +152,11 @@ async def test_writers_go_on_when_folding_fails_and_the_doctor_says_so(database:
     assert await _total(url) == 30
     assert await database.admin.fetchval("SELECT count(*) FROM flowstore.run_counts") == 0
     assert await _diagnose(url) == []
-    # As many as are left in time. Loaded rows count nothing.
+    # A backlog. Loaded rows do not change the counters.
     await database.admin.execute(
         "INSERT INTO flowstore.run_changes SELECT gen_random_uuid(), '2026-01-01', NULL, 'Running', 5 "
         "FROM generate_series(1, $1::int)",
-        counters.UNFOLDED,
+        counters.MAX_UNFOLDED,
     )
     assert await _total(url) == 30
     assert await _diagnose(url) == ["changes-unfolded"]
@@ -198,7 +198,7 @@ async def test_a_search_index_that_is_far_behind_is_found(
     async with open_store(url) as store:
         await _work(store, 20)
     assert await _diagnose(url) == []
-    monkeypatch.setattr(diagnosis, "MANY", 20)
+    monkeypatch.setattr(diagnosis, "REINDEX_THRESHOLD", 20)
     assert await _diagnose(url) == ["search-behind"]
     _, backend, config = resolve_store(url)
     await backend.migrate(config)  # type: ignore[attr-defined]
@@ -225,7 +225,7 @@ async def test_a_renamed_schema_works_beside_a_new_one_of_its_old_name(name: str
         await database.admin.fetchval(f"SELECT {quoted}.fold_run_changes()")
         await store.cleanup(LONG_AGO)
         assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
-        # The index for searches is made anew.
+        # The index for searches is built again.
         for trigger, table in [
             (row["tgname"], row["relname"])
             for row in await database.admin.fetch(
@@ -265,7 +265,7 @@ async def test_a_role_keeps_what_it_may_execute_when_the_functions_are_replaced(
     _, backend, config = resolve_store(database.url())
     scripts = backend.migrations(config)  # type: ignore[attr-defined]
     for number, _, script in scripts:
-        if number < counters.SINCE:
+        if number < counters.MIN_SCHEMA_VERSION:
             await database.admin.execute(script)
     admin = database.admin
     await admin.execute(
@@ -298,7 +298,7 @@ async def test_data_alone_restored_into_a_migrated_schema_is_counted_once(
         await _live(store, clock, random.Random(8), 60)
         await database.admin.execute("SELECT flowstore.fold_run_changes()")
         await store.cleanup(LONG_AGO)
-        # Some changes are folded, some are not; some runs can be searched by index, some cannot.
+        # Some changes are folded and some are not; some runs are indexed and some are not.
         await _live(store, clock, random.Random(9), 30)
         await _work(store, 20)
         wanted = await _ask(store, clock.now)
@@ -311,14 +311,14 @@ async def test_data_alone_restored_into_a_migrated_schema_is_counted_once(
         await other.run_tool("psql", "-q", "-1", "-v", "ON_ERROR_STOP=1", text=dump)
         assert await _ask(store, clock.now) == wanted
         await other.fold_always()
-        # A summary of the dump must not be used for a day that has changed since.
+        # A summary of the dump is invalid for a day that has changed since.
         for generator in (10, 11, 12):
             await _live(store, clock, random.Random(generator), 30)
             assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
     assert await _diagnose(other.url()) == []
 
 
-async def test_a_loaded_summary_is_not_taken_for_one_of_a_day_with_as_many_changes(
+async def test_a_loaded_summary_is_invalid_for_a_day_with_the_same_number_of_changes(
     database: Database, other: Database
 ) -> None:
     clock = VirtualClock()
@@ -333,7 +333,7 @@ async def test_a_loaded_summary_is_not_taken_for_one_of_a_day_with_as_many_chang
         await store.start_run(FLOWS[0], "flow", run_ids[0], "manual")
         await store.get_run_timeseries("day", now - week, now)  # type: ignore[arg-type]
         await database.admin.execute("SELECT flowstore.fold_run_changes()")
-        # Twenty runs came and went, so the day has 81 changes and one run.
+        # Twenty runs were created and deleted, so the day has 81 changes and one run.
         assert await database.admin.fetchval("SELECT max(changes) FROM flowstore.run_summaries") == 81
     dump = await database.run_tool(
         "pg_dump", "-n", "flowstore", "--data-only", "-T", "flowstore.schema_version"
@@ -365,7 +365,7 @@ async def test_a_dump_of_the_whole_schema_restores_into_another_database(
     assert await _diagnose(other.url()) == []
 
 
-# Counters that are wrong
+# Wrong counters
 
 
 WRONG = {
@@ -391,7 +391,7 @@ async def test_wrong_counters_are_found_and_corrected_while_others_write(
         await database.admin.execute("SELECT flowstore.fold_run_changes()")
         await _live(store, clock, random.Random(3), 20)
         while not await database.admin.fetchval("SELECT count(*) FROM flowstore.run_changes"):
-            # Cleanup has folded them all, and a writer may fold too.
+            # Cleanup folds all of them, and a writer may fold too.
             await store.start_run(uuid4(), "flow 1", new_run_id(), "manual")
         await _ask(store, clock.now)
         assert await _diagnose(url) == []
@@ -404,7 +404,7 @@ async def test_wrong_counters_are_found_and_corrected_while_others_write(
         while not writing.done():
             fixes.append(await _fix(url))
         await writing
-        # No writer was counted twice, and what was right stays as it is.
+        # No write is counted twice, and correct counters are unchanged.
         assert [len([line for line in done if "corrected" in line]) for done in fixes] == [1] + [0] * (
             len(fixes) - 1
         )
@@ -446,7 +446,7 @@ async def test_con_6_the_scripts_of_migrations_bring_their_own_settings(
         async with open_store(database.url()) as store:
             await store.ping()
 
-    # Whichever is second waits for the first, and the script then fails whole.
+    # The second waits for the first, and then its script fails as a whole.
     *opened, outcome = await asyncio.gather(
         *(opens() for _ in range(6)),
         database.run_tool("psql", "-q", "-v", "ON_ERROR_STOP=1", text=script),
@@ -458,7 +458,7 @@ async def test_con_6_the_scripts_of_migrations_bring_their_own_settings(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-async def test_what_migrates_gathers_and_fixes_needs_no_default_isolation(
+async def test_migrations_indexing_and_fixes_need_no_default_isolation(
     level: str, database: Database
 ) -> None:
     await _set_defaults(database, level)
@@ -488,6 +488,6 @@ async def test_what_migrates_gathers_and_fixes_needs_no_default_isolation(
 
 
 async def _set_defaults(database: Database, level: str) -> None:
-    """What connections that are made from now on begin with, that of the administrator included."""
+    """Set the defaults of new connections, including the administrator's."""
     for setting in (f"default_transaction_isolation = '{level}'", "default_transaction_read_only = on"):
         await database.admin.execute(f"ALTER DATABASE {database.name} SET {setting}")

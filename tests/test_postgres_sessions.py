@@ -1,4 +1,4 @@
-"""PostgreSQL under hostile defaults: what a server, database or role sets changes no answer and no cost."""
+"""PostgreSQL under hostile defaults of a server, database or role: results and costs stay the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_postgres.sessions import PINNED, WATCHED
+from flowstore_postgres.session_settings import PINNED, WATCHED
 
 HOSTILE = {
     "default_transaction_isolation": "serializable",
@@ -84,12 +84,12 @@ class Place:
 
     async def default(self, **settings: str) -> None:
         for name, value in settings.items():
-            # A list for search_path, and one word for all others.
+            # A list for search_path, one word for all others.
             given = value if name == "search_path" else f"'{value}'"
             await self._server.execute(f'ALTER DATABASE "{self._name}" SET {name} = {given}')
 
     async def connect(self) -> asyncpg.Connection:
-        """A connection without those defaults that would hinder the test."""
+        """A connection without the defaults that would disturb the test."""
         hinder = ("statement_timeout", "idle_session_timeout", "transaction_timeout", "lock_timeout")
         hinder += ("default_transaction_read_only", "default_transaction_isolation")
         settings = {name: RIGHT[name] for name in hinder}
@@ -116,7 +116,7 @@ async def place(postgresql_url: str) -> AsyncIterator[Place]:
 
 
 async def _work(store: FlowStore, other: FlowStore) -> None:
-    """Calls of every kind, some of them at once, and what they must answer."""
+    """Make calls of every kind, some concurrently, and check their results."""
     flow_id = new_run_id()
     triggers = [
         each.trigger_run(flow_id, "orders", new_run_id(), "http", idempotency_key="k")
@@ -144,7 +144,7 @@ async def _work(store: FlowStore, other: FlowStore) -> None:
     await store.save_output(run_id, "NULL", "null")
     assert dict(await other.get_outputs(run_id)) == {"NULL": "null"}
     assert len(await other.get_run_events(run_id)) == 8
-    # Some of them end on the other side of a change to or from daylight-saving time.
+    # Some leases end after a change to or from daylight-saving time.
     for days in range(30, 366, 30):
         assert await store.try_claim_step(run_id, f"{days}", owner=owner, lease=timedelta(days=days))
     for claim in await other.get_step_claims(run_id):
@@ -159,7 +159,7 @@ async def _work(store: FlowStore, other: FlowStore) -> None:
         await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
     assert (await other.get_runs_page()).total_count == 21
     assert (await store.get_statistics()).completed_today == 20
-    # Makes them quick to search.
+    # Adds the runs to the index.
     await store.cleanup(results[0].run.started_at - timedelta(days=1))
     assert (await other.get_runs_page(search="found")).total_count == 21
 
@@ -186,14 +186,14 @@ async def test_a_hostile_default_changes_nothing(
         await _work(store, other)
         seen = await connection.fetch("SELECT DISTINCT name, setting FROM public.seen")
         await connection.close()
-    # Batches wait for no lock for longer than 100 ms, and have them planned once.
+    # Connections for batches have a lock timeout of 100 ms and plan statements once.
     own = {("lock_timeout", "100ms"), ("plan_cache_mode", "force_generic_plan"), ("enable_indexscan", "on")}
     assert {tuple(row) for row in seen} - own == set(RIGHT.items()) - own
     assert _retried(retries) == []
 
 
 @pytest.mark.parametrize("name", ["default_transaction_isolation", "TimeZone", "DateStyle", "array_nulls"])
-async def test_behind_a_pooler_a_hostile_default_changes_no_answer(name: str, place: Place) -> None:
+async def test_behind_a_pooler_a_hostile_default_changes_no_result(name: str, place: Place) -> None:
     async with open_store(place.url):
         pass
     await place.default(**{name: HOSTILE[name]})
@@ -203,18 +203,18 @@ async def test_behind_a_pooler_a_hostile_default_changes_no_answer(name: str, pl
 
 
 @pytest.mark.parametrize("name", WATCHED)
-async def test_behind_a_pooler_a_default_that_does_harm_is_told(
+async def test_behind_a_pooler_a_harmful_default_is_logged(
     name: str, place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     await place.default(**{name: HOSTILE[name]})
     async with open_store(f"{place.url}&pgbouncer=true"):
         pass
-    told = [one.getMessage() for one in caplog.records if "ALTER ROLE" in one.getMessage()]
-    assert len(told) == 1
-    assert name in told[0]
+    warnings = [one.getMessage() for one in caplog.records if "ALTER ROLE" in one.getMessage()]
+    assert len(warnings) == 1
+    assert name in warnings[0]
 
 
-async def test_behind_a_pooler_a_read_only_role_reads_and_is_told_why_it_does_not_write(place: Place) -> None:
+async def test_behind_a_pooler_a_read_only_role_reads_and_gets_a_clear_error_for_writes(place: Place) -> None:
     async with open_store(place.url):
         pass
     await place.default(default_transaction_read_only="on")

@@ -1,4 +1,4 @@
-"""PostgreSQL: ends of runs and reads of runs that share a statement or a transaction."""
+"""Completions of runs and reads of runs that share a transaction or a statement on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def start(store: FlowStore, runs: int) -> list[UUID]:
     return run_ids
 
 
-async def test_many_runs_end_at_once_and_each_call_gets_its_own_answer(store: FlowStore) -> None:
+async def test_concurrent_completions_get_their_own_results(store: FlowStore) -> None:
     run_ids = await start(store, RUNS)
     await together([store.record_skipped_step(run_id, "a", "http") for run_id in run_ids[::2]])
     await store.try_record_dispatch(run_ids[1], "b")
@@ -66,9 +66,7 @@ async def test_many_runs_end_at_once_and_each_call_gets_its_own_answer(store: Fl
     assert statuses[:4] == [RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.FAILED, RunStatus.SUCCEEDED]
 
 
-async def test_a_run_that_somebody_holds_keeps_no_other_from_ending(
-    store: FlowStore, server: asyncpg.Connection
-) -> None:
+async def test_a_locked_run_delays_no_other_completion(store: FlowStore, server: asyncpg.Connection) -> None:
     run_ids = await start(store, RUNS)
     held = server.transaction()
     await held.start()
@@ -80,7 +78,7 @@ async def test_a_run_that_somebody_holds_keeps_no_other_from_ending(
     assert await ends[0]
 
 
-async def test_a_step_that_somebody_holds_is_waited_for(store: FlowStore, server: asyncpg.Connection) -> None:
+async def test_a_call_waits_for_a_locked_step(store: FlowStore, server: asyncpg.Connection) -> None:
     run_ids = await start(store, 3)
     for run_id in run_ids:
         await store.record_step_start(run_id, "a", "http")
@@ -103,15 +101,15 @@ async def test_a_run_that_cannot_end_fails_alone(store: FlowStore, server: async
         " CREATE TRIGGER refuse BEFORE UPDATE ON runs FOR EACH ROW EXECUTE FUNCTION refuse()"
     )
     ends = [store.complete_run(run_id, RunStatus.SUCCEEDED) for run_id in run_ids]
-    answers = await asyncio.gather(
+    results = await asyncio.gather(
         *ends, store.complete_run(uuid4(), RunStatus.FAILED), return_exceptions=True
     )
-    assert isinstance(answers.pop(7), StoreUnavailableError)
-    assert isinstance(answers.pop(), RunNotFoundError)
-    assert answers == [True] * (RUNS - 1)
+    assert isinstance(results.pop(7), StoreUnavailableError)
+    assert isinstance(results.pop(), RunNotFoundError)
+    assert results == [True] * (RUNS - 1)
 
 
-async def test_many_reads_at_once_each_see_their_own_run(store: FlowStore) -> None:
+async def test_concurrent_reads_return_their_own_run(store: FlowStore) -> None:
     run_ids = await start(store, RUNS)
     await together([store.save_output(run_id, "key", f'"{run_id}"') for run_id in run_ids[1:]])
     await together([store.record_skipped_step(run_id, str(run_id), "http") for run_id in run_ids[1:]])
@@ -125,16 +123,16 @@ async def test_many_reads_at_once_each_see_their_own_run(store: FlowStore) -> No
             assert steps == ({str(run_id): StepStatus.SKIPPED} if is_known else {})
 
 
-async def test_outputs_saved_at_once_under_one_key_are_saved_one_after_another(store: FlowStore) -> None:
+async def test_concurrent_outputs_under_one_key_are_serialized(store: FlowStore) -> None:
     (run_id,) = await start(store, 1)
     await together([store.save_output(run_id, f"key {number % 2}", str(number)) for number in range(RUNS)])
     found = await store.get_outputs(run_id)
     assert {int(found[f"key {parity}"]) % 2 for parity in range(2)} == {0, 1}
-    answers = await asyncio.gather(
+    results = await asyncio.gather(
         store.save_output(uuid4(), "key 0", "1"),
         store.save_output(run_id, "key 0", "0"),
         return_exceptions=True,
     )
-    assert isinstance(answers[0], RunNotFoundError)
-    assert answers[1] is None
+    assert isinstance(results[0], RunNotFoundError)
+    assert results[1] is None
     assert await store.get_output(run_id, "key 0") == "0"

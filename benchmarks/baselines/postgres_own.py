@@ -1,7 +1,7 @@
-"""PostgreSQL, flowstore's own statement for a claim that goes alone, prepared on a held connection.
+"""PostgreSQL, flowstore's own statement for a single claim, prepared on a kept connection, without a store.
 
-On tables of flowstore, with the settings of its lanes, and with no store before it. What is between this
-and flowstore is Python: the input is checked, nobody else must be on the way, the connection is watched.
+It uses flowstore's tables and the session settings of its prepared connections. The difference to flowstore
+is the cost of Python: validation, the check for concurrent calls, and the timeout of the connection.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import asyncpg
 from benchmarks.baselines.postgres_checked import ARRIVAL
 from benchmarks.workload import StoreRecords
 from flowstore_core import FlowStore, open_store
-from flowstore_postgres.claims import TRY_CLAIM_STEP_ALONE
-from flowstore_postgres.database import fill_in
-from flowstore_postgres.lanes import BY_KEY
+from flowstore_postgres.claims import TRY_CLAIM_STEP_SINGLE
+from flowstore_postgres.prepared_connections import INDEX_ONLY_SETTINGS
+from flowstore_postgres.sql_placeholders import fill_in
 
 SCHEMA = "own"
 
 
 class OwnClaim(StoreRecords):
-    """Claims of one caller; the records are made and counted by a store."""
+    """Claims of one caller; a store creates and counts the records."""
 
     def __init__(self, store: FlowStore, statement: Any) -> None:
         super().__init__(store)
@@ -34,8 +34,8 @@ class OwnClaim(StoreRecords):
 
     async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool:
         call = getrandbits(63)
-        not_after = datetime.now(UTC) + ARRIVAL
-        found = await self._statement.fetchval(not_after, None, run_id, step_key, None, None, call)
+        deadline = datetime.now(UTC) + ARRIVAL
+        found = await self._statement.fetchval(deadline, None, run_id, step_key, None, None, call)
         return found is not None
 
 
@@ -44,8 +44,8 @@ async def own_claim(url: str) -> AsyncIterator[OwnClaim]:
     async with open_store(url, schema=SCHEMA) as store:
         connection = await asyncpg.connect(url)
         try:
-            await connection.execute(BY_KEY)
-            statement = await connection.prepare(fill_in(TRY_CLAIM_STEP_ALONE, SCHEMA))
+            await connection.execute(INDEX_ONLY_SETTINGS)
+            statement = await connection.prepare(fill_in(TRY_CLAIM_STEP_SINGLE, SCHEMA))
             yield OwnClaim(store, statement)
         finally:
             await connection.close()

@@ -1,7 +1,7 @@
 -- works_from: 1
 --
--- One row per run. last_event is the counter of append_event: raising it serialises the events of a
--- run, so that sequence numbers appear in commit order (EVT-1).
+-- One row per run. last_event is the counter of append_event: incrementing it serializes the events of a run, so
+-- that sequence numbers become visible in order (EVT-1).
 CREATE TABLE {schema}.runs (
     run_id        uuid        NOT NULL PRIMARY KEY,
     flow_id       uuid        NOT NULL,
@@ -23,10 +23,10 @@ CREATE INDEX runs_by_completion ON {schema}.runs (completed_at, status) WHERE co
 CREATE INDEX runs_by_source ON {schema}.runs (source_run_id, started_at DESC, run_id DESC)
     WHERE source_run_id IS NOT NULL;
 
--- One row per step holds the step, its newest attempt, its claim and its dispatch, so that each call of
--- a step's life is one update of one row: PostgreSQL re-reads that row after waiting for it, which is
--- what makes single statements safe at READ COMMITTED. status is NULL until the first start (a key
--- that is only claimed or dispatched) and after a reset; "C" collation orders by code point (QRY-1).
+-- One row per step holds the step, its newest attempt, its claim and its dispatch, so that each call of a step's
+-- lifecycle updates one row. PostgreSQL re-reads that row after waiting for it, which makes single statements safe
+-- at READ COMMITTED. status is NULL before the first start, for a key that is only claimed or dispatched, and after
+-- a reset. Collation "C" orders by code point (QRY-1).
 CREATE TABLE {schema}.steps (
     run_id           uuid    NOT NULL,
     step_key         text    COLLATE "C" NOT NULL,
@@ -57,7 +57,7 @@ CREATE TABLE {schema}.steps (
     PRIMARY KEY (run_id, step_key)
 ) WITH (fillfactor = 80);
 
--- The attempts before the newest one: a step that succeeds at once never writes here.
+-- The attempts before the newest one. A step that succeeds at its first attempt has no row here.
 CREATE TABLE {schema}.attempts (
     run_id        uuid        NOT NULL,
     step_key      text        COLLATE "C" NOT NULL,
@@ -110,7 +110,7 @@ CREATE TABLE {schema}.waiters (
     PRIMARY KEY (run_id, step_key)
 );
 
--- Deliveries outlive their waiters: the same delivery_id gets the first result as long as the run is kept.
+-- Deliveries outlive their waiters: a repeated delivery_id gets the first result until the run is deleted.
 CREATE TABLE {schema}.deliveries (
     run_id       uuid        NOT NULL,
     delivery_id  text        COLLATE "C" NOT NULL,

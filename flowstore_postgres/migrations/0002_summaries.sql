@@ -1,28 +1,26 @@
 -- works_from: 1
 --
--- What a dashboard asks of all runs is answered from sums that are kept in the transaction of each change,
--- so that an answer costs the same however many runs there are, and is exact in every snapshot.
+-- Counters for dashboards, updated in the transaction of each change. Reading them costs the same for any number of
+-- runs, and they are exact in every snapshot.
 --
--- Triggers keep them, not the store's statements: they hold whoever writes, an older flowstore that is
--- still open, a bulk load or a DELETE by hand as well. To load many runs at once, COPY or INSERT ... SELECT
--- into runs (and steps); nothing else needs to be done. A trigger adds about 20 microseconds to the start of a
--- run and 30 to its end, about what the index had cost that is dropped here. Triggers for whole statements
--- took 33 and 51, and 35 on every append_event too.
+-- Triggers update them rather than the store's statements, so they also count the writes of an older flowstore, a
+-- bulk load and a manual DELETE. To load many runs, COPY or INSERT ... SELECT into runs (and steps). A trigger adds
+-- about 20 microseconds to the start of a run and 30 to its end, about the cost of the index that is dropped here.
+-- Statement-level triggers took 33 and 51, and 35 on every append_event.
 --
--- A change adds rows to run_changes and touches no row that others touch: no writer waits for another one,
--- and a snapshot that somebody keeps open for long (a dump) does not slow writers down, as it does where
--- they all update the same counters. Now and then a writer folds the rows into run_counts and run_days. A
--- sum is that of both tables, so folding changes no answer.
+-- A change inserts rows into run_changes and updates no shared row. Writers therefore never wait for each other, and
+-- a long snapshot (a dump) does not slow them down, as it would with shared counters. Occasionally a writer folds the
+-- rows into run_counts and run_days. A counter is the sum over both tables, so folding does not change it.
 
--- Writers and readers wait until the runs that are stored have been counted and the indexes are built.
+-- Writers and readers wait until the stored runs are counted and the indexes are built.
 LOCK TABLE {schema}.runs IN ACCESS EXCLUSIVE MODE;
 
--- A page begins in one of these two and walks on in order; without a status it merges those of all four.
+-- A page is an ordered scan of one of the two indexes; without a status it merges the scans of all four statuses.
 CREATE INDEX runs_by_flow_and_status ON {schema}.runs (flow_id, status, started_at DESC, run_id DESC);
 DROP INDEX {schema}.runs_by_flow;
 DROP INDEX {schema}.runs_by_start;
 
--- For the sweep of orphans (RET-4).
+-- For the deletion of orphans (RET-4).
 CREATE INDEX controls_by_creation ON {schema}.controls (created_at);
 CREATE INDEX idempotency_keys_by_creation ON {schema}.idempotency_keys (created_at);
 
@@ -43,9 +41,9 @@ CREATE TABLE {schema}.run_counts (
     cancelled bigint NOT NULL
 );
 
--- The stored runs that were completed on each day (UTC), and how often any run that started on it has
--- changed: a number that only rises, so what was computed of the day's runs is right for as long as the
--- number is the same. Its rows are never deleted for that reason.
+-- The stored runs that were completed on each day (UTC), and the number of changes of the runs that started on it.
+-- That number only rises, so a summary of the day's runs is valid while the number is the same. For that reason rows
+-- are never deleted.
 CREATE TABLE {schema}.run_days (
     day       date   NOT NULL PRIMARY KEY,
     succeeded bigint NOT NULL,
@@ -53,8 +51,8 @@ CREATE TABLE {schema}.run_days (
     changes   bigint NOT NULL
 );
 
--- The buckets of whole days, as a timeseries once computed them; used while changes is still that of the
--- day. scope is a flow_id, or empty for all flows.
+-- Cached timeseries buckets of whole days, valid while changes equals that of the day. scope is a flow_id, or empty
+-- for all flows.
 CREATE TABLE {schema}.run_summaries (
     granularity text   NOT NULL,
     scope       text   NOT NULL,

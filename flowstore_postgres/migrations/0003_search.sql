@@ -1,16 +1,15 @@
 -- works_from: 1
 --
--- An index for searches (QRY-2), where the extension pg_trgm is installed or may be. It lies outside of the
--- writers' way: a run that ends leaves its id in unsearched, nothing else, and the text of such runs is
--- gathered later, in batches, by cleanup, by searches themselves and by "flowstore migrate up". A search looks
--- at the texts that hold its trigrams, at every run in unsearched and at every Running one, and then at the
--- runs themselves, so it finds exactly what a look at all of them would find.
+-- An index for searches (QRY-2), if the extension pg_trgm is installed. It costs writers little: a run that ends adds
+-- its id to unsearched, and the texts of these runs are indexed later, in batches, by cleanup, by searches and by
+-- "flowstore migrate up". A search collects the runs whose indexed text has its trigrams, every run in unsearched and
+-- every Running run, and then checks the runs themselves, so its result is the same as without the index.
 
--- To load many runs that are over: steps and attempts first or all in one transaction, so that no text is
--- gathered without them; then "flowstore migrate up", which gathers many quickest.
+-- To load many completed runs, load steps and attempts first, or everything in one transaction, so that no text is
+-- indexed without them. Then run "flowstore migrate up", which is the fastest way to index many runs.
 
--- What was found in a run the last time, with ASCII letters folded. It may hold more than the run does now,
--- never less, unless the run is Running or in unsearched.
+-- The text of a run when it was indexed, with ASCII letters folded. It may contain more than the run does now. It
+-- contains less only while the run is Running or in unsearched.
 CREATE TABLE {schema}.run_texts (
     run_id uuid NOT NULL PRIMARY KEY,
     text   text NOT NULL
@@ -19,7 +18,7 @@ CREATE TABLE {schema}.unsearched (
     run_id uuid NOT NULL PRIMARY KEY
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
 
--- Set once a text was gathered while the step was still open in a run that is over.
+-- True if the run was indexed after it ended but while this step was open.
 ALTER TABLE {schema}.steps ADD COLUMN searched_open boolean NOT NULL DEFAULT false;
 
 CREATE FUNCTION {schema}.note_ended_run() RETURNS trigger LANGUAGE plpgsql AS $note$
@@ -47,8 +46,8 @@ BEGIN
 END
 $forget$;
 
--- Gathers the text of some runs of unsearched; how many. Their rows are locked, so no step of theirs changes
--- meanwhile; each statement of a function at READ COMMITTED sees what was committed before it.
+-- Indexes the texts of some runs of unsearched and returns their number. The rows are locked, so their steps do not
+-- change meanwhile; each statement of a function at READ COMMITTED has a new snapshot.
 CREATE FUNCTION {schema}.gather_texts(most integer) RETURNS integer LANGUAGE plpgsql AS $gather$
 DECLARE
     chosen uuid[];
@@ -78,7 +77,7 @@ BEGIN
 END
 $gather$;
 
--- Builds the index of the texts where it is missing.
+-- Builds the index of the texts if it is missing.
 CREATE FUNCTION {schema}.index_texts() RETURNS void LANGUAGE plpgsql AS $index$
 DECLARE
     place text;
@@ -91,9 +90,8 @@ BEGIN
 END
 $index$;
 
--- Builds the index if pg_trgm is installed, and begins to note which runs it does not hold. Called again it
--- does nothing, or what could not be done before. Answers whether there is an index now. The extension is the
--- database's, not ours to install: nothing outside of the schema is ever touched.
+-- Builds the index if pg_trgm is installed, and creates the triggers that record unindexed runs. Idempotent. Returns
+-- whether the index exists. It never installs the extension, because that belongs to the database, not to the schema.
 CREATE FUNCTION {schema}.enable_search() RETURNS boolean LANGUAGE plpgsql AS $enable$
 BEGIN
     IF EXISTS (SELECT FROM pg_catalog.pg_trigger
@@ -123,7 +121,7 @@ BEGIN
 END
 $enable$;
 
--- Whoever may use the tables of version 1 may use those of versions 2 and 3.
+-- Roles with privileges on the tables of version 1 get the same on those of versions 2 and 3.
 DO $grant$
 DECLARE
     one record;

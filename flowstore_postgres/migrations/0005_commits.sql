@@ -1,16 +1,16 @@
 -- works_from: 1
 --
--- What became of a transaction whose COMMIT got no answer. Its id alone does not tell: a server that crashes,
--- or a standby that takes over, gives the ids that it never heard of to other transactions. So each transaction
--- leaves a token in the row of its connection, and whoever looks for the token afterwards finds it or does not.
--- A row is of no use once its connection is gone and asked after; cleanup deletes those a day old.
+-- Resolves transactions whose COMMIT was not acknowledged. The transaction id is not enough: a server that crashed, or
+-- a standby after a failover, assigns lost ids to other transactions. So each transaction stores a token in the row of
+-- its connection, and a probe for the token shows whether it was committed. A row is obsolete once its connection is
+-- closed and resolved; cleanup deletes rows that are a day old.
 CREATE TABLE {schema}.commits (
     connection bigint      NOT NULL PRIMARY KEY,
     token      bigint      NOT NULL,
     noted_at   timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 50);
 
--- Whoever may use the tables of version 1 may use this one.
+-- Roles with privileges on the tables of version 1 get the same on this one.
 DO $grant$
 DECLARE
     one record;

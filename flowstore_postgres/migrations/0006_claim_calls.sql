@@ -1,5 +1,5 @@
 -- works_from: 1
 --
--- The call that won a step's claim last. It stays when the claim goes, so that a call whose answer was lost is
--- told that it won, even if the claim was released since or the run is over.
+-- The token of the last call that won the step's claim. It stays when the claim is released, so that a call with a
+-- lost reply is resolved as won even if the claim was released since or the run has ended.
 ALTER TABLE {schema}.steps ADD COLUMN claim_call bigint;

@@ -129,8 +129,8 @@ BEGIN
 END
 $forget$;
 
--- A row that is loaded into a table of sums is already counted, or will be, when its run is loaded. What it
--- says of a day's number of changes stays: that number must exceed those of the summaries in the same dump.
+-- A row that is loaded into a table of counters is counted anyway when its run is loaded. Only a day's number of
+-- changes is added: it must exceed the numbers of the summaries in the same dump.
 CREATE FUNCTION {schema}.ignore_loaded_sums() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp AS $ignore$
 BEGIN

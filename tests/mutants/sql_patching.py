@@ -58,12 +58,12 @@ class PatchedPostgres:
     patch_sql: Callable[[str], str] = SqlPatch()
 
     def begin(self) -> None:
-        database: Any = self._database  # type: ignore[attr-defined]
-        whole = type(database)
+        pool: Any = self._database.pool  # type: ignore[attr-defined]
+        whole = type(pool)
         patch_sql = type(self).patch_sql
 
-        class PatchedDatabase(whole):  # type: ignore[misc,valid-type]
+        class PatchedPool(whole):  # type: ignore[misc,valid-type]
             def sql(self, statement: str) -> str:
                 return str(super().sql(patch_sql(statement)))
 
-        database.__class__ = PatchedDatabase
+        pool.__class__ = PatchedPool

@@ -13,7 +13,7 @@ import pytest
 
 from flowstore_core import ConfigurationError, open_store
 from flowstore_core.open import resolve_store
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres.settings import read_settings
 from tests.security.watch import exercise, watching_loop
 
 # Each gets a few letters of its own in front, because tests share a server.
@@ -121,7 +121,7 @@ def test_that_random_names_are_quoted_or_refused() -> None:
         name = "".join(drawn.choices(letters, k=drawn.randint(1, 40)))
         _, _, config = resolve_store("postgresql://", schema=name)
         try:
-            settings = read_connection_settings(config)
+            settings = read_settings(config)
         except ConfigurationError:
             continue
         quoted = settings.quoted_schema

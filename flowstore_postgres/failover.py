@@ -1,4 +1,4 @@
-"""The servers that a URL names. One of them takes writes, and which one that is may change."""
+"""Connections to one of several hosts. A failover changes which of them accepts writes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ import asyncpg
 
 from flowstore_core import ConfigurationError
 from flowstore_core.urls import ENCODING_RULE, decode, parse_url
-from flowstore_postgres.errors import UNREACHABLE
+from flowstore_postgres.errors import UNREACHABLE_ERRORS
 
 Host = tuple[str, int | None]
 
 HOST = re.compile(r"(\[[^]]*\]|[^][:]*)(?::(\d*))?")
 
 
-class Hosts:
-    """Connects to the first of several servers that will do.
+class HostSelector:
+    """Connects to the first suitable host.
 
-    The driver does that too, but one time-out is over all of it: a server that is silent, because its
-    machine is off, would keep it from ever asking the next. Here each gets its part of the time, and
-    one that failed comes last from then on.
+    Each host gets its share of the timeout, and a host that failed moves to the end of the list. The driver
+    tries several hosts under one timeout, so a host whose machine is off would use it up.
     """
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self._hosts = list(hosts)
 
     async def connect(self, dsn: str, *, timeout: float, **arguments: Any) -> Any:  # noqa: ASYNC109
-        """As asyncpg.connect, and raises what it does; ``timeout`` is in seconds, for all hosts together."""
+        """Connect, with the arguments and errors of asyncpg.connect.
+
+        ``timeout`` is in seconds, for all hosts together.
+        """
         if not self._hosts:
             return await asyncpg.connect(dsn, timeout=timeout, **arguments)
         failure: BaseException | None = None
@@ -40,10 +42,10 @@ class Hosts:
                     dsn, host=host, port=port, timeout=timeout / len(self._hosts), **arguments
                 )
             except BaseException as error:
-                # A cancellation too: whoever waits for a connection may have less patience than this.
+                # Cancellations included: the caller's timeout may be shorter.
                 self._hosts.remove((host, port))
                 self._hosts.append((host, port))
-                if not isinstance(error, UNREACHABLE):
+                if not isinstance(error, UNREACHABLE_ERRORS):
                     raise
                 failure = error
         assert failure is not None
@@ -51,12 +53,12 @@ class Hosts:
 
 
 def read_hosts(url: str, options: Mapping[str, object]) -> list[Host]:
-    """The hosts and ports that options or a URL name; empty where that is left to the driver.
+    """Parse the hosts and ports of the options or the URL; empty if neither has any.
 
-    Raises ConfigurationError for a malformed host, and for ports that do not match the hosts.
+    Raises ConfigurationError for a malformed host, and for a number of ports that does not match the hosts.
     """
     named = str(options.get("host", ""))
-    # Split before it is decoded: an encoded comma or colon is a part of a name.
+    # Split before decoding: an encoded comma or colon is part of a name.
     specs = (named or parse_url(url).hosts).split(",")
     if specs == [""]:
         return []
@@ -72,7 +74,7 @@ def read_hosts(url: str, options: Mapping[str, object]) -> list[Host]:
 
 
 def read_ports(text: str) -> list[int]:
-    """Ports separated by commas; empty for an empty text."""
+    """Parse comma-separated ports; empty for an empty text."""
     ports = text.split(",") if text else []
     return [_read_port(port) for port in ports]
 
@@ -83,7 +85,7 @@ def _read_encoded_host(spec: str) -> Host:
 
 
 def _read_host(spec: str) -> Host:
-    # A folder of sockets may contain a colon.
+    # The path of a socket directory may contain a colon.
     return (spec, None) if spec.startswith("/") else _split_port(spec)
 
 

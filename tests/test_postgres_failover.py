@@ -1,4 +1,4 @@
-"""URLs that name several servers: whichever takes writes is found, and a silent one is passed by."""
+"""URLs with several hosts: the store finds the one that accepts writes and skips a silent one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from flowstore_core import StoreConfig, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import redact
-from flowstore_postgres.hosts import read_hosts
-from flowstore_postgres.migrate import read_connection_settings
+from flowstore_postgres.failover import read_hosts
+from flowstore_postgres.settings import read_settings
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,18 @@ def test_reading_hosts(url: str, options: Mapping[str, object], found: list[tupl
 
 @asynccontextmanager
 async def _silent() -> AsyncIterator[int]:
-    """The port of a server that takes connections and never says a word."""
-    gone = asyncio.Event()
+    """A server that accepts connections and never replies; yields its port."""
+    stopped = asyncio.Event()
 
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await gone.wait()
+        await stopped.wait()
         writer.close()
 
     listening = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
         yield listening.sockets[0].getsockname()[1]
     finally:
-        gone.set()
+        stopped.set()
         listening.close()
 
 
@@ -59,7 +59,7 @@ def test_no_password_of_a_url_with_many_hosts_is_shown() -> None:
     assert redact(url) == "postgresql://me:***@a:1,b:2/db?target_session_attrs=...&password=..."
 
 
-async def test_a_silent_host_is_passed_by_and_then_asked_last(postgresql_url: str) -> None:
+async def test_a_silent_host_is_skipped_and_then_tried_last(postgresql_url: str) -> None:
     _, backend = find_backend("postgresql")
     folder = parse_qs(urlsplit(postgresql_url).query)["host"][0]
     async with _silent() as silent:
@@ -70,16 +70,16 @@ async def test_a_silent_host_is_passed_by_and_then_asked_last(postgresql_url: st
         async with backend.scratch(url) as fresh:
             began = time.monotonic()
             async with open_store(fresh, pool_size=4) as store:
-                # Half of the time-out is the silent one's, unless a busy machine needs its own.
+                # Half of the timeout is spent on the silent host.
                 assert time.monotonic() - began > 0.9
                 began = time.monotonic()
                 await asyncio.gather(*(store.get_runs() for _ in range(4)))
-                # New connections, and none has asked the silent one first.
+                # New connections do not try the silent host first.
                 assert time.monotonic() - began < 0.9
                 await store.ping()
 
 
-async def test_a_patience_shorter_than_the_silence_gets_to_the_next_host_all_the_same(
+async def test_a_short_timeout_of_the_caller_still_reaches_the_next_host(
     postgresql_url: str,
 ) -> None:
     _, backend = find_backend("postgresql")
@@ -99,7 +99,7 @@ async def test_a_patience_shorter_than_the_silence_gets_to_the_next_host_all_the
             clock=None,
             migrate=True,
         )
-        settings = read_connection_settings(config)
+        settings = read_settings(config)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(settings.hosts.connect(**settings.connect_arguments), 0.2)
         connection = await settings.hosts.connect(**settings.connect_arguments)

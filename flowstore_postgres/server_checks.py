@@ -1,4 +1,4 @@
-"""What the facts about a PostgreSQL server mean: one function a concern, each without a connection."""
+"""Findings from the facts about a PostgreSQL server: one function for each concern, without a connection."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
 from flowstore_core.diagnostics import Diagnostic, Severity
-from flowstore_postgres.sessions import PINNED
+from flowstore_postgres.session_settings import PINNED
 
-OLDEST = 140000
+MIN_VERSION = 140000
 """Timeseries use date_bin, which PostgreSQL 14 introduced."""
-# The day from which on the PostgreSQL project mends a major version no more.
+# The end of the PostgreSQL project's support for each major version.
 END_OF_LIFE = {
     14: date(2026, 11, 12),
     15: date(2027, 11, 11),
@@ -25,18 +25,18 @@ LONG_TRANSACTION_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """A setting as it holds for our connection, and where it comes from."""
+class ServerParameter:
+    """A server parameter as it applies to a new connection, and its source."""
 
     value: str
     source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What a server says of itself."""
+class ServerFacts:
+    """The facts about a server that the checks use."""
 
-    settings: Mapping[str, Setting]
+    parameters: Mapping[str, ServerParameter]
     replica: bool
     version: int
     version_text: str
@@ -49,51 +49,51 @@ class Facts:
     connections_of_role: int
     oldest_transaction: float | None
     skew: float
-    """Its clock minus this machine's, in seconds."""
+    """The server's clock minus this machine's, in seconds."""
     skew_error: float
     pooled: bool
     pool_size: int
     pgbouncer: bool
-    place: tuple[str, ...]
-    """psql's options that lead to the database."""
+    psql_options: tuple[str, ...]
+    """The options of psql for the database."""
 
     def value(self, name: str, default: str = "") -> str:
-        setting = self.settings.get(name)
-        return default if setting is None else setting.value
+        parameter = self.parameters.get(name)
+        return default if parameter is None else parameter.value
 
     def number(self, name: str) -> int:
         return int(self.value(name, "0"))
 
 
-def judge(facts: Facts, today: date | None = None) -> Iterator[Diagnostic]:
+def check_server(facts: ServerFacts, today: date | None = None) -> Iterator[Diagnostic]:
     """Every finding that follows from the facts."""
-    yield from judge_role_of_server(facts)
-    yield from judge_durability(facts)
-    yield from judge_defaults(facts)
-    yield from judge_version(facts, today or datetime.now(UTC).date())
-    yield from judge_connections(facts)
-    yield from judge_pooler(facts)
-    yield from judge_time_outs(facts)
-    yield from judge_housekeeping(facts)
-    yield from judge_clock(facts)
+    yield from check_replica(facts)
+    yield from check_durability(facts)
+    yield from check_defaults(facts)
+    yield from check_version(facts, today or datetime.now(UTC).date())
+    yield from check_connections(facts)
+    yield from check_pooler(facts)
+    yield from check_timeouts(facts)
+    yield from check_vacuum(facts)
+    yield from check_clock(facts)
 
 
 def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _psql(facts: Facts, *statements: str) -> str:
-    """A command for a shell, for somebody who may do that on the server."""
-    return shlex.join(["psql", *facts.place, *(part for one in statements for part in ("-c", one))])
+def _psql(facts: ServerFacts, *statements: str) -> str:
+    """A shell command for an administrator of the server."""
+    return shlex.join(["psql", *facts.psql_options, *(part for one in statements for part in ("-c", one))])
 
 
-def _undo(facts: Facts, name: str, value: str) -> str:
-    """The command that takes a setting back where it was made."""
-    return _psql(facts, *_undoing(facts, name, value))
+def _reset(facts: ServerFacts, name: str, value: str) -> str:
+    """The command that resets a parameter at its source."""
+    return _psql(facts, *_reset_statements(facts, name, value))
 
 
-def _undoing(facts: Facts, name: str, value: str) -> tuple[str, ...]:
-    source = facts.settings[name].source
+def _reset_statements(facts: ServerFacts, name: str, value: str) -> tuple[str, ...]:
+    source = facts.parameters[name].source
     role, database = _quote(facts.role), _quote(facts.database)
     if source == "user":
         return (f"ALTER ROLE {role} RESET {name}",)
@@ -104,13 +104,13 @@ def _undoing(facts: Facts, name: str, value: str) -> tuple[str, ...]:
     return (f"ALTER SYSTEM SET {name} = '{value}'", "SELECT pg_reload_conf()")
 
 
-def judge_role_of_server(facts: Facts) -> Iterator[Diagnostic]:
+def check_replica(facts: ServerFacts) -> Iterator[Diagnostic]:
     if facts.replica:
         yield Diagnostic(
             code="replica",
             severity=Severity.ERROR,
             summary="the server is a replica",
-            meaning="It answers with the past and refuses writes. Nothing may be decided from it.",
+            meaning="Its data is out of date and it refuses writes. No decision may be based on it.",
             remedy="name all hosts in the URL and add target_session_attrs=read-write to its query",
         )
     elif facts.pgbouncer and facts.value("default_transaction_read_only") == "on":
@@ -119,27 +119,27 @@ def judge_role_of_server(facts: Facts) -> Iterator[Diagnostic]:
             severity=Severity.ERROR,
             summary="transactions are read-only by default (default_transaction_read_only)",
             meaning="Every write fails.",
-            remedy=_undo(facts, "default_transaction_read_only", "off"),
+            remedy=_reset(facts, "default_transaction_read_only", "off"),
         )
 
 
-def judge_durability(facts: Facts) -> Iterator[Diagnostic]:
+def check_durability(facts: ServerFacts) -> Iterator[Diagnostic]:
     if facts.value("fsync") == "off":
         yield Diagnostic(
             code="fsync-off",
             severity=Severity.ERROR,
             summary="fsync is off",
-            meaning="When the server's machine stops, all that was acknowledged may be lost or damaged.",
-            remedy=_undo(facts, "fsync", "on"),
+            meaning="When the server's machine stops, acknowledged writes may be lost or damaged.",
+            remedy=_reset(facts, "fsync", "on"),
         )
     if facts.value("full_page_writes") == "off":
         yield Diagnostic(
             code="full-page-writes-off",
             severity=Severity.ERROR,
             summary="full_page_writes is off",
-            meaning="A page that was half written when the machine stopped stays damaged, unless the file "
-            "system writes pages whole.",
-            remedy=_undo(facts, "full_page_writes", "on"),
+            meaning="A page that was partly written when the machine stopped stays damaged, unless the file "
+            "system writes pages atomically.",
+            remedy=_reset(facts, "full_page_writes", "on"),
         )
     commit = facts.value("synchronous_commit")
     if commit == "off" and facts.pgbouncer:
@@ -147,31 +147,31 @@ def judge_durability(facts: Facts) -> Iterator[Diagnostic]:
             code="synchronous-commit-off",
             severity=Severity.ERROR,
             summary="synchronous_commit is off for this role and database",
-            meaning="A crash of the server would lose claims, results and signals that were acknowledged. "
+            meaning="A crash of the server would lose acknowledged claims, results and signals. "
             "Behind a pooler flowstore cannot turn it on, and refuses to open the store.",
-            remedy=_undo(facts, "synchronous_commit", "on"),
+            remedy=_reset(facts, "synchronous_commit", "on"),
         )
     elif commit == "local" and facts.value("synchronous_standby_names"):
         yield Diagnostic(
             code="synchronous-commit-local",
             severity=Severity.WARNING,
             summary="synchronous_commit is local, though there are synchronous standbys",
-            meaning="A fail-over may lose what was acknowledged.",
-            remedy=_undo(facts, "synchronous_commit", "on"),
+            meaning="A failover may lose acknowledged writes.",
+            remedy=_reset(facts, "synchronous_commit", "on"),
         )
 
 
-# What hurts where a pooler keeps flowstore from setting it.
+# The effects of defaults that flowstore cannot override behind a pooler.
 HARMFUL_DEFAULTS = {
     "default_transaction_isolation": "Concurrent calls on a run are retried and several times slower. "
     "Counters are never folded, so pages get slower with each run.",
     "lock_timeout": "Calls that wait for a lock are retried, and fail while their run or step is busy.",
-    "gin_fuzzy_search_limit": "Searches leave out runs.",
+    "gin_fuzzy_search_limit": "Searches omit runs.",
 }
 
 
-def judge_defaults(facts: Facts) -> Iterator[Diagnostic]:
-    """Defaults of the server, the database or the role that statements must not run under."""
+def check_defaults(facts: ServerFacts) -> Iterator[Diagnostic]:
+    """Harmful defaults of the server, the database or the role."""
     if facts.value("session_replication_role") == "replica":
         yield Diagnostic(
             code="triggers-off",
@@ -179,7 +179,7 @@ def judge_defaults(facts: Facts) -> Iterator[Diagnostic]:
             summary="session_replication_role is replica for this role and database",
             meaning="Triggers do not run, so counts and pages would be wrong. flowstore cannot change it, "
             "and refuses to open the store.",
-            remedy=_undo(facts, "session_replication_role", "origin"),
+            remedy=_reset(facts, "session_replication_role", "origin"),
         )
     if facts.pgbouncer:
         for name, meaning in HARMFUL_DEFAULTS.items():
@@ -189,7 +189,7 @@ def judge_defaults(facts: Facts) -> Iterator[Diagnostic]:
                     severity=Severity.WARNING,
                     summary=f"{name} is {value} by default",
                     meaning=f"{meaning} Behind a pooler flowstore cannot set it itself.",
-                    remedy=_undo(facts, name, PINNED[name]),
+                    remedy=_reset(facts, name, PINNED[name]),
                 )
         return
     harmful = [
@@ -203,26 +203,26 @@ def judge_defaults(facts: Facts) -> Iterator[Diagnostic]:
         yield Diagnostic(
             code="defaults-overridden",
             severity=Severity.NOTE,
-            summary="flowstore overrides defaults that would hurt: "
+            summary="flowstore overrides harmful defaults: "
             + ", ".join(f"{name} = {facts.value(name)}" for name in harmful),
-            meaning="Its own connections are right. Other programs on the same tables have these defaults, "
-            "and flowstore would have them behind a pooler.",
+            meaning="flowstore's connections are safe. Other programs on the same tables use these defaults, "
+            "and so would flowstore behind a pooler.",
             remedy=_psql(
                 facts,
                 *dict.fromkeys(
                     statement
                     for name in harmful
-                    for statement in _undoing(facts, name, PINNED.get(name, "on"))
+                    for statement in _reset_statements(facts, name, PINNED.get(name, "on"))
                 ),
             ),
         )
 
 
-def judge_version(facts: Facts, today: date) -> Iterator[Diagnostic]:
+def check_version(facts: ServerFacts, today: date) -> Iterator[Diagnostic]:
     major = facts.version // 10000
     remedy = "upgrade the server: https://www.postgresql.org/docs/current/upgrading.html"
     end = END_OF_LIFE.get(major)
-    if facts.version < OLDEST:
+    if facts.version < MIN_VERSION:
         yield Diagnostic(
             code="server-too-old",
             severity=Severity.ERROR,
@@ -235,12 +235,12 @@ def judge_version(facts: Facts, today: date) -> Iterator[Diagnostic]:
             code="server-old",
             severity=Severity.WARNING,
             summary=f"the server is PostgreSQL {facts.version_text}",
-            meaning=f"Its faults, those that lose data among them, have not been mended since {end}.",
+            meaning=f"End of life since {end}: it receives no fixes, not even for data loss.",
             remedy=remedy,
         )
 
 
-def judge_connections(facts: Facts) -> Iterator[Diagnostic]:
+def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
     reserved = 0
     if not facts.superuser:
         reserved = facts.number("superuser_reserved_connections") + facts.number("reserved_connections")
@@ -248,7 +248,7 @@ def judge_connections(facts: Facts) -> Iterator[Diagnostic]:
         (
             facts.number("max_connections") - reserved,
             facts.connections,
-            "max_connections of the server, less the reserved ones",
+            "max_connections of the server, minus the reserved connections",
             "ALTER SYSTEM SET max_connections = 200",
         )
     ]
@@ -258,40 +258,40 @@ def judge_connections(facts: Facts) -> Iterator[Diagnostic]:
             (
                 facts.role_limit,
                 facts.connections_of_role,
-                "that of the role",
+                "the connection limit of the role",
                 f"ALTER ROLE {role} CONNECTION LIMIT -1",
             ),
             (
                 facts.database_limit,
                 facts.connections,
-                "that of the database",
+                "the connection limit of the database",
                 f"ALTER DATABASE {database} CONNECTION LIMIT -1",
             ),
         ]
-    for limit, used, name, raising in limits:
+    for limit, used, name, remedy in limits:
         free = max(limit - used, 0)
-        raised = "max_connections" not in raising
-        # -1 is no limit.
+        at_once = "max_connections" not in remedy
+        # -1 means no limit.
         if limit >= 0 and facts.pool_size > free:
             yield Diagnostic(
                 code="connections-scarce",
                 severity=Severity.WARNING,
                 summary=f"pool_size is {facts.pool_size}, and {free} of {limit} connections are free",
                 meaning=f"The limit is {name}. Beyond it connections are refused, and calls wait.",
-                remedy=f"{_psql(facts, raising)}{'' if raised else ', then restart the server'}; or "
+                remedy=f"{_psql(facts, remedy)}{'' if at_once else ', then restart the server'}; or "
                 f"add pool_size={max(free // 2, 1)} to the URL's query",
             )
             return
 
 
-def judge_pooler(facts: Facts) -> Iterator[Diagnostic]:
+def check_pooler(facts: ServerFacts) -> Iterator[Diagnostic]:
     if facts.pooled and not facts.pgbouncer:
         yield Diagnostic(
             code="pooler-undeclared",
             severity=Severity.ERROR,
-            summary="the URL leads to a transaction pooler, and does not say so",
-            meaning="Statements of one connection meet several server processes: prepared statements and "
-            "settings go astray.",
+            summary="the URL leads to a transaction pooler, but lacks pgbouncer=true",
+            meaning="Statements of one connection reach several server processes: prepared statements and "
+            "settings get lost.",
             remedy="add pgbouncer=true to the URL's query",
         )
     if facts.pgbouncer:
@@ -307,8 +307,8 @@ def judge_pooler(facts: Facts) -> Iterator[Diagnostic]:
                 code="no-time-outs",
                 severity=Severity.WARNING,
                 summary=f"{' and '.join(missing)} not set for the role",
-                meaning="Behind a pooler flowstore cannot set them itself. Without them a client that "
-                "vanished holds its locks for as long as it likes.",
+                meaning="Behind a pooler flowstore cannot set them itself. Without them a vanished client "
+                "can hold its locks without limit.",
                 remedy=_psql(facts, *statements),
             )
         schemas = {name.strip(' "') for name in facts.value("search_path").split(",")}
@@ -318,38 +318,40 @@ def judge_pooler(facts: Facts) -> Iterator[Diagnostic]:
                 severity=Severity.NOTE,
                 summary=f"search_path is {facts.value('search_path')} for the role",
                 meaning="Behind a pooler flowstore cannot set it itself. An operator or a function that "
-                "others make in one of these schemas can be called in place of the server's own.",
+                "another role creates in one of these schemas can shadow the server's own.",
                 remedy=_psql(facts, f"ALTER ROLE {role} SET search_path = {PINNED['search_path']}"),
             )
 
 
-def judge_time_outs(facts: Facts) -> Iterator[Diagnostic]:
-    for name, cut in (
-        ("idle_session_timeout", "connections that the pooler holds idle"),
+def check_timeouts(facts: ServerFacts) -> Iterator[Diagnostic]:
+    for name, target in (
+        ("idle_session_timeout", "idle connections of the pooler"),
         (
             "transaction_timeout",
-            "transactions, cleanup and migrations among them" if facts.pgbouncer else "long migrations",
+            "transactions, including those of cleanup and migrations"
+            if facts.pgbouncer
+            else "long migrations",
         ),
     ):
-        # Without a pooler the store's own connections have neither.
+        # Without a pooler the store turns both off on its own connections.
         if facts.number(name) and (facts.pgbouncer or name == "transaction_timeout"):
             yield Diagnostic(
                 code=name.replace("_", "-"),
                 severity=Severity.NOTE,
                 summary=f"{name} is {facts.number(name):,} ms",
-                meaning=f"The server cuts {cut}. Calls are tried again, and take longer.",
-                remedy=_undo(facts, name, "0"),
+                meaning=f"The server ends {target}. Calls are retried, and take longer.",
+                remedy=_reset(facts, name, "0"),
             )
 
 
-def judge_housekeeping(facts: Facts) -> Iterator[Diagnostic]:
+def check_vacuum(facts: ServerFacts) -> Iterator[Diagnostic]:
     if facts.value("autovacuum") == "off":
         yield Diagnostic(
             code="autovacuum-off",
             severity=Severity.WARNING,
             summary="autovacuum is off",
-            meaning="Tables and indexes grow without end, and every call gets slower.",
-            remedy=_undo(facts, "autovacuum", "on"),
+            meaning="Tables and indexes grow without limit, and every call gets slower.",
+            remedy=_reset(facts, "autovacuum", "on"),
         )
     oldest = facts.oldest_transaction
     if oldest is not None and oldest > LONG_TRANSACTION_SECONDS:
@@ -357,7 +359,7 @@ def judge_housekeeping(facts: Facts) -> Iterator[Diagnostic]:
             code="long-transaction",
             severity=Severity.WARNING,
             summary=f"a transaction has been open for {oldest / 3600:.1f} hours in this database",
-            meaning="While it lasts nothing that was deleted or changed can be cleared away.",
+            meaning="While it is open, deleted and changed rows cannot be vacuumed.",
             remedy=_psql(
                 facts,
                 "SELECT pid, usename, state, xact_start FROM pg_stat_activity ORDER BY xact_start LIMIT 5",
@@ -365,14 +367,14 @@ def judge_housekeeping(facts: Facts) -> Iterator[Diagnostic]:
         )
 
 
-def judge_clock(facts: Facts) -> Iterator[Diagnostic]:
+def check_clock(facts: ServerFacts) -> Iterator[Diagnostic]:
     if abs(facts.skew) - facts.skew_error > SKEW_SECONDS:
         yield Diagnostic(
             code="clock-skew",
             severity=Severity.WARNING,
             summary=f"the server's clock is {abs(facts.skew):.1f} s "
             f"{'ahead of' if facts.skew > 0 else 'behind'} this machine's",
-            meaning="Leases are safe: only the server's clock counts. What is computed here, such as as_of, "
-            "due_at, timeout_at and the cutoff of cleanup, is off by as much.",
+            meaning="Leases are safe: they use only the server's clock. Times that are computed here, such "
+            "as as_of, due_at, timeout_at and the cutoff of cleanup, are off by as much.",
             remedy="timedatectl set-ntp true (on the machine that is off)",
         )

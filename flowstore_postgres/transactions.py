@@ -1,0 +1,122 @@
+"""Transactions of several statements, with retries and the resolution of a lost COMMIT."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import asyncpg
+
+from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
+from flowstore_postgres.commit_resolution import NOTE_COMMIT, UnackedCommit, resolve_commit
+from flowstore_postgres.connection import Connection
+from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
+from flowstore_postgres.pool import ConnectionPool
+
+T = TypeVar("T")
+
+# Explicit, because the role's defaults apply behind a pooler.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+COMMIT = "COMMIT"
+ROLLBACK = "ROLLBACK"
+
+
+class Transaction:
+    """An open transaction, as the noun files use it."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        sql: Callable[[str], str],
+        now: Callable[[], datetime | None],
+        timeout: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._sql = sql
+        self._now = now
+        self._timeout = timeout
+
+    @property
+    def now(self) -> datetime | None:
+        """The virtual clock's time; None where the server's clock decides."""
+        return self._now()
+
+    async def row(self, statement: str, *arguments: object) -> Any:
+        """The first row, or None."""
+        return await self._connection.fetchrow(self._sql(statement), *arguments, timeout=self._timeout())
+
+    async def rows(self, statement: str, *arguments: object) -> Sequence[Any]:
+        found: Sequence[Any] = await self._connection.fetch(
+            self._sql(statement), *arguments, timeout=self._timeout()
+        )
+        return found
+
+    async def execute(self, statement: str, *arguments: object) -> str:
+        """Execute a statement and return its command tag."""
+        tag: str = await self._connection.execute(self._sql(statement), *arguments, timeout=self._timeout())
+        return tag
+
+
+class Transactions:
+    """Runs the transactions of one store."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+
+    async def run(
+        self,
+        operation: str,
+        work: Callable[[Transaction], Awaitable[T]],
+        on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+    ) -> T:
+        """Call ``work`` in one transaction at READ COMMITTED and commit it.
+
+        A FlowStoreError rolls back and is raised. Serialization failures, deadlocks and a connection that
+        is lost before COMMIT are retried. A lost COMMIT is resolved by the token that the transaction stored.
+        """
+
+        async def attempt() -> T:
+            async with self._pool.connection() as connection:
+                return await self._attempt(connection, operation, work)
+
+        return await self._pool.shielded.run(self._pool.retries.run(attempt, operation), on_abandoned)
+
+    async def _attempt(
+        self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
+    ) -> T:
+        pool = self._pool
+        # Read now: a connection that breaks loses them.
+        process, connection_id, token = connection.process, connection.connection_id, pool.new_token()
+        transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout)
+        try:
+            await transaction.execute(BEGIN)
+            try:
+                result = await work(transaction)
+                xid = (await transaction.row(NOTE_COMMIT, connection_id, token))[0]
+            except (FlowStoreError, asyncpg.PostgresError) as error:
+                if isinstance(error, CONNECTION_LOST_ERRORS):
+                    raise
+                await transaction.execute(ROLLBACK)
+                raise
+        except CONNECTION_LOST_ERRORS as error:
+            # COMMIT was never sent, so the server rolls back.
+            pool.discard(connection)
+            raise RetryableError(describe(error)) from None
+        except asyncio.CancelledError:
+            pool.discard(connection)
+            raise
+        try:
+            tag = await transaction.execute(COMMIT)
+        except CONNECTION_LOST_ERRORS:
+            pool.discard(connection)
+            if await resolve_commit(pool, UnackedCommit(process, connection_id, token, xid), operation):
+                return result
+            raise RetryableError(StoreUnavailableError("PostgreSQL rolled the transaction back")) from None
+        except asyncio.CancelledError:
+            pool.discard(connection)
+            raise
+        if tag != COMMIT:
+            raise RetryableError(StoreUnavailableError("PostgreSQL rolled the transaction back"))
+        return result
