@@ -31,7 +31,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_replay import Engine, Task, WorkFailed, Workflow, verify
-from flowstore_replay.engine import Job
+from flowstore_replay.engine import StepContext
 from flowstore_replay.verify import Summary
 from flowstore_replay.work import output_of
 from tests.virtual_clock import VirtualClock
@@ -102,8 +102,8 @@ class Scene:
     clock: VirtualClock
     run_id: UUID
     workflow: Workflow = field(default_factory=diamond)
-    approve: Collection[str] = ()
-    fails: Callable[[Job], bool] = lambda job: False
+    approval_steps: Collection[str] = ()
+    fails: Callable[[StepContext], bool] = lambda context: False
     max_attempts: int = 3
     cancel_at: int | None = None
     turns: int = 0
@@ -118,14 +118,14 @@ class Scene:
             name=f"engine-{self.engines}",
             lease=lease,
             max_attempts=self.max_attempts,
-            approve=self.approve,
+            approval_steps=self.approval_steps,
         )
 
-    async def work(self, job: Job) -> str:
-        await asyncio.sleep(job.task.seconds)
-        if self.fails(job):
+    async def work(self, context: StepContext) -> str:
+        await asyncio.sleep(context.task.seconds)
+        if self.fails(context):
             raise WorkFailed("on purpose")
-        return output_of(job.task, job.inputs)
+        return output_of(context.task, context.inputs)
 
     async def drive(self, engine: Engine) -> None:
         """What Engine.run does, but time passes only when there is nothing left to do."""
@@ -135,7 +135,7 @@ class Scene:
             if self.turns == self.cancel_at:
                 await self.store.request_cancel(self.run_id, "changed my mind")
             try:
-                moved = await engine.turn([self.run_id])
+                moved = await engine.tick([self.run_id])
             except (ConflictError, StoreUnavailableError):
                 moved = False
             idle = 0 if moved else idle + 1
@@ -148,15 +148,15 @@ class Scene:
             await asyncio.sleep(0)
 
     async def verdict(self) -> Summary:
-        return await verify(self.store, self.workflow, [self.run_id], approve=self.approve)
+        return await verify(self.store, self.workflow, [self.run_id], approval_steps=self.approval_steps)
 
 
 SCENES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "every first attempt fails": {"fails": lambda job: job.attempt == 1},
-    "waits for a signal": {"approve": ["first", "gate"]},
-    "fails for good": {"fails": lambda job: job.task.key == "left", "max_attempts": 2},
-    "cancelled": {"cancel_at": 4, "fails": lambda job: job.attempt == 1, "approve": ["first"]},
+    "every first attempt fails": {"fails": lambda context: context.attempt == 1},
+    "waits for a signal": {"approval_steps": ["first", "gate"]},
+    "fails for good": {"fails": lambda context: context.task.key == "left", "max_attempts": 2},
+    "cancelled": {"cancel_at": 4, "fails": lambda context: context.attempt == 1, "approval_steps": ["first"]},
     "past its deadline": {},
 }
 ENDS = {
@@ -176,7 +176,7 @@ async def play(name: str, crashes: Collection[int]) -> Scene:
             scene.workflow.flow_id, "diamond", scene.run_id, "test", idempotency_key="k", timeout_at=deadline
         )
         if deadline is not None:
-            assert await scene.engine().turn([scene.run_id])
+            assert await scene.engine().tick([scene.run_id])
             clock.advance(seconds=2)
         for dies_at in crashes:
             engine = scene.engine(Mortal(store, dies_at))
@@ -294,9 +294,9 @@ async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
             store=store,
             clock=clock,
             run_id=new_run_id(),
-            fails=lambda job: job.attempt == 1 and job.task.key in ("left", "last"),
+            fails=lambda context: context.attempt == 1 and context.task.key in ("left", "last"),
             max_attempts=10,
-            approve=["gate"],
+            approval_steps=["gate"],
         )
         await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
         deaths = [chance.randint(1, 60) for _ in range(3)]
@@ -310,7 +310,7 @@ async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 async def test_a_store_that_comes_and_goes_loses_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
-    monkeypatch.setattr("flowstore_replay.patience.LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.001)
 
     class Flaky(Interposed):
         async def before(self, name: str) -> None:
@@ -323,7 +323,9 @@ async def test_a_store_that_comes_and_goes_loses_nothing(seed: int, monkeypatch:
 
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), fails=lambda job: job.attempt == 1)
+        scene = Scene(
+            store=store, clock=clock, run_id=new_run_id(), fails=lambda context: context.attempt == 1
+        )
         await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
         await scene.drive(scene.engine(Flaky(store)))
         summary = await scene.verdict()
@@ -337,7 +339,7 @@ async def test_a_worker_taken_for_dead_drops_its_result() -> None:
         workflow = diamond(seconds=0.05)
         scene = Scene(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
         await store.trigger_run(workflow.flow_id, "diamond", scene.run_id, "test")
-        slow = asyncio.create_task(scene.engine(lease=timedelta(seconds=0.2)).turn([scene.run_id]))
+        slow = asyncio.create_task(scene.engine(lease=timedelta(seconds=0.2)).tick([scene.run_id]))
         await asyncio.sleep(0.02)
         clock.advance(seconds=1)
         await scene.drive(scene.engine())
@@ -356,7 +358,7 @@ async def test_a_heartbeat_keeps_a_long_step_and_notices_that_the_claim_is_lost(
         await store.trigger_run(workflow.flow_id, "diamond", scene.run_id, "test")
         counted = Interposed(store)
         lease = timedelta(seconds=0.06)
-        turn = asyncio.create_task(scene.engine(counted, lease).turn([scene.run_id]))
+        turn = asyncio.create_task(scene.engine(counted, lease).tick([scene.run_id]))
         for _ in range(10):
             await asyncio.sleep(0.01)
             clock.advance(milliseconds=10)
@@ -392,18 +394,18 @@ async def test_a_retry_decided_before_a_cancel_does_not_undo_it() -> None:
     """One engine has seen a failed step and is about to retry it while another ends the cancelled run."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), fails=lambda job: True)
+        scene = Scene(store=store, clock=clock, run_id=new_run_id(), fails=lambda context: True)
         await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
-        assert await scene.engine().turn([scene.run_id])
+        assert await scene.engine().tick([scene.run_id])
 
         class Late(Interposed):
             async def before(self, name: str) -> None:
                 if name == "retry_step":
                     await store.request_cancel(scene.run_id, "changed my mind")
-                    assert await scene.engine().turn([scene.run_id])
+                    assert await scene.engine().tick([scene.run_id])
 
         with pytest.raises(ConflictError):
-            await scene.engine(Late(store)).turn([scene.run_id])
+            await scene.engine(Late(store)).tick([scene.run_id])
         assert await store.get_run_status(scene.run_id) is RunStatus.CANCELLED
 
 
@@ -425,7 +427,7 @@ async def test_a_deadline_that_is_extended_meanwhile_does_not_stop_the_run(momen
                 if (name, self.seen.count(name)) == moment:
                     await store.extend_deadline(scene.run_id, clock() + timedelta(hours=1))
 
-        await scene.engine(Extending(store)).turn([scene.run_id])
+        await scene.engine(Extending(store)).tick([scene.run_id])
         control = await store.get_run_control(scene.run_id)
         assert control is not None
         assert not control.cancel_requested
@@ -444,7 +446,7 @@ async def test_a_step_retried_at_the_last_moment_keeps_its_run_open() -> None:
 
         engine = scene.engine(Overtaken(store))
         for _ in range(6):
-            await engine.turn([scene.run_id])
+            await engine.tick([scene.run_id])
         assert await store.get_run_status(scene.run_id) is RunStatus.RUNNING
         await scene.drive(scene.engine())
         assert len((await scene.verdict()).takeovers) == 0
@@ -455,15 +457,15 @@ async def test_a_failed_run_that_is_reopened_goes_on_to_its_end() -> None:
     """What ``flowstore runs retry --reset-skipped`` does once the cause of the failure is gone."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=2, approve=["right"])
-        scene.fails = lambda job: job.task.key == "left"
+        scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=2, approval_steps=["right"])
+        scene.fails = lambda context: context.task.key == "left"
         await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
         for _ in range(50):
             with contextlib.suppress(ConflictError):
-                await scene.engine().turn([scene.run_id])
+                await scene.engine().tick([scene.run_id])
         assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
         statuses = await store.get_step_statuses(scene.run_id)
-        scene.fails = lambda job: False
+        scene.fails = lambda context: False
         skipped = [key for key, status in statuses.items() if status is StepStatus.SKIPPED]
         await store.retry_step(scene.run_id, "left", attempt=2, reset=skipped)
         await scene.drive(scene.engine())
@@ -487,18 +489,18 @@ async def test_a_failed_run_ends_only_when_nobody_works_on_it_any_more() -> None
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
-        scene.fails = lambda job: job.task.key == "right"
+        scene.fails = lambda context: context.task.key == "right"
         await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
-        assert await scene.engine().turn([scene.run_id])
+        assert await scene.engine().tick([scene.run_id])
         await store.try_record_dispatch(scene.run_id, "left")
         await store.try_claim_step(scene.run_id, "left", owner="other", lease=LEASE)
         attempt = await store.record_step_start(scene.run_id, "left", "test", owner="other")
         engine = scene.engine()
         for _ in range(5):
-            await engine.turn([scene.run_id])
+            await engine.tick([scene.run_id])
         assert await store.get_run_status(scene.run_id) is RunStatus.RUNNING
         await store.record_step_complete(scene.run_id, "left", StepStatus.SUCCEEDED, attempt=attempt)
-        assert await engine.turn([scene.run_id])
+        assert await engine.tick([scene.run_id])
         assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
 
 
@@ -514,7 +516,7 @@ async def test_a_worker_that_dawdles_between_claim_and_start_does_not_start() ->
                     clock.advance(seconds=31)
 
         with pytest.raises(ClaimLostError):
-            await scene.engine(Dawdling(store)).turn([scene.run_id])
+            await scene.engine(Dawdling(store)).tick([scene.run_id])
         assert not await store.get_step_statuses(scene.run_id)
 
 

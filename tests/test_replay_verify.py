@@ -14,7 +14,7 @@ import pytest
 
 from flowstore_core import FlowRunDetail, FlowStepRecord, FlowStore, StepStatus, new_run_id, open_store
 from flowstore_replay import Engine, Summary, Task, Workflow, verify
-from flowstore_replay.engine import Job
+from flowstore_replay.engine import StepContext
 from flowstore_replay.work import RecordedWork, output_of
 
 WORKFLOW = Workflow(
@@ -122,7 +122,7 @@ ACCOUNTED = "every attempt is numbered, closed and accounted for"
         ),
         (
             lambda step: replace(step, output_json="{}"),
-            {"every output is there and follows from its parents'"},
+            {"every output exists and follows from its parents' outputs"},
         ),
     ],
 )
@@ -151,7 +151,7 @@ async def test_a_wrong_output_shows_in_all_that_follow_from_it() -> None:
     async with finished_run() as (store, run_id):
         tampered: Any = Tampered(store, change_step("first", wrong_output))
         summary = await verify(tampered, WORKFLOW, [run_id])
-        assert failed(summary) == {"every output is there and follows from its parents'"}
+        assert failed(summary) == {"every output exists and follows from its parents' outputs"}
         findings = next(check for check in summary.checks if not check.ok).findings
         assert [finding.split(" of ")[0] for finding in findings] == ["step 'first'", "step 'second'"]
 
@@ -161,7 +161,7 @@ async def test_a_released_claim_or_dispatch_fails() -> None:
         await store.release_step_claim(run_id, "first")
         await store.release_dispatch(run_id, "second")
         summary = await verify(store, WORKFLOW, [run_id])
-        assert failed(summary) == {"every step was dispatched and claimed, and nothing else was"}
+        assert failed(summary) == {"every step was dispatched and claimed, and no other step was"}
         assert next(check for check in summary.checks if not check.ok).count == 2
 
 
@@ -177,7 +177,7 @@ def test_failures_are_decided_by_the_seed_alone() -> None:
 
     async def outcomes(seed: int, ids: list[UUID]) -> list[bool]:
         work = RecordedWork(ids, speed=1, fail_rate=0.5, seed=seed)
-        jobs = [Job(run_id=run_id, task=task, attempt=1, inputs={}) for run_id in ids]
+        jobs = [StepContext(run_id=run_id, task=task, attempt=1, inputs={}) for run_id in ids]
         return [
             isinstance(one, str) for one in await asyncio.gather(*map(work, jobs), return_exceptions=True)
         ]

@@ -20,7 +20,7 @@ from flowstore_chaos.line import Line
 from flowstore_chaos.processes import Crew, is_broken, serve_requests
 from flowstore_chaos.trial import Trial
 from flowstore_core import FlowStore, RunStatus, new_claim_token, new_run_id, open_store
-from flowstore_replay import Options, Replay, View, shipped_workflow
+from flowstore_replay import Options, Replay, ReplayProgress, shipped_workflow
 
 WORKERS = 4
 DAY = timedelta(days=1)
@@ -189,7 +189,7 @@ class _Quiet:
     def note(self, text: str) -> None:
         pass
 
-    def show(self, view: View) -> None:
+    def show(self, progress: ReplayProgress) -> None:
         pass
 
 

@@ -17,8 +17,8 @@ from flowstore_chaos.line import Line
 from flowstore_chaos.trial import Trial
 from flowstore_core import FlowRunDetail, FlowStore, StepStatus, new_run_id, open_store
 from flowstore_replay import Workflow, load_workflow, shipped_workflow, verify
-from flowstore_replay.crew import Crew, Worker
 from flowstore_replay.worker import main as work
+from flowstore_replay.worker_pool import Worker, WorkerPool
 
 RECORDED = "FLOWSTORE_WFINSTANCES"
 """Names a folder of recorded workflows in WfFormat; without it those beside the project, if there are any."""
@@ -95,7 +95,7 @@ class _Round:
         self._run_ids = [new_run_id() for _ in range(runs)]
         self._diary = trial.folder / f"diary-{number}"
         self._diary.touch()
-        orders = {
+        config = {
             "url": url,
             "run_ids": [str(run_id) for run_id in self._run_ids],
             "workflow": workflow.to_json(),
@@ -104,10 +104,10 @@ class _Round:
             "seed": trial.seed,
             "lease": LEASE_SECONDS,
             "max_attempts": 5,
-            "approve": (),
+            "approval_steps": (),
         }
         program = ["-m", __name__, str(self._diary), *["broken"] * trial.broken]
-        self._crew = Crew(orders, program=program)
+        self._pool = WorkerPool(config, program=program)
         self._succeeded = (-1, 0.0)
         """How many steps have, and since when."""
 
@@ -123,10 +123,10 @@ class _Round:
             )
         try:
             for _ in range(WORKERS):
-                await self._crew.start()
+                await self._pool.start()
             completes = await self._watch()
         finally:
-            await self._crew.end()
+            await self._pool.shutdown()
         await self._judge()
         return completes
 
@@ -146,19 +146,19 @@ class _Round:
                 self._succeeded = (succeeded, now)
             elif now - self._succeeded[1] > stuck_seconds:
                 return False
-            for worker in await self._crew.ended():
+            for worker in await self._pool.reap_exited():
                 if worker.process.returncode:
-                    trial.tally.mistrust(f"a worker ended by itself: {worker.last_words}")
-                    await self._crew.start()
+                    trial.tally.mistrust(f"a worker ended by itself: {worker.last_line}")
+                    await self._pool.start()
             # One of those that hold a step; at which of its calls it is then, only chance knows.
             holding = {job_id for one in details for job_id in _holders(one)}
-            if left and (at_work := [one for one in self._crew.workers if one.name in holding]):
+            if left and (at_work := [one for one in self._pool.workers if one.name in holding]):
                 left -= await self._kill(rng.choice(at_work))
 
     async def _kill(self, worker: Worker) -> bool:
         """Kill a worker; whether it left a step half done, which the store tells after its death."""
-        await self._crew.kill(worker)
-        await self._crew.start()
+        await self._pool.kill(worker)
+        await self._pool.start()
         if landed := any(worker.name in _holders(detail) for detail in await self._details()):
             self._trial.landed()
         return landed

@@ -1,8 +1,7 @@
 """Reading WfFormat, the JSON format of the WfCommons project for recorded workflow executions.
 
-Only what an engine needs is read: the tasks, who waits for whom, and how long each one took. Files,
-machines and commands are left aside. Version 1.5 is the one known; a later one that keeps the
-structure reads as well.
+It reads the tasks, their dependencies and their durations, and ignores files, machines and commands. It
+supports version 1.5 and later versions with the same structure.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid5
 
-MAX_KEY = 256
-"""The longest step key a store takes (INP-1)."""
+MAX_KEY_LENGTH = 256
+"""Maximum length of a step key (INP-1)."""
 
-LONGEST = 1e12
-"""Seconds beyond which a recorded time is no time; also keeps out infinities and NaN."""
+MAX_SECONDS = 1e12
+"""Maximum duration in seconds; the check also rejects infinities and NaN."""
 
 _NAMESPACE = UUID("6f1d8f0c-2a64-5b0e-9d53-0d4c3f8f6a11")
 
 
 class WorkflowError(ValueError):
-    """The file is no workflow that can be replayed; the message says what is wrong and where."""
+    """The file is not a replayable workflow; the message says why and where."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +35,18 @@ class Task:
     """One task of a workflow: a step of its runs."""
 
     key: str
-    """The task's id; where a store could not hold it, shortened and made unique (``step_key``)."""
+    """The task's id, or a shortened unique form if a store cannot hold the id (``step_key``)."""
     name: str
-    """What kind of task it is: the step_type."""
+    """The kind of task, recorded as the step_type."""
     parents: tuple[str, ...]
-    """The keys of the tasks that must have succeeded before this one starts."""
+    """Keys of the tasks that must succeed before this task starts."""
     seconds: float
-    """How long it took when it was recorded; 0 where the file does not say."""
+    """Recorded duration; 0 if the file has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workflow:
-    """A directed graph of tasks, parents always before their children."""
+    """A directed acyclic graph of tasks, in topological order."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -58,26 +57,26 @@ class Workflow:
 
     @cached_property
     def children(self) -> Mapping[str, tuple[Task, ...]]:
-        """The tasks that wait for each task, by its key."""
-        waiting: dict[str, list[Task]] = {task.key: [] for task in self.tasks}
+        """The children of each task, by its key."""
+        children: dict[str, list[Task]] = {task.key: [] for task in self.tasks}
         for task in self.tasks:
             for parent in set(task.parents):
-                waiting.setdefault(parent, []).append(task)
-        return {key: tuple(tasks) for key, tasks in waiting.items()}
+                children.setdefault(parent, []).append(task)
+        return {key: tuple(tasks) for key, tasks in children.items()}
 
     @cached_property
     def flow_id(self) -> UUID:
-        """The same for the same workflow on every machine, another for another."""
+        """An id derived from the graph: equal for equal workflows on every machine."""
         shape = json.dumps([self.name, [[task.key, *task.parents] for task in self.tasks]])
         return uuid5(_NAMESPACE, shape)
 
     @property
     def seconds(self) -> float:
-        """The recorded seconds of all tasks together."""
+        """Total recorded duration of all tasks."""
         return sum(task.seconds for task in self.tasks)
 
     def to_json(self) -> dict[str, Any]:
-        """For another process, which then needs no file."""
+        """Serialise the workflow for another process."""
         tasks = [[task.key, task.name, list(task.parents), task.seconds] for task in self.tasks]
         return {"name": self.name, "tasks": tasks}
 
@@ -92,7 +91,7 @@ class Workflow:
 
 
 def load_workflow(path: Path) -> Workflow:
-    """Read a file. Raises WorkflowError, also where the file cannot be read."""
+    """Read a file. Raises WorkflowError, also if the file is unreadable."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -106,12 +105,12 @@ def load_workflow(path: Path) -> Workflow:
 
 
 def shipped_workflow() -> Workflow:
-    """The small workflow that comes with the package."""
+    """The small workflow shipped with the package."""
     return read_workflow((files("flowstore_replay") / "workflows" / "market-day.json").read_text("utf-8"))
 
 
 def read_workflow(text: str) -> Workflow:
-    """Read a workflow from JSON text. Raises WorkflowError."""
+    """Parse a workflow from JSON text. Raises WorkflowError."""
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -124,35 +123,36 @@ def read_workflow(text: str) -> Workflow:
     if not entries:
         raise WorkflowError("workflow.specification.tasks is empty: nothing to replay")
     ids = [_text(entry, "id", "a task") for entry in entries]
-    if doubles := sorted({one for one in ids if ids.count(one) > 1} if len(set(ids)) < len(ids) else ()):
-        raise WorkflowError(f"two tasks have the id {doubles[0]!r}")
+    if len(set(ids)) < len(ids):
+        duplicate = min(task_id for task_id in set(ids) if ids.count(task_id) > 1)
+        raise WorkflowError(f"two tasks have the id {duplicate!r}")
     parents = _parents(ids, entries)
     seconds = _runtimes(root["workflow"].get("execution"))
     return Workflow(
         name=step_key(_text(root, "name", "the document")),
         tasks=tuple(
             Task(
-                key=step_key(one),
-                name=step_key(_text(entries[index], "name", f"task {one!r}")),
-                parents=tuple(step_key(parent) for parent in parents[one]),
-                seconds=seconds.get(one, 0.0),
+                key=step_key(task_id),
+                name=step_key(_text(entries[index], "name", f"task {task_id!r}")),
+                parents=tuple(step_key(parent) for parent in parents[task_id]),
+                seconds=seconds.get(task_id, 0.0),
             )
-            for one, index in _in_order(ids, parents)
+            for task_id, index in _topological_order(ids, parents)
         ),
     )
 
 
 def step_key(identifier: str) -> str:
-    """The key a store can hold for any text: itself, or a shortened one that is unique to it.
+    """The step key for an identifier: the identifier itself, or a shortened unique form.
 
-    The same text gives the same key on every machine. Over 256 characters, or with U+0000 or lone
-    surrogates in it, the tail is replaced by a digest of the whole.
+    Deterministic on every machine. If the identifier is longer than 256 characters or contains U+0000 or lone
+    surrogates, a digest of the whole replaces its tail.
     """
     clean = identifier.encode("utf-8", "replace").decode().replace("\0", "?")
-    if clean == identifier and 0 < len(identifier) <= MAX_KEY:
+    if clean == identifier and 0 < len(identifier) <= MAX_KEY_LENGTH:
         return identifier
     digest = hashlib.sha256(identifier.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return f"{clean[: MAX_KEY - 17]}~{digest}"
+    return f"{clean[: MAX_KEY_LENGTH - 17]}~{digest}"
 
 
 def _specification(root: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -160,33 +160,33 @@ def _specification(root: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(workflow, dict) and isinstance(workflow.get("specification"), dict):
         return _object(workflow["specification"], "workflow.specification")
     version = root.get("schemaVersion")
-    said = f"its schemaVersion is {version!r}" if isinstance(version, str) else "it names no schemaVersion"
-    raise WorkflowError(f"no workflow.specification, so this is not WfFormat 1.5 ({said})")
+    version_text = (
+        f"its schemaVersion is {version!r}" if isinstance(version, str) else "it names no schemaVersion"
+    )
+    raise WorkflowError(f"no workflow.specification, so this is not WfFormat 1.5 ({version_text})")
 
 
 def _parents(ids: list[str], entries: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Who waits for whom. Some recorders fill in only ``parents`` or only ``children``: both count."""
-    found: dict[str, dict[str, None]] = {one: {} for one in ids}
-    for one, entry in zip(ids, entries, strict=True):
+    """The parents of each task, from ``parents`` and ``children``: some recorders write only one of them."""
+    found: dict[str, dict[str, None]] = {task_id: {} for task_id in ids}
+    for task_id, entry in zip(ids, entries, strict=True):
         for relation in ("parents", "children"):
-            for other in _list(entry, relation, f"task {one!r}", optional=True):
+            for other in _list(entry, relation, f"task {task_id!r}", optional=True):
                 if not isinstance(other, str) or other not in found:
-                    raise WorkflowError(
-                        f"task {one!r} names {other!r} in {relation}, and there is no such task"
-                    )
-                child, parent = (one, other) if relation == "parents" else (other, one)
+                    raise WorkflowError(f"task {task_id!r} names the unknown task {other!r} in {relation}")
+                child, parent = (task_id, other) if relation == "parents" else (other, task_id)
                 found[child][parent] = None
     return {child: list(parents) for child, parents in found.items()}
 
 
-def _in_order(ids: list[str], parents: Mapping[str, list[str]]) -> list[tuple[str, int]]:
-    """Each id with its index in the file, parents first."""
-    position = {one: index for index, one in enumerate(ids)}
+def _topological_order(ids: list[str], parents: Mapping[str, list[str]]) -> list[tuple[str, int]]:
+    """Each id with its index in the file, in topological order."""
+    position = {task_id: index for index, task_id in enumerate(ids)}
     try:
-        return [(one, position[one]) for one in TopologicalSorter(parents).static_order()]
+        return [(task_id, position[task_id]) for task_id in TopologicalSorter(parents).static_order()]
     except CycleError as error:
-        circle = " -> ".join(repr(one) for one in reversed(error.args[1]))
-        raise WorkflowError(f"the tasks wait for each other in a circle: {circle}") from None
+        cycle = " -> ".join(repr(task_id) for task_id in reversed(error.args[1]))
+        raise WorkflowError(f"the tasks form a dependency cycle: {cycle}") from None
 
 
 def _runtimes(execution: Any) -> dict[str, float]:
@@ -195,12 +195,16 @@ def _runtimes(execution: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for entry in _list(_object(execution, "workflow.execution"), "tasks", "execution", optional=True):
         task = _object(entry, "a task of workflow.execution")
-        one = _text(task, "id", "a task of workflow.execution")
+        task_id = _text(task, "id", "a task of workflow.execution")
         seconds = task.get("runtimeInSeconds", 0)
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not abs(seconds) < LONGEST:
-            raise WorkflowError(f"runtimeInSeconds of task {one!r} is not a number of seconds")
-        # Recorders subtract clocks that may have been set back; a task never took less than nothing.
-        found[one] = max(0.0, float(seconds))
+        if (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, (int, float))
+            or not abs(seconds) < MAX_SECONDS
+        ):
+            raise WorkflowError(f"runtimeInSeconds of task {task_id!r} is not a number of seconds")
+        # Recorders subtract wall clocks, which may have been set back, so a duration can be negative.
+        found[task_id] = max(0.0, float(seconds))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flowstore_replay import Workflow, WorkflowError, load_workflow, read_workflow, shipped_workflow
-from flowstore_replay.wfformat import step_key
+from flowstore_replay.wfcommons import step_key
 
 INSTANCES = Path(
     os.environ.get("FLOWSTORE_WFINSTANCES") or Path(__file__).parents[2] / "shared" / "data" / "wfinstances"
@@ -126,15 +126,15 @@ BAD = {
     "two tasks of one id": (json.dumps(document(task("a"), task("a"))), "two tasks have the id 'a'"),
     "a missing parent": (
         json.dumps(document(task("a", "z"))),
-        "task 'a' names 'z' in parents, and there is no such task",
+        "task 'a' names the unknown task 'z' in parents",
     ),
     "a missing child": (json.dumps(document(task("a", children=["z"]))), "'z' in children"),
     "parents are no list": (json.dumps(document({**task("a"), "parents": "b"})), "parents of task 'a'"),
     "a circle": (
         json.dumps(document(task("a", "c"), task("b", "a"), task("c", "b"))),
-        "wait for each other in a circle",
+        "form a dependency cycle",
     ),
-    "a task that waits for itself": (json.dumps(document(task("a", "a"))), "circle: 'a' -> 'a'"),
+    "a task that waits for itself": (json.dumps(document(task("a", "a"))), "cycle: 'a' -> 'a'"),
     "a time that is no number": (
         json.dumps(document(task("a"), execution=execution(a="1"))),
         "runtimeInSeconds of task 'a'",

@@ -22,7 +22,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_replay import Engine, Task, Workflow, verify
-from flowstore_replay.engine import Job
+from flowstore_replay.engine import StepContext
 from flowstore_replay.work import output_of
 from tests.test_replay_crashes import Interposed, Killed, Mortal, diamond
 
@@ -61,21 +61,21 @@ class Work:
         self.five_are_done = asyncio.Event()
         self.now = self.most = 0
 
-    async def __call__(self, job: Job) -> str:
+    async def __call__(self, context: StepContext) -> str:
         self.now += 1
         self.most = max(self.most, self.now)
         try:
             await asyncio.sleep(self.seconds)
         finally:
             self.now -= 1
-        self.done.append((job.run_id, job.task.key))
+        self.done.append((context.run_id, context.task.key))
         if len(self.done) == 5:
             self.five_are_done.set()
-        return output_of(job.task, job.inputs)
+        return output_of(context.task, context.inputs)
 
 
-def engine(store: Any, workflow: Workflow, work: Work, at_once: int, name: str = "one") -> Engine:
-    return Engine(store, workflow, work, name=name, lease=LEASE, at_once=at_once)
+def engine(store: Any, workflow: Workflow, work: Work, concurrency: int, name: str = "one") -> Engine:
+    return Engine(store, workflow, work, name=name, lease=LEASE, concurrency=concurrency)
 
 
 async def expect_all_done(store: FlowStore, workflow: Workflow, run_ids: list[UUID]) -> None:
@@ -147,8 +147,9 @@ async def test_a_store_that_comes_and_goes_loses_nothing(
     store: FlowStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
-    for module in ("engine", "looks", "patience"):
-        monkeypatch.setattr(f"flowstore_replay.{module}.LONGEST_PAUSE", 0.005)
+    monkeypatch.setattr("flowstore_replay.engine.MAX_POLL_INTERVAL", 0.005)
+    monkeypatch.setattr("flowstore_replay.scheduling.MAX_POLL_INTERVAL", 0.005)
+    monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.005)
 
     class Flaky(Interposed):
         async def before(self, name: str) -> None:
@@ -179,7 +180,7 @@ async def test_a_cancel_is_noticed_between_short_steps(store: FlowStore) -> None
 async def test_a_step_that_is_reopened_meanwhile_is_done_again(
     store: FlowStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowstore_replay.looks.REMEMBERED", 0.1)
+    monkeypatch.setattr("flowstore_replay.scheduling.VIEW_TTL", 0.1)
     workflow, work = chain(400), Work(0.002)
     run_ids = await start(store, workflow, 1)
     running = asyncio.create_task(engine(store, workflow, work, 1).run(run_ids))
@@ -195,10 +196,10 @@ async def test_a_step_that_is_reopened_meanwhile_is_done_again(
 
 async def test_an_error_of_one_hand_ends_all(store: FlowStore) -> None:
     class Broken(Work):
-        async def __call__(self, job: Job) -> str:
-            if job.task.key == "left":
+        async def __call__(self, context: StepContext) -> str:
+            if context.task.key == "left":
                 raise RuntimeError("a defect")
-            return await super().__call__(job)
+            return await super().__call__(context)
 
     workflow = diamond()
     run_ids = await start(store, workflow, 3)
