@@ -1,4 +1,4 @@
-"""flowstore: the reference engine of the project, with work that takes no time."""
+"""flowstore: the reference engine with empty work."""
 
 from __future__ import annotations
 
