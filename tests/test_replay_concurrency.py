@@ -1,4 +1,4 @@
-"""The reference engine with several steps at once, and what it remembers from one step to the next."""
+"""Concurrent steps of the reference engine, and its caches."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def start(store: FlowStore, workflow: Workflow, runs: int) -> list[UUID]:
 
 
 class Work:
-    """Counts how many steps it does at a time."""
+    """Work that counts concurrent steps."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -83,7 +83,7 @@ async def expect_all_done(store: FlowStore, workflow: Workflow, run_ids: list[UU
     assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
-async def test_so_many_steps_at_once_and_each_once(store: FlowStore) -> None:
+async def test_concurrent_steps_run_once_each(store: FlowStore) -> None:
     workflow, work = diamond(), Work(0.005)
     run_ids = await start(store, workflow, 12)
     await asyncio.wait_for(engine(store, workflow, work, 8).run(run_ids), 20)
@@ -92,7 +92,7 @@ async def test_so_many_steps_at_once_and_each_once(store: FlowStore) -> None:
     await expect_all_done(store, workflow, run_ids)
 
 
-async def test_steps_of_one_run_are_done_at_once(store: FlowStore) -> None:
+async def test_steps_of_one_run_run_concurrently(store: FlowStore) -> None:
     tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(6))
     workflow, work = Workflow(name="wide", tasks=tasks), Work(0.2)
     run_ids = await start(store, workflow, 1)
@@ -101,7 +101,7 @@ async def test_steps_of_one_run_are_done_at_once(store: FlowStore) -> None:
     await expect_all_done(store, workflow, run_ids)
 
 
-async def test_a_run_that_is_followed_is_not_read_again_before_each_step(store: FlowStore) -> None:
+async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) -> None:
     workflow = chain(20)
     run_ids = await start(store, workflow, 1)
     names: list[str] = []
@@ -113,13 +113,13 @@ async def test_a_run_that_is_followed_is_not_read_again_before_each_step(store: 
     await asyncio.wait_for(engine(Noted(store), workflow, Work(), 1).run(run_ids), 20)
     per_step = ("try_record_dispatch", "try_claim_step", "record_step_start", "record_step_complete")
     assert all(names.count(name) == 20 for name in per_step)
-    # As often as 2 s pass, on whatever machine.
+    # Once per VIEW_TTL, on any machine.
     assert names.count("get_step_statuses") + names.count("get_run_detail") < 20
     await expect_all_done(store, workflow, run_ids)
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_engines_of_many_hands_die_and_others_finish(store: FlowStore, seed: int) -> None:
+async def test_engines_with_many_slots_die_and_others_finish(store: FlowStore, seed: int) -> None:
     chance = random.Random(seed)
     workflow, work = diamond(), Work()
     run_ids = await start(store, workflow, 6)
@@ -143,7 +143,7 @@ async def test_engines_of_many_hands_die_and_others_finish(store: FlowStore, see
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_a_store_that_comes_and_goes_loses_nothing(
+async def test_an_intermittent_store_loses_nothing(
     store: FlowStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
@@ -166,7 +166,7 @@ async def test_a_store_that_comes_and_goes_loses_nothing(
     await expect_all_done(store, workflow, run_ids)
 
 
-async def test_a_cancel_is_noticed_between_short_steps(store: FlowStore) -> None:
+async def test_a_cancel_takes_effect_between_short_steps(store: FlowStore) -> None:
     workflow, work = chain(10_000), Work(0.001)
     run_ids = await start(store, workflow, 1)
     running = asyncio.create_task(engine(store, workflow, work, 2).run(run_ids))
@@ -177,7 +177,7 @@ async def test_a_cancel_is_noticed_between_short_steps(store: FlowStore) -> None
     assert len(work.done) < 10_000
 
 
-async def test_a_step_that_is_reopened_meanwhile_is_done_again(
+async def test_a_concurrently_reopened_step_is_executed_again(
     store: FlowStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flowstore_replay.scheduling.VIEW_TTL", 0.1)
@@ -188,13 +188,13 @@ async def test_a_step_that_is_reopened_meanwhile_is_done_again(
     await store.retry_step(run_ids[0], "step-0")
     await asyncio.wait_for(running, 20)
     assert work.done.count((run_ids[0], "step-0")) == 2
-    # Not only when all others were done: what it remembers is read again by and by.
+    # Before all other steps were done: the cached plan expires.
     assert work.done.index((run_ids[0], "step-0"), 1) < 390
     statuses = await store.get_step_statuses(run_ids[0])
     assert set(statuses.values()) == {StepStatus.SUCCEEDED}
 
 
-async def test_an_error_of_one_hand_ends_all(store: FlowStore) -> None:
+async def test_an_error_in_one_slot_ends_all(store: FlowStore) -> None:
     class Broken(Work):
         async def __call__(self, context: StepContext) -> str:
             if context.task.key == "left":

@@ -1,4 +1,4 @@
-"""The replay with real worker processes, some of which are killed, on every backend that shares a store."""
+"""Replays with real worker processes and kills, on every multi-process backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ shared = pytest.mark.needs(Capability.MULTI_PROCESS)
 
 
 class Recorder:
-    """An observer that remembers."""
+    """An observer that records everything."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -81,7 +81,7 @@ async def test_failures_and_approvals_and_several_runs(namespace: str) -> None:
 async def test_recorded_instances_survive_kills(name: str, tmp_path: Path) -> None:
     found = sorted(INSTANCES.glob(f"{name}*.json"))
     if not found:
-        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES names another place)")
+        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES overrides the folder)")
     workflow = load_workflow(found[0])
     options = Options(kill=2, lease=0.8, speed=workflow.seconds / 4, timeout=100)
     summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
@@ -100,7 +100,7 @@ async def test_more_kills_than_workers(tmp_path: Path) -> None:
     assert len(summary.kills) == 4
 
 
-async def test_a_replay_that_was_given_up_goes_on_under_its_key(tmp_path: Path) -> None:
+async def test_an_aborted_replay_continues_under_its_key(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     slow = Options(speed=20, timeout=2, key="one", workers=2)
     summary = await Replay(shipped_workflow(), slow, Recorder(), url=url).run()
@@ -157,10 +157,8 @@ def test_an_unknown_step_to_approve_is_refused() -> None:
     assert caught.value.usage
 
 
-async def test_workers_that_cannot_work_end_the_replay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The parent has its store already; the workers look for theirs in an environment that is broken."""
+async def test_failing_workers_abort_the_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent's store is open; the workers' URL is invalid."""
     url = f"sqlite:///{tmp_path}/flows.db"
     real = WorkerPool.start
 
@@ -181,13 +179,13 @@ def start_command(url: str, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        # Background jobs of a shell and their children ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def worker_pids(url: str) -> set[int]:
-    """Of the workers that have started a step, as the store knows them."""
+    """The process ids of workers that have started a step, from the store."""
 
     async def read() -> set[int]:
         async with open_store(url) as store:
@@ -232,13 +230,13 @@ def test_workers_do_not_outlive_the_replay(how: signal.Signals, tmp_path: Path) 
     assert "Traceback" not in errors
 
 
-def test_a_worker_without_orders_ends_in_peace() -> None:
+def test_a_worker_without_config_exits_cleanly() -> None:
     command = [sys.executable, "-m", "flowstore_replay.worker"]
     done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-async def test_runs_of_others_are_left_alone(tmp_path: Path) -> None:
+async def test_other_runs_are_ignored(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     workflow = shipped_workflow()
     async with open_store(url) as store:

@@ -1,4 +1,4 @@
-"""Reading WfFormat: the shipped workflow, recorded ones, and files that are none."""
+"""Reading WfFormat: the shipped workflow, recorded ones, and invalid files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_shipped_workflow_is_small_and_fans_out_and_in() -> None:
 def test_recorded_instances_are_read(name: str, tasks: int) -> None:
     found = sorted(INSTANCES.glob(f"{name}*.json"))
     if not found:
-        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES names another place)")
+        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES overrides the folder)")
     workflow = load_workflow(found[0])
     assert len(workflow.tasks) == tasks
     known: set[str] = set()
@@ -63,7 +63,7 @@ def test_recorded_instances_are_read(name: str, tasks: int) -> None:
     assert workflow.seconds > 100
 
 
-def test_parents_come_before_their_children_whatever_the_files_order() -> None:
+def test_parents_precede_children_for_any_order_of_the_file() -> None:
     workflow = read(task("c", "b"), task("b", "a"), task("a"))
     assert [one.key for one in workflow.tasks] == ["a", "b", "c"]
 
@@ -99,7 +99,7 @@ def test_long_ids_become_short_keys_that_are_unique_and_stable() -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_ids_that_no_store_holds_are_replaced(name: str) -> None:
+def test_ids_invalid_for_stores_are_replaced(name: str) -> None:
     key = read(task(name)).tasks[0].key
     key.encode()
     assert "\0" not in key
@@ -151,7 +151,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_with_a_file_is_said(case: str) -> None:
+def test_an_invalid_file_is_explained(case: str) -> None:
     text, expected = BAD[case]
     with pytest.raises(WorkflowError) as caught:
         read_workflow(text)
