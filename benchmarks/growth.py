@@ -1,4 +1,4 @@
-"""Growth: what the stores' operations cost among 10,000, 100,000 and 1,000,000 completed runs."""
+"""Cost of the stores' operations with 10,000, 100,000 and 1,000,000 completed runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from flowstore_core import (
 
 SIZES = (10_000, 100_000, 1_000_000)
 SMALLEST = (200, 400, 800)
-"""The sizes of a trial, however small."""
+"""Minimum sizes at any scale."""
 PAGE = 50
 DEEP = 100_000
 RANDOM_IDS = "{size:,} runs, ids by uuid4()"
@@ -121,7 +121,7 @@ async def program(options: Options) -> Report:
 
 
 async def _check_copies(store: FlowStore, copies: Sequence[Copy]) -> None:
-    """A copy of each model is what its model is, through the store's own eyes."""
+    """Check through the store that one copy of each model equals its model."""
 
     def shape(detail: FlowRunDetail) -> list[object]:
         steps = [(one.step_key, one.status, one.attempt_count, one.output_json) for one in detail.steps]
@@ -134,7 +134,7 @@ async def _check_copies(store: FlowStore, copies: Sequence[Copy]) -> None:
             or shape(found) != shape(copy.model)
             or (found.started_at, found.completed_at) != (copy.started_at, copy.completed_at)
         ):
-            raise WrongAnswerError("a copied run is not what it was copied from")
+            raise WrongAnswerError("a copied run differs from its model")
 
 
 async def _backend(report: Report, options: Options, backend: str, opener: Open) -> None:
@@ -150,7 +150,7 @@ async def _backend(report: Report, options: Options, backend: str, opener: Open)
 async def _namespace(
     stack: AsyncExitStack, backend: str, opener: Open, size: int, *, random_ids: bool = False
 ) -> Namespace:
-    """A store with ``size`` completed runs; whether it has them is asked through the store."""
+    """A store with ``size`` completed runs, verified through the store."""
     say(f"{backend}: making {size:,} runs{' with random ids' if random_ids else ''}")
     store, copy, migrate, delete_by_hand = await opener(
         stack, f"runs_{size}{'_random' if random_ids else ''}"
@@ -192,7 +192,7 @@ async def _measure(
     def life(at: Namespace) -> Variant:
         return Variant(at.name, lambda amount: lifecycles(at.store, at.records, callers, amount, at.new_id))
 
-    # What is read comes first: the runs of the lifecycles stay Running.
+    # Reads come first: the lifecycles leave Running runs.
     for name, call in CALLS:
         variants = [Variant(at.name, partial(_repeat, partial(call, at))) for at in namespaces]
         await measure(report, options, f"{backend}, {name}", "calls per second", variants, least=1)
@@ -279,11 +279,11 @@ CALLS: tuple[tuple[str, Callable[[Namespace], Awaitable[None]]], ...] = (
 
 def _expect(true: bool, what: str) -> None:
     if not true:
-        raise WrongAnswerError(f"the answer is not that of {what}")
+        raise WrongAnswerError(f"the result does not contain {what}")
 
 
 async def _repeat(call: Call, amount: int) -> Sample:
-    """One caller, one call after another; each answer is looked at."""
+    """One caller with sequential calls; each result is verified."""
     latencies = []
     began = perf_counter()
     for _ in range(amount):

@@ -1,4 +1,4 @@
-"""Bytes that a lifecycle costs: in the log, and for good."""
+"""Bytes per lifecycle: in the log and on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.workload import Records, StepCalls, StoreRecords, lifecycles, st
 from flowstore_core import open_store
 
 WRITTEN_BYTES = 5_000
-"""Lifecycles over which bytes are counted."""
+"""Number of lifecycles over which bytes are counted."""
 
 Count = Callable[[], Awaitable[int]]
 
@@ -55,7 +55,7 @@ async def sqlite_bytes(report: Report, options: Options, place: Path) -> None:
         return
 
     async def written() -> int:
-        # In blocks of 512 bytes, whatever the size of the file system's.
+        # ru_oublock counts blocks of 512 bytes on every file system.
         return resource.getrusage(resource.RUSAGE_SELF).ru_oublock * 512
 
     async def stored(path: Path) -> int:
@@ -87,7 +87,7 @@ async def _bytes(
     log: str,
     variants: Sequence[tuple[str, StepCalls, Records, Count, Count]],
 ) -> None:
-    """Bytes in the log and bytes that stay, over many lifecycles in a new database."""
+    """Measure bytes in the log and on disk over many lifecycles in a new database."""
     amount = max(64, int(WRITTEN_BYTES * options.scale))
     logged = Measure(f"{backend}, bytes per lifecycle: {log}", "bytes")
     kept = Measure(f"{backend}, bytes per lifecycle: on disk", "bytes")

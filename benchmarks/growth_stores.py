@@ -1,4 +1,4 @@
-"""The stores of the growth benchmark: opened, filled behind their back, cleaned up."""
+"""The stores of the growth benchmark: open, fill directly in the database, clean up."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from flowstore_core.open import resolve_store
 
 @dataclass(slots=True)
 class Namespace:
-    """A store with so many completed runs."""
+    """A store with many completed runs."""
 
     name: str
     store: FlowStore
     runs: int
     ends: list[datetime]
-    """When each stored run was completed, in order."""
+    """Completion times of the stored runs, in order."""
     after: RunPosition
     """The position of the run before the deep page."""
     delete_by_hand: Callable[[int], Awaitable[None]]
-    """Deletes so many of the oldest runs behind the store's back."""
+    """Deletes a number of the oldest runs directly in the database."""
     new_id: Callable[[], UUID] = new_run_id
     cleaned: int = 0
     random_ids: bool = False
@@ -42,7 +42,7 @@ class Namespace:
         self.records = StoreRecords(self.store)
 
     async def clean(self, runs: int) -> float:
-        """Delete the oldest runs; how many seconds it took."""
+        """Delete the oldest runs. Returns the duration in seconds."""
         self.cleaned += runs
         began = perf_counter()
         removed = await self.store.cleanup(self.ends[self.cleaned])
@@ -56,8 +56,8 @@ Copier = Callable[[list[Copy]], Awaitable[None]]
 Migration = Callable[[], Awaitable[None]]
 
 
-class Place(NamedTuple):
-    """A store that is open, and what can be done to its database besides."""
+class OpenedStore(NamedTuple):
+    """An open store, and direct operations on its database."""
 
     store: FlowStore
     copy: Copier
@@ -65,20 +65,20 @@ class Place(NamedTuple):
     delete_by_hand: Callable[[int], Awaitable[None]]
 
 
-Open = Callable[[AsyncExitStack, str], Awaitable[Place]]
+Open = Callable[[AsyncExitStack, str], Awaitable[OpenedStore]]
 
 
-async def open_postgres(url: str, stack: AsyncExitStack, name: str) -> Place:
-    place = f"{url}&schema={name}"
-    return Place(
-        await stack.enter_async_context(open_store(place)),
+async def open_postgres(url: str, stack: AsyncExitStack, name: str) -> OpenedStore:
+    schema_url = f"{url}&schema={name}"
+    return OpenedStore(
+        await stack.enter_async_context(open_store(schema_url)),
         partial(copy_into_postgres, url, name),
-        partial(_migrate, place),
+        partial(_migrate, schema_url),
         partial(postgres_deletes.delete_oldest, url, name),
     )
 
 
-async def open_sqlite(folder: Path, stack: AsyncExitStack, name: str) -> Place:
+async def open_sqlite(folder: Path, stack: AsyncExitStack, name: str) -> OpenedStore:
     path = folder / f"{name}.db"
 
     async def copy(copies: list[Copy]) -> None:
@@ -88,11 +88,11 @@ async def open_sqlite(folder: Path, stack: AsyncExitStack, name: str) -> Place:
         await asyncio.to_thread(sqlite_deletes.delete_oldest, path, runs)
 
     store = await stack.enter_async_context(open_store(store_url(path)))
-    return Place(store, copy, partial(_migrate, store_url(path)), delete_by_hand)
+    return OpenedStore(store, copy, partial(_migrate, store_url(path)), delete_by_hand)
 
 
 async def _migrate(url: str) -> None:
-    """What ``flowstore migrate up`` does: after a bulk load it brings the backend's indexes up."""
+    """Migrate like ``flowstore migrate up``, which updates the backend's indexes after a bulk load."""
     _, backend, config = resolve_store(url)
     migrate: Callable[[StoreConfig], Awaitable[int]] | None = getattr(backend, "migrate", None)
     if migrate is not None:

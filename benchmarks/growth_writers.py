@@ -1,4 +1,4 @@
-"""Writers beside a cleanup, and beside as many runs deleted by hand: the limit of what is possible."""
+"""Writers during a cleanup, and during a manual DELETE of as many runs as the lower limit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.workload import Step, lifecycles_until, make_steps, sample
 
 WRITERS = 16
 STEPS_PER_WRITER = 800
-"""Made beforehand; enough for as long as a cleanup takes."""
+"""Prepared steps; enough for the duration of a cleanup."""
 CLEANED = 1_000
 
 
 async def writers_beside_cleanup(
     at: Namespace, seconds: float, scale: float, amount: int
 ) -> tuple[Sample, Sample, Sample]:
-    """The same writers alone for a while, then until a cleanup beside them is done, or deletes by hand."""
+    """Measure writers alone, during a cleanup, and during manual deletes."""
     steps = [await _prepare(at, scale) for _ in range(3)]
     began = perf_counter()
     alone = await _write(at, steps[0], lambda: perf_counter() > began + seconds)

@@ -1,4 +1,4 @@
-"""What the figures were measured on, without the names of hosts or folders."""
+"""The machine and its versions, without names of hosts or folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
 def describe(*distributions: str) -> dict[str, str]:
-    """The machine, Python, SQLite, and the versions of the distributions that took part."""
+    """The machine, and the versions of Python, SQLite and the distributions."""
     found = {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}",
@@ -39,26 +39,26 @@ def _processor() -> str:
 
 
 def disk_folder(chosen: Path | None) -> Path:
-    """A folder on a real disk: the chosen one, else the first of /tmp, here, the home folder.
+    """A folder on a real disk: ``chosen``, or the first of /tmp, the working directory and the home folder.
 
-    A database on a file system in memory would make every sync free.
+    On a file system in memory every sync would be free.
     """
     if chosen is not None:
         return chosen
-    places = [Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
-    return next((place for place in places if file_system(place) not in IN_MEMORY), places[0])
+    candidates = [Path(tempfile.gettempdir()), Path.cwd(), Path.home()]
+    return next((path for path in candidates if file_system(path) not in IN_MEMORY), candidates[0])
 
 
 def file_system(folder: Path) -> str:
-    """The type of the file system that a folder lies on; "unknown" where the system does not say."""
+    """The type of a folder's file system, or "unknown"."""
     try:
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "unknown"
-    place = folder.resolve()
+    path = folder.resolve()
     best, kind = -1, "unknown"
     for line in mounts:
         _, point, found, *_ = line.split(" ")
-        if place.is_relative_to(point) and len(Path(point).parts) >= best:
+        if path.is_relative_to(point) and len(Path(point).parts) >= best:
             best, kind = len(Path(point).parts), found
     return kind

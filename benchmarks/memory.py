@@ -28,7 +28,7 @@ PROCESSOR = "... per second of processor time"
 TIMED = "lifecycle, callers: {callers:,}, each call timed"
 CLAIMS = "try_claim_step, callers: {callers:,}, each call timed"
 ROUND_LIMIT = 100_000
-"""Lifecycles of a round at most: the store keeps them all, and a round has a store of its own."""
+"""Maximum lifecycles of a round: each round has a new store, which keeps them all."""
 WATCHED_CLAIMS = 500_000
 
 TARGET = Target("lifecycles per second", UNTIMED, OURS, None, True, 150_000, None, "rate", "/s")
@@ -64,7 +64,7 @@ async def program(options: Options) -> Report:
 
 
 async def _untimed(amount: int) -> Sample:
-    """One caller's awaits one after another, without a clock between them."""
+    """Lifecycles of one caller in sequence, without timing single calls."""
     amount = min(amount, ROUND_LIMIT)
     run_ids, steps = make_steps(amount)
     async with open_store("memory://") as store:
@@ -76,7 +76,7 @@ async def _untimed(amount: int) -> Sample:
         found = await records.count_completed(run_ids)
     if found != amount:
         raise WrongAnswerError(f"completed steps: expected {amount}, found {found}")
-    # What a core did for us, even where others had it in between.
+    # Per second of processor time, unaffected by other processes.
     return Sample(amount, rate=amount / seconds, value=amount / cpu)
 
 

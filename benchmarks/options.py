@@ -1,4 +1,4 @@
-"""The options that all programs share, and how a program is run."""
+"""The options shared by all programs, and their main function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.tables import show
 class Options:
     rounds: int
     seconds: float
-    """How long one variant is measured in one round; already multiplied by the scale."""
+    """Duration of one variant in one round, scaled."""
     scale: float
     callers: tuple[int, ...]
     only: str
@@ -33,37 +33,39 @@ class Options:
         return self.only in measure
 
     def wants_backend(self, backend: str) -> bool:
-        """Whether any measure of it may be wanted: names begin with the backend's."""
+        """Whether a measure of the backend may be selected; their names begin with the backend's name."""
         return self.only.startswith(backend) or not self.only.startswith(("PostgreSQL", "SQLite"))
 
 
 def parser(description: str, callers: str) -> argparse.ArgumentParser:
-    """The shared options; ``callers`` is the default of --callers."""
+    """A parser with the shared options; ``callers`` is the default of --callers."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument(
         "--rounds", type=int, default=5, help="rounds of all variants; medians are shown (5)"
     )
-    options.add_argument("--seconds", type=float, default=2.0, help="time for a variant in a round (2)")
-    options.add_argument("--scale", type=float, default=1.0, help="multiplies times and amounts (1)")
-    options.add_argument("--callers", default=callers, help=f"concurrent callers, by comma ({callers})")
-    options.add_argument("--only", default="", metavar="TEXT", help="only measures whose name has TEXT")
-    options.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    options.add_argument("--svg", type=Path, metavar="FILE", help="draw the medians there")
+    options.add_argument("--seconds", type=float, default=2.0, help="seconds per variant and round (2)")
+    options.add_argument("--scale", type=float, default=1.0, help="factor for times and amounts (1)")
     options.add_argument(
-        "--claims", type=_count, default=0, help="watch the memory of the process over so many claims"
+        "--callers", default=callers, help=f"numbers of concurrent callers, comma-separated ({callers})"
     )
-    options.add_argument("--note", help="said below the figures: what else the machine did")
-    options.add_argument("--folder", type=Path, help="where databases go: on a real disk (found by itself)")
+    options.add_argument("--only", default="", metavar="TEXT", help="only measures whose name contains TEXT")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    options.add_argument("--svg", type=Path, metavar="FILE", help="draw the medians to FILE")
+    options.add_argument("--claims", type=_count, default=0, help="measure process memory over N claims")
+    options.add_argument("--note", help="a remark below the figures, for example on other load")
+    options.add_argument(
+        "--folder", type=Path, help="folder for databases, on a real disk (default: detected)"
+    )
     return options
 
 
 def _count(text: str) -> int:
-    """A whole number that may be written as 10_000_000."""
+    """An integer, which may contain underscores."""
     return int(text)
 
 
 def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine[Any, Any, Report]]) -> None:
-    """Run a program to its end: figures to stdout, JSON and SVG to their files. Exits."""
+    """Run a program: print the figures, and write the JSON and SVG files."""
     given = options.parse_args()
     try:
         callers = tuple(int(number) for number in given.callers.split(","))
@@ -82,16 +84,16 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
         claims=given.claims,
         folder=given.folder,
     )
-    # Ended either way, it stops its server and removes its files.
+    # SIGTERM ends like Ctrl-C, so that servers are stopped and files removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = asyncio.run(program(chosen))
     except KeyboardInterrupt:
-        say("stopped; nothing was written")
+        say("interrupted; no files were written")
         sys.exit(130)
     if given.note:
         report.notes.insert(0, given.note)
-    # The files first: standard output may be closed or full.
+    # Write the files first: standard output may be closed or full.
     if chosen.json is not None:
         report.save(chosen.json)
     if chosen.svg is not None:
@@ -100,6 +102,6 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
 
 
 def say(text: str) -> None:
-    """Progress, to stderr: stdout is for the figures."""
+    """Print progress to stderr; stdout is for the figures."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

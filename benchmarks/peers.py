@@ -1,4 +1,4 @@
-"""Other engines on the same PostgreSQL: durable steps per second, each through its own worker loop."""
+"""Other engines on the same PostgreSQL: durable steps per second through their own worker loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.options import Options, parser, run, say
 from benchmarks.results import Report, Target
 from benchmarks.rounds import Variant, measure
 
-# The name in the tables, the module below engines, and the distributions to say the versions of.
+# Name in the tables, module below engines, distributions whose versions are reported.
 ENGINES = (
     ("flowstore", "flowstore_replay_engine", ()),
     ("pgqueuer", "pgqueuer_jobs", ("pgqueuer",)),
@@ -44,7 +44,7 @@ async def program(options: Options) -> Report:
                 "work": "a step is an asynchronous function that returns a constant",
             },
         )
-        # One after another, for each may hold up to twenty connections.
+        # In sequence, because each engine may hold up to twenty connections.
         for concurrency in options.callers:
             await _compare(url, server, report, options, concurrency)
     return report
@@ -66,8 +66,10 @@ async def _compare(
                 continue
             database = f"{module}_{concurrency}"
             await server.execute(f"CREATE DATABASE {database}")
-            place = url.replace("///postgres?", f"///{database}?")
-            variants.append(Variant(name, await stack.enter_async_context(engine.engine(place, concurrency))))
+            database_url = url.replace("///postgres?", f"///{database}?")
+            variants.append(
+                Variant(name, await stack.enter_async_context(engine.engine(database_url, concurrency)))
+            )
             note = f"A step of {name}: {engine.STEP}."
             if note not in report.notes:
                 report.notes.append(note)

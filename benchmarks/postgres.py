@@ -1,4 +1,4 @@
-"""PostgreSQL: calls per second and latencies, against the ways that engines use it today."""
+"""PostgreSQL: calls per second and latencies, compared with common techniques of engines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.workload import STEPS_PER_RUN, StoreRecords, claims, lifecycles,
 from flowstore_core import open_store
 
 POOLS = (10, 20)
-"""Connections of the baselines: with what is faster on this machine."""
+"""Candidate pool sizes of the baselines; the faster one is used."""
 POOL_TRIALS = 3
 CLAIMANTS = 8
 
@@ -45,7 +45,7 @@ GROUPED = "limit: callers that are grouped, and nothing else"
 
 
 def targets(callers: tuple[int, ...]) -> list[Target]:
-    """What is asked for; of other numbers of callers nothing is."""
+    """The targets for these numbers of callers."""
     known = [
         Target("lifecycle, 256 callers", life(256), OURS, TRANSACTIONS, True, 12, 15),
         Target("... against set-based, four tables", life(256), OURS, SETS, True, 0.6, 0.7),
@@ -115,7 +115,7 @@ async def _report(server: Any, options: Options, folder: Path) -> Report:
 
 
 async def _best_pool(url: str, options: Options) -> int:
-    """The size with which a transaction per call does more lifecycles."""
+    """The pool size with which a transaction per call is faster."""
     callers = max(options.callers)
     amount = max(callers, int(300 * options.seconds))
     rates = dict.fromkeys(POOLS, 0.0)
@@ -146,13 +146,13 @@ async def _measure(stack: AsyncExitStack, url: str, server: Any, report: Report,
     records = StoreRecords(store)
 
     async def settle() -> None:
-        # Else the checkpoint that one variant's writes ask for falls into the time of another.
+        # A checkpoint caused by one variant must not slow down another.
         await server.execute("CHECKPOINT")
 
     take = partial(measure, report, options, settle=settle)
 
     def of(work: Callable[..., Awaitable[Any]], callers: int, **more: int) -> list[Variant]:
-        """The three stores, in the same loop."""
+        """The three stores with the same workload."""
         return [
             Variant(OURS, lambda amount: work(store, records, callers, amount, **more)),
             Variant(TRANSACTIONS, lambda amount: work(transactions, transactions, callers, amount, **more)),

@@ -1,8 +1,8 @@
-"""Write what the programs measured into docs/performance.md: ``python -m benchmarks.report``.
+"""Publish measured figures in docs/performance.md: ``python -m benchmarks.report``.
 
-Reads docs/performance/PROGRAM.json (``python -m benchmarks.PROGRAM --json`` wrote them), draws
-PROGRAM.svg beside each, and replaces what stands between the two marks of the page. With arguments it
-takes those JSON files first and keeps them there.
+Reads docs/performance/PROGRAM.json (written by ``python -m benchmarks.PROGRAM --json``), draws PROGRAM.svg
+beside each, and replaces the part of the page between the two markers. JSON files given as arguments are
+copied to that folder first.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ TITLES = {
 
 
 def page(text: str, reports: Sequence[Report]) -> str:
-    """The page with these figures between its marks."""
+    """The page with these figures between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the page has no place for figures: {BEGIN} ... {END}")
+        raise ValueError(f"the page has no markers for figures: {BEGIN} ... {END}")
     figures = "\n".join(line for report in reports for line in _section(report))
     return f"{before}{BEGIN}\n\n{figures}\n{END}{after}"
 
@@ -70,7 +70,7 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def write(docs: Path) -> list[str]:
-    """Rewrite the page and the pictures from the JSON files below ``docs``; the programs found."""
+    """Regenerate the page and the pictures from the JSON files below ``docs``. Returns the programs."""
     folder = docs / FIGURES
     found = [load(folder / f"{name}.json") for name in TITLES if (folder / f"{name}.json").exists()]
     for report in found:

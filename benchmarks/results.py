@@ -1,4 +1,4 @@
-"""What a program measured: samples, measures, ratios, and the JSON file that holds them."""
+"""The results of a program: samples, measures, ratios, and their JSON file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Sample:
     """One variant in one round."""
 
     work: int
-    """How many units were done, and found done by the check afterwards."""
+    """Number of units of work, as verified afterwards."""
     rate: float | None = None
     """Units per second."""
     p50_ms: float | None = None
@@ -25,7 +25,7 @@ class Sample:
     """Latency of one call, in milliseconds."""
     p999_ms: float | None = None
     value: float | None = None
-    """Where the measure is not a rate: what its unit says."""
+    """The value of a measure that is not a rate, in the measure's unit."""
 
 
 @dataclass(slots=True)
@@ -46,11 +46,11 @@ class Result:
 
 @dataclass(slots=True)
 class Measure:
-    """One question, and what each variant answered."""
+    """One measure with the results of all variants."""
 
     name: str
     unit: str
-    """What is counted per second, or the unit of the values."""
+    """The unit counted per second, or the unit of the values."""
     results: list[Result] = field(default_factory=list)
     note: str = ""
 
@@ -63,15 +63,15 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """One figure held against its target: ours divided by the baseline's, or a plain value."""
+    """A figure compared with its target: the ratio of ours to the baseline's, or a plain value."""
 
     name: str
     value: float
     lowest: float
     highest: float
-    """Of the single rounds."""
+    """Lowest and highest ratio of single rounds."""
     target: float | None
-    """None: held against a limit, which nothing can reach."""
+    """None: compared with a theoretical limit."""
     aim: float | None
     at_least: bool
     """Whether more is better."""
@@ -86,7 +86,7 @@ class Ratio:
 
 @dataclass(slots=True)
 class Report:
-    """All that one run of one program found."""
+    """The complete result of one program."""
 
     program: str
     machine: Mapping[str, str]
@@ -99,7 +99,7 @@ class Report:
         return next((measure for measure in self.measures if measure.name == name), None)
 
     def derive(self, name: str, new_name: str, unit: str, statistic: Statistic) -> None:
-        """A measure of its own for another figure of one that was taken."""
+        """Add a measure from another statistic of an existing measure."""
         source = self.measure(name)
         if source is None:
             return
@@ -113,7 +113,7 @@ class Report:
         self.measures.append(Measure(new_name, unit, results))
 
     def judge(self, targets: Iterable[Target]) -> None:
-        """Hold what was measured against the targets; those of other measures are left out."""
+        """Compare the measures with their targets; targets without a measure are skipped."""
         for target in targets:
             ratio = target.judge(self)
             if ratio is not None:
@@ -124,7 +124,7 @@ class Report:
 
 
 def load(path: Path) -> Report:
-    """The report that ``Report.save`` wrote."""
+    """Read a report written by ``Report.save``."""
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     measures = [
         Measure(
@@ -147,22 +147,22 @@ def load(path: Path) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a ratio has to reach, before anything is measured."""
+    """The target of a ratio."""
 
     name: str
     measure: str
     ours: str
     theirs: str | None
-    """None: the target is on our own figure."""
+    """None: the target applies to our figure itself."""
     at_least: bool
     target: float | None
-    """None: theirs is a limit."""
+    """None: theirs is a theoretical limit."""
     aim: float | None = None
     statistic: Statistic = "rate"
     unit: str = "x"
 
     def judge(self, report: Report) -> Ratio | None:
-        """The ratio of the medians; None if the measure was not taken."""
+        """The ratio of the medians, or None without the measure."""
         measure = report.measure(self.measure)
         if measure is None:
             return None

@@ -1,4 +1,4 @@
-"""Interleaved rounds: every variant of a measure in turn, then again."""
+"""Interleaved rounds: each round measures all variants once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.options import Options, say
 from benchmarks.results import Measure, Report, Result, Sample
 
 Round = Callable[[int], Awaitable[Sample]]
-"""Does, times and checks so many units of work, on rows made beforehand."""
+"""Does, times and verifies a number of units of work, on prepared rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class Variant:
 
 
 def sweep() -> None:
-    """Collect garbage, and let later collections pass over all that is there.
+    """Collect garbage, and freeze the remaining objects.
 
-    Every variant runs in one process, and none is to pay for what the others have loaded: with all of
-    them there full collections took an eighth of the time of some.
+    All variants share one process. Without freezing, full collections over the objects of all variants took
+    an eighth of the time of some.
     """
     gc.unfreeze()
     gc.collect()
@@ -31,7 +31,7 @@ def sweep() -> None:
 
 
 def _scaled(amount: int, options: Options) -> int:
-    """The smallest amount of a small trial."""
+    """The minimum amount, reduced for scales below 1."""
     return max(1, int(amount * min(1.0, options.scale)))
 
 
@@ -47,11 +47,11 @@ async def measure(
     settle: Callable[[], Awaitable[None]] | None = None,
     warm_up: bool = True,
 ) -> None:
-    """Warm every variant up, then take the rounds, each beginning with another variant.
+    """Warm up all variants, then measure the rounds, each starting with a different variant.
 
-    A round's amount of work follows from the rate before it, so that every variant is measured for
-    about as long; ``least`` is the smallest. ``settle`` runs before each, untimed. ``warm_up=False``
-    is for variants that warm themselves up and need no amount.
+    The amount of work follows from the previous rate, so that all variants take about the same time;
+    ``least`` is the minimum. ``settle`` runs untimed before each measurement. ``warm_up=False`` is for
+    variants that warm up themselves and ignore the amount.
     """
     if not options.wants(name):
         return
@@ -62,7 +62,7 @@ async def measure(
     async def take(variant: Variant, amount: int, where: str) -> Sample:
         if settle is not None:
             await settle()
-        # Neither do the leftovers of one variant fall into the time of the next.
+        # The garbage of one variant must not slow down the next.
         sweep()
         sample = await variant.round(amount)
         assert sample.rate is not None
@@ -93,7 +93,7 @@ async def measure_paired(
     least: int,
     note: str = "",
 ) -> None:
-    """Rounds in which the variants take turns call by call; ``round_of_all`` gives a sample of each."""
+    """Measure rounds in which variants alternate call by call; ``round_of_all`` returns one sample each."""
     if not options.wants(name):
         return
     results = [Result(variant) for variant in variants]

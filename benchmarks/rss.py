@@ -1,4 +1,4 @@
-"""Process memory over many claims: nothing of a finished claim may stay behind."""
+"""Process memory over many claims, to detect leaks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from flowstore_core import FlowStore, RunStatus, new_run_id
 
 STEPS_PER_RUN = 500
 CHUNK = 50_000
-"""Claims between two looks at the process's memory; their runs are completed and cleaned up."""
+"""Number of claims between two readings of the process memory; their runs are then cleaned up."""
 MIB = 1024 * 1024
 
 NAME = "memory of the process over {claims:,} claims"
 
 
 async def watch_rss(report: Report, options: Options, store: FlowStore, callers: int, claims: int) -> None:
-    """Claim so many steps in chunks, cleaning up behind, and see whether memory stays where it was."""
+    """Claim steps in chunks, clean up after each, and measure the growth of memory."""
     name = NAME.format(claims=claims)
     if not options.wants(name):
         return
@@ -36,7 +36,7 @@ async def watch_rss(report: Report, options: Options, store: FlowStore, callers:
         gc.collect()
         readings.append(_rss() / MIB)
         say(f"{name}: {done + CHUNK:,} claims, {readings[-1]:.1f} MiB, {perf_counter() - began:.0f} s")
-    # The first chunks fill caches and pools once and for all.
+    # Skip the first chunks, which fill caches and pools.
     settled = readings[len(readings) // 10 :]
     half = len(settled) // 2
     early, late = settled[:half] or settled, settled[half:] or settled
@@ -76,6 +76,6 @@ async def _claim(store: FlowStore, steps: Iterator[Step]) -> int:
 
 
 def _rss() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -36,8 +36,8 @@ from flowstore_core import open_store
 
 PROCESSES = 4
 CALLERS_PER_PROCESS = 16
-MOST_PER_SECOND = 12_000
-"""Lifecycles that a process can possibly do; so many are made ready."""
+MAX_PER_SECOND = 12_000
+"""Upper limit of lifecycles per process and second; this many are prepared."""
 
 OURS = "flowstore"
 TRANSACTIONS = "a transaction per call, aiosqlite"
@@ -150,7 +150,7 @@ async def _processes(place: Path, report: Report, options: Options) -> None:
         return await _several(variant, path, options.seconds)
 
     async with open_store(store_url(place / "shared-flowstore.db")):
-        # Made once, so that the workers do not wait for each other's migrations.
+        # Migrate once, so that workers do not wait for each other's migrations.
         pass
     variants = [Variant(OURS, partial(several, "flowstore", place / "shared-flowstore.db"))]
     for name, variant in ((GROUPED, "grouped"), (SINGLE, "single")):
@@ -163,8 +163,8 @@ async def _processes(place: Path, report: Report, options: Options) -> None:
 
 
 async def _several(variant: str, path: Path, seconds: float) -> Sample:
-    """Processes that work at the same time on one file; ``value`` is slowest against fastest."""
-    most = int(seconds * MOST_PER_SECOND) + 3 * CALLERS_PER_PROCESS
+    """Run concurrent processes on one file; ``value`` is the rate of the slowest divided by the fastest."""
+    most = int(seconds * MAX_PER_SECOND) + 3 * CALLERS_PER_PROCESS
     arguments = [variant, str(path), str(CALLERS_PER_PROCESS), str(seconds), str(most)]
     workers: list[asyncio.subprocess.Process] = []
     try:

@@ -1,6 +1,7 @@
-"""One of several processes on one SQLite file: lifecycles for a while, then what they cost.
+"""One of several processes on one SQLite file: executes lifecycles for some seconds.
 
-Speaks with benchmarks.sqlite by lines: says "ready", waits for a line, works, prints its figures.
+The protocol with benchmarks.sqlite consists of lines: print "ready", wait for a line, work, print the
+figures.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from flowstore_core import open_store
 async def work(calls: StepCalls, records: Records, callers: int, seconds: float, most: int) -> None:
     run_ids, steps = make_steps(most)
     await records.add_runs(run_ids)
-    # The first call of each kind loads and prepares what the others then have.
+    # Warm up: the first calls load modules and prepare statements.
     source = iter(steps)
     latencies: list[float] = []
     warm = await lifecycles_until(calls, source, latencies, callers, lambda: True)
@@ -44,7 +45,7 @@ async def work(calls: StepCalls, records: Records, callers: int, seconds: float,
     if found != warm + done:
         raise WrongAnswerError(f"completed steps: expected {warm + done}, found {found}")
     if next(source, None) is None:
-        raise WrongAnswerError("there were too few runs for the time")
+        raise WrongAnswerError("too few prepared steps for the duration")
     sys.stdout.write(json.dumps({"done": done, "seconds": took, "latencies": latencies}) + "\n")
 
 

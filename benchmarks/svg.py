@@ -1,4 +1,4 @@
-"""The medians as horizontal bars: one group per measure, drawn without any library."""
+"""A bar chart of the medians as SVG, one group per measure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THEIRS = "#a9b4c0"
 
 
 def draw(report: Report) -> str:
-    """A picture of the report that stands by itself."""
+    """A self-contained SVG of the report."""
     shapes: list[str] = []
     y = 34
     shapes.append(_text(12, 20, f"flowstore, {report.program}", weight="bold"))

@@ -1,4 +1,4 @@
-"""The figures as text, at most 100 columns wide."""
+"""The figures as text tables, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH = 100
 
 
 def number(value: float | None) -> str:
-    """At most four significant digits, thousands separated; a dash where nothing was measured."""
+    """Format with at most four significant digits and thousands separators; a dash for None."""
     if value is None:
         return "-"
     if abs(value) >= 100:
@@ -24,7 +24,7 @@ def target(ratio: Ratio, value: float) -> str:
 
 
 def rows(measure: Measure) -> list[tuple[str, ...]]:
-    """Each variant: name, min, median, max, p50 and p99 of a call in milliseconds."""
+    """A row for each variant: name, min, median, max, p50 and p99 of a call in milliseconds."""
     return [_row(result) for result in measure.results]
 
 

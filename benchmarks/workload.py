@@ -1,4 +1,4 @@
-"""The work that every variant does: the life of a step, in the same loop for all of them."""
+"""The workload of every variant: lifecycles of steps, in the same loop for all."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ INPUT = '{"order": 4711, "amount": "19.90", "currency": "EUR"}'
 OUTPUT = '{"accepted": true, "reference": "c0ffee"}'
 CHUNK = 256
 CALLS = 5
-"""Calls of one lifecycle."""
+"""Number of calls in one lifecycle."""
 
 Step = tuple[UUID, str]
 
 
 class WrongAnswerError(Exception):
-    """A variant did not do its work; its figures would mean nothing."""
+    """A variant did not do its work, so its figures are invalid."""
 
 
 class ClaimCalls(Protocol):
-    """The claim of a step, as every FlowStore has it."""
+    """The claim operation of a FlowStore."""
 
     async def try_claim_step(self, run_id: UUID, step_key: str, /) -> bool: ...
 
@@ -59,27 +59,27 @@ class StepCalls(ClaimCalls, Protocol):
 
 
 class Records(Protocol):
-    """What lies around the measured calls: making runs, and looking what became of them."""
+    """Untimed operations: create runs, and count results for verification."""
 
     async def add_runs(self, run_ids: Sequence[UUID]) -> None:
         """Start these runs."""
 
     async def count_completed(self, run_ids: Sequence[UUID]) -> int:
-        """How many steps of these runs have succeeded."""
+        """Number of succeeded steps of these runs."""
         ...
 
     async def count_claimed(self, run_ids: Sequence[UUID]) -> int:
-        """How many steps of these runs are claimed."""
+        """Number of claimed steps of these runs."""
         ...
 
 
 def store_url(path: Path) -> str:
-    """Of a store of flowstore on that SQLite file."""
+    """The URL of a flowstore store in that SQLite file."""
     return f"sqlite:///{quote(str(path))}"
 
 
 class StoreRecords:
-    """Records of a FlowStore, by its public operations alone."""
+    """Records of a FlowStore, through its public operations."""
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
@@ -120,7 +120,7 @@ async def lifecycles(
     amount: int,
     new_id: Callable[[], UUID] = new_run_id,
 ) -> Sample:
-    """``amount`` lifecycles by so many callers; each takes the next step when it is done with one."""
+    """Execute ``amount`` lifecycles with concurrent callers, which take steps from one source."""
     run_ids, steps = make_steps(amount, new_id)
     await records.add_runs(run_ids)
     source = iter(steps)
@@ -135,7 +135,7 @@ async def lifecycles(
 async def lifecycles_until(
     calls: StepCalls, source: Iterator[Step], latencies: list[float], callers: int, stop: Callable[[], bool]
 ) -> int:
-    """Lifecycles until told to stop, at least one by each caller; how many were done."""
+    """Execute lifecycles until ``stop`` returns True, at least one per caller. Returns their number."""
     before = len(latencies)
 
     async def caller() -> None:
@@ -169,7 +169,7 @@ async def _lifecycle_caller(calls: StepCalls, source: Iterator[Step], latencies:
 
 
 async def claims(calls: StepCalls, records: Records, callers: int, amount: int, claimants: int = 1) -> Sample:
-    """``amount`` calls of try_claim_step, so many for each key; exactly one of them must win it."""
+    """Make ``amount`` calls of try_claim_step, ``claimants`` per key; exactly one must win each key."""
     keys = max(1, amount // claimants)
     run_ids, steps = make_steps(keys)
     await records.add_runs(run_ids)
@@ -196,21 +196,20 @@ async def _claim_caller(
 
 
 async def paired_claims(contestants: Sequence[tuple[ClaimCalls, Records]], amount: int) -> tuple[Sample, ...]:
-    """One caller claims steps of each contestant by turns, so that all meet the same moments.
+    """One caller claims steps of all contestants alternately, so that all meet the same conditions.
 
-    Whose turn it is says the lot: in a fixed order each would find the processor as one and the same
-    neighbour has left it.
+    The order is random: in a fixed order each contestant would always follow the same predecessor.
     """
-    lot = Random(amount)
+    rng = Random(amount)
     run_ids, steps = make_steps(amount)
     for _, records in contestants:
         await records.add_runs(run_ids)
     latencies: list[list[float]] = [[] for _ in contestants]
     for run_id, step_key in steps:
-        for place in lot.sample(range(len(contestants)), len(contestants)):
+        for index in rng.sample(range(len(contestants)), len(contestants)):
             began = perf_counter()
-            won = await contestants[place][0].try_claim_step(run_id, step_key)
-            latencies[place].append(perf_counter() - began)
+            won = await contestants[index][0].try_claim_step(run_id, step_key)
+            latencies[index].append(perf_counter() - began)
             if won is not True:
                 raise WrongAnswerError("a free step was not claimed")
     for _, records in contestants:
@@ -242,7 +241,7 @@ def sample(work: int, seconds: float, latencies: list[float]) -> Sample:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:
-    """Of seconds in rising order, in milliseconds: the value that this share does not exceed."""
+    """The percentile of sorted seconds, in milliseconds; None without values."""
     if not ordered:
         return None
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1000

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flowstore_chaos.line import Line
-from flowstore_chaos.lines import load_lines
-from flowstore_chaos.outcome import Outcome, run_row
+from flowstore_chaos.result import ScenarioResult, run_scenario
+from flowstore_chaos.scenario import FaultScenario
+from flowstore_chaos.scenarios import load_scenarios
 from flowstore_chaos.scorecard import PAGE, document, publish, terminal_table
 
 EXIT_RED = 1
@@ -33,7 +33,7 @@ _app = typer.Typer(
 def chaos(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="LINE", help="Lines to run, by name or number; all without."),
+        typer.Argument(metavar="SCENARIO", help="Scenarios to run, by name or number; default: all."),
     ] = None,
     *,
     backend: Annotated[
@@ -41,99 +41,102 @@ def chaos(
         typer.Option(help="Only rows of this backend: memory, sqlite, postgresql. Repeatable."),
     ] = None,
     scale: Annotated[
-        float, typer.Option(min=0.0001, max=1000, help="Multiplies how many faults are injected.")
+        float, typer.Option(min=0.0001, max=1000, help="Factor for the number of faults.")
     ] = 1.0,
     planned: Annotated[
-        int | None, typer.Option(min=1, help="So many faults for each row, whatever the scale.")
+        int | None, typer.Option(min=1, help="Number of faults for each row; overrides --scale.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeat the choices of an earlier run.")] = None,
-    broken: Annotated[
+    seed: Annotated[int | None, typer.Option(help="Repeat the random choices of an earlier run.")] = None,
+    mutant: Annotated[
         bool,
         typer.Option(
-            "--broken",
-            help="Run the broken variants instead, with the fewest faults: each must be found out.",
+            "--mutants",
+            help="Run the mutants instead, with the minimum of faults: each must be detected.",
         ),
     ] = False,
-    prove: Annotated[
-        bool, typer.Option("--prove", help="Run each row's broken variant too, with the fewest faults.")
+    with_mutants: Annotated[
+        bool, typer.Option("--with-mutants", help="Run each row's mutant too, with the minimum of faults.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Rows at once.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Number of concurrent rows.")] = 1,
     folder: Annotated[
-        Path | None, typer.Option(help="Where databases go; a real disk.", file_okay=False, exists=True)
+        Path | None, typer.Option(help="Folder for databases, on a real disk.", file_okay=False, exists=True)
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every count there.")] = None,
-    published: Annotated[
-        bool, typer.Option("--publish", help=f"Put the rows into {PAGE} (run it in the project's root).")
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all counts to this file.")] = None,
+    publish_page: Annotated[
+        bool, typer.Option("--publish", help=f"Publish the rows in {PAGE} (from the project's root).")
     ] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Say what the lines are, and run nothing.")] = False,
+    list_scenarios: Annotated[bool, typer.Option("--list", help="List the scenarios and exit.")] = False,
 ) -> None:
-    """Inject faults into stores, and count what is lost, done twice, answered wrongly or leaked.
+    """Inject faults into stores, and count lost operations, duplicates, wrong results and leaks.
 
-    Files, servers and processes are made for this and deleted afterwards. No store of yours is touched.
+    The command creates its own files, servers and processes and deletes them. It touches no other store.
 
-    Exit code 0: every row is as it must be; rows that this machine cannot run are named. 1: a row is red, or
-    a broken variant was not found out. 2: the command line makes no sense.
+    Exit code 0: all rows are as expected; skipped rows are named. 1: a row failed, or a mutant was not
+    detected. 2: invalid command line.
 
     [bold]Examples[/bold]
 
-    python -m flowstore_chaos --scale 0.02 [dim]# a quick look at everything[/dim]
+    python -m flowstore_chaos --scale 0.02 [dim]# a short run of all scenarios[/dim]
 
-    python -m flowstore_chaos server-kills --seed 7 [dim]# one line, with the choices of seed 7[/dim]
+    python -m flowstore_chaos server-kills --seed 7 [dim]# one scenario, with seed 7[/dim]
 
-    python -m flowstore_chaos --broken [dim]# does each line find its broken variant?[/dim]
+    python -m flowstore_chaos --mutants [dim]# does each scenario detect its mutant?[/dim]
     """
     console = Console(highlight=False)
     if not console.is_terminal:
-        # A log has no width; the table shall not be cut to that of a terminal that is not there.
+        # A log has no terminal width to which the table must be cut.
         console = Console(highlight=False, width=LOG_WIDTH)
-    lines = _chosen(names or [], backend or [])
-    if listing:
-        for line in lines:
-            console.print(f"[bold]{line.number:>3}  {line.name}[/bold]  {line.fault}")
+    scenarios = _select(names or [], backend or [])
+    if list_scenarios:
+        for scenario in scenarios:
+            console.print(f"[bold]{scenario.number:>3}  {scenario.name}[/bold]  {scenario.fault}")
             console.print(
-                f"     {line.planned:,} {line.unit} on {', '.join(line.backends)}; passes when "
-                f"{line.passes_when}",
+                f"     {scenario.planned:,} {scenario.unit} on {', '.join(scenario.backends)}; passes when "
+                f"{scenario.pass_criterion}",
                 style="dim",
             )
         return
-    if published and not PAGE.exists():
-        _refuse(f"--publish: there is no {PAGE} here; run it in the project's root")
+    if publish_page and not PAGE.exists():
+        _usage_error(f"--publish: {PAGE} does not exist; run it in the project's root")
     chosen_seed = random.SystemRandom().randrange(1 << 31) if seed is None else seed
     rows = [
-        (line, name, broken) for line in lines for name in line.backends if not backend or name in backend
+        (scenario, name, mutant)
+        for scenario in scenarios
+        for name in scenario.backends
+        if not backend or name in backend
     ]
-    if prove and not broken:
-        rows += [(line, name, True) for line, name, _ in rows]
-    outcomes = asyncio.run(_run(console, rows, chosen_seed, scale, planned, jobs, folder))
-    # The file first: standard output may be closed or full.
+    if with_mutants and not mutant:
+        rows += [(scenario, name, True) for scenario, name, _ in rows]
+    results = asyncio.run(_run(console, rows, chosen_seed, scale, planned, jobs, folder))
+    # Write the file first: standard output may be closed or full.
     if json_file is not None:
-        json_file.write_text(json.dumps(document(outcomes), indent=1) + "\n", encoding="utf-8")
-    console.print(terminal_table(outcomes))
-    bad = _explain(console, outcomes)
-    if published:
+        json_file.write_text(json.dumps(document(results), indent=1) + "\n", encoding="utf-8")
+    console.print(terminal_table(results))
+    unexpected = _print_failures(console, results)
+    if publish_page:
         publish(
-            [outcome for outcome in outcomes if not outcome.broken],
-            [outcome for outcome in outcomes if outcome.broken],
-            load_lines(),
+            [result for result in results if not result.is_mutant],
+            [result for result in results if result.is_mutant],
+            load_scenarios(),
             Path(),
         )
-        console.print(f"{PAGE} shows these rows now")
-    console.print(f"seed {chosen_seed}: {len(outcomes) - bad} of {len(outcomes)} rows are as they must be")
-    raise typer.Exit(EXIT_RED if bad else 0)
+        console.print(f"published in {PAGE}")
+    console.print(f"seed {chosen_seed}: {len(results) - unexpected} of {len(results)} rows are as expected")
+    raise typer.Exit(EXIT_RED if unexpected else 0)
 
 
 async def _run(
     console: Console,
-    rows: Sequence[tuple[Line, str, bool]],
+    rows: Sequence[tuple[FaultScenario, str, bool]],
     seed: int,
     scale: float,
     planned: int | None,
     jobs: int,
     folder: Path | None,
-) -> list[Outcome]:
-    turns = asyncio.Semaphore(jobs)
-    place = folder if folder is not None else Path(tempfile.gettempdir())
-    # A log file of a CI job wants lines, a terminal wants to see them move.
+) -> list[ScenarioResult]:
+    slots = asyncio.Semaphore(jobs)
+    database_folder = folder if folder is not None else Path(tempfile.gettempdir())
+    # Progress bars on a terminal, lines in a log file.
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(20),
@@ -144,74 +147,77 @@ async def _run(
         disable=not console.is_terminal,
     )
 
-    async def row(line: Line, backend: str, is_broken: bool) -> Outcome:
-        async with turns:
-            amount = planned if planned is not None else line.planned_at(0 if is_broken else scale)
-            title = f"{line.number:>2} {line.name} {backend}{' (broken)' if is_broken else ''}"
+    async def row(scenario: FaultScenario, backend: str, is_mutant: bool) -> ScenarioResult:
+        async with slots:
+            amount = planned if planned is not None else scenario.planned_at(0 if is_mutant else scale)
+            title = f"{scenario.number:>2} {scenario.name} {backend}{' (mutant)' if is_mutant else ''}"
             task = progress.add_task(title, total=amount)
-            outcome = await run_row(
-                line,
+            result = await run_scenario(
+                scenario,
                 backend,
                 seed=seed,
                 planned=amount,
-                broken=is_broken,
-                folder=place,
-                say=lambda landed: progress.update(task, completed=min(landed, amount)),
+                is_mutant=is_mutant,
+                folder=database_folder,
+                on_progress=lambda injected: progress.update(task, completed=min(injected, amount)),
             )
             progress.remove_task(task)
             if not console.is_terminal:
-                state = "as it must be" if outcome.good else "RED"
+                state = "as expected" if result.as_expected else "UNEXPECTED"
                 console.print(
-                    f"{title}: {outcome.tally.landed:,} {line.unit}, {outcome.seconds:.0f} s, {state}"
+                    f"{title}: {result.counts.injected:,} {scenario.unit}, {result.seconds:.0f} s, {state}"
                 )
-            return outcome
+            return result
 
     with progress:
         return list(await asyncio.gather(*(row(*one) for one in rows)))
 
 
-def _explain(console: Console, outcomes: Sequence[Outcome]) -> int:
-    """Say what is red and why, what was not run, and how to run it again; how many rows are bad."""
-    bad = 0
-    for outcome in outcomes:
-        if outcome.skipped is not None:
+def _print_failures(console: Console, results: Sequence[ScenarioResult]) -> int:
+    """Print unexpected and skipped rows with reason and command. Returns the number of unexpected rows."""
+    unexpected = 0
+    for result in results:
+        if result.skipped is not None:
             console.print(
-                f"{outcome.line.name} on {outcome.backend} was not run: {outcome.skipped}", style="yellow"
+                f"{result.scenario.name} on {result.backend} was not run: {result.skipped}", style="yellow"
             )
-        if outcome.good:
+        if result.as_expected:
             continue
-        bad += 1
-        console.print(f"\n{outcome.line.name} on {outcome.backend}:", style="bold red", markup=False)
-        if outcome.failure is not None:
-            console.print(f"  it broke down: {outcome.failure}", markup=False)
-        elif outcome.broken:
-            console.print(f"  its broken variant was not found out: {outcome.line.broken}", markup=False)
-        elif outcome.tally.landed < outcome.planned:
-            console.print(f"  only {outcome.tally.landed} of {outcome.planned} {outcome.line.unit} landed")
-        for finding in outcome.tally.findings:
+        unexpected += 1
+        console.print(f"\n{result.scenario.name} on {result.backend}:", style="bold red", markup=False)
+        if result.failure is not None:
+            console.print(f"  failed to run: {result.failure}", markup=False)
+        elif result.is_mutant:
+            console.print(f"  the mutant was not detected: {result.scenario.mutant}", markup=False)
+        elif result.counts.injected < result.planned:
+            console.print(
+                f"  only {result.counts.injected} of {result.planned} {result.scenario.unit} injected"
+            )
+        for finding in result.counts.findings:
             console.print(f"  {finding}", markup=False)
-        console.print(f"  again: {outcome.command}", markup=False)
-    return bad
+        console.print(f"  repeat: {result.command}", markup=False)
+    return unexpected
 
 
-def _chosen(names: Sequence[str], backends: Sequence[str]) -> list[Line]:
-    lines = load_lines()
-    known = {line.name: line for line in lines} | {str(line.number): line for line in lines}
+def _select(names: Sequence[str], backends: Sequence[str]) -> list[FaultScenario]:
+    scenarios = load_scenarios()
+    known = {scenario.name: scenario for scenario in scenarios}
+    known |= {str(scenario.number): scenario for scenario in scenarios}
     if unknown := [name for name in names if name not in known]:
-        _refuse(
-            f"no line is called {', '.join(unknown)}; there are: {', '.join(line.name for line in lines)}"
-        )
-    has = {backend for line in lines for backend in line.backends}
-    if strange := sorted(set(backends) - has):
-        _refuse(f"--backend {', '.join(strange)}: there are {', '.join(sorted(has))}")
-    chosen = [known[name] for name in dict.fromkeys(names)] if names else list(lines)
-    found = [line for line in dict.fromkeys(chosen) if not backends or set(backends) & set(line.backends)]
-    if not found:
-        _refuse("none of these lines runs on that backend; --list says which do")
-    return found
+        available = ", ".join(scenario.name for scenario in scenarios)
+        _usage_error(f"unknown scenario {', '.join(unknown)}; scenarios: {available}")
+    known_backends = {backend for scenario in scenarios for backend in scenario.backends}
+    if unknown_backends := sorted(set(backends) - known_backends):
+        available = ", ".join(sorted(known_backends))
+        _usage_error(f"--backend {', '.join(unknown_backends)}: backends are {available}")
+    chosen = [known[name] for name in dict.fromkeys(names)] if names else list(scenarios)
+    selected = [one for one in dict.fromkeys(chosen) if not backends or set(backends) & set(one.backends)]
+    if not selected:
+        _usage_error("no selected scenario runs on that backend; see --list")
+    return selected
 
 
-def _refuse(message: str) -> None:
+def _usage_error(message: str) -> None:
     sys.stderr.write(f"flowstore_chaos: {message}\n")
     raise typer.Exit(EXIT_USAGE)
 

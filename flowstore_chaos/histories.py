@@ -1,4 +1,4 @@
-"""Histories of clients on the same few runs: how they are drawn, and how they are judged."""
+"""Generation and verification of histories of concurrent clients on a few runs."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from flowstore_conformance.races import Race
 from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import RandomChoices, Universe
 
-from flowstore_chaos.tally import Tally
+from flowstore_chaos.counts import Counts
 from flowstore_core import Capability
 from flowstore_core.operations import OPERATIONS
 
 CLIENTS = 8
 CALLS = (2, 3, 4, 5)
-MOST_STEPS = 6
-"""So many calls come before the clients, at most."""
-BUDGET = 2_000_000
+MAX_SETUP_CALLS = 6
+"""Maximum number of calls before the clients start."""
+SEARCH_BUDGET = 2_000_000
 
 
 def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
-    """Clients that make any calls on the same few runs and keys."""
+    """Clients with random calls on the same few runs and keys."""
     chooser = RandomChoices(rng)
     model = Model(clock)
     runs = [UUID(int=1), UUID(int=2)]
     keys = ["a"] if rng.random() < 0.5 else ["a", "b"]
     flow = UUID(int=100)
-    universe = Universe(model=model, runs=runs, flows=[flow], keys=keys)
+    world = Universe(model=model, runs=runs, flows=[flow], keys=keys)
     weights = {
-        # Writes above all: reads are looked for in the end.
+        # Mostly writes: the final reads observe the state.
         name: one.weight * rng.choice((0, 1, 1, 2)) * (3 if OPERATIONS[name].writes else 1)
         for name, one in STRATEGIES.items()
         if not OPERATIONS[name].spans_runs
@@ -45,12 +45,12 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
 
     def draw() -> Call:
         [method] = rng.choices(list(weights), list(weights.values()))
-        return draw_call(chooser, universe, method)
+        return draw_call(chooser, world, method)
 
-    first = draw_call(chooser, universe, "start_run")
+    first = draw_call(chooser, world, "start_run")
     setup = [Call(method="start_run", arguments={**first.arguments, "run_id": runs[0]})]
     expected_outcome(model, setup[0])
-    for _ in range(rng.randint(0, MOST_STEPS)):
+    for _ in range(rng.randint(0, MAX_SETUP_CALLS)):
         call = draw()
         if call.operation.writes:
             setup.append(call)
@@ -61,36 +61,38 @@ def draw_race(rng: random.Random, clock: VirtualClock) -> Race:
     return race.scheduled(rng).on_fresh_ids(rng)
 
 
-def judge(tally: Tally, history: History, refused: int) -> None:
-    """Search an order of the calls that explains every answer; ``refused`` calls did not happen."""
+def verify_history(counts: Counts, history: History, refused: int) -> None:
+    """Search for an order of the calls that explains every result. ``refused`` calls had no effect."""
     operations = history.operations
-    tally.operations += len(operations)
-    tally.add("calls refused", refused)
-    tally.add("outcomes unknown", sum(one.outcome is UNKNOWN for one in operations))
+    counts.operations += len(operations)
+    counts.add_detail("calls refused", refused)
+    counts.add_detail("outcomes unknown", sum(one.outcome is UNKNOWN for one in operations))
     for one in operations:
         if is_foreign(one.outcome):
-            tally.mistrust(
-                f"{one.call.method} gave {describe_outcome(one.outcome)}, which is not the contract's"
+            counts.count_wrong(
+                f"{one.call.method} gave {describe_outcome(one.outcome)}, which is not an error of the contract"
             )
             return
-    verdict = check_history(History.of([_as_known(one) for one in operations]), budget=BUDGET)
-    most = tally.details.get("most states tried for one", 0)
-    tally.details["most states tried for one"] = max(int(most), verdict.states)
+    verdict = check_history(
+        History.of([_with_unknown_annotation(one) for one in operations]), budget=SEARCH_BUDGET
+    )
+    limit = counts.details.get("maximum states searched", 0)
+    counts.details["maximum states searched"] = max(int(limit), verdict.states)
     if verdict.answer is Answer.VIOLATION:
-        tally.mistrust(f"no order of the calls explains their answers: {_stuck(verdict)}")
+        counts.count_wrong(f"no order of the calls explains their results: {_describe_conflict(verdict)}")
     elif verdict.answer is Answer.UNDECIDED:
-        tally.mistrust(f"a history of {len(operations)} calls could not be decided")
+        counts.count_wrong(f"a history of {len(operations)} calls could not be decided")
 
 
-def _as_known(one: Operation) -> Operation:
-    """What is known of an operation by its answer: an annotation is best effort, and never fails (CLM-7)."""
+def _with_unknown_annotation(one: Operation) -> Operation:
+    """Treat an annotation as of unknown outcome: it is best effort and never fails (CLM-7)."""
     if one.call.method != "annotate_dispatch":
         return one
     return replace(one, outcome=UNKNOWN, returned=float("inf"))
 
 
-def _stuck(verdict: Verdict) -> str:
-    """Where the search ended."""
+def _describe_conflict(verdict: Verdict) -> str:
+    """The calls at which the search ended."""
     parts = [
         f"{one.call.method} gave {describe_outcome(one.outcome)}, where {describe_outcome(right)} is right"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)

@@ -1,7 +1,7 @@
-"""Processes with clients of histories, which may be killed: ``python -m flowstore_chaos.history_worker URL``.
+"""Killable client processes of histories: ``python -m flowstore_chaos.history_worker URL``.
 
-A worker tells of every call that it begins it, and what it was answered, so that it is known of a killed
-one which of its calls were under way.
+A worker reports the start and the result of every call, so that the pending calls of a killed worker are
+known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flowstore_core import FlowStore, open_store
 
 
 class Worker:
-    """One such process, seen from the harness."""
+    """A worker process, as seen by its parent."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
@@ -35,15 +35,15 @@ class Worker:
         self._stdout = process.stdout
 
     @classmethod
-    async def start(cls, url: str, *, broken: bool) -> Worker:
+    async def start(cls, url: str, *, mutant: bool) -> Worker:
         worker = cls(
             await asyncio.create_subprocess_exec(
-                sys.executable, "-m", __name__, url, *["broken"] * broken,
+                sys.executable, "-m", __name__, url, *["mutant"] * mutant,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 26,
             )
         )  # fmt: skip
         if not await worker._stdout.readline():
-            raise RuntimeError("a worker could not open its store; it told on stderr why")
+            raise RuntimeError("a worker could not open its store; see its standard error")
         return worker
 
     @property
@@ -53,25 +53,25 @@ class Worker:
     def kill(self) -> None:
         self._process.kill()
 
-    async def do(self, jobs: Sequence[ClientTask], now: datetime) -> list[ClientResult]:
-        """What came of the jobs, as far as it could tell before it was killed."""
+    async def run(self, tasks: Sequence[ClientTask], now: datetime) -> list[ClientResult]:
+        """Run tasks. The results include only calls reported before a kill."""
         with suppress(ConnectionError):
-            self._stdin.write(write_line({"now": pack(now), "jobs": [pack_task(job) for job in jobs]}))
+            self._stdin.write(write_line({"now": pack(now), "jobs": [pack_task(task) for task in tasks]}))
             await self._stdin.drain()
-        begun: dict[tuple[int, int], float] = {}
+        started: dict[tuple[int, int], float] = {}
         ended: dict[tuple[int, int], tuple[float, Outcome]] = {}
         while text := await self._stdout.readline():
-            told = read_line(text)
-            if "done" in told:
+            message = read_line(text)
+            if "done" in message:
                 break
-            place = (told["job"], told["call"])
-            if "begun" in told:
-                begun[place] = told["begun"]
+            call_id = (message["job"], message["call"])
+            if "begun" in message:
+                started[call_id] = message["begun"]
             else:
-                ended[place] = told["ended"], _unpack_outcome(told["outcome"])
+                ended[call_id] = message["ended"], _unpack_outcome(message["outcome"])
         else:
             await self._process.wait()
-        return [_assemble(number, job, begun, ended, now) for number, job in enumerate(jobs)]
+        return [_assemble(number, task, started, ended, now) for number, task in enumerate(tasks)]
 
     async def end(self) -> None:
         self._stdin.close()
@@ -80,15 +80,15 @@ class Worker:
 
 def _assemble(
     number: int,
-    job: ClientTask,
-    begun: Mapping[tuple[int, int], float],
+    task: ClientTask,
+    started: Mapping[tuple[int, int], float],
     ended: Mapping[tuple[int, int], tuple[float, Outcome]],
     now: datetime,
 ) -> ClientResult:
     operations = []
     unavailable = 0
-    for position, call in enumerate(job.calls):
-        if (number, position) not in begun:
+    for position, call in enumerate(task.calls):
+        if (number, position) not in started:
             break
         returned, outcome = ended.get((number, position), (float("inf"), UNKNOWN))
         if is_unavailable(outcome):
@@ -96,15 +96,15 @@ def _assemble(
             continue
         operations.append(
             Operation(
-                client=job.client,
+                client=task.client,
                 call=call,
-                invoked=begun[number, position],
+                invoked=started[number, position],
                 returned=float("inf") if outcome is UNKNOWN else returned,
                 outcome=outcome,
                 now=now,
             )
         )
-    return ClientResult(race=job.race, operations=tuple(operations), suspended=True, unavailable=unavailable)
+    return ClientResult(race=task.race, operations=tuple(operations), suspended=True, unavailable=unavailable)
 
 
 def _pack_outcome(outcome: Outcome) -> Any:
@@ -121,7 +121,7 @@ def _unpack_outcome(packed: Any) -> Outcome:
     return Raised(packed["raised"]) if "raised" in packed else Returned(unpack(packed["returned"]))
 
 
-_WITHOUT_ANSWER = frozenset(
+_WITHOUT_RESULT = frozenset(
     (
         "configure_run",
         "record_step_complete",
@@ -134,8 +134,8 @@ _WITHOUT_ANSWER = frozenset(
 )
 
 
-class AnswersEarly:
-    """A store that answers, where there is nothing to be told, before it has written."""
+class AckBeforeCommitMutant:
+    """A store that acknowledges writes without result before they are committed."""
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
@@ -143,7 +143,7 @@ class AnswersEarly:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
-        if name not in _WITHOUT_ANSWER:
+        if name not in _WITHOUT_RESULT:
             return method
 
         async def call(**arguments: Any) -> Any:
@@ -154,32 +154,32 @@ class AnswersEarly:
         return call
 
 
-async def _main(url: str, *, broken: bool) -> None:
+async def _main(url: str, *, mutant: bool) -> None:
     clock = VirtualClock()
 
-    def say(message: Mapping[str, Any]) -> None:
-        # Not buffered: what was said is known, whenever this process is killed.
+    def send(message: Mapping[str, Any]) -> None:
+        # Unbuffered, so that a kill loses no report.
         os.write(sys.stdout.fileno(), write_line(message))
 
     async with open_store(url, clock=clock) as opened:
-        store: Any = AnswersEarly(opened) if broken else opened
+        store: Any = AckBeforeCommitMutant(opened) if mutant else opened
         await store.get_active_runs(take=1)
-        say({"ready": True})
+        send({"ready": True})
         while text := await asyncio.to_thread(sys.stdin.buffer.readline):
-            order = read_line(text)
-            clock.now = unpack(order["now"])
+            request = read_line(text)
+            clock.now = unpack(request["now"])
 
-            async def do(number: int, job: ClientTask) -> None:
-                for position, call in enumerate(job.calls):
-                    place = {"job": number, "call": position}
-                    say({**place, "begun": time.monotonic()})
+            async def run(number: int, task: ClientTask) -> None:
+                for position, call in enumerate(task.calls):
+                    call_id = {"job": number, "call": position}
+                    send({**call_id, "begun": time.monotonic()})
                     outcome = await execute(store, call)
-                    say({**place, "ended": time.monotonic(), "outcome": _pack_outcome(outcome)})
+                    send({**call_id, "ended": time.monotonic(), "outcome": _pack_outcome(outcome)})
 
-            jobs = [unpack_task(packed) for packed in order["jobs"]]
-            await asyncio.gather(*(do(number, job) for number, job in enumerate(jobs)))
-            say({"done": True})
+            tasks = [unpack_task(packed) for packed in request["jobs"]]
+            await asyncio.gather(*(run(number, task) for number, task in enumerate(tasks)))
+            send({"done": True})
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1], broken="broken" in sys.argv[2:]))
+    asyncio.run(_main(sys.argv[1], mutant="mutant" in sys.argv[2:]))

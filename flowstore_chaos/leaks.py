@@ -1,4 +1,4 @@
-"""What a process holds: threads, files, sockets and children that should be gone when a store is closed."""
+"""Detection of leaked threads, files, connections and child processes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import psutil
 
 SETTLE_SECONDS = 5.0
-"""A thread or a child that is just ending gets so long."""
+"""Grace period in seconds for threads and processes that are exiting."""
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
-    """Threads by name, open files and connections, and child processes."""
+class ResourceSnapshot:
+    """The threads, open files, connections and child processes of this process."""
 
     threads: frozenset[str]
     files: frozenset[str]
@@ -24,7 +24,7 @@ class Holdings:
     children: frozenset[int]
 
     @classmethod
-    def now(cls) -> Holdings:
+    def now(cls) -> ResourceSnapshot:
         gc.collect()
         me = psutil.Process()
         return cls(
@@ -38,24 +38,24 @@ class Holdings:
         )
 
     def leaked(self) -> list[str]:
-        """What is held now and was not held then, in sentences; waits a little for what is just ending."""
+        """The resources acquired since this snapshot and not released within SETTLE_SECONDS, as sentences."""
         until = time.monotonic() + SETTLE_SECONDS
         while (found := self._more()) and time.monotonic() < until:
             time.sleep(0.05)
         return found
 
     def _more(self) -> list[str]:
-        now = Holdings.now()
+        now = ResourceSnapshot.now()
         return [
-            *(f"thread {name} still runs" for name in sorted(now.threads - self.threads)),
+            *(f"thread {name} is still running" for name in sorted(now.threads - self.threads)),
             *(f"file {path} is still open" for path in sorted(now.files - self.files)),
             *(f"connection {name} is still open" for name in sorted(now.connections - self.connections)),
-            *(f"process {pid} still runs" for pid in sorted(now.children - self.children)),
+            *(f"process {pid} is still running" for pid in sorted(now.children - self.children)),
         ]
 
 
 def kill_tree(pid: int, *, itself: bool = True) -> None:
-    """End a process and all that it has started."""
+    """Kill a process and all its descendants."""
     try:
         root = psutil.Process(pid)
         everyone = [*root.children(recursive=True), *[root] * itself]

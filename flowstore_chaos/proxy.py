@@ -1,7 +1,7 @@
-"""A TCP proxy in front of PostgreSQL that loses what it is told to lose, and counts what it really lost.
+"""A TCP proxy in front of PostgreSQL that injects faults into messages and counts those that took effect.
 
-It reads enough of the protocol to know where a request ends, which statement it runs and whether the
-reply says that it is done; so a reply is lost whole, and only once the server has given it.
+It parses the protocol to find the end of a request, its statement, and whether the reply reports success.
+So a reply is lost as a whole, after the server has sent it.
 """
 
 from __future__ import annotations
@@ -22,202 +22,204 @@ Connect = Callable[[], Awaitable[Streams]]
 
 
 class Fault(Enum):
-    """What becomes of a message; its value says it in words."""
+    """A fault of a message; the value is its description."""
 
-    REPLY_LOST = "the server acts on the message, its reply is cut off"
-    REQUEST_LOST = "the message never reaches the server, the connection is cut"
-    REQUEST_LATE = "the connection is cut towards the client, and the message arrives later"
-    RESET = "half of the message reaches the server, then both ends are reset"
-    BLACK_HOLE = "from the message on nothing is carried, and the connection stays open"
-    HALF_REPLY = "half of the reply is carried and nothing after it, and the connection stays open"
-
-
-HOLES = (Fault.BLACK_HOLE, Fault.HALF_REPLY)
-"""Those that the client notices by a time-out alone."""
-CUTS = tuple(fault for fault in Fault if fault not in HOLES)
+    REPLY_LOST = "the server executes the request, its reply is lost and the connection cut"
+    REQUEST_LOST = "the request never reaches the server, the connection is cut"
+    REQUEST_LATE = "the client's connection is cut, the request reaches the server later"
+    RESET = "half of the request reaches the server, then both connections are reset"
+    BLACK_HOLE = "nothing is forwarded from this request on, the connection stays open"
+    HALF_REPLY = "half of the reply is forwarded and nothing after it, the connection stays open"
 
 
-class Aim(Enum):
-    """Which messages are struck."""
+HANGS = (Fault.BLACK_HOLE, Fault.HALF_REPLY)
+"""Faults that a client detects only by a timeout."""
+DISCONNECTS = tuple(fault for fault in Fault if fault not in HANGS)
+
+
+class MessageMatch(Enum):
+    """The requests that a fault applies to."""
 
     ANY = "any"
-    COMMIT = "those that commit a write, and are answered"
-    CONNECT = "the first of a connection"
+    COMMIT = "successful commits of writes"
+    CONNECT = "the first request of a connection"
 
 
 @dataclass(slots=True)
-class _Order:
+class _ArmedFault:
     fault: Fault
-    aim: Aim
+    match: MessageMatch
     skip: int
-    """So many that it is aimed at pass first."""
-    left: int
+    """Number of matching requests to forward first."""
+    remaining: int
 
 
 class Proxy:
-    """Carries messages, and strikes at those that it is armed for."""
+    """Forwards messages, and injects the armed fault into matching ones."""
 
     def __init__(self, connect: Connect, delay: float = 0.2) -> None:
         self._connect = connect
         self._delay = delay
-        self._order: _Order | None = None
+        self._armed: _ArmedFault | None = None
         self._healed = asyncio.Event()
-        self._links: set[_Link] = set()
-        self._late: set[asyncio.Task[None]] = set()
+        self._sessions: set[_Session] = set()
+        self._delayed: set[asyncio.Task[None]] = set()
         self.port = 0
         self.messages = 0
-        """Of clients, since it was armed last."""
-        self.landed: Counter[Fault] = Counter()
-        """Messages in flight that were struck since it was armed last."""
+        """Number of requests since the last ``arm``."""
+        self.injected: Counter[Fault] = Counter()
+        """Faults injected since the last ``arm``."""
         self.broken_in_flight = 0
-        """Requests under way whose connection the server itself broke, since it was armed last."""
-        self.most_clients = 0
-        """The most connections that clients have had at once."""
+        """Number of requests whose connection the server broke, since the last ``arm``."""
+        self.max_clients = 0
+        """Maximum number of concurrent client connections."""
 
     @property
-    def struck(self) -> bool:
-        return bool(self.landed)
+    def has_injected(self) -> bool:
+        return bool(self.injected)
 
     @property
     def clients(self) -> int:
-        """Connections that clients hold now."""
-        return sum(not link.client_gone for link in self._links)
+        """Number of open client connections."""
+        return sum(not session.client_gone for session in self._sessions)
 
-    def arm(self, strike_at: int, fault: Fault, *, aim: Aim = Aim.ANY, exact_times: int = 1) -> None:
-        """Strike at the n-th message from now on, and at those after it, so many times; 0 never strikes."""
+    def arm(
+        self, at_message: int, fault: Fault, *, match: MessageMatch = MessageMatch.ANY, times: int = 1
+    ) -> None:
+        """Inject a fault from the n-th matching request on, ``times`` times; 0 injects none."""
         self.messages, self.broken_in_flight = 0, 0
-        self.landed = Counter()
+        self.injected = Counter()
         self._healed = asyncio.Event()
-        self._order = _Order(fault, aim, strike_at - 1, exact_times) if strike_at else None
+        self._armed = _ArmedFault(fault, match, at_message - 1, times) if at_message else None
 
     def disarm(self) -> None:
-        self._order = None
+        self._armed = None
 
     def heal(self) -> None:
-        """Disarm it, and end the connections that carry nothing any more."""
-        self._order = None
+        """Disarm, and close hanging connections."""
+        self._armed = None
         self._healed.set()
 
-    def cut(self) -> None:
-        """End every connection that is idle, as a firewall does that has forgotten it."""
-        for link in self._links:
-            if link.started and not link.asked:
-                link.client_out.transport.abort()
+    def drop_idle(self) -> None:
+        """Reset every idle connection, as a firewall does after its timeout."""
+        for session in self._sessions:
+            if session.started and not session.in_flight:
+                session.client_out.transport.abort()
 
     async def settle(self) -> None:
-        """Wait until late messages have arrived."""
-        await asyncio.gather(*self._late)
+        """Wait until delayed requests have been delivered."""
+        await asyncio.gather(*self._delayed)
 
     async def serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
-        link = _Link(client_out)
-        self._links.add(link)
-        self.most_clients = max(self.most_clients, self.clients)
+        session = _Session(client_out)
+        self._sessions.add(session)
+        self.max_clients = max(self.max_clients, self.clients)
         try:
-            await self._carry(link, client_in)
+            await self._forward(session, client_in)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
-            self._links.discard(link)
+            self._sessions.discard(session)
             client_out.close()
-            if link.back is not None:
-                link.back.cancel()
-            if link.server_out is not None and not link.late:
-                link.server_out.close()
+            if session.reply_forwarder is not None:
+                session.reply_forwarder.cancel()
+            if session.server_out is not None and not session.is_delayed:
+                session.server_out.close()
 
     async def aclose(self) -> None:
         self.heal()
         await self.settle()
-        for link in self._links:
-            link.client_out.transport.abort()
-            if link.server_out is not None:
-                link.server_out.transport.abort()
+        for session in self._sessions:
+            session.client_out.transport.abort()
+            if session.server_out is not None:
+                session.server_out.transport.abort()
 
-    async def _carry(self, link: _Link, client_in: asyncio.StreamReader) -> None:
-        while request := await _read_request(client_in, first=not link.started):
-            is_cancelling = link.note_request(request)
+    async def _forward(self, session: _Session, client_in: asyncio.StreamReader) -> None:
+        while request := await _read_request(client_in, first=not session.started):
+            is_cancelling = session.note_request(request)
             fault = None
             if not is_cancelling:
                 self.messages += 1
-                fault = self._fault_for(link)
-            link.first = False
+                fault = self._next_fault(session)
+            session.first = False
             if fault is Fault.BLACK_HOLE:
-                self.landed[fault] += 1
-                await self._swallow(link, client_in)
+                self.injected[fault] += 1
+                await self._hang(session, client_in)
                 return
-            if link.server_out is None:
+            if session.server_out is None:
                 try:
-                    server_in, link.server_out = await self._connect()
+                    server_in, session.server_out = await self._connect()
                 except OSError:
-                    client_out = link.client_out
+                    client_out = session.client_out
                     client_out.transport.abort()
                     return
-                link.back = asyncio.create_task(self._pump_back(link, server_in))
+                session.reply_forwarder = asyncio.create_task(self._forward_replies(session, server_in))
             if fault is Fault.REQUEST_LOST:
-                self.landed[fault] += 1
-                link.client_out.transport.abort()
+                self.injected[fault] += 1
+                session.client_out.transport.abort()
                 return
             if fault is Fault.RESET:
-                self.landed[fault] += 1
-                link.server_out.write(request[: len(request) // 2])
-                await link.server_out.drain()
-                link.server_out.transport.abort()
-                link.client_out.transport.abort()
+                self.injected[fault] += 1
+                session.server_out.write(request[: len(request) // 2])
+                await session.server_out.drain()
+                session.server_out.transport.abort()
+                session.client_out.transport.abort()
                 return
             if fault is Fault.REQUEST_LATE:
-                self.landed[fault] += 1
-                link.late = True
-                self._late.add(asyncio.create_task(self._deliver_late(link.server_out, request)))
-                link.client_out.transport.abort()
+                self.injected[fault] += 1
+                session.is_delayed = True
+                self._delayed.add(asyncio.create_task(self._deliver_delayed(session.server_out, request)))
+                session.client_out.transport.abort()
                 return
-            link.losing = fault
-            link.asked = True
-            link.server_out.write(request)
-            await link.server_out.drain()
-            if fault is not None and link.back is not None:
-                # Nothing else comes until it is answered; the pump decides.
+            session.withheld = fault
+            session.in_flight = True
+            session.server_out.write(request)
+            await session.server_out.drain()
+            if fault is not None and session.reply_forwarder is not None:
+                # The client waits for the reply; the reply forwarder decides.
                 await asyncio.wait(
-                    {link.back, reply := asyncio.ensure_future(link.answered.wait())},
+                    {session.reply_forwarder, reply := asyncio.ensure_future(session.answered.wait())},
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 reply.cancel()
-                if link.swallowing:
-                    await self._swallow(link, client_in)
+                if session.hanging:
+                    await self._hang(session, client_in)
                     return
-                if link.back.done():
+                if session.reply_forwarder.done():
                     return
-        link.client_gone = True
+        session.client_gone = True
 
-    def _fault_for(self, link: _Link) -> Fault | None:
-        """The fault that the request gets, if it is one that is aimed at."""
-        order = self._order
-        if order is None:
+    def _next_fault(self, session: _Session) -> Fault | None:
+        """The fault for this request, or None if it does not match."""
+        armed = self._armed
+        if armed is None:
             return None
-        if order.aim is Aim.CONNECT and not link.first:
+        if armed.match is MessageMatch.CONNECT and not session.first:
             return None
-        if order.aim is Aim.COMMIT and (link.first or not link.writes):
+        if armed.match is MessageMatch.COMMIT and (session.first or not session.writes):
             return None
-        if order.skip > 0:
-            order.skip -= 1
+        if armed.skip > 0:
+            armed.skip -= 1
             return None
-        order.left -= 1
-        if order.left <= 0:
-            self._order = None
-        link.order = order
-        return order.fault
+        armed.remaining -= 1
+        if armed.remaining <= 0:
+            self._armed = None
+        session.armed = armed
+        return armed.fault
 
-    async def _swallow(self, link: _Link, client_in: asyncio.StreamReader) -> None:
-        """Carry nothing any more; the server is not told when the client goes."""
+    async def _hang(self, session: _Session, client_in: asyncio.StreamReader) -> None:
+        """Forward nothing until healed; the server is not told when the client disconnects."""
         healed = asyncio.ensure_future(self._healed.wait())
         reading = asyncio.ensure_future(_read_to_end(client_in))
         await asyncio.wait({healed, reading}, return_when=asyncio.FIRST_COMPLETED)
         if reading.done():
-            link.client_gone = True
-            link.client_out.close()
+            session.client_gone = True
+            session.client_out.close()
             await healed
         reading.cancel()
-        link.client_out.transport.abort()
+        session.client_out.transport.abort()
 
-    async def _deliver_late(self, server_out: asyncio.StreamWriter, data: bytes) -> None:
+    async def _deliver_delayed(self, server_out: asyncio.StreamWriter, data: bytes) -> None:
         await asyncio.sleep(self._delay)
         try:
             server_out.write(data)
@@ -227,84 +229,84 @@ class Proxy:
             pass
         server_out.close()
 
-    async def _pump_back(self, link: _Link, server_in: asyncio.StreamReader) -> None:
+    async def _forward_replies(self, session: _Session, server_in: asyncio.StreamReader) -> None:
         with suppress(ConnectionError):
             while data := await server_in.read(1 << 20):
-                done = link.note_reply(data)
-                if link.losing is not None:
-                    # Whether it is lost is seen when it is whole.
-                    if done and not self._lose_reply(link):
+                done = session.note_reply(data)
+                if session.withheld is not None:
+                    # Decide when the reply is complete.
+                    if done and not self._withhold_reply(session):
                         return
                     continue
-                link.client_out.write(data)
-                await link.client_out.drain()
-        if link.asked and not link.greeting:
+                session.client_out.write(data)
+                await session.client_out.drain()
+        if session.in_flight and not session.is_startup:
             self.broken_in_flight += 1
-        if link.losing is None:
-            link.client_out.close()
+        if session.withheld is None:
+            session.client_out.close()
         else:
-            link.client_out.transport.abort()
+            session.client_out.transport.abort()
 
-    def _lose_reply(self, link: _Link) -> bool:
-        """A reply is whole and was to be lost; False when its connection has ended."""
-        order, fault, reply = link.order, link.losing, link.reply
-        if order is None or fault is None:
-            raise RuntimeError("a reply is withheld that nobody wanted to be lost")
-        link.losing = link.order = None
-        if order.aim is Aim.COMMIT and not link.committed:
-            # It failed, or was a statement within a transaction: the next one, then.
-            if self._order is None or self._order is order:
-                order.left += 1
-                self._order = order
-            link.client_out.write(reply)
-            link.answered.set()
+    def _withhold_reply(self, session: _Session) -> bool:
+        """Decide on a complete, withheld reply. False if the connection was closed."""
+        armed, fault, reply = session.armed, session.withheld, session.reply
+        if armed is None or fault is None:
+            raise RuntimeError("a reply is withheld without an armed fault")
+        session.withheld = session.armed = None
+        if armed.match is MessageMatch.COMMIT and not session.committed:
+            # Not a successful commit: inject the fault into the next one.
+            if self._armed is None or self._armed is armed:
+                armed.remaining += 1
+                self._armed = armed
+            session.client_out.write(reply)
+            session.answered.set()
             return True
-        self.landed[fault] += 1
+        self.injected[fault] += 1
         if fault is Fault.HALF_REPLY:
-            link.client_out.write(reply[: len(reply) // 2])
-            link.swallowing = True
-            link.answered.set()
+            session.client_out.write(reply[: len(reply) // 2])
+            session.hanging = True
+            session.answered.set()
             return True
-        link.client_out.transport.abort()
-        if link.server_out is not None:
-            link.server_out.close()
+        session.client_out.transport.abort()
+        if session.server_out is not None:
+            session.server_out.close()
         return False
 
 
 _WRITES = re.compile(rb"\b(INSERT|UPDATE|DELETE)\b")
 
 
-class _Link:
-    """One client's connection, and the one to the server that is made for it."""
+class _Session:
+    """A client's connection and its connection to the server."""
 
     def __init__(self, client_out: asyncio.StreamWriter) -> None:
         self.client_out = client_out
         self.server_out: asyncio.StreamWriter | None = None
-        self.back: asyncio.Task[None] | None = None
-        self.order: _Order | None = None
-        self.losing: Fault | None = None
+        self.reply_forwarder: asyncio.Task[None] | None = None
+        self.armed: _ArmedFault | None = None
+        self.withheld: Fault | None = None
         self.answered = asyncio.Event()
         self.first, self.started = True, False
-        self.asked = False
-        """A request is under way."""
-        self.greeting = False
-        """It is the first of the connection, which a server that is starting refuses."""
+        self.in_flight = False
+        """Whether a request awaits its reply."""
+        self.is_startup = False
+        """Whether the request is the first of the connection, which a starting server refuses."""
         self.writes = False
-        """It is COMMIT, or a statement that writes."""
+        """Whether the request is a COMMIT or a writing statement."""
         self.committed = False
-        """Its reply says that it is done, and that no transaction is open."""
-        self.swallowing = self.late = self.client_gone = False
+        """Whether the reply reports success and no open transaction."""
+        self.hanging = self.is_delayed = self.client_gone = False
         self.reply = b""
         self._parsed = 0
         self._statements: dict[bytes, bytes] = {}
         self._completed = self._described = False
 
     def note_request(self, request: bytes) -> bool:
-        """Remember what is asked; True when it asks that another connection's statement be cancelled."""
+        """Parse a request. True for a CancelRequest."""
         self.reply, self._parsed, self._completed, self.committed = b"", 0, False, False
         self.answered.clear()
-        self.greeting = not self.started
-        if self.greeting:
+        self.is_startup = not self.started
+        if self.is_startup:
             self.started = True
             return request[4:8] == struct.pack("!i", 80877102)
         position, text, kind = 0, b"", b""
@@ -325,7 +327,7 @@ class _Link:
         return False
 
     def note_reply(self, data: bytes) -> bool:
-        """Read on in the reply; True when it is whole."""
+        """Parse more of the reply. True when it is complete."""
         self.reply += data
         while self._parsed + 5 <= len(self.reply):
             kind = self.reply[self._parsed : self._parsed + 1]
@@ -334,20 +336,20 @@ class _Link:
             if end > len(self.reply):
                 return False
             if kind in (b"C", b"s"):
-                # The latter where one row was asked for: it is done all the same.
+                # CommandComplete, or PortalSuspended after a single row.
                 self._completed = True
             elif kind == b"E":
                 self._completed = False
             if kind == b"Z" or (self._described and kind in (b"T", b"n", b"E")):
                 self.committed = self._completed and self.reply[end - 1 : end] == b"I"
-                self.asked = False
+                self.in_flight = False
                 return True
             self._parsed = end
         return False
 
 
 async def _read_request(client_in: asyncio.StreamReader, *, first: bool) -> bytes:
-    """Everything up to where the client waits for the server; empty when the client has gone."""
+    """Read up to the message after which the client waits for a reply; empty at end of file."""
     if first:
         try:
             head = await client_in.readexactly(4)
@@ -363,7 +365,7 @@ async def _read_request(client_in: asyncio.StreamReader, *, first: bool) -> byte
             return b""
         (length,) = struct.unpack_from("!i", head, 1)
         request += head + await client_in.readexactly(length - 4)
-        # Sync, Query, Terminate, Flush, an answer about passwords, the end of a COPY.
+        # Sync, Query, Terminate, Flush, a password message, the end of a COPY.
         if head[:1] in b"SQXHpcf":
             return request
 
@@ -376,7 +378,7 @@ async def _read_to_end(client_in: asyncio.StreamReader) -> None:
 
 @asynccontextmanager
 async def serve_proxy(connect: Connect, *, delay: float = 0.2) -> AsyncIterator[Proxy]:
-    """A proxy that listens on a free port of loopback."""
+    """A proxy on a free port of loopback."""
     proxy = Proxy(connect, delay)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.port = server.sockets[0].getsockname()[1]
@@ -389,14 +391,14 @@ async def serve_proxy(connect: Connect, *, delay: float = 0.2) -> AsyncIterator[
 
 @asynccontextmanager
 async def proxy_before_port(port: int, *, delay: float = 0.2) -> AsyncIterator[Proxy]:
-    """A proxy before a server that listens on a port of loopback, now or later."""
+    """A proxy for a server on a port of loopback, which may start later."""
     async with serve_proxy(lambda: asyncio.open_connection("127.0.0.1", port), delay=delay) as proxy:
         yield proxy
 
 
 @asynccontextmanager
 async def proxy_before(url: str, *, delay: float = 0.2) -> AsyncIterator[tuple[Proxy, str]]:
-    """A proxy before the server of a URL whose host is a socket folder, and the URL that goes through it."""
+    """A proxy for a server on a Unix socket, and the URL through the proxy."""
     options = parse_url(url).options
     socket = f"{options['host']}/.s.PGSQL.5432"
     async with serve_proxy(lambda: asyncio.open_unix_connection(socket), delay=delay) as proxy:

@@ -1,4 +1,4 @@
-"""The scorecard: rows as a table for terminals, as JSON, and as the table in docs/reliability.md."""
+"""The scorecard: rows as a terminal table, as JSON, and as the tables in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -14,83 +14,89 @@ from typing import Any
 
 from rich.table import Table
 
-from flowstore_chaos.line import Line
-from flowstore_chaos.outcome import Outcome, Verdict
+from flowstore_chaos.result import ScenarioResult, Verdict
+from flowstore_chaos.scenario import FaultScenario
 
 PAGE = Path("docs/reliability.md")
 FIGURES = Path("docs/reliability.json")
 BEGIN = "<!-- scorecard: written by python -m flowstore_chaos --publish, not by hand -->"
 END = "<!-- end of the scorecard -->"
-COUNTS = ("lost", "twice", "wrong", "leaks")
+COUNTS = ("lost", "duplicates", "wrong", "leaks")
 _STYLES = {Verdict.PASSED: "green", Verdict.FAILED: "bold red", Verdict.SKIPPED: "yellow"}
 
 
-def terminal_table(outcomes: Sequence[Outcome]) -> Table:
-    """One row for each outcome."""
+def terminal_table(results: Sequence[ScenarioResult]) -> Table:
+    """A table with one row for each result."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in ("#", "fault", "backend"):
         table.add_column(head, no_wrap=True)
-    for head in ("landed", "operations", *COUNTS, "time"):
+    for head in ("injected", "operations", *COUNTS, "time"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for outcome in outcomes:
-        tally = outcome.tally
-        verdict = outcome.verdict.value
-        if outcome.broken:
-            verdict = "found out" if outcome.good else "NOT FOUND OUT"
-        counts = [f"[red]{count}[/red]" if count else "0" for count in (getattr(tally, n) for n in COUNTS)]
+    for result in results:
+        counts = result.counts
+        verdict = result.verdict.value
+        if result.is_mutant:
+            verdict = "detected" if result.as_expected else "NOT DETECTED"
+        cells = [f"[red]{count}[/red]" if count else "0" for count in (getattr(counts, n) for n in COUNTS)]
+        style = "green" if result.as_expected and result.is_mutant else _STYLES[result.verdict]
         table.add_row(
-            str(outcome.line.number),
-            outcome.line.name + (" (broken)" if outcome.broken else ""),
-            outcome.backend,
-            f"{tally.landed:,} of {outcome.planned:,}",
-            f"{tally.operations:,}",
-            *counts,
-            f"{outcome.seconds:.0f} s",
-            f"[{'green' if outcome.good and outcome.broken else _STYLES[outcome.verdict]}]{verdict}[/]",
+            str(result.scenario.number),
+            result.scenario.name + (" (mutant)" if result.is_mutant else ""),
+            result.backend,
+            f"{counts.injected:,} of {result.planned:,}",
+            f"{counts.operations:,}",
+            *cells,
+            f"{result.seconds:.0f} s",
+            f"[{style}]{verdict}[/]",
         )
     return table
 
 
-def document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Every row, by line and backend, and the machine."""
-    return {"machine": machine(), "rows": {_key(outcome): _row(outcome) for outcome in outcomes}}
+def document(results: Sequence[ScenarioResult]) -> dict[str, Any]:
+    """All rows by scenario and backend, and the machine."""
+    return {"machine": machine(), "rows": {_row_key(result): _row(result) for result in results}}
 
 
 def publish(
-    outcomes: Sequence[Outcome], proofs: Sequence[Outcome], lines: Sequence[Line], root: Path
+    results: Sequence[ScenarioResult],
+    mutant_results: Sequence[ScenarioResult],
+    scenarios: Sequence[FaultScenario],
+    root: Path,
 ) -> None:
-    """Put these rows among the published ones, and write the page anew; other rows stay as they were."""
+    """Add these rows to the published ones or replace them, and regenerate the page."""
     figures = root / FIGURES
     known = json.loads(figures.read_text(encoding="utf-8"))["rows"] if figures.exists() else {}
-    for outcome in outcomes:
-        kept = known.get(_key(outcome), {}).get("proof")
-        known[_key(outcome)] = {**_row(outcome), "proof": kept}
-    for proof in proofs:
-        if _key(proof) in known:
-            known[_key(proof)]["proof"] = _row(proof)
+    for result in results:
+        kept = known.get(_row_key(result), {}).get("mutant_result")
+        known[_row_key(result)] = {**_row(result), "mutant_result": kept}
+    for mutant_result in mutant_results:
+        if _row_key(mutant_result) in known:
+            known[_row_key(mutant_result)]["mutant_result"] = _row(mutant_result)
     for row in known.values():
-        for one in filter(None, (row, row["proof"])):
-            # They name places of the machine; --json has them.
-            one["tally"]["findings"] = []
-    ordered = {f"{line.name}/{backend}": None for line in lines for backend in line.backends}
+        for one in filter(None, (row, row["mutant_result"])):
+            # Findings contain paths of the machine; --json has them.
+            one["counts"]["findings"] = []
+    ordered = {f"{scenario.name}/{backend}": None for scenario in scenarios for backend in scenario.backends}
     rows = {key: known[key] for key in ordered if key in known}
-    figures.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    published = {"machine": machine(), "rows": rows}
+    figures.write_text(json.dumps(published, indent=1) + "\n", encoding="utf-8")
     page = root / PAGE
-    page.write_text(replace(page.read_text(encoding="utf-8"), lines, rows), encoding="utf-8")
+    page.write_text(replace(page.read_text(encoding="utf-8"), scenarios, published), encoding="utf-8")
 
 
-def replace(text: str, lines: Sequence[Line], rows: Mapping[str, Any]) -> str:
-    """The page with these rows between its marks."""
+def replace(text: str, scenarios: Sequence[FaultScenario], published: Mapping[str, Any]) -> str:
+    """The page with these rows between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the page has no place for the scorecard: {BEGIN} ... {END}")
-    return "".join([before, BEGIN, "\n\n", "\n".join(_markdown(lines, rows)), "\n\n", END, after])
+        raise ValueError(f"the page has no markers for the scorecard: {BEGIN} ... {END}")
+    table = "\n".join(_markdown(scenarios, published["rows"], published["machine"]))
+    return "".join([before, BEGIN, "\n\n", table, "\n\n", END, after])
 
 
 def machine() -> dict[str, str]:
-    """What the rows were run on, without the names of hosts or folders."""
+    """The machine and its versions, without names of hosts or folders."""
     found = {
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "Python": platform.python_version(),
@@ -104,82 +110,88 @@ def machine() -> dict[str, str]:
     return found
 
 
-def _markdown(lines: Sequence[Line], rows: Mapping[str, Any]) -> Iterator[str]:
-    yield "; ".join(f"{name}: {value}" for name, value in machine().items()) + "."
+def _markdown(
+    scenarios: Sequence[FaultScenario], rows: Mapping[str, Any], published_on: Mapping[str, str]
+) -> Iterator[str]:
+    yield "; ".join(f"{name}: {value}" for name, value in published_on.items()) + "."
     yield ""
-    yield "| # | fault | backend | seed | landed | operations | lost | twice | wrong | leaks | |"
+    yield "| # | fault | backend | seed | injected | operations | lost | duplicates | wrong | leaks | |"
     yield "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---|"
-    for line in lines:
-        for backend in line.backends:
-            row = rows.get(f"{line.name}/{backend}")
+    for scenario in scenarios:
+        for backend in scenario.backends:
+            row = rows.get(f"{scenario.name}/{backend}")
             if row is None:
                 continue
-            counts = " | ".join(str(row["tally"][name]) for name in COUNTS)
+            counts = row["counts"]
+            cells = " | ".join(str(counts[name]) for name in COUNTS)
             yield (
-                f"| {line.number} | [{line.fault}](#{line.name}) | {backend} | {row['seed']} "
-                f"| {row['tally']['landed']:,} {line.unit} | {row['tally']['operations']:,} | {counts} "
+                f"| {scenario.number} | [{scenario.fault}](#{scenario.name}) | {backend} | {row['seed']} "
+                f"| {counts['injected']:,} {scenario.unit} | {counts['operations']:,} | {cells} "
                 f"| {row['verdict']} |"
             )
-    for line in lines:
-        shown = [(b, rows[f"{line.name}/{b}"]) for b in line.backends if f"{line.name}/{b}" in rows]
+    for scenario in scenarios:
+        shown = [
+            (b, rows[f"{scenario.name}/{b}"]) for b in scenario.backends if f"{scenario.name}/{b}" in rows
+        ]
         if not shown:
             continue
         yield ""
-        yield f"### {line.name}"
+        yield f"### {scenario.name}"
         yield ""
-        yield f"**{line.fault}.** Passes when {line.passes_when}. `python -m flowstore_chaos {line.name}`"
+        command = f"python -m flowstore_chaos {scenario.name}"
+        yield f"**{scenario.fault}.** Passes when {scenario.pass_criterion}. `{command}`"
         yield ""
         for backend, row in shown:
-            yield f"- {backend}: {_story(row)}"
+            yield f"- {backend}: {_details(row)}"
         yield ""
-        yield f"Broken variant: {line.broken}. {_proofs(shown)}"
+        yield f"Mutant: {scenario.mutant}. {_mutant_results(shown)}".rstrip()
 
 
-def _story(row: Mapping[str, Any]) -> str:
+def _details(row: Mapping[str, Any]) -> str:
     if row["skipped"]:
         return f"not run: {row['skipped']}"
     parts = [
         f"{row['seconds']:.0f} s",
-        *(f"{name}: {_figure(v)}" for name, v in row["tally"]["details"].items()),
+        *(f"{name}: {_format_number(v)}" for name, v in row["counts"]["details"].items()),
     ]
     return "; ".join(parts) + "."
 
 
-def _figure(value: float | str) -> str:
+def _format_number(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
 
 
-def _proofs(shown: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    said = []
+def _mutant_results(shown: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    text = []
     for backend, row in shown:
-        proof = row.get("proof")
-        if not proof or proof["skipped"]:
+        mutant_result = row.get("mutant_result")
+        if not mutant_result or mutant_result["skipped"]:
             continue
-        tally = proof["tally"]
-        counts = ", ".join(f"{tally[name]:,} {name}" for name in COUNTS if tally[name])
-        said.append(f"{backend} {counts or 'nothing'} after {tally['landed']:,} {row['unit']}")
-    return f"It went red: {'; '.join(said)}." if said else ""
+        counts = mutant_result["counts"]
+        cells = ", ".join(f"{counts[name]:,} {name}" for name in COUNTS if counts[name])
+        text.append(f"{backend} {cells or 'nothing'} after {counts['injected']:,} {row['unit']}")
+    return f"Detected: {'; '.join(text)}." if text else ""
 
 
-def _key(outcome: Outcome) -> str:
-    return f"{outcome.line.name}/{outcome.backend}"
+def _row_key(result: ScenarioResult) -> str:
+    return f"{result.scenario.name}/{result.backend}"
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def _row(result: ScenarioResult) -> dict[str, Any]:
     return {
-        "number": outcome.line.number,
-        "fault": outcome.line.fault,
-        "unit": outcome.line.unit,
-        "backend": outcome.backend,
-        "seed": outcome.seed,
-        "planned": outcome.planned,
-        "broken": outcome.broken,
-        "verdict": outcome.verdict.value,
-        "seconds": round(outcome.seconds, 1),
-        "tally": asdict(outcome.tally),
-        "skipped": outcome.skipped,
-        "failure": outcome.failure,
-        "command": outcome.command,
+        "number": result.scenario.number,
+        "fault": result.scenario.fault,
+        "unit": result.scenario.unit,
+        "backend": result.backend,
+        "seed": result.seed,
+        "planned": result.planned,
+        "is_mutant": result.is_mutant,
+        "verdict": result.verdict.value,
+        "seconds": round(result.seconds, 1),
+        "counts": asdict(result.counts),
+        "skipped": result.skipped,
+        "failure": result.failure,
+        "command": result.command,
     }

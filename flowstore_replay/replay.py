@@ -1,4 +1,4 @@
-"""The replay: runs of a recorded workflow, worker processes that die under them, and the verdict."""
+"""The replay: run a recorded workflow on worker processes, kill some of them, and verify the result."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ from flowstore_core import (
 )
 from flowstore_core.platforms import require_posix
 from flowstore_core.urls import redact
-from flowstore_replay.crew import Crew, Worker
 from flowstore_replay.engine import TAKEN_OVER
-from flowstore_replay.kills import POLL, Grip, kill_due
+from flowstore_replay.kill_plan import POLL_INTERVAL, StepHolders, kill_threshold
 from flowstore_replay.verify import KILLED, Check, Summary, verify
-from flowstore_replay.wfformat import Workflow
+from flowstore_replay.wfcommons import Workflow
+from flowstore_replay.worker_pool import Worker, WorkerPool
 
 TRIGGER_KEY = "replay"
 PAYLOAD = '{"approved": true}'
 APPROVAL_DELAY = 0.5
-"""Seconds between seeing a step wait and approving it, so that the wait is really one."""
-FINISHED = -1
-"""In place of a count of steps: the run is completed, however it ended."""
-MAX_SURPRISES = 5
-"""How many workers may end by themselves before the replay gives up: something is wrong with them all."""
+"""Seconds between finding a waiting step and approving it, so that the step really waits."""
+COMPLETED = -1
+"""Replaces the number of succeeded steps of a run that is completed, in any status."""
+MAX_UNEXPECTED_EXITS = 5
+"""Number of workers that may exit unexpectedly before the replay is aborted."""
 
 
 class ReplayError(Exception):
-    """The replay cannot go on; the message says why and what to do."""
+    """The replay cannot continue; the message says why and what to do."""
 
     def __init__(self, message: str, *, usage: bool = False) -> None:
         self.usage = usage
-        """Whether it was asked for something that cannot be."""
+        """Whether the caller's arguments are the cause."""
         super().__init__(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What to replay, how fast and with how much trouble."""
+    """Size, speed and faults of a replay."""
 
     workers: int = 4
     runs: int = 1
     speed: float = 100.0
-    """Recorded seconds are divided by it."""
+    """Divisor of recorded durations."""
     kill: int = 0
     fail_rate: float = 0.0
     lease: float = 2.0
-    """Seconds; a dead worker's step is taken over after at most that."""
+    """Seconds after which a dead worker's step is taken over, at most."""
     max_attempts: int = 5
-    approve: tuple[str, ...] = ()
+    approval_steps: tuple[str, ...] = ()
     hold: bool = False
     seed: int = 0
     timeout: float | None = 300.0
     key: str | None = None
-    """Names the replay; the same key again goes on with its runs instead of starting new ones."""
+    """Names the replay. Reusing a key continues its runs instead of starting new ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """How things stand, for showing."""
+class ReplayProgress:
+    """The progress of a replay, for display."""
 
     seconds: float
     runs: int
@@ -82,26 +82,26 @@ class View:
     steps_done: int
     kills: int
     kills_done: int
-    at_work: tuple[tuple[str, str | None], ...]
-    """Each worker with the step that it holds."""
+    held_steps: tuple[tuple[str, str | None], ...]
+    """Each worker and the key of the step that it executes."""
     waiting: tuple[str, ...]
-    """Steps that wait for a signal."""
+    """Keys of steps that wait for a signal."""
 
 
 class Observer(Protocol):
-    """Who is told what happens."""
+    """Receives the events and the progress of a replay."""
 
     def note(self, text: str) -> None:
-        """One thing that happened, in a sentence."""
+        """One event, as a sentence."""
         ...
 
-    def show(self, view: View) -> None:
-        """How things stand; several times a second."""
+    def show(self, progress: ReplayProgress) -> None:
+        """The current progress; called several times a second."""
         ...
 
 
 class Replay:
-    """One replay. The parent only triggers, watches, kills and approves: the workers do the rest."""
+    """One replay. The parent triggers, polls, kills and approves; the workers execute steps."""
 
     def __init__(
         self,
@@ -112,10 +112,10 @@ class Replay:
         url: str | None = None,
         migrate: bool = True,
     ) -> None:
-        """Raises ReplayError for a step to approve that the workflow does not have."""
-        if unknown := sorted(set(options.approve) - workflow.by_key.keys()):
-            known = ", ".join(list(workflow.by_key)[:10])
-            raise ReplayError(f"no step {unknown[0]!r} to approve; steps are: {known}", usage=True)
+        """Raises ReplayError if the workflow lacks a step of ``approval_steps``."""
+        if unknown := sorted(set(options.approval_steps) - workflow.by_key.keys()):
+            step_keys = ", ".join(list(workflow.by_key)[:10])
+            raise ReplayError(f"no step {unknown[0]!r} to approve; steps are: {step_keys}", usage=True)
         self._workflow = workflow
         self._options = options
         self._observer = observer
@@ -123,28 +123,28 @@ class Replay:
         self._migrate = migrate
         self.key = options.key or secrets.token_hex(4)
         self.run_ids: list[UUID] = []
-        self._began = time.monotonic()
-        self._done: dict[UUID, int] = {}
-        self._grip = Grip(workflow, options.speed)
+        self._started_at = time.monotonic()
+        self._steps_done_by_run: dict[UUID, int] = {}
+        self._holders = StepHolders(workflow, options.speed)
         self._kills_done = 0
-        self._hit: set[tuple[UUID, str]] = set()
+        self._killed_steps: set[tuple[UUID, str]] = set()
         self._waiting: dict[tuple[UUID, str], float] = {}
         self._approved: set[tuple[UUID, str]] = set()
         self._events: dict[UUID, int] = {}
-        self._surprises = 0
+        self._unexpected_exits = 0
 
     async def run(self) -> Summary:
-        """Replay, and let the store tell what became of it.
+        """Replay, and verify the final state in the store.
 
-        Raises ReplayError, and FlowStoreError where the store cannot be opened. Cancelled, it ends its
-        workers and leaves the runs as they are: the same key goes on with them.
+        Raises ReplayError, and FlowStoreError if the store cannot be opened. When cancelled, it ends its
+        workers and leaves the runs as they are; the same key continues them.
         """
         options = self._options
         require_posix("a replay")
         async with open_store(self._url, migrate=self._migrate) as store:
             _check_capabilities(store)
             await self._trigger(store)
-            crew = Crew(
+            pool = WorkerPool(
                 {
                     "url": self._url,
                     "run_ids": [str(run_id) for run_id in self.run_ids],
@@ -154,24 +154,24 @@ class Replay:
                     "seed": options.seed,
                     "lease": options.lease,
                     "max_attempts": options.max_attempts,
-                    "approve": options.approve,
+                    "approval_steps": options.approval_steps,
                 }
             )
             try:
                 for _ in range(options.workers):
-                    await crew.start()
-                in_time = await self._watch(store, crew)
+                    await pool.start()
+                finished_in_time = await self._supervise(store, pool)
             finally:
-                await crew.end()
-            summary = await verify(store, self._workflow, self.run_ids, approve=options.approve)
-        if not in_time:
-            check = Check(name="done in time")
-            check.fail(f"not done after {options.timeout:g} s; go on with --key {self.key}")
+                await pool.shutdown()
+            summary = await verify(store, self._workflow, self.run_ids, approval_steps=options.approval_steps)
+        if not finished_in_time:
+            check = Check(name="finished in time")
+            check.fail(f"not finished after {options.timeout:g} s; continue with --key {self.key}")
             summary.checks.insert(0, check)
         if self._kills_done < options.kill:
             self._note(
-                f"{self._kills_done} of {options.kill} workers were killed: the runs were over before the "
-                "others; lower --speed or raise --runs"
+                f"{self._kills_done} of {options.kill} workers were killed: the runs completed "
+                "before the remaining kills were due; lower --speed or raise --runs"
             )
         return summary
 
@@ -187,113 +187,113 @@ class Replay:
             )
             self.run_ids.append(result.run.run_id)
             if not result.created:
-                await self._read_events(store, result.run.run_id, tell=False)
-                self._note(
-                    f"going on with run {result.run.run_id} ({result.run.status}) of an earlier replay"
-                )
+                await self._read_events(store, result.run.run_id, report=False)
+                self._note(f"continuing run {result.run.run_id} ({result.run.status}) of an earlier replay")
 
-    async def _watch(self, store: FlowStore, crew: Crew) -> bool:
-        """Until all runs are completed; False if that took too long."""
+    async def _supervise(self, store: FlowStore, pool: WorkerPool) -> bool:
+        """Poll until all runs are completed. False on timeout."""
         unreachable = False
         while True:
-            began = time.monotonic()
-            if self._options.timeout is not None and began - self._began > self._options.timeout:
+            started_at = time.monotonic()
+            if self._options.timeout is not None and started_at - self._started_at > self._options.timeout:
                 return False
             try:
-                over = await self._look(store, crew)
+                is_completed = await self._poll(store, pool)
                 unreachable = False
             except StoreUnavailableError as error:
                 if not unreachable:
-                    self._note(f"{error}; trying again")
-                over, unreachable = False, True
-            if over:
+                    self._note(f"{error}; retrying")
+                is_completed, unreachable = False, True
+            if is_completed:
                 return True
-            await self._replace(crew)
-            # Watching many runs must not take the processor from those who do the work.
-            await asyncio.sleep(max(POLL, 4 * (time.monotonic() - began)))
+            await self._replace_exited(pool)
+            # Polling many runs must leave the processor to the workers.
+            await asyncio.sleep(max(POLL_INTERVAL, 4 * (time.monotonic() - started_at)))
 
-    async def _look(self, store: FlowStore, crew: Crew) -> bool:
+    async def _poll(self, store: FlowStore, pool: WorkerPool) -> bool:
         active = {run.run_id for run in await store.get_active_runs()}
         details = []
         for run_id in self.run_ids:
-            if self._done.get(run_id) == FINISHED:
+            if self._steps_done_by_run.get(run_id) == COMPLETED:
                 continue
             await self._read_events(store, run_id)
             if detail := await store.get_run_detail(run_id):
                 details.append(detail)
                 succeeded = sum(step.status is StepStatus.SUCCEEDED for step in detail.steps)
-                self._done[run_id] = succeeded if run_id in active else FINISHED
-        over = all(self._done.get(run_id) == FINISHED for run_id in self.run_ids)
-        self._grip.see(details, {worker.name for worker in crew.workers})
-        self._show(crew)
-        if not over:
+                self._steps_done_by_run[run_id] = succeeded if run_id in active else COMPLETED
+        is_completed = all(self._steps_done_by_run.get(run_id) == COMPLETED for run_id in self.run_ids)
+        self._holders.update(details, {worker.name for worker in pool.workers})
+        self._show(pool)
+        if not is_completed:
             await self._approve(store, [detail for detail in details if detail.run_id in active])
-            await self._kill(store, crew, details)
-        return over
+            await self._kill(store, pool, details)
+        return is_completed
 
-    async def _kill(self, store: FlowStore, crew: Crew, details: Sequence[FlowRunDetail]) -> None:
-        """Kill the next worker, if its time has come and one is in the middle of a step."""
+    async def _kill(self, store: FlowStore, pool: WorkerPool, details: Sequence[FlowRunDetail]) -> None:
+        """Kill a worker if the next kill is due and a worker is in the middle of a step."""
         if self._kills_done < self._options.kill:
-            finished = sum(state == FINISHED for state in self._done.values())
-            unfinished = [detail for detail in details if self._done[detail.run_id] != FINISHED]
-            progress = self._grip.progress(unfinished, finished, len(self.run_ids))
-            if progress >= kill_due(self._kills_done, self._options.kill):
-                victim = self._grip.victim(progress, self._hit)
-                for worker in crew.workers:
+            finished = sum(state == COMPLETED for state in self._steps_done_by_run.values())
+            unfinished = [detail for detail in details if self._steps_done_by_run[detail.run_id] != COMPLETED]
+            progress = self._holders.progress(unfinished, finished, len(self.run_ids))
+            if progress >= kill_threshold(self._kills_done, self._options.kill):
+                victim = self._holders.victim(progress, self._killed_steps)
+                for worker in pool.workers:
                     if worker.name == victim:
-                        await self._kill_one(store, crew, worker)
+                        await self._kill_worker(store, pool, worker)
                         return
 
-    async def _kill_one(self, store: FlowStore, crew: Crew, victim: Worker) -> None:
-        await crew.kill(victim)
+    async def _kill_worker(self, store: FlowStore, pool: WorkerPool, victim: Worker) -> None:
+        await pool.kill(victim)
         self._kills_done += 1
-        # Asked of the store after its death, so that it is what the worker really left behind.
-        run_id = self._grip.held[victim.name].run_id
+        # Read after the worker's death: the state that it really left behind.
+        run_id = self._holders.held[victim.name].run_id
         detail = await store.get_run_detail(run_id)
-        left = [
+        open_attempts = [
             (step.step_key, step.attempts[-1].attempt)
             for step in (detail.steps if detail else ())
             if step.attempts[-1].job_id == victim.name and step.attempts[-1].completed_at is None
         ]
-        key = left[0][0] if left else None
+        key = open_attempts[0][0] if open_attempts else None
         if key is not None:
-            self._hit.add((run_id, key))
+            self._killed_steps.add((run_id, key))
         await store.append_event(run_id, KILLED, step_key=key, message=victim.name)
         held = (
-            f"while it held {key!r} (attempt {left[0][1]})" if left else "just after it had finished a step"
+            f"while it held {key!r} (attempt {open_attempts[0][1]})"
+            if open_attempts
+            else "just after it had finished a step"
         )
-        replacement = await crew.start()
+        replacement = await pool.start()
         self._note(f"killed {victim.name} {held}; started {replacement.name}")
 
-    async def _replace(self, crew: Crew) -> None:
-        for worker in await crew.ended():
+    async def _replace_exited(self, pool: WorkerPool) -> None:
+        for worker in await pool.reap_exited():
             if worker.process.returncode == 0:
-                continue  # It saw all runs completed, as we are about to.
-            self._surprises += 1
-            if self._surprises > MAX_SURPRISES:
+                continue  # It found all runs completed, as the next poll will.
+            self._unexpected_exits += 1
+            if self._unexpected_exits > MAX_UNEXPECTED_EXITS:
                 raise ReplayError(
-                    f"workers keep ending by themselves; the last one said: {worker.last_words}"
+                    f"workers keep exiting unexpectedly; last line of standard error: {worker.last_line}"
                 )
-            replacement = await crew.start()
-            self._note(f"{worker.name} ended by itself: {worker.last_words}; started {replacement.name}")
-        if not crew.workers:
-            await crew.start()  # Somebody has reopened a run that they saw completed.
+            replacement = await pool.start()
+            self._note(f"{worker.name} exited unexpectedly: {worker.last_line}; started {replacement.name}")
+        if not pool.workers:
+            await pool.start()  # A run was reopened after the workers found it completed.
 
     async def _approve(self, store: FlowStore, details: Sequence[FlowRunDetail]) -> None:
-        for run_id in [detail.run_id for detail in details] if self._options.approve else ():
+        for run_id in [detail.run_id for detail in details] if self._options.approval_steps else ():
             for waiter in await store.get_waiters(run_id):
-                place = (run_id, waiter.step_key)
+                waiting_step = (run_id, waiter.step_key)
                 if waiter.delivered_at is not None or waiter.expired_at is not None:
-                    self._waiting.pop(place, None)
+                    self._waiting.pop(waiting_step, None)
                     continue
-                if place not in self._waiting:
-                    self._waiting[place] = time.monotonic()
+                if waiting_step not in self._waiting:
+                    self._waiting[waiting_step] = time.monotonic()
                     self._note(f"step {waiter.step_key!r} of run {run_id} waits for a signal")
                     if self._options.hold:
                         self._note(f"approve it with: {self._deliver_command(run_id, waiter.signal_name)}")
-                late = time.monotonic() - self._waiting[place] >= APPROVAL_DELAY
-                if not self._options.hold and late and place not in self._approved:
-                    # The delivery_id makes a repetition after a lost answer harmless.
+                delay_elapsed = time.monotonic() - self._waiting[waiting_step] >= APPROVAL_DELAY
+                if not self._options.hold and delay_elapsed and waiting_step not in self._approved:
+                    # The delivery_id makes a retry idempotent.
                     result = await store.deliver_signal(
                         run_id,
                         waiter.signal_name,
@@ -301,44 +301,46 @@ class Replay:
                         delivery_id=f"{run_id}/{waiter.created_at.isoformat()}",
                     )
                     if result.status is SignalDeliveryStatus.NOT_FOUND:
-                        continue  # The run ended first. A retry may reopen it with this waiter in place.
-                    self._approved.add(place)
+                        continue  # The run completed first. A retry may reopen it with its waiter.
+                    self._approved.add(waiting_step)
                     self._note(f"approved step {waiter.step_key!r} of run {run_id}: {result.status}")
 
     def _deliver_command(self, run_id: UUID, signal_name: str) -> str:
-        words = ["flowstore", "signal", "deliver", str(run_id), signal_name, PAYLOAD]
+        command = ["flowstore", "signal", "deliver", str(run_id), signal_name, PAYLOAD]
         if self._url is not None:
-            words += ["--url", redact(self._url)]
-        return shlex.join(words)
+            command += ["--url", redact(self._url)]
+        return shlex.join(command)
 
-    async def _read_events(self, store: FlowStore, run_id: UUID, *, tell: bool = True) -> None:
+    async def _read_events(self, store: FlowStore, run_id: UUID, *, report: bool = True) -> None:
         while events := await store.get_run_events(run_id, after=self._events.get(run_id, 0)):
             self._events[run_id] = events[-1].sequence
-            for event in events if tell else ():
+            for event in events if report else ():
                 if event.event_type == TAKEN_OVER:
                     self._note(
-                        f"{event.message} took over {event.step_key!r}: its worker's lease had run out"
+                        f"{event.message} took over {event.step_key!r}: its worker's lease had expired"
                     )
 
     def _note(self, text: str) -> None:
         self._observer.note(text)
 
-    def _show(self, crew: Crew) -> None:
+    def _show(self, pool: WorkerPool) -> None:
         size = len(self._workflow.tasks)
-        at_work = tuple(
-            (worker.name, held.key if (held := self._grip.held.get(worker.name)) else None)
-            for worker in crew.workers
+        held_steps = tuple(
+            (worker.name, held.key if (held := self._holders.held.get(worker.name)) else None)
+            for worker in pool.workers
         )
         self._observer.show(
-            View(
-                seconds=time.monotonic() - self._began,
+            ReplayProgress(
+                seconds=time.monotonic() - self._started_at,
                 runs=len(self.run_ids),
-                runs_done=sum(state == FINISHED for state in self._done.values()),
+                runs_done=sum(state == COMPLETED for state in self._steps_done_by_run.values()),
                 steps=size * len(self.run_ids),
-                steps_done=sum(size if state == FINISHED else state for state in self._done.values()),
+                steps_done=sum(
+                    size if state == COMPLETED else state for state in self._steps_done_by_run.values()
+                ),
                 kills=self._options.kill,
                 kills_done=self._kills_done,
-                at_work=at_work,
+                held_steps=held_steps,
                 waiting=tuple(key for _, key in self._waiting),
             )
         )
@@ -347,14 +349,13 @@ class Replay:
 def _check_capabilities(store: FlowStore) -> None:
     if Capability.MULTI_PROCESS not in store.capabilities:
         raise ReplayError(
-            f"a replay starts worker processes, so it needs a store that several processes can open, and "
-            f"backend {store.backend!r} lives inside one; use --url sqlite:///flowstore.db or a "
-            "postgresql:// URL",
+            f"a replay needs a store that several processes can open; backend {store.backend!r} lives in one "
+            "process: use --url sqlite:///flowstore.db or a postgresql:// URL",
             usage=True,
         )
     needed = CRASH_SAFE | {Capability.EVENTS}
     if missing := needed - store.capabilities:
         names = ", ".join(sorted(missing))
         raise ReplayError(
-            f"backend {store.backend!r} does not offer {names}, which a replay needs", usage=True
+            f"a replay needs {names}, which backend {store.backend!r} does not offer", usage=True
         )

@@ -1,4 +1,4 @@
-"""What became of a replay, asked of the store alone: nothing that a process remembers counts here."""
+"""Verification of a replay from the state in the store alone."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_replay.engine import FAILED, TAKEN_OVER
-from flowstore_replay.wfformat import Workflow
+from flowstore_replay.wfcommons import Workflow
 from flowstore_replay.work import output_of
 
 KILLED = "worker.killed"
-"""The event that the parent appends for a worker it has killed; its message names the worker."""
+"""Event type: the parent killed a worker, which the message names."""
 
 OUTCOMES = ("succeeded", "failed", "taken_over", "waiting", "skipped")
-"""What may become of an attempt: it succeeds; its work fails; its worker dies and the next attempt takes
-over; it waits for a signal; its run is stopped or fails first."""
+"""How an attempt may end: it succeeds; its work fails; its worker dies and the next attempt takes over; it
+waits for a signal; its run is stopped or fails first."""
 
 MAX_SHOWN = 5
-"""How many findings of one check are kept; a broken store could bring thousands."""
+"""Maximum number of findings kept for one check; a faulty store could cause thousands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """A worker that was killed, and what it held."""
+    """A killed worker and the step that it executed."""
 
     worker: str
     run_id: UUID
@@ -43,18 +43,18 @@ class Kill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Takeover:
-    """A step that went on after its worker had stopped renewing its lease."""
+    """A step taken over after its worker had stopped renewing the lease."""
 
     run_id: UUID
     step_key: str
     from_worker: str | None
-    """None: the step had been claimed but never started."""
+    """None: the step was claimed but not started."""
     to_worker: str | None
 
 
 @dataclass(slots=True, kw_only=True)
 class Check:
-    """One thing that must hold, and where it does not."""
+    """One invariant and its violations."""
 
     name: str
     findings: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Check:
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
-    """The whole answer."""
+    """The verified result of a replay."""
 
     workflow: str
     runs: int
@@ -81,7 +81,7 @@ class Summary:
     steps_succeeded: int = 0
     attempts: int = 0
     attempts_by_outcome: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
-    """Each attempt counts under one of OUTCOMES, or fails a check."""
+    """Number of attempts for each of OUTCOMES; any other attempt fails a check."""
     kills: list[Kill] = field(default_factory=list)
     takeovers: list[Takeover] = field(default_factory=list)
     started_at: datetime | None = None
@@ -98,7 +98,7 @@ class Summary:
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end, by the store's clock."""
+        """Duration from the first start to the last end, by the store's clock."""
         if self.started_at is None or self.completed_at is None:
             return 0.0
         return (self.completed_at - self.started_at).total_seconds()
@@ -108,22 +108,24 @@ class Summary:
         return self.steps_succeeded / self.seconds if self.seconds > 0 else 0.0
 
 
-class _Checks:
+class _CheckList:
+    """All invariants, in the order of the report."""
+
     def __init__(self) -> None:
         self.completed = Check(name="every run succeeded")
         self.once = Check(name="every step succeeded exactly once, in its last attempt")
         self.accounted = Check(name="every attempt is numbered, closed and accounted for")
         self.order = Check(name="no step started before its parents had succeeded")
-        self.outputs = Check(name="every output is there and follows from its parents'")
-        self.ledger = Check(name="every step was dispatched and claimed, and nothing else was")
+        self.outputs = Check(name="every output exists and follows from its parents' outputs")
+        self.ledger = Check(name="every step was dispatched and claimed, and no other step was")
         self.claims = Check(name="no live claim is left")
 
 
 async def verify(
-    store: FlowStore, workflow: Workflow, run_ids: Sequence[UUID], *, approve: Collection[str] = ()
+    store: FlowStore, workflow: Workflow, run_ids: Sequence[UUID], *, approval_steps: Collection[str] = ()
 ) -> Summary:
-    """Read everything about these runs and judge it. Changes nothing."""
-    checks = _Checks()
+    """Read the complete state of these runs and check it. Read-only."""
+    checks = _CheckList()
     summary = Summary(workflow=workflow.name, runs=len(run_ids), checks=list(vars(checks).values()))
     for run_id in run_ids:
         detail = await store.get_run_detail(run_id)
@@ -133,7 +135,7 @@ async def verify(
         events = [event async for event in _events(store, run_id)]
         _check_run(checks.completed, summary, detail, await store.get_run_control(run_id))
         _check_steps(checks, summary, workflow, detail, events)
-        await _check_outputs(checks.outputs, store, workflow, detail, frozenset(approve))
+        await _check_outputs(checks.outputs, store, workflow, detail, frozenset(approval_steps))
         await _check_claims(checks, store, workflow, detail)
         summary.kills += [
             Kill(worker=event.message or "", run_id=run_id, step_key=event.step_key)
@@ -168,7 +170,7 @@ def _check_run(
 
 
 def _check_steps(
-    checks: _Checks,
+    checks: _CheckList,
     summary: Summary,
     workflow: Workflow,
     run: FlowRunDetail,
@@ -178,55 +180,55 @@ def _check_steps(
     steps = {step.step_key: step for step in run.steps}
     succeeded_at: dict[str, datetime] = {}
     for key in steps.keys() - workflow.by_key.keys():
-        checks.once.fail(f"{_at(run.run_id, key)} is no task of the workflow")
+        checks.once.fail(f"{_describe_step(run.run_id, key)} is no task of the workflow")
     for task in workflow.tasks:
-        where, step = _at(run.run_id, task.key), steps.get(task.key)
+        step_label, step = _describe_step(run.run_id, task.key), steps.get(task.key)
         if step is None:
-            checks.once.fail(f"{where} never started")
+            checks.once.fail(f"{step_label} never started")
             continue
-        winners = [attempt for attempt in step.attempts if attempt.status is StepStatus.SUCCEEDED]
-        if step.status is StepStatus.SUCCEEDED and winners == list(step.attempts[-1:]):
+        successes = [attempt for attempt in step.attempts if attempt.status is StepStatus.SUCCEEDED]
+        if step.status is StepStatus.SUCCEEDED and successes == list(step.attempts[-1:]):
             summary.steps_succeeded += 1
-            succeeded_at[task.key] = winners[0].completed_at or winners[0].started_at
+            succeeded_at[task.key] = successes[0].completed_at or successes[0].started_at
         else:
-            checks.once.fail(f"{where} is {step.status}, {len(winners)} of its attempts succeeded")
-        _check_attempts(checks.accounted, summary, step, where, events)
+            checks.once.fail(f"{step_label} is {step.status}, {len(successes)} of its attempts succeeded")
+        _check_attempts(checks.accounted, summary, step, step_label, events)
         for parent in task.parents:
-            # Parents come first in workflow.tasks, so theirs is known.
+            # Parents come first in workflow.tasks, so their ends are known.
             if parent not in succeeded_at or step.started_at < succeeded_at[parent]:
-                checks.order.fail(f"{where} started before {parent!r} had succeeded")
+                checks.order.fail(f"{step_label} started before {parent!r} had succeeded")
 
 
 def _check_attempts(
     check: Check,
     summary: Summary,
     step: FlowStepRecord,
-    where: str,
+    step_label: str,
     events: Sequence[FlowEventRecord],
 ) -> None:
     attempts = step.attempts
     summary.attempts += len(attempts)
     if [attempt.attempt for attempt in attempts] != list(range(1, step.attempt_count + 1)):
-        check.fail(f"{where}: its attempts are not numbered 1 to {step.attempt_count}")
+        check.fail(f"{step_label}: its attempts are not numbered 1 to {step.attempt_count}")
     for attempt, successor in zip(attempts, [*attempts[1:], None], strict=True):
         outcome = _classify(attempt, successor)
         if outcome is None:
             state = "open" if attempt.completed_at is None else f"{attempt.status}: {attempt.error_message}"
-            check.fail(f"{where}: attempt {attempt.attempt} is {state}")
+            check.fail(f"{step_label}: attempt {attempt.attempt} is {state}")
             continue
         summary.attempts_by_outcome[outcome] += 1
         if outcome == "taken_over" and successor is not None:
             summary.takeovers.append(_takeover(step, attempt.job_id, successor.job_id))
-    known = sum(
+    counted = sum(
         takeover.step_key == step.step_key for takeover in summary.takeovers if takeover.run_id == step.run_id
     )
-    noted = [e for e in events if e.event_type == TAKEN_OVER and e.step_key == step.step_key]
-    # A worker that died between claiming and starting left no attempt; the event alone tells.
-    summary.takeovers += [_takeover(step, None, event.message) for event in noted[known:]]
+    takeover_events = [e for e in events if e.event_type == TAKEN_OVER and e.step_key == step.step_key]
+    # A worker that died between claim and start left no attempt; only the event shows the takeover.
+    summary.takeovers += [_takeover(step, None, event.message) for event in takeover_events[counted:]]
 
 
 def _classify(attempt: FlowStepAttemptRecord, successor: FlowStepAttemptRecord | None) -> str | None:
-    """What ended an attempt; None where nothing that the engine does explains it."""
+    """Classify the end of an attempt as one of OUTCOMES; None if the engine cannot have caused it."""
     if attempt.completed_at is None:
         return None
     message = attempt.error_message or ""
@@ -250,40 +252,42 @@ def _takeover(step: FlowStepRecord, from_worker: str | None, to_worker: str | No
 
 
 async def _check_outputs(
-    check: Check, store: FlowStore, workflow: Workflow, run: FlowRunDetail, approve: Collection[str]
+    check: Check, store: FlowStore, workflow: Workflow, run: FlowRunDetail, approval_steps: Collection[str]
 ) -> None:
-    done = [step for step in run.steps if step.status is StepStatus.SUCCEEDED]
-    outputs = {step.step_key: step.output_json for step in done if step.output_json is not None}
-    for step in done:
+    succeeded = [step for step in run.steps if step.status is StepStatus.SUCCEEDED]
+    outputs = {step.step_key: step.output_json for step in succeeded if step.output_json is not None}
+    for step in succeeded:
         task = workflow.by_key.get(step.step_key)
         if task is None:
-            continue  # Another check has said so.
-        where, found = _at(run.run_id, task.key), outputs.get(task.key)
+            continue  # Reported by another check.
+        step_label, found = _describe_step(run.run_id, task.key), outputs.get(task.key)
         if found is None:
-            check.fail(f"{where} has no output")
+            check.fail(f"{step_label} has no output")
         elif found != step.attempts[-1].output_json:
-            check.fail(f"{where}: its output is not what its last attempt recorded")
-        elif task.key in approve:
+            check.fail(f"{step_label}: its output differs from the output of its last attempt")
+        elif task.key in approval_steps:
             waiter = await store.get_waiter(run.run_id, task.key)
             if waiter is None or found != waiter.payload_json:
-                check.fail(f"{where}: its output is not the payload of its signal")
+                check.fail(f"{step_label}: its output is not the payload of its signal")
         elif all(parent in outputs for parent in task.parents) and found != output_of(task, outputs):
-            check.fail(f"{where}: its output does not follow from its parents'")
+            check.fail(f"{step_label}: its output does not follow from its parents' outputs")
 
 
-async def _check_claims(checks: _Checks, store: FlowStore, workflow: Workflow, run: FlowRunDetail) -> None:
+async def _check_claims(checks: _CheckList, store: FlowStore, workflow: Workflow, run: FlowRunDetail) -> None:
     for key in sorted(await store.get_claimed_step_keys(run.run_id)):
-        checks.claims.fail(f"{_at(run.run_id, key)} is claimed")
+        checks.claims.fail(f"{_describe_step(run.run_id, key)} is claimed")
     claimed = {claim.step_key for claim in await store.get_step_claims(run.run_id)}
     dispatched = {dispatch.step_key for dispatch in await store.get_dispatches(run.run_id)}
-    for keys, deed in ((dispatched, "dispatched"), (claimed, "claimed")):
+    for keys, verb in ((dispatched, "dispatched"), (claimed, "claimed")):
         for key in sorted(keys - workflow.by_key.keys()):
-            checks.ledger.fail(f"{_at(run.run_id, key)} was {deed} but is no task of the workflow")
-        # A finished step keeps both records, so that a late message about it finds it taken.
+            checks.ledger.fail(f"{_describe_step(run.run_id, key)} was {verb} but is no task of the workflow")
+        # A finished step keeps both records, so that a late message for it is rejected.
         for step in run.steps:
             if step.status is StepStatus.SUCCEEDED and step.step_key not in keys:
-                checks.ledger.fail(f"{_at(run.run_id, step.step_key)} succeeded but was never {deed}")
+                checks.ledger.fail(
+                    f"{_describe_step(run.run_id, step.step_key)} succeeded but was never {verb}"
+                )
 
 
-def _at(run_id: UUID, key: str) -> str:
+def _describe_step(run_id: UUID, key: str) -> str:
     return f"step {key!r} of run {run_id}"

@@ -1,4 +1,4 @@
-"""The work of a replay: sleeping as long as was recorded, failing now and then, and a verifiable output."""
+"""The work of a replay: sleep for the recorded time, fail sometimes, return a verifiable output."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import random
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
-from flowstore_replay.engine import Job, WorkFailed
-from flowstore_replay.wfformat import Task
+from flowstore_replay.engine import StepContext, WorkFailed
+from flowstore_replay.wfcommons import Task
 
 INJECTED = "injected failure"
-"""What a WorkFailed of a replay says."""
+"""The message of every WorkFailed of a replay."""
 
 
 class RecordedWork:
-    """Does each task again in the time it took, divided by ``speed``."""
+    """Simulates each task in its recorded time divided by ``speed``."""
 
     def __init__(self, run_ids: Sequence[UUID], *, speed: float, fail_rate: float, seed: int) -> None:
         self._speed = speed
         self._fail_rate = fail_rate
         self._seeds = {run_id: f"{seed}/{number}" for number, run_id in enumerate(run_ids)}
 
-    async def __call__(self, job: Job) -> str:
-        # Decided by the seed alone, not by the order in which workers happen to arrive.
-        chance = random.Random(f"{self._seeds[job.run_id]}/{job.task.key}/{job.attempt}")
-        seconds = job.task.seconds / self._speed
+    async def __call__(self, context: StepContext) -> str:
+        # Seeded per attempt, so that the order of workers has no influence.
+        chance = random.Random(f"{self._seeds[context.run_id]}/{context.task.key}/{context.attempt}")
+        seconds = context.task.seconds / self._speed
         if chance.random() < self._fail_rate:
             await asyncio.sleep(seconds * chance.random())
             raise WorkFailed(INJECTED)
         await asyncio.sleep(seconds)
-        return output_of(job.task, job.inputs)
+        return output_of(context.task, context.inputs)
 
 
 def output_of(task: Task, inputs: Mapping[str, str]) -> str:
     """The output of a task: a digest of its key and of its parents' outputs.
 
-    So one wrong or missing output anywhere changes every output that follows from it.
+    A wrong or missing output changes the outputs of all descendants.
     """
     digest = hashlib.sha256(task.key.encode())
     for parent in sorted(task.parents):

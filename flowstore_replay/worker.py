@@ -1,8 +1,8 @@
-"""One worker process: ``python -m flowstore_replay.worker``, started by the replay, never by hand.
+"""One worker process: ``python -m flowstore_replay.worker``, started by the replay.
 
-Its orders are one line of JSON on standard input, because a command line can be read by every user of
-the machine and the URL may hold a password. Standard input then stays open for as long as the parent
-lives: its end is how the worker learns that it is alone, and ends as well.
+Its configuration is one line of JSON on standard input, because every user of the machine can read a command
+line and the URL may hold a password. Standard input stays open while the parent lives; the worker exits at
+its end.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from uuid import UUID
 
 from flowstore_core import FlowStore, FlowStoreError, StoreUnavailableError, open_store
 from flowstore_replay.engine import Engine
-from flowstore_replay.wfformat import Workflow
+from flowstore_replay.wfcommons import Workflow
 from flowstore_replay.work import RecordedWork
 
-LONGEST_ORDERS = 1 << 28
+MAX_CONFIG_BYTES = 1 << 28
 
 Wrap = Callable[[FlowStore], Any]
-"""Puts something around the worker's store: to listen in, or to break it."""
+"""Wraps the worker's store, to observe it or to inject faults."""
 
 
-def as_it_is(store: FlowStore) -> FlowStore:
+def unwrapped(store: FlowStore) -> FlowStore:
     return store
 
 
-async def work(orders: Mapping[str, Any], parent_is_gone: asyncio.Task[Any], wrap: Wrap = as_it_is) -> None:
-    """Carry out the orders until all runs are completed or the parent is gone."""
-    run_ids = [UUID(run_id) for run_id in orders["run_ids"]]
-    # The parent has migrated what was to be migrated.
-    async with open_store(orders["url"], migrate=False) as store:
+async def work(config: Mapping[str, Any], parent_exited: asyncio.Task[Any], wrap: Wrap = unwrapped) -> None:
+    """Work on the configured runs until all are completed or the parent has exited."""
+    run_ids = [UUID(run_id) for run_id in config["run_ids"]]
+    # The parent has applied migrations already.
+    async with open_store(config["url"], migrate=False) as store:
         engine = Engine(
             wrap(store),
-            Workflow.from_json(orders["workflow"]),
-            RecordedWork(run_ids, speed=orders["speed"], fail_rate=orders["fail_rate"], seed=orders["seed"]),
-            name=orders["name"],
-            lease=timedelta(seconds=orders["lease"]),
-            max_attempts=orders["max_attempts"],
-            approve=orders["approve"],
+            Workflow.from_json(config["workflow"]),
+            RecordedWork(run_ids, speed=config["speed"], fail_rate=config["fail_rate"], seed=config["seed"]),
+            name=config["name"],
+            lease=timedelta(seconds=config["lease"]),
+            max_attempts=config["max_attempts"],
+            approval_steps=config["approval_steps"],
         )
         running = asyncio.create_task(engine.run(run_ids))
-        await asyncio.wait({running, parent_is_gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({running, parent_exited}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()
         else:
@@ -57,18 +57,18 @@ async def work(orders: Mapping[str, Any], parent_is_gone: asyncio.Task[Any], wra
 
 async def _main(wrap: Wrap) -> None:
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=LONGEST_ORDERS)
+    reader = asyncio.StreamReader(limit=MAX_CONFIG_BYTES)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    orders = await reader.readline()
-    if orders:
-        parent_is_gone = asyncio.create_task(reader.read())
-        loop.add_signal_handler(signal.SIGTERM, parent_is_gone.cancel)
-        await work(json.loads(orders), parent_is_gone, wrap)
-        parent_is_gone.cancel()
+    config = await reader.readline()
+    if config:
+        parent_exited = asyncio.create_task(reader.read())
+        loop.add_signal_handler(signal.SIGTERM, parent_exited.cancel)
+        await work(json.loads(config), parent_exited, wrap)
+        parent_exited.cancel()
 
 
-def main(wrap: Wrap = as_it_is) -> int:
-    # The terminal's Ctrl-C is meant for the parent, which then ends its workers in order.
+def main(wrap: Wrap = unwrapped) -> int:
+    # The terminal's Ctrl-C is for the parent, which then ends its workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

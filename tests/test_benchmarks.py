@@ -1,6 +1,6 @@
-"""Each benchmark program at its smallest: it ends well, writes JSON, and every variant did its work.
+"""Each benchmark program at its minimum: it succeeds, writes JSON, and every variant does its work.
 
-Nothing here is about time: a figure that is compared with a target would fail on a busy machine.
+Figures are not compared with targets, which would fail on a busy machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST = ("--rounds", "1", "--seconds", "0.01", "--scale", "0.05")
 
 
 def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """The report of a program, and what it printed."""
+    """The report of a program, and its output."""
     found = folder / "report.json"
     picture = folder / "report.svg"
     command = [sys.executable, "-m", f"benchmarks.{program}", *SMALLEST, *options]
@@ -43,7 +43,7 @@ def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]
     for measure in report["measures"]:
         for result in measure["results"]:
             assert result["samples"], (measure["name"], result["variant"])
-            # A round raises unless its check found all of its work done.
+            # A round raises unless all of its work was verified.
             assert all(sample["work"] > 0 for sample in result["samples"])
     return report, done.stdout
 
@@ -91,7 +91,7 @@ def test_peers(tmp_path: Path) -> None:
     found = measures(report)
     for at_once in (4, 8):
         assert "flowstore" in found[f"durable steps, {at_once} at once"]
-    # Those that are not installed are named with the reason.
+    # Missing engines are named with the reason.
     for engine in ("pgqueuer", "procrastinate", "DBOS", "absurd"):
         assert f"A step of {engine}" in printed or f"{engine} was skipped" in printed
 
@@ -126,17 +126,17 @@ def example() -> Report:
 
 
 @pytest.mark.parametrize(("least", "met"), [(10.0, True), (11.5, False), (None, None)])
-def test_a_target_is_judged_by_the_medians(least: float | None, met: bool | None) -> None:
+def test_a_target_compares_the_medians(least: float | None, met: bool | None) -> None:
     ratio = Target("life", "life <1>", "flowstore", "the other", True, least).judge(example())
     assert ratio == Ratio("life", 11.0, 9.0, 13.0, least, None, True)
     assert ratio.met is met
 
 
-def test_a_measure_that_was_not_taken_is_not_judged() -> None:
+def test_a_target_without_its_measure_has_no_ratio() -> None:
     assert Target("life", "unknown", "flowstore", None, True, 1.0).judge(example()) is None
 
 
-def test_a_report_survives_its_file(tmp_path: Path) -> None:
+def test_a_report_is_saved_and_loaded(tmp_path: Path) -> None:
     report = example()
     report.save(tmp_path / "report.json")
     assert load(tmp_path / "report.json") == report
@@ -160,7 +160,7 @@ def test_the_page_shows_the_figures_of_its_files(tmp_path: Path) -> None:
         assert (folder / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
 
 
-def test_figures_replace_what_stands_between_the_marks() -> None:
+def test_figures_replace_the_text_between_the_markers() -> None:
     old = f"before\n{reporting.BEGIN}\nold\n{reporting.END}\nafter\n"
     new = reporting.page(old, [example()])
     assert new.startswith("before\n")

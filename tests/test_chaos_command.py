@@ -1,4 +1,4 @@
-"""``python -m flowstore_chaos`` as its users see it: exit codes, refusals, published rows."""
+"""``python -m flowstore_chaos`` exit codes, usage errors, published rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from flowstore_chaos.line import Line
-from flowstore_chaos.lines import load_lines
-from flowstore_chaos.outcome import Outcome, run_row
+from flowstore_chaos.context import RunContext
+from flowstore_chaos.counts import Counts
+from flowstore_chaos.result import ScenarioResult, run_scenario
+from flowstore_chaos.scenario import FaultScenario
+from flowstore_chaos.scenarios import load_scenarios
 from flowstore_chaos.scorecard import BEGIN, END, publish, replace
-from flowstore_chaos.tally import Tally
-from flowstore_chaos.trial import Trial
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,45 +35,45 @@ def _chaos(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[
     )
 
 
-def test_list_names_every_line() -> None:
+def test_list_names_every_scenario() -> None:
     done = _chaos("--list")
     assert done.returncode == 0
-    for line in load_lines():
-        assert line.name in done.stdout
+    for scenario in load_scenarios():
+        assert scenario.name in done.stdout
 
 
-def test_a_green_row_ends_with_0_and_can_be_read_by_programs(tmp_path: Path) -> None:
+def test_a_passed_row_exits_with_0_and_writes_json(tmp_path: Path) -> None:
     written = tmp_path / "rows.json"
     done = _chaos(
         "claim-races", "--backend", "memory", "--planned", "20", "--seed", "5", "--json", str(written)
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of 1 rows are as they must be" in done.stdout
+    assert "1 of 1 rows are as expected" in done.stdout
     row = json.loads(written.read_text())["rows"]["claim-races/memory"]
-    assert row["tally"]["landed"] == 20
+    assert row["counts"]["injected"] == 20
     assert row["verdict"] == "passed"
     assert row["seed"] == 5
 
 
-def test_a_line_is_known_by_its_number_too() -> None:
+def test_a_scenario_is_selected_by_number() -> None:
     assert "claim-races" in _chaos("8", "--list").stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["no-such-line"], "no line is called no-such-line; there are: "),
-        (["--backend", "oracle"], "--backend oracle: there are memory, postgresql, sqlite"),
+        (["no-such-line"], "unknown scenario no-such-line; scenarios: "),
+        (["--backend", "oracle"], "--backend oracle: backends are memory, postgresql, sqlite"),
         (["--scale", "0"], "--scale"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_2(arguments: list[str], complaint: str) -> None:
+def test_an_invalid_command_line_exits_with_2(arguments: list[str], complaint: str) -> None:
     done = _chaos(*arguments)
     assert done.returncode == 2
     assert complaint in done.stderr
 
 
-def test_publish_wants_the_page(tmp_path: Path) -> None:
+def test_publish_requires_the_page(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flowstore_chaos", "--publish"],
         cwd=tmp_path,
@@ -87,59 +87,74 @@ def test_publish_wants_the_page(tmp_path: Path) -> None:
     assert "run it in the project's root" in done.stderr
 
 
-def _line(run: Any, **changes: Any) -> Line:
-    given = {
+def _scenario(run: Any, **changes: Any) -> FaultScenario:
+    arguments = {
         "number": 99,
         "name": "made-up",
         "fault": "a fault",
         "unit": "faults",
         "planned": 10,
         "backends": ("memory",),
-        "passes_when": "nothing happens",
-        "broken": "it is",
+        "pass_criterion": "nothing happens",
+        "mutant": "it is",
         "minutes": 1.0,
         "run": run,
     }
-    return Line(**{**given, **changes})
+    return FaultScenario(**{**arguments, **changes})
 
 
-async def _nothing(trial: Trial) -> None:
+async def _do_nothing(context: RunContext) -> None:
     await asyncio.sleep(0)
 
 
-def _outcome(line: Line, tally: Tally, **changes: Any) -> Outcome:
-    given = {"line": line, "backend": "memory", "seed": 1, "planned": 10, "broken": False, "seconds": 1.0}
-    return Outcome(**{**given, "tally": tally, **changes})
+def _result(scenario: FaultScenario, counts: Counts, **changes: Any) -> ScenarioResult:
+    arguments = {
+        "scenario": scenario,
+        "backend": "memory",
+        "seed": 1,
+        "planned": 10,
+        "is_mutant": False,
+        "seconds": 1.0,
+    }
+    return ScenarioResult(**{**arguments, "counts": counts, **changes})
 
 
-def test_a_row_is_red_unless_all_faults_landed_and_all_counts_are_zero() -> None:
-    line = _line(_nothing)
-    assert _outcome(line, Tally(landed=10)).good
-    assert not _outcome(line, Tally(landed=9)).good
-    for count in ("lost", "twice", "wrong", "leaks"):
-        assert not _outcome(line, Tally(landed=10, **{count: 1})).good
-    assert not _outcome(line, Tally(landed=10), failure="it broke down").good
-    assert _outcome(line, Tally(), skipped="no gcc").good
+def test_a_row_passes_if_all_faults_were_injected_and_all_counts_are_zero() -> None:
+    scenario = _scenario(_do_nothing)
+    assert _result(scenario, Counts(injected=10)).as_expected
+    assert not _result(scenario, Counts(injected=9)).as_expected
+    for count in ("lost", "duplicates", "wrong", "leaks"):
+        assert not _result(scenario, Counts(injected=10, **{count: 1})).as_expected
+    assert not _result(scenario, Counts(injected=10), failure="it broke down").as_expected
+    assert _result(scenario, Counts(), skipped="no gcc").as_expected
 
 
-def test_a_broken_variant_is_good_when_a_count_found_it_out() -> None:
-    line = _line(_nothing)
-    assert _outcome(line, Tally(landed=3, lost=1), broken=True).good
-    assert not _outcome(line, Tally(landed=10), broken=True).good
-    assert not _outcome(line, Tally(landed=3, lost=1), broken=True, failure="it broke down").good
+def test_a_mutant_must_be_detected_by_a_count() -> None:
+    scenario = _scenario(_do_nothing)
+    assert _result(scenario, Counts(injected=3, lost=1), is_mutant=True).as_expected
+    assert not _result(scenario, Counts(injected=10), is_mutant=True).as_expected
+    assert not _result(
+        scenario, Counts(injected=3, lost=1), is_mutant=True, failure="it broke down"
+    ).as_expected
 
 
-async def test_a_row_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = next(line for line in load_lines() if line.name == "claim-races")
-    monkeypatch.setattr(type(line), "seconds_at", lambda self, scale: 1.0)
-    outcome = await run_row(
-        line, "sqlite", seed=1, planned=100_000, broken=False, folder=tmp_path, say=lambda _: None
+async def test_a_hung_row_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = next(scenario for scenario in load_scenarios() if scenario.name == "claim-races")
+    monkeypatch.setattr(type(scenario), "seconds_at", lambda self, scale: 1.0)
+    result = await run_scenario(
+        scenario,
+        "sqlite",
+        seed=1,
+        planned=100_000,
+        is_mutant=False,
+        folder=tmp_path,
+        on_progress=lambda _: None,
     )
-    assert outcome.failure == "it did not end within 1 s"
-    assert not outcome.good
+    assert result.failure == "timeout after 1 s"
+    assert not result.as_expected
 
 
-def test_a_row_whose_parent_is_killed_leaves_nothing_behind() -> None:
+def test_a_row_cleans_up_when_its_parent_is_killed() -> None:
     with tempfile.TemporaryDirectory(prefix="flowstore-lines-") as folder:
         parent = subprocess.Popen(
             [
@@ -157,36 +172,36 @@ def test_a_row_whose_parent_is_killed_leaves_nothing_behind() -> None:
         )
         until = time.monotonic() + 60
         while len(left := psutil.Process(parent.pid).children(recursive=True)) < 5:
-            assert time.monotonic() < until, "its server did not start"
+            assert time.monotonic() < until, "the server did not start"
             time.sleep(0.05)
         parent.kill()
         parent.wait()
         _, alive = psutil.wait_procs(left, 20)
         assert not alive
         while list(Path(folder).iterdir()):
-            assert time.monotonic() < until, "its files stayed"
+            assert time.monotonic() < until, "files were not deleted"
             time.sleep(0.05)
 
 
-def test_published_rows_replace_their_like_and_leave_others(tmp_path: Path) -> None:
-    lines = [_line(_nothing), _line(_nothing, name="other", number=100)]
+def test_publishing_replaces_rows_and_keeps_others(tmp_path: Path) -> None:
+    scenarios = [_scenario(_do_nothing), _scenario(_do_nothing, name="other", number=100)]
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "reliability.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    first, second = (_outcome(line, Tally(landed=10)) for line in lines)
-    proof = _outcome(lines[0], Tally(landed=2, twice=7), broken=True)
-    publish([first, second], [proof], lines, tmp_path)
-    publish([_outcome(lines[1], Tally(landed=11, details={"resets": 4}))], [], lines, tmp_path)
+    first, second = (_result(scenario, Counts(injected=10)) for scenario in scenarios)
+    mutant_result = _result(scenarios[0], Counts(injected=2, duplicates=7), is_mutant=True)
+    publish([first, second], [mutant_result], scenarios, tmp_path)
+    publish([_result(scenarios[1], Counts(injected=11, details={"resets": 4}))], [], scenarios, tmp_path)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| 99 | [a fault](#made-up) | memory | 1 | 10 faults |" in text
     assert "| 100 | [a fault](#other) | memory | 1 | 11 faults |" in text
-    assert "It went red: memory 7 twice after 2 faults." in text
+    assert "Detected: memory 7 duplicates after 2 faults." in text
     assert "resets: 4" in text
 
 
-def test_a_page_without_its_marks_is_not_touched() -> None:
-    with pytest.raises(ValueError, match="no place for the scorecard"):
-        replace("no marks", [], {})
+def test_a_page_without_markers_is_rejected() -> None:
+    with pytest.raises(ValueError, match="no markers for the scorecard"):
+        replace("no marks", [], {"machine": {}, "rows": {}})

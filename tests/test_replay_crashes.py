@@ -1,8 +1,8 @@
-"""The reference engine under crashes: killed between any two of its store calls, it leaves nothing lost.
+"""Crashes of the reference engine: a kill between any two store calls loses nothing.
 
-The engine is killed in-process: a store that, from its n-th call on, raises what nobody catches. What
-the store then holds is what a SIGKILL at that moment would have left. Another engine takes over, on a
-virtual clock, so that leases run out without anybody waiting for them.
+The engine is killed in-process: from its n-th call on, the store raises an error that is never caught. The
+store's state is then the same as after a SIGKILL. Another engine takes over, with a virtual clock, so that
+leases expire without waiting.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_replay import Engine, Task, WorkFailed, Workflow, verify
-from flowstore_replay.engine import Job
+from flowstore_replay.engine import StepContext
 from flowstore_replay.verify import Summary
 from flowstore_replay.work import output_of
 from tests.virtual_clock import VirtualClock
@@ -53,11 +53,11 @@ def diamond(*, seconds: float = 0.0) -> Workflow:
 
 
 class Killed(BaseException):
-    """The process is gone. No Exception: nothing may catch it."""
+    """The death of the process. A BaseException, so that no handler catches it."""
 
 
 class Interposed:
-    """A store with something to say before and after each call; everything else goes through."""
+    """A store wrapper with hooks before and after each call."""
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
@@ -83,7 +83,7 @@ class Interposed:
 
 
 class Mortal(Interposed):
-    """Dies before its n-th call, which is after the one before, and stays dead."""
+    """A store whose process dies before its n-th call and stays dead."""
 
     def __init__(self, store: FlowStore, dies_at: int) -> None:
         super().__init__(store)
@@ -95,18 +95,18 @@ class Mortal(Interposed):
 
 
 @dataclass
-class Scene:
-    """A run, and all that happens to it besides the engines."""
+class Harness:
+    """A run with its store, its clock and its engines."""
 
     store: FlowStore
     clock: VirtualClock
     run_id: UUID
     workflow: Workflow = field(default_factory=diamond)
-    approve: Collection[str] = ()
-    fails: Callable[[Job], bool] = lambda job: False
+    approval_steps: Collection[str] = ()
+    fails: Callable[[StepContext], bool] = lambda context: False
     max_attempts: int = 3
     cancel_at: int | None = None
-    turns: int = 0
+    ticks: int = 0
     engines: int = 0
 
     def engine(self, store: Any = None, lease: timedelta = LEASE) -> Engine:
@@ -118,27 +118,27 @@ class Scene:
             name=f"engine-{self.engines}",
             lease=lease,
             max_attempts=self.max_attempts,
-            approve=self.approve,
+            approval_steps=self.approval_steps,
         )
 
-    async def work(self, job: Job) -> str:
-        await asyncio.sleep(job.task.seconds)
-        if self.fails(job):
+    async def work(self, context: StepContext) -> str:
+        await asyncio.sleep(context.task.seconds)
+        if self.fails(context):
             raise WorkFailed("on purpose")
-        return output_of(job.task, job.inputs)
+        return output_of(context.task, context.inputs)
 
     async def drive(self, engine: Engine) -> None:
-        """What Engine.run does, but time passes only when there is nothing left to do."""
+        """Like Engine.run, but the clock advances only when the engine is idle."""
         idle = 0
         while await self.store.get_run_status(self.run_id) is RunStatus.RUNNING:
-            self.turns += 1
-            if self.turns == self.cancel_at:
+            self.ticks += 1
+            if self.ticks == self.cancel_at:
                 await self.store.request_cancel(self.run_id, "changed my mind")
             try:
-                moved = await engine.turn([self.run_id])
+                progressed = await engine.tick([self.run_id])
             except (ConflictError, StoreUnavailableError):
-                moved = False
-            idle = 0 if moved else idle + 1
+                progressed = False
+            idle = 0 if progressed else idle + 1
             if idle > 1:
                 assert idle < 200, "the run is stuck"
                 for waiter in await self.store.get_waiters(self.run_id):
@@ -148,62 +148,67 @@ class Scene:
             await asyncio.sleep(0)
 
     async def verdict(self) -> Summary:
-        return await verify(self.store, self.workflow, [self.run_id], approve=self.approve)
+        return await verify(self.store, self.workflow, [self.run_id], approval_steps=self.approval_steps)
 
 
 SCENES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "every first attempt fails": {"fails": lambda job: job.attempt == 1},
-    "waits for a signal": {"approve": ["first", "gate"]},
-    "fails for good": {"fails": lambda job: job.task.key == "left", "max_attempts": 2},
-    "cancelled": {"cancel_at": 4, "fails": lambda job: job.attempt == 1, "approve": ["first"]},
+    "every first attempt fails": {"fails": lambda context: context.attempt == 1},
+    "waits for a signal": {"approval_steps": ["first", "gate"]},
+    "no attempts left": {"fails": lambda context: context.task.key == "left", "max_attempts": 2},
+    "cancelled": {"cancel_at": 4, "fails": lambda context: context.attempt == 1, "approval_steps": ["first"]},
     "past its deadline": {},
 }
 ENDS = {
-    "fails for good": RunStatus.FAILED,
+    "no attempts left": RunStatus.FAILED,
     "cancelled": RunStatus.CANCELLED,
     "past its deadline": RunStatus.CANCELLED,
 }
 
 
-async def play(name: str, crashes: Collection[int]) -> Scene:
-    """A scene in which one engine after another dies at its n-th call, and a last one does not."""
+async def play(name: str, crashes: Collection[int]) -> Harness:
+    """A run whose engines die one after another at their n-th call, except the last."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), **SCENES[name])
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENES[name])
         deadline = clock() + timedelta(seconds=1) if name == "past its deadline" else None
         await store.trigger_run(
-            scene.workflow.flow_id, "diamond", scene.run_id, "test", idempotency_key="k", timeout_at=deadline
+            harness.workflow.flow_id,
+            "diamond",
+            harness.run_id,
+            "test",
+            idempotency_key="k",
+            timeout_at=deadline,
         )
         if deadline is not None:
-            assert await scene.engine().turn([scene.run_id])
+            assert await harness.engine().tick([harness.run_id])
             clock.advance(seconds=2)
         for dies_at in crashes:
-            engine = scene.engine(Mortal(store, dies_at))
-            # It may be done before it can die.
+            engine = harness.engine(Mortal(store, dies_at))
+            # The engine may finish before its n-th call.
             with contextlib.suppress(Killed):
-                await scene.drive(engine)
+                await harness.drive(engine)
             clock.advance(seconds=31)
-        await scene.drive(scene.engine())
-        await judge(name, scene)
-    return scene
+        await harness.drive(harness.engine())
+        await judge(name, harness)
+    return harness
 
 
-async def judge(name: str, scene: Scene) -> None:
+async def judge(name: str, harness: Harness) -> None:
     if name not in ENDS:
-        summary = await scene.verdict()
+        summary = await harness.verdict()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         return
-    detail = await scene.store.get_run_detail(scene.run_id)
+    detail = await harness.store.get_run_detail(harness.run_id)
     assert detail is not None
     assert detail.status is ENDS[name]
     assert all(step.status.is_terminal for step in detail.steps)
     assert all(attempt.completed_at for step in detail.steps for attempt in step.attempts)
-    assert not await scene.store.get_claimed_step_keys(scene.run_id)
-    dispatched = await scene.store.get_dispatched_step_keys(scene.run_id)
+    assert not await harness.store.get_claimed_step_keys(harness.run_id)
+    dispatched = await harness.store.get_dispatched_step_keys(harness.run_id)
     assert dispatched <= {step.step_key for step in detail.steps}
     if name == "cancelled":
-        control = await scene.store.get_run_control(scene.run_id)
+        control = await harness.store.get_run_control(harness.run_id)
         assert control is not None
         assert control.cancel_reason == "changed my mind"
 
@@ -211,10 +216,10 @@ async def judge(name: str, scene: Scene) -> None:
 async def count_calls(name: str) -> int:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), **SCENES[name])
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENES[name])
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
         counted = Interposed(store)
-        await scene.drive(scene.engine(counted))
+        await harness.drive(harness.engine(counted))
         return counted.calls
 
 
@@ -230,7 +235,7 @@ async def test_killed_between_any_two_store_calls_another_engine_finishes(name: 
 
 
 @pytest.mark.parametrize("name", SCENES)
-async def test_killed_again_and_again(name: str) -> None:
+async def test_repeated_kills(name: str) -> None:
     chance = random.Random(name)
     for _ in range(25):
         crashes = [chance.randint(1, 40) for _ in range(chance.randint(2, 8))]
@@ -240,12 +245,12 @@ async def test_killed_again_and_again(name: str) -> None:
             raise AssertionError(f"killed before calls {crashes}: {error}") from error
 
 
-async def test_takeovers_are_told_apart_from_failures() -> None:
-    """Killed right after a start, the attempt counts as taken over and not as a failure of the step."""
+async def test_takeovers_are_distinguished_from_failures() -> None:
+    """An attempt whose engine was killed after its start counts as taken over, not as failed."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
 
         class DiesAtWork(Interposed):
             async def after(self, name: str) -> None:
@@ -254,10 +259,10 @@ async def test_takeovers_are_told_apart_from_failures() -> None:
 
         for _ in range(3):
             with pytest.raises(Killed):
-                await scene.drive(scene.engine(DiesAtWork(store)))
+                await harness.drive(harness.engine(DiesAtWork(store)))
             clock.advance(seconds=31)
-        await scene.drive(scene.engine())
-        summary = await scene.verdict()
+        await harness.drive(harness.engine())
+        summary = await harness.verdict()
         assert summary.ok
         assert summary.attempts_by_outcome == {
             "succeeded": 5,
@@ -277,7 +282,7 @@ async def test_takeovers_are_told_apart_from_failures() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
-    """Four engines, interleaved at every call in an order of chance; all but one die sooner or later."""
+    """Four engines, interleaved randomly at every call; all but one die."""
     chance = random.Random(seed)
 
     class Interleaved(Mortal):
@@ -286,31 +291,31 @@ async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
                 await asyncio.sleep(0)
             await super().before(name)
             if chance.random() < 0.02:
-                scene.clock.advance(seconds=20)
+                harness.clock.advance(seconds=20)
 
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(
+        harness = Harness(
             store=store,
             clock=clock,
             run_id=new_run_id(),
-            fails=lambda job: job.attempt == 1 and job.task.key in ("left", "last"),
+            fails=lambda context: context.attempt == 1 and context.task.key in ("left", "last"),
             max_attempts=10,
-            approve=["gate"],
+            approval_steps=["gate"],
         )
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
         deaths = [chance.randint(1, 60) for _ in range(3)]
-        engines = [scene.engine(Interleaved(store, dies_at)) for dies_at in [*deaths, 10**9]]
-        outcomes = await asyncio.gather(*map(scene.drive, engines), return_exceptions=True)
+        engines = [harness.engine(Interleaved(store, dies_at)) for dies_at in [*deaths, 10**9]]
+        outcomes = await asyncio.gather(*map(harness.drive, engines), return_exceptions=True)
         assert all(outcome is None or isinstance(outcome, Killed) for outcome in outcomes), outcomes
-        summary = await scene.verdict()
+        summary = await harness.verdict()
         assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_a_store_that_comes_and_goes_loses_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_intermittent_store_loses_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
-    monkeypatch.setattr("flowstore_replay.patience.LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.001)
 
     class Flaky(Interposed):
         async def before(self, name: str) -> None:
@@ -323,64 +328,66 @@ async def test_a_store_that_comes_and_goes_loses_nothing(seed: int, monkeypatch:
 
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), fails=lambda job: job.attempt == 1)
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
-        await scene.drive(scene.engine(Flaky(store)))
-        summary = await scene.verdict()
+        harness = Harness(
+            store=store, clock=clock, run_id=new_run_id(), fails=lambda context: context.attempt == 1
+        )
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        await harness.drive(harness.engine(Flaky(store)))
+        summary = await harness.verdict()
         assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
-async def test_a_worker_taken_for_dead_drops_its_result() -> None:
-    """Its lease runs out while it works; the other's attempt is the one that counts."""
+async def test_a_worker_wrongly_taken_for_dead_drops_its_result() -> None:
+    """The lease expires during the work; the attempt of the other worker counts."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         workflow = diamond(seconds=0.05)
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
-        await store.trigger_run(workflow.flow_id, "diamond", scene.run_id, "test")
-        slow = asyncio.create_task(scene.engine(lease=timedelta(seconds=0.2)).turn([scene.run_id]))
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
+        await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
+        slow = asyncio.create_task(harness.engine(lease=timedelta(seconds=0.2)).tick([harness.run_id]))
         await asyncio.sleep(0.02)
         clock.advance(seconds=1)
-        await scene.drive(scene.engine())
+        await harness.drive(harness.engine())
         with pytest.raises(ConflictError):
             await slow
-        summary = await scene.verdict()
+        summary = await harness.verdict()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         assert summary.attempts_by_outcome["taken_over"] == 1
 
 
-async def test_a_heartbeat_keeps_a_long_step_and_notices_that_the_claim_is_lost() -> None:
+async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         workflow = diamond(seconds=0.3)
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
-        await store.trigger_run(workflow.flow_id, "diamond", scene.run_id, "test")
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
+        await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
         counted = Interposed(store)
         lease = timedelta(seconds=0.06)
-        turn = asyncio.create_task(scene.engine(counted, lease).turn([scene.run_id]))
+        ticking = asyncio.create_task(harness.engine(counted, lease).tick([harness.run_id]))
         for _ in range(10):
             await asyncio.sleep(0.01)
             clock.advance(milliseconds=10)
-        assert await store.get_claimed_step_keys(scene.run_id) == {"first"}
+        assert await store.get_claimed_step_keys(harness.run_id) == {"first"}
         clock.advance(seconds=1)
-        assert await asyncio.wait_for(turn, 0.2)
-        assert await store.get_step_statuses(scene.run_id) == {"first": StepStatus.RUNNING}
+        assert await asyncio.wait_for(ticking, 0.2)
+        assert await store.get_step_statuses(harness.run_id) == {"first": StepStatus.RUNNING}
         assert [(s.step_key, s.reason) for s in await store.get_stalled_steps()] == [
             ("first", "LeaseExpired")
         ]
 
 
-async def test_a_cancel_interrupts_a_long_step_at_its_next_heartbeat() -> None:
+async def test_a_cancel_interrupts_a_long_step_at_its_next_renewal() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         workflow = diamond(seconds=60)
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
-        await store.trigger_run(workflow.flow_id, "diamond", scene.run_id, "test")
-        running = asyncio.create_task(scene.engine(lease=timedelta(seconds=0.06)).run([scene.run_id]))
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
+        await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
+        running = asyncio.create_task(harness.engine(lease=timedelta(seconds=0.06)).run([harness.run_id]))
         await asyncio.sleep(0.1)
-        assert await store.get_step_statuses(scene.run_id) == {"first": StepStatus.RUNNING}
-        await store.request_cancel(scene.run_id, "changed my mind")
+        assert await store.get_step_statuses(harness.run_id) == {"first": StepStatus.RUNNING}
+        await store.request_cancel(harness.run_id, "changed my mind")
         await asyncio.wait_for(running, 5)
-        detail = await store.get_run_detail(scene.run_id)
+        detail = await store.get_run_detail(harness.run_id)
         assert detail is not None
         assert detail.status is RunStatus.CANCELLED
         assert [(s.status, s.error_message) for s in detail.steps] == [
@@ -389,31 +396,35 @@ async def test_a_cancel_interrupts_a_long_step_at_its_next_heartbeat() -> None:
 
 
 async def test_a_retry_decided_before_a_cancel_does_not_undo_it() -> None:
-    """One engine has seen a failed step and is about to retry it while another ends the cancelled run."""
+    """One engine is about to retry a failed step while another finishes the cancelled run."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), fails=lambda job: True)
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
-        assert await scene.engine().turn([scene.run_id])
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), fails=lambda context: True)
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        assert await harness.engine().tick([harness.run_id])
 
         class Late(Interposed):
             async def before(self, name: str) -> None:
                 if name == "retry_step":
-                    await store.request_cancel(scene.run_id, "changed my mind")
-                    assert await scene.engine().turn([scene.run_id])
+                    await store.request_cancel(harness.run_id, "changed my mind")
+                    assert await harness.engine().tick([harness.run_id])
 
         with pytest.raises(ConflictError):
-            await scene.engine(Late(store)).turn([scene.run_id])
-        assert await store.get_run_status(scene.run_id) is RunStatus.CANCELLED
+            await harness.engine(Late(store)).tick([harness.run_id])
+        assert await store.get_run_status(harness.run_id) is RunStatus.CANCELLED
 
 
 @pytest.mark.parametrize("moment", [("get_runs_to_stop", 1), ("get_run_control", 1), ("get_runs_to_stop", 2)])
-async def test_a_deadline_that_is_extended_meanwhile_does_not_stop_the_run(moment: tuple[str, int]) -> None:
+async def test_a_concurrently_extended_deadline_does_not_stop_the_run(moment: tuple[str, int]) -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id())
+        harness = Harness(store=store, clock=clock, run_id=new_run_id())
         await store.trigger_run(
-            scene.workflow.flow_id, "diamond", scene.run_id, "test", timeout_at=clock() + timedelta(seconds=1)
+            harness.workflow.flow_id,
+            "diamond",
+            harness.run_id,
+            "test",
+            timeout_at=clock() + timedelta(seconds=1),
         )
         clock.advance(seconds=2)
 
@@ -423,10 +434,10 @@ async def test_a_deadline_that_is_extended_meanwhile_does_not_stop_the_run(momen
             async def after(self, name: str) -> None:
                 self.seen.append(name)
                 if (name, self.seen.count(name)) == moment:
-                    await store.extend_deadline(scene.run_id, clock() + timedelta(hours=1))
+                    await store.extend_deadline(harness.run_id, clock() + timedelta(hours=1))
 
-        await scene.engine(Extending(store)).turn([scene.run_id])
-        control = await store.get_run_control(scene.run_id)
+        await harness.engine(Extending(store)).tick([harness.run_id])
+        control = await store.get_run_control(harness.run_id)
         assert control is not None
         assert not control.cancel_requested
 
@@ -434,40 +445,42 @@ async def test_a_deadline_that_is_extended_meanwhile_does_not_stop_the_run(momen
 async def test_a_step_retried_at_the_last_moment_keeps_its_run_open() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        harness = Harness(store=store, clock=clock, run_id=new_run_id())
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
 
         class Overtaken(Interposed):
             async def before(self, name: str) -> None:
                 if name == "complete_run":
-                    await store.retry_step(scene.run_id, "last", attempt=1)
+                    await store.retry_step(harness.run_id, "last", attempt=1)
 
-        engine = scene.engine(Overtaken(store))
+        engine = harness.engine(Overtaken(store))
         for _ in range(6):
-            await engine.turn([scene.run_id])
-        assert await store.get_run_status(scene.run_id) is RunStatus.RUNNING
-        await scene.drive(scene.engine())
-        assert len((await scene.verdict()).takeovers) == 0
-        assert await store.get_run_status(scene.run_id) is RunStatus.SUCCEEDED
+            await engine.tick([harness.run_id])
+        assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
+        await harness.drive(harness.engine())
+        assert len((await harness.verdict()).takeovers) == 0
+        assert await store.get_run_status(harness.run_id) is RunStatus.SUCCEEDED
 
 
-async def test_a_failed_run_that_is_reopened_goes_on_to_its_end() -> None:
-    """What ``flowstore runs retry --reset-skipped`` does once the cause of the failure is gone."""
+async def test_a_reopened_failed_run_completes() -> None:
+    """The steps of ``flowstore runs retry --reset-skipped`` after the cause of the failure was fixed."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=2, approve=["right"])
-        scene.fails = lambda job: job.task.key == "left"
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        harness = Harness(
+            store=store, clock=clock, run_id=new_run_id(), max_attempts=2, approval_steps=["right"]
+        )
+        harness.fails = lambda context: context.task.key == "left"
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
         for _ in range(50):
             with contextlib.suppress(ConflictError):
-                await scene.engine().turn([scene.run_id])
-        assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
-        statuses = await store.get_step_statuses(scene.run_id)
-        scene.fails = lambda job: False
+                await harness.engine().tick([harness.run_id])
+        assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
+        statuses = await store.get_step_statuses(harness.run_id)
+        harness.fails = lambda context: False
         skipped = [key for key, status in statuses.items() if status is StepStatus.SKIPPED]
-        await store.retry_step(scene.run_id, "left", attempt=2, reset=skipped)
-        await scene.drive(scene.engine())
-        summary = await scene.verdict()
+        await store.retry_step(harness.run_id, "left", attempt=2, reset=skipped)
+        await harness.drive(harness.engine())
+        summary = await harness.verdict()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         assert summary.attempts_by_outcome["failed"] == 2
 
@@ -475,38 +488,38 @@ async def test_a_failed_run_that_is_reopened_goes_on_to_its_end() -> None:
 async def test_a_run_whose_step_was_skipped_by_hand_does_not_hang() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
-        await store.record_skipped_step(scene.run_id, "left", "test", "not today")
-        await scene.drive(scene.engine())
-        assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
-        assert (await store.get_step_statuses(scene.run_id))["right"] is StepStatus.SUCCEEDED
+        harness = Harness(store=store, clock=clock, run_id=new_run_id())
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        await store.record_skipped_step(harness.run_id, "left", "test", "not today")
+        await harness.drive(harness.engine())
+        assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
+        assert (await store.get_step_statuses(harness.run_id))["right"] is StepStatus.SUCCEEDED
 
 
-async def test_a_failed_run_ends_only_when_nobody_works_on_it_any_more() -> None:
+async def test_a_failed_run_is_finished_when_no_step_is_claimed() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
-        scene.fails = lambda job: job.task.key == "right"
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
-        assert await scene.engine().turn([scene.run_id])
-        await store.try_record_dispatch(scene.run_id, "left")
-        await store.try_claim_step(scene.run_id, "left", owner="other", lease=LEASE)
-        attempt = await store.record_step_start(scene.run_id, "left", "test", owner="other")
-        engine = scene.engine()
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
+        harness.fails = lambda context: context.task.key == "right"
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        assert await harness.engine().tick([harness.run_id])
+        await store.try_record_dispatch(harness.run_id, "left")
+        await store.try_claim_step(harness.run_id, "left", owner="other", lease=LEASE)
+        attempt = await store.record_step_start(harness.run_id, "left", "test", owner="other")
+        engine = harness.engine()
         for _ in range(5):
-            await engine.turn([scene.run_id])
-        assert await store.get_run_status(scene.run_id) is RunStatus.RUNNING
-        await store.record_step_complete(scene.run_id, "left", StepStatus.SUCCEEDED, attempt=attempt)
-        assert await engine.turn([scene.run_id])
-        assert await store.get_run_status(scene.run_id) is RunStatus.FAILED
+            await engine.tick([harness.run_id])
+        assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
+        await store.record_step_complete(harness.run_id, "left", StepStatus.SUCCEEDED, attempt=attempt)
+        assert await engine.tick([harness.run_id])
+        assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
 
 
-async def test_a_worker_that_dawdles_between_claim_and_start_does_not_start() -> None:
+async def test_a_worker_that_is_slow_between_claim_and_start_does_not_start() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(scene.workflow.flow_id, "diamond", scene.run_id, "test")
+        harness = Harness(store=store, clock=clock, run_id=new_run_id())
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
 
         class Dawdling(Interposed):
             async def before(self, name: str) -> None:
@@ -514,20 +527,20 @@ async def test_a_worker_that_dawdles_between_claim_and_start_does_not_start() ->
                     clock.advance(seconds=31)
 
         with pytest.raises(ClaimLostError):
-            await scene.engine(Dawdling(store)).turn([scene.run_id])
-        assert not await store.get_step_statuses(scene.run_id)
+            await harness.engine(Dawdling(store)).tick([harness.run_id])
+        assert not await store.get_step_statuses(harness.run_id)
 
 
-async def test_the_engine_leaves_the_runs_of_others_alone() -> None:
+async def test_the_engine_ignores_other_runs() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        scene = Scene(store=store, clock=clock, run_id=new_run_id())
+        harness = Harness(store=store, clock=clock, run_id=new_run_id())
         other = new_run_id()
-        for run_id in (scene.run_id, other):
-            await store.trigger_run(scene.workflow.flow_id, "diamond", run_id, "test")
+        for run_id in (harness.run_id, other):
+            await store.trigger_run(harness.workflow.flow_id, "diamond", run_id, "test")
         await store.try_record_dispatch(other, "first")
-        await store.try_record_dispatch(scene.run_id, "no such task")
-        await store.release_dispatch(scene.run_id, "no such task")
-        await scene.drive(scene.engine())
+        await store.try_record_dispatch(harness.run_id, "no such task")
+        await store.release_dispatch(harness.run_id, "no such task")
+        await harness.drive(harness.engine())
         assert await store.get_run_status(other) is RunStatus.RUNNING
         assert not await store.get_step_statuses(other)

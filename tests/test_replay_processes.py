@@ -1,4 +1,4 @@
-"""The replay with real worker processes, some of which are killed, on every backend that shares a store."""
+"""Replays with real worker processes and kills, on every multi-process backend."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from flowstore_replay import (
     Options,
     Replay,
     ReplayError,
+    ReplayProgress,
     Task,
-    View,
     Workflow,
     load_workflow,
     shipped_workflow,
 )
-from flowstore_replay.crew import Crew
-from tests.test_replay_wfformat import INSTANCES
+from flowstore_replay.worker_pool import WorkerPool
+from tests.test_replay_wfcommons import INSTANCES
 
 shared = pytest.mark.needs(Capability.MULTI_PROCESS)
 
 
 class Recorder:
-    """An observer that remembers."""
+    """An observer that records everything."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.views: list[View] = []
+        self.progress_reports: list[ReplayProgress] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def show(self, view: View) -> None:
-        self.views.append(view)
+    def show(self, progress: ReplayProgress) -> None:
+        self.progress_reports.append(progress)
 
 
 @shared
@@ -58,13 +58,15 @@ async def test_killed_workers_steps_are_taken_over(namespace: str) -> None:
     assert len(killed) == 2
     assert all(re.search(r"\(pid \d+\) .*; started worker-\d+ \(pid \d+\)", note) for note in killed)
     assert any("took over" in note for note in recorder.notes)
-    assert recorder.views[-1].steps_done == recorder.views[-1].steps == 10
+    assert recorder.progress_reports[-1].steps_done == recorder.progress_reports[-1].steps == 10
 
 
 @shared
 async def test_failures_and_approvals_and_several_runs(namespace: str) -> None:
     recorder = Recorder()
-    options = Options(runs=3, fail_rate=0.2, seed=7, speed=2000, approve=("clean-stalls",), timeout=100)
+    options = Options(
+        runs=3, fail_rate=0.2, seed=7, speed=2000, approval_steps=("clean-stalls",), timeout=100
+    )
     summary = await Replay(shipped_workflow(), options, recorder, url=namespace).run()
     assert summary.ok, [check for check in summary.checks if not check.ok]
     assert (summary.runs_succeeded, summary.steps_succeeded) == (3, 30)
@@ -79,7 +81,7 @@ async def test_failures_and_approvals_and_several_runs(namespace: str) -> None:
 async def test_recorded_instances_survive_kills(name: str, tmp_path: Path) -> None:
     found = sorted(INSTANCES.glob(f"{name}*.json"))
     if not found:
-        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES names another place)")
+        pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES overrides the folder)")
     workflow = load_workflow(found[0])
     options = Options(kill=2, lease=0.8, speed=workflow.seconds / 4, timeout=100)
     summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
@@ -98,18 +100,18 @@ async def test_more_kills_than_workers(tmp_path: Path) -> None:
     assert len(summary.kills) == 4
 
 
-async def test_a_replay_that_was_given_up_goes_on_under_its_key(tmp_path: Path) -> None:
+async def test_an_aborted_replay_continues_under_its_key(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     slow = Options(speed=20, timeout=2, key="one", workers=2)
     summary = await Replay(shipped_workflow(), slow, Recorder(), url=url).run()
     assert not summary.ok
-    assert summary.checks[0].name == "done in time"
+    assert summary.checks[0].name == "finished in time"
     assert "--key one" in summary.checks[0].findings[0]
     recorder = Recorder()
     quick = Options(speed=2000, timeout=100, key="one", workers=2)
     summary = await Replay(shipped_workflow(), quick, recorder, url=url).run()
     assert summary.ok, [check for check in summary.checks if not check.ok]
-    assert recorder.notes[0].startswith("going on with run ")
+    assert recorder.notes[0].startswith("continuing run ")
     async with open_store(url) as store:
         assert len(await store.get_runs()) == 1
 
@@ -151,24 +153,22 @@ async def test_a_store_of_one_process_is_refused() -> None:
 
 def test_an_unknown_step_to_approve_is_refused() -> None:
     with pytest.raises(ReplayError, match="no step 'nope' to approve") as caught:
-        Replay(shipped_workflow(), Options(approve=("nope",)), Recorder())
+        Replay(shipped_workflow(), Options(approval_steps=("nope",)), Recorder())
     assert caught.value.usage
 
 
-async def test_workers_that_cannot_work_end_the_replay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The parent has its store already; the workers look for theirs in an environment that is broken."""
+async def test_failing_workers_abort_the_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent's store is open; the workers' URL is invalid."""
     url = f"sqlite:///{tmp_path}/flows.db"
-    real = Crew.start
+    real = WorkerPool.start
 
-    async def start(crew: Crew) -> object:
-        crew._orders["url"] = "nonsense://"
-        return await real(crew)
+    async def start(pool: WorkerPool) -> object:
+        pool._config["url"] = "nonsense://"
+        return await real(pool)
 
-    monkeypatch.setattr(Crew, "start", start)
+    monkeypatch.setattr(WorkerPool, "start", start)
     with pytest.raises(
-        ReplayError, match="workers keep ending by themselves; the last one said: no installed"
+        ReplayError, match="workers keep exiting unexpectedly; last line of standard error: no installed"
     ):
         await Replay(shipped_workflow(), Options(workers=2), Recorder(), url=url).run()
 
@@ -179,13 +179,13 @@ def start_command(url: str, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        # Background jobs of a shell and their children ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def worker_pids(url: str) -> set[int]:
-    """Of the workers that have started a step, as the store knows them."""
+    """The process ids of workers that have started a step, from the store."""
 
     async def read() -> set[int]:
         async with open_store(url) as store:
@@ -230,13 +230,13 @@ def test_workers_do_not_outlive_the_replay(how: signal.Signals, tmp_path: Path) 
     assert "Traceback" not in errors
 
 
-def test_a_worker_without_orders_ends_in_peace() -> None:
+def test_a_worker_without_config_exits_cleanly() -> None:
     command = [sys.executable, "-m", "flowstore_replay.worker"]
     done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-async def test_runs_of_others_are_left_alone(tmp_path: Path) -> None:
+async def test_other_runs_are_ignored(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     workflow = shipped_workflow()
     async with open_store(url) as store:

@@ -1,4 +1,4 @@
-"""The verdict on a replay: each check fails when what it is about is not so."""
+"""Verification of replays: each check fails if its invariant is violated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from flowstore_core import FlowRunDetail, FlowStepRecord, FlowStore, StepStatus, new_run_id, open_store
 from flowstore_replay import Engine, Summary, Task, Workflow, verify
-from flowstore_replay.engine import Job
+from flowstore_replay.engine import StepContext
 from flowstore_replay.work import RecordedWork, output_of
 
 WORKFLOW = Workflow(
@@ -37,7 +37,7 @@ async def finished_run() -> AsyncIterator[tuple[FlowStore, UUID]]:
 
 
 class Tampered:
-    """A store whose answer to get_run_detail is not what happened."""
+    """A store with a falsified get_run_detail."""
 
     def __init__(self, store: FlowStore, change: Callable[[FlowRunDetail], FlowRunDetail]) -> None:
         self._store = store
@@ -55,7 +55,7 @@ def failed(summary: Summary) -> set[str]:
     return {check.name for check in summary.checks if not check.ok}
 
 
-async def test_a_run_that_went_well_passes() -> None:
+async def test_a_succeeded_run_passes() -> None:
     async with finished_run() as (store, run_id):
         summary = await verify(store, WORKFLOW, [run_id])
     assert summary.ok
@@ -65,7 +65,7 @@ async def test_a_run_that_went_well_passes() -> None:
     assert summary.steps_per_second == pytest.approx(2 / summary.seconds)
 
 
-async def test_a_run_that_is_not_there_or_not_done_fails() -> None:
+async def test_a_missing_or_unfinished_run_fails() -> None:
     async with open_store("memory://") as store:
         run_id = new_run_id()
         assert failed(await verify(store, WORKFLOW, [run_id])) == {"every run succeeded"}
@@ -122,7 +122,7 @@ ACCOUNTED = "every attempt is numbered, closed and accounted for"
         ),
         (
             lambda step: replace(step, output_json="{}"),
-            {"every output is there and follows from its parents'"},
+            {"every output exists and follows from its parents' outputs"},
         ),
     ],
 )
@@ -147,11 +147,11 @@ def wrong_output(step: FlowStepRecord) -> FlowStepRecord:
     return replace(step, output_json=wrong, attempts=(replace(step.attempts[0], output_json=wrong),))
 
 
-async def test_a_wrong_output_shows_in_all_that_follow_from_it() -> None:
+async def test_a_wrong_output_fails_the_outputs_of_all_descendants() -> None:
     async with finished_run() as (store, run_id):
         tampered: Any = Tampered(store, change_step("first", wrong_output))
         summary = await verify(tampered, WORKFLOW, [run_id])
-        assert failed(summary) == {"every output is there and follows from its parents'"}
+        assert failed(summary) == {"every output exists and follows from its parents' outputs"}
         findings = next(check for check in summary.checks if not check.ok).findings
         assert [finding.split(" of ")[0] for finding in findings] == ["step 'first'", "step 'second'"]
 
@@ -161,7 +161,7 @@ async def test_a_released_claim_or_dispatch_fails() -> None:
         await store.release_step_claim(run_id, "first")
         await store.release_dispatch(run_id, "second")
         summary = await verify(store, WORKFLOW, [run_id])
-        assert failed(summary) == {"every step was dispatched and claimed, and nothing else was"}
+        assert failed(summary) == {"every step was dispatched and claimed, and no other step was"}
         assert next(check for check in summary.checks if not check.ok).count == 2
 
 
@@ -171,13 +171,13 @@ async def test_many_findings_are_counted_and_a_few_are_kept() -> None:
     assert (summary.checks[0].count, len(summary.checks[0].findings)) == (20, 5)
 
 
-def test_failures_are_decided_by_the_seed_alone() -> None:
+def test_failures_depend_only_on_the_seed() -> None:
     task = WORKFLOW.tasks[0]
     run_ids = [new_run_id() for _ in range(50)]
 
     async def outcomes(seed: int, ids: list[UUID]) -> list[bool]:
         work = RecordedWork(ids, speed=1, fail_rate=0.5, seed=seed)
-        jobs = [Job(run_id=run_id, task=task, attempt=1, inputs={}) for run_id in ids]
+        jobs = [StepContext(run_id=run_id, task=task, attempt=1, inputs={}) for run_id in ids]
         return [
             isinstance(one, str) for one in await asyncio.gather(*map(work, jobs), return_exceptions=True)
         ]

@@ -1,5 +1,5 @@
-"""The techniques that flowstore is held against, each in a file of its own, with tables of its own.
+"""The techniques that flowstore is compared with, each in its own file with its own tables.
 
-They give the answers of the store's calls and are safe under concurrency. Where there was a choice,
-the faster way was taken: no foreign keys, no idempotency of a lost answer, no cancelled-call handling.
+They return the results of the store's calls and are safe under concurrency. Otherwise they are as fast as
+possible: no foreign keys, no resolution of lost replies, no handling of cancelled calls.
 """

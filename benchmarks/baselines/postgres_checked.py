@@ -1,9 +1,8 @@
-"""PostgreSQL, one prepared claim on a held connection that does what the contract asks of a claim.
+"""PostgreSQL, one prepared claim with the contract's checks on a held connection.
 
-A single statement too, but it also locks the run against completion and looks whether it is Running
-(RUN-4, CON-1), minds terminal steps, owners and leases (CLM-5, CLM-6), leaves a token to be found by, and
-has no effect when it arrives too late (CON-3). No store stands before it. The least latency that a claim
-of flowstore can have.
+A single statement that also locks the run against completion and checks that it is Running (RUN-4, CON-1),
+respects terminal steps, owners and leases (CLM-5, CLM-6), stores a token for probes, and has no effect after
+its deadline (CON-3). There is no store in front of it. This is the minimum latency of a claim of flowstore.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ ARRIVAL = timedelta(seconds=5)
 
 
 class CheckedClaim(Tables):
-    """Claims of one caller; the other calls are not its business."""
+    """Claims of one caller; other calls are not implemented."""
 
     statement: Any
 
     async def create(self) -> None:
         await super().create()
         await self._pool.execute(self.sql(STEPS))
-        # As flowstore's lanes: the plan by key, made once.
+        # Like flowstore's prepared connections: a cached generic plan that uses the key.
         await self._pool.execute("SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan")
         self.statement = await self._pool.prepare(self.sql(CLAIM))
 

@@ -19,7 +19,7 @@ TABLES = (
 
 
 async def delete_oldest(url: str, schema: str, runs: int) -> None:
-    """Delete the oldest completed runs with all their rows; nobody else may want them."""
+    """Delete the oldest completed runs with all their rows, without locking against other deletes."""
     db = await asyncpg.connect(url)
     try:
         found = await db.fetch(

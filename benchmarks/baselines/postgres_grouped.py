@@ -1,9 +1,9 @@
-"""PostgreSQL, callers whose calls are grouped, and nothing else: the limit of grouping with callers.
+"""PostgreSQL, minimal batching of concurrent calls: the limit of batching with callers.
 
-The set-based statements on one row per step, but each row has a caller who waits for it. What is left
-out is all that a store owes beyond that: checks of input, of latches, leases and terminal runs, tokens
-to find a lost answer by, cancelled callers, rows that fail, bounds. What remains is what callers cost on
-this machine whatever store they call: a task to wake and a future for each call, and the driver.
+The set-based statements on one row per step, but each row has a waiting caller. A store's other duties are
+left out: checks of input, latches, leases and terminal runs, probe tokens, cancelled callers, failing rows,
+bounds. The remaining cost is that of callers of any store on this machine: a task wake-up and a future per
+call, and the driver.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flowstore_core import StepStatus
 
 CONNECTIONS = 2
 DISPATCH, ANNOTATE, CLAIM, START, COMPLETE = range(5)
-# A claim of a step that nobody dispatched before.
+# A claim of a step without an earlier dispatch.
 CLAIM_NEW = """
 INSERT INTO {schema}.steps (run_id, step_key, claimed_at)
 SELECT k.run_id, k.step_key, now()
@@ -40,7 +40,7 @@ Waiting = tuple[int, str, UUID, "asyncio.Future[bool]"]
 
 
 class Grouped(SetBased):
-    """The five calls; each connection takes its share of what has gathered whenever it is free."""
+    """The five calls; each free connection takes an even share of the queued calls."""
 
     def __init__(self, connections: Sequence[Any], schema: str) -> None:
         super().__init__(connections, schema, one_row=True)
@@ -95,21 +95,21 @@ class Grouped(SetBased):
         return answer
 
     async def _serve(self, connection: Any) -> None:
-        """Send groups until nothing waits."""
+        """Send batches until the queue is empty."""
         while any(self._queues):
             number = max(range(len(self._queues)), key=lambda one: len(self._queues[one]))
             queue = self._queues[number]
-            # An even share for each connection, so that none waits for the other.
+            # An even share for each connection, so that no connection idles.
             share = -(-(sum(map(len, self._queues)) + self._sent) // CONNECTIONS)
             group = queue[: min(share, BATCH)]
             del queue[: len(group)]
-            # In one order, so that two groups cannot wait for each other.
+            # In a fixed order, so that two batches cannot deadlock.
             group.sort(key=itemgetter(0, 1))
             self._sent += len(group)
             send = self._send_claims if number == CLAIM else self._send
             await send(connection, self._statements[number], group)
             self._sent -= len(group)
-            # Whoever was answered makes the next call before the next group is made up.
+            # Let resumed callers queue their next calls before the next batch is formed.
             await asyncio.sleep(0)
         self._idle.append(connection)
 
@@ -121,7 +121,7 @@ class Grouped(SetBased):
             one[3].set_result(True)
 
     async def _send_claims(self, connection: Any, statement: str, group: Sequence[Waiting]) -> None:
-        """As _send; of several that claim one step one is sent, and only it can win."""
+        """Like _send, but only one of several claims of the same step is sent; the others lose."""
         sent = {one[:2]: one for one in group}
         rows = await connection.fetch(
             statement, [one[2] for one in sent.values()], [one[1] for one in sent.values()]

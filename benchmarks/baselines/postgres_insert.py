@@ -16,7 +16,7 @@ RETURNING = " RETURNING true"
 
 
 class PreparedInsert(Tables):
-    """Claims of one caller; the other calls are not its business."""
+    """Claims of one caller; other calls are not implemented."""
 
     statement: Any
 

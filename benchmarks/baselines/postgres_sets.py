@@ -1,9 +1,9 @@
-"""PostgreSQL, set-based statements without callers: the limit of what grouping can reach.
+"""PostgreSQL, set-based statements without callers: the limit of batching.
 
-Three held connections; each takes 256 steps at a time and sends their lifecycles as five statements
-over arrays, one after another, each a transaction of its own. Nobody waits for a single row's answer,
-so there are no futures, no queue and no checks of input. Two layouts: the tables of the other
-baselines, and one row per step, which holds its claim and its dispatch too.
+Three held connections; each takes 256 steps at a time and sends their lifecycles as five statements over
+arrays in sequence, each in its own transaction. No caller waits for a single row, so there are no futures, no
+queue and no checks of input. Two layouts: the tables of the other baselines, and one row per step with its
+claim and its dispatch.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ WHERE run_id = ANY($1::uuid[]) AND status = 'Succeeded' AND claimed_at IS NOT NU
 
 
 class SetBased(Tables):
-    """Three connections that work through lifecycles in groups."""
+    """Three connections that execute lifecycles in batches."""
 
     def __init__(self, connections: Sequence[Any], schema: str, *, one_row: bool) -> None:
         super().__init__(connections[0], schema)
@@ -138,7 +138,7 @@ class SetBased(Tables):
             await super().create()
 
     async def lifecycles(self, amount: int) -> Sample:
-        """At least ``amount``, in whole groups."""
+        """Execute at least ``amount`` lifecycles, in whole batches."""
         amount = -(-amount // BATCH) * BATCH
         run_ids, steps = make_steps(amount)
         await self.add_runs(run_ids)

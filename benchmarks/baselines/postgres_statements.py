@@ -1,8 +1,8 @@
-"""PostgreSQL, one statement per call: the most that can be had without grouping calls.
+"""PostgreSQL, one statement per call: the maximum without batching.
 
-The same tables and answers as a transaction per call, but the start and the completion are single
-statements too (common table expressions), and the pool leaves out the reset of a connection that is
-given back, which costs a round trip per call and which these statements do not need.
+The same tables and results as a transaction per call, but the start and the completion are single statements
+too (common table expressions). The pool does not reset released connections, which these statements do not
+need and which costs a round trip per call.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class StatementPerCall(TransactionPerCall):
 
 
 async def _leave_as_it_is(connection: Any) -> None:
-    """The reset of a connection on which nothing was set."""
+    """A no-op reset, because the connection has no session state."""
 
 
 @asynccontextmanager

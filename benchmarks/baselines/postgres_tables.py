@@ -1,4 +1,4 @@
-"""The tables of the PostgreSQL baselines: one table per noun, each with its primary key alone."""
+"""The tables of the PostgreSQL baselines: one table per noun, without secondary indexes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ COUNT_CLAIMED = "SELECT count(*) FROM {schema}.step_claims WHERE run_id = ANY($1
 
 
 class Tables:
-    """Runs and counts on these tables, in a schema of their own."""
+    """Run creation and counts on these tables, in a separate schema."""
 
     def __init__(self, pool: Any, schema: str) -> None:
         self._pool = pool

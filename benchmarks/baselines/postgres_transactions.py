@@ -1,9 +1,9 @@
-"""PostgreSQL, a transaction per call: what engines commonly do today.
+"""PostgreSQL, a transaction per call: the common technique of engines today.
 
-An asyncpg pool with its default settings (and so the default reset of a connection when it is given
-back), one statement for a claim, a dispatch and an annotation, a transaction of several statements for
-the start and the completion of an attempt. The number of a new attempt is the highest one plus one;
-two starts at once collide on the primary key of step_attempts, and the later one tries again.
+An asyncpg pool with default settings (including the reset of released connections); one statement for a
+claim, a dispatch and an annotation; a transaction of several statements for the start and the completion of
+an attempt. The number of a new attempt is the maximum plus one; concurrent starts conflict on the primary key
+of step_attempts, and the later one retries.
 """
 
 from __future__ import annotations

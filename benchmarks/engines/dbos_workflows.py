@@ -1,4 +1,4 @@
-"""DBOS: workflows of eight steps, as many at once as the concurrency says."""
+"""DBOS: concurrent workflows of eight steps."""
 
 from __future__ import annotations
 

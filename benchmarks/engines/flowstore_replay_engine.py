@@ -1,4 +1,4 @@
-"""flowstore: the reference engine of the project, with work that takes no time."""
+"""flowstore: the reference engine with empty work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.results import Sample
 from benchmarks.workload import OUTPUT, STEPS_PER_RUN, StoreRecords, WrongAnswerError
 from flowstore_core import new_run_id, open_store
 from flowstore_replay import Engine, Task, Workflow
-from flowstore_replay.engine import Job
+from flowstore_replay.engine import StepContext
 
 STEP = (
     "one step of a run of eight, one after another, by one worker of flowstore_replay that does as many "
@@ -42,7 +42,7 @@ async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Aw
         async def work(amount: int) -> Sample:
             run_ids = [new_run_id() for _ in range(-(-amount // STEPS_PER_RUN))]
             await records.add_runs(run_ids)
-            worker = Engine(store, CHAIN, _step, name="worker", lease=LEASE, at_once=concurrency)
+            worker = Engine(store, CHAIN, _step, name="worker", lease=LEASE, concurrency=concurrency)
             began = perf_counter()
             await worker.run(run_ids)
             seconds = perf_counter() - began
@@ -55,5 +55,5 @@ async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Aw
         yield work
 
 
-async def _step(job: Job) -> str:
+async def _step(context: StepContext) -> str:
     return OUTPUT

@@ -1,6 +1,6 @@
-/* Gives a process a wrong idea of the time of day; how time passes (CLOCK_MONOTONIC) it is told truly.
- * Loaded by LD_PRELOAD; FLOWSTORE_CHAOS_CLOCKS names a file of nanoseconds to add, as 64-bit integers, that
- * may change at any moment. A process takes the one that its process id leads to. See flowstore_chaos/clocks.py.
+/* Adds an offset to a process's time of day; CLOCK_MONOTONIC is not changed. Loaded by LD_PRELOAD.
+ * FLOWSTORE_CHAOS_CLOCKS names a file of offsets in nanoseconds, 64-bit integers indexed by process id, which
+ * may change at any time. See flowstore_chaos/process_clocks.py.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

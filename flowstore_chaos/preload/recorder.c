@@ -1,6 +1,6 @@
-/* Records what a process does to the files of one folder, in order: creating, writing, syncing, cutting
- * and deleting them. Loaded by LD_PRELOAD; FLOWSTORE_CHAOS_FOLDER names the folder, and
- * FLOWSTORE_CHAOS_RECORD the file, elsewhere, that the records go to. flowstore_chaos/disk.py reads it.
+/* Records a process's operations on the files of one folder, in order: create, write, sync, truncate and
+ * delete. Loaded by LD_PRELOAD. FLOWSTORE_CHAOS_FOLDER names the folder, FLOWSTORE_CHAOS_RECORD the output file
+ * outside of it. flowstore_chaos/power_loss.py reads the record.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -17,14 +17,14 @@
 
 enum kind { MADE = 1, OPENED = 2, WRITTEN = 3, CUT = 4, SYNCED = 5, DELETED = 6, RENAMED = 7 };
 
-#define MOST_FILES 4096
+#define MAX_FILES 4096
 
 static int record = -1;
 static const char *folder;
 static size_t folder_length;
-/* What is recorded happens one after the other, so that the order of the records is the true one. */
-static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
-static uint64_t files[MOST_FILES]; /* inodes of the folder's files, by descriptor; 0 is none */
+/* Serialises recorded operations, so that the order of the records is their true order. */
+static pthread_mutex_t order_lock = PTHREAD_MUTEX_INITIALIZER;
+static uint64_t files[MAX_FILES]; /* inodes of the folder's files, by descriptor; 0 is none */
 
 __attribute__((constructor)) static void begin(void) {
     folder = getenv("FLOWSTORE_CHAOS_FOLDER");
@@ -38,7 +38,7 @@ static void note(enum kind kind, uint64_t file, int64_t offset, const void *data
     int64_t head[4] = {kind, (int64_t)file, offset, (int64_t)length};
     struct iovec parts[2] = {{head, sizeof head}, {(void *)data, data == NULL ? 0 : length}};
     long whole = (long)(sizeof head + parts[1].iov_len);
-    /* A record that is not whole would make all that follow unreadable. */
+    /* A partial record would make all later records unreadable. */
     if (syscall(SYS_writev, record, parts, 2) != whole) abort();
 }
 
@@ -53,22 +53,22 @@ static uint64_t inode_at(const char *path) {
 }
 
 static uint64_t known(int descriptor) {
-    return record >= 0 && descriptor >= 0 && descriptor < MOST_FILES ? files[descriptor] : 0;
+    return record >= 0 && descriptor >= 0 && descriptor < MAX_FILES ? files[descriptor] : 0;
 }
 
 static int opening(const char *path, int flags, mode_t mode) {
     if (!is_ours(path)) return (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     int is_new = inode_at(path) == 0;
     int descriptor = (int)syscall(SYS_openat, AT_FDCWD, path, flags, mode);
     if (descriptor >= 0) {
         struct stat found;
-        if (descriptor >= MOST_FILES || fstat(descriptor, &found) != 0) abort();
+        if (descriptor >= MAX_FILES || fstat(descriptor, &found) != 0) abort();
         files[descriptor] = (uint64_t)found.st_ino;
         note(is_new ? MADE : OPENED, files[descriptor], 0, path, strlen(path));
         if ((flags & O_TRUNC) && !is_new) note(CUT, files[descriptor], 0, NULL, 0);
     }
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return descriptor;
 }
 
@@ -88,19 +88,19 @@ OPENING(open64)
 
 int close(int descriptor) {
     if (!known(descriptor)) return (int)syscall(SYS_close, descriptor);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     files[descriptor] = 0;
     int result = (int)syscall(SYS_close, descriptor);
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return result;
 }
 
 static ssize_t writing_at(int descriptor, const void *data, size_t length, off_t offset) {
     if (!known(descriptor)) return syscall(SYS_pwrite64, descriptor, data, length, offset);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     ssize_t done = syscall(SYS_pwrite64, descriptor, data, length, offset);
     if (done > 0) note(WRITTEN, files[descriptor], offset, data, (uint64_t)done);
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return done;
 }
 
@@ -114,22 +114,22 @@ ssize_t pwrite64(int descriptor, const void *data, size_t length, off64_t offset
 
 ssize_t write(int descriptor, const void *data, size_t length) {
     if (!known(descriptor)) return syscall(SYS_write, descriptor, data, length);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     ssize_t done = syscall(SYS_write, descriptor, data, length);
     if (done > 0) {
         off_t end = (off_t)syscall(SYS_lseek, descriptor, 0, SEEK_CUR);
         note(WRITTEN, files[descriptor], end - done, data, (uint64_t)done);
     }
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return done;
 }
 
 static int cutting(int descriptor, off_t length) {
     if (!known(descriptor)) return (int)syscall(SYS_ftruncate, descriptor, length);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     int result = (int)syscall(SYS_ftruncate, descriptor, length);
     if (result == 0) note(CUT, files[descriptor], length, NULL, 0);
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return result;
 }
 
@@ -138,10 +138,10 @@ int ftruncate64(int descriptor, off64_t length) { return cutting(descriptor, len
 
 static int syncing(int descriptor, long call) {
     if (!known(descriptor)) return (int)syscall(call, descriptor);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     int result = (int)syscall(call, descriptor);
     if (result == 0) note(SYNCED, files[descriptor], 0, NULL, 0);
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return result;
 }
 
@@ -150,17 +150,17 @@ int fdatasync(int descriptor) { return syncing(descriptor, SYS_fdatasync); }
 
 int unlink(const char *path) {
     if (!is_ours(path)) return (int)syscall(SYS_unlinkat, AT_FDCWD, path, 0);
-    pthread_mutex_lock(&turn);
+    pthread_mutex_lock(&order_lock);
     uint64_t file = inode_at(path);
     int result = (int)syscall(SYS_unlinkat, AT_FDCWD, path, 0);
     if (result == 0) note(DELETED, file, 0, path, strlen(path));
-    pthread_mutex_unlock(&turn);
+    pthread_mutex_unlock(&order_lock);
     return result;
 }
 
 int rename(const char *from, const char *to) {
     int result = (int)syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
-    /* SQLite and the store never do; the reader refuses it rather than be wrong about it. */
+    /* SQLite and the store never rename files; the reader rejects a record with renames. */
     if (result == 0 && (is_ours(from) || is_ours(to))) note(RENAMED, 0, 0, to, strlen(to));
     return result;
 }

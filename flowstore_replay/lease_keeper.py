@@ -1,0 +1,105 @@
+"""Lease renewal beside running work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Generic, TypeVar
+
+from flowstore_replay.retry import cancel_and_wait
+
+T = TypeVar("T")
+
+CHECKS_PER_BEAT = 4
+"""How often the timer fires in one renewal interval; a first renewal is late by at most one check."""
+
+
+class LeaseKeeper(Generic[T]):
+    """Renews the leases of all work that one engine executes.
+
+    One timer serves all work: most work ends before its first renewal is due and then costs neither a
+    timer nor a task.
+    """
+
+    def __init__(self, interval: float) -> None:
+        """``interval``: seconds between two renewals of one lease."""
+        self._interval = interval
+        self._active: set[_Renewal[T]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run_with_renewal(
+        self, work: Awaitable[None], renew: Callable[[], Awaitable[T | None]]
+    ) -> T | None:
+        """Await ``work`` and call ``renew`` at every interval. Returns None if the work ended normally.
+
+        The first result of ``renew`` other than None cancels the work and is returned. An error of
+        ``renew`` cancels the work and is raised.
+        """
+        scope = asyncio.timeout(None)
+        renewal = _Renewal(renew, self._interval, monotonic() + self._interval, scope)
+        self._active.add(renewal)
+        if self._timer is None:
+            self._schedule_check(asyncio.get_running_loop())
+        try:
+            async with scope:
+                await work
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            if renewal.failure is not None:
+                raise renewal.failure from None
+            return renewal.stop_result
+        finally:
+            self._active.discard(renewal)
+            if renewal.task is not None:
+                await cancel_and_wait(renewal.task)
+        return None
+
+    def _schedule_check(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(self._interval / CHECKS_PER_BEAT, self._start_due, loop)
+
+    def _start_due(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the renewals whose first deadline has passed."""
+        self._timer = None
+        if self._active:
+            self._schedule_check(loop)
+        for renewal in self._active:
+            if renewal.task is None and renewal.first_due <= monotonic():
+                renewal.task = loop.create_task(renewal.keep_renewing())
+
+
+class _Renewal(Generic[T]):
+    """The periodic renewal of one lease."""
+
+    __slots__ = ("_interval", "_renew", "_scope", "failure", "first_due", "stop_result", "task")
+
+    def __init__(
+        self,
+        renew: Callable[[], Awaitable[T | None]],
+        interval: float,
+        first_due: float,
+        scope: asyncio.Timeout,
+    ) -> None:
+        self._renew = renew
+        self._interval = interval
+        self._scope = scope
+        self.first_due = first_due
+        """When the first renewal is due, by the monotonic clock."""
+        self.task: asyncio.Task[None] | None = None
+        self.stop_result: T | None = None
+        self.failure: BaseException | None = None
+
+    async def keep_renewing(self) -> None:
+        """Renew until the work has to stop, then expire the scope around the work."""
+        try:
+            while True:
+                self.stop_result = await self._renew()
+                if self.stop_result is not None:
+                    break
+                await asyncio.sleep(self._interval)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - not swallowed: run_with_renewal raises it
+            self.failure = error
+        self._scope.reschedule(asyncio.get_running_loop().time())

@@ -1,0 +1,64 @@
+"""Every fault scenario with its minimum of faults: passes on the stores, fails on its mutant."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flowstore_chaos.result import ScenarioResult, Verdict, run_scenario
+from flowstore_chaos.scenario import FaultScenario
+from flowstore_chaos.scenarios import load_scenarios
+
+SEED = 20
+
+# The time limit of a row is at least two minutes.
+pytestmark = pytest.mark.timeout(300)
+
+ROWS = [
+    pytest.param(scenario, backend, id=f"{scenario.name}-{backend}")
+    for scenario in load_scenarios()
+    for backend in scenario.backends
+]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not pytest's tmp_path: its permissions exclude other users, including PostgreSQL's."""
+    with tempfile.TemporaryDirectory(prefix="flowstore-lines-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+async def _row(scenario: FaultScenario, backend: str, folder: Path, *, is_mutant: bool) -> ScenarioResult:
+    result = await run_scenario(
+        scenario,
+        backend,
+        seed=SEED,
+        planned=scenario.min_faults,
+        is_mutant=is_mutant,
+        folder=folder,
+        on_progress=lambda _: None,
+    )
+    if result.skipped is not None:
+        pytest.skip(result.skipped)
+    return result
+
+
+@pytest.mark.parametrize(("scenario", "backend_name"), ROWS)
+async def test_scenario_passes(scenario: FaultScenario, backend_name: str, folder: Path) -> None:
+    result = await _row(scenario, backend_name, folder, is_mutant=False)
+    assert result.failure is None, result.failure
+    assert not result.counts.findings
+    assert result.counts.injected >= scenario.min_faults
+    assert result.verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize(("scenario", "backend_name"), ROWS)
+async def test_mutant_is_detected(scenario: FaultScenario, backend_name: str, folder: Path) -> None:
+    result = await _row(scenario, backend_name, folder, is_mutant=True)
+    # By a count, not by a failure to run.
+    assert result.failure is None, result.failure
+    assert result.counts.findings
+    assert result.as_expected

@@ -1,0 +1,208 @@
+"""Concurrent steps of the reference engine, and its caches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from flowstore_core import (
+    FlowStore,
+    OutcomeUnknownError,
+    RunStatus,
+    StepStatus,
+    StoreUnavailableError,
+    new_run_id,
+    open_store,
+)
+from flowstore_replay import Engine, Task, Workflow, verify
+from flowstore_replay.engine import StepContext
+from flowstore_replay.work import output_of
+from tests.test_replay_crashes import Interposed, Killed, Mortal, diamond
+
+LEASE = timedelta(seconds=0.3)
+
+
+def chain(length: int) -> Workflow:
+    """step-0 -> step-1 -> ..."""
+    parents = [(), *((f"step-{number}",) for number in range(length - 1))]
+    tasks = (
+        Task(key=f"step-{number}", name="test", parents=parents[number], seconds=0)
+        for number in range(length)
+    )
+    return Workflow(name="chain", tasks=tuple(tasks))
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[FlowStore]:
+    async with open_store("memory://") as opened:
+        yield opened
+
+
+async def start(store: FlowStore, workflow: Workflow, runs: int) -> list[UUID]:
+    run_ids = [new_run_id() for _ in range(runs)]
+    for run_id in run_ids:
+        await store.trigger_run(workflow.flow_id, workflow.name, run_id, "test")
+    return run_ids
+
+
+class Work:
+    """Work that counts concurrent steps."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.done: list[tuple[UUID, str]] = []
+        self.five_are_done = asyncio.Event()
+        self.now = self.most = 0
+
+    async def __call__(self, context: StepContext) -> str:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(self.seconds)
+        finally:
+            self.now -= 1
+        self.done.append((context.run_id, context.task.key))
+        if len(self.done) == 5:
+            self.five_are_done.set()
+        return output_of(context.task, context.inputs)
+
+
+def engine(store: Any, workflow: Workflow, work: Work, concurrency: int, name: str = "one") -> Engine:
+    return Engine(store, workflow, work, name=name, lease=LEASE, concurrency=concurrency)
+
+
+async def expect_all_done(store: FlowStore, workflow: Workflow, run_ids: list[UUID]) -> None:
+    summary = await verify(store, workflow, run_ids)
+    assert summary.ok, [check for check in summary.checks if not check.ok]
+
+
+async def test_concurrent_steps_run_once_each(store: FlowStore) -> None:
+    workflow, work = diamond(), Work(0.005)
+    run_ids = await start(store, workflow, 12)
+    await asyncio.wait_for(engine(store, workflow, work, 8).run(run_ids), 20)
+    assert work.most == 8
+    assert len(work.done) == len(set(work.done)) == 60
+    await expect_all_done(store, workflow, run_ids)
+
+
+async def test_steps_of_one_run_run_concurrently(store: FlowStore) -> None:
+    tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(6))
+    workflow, work = Workflow(name="wide", tasks=tasks), Work(0.2)
+    run_ids = await start(store, workflow, 1)
+    await asyncio.wait_for(engine(store, workflow, work, 6).run(run_ids), 20)
+    assert work.most > 1
+    await expect_all_done(store, workflow, run_ids)
+
+
+async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) -> None:
+    workflow = chain(20)
+    run_ids = await start(store, workflow, 1)
+    names: list[str] = []
+
+    class Noted(Interposed):
+        async def before(self, name: str) -> None:
+            names.append(name)
+
+    await asyncio.wait_for(engine(Noted(store), workflow, Work(), 1).run(run_ids), 20)
+    per_step = ("try_record_dispatch", "try_claim_step", "record_step_start", "record_step_complete")
+    assert all(names.count(name) == 20 for name in per_step)
+    # Once per VIEW_TTL, on any machine.
+    assert names.count("get_step_statuses") + names.count("get_run_detail") < 20
+    await expect_all_done(store, workflow, run_ids)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_engines_with_many_slots_die_and_others_finish(store: FlowStore, seed: int) -> None:
+    chance = random.Random(seed)
+    workflow, work = diamond(), Work()
+    run_ids = await start(store, workflow, 6)
+
+    class Interleaved(Mortal):
+        async def before(self, name: str) -> None:
+            for _ in range(chance.randint(0, 3)):
+                await asyncio.sleep(0)
+            await super().before(name)
+
+    mortal = [Interleaved(store, chance.randint(5, 120)) for _ in range(3)]
+    engines = [engine(each, workflow, work, 4, f"engine-{number}") for number, each in enumerate(mortal)]
+
+    async def run(each: Engine) -> None:
+        with contextlib.suppress(Killed):
+            await each.run(run_ids)
+
+    await asyncio.gather(*map(run, engines))
+    await asyncio.wait_for(engine(store, workflow, work, 4, "last").run(run_ids), 20)
+    await expect_all_done(store, workflow, run_ids)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_an_intermittent_store_loses_nothing(
+    store: FlowStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    monkeypatch.setattr("flowstore_replay.engine.MAX_POLL_INTERVAL", 0.005)
+    monkeypatch.setattr("flowstore_replay.scheduling.MAX_POLL_INTERVAL", 0.005)
+    monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.005)
+
+    class Flaky(Interposed):
+        async def before(self, name: str) -> None:
+            if chance.random() < 0.1:
+                raise StoreUnavailableError("not now")
+
+        async def after(self, name: str) -> None:
+            if chance.random() < 0.1:
+                raise OutcomeUnknownError(name)
+
+    workflow = diamond()
+    run_ids = await start(store, workflow, 4)
+    await asyncio.wait_for(engine(Flaky(store), workflow, Work(), 3).run(run_ids), 30)
+    await expect_all_done(store, workflow, run_ids)
+
+
+async def test_a_cancel_takes_effect_between_short_steps(store: FlowStore) -> None:
+    workflow, work = chain(10_000), Work(0.001)
+    run_ids = await start(store, workflow, 1)
+    running = asyncio.create_task(engine(store, workflow, work, 2).run(run_ids))
+    await work.five_are_done.wait()
+    await store.request_cancel(run_ids[0], "changed my mind")
+    await asyncio.wait_for(running, 20)
+    assert await store.get_run_status(run_ids[0]) is RunStatus.CANCELLED
+    assert len(work.done) < 10_000
+
+
+async def test_a_concurrently_reopened_step_is_executed_again(
+    store: FlowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowstore_replay.scheduling.VIEW_TTL", 0.1)
+    workflow, work = chain(400), Work(0.002)
+    run_ids = await start(store, workflow, 1)
+    running = asyncio.create_task(engine(store, workflow, work, 1).run(run_ids))
+    await work.five_are_done.wait()
+    await store.retry_step(run_ids[0], "step-0")
+    await asyncio.wait_for(running, 20)
+    assert work.done.count((run_ids[0], "step-0")) == 2
+    # Before all other steps were done: the cached plan expires.
+    assert work.done.index((run_ids[0], "step-0"), 1) < 390
+    statuses = await store.get_step_statuses(run_ids[0])
+    assert set(statuses.values()) == {StepStatus.SUCCEEDED}
+
+
+async def test_an_error_in_one_slot_ends_all(store: FlowStore) -> None:
+    class Broken(Work):
+        async def __call__(self, context: StepContext) -> str:
+            if context.task.key == "left":
+                raise RuntimeError("a defect")
+            return await super().__call__(context)
+
+    workflow = diamond()
+    run_ids = await start(store, workflow, 3)
+    with pytest.raises(RuntimeError, match="a defect"):
+        await asyncio.wait_for(engine(store, workflow, Broken(), 3).run(run_ids), 20)
+    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
