@@ -43,7 +43,7 @@ pytestmark = pytest.mark.xdist_group("example backend")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed the example, entry point and all."""
+    """A folder into which pip has installed the example with its entry point."""
     target = tmp_path_factory.mktemp("site")
     options = "--quiet --disable-pip-version-check --no-input --no-index --no-deps --no-build-isolation"
     subprocess.run(
@@ -135,7 +135,7 @@ async def test_it_answers_as_memory_does(seed: int, tmp_path: Path) -> None:
     url = f"folder:///{tmp_path}/runs?fsync=false"
     async with open_store("memory://", clock=clock) as memory:
         for _ in range(6):
-            # Opened anew, so that the rest of the calls meets what was read from disk.
+            # Reopened, so that the following calls use documents read from disk.
             async with AsyncExitStack() as stack:
                 folder = await stack.enter_async_context(open_store(url, clock=clock))
                 for _ in range(150):
@@ -225,7 +225,7 @@ def _random_call(dice: random.Random, clock: VirtualClock) -> tuple[str, dict[st
         "save_output": lambda: {"run_id": run_id, "key": key, "value_json": text or "1"},
         "cleanup": lambda: {"cutoff": clock.now - timedelta(hours=dice.choice([0, 3]))},
     }
-    # The calls that make and use steps come more often than the rest.
+    # Calls that create and use steps are drawn more often.
     common = [
         "start_run",
         "record_step_start",

@@ -1,4 +1,4 @@
-"""The roles and grants of docs/using-it-in-an-engine.md, given as they stand there, are enough."""
+"""The roles and grants of docs/using-it-in-an-engine.md suffice, exactly as documented."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "using-it-in-an-engine.md"
 def _url(url: str, database: str, user: str) -> str:
     parts = urlsplit(url)
     query = urlencode({**dict(parse_qsl(parts.query)), "user": user})
-    # Not put together by urllib, which leaves the slashes of an empty host out.
+    # urllib would omit the slashes of an empty host.
     return f"{parts.scheme}://{parts.netloc}/{database}?{query}"
 
 
@@ -50,7 +50,7 @@ async def test_the_documented_grants_are_enough(postgresql_url: str) -> None:
 
 
 async def _live(url: str) -> None:
-    """Every noun is written and read once, with a role that may not change the schema."""
+    """Write and read every noun once, with a role that may not change the schema."""
     run_id = uuid4()
     async with open_store(url, migrate=False) as store:
         await store.trigger_run(uuid4(), "orders", run_id, "manual", idempotency_key="one")
