@@ -53,7 +53,7 @@ Doctor = Callable[..., Answer]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(symptoms, "SECOND_LOOK", 0.02)
+    monkeypatch.setattr(symptoms, "RECHECK_SECONDS", 0.02)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
@@ -243,10 +243,10 @@ async def test_a_store_with_fewer_capabilities_is_looked_at_as_far_as_it_goes() 
         await _expire_lease(store)
         await _stand_still(store)
         less: Any = Less(store)
-        found = await symptoms.examine(less, grace=timedelta(minutes=5), most=10)
+        found = await symptoms.examine(less, grace=timedelta(minutes=5), limit=10)
         assert [finding.code for finding in found.findings] == ["leases-expired", "runs-idle"]
-        assert (found.running, found.looked_at) == (2, 2)
-        found = await symptoms.examine(less, grace=2 * HOUR, most=10)
+        assert (found.running, found.examined) == (2, 2)
+        found = await symptoms.examine(less, grace=2 * HOUR, limit=10)
         assert found.findings == []
 
 
