@@ -25,7 +25,7 @@ def new_scene(rng: random.Random, setting: ScenarioFactory, capabilities: Collec
         setup=tuple(setup),
         call=call,
         must_compensate=ownerless or call.method == "try_record_dispatch",
-        asked=probe_calls(run_id, capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]),
+        probes=probe_calls(run_id, capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]),
     )
 
 
@@ -46,26 +46,26 @@ def expected(calls: Sequence[Call]) -> ModelState:
     """The model after these calls."""
     state = ModelState(lambda: datetime.now(UTC), State())
     for call in calls:
-        state = state.then(call, exact_times=False)
+        state = state.apply(call, exact_times=False)
     return state
 
 
 class CallProfile:
     """A scene's calls in order, and the sight of its run after each of them."""
 
-    def __init__(self, scene: Scenario) -> None:
-        self.scene = scene
-        self.calls = (*scene.setup, scene.call)
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.calls = (*scenario.setup, scenario.call)
         self._sights: list[Snapshot] = []
 
     def sight(self, done: int) -> Snapshot:
         """What is seen once so many of the calls have happened."""
         if not self._sights:
             state = expected(())
-            self._sights.append(state.look(self.scene.asked, exact_times=False))
+            self._sights.append(state.observe(self.scenario.probes, exact_times=False))
             for call in self.calls:
-                state = state.then(call, exact_times=False)
-                self._sights.append(state.look(self.scene.asked, exact_times=False))
+                state = state.apply(call, exact_times=False)
+                self._sights.append(state.observe(self.scenario.probes, exact_times=False))
         return self._sights[done]
 
     def earlier(self, seen: Snapshot, done: int) -> bool:

@@ -10,25 +10,25 @@ from enum import StrEnum
 from uuid import UUID
 
 from flowstore_conformance.context import VirtualClock
-from flowstore_conformance.differential import is_read
 from flowstore_conformance.execution import is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome
 from flowstore_conformance.model import Model, State
-from flowstore_conformance.operations import GLOBAL_OPERATIONS, STRATEGIES, draw_call, draw_clock_advance
+from flowstore_conformance.operations import STRATEGIES, draw_call, draw_clock_advance
 from flowstore_conformance.state_probe import (
     ModelState,
-    answer,
+    describe_outcome,
     difference,
     observe_until,
     outcome_of,
     probe_calls,
 )
 from flowstore_conformance.strategies import FLOWS, IDEMPOTENCY_KEYS, RandomChoices, Universe
-from flowstore_conformance.write_scenarios import SETTINGS
+from flowstore_conformance.write_scenarios import SCENARIOS
 
 from flowstore_chaos.scenes import new_scene
 from flowstore_chaos.tally import Tally
 from flowstore_core import Capability, FlowStore
+from flowstore_core.operations import OPERATIONS
 
 LONGEST = 9
 """So many calls lead to a drawn situation, at most."""
@@ -37,7 +37,7 @@ EVERYTHING = frozenset(Capability)
 
 def writes() -> list[str]:
     """Every writing method of the Protocol."""
-    return [name for name in STRATEGIES if not is_read(Call(method=name))]
+    return [name for name in STRATEGIES if OPERATIONS[name].writes]
 
 
 class Origin(StrEnum):
@@ -55,7 +55,7 @@ class Situation:
 
     call: Call
     before: ModelState
-    asked: tuple[Call, ...]
+    probes: tuple[Call, ...]
 
 
 class Stage:
@@ -66,7 +66,7 @@ class Stage:
         self._clock = clock
         self._rng = rng
         self._listed: dict[str, list[str]] = {}
-        for name, setting in SETTINGS.items():
+        for name, setting in SCENARIOS.items():
             method = setting(UUID(int=1), UUID(int=2))[1].method
             self._listed.setdefault(method, []).append(name)
 
@@ -77,16 +77,16 @@ class Stage:
         return await self._prepare_drawn(method)
 
     async def _prepare_listed(self, method: str) -> Situation:
-        setting = SETTINGS[self._rng.choice(self._listed[method])]
-        scene = new_scene(self._rng, setting, EVERYTHING)
+        setting = SCENARIOS[self._rng.choice(self._listed[method])]
+        scenario = new_scene(self._rng, setting, EVERYTHING)
         state = ModelState(self._clock, State())
-        for call in scene.setup:
+        for call in scenario.setup:
             state = await self._make(state, call)
-        return Situation(call=scene.call, before=state, asked=scene.asked)
+        return Situation(call=scenario.call, before=state, probes=scenario.probes)
 
     async def _prepare_drawn(self, method: str) -> Situation:
         rng, chooser = self._rng, RandomChoices(self._rng)
-        if method in GLOBAL_OPERATIONS:
+        if OPERATIONS[method].spans_runs:
             # It acts on all runs: those of earlier situations go first.
             await self.store.cleanup(self._clock() + timedelta(days=1))
         runs = sorted(UUID(int=rng.getrandbits(127)) for _ in range(2))
@@ -97,7 +97,7 @@ class Stage:
             model = Model(self._clock, state.state)
             return Universe(model=model, runs=runs, flows=flows, keys=("a", "b"))
 
-        others = [name for name in writes() if name not in GLOBAL_OPERATIONS]
+        others = [name for name in writes() if not OPERATIONS[name].spans_runs]
         weights = [STRATEGIES[name].weight for name in others]
         state = await self._make(state, draw_call(chooser, world(), "start_run"))
         for _ in range(rng.randint(0, LONGEST)):
@@ -106,15 +106,15 @@ class Stage:
             [name] = rng.choices(others, weights)
             state = await self._make(state, draw_call(chooser, world(), name))
         keys = [(flow, trigger, key) for flow in flows for trigger in "tT" for key in IDEMPOTENCY_KEYS]
-        asked = [call for run in runs for call in probe_calls(run, EVERYTHING)]
-        asked += probe_calls(runs[0], (), keys=keys)[-len(keys) :]
-        return Situation(call=draw_call(chooser, world(), method), before=state, asked=tuple(asked))
+        probes = [call for run in runs for call in probe_calls(run, EVERYTHING)]
+        probes += probe_calls(runs[0], (), keys=keys)[-len(keys) :]
+        return Situation(call=draw_call(chooser, world(), method), before=state, probes=tuple(probes))
 
     async def _make(self, state: ModelState, call: Call) -> ModelState:
-        after = state.then(call, exact_times=True)
+        after = state.apply(call, exact_times=True)
         outcome = await outcome_of(self.store, call, exact_times=True)
         if outcome != after.outcome:
-            raise RuntimeError(f"without any fault {call.source()} gave {answer(outcome)}")
+            raise RuntimeError(f"without any fault {call.source()} gave {describe_outcome(outcome)}")
         return after
 
 
@@ -126,8 +126,8 @@ async def judge(
     ``reachable`` says that the store could be asked at any time, so that its answer must be exact.
     """
     call, before = situation.call, situation.before
-    after = before.then(call, exact_times=True)
-    told = f"{call.method} gave {answer(outcome)}"
+    after = before.apply(call, exact_times=True)
+    told = f"{call.method} gave {describe_outcome(outcome)}"
     if is_foreign(outcome):
         tally.mistrust(f"{told}, which is none of the contract's errors")
         return
@@ -140,15 +140,15 @@ async def judge(
     elif is_unavailable(outcome):
         possible = [before]
     elif outcome != after.outcome and after.outcome is not None:
-        tally.mistrust(f"{told}, where {answer(after.outcome)} is right")
-    wanted = [one.look(situation.asked, exact_times=True) for one in possible]
-    seen = await observe_until(store, situation.asked, wanted, exact_times=True)
+        tally.mistrust(f"{told}, where {describe_outcome(after.outcome)} is right")
+    wanted = [one.observe(situation.probes, exact_times=True) for one in possible]
+    seen = await observe_until(store, situation.probes, wanted, exact_times=True)
     if seen in wanted:
         return
-    what = f"{told}, and then {difference(situation.asked, seen, wanted)}"
-    if seen == before.look(situation.asked, exact_times=True):
+    what = f"{told}, and then {difference(situation.probes, seen, wanted)}"
+    if seen == before.observe(situation.probes, exact_times=True):
         tally.lose(what)
-    elif seen == after.then(call, exact_times=True).look(situation.asked, exact_times=True):
+    elif seen == after.apply(call, exact_times=True).observe(situation.probes, exact_times=True):
         tally.repeat(what)
     else:
         tally.mistrust(what)

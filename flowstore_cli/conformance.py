@@ -44,7 +44,7 @@ THREAD_SECONDS = 2.0
 """Seconds that threads may take to end after the run."""
 
 NARROWEST, WIDEST = 60, 120
-"""Columns of the printed report."""
+"""Minimum and maximum width of the printed report, in columns."""
 
 
 def conformance(
@@ -56,6 +56,14 @@ def conformance(
         list[str] | None,
         typer.Option(metavar="ID", help="Check only this clause; repeatable.", show_default=False),
     ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run this check, or this example of a check, only; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Repeat the run with this seed.", show_default=False)
     ] = None,
@@ -63,14 +71,17 @@ def conformance(
         Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False)
     ] = None,
     junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as JUnit XML.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Write the report as JUnit XML.", show_default=False)
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write it as Markdown, for a CI summary.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Write the report as Markdown, for a CI summary.", show_default=False
+        ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as one HTML page.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the report as one HTML page.", show_default=False),
     ] = None,
     badge: Annotated[
         Path | None,
@@ -140,12 +151,13 @@ def conformance(
     _say(f"checking {redact(url)}, only in scratch namespaces beside it; its own data is not touched")
     progress = Progress(live=sys.stderr.isatty())
 
-    async def check() -> Report:
+    async def run_checks() -> Report:
         async with progress.shown(), stopped_by_signals() as stop:
             return await suite.run_suite(
                 url,
                 profile=profile,
                 clauses=clause or (),
+                check_names=check or (),
                 seed=seed,
                 waivers=known,
                 check_timeout=check_timeout,
@@ -156,7 +168,7 @@ def conformance(
 
     before = threading.enumerate()
     try:
-        report = run(check())
+        report = run(run_checks())
     except KeyboardInterrupt:
         leave_threads(before, INTERRUPTED, "interrupted")
         raise
@@ -261,7 +273,7 @@ class Progress:
     def ended(self, result: CheckResult, number: int, count: int) -> None:
         self._bad += result.status in ("FAIL", "INCONCLUSIVE")
         if not self._live:
-            _say(f"{self._line}: {result.status}, {result.assertions:,} times in {span(result.seconds)}")
+            _say(f"{self._line}: {result.status}, {result.assertions:,} assertions in {span(result.seconds)}")
 
     async def _tick(self) -> None:
         while True:

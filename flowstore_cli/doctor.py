@@ -16,9 +16,6 @@ from flowstore_cli.failures import NO, USAGE, Failure, explain_unavailable
 from flowstore_cli.printing import cell, clean, count, new_console, print_form, print_json, say
 from flowstore_cli.stores import (
     AsJson,
-    Diagnosable,
-    Fixable,
-    Migratable,
     Url,
     existing_store,
     missing_driver,
@@ -30,6 +27,7 @@ from flowstore_cli.stores import (
 from flowstore_cli.symptoms import Examination, examine
 from flowstore_cli.words import in_words
 from flowstore_core import Backend, FlowStoreError, SchemaVersionError, StoreConfig, StoreUnavailableError
+from flowstore_core.backend import Diagnosable, Fixable, Migratable
 from flowstore_core.diagnostics import SEVERITIES, Diagnostic, Severity
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
@@ -146,12 +144,12 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, limit: in
             report.findings += await backend.diagnose(config, thorough=thorough)
         except ModuleNotFoundError as error:
             raise missing_driver(plugin, error) from error
-    if any(finding.blocks for finding in report.findings):
+    if any(finding.prevents_open for finding in report.findings):
         return report
     try:
         outdated = await _judge_schema(plugin, backend, config)
         report.findings += outdated
-        if any(finding.blocks for finding in outdated):
+        if any(finding.prevents_open for finding in outdated):
             return report
         async with existing_store(url) as store:
             found: Examination = await examine(store, grace=grace, limit=limit)
@@ -178,7 +176,7 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
                 summary=f"the schema has version {version}, this flowstore supports {latest}",
                 meaning="A store with migrate=False refuses to open. The runs were not examined.",
                 remedy="flowstore migrate up",
-                blocks=True,
+                prevents_open=True,
             )
         ]
     if version <= latest:
@@ -194,7 +192,7 @@ async def _judge_schema(plugin: Plugin, backend: Backend, config: StoreConfig) -
                 summary=f"the schema has version {version}, this flowstore supports {latest}",
                 meaning="A newer flowstore has changed it, and this one does not support the change.",
                 remedy="pip install --upgrade flowstore",
-                blocks=True,
+                prevents_open=True,
             )
         ]
     return [

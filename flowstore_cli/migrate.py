@@ -10,7 +10,6 @@ from flowstore_cli.failures import NO, SUCCESS
 from flowstore_cli.printing import print_json, say
 from flowstore_cli.stores import (
     AsJson,
-    Migratable,
     Url,
     migrate_schema,
     new_group,
@@ -19,6 +18,7 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_core import StoreConfig
+from flowstore_core.backend import Migratable
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 

@@ -13,8 +13,6 @@ from flowstore_cli.backends import level
 from flowstore_cli.printing import cell, new_console, print_form, print_json
 from flowstore_cli.stores import (
     AsJson,
-    Describable,
-    Migratable,
     Url,
     drivers,
     existing_store,
@@ -22,6 +20,7 @@ from flowstore_cli.stores import (
     schema_version,
     whereabouts,
 )
+from flowstore_core.backend import Describable, Migratable
 from flowstore_core.distributions import installed_version
 from flowstore_core.open import resolve_store
 

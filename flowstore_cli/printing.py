@@ -14,6 +14,8 @@ from uuid import UUID
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from flowstore_core import RunPage
+
 STATUS_STYLES = {
     "Succeeded": "green",
     "Failed": "red",
@@ -79,6 +81,8 @@ def plain(value: Any) -> Any:
     """Convert records for JSON: fields under their own names, times in ISO 8601, ids and enums as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, RunPage):
+        return plain(value._asdict())
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Enum):

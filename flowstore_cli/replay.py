@@ -26,7 +26,6 @@ from flowstore_cli.printing import (
 from flowstore_cli.screens import Moving, Plain, Quiet, Screen
 from flowstore_cli.stores import (
     AsJson,
-    Migratable,
     NoMigrate,
     Url,
     migrate_schema,
@@ -35,6 +34,7 @@ from flowstore_cli.stores import (
     whereabouts,
 )
 from flowstore_core import StoreConfig
+from flowstore_core.backend import Migratable
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin
 from flowstore_core.urls import redact

@@ -7,16 +7,16 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from flowstore_cli.failures import USAGE, Failure
 from flowstore_core import BackendLoadError, FlowStore, SchemaVersionError, StoreConfig, open_store
-from flowstore_core.diagnostics import Diagnostic
+from flowstore_core.backend import Migratable
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Plugin, load_error, load_plugins
 from flowstore_core.urls import redact
@@ -63,50 +63,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 NoMigrate = Annotated[
     bool, typer.Option("--no-migrate", help="Do not migrate the schema; an old one is then an error.")
 ]
-
-
-@runtime_checkable
-class Migratable(Protocol):
-    """What a backend may bring besides the Protocol of core, for ``flowstore migrate``."""
-
-    def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
-        """Every migration as (number, name, a script that applies and records it), in order."""
-        ...
-
-    async def schema_version(self, config: StoreConfig) -> int:
-        """The version of the schema; 0 where there is none. Makes and changes nothing."""
-        ...
-
-    async def migrate(self, config: StoreConfig) -> int:
-        """Apply what is missing and return the version reached."""
-        ...
-
-
-@runtime_checkable
-class Describable(Protocol):
-    """What a backend may bring besides the Protocol of core, for ``flowstore ping``."""
-
-    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
-        """What else is worth knowing of a store that is there, by name, in a few words. Changes nothing."""
-        ...
-
-
-@runtime_checkable
-class Diagnosable(Protocol):
-    """What a backend may bring besides the Protocol of core, for ``flowstore doctor``."""
-
-    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
-        """What is wrong that only the backend can see; see flowstore_core.diagnostics. Changes nothing."""
-        ...
-
-
-@runtime_checkable
-class Fixable(Protocol):
-    """The same, for ``flowstore doctor --fix``."""
-
-    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
-        """Do what these findings say with ``fix``, and answer what was done, a line for each."""
-        ...
 
 
 def new_group(text: str) -> typer.Typer:

@@ -1,6 +1,7 @@
-"""flowstore_core: the protocols, records, errors and plugin hooks of workflow-run stores.
+"""The protocols, records, errors and plugin hooks of workflow-run stores.
 
-Start at ``open_store``; the promises stand in the protocols of the noun files, cited by clause ids.
+``open_store`` is the entry point. The docstrings of the protocols, one noun to a file, are the contract and
+cite its clause ids. Engines import ``flowstore``; backends import ``flowstore_core.backend``.
 """
 
 import logging
@@ -56,7 +57,7 @@ from flowstore_core.runs import (
     RunPages,
     RunPosition,
 )
-from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, Waiters
+from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult, Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard, DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import (
     CRASH_SAFE,
@@ -131,6 +132,7 @@ __all__ = [
     "SchemaVersionError",
     "SignalDeliveryResult",
     "SignalDeliveryStatus",
+    "SignalWaiters",
     "Signals",
     "StaleAttemptError",
     "StallReason",
@@ -149,7 +151,6 @@ __all__ = [
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",
-    "Waiters",
     "hookimpl",
     "hookspec",
     "new_claim_token",
@@ -157,5 +158,5 @@ __all__ = [
     "open_store",
 ]
 
-# Quiet unless the application asks for it.
+# Without a handler, warnings would go to stderr.
 logging.getLogger("flowstore_core").addHandler(logging.NullHandler())

@@ -1,4 +1,4 @@
-"""Step claims and the dispatch ledger: at most one winner, visible everywhere (CLM)."""
+"""Step claims and the dispatch ledger: at most one winner, visible to every client (CLM)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from flowstore_core.timeseries import LATEST
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepClaim:
-    """Who works on a step."""
+    """The claim of a worker on a step."""
 
     run_id: UUID
     step_key: str
     owner: str | None
     claimed_at: datetime
     expires_at: datetime | None
-    """None: held until it is released. Ignored while the step is terminal (CLM-4)."""
+    """None if the claim is held until its release. Ignored while the step is terminal (CLM-4)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDispatch:
-    """That a step was handed to a queue, and when it is due."""
+    """The dispatch of a step to a queue."""
 
     run_id: UUID
     step_key: str
@@ -36,40 +36,42 @@ class StepDispatch:
 
 
 class DispatchLedger(Protocol):
-    """At most one dispatch of a step until it is released."""
+    """The record of dispatched steps: at most one dispatch per step until its release."""
 
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        """Record that the step is dispatched; True for exactly one of all concurrent callers (CLM-1).
+        """Record a dispatch of the step; True for exactly one of all concurrent callers (CLM-1).
 
-        False on a terminal run or step (RUN-4), and while a dispatch is recorded. Losing is never an
-        exception. Raises RunNotFoundError. Atomic.
+        False on a terminal run or step (RUN-4), and while a dispatch is recorded; losing the race never
+        raises. Atomic.
+
+        Raises RunNotFoundError.
         """
         ...
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
-        """Store the queue's job id on an existing dispatch, best effort (CLM-7).
+        """Store the queue's job id on an existing dispatch, on a best-effort basis (CLM-7).
 
-        Never creates one, and never raises for a missing record or an unavailable store: it logs.
+        Never creates a dispatch. A missing dispatch or an unavailable store is logged, not raised.
         """
         ...
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        """Forget the dispatch of this key alone; idempotent (CLM-3)."""
+        """Delete the dispatch of this key only; idempotent (CLM-3)."""
         ...
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        """Every key in the ledger of a run."""
+        """The keys of all dispatched steps of a run."""
         ...
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
-        """The ledger of a run by step_key."""
+        """The dispatches of a run, ordered by step_key."""
         ...
 
 
 class StepClaims(Protocol):
-    """At most one worker on a step."""
+    """Exclusive claims on steps: at most one worker per step."""
 
     async def try_claim_step(
         self,
@@ -81,45 +83,49 @@ class StepClaims(Protocol):
     ) -> bool:
         """Claim the step; True for exactly one of all concurrent distinct owners (CLM-1).
 
-        ``owner`` is a token unique to one delivery (new_claim_token()): the owner of a live claim gets
-        True again and changes nothing, so a retry after a lost acknowledgement gets the true answer
-        (CLM-5). Without owner every call is its own. With ``lease`` (capability LEASES) the claim is
-        held while now < claimed_at + lease; after that the next claimant wins, exactly one of many
-        (CLM-6). False on a terminal run or step, for the claim's own owner too (RUN-4).
+        ``owner`` is a token unique to one delivery (new_claim_token()). The owner of a live claim gets
+        True again and nothing changes, so a retry of an unacknowledged claim gets the true result (CLM-5).
+        Without ``owner`` every call counts as a distinct owner. With ``lease`` (capability LEASES) the
+        claim is held while now < claimed_at + lease; afterwards exactly one of the next claimants wins
+        (CLM-6). False on a terminal run or step, also for the owner of the claim (RUN-4).
 
-        Losing is never an exception. Raises RunNotFoundError. Atomic.
+        Losing the race never raises. Atomic. Raises RunNotFoundError.
         """
         ...
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
-        """Release the claim, with ``owner`` only that owner's; idempotent; frees this key alone (CLM-3)."""
+        """Release the claim on this key only; idempotent (CLM-3).
+
+        With ``owner``, only a claim of that owner is released.
+        """
         ...
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
-        """The keys with a live claim whose step is not terminal (CLM-4)."""
+        """The keys that have a live claim and no terminal step (CLM-4)."""
         ...
 
     async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
-        """Every claim of a run by step_key, expired ones and those of finished steps too (CLM-4)."""
+        """Every claim of a run, ordered by step_key, including expired claims and finished steps (CLM-4)."""
         ...
 
 
 class Leases(Protocol):
-    """Capability LEASES: a claim that a dead worker cannot hold for ever."""
+    """Capability LEASES: claims that expire, so that a dead worker does not block a step."""
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        """Extend the owner's unexpired claim to now + lease, never shorten it (CLM-6).
+        """Extend the owner's unexpired claim to now + lease; never shortens it (CLM-6).
 
-        False for a claim without lease, past its lease, or another's; then stop working on the step.
+        False if the claim has no lease, has expired or belongs to a different owner. The caller must then
+        stop working on the step.
         """
         ...
 
 
 def new_claim_token() -> str:
-    """A token for one delivery of one step, to pass as ``owner`` (CLM-5)."""
+    """Create a token for one delivery of one step, to pass as ``owner`` (CLM-5)."""
     return os.urandom(16).hex()
 
 
 def lease_end(now: datetime, lease: timedelta) -> datetime:
-    """now + lease, capped at the last moment a store can hold (INP-3)."""
+    """now + lease, capped at the latest datetime that a store can hold (INP-3)."""
     return now + lease if LATEST - now > lease else LATEST

@@ -1,4 +1,4 @@
-"""Where a store's URL and options come from, and how a backend reads them."""
+"""The configuration of a store: where its URL and options come from, and how a backend reads them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class StoreConfig:
-    """What a backend's ``open`` gets. Its repr hides passwords and the options' values."""
+    """The argument of a backend's ``open``. Its repr hides passwords and the values of options."""
 
     url: str
-    """As the user gave it, query included, without whitespace around it."""
+    """The URL as given, with its query, stripped of surrounding whitespace."""
     scheme: str
     options: Mapping[str, object]
-    """From the URL's query (str) and from keywords (typed); only names that the backend lists."""
+    """From the URL's query (str) and from keywords (any type); only names that the backend declares."""
     clock: Callable[[], datetime] | None
-    """Checked: each reading is aware, in UTC and within the limits of INP-3."""
+    """The caller's clock, if any; every reading is checked to be aware, in UTC and within INP-3."""
     migrate: bool
     observers: Observers = field(default_factory=Observers, compare=False)
-    """Where the backend reports retries, batches and lost answers; empty as long as nobody listens."""
+    """Receive reports of retries, batches and unacknowledged writes; empty unless a plugin added one."""
 
     @property
     def parts(self) -> StoreUrl:
-        """The URL, parsed."""
+        """The parsed URL."""
         return parse_url(self.url)
 
     def __repr__(self) -> str:
@@ -51,7 +51,7 @@ class StoreConfig:
         )
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """An option as an int within limits; ConfigurationError that names both otherwise."""
+        """Read an option as an int within limits. Raises ConfigurationError, naming option and limits."""
         value = self.options.get(name, default)
         try:
             number = int(value) if isinstance(value, str) else value
@@ -62,7 +62,7 @@ class StoreConfig:
         return number
 
     def seconds(self, name: str, default: float, low: float, high: float) -> float:
-        """An option as a number of seconds within limits; ConfigurationError otherwise."""
+        """Read an option as a number of seconds within limits. Raises ConfigurationError."""
         value = self.options.get(name, default)
         try:
             number = float(value) if isinstance(value, str) else value
@@ -75,11 +75,11 @@ class StoreConfig:
         return float(number)
 
     def flag(self, name: str, default: bool) -> bool:
-        """An option as a bool; true/false, yes/no, on/off, 1/0 in a URL."""
+        """Read an option as a bool; in a URL: true/false, yes/no, on/off, 1/0. Raises ConfigurationError."""
         return _flag(name, self.options.get(name, default))
 
     def choice(self, name: str, default: str, allowed: tuple[str, ...]) -> str:
-        """An option as one of some words, in either case; ConfigurationError that lists them otherwise."""
+        """Read an option as one of the allowed words, ignoring case. Raises ConfigurationError."""
         value = self.options.get(name, default)
         for word in allowed:
             if isinstance(value, str) and value.lower() == word.lower():
@@ -88,16 +88,16 @@ class StoreConfig:
         raise ConfigurationError(f"option {name} must be one of {', '.join(allowed)}{near}")
 
     def text(self, name: str, default: str) -> str:
-        """An option as text that is not empty."""
+        """Read an option as a non-empty str. Raises ConfigurationError."""
         value = self.options.get(name, default)
         if not isinstance(value, str) or not value:
-            raise ConfigurationError(f"option {name} must be a str that is not empty")
+            raise ConfigurationError(f"option {name} must be a non-empty str")
         return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedUrl:
-    """A URL with the options that belong to it, and where it was found."""
+    """The chosen URL, its options, and the source of the URL."""
 
     url: str = field(repr=False)
     options: Mapping[str, object] = field(repr=False)
@@ -106,28 +106,28 @@ class ResolvedUrl:
 
 
 def resolve_url(url: str | None, options: Mapping[str, object], *, migrate: bool = True) -> ResolvedUrl:
-    """Choose the URL: argument, FLOWSTORE_URL, flowstore.toml or [tool.flowstore], the default.
+    """Choose the URL: the argument, FLOWSTORE_URL, flowstore.toml or [tool.flowstore], or the default.
 
-    A file's options belong to the file's URL; a file without one gives its options to any. Options in
-    the URL's query come before the file's, keywords before both.
+    The options of a file apply to the URL of that file; a file without a URL applies its options to any.
+    Options in the URL's query override those of the file, keywords override both.
     """
-    place, table = _read_file()
+    file_name, table = _read_file()
     file_url = table.pop("url", None)
     if file_url is not None and not isinstance(file_url, str):
-        raise ConfigurationError(f"key url in {place} must be a str")
+        raise ConfigurationError(f"key url in {file_name} must be a str")
     variable = os.environ.get(URL_VARIABLE, "").strip()
     if url is not None:
         chosen, origin = url, "argument url"
     elif variable:
         chosen, origin = variable, URL_VARIABLE
     elif file_url is not None:
-        chosen, origin = file_url, f"key url in {place}"
+        chosen, origin = file_url, f"key url in {file_name}"
     else:
         chosen, origin = DEFAULT_URL, "the default"
     parsed = parse_url(chosen)
     from_file = table if file_url is None or file_url.strip() == parsed.text else {}
-    said = _options_from_authority(parsed)
-    from_file = {name: value for name, value in from_file.items() if name not in said}
+    in_authority = _options_from_authority(parsed)
+    from_file = {name: value for name, value in from_file.items() if name not in in_authority}
     merged = {**from_file, **parsed.options, **options}
     if "migrate" in merged:
         migrate = _flag("migrate", merged.pop("migrate")) and migrate
@@ -135,8 +135,8 @@ def resolve_url(url: str | None, options: Mapping[str, object], *, migrate: bool
 
 
 def _options_from_authority(url: StoreUrl) -> set[str]:
-    """The options that the URL gives without naming them; they go before the file's, as its query does."""
-    said = {
+    """The options that the URL sets outside its query; like the query, they override the file's."""
+    values = {
         "user": url.user,
         "password": url.password,
         "host": url.hosts,
@@ -144,15 +144,15 @@ def _options_from_authority(url: StoreUrl) -> set[str]:
         "dbname": url.path,
     }
     if re.search(r":\d+$", url.hosts):
-        said["port"] = url.hosts
-    return {name for name, value in said.items() if value}
+        values["port"] = url.hosts
+    return {name for name, value in values.items() if value}
 
 
 def _read_file() -> tuple[str, dict[str, Any]]:
     """The name and the table of the first file in the working directory that configures flowstore.
 
-    Relative names are opened, so that a working directory that was deleted, or that the user may not
-    enter, counts as one without files.
+    A working directory that was deleted, or that the user may not enter, counts as one without files;
+    this is why the names are relative.
     """
     for name, path in (("flowstore.toml", ()), ("pyproject.toml", ("tool", "flowstore"))):
         table: Any = None
@@ -167,11 +167,11 @@ def _read_file() -> tuple[str, dict[str, Any]]:
         except UnicodeDecodeError as error:
             problem = f"{name} is not UTF-8 (byte {error.start})"
         except tomllib.TOMLDecodeError as error:
-            # Where it is, not what it is: the text may hold a password.
-            place = re.search(r"\(at [^()]*\)$", str(error))
-            problem = f"{name} is not valid TOML {place[0] if place else ''}".rstrip()
+            # Only the position is shown: the text may hold a password.
+            position = re.search(r"\(at [^()]*\)$", str(error))
+            problem = f"{name} is not valid TOML {position[0] if position else ''}".rstrip()
         if table is None:
-            # Out here, because both decoders' errors hold the whole text.
+            # Raised outside the handlers: the errors of both decoders hold the whole text.
             raise ConfigurationError(problem)
         for key in path:
             table = table.get(key, {}) if isinstance(table, dict) else {}

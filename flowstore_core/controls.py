@@ -1,4 +1,4 @@
-"""Run control: cancel, time-out, deadlines, idempotency keys and the atomic trigger (CTL, IDM)."""
+"""Run control: cancellation, time-outs, deadlines, idempotency keys and the atomic trigger (CTL, IDM)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowstore_core.runs import FlowRunRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRunControlRecord:
-    """What was asked of a run beside its work."""
+    """The control record of a run: its trigger, its deadline and its two latches."""
 
     __repr__ = redacted_repr
 
@@ -26,23 +26,23 @@ class FlowRunControlRecord:
     cancel_requested: bool
     """True once either latch is set (CTL-2)."""
     cancel_reason: str | None
-    """The user's, else the time-out's."""
+    """From the user's cancel if set, else from the time-out."""
     cancel_requested_at: datetime | None
-    """The user's, else the time-out's."""
+    """From the user's cancel if set, else from the time-out."""
     timed_out_at: datetime | None
     created_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriggerResult:
-    """The run a trigger led to, and whether this call started it (IDM-3)."""
+    """The run of a trigger, and whether this call started it (IDM-3)."""
 
     run: FlowRunRecord
     created: bool
 
 
 class RunControls(Protocol):
-    """Cancel and time-out latches."""
+    """The control record and its cancel and time-out latches."""
 
     async def configure_run(
         self,
@@ -55,7 +55,7 @@ class RunControls(Protocol):
     ) -> None:
         """Create or overwrite the control record, None included (CTL-1).
 
-        Keeps created_at and both latches and registers no key; it may come before start_run.
+        Keeps created_at and both latches. Registers no key. May be called before start_run.
         """
         ...
 
@@ -66,7 +66,7 @@ class RunControls(Protocol):
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         """Set the user's cancel latch; True for the one call that set it (CTL-2).
 
-        On an existing run without a control record it creates one; False if there is neither.
+        Creates the control record if only the run exists; False if neither exists.
         """
         ...
 
@@ -75,29 +75,29 @@ class RunControls(Protocol):
     ) -> bool:
         """Set the time-out latch; True for the one call that set it (CTL-2).
 
-        With ``as_of`` only if timeout_at <= as_of. False where there is no control record.
+        With ``as_of``, only if timeout_at <= as_of. False if there is no control record.
         """
         ...
 
 
 class IdempotencyKeys(Protocol):
-    """Who started the run of a key. Scope: (flow_id, trigger_key, idempotency_key), exact (IDM-1)."""
+    """Idempotency keys of runs. Scope: (flow_id, trigger_key, idempotency_key), compared exactly (IDM-1)."""
 
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        """The run_id that won the key; None if it is free."""
+        """The run_id that the key is registered for; None if the key is free."""
         ...
 
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
-        """Register the key; exactly one run_id of all concurrent ones wins, and wins again (IDM-2)."""
+        """Register the key; exactly one of all concurrent run_ids wins, also when repeated (IDM-2)."""
         ...
 
 
 class Trigger(Protocol):
-    """Capability TRIGGER: key, control record and run in one transaction."""
+    """Capability TRIGGER: idempotency key, control record and run in one transaction."""
 
     async def trigger_run(
         self,
@@ -112,33 +112,32 @@ class Trigger(Protocol):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> TriggerResult:
-        """Register the key, the control record and the run, all or nothing (IDM-3).
+        """Register the key and store the control record and the run, all or nothing (IDM-3).
 
-        A taken key gives the existing run and created=False; if that run never started it is started
-        under the registered run_id with created=True. No crash leaves a key that swallows triggers.
+        A registered key returns its run and created=False. If that run never started, it is started under
+        the registered run_id, with created=True: no crash leaves a key that blocks its triggers.
 
-        Raises RunAlreadyExistsError, registering nothing, when run_id exists under a new key or
-        without one.
+        Raises RunAlreadyExistsError, registering nothing, if run_id exists and the key is new or absent.
         """
         ...
 
 
 class Deadlines(Protocol):
-    """Capability DEADLINES: which runs to stop."""
+    """Capability DEADLINES: finding the runs to stop."""
 
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
-        """Running runs that are past their deadline or asked to cancel (CTL-3).
+        """Running runs whose deadline has passed or whose cancellation was requested (CTL-3).
 
-        A deadline counts at or before ``as_of`` (None: the store's now), latched or not. By
-        (timeout_at, run_id), those without deadline last.
+        A deadline has passed if it is at or before ``as_of`` (None: the store's now), latched or not.
+        Ordered by (timeout_at, run_id), runs without a deadline last.
         """
         ...
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        """Set a new deadline, undo the time-out latch, keep a user's cancel (CTL-3).
+        """Set a new deadline, clear the time-out latch and keep a user's cancel (CTL-3).
 
-        True where there is a control record.
+        False if there is no control record.
         """
         ...

@@ -1,16 +1,8 @@
-"""What is wrong with a store, or may become so: the records of ``flowstore doctor``.
+"""Problems of a store, as ``flowstore doctor`` reports them.
 
-What any store can be asked, the command asks through the protocols. What only a backend knows, such as
-the settings of its server or the permissions of its file, it learns from two optional members of the
-backend's descriptor::
-
-    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]: ...
-    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]: ...
-
-``diagnose`` changes nothing, and works also where the store cannot be opened: that is when it is needed
-most. Unless ``thorough`` it costs a few seconds at most, however large the store is. ``fix`` gets those of
-its own findings that say with ``fix`` what would be done, does that, and answers what it did, a line for
-each; it must be safe while others use the store.
+The command finds problems of any store through the protocols. Problems that only a backend can detect, such
+as server settings or file permissions, come from ``Diagnosable.diagnose`` and ``Fixable.fix`` of the
+backend's descriptor; see ``flowstore_core.backend``.
 """
 
 from __future__ import annotations
@@ -21,64 +13,62 @@ from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """The severity of a diagnostic."""
 
     NOTE = "note"
-    """Good to know; nothing is wrong."""
+    """Information; nothing is wrong."""
     WARNING = "warning"
-    """Something stands still, or may be lost one day."""
+    """Work has stalled, or data is at risk."""
     ERROR = "error"
-    """What the contract promises is not kept, or the store cannot be used."""
+    """A promise of the contract is broken, or the store cannot be used."""
 
 
-# In order, the worst last.
+# From mildest to worst.
 SEVERITIES = (Severity.NOTE, Severity.WARNING, Severity.ERROR)
 
-SHOWN = 3
-"""So many examples are enough."""
+MAX_EXAMPLES = 3
+"""Maximum number of examples in a diagnostic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostic:
-    """One thing that is wrong, what it means, and what to do about it.
+    """A problem, its consequence and its remedy.
 
-    No text holds a password or the content of a row; ``examples`` may hold run ids and step keys.
+    No text contains a password or the content of a row; ``examples`` may contain run ids and step keys.
     """
 
     code: str
     """A stable name for scripts, such as ``fsync-off``."""
     severity: Severity
     summary: str
-    """What was found, in a few words."""
+    """The problem, in a few words."""
     meaning: str
-    """What follows from it."""
+    """The consequence."""
     remedy: str
-    """What to do: a command as it is to be typed, where there is one."""
+    """The remedy: a complete command if there is one."""
     count: int | None = None
-    """How many, where it is a number of things."""
+    """The number of affected items, if they can be counted."""
     examples: tuple[str, ...] = ()
-    """The first few of them."""
+    """The first of the affected items, at most MAX_EXAMPLES."""
     fix: str | None = None
-    """What ``fix`` would do about it; None where nothing is safe to do by itself."""
-    blocks: bool = False
-    """Whether the store must not be opened before it is dealt with: opening would make it worse."""
+    """The action that ``Fixable.fix`` would take; None if no automatic action is safe."""
+    prevents_open: bool = False
+    """True if opening the store before the problem is solved would make it worse."""
 
 
-def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> Diagnostic:
-    """Rows of a table that belong to no run, for backends whose ``fix`` deletes them.
+def orphaned_rows(table: str, runs: Sequence[str], *, never_started: bool, limit: int) -> Diagnostic:
+    """Report rows of a table that belong to no run, for backends whose ``fix`` deletes them.
 
-    ``runs`` are the run ids that they name, of which at most ``most`` were asked for. ``forgotten``: they
-    were registered ahead of a run that never started (RET-4); else no call can have left them behind.
+    ``runs`` are the run ids of these rows, from a query limited to ``limit`` rows. With ``never_started`` the
+    rows were registered for a run that never started (RET-4); otherwise no operation leaves such rows behind.
     """
-    many = f"{len(runs):,}{' or more' if len(runs) == most else ''}"
-    if forgotten:
-        meaning = "Their run never started; they are older than an hour, so it will not. They take space."
+    many = f"{len(runs):,}{' or more' if len(runs) == limit else ''}"
+    if never_started:
+        meaning = "Their run did not start within an hour, so it never will. They take space."
         if table == "idempotency_keys":
-            meaning += " A trigger with such a key starts the run under the id that is registered."
+            meaning += " A trigger with such a key starts the run under the registered id."
     else:
-        meaning = (
-            "No call leaves these behind: rows of table runs were deleted by hand, or a restore lost some."
-        )
+        meaning = "No operation leaves such rows: runs were deleted by hand, or a restore was incomplete."
     return Diagnostic(
         code=f"orphans-{table.replace('_', '-')}",
         severity=Severity.WARNING,
@@ -86,15 +76,15 @@ def orphans(table: str, runs: Sequence[str], *, forgotten: bool, most: int) -> D
         meaning=meaning,
         remedy="flowstore doctor --fix",
         count=len(runs),
-        examples=tuple(dict.fromkeys(runs))[:SHOWN],
+        examples=tuple(dict.fromkeys(runs))[:MAX_EXAMPLES],
         fix=f"delete the rows of table {table} that belong to no run",
     )
 
 
 def wrong_counters(flows: int, days: int) -> Sequence[Diagnostic]:
-    """Counters that differ from the stored runs, for backends whose ``fix`` corrects them.
+    """Report counters that differ from the stored runs, for backends whose ``fix`` corrects them.
 
-    ``flows`` and ``days`` are the numbers of flows and days whose counters are wrong.
+    ``flows`` and ``days`` are the numbers of flows and days with wrong counters.
     """
     if not flows and not days:
         return ()

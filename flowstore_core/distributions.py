@@ -1,8 +1,7 @@
-"""The metadata of installed distributions, read so that a broken one never hides the others.
+"""The metadata of installed distributions, read one by one, so that a broken one does not hide the others.
 
-``importlib.metadata.entry_points`` raises the first error that it meets: one stray ``dist-info`` directory
-without a name, or one ``entry_points.txt`` in another encoding, is enough. Here every distribution is read
-on its own.
+``importlib.metadata.entry_points`` fails at the first broken distribution, such as a stray ``dist-info``
+directory without a name or an ``entry_points.txt`` that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ class BrokenDistribution:
     name: str
     problem: str
     groups: tuple[str, ...] = ()
-    """The groups of interest that its entry points mention."""
+    """The requested groups that its entry points mention."""
 
 
 def read_entry_points(groups: Collection[str]) -> tuple[list[EntryPoint], list[BrokenDistribution]]:
-    """The entry points of these groups, and the distributions that mention one and cannot be read."""
+    """The entry points of these groups, and the unreadable distributions that mention one of the groups."""
     found: list[EntryPoint] = []
     broken: list[BrokenDistribution] = []
     for distribution in _list_distributions():
         mentioned: list[str] = []
         try:
             mentioned = _mentioned(distribution, groups)
-            # Most distributions mention none, and are not parsed.
+            # Most distributions mention none of the groups; parsing is skipped for them.
             if mentioned:
                 found += [entry for entry in distribution.entry_points if entry.group in groups]
-        except Exception as error:  # noqa: BLE001 - reported, if it can concern the groups
+        except Exception as error:  # noqa: BLE001 - reported if it may concern the groups
             if isinstance(error, UnicodeDecodeError):
-                # Recognisable in any encoding that has ASCII in it, UTF-16 included.
+                # Finds the group's name in any encoding that contains ASCII, and in UTF-16.
                 text = error.object.replace(b"\0", b"").decode("ascii", "replace")
                 mentioned = [group for group in groups if f"[{group}]" in text]
             if mentioned:
@@ -47,7 +46,7 @@ def read_entry_points(groups: Collection[str]) -> tuple[list[EntryPoint], list[B
 
 
 def list_broken_distributions() -> list[BrokenDistribution]:
-    """Every distribution whose entry points cannot be read, whatever they are for."""
+    """All distributions whose entry points cannot be read, of any group."""
     broken = []
     for distribution in _list_distributions():
         try:
@@ -58,11 +57,11 @@ def list_broken_distributions() -> list[BrokenDistribution]:
 
 
 def distribution_name(distribution: Distribution) -> str:
-    """The name from the metadata, or from the directory's name where the metadata cannot be read."""
+    """The name from the metadata, or from the directory if the metadata cannot be read."""
     try:
         names = distribution.metadata.get_all("Name", [])
         return str(names[0])
-    except Exception:  # noqa: BLE001 - there is another source
+    except Exception:  # noqa: BLE001 - falls back to the directory
         return _directory_name(distribution)
 
 
@@ -70,7 +69,7 @@ def installed_version(name: str) -> str | None:
     """The version of an installed distribution; None if it is not installed or its metadata is broken."""
     try:
         return version(name) or None
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, it names no version
+    except Exception:  # noqa: BLE001 - documented as None
         return None
 
 
@@ -78,12 +77,12 @@ def read_requirements(name: str) -> list[str]:
     """The requirements of an installed distribution; empty if its metadata cannot be read."""
     try:
         return list(Distribution.from_name(name).requires or ())
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, it names no requirements
+    except Exception:  # noqa: BLE001 - documented as empty
         return []
 
 
 def _list_distributions() -> Iterator[Distribution]:
-    """The installed distributions; of several with one name the first on the path, as Python does it."""
+    """The installed distributions; of several with one name only the first on the path."""
     seen = set()
     for finder in sys.meta_path:
         find = getattr(finder, "find_distributions", None)
@@ -95,7 +94,7 @@ def _list_distributions() -> Iterator[Distribution]:
                 if name not in seen:
                     seen.add(name)
                     yield distribution
-        except Exception:  # noqa: BLE001 - a broken import hook must not hide what others find
+        except Exception:  # noqa: BLE001 - a broken import hook must not hide the results of the others
             continue
 
 
@@ -113,8 +112,8 @@ def _broken(distribution: Distribution, error: Exception, groups: Collection[str
 
 
 def _directory_name(distribution: Distribution) -> str:
-    # Python's own key for the first of several; from the directory's name, so that no file is read.
+    # The key by which importlib.metadata drops duplicates. It comes from the directory, so no file is read.
     try:
         return str(distribution._normalized_name)  # type: ignore[attr-defined]
-    except Exception:  # noqa: BLE001 - there is neither a name nor metadata
+    except Exception:  # noqa: BLE001 - neither a name nor metadata
         return str(getattr(distribution, "_path", "unknown"))

@@ -1,8 +1,7 @@
-"""The errors a store may raise, and nothing else ever surfaces (CON-2).
+"""The errors of a store. An operation raises no others (CON-2).
 
-Every error carries typed attributes, and its message names the next step. No message or attribute
-holds a password, a payload or an output; a driver's exception is chained only where it cannot
-hold one either.
+Every error carries typed attributes, and its message names the next step. No message or attribute contains a
+password, a payload or an output. A driver's exception is chained only if it cannot contain one either.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from uuid import UUID
 
 
 class FlowStoreError(Exception):
-    """The root of every error that flowstore raises."""
+    """The base class of every error that flowstore raises."""
 
     database_code: str | None = None
-    """The database's own code of what went wrong, such as the SQLSTATE 53100; None where it gave none."""
+    """The error code of the database, such as SQLSTATE 53100; None if there is none."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Constructors take attributes, not messages, so the default pickling would not rebuild them;
-        # engines do send errors between processes.
+        # Engines send errors between processes. The default pickling passes the message to the constructor,
+        # which takes the attributes instead.
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
@@ -29,11 +28,11 @@ def _rebuild(kind: type[FlowStoreError], args: tuple[Any, ...], state: dict[str,
     return error
 
 
-def without_foreign(error: FlowStoreError) -> FlowStoreError:
-    """The same error, with nothing chained to it that is not flowstore's own.
+def strip_driver_exceptions(error: FlowStoreError) -> FlowStoreError:
+    """Unchain every exception that is not flowstore's own, and return the same error.
 
-    ``from None`` only keeps a driver's exception from being printed; it stays within reach, with its rows
-    and passwords, for whoever walks ``__context__``. Call this where an error leaves a backend.
+    ``raise ... from None`` only hides a driver's exception from tracebacks: ``__context__`` still refers to
+    it, with its rows and passwords. Call this where an error leaves a backend.
     """
     link: BaseException | None = error
     while link is not None:
@@ -46,7 +45,7 @@ def without_foreign(error: FlowStoreError) -> FlowStoreError:
 
 
 class InvalidArgumentError(FlowStoreError, ValueError):
-    """An argument lies outside its limits (INP-1 to INP-4); nothing was changed."""
+    """An argument is outside its limits (INP-1 to INP-4); nothing was changed."""
 
     def __init__(self, argument: str, limit: str, got: str | None = None) -> None:
         self.argument = argument
@@ -55,7 +54,7 @@ class InvalidArgumentError(FlowStoreError, ValueError):
 
 
 class RunNotFoundError(FlowStoreError, LookupError):
-    """The operation writes the state of a run that the store does not hold (UNK)."""
+    """The operation writes the state of a run that is not stored (UNK)."""
 
     def __init__(self, run_id: UUID) -> None:
         self.run_id = run_id
@@ -63,7 +62,7 @@ class RunNotFoundError(FlowStoreError, LookupError):
 
 
 class StepNotFoundError(FlowStoreError, LookupError):
-    """The run exists but the step was never started, or was reset by retry_step (UNK, STP-6)."""
+    """The run exists, but the step never started or was reset by retry_step (UNK, STP-6)."""
 
     def __init__(self, run_id: UUID, step_key: str) -> None:
         self.run_id = run_id
@@ -81,7 +80,7 @@ class ConflictError(FlowStoreError):
 
 
 class RunAlreadyExistsError(ConflictError):
-    """A run with this id is stored already (RUN-1, IDM-3)."""
+    """A run with this id is already stored (RUN-1, IDM-3)."""
 
     def __init__(self, run_id: UUID) -> None:
         super().__init__(f"run {run_id} already exists; use a new id from new_run_id()", run_id=run_id)
@@ -97,7 +96,7 @@ class RunCompletedError(ConflictError):
 
 
 class StepAlreadyCompletedError(ConflictError):
-    """The step, or the attempt, is closed already, with another outcome (STP-2, STP-4, STP-5)."""
+    """The step or the attempt is already closed with a different outcome (STP-2, STP-4, STP-5)."""
 
     def __init__(self, run_id: UUID, step_key: str, attempt: int | None = None) -> None:
         self.attempt = attempt
@@ -110,15 +109,15 @@ class StepAlreadyCompletedError(ConflictError):
 
 
 class StaleAttemptError(ConflictError):
-    """The attempt is not the last one of its step, or the step was reopened since (STP-4, STP-6)."""
+    """The attempt is not the last one of its step, or the step has been reopened (STP-4, STP-6)."""
 
     def __init__(self, run_id: UUID, step_key: str, attempt: int | None, last_attempt: int) -> None:
         self.attempt = attempt
         self.last_attempt = last_attempt
         named = "its last attempt" if attempt is None else f"attempt {attempt}"
         super().__init__(
-            f"{named} of step {step_key!r} of run {run_id} is not current any more "
-            f"(last started: {last_attempt}); drop this result, another attempt decides",
+            f"{named} of step {step_key!r} of run {run_id} is no longer current "
+            f"(last started: {last_attempt}); discard this result, a newer attempt decides",
             run_id=run_id,
             step_key=step_key,
         )
@@ -130,7 +129,7 @@ class ClaimLostError(ConflictError):
     def __init__(self, run_id: UUID, step_key: str) -> None:
         super().__init__(
             f"the claim on step {step_key!r} of run {run_id} is not yours or has expired; "
-            "stop working on it, another worker decides",
+            "stop working on it, a different worker decides",
             run_id=run_id,
             step_key=step_key,
         )
@@ -150,14 +149,14 @@ class NotSupportedError(FlowStoreError):
 
 
 class StoreClosedError(FlowStoreError):
-    """The store was closed; open another with open_store."""
+    """The store is closed."""
 
     def __init__(self) -> None:
         super().__init__("the store is closed; open it again with open_store")
 
 
 class StoreUnavailableError(FlowStoreError):
-    """The database cannot be reached or did not answer in time; the operation did not happen (CON-2)."""
+    """The database is unreachable or too slow; the operation did not happen (CON-2)."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -165,23 +164,23 @@ class StoreUnavailableError(FlowStoreError):
 
 
 class OutcomeUnknownError(StoreUnavailableError):
-    """The acknowledgement was lost and could not be resolved by looking: it may have happened (CON-3)."""
+    """The write is unacknowledged and a probe was impossible: it may have happened (CON-3)."""
 
     def __init__(self, operation: str) -> None:
         self.operation = operation
         super().__init__(
-            f"the answer to {operation} was lost and the store could not be asked again; "
-            "it may or may not have happened, so look before you repeat it"
+            f"{operation} is unacknowledged and the store could not be probed; "
+            "it may or may not have happened, so check the state before you repeat it"
         )
 
 
 class SchemaVersionError(FlowStoreError):
-    """The schema is older than allowed with migrate=False, or newer than this code (CON-6); untouched."""
+    """The schema is too old for migrate=False, or newer than this code; it was not changed (CON-6)."""
 
     def __init__(self, found: int, needed: int, remedy: str) -> None:
         self.found = found
         self.needed = needed
-        super().__init__(f"the database has schema version {found}, this code works on {needed}; {remedy}")
+        super().__init__(f"the database has schema version {found}, this code needs {needed}; {remedy}")
 
 
 class ConfigurationError(FlowStoreError):
@@ -197,7 +196,7 @@ class UnknownBackendError(ConfigurationError):
 
 
 class BackendLoadError(ConfigurationError):
-    """A plugin could not be loaded: it is broken, or a module that it needs is not installed."""
+    """A plugin could not be loaded: it is broken, or a required module is not installed."""
 
     def __init__(self, plugin: str, reason: str, remedy: str) -> None:
         self.plugin = plugin

@@ -13,7 +13,7 @@ from flowstore_core.redaction import redacted_repr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowEventRecord:
-    """One event; ``sequence`` rises per run from 1 in commit order."""
+    """One event; ``sequence`` increases from 1 within a run, in commit order."""
 
     __repr__ = redacted_repr
 
@@ -26,7 +26,7 @@ class FlowEventRecord:
 
 
 class Events(Protocol):
-    """Capability EVENTS."""
+    """Capability EVENTS: an append-only log for each run."""
 
     async def append_event(
         self,
@@ -38,13 +38,13 @@ class Events(Protocol):
     ) -> int:
         """Append an event and return its sequence. Raises RunNotFoundError.
 
-        No event ever appears below one that was already read, so ``after`` of get_run_events never
-        misses any.
+        An event never appears before one that was already read, so paging with ``after`` of
+        get_run_events misses none.
         """
         ...
 
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
-        """The events with sequence > after, by sequence, at most ``take``."""
+        """The events with sequence > ``after``, ordered by sequence, at most ``take``."""
         ...

@@ -1,4 +1,4 @@
-"""New run ids that sort by time, which keeps a store's indexes dense as it grows."""
+"""Run ids that sort by creation time, which keeps the indexes of a growing store dense."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _last = 0
 
 
 def new_run_id() -> UUID:
-    """A UUID of version 7 (RFC 9562): 48 bits of Unix milliseconds, then randomness.
+    """Create a UUID of version 7 (RFC 9562): 48 bits of Unix milliseconds, then random bits.
 
-    Ids made by one process rise strictly, also within one millisecond and when the clock steps back.
+    The ids of one process strictly increase, also within a millisecond and when the clock steps back.
     """
     global _last
     with _lock:

@@ -1,14 +1,13 @@
-"""What happens inside a backend, for whoever measures: retries, batches, answers that were lost.
+"""Observers of the events inside a backend: retries, batches and unacknowledged writes.
 
-A wrapper sees each call and its answer. What lies between, it cannot see: that a call was tried again,
-that it went out with others and had waited for them, that its acknowledgement was lost and how it was
-resolved. So a backend reports that to ``config.observers``, and a plugin that wants to know appends an
-observer there in its hook ``flowstore_wrap_store``::
+A wrapper sees each call and its result, but not the events in between. A backend reports these to
+``config.observers``::
 
     if observers:
         observers.batch("try_claim_step", 17, 0.004)
 
-Without an observer the list is empty, and that ``if`` is all that it costs.
+A plugin appends its observer in the hook ``flowstore_wrap_store``. Without observers the list is empty, and
+a report costs one truth test.
 """
 
 from __future__ import annotations
@@ -22,57 +21,57 @@ _log = logging.getLogger("flowstore_core")
 
 
 class Resolution(StrEnum):
-    """What became of a write whose acknowledgement was lost (CON-3)."""
+    """The resolution of an unacknowledged write (CON-3)."""
 
     HAPPENED = "happened"
-    """It was found; its caller gets the true answer."""
+    """The probe found it; the caller gets its true result."""
     DID_NOT_HAPPEN = "did_not_happen"
-    """It was not found, and nothing can take effect any more; it is sent again."""
+    """The probe did not find it and it can no longer take effect; it is retried."""
     REPEATED = "repeated"
-    """It is sent again without a look, because that gives the true answer whether it had happened or not."""
+    """It is retried without a probe, because the retry returns the true result in either case."""
     UNKNOWN = "unknown"
-    """It could not be looked for; its caller gets OutcomeUnknownError."""
+    """The probe failed; the caller gets OutcomeUnknownError."""
 
 
 class Observer(Protocol):
-    """Hears what backends report. Called on the event loop, so it must be quick and must not block.
+    """Receives the reports of backends. Called on the event loop, so it must be fast and must not block.
 
-    ``operation`` is the name of the store's method, or a word for several of them that share a way to
-    the database, such as ``read``. Nothing that is reported holds a key, a text or an id.
+    ``operation`` is the name of the store's method, or one word for several methods that share a statement
+    or transaction, such as ``read``. No report contains a key, a text or an id.
     """
 
     def retried(self, operation: str, reason: str, wait: float) -> None:
-        """A try that is known not to have happened is made again after ``wait`` seconds.
+        """An operation that is known not to have happened is retried after ``wait`` seconds.
 
-        ``reason`` is one of few words: ``connection_lost``, or the database's own code.
+        ``reason`` has few distinct values: ``connection_lost``, or the error code of the database.
         """
         ...
 
     def batch(self, operation: str, size: int, waited: float) -> None:
-        """``size`` calls go out together; the one that waited longest has waited that many seconds."""
+        """A batch of ``size`` calls is sent; its oldest call was queued for ``waited`` seconds."""
         ...
 
     def outcome_unknown(self, operation: str, resolution: Resolution, calls: int) -> None:
-        """The acknowledgement of so many calls was lost, and this became of them."""
+        """Unacknowledged writes of ``calls`` calls were resolved."""
         ...
 
 
 class Observers(list[Observer]):
-    """The observers of one store: empty, and so false, as long as nobody listens.
+    """The observers of one store; false while it is empty.
 
-    What an observer raises is logged and goes no further: measuring never breaks a store.
+    An exception of an observer is logged and not raised, so that measuring cannot break a store.
     """
 
     def retried(self, operation: str, reason: str, wait: float) -> None:
-        self._tell(lambda observer: observer.retried(operation, reason, wait))
+        self._report(lambda observer: observer.retried(operation, reason, wait))
 
     def batch(self, operation: str, size: int, waited: float) -> None:
-        self._tell(lambda observer: observer.batch(operation, size, waited))
+        self._report(lambda observer: observer.batch(operation, size, waited))
 
     def outcome_unknown(self, operation: str, resolution: Resolution, calls: int = 1) -> None:
-        self._tell(lambda observer: observer.outcome_unknown(operation, resolution, calls))
+        self._report(lambda observer: observer.outcome_unknown(operation, resolution, calls))
 
-    def _tell(self, report: Callable[[Observer], Any]) -> None:
+    def _report(self, report: Callable[[Observer], Any]) -> None:
         for observer in self:
             try:
                 report(observer)
@@ -85,15 +84,15 @@ class Observers(list[Observer]):
 
 
 NO_OBSERVERS = Observers()
-"""For what is used without a store's configuration; nothing is ever appended to it."""
+"""The default where no store configuration exists; always empty."""
 
 
 def report_batch(observers: Observers, log: logging.Logger, operation: str, size: int, waited: float) -> None:
-    """Tell of a batch, in the log at level debug too; to be called only where one of them listens."""
+    """Report a batch to the observers and to the log. Call only if observers exist or debug is enabled."""
     if observers:
         observers.batch(operation, size, waited)
     log.debug(
-        "%s: a batch of %d, the first of them after %.6f s",
+        "%s: batch of %d calls, the oldest queued for %.6f s",
         operation,
         size,
         waited,

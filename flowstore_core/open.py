@@ -1,4 +1,4 @@
-"""open_store: from a URL to a checked store."""
+"""open_store: from a URL to a validated store."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 from flowstore_core.config import StoreConfig, resolve_url
 from flowstore_core.errors import BackendLoadError, ConfigurationError, NotSupportedError
+from flowstore_core.operations import CAPABILITY_METHODS
 from flowstore_core.plugins import Backend, Plugin, find_backend, load_error, wrap_store
 from flowstore_core.status import Capability
-from flowstore_core.store import CAPABILITY_METHODS, FlowStore
+from flowstore_core.store import FlowStore
 from flowstore_core.suggestions import did_you_mean
 from flowstore_core.urls import ENCODING_RULE, parse_url, redact, redact_option
 from flowstore_core.validated_store import ValidatedStore
@@ -30,17 +31,17 @@ async def open_store(
     migrate: bool = True,
     **options: object,
 ) -> AsyncIterator[FlowStore]:
-    """Open the store that a URL names, and close it when the context is left.
+    """Open the store at a URL and close it when the context exits.
 
-    ``url`` falls back to FLOWSTORE_URL, then to key ``url`` of flowstore.toml or [tool.flowstore] in
-    the working directory, then to ``sqlite:///flowstore.db``. ``options`` are the backend's own, and
-    may stand in the URL's query too. ``clock``, a callable without arguments that returns an aware
-    datetime, replaces the backend's own clock for every timestamp that is written or compared with.
-    ``migrate=False`` leaves the schema alone, for roles without DDL rights.
+    ``url`` defaults to FLOWSTORE_URL, then to key ``url`` of flowstore.toml or [tool.flowstore] in the
+    working directory, then to ``sqlite:///flowstore.db``. ``options`` are those of the backend; the URL's
+    query may set them too. ``clock``, a callable without arguments that returns an aware datetime, replaces
+    the clock of the backend for every timestamp that it writes or compares. ``migrate=False`` never changes
+    the schema, for roles without DDL rights.
 
     Raises ConfigurationError, UnknownBackendError, BackendLoadError, SchemaVersionError,
-    StoreUnavailableError, InvalidArgumentError for the clock, and NotSupportedError for a clock on a
-    backend without VIRTUAL_CLOCK.
+    StoreUnavailableError, InvalidArgumentError for an unusable clock, and NotSupportedError for a clock on
+    a backend without VIRTUAL_CLOCK.
     """
     plugin, backend, config = resolve_store(url, clock=clock, migrate=migrate, **options)
     async with AsyncExitStack() as stack:
@@ -75,9 +76,9 @@ def resolve_store(
     migrate: bool = True,
     **options: object,
 ) -> tuple[Plugin, Backend, StoreConfig]:
-    """The plugin and backend that open_store would take for these arguments, and what it would tell it.
+    """The plugin, the backend and the configuration that open_store uses for these arguments.
 
-    Nothing is opened. Raises ConfigurationError, UnknownBackendError, BackendLoadError, and
+    Opens nothing. Raises ConfigurationError, UnknownBackendError, BackendLoadError, and
     InvalidArgumentError for the clock.
     """
     checked_clock = check_clock(clock)
@@ -89,7 +90,7 @@ def resolve_store(
         near = {name: did_you_mean(name, backend.options | {"migrate"}) for name in unknown}
         names = ", ".join(sorted({f"{redact_option(name)}{near[name]}" for name in unknown}))
         if parsed.has_at_in_query:
-            names = f"of such a name ({ENCODING_RULE})"
+            names = f"of that name ({ENCODING_RULE})"
         raise ConfigurationError(f"backend {backend.name!r} has no option {names}; it has: {known}")
     config = StoreConfig(
         url=settings.url,
@@ -105,7 +106,7 @@ async def _enter_backend(stack: AsyncExitStack, plugin: Plugin, backend: Backend
     try:
         return await stack.enter_async_context(backend.open(config))
     except ModuleNotFoundError as error:
-        # The driver is imported here at the earliest; told apart from a bug by the module's name.
+        # A backend imports its driver in open. load_error tells a missing driver from a bug of the plugin.
         raise load_error(plugin.name, plugin.module, plugin.distribution, error) from error
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a run, by key (EVT-2)."""
+"""The outputs of a run, by key (EVT-2)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from uuid import UUID
 
 
 class Outputs(Protocol):
-    """Capability OUTPUTS."""
+    """Capability OUTPUTS: a key-value store for each run."""
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         """Store a value under a key; the last write wins. Raises RunNotFoundError."""
         ...
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
-        """The value to the letter; None if there is none."""
+        """The value, unchanged; None if there is none."""
         ...
 
     async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        """Every output of a run, read-only, by key; empty for an unknown run."""
+        """All outputs of a run, read-only, ordered by key; empty for an unknown run."""
         ...

@@ -1,13 +1,13 @@
-"""Diagnostic backends and wrappers: pluggy hooks behind two groups of entry points.
+"""Discovery of backends and wrappers: pluggy hooks behind two groups of entry points.
 
-Group ``flowstore`` holds backends, each entry point named after a URL scheme; only the plugin whose
-scheme a URL names is imported. Where no entry point has that name all of them are looked at, so a
-scheme may also be served under another name. Group ``flowstore_wrappers`` holds what wraps the stores
-of every backend; each of its plugins is imported when a store is opened.
+Entry points of group ``flowstore`` are backends, each named after a URL scheme: opening a URL imports only
+the plugin of its scheme. If no entry point has that name, all backend plugins are imported and searched for
+the scheme. Entry points of group ``flowstore_wrappers`` wrap the stores of every backend; opening a store
+imports all of them.
 
-Every backend's plugin is loaded on its own, so a broken one never disables the others; two that claim
-one scheme are refused by name when that scheme is asked for. A distribution whose metadata cannot be read
-counts as a broken plugin of each group that it mentions.
+Plugins are loaded independently, so a broken one does not disable the others. A scheme that two plugins
+claim is an error when it is opened. A distribution with unreadable metadata counts as a broken plugin of
+each group that it mentions.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from flowstore_core.suggestions import did_you_mean
 
 PROJECT = "flowstore"
 BACKENDS = PROJECT
-"""The group of entry points named after the schemes that they serve."""
+"""The group of entry points of backends, named after the URL schemes that they serve."""
 WRAPPERS = "flowstore_wrappers"
-"""The group of entry points whose hook wraps the stores of every backend."""
+"""The group of entry points of wrappers, whose hook wraps the stores of every backend."""
 CONTRACT_VERSION = 1
 
 hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
@@ -47,44 +47,43 @@ hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 
 
 class Backend(Protocol):
-    """What a plugin returns for each backend that it brings."""
+    """The descriptor of a backend, as a plugin returns it. Structural: no base class is needed."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def schemes(self) -> frozenset[str]:
-        """The URL schemes it serves, in lower case."""
+        """The URL schemes of the backend, in lower case."""
         ...
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """What its stores offer, unless a store says otherwise by its own ``capabilities``."""
+        """The capabilities of its stores; overridden by the attribute ``capabilities`` of a store."""
         ...
 
     @property
     def options(self) -> frozenset[str]:
-        """The names it takes in the URL's query and as keywords; any other is refused by core."""
+        """The names of its options, for the URL's query and keywords; core rejects any other name."""
         ...
 
     @property
     def contract_version(self) -> int:
-        """The version of the contract that it was written for: 1."""
+        """The version of the contract that it implements: 1."""
         ...
 
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[Any]:
-        """Open a store that implements FlowStore, or a part of it; leaving the context closes it.
+        """Open a store that implements FlowStore or a part of it; leaving the context closes it.
 
-        Import the driver here, not at the top of the plugin module: a missing one is then reported
-        with its remedy, and no other backend pays for it.
+        Import the driver here, not at the top of the plugin module: then a missing driver is reported with
+        its remedy, and users of other backends do not import it.
         """
         ...
 
     def scratch(self, url: str) -> AbstractAsyncContextManager[str]:
-        """Make a fresh, empty namespace beside what the URL names, and give its URL.
+        """Create an empty namespace next to the store at ``url``, yield its URL, and drop it on exit.
 
-        It is dropped at the end. What the URL itself holds is never touched: conformance checks run
-        in here.
+        Conformance checks run in this namespace. The store at ``url`` itself is never touched.
         """
         ...
 
@@ -94,44 +93,44 @@ class Hooks:
 
     @hookspec
     def flowstore_backends(self) -> Sequence[Backend]:
-        """The backends that the plugin brings."""
+        """Return the backends of the plugin."""
         raise NotImplementedError
 
     @hookspec
     def flowstore_wrap_store(self, store: Any, config: StoreConfig) -> Any:
-        """Wrap a store that was just opened, for tracing or encryption; None leaves it as it is.
+        """Wrap a store that was just opened, for example for tracing or encryption; None does not wrap it.
 
-        Of a plugin in group ``flowstore`` it sees the stores of that plugin's own backends; of one in
-        group ``flowstore_wrappers`` those of every backend. A plugin's own wrapper lies next to its
-        backend; the others follow in the order of their entry points' names, the last outermost. Core's
-        checks lie outside of all, so a wrapper sees checked arguments, every one by keyword, and its
-        results go to the caller as they are.
+        A plugin of group ``flowstore`` wraps the stores of its own backends, a plugin of group
+        ``flowstore_wrappers`` those of every backend. The plugin's own wrapper is the innermost; the others
+        follow in the order of their entry points' names, the last one outermost. Validation surrounds all
+        wrappers: a wrapper gets validated arguments, all by keyword, and its results reach the caller
+        unchanged.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plugin:
-    """A loaded plugin, or one that could not be loaded and why."""
+    """A loaded plugin, or one that could not be loaded, with its error."""
 
     name: str
-    """Of its entry point; where it has several, of the one named like its backend, else the first."""
+    """The name of its entry point; of several, the one named like its backend, else the first."""
     distribution: str | None
     module: str
     value: str = ""
-    """What its entry points name: the module, or an object in it."""
+    """The value of its entry points: a module, or an object in it."""
     backends: tuple[Backend, ...] = ()
     wrap: Callable[..., Any] | None = None
     error: BackendLoadError | None = None
 
 
 def load_plugins() -> tuple[Plugin, ...]:
-    """Every plugin of group ``flowstore``, by name; broken ones carry their error."""
+    """Every plugin of group ``flowstore``, ordered by name, including broken ones."""
     return tuple(sorted(_load_group(BACKENDS), key=lambda plugin: plugin.name))
 
 
 def load_wrappers() -> tuple[Plugin, ...]:
-    """Every plugin of group ``flowstore_wrappers``, by name; broken ones carry their error."""
+    """Every plugin of group ``flowstore_wrappers``, ordered by name, including broken ones."""
     return _load_group(WRAPPERS)
 
 
@@ -152,7 +151,7 @@ def _explain_distribution(broken: BrokenDistribution) -> Plugin:
     )
 
 
-# These are keyed by the path, so that a plugin installed into a running process is found.
+# The caches are keyed by sys.path, so that a plugin installed into a running process is found.
 
 
 @functools.lru_cache(maxsize=4)
@@ -162,9 +161,9 @@ def _read_metadata(path: tuple[str, ...]) -> tuple[list[EntryPoint], list[Broken
 
 @functools.lru_cache(maxsize=8)
 def _list_entries(path: tuple[str, ...], group: str) -> tuple[tuple[EntryPoint, ...], ...]:
-    """The entry points of a group, those of one plugin together; from metadata, nothing is imported."""
+    """The entry points of a group, grouped by plugin; read from metadata, without an import."""
     entries, _ = _read_metadata(path)
-    # An editable install and a wheel of one distribution may both be on the path.
+    # An editable install and a wheel of the same distribution may both be on the path.
     found = {(entry.name, entry.value): entry for entry in entries if entry.group == group}
     plugins: dict[str, list[EntryPoint]] = {}
     for key in sorted(found):
@@ -191,7 +190,7 @@ def _load_plugin(path: tuple[str, ...], entries: tuple[EntryPoint, ...]) -> Plug
         backends = tuple(b for result in manager.hook.flowstore_backends() for b in result)
         for backend in backends:
             _check_backend(backend)
-    except Exception as error:  # noqa: BLE001 - kept, and raised to whoever asks for its scheme
+    except Exception as error:  # noqa: BLE001 - stored, and raised when its scheme is opened
         return Plugin(
             name=name,
             distribution=distribution,
@@ -226,7 +225,7 @@ def _check_backend(backend: Any) -> None:
     if backend.contract_version != CONTRACT_VERSION:
         raise ValueError(
             f"backend {backend.name!r} was written for contract version "
-            f"{backend.contract_version}, this flowstore speaks {CONTRACT_VERSION}"
+            f"{backend.contract_version}, this flowstore supports {CONTRACT_VERSION}"
         )
     for method in ("open", "scratch"):
         if not callable(getattr(backend, method, None)):
@@ -234,10 +233,10 @@ def _check_backend(backend: Any) -> None:
 
 
 def find_backend(scheme: str) -> tuple[Plugin, Backend]:
-    """The backend that serves a scheme; of all plugins only those named after it are imported.
+    """The plugin and backend of a scheme; imports only the plugins named after it if one of them serves it.
 
-    Raises UnknownBackendError when none or several do, BackendLoadError when the plugin that is
-    named after the scheme could not be loaded.
+    Raises UnknownBackendError if no backend or several backends serve the scheme, BackendLoadError if the
+    plugin named after the scheme could not be loaded.
     """
     path = tuple(sys.path)
     named = [
@@ -277,9 +276,9 @@ def _choose(scheme: str, plugins: Iterable[Plugin]) -> tuple[Plugin, Backend] | 
 
 
 def wrap_store(store: Any, config: StoreConfig, plugin: Plugin) -> Any:
-    """A backend's store inside its own plugin's wrapper, if any, and those of group flowstore_wrappers.
+    """Wrap a backend's store with its own plugin's wrapper, if any, then with those of flowstore_wrappers.
 
-    Raises BackendLoadError when a wrapper could not be loaded: one that encrypts must not be missed.
+    Raises BackendLoadError if a wrapper could not be loaded: skipping one that encrypts would leak data.
     """
     wrappers = [wrapper for wrapper in load_wrappers() if wrapper.value != plugin.value]
     for wrapper in (plugin, *wrappers):
@@ -292,12 +291,12 @@ def wrap_store(store: Any, config: StoreConfig, plugin: Plugin) -> Any:
 
 def _refuse_broken(plugin: Plugin) -> None:
     if plugin.error is not None:
-        # It is kept for good; its traceback must not grow each time that it is raised.
+        # The error is cached; without this, each raise would add to its traceback.
         raise plugin.error.with_traceback(None)
 
 
 def load_error(plugin: str, module: str, distribution: str | None, error: Exception) -> BackendLoadError:
-    """Why a plugin could not be loaded, and the remedy: a missing driver is not a bug of the plugin."""
+    """The error of a plugin that could not be loaded, with its remedy; tells a missing driver from a bug."""
     own = module.partition(".")[0]
     missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     top = missing.partition(".")[0]
@@ -323,7 +322,7 @@ def load_error(plugin: str, module: str, distribution: str | None, error: Except
 
 
 def _requirement(module: str, distribution: str | None) -> str:
-    """What pip must install for a module: the plugin's own extra where one lists it."""
+    """The requirement that installs a module: the extra of the distribution that lists it, if any."""
     if distribution is None:
         return module
     sizes: Counter[str] = Counter()
@@ -333,8 +332,8 @@ def _requirement(module: str, distribution: str | None) -> str:
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", requirement)
         if name and extra:
             sizes[extra[1]] += 1
-            # A module that several distributions share, such as opentelemetry, begins their names.
+            # Several distributions may share a module; their names then begin with it, as with opentelemetry.
             if f"{re.sub(r'[-.]', '_', name[0])}_".lower().startswith(f"{module.lower()}_"):
                 offering.append(extra[1])
-    # The smallest that has it: others, such as "all", bring more than what is missing.
+    # The smallest such extra: others, such as "all", install more than needed.
     return f"'{distribution}[{min(offering, key=sizes.__getitem__)}]'" if offering else module

@@ -1,4 +1,4 @@
-"""How a record shows itself: by what identifies it, never by what an application has put in."""
+"""The repr of records, which hides application data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ SENSITIVE_FIELDS = frozenset(
         "trigger_data",
     }
 )
-"""The fields that hold an application's own data."""
+"""The fields that contain application data."""
 
 
 def redacted_repr(record: Any) -> str:
-    """The ``repr`` of a record: records end up in logs and in tracebacks with locals, their data must not."""
+    """The ``repr`` of a record: of application data only the length.
+
+    Records end up in logs and in tracebacks that show local variables.
+    """
     shown = []
     for field in fields(record):
         value = getattr(record, field.name)
@@ -31,10 +34,17 @@ def redacted_repr(record: Any) -> str:
 
 
 def full_repr(value: Any) -> str:
-    """A record, or a tuple of them, as text with all its contents: for a person who asked to see it."""
-    if is_dataclass(value):
-        shown = (f"{field.name}={full_repr(getattr(value, field.name))}" for field in fields(value))
+    """The full text of a record or a tuple of records, application data included."""
+    if names := _field_names(value):
+        shown = (f"{name}={full_repr(getattr(value, name))}" for name in names)
         return f"{type(value).__qualname__}({', '.join(shown)})"
     if isinstance(value, tuple):
         return f"({', '.join(map(full_repr, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
+
+
+def _field_names(value: Any) -> tuple[str, ...]:
+    """The fields of a dataclass or named tuple; empty for any other value."""
+    if is_dataclass(value):
+        return tuple(field.name for field in fields(value))
+    return tuple(getattr(value, "_fields", ())) if isinstance(value, tuple) else ()

@@ -1,4 +1,4 @@
-"""Retention: deleting what is over, whole (RET)."""
+"""Retention: deleting completed runs with all their data (RET)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 ORPHAN_GRACE = timedelta(hours=1)
-"""How old a key or control whose run never started must be at least before cleanup takes it (RET-4)."""
+"""Minimum age of a key or control record whose run never started before cleanup deletes it (RET-4)."""
 
 
 class FlowRetentionStore(Protocol):
     """Cleanup of completed runs."""
 
     async def cleanup(self, cutoff: datetime) -> int:
-        """Delete the runs completed strictly before ``cutoff`` with all that belongs to them; how many.
+        """Delete the runs completed strictly before ``cutoff`` and return their number.
 
-        Steps, attempts, outputs, events, claims, dispatches, controls, idempotency keys and waiters go
-        with their run (RET-1). Running runs are never touched (RET-2). It works in bounded batches,
-        atomic per run: stopped halfway, it has deleted whole runs only (RET-3). Keys and controls
-        older than cutoff and than an hour whose run never started go too, uncounted (RET-4).
+        Deletes the steps, attempts, outputs, events, claims, dispatches, controls, idempotency keys and
+        waiters of each run with it (RET-1). Never touches a Running run (RET-2). Works in bounded batches,
+        atomic per run: an interrupted cleanup has deleted whole runs only (RET-3). Also deletes keys and
+        control records older than ``cutoff`` and than one hour whose run never started; these are not
+        counted (RET-4).
         """
         ...

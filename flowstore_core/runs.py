@@ -1,11 +1,11 @@
-"""Runs: their records and the promises of starting, completing and listing them (RUN, QRY)."""
+"""Runs: the records, and the operations that start, complete and list runs (RUN, QRY)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
@@ -16,40 +16,40 @@ from flowstore_core.steps import FlowStepRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPosition:
-    """A place in the order of QRY-1: that of a run which started then and has this id.
+    """A position in the order of QRY-1, as a cursor for paging.
 
-    A value, not a pointer: it stays what it is when the run goes, and any two values make one. Pages
-    that each begin behind the last run of the page before (``after=page.runs[-1].position``) cost the
-    same however far down they lie, and miss and repeat nothing while runs come and go.
+    A plain value: it stays valid when its run is deleted, and any datetime and id form one. With
+    ``after=page.runs[-1].position`` the cost of a page does not grow with its depth, and the pages skip and
+    repeat no run while others are added and deleted.
     """
 
     started_at: datetime
     run_id: UUID
 
     def __str__(self) -> str:
-        """One word that ``parse`` reads: the moment in UTC, an underscore, the id."""
+        """The form that ``parse`` accepts: the datetime in UTC, an underscore, the id."""
         moment = self.started_at.astimezone(UTC).replace(tzinfo=None)
         return f"{moment.isoformat(timespec='microseconds')}Z_{self.run_id}"
 
     @classmethod
     def parse(cls, text: str) -> RunPosition:
-        """The position that ``str`` wrote. Raises InvalidArgumentError."""
+        """Parse the result of ``str``. Raises InvalidArgumentError."""
         moment, _, number = text.rpartition("_")
         try:
             started_at = datetime.fromisoformat(moment)
             if started_at.utcoffset() is not None:
                 return cls(started_at=started_at.astimezone(UTC), run_id=UUID(number))
         except (ValueError, OverflowError):
-            # One answer for all that is wrong with it.
-            pass
+            pass  # Every malformed text gets the same error.
         raise InvalidArgumentError(
-            "position", "a moment in UTC, an underscore and a run id, such as 2026-03-14T12:00:00Z_RUN-ID"
+            "position",
+            "a datetime with offset, an underscore and a run id, such as 2026-03-14T12:00:00Z_RUN-ID",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRunRecord:
-    """One run as it was when it was read (RUN-3)."""
+    """A run as of the read (RUN-3)."""
 
     __repr__ = redacted_repr
 
@@ -64,11 +64,11 @@ class FlowRunRecord:
     completed_at: datetime | None
     """None while the run is Running."""
     source_run_id: UUID | None
-    """The run that this one was derived from, if any; it need not be stored."""
+    """The run that this run was derived from, if any; it need not be stored."""
 
     @property
     def position(self) -> RunPosition:
-        """Where it stands in the order of QRY-1."""
+        """Its position in the order of QRY-1."""
         return RunPosition(started_at=self.started_at, run_id=self.run_id)
 
 
@@ -77,27 +77,19 @@ class FlowRunDetail(FlowRunRecord):
     """A run with its steps and their attempts, from one snapshot (QRY-3)."""
 
     steps: tuple[FlowStepRecord, ...]
-    """By started_at, then step_key."""
+    """Ordered by started_at, then step_key."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPage:
-    """One page of runs and the number of all that match, from one snapshot (QRY-3).
-
-    Unpacks: ``runs, total = page``.
-    """
+class RunPage(NamedTuple):
+    """One page of runs, from one snapshot (QRY-3). Unpacks: ``runs, total = page``."""
 
     runs: tuple[FlowRunRecord, ...]
     total_count: int
-
-    def __iter__(self) -> Iterator[Any]:
-        # Any: a precise union would make every unpacked name a union for type checkers.
-        yield self.runs
-        yield self.total_count
+    """The number of all matching runs."""
 
 
 class RunLifecycle(Protocol):
-    """Starting, completing and reading runs."""
+    """Operations that start, complete and read runs."""
 
     async def start_run(
         self,
@@ -112,23 +104,23 @@ class RunLifecycle(Protocol):
     ) -> FlowRunRecord:
         """Store a new Running run and return it (RUN-1).
 
-        Raises RunAlreadyExistsError, changing nothing, when run_id is stored already. Atomic.
+        Atomic. Raises RunAlreadyExistsError, changing nothing, if run_id is already stored.
         """
         ...
 
     async def complete_run(
         self,
         run_id: UUID,
-        status: RunStatus,
+        status: RunStatus | str,
         *,
-        expected: Mapping[str, StepStatus] | None = None,
+        expected: Mapping[str, StepStatus | str] | None = None,
     ) -> bool:
-        """Move a Running run to Succeeded, Failed or Cancelled; True for the one call that did (RUN-2).
+        """Set a Running run to Succeeded, Failed or Cancelled; True for the one call that did (RUN-2).
 
-        False ever after: the first terminal status wins. With ``expected``, every step_key with its
-        status, it is also False, and nothing changes, unless the statuses are exactly these and no
-        live claim and no dispatch lies on a key outside them: a run cannot finish under a step that
-        was just retried or dispatched. Check and change are one atomic act.
+        The first terminal status wins: every later call returns False. ``expected`` maps every step_key to
+        its status. With it, the call changes nothing and returns False unless the run's statuses are
+        exactly these and no other key has a live claim or a dispatch: a run cannot complete while one of
+        its steps was just retried or dispatched. Check and change are atomic.
 
         Raises RunNotFoundError.
         """
@@ -142,14 +134,15 @@ class RunLifecycle(Protocol):
         skip: int = 0,
         take: int = 50,
     ) -> Sequence[FlowRunRecord]:
-        """Runs, of one flow if given, newest first: started_at, then run_id, descending (QRY-1).
+        """Runs, newest first: by started_at, then run_id, descending (QRY-1).
 
-        With ``after`` only those strictly behind that position; ``skip`` counts from there.
+        ``flow_id`` selects the runs of one flow. ``after`` starts strictly after a position; ``skip`` counts
+        from there.
         """
         ...
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        """A run with steps and attempts from one snapshot (QRY-3); None if unknown."""
+        """A run with its steps and attempts, from one snapshot (QRY-3); None if unknown."""
         ...
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
@@ -157,13 +150,13 @@ class RunLifecycle(Protocol):
         ...
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
-        """The Running runs in the order of QRY-1, at most ``take`` (None: all) (QRY-6)."""
+        """The Running runs, in the order of QRY-1, at most ``take`` (None: all) (QRY-6)."""
         ...
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
-        """The runs whose source_run_id this is, one generation only, in the order of QRY-1 (QRY-6)."""
+        """The runs with this source_run_id, one generation only, in the order of QRY-1 (QRY-6)."""
         ...
 
 
@@ -174,40 +167,40 @@ class RunPages(Protocol):
         self,
         flow_id: UUID | None = None,
         *,
-        status: RunStatus | None = None,
+        status: RunStatus | str | None = None,
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
         search: str | None = None,
     ) -> RunPage:
-        """One page of the matching runs and the count of all of them, from one snapshot (QRY-1 to 3).
+        """One page of the matching runs and the number of all matching runs (QRY-1, QRY-2, QRY-3).
 
-        ``after`` and ``skip`` are as in get_runs; the count is that of all that match, wherever the
-        page begins.
+        Page and number come from one snapshot. ``after`` and ``skip`` work as in get_runs and do not affect
+        the number.
 
-        ``search`` is a plain substring: ASCII letters match in either case, everything else exactly.
-        It looks at the run id (hyphenated), flow name, trigger key, status and job id of the run, and
-        at the keys, error messages and outputs of what get_run_detail would show; of error messages
-        and outputs at the first 64 KiB of their UTF-8. An empty search filters nothing.
+        ``search`` is a plain substring: ASCII letters match in either case, all other characters exactly.
+        It is searched for in the run id (hyphenated), flow name, trigger key, status and job id of the run,
+        and in the step keys, error messages and outputs of its get_run_detail; in error messages and
+        outputs only within the first 64 KiB of their UTF-8. An empty search matches every run.
         """
         ...
 
 
 SEARCHED_BYTES = 64 * 1024
-"""How much of the UTF-8 of each error message and output search looks at (QRY-2)."""
+"""Length of the searched part of an error message or output, in bytes of UTF-8 (QRY-2)."""
 
 _FOLD = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
 def fold_ascii(text: str) -> str:
-    """Lower-case the ASCII letters and nothing else (QRY-2)."""
+    """Lower-case ASCII letters only (QRY-2)."""
     return text.translate(_FOLD)
 
 
 def search_matches(needle: str, short: Sequence[str | None], long: Sequence[str | None]) -> bool:
-    """Whether a folded needle lies in any of the short texts, or in the searched part of the long ones.
+    """Whether any short text, or the searched part of any long one, contains the folded needle (QRY-2).
 
-    The rule of QRY-2 for backends that have no query language of their own.
+    For backends without a query language.
     """
     if any(text is not None and needle in fold_ascii(text) for text in short):
         return True

@@ -1,4 +1,4 @@
-"""Signal waiters and deliveries: exactly one delivery per waiter (SIG)."""
+"""Signals: waiters and deliveries, exactly one delivery per waiter (SIG)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowstore_core.status import SignalDeliveryStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowSignalWaiter:
-    """A step that waits for a signal, and the payload once it came."""
+    """The waiter of a step for a signal, with the payload once it is delivered."""
 
     __repr__ = redacted_repr
 
@@ -23,7 +23,7 @@ class FlowSignalWaiter:
     signal_name: str
     created_at: datetime
     expires_at: datetime | None
-    """The store itself does not act on it; expire_waiter does (SIG-4)."""
+    """Enforced by expire_waiter only, not by the store on its own (SIG-4)."""
     delivered_at: datetime | None
     payload_json: str | None
     expired_at: datetime | None
@@ -31,16 +31,16 @@ class FlowSignalWaiter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalDeliveryResult:
-    """What became of one delivery."""
+    """The result of a deliver_signal call."""
 
     status: SignalDeliveryStatus
     step_key: str | None
-    """Of the waiter that got it, or had got it; None when NOT_FOUND."""
+    """The waiter that gets or already got the payload; None for NOT_FOUND."""
     delivered_at: datetime | None
 
 
 class Signals(Protocol):
-    """Registering waiters and delivering to them."""
+    """Operations that register waiters and deliver signals to them."""
 
     async def register_waiter(
         self,
@@ -50,13 +50,13 @@ class Signals(Protocol):
         *,
         expires_at: datetime | None = None,
     ) -> None:
-        """Let a step wait for a signal (SIG-1).
+        """Register a step as waiting for a signal (SIG-1).
 
-        Again on the same key it updates signal_name and expires_at and keeps created_at and any
+        Repeated on the same key, it updates signal_name and expires_at and keeps created_at and any
         delivered payload. Allowed on a terminal run (RUN-4).
 
-        Raises RunNotFoundError; ConflictError for another signal_name on a delivered waiter, and for
-        any registering on an expired one: remove it first.
+        Raises RunNotFoundError; ConflictError if a delivered waiter has a different signal_name, or if the
+        waiter is expired: remove it first.
         """
         ...
 
@@ -68,13 +68,13 @@ class Signals(Protocol):
         *,
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
-        """Give the payload to the oldest waiter that is neither delivered nor expired (SIG-2).
+        """Deliver the payload to the oldest waiter that is neither delivered nor expired (SIG-2).
 
-        Oldest by created_at, then step_key; exactly one delivery per waiter. With none left but one
-        delivered: ALREADY_DELIVERED, naming the oldest delivered. NOT_FOUND only if at that moment no
-        waiter matches; on a terminal run an undelivered waiter does not match, and nothing changes
-        (SIG-3). A ``delivery_id`` that was DELIVERED before returns the first result, for as long as
-        the run is stored, on a terminal run too.
+        Oldest by created_at, then step_key; exactly one delivery per waiter. If only delivered waiters are
+        left, the result is ALREADY_DELIVERED and names the oldest of them. NOT_FOUND only if no waiter
+        matches at that moment; on a terminal run an undelivered waiter does not match, and nothing changes
+        (SIG-3). A ``delivery_id`` that was DELIVERED returns the first result again as long as the run is
+        stored, also on a terminal run.
         """
         ...
 
@@ -83,21 +83,21 @@ class Signals(Protocol):
         ...
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        """Remove the waiter and return it, payload included; None if there was none (SIG-4)."""
+        """Remove the waiter and return it with its payload; None if there was none (SIG-4)."""
         ...
 
 
-class Waiters(Protocol):
-    """Capability WAITERS: ending a wait, and seeing who waits."""
+class SignalWaiters(Protocol):
+    """Capability WAITERS: expiring and listing waiters."""
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        """Close an undelivered waiter that is past its expires_at, and return it as it then is (SIG-4).
+        """Close an undelivered waiter whose expires_at has passed, and return its new state (SIG-4).
 
-        Delivered or expired, one of the two, for ever. A waiter that is not due is returned unchanged;
-        None if there is none.
+        A waiter is either delivered or expired, permanently. A waiter that is not due is returned
+        unchanged; None if there is none.
         """
         ...
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
-        """The waiters of a run by step_key."""
+        """The waiters of a run, ordered by step_key."""
         ...

@@ -1,4 +1,4 @@
-"""The states of runs, steps and deliveries, and what a backend can do."""
+"""The statuses of runs, steps and deliveries, and the capabilities of backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class RunStatus(StrEnum):
-    """The state of a run; every value but RUNNING is terminal."""
+    """The status of a run; terminal unless RUNNING."""
 
     RUNNING = "Running"
     SUCCEEDED = "Succeeded"
@@ -22,7 +22,7 @@ TERMINAL_RUN_STATUSES = frozenset({RunStatus.SUCCEEDED, RunStatus.FAILED, RunSta
 
 
 class StepStatus(StrEnum):
-    """The state of a step or of one attempt; SUCCEEDED, FAILED and SKIPPED are terminal."""
+    """The status of a step or an attempt; SUCCEEDED, FAILED and SKIPPED are terminal."""
 
     PENDING = "Pending"
     RUNNING = "Running"
@@ -39,7 +39,7 @@ TERMINAL_STEP_STATUSES = frozenset({StepStatus.SUCCEEDED, StepStatus.FAILED, Ste
 
 
 class SignalDeliveryStatus(StrEnum):
-    """What became of one deliver_signal call (SIG-2, SIG-3)."""
+    """The status of a deliver_signal call (SIG-2, SIG-3)."""
 
     DELIVERED = "Delivered"
     NOT_FOUND = "NotFound"
@@ -47,7 +47,7 @@ class SignalDeliveryStatus(StrEnum):
 
 
 class StallReason(StrEnum):
-    """Why get_stalled_steps lists a step (STP-8)."""
+    """The reason why get_stalled_steps lists a step (STP-8)."""
 
     LEASE_EXPIRED = "LeaseExpired"
     DISPATCH_DUE = "DispatchDue"
@@ -55,14 +55,14 @@ class StallReason(StrEnum):
 
 
 class RunTimeseriesGranularity(StrEnum):
-    """The width of a bucket of get_run_timeseries, in UTC."""
+    """The bucket width of get_run_timeseries, in UTC."""
 
     HOUR = "hour"
     DAY = "day"
 
 
 class Capability(StrEnum):
-    """What a backend offers beyond the base protocols; test ``store.capabilities``, never isinstance."""
+    """A feature beyond the base protocols. Test ``store.capabilities``; isinstance does not work."""
 
     LEASES = "leases"
     """``lease=`` of try_claim_step, and renew_step_claim."""
@@ -81,9 +81,9 @@ class Capability(StrEnum):
     DASHBOARD = "dashboard"
     """get_runs_page, get_statistics and get_run_timeseries."""
     DURABLE = "durable"
-    """What returned survives kill -9 and, where the disk honours fsync, a power cut (CON-5)."""
+    """A returned write survives kill -9 and, if the disk honours fsync, a power cut (CON-5)."""
     MULTI_PROCESS = "multi_process"
-    """Several processes may open one store at once."""
+    """Several processes may open one store at the same time."""
     VIRTUAL_CLOCK = "virtual_clock"
     """open_store(clock=...) is honoured."""
 
@@ -97,4 +97,4 @@ CRASH_SAFE = frozenset(
         Capability.WAITERS,
     }
 )
-"""What an engine needs to recover from crashes; with everything else the level is "full"."""
+"""The capabilities that an engine needs to recover from crashes: level crash-safe."""

@@ -1,4 +1,4 @@
-"""Steps and their attempts: the records and the promises of starting and closing them (STP)."""
+"""Steps and their attempts: the records, and the operations that start and close attempts (STP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowstore_core.status import StallReason, StepStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowStepAttemptRecord:
-    """One attempt of a step; attempts are numbered 1, 2, ... without gaps (STP-1)."""
+    """An attempt of a step; attempts are numbered 1, 2, ... without gaps (STP-1)."""
 
     __repr__ = redacted_repr
 
@@ -29,12 +29,12 @@ class FlowStepAttemptRecord:
     job_id: str | None
     started_at: datetime
     completed_at: datetime | None
-    """When it was closed, as Pending too; None while it is open."""
+    """When the attempt was closed, also as Pending; None while it is open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowStepRecord:
-    """One step with its attempts; its own fields are those of the newest attempt."""
+    """A step with its attempts; its own fields are those of the newest attempt."""
 
     __repr__ = redacted_repr
 
@@ -51,24 +51,24 @@ class FlowStepRecord:
     completed_at: datetime | None
     """None unless the status is terminal."""
     attempt_count: int
-    """The last attempt's number, or that of the attempt to come once retry_step reopened the step."""
+    """The number of the last attempt; after retry_step, that of the next attempt."""
     attempts: tuple[FlowStepAttemptRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StalledStep:
-    """A step that nothing will move by itself (STP-8)."""
+    """A step that makes no progress without intervention (STP-8)."""
 
     run_id: UUID
     step_key: str
     status: StepStatus
-    """Pending also for a key that was dispatched or claimed but never started."""
+    """Pending, too, for a key that was dispatched or claimed but never started."""
     reason: StallReason
     since: datetime
 
 
 class StepAttempts(Protocol):
-    """Opening, closing and reopening attempts."""
+    """Operations that open, close and reopen attempts."""
 
     async def record_step_start(
         self,
@@ -82,13 +82,13 @@ class StepAttempts(Protocol):
     ) -> int:
         """Open the next attempt and return its number, gapless from 1 under any concurrency (STP-1).
 
-        The step becomes Running; its output, error and completion are cleared. An attempt that is
-        still open is closed as Failed with a message that names its successor. With ``owner`` the
-        caller must hold that owner's unexpired claim; said again under the same claim while its
-        attempt is open, it returns that attempt's number and changes nothing (STP-3).
+        The step becomes Running; its output, error and completion are cleared. An open attempt is closed
+        as Failed with a message that names its successor. With ``owner``, that owner must hold an unexpired
+        claim on the step; repeated under the same claim while the attempt is open, the call returns the
+        number of that attempt and changes nothing (STP-3). Atomic.
 
-        Raises, in this order: RunNotFoundError, RunCompletedError (RUN-4), StepAlreadyCompletedError
-        on a Succeeded or Skipped step (STP-2), ClaimLostError. Atomic.
+        Raises, in this order: RunNotFoundError, RunCompletedError (RUN-4), StepAlreadyCompletedError for a
+        Succeeded or Skipped step (STP-2), ClaimLostError.
         """
         ...
 
@@ -96,20 +96,20 @@ class StepAttempts(Protocol):
         self,
         run_id: UUID,
         step_key: str,
-        status: StepStatus,
+        status: StepStatus | str,
         *,
         output_json: str | None = None,
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        """Close an attempt (None: the last started) and give the step the same outcome (STP-4).
+        """Close an attempt (None: the last started) and record the same outcome on its step (STP-4).
 
-        ``status`` is Succeeded, Failed, Skipped, or Pending: a poll that is not done. The same
-        outcome again is a no-op. Allowed on a terminal run. Both rows change in one transaction.
+        ``status`` is Succeeded, Failed, Skipped, or Pending for a poll that is not done. Repeating the same
+        outcome is a no-op. Allowed on a terminal run. Step and attempt change in one transaction.
 
-        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError for an attempt that is not the
-        last one or whose step retry_step has reopened, StepAlreadyCompletedError for another outcome
-        on a closed attempt.
+        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError for an attempt that is not the last one
+        or whose step retry_step has reopened, StepAlreadyCompletedError if the attempt is closed with a
+        different outcome.
         """
         ...
 
@@ -123,24 +123,24 @@ class StepAttempts(Protocol):
     ) -> None:
         """Reopen a step and its run, atomically (STP-6).
 
-        The step becomes Pending with output, error and completion cleared and attempt_count raised to
-        the number of the attempt to come; its claim, its dispatch and its undelivered waiter go; its
-        attempts stay, an open one closed as Failed. The run is Running; if it was terminal, its
-        latches and an elapsed deadline are cleared. Keys in ``reset`` that are Skipped become
-        unstarted; their attempts and numbering stay. Again before the next start: a no-op, except
-        that a run that became terminal meanwhile is Running again.
+        The step becomes Pending: output, error and completion are cleared, attempt_count is raised to the
+        number of the next attempt, and its claim, dispatch and undelivered waiter are deleted. Its attempts
+        are kept; an open one is closed as Failed. The run becomes Running; if it was terminal, its latches
+        and an elapsed deadline are cleared. Skipped steps in ``reset`` become unstarted and keep their
+        attempts and numbering. Repeated before the next start, the call is a no-op, except that it reopens a
+        run that has become terminal in the meantime.
 
-        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError when ``attempt`` is given and is
-        not the last one started (a double click).
+        Raises RunNotFoundError, StepNotFoundError, StaleAttemptError if ``attempt`` is given and is not the
+        last one started (a double click).
         """
         ...
 
 
 class StepRuntime(Protocol):
-    """What a running engine asks and records between attempts."""
+    """Operations of a running engine between attempts."""
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        """Every started step with its status, read-only, by step_key; empty for an unknown run."""
+        """The status of every started step, read-only, ordered by step_key; empty for an unknown run."""
         ...
 
     async def record_skipped_step(
@@ -152,19 +152,19 @@ class StepRuntime(Protocol):
         *,
         owner: str | None = None,
     ) -> None:
-        """Record, atomically, one attempt that starts and ends Skipped, its error_message the reason (STP-5).
+        """Record one attempt that starts and ends Skipped, with ``reason`` as error_message (STP-5).
 
-        An open attempt is closed as in STP-1. With ``owner`` it takes the claim in the same
-        transaction; the same owner and reason again is a no-op. Allowed on a terminal run.
+        An open attempt is closed as in STP-1. With ``owner``, the same transaction claims the step;
+        repeating the call with the same owner and reason is a no-op. Allowed on a terminal run. Atomic.
 
-        Raises RunNotFoundError, StepAlreadyCompletedError on a terminal step, ClaimLostError if
-        another holds the claim.
+        Raises RunNotFoundError, StepAlreadyCompletedError for a terminal step, ClaimLostError if a different
+        owner holds the claim.
         """
         ...
 
 
 class Recovery(Protocol):
-    """Capability RECOVERY: no step is lost between two calls of a dying process."""
+    """Capability RECOVERY: rescheduling and finding the steps of crashed workers."""
 
     async def reschedule_step(
         self,
@@ -175,10 +175,10 @@ class Recovery(Protocol):
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        """Close the attempt as Pending, remove the claim and renew the dispatch, in one step (STP-7).
+        """Close the attempt as Pending, delete the claim and renew the dispatch, atomically (STP-7).
 
-        Said again for the attempt that it closed it is a no-op; after record_step_complete as Pending
-        it reschedules all the same. On a terminal run nothing is dispatched.
+        Repeated for the attempt that it closed, the call is a no-op; after record_step_complete as Pending
+        it still reschedules. On a terminal run it dispatches nothing.
 
         Raises RunNotFoundError, StepNotFoundError, StaleAttemptError, StepAlreadyCompletedError.
         """
@@ -187,11 +187,11 @@ class Recovery(Protocol):
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        """What nothing will move, in Running runs, by since, run_id, step_key (STP-8).
+        """The stalled steps of Running runs, ordered by since, run_id, step_key (STP-8).
 
-        Steps that are not terminal, and keys dispatched or claimed but never started, whose claim has
-        expired by ``as_of`` (None: the store's now), or that have no claim and whose dispatch is
-        missing or due. A step that waits for an undelivered signal is not stalled. A missing dispatch
+        A step that is not terminal, or a key that was dispatched or claimed but never started, is stalled
+        if its claim has expired by ``as_of`` (None: the store's now), or if it has no claim and its dispatch
+        is missing or due. A step that waits for an undelivered signal is not stalled. A missing dispatch
         counts from the end of the last attempt, so pass ``as_of`` = now - grace.
         """
         ...
@@ -201,5 +201,5 @@ SUPERSEDED_BY = "superseded by attempt "
 
 
 def superseded_by(attempt: int) -> str:
-    """The error_message of an open attempt that another attempt closes (STP-1)."""
+    """The error_message of an open attempt that its successor closes (STP-1)."""
     return f"{SUPERSEDED_BY}{attempt}"

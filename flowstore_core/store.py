@@ -1,8 +1,8 @@
 """The whole store: five protocols, their extensions, and FlowStore, which is all of them.
 
 Each protocol is put together from the noun files, where the methods and their promises stand. An
-engine takes a ``FlowStore`` from open_store; a backend may implement all of it or a part, and says
-with capabilities which extensions it offers.
+engine takes a ``FlowStore`` from open_store; a backend may implement all of it or a part, and declares
+the extensions that it offers as capabilities (see operations.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flowstore_core.events import Events
 from flowstore_core.outputs import Outputs
 from flowstore_core.retention import FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
-from flowstore_core.signals import Signals, Waiters
+from flowstore_core.signals import Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
@@ -34,7 +34,7 @@ class FlowRunControlStore(RunControls, IdempotencyKeys, Protocol):
 
 
 class FlowSignalStore(Signals, Protocol):
-    """Waiters and deliveries."""
+    """SignalWaiters and deliveries."""
 
 
 class FlowStore(
@@ -47,7 +47,7 @@ class FlowStore(
     Trigger,
     Recovery,
     Deadlines,
-    Waiters,
+    SignalWaiters,
     Events,
     Outputs,
     Protocol,
@@ -75,33 +75,3 @@ class FlowStore(
         Waits, bounded, for what cancelled calls have to give back (CON-4).
         """
         ...
-
-
-# What every backend is expected to implement; of a part, the rest raises NotSupportedError.
-_BASE = (
-    RunLifecycle,
-    StepAttempts,
-    StepRuntime,
-    StepClaims,
-    DispatchLedger,
-    RunControls,
-    IdempotencyKeys,
-    FlowRetentionStore,
-    Signals,
-)
-BASE_OPERATIONS = (
-    "ping",
-    *(name for protocol in _BASE for name in vars(protocol) if not name.startswith("_")),
-)
-
-# What a backend must have to offer a capability; facts such as DURABLE need no method.
-CAPABILITY_METHODS: dict[Capability, tuple[str, ...]] = {
-    Capability.LEASES: ("renew_step_claim",),
-    Capability.TRIGGER: ("trigger_run",),
-    Capability.RECOVERY: ("reschedule_step", "get_stalled_steps"),
-    Capability.DEADLINES: ("get_runs_to_stop", "extend_deadline"),
-    Capability.WAITERS: ("expire_waiter", "get_waiters"),
-    Capability.EVENTS: ("append_event", "get_run_events"),
-    Capability.OUTPUTS: ("save_output", "get_output", "get_outputs"),
-    Capability.DASHBOARD: ("get_runs_page", "get_statistics", "get_run_timeseries"),
-}

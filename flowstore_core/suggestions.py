@@ -1,4 +1,4 @@
-"""Suggestions for misspelt words in error messages."""
+"""Suggestions for misspelt words, for error messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest known word as `` (did you mean 'sqlite'?)``, to append to ``word``; empty if none is near.
+    """The closest known word as `` (did you mean 'sqlite'?)``, to append to ``word``; empty if none is close.
 
-    The result contains known words only, so it is safe where ``word`` itself must not be shown.
+    The result never contains ``word``, so it is safe to show even if ``word`` may be a secret.
     """
     by_lower_case = {one.lower(): one for one in known}
     near = difflib.get_close_matches(word.lower(), by_lower_case, n=1)

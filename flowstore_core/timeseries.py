@@ -1,4 +1,4 @@
-"""Pure rules about time: the limits of a store's datetimes, buckets and percentiles (INP-3, QRY-5)."""
+"""Pure rules about time: limits of datetimes, buckets and percentiles (INP-3, QRY-5)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ BUCKET_WIDTH = {
 
 
 def day_start(moment: datetime) -> datetime:
-    """Midnight of the UTC day."""
+    """Midnight of the UTC day of a datetime."""
     return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def bucket_floor(moment: datetime, granularity: RunTimeseriesGranularity) -> datetime:
-    """The start of the bucket that holds a moment (UTC)."""
+    """The start of the bucket that contains a datetime (UTC)."""
     if granularity is RunTimeseriesGranularity.DAY:
         return day_start(moment)
     return moment.replace(minute=0, second=0, microsecond=0)
 
 
 def bucket_ceil(moment: datetime, granularity: RunTimeseriesGranularity) -> datetime:
-    """The moment itself if it starts a bucket, else the start of the next one."""
+    """The datetime itself if it starts a bucket, otherwise the start of the next bucket."""
     start = bucket_floor(moment, granularity)
     return start if start == moment else start + BUCKET_WIDTH[granularity]
 
 
 def whole_days(since: datetime, until: datetime) -> tuple[datetime, datetime]:
-    """A window that is widened to whole days if it is as long as one, else as it is.
+    """Widen a window of at least one day to whole days; return a shorter one unchanged.
 
-    For backends that keep what they computed of a whole day: so the first and the last day of a window
-    are kept too, while a short one, often looked at, does not cost a day.
+    For backends that cache the results of whole days: the first and last day of a window can be cached too,
+    while a short window, which is requested often, does not cost a whole day.
     """
     day = RunTimeseriesGranularity.DAY
     if until - since < BUCKET_WIDTH[day]:
@@ -68,6 +68,6 @@ def percentile(ordered: Sequence[int], fraction: float) -> float | None:
 
 
 def percentile_ms(ordered_us: Sequence[int], fraction: float) -> float | None:
-    """The percentile of ascending durations in microseconds, as milliseconds."""
+    """The percentile of ascending durations in microseconds, in milliseconds; None for none."""
     value = percentile(ordered_us, fraction)
     return None if value is None else value / 1000

@@ -1,4 +1,4 @@
-"""The parser of store URLs, and the form in which a URL may be shown.
+"""The parser of store URLs, and their redaction for messages.
 
 ``scheme://user:password@hosts/path?option=value``. Unlike a web address, a store URL has no fragment: ``#``
 is an ordinary character. Errors never quote the URL, because it may contain a password.
@@ -23,7 +23,7 @@ ENCODING_RULE = (
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# The host before a port that is not a number.
+# A host with a port that is not a number.
 _BAD_PORT = re.compile(r"(?:^|,)(?:\[[^]]*\]|(?!\[[^]]*\])[^:,]*):(?!\d*(?:,|$))")
 
 
@@ -32,18 +32,18 @@ class StoreUrl:
     """A parsed store URL. Its repr and str hide the password and the values of options."""
 
     text: str
-    """The whole URL, without whitespace around it."""
+    """The whole URL, stripped of surrounding whitespace."""
     scheme: str
     """In lower case."""
     user: str
     """Decoded; empty if absent, as are password, hosts and path."""
     password: str
     hosts: str
-    """As written, with ports, so that an encoded comma or colon is distinct from a separator."""
+    """Not decoded, with ports, so that an encoded comma or colon is distinct from a separator."""
     path: str
-    """Decoded, without the slash that ends the hosts: ``sqlite:////a/b`` has ``/a/b``."""
+    """Decoded, without the slash after the hosts: ``/a/b`` for ``sqlite:////a/b``."""
     options: Mapping[str, str]
-    """The query, decoded."""
+    """The decoded query."""
 
     def __repr__(self) -> str:
         return f"StoreUrl({redact(self.text)!r})"
@@ -53,23 +53,23 @@ class StoreUrl:
 
     @property
     def has_at_in_query(self) -> bool:
-        """Whether the query has a raw @: its names may be parts of a password then, and are not shown."""
+        """Whether the query contains a raw @: the names in it may then be parts of a password."""
         return "@" in _split(self.text)[2]
 
     def with_path(self, path: str) -> str:
-        """The URL with another path, which is encoded."""
-        place, mark, query = self.text.partition("?")
-        head, _, _ = place.partition("://")
+        """The URL with a different path, given decoded."""
+        before_query, mark, query = self.text.partition("?")
+        head, _, _ = before_query.partition("://")
         authority, _, _ = _split(self.text)
         return f"{head}://{authority}/{quote(path, errors='surrogateescape')}{mark}{query}"
 
     def with_options(self, options: Mapping[str, str]) -> str:
-        """The URL with another query."""
-        place, _, _ = self.text.partition("?")
-        return f"{place}?{urlencode(options, quote_via=quote)}" if options else place
+        """The URL with a different query, given decoded."""
+        before_query, _, _ = self.text.partition("?")
+        return f"{before_query}?{urlencode(options, quote_via=quote)}" if options else before_query
 
     def secrets(self) -> set[str]:
-        """Every form of every password in the URL, for programs that remove them from a text."""
+        """Every password in the URL, encoded and decoded, for programs that remove them from a text."""
         authority, _, query = _split(self.text)
         found = {self.password, authority.rpartition("@")[0].partition(":")[2]}
         for part in query.split("&"):
@@ -81,7 +81,7 @@ class StoreUrl:
 
 
 def parse_url(text: str) -> StoreUrl:
-    """Parse a store URL; whitespace around it is ignored. ConfigurationError if it is not one."""
+    """Parse a store URL, ignoring surrounding whitespace. Raises ConfigurationError."""
     if not isinstance(text, str):
         raise ConfigurationError(f"url must be a str such as {DEFAULT_URL!r}, not {type(text).__name__}")
     text = text.strip()
@@ -93,15 +93,14 @@ def parse_url(text: str) -> StoreUrl:
         )
     if has_control_characters(text):
         raise ConfigurationError(
-            "a store URL must not contain control characters; percent-encode one that is meant, "
-            "such as a line feed as %0A"
+            "a store URL must not contain control characters; percent-encode them, such as a line feed as %0A"
         )
     authority, path, query = _split(text)
-    # The @ most likely ends a password with a raw slash or question mark, whose beginning would be taken for
-    # a host and a port.
+    # Most likely a password with a raw slash or question mark: without this check, its beginning would be
+    # parsed as a host and a port.
     if authority and ("@" in (path or "") or ("@" in query and (path is None or ":" in authority))):
         raise ConfigurationError(
-            f"an @ behind the host of a store URL must be written as %40; {ENCODING_RULE}"
+            f"an @ after the host of a store URL must be written as %40; {ENCODING_RULE}"
         )
     userinfo, _, hosts = authority.rpartition("@")
     user, _, password = userinfo.partition(":")
@@ -111,51 +110,51 @@ def parse_url(text: str) -> StoreUrl:
         user=decode(user, "the user"),
         password=decode(password, "the password"),
         hosts=hosts,
-        # File names may have bytes that are not UTF-8.
+        # File names may contain bytes that are not UTF-8.
         path=unquote(path or "", errors="surrogateescape"),
         options=MappingProxyType(_read_options(query)),
     )
 
 
 def decode(text: str, what: str) -> str:
-    """A percent-encoded part of a URL, decoded; ConfigurationError that names it if it is not UTF-8."""
+    """Decode a percent-encoded part of a URL. Raises ConfigurationError if it is not UTF-8."""
     decoded = None
     with contextlib.suppress(UnicodeDecodeError):
         decoded = unquote(text, errors="strict")
     if decoded is None:
-        # Raised out here, because the decoder's error contains the text.
-        raise ConfigurationError(f"{what} in the URL is not UTF-8 once it is decoded; {ENCODING_RULE}")
+        # Raised outside the handler: the decoder's error contains the text.
+        raise ConfigurationError(f"{what} in the URL does not decode to UTF-8; {ENCODING_RULE}")
     return decoded
 
 
 def has_control_characters(text: str) -> bool:
-    """Whether a text contains control characters, line ends among them."""
+    """Whether a text contains control characters, including line ends."""
     return _CONTROL.search(text) is not None
 
 
 def redact_option(name: str) -> str:
-    """An option's name for messages, unless it may be the end of a password with a raw question mark."""
+    """The name of an option for messages; hidden if it may be part of a password with a raw question mark."""
     return name if re.fullmatch(r"[a-z][a-z_]{0,40}", name) else "<not shown>"
 
 
 def redact(url: str) -> str:
-    """A URL, well-formed or not, for messages: without passwords and without the values of options."""
+    """A URL for messages, without passwords and option values; accepts malformed URLs too."""
     head, separator, rest = url.strip().partition("://")
     if not separator or not _SCHEME.fullmatch(head):
         return "<not a URL>"
-    # Everything up to the last @ counts as user and password, wherever it stands: a password with a
-    # raw slash or question mark must not slip out as a path or as an option's name.
+    # Everything before the last @ counts as user and password, also after a slash or question mark: these may
+    # be raw characters of a password, which must not appear as a path or as the name of an option.
     secret, at, rest = rest.rpartition("@")
     user = re.split("[:/?#]", secret)[0]
     if "?" in secret:
-        # A raw question mark in the password, or a raw @ in a query's value: what follows is the host,
-        # or the end of a secret, so neither is shown.
+        # A raw question mark in the password, or a raw @ in the value of an option: the rest is either the
+        # host or the end of a secret, so it is hidden.
         return f"{head}://{user}:***"
-    place, _, query = rest.partition("?")
-    hosts, slash, path = place.partition("/")
+    location, _, query = rest.partition("?")
+    hosts, slash, path = location.partition("/")
     shown = f"{head}://{user}{':***' if user != secret else ''}{at}"
     if bad := _BAD_PORT.search(hosts):
-        # The URL of a user and a password, without a host.
+        # A user and a password without a host: the port is the password.
         return f"{shown}{hosts[: bad.end()]}***"
     shown += f"{hosts}{slash}{path}"
     names = "&".join(f"{redact_option(part.partition('=')[0])}=..." for part in query.split("&") if part)
@@ -163,12 +162,12 @@ def redact(url: str) -> str:
 
 
 def _split(text: str) -> tuple[str, str | None, str]:
-    """The undecoded parts behind the scheme: authority, path (None without a slash before it) and query.
+    """The undecoded authority, path (None if there is no slash) and query.
 
-    Not by urllib's urlsplit: it cuts at a #, removes line ends, and its errors quote the URL.
+    urllib's urlsplit does not serve: it splits at a #, removes line ends, and its errors quote the URL.
     """
-    place, _, query = text.partition("://")[2].partition("?")
-    authority, slash, path = place.partition("/")
+    location, _, query = text.partition("://")[2].partition("?")
+    authority, slash, path = location.partition("/")
     return authority, path if slash else None, query
 
 
@@ -177,12 +176,12 @@ def _read_options(query: str) -> dict[str, str]:
     with contextlib.suppress(UnicodeDecodeError):
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
     if pairs is None:
-        raise ConfigurationError("an option in the URL is not UTF-8 once it is decoded")
+        raise ConfigurationError("an option in the URL does not decode to UTF-8")
     found: dict[str, str] = {}
     for name, value in pairs:
         if name in found:
-            # Behind an @ a name may be a part of a password.
+            # After an @ a name may be part of a password.
             shown = redact_option(name) if "@" not in query else "<not shown>"
-            raise ConfigurationError(f"option {shown} stands twice in the URL")
+            raise ConfigurationError(f"option {shown} appears twice in the URL")
         found[name] = value
     return found

@@ -1,7 +1,7 @@
-"""The store that open_store returns: arguments checked and normalised once, for every backend.
+"""The store that open_store returns: it validates and normalises arguments once, for every backend.
 
-Each method checks its arguments (INP), then meets a closed store or a missing capability, and calls
-the backend with every parameter by keyword. The promises stand in the protocols of the noun files.
+Each method checks its arguments (INP), then raises if the store is closed or lacks the capability, then calls
+the backend with every parameter by keyword. The protocols in the noun files document the operations.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from flowstore_core.claims import StepClaim, StepDispatch
 from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
+from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
 from flowstore_core.steps import StalledStep
-from flowstore_core.store import BASE_OPERATIONS, FlowStore
+from flowstore_core.store import FlowStore
 from flowstore_core.validation import (
     MAX_INT64,
     MAX_JOB_ID,
@@ -52,10 +53,10 @@ from flowstore_core.validation import (
 
 
 class _AlwaysRaises:
-    """Stands where a backend's store would be: any operation on it raises.
+    """A substitute for a backend's store on which every operation raises.
 
-    It raises when called, not when looked up, so that argument errors come first, and so that an
-    open store pays nothing for the check.
+    An operation raises when it is called, not when it is looked up, so that argument errors come first. An
+    open store needs no check: closing it replaces the target of its operations.
     """
 
     def __init__(self, error: Callable[[str], FlowStoreError]) -> None:
@@ -70,22 +71,22 @@ class _AlwaysRaises:
 
 _OTHER_LOOP = _AlwaysRaises(
     lambda operation: ConfigurationError(
-        "a store belongs to the event loop that it was opened in; open another one in this loop"
+        "a store belongs to the event loop that it was opened in; open a new store in this loop"
     )
 )
 _FORKED = _AlwaysRaises(
-    lambda operation: ConfigurationError("a store cannot be used in a forked process; open another one there")
+    lambda operation: ConfigurationError("a store cannot be used in a forked process; open a new store there")
 )
 _CLOSED = _AlwaysRaises(lambda operation: StoreClosedError())
 
 
 class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
-    """What operations are called on, by the running event loop: the backend's store in its own.
+    """The target of operations by running event loop: the backend's store in its own loop.
 
-    The thread would not do: a second loop can run within the first one in the same thread, as in notebooks,
-    and both then say that they are running. In Python 3.11 asking for the loop is a system call and takes 0.1
-    to 0.5 microseconds more than asking for the thread. It is a dictionary because every call of every store
-    asks it, and nothing written in Python is as quick.
+    The thread is not a sufficient key: a second loop can run inside the first in the same thread, as in
+    notebooks. In Python 3.11 looking up the loop is a system call and takes 0.1 to 0.5 microseconds more than
+    looking up the thread. It is a dictionary because every call of every store uses it, and no Python code is
+    as fast.
     """
 
     def __init__(self, elsewhere: _AlwaysRaises, known: dict[AbstractEventLoop | None, FlowStore]) -> None:
@@ -97,7 +98,7 @@ class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
 
 
 class _PartialStore:
-    """A backend's store that implements a part of the base protocols."""
+    """A backend's store that implements only a part of the base protocols."""
 
     def __init__(self, store: Any, backend: str) -> None:
         self._store = store
@@ -108,12 +109,21 @@ class _PartialStore:
 
 
 class ValidatedStore:
-    """A FlowStore around a backend's own; see the module's docstring.
+    """A FlowStore around a backend's store; see the module's docstring.
 
-    In another event loop, and in a forked process, it refuses to work, whatever the backend: what a store
-    holds are connections, threads and locks of one event loop in one process. This is the one place where
-    that is checked; a backend need not.
+    Operations raise ConfigurationError in any other event loop and in a forked process: connections, threads
+    and locks belong to one event loop of one process. Backends need not check this.
     """
+
+    # The backend's store for the operations of each capability that has some; _assign sets them.
+    _leases: _ByLoop
+    _trigger: _ByLoop
+    _recovery: _ByLoop
+    _deadlines: _ByLoop
+    _waiters: _ByLoop
+    _events: _ByLoop
+    _outputs: _ByLoop
+    _dashboard: _ByLoop
 
     def __init__(
         self,
@@ -141,14 +151,8 @@ class ValidatedStore:
 
     def _assign(self, target: Callable[[Capability | None], _ByLoop]) -> None:
         self._store = target(None)
-        self._leases = target(Capability.LEASES)
-        self._trigger = target(Capability.TRIGGER)
-        self._recovery = target(Capability.RECOVERY)
-        self._deadlines = target(Capability.DEADLINES)
-        self._waiters = target(Capability.WAITERS)
-        self._events = target(Capability.EVENTS)
-        self._outputs = target(Capability.OUTPUTS)
-        self._dashboard = target(Capability.DASHBOARD)
+        for capability in CAPABILITY_METHODS:
+            setattr(self, f"_{capability}", target(capability))
 
     def __repr__(self) -> str:
         return f"<flowstore {self._backend}{' (closed)' if self._closed else ''}>"
@@ -165,19 +169,19 @@ class ValidatedStore:
         await self._store[get_ident()].ping()
 
     def _invalidate_after_fork(self) -> None:
-        """Refuse everything: this is the copy of a store that a forked process got."""
+        """Make every operation raise: this is the copy of a store in a forked process."""
         self._loop = None
         self._assign(lambda of: _ByLoop(_FORKED, {}))
 
     async def aclose(self) -> None:
         if self._loop is None:
-            # Nothing of it is this process's to close: the parent goes on with the same connections.
+            # The parent process still uses the connections.
             return
         if self._closed is not None and self._closed.is_set():
             return
         if self._loop is not get_ident():
             raise ConfigurationError(
-                "a store belongs to the event loop that it was opened in; close it in that one"
+                "a store belongs to the event loop that it was opened in; close it in that loop"
             )
         if self._closed is not None:
             await self._closed.wait()
@@ -185,7 +189,7 @@ class ValidatedStore:
         self._closed = asyncio.Event()
         self._assign(lambda of: _ByLoop(_CLOSED, {}))
         try:
-            # In this task, not in one of its own: a backend's context may hold a task group.
+            # In this task, because a backend's context may hold a task group.
             await self._stack.aclose()
         finally:
             self._closed.set()
@@ -216,9 +220,9 @@ class ValidatedStore:
     async def complete_run(
         self,
         run_id: UUID,
-        status: RunStatus,
+        status: RunStatus | str,
         *,
-        expected: Mapping[str, StepStatus] | None = None,
+        expected: Mapping[str, StepStatus | str] | None = None,
     ) -> bool:
         return await self._store[get_ident()].complete_run(
             run_id=check_id("run_id", run_id),
@@ -245,7 +249,7 @@ class ValidatedStore:
         self,
         flow_id: UUID | None = None,
         *,
-        status: RunStatus | None = None,
+        status: RunStatus | str | None = None,
         after: RunPosition | None = None,
         skip: int = 0,
         take: int = 50,
@@ -302,7 +306,7 @@ class ValidatedStore:
         self,
         run_id: UUID,
         step_key: str,
-        status: StepStatus,
+        status: StepStatus | str,
         *,
         output_json: str | None = None,
         error_message: str | None = None,
@@ -641,7 +645,7 @@ class ValidatedStore:
 
     async def get_run_timeseries(
         self,
-        granularity: RunTimeseriesGranularity,
+        granularity: RunTimeseriesGranularity | str,
         since: datetime,
         until: datetime,
         flow_id: UUID | None = None,

@@ -1,8 +1,8 @@
-"""Input checks, once for all backends (INP-1 to INP-4).
+"""Validation of arguments, once for all backends (INP-1 to INP-4).
 
-Each function takes the argument's name and value and returns the value as backends get it: enums as
-enums, datetimes in UTC, str subclasses as plain str. The common case is decided in the first line,
-because these run before every call of every backend.
+Each function takes the name and value of an argument and returns the value that backends get: enums as
+members, datetimes in UTC, instances of str subclasses as plain str. These functions run before every call, so
+their first line handles the common case.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ MAX_TAKE = 1000
 MAX_INT64 = 2**63 - 1
 MAX_LEASE = timedelta(days=366)
 MAX_KEYS = 100_000
-"""How many step keys one call may name; no run is known that has nearly so many."""
+"""Maximum number of step keys in one call; far above the size of any known run."""
 
 _NO_TIME = timedelta(0)
-# Texts of up to so many characters are small enough however they are encoded.
+# A text of at most this many characters is within MAX_TEXT_BYTES whatever it contains.
 _SHORT = MAX_TEXT_BYTES // 4
 
 _E = TypeVar("_E", bound=StrEnum)
 
 
 def _type_name(value: object) -> str:
-    # Only the type is ever shown: a value may be somebody's secret.
+    # Only the type is shown: the value may be a secret.
     return "None" if value is None else type(value).__name__
 
 
@@ -51,7 +51,7 @@ def check_id(name: str, value: Any) -> UUID:
     if type(value) is UUID:
         return value
     if isinstance(value, UUID):
-        # A driver's own kind, say, which a backend would keep and give back.
+        # A subclass, for example that of a driver, which a backend would store and return.
         return UUID(int=value.int)
     raise InvalidArgumentError(name, "a uuid.UUID", _type_name(value))
 
@@ -72,7 +72,7 @@ def check_text(name: str, value: Any) -> str:
         return value
     if not isinstance(value, str):
         raise InvalidArgumentError(name, "a str", _type_name(value))
-    # UTF-8 takes at most four bytes a character, so most texts are settled without encoding them.
+    # UTF-8 has at most four bytes per character, so most texts need not be encoded to know their size.
     if len(value) > _SHORT:
         size = len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
         if size > MAX_TEXT_BYTES:
@@ -89,7 +89,7 @@ def _check_characters(name: str, value: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             index = error.start
-        # Out here, because the codec's error holds the whole text.
+        # Raised outside the handler: the codec's error contains the whole text.
         if index is not None:
             raise InvalidArgumentError(name, "free of lone surrogates", f"one at index {index}")
     return value if type(value) is str else str.__str__(value)
@@ -132,7 +132,7 @@ def check_take(value: Any) -> int:
 
 
 def check_position(value: Any) -> RunPosition | None:
-    """Where a page begins; its parts are checked as any datetime and id."""
+    """The start of a page; its parts are checked like any datetime and id."""
     if value is None:
         return None
     if not isinstance(value, RunPosition):
@@ -157,7 +157,7 @@ def check_claim_lease(owner: str | None, lease: Any) -> timedelta:
 
 
 def check_search(value: Any) -> str | None:
-    """The needle; None where nothing is filtered."""
+    """The text to search for; None if empty, which matches every run."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -182,17 +182,17 @@ def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) 
 
 _COMPLETIONS = tuple(status for status in RunStatus if status is not RunStatus.RUNNING)
 _OUTCOMES = tuple(status for status in StepStatus if status is not StepStatus.RUNNING)
-# Looking a member up in its class is slow in Python 3.11.
+# Access to a member through its class is slow in Python 3.11.
 _RUNNING = StepStatus.RUNNING
 
 
 def check_run_outcome(value: Any) -> RunStatus:
-    """A status that completes a run: any but Running."""
+    """A status that completes a run: any except Running."""
     return _check_enum("status", value, RunStatus, _COMPLETIONS)
 
 
 def check_step_outcome(value: Any) -> StepStatus:
-    """A status that closes an attempt: any but Running."""
+    """A status that closes an attempt: any except Running."""
     if type(value) is StepStatus and value is not _RUNNING:
         return value
     return _check_enum("status", value, StepStatus, _OUTCOMES)
@@ -230,7 +230,7 @@ def check_keys(name: str, value: Any) -> frozenset[str]:
 def check_window(
     granularity: RunTimeseriesGranularity, since: datetime, until: datetime
 ) -> tuple[datetime, datetime]:
-    """The window floored and ceiled to whole buckets (QRY-5); empty when since == until."""
+    """Extend a window to whole buckets (QRY-5); empty if since == until."""
     if since > until:
         raise InvalidArgumentError("since", "at or before until")
     first = bucket_floor(since, granularity)
@@ -246,7 +246,7 @@ def check_window(
 
 
 def check_clock(clock: Any) -> Callable[[], datetime] | None:
-    """A clock whose every reading is checked: aware, in UTC, within the limits of a store."""
+    """Wrap a clock so that every reading is checked: aware, converted to UTC, within the limits of INP-3."""
     if clock is None:
         return None
     if not callable(clock):

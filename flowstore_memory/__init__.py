@@ -1,6 +1,7 @@
-"""flowstore_memory: the smallest honest backend, the one to read first when writing your own.
+"""flowstore_memory: the smallest complete backend. Read it first when you write your own.
 
-Start at ``store.py``; ``state.py`` is what is kept, and each noun file is one noun of the contract.
+Start at ``store.py``. ``state.py`` has the data structures; each noun file implements one noun of the
+contract.
 """
 
 import logging

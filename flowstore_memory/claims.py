@@ -9,10 +9,10 @@ from uuid import UUID
 from flowstore_core import StepClaim, StepDispatch
 from flowstore_core.claims import lease_end
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
-from flowstore_memory.state import Opened, StepState
+from flowstore_memory.state import OpenNamespace, StepState
 
 
-class Claims(Opened):
+class Claims(OpenNamespace):
     async def try_claim_step(
         self,
         run_id: UUID,
@@ -38,7 +38,7 @@ class Claims(Opened):
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
         step = self._find_step(run_id, step_key)
         if step is not None and (owner is None or step.owner == owner):
-            step.drop_claim()
+            step.clear_claim()
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         step = self._find_step(run_id, step_key)
@@ -54,7 +54,7 @@ class Claims(Opened):
         now = self._now()
         return frozenset(
             key
-            for key, step in self._items(run_id)
+            for key, step in self._step_items(run_id)
             if step.status not in TERMINAL_STEP_STATUSES and step.has_live_claim(now)
         )
 
@@ -67,7 +67,7 @@ class Claims(Opened):
                 claimed_at=step.claimed_at,
                 expires_at=step.expires_at,
             )
-            for key, step in sorted(self._items(run_id))
+            for key, step in sorted(self._step_items(run_id))
             if step.claimed_at is not None
         )
 
@@ -95,10 +95,10 @@ class Claims(Opened):
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
         step = self._find_step(run_id, step_key)
         if step is not None:
-            step.drop_dispatch()
+            step.clear_dispatch()
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return frozenset(key for key, step in self._items(run_id) if step.dispatched_at is not None)
+        return frozenset(key for key, step in self._step_items(run_id) if step.dispatched_at is not None)
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
         return tuple(
@@ -109,7 +109,7 @@ class Claims(Opened):
                 due_at=step.due_at,
                 job_id=step.queue_job_id,
             )
-            for key, step in sorted(self._items(run_id))
+            for key, step in sorted(self._step_items(run_id))
             if step.dispatched_at is not None
         )
 
@@ -117,6 +117,6 @@ class Claims(Opened):
         run = self._runs.get(run_id.int)
         return None if run is None else run.steps.get(step_key)
 
-    def _items(self, run_id: UUID) -> Iterable[tuple[str, StepState]]:
+    def _step_items(self, run_id: UUID) -> Iterable[tuple[str, StepState]]:
         run = self._runs.get(run_id.int)
         return () if run is None else run.steps.items()

@@ -15,10 +15,10 @@ from flowstore_core import (
 )
 from flowstore_core.timeseries import LATEST
 from flowstore_memory.runs import run_record
-from flowstore_memory.state import ControlState, Key, Namespace, Opened, RunState
+from flowstore_memory.state import ControlState, Key, Namespace, OpenNamespace, RunState
 
 
-class Controls(Opened):
+class Controls(OpenNamespace):
     async def configure_run(
         self,
         run_id: UUID,
@@ -28,21 +28,21 @@ class Controls(Opened):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> None:
-        _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, self._now())
+        _configure(self._namespace, run_id, flow_id, trigger_key, idempotency_key, timeout_at, self._now())
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        control = self._space.controls.get(run_id)
+        control = self._namespace.controls.get(run_id)
         return None if control is None else _control_record(run_id, control)
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
         now = self._now()
-        control = self._space.controls.get(run_id)
+        control = self._namespace.controls.get(run_id)
         if control is None:
             run = self._runs.get(run_id.int)
             if run is None:
                 return False
             control = ControlState(run.flow_id, run.trigger_key, None, None, now)
-            self._space.controls[run_id] = control
+            self._namespace.controls[run_id] = control
         elif control.cancelled_at is not None:
             return False
         control.cancelled_at = now
@@ -52,7 +52,7 @@ class Controls(Opened):
     async def mark_timed_out(
         self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
     ) -> bool:
-        control = self._space.controls.get(run_id)
+        control = self._namespace.controls.get(run_id)
         if control is None or control.timed_out_at is not None:
             return False
         if as_of is not None and (control.timeout_at is None or control.timeout_at > as_of):
@@ -64,17 +64,17 @@ class Controls(Opened):
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        registered = self._space.keys.get((flow_id, trigger_key, idempotency_key))
+        registered = self._namespace.keys.get((flow_id, trigger_key, idempotency_key))
         return None if registered is None else registered.run_id
 
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
         key: Key = (flow_id, trigger_key, idempotency_key)
-        registered = self._space.keys.get(key)
+        registered = self._namespace.keys.get(key)
         if registered is not None:
             return registered.run_id == run_id
-        self._space.register(key, run_id, self._now())
+        self._namespace.register(key, run_id, self._now())
         return True
 
     async def trigger_run(
@@ -92,7 +92,7 @@ class Controls(Opened):
     ) -> TriggerResult:
         now = self._now()
         key: Key | None = None if idempotency_key is None else (flow_id, trigger_key, idempotency_key)
-        registered = None if key is None else self._space.keys.get(key)
+        registered = None if key is None else self._namespace.keys.get(key)
         if registered is not None:
             run_id = registered.run_id
             run = self._runs.get(run_id.int)
@@ -101,8 +101,8 @@ class Controls(Opened):
         elif run_id.int in self._runs:
             raise RunAlreadyExistsError(run_id)
         elif key is not None:
-            self._space.register(key, run_id, now)
-        _configure(self._space, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
+            self._namespace.register(key, run_id, now)
+        _configure(self._namespace, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
         self._runs[run_id.int] = run
         return TriggerResult(run=run_record(run), created=True)
@@ -110,19 +110,19 @@ class Controls(Opened):
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
-        moment = self._now() if as_of is None else as_of
+        at = self._now() if as_of is None else as_of
         found = [
-            # No deadline can be later than LATEST, so the flag alone puts those without one last.
+            # Runs without a deadline come last; LATEST only makes the tuples comparable.
             (control.timeout_at is None, control.timeout_at or LATEST, run_id)
-            for run_id, control in self._space.controls.items()
-            if _must_stop(control, moment)
+            for run_id, control in self._namespace.controls.items()
+            if _must_stop(control, at)
             and (run := self._runs.get(run_id.int)) is not None
             and run.status is RunStatus.RUNNING
         ]
         return tuple(run_record(self._runs[run_id.int]) for _, _, run_id in sorted(found)[:take])
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        control = self._space.controls.get(run_id)
+        control = self._namespace.controls.get(run_id)
         if control is None:
             return False
         control.timeout_at = timeout_at
@@ -131,7 +131,7 @@ class Controls(Opened):
 
 
 def _configure(
-    space: Namespace,
+    namespace: Namespace,
     run_id: UUID,
     flow_id: UUID,
     trigger_key: str,
@@ -139,9 +139,9 @@ def _configure(
     timeout_at: datetime | None,
     now: datetime,
 ) -> None:
-    control = space.controls.get(run_id)
+    control = namespace.controls.get(run_id)
     if control is None:
-        space.controls[run_id] = ControlState(flow_id, trigger_key, idempotency_key, timeout_at, now)
+        namespace.controls[run_id] = ControlState(flow_id, trigger_key, idempotency_key, timeout_at, now)
     else:
         control.flow_id = flow_id
         control.trigger_key = trigger_key
@@ -149,10 +149,10 @@ def _configure(
         control.timeout_at = timeout_at
 
 
-def _must_stop(control: ControlState, moment: datetime) -> bool:
+def _must_stop(control: ControlState, at: datetime) -> bool:
     if control.cancelled_at is not None or control.timed_out_at is not None:
         return True
-    return control.timeout_at is not None and control.timeout_at <= moment
+    return control.timeout_at is not None and control.timeout_at <= at
 
 
 def _control_record(run_id: UUID, control: ControlState) -> FlowRunControlRecord:

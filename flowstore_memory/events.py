@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from flowstore_core import FlowEventRecord
-from flowstore_memory.state import Opened
+from flowstore_memory.state import OpenNamespace
 
 
-class Events(Opened):
+class Events(OpenNamespace):
     async def append_event(
         self,
         run_id: UUID,
@@ -34,5 +34,5 @@ class Events(Opened):
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
         run = self._runs.get(run_id.int)
-        # Sequences are gapless from 1, so ``after`` is where the slice begins.
+        # Sequences start at 1 without gaps, so ``after`` is the index of the next event.
         return () if run is None else tuple(run.events[after : after + take])

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from uuid import UUID
 
-from flowstore_memory.state import Opened
+from flowstore_memory.state import OpenNamespace
 
 
-class Outputs(Opened):
+class Outputs(OpenNamespace):
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         self._runs[run_id.int].outputs[key] = value_json
 

@@ -1,4 +1,4 @@
-"""The plugin: ``memory://`` private to its open, ``memory://name`` shared by name within the process."""
+"""The plugin: ``memory://`` is private to one open, ``memory://name`` is shared within the process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 
-from flowstore_core import Backend, ConfigurationError, FlowStore, StoreConfig, hookimpl
+from flowstore_core import Backend, ConfigurationError, StoreConfig, hookimpl
 from flowstore_core.urls import parse_url
 from flowstore_memory.state import Namespace
 from flowstore_memory.store import CAPABILITIES, MemoryStore, SharedStore
 
-# Named stores live until the process ends. Threads may open one name at once; setdefault is atomic.
+# Named stores live until the process ends. setdefault is atomic, so threads may open a name concurrently.
 _named: dict[str, Namespace] = {}
 
-_FORM = re.compile(r"memory://[\w.~-]*(\?|$)", re.IGNORECASE)
+_URL_PATTERN = re.compile(r"memory://[\w.~-]*(\?|$)", re.IGNORECASE)
 
 
 class MemoryBackend:
+    """The descriptor of the memory backend. It has no options."""
+
     name = "memory"
     schemes = frozenset({"memory"})
     capabilities = CAPABILITIES
@@ -28,7 +30,7 @@ class MemoryBackend:
     contract_version = 1
 
     @asynccontextmanager
-    async def open(self, config: StoreConfig) -> AsyncIterator[FlowStore]:
+    async def open(self, config: StoreConfig) -> AsyncIterator[MemoryStore]:
         name = _read_name(config.url)
         now = config.clock or partial(datetime.now, UTC)
         if name:
@@ -48,7 +50,7 @@ class MemoryBackend:
 
 def _read_name(url: str) -> str:
     parts = parse_url(url)
-    if not _FORM.match(parts.text):
+    if not _URL_PATTERN.match(parts.text):
         raise ConfigurationError(
             "a memory URL is memory:// or memory://name, the name of letters, digits and . _ ~ -; "
             "it has no user, port or path"

@@ -8,29 +8,29 @@ from itertools import islice
 from uuid import UUID
 
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_memory.state import Opened
+from flowstore_memory.state import OpenNamespace
 
 BATCH = 200
-"""How many runs are deleted before others get their turn (RET-3)."""
+"""Number of runs that are deleted before other tasks run (RET-3)."""
 
 
-class Retention(Opened):
+class Retention(OpenNamespace):
     async def cleanup(self, cutoff: datetime) -> int:
-        with self._space.lock:
+        with self._namespace.lock:
             over = iter([run.run_id for run in self._runs.values() if self._is_over(run.run_id, cutoff)])
         deleted = 0
         while batch := list(islice(over, BATCH)):
-            with self._space.lock:
+            with self._namespace.lock:
                 for run_id in batch:
-                    # Looked at again, because a retry may have reopened it meanwhile (RET-2).
+                    # Checked again, because a retry may have reopened the run (RET-2).
                     if self._is_over(run_id, cutoff):
-                        # What is not in its control record and its keys lies within the run itself.
+                        # The control record and the keys are the only state outside of the run.
                         del self._runs[run_id.int]
-                        self._space.controls.pop(run_id, None)
+                        self._namespace.controls.pop(run_id, None)
                         self._delete_keys(run_id)
                         deleted += 1
             await asyncio.sleep(0)
-        with self._space.lock:
+        with self._namespace.lock:
             self._delete_orphans(cutoff)
         return deleted
 
@@ -39,25 +39,25 @@ class Retention(Opened):
         return run is not None and run.completed_at is not None and run.completed_at < cutoff
 
     def _delete_keys(self, run_id: UUID) -> None:
-        for key in self._space.keys_of.pop(run_id, ()):
-            del self._space.keys[key]
+        for key in self._namespace.keys_of.pop(run_id, ()):
+            del self._namespace.keys[key]
 
     def _delete_orphans(self, cutoff: datetime) -> None:
-        """Keys and controls whose run never started (RET-4)."""
-        space = self._space
+        """Delete old keys and control records whose run never started (RET-4)."""
+        namespace = self._namespace
         latest = self._now() - ORPHAN_GRACE
 
         def is_old(created_at: datetime) -> bool:
             return created_at < cutoff and created_at <= latest
 
-        for run_id in [run_id for run_id in space.keys_of if run_id.int not in space.runs]:
-            kept = [key for key in space.keys_of[run_id] if not is_old(space.keys[key].created_at)]
-            for key in set(space.keys_of[run_id]).difference(kept):
-                del space.keys[key]
+        for run_id in [run_id for run_id in namespace.keys_of if run_id.int not in namespace.runs]:
+            kept = [key for key in namespace.keys_of[run_id] if not is_old(namespace.keys[key].created_at)]
+            for key in set(namespace.keys_of[run_id]).difference(kept):
+                del namespace.keys[key]
             if kept:
-                space.keys_of[run_id] = kept
+                namespace.keys_of[run_id] = kept
             else:
-                del space.keys_of[run_id]
-        for run_id, control in list(space.controls.items()):
-            if run_id.int not in space.runs and is_old(control.created_at):
-                del space.controls[run_id]
+                del namespace.keys_of[run_id]
+        for run_id, control in list(namespace.controls.items()):
+            if run_id.int not in namespace.runs and is_old(control.created_at):
+                del namespace.controls[run_id]

@@ -18,11 +18,11 @@ from flowstore_core import (
 )
 from flowstore_core.runs import fold_ascii, search_matches
 from flowstore_core.status import TERMINAL_RUN_STATUSES
-from flowstore_memory.state import Opened, RunState
+from flowstore_memory.state import OpenNamespace, RunState
 from flowstore_memory.steps import step_records
 
 
-class Runs(Opened):
+class Runs(OpenNamespace):
     async def start_run(
         self,
         flow_id: UUID,
@@ -52,7 +52,7 @@ class Runs(Opened):
         if run.status in TERMINAL_RUN_STATUSES:
             return False
         now = self._now()
-        if expected is not None and not _stands_as(run, expected, now):
+        if expected is not None and not _has_statuses(run, expected, now):
             return False
         run.status = status
         run.completed_at = now
@@ -67,7 +67,7 @@ class Runs(Opened):
         take: int = 50,
     ) -> Sequence[FlowRunRecord]:
         found = [run for run in self._runs.values() if flow_id is None or run.flow_id == flow_id]
-        return _newest(_behind(after, found), skip, take)
+        return _page(_after_position(after, found), skip, take)
 
     async def get_runs_page(
         self,
@@ -87,7 +87,7 @@ class Runs(Opened):
             and (status is None or run.status is status)
             and (needle is None or _matches(run, needle))
         ]
-        return RunPage(runs=_newest(_behind(after, found), skip, take), total_count=len(found))
+        return RunPage(runs=_page(_after_position(after, found), skip, take), total_count=len(found))
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         run = self._runs.get(run_id.int)
@@ -113,13 +113,13 @@ class Runs(Opened):
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
         found = [run for run in self._runs.values() if run.status is RunStatus.RUNNING]
-        return _newest(found, 0, len(found) if take is None else take)
+        return _page(found, 0, len(found) if take is None else take)
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
         found = [run for run in self._runs.values() if run.source_run_id == source_run_id]
-        return _newest(found, 0, len(found) if take is None else take)
+        return _page(found, 0, len(found) if take is None else take)
 
 
 def run_record(run: RunState) -> FlowRunRecord:
@@ -137,21 +137,21 @@ def run_record(run: RunState) -> FlowRunRecord:
     )
 
 
-def _behind(position: RunPosition | None, runs: Iterable[RunState]) -> Iterable[RunState]:
+def _after_position(position: RunPosition | None, runs: Iterable[RunState]) -> Iterable[RunState]:
     if position is None:
         return runs
-    place = (position.started_at, position.run_id)
-    return (run for run in runs if (run.started_at, run.run_id) < place)
+    boundary = (position.started_at, position.run_id)
+    return (run for run in runs if (run.started_at, run.run_id) < boundary)
 
 
-def _newest(runs: Iterable[RunState], skip: int, take: int) -> tuple[FlowRunRecord, ...]:
+def _page(runs: Iterable[RunState], skip: int, take: int) -> tuple[FlowRunRecord, ...]:
     """A page in the order of QRY-1."""
     ordered = heapq.nlargest(skip + take, runs, key=lambda run: (run.started_at, run.run_id))
     return tuple(run_record(run) for run in ordered[skip:])
 
 
-def _stands_as(run: RunState, expected: Mapping[str, StepStatus], now: datetime) -> bool:
-    """Whether the statuses are exactly these, and no key outside them is claimed or dispatched (RUN-2)."""
+def _has_statuses(run: RunState, expected: Mapping[str, StepStatus], now: datetime) -> bool:
+    """Whether the statuses equal ``expected`` and no other step is claimed or dispatched (RUN-2)."""
     started = 0
     for key, step in run.steps.items():
         if step.status is not None:
@@ -164,14 +164,14 @@ def _stands_as(run: RunState, expected: Mapping[str, StepStatus], now: datetime)
 
 
 def _matches(run: RunState, needle: str) -> bool:
-    """QRY-2, over what get_run_detail would show."""
-    shown = [(key, step) for key, step in run.steps.items() if step.status is not None]
+    """Whether the run matches the search, in the fields of get_run_detail (QRY-2)."""
+    visible = [(key, step) for key, step in run.steps.items() if step.status is not None]
     short = [str(run.run_id), run.flow_name, run.trigger_key, run.status, run.job_id]
-    short += [key for key, _ in shown]
-    # A reopened step still has what its last attempt had, which is among the earlier ones by now.
+    short += [key for key, _ in visible]
+    # The fields of a reopened step are those of its last attempt, which is among the earlier ones too.
     long = [
         text
-        for key, step in shown
+        for key, step in visible
         for attempt in (step, *run.earlier.get(key, ()))
         for text in (attempt.output_json, attempt.error_message)
     ]

@@ -8,12 +8,12 @@ from uuid import UUID
 
 from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
 from flowstore_core.status import TERMINAL_RUN_STATUSES
-from flowstore_memory.state import Opened, RunState, WaiterState
+from flowstore_memory.state import OpenNamespace, RunState, WaiterState
 
 _NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 
-class Signals(Opened):
+class Signals(OpenNamespace):
     async def register_waiter(
         self,
         run_id: UUID,
@@ -35,7 +35,8 @@ class Signals(Opened):
             )
         if waiter.delivered_at is not None and waiter.signal_name != signal_name:
             raise ConflictError(
-                f"the waiter of step {step_key!r} of run {run_id} has got another signal; remove it first",
+                f"the waiter of step {step_key!r} of run {run_id} was delivered under another signal name; "
+                "remove it first",
                 run_id=run_id,
                 step_key=step_key,
             )
@@ -60,7 +61,7 @@ class Signals(Opened):
             for key, waiter in run.waiters.items()
             if waiter.signal_name == signal_name and waiter.expired_at is None
         ]
-        # Keys are distinct, so no two waiters are ever compared.
+        # Step keys are distinct, so min() never compares two waiters.
         waiting = min((found for found in matching if found[2].delivered_at is None), default=None)
         if waiting is None or run.status in TERMINAL_RUN_STATUSES:
             delivered = (found for found in matching if found[2].delivered_at is not None)

@@ -1,11 +1,11 @@
-"""What the memory backend keeps: mutable and private.
+"""The mutable, private data structures of the memory backend.
 
-Every operation of the noun files reads and writes without an ``await`` in between (cleanup awaits only
-between batches). That is why each is atomic and linearizable (CON-1), and why a cancelled call has
-happened or has not, never by half (CON-4): a task can only be cancelled where it awaits. A store
-belongs to one event loop, so a private one needs no lock; what threads may share takes one in store.py.
+No operation of the noun files awaits between its reads and its writes; cleanup awaits only between batches.
+Therefore each operation is atomic and linearizable (CON-1), and a cancelled call has either happened
+completely or not at all (CON-4): a task can only be cancelled at an ``await``. A store belongs to one event
+loop, so a private store needs no lock. A store that threads share takes a lock in store.py.
 
-Operations look before they write: what can raise comes first, so that an error changes nothing.
+Operations check first and write last, so an error changes nothing.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from flowstore_core.timeseries import EARLIEST
 # Scope of an idempotency key: flow_id, trigger_key, idempotency_key (IDM-1).
 Key = tuple[UUID, str, str]
 
-# Looking a member up in its class is slow in Python 3.11, and steps are started often.
+# Attribute access on an enum class is slow in Python 3.11, and record_step_start is frequent.
 _RUNNING = StepStatus.RUNNING
 
 
 @dataclass(slots=True, eq=False)
 class StepState:
-    """A key of a run: its step, if one was started, with its newest attempt, its claim and its dispatch.
+    """A step key of a run: the step, if started, with its newest attempt, its claim and its dispatch.
 
-    All in one object, as it would be in one row of a table: what a process keeps by the million is
-    counted over and over by its garbage collector.
+    One object, like one row of a table, because the garbage collector visits every object of a process with
+    millions of steps.
     """
 
     status: StepStatus | None = None
-    """None: never started, or reset by retry_step; then there is no step to be seen."""
+    """None: never started, or reset by retry_step; the step is not visible."""
     reopened: bool = False
-    """retry_step has reopened it and its next attempt has not started."""
+    """True from retry_step until the next attempt starts."""
     started_owner: str | None = None
-    """Who started the newest attempt, under the claim that it still had then (STP-3)."""
+    """The owner that started the newest attempt under its claim (STP-3)."""
 
     attempt: int = 0
-    """The number of the newest attempt; 0: there was none. Its fields follow."""
+    """The number of the newest attempt; 0 if there is none. Its fields follow."""
     step_type: str = ""
     input_json: str | None = None
     output_json: str | None = None
@@ -60,21 +60,21 @@ class StepState:
     started_at: datetime = EARLIEST
     completed_at: datetime | None = None
     rescheduled: bool = False
-    """reschedule_step has dealt with it, so the same call again is a no-op (STP-7)."""
+    """True after reschedule_step for this attempt, so that a repeated call is a no-op (STP-7)."""
 
     claimed_at: datetime | None = None
-    """None: there is no claim."""
+    """None: no claim."""
     owner: str | None = None
     expires_at: datetime | None = None
 
     dispatched_at: datetime | None = None
-    """None: there is no dispatch."""
+    """None: no dispatch."""
     due_at: datetime | None = None
     queue_job_id: str | None = None
-    """The job id of the dispatch; an attempt has its own."""
+    """The job id of the dispatch; ``job_id`` is that of the attempt."""
 
     def start(self, step_type: str, input_json: str | None, job_id: str | None, now: datetime) -> None:
-        """Begin the next attempt; the one before is kept in RunState.earlier, if there was one."""
+        """Start the next attempt. The caller archives the previous one."""
         self.status = _RUNNING
         self.reopened = False
         self.attempt += 1
@@ -90,14 +90,14 @@ class StepState:
     def close(
         self, status: StepStatus, output_json: str | None, error_message: str | None, now: datetime
     ) -> None:
-        """End the newest attempt."""
+        """Close the newest attempt."""
         self.status = status
         self.output_json = output_json
         self.error_message = error_message
         self.completed_at = now
 
     def has_live_claim(self, now: datetime) -> bool:
-        """Whether somebody holds it; a lease does not count while the step is terminal (CLM-4)."""
+        """Whether the claim is live; a lease does not expire while the step is terminal (CLM-4)."""
         if self.claimed_at is None:
             return False
         if self.expires_at is None or now < self.expires_at:
@@ -110,16 +110,16 @@ class StepState:
         self.expires_at = expires_at
         self.started_owner = None
 
-    def drop_claim(self) -> None:
+    def clear_claim(self) -> None:
         self.claimed_at = self.owner = self.expires_at = None
 
-    def drop_dispatch(self) -> None:
+    def clear_dispatch(self) -> None:
         self.dispatched_at = self.due_at = self.queue_job_id = None
 
 
 @dataclass(slots=True, eq=False)
 class WaiterState:
-    """A step that waits for a signal."""
+    """A signal waiter of a step."""
 
     signal_name: str
     created_at: datetime
@@ -131,7 +131,7 @@ class WaiterState:
 
 @dataclass(slots=True, eq=False)
 class RunState:
-    """A run with all that belongs to it, except its control record and its idempotency keys."""
+    """A run and its state, except its control record and its idempotency keys."""
 
     run_id: UUID
     flow_id: UUID
@@ -145,9 +145,9 @@ class RunState:
     completed_at: datetime | None = None
     steps: dict[str, StepState] = field(default_factory=dict)
     waiters: dict[str, WaiterState] = field(default_factory=dict)
-    # Records are frozen, so what never changes is kept as the record that it is read as.
+    # Immutable state is stored as the frozen records that reads return.
     earlier: dict[str, list[FlowStepAttemptRecord]] = field(default_factory=dict)
-    """The attempts of a step before its newest; of a reopened or reset step, the newest too."""
+    """The attempts before the newest by step key; for a reopened or reset step, the newest too."""
     deliveries: dict[str, SignalDeliveryResult] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     events: list[FlowEventRecord] = field(default_factory=list)
@@ -155,7 +155,7 @@ class RunState:
 
 @dataclass(slots=True, eq=False)
 class ControlState:
-    """A control record; it may exist before its run (CTL-1)."""
+    """A control record. It may exist before its run (CTL-1)."""
 
     flow_id: UUID
     trigger_key: str
@@ -168,7 +168,7 @@ class ControlState:
     timeout_reason: str | None = None
 
     def clear_stops(self, now: datetime) -> None:
-        """Undo both latches and an elapsed deadline (STP-6)."""
+        """Clear both latches and an elapsed deadline (STP-6)."""
         self.cancelled_at = self.cancel_reason = None
         self.timed_out_at = self.timeout_reason = None
         if self.timeout_at is not None and self.timeout_at <= now:
@@ -177,16 +177,16 @@ class ControlState:
 
 @dataclass(slots=True, eq=False)
 class RegisteredKey:
-    """The run that won an idempotency key."""
+    """The run that is registered under an idempotency key."""
 
     run_id: UUID
     created_at: datetime
 
 
 class Runs(dict[int, RunState]):
-    """The runs by ``run_id.int``, because the hash of a UUID is computed in Python each time.
+    """Runs by ``run_id.int``: an int hashes faster than a UUID, whose hash is computed in Python.
 
-    ``runs[run_id.int]`` raises for an unknown run, ``runs.get(run_id.int)`` does not (UNK).
+    ``runs[run_id.int]`` raises RunNotFoundError for an unknown run; ``runs.get(run_id.int)`` does not (UNK).
     """
 
     def __missing__(self, number: int) -> NoReturn:
@@ -194,11 +194,11 @@ class Runs(dict[int, RunState]):
 
 
 class Namespace:
-    """One store's data, shared by every open of one name."""
+    """The data of one store, shared by all opens of one name."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        """A thread's, not a task's: whoever opens the same name may do so in another thread."""
+        """A lock for threads: other threads may open the same name."""
         self.runs = Runs()
         self.controls: dict[UUID, ControlState] = {}
         self.keys: dict[Key, RegisteredKey] = {}
@@ -209,10 +209,10 @@ class Namespace:
         self.keys_of.setdefault(run_id, []).append(key)
 
 
-class Opened:
-    """One open of a namespace, with a clock of its own; the noun classes build on it."""
+class OpenNamespace:
+    """One open of a namespace, with its clock. Base class of the noun classes."""
 
-    def __init__(self, space: Namespace, now: Callable[[], datetime]) -> None:
-        self._space = space
-        self._runs = space.runs
+    def __init__(self, namespace: Namespace, now: Callable[[], datetime]) -> None:
+        self._namespace = namespace
+        self._runs = namespace.runs
         self._now = now

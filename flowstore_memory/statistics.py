@@ -9,13 +9,13 @@ from uuid import UUID
 
 from flowstore_core import DashboardStatistics, RunStatus, RunTimeseriesBucket, RunTimeseriesGranularity
 from flowstore_core.timeseries import bucket_floor, bucket_starts, day_start, percentile_ms
-from flowstore_memory.state import Opened, RunState
+from flowstore_memory.state import OpenNamespace, RunState
 
 _DAY = timedelta(days=1)
 _MICROSECOND = timedelta(microseconds=1)
 
 
-class Statistics(Opened):
+class Statistics(OpenNamespace):
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
         day = day_start(self._now() if as_of is None else as_of)
         runs = self._runs.values()

@@ -22,13 +22,13 @@ from flowstore_core import (
 )
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
 from flowstore_core.steps import superseded_by
-from flowstore_memory.state import Opened, RunState, StepState, WaiterState
+from flowstore_memory.state import OpenNamespace, RunState, StepState, WaiterState
 
 _FINAL = frozenset({StepStatus.SUCCEEDED, StepStatus.SKIPPED})
-"""Only retry_step opens such a step again; a failed one may simply be started anew (STP-2)."""
+"""Statuses that only retry_step reopens; a failed step may be started again (STP-2)."""
 
 
-class Steps(Opened):
+class Steps(OpenNamespace):
     async def record_step_start(
         self,
         run_id: UUID,
@@ -54,7 +54,7 @@ class Steps(Opened):
         if step is None:
             step = run.steps[step_key] = StepState()
         elif step.attempt:
-            keep_attempt(run, step_key, step, now)
+            archive_attempt(run, step_key, step, now)
         step.start(step_type, input_json, job_id, now)
         step.started_owner = owner
         return step.attempt
@@ -107,7 +107,7 @@ class Steps(Opened):
                 step.claim(owner, now, None)
             elif step.owner != owner:
                 raise ClaimLostError(run_id, step_key)
-        keep_attempt(run, step_key, step, now)
+        archive_attempt(run, step_key, step, now)
         step.start(step_type, None, None, now)
         step.close(StepStatus.SKIPPED, None, reason, now)
         step.started_owner = owner
@@ -127,22 +127,22 @@ class Steps(Opened):
             raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
         now = self._now()
         if not step.reopened:
-            keep_attempt(run, step_key, step, now)
+            archive_attempt(run, step_key, step, now)
             step.status = StepStatus.PENDING
             step.reopened = True
-            _forget(run, step_key, step)
+            _clear_step(run, step_key, step)
             for key in reset:
-                # The step itself is Pending by now, so its own key does nothing here.
+                # The key of the retried step has no effect here: its status is Pending.
                 other = run.steps.get(key)
                 if other is not None and other.status is StepStatus.SKIPPED:
-                    keep_attempt(run, key, other, now)
+                    archive_attempt(run, key, other, now)
                     other.status = None
-                    _forget(run, key, other)
+                    _clear_step(run, key, other)
         if run.status in TERMINAL_RUN_STATUSES:
             run.status = RunStatus.RUNNING
             run.completed_at = None
-            if (control := self._space.controls.get(run_id)) is not None:
-                # Or the retry would be stopped at once.
+            if (control := self._namespace.controls.get(run_id)) is not None:
+                # Otherwise the run would be stopped again at once.
                 control.clear_stops(now)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
@@ -171,8 +171,8 @@ class Steps(Opened):
         elif step.rescheduled:
             return
         step.rescheduled = True
-        step.drop_claim()
-        step.drop_dispatch()
+        step.clear_claim()
+        step.clear_dispatch()
         if run.status is RunStatus.RUNNING:
             step.dispatched_at = now
             step.due_at = due_at
@@ -180,7 +180,7 @@ class Steps(Opened):
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        moment = self._now() if as_of is None else as_of
+        at = self._now() if as_of is None else as_of
         found = [
             StalledStep(
                 run_id=run.run_id,
@@ -192,14 +192,14 @@ class Steps(Opened):
             for run in self._runs.values()
             if run.status is RunStatus.RUNNING
             for key, step in run.steps.items()
-            if not _waits(run.waiters.get(key), moment) and (stall := _stall(step, moment)) is not None
+            if not _awaits_signal(run.waiters.get(key), at) and (stall := _stall(step, at)) is not None
         ]
         found.sort(key=lambda stalled: (stalled.since, stalled.run_id, stalled.step_key))
         return tuple(found[:take])
 
 
 def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
-    """Every step by the start of its first attempt, then key (QRY-3)."""
+    """All visible steps, ordered by start of the first attempt, then key (QRY-3)."""
     records = [
         _step_record(run, key, step, step.status)
         for key, step in run.steps.items()
@@ -229,7 +229,7 @@ def _step_record(run: RunState, step_key: str, step: StepState, status: StepStat
 def _attempt_records(
     run: RunState, step_key: str, step: StepState, status: StepStatus
 ) -> tuple[FlowStepAttemptRecord, ...]:
-    """Every attempt of a step that can be seen, by number."""
+    """All attempts of a visible step, by number."""
     earlier = run.earlier.get(step_key, ())
     if step.reopened:
         return tuple(earlier)
@@ -239,7 +239,7 @@ def _attempt_records(
 def _attempt_record(
     run: RunState, step_key: str, step: StepState, status: StepStatus
 ) -> FlowStepAttemptRecord:
-    """The newest attempt, whose status is the step's until the step is reopened or reset."""
+    """The newest attempt. Its status is that of the step until the step is reopened or reset."""
     return FlowStepAttemptRecord(
         run_id=run.run_id,
         step_key=step_key,
@@ -263,15 +263,15 @@ def _started(run: RunState, step_key: str) -> StepState:
 
 
 def _check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> None:
-    """Whether the newest attempt is the one that is meant and still decides (STP-4)."""
+    """Raise StaleAttemptError unless ``attempt`` is the newest and the step is not reopened (STP-4)."""
     if step.reopened or (attempt is not None and attempt != step.attempt):
         raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
 
 
-def keep_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
-    """Keep the newest attempt among the earlier ones, once, before the step goes on without it.
+def archive_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
+    """Close the newest attempt and copy it to the earlier ones, unless it is there already.
 
-    It is closed if it is still open: at most one is, and it is the newest (STP-1).
+    Only the newest attempt of a step can be open (STP-1).
     """
     if step.status is None or step.reopened:
         return
@@ -280,24 +280,24 @@ def keep_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -
     run.earlier.setdefault(step_key, []).append(_attempt_record(run, step_key, step, step.status))
 
 
-def _forget(run: RunState, step_key: str, step: StepState) -> None:
-    """Drop what belonged to the attempts so far, when a step is reopened or reset (STP-6)."""
-    step.drop_claim()
-    step.drop_dispatch()
+def _clear_step(run: RunState, step_key: str, step: StepState) -> None:
+    """Remove claim, dispatch and undelivered waiter of a step that is reopened or reset (STP-6)."""
+    step.clear_claim()
+    step.clear_dispatch()
     waiter = run.waiters.get(step_key)
     if waiter is not None and waiter.delivered_at is None:
         del run.waiters[step_key]
 
 
-def _waits(waiter: WaiterState | None, moment: datetime) -> bool:
-    """Whether a signal may still move the step (STP-8)."""
+def _awaits_signal(waiter: WaiterState | None, at: datetime) -> bool:
+    """Whether a signal may still arrive for the step (STP-8)."""
     if waiter is None or waiter.delivered_at is not None or waiter.expired_at is not None:
         return False
-    return waiter.expires_at is None or moment < waiter.expires_at
+    return waiter.expires_at is None or at < waiter.expires_at
 
 
-def _stall(step: StepState, moment: datetime) -> tuple[StallReason, datetime] | None:
-    """Why nothing will move the step, and since when; None if something will (STP-8)."""
+def _stall(step: StepState, at: datetime) -> tuple[StallReason, datetime] | None:
+    """The reason and start of a stall; None if the step is not stalled (STP-8)."""
     if step.status in TERMINAL_STEP_STATUSES:
         return None
     if step.claimed_at is not None:
@@ -310,4 +310,4 @@ def _stall(step: StepState, moment: datetime) -> tuple[StallReason, datetime] | 
         reason, since = StallReason.NOT_DISPATCHED, step.completed_at or step.started_at
     else:
         return None
-    return (reason, since) if since <= moment else None
+    return (reason, since) if since <= at else None

@@ -1,4 +1,4 @@
-"""The store: one class per noun, put together; and the same for a name that threads share."""
+"""The store, composed of one class per noun, and its variant with a lock for named stores."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ CAPABILITIES = frozenset(Capability) - {Capability.DURABLE, Capability.MULTI_PRO
 
 
 class MemoryStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Retention, Statistics):
-    """Everything of the contract, in the memory of this process, for the event loop that opened it."""
+    """Implements flowstore_core.FlowStore in the memory of this process, for one event loop."""
 
     backend = "memory"
     capabilities = CAPABILITIES
 
     async def ping(self) -> None:
-        """Always answers: there is nothing to reach."""
+        """Always succeeds: there is no server to reach."""
 
     async def aclose(self) -> None:
-        """Holds nothing to give back; core refuses every later call."""
+        """Has no resources to release; core rejects later calls."""
 
 
 class SharedStore(MemoryStore):
-    """A MemoryStore of a name: other event loops, in other threads, may have it open at the same time."""
+    """A named MemoryStore, which event loops of several threads may have open at the same time."""
 
 
 Operation = Callable[..., Coroutine[Any, Any, Any]]
 
 
-def _one_at_a_time(operation: Operation) -> Operation:
-    # An operation never awaits, so no other task of this thread can meet the lock held.
+def _locked(operation: Operation) -> Operation:
+    # An operation never awaits, so no other task of this thread can find the lock held.
     @wraps(operation)
     async def locked(self: SharedStore, *arguments: Any, **named: Any) -> Any:
-        with self._space.lock:
+        with self._namespace.lock:
             return await operation(self, *arguments, **named)
 
     return locked
 
 
 for _name, _operation in inspect.getmembers(MemoryStore, inspect.iscoroutinefunction):
-    # cleanup does await, between batches, and takes the lock for each.
+    # cleanup awaits between batches and takes the lock for each batch itself.
     if _name != "cleanup":
-        setattr(SharedStore, _name, _one_at_a_time(_operation))
+        setattr(SharedStore, _name, _locked(_operation))

@@ -1,5 +1,5 @@
-"""flowstore_otel: OpenTelemetry spans and metrics of every store; ``pip install 'flowstore[otel]'``.
+"""OpenTelemetry spans and metrics for every store; ``pip install 'flowstore[otel]'``.
 
-``plugin.py`` is found by its entry point. ``tracing.py`` makes a span of each call, ``metrics.py`` holds
-the instruments, ``attributes.py`` says what is told of a store. docs/operating.md lists all names.
+``plugin.py`` is the entry point, ``tracing.py`` creates a span for each call, ``metrics.py`` holds the
+instruments and ``attributes.py`` describes stores and errors. docs/operating.md lists all names.
 """

@@ -1,6 +1,6 @@
-"""What spans and metrics tell of a store, by the semantic conventions for databases.
+"""The attributes of spans and metrics, after the semantic conventions for databases.
 
-Nothing of it is a secret or the content of a row: the URL is read without its user, password and query.
+No attribute contains a secret or the content of a row: user, password and query of the URL are left out.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ POSTGRESQL_PORT = 5432
 
 
 def describe_store(config: StoreConfig) -> Attributes:
-    """The attributes that all of a store's spans and metrics have."""
+    """The attributes of all spans and metrics of a store."""
     if config.scheme in ("postgresql", "postgres"):
         return _describe_postgresql(config)
     found: Attributes = {SYSTEM: config.scheme}
     if config.scheme == "sqlite":
-        # A file name may have bytes that are not UTF-8; exporters accept UTF-8 alone.
+        # A file name may contain bytes that are not UTF-8, which exporters reject.
         found[NAMESPACE] = config.parts.path.encode(errors="replace").decode()
     return found
 
@@ -45,7 +45,7 @@ def _describe_postgresql(config: StoreConfig) -> Attributes:
     found[NAMESPACE] = f"{database}|{schema}" if database else str(schema)
     host, _, port = parts.hosts.partition(":")
     host, port = str(options.get("host") or host), str(options.get("port") or port)
-    # Of several hosts, which one it is shows only once connected.
+    # With several hosts the server is unknown until the store is connected.
     if host and "," not in host and not host.startswith("["):
         found[ADDRESS] = host
         if port.isdecimal() and int(port) != POSTGRESQL_PORT:
@@ -54,7 +54,7 @@ def _describe_postgresql(config: StoreConfig) -> Attributes:
 
 
 def describe_error(error: BaseException) -> Attributes:
-    """What spans and metrics tell of a call that failed: its kind and the database's code, no message."""
+    """The attributes of a failed call: error type and database code, but no message."""
     found: Attributes = {ERROR_TYPE: type(error).__name__}
     if isinstance(error, FlowStoreError) and error.database_code:
         found[STATUS_CODE] = error.database_code

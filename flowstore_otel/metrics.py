@@ -1,4 +1,4 @@
-"""The instruments, and the observer that feeds those which only a backend can feed."""
+"""The instruments, and the observer that records the reports of backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowstore_otel.attributes import OPERATION, REASON, RESOLUTION, Attributes
 
 SCOPE = "flowstore_otel"
 
-# As the semantic conventions advise for operations of databases.
+# The bucket boundaries that the semantic conventions recommend for database operations.
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 CALLS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -24,7 +24,7 @@ def scope_version() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instruments:
-    """Every instrument, for all stores of the process."""
+    """The instruments that all stores of the process share."""
 
     duration: metrics.Histogram
     retries: metrics.Counter
@@ -35,7 +35,7 @@ class Instruments:
 
 @functools.lru_cache(maxsize=4)
 def instruments(provider: metrics.MeterProvider) -> Instruments:
-    """Made once for a provider: a second one of the same name is a mistake in OpenTelemetry."""
+    """Create the instruments of a provider, once: OpenTelemetry rejects duplicates."""
     meter = provider.get_meter(SCOPE, scope_version())
     return Instruments(
         duration=meter.create_histogram(
@@ -45,33 +45,33 @@ def instruments(provider: metrics.MeterProvider) -> Instruments:
             explicit_bucket_boundaries_advisory=SECONDS,
         ),
         retries=meter.create_counter(
-            "flowstore.retries", unit="{retry}", description="Tries that were made again inside a call"
+            "flowstore.retries", unit="{retry}", description="Retries inside a call"
         ),
         batch_size=meter.create_histogram(
             "flowstore.batch.size",
             unit="{call}",
-            description="Calls that went to the database together",
+            description="Calls in a batch",
             explicit_bucket_boundaries_advisory=CALLS,
         ),
         queue_wait=meter.create_histogram(
             "flowstore.queue.wait",
             unit="s",
-            description="How long the first call of a batch had waited for it to go out",
+            description="Time that the oldest call of a batch was queued",
             explicit_bucket_boundaries_advisory=SECONDS,
         ),
         outcome_unknown=meter.create_counter(
             "flowstore.outcome_unknown",
             unit="{call}",
-            description="Calls whose acknowledgement was lost, by what became of them",
+            description="Unacknowledged calls, by resolution",
         ),
     )
 
 
-class Measuring:
-    """An observer (see flowstore_core.instrumentation) that turns what a backend reports into metrics.
+class MetricsObserver:
+    """An observer (see flowstore_core.instrumentation) that records the reports of a backend as metrics.
 
-    A retry is an event of the call's span as well, unless the call went out in a batch: a batch belongs
-    to no call alone.
+    A retry is also an event of the call's span, unless the call was sent in a batch: a batch belongs to
+    several calls.
     """
 
     def __init__(self, instruments: Instruments, store: Attributes) -> None:

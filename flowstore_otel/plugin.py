@@ -1,4 +1,4 @@
-"""The plugin: it wraps every store that is opened, of any backend, where OpenTelemetry is installed."""
+"""The plugin: it wraps every store of any backend if OpenTelemetry is installed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 from flowstore_core import StoreConfig, hookimpl
 
 drivers = ("opentelemetry",)
-"""What ``flowstore backends`` looks for, to say why nothing is measured."""
+"""The modules that ``flowstore backends`` checks for, to explain why nothing is measured."""
 
 
 @hookimpl
 def flowstore_wrap_store(store: Any, config: StoreConfig) -> Any:
-    """The store with a span around each call; None, which leaves it as it is, where nobody listens."""
+    """Wrap the store with a span around each call; None, for no wrapper, if telemetry is not set up."""
     try:
-        # Not at the top: the module is imported whenever a store is opened, with the extra or without.
+        # Not at the top: opening a store imports this module also without the extra.
         from flowstore_otel.tracing import trace_store
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in drivers:

@@ -1,4 +1,4 @@
-"""A span and a duration for each call of a store."""
+"""A span and a duration measurement for each call of a store."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from flowstore_otel.attributes import (
     describe_error,
     describe_store,
 )
-from flowstore_otel.metrics import SCOPE, Measuring, instruments, scope_version
+from flowstore_otel.metrics import SCOPE, MetricsObserver, instruments, scope_version
 
 Operation = Callable[..., Awaitable[Any]]
 
 
 def _nouns() -> Mapping[str, str | None]:
-    """Each operation and what it is about: the noun in whose file of core its promise stands."""
-    # Deleting runs and counting them are about runs; ping is about nothing that is stored.
+    """The noun of each operation: the name of the file in flowstore_core that declares it."""
+    # cleanup and statistics concern runs; ping concerns nothing stored.
     others = {"retention": "runs", "statistics": "runs", "store": None}
     found: dict[str, str | None] = {}
     for name, method in inspect.getmembers(FlowStore, inspect.iscoroutinefunction):
@@ -40,26 +40,28 @@ NOUNS = _nouns()
 
 
 def trace_store(store: Any, config: StoreConfig) -> Any:
-    """The store with a span around each call, and its metrics fed by what its backend reports.
+    """Wrap the store with a span around each call, and record the reports of its backend as metrics.
 
-    None while the application has set neither a tracer provider nor a meter provider: OpenTelemetry's
-    interface comes with many libraries, and a store must not pay for what nobody will see.
+    None if the application has set neither a tracer provider nor a meter provider: many libraries install
+    the API of OpenTelemetry, and a store must not pay for telemetry that is discarded.
     """
     tracers, meters = trace.get_tracer_provider(), metrics.get_meter_provider()
-    if not _is_real(tracers, "opentelemetry.trace") and not _is_real(meters, "opentelemetry.metrics"):
+    if not _is_configured(tracers, "opentelemetry.trace") and not _is_configured(
+        meters, "opentelemetry.metrics"
+    ):
         return None
     attributes, made = describe_store(config), instruments(meters)
-    config.observers.append(Measuring(made, attributes))
-    return Traced(store, attributes, tracers.get_tracer(SCOPE, scope_version()), made.duration)
+    config.observers.append(MetricsObserver(made, attributes))
+    return TracedStore(store, attributes, tracers.get_tracer(SCOPE, scope_version()), made.duration)
 
 
-def _is_real(provider: object, interface: str) -> bool:
-    """Whether a provider is one that was set, not the interface's own that does nothing."""
+def _is_configured(provider: object, interface: str) -> bool:
+    """Whether the application set the provider; the API's default does nothing."""
     return not type(provider).__module__.startswith(interface)
 
 
-class Traced:
-    """Stands for a store; each of its operations is traced from its first use on."""
+class TracedStore:
+    """A proxy for a store that traces each of its operations."""
 
     def __init__(
         self, store: Any, attributes: Attributes, tracer: trace.Tracer, duration: metrics.Histogram
@@ -73,7 +75,7 @@ class Traced:
         found = getattr(self._store, name)
         if name not in NOUNS or not callable(found):
             return found
-        # Kept, so that the next call finds it without coming here.
+        # Cached on the instance: the next lookup bypasses __getattr__.
         self.__dict__[name] = traced = _trace(found, name, self._attributes, self._tracer, self._duration)
         return traced
 
@@ -88,22 +90,22 @@ def _trace(
     name = f"{operation} {noun}" if noun else operation
 
     async def traced(**arguments: Any) -> Any:
-        outcome = attributes
+        recorded = attributes
         span = tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes)
         if span.is_recording() and (run_id := arguments.get("run_id")) is not None:
             span.set_attribute(RUN_ID, str(run_id))
         began = perf_counter()
-        # Not the span's own record of an exception: that holds messages and arguments.
+        # The span must not record the exception itself, which contains messages and arguments.
         with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
                 return await call(**arguments)
             except BaseException as error:
                 failure = describe_error(error)
-                outcome = {**attributes, **failure}
+                recorded = {**attributes, **failure}
                 span.set_attributes(failure)
                 span.set_status(StatusCode.ERROR)
                 raise
             finally:
-                duration.record(perf_counter() - began, outcome)
+                duration.record(perf_counter() - began, recorded)
 
     return traced

@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
-from flowstore_core.diagnostics import Diagnostic, Severity, orphans
+from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres import counters
 from flowstore_postgres.database import fill_in, in_microseconds
@@ -279,7 +279,7 @@ async def _find_orphans(table: str, connection: Any, settings: Settings) -> Sequ
     rows = await connection.fetch(statement, *arguments)
     if not rows:
         return ()
-    return (orphans(table, [row[0] for row in rows], forgotten=table in FORGOTTEN, most=COUNTED),)
+    return (orphaned_rows(table, [row[0] for row in rows], never_started=table in FORGOTTEN, limit=COUNTED),)
 
 
 def _about(table: str, forgotten: str, strays: str, settings: Settings) -> tuple[str, tuple[Any, ...]]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import asyncpg
 
 from flowstore_core import ConfigurationError, FlowStoreError, StoreUnavailableError
-from flowstore_core.errors import without_foreign
+from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.instrumentation import Observers
 from flowstore_core.urls import ENCODING_RULE
 
@@ -179,7 +179,7 @@ def map_errors() -> Iterator[None]:
     try:
         yield
     except FlowStoreError as error:
-        without_foreign(error)
+        strip_driver_exceptions(error)
         raise
     except (*DRIVER, ValueError) as error:
         log.debug(
@@ -195,4 +195,4 @@ def map_errors() -> Iterator[None]:
             raise failure from None
         finally:
             # Python has chained the driver's error all the same.
-            without_foreign(failure)
+            strip_driver_exceptions(failure)

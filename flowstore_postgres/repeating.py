@@ -11,7 +11,7 @@ from itertools import count
 from typing import TypeVar
 
 from flowstore_core import FlowStoreError
-from flowstore_core.errors import without_foreign
+from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.instrumentation import Observers
 from flowstore_postgres.errors import DRIVER, ROLLED_BACK, Retry, describe, name_error, report_retry
 
@@ -73,7 +73,7 @@ class Repeating:
                         # The outcome may be known earlier, and is probed one last time when the time is up.
                         wait = min(wait, max(fence - self._loop.time(), FIRST_PAUSE), left)
                     if left <= 0 or wait > left:
-                        raise without_foreign(error)
+                        raise strip_driver_exceptions(error)
                     report_retry(self._observers, operation, tries, error, wait)
                     await asyncio.sleep(wait)
                     pause *= 2
@@ -100,7 +100,7 @@ class Repeating:
                         )
                 # Out here, where no driver's error is being handled that would be chained.
                 if not again:
-                    raise without_foreign(error)
+                    raise strip_driver_exceptions(error)
         finally:
             if token is not None:
                 _until.reset(token)

@@ -1,6 +1,6 @@
-"""flowstore_sqlite: the embedded backend, one SQLite file that many processes may share.
+"""flowstore_sqlite: the embedded backend; many processes may share one SQLite file.
 
-Start at ``store.py``; the promises stand in the protocols of flowstore_core, noun by noun.
+Start at ``store.py``. The protocols of flowstore_core are the specification, noun by noun.
 """
 
 import logging

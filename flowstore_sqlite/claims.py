@@ -1,7 +1,8 @@
 """Step claims and the dispatch ledger in SQLite: columns of the step's row.
 
-The write lock makes every check and its change one act. A call without a token of its caller's leaves
-a random one beside what it won, so that what a cancelled call had won, and no other, is given back.
+The write lock makes each check atomic with the change that follows. A call without an owner stores a random
+token with its claim or dispatch. When the call is cancelled, the compensation removes the claim or dispatch
+only if it still has this token.
 """
 
 from __future__ import annotations
@@ -19,26 +20,28 @@ from uuid import UUID
 
 from flowstore_core import OutcomeUnknownError, StepClaim, StepDispatch, StoreUnavailableError
 from flowstore_core.claims import lease_end
+from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import load_step
-from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, to_us
 
 _log = logging.getLogger("flowstore_sqlite")
 
-# Unique among all stores: each process counts on from a random start of its own.
+# Unique among all stores: each process counts from a random start.
 _tokens = itertools.count(secrets.randbits(62))
 
 
-def _count_anew() -> None:
+def _reseed_tokens() -> None:
     global _tokens
     _tokens = itertools.count(secrets.randbits(62))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_anew)
+    os.register_at_fork(after_in_child=_reseed_tokens)
 
-# Whoever wins the claim anew has not started the open attempt, be it under the same token.
-# OR IGNORE is for the run that is not Running, whose id is NULL: INSERT ... SELECT takes half as long again.
+# Fast path of try_claim_step: one statement, without reading the step.
+# A new claim resets started_owner: its owner has not started the open attempt, even if the owner held an
+# earlier claim. For a run that is not Running the run_id is NULL, and OR IGNORE skips the row; INSERT ...
+# SELECT would take half as long again.
 TRY_CLAIM_STEP = """
 INSERT OR IGNORE INTO steps (run_id, step_key, claimed_at, expires_at, claim_owner, claim_token)
 VALUES ((SELECT run_id FROM runs WHERE run_id = ? AND status = 'Running'), ?, ?, ?, ?, ?)
@@ -53,11 +56,11 @@ RELEASE_STEP_CLAIM = """
 UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ? AND claimed_at IS NOT NULL
 """
-RELEASE_OWNERS_CLAIM = """
+RELEASE_OWNED_CLAIM = """
 UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ? AND claim_owner = ?
 """
-GIVE_BACK_CLAIM = """
+COMPENSATE_CLAIM = """
 UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ? AND claim_token = ?
 """
@@ -95,7 +98,7 @@ RELEASE_DISPATCH = """
 UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL
 WHERE run_id = ? AND step_key = ? AND dispatched_at IS NOT NULL
 """
-GIVE_BACK_DISPATCH = """
+COMPENSATE_DISPATCH = """
 UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL
 WHERE run_id = ? AND step_key = ? AND dispatch_token = ?
 """
@@ -109,24 +112,24 @@ WHERE run_id = ? AND dispatched_at IS NOT NULL ORDER BY step_key
 
 
 class Claims(Database):
-    """See flowstore_core.claims for the promises."""
+    """See flowstore_core.claims for the contract."""
 
-    # Not ``async``, like others that are called often: a coroutine less to make and to run.
+    # Not ``async``, like other frequent operations: saves one coroutine per call.
     def try_claim_step(
         self, run_id: UUID, step_key: str, *, owner: str | None, lease: timedelta | None
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
-            # No giving back: the owner may ask again and gets the true answer.
+            # No compensation: the owner can call again and gets True for its own claim.
             return self.write(partial(_try_claim_step, run_id, step_key, owner, lease))
-        claim = _Claim(self, run_id, step_key, None)
-        return self.write(claim, claim.give_back)
+        claim = _ClaimWrite(self, run_id, step_key, None)
+        return self.write(claim, claim.compensate)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
         row: tuple[object, ...] = (run_id.bytes, step_key)
         if owner is None:
             await self.write(partial(_execute, RELEASE_STEP_CLAIM, row))
         else:
-            await self.write(partial(_execute, RELEASE_OWNERS_CLAIM, (*row, owner)))
+            await self.write(partial(_execute, RELEASE_OWNED_CLAIM, (*row, owner)))
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         def renew(db: sqlite3.Connection, now: int) -> bool:
@@ -135,7 +138,7 @@ class Claims(Database):
                 "step_key": step_key,
                 "owner": owner,
                 "now": now,
-                "until": _end_of(lease, now),
+                "until": _lease_end_us(lease, now),
             }
             return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
 
@@ -164,8 +167,8 @@ class Claims(Database):
     def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None
     ) -> Coroutine[Any, Any, bool]:
-        dispatch = _Dispatch(self, run_id, step_key, due_at)
-        return self.write(dispatch, dispatch.give_back)
+        dispatch = _DispatchWrite(self, run_id, step_key, due_at)
+        return self.write(dispatch, dispatch.compensate)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         try:
@@ -194,8 +197,25 @@ class Claims(Database):
         )
 
 
-class _Attempt:
-    """A write that may win something for a caller without a token, who would not know if it was cancelled."""
+def _try_claim_step(
+    run_id: UUID,
+    step_key: str,
+    owner: str,
+    lease: timedelta | None,
+    db: sqlite3.Connection,
+    now: int,
+) -> bool:
+    expires_at = None if lease is None else _lease_end_us(lease, now)
+    row = (run_id.bytes, step_key, now, expires_at, owner, None)
+    if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
+        return True
+    # Slow path: raise for an unknown run, and return True for a claim that this owner already holds.
+    step = load_step(db, run_id, step_key)
+    return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner
+
+
+class _Write:
+    """A write that stores a random token, so that its compensation undoes only this write (CON-4)."""
 
     __slots__ = ("database", "due_at", "run_id", "step_key", "token")
 
@@ -206,63 +226,46 @@ class _Attempt:
         self.due_at = due_at
         self.token = next(_tokens)
 
-    async def _undo(self, statement: str) -> None:
+    async def _remove_own(self, statement: str) -> None:
         row = (self.run_id.bytes, self.step_key, self.token)
-        await self.database.write_back(partial(_execute, statement, row))
+        await self.database.write_while_closing(partial(_execute, statement, row))
 
 
-class _Claim(_Attempt):
+class _ClaimWrite(_Write):
     __slots__ = ()
 
     def __call__(self, db: sqlite3.Connection, now: int) -> bool:
         row = (self.run_id.bytes, self.step_key, now, None, None, self.token)
         if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
             return True
-        # For an unknown run it raises.
+        # Raises for an unknown run.
         load_step(db, self.run_id, self.step_key)
         return False
 
-    async def give_back(self, won: bool | OutcomeUnknownError) -> None:
+    async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
-            await self._undo(GIVE_BACK_CLAIM)
+            await self._remove_own(COMPENSATE_CLAIM)
 
 
-class _Dispatch(_Attempt):
+class _DispatchWrite(_Write):
     __slots__ = ()
 
     def __call__(self, db: sqlite3.Connection, now: int) -> bool:
         row = (self.run_id.bytes, self.step_key, now, to_optional_us(self.due_at), self.token)
         if db.execute(TRY_RECORD_DISPATCH, row).rowcount == 1:
             return True
-        # For an unknown run it raises.
+        # Raises for an unknown run.
         load_step(db, self.run_id, self.step_key)
         return False
 
-    async def give_back(self, won: bool | OutcomeUnknownError) -> None:
+    async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
-            await self._undo(GIVE_BACK_DISPATCH)
-
-
-def _try_claim_step(
-    run_id: UUID,
-    step_key: str,
-    owner: str,
-    lease: timedelta | None,
-    db: sqlite3.Connection,
-    now: int,
-) -> bool:
-    expires_at = None if lease is None else _end_of(lease, now)
-    row = (run_id.bytes, step_key, now, expires_at, owner, None)
-    if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
-        return True
-    # Nobody can win it now; what is left to tell is an unknown run, and the claim's own owner.
-    step = load_step(db, run_id, step_key)
-    return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner
+            await self._remove_own(COMPENSATE_DISPATCH)
 
 
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:
     db.execute(statement, row)
 
 
-def _end_of(lease: timedelta, now: int) -> int:
+def _lease_end_us(lease: timedelta, now: int) -> int:
     return to_us(lease_end(from_us(now), lease))

@@ -1,4 +1,4 @@
-"""One connection on a thread of its own, and running whole transactions there."""
+"""A connection with a dedicated thread that runs whole transactions."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from flowstore_core import ConfigurationError, FlowStoreError, StoreClosedError,
 from flowstore_core.instrumentation import NO_OBSERVERS, Observers
 from flowstore_core.shielding import run_to_completion
 from flowstore_sqlite.errors import is_transient, map_error
-from flowstore_sqlite.identity import OpenFiles
-from flowstore_sqlite.location import Access, find_access, is_same_place, sqlite_uri
+from flowstore_sqlite.file_access import Access, find_access, is_same_path, sqlite_uri
+from flowstore_sqlite.open_files import OpenFiles
 
 T = TypeVar("T")
 
-BLOCKING_SECONDS = 0.02
-"""How long SQLite itself waits for a lock; further waiting is done outside of the thread."""
-CLOSE_SECONDS = 5.0
+DRIVER_BUSY_TIMEOUT = 0.02
+"""Seconds that SQLite waits for a lock inside a statement; longer waits do not block the thread."""
+CLOSE_TIMEOUT = 5.0
 
 _log = logging.getLogger("flowstore_sqlite")
 
 
-class _Done(Generic[T]):
-    """What came of some work; like the work itself it shows nothing of it.
+class _RedactedResult(Generic[T]):
+    """The result of a callable, with a ``repr`` that shows no data.
 
-    aiosqlite's logger writes at DEBUG what it calls and what that raises, and asyncio in debug mode
-    what it hands on: without these two, rows and parameters would stand in the log.
+    At DEBUG level aiosqlite logs the callables that it runs and the exceptions that they raise, and asyncio
+    in debug mode logs results. Without this class and _RedactedWork, logs would contain rows and parameters.
     """
 
     __slots__ = ("_error", "_value")
@@ -51,63 +51,64 @@ class _Done(Generic[T]):
         return "<done>"
 
 
-class _Unnamed(Generic[T]):
-    """Work without its parameters in sight."""
+class _RedactedWork(Generic[T]):
+    """A callable with a ``repr`` that hides its parameters. Calling it raises nothing."""
 
     __slots__ = ("_work",)
 
     def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
         self._work = work
 
-    def __call__(self, db: sqlite3.Connection) -> _Done[T]:
+    def __call__(self, db: sqlite3.Connection) -> _RedactedResult[T]:
         try:
-            return _Done(self._work(db), None)
-        except Exception as error:  # noqa: BLE001 - not swallowed: result() raises it
-            return _Done(None, error)
+            return _RedactedResult(self._work(db), None)
+        except Exception as error:  # noqa: BLE001 - result() raises it
+            return _RedactedResult(None, error)
 
     def __repr__(self) -> str:
         return "<work>"
 
 
 class Connection(aiosqlite.Connection):
-    """An aiosqlite connection that runs callables: a whole transaction is one trip to its thread.
+    """An aiosqlite connection that runs callables, each a whole transaction in one trip to the thread.
 
-    A transaction of several awaits would stay open half-way when its caller is cancelled.
+    A transaction of several awaits would stay open when its caller is cancelled in the middle.
 
-    One that ``only_reads`` can neither empty nor delete the log when it closes.
+    A ``read_only`` connection neither checkpoints nor deletes the write-ahead log when it closes.
     """
 
     files: OpenFiles
-    """Of the store, from ``open`` on."""
+    """The files of the store. Set by ``open``."""
 
-    def __init__(self, path: str, observers: Observers = NO_OBSERVERS, *, only_reads: bool = False) -> None:
+    def __init__(self, path: str, observers: Observers = NO_OBSERVERS, *, read_only: bool = False) -> None:
         self.path = path
-        self._only_reads = only_reads
+        self._read_only = read_only
         self._observers = observers
         self._pid = os.getpid()
-        self._shutting = False
+        self._is_closing = False
         super().__init__(self._connect_file, iter_chunk_size=64)
-        # Closing is guaranteed, but bounded: a thread stuck in a dead file system must not keep the
-        # interpreter from exiting. Before aiosqlite 0.22 the connection was the thread.
+        # A daemon, because a thread stuck in a dead file system must not keep the interpreter from exiting.
+        # Before aiosqlite 0.22 the connection was the thread.
         self._worker = cast(threading.Thread, getattr(self, "_thread", self))
         self._worker.daemon = True
 
     def _connect_file(self) -> sqlite3.Connection:
         access = self.files.access
-        if self._only_reads and access is Access.WRITE:
+        if self._read_only and access is Access.WRITE:
             access = Access.READ
         return sqlite3.connect(
             sqlite_uri(self.path, access),
             uri=True,
-            timeout=BLOCKING_SECONDS,
+            timeout=DRIVER_BUSY_TIMEOUT,
             isolation_level=None,
             cached_statements=256,
         )
 
     async def open(self, files: OpenFiles | None = None) -> None:
-        """Open it, or leave nothing behind. Raises StoreUnavailableError.
+        """Open the connection. The caller must close it, also after an error.
 
-        Without ``files`` it gets whatever access this process has.
+        Without ``files`` it opens with the access that this process has. Raises ConfigurationError,
+        StoreUnavailableError.
         """
         self.files = OpenFiles(self.path, find_access(self.path)) if files is None else files
 
@@ -115,9 +116,9 @@ class Connection(aiosqlite.Connection):
             await self
 
         try:
-            # To the end, because a connection that opens after its caller has gone is never closed.
+            # A connection that opens after its caller was cancelled would never be closed.
             await run_to_completion(opening())
-            if await self.run_work(self._is_at_its_place):
+            if await self.run_in_thread(self._opened_expected_path):
                 return
             failure: FlowStoreError = ConfigurationError(
                 f"{self.path} became a symbolic link while it was opened; links are never followed"
@@ -128,22 +129,22 @@ class Connection(aiosqlite.Connection):
             failure = StoreUnavailableError("no thread could be started")
         raise failure
 
-    def _is_at_its_place(self, db: sqlite3.Connection) -> bool:
-        # Reads no page of the file, so nothing has happened to it yet.
-        return is_same_place(db.execute("PRAGMA database_list").fetchone()[2], self.path)
+    def _opened_expected_path(self, db: sqlite3.Connection) -> bool:
+        # Reads no page, so a file behind a symbolic link stays untouched.
+        return is_same_path(db.execute("PRAGMA database_list").fetchone()[2], self.path)
 
-    # Not named run, which until aiosqlite 0.22 is the thread's own method.
-    async def run_work(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a callable on the connection's thread. It goes on when the caller is cancelled."""
-        if self._shutting:
+    # Not named run: before aiosqlite 0.22 that is the method of the thread.
+    async def run_in_thread(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a callable on the connection's thread. It continues when the caller is cancelled."""
+        if self._is_closing:
             raise StoreClosedError
-        done: _Done[T] = await cast(Any, self)._execute(_Unnamed(work), self._conn)
+        done: _RedactedResult[T] = await cast(Any, self)._execute(_RedactedWork(work), self._conn)
         return done.result()
 
-    async def run_patiently(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
-        """As run_work, again and again while the database is locked, at most that long.
+    async def run_with_busy_retry(self, work: Callable[[sqlite3.Connection], T], seconds: float) -> T:
+        """Like run_in_thread, with retries for at most ``seconds`` while the database is locked.
 
-        ``work`` must have changed nothing when it fails so. Afterwards the files are verified. Raises
+        ``work`` must have no effect when it fails with a lock error. The files are verified after it. Raises
         StoreUnavailableError.
         """
 
@@ -153,14 +154,14 @@ class Connection(aiosqlite.Connection):
             return result
 
         deadline = asyncio.get_running_loop().time() + seconds
-        wait = delays()
+        wait = backoff()
         while True:
             try:
-                return await self.run_work(verified)
+                return await self.run_in_thread(verified)
             except sqlite3.Error as error:
                 failure = error
             if not is_transient(failure) or asyncio.get_running_loop().time() >= deadline:
-                # Tells more than any error that follows from a missing file.
+                # A missing file explains more than the error that follows from it.
                 self.files.verify()
                 raise map_error(failure, self.path)
             pause = next(wait)
@@ -168,36 +169,39 @@ class Connection(aiosqlite.Connection):
                 self._observers.retried("read", getattr(failure, "sqlite_errorname", ""), pause)
             await asyncio.sleep(pause)
 
-    async def stop_work(self) -> None:
-        """Interrupt the statement that runs, and wait until the thread is free."""
-        free = asyncio.create_task(self.run_work(lambda db: None))
+    async def cancel_work(self) -> None:
+        """Interrupt the running statement and wait until the thread is free."""
+        free = asyncio.create_task(self.run_in_thread(lambda db: None))
         while not free.done():
-            # Again and again: an interrupt that comes before the statement has begun is lost.
+            # Repeated, because an interrupt before the statement begins has no effect.
             self.interrupt_now()
             await asyncio.wait({free}, timeout=0.01)
 
     def interrupt_now(self) -> None:
-        """Abort the statement that runs, if any; from any thread."""
+        """Interrupt the running statement, if any. Thread-safe."""
         if self._connection is not None:
             self._connection.interrupt()
 
-    async def shut(self) -> None:
-        """Close it behind what is still running there; bounded, and also when cancelled meanwhile."""
-        self._shutting = True
-        if self._pid != os.getpid():
-            # After a fork there is no thread that could close it, and the file's locks are the parent's.
-            return
-        await run_to_completion(self._shut())
+    async def close(self) -> None:
+        """Close the connection after its running work, in bounded time, even when cancelled.
 
-    async def _shut(self) -> None:
-        closing = asyncio.create_task(self._close_and_end())
-        done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+        Logs a warning when that fails. Raises only CancelledError.
+        """
+        self._is_closing = True
+        if self._pid != os.getpid():
+            # A forked process has no thread that could close it, and the locks belong to the parent.
+            return
+        await run_to_completion(self._close_bounded())
+
+    async def _close_bounded(self) -> None:
+        closing = asyncio.create_task(self._close_and_join())
+        done, _ = await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
         if not done:
             _log.warning(
                 "a connection to %s did not close within %.0f s",
                 self.path,
-                CLOSE_SECONDS,
-                extra={"flowstore.wait_seconds": CLOSE_SECONDS},
+                CLOSE_TIMEOUT,
+                extra={"flowstore.wait_seconds": CLOSE_TIMEOUT},
             )
         elif not closing.cancelled() and (error := closing.exception()) is not None:
             kind = type(error).__name__
@@ -205,41 +209,41 @@ class Connection(aiosqlite.Connection):
                 "a connection to %s closed with %s", self.path, kind, extra={"flowstore.error_type": kind}
             )
 
-    async def _close_and_end(self) -> None:
-        await self.close()
-        # The thread answers just before it ends; nobody should find it still there afterwards.
-        for delay in delays():
+    async def _close_and_join(self) -> None:
+        await super().close()
+        # aiosqlite reports the close just before its thread ends.
+        for delay in backoff():
             if not self._worker.is_alive():
                 break
             await asyncio.sleep(delay)
 
 
-def snapshot(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-    """Run work whose every statement reads the same state of the database."""
+def read_transaction(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+    """Run work on one snapshot of the database."""
     db.execute("BEGIN")
     try:
         return work(db)
     finally:
-        # Nothing to undo, and it never fails for want of a lock.
+        # Unlike COMMIT, ROLLBACK never fails because of a lock.
         if db.in_transaction:
             db.execute("ROLLBACK")
 
 
-def written(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
-    """Run work in a transaction of its own, under the write lock: whole or not at all."""
+def write_transaction(work: Callable[[sqlite3.Connection], T], db: sqlite3.Connection) -> T:
+    """Run work atomically, under the write lock."""
     db.execute("BEGIN IMMEDIATE")
     try:
         result = work(db)
         db.execute("COMMIT")
         return result
     finally:
-        # Some errors have rolled back already.
+        # Some errors have already rolled back.
         if db.in_transaction:
             db.execute("ROLLBACK")
 
 
-def delays() -> Iterator[float]:
-    """Seconds to wait between tries: jittered, and short even after long, because who asks seldom starves."""
+def backoff() -> Iterator[float]:
+    """Seconds to sleep before each retry, jittered. At most 25 ms: a waiter that rarely polls starves."""
     longest = 0.002
     while True:
         yield random.uniform(longest / 4, longest)

@@ -8,9 +8,9 @@ from functools import partial
 from uuid import UUID
 
 from flowstore_core import FlowRunControlRecord, FlowRunRecord, RunAlreadyExistsError, TriggerResult
+from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import insert_run, new_run, read_run, to_run
-from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us, to_us
 
 CONFIGURE_RUN = """
 INSERT INTO controls (run_id, flow_id, trigger_key, idempotency_key, timeout_at, created_at)
@@ -40,7 +40,7 @@ UPDATE controls SET timed_out_at = :now, timed_out_reason = :reason
 WHERE run_id = :run_id AND timed_out_at IS NULL AND (:as_of IS NULL OR timeout_at <= :as_of)
 """
 
-# CROSS JOIN keeps the order: from the running runs, by their partial index, to their controls.
+# CROSS JOIN fixes the join order: from the running runs, by their partial index, to their controls.
 GET_RUNS_TO_STOP = """
 SELECT runs.run_id, runs.flow_id, flow_name, status, runs.trigger_key, trigger_data, job_id, started_at,
     completed_at, source_run_id
@@ -66,7 +66,7 @@ ON CONFLICT (flow_id, trigger_key, idempotency_key) DO NOTHING
 
 
 class Controls(Database):
-    """See flowstore_core.controls for the promises."""
+    """See flowstore_core.controls for the contract."""
 
     async def configure_run(
         self,
@@ -101,8 +101,8 @@ class Controls(Database):
 
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> tuple[FlowRunRecord, ...]:
         def stop(db: sqlite3.Connection) -> tuple[FlowRunRecord, ...]:
-            moment = self.now() if as_of is None else to_us(as_of)
-            return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, (moment, take)))
+            at = self.now() if as_of is None else to_us(as_of)
+            return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, (at, take)))
 
         return await self.read(stop)
 
@@ -155,7 +155,7 @@ class Controls(Database):
                 flow_id, flow_name, chosen, trigger_key, trigger_data, job_id, source_run_id, from_us(now)
             )
             if not insert_run(db, run, now):
-                # The key, if one was registered above, goes with the transaction.
+                # The error rolls the idempotency key back.
                 raise RunAlreadyExistsError(chosen)
             _configure_run(db, chosen, flow_id, trigger_key, idempotency_key, timeout, now)
             return TriggerResult(run=run, created=True)
@@ -190,7 +190,7 @@ def _read_control(run_id: UUID, db: sqlite3.Connection) -> FlowRunControlRecord 
         return None
     flow_id, trigger_key, idempotency_key, timeout_at, *latches, created_at = row
     cancelled_at, cancel_reason, timed_out_at, timed_out_reason = latches
-    # The user's latch speaks before the time-out's.
+    # The latch of the user takes precedence over that of the timeout.
     is_cancelled = cancelled_at is not None
     return FlowRunControlRecord(
         run_id=run_id,

@@ -1,4 +1,4 @@
-"""The one place where all writes, and the one where all reads, go to the database file."""
+"""Runs every read and every write of a store on its connections."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from typing import Any, TypeVar
 from flowstore_core import ConfigurationError, OutcomeUnknownError, StoreClosedError, StoreUnavailableError
 from flowstore_core.instrumentation import NO_OBSERVERS, Observers
 from flowstore_core.shielding import run_to_completion
-from flowstore_sqlite.connection import Connection, snapshot
-from flowstore_sqlite.transactions import Read, Transactions
-from flowstore_sqlite.transactions import Write as Write
-from flowstore_sqlite.values import to_us
-from flowstore_sqlite.writing import Writing
+from flowstore_sqlite.codecs import to_us
+from flowstore_sqlite.connection import Connection, read_transaction
+from flowstore_sqlite.group_commit import GroupCommit, Read
+from flowstore_sqlite.group_commit import Write as Write
+from flowstore_sqlite.write_queue import WriteQueue
 
 T = TypeVar("T")
 
-QUEUE_SECONDS = 10.0
-"""How long a call may wait for its turn in this process at least, be busy_timeout shorter."""
-DRAIN_SECONDS = 5.0
+MIN_QUEUE_TIMEOUT = 10.0
+"""Lower bound, in seconds, of the time that a write may wait in the queue of this process."""
+DRAIN_TIMEOUT = 5.0
 
 _process = object()
 
 
-def _notice_fork() -> None:
+def _mark_fork() -> None:
     global _process
     _process = object()
 
 
 if hasattr(os, "register_at_fork"):
-    # Asking for the process id at every call would be a system call each time.
-    os.register_at_fork(after_in_child=_notice_fork)
+    # os.getpid() would be a system call in every operation.
+    os.register_at_fork(after_in_child=_mark_fork)
 
 
 class Database:
-    """A writer and some readers on one file."""
+    """One writer and a pool of readers on one file. Base class of the noun classes."""
 
     def __init__(
         self,
@@ -53,64 +53,65 @@ class Database:
     ) -> None:
         self._writer = writer
         self._readers = tuple(readers)
-        self._idle = deque(self._readers)
-        self._free = asyncio.Semaphore(len(self._readers))
+        self._idle_readers = deque(self._readers)
+        self._free_readers = asyncio.Semaphore(len(self._readers))
         self._clock = clock
         self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
-        """The store's time in microseconds: the caller's clock if one was given, else the system's."""
+        """The store's time in microseconds, from the configured clock or from the system."""
         self._busy_timeout = busy_timeout
-        self._transactions = Transactions(writer.files, self.now, busy_timeout)
-        self._writing = Writing(
+        self._group_commit = GroupCommit(writer.files, self.now, busy_timeout)
+        self._write_queue = WriteQueue(
             writer,
-            self._transactions,
-            patience=max(busy_timeout, QUEUE_SECONDS),
+            self._group_commit,
+            queue_timeout=max(busy_timeout, MIN_QUEUE_TIMEOUT),
             observers=observers,
         )
-        self._reading: set[asyncio.Task[Any]] = set()
+        self._pending_reads: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._process = _process
         self._closed = False
 
     def write(
-        self, work: Write[T], give_back: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None
+        self, work: Write[T], on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None
     ) -> Coroutine[Any, Any, T]:
-        """Run work in a transaction of the writer, whole or not at all.
+        """Run work atomically on the writer. Concurrent writes share a transaction.
 
-        Waiting writes are gathered into one transaction. When the caller is cancelled, work that has
-        begun ends, and ``give_back`` gets its result, or OutcomeUnknownError, to undo its effect. Work
-        that has not begun never does.
+        When the caller is cancelled, queued work is dropped. Work that has begun is completed, and
+        ``on_abandoned`` receives its result, or OutcomeUnknownError, to compensate for its effect.
 
-        Raises StoreUnavailableError when the lock was not free within busy_timeout.
+        Raises StoreUnavailableError when the write lock was not free within busy_timeout.
         """
         self._check_usable()
-        return self._writing.write(None, work, give_back)
+        return self._write_queue.write(None, work, on_abandoned)
 
-    def write_back(self, work: Write[None]) -> Coroutine[Any, Any, None]:
-        """As write, for what gives back: it may go on while the store is closing."""
-        return self._writing.write(None, work)
+    def write_while_closing(self, work: Write[None]) -> Coroutine[Any, Any, None]:
+        """Like write, for compensations: they may run while the store is closing."""
+        return self._write_queue.write(None, work)
 
     async def read(self, work: Read[T]) -> T:
-        """Run work on one snapshot, which holds every write that has returned before."""
+        """Run work on one snapshot, which contains every write that has returned."""
         self._check_usable()
-        async with self._free:
+        async with self._free_readers:
             self._check_usable()
-            reader = self._idle.popleft()
+            reader = self._idle_readers.popleft()
             try:
                 return await self._read_on(reader, work)
             finally:
-                self._idle.append(reader)
+                self._idle_readers.append(reader)
 
     async def _read_on(self, reader: Connection, work: Read[T]) -> T:
-        task = asyncio.create_task(reader.run_patiently(partial(snapshot, work), self._busy_timeout))
-        self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
+        task = asyncio.create_task(
+            reader.run_with_busy_retry(partial(read_transaction, work), self._busy_timeout)
+        )
+        self._pending_reads.add(task)
+        task.add_done_callback(self._pending_reads.discard)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.done():
-                # Nobody waits for the rows any more, but the reader must be free when it is put back.
+                # The reader must be free before it goes back to the pool.
                 task.cancel()
-                await run_to_completion(reader.stop_work())
+                await run_to_completion(reader.cancel_work())
             raise
         except StoreUnavailableError:
             if self._closed:
@@ -124,9 +125,9 @@ class Database:
             raise StoreClosedError
 
     async def aclose(self) -> None:
-        """Wait, bounded, for what is under way, then close every connection; idempotent."""
+        """Wait for running work in bounded time, then close every connection. Idempotent."""
         if self._process is not _process:
-            # In a forked process nothing of it is under way, and the connections are the parent's.
+            # A forked process has no work to wait for, and the connections belong to the parent.
             self._closed = True
             return
         await run_to_completion(self._close())
@@ -141,25 +142,25 @@ class Database:
         finally:
             for reader in self._readers:
                 reader.interrupt_now()
-            if self._writer.files.may_take_log_in():
-                await self._shut_readers()
-                # Last and alone: only who knows itself alone empties and removes the log.
-                await self._writer.shut()
+            if self._writer.files.may_checkpoint():
+                await self._close_readers()
+                # SQLite checkpoints and deletes the log when the last connection closes.
+                await self._writer.close()
             else:
-                # The log at this path is another process's. The readers' locks keep the writer from touching
-                # it, and readers cannot.
-                await self._writer.shut()
-                await self._shut_readers()
-            self._transactions.close()
+                # The log at this path belongs to another process. The locks of the readers keep the writer
+                # from checkpointing it, and readers cannot.
+                await self._writer.close()
+                await self._close_readers()
+            self._group_commit.close()
 
-    async def _shut_readers(self) -> None:
-        await asyncio.gather(*(reader.shut() for reader in self._readers))
+    async def _close_readers(self) -> None:
+        await asyncio.gather(*(reader.close() for reader in self._readers))
 
     async def _drain(self) -> None:
-        self._transactions.give_up_at = time.monotonic() + DRAIN_SECONDS / 2
-        if self._reading:
-            await asyncio.wait(set(self._reading), timeout=DRAIN_SECONDS / 2)
-        await self._writing.drain(DRAIN_SECONDS)
+        self._group_commit.shutdown_deadline = time.monotonic() + DRAIN_TIMEOUT / 2
+        if self._pending_reads:
+            await asyncio.wait(set(self._pending_reads), timeout=DRAIN_TIMEOUT / 2)
+        await self._write_queue.drain(DRAIN_TIMEOUT)
 
 
 def _system_now() -> int:

@@ -1,6 +1,6 @@
-"""What ``flowstore doctor`` learns of a database file: where it lies, its neighbours, its pages, its rows.
+"""The checks of ``flowstore doctor`` for a database file: files, journal, pages and rows.
 
-The files are looked at before the database is opened: opening takes a log in, and closing removes it.
+The files are checked before the database is opened: opening recovers the log, and closing removes it.
 """
 
 from __future__ import annotations
@@ -17,73 +17,75 @@ from typing import TypeVar
 from uuid import UUID
 
 from flowstore_core import StoreConfig, StoreUnavailableError
-from flowstore_core.diagnostics import Diagnostic, Severity, orphans
+from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_sqlite import counters, files
-from flowstore_sqlite.connection import Connection, snapshot, written
+from flowstore_sqlite import counter_checks, file_checks
+from flowstore_sqlite.connection import Connection, read_transaction, write_transaction
 from flowstore_sqlite.errors import primary_code
-from flowstore_sqlite.location import LOG, LOG_INDEX, Access, read_location, size
-from flowstore_sqlite.opening import JOURNAL_MODE, Options, has_reset_bug
-from flowstore_sqlite.schema import read_version
+from flowstore_sqlite.file_access import SHM_SUFFIX, WAL_SUFFIX, Access, size
+from flowstore_sqlite.open import JOURNAL_MODE, Options, has_wal_reset_bug
+from flowstore_sqlite.schema_migrations import read_version
+from flowstore_sqlite.url import database_path
 
 T = TypeVar("T")
 
-LOOK_SECONDS = 3.0
-"""How long the pages, and then the rows, are looked through, unless thorough."""
-COUNTED = 10_000
-"""As many orphans are counted at most."""
-FIXED_AT_ONCE = 500
-INSTRUCTIONS = 10_000
-"""Of SQLite's virtual machine, between two looks at the clock."""
+CHECK_TIMEOUT = 3.0
+"""Seconds for the check of the pages, and again for that of the rows, unless thorough."""
+MAX_COUNTED = 10_000
+"""Maximum number of orphaned rows that are counted per table."""
+FIX_BATCH = 500
+"""Runs whose orphaned rows are deleted in one transaction."""
+TIMEOUT_CHECK_INSTRUCTIONS = 10_000
+"""Instructions of SQLite's virtual machine between two checks of the deadline."""
 
 QUICK_CHECK = "PRAGMA quick_check(5)"
 CHECKPOINT = "PRAGMA wal_checkpoint(PASSIVE)"
-LONG_LOG_PAGES = 1000
-"""From then on SQLite copies the log into the database, and starts it anew when no reader needs it."""
-PIN_SECONDS = 2.0
-"""A snapshot that is older keeps the log from starting anew; a busy writer does not."""
+LONG_WAL_PAGES = 1000
+"""The log size in pages at which SQLite checkpoints; the log restarts when no reader needs it."""
+PIN_TIMEOUT = 2.0
+"""Seconds after which an unfinished checkpoint means an old snapshot, not just a busy writer."""
 INTEGRITY_CHECK = "PRAGMA integrity_check(5)"
 
-# Those of which cleanup takes care by itself one day (RET-4), and those that no call can leave behind.
-FORGOTTEN = ("idempotency_keys", "controls")
-STRAYS = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
+# Tables whose old orphans cleanup deletes (RET-4), and tables in which no call can leave an orphan.
+EXPIRED_TABLES = ("idempotency_keys", "controls")
+ORPHAN_TABLES = ("steps", "attempts", "waiters", "deliveries", "outputs", "events")
 WITHOUT_RUN = "NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = {table}.run_id)"
-FIND_FORGOTTEN = f"SELECT run_id FROM {{table}} WHERE created_at <= ? AND {WITHOUT_RUN} LIMIT {COUNTED}"
-FIND_STRAYS = f"SELECT run_id FROM {{table}} WHERE {WITHOUT_RUN} LIMIT {COUNTED}"
-DELETE_FORGOTTEN = "DELETE FROM {table} WHERE created_at <= ? AND run_id IN ({marks}) AND " + WITHOUT_RUN
-DELETE_STRAYS = "DELETE FROM {table} WHERE run_id IN ({marks}) AND " + WITHOUT_RUN
+FIND_EXPIRED = f"SELECT run_id FROM {{table}} WHERE created_at <= ? AND {WITHOUT_RUN} LIMIT {MAX_COUNTED}"
+FIND_ORPHANS = f"SELECT run_id FROM {{table}} WHERE {WITHOUT_RUN} LIMIT {MAX_COUNTED}"
+DELETE_EXPIRED = "DELETE FROM {table} WHERE created_at <= ? AND run_id IN ({marks}) AND " + WITHOUT_RUN
+DELETE_ORPHANS = "DELETE FROM {table} WHERE run_id IN ({marks}) AND " + WITHOUT_RUN
 
 
 async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
-    """Every finding about the file; changes nothing."""
-    path, options = read_location(config.url), Options.read(config)
-    found = [*_judge_settings(options), *files.inspect(path)]
-    if any(finding.blocks for finding in found) or not files.exists(path):
+    """All findings about the file. Changes nothing."""
+    path, options = database_path(config.url), Options.read(config)
+    found = [*_check_settings(options), *file_checks.check_files(path)]
+    if any(finding.prevents_open for finding in found) or not file_checks.exists(path):
         return found
     connection = Connection(path)
     try:
         await connection.open()
 
-        async def ask(work: Callable[[sqlite3.Connection], T]) -> T:
-            return await connection.run_patiently(partial(snapshot, work), options.busy_timeout)
+        async def query(work: Callable[[sqlite3.Connection], T]) -> T:
+            return await connection.run_with_busy_retry(partial(read_transaction, work), options.busy_timeout)
 
         try:
             if connection.files.access is Access.WRITE:
-                found += await ask(_judge_journal)
-                found += await _judge_log_size(connection, options)
-            damage = await ask(partial(_check_pages, thorough))
+                found += await query(_check_journal_mode)
+                found += await _check_wal_size(connection, options)
+            damage = await query(partial(_check_pages, thorough))
             found += damage
             if damage and damage[0].severity is Severity.ERROR:
-                # The rows of damaged pages tell nothing more.
+                # Rows in damaged pages prove nothing.
                 return found
-            if (await ask(read_version))[0]:
-                found += await ask(partial(_check_rows, thorough, _now(config)))
+            if (await query(read_version))[0]:
+                found += await query(partial(_check_rows, thorough, _now(config)))
         except StoreUnavailableError as error:
             if not str(error.database_code).startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
                 raise
             found.append(_damaged(str(error.database_code)))
     finally:
-        await connection.shut()
+        await connection.close()
     return found
 
 
@@ -91,7 +93,7 @@ def _now(config: StoreConfig) -> int:
     return int(config.clock().timestamp() * 1_000_000) if config.clock else time.time_ns() // 1000
 
 
-def _judge_settings(options: Options) -> list[Diagnostic]:
+def _check_settings(options: Options) -> list[Diagnostic]:
     found = []
     if options.synchronous != "FULL":
         found.append(
@@ -99,12 +101,12 @@ def _judge_settings(options: Options) -> list[Diagnostic]:
                 code="synchronous-normal",
                 severity=Severity.WARNING,
                 summary="the store is opened with synchronous=NORMAL",
-                meaning="A commit is not synced to disk: a power cut loses claims and results that were "
-                "acknowledged. A crash of the process loses nothing.",
+                meaning="A commit is not synced to disk: a power failure loses acknowledged claims and "
+                "results. A crash of the process loses nothing.",
                 remedy="take synchronous=NORMAL out of the URL's query or flowstore.toml",
             )
         )
-    if has_reset_bug():
+    if has_wal_reset_bug():
         found.append(
             Diagnostic(
                 code="wal-reset-bug",
@@ -119,7 +121,7 @@ def _judge_settings(options: Options) -> list[Diagnostic]:
     return found
 
 
-def _judge_journal(db: sqlite3.Connection) -> list[Diagnostic]:
+def _check_journal_mode(db: sqlite3.Connection) -> list[Diagnostic]:
     mode = db.execute(JOURNAL_MODE).fetchone()[0]
     if mode == "wal" or not read_version(db)[0]:
         return []
@@ -128,32 +130,32 @@ def _judge_journal(db: sqlite3.Connection) -> list[Diagnostic]:
             code="journal-mode",
             severity=Severity.WARNING,
             summary=f"the file was in journal mode {mode.upper()}, not WAL",
-            meaning="Another program has changed it. Readers and writers then wait for each other. Whenever "
-            "flowstore opens the store, as it does now, it sets WAL again.",
+            meaning="Another program has changed it. Readers and writers then wait for each other. "
+            "flowstore sets WAL again whenever it opens the store.",
             remedy="find the program that sets journal_mode, or that copies the file, and stop it",
         )
     ]
 
 
-async def _judge_log_size(connection: Connection, options: Options) -> list[Diagnostic]:
-    """Whether a reader keeps the log from starting anew, so that it grows with every write."""
+async def _check_wal_size(connection: Connection, options: Options) -> list[Diagnostic]:
+    """Check whether an old snapshot keeps the log from restarting, so that it grows with every write."""
 
     async def checkpoint() -> tuple[int, int]:
-        # Waits for nobody, and does only what the next commit would do anyway.
-        _, pages, done = await connection.run_patiently(
+        # A passive checkpoint waits for no lock; the next commit would run the same.
+        _, pages, done = await connection.run_with_busy_retry(
             lambda db: db.execute(CHECKPOINT).fetchone(), options.busy_timeout
         )
         return pages, done
 
     pages, reached = await checkpoint()
-    if pages < LONG_LOG_PAGES:
+    if pages < LONG_WAL_PAGES:
         return []
-    deadline = time.monotonic() + PIN_SECONDS
+    deadline = time.monotonic() + PIN_TIMEOUT
     while reached < pages and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
         latest, done = await checkpoint()
         if 0 <= latest < pages:
-            # It has started anew meanwhile.
+            # The log has restarted.
             return []
         reached = max(reached, done)
     if reached >= pages:
@@ -163,12 +165,12 @@ async def _judge_log_size(connection: Connection, options: Options) -> list[Diag
         Diagnostic(
             code="log-pinned",
             severity=Severity.WARNING,
-            summary=f"{path}-wal has grown to {size(path + LOG) / 1e6:,.0f} MB and cannot start anew",
-            meaning=f"For at least {PIN_SECONDS:g} s a connection has kept a snapshot open: a long read, or "
-            "a program that began a transaction and did not end it. Until it ends, the log grows with "
-            "every write, and reads become slower.",
+            summary=f"{path}-wal has grown to {size(path + WAL_SUFFIX) / 1e6:,.0f} MB and cannot restart",
+            meaning=f"For at least {PIN_TIMEOUT:g} s a connection has kept a snapshot open: a long read, or "
+            "a transaction that a program did not end. Until it ends, the log grows with every write, and "
+            "reads become slower.",
             remedy="end that transaction or its process; to list the processes: "
-            + shlex.join(["fuser", "-v", path + LOG_INDEX]),
+            + shlex.join(["fuser", "-v", path + SHM_SUFFIX]),
         )
     ]
 
@@ -178,43 +180,43 @@ def _damaged(detail: str) -> Diagnostic:
         code="damaged",
         severity=Severity.ERROR,
         summary="the database file is damaged",
-        meaning=f"SQLite says: {detail}. Answers may be wrong, and writes make it worse.",
+        meaning=f"SQLite reports: {detail}. Results may be wrong, and writes make it worse.",
         remedy="stop every process that uses it, copy file and -wal aside, and restore a backup; or save "
-        "what can be read: sqlite3 FILE .recover | sqlite3 NEW",
+        "the readable part: sqlite3 FILE .recover | sqlite3 NEW",
     )
 
 
 def _check_pages(thorough: bool, db: sqlite3.Connection) -> list[Diagnostic]:
     statement = INTEGRITY_CHECK if thorough else QUICK_CHECK
     try:
-        with _bounded(db, None if thorough else LOOK_SECONDS):
+        with _time_limit(db, None if thorough else CHECK_TIMEOUT):
             rows = db.execute(statement).fetchall()
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
-        return [_not_to_the_end("pages", "Checking the pages of the file")]
-    # Its messages name tables, indexes and pages, never what is in a row.
+        return [_incomplete_check("pages", "Checking the pages of the file")]
+    # The messages name tables, indexes and pages, and contain no data.
     return [] if rows == [("ok",)] else [_damaged(f"{rows[0][0].splitlines()[0]}")]
 
 
-def _not_to_the_end(what: str, doing: str) -> Diagnostic:
+def _incomplete_check(what: str, doing: str) -> Diagnostic:
     return Diagnostic(
         code=f"{what}-not-checked",
         severity=Severity.NOTE,
-        summary=f"not all {what} were looked at",
-        meaning=f"{doing} was stopped after {LOOK_SECONDS:g} s.",
+        summary=f"not all {what} were checked",
+        meaning=f"{doing} was stopped after {CHECK_TIMEOUT:g} s.",
         remedy="flowstore doctor --thorough",
     )
 
 
 @contextlib.contextmanager
-def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
-    """Interrupt what takes longer."""
+def _time_limit(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
+    """Interrupt statements after this many seconds; None: never."""
     if seconds is None:
         yield
         return
     deadline = time.monotonic() + seconds
-    db.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
+    db.set_progress_handler(lambda: time.monotonic() > deadline, TIMEOUT_CHECK_INSTRUCTIONS)
     try:
         yield
     finally:
@@ -224,67 +226,70 @@ def _bounded(db: sqlite3.Connection, seconds: float | None) -> Iterator[None]:
 def _check_rows(thorough: bool, now: int, db: sqlite3.Connection) -> list[Diagnostic]:
     found: list[Diagnostic] = []
     try:
-        with _bounded(db, None if thorough else LOOK_SECONDS):
+        with _time_limit(db, None if thorough else CHECK_TIMEOUT):
             found.extend(
-                orphans(
+                orphaned_rows(
                     table,
                     [str(UUID(bytes=run)) for run in runs],
-                    forgotten=table in FORGOTTEN,
-                    most=COUNTED,
+                    never_started=table in EXPIRED_TABLES,
+                    limit=MAX_COUNTED,
                 )
-                for table in (*FORGOTTEN, *STRAYS)
-                if (runs := _runs_of_orphans(table, now, db))
+                for table in (*EXPIRED_TABLES, *ORPHAN_TABLES)
+                if (runs := _find_orphaned_runs(table, now, db))
             )
-            if read_version(db)[0] >= counters.SINCE:
-                found.extend(counters.compare(db))
+            if read_version(db)[0] >= counter_checks.FIRST_VERSION:
+                found.extend(counter_checks.check_counters(db))
     except sqlite3.OperationalError as error:
         if primary_code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
-        found.append(_not_to_the_end("rows", "The check of rows"))
+        found.append(_incomplete_check("rows", "The check of rows"))
     return found
 
 
-def _runs_of_orphans(table: str, now: int, db: sqlite3.Connection) -> list[bytes]:
-    if table in FORGOTTEN:
+def _find_orphaned_runs(table: str, now: int, db: sqlite3.Connection) -> list[bytes]:
+    if table in EXPIRED_TABLES:
         grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
-        rows = db.execute(FIND_FORGOTTEN.replace("{table}", table), (grace,))
+        rows = db.execute(FIND_EXPIRED.replace("{table}", table), (grace,))
     else:
-        rows = db.execute(FIND_STRAYS.replace("{table}", table))
+        rows = db.execute(FIND_ORPHANS.replace("{table}", table))
     return [row[0] for row in rows]
 
 
 async def fix(config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
-    """Delete orphans, correct counters, narrow permissions, as the findings say; safe while others write."""
-    path, options = read_location(config.url), Options.read(config)
-    done = [line for finding in findings for line in files.fix(path, finding)]
+    """Delete orphans, correct counters and narrow permissions, as the findings say.
+
+    Safe while others write.
+    """
+    path, options = database_path(config.url), Options.read(config)
+    done = [line for finding in findings for line in file_checks.fix(path, finding)]
     tables = [finding.code.removeprefix("orphans-").replace("-", "_") for finding in findings]
-    wanted = [table for table in (*FORGOTTEN, *STRAYS) if table in tables]
+    tables_to_fix = [table for table in (*EXPIRED_TABLES, *ORPHAN_TABLES) if table in tables]
     counters_wrong = any(finding.code == "counters-wrong" for finding in findings)
-    if not wanted and not counters_wrong:
+    if not tables_to_fix and not counters_wrong:
         return done
     connection = Connection(path)
     try:
         await connection.open()
         if counters_wrong:
-            correct = partial(written, counters.correct)
-            done.append(await connection.run_patiently(correct, options.busy_timeout))
-        for table in wanted:
+            correct = partial(write_transaction, counter_checks.correct_counters)
+            done.append(await connection.run_with_busy_retry(correct, options.busy_timeout))
+        for table in tables_to_fix:
             deleted = 0
-            delete = partial(written, partial(_delete_orphans, table, _now(config)))
-            # Little by little, so that nobody waits long for the lock.
-            while number := await connection.run_patiently(delete, options.busy_timeout):
+            delete = partial(write_transaction, partial(_delete_orphans, table, _now(config)))
+            # In batches, so that other writers do not wait long for the lock.
+            while number := await connection.run_with_busy_retry(delete, options.busy_timeout):
                 deleted += number
             done.append(f"deleted {deleted:,} rows of table {table} that belonged to no run")
     finally:
-        await connection.shut()
+        await connection.close()
     return done
 
 
 def _delete_orphans(table: str, now: int, db: sqlite3.Connection) -> int:
-    runs = list(dict.fromkeys(_runs_of_orphans(table, now, db)))[:FIXED_AT_ONCE]
+    runs = list(dict.fromkeys(_find_orphaned_runs(table, now, db)))[:FIX_BATCH]
     if not runs:
         return 0
-    statement = DELETE_FORGOTTEN if table in FORGOTTEN else DELETE_STRAYS
+    statement = DELETE_EXPIRED if table in EXPIRED_TABLES else DELETE_ORPHANS
     statement = statement.replace("{table}", table).replace("{marks}", ", ".join("?" * len(runs)))
-    grace = [now - ORPHAN_GRACE // timedelta(microseconds=1)] if table in FORGOTTEN else []
+    grace = [now - ORPHAN_GRACE // timedelta(microseconds=1)] if table in EXPIRED_TABLES else []
     return db.execute(statement, (*grace, *runs)).rowcount

@@ -1,4 +1,4 @@
-"""Events in SQLite: numbered under the write lock, hence in the order of commits."""
+"""Events in SQLite: numbered under the write lock, so in commit order."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sqlite3
 from uuid import UUID
 
 from flowstore_core import FlowEventRecord, RunNotFoundError
+from flowstore_sqlite.codecs import from_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import read_run_status
-from flowstore_sqlite.values import from_us
 
 # One seek to the end of the run's range, not a scan.
 LAST_SEQUENCE = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE run_id = ?"
@@ -22,7 +22,7 @@ WHERE run_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
 
 
 class Events(Database):
-    """See flowstore_core.events for the promises."""
+    """See flowstore_core.events for the contract."""
 
     async def append_event(
         self, run_id: UUID, event_type: str, *, step_key: str | None, message: str | None

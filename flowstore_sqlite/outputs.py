@@ -20,7 +20,7 @@ GET_OUTPUTS = "SELECT output_key, value_json FROM outputs WHERE run_id = ? ORDER
 
 
 class Outputs(Database):
-    """See flowstore_core.outputs for the promises."""
+    """See flowstore_core.outputs for the contract."""
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         def save(db: sqlite3.Connection, now: int) -> None:

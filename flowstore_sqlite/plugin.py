@@ -1,4 +1,4 @@
-"""The plugin: what the SQLite backend is called and offers. The driver is imported when a store opens."""
+"""The plugin: the descriptor of the SQLite backend. The driver is imported when a store opens."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class SqliteBackend:
     """``sqlite:///relative.db`` and ``sqlite:////absolute.db``: one file, shared by many processes.
 
-    The file must lie on a local disk: the write-ahead log does not work on network file systems.
+    The file must be on a local disk: the write-ahead log does not work on network file systems.
 
     Options, in the URL's query or as keywords:
 
-    - ``synchronous``: FULL (the default) or NORMAL. NORMAL does not sync the disk at each commit: after
-      a power cut the newest writes, claims that were already answered among them, may be gone, so
-      such a store does not offer DURABLE. A crash of the process alone loses nothing either way.
-    - ``busy_timeout``: how many seconds a write waits while other processes write, 0 to 3600; 30 by
-      default. Then StoreUnavailableError; the write has not happened.
-    - ``readers``: connections for reading, 1 to 16; 2 by default. Reads never wait for writes.
+    - ``synchronous``: FULL (the default) or NORMAL. NORMAL does not sync the disk at each commit: a power
+      failure may lose the newest writes, acknowledged claims included, so such a store does not offer
+      DURABLE. A crash of the process loses nothing in either mode.
+    - ``busy_timeout``: seconds that a write waits while other processes write, 0 to 3600; 30 by default.
+      After that it raises StoreUnavailableError, and the write has not happened.
+    - ``readers``: number of read connections, 1 to 16; 2 by default. Reads never wait for writes.
     """
 
     name = "sqlite"
@@ -40,78 +40,79 @@ class SqliteBackend:
     drivers = ("aiosqlite",)
 
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[SqliteStore]:
-        """Open the file, making and migrating it if need be.
+        """Open the file. Creates and migrates it if needed.
 
-        With ``migrate=False`` a file that this process may not write to opens for reading.
+        With ``migrate=False`` a file that this process may not write to opens read-only.
 
         Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
         """
-        from flowstore_sqlite.opening import OpenSqlite
+        from flowstore_sqlite.open import StoreContext
 
-        return OpenSqlite(config)
+        return StoreContext(config)
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
-        """A URL of a database file yet to be made, in a private directory of its own.
+        """A URL of a new database file in a private directory, with the options of ``url``.
 
-        It lies beside the file that ``url`` names, or in the system's directory for temporary files
-        where that cannot be written, and keeps the options of ``url``. Only that directory is removed.
+        The directory is beside the file of ``url``, or in the system's directory for temporary files where
+        that cannot be written. Leaving the context removes the directory and nothing else.
         """
-        from flowstore_sqlite.location import read_location
+        from flowstore_sqlite.url import database_path
 
-        folder = _make_folder(Path(read_location(url)).parent)
+        folder = _make_folder(Path(database_path(url)).parent)
         try:
             yield parse_url(url).with_path(str(folder / "scratch.db"))
         finally:
             shutil.rmtree(folder)
 
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
-        """Every migration as (number, name, a script that applies and records it), in order."""
-        from flowstore_sqlite.migrate import migrations
+        """Every migration in order, as (number, name, a script that applies and records it)."""
+        from flowstore_sqlite.deploy import migrations
 
         return migrations()
 
     async def schema_version(self, config: StoreConfig) -> int:
-        """The schema version of the file; 0 without a file or schema. Makes and changes nothing."""
-        from flowstore_sqlite.migrate import schema_version
+        """The schema version of the file; 0 without a file or schema. Creates and changes nothing."""
+        from flowstore_sqlite.deploy import schema_version
 
         return await schema_version(config)
 
     async def describe(self, config: StoreConfig) -> Mapping[str, str]:
-        """How searches find their runs."""
-        from flowstore_sqlite.migrate import has_search_index
+        """How searches find runs."""
+        from flowstore_sqlite.deploy import has_search_index
 
         indexed = await has_search_index(config)
         return {"search": "by index (FTS5)" if indexed else "reads every run; this SQLite has no FTS5"}
 
     async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
-        """What is wrong with the file and its neighbours, and rows without a run.
+        """Problems of the database file, its log, its pages and its rows.
 
-        Not in a process that has the store open: the files are read beside SQLite.
+        Must not run in a process that has the store open: it opens and closes the files, which drops the
+        locks that SQLite holds on them.
         """
         from flowstore_sqlite.diagnosis import diagnose
 
         return await diagnose(config, thorough=thorough)
 
     async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
-        """Narrow permissions and delete the rows without a run, where they were found."""
+        """Narrow permissions, delete orphaned rows and correct counters, as the findings say."""
         from flowstore_sqlite.diagnosis import fix
 
         return await fix(config, findings)
 
     async def migrate(self, config: StoreConfig) -> int:
-        """Make the file if need be, apply every migration, and return the version it then has."""
-        from flowstore_sqlite.migrate import migrate
+        """Apply all missing migrations and return the schema version. Creates the file if needed."""
+        from flowstore_sqlite.deploy import migrate
 
         return await migrate(config)
 
 
-def _make_folder(beside: Path) -> Path:
-    for place in (beside, None):
+def _make_folder(parent: Path) -> Path:
+    for folder in (parent, None):
         try:
-            return Path(tempfile.mkdtemp(prefix=".flowstore-scratch-", dir=place))
+            return Path(tempfile.mkdtemp(prefix=".flowstore-scratch-", dir=folder))
         except OSError:
-            if place is None:
+            if folder is None:
                 raise
     raise AssertionError("unreachable")
 

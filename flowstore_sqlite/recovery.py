@@ -1,4 +1,4 @@
-"""Recovery in SQLite: rescheduling a step, and finding what nothing will move."""
+"""Recovery in SQLite: rescheduling a step, and finding stalled steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 from uuid import UUID
 
 from flowstore_core import StalledStep, StallReason, StepAlreadyCompletedError, StepStatus
+from flowstore_sqlite.codecs import from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import RECORD_STEP_COMPLETE, check_attempt, load_step
-from flowstore_sqlite.values import from_us, to_optional_us, to_us
 
 RESCHEDULE_STEP = """
 UPDATE steps SET rescheduled = 1,
@@ -19,7 +19,7 @@ UPDATE steps SET rescheduled = 1,
 WHERE run_id = ? AND step_key = ?
 """
 
-# CROSS JOIN keeps the order: from the running runs, by their partial index, to their steps.
+# CROSS JOIN fixes the join order: from the running runs, by their partial index, to their steps.
 GET_STALLED_STEPS = """
 SELECT run_id, step_key, status, reason, since FROM (
     SELECT steps.run_id, steps.step_key, COALESCE(steps.status, 'Pending') AS status,
@@ -50,7 +50,7 @@ LIMIT :take
 
 
 class Recovery(Database):
-    """See flowstore_core.steps.Recovery for the promises."""
+    """See flowstore_core.steps.Recovery for the contract."""
 
     async def reschedule_step(
         self,
@@ -66,8 +66,8 @@ class Recovery(Database):
 
     async def get_stalled_steps(self, *, as_of: datetime | None, take: int) -> tuple[StalledStep, ...]:
         def stalled(db: sqlite3.Connection) -> tuple[StalledStep, ...]:
-            moment = self.now() if as_of is None else to_us(as_of)
-            rows = db.execute(GET_STALLED_STEPS, {"as_of": moment, "take": take})
+            at = self.now() if as_of is None else to_us(as_of)
+            rows = db.execute(GET_STALLED_STEPS, {"as_of": at, "take": take})
             return tuple(
                 StalledStep(
                     run_id=UUID(bytes=run_id),

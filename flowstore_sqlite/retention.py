@@ -1,4 +1,4 @@
-"""Retention in SQLite: cleanup in short turns that find their rows by index."""
+"""Retention in SQLite: cleanup in short slices that find their rows by index."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from datetime import datetime, timedelta
 from functools import partial
 
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_sqlite.background import Turns
+from flowstore_sqlite.codecs import to_us
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.search import DROP_TRIGRAMS, empty_index, gather_texts, has_only_deleted, is_indexed
+from flowstore_sqlite.paced_work import PacedWriter
+from flowstore_sqlite.search import DROP_TRIGRAMS, empty_index, has_only_deleted, index_some, is_indexed
 from flowstore_sqlite.statistics import DAY
-from flowstore_sqlite.values import to_us
 
 BATCH = 500
-"""Runs that are looked up at once, by a reader; orphans that are deleted at once at most."""
+"""Maximum number of runs that one read finds, and of orphans that one slice deletes."""
 
 FIND_COMPLETED = """
 SELECT run_id FROM runs WHERE completed_at IS NOT NULL AND completed_at < ? ORDER BY completed_at LIMIT ?
@@ -34,13 +34,13 @@ DELETE_RUN = (
     "DELETE FROM runs WHERE run_id = ?",
 )
 
-# The runs that did start are few here: older ones that were completed are gone by now.
+# Few of these rows have a run: completed runs before the cutoff are already deleted.
 DELETE_ORPHANED_CONTROLS = """
 DELETE FROM controls WHERE run_id IN (
     SELECT run_id FROM controls
     WHERE created_at < :cutoff AND created_at <= :grace
         AND NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = controls.run_id)
-    LIMIT :most
+    LIMIT :batch
 )
 """
 DELETE_ORPHANED_KEYS = """
@@ -48,11 +48,11 @@ DELETE FROM idempotency_keys WHERE (flow_id, trigger_key, idempotency_key) IN (
     SELECT flow_id, trigger_key, idempotency_key FROM idempotency_keys
     WHERE created_at < :cutoff AND created_at <= :grace
         AND NOT EXISTS (SELECT 1 FROM runs WHERE runs.run_id = idempotency_keys.run_id)
-    LIMIT :most
+    LIMIT :batch
 )
 """
 
-# Of days before the cutoff, and of days whose runs have changed since: those are computed again when needed.
+# Summaries of days before the cutoff, and stale ones, which are recomputed when needed.
 FIND_STALE_SUMMARIES = """
 SELECT granularity, scope, kept.day FROM run_summaries AS kept LEFT JOIN run_days ON run_days.day = kept.day
 WHERE kept.day < ? OR kept.changes IS NOT run_days.changes LIMIT ?
@@ -61,27 +61,27 @@ DELETE_SUMMARY = "DELETE FROM run_summaries WHERE granularity = ? AND scope = ? 
 
 
 class Retention(Database):
-    """See flowstore_core.retention for the promises."""
+    """See flowstore_core.retention for the contract."""
 
     async def cleanup(self, cutoff: datetime) -> int:
         before = to_us(cutoff)
-        turns = Turns(self.write)
+        paced = PacedWriter(self.write)
         deleted = 0
         while found := await self.read(partial(_find_completed, before)):
             while found:
-                done, count = await turns.take(partial(_delete_runs, before, found))
+                done, count = await paced.run_slice(partial(_delete_runs, before, found))
                 deleted += count
                 found = found[done:]
         for statement in (DELETE_ORPHANED_CONTROLS, DELETE_ORPHANED_KEYS):
-            while await turns.take(partial(_sweep, statement, before)):
+            while await paced.run_slice(partial(_delete_orphans, statement, before)):
                 pass
         while stale := await self.read(partial(_find_stale_summaries, before)):
-            await turns.take(partial(_delete_summaries, stale))
+            await paced.run_slice(partial(_delete_summaries, stale))
             if len(stale) < BATCH:
                 break
         if await self.read(is_indexed):
-            # What ended since the last time becomes quick to search.
-            while await turns.take(gather_texts):
+            # Index the runs that ended since the last cleanup.
+            while await paced.run_slice(index_some):
                 pass
             if await self.read(has_only_deleted):
                 await self.write(empty_index)
@@ -95,11 +95,11 @@ def _find_completed(before: int, db: sqlite3.Connection) -> list[tuple[bytes]]:
 def _delete_runs(
     before: int, found: Sequence[tuple[bytes]], db: sqlite3.Connection, now: int, until: float
 ) -> tuple[int, int]:
-    """Delete runs, each whole, until it is time; how many were looked at, and how many were deleted."""
+    """Delete runs, each completely, until the deadline. Returns how many were examined and deleted."""
     done = deleted = 0
     indexed = is_indexed(db)
     for row in found:
-        # Others may have reopened it meanwhile, or deleted it.
+        # It may have been reopened or deleted since it was found (RET-2).
         if db.execute(IS_COMPLETED, (*row, before)).fetchone() is not None:
             if indexed:
                 db.execute(DROP_TRIGRAMS, row)
@@ -122,7 +122,7 @@ def _delete_summaries(
     db.executemany(DELETE_SUMMARY, stale)
 
 
-def _sweep(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
-    """Delete a batch of orphans; how many, 0 when none is left."""
+def _delete_orphans(statement: str, before: int, db: sqlite3.Connection, now: int, until: float) -> int:
+    """Delete a batch of orphans; returns how many."""
     grace = now - ORPHAN_GRACE // timedelta(microseconds=1)
-    return db.execute(statement, {"cutoff": before, "grace": grace, "most": BATCH}).rowcount
+    return db.execute(statement, {"cutoff": before, "grace": grace, "batch": BATCH}).rowcount

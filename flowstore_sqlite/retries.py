@@ -1,4 +1,4 @@
-"""Retries in SQLite: reopening a step, and resetting those that were skipped because of it."""
+"""Retries in SQLite: reopening a step and resetting the steps that were skipped because of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowstore_core import StaleAttemptError, StepNotFoundError, StepStatus
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.steps import archive_attempt, load_step
 
-# The end of the last attempt stays: get_stalled_steps counts from it.
+# Keeps the end of the last attempt: get_stalled_steps measures from it.
 REOPEN_STEP = """
 UPDATE steps SET status = 'Pending', reopened = 1, rescheduled = 0,
     claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL, started_owner = NULL,
@@ -38,7 +38,7 @@ WHERE run_id = ?
 
 
 class Retries(Database):
-    """See flowstore_core.steps for the promises."""
+    """See flowstore_core.steps for the contract."""
 
     async def retry_step(
         self, run_id: UUID, step_key: str, *, attempt: int | None, reset: Collection[str]

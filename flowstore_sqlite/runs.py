@@ -1,4 +1,4 @@
-"""Runs in SQLite: starting, completing, listing and searching them."""
+"""Runs in SQLite: starting, completing and reading them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
-from flowstore_sqlite.database import Database
-from flowstore_sqlite.steps import read_steps
-from flowstore_sqlite.values import (
+from flowstore_sqlite.codecs import (
     from_optional_id,
     from_optional_us,
     from_us,
-    sql,
+    join_sql,
     to_optional_id,
 )
+from flowstore_sqlite.database import Database
+from flowstore_sqlite.steps import read_steps
 
 START_RUN = """
 INSERT INTO runs (
@@ -39,7 +39,7 @@ COMPLETE_RUN = """
 UPDATE runs SET status = ?, completed_at = ? WHERE run_id = ? AND status = 'Running'
 """
 
-# What complete_run compares with ``expected``, and what must not lie outside of it.
+# The statuses that complete_run compares with ``expected``, and whether a step is claimed or dispatched.
 READ_PROGRESS = """
 SELECT step_key, status, claimed_at IS NOT NULL AND (expires_at IS NULL OR expires_at > ?)
     OR dispatched_at IS NOT NULL
@@ -55,13 +55,13 @@ FROM runs
 """
 NEWEST_FIRST = "ORDER BY started_at DESC, run_id DESC"
 
-GET_RUN = sql(SELECT_RUNS, "WHERE run_id = ?")
-GET_ACTIVE_RUNS = sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST, "LIMIT ?")
-GET_DERIVED_RUNS = sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
+GET_RUN = join_sql(SELECT_RUNS, "WHERE run_id = ?")
+GET_ACTIVE_RUNS = join_sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST, "LIMIT ?")
+GET_DERIVED_RUNS = join_sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
 
 
 class Runs(Database):
-    """See flowstore_core.runs for the promises."""
+    """See flowstore_core.runs for the contract."""
 
     async def start_run(
         self,
@@ -118,7 +118,7 @@ def new_run(
     source_run_id: UUID | None,
     started_at: datetime,
 ) -> FlowRunRecord:
-    """The record of a run that starts."""
+    """The record of a new run."""
     return FlowRunRecord(
         run_id=run_id,
         flow_id=flow_id,
@@ -134,7 +134,7 @@ def new_run(
 
 
 def insert_run(db: sqlite3.Connection, run: FlowRunRecord, now: int) -> bool:
-    """Store a run that starts now; False if its id is stored already."""
+    """Store a new run; False if its id exists."""
     row = (
         run.run_id.bytes,
         run.flow_id.bytes,
@@ -165,10 +165,10 @@ def _complete_run(
     db: sqlite3.Connection,
     now: int,
 ) -> bool:
-    present = read_run_status(db, run_id)
-    if present is None:
+    status_now = read_run_status(db, run_id)
+    if status_now is None:
         raise RunNotFoundError(run_id)
-    if present.is_terminal:
+    if status_now.is_terminal:
         return False
     if expected is not None and not _is_as_expected(db, run_id, expected, now):
         return False
@@ -183,7 +183,7 @@ def _is_as_expected(
         if status is not None:
             statuses[step_key] = status
         elif is_busy:
-            # Nobody can expect a key that has not started.
+            # ``expected`` contains only started steps (RUN-2).
             return False
     return statuses == expected
 

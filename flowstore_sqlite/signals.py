@@ -1,4 +1,4 @@
-"""Signals in SQLite: waiters and deliveries, each operation under the write lock."""
+"""Signals in SQLite: waiters and deliveries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
 )
+from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import read_run_status
-from flowstore_sqlite.values import from_optional_us, from_us, to_optional_us
 
 REGISTER_WAITER = """
 INSERT INTO waiters (run_id, step_key, signal_name, expires_at, created_at) VALUES (?, ?, ?, ?, ?)
@@ -38,7 +38,7 @@ ORDER BY created_at, step_key LIMIT 1
 DELIVER_SIGNAL = """
 UPDATE waiters SET delivered_at = ?, payload_json = ? WHERE run_id = ? AND step_key = ?
 """
-REMEMBER_DELIVERY = """
+RECORD_DELIVERY = """
 INSERT INTO deliveries (run_id, delivery_id, step_key, delivered_at) VALUES (?, ?, ?, ?)
 """
 
@@ -61,7 +61,7 @@ NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key
 
 
 class Signals(Database):
-    """See flowstore_core.signals for the promises."""
+    """See flowstore_core.signals for the contract."""
 
     async def register_waiter(
         self, run_id: UUID, step_key: str, signal_name: str, *, expires_at: datetime | None
@@ -94,7 +94,7 @@ class Signals(Database):
             (step_key,) = found
             db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))
             if delivery_id is not None:
-                db.execute(REMEMBER_DELIVERY, (run_id.bytes, delivery_id, step_key, now))
+                db.execute(RECORD_DELIVERY, (run_id.bytes, delivery_id, step_key, now))
             return _to_result(SignalDeliveryStatus.DELIVERED, step_key, now)
 
         return await self.write(deliver)

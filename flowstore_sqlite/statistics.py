@@ -1,4 +1,4 @@
-"""Dashboard counts and timeseries in SQLite, from the sums of migration 2."""
+"""Dashboard counts and timeseries in SQLite, from the counters of migration 2."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from flowstore_core import (
     RunTimeseriesGranularity,
 )
 from flowstore_core.timeseries import BUCKET_WIDTH, bucket_starts, percentile_ms, whole_days
+from flowstore_sqlite.codecs import join_sql, to_us
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.values import sql, to_us
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -30,31 +30,31 @@ COUNT_FLOWS = "SELECT COUNT(DISTINCT flow_id) FROM run_counts WHERE amount > 0"
 COUNT_ACTIVE = "SELECT COALESCE(SUM(amount), 0) FROM run_counts WHERE status = 'Running'"
 COUNT_COMPLETED = "SELECT succeeded, failed FROM run_days WHERE day = ?"
 
-# A day's summary is right as long as the day's number of changes is the one it was computed at.
+# A summary is valid while the change counter of its day is the one it was computed at.
 READ_SUMMARIES = """
 SELECT run_days.day, run_days.changes, buckets FROM run_days
 LEFT JOIN run_summaries AS kept ON kept.granularity = :granularity AND kept.scope = :scope
     AND kept.day = run_days.day AND kept.changes = run_days.changes
 WHERE run_days.day >= :first AND run_days.day <= :last AND run_days.changes > 0
 """
-# By duration, as the percentiles need it.
+# Ordered by duration for the percentiles.
 READ_RUNS = """
 SELECT started_at, status, completed_at - started_at AS duration FROM runs
 WHERE status IN ('Running', 'Succeeded', 'Failed', 'Cancelled')
     AND started_at >= :since AND started_at < :until
 """
-OF_FLOW = "AND flow_id = :flow_id"
-KEEP_SUMMARY = """
+WHERE_FLOW = "AND flow_id = :flow_id"
+SAVE_SUMMARY = """
 INSERT INTO run_summaries (granularity, scope, day, changes, buckets) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (granularity, scope, day) DO UPDATE SET changes = excluded.changes, buckets = excluded.buckets
 """
 
 Bucket = tuple[int, int, int, int, float | None, float | None]
-"""running, succeeded, failed, cancelled, and p50 and p95 in milliseconds."""
+"""Running, succeeded, failed, cancelled, and p50 and p95 in milliseconds."""
 
 
 class Statistics(Database):
-    """See flowstore_core.statistics for the promises."""
+    """See flowstore_core.statistics for the contract."""
 
     async def get_statistics(self, *, as_of: datetime | None) -> DashboardStatistics:
         def statistics(db: sqlite3.Connection) -> DashboardStatistics:
@@ -79,7 +79,7 @@ class Statistics(Database):
         first, end = map(to_us, whole_days(since, until))
         width = BUCKET_WIDTH[granularity] // timedelta(microseconds=1)
         scope = b"" if flow_id is None else flow_id.bytes
-        statement = sql(READ_RUNS, "" if flow_id is None else OF_FLOW, "ORDER BY duration")
+        statement = join_sql(READ_RUNS, "" if flow_id is None else WHERE_FLOW, "ORDER BY duration")
         values = {
             "granularity": granularity.value,
             "scope": scope,
@@ -91,9 +91,9 @@ class Statistics(Database):
         def timeseries(db: sqlite3.Connection) -> tuple[dict[int, Bucket], list[tuple[object, ...]]]:
             found: dict[int, Bucket] = {}
             new: list[tuple[object, ...]] = []
-            for day, changes, kept in db.execute(READ_SUMMARIES, values).fetchall():
-                if kept is not None:
-                    found.update((start, tuple(own)) for start, *own in json.loads(kept))
+            for day, changes, saved in db.execute(READ_SUMMARIES, values).fetchall():
+                if saved is not None:
+                    found.update((start, tuple(own)) for start, *own in json.loads(saved))
                     continue
                 window = {"since": max(first, day * DAY), "until": min(end, (day + 1) * DAY)}
                 buckets = _compute(db.execute(statement, {**values, **window}).fetchall(), width)
@@ -104,27 +104,27 @@ class Statistics(Database):
             return found, new
 
         found, new = await self.read(timeseries)
-        await self._keep_summaries(new)
+        await self._save_summaries(new)
         return tuple(
             _to_bucket(start, found.get(to_us(start), (0, 0, 0, 0, None, None)))
             for start in bucket_starts(since, until, granularity)
         )
 
-    async def _keep_summaries(self, rows: Sequence[tuple[object, ...]]) -> None:
+    async def _save_summaries(self, rows: Sequence[tuple[object, ...]]) -> None:
         try:
             if rows:
-                await self.write(partial(_keep, rows))
+                await self.write(partial(_insert_summaries, rows))
         except FlowStoreError as error:
-            # The answer stands without them: they only spare computing it again.
-            _log.debug("the summaries of %d days were not kept: %s", len(rows), error)
+            # Summaries are a cache: the result is complete without them.
+            _log.debug("the summaries of %d days were not saved: %s", len(rows), error)
 
 
-def _keep(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection, now: int) -> None:
-    db.executemany(KEEP_SUMMARY, rows)
+def _insert_summaries(rows: Sequence[tuple[object, ...]], db: sqlite3.Connection, now: int) -> None:
+    db.executemany(SAVE_SUMMARY, rows)
 
 
 def _compute(rows: Sequence[tuple[int, str, int | None]], width: int) -> dict[int, Bucket]:
-    """The buckets of runs that are given as started_at, status and, ascending, duration."""
+    """Compute buckets from rows of started_at, status and duration, in ascending order of duration."""
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     durations: dict[int, list[int]] = defaultdict(list)
     for started_at, status, duration in rows:

@@ -1,7 +1,7 @@
 """Steps in SQLite: opening, closing and reopening attempts.
 
-The row of a step carries its newest attempt; older ones are rows of ``attempts``. While a step is
-reopened or reset, its newest attempt lies there too.
+The row of a step contains its newest attempt; earlier ones are rows of ``attempts``. While a step is
+reopened or reset, its newest attempt is stored there too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from flowstore_core import (
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_core.steps import superseded_by
+from flowstore_sqlite.codecs import from_optional_us, from_us
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.values import from_optional_us, from_us
 
 LOAD_STEP = """
 SELECT runs.status, steps.status, COALESCE(last_attempt, 0), COALESCE(reopened, 0), rescheduled,
@@ -38,18 +38,19 @@ FROM runs LEFT JOIN steps ON steps.run_id = runs.run_id AND steps.step_key = ?
 WHERE runs.run_id = ?
 """
 
-# The common case in one statement: the first attempt of a step that was claimed or dispatched before.
-START_FIRST_ATTEMPT = """
+# Fast path of record_step_start: the first attempt of a step that is claimed or dispatched.
+RECORD_STEP_START = """
 UPDATE steps SET status = 'Running', last_attempt = 1, started_at = ?, attempt_started_at = ?,
     started_owner = ?, step_type = ?, job_id = ?, input_json = ?
 WHERE run_id = ? AND step_key = ? AND last_attempt = 0
     AND EXISTS (SELECT 1 FROM runs WHERE runs.run_id = steps.run_id AND runs.status = 'Running')
 """
-START_OWNERS_FIRST_ATTEMPT = f"""
-{START_FIRST_ATTEMPT.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
+RECORD_STEP_START_OWNED = f"""
+{RECORD_STEP_START.rstrip()} AND claim_owner = ? AND (expires_at IS NULL OR expires_at > ?)
 """
 
-RECORD_STEP_START = """
+# Slow path: any attempt, after load_step has checked the step.
+RECORD_STEP_START_SLOW_PATH = """
 INSERT INTO steps (
     run_id, step_key, status, last_attempt, started_at, attempt_started_at, started_owner, step_type,
     job_id, input_json
@@ -62,7 +63,7 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     output_json = NULL, input_json = :input_json
 """
 
-# Does nothing unless the attempt, or with None the newest one, is open.
+# Updates no row unless the attempt is open. NULL stands for the newest attempt.
 RECORD_STEP_COMPLETE = """
 UPDATE steps SET status = ?, output_json = ?, error_message = ?, attempt_completed_at = ?
 WHERE run_id = ? AND step_key = ? AND status = 'Running' AND last_attempt = IFNULL(?, last_attempt)
@@ -88,7 +89,7 @@ CLAIM_SKIPPED_STEP = """
 UPDATE steps SET claimed_at = ?, claim_owner = ?, expires_at = NULL, claim_token = NULL
 WHERE run_id = ? AND step_key = ?
 """
-SKIPPED_FOR = "SELECT error_message IS ? FROM steps WHERE run_id = ? AND step_key = ?"
+IS_SKIPPED_FOR_REASON = "SELECT error_message IS ? FROM steps WHERE run_id = ? AND step_key = ?"
 
 CLOSE_SUPERSEDED = """
 UPDATE steps SET status = 'Failed', output_json = NULL, error_message = ?, attempt_completed_at = ?
@@ -121,7 +122,7 @@ FROM attempts WHERE run_id = ? ORDER BY step_key, attempt
 
 
 class StepState(NamedTuple):
-    """What decides about the next operation on a step; a row of LOAD_STEP."""
+    """The state that decides about the next operation on a step; a row of LOAD_STEP."""
 
     run_status: str
     status: str | None
@@ -155,7 +156,7 @@ class StepState(NamedTuple):
 
 
 def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
-    """The state of a step, whether or not it is stored. Raises RunNotFoundError."""
+    """The state of a step, stored or not. Raises RunNotFoundError."""
     row = db.execute(LOAD_STEP, (step_key, run_id.bytes)).fetchone()
     if row is None:
         raise RunNotFoundError(run_id)
@@ -163,9 +164,9 @@ def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
 
 
 class Steps(Database):
-    """See flowstore_core.steps for the promises."""
+    """See flowstore_core.steps for the contract."""
 
-    # Not ``async``, like others that are called often: a coroutine less to make and to run.
+    # Not ``async``, like other frequent operations: saves one coroutine per call.
     def record_step_start(
         self,
         run_id: UUID,
@@ -212,9 +213,9 @@ def _record_step_start(
 ) -> int:
     first = (now, now, owner, *values, run_id.bytes, step_key)
     if owner is None:
-        started = db.execute(START_FIRST_ATTEMPT, first)
+        started = db.execute(RECORD_STEP_START, first)
     else:
-        started = db.execute(START_OWNERS_FIRST_ATTEMPT, (*first, owner, now))
+        started = db.execute(RECORD_STEP_START_OWNED, (*first, owner, now))
     if started.rowcount == 1:
         return 1
     step = load_step(db, run_id, step_key)
@@ -239,12 +240,12 @@ def _record_step_start(
         "input_json": input_json,
         "now": now,
     }
-    db.execute(RECORD_STEP_START, row)
+    db.execute(RECORD_STEP_START_SLOW_PATH, row)
     return attempt
 
 
 def archive_attempt(db: sqlite3.Connection, run_id: UUID, step_key: str, step: StepState, now: int) -> int:
-    """Move the newest attempt, closed, to ``attempts`` and return the number of its successor."""
+    """Close the newest attempt, copy it to ``attempts`` and return the number of its successor."""
     successor = step.last_attempt + 1
     if step.status is not None and not step.reopened:
         if step.is_open:
@@ -254,7 +255,7 @@ def archive_attempt(db: sqlite3.Connection, run_id: UUID, step_key: str, step: S
 
 
 def check_attempt(step: StepState, run_id: UUID, step_key: str, attempt: int | None) -> None:
-    """Raises StepNotFoundError, or StaleAttemptError unless the attempt (None: the last) is current."""
+    """Raise StepNotFoundError, or StaleAttemptError unless the attempt (None: the newest) is current."""
     if step.status is None:
         raise StepNotFoundError(run_id, step_key)
     if step.reopened or attempt not in (None, step.last_attempt):
@@ -289,8 +290,8 @@ def _record_skipped_step(
 ) -> None:
     step = load_step(db, run_id, step_key)
     if step.is_terminal:
-        mine = step.status == StepStatus.SKIPPED and owner is not None and step.started_owner == owner
-        if mine and db.execute(SKIPPED_FOR, (reason, run_id.bytes, step_key)).fetchone()[0]:
+        is_repeat = step.status == StepStatus.SKIPPED and owner is not None and step.started_owner == owner
+        if is_repeat and db.execute(IS_SKIPPED_FOR_REASON, (reason, run_id.bytes, step_key)).fetchone()[0]:
             return
         raise StepAlreadyCompletedError(run_id, step_key)
     is_claimed = step.has_live_claim(now)

@@ -1,4 +1,4 @@
-"""The SQLite store: every noun on one database file."""
+"""The SQLite store, composed of the noun classes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class SqliteStore(
     Retention,
     Statistics,
 ):
-    """Implements flowstore_core.FlowStore; each call is one transaction on a connection's thread."""
+    """Implements flowstore_core.FlowStore. Each call is one transaction on a connection's thread."""
 
     capabilities = frozenset(Capability)
 
     async def ping(self) -> None:
-        """Read from the file. Like every call, it fails once the file was removed or replaced."""
+        """Read from the file. Like every call, it fails after the file was removed or replaced."""
         await self.read(_ping)
 
 
-class FastSqliteStore(SqliteStore):
-    """With synchronous=NORMAL a power cut may take back what was acknowledged."""
+class NonDurableSqliteStore(SqliteStore):
+    """A store with synchronous=NORMAL: a power failure may lose acknowledged writes."""
 
     capabilities = frozenset(Capability) - {Capability.DURABLE}
 

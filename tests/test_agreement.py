@@ -1,7 +1,7 @@
-"""The three backends do the same: random histories, with every answer and every read compared.
+"""The three backends agree on random call histories: every result and every read is compared.
 
-The conformance suite holds each backend against its model. Here all are held against each other, which
-shows what the model does not say: what an error carries besides its class.
+The conformance suite compares each backend with its model. These tests compare the backends with each other,
+which covers error attributes too: the model specifies only the class of an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RUNS = [UUID(int=number) for number in (1, 2, 3)]
 async def stores(
     postgresql_url: str, tmp_path: Path, clock: VirtualClock
 ) -> AsyncIterator[dict[str, FlowStore]]:
-    """A store of each backend, all on one clock."""
+    """One store per backend, all on one clock."""
     urls = {
         "memory": "memory://",
         "sqlite": f"sqlite:///{tmp_path}/flows.db",
@@ -49,8 +49,8 @@ async def stores(
         yield opened
 
 
-async def _answer(store: FlowStore, call: Call) -> Any:
-    """What a call returned, or the error with its attributes: equal answers, equal behaviour."""
+async def _outcome(store: FlowStore, call: Call) -> Any:
+    """The result of a call, or its error with attributes."""
     try:
         return await invoke(store, call)
     except FlowStoreError as error:
@@ -58,20 +58,20 @@ async def _answer(store: FlowStore, call: Call) -> Any:
 
 
 async def _agree(stores: dict[str, FlowStore], history: list[Call], call: Call) -> Any:
-    answers = {name: await _answer(store, call) for name, store in stores.items()}
-    first = answers["memory"]
-    for name, answer in answers.items():
-        told = "\n".join(f"  {each.source()}" for each in history)
-        assert answer == first, f"memory and {name} differ in {call.source()} after:\n{told}"
+    outcomes = {name: await _outcome(store, call) for name, store in stores.items()}
+    first = outcomes["memory"]
+    for name, outcome in outcomes.items():
+        calls = "\n".join(f"  {each.source()}" for each in history)
+        assert outcome == first, f"memory and {name} differ in {call.source()} after:\n{calls}"
     return first
 
 
-async def _agree_on_everything(stores: dict[str, FlowStore], history: list[Call]) -> None:
+async def _agree_on_state(stores: dict[str, FlowStore], history: list[Call]) -> None:
     for run_id in RUNS:
         for call in probe_calls(run_id, ALL):
             await _agree(stores, history, call)
-    for method in GLOBAL_READS:
-        await _agree(stores, history, Call(method=method))
+    for operation in GLOBAL_READS:
+        await _agree(stores, history, Call(method=operation.name))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -79,24 +79,24 @@ async def test_backends_agree_on_random_histories(
     stores: dict[str, FlowStore], clock: VirtualClock, seed: int
 ) -> None:
     rng = random.Random(seed)
-    chooser = RandomChoices(rng)
-    # The model says what is at hand to draw from; its answers are the suite's to compare.
+    choices = RandomChoices(rng)
+    # The model only supplies the state for drawing calls; the suite compares its results.
     model = Model(clock)
-    world = Universe(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
+    universe = Universe(model=model, runs=RUNS, flows=FLOWS, keys=KEYS[:3], capabilities=ALL)
     methods = {name: one.weight for name, one in available_strategies(ALL).items()}
     history: list[Call] = []
     errors = 0
     for number in range(CALLS):
         if rng.random() < 0.3:
-            clock.now += draw_clock_advance(chooser, world)
+            clock.now += draw_clock_advance(choices, universe)
         [method] = rng.choices(list(methods), list(methods.values()))
-        call = draw_call(chooser, world, "start_run" if number < 2 else method)
-        answer = await _agree(stores, history, call)
+        call = draw_call(choices, universe, "start_run" if number < 2 else method)
+        outcome = await _agree(stores, history, call)
         expected_outcome(model, call)
         history.append(call)
-        errors += isinstance(answer, tuple) and bool(answer) and isinstance(answer[0], type)
+        errors += isinstance(outcome, tuple) and bool(outcome) and isinstance(outcome[0], type)
         if number % 10 == 0:
-            await _agree_on_everything(stores, history)
-    await _agree_on_everything(stores, history)
-    # A history of refusals alone, or of none, would show little.
+            await _agree_on_state(stores, history)
+    await _agree_on_state(stores, history)
+    # A history with only refusals, or with none, would test little.
     assert CALLS // 20 < errors < CALLS // 2

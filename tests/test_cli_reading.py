@@ -14,8 +14,8 @@ import asyncpg
 import pytest
 
 from flowstore_cli.main import main
-from flowstore_cli.stores import Migratable
 from flowstore_core import open_store
+from flowstore_core.backend import Migratable
 from flowstore_core.open import resolve_store
 
 RUN = str(UUID(int=1))

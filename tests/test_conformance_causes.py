@@ -10,6 +10,7 @@ import pytest
 from flowstore_conformance import CheckResult, Failure, Level, Report, Status
 from flowstore_conformance.causes import CauseKind, find_causes
 from flowstore_conformance.checks.registry import Kind
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering import (
     render_badge,
     render_json,
@@ -18,7 +19,6 @@ from flowstore_conformance.rendering import (
     render_page,
     render_text,
 )
-from flowstore_conformance.signatures import SignatureFinding
 
 from tests.conformance_reports import made_check, made_report
 
@@ -44,7 +44,7 @@ def hung(operation: str = "ping", message: str = "ping() did not return within 3
     return Failure(clause="CON-2", message=message, operation=operation, hung=True)
 
 
-def stumbled(name: str, finding: SignatureFinding = LACKS) -> CheckResult:
+def apply_findings(name: str, finding: SignatureFinding = LACKS) -> CheckResult:
     return CheckResult(
         check=made_check("RUN-1", name),
         status=Status.NOT_RUN,
@@ -65,11 +65,11 @@ def test_one_clause_one_line_one_operation_and_one_method_are_one_cause_each() -
         failed("a", wrong()),
         failed("b", raised()),
         failed("c", hung()),
-        stumbled("d"),
+        apply_findings("d"),
         failed("e", wrong(), Kind.RACE),
         failed("f", raised()),
         failed("g", hung()),
-        stumbled("h"),
+        apply_findings("h"),
     ]
     assert names(results) == [
         (CauseKind.SIGNATURE, ["d", "h"]),
@@ -118,7 +118,7 @@ def test_a_wrong_answer_behind_an_error_of_the_contract_belongs_to_its_clause() 
 
 def many() -> Report:
     results = [failed(f"check_{number:02}", wrong()) for number in range(30)]
-    results += [stumbled("needs_ping"), failed("raises", raised())]
+    results += [apply_findings("needs_ping"), failed("raises", raised())]
     return dataclasses.replace(made_report(), results=tuple(results), findings=(LACKS,))
 
 
@@ -152,7 +152,7 @@ def test_every_other_form_knows_the_causes_and_loses_no_failure() -> None:
 
 def test_a_method_that_core_cannot_call_never_conforms() -> None:
     report = dataclasses.replace(
-        made_report(), results=(*made_report().results, stumbled("needs_ping")), findings=(LACKS,)
+        made_report(), results=(*made_report().results, apply_findings("needs_ping")), findings=(LACKS,)
     )
     assert (report.conforms, report.level, report.verdict) == (False, None, "VIOLATES")
     assert report.headline.startswith("core cannot call ping")
@@ -198,7 +198,7 @@ def test_a_partial_run_shows_what_was_asked_for_and_counts_the_rest() -> None:
 def test_a_partial_run_shows_another_clause_that_it_found_broken() -> None:
     result = failed("claims", raised())
     report = dataclasses.replace(made_report(), results=(result,), selected=("CLM-1",))
-    assert [one.clause.id for one in report.asked] == ["CLM-1", "CON-2"]
+    assert [one.clause.id for one in report.shown_clauses] == ["CLM-1", "CON-2"]
 
 
 # Incomplete runs

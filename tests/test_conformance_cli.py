@@ -114,11 +114,28 @@ def test_waivers_decide(checks: Checks, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("checks")
+def test_one_check_is_selected_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("memory://", "--check", "one_wins") == 0
+    shown = capsys.readouterr()
+    assert "1 checks in" in shown.out
+    assert "CONFORMS: one_wins passed; a partial run grants no level" in shown.out
+
+
+def test_one_example_of_a_grouped_check_is_selected_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "one_claimant_wins_until_the_claim_is_released"
+    assert run("memory://", "--check", name) == 0
+    shown = capsys.readouterr()
+    assert f"[1/1] CLM-1 {name}: PASS" in shown.err
+    assert f"CONFORMS: {name} passed" in shown.out
+
+
+@pytest.mark.usefixtures("checks")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "Missing argument"),
         (["memory://", "--clause", "XYZ-9"], "there is no clause XYZ-9"),
+        (["memory://", "--check", "one_win"], "there is no check 'one_win' (did you mean 'one_wins'?)"),
         (["memory://", "--profile", "slow"], "profile must be one of"),
         (["memory://", "--seed", "x"], "--seed"),
         (["nowhere://x"], "nowhere"),

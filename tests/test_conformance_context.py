@@ -29,7 +29,7 @@ from flowstore_conformance.context import (
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
 from flowstore_conformance.repro import replay_on_memory
-from flowstore_conformance.write_scenarios import SETTINGS, Scenario, new_scenario
+from flowstore_conformance.write_scenarios import SCENARIOS, Scenario, new_scenario
 
 from flowstore_core import (
     Capability,
@@ -60,7 +60,7 @@ async def test_where_processes_share_it_a_second_store_must_open() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
         context.url = "sqlite:////no/such/folder/x.db"
         context.capabilities |= {Capability.MULTI_PROCESS}
-        with pytest.raises(ContractViolation, match="yet MULTI_PROCESS is declared") as raised:
+        with pytest.raises(ContractViolation, match="although MULTI_PROCESS is declared") as raised:
             await context.open()
     assert raised.value.clause == "CON-6"
 
@@ -117,7 +117,7 @@ async def test_checks_that_share_a_namespace_start_as_if_alone() -> None:
         context.clock.now = NOW
         context.assertions += 1
 
-    checks = [replace(made_check("CLM-1", name, looks), shares=True) for name in ("one", "two")]
+    checks = [replace(made_check("CLM-1", name, looks), isolated=False) for name in ("one", "two")]
     exclusive = made_check("CLM-1", "three", looks)
     report = await run_suite("memory://", profile="quick", seed=3, checks=[*checks, exclusive])
     assert [one.assertions for one in report.results] == [1, 1, 1]
@@ -134,7 +134,9 @@ async def test_what_fails_among_others_counts_only_if_it_fails_alone() -> None:
         context.expect(await context.store.get_runs(), (), "all runs")
         await context.store.start_run(FLOW, "orders", RUN, "manual")
 
-    checks = [replace(made_check("CLM-1", name, disturbed), shares=True) for name in ("one", "two", "three")]
+    checks = [
+        replace(made_check("CLM-1", name, disturbed), isolated=False) for name in ("one", "two", "three")
+    ]
     report = await run_suite("memory://", profile="quick", checks=checks)
     assert [one.status for one in report.results] == [Status.PASS] * 3
     # The second was disturbed by the first and run alone; the third came to a new shared namespace.
@@ -164,7 +166,7 @@ SCENE = Scenario(
     setup=(),
     call=Call(method="request_cancel", arguments={"run_id": RUN}),
     must_compensate=False,
-    asked=(),
+    probes=(),
 )
 
 
@@ -187,18 +189,18 @@ async def test_a_sweep_reaches_every_point_where_a_call_waits() -> None:
 
 async def test_an_error_that_the_cancelled_call_raises_is_its_outcome() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        scene = new_scenario(context, SETTINGS["dispatch"])
-        made = await cancel_at(context.store, scene, CancelPoint(9), exact_times=True)
+        scenario = new_scenario(context, SCENARIOS["dispatch"])
+        made = await cancel_at(context.store, scenario, CancelPoint(9), exact_times=True)
         assert made.outcome == Raised("RunNotFoundError")
         assert not made.reached
 
 
 async def test_the_program_of_a_cancellation_runs() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
-        scene = new_scenario(context, SETTINGS["dispatch"])
-        for call in scene.setup:
+        scenario = new_scenario(context, SCENARIOS["dispatch"])
+        for call in scenario.setup:
             await getattr(context.store, call.method)(**call.arguments)
-        made = await cancel_at(context.store, scene, CancelPoint(0), exact_times=True)
+        made = await cancel_at(context.store, scenario, CancelPoint(0), exact_times=True)
     printed = await replay_on_memory(program(made))
     assert printed.startswith("try_record_dispatch: cancelled\n")
     assert "get_dispatches: " in printed

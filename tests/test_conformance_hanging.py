@@ -20,7 +20,7 @@ from flowstore_conformance import CheckResult, Failure, Report, Status, run_suit
 from flowstore_conformance.checks.registry import all_checks
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.suite import select_checks
-from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog, chain
+from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog, await_chain
 
 from flowstore_core import ConfigurationError, new_run_id
 from tests import faulty
@@ -123,7 +123,7 @@ def _spins(thread: threading.Thread) -> bool:
 
 
 async def test_a_call_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowstore_conformance.watching.CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr("flowstore_conformance.watchdog.CANCEL_SECONDS", 0.2)
     report = await run("ignores-cancellation")
     assert hang_of(report.results[0]).operation == "try_claim_step"
     assert report.results[1].status is Status.PASS
@@ -172,7 +172,7 @@ async def test_a_hang_in_a_process_of_a_check_is_named_and_leaves_no_process(
     name: str, tmp_path: Path
 ) -> None:
     chosen = {one.name: one for one in all_checks()}
-    racing, killed = chosen["claims_by_processes"], chosen["what_returned_survives_a_kill"]
+    racing, killed = chosen["claims_by_processes"], chosen["acknowledged_writes_survive_a_kill"]
     report = await run(f"{name}-sqlite", racing, killed, url=f"/{tmp_path}/x.db", limit=12.0)
     for result in report.results:
         failure = hang_of(result)
@@ -220,7 +220,7 @@ async def test_the_watchdog_leaves_a_cancellation_by_others_alone() -> None:
     dog = Watchdog(Limits(60.0, 60.0))
 
     async def guarded() -> None:
-        async with dog.over():
+        async with dog.watch():
             await asyncio.Event().wait()
 
     task = asyncio.create_task(guarded())
@@ -233,7 +233,7 @@ async def test_the_watchdog_leaves_a_cancellation_by_others_alone() -> None:
 async def test_the_watchdog_leaves_the_task_as_it_was() -> None:
     dog = Watchdog(Limits(0.05, 60.0))
     with pytest.raises(Hung, match="no call of the store was under way"):
-        async with dog.over():
+        async with dog.watch():
             await asyncio.Event().wait()
     task = asyncio.current_task()
     assert task is not None
@@ -244,7 +244,7 @@ async def test_the_watchdog_leaves_the_task_as_it_was() -> None:
 
 async def test_a_hang_survives_the_way_from_another_process() -> None:
     hang = Hang(message="m", operation="ping", place="a.py:1 in f", stack="s\nt")
-    assert Hang.unpacked(hang.packed()) == hang
+    assert Hang.from_json(hang.to_json()) == hang
 
 
 async def test_a_stack_leads_through_tasks_and_context_managers() -> None:
@@ -257,7 +257,7 @@ async def test_a_stack_leads_through_tasks_and_context_managers() -> None:
     task = asyncio.create_task(outer())
     for _ in range(3):
         await asyncio.sleep(0)
-    names = [frame.f_code.co_name for _, frame in chain(task.get_coro())]
+    names = [frame.f_code.co_name for _, frame in await_chain(task.get_coro())]
     task.cancel()
     assert names[:2] == ["outer", "innermost"]
 

@@ -1,4 +1,4 @@
-"""every mutant is found, by a check of the clause that names its bug."""
+"""The conformance suite finds every mutant, by a check of the clause that it breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MUTANTS = all_mutants()
 
 @pytest.fixture
 def base_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URL of the built-in backend that a mutant is made of."""
+    """A URL of the mutant's built-in backend."""
     base = MUTANTS[request.node.callspec.params["name"]].base
     if base == "memory":
         return "memory://"
@@ -25,9 +25,9 @@ def base_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-async def test_the_suite_finds_it(name: str, base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_suite_finds_the_mutant(name: str, base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DIST)
-    # The suite waits long before it believes that a wrong answer stays; here it is known to be one.
+    # A mutant's wrong result is permanent: shorten the wait for a state to settle.
     monkeypatch.setattr(state_probe, "PATIENCE_SECONDS", 0.5)
     kill = await find_kill(MUTANTS[name], base_url)
     assert kill is not None, f"no check of {MUTANTS[name].clause} finds: {MUTANTS[name].description}"
@@ -41,8 +41,8 @@ def test_the_set_of_mutants_is_large_enough() -> None:
         assert len(racing) >= 5, base
 
 
-def test_the_matrix_is_lists_every_mutant() -> None:
+def test_the_matrix_lists_every_mutant() -> None:
     matrix = Path(__file__).parents[1] / "docs" / "kill-matrix.md"
-    lines = matrix.read_text(encoding="utf-8").splitlines()
-    rows = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
+    text = matrix.read_text(encoding="utf-8")
+    rows = [row.split(" | ")[0].strip("| ") for row in text.splitlines() if row.startswith("| ")]
     assert rows[1:] == list(MUTANTS)

@@ -42,6 +42,15 @@ def test_one_test_for_each_check_named_by_its_clause(tmp_path: Path) -> None:
     assert re.search(r"PASSED .*test_conformance\.py::test_clause\[INP-3-\w+\]", done.stdout)
 
 
+def test_one_example_is_selected_by_its_name(tmp_path: Path) -> None:
+    name = "one_claimant_wins_until_the_claim_is_released"
+    options = ("--flowstore-url=memory://", f"--flowstore-check={name}", "--flowstore-profile=quick")
+    done = run(tmp_path, *PLUGIN, *options, "-vv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"test_clause[CLM-1-{name}] PASSED" in done.stdout
+    assert "1 passed" in done.stdout
+
+
 def test_a_failed_check_tells_how_to_repeat_it(tmp_path: Path) -> None:
     (tmp_path / "made.py").write_text(
         "import flowstore_conformance.suite as suite\n"

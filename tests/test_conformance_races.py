@@ -19,8 +19,9 @@ from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Rai
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
-from flowstore_conformance.report import CheckResult, Status
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check
 from flowstore_conformance.wire import (
     pack_result,
@@ -157,7 +158,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
 @pytest.mark.parametrize(
     ("wrong", "family", "clause", "words"),
     [
-        (CheckThenClaim, "claims", "CLM-1", "what only one can win"),
+        (CheckThenClaim, "claims", "CLM-1", "a race that one call can win"),
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
         (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),
@@ -199,9 +200,9 @@ async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (TornDetail, "details_are_never_torn", "QRY-3"),
         (TornPage, "pages_agree_with_their_counts", "QRY-3"),
-        (RenewingShortens, "programs_agree_with_the_model", "CLM-6"),
-        (DriverErrorSurfaces, "programs_agree_with_the_model", "CON-2"),
-        (DriverErrorSurfaces, "machine_agrees_with_the_model", "CON-2"),
+        (RenewingShortens, "call_sequences_agree_with_the_model", "CLM-6"),
+        (DriverErrorSurfaces, "call_sequences_agree_with_the_model", "CON-2"),
+        (DriverErrorSurfaces, "hypothesis_call_sequences_agree_with_the_model", "CON-2"),
     ],
 )
 async def test_catches_what_is_wrong(
@@ -216,7 +217,7 @@ async def test_catches_what_is_wrong(
 
 async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
     make_wrong(monkeypatch, RenewingShortens)
-    result = await run("programs_agree_with_the_model")
+    result = await run("call_sequences_agree_with_the_model")
     assert result.failure is not None
     program = result.failure.program
     assert program is not None
@@ -233,7 +234,7 @@ async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_the_same_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (RenewingShortens, CheckThenClaim):
         make_wrong(monkeypatch, wrong)
-        name = "claims_by_tasks" if wrong is CheckThenClaim else "programs_agree_with_the_model"
+        name = "claims_by_tasks" if wrong is CheckThenClaim else "call_sequences_agree_with_the_model"
         first, second = await run(name, seed=5), await run(name, seed=5)
         assert first.assertions > 0
         assert first.failure is not None
@@ -335,13 +336,16 @@ async def test_torn_says_what_cannot_be() -> None:
             "newest",
         ),
         (dataclasses.replace(running, steps=(dataclasses.replace(step, attempts=()),)), "numbered []"),
-        (dataclasses.replace(second, steps=(dataclasses.replace(later, attempt_count=1),)), "counts 1"),
+        (
+            dataclasses.replace(second, steps=(dataclasses.replace(later, attempt_count=1),)),
+            "attempt_count 1",
+        ),
         (
             dataclasses.replace(
                 second,
                 steps=(dataclasses.replace(later, attempts=(step.attempts[0], later.attempts[1])),),
             ),
-            "attempt 1 open",
+            "open attempt 1",
         ),
     ):
         assert words in str(torn(wrong))

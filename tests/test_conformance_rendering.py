@@ -26,7 +26,7 @@ from flowstore_conformance.rendering import (
 )
 from flowstore_conformance.rendering.json_document import schema
 from flowstore_conformance.rendering.timeline import lay_out, svg_timeline, text_timeline
-from flowstore_conformance.waivers import apply_waivers
+from flowstore_conformance.report import apply_waivers
 
 from tests.conformance_reports import (
     made_report,
@@ -195,7 +195,7 @@ def test_junit_has_a_case_for_each_check_and_each_problem(report: Report) -> Non
 
 def test_the_markdown_has_a_row_for_each_clause(report: Report) -> None:
     shown = render_markdown(report)
-    for clause in (one.clause.id for one in report.asked):
+    for clause in (one.clause.id for one in report.shown_clauses):
         assert len(re.findall(rf"^\| {clause} \| \S+ [A-Z ]+ \| [\d,]* \| .* \|$", shown, re.M)) == 1
 
 
@@ -244,7 +244,7 @@ def test_the_page_stands_alone(report: Report) -> None:
     assert all(load.startswith("data:") for load in page.loads)
     assert "@import" not in text
     assert "url(" not in text
-    assert page.classes.count("clause") == len(report.asked)
+    assert page.classes.count("clause") == len(report.shown_clauses)
     assert page.tags.count("script") == page.tags.count("style") == 1
     assert "default-src 'none'" in text
 
@@ -293,7 +293,7 @@ def test_the_history_made_up_for_tests_is_a_violation() -> None:
 def test_the_picture_numbers_the_order_and_marks_the_misfit() -> None:
     history = two_winners()
     timeline = lay_out(history, verdict_of(history))
-    assert timeline.lanes == ("client 0", "client 1", "client 2", "client 3")
+    assert timeline.rows == ("client 0", "client 1", "client 2", "client 3")
     placed = [bar.place for bar in timeline.legend if bar.place]
     assert placed == list(range(1, len(placed) + 1))
     assert [bar.expected for bar in timeline.bars if bar.misfit] == [Returned(value=False)]
@@ -319,7 +319,7 @@ def test_bars_stand_over_each_other_exactly_where_calls_overlapped() -> None:
 def test_a_client_that_goes_on_beside_its_lost_call_has_a_second_lane() -> None:
     lost = dataclasses.replace(operation(0, 0, 1, Returned(True)), returned=float("inf"))
     history = History.of([lost, operation(0, 0.2, 2, Returned(True)), operation(1, 0.5, 1.5, Returned(True))])
-    assert lay_out(history).lanes == ("client 0", "client 0", "client 1")
+    assert lay_out(history).rows == ("client 0", "client 0", "client 1")
 
 
 def test_a_long_history_goes_on_below_and_leaves_out_what_matters_least() -> None:

@@ -10,17 +10,17 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from flowstore_conformance.call_validity import is_correctly_rejected, is_valid
 from flowstore_conformance.context import Profile, new_context
 from flowstore_conformance.differential import expected_outcome, optional_arguments, without_argument
 from flowstore_conformance.history import Call, Raised, Returned
-from flowstore_conformance.legality import is_legal, is_rightly_refused
 from flowstore_conformance.model import Model
 from flowstore_conformance.operations import STRATEGIES, draw_call, draw_clock_advance
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
 from flowstore_conformance.race_search import Budget, search, smaller_races
 from flowstore_conformance.races import Race, StoreRunner
-from flowstore_conformance.signature import Signature, WrongAnswer, wrong_answers
 from flowstore_conformance.strategies import FLOWS, RandomChoices, Universe
+from flowstore_conformance.violation_signature import Signature, WrongAnswer, wrong_answers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +83,7 @@ class ThirdStartMiscounted(SharedStore):
 
 async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     make_wrong(monkeypatch, LeaseTakesOver)
-    result = await run("programs_agree_with_the_model")
+    result = await run("call_sequences_agree_with_the_model")
     assert result.failure is not None
     assert result.failure.message == "try_claim_step: expected False, got True"
     program = result.failure.program
@@ -94,7 +94,9 @@ async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: py
     assert ("lease=" in last, "owner=" in last) == (True, True)
 
 
-@pytest.mark.parametrize("name", ["programs_agree_with_the_model", "machine_agrees_with_the_model"])
+@pytest.mark.parametrize(
+    "name", ["call_sequences_agree_with_the_model", "hypothesis_call_sequences_agree_with_the_model"]
+)
 async def test_a_smaller_program_keeps_to_the_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WaiterChangesNumbers, "met", False)
     make_wrong(monkeypatch, WaiterChangesNumbers)
@@ -147,8 +149,8 @@ def test_a_signature_leaves_out_what_differs_from_program_to_program() -> None:
 
 async def test_only_legal_calls_are_legal() -> None:
     lease = timedelta(minutes=1)
-    assert is_legal(claim(owner="one", lease=lease))
-    assert is_legal(Call(method="ping"))
+    assert is_valid(claim(owner="one", lease=lease))
+    assert is_valid(Call(method="ping"))
     for illegal in (
         claim(lease=lease),
         claim(owner="one", lease=timedelta(0)),
@@ -156,11 +158,11 @@ async def test_only_legal_calls_are_legal() -> None:
         claim(nobody="one"),
         Call(method="try_claim_step", arguments={"run_id": RUN}),
     ):
-        assert not is_legal(illegal), illegal.source()
+        assert not is_valid(illegal), illegal.source()
     refused = Raised("InvalidArgumentError")
-    assert is_rightly_refused(claim(lease=lease), refused)
-    assert not is_rightly_refused(claim(lease=lease), Returned(False))
-    assert not is_rightly_refused(claim(owner="one", lease=lease), refused)
+    assert is_correctly_rejected(claim(lease=lease), refused)
+    assert not is_correctly_rejected(claim(lease=lease), Returned(False))
+    assert not is_correctly_rejected(claim(owner="one", lease=lease), refused)
 
 
 async def test_dropping_the_owner_drops_the_lease() -> None:
@@ -177,16 +179,16 @@ def test_every_simpler_call_is_legal(seed: int, length: int) -> None:
     async def try_all() -> None:
         generator, clock = random.Random(seed), VirtualClock(NOW)
         chooser = RandomChoices(generator)
-        world = Universe(model=Model(clock), runs=[RUN, UUID(int=2)], flows=FLOWS)
+        universe = Universe(model=Model(clock), runs=[RUN, UUID(int=2)], flows=FLOWS)
         for number in range(length):
-            clock.now += draw_clock_advance(chooser, world)
-            call = draw_call(chooser, world, generator.choice(list(STRATEGIES)) if number else "start_run")
-            assert is_legal(call), call.source()
-            expected_outcome(world.model, call)
+            clock.now += draw_clock_advance(chooser, universe)
+            call = draw_call(chooser, universe, generator.choice(list(STRATEGIES)) if number else "start_run")
+            assert is_valid(call), call.source()
+            expected_outcome(universe.model, call)
             while optional := optional_arguments(call):
                 simpler = without_argument(call, generator.choice(optional))
                 assert simpler is not None, call.source()
-                assert is_legal(simpler), simpler.source()
+                assert is_valid(simpler), simpler.source()
                 assert simpler.arguments.items() < call.arguments.items()
                 call = simpler
 
@@ -205,7 +207,7 @@ def test_every_smaller_race_is_legal(seed: int, family: RaceFamily) -> None:
         race = family.draw(drawing).scheduled(generator)
         while smaller := list(smaller_races(race)):
             for each in (race, *smaller):
-                assert all(map(is_legal, calls(each)))
+                assert all(map(is_valid, calls(each)))
             race = generator.choice(smaller)
 
     asyncio.run(try_all())

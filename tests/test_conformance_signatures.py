@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 from flowstore_conformance import Report, Status, run_suite
 from flowstore_conformance.causes import CauseKind
+from flowstore_conformance.method_signatures import compare
 from flowstore_conformance.rendering import (
     render_json,
     render_junit,
@@ -17,7 +18,6 @@ from flowstore_conformance.rendering import (
     render_page,
     render_text,
 )
-from flowstore_conformance.signatures import compare
 from flowstore_conformance.suite import select_checks
 
 from flowstore_core import Capability
@@ -53,9 +53,9 @@ async def run(name: str, *clauses: str, place: str = "") -> Report:
 )
 async def test_a_wrong_signature_is_one_cause_and_its_checks_do_not_run(name: str, problem: str) -> None:
     report = await run(name, "CLM-1", "CLM-7")
-    *stumbled, fine = report.results
-    assert len(stumbled) == 2
-    for result in stumbled:
+    *apply_findings, fine = report.results
+    assert len(apply_findings) == 2
+    for result in apply_findings:
         assert (result.status, result.failure) == (Status.NOT_RUN, None)
         assert result.reason == f"claims.try_claim_step {problem}"
     assert fine.status is Status.PASS
@@ -151,7 +151,9 @@ async def test_an_exception_shows_the_frames_of_the_author_and_no_others() -> No
 
 async def test_an_exception_in_another_process_shows_them_too(tmp_path: Any) -> None:
     checks = [
-        one for one in select_checks() if one.name in ("claims_by_processes", "what_returned_survives_a_kill")
+        one
+        for one in select_checks()
+        if one.name in ("claims_by_processes", "acknowledged_writes_survive_a_kill")
     ]
     url = f"faulty-raises-sqlite:///{tmp_path}/x.db"
     report = await run_suite(url, profile="quick", seed=7, checks=checks, repeats=0)

@@ -1,6 +1,6 @@
 """The worked example of docs/writing-a-backend.md: installed as a package, and compared with memory.
 
-Both get the same random calls under one virtual clock, and every answer and error must be alike.
+Both receive the same random calls under one virtual clock, and every result and error must be equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.virtual_clock import VirtualClock
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "flowstore_example_backend"
 FLOW = UUID(int=7)
-RUNS = [UUID(int=n) for n in (1, 2, 3)]  # the last one is never started
+RUNS = [UUID(int=n) for n in (1, 2, 3)]  # the last run is never started
 KEYS = ["a", "b", "ü"]
 OWNERS = [None, "one", "two"]
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.xdist_group("example backend")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed the example with its entry point."""
+    """A folder with the example installed by pip, including its entry point."""
     target = tmp_path_factory.mktemp("site")
     options = "--quiet --disable-pip-version-check --no-input --no-index --no-deps --no-build-isolation"
     subprocess.run(
@@ -109,7 +109,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("installed")
-async def test_a_cancelled_caller_gives_back_what_it_won(tmp_path: Path) -> None:
+async def test_cancelled_calls_are_compensated_for(tmp_path: Path) -> None:
     async with open_store(f"folder:///{tmp_path}/runs") as store:
         await store.start_run(FLOW, "orders", RUNS[0], "manual")
         for spins in range(8):
@@ -129,35 +129,35 @@ async def test_a_cancelled_caller_gives_back_what_it_won(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("seed", range(8))
-async def test_it_answers_as_memory_does(seed: int, tmp_path: Path) -> None:
+async def test_it_behaves_like_the_memory_backend(seed: int, tmp_path: Path) -> None:
     dice = random.Random(seed)
     clock = VirtualClock()
     url = f"folder:///{tmp_path}/runs?fsync=false"
     async with open_store("memory://", clock=clock) as memory:
         for _ in range(6):
-            # Reopened, so that the following calls use documents read from disk.
+            # Reopened, so that later calls run on documents read from disk.
             async with AsyncExitStack() as stack:
                 folder = await stack.enter_async_context(open_store(url, clock=clock))
                 for _ in range(150):
                     clock.advance(seconds=dice.choice([0, 0, 1, 1800]))
                     call, arguments = _random_call(dice, clock)
-                    answers = [await _answer(store, call, arguments) for store in (memory, folder)]
-                    assert answers[0] == answers[1], (call, arguments)
-                pictures = [await _picture(store) for store in (memory, folder)]
-                assert pictures[0] == pictures[1]
+                    results = [await _result(store, call, arguments) for store in (memory, folder)]
+                    assert results[0] == results[1], (call, arguments)
+                states = [await _state(store) for store in (memory, folder)]
+                assert states[0] == states[1]
 
 
-async def _answer(store: FlowStore, call: str, arguments: dict[str, Any]) -> object:
+async def _result(store: FlowStore, call: str, arguments: dict[str, Any]) -> object:
     try:
         return await getattr(store, call)(**arguments)
     except FlowStoreError as error:
         return type(error), vars(error)
 
 
-async def _picture(store: FlowStore) -> list[object]:
-    shown: list[object] = [await store.get_runs(), await store.get_active_runs()]
+async def _state(store: FlowStore) -> list[object]:
+    state: list[object] = [await store.get_runs(), await store.get_active_runs()]
     for run_id in RUNS:
-        shown += [
+        state += [
             await store.get_run_detail(run_id),
             await store.get_run_status(run_id),
             await store.get_step_statuses(run_id),
@@ -170,7 +170,7 @@ async def _picture(store: FlowStore) -> list[object]:
             await store.get_derived_runs(run_id),
             *[await store.get_waiter(run_id, key) for key in KEYS],
         ]
-    return shown
+    return state
 
 
 def _random_call(dice: random.Random, clock: VirtualClock) -> tuple[str, dict[str, Any]]:
@@ -225,7 +225,7 @@ def _random_call(dice: random.Random, clock: VirtualClock) -> tuple[str, dict[st
         "save_output": lambda: {"run_id": run_id, "key": key, "value_json": text or "1"},
         "cleanup": lambda: {"cutoff": clock.now - timedelta(hours=dice.choice([0, 3]))},
     }
-    # Calls that create and use steps are drawn more often.
+    # Calls that create and use steps are more frequent than the rest.
     common = [
         "start_run",
         "record_step_start",

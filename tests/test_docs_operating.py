@@ -75,13 +75,13 @@ def test_every_finding_is_documented_with_its_severity() -> None:
     found = dict[str, str]()
     for text in _sources():
         for code, severity in re.findall(
-            r'code="([a-z-]+)",\s*(?:blocks=True,\s*)?severity=Severity\.(\w+)', text
+            r'code="([a-z-]+)",\s*(?:prevents_open=True,\s*)?severity=Severity\.(\w+)', text
         ):
             found[code] = severity.lower()
-    # These codes are composed at run time.
-    for table in (*sqlite.FORGOTTEN, *sqlite.STRAYS):
+    # Whose codes are put together.
+    for table in (*sqlite.EXPIRED_TABLES, *sqlite.ORPHAN_TABLES):
         found[f"orphans-{table.replace('_', '-')}"] = "warning"
     found |= {"pages-not-checked": "note", "idle-session-timeout": "note", "transaction-timeout": "note"}
     found |= dict.fromkeys(("leases-expired", "dispatches-due", "steps-not-dispatched"), "warning")
-    assert (postgres.FORGOTTEN, postgres.STRAYS) == (sqlite.FORGOTTEN, sqlite.STRAYS)
+    assert (postgres.FORGOTTEN, postgres.STRAYS) == (sqlite.EXPIRED_TABLES, sqlite.ORPHAN_TABLES)
     assert documented == found

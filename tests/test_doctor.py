@@ -22,7 +22,7 @@ from flowstore_cli import doctor as command
 from flowstore_cli import symptoms
 from flowstore_cli.main import main
 from flowstore_core import Capability, FlowStore, RunStatus, StepStatus, open_store
-from flowstore_sqlite import files
+from flowstore_sqlite import file_checks
 from tests.scenes import FLOW, new_run
 from tests.virtual_clock import VirtualClock
 
@@ -358,7 +358,7 @@ def test_what_is_wrong_with_a_file_is_found(code: str, flows: Path, doctor: Doct
     assert answer.codes == [code]
     assert answer.findings[code]["severity"] == severity
     assert answer.code == (0 if severity == "note" else 1)
-    if answer.findings[code]["blocks"]:
+    if answer.findings[code]["prevents_open"]:
         assert answer.document["opened"] is False
     if content:
         assert flows.read_bytes() == content
@@ -453,7 +453,7 @@ def test_a_file_that_was_removed_while_it_is_open_is_found(
 def test_a_snapshot_that_pins_the_log_is_found(
     flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowstore_sqlite.diagnosis.PIN_SECONDS", 0.3)
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.PIN_TIMEOUT", 0.3)
     reader = sqlite3.connect(flows, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM runs").fetchall()
@@ -540,7 +540,7 @@ def test_a_key_of_this_hour_is_no_orphan(flows: Path, doctor: Doctor) -> None:
 def test_many_orphans_go_little_by_little(
     flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowstore_sqlite.diagnosis.FIXED_AT_ONCE", 7)
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.FIX_BATCH", 7)
     rows = ", ".join(f"(x'{n:032x}', 'k', '1')" for n in range(50))
     _execute(flows, f"INSERT INTO outputs VALUES {rows}")
     answer = doctor("sqlite:///flows.db", "--fix", "--yes")
@@ -551,8 +551,8 @@ def test_many_orphans_go_little_by_little(
 def test_a_look_that_takes_too_long_is_cut_short(
     flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowstore_sqlite.diagnosis.LOOK_SECONDS", -1.0)
-    monkeypatch.setattr("flowstore_sqlite.diagnosis.INSTRUCTIONS", 1)
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.CHECK_TIMEOUT", -1.0)
+    monkeypatch.setattr("flowstore_sqlite.diagnosis.TIMEOUT_CHECK_INSTRUCTIONS", 1)
     answer = doctor("sqlite:///flows.db")
     assert (answer.code, answer.codes) == (0, ["pages-not-checked", "rows-not-checked"])
     assert doctor("sqlite:///flows.db", "--thorough").codes == []
@@ -572,15 +572,15 @@ def test_a_file_system_that_keeps_no_promise_is_found(
         f"1 0 0:0 / / rw - ext4 /dev/none rw\n"
         f"2 1 {os.major(device)}:{os.minor(device)} / {flows.parent} rw shared:1 - {kind} server:/x rw\n"
     )
-    monkeypatch.setattr(files, "MOUNTS", mounts)
+    monkeypatch.setattr(file_checks, "MOUNTS", mounts)
     monkeypatch.setitem(globals(), "OF_THE_MACHINE", {"wal-reset-bug"})
     assert doctor("sqlite:///flows.db").codes == [code]
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
 def test_a_real_file_system_in_memory_is_told_by_its_name() -> None:
-    assert files.file_system("/dev/shm") in ("tmpfs", "ramfs")
-    assert files.file_system("/dev/shm/missing/deep") == ""
+    assert file_checks.file_system("/dev/shm") in ("tmpfs", "ramfs")
+    assert file_checks.file_system("/dev/shm/missing/deep") == ""
 
 
 @pytest.mark.parametrize(
@@ -589,11 +589,11 @@ def test_a_real_file_system_in_memory_is_told_by_its_name() -> None:
 def test_the_wal_reset_bug_is_told(
     version: tuple[int, int, int], told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flowstore_sqlite.diagnosis import _judge_settings
-    from flowstore_sqlite.opening import Options
+    from flowstore_sqlite.diagnosis import _check_settings
+    from flowstore_sqlite.open import Options
 
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
-    found = _judge_settings(Options(synchronous="FULL", busy_timeout=1, readers=1))
+    found = _check_settings(Options(synchronous="FULL", busy_timeout=1, readers=1))
     assert [finding.code for finding in found] == (["wal-reset-bug"] if told else [])
 
 

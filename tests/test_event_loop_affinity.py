@@ -1,4 +1,4 @@
-"""A store belongs to one event loop in one process: what it says elsewhere, and that it ends with them."""
+"""A store belongs to one event loop of one process: its errors in others, and its end with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.context import Profile
-from flowstore_conformance.report import Status
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check
 
 from flowstore_core import ConfigurationError, FlowStore, StoreClosedError, open_store, validated_store
@@ -51,14 +51,14 @@ async def test_a_loop_within_the_stores_own_is_refused(namespace: str, backend: 
 
 async def test_the_suite_finds_a_store_that_belongs_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(validated_store, "here", lambda: loop)
+    monkeypatch.setattr(validated_store, "get_ident", lambda: loop)
     result = await run_check(_nested(), "memory://", find_backend("memory")[1], Profile.QUICK, 1)
     assert result.failure is not None
     assert "expected ConfigurationError, got no error" in result.failure.message
 
 
 def _nested() -> Check:
-    name = "another_event_loop_in_the_same_thread_is_refused"
+    name = "a_nested_event_loop_is_refused"
     return next(check for check in all_checks() if check.name == name)
 
 

@@ -12,12 +12,13 @@ import pytest
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
 from flowstore_conformance.linearizability import Answer, apply_call, check_history, independent_parts
 from flowstore_conformance.model import Model, State
-from flowstore_conformance.operations import GLOBAL_OPERATIONS, available_strategies, draw_call
+from flowstore_conformance.operations import available_strategies, draw_call
 from flowstore_conformance.strategies import RandomChoices, Universe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 NOW = datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC)
 RUN, OTHER, FLOW = UUID(int=1), UUID(int=2), UUID(int=100)
@@ -87,16 +88,16 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
     generator = random.Random(draw(st.integers(0, 2**32)))
     chooser, model = RandomChoices(generator), Model(lambda: NOW)
     capabilities = frozenset(Capability)
-    world = Universe(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
-    names = [name for name in available_strategies(capabilities) if name not in GLOBAL_OPERATIONS]
+    universe = Universe(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
+    names = [name for name in available_strategies(capabilities) if not OPERATIONS[name].spans_runs]
     favourites = generator.sample(names, 6)
 
     def draw_one() -> Call:
-        return draw_call(chooser, world, generator.choice(favourites))
+        return draw_call(chooser, universe, generator.choice(favourites))
 
     before = [START, *(draw_one() for _ in range(generator.randint(0, 4)))]
     start = state_after(*before)
-    world.model.state = start.copy()
+    universe.model.state = start.copy()
     drawn: list[Operation] = []
     state = start
     for _ in range(generator.randint(2, 6)):
@@ -104,7 +105,7 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
         place = len(drawn) * 10.0
         call = draw_one()
         outcome, state = apply_call(state, op(call, 0, 0, None))
-        world.model.state = state.copy()
+        universe.model.state = state.copy()
         # ... and its times lie around it, so that it overlaps with its neighbours.
         invoked, returned = place - generator.randint(0, 25), place + generator.randint(0, 25)
         if generator.random() < 0.15:

@@ -1,4 +1,4 @@
-"""What is the memory backend's own: its names, its scratch namespaces, its URLs."""
+"""The memory backend beyond the contract: names, scratch namespaces, URLs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_memory_a_name_is_shared_by_threads_that_open_it_at_once() -> None
         async with open_store("memory://of-threads") as store:
             try:
                 await new_run(store, run_id=run_id)
-            except Exception as error:  # noqa: BLE001 - counted below, whatever it is
+            except Exception as error:  # noqa: BLE001 - counted below
                 won.append(type(error).__name__)
             else:
                 won.append("started")
@@ -57,7 +57,7 @@ async def test_memory_a_name_is_shared_by_threads_that_open_it_at_once() -> None
     assert sorted(won) == ["RunAlreadyExistsError"] * 5 + ["started"]
 
 
-async def test_memory_scratch_is_fresh_and_forgotten() -> None:
+async def test_memory_scratch_is_empty_and_removed_afterwards() -> None:
     backend = find_backend("memory")[1]
     async with backend.scratch("memory://kept") as url, backend.scratch("memory://kept") as other_url:
         assert url != other_url
@@ -88,7 +88,7 @@ async def test_memory_scratch_is_fresh_and_forgotten() -> None:
         "memory:///",
     ],
 )
-async def test_memory_takes_no_url_with_other_parts(url: str) -> None:
+async def test_memory_rejects_urls_with_other_parts(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         async with open_store(url):
             pass
@@ -104,7 +104,7 @@ async def test_memory_has_no_options() -> None:
             pass
 
 
-async def test_memory_says_what_it_cannot_do() -> None:
+async def test_memory_declares_its_capabilities() -> None:
     async with open_store("memory://") as store:
-        lacking = frozenset(Capability) - store.capabilities
-        assert lacking == {Capability.DURABLE, Capability.MULTI_PROCESS}
+        missing = frozenset(Capability) - store.capabilities
+        assert missing == {Capability.DURABLE, Capability.MULTI_PROCESS}

@@ -1,4 +1,4 @@
-"""What is logged, and what backends report to observers: the names, the levels, and nothing secret."""
+"""Log records, and reports of backends to observers: names, levels, and no secrets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CANARY = "canary-7f3a"
 
 
 class Recorder:
-    """Remembers what it hears."""
+    """Records all reports."""
 
     def __init__(self) -> None:
         self.retries: list[tuple[str, str]] = []
@@ -46,7 +46,7 @@ class Recorder:
 
 
 def _listen(monkeypatch: pytest.MonkeyPatch, *observers: Any) -> list[Any]:
-    """As a plugin's wrapper does, which gets every store that is opened, and its configuration."""
+    """Append an observer to every opened store, as the wrapper of a plugin does."""
     opened = []
 
     def wrap(store: Any, config: StoreConfig, plugin: Any) -> Any:
@@ -67,7 +67,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture
 def records() -> Iterator[list[logging.LogRecord]]:
-    """Every record of our loggers, at level debug."""
+    """The records of flowstore's loggers at level debug."""
     kept: list[logging.LogRecord] = []
 
     class Keeping(logging.Handler):
@@ -120,7 +120,7 @@ async def test_without_an_observer_and_at_level_info_no_batch_is_reported(
     def refuse(*arguments: object) -> None:
         raise AssertionError("nobody listens")
 
-    monkeypatch.setattr("flowstore_core.batching.report_batch", refuse)
+    monkeypatch.setattr("flowstore_core.batching.scheduler.report_batch", refuse)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         await new_run(store)
 
@@ -164,7 +164,7 @@ def test_observers_are_false_until_somebody_listens() -> None:
     ("fault", "resolution"),
     [(Fault.REPLY_LOST, Resolution.HAPPENED), (Fault.REQUEST_LOST, Resolution.DID_NOT_HAPPEN)],
 )
-async def test_a_lost_acknowledgement_is_reported_with_what_became_of_it(
+async def test_an_unacknowledged_write_is_reported_with_its_resolution(
     fault: Fault,
     resolution: Resolution,
     postgresql_url: str,
@@ -178,7 +178,7 @@ async def test_a_lost_acknowledgement_is_reported_with_what_became_of_it(
     ):
         run_id = await new_run(store)
         for number in range(2):
-            # The first time its statement is prepared.
+            # The statement is prepared on first use.
             recorder.lost.clear()
             recorder.retries.clear()
             if number:
@@ -199,7 +199,7 @@ async def test_a_lost_acknowledgement_is_reported_with_what_became_of_it(
             "flowstore.calls": 1,
             "flowstore.resolution": resolution.value,
         }
-        # A COMMIT that was lost, and a statement of its own.
+        # An unacknowledged COMMIT, then an unacknowledged single statement.
         await store.register_waiter(run_id, "a", "go")
         for call in (store.deliver_signal(run_id, "go", "1"), store.append_event(run_id, "e", message="m")):
             recorder.lost.clear()
@@ -222,7 +222,7 @@ async def test_an_outcome_that_stays_unknown_is_reported(postgresql_url: str, re
         call = asyncio.ensure_future(store.try_claim_step(run_id, "lost"))
         while not call.done():
             if proxy.struck:
-                # From now on every message is lost, so there is nobody to ask.
+                # From now on every message is dropped, so a probe is impossible.
                 proxy.arm(1, Fault.REQUEST_LOST)
             await asyncio.wait({call}, timeout=0.001)
         proxy.disarm()
@@ -255,7 +255,7 @@ async def test_a_conflict_between_transactions_is_no_warning(
     assert CANARY not in _all_text(records)
 
 
-# What is logged, and what never is
+# Log records
 
 
 async def test_a_life_leaves_no_content_in_the_log(namespace: str, records: list[logging.LogRecord]) -> None:

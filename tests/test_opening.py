@@ -1,7 +1,6 @@
-"""Opening while much else happens: many processes at once, one that dies, one that is cancelled (CON-6).
+"""Opening under stress: many processes at once, a process that dies, a call that is cancelled (CON-6).
 
-What a store promises once it is open, and what one process can show of opening it, is for the conformance
-suite to check.
+The conformance suite checks open stores, and opening within one process.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ async def test_con_6_twelve_processes_opening_a_new_store_at_once(
 async def test_con_6_a_process_that_dies_while_it_opens_leaves_a_store_that_opens(
     namespace: str, clock: VirtualClock
 ) -> None:
-    # Killed at once, so at any point of starting, connecting, migrating or after it.
+    # Killed after a short delay: while starting, connecting, migrating or later.
     for acknowledged in (False, False, True):
         worker = Worker()
         try:
@@ -61,7 +60,7 @@ async def test_con_4_opening_may_be_cancelled(namespace: str, clock: VirtualCloc
         async with open_store(namespace, clock=clock) as store:
             await store.ping()
 
-    # The first ones may be cancelled while they migrate.
+    # The first calls may be cancelled while they migrate.
     opening = [asyncio.create_task(open_and_use()) for _ in range(18)]
     for turns, task in enumerate(opening):
         for _ in range(turns):
@@ -75,9 +74,7 @@ async def test_con_4_opening_may_be_cancelled(namespace: str, clock: VirtualCloc
     assert asyncio.all_tasks() == before
 
 
-async def test_con_4_a_closing_that_was_cancelled_is_over_when_it_says_so(
-    namespace: str, clock: VirtualClock
-) -> None:
+async def test_con_4_a_cancelled_close_has_ended_when_it_raises(namespace: str, clock: VirtualClock) -> None:
     before = asyncio.all_tasks()
     for turns in range(1, 12):
         opened = open_store(namespace, clock=clock)
@@ -88,7 +85,7 @@ async def test_con_4_a_closing_that_was_cancelled_is_over_when_it_says_so(
             await asyncio.sleep(0)
         closing.cancel()
         await asyncio.wait({closing})
-        # The event loop may end at this moment, and would tear up whatever still runs.
+        # The event loop may end at this moment and destroy running tasks.
         assert not closing.cancelled() or asyncio.all_tasks() - before <= set(under_way)
         await asyncio.gather(*under_way, return_exceptions=True)
     assert asyncio.all_tasks() == before

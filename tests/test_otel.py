@@ -1,4 +1,4 @@
-"""Spans and metrics of stores, as an application with OpenTelemetry's SDK gets them."""
+"""Spans and metrics of stores, as exported by OpenTelemetry's SDK."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CANARY = "canary-51c0"
 
 @dataclass
 class Telemetry:
-    """What an application would have exported."""
+    """The spans and metrics that an application exports."""
 
     spans_exported: InMemorySpanExporter
     reader: InMemoryMetricReader
@@ -71,7 +71,7 @@ class Telemetry:
 
 @pytest.fixture
 def telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Telemetry]:
-    """Providers for the time of a test; set_tracer_provider would last for the whole process."""
+    """Set the providers for the duration of a test; set_tracer_provider would last for the whole process."""
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracers, meters = TracerProvider(), MeterProvider([reader])
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
@@ -133,7 +133,7 @@ async def test_a_call_that_fails_has_the_kind_of_its_error(telemetry: Telemetry)
     assert CANARY not in telemetry.text()
 
 
-async def test_the_databases_code_is_told(postgresql_url: str, telemetry: Telemetry) -> None:
+async def test_the_code_of_the_database_is_recorded(postgresql_url: str, telemetry: Telemetry) -> None:
     async with (
         find_backend("postgresql")[1].scratch(postgresql_url) as fresh,
         open_store(fresh, retry_timeout=0) as store,
@@ -190,7 +190,7 @@ async def test_retries_and_lost_acknowledgements_are_counted(
     assert retries["read"].value >= 1
     (lost,) = telemetry.points("flowstore.outcome_unknown")
     assert (lost.value, lost.attributes["flowstore.resolution"]) == (1, "happened")
-    # A retry outside of a batch is an event of its call's span.
+    # A retry outside a batch is an event of the call's span.
     (read,) = [span for span in telemetry.spans() if span.name == "get_run_status runs"]
     assert [event.name for event in read.events][:1] == ["flowstore.retry"]
 
@@ -231,7 +231,7 @@ async def test_no_content_and_no_password_is_exported(namespace: str, telemetry:
         ("postgresql://one,two/flows", {}, {"db.namespace": "flows|flowstore"}),
     ],
 )
-def test_where_a_server_is_told_without_its_secrets(
+def test_the_address_of_a_server_is_recorded_without_secrets(
     url: str, options: dict[str, object], expected: dict[str, object]
 ) -> None:
     config = StoreConfig(
@@ -287,7 +287,7 @@ main(["backends", "--json"])
 """
 
 
-def test_without_opentelemetry_the_plugin_does_nothing_and_says_why() -> None:
+def test_without_opentelemetry_the_plugin_does_nothing_and_explains_why() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     (listed,) = [entry for entry in json.loads(done.stdout) if entry["name"] == "otel"]
     assert listed["status"] == "driver missing"

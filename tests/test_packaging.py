@@ -1,4 +1,4 @@
-"""The distribution: built, installed into a clean environment, and used from another directory."""
+"""The distribution: built, installed into a clean environment, and used from an empty directory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(*sorted(installed - {"pip", "setuptools"}))
 LIFECYCLE = """
 import asyncio, sys
 from datetime import timedelta
-from flowstore_core import RunStatus, StepStatus, new_claim_token, new_run_id, open_store
+from flowstore import RunStatus, StepStatus, new_claim_token, new_run_id, open_store
 
 async def main(url):
     run_id, token = new_run_id(), new_claim_token()
@@ -58,7 +58,7 @@ asyncio.run(main(sys.argv[1]))
 
 WITHOUT_DRIVER = """
 import asyncio
-from flowstore_core import BackendLoadError, open_store
+from flowstore import BackendLoadError, open_store
 
 async def main():
     try:
@@ -81,7 +81,7 @@ class Site:
     folder: Path
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment, elsewhere than in the project and without its settings."""
+        """Run a program of the environment, outside the project and without its environment variables."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FLOWSTORE"))}
         return subprocess.run(
             [str(self.bin / command[0]), *command[1:]],
@@ -108,7 +108,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """Builds the sdist, the wheel from the sdist, and installs the wheel without extras."""
+    """Build the sdist, build the wheel from it, and install the wheel without extras."""
     dist, venv, folder = (tmp_path_factory.mktemp(name) for name in ("dist", "venv", "elsewhere"))
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(ROOT)],
@@ -123,7 +123,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def test_the_base_is_small_and_everything_is_in_it(site: Site) -> None:
-    # Every package can be imported; what needs an extra says so when it is used.
+    # Every package can be imported; a feature that needs an extra reports it on use.
     names = [name for name in PACKAGES if name != "flowstore_conformance"]
     assert site.python(IMPORT_EVERYTHING, *names).split() == ["aiosqlite", "flowstore", "pluggy"]
 

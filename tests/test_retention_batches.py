@@ -1,4 +1,4 @@
-"""RET-3 where runs are more than a batch: the suite's checks of cleanup, with batches of one."""
+"""RET-3 with several batches: the suite's checks of cleanup, with a batch size of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.context import Profile
-from flowstore_conformance.report import Status
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import RunStatus
@@ -19,9 +19,9 @@ from tests.virtual_clock import VirtualClock
 
 PACKAGES = {"memory": "flowstore_memory", "sqlite": "flowstore_sqlite", "postgresql": "flowstore_postgres"}
 CHECKS = (
-    "more_runs_than_any_batch_go_in_one_cleanup",
-    "old_keys_and_controls_without_run_go",
-    "a_cancelled_cleanup_deleted_whole_runs",
+    "one_cleanup_deletes_more_runs_than_a_batch",
+    "old_keys_and_controls_without_run_are_deleted",
+    "a_cancelled_cleanup_deletes_whole_runs",
     "cleanups_by_stores",
     "cleanups_by_tasks",
 )
@@ -43,7 +43,7 @@ async def test_ret_3_conforms_with_batches_of_one(check: Check, backend: str, na
     assert result.status is Status.PASS, result.failure or result.reason
 
 
-def test_ret_3_the_checks_are_there() -> None:
+def test_ret_3_the_checks_exist() -> None:
     assert {one.name for one in select_checks()} >= set(CHECKS)
 
 
@@ -76,17 +76,15 @@ async def test_ret_3_two_cleanups_beside_retries_count_each_run_once(
 
 
 @pytest.mark.usefixtures("batches_of_one")
-async def test_ret_3_others_get_their_turn_between_batches(
-    open_another: OpenAnother, clock: VirtualClock
-) -> None:
+async def test_ret_3_other_tasks_run_between_batches(open_another: OpenAnother, clock: VirtualClock) -> None:
     store = await open_another()
     for _ in range(12):
         await store.complete_run(await new_run(store), RunStatus.SUCCEEDED)
     cleaning = asyncio.ensure_future(store.cleanup(clock.advance(seconds=1)))
-    turns = 0
+    switches = 0
     while not cleaning.done():
         await asyncio.sleep(0)
-        turns += 1
+        switches += 1
     assert await cleaning == 12
-    # Even where nothing has to be waited for.
-    assert turns > 6
+    # Even in a backend that never waits for I/O.
+    assert switches > 6

@@ -1,4 +1,4 @@
-"""What cleanup leaves of runs that are gone: nothing, in any table (RET-1)."""
+"""Cleanup leaves no row of a deleted run in any table (RET-1)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DAY = timedelta(days=1)
 
 
 async def _live(store: FlowStore, clock: VirtualClock) -> set[UUID]:
-    """Use everything that can leave a row, in runs of many flows; gives the ids of flows and runs."""
+    """Create every kind of row, in runs of many flows; returns the ids of flows and runs."""
     ids: set[UUID] = set()
     for number in range(FLOWS):
         flow_id, run_id, never_started = uuid4(), new_run_id(), new_run_id()
@@ -75,12 +75,12 @@ def clock() -> VirtualClock:
     return VirtualClock()
 
 
-# By day, whatever ran on it: see the decisions of RET-1.
+# Counts per day, which name no run: see the decisions of RET-1.
 OF_DAYS = {"run_days"}
 
 
 def _names(rows: object, ids: set[UUID]) -> bool:
-    """Whether any of the ids is in there, in whatever form a backend stores it."""
+    """Whether any of the ids occurs in the rows, in any storage format."""
     text = repr(rows)
     return any(form in text for one in ids for form in (str(one), one.hex, repr(one.bytes)))
 
@@ -99,7 +99,7 @@ async def test_sqlite_keeps_no_row(tmp_path: Path, clock: VirtualClock) -> None:
     async with open_store(f"sqlite:///{path}", clock=clock) as store:
         empty = _sqlite_rows(path)
         ids = await _live(store, clock)
-        # Deletes nothing, and adds these runs to the index of searches.
+        # Deletes nothing, but adds these runs to the search index.
         assert await store.cleanup(clock() - 365 * DAY) == 0
         ids |= await _live(store, clock)
         full = _sqlite_rows(path)
@@ -107,7 +107,7 @@ async def test_sqlite_keeps_no_row(tmp_path: Path, clock: VirtualClock) -> None:
         left = _sqlite_rows(path)
     grown = {name for name, rows in full.items() if rows != empty[name]}
     assert empty.keys() - grown == {"flowstore_schema", "run_trigrams_config"}
-    # sqlite_sequence is SQLite's own, and holds the last number that a table used.
+    # sqlite_sequence belongs to SQLite and has the last AUTOINCREMENT value of a table.
     assert {name for name, rows in left.items() if rows != empty[name]} == OF_DAYS | {"sqlite_sequence"}
     assert not _names(left, ids)
     assert len(left["run_days"]) <= 2
@@ -146,13 +146,13 @@ async def test_memory_keeps_no_object(clock: VirtualClock) -> None:
 
 
 def _reachable_ids(store: FlowStore) -> set[UUID]:
-    """The ids among all objects that the store leads to."""
+    """The ids among all objects reachable from the store."""
     found: set[UUID] = set()
     seen = set[int]()
     waiting: list[Any] = [store]
     while waiting:
         one = waiting.pop()
-        # A store leads to its event loop, and that to this test.
+        # The store references its event loop, which references this test.
         if id(one) in seen or isinstance(one, (type, types.ModuleType, types.FunctionType, asyncio.Future)):
             continue
         seen.add(id(one))
@@ -193,7 +193,7 @@ async def test_postgresql_keeps_no_row(fresh: str, clock: VirtualClock) -> None:
         ids |= await _live(store, clock)
         await _clean(store, clock)
         left = await _postgresql_rows(fresh)
-    # Notes of connections, which cleanup deletes after a day.
+    # Rows of connections, which cleanup deletes after a day.
     own = OF_DAYS | {"commits"}
     assert {name for name, rows in left.items() if rows != empty[name]} <= own
     assert not _names(left, ids)

@@ -1,4 +1,4 @@
-"""The counters of a SQLite file that differ from its runs: found, and corrected while a store writes."""
+"""Wrong counters in a SQLite file are found, and corrected while a store writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRONG = {
     "counts that are gone": "DELETE FROM run_counts; DELETE FROM run_days",
     "counts of a flow without runs": "INSERT INTO run_counts VALUES (x'01', 'Running', 5)",
     "days that are wrong": "UPDATE run_days SET succeeded = 0, failed = 99",
-    # No trigger sees the rows that REPLACE removes.
+    # REPLACE deletes rows without firing delete triggers.
     "runs that were replaced": "REPLACE INTO runs SELECT * FROM runs",
 }
 

@@ -1,4 +1,4 @@
-"""SQLite: files that a process may only read open with migrate=False, and nothing is created beside them."""
+"""SQLite: a process without write permission can open a store with migrate=False and creates no file."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from flowstore_core.open import resolve_store
 async def read(url):
     async with open_store(url, migrate=False) as store:
         now = datetime.now(UTC)
-        told = {"runs": sorted(str(run.run_id) for run in await store.get_runs())}
+        report = {"runs": sorted(str(run.run_id) for run in await store.get_runs())}
         await store.ping()
-        told["found"] = (await store.get_runs_page(search="needle")).total_count
-        told["flows"] = (await store.get_statistics()).total_flows
-        told["buckets"] = len(await store.get_run_timeseries("day", now - timedelta(days=2), now))
+        report["found"] = (await store.get_runs_page(search="needle")).total_count
+        report["flows"] = (await store.get_statistics()).total_flows
+        report["buckets"] = len(await store.get_run_timeseries("day", now - timedelta(days=2), now))
         try:
             await store.start_run(uuid4(), "f", uuid4(), "t")
-            told["write"] = "happened"
+            report["write"] = "happened"
         except FlowStoreError as error:
-            told["write"] = f"{type(error).__name__}: {error}"
+            report["write"] = f"{type(error).__name__}: {error}"
         print("ready", flush=True)
         if sys.stdin.readline() == "again\\n":
             try:
                 await store.get_runs()
-                told["again"] = "answered"
+                report["again"] = "answered"
             except FlowStoreError as error:
-                told["again"] = f"{type(error).__name__}: {error}"
+                report["again"] = f"{type(error).__name__}: {error}"
     _, backend, config = resolve_store(url, migrate=False)
-    told["version"] = await backend.schema_version(config)
-    told["search"] = (await backend.describe(config))["search"]
-    told["findings"] = [finding.code for finding in await backend.diagnose(config, thorough=True)]
-    return told
+    report["version"] = await backend.schema_version(config)
+    report["search"] = (await backend.describe(config))["search"]
+    report["findings"] = [finding.code for finding in await backend.diagnose(config, thorough=True)]
+    return report
 
 async def main(url):
     try:
@@ -62,9 +62,9 @@ async def main(url):
     except FlowStoreError as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
-answer = asyncio.run(main(sys.argv[1]))
-print("" if "error" not in answer else "ready")
-print(json.dumps(answer), flush=True)
+result = asyncio.run(main(sys.argv[1]))
+print("" if "error" not in result else "ready")
+print(json.dumps(result), flush=True)
 """
 
 WRITER = """
@@ -83,22 +83,22 @@ asyncio.run(main(sys.argv[1]))
 
 
 class Process:
-    """A program that is talked to line by line."""
+    """A subprocess with a line protocol."""
 
     def __init__(self, *command: str) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def tell(self, line: str) -> None:
+    def send(self, line: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         assert self._process.stdout is not None
         while line := self._process.stdout.readline():
             if line.strip():
                 return line.strip()
-        raise AssertionError("it ended")
+        raise AssertionError("the process ended")
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -121,12 +121,12 @@ def _writer(path: Path) -> Iterator[Process]:
 
 
 def _write(writer: Process) -> str:
-    writer.tell("write")
-    return writer.hear()
+    writer.send("write")
+    return writer.receive()
 
 
 def _read(path: Path, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
-    """What a process that obeys permissions can read."""
+    """The report of a reader process without root's override of permissions."""
     command = [sys.executable, "-c", READER, f"sqlite:///{path}"]
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -135,12 +135,12 @@ def _read(path: Path, meanwhile: Callable[[], object] | None = None) -> dict[str
             os.chown(one, OTHER_USER, OTHER_USER)
         command = ["setpriv", "--bounding-set", CAPABILITIES, "--inh-caps", CAPABILITIES, *command]
     with _process(*command) as reader:
-        assert reader.hear() == "ready"
+        assert reader.receive() == "ready"
         if meanwhile is not None:
             meanwhile()
-        reader.tell("again" if meanwhile is not None else "")
-        answer: dict[str, Any] = json.loads(reader.hear())
-        return answer
+        reader.send("again" if meanwhile is not None else "")
+        result: dict[str, Any] = json.loads(reader.receive())
+        return result
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def path(folder: Path) -> Path:
-    """A store with three runs in a file that everybody may read."""
+    """A store with three runs, in a file that every user may read."""
     path = folder / "flows.db"
     asyncio.run(_fill(f"sqlite:///{path}"))
     (folder / "flows.db-turn").unlink()
@@ -175,16 +175,16 @@ def _listing(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def _is_read(answer: dict[str, Any], runs: int = 3, needles: int = 2) -> None:
-    assert "error" not in answer, answer
-    assert len(answer["runs"]) == runs
-    assert (answer["found"], answer["flows"], answer["buckets"]) == (needles, 1, 3)
-    assert answer["version"] > 0
-    assert answer["search"]
-    assert answer["write"].startswith("StoreUnavailableError: ")
-    assert "can only be read" in answer["write"]
-    assert "change the permissions" in answer["write"]
-    assert not {"damaged", "log-missing", "log-foreign", "journal-mode"} & set(answer["findings"])
+def _is_read(result: dict[str, Any], runs: int = 3, needles: int = 2) -> None:
+    assert "error" not in result, result
+    assert len(result["runs"]) == runs
+    assert (result["found"], result["flows"], result["buckets"]) == (needles, 1, 3)
+    assert result["version"] > 0
+    assert result["search"]
+    assert result["write"].startswith("StoreUnavailableError: ")
+    assert "can only be read" in result["write"]
+    assert "change the permissions" in result["write"]
+    assert not {"damaged", "log-missing", "log-foreign", "journal-mode"} & set(result["findings"])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_without_write_permission_a_store_can_be_read(
 
 
 def test_on_a_read_only_mount_a_store_can_be_read(path: Path, folder: Path) -> None:
-    # As the user that could write to it elsewhere.
+    # As a user with write permission; only the mount is read-only.
     script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "$2" -c "$3" "$4"'
     command = ["unshare", "-m", "sh", "-c", script, "sh", str(folder), sys.executable]
     if shutil.which("unshare") is None or subprocess.run([*command, "pass", ""], check=False).returncode:
@@ -228,24 +228,24 @@ def test_the_log_of_a_writer_is_read(end: str, path: Path, folder: Path) -> None
         if end == "killed":
             writer.kill()
         before = _listing(folder)
-        answer = _read(path)
-        _is_read(answer, 4, 3)
-        assert run_id in answer["runs"]
+        result = _read(path)
+        _is_read(result, 4, 3)
+        assert run_id in result["runs"]
         assert _listing(folder) == before
 
 
-def test_what_a_writer_does_meanwhile_is_never_missed(path: Path, folder: Path) -> None:
+def test_a_concurrent_write_makes_reads_fail(path: Path, folder: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can write to the file meanwhile")
+        pytest.skip("only root can write to the file while it is read")
     with _writer(path) as writer:
-        answer = _read(path, lambda: _write(writer))
-        assert len(answer["runs"]) == 3
-        assert answer["again"].startswith("StoreUnavailableError: ")
-        assert "changed by another process" in answer["again"]
+        result = _read(path, lambda: _write(writer))
+        assert len(result["runs"]) == 3
+        assert result["again"].startswith("StoreUnavailableError: ")
+        assert "changed by another process" in result["again"]
         assert len(_read(path)["runs"]) == 4
 
 
-def test_a_log_that_cannot_be_read_is_said_so(path: Path, folder: Path) -> None:
+def test_a_log_that_cannot_be_read_is_reported(path: Path, folder: Path) -> None:
     folder.chmod(0o755)
     path.chmod(0o644)
     with _writer(path) as writer:
@@ -254,9 +254,9 @@ def test_a_log_that_cannot_be_read_is_said_so(path: Path, folder: Path) -> None:
     (folder / "flows.db-shm").unlink()
     folder.chmod(0o555)
     before = _listing(folder)
-    answer = _read(path)
-    assert answer["error"].startswith("StoreUnavailableError: ")
-    assert "flows.db-wal holds the newest commits" in answer["error"]
+    result = _read(path)
+    assert result["error"].startswith("StoreUnavailableError: ")
+    assert "flows.db-wal holds the newest commits" in result["error"]
     assert _listing(folder) == before
 
 

@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from flowstore_core import FlowStore, OutcomeUnknownError, StoreUnavailableError, open_store
-from flowstore_sqlite import identity
+from flowstore_sqlite import open_files
 from flowstore_sqlite.database import Database
 from tests.scenes import new_run
 
@@ -67,7 +67,7 @@ def _remove(*suffixes: str) -> Callable[[Path], None]:
 
 
 def _replace(suffix: str) -> Callable[[Path], None]:
-    """Put a copy in its place, as a restore does."""
+    """Replace the file with a copy, as a restore does."""
 
     def change(path: Path) -> None:
         copy = path.with_name("copy")
@@ -132,12 +132,12 @@ def _let_file_clock_advance(folder: Path) -> None:
 
 @pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-async def test_every_call_is_refused_afterwards(
+async def test_every_later_call_fails(
     change: str, settled: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settled:
-        # The directory has not changed for long when the files are verified.
-        monkeypatch.setattr(identity, "SETTLED_NS", 0)
+        # The directory counts as unchanged for long enough at once.
+        monkeypatch.setattr(open_files, "CTIME_GRANULARITY_NS", 0)
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
         if settled:
@@ -158,7 +158,7 @@ FIRST: dict[str, Callable[[FlowStore], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("first", FIRST)
-async def test_a_store_stays_refused_when_the_file_comes_back(
+async def test_a_store_keeps_failing_when_the_file_comes_back(
     first: str, store: FlowStore, path: Path
 ) -> None:
     os.rename(path, f"{path}-moved")
@@ -170,9 +170,7 @@ async def test_a_store_stays_refused_when_the_file_comes_back(
         assert len(await again.get_runs()) == 1
 
 
-async def test_another_link_or_working_directory_changes_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_second_hard_link_and_chdir_are_harmless(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     async with open_store("sqlite:///flows.db") as store:
         run_id = await new_run(store)
@@ -183,7 +181,7 @@ async def test_another_link_or_working_directory_changes_nothing(
         await store.ping()
 
 
-async def test_a_directory_link_that_leads_elsewhere_is_noticed(path: Path) -> None:
+async def test_a_changed_directory_link_is_detected(path: Path) -> None:
     link = path.parent.with_name("current")
     link.symlink_to(path.parent)
     async with open_store(f"sqlite:///{link}/flows.db") as store:
@@ -213,7 +211,7 @@ async def test_a_call_after_the_removal_is_never_acknowledged(store: FlowStore, 
     writers = [asyncio.create_task(write()) for _ in range(32)]
     for _ in range(5):
         await new_run(store)
-    # The writer's thread is anywhere in a group.
+    # The writer's thread may be at any point of a group.
     _remove("")(path)
     removed.set()
     await asyncio.gather(*writers)
@@ -238,7 +236,7 @@ async def test_a_removal_between_commit_and_answer_leaves_the_outcome_unknown(
 
 @contextmanager
 def _other_process(path: Path, runs: list[UUID]) -> Iterator[Callable[[], None]]:
-    """A process that has these runs acknowledged; gives a function that kills it."""
+    """A process that has started these runs. Yields a function that kills it."""
     command = [sys.executable, "-c", OTHER, f"sqlite:///{path}", *map(str, runs)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
@@ -265,7 +263,7 @@ async def test_the_old_process_leaves_the_log_of_the_new_one_alone(
     async with open_store(f"sqlite:///{path}") as store:
         await new_run(store)
         if change == "log-and-index-removed":
-            # The new process finds all commits in the database.
+            # A checkpoint, so that the new process finds all commits in the database.
             db = sqlite3.connect(path)
             db.execute("PRAGMA wal_checkpoint")
             db.close()
@@ -281,7 +279,7 @@ async def test_the_old_process_leaves_the_log_of_the_new_one_alone(
     async with open_store(f"sqlite:///{path}") as again:
         for run_id in runs:
             assert await again.get_run_status(run_id) is not None
-        # A second store in the process of the first shares nothing with it.
+        # A second store in the process of the first shares no state with it.
         assert await again.try_claim_step(runs[0], "a")
 
 
@@ -306,7 +304,7 @@ async def test_the_store_opens_again_in_the_same_process(change: str, store: Flo
         assert await again.try_claim_step(run_id, "a")
 
 
-async def test_the_turn_file_may_be_replaced(store: FlowStore, path: Path) -> None:
+async def test_the_lock_file_may_be_replaced(store: FlowStore, path: Path) -> None:
     run_id = await new_run(store)
     _replace("-turn")(path)
     assert await store.try_claim_step(run_id, "a")

@@ -1,4 +1,4 @@
-"""How SQLite's writes share transactions: neighbours, cancellation, closing, locks."""
+"""Group commit in SQLite: errors within a group, cancellation, closing, locks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def run_id(store: FlowStore) -> UUID:
 
 
 def database(store: FlowStore) -> Database:
-    """The backend's own store, which can be given works that the contract does not know."""
+    """The store of the backend, whose ``write`` accepts any work."""
     inner: Any = store
     (found,) = inner._store.values()
     assert isinstance(found, Database)
@@ -57,9 +57,9 @@ async def claimed(store: FlowStore, run_id: UUID) -> set[str]:
     return {claim.step_key for claim in await store.get_step_claims(run_id)}
 
 
-async def test_a_call_that_fails_after_it_has_written_is_undone_alone(store: FlowStore, run_id: UUID) -> None:
+async def test_a_call_that_fails_after_a_change_is_rolled_back_alone(store: FlowStore, run_id: UUID) -> None:
     def trigger(number: int) -> Any:
-        # The free key is registered before the taken run id shows.
+        # Registers the key before the duplicate run id raises.
         return store.trigger_run(FLOW, "flow", run_id, "manual", idempotency_key=f"key-{number}")
 
     calls = [
@@ -76,7 +76,7 @@ async def test_a_call_that_fails_after_it_has_written_is_undone_alone(store: Flo
     assert len(await claimed(store, run_id)) == MANY - MANY // 3
 
 
-async def test_an_error_before_any_change_leaves_its_neighbours(store: FlowStore, run_id: UUID) -> None:
+async def test_an_error_before_any_change_keeps_the_rest_of_the_group(store: FlowStore, run_id: UUID) -> None:
     calls = [store.try_claim_step(run_id if number % 2 else uuid4(), str(number)) for number in range(MANY)]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert [answer for answer in answers if answer is True] == [True] * (MANY // 2)
@@ -84,7 +84,7 @@ async def test_an_error_before_any_change_leaves_its_neighbours(store: FlowStore
 
 
 @pytest.mark.parametrize("ends_transaction", [False, True])
-async def test_an_error_of_the_driver_leaves_its_neighbours(
+async def test_an_error_of_the_driver_keeps_the_rest_of_the_group(
     store: FlowStore, run_id: UUID, ends_transaction: bool
 ) -> None:
     def broken(db: sqlite3.Connection, now: int) -> None:
@@ -102,7 +102,7 @@ async def test_an_error_of_the_driver_leaves_its_neighbours(
     assert len(await claimed(store, run_id)) == 100
 
 
-async def test_writes_that_take_long_are_spread_over_turns(store: FlowStore, run_id: UUID) -> None:
+async def test_slow_writes_are_split_into_several_groups(store: FlowStore, run_id: UUID) -> None:
     statements: list[str] = []
 
     def slow(db: sqlite3.Connection, now: int) -> int:
@@ -113,11 +113,11 @@ async def test_writes_that_take_long_are_spread_over_turns(store: FlowStore, run
     answers = await asyncio.gather(*(database(store).write(slow) for _ in range(20)))
     assert answers == sorted(answers)
     assert len(set(answers)) == 20
-    # After 20 ms a group begins no other write.
+    # After 20 ms a group starts no further write.
     assert statements.count("COMMIT") >= 4
 
 
-async def test_what_cancelled_calls_have_won_is_given_back(store: FlowStore, run_id: UUID) -> None:
+async def test_cancelled_calls_are_compensated_for(store: FlowStore, run_id: UUID) -> None:
     for wait in (0.0, 0.001, 0.003, 0.01):
         tasks = [
             asyncio.create_task(
@@ -132,7 +132,7 @@ async def test_what_cancelled_calls_have_won_is_given_back(store: FlowStore, run
             task.cancel()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         won = {f"{wait}-{number}" for number, answer in enumerate(answers) if answer is True}
-        # Giving back is under way, and a write that comes later lies behind it.
+        # Compensations may still be running.
         for _ in range(100):
             held = {*await claimed(store, run_id), *await store.get_dispatched_step_keys(run_id)}
             held = {key for key in held if key.startswith(f"{wait}-")}
@@ -142,11 +142,11 @@ async def test_what_cancelled_calls_have_won_is_given_back(store: FlowStore, run
         assert held == won
 
 
-async def test_closing_gives_back_too(path: Path) -> None:
+async def test_closing_waits_for_compensations(path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
         tasks = [asyncio.create_task(store.try_claim_step(run_id, str(number))) for number in range(MANY)]
-        # By then the first is being written, and the others are queued.
+        # Now the first call is being written, and the others are queued.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         for task in tasks:
@@ -157,7 +157,7 @@ async def test_closing_gives_back_too(path: Path) -> None:
         assert await claimed(store, run_id) == set()
 
 
-async def test_closing_writes_what_is_queued(path: Path) -> None:
+async def test_closing_writes_queued_calls(path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
         tasks = [asyncio.create_task(store.try_claim_step(run_id, str(number))) for number in range(3000)]
@@ -167,7 +167,7 @@ async def test_closing_writes_what_is_queued(path: Path) -> None:
         assert len(await claimed(store, run_id)) == len(tasks)
 
 
-async def test_a_locked_file_is_waited_for(path: Path) -> None:
+async def test_writes_wait_for_a_locked_file(path: Path) -> None:
     other = sqlite3.connect(path, isolation_level=None)
     async with open_store(f"sqlite:///{path}?busy_timeout=0.3") as store:
         run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
@@ -176,7 +176,7 @@ async def test_a_locked_file_is_waited_for(path: Path) -> None:
         for answer in await asyncio.gather(*calls, return_exceptions=True):
             assert isinstance(answer, StoreUnavailableError)
             assert "was locked by others for 0.3 s" in str(answer)
-        # Readers do not mind.
+        # Readers do not wait.
         assert await store.get_step_claims(run_id) == ()
         asyncio.get_running_loop().call_later(0.05, other.execute, "COMMIT")
         assert await store.try_claim_step(run_id, "later")
@@ -208,7 +208,7 @@ async def begin():
     run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
     return run.run_id, [asyncio.ensure_future(store.try_claim_step(run.run_id, str(n))) for n in range(500)]
 
-async def look():
+async def reopen():
     async with open_store(sys.argv[1]) as store:
         assert await store.try_claim_step(run_id, "new")
         print("fine")
@@ -218,29 +218,29 @@ loop = asyncio.new_event_loop()
 run_id, tasks = loop.run_until_complete(begin())
 loop.run_until_complete(asyncio.sleep(0))
 loop.close()
-asyncio.run(look())
+asyncio.run(reopen())
 """
 
 
-def test_a_loop_closed_with_writes_under_way_hurts_nobody(path: Path) -> None:
+def test_closing_a_loop_with_running_writes_does_no_harm(path: Path) -> None:
     command = [sys.executable, "-c", LEAVING, f"sqlite:///{path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
 
-async def test_losers_learn_the_truth_in_one_group(store: FlowStore, run_id: UUID) -> None:
+async def test_claims_of_one_step_in_one_group_have_one_winner(store: FlowStore, run_id: UUID) -> None:
     owners = [f"owner-{number % 10}" for number in range(100)]
     answers = await asyncio.gather(*(store.try_claim_step(run_id, "one", owner=owner) for owner in owners))
     winners = {owner for owner, won in zip(owners, answers, strict=True) if won}
     assert len(winners) == 1
-    # Each owner asked ten times, and its claim is its own.
+    # The winner called ten times, and every call of the holder returns True.
     assert sum(answers) == 10
     dispatched = await asyncio.gather(*(store.try_record_dispatch(run_id, "one") for _ in range(50)))
     assert sum(dispatched) == 1
 
 
-async def test_a_step_that_was_skipped_and_reset_counts_on(store: FlowStore, run_id: UUID) -> None:
-    """The one-statement start is for first attempts alone."""
+async def test_attempt_numbers_continue_after_skip_and_reset(store: FlowStore, run_id: UUID) -> None:
+    """The fast path of record_step_start applies only to first attempts."""
     await store.record_step_start(run_id, "first", "task")
     await store.record_skipped_step(run_id, "second", "task")
     await store.retry_step(run_id, "first", reset=["second"])

@@ -1,4 +1,4 @@
-"""A working directory that was deleted, or that the user may not enter, matters only to relative paths."""
+"""A working directory that is deleted or not accessible affects only relative paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowstore_core.plugins import find_backend
 
 @pytest.fixture
 def deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A deleted working directory; the result is a directory beside it."""
+    """Change to a deleted working directory. Returns its parent."""
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -81,24 +81,24 @@ def test_commands_that_need_the_deleted_directory_say_so(
     command: list[str], says: str, deleted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if command[0] == "conformance":
-        # Hypothesis was imported by other tests of this process.
+        # In a process without Hypothesis: other tests of this process have imported it.
         ran = subprocess.run(
             [sys.executable, "-P", "-m", "flowstore_cli.main", *command], capture_output=True, text=True
         )
-        code, said = ran.returncode, ran.stderr
+        code, output = ran.returncode, ran.stderr
     else:
-        code, said = main(command), capfd.readouterr().err
-    assert code == 2, said
-    assert says in said
-    assert "bug" not in said
+        code, output = main(command), capfd.readouterr().err
+    assert code == 2, output
+    assert says in output
+    assert "bug" not in output
 
 
 CLOSED = """
 import asyncio, os, sys
 from flowstore_core import FlowStoreError, open_store
-import flowstore_sqlite.opening
+import flowstore_sqlite.open
 
-async def tell(url):
+async def try_open(url):
     try:
         async with open_store(url) as store:
             await store.ping()
@@ -108,12 +108,12 @@ async def tell(url):
 
 os.chdir(sys.argv[1])
 os.chmod(sys.argv[1], int(sys.argv[2]))
-# One is opened as the owner, which imports everything: another user may be unable to read the interpreter.
-asyncio.run(tell(sys.argv[3] + "-first"))
+# The first open, as the owner, imports everything: another user may be unable to read the interpreter.
+asyncio.run(try_open(sys.argv[3] + "-first"))
 if os.geteuid() == 0:
     os.setuid(65534)
 for url in sys.argv[3:]:
-    asyncio.run(tell(url or None))
+    asyncio.run(try_open(url or None))
 """
 
 
@@ -134,15 +134,15 @@ def test_a_directory_that_the_user_may_not_enter_has_no_files_of_configuration(m
             check=True,
         )
         closed.chmod(0o700)
-    told = ran.stdout.splitlines()
-    assert told[1:3] == ["opened", "opened"], ran
-    # Only the relative paths need the directory.
-    for line in told[3:]:
+    output = ran.stdout.splitlines()
+    assert output[1:3] == ["opened", "opened"], ran
+    # Only relative paths need the directory.
+    for line in output[3:]:
         assert line.startswith(StoreUnavailableError.__name__)
         assert "Permission denied" in line
 
 
-def test_a_file_that_is_there_and_cannot_be_read_is_an_error(
+def test_an_unreadable_configuration_file_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

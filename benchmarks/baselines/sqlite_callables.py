@@ -1,11 +1,11 @@
-"""SQLite, one callable per call: a thread with one connection, on which each call is one function.
+"""SQLite, one callable per call: a thread with one connection runs each call as one function.
 
-The least that a call can cost when every call is a transaction of its own: one hop to the thread and
-back, not one per statement. With ``grouped`` the thread takes all functions that are waiting and
-commits them together, and nothing but busy_timeout orders the processes that share the file.
+The minimal cost of a call with one transaction per call: one trip to the thread, not one per statement. With
+``grouped`` the thread commits all waiting functions together. Only busy_timeout orders the processes that
+share the file.
 
-Without the thread, each function runs where its caller does, and stops the event loop meanwhile: what
-SQLite and the disk take, the limit of what any call can reach.
+CallOnTheSpot runs each function in the thread of its caller and blocks the event loop: the time of SQLite and
+the disk alone, a lower bound for any call.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from flowstore_core import StepStatus
 
 T = TypeVar("T")
 
-LARGEST_GROUP = 512
+MAX_GROUP = 512
 
-Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
-Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
+QueuedCall = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
+Result = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
 class _Calls(tables.Records):
-    """The five calls of a lifecycle, each as one function."""
+    """The five calls of a lifecycle, each one function."""
 
     async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Run it in a transaction of its own."""
+        """Run it in one transaction."""
         raise NotImplementedError
 
     async def try_record_dispatch(self, run_id: UUID, step_key: str, /) -> bool:
@@ -92,49 +92,49 @@ class _Calls(tables.Records):
 class CallablePerCall(_Calls):
     def __init__(self, path: Path, *, grouped: bool) -> None:
         super().__init__(path)
-        self._largest = LARGEST_GROUP if grouped else 1
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._max_group = MAX_GROUP if grouped else 1
+        self._queue: queue.SimpleQueue[QueuedCall | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
 
     def stop(self) -> None:
-        self._jobs.put(None)
+        self._queue.put(None)
         self._thread.join()
 
     async def _call(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        answer: asyncio.Future[T] = self._loop.create_future()
-        self._jobs.put((function, answer))
-        return await answer
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._queue.put((function, future))
+        return await future
 
     def _work(self) -> None:
         db = tables.connect(self._path)
-        while (job := self._jobs.get()) is not None:
-            group = [job]
+        while (call := self._queue.get()) is not None:
+            group = [call]
             ended = False
-            while len(group) < self._largest and not self._jobs.empty():
-                following = self._jobs.get()
+            while len(group) < self._max_group and not self._queue.empty():
+                following = self._queue.get()
                 if following is None:
                     ended = True
                     break
                 group.append(following)
-            answers = self._transaction(db, group)
-            self._loop.call_soon_threadsafe(_deliver, answers)
+            results = self._transaction(db, group)
+            self._loop.call_soon_threadsafe(_deliver, results)
             if ended:
                 break
         db.close()
 
     @staticmethod
-    def _transaction(db: sqlite3.Connection, group: list[Job]) -> list[Answer]:
+    def _transaction(db: sqlite3.Connection, group: list[QueuedCall]) -> list[Result]:
         try:
             db.execute("BEGIN IMMEDIATE")
-            answers: list[Answer] = [(answer, function(db), None) for function, answer in group]
+            results: list[Result] = [(future, function(db), None) for function, future in group]
             db.execute("COMMIT")
         except (sqlite3.Error, WrongAnswerError) as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            return [(answer, None, error) for _, answer in group]
-        return answers
+            return [(future, None, error) for _, future in group]
+        return results
 
 
 class CallOnTheSpot(_Calls):
@@ -152,14 +152,14 @@ class CallOnTheSpot(_Calls):
         return result
 
 
-def _deliver(answers: list[Answer]) -> None:
-    for answer, result, error in answers:
-        if answer.cancelled():
+def _deliver(results: list[Result]) -> None:
+    for future, result, error in results:
+        if future.cancelled():
             continue
         if error is None:
-            answer.set_result(result)
+            future.set_result(result)
         else:
-            answer.set_exception(error)
+            future.set_exception(error)
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
-"""Cleanup by hand on SQLite: DELETE in small batches on a connection of its own, behind busy_timeout.
+"""Cleanup without flowstore on SQLite: DELETE in small batches on a separate connection with busy_timeout.
 
-The index of searches is not kept up: its entries stay, and lead nowhere.
+It does not update the search index, so entries of deleted runs stay in it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SQLite, one callable per call, which runs flowstore's own statement for a claim.
 
-On a file of flowstore, with no store before it. What is between this and flowstore is Python: the input
-is checked, calls may gather, be cancelled and be given back, processes take turns.
+It runs on a file of flowstore without a store. The difference to flowstore is Python: validation, group
+commit, cancellation with compensation, and the queue of processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flowstore_sqlite.claims import TRY_CLAIM_STEP
 
 
 class OwnClaim(CallablePerCall):
-    """Claims of one caller; the records are made and counted by a store."""
+    """Claims of one caller; a store creates and counts the records."""
 
     def __init__(self, path: Path, store: FlowStore) -> None:
         super().__init__(path, grouped=False)

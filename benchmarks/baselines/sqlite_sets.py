@@ -1,7 +1,7 @@
-"""SQLite, executemany without callers: the limit of what grouping can reach.
+"""SQLite, executemany without callers: the upper bound for group commit.
 
-256 lifecycles in one transaction: five calls of executemany (seven statements), one COMMIT, one sync;
-no callers, no thread, no answers. The claims alone likewise.
+256 lifecycles in one transaction: five calls of executemany (seven statements), one COMMIT, one sync; no
+callers, no thread, no results. The benchmark of claims works in the same way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables and statements of the SQLite baselines: those of the PostgreSQL ones, in SQLite's words."""
+"""Tables and statements of the SQLite baselines, the same as those of PostgreSQL in SQLite's dialect."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ COUNT_CLAIMED = "SELECT count(*) FROM step_claims WHERE run_id = ?"
 
 
 def connect(path: Path, *, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
-    """A connection that commits durably (WAL, synchronous=FULL) and leaves transactions to us."""
+    """A connection with durable commits (WAL, synchronous=FULL) and explicit transactions."""
     db = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
@@ -71,14 +71,14 @@ def connect(path: Path, *, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connec
 
 
 def create(path: Path) -> None:
-    """The tables, in a new file."""
+    """Create the tables in a new file."""
     db = connect(path)
     db.executescript(TABLES)
     db.close()
 
 
 class Records:
-    """Runs and counts, on a connection of their own."""
+    """Starts and counts runs on a separate connection."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

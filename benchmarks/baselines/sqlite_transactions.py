@@ -1,7 +1,7 @@
-"""SQLite, a transaction per call through aiosqlite: what engines commonly do today.
+"""SQLite, a transaction per call through aiosqlite: the common practice of engines.
 
-One aiosqlite connection, whose thread runs each statement for itself; a lock keeps the transactions of
-concurrent calls apart. Every call is BEGIN IMMEDIATE, its statements, COMMIT.
+One aiosqlite connection, with one trip to its thread per statement; a lock serializes the transactions of
+concurrent calls. Every call is BEGIN IMMEDIATE, its statements, COMMIT.
 """
 
 from __future__ import annotations

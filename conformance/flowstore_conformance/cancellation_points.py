@@ -1,9 +1,8 @@
-"""Cancelling a call at every point where it can be: each time it waits, and at moments while it waits.
+"""Cancel a call at every possible point: at each await, and at random times during its awaits.
 
-A cancellation reaches a coroutine where it waits, and nowhere else. So the points of a call are counted:
-0 is before it began, 1 the first time that it waits for something, and so on until it ends, and a sweep
-cancels one call after the other at each of them. What a store does elsewhere, in a thread, a task of its own
-or a server, goes on while the call waits; there moments are drawn.
+A coroutine can be cancelled only while it awaits. The points of a call are therefore numbered: 0 is before
+its start, 1 is its first await, and so on. A sweep cancels one call at each point. Work of a store in a
+thread, another task or a server continues while the call awaits, so the sweep also cancels at random times.
 """
 
 from __future__ import annotations
@@ -21,43 +20,41 @@ from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.write_scenarios import Scenario
 from flowstore_core import FlowStore, FlowStoreError
 
-MOST_POINTS = 200
-"""Where a call waits more often than that, the rest is left to the moments that are drawn."""
+MAX_POINTS = 200
+"""Maximum number of cancel points; for a call with more awaits the points are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class CancelPoint:
-    """Where a call is cancelled: the n-th time that it waits, or so many seconds after it began."""
+    """A point of cancellation: the n-th await of a call, or a number of seconds after its start."""
 
     wait: int | None = None
     seconds: float = 0.0
 
     def __str__(self) -> str:
         if self.wait is None:
-            return f"cancelled {self.seconds * 1e3:.2f} ms after it began,"
-        return (
-            f"cancelled the {self.wait}. time that it waited," if self.wait else "cancelled before it began,"
-        )
+            return f"cancelled {self.seconds * 1e3:.2f} ms after its start,"
+        return f"cancelled at await {self.wait}," if self.wait else "cancelled before its start,"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelledCall:
-    """What became of a call that was cancelled."""
+    """The result of cancelling a call."""
 
-    scene: Scenario
+    scenario: Scenario
     point: CancelPoint
     reached: bool
-    """Whether the call was still under way at the point."""
+    """Whether the call was still in progress at the point."""
     outcome: Outcome | None
-    """What it answered all the same; None if it was cancelled."""
+    """The outcome, if the call ended before the cancellation; None if it was cancelled."""
 
     @property
     def title(self) -> str:
-        return f"{self.scene.call.method}, {self.point}"
+        return f"{self.scenario.call.method}, {self.point}"
 
 
 class _CountingAwaitable:
-    """An awaitable that says each time when what it runs has begun to wait."""
+    """An awaitable that reports each await of the wrapped call."""
 
     def __init__(self, made: Awaitable[object], waits: Callable[[int], None]) -> None:
         self._made = made
@@ -76,7 +73,7 @@ class _CountingAwaitable:
             self._waits(number)
             try:
                 yield awaited
-            except BaseException as error:  # noqa: BLE001 - goes where it belongs
+            except BaseException as error:  # noqa: BLE001 - thrown into the wrapped call
                 thrown = error
                 step = lambda: inner.throw(thrown)  # noqa: B023, E731
             else:
@@ -88,9 +85,9 @@ async def _run(made: Awaitable[object], waits: Callable[[int], None]) -> object:
 
 
 async def cancel_at(
-    store: FlowStore, scene: Scenario, point: CancelPoint, *, exact_times: bool
+    store: FlowStore, scenario: Scenario, point: CancelPoint, *, exact_times: bool
 ) -> CancelledCall:
-    """Make the scene's call and cancel it at a point."""
+    """Make the scenario's call and cancel it at a point."""
     loop = asyncio.get_running_loop()
     reached = point.wait == 0
 
@@ -98,23 +95,23 @@ async def cancel_at(
         nonlocal reached
         if number == point.wait:
             reached = True
-            # In the next turn of the loop, when the task waits; not in the midst of its step.
+            # In the next iteration of the loop, when the task awaits.
             loop.call_soon(task.cancel)
 
-    made = invoke(store, scene.call)
+    made = invoke(store, scenario.call)
     task = asyncio.ensure_future(_run(made, waits))
     if point.wait == 0:
         task.cancel()
     elif point.wait is None:
         until = time.monotonic() + point.seconds
-        # Turns, because a sleep ends far later than these calls do.
+        # Yields instead of sleeping, because a sleep takes longer than these calls.
         while not task.done() and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0)
         reached = not task.done()
         task.cancel()
-    # Not awaited itself, so that a cancellation of the check is not taken for the call's.
+    # asyncio.wait keeps a cancellation of the check apart from one of the call.
     await asyncio.wait({task})
-    # One that never began would be warned about.
+    # Avoids the warning about a coroutine that never started.
     made.close()
     outcome: Outcome | None = None
     if not task.cancelled():
@@ -124,21 +121,21 @@ async def cancel_at(
         elif isinstance(error, FlowStoreError):
             outcome = Raised(error_name(error))
         else:
-            message = f"{scene.call.method}, {point} let {type(error).__name__} surface"
+            message = f"{scenario.call.method}, {point} raised {type(error).__name__}"
             raise ContractViolation(message, clause="CON-2") from error
-    return CancelledCall(scene=scene, point=point, reached=reached, outcome=outcome)
+    return CancelledCall(scenario=scenario, point=point, reached=reached, outcome=outcome)
 
 
 @dataclass(frozen=True, slots=True)
 class CallProfile:
-    """What a call takes that nobody cancels: how often it waits, and how long."""
+    """The number of awaits and the duration of an uncancelled call."""
 
     waits: int
     seconds: float
 
 
-async def profile(store: FlowStore, scene: Scenario) -> CallProfile:
-    """Make the scene's call and see what it takes."""
+async def profile(store: FlowStore, scenario: Scenario) -> CallProfile:
+    """Make the scenario's call and measure its profile."""
     waited = 0
 
     def waits(number: int) -> None:
@@ -146,70 +143,73 @@ async def profile(store: FlowStore, scene: Scenario) -> CallProfile:
         waited = number
 
     begun = time.monotonic()
-    await _run(invoke(store, scene.call), waits)
+    await _run(invoke(store, scenario.call), waits)
     return CallProfile(waited, time.monotonic() - begun)
 
 
 async def sweep(
     store: FlowStore,
     make: Callable[[int], Awaitable[Sequence[Scenario]]],
-    usual: CallProfile,
+    baseline: CallProfile,
     generator: random.Random,
     *,
     moments: int,
     exact_times: bool,
-    most: int = MOST_POINTS,
+    limit: int = MAX_POINTS,
 ) -> AsyncIterator[CancelledCall]:
-    """Cancel a call at every point, one after the other, until it ends before; then at drawn moments.
+    """Cancel a call at every point, until it ends before the point; then at random times.
 
-    ``make`` makes scenes ready, each for one call. ``most`` limits the points, for calls that wait more
-    often; they then lie spread over all, the first and the last included.
+    ``make`` prepares scenarios, one for each call. ``limit`` is the maximum number of points; for a call with
+    more awaits they are spread evenly, including the first and the last.
     """
-    many = usual.waits + 1 > most
-    points = _spread(usual.waits, most, generator) if many else list(range(usual.waits + 2))
+    many = baseline.waits + 1 > limit
+    points = _spread(baseline.waits, limit, generator) if many else list(range(baseline.waits + 2))
     drawn = [
-        CancelPoint(seconds=usual.seconds * 1.2 * (n + generator.random()) / moments) for n in range(moments)
+        CancelPoint(seconds=baseline.seconds * 1.2 * (n + generator.random()) / moments)
+        for n in range(moments)
     ]
     last = None
     scenes = await make(len(points) + len(drawn))
-    for scene, point in zip(scenes, [*map(CancelPoint, points), *drawn], strict=True):
-        made = await cancel_at(store, scene, point, exact_times=exact_times)
+    for scenario, point in zip(scenes, [*map(CancelPoint, points), *drawn], strict=True):
+        made = await cancel_at(store, scenario, point, exact_times=exact_times)
         if point.wait is not None:
             last = made
         yield made
-    # It may wait more often this time, because it waits for others, or connects anew.
-    following = usual.waits + 2
-    while last is not None and last.reached and not many and following < most:
-        [scene] = await make(1)
-        last = await cancel_at(store, scene, CancelPoint(following), exact_times=exact_times)
+    # The call may await more often than in the baseline, for example to reconnect.
+    following = baseline.waits + 2
+    while last is not None and last.reached and not many and following < limit:
+        [scenario] = await make(1)
+        last = await cancel_at(store, scenario, CancelPoint(following), exact_times=exact_times)
         following += 1
         yield last
 
 
-def _spread(waits: int, most: int, generator: random.Random) -> list[int]:
-    """So many of the points from 0 to the last: both, and one drawn in each of as many equal stretches."""
-    stretch = (waits - 1) / (most - 2)
-    inner = [1 + int(stretch * (number + generator.random())) for number in range(most - 2)]
+def _spread(waits: int, limit: int, generator: random.Random) -> list[int]:
+    """Sample points: the first, the last, and one random point in each of ``limit - 2`` equal ranges."""
+    stretch = (waits - 1) / (limit - 2)
+    inner = [1 + int(stretch * (number + generator.random())) for number in range(limit - 2)]
     return [0, *inner, waits]
 
 
 def program(made: CancelledCall) -> str:
-    """A file that cancels the call in the same way and prints what it left."""
-    scene, point = made.scene, made.point
+    """A program that cancels the call in the same way and prints the resulting state."""
+    scenario, point = made.scenario, made.point
     return _PROGRAM.format(
         title=made.title,
-        setup="".join(f"        await {call.source()}\n" for call in scene.setup),
-        method=scene.call.method,
-        call=scene.call.source(),
+        setup="".join(f"        await {call.source()}\n" for call in scenario.setup),
+        method=scenario.call.method,
+        call=scenario.call.source(),
         wait=point.wait,
         seconds=f"{point.seconds:.6f}",
-        looks="\n".join(f'        print("{call.method}:", await {call.source()})' for call in scene.asked),
+        looks="\n".join(
+            f'        print("{call.method}:", await {call.source()})' for call in scenario.probes
+        ),
     )
 
 
-_PROGRAM = '''"""{title} as it was seen.
+_PROGRAM = '''"""Reproduces {title} as in the report.
 
-Its argument is the URL of a store that holds nothing, such as sqlite:////tmp/empty.db
+Its argument is the URL of an empty store, such as sqlite:////tmp/empty.db
 """
 
 import asyncio
@@ -220,12 +220,12 @@ from uuid import UUID
 
 from flowstore_core import open_store
 
-WAIT = {wait}  # The time that the call waits at which it is cancelled; None for the moment below.
-SECONDS = {seconds}  # After its beginning.
+WAIT = {wait}  # The number of the await to cancel at; None to cancel after SECONDS.
+SECONDS = {seconds}  # After the start of the call.
 
 
 class Counted:
-    """Cancels a task when what it runs waits for that time."""
+    """Cancels its task at the await with the number WAIT."""
 
     def __init__(self, call):
         self.call = call
@@ -268,7 +268,7 @@ async def cancelled(call):
 async def main(url):
     async with open_store(url) as store:
 {setup}        print("{method}:", await cancelled({call}))
-        await asyncio.sleep(1)  # What was under way may come to its end.
+        await asyncio.sleep(1)  # Let work in flight finish.
 {looks}
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from flowstore_conformance.checks.registry import Kind
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_conformance.signatures import SignatureFinding
-
-if TYPE_CHECKING:
-    from flowstore_conformance.report import CheckResult
+from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.results import CheckResult
 
 SIMPLEST = (
     Kind.EXAMPLE,
@@ -24,11 +21,11 @@ SIMPLEST = (
     Kind.CANCELLATION,
     Kind.CRASH,
 )
-"""The kinds of checks, in the order in which an author best reads their failures."""
+"""The kinds of checks, those with the simplest failures first."""
 
 
 class CauseKind(IntEnum):
-    """What went wrong, the most telling first."""
+    """The kind of a cause, the most specific first."""
 
     SIGNATURE = 0
     EXCEPTION = 1
@@ -42,43 +39,43 @@ class CauseKind(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """A probable cause, and the checks that did not pass because of it."""
+    """A probable cause and the checks that it affects."""
 
     kind: CauseKind
     title: str
     results: tuple[CheckResult, ...]
-    """The simplest check first. Empty for a wrong method that no check has called."""
+    """The affected checks, the simplest first. Empty for a wrong method that no check called."""
     finding: SignatureFinding | None = None
 
     @property
     def lead(self) -> CheckResult | None:
-        """The check that shows it best; None where no check failed, but could not run."""
+        """The simplest failed check; None if the affected checks did not run."""
         return self.results[0] if self.results and self.results[0].failure is not None else None
 
     @property
     def others(self) -> tuple[CheckResult, ...]:
-        """The checks whose failures follow from the same cause."""
+        """The other affected checks."""
         return self.results[1:] if self.lead is not None else self.results
 
 
 def find_causes(
     results: Iterable[CheckResult], findings: Sequence[SignatureFinding] = ()
 ) -> tuple[Cause, ...]:
-    """The causes of all failures, the most telling first: by kind, then by how much follows from each.
+    """Group failures by cause: by kind, then by the number of affected checks.
 
-    One wrong method is a cause. So are exceptions of one class at one line of the author's code, calls of one
-    operation that hang, and wrong answers that break one clause.
+    A cause is one wrong method, one class of exception at one line of the author's code, one hanging
+    operation, or one clause with wrong results.
     """
     groups: dict[Hashable, list[CheckResult]] = {}
     for result in results:
         if (key := _key(result)) is not None:
             groups.setdefault(key, []).append(result)
-    causes = [_made(sorted(group, key=_telling)) for group in groups.values()]
-    stumbled = {one.finding for one in causes}
+    causes = [_cause_of(sorted(group, key=_simplicity)) for group in groups.values()]
+    explained = {one.finding for one in causes}
     causes += [
         Cause(kind=CauseKind.SIGNATURE, title=one.title, results=(), finding=one)
         for one in findings
-        if one.certain and one not in stumbled
+        if one.certain and one not in explained
     ]
     return tuple(sorted(causes, key=lambda one: (one.kind, -len(one.results), _first_clause(one))))
 
@@ -96,9 +93,9 @@ def _key(result: CheckResult) -> Hashable | None:
     return (CauseKind.VIOLATION, failure.clause)
 
 
-def _telling(result: CheckResult) -> tuple[int, str]:
+def _simplicity(result: CheckResult) -> tuple[int, str]:
     if result.failure is not None and result.failure.hung:
-        # As they came: the first one was given the most time.
+        # In the order of the run: the first hang had the longest limit.
         return (0, "")
     return (SIMPLEST.index(result.check.kind), result.check.name)
 
@@ -108,7 +105,7 @@ def _first_clause(cause: Cause) -> int:
     return order.index(cause.results[0].check.clauses[0]) if cause.results else len(order)
 
 
-def _made(results: list[CheckResult]) -> Cause:
+def _cause_of(results: list[CheckResult]) -> Cause:
     first = results[0]
     if first.finding is not None:
         kind, title = CauseKind.SIGNATURE, first.finding.title
@@ -118,9 +115,9 @@ def _made(results: list[CheckResult]) -> Cause:
     if failure.hung:
         kind, title = CauseKind.HANG, f"{failure.operation or 'a check'} does not end"
     elif isinstance(key := _key(first), tuple) and key[0] is CauseKind.EXCEPTION:
-        kind, title = CauseKind.EXCEPTION, f"{failure.error} surfaces"
+        kind, title = CauseKind.EXCEPTION, f"{failure.error} is raised"
         if failure.operation is not None:
-            title += f" from {failure.operation}"
+            title += f" by {failure.operation}"
     else:
         kind = CauseKind.VIOLATION
         title = f"{failure.clause} is broken: {CLAUSES[failure.clause].sentence}"

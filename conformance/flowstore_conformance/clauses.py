@@ -1,4 +1,4 @@
-"""The clauses of the contract, as the suite names them: one sentence each, and what a clause needs."""
+"""The clauses of the contract: a sentence for each and the capability that it needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowstore_core import CRASH_SAFE, Capability
 
 
 class Level(StrEnum):
-    """What a backend is granted when every clause that the level requires ran and passed."""
+    """A conformance level, granted if every required clause ran and passed."""
 
     BASE = "base"
     CRASH_SAFE = "crash-safe"
@@ -18,7 +18,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clause:
-    """One promise."""
+    """One clause of the contract."""
 
     id: str
     sentence: str
@@ -27,7 +27,7 @@ class Clause:
 
     @property
     def level(self) -> Level:
-        """The lowest level that requires it."""
+        """The lowest level that requires the clause."""
         if self.needs is None or self.needs is Capability.DURABLE:
             return Level.BASE
         return Level.CRASH_SAFE if self.needs in CRASH_SAFE else Level.FULL
@@ -138,4 +138,4 @@ CLAUSES: dict[str, Clause] = {
         _clause("CON-6", "Opening many times at once migrates once; a wrong schema version is refused."),
     )
 }
-"""By id, in the order of the contract."""
+"""The clauses by id, in the order of the contract."""

@@ -1,4 +1,4 @@
-"""Adds the options of the pytest plugin when the folder of the suite is named on the command line."""
+"""Add the options of the pytest plugin if the folder of the suite is named on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check works with: a fresh namespace, stores opened on it, a clock, and words for what is wrong."""
+"""The context of a check: a scratch namespace, the stores opened on it, a clock, and assertions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Profile(StrEnum):
-    """How much work the suite puts in."""
+    """How much work a run of the suite does."""
 
     QUICK = "quick"
     STANDARD = "standard"
@@ -40,7 +40,7 @@ class Profile(StrEnum):
 
 
 class ContractViolation(Exception):  # noqa: N818 - a finding about the store, not an error of the suite
-    """The store broke a promise."""
+    """The store violated the contract."""
 
     def __init__(
         self,
@@ -54,28 +54,28 @@ class ContractViolation(Exception):  # noqa: N818 - a finding about the store, n
         super().__init__(message)
         self.message = message
         self.clause = clause
-        """The clause that is broken, where it is another than the check's first."""
+        """The broken clause, if it is not the check's first."""
         self.program = program
-        """A program in Python that shows it, shrunk where possible."""
+        """A Python program that reproduces the violation, shrunk if possible."""
         self.history = history
         self.verdict = verdict
 
 
 class Inconclusive(Exception):  # noqa: N818
-    """The check could not look closely enough: too little overlapped, or a budget ran out."""
+    """The check could not decide: too few calls overlapped, or a budget ran out."""
 
     def __init__(self, message: str, *, retryable: bool = True) -> None:
         super().__init__(message)
         self.retryable = retryable
-        """Whether more work, with another seed, may show more; the suite then tries again."""
+        """Whether a retry with another seed and more work may decide."""
 
 
 class Unsupported(Exception):  # noqa: N818
-    """The check cannot be made on this backend, and nothing in the contract says that it must be possible."""
+    """The check is impossible on this backend, and the contract does not require that it is possible."""
 
 
 class VirtualClock:
-    """A clock that stands still until a check moves it."""
+    """A clock that stands still until a check advances it."""
 
     def __init__(self, now: datetime = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)) -> None:
         self.now = now
@@ -90,7 +90,7 @@ class VirtualClock:
 
 @dataclass(slots=True)
 class SharedResources:
-    """What lasts as long as a namespace that checks share."""
+    """Resources with the lifetime of a namespace that several checks share."""
 
     stack: AsyncExitStack
     worker_pools: list[Any] = field(default_factory=list)
@@ -98,48 +98,49 @@ class SharedResources:
 
 @dataclass(slots=True, kw_only=True)
 class CheckContext:
-    """One check's workplace on one namespace, which is fresh unless checks share it."""
+    """The context of one check on one namespace, which is fresh unless checks share it."""
 
     url: str
-    """Of the fresh namespace."""
+    """The URL of the scratch namespace."""
     base_url: str
-    """What the user named; only its backend's scratch() ever gets it."""
+    """The user's URL. It is passed to the backend's scratch() only."""
     backend: Backend
     capabilities: frozenset[Capability]
     profile: Profile
     seed: int
     store: FlowStore
     clock: VirtualClock | None
-    """None where the backend has no VIRTUAL_CLOCK."""
+    """None if the backend has no VIRTUAL_CLOCK."""
     random: random.Random
     timeout_factor: float = 1.0
-    """By how much longer than usual to go on, before a check is inconclusive."""
+    """Multiplies the time before a check becomes inconclusive."""
     call_seconds: float = 30.0
-    """How long a call may take in a process of the check's."""
+    """Seconds that a call may take in a child process of the check."""
     shared: SharedResources | None = None
-    """None in a namespace of the check's own."""
+    """None if the namespace belongs to this check alone."""
     assertions: int = 0
-    """How often the promise was put to the test; reported with the result."""
+    """Number of assertions made; reported with the result."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def open(self, **options: Any) -> FlowStore:
-        """A further store on the same namespace and clock, as another worker would open it.
+        """Open another store on the same namespace and clock, as a second worker would.
 
-        Raises Unsupported where the backend lets one store in at a time, as one may that several
-        processes cannot use; Violation where they can.
+        If the backend refuses it, raises ContractViolation if MULTI_PROCESS is declared, else Unsupported.
         """
         if self.clock is not None:
             options.setdefault("clock", self.clock)
         try:
             return await self._stack.enter_async_context(open_store(self.url, **options))
         except (ConfigurationError, StoreUnavailableError) as error:
-            told = f"a second store on the namespace is refused: {type(error).__name__}: {error}"
+            message = f"a second store on the namespace is refused: {type(error).__name__}: {error}"
             if Capability.MULTI_PROCESS in self.capabilities:
-                raise ContractViolation(f"{told}; yet MULTI_PROCESS is declared", clause="CON-6") from error
-            raise Unsupported(told) from error
+                raise ContractViolation(
+                    f"{message}, although MULTI_PROCESS is declared", clause="CON-6"
+                ) from error
+            raise Unsupported(message) from error
 
     async def workers(self, count: int) -> list[FlowStore]:
-        """So many stores, the bench's own the first; it alone where the backend lets one in at a time."""
+        """Open ``count`` stores, including the context's own; just that one if no second is allowed."""
         try:
             return [self.store, *[await self.open() for _ in range(count - 1)]]
         except Unsupported:
@@ -147,22 +148,22 @@ class CheckContext:
 
     @asynccontextmanager
     async def new_namespace(self) -> AsyncIterator[CheckContext]:
-        """A bench on another fresh namespace, for one example of many. Counts on this bench."""
+        """Make a context on another scratch namespace. Its assertions count in this context too."""
         seed = self.random.getrandbits(64)
         more = (self.timeout_factor, self.call_seconds)
-        async with new_context(self.base_url, self.backend, self.profile, seed, *more) as another:
-            yield another
-        self.assertions += max(another.assertions, 1)
+        async with new_context(self.base_url, self.backend, self.profile, seed, *more) as context:
+            yield context
+        self.assertions += max(context.assertions, 1)
 
     @property
     def exact_times(self) -> bool:
         """Whether timestamps can be compared exactly."""
         return self.clock is not None
 
-    # What a store answered, held against what it should have
+    # Assertions
 
     def expect(self, actual: object, wanted: object, sentence: str) -> None:
-        """Compare an answer (see history.comparable) and count it; Violation with both otherwise."""
+        """Assert that a result equals the expected one (see history.comparable)."""
         self.assertions += 1
         got, want = (
             comparable(actual, exact_times=self.exact_times),
@@ -172,7 +173,7 @@ class CheckContext:
             raise ContractViolation(f"{sentence}: {expected_and_got(want, got)}")
 
     def expect_that(self, condition: object, sentence: str) -> None:
-        """Count a condition; Violation with the sentence when it does not hold."""
+        """Assert a condition; ``sentence`` is the message of the violation."""
         self.assertions += 1
         if not condition:
             raise ContractViolation(sentence)
@@ -180,7 +181,7 @@ class CheckContext:
     async def expect_error(
         self, call: Awaitable[object], error: type[FlowStoreError], sentence: str
     ) -> FlowStoreError:
-        """Await a call that must raise an error of the contract, exactly this class, and return it."""
+        """Assert that a call raises an error of exactly this class, and return the error."""
         self.assertions += 1
         try:
             value = await call
@@ -207,7 +208,7 @@ async def new_context(
     timeout_factor: float = 1.0,
     call_seconds: float = 30.0,
 ) -> AsyncIterator[CheckContext]:
-    """A bench on a namespace that the backend makes afresh, and drops at the end."""
+    """Make a context on a scratch namespace of the backend, which is dropped at the end."""
     clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
     async with backend.scratch(base_url) as url, AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(url, clock=clock))
@@ -228,28 +229,28 @@ async def new_context(
 
 
 class SharedNamespace:
-    """One namespace, store and crew for all checks that can share them, as long as each of them passes.
+    """One namespace, store and worker pool that checks share as long as each of them passes.
 
-    Making a namespace takes a database longer than most checks do.
+    Creating a namespace in a database takes longer than most checks.
     """
 
     def __init__(self, base_url: str, backend: Backend, profile: Profile, call_seconds: float = 30.0) -> None:
-        self._make = partial(new_context, base_url, backend, profile, 0, call_seconds=call_seconds)
-        self._first: CheckContext | None = None
+        self._new_context = partial(new_context, base_url, backend, profile, 0, call_seconds=call_seconds)
+        self._context: CheckContext | None = None
         self._stack = AsyncExitStack()
 
     @asynccontextmanager
     async def context(self, seed: int) -> AsyncIterator[CheckContext]:
-        """A bench for the next check: draws and stores of its own, and the clock as it is at first."""
-        if self._first is None:
-            self._first = await self._stack.enter_async_context(self._make())
-            self._first.shared = SharedResources(self._stack)
-        if self._first.clock is not None:
-            self._first.clock.now = VirtualClock().now
+        """Make a context for the next check, with its own random draws and stores and the clock reset."""
+        if self._context is None:
+            self._context = await self._stack.enter_async_context(self._new_context())
+            self._context.shared = SharedResources(self._stack)
+        if self._context.clock is not None:
+            self._context.clock.now = VirtualClock().now
         async with AsyncExitStack() as stack:
-            yield replace(self._first, seed=seed, random=random.Random(seed), assertions=0, _stack=stack)
+            yield replace(self._context, seed=seed, random=random.Random(seed), assertions=0, _stack=stack)
 
     async def discard(self) -> None:
-        """Drop the namespace; the next check gets a fresh one."""
-        stack, self._stack, self._first = self._stack, AsyncExitStack(), None
+        """Drop the namespace; the next check gets a new one."""
+        stack, self._stack, self._context = self._stack, AsyncExitStack(), None
         await stack.aclose()

@@ -1,11 +1,10 @@
-"""The process that the crash checks kill: it writes without end, and says what was acknowledged.
+"""The process that the crash checks kill: it writes endlessly and reports every acknowledged call.
 
-``python -m flowstore_conformance.crash_child URL SEED WORKERS LIMIT`` opens the store, says ``ready``, waits
-for a line on stdin, and then each worker makes the calls of its own script, run after run. For each call that
-returned it writes ``worker number`` in one line; one that raised it writes with the error's name and trace
-behind it.
-The parent knows the scripts, so numbers are enough. When a call takes longer than LIMIT seconds it writes
-``hung`` with a description, and ends.
+``python -m flowstore_conformance.crash_child URL SEED WORKERS LIMIT`` opens the store, prints ``ready``,
+waits for a line on stdin, and then each worker makes the calls of its script, run after run. For each call
+that returned it prints the line ``worker number``; for a call that raised, followed by the error's name and
+trace. The parent knows the scripts, so the numbers identify the calls. If a call takes longer than LIMIT
+seconds, it prints ``hung`` with a description and exits.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from uuid import UUID
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.traces import pack_error
-from flowstore_conformance.watching import Limits, watch_process
+from flowstore_conformance.watchdog import Limits, watch_process
 from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
 
 FLOW_ID = UUID(int=0xC4A54)
@@ -31,13 +30,13 @@ LATER = datetime(2099, 1, 1, tzinfo=UTC)
 
 
 def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iterator[Call]:
-    """The calls of one worker, without end: short runs, each written to by nobody else.
+    """The endless sequence of calls of one worker: short runs that no other worker writes.
 
-    Every call changes something, and none of them depends on the time.
+    Every call changes state, and none depends on the time.
     """
-    chance = random.Random(f"{seed}/{worker}")
+    generator = random.Random(f"{seed}/{worker}")
     while True:
-        yield from _one_run(chance, capabilities)
+        yield from _one_run(generator, capabilities)
 
 
 def run_of(call: Call) -> UUID:
@@ -46,8 +45,8 @@ def run_of(call: Call) -> UUID:
     return run_id
 
 
-def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
-    run_id = UUID(int=chance.getrandbits(128))
+def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> Iterator[Call]:
+    run_id = UUID(int=generator.getrandbits(128))
     key = {"idempotency_key": f"key of {run_id}"}
     new = {"flow_id": FLOW_ID, "flow_name": "crash", "run_id": run_id, "trigger_key": "manual"}
 
@@ -72,7 +71,7 @@ def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Ite
             yield on("reschedule_step", **step, attempt=1, output_json="1", due_at=LATER)
             yield on("record_step_start", **step, step_type="http")
         if Capability.OUTPUTS in capabilities:
-            yield on("save_output", key=step_key, value_json=str(chance.random()))
+            yield on("save_output", key=step_key, value_json=str(generator.random()))
         if Capability.EVENTS in capabilities:
             yield on("append_event", event_type="done", step_key=step_key)
         if step_key == "a":
@@ -86,8 +85,8 @@ def _one_run(chance: random.Random, capabilities: Collection[Capability]) -> Ite
     yield on("retry_step", step_key="b", attempt=1, reset=["c"])
 
 
-def _say(line: str) -> None:
-    # Past every buffer of this process: what was said stays said when it is killed.
+def _send(line: str) -> None:
+    # Unbuffered, so that a reported line survives the kill.
     os.write(1, f"{line}\n".encode())
 
 
@@ -95,25 +94,25 @@ async def _write(store: FlowStore, calls: Iterator[Call], worker: int) -> None:
     for number, call in enumerate(calls):
         try:
             await invoke(store, call)
-        except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
+        except Exception as error:  # noqa: BLE001 - reported to the parent
             what = type(error).__name__ if isinstance(error, FlowStoreError) else f"!{type(error).__name__}"
-            _say(f"{worker} {number} {what} {json.dumps(pack_error(error))}")
+            _send(f"{worker} {number} {what} {json.dumps(pack_error(error))}")
             return
-        _say(f"{worker} {number}")
+        _send(f"{worker} {number}")
 
 
 async def main(url: str, seed: int, workers: int, limit: float) -> None:
-    watch_process(Limits(limit, limit, limit), lambda hang: _say(f"hung {hang.packed()}"))
+    watch_process(Limits(limit, limit, limit), lambda hang: _send(f"hung {hang.to_json()}"))
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(open_store(url))
-        except Exception as error:  # noqa: BLE001 - said to the parent, whose finding it is
-            # Only an error of the contract keeps secrets out of its text.
+        except Exception as error:  # noqa: BLE001 - reported to the parent
+            # Only errors of the contract guarantee a text without secrets.
             text = f": {error}" if isinstance(error, FlowStoreError) else ""
-            _say(f"refused {type(error).__name__}{text}".replace("\n", " "))
+            _send(f"refused {type(error).__name__}{text}".replace("\n", " "))
             return
         capabilities = store.capabilities
-        _say("ready")
+        _send("ready")
         await asyncio.to_thread(sys.stdin.readline)
         calls = [script(seed, worker, capabilities) for worker in range(workers)]
         await asyncio.gather(*(_write(store, own, worker) for worker, own in enumerate(calls)))

@@ -1,4 +1,4 @@
-"""Calls one after the other, on a store and on the model: do they agree, and if not, in how few calls?"""
+"""Sequential calls on a store and on the model, compared call by call, and the shrinking of mismatches."""
 
 from __future__ import annotations
 
@@ -11,73 +11,21 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.call_validity import is_correctly_rejected, is_valid
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.execution import execute, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
-from flowstore_conformance.legality import is_legal, is_rightly_refused
 from flowstore_conformance.model import Model
-from flowstore_conformance.operations import GLOBAL_OPERATIONS
 from flowstore_conformance.repro_script import ReproCall, sequential_script
-from flowstore_conformance.signature import Signature, wrong_answers
-from flowstore_conformance.state_probe import answer, probe_calls
+from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import FLOWS, Universe
-from flowstore_core import Capability, FlowStoreError
+from flowstore_conformance.violation_signature import Signature, wrong_answers
+from flowstore_core import FlowStore, FlowStoreError
+from flowstore_core.operations import OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
-"""Enough for keys and controls without a run to be swept (RET-4)."""
-
-CLAUSES = {
-    "start_run": "RUN-1",
-    "record_step_start": "STP-1",
-    "record_step_complete": "STP-4",
-    "try_claim_step": "CLM-5",
-    "try_record_dispatch": "CLM-1",
-    "retry_step": "STP-6",
-    "record_skipped_step": "STP-5",
-    "complete_run": "RUN-2",
-    "reschedule_step": "STP-7",
-    "release_step_claim": "CLM-3",
-    "renew_step_claim": "CLM-6",
-    "annotate_dispatch": "CLM-7",
-    "release_dispatch": "CLM-3",
-    "trigger_run": "IDM-3",
-    "configure_run": "CTL-1",
-    "request_cancel": "CTL-2",
-    "mark_timed_out": "CTL-2",
-    "extend_deadline": "CTL-3",
-    "try_register_idempotency_key": "IDM-2",
-    "find_run_id_by_idempotency_key": "IDM-2",
-    "register_waiter": "SIG-1",
-    "deliver_signal": "SIG-2",
-    "get_waiter": "SIG-1",
-    "remove_waiter": "SIG-4",
-    "expire_waiter": "SIG-4",
-    "get_waiters": "QRY-1",
-    "append_event": "EVT-1",
-    "get_run_events": "EVT-1",
-    "save_output": "EVT-2",
-    "get_output": "EVT-2",
-    "get_outputs": "EVT-2",
-    "get_run_detail": "QRY-3",
-    "get_run_status": "RUN-2",
-    "get_run_control": "CTL-2",
-    "get_step_statuses": "STP-4",
-    "get_claimed_step_keys": "CLM-4",
-    "get_step_claims": "CLM-4",
-    "get_dispatched_step_keys": "CLM-1",
-    "get_dispatches": "CLM-1",
-    "get_runs": "QRY-1",
-    "get_active_runs": "QRY-6",
-    "get_derived_runs": "QRY-6",
-    "get_runs_page": "QRY-2",
-    "get_statistics": "QRY-4",
-    "get_run_timeseries": "QRY-5",
-    "get_stalled_steps": "STP-8",
-    "get_runs_to_stop": "CTL-3",
-    "cleanup": "RET-1",
-}
-"""What a wrong answer of a method most likely breaks, unless an error says it better."""
+"""Long enough that cleanup deletes keys and controls without a run (RET-4)."""
 
 ERROR_CLAUSES = {
     "RunNotFoundError": "UNK",
@@ -86,43 +34,22 @@ ERROR_CLAUSES = {
     "ClaimLostError": "STP-3",
 }
 
-GLOBAL_READS = {
-    "get_runs": None,
-    "get_active_runs": None,
-    "get_runs_page": Capability.DASHBOARD,
-    "get_statistics": Capability.DASHBOARD,
-    "get_stalled_steps": Capability.RECOVERY,
-    "get_runs_to_stop": Capability.DEADLINES,
-}
-"""What looks at all runs, and what it needs."""
+
+def _required_parameters(method: str) -> list[str]:
+    parameters = inspect.signature(getattr(FlowStore, method)).parameters.values()
+    return [one.name for one in parameters if one.name != "self" and one.default is one.empty]
 
 
-STATE_READS = frozenset(
-    {
-        "get_run_detail",
-        "get_run_status",
-        "get_run_control",
-        "get_step_statuses",
-        "get_step_claims",
-        "get_dispatches",
-        "get_dispatched_step_keys",
-        "get_waiter",
-        "get_waiters",
-        "get_output",
-        "get_outputs",
-        "find_run_id_by_idempotency_key",
-    }
+GLOBAL_READS = tuple(
+    one
+    for one in OPERATIONS.values()
+    if one.spans_runs and not one.writes and not _required_parameters(one.name)
 )
-"""Reads that show what a write left, and so blame it."""
-
-
-def is_read(call: Call) -> bool:
-    """Whether a call only looks."""
-    return call.method.startswith(("get_", "find_"))
+"""The operations that read all runs."""
 
 
 def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
-    """The clause that a wrong answer most likely breaks."""
+    """The clause that a wrong outcome most likely breaks."""
     if is_foreign(actual):
         return "CON-2"
     if call.method == "record_step_start" and Raised("StepAlreadyCompletedError") in (expected, actual):
@@ -130,11 +57,11 @@ def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
     for outcome in (expected, actual):
         if isinstance(outcome, Raised) and outcome.error in ERROR_CLAUSES:
             return ERROR_CLAUSES[outcome.error]
-    return CLAUSES[call.method]
+    return OPERATIONS[call.method].clauses[0]
 
 
 def expected_outcome(model: Model, call: Call) -> Outcome:
-    """What the model answers; it then is as after the call."""
+    """Apply the call to the model and return its outcome."""
     try:
         return Returned(comparable(getattr(model, call.method)(**call.arguments)))
     except FlowStoreError as error:
@@ -143,95 +70,95 @@ def expected_outcome(model: Model, call: Call) -> Outcome:
 
 @dataclass
 class CallSequence:
-    """Calls that are made on a bench's store and on a model, and compared; Violation where they differ."""
+    """Calls on a context's store and on a model; ModelMismatch if their outcomes differ."""
 
     context: CheckContext
-    world: Universe
+    universe: Universe
     started_at: datetime
-    lines: list[ReproCall] = field(default_factory=list)
-    jumped: timedelta = timedelta(0)
+    entries: list[ReproCall] = field(default_factory=list)
+    advanced: timedelta = timedelta(0)
 
     @staticmethod
     def on(context: CheckContext, block: int) -> CallSequence:
-        """A program with ids of its own, which follow from the number of the block."""
+        """A sequence on the ids that belong to this block number."""
         assert context.clock is not None
         runs = [UUID(int=(block << 4) + number) for number in (1, 2, 3)]
-        world = Universe(
+        universe = Universe(
             model=Model(context.clock), runs=runs, flows=FLOWS, capabilities=context.capabilities
         )
-        return CallSequence(context=context, world=world, started_at=context.clock.now)
+        return CallSequence(context=context, universe=universe, started_at=context.clock.now)
 
-    async def make(self, call: Call) -> None:
-        """Make a call and compare the answers."""
-        [line] = await self._compare([call])
-        self.lines.append(line)
-        self.jumped = timedelta(0)
-        if line.actual != line.expected:
-            raise ModelMismatch(self.started_at, self.lines)
+    async def call(self, call: Call) -> None:
+        """Make a call on store and model and compare the outcomes."""
+        [entry] = await self._compare([call])
+        self.entries.append(entry)
+        self.advanced = timedelta(0)
+        if entry.actual != entry.expected:
+            raise ModelMismatch(self.started_at, self.entries)
 
-    def jump(self, span: timedelta) -> None:
+    def advance_clock(self, span: timedelta) -> None:
         assert self.context.clock is not None
         self.context.clock.advance(span)
-        self.jumped += span
+        self.advanced += span
 
-    async def look(self) -> None:
-        """Compare all that can be seen; a difference is held against the last call that wrote."""
-        for line in await self._compare(self._everything()):
-            if line.actual != line.expected:
-                raise ModelMismatch(self.started_at, [*self.lines, line])
+    async def compare_state(self) -> None:
+        """Compare all readable state; a difference is attributed to the last write."""
+        for entry in await self._compare(self._everything()):
+            if entry.actual != entry.expected:
+                raise ModelMismatch(self.started_at, [*self.entries, entry])
 
-    async def end(self) -> None:
-        """Delete everything, after which nothing must be left."""
-        await self.look()
-        for record in reversed(self.world.model.get_active_runs()):
-            await self.make(
+    async def finish(self) -> None:
+        """Complete all runs, delete everything, and check that the store is empty."""
+        await self.compare_state()
+        for record in reversed(self.universe.model.get_active_runs()):
+            await self.call(
                 Call(method="complete_run", arguments={"run_id": record.run_id, "status": "Cancelled"})
             )
-        self.jump(TWO_HOURS)
-        await self.make(Call(method="cleanup", arguments={"cutoff": self.world.model.now}))
-        await self.look()
+        self.advance_clock(TWO_HOURS)
+        await self.call(Call(method="cleanup", arguments={"cutoff": self.universe.model.now}))
+        await self.compare_state()
 
     def _everything(self) -> list[Call]:
         capabilities = self.context.capabilities
-        named = [line.call.arguments for line in self.lines if line.call.arguments.get("idempotency_key")]
-        # Those that must be gone again are asked for too.
+        named = [
+            entry.call.arguments for entry in self.entries if entry.call.arguments.get("idempotency_key")
+        ]
+        # Includes keys that must no longer exist.
         keys = dict.fromkeys((one["flow_id"], one["trigger_key"], one["idempotency_key"]) for one in named)
         asked: list[Call] = []
-        for run_id in self.world.runs:
-            asked += probe_calls(run_id, capabilities, step_keys=self.world.keys, keys=list(keys))
+        for run_id in self.universe.runs:
+            asked += probe_calls(run_id, capabilities, step_keys=self.universe.keys, keys=list(keys))
             keys = {}
-        return asked + [
-            Call(method=name) for name, need in GLOBAL_READS.items() if need in (None, *capabilities)
-        ]
+        return asked + [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
 
     async def _compare(self, calls: Sequence[Call]) -> list[ReproCall]:
-        lines = []
+        entries = []
         for call in calls:
             actual = await execute(self.context.store, call)
             if actual is UNKNOWN or is_unavailable(actual):
-                raise Inconclusive(f"{call.method} was unavailable, though nothing else was going on")
-            # A call that the contract forbids changes nothing (INP), so the model is not asked.
-            refused = is_rightly_refused(call, actual)
-            expected = actual if refused else expected_outcome(self.world.model, call)
-            lines.append(ReproCall(self.jumped, call, expected, actual))
-        self.context.assertions += len(lines)
-        return lines
+                raise Inconclusive(f"{call.method} was unavailable although no other call was running")
+            # A call that the contract forbids changes nothing (INP), so the model skips it.
+            refused = is_correctly_rejected(call, actual)
+            expected = actual if refused else expected_outcome(self.universe.model, call)
+            entries.append(ReproCall(self.advanced, call, expected, actual))
+        self.context.assertions += len(entries)
+        return entries
 
 
 class ModelMismatch(ContractViolation):
-    """A violation that a program showed, whose last line is the one that is wrong."""
+    """A violation shown by a sequence of calls, the last of which has the wrong outcome."""
 
-    def __init__(self, started_at: datetime, lines: Sequence[ReproCall]) -> None:
-        last, blamed = lines[-1], _responsible_call(lines)
+    def __init__(self, started_at: datetime, entries: Sequence[ReproCall]) -> None:
+        last, blamed = entries[-1], _responsible_call(entries)
         message = _message(last)
         if blamed is not last:
             message = f"after {blamed.call.method}, {message}"
         clause = guess_clause(blamed.call, blamed.expected, blamed.actual)
-        program = sequential_script(f"{clause}: {message}", started_at, lines)
+        program = sequential_script(f"{clause}: {message}", started_at, entries)
         super().__init__(message, clause=clause, program=program)
         self.started_at = started_at
-        self.lines = tuple(lines)
-        # Of the wrong answer alone: which write a wrong read is held against depends on the program.
+        self.entries = tuple(entries)
+        # From the wrong outcome alone: the write to which a wrong read is attributed depends on the sequence.
         self.signature = Signature(
             guess_clause(last.call, last.expected, last.actual),
             frozenset(wrong_answers(last.call, last.expected, last.actual)),
@@ -239,33 +166,36 @@ class ModelMismatch(ContractViolation):
         self.__cause__ = last.actual.exception if isinstance(last.actual, Raised) else None
 
 
-def _responsible_call(lines: Sequence[ReproCall]) -> ReproCall:
-    """The wrong call itself; where it only shows what is stored, the last one that stored something."""
-    last = lines[-1]
-    if last.call.method in STATE_READS and not is_foreign(last.actual):
-        for line in reversed(lines[:-1]):
-            if not is_read(line.call) and isinstance(line.expected, Returned):
-                return line
+def _responsible_call(entries: Sequence[ReproCall]) -> ReproCall:
+    """The call with the wrong outcome; for a read of state, the last successful write before it."""
+    last = entries[-1]
+    if last.call.operation.shows_state and not is_foreign(last.actual):
+        for entry in reversed(entries[:-1]):
+            if entry.call.operation.writes and isinstance(entry.expected, Returned):
+                return entry
     return last
 
 
-def _message(line: ReproCall) -> str:
-    if is_foreign(line.actual):
-        assert isinstance(line.actual, Raised)
-        return f"{line.call.method} let {line.actual.error} surface, which is no error of the contract"
-    if isinstance(line.actual, Returned) and isinstance(line.expected, Returned):
-        return f"{line.call.method}: {expected_and_got(line.expected.value, line.actual.value)}"
-    return f"{line.call.method} gave {answer(line.actual)}, where {answer(line.expected)} is right"
+def _message(entry: ReproCall) -> str:
+    if is_foreign(entry.actual):
+        assert isinstance(entry.actual, Raised)
+        return f"{entry.call.method} raised {entry.actual.error}, which is not an error of the contract"
+    if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
+        return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
+    return (
+        f"{entry.call.method} returned {describe_outcome(entry.actual)} "
+        f"instead of {describe_outcome(entry.expected)}"
+    )
 
 
 # Shrinking
 
 
 async def shrink(context: CheckContext, found: ModelMismatch, seconds: float) -> ModelMismatch:
-    """The same violation in as few and as plain calls as can be found in that time.
+    """Shrink a violation to fewer and simpler calls within a time limit.
 
-    The wrong answer of every smaller program is one of the program that was found (see Signature), and the
-    write that it is held against breaks the same clause.
+    Every candidate must show a wrong outcome of the original violation (see Signature), attributed to a write
+    that breaks the same clause.
     """
     async with AsyncExitStack() as stack:
         return await _Shrinker(context, found, stack, time.monotonic() + seconds).run()
@@ -279,60 +209,62 @@ class _Shrinker:
         self._best = found
         self._signature = found.signature
         self._clause: str | None = None
-        """The clause that is broken, once it is known which write leads to the wrong answer."""
+        """The broken clause, once the write that leads to the wrong outcome is known."""
         self._stack = stack
-        self._until = until
+        self._deadline = until
         self._shared: CheckContext | None = None
         self._replays = 0
 
     async def run(self) -> ModelMismatch:
         await self._find_clause()
-        await self._try(lambda lines: [line for line in lines[:-1] if not is_read(line.call)] + lines[-1:])
+        await self._try(
+            lambda entries: [entry for entry in entries[:-1] if entry.call.operation.writes] + entries[-1:]
+        )
         simpler = True
         while simpler:
             await self._shorten()
-            # A call without an argument may need fewer calls before it.
+            # With an argument removed, earlier calls may have become unnecessary.
             simpler = await self._simplify()
         return self._best
 
     async def _shorten(self) -> None:
-        """Leave out calls: long stretches first, then single ones."""
-        length = len(self._best.lines)
-        while length >= 1 and time.monotonic() < self._until:
+        """Remove calls: long ranges first, then single calls."""
+        length = len(self._best.entries)
+        while length >= 1 and time.monotonic() < self._deadline:
             shorter = await self._drop_chunks(length)
-            length = min(length // 2, len(self._best.lines)) if not (shorter and length == 1) else 1
+            length = min(length // 2, len(self._best.entries)) if not (shorter and length == 1) else 1
 
     async def _find_clause(self) -> None:
-        """Make a wrong read after each write: it is held against the first write after which it is wrong."""
-        *before, last = self._best.lines
-        if last.call.method in STATE_READS:
-            read = replace(last, jump=timedelta(0))
+        """Repeat the wrong read after every write, to find the first write after which it is wrong."""
+        *before, last = self._best.entries
+        if last.call.operation.shows_state:
+            read = replace(last, clock_advance=timedelta(0))
             watched: list[ReproCall] = []
-            for line in before:
-                watched += [line] if is_read(line.call) else [line, read]
-            await self._try(lambda lines: [*watched, last])
+            for entry in before:
+                watched += [entry, read] if entry.call.operation.writes else [entry]
+            await self._try(lambda entries: [*watched, last])
         self._clause = self._best.clause
 
     async def _drop_chunks(self, length: int) -> bool:
-        """Leave out each stretch of calls once, from the last."""
+        """Try to remove each range of this length once, the last range first."""
         shorter = False
-        end = len(self._best.lines) - 1
+        end = len(self._best.entries) - 1
         while end > 0:
             first = max(end - length, 0)
-            shorter |= await self._try(lambda lines: _without(lines, first, end))  # noqa: B023
-            # A shorter program may show the violation before its end.
-            end = min(first, len(self._best.lines) - 1)
+            shorter |= await self._try(lambda entries: _without(entries, first, end))  # noqa: B023
+            # A shorter sequence may show the violation before its end.
+            end = min(first, len(self._best.entries) - 1)
         return shorter
 
     async def _simplify(self) -> bool:
-        """Leave out arguments that have a default; whether any could be."""
+        """Remove optional arguments. Returns whether one was removed."""
         simpler, index = False, 0
-        while index < len(self._best.lines):
-            call = self._best.lines[index].call
+        while index < len(self._best.entries):
+            call = self._best.entries[index].call
             for name in optional_arguments(call):
                 candidate = without_argument(call, name)
                 if candidate is not None and await self._try(
-                    lambda lines: _with_call(lines, index, candidate)  # noqa: B023
+                    lambda entries: _with_call(entries, index, candidate)  # noqa: B023
                 ):
                     simpler = True
                     break
@@ -341,12 +273,12 @@ class _Shrinker:
         return simpler
 
     async def _try(self, change: Callable[[list[ReproCall]], list[ReproCall]]) -> bool:
-        if time.monotonic() > self._until:
+        if time.monotonic() > self._deadline:
             return False
-        lines = change(list(self._best.lines))
-        if lines == list(self._best.lines):
+        entries = change(list(self._best.entries))
+        if entries == list(self._best.entries):
             return False
-        found = await self._replay(lines)
+        found = await self._replay(entries)
         if found is None or not self._signature.covers(found.signature):
             return False
         if self._clause not in (None, found.clause):
@@ -354,46 +286,46 @@ class _Shrinker:
         self._best = found
         return True
 
-    async def _replay(self, lines: Sequence[ReproCall]) -> ModelMismatch | None:
-        """Run the calls where nothing is in their way; what they show, if anything."""
-        if any(line.call.method in GLOBAL_OPERATIONS for line in lines):
+    async def _replay(self, entries: Sequence[ReproCall]) -> ModelMismatch | None:
+        """Run the calls on unused ids and return the mismatch, if any."""
+        if any(entry.call.operation.spans_runs for entry in entries):
             async with self._context.new_namespace() as alone:
-                return await self._run(alone, lines)
+                return await self._run(alone, entries)
         if self._shared is None:
             self._shared = await self._stack.enter_async_context(self._context.new_namespace())
         self._replays += 1
-        return await self._run(self._shared, _renamed(lines, self._replays))
+        return await self._run(self._shared, _renamed(entries, self._replays))
 
-    async def _run(self, context: CheckContext, lines: Sequence[ReproCall]) -> ModelMismatch | None:
-        program = CallSequence.on(context, 1)
+    async def _run(self, context: CheckContext, entries: Sequence[ReproCall]) -> ModelMismatch | None:
+        sequence = CallSequence.on(context, 1)
         assert context.clock is not None
-        context.clock.now = program.started_at = self._best.started_at
+        context.clock.now = sequence.started_at = self._best.started_at
         try:
-            for line in lines:
-                program.jump(line.jump)
-                await program.make(line.call)
+            for entry in entries:
+                sequence.advance_clock(entry.clock_advance)
+                await sequence.call(entry.call)
         except ModelMismatch as found:
             return found
         return None
 
 
 def optional_arguments(call: Call) -> list[str]:
-    """The arguments that were given and could have been left out."""
+    """The given arguments that have a default."""
     parameters = inspect.signature(getattr(Model, call.method)).parameters
     return [name for name in call.arguments if parameters[name].default is not inspect.Parameter.empty]
 
 
-def _without(lines: list[ReproCall], first: int, last: int) -> list[ReproCall]:
-    """The lines without a stretch, whose jumps of the clock the next line makes."""
-    gone = sum((line.jump for line in lines[first:last]), timedelta(0))
-    rest = lines[last:]
-    return [*lines[:first], replace(rest[0], jump=rest[0].jump + gone), *rest[1:]]
+def _without(entries: list[ReproCall], first: int, last: int) -> list[ReproCall]:
+    """The entries without a range; its clock advances move to the next entry."""
+    gone = sum((entry.clock_advance for entry in entries[first:last]), timedelta(0))
+    rest = entries[last:]
+    return [*entries[:first], replace(rest[0], clock_advance=rest[0].clock_advance + gone), *rest[1:]]
 
 
 def without_argument(call: Call, name: str) -> Call | None:
-    """The call without an optional argument, and without another one that is not allowed without it.
+    """The call without an optional argument and, if necessary, without a second one that depends on it.
 
-    None where the contract allows neither, or the argument was not given.
+    None if the contract allows neither, or if the argument was not given.
     """
     if name not in call.arguments:
         return None
@@ -401,28 +333,28 @@ def without_argument(call: Call, name: str) -> Call | None:
     for gone in ({name}, *({name, other} for other in others)):
         arguments = {key: value for key, value in call.arguments.items() if key not in gone}
         simpler = replace(call, arguments=arguments)
-        if is_legal(simpler):
+        if is_valid(simpler):
             return simpler
     return None
 
 
-def _with_call(lines: list[ReproCall], index: int, call: Call) -> list[ReproCall]:
-    return [*lines[:index], replace(lines[index], call=call), *lines[index + 1 :]]
+def _with_call(entries: list[ReproCall], index: int, call: Call) -> list[ReproCall]:
+    return [*entries[:index], replace(entries[index], call=call), *entries[index + 1 :]]
 
 
-def _renamed(lines: Sequence[ReproCall], block: int) -> list[ReproCall]:
-    """The lines on ids of their own."""
+def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
+    """The entries on the ids of another block."""
 
     def rename(value: Any) -> Any:
-        # Those of runs and flows are small; the block is far above them, and the order stays.
+        # Ids of runs and flows are small, so adding a high block number keeps their order.
         return UUID(int=(block << 64) | (value.int & (1 << 64) - 1)) if isinstance(value, UUID) else value
 
     return [
         replace(
-            line,
+            entry,
             call=replace(
-                line.call, arguments={name: rename(value) for name, value in line.call.arguments.items()}
+                entry.call, arguments={name: rename(value) for name, value in entry.call.arguments.items()}
             ),
         )
-        for line in lines
+        for entry in entries
     ]

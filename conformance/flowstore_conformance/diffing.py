@@ -1,4 +1,4 @@
-"""Where two answers differ, in words: field by field, so that a long record does not hide it."""
+"""Describe the differences between two results in words, field by field."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from flowstore_conformance.history import literal
 
-LONGEST = 240
-"""Characters of one value; what is cut out says how much."""
+MAX_CHARACTERS = 240
+"""Maximum length of one value; longer values are abbreviated."""
 
-MOST = 6
-"""Differences that are listed."""
+MAX_DIFFERENCES = 6
+"""Maximum number of listed differences."""
 
 _LONG_UUID = re.compile(r"UUID\('([0-9a-f]{8})-[0-9a-f-]{27}'\)")
 _MOMENT = re.compile(r"datetime\.fromisoformat\('([^']*)'\)")
 
 
 def shorten(text: str) -> str:
-    """Source of values with ids and datetimes shortened."""
+    """Abbreviate ids and datetimes in source code."""
     return _MOMENT.sub(r"\1", _LONG_UUID.sub(r"\1…", text))
 
 
 def plain(value: Any) -> str:
-    """A comparable answer (see history.comparable) with its records as they were, without what is None."""
+    """Format a comparable value (see history.comparable), with records without their None fields."""
     return shorten(_plain(value))
 
 
@@ -56,36 +56,38 @@ def _is_fields(value: Any) -> bool:
 
 
 def _is_mapping(value: Any) -> bool:
-    """Whether it may have been one: pairs that begin with different texts."""
+    """Whether the value may be a mapping: pairs with distinct strings as keys."""
     return (
         _is_fields(value)
         and len({each[0] for each in value}) == len(value)
-        # A record is such a pair too, and there may be but one.
+        # A single record has the same form.
         and not any(_is_name(each[0]) and _is_fields(each[1]) for each in value)
     )
 
 
 def brief(text: str) -> str:
-    """A text of which the middle is left out where it is long."""
-    if len(text) <= LONGEST:
+    """Abbreviate a long text by removing its middle."""
+    if len(text) <= MAX_CHARACTERS:
         return text
-    half = LONGEST // 2
+    half = MAX_CHARACTERS // 2
     return f"{text[:half]}[... {len(text) - 2 * half} characters ...]{text[-half:]}"
 
 
 def expected_and_got(wanted: Any, got: Any) -> str:
-    """Two comparable answers that differ: both whole where they are short, else field by field."""
+    """Describe two differing values: both in full if they are short, otherwise field by field."""
     want, have = plain(wanted), plain(got)
-    if max(len(want), len(have)) <= LONGEST and want != have:
+    if max(len(want), len(have)) <= MAX_CHARACTERS and want != have:
         return f"expected {want}, got {have}"
     found = list(differences(wanted, got))
-    told = [_in_words("".join(path).lstrip("."), one, other) for path, one, other in found[:MOST]]
-    more = f"; and {len(found) - MOST} more differences" if len(found) > MOST else ""
-    return "; ".join(told) + more
+    described = [
+        _in_words("".join(path).lstrip("."), one, other) for path, one, other in found[:MAX_DIFFERENCES]
+    ]
+    more = f"; and {len(found) - MAX_DIFFERENCES} more differences" if len(found) > MAX_DIFFERENCES else ""
+    return "; ".join(described) + more
 
 
 class Absent(Enum):
-    """Stands for a value where one of two answers has none."""
+    """Marks a value that only the other result has."""
 
     ABSENT = "absent"
 
@@ -96,7 +98,7 @@ ABSENT = Absent.ABSENT
 def differences(
     wanted: Any, got: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Every place where two comparable answers differ: its path, the expected value and the actual one.
+    """Every difference between two comparable values: its path, the expected value and the actual value.
 
     The path has a part for each field, such as ``.status``, and for each item, such as ``[0]``.
     """
@@ -123,10 +125,10 @@ def _pairs(
 def _in_words(path: str, wanted: Any, got: Any) -> str:
     if isinstance(wanted, tuple) and isinstance(got, tuple):
         want, have = _lengths(wanted, got)
-    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > LONGEST:
+    elif isinstance(wanted, str) and isinstance(got, str) and max(len(wanted), len(got)) > MAX_CHARACTERS:
         want, have = _texts(wanted, got)
     else:
-        # Values that look alike, such as 1 and True, are told apart by their type.
+        # Values with the same text, such as 1 and True, are shown with their types.
         alike = plain(wanted) == plain(got)
         want, have = _of(wanted, alike), _of(got, alike)
     return f"{path}: expected {want}, got {have}" if path else f"expected {want}, got {have}"
@@ -139,7 +141,7 @@ def _of(value: Any, alike: bool) -> str:
 
 
 def _lengths(wanted: tuple[Any, ...], got: tuple[Any, ...]) -> tuple[str, str]:
-    """Of sequences that are not equally long: how many there are, and the first that differ."""
+    """Describe two sequences of different lengths: the lengths and the first differing items."""
     lacking = [one for one in wanted if one not in got]
     surplus = [one for one in got if one not in wanted]
     want, have = f"{len(wanted)} items", f"{len(got)}"
@@ -153,7 +155,7 @@ def _lengths(wanted: tuple[Any, ...], got: tuple[Any, ...]) -> tuple[str, str]:
 
 
 def _texts(wanted: str, got: str) -> tuple[str, str]:
-    """Of long texts: their lengths, and what stands where they begin to differ."""
+    """Describe two long texts: their lengths and the text at their first difference."""
     shared = next(
         (number for number, (one, other) in enumerate(zip(wanted, got, strict=False)) if one != other),
         min(len(wanted), len(got)),

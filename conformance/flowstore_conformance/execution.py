@@ -1,4 +1,4 @@
-"""Making calls on a store, and telling what it answered."""
+"""Make calls on a store and record their outcomes."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ CONTRACT_ERRORS = frozenset(
 
 
 def begin(store: FlowStore, call: Call) -> Awaitable[object]:
-    """The call as a coroutine that has not begun."""
+    """Create the coroutine of a call without starting it."""
     made: Awaitable[object] = getattr(store, call.method)(**call.arguments)
     return made
 
 
 async def finish(begun: Awaitable[object], *, exact_times: bool = True) -> Outcome:
-    """Await a call that begin made; whatever comes is an outcome, foreign exceptions included."""
+    """Await a call created by begin(). Any exception is an outcome, foreign ones included."""
     try:
         return Returned(comparable(await begun, exact_times=exact_times))
     except OutcomeUnknownError:
         return UNKNOWN
     except FlowStoreError as error:
         return Raised(type(error).__name__)
-    except Exception as error:  # noqa: BLE001 - told as the outcome, which is then found foreign
+    except Exception as error:  # noqa: BLE001 - becomes a foreign outcome
         return Raised(type(error).__name__, error)
 
 
 async def execute(store: FlowStore, call: Call, *, exact_times: bool = True) -> Outcome:
-    """Make a call and tell its outcome, as finish does."""
+    """Make a call and return its outcome; see finish()."""
     return await finish(begin(store, call), exact_times=exact_times)
 
 
 def is_foreign(outcome: Outcome) -> bool:
-    """Whether an exception surfaced that is none of the contract's (CON-2)."""
+    """Whether the outcome is an exception outside the contract (CON-2)."""
     return isinstance(outcome, Raised) and outcome.error not in CONTRACT_ERRORS
 
 
 def is_unavailable(outcome: Outcome) -> bool:
-    """Whether the store said that it did not do the call, because it is too busy or gone (CON-2)."""
+    """Whether the store refused the call as unavailable, without an effect (CON-2)."""
     return isinstance(outcome, Raised) and outcome.error == "StoreUnavailableError"
 
 
 class YieldDetector:
-    """Notices whether a call let other tasks run between its beginning and its end."""
+    """Detects whether other tasks ran during a call."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._let = False
-        # Runs at the next turn of the event loop: before the call's end only if the call lets it.
-        self._handle = self._loop.call_soon(self._turn)
+        self._yielded = False
+        # Runs in the next iteration of the event loop, so before the call ends only if the call suspends.
+        self._handle = self._loop.call_soon(self._on_next_iteration)
 
-    def _turn(self) -> None:
-        self._let = True
+    def _on_next_iteration(self) -> None:
+        self._yielded = True
 
-    def end(self) -> bool:
+    def stop(self) -> bool:
         self._handle.cancel()
-        return self._let
+        return self._yielded

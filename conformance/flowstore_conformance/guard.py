@@ -1,4 +1,4 @@
-"""The guard of the user's data: checks work in scratch namespaces alone, and only in empty ones."""
+"""The guard of the user's data: checks run only in scratch namespaces, and only in empty ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import CodeType
 from typing import Any
 from uuid import uuid4
 
-from flowstore_conformance.signatures import SignatureFinding, compare
+from flowstore_conformance.method_signatures import SignatureFinding, compare
 from flowstore_core import (
     Backend,
     Capability,
@@ -27,40 +27,42 @@ from flowstore_core.plugins import load_error
 from flowstore_core.urls import redact
 from flowstore_core.validated_store import ValidatedStore
 
-
-class Refused(ConfigurationError):  # noqa: N818 - says what the suite did
-    """The suite will not work in a namespace, because it may be somebody's."""
+CANNOT_INSPECT = "refused: cannot determine whether the scratch namespace is empty"
 
 
-class NoNamespace(Exception):  # noqa: N818 - says that nothing can be said, not that the store is wrong
+class Refused(ConfigurationError):  # noqa: N818 - a refusal by the suite
+    """The suite refuses to use a namespace, because it may hold someone's data."""
+
+
+class NoNamespace(Exception):  # noqa: N818 - makes a check inconclusive, not failed
     """The backend's ``scratch`` failed while checks were running."""
 
 
 class GuardedBackend:
-    """A backend whose ``scratch`` never hands out the user's own URL, nor one namespace to two at once."""
+    """A backend whose ``scratch`` may not yield the user's own URL or a namespace that is in use."""
 
     def __init__(self, backend: Backend, url: str, capabilities: frozenset[Capability] | None = None) -> None:
         self.name = backend.name
         self.schemes = backend.schemes
         self.capabilities = backend.capabilities if capabilities is None else capabilities
-        """Of an opened store, once one was."""
+        """The capabilities of the opened store, once it was opened; before, those of the backend."""
         self.options = backend.options
         self.contract_version = backend.contract_version
         self._backend = backend
         self._url = url
         self.findings: tuple[SignatureFinding, ...] = ()
         """Methods that core cannot call."""
-        self.looked_into = False
-        """Whether a namespace was found to be empty, or no check can run anyway."""
+        self.inspected = False
+        """Whether the inspection is complete: a namespace is empty, or no check can run."""
         self._in_use: set[str] = set()
 
     @property
     def in_use(self) -> tuple[str, ...]:
-        """The namespaces that were made and not dropped yet, without secrets."""
+        """The namespaces in use, without secrets."""
         return tuple(sorted(map(redact, self._in_use)))
 
     def __getattr__(self, name: str) -> Any:
-        # The optional members of a backend, such as schema_version.
+        # Optional members of a backend, such as schema_version.
         return getattr(self._backend, name)
 
     def open(self, config: StoreConfig) -> Any:
@@ -72,14 +74,14 @@ class GuardedBackend:
             try:
                 fresh = await stack.enter_async_context(self._backend.scratch(url))
             except Exception as error:
-                raise NoNamespace(f"no scratch namespace: {_tell(error)}") from error
+                raise NoNamespace(f"no scratch namespace: {_describe_error(error)}") from error
             if fresh == self._url:
                 raise Refused(
-                    f"refused: scratch() of backend {self.name!r} gave the URL it was asked for, "
-                    f"{redact(fresh)}, instead of a fresh namespace beside it"
+                    f"refused: scratch() of backend {self.name!r} returned the URL that it was given, "
+                    f"{redact(fresh)}, instead of a new namespace beside it"
                 )
             if fresh in self._in_use:
-                raise Refused(f"refused: scratch() of backend {self.name!r} gave one namespace twice")
+                raise Refused(f"refused: scratch() of backend {self.name!r} returned one namespace twice")
             self._in_use.add(fresh)
             try:
                 yield fresh
@@ -88,23 +90,23 @@ class GuardedBackend:
 
 
 SCRATCH: CodeType = inspect.unwrap(GuardedBackend.scratch).__code__
-"""By which a stack shows that a namespace is being made or dropped."""
+"""Identifies frames that create or drop a namespace."""
 
 
 async def guard(backend: Backend, url: str) -> GuardedBackend:
-    """Make a namespace once, see that it is empty, drop it, and return the backend with its guard.
+    """Create a namespace, check that it is empty, drop it, and return the guarded backend.
 
-    First the methods of the backend's store are compared with the Protocol. A declared capability without
-    its methods keeps core from opening the store; then the namespace is not looked into, and no check runs.
+    First compares the methods of the backend's store with the Protocol. If a declared capability lacks its
+    methods, core cannot open the store; the namespace is then not inspected, and no check runs.
 
-    Raises Refused, a ConfigurationError, when it is not a fresh and empty one, or when that cannot be
-    seen; StoreUnavailableError and ConfigurationError as the backend raises them.
+    Raises Refused, a ConfigurationError, if the namespace is not new and empty or cannot be inspected;
+    StoreUnavailableError and ConfigurationError as raised by the backend.
     """
     require_posix("the conformance suite")
     guarded = backend if isinstance(backend, GuardedBackend) else GuardedBackend(backend, url)
     try:
         async with guarded.scratch(url) as fresh:
-            await _look_into(guarded, fresh)
+            await _inspect(guarded, fresh)
     except NoNamespace as error:
         cause = error.__cause__
         if isinstance(cause, (ConfigurationError, StoreUnavailableError)):
@@ -113,21 +115,19 @@ async def guard(backend: Backend, url: str) -> GuardedBackend:
     except (ConfigurationError, SchemaVersionError, StoreUnavailableError):
         raise
     except Exception as error:
-        raise Refused(
-            f"refused: whether the scratch namespace is empty cannot be seen, because {_tell(error)}"
-        ) from error
+        raise Refused(f"{CANNOT_INSPECT}: {_describe_error(error)}") from error
     return guarded
 
 
-async def _look_into(guarded: GuardedBackend, url: str) -> None:
-    """Open the backend's own store, below core's, and see what it lacks and what it holds."""
+async def _inspect(guarded: GuardedBackend, url: str) -> None:
+    """Open the backend's own store, without core's checks, and inspect its methods and its contents."""
     plugin, _, config = resolve_store(url)
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(guarded.open(config))
         except ModuleNotFoundError as error:
             raise load_error(plugin.name, plugin.module, plugin.distribution, error) from error
-        # What a store can do may depend on the URL; from now on that counts.
+        # The capabilities of a store may depend on the URL, so they replace those of the backend.
         guarded.capabilities = frozenset(getattr(store, "capabilities", guarded.capabilities))
         guarded.findings = compare(store, guarded.capabilities)
         if not any(one.missing and one.capability for one in guarded.findings):
@@ -137,23 +137,23 @@ async def _look_into(guarded: GuardedBackend, url: str) -> None:
                     f"refused: the namespace that scratch() of backend {guarded.name!r} made, "
                     f"{redact(url)}, is not empty: {found}. Nothing was changed"
                 )
-        guarded.looked_into = True
+        guarded.inspected = True
 
 
-LOOK_INTO: CodeType = _look_into.__code__
-"""By which a stack shows that the store is being opened or closed."""
+INSPECT: CodeType = _inspect.__code__
+"""Identifies frames that open or close the store."""
 
 
 async def _holds(store: FlowStore, findings: Sequence[SignatureFinding] = ()) -> str | None:
-    """What a namespace holds, in words; None when it is empty.
+    """Describe the contents of a namespace; None if it is empty.
 
-    Operations that the backend does not offer yet, or not with the right signature, are passed over; one
-    that lists runs must answer.
+    Skips operations that the backend lacks or declares with a wrong signature; at least one that lists runs
+    must work.
     """
     unknown, seen = uuid4(), 0
     wrong = {one.method: one for one in findings}
     wrong |= {"get_statistics": wrong["get_runs_page"]} if "get_runs_page" in wrong else {}
-    asks: tuple[tuple[bool, str, Callable[[], Awaitable[object]]], ...] = (
+    reads: tuple[tuple[bool, str, Callable[[], Awaitable[object]]], ...] = (
         (True, "get_runs", lambda: store.get_runs(take=1)),
         (True, "get_active_runs", lambda: store.get_active_runs(take=1)),
         (True, "get_statistics", lambda: _count_runs(store)),
@@ -168,20 +168,20 @@ async def _holds(store: FlowStore, findings: Sequence[SignatureFinding] = ()) ->
             lambda: store.find_run_id_by_idempotency_key(unknown, "any", str(unknown)),
         ),
     )
-    for lists_runs, name, ask in asks:
+    for lists_runs, name, read in reads:
         if name in wrong:
             continue
         try:
-            answer = await ask()
+            answer = await read()
         except NotSupportedError:
             continue
         if answer:
-            return f"{name} finds something{'' if lists_runs else ' for an id that was made up just now'}"
+            return f"{name} returns data{'' if lists_runs else ' for a new random id'}"
         seen += lists_runs
-    if not seen and (found := [wrong[name].title for _, name, _ in asks[:3] if name in wrong]):
-        raise Refused(f"refused: whether the namespace is empty cannot be seen, because {'; '.join(found)}")
+    if not seen and (found := [wrong[name].title for _, name, _ in reads[:3] if name in wrong]):
+        raise Refused(f"{CANNOT_INSPECT}: {'; '.join(found)}")
     if not seen:
-        raise Refused("refused: the backend has no operation yet that shows whether a namespace is empty")
+        raise Refused("refused: the backend has no operation that shows whether a namespace is empty")
     return None
 
 
@@ -192,7 +192,7 @@ async def _count_runs(store: FlowStore) -> int:
     return statistics.total_flows + statistics.active_runs + (await store.get_runs_page(take=1)).total_count
 
 
-def _tell(error: BaseException) -> str:
-    """An error in words; of one that is not the contract's only the name, since its text may hold secrets."""
+def _describe_error(error: BaseException) -> str:
+    """Describe an error; a foreign one only by its class, because its text may hold secrets."""
     name = type(error).__name__
-    return f"{name}: {error}" if isinstance(error, FlowStoreError) else f"{name} surfaced"
+    return f"{name}: {error}" if isinstance(error, FlowStoreError) else f"the backend raised {name}"

@@ -1,4 +1,4 @@
-"""What clients asked and what they were told: calls, outcomes, operations and histories."""
+"""Calls, outcomes, operations and histories."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import FlowRunDetail, FlowStoreError
+from flowstore_core import FlowRunDetail, FlowStoreError, RunPage, operations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One operation with all its arguments by keyword, before it is made."""
+    """A method name and its keyword arguments."""
 
     method: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def source(self, names: Mapping[UUID, str] | None = None) -> str:
-        """The call as a line of Python, for a program that a person can run.
+    @property
+    def operation(self) -> operations.Operation:
+        """The row of the operation table."""
+        return operations.OPERATIONS[self.method]
 
-        ``names`` are expressions that stand for ids.
-        """
+    def source(self, names: Mapping[UUID, str] | None = None) -> str:
+        """The call as a Python expression. ``names`` maps ids to expressions."""
         given = ", ".join(f"{name}={literal(value, names)}" for name, value in self.arguments.items())
         return f"store.{self.method}({given})"
 
 
 class Unknown(Enum):
-    """The outcome of a call nobody heard the answer of: killed, cancelled, or OutcomeUnknownError."""
+    """The outcome of a call without an answer: killed, cancelled, or OutcomeUnknownError."""
 
     UNKNOWN = "unknown"
 
@@ -52,7 +54,7 @@ class Raised:
 
     error: str
     exception: Exception | None = field(default=None, compare=False, repr=False)
-    """What came, where it is none of the contract's errors."""
+    """The exception, if it is not an error of the contract."""
 
 
 Outcome = Returned | Raised | Unknown
@@ -60,21 +62,21 @@ Outcome = Returned | Raised | Unknown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """A call as it happened. Times are seconds of one monotonic clock of the harness."""
+    """A call with its outcome. Times are seconds of the harness's monotonic clock."""
 
     client: int
     call: Call
     invoked: float
     returned: float
-    """Infinite for an outcome that is unknown: it may still happen."""
+    """Infinite for an unknown outcome, whose effect may still occur."""
     outcome: Outcome
     now: datetime
-    """The virtual clock's time, which stands still while calls are under way."""
+    """The time of the virtual clock, which stands still during calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """All operations of a race, by the time they were invoked."""
+    """All operations of a race, ordered by invocation."""
 
     operations: tuple[Operation, ...]
 
@@ -83,7 +85,7 @@ class History:
         return History(tuple(sorted(operations, key=lambda one: one.invoked)))
 
     def overlaps(self) -> int:
-        """How many pairs of operations of different clients were under way at the same time."""
+        """The number of overlapping pairs of operations of different clients."""
         pairs = 0
         for index, one in enumerate(self.operations):
             for other in self.operations[index + 1 :]:
@@ -94,15 +96,15 @@ class History:
 
 
 def comparable(value: Any, *, exact_times: bool = True) -> Any:
-    """An answer as a hashable value that two stores, or a store and the model, can be compared by.
+    """Convert a result to a hashable value for comparisons of two stores, or of a store and the model.
 
-    Mappings become tuples of pairs in key order, sequences tuples, enums their text. With
-    ``times=False``, for a store on its own clock, a datetime only says that it is there.
+    Mappings become tuples of pairs in key order, sequences become tuples, enums become strings. With
+    ``exact_times=False``, for a store without a virtual clock, all datetimes are equal.
     """
     if isinstance(value, datetime):
         return value if exact_times else "<time>"
     if isinstance(value, FlowRunDetail) and not exact_times:
-        # Ordered by the time they started at, which is not known then.
+        # Ordered by their start times, which are not exact.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = tuple(
@@ -110,6 +112,11 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
             for each in dataclasses.fields(value)
         )
         return (type(value).__name__, fields)
+    if isinstance(value, RunPage):
+        return (
+            "RunPage",
+            tuple((n, comparable(v, exact_times=exact_times)) for n, v in value._asdict().items()),
+        )
     if isinstance(value, Mapping):
         return tuple(sorted((key, comparable(each, exact_times=exact_times)) for key, each in value.items()))
     if isinstance(value, (frozenset, set)):
@@ -119,7 +126,7 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float):
-        # Percentiles are computed in floats by stores and exactly by the model.
+        # Stores compute percentiles in floats, the model computes them exactly.
         return round(value, 3)
     return value
 
@@ -129,7 +136,7 @@ def error_name(error: FlowStoreError) -> str:
 
 
 def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
-    """A value as Python source that needs only the names a generated program imports."""
+    """A value as Python source that uses only names imported by generated programs."""
     names = names or {}
     if isinstance(value, UUID):
         if value in names:
@@ -152,6 +159,6 @@ def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
 
 
 def _timedelta(value: timedelta) -> str:
-    # Never as a float of seconds: a microsecond would be lost in a long one.
+    # A float of seconds would lose microseconds of long durations.
     parts = {"days": value.days, "seconds": value.seconds, "microseconds": value.microseconds}
     return ", ".join(f"{name}={number}" for name, number in parts.items() if number) or "0"

@@ -1,11 +1,11 @@
-"""Is there an order of a history's operations in which every answer is right?
+"""A linearizability checker: search for an order of a history's operations that explains every outcome.
 
-The search of Wing and Gong, with Lowe's memo of states that were seen: operations are placed one after the
-other, each no later than any that was invoked after it had returned, and the model says whether the answer
-fits. An operation whose outcome is unknown may be placed anywhere after its invocation, or nowhere.
+The algorithm of Wing and Gong with Lowe's memoization of visited states: operations are placed one by one,
+each before every operation that was invoked after it returned, and the model decides whether the outcome
+fits. An operation with an unknown outcome may be placed anywhere after its invocation, or left out.
 
-A history is cut into parts that share no run and no idempotency key, because linearizability is local:
-the whole is linearizable if each part is.
+Linearizability is local, so a history is split into parts that share no run and no idempotency key and each
+part is searched alone.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ class Answer(StrEnum):
     LINEARIZABLE = "linearizable"
     VIOLATION = "violation"
     UNDECIDED = "undecided"
-    """The budget ran out; never to be taken for a pass."""
+    """The budget ran out. Never counts as a pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The answer for a history, and for a violation what a person needs to see it."""
+    """The result for a history and, for a violation, the evidence."""
 
     answer: Answer
     states: int
-    """How many placements were tried."""
+    """Number of placements tried."""
     prefix: tuple[Operation, ...] = ()
-    """The longest legal order that was found; the whole order when it is linearizable."""
+    """The longest legal order found; the complete order if the history is linearizable."""
     unplaced: tuple[Operation, ...] = ()
-    """The operations that could come next after the prefix, none of which fits."""
+    """The operations that may follow the prefix by time; none of their outcomes fits."""
     expected: tuple[Outcome, ...] = ()
-    """For each of these, what the model would have answered there."""
+    """For each unplaced operation, the outcome that the model gives after the prefix."""
 
 
 def check_history(
@@ -61,7 +61,7 @@ def check_history(
     exact_times: bool = True,
     budget: int = DEFAULT_BUDGET,
 ) -> Verdict:
-    """Search an order for each independent part of a history, from the state that ``start`` gives."""
+    """Check each independent part of a history, starting from the state ``start``."""
     states = 0
     order: list[Operation] = []
     for part in independent_parts(history.operations):
@@ -74,7 +74,7 @@ def check_history(
 
 
 def independent_parts(operations: Sequence[Operation]) -> list[tuple[Operation, ...]]:
-    """The operations grouped so that no two groups touch the same run or idempotency key."""
+    """Group operations so that no two groups touch the same run or idempotency key."""
     parts: list[tuple[set[object], list[Operation]]] = []
     for operation in operations:
         touched = set(_objects(operation))
@@ -88,18 +88,18 @@ def independent_parts(operations: Sequence[Operation]) -> list[tuple[Operation, 
 
 
 def _objects(operation: Operation) -> Iterable[object]:
-    """What an operation acts on; nothing means everything."""
+    """The objects that an operation acts on; empty means all objects."""
     arguments = operation.call.arguments
     if "run_id" in arguments:
         yield arguments["run_id"]
     if arguments.get("idempotency_key") is not None and operation.call.method != "configure_run":
         yield arguments["flow_id"], arguments["trigger_key"], arguments["idempotency_key"]
-        # A key may lead to any run that was ever registered under it.
+        # A key may refer to any run that was ever registered under it.
         return
 
 
 class _Search:
-    """One search over one part; operations are numbered, and sets of them are bit masks."""
+    """The search over one part. Operations are numbered; sets of operations are bit masks."""
 
     def __init__(
         self, operations: Sequence[Operation], start: State, *, exact_times: bool, budget: int
@@ -111,17 +111,17 @@ class _Search:
         self._tried = 0
         self._seen: set[tuple[int, object]] = set()
         self._required = sum(1 << i for i, one in enumerate(operations) if one.outcome is not UNKNOWN)
-        # An operation may come next only when all that returned before it was invoked are placed.
+        # An operation may be placed only after all operations that returned before its invocation.
         self._before = [
             sum(1 << j for j, other in enumerate(operations) if other.returned < one.invoked)
             for one in operations
         ]
-        # Those that returned first are tried first: they have the fewest places to be.
+        # Operations that returned early are tried first: they have the fewest possible positions.
         self._order = sorted(range(len(operations)), key=lambda index: operations[index].returned)
         self._best: tuple[tuple[int, ...], State] = ((), start)
 
     def run(self) -> Verdict:
-        # A stack of our own: histories may be longer than Python's recursion limit.
+        # An explicit stack, because histories may exceed Python's recursion limit.
         stack: list[tuple[int, State, tuple[int, ...]]] = [(0, self._start, ())]
         while stack:
             placed, state, order = stack.pop()
@@ -136,12 +136,12 @@ class _Search:
     def _follow(
         self, placed: int, state: State, order: tuple[int, ...]
     ) -> list[tuple[int, State, tuple[int, ...]]] | Verdict | None:
-        """What can come next, as far as it was not seen yet; None when the budget ran out."""
-        again = True
-        while again:
+        """The unvisited successors of a node, or the verdict if it is final; None if the budget ran out."""
+        placed_inert = True
+        while placed_inert:
             if placed & self._required == self._required:
                 return self._verdict(Answer.LINEARIZABLE, order)
-            again = False
+            placed_inert = False
             changing: list[tuple[int, State]] = []
             for index in self._order:
                 if placed & 1 << index or self._before[index] & ~placed & self._required:
@@ -154,9 +154,9 @@ class _Search:
                 if wanted is not UNKNOWN and wanted != outcome:
                     continue
                 if _is_inert(self._operations[index]):
-                    # It fits, and wherever it is placed it changes nothing. So whatever order there is with
-                    # it at a later place, there is the same with it here, and no other choice matters.
-                    placed, order, again = placed | 1 << index, (*order, index), True
+                    # It fits and changes nothing, so any order that places it later also works with it at
+                    # this position. No alternative needs to be tried.
+                    placed, order, placed_inert = placed | 1 << index, (*order, index), True
                 else:
                     changing.append((index, after))
         if len(order) > len(self._best[0]):
@@ -196,21 +196,17 @@ class _Search:
 
 
 def _is_inert(operation: Operation) -> bool:
-    """Whether its answer says that it changed nothing: a read, an error, or a False."""
+    """Whether the outcome shows that nothing changed: a read, an error, or False."""
     outcome = operation.outcome
     if outcome is UNKNOWN:
         return False
-    return isinstance(outcome, Raised) or outcome == Returned(False) or _is_read(operation)
-
-
-def _is_read(operation: Operation) -> bool:
-    return operation.call.method.startswith(("get_", "find_"))
+    return isinstance(outcome, Raised) or outcome == Returned(False) or not operation.call.operation.writes
 
 
 def apply_call(state: State, operation: Operation, *, exact_times: bool = True) -> tuple[Outcome, State]:
-    """What the model answers to a call in a state, and the state after it; the state given is kept."""
+    """The model's outcome of a call in a state, and the state after it. Does not change the given state."""
     call = operation.call
-    after = state if _is_read(operation) else _copy_for(state, operation)
+    after = _copy_for(state, operation) if call.operation.writes else state
     clock: Callable[[], datetime] = lambda: operation.now  # noqa: E731 - a name for the type
     method = getattr(Model(clock, after), call.method)
     try:
@@ -221,7 +217,7 @@ def apply_call(state: State, operation: Operation, *, exact_times: bool = True) 
 
 
 def _copy_for(state: State, operation: Operation) -> State:
-    """A state of which the call may change what it names; the rest is shared with the state given."""
+    """A copy of the state in which the call may change the runs that it names; other runs are shared."""
     arguments = operation.call.arguments
     after = State(dict(state.runs), dict(state.keys))
     named = {arguments.get("run_id")}

@@ -1,7 +1,7 @@
-"""Exceptions that reach nobody but the event loop.
+"""Capture exceptions of event loop callbacks.
 
-A callback of a backend that raises has no caller to tell: the loop logs it and goes on, and whatever the
-callback was to do is not done. A suite that looks at answers alone would not notice.
+If a callback of a backend raises, the loop logs the exception and continues, and no caller notices. A suite
+that checks only results of calls would miss it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 @contextmanager
 def capture_callback_errors() -> Iterator[list[BaseException]]:
-    """Gather what callbacks of the running loop let out; the rest is left to whoever handled it before."""
+    """Collect exceptions of callbacks of the running loop; other errors go to the previous handler."""
     loop = asyncio.get_running_loop()
     before = loop.get_exception_handler()
     found: list[BaseException] = []
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        # A handle is there for callbacks alone. A task whose exception nobody fetched is reported when it
-        # is collected, which may be checks later.
+        # Only callbacks have a handle. A task whose exception was never retrieved is reported when it is
+        # garbage collected, possibly during a later check.
         if isinstance(error, BaseException) and "handle" in context:
             found.append(error)
         elif before is not None:

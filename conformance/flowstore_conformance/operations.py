@@ -1,9 +1,8 @@
-"""Calls drawn from small domains, so that they meet; and what a store answers to them.
+"""Strategies that draw the arguments of every operation from small domains.
 
-Every operation of the contract is here. Arguments are drawn with an eye on a model's state, so that most
-calls reach something: attempts that are open are completed, claims that are held are released, moments lie
-on the edges of leases, deadlines, days and hours. Whoever draws brings a Chooser: Hypothesis, or a seeded
-generator of random numbers.
+The draws depend on the model's state, so that most calls have an effect: they complete open attempts, release
+held claims, and use timestamps at the edges of leases, deadlines, days and hours. The source of choices is
+Hypothesis or a seeded random generator.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from flowstore_conformance.strategies import (
     Universe,
 )
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 Arguments = dict[str, Any]
 
@@ -41,7 +41,7 @@ def _start_run(d: CallStrategy) -> Arguments:
         "trigger_key": d.one_of("t", "T"),
         "trigger_data": d.text(),
         "job_id": d.one_of(None, "J1"),
-        "source_run_id": d.sampled_from((None, *d.world.runs)),
+        "source_run_id": d.sampled_from((None, *d.universe.runs)),
     }
 
 
@@ -54,9 +54,9 @@ def _complete_run(d: CallStrategy) -> Arguments:
     run_id = d.run(lambda run: run.record is not None and not run.record.status.is_terminal)
     drawn: Arguments = {"run_id": run_id, "status": d.sampled_from(ENDINGS)}
     if d.one_of(True, False):
-        expected = {key: status.value for key, status in d.world.model.get_step_statuses(run_id).items()}
-        forgets = d.one_of(False, False, True)
-        if expected and forgets:
+        expected = {key: status.value for key, status in d.universe.model.get_step_statuses(run_id).items()}
+        omits_a_step = d.one_of(False, False, True)
+        if expected and omits_a_step:
             del expected[d.sampled_from(sorted(expected))]
         drawn["expected"] = expected
     return drawn
@@ -65,14 +65,14 @@ def _complete_run(d: CallStrategy) -> Arguments:
 def _record_step_start(d: CallStrategy) -> Arguments:
     finished = ("Succeeded", "Skipped")
     run_id, key, step = d.step(lambda step: step.status not in finished, running=True)
-    held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
+    is_held = step.claim is not None and step.claim.owner is not None and step.held(d.now)
     return {
         "run_id": run_id,
         "step_key": key,
         "step_type": d.one_of("http", "other"),
         "input_json": d.text(),
         "job_id": d.one_of(None, "J2"),
-        "owner": d.owner(step) if held or d.one_of(False, False, True) else None,
+        "owner": d.owner(step) if is_held or d.one_of(False, False, True) else None,
     }
 
 
@@ -80,10 +80,10 @@ def _record_step_complete(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.is_open)
     if not step.is_open and step.attempts and d.one_of(True, False):
         last = step.attempts[-1]
-        said = {"output_json": last.output_json, "error_message": last.error_message}
-        # What was said before, word by word: it must be a no-op where the attempt is still the last.
+        outcome = {"output_json": last.output_json, "error_message": last.error_message}
+        # The recorded outcome again, unchanged: a no-op if the attempt is still the last.
         status = last.status.value if last.status.value in OUTCOMES else "Succeeded"
-        return {"run_id": run_id, "step_key": key, "status": status, **said, "attempt": last.attempt}
+        return {"run_id": run_id, "step_key": key, "status": status, **outcome, "attempt": last.attempt}
     return {
         "run_id": run_id,
         "step_key": key,
@@ -107,10 +107,10 @@ def _record_skipped_step(d: CallStrategy) -> Arguments:
 
 def _retry_step(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.status is not None)
-    steps = d.world.model.peek(run_id).steps
-    reset = [each for each in d.world.keys if steps.get(each, Step()).status == "Skipped"]
+    steps = d.universe.model.get(run_id).steps
+    reset = [each for each in d.universe.keys if steps.get(each, Step()).status == "Skipped"]
     if d.one_of(False, False, True):
-        reset = [each for each in d.world.keys if d.one_of(True, False)]
+        reset = [each for each in d.universe.keys if d.one_of(True, False)]
     return {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
 
 
@@ -198,7 +198,7 @@ def _waiting(d: CallStrategy) -> Arguments:
 
 def _get_runs_page(d: CallStrategy) -> Arguments:
     return {
-        "flow_id": d.sampled_from((None, *d.world.flows)),
+        "flow_id": d.sampled_from((None, *d.universe.flows)),
         "status": d.one_of(None, "Running", "Failed", "Succeeded"),
         "after": d.position(),
         "skip": d.one_of(0, 1, 2),
@@ -210,7 +210,7 @@ def _get_runs_page(d: CallStrategy) -> Arguments:
 def _get_run_timeseries(d: CallStrategy) -> Arguments:
     since = d.timestamp() - d.one_of(timedelta(0), timedelta(hours=5), timedelta(days=2))
     length = d.one_of(timedelta(0), TICK, timedelta(hours=1), timedelta(hours=7), timedelta(days=3))
-    of = {"granularity": d.one_of("hour", "day"), "flow_id": d.sampled_from((None, *d.world.flows))}
+    of = {"granularity": d.one_of("hour", "day"), "flow_id": d.sampled_from((None, *d.universe.flows))}
     return {**of, "since": since, "until": since + length}
 
 
@@ -219,7 +219,7 @@ def _as_of(d: CallStrategy) -> Arguments:
 
 
 def _cleanup(d: CallStrategy) -> Arguments:
-    records = [d.world.model.peek(run_id).record for run_id in d.world.runs]
+    records = [d.universe.model.get(run_id).record for run_id in d.universe.runs]
     ends = [
         record.completed_at for record in records if record is not None and record.completed_at is not None
     ]
@@ -234,11 +234,10 @@ def _of_run(d: CallStrategy) -> Arguments:
 
 @dataclass(frozen=True, slots=True)
 class OperationStrategy:
-    """How often a method is called, what it needs, and how its arguments are drawn."""
+    """How often an operation is called, relative to the others, and how its arguments are drawn."""
 
     weight: int
     draw: Callable[[CallStrategy], Arguments]
-    needs: Capability | None = None
 
 
 STRATEGIES: Mapping[str, OperationStrategy] = {
@@ -250,50 +249,44 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "retry_step": OperationStrategy(3, _retry_step),
     "record_skipped_step": OperationStrategy(3, _record_skipped_step),
     "complete_run": OperationStrategy(2, _complete_run),
-    "reschedule_step": OperationStrategy(3, _reschedule_step, Capability.RECOVERY),
+    "reschedule_step": OperationStrategy(3, _reschedule_step),
     "release_step_claim": OperationStrategy(2, _release_step_claim),
-    "renew_step_claim": OperationStrategy(2, _renew_step_claim, Capability.LEASES),
+    "renew_step_claim": OperationStrategy(2, _renew_step_claim),
     "annotate_dispatch": OperationStrategy(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),
     "release_dispatch": OperationStrategy(1, _dispatched),
-    "trigger_run": OperationStrategy(2, _trigger_run, Capability.TRIGGER),
+    "trigger_run": OperationStrategy(2, _trigger_run),
     "configure_run": OperationStrategy(1, _configure_run),
     "request_cancel": OperationStrategy(1, lambda d: {**_of_run(d), "reason": d.text()}),
     "mark_timed_out": OperationStrategy(
         1, lambda d: {**_of_run(d), "reason": d.text(), "as_of": d.maybe_timestamp()}
     ),
-    "extend_deadline": OperationStrategy(
-        1, lambda d: {**_of_run(d), "timeout_at": d.timestamp()}, Capability.DEADLINES
-    ),
+    "extend_deadline": OperationStrategy(1, lambda d: {**_of_run(d), "timeout_at": d.timestamp()}),
     "try_register_idempotency_key": OperationStrategy(1, lambda d: {**_scope(d), "run_id": d.run()}),
     "find_run_id_by_idempotency_key": OperationStrategy(1, _scope),
     "register_waiter": OperationStrategy(3, _register_waiter),
     "deliver_signal": OperationStrategy(3, _deliver_signal),
     "get_waiter": OperationStrategy(1, _waiting),
     "remove_waiter": OperationStrategy(1, _waiting),
-    "expire_waiter": OperationStrategy(1, _waiting, Capability.WAITERS),
-    "get_waiters": OperationStrategy(1, _of_run, Capability.WAITERS),
+    "expire_waiter": OperationStrategy(1, _waiting),
+    "get_waiters": OperationStrategy(1, _of_run),
     "append_event": OperationStrategy(
         1,
         lambda d: {
             **_of_run(d),
             "event_type": d.one_of("e", "E"),
-            "step_key": d.sampled_from((None, *d.world.keys)),
+            "step_key": d.sampled_from((None, *d.universe.keys)),
             "message": d.text(),
         },
-        Capability.EVENTS,
     ),
     "get_run_events": OperationStrategy(
-        1, lambda d: {**_of_run(d), "after": d.one_of(0, 1, 2), "take": d.one_of(200, 1)}, Capability.EVENTS
+        1, lambda d: {**_of_run(d), "after": d.one_of(0, 1, 2), "take": d.one_of(200, 1)}
     ),
     "save_output": OperationStrategy(
         1,
-        lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys), "value_json": d.one_of("1", "")},
-        Capability.OUTPUTS,
+        lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys), "value_json": d.one_of("1", "")},
     ),
-    "get_output": OperationStrategy(
-        1, lambda d: {**_of_run(d), "key": d.sampled_from(d.world.keys)}, Capability.OUTPUTS
-    ),
-    "get_outputs": OperationStrategy(1, _of_run, Capability.OUTPUTS),
+    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys)}),
+    "get_outputs": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
     "get_run_control": OperationStrategy(1, _of_run),
@@ -305,7 +298,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_runs": OperationStrategy(
         1,
         lambda d: {
-            "flow_id": d.sampled_from((None, *d.world.flows)),
+            "flow_id": d.sampled_from((None, *d.universe.flows)),
             "after": d.position(),
             "skip": d.one_of(0, 1, 2),
             "take": d.one_of(50, 2, 0),
@@ -313,40 +306,35 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     ),
     "get_active_runs": OperationStrategy(1, lambda d: {"take": d.one_of(None, 1, 0)}),
     "get_derived_runs": OperationStrategy(
-        1, lambda d: {"source_run_id": d.sampled_from(d.world.runs), "take": d.one_of(None, 1)}
+        1, lambda d: {"source_run_id": d.sampled_from(d.universe.runs), "take": d.one_of(None, 1)}
     ),
-    "get_runs_page": OperationStrategy(2, _get_runs_page, Capability.DASHBOARD),
-    "get_statistics": OperationStrategy(1, lambda d: {"as_of": d.maybe_timestamp()}, Capability.DASHBOARD),
-    "get_run_timeseries": OperationStrategy(1, _get_run_timeseries, Capability.DASHBOARD),
-    "get_stalled_steps": OperationStrategy(2, _as_of, Capability.RECOVERY),
-    "get_runs_to_stop": OperationStrategy(1, _as_of, Capability.DEADLINES),
+    "get_runs_page": OperationStrategy(2, _get_runs_page),
+    "get_statistics": OperationStrategy(1, lambda d: {"as_of": d.maybe_timestamp()}),
+    "get_run_timeseries": OperationStrategy(1, _get_run_timeseries),
+    "get_stalled_steps": OperationStrategy(2, _as_of),
+    "get_runs_to_stop": OperationStrategy(1, _as_of),
     "cleanup": OperationStrategy(2, _cleanup),
 }
-"""Every operation of FlowStore but ping and aclose."""
-
-GLOBAL_OPERATIONS = frozenset(
-    name for name in STRATEGIES if name.startswith(("get_runs", "get_active", "get_derived", "get_stat"))
-) | {"get_run_timeseries", "get_stalled_steps", "cleanup"}
-"""Those that look at many runs, or act on many, at once."""
+"""The strategies of all operations except ping and aclose, by name."""
 
 
 def available_strategies(capabilities: Collection[Capability]) -> dict[str, OperationStrategy]:
-    """The methods that a store with these capabilities has."""
-    return {name: one for name, one in STRATEGIES.items() if one.needs is None or one.needs in capabilities}
+    """The strategies of the operations that a store with these capabilities has."""
+    return {name: one for name, one in STRATEGIES.items() if OPERATIONS[name].is_offered(capabilities)}
 
 
-def draw_call(chooser: ChoiceSource, world: Universe, method: str) -> Call:
-    """One call of a method; the state is only looked at."""
-    return Call(method=method, arguments=STRATEGIES[method].draw(CallStrategy(chooser, world)))
+def draw_call(chooser: ChoiceSource, universe: Universe, method: str) -> Call:
+    """Draw one call of a method. Does not change the model's state."""
+    return Call(method=method, arguments=STRATEGIES[method].draw(CallStrategy(chooser, universe)))
 
 
-def draw_clock_advance(chooser: ChoiceSource, world: Universe) -> timedelta:
-    """How far to move the clock: a little, or to an edge, exactly or just before or after it."""
-    draw = CallStrategy(chooser, world)
-    now = world.model.now
+def draw_clock_advance(chooser: ChoiceSource, universe: Universe) -> timedelta:
+    """Draw a clock advance: a short one, or one to an edge of the state or one tick after it."""
+    draw = CallStrategy(chooser, universe)
+    now = universe.model.now
     hour = now.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
     midnight = hour.replace(hour=0) + timedelta(days=1)
-    edges = [edge for edge in (*world.moments(), hour, midnight) if edge > now]
+    edges = [edge for edge in (*universe.edges(), hour, midnight) if edge > now]
     if draw.one_of(False, False, True):
         return draw.sampled_from([edge - now for edge in edges]) + draw.one_of(timedelta(0), TICK)
     return draw.one_of(TICK, TICK, timedelta(seconds=1), timedelta(seconds=1), *SPANS[1:])

@@ -1,7 +1,7 @@
-"""The options of the suite under pytest, and what they ask for.
+"""The pytest plugin of the suite: its options and the session that they configure.
 
-A conftest inside an installed package is read too late to add options to ``pytest --pyargs``. So this is a
-plugin, which only ``-p flowstore_conformance.pytest_plugin`` loads, never pytest by itself.
+pytest reads a conftest inside an installed package too late to add options to ``pytest --pyargs``, so the
+options come from this plugin. It is loaded only by ``-p flowstore_conformance.pytest_plugin``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ import pytest
 from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
-from flowstore_conformance.report import CheckResult, Report
-from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.report import Report
+from flowstore_conformance.results import CheckResult
 from flowstore_conformance.suite import (
-    OneRun,
-    look,
+    SuiteRun,
+    inspect_backend,
     new_seed,
     read_limits,
     read_profile,
     select_checks,
-    slowness,
+    slowdown_factor,
     versions,
 )
-from flowstore_conformance.supervision import Supervisor
-from flowstore_conformance.watching import Limits, Watchdog
+from flowstore_conformance.supervisor import Supervisor
+from flowstore_conformance.watchdog import Limits, Watchdog
 from flowstore_core import Backend, Capability, FlowStoreError
 from flowstore_core.config import URL_VARIABLE
 from flowstore_core.plugins import find_backend
@@ -43,42 +44,44 @@ from flowstore_core.urls import parse_url, redact
 PACKAGE = "flowstore_conformance"
 
 NO_URL = (
-    f"the conformance suite needs to know which store to check: pytest -p {PACKAGE}.options "
+    f"the conformance suite needs to know which store to check: pytest -p {PACKAGE}.pytest_plugin "
     f"--pyargs {PACKAGE} --flowstore-url=URL, or set {URL_VARIABLE}; "
-    "it works only in scratch namespaces beside that store"
+    "the suite works only in scratch namespaces beside that store"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """What a session of pytest checks, and how."""
+class ConformanceSession:
+    """The configuration and state of a pytest session."""
 
-    # pytest shows the arguments of tests that fail.
+    # Without repr, because pytest shows the arguments of failed tests.
     url: str = field(repr=False)
     backend: GuardedBackend
     profile: Profile
     seed: int
     checks: Sequence[Check]
+    by_name: bool
+    """Whether --flowstore-check selected the checks."""
     versions: dict[str, str]
     limits: Limits
-    known: set[str] = field(default_factory=set)
-    """Operations that were found to hang."""
-    lost: list[Supervisor] = field(default_factory=list)
-    """Those that had to leave a loop behind."""
+    known_hangs: set[str] = field(default_factory=set)
+    """Operations that are known to hang."""
+    abandoned: list[Supervisor] = field(default_factory=list)
+    """Supervisors that abandoned an event loop."""
 
-    def examine(self, check: Check) -> tuple[CheckResult, Report]:
-        """Run one check; its result, and a report that holds it alone.
+    def run(self, check: Check) -> tuple[CheckResult, Report]:
+        """Run one check; return its result and a report of that result.
 
-        It runs in a thread of its own, as in the command, so that a backend that blocks is told apart.
+        Runs in a separate thread, as the command does, to detect a backend that blocks the event loop.
         """
         started_at = datetime.now(UTC)
         watchdog = Watchdog(self.limits)
-        watchdog.known = self.known
+        watchdog.known_hangs = self.known_hangs
         supervisor = Supervisor(watchdog)
-        one = OneRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
-        result = asyncio.run(self._examine(one, check))
+        one = SuiteRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
+        result = asyncio.run(self._run(one, check))
         if result.failure is not None and result.failure.hung:
-            self.lost.append(supervisor)
+            self.abandoned.append(supervisor)
         report = Report(
             backend=self.backend.name,
             url=redact(self.url),
@@ -90,11 +93,12 @@ class Session:
             results=(result,),
             versions=self.versions,
             selected=check.clauses,
+            selected_checks=(check.name,) if self.by_name else (),
             left_behind=one.left_behind,
         )
         return result, report
 
-    async def _examine(self, one: OneRun, check: Check) -> CheckResult:
+    async def _run(self, one: SuiteRun, check: Check) -> CheckResult:
         try:
             result = await one.check(check)
             return result if result.failure is None else await one.rerun_failed(result)
@@ -102,7 +106,7 @@ class Session:
             await one.aclose()
 
 
-_session = pytest.StashKey[Session]()
+_session = pytest.StashKey[ConformanceSession]()
 _seed = pytest.StashKey[int]()
 _exit_status = pytest.StashKey[int]()
 
@@ -123,6 +127,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--flowstore-clause", metavar="ID", action="append", default=[], help="check this clause only"
     )
+    group.addoption(
+        "--flowstore-check",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="run this check, or this example of a check, only",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -132,7 +143,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    # All workers of pytest-xdist share one seed, and need not look again where the controller has.
+    # All workers of pytest-xdist share one seed and the controller's inspection of the backend.
     node.workerinput["flowstore_seed"] = _chosen_seed(node.config)
     session = node.config.stash.get(_session, None)
     node.workerinput["flowstore_guarded"] = session and {
@@ -149,18 +160,18 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # A thread of the backend that still hangs would keep the interpreter waiting for ever.
+    # A hanging thread of the backend would prevent the interpreter from exiting.
     own = config.stash.get(_session, None)
-    if own is not None and own.lost and threading.active_count() > 1:
+    if own is not None and own.abandoned and threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash.get(_exit_status, 1))
 
 
-def session_of(config: pytest.Config) -> Session:
-    """What the options ask for; the first call sees to it that a scratch namespace is empty.
+def session_of(config: pytest.Config) -> ConformanceSession:
+    """The session of the options; the first call checks that a scratch namespace is empty.
 
-    Raises pytest.UsageError where the suite cannot run.
+    Raises pytest.UsageError if the suite cannot run.
     """
     if _session not in config.stash:
         try:
@@ -170,7 +181,7 @@ def session_of(config: pytest.Config) -> Session:
     return config.stash[_session]
 
 
-def _open_session(config: pytest.Config) -> Session:
+def _open_session(config: pytest.Config) -> ConformanceSession:
     url = config.getoption("flowstore_url", None) or os.environ.get(URL_VARIABLE, "").strip()
     if not url:
         raise pytest.UsageError(NO_URL)
@@ -178,32 +189,34 @@ def _open_session(config: pytest.Config) -> Session:
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
-    checks = select_checks(config.getoption("flowstore_clause", ()))
+    names = config.getoption("flowstore_check", ())
+    checks = select_checks(config.getoption("flowstore_clause", ()), names=names)
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
-    looked = getattr(config, "workerinput", {}).get("flowstore_guarded")
-    if looked is None:
+    shared = getattr(config, "workerinput", {}).get("flowstore_guarded")
+    if shared is None:
         supervisor, begun = Supervisor(Watchdog(limits)), time.monotonic()
-        guarded = asyncio.run(_look(supervisor, backend, url))
+        guarded = asyncio.run(_inspect(supervisor, backend, url))
         if timeout is None:
-            limits = limits.scaled(slowness(time.monotonic() - begun))
+            limits = limits.scaled(slowdown_factor(time.monotonic() - begun))
     else:
-        guarded = GuardedBackend(backend, url, frozenset(map(Capability, looked["capabilities"])))
-        guarded.findings = tuple(SignatureFinding(**one) for one in looked["findings"])
-        limits = Limits(**looked["limits"])
-    return Session(
+        guarded = GuardedBackend(backend, url, frozenset(map(Capability, shared["capabilities"])))
+        guarded.findings = tuple(SignatureFinding(**one) for one in shared["findings"])
+        limits = Limits(**shared["limits"])
+    return ConformanceSession(
         url=url,
         backend=guarded,
         profile=profile,
         seed=_chosen_seed(config),
         checks=checks,
+        by_name=bool(names),
         versions=versions(plugin.distribution),
         limits=limits,
     )
 
 
-async def _look(supervisor: Supervisor, backend: Backend, url: str) -> GuardedBackend:
+async def _inspect(supervisor: Supervisor, backend: Backend, url: str) -> GuardedBackend:
     try:
-        return await look(supervisor, backend, url)
+        return await inspect_backend(supervisor, backend, url)
     finally:
         await supervisor.aclose()
 

@@ -1,4 +1,4 @@
-"""Hunting for races that no order of their calls explains, and making one that was found small."""
+"""The search for races that no order of their calls explains, and the shrinking of such races."""
 
 from __future__ import annotations
 
@@ -9,45 +9,44 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 
+from flowstore_conformance.call_validity import is_correctly_rejected
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, History, Operation, Raised
-from flowstore_conformance.legality import is_rightly_refused
 from flowstore_conformance.linearizability import DEFAULT_BUDGET, Answer, Verdict, check_history
-from flowstore_conformance.operations import STRATEGIES
 from flowstore_conformance.race_families import RaceBuilder, RaceFamily
 from flowstore_conformance.races import AFTER, BEFORE, Race, RaceRun, Runner, Topology
 from flowstore_conformance.repro_script import ReproPhase, answer_text, concurrent_script
-from flowstore_conformance.signature import Signature, wrong_answers
-from flowstore_conformance.state_probe import answer
+from flowstore_conformance.state_probe import describe_outcome
+from flowstore_conformance.violation_signature import Signature, wrong_answers
 
 SHRINK_SECONDS = 6.0
-TRIES = 24
-"""How often a smaller race is run before it is taken to be too small."""
+MAX_REPRODUCTION_RUNS = 24
+"""How often a smaller race runs before it counts as too small to show the violation."""
 MIN_OVERLAP = 0.2
-"""The share of the planned races in which calls must overlap for a check to have looked closely."""
-OVERLAP_SECONDS = 15.0
-"""How long a hunt goes on, where they have not yet."""
-MOST_UNAVAILABLE = 0.05
-"""The share of calls that a store may refuse as unavailable before nothing can be said of it."""
+"""The share of planned races in which calls must overlap for a check to be conclusive."""
+MAX_OVERLAP_SECONDS = 15.0
+"""Seconds after which a search with too few overlaps gives up."""
+MAX_UNAVAILABLE_SHARE = 0.05
+"""The share of unavailable calls above which a search is inconclusive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How much work one hunt is."""
+    """The work of one search."""
 
     rounds: int
     races: int
-    """In a volley."""
+    """Races per round."""
     seconds: float
-    """After so long no new volley begins, if enough races overlapped."""
+    """Seconds after which no new round begins if enough races overlapped."""
 
 
 @dataclass(slots=True)
 class _Tally:
     races: int = 0
     overlapped: int = 0
-    """Races that were decided and in which calls overlapped."""
+    """Decided races in which calls overlapped."""
     undecided: int = 0
     calls: int = 0
     unavailable: int = 0
@@ -58,26 +57,25 @@ class _Tally:
         self.calls += len(run.history.operations) + run.unavailable
         self.unavailable += run.unavailable
 
-    def leave_out(self, run: RaceRun) -> None:
-        """A race that could not be decided says nothing."""
+    def exclude(self, run: RaceRun) -> None:
+        """Exclude a race that could not be decided."""
         self.undecided += 1
         self.overlapped -= run.overlapping > 0
 
 
-async def search(context: CheckContext, family: RaceFamily, runner: Runner, effort: Budget) -> None:
-    """Run drawn races of a theme; Violation with the smallest race that shows one.
+async def search(context: CheckContext, family: RaceFamily, runner: Runner, budget: Budget) -> None:
+    """Run drawn races of a family. Raises ContractViolation with the smallest race that shows one.
 
-    Raises Inconclusive when too few of them overlapped or could be decided, or when the store refused
-    too much.
+    Raises Inconclusive if calls overlapped in too few races, or if too many calls were unavailable.
     """
-    tally, begun, volley = _Tally(), time.monotonic(), 0
-    # Where a race is a whole volley, there are more of them.
-    limit = effort.rounds * (2 if family.exclusive else 1)
-    count = 1 if family.exclusive else effort.races
+    tally, begun, rounds_run = _Tally(), time.monotonic(), 0
+    # A round of an exclusive family is a single race, so there are more rounds.
+    limit = budget.rounds * (2 if family.exclusive else 1)
+    count = 1 if family.exclusive else budget.races
 
     def enough() -> bool:
         overlapped = tally.overlapped >= MIN_OVERLAP * min(tally.races, limit * count)
-        return overlapped and tally.unavailable <= MOST_UNAVAILABLE * tally.calls
+        return overlapped and tally.unavailable <= MAX_UNAVAILABLE_SHARE * tally.calls
 
     while True:
         for run in await runner.run(_draw(context, family, count)):
@@ -86,20 +84,20 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, effo
             try:
                 verdict = judge(context, run)
             except Inconclusive:
-                tally.leave_out(run)
+                tally.exclude(run)
                 continue
             if verdict is not None:
                 raise await _explain(context, family, runner, run, verdict)
-        volley += 1
+        rounds_run += 1
         seconds = time.monotonic() - begun
         if enough():
-            if volley >= limit or (seconds > effort.seconds and volley >= 3):
+            if rounds_run >= limit or (seconds > budget.seconds and rounds_run >= 3):
                 return
-        elif volley >= limit and seconds > OVERLAP_SECONDS * context.timeout_factor:
+        elif rounds_run >= limit and seconds > MAX_OVERLAP_SECONDS * context.timeout_factor:
             break
-    if tally.unavailable > MOST_UNAVAILABLE * tally.calls:
+    if tally.unavailable > MAX_UNAVAILABLE_SHARE * tally.calls:
         raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
-    undecided = f"; {tally.undecided} were too large to be decided" if tally.undecided else ""
+    undecided = f"; {tally.undecided} were too large to decide" if tally.undecided else ""
     raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
 
 
@@ -113,17 +111,16 @@ def _draw(context: CheckContext, family: RaceFamily, count: int) -> list[Race]:
             now=now,
             virtual=context.clock is not None,
         )
-        race = _offered(family.draw(drawing), context).scheduled(context.random)
+        race = _without_unsupported_calls(family.draw(drawing), context).scheduled(context.random)
         races.append(race.on_fresh_ids(context.random))
     return races
 
 
-def _offered(race: Race, context: CheckContext) -> Race:
+def _without_unsupported_calls(race: Race, context: CheckContext) -> Race:
     """The race without calls that the backend does not offer."""
 
     def keep(calls: tuple[Call, ...]) -> tuple[Call, ...]:
-        needs = ((call, STRATEGIES[call.method].needs) for call in calls)
-        return tuple(call for call, need in needs if need is None or need in context.capabilities)
+        return tuple(call for call in calls if call.operation.is_offered(context.capabilities))
 
     return replace(
         race,
@@ -134,12 +131,12 @@ def _offered(race: Race, context: CheckContext) -> Race:
 
 
 def judge(context: CheckContext, run: RaceRun, budget: int = DEFAULT_BUDGET) -> Verdict | None:
-    """The verdict on a race that breaks the contract; None for one that does not.
+    """Return the verdict on a race that breaks the contract; None if the race conforms.
 
-    A call with arguments that the contract forbids, refused as it must be, is left out: it changed nothing
-    (INP). Raises Inconclusive when the search ran out of its budget, ten times over.
+    Correctly rejected calls with invalid arguments are excluded, because they changed nothing (INP). Raises
+    Inconclusive if ten times the budget is not enough.
     """
-    operations = [one for one in run.history.operations if not is_rightly_refused(one.call, one.outcome)]
+    operations = [one for one in run.history.operations if not is_correctly_rejected(one.call, one.outcome)]
     history = History.of(operations)
     foreign = [one for one in operations if is_foreign(one.outcome)]
     if foreign:
@@ -152,7 +149,7 @@ def judge(context: CheckContext, run: RaceRun, budget: int = DEFAULT_BUDGET) -> 
     return verdict if verdict.answer is Answer.VIOLATION else None
 
 
-# Telling
+# Reports
 
 
 async def _explain(
@@ -163,7 +160,7 @@ async def _explain(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class _Reproduced:
     run: RaceRun
     verdict: Verdict
     reproductions: int
@@ -171,18 +168,18 @@ class _Found:
 
 
 def _violation(
-    context: CheckContext, family: RaceFamily, topology: Topology, found: _Found
+    context: CheckContext, family: RaceFamily, topology: Topology, found: _Reproduced
 ) -> ContractViolation:
     run, verdict = found.run, found.verdict
     clause, cause = broken_clause(family, verdict), None
     message = family.explain(run.history) or _no_order(verdict)
-    surfaced = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
-    if surfaced and isinstance(surfaced[0], Raised):
-        cause = surfaced[0].exception
-        method = next(one.call.method for one in verdict.unplaced if one.outcome == surfaced[0])
-        message = f"in a race {method} let {surfaced[0].error} surface, which is no error of the contract"
+    foreign = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
+    if foreign and isinstance(foreign[0], Raised):
+        cause = foreign[0].exception
+        method = next(one.call.method for one in verdict.unplaced if one.outcome == foreign[0])
+        message = f"in a race, {method} raised {foreign[0].error}, which is not an error of the contract"
     message = (
-        f"{message} (struck in {found.reproductions} of {found.repetitions} runs of this race, {topology})"
+        f"{message} (seen in {found.reproductions} of {found.repetitions} runs of this race, {topology})"
     )
     violation = ContractViolation(
         message,
@@ -196,14 +193,14 @@ def _violation(
 
 
 def broken_clause(family: RaceFamily, verdict: Verdict) -> str:
-    """The clause that the wrong answers of a race of this theme break."""
+    """The clause that the wrong outcomes of a race of this family break."""
     if any(is_foreign(one.outcome) for one in verdict.unplaced):
         return "CON-2"
     return family.clause_of(verdict) or family.clauses[0]
 
 
 def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
-    """The clause and the answers that no order explains."""
+    """The broken clause and the outcomes that no order explains."""
     wrong = {
         answer
         for one, right in zip_longest(verdict.unplaced, verdict.expected)
@@ -213,9 +210,10 @@ def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
 
 
 def _no_order(verdict: Verdict) -> str:
-    """In words: where the search got stuck."""
+    """Describe where the search for an order ended."""
     parts = [
-        f"{one.call.method} of {_client(one)} gave {answer(one.outcome)}, where only {answer(right)} is right"
+        f"{one.call.method} of {_client(one)} returned {describe_outcome(one.outcome)} "
+        f"instead of {describe_outcome(right)}"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
     done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])
@@ -224,7 +222,7 @@ def _no_order(verdict: Verdict) -> str:
 
 
 def _client(one: Operation) -> str:
-    return {BEFORE: "the setup", AFTER: "the look at the end"}.get(one.client, f"client {one.client}")
+    return {BEFORE: "the setup", AFTER: "the final reads"}.get(one.client, f"client {one.client}")
 
 
 def _brief(text: str) -> str:
@@ -240,16 +238,17 @@ def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str
     start = run.history.operations[0].now if run.history.operations else datetime.now(UTC)
     phases = [
         ReproPhase(timedelta(0), [race.setup]),
-        ReproPhase(race.jump, race.clients),
+        ReproPhase(race.clock_advance, race.clients),
         ReproPhase(timedelta(0), [race.final]),
     ]
     title = (
-        f"{title}\n\nSeen, by the time each call began, and no order of these calls explains it:\n\n{answers}"
+        f"{title}\n\nObserved outcomes, in the order in which the calls began; no order of the calls "
+        f"explains them:\n\n{answers}"
     )
     if topology.processes:
         title += (
-            f"\n\nThat was {topology}. This program has as many stores in one process,\n"
-            "where it may strike less often or never; the report's command races processes again."
+            f"\n\nThe race ran {topology}. This program opens as many stores in one process,\n"
+            "where the violation may be rare or absent; the command in the report uses processes."
         )
     clock = context.clock is not None
     return concurrent_script(title, start, phases, race.ids, clock=clock, stores=topology.stores)
@@ -259,7 +258,7 @@ def _program(context: CheckContext, run: RaceRun, topology: Topology, title: str
 
 
 class _RaceShrinker:
-    """Runs smaller races many times, and keeps one that shows the same violation."""
+    """Runs smaller races repeatedly and keeps the smallest that shows the same violation."""
 
     def __init__(
         self, context: CheckContext, family: RaceFamily, runner: Runner, run: RaceRun, verdict: Verdict
@@ -267,19 +266,19 @@ class _RaceShrinker:
         self._context = context
         self._family = family
         self._runner = runner
-        self._best = _Found(run=run, verdict=verdict, reproductions=1, repetitions=1)
-        # Of the race that was found, for all smaller ones: steps from race to race could drift away.
+        self._best = _Reproduced(run=run, verdict=verdict, reproductions=1, repetitions=1)
+        # Compared with the original race: step by step, the search could drift to another violation.
         self._signature = signature_of(family, verdict)
-        self._told = family.explain(run.history) is not None
-        self._until = time.monotonic() + SHRINK_SECONDS
+        self._explained = family.explain(run.history) is not None
+        self._deadline = time.monotonic() + SHRINK_SECONDS
         self._generator = random.Random(f"{context.seed}/smaller")
 
-    async def run(self) -> _Found:
+    async def run(self) -> _Reproduced:
         smaller = True
         while smaller:
             smaller = False
             for race in smaller_races(self._best.run.race):
-                if time.monotonic() > self._until:
+                if time.monotonic() > self._deadline:
                     return self._best
                 found = await self._try(race)
                 if found is not None:
@@ -287,42 +286,42 @@ class _RaceShrinker:
                     break
         return self._best
 
-    async def _try(self, race: Race) -> _Found | None:
-        """Run a race many times over; the last run that shows the same violation."""
+    async def _try(self, race: Race) -> _Reproduced | None:
+        """Run a race repeatedly; return the last run that shows the same violation."""
         reproductions, repetitions, last = 0, 0, None
         size = 1 if self._family.exclusive else 8
-        while repetitions < TRIES and (last is None or repetitions < 8):
+        while repetitions < MAX_REPRODUCTION_RUNS and (last is None or repetitions < 8):
             races = [race.on_fresh_ids(self._generator) for _ in range(size)]
-            runs = await self._runner.run([self._later(each) for each in races])
+            runs = await self._runner.run([self._shifted_to_now(each) for each in races])
             for run in runs:
                 repetitions += 1
                 try:
                     verdict = judge(self._context, run, 20_000)
                 except Inconclusive:
                     continue
-                if verdict is not None and self._is_same(run, verdict):
+                if verdict is not None and self._shows_same_violation(run, verdict):
                     reproductions += 1
                     if last is None or self._family.explain(run.history):
-                        # One that can be told in plain words, if there is.
+                        # Prefers a run with an explanation in words.
                         last = (run, verdict)
         if last is None:
             return None
-        return _Found(run=last[0], verdict=last[1], reproductions=reproductions, repetitions=repetitions)
+        return _Reproduced(run=last[0], verdict=last[1], reproductions=reproductions, repetitions=repetitions)
 
-    def _is_same(self, run: RaceRun, verdict: Verdict) -> bool:
-        # What counting shows of the larger race, it must show of the smaller one.
-        told = not self._told or self._family.explain(run.history) is not None
-        return told and self._signature.covers(signature_of(self._family, verdict))
+    def _shows_same_violation(self, run: RaceRun, verdict: Verdict) -> bool:
+        # If the original race has an explanation in words, the smaller one must have one too.
+        explained = not self._explained or self._family.explain(run.history) is not None
+        return explained and self._signature.covers(signature_of(self._family, verdict))
 
-    def _later(self, race: Race) -> Race:
-        """The race at the clock's present time: moments that it names lie as far ahead as they did."""
+    def _shifted_to_now(self, race: Race) -> Race:
+        """The race shifted to the current time: its timestamps keep their distance from the clock."""
         if self._context.clock is None:
             return race
-        gone = self._context.clock.now - self._best.run.history.operations[0].now
+        elapsed = self._context.clock.now - self._best.run.history.operations[0].now
 
         def shift(call: Call) -> Call:
             arguments = {
-                name: value + gone if isinstance(value, datetime) else value
+                name: value + elapsed if isinstance(value, datetime) else value
                 for name, value in call.arguments.items()
             }
             return replace(call, arguments=arguments)
@@ -331,7 +330,7 @@ class _RaceShrinker:
 
 
 def smaller_races(race: Race) -> Iterator[Race]:
-    """Races with a client or a call less, or without a schedule. No call is changed."""
+    """Races with one client or call fewer, or without a schedule. Calls stay unchanged."""
     if len(race.clients) > 2:
         for client in range(len(race.clients)):
             yield race.without_client(client)

@@ -1,15 +1,14 @@
-"""Races: a few clients on a few keys, drawn whole before they begin, then run and judged.
+"""Races: a few clients on a few keys. All calls are drawn before the race runs; its history is judged after.
 
-A race is a setup by one client, the programs of its clients at the same time, and a look at the end by one
-client again, each call recorded with its times. Several races on ids of their own run in one volley, so
-that a store meets many keys in many orders at once.
+A race has three phases: setup calls by one client, concurrent calls by all clients, and final reads by one
+client. Each call is recorded with its times. One round runs several races on distinct ids, so that a store
+handles many keys in many orders concurrently.
 
-**What counts as overlap.** Two calls overlap when each began before the other ended, by the harness's
-clock. A store may have operations that never suspend, as the memory backend does: a call then runs from
-its beginning to its end before anything else gets a turn, and no two can ever overlap within a process.
-That is measured, not believed: the harness notices for every call whether another task got a turn meanwhile.
-Only where that never happened, in the whole race, are calls counted as overlapping when they waited at the
-barrier together, because the order in which they run is then all that can vary, and the harness drew it.
+**Overlap.** Two calls overlap if each began before the other ended, by the harness's clock. Operations of a
+store may never suspend, as in the memory backend; then two calls cannot overlap within a process. The harness
+measures this: for every call it records whether another task ran meanwhile. If no call of a race suspended,
+calls count as overlapping if their clients waited at the barrier together, because then only their order can
+vary, and the harness draws the order.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ from flowstore_conformance.history import UNKNOWN, Call, History, Operation
 from flowstore_core import FlowStore
 
 BEFORE, AFTER = -1, -2
-"""The client of the setup, and the one that looks at the end."""
+"""The clients of the setup and of the final reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Race:
-    """One race as it was drawn."""
+    """A race as drawn."""
 
     setup: tuple[Call, ...]
     clients: tuple[tuple[Call, ...], ...]
     final: tuple[Call, ...]
-    jump: timedelta = timedelta(0)
-    """How far the clock moves between setup and race."""
+    clock_advance: timedelta = timedelta(0)
+    """How far the clock advances between setup and race."""
     order: tuple[int, ...] = ()
-    """In which order the clients are let go, where one event loop decides it."""
+    """The order in which clients start, if one event loop runs them all."""
     yields: tuple[tuple[int, ...], ...] = ()
-    """How often each client gives others a turn before each of its calls."""
+    """How often each client yields to the event loop before each of its calls."""
 
     @property
     def ids(self) -> tuple[UUID, ...]:
-        """Every id that a call names, in order."""
+        """Every id in a call, in order."""
         calls = [*self.setup, *(call for client in self.clients for call in client), *self.final]
         values = [value for call in calls for value in call.arguments.values()]
         return tuple(dict.fromkeys(value for value in values if isinstance(value, UUID)))
 
     def on_fresh_ids(self, generator: random.Random) -> Race:
-        """The same race where nobody was before. The ids keep their order."""
+        """The race on unused ids, which sort like the original ids."""
         fresh = sorted(UUID(int=generator.getrandbits(127)) for _ in self.ids)
         names = dict(zip(sorted(self.ids), fresh, strict=True))
         return self.changed(lambda call: _renamed(call, names))
@@ -68,28 +67,28 @@ class Race:
         )
 
     def without_client(self, client: int) -> Race:
-        """The same race and schedule, as far as there is one, without a client."""
+        """The race without one client; the rest of a schedule stays."""
         order = tuple(each - (each > client) for each in self.order if each != client)
         yields = self.yields[:client] + self.yields[client + 1 :]
         clients = self.clients[:client] + self.clients[client + 1 :]
         return replace(self, clients=clients, order=order, yields=yields)
 
     def without_call(self, client: int, number: int) -> Race:
-        """Likewise, without a call of a client. Its turns go to the call that follows."""
+        """The race without one call of a client. The yields before it move to the following call."""
         calls = list(self.clients[client])
         del calls[number]
         clients = (*self.clients[:client], tuple(calls), *self.clients[client + 1 :])
         if not self.yields:
             return replace(self, clients=clients)
-        turns = list(self.yields[client])
-        given = turns.pop(number)
-        if number < len(turns):
-            turns[number] += given
-        yields = (*self.yields[:client], tuple(turns), *self.yields[client + 1 :])
+        detector = list(self.yields[client])
+        given = detector.pop(number)
+        if number < len(detector):
+            detector[number] += given
+        yields = (*self.yields[:client], tuple(detector), *self.yields[client + 1 :])
         return replace(self, clients=clients, yields=yields)
 
     def scheduled(self, generator: random.Random) -> Race:
-        """With a schedule drawn."""
+        """The race with a drawn schedule."""
         order = list(range(len(self.clients)))
         generator.shuffle(order)
         yields = tuple(tuple(generator.choice((0, 0, 1, 2)) for _ in client) for client in self.clients)
@@ -105,7 +104,7 @@ def _renamed(call: Call, names: dict[UUID, UUID]) -> Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientTask:
-    """What one client of one race does in one phase."""
+    """The calls of one client of one race in one phase."""
 
     race: int
     client: int
@@ -115,35 +114,35 @@ class ClientTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientResult:
-    """What came of a job."""
+    """The recorded operations of a client task."""
 
     race: int
     operations: tuple[Operation, ...]
     suspended: bool
-    """Whether any of its calls gave another task a turn."""
+    """Whether another task ran during any of its calls."""
     unavailable: int
-    """How many calls the store said it did not do; they are no part of the history."""
+    """Number of calls refused as unavailable; they are not part of the history."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaceRun:
-    """A race that was run."""
+    """A race with its history."""
 
     race: Race
     history: History
     overlapping: int
-    """Pairs of calls of different clients; see the module's docstring."""
+    """Number of overlapping pairs of calls of different clients; see the module docstring."""
     unavailable: int
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where the clients of a race are, so that a person can be told and a program can do likewise."""
+    """How the clients of a race are distributed over stores and processes."""
 
     stores: int
-    """How many there are; clients share them in turn."""
+    """Number of stores; clients are assigned round-robin."""
     processes: bool = False
-    """Whether each is in a process of its own."""
+    """Whether each store has its own process."""
 
     def __str__(self) -> str:
         if self.processes:
@@ -152,40 +151,40 @@ class Topology:
 
 
 class Runner(Protocol):
-    """Runs races; over tasks, stores or processes."""
+    """Runs races over tasks, stores or processes."""
 
     @property
     def topology(self) -> Topology:
-        """Where the clients were."""
+        """The distribution of the clients."""
         ...
 
     async def run(self, races: Sequence[Race]) -> list[RaceRun]:
-        """Run a volley: races with the same jump, all at the same time."""
+        """Run one round: races with the same clock advance, concurrently."""
         ...
 
 
 async def run_task(
-    store: FlowStore, job: ClientTask, now: datetime, exact_times: bool, go: asyncio.Event
+    store: FlowStore, client_task: ClientTask, now: datetime, exact_times: bool, go: asyncio.Event
 ) -> ClientResult:
-    """Make the calls of a job, one after the other, once the event is set."""
+    """Make the calls of a client task sequentially, once the event is set."""
     operations: list[Operation] = []
     suspended, unavailable = False, 0
     await go.wait()
-    for number, call in enumerate(job.calls):
-        for _ in range(job.yields[number] if job.yields else 0):
+    for number, call in enumerate(client_task.calls):
+        for _ in range(client_task.yields[number] if client_task.yields else 0):
             await asyncio.sleep(0)
         begun = begin(store, call)
-        turns = YieldDetector()
+        detector = YieldDetector()
         invoked = time.monotonic()
         outcome = await finish(begun, exact_times=exact_times)
         returned = time.monotonic()
-        suspended |= turns.end()
+        suspended |= detector.stop()
         if is_unavailable(outcome):
             unavailable += 1
             continue
         operations.append(
             Operation(
-                client=job.client,
+                client=client_task.client,
                 call=call,
                 invoked=invoked,
                 returned=returned if outcome is not UNKNOWN else float("inf"),
@@ -194,21 +193,24 @@ async def run_task(
             )
         )
     return ClientResult(
-        race=job.race, operations=tuple(operations), suspended=suspended, unavailable=unavailable
+        race=client_task.race, operations=tuple(operations), suspended=suspended, unavailable=unavailable
     )
 
 
 async def run_tasks(
-    placed: Sequence[tuple[FlowStore, ClientTask]],
+    assignments: Sequence[tuple[FlowStore, ClientTask]],
     now: datetime,
     exact_times: bool,
     start: Callable[[], Awaitable[None]] | None = None,
 ) -> list[ClientResult]:
-    """Do jobs at the same time; ``start`` is awaited when all stand at the barrier."""
+    """Run client tasks concurrently; ``start`` is awaited when all of them wait at the barrier."""
     go = asyncio.Event()
-    tasks = [asyncio.ensure_future(run_task(store, job, now, exact_times, go)) for store, job in placed]
+    tasks = [
+        asyncio.ensure_future(run_task(store, client_task, now, exact_times, go))
+        for store, client_task in assignments
+    ]
     try:
-        # They begin to wait in the order of the list, and an event wakes its waiters in that order.
+        # The tasks begin to wait in list order, and an event wakes its waiters in that order.
         await asyncio.sleep(0)
         if start is not None:
             await start()
@@ -221,7 +223,7 @@ async def run_tasks(
 
 
 class StoreRunner:
-    """Runs races over stores of this process; one of them, or several that were opened on one URL."""
+    """Runs races over one or more stores of this process, opened on one URL."""
 
     def __init__(self, stores: Sequence[FlowStore], clock: VirtualClock | None) -> None:
         self._stores = stores
@@ -232,23 +234,26 @@ class StoreRunner:
         done: list[list[ClientResult]] = []
         for phase in phases_of(races):
             if self._clock is not None:
-                self._clock.advance(phase.jump)
+                self._clock.advance(phase.clock_advance)
             now = self._clock.now if self._clock is not None else datetime.now(UTC)
-            placed = [(self._stores[job.client % len(self._stores)], job) for job in phase.jobs]
-            done.append(await run_tasks(placed, now, self._clock is not None))
+            assignments = [
+                (self._stores[client_task.client % len(self._stores)], client_task)
+                for client_task in phase.client_tasks
+            ]
+            done.append(await run_tasks(assignments, now, self._clock is not None))
         return assemble(races, done, one_loop=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What all races of a volley do at the same time."""
+    """The client tasks that all races of a round run concurrently."""
 
-    jump: timedelta
-    jobs: Sequence[ClientTask]
+    clock_advance: timedelta
+    client_tasks: Sequence[ClientTask]
 
 
 def phases_of(races: Sequence[Race]) -> list[Phase]:
-    """Setup, race and final look of a volley."""
+    """The phases of a round: setup, race and final reads."""
     racing = []
     for number, race in enumerate(races):
         for client in race.order or range(len(race.clients)):
@@ -258,7 +263,7 @@ def phases_of(races: Sequence[Race]) -> list[Phase]:
         Phase(
             timedelta(0), [ClientTask(race=n, client=BEFORE, calls=one.setup) for n, one in enumerate(races)]
         ),
-        Phase(races[0].jump, racing),
+        Phase(races[0].clock_advance, racing),
         Phase(
             timedelta(0), [ClientTask(race=n, client=AFTER, calls=one.final) for n, one in enumerate(races)]
         ),
@@ -268,9 +273,9 @@ def phases_of(races: Sequence[Race]) -> list[Phase]:
 def assemble(
     races: Sequence[Race], done: Sequence[Sequence[ClientResult]], *, one_loop: bool
 ) -> list[RaceRun]:
-    """The histories of the races from what came of their jobs, phase by phase.
+    """Assemble the histories of the races from the client results of each phase.
 
-    ``one_loop`` says that all ran in one event loop, where calls that never suspend cannot overlap.
+    ``one_loop`` means that all tasks ran in one event loop, where calls that never suspend cannot overlap.
     """
     runs = []
     for number, race in enumerate(races):
@@ -291,6 +296,6 @@ def assemble(
 
 
 def _pairs(racing: Sequence[ClientResult]) -> int:
-    """Pairs of clients that stood at the barrier together."""
+    """Number of pairs of clients that waited at the barrier together."""
     clients = sum(1 for one in racing if one.operations)
     return clients * (clients - 1) // 2

@@ -1,100 +1,24 @@
-"""What a run of the suite found: results of checks, folded into verdicts of clauses and a level."""
+"""The report of a run: results of checks, combined into statuses of clauses and a level."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, date, datetime
 from functools import cached_property
 
 from flowstore_conformance.causes import Cause, find_causes
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import CLAUSES, Clause, Level
-from flowstore_conformance.history import History
-from flowstore_conformance.linearizability import Verdict
-from flowstore_conformance.signatures import SignatureFinding
-from flowstore_conformance.status import Status as Status
-from flowstore_conformance.waivers import WaiverResult
+from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.results import CheckResult, ClauseResult
+from flowstore_conformance.status import Status
+from flowstore_conformance.waivers import Waiver, WaiverResult, WaiverState
 from flowstore_core import Capability
 
 CONTRACT_PAGE = "docs/contract.md"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A broken promise, with what a person needs to see and repeat it."""
-
-    clause: str
-    message: str
-    program: str | None = None
-    """A runnable program that shows it; it takes the URL of a store as its argument."""
-    program_file: str | None = None
-    """Where the program was written, if it was."""
-    right_answer: str | None = None
-    """What the same program prints on the memory backend."""
-    history: History | None = None
-    verdict: Verdict | None = None
-    traceback: str | None = None
-    """Of an exception that should not have come, without passwords."""
-    reproductions: int = 1
-    """How often it struck,"""
-    repetitions: int = 1
-    """of how many runs of the check with the same seed."""
-    operation: str | None = None
-    """The operation that hung or that raised the exception."""
-    place: str | None = None
-    """The line of the author's code where it hung or raised."""
-    error: str | None = None
-    """The class of the exception."""
-    hung: bool = False
-    """Whether a call did not end."""
-
-    @property
-    def trace_title(self) -> str:
-        """What the traceback shows."""
-        return "where it hangs" if self.hung else "where it came from"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckResult:
-    """What became of one check."""
-
-    check: Check
-    status: Status
-    assertions: int
-    seconds: float
-    seed: int
-    """Of the whole run: the one that repeats it."""
-    failure: Failure | None = None
-    reason: str | None = None
-    """Why it is inconclusive, unsupported, waived or did not run."""
-    finding: SignatureFinding | None = None
-    """The wrong method that kept it from running."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClauseResult:
-    """A clause with the checks that look at it."""
-
-    clause: Clause
-    status: Status
-    assertions: int
-    """How often its checks put a promise to the test."""
-    results: tuple[CheckResult, ...]
-
-    @property
-    def reason(self) -> str | None:
-        """Why it has its status, where a check gives a reason; one that is named after the clause first."""
-        given = [one for one in self.results if one.status is self.status and one.reason]
-        given.sort(key=lambda one: one.check.clauses[0] != self.clause.id)
-        if given:
-            return given[0].reason
-        if self.status is Status.NOT_RUN:
-            stopped = {one.failure.clause: None for one in self.results if one.failure is not None}
-            return f"cut short: checks of it stopped at {', '.join(stopped)}" if stopped else None
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +36,16 @@ class Report:
     results: tuple[CheckResult, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
     selected: tuple[str, ...] = ()
-    """The clauses that were asked for, if not all; then no level is granted."""
+    """The selected clauses; empty for a full run. A partial run grants no level."""
+    selected_checks: tuple[str, ...] = ()
+    """The names of the selected checks or examples; empty if checks were not selected by name."""
     waivers: tuple[WaiverResult, ...] = ()
     findings: tuple[SignatureFinding, ...] = ()
     """Methods that core cannot call."""
     incomplete: str | None = None
-    """Why the run ended early."""
+    """Why the run ended early; None if it is complete."""
     check_timeout: float | None = None
-    """The limit that was asked for, in seconds."""
+    """The configured time limit of a check, in seconds."""
     left_behind: tuple[str, ...] = ()
     """Scratch namespaces that could not be dropped, redacted."""
 
@@ -139,65 +65,64 @@ class Report:
 
     @property
     def failures(self) -> tuple[CheckResult, ...]:
-        """The checks that found a broken promise, waived ones too."""
+        """The failed checks, waived ones included."""
         return tuple(one for one in self.results if one.failure is not None)
 
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
-        """The probable causes of everything that did not pass because the backend is wrong."""
+        """The probable causes of all failures and wrong methods."""
         findings = () if self.selected or self.incomplete else self.findings
         return find_causes(self.results, findings)
 
     @property
-    def asked(self) -> tuple[ClauseResult, ...]:
-        """The clauses to show: all, or those that were asked for and those that were found broken."""
+    def shown_clauses(self) -> tuple[ClauseResult, ...]:
+        """The clauses to show: all, or in a partial run the selected and the broken ones."""
         if not self.selected:
             return self.clauses
         broken = (Status.FAIL, Status.WAIVED)
         return tuple(one for one in self.clauses if one.clause.id in self.selected or one.status in broken)
 
     @property
-    def unasked(self) -> str | None:
-        """A sentence about the clauses that are not shown; None where all are."""
-        number = len(self.clauses) - len(self.asked)
+    def hidden_note(self) -> str | None:
+        """A note on the clauses that are not shown; None if all are."""
+        number = len(self.clauses) - len(self.shown_clauses)
         plural = "s were" if number != 1 else " was"
-        return f"{number} other clause{plural} not asked for" if number else None
+        return f"{number} other clause{plural} not selected" if number else None
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What makes the run fail beside clauses: an expired waiver, or one that is not needed."""
+        """Problems beside clauses that fail the run: expired or unnecessary waivers."""
         return tuple(one.problem for one in self.waivers if one.problem is not None)
 
     @property
     def counts(self) -> Mapping[Status, int]:
-        """How many of the clauses that are shown have which status."""
-        found = Counter(one.status for one in self.asked)
+        """The number of shown clauses by status."""
+        found = Counter(one.status for one in self.shown_clauses)
         return {status: found[status] for status in Status}
 
     @property
     def conforms(self) -> bool:
-        """Everything that was asked for was looked at and kept, or is waived.
+        """Whether all selected clauses were checked and passed, or are waived.
 
-        False when anything failed, stayed inconclusive or could not run, when the run was interrupted,
-        when a waiver is out of order, when nothing ran, and, unless only some clauses were asked for,
-        when a clause was not looked at.
+        False if a check failed, stayed inconclusive or could not run, if the run was interrupted, if a waiver
+        has a problem, if nothing ran, and, in a full run, if a clause was not checked.
         """
         statuses = {one.status for one in self.results}
         bad = statuses & {Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN}
-        looked = bool(statuses & {Status.PASS, Status.WAIVED})
+        checked = bool(statuses & {Status.PASS, Status.WAIVED})
         whole = not self.incomplete and (bool(self.selected) or not self.unchecked)
-        return not self.problems and not bad and looked and whole
+        return not self.problems and not bad and checked and whole
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """The clauses that no check looked at."""
+        """The clauses without a check."""
         return tuple(one.clause.id for one in self.clauses if not one.results)
 
     @property
     def level(self) -> Level | None:
-        """The highest level of which every clause ran and passed, and those of the levels below.
+        """The highest level whose clauses, and those of all lower levels, ran and passed.
 
-        None for a partial run, and for one that does not conform.
+        None for a partial run, and for a run that does not conform.
         """
         granted = None
         if not self.selected and self.conforms:
@@ -212,19 +137,19 @@ class Report:
         return tuple(one for one in self.clauses if one.clause.level is level)
 
     def lacking(self, level: Level) -> tuple[ClauseResult, ...]:
-        """Those of them that did not pass."""
+        """The required clauses of a level that did not pass."""
         return tuple(
             one for one in self.required(level) if one.status is not Status.PASS and not self._is_fact(one)
         )
 
     def _is_fact(self, one: ClauseResult) -> bool:
-        # Whether a store is durable is a fact about it, not an operation: memory is full without it.
+        # DURABLE is a property, not an operation: the memory backend reaches level full without it.
         undeclared = one.clause.needs is Capability.DURABLE and Capability.DURABLE not in self.capabilities
         return undeclared and one.status is Status.UNSUPPORTED
 
     @property
     def verdict(self) -> str:
-        """One word for it all."""
+        """The verdict in one word."""
         if self.conforms:
             return "CONFORMS"
         if self._ids(Status.FAIL) or self.problems or self._wrong_methods:
@@ -237,11 +162,11 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """The sentence that belongs to the word."""
-        told = self._headline()
+        """The verdict in one sentence."""
+        headline = self._headline()
         if self.incomplete is None:
-            return told
-        return f"{self.incomplete}; {told}" if self.verdict == "VIOLATES" else self.incomplete
+            return headline
+        return f"{self.incomplete}; {headline}" if self.verdict == "VIOLATES" else self.incomplete
 
     def _headline(self) -> str:
         failed, open_ones = self._ids(Status.FAIL), self._ids(Status.INCONCLUSIVE)
@@ -252,14 +177,16 @@ class Report:
         if broken:
             return broken
         if self.problems:
-            return f"{_count(self.problems, 'waiver')} out of order"
+            return f"{_count(self.problems, 'waiver')} expired or unnecessary"
         if open_ones:
-            return f"{_count(open_ones, 'clause')} inconclusive, which is no pass: {_list(open_ones)}"
+            return f"{_count(open_ones, 'clause')} inconclusive, so not passed: {_list(open_ones)}"
         if not self.conforms and self.unchecked and not self.selected:
-            return f"no check looked at {_list(self.unchecked)}"
+            return f"no check covers {_list(self.unchecked)}"
         if not self.conforms:
-            return "nothing that was asked for could be checked"
+            return "no selected clause could be checked"
         if self.selected:
+            if self.selected_checks:
+                return f"{_list(self.selected_checks)} passed; a partial run grants no level"
             return f"{_list(self.selected)} kept; a partial run grants no level"
         waived = self._ids(Status.WAIVED)
         beside = f", {len(waived)} waived" if waived else ""
@@ -274,14 +201,48 @@ class Report:
     def command(self, result: CheckResult) -> str:
         """The command that repeats a check with the same seed."""
         words = ["flowstore", "conformance", self.url, "--profile", self.profile]
-        words += ["--clause", result.check.clauses[0], "--seed", str(self.seed)]
+        words += ["--clause", result.check.clauses[0]]
+        if self.selected_checks:
+            words += ["--check", result.check.name]
+        words += ["--seed", str(self.seed)]
         if self.check_timeout is not None:
             words += ["--check-timeout", f"{self.check_timeout:g}"]
         return shlex.join(words)
 
 
+def apply_waivers(report: Report, waivers: Sequence[Waiver], *, today: date | None = None) -> Report:
+    """Mark the waived failures of a report and add the state of each waiver."""
+    now = today or datetime.now(UTC).date()
+    valid = {one.clause: one for one in waivers if one.expires >= now}
+    results = []
+    for result in report.results:
+        waiver = valid.get(result.failure.clause) if result.failure is not None else None
+        if waiver is not None and result.status is Status.FAIL:
+            reason = f"{waiver.reason} ({waiver.link}; until {waiver.expires})"
+            result = dataclasses.replace(result, status=Status.WAIVED, reason=reason)
+        results.append(result)
+    waived = dataclasses.replace(report, results=tuple(results))
+    statuses = {one.clause.id: {each.status for each in one.results} for one in waived.clauses}
+    folded = {one.clause.id: one.status for one in waived.clauses}
+    states = []
+    for waiver in waivers:
+        clause = waiver.clause
+        if waiver.expires < now:
+            state = WaiverState.EXPIRED
+        elif folded[clause] is Status.WAIVED:
+            state = WaiverState.USED
+        elif not statuses[clause]:
+            state = WaiverState.NOT_SELECTED
+        elif folded[clause] in (Status.PASS, Status.UNSUPPORTED):
+            state = WaiverState.NOT_NEEDED
+        else:
+            state = WaiverState.UNDECIDED
+        states.append(WaiverResult(waiver=waiver, state=state))
+    return dataclasses.replace(waived, waivers=tuple(states))
+
+
 def anchor(clause: str) -> str:
-    """Where a clause stands in the contract."""
+    """The link to a clause in the contract."""
     return f"{CONTRACT_PAGE}#{clause.lower()}"
 
 
@@ -301,13 +262,13 @@ def _names(result: CheckResult, clause: str) -> bool:
 
 
 def _fold(clause: str, results: tuple[CheckResult, ...]) -> Status:
-    """The status of a clause: the worst of its checks; a failure counts where its own clause is."""
+    """The status of a clause: the worst of its checks. A failure counts only for the clause it names."""
     found = set()
     for result in results:
         if result.failure is None or _names(result, clause):
             found.add(result.status)
         else:
-            # A check of several clauses that fails names the one it broke; of the rest nothing is known.
+            # A failed check of several clauses names the broken one; the status of the others is unknown.
             found.add(Status.NOT_RUN)
     for status in (Status.FAIL, Status.WAIVED, Status.INCONCLUSIVE, Status.NOT_RUN, Status.PASS):
         if status in found:

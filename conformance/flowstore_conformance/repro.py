@@ -1,4 +1,4 @@
-"""Programs that show a failure: written as files, and run on the memory backend for the right answer."""
+"""Programs that reproduce failures: written to files, and run on the memory backend for comparison."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from flowstore_conformance.report import Report
 
 REPLAY_URL = "memory://replay"
-"""Named, so that a program which opens several stores gets one namespace; the process is its own."""
+"""A named store, so that a program which opens several stores gets one namespace."""
 
 REPLAY_SECONDS = 20.0
 
-LONGEST = 8_000
-"""Characters of a program's output that a report keeps."""
+MAX_CHARACTERS = 8_000
+"""Maximum length of a program's output in a report."""
 
 
 async def replay_on_memory(program: str) -> str:
-    """What a program prints when it is given the memory backend's URL, run in a process of its own."""
+    """Run a program on the memory backend in a separate process and return its output."""
     with tempfile.TemporaryDirectory(prefix="flowstore-program-") as folder:
         path = os.path.join(folder, "program.py")
         await asyncio.to_thread(Path(path).write_text, program, encoding="utf-8")
@@ -46,12 +46,12 @@ async def replay_on_memory(program: str) -> str:
                 process.kill()
                 await process.wait()
     text = printed.decode("utf-8", "replace").rstrip()
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}\n..."
+    text = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}\n..."
     return text if not process.returncode else f"{text}\n(exit code {process.returncode})".lstrip()
 
 
 def write_programs(report: Report, folder: Path) -> Report:
-    """Write the program of each failure to a folder; the report then names the files."""
+    """Write the program of each failure to a folder, and add the file names to the report."""
     results = []
     for result in report.results:
         failure = result.failure

@@ -1,4 +1,4 @@
-"""Programs for people: calls that showed a failure, as a file that runs alone on the URL of any store."""
+"""Generate reproduction programs: the calls of a failure, as a file that runs on the URL of any store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, litera
 
 _HEAD = '''"""{title}
 
-Its argument is the URL of a store that holds nothing, such as sqlite:////tmp/empty.db
+Its argument is the URL of an empty store, such as sqlite:////tmp/empty.db
 """
 
 import asyncio
@@ -28,7 +28,7 @@ START = {start}
 now = START
 
 
-async def told(call):
+async def outcome(call):
     try:
         return full_repr(await call)
     except FlowStoreError as error:
@@ -50,16 +50,16 @@ _CONCURRENT = '''
 async def client(ids, name, store, calls):
     seen = []
     for method, make in calls:
-        answer = await told(make(store))
+        result = await outcome(make(store))
         for number, each in enumerate(ids):
-            # Ids are new in each round; by name, the answers of rounds can be counted.
-            answer = answer.replace(repr(each), f"ids[{{number}}]")
-        seen.append(f"{{name}}: {{method}}: {{answer}}")
+            # Ids differ between rounds; with names instead, equal results can be counted.
+            result = result.replace(repr(each), f"ids[{{number}}]")
+        seen.append(f"{{name}}: {{method}}: {{result}}")
     return seen
 
 
 async def one_round(stores):
-    """One race on ids of its own; what each client was told."""
+    """Run the race once on new ids; return the results of each client."""
     global now
     now = START
     ids = [uuid4() for _ in range({ids})]
@@ -67,13 +67,13 @@ async def one_round(stores):
 {body}
     ]
     seen = []
-    for jump, clients in phases:
-        now += jump
+    for advance, clients in phases:
+        now += advance
         running = (
             client(ids, f"client {{n}}", stores[n % len(stores)], calls) for n, calls in enumerate(clients)
         )
-        for answers in await asyncio.gather(*running):
-            seen += answers
+        for results in await asyncio.gather(*running):
+            seen += results
     return tuple(seen)
 
 
@@ -84,8 +84,8 @@ async def main(url):
         for _ in range({rounds}):
             seen = await one_round(stores)
             counts[seen] = counts.get(seen, 0) + 1
-    for seen, times in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
-        print(f"{{times}} of {rounds} rounds:", *seen, sep="\\n    ")
+    for seen, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
+        print(f"{{count}} of {rounds} rounds:", *seen, sep="\\n    ")
 
 
 asyncio.run(main(sys.argv[1]))
@@ -94,33 +94,35 @@ asyncio.run(main(sys.argv[1]))
 
 @dataclass(frozen=True, slots=True)
 class ReproCall:
-    """A jump of the clock, then a call with its answers."""
+    """A clock advance, then a call with its expected and actual outcome."""
 
-    jump: timedelta
+    clock_advance: timedelta
     call: Call
     expected: Outcome
     actual: Outcome
 
 
-def sequential_script(title: str, start: datetime, lines: Iterable[ReproCall], *, clock: bool = True) -> str:
-    """A program that makes the calls one after the other and prints each answer."""
+def sequential_script(
+    title: str, start: datetime, entries: Iterable[ReproCall], *, clock: bool = True
+) -> str:
+    """A program that makes the calls sequentially and prints each result."""
     body = []
-    for line in lines:
-        if line.jump:
-            body.append(f"        now += {literal(line.jump)}")
-        if line.expected != line.actual:
-            body.append(f"        # expected: {answer_text(line.expected)}")
-            body.append(f"        # got:      {answer_text(line.actual)}")
-        body.append(f'        print("{line.call.method}:", await told({line.call.source()}))')
+    for entry in entries:
+        if entry.clock_advance:
+            body.append(f"        now += {literal(entry.clock_advance)}")
+        if entry.expected != entry.actual:
+            body.append(f"        # expected: {answer_text(entry.expected)}")
+            body.append(f"        # got:      {answer_text(entry.actual)}")
+        body.append(f'        print("{entry.call.method}:", await outcome({entry.call.source()}))')
     head = _HEAD.format(title=_docstring(title), start=literal(start))
     return head + _SEQUENTIAL.format(clock=", clock=lambda: now" if clock else "", body="\n".join(body))
 
 
 @dataclass(frozen=True, slots=True)
 class ReproPhase:
-    """One phase of a race: a jump of the clock, then the calls of clients at the same time."""
+    """One phase of a race: a clock advance, then the calls of clients concurrently."""
 
-    jump: timedelta
+    clock_advance: timedelta
     clients: Sequence[Sequence[Call]]
 
 
@@ -134,9 +136,9 @@ def concurrent_script(
     stores: int | None = None,
     rounds: int = 200,
 ) -> str:
-    """A program that repeats a race with fresh ids, and prints which answers came how often.
+    """A program that repeats a race on new ids and prints how often each set of results occurred.
 
-    Clients share so many stores in turn; each has its own if nothing is said.
+    Clients are assigned to ``stores`` stores round-robin; by default each client has its own store.
     """
     names = {each: f"ids[{index}]" for index, each in enumerate(ids)}
     head = _HEAD.format(title=_docstring(title), start=literal(start))
@@ -150,24 +152,26 @@ def concurrent_script(
 
 
 def _phase(phase: ReproPhase, names: Mapping[UUID, str]) -> str:
-    lines = [f"        ({literal(phase.jump)}, ["]
+    entries = [f"        ({literal(phase.clock_advance)}, ["]
     for calls in phase.clients:
-        lines.append("            [")
-        lines += [f'                ("{call.method}", lambda store: {call.source(names)}),' for call in calls]
-        lines.append("            ],")
-    return "\n".join([*lines, "        ]),"])
+        entries.append("            [")
+        entries += [
+            f'                ("{call.method}", lambda store: {call.source(names)}),' for call in calls
+        ]
+        entries.append("            ],")
+    return "\n".join([*entries, "        ]),"])
 
 
 def answer_text(outcome: Outcome) -> str:
-    """An outcome in a line."""
+    """Format an outcome as one line."""
     if outcome is UNKNOWN:
-        return "nothing, so it may have happened or not"
+        return "no answer, so its effect is unknown"
     text = f"raises {outcome.error}" if isinstance(outcome, Raised) else _plain(outcome.value)
     return text if len(text) <= 1500 else f"{text[:1500]}..."
 
 
 def _plain(value: Any) -> str:
-    """A comparable answer (see history.comparable) as one would write the record that it was."""
+    """Format a comparable value (see history.comparable) like the record that it was made from."""
     match value:
         case UUID():
             return str(value)

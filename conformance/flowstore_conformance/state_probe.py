@@ -1,4 +1,4 @@
-"""All that can be seen of one run, on a store and on the model: did a call happen, did it not, or half?"""
+"""Snapshots of one run on a store and on the model, which show whether a call had a partial effect."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flowstore_conformance.history import Call, Outcome, Raised, Returned, compa
 from flowstore_conformance.model import Model, State
 from flowstore_core import Capability, FlowStore, FlowStoreError
 
-PATIENCE_SECONDS = 4.0
-"""How long a wrong sight must stay as it is to be believed: a call may still have been on its way."""
-MOST_LATE = 3
-"""So often a call may find that the one before it, which was cancelled, has still to give back."""
+SETTLE_SECONDS = 4.0
+"""How long an unexpected snapshot must stay unchanged before it counts: a call may still be in flight."""
+MAX_LATE_REPEATS = 3
+"""How often a repeated call may meet a cancelled call that has not compensated yet."""
 
 Clock = Callable[[], datetime]
 Snapshot = tuple[Any, ...]
-"""The answers to the questions of what_to_ask, comparable, in the same order."""
+"""The comparable results of the calls of probe_calls, in the same order."""
 
 
 def probe_calls(
@@ -32,7 +32,7 @@ def probe_calls(
     step_keys: Sequence[str] = (),
     keys: Sequence[tuple[UUID, str, str]] = (),
 ) -> tuple[Call, ...]:
-    """Every read that tells something about one run; ``keys`` are idempotency keys that may lead to it."""
+    """Every read that shows state of one run; ``keys`` are idempotency keys that may refer to it."""
     of_run = {"run_id": run_id}
     names = [
         "get_run_detail",
@@ -50,17 +50,17 @@ def probe_calls(
         names.append("get_outputs")
     if Capability.EVENTS in capabilities:
         names.append("get_run_events")
-    asked = [Call(method=name, arguments=of_run) for name in names]
+    probes = [Call(method=name, arguments=of_run) for name in names]
     if Capability.WAITERS not in capabilities:
-        asked += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in step_keys]
-    asked += [
+        probes += [Call(method="get_waiter", arguments={**of_run, "step_key": key}) for key in step_keys]
+    probes += [
         Call(
             method="find_run_id_by_idempotency_key",
             arguments={"flow_id": flow_id, "trigger_key": trigger_key, "idempotency_key": key},
         )
         for flow_id, trigger_key, key in keys
     ]
-    return tuple(asked)
+    return tuple(probes)
 
 
 async def invoke(store: FlowStore, call: Call) -> Any:
@@ -69,29 +69,29 @@ async def invoke(store: FlowStore, call: Call) -> Any:
 
 
 async def outcome_of(store: FlowStore, call: Call, *, exact_times: bool) -> Outcome:
-    """Make a call and give what it answered, an error of the contract included."""
+    """Make a call and return its outcome; an error of the contract is an outcome."""
     try:
         return Returned(comparable(await invoke(store, call), exact_times=exact_times))
     except FlowStoreError as error:
         return Raised(error_name(error))
 
 
-async def look(store: FlowStore, asked: Sequence[Call], *, exact_times: bool) -> Snapshot:
-    """What a store shows. The reads follow each other, so look while nothing else moves the run."""
-    return tuple([comparable(await invoke(store, call), exact_times=exact_times) for call in asked])
+async def observe(store: FlowStore, probes: Sequence[Call], *, exact_times: bool) -> Snapshot:
+    """Take a snapshot of a store. The reads are sequential, so nothing may write the run meanwhile."""
+    return tuple([comparable(await invoke(store, call), exact_times=exact_times) for call in probes])
 
 
 @dataclass(slots=True)
 class ModelState:
-    """A state that the store may be in, according to the model."""
+    """A state that the store may have according to the model."""
 
     clock: Clock
     state: State
     outcome: Outcome | None = None
-    """Of the last call that was made on it."""
+    """The outcome of the last applied call."""
 
-    def then(self, call: Call, *, exact_times: bool) -> ModelState:
-        """The state after a call; this one stays as it is."""
+    def apply(self, call: Call, *, exact_times: bool) -> ModelState:
+        """Return the state after a call. Does not change this state."""
         following = copy(self)
         following.state = self.state.copy()
         model = Model(self.clock, following.state)
@@ -102,33 +102,34 @@ class ModelState:
             following.outcome = Raised(error_name(error))
         return following
 
-    def look(self, asked: Sequence[Call], *, exact_times: bool) -> Snapshot:
-        """What the model shows in this state."""
+    def observe(self, probes: Sequence[Call], *, exact_times: bool) -> Snapshot:
+        """Take a snapshot of this state."""
         model = Model(self.clock, self.state.copy())
         return tuple(
             comparable(getattr(model, call.method)(**call.arguments), exact_times=exact_times)
-            for call in asked
+            for call in probes
         )
 
 
 async def observe_until(
-    store: FlowStore, asked: Sequence[Call], wanted: Collection[Snapshot], *, exact_times: bool
+    store: FlowStore, probes: Sequence[Call], wanted: Collection[Snapshot], *, exact_times: bool
 ) -> Snapshot:
-    """Look again and again until one of the wanted sights is seen, or a wrong one does not change any more.
+    """Take snapshots until one is among ``wanted``, or until another one is stable for SETTLE_SECONDS.
 
-    A call whose caller has gone may still be under way, which is allowed; what it leaves must be whole.
+    A call whose caller was cancelled may still be in flight, which the contract allows; its effect must
+    be whole.
     """
     loop = asyncio.get_running_loop()
     since = loop.time()
     before: Snapshot | None = None
     pause = 0.002
     while True:
-        seen = await look(store, asked, exact_times=exact_times)
+        seen = await observe(store, probes, exact_times=exact_times)
         if seen in wanted:
             return seen
         if seen != before:
             before, since = seen, loop.time()
-        elif loop.time() - since > PATIENCE_SECONDS:
+        elif loop.time() - since > SETTLE_SECONDS:
             return seen
         await asyncio.sleep(pause)
         pause = min(pause * 2, 0.1)
@@ -136,59 +137,59 @@ async def observe_until(
 
 async def find_partial_effect(
     store: FlowStore,
-    asked: Sequence[Call],
+    probes: Sequence[Call],
     call: Call,
     *,
     before: ModelState,
     possible: Sequence[ModelState],
     exact_times: bool,
 ) -> str | None:
-    """What shows that a call of unknown outcome was neither whole nor undone; None if it was one of them.
+    """Describe a partial effect of a call with an unknown outcome; None if it had a whole or no effect.
 
-    ``before`` is the state that it found, ``possible`` are those that may be now. Then the call is
-    made again, and must be answered, and change the store, as the state demands in which it is.
+    ``before`` is the state before the call, ``possible`` are the allowed states now. The call is then
+    repeated: its outcome and its effect must follow from the state that the store is in.
     """
-    wanted = [one.look(asked, exact_times=exact_times) for one in possible]
-    seen = await observe_until(store, asked, wanted, exact_times=exact_times)
+    wanted = [one.observe(probes, exact_times=exact_times) for one in possible]
+    seen = await observe_until(store, probes, wanted, exact_times=exact_times)
     if seen not in wanted:
-        return difference(asked, seen, wanted)
-    # What had not happened when we looked may still have been on its way to the server.
-    again = [one.then(call, exact_times=exact_times) for one in possible]
+        return difference(probes, seen, wanted)
+    # An effect that the snapshot does not show may still have been in flight to the server.
+    again = [one.apply(call, exact_times=exact_times) for one in possible]
     right = [one.outcome for one in again]
     outcome = await outcome_of(store, call, exact_times=exact_times)
-    for _ in range(MOST_LATE):
+    for _ in range(MAX_LATE_REPEATS):
         if outcome in right or any(one is not before for one in possible):
             break
-        # It may have won only now, behind our back, and be about to give back; then it is as if it had not.
-        if await observe_until(store, asked, wanted, exact_times=exact_times) not in wanted:
+        # The cancelled call may have won only now and be about to compensate, which equals no effect.
+        if await observe_until(store, probes, wanted, exact_times=exact_times) not in wanted:
             break
         outcome = await outcome_of(store, call, exact_times=exact_times)
     if outcome not in right:
-        only = " or ".join(dict.fromkeys(answer(one) for one in right if one is not None))
-        return f"said again it gives {answer(outcome)}, where only {only} is right"
+        only = " or ".join(dict.fromkeys(describe_outcome(one) for one in right if one is not None))
+        return f"repeated, it returned {describe_outcome(outcome)} instead of {only}"
     if any(one is before for one in possible):
-        again.append(before.then(call, exact_times=exact_times).then(call, exact_times=exact_times))
-    wanted = [one.look(asked, exact_times=exact_times) for one in again]
-    seen = await observe_until(store, asked, wanted, exact_times=exact_times)
-    return None if seen in wanted else f"after saying it again {difference(asked, seen, wanted)}"
+        again.append(before.apply(call, exact_times=exact_times).apply(call, exact_times=exact_times))
+    wanted = [one.observe(probes, exact_times=exact_times) for one in again]
+    seen = await observe_until(store, probes, wanted, exact_times=exact_times)
+    return None if seen in wanted else f"after repeating it, {difference(probes, seen, wanted)}"
 
 
-def difference(asked: Sequence[Call], seen: Snapshot, wanted: Sequence[Snapshot]) -> str:
-    """Where the answers differ from the nearest of the wanted sights."""
+def difference(probes: Sequence[Call], seen: Snapshot, wanted: Sequence[Snapshot]) -> str:
+    """Describe how a snapshot differs from the nearest of the expected ones."""
 
     def wrong(sight: Snapshot) -> list[int]:
         return [number for number, answer in enumerate(seen) if answer != sight[number]]
 
     nearest = min(wanted, key=lambda sight: len(wrong(sight)))
     parts = [
-        f"{asked[number].method}: {expected_and_got(nearest[number], seen[number])}"
+        f"{probes[number].method}: {expected_and_got(nearest[number], seen[number])}"
         for number in wrong(nearest)
     ]
     return "; ".join(parts)
 
 
-def answer(outcome: Outcome) -> str:
-    """An outcome in words."""
+def describe_outcome(outcome: Outcome) -> str:
+    """Describe an outcome in words."""
     if isinstance(outcome, Returned):
         return brief(plain(outcome.value))
-    return outcome.error if isinstance(outcome, Raised) else "no answer, so it may have happened or not"
+    return outcome.error if isinstance(outcome, Raised) else "no answer, so its effect is unknown"

@@ -1,4 +1,4 @@
-"""Small domains that arguments are drawn from, with an eye on the state that the model is in."""
+"""Small domains from which arguments are drawn, depending on the state of the model."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ LEASES = (timedelta(minutes=1), timedelta(days=2), timedelta(hours=1), timedelta
 
 
 class ChoiceSource(Protocol):
-    """Whoever decides what is drawn."""
+    """A source of choices, such as Hypothesis or a random generator."""
 
     def one_of(self, options: Sequence[T]) -> T:
-        """One of the options; the first is the simplest."""
+        """Choose one option; the first counts as the simplest."""
         ...
 
 
 class RandomChoices:
-    """Decides by a seeded generator."""
+    """Choices of a seeded random generator."""
 
     def __init__(self, generator: random.Random) -> None:
         self._generator = generator
@@ -56,7 +56,7 @@ class RandomChoices:
 
 @dataclass(slots=True)
 class Universe:
-    """What calls are drawn from: a few names, and the model's state that says which of them is at hand."""
+    """The names that calls use, and the model's state, which tells which of them exist."""
 
     model: Model
     runs: Sequence[UUID]
@@ -65,8 +65,8 @@ class Universe:
     owners: Sequence[str] = OWNERS
     capabilities: Collection[Capability] = field(default_factory=lambda: frozenset(Capability))
 
-    def moments(self) -> list[datetime]:
-        """The moments at which something ends or falls due, in order."""
+    def edges(self) -> list[datetime]:
+        """The times at which a claim, dispatch, waiter, deadline or run ends, in order."""
         found: set[datetime | None] = set()
         for run in self.model.state.runs.values():
             for step in run.steps.values():
@@ -81,10 +81,10 @@ class Universe:
 class CallStrategy:
     """Draws the arguments of one call."""
 
-    def __init__(self, chooser: ChoiceSource, world: Universe) -> None:
+    def __init__(self, chooser: ChoiceSource, universe: Universe) -> None:
         self._chooser = chooser
-        self.world = world
-        self.now = world.model.now
+        self.universe = universe
+        self.now = universe.model.now
 
     def one_of(self, *options: T) -> T:
         return self._chooser.one_of(options)
@@ -93,30 +93,30 @@ class CallStrategy:
         return self._chooser.one_of(options)
 
     def often(self) -> bool:
-        """True four times of five, and in the simplest case."""
+        """True in four of five draws, and in the simplest draw."""
         return self.one_of(True, True, True, True, False)
 
     def text(self) -> str | None:
         return self.sampled_from(TEXTS)
 
     def flow(self) -> UUID:
-        return self.sampled_from(self.world.flows)
+        return self.sampled_from(self.universe.flows)
 
     def timestamp(self) -> datetime:
-        """Around now, or on the edge of something that ends."""
-        edges = self.world.moments()
+        """A timestamp near now, or at or next to an edge of the state."""
+        edges = self.universe.edges()
         on_an_edge = self.one_of(True, False)
         if edges and on_an_edge:
             return self.sampled_from(edges) + self.one_of(timedelta(0), TICK, -TICK)
         return self.now + self.one_of(1, -1) * self.sampled_from(SPANS)
 
     def position(self) -> RunPosition | None:
-        """Mostly none, else that of a run, stored or not, or one a little before or behind it."""
-        behind = self.one_of(False, True)
-        if not behind:
+        """Mostly None; otherwise the position of a run, stored or not, or one tick before or after it."""
+        is_given = self.one_of(False, True)
+        if not is_given:
             return None
-        run_id = self.sampled_from(self.world.runs)
-        record = self.world.model.peek(run_id).record
+        run_id = self.sampled_from(self.universe.runs)
+        record = self.universe.model.get(run_id).record
         started_at = self.now if record is None else record.started_at
         shifted = started_at + self.one_of(timedelta(0), timedelta(0), TICK, -TICK)
         return RunPosition(started_at=shifted, run_id=run_id)
@@ -126,53 +126,53 @@ class CallStrategy:
         return self.timestamp() if later else None
 
     def run(self, wanted: Callable[[Run], object] = lambda run: run.record is not None) -> UUID:
-        """Mostly a run that the call can do something with."""
-        fitting = [run_id for run_id in self.world.runs if wanted(self.world.model.peek(run_id))]
-        return self.sampled_from(fitting if fitting and self.often() else self.world.runs)
+        """Mostly a run that satisfies ``wanted``."""
+        fitting = [run_id for run_id in self.universe.runs if wanted(self.universe.model.get(run_id))]
+        return self.sampled_from(fitting if fitting and self.often() else self.universe.runs)
 
     def step(
         self,
         wanted: Callable[[Step], object] = lambda step: True,
         running: bool = False,
     ) -> tuple[UUID, str, Step]:
-        """Mostly a step that the call can do something with."""
-        places = []
-        for run_id in self.world.runs:
-            run = self.world.model.peek(run_id)
+        """Mostly a step that satisfies ``wanted``."""
+        candidates = []
+        for run_id in self.universe.runs:
+            run = self.universe.model.get(run_id)
             if run.record is None or (running and run.record.status.is_terminal):
                 continue
-            places += [(run_id, key) for key in self.world.keys if wanted(run.steps.get(key, Step()))]
-        if places and self.often():
-            run_id, key = self.sampled_from(places)
+            candidates += [(run_id, key) for key in self.universe.keys if wanted(run.steps.get(key, Step()))]
+        if candidates and self.often():
+            run_id, key = self.sampled_from(candidates)
         else:
-            run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.world.keys)
-        return run_id, key, self.world.model.peek(run_id).steps.get(key, Step())
+            run_id, key = self.run(lambda run: run.steps), self.sampled_from(self.universe.keys)
+        return run_id, key, self.universe.model.get(run_id).steps.get(key, Step())
 
     def waiting(self) -> tuple[UUID, str]:
         """Mostly a step with a waiter."""
-        places = [
+        candidates = [
             (run_id, key)
-            for run_id in self.world.runs
-            for key in sorted(self.world.model.peek(run_id).waiters)
+            for run_id in self.universe.runs
+            for key in sorted(self.universe.model.get(run_id).waiters)
         ]
-        if places and self.often():
-            return self.sampled_from(places)
-        return self.run(), self.sampled_from(self.world.keys)
+        if candidates and self.often():
+            return self.sampled_from(candidates)
+        return self.run(), self.sampled_from(self.universe.keys)
 
     def attempt(self, step: Step) -> int | None:
-        """Mostly the last one."""
+        """Mostly the number of the last attempt."""
         last = max(len(step.attempts), 1)
         return self.one_of(last, None, last, max(last - 1, 1), last + 1)
 
     def owner(self, step: Step) -> str | None:
-        """Mostly the one who holds the step."""
+        """Mostly the owner of the step's claim."""
         holder = step.claim.owner if step.claim is not None else None
         return (
-            self.sampled_from((holder, holder, *self.world.owners))
+            self.sampled_from((holder, holder, *self.universe.owners))
             if holder
-            else self.sampled_from((None, *self.world.owners))
+            else self.sampled_from((None, *self.universe.owners))
         )
 
     def lease(self, owner: str | None) -> dict[str, Any]:
-        leased = owner is not None and Capability.LEASES in self.world.capabilities
+        leased = owner is not None and Capability.LEASES in self.universe.capabilities
         return {"lease": self.sampled_from(LEASES)} if leased and self.one_of(True, True, False) else {}

@@ -1,4 +1,4 @@
-"""Running the checks against one backend. Nothing here needs pytest."""
+"""Run the checks against one backend. Independent of pytest."""
 
 from __future__ import annotations
 
@@ -25,38 +25,41 @@ from flowstore_conformance.context import (
     Unsupported,
     new_context,
 )
-from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.guard import CANNOT_INSPECT, GuardedBackend, NoNamespace, Refused, guard
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
-from flowstore_conformance.report import CheckResult, Failure, Report, Status
+from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.report import Report, apply_waivers
 from flowstore_conformance.repro import replay_on_memory
-from flowstore_conformance.signatures import SignatureFinding
-from flowstore_conformance.supervision import Stopped, Supervisor
+from flowstore_conformance.results import CheckResult, Failure
+from flowstore_conformance.status import Status
+from flowstore_conformance.supervisor import Stopped, Supervisor
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
-from flowstore_conformance.waivers import Waiver, apply_waivers
-from flowstore_conformance.watching import Hang, Hung, Limits, Watchdog
+from flowstore_conformance.waivers import Waiver
+from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
+from flowstore_core.suggestions import did_you_mean
 from flowstore_core.urls import parse_url, redact
 
 INCONCLUSIVE_RETRIES = 2
-"""So often a check that was inconclusive by chance looks again, each time four times as patiently."""
+"""Retries of an inconclusive check, each with four times the time of the one before."""
 
 REPEATS = 4
-"""A check that fails runs so many times more, to tell how often it strikes."""
+"""Reruns of a failed check, to measure how often it fails."""
 
-USUAL_SECONDS = 3.0
-"""A backend that takes longer to be looked into before the first check gets more time for all others."""
+EXPECTED_INSPECTION_SECONDS = 3.0
+"""The expected duration of the inspection; if a backend takes longer, all time limits are scaled up."""
 
 REPEAT_SECONDS = 20.0
-"""What all of these together may take in one run of the suite."""
+"""Seconds for all reruns in one run of the suite."""
 
 Progress = Callable[[CheckResult, int, int], None]
-"""Told of each result, with its number and how many there are."""
+"""Called with each result, its number and the number of checks."""
 
 Starting = Callable[[Check, int, int], None]
-"""Told of each check before it runs, likewise."""
+"""Called with each check before it runs, its number and the number of checks."""
 
 
 async def run_suite(
@@ -67,6 +70,7 @@ async def run_suite(
     seed: int | None = None,
     waivers: Sequence[Waiver] = (),
     checks: Sequence[Check] | None = None,
+    check_names: Collection[str] = (),
     repeats: int = REPEATS,
     check_timeout: float | None = None,
     progress: Progress | None = None,
@@ -75,35 +79,36 @@ async def run_suite(
 ) -> Report:
     """Check the backend that a URL names and return the report.
 
-    Works only inside namespaces that the backend's ``scratch(url)`` makes, never in what the URL
-    itself holds. ``clauses`` limits the run to checks of these; ``seed`` repeats an earlier run;
-    ``checks`` replaces the suite's own. The checks run in an event loop in a thread of their own, so that a
-    backend which blocks the loop can be told apart; ``progress`` and ``starting`` are called in the caller's.
+    Works only inside namespaces that the backend's ``scratch(url)`` creates; the data under the URL itself is
+    not touched. ``clauses`` limits the run to checks of these clauses, ``check_names`` to checks or examples
+    of these names; ``seed`` repeats an earlier run; ``checks`` replaces the suite's own checks. The checks
+    run in an event loop in a separate thread, so that the suite can report a backend that blocks the loop;
+    ``progress`` and ``starting`` are called in the caller's loop.
 
-    ``check_timeout`` is the limit in seconds for a check; a call of the store in it may take half of that.
-    Without it a call has 30 s and a check as long as its profile says, both longer on a backend that is slow
-    from the start. Setting ``stop`` ends the run early: the report of the checks that ran is then returned,
-    marked as incomplete.
+    ``check_timeout`` is the limit in seconds for a check; a call may take half of it. By default a call has
+    30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. Setting
+    ``stop`` ends the run early: the report then covers the checks that ran and is marked as incomplete.
 
-    Raises ConfigurationError for an unknown clause or profile, for a limit that is not positive, for a URL
-    that no backend serves, for a missing extra, and when the namespace is not a fresh and empty one;
-    StoreUnavailableError when none can be made.
+    Raises ConfigurationError for an unknown clause, check or profile, for a limit that is not positive, for a
+    URL without a backend, for a missing extra, and if the scratch namespace is not new and empty;
+    StoreUnavailableError if no namespace can be created.
     """
     profile = read_profile(profile)
     limits = read_limits(profile, check_timeout)
-    chosen = select_checks(clauses, checks)
+    chosen = select_checks(clauses, checks, check_names)
+    asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
     parts = parse_url(url)
-    # Backends get it without whitespace around it, as from open_store.
+    # Without surrounding whitespace, as open_store passes it to backends.
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     started_at, begun = datetime.now(UTC), time.monotonic()
-    run = OneRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), stop)
+    run = SuiteRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), stop)
     results: list[CheckResult] = []
     incomplete: str | None = None
     left = REPEAT_SECONDS
     try:
-        await run.look(adapt=check_timeout is None)
+        await run.inspect(adapt=check_timeout is None)
         for number, check in enumerate(chosen, 1):
             if starting is not None:
                 starting(check, number, len(chosen))
@@ -117,8 +122,8 @@ async def run_suite(
                 progress(result, number, len(chosen))
     except Stopped as stopped:
         incomplete = f"interrupted after {len(results)} of {len(chosen)} checks"
-        if stopped.under_way:
-            incomplete += f", while {Scrubber(url)(stopped.under_way)}"
+        if stopped.pending_call:
+            incomplete += f", while {Scrubber(url)(stopped.pending_call)}"
         results += [_not_run(one, chosen_seed, "the run was interrupted") for one in chosen[len(results) :]]
     finally:
         await run.aclose()
@@ -132,7 +137,8 @@ async def run_suite(
         seconds=time.monotonic() - begun,
         results=tuple(results),
         versions=versions(plugin.distribution),
-        selected=tuple(clause for clause in CLAUSES if clause in clauses),
+        selected=tuple(clause for clause in CLAUSES if clause in asked),
+        selected_checks=tuple(check_names),
         findings=run.backend.findings,
         incomplete=incomplete,
         check_timeout=check_timeout,
@@ -141,8 +147,8 @@ async def run_suite(
     return apply_waivers(report, waivers)
 
 
-class OneRun:
-    """One run of checks: its jobs go to a supervisor, which survives a backend that blocks its loop."""
+class SuiteRun:
+    """One run of checks in the event loop of a supervisor, which survives a backend that blocks the loop."""
 
     def __init__(
         self,
@@ -167,12 +173,12 @@ class OneRun:
         self._shares = shares
         self._shared: SharedNamespace | None = None
 
-    async def look(self, *, adapt: bool) -> None:
-        """Look into the backend before the first check; see guard."""
+    async def inspect(self, *, adapt: bool) -> None:
+        """Inspect the backend before the first check; see guard."""
         begun = time.monotonic()
-        self.backend = await look(self._supervisor, self._plain, self._url, stop=self._stop)
+        self.backend = await inspect_backend(self._supervisor, self._plain, self._url, stop=self._stop)
         if adapt:
-            self._watchdog.limits = self._watchdog.limits.scaled(slowness(time.monotonic() - begun))
+            self._watchdog.limits = self._watchdog.limits.scaled(slowdown_factor(time.monotonic() - begun))
 
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
@@ -209,7 +215,7 @@ class OneRun:
         try:
             return await self._supervisor.run(again, stop=self._stop)
         except Hung as hung:
-            self._lose(hung.hang)
+            self._on_hang(hung.hang)
             return result
 
     async def _examine(self, check: Check, job: Callable[[], Awaitable[CheckResult]]) -> CheckResult:
@@ -217,8 +223,8 @@ class OneRun:
         try:
             result = await self._supervisor.run(job, stop=self._stop)
         except Hung as hung:
-            # The event loop is lost, and with it the namespaces and stores that were open in it.
-            self._lose(hung.hang)
+            # The abandoned event loop keeps its open namespaces and stores.
+            self._on_hang(hung.hang)
             result = CheckResult(
                 check=check,
                 status=Status.FAIL,
@@ -227,11 +233,11 @@ class OneRun:
                 seed=self._seed,
                 failure=_hang_failure(hung.hang, Scrubber(self._url)),
             )
-        return stumbled(result, self.backend.findings)
+        return apply_findings(result, self.backend.findings)
 
-    def _lose(self, hang: Hang) -> None:
+    def _on_hang(self, hang: Hang) -> None:
         if hang.operation is not None:
-            self._watchdog.known.add(hang.operation)
+            self._watchdog.known_hangs.add(hang.operation)
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
         self._shared = None
 
@@ -244,41 +250,38 @@ class OneRun:
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
 
 
-async def look(
+async def inspect_backend(
     supervisor: Supervisor, backend: Backend, url: str, *, stop: asyncio.Event | None = None
 ) -> GuardedBackend:
-    """Look into a backend (see guard); ConfigurationError when it does not answer."""
+    """Inspect a backend (see guard). Raises ConfigurationError if it does not respond."""
     guarded = GuardedBackend(backend, url)
 
     async def job() -> GuardedBackend:
         try:
-            async with supervisor.watchdog.over():
+            async with supervisor.watchdog.watch():
                 return await guard(guarded, url)
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
-            because = "CancelledError surfaced"
-            raise Refused(
-                f"refused: whether the scratch namespace is empty cannot be seen, because {because}"
-            ) from None
+            raise Refused(f"{CANNOT_INSPECT}: the backend raised CancelledError") from None
 
     try:
         return await supervisor.run(job, stop=stop)
     except Hung as hung:
-        if guarded.looked_into:
-            # Closing hangs, which the checks will find.
+        if guarded.inspected:
+            # Only closing hangs, which the checks will report.
             return guarded
         message = Scrubber(url)(hung.hang.message)
-        raise Refused(f"refused: whether the scratch namespace is empty cannot be seen: {message}") from None
+        raise Refused(f"{CANNOT_INSPECT}: {message}") from None
 
 
-def slowness(seconds: float) -> float:
-    """By how much longer than usual a backend takes, from how long it took to look into it."""
-    return max(1.0, seconds / USUAL_SECONDS)
+def slowdown_factor(seconds: float) -> float:
+    """The factor by which a backend is slower than expected, given the duration of its inspection."""
+    return max(1.0, seconds / EXPECTED_INSPECTION_SECONDS)
 
 
 def _blocker(backend: GuardedBackend) -> SignatureFinding | None:
-    """A finding that keeps core from opening the store."""
+    """A finding that prevents core from opening the store."""
     return next((one for one in backend.findings if one.missing and one.capability), None)
 
 
@@ -294,8 +297,8 @@ def _not_run(check: Check, seed: int, reason: str, finding: SignatureFinding | N
     )
 
 
-def stumbled(result: CheckResult, findings: Sequence[SignatureFinding]) -> CheckResult:
-    """The result of a check; NOT RUN where it failed because core cannot call a method."""
+def apply_findings(result: CheckResult, findings: Sequence[SignatureFinding]) -> CheckResult:
+    """Change a failure to NOT RUN if its cause is a method that core cannot call."""
     for finding in findings:
         if result.failure is not None and _is_due_to(result.failure, finding):
             return dataclasses.replace(
@@ -307,7 +310,7 @@ def stumbled(result: CheckResult, findings: Sequence[SignatureFinding]) -> Check
 def _is_due_to(failure: Failure, finding: SignatureFinding) -> bool:
     error = "NotSupportedError" if finding.missing else "TypeError"
     if failure.error is not None:
-        # Raised by the call itself, not in the author's code.
+        # Raised by the call itself, not inside the author's code.
         return failure.error == error and failure.operation == finding.method and failure.place is None
     raised = () if failure.history is None else failure.history.operations
     return any(
@@ -321,21 +324,35 @@ def check_backend(
     *,
     profile: Profile | str = Profile.STANDARD,
     clauses: Collection[str] = (),
+    check_names: Collection[str] = (),
     seed: int | None = None,
     waivers: Sequence[Waiver] = (),
     check_timeout: float | None = None,
 ) -> Report:
-    """run_suite for code that has no event loop running; the same arguments, errors and report."""
+    """run_suite for code without a running event loop; same arguments, errors and report."""
     suite = run_suite(
-        url, profile=profile, clauses=clauses, seed=seed, waivers=waivers, check_timeout=check_timeout
+        url,
+        profile=profile,
+        clauses=clauses,
+        check_names=check_names,
+        seed=seed,
+        waivers=waivers,
+        check_timeout=check_timeout,
     )
     return asyncio.run(suite)
 
 
-def select_checks(clauses: Collection[str] = (), checks: Sequence[Check] | None = None) -> Sequence[Check]:
-    """The checks of some clauses, or all. Raises ConfigurationError for an unknown clause."""
+def select_checks(
+    clauses: Collection[str] = (), checks: Sequence[Check] | None = None, names: Collection[str] = ()
+) -> Sequence[Check]:
+    """The checks of some clauses and of some names, or all; a name may be that of one example of a check.
+
+    Raises ConfigurationError for an unknown clause or name.
+    """
     if unknown := set(clauses) - CLAUSES.keys():
-        raise ConfigurationError(f"there is no clause {', '.join(sorted(unknown))}; docs/contract.md has all")
+        raise ConfigurationError(
+            f"there is no clause {', '.join(sorted(unknown))}; docs/contract.md lists all"
+        )
     if checks is None:
         try:
             checks = all_checks()
@@ -344,11 +361,28 @@ def select_checks(clauses: Collection[str] = (), checks: Sequence[Check] | None 
                 raise
             message = "module 'hypothesis' is missing; pip install 'flowstore[conformance]'"
             raise ConfigurationError(message) from error
+    if names:
+        checks = _named(names, checks)
     return [one for one in checks if not clauses or set(one.clauses) & set(clauses)]
 
 
+def _named(names: Collection[str], checks: Sequence[Check]) -> Sequence[Check]:
+    # Imported after all_checks(), which explains a missing module or working directory.
+    from flowstore_conformance.checks.example_checks import example_names, single_example
+
+    found = {name: [one for one in checks if one.name == name] for name in names}
+    for name, named in found.items():
+        named += [example for one in checks if (example := single_example(one, name)) is not None]
+    if unknown := sorted(name for name, named in found.items() if not named):
+        known = [name for one in checks for name in (one.name, *example_names(one))]
+        raise ConfigurationError(
+            "; ".join(f"there is no check {name!r}{did_you_mean(name, known)}" for name in unknown)
+        )
+    return [one for named in found.values() for one in named]
+
+
 def read_profile(name: str) -> Profile:
-    """The profile of a name; ConfigurationError that lists them otherwise."""
+    """Parse the name of a profile. Raises ConfigurationError, which lists the valid names."""
     try:
         return Profile(name)
     except ValueError:
@@ -356,7 +390,7 @@ def read_profile(name: str) -> Profile:
 
 
 def read_limits(profile: Profile, check_timeout: float | None) -> Limits:
-    """The time limits of a run; ConfigurationError for one that is not positive."""
+    """The time limits of a run. Raises ConfigurationError for a limit that is not positive."""
     if check_timeout is not None and not 0 < check_timeout < math.inf:
         message = f"the check timeout must be a positive number of seconds, not {check_timeout}"
         raise ConfigurationError(message)
@@ -377,29 +411,29 @@ async def run_check(
     shared: SharedNamespace | None = None,
     watchdog: Watchdog | None = None,
 ) -> CheckResult:
-    """Run one check on a namespace of its own; any outcome is a result.
+    """Run one check in a new namespace and return its result, whatever happens.
 
-    It runs in the caller's event loop. A call that does not end is cancelled and is a failure; one that
-    blocks the loop cannot be, which is why run_suite has a Supervisor.
+    Runs in the caller's event loop. A call that does not end is cancelled and counts as a failure; a call
+    that blocks the loop cannot be cancelled, which is why run_suite uses a Supervisor.
 
-    A check that can share a namespace is run in the shared one first, if there is one. When it does not
-    pass there, nothing is said yet: it is run on a namespace of its own, and that counts.
-    Raises Refused alone: then the suite must stop, since it is not safe to go on.
+    A check that can share a namespace runs in the shared one first, if there is one. If it does not pass
+    there, it runs again in a new namespace, and only that result counts. Raises only Refused, after which it
+    is not safe to continue.
     """
     begun = time.monotonic()
-    dog = watchdog or Watchdog(Limits.of(profile))
+    watchdog = watchdog or Watchdog(Limits.of(profile))
     outcome = None
-    if shared and check.shares:
-        outcome = await _run_shared(check, profile, seed, shared, dog, url)
+    if shared and not check.isolated:
+        outcome = await _run_shared(check, profile, seed, shared, watchdog, url)
     if outcome is None:
-        outcome = await _outcome(check, url, backend, profile, seed, dog)
+        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog)
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
         if not outcome.retryable:
             break
-        # Something else may have kept the machine busy: look longer, and at other draws.
-        outcome = await _outcome(check, url, backend, profile, seed, dog, look=number)
+        # The machine may have been busy: retry with more time and other draws.
+        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, retry=number)
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
-        dog.known.add(outcome.failure.operation)
+        watchdog.known_hangs.add(outcome.failure.operation)
     return CheckResult(
         check=check,
         status=outcome.status,
@@ -412,53 +446,53 @@ async def run_check(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one look of a check found."""
+class _CheckRun:
+    """The result of running a check once."""
 
     status: Status
     assertions: int = 0
     failure: Failure | None = None
     reason: str | None = None
     retryable: bool = False
-    """Inconclusive, and perhaps not the next time."""
+    """Whether the check is inconclusive and a retry may decide."""
 
 
 async def _run_shared(
-    check: Check, profile: Profile, seed: int, shared: SharedNamespace, dog: Watchdog, url: str
-) -> Outcome | None:
-    """What a check found in a shared namespace; None, and the namespace given up, unless it passed.
+    check: Check, profile: Profile, seed: int, shared: SharedNamespace, watchdog: Watchdog, url: str
+) -> _CheckRun | None:
+    """Run a check in a shared namespace. Unless it passes, discard the namespace and return None.
 
-    A call that hangs again, as it did in a namespace of a check's own, is told at once.
+    A call that is already known to hang in a separate namespace is reported without a second run.
     """
-    told = None
+    hung = None
     try:
         with capture_callback_errors() as surfaced:
-            async with dog.over(), shared.context(_own_seed(check, seed)) as context:
+            async with watchdog.watch(), shared.context(_seed_of(check, seed)) as context:
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not surfaced:
             return outcome
     except Hung as error:
-        if error.hang.operation in dog.known:
-            told = _explain(error, check, 0, url)
+        if error.hang.operation in watchdog.known_hangs:
+            hung = _explain(error, check, 0, url)
     except asyncio.CancelledError:
         if _is_cancelled():
             raise
-    except Exception as error:  # noqa: BLE001 - what it says of the backend is seen alone
+    except Exception as error:  # noqa: BLE001 - the run in a separate namespace reports it
         _raise_refusal(error)
-    await _discard(shared, dog)
-    return told
+    await _discard(shared, watchdog)
+    return hung
 
 
 def _is_cancelled() -> bool:
-    """Whether somebody cancels the running task; else a CancelledError in it comes from the backend."""
+    """Whether the running task is being cancelled; otherwise a CancelledError comes from the backend."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-async def _discard(shared: SharedNamespace, dog: Watchdog) -> None:
-    """Drop a namespace; that this fails is found by checks with one of their own."""
+async def _discard(shared: SharedNamespace, watchdog: Watchdog) -> None:
+    """Drop a shared namespace; checks in separate namespaces report it if this fails."""
     try:
-        async with dog.over():
+        async with watchdog.watch():
             await shared.discard()
     except asyncio.CancelledError:
         if _is_cancelled():
@@ -467,67 +501,68 @@ async def _discard(shared: SharedNamespace, dog: Watchdog) -> None:
         _raise_refusal(error)
 
 
-def _own_seed(check: Check, seed: int, look: int = 0) -> int:
-    """Each check has its own randomness, so that it repeats alike alone and among others."""
-    return random.Random(f"{seed}/{check.name}{f'/{look}' if look else ''}").getrandbits(32)
+def _seed_of(check: Check, seed: int, retry: int = 0) -> int:
+    """The seed of a check, which does not depend on the other checks of the run."""
+    return random.Random(f"{seed}/{check.name}{f'/{retry}' if retry else ''}").getrandbits(32)
 
 
-async def _outcome(
+async def _run_isolated(
     check: Check,
     url: str,
     backend: Backend,
     profile: Profile,
     seed: int,
-    dog: Watchdog,
+    watchdog: Watchdog,
     *,
-    look: int = 0,
-) -> Outcome:
-    # Once guarded, a backend declares what its opened store does. Else only a store can tell.
+    retry: int = 0,
+) -> _CheckRun:
+    # A guarded backend has the capabilities of an opened store; otherwise they are unknown before opening.
     if isinstance(backend, GuardedBackend) and (lacking := _unsupported(check, backend.capabilities)):
         return lacking
-    own_seed = _own_seed(check, seed, look)
-    outcome: Outcome | None = None
+    own_seed = _seed_of(check, seed, retry)
+    outcome: _CheckRun | None = None
     made: CheckContext | None = None
     try:
         with capture_callback_errors() as surfaced:
             async with (
-                dog.over(timeout_factor=4.0**look),
-                new_context(url, backend, profile, own_seed, 4.0**look, dog.limits.call) as context,
+                watchdog.watch(timeout_factor=4.0**retry),
+                new_context(url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call) as context,
             ):
                 made = context
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
         if surfaced and outcome.status is Status.PASS:
-            message = f"{type(surfaced[0]).__name__} surfaced in a callback, where no caller sees it"
+            name = type(surfaced[0]).__name__
+            message = f"a callback of the event loop raised {name}, which no caller sees"
             failure = _exception_failure("CON-2", message, surfaced[0], url)
-            outcome = Outcome(Status.FAIL, outcome.assertions, failure)
+            outcome = _CheckRun(Status.FAIL, outcome.assertions, failure)
     except asyncio.CancelledError as error:
         if _is_cancelled():
             raise
         outcome = _explain(error, check, made.assertions if made else 0, url)
-    except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
-        # Not of the check, which _judge has told, but of making the bench or of putting it away.
+    except Exception as error:  # noqa: BLE001 - any exception of a backend is a finding
+        # Raised while making or closing the context; _judge handles exceptions of the check itself.
         _raise_refusal(error)
         if outcome is None or outcome.status is Status.PASS:
             outcome = _explain(error, check, made.assertions if made else 0, url)
     return outcome
 
 
-def _unsupported(check: Check, capabilities: Collection[Capability]) -> Outcome | None:
+def _unsupported(check: Check, capabilities: Collection[Capability]) -> _CheckRun | None:
     if missing := check.needs - frozenset(capabilities):
         names = ", ".join(sorted(one.name for one in missing))
-        return Outcome(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
+        return _CheckRun(Status.UNSUPPORTED, reason=f"the backend does not declare {names}")
     return None
 
 
-async def _judge(check: Check, context: CheckContext) -> Outcome:
+async def _judge(check: Check, context: CheckContext) -> _CheckRun:
     try:
         await check.run(context)
-    except Exception as error:  # noqa: BLE001 - whatever a backend lets out is its finding
+    except Exception as error:  # noqa: BLE001 - any exception of a backend is a finding
         _raise_refusal(error)
         return _explain(error, check, context.assertions, context.base_url)
     if not context.assertions:
-        return Outcome(Status.INCONCLUSIVE, reason="nothing was exercised")
-    return Outcome(Status.PASS, context.assertions)
+        return _CheckRun(Status.INCONCLUSIVE, reason="the check made no assertion")
+    return _CheckRun(Status.PASS, context.assertions)
 
 
 def _raise_refusal(error: Exception) -> None:
@@ -536,30 +571,30 @@ def _raise_refusal(error: Exception) -> None:
         raise found
 
 
-def _explain(error: BaseException, check: Check, assertions: int, url: str) -> Outcome:
-    """What an exception says about the backend."""
+def _explain(error: BaseException, check: Check, assertions: int, url: str) -> _CheckRun:
+    """Turn an exception into a result."""
     found, clean = _leaf(error), Scrubber(url)
     if isinstance(found, Hung):
-        return Outcome(Status.FAIL, assertions, _hang_failure(found.hang, clean))
+        return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean))
     if isinstance(found, ContractViolation):
         clause = found.clause or check.clauses[0]
         failure = _exception_failure(clause, found.message, found.__cause__, url)
         failure = dataclasses.replace(
             failure, program=found.program, history=found.history, verdict=found.verdict
         )
-        return Outcome(Status.FAIL, assertions, failure)
+        return _CheckRun(Status.FAIL, assertions, failure)
     if isinstance(found, (Inconclusive, NoNamespace)):
         retryable = isinstance(found, Inconclusive) and found.retryable
-        return Outcome(Status.INCONCLUSIVE, assertions, reason=clean(str(found)), retryable=retryable)
+        return _CheckRun(Status.INCONCLUSIVE, assertions, reason=clean(str(found)), retryable=retryable)
     if isinstance(found, Unsupported):
-        return Outcome(Status.UNSUPPORTED, assertions, reason=clean(str(found)))
+        return _CheckRun(Status.UNSUPPORTED, assertions, reason=clean(str(found)))
     if isinstance(found, FlowStoreError):
         clause = check.clauses[0]
         message = f"an operation that should have worked raised {type(found).__name__}: {found}"
     else:
         clause = "CON-2"
-        message = f"{type(found).__name__} surfaced, which is no error of the contract"
-    return Outcome(Status.FAIL, assertions, _exception_failure(clause, message, found, url))
+        message = f"the backend raised {type(found).__name__}, which is not an error of the contract"
+    return _CheckRun(Status.FAIL, assertions, _exception_failure(clause, message, found, url))
 
 
 def _hang_failure(hang: Hang, clean: Scrubber) -> Failure:
@@ -574,7 +609,7 @@ def _hang_failure(hang: Hang, clean: Scrubber) -> Failure:
 
 
 def _exception_failure(clause: str, message: str, error: BaseException | None, url: str) -> Failure:
-    """A failure with the exception that shows it, if there is one."""
+    """A failure with its exception, if there is one."""
     clean = Scrubber(url)
     if error is None:
         return Failure(clause=clause, message=clean(message))
@@ -589,7 +624,7 @@ def _exception_failure(clause: str, message: str, error: BaseException | None, u
 
 
 def _leaf(error: BaseException) -> BaseException:
-    """What stands behind an exception group: a hang or a violation before anything else."""
+    """The most informative exception of a group: a refusal, a hang or a violation before any other."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = [_leaf(one) for one in error.exceptions]
@@ -606,9 +641,9 @@ async def rerun_failed(
     seconds: float = REPEAT_SECONDS,
     watchdog: Watchdog | None = None,
 ) -> CheckResult:
-    """A failed check with how often it fails when run again, and what its program prints on memory.
+    """Rerun a failed check to count its failures, and run its program on the memory backend.
 
-    A check in which a call hung is not run again: that would take as long each time.
+    A check with a hanging call is not rerun, because each rerun would take as long.
     """
     assert result.failure is not None
     if result.failure.hung:
@@ -627,7 +662,7 @@ async def rerun_failed(
 
 
 def versions(distribution: str | None) -> dict[str, str]:
-    """Of Python, flowstore, and the distribution that brings the backend."""
+    """The versions of Python, flowstore and the backend's distribution."""
     found = {"python": platform.python_version()}
     for name in dict.fromkeys(("flowstore", distribution)):
         if name is not None:

@@ -1,7 +1,7 @@
-"""Stacks and tracebacks for the author of a backend: their own frames, without secrets.
+"""Stacks and tracebacks for authors of backends: only frames of the backend, without secrets.
 
-The frames of the suite, of core, and of the standard library around them tell an author nothing. So a trace
-begins at the first frame of other code, which is the backend or its driver.
+Frames of the suite, core and the standard library do not help an author, so a trace begins at the first frame
+of other code, which belongs to the backend or its driver.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OPERATIONS: dict[CodeType, str] = {
     for name, method in vars(ValidatedStore).items()
     if inspect.iscoroutinefunction(method)
 }
-"""The code of every call that core makes on a backend, with its name."""
+"""The code objects of the methods through which core calls a backend, with their names."""
 
 OPEN_STORE: CodeType = inspect.unwrap(open_store).__code__
 
 
 class RemoteError(Exception):
-    """An exception of another process: its class, its trace, and where it was raised."""
+    """An exception from another process: its class, its trace and its origin."""
 
     def __init__(self, name: str, *, trace: str, place: str | None, operation: str | None) -> None:
         super().__init__(name)
@@ -45,7 +45,7 @@ class RemoteError(Exception):
 
 
 def is_authors(filename: str) -> bool:
-    """Whether a file belongs to the backend under test or to what it uses."""
+    """Whether a file belongs to the backend under test or to one of its dependencies."""
     if filename.startswith("<"):
         return False
     if is_suites(filename) or filename.startswith(f"{CORE}/"):
@@ -61,12 +61,12 @@ def is_suites(filename: str) -> bool:
 
 
 def place(filename: str, line: int | None, function: str) -> str:
-    """Where code stands, in a few words."""
+    """Format a location in code."""
     return f"{'/'.join(Path(filename).parts[-2:])}:{line} in {function}"
 
 
 def place_of(error: BaseException) -> str | None:
-    """The innermost line of the author's code that an exception passed through; None for none."""
+    """The innermost line of the author's code in a traceback; None if there is none."""
     if isinstance(error, RemoteError):
         return error.place
     found = [
@@ -78,7 +78,7 @@ def place_of(error: BaseException) -> str | None:
 
 
 def operation_of(error: BaseException) -> str | None:
-    """The operation of the store that an exception came from."""
+    """The operation of the store that raised an exception."""
     if isinstance(error, RemoteError):
         return error.operation
     found = [
@@ -90,28 +90,28 @@ def operation_of(error: BaseException) -> str | None:
 
 
 def error_type(error: BaseException) -> str:
-    """The name of an exception's class, in whichever process it was raised."""
+    """The class name of an exception, including one from another process."""
     return error.name if isinstance(error, RemoteError) else type(error).__name__
 
 
 def trace_of(error: BaseException) -> str:
-    """A traceback of the author's frames; of all frames where none is the author's."""
+    """A traceback with the author's frames only; with all frames if none is the author's."""
     if isinstance(error, RemoteError):
         return error.trace
-    told = traceback.TracebackException.from_exception(error)
-    for one in _chain(told):
+    formatted = traceback.TracebackException.from_exception(error)
+    for one in _chain(formatted):
         one.stack = traceback.StackSummary.from_list(_without_suite(one.stack))
-    return "".join(told.format())
+    return "".join(formatted.format())
 
 
 def pack_error(error: BaseException) -> dict[str, str | None]:
-    """What RemoteError needs to know of an exception beside its class."""
+    """The arguments of RemoteError for an exception, except the class name."""
     return {"trace": trace_of(error), "place": place_of(error), "operation": operation_of(error)}
 
 
-def _chain(told: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
-    yield told
-    for linked in (told.__cause__, told.__context__, *(told.exceptions or ())):
+def _chain(formatted: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
+    yield formatted
+    for linked in (formatted.__cause__, formatted.__context__, *(formatted.exceptions or ())):
         if linked is not None:
             yield from _chain(linked)
 
@@ -124,13 +124,13 @@ def _without_suite(stack: Sequence[traceback.FrameSummary]) -> list[traceback.Fr
 
 
 def stack_text(frames: Iterable[FrameType]) -> str:
-    """Frames, outermost first, as the lines of a traceback; from the author's first frame on."""
+    """Format frames, outermost first, as a traceback that begins at the author's first frame."""
     stack = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames)
     return "".join(traceback.StackSummary.from_list(_without_suite(stack)).format())
 
 
 class Scrubber:
-    """Takes the passwords of a URL out of texts."""
+    """Removes the passwords of a URL from text."""
 
     def __init__(self, url: str) -> None:
         self._secrets = sorted(parse_url(url).secrets(), key=len, reverse=True)

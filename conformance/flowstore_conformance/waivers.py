@@ -1,64 +1,58 @@
-"""Waivers: failures that are known, for a reason and until a day."""
+"""Waivers: known failures, each with a reason and an expiry date."""
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowstore_conformance.clauses import CLAUSES
-from flowstore_conformance.status import Status
 from flowstore_core import ConfigurationError
-
-if TYPE_CHECKING:
-    from flowstore_conformance.report import Report
 
 KEYS = frozenset({"clause", "reason", "link", "expires"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiver:
-    """Failures of one clause that shall not fail the run."""
+    """A permission for failures of one clause."""
 
     clause: str
     reason: str
     link: str
-    """Where it is being worked on."""
+    """A link to the issue or change that addresses the failure."""
     expires: date
-    """The last day, in UTC, on which it counts."""
+    """The last day on which the waiver is valid, in UTC."""
 
 
 class WaiverState(StrEnum):
-    """What a run made of a waiver."""
+    """The state of a waiver after a run."""
 
     USED = "used"
     EXPIRED = "expired"
     NOT_NEEDED = "not needed"
-    """The checks of its clause pass, or do not apply: it must go."""
+    """The checks of its clause pass or do not apply: remove the waiver."""
     UNDECIDED = "undecided"
-    """A check of its clause was inconclusive or did not run, so that nobody knows."""
-    NOT_LOOKED_AT = "not looked at"
-    """Its clause was not among those that were asked for."""
+    """A check of its clause was inconclusive or did not run."""
+    NOT_SELECTED = "not looked at"
+    """Its clause was not selected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaiverResult:
-    """A waiver, and whether it is in order."""
+    """A waiver and its state."""
 
     waiver: Waiver
     state: WaiverState
 
     @property
     def problem(self) -> str | None:
-        """Why it fails the run; None when it is in order."""
+        """Why the waiver fails the run; None if it has no problem."""
         clause, expires = self.waiver.clause, self.waiver.expires
         if self.state is WaiverState.EXPIRED:
-            return f"the waiver of {clause} expired on {expires}: mend {clause}, or renew the waiver"
+            return f"the waiver of {clause} expired on {expires}: fix {clause}, or renew the waiver"
         if self.state is WaiverState.NOT_NEEDED:
             return f"the waiver of {clause} is not needed, because {clause} does not fail: remove it"
         return None
@@ -67,7 +61,7 @@ class WaiverResult:
 def read_waivers(path: Path) -> tuple[Waiver, ...]:
     """The waivers of a TOML file: tables ``[[waiver]]`` with clause, reason, link and expires.
 
-    Raises ConfigurationError, naming the table, for anything missing, unknown or doubled.
+    Raises ConfigurationError, which names the table, for missing, unknown or duplicate entries.
     """
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -77,12 +71,12 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
         raise ConfigurationError(f"waivers {path} are not valid TOML: {error}") from None
     entries = table.pop("waiver", [])
     if table or not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
-        raise ConfigurationError(f"waivers {path} must hold tables [[waiver]] and nothing else")
+        raise ConfigurationError(f"waivers {path} may contain [[waiver]] tables only")
     found: dict[str, Waiver] = {}
     for number, entry in enumerate(entries, 1):
         waiver = _read_waiver(f"waiver {number} of {path}", entry)
         if waiver.clause in found:
-            raise ConfigurationError(f"waiver {number} of {path}: {waiver.clause} has one already")
+            raise ConfigurationError(f"waiver {number} of {path}: {waiver.clause} already has a waiver")
         found[waiver.clause] = waiver
     return tuple(found.values())
 
@@ -94,41 +88,10 @@ def _read_waiver(place: str, entry: dict[str, Any]) -> Waiver:
         raise ConfigurationError(f"{place} has unknown keys: {', '.join(sorted(unknown))}")
     for key in ("clause", "reason", "link"):
         if not isinstance(entry[key], str) or not entry[key].strip():
-            raise ConfigurationError(f"{place}: {key} must be text that is not empty")
+            raise ConfigurationError(f"{place}: {key} must be a non-empty string")
     if entry["clause"] not in CLAUSES:
         raise ConfigurationError(f"{place}: there is no clause {entry['clause']}")
     expires = entry["expires"]
     if not isinstance(expires, date) or isinstance(expires, datetime):
         raise ConfigurationError(f"{place}: expires must be a date such as 2027-01-31, without quotes")
     return Waiver(clause=entry["clause"], reason=entry["reason"], link=entry["link"], expires=expires)
-
-
-def apply_waivers(report: Report, waivers: Sequence[Waiver], *, today: date | None = None) -> Report:
-    """The report with the failures that are waived marked so, and each waiver with its state."""
-    now = today or datetime.now(UTC).date()
-    valid = {one.clause: one for one in waivers if one.expires >= now}
-    results = []
-    for result in report.results:
-        waiver = valid.get(result.failure.clause) if result.failure is not None else None
-        if waiver is not None and result.status is Status.FAIL:
-            reason = f"{waiver.reason} ({waiver.link}; until {waiver.expires})"
-            result = dataclasses.replace(result, status=Status.WAIVED, reason=reason)
-        results.append(result)
-    waived = dataclasses.replace(report, results=tuple(results))
-    statuses = {one.clause.id: {each.status for each in one.results} for one in waived.clauses}
-    folded = {one.clause.id: one.status for one in waived.clauses}
-    states = []
-    for waiver in waivers:
-        clause = waiver.clause
-        if waiver.expires < now:
-            state = WaiverState.EXPIRED
-        elif folded[clause] is Status.WAIVED:
-            state = WaiverState.USED
-        elif not statuses[clause]:
-            state = WaiverState.NOT_LOOKED_AT
-        elif folded[clause] in (Status.PASS, Status.UNSUPPORTED):
-            state = WaiverState.NOT_NEEDED
-        else:
-            state = WaiverState.UNDECIDED
-        states.append(WaiverResult(waiver=waiver, state=state))
-    return dataclasses.replace(waived, waivers=tuple(states))

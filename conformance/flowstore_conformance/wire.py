@@ -1,4 +1,4 @@
-"""Orders and histories as lines of JSON, for harness and worker processes to exchange."""
+"""JSON lines that the harness and worker processes exchange: client tasks and their results."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def write_line(message: Mapping[str, Any]) -> bytes:
-    """A message as a line."""
+    """Encode a message as a line."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 def read_line(line: bytes) -> dict[str, Any]:
-    """The message of a line."""
+    """Decode the message of a line."""
     message: dict[str, Any] = json.loads(line)
     return message
 
 
 def pack(value: Any) -> Any:
-    """A value that JSON does not know as one that it knows, with a letter for its kind."""
+    """Encode a value as JSON; types unknown to JSON become an object whose key is a letter for the type."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Enum):
@@ -57,7 +57,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """What was packed."""
+    """Decode a packed value."""
     if isinstance(value, list):
         return [unpack(each) for each in value]
     if not isinstance(value, dict):
@@ -77,9 +77,14 @@ def unpack(value: Any) -> Any:
     return frozenset(items) if kind == "f" else tuple(items)
 
 
-def pack_task(job: ClientTask) -> dict[str, Any]:
-    calls = [[call.method, pack(call.arguments)] for call in job.calls]
-    return {"race": job.race, "client": job.client, "calls": calls, "yields": list(job.yields)}
+def pack_task(client_task: ClientTask) -> dict[str, Any]:
+    calls = [[call.method, pack(call.arguments)] for call in client_task.calls]
+    return {
+        "race": client_task.race,
+        "client": client_task.client,
+        "calls": calls,
+        "yields": list(client_task.yields),
+    }
 
 
 def unpack_task(packed: Mapping[str, Any]) -> ClientTask:

@@ -1,11 +1,11 @@
-"""A process that races for the harness: ``python -m flowstore_conformance.worker``.
+"""A worker process that runs clients of races: ``python -m flowstore_conformance.worker``.
 
-Lines of JSON come on stdin, the first ``{"open": url, "clock": true, "limit": 30}``; each is answered by one
-line on stdout. A store that cannot be opened is told as ``{"refused": error}``, and the process ends. Then,
-for every phase of a volley, two lines: ``{"now": ..., "jobs": [...]}``, answered when all clients stand at
-the barrier, and ``{"at": seconds}``, the moment of the monotonic clock, which the processes of one machine
-share, when they are let go; it is answered by what came of the jobs. When a call takes longer than the limit,
-``{"hung": ...}`` describes it and the process ends. The end of stdin ends the process.
+The protocol is JSON lines: one reply on stdout for each message on stdin. The first message is ``{"open":
+url, "clock": true, "limit": 30}``; if the store cannot be opened, the reply is ``{"refused": error}`` and the
+process ends. Each phase of a round has two messages: ``{"now": ..., "tasks": [...]}``, with a reply once all
+clients wait at the barrier, and ``{"at": seconds}``, the start time on the monotonic clock, which all
+processes of a machine share; the reply holds the client results. If a call exceeds the limit, ``{"hung":
+...}`` describes it and the process ends. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flowstore_conformance.races import run_tasks
-from flowstore_conformance.watching import Limits, watch_process
+from flowstore_conformance.watchdog import Limits, watch_process
 from flowstore_conformance.wire import pack_result, read_line, unpack, unpack_task, write_line
 from flowstore_core import FlowStore, FlowStoreError, open_store
 
@@ -37,67 +37,69 @@ async def main() -> None:
     out = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    async def hear() -> dict[str, Any] | None:
+    async def receive() -> dict[str, Any] | None:
         line = await lines.readline()
         return read_line(line) if line else None
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         data = write_line(message)
         while data:
             data = data[os.write(out, data) :]
 
-    order = await hear()
-    if order is None:
+    command = await receive()
+    if command is None:
         return
-    limit = order["limit"]
-    watch_process(Limits(limit, limit, limit), lambda hang: say({"hung": hang.packed()}))
+    limit = command["limit"]
+    watch_process(Limits(limit, limit, limit), lambda hang: send({"hung": hang.to_json()}))
     clock = _Clock()
-    exact_times = order["clock"]
+    exact_times = command["clock"]
     async with AsyncExitStack() as stack:
         try:
             store = await stack.enter_async_context(
-                open_store(order["open"], clock=clock if exact_times else None)
+                open_store(command["open"], clock=clock if exact_times else None)
             )
             # Connected before the first race.
             await store.get_active_runs(take=1)
-        except Exception as error:  # noqa: BLE001 - told to the harness, whose finding it is
-            # Only an error of the contract keeps secrets out of its text.
+        except Exception as error:  # noqa: BLE001 - reported to the harness
+            # Only errors of the contract guarantee a text without secrets.
             text = f": {error}" if isinstance(error, FlowStoreError) else ""
-            say({"refused": f"{type(error).__name__}{text}"})
+            send({"refused": f"{type(error).__name__}{text}"})
             return
-        say({"open": store.backend})
-        while (order := await hear()) is not None:
-            await _phase(store, clock, exact_times, order, hear, say)
+        send({"open": store.backend})
+        while (command := await receive()) is not None:
+            await _phase(store, clock, exact_times, command, receive, send)
 
 
 async def _phase(
     store: FlowStore,
     clock: _Clock,
     exact_times: bool,
-    order: dict[str, Any],
-    hear: Callable[[], Awaitable[dict[str, Any] | None]],
-    say: Callable[[dict[str, Any]], None],
+    command: dict[str, Any],
+    receive: Callable[[], Awaitable[dict[str, Any] | None]],
+    send: Callable[[dict[str, Any]], None],
 ) -> None:
-    clock.now = unpack(order["now"])
-    jobs = [unpack_task(packed) for packed in order["jobs"]]
+    clock.now = unpack(command["now"])
+    client_tasks = [unpack_task(packed) for packed in command["tasks"]]
 
     async def start() -> None:
-        say({"ready": len(jobs)})
-        go = await hear()
+        send({"ready": len(client_tasks)})
+        go = await receive()
         if go is None:
             raise EOFError
-        left = go["at"] - time.monotonic()
-        if left > SPIN_SECONDS:
-            await asyncio.sleep(left - SPIN_SECONDS)
+        remaining = go["at"] - time.monotonic()
+        if remaining > SPIN_SECONDS:
+            await asyncio.sleep(remaining - SPIN_SECONDS)
         while time.monotonic() < go["at"]:
             pass
 
-    done = await run_tasks([(store, job) for job in jobs], clock.now, exact_times, start)
-    say({"done": [pack_result(one) for one in done]})
+    done = await run_tasks(
+        [(store, client_task) for client_task in client_tasks], clock.now, exact_times, start
+    )
+    send({"done": [pack_result(one) for one in done]})
 
 
 class _Clock:
-    """The virtual clock, as the harness sets it for each phase."""
+    """The virtual clock; the harness sets it for each phase."""
 
     now = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -106,6 +108,6 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    # The harness may leave in the midst of a phase.
+    # The harness may end during a phase.
     with contextlib.suppress(EOFError):
         asyncio.run(main())

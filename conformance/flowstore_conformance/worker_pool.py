@@ -1,4 +1,4 @@
-"""The worker processes of a check, and a runner that has them race."""
+"""A pool of worker processes, and a runner that runs races over them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from flowstore_conformance.children import start_module
+from flowstore_conformance.child_processes import start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, VirtualClock
 from flowstore_conformance.races import (
     ClientResult,
@@ -21,17 +21,17 @@ from flowstore_conformance.races import (
     assemble,
     phases_of,
 )
-from flowstore_conformance.watching import Hang, Hung
+from flowstore_conformance.watchdog import Hang, Hung
 from flowstore_conformance.wire import pack, pack_task, read_line, unpack_result, write_line
 
 START_SECONDS = 60.0
 HEAD_START = 0.002
-"""Between the order to go and the moment to go, so that every process has heard it."""
+"""Seconds between the start command and the start time, so that every process receives it in time."""
 END_SECONDS = 10.0
 
 
 class Worker:
-    """One process of the crew."""
+    """One worker process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None
@@ -39,15 +39,15 @@ class Worker:
         self._process = process
         self._stdin = process.stdin
         self._stdout = process.stdout
-        self._owes = False
-        """Whether an answer is missing."""
+        self._awaits_reply = False
+        """Whether a request has no reply yet."""
 
-    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Say something and wait for the answer.
+    async def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a message and return the reply.
 
-        Raises Hung when a call in the process does not end, and Inconclusive when the process has died.
+        Raises Hung if a call in the process does not end, and Inconclusive if the process died.
         """
-        self._owes = True
+        self._awaits_reply = True
         try:
             self._stdin.write(write_line(message))
             await self._stdin.drain()
@@ -55,17 +55,17 @@ class Worker:
         except ConnectionError:
             line = b""
         if not line:
-            raise Inconclusive("a worker process died; it told on stderr why")
-        self._owes = False
+            raise Inconclusive("a worker process died; the reason is on stderr")
+        self._awaits_reply = False
         answer = read_line(line)
         if "hung" in answer:
-            raise Hung(Hang.unpacked(answer["hung"]))
+            raise Hung(Hang.from_json(answer["hung"]))
         return answer
 
     async def end(self) -> None:
-        """Let it close its store and end; kill it when it does not, or is in the midst of something."""
+        """Close the store and end the process; kill it if it is busy or does not end in time."""
         self._stdin.close()
-        if self._owes and self._process.returncode is None:
+        if self._awaits_reply and self._process.returncode is None:
             self._process.kill()
         try:
             async with asyncio.timeout(END_SECONDS):
@@ -77,10 +77,10 @@ class Worker:
 
 @asynccontextmanager
 async def open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[ProcessRunner]:
-    """Worker processes with a store each on the bench's namespace.
+    """Open worker processes, each with a store on the context's namespace.
 
-    They end with the context or, where checks share the namespace, with that: those that come later get
-    the same crew. Raises Violation when one of them cannot open the store.
+    They end with this context or, in a shared namespace, with the namespace; later checks then reuse the
+    pool. Raises ContractViolation if a process cannot open the store.
     """
     if context.shared is None:
         async with _open_worker_pool(context, count) as runner:
@@ -98,17 +98,17 @@ async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[
     workers: list[Worker] = []
     try:
         for _ in range(count):
-            # One by one, so that those which were started end when another cannot be.
+            # One by one, so that started processes end if a later one fails to start.
             workers.append(Worker(await start_module("flowstore_conformance.worker")))  # noqa: PERF401
         order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
         try:
-            # A worker tells by itself which call hangs, so this limit is for the start of Python.
+            # A worker reports hanging calls itself; this limit covers the start of Python.
             async with asyncio.timeout(START_SECONDS + context.call_seconds):
-                answers = await asyncio.gather(*(worker.ask(order) for worker in workers))
+                answers = await asyncio.gather(*(worker.request(order) for worker in workers))
         except TimeoutError:
             raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
         if refused := [answer["refused"] for answer in answers if "refused" in answer]:
-            message = f"a process of its own could not open the store and read from it: {refused[0]}"
+            message = f"another process could not open the store and read from it: {refused[0]}"
             raise ContractViolation(message, clause="CON-6")
         yield ProcessRunner(workers, context.clock)
     finally:
@@ -116,7 +116,7 @@ async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[
 
 
 class ProcessRunner:
-    """Runs races over processes: clients of one race are in different ones, as far as there are."""
+    """Runs races over processes; the clients of a race are spread over all of them."""
 
     def __init__(self, workers: Sequence[Worker], clock: VirtualClock | None) -> None:
         self._workers = workers
@@ -127,22 +127,25 @@ class ProcessRunner:
         done = []
         for phase in phases_of(races):
             if self._clock is not None:
-                self._clock.advance(phase.jump)
+                self._clock.advance(phase.clock_advance)
             done.append(await self._phase(phase))
         return assemble(races, done, one_loop=False)
 
     async def _phase(self, phase: Phase) -> list[ClientResult]:
         now = self._clock.now if self._clock is not None else datetime.now(UTC)
-        # A race's clients go round the processes; races begin at different ones, and so do setups and looks.
-        places: list[list[ClientTask]] = [[] for _ in self._workers]
-        for job in phase.jobs:
-            places[(job.race + job.client) % len(places)].append(job)
-        orders = [{"now": pack(now), "jobs": [pack_task(job) for job in place]} for place in places]
-        await asyncio.gather(*(w.ask(order) for w, order in zip(self._workers, orders, strict=True)))
+        # Round-robin over the processes, each race starting at a different one.
+        assignments: list[list[ClientTask]] = [[] for _ in self._workers]
+        for client_task in phase.client_tasks:
+            assignments[(client_task.race + client_task.client) % len(assignments)].append(client_task)
+        orders = [
+            {"now": pack(now), "tasks": [pack_task(client_task) for client_task in assigned]}
+            for assigned in assignments
+        ]
+        await asyncio.gather(*(w.request(order) for w, order in zip(self._workers, orders, strict=True)))
         at = time.monotonic() + HEAD_START
-        answers = await asyncio.gather(*(worker.ask({"at": at}) for worker in self._workers))
+        answers = await asyncio.gather(*(worker.request({"at": at}) for worker in self._workers))
         return [
-            unpack_result(packed, job.client, now)
-            for place, answer in zip(places, answers, strict=True)
-            for job, packed in zip(place, answer["done"], strict=True)
+            unpack_result(packed, client_task.client, now)
+            for assigned, answer in zip(assignments, answers, strict=True)
+            for client_task, packed in zip(assigned, answer["done"], strict=True)
         ]

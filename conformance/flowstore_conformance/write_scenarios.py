@@ -1,4 +1,4 @@
-"""Every writing operation in a situation where it changes as much as it can, on a run of its own."""
+"""Scenarios of one run for every writing operation, in which the write changes as much as possible."""
 
 from __future__ import annotations
 
@@ -11,25 +11,21 @@ from flowstore_conformance.context import CheckContext
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import probe_calls
 from flowstore_core import Capability
-from flowstore_core.store import CAPABILITY_METHODS
 
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, UTC)
 LEASE = timedelta(hours=1)
 
-# What belongs to the capability rather than to the method's name.
-NEEDS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A run as some calls have made it, and the call that is going to be cancelled."""
+    """Setup calls on one run, and the write to cancel after them."""
 
     run_id: UUID
     setup: tuple[Call, ...]
     call: Call
     must_compensate: bool
-    """Cancelled, it must leave nothing (ownerless claims and dispatches)."""
-    asked: tuple[Call, ...]
+    """Whether a cancelled call must leave no effect: ownerless claims and dispatches (CON-4)."""
+    probes: tuple[Call, ...]
 
 
 ScenarioFactory = Callable[[UUID, UUID], tuple[list[Call], Call]]
@@ -41,13 +37,13 @@ def _run(run_id: UUID, flow_id: UUID) -> Call:
 
 
 def _on(run_id: UUID, method: str, *names: str, **arguments: object) -> Call:
-    """A call on a run; a single positional name is the step's key."""
+    """A call on a run; the optional positional name is the step key."""
     keys = {"step_key": names[0]} if names else {}
     return Call(method=method, arguments={"run_id": run_id, **keys, **arguments})
 
 
-def _settings() -> dict[str, ScenarioFactory]:
-    """Every writing operation in a situation where it changes as much as it can."""
+def _scenarios() -> dict[str, ScenarioFactory]:
+    """The scenarios by name; each function takes a run id and a flow id."""
 
     def start_run(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         return [], _run(run, flow)
@@ -173,39 +169,37 @@ def _settings() -> dict[str, ScenarioFactory]:
         first = _on(run, "save_output", key="k", value_json="1")
         return [_run(run, flow), first], _on(run, "save_output", key="k", value_json="2")
 
-    return {name: setting for name, setting in locals().items() if callable(setting)}
+    return {name: factory for name, factory in locals().items() if callable(factory)}
 
 
-SETTINGS = _settings()
+SCENARIOS = _scenarios()
 
 
 def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory]:
-    """The settings of which the store offers every call."""
+    """The scenarios whose calls are all offered with these capabilities."""
 
     def is_offered(call: Call) -> bool:
-        needed = {NEEDS.get(call.method)} - {None}
-        if "lease" in call.arguments:
-            needed.add(Capability.LEASES)
-        return needed <= set(capabilities)
+        leased = "lease" in call.arguments
+        return call.operation.is_offered(capabilities) and (not leased or Capability.LEASES in capabilities)
 
     found = {}
-    for name, setting in SETTINGS.items():
-        setup, call = setting(UUID(int=1), UUID(int=2))
+    for name, factory in SCENARIOS.items():
+        setup, call = factory(UUID(int=1), UUID(int=2))
         if all(is_offered(one) for one in (*setup, call)):
-            found[name] = setting
+            found[name] = factory
     return found
 
 
-def new_scenario(context: CheckContext, setting: ScenarioFactory) -> Scenario:
+def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
     run_id, flow_id = (UUID(int=context.random.getrandbits(128)) for _ in range(2))
-    setup, call = setting(run_id, flow_id)
+    setup, call = factory(run_id, flow_id)
     ownerless = call.method == "try_claim_step" and call.arguments.get("owner") is None
     return Scenario(
         run_id=run_id,
         setup=tuple(setup),
         call=call,
         must_compensate=ownerless or call.method == "try_record_dispatch",
-        asked=probe_calls(
+        probes=probe_calls(
             run_id, context.capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]
         ),
     )

@@ -14,7 +14,7 @@ from flowstore_conformance.cancellation_points import CancelledCall, CancelPoint
 from flowstore_conformance.context import ContractViolation
 from flowstore_conformance.history import Raised, Returned, comparable, error_name
 from flowstore_conformance.loop_errors import capture_callback_errors
-from flowstore_conformance.state_probe import answer, find_partial_effect, invoke
+from flowstore_conformance.state_probe import describe_outcome, find_partial_effect, invoke
 from flowstore_conformance.write_scenarios import Scenario, available
 
 from flowstore_chaos.leaks import Holdings
@@ -120,12 +120,12 @@ async def _scenes(trial: Trial, store: FlowStore, count: int) -> list[Scenario]:
 
 
 async def _set_up(trial: Trial, store: FlowStore, scenes: Sequence[Scenario]) -> None:
-    async def one(scene: Scenario) -> None:
-        for call in scene.setup:
+    async def one(scenario: Scenario) -> None:
+        for call in scenario.setup:
             await invoke(store, call)
 
-    await asyncio.gather(*(one(scene) for scene in scenes))
-    trial.tally.operations += sum(len(scene.setup) for scene in scenes)
+    await asyncio.gather(*(one(scenario) for scenario in scenes))
+    trial.tally.operations += sum(len(scenario.setup) for scenario in scenes)
 
 
 async def _sweep(trial: Trial, store: FlowStore) -> None:
@@ -145,7 +145,7 @@ async def _sweep(trial: Trial, store: FlowStore) -> None:
         usual = await profile(store, whole)
         resident = set(asyncio.all_tasks())
         cuts = []
-        swept = sweep(store, make, usual, trial.rng, moments=MOMENTS, exact_times=False, most=POINTS)
+        swept = sweep(store, make, usual, trial.rng, moments=MOMENTS, exact_times=False, limit=POINTS)
         try:
             async for made in swept:
                 cuts.append(made)  # noqa: PERF401 - what came before a violation counts
@@ -158,7 +158,7 @@ async def _seconds(trial: Trial, store: FlowStore) -> float:
     """How long as many calls take that nobody cancels."""
     scenes = await _scenes(trial, store, AT_ONCE)
     began = time.monotonic()
-    await asyncio.gather(*(invoke(store, scene.call) for scene in scenes))
+    await asyncio.gather(*(invoke(store, scenario.call) for scenario in scenes))
     trial.tally.operations += AT_ONCE
     return time.monotonic() - began
 
@@ -166,22 +166,22 @@ async def _seconds(trial: Trial, store: FlowStore) -> float:
 async def _storm(trial: Trial, store: FlowStore, seconds: float) -> list[CancelledCall]:
     """Many calls at once, most of them cancelled, or ended by a time-out, while their neighbours go on."""
 
-    async def timed(scene: Scenario, after: float) -> Any:
+    async def timed(scenario: Scenario, after: float) -> Any:
         async with asyncio.timeout(after):
-            return await invoke(store, scene.call)
+            return await invoke(store, scenario.call)
 
-    async def one(scene: Scenario) -> CancelledCall:
+    async def one(scenario: Scenario) -> CancelledCall:
         after, way = trial.rng.random() * seconds, trial.rng.choice(("cancel", "timeout", "wait", "none"))
         if way == "wait":
-            return await cancel_at(store, scene, CancelPoint(trial.rng.randrange(1, 8)), exact_times=False)
-        task = asyncio.ensure_future(timed(scene, after if way == "timeout" else HUNG_SECONDS))
+            return await cancel_at(store, scenario, CancelPoint(trial.rng.randrange(1, 8)), exact_times=False)
+        task = asyncio.ensure_future(timed(scenario, after if way == "timeout" else HUNG_SECONDS))
         if way == "cancel":
             asyncio.get_running_loop().call_later(after, task.cancel)
         await asyncio.wait({task})
-        return _seen(trial, scene, task, after)
+        return _seen(trial, scenario, task, after)
 
     scenes = await _scenes(trial, store, AT_ONCE)
-    return await asyncio.gather(*(one(scene) for scene in scenes))
+    return await asyncio.gather(*(one(scenario) for scenario in scenes))
 
 
 async def _group(trial: Trial, store: FlowStore, seconds: float) -> list[CancelledCall]:
@@ -191,14 +191,14 @@ async def _group(trial: Trial, store: FlowStore, seconds: float) -> list[Cancell
 
     async def whole() -> None:
         async with asyncio.TaskGroup() as group:
-            tasks.extend(group.create_task(invoke(store, scene.call)) for scene in scenes)
+            tasks.extend(group.create_task(invoke(store, scenario.call)) for scenario in scenes)
 
     after = trial.rng.random() * seconds
     task = asyncio.ensure_future(whole())
     await asyncio.sleep(0)
     asyncio.get_running_loop().call_later(after, task.cancel)
     await asyncio.wait({task})
-    return [_seen(trial, scene, one, after) for scene, one in zip(scenes, tasks, strict=True)]
+    return [_seen(trial, scenario, one, after) for scenario, one in zip(scenes, tasks, strict=True)]
 
 
 async def _unacknowledged(trial: Trial, server: Server) -> None:
@@ -237,7 +237,7 @@ async def _unacknowledged(trial: Trial, server: Server) -> None:
 async def _closing(trial: Trial, store: FlowStore, stack: AsyncExitStack) -> list[CancelledCall]:
     """Close the store while calls are under way, and cancel the closing, and some of the calls."""
     scenes = await _scenes(trial, store, AT_ONCE)
-    tasks = [asyncio.ensure_future(invoke(store, scene.call)) for scene in scenes]
+    tasks = [asyncio.ensure_future(invoke(store, scenario.call)) for scenario in scenes]
     for _ in range(trial.rng.randrange(4)):
         await asyncio.sleep(0)
     ending = asyncio.ensure_future(stack.aclose())
@@ -254,7 +254,7 @@ async def _closing(trial: Trial, store: FlowStore, stack: AsyncExitStack) -> lis
         trial.tally.add("closings cancelled")
     elif (error := ending.exception()) is not None:
         trial.tally.mistrust(f"closing, cancelled, let {type(error).__name__} out")
-    return [_seen(trial, scene, task, 0.0) for scene, task in zip(scenes, tasks, strict=True)]
+    return [_seen(trial, scenario, task, 0.0) for scenario, task in zip(scenes, tasks, strict=True)]
 
 
 async def _openings(trial: Trial, url: str) -> None:
@@ -280,7 +280,7 @@ async def _openings(trial: Trial, url: str) -> None:
             trial.tally.mistrust(f"opening, cancelled, let {type(error).__name__} out")
 
 
-def _seen(trial: Trial, scene: Scenario, task: asyncio.Task[Any], after: float) -> CancelledCall:
+def _seen(trial: Trial, scenario: Scenario, task: asyncio.Task[Any], after: float) -> CancelledCall:
     """What became of a call of a storm."""
     outcome: Returned | Raised | None = None
     if not task.cancelled():
@@ -290,9 +290,9 @@ def _seen(trial: Trial, scene: Scenario, task: asyncio.Task[Any], after: float) 
         elif isinstance(error, FlowStoreError):
             outcome = Raised(error_name(error))
         elif not isinstance(error, TimeoutError):
-            trial.tally.mistrust(f"{scene.call.method}, cancelled, let {type(error).__name__} out")
+            trial.tally.mistrust(f"{scenario.call.method}, cancelled, let {type(error).__name__} out")
     return CancelledCall(
-        scene=scene, point=CancelPoint(seconds=after), reached=outcome is None, outcome=outcome
+        scenario=scenario, point=CancelPoint(seconds=after), reached=outcome is None, outcome=outcome
     )
 
 
@@ -309,29 +309,29 @@ async def _judge(
 
 
 async def _examine(trial: Trial, store: FlowStore, made: CancelledCall) -> None:
-    scene = made.scene
+    scenario = made.scenario
     if made.outcome is None and (made.point.wait != 0 or trial.backend == "memory"):
         trial.landed()
         trial.tally.add("calls cancelled")
-    before = expected(scene.setup)
-    after = before.then(scene.call, exact_times=False)
-    trial.tally.operations += 2 * len(scene.asked) + 1
+    before = expected(scenario.setup)
+    after = before.apply(scenario.call, exact_times=False)
+    trial.tally.operations += 2 * len(scenario.probes) + 1
     if isinstance(made.outcome, Returned):
         if made.outcome != after.outcome:
-            trial.tally.mistrust(f"{made.title} gave {answer(made.outcome)}")
+            trial.tally.mistrust(f"{made.title} gave {describe_outcome(made.outcome)}")
         possible = [after]
-    elif (scene.must_compensate and made.outcome is None) or made.outcome == Raised("StoreClosedError"):
+    elif (scenario.must_compensate and made.outcome is None) or made.outcome == Raised("StoreClosedError"):
         possible = [before]
     else:
         possible = [before, after]
     half = await find_partial_effect(
-        store, scene.asked, scene.call, before=before, possible=possible, exact_times=False
+        store, scenario.probes, scenario.call, before=before, possible=possible, exact_times=False
     )
     if half is None:
         return
     if possible == [after]:
         trial.tally.lose(f"{made.title} was answered, and {half}")
-    elif possible == [before] and scene.must_compensate:
+    elif possible == [before] and scenario.must_compensate:
         trial.tally.leak(f"{made.title} left what it had won: {half}")
     else:
         trial.tally.mistrust(f"{made.title} was neither whole nor undone: {half}")

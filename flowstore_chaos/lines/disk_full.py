@@ -27,7 +27,7 @@ from flowstore_core import FlowStore, StoreUnavailableError, new_run_id, open_st
 CLIENTS = 2
 GROUPS = 2
 MEGABYTES = 192
-SETTINGS = {"wal_recycle": "off", "min_wal_size": "2MB", "max_wal_size": "8MB", "shared_buffers": "8MB"}
+SCENARIOS = {"wal_recycle": "off", "min_wal_size": "2MB", "max_wal_size": "8MB", "shared_buffers": "8MB"}
 LEFT_BYTES = (0, 600_000)
 """So much is free when something else has filled the disk; the clients use that up."""
 TEXT_BYTES = 60_000
@@ -133,7 +133,7 @@ async def _store_url(disks: Sequence[SmallDisk]) -> AsyncIterator[tuple[str, Ser
         tables, log = disks
         make_folder(log.folder)
         initdb = ("--wal-segsize=1", "--waldir", str(log.folder))
-        async with new_server(tables.folder, SETTINGS, initdb) as server:
+        async with new_server(tables.folder, SCENARIOS, initdb) as server:
             yield server.url(schema="chaos"), server
 
 

@@ -29,7 +29,7 @@ from flowstore_core import FlowStore, StoreUnavailableError, open_store
 STORES = 3
 GROUPS = 4
 SCHEMA = "chaos"
-SETTINGS = {
+SCENARIOS = {
     # Nothing crashes here, so nothing needs to reach a disk.
     "fsync": "off",
     "max_connections": "40",
@@ -233,6 +233,9 @@ async def _black_hole(scene: _Scene) -> None:
         scene.proxy.heal()
 
 
+UNPINNED = {"pgbouncer": True}
+"""Behind a pooler a store cannot set its sessions up, so the defaults of the database apply."""
+
 KINDS = (
     _Kind(
         name="pools exhausted",
@@ -251,6 +254,7 @@ KINDS = (
         force=lambda scene: _hold_runs(scene, 0.15),
         logged="canceling statement due to lock timeout",
         database={"lock_timeout": "30ms"},
+        options=UNPINNED,
     ),
     _Kind(name="deadlocks", force=_lock_in_opposite_order, logged="deadlock detected"),
     _Kind(
@@ -258,6 +262,7 @@ KINDS = (
         force=_do_nothing,
         logged="could not serialize access",
         database={"default_transaction_isolation": "serializable"},
+        options=UNPINNED,
     ),
     _Kind(
         name="sessions ended at work",
@@ -284,7 +289,7 @@ KINDS = (
 async def run(trial: Trial) -> None:
     quota = -(-trial.planned // len(KINDS))
     books = Books()
-    async with trial.server(SETTINGS) as server, proxy_before_port(server.port) as proxy:
+    async with trial.server(SCENARIOS) as server, proxy_before_port(server.port) as proxy:
         url = server.url(schema=SCHEMA)
         async with open_store(url, application_name="beside") as direct:
             for kind in KINDS:

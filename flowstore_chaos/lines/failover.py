@@ -19,7 +19,7 @@ from flowstore_chaos.outages import work_through
 from flowstore_chaos.server import Server, new_server
 from flowstore_chaos.trial import Trial
 
-SETTINGS = {"synchronous_standby_names": "*", "hot_standby": "on"}
+SCENARIOS = {"synchronous_standby_names": "*", "hot_standby": "on"}
 INITDB = ("--wal-segsize=1",)
 """So that a standby is copied sooner."""
 BROKEN = {"synchronous_commit": "local"}
@@ -76,7 +76,7 @@ class Pair:
 
 async def run(trial: Trial) -> None:
     async with AsyncExitStack() as stack:
-        settings = {**SETTINGS, **BROKEN} if trial.broken else SETTINGS
+        settings = {**SCENARIOS, **BROKEN} if trial.broken else SCENARIOS
         first = await stack.enter_async_context(new_server(trial.folder / "primary", settings, INITDB))
         pair = Pair(trial, first)
         stack.push_async_callback(pair.aclose)

@@ -97,7 +97,7 @@ async def _volley(
     races = [draw_race(place.rng, clock) for place in places]
     begin, middle, end = phases_of(races)
     done = [await _alone(direct, begin, clock)]
-    jobs = [(places[job.race].stores[job.client % STORES], job) for job in middle.jobs]
+    jobs = [(places[job.race].stores[job.client % STORES], job) for job in middle.client_tasks]
     striking: list[asyncio.Task[None]] = []
 
     async def strike() -> None:
@@ -121,7 +121,7 @@ async def _volley(
 
 async def _alone(direct: FlowStore, phase: Phase, clock: VirtualClock) -> list[ClientResult]:
     """What comes before the clients, or after them, each race's calls one after the other."""
-    jobs: list[tuple[FlowStore, ClientTask]] = [(direct, job) for job in phase.jobs]
+    jobs: list[tuple[FlowStore, ClientTask]] = [(direct, job) for job in phase.client_tasks]
     return await run_tasks(jobs, clock.now, True)
 
 
@@ -182,7 +182,7 @@ async def _volley_of_processes(
     begin, middle, end = phases_of(races)
     done = [await _alone(direct, begin, clock)]
     places: list[list[ClientTask]] = [[] for _ in workers]
-    for job in middle.jobs:
+    for job in middle.client_tasks:
         places[(job.race + job.client) % len(workers)].append(job)
     began = asyncio.get_running_loop().time()
     working = asyncio.gather(

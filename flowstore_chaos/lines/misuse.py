@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from uuid import UUID
 
 from flowstore_conformance.checks.operations import OPERATIONS, legal_arguments
-from flowstore_conformance.nesting import run_nested
+from flowstore_conformance.nested_loop import run_nested
 
 from flowstore_chaos.leaks import Holdings
 from flowstore_chaos.line import Line

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowstore_conformance.state_probe import difference, invoke, look
+from flowstore_conformance.state_probe import difference, invoke, observe
 
 from flowstore_chaos.disk import Act, Disk, Kind, read_record
 from flowstore_chaos.line import Line
@@ -102,7 +102,7 @@ async def _record(folder: Path, library: Path, seed: str, setting: str) -> Recor
         raise RuntimeError(f"the recorded process ended with code {process.returncode}; see above")
     acts = read_record(log)
     _check_record(acts, where)
-    return Record(acts, [CallProfile(scene) for scene in draw_scenes(seed, SCENES)], where)
+    return Record(acts, [CallProfile(scenario) for scenario in draw_scenes(seed, SCENES)], where)
 
 
 def _check_record(acts: list[Act], folder: Path) -> None:
@@ -169,15 +169,15 @@ async def _look(
         async with open_store(f"sqlite:///{folder / DATABASE}?readers=1") as store:
             for number in sorted({*begun, *recent, *following, *old}):
                 course = record.scenes[number]
-                seen = await look(store, course.scene.asked, exact_times=False)
-                tally.operations += len(course.scene.asked)
+                seen = await observe(store, course.scenario.probes, exact_times=False)
+                tally.operations += len(course.scenario.probes)
                 acknowledged = done[number]
                 wanted = [course.sight(acknowledged)]
                 if acknowledged < len(course.calls):
                     wanted.append(course.sight(acknowledged + 1))
                 if seen in wanted:
                     continue
-                what = difference(course.scene.asked, seen, wanted)
+                what = difference(course.scenario.probes, seen, wanted)
                 last = course.calls[max(acknowledged - 1, 0)].method
                 if course.earlier(seen, acknowledged):
                     lost.append(f"{last} was acknowledged before the power was cut: {what}")
@@ -216,7 +216,7 @@ async def _work(folder: Path, seed: str, setting: str) -> None:
     # SQLite opens the folder itself to sync it; so that the record knows it, it is opened here too.
     os.close(os.open(folder, os.O_RDONLY))
     marks = os.open(folder / MARKS, os.O_CREAT | os.O_WRONLY)
-    courses = [CallProfile(scene) for scene in draw_scenes(seed, SCENES)]
+    courses = [CallProfile(scenario) for scenario in draw_scenes(seed, SCENES)]
     for opening in range(OPENINGS):
         numbers = iter(range(SCENES)[opening * SCENES // OPENINGS : (opening + 1) * SCENES // OPENINGS])
         async with open_store(f"sqlite:///{folder / DATABASE}?synchronous={setting}") as store:

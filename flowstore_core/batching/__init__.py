@@ -1,9 +1,9 @@
-"""Coalescing: calls that arrive while the database is busy go out together.
+"""Batching: calls that arrive while the database is busy are sent together.
 
 A database executes one statement of a hundred rows far faster than a hundred statements. While every
 worker (a connection, a writer thread) is busy, calls of one operation queue; a worker that becomes free
-sends everything that its operation has queued as one batch, and each caller gets the result of its own
-row. There is no timer and no added delay: a call that finds a free worker goes out alone, at once.
+sends all the calls that an operation has queued as one batch, and each caller gets the result of its
+row. There is no timer and no added delay: a call that finds a free worker is sent alone, immediately.
 
 A backend makes one Batcher for each store and one operation for each kind of call. The workers are tasks,
 a thread, or an implementation of ``BatchWorkers``::
@@ -19,7 +19,7 @@ Guarantees, for every backend:
 - Two calls with one key never share a batch of a keyed operation, unless ``coalesce`` derives the
   result of the second from that of the first.
 - An error in one row reaches only its caller: ``run`` returns it in the row's place, or raises
-  BatchError, and the batch is split in half until the row stands alone.
+  BatchError, and the batch is split in half until the row is alone.
 - Cancelling a caller does not affect the batch. A call that was not sent never happens; a call that
   was sent is compensated for by its ``on_abandoned``, which is retried until it succeeds (CON-4).
 - The queue is bounded in length and in time: callers wait in FIFO order, then get

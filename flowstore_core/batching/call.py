@@ -14,7 +14,7 @@ REQUEUE: Any = object()
 class BatchError(Exception):
     """Raised by ``run`` when nothing of the batch happened and one row may be the cause.
 
-    The batch is split in half until the failing row stands alone.
+    The batch is split in half until the failing row is alone.
     """
 
     def __init__(self, cause: Exception) -> None:
@@ -24,7 +24,7 @@ class BatchError(Exception):
 
 
 class Transfer:
-    """Outcome of a call that moves to an operation of another Batcher."""
+    """Outcome of a call that moves to an operation of a different Batcher."""
 
     __slots__ = ("to",)
 
@@ -87,7 +87,7 @@ def coalesced_results(
 
 
 def copy_exception(error: Exception) -> Exception:
-    """A copy of an error for another caller.
+    """A copy of an error for a second caller.
 
     One instance raised in several tasks would accumulate the tracebacks of all of them.
     """

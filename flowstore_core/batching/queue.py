@@ -27,7 +27,7 @@ class CallScheduler(Protocol):
         """Acquire a slot, or raise StoreUnavailableError or StoreClosedError."""
 
     def wake(self) -> None:
-        """A call was queued: start a worker unless one will look at the queues anyway."""
+        """A call was queued: start a worker unless a running one will check the queues anyway."""
 
     def compensate(self, call: PendingCall, outcome: Any) -> None:
         """Start the compensation of a call whose caller was cancelled."""
@@ -96,7 +96,7 @@ class BatchedOperation(Generic[I, R]):
         return outcome if self._decode is None else self._decode(item, outcome)
 
     def accept_transfer(self, call: PendingCall) -> None:
-        """Queue a call whose outcome at another Batcher was a Transfer to this operation."""
+        """Queue a call whose outcome at a different Batcher was a Transfer to this operation."""
         call.queued_at = self._scheduler.time()
         self._scheduler.slots.in_use += 1
         self.queue.append(call)

@@ -1,4 +1,4 @@
-"""The scheduler of one store's batches: which calls go out next, and together."""
+"""The scheduler of one store: it selects the next calls to send and forms batches of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Batcher:
     One scheduler serves all operations: the call that has waited longest goes first, with all the calls
     that its operation has queued.
 
-    ``workers`` is the number of batches that may be in flight at once, or a factory of another kind of
+    ``workers`` is the number of batches that may be in flight at once, or a factory of a different kind of
     workers. ``max_rows`` bounds a batch, ``max_queued`` the queue. A call that is not sent within
     ``queue_timeout`` seconds fails with an error that ends with ``timeout_hint``. Each batch is reported
     to ``observers``, and to ``log`` at debug level.
@@ -124,7 +124,7 @@ class Batcher:
         return made
 
     def wake(self) -> None:
-        """A call was queued: start a worker unless one will look at the queues anyway."""
+        """A call was queued: start a worker unless a running one will check the queues anyway."""
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(self._queue_timeout, self._sweep, context=Context())
         self._wake_worker()
@@ -414,7 +414,7 @@ class Batcher:
         if self.queued:
             self._wake_worker()
         try:
-            # Compensation may queue calls of its own, which the workers have to serve, hence the loop.
+            # A compensation may queue further calls, which the workers have to serve, hence the loop.
             while (unfinished := self._unfinished()) and (left := deadline - self.time()) > 0:
                 await asyncio.wait(unfinished, timeout=left)
         finally:

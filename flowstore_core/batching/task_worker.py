@@ -15,7 +15,7 @@ from flowstore_core.batching.workers import GRACE_SECONDS, Batch, BatchSource
 class TaskWorkers:
     """Up to ``workers`` batches in flight at once; each awaits ``run`` of its operation.
 
-    Under load up to ``limit`` workers run: another one starts while there are more calls than full batches
+    Under load up to ``limit`` workers run: a further one starts while there are more calls than full batches
     of the running workers can hold.
     """
 
@@ -31,7 +31,7 @@ class TaskWorkers:
         """The number of callers in ``_in_flight``, counted as it changes because every call reads it."""
 
     def wake(self) -> None:
-        # A worker without a batch in flight looks at the queues anyway.
+        # A worker without a batch in flight checks the queues anyway.
         if len(self._in_flight) == (running := len(self._tasks)) < self._limit and self._may_start(running):
             # In an empty context, or the first caller's context variables would reach all later callers.
             task = Context().run(self._source.loop.create_task, self._work())
@@ -40,7 +40,7 @@ class TaskWorkers:
             task.add_done_callback(self._worker_ended)
 
     def _may_start(self, running: int) -> bool:
-        """Whether another worker may start beside those that run."""
+        """Whether one more worker may start."""
         source = self._source
         if self._stopped:
             return False
@@ -130,7 +130,7 @@ class TaskWorkers:
             if len(calls) > 1:
                 middle = len(calls) // 2
                 for part in (calls[:middle], calls[middle:]):
-                    # Resolve each part at once, so that a cancelled worker abandons only what is unknown.
+                    # Resolve each part at once: a cancelled worker abandons only the unresolved calls.
                     if (results := await self._run(operation, part)) is not None:
                         self._source.resolve(operation, part, results)
                 return None

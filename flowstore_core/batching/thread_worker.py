@@ -38,7 +38,7 @@ async def spawn_thread(work_loop: WorkLoop) -> None:
 
 
 class _LoopWaker:
-    """Runs a callback on the event loop when another thread asks for it.
+    """Runs a callback on the event loop at the request of a different thread.
 
     Like ``loop.call_soon_threadsafe``, but with an eventfd where the system has one. The loop's own socket
     pair costs two more system calls, a tenth of a round trip to the thread.
@@ -166,7 +166,7 @@ class ThreadWorker:
     def _receive(self) -> None:
         batch, self._in_flight = self._in_flight, None
         if batch is None:
-            # Abandoned in the meantime; its callers were told.
+            # Abandoned in the meantime; its calls are already resolved.
             return
         outcomes, self._outcomes = self._outcomes, ()
         self._source.resolve(*batch, outcomes)
@@ -191,7 +191,7 @@ class ThreadWorker:
             await asyncio.wait({self._running}, timeout=GRACE_SECONDS)
         if self._waker is not None:
             self._waker.close()
-            # A thread that still runs holds a reference of its own.
+            # A running thread holds its own reference.
             self._waker = None
 
     def _abandon(self) -> None:

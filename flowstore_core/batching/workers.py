@@ -10,7 +10,7 @@ from flowstore_core.batching.call import PendingCall
 from flowstore_core.batching.queue import BatchedOperation
 
 GRACE_SECONDS = 1.0
-"""How long a worker that was told to stop may take."""
+"""Seconds that a worker may take to stop."""
 
 Batch = tuple[BatchedOperation[Any, Any], list[PendingCall]]
 """The calls of one operation that are sent together."""

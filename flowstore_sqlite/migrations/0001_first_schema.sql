@@ -1,16 +1,16 @@
 -- works_from: 1
 --
--- Times are whole microseconds since 1970-01-01 UTC (negative before), ids are 16 bytes, so that both
--- sort as the contract orders them. Text is compared byte by byte, which in UTF-8 is code point order.
--- Rows live in the primary key's own B-tree (WITHOUT ROWID): every index more is paid on every write.
--- Large columns come last, so that reading the others does not walk through their overflow pages.
+-- Times are whole microseconds since 1970-01-01 UTC (negative before it) and ids are 16 bytes, so both sort
+-- in the order of the contract. Text is compared bytewise, which in UTF-8 is code point order. WITHOUT ROWID
+-- stores rows in the B-tree of the primary key: every further index costs on every write. Large columns come
+-- last, so that reading the others does not touch overflow pages.
 
 CREATE TABLE runs (
     run_id        BLOB NOT NULL PRIMARY KEY,
     flow_id       BLOB NOT NULL,
     status        TEXT NOT NULL,
     started_at    INTEGER NOT NULL,
-    completed_at  INTEGER,            -- NULL exactly while status is Running
+    completed_at  INTEGER,            -- NULL if and only if status is Running
     source_run_id BLOB,
     flow_name     TEXT NOT NULL,
     trigger_key   TEXT NOT NULL,
@@ -18,32 +18,32 @@ CREATE TABLE runs (
     trigger_data  TEXT
 ) STRICT, WITHOUT ROWID;
 
--- The key of each index ends with run_id, the primary key: together the order of QRY-1.
+-- Index entries end with the primary key run_id, which completes the order of QRY-1.
 CREATE INDEX runs_started ON runs (started_at);
 CREATE INDEX runs_of_flow ON runs (flow_id, started_at);
 CREATE INDEX runs_active ON runs (started_at) WHERE status = 'Running';
 CREATE INDEX runs_completed ON runs (completed_at, status) WHERE completed_at IS NOT NULL;
 CREATE INDEX runs_derived ON runs (source_run_id, started_at) WHERE source_run_id IS NOT NULL;
 
--- One row is a step with its newest attempt, its claim and its dispatch.
+-- A row is a step with its newest attempt, its claim and its dispatch.
 CREATE TABLE steps (
     run_id               BLOB NOT NULL,
     step_key             TEXT NOT NULL,
-    status               TEXT,        -- NULL: unstarted, that is only claimed or dispatched, or reset
-    last_attempt         INTEGER NOT NULL DEFAULT 0, -- the highest number ever started
+    status               TEXT,        -- NULL: not started (only claimed or dispatched), or reset
+    last_attempt         INTEGER NOT NULL DEFAULT 0, -- highest attempt number
     reopened             INTEGER NOT NULL DEFAULT 0, -- 1 from retry_step until the next start
-    rescheduled          INTEGER NOT NULL DEFAULT 0, -- 1 once reschedule_step closed or followed the attempt
-    started_at           INTEGER,     -- of the first attempt ever
+    rescheduled          INTEGER NOT NULL DEFAULT 0, -- 1 after reschedule_step for the newest attempt
+    started_at           INTEGER,     -- of the first attempt
     attempt_started_at   INTEGER,     -- of the newest attempt
-    attempt_completed_at INTEGER,     -- of the newest attempt, closed as Pending too
+    attempt_completed_at INTEGER,     -- of the newest attempt, also if closed as Pending
     claimed_at           INTEGER,     -- NULL: no claim
     expires_at           INTEGER,     -- NULL: no lease
-    claim_token          INTEGER,     -- of the call without owner that won the claim, to give it back
+    claim_token          INTEGER,     -- of a claim without owner, for its compensation
     dispatched_at        INTEGER,     -- NULL: no dispatch
     due_at               INTEGER,
-    dispatch_token       INTEGER,     -- of the call that won the dispatch, to give it back
+    dispatch_token       INTEGER,     -- of the call that recorded the dispatch, for its compensation
     claim_owner          TEXT,
-    started_owner        TEXT,        -- who started the newest attempt under the claim that still stands
+    started_owner        TEXT,        -- owner that started the newest attempt under the current claim
     dispatch_job_id      TEXT,
     step_type            TEXT,
     job_id               TEXT,
@@ -53,7 +53,7 @@ CREATE TABLE steps (
     PRIMARY KEY (run_id, step_key)
 ) STRICT, WITHOUT ROWID;
 
--- The attempts that are not the newest of their step, and the newest of a reopened or reset one.
+-- Earlier attempts, and the newest attempt of a reopened or reset step.
 CREATE TABLE attempts (
     run_id        BLOB NOT NULL,
     step_key      TEXT NOT NULL,
@@ -74,8 +74,8 @@ CREATE TABLE controls (
     flow_id          BLOB NOT NULL,
     created_at       INTEGER NOT NULL,
     timeout_at       INTEGER,
-    cancelled_at     INTEGER,         -- the user's latch
-    timed_out_at     INTEGER,         -- the time-out's latch
+    cancelled_at     INTEGER,         -- latch of the user
+    timed_out_at     INTEGER,         -- latch of the timeout
     trigger_key      TEXT NOT NULL,
     idempotency_key  TEXT,
     cancel_reason    TEXT,
@@ -108,7 +108,7 @@ CREATE TABLE waiters (
     PRIMARY KEY (run_id, step_key)
 ) STRICT, WITHOUT ROWID;
 
--- Outlives its waiter, so that a repeated delivery finds its first result.
+-- Kept when the waiter is removed, so that a repeated delivery returns the first result.
 CREATE TABLE deliveries (
     run_id       BLOB NOT NULL,
     delivery_id  TEXT NOT NULL,

@@ -1,12 +1,11 @@
 -- works_from: 1
 --
--- What a dashboard asks of all runs is answered from sums that are kept in the transaction of each change,
--- so that an answer costs the same however many runs there are. Triggers keep them, not the store's
--- statements: they hold whoever writes, an older flowstore that is still open and a bulk load as well. To
--- load many runs at once just insert into runs (and steps) in one transaction; nothing else is needed.
+-- Counters for dashboards, updated in the transaction of each change, so that a query costs the same for any
+-- number of runs. Triggers update them, so they stay correct when an older flowstore or a bulk load writes. To
+-- load many runs, insert into runs (and steps) in one transaction.
 
--- A page begins in one of these two and walks on in order; without a status it merges those of all four.
--- The key of each ends with run_id, the primary key.
+-- A page is a range of one of these indexes; without a status it merges the ranges of all four statuses. Index
+-- entries end with the primary key run_id.
 CREATE INDEX runs_of_status ON runs (status, started_at);
 CREATE INDEX runs_of_flow_and_status ON runs (flow_id, status, started_at);
 DROP INDEX runs_started;
@@ -20,9 +19,9 @@ CREATE TABLE run_counts (
     PRIMARY KEY (flow_id, status)
 ) STRICT, WITHOUT ROWID;
 
--- By day (UTC), numbered from 1970-01-01: the runs that were completed on it, and how often any run that
--- started on it has changed. That number only rises, so what was computed of the day's runs is right for as
--- long as the number is the same. Its rows are never deleted for that reason.
+-- Per UTC day, numbered from 1970-01-01: the runs completed on that day, and the number of changes of runs
+-- started on it. That number only rises, so a summary of the day is valid while it is the same. Therefore rows
+-- are never deleted.
 CREATE TABLE run_days (
     day       INTEGER NOT NULL PRIMARY KEY,
     succeeded INTEGER NOT NULL DEFAULT 0,
@@ -30,8 +29,8 @@ CREATE TABLE run_days (
     changes   INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
--- The buckets of whole days, as a timeseries once computed them; used while changes is still that of the
--- day. scope is a flow_id, or empty for all flows.
+-- Cached timeseries buckets of whole days, valid while changes equals that of the day. scope is a flow_id, or
+-- empty for all flows.
 CREATE TABLE run_summaries (
     granularity TEXT NOT NULL,
     scope       BLOB NOT NULL,
@@ -54,7 +53,7 @@ SELECT (completed_at - ((completed_at % 86400000000) + 86400000000) % 8640000000
 FROM runs WHERE completed_at IS NOT NULL GROUP BY 1
 ON CONFLICT (day) DO UPDATE SET succeeded = excluded.succeeded, failed = excluded.failed;
 
--- Whole days as integers round down before 1970 too.
+-- This division rounds down before 1970 too.
 CREATE TRIGGER count_started AFTER INSERT ON runs BEGIN
     INSERT INTO run_counts (flow_id, status, amount) VALUES (NEW.flow_id, NEW.status, 1)
     ON CONFLICT (flow_id, status) DO UPDATE SET amount = amount + 1;
@@ -82,7 +81,7 @@ CREATE TRIGGER count_deleted AFTER DELETE ON runs BEGIN
         = (OLD.completed_at - ((OLD.completed_at % 86400000000) + 86400000000) % 86400000000) / 86400000000;
 END;
 
--- The store changes a run's status and completed_at, never its flow or its start.
+-- The store updates status and completed_at of a run, never its flow or its start.
 CREATE TRIGGER count_changed AFTER UPDATE OF status, completed_at ON runs BEGIN
     UPDATE run_counts SET amount = amount - 1 WHERE flow_id = OLD.flow_id AND status = OLD.status;
     INSERT INTO run_counts (flow_id, status, amount) VALUES (NEW.flow_id, NEW.status, 1)

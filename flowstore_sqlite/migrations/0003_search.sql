@@ -1,23 +1,23 @@
 -- works_from: 1
 --
--- For the index of searches (QRY-2), which flowstore itself makes where this SQLite has FTS5: see search.py.
--- It lies outside of the writers' way: a run that ends leaves its id in unsearched, nothing else, and the
--- text of such runs is gathered later, in batches, by cleanup, by searches themselves and by "flowstore
--- migrate up". A search looks at the texts that hold its trigrams, at every run in unsearched and at every
--- Running one, and then at the runs themselves, so it finds exactly what a look at all would find.
+-- Tables for the search index (QRY-2). flowstore creates the index itself where SQLite has FTS5: see search.py.
+-- Writers do not pay for it: when a run ends, a trigger inserts its id into unsearched. Cleanup, searches and
+-- "flowstore migrate up" index such runs later, in batches. A search checks the exact condition on all runs
+-- whose text has the trigrams, all runs in unsearched and all Running runs, so it returns the same runs as a
+-- search without the index.
 
--- To load many runs that are over: steps and attempts first or all in one transaction, so that no text is
--- gathered without them; then "flowstore migrate up", which gathers many quickest.
+-- To load many completed runs: insert steps and attempts first, or everything in one transaction, so that no
+-- run is indexed without them. Then run "flowstore migrate up", the fastest way to index many runs.
 
--- What was found in a run the last time, with ASCII letters folded. It may hold more than the run does now,
--- never less, unless the run is Running or in unsearched.
+-- The searchable text of a run when it was indexed, with ASCII letters folded. It contains all current text of
+-- the run and possibly more, unless the run is Running or in unsearched.
 CREATE TABLE run_texts (
-    id     INTEGER PRIMARY KEY AUTOINCREMENT, -- never used again: the index may still hold an old one
+    id     INTEGER PRIMARY KEY AUTOINCREMENT, -- never reused: the index may still have entries of a deleted id
     run_id BLOB NOT NULL UNIQUE,
     text   TEXT NOT NULL
 ) STRICT;
 
 CREATE TABLE unsearched (run_id BLOB NOT NULL PRIMARY KEY) STRICT, WITHOUT ROWID;
 
--- 1 once a text was gathered while the step was still open in a run that is over.
+-- 1 if the run was indexed, after its end, while the step was still open.
 ALTER TABLE steps ADD COLUMN searched_open INTEGER NOT NULL DEFAULT 0;

@@ -1,7 +1,7 @@
 -- works_from: 1
 --
--- A flow whose last run was deleted leaves no row in run_counts. Until a run of it is deleted, its rows with
--- amount 0 stay: the next run then updates a row instead of inserting one.
+-- Removes the rows of a flow from run_counts when its last run is deleted. Rows with amount 0 stay until a run
+-- of the flow is deleted, so that the next run updates a row instead of inserting one.
 
 DROP TRIGGER count_deleted;
 

@@ -1,1 +1,1 @@
-"""What lies above the backends: configuration, plugins, input checks, errors, ids."""
+"""Core: configuration, plugins, validation, batching, errors, ids."""

@@ -1,4 +1,4 @@
-"""Installing a third party's plugin for the time of a test."""
+"""Installation of third-party plugins for the duration of a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 Install = Callable[..., None]
 
-# A backend that keeps what its stores were called with; plugins of tests build on it.
+# A backend that records the calls of its stores; the plugins of tests build on it.
 RECORDING = """
 from contextlib import asynccontextmanager
 
@@ -70,7 +70,7 @@ def flowstore_backends():
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Install a distribution with one plugin module, as pip would: files beside a dist-info directory."""
+    """Install a distribution with one plugin module, as pip would: files next to a dist-info directory."""
     modules: set[str] = set()
 
     def install_one(
@@ -81,7 +81,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         entries: str | None = None,
         requires: tuple[str, ...] = (),
     ) -> None:
-        # A directory of its own: what is already on the path is looked at once only.
+        # A new directory: the import system caches the contents of those already on the path.
         place = tmp_path / f"site-{len(modules)}"
         module = f"plugin_of_{name}"
         modules.add(module)

@@ -1,4 +1,4 @@
-"""BatchWorkers that are no tasks: a thread, and what a backend brings itself."""
+"""BatchWorkers other than tasks: a thread, and an implementation of a backend."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flowstore_core import OutcomeUnknownError, StoreClosedError, StoreUnavailab
 from flowstore_core.batching import REQUEUE, Batcher, BatchError, PendingCall, ThreadWorker
 
 
-class Slate:
-    """A database of one thread: it writes batches down, and can be held, so that calls gather."""
+class FakeDatabase:
+    """A database with one thread. It records batches, and can be held so that calls queue."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -32,11 +32,11 @@ class Slate:
         assert self.free.wait(10)
         return [self.answer(call.item) for call in calls]
 
-    async def take_back(self, outcome: Any) -> None:
+    async def compensate(self, outcome: Any) -> None:
         self.returned.append(outcome)
 
     async def holds(self, count: int) -> None:
-        """Until so many batches have come to the thread."""
+        """Wait until the thread has got this many batches."""
         for _ in range(1000):
             if len(self.batches) >= count:
                 return
@@ -45,63 +45,63 @@ class Slate:
 
 
 @pytest.fixture
-def slate() -> Iterator[Slate]:
-    made = Slate()
+def database() -> Iterator[FakeDatabase]:
+    made = FakeDatabase()
     yield made
     made.free.set()
 
 
-def batcher_of(lanes: Callable[[Batcher], Any] = ThreadWorker, **given: Any) -> Batcher:
-    return Batcher(workers=lanes, **given)
+def batcher_of(workers: Callable[[Batcher], Any] = ThreadWorker, **given: Any) -> Batcher:
+    return Batcher(workers=workers, **given)
 
 
-async def test_calls_gather_while_the_thread_is_busy(slate: Slate) -> None:
+async def test_calls_queue_while_the_thread_is_busy(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
-    slate.free.clear()
-    tasks = [asyncio.create_task(method.submit(None, number)) for number in range(50)]
-    await slate.holds(1)
-    slate.free.set()
+    operation = batcher.operation("write", database.run)
+    database.free.clear()
+    tasks = [asyncio.create_task(operation.submit(None, number)) for number in range(50)]
+    await database.holds(1)
+    database.free.set()
     assert await asyncio.gather(*tasks) == [("done", number) for number in range(50)]
-    assert slate.batches == [[0], [*range(1, 50)]]
-    assert await method.submit(None, 50) == ("done", 50)
+    assert database.batches == [[0], [*range(1, 50)]]
+    assert await operation.submit(None, 50) == ("done", 50)
     await batcher.drain(5)
-    assert slate.threads == {"flowstore"}
+    assert database.threads == {"flowstore"}
     assert_threads_end()
 
 
-async def test_keys_shares_and_calls_that_are_sent_again(slate: Slate) -> None:
+async def test_keys_shares_and_calls_that_are_sent_again(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation(
+    operation = batcher.operation(
         "write",
-        slate.run,
+        database.run,
         keyed=True,
         coalesce=lambda first, result, later: REQUEUE if later == "c" else later,
     )
-    slate.free.clear()
-    first = asyncio.create_task(method.submit("key", "first"))
-    await slate.holds(1)
-    rest = [asyncio.create_task(method.submit("key", item)) for item in "abc"]
-    slate.free.set()
+    database.free.clear()
+    first = asyncio.create_task(operation.submit("key", "first"))
+    await database.holds(1)
+    rest = [asyncio.create_task(operation.submit("key", item)) for item in "abc"]
+    database.free.set()
     await first
-    # b got its answer from a's, c was sent by itself.
+    # b was coalesced with a, c was sent alone.
     assert await asyncio.gather(*rest) == [("done", "a"), "b", ("done", "c")]
-    assert slate.batches == [["first"], ["a"], ["c"]]
+    assert database.batches == [["first"], ["a"], ["c"]]
     await batcher.drain(5)
 
 
-async def test_an_error_stays_with_its_row(slate: Slate) -> None:
+async def test_an_error_stays_with_its_row(database: FakeDatabase) -> None:
     def run(calls: Sequence[PendingCall]) -> Sequence[Any]:
         if any(call.item == 7 for call in calls):
             raise BatchError(ValueError("seven"))
         return [KeyError("three") if call.item == 3 else call.item for call in calls]
 
     batcher = batcher_of()
-    method = batcher.operation("write", run)
-    answers = await asyncio.gather(
-        *(method.submit(None, number) for number in range(20)), return_exceptions=True
+    operation = batcher.operation("write", run)
+    results = await asyncio.gather(
+        *(operation.submit(None, number) for number in range(20)), return_exceptions=True
     )
-    for number, answer in enumerate(answers):
+    for number, answer in enumerate(results):
         if number in (3, 7):
             assert isinstance(answer, KeyError if number == 3 else ValueError)
         else:
@@ -117,81 +117,83 @@ async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | No
         return []
 
     batcher = batcher_of()
-    method = batcher.operation("write", run)
-    answers = await asyncio.gather(*(method.submit(None, n) for n in range(5)), return_exceptions=True)
-    assert all(isinstance(answer, RuntimeError) for answer in answers)
-    # One object raised in many tasks would gather their tracebacks; the first of a batch gets the very one.
-    assert len({id(answer) for answer in answers}) >= 4
+    operation = batcher.operation("write", run)
+    results = await asyncio.gather(*(operation.submit(None, n) for n in range(5)), return_exceptions=True)
+    assert all(isinstance(answer, RuntimeError) for answer in results)
+    # One object raised in many tasks would accumulate tracebacks; only the first caller gets the original.
+    assert len({id(answer) for answer in results}) >= 4
     await batcher.drain(5)
 
 
-async def test_cancelled_calls_never_happen_or_are_given_back(slate: Slate) -> None:
+async def test_cancelled_calls_never_happen_or_are_compensated(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
-    slate.free.clear()
-    tasks = [asyncio.create_task(method.submit(None, number, slate.take_back)) for number in range(3)]
-    await slate.holds(1)
+    operation = batcher.operation("write", database.run)
+    database.free.clear()
+    tasks = [asyncio.create_task(operation.submit(None, number, database.compensate)) for number in range(3)]
+    await database.holds(1)
     for task in tasks[:2]:
         task.cancel()
-    slate.free.set()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(answer) for answer in answers] == [asyncio.CancelledError, asyncio.CancelledError, tuple]
+    database.free.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer) for answer in results] == [asyncio.CancelledError, asyncio.CancelledError, tuple]
     await batcher.drain(5)
-    assert slate.batches == [[0], [2]]
-    assert slate.returned == [("done", 0)]
+    assert database.batches == [[0], [2]]
+    assert database.returned == [("done", 0)]
 
 
-async def test_draining_serves_what_is_queued_and_what_gives_back_queues(slate: Slate) -> None:
+async def test_draining_sends_queued_calls_and_the_calls_of_compensations(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
+    operation = batcher.operation("write", database.run)
 
     async def on_abandoned(outcome: Any) -> None:
-        await method.submit(None, ("back", outcome))
+        await operation.submit(None, ("back", outcome))
 
-    slate.free.clear()
-    tasks = [asyncio.create_task(method.submit(None, number, on_abandoned)) for number in range(30)]
-    await slate.holds(1)
+    database.free.clear()
+    tasks = [asyncio.create_task(operation.submit(None, number, on_abandoned)) for number in range(30)]
+    await database.holds(1)
     tasks[0].cancel()
-    asyncio.get_running_loop().call_later(0.05, slate.free.set)
+    asyncio.get_running_loop().call_later(0.05, database.free.set)
     await batcher.drain(5)
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert answers[1:] == [("done", number) for number in range(1, 30)]
-    assert ("back", ("done", 0)) in slate.batches[-1]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert results[1:] == [("done", number) for number in range(1, 30)]
+    assert ("back", ("done", 0)) in database.batches[-1]
     with pytest.raises(StoreClosedError):
-        await method.submit(None, 1)
+        await operation.submit(None, 1)
 
 
-async def test_a_thread_that_hangs_is_left(slate: Slate) -> None:
+async def test_a_thread_that_hangs_is_left(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
-    slate.free.clear()
-    tasks = [asyncio.create_task(method.submit(None, number)) for number in range(3)]
-    await slate.holds(1)
+    operation = batcher.operation("write", database.run)
+    database.free.clear()
+    tasks = [asyncio.create_task(operation.submit(None, number)) for number in range(3)]
+    await database.holds(1)
     await asyncio.wait_for(batcher.drain(0.1), 5)
     first, *others = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(first, OutcomeUnknownError)
     assert all(isinstance(other, StoreClosedError) for other in others)
-    # Its late answer finds nobody.
-    slate.free.set()
+    # Its late outcome has no caller.
+    database.free.set()
     await asyncio.sleep(0.05)
 
 
-async def test_a_drain_that_is_cancelled_answers_everybody(slate: Slate) -> None:
+async def test_a_cancelled_drain_resolves_all_calls(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
-    slate.free.clear()
-    tasks = [asyncio.create_task(method.submit(None, number)) for number in range(3)]
-    await slate.holds(1)
+    operation = batcher.operation("write", database.run)
+    database.free.clear()
+    tasks = [asyncio.create_task(operation.submit(None, number)) for number in range(3)]
+    await database.holds(1)
     draining = asyncio.create_task(batcher.drain(30))
     await asyncio.sleep(0.02)
     draining.cancel()
-    answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
-    assert isinstance(answers[0], OutcomeUnknownError)
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert isinstance(results[0], OutcomeUnknownError)
     with pytest.raises(asyncio.CancelledError):
         await draining
 
 
-async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it(slate: Slate) -> None:
+async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it(
+    database: FakeDatabase,
+) -> None:
     failures = 2
 
     async def sometimes(serve: Callable[[], None]) -> None:
@@ -202,28 +204,28 @@ async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it
         await asyncio.to_thread(serve)
 
     batcher = batcher_of(lambda batcher: ThreadWorker(batcher, sometimes))
-    method = batcher.operation("write", slate.run)
+    operation = batcher.operation("write", database.run)
     for _ in range(2):
         with pytest.raises(StoreUnavailableError, match="no thread"):
-            await method.submit(None, 1)
-    assert await method.submit(None, 2) == ("done", 2)
+            await operation.submit(None, 1)
+    assert await operation.submit(None, 2) == ("done", 2)
     await batcher.drain(5)
 
 
-async def test_cancelling_every_task_leaves_the_thread(slate: Slate) -> None:
+async def test_cancelling_every_task_leaves_the_thread(database: FakeDatabase) -> None:
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
-    assert await method.submit(None, 1) == ("done", 1)
+    operation = batcher.operation("write", database.run)
+    assert await operation.submit(None, 1) == ("done", 1)
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
     await asyncio.sleep(0)
-    assert await asyncio.wait_for(method.submit(None, 2), 5) == ("done", 2)
+    assert await asyncio.wait_for(operation.submit(None, 2), 5) == ("done", 2)
     await batcher.drain(5)
 
 
 @pytest.mark.parametrize("lacks", ["nothing", "watching files", "counters", "room for files"])
-async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
-    slate: Slate, lacks: str, monkeypatch: pytest.MonkeyPatch
+async def test_the_thread_wakes_every_loop_and_closes_its_descriptors(
+    database: FakeDatabase, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(error: Exception) -> Callable[..., Any]:
         def refusing(*arguments: Any) -> Any:
@@ -239,8 +241,8 @@ async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
     elif lacks == "room for files":
         monkeypatch.setattr(os, "eventfd", refuse(OSError(errno.EMFILE, "too many")), raising=False)
     batcher = batcher_of()
-    method = batcher.operation("write", slate.run)
-    assert await asyncio.gather(*(method.submit(None, number) for number in range(5))) == [
+    operation = batcher.operation("write", database.run)
+    assert await asyncio.gather(*(operation.submit(None, number) for number in range(5))) == [
         ("done", number) for number in range(5)
     ]
     await batcher.drain(5)
@@ -248,7 +250,7 @@ async def test_the_thread_is_heard_on_every_loop_and_leaves_no_file_open(
 
 
 def assert_threads_end() -> None:
-    """A thread says that it has ended a moment before it has."""
+    """Wait for the end of the threads; a thread reports its end shortly before it ends."""
     for thread in threading.enumerate():
         if thread.name == "flowstore":
             thread.join(10)
@@ -256,25 +258,25 @@ def assert_threads_end() -> None:
 
 
 def open_files() -> set[str]:
-    """Descriptors of this process; nothing where the system does not list them."""
+    """The open descriptors of this process; empty if the system does not list them."""
     return set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
 
 
-def test_a_thread_whose_event_loop_is_gone_ends(slate: Slate) -> None:
+def test_a_thread_ends_with_its_event_loop(database: FakeDatabase) -> None:
     async def leave() -> None:
-        slate.free.clear()
-        method = batcher_of().operation("write", slate.run)
-        asyncio.get_running_loop().create_task(method.submit(None, 1))
-        await slate.holds(1)
+        database.free.clear()
+        operation = batcher_of().operation("write", database.run)
+        asyncio.get_running_loop().create_task(operation.submit(None, 1))
+        await database.holds(1)
 
     asyncio.run(leave())
-    slate.free.set()
+    database.free.set()
     assert_threads_end()
 
 
-async def test_a_backend_brings_its_own_lanes() -> None:
+async def test_a_backend_provides_its_own_workers() -> None:
     class Timers:
-        """Writes by callbacks of the event loop, one batch at a time."""
+        """Writes in callbacks of the event loop, one batch at a time."""
 
         def __init__(self, batcher: Batcher) -> None:
             self.batcher = batcher
@@ -285,27 +287,27 @@ async def test_a_backend_brings_its_own_lanes() -> None:
                 self.busy = self.batcher.loop.create_future()
                 self.batcher.loop.call_later(0.001, self.finish, *batch)
 
-        def finish(self, method: Any, calls: list[PendingCall]) -> None:
+        def finish(self, operation: Any, calls: list[PendingCall]) -> None:
             assert self.busy is not None
             self.busy.set_result(None)
             self.busy = None
-            self.batcher.resolve(method, calls, [call.item * 2 for call in calls])
+            self.batcher.resolve(operation, calls, [call.item * 2 for call in calls])
             self.wake()
 
         def pending(self) -> Collection[asyncio.Future[Any]]:
             return [self.busy] if self.busy is not None else []
 
         async def stop(self) -> None:
-            """Nothing hangs here."""
+            """Has nothing to cancel."""
 
     async def unused(items: Sequence[int]) -> Sequence[int]:
         raise AssertionError
 
     batcher = batcher_of(Timers)
-    method = batcher.operation("double", unused)
-    calls: list[Awaitable[int]] = [method.submit(None, number) for number in range(10)]
+    operation = batcher.operation("double", unused)
+    calls: list[Awaitable[int]] = [operation.submit(None, number) for number in range(10)]
     assert await asyncio.gather(*calls) == [number * 2 for number in range(10)]
-    left = [asyncio.create_task(method.submit(None, number)) for number in range(10)]
+    left = [asyncio.create_task(operation.submit(None, number)) for number in range(10)]
     await asyncio.sleep(0)
     await batcher.drain(5)
     assert await asyncio.gather(*left) == [number * 2 for number in range(10)]

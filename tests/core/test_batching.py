@@ -1,4 +1,4 @@
-"""The Batcher: what gathers, what is answered, and what is left when callers and lanes go away."""
+"""The Batcher: forming batches, resolving calls, and cancelled callers and workers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Batch = list[Any]
 
 
 class Book:
-    """A database of one table: it writes batches down, and can be held, so that calls gather."""
+    """A database with one table. It records batches, and can be held so that calls queue."""
 
     def __init__(self, *, held: bool = False) -> None:
         self.batches: list[Batch] = []
         self.written: list[Any] = []
         self.returned: list[Any] = []
         self.under_way = 0
-        self.most_under_way = 0
+        self.most_in_flight = 0
         self.free = asyncio.Event()
         self.answer: Callable[[Any], Any] = lambda item: ("done", item)
         if not held:
@@ -43,17 +43,17 @@ class Book:
     async def run(self, items: Sequence[Any]) -> Sequence[Any]:
         self.batches.append(list(items))
         self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.most_in_flight = max(self.most_in_flight, self.under_way)
         try:
             await self.free.wait()
             await asyncio.sleep(0)
-            answers = [self.answer(item) for item in items]
-            self.written += [item for item, one in zip(items, answers, strict=True) if one is not REQUEUE]
-            return answers
+            results = [self.answer(item) for item in items]
+            self.written += [item for item, one in zip(items, results, strict=True) if one is not REQUEUE]
+            return results
         finally:
             self.under_way -= 1
 
-    async def take_back(self, outcome: Any) -> None:
+    async def compensate(self, outcome: Any) -> None:
         self.returned.append(outcome)
 
 
@@ -72,24 +72,24 @@ async def outcomes(tasks: Sequence[Awaitable[Any]]) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def no_noise(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing is left behind that asyncio would complain of."""
+    """Fail on errors that asyncio only logs, such as exceptions that were never retrieved."""
     yield
     gc.collect()
     assert [one.getMessage() for one in caplog.records if one.name == "asyncio"] == []
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only when nothing else is left to do."""
+    """An event loop whose clock advances only when it is idle."""
 
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
         select = self._selector.select
-        # asyncio asks its selector to wait until the next timer is due.
+        # asyncio makes its selector wait until the next timer is due.
 
         def wait(timeout: float | None = None) -> Any:
             if timeout:
-                # A little more, as a real clock does: rounding must not leave the timer not yet due.
+                # A little longer, as with a real clock: rounding must not leave the timer short of due.
                 self._now += timeout + 1e-6
             elif timeout is None:
                 raise AssertionError("everybody waits, and for nothing")
@@ -101,23 +101,23 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._now
 
 
-# What gathers
+# Forming batches
 
 
 async def test_alone_a_call_leaves_at_once_as_a_batch_of_one() -> None:
     book = Book()
-    method = Batcher(workers=2).operation("write", book.run)
+    operation = Batcher(workers=2).operation("write", book.run)
     for number in range(3):
-        assert await method.submit(number, number) == ("done", number)
+        assert await operation.submit(number, number) == ("done", number)
     assert book.batches == [[0], [1], [2]]
 
 
-async def test_calls_of_one_moment_share_a_batch_and_calls_gather_while_the_lane_is_busy() -> None:
+async def test_simultaneous_calls_share_a_batch_and_calls_queue_while_the_worker_is_busy() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1).operation("write", book.run)
-    first = begin(*(method.submit(n, n) for n in range(3)))
+    operation = Batcher(workers=1).operation("write", book.run)
+    first = begin(*(operation.submit(n, n) for n in range(3)))
     await steps()
-    later = begin(*(method.submit(n, n) for n in range(3, 40)))
+    later = begin(*(operation.submit(n, n) for n in range(3, 40)))
     await steps()
     assert book.batches == [[0, 1, 2]]
     book.free.set()
@@ -127,57 +127,57 @@ async def test_calls_of_one_moment_share_a_batch_and_calls_gather_while_the_lane
 
 async def test_no_batch_is_larger_than_largest() -> None:
     book = Book()
-    method = Batcher(workers=1, max_rows=10).operation("write", book.run)
-    assert await outcomes(begin(*(method.submit(n, n) for n in range(35)))) == [
+    operation = Batcher(workers=1, max_rows=10).operation("write", book.run)
+    assert await outcomes(begin(*(operation.submit(n, n) for n in range(35)))) == [
         ("done", n) for n in range(35)
     ]
     assert [len(batch) for batch in book.batches] == [10, 10, 10, 5]
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-async def test_no_more_batches_are_under_way_than_lanes(lanes: int) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 3])
+async def test_at_most_one_batch_per_worker_is_in_flight(workers: int) -> None:
     book = Book(held=True)
-    method = Batcher(workers=lanes, max_rows=7).operation("write", book.run)
-    tasks = begin(*(method.submit(n, n) for n in range(300)))
+    operation = Batcher(workers=workers, max_rows=7).operation("write", book.run)
+    tasks = begin(*(operation.submit(n, n) for n in range(300)))
     await steps(10)
     book.free.set()
     await outcomes(tasks)
-    assert book.most_under_way == lanes
+    assert book.most_in_flight == workers
     assert sorted(book.written) == list(range(300))
 
 
-async def test_two_free_lanes_take_half_each_of_many_calls() -> None:
+async def test_two_free_workers_take_half_each_of_many_calls() -> None:
     book = Book(held=True)
-    method = Batcher(workers=2).operation("write", book.run)
-    tasks = begin(*(method.submit(n, n) for n in range(SPLIT_THRESHOLD)))
+    operation = Batcher(workers=2).operation("write", book.run)
+    tasks = begin(*(operation.submit(n, n) for n in range(SPLIT_THRESHOLD)))
     await steps()
     assert [len(batch) for batch in book.batches] == [SPLIT_THRESHOLD // 2] * 2
     book.free.set()
     await outcomes(tasks)
 
 
-async def test_no_lane_takes_more_than_its_share_of_all_that_wait_or_are_under_way() -> None:
+async def test_no_worker_takes_more_than_its_share_of_queued_and_in_flight_calls() -> None:
     book = Book(held=True)
-    method = Batcher(workers=2).operation("write", book.run)
-    tasks = begin(*(method.submit(n, n) for n in range(20)))
+    operation = Batcher(workers=2).operation("write", book.run)
+    tasks = begin(*(operation.submit(n, n) for n in range(20)))
     await steps()
-    tasks += begin(*(method.submit(n, n) for n in range(20, 220)))
+    tasks += begin(*(operation.submit(n, n) for n in range(20, 220)))
     await steps()
     book.free.set()
     await outcomes(tasks)
-    # Of so many a third waits, for the lane that comes back first.
+    # With this many calls, a third is held back for the first free worker.
     assert [len(batch) for batch in book.batches[:2]] == [20, 74]
     assert sum(len(batch) for batch in book.batches) == 220
 
 
-async def test_of_many_calls_a_third_waits_and_goes_out_before_those_that_came_back_are_answered() -> None:
+async def test_a_third_of_many_calls_is_held_back_and_sent_before_the_first_batch_is_resolved() -> None:
     book = Book(held=True)
     batcher = Batcher(workers=2)
-    method = batcher.operation("write", book.run)
+    operation = batcher.operation("write", book.run)
     answered_at: list[int] = []
 
     async def caller(number: int) -> None:
-        await method.submit(number, number)
+        await operation.submit(number, number)
         answered_at.append(len(book.batches))
 
     tasks = begin(*(caller(n) for n in range(HOLDBACK_THRESHOLD)))
@@ -187,24 +187,24 @@ async def test_of_many_calls_a_third_waits_and_goes_out_before_those_that_came_b
     assert batcher.queued == HOLDBACK_THRESHOLD - 2 * third
     book.free.set()
     await outcomes(tasks)
-    # The lane that came back first had sent the last third when its callers heard.
+    # The first free worker sent the last third before its callers resumed.
     assert min(answered_at) == len(book.batches) == 3
 
 
-async def test_those_who_share_an_answer_count_where_lanes_share_the_callers() -> None:
+async def test_coalesced_callers_count_when_workers_split_the_queue() -> None:
     book = Book(held=True)
-    method = Batcher(workers=2).operation(
+    operation = Batcher(workers=2).operation(
         "claim", book.run, keyed=True, coalesce=lambda first, answer, later: answer
     )
-    tasks = begin(*(method.submit(n // 8, n // 8) for n in range(256)))
+    tasks = begin(*(operation.submit(n // 8, n // 8) for n in range(256)))
     await steps()
-    # As callers of 86 calls each; the last key of the one is the first of the other.
+    # Two callers with 86 calls each; the last key of one is the first of the other.
     assert [len(batch) for batch in book.batches] == [11, 12]
     book.free.set()
     assert await outcomes(tasks) == [("done", n // 8) for n in range(256)]
 
 
-async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -> None:
+async def test_extra_workers_start_for_more_than_full_batches_and_end_again() -> None:
     gates: list[asyncio.Event] = []
     under_way: list[int] = []
 
@@ -216,16 +216,16 @@ async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -
         return items
 
     batcher = Batcher(workers=lambda batcher: TaskWorkers(batcher, 1, limit=3), max_rows=10)
-    method = batcher.operation("write", run)
+    operation = batcher.operation("write", run)
     tasks: list[asyncio.Task[Any]] = []
     for more, expected in ((10, [10]), (10, [10, 10]), (1, [10, 10, 1]), (12, [10, 10, 1])):
-        tasks += begin(*(method.submit(len(tasks) + n, len(tasks) + n) for n in range(more)))
+        tasks += begin(*(operation.submit(len(tasks) + n, len(tasks) + n) for n in range(more)))
         await steps()
         assert under_way == expected
     gates[0].set()
     gates[1].set()
     await steps()
-    # Thirteen are left, which two lanes can carry: the last two of them wait.
+    # Thirteen calls are left, enough for two workers: the last two calls wait.
     assert (under_way, batcher.queued) == ([1, 10], 2)
     while not all(task.done() for task in tasks):
         for gate in gates:
@@ -234,15 +234,15 @@ async def test_further_lanes_open_for_more_than_full_batches_and_close_again() -
     assert await outcomes(tasks) == list(range(33))
 
 
-async def test_a_lane_that_a_caller_borrows_is_one_of_the_lanes_and_drain_waits_for_it() -> None:
+async def test_a_direct_slot_counts_as_a_worker_and_drain_waits_for_it() -> None:
     book = Book(held=True)
     batcher = Batcher(workers=2)
-    method = batcher.operation("write", book.run)
+    operation = batcher.operation("write", book.run)
     assert batcher.acquire_direct_slot()
     assert not batcher.acquire_direct_slot()
-    tasks = begin(method.submit(0, 0))
+    tasks = begin(operation.submit(0, 0))
     await steps()
-    tasks += begin(method.submit(1, 1))
+    tasks += begin(operation.submit(1, 1))
     await steps()
     assert book.batches == [[0]]
     batcher.release_direct_slot()
@@ -261,17 +261,17 @@ async def test_a_lane_that_a_caller_borrows_is_one_of_the_lanes_and_drain_waits_
     assert not batcher.acquire_direct_slot()
 
 
-async def test_a_call_may_be_answered_elsewhere_with_those_that_hope_for_its_answer() -> None:
+async def test_a_call_may_be_transferred_with_its_coalesced_calls() -> None:
     book, other = Book(), Book()
     there = Batcher(workers=1).operation("write", other.run)
-    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
     book.answer = lambda item: Transfer(there.accept_transfer) if item < 2 else item
-    tasks = begin(method.submit("a", 0), method.submit("a", 1), method.submit("b", 2))
+    tasks = begin(operation.submit("a", 0), operation.submit("a", 1), operation.submit("b", 2))
     assert await outcomes(tasks) == [("done", 0), ("done", 1), 2]
     assert other.written == [0, 1]
 
 
-async def test_an_ordered_batch_is_sorted_and_tell_makes_the_callers_answer() -> None:
+async def test_an_ordered_batch_is_sorted_and_decode_creates_the_result() -> None:
     book = Book()
 
     def tell(item: int, outcome: Any) -> int:
@@ -279,8 +279,8 @@ async def test_an_ordered_batch_is_sorted_and_tell_makes_the_callers_answer() ->
             raise LookupError(item)
         return outcome[1] * 10
 
-    method = Batcher(workers=1).operation("write", book.run, keyed=True, ordered=True, decode=tell)
-    found = await outcomes(begin(*(method.submit(n, n) for n in (4, 2, 3, 1))))
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True, ordered=True, decode=tell)
+    found = await outcomes(begin(*(operation.submit(n, n) for n in (4, 2, 3, 1))))
     assert book.batches == [[1, 2, 3, 4]]
     assert found[:2] + found[3:] == [40, 20, 10]
     assert isinstance(found[2], LookupError)
@@ -288,9 +288,9 @@ async def test_an_ordered_batch_is_sorted_and_tell_makes_the_callers_answer() ->
 
 async def test_heavy_items_are_spread_over_batches() -> None:
     book = Book()
-    method = Batcher(workers=1).operation("write", book.run, size_of=lambda item: int(item))
+    operation = Batcher(workers=1).operation("write", book.run, size_of=lambda item: int(item))
     sizes = [MAX_BATCH_BYTES // 2, MAX_BATCH_BYTES // 2, 1, 3 * MAX_BATCH_BYTES, 2, 3]
-    await outcomes(begin(*(method.submit(n, size) for n, size in enumerate(sizes))))
+    await outcomes(begin(*(operation.submit(n, size) for n, size in enumerate(sizes))))
     assert book.batches == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
 
 
@@ -312,7 +312,7 @@ async def test_one_callers_calls_happen_in_its_order_and_it_reads_its_writes() -
         assert [item[1] for item in book.written if item[0] == name] == list(range(20))
 
 
-async def test_whoever_waits_longest_goes_first_and_a_flood_starves_nobody() -> None:
+async def test_the_oldest_call_is_sent_first_and_a_flood_starves_no_operation() -> None:
     book, batcher = Book(held=True), Batcher(workers=1, max_rows=10)
     flood, rare = batcher.operation("flood", book.run), batcher.operation("rare", book.run)
     tasks = begin(*(flood.submit(n, f"flood {n}") for n in range(25)))
@@ -332,14 +332,14 @@ async def test_whoever_waits_longest_goes_first_and_a_flood_starves_nobody() -> 
     await asyncio.wait_for(tasks[25], 5)
     ending = True
     await outcomes(tasks)
-    # Those who came before it took three batches.
+    # The earlier calls took three batches.
     assert [batch[0] for batch in book.batches].index("rare") == 3
 
 
-async def test_one_key_never_meets_itself_in_a_batch_and_keeps_its_order_on_one_lane() -> None:
+async def test_a_key_occurs_once_per_batch_and_keeps_its_order_on_one_worker() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1).operation("write", book.run, keyed=True)
-    tasks = begin(*(method.submit(n % 3, (n % 3, n)) for n in range(12)))
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True)
+    tasks = begin(*(operation.submit(n % 3, (n % 3, n)) for n in range(12)))
     await steps()
     book.free.set()
     await outcomes(tasks)
@@ -349,28 +349,28 @@ async def test_one_key_never_meets_itself_in_a_batch_and_keeps_its_order_on_one_
         assert [n for other, n in book.written if other == key] == list(range(key, 12, 3))
 
 
-async def test_another_lane_may_carry_the_same_key_at_once() -> None:
-    # No order is promised among concurrent callers: the database decides, as among processes.
+async def test_two_workers_may_write_the_same_key_concurrently() -> None:
+    # Concurrent callers have no order: the database decides, as between processes.
     book = Book(held=True)
-    method = Batcher(workers=2).operation("write", book.run, keyed=True)
-    tasks = begin(method.submit("key", 1), method.submit("key", 2))
+    operation = Batcher(workers=2).operation("write", book.run, keyed=True)
+    tasks = begin(operation.submit("key", 1), operation.submit("key", 2))
     await steps()
     assert sorted(book.batches) == [[1], [2]]
     book.free.set()
     assert await outcomes(tasks) == [("done", 1), ("done", 2)]
 
 
-# Shared answers
+# Coalescing
 
 
-async def test_a_later_call_of_a_key_is_answered_from_the_first_or_sent_again() -> None:
+async def test_a_later_call_of_a_key_is_coalesced_or_requeued() -> None:
     book = Book(held=True)
 
     def share(first: int, outcome: Any, later: int) -> Any:
         return REQUEUE if later == 2 else ("shared", first, outcome, later)
 
-    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=share)
-    tasks = begin(*(method.submit("key", n) for n in range(4)))
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=share)
+    tasks = begin(*(operation.submit("key", n) for n in range(4)))
     await steps()
     book.free.set()
     first = ("done", 0)
@@ -381,12 +381,12 @@ async def test_a_later_call_of_a_key_is_answered_from_the_first_or_sent_again() 
 async def test_followers_of_a_first_that_fails_are_sent_themselves() -> None:
     book = Book()
     book.answer = lambda item: ValueError("first") if item == 0 else item
-    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
-    found = await outcomes(begin(*(method.submit("key", n) for n in range(3))))
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+    found = await outcomes(begin(*(operation.submit("key", n) for n in range(3))))
     assert [repr(found[0]), *found[1:]] == ["ValueError('first')", 1, "shared"]
 
 
-async def test_a_share_that_raises_fails_its_follower_alone_and_the_lane_lives() -> None:
+async def test_an_error_in_coalesce_fails_the_later_call_only() -> None:
     book = Book()
 
     def share(first: int, outcome: Any, later: int) -> Any:
@@ -394,12 +394,14 @@ async def test_a_share_that_raises_fails_its_follower_alone_and_the_lane_lives()
             raise ZeroDivisionError("in share")
         return "shared"
 
-    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=share)
-    found = await outcomes(begin(*(method.submit("key", n) for n in range(3)), method.submit("other", 3)))
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=share)
+    found = await outcomes(
+        begin(*(operation.submit("key", n) for n in range(3)), operation.submit("other", 3))
+    )
     assert found[0] == ("done", 0)
     assert isinstance(found[1], ZeroDivisionError)
     assert found[2:] == ["shared", ("done", 3)]
-    assert await method.submit("key", 4) == ("done", 4)
+    assert await operation.submit("key", 4) == ("done", 4)
 
 
 async def test_a_run_may_leave_items_for_the_next_batch() -> None:
@@ -413,16 +415,16 @@ async def test_a_run_may_leave_items_for_the_next_batch() -> None:
         return REQUEUE
 
     book.answer = answer
-    method = Batcher(workers=2).operation("write", book.run)
-    assert await outcomes(begin(*(method.submit(n, n) for n in range(8)))) == list(range(8))
+    operation = Batcher(workers=2).operation("write", book.run)
+    assert await outcomes(begin(*(operation.submit(n, n) for n in range(8)))) == list(range(8))
     assert book.batches == [list(range(8)), [0, 2, 4, 6]]
 
 
 async def test_an_item_that_is_always_left_fails_after_the_patience() -> None:
     book = Book()
     book.answer = lambda item: REQUEUE
-    method = Batcher(workers=1, queue_timeout=0.1).operation("write", book.run)
-    assert isinstance((await outcomes(begin(method.submit(0, 0))))[0], StoreUnavailableError)
+    operation = Batcher(workers=1, queue_timeout=0.1).operation("write", book.run)
+    assert isinstance((await outcomes(begin(operation.submit(0, 0))))[0], StoreUnavailableError)
 
 
 # Failures
@@ -439,8 +441,8 @@ async def test_a_row_that_fails_a_batch_is_found_and_the_others_happen_exactly_o
         written.extend(items)
         return items
 
-    method = Batcher(workers=1).operation("write", run)
-    found = await outcomes(begin(*(method.submit(n, n) for n in range(20))))
+    operation = Batcher(workers=1).operation("write", run)
+    found = await outcomes(begin(*(operation.submit(n, n) for n in range(20))))
     for number, outcome in enumerate(found):
         if number in bad:
             assert isinstance(outcome, ValueError)
@@ -450,31 +452,31 @@ async def test_a_row_that_fails_a_batch_is_found_and_the_others_happen_exactly_o
     assert sorted(written) == [n for n in range(20) if n not in bad]
 
 
-async def test_an_exception_in_a_place_is_that_callers() -> None:
+async def test_an_exception_as_outcome_reaches_its_caller_only() -> None:
     book = Book()
     book.answer = lambda item: KeyError(item) if item == 1 else item
-    method = Batcher(workers=1).operation("write", book.run)
-    found = await outcomes(begin(*(method.submit(n, n) for n in range(3))))
+    operation = Batcher(workers=1).operation("write", book.run)
+    found = await outcomes(begin(*(operation.submit(n, n) for n in range(3))))
     assert [found[0], repr(found[1]), found[2]] == [0, "KeyError(1)", 2]
 
 
-@pytest.mark.parametrize("answers", [[], [1], [1, 2, 3], None])
-async def test_a_wrong_number_of_outcomes_reaches_every_caller_and_nobody_hangs(answers: Any) -> None:
+@pytest.mark.parametrize("results", [[], [1], [1, 2, 3], None])
+async def test_a_wrong_number_of_outcomes_fails_every_caller_and_none_hangs(results: Any) -> None:
     async def run(items: Sequence[int]) -> Any:
-        return answers if len(items) == 2 else items
+        return results if len(items) == 2 else items
 
-    method = Batcher(workers=1).operation("write", run)
-    found = await outcomes(begin(method.submit(0, 0), method.submit(1, 1)))
+    operation = Batcher(workers=1).operation("write", run)
+    found = await outcomes(begin(operation.submit(0, 0), operation.submit(1, 1)))
     assert all(isinstance(one, RuntimeError | TypeError) for one in found)
-    assert await method.submit(0, 0) == 0
+    assert await operation.submit(0, 0) == 0
 
 
 async def test_an_unexpected_exception_reaches_every_caller_as_an_object_of_its_own() -> None:
     async def run(items: Sequence[int]) -> Sequence[int]:
         raise LookupError("broken")
 
-    method = Batcher(workers=1).operation("write", run)
-    found = await outcomes(begin(*(method.submit(n, n) for n in range(5))))
+    operation = Batcher(workers=1).operation("write", run)
+    found = await outcomes(begin(*(operation.submit(n, n) for n in range(5))))
     assert [repr(one) for one in found] == ["LookupError('broken')"] * 5
     assert len({id(one) for one in found}) == 5
 
@@ -487,8 +489,8 @@ async def test_an_error_that_cannot_be_copied_reaches_every_caller_all_the_same(
     async def run(items: Sequence[int]) -> Sequence[int]:
         raise OddError(1, 2)
 
-    method = Batcher(workers=1).operation("write", run)
-    assert [str(one) for one in await outcomes(begin(method.submit(0, 0), method.submit(1, 1)))] == [
+    operation = Batcher(workers=1).operation("write", run)
+    assert [str(one) for one in await outcomes(begin(operation.submit(0, 0), operation.submit(1, 1)))] == [
         "odd"
     ] * 2
 
@@ -498,10 +500,10 @@ async def test_an_error_that_cannot_be_copied_reaches_every_caller_all_the_same(
 
 async def test_a_caller_cancelled_before_its_call_was_sent_never_happens() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1).operation("write", book.run)
-    tasks = begin(method.submit(0, 0, book.take_back))
+    operation = Batcher(workers=1).operation("write", book.run)
+    tasks = begin(operation.submit(0, 0, book.compensate))
     await steps()
-    tasks += begin(*(method.submit(n, n, book.take_back) for n in (1, 2, 3)))
+    tasks += begin(*(operation.submit(n, n, book.compensate) for n in (1, 2, 3)))
     await steps()
     tasks[2].cancel()
     await steps()
@@ -513,10 +515,10 @@ async def test_a_caller_cancelled_before_its_call_was_sent_never_happens() -> No
     assert book.returned == []
 
 
-async def test_what_a_sent_call_of_a_cancelled_caller_won_is_given_back_once() -> None:
+async def test_a_sent_call_of_a_cancelled_caller_is_compensated_for_once() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1).operation("write", book.run)
-    tasks = begin(*(method.submit(n, n, book.take_back) for n in range(3)))
+    operation = Batcher(workers=1).operation("write", book.run)
+    tasks = begin(*(operation.submit(n, n, book.compensate) for n in range(3)))
     await steps()
     tasks[1].cancel()
     await steps()
@@ -527,11 +529,11 @@ async def test_what_a_sent_call_of_a_cancelled_caller_won_is_given_back_once() -
     assert book.returned == [("done", 1)]
 
 
-async def test_a_caller_cancelled_at_the_moment_of_its_answer_gives_back_once() -> None:
+async def test_a_caller_cancelled_when_its_call_is_resolved_is_compensated_for_once() -> None:
     for turns in range(12):
         book = Book(held=True)
-        method = Batcher(workers=1).operation("write", book.run)
-        tasks = begin(method.submit(0, 0, book.take_back), method.submit(1, 1))
+        operation = Batcher(workers=1).operation("write", book.run)
+        tasks = begin(operation.submit(0, 0, book.compensate), operation.submit(1, 1))
         await steps()
         book.free.set()
         await steps(turns)
@@ -551,15 +553,17 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
 ) -> None:
     book = Book(held=True)
     book.answer = lambda item: ValueError(item) if item == 0 else item
-    method = Batcher(workers=1).operation("write", book.run)
+    operation = Batcher(workers=1).operation("write", book.run)
 
     async def fail(outcome: Any) -> None:
-        raise ValueError("cannot give back")
+        raise ValueError("cannot compensate")
 
     def fail_at_once(outcome: Any) -> Awaitable[None]:
-        raise ValueError("cannot give back")
+        raise ValueError("cannot compensate")
 
-    tasks = begin(*(method.submit(n, n, give) for n, give in enumerate((book.take_back, fail, fail_at_once))))
+    tasks = begin(
+        *(operation.submit(n, n, give) for n, give in enumerate((book.compensate, fail, fail_at_once)))
+    )
     await steps()
     for task in tasks:
         task.cancel()
@@ -569,11 +573,11 @@ async def test_an_error_or_a_failing_gift_of_a_cancelled_caller_makes_no_noise_i
         await steps()
     assert book.returned == []
     assert [one.name for one in caplog.records] == ["flowstore_core"] * 2
-    assert await method.submit(5, 5) == 5
+    assert await operation.submit(5, 5) == 5
 
 
 class Compensation:
-    """Fails the first few times that it is called."""
+    """A compensation that fails the first few times."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -588,7 +592,7 @@ class Compensation:
 
 
 async def cancel_one(compensation: Compensation, answer: Callable[[int], Any]) -> Batcher:
-    """Cancel a call that was sent, and have it answered."""
+    """Cancel a call that was sent, then resolve it."""
     book = Book(held=True)
     book.answer = answer
     batcher = Batcher(workers=1)
@@ -640,7 +644,7 @@ async def test_closing_does_not_wait_for_ever_for_a_compensation() -> None:
     assert asyncio.all_tasks() == others
 
 
-async def test_a_call_that_was_sent_by_a_cancelled_lane_is_compensated_for(
+async def test_a_call_sent_by_a_cancelled_worker_is_compensated_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("flowstore_core.batching.scheduler.ABANDON_DELAY", 0.01)
@@ -654,11 +658,11 @@ async def test_a_call_that_was_sent_by_a_cancelled_lane_is_compensated_for(
     assert [type(one) for one in compensation.given] == [OutcomeUnknownError]
 
 
-async def test_a_cancelled_follower_disturbs_nobody_and_a_cancelled_first_still_answers_followers() -> None:
+async def test_cancelling_a_coalesced_or_first_call_does_not_affect_the_others() -> None:
     for cancelled in (0, 1):
         book = Book(held=True)
-        method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
-        tasks = begin(*(method.submit("key", n, book.take_back) for n in range(3)))
+        operation = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+        tasks = begin(*(operation.submit("key", n, book.compensate) for n in range(3)))
         await steps()
         tasks[cancelled].cancel()
         await steps()
@@ -671,12 +675,12 @@ async def test_a_cancelled_follower_disturbs_nobody_and_a_cancelled_first_still_
         assert book.returned == ([("done", 0)] if cancelled == 0 else [])
 
 
-async def test_a_first_cancelled_before_it_was_sent_leaves_its_place_to_the_next() -> None:
+async def test_a_first_call_cancelled_before_it_was_sent_is_replaced_by_the_next() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
-    tasks = begin(method.submit("busy", "busy"))
+    operation = Batcher(workers=1).operation("write", book.run, keyed=True, coalesce=lambda *_: "shared")
+    tasks = begin(operation.submit("busy", "busy"))
     await steps()
-    tasks += begin(*(method.submit("key", n) for n in range(3)))
+    tasks += begin(*(operation.submit("key", n) for n in range(3)))
     await steps()
     tasks[1].cancel()
     book.free.set()
@@ -687,68 +691,68 @@ async def test_a_first_cancelled_before_it_was_sent_leaves_its_place_to_the_next
 # Bounds
 
 
-async def test_beyond_the_capacity_callers_wait_for_a_place_first_come_first_served() -> None:
+async def test_beyond_the_capacity_callers_wait_for_a_slot_in_fifo_order() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1, max_queued=4, max_rows=2).operation("write", book.run)
-    tasks = begin(*(method.submit(n, n) for n in range(30)))
+    operation = Batcher(workers=1, max_queued=4, max_rows=2).operation("write", book.run)
+    tasks = begin(*(operation.submit(n, n) for n in range(30)))
     await steps()
     book.free.set()
     assert await outcomes(tasks) == [("done", n) for n in range(30)]
     assert book.written == list(range(30))
 
 
-async def test_who_gets_no_place_in_time_is_told_what_to_do_and_never_happens() -> None:
+async def test_a_call_without_a_slot_in_time_fails_with_the_hint_and_never_happens() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1, max_queued=2, queue_timeout=0.05, timeout_hint="buy a disk").operation(
+    operation = Batcher(workers=1, max_queued=2, queue_timeout=0.05, timeout_hint="buy a disk").operation(
         "write", book.run
     )
-    sent = begin(method.submit(0, 0))
+    sent = begin(operation.submit(0, 0))
     await steps()
-    queued = begin(method.submit(1, 1), method.submit(2, 2))
+    queued = begin(operation.submit(1, 1), operation.submit(2, 2))
     await steps()
-    waiting = begin(method.submit(3, 3), method.submit(4, 4))
+    waiting = begin(operation.submit(3, 3), operation.submit(4, 4))
     found = await outcomes(queued + waiting)
     assert [type(one) for one in found] == [StoreUnavailableError] * 4
     assert all("0.05 s" in str(one) and "buy a disk" in str(one) for one in found)
     assert "2 calls were queued" in str(found[2])
     book.free.set()
     assert await outcomes(sent) == [("done", 0)]
-    assert await method.submit(5, 5) == ("done", 5)
+    assert await operation.submit(5, 5) == ("done", 5)
     assert book.written == [0, 5]
 
 
-async def test_a_waiter_cancelled_when_it_got_its_place_hands_it_on() -> None:
+async def test_a_waiter_cancelled_when_it_acquires_a_slot_releases_it() -> None:
     for turns in range(16):
         book = Book(held=True)
-        method = Batcher(workers=1, max_queued=1, queue_timeout=5).operation("write", book.run)
-        tasks = begin(method.submit(0, 0))
+        operation = Batcher(workers=1, max_queued=1, queue_timeout=5).operation("write", book.run)
+        tasks = begin(operation.submit(0, 0))
         await steps()
-        tasks += begin(method.submit(1, 1))
+        tasks += begin(operation.submit(1, 1))
         await steps()
-        waiters = begin(*(method.submit(n, n) for n in (2, 3, 4)))
+        waiters = begin(*(operation.submit(n, n) for n in (2, 3, 4)))
         await steps()
         book.free.set()
         await steps(turns)
         waiters[0].cancel()
         waiters[1].cancel()
-        # Nobody else comes, so a place that was lost would never be noticed.
+        # No further call arrives, so a leaked slot would never be noticed.
         found = await asyncio.wait_for(asyncio.gather(*tasks, *waiters, return_exceptions=True), 2)
         assert [found[0], found[1], found[4]] == [("done", 0), ("done", 1), ("done", 4)], turns
-        assert await asyncio.wait_for(method.submit(9, 9), 1) == ("done", 9)
+        assert await asyncio.wait_for(operation.submit(9, 9), 1) == ("done", 9)
 
 
-async def test_calls_behind_hanging_lanes_are_told_in_time_and_those_on_their_way_are_not() -> None:
+async def test_queued_calls_behind_hanging_workers_time_out_and_sent_calls_do_not() -> None:
     book = Book(held=True)
     batcher = Batcher(workers=2, queue_timeout=0.05)
-    method = batcher.operation("write", book.run)
+    operation = batcher.operation("write", book.run)
     for number in range(2):
-        begin(method.submit(number, number))
+        begin(operation.submit(number, number))
         await steps()
     loop = asyncio.get_running_loop()
     began = loop.time()
-    tasks = begin(*(method.submit(n, n) for n in range(5)))
+    tasks = begin(*(operation.submit(n, n) for n in range(5)))
     await asyncio.sleep(0.03)
-    tasks += begin(method.submit(5, 5))
+    tasks += begin(operation.submit(5, 5))
     assert [type(one) for one in await outcomes(tasks)] == [StoreUnavailableError] * 6
     assert loop.time() - began < 1
     assert book.batches == [[0], [1]]
@@ -760,18 +764,18 @@ async def test_calls_behind_hanging_lanes_are_told_in_time_and_those_on_their_wa
 # Closing
 
 
-async def test_drain_answers_what_was_taken_and_refuses_what_comes() -> None:
+async def test_drain_resolves_accepted_calls_and_rejects_new_ones() -> None:
     book = Book(held=True)
     batcher = Batcher(workers=2, max_rows=5, max_queued=30)
-    method = batcher.operation("write", book.run)
-    tasks = begin(*(method.submit(n, n) for n in range(30)))
+    operation = batcher.operation("write", book.run)
+    tasks = begin(*(operation.submit(n, n) for n in range(30)))
     await steps()
-    begin_waiting = begin(*(method.submit(n, n) for n in range(30, 50)))
+    begin_waiting = begin(*(operation.submit(n, n) for n in range(30, 50)))
     await steps()
     draining = begin(batcher.drain(5), batcher.drain(5))
     await steps()
     with pytest.raises(StoreClosedError):
-        await method.submit(99, 99)
+        await operation.submit(99, 99)
     book.free.set()
     found = await outcomes(tasks)
     assert found == [("done", n) for n in range(30)]
@@ -781,11 +785,11 @@ async def test_drain_answers_what_was_taken_and_refuses_what_comes() -> None:
     assert await outcomes(draining) == [None, None]
     await batcher.drain(5)
     with pytest.raises(StoreClosedError):
-        await method.submit(99, 99)
+        await operation.submit(99, 99)
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_known(deaf: bool) -> None:
+async def test_drain_with_a_hanging_worker_is_bounded_and_reports_unknown_outcomes(deaf: bool) -> None:
     batcher, release = Batcher(workers=1), asyncio.Event()
 
     async def hang(items: Sequence[Any]) -> Sequence[Any]:
@@ -798,10 +802,10 @@ async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_know
         return items
 
     book = Book()
-    method = batcher.operation("hang", hang, keyed=True, coalesce=lambda *_: "shared")
-    sent = begin(method.submit("key", 1, book.take_back), method.submit("key", 2))
+    operation = batcher.operation("hang", hang, keyed=True, coalesce=lambda *_: "shared")
+    sent = begin(operation.submit("key", 1, book.compensate), operation.submit("key", 2))
     await steps()
-    queued = begin(*(method.submit(n, n) for n in range(3)))
+    queued = begin(*(operation.submit(n, n) for n in range(3)))
     await steps()
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -814,16 +818,16 @@ async def test_drain_with_a_lane_that_hangs_is_bounded_and_says_what_is_not_know
     assert book.returned == []
 
 
-async def test_drain_waits_for_what_is_being_given_back_and_lets_it_call() -> None:
+async def test_drain_waits_for_compensations_and_lets_them_call() -> None:
     book = Book(held=True)
     batcher = Batcher(workers=1)
-    method = batcher.operation("write", book.run)
+    operation = batcher.operation("write", book.run)
 
     async def undo(outcome: Any) -> None:
         await asyncio.sleep(0.02)
-        book.returned.append(await method.submit("undo", "undo"))
+        book.returned.append(await operation.submit("undo", "undo"))
 
-    tasks = begin(method.submit(0, 0, undo))
+    tasks = begin(operation.submit(0, 0, undo))
     await steps()
     tasks[0].cancel()
     await steps()
@@ -833,37 +837,37 @@ async def test_drain_waits_for_what_is_being_given_back_and_lets_it_call() -> No
     assert book.returned == [("done", "undo")]
 
 
-# BatchWorkers that go away
+# Workers that end
 
 
 async def test_later_calls_work_when_somebody_cancelled_every_task_of_the_loop() -> None:
     book = Book(held=True)
-    method = Batcher(workers=2, queue_timeout=5).operation(
+    operation = Batcher(workers=2, queue_timeout=5).operation(
         "write", book.run, keyed=True, coalesce=lambda *_: "shared"
     )
     for turns in range(4):
         book.free.clear()
-        lost = begin(*(method.submit(n % 3, n) for n in range(5)))
+        lost = begin(*(operation.submit(n % 3, n) for n in range(5)))
         await steps(turns)
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         assert all(isinstance(one, asyncio.CancelledError) for one in await outcomes(lost))
         book.free.set()
-        assert await asyncio.wait_for(method.submit("later", turns), 1) == ("done", turns)
+        assert await asyncio.wait_for(operation.submit("later", turns), 1) == ("done", turns)
 
 
-async def test_calls_outlive_their_lane_where_they_were_not_sent() -> None:
+async def test_calls_that_were_not_sent_outlive_their_worker() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1, queue_timeout=5).operation(
+    operation = Batcher(workers=1, queue_timeout=5).operation(
         "write", book.run, keyed=True, coalesce=lambda *_: "shared"
     )
     others = asyncio.all_tasks()
-    sent = begin(method.submit("key", 0), method.submit("key", 1), method.submit("other", 2))
+    sent = begin(operation.submit("key", 0), operation.submit("key", 1), operation.submit("other", 2))
     await steps()
-    queued = begin(method.submit("queued", 3))
+    queued = begin(operation.submit("queued", 3))
     await steps()
-    (lane,) = asyncio.all_tasks() - others - {*sent, *queued}
-    lane.cancel()
+    (worker,) = asyncio.all_tasks() - others - {*sent, *queued}
+    worker.cancel()
     await steps()
     book.free.set()
     found = await outcomes(sent + queued)
@@ -871,7 +875,7 @@ async def test_calls_outlive_their_lane_where_they_were_not_sent() -> None:
     assert [found[1], found[3]] == [("done", 1), ("done", 3)]
 
 
-async def test_a_lane_lost_between_halves_leaves_nobody_unanswered() -> None:
+async def test_a_worker_cancelled_between_halves_leaves_no_call_unresolved() -> None:
     halves: list[int] = []
     never = asyncio.Event()
 
@@ -883,25 +887,25 @@ async def test_a_lane_lost_between_halves_leaves_nobody_unanswered() -> None:
         return items
 
     others = asyncio.all_tasks()
-    method = Batcher(workers=1).operation("write", run)
-    tasks = begin(*(method.submit(n, n) for n in range(4)))
+    operation = Batcher(workers=1).operation("write", run)
+    tasks = begin(*(operation.submit(n, n) for n in range(4)))
     await steps()
     assert halves == [4, 2]
-    (lane,) = asyncio.all_tasks() - others - {*tasks}
-    lane.cancel()
+    (worker,) = asyncio.all_tasks() - others - {*tasks}
+    worker.cancel()
     assert [type(one) for one in await outcomes(tasks)] == [OutcomeUnknownError] * 4
 
 
-async def test_no_lane_stays_when_there_is_nothing_to_send() -> None:
+async def test_no_worker_stays_when_the_queue_is_empty() -> None:
     book = Book()
     others = asyncio.all_tasks()
-    method = Batcher(workers=3).operation("write", book.run)
-    await outcomes(begin(*(method.submit(n, n) for n in range(200))))
+    operation = Batcher(workers=3).operation("write", book.run)
+    await outcomes(begin(*(operation.submit(n, n) for n in range(200))))
     await steps()
     assert asyncio.all_tasks() == others
 
 
-@pytest.mark.parametrize("ending", ["return", "raise KeyboardInterrupt", "await method.submit(1, 1)"])
+@pytest.mark.parametrize("ending", ["return", "raise KeyboardInterrupt", "await operation.submit(1, 1)"])
 def test_a_loop_that_ends_with_calls_queued_ends_quietly(ending: str) -> None:
     program = f"""
     import asyncio, gc
@@ -914,18 +918,18 @@ def test_a_loop_that_ends_with_calls_queued_ends_quietly(ending: str) -> None:
             await asyncio.sleep(0.01 if items == [1] else 3600)
             return items
 
-        method = batcher.operation("write", run, keyed=True, coalesce=lambda *_: "shared")
+        operation = batcher.operation("write", run, keyed=True, coalesce=lambda *_: "shared")
 
         async def persistent(n):
             try:
-                await method.submit(n % 7, n)
+                await operation.submit(n % 7, n)
             finally:
-                await method.submit(1, 1)
+                await operation.submit(1, 1)
 
-        tasks = [asyncio.ensure_future(method.submit(n % 7, n)) for n in range(500)]
+        tasks = [asyncio.ensure_future(operation.submit(n % 7, n)) for n in range(500)]
         tasks += [asyncio.ensure_future(persistent(n)) for n in range(5)]
         await asyncio.sleep(0.01)
-        tasks += [asyncio.ensure_future(method.submit(n % 7, n)) for n in range(500)]
+        tasks += [asyncio.ensure_future(operation.submit(n % 7, n)) for n in range(500)]
         await asyncio.sleep(0)
         if {ending.startswith("await")}:
             for task in asyncio.all_tasks() - {{asyncio.current_task()}}:
@@ -950,29 +954,29 @@ def test_a_loop_that_ends_with_calls_queued_ends_quietly(ending: str) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
 
 
-# What must not leak
+# Leaks
 
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("_request", default="nobody's")
 
 
-async def test_a_callers_context_does_not_reach_the_lane() -> None:
+async def test_a_callers_context_does_not_reach_the_worker() -> None:
     seen: list[str] = []
 
     async def run(items: Sequence[int]) -> Sequence[int]:
         seen.append(_request.get())
-        _request.set("the lane's")
+        _request.set("the worker's")
         return items
 
-    method = Batcher(workers=1).operation("write", run)
+    operation = Batcher(workers=1).operation("write", run)
     _request.set("the caller's")
-    await method.submit(0, 0)
-    await outcomes(begin(*(method.submit(n, n) for n in range(5))))
+    await operation.submit(0, 0)
+    await outcomes(begin(*(operation.submit(n, n) for n in range(5))))
     assert seen == ["nobody's"] * 2
     assert _request.get() == "the caller's"
 
 
 class _Item:
-    """Something that can be asked whether it is still there."""
+    """An object whose lifetime a weak reference can check."""
 
 
 async def test_nothing_is_kept_of_calls_that_are_over() -> None:
@@ -983,10 +987,10 @@ async def test_nothing_is_kept_of_calls_that_are_over() -> None:
         await asyncio.sleep(0)
         return items
 
-    async def take_back(outcome: _Item) -> None:
+    async def compensate(outcome: _Item) -> None:
         await asyncio.sleep(0)
 
-    method = batcher.operation(
+    operation = batcher.operation(
         "write", run, keyed=True, coalesce=lambda first, outcome, later: REQUEUE if id(later) % 3 else later
     )
 
@@ -995,7 +999,7 @@ async def test_nothing_is_kept_of_calls_that_are_over() -> None:
         for n in range(count):
             item = _Item()
             left.add(item)
-            tasks.append(asyncio.ensure_future(method.submit(n % 40, item, take_back)))
+            tasks.append(asyncio.ensure_future(operation.submit(n % 40, item, compensate)))
         del item
         for n, task in enumerate(tasks):
             if n % 3 == 0:
@@ -1018,16 +1022,16 @@ async def test_nothing_is_kept_of_calls_that_are_over() -> None:
     assert batcher.queued == 0
 
 
-async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
+async def test_cancelled_calls_behind_a_hanging_worker_do_not_accumulate() -> None:
     book = Book(held=True)
-    method = Batcher(workers=1, max_queued=100, queue_timeout=0.02).operation("write", book.run)
-    begin(method.submit("hangs", "hangs"))
+    operation = Batcher(workers=1, max_queued=100, queue_timeout=0.02).operation("write", book.run)
+    begin(operation.submit("hangs", "hangs"))
     await steps()
     left: weakref.WeakSet[_Item] = weakref.WeakSet()
     for _ in range(50):
         items = [_Item() for _ in range(200)]
         left.update(items)
-        tasks = begin(*(method.submit(n, item) for n, item in enumerate(items)))
+        tasks = begin(*(operation.submit(n, item) for n, item in enumerate(items)))
         await steps(2)
         for task in tasks:
             task.cancel()
@@ -1041,10 +1045,10 @@ async def test_cancelled_calls_behind_a_hanging_lane_do_not_pile_up() -> None:
     assert len(left) == 0
     book.free.set()
     with suppress(StoreUnavailableError):
-        await method.submit(0, 0)
+        await operation.submit(0, 0)
 
 
-# All of it at once
+# Everything combined
 
 
 @settings(max_examples=200, deadline=None, database=None)
@@ -1055,7 +1059,7 @@ def test_every_call_has_exactly_its_own_outcome_or_never_happened(seed: int) -> 
 
 
 async def _any_schedule(chance: Random) -> None:
-    # Chosen by a generator of our own: tasks other than the test's cannot ask Hypothesis.
+    # From a random generator: Hypothesis cannot draw in tasks other than the test's.
     kind = chance.choice(["plain", "keyed", "shared"])
     batcher = Batcher(
         workers=chance.randint(1, 3),
@@ -1096,7 +1100,7 @@ async def _any_schedule(chance: Random) -> None:
         shared.append(later)
         return ("shared", later)
 
-    async def take_back(outcome: tuple[str, int]) -> None:
+    async def compensate(outcome: tuple[str, int]) -> None:
         await asyncio.sleep(chance.choice(pauses))
         returned.append(outcome[1])
 
@@ -1109,8 +1113,8 @@ async def _any_schedule(chance: Random) -> None:
     tasks: list[asyncio.Task[Any]] = []
     for number in range(chance.randint(1, 30)):
         keys[number] = chance.randint(0, 4)
-        method = methods[chance.randint(0, 1)]
-        tasks += begin(method.submit(keys[number], number, take_back))
+        operation = methods[chance.randint(0, 1)]
+        tasks += begin(operation.submit(keys[number], number, compensate))
         await asyncio.sleep(chance.choice(pauses))
         if chance.random() < 0.4:
             chance.choice(tasks).cancel()
@@ -1125,7 +1129,7 @@ async def _any_schedule(chance: Random) -> None:
     assert batcher.queued == 0
     assert len(asyncio.all_tasks()) == 1
 
-    # Nothing is lost or done twice.
+    # No call is lost or executed twice.
     assert len(written) == len(set(written))
     assert len(returned) == len(set(returned))
     for number, outcome in enumerate(found):

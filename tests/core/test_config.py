@@ -1,4 +1,4 @@
-"""Where the URL and the options come from, and that no password is ever shown."""
+"""The sources of the URL and the options, and the redaction of passwords."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _config(**options: Any) -> StoreConfig:
     return StoreConfig(url="mine://x", scheme="mine", options=options, clock=None, migrate=True)
 
 
-# Where the URL comes from
+# Sources of the URL
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_what_the_url_says_in_front_goes_before_the_file_too(
     options = resolve_url(url, {}).options
     assert set(options) == kept
     assert options.get("user") in (None, "of the file", "x")
-    # A keyword goes before all.
+    # A keyword overrides everything.
     assert resolve_url(url, {"user": "mine"}).options["user"] == "mine"
 
 
@@ -65,7 +65,7 @@ def test_config_argument_then_variable_then_files_then_default(
     monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
     assert resolve_url(None, {}).url == "mine://variable"
     assert resolve_url("mine://argument", {}).url == "mine://argument"
-    # An empty variable is none.
+    # An empty variable counts as unset.
     monkeypatch.setenv("FLOWSTORE_URL", "")
     assert resolve_url(None, {}).url == "mine://file"
 
@@ -174,7 +174,7 @@ def test_config_migrate_must_be_true_or_false() -> None:
         resolve_url("mine://x?migrate=maybe", {})
 
 
-# Files that are wrong
+# Invalid files
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ async def test_config_no_error_shows_a_password(url: str) -> None:
         async with open_store(url):
             pass
     if url != "memory://?S3cr3t":
-        # There the word is the option's name.
+        # Here the word is the name of the option.
         assert "S3cr3t" not in _all_that_is_said(caught.value)
 
 

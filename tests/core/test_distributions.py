@@ -1,4 +1,4 @@
-"""Broken metadata: of a stranger's distribution it hides nothing, of a plugin's it is named."""
+"""Broken metadata: ignored in unrelated distributions, reported in those of plugins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMED = b"Metadata-Version: 2.1\nName: stray\nVersion: 1.0\n"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for packages, searched before all others."""
+    """A folder for packages, first on the path."""
     place = tmp_path / "site"
     place.mkdir()
     monkeypatch.syspath_prepend(place)
@@ -114,7 +114,7 @@ async def test_metadata_with_a_wrong_value_is_named_with_its_plugin(value: str, 
     assert listed["status"] == "broken"
 
 
-async def test_a_module_that_a_frozen_program_lacks_is_told_with_its_remedy(
+async def test_a_module_missing_from_a_frozen_program_is_reported_with_its_remedy(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write(site, b"[flowstore]\nmine = gone_package.plugin\n")
@@ -164,7 +164,7 @@ async def test_metadata_of_ours_that_cannot_be_read_counts_as_a_broken_plugin(
 async def test_metadata_of_a_wrapper_that_cannot_be_read_refuses_every_store(
     text: str, encoding: str, site: Path
 ) -> None:
-    """It may be the wrapper that encrypts."""
+    """Skipping a wrapper that encrypts would leak data."""
     _write(site, text.format("flowstore_wrappers").encode(encoding))
     with pytest.raises(BackendLoadError, match=r"stray.*entry points cannot be read") as caught:
         async with open_store("memory://"):
@@ -186,7 +186,7 @@ async def test_metadata_of_a_plugin_without_a_readable_name_is_enough(
 
 async def test_metadata_of_the_first_of_two_versions_counts(site: Path, install: Install) -> None:
     install("mine", RECORDING)
-    # Searched after it.
+    # After it on the path.
     later = site / "later"
     later.mkdir()
     sys.path.append(str(later))
@@ -227,7 +227,7 @@ asyncio.run(main())
 """
 
 
-def test_metadata_that_is_missing_is_told_with_its_remedy(tmp_path: Path) -> None:
+def test_missing_metadata_is_reported_with_its_remedy(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", FROZEN], cwd=tmp_path, capture_output=True, text=True, check=True
     )

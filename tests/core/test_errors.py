@@ -1,4 +1,4 @@
-"""The tree of errors, their attributes, and that they travel between processes."""
+"""The tree of errors, their attributes and their pickling."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ERRORS: list[tuple[FlowStoreError, dict[str, object]]] = [
 ]
 
 
-def test_errors_all_of_them_are_looked_at_here() -> None:
+def test_errors_every_error_is_covered() -> None:
     known = {
         value
         for _, value in inspect.getmembers(flowstore_core, inspect.isclass)

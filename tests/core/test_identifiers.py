@@ -1,4 +1,4 @@
-"""new_run_id: version 7, rising, and distinct whoever makes them."""
+"""new_run_id: version 7, increasing, and unique across threads and processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_identifiers_rise_strictly() -> None:
 def test_identifiers_hold_the_time() -> None:
     before = time.time_ns() // 1_000_000
     stamp = new_run_id().int >> 80
-    # Ids made before may have pushed it a little ahead, never a day.
+    # Earlier ids may have advanced it a little, but never by a day.
     assert before <= stamp < before + 86_400_000
     assert datetime.fromtimestamp(stamp / 1000, UTC).year >= 2024
 

@@ -1,4 +1,4 @@
-"""Plugins: found by entry point, refused by name, and never in each other's way."""
+"""Plugins: found by entry point, rejected by name, and independent of each other."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_plugins_the_built_in_backends_are_found_like_any_other() -> None:
         assert [backend.name for backend in found[name].backends] == [name]
         assert found[name].distribution == "flowstore"
     names = {entry.name for entry in entry_points(group="flowstore") if entry.value.startswith("flowstore_")}
-    # Named after every scheme, so that opening one imports one.
+    # Named after every scheme, so that opening a URL imports one plugin.
     assert names == {
         scheme
         for name in ("memory", "postgresql", "sqlite")
@@ -87,7 +87,7 @@ async def test_plugins_an_installed_backend_is_opened_by_its_scheme(install: Ins
     )
 
 
-async def test_plugins_an_unknown_scheme_is_told_with_the_installed_ones() -> None:
+async def test_plugins_the_error_of_an_unknown_scheme_lists_the_installed_ones() -> None:
     with pytest.raises(UnknownBackendError) as caught:
         await _open("nobody://x")
     assert caught.value.scheme == "nobody"
@@ -120,7 +120,7 @@ async def test_plugins_a_broken_one_is_named_and_disables_no_other(install: Inst
     assert caught.value.__cause__ is not None
     await _open("memory://")
     await _open("sound://")
-    # Who asks for what nobody serves is told of the broken one.
+    # The error for an unknown scheme names the broken plugin.
     with pytest.raises(UnknownBackendError, match="'mine'"):
         await _open("nobody://x")
 
@@ -171,7 +171,7 @@ async def test_plugins_two_with_one_scheme_are_refused_by_name(install: Install)
         await _open("mine://x")
     for name in ("first", "second", "dist-of-first", "dist-of-second"):
         assert name in str(caught.value)
-    # What only one of them serves works.
+    # A scheme that only one of them serves works.
     await _open("own-of-first://x")
     await _open("own-of-second://x")
 
@@ -216,7 +216,7 @@ async def test_plugins_capabilities_may_be_plain_str(install: Install) -> None:
         assert Capability.TRIGGER not in store.capabilities
 
 
-async def test_plugins_a_store_that_lacks_what_it_declares_is_refused_and_closed(install: Install) -> None:
+async def test_plugins_a_store_without_a_declared_capability_is_rejected_and_closed(install: Install) -> None:
     code = RECORDING.replace(
         'if operation.startswith("_")', 'if operation == "renew_step_claim" or operation.startswith("_")'
     )
@@ -228,7 +228,7 @@ async def test_plugins_a_store_that_lacks_what_it_declares_is_refused_and_closed
     assert len(importlib.import_module("plugin_of_mine").closed) == 1
 
 
-async def test_plugins_what_a_store_offers_may_depend_on_the_url(install: Install) -> None:
+async def test_plugins_the_capabilities_of_a_store_may_depend_on_the_url(install: Install) -> None:
     code = RECORDING.replace(
         "    async def ping", "    capabilities = frozenset({fs.Capability.EVENTS})\n\n    async def ping"
     )
@@ -259,7 +259,7 @@ async def test_plugins_wrap_in_the_order_of_their_names(install: Install) -> Non
     install("mine", RECORDING)
     _install_wrapper(install, "alpha", _wrapper("alpha"))
     async with open_store("mine://x") as store:
-        # The first lies next to the backend, the last is outermost.
+        # The first is innermost, the last outermost.
         answer = await store.get_run_status(uuid4())
     assert answer == "zulu(alpha(get_run_status of innermost))"
 
@@ -306,7 +306,7 @@ async def test_plugins_a_wrapper_that_fails_closes_the_store(install: Install) -
 
 
 async def test_plugins_no_store_opens_without_a_wrapper_that_is_broken(install: Install) -> None:
-    # It may be the one that encrypts.
+    # Skipping a wrapper that encrypts would leak data.
     install("mine", RECORDING)
     _install_wrapper(install, "alpha", "raise RuntimeError('broken')")
     with pytest.raises(BackendLoadError) as caught:
@@ -336,7 +336,7 @@ print(*sorted(sys.modules))
 
 
 def _imported_for(url: str) -> set[str]:
-    """What a process of its own has imported, after it opened a store."""
+    """The modules that a new process has imported after it opened a store."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(
         [sys.executable, "-c", _OPEN, url], env=environment, capture_output=True, text=True, check=True
@@ -349,18 +349,18 @@ def _imported_for(url: str) -> set[str]:
     [
         ("memory://", {"flowstore_memory"}),
         ("sqlite:///{folder}/x.db", {"flowstore_sqlite", "aiosqlite", "sqlite3"}),
-        # Nobody listens there: the plugin is imported, the driver tries, and that is all.
+        # No server listens there: the plugin is imported and the driver fails to connect.
         ("postgresql://nobody@127.0.0.1:9/x?retry_timeout=0.1", {"flowstore_postgres", "asyncpg"}),
         ("postgres://nobody@127.0.0.1:9/x?retry_timeout=0.1", {"flowstore_postgres", "asyncpg"}),
         ("mine://x", {"plugin_of_mine"}),
     ],
 )
-def test_plugins_only_the_one_whose_scheme_the_url_names_is_imported(
+def test_plugins_only_the_plugin_of_the_scheme_is_imported(
     install: Install, tmp_path: Path, url: str, own: set[str]
 ) -> None:
     install("mine", RECORDING)
     install("foreign", RECORDING.replace("mine", "foreign"))
-    # Neither name is a scheme that the URL names, but the second would like to serve it.
+    # Neither entry point is named after the scheme of the URL, but the second plugin claims it.
     install("broken", "raise RuntimeError('must not be imported')")
     scheme = url.partition(":")[0]
     install("grabbing", RECORDING.replace('frozenset({"mine"})', f"frozenset({{{scheme!r}}})"))
@@ -373,7 +373,7 @@ def test_plugins_only_the_one_whose_scheme_the_url_names_is_imported(
     assert not imported & (every - own)
 
 
-def test_plugins_a_scheme_that_no_entry_point_is_named_after_is_looked_for_in_all(install: Install) -> None:
+def test_plugins_a_scheme_without_a_named_entry_point_is_searched_in_all(install: Install) -> None:
     install("mine", RECORDING.replace('frozenset({"mine"})', 'frozenset({"mine", "unnamed"})'))
     install("broken", "raise RuntimeError('broken')")
     assert find_backend("unnamed")[0].name == "mine"

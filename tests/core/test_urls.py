@@ -1,4 +1,4 @@
-"""The parser of store URLs: every part is decoded once, nothing is dropped, and no password is ever shown."""
+"""The parser of store URLs: it decodes every part once, drops nothing and shows no password."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_urls_one_without_scheme_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["mine://m%FFe@h", "mine://me:%FF@h", "mine://h?a=%FF"])
 def test_urls_a_part_that_is_not_utf_8_is_refused(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="not UTF-8"):
+    with pytest.raises(ConfigurationError, match="does not decode to UTF-8"):
         parse_url(url)
 
 
@@ -111,7 +111,7 @@ def test_urls_what_is_encoded_is_read_back(user: str, password: str, path: str, 
 
 
 @given(path=TEXTS, other=TEXTS)
-def test_urls_another_path_replaces_the_path_alone(path: str, other: str) -> None:
+def test_urls_with_path_replaces_the_path_only(path: str, other: str) -> None:
     found = parse_url(f"mine://me:p%40@h/{quote(path, safe='')}?a=b%26")
     moved = parse_url(found.with_path(other))
     assert moved.path == other
@@ -166,9 +166,9 @@ TEMPLATES = st.sampled_from(
 @example("postgresql://me:{}@127.0.0.1:1/db?retry_timeout=0", "12?user=b", False)
 @example("postgresql://me:{}@127.0.0.1:1/db?retry_timeout=0", "a/b?cd&cd", False)
 async def test_urls_no_password_is_shown(template: str, password: str, encoded: bool) -> None:
-    # Without a host, what follows a raw @ is one.
+    # Without a host, the text after a raw @ is parsed as one.
     assume(encoded or "@" in template or "@" not in password)
-    # The marks let a fragment be recognised on either side of every special character.
+    # The marks make fragments recognisable on either side of every special character.
     secret = MARK + "".join(f"{one}{MARK}" if one in SPECIAL else one for one in password)
     url = template.format(quote(secret, safe="") if encoded else secret)
     shown = [redact(url)]
@@ -187,7 +187,7 @@ async def test_urls_no_password_is_shown(template: str, password: str, encoded: 
 
 @given(password=PASSWORDS, encoded=st.booleans(), host=st.sampled_from(["host:5432", "[::1]:1", "a,b:2"]))
 def test_urls_a_password_is_read_or_the_url_is_refused(password: str, encoded: bool, host: str) -> None:
-    """No part of a password is ever taken for a host, a path or an option."""
+    """No part of a password is parsed as a host, a path or an option."""
     url = f"mine://me:{quote(password, safe='') if encoded else password}@{host}/db?colour=red"
     refused = None
     try:

@@ -1,4 +1,4 @@
-"""The checked store: what a backend is called with, and in what order things are refused."""
+"""The validated store: the arguments that a backend gets, and the order of errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flowstore_core import (
     StoreClosedError,
     open_store,
 )
-from flowstore_core.store import CAPABILITY_METHODS
+from flowstore_core.operations import CAPABILITY_METHODS
 from tests.core.conftest import RECORDING, Install
 
 EXTENSIONS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
@@ -71,12 +71,12 @@ async def test_checked_a_backend_gets_normalised_arguments(install: Install) -> 
     run_id = uuid4()
     noon = datetime(2026, 3, 14, 14, tzinfo=timezone(timedelta(hours=2)))
     async with open_store("mine://x") as store:
-        await store.complete_run(run_id, "Failed", expected={Key("a"): "Skipped"})  # type: ignore[arg-type, dict-item]
-        await store.record_step_complete(run_id, Key("a"), "Pending")  # type: ignore[arg-type]
+        await store.complete_run(run_id, "Failed", expected={Key("a"): "Skipped"})
+        await store.record_step_complete(run_id, Key("a"), "Pending")
         await store.try_record_dispatch(run_id, "a", due_at=noon)
         await store.retry_step(run_id, "a", reset=["b", "b"])
-        await store.get_runs_page(status="Running", search="")  # type: ignore[arg-type]
-        await store.get_run_timeseries("hour", noon + timedelta(minutes=1), noon + timedelta(minutes=61))  # type: ignore[arg-type]
+        await store.get_runs_page(status="Running", search="")
+        await store.get_run_timeseries("hour", noon + timedelta(minutes=1), noon + timedelta(minutes=61))
     calls = [arguments for _, _, arguments in importlib.import_module("plugin_of_mine").calls]
     complete, outcome, dispatch, retry, page, series = calls
     assert complete["status"] is RunStatus.FAILED
@@ -88,7 +88,7 @@ async def test_checked_a_backend_gets_normalised_arguments(install: Install) -> 
     assert (dispatch["due_at"], dispatch["due_at"].tzinfo) == (datetime(2026, 3, 14, 12, tzinfo=UTC), UTC)
     assert retry["reset"] == frozenset({"b"})
     assert page["status"] is RunStatus.RUNNING
-    # An empty search is none, and a window is whole buckets.
+    # An empty search becomes None, and a window whole buckets.
     assert page["search"] is None
     assert series["granularity"] is RunTimeseriesGranularity.HOUR
     assert (series["since"], series["until"]) == (
@@ -115,7 +115,7 @@ async def test_checked_a_backend_gets_plain_values(install: Install) -> None:
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        # Twice in the night when the clocks are set back, and never when they are set forward.
+        # Ambiguous when the clocks are set back, missing when they are set forward.
         (datetime(2026, 10, 25, 2, 30, fold=0, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 10, 25, 0, 30)),
         (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 10, 25, 1, 30)),
         (datetime(2026, 3, 29, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 3, 29, 0, 30)),
@@ -124,7 +124,7 @@ async def test_checked_a_backend_gets_plain_values(install: Install) -> None:
             datetime(2026, 7, 14, tzinfo=timezone(timedelta(microseconds=7))),
             (2026, 7, 13, 23, 59, 59, 999993),
         ),
-        # The zone's own calendar may lie beyond the limits.
+        # The local date may be outside the limits.
         (datetime(9999, 12, 30, 14, tzinfo=timezone(timedelta(hours=14))), (9999, 12, 30)),
         (datetime(1, 1, 1, 12, tzinfo=timezone(timedelta(hours=-12))), (1, 1, 2)),
     ],
@@ -171,7 +171,7 @@ async def test_checked_the_clock_a_backend_gets_is_checked(install: Install) -> 
 async def test_checked_argument_then_closed_then_not_supported(install: Install, operation: str) -> None:
     code = RECORDING.replace("frozenset(fs.Capability)", "frozenset()")
     if operation not in EXTENSIONS:
-        # A base operation that the backend's store has not got.
+        # A base operation that the backend's store lacks.
         code = code.replace('operation.startswith("_")', "True")
     install("mine", code)
     legal = legal_arguments(operation)
@@ -209,13 +209,13 @@ async def test_checked_a_lease_needs_the_capability_a_claim_does_not(install: In
             await store.try_claim_step(uuid4(), "charge", owner="me", lease=timedelta(0))
 
 
-async def test_checked_a_closed_store_says_so(install: Install) -> None:
+async def test_checked_a_closed_store_raises(install: Install) -> None:
     install("mine", RECORDING)
     async with open_store("mine://x") as store:
         assert "closed" not in repr(store)
         await store.aclose()
         assert "closed" in repr(store)
-        # What it is can still be asked.
+        # Its properties still work.
         assert store.backend == "mine"
         assert Capability.EVENTS in store.capabilities
         with pytest.raises(StoreClosedError):

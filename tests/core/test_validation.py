@@ -1,4 +1,4 @@
-"""The quick way through a check says what the thorough way says."""
+"""The fast path of each check agrees with its slow path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowstore_core.validation import (
 
 
 class Text(str):
-    """Never takes the quick way, which is for the plain type alone."""
+    """Always takes the slow path: the fast path is for the plain type only."""
 
     __slots__ = ()
 
@@ -78,7 +78,7 @@ def test_checks_a_datetime_is_judged_alike_on_both_ways(naive: datetime) -> None
     quick = answer(lambda: check_datetime("d", value))
     fields = (*naive.timetuple()[:6], naive.microsecond)
     assert quick == answer(lambda: check_datetime("d", Moment(*fields, tzinfo=UTC)))
-    # Another zone of the same offset is not the object UTC.
+    # A zone with the same offset that is not the object UTC.
     zone = timezone(timedelta(0), "Z")
     assert quick == answer(lambda: check_datetime("d", naive.replace(tzinfo=zone)))
     assert answer(lambda: check_datetime("d", naive))[0] == "refused"

@@ -1,8 +1,8 @@
-"""Broken backends: each is a built-in one with a single realistic bug, for the suite to find.
+"""Mutants: built-in backends with one realistic bug each, which the conformance suite must find.
 
-Every mutant is a class that is laid over the store which a built-in backend has opened; ``plugin.py``
-serves it under the scheme ``broken-<name>``. The bug is named by the clause that it breaks, and
-``tests/test_conformance_mutants.py`` demands that the suite finds it by a check of that very clause.
+A mutant is a class that is mixed into the store of a built-in backend; ``plugin.py`` serves it under the
+scheme ``mutant-<name>``. Each mutant names the clause that it breaks, and
+``tests/test_conformance_mutants.py`` requires that a check of that clause finds the bug.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
-Mutant = TypeVar("Mutant", bound=type)
+MutantClass = TypeVar("MutantClass", bound=type)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Broken:
-    """One broken backend."""
+class Mutant:
+    """A built-in backend with one bug."""
 
     name: str
     base: str
-    """The built-in backend that it is made of: memory, sqlite or postgresql."""
+    """The modified built-in backend: memory, sqlite or postgresql."""
     clause: str
-    """The clause that names the bug."""
+    """The clause that the bug breaks."""
     concurrent: bool
-    """Whether only calls that are under way at the same time reveal it."""
+    """Whether only concurrent calls reveal the bug."""
     description: str
-    look_at: tuple[str, ...]
-    """Further clauses whose checks may name ``clause`` as the one that is broken."""
+    more_clauses: tuple[str, ...]
+    """Further clauses whose checks can report ``clause``."""
     build: Callable[[Any], Any]
-    """Gives the store that the base has opened its bug."""
+    """Adds the bug to an open store of the base."""
 
 
-_mutants: dict[str, Broken] = {}
+_mutants: dict[str, Mutant] = {}
 
 MODULES = (
     "claims",
@@ -51,31 +51,31 @@ MODULES = (
 )
 
 
-def broken(
-    base: str, clause: str, *, concurrent: bool = False, look_at: tuple[str, ...] = ()
-) -> Callable[[Mutant], Mutant]:
-    """Register a class as a broken backend; it is laid over the base's store, so super() is the right way."""
+def mutant(
+    base: str, clause: str, *, concurrent: bool = False, more_clauses: tuple[str, ...] = ()
+) -> Callable[[MutantClass], MutantClass]:
+    """Register a class as a mutant; it is mixed into the base's store, so super() calls the correct code."""
 
-    def register(mutant: Mutant) -> Mutant:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "-", mutant.__name__).lower()
+    def register(cls: MutantClass) -> MutantClass:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
         if name in _mutants:
             raise ValueError(f"two mutants are named {name}")
-        _mutants[name] = Broken(
+        _mutants[name] = Mutant(
             name=name,
             base=base,
             clause=clause,
             concurrent=concurrent,
-            look_at=look_at,
-            description=" ".join((mutant.__doc__ or "").split()),
-            build=lambda store: _graft(mutant, store),
+            more_clauses=more_clauses,
+            description=" ".join((cls.__doc__ or "").split()),
+            build=lambda store: _mix_in(cls, store),
         )
-        return mutant
+        return cls
 
     return register
 
 
-def _graft(mutant: type, store: Any) -> Any:
-    """Lay a class over one object; nobody else's store changes."""
+def _mix_in(mutant: type, store: Any) -> Any:
+    """Mix a class into one object; other stores stay unchanged."""
     store.__class__ = type(mutant.__name__, (mutant, type(store)), {})
     begin = getattr(store, "begin", None)
     if begin is not None:
@@ -83,8 +83,8 @@ def _graft(mutant: type, store: Any) -> Any:
     return store
 
 
-def all_mutants() -> dict[str, Broken]:
-    """Every broken backend by name."""
+def all_mutants() -> dict[str, Mutant]:
+    """Every mutant by name."""
     for module in MODULES:
         import_module(f"tests.mutants.{module}")
     return dict(sorted(_mutants.items()))

@@ -1,4 +1,4 @@
-"""Broken claims and dispatch ledgers."""
+"""Mutants of claims and of the dispatch ledger."""
 
 from __future__ import annotations
 
@@ -11,60 +11,61 @@ import asyncpg
 
 from flowstore_core import ConflictError, StepStatus
 from flowstore_core.claims import lease_end
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
 
 async def _claim_of(store: Any, given: Any) -> Any:
+    """Return the stored claim of the step, if any."""
     claims = await store.get_step_claims(run_id=given["run_id"])
     return next((claim for claim in claims if claim.step_key == given["step_key"]), None)
 
 
-async def _force(store: Any, claim: Any, given: Any) -> bool:
-    """Write the claim over whatever is there."""
+async def _overwrite_claim(store: Any, claim: Any, given: Any) -> bool:
+    """Overwrite the stored claim."""
     await store.release_step_claim(run_id=given["run_id"], step_key=given["step_key"], owner=None)
     return bool(await claim(**given))
 
 
-@broken("postgresql", "CLM-1", concurrent=True)
-class ClaimLooksThenWrites:
-    """Looks whether the claim is free, then writes it over whatever came in between."""
+@mutant("postgresql", "CLM-1", concurrent=True)
+class ClaimCheckThenWrite:
+    """Checks that the claim is free, then overwrites any claim made in between."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
         if held is not None:
             return bool(await super().try_claim_step(**given))
-        return await _force(self, super().try_claim_step, given)
+        return await _overwrite_claim(self, super().try_claim_step, given)
 
 
-@broken("sqlite", "CLM-1", concurrent=True)
-class ClaimLooksInAnotherTransaction:
-    """Looks in one transaction and inserts in the next, replacing what is there."""
+@mutant("sqlite", "CLM-1", concurrent=True)
+class ClaimCheckInSeparateTransaction:
+    """Checks in one transaction and inserts in the next, replacing any existing claim."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
         if held is not None:
             return bool(await super().try_claim_step(**given))
-        return await _force(self, super().try_claim_step, given)
+        return await _overwrite_claim(self, super().try_claim_step, given)
 
 
 _locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
-@broken("postgresql", "CLM-1", concurrent=True)
-class ClaimLockedInOneProcess:
-    """Looks, then writes, under a lock that only this process knows."""
+@mutant("postgresql", "CLM-1", concurrent=True)
+class ClaimProcessLocalLock:
+    """Checks and then writes under a lock that covers only this process."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         async with _locks.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             if await _claim_of(self, given) is not None:
                 return bool(await super().try_claim_step(**given))
-            return await _force(self, super().try_claim_step, given)
+            return await _overwrite_claim(self, super().try_claim_step, given)
 
 
-@broken("postgresql", "CON-2", concurrent=True, look_at=("CLM-1",))
-class ClaimRaceLetsOutDriverError:
-    """Inserts without ON CONFLICT: who loses a race gets the driver's unique violation."""
+@mutant("postgresql", "CON-2", concurrent=True, more_clauses=("CLM-1",))
+class ClaimRaceLeaksDriverError:
+    """Inserts without ON CONFLICT: the loser of a race gets the driver's unique violation."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
@@ -76,28 +77,30 @@ class ClaimRaceLetsOutDriverError:
         return bool(won)
 
 
-@broken("memory", "CON-2", look_at=("CLM-3",))
+@mutant("memory", "CON-2", more_clauses=("CLM-3",))
 class ReleaseFailsInCallback:
-    """A callback that a release leaves behind raises; no caller sees it."""
+    """A release leaves a callback that raises; no caller sees the error."""
 
     async def release_step_claim(self, **given: Any) -> None:
         await super().release_step_claim(**given)
         asyncio.get_running_loop().call_soon([].pop)
 
 
-@broken("memory", "CLM-1")
+@mutant("memory", "CLM-1")
 class ClaimLoserRaises:
-    """Who loses gets a ConflictError."""
+    """A losing claim raises ConflictError instead of returning False."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         if not await super().try_claim_step(**given):
-            raise ConflictError("somebody else has it", run_id=given["run_id"], step_key=given["step_key"])
+            raise ConflictError(
+                "another owner holds the claim", run_id=given["run_id"], step_key=given["step_key"]
+            )
         return True
 
 
-@broken("sqlite", "CLM-1", concurrent=True)
-class DispatchLooksThenWrites:
-    """Looks whether the step was dispatched, then records it over whatever came in between."""
+@mutant("sqlite", "CLM-1", concurrent=True)
+class DispatchCheckThenWrite:
+    """Checks that the step is not dispatched, then overwrites any dispatch made in between."""
 
     async def try_record_dispatch(self, **given: Any) -> bool:
         keys = await super().get_dispatched_step_keys(run_id=given["run_id"])
@@ -107,9 +110,9 @@ class DispatchLooksThenWrites:
         return bool(await super().try_record_dispatch(**given))
 
 
-@broken("memory", "CLM-1", concurrent=True)
-class DispatchAlwaysToldTrue:
-    """Answers True to all who found the step not dispatched, though one of them recorded it."""
+@mutant("memory", "CLM-1", concurrent=True)
+class DispatchTrueForEveryRacer:
+    """Returns True to every caller that found the step not dispatched."""
 
     async def try_record_dispatch(self, **given: Any) -> bool:
         keys = await super().get_dispatched_step_keys(run_id=given["run_id"])
@@ -121,9 +124,10 @@ class DispatchAlwaysToldTrue:
         return bool(won or (given["step_key"] not in keys and not ended))
 
 
-@broken("sqlite", "CLM-2")
-class ClaimsReadFromOwnCache:
-    """Keeps the claimed keys it has read, and forgets them only at its own writes: others' are not seen."""
+@mutant("sqlite", "CLM-2")
+class ClaimedKeysFromStaleCache:
+    """Caches claimed keys and invalidates the cache only on its own writes, so other stores' claims are
+    missed."""
 
     def begin(self) -> None:
         self._known: dict[Any, Any] = {}
@@ -138,9 +142,9 @@ class ClaimsReadFromOwnCache:
         return self._known[given["run_id"]]
 
 
-@broken("sqlite", "CLM-3")
+@mutant("sqlite", "CLM-3")
 class ReleaseFreesEveryKey:
-    """Frees all claims of the run."""
+    """Releases every claim of the run."""
 
     async def release_step_claim(self, **given: Any) -> None:
         for claim in await super().get_step_claims(run_id=given["run_id"]):
@@ -148,17 +152,17 @@ class ReleaseFreesEveryKey:
                 await super().release_step_claim(**{**given, "step_key": claim.step_key})
 
 
-@broken("postgresql", "CLM-3")
+@mutant("postgresql", "CLM-3")
 class ReleaseIgnoresOwner:
-    """Frees the claim whoever holds it."""
+    """Releases the claim whoever owns it."""
 
     async def release_step_claim(self, **given: Any) -> None:
         await super().release_step_claim(**{**given, "owner": None})
 
 
-@broken("memory", "CLM-3", concurrent=True, look_at=("CLM-6", "STP-3"))
-class ReleaseChecksOwnerFirst:
-    """Asks who holds the claim, then frees it, though another may have won it in between."""
+@mutant("memory", "CLM-3", concurrent=True, more_clauses=("CLM-6", "STP-3"))
+class ReleaseCheckThenDelete:
+    """Checks the owner, then releases the claim, although another caller may have won it in between."""
 
     async def release_step_claim(self, **given: Any) -> None:
         held = await _claim_of(self, given)
@@ -168,9 +172,9 @@ class ReleaseChecksOwnerFirst:
         await super().release_step_claim(**{**given, "owner": None})
 
 
-@broken("sqlite", "CLM-4")
-class CompletionDropsClaim:
-    """Removes the claim of a step that completes, so that a redelivered message finds it free."""
+@mutant("sqlite", "CLM-4")
+class CompletionReleasesClaim:
+    """Releases the claim of a completed step, so that a redelivered message can claim it."""
 
     async def record_step_complete(self, **given: Any) -> None:
         await super().record_step_complete(**given)
@@ -178,17 +182,17 @@ class CompletionDropsClaim:
             await super().release_step_claim(run_id=given["run_id"], step_key=given["step_key"], owner=None)
 
 
-@broken("memory", "CLM-4")
-class ClaimedKeysListFinishedSteps:
-    """get_claimed_step_keys leaves finished steps in."""
+@mutant("memory", "CLM-4")
+class ClaimedKeysIncludeTerminalSteps:
+    """get_claimed_step_keys includes terminal steps."""
 
     async def get_claimed_step_keys(self, **given: Any) -> frozenset[str]:
         return frozenset(claim.step_key for claim in await super().get_step_claims(**given))
 
 
-@broken("memory", "CLM-4")
-class FinishedStepCanBeClaimed:
-    """Once the lease of a finished step is over, a redelivered message wins it."""
+@mutant("memory", "CLM-4")
+class TerminalStepCanBeClaimed:
+    """After the lease of a terminal step has ended, a redelivered message can claim it."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         won = await super().try_claim_step(**given)
@@ -198,9 +202,9 @@ class FinishedStepCanBeClaimed:
         return step.expires_at is not None and step.expires_at <= self._now()
 
 
-@broken("postgresql", "CLM-5")
-class OwnerDoesNotWinAgain:
-    """Says False to the owner of a live claim who asks again."""
+@mutant("postgresql", "CLM-5")
+class RepeatedClaimRefused:
+    """Returns False when the owner of a live claim repeats its claim."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
@@ -209,9 +213,9 @@ class OwnerDoesNotWinAgain:
         return bool(await super().try_claim_step(**given))
 
 
-@broken("memory", "CLM-5")
-class NobodyIsSomebody:
-    """Takes two callers without owner for one and the same."""
+@mutant("memory", "CLM-5")
+class OwnerlessCallsShareOneOwner:
+    """Treats all callers without owner as one owner."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         if given["owner"] is None:
@@ -219,17 +223,17 @@ class NobodyIsSomebody:
         return bool(await super().try_claim_step(**given))
 
 
-@broken("memory", "CLM-6")
-class LeaseNeverEnds:
-    """Stores no lease."""
+@mutant("memory", "CLM-6")
+class LeaseNotStored:
+    """Does not store the lease."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         return bool(await super().try_claim_step(**{**given, "lease": None}))
 
 
-@broken("memory", "CLM-6")
+@mutant("memory", "CLM-6")
 class LeaseAddedToLocalTime:
-    """Adds a lease to the local time, where a day may have 23 or 25 hours."""
+    """Adds the lease to local time, in which a day may have 23 or 25 hours."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         if given["lease"] is not None:
@@ -239,9 +243,9 @@ class LeaseAddedToLocalTime:
         return bool(await super().try_claim_step(**given))
 
 
-@broken("sqlite", "CLM-6")
-class LeaseInWholeMinutes:
-    """Cuts the lease to whole minutes."""
+@mutant("sqlite", "CLM-6")
+class LeaseTruncatedToMinutes:
+    """Truncates the lease to whole minutes."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         lease = given["lease"]
@@ -250,9 +254,9 @@ class LeaseInWholeMinutes:
         return bool(await super().try_claim_step(**given))
 
 
-@broken("postgresql", "CLM-6")
-class LeaseHoldsAtItsEnd:
-    """Holds a lease at the very moment of its end, when the next claimant should win."""
+@mutant("postgresql", "CLM-6")
+class LeaseInclusiveOfItsEnd:
+    """Treats a lease as live at the exact time of its end, when the next claimant should win."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
@@ -262,9 +266,9 @@ class LeaseHoldsAtItsEnd:
         return bool(await super().try_claim_step(**given))
 
 
-@broken("sqlite", "CLM-6", concurrent=True)
-class ExpiredLeaseTakenByTwo:
-    """Finds a lease expired, removes the claim, then claims: two who find it so both win."""
+@mutant("sqlite", "CLM-6", concurrent=True)
+class ExpiredLeaseClaimedTwice:
+    """Finds a lease expired, deletes the claim, then claims: two concurrent callers both win."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
@@ -272,13 +276,13 @@ class ExpiredLeaseTakenByTwo:
         status = (await super().get_step_statuses(run_id=given["run_id"])).get(given["step_key"])
         ended = status is not None and status.is_terminal
         if held is not None and not ended and held.expires_at is not None and held.expires_at <= now:
-            return await _force(self, super().try_claim_step, given)
+            return await _overwrite_claim(self, super().try_claim_step, given)
         return bool(await super().try_claim_step(**given))
 
 
-@broken("memory", "CLM-6")
-class RenewShortens:
-    """Sets the lease's end to now and the new length, though it lay later."""
+@mutant("memory", "CLM-6")
+class RenewalShortensLease:
+    """Sets the lease's end to now + lease even if it ends later already."""
 
     async def renew_step_claim(self, **given: Any) -> bool:
         renewed = await super().renew_step_claim(**given)
@@ -288,16 +292,16 @@ class RenewShortens:
         return bool(renewed)
 
 
-@broken("sqlite", "CLM-6")
-class RenewRaisesTheDead(SqliteSurgery):
-    """Renews a lease that is over, if nobody has claimed since."""
+@mutant("sqlite", "CLM-6")
+class RenewalRevivesExpiredLease(PatchedSqlite):
+    """Renews an expired lease if no other caller has claimed the step."""
 
-    cut = Cut((r"AND expires_at > :now", "AND expires_at IS NOT NULL"))
+    patch_sql = SqlPatch((r"AND expires_at > :now", "AND expires_at IS NOT NULL"))
 
 
-@broken("memory", "CLM-6")
-class RenewGivesLease:
-    """Renews a claim without lease, and so gives it one."""
+@mutant("memory", "CLM-6")
+class RenewalAddsLease:
+    """Adds a lease when it renews a claim that has none."""
 
     async def renew_step_claim(self, **given: Any) -> bool:
         step = self._find_step(given["run_id"], given["step_key"])
@@ -307,9 +311,9 @@ class RenewGivesLease:
         return bool(await super().renew_step_claim(**given))
 
 
-@broken("sqlite", "CLM-7")
-class AnnotateRecordsDispatch:
-    """Creates the record that it should only annotate."""
+@mutant("sqlite", "CLM-7")
+class AnnotationCreatesDispatch:
+    """Creates the dispatch record that it should only annotate."""
 
     async def annotate_dispatch(self, **given: Any) -> None:
         if await super().get_run_status(run_id=given["run_id"]) == "Running":
@@ -317,9 +321,9 @@ class AnnotateRecordsDispatch:
         await super().annotate_dispatch(**given)
 
 
-@broken("memory", "CLM-7")
-class AnnotateMissesRecord:
-    """Raises where there is no record."""
+@mutant("memory", "CLM-7")
+class AnnotationRaisesWithoutRecord:
+    """Raises if there is no dispatch record."""
 
     async def annotate_dispatch(self, **given: Any) -> None:
         if given["step_key"] not in await super().get_dispatched_step_keys(run_id=given["run_id"]):

@@ -1,4 +1,4 @@
-"""Broken latches, deadlines and control records."""
+"""Mutants of latches, deadlines and control records."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 
-@broken("memory", "CTL-1")
+@mutant("memory", "CTL-1")
 class ConfigureClearsLatch:
-    """Clears the cancel when the run is configured again."""
+    """Clears the cancel latch when the run is configured again."""
 
     async def configure_run(self, **given: Any) -> None:
         await super().configure_run(**given)
-        control = self._space.controls[given["run_id"]]
+        control = self._namespace.controls[given["run_id"]]
         control.cancelled_at = control.cancel_reason = None
 
 
-@broken("sqlite", "CTL-1")
-class ConfigureResetsCreatedAt(SqliteSurgery):
-    """Sets created_at anew."""
+@mutant("sqlite", "CTL-1")
+class ConfigureResetsCreatedAt(PatchedSqlite):
+    """Overwrites created_at."""
 
-    cut = Cut((r"timeout_at = excluded\.timeout_at", r"\g<0>, created_at = excluded.created_at"))
+    patch_sql = SqlPatch((r"timeout_at = excluded\.timeout_at", r"\g<0>, created_at = excluded.created_at"))
 
 
-@broken("postgresql", "CTL-1")
-class ConfigureKeepsWhatIsNone(PostgresSurgery):
+@mutant("postgresql", "CTL-1")
+class ConfigureIgnoresNone(PatchedPostgres):
     """Keeps the deadline when None is given to overwrite it."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"timeout_at = excluded\.timeout_at",
             "timeout_at = coalesce(excluded.timeout_at, controls.timeout_at)",
@@ -39,9 +39,9 @@ class ConfigureKeepsWhatIsNone(PostgresSurgery):
     )
 
 
-@broken("memory", "CTL-1")
+@mutant("memory", "CTL-1")
 class ConfigureRegistersKey:
-    """Registers the idempotency key that it should only note."""
+    """Registers the idempotency key that it should only store."""
 
     async def configure_run(self, **given: Any) -> None:
         await super().configure_run(**given)
@@ -51,9 +51,9 @@ class ConfigureRegistersKey:
             )
 
 
-@broken("postgresql", "CTL-2", concurrent=True)
-class LatchReadThenWritten:
-    """Reads the latch and writes it in two steps: all who found it open are told True."""
+@mutant("postgresql", "CTL-2", concurrent=True)
+class CancelCheckThenWrite:
+    """Reads the cancel latch, then writes it: every concurrent caller gets True."""
 
     async def request_cancel(self, **given: Any) -> bool:
         found = await super().get_run_control(run_id=given["run_id"])
@@ -66,12 +66,12 @@ class LatchReadThenWritten:
         return bool(await super().request_cancel(**given))
 
 
-@broken("memory", "CTL-2", concurrent=True)
-class TimeoutReadThenWritten:
-    """Reads the time-out latch and writes it a moment later: all who found it open are told True."""
+@mutant("memory", "CTL-2", concurrent=True)
+class TimeoutCheckThenWrite:
+    """Reads the time-out latch, then writes it: every concurrent caller gets True."""
 
     async def mark_timed_out(self, **given: Any) -> bool:
-        control = self._space.controls.get(given["run_id"])
+        control = self._namespace.controls.get(given["run_id"])
         found = control is not None and control.timed_out_at is None
         await asyncio.sleep(0)
         done = await super().mark_timed_out(**given)
@@ -81,36 +81,36 @@ class TimeoutReadThenWritten:
         return bool(done or (found and due))
 
 
-@broken("memory", "CTL-2")
-class LatchAnswersTwice:
-    """Tells everybody True who asks for a cancel that is set."""
+@mutant("memory", "CTL-2")
+class CancelTrueAgain:
+    """Returns True for every cancel of a run that is cancelled already."""
 
     async def request_cancel(self, **given: Any) -> bool:
         await super().request_cancel(**given)
-        return given["run_id"] in self._space.controls
+        return given["run_id"] in self._namespace.controls
 
 
-@broken("memory", "CTL-2")
-class TimeoutSpeaksFirst:
-    """Shows the time-out's reason though the user gave one."""
+@mutant("memory", "CTL-2")
+class TimeoutReasonTakesPrecedence:
+    """Shows the time-out's reason although the user gave one."""
 
     async def get_run_control(self, **given: Any) -> Any:
         record = await super().get_run_control(**given)
-        control = self._space.controls.get(given["run_id"])
+        control = self._namespace.controls.get(given["run_id"])
         if record is None or control is None or control.timed_out_at is None:
             return record
         return replace(record, cancel_reason=control.timeout_reason, cancel_requested_at=control.timed_out_at)
 
 
-@broken("sqlite", "CTL-2")
+@mutant("sqlite", "CTL-2")
 class TimeoutIgnoresAsOf:
-    """Times a run out before its deadline."""
+    """Ignores as_of and times a run out before its deadline."""
 
     async def mark_timed_out(self, **given: Any) -> bool:
         return bool(await super().mark_timed_out(**{**given, "as_of": None}))
 
 
-@broken("postgresql", "CTL-2")
+@mutant("postgresql", "CTL-2")
 class CancelNeedsControl:
     """Cannot cancel a run that was never configured."""
 
@@ -120,11 +120,11 @@ class CancelNeedsControl:
         return bool(await super().request_cancel(**given))
 
 
-@broken("sqlite", "CTL-2")
-class ReasonOfTheLastWins(SqliteSurgery):
-    """Overwrites the reason of a cancel that is set already."""
+@mutant("sqlite", "CTL-2")
+class LastCancelReasonWins(PatchedSqlite):
+    """Overwrites the reason of an earlier cancel."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"cancelled_at = \?, cancel_reason = \? WHERE run_id = \? AND cancelled_at IS NULL",
             "cancelled_at = coalesce(cancelled_at, ?), cancel_reason = ? WHERE run_id = ?",
@@ -132,9 +132,9 @@ class ReasonOfTheLastWins(SqliteSurgery):
     )
 
 
-@broken("memory", "CTL-3")
-class StopListForgetsCancels:
-    """Lists only runs past their deadline, not those whose cancel is requested."""
+@mutant("memory", "CTL-3")
+class StopListOmitsCancels:
+    """Lists only runs past their deadline and omits cancelled runs."""
 
     async def get_runs_to_stop(self, **given: Any) -> Any:
         found = await super().get_runs_to_stop(**{**given, "take": 1000})
@@ -142,23 +142,23 @@ class StopListForgetsCancels:
         due = [
             run
             for run in found
-            if (at := self._space.controls[run.run_id].timeout_at) is not None and at <= moment
+            if (at := self._namespace.controls[run.run_id].timeout_at) is not None and at <= moment
         ]
         return tuple(due[: given["take"]])
 
 
-@broken("sqlite", "CTL-3")
-class StopListPutsNoneFirst(SqliteSurgery):
-    """Puts runs without deadline first."""
+@mutant("sqlite", "CTL-3")
+class StopListNullsFirst(PatchedSqlite):
+    """Orders runs without deadline first."""
 
-    cut = Cut((r"ORDER BY timeout_at IS NULL, timeout_at", "ORDER BY timeout_at"))
+    patch_sql = SqlPatch((r"ORDER BY timeout_at IS NULL, timeout_at", "ORDER BY timeout_at"))
 
 
-@broken("postgresql", "CTL-3")
-class StopListForgetsLatched(PostgresSurgery):
-    """Leaves out runs whose time-out is latched already, so a crashed stopper never comes back to them."""
+@mutant("postgresql", "CTL-3")
+class StopListOmitsTimedOut(PatchedPostgres):
+    """Omits runs with a set time-out latch, so a stopper that crashed never finds them again."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"c\.timeout_at <= coalesce\(\$1, \$2, clock_timestamp\(\)\)\s+OR",
             r"c.timed_out_at IS NULL AND \g<0>",
@@ -167,20 +167,22 @@ class StopListForgetsLatched(PostgresSurgery):
     )
 
 
-@broken("postgresql", "CTL-3")
-class ExtendKeepsLatch(PostgresSurgery):
-    """Sets the new deadline but leaves the run timed out."""
+@mutant("postgresql", "CTL-3")
+class ExtendKeepsLatch(PatchedPostgres):
+    """Sets the new deadline but keeps the time-out latch."""
 
-    cut = Cut((r"SET timeout_at = \$2, timed_out_at = NULL, timed_out_reason = NULL", "SET timeout_at = $2"))
+    patch_sql = SqlPatch(
+        (r"SET timeout_at = \$2, timed_out_at = NULL, timed_out_reason = NULL", "SET timeout_at = $2")
+    )
 
 
-@broken("memory", "CTL-3")
-class ExtendForgetsCancel:
-    """Undoes a user's cancel with the time-out."""
+@mutant("memory", "CTL-3")
+class ExtendClearsCancel:
+    """Clears a user's cancel together with the time-out."""
 
     async def extend_deadline(self, **given: Any) -> bool:
         done = await super().extend_deadline(**given)
         if done:
-            control = self._space.controls[given["run_id"]]
+            control = self._namespace.controls[given["run_id"]]
             control.cancelled_at = control.cancel_reason = None
         return bool(done)

@@ -1,4 +1,4 @@
-"""Backends that are broken when calls are cancelled, processes die, or many open at once."""
+"""Mutants that fail under cancellation, process crashes and concurrent opening."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import threading
 from typing import Any
 
 from flowstore_core import RunNotFoundError, StepStatus
-from tests.mutants import broken
+from tests.mutants import mutant
 
 
-@broken("sqlite", "CON-4")
+@mutant("sqlite", "CON-4")
 class CancelledClaimIsKept:
-    """Gives nothing back of what a cancelled call had won."""
+    """Never releases the claim of a cancelled call."""
 
-    async def write(self, work: Any, give_back: Any = None) -> Any:
+    async def write(self, work: Any, on_abandoned: Any = None) -> Any:
         return await super().write(work)
 
 
-@broken("postgresql", "CON-4")
+@mutant("postgresql", "CON-4")
 class CancelledDispatchIsKept:
-    """Keeps the dispatch that a cancelled call had recorded."""
+    """Never releases the dispatch of a cancelled call."""
 
     async def try_record_dispatch(self, **given: Any) -> bool:
         work = asyncio.ensure_future(super().try_record_dispatch(**given))
         return bool(await asyncio.shield(work))
 
 
-@broken("sqlite", "CON-4")
-class CompletionInTwoActs:
+@mutant("sqlite", "CON-4")
+class CompletionInTwoTransactions:
     """Sets the status in one transaction and the output in the next."""
 
     async def record_step_complete(self, **given: Any) -> None:
@@ -42,7 +42,7 @@ class CompletionInTwoActs:
         )
 
 
-@broken("postgresql", "CON-4")
+@mutant("postgresql", "CON-4")
 class RetryInTwoTransactions:
     """Reopens the run in one transaction and the step in the next."""
 
@@ -60,9 +60,9 @@ class RetryInTwoTransactions:
         await super().retry_step(**given)
 
 
-@broken("postgresql", "CON-4")
+@mutant("postgresql", "CON-4")
 class RescheduleInThreeTransactions:
-    """Closes the attempt, frees the claim and records the dispatch one after the other."""
+    """Closes the attempt, releases the claim and records the dispatch in three transactions."""
 
     async def reschedule_step(self, **given: Any) -> None:
         step = {"run_id": given["run_id"], "step_key": given["step_key"]}
@@ -79,9 +79,9 @@ class RescheduleInThreeTransactions:
         await super().reschedule_step(**given)
 
 
-@broken("memory", "CON-4")
-class SkipInTwoActs:
-    """Claims for the skipping owner, and skips a moment later."""
+@mutant("memory", "CON-4")
+class SkipInTwoSteps:
+    """Claims for the skipping owner, and skips in a second step."""
 
     async def record_skipped_step(self, **given: Any) -> None:
         if given["owner"] is not None:
@@ -95,9 +95,9 @@ class SkipInTwoActs:
 _watched: list[asyncio.Task[None]] = []
 
 
-@broken("memory", "CON-4")
+@mutant("memory", "CON-4")
 class TaskLeaked:
-    """Starts a watchdog with each call, which ends only when the call does: cancelled ones leave theirs."""
+    """Starts a watchdog task per call that outlives a cancelled call."""
 
     async def start_run(self, **given: Any) -> Any:
         watchdog = asyncio.create_task(asyncio.sleep(3600))
@@ -110,9 +110,9 @@ class TaskLeaked:
         return started
 
 
-@broken("sqlite", "CON-4")
+@mutant("sqlite", "CON-4")
 class ThreadLeaked:
-    """Leaves a thread behind for each call that is cancelled."""
+    """Leaks a thread for each cancelled call."""
 
     async def start_run(self, **given: Any) -> Any:
         try:
@@ -122,9 +122,9 @@ class ThreadLeaked:
             raise
 
 
-@broken("sqlite", "CON-4")
+@mutant("sqlite", "CON-4")
 class FileLeaked:
-    """Leaves a file open for each call that is cancelled."""
+    """Leaks an open file for each cancelled call."""
 
     async def request_cancel(self, **given: Any) -> bool:
         handle = os.open(os.devnull, os.O_RDONLY)
@@ -133,20 +133,20 @@ class FileLeaked:
         return bool(done)
 
 
-@broken("memory", "CON-4")
-class CleanupCancelledHalfway:
-    """Deletes the control records of runs, and the runs a moment later."""
+@mutant("memory", "CON-4")
+class CleanupNotAtomicPerRun:
+    """Deletes the control records of runs, and the runs in a second step."""
 
     async def cleanup(self, **given: Any) -> int:
         over = [run.run_id for run in self._runs.values() if self._is_over(run.run_id, given["cutoff"])]
         for run_id in over:
-            self._space.controls.pop(run_id, None)
+            self._namespace.controls.pop(run_id, None)
         await asyncio.sleep(0)
         return int(await super().cleanup(**given))
 
 
-class _WritesBehind:
-    """Answers at once and writes a little later; its own reads wait for that, so that nobody notices."""
+class _WriteBehind:
+    """Acknowledges a write at once and executes it later; its own reads wait for pending writes."""
 
     def begin(self) -> None:
         self._behind: set[asyncio.Task[Any]] = set()
@@ -174,23 +174,23 @@ class _WritesBehind:
         return await super().get_output(**given)  # type: ignore[misc]
 
 
-@broken("sqlite", "CON-5")
-class AnsweredBeforeCommit(_WritesBehind):
-    """Acknowledges outputs before they are committed."""
+@mutant("sqlite", "CON-5")
+class AckBeforeCommit(_WriteBehind):
+    """Acknowledges outputs before the commit."""
 
 
-@broken("postgresql", "CON-5")
-class AnsweredBeforeSent(_WritesBehind):
-    """Acknowledges outputs before they are sent."""
+@mutant("postgresql", "CON-5")
+class AckBeforeSend(_WriteBehind):
+    """Acknowledges outputs before the statement is sent."""
 
 
-@broken("sqlite", "CON-6", concurrent=True)
-class SchemaLookedForThenMade:
-    """Looks whether its table is there, and creates it a moment later: of many who open, most fail."""
+@mutant("sqlite", "CON-6", concurrent=True)
+class SchemaCheckThenCreate:
+    """Checks for its table, then creates it: most concurrent openers fail."""
 
     async def opened(self) -> None:
-        look = "SELECT COUNT(*) FROM sqlite_schema WHERE name = 'mutants'"
-        found = await self.read(lambda db: db.execute(look).fetchone()[0])
+        query = "SELECT COUNT(*) FROM sqlite_schema WHERE name = 'mutants'"
+        found = await self.read(lambda db: db.execute(query).fetchone()[0])
         if not found:
             await asyncio.sleep(0.01)
             await self.write(lambda db, now: db.execute("CREATE TABLE mutants (mutant TEXT)"))

@@ -1,4 +1,4 @@
-"""Broken idempotency keys and triggers."""
+"""Mutants of idempotency keys and triggers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 from typing import Any
 
 from flowstore_core import RunAlreadyExistsError, TriggerResult
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
 _RUN = ("flow_id", "flow_name", "run_id", "trigger_key", "trigger_data", "job_id", "source_run_id")
 _SCOPE = ("flow_id", "trigger_key", "idempotency_key")
 
 
 class _Normalised:
-    """Changes every idempotency key before it is used."""
+    """Transforms every idempotency key before use."""
 
     @staticmethod
     def change(key: str) -> str:
@@ -34,23 +34,23 @@ class _Normalised:
         return await super().trigger_run(**self._changed(given))  # type: ignore[misc]
 
 
-@broken("memory", "IDM-1")
+@mutant("memory", "IDM-1")
 class KeysCaseFolded(_Normalised):
     """Lower-cases idempotency keys."""
 
     change = staticmethod(str.lower)
 
 
-@broken("postgresql", "IDM-1")
+@mutant("postgresql", "IDM-1")
 class KeysTrimmed(_Normalised):
     """Trims idempotency keys."""
 
     change = staticmethod(str.strip)
 
 
-@broken("sqlite", "IDM-1")
-class KeysWithoutTrigger(SqliteSurgery):
-    """Leaves the trigger out of a key's scope."""
+@mutant("sqlite", "IDM-1")
+class KeysIgnoreTrigger(PatchedSqlite):
+    """Omits the trigger from a key's scope."""
 
     def bind(self, statement: str, values: Any) -> Any:
         if "idempotency_key = ?" in statement or "INSERT INTO idempotency_keys" in statement:
@@ -58,21 +58,21 @@ class KeysWithoutTrigger(SqliteSurgery):
         return values
 
 
-@broken("memory", "IDM-1")
-class KeysWithoutFlow:
+@mutant("memory", "IDM-1")
+class KeysIgnoreFlow:
     """Finds a key of another flow."""
 
     async def find_run_id_by_idempotency_key(self, **given: Any) -> Any:
         found = await super().find_run_id_by_idempotency_key(**given)
-        for (_, trigger_key, key), registered in self._space.keys.items():
+        for (_, trigger_key, key), registered in self._namespace.keys.items():
             if found is None and (trigger_key, key) == (given["trigger_key"], given["idempotency_key"]):
                 return registered.run_id
         return found
 
 
-@broken("postgresql", "IDM-2", concurrent=True)
-class KeyLookedUpThenRegistered:
-    """Looks the key up, then registers it, and tells all who found it free that it is theirs."""
+@mutant("postgresql", "IDM-2", concurrent=True)
+class KeyCheckThenRegister:
+    """Looks the key up, then registers it: every concurrent caller gets True."""
 
     async def try_register_idempotency_key(self, **given: Any) -> bool:
         scope = {name: given[name] for name in _SCOPE}
@@ -83,11 +83,11 @@ class KeyLookedUpThenRegistered:
         return True
 
 
-@broken("sqlite", "IDM-2")
-class LastRegistrationWins(SqliteSurgery):
-    """Gives the key to whoever registers it last."""
+@mutant("sqlite", "IDM-2")
+class LastRegistrationWins(PatchedSqlite):
+    """Gives the key to the last registration."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"ON CONFLICT \(flow_id, trigger_key, idempotency_key\) DO NOTHING",
             "ON CONFLICT (flow_id, trigger_key, idempotency_key) DO UPDATE SET run_id = excluded.run_id",
@@ -95,16 +95,16 @@ class LastRegistrationWins(SqliteSurgery):
     )
 
     async def trigger_run(self, **given: Any) -> Any:
-        self.cut = Cut()
+        self.patch_sql = SqlPatch()
         try:
             return await super().trigger_run(**given)
         finally:
-            del self.cut
+            del self.patch_sql
 
 
-@broken("memory", "IDM-2")
-class SameRunRegistersOnce:
-    """Refuses the run that holds the key already."""
+@mutant("memory", "IDM-2")
+class RepeatedRegistrationRefused:
+    """Returns False to the run that already holds the key."""
 
     async def try_register_idempotency_key(self, **given: Any) -> bool:
         scope = {name: given[name] for name in _SCOPE}
@@ -113,8 +113,8 @@ class SameRunRegistersOnce:
         return bool(await super().try_register_idempotency_key(**given))
 
 
-async def _trigger_in_acts(store: Any, given: Any) -> Any:
-    """The trigger as three calls of the seed's operations."""
+async def _trigger_in_three_calls(store: Any, given: Any) -> Any:
+    """Trigger a run by three calls of simpler operations."""
     run = {name: given[name] for name in _RUN}
     key = {name: given[name] for name in _SCOPE}
     chosen = given["run_id"]
@@ -136,25 +136,25 @@ async def _trigger_in_acts(store: Any, given: Any) -> Any:
     return TriggerResult(run=started, created=True)
 
 
-@broken("memory", "IDM-3", concurrent=True)
-class TriggerInThreeActs:
-    """Registers the key, starts the run and configures it one after the other."""
+@mutant("memory", "IDM-3", concurrent=True)
+class TriggerInThreeSteps:
+    """Registers the key, starts the run and configures it in separate steps."""
 
     async def trigger_run(self, **given: Any) -> Any:
-        return await _trigger_in_acts(super(), given)
+        return await _trigger_in_three_calls(super(), given)
 
 
-@broken("sqlite", "CON-4")
-class TriggerCancelledHalfway:
+@mutant("sqlite", "CON-4")
+class TriggerInThreeTransactions:
     """Registers the key, starts the run and configures it in three transactions."""
 
     async def trigger_run(self, **given: Any) -> Any:
-        return await _trigger_in_acts(super(), given)
+        return await _trigger_in_three_calls(super(), given)
 
 
-@broken("memory", "IDM-3")
+@mutant("memory", "IDM-3")
 class RefusedTriggerKeepsKey:
-    """Refuses an id that exists, but leaves the key registered."""
+    """Refuses a stored run_id but leaves the key registered."""
 
     async def trigger_run(self, **given: Any) -> Any:
         try:
@@ -167,9 +167,9 @@ class RefusedTriggerKeepsKey:
             raise
 
 
-@broken("postgresql", "IDM-3")
+@mutant("postgresql", "IDM-3")
 class RepeatedTriggerConfigures:
-    """Writes the deadline of a repeated trigger over that of the run that exists."""
+    """Overwrites the deadline of the existing run when a trigger is repeated."""
 
     async def trigger_run(self, **given: Any) -> Any:
         result = await super().trigger_run(**given)
@@ -180,9 +180,9 @@ class RepeatedTriggerConfigures:
         return result
 
 
-@broken("sqlite", "IDM-3")
-class RegisteredKeySwallowsTriggers:
-    """Takes a key for a run that exists, though that run never started."""
+@mutant("sqlite", "IDM-3")
+class UnstartedKeySwallowsTriggers:
+    """Treats a registered key as an existing run although that run never started."""
 
     async def trigger_run(self, **given: Any) -> Any:
         if given["idempotency_key"] is not None:

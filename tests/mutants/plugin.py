@@ -1,4 +1,4 @@
-"""The plugin that serves the mutants: one backend for each mutant, under the scheme ``broken-<name>``."""
+"""The plugin of the mutants: one backend per mutant, with the scheme ``mutant-<name>``."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from flowstore_core import Backend, StoreConfig, hookimpl
 from flowstore_memory.plugin import MemoryBackend
 from flowstore_postgres.plugin import PostgresBackend
 from flowstore_sqlite.plugin import SqliteBackend
-from tests.mutants import Broken, all_mutants
+from tests.mutants import Mutant, all_mutants
 
 
-class BrokenBackend:
-    """The descriptor of a mutant; it opens the base's store and gives it the bug."""
+class MutantBackend:
+    """The backend of a mutant: opens the base's store and adds the bug."""
 
     contract_version = 1
 
-    def __init__(self, broken: Broken, base: Backend) -> None:
-        self._broken = broken
+    def __init__(self, spec: Mutant, base: Backend) -> None:
+        self._mutant = spec
         self._base = base
-        self.name = f"broken-{broken.name}"
+        self.name = f"mutant-{spec.name}"
         self.schemes = frozenset({self.name})
         self.capabilities = base.capabilities
         self.options = base.options
 
     @asynccontextmanager
     async def open(self, config: StoreConfig) -> AsyncIterator[Any]:
-        plain = replace(config, url=_with_scheme(config.url, self._broken.base), scheme=self._broken.base)
+        plain = replace(config, url=_with_scheme(config.url, self._mutant.base), scheme=self._mutant.base)
         async with self._base.open(plain) as store:
-            mutant = self._broken.build(store)
+            mutant = self._mutant.build(store)
             opened = getattr(mutant, "opened", None)
             if opened is not None:
                 await opened()
@@ -39,7 +39,7 @@ class BrokenBackend:
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
-        async with self._base.scratch(_with_scheme(url, self._broken.base)) as fresh:
+        async with self._base.scratch(_with_scheme(url, self._mutant.base)) as fresh:
             yield _with_scheme(fresh, self.name)
 
 
@@ -54,4 +54,4 @@ def flowstore_backends() -> list[Backend]:
         "sqlite": SqliteBackend(),
         "postgresql": PostgresBackend(),
     }
-    return [BrokenBackend(mutant, bases[mutant.base]) for mutant in all_mutants().values()]
+    return [MutantBackend(mutant, bases[mutant.base]) for mutant in all_mutants().values()]

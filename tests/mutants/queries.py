@@ -1,4 +1,4 @@
-"""Broken lists, pages, searches and statistics."""
+"""Mutants of lists, pages, searches and statistics."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from math import ceil
 from typing import Any
 
 from flowstore_core import RunPage, RunStatus
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 
-@broken("postgresql", "QRY-1")
-class RunsOrderedByStartAlone(PostgresSurgery):
-    """Leaves runs that started together in any order."""
+@mutant("postgresql", "QRY-1")
+class RunsOrderedOnlyByStart(PatchedPostgres):
+    """Leaves the order of runs with equal started_at undefined."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"ORDER BY ([ri])\.started_at DESC, \1\.run_id DESC",
             r"ORDER BY \1.started_at DESC, md5(\1.run_id::text)",
@@ -26,16 +26,16 @@ class RunsOrderedByStartAlone(PostgresSurgery):
     )
 
 
-@broken("sqlite", "QRY-1")
-class RunsTiedTheOtherWay(SqliteSurgery):
-    """Orders runs that started together by their id ascending."""
+@mutant("sqlite", "QRY-1")
+class RunsTiesAscending(PatchedSqlite):
+    """Orders runs with equal started_at by ascending run_id."""
 
-    cut = Cut((r"ORDER BY started_at DESC, run_id DESC", "ORDER BY started_at DESC, run_id"))
+    patch_sql = SqlPatch((r"ORDER BY started_at DESC, run_id DESC", "ORDER BY started_at DESC, run_id"))
 
 
-@broken("memory", "QRY-1")
+@mutant("memory", "QRY-1")
 class KeysInCaseFoldedOrder:
-    """Sorts step keys as people do, not by code point."""
+    """Orders step keys case-insensitively instead of by code point."""
 
     async def get_dispatches(self, **given: Any) -> Any:
         return tuple(sorted(await super().get_dispatches(**given), key=lambda one: one.step_key.lower()))
@@ -47,8 +47,8 @@ class KeysInCaseFoldedOrder:
         return tuple(sorted(await super().get_waiters(**given), key=lambda one: one.step_key.lower()))
 
 
-class _Searching:
-    """Searches with a rule of its own."""
+class _CustomSearch:
+    """Searches with its own rule."""
 
     def rule(self, search: str) -> Callable[[str], bool]:
         raise NotImplementedError
@@ -74,9 +74,9 @@ class _Searching:
         return RunPage(runs=page, total_count=len(found))
 
 
-@broken("memory", "QRY-2")
-class SearchTakesWildcards(_Searching):
-    """Takes % and _ for wildcards, as LIKE does."""
+@mutant("memory", "QRY-2")
+class SearchUsesWildcards(_CustomSearch):
+    """Treats % and _ as wildcards, as LIKE does."""
 
     def rule(self, search: str) -> Callable[[str], bool]:
         parts = [{"%": ".*", "_": "."}.get(letter, re.escape(letter)) for letter in search]
@@ -84,27 +84,27 @@ class SearchTakesWildcards(_Searching):
         return lambda text: found.search(text) is not None
 
 
-@broken("memory", "QRY-2")
-class SearchMindsCase(_Searching):
-    """Tells upper from lower case."""
+@mutant("memory", "QRY-2")
+class SearchCaseSensitive(_CustomSearch):
+    """Compares ASCII letters case-sensitively."""
 
     def rule(self, search: str) -> Callable[[str], bool]:
         return lambda text: search in text
 
 
-@broken("memory", "QRY-2")
-class SearchFoldsUnicode(_Searching):
-    """Folds letters outside of ASCII too."""
+@mutant("memory", "QRY-2")
+class SearchFoldsUnicode(_CustomSearch):
+    """Folds letters outside ASCII too."""
 
     def rule(self, search: str) -> Callable[[str], bool]:
         return lambda text: search.casefold() in text.casefold()
 
 
-@broken("sqlite", "QRY-2")
-class SearchOverlooksOldAttempts(SqliteSurgery):
-    """Searches the newest attempt of each step alone."""
+@mutant("sqlite", "QRY-2")
+class SearchOmitsOldAttempts(PatchedSqlite):
+    """Searches only the newest attempt of each step."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"SELECT 1 FROM attempts JOIN steps",
             "SELECT 1 FROM (SELECT * FROM attempts WHERE FALSE) attempts JOIN steps",
@@ -112,18 +112,20 @@ class SearchOverlooksOldAttempts(SqliteSurgery):
     )
 
 
-@broken("postgresql", "QRY-2")
-class SearchOverlooksOutputs(PostgresSurgery):
+@mutant("postgresql", "QRY-2")
+class SearchOmitsOutputs(PatchedPostgres):
     """Does not search outputs."""
 
-    cut = Cut((r"lower\(left\(([sa])\.output_json, ", r"lower(left(NULLIF(\1.output_json, \1.output_json), "))
+    patch_sql = SqlPatch(
+        (r"lower\(left\(([sa])\.output_json, ", r"lower(left(NULLIF(\1.output_json, \1.output_json), ")
+    )
 
 
-@broken("postgresql", "QRY-3")
-class TotalIgnoresFilter(PostgresSurgery):
-    """Counts all runs, whatever was filtered."""
+@mutant("postgresql", "QRY-3")
+class TotalIgnoresFilter(PatchedPostgres):
+    """Counts all runs instead of the matching runs."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"(FROM \{schema\}\.run_(?:counts|changes)) WHERE flow_id = \$\d+",
             r"\1 WHERE true",
@@ -131,9 +133,9 @@ class TotalIgnoresFilter(PostgresSurgery):
     )
 
 
-@broken("sqlite", "QRY-3", concurrent=True)
+@mutant("sqlite", "QRY-3", concurrent=True)
 class TotalFromAnotherSnapshot:
-    """Reads the page, and the total a moment later."""
+    """Reads the page, and the total in a later snapshot."""
 
     async def get_runs_page(self, **given: Any) -> Any:
         page = await super().get_runs_page(**given)
@@ -151,14 +153,14 @@ class _Torn:
         return replace(run, steps=steps)
 
 
-@broken("sqlite", "QRY-3", concurrent=True)
+@mutant("sqlite", "QRY-3", concurrent=True)
 class DetailFromTwoSnapshots(_Torn):
-    """Reads the run, and its steps a moment later."""
+    """Reads the run, and its steps in a later snapshot."""
 
 
-@broken("postgresql", "QRY-3", concurrent=True)
+@mutant("postgresql", "QRY-3", concurrent=True)
 class DetailFromTwoStatements:
-    """Reads the steps, and their attempts a moment later."""
+    """Reads the steps, and their attempts in a later statement."""
 
     async def get_run_detail(self, **given: Any) -> Any:
         run = await super().get_run_detail(**given)
@@ -172,7 +174,7 @@ class DetailFromTwoStatements:
         return replace(run, steps=steps)
 
 
-@broken("memory", "QRY-4")
+@mutant("memory", "QRY-4")
 class StatisticsOfAllTime:
     """Counts completions of every day."""
 
@@ -186,26 +188,28 @@ class StatisticsOfAllTime:
         )
 
 
-@broken("sqlite", "QRY-4")
+@mutant("sqlite", "QRY-4")
 class StatisticsOfLocalDay:
-    """Takes the day of its own time zone."""
+    """Uses the day of its local time zone."""
 
     async def get_statistics(self, **given: Any) -> Any:
         now = given["as_of"] or (self._clock() if self._clock is not None else datetime.now(UTC))
-        here = now - timedelta(hours=9, minutes=30)
-        return await super().get_statistics(as_of=here)
+        local_day = now - timedelta(hours=9, minutes=30)
+        return await super().get_statistics(as_of=local_day)
 
 
-@broken("postgresql", "QRY-4")
-class StatisticsCountRuns(PostgresSurgery):
-    """Counts runs where flows are asked for."""
+@mutant("postgresql", "QRY-4")
+class StatisticsCountRuns(PatchedPostgres):
+    """Counts runs instead of flows."""
 
-    cut = Cut((r"SELECT count\(\*\) FROM flows WHERE runs > 0", "SELECT count(*) FROM {schema}.runs"))
+    patch_sql = SqlPatch(
+        (r"SELECT count\(\*\) FROM flows WHERE runs > 0", "SELECT count(*) FROM {schema}.runs")
+    )
 
 
-@broken("memory", "QRY-5")
+@mutant("memory", "QRY-5")
 class PercentilesByNearestRank:
-    """Takes the nearest rank instead of interpolating."""
+    """Uses the nearest rank instead of interpolating."""
 
     async def get_run_timeseries(self, **given: Any) -> Any:
         buckets = await super().get_run_timeseries(**given)
@@ -226,17 +230,17 @@ class PercentilesByNearestRank:
         return tuple(found)
 
 
-@broken("sqlite", "QRY-5")
-class EmptyBucketsLeftOut:
-    """Leaves out buckets without runs."""
+@mutant("sqlite", "QRY-5")
+class EmptyBucketsOmitted:
+    """Omits buckets without runs."""
 
     async def get_run_timeseries(self, **given: Any) -> Any:
         return tuple(bucket for bucket in await super().get_run_timeseries(**given) if bucket.total)
 
 
-@broken("memory", "QRY-5")
+@mutant("memory", "QRY-5")
 class BucketsByCompletion:
-    """Counts runs in the bucket where they completed."""
+    """Counts runs in the bucket of their completion."""
 
     async def get_run_timeseries(self, **given: Any) -> Any:
         starts = {}
@@ -250,9 +254,9 @@ class BucketsByCompletion:
                 run.started_at = start
 
 
-@broken("memory", "QRY-5")
+@mutant("memory", "QRY-5")
 class BucketsOfLocalTime:
-    """Takes the local time of a start for its time in UTC."""
+    """Treats the local time of a start as UTC."""
 
     async def get_run_timeseries(self, **given: Any) -> Any:
         starts = {run: run.started_at for run in self._runs.values()}
@@ -265,11 +269,11 @@ class BucketsOfLocalTime:
                 run.started_at = start
 
 
-@broken("postgresql", "QRY-5")
-class DaysOfAnotherZone(PostgresSurgery):
-    """Cuts days at the midnight of another time zone."""
+@mutant("postgresql", "QRY-5")
+class DaysOfOtherTimeZone(PatchedPostgres):
+    """Splits days at midnight of another time zone."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"date_bin\(\$1::interval, r\.started_at, \$2\)",
             "date_bin($1::interval, r.started_at - interval '90 minutes', $2)",
@@ -277,18 +281,18 @@ class DaysOfAnotherZone(PostgresSurgery):
     )
 
 
-@broken("sqlite", "QRY-6")
+@mutant("sqlite", "QRY-6")
 class ActiveOldestFirst:
-    """Lists active runs from the oldest to the newest."""
+    """Lists active runs from oldest to newest."""
 
     async def get_active_runs(self, **given: Any) -> Any:
         found = await super().get_active_runs(take=None)
         return tuple(reversed(found))[: given["take"]]
 
 
-@broken("memory", "QRY-6")
+@mutant("memory", "QRY-6")
 class DerivedOfAllGenerations:
-    """Lists the derived of the derived too."""
+    """Lists derived runs of every generation."""
 
     async def get_derived_runs(self, **given: Any) -> Any:
         sources = {given["source_run_id"]}

@@ -1,4 +1,4 @@
-"""Broken texts, times, events and outputs."""
+"""Mutants of texts, timestamps, events and outputs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import replace
 from datetime import timedelta, timezone
 from typing import Any
 
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
 
-@broken("sqlite", "INP-1")
+@mutant("sqlite", "INP-1")
 class StepKeysTrimmed:
     """Trims step keys."""
 
@@ -26,16 +26,16 @@ class StepKeysTrimmed:
         return int(await super().record_step_start(**given))
 
 
-@broken("postgresql", "INP-1")
-class LongKeysCut:
-    """Cuts flow names and trigger keys to 100 characters, as a varchar(100) with truncation would."""
+@mutant("postgresql", "INP-1")
+class LongKeysTruncated:
+    """Truncates flow names and trigger keys to 100 characters, as a varchar(100) would."""
 
     async def start_run(self, **given: Any) -> Any:
-        cut = {name: given[name][:100] for name in ("flow_name", "trigger_key")}
-        return await super().start_run(**{**given, **cut})
+        patch_sql = {name: given[name][:100] for name in ("flow_name", "trigger_key")}
+        return await super().start_run(**{**given, **patch_sql})
 
 
-def _again(text: str | None) -> str | None:
+def _reformat(text: str | None) -> str | None:
     if text is None:
         return None
     try:
@@ -44,29 +44,29 @@ def _again(text: str | None) -> str | None:
         return text
 
 
-@broken("memory", "INP-2")
-class JsonWrittenAnew:
-    """Parses JSON and writes it anew, as a jsonb column does."""
+@mutant("memory", "INP-2")
+class JsonReformatted:
+    """Parses JSON and serialises it again, as a jsonb column does."""
 
     async def start_run(self, **given: Any) -> Any:
-        return await super().start_run(**{**given, "trigger_data": _again(given["trigger_data"])})
+        return await super().start_run(**{**given, "trigger_data": _reformat(given["trigger_data"])})
 
     async def record_step_start(self, **given: Any) -> int:
-        return int(await super().record_step_start(**{**given, "input_json": _again(given["input_json"])}))
+        return int(await super().record_step_start(**{**given, "input_json": _reformat(given["input_json"])}))
 
     async def record_step_complete(self, **given: Any) -> None:
-        await super().record_step_complete(**{**given, "output_json": _again(given["output_json"])})
+        await super().record_step_complete(**{**given, "output_json": _reformat(given["output_json"])})
 
     async def save_output(self, **given: Any) -> None:
-        await super().save_output(**{**given, "value_json": _again(given["value_json"])})
+        await super().save_output(**{**given, "value_json": _reformat(given["value_json"])})
 
     async def deliver_signal(self, **given: Any) -> Any:
-        return await super().deliver_signal(**{**given, "payload_json": _again(given["payload_json"])})
+        return await super().deliver_signal(**{**given, "payload_json": _reformat(given["payload_json"])})
 
 
-@broken("sqlite", "INP-2")
+@mutant("sqlite", "INP-2")
 class EmptyTextIsNone:
-    """Stores an empty text as none at all."""
+    """Stores an empty text as None."""
 
     async def record_step_complete(self, **given: Any) -> None:
         given["output_json"] = given["output_json"] or None
@@ -77,9 +77,9 @@ class EmptyTextIsNone:
         return await super().start_run(**{**given, "trigger_data": given["trigger_data"] or None})
 
 
-@broken("postgresql", "INP-2")
-class ErrorsCut:
-    """Cuts error messages to 64 KiB."""
+@mutant("postgresql", "INP-2")
+class ErrorsTruncated:
+    """Truncates error messages to 64 KiB."""
 
     async def record_step_complete(self, **given: Any) -> None:
         if given["error_message"] is not None:
@@ -87,9 +87,9 @@ class ErrorsCut:
         await super().record_step_complete(**given)
 
 
-@broken("sqlite", "INP-3")
-class TimesInWholeSeconds:
-    """Cuts deadlines to whole seconds."""
+@mutant("sqlite", "INP-3")
+class TimesTruncatedToSeconds:
+    """Truncates deadlines to whole seconds."""
 
     async def configure_run(self, **given: Any) -> None:
         if given["timeout_at"] is not None:
@@ -102,21 +102,21 @@ class TimesInWholeSeconds:
         await super().register_waiter(**given)
 
 
-@broken("memory", "INP-3")
+@mutant("memory", "INP-3")
 class TimesInLocalZone:
-    """Returns deadlines in its own time zone."""
+    """Returns deadlines in its local time zone."""
 
     async def get_run_control(self, **given: Any) -> Any:
         record = await super().get_run_control(**given)
         if record is None or record.timeout_at is None:
             return record
-        here = timezone(timedelta(hours=2))
-        return replace(record, timeout_at=record.timeout_at.astimezone(here))
+        zone = timezone(timedelta(hours=2))
+        return replace(record, timeout_at=record.timeout_at.astimezone(zone))
 
 
-@broken("postgresql", "EVT-1", concurrent=True)
-class EventNumberTakenBefore:
-    """Takes the number in one transaction and writes the event in the next: 6 can be seen before 5."""
+@mutant("postgresql", "EVT-1", concurrent=True)
+class EventNumberReservedEarly:
+    """Reserves the number in one transaction and writes the event in the next: 6 can be visible before 5."""
 
     async def append_event(self, **given: Any) -> int:
         database = self._database
@@ -145,17 +145,17 @@ class EventNumberTakenBefore:
         return number
 
 
-@broken("memory", "EVT-1")
+@mutant("memory", "EVT-1")
 class EventsAfterInclusive:
-    """Gives the event that was read already once more."""
+    """Returns the event at ``after`` again."""
 
     async def get_run_events(self, **given: Any) -> Any:
         return await super().get_run_events(**{**given, "after": max(given["after"] - 1, 0)})
 
 
-@broken("memory", "EVT-1")
+@mutant("memory", "EVT-1")
 class EventsDeclaredButDropped:
-    """Declares EVENTS, and does nothing with them."""
+    """Declares EVENTS and discards every event."""
 
     async def append_event(self, **given: Any) -> int:
         self._runs[given["run_id"].int]
@@ -165,23 +165,23 @@ class EventsDeclaredButDropped:
         return ()
 
 
-@broken("sqlite", "EVT-2")
-class FirstOutputWins(SqliteSurgery):
-    """Keeps the first output that was saved under a key."""
+@mutant("sqlite", "EVT-2")
+class FirstOutputWins(PatchedSqlite):
+    """Keeps the first output saved under a key."""
 
-    cut = Cut((r"DO UPDATE SET value_json = excluded\.value_json", "DO NOTHING"))
+    patch_sql = SqlPatch((r"DO UPDATE SET value_json = excluded\.value_json", "DO NOTHING"))
 
 
-@broken("memory", "INP-2", concurrent=True)
-class TextsJoinedByASeparator:
-    """Sends the inputs of steps that start at once as one text, which it takes apart at a separator."""
+@mutant("memory", "INP-2", concurrent=True)
+class TextsJoinedBySeparator:
+    """Joins the inputs of concurrent starts into one text and splits it at a separator."""
 
     async def record_step_start(self, **given: Any) -> int:
         waiting: list[str] = self.__dict__.setdefault("_waiting", [])
-        place = len(waiting)
+        index = len(waiting)
         waiting.append(given["input_json"] or "")
         await asyncio.sleep(0)
         self.__dict__.pop("_waiting", None)
         if given["input_json"] is not None:
-            given["input_json"] = "\x1f".join(waiting).split("\x1f")[place]
+            given["input_json"] = "\x1f".join(waiting).split("\x1f")[index]
         return int(await super().record_step_start(**given))

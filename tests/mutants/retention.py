@@ -1,4 +1,4 @@
-"""Broken cleanups."""
+"""Mutants of cleanup."""
 
 from __future__ import annotations
 
@@ -6,76 +6,76 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 
-def _forget(table: str, name: str, clause: str = "RET-1") -> type:
+def _omit_table(table: str, name: str, clause: str = "RET-1") -> type:
     """A cleanup that leaves the rows of one table."""
 
-    class CleanupForgets(SqliteSurgery):
-        cut = Cut((rf"\ADELETE FROM {table} WHERE run_id = \?\Z", "SELECT ?"))
+    class CleanupLeaves(PatchedSqlite):
+        patch_sql = SqlPatch((rf"\ADELETE FROM {table} WHERE run_id = \?\Z", "SELECT ?"))
 
-    CleanupForgets.__name__ = f"CleanupForgets{name}"
-    CleanupForgets.__doc__ = f"Leaves the rows of table {table}."
-    return broken("sqlite", clause)(CleanupForgets)
-
-
-_forget("attempts", "Attempts")
-_forget("steps", "Steps")
-_forget("outputs", "Outputs")
-_forget("events", "Events")
-_forget("waiters", "Waiters")
-_forget("deliveries", "Deliveries")
-_forget("controls", "Controls")
-_forget("idempotency_keys", "Keys", "IDM-4")
+    CleanupLeaves.__name__ = f"CleanupLeaves{name}"
+    CleanupLeaves.__doc__ = f"Leaves the rows of table {table}."
+    return mutant("sqlite", clause)(CleanupLeaves)
 
 
-@broken("memory", "RET-1")
-class CleanupTakesTheCutoff:
-    """Deletes runs completed at the cutoff too, not strictly before it."""
+_omit_table("attempts", "Attempts")
+_omit_table("steps", "Steps")
+_omit_table("outputs", "Outputs")
+_omit_table("events", "Events")
+_omit_table("waiters", "Waiters")
+_omit_table("deliveries", "Deliveries")
+_omit_table("controls", "Controls")
+_omit_table("idempotency_keys", "Keys", "IDM-4")
+
+
+@mutant("memory", "RET-1")
+class CleanupIncludesCutoff:
+    """Deletes runs completed exactly at the cutoff, too."""
 
     async def cleanup(self, **given: Any) -> int:
         return int(await super().cleanup(cutoff=given["cutoff"] + timedelta(microseconds=1)))
 
 
-@broken("postgresql", "RET-1")
-class CleanupCountsTables(PostgresSurgery):
+@mutant("postgresql", "RET-1")
+class CleanupCountsRows(PatchedPostgres):
     """Returns more than the number of runs."""
 
     async def cleanup(self, **given: Any) -> int:
         return 2 * int(await super().cleanup(**given))
 
 
-@broken("sqlite", "RET-2")
-class CleanupTakesRunningRuns(SqliteSurgery):
-    """Deletes old runs that still run."""
+@mutant("sqlite", "RET-2")
+class CleanupDeletesRunningRuns(PatchedSqlite):
+    """Deletes old runs that are still Running."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"completed_at IS NOT NULL AND completed_at < \? ORDER BY completed_at", "started_at < ?"),
         (r"run_id = \? AND completed_at < \?", "run_id = ? AND started_at < ?"),
     )
 
 
-@broken("memory", "RET-2", concurrent=True)
-class CleanupForgetsToLookAgain:
-    """Collects what is over, and deletes it a moment later without looking whether it was reopened."""
+@mutant("memory", "RET-2", concurrent=True)
+class CleanupWithoutRecheck:
+    """Collects completed runs, and deletes them later without checking for reopened ones."""
 
     async def cleanup(self, **given: Any) -> int:
         over = [run.run_id for run in self._runs.values() if self._is_over(run.run_id, given["cutoff"])]
         await asyncio.sleep(0)
         for run_id in over:
             if self._runs.pop(run_id.int, None) is not None:
-                self._space.controls.pop(run_id, None)
+                self._namespace.controls.pop(run_id, None)
                 self._delete_keys(run_id)
         return len(over) + int(await super().cleanup(**given))
 
 
-@broken("postgresql", "RET-2", concurrent=True)
-class CleanupDeletesByOldList(PostgresSurgery):
-    """Deletes by the list it made before it had the locks: a run reopened meanwhile goes too."""
+@mutant("postgresql", "RET-2", concurrent=True)
+class CleanupUsesStaleList(PatchedPostgres):
+    """Deletes by a list made before taking the locks, including a run reopened in between."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"= ANY\(\$1::uuid\[\]\) AND completed_at < \$2",
             "= ANY($1::uuid[]) AND $2::timestamptz IS NOT NULL AND (SELECT pg_sleep(0.02) IS NOT NULL)",
@@ -83,9 +83,9 @@ class CleanupDeletesByOldList(PostgresSurgery):
     )
 
 
-@broken("memory", "RET-3", concurrent=True, look_at=("RET-2",))
-class CleanupInTwoActs:
-    """Deletes the steps, and the run a moment later."""
+@mutant("memory", "RET-3", concurrent=True, more_clauses=("RET-2",))
+class CleanupInTwoSteps:
+    """Deletes the steps, and the run in a second step."""
 
     async def cleanup(self, **given: Any) -> int:
         for run in self._runs.values():
@@ -96,9 +96,9 @@ class CleanupInTwoActs:
         return int(await super().cleanup(**given))
 
 
-@broken("sqlite", "RET-3", concurrent=True, look_at=("RET-2",))
-class CleanupTableByTable:
-    """Deletes table by table, each in a transaction of its own."""
+@mutant("sqlite", "RET-3", concurrent=True, more_clauses=("RET-2",))
+class CleanupPerTableTransactions:
+    """Deletes table by table, each in its own transaction."""
 
     async def cleanup(self, **given: Any) -> int:
         since = (given["cutoff"] - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
@@ -111,25 +111,25 @@ class CleanupTableByTable:
         return int(await super().cleanup(**given))
 
 
-@broken("sqlite", "RET-4")
-class CleanupTakesYoungKeys(SqliteSurgery):
-    """Sweeps keys and controls whose run is about to start."""
+@mutant("sqlite", "RET-4")
+class CleanupDeletesYoungKeys(PatchedSqlite):
+    """Deletes keys and control records of runs that are about to start."""
 
-    cut = Cut((r"created_at <= :grace", "(created_at <= :grace OR TRUE)"))
+    patch_sql = SqlPatch((r"created_at <= :grace", "(created_at <= :grace OR TRUE)"))
 
 
-@broken("memory", "RET-4")
+@mutant("memory", "RET-4")
 class CleanupLeavesOrphans:
-    """Never sweeps the keys and controls of runs that never started."""
+    """Never deletes the keys and control records of runs that never started."""
 
     def _delete_orphans(self, cutoff: datetime) -> None:
         return None
 
 
-@broken("postgresql", "RET-4")
-class CleanupSweepsWhatRuns(PostgresSurgery):
-    """Sweeps the controls of old runs that still run."""
+@mutant("postgresql", "RET-4")
+class CleanupDeletesLiveControls(PatchedPostgres):
+    """Deletes the control records of old runs that are still Running."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"AND NOT EXISTS \(SELECT FROM \{schema\}\.runs r WHERE r\.run_id = [ci]\.run_id\)", "AND true"),
     )

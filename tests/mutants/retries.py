@@ -1,4 +1,4 @@
-"""Broken retries."""
+"""Mutants of retry_step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from flowstore_core import RunStatus, StepStatus
-from flowstore_memory.steps import keep_attempt
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from flowstore_memory.steps import archive_attempt
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 
-@broken("sqlite", "STP-6")
-class RetryLeavesDispatch(SqliteSurgery):
+@mutant("sqlite", "STP-6")
+class RetryKeepsDispatch(PatchedSqlite):
     """Keeps the dispatch, so that the retried step can never be dispatched again."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"(reopened = 1[\s\S]*?)dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, "
             r"dispatch_token = NULL,",
@@ -25,11 +25,11 @@ class RetryLeavesDispatch(SqliteSurgery):
     )
 
 
-@broken("sqlite", "STP-6")
-class RetryLeavesClaim(SqliteSurgery):
-    """Keeps the claim, so that nobody else can take the retried step."""
+@mutant("sqlite", "STP-6")
+class RetryKeepsClaim(PatchedSqlite):
+    """Keeps the claim, so that no other caller can claim the retried step."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"(reopened = 1[\s\S]*?)claimed_at = NULL, claim_owner = NULL, expires_at = NULL, "
             r"claim_token = NULL,",
@@ -38,25 +38,25 @@ class RetryLeavesClaim(SqliteSurgery):
     )
 
 
-@broken("postgresql", "STP-6")
-class RetryLeavesWaiter(PostgresSurgery):
-    """Keeps the undelivered waiter, which then swallows the signal of the next attempt."""
+@mutant("postgresql", "STP-6")
+class RetryKeepsWaiter(PatchedPostgres):
+    """Keeps the undelivered waiter, which then consumes the signal of the next attempt."""
 
-    cut = Cut((r"AND delivered_at IS NULL\s*\Z", "AND delivered_at IS NULL AND false"))
+    patch_sql = SqlPatch((r"AND delivered_at IS NULL\s*\Z", "AND delivered_at IS NULL AND false"))
 
 
-@broken("sqlite", "STP-6")
-class RetryLeavesLatches(SqliteSurgery):
+@mutant("sqlite", "STP-6")
+class RetryKeepsLatches(PatchedSqlite):
     """Keeps the latches and the elapsed deadline, so that the retry is stopped at once."""
 
-    cut = Cut((r"UPDATE controls SET cancelled_at = NULL[\s\S]*", "SELECT ?, ?"))
+    patch_sql = SqlPatch((r"UPDATE controls SET cancelled_at = NULL[\s\S]*", "SELECT ?, ?"))
 
 
-@broken("postgresql", "STP-6")
-class RetryLeavesDeadline(PostgresSurgery):
+@mutant("postgresql", "STP-6")
+class RetryKeepsDeadline(PatchedPostgres):
     """Clears the latches but keeps the elapsed deadline."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"timeout_at = CASE WHEN timeout_at <= \$2 THEN NULL ELSE timeout_at END",
             "created_at = created_at + ($2::timestamptz - $2)",
@@ -64,18 +64,18 @@ class RetryLeavesDeadline(PostgresSurgery):
     )
 
 
-@broken("postgresql", "STP-6")
-class RetryLeavesRunOver(PostgresSurgery):
-    """Reopens the step, not the run."""
+@mutant("postgresql", "STP-6")
+class RetryKeepsRunTerminal(PatchedPostgres):
+    """Reopens the step but not the run."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"SET status = 'Running', completed_at = NULL WHERE run_id", "SET status = status WHERE run_id")
     )
 
 
-@broken("memory", "STP-6")
-class RetryCountsNothing:
-    """Does not raise attempt_count to the number of the attempt to come."""
+@mutant("memory", "STP-6")
+class RetryKeepsAttemptCount:
+    """Does not raise attempt_count to the number of the next attempt."""
 
     async def get_run_detail(self, **given: Any) -> Any:
         detail = await super().get_run_detail(**given)
@@ -86,8 +86,8 @@ class RetryCountsNothing:
         )
 
 
-@broken("memory", "STP-6")
-class RetryLeavesRunning:
+@mutant("memory", "STP-6")
+class RetryLeavesStepRunning:
     """Leaves the step Running, as if its next attempt had started."""
 
     async def retry_step(self, **given: Any) -> None:
@@ -95,25 +95,25 @@ class RetryLeavesRunning:
         self._runs[given["run_id"].int].steps[given["step_key"]].status = StepStatus.RUNNING
 
 
-@broken("sqlite", "STP-6")
-class RetryTakesDoubleClick:
-    """Ignores which attempt was meant."""
+@mutant("sqlite", "STP-6")
+class RetryIgnoresAttempt:
+    """Ignores ``attempt``, so that a double click retries twice."""
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**{**given, "attempt": None})
 
 
-@broken("postgresql", "STP-6")
+@mutant("postgresql", "STP-6")
 class ResetIgnored:
-    """Ignores the keys to reset."""
+    """Ignores the keys in ``reset``."""
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**{**given, "reset": frozenset()})
 
 
-@broken("memory", "STP-6")
-class ResetLosesAttempts:
-    """Deletes the attempts of a step that is reset, and begins their numbers anew."""
+@mutant("memory", "STP-6")
+class ResetDeletesAttempts:
+    """Deletes the attempts of a reset step and restarts their numbering."""
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
@@ -124,9 +124,9 @@ class ResetLosesAttempts:
                 run.earlier.pop(key, None)
 
 
-@broken("memory", "STP-6")
-class ResetTakesAnyStep:
-    """Resets keys that are not Skipped too."""
+@mutant("memory", "STP-6")
+class ResetIgnoresStatus:
+    """Resets keys that are not Skipped, too."""
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
@@ -134,26 +134,26 @@ class ResetTakesAnyStep:
         for key in given["reset"]:
             if key in run.steps and key != given["step_key"]:
                 step = run.steps[key]
-                keep_attempt(run, key, step, self._now())
+                archive_attempt(run, key, step, self._now())
                 step.status = None
-                step.drop_claim()
-                step.drop_dispatch()
+                step.clear_claim()
+                step.clear_dispatch()
 
 
-@broken("memory", "STP-6")
-class RetryAgainDropsNewClaim:
-    """Said again before the next start, it takes the claim that was won since."""
+@mutant("memory", "STP-6")
+class RepeatedRetryDropsClaim:
+    """A repeated retry before the next start removes a claim made in between."""
 
     async def retry_step(self, **given: Any) -> None:
         await super().retry_step(**given)
         step = self._runs[given["run_id"].int].steps[given["step_key"]]
-        step.drop_claim()
-        step.drop_dispatch()
+        step.clear_claim()
+        step.clear_dispatch()
 
 
-@broken("memory", "STP-6", concurrent=True)
-class RetryInTwoActs:
-    """Reopens the run, and the step a moment later: between the two it can be completed again."""
+@mutant("memory", "STP-6", concurrent=True)
+class RetryInTwoSteps:
+    """Reopens the run, and the step in a second step: the run can be completed in between."""
 
     async def retry_step(self, **given: Any) -> None:
         run = self._runs[given["run_id"].int]
@@ -161,7 +161,7 @@ class RetryInTwoActs:
         meant = step is not None and given["attempt"] in (None, step.attempt)
         if run.status is not RunStatus.RUNNING and meant and step.status is not None:
             run.status, run.completed_at = RunStatus.RUNNING, None
-            control = self._space.controls.get(given["run_id"])
+            control = self._namespace.controls.get(given["run_id"])
             if control is not None:
                 control.clear_stops(self._now())
             await asyncio.sleep(0)

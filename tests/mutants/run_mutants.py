@@ -10,17 +10,18 @@ from pathlib import Path
 
 from flowstore_conformance.checks.registry import Check, Kind
 from flowstore_conformance.context import Profile
-from flowstore_conformance.report import CheckResult, Status
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core.plugins import find_backend
-from tests.mutants import Broken, all_mutants
+from tests.mutants import Mutant, all_mutants
 
 DIST = Path(__file__).parent / "dist"
-"""Holds the dist-info folder by which the plugin is found, as an installed one is."""
+"""Contains a dist-info folder, so that the plugin is found like an installed one."""
 SEED = 20260314
 
-# The cheapest look first.
+# Cheap checks first.
 _ORDER = (
     Kind.EXAMPLE,
     Kind.CAPABILITY,
@@ -47,20 +48,20 @@ class Kill:
 
 
 def load_plugin() -> None:
-    """Let this process find the mutants's plugin."""
+    """Make the plugin of the mutants visible to this process."""
     if str(DIST) not in sys.path:
         sys.path.insert(0, str(DIST))
 
 
 async def kills_of(
-    mutant: Broken,
+    mutant: Mutant,
     base_url: str,
     *,
     profile: Profile,
     clauses: Collection[str] = (),
     seed: int = SEED,
 ) -> AsyncIterator[Kill]:
-    """Every check of some clauses, or of all, that a mutant fails, as it fails it."""
+    """Yield every failure of a mutant in the checks of some clauses, or of all."""
     for check in _ordered(select_checks(clauses)):
         result = await _run(check, mutant, base_url, profile, seed)
         failure = result.failure
@@ -76,23 +77,23 @@ async def kills_of(
             )
 
 
-async def find_kill(mutant: Broken, base_url: str) -> Kill | None:
-    """The first check that names the mutant's own clause: a quick look, then the standard one."""
-    where = [mutant.clause, *mutant.look_at]
+async def find_kill(mutant: Mutant, base_url: str) -> Kill | None:
+    """Return the first failure that reports the mutant's clause: quick profile first, then standard."""
+    clauses = [mutant.clause, *mutant.more_clauses]
     for profile in (Profile.QUICK, Profile.STANDARD):
-        async for kill in kills_of(mutant, base_url, profile=profile, clauses=where):
+        async for kill in kills_of(mutant, base_url, profile=profile, clauses=clauses):
             if kill.clause == mutant.clause:
                 return kill
     return None
 
 
-async def _run(check: Check, mutant: Broken, base_url: str, profile: Profile, seed: int) -> CheckResult:
-    scheme = f"broken-{mutant.name}"
+async def _run(check: Check, mutant: Mutant, base_url: str, profile: Profile, seed: int) -> CheckResult:
+    scheme = f"mutant-{mutant.name}"
     url = f"{scheme}://{base_url.partition('://')[2]}"
     _, backend = find_backend(scheme)
     before = asyncio.all_tasks()
     result = await run_check(check, url, backend, profile, seed)
-    # What a mutant left running must not run into the next check.
+    # Tasks that the mutant leaked must not run during the next check.
     for task in asyncio.all_tasks() - before:
         task.cancel()
     return result
@@ -103,14 +104,14 @@ def _ordered(checks: Sequence[Check]) -> Sequence[Check]:
 
 
 def run_mutant(name: str, base_url: str, profile: str, *, own: bool) -> list[Kill]:
-    """All kills of one mutant, for a process of its own; ``own`` runs the checks of its clause alone."""
+    """Return all kills of one mutant; run in a worker process. ``own`` runs only the checks of its clause."""
     load_plugin()
     mutant = all_mutants()[name]
 
-    async def every() -> list[Kill]:
+    async def collect() -> list[Kill]:
         if own:
             kill = await find_kill(mutant, base_url)
             return [] if kill is None else [kill]
         return [kill async for kill in kills_of(mutant, base_url, profile=Profile(profile))]
 
-    return asyncio.run(every())
+    return asyncio.run(collect())

@@ -1,4 +1,4 @@
-"""Broken runs."""
+"""Mutants of runs and of unknown runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from flowstore_core import RunAlreadyExistsError, RunStatus
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 
 async def _record_of(store: Any, run_id: Any) -> Any:
@@ -16,9 +16,9 @@ async def _record_of(store: Any, run_id: Any) -> Any:
     return next(run for run in runs if run.run_id == run_id)
 
 
-@broken("sqlite", "RUN-1")
-class StartRunReturnsTheOther:
-    """Takes an id that exists for a repetition, and returns the run that is there."""
+@mutant("sqlite", "RUN-1")
+class StartRunReturnsExistingRun:
+    """Treats a stored id as a repeated call and returns the existing run."""
 
     async def start_run(self, **given: Any) -> Any:
         try:
@@ -27,9 +27,9 @@ class StartRunReturnsTheOther:
             return await _record_of(self, given["run_id"])
 
 
-@broken("postgresql", "RUN-1", concurrent=True, look_at=("IDM-3",))
-class StartRunLooksFirst:
-    """Refuses an id that it finds, but of several that start it at once all succeed."""
+@mutant("postgresql", "RUN-1", concurrent=True, more_clauses=("IDM-3",))
+class StartRunCheckThenInsert:
+    """Refuses an id that it finds, but every concurrent start of one id succeeds."""
 
     async def start_run(self, **given: Any) -> Any:
         if await super().get_run_status(run_id=given["run_id"]) is not None:
@@ -40,7 +40,7 @@ class StartRunLooksFirst:
             return await _record_of(self, given["run_id"])
 
 
-@broken("memory", "RUN-2")
+@mutant("memory", "RUN-2")
 class LastTerminalStatusWins:
     """Moves a run from one terminal status to another."""
 
@@ -51,17 +51,17 @@ class LastTerminalStatusWins:
         return bool(await super().complete_run(**given))
 
 
-@broken("sqlite", "RUN-2")
+@mutant("sqlite", "RUN-2")
 class CompleteIgnoresExpected:
-    """Completes whatever the steps are."""
+    """Ignores ``expected``."""
 
     async def complete_run(self, **given: Any) -> bool:
         return bool(await super().complete_run(**{**given, "expected": None}))
 
 
-@broken("memory", "RUN-2")
-class CompleteOverlooksDispatches:
-    """Compares the statuses, but not the claims and dispatches on other keys."""
+@mutant("memory", "RUN-2")
+class CompleteIgnoresOtherKeys:
+    """Compares the statuses but ignores claims and dispatches on other keys."""
 
     async def complete_run(self, **given: Any) -> bool:
         statuses = await super().get_step_statuses(run_id=given["run_id"])
@@ -71,8 +71,8 @@ class CompleteOverlooksDispatches:
         return bool(await super().complete_run(**{**given, "expected": None}))
 
 
-@broken("postgresql", "RUN-2", concurrent=True)
-class ExpectedComparedBefore:
+@mutant("postgresql", "RUN-2", concurrent=True)
+class ExpectedComparedEarlier:
     """Compares the statuses in one transaction and completes in the next."""
 
     async def complete_run(self, **given: Any) -> bool:
@@ -87,9 +87,9 @@ class ExpectedComparedBefore:
         return bool(await super().complete_run(**{**given, "expected": None}))
 
 
-@broken("memory", "RUN-2", concurrent=True)
-class CompletedByAll:
-    """All who found the run Running are told that they completed it."""
+@mutant("memory", "RUN-2", concurrent=True)
+class CompleteTrueForEveryRacer:
+    """Returns True to every caller that found the run Running."""
 
     async def complete_run(self, **given: Any) -> bool:
         found = self._runs[given["run_id"].int].status
@@ -98,9 +98,9 @@ class CompletedByAll:
         return bool(done or (found is RunStatus.RUNNING and given["expected"] is None))
 
 
-@broken("memory", "RUN-3")
-class OutputsAreLive:
-    """Returns a view of its own mapping, which changes under the reader."""
+@mutant("memory", "RUN-3")
+class OutputsLiveMapping:
+    """Returns a live view of its own mapping, which changes under the reader."""
 
     async def get_outputs(self, **given: Any) -> Any:
         await super().get_outputs(**given)
@@ -108,9 +108,9 @@ class OutputsAreLive:
         return MappingProxyType({} if run is None else run.outputs)
 
 
-@broken("memory", "RUN-4")
-class TerminalRunTakesClaims:
-    """Claims and dispatches steps of a run that is over."""
+@mutant("memory", "RUN-4")
+class TerminalRunAcceptsClaims:
+    """Claims and dispatches steps of a terminal run."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         return bool(await self._as_if_running(super().try_claim_step, given))
@@ -127,9 +127,9 @@ class TerminalRunTakesClaims:
             run.status = status
 
 
-@broken("memory", "RUN-4", concurrent=True, look_at=("RUN-2",))
-class StartLooksAtRunBefore:
-    """Looks whether the run is over, and starts the step a moment later, when it may be."""
+@mutant("memory", "RUN-4", concurrent=True, more_clauses=("RUN-2",))
+class StartChecksRunEarlier:
+    """Checks that the run is Running, and starts the step later, when the run may be terminal."""
 
     async def record_step_start(self, **given: Any) -> int:
         run = self._runs[given["run_id"].int]
@@ -142,16 +142,16 @@ class StartLooksAtRunBefore:
             run.status = status
 
 
-@broken("sqlite", "RUN-4")
-class TerminalRunGetsSignals(SqliteSurgery):
-    """Delivers to a waiter of a run that is over."""
+@mutant("sqlite", "RUN-4")
+class TerminalRunAcceptsSignals(PatchedSqlite):
+    """Delivers to a waiter of a terminal run."""
 
-    cut = Cut((r"AND status = 'Running' (AND signal_name)", r"\1"))
+    patch_sql = SqlPatch((r"AND status = 'Running' (AND signal_name)", r"\1"))
 
 
-@broken("memory", "RUN-4", concurrent=True)
-class DeliveryLooksAtRunBefore:
-    """Looks whether the run is over, and delivers a moment later, when it may be."""
+@mutant("memory", "RUN-4", concurrent=True)
+class DeliveryChecksRunEarlier:
+    """Checks that the run is Running, and delivers later, when the run may be terminal."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         run = self._runs.get(given["run_id"].int)
@@ -165,16 +165,16 @@ class DeliveryLooksAtRunBefore:
             run.status = status
 
 
-@broken("postgresql", "RUN-4", concurrent=True)
-class DeliveryLocksNoRun(PostgresSurgery):
-    """Reads the run without locking it, so that it may end before the delivery."""
+@mutant("postgresql", "RUN-4", concurrent=True)
+class DeliveryWithoutRunLock(PatchedPostgres):
+    """Reads the run without locking it, so that it may be completed before the delivery."""
 
-    cut = Cut((r"(SELECT status FROM \{schema\}\.runs WHERE run_id = \$1) FOR UPDATE", r"\1"))
+    patch_sql = SqlPatch((r"(SELECT status FROM \{schema\}\.runs WHERE run_id = \$1) FOR UPDATE", r"\1"))
 
 
-@broken("sqlite", "RUN-4")
+@mutant("sqlite", "RUN-4")
 class OwnClaimOutlivesRun:
-    """Tells the owner of a claim True even when the run is over."""
+    """Returns True to the owner of a claim on a terminal run."""
 
     async def try_claim_step(self, **given: Any) -> bool:
         won = await super().try_claim_step(**given)
@@ -187,18 +187,18 @@ class OwnClaimOutlivesRun:
         ) and given["step_key"] not in await super().get_step_statuses(run_id=given["run_id"])
 
 
-@broken("postgresql", "UNK")
-class WaiterOfNoRun:
-    """Says nothing when the run of a waiter is unknown."""
+@mutant("postgresql", "UNK")
+class WaiterOfUnknownRun:
+    """Accepts a waiter of an unknown run without an error."""
 
     async def register_waiter(self, **given: Any) -> None:
         if await super().get_run_status(run_id=given["run_id"]) is not None:
             await super().register_waiter(**given)
 
 
-@broken("memory", "UNK")
-class StatusesOfNoRunRaise:
-    """Raises for the statuses of an unknown run, which are empty."""
+@mutant("memory", "UNK")
+class StatusesOfUnknownRunRaise:
+    """Raises for the statuses of an unknown run instead of returning an empty mapping."""
 
     async def get_step_statuses(self, **given: Any) -> Any:
         self._runs[given["run_id"].int]

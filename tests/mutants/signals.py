@@ -1,4 +1,4 @@
-"""Broken waiters and deliveries."""
+"""Mutants of waiters and deliveries."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from flowstore_core import ConflictError, SignalDeliveryResult, SignalDeliveryStatus
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 
-@broken("memory", "SIG-1")
+@mutant("memory", "SIG-1")
 class RegisterDropsPayload:
-    """Registers a delivered waiter anew, and its payload is gone."""
+    """Drops the payload of a delivered waiter that is registered again."""
 
     async def register_waiter(self, **given: Any) -> None:
         await super().register_waiter(**given)
@@ -23,21 +23,21 @@ class RegisterDropsPayload:
         waiter.delivered_at = waiter.payload_json = None
 
 
-@broken("sqlite", "SIG-1")
-class RegisterResetsCreatedAt(SqliteSurgery):
-    """Puts a waiter that is registered again at the end of the queue."""
+@mutant("sqlite", "SIG-1")
+class RegisterResetsCreatedAt(PatchedSqlite):
+    """Moves a waiter that is registered again to the end of the queue."""
 
-    cut = Cut((r"expires_at = excluded\.expires_at", r"\g<0>, created_at = excluded.created_at"))
+    patch_sql = SqlPatch((r"expires_at = excluded\.expires_at", r"\g<0>, created_at = excluded.created_at"))
 
     def begin(self) -> None:
-        # Only of waiters: claims are inserted by a statement that looks alike.
-        whole = self.cut
-        self.cut = lambda statement: whole(statement) if "INTO waiters" in statement else statement
+        # Match only waiters: the statement that inserts claims is similar.
+        whole = self.patch_sql
+        self.patch_sql = lambda statement: whole(statement) if "INTO waiters" in statement else statement
 
 
-@broken("postgresql", "SIG-1")
-class ExpiredWaiterRegistersAgain:
-    """Revives an expired waiter without its being removed."""
+@mutant("postgresql", "SIG-1")
+class ExpiredWaiterReregistered:
+    """Registers an expired waiter again although it was not removed."""
 
     async def register_waiter(self, **given: Any) -> None:
         try:
@@ -50,9 +50,9 @@ class ExpiredWaiterRegistersAgain:
             await super().register_waiter(**given)
 
 
-@broken("memory", "SIG-2", concurrent=True)
-class DeliveredTwice:
-    """Chooses a waiter, and gives it the payload a moment later, though another may have."""
+@mutant("memory", "SIG-2", concurrent=True)
+class DeliveryCheckThenWrite:
+    """Chooses a waiter, and delivers later, although another delivery may have reached it in between."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         run = self._runs.get(given["run_id"].int)
@@ -81,16 +81,18 @@ class DeliveredTwice:
         )
 
 
-@broken("sqlite", "SIG-2")
-class NewestWaiterServed(SqliteSurgery):
-    """Gives the payload to the newest waiter."""
+@mutant("sqlite", "SIG-2")
+class DeliveryToNewestWaiter(PatchedSqlite):
+    """Delivers to the newest waiter."""
 
-    cut = Cut((r"(delivered_at IS NULL AND expired_at IS NULL\s+ORDER BY) created_at", r"\1 created_at DESC"))
+    patch_sql = SqlPatch(
+        (r"(delivered_at IS NULL AND expired_at IS NULL\s+ORDER BY) created_at", r"\1 created_at DESC")
+    )
 
 
-@broken("postgresql", "SIG-2")
-class OldDeliverySpeaksFirst:
-    """Says ALREADY_DELIVERED although another waiter under this name is still waiting."""
+@mutant("postgresql", "SIG-2")
+class AlreadyDeliveredTakesPrecedence:
+    """Returns ALREADY_DELIVERED although another waiter of this name is undelivered."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         if given["delivery_id"] is None:
@@ -104,17 +106,17 @@ class OldDeliverySpeaksFirst:
         return await super().deliver_signal(**given)
 
 
-@broken("memory", "SIG-2")
+@mutant("memory", "SIG-2")
 class DeliveryIdIgnored:
-    """Delivers a second time what is said again because the answer was lost."""
+    """Ignores the delivery_id and delivers a repeated call a second time."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         return await super().deliver_signal(**{**given, "delivery_id": None})
 
 
-@broken("sqlite", "SIG-2")
+@mutant("sqlite", "SIG-2")
 class DeliveryIdForgottenWithWaiter:
-    """Forgets the delivery ids when their waiter is removed."""
+    """Forgets delivery ids when their waiter is removed."""
 
     async def remove_waiter(self, **given: Any) -> Any:
         removed = await super().remove_waiter(**given)
@@ -127,9 +129,9 @@ class DeliveryIdForgottenWithWaiter:
         return removed
 
 
-@broken("postgresql", "SIG-2")
-class DeliveryIdForgottenWithRun:
-    """Says NOT_FOUND to a delivery id that it has delivered, once the run is over."""
+@mutant("postgresql", "SIG-2")
+class DeliveryIdForgottenOnTerminalRun:
+    """Returns NOT_FOUND for a remembered delivery_id once the run is terminal."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         status = await super().get_run_status(run_id=given["run_id"])
@@ -139,9 +141,9 @@ class DeliveryIdForgottenWithRun:
         return NOT_FOUND if status is not None and status.is_terminal else result
 
 
-@broken("memory", "SIG-3")
+@mutant("memory", "SIG-3")
 class TerminalRunForgetsDeliveries:
-    """Says NOT_FOUND on a run that is over, though a waiter under that name was delivered to."""
+    """Returns NOT_FOUND on a terminal run although a waiter of that name was delivered."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         result = await super().deliver_signal(**given)
@@ -150,32 +152,32 @@ class TerminalRunForgetsDeliveries:
         return NOT_FOUND if over and result.status is SignalDeliveryStatus.ALREADY_DELIVERED else result
 
 
-@broken("postgresql", "SIG-3", concurrent=True, look_at=("SIG-2",))
-class LockedWaiterSkipped(PostgresSurgery):
-    """Looks for a waiter with SKIP LOCKED, and for a delivered one when all are locked: neither is found."""
+@mutant("postgresql", "SIG-3", concurrent=True, more_clauses=("SIG-2",))
+class LockedWaiterSkipped(PatchedPostgres):
+    """Selects a waiter with SKIP LOCKED: a delivery finds neither a free nor a delivered waiter."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"AND delivered_at IS NULL AND expired_at IS NULL\s+ORDER BY created_at, step_key LIMIT 1",
             r"\g<0> FOR UPDATE SKIP LOCKED",
         ),
-        # Deliveries of a run no longer follow each other.
+        # Deliveries to one run are no longer serialised.
         (r"(SELECT status FROM \{schema\}\.runs WHERE run_id = \$1) FOR UPDATE", r"\1"),
     )
 
 
-@broken("sqlite", "SIG-3")
-class NothingFoundOnceDelivered:
-    """Says NOT_FOUND when all waiters under the name were served."""
+@mutant("sqlite", "SIG-3")
+class NotFoundOnceDelivered:
+    """Returns NOT_FOUND when every waiter of the name was delivered."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         result = await super().deliver_signal(**given)
         return NOT_FOUND if result.status is SignalDeliveryStatus.ALREADY_DELIVERED else result
 
 
-@broken("memory", "SIG-3")
-class NewestDeliveryNamed:
-    """Names the newest delivered waiter in ALREADY_DELIVERED, not the oldest."""
+@mutant("memory", "SIG-3")
+class AlreadyDeliveredNamesNewest:
+    """Names the newest instead of the oldest delivered waiter in ALREADY_DELIVERED."""
 
     async def deliver_signal(self, **given: Any) -> Any:
         result = await super().deliver_signal(**given)
@@ -190,9 +192,9 @@ class NewestDeliveryNamed:
         return replace(result, step_key=key, delivered_at=waiter.delivered_at)
 
 
-@broken("memory", "SIG-4")
+@mutant("memory", "SIG-4")
 class ExpiryOverridesDelivery:
-    """Expires a waiter that got its payload."""
+    """Expires a delivered waiter."""
 
     async def expire_waiter(self, **given: Any) -> Any:
         run = self._runs.get(given["run_id"].int)
@@ -203,9 +205,9 @@ class ExpiryOverridesDelivery:
         return await super().expire_waiter(**given)
 
 
-@broken("sqlite", "SIG-4", concurrent=True)
-class ExpiryDecidedBefore:
-    """Sees that a waiter is due and undelivered, and expires it in the next transaction."""
+@mutant("sqlite", "SIG-4", concurrent=True)
+class ExpiryCheckThenWrite:
+    """Checks that a waiter is due and undelivered, and expires it in the next transaction."""
 
     async def expire_waiter(self, **given: Any) -> Any:
         found = await super().get_waiter(**given)
@@ -222,18 +224,18 @@ class ExpiryDecidedBefore:
         return await super().get_waiter(**given)
 
 
-@broken("postgresql", "SIG-4")
-class ExpiredWaiterServed(PostgresSurgery):
-    """Delivers to a waiter that was expired."""
+@mutant("postgresql", "SIG-4")
+class ExpiredWaiterDelivered(PatchedPostgres):
+    """Delivers to an expired waiter."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"AND delivered_at IS NULL AND expired_at IS NULL(\s+ORDER BY)", r"AND delivered_at IS NULL\1")
     )
 
 
-@broken("postgresql", "SIG-4", concurrent=True)
-class RemovalLosesPayload:
-    """Reads the waiter, then removes it, and returns what it read: a payload that came in between is lost."""
+@mutant("postgresql", "SIG-4", concurrent=True)
+class RemovalReturnsStaleRow:
+    """Reads the waiter, then removes it and returns that row: a payload delivered in between is lost."""
 
     async def remove_waiter(self, **given: Any) -> Any:
         found = await super().get_waiter(**given)
@@ -241,9 +243,9 @@ class RemovalLosesPayload:
         return None if removed is None else found or removed
 
 
-@broken("memory", "SIG-4")
-class ExpiryKnowsNoDeadline:
-    """Expires a waiter before its time."""
+@mutant("memory", "SIG-4")
+class ExpiryIgnoresExpiresAt:
+    """Expires a waiter before its expires_at."""
 
     async def expire_waiter(self, **given: Any) -> Any:
         run = self._runs.get(given["run_id"].int)

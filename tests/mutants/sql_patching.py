@@ -1,4 +1,4 @@
-"""How a mutant changes what its base says to the database: in one store, never in the module."""
+"""Patching the SQL statements of one store, without changes to its modules."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-class Cut:
-    """Replacements in SQL: a regular expression and what stands in its place."""
+class SqlPatch:
+    """Regular expressions and their replacements, applied to a statement in order."""
 
     def __init__(self, *changes: tuple[str, str]) -> None:
         self._changes = [(re.compile(pattern), text) for pattern, text in changes]
@@ -20,50 +20,50 @@ class Cut:
         return statement
 
 
-class SqliteSurgery:
-    """Laid over a SqliteStore: statements go through ``cut``, and the values for them through ``bind``."""
+class PatchedSqlite:
+    """Mixin for a SqliteStore: ``patch_sql`` changes statements, and ``bind`` their parameters."""
 
-    cut: Callable[[str], str] = Cut()
+    patch_sql: Callable[[str], str] = SqlPatch()
 
     def bind(self, statement: str, values: Any) -> Any:
         return values
 
-    async def write(self, work: Any, give_back: Any = None) -> Any:
+    async def write(self, work: Any, on_abandoned: Any = None) -> Any:
         return await super().write(  # type: ignore[misc]
-            lambda db, now: work(_Patient(db, self), now), give_back
+            lambda db, now: work(_PatchedConnection(db, self), now), on_abandoned
         )
 
     async def read(self, work: Any) -> Any:
-        return await super().read(lambda db: work(_Patient(db, self)))  # type: ignore[misc]
+        return await super().read(lambda db: work(_PatchedConnection(db, self)))  # type: ignore[misc]
 
 
-class _Patient:
-    """A connection whose statements are changed on the way."""
+class _PatchedConnection:
+    """A connection that patches its statements."""
 
-    def __init__(self, db: sqlite3.Connection, surgeon: SqliteSurgery) -> None:
+    def __init__(self, db: sqlite3.Connection, store: PatchedSqlite) -> None:
         self._db = db
-        self._surgeon = surgeon
+        self._store = store
 
     def execute(self, statement: str, values: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
-        values = self._surgeon.bind(statement, values)
-        return self._db.execute(self._surgeon.cut(statement), values)
+        values = self._store.bind(statement, values)
+        return self._db.execute(self._store.patch_sql(statement), values)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._db, name)
 
 
-class PostgresSurgery:
-    """Laid over a PostgresStore: every statement goes through ``cut`` before the schema's name is put in."""
+class PatchedPostgres:
+    """Mixin for a PostgresStore: ``patch_sql`` changes statements before the schema is inserted."""
 
-    cut: Callable[[str], str] = Cut()
+    patch_sql: Callable[[str], str] = SqlPatch()
 
     def begin(self) -> None:
         database: Any = self._database  # type: ignore[attr-defined]
         whole = type(database)
-        cut = type(self).cut
+        patch_sql = type(self).patch_sql
 
-        class Operated(whole):  # type: ignore[misc,valid-type]
+        class PatchedDatabase(whole):  # type: ignore[misc,valid-type]
             def sql(self, statement: str) -> str:
-                return str(super().sql(cut(statement)))
+                return str(super().sql(patch_sql(statement)))
 
-        database.__class__ = Operated
+        database.__class__ = PatchedDatabase

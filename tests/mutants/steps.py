@@ -1,4 +1,4 @@
-"""Broken steps and attempts."""
+"""Mutants of steps and attempts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flowstore_core import (
     StepAlreadyCompletedError,
     StepStatus,
 )
-from flowstore_memory.steps import keep_attempt
-from tests.mutants import broken
-from tests.mutants.sql_patching import Cut, PostgresSurgery, SqliteSurgery
+from flowstore_memory.steps import archive_attempt
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
 
-@broken("sqlite", "STP-1", concurrent=True)
-class AttemptNumberCountedBefore:
-    """Counts the attempts, then opens one: two who count at once get the same number."""
+@mutant("sqlite", "STP-1", concurrent=True)
+class AttemptNumberReadEarlier:
+    """Reads the last attempt number, then opens an attempt: concurrent starts get the same number."""
 
     async def record_step_start(self, **given: Any) -> int:
         row = (given["run_id"].bytes, given["step_key"])
@@ -30,7 +30,7 @@ class AttemptNumberCountedBefore:
         return int(number) if given["owner"] is not None else int(counted) + 1
 
 
-@broken("memory", "STP-1")
+@mutant("memory", "STP-1")
 class OpenAttemptStaysOpen:
     """Opens an attempt beside one that is still open."""
 
@@ -44,15 +44,17 @@ class OpenAttemptStaysOpen:
         return int(number)
 
 
-@broken("postgresql", "STP-1")
-class StartKeepsTheError(PostgresSurgery):
-    """Leaves the last attempt's error on the step that starts again."""
+@mutant("postgresql", "STP-1")
+class StartKeepsError(PatchedPostgres):
+    """Keeps the last attempt's error on a step that starts again."""
 
-    cut = Cut((r"output_json = NULL,\s+error_message = NULL, completed_at = NULL", "completed_at = NULL"))
+    patch_sql = SqlPatch(
+        (r"output_json = NULL,\s+error_message = NULL, completed_at = NULL", "completed_at = NULL")
+    )
 
 
-@broken("postgresql", "STP-2")
-class FailedStepStaysFailed:
+@mutant("postgresql", "STP-2")
+class FailedStepCannotRestart:
     """Refuses to start a Failed step again."""
 
     async def record_step_start(self, **given: Any) -> int:
@@ -62,9 +64,9 @@ class FailedStepStaysFailed:
         return int(await super().record_step_start(**given))
 
 
-@broken("sqlite", "STP-2")
-class SucceededStepRunsAgain:
-    """Starts a Succeeded step again, as if it had been retried."""
+@mutant("sqlite", "STP-2")
+class SucceededStepCanRestart:
+    """Starts a Succeeded step again without a retry."""
 
     async def record_step_start(self, **given: Any) -> int:
         try:
@@ -76,9 +78,9 @@ class SucceededStepRunsAgain:
             return int(await super().record_step_start(**{**given, "owner": None}))
 
 
-@broken("memory", "STP-2", concurrent=True, look_at=("STP-4", "STP-5"))
-class StartLooksAtStepBefore:
-    """Looks whether the step is finished, and starts it a moment later, when it may be."""
+@mutant("memory", "STP-2", concurrent=True, more_clauses=("STP-4", "STP-5"))
+class StartChecksStepEarlier:
+    """Checks that the step is not finished, and starts it later, when it may be."""
 
     async def record_step_start(self, **given: Any) -> int:
         statuses = await super().get_step_statuses(run_id=given["run_id"])
@@ -90,22 +92,22 @@ class StartLooksAtStepBefore:
                 raise
             run = self._runs[given["run_id"].int]
             step = run.steps[given["step_key"]]
-            keep_attempt(run, given["step_key"], step, self._now())
+            archive_attempt(run, given["step_key"], step, self._now())
             step.status = None
             return int(await super().record_step_start(**given))
 
 
-@broken("memory", "STP-3")
-class StartNeedsNoClaim:
-    """Starts the step for anybody, whatever the owner."""
+@mutant("memory", "STP-3")
+class StartIgnoresOwner:
+    """Starts the step for every owner, with or without claim."""
 
     async def record_step_start(self, **given: Any) -> int:
         return int(await super().record_step_start(**{**given, "owner": None}))
 
 
-@broken("postgresql", "STP-3")
+@mutant("postgresql", "STP-3")
 class StartIsNotRepeatable:
-    """Opens another attempt when the owner says it again because the answer was lost."""
+    """Opens another attempt when the owner repeats its start after a lost reply."""
 
     async def record_step_start(self, **given: Any) -> int:
         if await super().get_run_status(run_id=given["run_id"]) is RunStatus.RUNNING:
@@ -117,8 +119,8 @@ class StartIsNotRepeatable:
         return int(await super().record_step_start(**given))
 
 
-@broken("sqlite", "STP-3", concurrent=True)
-class StartChecksClaimBefore:
+@mutant("sqlite", "STP-3", concurrent=True)
+class StartChecksClaimEarlier:
     """Checks the claim in one transaction and opens the attempt in the next."""
 
     async def record_step_start(self, **given: Any) -> int:
@@ -133,7 +135,7 @@ class StartChecksClaimBefore:
             return int(await super().record_step_start(**{**given, "owner": None}))
 
 
-@broken("memory", "STP-4")
+@mutant("memory", "STP-4")
 class StaleResultAccepted:
     """Closes the last attempt with the result of an older one."""
 
@@ -141,16 +143,18 @@ class StaleResultAccepted:
         await super().record_step_complete(**{**given, "attempt": None})
 
 
-@broken("sqlite", "STP-4")
-class ResultAfterRetryAccepted(SqliteSurgery):
+@mutant("sqlite", "STP-4")
+class ResultAfterRetryAccepted(PatchedSqlite):
     """Closes an attempt although retry_step has reopened its step."""
 
-    cut = Cut((r"COALESCE\(reopened, 0\)", "0"), (r"status = \?, output_json = \?", r"\g<0>, reopened = 0"))
+    patch_sql = SqlPatch(
+        (r"COALESCE\(reopened, 0\)", "0"), (r"status = \?, output_json = \?", r"\g<0>, reopened = 0")
+    )
 
 
-@broken("postgresql", "STP-4")
-class OtherOutcomeSwallowed:
-    """Says nothing when an attempt is closed with another outcome than it has."""
+@mutant("postgresql", "STP-4")
+class DifferentOutcomeIgnored:
+    """Ignores a different outcome for a closed attempt instead of raising."""
 
     async def record_step_complete(self, **given: Any) -> None:
         try:
@@ -159,9 +163,9 @@ class OtherOutcomeSwallowed:
             return
 
 
-@broken("sqlite", "STP-4")
-class SameOutcomeRefused:
-    """Refuses the same outcome said again, which should be a no-op."""
+@mutant("sqlite", "STP-4")
+class RepeatedOutcomeRefused:
+    """Refuses a repeated outcome, which should be a no-op."""
 
     async def record_step_complete(self, **given: Any) -> None:
         statuses = await super().get_step_statuses(run_id=given["run_id"])
@@ -171,9 +175,9 @@ class SameOutcomeRefused:
             raise StepAlreadyCompletedError(given["run_id"], given["step_key"])
 
 
-@broken("memory", "STP-4")
-class PollIsTakenForTheEnd:
-    """Gives a step whose attempt closed as Pending a completed_at."""
+@mutant("memory", "STP-4")
+class PendingOutcomeSetsCompletedAt:
+    """Sets completed_at on a step whose attempt was closed as Pending."""
 
     async def get_run_detail(self, **given: Any) -> Any:
         detail = await super().get_run_detail(**given)
@@ -186,9 +190,9 @@ class PollIsTakenForTheEnd:
         return replace(detail, steps=steps)
 
 
-@broken("memory", "STP-4", concurrent=True)
-class CompletionDecidedBefore:
-    """Looks which attempt is the last, and closes that which is the last a moment later."""
+@mutant("memory", "STP-4", concurrent=True)
+class CompletionCheckThenWrite:
+    """Checks that the attempt is the last, and later closes whichever is the last by then."""
 
     async def record_step_complete(self, **given: Any) -> None:
         step = self._runs[given["run_id"].int].steps.get(given["step_key"])
@@ -199,9 +203,9 @@ class CompletionDecidedBefore:
         await super().record_step_complete(**given)
 
 
-@broken("memory", "STP-5")
+@mutant("memory", "STP-5")
 class SkipIgnoresClaim:
-    """Skips a step that another holds."""
+    """Skips a step that another owner has claimed."""
 
     async def record_skipped_step(self, **given: Any) -> None:
         try:
@@ -210,18 +214,18 @@ class SkipIgnoresClaim:
             await super().record_skipped_step(**{**given, "owner": None})
 
 
-@broken("sqlite", "STP-5")
-class SkipTakesNoClaim(SqliteSurgery):
-    """Skips with an owner, but does not take the claim for it."""
+@mutant("sqlite", "STP-5")
+class SkipTakesNoClaim(PatchedSqlite):
+    """Skips with an owner without taking the claim."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"UPDATE steps SET claimed_at = \?, claim_owner = \?[\s\S]*", "SELECT ?, ?, ?, ?"),
     )
 
 
-@broken("postgresql", "STP-5")
+@mutant("postgresql", "STP-5")
 class SkipOverwritesOutcome:
-    """Skips a step that is finished already."""
+    """Skips a terminal step."""
 
     async def record_skipped_step(self, **given: Any) -> None:
         try:
@@ -235,11 +239,11 @@ class SkipOverwritesOutcome:
             await super().record_skipped_step(**given)
 
 
-@broken("sqlite", "STP-7")
-class RescheduleLeavesClaim(SqliteSurgery):
-    """Keeps the claim, so that nobody can take the rescheduled step."""
+@mutant("sqlite", "STP-7")
+class RescheduleKeepsClaim(PatchedSqlite):
+    """Keeps the claim, so that no caller can claim the rescheduled step."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (
             r"rescheduled = 1,\s+claimed_at = NULL, [^?]*claim_token = NULL,",
             "rescheduled = 1,",
@@ -247,9 +251,9 @@ class RescheduleLeavesClaim(SqliteSurgery):
     )
 
 
-@broken("memory", "STP-7")
-class RescheduleDispatchesTwice:
-    """Said again for the attempt that it closed, it dispatches anew."""
+@mutant("memory", "STP-7")
+class RepeatedRescheduleDispatches:
+    """A repeated reschedule of the closed attempt replaces the dispatch again."""
 
     async def reschedule_step(self, **given: Any) -> None:
         run = self._runs[given["run_id"].int]
@@ -259,26 +263,26 @@ class RescheduleDispatchesTwice:
         await super().reschedule_step(**given)
 
 
-@broken("postgresql", "STP-7")
-class RescheduleDispatchesOnOverRun(PostgresSurgery):
-    """Dispatches the step of a run that is over."""
+@mutant("postgresql", "STP-7")
+class RescheduleDispatchesOnTerminalRun(PatchedPostgres):
+    """Dispatches the step of a terminal run."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"CASE WHEN \$6 THEN \$5::timestamptz END", "CASE WHEN $6 IS NOT NULL THEN $5::timestamptz END")
     )
 
 
-@broken("postgresql", "STP-7")
+@mutant("postgresql", "STP-7")
 class RescheduleDropsOutput:
-    """Forgets the output of the attempt that it closes."""
+    """Drops the output of the attempt that it closes."""
 
     async def reschedule_step(self, **given: Any) -> None:
         await super().reschedule_step(**{**given, "output_json": None})
 
 
-@broken("memory", "STP-8")
-class StalledForgetsUnstarted:
-    """Lists only steps that have started, not keys that were claimed or dispatched and never were."""
+@mutant("memory", "STP-8")
+class StalledOmitsUnstarted:
+    """Lists only started steps and omits keys that were only claimed or dispatched."""
 
     async def get_stalled_steps(self, **given: Any) -> Any:
         found = await super().get_stalled_steps(**given)
@@ -287,33 +291,33 @@ class StalledForgetsUnstarted:
         )
 
 
-@broken("sqlite", "STP-8")
-class StalledListsWaiting(SqliteSurgery):
+@mutant("sqlite", "STP-8")
+class StalledIncludesWaiting(PatchedSqlite):
     """Lists steps that wait for a signal."""
 
-    cut = Cut(
+    patch_sql = SqlPatch(
         (r"AND delivered_at IS NULL AND expired_at IS NULL\s+AND \(waiters.expires_at", r"AND FALSE \g<0>"),
     )
 
 
-@broken("postgresql", "STP-8")
-class StalledIgnoresGrace:
-    """Compares with the store's time, whatever as_of says."""
+@mutant("postgresql", "STP-8")
+class StalledIgnoresAsOf:
+    """Compares with the store's time instead of as_of."""
 
     async def get_stalled_steps(self, **given: Any) -> Any:
         return await super().get_stalled_steps(**{**given, "as_of": None})
 
 
-@broken("sqlite", "STP-8")
-class StalledIgnoresLeases(SqliteSurgery):
-    """Overlooks claims whose lease is over."""
+@mutant("sqlite", "STP-8")
+class StalledIgnoresLeases(PatchedSqlite):
+    """Omits claims with an expired lease."""
 
-    cut = Cut((r"THEN steps\.expires_at", "THEN NULL"))
+    patch_sql = SqlPatch((r"THEN steps\.expires_at", "THEN NULL"))
 
 
-@broken("memory", "STP-8")
+@mutant("memory", "STP-8")
 class StalledCountsFromClaim:
-    """Says since when a step was claimed, instead of since when its lease is over."""
+    """Returns the time of the claim instead of the end of its lease as ``since``."""
 
     async def get_stalled_steps(self, **given: Any) -> Any:
         found = await super().get_stalled_steps(**given)

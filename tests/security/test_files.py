@@ -1,4 +1,4 @@
-"""SQLite's files: for their owner alone, never behind a link, and of any name."""
+"""SQLite's files: accessible only by their owner, never behind a link, with any name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from flowstore_core import ConfigurationError, FlowStore, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
-from flowstore_sqlite.location import create_file
+from flowstore_sqlite.file_access import create_file
 from tests.scenes import new_run
 
 
@@ -42,13 +42,13 @@ def _path(path: Path) -> str:
 
 
 async def _use(store: FlowStore) -> None:
-    # From two connections at once, so that the log and the lock of the turns are there.
+    # Uses two connections, so that the log and the lock file of the writer queue exist.
     run_id = await new_run(store)
     assert await store.get_run_status(run_id)
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o277, 0o777])
-async def test_that_every_file_is_for_its_owner_alone_whatever_the_umask(mask: int, tmp_path: Path) -> None:
+async def test_that_only_the_owner_may_access_files_with_any_umask(mask: int, tmp_path: Path) -> None:
     with _umask(mask):
         async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
             await _use(store)
@@ -62,21 +62,21 @@ async def test_that_every_file_is_for_its_owner_alone_whatever_the_umask(mask: i
         assert mode & 0o177 == 0, f"{name} has mode {mode:o}"
 
 
-async def test_that_a_file_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+async def test_that_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "flows.db"
     path.touch()
     path.chmod(0o664)
     async with open_store(_path(path)) as store:
         await _use(store)
         assert _mode(path) == 0o664
-        # SQLite gives its files the mode of the database, for those who share it.
+        # SQLite gives its files the mode of the database, so that its users can share them.
         assert _mode(tmp_path / "flows.db-wal") == 0o664
     assert _mode(path) == 0o664
 
 
 @pytest.mark.parametrize("migrate", [True, False])
 async def test_that_a_link_is_refused(migrate: bool, tmp_path: Path) -> None:
-    """Who can write to the folder could else send our data to a file of their choice, or have ours read."""
+    """Otherwise a user who can write to the folder could redirect data to another file."""
     other = tmp_path / "other"
     other.mkdir()
     async with open_store(f"sqlite:///{other}/flows.db") as store:
@@ -97,7 +97,7 @@ async def test_that_a_link_is_refused(migrate: bool, tmp_path: Path) -> None:
 async def test_that_a_link_put_there_at_the_last_moment_is_refused(
     present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between our look and SQLite's opening: SQLite says where it arrived, before it reads a byte."""
+    """A link created between check and open: SQLite reports the resolved path before it reads a byte."""
     other = tmp_path / "other"
     other.mkdir()
     target = other / "target.db"
@@ -111,7 +111,7 @@ async def test_that_a_link_put_there_at_the_last_moment_is_refused(
         os.unlink(path)
         os.symlink(target, path)
 
-    monkeypatch.setattr("flowstore_sqlite.opening.create_file", swapped)
+    monkeypatch.setattr("flowstore_sqlite.open.create_file", swapped)
     with pytest.raises((ConfigurationError, StoreUnavailableError)) as caught:
         async with open_store(f"sqlite:///{tmp_path}/flows.db"):
             pytest.fail("it opened")
@@ -129,14 +129,14 @@ async def test_that_links_beside_the_file_are_not_followed(suffix: str, tmp_path
         async with open_store(f"sqlite:///{tmp_path}/flows.db", busy_timeout=0) as store:
             await _use(store)
     except StoreUnavailableError:
-        # SQLite will not open such a log. The lock of the turns is a courtesy that can be done without.
+        # SQLite does not open such a log. The writer queue is optional.
         assert suffix != "-turn"
     assert target.read_bytes() == b"precious"
     assert _mode(target) & 0o111 == 0
 
 
 async def test_that_a_folder_may_be_a_link(tmp_path: Path) -> None:
-    """As /tmp is on some systems: whoever may change a folder above the file can do as they like anyway."""
+    """As /tmp is on some systems. A user who can change a parent folder can replace the file anyway."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     async with open_store(f"sqlite:///{tmp_path}/link/../link/flows.db") as store:
@@ -146,7 +146,7 @@ async def test_that_a_folder_may_be_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "device", "below a file", "nowhere", "too long"])
-async def test_that_what_is_no_plain_file_is_refused(kind: str, tmp_path: Path) -> None:
+async def test_that_anything_but_a_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "flows.db"
     if kind == "directory":
         path.mkdir()
@@ -229,17 +229,17 @@ async def test_that_a_url_names_one_plain_file(
 
 
 def test_that_a_file_of_another_user_stays_theirs() -> None:
-    """What cannot be written is said to be so, and its mode is not changed."""
+    """The error names the permissions, and the mode of the file is unchanged."""
     if os.geteuid() != 0:
-        pytest.skip("only root can become somebody else")
+        pytest.skip("only root can switch to another user")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         path = Path(folder) / "flows.db"
         path.touch()
         path.chmod(0o600)
-        told = _open_as_nobody(path)
-        assert "StoreUnavailableError" in told
-        assert "permissions" in told
+        output = _open_as_nobody(path)
+        assert "StoreUnavailableError" in output
+        assert "permissions" in output
         assert _mode(path) == 0o600
 
 
@@ -247,12 +247,12 @@ def _open_as_nobody(path: Path) -> str:
     program = (
         "import asyncio, os, sys\n"
         "from flowstore_core import open_store, FlowStoreError\n"
-        "import flowstore_sqlite.opening\n"
+        "import flowstore_sqlite.open\n"
         "async def main(url):\n"
         "    try:\n"
         "        async with open_store(url): print('opened')\n"
         "    except FlowStoreError as error: print(type(error).__name__, error)\n"
-        # Everything is imported first: nobody may be unable to read the interpreter's own files.
+        # Import everything first: the user nobody may be unable to read the files of the interpreter.
         "asyncio.run(main(sys.argv[1] + '-first'))\n"
         "os.setuid(65534)\n"
         "asyncio.run(main(sys.argv[1]))\n"

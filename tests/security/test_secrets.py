@@ -25,7 +25,7 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
-from flowstore_core.errors import without_foreign
+from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.plugins import find_backend
 from tests.core.conftest import RECORDING, Install
 from tests.security.watch import (
@@ -99,7 +99,7 @@ def test_that_foreign_exceptions_are_unchained_and_ours_stay() -> None:
     first, second, third = StoreUnavailableError("1"), ConfigurationError("2"), StoreUnavailableError("3")
     first.__context__, second.__cause__, third.__context__ = second, third, ValueError(CANARY)
     third.__cause__ = KeyError(CANARY)
-    assert without_foreign(first) is first
+    assert strip_driver_exceptions(first) is first
     assert first.__context__ is second
     assert second.__cause__ is third
     assert third.__cause__ is None

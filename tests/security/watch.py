@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepStatus
-from flowstore_core.store import BASE_OPERATIONS, CAPABILITY_METHODS
+from flowstore_core.operations import OPERATIONS as CONTRACT
 
 PASSWORD = "caNary/p@ss?w#rd:1"
 """As a person would type it; in a URL most of its characters must be encoded."""
@@ -34,9 +34,7 @@ TEXTS = {
     **dict.fromkeys(("delivery_id", "event_type", "key"), NAMED),
 }
 """Every argument of the contract that is text, but the step's key, by which errors name a step."""
-OPERATIONS = tuple(
-    dict.fromkeys([*BASE_OPERATIONS, *(one for names in CAPABILITY_METHODS.values() for one in names)])
-)
+OPERATIONS = ("ping", *CONTRACT)
 
 
 class Watch:

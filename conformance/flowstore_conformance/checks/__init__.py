@@ -1,1 +1,1 @@
-"""The checks, one module per noun, and the modules that look at many nouns at once."""
+"""The checks: one module per noun, and modules that test several nouns together."""

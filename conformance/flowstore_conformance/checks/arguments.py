@@ -1,4 +1,4 @@
-"""INP: what is not legal is refused, and nothing changes."""
+"""INP: an illegal argument raises InvalidArgumentError and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from flowstore_conformance.checks.fixtures import (
     FLOW,
     HOUR,
     MINUTE,
+    abbreviate,
     assert_same,
-    brief,
-    clock_of,
     expect_fields,
     get_step,
     new_id,
     now,
     observe_all,
+    require_clock,
     run_step,
     start,
 )
@@ -28,8 +28,8 @@ from flowstore_core import Capability, InvalidArgumentError, RunStatus, StepStat
 from flowstore_core.timeseries import LATEST
 
 
-async def _refused(context: CheckContext, kinds: Collection[str], rule: str) -> None:
-    """Every hostile value of some kinds, in every argument of that kind, of every operation."""
+async def _expect_refused(context: CheckContext, kinds: Collection[str], rule: str) -> None:
+    """Call every operation with every illegal value of some kinds, and expect a refusal each time."""
     store = context.store
     run_id = await start(context, run_id=RUN)
     await store.try_claim_step(run_id, "charge", owner="me")
@@ -39,52 +39,56 @@ async def _refused(context: CheckContext, kinds: Collection[str], rule: str) -> 
     before = await observe_all(context, run_id)
     for operation in OPERATIONS:
         for name, arguments in hostile_arguments(operation, kinds):
-            sentence = f"{operation}({name}={brief(arguments[name])}): {rule}"
+            sentence = f"{operation}({name}={abbreviate(arguments[name])}): {rule}"
             call = getattr(store, operation)(**arguments)
             error = await context.expect_error(call, InvalidArgumentError, sentence)
-            expect_fields(context, error, f"{sentence}, naming the argument", argument=name)
-            context.expect_that(getattr(error, "limit", None), f"{sentence}, naming its limit")
-    assert_same(context, await observe_all(context, run_id), before, "what is refused changes nothing")
+            expect_fields(context, error, f"{sentence}: the error names the argument", argument=name)
+            context.expect_that(getattr(error, "limit", None), f"{sentence}: the error names the limit")
+    assert_same(context, await observe_all(context, run_id), before, "a refused call changes nothing")
 
 
 @check("INP-1", kind=Kind.HOSTILE)
 async def ids_and_keys_out_of_limits_are_refused(context: CheckContext) -> None:
-    """An id that is no UUID, and a key or a name outside its length, is refused by every operation."""
-    await _refused(context, ("id", "key", "job"), "it is outside its limits, so it is refused")
+    """Every operation refuses an id that is no UUID, and a key or name of illegal length."""
+    await _expect_refused(
+        context, ("id", "key", "job"), "ids, keys and names outside their limits are refused"
+    )
 
 
 @check("INP-2", kind=Kind.HOSTILE)
-async def texts_that_cannot_be_kept_are_refused(context: CheckContext) -> None:
-    """U+0000, lone surrogates, over 16 MiB and what is no str are refused in every text."""
-    await _refused(context, ("text", "search"), "it is no legal text, so it is refused")
+async def illegal_texts_are_refused(context: CheckContext) -> None:
+    """Every text argument refuses U+0000, lone surrogates, more than 16 MiB and values that are no str."""
+    await _expect_refused(context, ("text", "search"), "illegal texts are refused")
     oversize = "\u00e9" * (8 * 1024 * 1024 + 1)
     call = context.store.request_cancel(RUN, oversize)
     await context.expect_error(
-        call, InvalidArgumentError, "16 MiB count in bytes of UTF-8, not in characters"
+        call, InvalidArgumentError, "a text of more than 16 MiB of UTF-8 with fewer characters"
     )
 
 
 @check("INP-3", kind=Kind.HOSTILE)
-async def datetimes_that_are_naive_or_out_of_range_are_refused(context: CheckContext) -> None:
-    """A naive datetime, or one outside 0001-01-02 to 9999-12-30 UTC, is refused by every operation."""
-    await _refused(context, ("datetime",), "datetimes are aware and within range, so it is refused")
+async def naive_and_out_of_range_datetimes_are_refused(context: CheckContext) -> None:
+    """Every operation refuses a naive datetime, and one outside 0001-01-02 to 9999-12-30 UTC."""
+    await _expect_refused(context, ("datetime",), "naive and out-of-range datetimes are refused")
 
 
 @check("INP-4", kind=Kind.HOSTILE)
 async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
-    """Numbers, leases, statuses and collections outside their limits are refused, bool as int too."""
+    """Numbers, leases, statuses and collections outside their limits are refused; so is a bool as an int."""
     kinds = {"attempt", "position", "skip", "take", "after", "lease", "completion", "run status", "outcome"}
-    await _refused(context, kinds | {"expected", "keys", "granularity"}, "it is outside its limits")
+    await _expect_refused(
+        context, kinds | {"expected", "keys", "granularity"}, "wrong types and ranges are refused"
+    )
     store, moment = context.store, now(context)
     many = [f"step-{number}" for number in range(100_001)]
-    told = "a call names at most 100,000 step keys"
+    rule = "a call names at most 100,000 step keys"
     states = dict.fromkeys(many, StepStatus.FAILED)
     call: Awaitable[object] = store.complete_run(RUN, RunStatus.FAILED, expected=states)
-    error = await context.expect_error(call, InvalidArgumentError, told)
-    expect_fields(context, error, f"{told}, and the argument is named", argument="expected")
+    error = await context.expect_error(call, InvalidArgumentError, rule)
+    expect_fields(context, error, f"{rule}: the error names the argument", argument="expected")
     call = store.retry_step(RUN, "charge", reset=many)
-    error = await context.expect_error(call, InvalidArgumentError, told)
-    expect_fields(context, error, f"{told}, and the argument is named", argument="reset")
+    error = await context.expect_error(call, InvalidArgumentError, rule)
+    expect_fields(context, error, f"{rule}: the error names the argument", argument="reset")
     error = await context.expect_error(
         store.try_claim_step(RUN, "ship", lease=MINUTE), InvalidArgumentError, "a lease needs an owner"
     )
@@ -100,12 +104,12 @@ async def wrong_types_and_ranges_are_refused(context: CheckContext) -> None:
             InvalidArgumentError,
             "since <= until, at most 10,000 buckets",
         )
-        expect_fields(context, error, f"a window of {granularity}s that is refused names", argument=name)
+        expect_fields(context, error, f"a refused window of {granularity}s: the error names", argument=name)
 
 
 @check("INP-4")
 async def values_at_their_limits_and_plain_strings_are_accepted(context: CheckContext) -> None:
-    """Numbers at their limits are legal, and so is the value of an enum as a plain str."""
+    """Numbers at their limits are accepted, and so are enum values as plain str."""
     store = context.store
     run_id = await start(context)
     for take in (0, 1000):
@@ -137,9 +141,9 @@ async def values_at_their_limits_and_plain_strings_are_accepted(context: CheckCo
 
 
 @check("INP-3", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.HOSTILE)
-async def a_clock_that_reads_nonsense_is_refused(context: CheckContext) -> None:
-    """Each reading of the clock is checked like an argument, and nothing changes."""
-    store, clock = context.store, clock_of(context)
+async def illegal_clock_readings_are_refused(context: CheckContext) -> None:
+    """An illegal reading of the clock raises InvalidArgumentError and changes nothing."""
+    store, clock = context.store, require_clock(context)
     run_id = await start(context)
     before, good = await observe_all(context, run_id), clock.now
     readings: tuple[Any, ...] = (None, "2026-03-14", 0, good.replace(tzinfo=None), LATEST + HOUR)
@@ -149,9 +153,11 @@ async def a_clock_that_reads_nonsense_is_refused(context: CheckContext) -> None:
             store.start_run(FLOW, "orders", new_id(context), "manual"),
             store.record_step_start(run_id, "charge", "http"),
         ):
-            error = await context.expect_error(call, InvalidArgumentError, f"the clock reads {reading!r}")
-            expect_fields(context, error, "a bad reading names the clock", argument="clock")
+            error = await context.expect_error(call, InvalidArgumentError, f"a clock reading of {reading!r}")
+            expect_fields(
+                context, error, "an illegal clock reading: the error names the clock", argument="clock"
+            )
     clock.now = good
     assert_same(
-        context, await observe_all(context, run_id), before, "a bad reading of the clock changes nothing"
+        context, await observe_all(context, run_id), before, "an illegal clock reading changes nothing"
     )

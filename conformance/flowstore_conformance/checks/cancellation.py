@@ -1,4 +1,4 @@
-"""Calls that are cancelled at every step: whole or undone, given back, and nothing left behind (CON-4)."""
+"""CON-4: calls cancelled at every suspension point are atomic, compensated and leak nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
 from flowstore_conformance.state_probe import (
     ModelState,
-    answer,
+    describe_outcome,
     difference,
     find_partial_effect,
     invoke,
@@ -38,71 +38,74 @@ from flowstore_conformance.state_probe import (
 from flowstore_conformance.write_scenarios import (
     LEASE,
     LONG_AGO,
-    NEEDS,
-    SETTINGS,
+    SCENARIOS,
     Scenario,
     ScenarioFactory,
     available,
     new_scenario,
 )
 from flowstore_core import FlowStore
+from flowstore_core.operations import OPERATIONS
 
 
-async def _set_up(store: FlowStore, scene: Scenario) -> None:
-    for call in scene.setup:
+async def _set_up(store: FlowStore, scenario: Scenario) -> None:
+    for call in scenario.setup:
         await invoke(store, call)
 
 
-async def _settle(before: set[asyncio.Task[object]]) -> None:
-    """Let what cancelled calls have left under way come to its end, bounded."""
-    deadline = asyncio.get_running_loop().time() + state_probe.PATIENCE_SECONDS
+async def _wait_for_tasks(before: set[asyncio.Task[object]]) -> None:
+    """Wait until the tasks that cancelled calls left behind have ended, at most for a time limit."""
+    deadline = asyncio.get_running_loop().time() + state_probe.SETTLE_SECONDS
     while (left := asyncio.all_tasks() - before) and asyncio.get_running_loop().time() < deadline:
         await asyncio.wait(left, timeout=0.1)
 
 
-def _expected(context: CheckContext, calls: Sequence[Call]) -> ModelState:
+def _expected_state(context: CheckContext, calls: Sequence[Call]) -> ModelState:
     """The model's state after some calls."""
     state = ModelState(context.clock or (lambda: datetime.now(UTC)), State())
     for call in calls:
-        state = state.then(call, exact_times=context.exact_times)
+        state = state.apply(call, exact_times=context.exact_times)
     return state
 
 
-async def _examine(context: CheckContext, store: FlowStore, made: CancelledCall) -> None:
-    """Whole or not at all; then the same call again must be answered as that state demands."""
-    scene, exact_times = made.scene, context.exact_times
-    before = _expected(context, scene.setup)
-    after = before.then(scene.call, exact_times=exact_times)
-    if made.outcome is not None:
+async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_call: CancelledCall) -> None:
+    """Check that the call took full effect or none, and that a repeated call behaves accordingly."""
+    scenario, exact_times = cancelled_call.scenario, context.exact_times
+    before = _expected_state(context, scenario.setup)
+    after = before.apply(scenario.call, exact_times=exact_times)
+    if cancelled_call.outcome is not None:
         assert after.outcome is not None
         context.expect_that(
-            made.outcome == after.outcome or isinstance(made.outcome, Raised),
-            f"{made.title} gave {answer(made.outcome)}, where {answer(after.outcome)} is right",
+            cancelled_call.outcome == after.outcome or isinstance(cancelled_call.outcome, Raised),
+            f"{cancelled_call.title}: expected {describe_outcome(after.outcome)}, "
+            f"got {describe_outcome(cancelled_call.outcome)}",
         )
-    if isinstance(made.outcome, Returned):
+    if isinstance(cancelled_call.outcome, Returned):
         possible = [after]
-    elif scene.must_compensate:
+    elif scenario.must_compensate:
         possible = [before]
     else:
         possible = [before, after]
-    half = await find_partial_effect(
-        store, scene.asked, scene.call, before=before, possible=possible, exact_times=exact_times
+    partial = await find_partial_effect(
+        store, scenario.probes, scenario.call, before=before, possible=possible, exact_times=exact_times
     )
     context.assertions += 1
-    if half is not None:
-        what = "left what it had won" if possible == [before] else "was neither whole nor undone"
-        raise ContractViolation(f"{made.title} {what}: {half}", program=program(made))
+    if partial is not None:
+        what = "was not released" if possible == [before] else "took partial effect"
+        raise ContractViolation(f"{cancelled_call.title} {what}: {partial}", program=program(cancelled_call))
 
 
-async def _cut_everywhere(context: CheckContext, settings: dict[str, ScenarioFactory], moments: int) -> None:
-    """Cancel the call of each setting at every point, and at so many moments, each on a run of its own."""
+async def _cancel_everywhere(
+    context: CheckContext, factories: dict[str, ScenarioFactory], moments: int
+) -> None:
+    """Cancel the call of each scenario at every suspension point and at random times, each on its own run."""
     *_, other = await context.workers(2)
-    for setting in settings.values():
+    for factory in factories.values():
 
-        async def make(count: int, setting: ScenarioFactory = setting) -> Sequence[Scenario]:
-            scenes = [new_scenario(context, setting) for _ in range(count)]
-            await asyncio.gather(*(_set_up(context.store, scene) for scene in scenes))
-            return scenes
+        async def make(count: int, factory: ScenarioFactory = factory) -> Sequence[Scenario]:
+            scenarios = [new_scenario(context, factory) for _ in range(count)]
+            await asyncio.gather(*(_set_up(context.store, scenario) for scenario in scenarios))
+            return scenarios
 
         [whole] = await make(1)
         usual = await profile(context.store, whole)
@@ -112,58 +115,60 @@ async def _cut_everywhere(context: CheckContext, settings: dict[str, ScenarioFac
             make,
             usual,
             context.random,
-            # What was won and must be given back is won at one moment, in a server or thread perhaps.
+            # A claim is won at one instant, possibly in a server or thread: try more random times.
             moments=(4 if whole.must_compensate else 1) * moments,
             exact_times=context.exact_times,
-            most=context.profile.of(24, 60, 200),
+            limit=context.profile.of(24, 60, 200),
         )
-        cuts = [made async for made in swept]
-        await _settle(before)
-        # Every other one is looked at by a further store: what happened, happened for all.
+        cancelled = [cancelled_call async for cancelled_call in swept]
+        await _wait_for_tasks(before)
+        # Check every second call through another store: an effect must be visible to all stores.
         await asyncio.gather(
             *(
-                _examine(context, other if number % 2 else context.store, made)
-                for number, made in enumerate(cuts)
+                _check_atomicity(context, other if number % 2 else context.store, cancelled_call)
+                for number, cancelled_call in enumerate(cancelled)
             )
         )
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
-async def a_cancelled_write_happened_or_did_not(context: CheckContext) -> None:
-    """Each writing call, cancelled at each step, has happened whole or not at all, and can be said again."""
-    await _cut_everywhere(context, available(context.capabilities), context.profile.of(2, 5, 40))
+async def a_cancelled_write_is_atomic(context: CheckContext) -> None:
+    """A write cancelled at any point takes full effect or none, and can be repeated."""
+    await _cancel_everywhere(context, available(context.capabilities), context.profile.of(2, 5, 40))
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
-async def a_cancelled_win_is_given_back_before_the_store_closes(context: CheckContext) -> None:
-    """An ownerless claim or a dispatch that was won and cancelled is given back; closing waits for that."""
+async def a_cancelled_claim_is_released_before_the_store_closes(context: CheckContext) -> None:
+    """A cancelled ownerless claim or dispatch is released again; aclose waits for the release."""
     rounds = context.profile.of(3, 5, 20)
-    settings = {
-        name: setting
-        for name, setting in available(context.capabilities).items()
+    factories = {
+        name: factory
+        for name, factory in available(context.capabilities).items()
         if name in ("claim_without_owner", "dispatch")
     }
-    whole = new_scenario(context, settings["dispatch"])
+    whole = new_scenario(context, factories["dispatch"])
     await _set_up(context.store, whole)
     usual = await profile(context.store, whole)
     for _ in range(rounds):
         closing = await context.open()
-        scenes = [new_scenario(context, setting) for setting in settings.values() for _ in range(10)]
-        await asyncio.gather(*(_set_up(closing, scene) for scene in scenes))
-        # All at once: some are cancelled while they wait for a connection or for the writer.
-        points = [_some_point(context, usual, len(scenes)) for _ in scenes]
-        cuts = await asyncio.gather(
+        scenarios = [new_scenario(context, factory) for factory in factories.values() for _ in range(10)]
+        await asyncio.gather(*(_set_up(closing, scenario) for scenario in scenarios))
+        # Concurrent, so that some calls are cancelled while they wait for a connection or the writer.
+        points = [_random_point(context, usual, len(scenarios)) for _ in scenarios]
+        cancelled = await asyncio.gather(
             *(
-                cancel_at(closing, scene, point, exact_times=context.exact_times)
-                for scene, point in zip(scenes, points, strict=True)
+                cancel_at(closing, scenario, point, exact_times=context.exact_times)
+                for scenario, point in zip(scenarios, points, strict=True)
             )
         )
         await closing.aclose()
-        await asyncio.gather(*(_examine(context, context.store, made) for made in cuts))
+        await asyncio.gather(
+            *(_check_atomicity(context, context.store, cancelled_call) for cancelled_call in cancelled)
+        )
 
 
-def _some_point(context: CheckContext, usual: CallProfile, crowd: int) -> CancelPoint:
-    """A point of a call among so many at the same time, so that each takes longer than alone."""
+def _random_point(context: CheckContext, usual: CallProfile, crowd: int) -> CancelPoint:
+    """A random cancellation point of a call that competes with other calls."""
     if context.random.random() < 0.5:
         return CancelPoint(context.random.randrange(usual.waits + 2))
     return CancelPoint(
@@ -173,8 +178,8 @@ def _some_point(context: CheckContext, usual: CallProfile, crowd: int) -> Cancel
 
 @check("CON-4", kind=Kind.CANCELLATION)
 async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
-    """Reads, cancelled at each step, let out nothing, change nothing and leave the store usable."""
-    setup, retry = SETTINGS["retry_step"](UUID(int=context.random.getrandbits(128)), UUID(int=7))
+    """A read cancelled at any point raises nothing else, changes nothing and leaves the store usable."""
+    setup, retry = SCENARIOS["retry_step"](UUID(int=context.random.getrandbits(128)), UUID(int=7))
     run_id = retry.arguments["run_id"]
     for call in setup:
         await invoke(context.store, call)
@@ -192,38 +197,40 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         ("get_stalled_steps", {}),
         ("get_runs_to_stop", {}),
     ):
-        if NEEDS[method] in context.capabilities:
+        if OPERATIONS[method].is_offered(context.capabilities):
             reads.append(Call(method=method, arguments=arguments))
     for read in reads:
-        scene = Scenario(run_id=run_id, setup=(), call=read, must_compensate=False, asked=())
+        scenario = Scenario(run_id=run_id, setup=(), call=read, must_compensate=False, probes=())
 
-        async def make(count: int, scene: Scenario = scene) -> Sequence[Scenario]:
-            return [scene] * count
+        async def make(count: int, scenario: Scenario = scenario) -> Sequence[Scenario]:
+            return [scenario] * count
 
-        right = await outcome_of(context.store, read, exact_times=context.exact_times)
-        usual = await profile(context.store, scene)
+        wanted = await outcome_of(context.store, read, exact_times=context.exact_times)
+        usual = await profile(context.store, scenario)
         moments = context.profile.of(1, 3, 20)
-        async for made in sweep(
+        async for cancelled_call in sweep(
             context.store, make, usual, context.random, moments=moments, exact_times=context.exact_times
         ):
-            if made.outcome not in (None, right):
-                assert made.outcome is not None
-                message = f"{made.title} gave {answer(made.outcome)}, where {answer(right)} is right"
-                raise ContractViolation(message)
+            if cancelled_call.outcome not in (None, wanted):
+                assert cancelled_call.outcome is not None
+                raise ContractViolation(
+                    f"{cancelled_call.title}: expected {describe_outcome(wanted)}, "
+                    f"got {describe_outcome(cancelled_call.outcome)}"
+                )
             context.assertions += 1
         context.expect_that(
-            await outcome_of(context.store, read, exact_times=context.exact_times) == right,
-            f"{read.method} answers otherwise after calls of it were cancelled",
+            await outcome_of(context.store, read, exact_times=context.exact_times) == wanted,
+            f"the result of {read.method} changed after cancelled calls of it",
         )
 
 
 def _threads() -> int:
-    # The event loop keeps the threads of its own executor until it ends.
+    # The event loop keeps the threads of its default executor until it ends.
     return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
 
 
 def _descriptors() -> int:
-    """How many files and sockets the process has open; 0 where the system does not tell."""
+    """The number of open files and sockets of this process; 0 if the system does not report it."""
     try:
         return len(os.listdir("/proc/self/fd"))
     except OSError:
@@ -231,51 +238,59 @@ def _descriptors() -> int:
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
-async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
-    """After a storm of cancelled calls, and closing, no task, thread or connection is left."""
-    settings = list(available(context.capabilities).values())
+async def cancelled_calls_leak_no_resources(context: CheckContext) -> None:
+    """After many cancelled calls and aclose no task, thread or connection is left."""
+    factories = list(available(context.capabilities).values())
 
-    async def storm(store: FlowStore) -> Sequence[CancelledCall]:
-        """Every call several times: cancelled where it first waits, later, and before it began."""
-        # The last is the only one at which a store can be cancelled that answers at once.
+    async def cancel_many(store: FlowStore) -> Sequence[CancelledCall]:
+        """Cancel every call at its first suspension, at a later one, and before it begins."""
+        # A store whose calls never suspend can be cancelled only before they begin, at the last point.
         points = [CancelPoint(1), CancelPoint(context.random.randrange(2, 6)), CancelPoint(0)]
-        cuts = [(new_scenario(context, setting), point) for point in points for setting in settings]
-        await asyncio.gather(*(_set_up(store, scene) for scene, _ in cuts))
+        cancelled = [(new_scenario(context, factory), point) for point in points for factory in factories]
+        await asyncio.gather(*(_set_up(store, scenario) for scenario, _ in cancelled))
         return await asyncio.gather(
-            *(cancel_at(store, scene, point, exact_times=context.exact_times) for scene, point in cuts)
+            *(
+                cancel_at(store, scenario, point, exact_times=context.exact_times)
+                for scenario, point in cancelled
+            )
         )
 
-    # The first time may load what is kept for ever; that is no leak.
+    # The first use may load modules and caches that stay; they are no leak.
     store = await context.open()
-    await storm(store)
+    await cancel_many(store)
     await store.aclose()
     gc.collect()
     tasks, threads, descriptors = set(asyncio.all_tasks()), _threads(), _descriptors()
     store = await context.open()
-    await _set_up(store, new_scenario(context, SETTINGS["claim_step"]))
-    # A store may keep tasks of its own for as long as it is open.
+    await _set_up(store, new_scenario(context, SCENARIOS["claim_step"]))
+    # An open store may have background tasks.
     resident = set(asyncio.all_tasks())
-    cuts: list[CancelledCall] = []
+    cancelled: list[CancelledCall] = []
     for _ in range(context.profile.of(1, 2, 10)):
-        cuts += await storm(store)
-    if all(made.outcome is not None for made in cuts):
-        raise Inconclusive("no call was still under way when it was cancelled")
-    await _settle(resident)
-    await asyncio.gather(*(_examine(context, store, made) for made in cuts[: len(settings)]))
+        cancelled += await cancel_many(store)
+    if all(cancelled_call.outcome is not None for cancelled_call in cancelled):
+        raise Inconclusive("every call had finished before it could be cancelled")
+    await _wait_for_tasks(resident)
+    await asyncio.gather(
+        *(_check_atomicity(context, store, cancelled_call) for cancelled_call in cancelled[: len(factories)])
+    )
     opened = len(asyncio.all_tasks() - tasks)
     growing = context.profile.of(20, 40, 200)
     for _ in range(growing):
         await cancel_at(
             store,
-            new_scenario(context, SETTINGS["start_run"]),
+            new_scenario(context, SCENARIOS["start_run"]),
             CancelPoint(1),
             exact_times=context.exact_times,
         )
-    await _settle(resident)
+    await _wait_for_tasks(resident)
     grown = len(asyncio.all_tasks() - tasks) - opened
-    context.expect_that(grown < growing / 2, f"{growing} cancelled calls left {grown} tasks that do not end")
+    context.expect_that(
+        grown < growing / 2,
+        f"tasks left by {growing} cancelled calls: expected fewer than {growing // 2}, got {grown}",
+    )
     await store.aclose()
-    deadline = asyncio.get_running_loop().time() + state_probe.PATIENCE_SECONDS
+    deadline = asyncio.get_running_loop().time() + state_probe.SETTLE_SECONDS
     while True:
         gc.collect()
         left = [task for task in asyncio.all_tasks() - tasks if not task.done()]
@@ -286,25 +301,25 @@ async def cancelled_calls_leave_nothing_behind(context: CheckContext) -> None:
             break
         await asyncio.sleep(0.01)
     context.expect_that(
-        not left, f"{len(left)} tasks run on after the store was closed, the first: {left[:1]}"
+        not left, f"tasks left after aclose: expected none, got {len(left)}, the first: {left[:1]}"
     )
-    context.expect_that(more[0] <= 0, f"{more[0]} more threads run after the store was closed than before")
+    context.expect_that(more[0] <= 0, f"threads left after aclose: expected none, got {more[0]}")
     context.expect_that(
-        more[1] <= 0, f"{more[1]} more files or sockets are open after the store was closed than before"
+        more[1] <= 0, f"files and sockets left open after aclose: expected none, got {more[1]}"
     )
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
-async def a_cancelled_cleanup_deleted_whole_runs(context: CheckContext) -> None:
-    """A cleanup, cancelled at each step, leaves each run as it was or deletes it with all it had."""
+async def a_cancelled_cleanup_deletes_whole_runs(context: CheckContext) -> None:
+    """A cleanup cancelled at any point leaves each run unchanged or deletes it whole."""
     cleanup = Call(method="cleanup", arguments={"cutoff": datetime(2099, 1, 1, tzinfo=UTC)})
-    setting = available(context.capabilities)["retry_step"]
+    factory = available(context.capabilities)["retry_step"]
 
-    # Of the setting only the setup is wanted: a run that failed, with something in every place.
+    # Use the setup of this scenario: a failed run with every kind of state.
     async def make() -> Sequence[Scenario]:
-        scenes = [replace(new_scenario(context, setting), call=cleanup) for _ in range(3)]
-        await asyncio.gather(*(_set_up(context.store, scene) for scene in scenes))
-        return scenes
+        scenarios = [replace(new_scenario(context, factory), call=cleanup) for _ in range(3)]
+        await asyncio.gather(*(_set_up(context.store, scenario) for scenario in scenarios))
+        return scenarios
 
     usual = await profile(context.store, (await make())[0])
     most = context.profile.of(5, 12, 60)
@@ -316,17 +331,20 @@ async def a_cancelled_cleanup_deleted_whole_runs(context: CheckContext) -> None:
         for _ in range(context.profile.of(1, 3, 20))
     ]
     for point in points:
-        scenes = await make()
+        scenarios = await make()
         before: set[asyncio.Task[object]] = set(asyncio.all_tasks())
-        made = await cancel_at(context.store, scenes[0], point, exact_times=context.exact_times)
-        await _settle(before)
-        for scene in scenes:
-            gone, kept = _expected(context, ()), _expected(context, scene.setup)
-            wanted = [one.look(scene.asked, exact_times=context.exact_times) for one in (gone, kept)]
-            seen = await observe_until(context.store, scene.asked, wanted, exact_times=context.exact_times)
+        cancelled_call = await cancel_at(context.store, scenarios[0], point, exact_times=context.exact_times)
+        await _wait_for_tasks(before)
+        for scenario in scenarios:
+            gone, kept = _expected_state(context, ()), _expected_state(context, scenario.setup)
+            wanted = [one.observe(scenario.probes, exact_times=context.exact_times) for one in (gone, kept)]
+            seen = await observe_until(
+                context.store, scenario.probes, wanted, exact_times=context.exact_times
+            )
             context.assertions += 1
             if seen not in wanted:
+                partial = difference(scenario.probes, seen, wanted)
                 raise ContractViolation(
-                    f"{made.title} deleted half a run: {difference(scene.asked, seen, wanted)}",
-                    program=program(made),
+                    f"{cancelled_call.title} deleted part of a run: {partial}",
+                    program=program(cancelled_call),
                 )

@@ -1,4 +1,4 @@
-"""What a backend declares, probed both ways; and how its stores are opened, closed and dropped."""
+"""Declared capabilities, tested both ways; and opening, closing and dropping stores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flowstore_conformance.checks.fixtures import (
     FLOW,
     assert_same,
     expect_fields,
+    expect_present,
     get_run,
     new_id,
     now,
@@ -23,9 +24,8 @@ from flowstore_conformance.checks.fixtures import (
     second_store,
     single,
     start,
-    there,
 )
-from flowstore_conformance.checks.operations import NEEDS, OPERATIONS, RUN, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments, legal_arguments
 from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, VirtualClock
 from flowstore_core import (
@@ -40,14 +40,19 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
+from flowstore_core.operations import CAPABILITY_METHODS
 
-# CON-2 and CON-6 are clauses of every backend. A clause of the capability itself would keep these checks
-# from running just where they are needed: on a backend that lacks it.
+_OPERATIONS_OF_CAPABILITIES = [
+    (capability, one) for capability, names in CAPABILITY_METHODS.items() for one in names
+]
+
+# These checks belong to CON-2 and CON-6, which apply to every backend. A clause of the capability itself
+# would skip them on a backend without it.
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def declared_capabilities_work_and_others_are_refused(context: CheckContext) -> None:
-    """Each operation of a capability works where it is declared, and raises NotSupportedError elsewhere."""
+    """Each operation of a capability works if it is declared, and raises NotSupportedError otherwise."""
     store = context.store
     declared = store.capabilities
     context.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
@@ -56,7 +61,7 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
     await start(context, run_id=RUN)
     await store.try_claim_step(RUN, "charge", owner="charge")
     await store.record_step_start(RUN, "charge", "http", owner="charge")
-    for operation, capability in NEEDS.items():
+    for capability, operation in _OPERATIONS_OF_CAPABILITIES:
         arguments = legal_arguments(operation)
         if operation == "trigger_run":
             arguments["run_id"] = new_id(context)
@@ -68,22 +73,24 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
                 answer != "<NotSupportedError raised>", f"{sentence}: it raised NotSupportedError"
             )
         else:
-            await _refused(context, call, capability, operation)
+            await _expect_unsupported(context, call, capability, operation)
     leased: dict[str, Any] = {"owner": "me", "lease": DAY}
     call = store.try_claim_step(RUN, "ship", **leased)
     if Capability.LEASES in declared:
         context.expect(await outcome_of(call), True, "try_claim_step with a lease where LEASES is declared")
     else:
-        await _refused(context, call, Capability.LEASES, "try_claim_step")
+        await _expect_unsupported(context, call, Capability.LEASES, "try_claim_step")
     for operation in OPERATIONS:
-        # Arguments are looked at first, whatever the backend lacks.
+        # Arguments are checked before capabilities.
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
             call = getattr(store, operation)(**arguments)
-            sentence = f"{operation} with a bad {name}, before any capability is asked for"
+            sentence = f"{operation} with an illegal {name} and without capability"
             await context.expect_error(call, InvalidArgumentError, sentence)
 
 
-async def _refused(context: CheckContext, call: Any, capability: Capability, operation: str) -> None:
+async def _expect_unsupported(
+    context: CheckContext, call: Any, capability: Capability, operation: str
+) -> None:
     sentence = f"{operation} where {capability} is not declared"
     error = await context.expect_error(call, NotSupportedError, sentence)
     named = {"backend": context.store.backend, "capability": capability.value, "operation": operation}
@@ -92,10 +99,10 @@ async def _refused(context: CheckContext, call: Any, capability: Capability, ope
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
-    """With VIRTUAL_CLOCK each store goes by the clock it was opened with; without it a clock is refused."""
+    """With VIRTUAL_CLOCK each store uses the clock it was opened with; without it a clock is refused."""
     ahead = VirtualClock(datetime(2050, 1, 1, tzinfo=UTC))
     if Capability.VIRTUAL_CLOCK in context.capabilities:
-        sentence = "a timestamp by the clock that the store was opened with"
+        sentence = "a timestamp of the store's given clock"
         async with context.backend.scratch(context.base_url) as url, open_store(url, clock=ahead) as store:
             run = await store.start_run(FLOW, "orders", new_id(context), "manual")
             context.expect(run.started_at, ahead.now, sentence)
@@ -103,7 +110,7 @@ async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
         if other is not context.store:
             run_id = await start(context)
             await other.complete_run(run_id, RunStatus.SUCCEEDED)
-            sentence = f"{sentence}, where two are open with clocks of their own"
+            sentence = f"{sentence}, with two stores on different clocks"
             wanted = {"started_at": now(context), "completed_at": ahead.now}
             expect_fields(context, await get_run(context, run_id), sentence, **wanted)
         return
@@ -111,7 +118,7 @@ async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
         async with open_store(context.url, clock=ahead):
             pass
     except FlowStoreError as error:
-        sentence = "open_store(clock=...) where VIRTUAL_CLOCK is not declared"
+        sentence = "open_store(clock=...) without VIRTUAL_CLOCK"
         context.expect(type(error).__name__, "NotSupportedError", sentence)
     else:
         context.expect_that(False, "open_store(clock=...) raises NotSupportedError without VIRTUAL_CLOCK")
@@ -119,24 +126,24 @@ async def a_clock_is_honoured_or_refused(context: CheckContext) -> None:
 
 @example("CON-2", kind=Kind.CAPABILITY)
 async def without_a_clock_the_stores_own_is_used(context: CheckContext) -> None:
-    """Its timestamps are of today, in the order of what happened, and it knows what is over by now."""
+    """Its timestamps are current and rising, and it judges leases, deadlines and retention by them."""
     before = datetime.now(UTC)
     async with context.backend.scratch(context.base_url) as url, open_store(url) as store:
         run = await store.start_run(FLOW, "orders", new_id(context), "manual")
         await store.record_skipped_step(run.run_id, "charge", "http")
         await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
-        detail = there(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
-        await _hold_against_its_own_clock(context, store)
+        detail = expect_present(await store.get_run_detail(run.run_id), "get_run_detail of a stored run")
+        await _check_comparisons_with_its_clock(context, store)
     step = single(detail.steps, "the step of a run that has one")
     stamps = [detail.started_at, step.started_at, step.completed_at, detail.completed_at]
-    # No limit that a slow machine or a server's clock could pass.
+    # Generous limits, for slow machines and skewed server clocks.
     limits = [before - DAY, *stamps, datetime.now(UTC) + DAY]
     rising = all(a is not None and b is not None and a <= b for a, b in pairwise(limits))
-    context.expect_that(rising, f"the store's own clock is about right and does not step back: got {stamps}")
+    context.expect_that(rising, f"the store's own clock: expected current, rising timestamps, got {stamps}")
 
 
-async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -> None:
-    """What was due two days ago and what is due in two: no clock is wrong by so much."""
+async def _check_comparisons_with_its_clock(context: CheckContext, store: FlowStore) -> None:
+    """Compare with times two days ago and two days ahead, which tolerates clock skew."""
     past, future = datetime.now(UTC) - 2 * DAY, datetime.now(UTC) + 2 * DAY
     run_id = new_id(context)
     await store.start_run(FLOW, "orders", run_id, "manual")
@@ -144,13 +151,15 @@ async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -
         leased: dict[str, Any] = {"owner": "me", "lease": DAY}
         context.expect(await store.try_claim_step(run_id, "leased", **leased), True, "claiming with a lease")
         answer = await store.try_claim_step(run_id, "leased", owner="other", lease=DAY)
-        context.expect(answer, False, "claiming what another has leased for a day")
+        context.expect(answer, False, "claiming a step that another owner has leased for a day")
         context.expect(
             await store.renew_step_claim(run_id, "leased", "me", 2 * DAY), True, "renewing a lease"
         )
         claim = single(await store.get_step_claims(run_id), "the claim")
-        end = there(claim.expires_at, "expires_at of a leased claim")
-        context.expect_that(end - claim.claimed_at >= 2 * DAY, "a lease ends as long from now as was asked")
+        end = expect_present(claim.expires_at, "expires_at of a leased claim")
+        context.expect_that(
+            end - claim.claimed_at >= 2 * DAY, "the end of a lease is claimed_at plus the lease"
+        )
         context.expect(await store.get_claimed_step_keys(run_id), {"leased"}, "the keys that are claimed")
         number = await store.record_step_start(run_id, "leased", "http", owner="me")
         context.expect(number, 1, "starting under a live claim")
@@ -158,12 +167,12 @@ async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -
         await store.try_record_dispatch(run_id, key, due_at=at)
         await store.register_waiter(run_id, key, key, expires_at=at)
         if Capability.WAITERS in context.capabilities:
-            waiter = there(await store.expire_waiter(run_id, key), "the waiter")
-            sentence = f"expiring a waiter whose expires_at lies in the {key}: it expired"
+            waiter = expect_present(await store.expire_waiter(run_id, key), "the waiter")
+            sentence = f"expiring a waiter whose expires_at is in the {key}: whether it expired"
             context.expect(waiter.expired_at is not None, key == "past", sentence)
     if Capability.RECOVERY in context.capabilities:
         stalled = [step.step_key for step in await store.get_stalled_steps()]
-        context.expect(stalled, ["past"], "the steps that are stalled by the store's own clock")
+        context.expect(stalled, ["past"], "the stalled steps by the store's own clock")
     if Capability.DASHBOARD in context.capabilities:
         active = (await store.get_statistics()).active_runs
         context.expect(active, 1, "the active runs by the store's own clock")
@@ -174,15 +183,15 @@ async def _hold_against_its_own_clock(context: CheckContext, store: FlowStore) -
             context.expect(found, listed, "the runs to stop by the store's own clock")
     orphan = new_id(context)
     await store.try_register_idempotency_key(FLOW, "manual", "key", orphan)
-    context.expect(await store.cleanup(past), 0, "a cleanup of what was over two days ago")
-    context.expect(await store.cleanup(future), 1, "a cleanup of all but the Running run")
+    context.expect(await store.cleanup(past), 0, "a cleanup with a cutoff two days ago")
+    context.expect(await store.cleanup(future), 1, "a cleanup with a cutoff in two days")
     found_id = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
-    context.expect(found_id, orphan, "a key that is younger than an hour by the store's own clock")
+    context.expect(found_id, orphan, "the run of a key younger than an hour by the store's own clock")
 
 
 @example("CON-2", kind=Kind.CAPABILITY)
-async def a_closed_store_says_so(context: CheckContext) -> None:
-    """aclose is idempotent; then each operation raises StoreClosedError, where its arguments are right."""
+async def a_closed_store_raises_store_closed(context: CheckContext) -> None:
+    """aclose is idempotent; afterwards each operation with legal arguments raises StoreClosedError."""
     async with context.backend.scratch(context.base_url) as url:
         async with open_store(url) as store:
             context.expect(await outcome_of(store.ping()), None, "ping of an open store")
@@ -193,13 +202,15 @@ async def a_closed_store_says_so(context: CheckContext) -> None:
             async with open_store(url) as store:
                 raise ZeroDivisionError
         except ZeroDivisionError:
-            await context.expect_error(store.ping(), StoreClosedError, "a store whose context an error left")
+            await context.expect_error(
+                store.ping(), StoreClosedError, "ping of a store whose context exited with an error"
+            )
     other = await second_store(context)
     if other is not context.store:
         await other.aclose()
         run_id = await start(context)
         status = await context.store.get_run_status(run_id)
-        context.expect(status, RunStatus.RUNNING, "closing one store leaves the others open")
+        context.expect(status, RunStatus.RUNNING, "a read through another store after closing one")
         closing = await second_store(context)
         keys = [f"step {number}" for number in range(12)]
         calls = [
@@ -210,9 +221,7 @@ async def a_closed_store_says_so(context: CheckContext) -> None:
         claimed = await context.store.get_claimed_step_keys(run_id)
         for key, answer in zip(keys, await asyncio.gather(*calls), strict=True):
             held = answer is True and key in claimed
-            sentence = (
-                f"a call under way while its store closes ends with its answer, or as if closed: {answer}"
-            )
+            sentence = f"a call in flight at aclose: expected its result or StoreClosedError, got {answer}"
             context.expect_that(held or answer == f"<{StoreClosedError.__name__} raised>", sentence)
 
 
@@ -223,13 +232,13 @@ async def _expect_closed(context: CheckContext, store: FlowStore) -> None:
         await context.expect_error(call, StoreClosedError, f"{operation} of a closed store")
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
             call = getattr(store, operation)(**arguments)
-            sentence = f"{operation} of a closed store with a bad {name}"
+            sentence = f"{operation} of a closed store with an illegal {name}"
             await context.expect_error(call, InvalidArgumentError, sentence)
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def an_option_that_is_not_listed_is_refused(context: CheckContext) -> None:
-    """By keyword and in the URL's query: ConfigurationError, and nothing is opened."""
+async def an_unknown_option_is_refused(context: CheckContext) -> None:
+    """By keyword and in the URL's query it raises ConfigurationError, and nothing is opened."""
     name = "no_such_option"
     context.expect_that(name not in context.backend.options, f"the backend does not list {name}")
     mark = "&" if "?" in context.url else "?"
@@ -243,40 +252,42 @@ async def an_option_that_is_not_listed_is_refused(context: CheckContext) -> None
             async with open_store(url, **options):
                 pass
         except FlowStoreError as error:
-            sentence = f"an option that the backend does not list, {where}"
+            sentence = f"an unknown option {where}"
             context.expect(type(error).__name__, ConfigurationError.__name__, sentence)
         else:
-            context.expect_that(False, f"an option that the backend does not list, {where}, is refused")
+            context.expect_that(False, f"an unknown option {where}: expected ConfigurationError, got a store")
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def scratch_gives_a_fresh_namespace_and_drops_it(context: CheckContext) -> None:
-    """Two are apart, each is empty at first, and nothing is left where one was."""
+async def scratch_creates_a_fresh_namespace_and_drops_it(context: CheckContext) -> None:
+    """Two namespaces are separate, each starts empty, and nothing is left of a dropped one."""
     run_id = await start(context)
     urls = []
     for _ in range(2):
         async with context.new_namespace() as other:
             urls.append(other.url)
-            context.expect_that(other.url != context.url, "scratch gives another namespace each time")
+            context.expect_that(other.url != context.url, "scratch creates a different namespace each time")
             context.expect(await other.store.get_runs(), (), "a fresh namespace is empty")
             await start(other, run_id=RUN)
-            context.expect(await context.store.get_run_status(RUN), None, "what another namespace holds")
-    context.expect_that(urls[0] != urls[1], "scratch gives another namespace each time")
+            context.expect(
+                await context.store.get_run_status(RUN), None, "the status of a run of another namespace"
+            )
+    context.expect_that(urls[0] != urls[1], "scratch creates a different namespace each time")
     status = await context.store.get_run_status(run_id)
-    context.expect(status, RunStatus.RUNNING, "a run in a namespace while others come and go")
+    context.expect(status, RunStatus.RUNNING, "a run after other namespaces were created and dropped")
     for url in urls:
         try:
             async with open_store(url, migrate=False) as store:
                 left: object = await store.get_runs()
         except FlowStoreError:
-            # It is gone, and without leave to migrate nothing is made in its place.
+            # The namespace is gone, and migrate=False creates nothing in its place.
             left = ()
-        context.expect(left, (), "what is left of a namespace that was dropped")
+        context.expect(left, (), "the runs of a dropped namespace")
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
-async def many_may_open_a_new_namespace_at_once(context: CheckContext) -> None:
-    """A dozen stores open one fresh namespace at the same time, and all work on the same."""
+async def many_stores_can_open_a_new_namespace_at_once(context: CheckContext) -> None:
+    """A dozen stores open one fresh namespace concurrently, and all work on the same data."""
     count = context.profile.of(6, 12, 12)
     given: dict[str, Any] = {} if context.clock is None else {"clock": context.clock}
     async with context.backend.scratch(context.base_url) as url, AsyncExitStack() as stack:
@@ -291,11 +302,11 @@ async def many_may_open_a_new_namespace_at_once(context: CheckContext) -> None:
         opened = [store for store in stores if not isinstance(store, FlowStoreError)]
         failed = [error for error in stores if isinstance(error, FlowStoreError)]
         if Capability.MULTI_PROCESS not in context.capabilities:
-            # Such a backend may let in one at a time; who comes too late is told so.
+            # Without MULTI_PROCESS a backend may allow one store at a time and refuse the others.
             failed = [error for error in failed if not isinstance(error, StoreUnavailableError)]
         names = [type(error).__name__ for error in failed]
-        context.expect(names, [], f"{count} stores opening a fresh namespace at once")
-        context.expect_that(opened, "of many that open a fresh namespace at once one gets in")
+        context.expect(names, [], f"{count} stores opening a fresh namespace concurrently")
+        context.expect_that(opened, "at least one of many concurrent openers of a fresh namespace succeeds")
         run_id = new_id(context)
         await opened[0].start_run(FLOW, "orders", run_id, "manual")
         won = await asyncio.gather(
@@ -305,32 +316,34 @@ async def many_may_open_a_new_namespace_at_once(context: CheckContext) -> None:
             )
         )
         context.expect(
-            sorted(map(str, won)), ["False"] * (len(won) - 1) + ["True"], "one of all wins a claim"
+            sorted(map(str, won)),
+            ["False"] * (len(won) - 1) + ["True"],
+            "the results of a claim through every store",
         )
         seen = [await store.get_claimed_step_keys(run_id) for store in opened]
-        context.expect(seen, [{"charge"}] * len(opened), "all that opened the namespace see the same")
+        context.expect(seen, [{"charge"}] * len(opened), "the claims read through every store")
 
 
 @example("CON-6", kind=Kind.CAPABILITY)
 async def opening_again_changes_nothing(context: CheckContext) -> None:
-    """Once migrated, opening with and without leave to migrate shows what was stored before."""
+    """Opening a migrated namespace with and without migration shows the stored data unchanged."""
     run_id = new_id(context)
     async with context.backend.scratch(context.base_url) as url:
-        looks: list[dict[str, Any]] = []
+        observations: list[dict[str, Any]] = []
         for migrate in (True, True, False):
             async with open_store(url, migrate=migrate) as store:
-                if not looks:
+                if not observations:
                     await store.start_run(FLOW, "orders", run_id, "manual")
                     await store.record_step_start(run_id, "charge", "http")
                     await store.try_claim_step(run_id, "ship", owner="me")
-                looks.append(await observe(context, run_id, store=store))
-    for after in looks[1:]:
-        assert_same(context, after, looks[0], "opening again changes nothing")
+                observations.append(await observe(context, run_id, store=store))
+    for after in observations[1:]:
+        assert_same(context, after, observations[0], "opening again changes nothing")
 
 
 @check("CON-5")
-async def what_was_stored_outlives_every_store(context: CheckContext) -> None:
-    """With all stores closed and one opened anew, every read shows what it showed before."""
+async def stored_data_outlives_every_store(context: CheckContext) -> None:
+    """After every store is closed and one is opened again, every read returns the same."""
     run_id = await start(context)
     await run_step(context, run_id)
     await context.store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
@@ -339,4 +352,4 @@ async def what_was_stored_outlives_every_store(context: CheckContext) -> None:
     await context.store.aclose()
     other = await context.open()
     after = await observe(context, run_id, store=other)
-    assert_same(context, after, before, "what was stored outlives the stores that stored it")
+    assert_same(context, after, before, "the state after every store was closed")

@@ -8,14 +8,13 @@ from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
     HOUR,
-    LOOKALIKES,
     MINUTE,
     SECOND,
-    STEP_ENDS,
+    SIMILAR_KEYS,
+    TERMINAL_STEP_STATUSES,
     TICK,
     advance,
     assert_same,
-    clock_of,
     expect_fields,
     get_run,
     get_step,
@@ -23,6 +22,7 @@ from flowstore_conformance.checks.fixtures import (
     observe,
     observe_all,
     outcome_of,
+    require_clock,
     run_step,
     second_store,
     single,
@@ -39,7 +39,7 @@ LEASED = [Capability.LEASES, Capability.VIRTUAL_CLOCK]
 
 @example("CLM-1")
 async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -> None:
-    """Losing is False, never an exception, and changes nothing; no time makes a claim without lease end."""
+    """Losing returns False and changes nothing; a claim without lease never expires."""
     store, run_id, other = context.store, await start(context), await start(context)
     at = now(context)
     context.expect(
@@ -57,56 +57,62 @@ async def one_claimant_wins_until_the_claim_is_released(context: CheckContext) -
     for key in ("a", "b"):
         for owner in ("second", None):
             answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
-            context.expect(answer, False, f"claiming a key that is held, as {owner}")
+            context.expect(answer, False, f"claiming a claimed key as {owner}")
     if Capability.LEASES in context.capabilities:
         answer = await outcome_of(store.try_claim_step(run_id, "b", owner="second", lease=MINUTE))
-        context.expect(answer, False, "claiming a key that is held, with a lease")
+        context.expect(answer, False, "claiming a claimed key with a lease")
     context.expect(await store.get_step_claims(run_id), wanted, "a losing claim changes nothing")
     context.expect(await store.get_claimed_step_keys(run_id), {"a", "b"}, "get_claimed_step_keys")
-    context.expect(await store.get_step_statuses(run_id), {}, "a claimed key is no step")
-    context.expect((await get_run(context, run_id)).steps, (), "a claimed key is in no detail")
+    context.expect(await store.get_step_statuses(run_id), {}, "the statuses with a claimed key")
+    context.expect(
+        (await get_run(context, run_id)).steps, (), "the steps of get_run_detail with a claimed key"
+    )
 
 
 @example("CLM-2")
-async def what_returned_true_is_visible_to_every_store(context: CheckContext) -> None:
-    """Another store on the same namespace sees each claim, dispatch, completion and key at once."""
+async def successful_writes_are_visible_to_every_store(context: CheckContext) -> None:
+    """Another store on the same namespace sees each claim, dispatch, completion and key immediately."""
     store, other = context.store, await second_store(context)
     for number in range(4):
         run_id = await start(context)
-        # Read first: who keeps what it has read must notice what others write.
+        # Read first, so that a stale cache shows.
         context.expect(await other.get_claimed_step_keys(run_id), set(), "the claims of a new run")
         context.expect(await other.get_dispatched_step_keys(run_id), set(), "the dispatches of a new run")
         await store.try_claim_step(run_id, "a", owner="mine")
-        context.expect(await other.get_claimed_step_keys(run_id), {"a"}, "a claim, seen by another store")
+        context.expect(
+            await other.get_claimed_step_keys(run_id), {"a"}, "the claims read through another store"
+        )
         answer = await outcome_of(other.try_claim_step(run_id, "a", owner="theirs"))
-        context.expect(answer, False, "claiming through another store what was won through this one")
+        context.expect(answer, False, "claiming through another store a claimed key")
         await store.try_record_dispatch(run_id, "a")
         context.expect(
-            await other.get_dispatched_step_keys(run_id), {"a"}, "a dispatch, seen by another store"
+            await other.get_dispatched_step_keys(run_id), {"a"}, "the dispatches read through another store"
         )
         answer = await outcome_of(other.try_record_dispatch(run_id, "a"))
-        context.expect(answer, False, "dispatching through another store what this one has dispatched")
+        context.expect(answer, False, "dispatching through another store a dispatched key")
         key = ("manual", f"key {number}")
         await store.try_register_idempotency_key(run_id, *key, run_id)
         found = await other.find_run_id_by_idempotency_key(run_id, *key)
-        context.expect(found, run_id, "an idempotency key, seen by another store")
+        context.expect(found, run_id, "the run of an idempotency key, read through another store")
         await store.request_cancel(run_id)
         context.expect(
-            await outcome_of(other.request_cancel(run_id)), False, "a latch, seen by another store"
+            await outcome_of(other.request_cancel(run_id)), False, "a second cancel through another store"
         )
         await store.complete_run(run_id, RunStatus.SUCCEEDED)
         status = await other.get_run_status(run_id)
-        context.expect(status, RunStatus.SUCCEEDED, "a completion, seen by another store")
+        context.expect(
+            status, RunStatus.SUCCEEDED, "the status of a completed run, read through another store"
+        )
         mine, theirs = await observe(context, run_id), await observe(context, run_id, store=other)
-        assert_same(context, theirs, mine, "two stores on one namespace show the same")
+        assert_same(context, theirs, mine, "two stores on one namespace return the same state")
 
 
 # CLM-3
 
 
 @example("CLM-3")
-async def releasing_a_claim_frees_that_key_alone(context: CheckContext) -> None:
-    """It is idempotent, keeps step and dispatch, and lets the next caller win."""
+async def releasing_a_claim_frees_only_that_key(context: CheckContext) -> None:
+    """Releasing is idempotent, keeps step and dispatch, and lets the next caller win."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one, key in ((run_id, "a"), (run_id, "b"), (other, "a")):
         await store.try_record_dispatch(one, key)
@@ -121,30 +127,34 @@ async def releasing_a_claim_frees_that_key_alone(context: CheckContext) -> None:
     context.expect(
         await store.get_claimed_step_keys(other), {"a"}, "the claim of the same key in another run"
     )
-    context.expect(await get_step(context, run_id, "a"), step, "releasing a claim keeps the step")
-    context.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "it keeps the dispatch")
+    context.expect(await get_step(context, run_id, "a"), step, "the step after a release")
+    context.expect(await store.get_dispatched_step_keys(run_id), {"a", "b"}, "the dispatches after a release")
     context.expect(
         await outcome_of(store.release_step_claim(run_id, "never claimed")), None, "releasing nothing"
     )
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="next"))
-    context.expect(answer, True, "claiming a key that was released")
+    context.expect(answer, True, "claiming a released key")
 
 
 @example("CLM-3")
-async def with_owner_only_that_owners_claim_is_released(context: CheckContext) -> None:
-    """Another's claim and nobody's stay; without owner whoever's goes, of a terminal step too."""
+async def a_release_with_owner_frees_only_that_owners_claim(context: CheckContext) -> None:
+    """Other claims stay; without owner any claim is released, also of a terminal step."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "mine", owner="me")
-    await store.try_claim_step(run_id, "nobody's")
-    for key in ("mine", "nobody's"):
+    await store.try_claim_step(run_id, "ownerless")
+    for key in ("mine", "ownerless"):
         for owner in ("other", "Me", "me ", "None", "null"):
             await store.release_step_claim(run_id, key, owner=owner)
-    both = {"mine", "nobody's"}
-    context.expect(await store.get_claimed_step_keys(run_id), both, "the claims after others' releases")
+    both = {"mine", "ownerless"}
+    context.expect(
+        await store.get_claimed_step_keys(run_id), both, "the claims after releases by other owners"
+    )
     await store.release_step_claim(run_id, "mine", owner="me")
-    context.expect(await store.get_claimed_step_keys(run_id), {"nobody's"}, "its owner releases a claim")
-    await store.release_step_claim(run_id, "nobody's")
-    context.expect(await store.get_step_claims(run_id), (), "without owner whoever's claim is released")
+    context.expect(
+        await store.get_claimed_step_keys(run_id), {"ownerless"}, "the claims after a release by the owner"
+    )
+    await store.release_step_claim(run_id, "ownerless")
+    context.expect(await store.get_step_claims(run_id), (), "the claims after a release without owner")
     for by in ("me", None):
         key = f"done, released by {by}"
         await store.try_claim_step(run_id, key, owner="me")
@@ -152,12 +162,12 @@ async def with_owner_only_that_owners_claim_is_released(context: CheckContext) -
         await store.release_step_claim(run_id, key, owner=by)
         context.expect(await store.get_step_claims(run_id), (), f"the claim of a terminal step, {key}")
         answer = await outcome_of(store.try_claim_step(run_id, key, owner="me"))
-        context.expect(answer, False, "a terminal step is not claimed, released or not")
+        context.expect(answer, False, "claiming a terminal step after a release")
 
 
 @example("CLM-3", needs=LEASED)
 async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> None:
-    """The owner removes its claim even when the lease has ended, and nobody else's that took over."""
+    """The owner removes its expired claim, but not the claim of a caller that took it over."""
     store, run_id = context.store, await start(context)
     for key in ("expired", "taken over"):
         await store.try_claim_step(run_id, key, owner="me", lease=MINUTE)
@@ -166,7 +176,7 @@ async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> No
     for key in ("expired", "taken over"):
         await store.release_step_claim(run_id, key, owner="me")
     claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
-    context.expect(claims, [("taken over", "next")], "the claims after the old owner released both")
+    context.expect(claims, [("taken over", "next")], "the claims after releases by the former owner")
 
 
 # CLM-4
@@ -174,49 +184,53 @@ async def an_expired_claim_is_released_by_its_owner(context: CheckContext) -> No
 
 @example("CLM-4")
 async def a_terminal_step_keeps_its_claim(context: CheckContext) -> None:
-    """A redelivered message loses; get_claimed_step_keys leaves the step out, get_step_claims lists it."""
+    """A redelivered message loses; get_claimed_step_keys omits the step, get_step_claims lists it."""
     store, run_id = context.store, await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner=f"of {status}")
         await run_step(context, run_id, status, status)
     await store.try_claim_step(run_id, "pending", owner="me")
     await run_step(context, run_id, "pending", StepStatus.PENDING)
     await store.try_claim_step(run_id, "running", owner="me")
     await store.record_step_start(run_id, "running", "http", owner="me")
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         answer = await outcome_of(store.try_claim_step(run_id, status, owner="redelivered"))
-        context.expect(answer, False, f"a message that is delivered again for a step that is {status}")
+        context.expect(answer, False, f"a redelivered message's claim of a {status} step")
     claimed = await store.get_claimed_step_keys(run_id)
-    context.expect(claimed, {"pending", "running"}, "get_claimed_step_keys leaves out terminal steps alone")
+    context.expect(claimed, {"pending", "running"}, "get_claimed_step_keys with terminal steps")
     owners = {claim.step_key: claim.owner for claim in await store.get_step_claims(run_id)}
-    wanted = {status.value: f"of {status}" for status in STEP_ENDS}
-    sentence = "get_step_claims lists the claims of terminal steps too"
+    wanted = {status.value: f"of {status}" for status in TERMINAL_STEP_STATUSES}
+    sentence = "get_step_claims with terminal steps"
     context.expect(owners, {**wanted, "pending": "me", "running": "me"}, sentence)
 
 
 @example("CLM-4", needs=LEASED)
 async def the_claim_of_a_terminal_step_does_not_expire(context: CheckContext) -> None:
-    """While the step is terminal the lease does not count, so nobody but its owner starts it again."""
+    """The lease does not count while the step is terminal, so only its owner can start it again."""
     store, run_id = context.store, await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner="me", lease=MINUTE)
         await run_step(context, run_id, status, status)
     before = await store.get_step_claims(run_id)
     advance(context, HOUR)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         for owner in ("redelivered", "me"):
             answer = await outcome_of(store.try_claim_step(run_id, status, owner=owner))
-            context.expect(answer, False, f"claiming a {status} step past the lease of its claim, as {owner}")
-    context.expect(await store.get_step_claims(run_id), before, "the claims of terminal steps stay")
+            context.expect(
+                answer, False, f"claiming a {status} step after the lease of its claim, as {owner}"
+            )
+    context.expect(
+        await store.get_step_claims(run_id), before, "the claims of terminal steps after their leases"
+    )
     call = store.record_step_start(run_id, "Failed", "http", owner="redelivered")
-    await context.expect_error(call, ClaimLostError, "starting a Failed step under somebody else's claim")
+    await context.expect_error(call, ClaimLostError, "starting a Failed step under another owner's claim")
     number = await outcome_of(store.record_step_start(run_id, "Failed", "http", owner="me"))
-    context.expect(number, 2, "starting a Failed step under its own claim, which has not expired")
+    context.expect(number, 2, "starting a Failed step under its owner's claim")
 
 
 @example("CLM-4", needs=LEASED)
-async def expired_claims_are_listed_but_not_claimed(context: CheckContext) -> None:
-    """get_claimed_step_keys leaves out a claim from the moment its lease ends; get_step_claims keeps it."""
+async def expired_claims_are_listed_but_not_live(context: CheckContext) -> None:
+    """get_claimed_step_keys omits a claim from the moment its lease ends; get_step_claims lists it."""
     store, run_id = context.store, await start(context)
     at = now(context)
     await store.try_claim_step(run_id, "b", owner="late", lease=MINUTE)
@@ -230,8 +244,10 @@ async def expired_claims_are_listed_but_not_claimed(context: CheckContext) -> No
     advance(context, MINUTE - TICK)
     for claimed in ({"a", "b", "c"}, {"a", "c"}):
         found = await store.get_claimed_step_keys(run_id)
-        context.expect(found, claimed, f"the live claims at {now(context)} where one ends at {at + MINUTE}")
-        context.expect(await store.get_step_claims(run_id), wanted, "get_step_claims lists every claim")
+        context.expect(
+            found, claimed, f"the live claims at {now(context)} with a lease that ends at {at + MINUTE}"
+        )
+        context.expect(await store.get_step_claims(run_id), wanted, "get_step_claims with expired claims")
         advance(context, TICK)
 
 
@@ -239,8 +255,8 @@ async def expired_claims_are_listed_but_not_claimed(context: CheckContext) -> No
 
 
 @example("CLM-5")
-async def the_owner_gets_true_again_and_changes_nothing(context: CheckContext) -> None:
-    """A caller that lost its acknowledgement asks again and learns the truth; everybody else gets False."""
+async def the_owner_can_repeat_its_claim(context: CheckContext) -> None:
+    """The owner of a live claim gets True again and changes nothing; every other caller gets False."""
     store, run_id = context.store, await start(context)
     leased = Capability.LEASES in context.capabilities
     lease = {"lease": DAY} if leased else {}
@@ -250,33 +266,33 @@ async def the_owner_gets_true_again_and_changes_nothing(context: CheckContext) -
     advance(context, SECOND)
     for key in ("plain", "leased"):
         answer = await outcome_of(store.try_claim_step(run_id, key, owner="me"))
-        context.expect(answer, True, f"the owner of a live claim claims again ({key})")
+        context.expect(answer, True, f"a repeated claim by the owner ({key})")
         if leased:
             answer = await outcome_of(store.try_claim_step(run_id, key, owner="me", lease=10 * DAY))
-            context.expect(answer, True, f"the owner of a live claim claims again with a lease ({key})")
-    context.expect(await store.get_step_claims(run_id), before, "claiming again changes nothing")
+            context.expect(answer, True, f"a repeated claim by the owner with a lease ({key})")
+    context.expect(await store.get_step_claims(run_id), before, "the claims after repeated claims")
     await store.record_step_start(run_id, "plain", "http", owner="me")
     answer = await outcome_of(store.try_claim_step(run_id, "plain", owner="me"))
-    context.expect(answer, True, "the owner of a live claim claims again once the step runs")
+    context.expect(answer, True, "a repeated claim by the owner of a Running step")
     number = await outcome_of(store.record_step_start(run_id, "plain", "http", owner="me"))
-    context.expect(number, 1, "claiming again does not win the claim anew: its attempt is the same")
+    context.expect(number, 1, "a repeated start after a repeated claim: the attempt")
 
 
 @example("CLM-5")
 async def owners_are_compared_exactly(context: CheckContext) -> None:
-    """Without owner each call is its own owner, recorded as None; a like token is somebody else's."""
+    """Calls without owner never share a claim and are recorded as None; similar tokens are distinct."""
     store, run_id = context.store, await start(context)
-    await store.try_claim_step(run_id, "nobody's")
+    await store.try_claim_step(run_id, "ownerless")
     for owner in (None, "None", "null"):
-        answer = await outcome_of(store.try_claim_step(run_id, "nobody's", owner=owner))
-        context.expect(answer, False, f"claiming a key that a call without owner holds, as {owner!r}")
+        answer = await outcome_of(store.try_claim_step(run_id, "ownerless", owner=owner))
+        context.expect(answer, False, f"claiming as {owner!r} a key claimed without owner")
     claim = single(await store.get_step_claims(run_id), "the claim")
-    context.expect(claim.owner, None, "the owner of a claim without owner")
-    first, *others = LOOKALIKES
+    context.expect(claim.owner, None, "the recorded owner of a claim without owner")
+    first, *others = SIMILAR_KEYS
     await store.try_claim_step(run_id, "charge", owner=first)
     for owner in others:
         answer = await outcome_of(store.try_claim_step(run_id, "charge", owner=owner))
-        context.expect(answer, False, f"claiming as {owner!r} what {first!r} holds")
+        context.expect(answer, False, f"claiming as {owner!r} a key claimed by {first!r}")
 
 
 # CLM-6
@@ -284,7 +300,8 @@ async def owners_are_compared_exactly(context: CheckContext) -> None:
 
 @example("CLM-6", needs=LEASED)
 async def a_lease_ends_on_time(context: CheckContext) -> None:
-    """A claim is held while now < expires_at, its time plus the lease; then the next claimant wins."""
+    """A claim is live while now < expires_at, which is its time plus the lease; then the next claimant
+    wins."""
     store, run_id = context.store, await start(context)
     at = now(context)
     context.expect(
@@ -297,30 +314,34 @@ async def a_lease_ends_on_time(context: CheckContext) -> None:
     expect_fields(context, claim, "a leased claim", owner="old", claimed_at=at, expires_at=at + MINUTE)
     end = advance(context, TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    context.expect(answer, True, "claiming when the lease of the claim has just ended")
+    context.expect(answer, True, "claiming at the end of the lease")
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="old", lease=MINUTE))
-    context.expect(answer, False, "the old owner once another took the claim over")
-    claim = single(await store.get_step_claims(run_id), "the claim that was taken over")
-    expect_fields(context, claim, "a claim taken over", owner="new", claimed_at=end, expires_at=end + MINUTE)
+    context.expect(answer, False, "a claim by the former owner after a takeover")
+    claim = single(await store.get_step_claims(run_id), "the claim after a takeover")
+    expect_fields(
+        context, claim, "the claim after a takeover", owner="new", claimed_at=end, expires_at=end + MINUTE
+    )
     again = advance(context, HOUR)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    context.expect(answer, True, "the old owner is a claimant like any other")
-    claim = single(await store.get_step_claims(run_id), "the claim that its owner won anew")
-    expect_fields(context, claim, "a claim won anew", claimed_at=again, expires_at=again + MINUTE)
+    context.expect(answer, True, "a claim by the former owner after the second lease ended")
+    claim = single(await store.get_step_claims(run_id), "the new claim of the former owner")
+    expect_fields(
+        context, claim, "the new claim of the former owner", claimed_at=again, expires_at=again + MINUTE
+    )
     advance(context, MINUTE)
     context.expect(
-        await outcome_of(store.try_claim_step(run_id, "a")), True, "taking it over without owner or lease"
+        await outcome_of(store.try_claim_step(run_id, "a")), True, "a takeover without owner or lease"
     )
     claim = single(await store.get_step_claims(run_id), "the claim without lease")
-    expect_fields(context, claim, "a claim taken over without lease", owner=None, expires_at=None)
+    expect_fields(context, claim, "the claim after a takeover without lease", owner=None, expires_at=None)
     advance(context, 3650 * DAY)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="new", lease=MINUTE))
-    context.expect(answer, False, "a claim without lease does not end, whatever the one before had")
+    context.expect(answer, False, "claiming long after a takeover without lease")
 
 
 @example("CLM-6", needs=LEASED)
 async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
-    """expires_at becomes now + lease if that is later; owner and claimed_at stay, and so does the attempt."""
+    """expires_at becomes now + lease if that is later; owner, claimed_at and the attempt stay."""
     store, run_id = context.store, await start(context)
     at = now(context)
     await store.try_claim_step(run_id, "a", owner="me", lease=MINUTE)
@@ -334,7 +355,7 @@ async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
             context, claim, f"a claim renewed by {lease}", owner="me", claimed_at=at, expires_at=end
         )
     number = await outcome_of(store.record_step_start(run_id, "a", "http", owner="me"))
-    context.expect(number, 1, "a renewed claim is the same claim: its attempt is the same")
+    context.expect(number, 1, "a repeated start after a renewal: the attempt")
     advance(context, HOUR - TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "a", owner="other"))
     context.expect(answer, False, "claiming a microsecond before a renewed lease ends")
@@ -343,35 +364,33 @@ async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
 
 
 @example("CLM-6", needs=LEASED)
-async def renewing_is_refused_past_the_lease_and_to_others(context: CheckContext) -> None:
-    """False for a claim without lease, past its lease, another's or none; nothing changes."""
+async def renewing_an_expired_or_foreign_claim_is_refused(context: CheckContext) -> None:
+    """Renewing an absent, expired, leaseless or foreign claim returns False and changes nothing."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "leased", owner="me", lease=HOUR)
     await store.try_claim_step(run_id, "expired", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="me", lease=MINUTE)
     await store.try_claim_step(run_id, "plain", owner="me")
-    await store.try_claim_step(run_id, "nobody's")
+    await store.try_claim_step(run_id, "ownerless")
     advance(context, MINUTE)
     await store.try_claim_step(run_id, "taken over", owner="next", lease=MINUTE)
     before = await observe_all(context, run_id)
-    owners = {"leased": ("other", "Me"), "nobody's": ("me", "None"), "unclaimed": ("me",)}
-    for key in ("leased", "expired", "taken over", "plain", "nobody's", "unclaimed"):
+    owners = {"leased": ("other", "Me"), "ownerless": ("me", "None"), "unclaimed": ("me",)}
+    for key in ("leased", "expired", "taken over", "plain", "ownerless", "unclaimed"):
         for owner in owners.get(key, ("me",)):
             answer = await outcome_of(store.renew_step_claim(run_id, key, owner, HOUR))
             context.expect(answer, False, f"renewing the claim {key!r} as {owner!r}")
-    assert_same(
-        context, await observe_all(context, run_id), before, "renewing that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused renewal changes nothing")
     await run_step(context, run_id, "leased")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     answer = await outcome_of(store.renew_step_claim(run_id, "leased", "me", 2 * HOUR))
-    context.expect(answer, True, "the status of step and run does not matter to renewing")
+    context.expect(answer, True, "renewing the claim of a terminal step in a terminal run")
 
 
 @example("CLM-6", needs=LEASED)
 async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
-    """A lease may be one microsecond; one that would end after 9999-12-30 ends there."""
-    store, clock, run_id = context.store, clock_of(context), await start(context)
+    """A lease may be one microsecond; one that would end after 9999-12-30 ends then."""
+    store, clock, run_id = context.store, require_clock(context), await start(context)
     await store.try_claim_step(run_id, "short", owner="me", lease=TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
     context.expect(answer, False, "claiming within a lease of one microsecond")
@@ -385,8 +404,6 @@ async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
         store.try_claim_step(run_id, "long", owner="me", lease=longest),
         store.renew_step_claim(run_id, "long", "me", longest),
     ):
-        context.expect(
-            await outcome_of(call), True, "a lease that would end after the last moment a store can hold"
-        )
+        context.expect(await outcome_of(call), True, "claiming with a lease that would end after 9999-12-30")
     claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
     context.expect(single(claims, "the claim").expires_at, latest, "the end of such a lease")

@@ -1,7 +1,7 @@
-"""Many callers of one store at once: a store may gather their calls, and none may notice (CON-1).
+"""CON-1: concurrent calls on one store, which the store may batch without visible effect.
 
-What a store sends together must answer each caller as if it had come alone: in its own order, with its
-own error, and truly when the store is closed under way.
+Each batched call must behave as if it ran alone: in its caller's order, with its own error, and with a true
+result when the store is closed in the meantime.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from flowstore_core import (
 )
 
 
-async def _all_at_once(calls: Sequence[Awaitable[object]]) -> list[object]:
-    """What each call answered, or the error that it raised."""
+async def _gather_outcomes(calls: Sequence[Awaitable[object]]) -> list[object]:
+    """Run calls concurrently and return each result or raised error."""
     found = await asyncio.gather(*calls, return_exceptions=True)
     for one in found:
         if isinstance(one, BaseException) and not isinstance(one, FlowStoreError):
             raise ContractViolation(
-                f"one of many calls let out {type(one).__name__}", clause="CON-2"
+                f"a concurrent call: expected a contract error, got {type(one).__name__}", clause="CON-2"
             ) from one
     return list(found)
 
@@ -42,14 +42,14 @@ def _brief(outcome: object) -> object:
 
 
 @check("CON-1", kind=Kind.RACE)
-async def one_of_many_callers_reads_what_it_wrote(context: CheckContext) -> None:
-    """Each of 64 callers finds its own calls done, in its order, while the others go on."""
+async def each_concurrent_caller_reads_its_own_writes(context: CheckContext) -> None:
+    """Each of 64 concurrent callers sees its own calls applied in order."""
     run_id = await start(context)
     store = context.store
 
     async def caller(number: int) -> None:
-        for turn in range(context.profile.of(1, 3, 12)):
-            key, owner = f"caller {number} turn {turn}", new_claim_token()
+        for round_number in range(context.profile.of(1, 3, 12)):
+            key, owner = f"caller {number} round {round_number}", new_claim_token()
             context.expect(await store.try_record_dispatch(run_id, key), True, "a dispatch of a new key")
             context.expect(
                 await store.try_claim_step(run_id, key, owner=owner), True, "a claim of a free key"
@@ -64,45 +64,45 @@ async def one_of_many_callers_reads_what_it_wrote(context: CheckContext) -> None
             await store.release_step_claim(run_id, key, owner=owner)
             context.expect(await store.try_claim_step(run_id, key), True, "a claim after its release")
             await store.release_dispatch(run_id, key)
-            if turn == 0 and number % 8 == 0:
+            if round_number == 0 and number % 8 == 0:
                 statuses = await store.get_step_statuses(run_id)
-                context.expect(
-                    statuses.get(key), StepStatus.PENDING, "the status that the caller has written"
-                )
+                context.expect(statuses.get(key), StepStatus.PENDING, "the status that the caller wrote")
                 dispatched = await store.get_dispatched_step_keys(run_id)
-                context.expect_that(key not in dispatched, "a dispatch that its caller released is gone")
+                context.expect_that(
+                    key not in dispatched, "a released dispatch is not in get_dispatched_step_keys"
+                )
 
     await asyncio.gather(*(caller(number) for number in range(64)))
 
 
 @check("CON-1", "CON-2", "STP-4", kind=Kind.RACE)
-async def one_of_many_calls_fails_alone(context: CheckContext) -> None:
-    """Of many calls at once those that must fail do, each with its own error, and all others happen."""
+async def one_failing_call_does_not_fail_its_batch(context: CheckContext) -> None:
+    """Of many concurrent calls the invalid ones raise their own errors, and all others are applied."""
     run_id, unknown, ended = await start(context), new_id(context), await start(context)
     store = context.store
     count = context.profile.of(48, 96, 192)
     keys = [f"step {number}" for number in range(count)]
     calls: list[Awaitable[object]] = [store.record_step_start(run_id, key, "http") for key in keys]
-    context.expect(await _all_at_once(calls), [1] * count, "the first attempts of many steps")
+    context.expect(await _gather_outcomes(calls), [1] * count, "the first attempts of many steps")
     await store.complete_run(ended, RunStatus.FAILED)
 
     calls, wanted = [], []
     for number, key in enumerate(keys):
-        call, answer = _a_call(store, run_id, unknown, ended, key, number % 8)
+        call, answer = _call_and_outcome(store, run_id, unknown, ended, key, number % 8)
         calls.append(call)
         wanted.append(answer)
-    found = await _all_at_once(calls)
-    context.expect([_brief(one) for one in found], wanted, "calls at once of which many must fail")
+    found = await _gather_outcomes(calls)
+    context.expect([_brief(one) for one in found], wanted, "concurrent calls of which many must fail")
     statuses = await store.get_step_statuses(run_id)
     for number, key in enumerate(keys):
         status = StepStatus.FAILED if number % 8 == 0 else StepStatus.RUNNING
-        context.expect(statuses[key], status, "a step after calls at once of which many must fail")
+        context.expect(statuses[key], status, "a step after concurrent calls of which many must fail")
 
 
-def _a_call(
+def _call_and_outcome(
     store: FlowStore, run_id: UUID, unknown: UUID, ended: UUID, key: str, kind: int
 ) -> tuple[Awaitable[object], object]:
-    """A call of one of eight kinds, and what must come of it."""
+    """A call of one of eight kinds, and its expected outcome."""
     failed = StepStatus.FAILED
     match kind:
         case 0:
@@ -123,7 +123,7 @@ def _a_call(
             return store.record_step_start(run_id, key, "http", owner="nobody"), "ClaimLostError"
 
 
-# Among them each character that a store could take to tell many texts apart by.
+# Includes the characters that a store might use as separators between texts.
 ODD_TEXTS = (
     None,
     "",
@@ -139,10 +139,10 @@ ODD_TEXTS = (
 
 
 @check("INP-2", "CON-1", kind=Kind.RACE)
-async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -> None:
-    """Keys, inputs, outputs and job ids that 64 callers write at the same moment are kept to the letter."""
+async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
+    """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
-    for turn in range(context.profile.of(3, 6, 20)):
+    for round_number in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
         odd = context.random.choice([0.02, 0.5])
 
@@ -151,14 +151,16 @@ async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -
 
         keys = [f"{text() or ''} {number}" for number in range(64)]
         inputs, outputs, job_ids = ([text() for _ in keys] for _ in range(3))
-        starts = await _all_at_once(
+        starts = await _gather_outcomes(
             [
                 store.record_step_start(run_id, key, "http", input_json=one, job_id=job_id or None)
                 for key, one, job_id in zip(keys, inputs, job_ids, strict=True)
             ]
         )
-        context.expect(starts, [1] * 64, f"the attempts of 64 steps that start at once, in turn {turn}")
-        await _all_at_once(
+        context.expect(
+            starts, [1] * 64, f"the attempts of 64 concurrently started steps, round {round_number}"
+        )
+        await _gather_outcomes(
             [
                 store.record_step_complete(run_id, key, StepStatus.SUCCEEDED, output_json=one, attempt=1)
                 for key, one in zip(keys, outputs, strict=True)
@@ -170,44 +172,44 @@ async def texts_written_at_once_come_back_to_the_letter(context: CheckContext) -
             key: (one, other, job_id or None)
             for key, one, other, job_id in zip(keys, inputs, outputs, job_ids, strict=True)
         }
-        context.expect(found, wanted, "the texts of 64 steps that were written at once")
+        context.expect(found, wanted, "the texts of 64 concurrently written steps")
 
 
 @check("CLM-1", "CLM-5", "CTL-1", kind=Kind.RACE)
-async def many_callers_of_one_store_on_few_keys(context: CheckContext) -> None:
-    """Of 200 callers of one store on few keys one wins each, or one owner's callers together."""
+async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) -> None:
+    """Of 200 concurrent callers of one store, one caller or one owner wins each key."""
     store = context.store
-    for turn in range(context.profile.of(1, 3, 10)):
+    for round_number in range(context.profile.of(1, 3, 10)):
         run_id = await start(context)
         keys = [f"step {number % 5}" for number in range(200)]
-        # On two of the five keys there are owners, each calling many times.
+        # Two of the five keys have owners that claim repeatedly.
         owners = [f"owner {n % 7}" if n % 5 in (1, 3) and n % 2 else None for n in range(200)]
-        claims = await _all_at_once(
+        claims = await _gather_outcomes(
             [store.try_claim_step(run_id, key, owner=o) for key, o in zip(keys, owners, strict=True)]
         )
-        dispatches = await _all_at_once([store.try_record_dispatch(run_id, key) for key in keys])
+        dispatches = await _gather_outcomes([store.try_record_dispatch(run_id, key) for key in keys])
         held = {one.step_key: one.owner for one in await store.get_step_claims(run_id)}
         for key in sorted(set(keys)):
             won = [n for n in range(200) if keys[n] == key and claims[n] is True]
             winners = {owners[n] for n in won}
-            what = f"the winners of {key!r}, claimed by 40 callers at once, in turn {turn}"
+            what = f"the winners of {key!r}, claimed by 40 concurrent callers, round {round_number}"
             context.expect(winners, {held.get(key)}, what)
             owner = held.get(key)
             callers = [n for n in range(200) if keys[n] == key and owners[n] == owner]
-            context.expect(len(won), 1 if owner is None else len(callers), f"how many {what[4:]} there are")
-            told = [dispatches[n] for n in range(200) if keys[n] == key]
-            context.expect(told.count(True), 1, f"winners of 40 dispatches of {key!r} at once")
-            context.expect(told.count(False), 39, f"losers of 40 dispatches of {key!r} at once")
+            context.expect(len(won), 1 if owner is None else len(callers), f"the number of {what[4:]}")
+            results = [dispatches[n] for n in range(200) if keys[n] == key]
+            context.expect(results.count(True), 1, f"the winners of 40 concurrent dispatches of {key!r}")
+            context.expect(results.count(False), 39, f"the losers of 40 concurrent dispatches of {key!r}")
 
 
 @check("CON-1", "CON-2", kind=Kind.RACE)
-async def calls_in_flight_at_aclose_say_what_became_of_them(context: CheckContext) -> None:
-    """Of many calls in flight when the store is closed each happened and says so, or did not."""
-    for turn in range(context.profile.of(3, 6, 20)):
+async def calls_in_flight_at_aclose_report_their_outcome(context: CheckContext) -> None:
+    """Each call in flight when the store closes either takes effect and says so, or has no effect."""
+    for round_number in range(context.profile.of(3, 6, 20)):
         run_id = await start(context)
         closing = await second_store(context)
         if closing is context.store:
-            context.expect_that(True, "one store at a time")
+            context.expect_that(True, "the backend allows one store at a time")
             return
         count = 100
         keys = [f"step {number}" for number in range(count)]
@@ -216,17 +218,17 @@ async def calls_in_flight_at_aclose_say_what_became_of_them(context: CheckContex
             *(closing.record_step_start(run_id, f"{key} too", "t") for key in keys),
         ]
         tasks = [asyncio.ensure_future(call) for call in calls]
-        for _ in range(turn * 3):
+        for _ in range(round_number * 3):
             await asyncio.sleep(0)
         await closing.aclose()
-        found = await _all_at_once(tasks)
+        found = await _gather_outcomes(tasks)
         claimed = {one.step_key for one in await context.store.get_step_claims(run_id)}
         started = await context.store.get_step_statuses(run_id)
         for number, (outcome, key) in enumerate(zip(found, [*keys, *keys], strict=True)):
             happened = key in claimed if number < count else f"{key} too" in started
-            what = f"a call that was in flight at aclose and answered {_brief(outcome)!r}"
+            what = f"a call in flight at aclose with the outcome {_brief(outcome)!r}"
             if type(outcome) in (StoreClosedError, StoreUnavailableError):
-                context.expect(happened, False, f"whether {what} happened")
+                context.expect(happened, False, f"whether {what} took effect")
             elif type(outcome) is not OutcomeUnknownError:
                 context.expect(_brief(outcome), True if number < count else 1, "a call in flight at aclose")
-                context.expect(happened, True, f"whether {what} happened")
+                context.expect(happened, True, f"whether {what} took effect")

@@ -1,4 +1,4 @@
-"""CTL: the control record, its latches and deadlines."""
+"""CTL: control records, latches and deadlines."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flowstore_conformance.checks.fixtures import (
     get_control,
     new_id,
     now,
-    numbers,
     observe_all,
     outcome_of,
+    run_numbers,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -36,7 +36,7 @@ NOTHING_LATCHED: dict[str, Any] = {
 
 @example("CTL-1")
 async def configure_run_stores_a_control_record(context: CheckContext) -> None:
-    """It may come before start_run, which leaves it alone; it makes no run and registers no key."""
+    """It may precede start_run, which keeps the record; it starts no run and registers no key."""
     store, run_id = context.store, new_id(context)
     at = advance(context, SECOND)
     given: dict[str, Any] = {"idempotency_key": "key", "timeout_at": at + MINUTE}
@@ -44,31 +44,33 @@ async def configure_run_stores_a_control_record(context: CheckContext) -> None:
     wanted = FlowRunControlRecord(
         run_id=run_id, flow_id=FLOW, trigger_key="manual", created_at=at, **given, **NOTHING_LATCHED
     )
-    context.expect(await store.get_run_control(run_id), wanted, "the control record as it was given")
+    context.expect(await store.get_run_control(run_id), wanted, "the control record")
     found = await store.find_run_id_by_idempotency_key(FLOW, "manual", "key")
-    context.expect(found, None, "configure_run registers no idempotency key")
+    context.expect(found, None, "the run of the key that configure_run names")
     answer = await outcome_of(store.try_register_idempotency_key(FLOW, "manual", "key", new_id(context)))
-    context.expect(answer, True, "registering for another run the key that configure_run names")
-    context.expect(await store.get_run_status(run_id), None, "configure_run makes no run")
+    context.expect(answer, True, "registering the key that configure_run names for another run")
+    context.expect(
+        await store.get_run_status(run_id), None, "the status of a configured run that never started"
+    )
     before = await store.get_run_control(run_id)
     advance(context, SECOND)
     await start(context, run_id=run_id)
-    context.expect(await store.get_run_control(run_id), before, "start_run leaves the control record alone")
+    context.expect(await store.get_run_control(run_id), before, "the control record after start_run")
 
 
 @example("CTL-1")
 async def configure_run_overwrites_and_keeps_created_at_and_latches(context: CheckContext) -> None:
-    """None overwrites too; created_at, a cancel and a time-out stay; other runs are left alone."""
+    """None overwrites too; created_at, a cancel and a time-out are kept; other runs stay unchanged."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
-    elsewhere = await store.get_run_control(other)
+    other_control = await store.get_run_control(other)
     made = await get_control(context, run_id)
     flow_id = new_id(context)
     advance(context, SECOND)
     await store.configure_run(run_id, flow_id, "timer")
     overwritten = {"flow_id": flow_id, "trigger_key": "timer", "idempotency_key": None, "timeout_at": None}
-    sentence = "configure_run overwrites, with None too, and keeps created_at"
+    sentence = "the control record after configure_run with and without None"
     expect_fields(
         context, await get_control(context, run_id), sentence, **overwritten, created_at=made.created_at
     )
@@ -78,9 +80,11 @@ async def configure_run_overwrites_and_keeps_created_at_and_latches(context: Che
     advance(context, SECOND)
     await store.configure_run(run_id, flow_id, "timer")
     after = await store.get_run_control(run_id)
-    context.expect(after, before, "configure_run never clears a cancel or a time-out")
-    context.expect(await outcome_of(store.request_cancel(run_id)), False, "the latch after configuring again")
-    context.expect(await store.get_run_control(other), elsewhere, "the control record of another run")
+    context.expect(after, before, "the latches after configure_run")
+    context.expect(
+        await outcome_of(store.request_cancel(run_id)), False, "a second cancel after configure_run"
+    )
+    context.expect(await store.get_run_control(other), other_control, "the control record of another run")
 
 
 # CTL-2
@@ -88,7 +92,7 @@ async def configure_run_overwrites_and_keeps_created_at_and_latches(context: Che
 
 @example("CTL-2")
 async def each_latch_is_set_by_one_call(context: CheckContext) -> None:
-    """True for the call that set it, else False; each is its own, and the user's reason comes first."""
+    """The first call of each latch returns True, later calls False; the user's reason takes precedence."""
     store = context.store
     for order in (("cancel", "time out"), ("time out", "cancel"), ("cancel",), ("time out",)):
         run_id = await start(context)
@@ -106,7 +110,7 @@ async def each_latch_is_set_by_one_call(context: CheckContext) -> None:
             context.expect(await outcome_of(latch[what](run_id, f"first {what}")), True, f"the first {what}")
         advance(context, SECOND)
         for what in order:
-            context.expect(await outcome_of(latch[what](run_id, "again")), False, f"the same {what} again")
+            context.expect(await outcome_of(latch[what](run_id, "again")), False, f"the second {what}")
         first = "cancel" if "cancel" in order else "time out"
         wanted = {
             "cancel_requested": True,
@@ -123,20 +127,20 @@ async def each_latch_is_set_by_one_call(context: CheckContext) -> None:
     at["cancel"] = advance(context, SECOND)
     await store.request_cancel(run_id)
     wanted = {"cancel_requested": True, "cancel_reason": None, "cancel_requested_at": at["cancel"]}
-    sentence = "a user's cancel without reason comes before the time-out's reason"
+    sentence = "the reason after a cancel without reason and a time-out"
     expect_fields(context, await get_control(context, run_id), sentence, **wanted)
 
 
 @example("CTL-2")
-async def request_cancel_makes_the_record_of_a_stored_run(context: CheckContext) -> None:
-    """With flow and trigger of the run; mark_timed_out makes none and is False."""
+async def request_cancel_creates_the_record_of_a_stored_run(context: CheckContext) -> None:
+    """The record takes flow and trigger from the run; mark_timed_out creates none and returns False."""
     store = context.store
     flow_id = new_id(context)
     run_id = await start(context, flow_id=flow_id, trigger_key="timer")
     context.expect(
         await outcome_of(store.mark_timed_out(run_id, "late")), False, "a time-out without control record"
     )
-    context.expect(await store.get_run_control(run_id), None, "mark_timed_out makes no control record")
+    context.expect(await store.get_run_control(run_id), None, "the control record after mark_timed_out")
     at = advance(context, SECOND)
     context.expect(
         await outcome_of(store.request_cancel(run_id, "")), True, "a cancel without control record"
@@ -153,33 +157,33 @@ async def request_cancel_makes_the_record_of_a_stored_run(context: CheckContext)
         timed_out_at=None,
         created_at=at,
     )
-    sentence = "the control record that request_cancel makes"
+    sentence = "the control record that request_cancel creates"
     context.expect(await store.get_run_control(run_id), wanted, sentence)
     context.expect(await outcome_of(store.request_cancel(run_id)), False, "the second cancel")
 
 
 @example("CTL-2")
-async def latches_do_not_look_at_the_runs_status(context: CheckContext) -> None:
-    """They are set before a run starts and after it ended, and leave its status alone."""
+async def latches_do_not_depend_on_the_run_status(context: CheckContext) -> None:
+    """They can be set before a run starts and after it ends, and do not change its status."""
     store, early, ended = context.store, new_id(context), await start(context)
     await store.complete_run(ended, RunStatus.SUCCEEDED)
     for run_id, status in ((early, None), (ended, RunStatus.SUCCEEDED)):
         await store.configure_run(run_id, FLOW, "manual")
         context.expect(
-            await outcome_of(store.request_cancel(run_id)), True, f"a cancel where the run is {status}"
+            await outcome_of(store.request_cancel(run_id)), True, f"a cancel of a run with status {status}"
         )
         context.expect(
-            await outcome_of(store.mark_timed_out(run_id)), True, f"a time-out where the run is {status}"
+            await outcome_of(store.mark_timed_out(run_id)), True, f"a time-out of a run with status {status}"
         )
         context.expect(await store.get_run_status(run_id), status, "the run's status after both latches")
     await start(context, run_id=early)
     control = await get_control(context, early)
-    context.expect(control.cancel_requested, True, "a cancel from before the run started")
+    context.expect(control.cancel_requested, True, "cancel_requested after a cancel before the start")
 
 
 @example("CTL-2")
-async def with_as_of_only_a_deadline_that_has_come_times_out(context: CheckContext) -> None:
-    """mark_timed_out with as_of needs timeout_at <= as_of; without it the deadline does not matter."""
+async def mark_timed_out_with_as_of_needs_an_elapsed_deadline(context: CheckContext) -> None:
+    """With as_of it needs timeout_at <= as_of; without as_of the deadline does not matter."""
     store, run_id, bare, early = (
         context.store,
         await start(context),
@@ -196,18 +200,18 @@ async def with_as_of_only_a_deadline_that_has_come_times_out(context: CheckConte
     answer = await outcome_of(store.mark_timed_out(bare, as_of=deadline + 3650 * DAY))
     context.expect(answer, False, "a time-out with as_of of a run without deadline")
     after = await observe_all(context, run_id, bare)
-    assert_same(context, after, before, "a time-out that is not due changes nothing")
+    assert_same(context, after, before, "a refused time-out changes nothing")
     answer = await outcome_of(store.mark_timed_out(run_id, "late", as_of=deadline))
     context.expect(answer, True, "a time-out as of the deadline itself")
     control = await get_control(context, run_id)
-    sentence = "a time-out is latched at the store's time, whatever as_of is"
+    sentence = "timed_out_at with as_of"
     expect_fields(
         context, control, sentence, timed_out_at=now(context), cancel_reason="late", timeout_at=deadline
     )
     answer = await outcome_of(store.mark_timed_out(run_id, as_of=deadline))
     context.expect(answer, False, "the second time-out")
     answer = await outcome_of(store.mark_timed_out(early))
-    context.expect(answer, True, "without as_of the deadline does not matter")
+    context.expect(answer, True, "a time-out without as_of before the deadline")
 
 
 # CTL-3
@@ -215,7 +219,7 @@ async def with_as_of_only_a_deadline_that_has_come_times_out(context: CheckConte
 
 @example("CTL-3")
 async def runs_to_stop_are_past_their_deadline_or_cancelled(context: CheckContext) -> None:
-    """Running runs alone, by timeout_at and run_id, those without a deadline last; as_of governs."""
+    """Only Running runs, by timeout_at and run_id, without deadline last; as_of replaces now."""
     store = context.store
     at = now(context) + DAY
     deadlines = {
@@ -243,20 +247,20 @@ async def runs_to_stop_are_past_their_deadline_or_cancelled(context: CheckContex
         await store.request_cancel(run_id)
     await store.complete_run(ended, RunStatus.CANCELLED)
     wanted = [5, 9, 7, 8, 4, 2, 3]
-    sentence = "the runs past their deadline or latched, by timeout_at and run_id"
+    sentence = "get_runs_to_stop in the order of timeout_at, run_id"
     for take in (100, 4, 1, 0):
         found = await store.get_runs_to_stop(as_of=at, take=take)
-        context.expect(numbers(found), wanted[:take], f"{sentence}, take={take}")
+        context.expect(run_numbers(found), wanted[:take], f"{sentence}, take={take}")
     found = await store.get_runs_to_stop(as_of=at - TICK)
-    context.expect(numbers(found), [5, 9, 4, 2, 3], "as of a microsecond before the deadline of two runs")
+    context.expect(run_numbers(found), [5, 9, 4, 2, 3], "as of a microsecond before the deadline of two runs")
     mixed = {run.run_id: run for run in await store.get_runs()}
     records = [mixed[UUID(int=number)] for number in (5, 9, 4, 2, 3)]
-    context.expect(found, records, "get_runs_to_stop gives the records of get_runs")
+    context.expect(found, records, "the records of get_runs_to_stop")
 
 
 @example("CTL-3", needs=[Capability.VIRTUAL_CLOCK])
-async def without_as_of_the_deadline_is_held_against_the_stores_now(context: CheckContext) -> None:
-    """A run comes onto the list at its deadline, to the microsecond."""
+async def without_as_of_deadlines_compare_with_the_stores_now(context: CheckContext) -> None:
+    """A run is listed from its deadline on, exact to the microsecond."""
     store, run_id = context.store, await start(context)
     await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) + MINUTE)
     advance(context, MINUTE - TICK)
@@ -268,7 +272,8 @@ async def without_as_of_the_deadline_is_held_against_the_stores_now(context: Che
 
 @example("CTL-3")
 async def extending_a_deadline_undoes_the_time_out(context: CheckContext) -> None:
-    """The time-out latch and its reason go, a user's cancel stays; True where there is a control record."""
+    """The time-out latch and its reason are cleared, a user's cancel stays; True if there is a control
+    record."""
     store, run_id, timed_out = context.store, await start(context), await start(context)
     for one in (run_id, timed_out):
         await store.configure_run(one, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
@@ -289,19 +294,19 @@ async def extending_a_deadline_undoes_the_time_out(context: CheckContext) -> Non
             "created_at": before.created_at,
             "idempotency_key": "key",
         }
-        sentence = "extending a deadline undoes the time-out and keeps a user's cancel"
+        sentence = "the control record after extending, with a cancel and a time-out"
         expect_fields(context, await get_control(context, run_id), sentence, **wanted)
     deadline = now(context) + DAY
     context.expect(
         await outcome_of(store.extend_deadline(timed_out, deadline)), True, "extending after a time-out"
     )
-    sentence = "extending a deadline undoes the time-out latch and its reason"
+    sentence = "the control record after extending a timed-out run"
     expect_fields(
         context, await get_control(context, timed_out), sentence, **NOTHING_LATCHED, timeout_at=deadline
     )
     found = [run.run_id for run in await store.get_runs_to_stop(as_of=deadline - TICK)]
     listed = (run_id in found, timed_out in found)
-    sentence = "a run whose deadline was extended is not to stop before it, unless it is cancelled"
+    sentence = "get_runs_to_stop after extending deadlines"
     context.expect(listed, (True, False), sentence)
     answer = await outcome_of(store.mark_timed_out(timed_out, "later", as_of=deadline))
     context.expect(answer, True, "a time-out at the new deadline")
@@ -309,5 +314,14 @@ async def extending_a_deadline_undoes_the_time_out(context: CheckContext) -> Non
     context.expect(reason, "later", "the reason of a time-out after extending")
     bare = await start(context)
     state = await observe_all(context, bare)
-    context.expect(await outcome_of(store.extend_deadline(bare, deadline)), False, "without control record")
-    assert_same(context, await observe_all(context, bare), state, "extend_deadline makes no control record")
+    context.expect(
+        await outcome_of(store.extend_deadline(bare, deadline)),
+        False,
+        "extend_deadline without control record",
+    )
+    assert_same(
+        context,
+        await observe_all(context, bare),
+        state,
+        "extend_deadline without control record changes nothing",
+    )

@@ -1,4 +1,4 @@
-"""A process that is killed while it writes: what it was told stays, what was under way is whole (CON-5)."""
+"""CON-5: acknowledged writes survive the kill of their process; the calls in flight are atomic."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from uuid import UUID
 
 from flowstore_conformance import crash_child
 from flowstore_conformance.checks.registry import Kind, check
-from flowstore_conformance.children import start_module
+from flowstore_conformance.child_processes import start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
 from flowstore_conformance.state_probe import (
     ModelState,
     Snapshot,
-    answer,
+    describe_outcome,
     difference,
     find_partial_effect,
     observe_until,
@@ -27,52 +27,54 @@ from flowstore_conformance.state_probe import (
     probe_calls,
 )
 from flowstore_conformance.traces import RemoteError
-from flowstore_conformance.watching import Hang, Hung
+from flowstore_conformance.watchdog import Hang, Hung
 from flowstore_core import Capability, FlowStore
 
 WORKERS = 6
-START_SECONDS = 60.0
-"""How long a process may take to start and to open the store."""
-ANSWER_SECONDS = 30.0
+START_TIMEOUT = 60.0
+"""Seconds in which a process must start and open the store."""
+WRITE_TIMEOUT = 30.0
 
 
 class Child:
-    """A writing process, and what it said until it was killed."""
+    """A writing process and its acknowledgements."""
 
     def __init__(self, process: asyncio.subprocess.Process, seed: int, call_seconds: float) -> None:
         self._process = process
         self._call_seconds = call_seconds
         self.seed = seed
         self.acknowledged = [0] * WORKERS
-        """How many calls of each worker returned; the next one may have been under way."""
+        """The number of returned calls of each worker; the next call may be in flight."""
         self.raised: tuple[int, int, RemoteError] | None = None
-        """A worker, the number of a call of its script, and what it raised."""
+        """The worker, the number of the call in its script, and the error."""
 
     async def ready(self) -> None:
+        """Wait until the process has opened the store."""
         assert self._process.stdout is not None
         try:
-            seconds = START_SECONDS + self._call_seconds
+            seconds = START_TIMEOUT + self._call_seconds
             line = await asyncio.wait_for(self._process.stdout.readline(), seconds)
         except TimeoutError:
-            raise Inconclusive(f"no process opened the store within {START_SECONDS:.0f} s") from None
+            raise Inconclusive(f"no process opened the store within {START_TIMEOUT:.0f} s") from None
         _raise_hang(line)
         if line.startswith(b"refused "):
-            told = line.decode().removeprefix("refused ").strip()
-            message = f"a process of its own could not open the store: {told}"
+            reason = line.decode().removeprefix("refused ").strip()
+            message = f"another process could not open the store: {reason}"
             raise ContractViolation(message, clause="CON-6")
         if line.strip() != b"ready":
-            raise Inconclusive("a process that should open the store ended before it had")
+            raise Inconclusive("the process ended before it had opened the store")
 
     async def write(self, calls: int, seconds: float) -> None:
-        """Let it write until so many calls were acknowledged, and a moment longer, then kill it."""
+        """Let the process write until a number of calls is acknowledged and a delay has passed, then kill
+        it."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         try:
-            # It tells by itself when a call hangs.
-            await asyncio.wait_for(self._read(calls), ANSWER_SECONDS + self._call_seconds)
+            # The process itself reports a hanging call.
+            await asyncio.wait_for(self._read(calls), WRITE_TIMEOUT + self._call_seconds)
         except TimeoutError:
             if not any(self.acknowledged):
-                raise Inconclusive("the process that should be killed was told nothing") from None
+                raise Inconclusive("no call of the process returned before the kill") from None
         await asyncio.sleep(seconds)
         await self.kill()
         await self._read(None)
@@ -83,11 +85,11 @@ class Child:
         await self._process.wait()
 
     async def _read(self, calls: int | None) -> None:
-        """Read what was said: until so many calls, or to the end."""
+        """Read acknowledgements up to a number of calls, or to the end of the output."""
         assert self._process.stdout is not None
         while calls is None or sum(self.acknowledged) < calls:
             line = await self._process.stdout.readline()
-            # The last line may have been cut by the kill: what is not whole was not said.
+            # The kill may have truncated the last line; an incomplete line acknowledges nothing.
             if not line.endswith(b"\n"):
                 return
             _raise_hang(line)
@@ -104,7 +106,7 @@ class Child:
 
 def _raise_hang(line: bytes) -> None:
     if line.startswith(b"hung "):
-        raise Hung(Hang.unpacked(line.decode().removeprefix("hung ")))
+        raise Hung(Hang.from_json(line.decode().removeprefix("hung ")))
 
 
 @asynccontextmanager
@@ -120,8 +122,8 @@ async def _child(context: CheckContext) -> AsyncIterator[Child]:
 
 
 @check("CON-5", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH)
-async def what_returned_survives_a_kill(context: CheckContext) -> None:
-    """After a SIGKILL what was acknowledged is there, the rest whole or not at all, and the store works."""
+async def acknowledged_writes_survive_a_kill(context: CheckContext) -> None:
+    """After a SIGKILL acknowledged writes persist, calls in flight are atomic, and the store works."""
     kills = context.profile.of(1, 4, 20)
     async with AsyncExitStack() as stack:
         children = [await stack.enter_async_context(_child(context)) for _ in range(min(kills, 4))]
@@ -130,73 +132,74 @@ async def what_returned_survives_a_kill(context: CheckContext) -> None:
             await child.ready()
             await child.write(context.random.randrange(20, 150), context.random.random() * 0.03)
             if child.raised is not None:
-                raise _raised(child, context.capabilities)
-            # On its own clock, as the dead process was: steps are ordered by their start.
+                raise _child_violation(child, context.capabilities)
+            # Use the store's own clock, as the killed process did: steps are ordered by their start.
             store = await context.open(clock=None)
             scripts = [
                 crash_child.script(child.seed, worker, context.capabilities) for worker in range(WORKERS)
             ]
             pairs = zip(scripts, child.acknowledged, strict=True)
-            await asyncio.gather(*(_examine(context, store, script, count) for script, count in pairs))
-            await _use(context, store)
+            await asyncio.gather(*(_check_runs(context, store, script, count) for script, count in pairs))
+            await _check_usable(context, store)
             await store.aclose()
 
 
-def _raised(child: Child, capabilities: Collection[Capability]) -> ContractViolation:
+def _child_violation(child: Child, capabilities: Collection[Capability]) -> ContractViolation:
     assert child.raised is not None
     worker, number, error = child.raised
     call = next(islice(crash_child.script(child.seed, worker, capabilities), number, None))
     foreign = error.name.startswith("!")
     error.name = error.name.removeprefix("!")
     violation = ContractViolation(
-        f"in a process of its own {call.method} raised {error.name}", clause="CON-2" if foreign else "CON-5"
+        f"{call.method} in another process: expected a result, got {error.name}",
+        clause="CON-2" if foreign else "CON-5",
     )
     violation.__cause__ = error
     return violation
 
 
-async def _examine(context: CheckContext, store: FlowStore, script: Iterator[Call], count: int) -> None:
-    """Hold every run of one worker against the model, the last one with and without the call under way."""
+async def _check_runs(context: CheckContext, store: FlowStore, script: Iterator[Call], count: int) -> None:
+    """Compare every run of one worker with the model, with and without the call in flight."""
     runs: dict[UUID, list[Call]] = {}
     for call in islice(script, count):
         runs.setdefault(crash_child.run_of(call), []).append(call)
-    under_way = next(script)
-    last = crash_child.run_of(under_way)
+    in_flight = next(script)
+    last = crash_child.run_of(in_flight)
     runs.setdefault(last, [])
     for run_id, calls in runs.items():
         before = ModelState(lambda: datetime.now(UTC), State())
         for call in calls:
-            before = before.then(call, exact_times=False)
+            before = before.apply(call, exact_times=False)
         possible = [before]
         if run_id == last:
-            possible.append(before.then(under_way, exact_times=False))
+            possible.append(before.apply(in_flight, exact_times=False))
         key = (crash_child.FLOW_ID, "manual", f"key of {run_id}")
-        asked = probe_calls(run_id, context.capabilities, step_keys=("c",), keys=[key])
+        probes = probe_calls(run_id, context.capabilities, step_keys=("c",), keys=[key])
         context.assertions += len(calls)
-        done = f"{len(calls)} calls on a run had returned"
+        done = f"after a kill with {len(calls)} returned calls on a run"
         if run_id == last:
-            done += f" and {under_way.method} was under way"
-            half = await find_partial_effect(
-                store, asked, under_way, before=before, possible=possible, exact_times=False
+            done += f" and {in_flight.method} in flight"
+            partial = await find_partial_effect(
+                store, probes, in_flight, before=before, possible=possible, exact_times=False
             )
         else:
-            wanted: list[Snapshot] = [before.look(asked, exact_times=False)]
-            seen = await observe_until(store, asked, wanted, exact_times=False)
-            half = None if seen in wanted else difference(asked, seen, wanted)
-        if half is not None:
-            raise ContractViolation(f"{done} when the process was killed: {half}")
+            wanted: list[Snapshot] = [before.observe(probes, exact_times=False)]
+            seen = await observe_until(store, probes, wanted, exact_times=False)
+            partial = None if seen in wanted else difference(probes, seen, wanted)
+        if partial is not None:
+            raise ContractViolation(f"{done}: {partial}")
 
 
-async def _use(context: CheckContext, store: FlowStore) -> None:
-    """A run from its beginning to its end, in the store that a dead process had open."""
+async def _check_usable(context: CheckContext, store: FlowStore) -> None:
+    """Run one run from start to end in the store that the killed process had open."""
     state = ModelState(lambda: datetime.now(UTC), State())
     calls = list(islice(crash_child.script(context.random.getrandbits(32), 0, context.capabilities), 12))
     run_id = crash_child.run_of(calls[0])
     for call in calls:
         if crash_child.run_of(call) == run_id:
-            state = state.then(call, exact_times=False)
-            outcome, right = await outcome_of(store, call, exact_times=False), state.outcome
+            state = state.apply(call, exact_times=False)
+            outcome, wanted_outcome = await outcome_of(store, call, exact_times=False), state.outcome
             context.assertions += 1
-            if outcome != right and right is not None:
-                told = f"gives {answer(outcome)}, where {answer(right)} is right"
-                raise ContractViolation(f"after a kill {call.method} {told}")
+            if outcome != wanted_outcome and wanted_outcome is not None:
+                message = f"expected {describe_outcome(wanted_outcome)}, got {describe_outcome(outcome)}"
+                raise ContractViolation(f"{call.method} after a kill: {message}")

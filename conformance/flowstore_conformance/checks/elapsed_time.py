@@ -1,4 +1,4 @@
-"""Durations are elapsed time, and days are days in UTC, whatever the local time zone does."""
+"""Durations are elapsed time and days are UTC days, whatever the local time zone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, clock_of, start
+from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, require_clock, start
 from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, RunStatus, RunTimeseriesGranularity
 
 CLOCK = [Capability.VIRTUAL_CLOCK]
 
-# As POSIX writes them, which no time zone database is needed for; and the days before both changes of 2026.
+# POSIX time zones, which need no time zone database, and the days before both changes of 2026.
 ZONES = {
     "CET-1CEST,M3.5.0,M10.5.0/3": (
         datetime(2026, 3, 28, 12, tzinfo=UTC),
@@ -27,7 +27,7 @@ ZONES = {
 
 @contextmanager
 def _local_zone(zone: str) -> Iterator[None]:
-    """Make it the time zone of this process, where the system can change that."""
+    """Set the time zone of this process, where the system allows it."""
     if not hasattr(time, "tzset"):
         yield
         return
@@ -45,9 +45,9 @@ def _local_zone(zone: str) -> Iterator[None]:
 
 
 @check("CLM-6", needs=CLOCK)
-async def a_lease_lasts_as_long_across_a_daylight_saving_change(context: CheckContext) -> None:
-    """A lease and a renewal of whole days end exactly so much later, across both changes of a year."""
-    clock = clock_of(context)
+async def a_lease_is_elapsed_time_across_a_daylight_saving_change(context: CheckContext) -> None:
+    """A lease of whole days, and its renewal, ends after exactly 24 hours per day."""
+    clock = require_clock(context)
     for zone, days_before in ZONES.items():
         with _local_zone(zone):
             for begun in days_before:
@@ -60,7 +60,7 @@ async def a_lease_lasts_as_long_across_a_daylight_saving_change(context: CheckCo
                     claim.step_key: claim.expires_at for claim in await context.store.get_step_claims(run_id)
                 }
                 wanted = {key: begun + lease for key, lease in leases.items()}
-                context.expect(ends, wanted, f"the ends of leases that begin at {begun:%Y-%m-%d}")
+                context.expect(ends, wanted, f"the ends of leases that start at {begun:%Y-%m-%d}")
                 await context.store.renew_step_claim(run_id, "1 days", "me", 2 * DAY)
                 (renewed, *_) = await context.store.get_step_claims(run_id)
                 context.expect(
@@ -68,16 +68,16 @@ async def a_lease_lasts_as_long_across_a_daylight_saving_change(context: CheckCo
                 )
                 clock.now = begun + 2 * DAY - TICK
                 won = await context.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
-                context.expect(won, False, "claiming a moment before a lease ends, a day after the change")
+                context.expect(won, False, "claiming just before the end of a lease, a day after the change")
                 clock.now = begun + 2 * DAY
                 won = await context.store.try_claim_step(run_id, "1 days", owner="next", lease=DAY)
-                context.expect(won, True, "claiming when a lease ends, a day after the change")
+                context.expect(won, True, "claiming at the end of a lease, a day after the change")
 
 
 @check("QRY-5", "QRY-4", needs=CLOCK)
-async def days_and_hours_are_those_of_utc_across_a_daylight_saving_change(context: CheckContext) -> None:
+async def buckets_and_days_are_utc_across_a_daylight_saving_change(context: CheckContext) -> None:
     """Buckets, durations and the day of the statistics do not depend on the local time zone."""
-    clock = clock_of(context)
+    clock = require_clock(context)
     for zone, days_before in ZONES.items():
         with _local_zone(zone):
             for noon in days_before:
@@ -97,9 +97,7 @@ async def days_and_hours_are_those_of_utc_across_a_daylight_saving_change(contex
                         (since + bucket * width, number, DAY.total_seconds() * 1000)
                         for bucket in range(2 * DAY // width)
                     ]
-                    context.expect(
-                        buckets, wanted, f"the buckets of each {granularity} from {since:%Y-%m-%d} on"
-                    )
+                    context.expect(buckets, wanted, f"the {granularity} buckets from {since:%Y-%m-%d}")
                 for day in (1, 2):
                     as_of = since + (day + 1) * DAY - TICK
                     today = (await context.store.get_statistics(as_of=as_of)).completed_today

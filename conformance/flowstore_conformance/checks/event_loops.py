@@ -1,4 +1,4 @@
-"""A store belongs to the event loop that it was opened in, not to the thread of that loop."""
+"""A store belongs to the event loop that opened it, not to the thread of that loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id, observe, start
 from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
-from flowstore_conformance.nesting import run_nested
+from flowstore_conformance.nested_loop import run_nested
 from flowstore_core import ConfigurationError, RunStatus, StepStatus
 
 HUNG_SECONDS = 5.0
@@ -19,14 +19,14 @@ async def _error_of(call: Callable[[], Awaitable[object]]) -> Exception | None:
     try:
         async with asyncio.timeout(HUNG_SECONDS):
             await call()
-    except Exception as error:  # noqa: BLE001 - the answer
+    except Exception as error:  # noqa: BLE001 - returned to the caller
         return error
     return None
 
 
 @check("CON-2", kind=Kind.HOSTILE)
-async def another_event_loop_in_the_same_thread_is_refused(context: CheckContext) -> None:
-    """Within the store's event loop a second one gets ConfigurationError, and nothing happens."""
+async def a_nested_event_loop_is_refused(context: CheckContext) -> None:
+    """Calls from an event loop nested in the store's own raise ConfigurationError and change nothing."""
     store, new = context.store, new_id(context)
     run_id = await start(context)
     attempt = await store.record_step_start(run_id, "charge", "http")
@@ -48,14 +48,16 @@ async def another_event_loop_in_the_same_thread_is_refused(context: CheckContext
     }
     for name, call in calls.items():
         error = run_nested(_error_of(call))
-        told = "no error" if error is None else type(error).__name__
+        got = "no error" if error is None else type(error).__name__
         context.expect_that(
             type(error) is ConfigurationError,
-            f"{name} in another event loop of the thread: expected ConfigurationError, got {told}",
+            f"{name} in another event loop of the thread: expected ConfigurationError, got {got}",
         )
-    assert_same(context, await observe(context, run_id), before, "calls in another event loop")
-    context.expect(await store.get_run_status(new), None, "the run of start_run in another event loop")
-    # Now in the store's own loop, several at once.
+    assert_same(context, await observe(context, run_id), before, "calls in another event loop change nothing")
+    context.expect(
+        await store.get_run_status(new), None, "the status of a run after start_run in another event loop"
+    )
+    # Then concurrent calls in the store's own loop.
     keys = [f"step {number}" for number in range(20)]
     claims = await asyncio.gather(*(store.try_claim_step(run_id, key) for key in keys))
-    context.expect(claims, [True] * len(keys), "claims after calls in another event loop")
+    context.expect(claims, [True] * len(keys), "claims in the store's own loop after calls in another")

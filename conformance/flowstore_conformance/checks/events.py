@@ -9,8 +9,8 @@ from flowstore_core import FlowEventRecord
 
 
 @example("EVT-1")
-async def events_are_kept_as_they_were_appended(context: CheckContext) -> None:
-    """append_event returns the sequence, which begins at 1 for each run and rises in commit order."""
+async def append_event_stores_events_in_order(context: CheckContext) -> None:
+    """append_event returns the sequence, which starts at 1 for each run and rises in commit order."""
     store, run_id, other = context.store, await start(context), await start(context)
     other_store = await second_store(context)
     wanted = []
@@ -20,7 +20,7 @@ async def events_are_kept_as_they_were_appended(context: CheckContext) -> None:
         writer = other_store if number % 2 else store
         event_type = f"event {number}"
         sequence = await writer.append_event(run_id, event_type, step_key=step_key, message=message)
-        context.expect(sequence, number, "the sequence of an event, by commit order from 1")
+        context.expect(sequence, number, "the sequence of an event")
         wanted.append(
             FlowEventRecord(
                 sequence=number,
@@ -31,17 +31,19 @@ async def events_are_kept_as_they_were_appended(context: CheckContext) -> None:
                 message=message,
             )
         )
-        # A clock that steps back changes no order.
+        # A clock that steps back does not change the order.
         advance(context, -2 * SECOND)
-    context.expect(await store.append_event(other, "event"), 1, "each run counts its own events")
+    context.expect(
+        await store.append_event(other, "event"), 1, "the sequence of the first event of another run"
+    )
     context.expect(await store.get_run_events(run_id), wanted, "get_run_events by sequence")
 
 
 @example("EVT-1")
-async def after_and_take_cut_the_log(context: CheckContext) -> None:
-    """get_run_events gives those with sequence > after, at most take, 200 unless asked otherwise."""
+async def after_and_take_limit_the_log(context: CheckContext) -> None:
+    """get_run_events returns events with sequence > after, at most take, by default 200."""
     store, run_id = context.store, await start(context)
-    # The default of take shows only above 200.
+    # More than the default of take.
     count = context.profile.of(12, 205, 205)
     for number in range(1, count + 1):
         await store.append_event(run_id, f"event {number}")

@@ -1,31 +1,33 @@
-"""Examples: small looks at one promise each, which share a namespace."""
+"""Examples: small tests of one promise each, which share a namespace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from flowstore_conformance.checks.registry import Kind, Run, check
+from flowstore_conformance.checks.registry import Check, Kind, Run, check
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_core import Capability, FlowStoreError
 
 NEEDS_EMPTY_NAMESPACE = ("QRY-", "RET-", "STP-8", "CTL-1", "CTL-3", "INP-3", "IDM-")
-"""Clauses whose examples look at all there is, or delete it; they get a namespace without others."""
+"""Prefixes of clauses whose examples read or delete across runs; they get a new namespace."""
 
 _Group = tuple[str, frozenset[Capability], Kind]
 _groups: dict[_Group, list[Run]] = {}
+_examples: dict[str, list[Run]] = {}
+"""The examples of each check, by the name of the check."""
 
 
 def example(
     clause: str, *, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE
 ) -> Callable[[Run], Run]:
-    """Declare an example of a clause; its docstring says what it proves.
+    """Declare an example of a clause; its docstring states the promise that it tests.
 
-    The examples of one clause with the same needs are one check, in one namespace: making a namespace
-    takes longer than most examples do. They run in the order of their declaration, and the examples of
-    other clauses may have been there before (but see LOOKS_AT_ALL). So an example works on runs, flows and
-    keys of its own, and expects those of others in every list over all runs. It may move the clock, which
-    is put back after it.
+    The examples of one clause with the same needs form one check in one namespace, because creating a
+    namespace takes longer than most examples. They run in the order of their declaration. Examples of other
+    clauses may have used the namespace before (but see NEEDS_EMPTY_NAMESPACE), so an example uses new runs,
+    flows and keys, and tolerates other runs in global lists. It may advance the clock, which is then reset.
     """
     group = (clause, frozenset(needs), kind)
 
@@ -47,12 +49,34 @@ def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
     own = "examples" if kind is Kind.EXAMPLE else f"{kind}_examples"
     run_all.__name__ = f"{own}_of_{clause.lower().replace('-', '_')}{'_with_' if more else ''}{more}"
     run_all.__doc__ = CLAUSES[clause].sentence
-    shares = kind is Kind.EXAMPLE and not clause.startswith(NEEDS_EMPTY_NAMESPACE)
-    check(clause, needs=needs, kind=kind, shares=shares)(run_all)
+    isolated = kind is not Kind.EXAMPLE or clause.startswith(NEEDS_EMPTY_NAMESPACE)
+    check(clause, needs=needs, kind=kind, isolated=isolated)(run_all)
+    _examples[run_all.__name__] = _groups[clause, needs, kind]
+
+
+def single_example(grouped: Check, name: str) -> Check | None:
+    """The check limited to one of its examples; None if it has no example of that name."""
+    for run in _examples.get(grouped.name, ()):
+        if run.__name__ == name:
+            return _limited(grouped, run)
+    return None
+
+
+def example_names(grouped: Check) -> list[str]:
+    """The names of the examples that a check runs; empty for a check that is not a group of examples."""
+    return [run.__name__ for run in _examples.get(grouped.name, ())]
+
+
+def _limited(grouped: Check, example: Run) -> Check:
+    async def run_one(context: CheckContext) -> None:
+        await _run(context, [example])
+
+    sentence = " ".join((example.__doc__ or "").split())
+    return replace(grouped, name=example.__name__, sentence=sentence, run=run_one)
 
 
 async def _run(context: CheckContext, runs: Iterable[Run]) -> None:
-    """Run every example, and report all that failed: each works on its own."""
+    """Run every example and report every failure: the examples are independent."""
     failed: list[str] = []
     cause: BaseException | None = None
     at = None if context.clock is None else context.clock.now
@@ -63,7 +87,7 @@ async def _run(context: CheckContext, runs: Iterable[Run]) -> None:
             failed.append(f"{found.message} [{run.__name__}]")
             cause = cause or found.__cause__
         except FlowStoreError as error:
-            what = f"an operation that should have worked raised {type(error).__name__}: {error}"
+            what = f"an operation: expected no error, got {type(error).__name__}: {error}"
             failed.append(f"{what} [{run.__name__}]")
             cause = cause or error
         if context.clock is not None and at is not None:

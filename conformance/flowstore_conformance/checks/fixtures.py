@@ -1,4 +1,4 @@
-"""How checks set a scene, and how they look at all of it."""
+"""Building blocks of checks: starting runs and steps, reading records, observing the whole state."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
-FAR = datetime(2100, 1, 1, tzinfo=UTC)
+FAR_FUTURE = datetime(2100, 1, 1, tzinfo=UTC)
 
-RUN_ENDS = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
-STEP_ENDS = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
-OUTCOMES = (*STEP_ENDS, StepStatus.PENDING)
+TERMINAL_RUN_STATUSES = (RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED)
+TERMINAL_STEP_STATUSES = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
+CLOSING_STATUSES = (*TERMINAL_STEP_STATUSES, StepStatus.PENDING)
 """Every status that closes an attempt."""
 
-NOBODY = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
+NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
-# Each differs from every other by a detail that one database or another does not see: case, blanks,
-# accents, compositions of one letter, a homoglyph, the code point order beyond the first plane.
-LOOKALIKES = (
+# Some databases treat some of these keys as equal or order them differently: case, blanks, accents,
+# normalisation forms, a homoglyph, wildcards, code points beyond the first plane.
+SIMILAR_KEYS = (
     "key",
     "Key",
     "KEY",
@@ -74,31 +74,31 @@ LOOKALIKES = (
 
 
 def new_id(context: CheckContext) -> UUID:
-    """An id that the seed decides."""
+    """A random id, determined by the seed."""
     return UUID(int=context.random.getrandbits(128), version=4)
 
 
 def now(context: CheckContext) -> datetime:
-    """The store's time: exactly where its clock is the bench's, else about it."""
+    """The store's time: exact with a virtual clock, else approximate."""
     return datetime.now(UTC) if context.clock is None else context.clock()
 
 
 def advance(context: CheckContext, duration: timedelta) -> datetime:
-    """Let time pass where the clock is the bench's; the time that it then is."""
+    """Advance the virtual clock, if there is one, and return the store's time."""
     if context.clock is not None:
         context.clock.advance(duration)
     return now(context)
 
 
-def clock_of(context: CheckContext) -> VirtualClock:
-    """The clock, for checks that need VIRTUAL_CLOCK."""
+def require_clock(context: CheckContext) -> VirtualClock:
+    """Return the virtual clock, for checks that need VIRTUAL_CLOCK."""
     if context.clock is None:
-        raise Inconclusive("this store's time cannot be moved", retryable=False)
+        raise Inconclusive("this store has no virtual clock", retryable=False)
     return context.clock
 
 
 async def second_store(context: CheckContext, **options: Any) -> FlowStore:
-    """A further store on the namespace; the bench's own where the backend lets one in at a time."""
+    """Open another store on the namespace; return the context's store if the backend allows only one."""
     try:
         return await context.open(**options)
     except Unsupported:
@@ -130,97 +130,101 @@ async def run_step(
     return attempt
 
 
-async def skip_step(context: CheckContext, run_id: UUID, *step_keys: str) -> None:
+async def skip_steps(context: CheckContext, run_id: UUID, *step_keys: str) -> None:
     for step_key in step_keys:
         await context.store.record_skipped_step(run_id, step_key, "http", "not needed")
 
 
-# What must be there; its absence is the store's, not the suite's
+# Required records: a missing one is a violation of the store, not an error of the suite
 
 
-def there(value: T | None, what: str) -> T:
-    """A record that must be there."""
+def expect_present(value: T | None, what: str) -> T:
+    """Return a record, or raise ContractViolation for None."""
     if value is None:
         raise ContractViolation(f"{what}: expected a record, got None")
     return value
 
 
 def single(values: Iterable[T], what: str) -> T:
-    """The one value that must be there."""
+    """Return the only value, or raise ContractViolation."""
     found = list(values)
     if len(found) != 1:
-        raise ContractViolation(f"{what}: expected one, got {len(found)}: {plain(comparable(found))[:300]}")
+        raise ContractViolation(
+            f"{what}: expected one value, got {len(found)}: {plain(comparable(found))[:300]}"
+        )
     return found[0]
 
 
 async def get_run(context: CheckContext, run_id: UUID) -> FlowRunDetail:
-    return there(await context.store.get_run_detail(run_id), "get_run_detail of a stored run")
+    return expect_present(await context.store.get_run_detail(run_id), "get_run_detail of a stored run")
 
 
 async def get_step(context: CheckContext, run_id: UUID, step_key: str = "charge") -> FlowStepRecord:
-    """The step as get_run_detail shows it."""
+    """Return a step of get_run_detail."""
     detail = await get_run(context, run_id)
     steps = [step for step in detail.steps if step.step_key == step_key]
     step = single(steps, f"step {step_key!r} in get_run_detail")
     if not step.attempts:
-        raise ContractViolation(f"step {step_key!r} in get_run_detail: expected its attempts, got none")
+        raise ContractViolation(
+            f"step {step_key!r} in get_run_detail: expected at least one attempt, got none"
+        )
     return step
 
 
 async def get_control(context: CheckContext, run_id: UUID) -> FlowRunControlRecord:
-    return there(await context.store.get_run_control(run_id), "get_run_control")
+    return expect_present(await context.store.get_run_control(run_id), "get_run_control")
 
 
 async def get_waiter(context: CheckContext, run_id: UUID, step_key: str = "wait") -> FlowSignalWaiter:
-    return there(await context.store.get_waiter(run_id, step_key), f"get_waiter of {step_key!r}")
+    return expect_present(await context.store.get_waiter(run_id, step_key), f"get_waiter of {step_key!r}")
 
 
-def of(record: object, *names: str) -> dict[str, Any]:
-    """Some fields of a record by name, to be held against a mapping of the same names."""
+def fields_of(record: object, *names: str) -> dict[str, Any]:
+    """Some fields of a record by name, for comparison with a mapping."""
     return {name: getattr(record, name, "<no such field>") for name in names}
 
 
 def expect_fields(context: CheckContext, record: object, sentence: str, **wanted: object) -> None:
-    """Hold some fields of a record, or attributes of an error, against what they should be."""
-    context.expect(of(record, *wanted), wanted, sentence)
+    """Compare some fields of a record, or attributes of an error, with their expected values."""
+    context.expect(fields_of(record, *wanted), wanted, sentence)
 
 
-def numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
-    """The ids of runs whose ids are small numbers."""
+def run_numbers(runs: Sequence[FlowRunRecord]) -> list[int]:
+    """The ids of runs as integers."""
     return [run.run_id.int for run in runs]
 
 
-def brief(value: object) -> str:
-    """A value for a sentence."""
-    # Cut first: the repr of a text that is too long is long too.
+def abbreviate(value: object) -> str:
+    """A short form of a value for a message."""
+    # Truncate first: the repr of a long text is long too.
     text = repr(value[:60]) if isinstance(value, str) else repr(value)
     size = len(value) if isinstance(value, str) else len(text)
     return text if size < 60 else f"{text[:50]}... of {size:,}"
 
 
 async def outcome_of(call: Awaitable[object]) -> object:
-    """What a caller is told: an answer, or the name of an error where no error is allowed."""
+    """Await a call and return its result, or the name of its error if no error is allowed."""
     try:
         return await call
     except FlowStoreError as error:
         return f"<{type(error).__name__} raised>"
 
 
-# All of it
+# The whole state
 
 
 async def observe_all(
     context: CheckContext, *run_ids: UUID, store: FlowStore | None = None
 ) -> dict[str, Any]:
-    """All that a store shows of some runs, and of all runs together: equal looks, equal stores."""
+    """Read the state of some runs and every global list; equal observations mean equal state."""
     store = store or context.store
     can = context.capabilities
     shown: dict[str, Any] = {
         "get_runs": await store.get_runs(take=1000),
         "get_active_runs": await store.get_active_runs(),
     }
-    # A fixed moment where time passes by itself, so that two looks compare.
-    as_of = FAR if context.clock is None else context.clock()
+    # Without a virtual clock use a fixed time, so that two observations compare equal.
+    as_of = FAR_FUTURE if context.clock is None else context.clock()
     if Capability.DASHBOARD in can:
         shown["get_runs_page"] = await store.get_runs_page(take=1000)
         shown["get_statistics"] = await store.get_statistics(as_of=as_of)
@@ -235,7 +239,7 @@ async def observe_all(
 
 
 async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | None = None) -> dict[str, Any]:
-    """All that a store shows of one run by its id."""
+    """Read the whole state of one run."""
     store = store or context.store
     can = context.capabilities
     shown: dict[str, Any] = {
@@ -261,7 +265,7 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
 def assert_same(
     context: CheckContext, after: Mapping[str, Any], before: Mapping[str, Any], sentence: str
 ) -> None:
-    """Hold two looks against each other, times to the microsecond, and name what differs."""
+    """Compare two observations, times to the microsecond, and report the first difference."""
     context.assertions += 1
     for read, was in before.items():
         want, got = comparable(was), comparable(after[read])

@@ -8,9 +8,9 @@ from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
     HOUR,
-    LOOKALIKES,
     MINUTE,
     SECOND,
+    SIMILAR_KEYS,
     advance,
     assert_same,
     expect_fields,
@@ -29,7 +29,7 @@ from flowstore_core import Capability, FlowRunRecord, RunAlreadyExistsError, Run
 
 @example("IDM-1")
 async def a_key_is_scoped_by_flow_and_trigger(context: CheckContext) -> None:
-    """The same key under another flow or trigger is another key, and nothing is glued together."""
+    """The same key under another flow or trigger is a different key; parts are never concatenated."""
     flow_id = new_id(context)
     store = context.store
     scopes = [
@@ -45,51 +45,55 @@ async def a_key_is_scoped_by_flow_and_trigger(context: CheckContext) -> None:
     runs = [new_id(context) for _ in scopes]
     for scope, run_id in zip(scopes, runs, strict=True):
         found = await store.find_run_id_by_idempotency_key(*scope)
-        context.expect(found, None, f"the run of {scope[1:]}, while only keys of other scopes are registered")
+        context.expect(found, None, f"the run of {scope[1:]} with only keys of other scopes registered")
         answer = await outcome_of(store.try_register_idempotency_key(*scope, run_id))
         context.expect(answer, True, f"registering {scope[1:]} beside keys of other scopes")
     for scope, run_id in zip(scopes, runs, strict=True):
         found = await store.find_run_id_by_idempotency_key(*scope)
-        context.expect(found, run_id, f"the run of {scope[1:]}, whose scope is flow, trigger and key")
+        context.expect(found, run_id, f"the run of {scope[1:]}")
 
 
 @example("IDM-1")
 async def idempotency_keys_are_compared_exactly(context: CheckContext) -> None:
-    """Keys and triggers are opaque and case-sensitive: none is folded, trimmed or composed."""
+    """Keys and triggers are opaque and case-sensitive: never folded, trimmed or normalised."""
     flow_id = new_id(context)
     store = context.store
-    for place in ("key", "trigger"):
+    for part in ("key", "trigger"):
         runs = {}
-        # Of the triggers a few: case, blank, accent.
-        for text in LOOKALIKES if place == "key" else LOOKALIKES[:10:3]:
+        # A few trigger keys suffice: case, blank, accent.
+        for text in SIMILAR_KEYS if part == "key" else SIMILAR_KEYS[:10:3]:
             run_id = runs[text] = new_id(context)
-            scope = ("manual", text) if place == "key" else (text, "key of a trigger")
+            scope = ("manual", text) if part == "key" else (text, "key of a trigger")
             answer = await outcome_of(store.try_register_idempotency_key(flow_id, *scope, run_id))
-            context.expect(answer, True, f"registering the {place} {text!r} beside those that look alike")
+            context.expect(answer, True, f"registering the {part} {text!r} beside similar ones")
         for text, run_id in runs.items():
-            scope = ("manual", text) if place == "key" else (text, "key of a trigger")
+            scope = ("manual", text) if part == "key" else (text, "key of a trigger")
             found = await store.find_run_id_by_idempotency_key(flow_id, *scope)
-            context.expect(found, run_id, f"the run of the {place} {text!r}")
+            context.expect(found, run_id, f"the run of the {part} {text!r}")
 
 
 @example("IDM-2")
-async def the_first_run_of_a_key_wins_and_wins_again(context: CheckContext) -> None:
-    """The same run_id again is True, any other False; find gives the winner; registering starts nothing."""
+async def the_first_run_of_a_key_wins(context: CheckContext) -> None:
+    """The same run_id again returns True, any other False; find returns the winner; no run is started."""
     flow_id = new_id(context)
     store, first, second = context.store, new_id(context), await start(context)
     scope = (flow_id, "manual", "key")
-    context.expect(await store.find_run_id_by_idempotency_key(*scope), None, "a key that is free")
+    context.expect(await store.find_run_id_by_idempotency_key(*scope), None, "the run of a free key")
     for run_id, won in ((first, True), (second, False), (first, True), (second, False)):
         answer = await outcome_of(store.try_register_idempotency_key(*scope, run_id))
         context.expect(answer, won, f"registering for the {'first' if won else 'second'} run")
-        context.expect(await store.find_run_id_by_idempotency_key(*scope), first, "the run that won the key")
+        context.expect(
+            await store.find_run_id_by_idempotency_key(*scope), first, "the run of a registered key"
+        )
     for number in range(3):
         answer = await outcome_of(
             store.try_register_idempotency_key(flow_id, "manual", f"more {number}", first)
         )
-        context.expect(answer, True, "one run may hold many keys")
-    context.expect(await store.get_run_status(first), None, "registering a key starts no run")
-    context.expect(await store.get_run_control(first), None, "registering a key makes no control record")
+        context.expect(answer, True, "registering another key for the same run")
+    context.expect(
+        await store.get_run_status(first), None, "the status of a registered run that never started"
+    )
+    context.expect(await store.get_run_control(first), None, "the control record after registering a key")
 
 
 # IDM-3
@@ -97,14 +101,14 @@ async def the_first_run_of_a_key_wins_and_wins_again(context: CheckContext) -> N
 
 @example("IDM-3")
 async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None:
-    """With a free key, or without one, the run is started as it was given, with its control record."""
+    """With a free key, or without a key, the run is started with its control record."""
     flow_id = new_id(context)
     store = context.store
     at = advance(context, SECOND)
     more: dict[str, Any] = {"trigger_data": "{}", "job_id": "job", "source_run_id": new_id(context)}
     control = {"idempotency_key": "key", "timeout_at": at + MINUTE}
     nothing = (dict.fromkeys(more), dict.fromkeys(control))
-    # Without a key each call starts a run of its own.
+    # Without a key each call starts a new run.
     for optional, stop in ((more, control), nothing, nothing):
         run_id = new_id(context)
         result = await store.trigger_run(flow_id, "orders", run_id, "manual", **optional, **stop)
@@ -128,12 +132,12 @@ async def a_trigger_registers_key_control_and_run(context: CheckContext) -> None
         )
         if stop["idempotency_key"] is not None:
             found_id = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
-            context.expect(found_id, run_id, "the key that a trigger registered")
+            context.expect(found_id, run_id, "the run of the key that a trigger registered")
 
 
 @example("IDM-3")
-async def a_taken_key_gives_the_run_that_has_it(context: CheckContext) -> None:
-    """created is False, the run comes as it is now, and nothing changes."""
+async def a_taken_key_returns_its_run(context: CheckContext) -> None:
+    """created is False, the run's current record is returned, and nothing changes."""
     flow_id = new_id(context)
     store, first, second = context.store, new_id(context), new_id(context)
     await store.trigger_run(flow_id, "orders", first, "manual", trigger_data="one", idempotency_key="key")
@@ -146,16 +150,16 @@ async def a_taken_key_gives_the_run_that_has_it(context: CheckContext) -> None:
         stored = [each for each in await store.get_runs() if each.run_id == first]
         before = await observe_all(context, first, second, existing)
         advance(context, SECOND)
-        for asked in (second, first, existing):
+        for requested in (second, first, existing):
             given: dict[str, Any] = {
                 "trigger_data": "two",
                 "timeout_at": now(context),
                 "idempotency_key": "key",
             }
-            result = await store.trigger_run(flow_id, "other", asked, "manual", **given)
+            result = await store.trigger_run(flow_id, "other", requested, "manual", **given)
             sentence = f"a trigger under a key whose run is {status}"
-            context.expect([result.run], stored, f"{sentence} gives that run as it is")
-            context.expect(result.created, False, f"{sentence} creates nothing")
+            context.expect([result.run], stored, f"{sentence}: the returned run")
+            context.expect(result.created, False, f"{sentence}: created")
         advance(context, -SECOND)
         after = await observe_all(context, first, second, existing)
         assert_same(context, after, before, "a trigger under a taken key changes nothing")
@@ -163,20 +167,20 @@ async def a_taken_key_gives_the_run_that_has_it(context: CheckContext) -> None:
 
 @example("IDM-3")
 async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None:
-    """Under the registered run_id, as this call gives it: no crash leaves a key that swallows triggers."""
+    """The run starts under the registered run_id with this call's arguments: no key swallows triggers."""
     flow_id = new_id(context)
     store = context.store
     for asked_exists in (False, True):
         registered = new_id(context)
-        asked = await start(context) if asked_exists else new_id(context)
+        requested = await start(context) if asked_exists else new_id(context)
         key = f"key {asked_exists}"
         await store.try_register_idempotency_key(flow_id, "manual", key, registered)
-        before = await observe_all(context, asked)
+        before = await observe_all(context, requested)
         given: dict[str, Any] = {"trigger_data": "data", "job_id": "job", "source_run_id": new_id(context)}
         stop: dict[str, Any] = {"idempotency_key": key, "timeout_at": now(context) + DAY}
-        result = await store.trigger_run(flow_id, "orders", asked, "manual", **given, **stop)
+        result = await store.trigger_run(flow_id, "orders", requested, "manual", **given, **stop)
         sentence = "a trigger under a key whose run never started"
-        context.expect(result.created, True, f"{sentence} creates it")
+        context.expect(result.created, True, f"{sentence}: created")
         expect_fields(
             context, result.run, f"{sentence}: its run", run_id=registered, flow_name="orders", **given
         )
@@ -190,18 +194,18 @@ async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None
         expect_fields(
             context, await get_control(context, registered), f"{sentence}: its control record", **stop
         )
-        shown = await store.get_run_detail(asked)
+        shown = await store.get_run_detail(requested)
+        context.expect(shown, before[f"get_run_detail of {requested}"], f"{sentence}: the requested run_id")
         context.expect(
-            shown, before[f"get_run_detail of {asked}"], f"{sentence} leaves the asked run_id alone"
+            await store.get_run_control(requested), None, "the control record of the requested run_id"
         )
-        context.expect(await store.get_run_control(asked), None, "and makes no control record for it")
-        again = await store.trigger_run(flow_id, "orders", asked, "manual", idempotency_key=key)
-        context.expect((again.created, again.run.run_id), (False, registered), f"{sentence}, said again")
+        again = await store.trigger_run(flow_id, "orders", requested, "manual", idempotency_key=key)
+        context.expect((again.created, again.run.run_id), (False, registered), f"{sentence}, repeated")
 
 
 @example("IDM-3")
-async def a_trigger_with_a_run_id_that_exists_registers_nothing(context: CheckContext) -> None:
-    """Under a free key, or without a key, RunAlreadyExistsError, and nothing changes."""
+async def a_trigger_with_a_stored_run_id_registers_nothing(context: CheckContext) -> None:
+    """Under a free key, or without a key, it raises RunAlreadyExistsError and changes nothing."""
     flow_id = new_id(context)
     store, run_id = context.store, await start(context)
     await run_step(context, run_id)
@@ -213,16 +217,14 @@ async def a_trigger_with_a_run_id_that_exists_registers_nothing(context: CheckCo
         sentence = f"a trigger with the id of a stored run and the key {key!r}"
         error = await context.expect_error(call, RunAlreadyExistsError, sentence)
         expect_fields(context, error, f"{sentence}: the error", run_id=run_id)
-    assert_same(
-        context, await observe_all(context, run_id), before, "a trigger that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused trigger changes nothing")
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "free")
-    context.expect(found, None, "a trigger that is refused registers no key")
+    context.expect(found, None, "the run of the key after a refused trigger")
 
 
 @example("IDM-3")
-async def a_trigger_configures_an_earlier_control_record_anew(context: CheckContext) -> None:
-    """As configure_run would: overwritten, with created_at and latches kept."""
+async def a_trigger_overwrites_an_earlier_control_record(context: CheckContext) -> None:
+    """As configure_run does: created_at and latches are kept."""
     flow_id = new_id(context)
     store, run_id = context.store, new_id(context)
     old: dict[str, Any] = {"idempotency_key": "old", "timeout_at": now(context)}
@@ -250,7 +252,7 @@ async def a_trigger_configures_an_earlier_control_record_anew(context: CheckCont
 
 @example("IDM-4")
 async def cleaning_up_a_run_ends_its_deduplication(context: CheckContext) -> None:
-    """Until then no time and no completion ends it; then the key is free for another run."""
+    """A key stays registered until its run is cleaned up; then it is free for another run."""
     flow_id = new_id(context)
     store, first, second = context.store, await start(context), new_id(context)
     keys = ("key", "another key")
@@ -261,30 +263,28 @@ async def cleaning_up_a_run_ends_its_deduplication(context: CheckContext) -> Non
     await store.cleanup(now(context) - 3650 * DAY - HOUR)
     for key in keys:
         answer = await outcome_of(store.try_register_idempotency_key(flow_id, "manual", key, second))
-        context.expect(answer, False, "a key stays registered until its run is cleaned up")
+        context.expect(answer, False, "registering a key of a completed run for another run")
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
-        context.expect(found, first, "a key gives its run until that is cleaned up")
+        context.expect(found, first, "the run of a key before cleanup")
     await store.cleanup(now(context) + DAY)
     for key in keys:
         found = await store.find_run_id_by_idempotency_key(flow_id, "manual", key)
-        context.expect(found, None, "a key whose run was cleaned up")
+        context.expect(found, None, "the run of a key after cleanup")
     if Capability.TRIGGER in context.capabilities:
         result = await store.trigger_run(flow_id, "orders", second, "manual", idempotency_key="key")
         wanted = (True, second)
-        context.expect(
-            (result.created, result.run.run_id), wanted, "a trigger under a key that is free again"
-        )
+        context.expect((result.created, result.run.run_id), wanted, "a trigger under a key freed by cleanup")
     answer = await outcome_of(store.try_register_idempotency_key(flow_id, "manual", "another key", second))
-    context.expect(answer, True, "registering a key that is free again")
+    context.expect(answer, True, "registering a key freed by cleanup")
 
 
 @example("IDM-4", needs=[Capability.VIRTUAL_CLOCK])
-async def a_young_key_goes_with_its_run(context: CheckContext) -> None:
-    """A key goes because its run does, however young it is: the hour of RET-4 is for runs never started."""
+async def a_young_key_is_deleted_with_its_run(context: CheckContext) -> None:
+    """A key of any age is deleted with its run: the hour of RET-4 is for runs that never started."""
     flow_id = new_id(context)
     store, run_id = context.store, await start(context)
     await store.try_register_idempotency_key(flow_id, "manual", "key", run_id)
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     await store.cleanup(now(context) + SECOND)
     found = await store.find_run_id_by_idempotency_key(flow_id, "manual", "key")
-    context.expect(found, None, "a key of this very moment whose run was cleaned up")
+    context.expect(found, None, "the run of a new key after cleanup")

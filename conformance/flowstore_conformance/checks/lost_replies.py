@@ -1,8 +1,7 @@
-"""CON-3: a caller that lost an answer says the same again, under the same token, and gets the truth.
+"""CON-3: after a lost reply, a caller repeats its call under the same token and gets the true result.
 
-The suite cannot lose a reply between a backend and its database: only the backend's own tests can. What
-every backend shows to its callers is here: with its token, a call said again answers as it did, and
-changes nothing.
+The suite cannot drop a reply between a backend and its database: the backend's own tests do that. These
+checks cover the visible half: a repeated call with its token returns the same result and changes nothing.
 """
 
 from __future__ import annotations
@@ -22,36 +21,38 @@ Call = Callable[[FlowStore], Awaitable[Any]]
 LEASE = timedelta(minutes=5)
 
 
-async def _said_again(context: CheckContext, name: str, run_id: UUID, call: Call, answer: object) -> None:
-    """Make a call, say it again here and on another store, and hold answers and state together."""
-    context.expect(await call(context.store), answer, f"the first {name}")
+async def _expect_repeatable(
+    context: CheckContext, name: str, run_id: UUID, call: Call, wanted: object
+) -> None:
+    """Make a call, repeat it on this and on another store, and compare results and state."""
+    context.expect(await call(context.store), wanted, f"the first {name}")
     before = await observe(context, run_id)
     for store in (context.store, await second_store(context)):
-        context.expect(await call(store), answer, f"{name} said again with its token")
+        context.expect(await call(store), wanted, f"the repeated {name} with its token")
         after = await observe(context, run_id, store=store)
-        assert_same(context, after, before, f"{name} said again with its token")
+        assert_same(context, after, before, f"the repeated {name} with its token")
 
 
 @example("CON-3")
-async def a_step_said_again_under_its_token_answers_alike(context: CheckContext) -> None:
-    """Claiming, starting and completing said again under one owner and attempt are answered alike."""
+async def repeated_step_calls_return_the_same_result(context: CheckContext) -> None:
+    """A repeated claim, start or completion under one owner and attempt returns the same result."""
     run_id, owner = await start(context), new_claim_token()
     lease = LEASE if Capability.LEASES in context.capabilities else None
-    await _said_again(
+    await _expect_repeatable(
         context,
         "try_claim_step",
         run_id,
         lambda store: store.try_claim_step(run_id, "charge", owner=owner, lease=lease),
         True,
     )
-    await _said_again(
+    await _expect_repeatable(
         context,
         "record_step_start",
         run_id,
         lambda store: store.record_step_start(run_id, "charge", "http", owner=owner),
         1,
     )
-    await _said_again(
+    await _expect_repeatable(
         context,
         "record_step_complete",
         run_id,
@@ -60,14 +61,14 @@ async def a_step_said_again_under_its_token_answers_alike(context: CheckContext)
         ),
         None,
     )
-    await _said_again(
+    await _expect_repeatable(
         context,
         "retry_step",
         run_id,
         lambda store: store.retry_step(run_id, "charge", attempt=1),
         None,
     )
-    await _said_again(
+    await _expect_repeatable(
         context,
         "record_skipped_step",
         run_id,
@@ -77,11 +78,11 @@ async def a_step_said_again_under_its_token_answers_alike(context: CheckContext)
 
 
 @example("CON-3", needs={Capability.RECOVERY})
-async def a_reschedule_said_again_for_its_attempt_answers_alike(context: CheckContext) -> None:
-    """Rescheduling said again for the attempt that it closed changes nothing."""
+async def a_repeated_reschedule_changes_nothing(context: CheckContext) -> None:
+    """Repeating reschedule_step for the attempt that it closed changes nothing."""
     run_id = await start(context)
     await context.store.record_step_start(run_id, "poll", "http")
-    await _said_again(
+    await _expect_repeatable(
         context,
         "reschedule_step",
         run_id,
@@ -91,26 +92,26 @@ async def a_reschedule_said_again_for_its_attempt_answers_alike(context: CheckCo
 
 
 @example("CON-3")
-async def a_delivery_said_again_under_its_id_answers_alike(context: CheckContext) -> None:
-    """The same delivery_id gets the first answer, and no second waiter gets its payload."""
+async def a_repeated_delivery_returns_the_first_result(context: CheckContext) -> None:
+    """The same delivery_id returns the first result, and no second waiter gets its payload."""
     run_id = await start(context)
     await context.store.register_waiter(run_id, "first", "approve")
     await context.store.register_waiter(run_id, "second", "approve")
-    answer = await context.store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1")
-    await _said_again(
+    wanted = await context.store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1")
+    await _expect_repeatable(
         context,
         "deliver_signal",
         run_id,
         lambda store: store.deliver_signal(run_id, "approve", "{}", delivery_id="d-1"),
-        answer,
+        wanted,
     )
 
 
 @example("CON-3")
-async def a_registration_said_again_for_its_run_answers_alike(context: CheckContext) -> None:
-    """Registering a key again for the run that won it is True."""
+async def a_repeated_registration_returns_true(context: CheckContext) -> None:
+    """Registering a key again for the run that holds it returns True."""
     run_id, flow_id = await start(context), new_id(context)
-    await _said_again(
+    await _expect_repeatable(
         context,
         "try_register_idempotency_key",
         run_id,
@@ -120,15 +121,17 @@ async def a_registration_said_again_for_its_run_answers_alike(context: CheckCont
 
 
 @example("CON-3", needs={Capability.TRIGGER})
-async def a_trigger_said_again_under_its_key_leads_to_its_run(context: CheckContext) -> None:
-    """Triggering again under the same key, with the id of the first call or a new one, gives its run."""
+async def a_repeated_trigger_returns_its_run(context: CheckContext) -> None:
+    """Triggering again under the same key, with the first or a new run_id, returns the first run."""
     flow_id, run_id = new_id(context), new_id(context)
     first = await context.store.trigger_run(flow_id, "orders", run_id, "manual", idempotency_key="order-1")
     context.expect(first.created, True, "created of the first trigger_run")
     before = await observe(context, run_id)
     for store in (context.store, await second_store(context)):
-        for said in (run_id, new_id(context)):
-            again = await store.trigger_run(flow_id, "orders", said, "manual", idempotency_key="order-1")
-            context.expect(again.run, first.run, "the run of trigger_run said again under its key")
-            context.expect(again.created, False, "created of trigger_run said again under its key")
-    assert_same(context, await observe(context, run_id), before, "trigger_run said again under its key")
+        for requested_id in (run_id, new_id(context)):
+            again = await store.trigger_run(
+                flow_id, "orders", requested_id, "manual", idempotency_key="order-1"
+            )
+            context.expect(again.run, first.run, "the run of a repeated trigger_run")
+            context.expect(again.created, False, "created of a repeated trigger_run")
+    assert_same(context, await observe(context, run_id), before, "a repeated trigger_run changes nothing")

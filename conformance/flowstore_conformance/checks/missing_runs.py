@@ -1,4 +1,4 @@
-"""UNK: what each operation says of a run, or a step, that the store does not hold."""
+"""UNK: the result of every operation on an unknown run or step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     FLOW,
     MINUTE,
-    NOBODY,
+    NOT_FOUND,
     assert_same,
     expect_fields,
     new_id,
@@ -18,7 +18,6 @@ from flowstore_conformance.checks.fixtures import (
     run_step,
     start,
 )
-from flowstore_conformance.checks.operations import NEEDS
 from flowstore_conformance.context import CheckContext
 from flowstore_core import (
     Capability,
@@ -27,6 +26,7 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
+from flowstore_core.operations import OPERATIONS
 
 _MOMENT = datetime(2026, 3, 14, tzinfo=UTC)
 
@@ -72,8 +72,8 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("annotate_dispatch", {"step_key": "a", "job_id": "job"}, None),
     ("remove_waiter", {"step_key": "a"}, None),
     ("expire_waiter", {"step_key": "a"}, None),
-    ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, NOBODY),
-    ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, NOBODY),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}"}, NOT_FOUND),
+    ("deliver_signal", {"signal_name": "go", "payload_json": "{}", "delivery_id": "id"}, NOT_FOUND),
     ("request_cancel", {"reason": "enough"}, False),
     ("mark_timed_out", {}, False),
     ("mark_timed_out", {"as_of": _MOMENT}, False),
@@ -82,18 +82,18 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
 )
 
 
-def _offered(context: CheckContext, operation: str) -> bool:
-    return operation not in NEEDS or NEEDS[operation] in context.capabilities
+def _is_supported(context: CheckContext, operation: str) -> bool:
+    return OPERATIONS[operation].is_offered(context.capabilities)
 
 
 @example("UNK")
 async def writing_to_an_unknown_run_raises(context: CheckContext) -> None:
-    """Each operation that writes the state of a run raises RunNotFoundError, and nothing changes."""
+    """Every operation that writes run state raises RunNotFoundError and changes nothing."""
     other, unknown = await start(context), new_id(context)
     await run_step(context, other, "a", StepStatus.FAILED)
     before = await observe_all(context, unknown, other)
     for operation, arguments in _WRITES:
-        if _offered(context, operation):
+        if _is_supported(context, operation):
             call = getattr(context.store, operation)(run_id=unknown, **arguments)
             error = await context.expect_error(call, RunNotFoundError, f"{operation} on an unknown run")
             expect_fields(context, error, f"the error of {operation} names the run", run_id=unknown)
@@ -103,44 +103,44 @@ async def writing_to_an_unknown_run_raises(context: CheckContext) -> None:
 
 @example("UNK")
 async def reading_an_unknown_run_is_empty(context: CheckContext) -> None:
-    """Reads give None or empty, releases are no-ops, latches and renewals say False; nothing changes."""
+    """Reads return None or empty, releases are no-ops, latches and renewals return False; nothing changes."""
     store = context.store
     other, unknown = await start(context), new_id(context)
-    # The same keys and names lie in another run.
+    # Another run has the same keys and names.
     await run_step(context, other, "a", StepStatus.FAILED)
     await store.register_waiter(other, "a", "go")
     before = await observe_all(context, unknown, other)
-    for operation, arguments, answer in (*_READS, *_NO_OPS):
-        if _offered(context, operation):
-            said = await getattr(store, operation)(run_id=unknown, **arguments)
-            context.expect(said, answer, f"{operation} of an unknown run")
+    for operation, arguments, wanted in (*_READS, *_NO_OPS):
+        if _is_supported(context, operation):
+            result = await getattr(store, operation)(run_id=unknown, **arguments)
+            context.expect(result, wanted, f"{operation} of an unknown run")
     context.expect(await store.get_derived_runs(unknown), (), "get_derived_runs of an unknown run")
     context.expect(await store.get_runs(new_id(context)), (), "get_runs of an unknown flow")
     after = await observe_all(context, unknown, other)
-    assert_same(context, after, before, "asking for an unknown run changes nothing")
+    assert_same(context, after, before, "reading an unknown run changes nothing")
 
 
 @example("UNK")
-async def a_control_record_and_a_key_are_no_run(context: CheckContext) -> None:
-    """A run that was configured and registered, but never started, is unknown."""
+async def a_control_record_and_a_key_make_no_run(context: CheckContext) -> None:
+    """A run that was configured and registered but never started is unknown."""
     store, run_id = context.store, new_id(context)
     await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context))
     await store.try_register_idempotency_key(FLOW, "manual", "key", run_id)
     for operation, arguments in _WRITES:
-        if _offered(context, operation):
+        if _is_supported(context, operation):
             call = getattr(store, operation)(run_id=run_id, **arguments)
             await context.expect_error(call, RunNotFoundError, f"{operation} on a run that never started")
-    context.expect(await store.get_run_status(run_id), None, "a control record alone is no run")
+    context.expect(await store.get_run_status(run_id), None, "the run of a lone control record")
     listed = [run.run_id for run in await store.get_runs() if run.run_id == run_id]
-    context.expect(listed, [], "a control record alone is no run")
+    context.expect(listed, [], "the run of a lone control record")
     if Capability.DEADLINES in context.capabilities:
         to_stop = [run.run_id for run in await store.get_runs_to_stop() if run.run_id == run_id]
-        context.expect(to_stop, [], "a run that never started is not to stop")
+        context.expect(to_stop, [], "get_runs_to_stop with a run that never started")
 
 
 @example("UNK")
 async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
-    """On a stored run, completing, retrying and rescheduling such a key raise StepNotFoundError."""
+    """On a stored run, completing, retrying and rescheduling an unstarted key raise StepNotFoundError."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "other", StepStatus.FAILED)
     await store.try_record_dispatch(run_id, "dispatched")
@@ -156,9 +156,9 @@ async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
     )
     for key in ("unknown", "dispatched", "claimed", "waiting"):
         for operation, arguments in calls:
-            if _offered(context, operation):
+            if _is_supported(context, operation):
                 sentence = f"{operation} on a key that never started ({key})"
                 call = getattr(store, operation)(run_id=run_id, step_key=key, **arguments)
                 error = await context.expect_error(call, StepNotFoundError, sentence)
                 expect_fields(context, error, f"the error of {sentence}", run_id=run_id, step_key=key)
-    assert_same(context, await observe_all(context, run_id), before, "what is not found changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a StepNotFoundError changes nothing")

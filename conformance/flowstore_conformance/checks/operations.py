@@ -9,8 +9,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import Capability, RunPosition, RunStatus, StepStatus
-from flowstore_core.store import CAPABILITY_METHODS
+from flowstore_core import RunPosition, RunStatus, StepStatus
 
 _DETAIL = {"run_id": "id"}
 _STEP = {"run_id": "id", "step_key": "key"}
@@ -106,11 +105,6 @@ OPERATIONS: dict[str, dict[str, str]] = {
         "flow_id": "id?",
     },
 }
-
-NEEDS: dict[str, Capability] = {
-    method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods
-}
-"""The capability of each operation that is not of the base."""
 
 RUN = UUID("00000000-0000-4000-8000-00000000f10e")
 """The run that legal arguments name."""

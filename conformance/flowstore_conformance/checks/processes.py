@@ -1,7 +1,7 @@
-"""Races between operating-system processes, each with a store of its own on one namespace.
+"""Races between operating-system processes, each with its own store on one namespace.
 
-Starting processes costs more than racing, so one check races several themes with one crew, and checks in
-one namespace share it; a violation names the clause of its theme.
+Starting a process costs more than a race, so each check races several families with one worker pool, and
+checks in one namespace share the pool. A violation names the clause of its family.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ MULTI = [Capability.MULTI_PROCESS]
 
 async def _race(context: CheckContext, names: Collection[str]) -> None:
     of = context.profile.of
-    effort = Budget(rounds=of(1, 5, 200), races=of(6, 8, 10), seconds=of(1, 4, 60))
-    async with open_worker_pool(context, of(2, 3, 4)) as crew:
+    budget = Budget(rounds=of(1, 5, 200), races=of(6, 8, 10), seconds=of(1, 4, 60))
+    async with open_worker_pool(context, of(2, 3, 4)) as pool:
         for family in RACE_FAMILIES:
             if family.name in names and family.needs <= context.capabilities:
-                await search(context, family, crew, effort)
+                await search(context, family, pool, budget)
 
 
-@check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE, shares=True)
+@check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def claims_by_processes(context: CheckContext) -> None:
-    """Processes that race for claims, expired leases and dispatches get answers that some order explains."""
+    """Races for claims, expired leases and dispatches between processes have linearizable results."""
     await _race(context, ("claims", "releases", "claims_of_one_owner", "takeovers", "dispatches"))
 
 
 @check(
-    "STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE, shares=True
+    "STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE, isolated=False
 )
 async def steps_by_processes(context: CheckContext) -> None:
-    """Processes that start, complete, skip and retry one step get answers that some order explains."""
+    """Races to start, complete, skip and retry one step between processes have linearizable results."""
     await _race(
         context,
         (
@@ -52,25 +52,25 @@ async def steps_by_processes(context: CheckContext) -> None:
     )
 
 
-@check("RUN-2", "RUN-1", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE, shares=True)
+@check("RUN-2", "RUN-1", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def runs_by_processes(context: CheckContext) -> None:
-    """Processes that end, cancel and time out one run get answers that some order explains."""
+    """Races to complete, cancel and time out one run between processes have linearizable results."""
     await _race(context, ("starts_of_one_run", "late_starts", "ends", "expected_ends", "latches"))
 
 
-@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, shares=True)
+@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def keys_by_processes(context: CheckContext) -> None:
-    """Processes that register and trigger with one idempotency key get answers that some order explains."""
+    """Races for one idempotency key between processes have linearizable results."""
     await _race(context, ("keys", "triggers"))
 
 
-@check("SIG-2", "SIG-3", "SIG-4", "RUN-4", needs=MULTI, kind=Kind.RACE, shares=True)
+@check("SIG-2", "SIG-3", "SIG-4", "RUN-4", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def signals_by_processes(context: CheckContext) -> None:
-    """Processes that deliver to the same waiters get answers that some order explains."""
+    """Races to deliver to the same waiters between processes have linearizable results."""
     await _race(context, ("deliveries", "late_deliveries", "expiries"))
 
 
 @check("CON-1", "EVT-1", "EVT-2", "RET-2", "RET-3", "IDM-4", needs=MULTI, kind=Kind.RACE)
 async def anything_by_processes(context: CheckContext) -> None:
-    """Processes that do anything to one run, and clean it up, get answers that some order explains."""
+    """Races of all operations on one run and cleanup between processes have linearizable results."""
     await _race(context, ("anything", "events", "outputs", "cleanups", "cleanups_seen"))

@@ -14,12 +14,12 @@ from flowstore_conformance.checks.fixtures import (
     SECOND,
     TICK,
     advance,
-    clock_of,
     get_run,
     new_id,
-    numbers,
+    require_clock,
+    run_numbers,
     run_step,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.checks.registry import check
@@ -29,10 +29,10 @@ from flowstore_core import Capability, RunStatus, StepStatus
 BIG = UUID("ffffffff-ffff-4fff-bfff-ffffffffffff").int
 
 
-async def _runs_of_several_times(context: CheckContext) -> list[int]:
-    """Start runs and return the numbers of their ids in the order of QRY-1."""
+async def _start_runs(context: CheckContext) -> list[int]:
+    """Start runs at several times and return the numbers of their ids in the order of QRY-1."""
     begun = []
-    # The third batch starts before the second: a clock may step back.
+    # The third group starts before the second: a clock may step back.
     batches = ((TICK, [3, 1, 2]), (SECOND, [9]), (-TICK, [BIG, 7, 2**64, 8]), (HOUR, [4, 6, 5]))
     for passed, ids in batches:
         at = advance(context, passed)
@@ -43,29 +43,31 @@ async def _runs_of_several_times(context: CheckContext) -> list[int]:
 
 
 @check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
-async def runs_come_by_start_then_id_descending(context: CheckContext) -> None:
-    """To the microsecond, by the number of the id, whatever order they were started in."""
+async def runs_are_ordered_by_start_then_id_descending(context: CheckContext) -> None:
+    """The order is exact to the microsecond and does not depend on the order of the start_run calls."""
     store = context.store
-    wanted = await _runs_of_several_times(context)
-    context.expect(numbers(await store.get_runs()), wanted, "get_runs by started_at and run_id, descending")
-    found = numbers(await store.get_active_runs())
+    wanted = await _start_runs(context)
+    context.expect(
+        run_numbers(await store.get_runs()), wanted, "get_runs by started_at and run_id, descending"
+    )
+    found = run_numbers(await store.get_active_runs())
     context.expect(found, wanted, "get_active_runs by started_at and run_id, descending")
     for take in (1, 3, 4, 11, 12):
         paged: list[int] = []
         while page := await store.get_runs(skip=len(paged), take=take):
-            paged += numbers(page)
+            paged += run_numbers(page)
             if len(paged) > len(wanted):
                 break
-        context.expect(paged, wanted, f"pages of {take} neither repeat nor skip")
+        context.expect(paged, wanted, f"the runs on pages of {take}")
     for skip, take in ((0, 0), (11, 5), (10, 1000), (2**63 - 1, 1000)):
-        found = numbers(await store.get_runs(skip=skip, take=take))
+        found = run_numbers(await store.get_runs(skip=skip, take=take))
         context.expect(found, wanted[skip : skip + take], f"get_runs(skip={skip}, take={take})")
 
 
 @check("QRY-1", needs=[Capability.VIRTUAL_CLOCK])
-async def runs_at_the_limits_of_time_come_in_order(context: CheckContext) -> None:
+async def runs_at_the_limits_of_time_are_ordered(context: CheckContext) -> None:
     """From year 9999 down to year 1, across 2038, 1970 and 1582."""
-    store, clock = context.store, clock_of(context)
+    store, clock = context.store, require_clock(context)
     days = ((9999, 12, 30), (2038, 1, 19), (1970, 1, 1), (1969, 12, 31), (1582, 10, 10), (1, 1, 2))
     moments = [datetime(*day, tzinfo=UTC) for day in days]
     for moment in reversed(moments):
@@ -76,25 +78,25 @@ async def runs_at_the_limits_of_time_come_in_order(context: CheckContext) -> Non
 
 
 @check("QRY-1")
-async def pages_hold_fifty_runs_of_the_asked_flow(context: CheckContext) -> None:
-    """get_runs gives at most 50 unless asked for more, and with flow_id that flow's alone."""
+async def a_page_defaults_to_fifty_runs_and_filters_by_flow(context: CheckContext) -> None:
+    """get_runs returns at most 50 runs by default, and with flow_id only runs of that flow."""
     store, other = context.store, new_id(context)
     mixed = [new_id(context) for _ in range(55)]
     flows = {run_id: other if number < 3 else FLOW for number, run_id in enumerate(mixed)}
     await asyncio.gather(*(start(context, run_id=one, flow_id=flow) for one, flow in flows.items()))
-    context.expect(len(await store.get_runs()), 50, "the number of runs when take is not given")
+    context.expect(len(await store.get_runs()), 50, "the number of runs without take")
     found = {run.run_id for run in await store.get_runs(take=1000)}
     context.expect(found, set(mixed), "get_runs(take=1000)")
-    context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs when take is not given")
-    mine = await store.get_runs(other)
-    context.expect({run.run_id for run in mine}, set(mixed[:3]), "get_runs of one flow")
+    context.expect(len(await store.get_runs(FLOW)), 50, "the number of a flow's runs without take")
+    own_runs = await store.get_runs(other)
+    context.expect({run.run_id for run in own_runs}, set(mixed[:3]), "get_runs of one flow")
     paged = [run for skip in range(4) for run in await store.get_runs(other, skip=skip, take=1)]
-    context.expect(paged, mine, "pages of one flow's runs")
+    context.expect(paged, own_runs, "pages of one flow's runs")
 
 
 @check("QRY-1")
 async def step_keys_order_by_code_point(context: CheckContext) -> None:
-    """Statuses, claims and dispatches come in the order of step_key by code point, in no language's."""
+    """Statuses, claims and dispatches are ordered by step_key in code point order, in no language's."""
     store, run_id = context.store, await start(context)
     keys = ("b", "a", "B", "\u00e9", "e", "Z", "_", "a b", "\U0001f600", "\uffff", "10", "9", "a-b", "ab")
     for key in keys:
@@ -112,17 +114,17 @@ async def step_keys_order_by_code_point(context: CheckContext) -> None:
 # QRY-2
 
 
-async def _found(context: CheckContext, needle: str) -> list[int]:
-    """The runs that a search finds, after holding its count against its rows."""
+async def _search(context: CheckContext, needle: str) -> list[int]:
+    """Search, compare total_count with the rows, and return the runs found."""
     page = await context.store.get_runs_page(search=needle, take=1000)
-    found = sorted(numbers(page.runs))
+    found = sorted(run_numbers(page.runs))
     context.expect(page.total_count, len(found), f"total_count of a search for {needle!r}")
     return found
 
 
 @example("QRY-2")
-async def search_looks_at_what_it_should(context: CheckContext) -> None:
-    """Run id, names, status and job of the run, keys, errors and outputs of steps and attempts; no more."""
+async def search_covers_exactly_the_contract_fields(context: CheckContext) -> None:
+    """Run id, names, status and job id of the run; step keys, errors and outputs of steps and attempts."""
     store = context.store
     run_id = UUID("0a1b2c3d-4e5f-4a6b-8c7d-9e0f1a2b3c4d")
     named = {"flow_name": "needle1", "trigger_key": "needle2", "job_id": "needle3", "trigger_data": "hay1"}
@@ -140,48 +142,46 @@ async def search_looks_at_what_it_should(context: CheckContext) -> None:
     ended = await start(context, run_id=UUID(int=2), flow_name="other")
     await store.complete_run(ended, RunStatus.FAILED)
     for number in range(1, 9):
-        found = await _found(context, f"needle{number}")
-        context.expect(found, [run_id.int], f"a search for needle{number}, which lies in one run")
+        found = await _search(context, f"needle{number}")
+        context.expect(found, [run_id.int], f"a search for needle{number}, which one run contains")
     for needle in ("0a1b2c3d-4e5f", "5f-4a6b-8c", "9e0f1a2b3c4d", "0A1B2C3D", str(run_id)):
         context.expect(
-            await _found(context, needle), [run_id.int], f"a search for a part of the run id ({needle})"
+            await _search(context, needle), [run_id.int], f"a search for a part of the run id ({needle})"
         )
-    context.expect(await _found(context, run_id.hex), [], "a run id is searched hyphenated")
+    context.expect(await _search(context, run_id.hex), [], "a search for a run id without hyphens")
     for needle in (*(f"hay{number}" for number in range(1, 10)), "abcdef01"):
         context.expect(
-            await _found(context, needle), [], f"a search for {needle}, which lies where none looks"
+            await _search(context, needle), [], f"a search for {needle}, which only unsearched fields contain"
         )
     for needle in ("needle1needle2", "needle2needle3", "needle1 needle2", "needle6needle5"):
-        context.expect(
-            await _found(context, needle), [], f"a search for {needle!r}: texts are not glued together"
-        )
+        context.expect(await _search(context, needle), [], f"a search for {needle!r}, which spans two texts")
     context.expect(
-        await _found(context, "unnin"), [1, run_id.int], "a search for a part of the status Running"
+        await _search(context, "unnin"), [1, run_id.int], "a search for a part of the status Running"
     )
-    context.expect(await _found(context, "FAILED"), [2], "a search for the status Failed")
+    context.expect(await _search(context, "FAILED"), [2], "a search for the status Failed")
     for nothing in ("", None):
         page = await store.get_runs_page(search=nothing)
-        context.expect(page.total_count, 3, f"a search for {nothing!r} filters nothing")
+        context.expect(page.total_count, 3, f"total_count of a search for {nothing!r}")
 
 
 @example("QRY-2")
-async def search_sees_what_a_detail_shows(context: CheckContext) -> None:
-    """Attempts of a reopened step are seen still; a reset step only from its next start on."""
+async def search_covers_the_steps_of_a_detail(context: CheckContext) -> None:
+    """Attempts of a reopened step are found; those of a reset step only after its next start."""
     store, run_id = context.store, await start(context, run_id=UUID(int=11))
     await run_step(context, run_id, "charge", StepStatus.FAILED, error_message="declined", output_json="402")
-    await skip_step(context, run_id, "ship")
+    await skip_steps(context, run_id, "ship")
     await store.retry_step(run_id, "charge", reset=["ship"])
     for needle, shown in (("declined", True), ("402", True), ("ship", False), ("not needed", False)):
         sentence = f"a search for {needle!r} after a retry that reset 'ship'"
-        context.expect(await _found(context, needle), [11] if shown else [], sentence)
+        context.expect(await _search(context, needle), [11] if shown else [], sentence)
     await store.record_step_start(run_id, "ship", "http")
     for needle in ("ship", "not needed"):
         context.expect(
-            await _found(context, needle), [11], f"a search for {needle!r} once 'ship' has started again"
+            await _search(context, needle), [11], f"a search for {needle!r} after the next start of 'ship'"
         )
 
 
-# A text, what a search for it finds, and what it must not find.
+# A text, needles that match it, and needles that must not match it.
 _SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Order-42", ("order-42", "ORDER-42", "r-4"), ("order42", "Order-43", "order-42 ")),
     ("100%", ("100%", "%", "0%"), ("1%0", "%100", "100%%")),
@@ -200,30 +200,30 @@ _SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 @example("QRY-2")
-async def search_is_a_substring_that_folds_ascii_alone(context: CheckContext) -> None:
-    """No wildcard, no pattern, no other letter's case: %, _ and \\ are ordinary characters."""
+async def search_is_a_substring_match_that_folds_only_ascii(context: CheckContext) -> None:
+    """There are no wildcards or patterns: %, _ and \\ are ordinary characters."""
     for at, (text, _, _) in enumerate(_SEARCHES):
         by_name, by_step = UUID(int=100 + at), UUID(int=200 + at)
         await start(context, run_id=by_name, flow_name=text, trigger_key="~")
         await start(context, run_id=by_step, flow_name="~", trigger_key="~")
-        # Odd ones by key and error, even ones by output.
+        # Odd texts in key and error, even texts in outputs.
         given = {"error_message": f"<{text}>"} if at % 2 else {"output_json": f"<{text}>"}
         await run_step(context, by_step, text if at % 2 else "~", StepStatus.FAILED, **given)
     for at, (text, matching, others) in enumerate(_SEARCHES):
         both = {100 + at, 200 + at}
         for needle in matching:
-            found = set(await _found(context, needle))
-            missing = f"a search for {needle!r} finds {text!r} in a flow name and in a step"
+            found = set(await _search(context, needle))
+            missing = f"a search for {needle!r}, which {text!r} in a flow name and a step contains"
             context.expect_that(both <= found, f"{missing}: expected {both} among {found}")
         for needle in others:
-            found = set(await _found(context, needle))
-            sentence = f"a search for {needle!r} does not find {text!r}"
+            found = set(await _search(context, needle))
+            sentence = f"a search for {needle!r}, which {text!r} does not contain"
             context.expect_that(not both & found, f"{sentence}: expected neither of {both} in {found}")
 
 
 @example("QRY-2")
-async def search_looks_at_the_first_64_kib_of_long_texts(context: CheckContext) -> None:
-    """The match must lie within the first 65,536 bytes of UTF-8 as a whole; keys and names count whole."""
+async def search_covers_the_first_64_kib_of_long_texts(context: CheckContext) -> None:
+    """The match must lie within the first 65,536 bytes of UTF-8; keys and names are searched whole."""
     limit = 64 * 1024
     run_id = await start(
         context, run_id=UUID(int=12), flow_name="n" * 250 + "name 1", job_id="j" * 1018 + "job 12"
@@ -253,15 +253,15 @@ async def search_looks_at_the_first_64_kib_of_long_texts(context: CheckContext) 
         ("N" * 249 + "NAME 1", True),
     ):
         sentence = f"a search for {needle[-20:]!r}, which lies {'within' if inside else 'beyond'} 64 KiB"
-        context.expect(await _found(context, needle), [12] if inside else [], sentence)
+        context.expect(await _search(context, needle), [12] if inside else [], sentence)
 
 
 # QRY-3
 
 
 @check("QRY-3", needs=[Capability.DASHBOARD])
-async def a_page_has_its_rows_and_the_count_of_all_that_match(context: CheckContext) -> None:
-    """Filters go together, and total_count counts what they let through, whatever skip and take are."""
+async def a_page_counts_every_match(context: CheckContext) -> None:
+    """Filters combine, and total_count counts every match, whatever skip and take are."""
     store, other = context.store, new_id(context)
     for flow_id in (FLOW, other):
         for status in RunStatus:
@@ -270,8 +270,8 @@ async def a_page_has_its_rows_and_the_count_of_all_that_match(context: CheckCont
                 if status is not RunStatus.RUNNING:
                     await store.complete_run(run_id, status)
     mixed = await store.get_runs(take=1000)
-    asked: tuple[UUID | None, ...] = (None, other, new_id(context))
-    for flow in asked:
+    probes: tuple[UUID | None, ...] = (None, other, new_id(context))
+    for flow in probes:
         for status in (None, *RunStatus):
             for search in (None, "INVOICE", "nobody"):
                 wanted = [
@@ -295,8 +295,9 @@ async def a_page_has_its_rows_and_the_count_of_all_that_match(context: CheckCont
 
 
 @check("QRY-3", needs=[Capability.VIRTUAL_CLOCK])
-async def a_detail_has_steps_by_start_and_attempts_by_number(context: CheckContext) -> None:
-    """Steps come by the start of their first attempt, then step_key; retries and resets change no order."""
+async def a_detail_orders_steps_by_start_and_attempts_by_number(context: CheckContext) -> None:
+    """Steps are ordered by the start of their first attempt, then step_key; retries and resets keep the
+    order."""
     store, run_id = context.store, await start(context)
     for key in ("c", "b"):
         await run_step(context, run_id, key, StepStatus.FAILED)
@@ -305,7 +306,7 @@ async def a_detail_has_steps_by_start_and_attempts_by_number(context: CheckConte
     for key in keys:
         await run_step(context, run_id, key, StepStatus.FAILED)
     advance(context, SECOND)
-    await skip_step(context, run_id, "last")
+    await skip_steps(context, run_id, "last")
     for key in ("z", "c"):
         for _ in "12":
             await run_step(context, run_id, key, StepStatus.FAILED)
@@ -328,10 +329,10 @@ async def a_detail_has_steps_by_start_and_attempts_by_number(context: CheckConte
 
 
 @example("QRY-6")
-async def active_runs_are_the_running_ones_all_of_them(context: CheckContext) -> None:
-    """take=None means all; the order is that of QRY-1, and a run that ended is not among them."""
+async def get_active_runs_lists_every_running_run(context: CheckContext) -> None:
+    """take=None means all; the order is that of QRY-1, and terminal runs are not listed."""
     store = context.store
-    # More than any default of a page; a cap at 1,000 shows in the thorough profile.
+    # More than the default page size; the thorough profile exceeds 1,000.
     count = context.profile.of(55, 65, 1005)
     runs = [new_id(context) for _ in range(count)]
     for at in range(0, count, 50):
@@ -341,7 +342,7 @@ async def active_runs_are_the_running_ones_all_of_them(context: CheckContext) ->
     ):
         await store.complete_run(run_id, status)
     active = await store.get_active_runs()
-    context.expect({run.run_id for run in active}, set(runs[3:]), "get_active_runs without take gives all")
+    context.expect({run.run_id for run in active}, set(runs[3:]), "get_active_runs without take")
     ordered = sorted(active, key=lambda run: (run.started_at, run.run_id.int), reverse=True)
     context.expect(active, ordered, "get_active_runs in the order of QRY-1")
     for take in (0, 3):
@@ -349,8 +350,8 @@ async def active_runs_are_the_running_ones_all_of_them(context: CheckContext) ->
 
 
 @example("QRY-6")
-async def derived_runs_are_one_generation_all_of_them(context: CheckContext) -> None:
-    """Runs whose source_run_id is the given one, of any status, in the order of QRY-1."""
+async def get_derived_runs_lists_one_generation(context: CheckContext) -> None:
+    """Runs with this source_run_id, of any status, in the order of QRY-1."""
     store = context.store
     source = await start(context, run_id=UUID(int=1000))
     children = [UUID(int=number) for number in range(1, 56)]
@@ -361,17 +362,21 @@ async def derived_runs_are_one_generation_all_of_them(context: CheckContext) -> 
     await store.complete_run(UUID(int=1), RunStatus.SUCCEEDED)
     derived = await store.get_derived_runs(source)
     wanted = sorted([60, *range(1, 56)])
-    context.expect(
-        sorted(numbers(derived)), wanted, "get_derived_runs without take gives the whole generation"
-    )
+    context.expect(sorted(run_numbers(derived)), wanted, "get_derived_runs without take")
     ordered = sorted(derived, key=lambda run: (run.started_at, run.run_id.int), reverse=True)
     context.expect(derived, ordered, "get_derived_runs in the order of QRY-1")
     for take in (0, 2):
         first = await store.get_derived_runs(source, take=take)
         context.expect(first, derived[:take], f"get_derived_runs(take={take})")
-    context.expect(numbers(await store.get_derived_runs(UUID(int=60))), [70], "the next generation")
-    context.expect(await store.get_derived_runs(UUID(int=70)), (), "a run that none is derived from")
+    context.expect(
+        run_numbers(await store.get_derived_runs(UUID(int=60))),
+        [70],
+        "get_derived_runs of the next generation",
+    )
+    context.expect(
+        await store.get_derived_runs(UUID(int=70)), (), "get_derived_runs of a run without derived runs"
+    )
     unstored = new_id(context)
     child = await start(context, source_run_id=unstored)
     found = [run.run_id for run in await store.get_derived_runs(unstored)]
-    context.expect(found, [child], "a source need not be stored")
+    context.expect(found, [child], "get_derived_runs of an unknown source run")

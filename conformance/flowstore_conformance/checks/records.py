@@ -1,9 +1,9 @@
-"""RUN-3: what an operation returns is a snapshot, of exactly the contract's types."""
+"""RUN-3: every result is a snapshot of exactly the contract's types."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from datetime import datetime, timedelta
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,17 +21,17 @@ from flowstore_conformance.checks.fixtures import (
     now,
     observe_all,
     run_step,
-    skip_step,
+    skip_steps,
     start,
 )
-from flowstore_conformance.checks.operations import NEEDS
 from flowstore_conformance.context import CheckContext
-from flowstore_core import Capability, FlowStore, RunStatus, StepStatus
+from flowstore_core import Capability, FlowStore, RunPage, RunStatus, StepStatus
+from flowstore_core.operations import OPERATIONS
 from flowstore_core.redaction import full_repr
 
 
-async def _furnish(context: CheckContext) -> UUID:
-    """A run with something to see in every read."""
+async def _start_populated_run(context: CheckContext) -> UUID:
+    """Start a run that gives every read something to return."""
     store = context.store
     run_id = await start(context, trigger_data="{}", job_id="job", source_run_id=new_id(context))
     await store.configure_run(run_id, FLOW, "manual", idempotency_key="key", timeout_at=now(context))
@@ -53,9 +53,9 @@ async def _furnish(context: CheckContext) -> UUID:
 
 
 @example("RUN-3")
-async def what_was_returned_does_not_change(context: CheckContext) -> None:
-    """Records, collections and mappings stay as they were read, whatever happens later."""
-    store, run_id = context.store, await _furnish(context)
+async def returned_values_never_change(context: CheckContext) -> None:
+    """Returned records, collections and mappings stay the same after later writes."""
+    store, run_id = context.store, await _start_populated_run(context)
     taken = await observe_all(context, run_id)
     detail, statuses = await get_run(context, run_id), await store.get_step_statuses(run_id)
     outputs = {} if Capability.OUTPUTS not in context.capabilities else await store.get_outputs(run_id)
@@ -66,7 +66,7 @@ async def what_was_returned_does_not_change(context: CheckContext) -> None:
     await store.release_dispatch(run_id, "a")
     await store.release_step_claim(run_id, "a")
     await store.record_step_complete(run_id, "b", StepStatus.SUCCEEDED, output_json="done")
-    await skip_step(context, run_id, "d")
+    await skip_steps(context, run_id, "d")
     if Capability.OUTPUTS in context.capabilities:
         await store.save_output(run_id, "x", "2")
         await store.save_output(run_id, "z", "2")
@@ -74,13 +74,13 @@ async def what_was_returned_does_not_change(context: CheckContext) -> None:
         await store.append_event(run_id, "more")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     still = full_repr((taken, detail, dict(statuses), dict(outputs)))
-    context.expect(still, shown, "what was returned earlier stays as it was")
+    context.expect(still, shown, "earlier results after later writes")
 
 
 @example("RUN-3")
-async def answers_have_exactly_the_types_of_the_contract(context: CheckContext) -> None:
-    """Collections are tuples, mappings read-only and in key order, values of the plain types."""
-    store, run_id = context.store, await _furnish(context)
+async def results_have_exactly_the_contract_types(context: CheckContext) -> None:
+    """Collections are tuples, mappings are read-only and ordered by key, values have the plain types."""
+    store, run_id = context.store, await _start_populated_run(context)
     moment = now(context)
     calls: tuple[tuple[str, dict[str, Any]], ...] = (
         ("start_run", {**_START, "run_id": new_id(context)}),
@@ -137,51 +137,49 @@ async def answers_have_exactly_the_types_of_the_contract(context: CheckContext) 
         ("cleanup", {"cutoff": moment - DAY}),
     )
     for operation, arguments in calls:
-        if operation not in NEEDS or NEEDS[operation] in context.capabilities:
+        if OPERATIONS[operation].is_offered(context.capabilities):
             answer = await getattr(store, operation)(**arguments)
             wanted = get_type_hints(getattr(FlowStore, operation))["return"]
-            wrong = _wrong_type(answer, wanted)
-            context.expect_that(wrong is None, f"the answer of {operation} has the contract's types: {wrong}")
+            wrong = _type_error(answer, wanted)
+            context.expect_that(wrong is None, f"the result of {operation} has the contract's types: {wrong}")
 
 
 _SCOPE = {"flow_id": FLOW, "trigger_key": "manual"}
 _START = {**_SCOPE, "flow_name": "orders", "trigger_data": "{}"}
 
 
-def _wrong_type(value: Any, wanted: Any, path: str = "it") -> str | None:
-    """Why a value is not exactly of a type of the contract; None if it is."""
+def _type_error(value: Any, wanted: Any, path: str = "the result") -> str | None:
+    """Why a value is not exactly of a contract type; None if it is."""
     origin, inner = get_origin(wanted), get_args(wanted)
     if origin is UnionType:
         possible = next(one for one in inner if one is not type(None))
-        return None if value is None and type(None) in inner else _wrong_type(value, possible, path)
+        return None if value is None and type(None) in inner else _type_error(value, possible, path)
     got = f"{path} is {type(value).__module__}.{type(value).__qualname__}"
     if origin is not None and issubclass(origin, Mapping):
-        return _wrong_mapping(value, inner, path, got)
+        return _mapping_error(value, inner, path, got)
     if origin is not None:
         exact = frozenset if origin is frozenset else tuple
         if type(value) is not exact:
-            return f"{got}, not {exact.__name__}"
-        parts = ((_wrong_type(each, inner[0], f"{path}[{n}]")) for n, each in enumerate(value))
+            return f"{got}, expected {exact.__name__}"
+        parts = ((_type_error(each, inner[0], f"{path}[{n}]")) for n, each in enumerate(value))
         return next((part for part in parts if part), None)
     if type(value) is not wanted:
-        return f"{got}, not {getattr(wanted, '__name__', wanted)}"
+        return f"{got}, expected {getattr(wanted, '__name__', wanted)}"
     if isinstance(value, datetime) and value.utcoffset() != timedelta(0):
         return f"{path} is not in UTC: {value!r}"
-    if is_dataclass(value):
+    if is_dataclass(value) or isinstance(value, RunPage):
         hints = get_type_hints(type(value))
-        parts = (
-            _wrong_type(getattr(value, f.name), hints[f.name], f"{path}.{f.name}") for f in fields(value)
-        )
+        parts = (_type_error(getattr(value, name), hint, f"{path}.{name}") for name, hint in hints.items())
         return next((part for part in parts if part), None)
     return None
 
 
-def _wrong_mapping(value: Any, inner: tuple[Any, ...], path: str, got: str) -> str | None:
+def _mapping_error(value: Any, inner: tuple[Any, ...], path: str, got: str) -> str | None:
     if not isinstance(value, Mapping):
-        return f"{got}, not a mapping"
+        return f"{got}, expected a mapping"
     if isinstance(value, MutableMapping):
-        return f"{got}, which is not read-only"
+        return f"{got}, expected a read-only mapping"
     if list(value) != sorted(value):
-        return f"{path} is not in the order of its keys: {list(value)}"
-    parts = (_wrong_type(each, inner[1], f"{path}[{key!r}]") for key, each in value.items())
+        return f"{path} is not ordered by key: {list(value)}"
+    parts = (_type_error(each, inner[1], f"{path}[{key!r}]") for key, each in value.items())
     return next((part for part in parts if part), None)

@@ -1,4 +1,4 @@
-"""STP-7 and STP-8: rescheduling a step in one act, and finding what nothing will move."""
+"""STP-7 and STP-8: rescheduling a step atomically, and finding stalled steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowstore_conformance.checks.fixtures import (
     DAY,
     MINUTE,
     SECOND,
-    STEP_ENDS,
+    TERMINAL_STEP_STATUSES,
     TICK,
     advance,
     assert_same,
@@ -23,7 +23,7 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     run_step,
     single,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -43,8 +43,8 @@ from flowstore_core import (
 
 
 @example("STP-7")
-async def rescheduling_closes_unclaims_and_dispatches_in_one_act(context: CheckContext) -> None:
-    """The attempt is closed as Pending, the claim is gone, and the dispatch is a new one with due_at."""
+async def rescheduling_closes_releases_and_dispatches(context: CheckContext) -> None:
+    """The attempt is closed as Pending, the claim is removed, and a new dispatch with due_at is recorded."""
     store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll", due_at=now(context))
     await store.annotate_dispatch(run_id, "poll", "job")
@@ -57,26 +57,24 @@ async def rescheduling_closes_unclaims_and_dispatches_in_one_act(context: CheckC
         await store.reschedule_step(run_id, key, attempt=1, output_json="not yet", due_at=due_at)
         step = await get_step(context, run_id, key)
         alike = {"status": StepStatus.PENDING, "output_json": "not yet", "error_message": None}
-        expect_fields(context, step.attempts[0], "an attempt that was rescheduled", **alike, completed_at=at)
-        expect_fields(
-            context, step, "a step that was rescheduled", **alike, completed_at=None, attempt_count=1
-        )
-    context.expect(await store.get_step_claims(run_id), (), "rescheduling removes the claim")
+        expect_fields(context, step.attempts[0], "a rescheduled attempt", **alike, completed_at=at)
+        expect_fields(context, step, "a rescheduled step", **alike, completed_at=None, attempt_count=1)
+    context.expect(await store.get_step_claims(run_id), (), "the claims after rescheduling")
     dispatches = tuple(
         StepDispatch(run_id=run_id, step_key=key, dispatched_at=at, due_at=due_at, job_id=None)
         for key, due_at in due.items()
     )
-    sentence = "rescheduling replaces the dispatch by a new one with due_at, without job"
+    sentence = "the new dispatch after rescheduling"
     context.expect(await store.get_dispatches(run_id), dispatches, sentence)
     answer = await outcome_of(store.try_claim_step(run_id, "poll", owner="next"))
-    context.expect(answer, True, "claiming a step that was rescheduled")
+    context.expect(answer, True, "claiming a rescheduled step")
     number = await outcome_of(store.record_step_start(run_id, "poll", "http", owner="next"))
-    context.expect(number, 2, "starting a step that was rescheduled")
+    context.expect(number, 2, "starting a rescheduled step")
 
 
 @example("STP-7")
 async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
-    """Said again for the attempt that it closed it changes nothing, whatever its other arguments."""
+    """A repeated call for the closed attempt changes nothing, whatever its other arguments."""
     store, run_id = context.store, await start(context)
     await store.record_step_start(run_id, "poll", "http")
     await store.reschedule_step(run_id, "poll", attempt=1, output_json="out", due_at=now(context))
@@ -90,18 +88,18 @@ async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
     for output, due_at in (("out", now(context)), ("other", now(context) + MINUTE), (None, None)):
         for key in ("poll", "released"):
             call = store.reschedule_step(run_id, key, attempt=1, output_json=output, due_at=due_at)
-            context.expect(await outcome_of(call), None, "rescheduling again for the attempt that it closed")
+            context.expect(await outcome_of(call), None, "repeating reschedule_step for the closed attempt")
     advance(context, -SECOND)
-    assert_same(context, await observe_all(context, run_id), before, "rescheduling again changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a repeated reschedule changes nothing")
     await store.record_step_start(run_id, "poll", "http")
     await store.reschedule_step(run_id, "poll", attempt=2, due_at=now(context) + DAY)
     dispatch = single(await store.get_dispatches(run_id), "the dispatch after rescheduling the next attempt")
-    context.expect(dispatch.due_at, now(context) + DAY, "the next attempt is rescheduled anew")
+    context.expect(dispatch.due_at, now(context) + DAY, "due_at after rescheduling the next attempt")
 
 
 @example("STP-7")
-async def after_completing_as_pending_it_reschedules_all_the_same(context: CheckContext) -> None:
-    """The claim goes and the dispatch is renewed; the output that was recorded then stays."""
+async def rescheduling_works_after_completing_as_pending(context: CheckContext) -> None:
+    """The claim is removed and the dispatch replaced; the output recorded at completion stays."""
     store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll")
     await store.try_claim_step(run_id, "poll", owner="me")
@@ -112,23 +110,21 @@ async def after_completing_as_pending_it_reschedules_all_the_same(context: Check
     await store.reschedule_step(run_id, "poll", attempt=1, output_json="second", due_at=at + MINUTE)
     step = await get_step(context, run_id, "poll")
     wanted: dict[str, Any] = {"output_json": "first", "completed_at": ended, "error_message": None}
-    expect_fields(
-        context, step.attempts[0], "an attempt that was closed as Pending before rescheduling", **wanted
-    )
-    context.expect(step.output_json, "first", "the step's output from before rescheduling stays")
-    context.expect(await store.get_step_claims(run_id), (), "rescheduling removes the claim")
+    expect_fields(context, step.attempts[0], "an attempt closed as Pending before rescheduling", **wanted)
+    context.expect(step.output_json, "first", "the step's output after rescheduling")
+    context.expect(await store.get_step_claims(run_id), (), "the claims after rescheduling")
     dispatch = single(await store.get_dispatches(run_id), "the dispatch after rescheduling")
     expect_fields(context, dispatch, "the dispatch after rescheduling", dispatched_at=at, due_at=at + MINUTE)
     before = await observe_all(context, run_id)
     await store.reschedule_step(run_id, "poll", attempt=1)
-    assert_same(context, await observe_all(context, run_id), before, "rescheduling again changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a repeated reschedule changes nothing")
 
 
 @example("STP-7")
 async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context: CheckContext) -> None:
     """Stale and reopened attempts, other outcomes and keys that never started are refused."""
     store, run_id = context.store, await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await run_step(context, run_id, status, status)
     await store.record_step_start(run_id, "poll", "http")
     await store.reschedule_step(run_id, "poll", attempt=1)
@@ -137,7 +133,7 @@ async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context:
     await store.retry_step(run_id, "reopened")
     await store.try_record_dispatch(run_id, "dispatched")
     before = await observe_all(context, run_id)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         sentence = f"rescheduling an attempt that was closed as {status}"
         call = store.reschedule_step(run_id, status, attempt=1)
         error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
@@ -149,14 +145,12 @@ async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context:
         expect_fields(context, error, f"{sentence}: the error", attempt=attempt, last_attempt=last)
     call = store.reschedule_step(run_id, "dispatched", attempt=1)
     await context.expect_error(call, StepNotFoundError, "rescheduling a key that never started")
-    assert_same(
-        context, await observe_all(context, run_id), before, "rescheduling that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused reschedule changes nothing")
 
 
 @example("STP-7")
-async def on_a_terminal_run_rescheduling_dispatches_nothing(context: CheckContext) -> None:
-    """The attempt closes, the claim and the old dispatch go, and the run stays as it is."""
+async def rescheduling_on_a_terminal_run_dispatches_nothing(context: CheckContext) -> None:
+    """The attempt is closed, the claim and the old dispatch are removed, and the run stays terminal."""
     store, run_id = context.store, await start(context)
     await store.try_record_dispatch(run_id, "poll")
     await store.try_claim_step(run_id, "poll", owner="me")
@@ -164,10 +158,20 @@ async def on_a_terminal_run_rescheduling_dispatches_nothing(context: CheckContex
     await store.complete_run(run_id, RunStatus.CANCELLED)
     await store.reschedule_step(run_id, "poll", attempt=1, due_at=now(context) + MINUTE)
     step = await get_step(context, run_id, "poll")
-    context.expect(step.attempts[0].status, StepStatus.PENDING, "the attempt closes on a terminal run too")
-    context.expect(await store.get_step_claims(run_id), (), "the claim goes on a terminal run too")
-    context.expect(await store.get_dispatches(run_id), (), "nothing is dispatched on a terminal run")
-    context.expect((await get_run(context, run_id)).status, RunStatus.CANCELLED, "the run stays terminal")
+    context.expect(
+        step.attempts[0].status,
+        StepStatus.PENDING,
+        "the status of the attempt after rescheduling on a terminal run",
+    )
+    context.expect(await store.get_step_claims(run_id), (), "the claims after rescheduling on a terminal run")
+    context.expect(
+        await store.get_dispatches(run_id), (), "the dispatches after rescheduling on a terminal run"
+    )
+    context.expect(
+        (await get_run(context, run_id)).status,
+        RunStatus.CANCELLED,
+        "the status of a terminal run after rescheduling",
+    )
 
 
 # STP-8
@@ -177,15 +181,15 @@ def _stalled(run_id: UUID, key: str, status: StepStatus, reason: StallReason, si
     return StalledStep(run_id=run_id, step_key=key, status=status, reason=reason, since=since)
 
 
-async def _stalls(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
-    """What is listed of some runs."""
+async def _get_stalled(context: CheckContext, as_of: datetime | None, *runs: UUID) -> list[StalledStep]:
+    """The stalled steps of some runs."""
     found = await context.store.get_stalled_steps(as_of=as_of, take=1000)
     return [stalled for stalled in found if stalled.run_id in runs]
 
 
 @example("STP-8", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
 async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
-    """LEASE_EXPIRED counts from expires_at, whatever the dispatch; a claim without lease never stalls."""
+    """LEASE_EXPIRED counts from expires_at, with or without dispatch; a claim without lease never stalls."""
     store, run_id = context.store, await start(context)
     expires = now(context) + MINUTE
     await store.try_record_dispatch(run_id, "claimed")
@@ -194,8 +198,8 @@ async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
     await store.record_step_start(run_id, "running", "http", owner="me")
     await store.try_record_dispatch(run_id, "no lease")
     await store.try_claim_step(run_id, "no lease", owner="me")
-    await store.try_claim_step(run_id, "nobody's")
-    await store.record_step_start(run_id, "nobody's", "http")
+    await store.try_claim_step(run_id, "ownerless")
+    await store.record_step_start(run_id, "ownerless", "http")
     claimed = _stalled(run_id, "claimed", StepStatus.PENDING, StallReason.LEASE_EXPIRED, expires)
     running = _stalled(run_id, "running", StepStatus.RUNNING, StallReason.LEASE_EXPIRED, expires + MINUTE)
     for as_of, wanted in (
@@ -204,11 +208,11 @@ async def an_expired_lease_stalls_from_its_end(context: CheckContext) -> None:
         (expires + MINUTE, (claimed, running)),
         (expires + 3650 * DAY, (claimed, running)),
     ):
-        found = await _stalls(context, as_of, run_id)
-        context.expect(found, wanted, f"claims whose lease ends at {expires}, as of {as_of}")
+        found = await _get_stalled(context, as_of, run_id)
+        context.expect(found, wanted, f"the stalled steps with leases that end at {expires}, as of {as_of}")
     for wanted in ((), (claimed,)):
-        found = await _stalls(context, None, run_id)
-        context.expect(found, wanted, f"without as_of it is the store's now, {now(context)}")
+        found = await _get_stalled(context, None, run_id)
+        context.expect(found, wanted, f"the stalled steps without as_of, at {now(context)}")
         advance(context, MINUTE)
 
 
@@ -232,8 +236,8 @@ async def a_dispatch_stalls_when_it_is_due(context: CheckContext) -> None:
         (at + MINUTE - TICK, (old, new)),
         (at + MINUTE, (old, new, running)),
     ):
-        found = await _stalls(context, as_of, run_id)
-        context.expect(found, wanted, f"dispatches made at {at}, as of {as_of}")
+        found = await _get_stalled(context, as_of, run_id)
+        context.expect(found, wanted, f"the stalled steps with dispatches made at {at}, as of {as_of}")
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])
@@ -260,15 +264,17 @@ async def a_missing_dispatch_stalls_from_the_last_attempt(context: CheckContext)
         (ended - TICK, (still_open,)),
         (ended, (still_open, pending, reopened)),
     ):
-        found = await _stalls(context, as_of, run_id)
-        context.expect(found, wanted, f"undispatched steps begun at {begun}, ended at {ended}, as of {as_of}")
+        found = await _get_stalled(context, as_of, run_id)
+        context.expect(
+            found, wanted, f"the undispatched steps started at {begun}, ended at {ended}, as of {as_of}"
+        )
 
 
 @example("STP-8")
-async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
+async def terminal_and_empty_keys_are_not_stalled(context: CheckContext) -> None:
     """Terminal steps, steps of terminal runs, and keys with neither claim nor dispatch are not listed."""
     store, run_id, finished = context.store, await start(context), await start(context)
-    for status in STEP_ENDS:
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_record_dispatch(run_id, status)
         await run_step(context, run_id, status, status)
     await store.try_record_dispatch(run_id, "released")
@@ -276,18 +282,18 @@ async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
     await store.release_step_claim(run_id, "released")
     await store.release_dispatch(run_id, "released")
     await run_step(context, run_id, "charge", StepStatus.FAILED)
-    await skip_step(context, run_id, "reset")
+    await skip_steps(context, run_id, "reset")
     await store.retry_step(run_id, "charge", reset=["reset"])
     await store.try_claim_step(run_id, "charge")
     await store.try_record_dispatch(finished, "dispatched")
     await store.record_step_start(finished, "open", "http")
     await store.complete_run(finished, RunStatus.CANCELLED)
-    # A day ahead, so that a clock of the store's own need not agree with this one.
-    found = await _stalls(context, now(context) + DAY, run_id, finished)
-    context.expect(found, (), "get_stalled_steps where everything is over, claimed or nothing")
+    # A day ahead, to tolerate skew of the store's own clock.
+    found = await _get_stalled(context, now(context) + DAY, run_id, finished)
+    context.expect(found, (), "get_stalled_steps without a stalled step")
     await store.try_record_dispatch(run_id, "reset")
-    found = await _stalls(context, now(context) + DAY, run_id, finished)
-    sentence = "a key that was reset and dispatched again"
+    found = await _get_stalled(context, now(context) + DAY, run_id, finished)
+    sentence = "a dispatched reset key"
     stalled = single(found, sentence)
     wanted = {"step_key": "reset", "status": StepStatus.PENDING, "reason": StallReason.DISPATCH_DUE}
     expect_fields(context, stalled, sentence, **wanted)
@@ -295,7 +301,7 @@ async def what_is_over_or_nothing_is_not_stalled(context: CheckContext) -> None:
 
 @example("STP-8")
 async def a_waiting_step_is_not_stalled(context: CheckContext) -> None:
-    """An undelivered waiter, not expired and not past its expires_at, keeps a step off the list."""
+    """A step with an undelivered, unexpired waiter whose expires_at has not passed is not listed."""
     store, run_id, other = context.store, await start(context), await start(context)
     horizon = now(context) + 10 * DAY
     keys = ("delivered", "elapsed", "ever", "other run's", "removed")
@@ -313,23 +319,23 @@ async def a_waiting_step_is_not_stalled(context: CheckContext) -> None:
     wanted = ["delivered", "other run's", "removed"]
     if Capability.WAITERS in context.capabilities:
         await store.record_step_start(run_id, "expired", "wait")
-        # Where time can be moved: expired, though as_of lies before its expires_at.
+        # With a virtual clock: expired, although as_of is before its expires_at.
         due = now(context) - DAY if context.clock is None else horizon + DAY
         await store.register_waiter(run_id, "expired", "go", expires_at=due)
         advance(context, 20 * DAY)
         await store.expire_waiter(run_id, "expired")
         advance(context, -20 * DAY)
         wanted.insert(1, "expired")
-    found = sorted(each.step_key for each in await _stalls(context, horizon - TICK, run_id, other))
-    context.expect(found, wanted, "the stalled steps while others wait for a signal")
-    found = sorted(each.step_key for each in await _stalls(context, horizon, run_id, other))
-    context.expect(found, sorted([*wanted, "elapsed"]), "as_of governs the expiry of a waiter too")
+    found = sorted(each.step_key for each in await _get_stalled(context, horizon - TICK, run_id, other))
+    context.expect(found, wanted, "the stalled steps beside waiting steps")
+    found = sorted(each.step_key for each in await _get_stalled(context, horizon, run_id, other))
+    context.expect(found, sorted([*wanted, "elapsed"]), "the stalled steps as of the expires_at of a waiter")
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])
-async def stalled_steps_come_by_since_run_and_key(context: CheckContext) -> None:
-    """The order is since, run_id, step_key by code point; take cuts it off."""
-    # Long before the steps of other examples.
+async def stalled_steps_are_ordered_by_since_run_and_key(context: CheckContext) -> None:
+    """The order is since, run_id, step_key by code point; take limits the list."""
+    # Older than the steps of other examples.
     store, at = context.store, advance(context, -3650 * DAY)
     first, second = UUID(int=2), UUID(int=1)
     keys = ("b", "a", "Z", "\u00e9", "\U0001f600", "\uffff")
@@ -347,4 +353,8 @@ async def stalled_steps_come_by_since_run_and_key(context: CheckContext) -> None
     for take in (1000, 1, 3, 0):
         found = await store.get_stalled_steps(as_of=at, take=take)
         order = [(each.run_id.int, each.step_key) for each in found]
-        context.expect(order, wanted[:take], f"get_stalled_steps with take={take} by since, run_id, step_key")
+        context.expect(
+            order,
+            wanted[:take],
+            f"get_stalled_steps with take={take} in the order of since, run_id, step_key",
+        )

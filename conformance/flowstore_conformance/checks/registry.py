@@ -1,4 +1,4 @@
-"""How a check is declared and found."""
+"""Declaring and finding checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[["CheckContext"], Awaitable[None]]
 
 
 class Kind(StrEnum):
-    """How a check looks at a promise."""
+    """The technique of a check."""
 
     EXAMPLE = "example"
     MODEL = "model"
@@ -33,18 +33,18 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One check: what it proves, what it needs, and the coroutine that runs it."""
+    """One check: its clauses, its needs, and the coroutine that runs it."""
 
     name: str
     clauses: tuple[str, ...]
-    """The first is the clause that it is named after."""
+    """The first is the clause that the check reports by default."""
     kind: Kind
     needs: frozenset[Capability]
     sentence: str
-    """What it looks at, in a sentence: the docstring."""
+    """The promise that the check tests, in one sentence: its docstring."""
     run: Run
-    shares: bool = False
-    """Works on ids of its own alone, so that a namespace will do in which other checks were before."""
+    isolated: bool = True
+    """Whether the check needs a new namespace; otherwise it uses only new ids and can share a used one."""
 
     @property
     def id(self) -> str:
@@ -53,7 +53,7 @@ class Check:
 
 _checks: dict[str, Check] = {}
 
-# One module per noun, in the order of the contract, then those that look at many nouns at once.
+# One module per noun, in the order of the contract, then the modules that test several nouns together.
 MODULES = (
     "arguments",
     "round_trip",
@@ -90,12 +90,12 @@ MODULES = (
 
 
 def check(
-    *clauses: str, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE, shares: bool = False
+    *clauses: str, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE, isolated: bool = True
 ) -> Callable[[Run], Run]:
-    """Declare a check of some clauses; it is skipped as unsupported where a capability is missing.
+    """Declare a check of some clauses; a backend without the needed capabilities reports it as unsupported.
 
-    What the named clauses need by themselves is added. The function's docstring says what it proves.
-    A check that ``shares`` may be run where others were before.
+    The need of the first clause is added to ``needs``. The function's docstring is the check's sentence.
+    A check with ``isolated=False`` may run in a namespace that other checks have used.
     """
     for clause in clauses:
         if clause not in CLAUSES:
@@ -116,7 +116,7 @@ def check(
             needs=frozenset(needs) | frozenset(each for each in own if each is not None),
             sentence=sentence,
             run=run,
-            shares=shares,
+            isolated=isolated,
         )
         return run
 
@@ -126,7 +126,7 @@ def check(
 def all_checks() -> tuple[Check, ...]:
     """Every check, in the order of the contract's clauses.
 
-    Raises ConfigurationError without a working directory, which Hypothesis needs as soon as it is imported.
+    Raises ConfigurationError without a working directory, because importing Hypothesis needs one.
     """
     try:
         os.getcwd()

@@ -6,11 +6,11 @@ from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
+    CLOSING_STATUSES,
     DAY,
     FLOW,
-    OUTCOMES,
-    RUN_ENDS,
     SECOND,
+    TERMINAL_RUN_STATUSES,
     advance,
     assert_same,
     expect_fields,
@@ -23,7 +23,7 @@ from flowstore_conformance.checks.fixtures import (
     observe_all,
     outcome_of,
     run_step,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -35,10 +35,10 @@ PENDING, SKIPPED = StepStatus.PENDING, StepStatus.SKIPPED
 
 @example("STP-6")
 async def a_retried_step_is_pending_and_cleared(context: CheckContext) -> None:
-    """Output, error and completion go, attempt_count is that of the attempt to come, attempts stay."""
+    """Output, error and completion are cleared, attempt_count counts the next attempt, attempts stay."""
     store, run_id = context.store, await start(context)
     cleared: dict[str, Any] = {"output_json": None, "error_message": None, "completed_at": None}
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         begun = advance(context, SECOND)
         await store.record_step_start(run_id, status, "http", input_json="in", job_id="job")
         advance(context, SECOND)
@@ -49,26 +49,24 @@ async def a_retried_step_is_pending_and_cleared(context: CheckContext) -> None:
         await store.retry_step(run_id, status)
         step = await get_step(context, run_id, status)
         kept = {"started_at": begun, "step_type": "http", "input_json": "in", "job_id": "job"}
-        sentence = f"a {status} step that was retried"
+        sentence = f"a retried {status} step"
         expect_fields(context, step, sentence, status=PENDING, attempt_count=2, **cleared, **kept)
-        context.expect(step.attempts, attempts, f"the attempts of {sentence} stay as they are")
+        context.expect(step.attempts, attempts, f"the attempts of {sentence}")
     await store.record_step_start(run_id, "open", "http")
     ended = advance(context, SECOND)
     await store.retry_step(run_id, "open")
     step = await get_step(context, run_id, "open")
-    expect_fields(
-        context, step, "a Running step that was retried", status=PENDING, attempt_count=2, **cleared
-    )
-    context.expect(len(step.attempts), 1, "the number of attempts of a Running step that was retried")
+    expect_fields(context, step, "a retried Running step", status=PENDING, attempt_count=2, **cleared)
+    context.expect(len(step.attempts), 1, "the number of attempts of a retried Running step")
     closed = {"status": StepStatus.FAILED, "error_message": superseded_by(2), "completed_at": ended}
-    expect_fields(context, step.attempts[0], "an open attempt is closed as Failed by a retry", **closed)
-    wanted = dict.fromkeys((*OUTCOMES, "open"), PENDING)
+    expect_fields(context, step.attempts[0], "an open attempt after a retry", **closed)
+    wanted = dict.fromkeys((*CLOSING_STATUSES, "open"), PENDING)
     context.expect(await store.get_step_statuses(run_id), wanted, "the statuses of retried steps")
 
 
 @example("STP-6")
-async def claim_dispatch_and_undelivered_waiter_go(context: CheckContext) -> None:
-    """The retried step's claim, dispatch and undelivered waiter are gone; a delivered waiter stays."""
+async def a_retry_removes_claim_dispatch_and_undelivered_waiter(context: CheckContext) -> None:
+    """A retry removes the step's claim, dispatch and undelivered waiter; a delivered waiter stays."""
     store, run_id = context.store, await start(context)
     for key in ("charge", "other"):
         await store.try_record_dispatch(run_id, key)
@@ -78,9 +76,9 @@ async def claim_dispatch_and_undelivered_waiter_go(context: CheckContext) -> Non
     kept = await store.get_waiter(run_id, "other")
     await store.retry_step(run_id, "charge")
     claims = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    context.expect(claims, ["other"], "the claims after a retry of the step 'charge'")
+    context.expect(claims, ["other"], "the claims after a retry of 'charge'")
     context.expect(await store.get_dispatched_step_keys(run_id), {"other"}, "the dispatches after a retry")
-    context.expect(await store.get_waiter(run_id, "charge"), None, "an undelivered waiter of a retried step")
+    context.expect(await store.get_waiter(run_id, "charge"), None, "the undelivered waiter of a retried step")
     context.expect(await store.get_waiter(run_id, "other"), kept, "the waiter of another step")
     context.expect(
         await outcome_of(store.try_record_dispatch(run_id, "charge")), True, "dispatching after a retry"
@@ -93,24 +91,29 @@ async def claim_dispatch_and_undelivered_waiter_go(context: CheckContext) -> Non
     await store.deliver_signal(run_id, "came", "payload")
     delivered = await store.get_waiter(run_id, "charge")
     await store.retry_step(run_id, "charge")
-    context.expect(await store.get_waiter(run_id, "charge"), delivered, "a delivered waiter stays at a retry")
+    context.expect(
+        await store.get_waiter(run_id, "charge"), delivered, "the delivered waiter of a retried step"
+    )
     if Capability.WAITERS in context.capabilities:
         await store.record_step_start(run_id, "expired", "http")
         await store.register_waiter(run_id, "expired", "go", expires_at=now(context) - DAY)
         await store.expire_waiter(run_id, "expired")
         await store.retry_step(run_id, "expired")
         found = await store.get_waiter(run_id, "expired")
-        context.expect(found, None, "an expired waiter counts as undelivered, and goes at a retry")
+        context.expect(found, None, "the expired waiter of a retried step")
 
 
 @example("STP-6")
 async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> None:
-    """completed_at is None; latches and an elapsed deadline of a terminal run are cleared."""
+    """The run is Running without completed_at; a terminal run loses its latches and an elapsed deadline."""
     store = context.store
-    # Elapsed is timeout_at <= now; to the microsecond where the clock stands still.
+    # Elapsed means timeout_at <= now; with a virtual clock exact to the microsecond.
     elapsed = now(context) if context.clock is not None else now(context) - DAY
     for status, deadline, left in zip(
-        RUN_ENDS, (elapsed, None, now(context) + DAY), (None, None, now(context) + DAY), strict=True
+        TERMINAL_RUN_STATUSES,
+        (elapsed, None, now(context) + DAY),
+        (None, None, now(context) + DAY),
+        strict=True,
     ):
         run_id = await start(context)
         await run_step(context, run_id, "charge", StepStatus.FAILED)
@@ -123,9 +126,9 @@ async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> N
         await store.retry_step(run_id, "charge")
         run = await get_run(context, run_id)
         wanted = {"status": RunStatus.RUNNING, "completed_at": None, "started_at": begun}
-        expect_fields(context, run, f"a run that was {status} when a step was retried", **wanted)
+        expect_fields(context, run, f"a {status} run after a retry", **wanted)
         active = [each.run_id for each in await store.get_active_runs()]
-        context.expect_that(run_id in active, "a run that a retry reopened is among the active ones")
+        context.expect_that(run_id in active, "a run that a retry reopened is in get_active_runs")
         latches: dict[str, Any] = {
             "cancel_requested": False,
             "cancel_reason": None,
@@ -133,21 +136,17 @@ async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> N
             "timed_out_at": None,
         }
         kept = {"timeout_at": left, "idempotency_key": "key", "created_at": made}
-        sentence = "the control record of a terminal run that a retry reopened"
+        sentence = "the control record of a reopened run"
         expect_fields(context, await get_control(context, run_id), sentence, **latches, **kept)
-        context.expect(
-            await outcome_of(store.request_cancel(run_id)), True, "the cancel latch may be set again"
-        )
-        context.expect(
-            await outcome_of(store.mark_timed_out(run_id)), True, "the time-out latch may be set again"
-        )
+        context.expect(await outcome_of(store.request_cancel(run_id)), True, "a cancel of a reopened run")
+        context.expect(await outcome_of(store.mark_timed_out(run_id)), True, "a time-out of a reopened run")
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED))
-        context.expect(answer, True, "completing a run that a retry reopened")
+        context.expect(answer, True, "completing a reopened run")
 
 
 @example("STP-6")
-async def latches_of_a_running_run_stay(context: CheckContext) -> None:
-    """A retry in a run that is Running already leaves its control record alone, and makes none."""
+async def a_retry_in_a_running_run_keeps_its_latches(context: CheckContext) -> None:
+    """A retry in a Running run keeps its control record, and creates none."""
     store, run_id, bare = context.store, await start(context), await start(context)
     await store.configure_run(run_id, FLOW, "manual", timeout_at=now(context) - DAY)
     await store.request_cancel(run_id, "user")
@@ -157,18 +156,20 @@ async def latches_of_a_running_run_stay(context: CheckContext) -> None:
         await run_step(context, one, "charge", StepStatus.FAILED)
         await store.retry_step(one, "charge")
     after = await store.get_run_control(run_id)
-    context.expect(after, before, "the control record of a Running run stays as it is at a retry")
+    context.expect(after, before, "the control record of a Running run after a retry")
     await store.complete_run(bare, RunStatus.FAILED)
     await store.retry_step(bare, "charge")
-    context.expect(await store.get_run_control(bare), None, "a retry makes no control record")
+    context.expect(
+        await store.get_run_control(bare), None, "the control record after a retry of an unconfigured run"
+    )
 
 
 @example("STP-6")
-async def a_retry_said_again_before_the_start_changes_nothing(context: CheckContext) -> None:
-    """With or without attempt, what was claimed, dispatched and registered meanwhile is kept."""
+async def a_repeated_retry_before_the_start_changes_nothing(context: CheckContext) -> None:
+    """With or without attempt, a claim, dispatch and waiter made since the first retry are kept."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.FAILED)
-    await skip_step(context, run_id, "after")
+    await skip_steps(context, run_id, "after")
     await store.retry_step(run_id, "charge", attempt=1)
     await store.try_record_dispatch(run_id, "charge")
     await store.try_claim_step(run_id, "charge", owner="me")
@@ -177,20 +178,20 @@ async def a_retry_said_again_before_the_start_changes_nothing(context: CheckCont
     advance(context, SECOND)
     for attempt in (None, 1):
         call = store.retry_step(run_id, "charge", attempt=attempt, reset=["after"])
-        context.expect(await outcome_of(call), None, f"a retry said again with attempt={attempt}")
+        context.expect(await outcome_of(call), None, f"a repeated retry with attempt={attempt}")
     advance(context, -SECOND)
-    sentence = "a retry said again before the step starts changes nothing"
+    sentence = "a repeated retry before the start changes nothing"
     assert_same(context, await observe_all(context, run_id), before, sentence)
 
 
 @example("STP-6")
-async def a_retry_said_again_reopens_a_run_that_ended_meanwhile(context: CheckContext) -> None:
-    """The run is Running again, its latches and an elapsed deadline cleared; all else is kept."""
+async def a_repeated_retry_reopens_a_run_completed_in_between(context: CheckContext) -> None:
+    """The run is Running, its latches and an elapsed deadline are cleared; everything else is kept."""
     store = context.store
     for attempt in (None, 1):
         run_id = await start(context)
         await run_step(context, run_id, "charge", StepStatus.FAILED)
-        await skip_step(context, run_id, "after")
+        await skip_steps(context, run_id, "after")
         await store.retry_step(run_id, "charge")
         await store.try_record_dispatch(run_id, "charge")
         await store.try_claim_step(run_id, "charge", owner="me")
@@ -201,16 +202,16 @@ async def a_retry_said_again_reopens_a_run_that_ended_meanwhile(context: CheckCo
         await store.complete_run(run_id, RunStatus.CANCELLED)
         await store.retry_step(run_id, "charge", attempt=attempt, reset=["after"])
         control = await get_control(context, run_id)
-        sentence = "the control record of a run that a retry said again reopened"
+        sentence = "the control record of a run that a repeated retry reopened"
         expect_fields(context, control, sentence, cancel_requested=False, timeout_at=None)
         del before["get_run_control"]
-        sentence = "a retry said again makes the run Running again and changes nothing else"
+        sentence = "a repeated retry changes only the status of the run"
         assert_same(context, await observe(context, run_id), before, sentence)
 
 
 @example("STP-6")
-async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContext) -> None:
-    """attempt, when given, must be the last one started, else StaleAttemptError; each click counts once."""
+async def a_retry_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
+    """attempt must be the last one started, else StaleAttemptError: a double click retries once."""
     store, run_id = context.store, await start(context)
     for number in (1, 2):
         await run_step(context, run_id, "charge", StepStatus.FAILED)
@@ -221,7 +222,7 @@ async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContex
             context, step, "a step retried after each attempt", status=PENDING, attempt_count=number + 1
         )
     await run_step(context, run_id, "failed", StepStatus.FAILED)
-    await skip_step(context, run_id, "after")
+    await skip_steps(context, run_id, "after")
     await store.complete_run(run_id, RunStatus.FAILED)
     before = await observe_all(context, run_id)
     cases = (("charge", 1, 2), ("charge", 3, 2), ("failed", 2, 1), ("failed", 2**63 - 1, 1))
@@ -231,18 +232,18 @@ async def an_attempt_that_is_not_the_last_is_a_double_click(context: CheckContex
         error = await context.expect_error(call, StaleAttemptError, sentence)
         named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
         expect_fields(context, error, f"{sentence}: the error", **named)
-    assert_same(context, await observe_all(context, run_id), before, "a double click changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a refused retry changes nothing")
 
 
 @example("STP-6")
 async def reset_makes_skipped_keys_unstarted(context: CheckContext) -> None:
-    """They are gone from statuses, details, claims and dispatches; keys that are not Skipped are ignored."""
+    """Reset keys leave statuses, details, claims and dispatches; keys that are not Skipped are ignored."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", SKIPPED)
     await store.try_record_dispatch(run_id, "ship")
     await store.record_skipped_step(run_id, "ship", "http", "no", owner="planner")
     await store.register_waiter(run_id, "ship", "go")
-    await skip_step(context, run_id, "mail", "stays skipped")
+    await skip_steps(context, run_id, "mail", "stays skipped")
     others = {"done": StepStatus.SUCCEEDED, "failed": StepStatus.FAILED, "pending": PENDING}
     for key, status in others.items():
         await store.try_claim_step(run_id, key, owner="me")
@@ -258,17 +259,19 @@ async def reset_makes_skipped_keys_unstarted(context: CheckContext) -> None:
     found = await store.get_step_statuses(run_id)
     context.expect(found, statuses, f"the statuses after a retry of 'charge' that resets {reset}")
     steps = {step.step_key: step for step in (await get_run(context, run_id)).steps}
-    context.expect(sorted(steps), sorted(statuses), "get_run_detail shows no step that was reset")
+    context.expect(sorted(steps), sorted(statuses), "the steps of get_run_detail after a reset")
     for key in (*others, "running", "stays skipped"):
-        context.expect(steps[key], kept[key], f"the step {key!r}, which a retry of another leaves alone")
+        context.expect(steps[key], kept[key], f"the step {key!r} after a retry of another step")
     claims = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    context.expect(claims, sorted(others), "the claim of a key that was reset goes, others stay")
+    context.expect(claims, sorted(others), "the claims after a reset")
     context.expect(
         await store.get_dispatched_step_keys(run_id), {"dispatched"}, "the dispatches after a reset"
     )
-    context.expect(await store.get_waiter(run_id, "ship"), None, "the waiter of a key that was reset")
+    context.expect(await store.get_waiter(run_id, "ship"), None, "the waiter of a reset key")
     for key in others:
-        context.expect_that(await store.get_waiter(run_id, key), f"the waiter of {key!r} stays at a reset")
+        context.expect_that(
+            await store.get_waiter(run_id, key), f"the waiter of {key!r} is kept by a reset of another key"
+        )
 
 
 @example("STP-6")
@@ -276,31 +279,31 @@ async def a_reset_key_is_not_found_until_its_next_start(context: CheckContext) -
     """Completing, retrying and rescheduling it raise StepNotFoundError; claiming and dispatching work."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.FAILED)
-    await skip_step(context, run_id, "ship")
+    await skip_steps(context, run_id, "ship")
     await store.retry_step(run_id, "charge", reset=["ship"])
     before = await observe_all(context, run_id)
     for attempt in (None, 1):
-        sentence = f"attempt {attempt} of a key that was reset"
+        sentence = f"attempt {attempt} of a reset key"
         call = store.record_step_complete(run_id, "ship", SKIPPED, attempt=attempt)
         await context.expect_error(call, StepNotFoundError, f"record_step_complete of {sentence}")
         call = store.retry_step(run_id, "ship", attempt=attempt)
         await context.expect_error(call, StepNotFoundError, f"retry_step of {sentence}")
     if Capability.RECOVERY in context.capabilities:
         call = store.reschedule_step(run_id, "ship", attempt=1)
-        await context.expect_error(call, StepNotFoundError, "reschedule_step of a key that was reset")
-    assert_same(context, await observe_all(context, run_id), before, "what is not found changes nothing")
+        await context.expect_error(call, StepNotFoundError, "reschedule_step of a reset key")
+    assert_same(context, await observe_all(context, run_id), before, "a StepNotFoundError changes nothing")
     context.expect(
         await outcome_of(store.try_record_dispatch(run_id, "ship")), True, "dispatching a reset key"
     )
     answer = await outcome_of(store.try_claim_step(run_id, "ship", owner="me"))
-    context.expect(answer, True, "claiming a key that was reset")
+    context.expect(answer, True, "claiming a reset key")
     statuses = await store.get_step_statuses(run_id)
-    context.expect(statuses, {"charge": PENDING}, "a reset key that is dispatched and claimed is no step yet")
+    context.expect(statuses, {"charge": PENDING}, "the statuses with a dispatched and claimed reset key")
 
 
 @example("STP-6")
-async def a_reset_keys_attempts_and_numbering_wait_for_its_start(context: CheckContext) -> None:
-    """Its next attempt takes the next number, and the earlier attempts are shown again."""
+async def a_reset_key_keeps_its_attempts_and_numbering(context: CheckContext) -> None:
+    """Its next attempt takes the next number, and the earlier attempts are visible again."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.FAILED)
     await run_step(context, run_id, "ship", PENDING, error_message="first")
@@ -309,18 +312,18 @@ async def a_reset_keys_attempts_and_numbering_wait_for_its_start(context: CheckC
     advance(context, SECOND)
     await store.retry_step(run_id, "charge", reset=["ship"])
     number = await outcome_of(store.record_step_start(run_id, "ship", "grpc"))
-    context.expect(number, 3, "the start of a key that was reset after two attempts")
+    context.expect(number, 3, "the next attempt of a reset key with two attempts")
     after = await get_step(context, run_id, "ship")
-    context.expect(after.attempts[:2], before.attempts, "the attempts from before a reset are shown again")
+    context.expect(after.attempts[:2], before.attempts, "the earlier attempts of a restarted reset key")
     wanted = {"status": StepStatus.RUNNING, "attempt_count": 3, "started_at": before.started_at}
-    expect_fields(context, after, "a step that starts again after a reset", **wanted)
+    expect_fields(context, after, "a step restarted after a reset", **wanted)
     call = store.record_step_complete(run_id, "ship", StepStatus.FAILED, attempt=3)
     context.expect(await outcome_of(call), None, "completing it")
     await store.retry_step(run_id, "ship", attempt=3)
     for expected in (4, 5):
         await store.record_skipped_step(run_id, "ship", "http", "reason", owner="planner")
         step = await get_step(context, run_id, "ship")
-        sentence = "a skip by the same owner for the same reason after a reset is a new attempt"
+        sentence = "the attempts after a reset and the same skip"
         expect_fields(context, step, sentence, attempt_count=expected, status=SKIPPED)
         await run_step(context, run_id, f"other {expected}", StepStatus.FAILED)
         await store.retry_step(run_id, f"other {expected}", reset=["ship"])
@@ -328,10 +331,11 @@ async def a_reset_keys_attempts_and_numbering_wait_for_its_start(context: CheckC
 
 @example("STP-6")
 async def a_key_that_never_started_cannot_be_retried(context: CheckContext) -> None:
-    """StepNotFoundError, with neither the run reopened nor anything reset; other runs stay as they are."""
+    """Retrying an unstarted key raises StepNotFoundError; the run, reset keys and other runs stay
+    unchanged."""
     store, run_id, other = context.store, await start(context), await start(context)
     await store.try_record_dispatch(run_id, "dispatched")
-    await skip_step(context, run_id, "skipped")
+    await skip_steps(context, run_id, "skipped")
     await run_step(context, run_id, "charge", StepStatus.FAILED)
     for one in (run_id, other):
         await run_step(context, one, "same key", StepStatus.FAILED)
@@ -341,9 +345,13 @@ async def a_key_that_never_started_cannot_be_retried(context: CheckContext) -> N
         call = store.retry_step(run_id, key, reset=["skipped"])
         await context.expect_error(call, StepNotFoundError, f"retrying a key that never started ({key})")
     after = await observe_all(context, run_id, other)
-    assert_same(context, after, before, "a retry of a key that never started changes nothing")
+    assert_same(context, after, before, "a refused retry changes nothing")
     before = await observe(context, other)
     await store.retry_step(run_id, "same key")
-    sentence = "a retry leaves a step of the same key in another run alone"
+    sentence = "the step of the same key in another run"
     assert_same(context, await observe(context, other), before, sentence)
-    context.expect(await store.get_run_status(new_id(context)), None, "a retry makes no run")
+    context.expect(
+        await store.get_run_status(new_id(context)),
+        None,
+        "the status of an unknown run after a refused retry",
+    )

@@ -1,4 +1,4 @@
-"""INP-1 to INP-3: what is legal comes back to the letter, and to the microsecond."""
+"""INP-1 to INP-3: legal values round-trip unchanged, datetimes to the microsecond."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from datetime import UTC, datetime, timedelta, timezone
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     FLOW,
-    LOOKALIKES,
-    brief,
-    clock_of,
+    SIMILAR_KEYS,
+    abbreviate,
     expect_fields,
     get_control,
     get_run,
     get_step,
     get_waiter,
     new_id,
+    require_clock,
     run_step,
     single,
     start,
@@ -24,7 +24,7 @@ from flowstore_conformance.checks.fixtures import (
 from flowstore_conformance.context import CheckContext
 from flowstore_core import Capability, RunStatus, StepStatus
 
-# What has been seen to come back changed, or not at all, from one database or another.
+# Texts that some databases are known to change or to reject.
 TEXTS = (
     " ",
     "  leading and trailing  ",
@@ -48,8 +48,8 @@ TEXTS = (
 _PLANES = ((0x01, 0x7F), (0x80, 0x24F), (0x250, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
 
 
-def any_text(context: CheckContext, shortest: int, longest: int) -> str:
-    """Legal text of characters from every plane."""
+def random_text(context: CheckContext, shortest: int, longest: int) -> str:
+    """Random legal text with characters from every plane."""
     planes = context.random.choices(_PLANES, k=context.random.randint(shortest, longest))
     return "".join(chr(context.random.randint(*plane)) for plane in planes)
 
@@ -57,26 +57,26 @@ def any_text(context: CheckContext, shortest: int, longest: int) -> str:
 # INP-1
 
 
-async def _keys_come_back(context: CheckContext, key: str, job_id: str) -> None:
-    """Store one text wherever a key, a name or a job id goes, and find it everywhere again."""
+async def _expect_key_round_trip(context: CheckContext, key: str, job_id: str) -> None:
+    """Store one text in every key, name and job id, and read it everywhere."""
     store, flow_id = context.store, new_id(context)
-    sentence = f"the key {brief(key)} comes back to the letter"
+    sentence = f"the key {abbreviate(key)} round-trips unchanged"
     run_id = await start(context, flow_id=flow_id, flow_name=key, trigger_key=key, job_id=job_id)
     await store.configure_run(run_id, flow_id, key, idempotency_key=key)
     await store.try_register_idempotency_key(flow_id, key, key, run_id)
     found = await store.find_run_id_by_idempotency_key(flow_id, key, key)
-    context.expect(found, run_id, f"the idempotency key {brief(key)} is found again")
+    context.expect(found, run_id, f"the run of the idempotency key {abbreviate(key)}")
     await store.try_record_dispatch(run_id, key)
     await store.annotate_dispatch(run_id, key, job_id)
     await store.try_claim_step(run_id, key, owner=key)
     again = await store.try_claim_step(run_id, key, owner=key)
-    context.expect(again, True, f"the owner {brief(key)} is known again")
+    context.expect(again, True, f"a repeated claim by the owner {abbreviate(key)}")
     await store.record_step_start(run_id, key, key, job_id=job_id, owner=key)
     await store.register_waiter(run_id, key, key)
     first = await store.deliver_signal(run_id, key, "{}", delivery_id=key)
     context.expect(first.step_key, key, sentence)
     repeated = await store.deliver_signal(run_id, key, "{}", delivery_id=key)
-    context.expect(repeated, first, f"the delivery_id {brief(key)} is known again")
+    context.expect(repeated, first, f"a repeated delivery with the delivery_id {abbreviate(key)}")
 
     detail = await get_run(context, run_id)
     expect_fields(context, detail, sentence, flow_name=key, trigger_key=key, job_id=job_id)
@@ -105,41 +105,41 @@ async def _keys_come_back(context: CheckContext, key: str, job_id: str) -> None:
 
 
 @example("INP-1")
-async def keys_come_back_to_the_letter(context: CheckContext) -> None:
-    """Any legal key, name and job id, of any length that is allowed, is kept as it was given."""
+async def keys_round_trip_unchanged(context: CheckContext) -> None:
+    """Every legal key, name and job id of every allowed length round-trips unchanged."""
     longest = "\U0001f600" * 256
-    await _keys_come_back(context, longest, longest * 4)
+    await _expect_key_round_trip(context, longest, longest * 4)
     mixed = "".join(TEXTS)
     parts = [mixed[at : at + 256] for at in range(0, len(mixed), 256)]
     chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
-    drawn = [any_text(context, 1, 256) for _ in range(context.profile.of(1, 1, 40))]
+    drawn = [random_text(context, 1, 256) for _ in range(context.profile.of(1, 1, 40))]
     for key in (" ", *parts, *chosen, *drawn):
-        await _keys_come_back(context, key, key)
+        await _expect_key_round_trip(context, key, key)
 
 
 @example("INP-1")
-async def keys_that_look_alike_are_different(context: CheckContext) -> None:
-    """Keys are compared exactly: no case is folded, nothing is trimmed, no accent is composed."""
+async def similar_keys_are_distinct(context: CheckContext) -> None:
+    """Keys compare exactly: no case folding, no trimming, no Unicode normalisation."""
     store = context.store
     run_id = await start(context)
-    for key in LOOKALIKES:
-        sentence = f"{key!r} is a key of its own beside those that look alike"
+    for key in SIMILAR_KEYS:
+        sentence = f"{key!r} is distinct from similar keys"
         context.expect(await store.try_claim_step(run_id, key, owner=key), True, sentence)
         context.expect(await store.try_record_dispatch(run_id, key), True, sentence)
         context.expect(await store.record_step_start(run_id, key, "http"), 1, sentence)
         await store.register_waiter(run_id, key, key)
         if Capability.OUTPUTS in context.capabilities:
             await store.save_output(run_id, key, key)
-    sentence = "keys that look alike are kept apart"
-    keys = set(LOOKALIKES)
+    sentence = "similar keys are distinct"
+    keys = set(SIMILAR_KEYS)
     context.expect(set(await store.get_step_statuses(run_id)), keys, sentence)
     context.expect(await store.get_dispatched_step_keys(run_id), keys, sentence)
     context.expect({c.step_key: c.owner for c in await store.get_step_claims(run_id)}, _same(keys), sentence)
     if Capability.OUTPUTS in context.capabilities:
         context.expect(await store.get_outputs(run_id), _same(keys), sentence)
-    for key in LOOKALIKES:
+    for key in SIMILAR_KEYS:
         delivery = await store.deliver_signal(run_id, key, key, delivery_id=key)
-        context.expect(delivery.step_key, key, f"the signal and the delivery_id {key!r} are compared exactly")
+        context.expect(delivery.step_key, key, f"the waiter of the signal name and delivery_id {key!r}")
 
 
 def _same(keys: Collection[str]) -> dict[str, str]:
@@ -149,14 +149,14 @@ def _same(keys: Collection[str]) -> dict[str, str]:
 # INP-2
 
 
-async def _texts_come_back(context: CheckContext, text: str) -> None:
-    """Store one text wherever text goes, and find it everywhere again."""
+async def _expect_text_round_trip(context: CheckContext, text: str) -> None:
+    """Store one text in every text argument, and read it everywhere."""
     store = context.store
-    sentence = f"the text {brief(text)} comes back to the letter"
+    sentence = f"the text {abbreviate(text)} round-trips unchanged"
     run_id = await start(context, trigger_data=text)
     await store.record_step_start(run_id, "failed", "http", input_json=text)
     for _ in range(2):
-        # The same outcome again is known as the same.
+        # A repeated outcome compares equal.
         await store.record_step_complete(
             run_id, "failed", StepStatus.FAILED, output_json=text, error_message=text
         )
@@ -192,18 +192,18 @@ async def _texts_come_back(context: CheckContext, text: str) -> None:
 
 
 @example("INP-2")
-async def texts_come_back_to_the_letter(context: CheckContext) -> None:
-    """Any legal text is kept as it was given: no JSON is written anew, nothing trimmed, "" is not None."""
+async def texts_round_trip_unchanged(context: CheckContext) -> None:
+    """Every legal text round-trips unchanged: JSON is not reformatted, blanks stay, "" is not None."""
     chosen = context.random.sample(TEXTS, k=context.profile.of(1, 2, len(TEXTS)))
-    drawn = [any_text(context, 0, 400) for _ in range(context.profile.of(1, 1, 40))]
-    # JSON that a JSON column would write anew, blanks that a trim would take, all oddities at once.
+    drawn = [random_text(context, 0, 400) for _ in range(context.profile.of(1, 1, 40))]
+    # JSON that a JSON column would reformat, blanks that trimming would remove, and all texts together.
     for text in ("", '{"b": 1.0,  "a": 1e2, "a": "\\u00e9"}', "  a  ", "".join(TEXTS), *chosen, *drawn):
-        await _texts_come_back(context, text)
+        await _expect_text_round_trip(context, text)
 
 
 @example("INP-2")
 async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
-    """A text of up to 16 MiB of UTF-8 is kept, and two that differ at their end are different."""
+    """Texts of up to 16 MiB are stored whole; two that differ only at the end are different."""
     store = context.store
     run_id = await start(context)
     limit = 16 * 1024 * 1024
@@ -213,7 +213,7 @@ async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
         await store.register_waiter(run_id, unit, unit)
         await store.deliver_signal(run_id, unit, text)
         kept = (await get_waiter(context, run_id, unit)).payload_json
-        sentence = f"a text of {size:,} bytes of UTF-8 comes back whole"
+        sentence = f"a text of {size:,} bytes of UTF-8 is returned whole"
         context.expect_that(
             kept == text, f"{sentence}: expected {len(text):,} characters, got {len(kept or '')}"
         )
@@ -223,8 +223,8 @@ async def long_texts_are_kept_and_compared_whole(context: CheckContext) -> None:
         run_id, "charge", StepStatus.PENDING, output_json=text + "a", error_message=text + "b"
     )
     step = await get_step(context, run_id)
-    context.expect_that(step.output_json == text + "a", "an output of 100 kB comes back whole")
-    context.expect_that(step.error_message == text + "b", "an error message of 100 kB comes back whole")
+    context.expect_that(step.output_json == text + "a", "an output of 100 kB is returned whole")
+    context.expect_that(step.error_message == text + "b", "an error message of 100 kB is returned whole")
 
 
 # INP-3
@@ -246,15 +246,15 @@ _MOMENTS = (
 )
 
 
-def _any_moment(context: CheckContext) -> datetime:
+def _random_datetime(context: CheckContext) -> datetime:
     micros = context.random.randrange(int((_MOMENTS[-1] - _MOMENTS[0]) / timedelta(microseconds=1)))
     moment = _MOMENTS[0] + timedelta(microseconds=micros)
-    # A zone's own calendar must be able to hold it.
+    # The local datetime must be within datetime's range.
     return moment.astimezone(context.random.choice(_ZONES)) if 1 < moment.year < 9999 else moment
 
 
-def _utc(context: CheckContext, value: object, wanted: datetime) -> None:
-    sentence = "a datetime comes back aware, in UTC, to the microsecond"
+def _expect_utc(context: CheckContext, value: object, wanted: datetime) -> None:
+    sentence = "a datetime is returned aware, in UTC, to the microsecond"
     context.expect_that(
         isinstance(value, datetime) and value.utcoffset() == timedelta(0) and value == wanted,
         f"{sentence}: expected {wanted.astimezone(UTC)!r}, got {value!r}",
@@ -262,27 +262,27 @@ def _utc(context: CheckContext, value: object, wanted: datetime) -> None:
 
 
 @example("INP-3")
-async def given_datetimes_come_back_in_utc_to_the_microsecond(context: CheckContext) -> None:
-    """A datetime of any zone, at any moment that is allowed, is kept to the microsecond."""
+async def datetimes_round_trip_in_utc_to_the_microsecond(context: CheckContext) -> None:
+    """Every legal datetime of any zone is returned in UTC, exact to the microsecond."""
     store = context.store
     run_id = await start(context)
-    drawn = [_any_moment(context) for _ in range(context.profile.of(1, 4, 100))]
+    drawn = [_random_datetime(context) for _ in range(context.profile.of(1, 4, 100))]
     for number, moment in enumerate((*_MOMENTS, *drawn)):
         key = f"step {number:03}"
         await store.configure_run(run_id, FLOW, "manual", timeout_at=moment)
-        _utc(context, (await get_control(context, run_id)).timeout_at, moment)
+        _expect_utc(context, (await get_control(context, run_id)).timeout_at, moment)
         await store.try_record_dispatch(run_id, key, due_at=moment)
         dispatch = [one for one in await store.get_dispatches(run_id) if one.step_key == key]
-        _utc(context, single(dispatch, "the dispatch").due_at, moment)
+        _expect_utc(context, single(dispatch, "the dispatch").due_at, moment)
         await store.register_waiter(run_id, "wait", "go", expires_at=moment)
-        _utc(context, (await get_waiter(context, run_id)).expires_at, moment)
+        _expect_utc(context, (await get_waiter(context, run_id)).expires_at, moment)
 
 
 @example("INP-3", needs=[Capability.VIRTUAL_CLOCK])
-async def every_timestamp_is_of_the_given_clock(context: CheckContext) -> None:
-    """What the store stamps by itself is the reading of its clock, in UTC, to the microsecond."""
-    store, clock = context.store, clock_of(context)
-    for moment in (*_MOMENTS[:: context.profile.of(3, 2, 1)], _any_moment(context)):
+async def every_timestamp_comes_from_the_given_clock(context: CheckContext) -> None:
+    """Every timestamp that the store sets is the clock's reading, in UTC, exact to the microsecond."""
+    store, clock = context.store, require_clock(context)
+    for moment in (*_MOMENTS[:: context.profile.of(3, 2, 1)], _random_datetime(context)):
         clock.now = moment
         run_id = await start(context)
         await store.configure_run(run_id, FLOW, "manual")
@@ -309,4 +309,4 @@ async def every_timestamp_is_of_the_given_clock(context: CheckContext) -> None:
             await store.append_event(run_id, "event")
             stamps += [single(await store.get_run_events(run_id), "the event").timestamp]
         for stamp in stamps:
-            _utc(context, stamp, moment)
+            _expect_utc(context, stamp, moment)

@@ -1,4 +1,4 @@
-"""RUN-1, RUN-2 and RUN-4: starting and completing runs, and what a terminal run still allows."""
+"""RUN-1, RUN-2 and RUN-4: starting and completing runs, and operations on a terminal run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
+    CLOSING_STATUSES,
     FLOW,
     MINUTE,
-    NOBODY,
-    OUTCOMES,
-    RUN_ENDS,
+    NOT_FOUND,
     SECOND,
+    TERMINAL_RUN_STATUSES,
     TICK,
     advance,
     assert_same,
@@ -23,7 +23,7 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     run_step,
     single,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -41,8 +41,8 @@ from flowstore_core import (
 
 
 @example("RUN-1")
-async def a_started_run_is_stored_as_it_was_given(context: CheckContext) -> None:
-    """start_run stores a Running run with all that was given, and returns its record."""
+async def start_run_stores_every_argument(context: CheckContext) -> None:
+    """start_run stores a Running run with every argument and returns its record."""
     store = context.store
     given: dict[str, Any] = {
         "flow_id": FLOW,
@@ -60,17 +60,17 @@ async def a_started_run_is_stored_as_it_was_given(context: CheckContext) -> None
             await store.start_run(**given, **optional), record, "start_run returns the run's record"
         )
         stored = [run for run in await store.get_runs() if run.run_id == run_id]
-        context.expect(stored, [record], "get_runs shows the run as it was given")
+        context.expect(stored, [record], "the run in get_runs")
         detail = FlowRunDetail(**wanted, started_at=begun, steps=())
         shown = await store.get_run_detail(run_id)
-        context.expect(shown, detail, "get_run_detail shows the run as it was given, without steps")
-        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, "a started run is Running")
-        context.expect(await store.get_run_control(run_id), None, "start_run makes no control record")
+        context.expect(shown, detail, "the run in get_run_detail, without steps")
+        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, "the status of a started run")
+        context.expect(await store.get_run_control(run_id), None, "the control record after start_run")
 
 
 @example("RUN-1")
-async def a_run_id_that_exists_is_refused(context: CheckContext) -> None:
-    """start_run with an id that is stored raises RunAlreadyExistsError and changes nothing."""
+async def start_run_refuses_a_stored_id(context: CheckContext) -> None:
+    """start_run with a stored id raises RunAlreadyExistsError and changes nothing."""
     store = context.store
     running, ended = await start(context), await start(context)
     await run_step(context, running)
@@ -84,14 +84,14 @@ async def a_run_id_that_exists_is_refused(context: CheckContext) -> None:
         expect_fields(context, error, f"{sentence}: the error names the run", run_id=run_id)
     advance(context, -SECOND)
     after = await observe_all(context, running, ended)
-    assert_same(context, after, before, "starting a run that exists changes nothing")
+    assert_same(context, after, before, "a refused start_run changes nothing")
 
 
 @example("RUN-2")
 async def the_first_terminal_status_wins(context: CheckContext) -> None:
-    """complete_run is True for the call that did it, and False ever after, changing nothing."""
+    """complete_run returns True once; every later call returns False and changes nothing."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         begun = await get_run(context, run_id)
         ended = advance(context, MINUTE)
@@ -105,20 +105,20 @@ async def the_first_terminal_status_wins(context: CheckContext) -> None:
         context.expect(await store.get_run_status(run_id), status, "get_run_status after complete_run")
         before = await observe_all(context, run_id)
         advance(context, MINUTE)
-        for second in RUN_ENDS:
+        for second in TERMINAL_RUN_STATUSES:
             nothing: dict[str, StepStatus] = {}
             for expected in (None, nothing):
                 answer = await outcome_of(store.complete_run(run_id, second, expected=expected))
-                context.expect(answer, False, f"complete_run as {second} of a run that is {status} already")
+                context.expect(answer, False, f"complete_run as {second} of a {status} run")
         advance(context, -MINUTE)
         assert_same(context, await observe_all(context, run_id), before, "the first terminal status wins")
 
 
 @example("RUN-2")
-async def with_expected_the_statuses_must_be_exactly_these(context: CheckContext) -> None:
-    """With expected, complete_run is False and changes nothing when any key or status differs."""
+async def complete_run_with_expected_compares_every_status(context: CheckContext) -> None:
+    """With expected, complete_run returns False and changes nothing if any key or status differs."""
     store, run_id = context.store, await start(context)
-    statuses: dict[str, StepStatus] = {status.lower(): status for status in OUTCOMES}
+    statuses: dict[str, StepStatus] = {status.lower(): status for status in CLOSING_STATUSES}
     for key, status in statuses.items():
         await run_step(context, run_id, key, status)
     await store.record_step_start(run_id, "running", "http")
@@ -136,9 +136,12 @@ async def with_expected_the_statuses_must_be_exactly_these(context: CheckContext
     for change in changes:
         expected = {key: status for key, status in {**statuses, **change}.items() if status is not None}
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected))
-        context.expect(answer, False, f"complete_run expecting {change} where the statuses are {statuses}")
+        context.expect(answer, False, f"complete_run expecting {change} with the statuses {statuses}")
     assert_same(
-        context, await observe_all(context, run_id), before, "complete_run that is False changes nothing"
+        context,
+        await observe_all(context, run_id),
+        before,
+        "a complete_run that returns False changes nothing",
     )
     answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=statuses))
     context.expect(answer, True, "complete_run expecting exactly the statuses of the run")
@@ -148,8 +151,8 @@ async def with_expected_the_statuses_must_be_exactly_these(context: CheckContext
 
 
 @example("RUN-2")
-async def with_expected_no_claim_or_dispatch_may_lie_outside(context: CheckContext) -> None:
-    """A run does not finish while a key outside expected is claimed or dispatched, or was retried."""
+async def complete_run_with_expected_refuses_other_claims_and_dispatches(context: CheckContext) -> None:
+    """A run does not complete while a key outside expected is claimed or dispatched, or after a retry."""
     store = context.store
     steps = {"a": StepStatus.SUCCEEDED}
     for how in ("claimed", "dispatched"):
@@ -163,29 +166,33 @@ async def with_expected_no_claim_or_dispatch_may_lie_outside(context: CheckConte
             await store.try_record_dispatch(run_id, "b")
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
         context.expect(answer, False, f"complete_run while a key outside expected is {how}")
-        context.expect(await store.get_run_status(run_id), RunStatus.RUNNING, f"the run while one is {how}")
+        context.expect(
+            await store.get_run_status(run_id),
+            RunStatus.RUNNING,
+            f"the status of a run while a key outside expected is {how}",
+        )
         await store.release_step_claim(run_id, "b")
         await store.release_dispatch(run_id, "b")
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
-        context.expect(answer, True, "complete_run when only keys in expected are claimed or dispatched")
+        context.expect(answer, True, "complete_run while only keys in expected are claimed or dispatched")
     retried = await start(context)
     await run_step(context, retried, "a", StepStatus.FAILED)
     seen = await store.get_step_statuses(retried)
     await store.retry_step(retried, "a")
     answer = await outcome_of(store.complete_run(retried, RunStatus.FAILED, expected=seen))
     context.expect(answer, False, "complete_run expecting statuses from before a retry")
-    await skip_step(context, retried, "b")
+    await skip_steps(context, retried, "b")
     await store.retry_step(retried, "a", attempt=1)
     await run_step(context, retried, "a", StepStatus.FAILED)
     await store.retry_step(retried, "a", reset=["b"])
     pending = {"a": StepStatus.PENDING}
     answer = await outcome_of(store.complete_run(retried, RunStatus.FAILED, expected=pending))
-    context.expect(answer, True, "a key that was reset is not among the statuses")
+    context.expect(answer, True, "complete_run with expected that omits a reset key")
 
 
 @example("RUN-2", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def with_expected_an_expired_claim_does_not_count(context: CheckContext) -> None:
-    """Only a live claim outside expected keeps a run from finishing: an expired one does not."""
+async def complete_run_with_expected_ignores_expired_claims(context: CheckContext) -> None:
+    """A live claim on a key outside expected prevents completion; an expired claim does not."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "b", owner="me", lease=MINUTE)
     advance(context, MINUTE - TICK)
@@ -193,17 +200,17 @@ async def with_expected_an_expired_claim_does_not_count(context: CheckContext) -
     context.expect(answer, False, "complete_run while a leased claim outside expected is live")
     advance(context, TICK)
     answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected={}))
-    context.expect(answer, True, "complete_run once the lease of the claim outside expected has ended")
+    context.expect(answer, True, "complete_run after the lease of the claim outside expected has ended")
 
 
 # RUN-4
 
 
 @example("RUN-4")
-async def nothing_begins_on_a_terminal_run(context: CheckContext) -> None:
-    """On a terminal run claims and dispatches are False, to the claim's owner too, and nothing starts."""
+async def a_terminal_run_accepts_no_claim_dispatch_or_start(context: CheckContext) -> None:
+    """On a terminal run claims and dispatches return False, also for the claim's owner, and starts raise."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.try_claim_step(run_id, "mine", owner="me")
         await run_step(context, run_id, "failed", StepStatus.FAILED)
@@ -211,28 +218,34 @@ async def nothing_begins_on_a_terminal_run(context: CheckContext) -> None:
         before = await observe_all(context, run_id)
         for key, owner in (("mine", "me"), ("new", "me"), ("new", None), ("failed", None)):
             answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
-            context.expect(answer, False, f"try_claim_step of {key!r} by {owner} on a run that is {status}")
+            context.expect(answer, False, f"try_claim_step of {key!r} by {owner} on a {status} run")
             answer = await outcome_of(store.try_record_dispatch(run_id, key))
-            context.expect(answer, False, f"try_record_dispatch of {key!r} on a run that is {status}")
+            context.expect(answer, False, f"try_record_dispatch of {key!r} on a {status} run")
         starts = (("failed", None), ("mine", None), ("mine", "me"), ("mine", "not me"), ("new", None))
         for key, owner in starts:
             call = store.record_step_start(run_id, key, "http", owner=owner)
-            sentence = f"record_step_start of {key!r} by {owner} on a run that is {status}"
+            sentence = f"record_step_start of {key!r} by {owner} on a {status} run"
             error = await context.expect_error(call, RunCompletedError, sentence)
             expect_fields(context, error, f"{sentence}: the error names the run", run_id=run_id)
-        assert_same(context, await observe_all(context, run_id), before, "nothing changes on a terminal run")
+        assert_same(
+            context,
+            await observe_all(context, run_id),
+            before,
+            "refused calls on a terminal run change nothing",
+        )
 
 
 @example("RUN-4")
-async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(context: CheckContext) -> None:
-    """A terminal step is not claimed or dispatched, by its owner either; the run counts first."""
+async def the_run_is_checked_before_the_step_and_the_step_before_the_claim(context: CheckContext) -> None:
+    """A terminal step accepts no claim or dispatch, not even from its owner; a terminal run takes
+    precedence."""
     store, run_id = context.store, await start(context)
-    for status in OUTCOMES[:3]:
+    for status in CLOSING_STATUSES[:3]:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(context, run_id, status, status)
         await run_step(context, run_id, f"unclaimed {status}", status)
     before = await observe_all(context, run_id)
-    for status in OUTCOMES[:3]:
+    for status in CLOSING_STATUSES[:3]:
         for key, owner in ((status.value, "me"), (status.value, None), (f"unclaimed {status}", "me")):
             answer = await outcome_of(store.try_claim_step(run_id, key, owner=owner))
             context.expect(answer, False, f"try_claim_step of a {status} step by {owner}")
@@ -242,7 +255,7 @@ async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(con
         context, await observe_all(context, run_id), before, "claiming a terminal step changes nothing"
     )
     call = store.record_step_start(run_id, "Succeeded", "http", owner="not me")
-    sentence = "starting a finished step as somebody who does not hold its claim"
+    sentence = "starting a finished step without owning its claim"
     await context.expect_error(call, StepAlreadyCompletedError, sentence)
     for status in (StepStatus.PENDING, StepStatus.RUNNING):
         await store.record_step_start(run_id, status, "http")
@@ -255,20 +268,20 @@ async def the_run_is_looked_at_before_the_step_and_the_step_before_the_claim(con
         context.expect(await outcome_of(store.try_claim_step(run_id, status)), True, f"claiming {sentence}")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     call = store.record_step_start(run_id, "Succeeded", "http", owner="not me")
-    await context.expect_error(call, RunCompletedError, "the run is looked at before its step and the claim")
+    await context.expect_error(call, RunCompletedError, "starting a finished step of a terminal run")
 
 
 @example("RUN-4")
 async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: CheckContext) -> None:
-    """An open attempt is completed, steps are skipped and waiters registered on a terminal run."""
+    """A terminal run accepts completing an open attempt, skipping steps and registering waiters."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await store.record_step_start(run_id, "open", "http")
         await store.complete_run(run_id, status)
         ended = await get_run(context, run_id)
         at = advance(context, SECOND)
-        sentence = f"on a run that is {status}"
+        sentence = f"on a {status} run"
         call = store.record_step_complete(run_id, "open", StepStatus.SUCCEEDED, output_json="1", attempt=1)
         context.expect(await outcome_of(call), None, f"completing an open attempt {sentence}")
         step = await get_step(context, run_id, "open")
@@ -282,24 +295,27 @@ async def closing_skipping_and_waiting_stay_allowed_on_a_terminal_run(context: C
         claim = single(await store.get_step_claims(run_id), f"the claim that a skip took {sentence}")
         context.expect(claim.owner, "me", f"the owner of the claim that a skip took {sentence}")
         context.expect(
-            await outcome_of(store.register_waiter(run_id, "w", "go")), None, f"waiting {sentence}"
+            await outcome_of(store.register_waiter(run_id, "w", "go")), None, f"register_waiter {sentence}"
         )
         if Capability.OUTPUTS in context.capabilities:
             context.expect(
-                await outcome_of(store.save_output(run_id, "x", "1")), None, f"an output {sentence}"
+                await outcome_of(store.save_output(run_id, "x", "1")), None, f"save_output {sentence}"
             )
         if Capability.EVENTS in context.capabilities:
-            context.expect(await outcome_of(store.append_event(run_id, "after")), 1, f"an event {sentence}")
+            context.expect(
+                await outcome_of(store.append_event(run_id, "after")), 1, f"append_event {sentence}"
+            )
         after = await get_run(context, run_id)
         wanted = {"status": status, "completed_at": ended.completed_at}
-        expect_fields(context, after, "none of it reopens the run", **wanted)
+        expect_fields(context, after, "the run after writes to it while terminal", **wanted)
 
 
 @example("RUN-4")
 async def a_terminal_run_gets_no_delivery(context: CheckContext) -> None:
-    """deliver_signal is NOT_FOUND and changes nothing; after retry_step the same waiter is delivered to."""
+    """deliver_signal returns NOT_FOUND and changes nothing; after retry_step it delivers to the same
+    waiter."""
     store = context.store
-    for status in RUN_ENDS:
+    for status in TERMINAL_RUN_STATUSES:
         run_id = await start(context)
         await run_step(context, run_id, "other", StepStatus.FAILED)
         await store.register_waiter(run_id, "before", "go")
@@ -310,15 +326,15 @@ async def a_terminal_run_gets_no_delivery(context: CheckContext) -> None:
         for name in ("go", "stop"):
             for delivery_id in (None, "id"):
                 answer = await store.deliver_signal(run_id, name, "late", delivery_id=delivery_id)
-                context.expect(answer, NOBODY, f"a delivery of {name!r} to a run that is {status}")
-        sentence = f"a delivery to a run that is {status} changes nothing"
+                context.expect(answer, NOT_FOUND, f"a delivery of {name!r} to a {status} run")
+        sentence = f"a delivery to a {status} run changes nothing"
         assert_same(context, await observe_all(context, run_id), before, sentence)
         await store.retry_step(run_id, "other")
         for name, key in (("go", "before"), ("stop", "after")):
             again = await store.deliver_signal(run_id, name, "now", delivery_id=f"id of {name}")
             found = (again.status, again.step_key)
             wanted = (SignalDeliveryStatus.DELIVERED, key)
-            context.expect(found, wanted, f"a delivery of {name!r} once a run that was {status} is reopened")
+            context.expect(found, wanted, f"a delivery of {name!r} to a reopened {status} run")
         again = await store.deliver_signal(run_id, "go", "now", delivery_id="id")
         already = SignalDeliveryStatus.ALREADY_DELIVERED
-        context.expect(again.status, already, "a delivery_id that a terminal run refused is not remembered")
+        context.expect(again.status, already, "a delivery with a delivery_id that a terminal run refused")

@@ -1,4 +1,4 @@
-"""Readers beside writers: what they are told is never torn, and nothing later changes it."""
+"""Readers beside writers: results are never torn, and returned records never change."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from flowstore_core import Capability, FlowRunDetail, FlowStepRecord, FlowStore,
 Work = Coroutine[Any, Any, None]
 
 FLOW = UUID(int=0xF10)
-FEWEST = 20
-"""Different sights: readers that met fewer have seen too little."""
+MIN_STATES = 20
+"""Number of distinct states that readers must observe; fewer are inconclusive."""
 
-PATIENCE_SECONDS = 15.0
-"""How long writers go on, where the readers have not yet met so many."""
+WRITE_TIMEOUT = 15.0
+"""Seconds for which writers continue until the readers have observed enough states."""
 
 
 @check("QRY-3", "RUN-2", "STP-1", "STP-6", kind=Kind.SNAPSHOT)
 async def details_are_never_torn(context: CheckContext) -> None:
-    """get_run_detail beside writers shows run, steps and attempts as they were at one moment."""
+    """get_run_detail beside writers returns run, steps and attempts from one snapshot."""
     stores = await context.workers(3)
     rounds = context.profile.of(6, 24, 400)
     runs = [UUID(int=number) for number in (1, 2, 3)]
-    """Of each writer, the run that it is at."""
+    """The current run of each writer."""
     seen: set[object] = set()
-    fewest = min(FEWEST, rounds)
+    min_states = min(MIN_STATES, rounds)
 
     async def write(number: int) -> None:
         store = stores[number % len(stores)]
-        for count in _rounds(context, rounds, lambda: len(seen) >= fewest):
-            # A new run now and then, since attempts pile up with each life of a run.
+        for count in _rounds(context, rounds, lambda: len(seen) >= min_states):
+            # Start a new run now and then, because attempts accumulate with each lifecycle of a run.
             if count % 3 == 0:
                 run_id = UUID(int=(number + 1 << 32) + count)
                 await store.start_run(FLOW, "snapshots", run_id, "t")
                 runs[number] = run_id
-            await _one_life(store, runs[number])
+            await _run_lifecycle(store, runs[number])
 
     async def read(store: FlowStore, run_id: UUID) -> None:
         detail = await store.get_run_detail(run_id)
@@ -62,52 +62,54 @@ async def details_are_never_torn(context: CheckContext) -> None:
             await read(generator.choice(stores), generator.choice(runs))
             await asyncio.sleep(0)
 
-    await _beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
-    if len(seen) < fewest:
-        raise Inconclusive(f"the readers met only {len(seen)} different states")
+    await _run_beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
+    if len(seen) < min_states:
+        raise Inconclusive(f"the readers observed only {len(seen)} distinct states, {min_states} are needed")
 
 
 def _rounds(context: CheckContext, rounds: int, enough: Callable[[], bool]) -> Iterator[int]:
-    """The numbers of a writer's rounds; more of them until the readers have seen enough, bounded."""
-    until = time.monotonic() + PATIENCE_SECONDS * context.timeout_factor
+    """Number a writer's rounds until the readers have seen enough states or time runs out."""
+    until = time.monotonic() + WRITE_TIMEOUT * context.timeout_factor
     for count in itertools.count():
         if count >= rounds and (enough() or time.monotonic() > until):
             return
         yield count
 
 
-async def _one_life(store: FlowStore, run_id: UUID) -> None:
-    """Two steps that fail once and then succeed, the run that ends with them, and retries that reopen it.
+async def _run_lifecycle(store: FlowStore, run_id: UUID) -> None:
+    """Fail and complete two steps, complete the run, and reopen it by retries.
 
     At every moment the run is Succeeded only while both steps are.
     """
     for key in ("a", "b"):
         attempt = await store.record_step_start(run_id, key, "s", input_json=f"{key} in")
-        await _turn()
+        await _yield_to_readers()
         await store.record_step_complete(run_id, key, StepStatus.FAILED, error_message="no", attempt=attempt)
-        await _turn()
+        await _yield_to_readers()
         attempt = await store.record_step_start(run_id, key, "s")
-        await _turn()
+        await _yield_to_readers()
         await store.record_step_complete(
             run_id, key, StepStatus.SUCCEEDED, output_json=f"{attempt}", attempt=attempt
         )
-        await _turn()
+        await _yield_to_readers()
     expected = dict.fromkeys(("a", "b"), StepStatus.SUCCEEDED)
     if not await store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected):
-        raise ContractViolation("complete_run refused a run whose steps were all as expected", clause="RUN-2")
-    await _turn()
+        raise ContractViolation(
+            "complete_run with the actual statuses as expected: expected True, got False", clause="RUN-2"
+        )
+    await _yield_to_readers()
     for key in ("b", "a"):
         await store.retry_step(run_id, key)
-        await _turn()
+        await _yield_to_readers()
 
 
-async def _turn() -> None:
-    """Let the readers look: a store's operations may never do."""
+async def _yield_to_readers() -> None:
+    """Yield to the readers: the operations of a store may never suspend."""
     await asyncio.sleep(0)
 
 
 def torn(detail: FlowRunDetail) -> str | None:
-    """What in a run's detail cannot have been so at one moment."""
+    """Why a run's detail cannot come from one snapshot; None if it can."""
     if (detail.completed_at is not None) != detail.status.is_terminal:
         return f"the run is {detail.status.value} with completed_at {detail.completed_at}"
     for step in detail.steps:
@@ -115,8 +117,8 @@ def torn(detail: FlowRunDetail) -> str | None:
             return f"step {step.step_key!r} {problem}"
         if detail.status.is_terminal and step.status is not StepStatus.SUCCEEDED:
             return (
-                f"the run is {detail.status.value}, which it is only while all steps are Succeeded, "
-                f"and step {step.step_key!r} is {step.status.value}"
+                f"the run is {detail.status.value} and its step {step.step_key!r} is {step.status.value}, "
+                "but the run is terminal only while all its steps are Succeeded"
             )
     return None
 
@@ -124,22 +126,22 @@ def torn(detail: FlowRunDetail) -> str | None:
 def _torn_step(step: FlowStepRecord) -> str | None:
     numbers = [attempt.attempt for attempt in step.attempts]
     if numbers != list(range(1, len(numbers) + 1)) or not numbers:
-        return f"has attempts numbered {numbers}"
+        return f"has attempts numbered {numbers}, not 1, 2, ..."
     if still_open := [one.attempt for one in step.attempts[:-1] if one.completed_at is None]:
-        return f"has attempt {still_open[0]} open, which is not its last"
+        return f"has an open attempt {still_open[0]} that is not its last"
     last = step.attempts[-1]
     if (last.completed_at is None) != (last.status is StepStatus.RUNNING):
         return f"has attempt {last.attempt} {last.status.value} with completed_at {last.completed_at}"
     if step.attempt_count == len(numbers) + 1 and step.status is StepStatus.PENDING:
-        # Reopened: its next attempt is counted and has not begun.
+        # The step was reopened: attempt_count includes the next attempt, which has not started.
         left = [name for name in ("output_json", "error_message", "completed_at") if getattr(step, name)]
-        return f"was reopened and still shows its {' and '.join(left)}" if left else None
+        return f"was reopened and still has {' and '.join(left)}" if left else None
     if step.attempt_count != len(numbers):
-        return f"counts {step.attempt_count} attempts, and {len(numbers)} are listed"
+        return f"has attempt_count {step.attempt_count} and {len(numbers)} attempts"
     for name in ("status", "output_json", "error_message"):
         own, newest = comparable(getattr(step, name)), comparable(getattr(last, name))
         if own != newest:
-            return f"shows {name} {plain(own)}, and its newest attempt {plain(newest)}"
+            return f"has {name} {plain(own)}, and its newest attempt has {plain(newest)}"
     if (step.completed_at is not None) != step.status.is_terminal:
         return f"is {step.status.value} with completed_at {step.completed_at}"
     return None
@@ -147,22 +149,22 @@ def _torn_step(step: FlowStepRecord) -> str | None:
 
 @check("QRY-3", "QRY-1", needs=[Capability.DASHBOARD], kind=Kind.SNAPSHOT)
 async def pages_agree_with_their_counts(context: CheckContext) -> None:
-    """get_runs_page beside writers takes its rows and its count from one moment."""
+    """get_runs_page beside writers returns rows and total_count from one snapshot."""
     stores = await context.workers(3)
     rounds = context.profile.of(8, 60, 600)
     totals: set[int] = set()
-    fewest = min(FEWEST, rounds) // 2
+    min_states = min(MIN_STATES, rounds) // 2
 
     async def write(number: int) -> None:
         store = stores[number % len(stores)]
-        for count in _rounds(context, rounds, lambda: len(totals) >= fewest):
+        for count in _rounds(context, rounds, lambda: len(totals) >= min_states):
             run_id = UUID(int=(number << 32) + count + 1)
             await store.start_run(FLOW, "snapshots", run_id, "t")
             if count % 2:
                 await store.complete_run(run_id, RunStatus.FAILED)
             if count % 16 == 15 and context.clock is not None:
                 await store.cleanup(context.clock.now + timedelta(days=1))
-            await _turn()
+            await _yield_to_readers()
 
     async def watch(number: int) -> None:
         generator = random.Random(f"{context.seed}/{number}")
@@ -175,61 +177,65 @@ async def pages_agree_with_their_counts(context: CheckContext) -> None:
                 skip=skip,
                 take=take,
             )
-            _judge_page(
+            _check_page(
                 context, page.total_count, [run.status.value for run in page.runs], status, skip, take
             )
             order = [(run.started_at, run.run_id.bytes) for run in page.runs]
             if order != sorted(set(order), reverse=True):
-                message = "get_runs_page lists runs twice, or not by started_at and run_id descending"
+                message = "get_runs_page: expected distinct runs by started_at and run_id, both descending"
                 raise ContractViolation(message, clause="QRY-1")
             totals.add(page.total_count)
             await asyncio.sleep(0)
 
-    await _beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
-    if len(totals) < fewest:
-        raise Inconclusive(f"the readers met only {len(totals)} different counts")
+    await _run_beside([write(n) for n in range(3)], [watch(n) for n in range(3)])
+    if len(totals) < min_states:
+        raise Inconclusive(
+            f"the readers observed only {len(totals)} distinct counts, {min_states} are needed"
+        )
 
 
-def _judge_page(
+def _check_page(
     context: CheckContext, total: int, statuses: list[str], status: RunStatus | None, skip: int, take: int
 ) -> None:
     context.assertions += 1
     fitting = min(take, max(0, total - skip))
     if len(statuses) != fitting:
         raise ContractViolation(
-            f"get_runs_page(skip={skip}, take={take}) counts {total} runs beside a page of {len(statuses)}, "
-            f"where {fitting} belong to such a count"
+            f"get_runs_page(skip={skip}, take={take}) with total_count {total}: "
+            f"expected {fitting} rows, got {len(statuses)}"
         )
     if status is not None and set(statuses) - {status.value}:
         listed = " and ".join(sorted(set(statuses)))
-        raise ContractViolation(f"get_runs_page(status={status.value!r}) lists runs that are {listed}")
+        raise ContractViolation(
+            f"get_runs_page(status={status.value!r}): expected only {status.value} runs, got {listed}"
+        )
 
 
 @check("RUN-3", kind=Kind.SNAPSHOT)
-async def records_stay_as_they_were_told(context: CheckContext) -> None:
-    """No record that was returned changes, whatever is written afterwards."""
+async def returned_records_never_change(context: CheckContext) -> None:
+    """No returned record changes after later writes."""
     kept: list[tuple[str, object, object]] = []
     for number in range(context.profile.of(2, 5, 20)):
         run_id = UUID(int=1 + number)
         store = context.store
-        kept.append(_kept("start_run", await store.start_run(FLOW, "snapshots", run_id, "t")))
+        kept.append(_record_copy("start_run", await store.start_run(FLOW, "snapshots", run_id, "t")))
         for write in _writes(store, run_id):
             await write()
             for name, invoke in _reads(store, run_id, context.capabilities):
-                kept.append(_kept(name, await invoke()))
+                kept.append(_record_copy(name, await invoke()))
     for name, record, before in kept:
         context.expect_that(
             comparable(record) == before,
-            f"what {name} returned must never change, and it did after later writes",
+            f"a result of {name} changed after later writes",
         )
 
 
-def _kept(name: str, record: object) -> tuple[str, object, object]:
+def _record_copy(name: str, record: object) -> tuple[str, object, object]:
     return name, record, comparable(record)
 
 
 def _writes(store: FlowStore, run_id: UUID) -> list[Callable[[], Awaitable[object]]]:
-    """A life in which everything that can be seen of a run changes."""
+    """Writes that change every visible part of a run."""
     failed: dict[str, object] = {"status": "Failed", "error_message": "no", "attempt": 1}
     calls: list[tuple[str, dict[str, object]]] = [
         ("try_record_dispatch", {"step_key": "a"}),
@@ -274,12 +280,12 @@ def _reads(
     return reads
 
 
-async def _beside(writers: Sequence[Work], readers: Sequence[Work]) -> None:
-    """Run readers until the writers have ended; whatever goes wrong in either goes up."""
+async def _run_beside(writers: Sequence[Work], readers: Sequence[Work]) -> None:
+    """Run readers until the writers have finished; raise the first error of either."""
     reading = [asyncio.create_task(reader) for reader in readers]
     writing: asyncio.Future[Any] = asyncio.gather(*writers)
     try:
-        # A reader ends only by going wrong.
+        # A reader ends only by raising.
         await asyncio.wait([writing, *reading], return_when=asyncio.FIRST_COMPLETED)
         for task in reading:
             if task.done():

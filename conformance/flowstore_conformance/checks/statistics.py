@@ -13,9 +13,9 @@ from flowstore_conformance.checks.fixtures import (
     HOUR,
     SECOND,
     TICK,
-    clock_of,
     new_id,
     now,
+    require_clock,
     run_step,
     start,
 )
@@ -33,15 +33,15 @@ CLOCK = [Capability.VIRTUAL_CLOCK]
 BY_HOUR, BY_DAY = RunTimeseriesGranularity.HOUR, RunTimeseriesGranularity.DAY
 
 
-async def _run(
+async def _start_run(
     context: CheckContext,
     begun: datetime,
     status: RunStatus | None = None,
     duration: timedelta = timedelta(0),
     **given: Any,
 ) -> None:
-    """A run that starts at a moment and, with a status, ends so after a duration."""
-    clock = clock_of(context)
+    """Start a run at a given time and, with a status, complete it after a duration."""
+    clock = require_clock(context)
     clock.now = begun
     run_id = await start(context, **given)
     if status is not None:
@@ -54,7 +54,7 @@ async def _run(
 
 @check("QRY-4")
 async def statistics_count_flows_and_active_runs(context: CheckContext) -> None:
-    """total_flows counts the flows of stored runs; a reopened run is active and not completed."""
+    """total_flows counts the flows of stored runs; a reopened run counts as active, not as completed."""
     store = context.store
     none = DashboardStatistics(total_flows=0, active_runs=0, completed_today=0, failed_today=0)
     context.expect(await store.get_statistics(), none, "the statistics of an empty store")
@@ -70,12 +70,12 @@ async def statistics_count_flows_and_active_runs(context: CheckContext) -> None:
     await store.complete_run(first, RunStatus.SUCCEEDED)
     await store.complete_run(other, RunStatus.CANCELLED)
     found = await store.get_statistics()
-    context.expect((found.total_flows, found.active_runs), (2, 1), "the statistics once two of them ended")
+    context.expect((found.total_flows, found.active_runs), (2, 1), "the statistics after two of them ended")
     await store.retry_step(first, "charge")
     found = await store.get_statistics()
-    context.expect((found.active_runs, found.completed_today), (2, 0), "a reopened run is active")
+    context.expect((found.active_runs, found.completed_today), (2, 0), "the statistics with a reopened run")
     await store.cleanup(now(context) + DAY)
-    context.expect((await store.get_statistics()).total_flows, 1, "the flow of a run that was cleaned up")
+    context.expect((await store.get_statistics()).total_flows, 1, "total_flows after a cleanup")
     for moment in (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)):
         answer = await store.get_statistics(as_of=moment)
         context.expect(answer.active_runs, 2, f"the statistics as of {moment}")
@@ -84,19 +84,19 @@ async def statistics_count_flows_and_active_runs(context: CheckContext) -> None:
 @check("QRY-4", needs=CLOCK)
 async def today_is_the_utc_day_of_completion(context: CheckContext) -> None:
     """completed_today and failed_today count Succeeded and Failed by completed_at on as_of's UTC day."""
-    store, clock = context.store, clock_of(context)
+    store, clock = context.store, require_clock(context)
     midnight = datetime(2026, 3, 14, tzinfo=UTC)
-    # Begun yesterday and completed today: today's.
-    await _run(context, midnight - TICK, RunStatus.SUCCEEDED, TICK)
-    await _run(context, midnight, RunStatus.FAILED)
-    await _run(context, midnight, RunStatus.FAILED, DAY - TICK)
-    await _run(context, midnight, RunStatus.CANCELLED)
-    # Yesterday's and tomorrow's.
-    await _run(context, midnight - 2 * TICK, RunStatus.SUCCEEDED, TICK)
-    await _run(context, midnight, RunStatus.SUCCEEDED, DAY)
-    await _run(context, midnight, RunStatus.FAILED, DAY)
+    # Started yesterday and completed today: counts today.
+    await _start_run(context, midnight - TICK, RunStatus.SUCCEEDED, TICK)
+    await _start_run(context, midnight, RunStatus.FAILED)
+    await _start_run(context, midnight, RunStatus.FAILED, DAY - TICK)
+    await _start_run(context, midnight, RunStatus.CANCELLED)
+    # Completed yesterday and tomorrow.
+    await _start_run(context, midnight - 2 * TICK, RunStatus.SUCCEEDED, TICK)
+    await _start_run(context, midnight, RunStatus.SUCCEEDED, DAY)
+    await _start_run(context, midnight, RunStatus.FAILED, DAY)
     for days in (0, -1, -20):
-        await _run(context, midnight + days * DAY, flow_id=new_id(context))
+        await _start_run(context, midnight + days * DAY, flow_id=new_id(context))
     clock.now = midnight + 12 * HOUR
     zone = timezone(timedelta(hours=14))
     for as_of, counts in (
@@ -130,11 +130,11 @@ async def _series(
 
 @example("QRY-5", needs=CLOCK)
 async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
-    """since is floored and until ceiled to the bucket; empty buckets are there too."""
+    """since is floored and until ceiled to the bucket; empty buckets are included."""
     for granularity, width in ((BY_HOUR, HOUR), (BY_DAY, DAY)):
         first = datetime(2026, 2, 27 if width == DAY else 20, tzinfo=UTC)
         for begun in (first - TICK, first, first + width - TICK, first + 3 * width, first + 4 * width):
-            await _run(context, begun, flow_id=UUID(int=width.days))
+            await _start_run(context, begun, flow_id=UUID(int=width.days))
         counts = (2, 0, 0, 1)
         wanted = [(first + n * width, total) for n, total in enumerate(counts)]
         for since, until in (
@@ -158,7 +158,7 @@ async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
         context.expect(found_empty, (empty,), "an empty bucket")
         for moment in (first, first + width / 3):
             found = await _series(context, granularity, moment, moment)
-            context.expect(found, [], "since == until gives no bucket")
+            context.expect(found, [], "the buckets of since == until")
     ends = (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC))
     for bound, other in zip(ends, (TICK, -TICK), strict=True):
         since, until = min(bound, bound + other), max(bound, bound + other)
@@ -168,33 +168,35 @@ async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
     found = await _series(context, BY_DAY, start_of_all, start_of_all + 10_000 * DAY)
     stamps = [stamp for stamp, _ in found]
     wanted_stamps = [start_of_all + n * DAY for n in range(10_000)]
-    context.expect_that(stamps == wanted_stamps, f"10,000 days are as many buckets, got {len(stamps)}")
+    context.expect_that(
+        stamps == wanted_stamps, f"the buckets of 10,000 days: expected 10,000, got {len(stamps)}"
+    )
 
 
 @example("QRY-5", needs=CLOCK)
-async def buckets_are_those_of_utc(context: CheckContext) -> None:
-    """Whatever zone since and until are in, a bucket begins at a whole hour or day of UTC."""
-    await _run(context, datetime(2026, 5, 14, 23, 30, tzinfo=UTC))
+async def buckets_start_at_utc_hours_and_days(context: CheckContext) -> None:
+    """Whatever the zones of since and until, a bucket starts at a whole UTC hour or day."""
+    await _start_run(context, datetime(2026, 5, 14, 23, 30, tzinfo=UTC))
     zone = timezone(timedelta(hours=5, minutes=30))
     since = datetime(2026, 5, 15, 5, 0, tzinfo=zone)
     for granularity, hour in ((BY_DAY, 0), (BY_HOUR, 23)):
         wanted = [(datetime(2026, 5, 14, hour, tzinfo=UTC), 1)]
         found = await _series(context, granularity, since, since + timedelta(minutes=1))
-        context.expect(found, wanted, f"the {granularity} of UTC that holds {since}")
+        context.expect(found, wanted, f"the UTC {granularity} that contains {since}")
 
 
 @example("QRY-5", needs=CLOCK)
-async def runs_count_by_start_and_present_status(context: CheckContext) -> None:
-    """Of the asked flow alone; what became of a run later counts in the bucket of its start."""
+async def buckets_count_runs_by_start_and_current_status(context: CheckContext) -> None:
+    """Only runs of the given flow; a later status change counts in the bucket of the run's start."""
     store, other = context.store, new_id(context)
     first = datetime(2026, 3, 14, 9, tzinfo=UTC)
-    await _run(context, first, RunStatus.SUCCEEDED, 5 * HOUR)
-    await _run(context, first, RunStatus.SUCCEEDED)
-    await _run(context, first + SECOND, RunStatus.FAILED)
-    await _run(context, first, RunStatus.CANCELLED)
-    await _run(context, first + HOUR - TICK)
-    await _run(context, first + HOUR, RunStatus.FAILED, 3 * SECOND, flow_id=other)
-    await _run(context, first + HOUR, None, flow_id=FLOW)
+    await _start_run(context, first, RunStatus.SUCCEEDED, 5 * HOUR)
+    await _start_run(context, first, RunStatus.SUCCEEDED)
+    await _start_run(context, first + SECOND, RunStatus.FAILED)
+    await _start_run(context, first, RunStatus.CANCELLED)
+    await _start_run(context, first + HOUR - TICK)
+    await _start_run(context, first + HOUR, RunStatus.FAILED, 3 * SECOND, flow_id=other)
+    await _start_run(context, first + HOUR, None, flow_id=FLOW)
     names = ("total", "succeeded", "failed", "cancelled", "running")
     for flow_id, wanted in (
         (None, [(5, 2, 1, 1, 1), (2, 0, 1, 0, 1)]),
@@ -207,7 +209,7 @@ async def runs_count_by_start_and_present_status(context: CheckContext) -> None:
         context.expect(found, wanted, f"{', '.join(names)} of two hours, flow_id={flow_id}")
     plain: Any = "hour"
     found = [bucket.p50_duration_ms for bucket in await _plain(context, plain, first + HOUR, other)]
-    context.expect(found, [3000.0], "a percentile of the asked flow's runs, granularity as a plain str")
+    context.expect(found, [3000.0], "a percentile of one flow's runs, with granularity as a plain str")
 
 
 async def _plain(context: CheckContext, granularity: Any, first: datetime, flow_id: UUID) -> Any:
@@ -216,7 +218,7 @@ async def _plain(context: CheckContext, granularity: Any, first: datetime, flow_
 
 @example("QRY-5", needs=CLOCK)
 async def percentiles_are_linear_interpolated(context: CheckContext) -> None:
-    """Type 7 over completed_at - started_at of completed runs, in milliseconds; None where there are none."""
+    """Type 7 over the durations of completed runs, in milliseconds; None without completed runs."""
     first = datetime(2026, 4, 14, tzinfo=UTC)
     cases: tuple[tuple[list[float], float | None, float | None], ...] = (
         ([], None, None),
@@ -232,9 +234,9 @@ async def percentiles_are_linear_interpolated(context: CheckContext) -> None:
     for at, (durations, p50, p95) in enumerate(cases):
         begun = first + at * HOUR
         for number, duration in enumerate(durations):
-            await _run(context, begun, ends[number % 3], timedelta(milliseconds=duration))
-        # A run that is Running has no duration.
-        await _run(context, begun)
+            await _start_run(context, begun, ends[number % 3], timedelta(milliseconds=duration))
+        # A Running run has no duration.
+        await _start_run(context, begun)
         buckets = await context.store.get_run_timeseries(BY_HOUR, begun, begun + HOUR)
         for name, wanted in (("p50_duration_ms", p50), ("p95_duration_ms", p95)):
             found = [getattr(bucket, name) for bucket in buckets]

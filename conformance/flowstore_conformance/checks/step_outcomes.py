@@ -6,11 +6,11 @@ from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
+    CLOSING_STATUSES,
     DAY,
     MINUTE,
-    OUTCOMES,
     SECOND,
-    STEP_ENDS,
+    TERMINAL_STEP_STATUSES,
     advance,
     assert_same,
     expect_fields,
@@ -19,7 +19,7 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     run_step,
     single,
-    skip_step,
+    skip_steps,
     start,
 )
 from flowstore_conformance.context import CheckContext
@@ -36,10 +36,10 @@ from flowstore_core.steps import superseded_by
 
 
 @example("STP-4")
-async def completing_closes_the_attempt_and_the_step_alike(context: CheckContext) -> None:
-    """Status, output and error go to both; closed as Pending, the attempt has an end, the step none."""
+async def completing_gives_attempt_and_step_the_same_outcome(context: CheckContext) -> None:
+    """Status, output and error apply to both; closed as Pending, only the attempt has a completed_at."""
     store, run_id = context.store, await start(context)
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         for attempt in (None, 1):
             key = f"{status} {attempt}"
             begun = advance(context, SECOND)
@@ -50,23 +50,25 @@ async def completing_closes_the_attempt_and_the_step_alike(context: CheckContext
             await store.record_step_complete(run_id, key, status, **result, attempt=attempt)
             step = await get_step(context, run_id, key)
             alike = {**result, "status": status, "input_json": "in", "job_id": "job", "started_at": begun}
-            context.expect(len(step.attempts), 1, f"the number of attempts once one was closed as {status}")
+            context.expect(len(step.attempts), 1, f"the number of attempts after closing one as {status}")
             closed = step.attempts[0]
             expect_fields(context, closed, f"an attempt closed as {status}", **alike, completed_at=ended)
             own = None if status is StepStatus.PENDING else ended
             sentence = f"the step of an attempt closed as {status}"
             expect_fields(context, step, sentence, **alike, completed_at=own, attempt_count=1)
-    wanted = {f"{status} {attempt}": status for status in OUTCOMES for attempt in (None, 1)}
+    wanted = {f"{status} {attempt}": status for status in CLOSING_STATUSES for attempt in (None, 1)}
     context.expect(await store.get_step_statuses(run_id), wanted, "get_step_statuses after completing")
-    context.expect(await store.get_dispatched_step_keys(run_id), set(wanted), "completing keeps the dispatch")
+    context.expect(
+        await store.get_dispatched_step_keys(run_id), set(wanted), "the dispatches after completing"
+    )
 
 
 @example("STP-4")
-async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: CheckContext) -> None:
-    """Status, output and error alike change nothing; any other raises StepAlreadyCompletedError."""
+async def repeating_an_outcome_is_a_no_op_and_changing_it_is_refused(context: CheckContext) -> None:
+    """The same status, output and error change nothing; any other raises StepAlreadyCompletedError."""
     store, run_id = context.store, await start(context)
     outcome: dict[str, Any] = {"output_json": "out", "error_message": None}
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         await store.record_step_start(run_id, status, "http")
         await store.record_step_complete(run_id, status, status, **outcome)
     before = await observe_all(context, run_id)
@@ -79,16 +81,16 @@ async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: Chec
         {"error_message": ""},
         {"error_message": "error"},
     )
-    for number, status in enumerate(OUTCOMES):
+    for number, status in enumerate(CLOSING_STATUSES):
         for attempt in (None, 1):
-            sentence = f"the same outcome ({status}) again for attempt {attempt}"
+            sentence = f"the repeated outcome {status} of attempt {attempt}"
             call = store.record_step_complete(run_id, status, status, attempt=attempt, **outcome)
             context.expect(await outcome_of(call), None, sentence)
-        another: dict[str, Any] = {"status": OUTCOMES[number - 1]}
-        for change in (*changes, another):
-            asked: dict[str, Any] = {"status": status, "attempt": 1, **outcome, **change}
-            call = store.record_step_complete(run_id, status, **asked)
-            sentence = f"another outcome ({change}) on an attempt closed as {status}"
+        other_status: dict[str, Any] = {"status": CLOSING_STATUSES[number - 1]}
+        for change in (*changes, other_status):
+            probes: dict[str, Any] = {"status": status, "attempt": 1, **outcome, **change}
+            call = store.record_step_complete(run_id, status, **probes)
+            sentence = f"a different outcome ({change}) of an attempt closed as {status}"
             error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
             expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
     advance(context, -SECOND)
@@ -98,21 +100,21 @@ async def the_same_outcome_again_is_a_no_op_and_another_is_refused(context: Chec
 
 
 @example("STP-4")
-async def a_result_of_an_attempt_that_is_not_current_is_refused(context: CheckContext) -> None:
-    """Any attempt but the last, and any at all of a reopened step, raises StaleAttemptError."""
+async def a_result_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
+    """Any attempt but the last, and any attempt of a reopened step, raises StaleAttemptError."""
     store, run_id = context.store, await start(context)
     for _ in range(3):
         await store.record_step_start(run_id, "running", "http")
     await run_step(context, run_id, "failed", StepStatus.FAILED)
     await store.record_step_start(run_id, "failed", "http")
-    for status in OUTCOMES:
+    for status in CLOSING_STATUSES:
         await run_step(context, run_id, f"reopened {status}", status)
         await store.retry_step(run_id, f"reopened {status}")
     before = await observe_all(context, run_id)
     cases: list[tuple[str, int | None, StepStatus, int]] = [
         *(("running", attempt, StepStatus.SUCCEEDED, 3) for attempt in (1, 2, 4, 2**31, 2**63 - 1)),
         ("failed", 1, StepStatus.FAILED, 2),
-        *((f"reopened {status}", n, status, 1) for status in OUTCOMES for n in (None, 1, 2)),
+        *((f"reopened {status}", n, status, 1) for status in CLOSING_STATUSES for n in (None, 1, 2)),
         ("reopened Failed", 1, StepStatus.SUCCEEDED, 1),
     ]
     for key, attempt, status, last in cases:
@@ -121,10 +123,10 @@ async def a_result_of_an_attempt_that_is_not_current_is_refused(context: CheckCo
         error = await context.expect_error(call, StaleAttemptError, sentence)
         named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
         expect_fields(context, error, f"{sentence}: the error", **named)
-    assert_same(context, await observe_all(context, run_id), before, "a stale result changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a refused stale result changes nothing")
     await store.record_step_start(run_id, "reopened Failed", "http")
     call = store.record_step_complete(run_id, "reopened Failed", StepStatus.SUCCEEDED, attempt=2)
-    context.expect(await outcome_of(call), None, "completing a reopened step once it has started again")
+    context.expect(await outcome_of(call), None, "completing a reopened step after its next start")
 
 
 # STP-5
@@ -132,7 +134,8 @@ async def a_result_of_an_attempt_that_is_not_current_is_refused(context: CheckCo
 
 @example("STP-5")
 async def a_skip_is_one_attempt_that_starts_and_ends_skipped(context: CheckContext) -> None:
-    """The reason is its error_message; an open attempt is closed first, and Pending steps are skipped too."""
+    """The attempt's error_message is the reason; an open attempt is closed first; Pending steps can be
+    skipped."""
     store, run_id = context.store, await start(context)
     await store.record_step_start(run_id, "open", "http", input_json="in", job_id="job")
     await run_step(context, run_id, "pending", StepStatus.PENDING, output_json="out")
@@ -159,16 +162,16 @@ async def a_skip_is_one_attempt_that_starts_and_ends_skipped(context: CheckConte
     first = (await get_step(context, run_id, "open")).attempts[0]
     closed = {"status": StepStatus.FAILED, "error_message": superseded_by(2), "completed_at": at}
     expect_fields(
-        context, first, "an open attempt that a skip closed", **closed, output_json=None, input_json="in"
+        context, first, "the open attempt that a skip closed", **closed, output_json=None, input_json="in"
     )
-    context.expect(await store.get_step_claims(run_id), (), "a skip without owner takes no claim")
+    context.expect(await store.get_step_claims(run_id), (), "the claims after a skip without owner")
     call = store.record_step_complete(run_id, "open", StepStatus.SUCCEEDED, attempt=1)
     await context.expect_error(call, StaleAttemptError, "completing an attempt that a skip closed")
 
 
 @example("STP-5")
-async def with_owner_a_skip_takes_the_claim(context: CheckContext) -> None:
-    """A free claim is taken, the owner's own kept, and another's raises ClaimLostError, changing nothing."""
+async def a_skip_with_owner_takes_the_claim(context: CheckContext) -> None:
+    """A skip takes a free claim and keeps the owner's claim; another owner's claim raises ClaimLostError."""
     store, run_id = context.store, await start(context)
     lease = {"lease": DAY} if Capability.LEASES in context.capabilities else {}
     await store.try_claim_step(run_id, "mine", owner="me", **lease)
@@ -177,10 +180,10 @@ async def with_owner_a_skip_takes_the_claim(context: CheckContext) -> None:
     before = await observe_all(context, run_id)
     for key in ("theirs", "anonymous"):
         call = store.record_skipped_step(run_id, key, "http", "reason", owner="me")
-        sentence = f"skipping as an owner while another holds the claim ({key})"
+        sentence = f"skipping while another owner holds the claim ({key})"
         error = await context.expect_error(call, ClaimLostError, sentence)
         expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
-    assert_same(context, await observe_all(context, run_id), before, "a skip that is refused changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a refused skip changes nothing")
     own = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "mine"]
     at = advance(context, SECOND)
     await store.record_skipped_step(run_id, "free", "http", "reason", owner="me")
@@ -189,37 +192,37 @@ async def with_owner_a_skip_takes_the_claim(context: CheckContext) -> None:
     claims = {claim.step_key: claim for claim in await store.get_step_claims(run_id)}
     context.expect(sorted(claims), ["anonymous", "free", "mine", "theirs"], "the claims after skipping")
     taken = {"owner": "me", "claimed_at": at, "expires_at": None}
-    expect_fields(context, claims["free"], "a free claim that a skip with owner took", **taken)
-    context.expect([claims["mine"]], own, "the owner's own claim stays as it is")
-    context.expect(claims["theirs"].owner, "them", "a skip without owner leaves another's claim")
+    expect_fields(context, claims["free"], "the claim after a skip with owner took a free key", **taken)
+    context.expect([claims["mine"]], own, "the owner's claim after its skip")
+    context.expect(claims["theirs"].owner, "them", "the claim of another owner after a skip without owner")
     answer = await outcome_of(store.try_claim_step(run_id, "free", owner="redelivered"))
-    context.expect(answer, False, "claiming a step that was skipped")
+    context.expect(answer, False, "claiming a skipped step")
 
 
 @example("STP-5", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def with_owner_a_skip_takes_an_expired_claim(context: CheckContext) -> None:
-    """An expired claim is taken over: claimed_at now, and no lease."""
+async def a_skip_with_owner_takes_an_expired_claim(context: CheckContext) -> None:
+    """A skip takes over an expired claim: claimed_at is now and there is no lease."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     at = advance(context, MINUTE)
     call = store.record_skipped_step(run_id, "charge", "http", "reason", owner="new")
-    context.expect(await outcome_of(call), None, "skipping as an owner when another's lease has ended")
-    claim = single(await store.get_step_claims(run_id), "the claim that the skip took")
+    context.expect(await outcome_of(call), None, "skipping as an owner after another owner's lease has ended")
+    claim = single(await store.get_step_claims(run_id), "the claim after the skip")
     wanted = {"owner": "new", "claimed_at": at, "expires_at": None}
-    expect_fields(context, claim, "an expired claim that a skip with owner took", **wanted)
+    expect_fields(context, claim, "the claim after a skip with owner replaced an expired claim", **wanted)
 
 
 @example("STP-5")
 async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext) -> None:
-    """The same owner and reason again is a no-op; any other skip of a terminal step is refused."""
+    """Repeating a skip with the same owner and reason is a no-op; other skips of a terminal step raise."""
     store, run_id = context.store, await start(context)
     await store.record_skipped_step(run_id, "a", "http", "reason", owner="me")
     await store.record_skipped_step(run_id, "b", "http", owner="me")
-    await skip_step(context, run_id, "nobody's")
-    for status in STEP_ENDS:
+    await skip_steps(context, run_id, "ownerless")
+    for status in TERMINAL_STEP_STATUSES:
         await store.try_claim_step(run_id, status, owner="me")
         await run_step(context, run_id, status, status)
-    # Like the skip in everything but its status.
+    # Equal to the skip except for its status.
     for status in (StepStatus.SUCCEEDED, StepStatus.FAILED):
         await store.try_claim_step(run_id, f"like {status}", owner="me")
         await store.record_step_start(run_id, f"like {status}", "http", owner="me")
@@ -228,18 +231,18 @@ async def a_skip_is_repeatable_by_its_owner_for_its_reason(context: CheckContext
     advance(context, SECOND)
     for key, reason in (("a", "reason"), ("b", None)):
         call = store.record_skipped_step(run_id, key, "http", reason, owner="me")
-        context.expect(await outcome_of(call), None, f"the same skip again by the same owner ({reason!r})")
+        context.expect(await outcome_of(call), None, f"a repeated skip by the same owner ({reason!r})")
     refused: list[tuple[str, str | None, str | None]] = [
         ("a", "other", "me"),
         ("a", None, "me"),
         ("a", "reason", "other"),
         ("a", "reason", None),
         ("b", "", "me"),
-        ("nobody's", "not needed", None),
-        ("nobody's", "not needed", "me"),
+        ("ownerless", "not needed", None),
+        ("ownerless", "not needed", "me"),
         ("like Succeeded", "reason", "me"),
         ("like Failed", "reason", "me"),
-        *((status.value, None, owner) for status in STEP_ENDS for owner in (None, "other")),
+        *((status.value, None, owner) for status in TERMINAL_STEP_STATUSES for owner in (None, "other")),
     ]
     for key, reason, owner in refused:
         call = store.record_skipped_step(run_id, key, "http", reason, owner=owner)

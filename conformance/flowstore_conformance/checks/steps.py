@@ -36,7 +36,7 @@ FINISHED = (StepStatus.SUCCEEDED, StepStatus.SKIPPED)
 
 @example("STP-1")
 async def a_start_opens_attempt_1(context: CheckContext) -> None:
-    """The first start opens attempt 1, and the step shows it as Running with all that was given."""
+    """The first start opens attempt 1; the step is Running and shows every argument."""
     store, run_id = context.store, await start(context)
     at = advance(context, SECOND)
     number = await store.record_step_start(run_id, "charge", "http", input_json='{"n": 1}', job_id="job")
@@ -62,7 +62,7 @@ async def a_start_opens_attempt_1(context: CheckContext) -> None:
 
 @example("STP-1")
 async def the_next_attempt_clears_output_error_and_completion(context: CheckContext) -> None:
-    """A step that starts again shows its new attempt alone; the one before keeps all it had."""
+    """A restarted step shows only its new attempt; the previous attempt keeps its values."""
     store, run_id = context.store, await start(context)
     for status in MAY_START:
         first = advance(context, SECOND)
@@ -77,19 +77,19 @@ async def the_next_attempt_clears_output_error_and_completion(context: CheckCont
         step = await get_step(context, run_id, status)
         cleared: dict[str, Any] = {"output_json": None, "error_message": None, "completed_at": None}
         fresh = {"status": StepStatus.RUNNING, "step_type": "grpc", "input_json": None, "job_id": None}
-        sentence = f"a step that starts again after {status}"
+        sentence = f"a step restarted after {status}"
         expect_fields(context, step, sentence, **cleared, **fresh, started_at=first, attempt_count=2)
         context.expect([one.attempt for one in step.attempts], [1, 2], f"the attempts of {sentence}")
         exact_times = {"started_at": first, "completed_at": ended}
         before = {**given, **result, **exact_times, "attempt": 1, "status": status, "step_type": "http"}
-        expect_fields(context, step.attempts[0], "an attempt that another followed", **before)
+        expect_fields(context, step.attempts[0], "the previous attempt", **before)
         after = {**cleared, **fresh, "attempt": 2, "started_at": second}
-        expect_fields(context, step.attempts[1], "the attempt that followed", **after)
+        expect_fields(context, step.attempts[1], "the new attempt", **after)
 
 
 @example("STP-1")
 async def an_open_attempt_is_superseded_by_the_next(context: CheckContext) -> None:
-    """At most one attempt is open, the last: one still open is closed as Failed, naming its successor."""
+    """Only the last attempt may be open: a start closes an open one as Failed, naming its successor."""
     store, run_id = context.store, await start(context)
     starts = []
     for number in (1, 2, 3):
@@ -97,7 +97,7 @@ async def an_open_attempt_is_superseded_by_the_next(context: CheckContext) -> No
         given = await store.record_step_start(run_id, "charge", "http", input_json=str(number))
         context.expect(given, number, "attempts are numbered 1, 2, ... without gaps")
     step = await get_step(context, run_id)
-    sentence = "three starts without an end between make three attempts"
+    sentence = "the attempts of three starts without completion"
     context.expect([one.attempt for one in step.attempts], [1, 2, 3], sentence)
     for attempt, ended in zip(step.attempts, starts[1:], strict=False):
         wanted: dict[str, Any] = {
@@ -107,35 +107,33 @@ async def an_open_attempt_is_superseded_by_the_next(context: CheckContext) -> No
             "completed_at": ended,
             "input_json": str(attempt.attempt),
         }
-        expect_fields(
-            context, attempt, f"attempt {attempt.attempt}, which another followed while it was open", **wanted
-        )
+        expect_fields(context, attempt, f"the superseded attempt {attempt.attempt}", **wanted)
     for record in (step, step.attempts[2]):
         wanted = {"status": StepStatus.RUNNING, "error_message": None, "completed_at": None}
-        expect_fields(context, record, "the last attempt is open, and the step Running", **wanted)
+        expect_fields(context, record, "the open attempt and its step", **wanted)
     context.expect((step.attempt_count, step.started_at), (3, starts[0]), "attempt_count and started_at")
 
 
 @example("STP-1")
-async def attempts_are_numbered_per_step_of_a_run_without_gaps(context: CheckContext) -> None:
-    """Each step of each run counts its own attempts, and a start that is refused takes no number."""
+async def attempts_are_numbered_per_step_without_gaps(context: CheckContext) -> None:
+    """Each step of each run numbers its own attempts, and a refused start uses no number."""
     store, run_id, other = context.store, await start(context), await start(context)
     context.expect(
         [await run_step(context, run_id, "a", StepStatus.FAILED) for _ in "12"], [1, 2], "numbering"
     )
-    context.expect(await run_step(context, run_id, "b"), 1, "another step counts its own attempts")
-    context.expect(await run_step(context, other, "a"), 1, "another run counts its own attempts")
+    context.expect(await run_step(context, run_id, "b"), 1, "the first attempt of another step")
+    context.expect(await run_step(context, other, "a"), 1, "the first attempt in another run")
     for _ in range(2):
         call = store.record_step_start(run_id, "a", "http", owner="nobody")
         await context.expect_error(call, ClaimLostError, "a start as an owner without claim")
     number = await run_step(context, run_id, "a")
-    context.expect(number, 3, "the start after two that were refused")
+    context.expect(number, 3, "the attempt number after two refused starts")
     for expected in range(1, 13):
         context.expect(
             await run_step(context, run_id, "poll", StepStatus.PENDING), expected, "a dozen attempts"
         )
     step = await get_step(context, run_id, "poll")
-    context.expect([one.attempt for one in step.attempts], list(range(1, 13)), "attempts go by number")
+    context.expect([one.attempt for one in step.attempts], list(range(1, 13)), "the order of the attempts")
 
 
 # STP-2
@@ -143,7 +141,7 @@ async def attempts_are_numbered_per_step_of_a_run_without_gaps(context: CheckCon
 
 @example("STP-2")
 async def finished_steps_do_not_start_again(context: CheckContext) -> None:
-    """A Succeeded or Skipped step refuses to start and changes nothing; retry_step reopens it."""
+    """Starting a Succeeded or Skipped step raises and changes nothing; retry_step reopens the step."""
     store, run_id = context.store, await start(context)
     for status in FINISHED:
         await store.try_claim_step(run_id, status, owner="me")
@@ -155,18 +153,16 @@ async def finished_steps_do_not_start_again(context: CheckContext) -> None:
             sentence = f"starting a {status} step"
             error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
             expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
-    assert_same(
-        context, await observe_all(context, run_id), before, "a start that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused start changes nothing")
     for status in FINISHED:
         await store.retry_step(run_id, status)
         number = await outcome_of(store.record_step_start(run_id, status, "http"))
-        context.expect(number, 2, f"starting a {status} step that retry_step reopened")
+        context.expect(number, 2, f"starting a reopened {status} step")
 
 
 @example("STP-2")
 async def failed_and_pending_steps_may_start_again(context: CheckContext) -> None:
-    """A Failed or a Pending step starts again without a retry."""
+    """A Failed or Pending step starts again without a retry."""
     store, run_id = context.store, await start(context)
     for status in MAY_START:
         await run_step(context, run_id, status, status)
@@ -179,7 +175,7 @@ async def failed_and_pending_steps_may_start_again(context: CheckContext) -> Non
 
 @example("STP-3")
 async def starting_as_an_owner_needs_that_owners_claim(context: CheckContext) -> None:
-    """Without an unexpired claim of just that owner a start raises ClaimLostError, changing nothing."""
+    """A start with owner raises ClaimLostError and changes nothing without that owner's unexpired claim."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "theirs", owner="them")
     await store.try_claim_step(run_id, "anonymous")
@@ -190,12 +186,10 @@ async def starting_as_an_owner_needs_that_owners_claim(context: CheckContext) ->
     before = await observe_all(context, run_id)
     for key in ("theirs", "anonymous", "dispatched", "released", "unclaimed"):
         call = store.record_step_start(run_id, key, "http", owner="me")
-        sentence = f"starting as an owner who does not hold the claim ({key})"
+        sentence = f"starting as an owner without the claim ({key})"
         error = await context.expect_error(call, ClaimLostError, sentence)
         expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=key)
-    assert_same(
-        context, await observe_all(context, run_id), before, "a start that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused start changes nothing")
     await store.try_claim_step(run_id, "mine", owner="me")
     number = await outcome_of(store.record_step_start(run_id, "mine", "http", owner="me"))
     context.expect(number, 1, "starting as the owner of the claim")
@@ -205,7 +199,7 @@ async def starting_as_an_owner_needs_that_owners_claim(context: CheckContext) ->
 
 @example("STP-3")
 async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> None:
-    """While its attempt is open, the same claim's start again returns that attempt and changes nothing."""
+    """A repeated start under the same claim returns the open attempt and changes nothing."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "charge", StepStatus.PENDING)
     await store.try_record_dispatch(run_id, "charge")
@@ -213,14 +207,14 @@ async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> N
     claims = await store.get_step_claims(run_id)
     number = await store.record_step_start(run_id, "charge", "http", input_json="in", owner="me")
     context.expect(number, 2, "the first start under a claim")
-    context.expect(await store.get_step_claims(run_id), claims, "a start keeps the claim as it is")
-    context.expect(await store.get_dispatched_step_keys(run_id), {"charge"}, "a start keeps the dispatch")
+    context.expect(await store.get_step_claims(run_id), claims, "the claims after a start")
+    context.expect(await store.get_dispatched_step_keys(run_id), {"charge"}, "the dispatches after a start")
     before = await observe_all(context, run_id)
     advance(context, SECOND)
     again = await store.record_step_start(run_id, "charge", "grpc", input_json="else", owner="me")
-    context.expect(again, 2, "the same start said again under the same claim")
+    context.expect(again, 2, "a repeated start under the same claim")
     advance(context, -SECOND)
-    assert_same(context, await observe_all(context, run_id), before, "a start said again changes nothing")
+    assert_same(context, await observe_all(context, run_id), before, "a repeated start changes nothing")
     for status in MAY_START:
         await store.record_step_complete(run_id, "charge", status)
         number += 1
@@ -230,23 +224,23 @@ async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> N
 
 
 @example("STP-3")
-async def another_claim_starts_another_attempt(context: CheckContext) -> None:
-    """A claim won anew starts the next attempt, by the same token too; so does a start of nobody's."""
+async def a_new_claim_starts_a_new_attempt(context: CheckContext) -> None:
+    """After a new claim, also by the same token, or without owner, a start opens the next attempt."""
     store, run_id = context.store, await start(context)
     for number, owner in enumerate(("me", "me", "other"), 1):
         await store.try_claim_step(run_id, "charge", owner=owner)
         found = await store.record_step_start(run_id, "charge", "http", owner=owner)
-        context.expect(found, number, f"the start of {owner!r} under a claim that was released and won anew")
+        context.expect(found, number, f"a start by {owner!r} under a new claim after a release")
         await store.release_step_claim(run_id, "charge", owner=owner)
     await store.try_claim_step(run_id, "mixed", owner="me")
     for number, by in enumerate((None, "me", None, "me"), 1):
         found = await store.record_step_start(run_id, "mixed", "http", owner=by)
-        context.expect(found, number, f"a start by {by} after one by another")
+        context.expect(found, number, f"a start by {by} after a start by another owner")
 
 
 @example("STP-3", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
-async def an_expired_claim_does_not_start(context: CheckContext) -> None:
-    """Past its lease, or taken over, a claim does not start a step; won anew it starts the next attempt."""
+async def an_expired_claim_does_not_start_a_step(context: CheckContext) -> None:
+    """A start under an expired or taken-over claim raises; under a new claim it opens the next attempt."""
     store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     await store.record_step_start(run_id, "charge", "http", owner="old")
@@ -254,15 +248,13 @@ async def an_expired_claim_does_not_start(context: CheckContext) -> None:
     before = await observe_all(context, run_id)
     call = store.record_step_start(run_id, "charge", "http", owner="old")
     await context.expect_error(call, ClaimLostError, "starting under a claim whose lease has just ended")
-    assert_same(
-        context, await observe_all(context, run_id), before, "a start that is refused changes nothing"
-    )
+    assert_same(context, await observe_all(context, run_id), before, "a refused start changes nothing")
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     number = await store.record_step_start(run_id, "charge", "http", owner="old")
-    context.expect(number, 2, "a start under a claim that expired and was won anew by the same token")
+    context.expect(number, 2, "a start under a new claim of the same token after expiry")
     advance(context, MINUTE)
     await store.try_claim_step(run_id, "charge", owner="new", lease=MINUTE)
     call = store.record_step_start(run_id, "charge", "http", owner="old")
-    await context.expect_error(call, ClaimLostError, "starting under a claim that another took over")
+    await context.expect_error(call, ClaimLostError, "starting under a claim that another owner took over")
     number = await store.record_step_start(run_id, "charge", "http", owner="new")
-    context.expect(number, 3, "a start of the owner that took the claim over")
+    context.expect(number, 3, "a start by the owner that took the claim over")

@@ -1,18 +1,25 @@
-"""The independent model of the contract: a plain, sequential store that the suite compares others with."""
+"""The executable specification of the contract.
+
+A sequential in-memory store on virtual time. The suite compares the results and the state of every backend
+with it. Core validates arguments (INP) before a call reaches a store, so the model validates none.
+"""
 
 from __future__ import annotations
 
 from flowstore_conformance.model.claims import Claims
 from flowstore_conformance.model.controls import Controls
-from flowstore_conformance.model.records import Events, Outputs, Retention, Statistics
+from flowstore_conformance.model.events import Events
+from flowstore_conformance.model.outputs import Outputs
+from flowstore_conformance.model.retention import Retention
 from flowstore_conformance.model.runs import Runs
 from flowstore_conformance.model.signals import Signals
 from flowstore_conformance.model.state import Run, State
+from flowstore_conformance.model.statistics import Statistics
 from flowstore_conformance.model.steps import Steps
 
 
 class Model(Controls, Steps, Claims, Signals, Outputs, Events, Retention, Statistics, Runs):
-    """Every operation of the contract as a plain method, on virtual time."""
+    """Every operation of the contract as a synchronous method."""
 
 
 __all__ = ["Model", "Run", "State"]

@@ -6,17 +6,20 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from flowstore_conformance.model.state import Nouns, Step
+from flowstore_conformance.model.state import Base, Step
 from flowstore_core import StepClaim, StepDispatch
 
-LAST_MOMENT = datetime(9999, 12, 30, tzinfo=UTC)
+LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 
 
-class Claims(Nouns):
+class Claims(Base):
+    """Claims, leases and the dispatch ledger."""
+
     def try_claim_step(
         self, run_id: UUID, step_key: str, *, owner: str | None = None, lease: timedelta | None = None
     ) -> bool:
-        run, record = self.known(run_id)
+        """Claim a free step; the live owner gets True again (CLM-1, CLM-5, CLM-6, RUN-4)."""
+        run, record = self.require(run_id)
         step = run.steps.get(step_key, Step())
         if record.status.is_terminal or step.is_terminal:
             return False
@@ -33,13 +36,15 @@ class Claims(Nouns):
         return True
 
     def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
-        run = self.peek(run_id)
+        """Remove the claim; with ``owner``, only that owner's claim (CLM-3)."""
+        run = self.get(run_id)
         step = run.steps.get(step_key)
         if step is not None and step.claim is not None and owner in (None, step.claim.owner):
             run.steps[step_key] = replace(step, claim=None)
 
     def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        run = self.peek(run_id)
+        """Extend the owner's unexpired lease, never shortening it (CLM-6)."""
+        run = self.get(run_id)
         step = run.steps.get(step_key)
         claim = None if step is None else step.claim
         if step is None or claim is None or claim.owner != owner:
@@ -51,15 +56,18 @@ class Claims(Nouns):
         return True
 
     def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
-        steps = self.peek(run_id).steps
+        """Return the keys with a live claim, without terminal steps (CLM-4)."""
+        steps = self.get(run_id).steps
         return frozenset(key for key, step in steps.items() if step.held(self.now) and not step.is_terminal)
 
     def get_step_claims(self, run_id: UUID) -> tuple[StepClaim, ...]:
-        steps = self.peek(run_id).steps
+        """List every claim by step_key, expired claims and terminal steps included (CLM-4, QRY-1)."""
+        steps = self.get(run_id).steps
         return tuple(step.claim for _, step in sorted(steps.items(), key=_by_key) if step.claim is not None)
 
     def try_record_dispatch(self, run_id: UUID, step_key: str, *, due_at: datetime | None = None) -> bool:
-        run, record = self.known(run_id)
+        """Record the dispatch of a key that has none (CLM-1, RUN-4)."""
+        run, record = self.require(run_id)
         step = run.steps.get(step_key, Step())
         if record.status.is_terminal or step.is_terminal or step.dispatch is not None:
             return False
@@ -70,27 +78,32 @@ class Claims(Nouns):
         return True
 
     def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
-        run = self.peek(run_id)
+        """Store job_id on an existing dispatch; never create one (CLM-7)."""
+        run = self.get(run_id)
         step = run.steps.get(step_key)
         if step is not None and step.dispatch is not None:
             run.steps[step_key] = replace(step, dispatch=replace(step.dispatch, job_id=job_id))
 
     def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        run = self.peek(run_id)
+        """Remove the dispatch (CLM-3)."""
+        run = self.get(run_id)
         if step_key in run.steps:
             run.steps[step_key] = replace(run.steps[step_key], dispatch=None)
 
     def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
+        """Return the keys with a dispatch, whatever the status of their steps (CLM-3)."""
         return frozenset(dispatch.step_key for dispatch in self.get_dispatches(run_id))
 
     def get_dispatches(self, run_id: UUID) -> tuple[StepDispatch, ...]:
-        steps = self.peek(run_id).steps
+        """List every dispatch by step_key (CLM-3, QRY-1)."""
+        steps = self.get(run_id).steps
         return tuple(
             step.dispatch for _, step in sorted(steps.items(), key=_by_key) if step.dispatch is not None
         )
 
     def _end_of(self, lease: timedelta) -> datetime:
-        return LAST_MOMENT if lease >= LAST_MOMENT - self.now else self.now + lease
+        """The end of a lease that begins now, capped at the latest legal datetime (INP-3, CLM-6)."""
+        return LATEST if lease >= LATEST - self.now else self.now + lease
 
 
 def _by_key(item: tuple[str, Step]) -> str:

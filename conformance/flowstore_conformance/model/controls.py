@@ -12,6 +12,8 @@ from flowstore_core import FlowRunControlRecord, FlowRunRecord, RunStatus, Trigg
 
 
 class Controls(Runs):
+    """Control records, latches, deadlines, idempotency keys and the trigger."""
+
     def configure_run(
         self,
         run_id: UUID,
@@ -21,6 +23,7 @@ class Controls(Runs):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> None:
+        """Create or overwrite the control record, keeping created_at and both latches (CTL-1)."""
         run = self.at(run_id)
         old = run.control
         run.control = Control(
@@ -34,7 +37,8 @@ class Controls(Runs):
         )
 
     def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        control = self.peek(run_id).control
+        """Return the control record; the user's cancel takes precedence over the time-out (CTL-2)."""
+        control = self.get(run_id).control
         if control is None:
             return None
         latch = control.cancelled or control.timed_out
@@ -52,7 +56,8 @@ class Controls(Runs):
         )
 
     def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
-        run = self.peek(run_id)
+        """Set the cancel latch once, creating the control record of a stored run (CTL-2)."""
+        run = self.get(run_id)
         if run.control is None and run.record is not None:
             self.configure_run(run_id, run.record.flow_id, run.record.trigger_key)
         if run.control is None or run.control.cancelled is not None:
@@ -63,7 +68,8 @@ class Controls(Runs):
     def mark_timed_out(
         self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
     ) -> bool:
-        run = self.peek(run_id)
+        """Set the time-out latch once; with ``as_of``, only if the deadline has passed by then (CTL-2)."""
+        run = self.get(run_id)
         if run.control is None or run.control.timed_out is not None:
             return False
         if as_of is not None and (run.control.timeout_at is None or run.control.timeout_at > as_of):
@@ -74,12 +80,14 @@ class Controls(Runs):
     def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
+        """Return the run that holds the key (IDM-1, IDM-2)."""
         found = self.state.keys.get((flow_id, trigger_key, idempotency_key))
         return None if found is None else found[0]
 
     def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
+        """Register the key for the first run; True again for the same run (IDM-2)."""
         scope = (flow_id, trigger_key, idempotency_key)
         return self.state.keys.setdefault(scope, (run_id, self.now))[0] == run_id
 
@@ -96,14 +104,15 @@ class Controls(Runs):
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> TriggerResult:
-        taken = None
+        """Register the key, start the run and write its control record as one atomic act (IDM-3)."""
+        holder = None
         if idempotency_key is not None:
-            taken = self.find_run_id_by_idempotency_key(flow_id, trigger_key, idempotency_key)
-        chosen = run_id if taken is None else taken
-        existing = self.peek(chosen).record
-        if taken is not None and existing is not None:
+            holder = self.find_run_id_by_idempotency_key(flow_id, trigger_key, idempotency_key)
+        chosen = run_id if holder is None else holder
+        existing = self.get(chosen).record
+        if holder is not None and existing is not None:
             return TriggerResult(run=existing, created=False)
-        # Raises, before anything is registered, when the id exists under a new key or without one.
+        # Raises before registering anything if the id is already stored (IDM-3).
         record = self.start_run(
             flow_id,
             flow_name,
@@ -123,20 +132,22 @@ class Controls(Runs):
     def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> tuple[FlowRunRecord, ...]:
-        moment = self.now if as_of is None else as_of
+        """List the Running runs past their deadline or with a set latch, by timeout_at and run_id (CTL-3)."""
+        as_of = self.now if as_of is None else as_of
         found = []
         for run_id, run in self.state.runs.items():
             control = run.control
             if run.record is None or run.record.status is not RunStatus.RUNNING or control is None:
                 continue
-            due = control.timeout_at is not None and control.timeout_at <= moment
+            due = control.timeout_at is not None and control.timeout_at <= as_of
             if due or control.cancelled is not None or control.timed_out is not None:
-                order = (control.timeout_at is None, control.timeout_at or moment, run_id.bytes)
+                order = (control.timeout_at is None, control.timeout_at or as_of, run_id.bytes)
                 found.append((order, run.record))
         return tuple(record for _, record in sorted(found, key=lambda pair: pair[0])[:take])
 
     def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        run = self.peek(run_id)
+        """Set a new deadline and clear the time-out latch, keeping a user's cancel (CTL-3)."""
+        run = self.get(run_id)
         if run.control is None:
             return False
         run.control = replace(run.control, timeout_at=timeout_at, timed_out=None)

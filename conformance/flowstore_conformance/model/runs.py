@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from uuid import UUID
 
-from flowstore_conformance.model.state import Nouns, Run, Step
+from flowstore_conformance.model.state import Base, Run, Step
 from flowstore_core import (
     FlowRunDetail,
     FlowRunRecord,
@@ -19,7 +19,9 @@ from flowstore_core import (
 )
 
 
-class Runs(Nouns):
+class Runs(Base):
+    """Starting, completing and listing runs."""
+
     def start_run(
         self,
         flow_id: UUID,
@@ -31,7 +33,8 @@ class Runs(Nouns):
         job_id: str | None = None,
         source_run_id: UUID | None = None,
     ) -> FlowRunRecord:
-        if self.peek(run_id).record is not None:
+        """Store a Running run; an id that is already stored is refused and nothing changes (RUN-1)."""
+        if self.get(run_id).record is not None:
             raise RunAlreadyExistsError(run_id)
         record = FlowRunRecord(
             run_id=run_id,
@@ -51,7 +54,12 @@ class Runs(Nouns):
     def complete_run(
         self, run_id: UUID, status: RunStatus, *, expected: Mapping[str, StepStatus] | None = None
     ) -> bool:
-        run, record = self.known(run_id)
+        """Move a Running run to a terminal status; the first terminal status wins (RUN-2, UNK).
+
+        With ``expected``, only if the statuses are exactly these and no other key has a live claim or
+        dispatch.
+        """
+        run, record = self.require(run_id)
         if record.status.is_terminal:
             return False
         if expected is not None:
@@ -71,7 +79,8 @@ class Runs(Nouns):
         skip: int = 0,
         take: int = 50,
     ) -> tuple[FlowRunRecord, ...]:
-        return _behind(after, self._ordered(flow_id=flow_id))[skip : skip + take]
+        """List runs, newest first, strictly after a position (QRY-1)."""
+        return _after(after, self._ordered(flow_id=flow_id))[skip : skip + take]
 
     def get_runs_page(
         self,
@@ -83,38 +92,44 @@ class Runs(Nouns):
         take: int = 50,
         search: str | None = None,
     ) -> RunPage:
+        """List matching runs with the count of all matches (QRY-1, QRY-2, QRY-3)."""
         found = tuple(
             record
             for record in self._ordered(flow_id=flow_id)
             if (status is None or record.status == status)
-            and (not search or _matches(search, record, self.peek(record.run_id)))
+            and (not search or _matches(search, record, self.get(record.run_id)))
         )
-        return RunPage(runs=_behind(after, found)[skip : skip + take], total_count=len(found))
+        return RunPage(runs=_after(after, found)[skip : skip + take], total_count=len(found))
 
     def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        run = self.peek(run_id)
+        """Return the run with its steps and their attempts (QRY-3)."""
+        run = self.get(run_id)
         if run.record is None:
             return None
-        known = {each.name: getattr(run.record, each.name) for each in fields(FlowRunRecord)}
-        return FlowRunDetail(**known, steps=tuple(step_records(run_id, run)))
+        record = {each.name: getattr(run.record, each.name) for each in fields(FlowRunRecord)}
+        return FlowRunDetail(**record, steps=tuple(step_records(run_id, run)))
 
     def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        record = self.peek(run_id).record
+        """Return the status of a stored run, else None (UNK)."""
+        record = self.get(run_id).record
         return None if record is None else record.status
 
     def get_active_runs(self, *, take: int | None = None) -> tuple[FlowRunRecord, ...]:
+        """List every Running run in the order of QRY-1 (QRY-6)."""
         active = (record for record in self._ordered() if record.status is RunStatus.RUNNING)
         return tuple(active)[:take]
 
     def get_derived_runs(self, source_run_id: UUID, *, take: int | None = None) -> tuple[FlowRunRecord, ...]:
+        """List the runs with this source_run_id, one generation only (QRY-6)."""
         derived = (record for record in self._ordered() if record.source_run_id == source_run_id)
         return tuple(derived)[:take]
 
     def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        return dict(sorted(statuses_of(self.peek(run_id)).items()))
+        """Return the status of every started step, ordered by step_key (UNK, QRY-1)."""
+        return dict(sorted(statuses_of(self.get(run_id)).items()))
 
     def _ordered(self, flow_id: UUID | None = None) -> tuple[FlowRunRecord, ...]:
-        """QRY-1: newest first, a total order."""
+        """Runs newest first, in a total order (QRY-1)."""
         records = [run.record for run in self.state.runs.values() if run.record is not None]
         chosen = [record for record in records if flow_id in (None, record.flow_id)]
         return tuple(
@@ -122,25 +137,27 @@ class Runs(Nouns):
         )
 
 
-def _behind(position: RunPosition | None, records: tuple[FlowRunRecord, ...]) -> tuple[FlowRunRecord, ...]:
-    """QRY-1: what comes later in the order, which descends."""
+def _after(position: RunPosition | None, records: tuple[FlowRunRecord, ...]) -> tuple[FlowRunRecord, ...]:
+    """The records strictly after a position in the descending order (QRY-1)."""
     if position is None:
         return records
-    place = (position.started_at, position.run_id.bytes)
-    return tuple(record for record in records if (record.started_at, record.run_id.bytes) < place)
+    key = (position.started_at, position.run_id.bytes)
+    return tuple(record for record in records if (record.started_at, record.run_id.bytes) < key)
 
 
 def statuses_of(run: Run) -> dict[str, StepStatus]:
+    """The status of every started step; a key that was only claimed, dispatched or reset has none (RUN-2)."""
     return {key: step.status for key, step in run.steps.items() if step.status is not None}
 
 
 def step_records(run_id: UUID, run: Run) -> list[FlowStepRecord]:
-    """QRY-3: by started_at, then step_key."""
+    """The visible steps, by started_at, then step_key (QRY-3)."""
     found = [_step_record(run_id, key, step) for key, step in run.steps.items() if step.status is not None]
     return sorted(found, key=lambda step: (step.started_at, step.step_key))
 
 
 def _step_record(run_id: UUID, key: str, step: Step) -> FlowStepRecord:
+    """A step as get_run_detail shows it: its newest attempt, or cleared while it is reopened (STP-6)."""
     newest = step.attempts[-1]
     assert step.status is not None
     return FlowStepRecord(
@@ -160,7 +177,10 @@ def _step_record(run_id: UUID, key: str, step: Step) -> FlowStepRecord:
 
 
 def _matches(search: str, record: FlowRunRecord, run: Run) -> bool:
-    """QRY-2, on bytes throughout: bytes.lower() folds ASCII letters and nothing else."""
+    """Whether a run matches a search (QRY-2).
+
+    Compares bytes: bytes.lower() folds ASCII letters only.
+    """
     needle = search.encode().lower()
     names: list[str | None] = [
         str(record.run_id),

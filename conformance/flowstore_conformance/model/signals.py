@@ -7,15 +7,18 @@ from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
-from flowstore_conformance.model.state import Nouns, Run
+from flowstore_conformance.model.state import Base, Run
 from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
 
 
-class Signals(Nouns):
+class Signals(Base):
+    """Signal waiters and deliveries."""
+
     def register_waiter(
         self, run_id: UUID, step_key: str, signal_name: str, *, expires_at: datetime | None = None
     ) -> None:
-        run, _ = self.known(run_id)
+        """Create or update the waiter of a step (SIG-1)."""
+        run, _ = self.require(run_id)
         old = run.waiters.get(step_key)
         if old is None:
             run.waiters[step_key] = FlowSignalWaiter(
@@ -37,16 +40,17 @@ class Signals(Nouns):
     def deliver_signal(
         self, run_id: UUID, signal_name: str, payload_json: str, *, delivery_id: str | None = None
     ) -> SignalDeliveryResult:
-        run = self.peek(run_id)
+        """Deliver the payload to the oldest open waiter of that name (SIG-2, SIG-3, RUN-4)."""
+        run = self.get(run_id)
         if run.record is None:
-            return _nothing()
+            return _not_found()
         if delivery_id is not None and delivery_id in run.deliveries:
             return run.deliveries[delivery_id]
         waiter = _oldest(run, signal_name, lambda one: one.delivered_at is None and one.expired_at is None)
         if waiter is None or run.record.status.is_terminal:
             before = _oldest(run, signal_name, lambda one: one.delivered_at is not None)
             if before is None:
-                return _nothing()
+                return _not_found()
             return SignalDeliveryResult(
                 status=SignalDeliveryStatus.ALREADY_DELIVERED,
                 step_key=before.step_key,
@@ -61,17 +65,21 @@ class Signals(Nouns):
         return result
 
     def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return self.peek(run_id).waiters.get(step_key)
+        """Return the waiter of a step, else None (UNK)."""
+        return self.get(run_id).waiters.get(step_key)
 
     def get_waiters(self, run_id: UUID) -> tuple[FlowSignalWaiter, ...]:
-        waiters = self.peek(run_id).waiters
+        """List the waiters of a run by step_key (QRY-1)."""
+        waiters = self.get(run_id).waiters
         return tuple(waiters[key] for key in sorted(waiters))
 
     def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return self.peek(run_id).waiters.pop(step_key, None)
+        """Remove the waiter and return it (SIG-4)."""
+        return self.get(run_id).waiters.pop(step_key, None)
 
     def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        run = self.peek(run_id)
+        """Expire an undelivered waiter whose expires_at has passed, and return the waiter (SIG-4)."""
+        run = self.get(run_id)
         waiter = run.waiters.get(step_key)
         if waiter is None:
             return None
@@ -81,13 +89,14 @@ class Signals(Nouns):
         return run.waiters[step_key]
 
 
-def _nothing() -> SignalDeliveryResult:
+def _not_found() -> SignalDeliveryResult:
     return SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 
 def _oldest(
     run: Run, signal_name: str, wanted: Callable[[FlowSignalWaiter], bool]
 ) -> FlowSignalWaiter | None:
+    """The oldest waiter of that name by created_at, then step_key, among the eligible ones (SIG-2)."""
     named = [
         waiter for waiter in run.waiters.values() if waiter.signal_name == signal_name and wanted(waiter)
     ]

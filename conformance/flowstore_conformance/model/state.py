@@ -1,8 +1,7 @@
-"""What the model remembers: frozen values in plain dicts, so that a copy is cheap and a state can be hashed.
+"""The state of the model: frozen values in plain dicts, cheap to copy and hashable.
 
-The model is the contract once more, written to be obviously right and nothing else: no input checks (core
-has done them), no concurrency, no storage. It is not the memory backend and shares no code with it, so
-that a mistake in one is not repeated in the other.
+The model states the contract a second time, as simply as possible: no argument checks (core does them), no
+concurrency, no storage. It shares no code with the memory backend, so that the two do not share mistakes.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ Scope = tuple[UUID, str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A key of a run: what was started, claimed or dispatched under it."""
+    """The state of one step key: its attempts, claim and dispatch."""
 
     status: StepStatus | None = None
-    """None: never started, or reset."""
+    """None if the key never started or was reset."""
     attempts: tuple[FlowStepAttemptRecord, ...] = ()
     reopened: bool = False
     rescheduled: bool = False
     claim: StepClaim | None = None
     started_under: StepClaim | None = None
-    """The claim under which the last attempt began or was skipped."""
+    """The claim under which the last attempt started or was skipped (STP-3, STP-5)."""
     dispatch: StepDispatch | None = None
 
     @property
@@ -50,7 +49,7 @@ class Step:
         return self.status is not None and self.status.is_terminal
 
     def held(self, now: datetime) -> bool:
-        """Whether the claim holds: a lease does not count while the step is terminal (CLM-4)."""
+        """Whether the claim is live; a lease does not expire while the step is terminal (CLM-4)."""
         if self.claim is None:
             return False
         expires_at = self.claim.expires_at
@@ -59,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """A control record before its two latches are folded into one view."""
+    """A control record with both latches; reads combine them (CTL-2)."""
 
     flow_id: UUID
     trigger_key: str
@@ -94,7 +93,7 @@ class Run:
         )
 
     def frozen(self) -> object:
-        """A hashable value that is equal for equal states."""
+        """A hashable value that compares equal for equal states."""
         return (
             self.record,
             self.control,
@@ -108,11 +107,11 @@ class Run:
 
 @dataclass(slots=True)
 class State:
-    """A whole store."""
+    """The state of a whole store."""
 
     runs: dict[UUID, Run] = field(default_factory=dict)
     keys: dict[Scope, tuple[UUID, datetime]] = field(default_factory=dict)
-    """Who won an idempotency key, and when."""
+    """The run that holds each idempotency key, and the time of its registration."""
 
     def copy(self) -> State:
         return State({run_id: run.copy() for run_id, run in self.runs.items()}, dict(self.keys))
@@ -122,8 +121,8 @@ class State:
         return runs, frozenset(self.keys.items())
 
 
-class Nouns:
-    """What every noun of the model builds on."""
+class Base:
+    """Shared state access for the classes of the model."""
 
     def __init__(self, clock: Callable[[], datetime], state: State | None = None) -> None:
         self._clock = clock
@@ -134,16 +133,16 @@ class Nouns:
         return self._clock()
 
     def at(self, run_id: UUID) -> Run:
-        """The run's state for writing, made if it is not there."""
+        """Return the run's state for writing, creating it if absent."""
         return self.state.runs.setdefault(run_id, Run())
 
-    def peek(self, run_id: UUID) -> Run:
-        """The run's state for reading."""
+    def get(self, run_id: UUID) -> Run:
+        """Return the run's state for reading."""
         return self.state.runs.get(run_id) or Run()
 
-    def known(self, run_id: UUID) -> tuple[Run, FlowRunRecord]:
-        """A started run, or RunNotFoundError (UNK)."""
-        run = self.peek(run_id)
+    def require(self, run_id: UUID) -> tuple[Run, FlowRunRecord]:
+        """Return a started run and its record, or raise RunNotFoundError (UNK)."""
+        run = self.get(run_id)
         if run.record is None:
             raise RunNotFoundError(run_id)
         return run, run.record

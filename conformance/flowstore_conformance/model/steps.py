@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
-from flowstore_conformance.model.state import Nouns, Run, Step
+from flowstore_conformance.model.state import Base, Run, Step
 from flowstore_core import (
     ClaimLostError,
     FlowStepAttemptRecord,
@@ -24,7 +24,9 @@ from flowstore_core import (
 )
 
 
-class Steps(Nouns):
+class Steps(Base):
+    """Starting, closing, skipping, retrying and rescheduling step attempts."""
+
     def record_step_start(
         self,
         run_id: UUID,
@@ -35,7 +37,13 @@ class Steps(Nouns):
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        run, record = self.known(run_id)
+        """Open the next attempt (STP-1).
+
+        Refused on a terminal run (RUN-4), on a Succeeded or Skipped step (STP-2) and, with ``owner``,
+        without a live claim of that owner. A repeated start under the same claim returns the open attempt
+        (STP-3).
+        """
+        run, record = self.require(run_id)
         if record.status.is_terminal:
             raise RunCompletedError(run_id, step_key)
         step = run.steps.get(step_key, Step())
@@ -70,7 +78,8 @@ class Steps(Nouns):
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        run, _ = self.known(run_id)
+        """Close the last attempt; the same outcome again is a no-op (STP-4)."""
+        run, _ = self.require(run_id)
         step, last = _last(run_id, run, step_key, attempt)
         if last.completed_at is not None:
             if (last.status, last.output_json, last.error_message) != (status, output_json, error_message):
@@ -94,12 +103,15 @@ class Steps(Nouns):
         *,
         owner: str | None = None,
     ) -> None:
-        run, _ = self.known(run_id)
+        """Record one attempt that starts and ends Skipped; with ``owner``, take the claim too (STP-5)."""
+        run, _ = self.require(run_id)
         step = run.steps.get(step_key, Step())
         if step.is_terminal:
-            mine = owner is not None and step.started_under is not None and step.started_under.owner == owner
+            own_skip = (
+                owner is not None and step.started_under is not None and step.started_under.owner == owner
+            )
             last = step.attempts[-1]
-            if mine and step.status is StepStatus.SKIPPED and last.error_message == reason:
+            if own_skip and step.status is StepStatus.SKIPPED and last.error_message == reason:
                 return
             raise StepAlreadyCompletedError(run_id, step_key)
         claim = step.claim
@@ -128,7 +140,8 @@ class Steps(Nouns):
     def retry_step(
         self, run_id: UUID, step_key: str, *, attempt: int | None = None, reset: Collection[str] = ()
     ) -> None:
-        run, record = self.known(run_id)
+        """Reopen a step and its run; a repeated call changes no step (STP-6)."""
+        run, record = self.require(run_id)
         step = run.steps.get(step_key)
         if step is None or step.status is None:
             raise StepNotFoundError(run_id, step_key)
@@ -146,6 +159,7 @@ class Steps(Nouns):
                 )
 
     def _reopen(self, run: Run, step_key: str, step: Step, reset: Collection[str]) -> None:
+        """Make the step Pending without claim, dispatch and undelivered waiter; reset keys (STP-6)."""
         run.steps[step_key] = Step(status=StepStatus.PENDING, attempts=self._closed(step), reopened=True)
         gone = {step_key}
         for key in set(reset) - {step_key}:
@@ -166,7 +180,8 @@ class Steps(Nouns):
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        run, record = self.known(run_id)
+        """Close the attempt as Pending, remove the claim and replace the dispatch (STP-7)."""
+        run, record = self.require(run_id)
         step, last = _last(run_id, run, step_key, attempt)
         if step.is_terminal:
             raise StepAlreadyCompletedError(run_id, step_key, attempt)
@@ -187,21 +202,22 @@ class Steps(Nouns):
         )
 
     def get_stalled_steps(self, *, as_of: datetime | None = None, take: int = 100) -> tuple[StalledStep, ...]:
-        moment = self.now if as_of is None else as_of
+        """List the steps of Running runs that need a new dispatch or claim (STP-8)."""
+        as_of = self.now if as_of is None else as_of
         found = []
         for run_id, run in self.state.runs.items():
             if run.record is None or run.record.status.is_terminal:
                 continue
             for key, step in run.steps.items():
                 waiter = run.waiters.get(key)
-                waits = (
+                waiting = (
                     waiter is not None
                     and waiter.delivered_at is None
                     and waiter.expired_at is None
-                    and (waiter.expires_at is None or waiter.expires_at > moment)
+                    and (waiter.expires_at is None or waiter.expires_at > as_of)
                 )
-                stall = None if step.is_terminal or waits else _stall(step)
-                if stall is not None and stall[1] <= moment:
+                stall = None if step.is_terminal or waiting else _stall(step)
+                if stall is not None and stall[1] <= as_of:
                     found.append(
                         StalledStep(
                             run_id=run_id,
@@ -217,6 +233,7 @@ class Steps(Nouns):
     def _attempt(
         self, run_id: UUID, step_key: str, step: Step, step_type: str, status: StepStatus
     ) -> FlowStepAttemptRecord:
+        """The next attempt of a step, started now (STP-1)."""
         return FlowStepAttemptRecord(
             run_id=run_id,
             step_key=step_key,
@@ -232,7 +249,7 @@ class Steps(Nouns):
         )
 
     def _closed(self, step: Step) -> tuple[FlowStepAttemptRecord, ...]:
-        """The attempts with the last one closed, if it is open, for another to follow (STP-1)."""
+        """The attempts of a step; an open last attempt is closed as superseded (STP-1)."""
         if not step.attempts or step.attempts[-1].completed_at is not None:
             return step.attempts
         message = f"superseded by attempt {len(step.attempts) + 1}"
@@ -243,11 +260,12 @@ class Steps(Nouns):
 
 
 def _same_claim(one: StepClaim | None, other: StepClaim) -> bool:
-    """A claim that was renewed is the same; one that was won anew is not."""
+    """Whether both are the same claim: renewing keeps claimed_at, a new claim does not (STP-3)."""
     return one is not None and (one.owner, one.claimed_at) == (other.owner, other.claimed_at)
 
 
 def _last(run_id: UUID, run: Run, step_key: str, attempt: int | None) -> tuple[Step, FlowStepAttemptRecord]:
+    """The step and its last attempt, if ``attempt`` names it (UNK, STP-4)."""
     step = run.steps.get(step_key)
     if step is None or step.status is None:
         raise StepNotFoundError(run_id, step_key)
@@ -257,6 +275,7 @@ def _last(run_id: UUID, run: Run, step_key: str, attempt: int | None) -> tuple[S
 
 
 def _stall(step: Step) -> tuple[StallReason, datetime] | None:
+    """The reason and the start of a stall, if the step has one (STP-8)."""
     if step.claim is not None:
         expires_at = step.claim.expires_at
         return None if expires_at is None else (StallReason.LEASE_EXPIRED, expires_at)

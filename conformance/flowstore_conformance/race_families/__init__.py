@@ -1,7 +1,7 @@
-"""What races are about: for each theme, how a race is drawn and what may be said of it in plain words.
+"""Race families: how the races of each family are drawn, and how their violations are explained.
 
-Every race of a theme contends for one run, or one idempotency key, and mostly for one step of it. Programs
-are drawn whole before they run, so no call depends on an answer.
+All clients of a race contend for one run or one idempotency key, and mostly for one step. All calls are drawn
+before the race runs, so no call depends on the outcome of another.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 from flowstore_conformance.race_families.family import (
     LEASE,
-    Maker,
+    CallMaker,
     RaceBuilder,
     RaceFamily,
     family,
@@ -21,7 +21,7 @@ def owner(client: int) -> str:
     return f"owner {client}"
 
 
-def claim(d: RaceBuilder, **more: Any) -> Maker:
+def claim(d: RaceBuilder, **more: Any) -> CallMaker:
     return lambda client: d.step("try_claim_step", owner=owner(client), **more)
 
 
@@ -36,7 +36,7 @@ def _claims(d: RaceBuilder) -> Race:
             lambda client: d.step("release_step_claim", owner=owner(client)),
             first=(lambda client: d.step("try_claim_step")) if nobody else claim(d),
         ),
-        final=d.look(d.on("get_claimed_step_keys")),
+        final=d.final_reads(d.on("get_claimed_step_keys")),
     )
 
 
@@ -52,7 +52,7 @@ def _claims_of_one_owner(d: RaceBuilder) -> Race:
             lambda client: d.step("record_step_start", step_type="s", owner=shared(client)),
             first=lambda client: d.step("try_claim_step", owner=shared(client)),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -67,7 +67,7 @@ def _releases(d: RaceBuilder) -> Race:
             claim(d),
             lambda client: d.on("get_step_claims"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -86,8 +86,8 @@ def _takeovers(d: RaceBuilder) -> Race:
             lambda client: d.step("record_step_complete", status="Succeeded", attempt=1),
             lambda client: d.step("release_step_claim", owner="old"),
         ),
-        final=d.look(),
-        jump=LEASE,
+        final=d.final_reads(),
+        clock_advance=LEASE,
     )
 
 
@@ -101,7 +101,7 @@ def _dispatches(d: RaceBuilder) -> Race:
             lambda client: d.step("release_dispatch") if d.one_of(True, False) else d.on("get_dispatches"),
             first=lambda client: d.step("try_record_dispatch"),
         ),
-        final=d.look(d.on("get_dispatched_step_keys")),
+        final=d.final_reads(d.on("get_dispatched_step_keys")),
     )
 
 
@@ -117,8 +117,8 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
         explain=ONE_WINNER,
         clause_of=stuck_on_reads("CLM-2"),
     ),
-    family("releases", "CLM-3", "releases of a claim that others then win", _releases),
-    family("claims_of_one_owner", "CLM-5", "claims by the same owners, said again", _claims_of_one_owner),
+    family("releases", "CLM-3", "releases of a claim that other owners then win", _releases),
+    family("claims_of_one_owner", "CLM-5", "repeated claims by the same owners", _claims_of_one_owner),
     family(
         "takeovers",
         "CLM-6",

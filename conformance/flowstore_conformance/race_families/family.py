@@ -1,4 +1,4 @@
-"""What a theme is, what it draws with, and how it tells in plain words what counting shows."""
+"""The parts of a race family: the builder of its races, and explanations of violations found by counting."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.races import BEFORE, Race
 from flowstore_core import Capability
 
-Maker = Callable[[int], Call]
-"""A call by a client's number."""
+CallMaker = Callable[[int], Call]
+"""Makes the call of a client, given its number."""
 
 LEASE = timedelta(seconds=30)
 FLOW = UUID(int=100)
@@ -24,16 +24,16 @@ RUN = UUID(int=1)
 
 @dataclass(slots=True)
 class RaceBuilder:
-    """What a theme draws with."""
+    """Draws the calls of a race."""
 
     generator: random.Random
     capabilities: Collection[Capability]
     now: datetime
     virtual: bool = True
-    """Whether the clock stands still during the race, so that what is written at once has one time."""
+    """Whether the clock stands still during the race, so that concurrent writes have the same timestamp."""
     run: UUID = RUN
     count: int = 0
-    """How many clients."""
+    """Number of clients."""
 
     def __post_init__(self) -> None:
         self.count = self.generator.choice((2, 3, 3, 4, 4, 4, 6, 8))
@@ -54,8 +54,8 @@ class RaceBuilder:
     def has(self, capability: Capability) -> bool:
         return capability in self.capabilities
 
-    def clients(self, *makers: Maker, first: Maker | None = None) -> tuple[tuple[Call, ...], ...]:
-        """Programs of calls that are drawn from the makers; ``first`` opens each of them."""
+    def clients(self, *makers: CallMaker, first: CallMaker | None = None) -> tuple[tuple[Call, ...], ...]:
+        """Draw the calls of each client from the makers; ``first`` makes each client's first call."""
         longest = 3 if self.count <= 3 else 2 if self.count <= 4 else 1
         programs = []
         for client in range(self.count):
@@ -64,10 +64,10 @@ class RaceBuilder:
             programs.append(tuple([first(client), *calls[1:]] if first is not None else calls))
         return tuple(programs)
 
-    def look(self, *more: Call, run_id: UUID | None = None) -> tuple[Call, ...]:
-        """Reads of all state of a run, for the end of a race; then more calls."""
+    def final_reads(self, *more: Call, run_id: UUID | None = None) -> tuple[Call, ...]:
+        """Reads of all state of a run, for the last phase of a race; then ``more`` calls."""
         names = ["get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"]
-        # On a store's own clock nobody knows the order in which it made waiters.
+        # Without a virtual clock the creation order of waiters is unknown.
         listed = self.has(Capability.WAITERS) and self.virtual
         names += ["get_waiters"] if listed else []
         names += ["get_outputs"] if self.has(Capability.OUTPUTS) else []
@@ -81,18 +81,18 @@ class RaceBuilder:
 
 
 def no_explanation(history: History) -> str | None:
-    """For themes in which counting shows nothing."""
+    """For families whose violations cannot be found by counting."""
     return None
 
 
-def first_blamed(verdict: Verdict) -> str | None:
-    """For themes whose violations break their first clause."""
+def no_clause(verdict: Verdict) -> str | None:
+    """For families whose violations always break their first clause."""
     return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaceFamily:
-    """One kind of race."""
+    """A kind of race."""
 
     name: str
     clauses: tuple[str, ...]
@@ -100,45 +100,44 @@ class RaceFamily:
     draw: Callable[[RaceBuilder], Race]
     needs: frozenset[Capability] = frozenset()
     exclusive: bool = False
-    """Only one race at a time, because a call looks at all runs."""
+    """Whether a race runs alone, because one of its calls spans all runs."""
     explain: Callable[[History], str | None] = no_explanation
-    """What is wrong, in plain words, where counting shows it."""
-    clause_of: Callable[[Verdict], str | None] = first_blamed
-    """Which clause is broken, where it is not the first."""
+    """Explains a violation in words, if counting shows it."""
+    clause_of: Callable[[Verdict], str | None] = no_clause
+    """Returns the broken clause, if it is not the first."""
 
 
 def winners(method: str, undone_by: Sequence[str]) -> Callable[[History], str | None]:
-    """Names everybody who won a race that nobody gave up, retried or reset meanwhile."""
+    """Explain a race with several winners, unless a call of ``undone_by`` allows more than one."""
 
     def explain(history: History) -> str | None:
         racing = [one for one in history.operations if one.client >= 0]
         if any(one.call.method in undone_by for one in racing):
             return None
         won = [one for one in racing if one.call.method == method and one.outcome == Returned(True)]
-        who = list(
+        names = list(
             dict.fromkeys(str(one.call.arguments.get("owner") or f"client {one.client}") for one in won)
         )
-        if len(won) < 2 or (len(who) < 2 and won[0].call.arguments.get("owner")):
+        if len(won) < 2 or (len(names) < 2 and won[0].call.arguments.get("owner")):
             return None
-        return (
-            f"{len(won)} of {len(racing)} calls won what only one can win: {method} was True for {_list(who)}"
-        )
+        counted = f"{len(won)} of {len(racing)} calls won a race that one call can win"
+        return f"{counted}: {method} was True for {_list(names)}"
 
     return explain
 
 
 def duplicate_attempt_numbers(history: History) -> str | None:
-    """Attempts that two calls were told to be theirs."""
+    """Explain an attempt number that two calls received."""
     given: dict[Any, list[str]] = {}
     for one in history.operations:
         if one.call.method == "record_step_start" and isinstance(one.outcome, Returned):
             if one.call.arguments.get("owner") is not None:
-                continue  # Said again under one claim, the number comes back.
+                continue  # A repeated start under one claim returns the same number.
             client = "the setup" if one.client == BEFORE else f"client {one.client}"
             given.setdefault((one.call.arguments["step_key"], one.outcome.value), []).append(client)
     for (key, number), clients in given.items():
         if len(clients) > 1:
-            return f"attempt {number} of step {key!r} was given to {_list(clients)}"
+            return f"attempt {number} of step {key!r} was returned to {_list(clients)}"
     return None
 
 
@@ -147,10 +146,10 @@ def _list(names: Sequence[str]) -> str:
 
 
 def stuck_on_reads(clause: str) -> Callable[[Verdict], str | None]:
-    """Blames a clause when nothing but what was read is wrong."""
+    """Return the clause if only outcomes of reads are unexplained."""
 
     def clause_of(verdict: Verdict) -> str | None:
-        reads = all(one.call.method.startswith(("get_", "find_")) for one in verdict.unplaced)
+        reads = all(not one.call.operation.writes for one in verdict.unplaced)
         return clause if verdict.unplaced and reads else None
 
     return clause_of
@@ -164,9 +163,9 @@ def family(
     *needs: Capability,
     exclusive: bool = False,
     explain: Callable[[History], str | None] = no_explanation,
-    clause_of: Callable[[Verdict], str | None] = first_blamed,
+    clause_of: Callable[[Verdict], str | None] = no_clause,
 ) -> RaceFamily:
-    """A theme; ``clauses`` are ids with blanks between."""
+    """Make a race family; ``clauses`` are ids separated by spaces."""
     return RaceFamily(
         name=name,
         clauses=tuple(clauses.split()),

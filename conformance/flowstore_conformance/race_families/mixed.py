@@ -1,18 +1,18 @@
-"""Races that look across nouns: cleanups, and anything at all."""
+"""Races across nouns: cleanups, and arbitrary operations."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from uuid import UUID
 
-from flowstore_conformance.differential import expected_outcome, is_read
+from flowstore_conformance.differential import expected_outcome
 from flowstore_conformance.history import Call
 from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.model import Model
-from flowstore_conformance.operations import GLOBAL_OPERATIONS, available_strategies, draw_call
+from flowstore_conformance.operations import available_strategies, draw_call
 from flowstore_conformance.race_families.family import (
     FLOW,
-    Maker,
+    CallMaker,
     RaceBuilder,
     RaceFamily,
     family,
@@ -23,6 +23,7 @@ from flowstore_conformance.race_families.steps import ended_run
 from flowstore_conformance.races import Race
 from flowstore_conformance.strategies import RandomChoices, Universe
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 
 def _cleanups(d: RaceBuilder) -> Race:
@@ -31,7 +32,7 @@ def _cleanups(d: RaceBuilder) -> Race:
     clean = Call(method="cleanup", arguments={"cutoff": later})
     first = register(0) if not d.has(Capability.TRIGGER) else trigger(0)
     begin = ended_run(d)[1:] if first.method == "trigger_run" else [*ended_run(d)]
-    makers: list[Maker] = [
+    makers: list[CallMaker] = [
         lambda client: clean,
         lambda client: clean,
         lambda client: d.step("retry_step", attempt=1, reset=["b"]),
@@ -45,8 +46,8 @@ def _cleanups(d: RaceBuilder) -> Race:
         makers += [lambda client: trigger(1)] * 2
     if d.has(Capability.EVENTS):
         makers.append(lambda client: d.on("append_event", event_type="e"))
-    ends = [*d.look(), *d.look(run_id=again)]
-    # Whatever is left would be counted by the next race's cleanup.
+    ends = [*d.final_reads(), *d.final_reads(run_id=again)]
+    # The next race's cleanup would count the remaining runs.
     sweep = [
         Call(method="complete_run", arguments={"run_id": one, "status": "Failed"}) for one in (d.run, again)
     ]
@@ -58,58 +59,58 @@ def _cleanups(d: RaceBuilder) -> Race:
 
 
 def _cleanups_seen(d: RaceBuilder) -> Race:
-    """One cleans up, and the others look from every side."""
+    """One client runs cleanup while the others read all kinds of state."""
     d.count = min(d.count, 4)
     clean = Call(method="cleanup", arguments={"cutoff": d.now + timedelta(hours=12)})
-    looks = ["get_run_detail", "get_run_detail", "get_step_statuses", "get_run_control", "get_step_claims"]
+    reads = ["get_run_detail", "get_run_detail", "get_step_statuses", "get_run_control", "get_step_claims"]
     before = ended_run(d)
     if d.has(Capability.OUTPUTS):
-        looks.append("get_outputs")
+        reads.append("get_outputs")
         before.append(d.on("save_output", key="k", value_json="1"))
     if d.has(Capability.EVENTS):
-        looks.append("get_run_events")
+        reads.append("get_run_events")
         before.append(d.on("append_event", event_type="e"))
     before += [d.on("request_cancel"), d.step("register_waiter", signal_name="go")]
-    watching = [tuple(d.on(d.one_of(*looks)) for _ in range(4)) for _ in range(d.count)]
+    readers = [tuple(d.on(d.one_of(*reads)) for _ in range(4)) for _ in range(d.count)]
     return Race(
         setup=tuple(before),
-        clients=((clean,), *watching),
-        final=d.look(d.on("get_step_statuses")),
+        clients=((clean,), *readers),
+        final=d.final_reads(d.on("get_step_statuses")),
     )
 
 
-def _blame_cleanup(verdict: Verdict) -> str | None:
+def _clause_of_cleanup(verdict: Verdict) -> str | None:
     methods = {one.call.method for one in verdict.unplaced}
     return "IDM-4" if methods == {"find_run_id_by_idempotency_key"} else stuck_on_reads("RET-3")(verdict)
 
 
 def _anything(d: RaceBuilder) -> Race:
-    """Any operations that name a run, drawn from the state that the setup leaves."""
+    """Arbitrary operations on a run, drawn from the state after the setup."""
     chooser = RandomChoices(d.generator)
     model = Model(lambda: d.now)
     runs = [UUID(int=1), UUID(int=2)]
     keys = ["a"] if d.one_of(True, False) else ["a", "b"]
-    world = Universe(model=model, runs=runs, flows=[FLOW], keys=keys, capabilities=d.capabilities)
+    universe = Universe(model=model, runs=runs, flows=[FLOW], keys=keys, capabilities=d.capabilities)
     methods = {
         name: one.weight * d.one_of(0, 1, 1, 2)
         for name, one in available_strategies(d.capabilities).items()
-        if name not in GLOBAL_OPERATIONS
+        if not OPERATIONS[name].spans_runs
     }
 
     def draw() -> Call:
         [method] = d.generator.choices(list(methods), list(methods.values()))
-        return draw_call(chooser, world, method)
+        return draw_call(chooser, universe, method)
 
     setup = [d.start_run()]
     expected_outcome(model, setup[0])
     for _ in range(d.one_of(0, 2, 4, 8, 12)):
         call = draw()
-        if not is_read(call):
+        if call.operation.writes:
             setup.append(call)
             expected_outcome(model, call)
     d.count = min(d.count, 4)
     clients = d.clients(lambda client: draw())
-    final = [call for run_id in runs for call in d.look(run_id=run_id)]
+    final = [call for run_id in runs for call in d.final_reads(run_id=run_id)]
     return Race(setup=tuple(setup), clients=clients, final=tuple(final))
 
 
@@ -117,11 +118,11 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
     family(
         "cleanups",
         "RET-2 RET-3 IDM-4",
-        "cleanups of a run that others use again",
+        "cleanups of a run that other clients use again",
         _cleanups,
         exclusive=True,
-        clause_of=_blame_cleanup,
+        clause_of=_clause_of_cleanup,
     ),
-    family("cleanups_seen", "RET-3", "looks at a run that is cleaned up", _cleanups_seen, exclusive=True),
-    family("anything", "CON-1", "any operations on one run", _anything, Capability.VIRTUAL_CLOCK),
+    family("cleanups_seen", "RET-3", "reads of a run during its cleanup", _cleanups_seen, exclusive=True),
+    family("anything", "CON-1", "arbitrary operations on one run", _anything, Capability.VIRTUAL_CLOCK),
 )

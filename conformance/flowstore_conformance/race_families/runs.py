@@ -10,7 +10,7 @@ from flowstore_conformance.race_families.claims import claim
 from flowstore_conformance.race_families.family import (
     FLOW,
     LEASE,
-    Maker,
+    CallMaker,
     RaceBuilder,
     RaceFamily,
     family,
@@ -28,7 +28,7 @@ def _ends(d: RaceBuilder) -> Race:
     return Race(
         setup=(d.start_run(),),
         clients=d.clients(end, end, end, start(d), claim(d), lambda client: d.on("get_run_detail")),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -37,27 +37,27 @@ def _starts_of_one_run(d: RaceBuilder) -> Race:
         given = {**d.start_run().arguments, "trigger_data": str(client), "job_id": f"job {client}"}
         return Call(method="start_run", arguments=given)
 
-    makers: list[Maker] = [
+    makers: list[CallMaker] = [
         begin,
         lambda client: d.on("get_run_detail"),
         lambda client: d.on("get_run_status"),
     ]
     if d.has(Capability.TRIGGER):
         makers.append(lambda client: Call(method="trigger_run", arguments=begin(client).arguments))
-    return Race(setup=(), clients=d.clients(*makers, first=begin), final=d.look())
+    return Race(setup=(), clients=d.clients(*makers, first=begin), final=d.final_reads())
 
 
 def _late_starts(d: RaceBuilder) -> Race:
     def end(client: int) -> Call:
         return d.on("complete_run", status="Cancelled")
 
-    def look(client: int) -> Call:
+    def read_statuses(client: int) -> Call:
         return d.on("get_step_statuses")
 
     clients = d.clients(
         end,
         end,
-        look,
+        read_statuses,
         start(d),
         start(d),
         claim(d),
@@ -65,16 +65,16 @@ def _late_starts(d: RaceBuilder) -> Race:
         lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
     )
     if d.one_of(True, False):
-        # Who ends a run and then sees no step has seen that whatever starts now starts too late.
-        clients = ((end(0), look(0)), *clients[1:])
-    return Race(setup=(d.start_run(),), clients=clients, final=d.look())
+        # A client that ended the run and then reads no step proves that any later start is too late.
+        clients = ((end(0), read_statuses(0)), *clients[1:])
+    return Race(setup=(d.start_run(),), clients=clients, final=d.final_reads())
 
 
 def _expected_ends(d: RaceBuilder) -> Race:
     def end(client: int) -> Call:
         return d.on("complete_run", status="Succeeded", expected={"a": "Succeeded"})
 
-    def other(method: str, **arguments: Any) -> Maker:
+    def other(method: str, **arguments: Any) -> CallMaker:
         return lambda client: d.step(method, **{"step_key": d.one_of("a", "b"), **arguments})
 
     return Race(
@@ -92,7 +92,7 @@ def _expected_ends(d: RaceBuilder) -> Race:
             lambda client: d.step("retry_step", attempt=1),
             lambda client: d.on("get_run_detail"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -100,7 +100,7 @@ def _latches(d: RaceBuilder) -> Race:
     def configure(client: int) -> Call:
         return d.on("configure_run", flow_id=FLOW, trigger_key="t", timeout_at=d.one_of(None, d.now + LEASE))
 
-    makers: list[Maker] = [
+    makers: list[CallMaker] = [
         lambda client: d.on("request_cancel", reason=f"client {client}"),
         lambda client: d.on("request_cancel", reason=f"client {client}"),
         lambda client: d.on("mark_timed_out", reason=f"late {client}"),
@@ -113,7 +113,7 @@ def _latches(d: RaceBuilder) -> Race:
     return Race(
         setup=(d.start_run(), *((configure(0),) * d.one_of(0, 1))),
         clients=d.clients(*makers),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -143,7 +143,7 @@ def trigger(client: int) -> Call:
 
 def _triggers(d: RaceBuilder) -> Race:
     ids = [UUID(int=1 + client) for client in range(d.count)]
-    makers: list[Maker] = [
+    makers: list[CallMaker] = [
         trigger,
         trigger,
         trigger,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from flowstore_conformance.history import Call, Returned
 from flowstore_conformance.linearizability import Verdict
-from flowstore_conformance.race_families.family import LEASE, Maker, RaceBuilder, RaceFamily, family
+from flowstore_conformance.race_families.family import LEASE, CallMaker, RaceBuilder, RaceFamily, family
 from flowstore_conformance.races import Race
 from flowstore_core import Capability, SignalDeliveryStatus
 
 
-def _deliver(d: RaceBuilder) -> Maker:
+def _deliver(d: RaceBuilder) -> CallMaker:
     return lambda client: d.on(
         "deliver_signal",
         signal_name="go",
@@ -21,12 +21,12 @@ def _deliver(d: RaceBuilder) -> Maker:
 def _deliveries(d: RaceBuilder) -> Race:
     waiters = d.generator.sample(["a", "b", "c"], d.one_of(1, 2, 3))
     deliver = _deliver(d)
-    others: list[Maker] = [
+    others: list[CallMaker] = [
         lambda client: d.step("remove_waiter"),
         lambda client: d.step("register_waiter", step_key=d.one_of("a", "b"), signal_name="go"),
         lambda client: d.step("get_waiter"),
     ]
-    # Which waiter is the oldest is known only when it is known when they were made.
+    # The oldest waiter is known only if the creation times are known.
     mixed = others if d.virtual and d.one_of(True, False) else []
     return Race(
         setup=(
@@ -34,15 +34,17 @@ def _deliveries(d: RaceBuilder) -> Race:
             *(d.step("register_waiter", step_key=key, signal_name="go") for key in sorted(waiters)),
         ),
         clients=d.clients(deliver, deliver, deliver, *mixed),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
-def _blame_delivery(verdict: Verdict) -> str | None:
-    """SIG-3 where somebody was told that there is no waiter."""
+def _clause_of_delivery(verdict: Verdict) -> str | None:
+    """SIG-3 if an unexplained delivery returned NOT_FOUND."""
     nothing = ("status", SignalDeliveryStatus.NOT_FOUND.value)
-    told = [one.outcome.value for one in verdict.unplaced if isinstance(one.outcome, Returned)]
-    return "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in told if one) else None
+    values = [one.outcome.value for one in verdict.unplaced if isinstance(one.outcome, Returned)]
+    return (
+        "SIG-3" if any(isinstance(one, tuple) and nothing in one[-1:][0] for one in values if one) else None
+    )
 
 
 def _late_deliveries(d: RaceBuilder) -> Race:
@@ -74,7 +76,7 @@ def _late_deliveries(d: RaceBuilder) -> Race:
             *ended,
         ),
         clients=clients,
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -93,8 +95,8 @@ def _expiries(d: RaceBuilder) -> Race:
             lambda client: d.step("remove_waiter"),
             lambda client: d.step("register_waiter", signal_name="go", expires_at=d.now + 3 * LEASE),
         ),
-        final=d.look(),
-        jump=LEASE,
+        final=d.final_reads(),
+        clock_advance=LEASE,
     )
 
 
@@ -105,7 +107,7 @@ def _events(d: RaceBuilder) -> Race:
     return Race(
         setup=(d.start_run(),),
         clients=d.clients(*[lambda client: d.on("append_event", event_type=f"by {client}")] * 3, read),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -118,12 +120,14 @@ def _outputs(d: RaceBuilder) -> Race:
             lambda client: d.on("get_output", key="k"),
             lambda client: d.on("get_outputs"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
 RACE_FAMILIES: tuple[RaceFamily, ...] = (
-    family("deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, clause_of=_blame_delivery),
+    family(
+        "deliveries", "SIG-2 SIG-3", "deliveries of one signal", _deliveries, clause_of=_clause_of_delivery
+    ),
     family("late_deliveries", "RUN-4 SIG-2 SIG-3", "deliveries to a run that ends", _late_deliveries),
     family(
         "expiries",

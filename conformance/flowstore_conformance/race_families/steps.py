@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowstore_conformance.history import Call
 from flowstore_conformance.race_families.claims import claim, owner
 from flowstore_conformance.race_families.family import (
-    Maker,
+    CallMaker,
     RaceBuilder,
     RaceFamily,
     duplicate_attempt_numbers,
@@ -15,11 +15,11 @@ from flowstore_conformance.races import Race
 from flowstore_core import Capability
 
 
-def start(d: RaceBuilder) -> Maker:
+def start(d: RaceBuilder) -> CallMaker:
     return lambda client: d.step("record_step_start", step_type="s", job_id=f"job {client}")
 
 
-def _complete(d: RaceBuilder, attempt: int | None = None) -> Maker:
+def _complete(d: RaceBuilder, attempt: int | None = None) -> CallMaker:
     def make(client: int) -> Call:
         status = d.one_of("Succeeded", "Failed", "Pending")
         said = {"status": status, "output_json": str(client), "attempt": attempt or d.one_of(1, 2, None)}
@@ -39,7 +39,7 @@ def _attempts(d: RaceBuilder) -> Race:
             lambda client: d.step("record_step_complete", status="Failed", output_json=str(client)),
             lambda client: d.on("get_run_detail"),
         ),
-        final=d.look(d.on("get_step_statuses")),
+        final=d.final_reads(d.on("get_step_statuses")),
     )
 
 
@@ -53,7 +53,7 @@ def _starts_under_claims(d: RaceBuilder) -> Race:
             claim(d),
             lambda client: d.on("get_run_detail"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -63,7 +63,7 @@ def _completions(d: RaceBuilder) -> Race:
         clients=d.clients(
             _complete(d, 1), _complete(d, 1), _complete(d), start(d), lambda client: d.on("get_run_detail")
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -78,7 +78,7 @@ def _starts_of_ended_steps(d: RaceBuilder) -> Race:
             lambda client: d.step("record_skipped_step", step_type="s", reason=str(client)),
             lambda client: d.on("get_run_detail"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -90,7 +90,7 @@ def _skips(d: RaceBuilder) -> Race:
     return Race(
         setup=(d.start_run(),),
         clients=d.clients(skip, skip, skip, claim(d), start(d), lambda client: d.on("get_run_detail")),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -126,7 +126,7 @@ def _retries(d: RaceBuilder) -> Race:
             lambda client: d.on("get_run_detail"),
             lambda client: d.step("record_step_start", step_key="b", step_type="s"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 
@@ -153,7 +153,7 @@ def _reschedules(d: RaceBuilder) -> Race:
             lambda client: d.on("complete_run", status="Failed"),
             lambda client: d.on("get_dispatches"),
         ),
-        final=d.look(),
+        final=d.final_reads(),
     )
 
 

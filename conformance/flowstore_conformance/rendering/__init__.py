@@ -1,4 +1,4 @@
-"""A report in each form that it can be given: text, JSON, JUnit XML, Markdown, HTML, a badge."""
+"""The formats of a report: text, JSON, JUnit XML, Markdown, HTML and a badge."""
 
 from flowstore_conformance.rendering.badge import render_badge
 from flowstore_conformance.rendering.html import render_page

@@ -1,17 +1,18 @@
-"""The report as a badge, in the format of endpoints that shields.io reads."""
+"""The report as a badge, in the endpoint format of shields.io."""
 
 from __future__ import annotations
 
 import json
 
 from flowstore_conformance.clauses import Level
-from flowstore_conformance.report import Report, Status
+from flowstore_conformance.report import Report
+from flowstore_conformance.status import Status
 
 COLOURS = {Level.FULL: "brightgreen", Level.CRASH_SAFE: "green", Level.BASE: "yellowgreen"}
 
 
 def render_badge(report: Report) -> str:
-    """The badge as JSON: the level, or what stands in its way."""
+    """The badge as JSON: the level, or the verdict if there is none."""
     waived = report.counts[Status.WAIVED]
     if not report.conforms:
         message, colour = report.verdict.lower(), "red" if report.verdict == "VIOLATES" else "lightgrey"

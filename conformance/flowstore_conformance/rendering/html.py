@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing beside itself."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.rendering.phrasing import call_words, client_words, legible, outcome_words, span
 from flowstore_conformance.rendering.timeline import Timeline, lay_out, svg_timeline
-from flowstore_conformance.report import CheckResult, ClauseResult, Report, Status, anchor
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult, ClauseResult
+from flowstore_conformance.status import Status
 
 FAMILIES = {
     "INP": "Input",
@@ -30,14 +32,14 @@ FAMILIES = {
 }
 
 LEVEL_NOTES = {
-    Level.BASE: "what every store keeps",
+    Level.BASE: "required of every store",
     Level.CRASH_SAFE: "safe recovery from crashes",
     Level.FULL: "every extension",
 }
 
 
 def render_page(report: Report) -> str:
-    """The page. Text from the backend is escaped, and nothing is loaded from anywhere."""
+    """The page. Text from the backend is escaped, and no external resource is loaded."""
     title = f"{report.backend}: {report.verdict.lower()}"
     page = "".join(
         (
@@ -107,14 +109,14 @@ def _ladder(report: Report) -> Iterator[str]:
         passed = len(required) - len(lacking)
         below, open_below = open_below, open_below and not lacking
         state = "granted" if report.level and open_below else "complete" if open_below else "lacking"
-        said = "granted" if state == "granted" else f"{passed} of {len(required)} pass"
+        text = "granted" if state == "granted" else f"{passed} of {len(required)} pass"
         missing = ", ".join(one.clause.id for one in lacking[:8])
         if len(lacking) > 8:
             missing += f" and {len(lacking) - 8} more"
-        yield f'<li class="{state}"><div class="step-head"><b>{level.value}</b><span>{said}</span></div>'
+        yield f'<li class="{state}"><div class="step-head"><b>{level.value}</b><span>{text}</span></div>'
         yield f'<div class="track"><i style="width:{100 * passed / len(required):.1f}%"></i></div>'
         note = (
-            f"lacks {missing}" if missing else LEVEL_NOTES[level] if below else "a level below lacks clauses"
+            f"lacks {missing}" if missing else LEVEL_NOTES[level] if below else "a lower level lacks clauses"
         )
         yield f'<p class="note">{escape(note)}</p></li>\n'
     yield "</ol>\n"
@@ -127,19 +129,20 @@ def _facts(report: Report) -> Iterator[str]:
         "profile": report.profile,
         "seed": str(report.seed),
         "checks": f"{len(report.results):,}",
-        "looked": f"{assertions:,} times",
+        "assertions": f"{assertions:,}",
         "took": f"{report.seconds:.1f} s",
         "started": f"{report.started_at:%Y-%m-%d %H:%M} UTC",
         **report.versions,
     }
     if report.selected:
-        facts["asked for"] = ", ".join(report.selected)
+        facts["selected"] = ", ".join(report.selected)
     yield from (
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts.items()
     )
     yield "</dl>\n"
     yield from (
-        f'<p class="problem">Left behind, drop it by hand: {escape(one)}</p>\n' for one in report.left_behind
+        f'<p class="problem">Namespace not dropped, drop it by hand: {escape(one)}</p>\n'
+        for one in report.left_behind
     )
     yield '<p class="chips" aria-label="Capabilities">'
     yield from (f'<span class="chip">{escape(one)}</span>' for one in report.capabilities)
@@ -195,16 +198,16 @@ def _cause(report: Report, cause: Cause, number: int) -> Iterator[str]:
     if cause.lead is not None:
         yield from _failure(report, cause.lead)
     if cause.others:
-        what = "not run because of it" if cause.lead is None else "that fail from the same cause"
+        what = "not run because of it" if cause.lead is None else "also fail because of it"
         checks = f"{len(cause.others)} check{'s' if len(cause.others) != 1 else ''}"
         yield f'<details class="others"><summary>{checks} {what}</summary>\n'
         for result in cause.others:
-            yield from _failure(report, result, is_open=False) if result.failure else _stumbled(result)
+            yield from _failure(report, result, is_open=False) if result.failure else _not_run(result)
         yield "</details>\n"
     yield "</section>\n"
 
 
-def _stumbled(result: CheckResult) -> Iterator[str]:
+def _not_run(result: CheckResult) -> Iterator[str]:
     yield (
         f'<p class="stumbled">{_pill(result.status)} <span class="mono">{escape(result.check.id)}</span> '
         f'<span class="note">{escape(result.check.sentence)}</span></p>\n'
@@ -229,19 +232,19 @@ def _failure(report: Report, result: CheckResult, *, is_open: bool = True) -> It
     yield f'<div><dt>contract</dt><dd class="mono">{anchor(clause.id)}</dd></div>'
     yield f'<div><dt>check</dt><dd class="mono">{escape(result.check.name)}</dd></div>'
     if not failure.hung:
-        yield f"<div><dt>struck</dt><dd>{failure.reproductions} of {failure.repetitions} runs</dd></div>"
+        yield f"<div><dt>failed in</dt><dd>{failure.reproductions} of {failure.repetitions} runs</dd></div>"
     yield f"<div><dt>seed</dt><dd>{result.seed}</dd></div></dl>\n"
-    yield _code("Again", report.command(result))
+    yield _code("Repeat", report.command(result))
     if failure.history is not None:
         timeline = lay_out(failure.history, failure.verdict)
         yield from _timeline(result, timeline)
     if failure.program is not None or failure.right_answer is not None:
         yield '<div class="pair">\n'
         if failure.program is not None:
-            name = failure.program_file or "Program that shows it"
+            name = failure.program_file or "Program that reproduces it"
             yield _code(name, failure.program)
         if failure.right_answer is not None:
-            yield _code("What it prints on memory://", failure.right_answer, kind="printed")
+            yield _code("Output on memory://", failure.right_answer, kind="printed")
         yield "</div>\n"
     if failure.traceback is not None:
         yield f'<details class="trace" open><summary>{failure.trace_title.capitalize()}</summary>'
@@ -261,16 +264,16 @@ def _timeline(result: CheckResult, timeline: Timeline) -> Iterator[str]:
     failure = result.failure
     assert failure is not None
     verdict = failure.verdict
-    caption = "What each client did, from left to right."
+    caption = "The calls of each client, from left to right."
     if verdict is not None and verdict.answer is Answer.VIOLATION:
         caption = (
-            "No order explains all answers. The numbers give the longest order that explains some; "
-            "✕ marks what could come next and does not fit."
+            "No order explains all outcomes. The numbers give the longest partial order; "
+            "✕ marks a call that could come next but does not fit."
         )
     yield f'<figure class="history"><figcaption>{caption}</figcaption>\n<div class="scroll" tabindex="0">'
     yield svg_timeline(timeline, label=f"Timeline of {len(timeline.bars)} operations")
-    yield '</div>\n<div class="scroll"><table class="legend"><thead><tr><th><th>who<th>call<th>answered'
-    yield "<th>the model answers<th>from<th>took</tr></thead><tbody>\n"
+    yield '</div>\n<div class="scroll"><table class="legend"><thead><tr><th><th>client<th>call<th>outcome'
+    yield "<th>model<th>start<th>duration</tr></thead><tbody>\n"
     for bar in timeline.legend:
         one = bar.operation
         kind = "misfit" if bar.misfit else "placed" if bar.place else "later"
@@ -301,7 +304,7 @@ def _clauses(report: Report) -> Iterator[str]:
             yield f'<i class="{_kind(status)}" style="flex:{number}" title="{number} {status}"></i>'
     yield '</div>\n<div class="filters" role="group" aria-label="Show clauses by status">'
     yield '<button type="button" class="filter" data-status="" aria-pressed="true">'
-    yield f"All <b>{len(report.asked)}</b></button>"
+    yield f"All <b>{len(report.shown_clauses)}</b></button>"
     for status, number in report.counts.items():
         if number:
             yield (
@@ -310,13 +313,13 @@ def _clauses(report: Report) -> Iterator[str]:
             )
     yield '<input type="search" id="search" placeholder="Find a clause or a check" aria-label="Find">'
     yield "</div>\n</div>\n"
-    for family, members in groupby(report.asked, key=lambda one: one.clause.id.partition("-")[0]):
+    for family, members in groupby(report.shown_clauses, key=lambda one: one.clause.id.partition("-")[0]):
         yield f'<div class="family card"><h3>{FAMILIES[family]}<span class="mono">{family}</span></h3>\n'
         for one in members:
             yield from _clause(one)
         yield "</div>\n"
-    if report.unasked:
-        yield f'<p class="note">{report.unasked}.</p>\n'
+    if report.hidden_note:
+        yield f'<p class="note">{report.hidden_note}.</p>\n'
     yield '<p class="nothing" hidden>No clause matches.</p>\n</section>\n'
 
 
@@ -337,7 +340,7 @@ def _clause(one: ClauseResult) -> Iterator[str]:
         yield from map(_check, one.results)
         yield "</tbody></table>"
     else:
-        yield '<p class="note">No check of it ran.</p>'
+        yield '<p class="note">No check of this clause ran.</p>'
     yield "</div></details>\n"
 
 
@@ -367,7 +370,7 @@ def _label(status: Status) -> str:
 
 def _footer(report: Report) -> str:
     return (
-        f"<footer><p>Checked {report.started_at:%Y-%m-%d} in scratch namespaces of the backend's own; what "
-        "the URL itself holds was not touched. A clause passes when every check of it ran and passed; "
+        f"<footer><p>Checked {report.started_at:%Y-%m-%d} in scratch namespaces of the backend's own; the "
+        "data under the URL itself was not touched. A clause passes when every check of it ran and passed; "
         "unsupported and inconclusive never count as passed.</p></footer>\n"
     )

@@ -1,4 +1,4 @@
-"""The report as JSON, of the shape that report.schema.json beside this file describes."""
+"""The report as JSON, as specified by report.schema.json in this folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.phrasing import outcome_words
-from flowstore_conformance.report import CheckResult, ClauseResult, Failure, Report, anchor
-from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult, ClauseResult, Failure
 
 SCHEMA_VERSION = 2
-"""Rises when a field changes its meaning or goes; new fields may come within one version."""
+"""Increases if a field is removed or changes its meaning; new fields do not change the version."""
 
 
 def render_json(report: Report) -> str:
@@ -31,7 +32,7 @@ def schema() -> dict[str, Any]:
 
 
 def document(report: Report) -> dict[str, Any]:
-    """The report as plain lists, mappings and texts."""
+    """The report as lists, mappings and strings."""
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": report.verdict,
@@ -140,7 +141,7 @@ def _history(failure: Failure) -> dict[str, Any]:
     numbers = {id(one): number for number, one in enumerate(operations)}
 
     def number(one: Operation) -> int:
-        # The search keeps the operations that it was given; a verdict from elsewhere may hold equals.
+        # The search keeps the identity of operations; a deserialized verdict holds equal operations.
         return numbers[id(one)] if id(one) in numbers else operations.index(one)
 
     misfits = [] if verdict is None or verdict.answer is not Answer.VIOLATION else verdict.unplaced

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.text import failure_text, finding_lines
-from flowstore_conformance.report import CheckResult, Report, Status
-from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.report import Report
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 
 SUITE = "flowstore_conformance"
 
-# What XML 1.0 cannot hold, escaped or not.
+# Characters that XML 1.0 excludes, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.rendering.phrasing import legible
-from flowstore_conformance.rendering.text import MOST_OTHERS, history_lines
-from flowstore_conformance.report import CheckResult, Report, Status, anchor
+from flowstore_conformance.rendering.text import MAX_OTHERS, history_lines
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 
 MARKS = {
     Status.PASS: "✅",
@@ -20,23 +22,23 @@ MARKS = {
     Status.NOT_RUN: "⬜",
 }
 
-LONGEST = 900_000
-"""Bytes; the summary of a GitHub step holds 1 MiB."""
+MAX_BYTES = 900_000
+"""Maximum size in bytes; the summary of a GitHub step holds 1 MiB."""
 
 
 def render_markdown(report: Report) -> str:
-    """The report as Markdown; where failures are too many for a summary, the last ones are left out."""
+    """The report as Markdown; causes that exceed the size limit are omitted."""
     head = legible("\n".join([*_head(report), *_waivers(report), *_table(report)]))
     parts, size, left_out = [head], len(head.encode()), 0
     for cause in report.causes:
         part = legible("\n".join(["", *_cause(report, cause)]))
         size += len(part.encode())
-        if size <= LONGEST:
+        if size <= MAX_BYTES:
             parts.append(part)
         else:
             left_out += 1
     if left_out:
-        parts.append(f"\n{left_out} more causes are in the other reports.")
+        parts.append(f"\n{left_out} more causes are in the other report formats.")
     return "\n".join(parts) + "\n"
 
 
@@ -57,7 +59,7 @@ def _head(report: Report) -> Iterator[str]:
         f"{report.seconds:.1f} s, {_text(versions)}."
     )
     yield from (f"\n> {_text(problem)}" for problem in report.problems)
-    yield from (f"\n> Left behind, drop it by hand: {_text(one)}" for one in report.left_behind)
+    yield from (f"\n> Namespace not dropped, drop it by hand: {_text(one)}" for one in report.left_behind)
 
 
 def _waivers(report: Report) -> Iterator[str]:
@@ -70,15 +72,15 @@ def _waivers(report: Report) -> Iterator[str]:
 
 
 def _table(report: Report) -> Iterator[str]:
-    yield "\n| clause | | times | what it promises |\n|---|---|---:|---|"
-    for one in report.asked:
-        said = _text(one.clause.sentence)
+    yield "\n| clause | status | assertions | promise |\n|---|---|---:|---|"
+    for one in report.shown_clauses:
+        text = _text(one.clause.sentence)
         if one.reason and one.status is not Status.WAIVED:
-            said = f"{said} <br><sub>{_text(one.reason)}</sub>"
+            text = f"{text} <br><sub>{_text(one.reason)}</sub>"
         times = f"{one.assertions:,}" if one.assertions else ""
-        yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {said} |"
-    if report.unasked:
-        yield f"\n{report.unasked}."
+        yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {text} |"
+    if report.hidden_note:
+        yield f"\n{report.hidden_note}."
 
 
 def _cause(report: Report, cause: Cause) -> Iterator[str]:
@@ -92,14 +94,14 @@ def _cause(report: Report, cause: Cause) -> Iterator[str]:
         yield from _failure(report, cause.lead)
     if cause.others:
         yield ""
-        yield "Not run because of it:" if cause.lead is None else "The same cause fails:"
+        yield "Not run because of it:" if cause.lead is None else "Also fail because of it:"
         yield ""
-    for one in cause.others[:MOST_OTHERS]:
-        told = one.failure.message if one.failure is not None else one.check.sentence
-        yield f"- {one.check.clauses[0]} `{one.check.name}`: {_text(told)}"
-    if len(cause.others) > MOST_OTHERS:
-        names = ", ".join(f"`{one.check.name}`" for one in cause.others[MOST_OTHERS:])
-        yield f"- and {len(cause.others) - MOST_OTHERS} more: {names}"
+    for one in cause.others[:MAX_OTHERS]:
+        message = one.failure.message if one.failure is not None else one.check.sentence
+        yield f"- {one.check.clauses[0]} `{one.check.name}`: {_text(message)}"
+    if len(cause.others) > MAX_OTHERS:
+        names = ", ".join(f"`{one.check.name}`" for one in cause.others[MAX_OTHERS:])
+        yield f"- and {len(cause.others) - MAX_OTHERS} more: {names}"
 
 
 def _failure(report: Report, result: CheckResult) -> Iterator[str]:
@@ -110,16 +112,16 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     yield f"{_text(failure.message)}"
     yield ""
     reproductions = (
-        "" if failure.hung else f", struck in {failure.reproductions} of {failure.repetitions} runs"
+        "" if failure.hung else f", failed in {failure.reproductions} of {failure.repetitions} runs"
     )
-    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{reproductions}. Again:"
+    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{reproductions}. Repeat with:"
     yield _fenced(report.command(result), "bash")
     if failure.history is not None:
         yield from _details("History", "\n".join(history_lines(result, width=110)), "text")
     if failure.program is not None:
         yield from _details("Program", failure.program, "python")
     if failure.right_answer is not None:
-        yield from _details("What it prints on memory://", failure.right_answer, "text")
+        yield from _details("Output on memory://", failure.right_answer, "text")
     if failure.traceback is not None:
         yield from _details(failure.trace_title.capitalize(), failure.traceback, "text")
 
@@ -131,17 +133,17 @@ def _details(title: str, text: str, language: str) -> Iterator[str]:
 
 
 def _fenced(text: str, language: str) -> str:
-    # A fence that is longer than any in the text, which then cannot end it.
+    # Longer than any fence in the text, so that the text cannot close it.
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _text(text: str) -> str:
-    """Text that Markdown shows as it is, in a table too."""
+    """Escape text for Markdown, including table cells."""
     escaped = re.sub(r"([\\`*_\[\]<>|~#])", r"\\\1", text)
     return " ".join(escaped.split())
 
 
 def _link(link: str) -> str:
-    # GitHub makes a link of a bare address by itself; escapes would break it.
+    # GitHub turns bare URLs into links; escapes would break them.
     return link if re.fullmatch(r"https?://[^\s|<>`()]+", link) else _text(link)

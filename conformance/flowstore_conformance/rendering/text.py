@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
+from flowstore_conformance.method_signatures import SignatureFinding
 from flowstore_conformance.rendering.phrasing import legible
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
-from flowstore_conformance.report import CheckResult, Report, Status, anchor
-from flowstore_conformance.signatures import SignatureFinding
+from flowstore_conformance.report import Report, anchor
+from flowstore_conformance.results import CheckResult
+from flowstore_conformance.status import Status
 
-MOST_OTHERS = 8
-"""Failures of one cause that are told in a line each; of the rest there are only names."""
+MAX_OTHERS = 8
+"""Number of failures of one cause that get a line each; further failures are only named."""
 
 COLOURS = {
     Status.PASS: "32",
@@ -27,7 +29,7 @@ COLOURS = {
 
 
 class Paint:
-    """Colours a word where colours are wanted."""
+    """Applies ANSI colours if they are enabled."""
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
@@ -40,7 +42,7 @@ class Paint:
 
 
 def render_text(report: Report, *, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """The whole report: clauses, waivers, failures by cause, and last of all the verdict."""
+    """The complete report: clauses, waivers, failures by cause, and the verdict last."""
     paint = Paint(colour)
     lines = [*_table(report, width, paint), *_waivers(report)]
     for number, cause in enumerate(report.causes, 1):
@@ -51,25 +53,25 @@ def render_text(report: Report, *, width: int = 100, colour: bool = False, unico
 
 
 def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
-    yield paint(f"{'CLAUSE':7} {'STATUS':12} {'TIMES':>9}  WHAT IT PROMISES", "1")
-    for one in report.asked:
+    yield paint(f"{'CLAUSE':7} {'STATUS':12} {'TIMES':>9}  PROMISE", "1")
+    for one in report.shown_clauses:
         status = paint.status(one.status, f"{one.status.value:12}")
         times = f"{one.assertions:,}" if one.assertions else "-"
-        said = one.clause.sentence
+        text = one.clause.sentence
         if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED, Status.NOT_RUN):
-            said = legible(f"{said} ({one.reason})")
+            text = legible(f"{text} ({one.reason})")
         room = max(width - 32, 30)
-        first, *rest = textwrap.wrap(said, room)
+        first, *rest = textwrap.wrap(text, room)
         yield f"{one.clause.id:7} {status} {times:>9}  {first}"
         yield from (f"{'':32}{line}" for line in rest)
-    if report.unasked:
-        yield paint(report.unasked, COLOURS[Status.NOT_RUN])
+    if report.hidden_note:
+        yield paint(report.hidden_note, COLOURS[Status.NOT_RUN])
 
 
 def _cause(
     report: Report, cause: Cause, number: int, *, width: int, paint: Paint, unicode: bool
 ) -> Iterator[str]:
-    """One probable cause: the failure that shows it best, and a line for each check that it explains."""
+    """One probable cause: the simplest failure, and a line for each other affected check."""
     affected = f", {len(cause.results)} checks" if len(cause.results) > 1 else ""
     title = f"CAUSE {number} of {len(report.causes)}{affected}: {legible(cause.title)}"
     yield from (paint(line, "1") for line in textwrap.wrap(title, width, subsequent_indent="  "))
@@ -78,19 +80,19 @@ def _cause(
     if cause.lead is not None:
         yield from failure_lines(report, cause.lead, width=width, paint=paint, unicode=unicode)
     if cause.others:
-        yield "  not run because of it:" if cause.lead is None else "  the same cause fails:"
-    for other in cause.others[:MOST_OTHERS]:
-        told = other.failure.message if other.failure is not None else other.check.sentence
-        line = f"    {other.check.id}: {' '.join(legible(told).split())}"
+        yield "  not run because of it:" if cause.lead is None else "  also fail because of it:"
+    for other in cause.others[:MAX_OTHERS]:
+        message = other.failure.message if other.failure is not None else other.check.sentence
+        line = f"    {other.check.id}: {' '.join(legible(message).split())}"
         yield line if len(line) <= width else f"{line[: width - 3]}..."
-    if len(cause.others) > MOST_OTHERS:
-        names = ", ".join(one.check.id for one in cause.others[MOST_OTHERS:])
-        more = f"    and {len(cause.others) - MOST_OTHERS} more: {names}"
+    if len(cause.others) > MAX_OTHERS:
+        names = ", ".join(one.check.id for one in cause.others[MAX_OTHERS:])
+        more = f"    and {len(cause.others) - MAX_OTHERS} more: {names}"
         yield from textwrap.wrap(more, width, subsequent_indent="      ", break_on_hyphens=False)
 
 
 def finding_lines(finding: SignatureFinding) -> Iterator[str]:
-    """A method that core cannot call, and the remedy."""
+    """A method that core cannot call, and the fix."""
     yield f"  method    {finding.noun}.{finding.method}"
     yield f"  found     {legible(finding.problem)}"
     if finding.place is not None:
@@ -124,8 +126,8 @@ def _verdict(report: Report, width: int, paint: Paint) -> Iterator[str]:
                 text = f"level {level} is not granted: {named}"
                 yield from textwrap.wrap(text, width, subsequent_indent="  ")
     elif not report.selected:
-        yield "no level is granted to a run that does not conform"
-    yield from (f"left behind, drop it by hand: {one}" for one in report.left_behind)
+        yield "no level: the run does not conform"
+    yield from (f"namespace not dropped, drop it by hand: {one}" for one in report.left_behind)
     good, bad = COLOURS[Status.PASS], COLOURS[Status.FAIL]
     yield from report.problems
     yield f"{paint(report.verdict, f'1;{good}' if report.conforms else bad)}: {report.headline}"
@@ -139,7 +141,7 @@ def failure_text(report: Report, result: CheckResult, *, width: int = 100) -> st
 def failure_lines(
     report: Report, result: CheckResult, *, width: int = 100, paint: Paint | None = None, unicode: bool = True
 ) -> Iterator[str]:
-    """One failure: what is broken, how to repeat it, the program, and the history as a picture."""
+    """One failure: the violation, the command that repeats it, the history and the program."""
     paint = paint or Paint(False)
     failure = result.failure
     assert failure is not None
@@ -153,17 +155,17 @@ def failure_lines(
             yield f"  {label:9} {wrapped[0]}"
             yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
     if not failure.hung:
-        yield f"  shown in  {failure.reproductions} of {failure.repetitions} runs of this check"
-    yield f"  again     {report.command(result)}"
+        yield f"  failed in {failure.reproductions} of {failure.repetitions} runs of this check"
+    yield f"  repeat    {report.command(result)}"
     if failure.history is not None:
         yield from ("", *history_lines(result, width=width - 2, unicode=unicode))
     if failure.program_file is not None:
         yield f"  program   python {failure.program_file} URL"
     elif failure.program is not None:
-        yield "  program, which takes the URL of an empty store:"
+        yield "  program (its argument is the URL of an empty store):"
         yield from _indent(failure.program)
     if failure.right_answer is not None:
-        yield "  on memory:// the program prints:"
+        yield "  output of the program on memory://:"
         yield from _indent(failure.right_answer)
     if failure.traceback is not None:
         yield f"  {failure.trace_title}:"
@@ -171,16 +173,16 @@ def failure_lines(
 
 
 def history_lines(result: CheckResult, *, width: int = 98, unicode: bool = True) -> Iterator[str]:
-    """The history of a failure as a picture with its legend."""
+    """The history of a failure as a timeline with a legend."""
     failure = result.failure
     assert failure is not None
     assert failure.history is not None
     timeline = lay_out(failure.history, failure.verdict)
-    yield "  what each client did, from left to right:"
+    yield "  timeline of the clients, from left to right:"
     yield from _indent("\n".join(text_timeline(timeline, width=width - 4, unicode=unicode)))
     verdict = failure.verdict
     if verdict is not None and verdict.answer is Answer.VIOLATION:
-        yield f"  no order explains all answers; the longest that explains some has {len(verdict.prefix)}:"
+        yield f"  no order explains all outcomes; the longest partial order has {len(verdict.prefix)} calls:"
     for line in text_legend(timeline, unicode=unicode):
         yield from textwrap.wrap(f"  {line}", width, subsequent_indent=" " * 17, break_on_hyphens=False)
 

@@ -1,7 +1,7 @@
-"""A history as a picture: one lane per client, a bar for each operation, and the order that was found.
+"""A history as a timeline: a row per client, a bar per operation, and the order found by the search.
 
-What counts in a race is which operations overlap, so the axis shows the order of beginnings and ends. Gaps
-between them are drawn longer when they took longer, but never to scale.
+The axis shows the order of starts and ends, because races are about overlaps. Longer gaps are drawn wider,
+but not to scale.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ from flowstore_conformance.rendering.phrasing import (
     span,
 )
 
-SHOWN = 60
-"""How many operations of a history are drawn at most."""
+MAX_OPERATIONS = 60
+"""Maximum number of operations in a timeline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One operation in the picture. ``begin`` and ``end`` number the moments of the axis."""
+    """One operation of a timeline. ``begin`` and ``end`` are indexes into the moments of the axis."""
 
     operation: Operation
-    lane: int
+    row: int
     begin: int
     end: int
     place: int | None
-    """Its number in the longest legal order, from 1."""
+    """The position in the longest legal order, from 1."""
     misfit: bool
-    """It could come next, but its answer does not fit."""
+    """Whether it could come next by time but its outcome does not fit."""
     expected: Outcome | None
-    """What the model answers there."""
+    """The outcome according to the model."""
 
     @property
     def is_open(self) -> bool:
-        """Nobody heard its answer, so it has no end."""
+        """Whether its outcome is unknown, so that it has no end."""
         return math.isinf(self.operation.returned)
 
     @property
     def mark(self) -> str:
-        """Its number, a cross, or a dot where the search did not come that far."""
+        """Its position, a cross for a misfit, or a dot if the search did not place it."""
         return "✕" if self.misfit else str(self.place) if self.place else "·"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """The picture, before it is text or SVG."""
+    """The layout of a timeline, independent of its format."""
 
     bars: tuple[Bar, ...]
-    """By the time they began."""
-    lanes: tuple[str, ...]
-    """Their names; a client whose unknown operation goes on beside others has several."""
+    """Ordered by start."""
+    rows: tuple[str, ...]
+    """The client of each row; a client with an open operation beside others has several rows."""
     moments: tuple[float, ...]
-    """Every beginning and end, in seconds from the first."""
+    """Every start and end, in seconds from the first."""
     left_out: int
-    """How many operations are not shown."""
+    """Number of operations that are not shown."""
 
     @property
     def legend(self) -> tuple[Bar, ...]:
-        """The bars in the order in which they are told: placed, misfits, the rest."""
+        """The bars in the order of the legend: placed, misfits, others."""
         return tuple(sorted(self.bars, key=lambda bar: (not bar.place, not bar.misfit, bar.place or 0)))
 
 
-def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SHOWN) -> Timeline:
-    """Arrange a history. Of a long one those operations are kept that surround the misfits."""
+def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = MAX_OPERATIONS) -> Timeline:
+    """Lay out a history; of a long one, only the operations around the misfits."""
     operations = history.operations
     order = verdict.prefix if verdict is not None else ()
     misfits = verdict.unplaced if verdict is not None and verdict.answer is Answer.VIOLATION else ()
@@ -86,23 +86,23 @@ def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SH
     moments = sorted({t for one in kept for t in (one.invoked, one.returned) if math.isfinite(t)})
     ranks = {moment: rank for rank, moment in enumerate(moments)}
     bars: list[Bar] = []
-    lanes: list[tuple[int, int]] = []  # client, last moment that is taken
+    rows: list[tuple[int, int]] = []  # client, last moment that is taken
     for index in sorted(chosen, key=lambda index: operations[index].invoked):
         one = operations[index]
         begin = ranks[one.invoked]
         # A bar without an end is drawn two moments long.
         end = ranks[one.returned] if math.isfinite(one.returned) else begin + 2
-        lane = next(
-            (n for n, (client, taken) in enumerate(lanes) if client == one.client and taken <= begin), None
+        row = next(
+            (n for n, (client, taken) in enumerate(rows) if client == one.client and taken <= begin), None
         )
-        if lane is None:
-            lane = len(lanes)
-            lanes.append((one.client, end))
-        lanes[lane] = (one.client, max(end, begin + 1))
+        if row is None:
+            row = len(rows)
+            rows.append((one.client, end))
+        rows[row] = (one.client, max(end, begin + 1))
         bars.append(
             Bar(
                 operation=one,
-                lane=lane,
+                row=row,
                 begin=begin,
                 end=max(end, begin + 1),
                 place=places.get(index),
@@ -110,13 +110,13 @@ def lay_out(history: History, verdict: Verdict | None = None, *, shown: int = SH
                 expected=expected.get(index),
             )
         )
-    by_client = sorted(range(len(lanes)), key=lambda lane: _rank(lanes[lane][0]))
-    renumbered = {lane: place for place, lane in enumerate(by_client)}
+    by_client = sorted(range(len(rows)), key=lambda row: _rank(rows[row][0]))
+    renumbered = {row: place for place, row in enumerate(by_client)}
     last = max((bar.end for bar in bars), default=0)
     tail = [moments[-1] + (n + 1) * 1e-6 for n in range(last + 1 - len(moments))] if moments else []
     return Timeline(
-        bars=tuple(_move(bar, renumbered[bar.lane]) for bar in bars),
-        lanes=tuple(client_words(lanes[lane][0]) for lane in by_client),
+        bars=tuple(_move(bar, renumbered[bar.row]) for bar in bars),
+        rows=tuple(client_words(rows[row][0]) for row in by_client),
         moments=tuple(moment - start for moment in [*moments, *tail]),
         left_out=len(operations) - len(chosen),
     )
@@ -126,10 +126,10 @@ def _rank(client: int) -> float:
     return math.inf if client == AFTER else client
 
 
-def _move(bar: Bar, lane: int) -> Bar:
+def _move(bar: Bar, row: int) -> Bar:
     return Bar(
         operation=bar.operation,
-        lane=lane,
+        row=row,
         begin=bar.begin,
         end=bar.end,
         place=bar.place,
@@ -159,14 +159,14 @@ def _choose(
 
 
 def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True) -> list[str]:
-    """The picture as lines no wider than ``width``; a long one goes on below itself."""
+    """The timeline as lines of at most ``width`` columns; a longer one continues below."""
     left, right, fill, double, dots = "├┤─═…" if unicode else "[]-=~"
     cross, dot = ("✕", "·") if unicode else ("x", ".")
-    name_width = max((len(name) for name in timeline.lanes), default=0) + 2
+    name_width = max((len(name) for name in timeline.rows), default=0) + 2
     columns = max(width - name_width, 24)
     cell = 4 if len(timeline.moments) * 4 <= columns else 3
     length = max(len(timeline.moments) * cell, 1)
-    rows = [[" "] * length for _ in timeline.lanes]
+    rows = [[" "] * length for _ in timeline.rows]
     for bar in timeline.bars:
         begin, end = bar.begin * cell, min(bar.end * cell, length) - 1
         room = end - begin - 1
@@ -175,28 +175,28 @@ def text_timeline(timeline: Timeline, *, width: int = 100, unicode: bool = True)
         line = double if bar.misfit else fill
         inside = (label if len(label) <= room else mark[:room]).ljust(room, line)
         closing = dots if bar.is_open else right
-        rows[bar.lane][begin : end + 1] = [left, *inside, closing]
+        rows[bar.row][begin : end + 1] = [left, *inside, closing]
     lines = []
     for start in range(0, length, columns):
         if start:
             lines.append(f"{'':{name_width}}{dots}")
-        for name, row in zip(timeline.lanes, rows, strict=True):
+        for name, row in zip(timeline.rows, rows, strict=True):
             lines.append(f"{name:{name_width}}{''.join(row[start : start + columns])}".rstrip())
     return lines
 
 
 def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
-    """What the numbers of the picture stand for, and what should have been answered."""
+    """The legend of a timeline: the call of each mark and, for misfits, the expected outcome."""
     arrow = "→" if unicode else "->"
     cross, dot = ("✕", "·") if unicode else ("x", ".")
     lines = []
     for bar in timeline.legend:
         one = bar.operation
         mark = cross if bar.misfit else dot if bar.mark == "·" else bar.mark
-        said = f"{call_words(one.call)} {arrow} {outcome_words(one.outcome)}"
-        lines.append(f"{mark:>3}  {timeline.lanes[bar.lane]}  {said}")
+        text = f"{call_words(one.call)} {arrow} {outcome_words(one.outcome)}"
+        lines.append(f"{mark:>3}  {timeline.rows[bar.row]}  {text}")
         if bar.misfit and bar.expected is not None:
-            lines.append(f"     cannot be placed here: the model answers {outcome_words(bar.expected)}")
+            lines.append(f"     cannot be placed here: the model returns {outcome_words(bar.expected)}")
     if timeline.left_out:
         lines.append(f"     {timeline.left_out} further operations are not shown")
     return lines
@@ -204,7 +204,7 @@ def text_legend(timeline: Timeline, *, unicode: bool = True) -> list[str]:
 
 # As SVG
 
-LANE = 44
+ROW = 44
 BAR = 28
 TOP = 12
 NAME = 76
@@ -212,15 +212,15 @@ WIDE = 900
 
 
 def svg_timeline(timeline: Timeline, *, label: str) -> str:
-    """The picture as an SVG element; its colours are classes of the page that it stands in."""
+    """The timeline as an SVG element; the page defines its colour classes."""
     positions = _positions(timeline.moments)
-    width, height = NAME + positions[-1] + 24, TOP + LANE * len(timeline.lanes) + 26
+    width, height = NAME + positions[-1] + 24, TOP + ROW * len(timeline.rows) + 26
     parts = [
         f'<svg class="timeline" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="{escape(label)}">'
     ]
-    for number, name in enumerate(timeline.lanes):
-        middle = TOP + LANE * number + LANE / 2
+    for number, name in enumerate(timeline.rows):
+        middle = TOP + ROW * number + ROW / 2
         parts.append(f'<text class="lane-name" x="0" y="{middle + 4:.1f}">{escape(name)}</text>')
         parts.append(f'<line class="lane" x1="{NAME}" x2="{width}" y1="{middle:.1f}" y2="{middle:.1f}"/>')
     parts += [_svg_bar(bar, positions) for bar in timeline.bars]
@@ -229,7 +229,7 @@ def svg_timeline(timeline: Timeline, *, label: str) -> str:
 
 
 def _positions(moments: Sequence[float]) -> list[float]:
-    """Where each moment stands: evenly, with longer gaps somewhat wider, and all over the page at least."""
+    """The x coordinate of each moment: evenly spaced, longer gaps somewhat wider, stretched to the page."""
     gaps = [after - before for before, after in pairwise(moments)]
     shortest = min((gap for gap in gaps if gap > 0), default=1.0)
     places = [0.0]
@@ -242,14 +242,14 @@ def _positions(moments: Sequence[float]) -> list[float]:
 def _svg_bar(bar: Bar, positions: Sequence[float]) -> str:
     one = bar.operation
     begin, end = NAME + positions[bar.begin], NAME + positions[bar.end]
-    top = TOP + LANE * bar.lane + (LANE - BAR) / 2
+    top = TOP + ROW * bar.row + (ROW - BAR) / 2
     width, middle = end - begin - 3, top + BAR / 2
     kind = "misfit" if bar.misfit else "placed" if bar.place else "later"
     if bar.is_open:
         kind += " open"
     title = f"{call_words(one.call)} → {outcome_words(one.outcome)}"
     if bar.misfit and bar.expected is not None:
-        title += f" (the model answers {outcome_words(bar.expected)})"
+        title += f" (the model returns {outcome_words(bar.expected)})"
     word = outcome_word(one.outcome) if one.outcome is not UNKNOWN else "no answer"
     room = int((width - 34) / 7.4)
     shown = word if len(word) <= room else f"{word[: room - 1]}…" if room >= 4 else ""

@@ -1,1 +1,1 @@
-"""A worked example of a flowstore backend: one JSON file per run, in a folder."""
+"""A worked example of a flowstore backend: a folder with one JSON file per run."""

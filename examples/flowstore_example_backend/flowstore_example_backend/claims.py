@@ -24,17 +24,17 @@ class Claims(Folder):
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        # lease is None here: core refuses it, because LEASES is not among the capabilities.
-        mine: StepClaim | None = None
+        # lease is always None: core rejects leases, because the store does not declare LEASES.
+        new_claim: StepClaim | None = None
 
         def claim(document: Document) -> bool:
-            nonlocal mine
+            nonlocal new_claim
             if _is_over(document, run_id, step_key):
                 return False
             held = document.claims.get(step_key)
             if held is not None:
                 return owner is not None and held.owner == owner
-            document.claims[step_key] = mine = StepClaim(
+            document.claims[step_key] = new_claim = StepClaim(
                 run_id=run_id, step_key=step_key, owner=owner, claimed_at=self._now(), expires_at=None
             )
             if (step := document.steps.get(step_key)) is not None:
@@ -42,16 +42,17 @@ class Claims(Folder):
                 document.steps[step_key] = replace(step, started_owner=None)
             return True
 
-        def unclaim(document: Document) -> None:
-            # This claim only: it may have been released, and won by another call, meanwhile.
-            if mine is not None and document.claims.get(step_key) is mine:
+        def remove_claim(document: Document) -> None:
+            # Remove only the claim of this call: another call may have claimed the step since.
+            if new_claim is not None and document.claims.get(step_key) is new_claim:
                 del document.claims[step_key]
 
-        async def give_back(outcome: bool | OutcomeUnknownError) -> None:
-            await self._change(run_id, unclaim)
+        async def compensate(outcome: bool | OutcomeUnknownError) -> None:
+            await self._change(run_id, remove_claim)
 
-        # With an owner the caller can ask again; without one, nobody could ever release it (CON-4).
-        return await self._change(run_id, claim, give_back if owner is None else None)
+        # Without an owner nobody knows of the claim, so cancellation compensates for it (CON-4). An owner can
+        # call again and gets True for its own claim.
+        return await self._change(run_id, claim, compensate if owner is None else None)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
         def release(document: Document) -> None:
@@ -73,25 +74,25 @@ class Claims(Folder):
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        mine: StepDispatch | None = None
+        new_dispatch: StepDispatch | None = None
 
         def dispatch(document: Document) -> bool:
-            nonlocal mine
+            nonlocal new_dispatch
             if _is_over(document, run_id, step_key) or step_key in document.dispatches:
                 return False
-            document.dispatches[step_key] = mine = StepDispatch(
+            document.dispatches[step_key] = new_dispatch = StepDispatch(
                 run_id=run_id, step_key=step_key, dispatched_at=self._now(), due_at=due_at, job_id=None
             )
             return True
 
-        def undispatch(document: Document) -> None:
-            if mine is not None and document.dispatches.get(step_key) is mine:
+        def remove_dispatch(document: Document) -> None:
+            if new_dispatch is not None and document.dispatches.get(step_key) is new_dispatch:
                 del document.dispatches[step_key]
 
-        async def give_back(outcome: bool | OutcomeUnknownError) -> None:
-            await self._change(run_id, undispatch)
+        async def compensate(outcome: bool | OutcomeUnknownError) -> None:
+            await self._change(run_id, remove_dispatch)
 
-        return await self._change(run_id, dispatch, give_back)
+        return await self._change(run_id, dispatch, compensate)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         def annotate(document: Document) -> None:
@@ -119,6 +120,6 @@ class Claims(Folder):
 
 
 def _is_over(document: Document, run_id: UUID, step_key: str) -> bool:
-    """Whether the run or the step is terminal, so that nobody wins any more (RUN-4)."""
+    """Whether the run or the step is terminal: no claim or dispatch succeeds any more (RUN-4)."""
     status = document.statuses().get(step_key)
     return document.existing_run(run_id).status.is_terminal or (status is not None and status.is_terminal)

@@ -101,10 +101,10 @@ class Controls(Folder):
         key = Key(flow_id, trigger_key, idempotency_key)
 
         def register(document: Document) -> bool:
-            # Keys span runs, but all writes of the folder take turns, so looking here is safe.
-            winner = self._run_id_of(key)
-            if winner is None:
+            # Keys span runs. Reading them here is safe, because one lock serializes all writes of the folder.
+            holder = self._run_id_of(key)
+            if holder is None:
                 document.keys = (*document.keys, RegisteredKey(key, self._now()))
-            return winner in (None, run_id)
+            return holder in (None, run_id)
 
         return await self._change(run_id, register)

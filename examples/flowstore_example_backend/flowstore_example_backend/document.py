@@ -1,7 +1,7 @@
-"""What is stored of one run, and how it becomes JSON.
+"""The document of a run, and its JSON encoding.
 
-A document is all of a run: the unit of reading, of writing and of atomicity (CON-1). Everything in it
-is frozen but its own dictionaries, so a copy of these is a copy of the run.
+A document contains the whole state of a run. It is the unit of reading, writing and atomicity (CON-1). Its
+values are frozen, so copying its dictionaries copies the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowstore_core import (
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A step with its attempts; status None: reset by retry_step, there is no step to be seen."""
+    """A step with its attempts. Status None: reset by retry_step; the step is not visible."""
 
     status: StepStatus | None
     attempts: tuple[FlowStepAttemptRecord, ...]
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A control record with both latches apart (CTL-2)."""
+    """A control record with two separate latches (CTL-2)."""
 
     flow_id: UUID
     trigger_key: str
@@ -61,13 +61,15 @@ class Key:
 
 @dataclass(frozen=True)
 class RegisteredKey:
+    """An idempotency key of the run, and the time of its registration."""
+
     key: Key
     created_at: datetime
 
 
 @dataclass(kw_only=True)
 class Document:
-    """A run; ``run`` is None while only its control record or its keys are known."""
+    """The state of a run. ``run`` is None before start_run, when only controls or keys exist."""
 
     run: FlowRunRecord | None = None
     control: Control | None = None
@@ -80,6 +82,7 @@ class Document:
     outputs: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> Document:
+        """A copy that can be changed without effect on the original."""
         return replace(
             self,
             steps=dict(self.steps),
@@ -91,17 +94,17 @@ class Document:
         )
 
     def clear(self) -> None:
-        """Forget everything; an empty document has no file."""
+        """Remove all state. An empty document has no file."""
         vars(self).update(vars(Document()))
 
     def existing_run(self, run_id: UUID) -> FlowRunRecord:
-        """The run, for an operation that writes its state (UNK)."""
+        """The run. Raises RunNotFoundError, for operations that need an existing run (UNK)."""
         if self.run is None:
             raise RunNotFoundError(run_id)
         return self.run
 
     def statuses(self) -> dict[str, StepStatus]:
-        """The status of every step that can be seen, by key."""
+        """The statuses of all visible steps, ordered by key."""
         return {key: step.status for key, step in sorted(self.steps.items()) if step.status is not None}
 
 
@@ -139,6 +142,6 @@ def _decode(kind: Any, value: Any) -> Any:
         return {key: _decode(arguments[1], item) for key, item in value.items()}
     if isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
-        # A field that an older document does not have keeps its default.
+        # A field that is missing in an older document gets its default.
         return kind(**{name: _decode(hint, value[name]) for name, hint in hints.items() if name in value})
     return datetime.fromisoformat(value) if kind is datetime else kind(value)

@@ -1,4 +1,4 @@
-"""Outputs of a run, by key: capability OUTPUTS (EVT-2)."""
+"""Outputs of a run: capability OUTPUTS (EVT-2)."""
 
 from __future__ import annotations
 

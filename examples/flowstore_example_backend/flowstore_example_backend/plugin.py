@@ -1,4 +1,4 @@
-"""The plugin: ``folder:///runs`` is the folder ``runs``, ``folder:////var/runs`` is ``/var/runs``."""
+"""The plugin: ``folder:///runs`` opens the folder ``runs``, ``folder:////var/runs`` opens ``/var/runs``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flowstore_core import (
-    Backend,
-    Capability,
-    ConfigurationError,
-    StoreConfig,
-    StoreUnavailableError,
-    hookimpl,
-)
-from flowstore_core.urls import parse_url
+from flowstore_core import Capability, ConfigurationError, StoreUnavailableError
+from flowstore_core.backend import Backend, StoreConfig, hookimpl, parse_url
 from flowstore_example_backend.store import FolderStore
 
 
 class FolderBackend:
+    """The descriptor of the backend.
+
+    Option ``fsync`` (default true): sync files to disk before a write returns. Without it a power failure may
+    lose acknowledged writes, so the store does not declare DURABLE.
+    """
+
     name = "folder"
     schemes = frozenset({"folder"})
     capabilities = frozenset({Capability.OUTPUTS, Capability.DURABLE, Capability.VIRTUAL_CLOCK})
@@ -33,6 +32,7 @@ class FolderBackend:
 
     @asynccontextmanager
     async def open(self, config: StoreConfig) -> AsyncIterator[Any]:
+        """Open the folder exclusively. Creates it if needed. Raises StoreUnavailableError."""
         fsync = config.flag("fsync", True)
         folder = _read_folder(config.url)
         try:
@@ -44,10 +44,12 @@ class FolderBackend:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StoreUnavailableError("the folder is open already, here or elsewhere") from None
+                raise StoreUnavailableError(
+                    "the folder is open already, in this process or in another one"
+                ) from None
             store = FolderStore(folder, config.clock or _now, fsync=fsync)
             if not fsync:
-                # What a store offers may depend on the URL; its own capabilities go first.
+                # Capabilities may depend on the URL. Those of the store override those of the backend.
                 store.capabilities = self.capabilities - {Capability.DURABLE}
             try:
                 yield store
@@ -58,6 +60,7 @@ class FolderBackend:
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
+        """A URL of a new empty folder beside that of ``url``, which is removed afterwards."""
         parent = _read_folder(url).absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix="flowstore-scratch-", dir=parent)

@@ -1,10 +1,10 @@
-"""Retention: deleting what is over, whole (RET)."""
+"""Retention: deletes completed runs with all their state (RET)."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_core.backend import ORPHAN_GRACE
 from flowstore_example_backend.document import Document
 from flowstore_example_backend.folder import Folder
 
@@ -13,7 +13,7 @@ class Retention(Folder):
     async def cleanup(self, cutoff: datetime) -> int:
         def clean(document: Document) -> bool:
             if document.run is None:
-                _sweep(document, cutoff, self._now() - ORPHAN_GRACE)
+                _delete_orphans(document, cutoff, self._now() - ORPHAN_GRACE)
                 return False
             completed_at = document.run.completed_at
             if completed_at is None or completed_at >= cutoff:
@@ -21,12 +21,13 @@ class Retention(Folder):
             document.clear()
             return True
 
-        # One run at a time: writers get their turn in between, and a stop leaves whole runs (RET-3).
+        # One run per write, so that other writers run in between and a cancelled cleanup leaves no partial
+        # run (RET-3).
         return sum([await self._change(run_id, clean) for run_id in tuple(self._documents)])
 
 
-def _sweep(document: Document, cutoff: datetime, grace_start: datetime) -> None:
-    """Forget the keys and the control record of a run that never started, if they are old (RET-4)."""
+def _delete_orphans(document: Document, cutoff: datetime, grace_start: datetime) -> None:
+    """Remove old keys and the old control record of a run that never started (RET-4)."""
 
     def is_old(created_at: datetime) -> bool:
         return created_at < cutoff and created_at <= grace_start

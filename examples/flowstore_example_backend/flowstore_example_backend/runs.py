@@ -62,7 +62,7 @@ class Runs(Folder):
             if run.status.is_terminal:
                 return False
             if expected is not None:
-                # Without LEASES every claim is live for as long as it is there.
+                # Without LEASES every stored claim is live.
                 busy = document.claims.keys() | document.dispatches.keys()
                 if document.statuses() != expected or busy - expected.keys():
                     return False
@@ -81,8 +81,8 @@ class Runs(Folder):
     ) -> Sequence[FlowRunRecord]:
         runs = self._list(lambda run: flow_id is None or run.flow_id == flow_id)
         if after is not None:
-            place = (after.started_at, after.run_id)
-            runs = tuple(run for run in runs if (run.started_at, run.run_id) < place)
+            position = (after.started_at, after.run_id)
+            runs = tuple(run for run in runs if (run.started_at, run.run_id) < position)
         return runs[skip : skip + take]
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
@@ -110,9 +110,9 @@ class Runs(Folder):
     ) -> Sequence[FlowRunRecord]:
         return self._list(lambda run: run.source_run_id == source_run_id)[:take]
 
-    def _list(self, wanted: Callable[[FlowRunRecord], bool]) -> tuple[FlowRunRecord, ...]:
+    def _list(self, matches: Callable[[FlowRunRecord], bool]) -> tuple[FlowRunRecord, ...]:
         """The runs that match, newest first (QRY-1)."""
-        runs = [doc.run for doc in self._documents.values() if doc.run is not None and wanted(doc.run)]
+        runs = [doc.run for doc in self._documents.values() if doc.run is not None and matches(doc.run)]
         return tuple(sorted(runs, key=lambda run: (run.started_at, run.run_id), reverse=True))
 
 

@@ -38,7 +38,7 @@ class Signals(Folder):
                 )
             elif waiter.delivered_at is not None and waiter.signal_name != signal_name:
                 raise ConflictError(
-                    f"step {step_key!r} of run {run_id} has got another signal already; "
+                    f"step {step_key!r} of run {run_id} was delivered under another signal name; "
                     "remove_waiter first, then register again",
                     run_id=run_id,
                     step_key=step_key,

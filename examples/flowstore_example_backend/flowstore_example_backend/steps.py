@@ -19,7 +19,7 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
-from flowstore_core.steps import superseded_by
+from flowstore_core.backend import superseded_by
 from flowstore_example_backend.document import Document, Step
 from flowstore_example_backend.folder import Folder
 
@@ -50,7 +50,7 @@ class Steps(Folder):
                 if step is not None and step.started_owner == owner and step.status is StepStatus.RUNNING:
                     return len(step.attempts)
             now = self._now()
-            attempts = _superseded(step, now)
+            attempts = _close_superseded(step, now)
             attempt = FlowStepAttemptRecord(
                 run_id=run_id,
                 step_key=step_key,
@@ -120,8 +120,8 @@ class Steps(Folder):
             document.existing_run(run_id)
             step = document.steps.get(step_key)
             if step is not None and step.status is not None and step.status.is_terminal:
-                said = (StepStatus.SKIPPED, step.started_owner, step.attempts[-1].error_message)
-                if owner is not None and said == (step.status, owner, reason):
+                recorded = (StepStatus.SKIPPED, step.started_owner, step.attempts[-1].error_message)
+                if owner is not None and recorded == (step.status, owner, reason):
                     return
                 raise StepAlreadyCompletedError(run_id, step_key)
             now = self._now()
@@ -132,7 +132,7 @@ class Steps(Folder):
                 )
                 if claim.owner != owner:
                     raise ClaimLostError(run_id, step_key)
-            attempts = _superseded(step, now)
+            attempts = _close_superseded(step, now)
             attempt = FlowStepAttemptRecord(
                 run_id=run_id,
                 step_key=step_key,
@@ -172,16 +172,16 @@ class Steps(Folder):
             if not step.reopened:
                 document.steps[step_key] = Step(
                     status=StepStatus.PENDING,
-                    attempts=_superseded(step, now),
+                    attempts=_close_superseded(step, now),
                     reopened=True,
                     started_owner=None,
                 )
-                _forget(document, step_key)
+                _clear_step(document, step_key)
                 for key in set(reset) - {step_key}:
                     other = document.steps.get(key)
                     if other is not None and other.status is StepStatus.SKIPPED:
                         document.steps[key] = replace(other, status=None, started_owner=None)
-                        _forget(document, key)
+                        _clear_step(document, key)
             if run.status.is_terminal:
                 document.run = replace(run, status=RunStatus.RUNNING, completed_at=None)
                 _clear_stops(document, now)
@@ -200,8 +200,8 @@ def _started(document: Document, run_id: UUID, step_key: str) -> Step:
     return step
 
 
-def _superseded(step: Step | None, now: datetime) -> Attempts:
-    """The attempts so far; the last one, if it is open, closed for its successor (STP-1)."""
+def _close_superseded(step: Step | None, now: datetime) -> Attempts:
+    """The attempts of a step, with an open last attempt closed as superseded (STP-1)."""
     if step is None:
         return ()
     last = step.attempts[-1]
@@ -212,8 +212,8 @@ def _superseded(step: Step | None, now: datetime) -> Attempts:
     return (*step.attempts[:-1], closed)
 
 
-def _forget(document: Document, step_key: str) -> None:
-    """What goes when a step is reopened or reset (STP-6)."""
+def _clear_step(document: Document, step_key: str) -> None:
+    """Remove claim, dispatch and undelivered waiter of a step that is reopened or reset (STP-6)."""
     document.claims.pop(step_key, None)
     document.dispatches.pop(step_key, None)
     waiter = document.waiters.get(step_key)
@@ -222,7 +222,7 @@ def _forget(document: Document, step_key: str) -> None:
 
 
 def _clear_stops(document: Document, now: datetime) -> None:
-    """Or a retry would be stopped at once (STP-6)."""
+    """Clear latches and an elapsed deadline, so that the retried run is not stopped at once (STP-6)."""
     control = document.control
     if control is None:
         return

@@ -1,4 +1,4 @@
-"""The store: one class per noun, put together."""
+"""The store, composed of one class per noun."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ from flowstore_example_backend.steps import Steps
 
 
 class FolderStore(Runs, Steps, Claims, Controls, Signals, Outputs, Retention):
-    """The base protocols and OUTPUTS."""
+    """Implements the base protocols and OUTPUTS."""

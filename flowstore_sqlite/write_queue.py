@@ -1,4 +1,4 @@
-"""The queue of writes, and the writer's thread, which serves it."""
+"""The queue of writes, served by the writer's thread."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from flowstore_core import OutcomeUnknownError
 from flowstore_core.batching import Batcher, PendingCall, ThreadWorker
 from flowstore_core.instrumentation import NO_OBSERVERS, Observers, Resolution
 from flowstore_sqlite.connection import Connection
-from flowstore_sqlite.transactions import Transactions
+from flowstore_sqlite.group_commit import GroupCommit
 
 _log = logging.getLogger("flowstore_sqlite")
 
-GROUP = 1000
-"""How many waiting writes share one transaction, and so one sync of the disk, at most."""
+MAX_GROUP = 1000
+"""Maximum number of writes that share one transaction, and so one disk sync."""
 
 
-class Writing:
-    """Gathers writes; the writer's thread runs what has gathered as one transaction."""
+class WriteQueue:
+    """Queues writes; the writer's thread runs the queued ones as one transaction."""
 
     def __init__(
         self,
         writer: Connection,
-        transactions: Transactions,
+        group_commit: GroupCommit,
         *,
-        patience: float,
+        queue_timeout: float,
         observers: Observers = NO_OBSERVERS,
     ) -> None:
         self._writer = writer
         self._observers = observers
-        self._transactions = transactions
+        self._group_commit = group_commit
         self._batcher = Batcher(
             workers=lambda batcher: ThreadWorker(batcher, self._serve),
-            max_rows=GROUP,
-            queue_timeout=patience,
+            max_rows=MAX_GROUP,
+            queue_timeout=queue_timeout,
             timeout_hint="send fewer calls at once, or smaller ones",
             observers=observers,
             log=_log,
@@ -44,26 +44,26 @@ class Writing:
         self.write: Callable[..., Coroutine[Any, Any, Any]] = self._batcher.operation(
             "write", self._run
         ).submit
-        """Gets None, as no key is needed, the work, and what gives back its result if nobody hears of it."""
+        """Its arguments: a key (always None, writes have none), the work, and its ``on_abandoned``."""
         self.drain: Callable[[float], Coroutine[Any, Any, None]] = self._batcher.drain
 
     async def _serve(self, serve: Callable[[], None]) -> None:
         def begin(db: sqlite3.Connection) -> None:
-            # Waiting for the lock is the turnstile's; SQLite's own sleeps are longer the longer it waits.
+            # FairWriterLock does the waiting; the sleeps of SQLite's busy handler grow with each retry.
             db.execute("PRAGMA busy_timeout = 0").fetchall()
-            self._transactions.db = db
+            self._group_commit.db = db
             serve()
 
-        await self._writer.run_work(begin)
+        await self._writer.run_in_thread(begin)
 
     def _run(self, calls: Sequence[PendingCall]) -> Sequence[Any]:
-        outcomes = self._transactions.run(calls)
-        if outcomes and isinstance(outcomes[0], OutcomeUnknownError):
-            # Of a COMMIT in which the disk failed, so of all of them. Observers live on the event loop.
-            self._batcher.loop.call_soon_threadsafe(self._tell_unknown, len(outcomes))
-        return outcomes
+        results = self._group_commit.run(calls)
+        if results and isinstance(results[0], OutcomeUnknownError):
+            # The COMMIT failed, so the outcome of every call is unknown. Observers belong to the event loop.
+            self._batcher.loop.call_soon_threadsafe(self._report_unknown, len(results))
+        return results
 
-    def _tell_unknown(self, calls: int) -> None:
+    def _report_unknown(self, calls: int) -> None:
         _log.warning(
             "the outcome of %d writes is unknown",
             calls,

@@ -1,4 +1,4 @@
-"""Opening a store: the file, its mode, its schema, and the connections; closed again on every path."""
+"""Opens a store: the file, its journal mode, its schema and its connections."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from datetime import UTC, datetime
 from functools import partial
 
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig, StoreUnavailableError
-from flowstore_sqlite.connection import Connection, snapshot
-from flowstore_sqlite.identity import OpenFiles
-from flowstore_sqlite.location import Access, create_file, file_exists, find_access, read_location
-from flowstore_sqlite.schema import MINIMUM_SQLITE, apply_migrations, is_current, known_version, read_version
-from flowstore_sqlite.store import FastSqliteStore, SqliteStore
-from flowstore_sqlite.values import to_us
+from flowstore_sqlite.codecs import to_us
+from flowstore_sqlite.connection import Connection, read_transaction
+from flowstore_sqlite.file_access import Access, create_file, file_exists, find_access
+from flowstore_sqlite.open_files import OpenFiles
+from flowstore_sqlite.schema_migrations import (
+    MINIMUM_SQLITE,
+    apply_migrations,
+    is_current,
+    known_version,
+    read_version,
+)
+from flowstore_sqlite.store import NonDurableSqliteStore, SqliteStore
+from flowstore_sqlite.url import database_path
 
 _log = logging.getLogger("flowstore_sqlite")
 
-# What a connection is set to; none of these is kept in the file.
-SETTINGS = (
-    # The file is ours, but whoever can write to it should not run code through its schema.
+# Settings of a connection; none of them is stored in the file.
+CONNECTION_PRAGMAS = (
+    # Another program that can write to the file must not run code through its schema.
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cache_size = -16000",
-    # After a checkpoint the log is cut to this size, so that one burst does not keep the disk for ever.
+    # A checkpoint truncates the log to this size, so that it shrinks again after a burst of writes.
     "PRAGMA journal_size_limit = 67108864",
 )
-USE_LOG = "PRAGMA journal_mode = WAL"
+ENABLE_WAL = "PRAGMA journal_mode = WAL"
 JOURNAL_MODE = "PRAGMA journal_mode"
-SYNCHRONOUS = {
-    # On macOS a plain fsync stops at the disk's cache; elsewhere fullfsync changes nothing.
+SYNCHRONOUS_PRAGMAS = {
+    # On macOS a plain fsync does not flush the disk's cache; on other systems fullfsync has no effect.
     "FULL": ("PRAGMA synchronous = FULL", "PRAGMA fullfsync = ON", "PRAGMA checkpoint_fullfsync = ON"),
     "NORMAL": ("PRAGMA synchronous = NORMAL",),
 }
@@ -38,7 +45,7 @@ SYNCHRONOUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What SqliteBackend documents."""
+    """The options of a store; SqliteBackend documents them."""
 
     synchronous: str
     busy_timeout: float
@@ -53,11 +60,11 @@ class Options:
         )
 
 
-class OpenSqlite:
-    """The context of a store on the file that the URL names; leaving it closes the store.
+class StoreContext:
+    """The context manager of a store.
 
-    Not an async generator: those that a dying event loop finds open it closes all at once, and not the
-    inner one after the outer one.
+    A class, because an event loop that shuts down closes all open async generators concurrently, not the
+    outer one before the inner one.
     """
 
     def __init__(self, config: StoreConfig) -> None:
@@ -65,23 +72,25 @@ class OpenSqlite:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> SqliteStore:
-        path = read_location(self._config.url)
+        path = database_path(self._config.url)
         options = Options.read(self._config)
-        # Whatever fails, and if it is a cancellation: what was opened so far is closed.
+        # On any failure, cancellation included, the stack closes the connections opened so far.
         async with AsyncExitStack() as stack:
             writer = Connection(path)
-            stack.push_async_callback(writer.shut)
-            await migrated(writer, self._config, options)
+            stack.push_async_callback(writer.close)
+            await open_writer(writer, self._config, options)
             readers = []
             for _ in range(options.readers):
-                reader = Connection(path, self._config.observers, only_reads=True)
-                stack.push_async_callback(reader.shut)
+                reader = Connection(path, self._config.observers, read_only=True)
+                stack.push_async_callback(reader.close)
                 await reader.open(writer.files)
-                await reader.run_patiently(partial(_set_up, ()), options.busy_timeout)
-                # From its first read on a connection holds a lock on the file; see Database._close.
-                await reader.run_patiently(partial(snapshot, read_version), options.busy_timeout)
+                await reader.run_with_busy_retry(partial(_apply_pragmas, ()), options.busy_timeout)
+                # A connection holds a lock on the file from its first read on; Database._close relies on it.
+                await reader.run_with_busy_retry(
+                    partial(read_transaction, read_version), options.busy_timeout
+                )
                 readers.append(reader)
-            kind = SqliteStore if options.synchronous == "FULL" else FastSqliteStore
+            kind = SqliteStore if options.synchronous == "FULL" else NonDurableSqliteStore
             store = kind(
                 writer,
                 readers,
@@ -97,11 +106,11 @@ class OpenSqlite:
         await self._stack.aclose()
 
 
-async def migrated(writer: Connection, config: StoreConfig, options: Options) -> int:
-    """Open a connection to a file whose schema this code can work on, and return its version.
+async def open_writer(writer: Connection, config: StoreConfig, options: Options) -> int:
+    """Open the writer, migrate the schema if needed, and return the schema version.
 
-    Makes the file and brings the schema up to date first, unless the configuration forbids it; then
-    it changes nothing.
+    With ``config.migrate`` it creates a missing file; without it changes nothing.
+    Raises ConfigurationError, SchemaVersionError, StoreUnavailableError.
     """
     _check_sqlite()
     if config.migrate:
@@ -118,39 +127,41 @@ async def migrated(writer: Connection, config: StoreConfig, options: Options) ->
         raise SchemaVersionError(0, known_version(), "open it once with migrate=True")
     files = OpenFiles(writer.path, access)
     await writer.open(files)
-    patience = options.busy_timeout
+    timeout = options.busy_timeout
     check = partial(is_current, migrate=config.migrate)
-    current = await writer.run_patiently(partial(snapshot, check), patience)
-    await writer.run_patiently(partial(_set_up, SYNCHRONOUS[options.synchronous]), patience)
+    current = await writer.run_with_busy_retry(partial(read_transaction, check), timeout)
+    await writer.run_with_busy_retry(
+        partial(_apply_pragmas, SYNCHRONOUS_PRAGMAS[options.synchronous]), timeout
+    )
     if not files.is_read_only:
-        # The log is chosen only now, so that a file with a wrong schema stays untouched.
-        await writer.run_patiently(_use_log, patience)
-    await writer.run_patiently(partial(snapshot, partial(_remember_log, files)), patience)
+        # After the schema check, so that a file with a wrong schema stays untouched.
+        await writer.run_with_busy_retry(_enable_wal, timeout)
+    await writer.run_with_busy_retry(partial(read_transaction, partial(_record_wal, files)), timeout)
     if current:
-        version, _ = await writer.run_patiently(partial(snapshot, read_version), patience)
+        version, _ = await writer.run_with_busy_retry(partial(read_transaction, read_version), timeout)
         return version
     now = config.clock or _system_time
-    return await writer.run_patiently(lambda db: apply_migrations(db, to_us(now())), patience)
+    return await writer.run_with_busy_retry(lambda db: apply_migrations(db, to_us(now())), timeout)
 
 
-def _use_log(db: sqlite3.Connection) -> None:
-    # Asked first, because setting it again needs a lock.
+def _enable_wal(db: sqlite3.Connection) -> None:
+    # Checked first, because setting it again needs a lock.
     if db.execute(JOURNAL_MODE).fetchone()[0] == "wal":
         return
-    if db.execute(USE_LOG).fetchone()[0] != "wal":
+    if db.execute(ENABLE_WAL).fetchone()[0] != "wal":
         raise StoreUnavailableError(
             "the write-ahead log cannot be used here; keep the file on a local disk, not on a network one"
         )
 
 
-def _remember_log(files: OpenFiles, db: sqlite3.Connection) -> None:
-    # SQLite opens the log when it reads.
+def _record_wal(files: OpenFiles, db: sqlite3.Connection) -> None:
+    # SQLite opens the log at the first read.
     read_version(db)
-    files.remember_log()
+    files.record_wal()
 
 
-def _set_up(more: tuple[str, ...], db: sqlite3.Connection) -> None:
-    for statement in (*SETTINGS, *more):
+def _apply_pragmas(more: tuple[str, ...], db: sqlite3.Connection) -> None:
+    for statement in (*CONNECTION_PRAGMAS, *more):
         db.execute(statement).fetchall()
 
 
@@ -158,8 +169,8 @@ def _system_time() -> datetime:
     return datetime.now(UTC)
 
 
-def has_reset_bug() -> bool:
-    """Whether this SQLite may damage a file that several connections write and checkpoint at once."""
+def has_wal_reset_bug() -> bool:
+    """Whether this SQLite has the WAL-reset bug, which can damage a file written by several connections."""
     return (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
 
 
@@ -170,7 +181,7 @@ def _check_sqlite() -> None:
         raise ConfigurationError(
             f"this Python is linked with SQLite {sqlite3.sqlite_version}, but {needed} or newer is needed"
         )
-    if has_reset_bug():
+    if has_wal_reset_bug():
         _log.debug(
             "SQLite %s has a rare bug that can damage a database in WAL mode when two connections write and "
             "checkpoint at the same moment; it is fixed in 3.51.3, so upgrade when you can",

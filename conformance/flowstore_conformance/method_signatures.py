@@ -1,4 +1,4 @@
-"""Compares the methods of a backend's store with the Protocol, before any check calls them."""
+"""Compare the methods of a backend's store with the Protocol, before any check calls them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 
 from flowstore_conformance.traces import place
 from flowstore_core import Capability, FlowStore
-from flowstore_core.store import BASE_OPERATIONS, CAPABILITY_METHODS
+from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
 
 AWAITABLES = ("Awaitable", "Coroutine", "Future", "Task")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignatureFinding:
-    """A method that core cannot call as the Protocol says."""
+    """A method that core cannot call as the Protocol requires."""
 
     method: str
     noun: str
-    """The module of core that declares it, such as ``claims``."""
+    """The module of core that declares the method, such as ``claims``."""
     problem: str
     remedy: str
-    """A definition that core can call."""
+    """A definition that fixes the problem."""
     place: str | None = None
-    """Where the backend defines it."""
+    """The location of the definition in the backend."""
     capability: str | None = None
     """The declared capability that needs the method; None for the base protocols."""
     missing: bool = False
-    """Whether there is no such method at all."""
+    """Whether the method does not exist."""
     certain: bool = True
-    """Whether calls must fail. A plain function may return an awaitable all the same."""
+    """Whether every call fails. A plain function may still return an awaitable."""
 
     @property
     def title(self) -> str:
@@ -42,7 +42,7 @@ class SignatureFinding:
 
 
 def compare(store: Any, capabilities: Collection[Capability]) -> tuple[SignatureFinding, ...]:
-    """What is wrong with the signatures of a backend's own store, in the order of the protocols."""
+    """The signature problems of a backend's own store, in the order of the operation table."""
     names: dict[str, Capability | None] = dict.fromkeys(BASE_OPERATIONS)
     for capability in sorted(capabilities):
         names.update(dict.fromkeys(CAPABILITY_METHODS.get(capability, ()), capability))
@@ -79,7 +79,7 @@ def _compare(store: Any, name: str, capability: Capability | None) -> Iterator[S
     try:
         given = inspect.signature(method).parameters
     except (TypeError, ValueError):
-        return  # Written in C, for example: only a call can tell.
+        return  # For example a method written in C: its signature is unknown.
     if problems := list(_problems(wanted, given)):
         yield finding(", ".join(problems), right)
     elif not _may_be_awaited(method):
@@ -115,7 +115,7 @@ def _problems(wanted: list[Parameter], given: Any) -> Iterator[str]:
 
 
 def _renamed(name: str, wanted: list[str], given: list[str], surplus: list[str]) -> str | None:
-    """The parameter that most likely stands for another one: of a similar name, or in the same place."""
+    """The parameter that most likely replaces ``name``: one with a similar name or at the same position."""
     alike = difflib.get_close_matches(name, surplus, 1)
     if alike:
         return alike[0]
@@ -143,7 +143,7 @@ def _may_be_awaited(method: Any) -> bool:
         return True
     returns = str(getattr(function, "__annotations__", {}).get("return", ""))
     parameters = inspect.signature(function).parameters.values()
-    # A function that takes anything passes calls on, most likely.
+    # A function with **kwargs most likely delegates to another one.
     return any(name in returns for name in AWAITABLES) or any(
         one.kind is Parameter.VAR_KEYWORD for one in parameters
     )

@@ -1,4 +1,4 @@
-"""What two violations must have in common to be the same violation."""
+"""Signatures of violations; shrinking keeps the signature of the original violation."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from flowstore_core import RunStatus, SignalDeliveryStatus, StallReason, StepSta
 _STATES = frozenset(
     member.value for kind in (RunStatus, StepStatus, SignalDeliveryStatus, StallReason) for member in kind
 )
-"""Texts that say what happened. Other texts, such as keys and payloads, differ from program to program."""
+"""Strings that name states. Other strings, such as keys and payloads, differ between sequences of calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class WrongAnswer:
-    """An answer that breaks the contract, without the values that differ from program to program."""
+    """A wrong result of a call, without values that differ between sequences of calls."""
 
     method: str
     place: tuple[str, ...]
-    """The fields that lead to the wrong value; empty where the answer as a whole is wrong."""
+    """The path of fields to the wrong value; empty if the whole result is wrong."""
     expected: str
     actual: str
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A broken clause and the answers that break it."""
+    """A broken clause and the wrong results."""
 
     clause: str
     wrong: frozenset[WrongAnswer]
 
     def covers(self, other: Signature) -> bool:
-        """Whether the other violation is this one: the same clause, and no other wrong answer."""
+        """Whether the other violation has the same clause and no additional wrong results."""
         return self.clause == other.clause and bool(other.wrong) and other.wrong <= self.wrong
 
 
 def wrong_answers(call: Call, expected: Outcome | None, actual: Outcome) -> Iterator[WrongAnswer]:
-    """The ways in which an answer is wrong; ``expected`` is None for an error that is never right."""
+    """The differences from the expected result, which is None for an error outside the contract."""
     if isinstance(expected, Returned) and isinstance(actual, Returned):
         for path, wanted, got in differences(expected.value, actual.value):
             place = tuple(part for part in path if part.startswith("."))
@@ -50,7 +50,7 @@ def wrong_answers(call: Call, expected: Outcome | None, actual: Outcome) -> Iter
 
 
 def _kind(value: Any) -> str:
-    """A value without what is peculiar to one program."""
+    """The kind of a value, without details of one sequence of calls."""
     match value:
         case Raised():
             return value.error

@@ -1,4 +1,4 @@
-"""Processes that share a file write in turn, and nobody waits for one that hangs or dies."""
+"""The queue of processes that write to one file: fair, and bypassed when a process hangs or dies."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from uuid import uuid4
 import pytest
 
 from flowstore_core import open_store
-from flowstore_sqlite import turnstile
-from flowstore_sqlite.turnstile import PATIENCE_SECONDS, Turnstile
+from flowstore_sqlite import writer_queue
+from flowstore_sqlite.writer_queue import LOCK_TIMEOUT, FairWriterLock
 
 fcntl = pytest.importorskip("fcntl")
 
 HOLDER = """
 import sys
-from flowstore_sqlite.turnstile import Turnstile
-turnstile = Turnstile(sys.argv[1])
-assert turnstile._take_turn()
+from flowstore_sqlite.writer_queue import FairWriterLock
+lock = FairWriterLock(sys.argv[1])
+assert lock._try_lock()
 print("holding", flush=True)
 sys.stdin.readline()
 """
@@ -38,15 +38,15 @@ def database(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def queue(database: Path) -> Iterator[Turnstile]:
-    made = Turnstile(str(database))
+def queue(database: Path) -> Iterator[FairWriterLock]:
+    made = FairWriterLock(str(database))
     yield made
     made.close()
 
 
 @pytest.fixture
 def holder(database: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that has the turn and keeps it."""
+    """A process that holds the lock."""
     command = [sys.executable, "-c", HOLDER, str(database)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -55,69 +55,69 @@ def holder(database: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def pass_through(queue: Turnstile, seconds: float = 30) -> float:
-    """How long it took to get the turn."""
+def acquire_seconds(queue: FairWriterLock, seconds: float = 30) -> float:
+    """Acquire the lock and return how long it took."""
     began = time.monotonic()
-    assert queue.pass_through(lambda: True, lambda: time.monotonic() - began > seconds)
+    assert queue.acquire(lambda: True, lambda: time.monotonic() - began > seconds)
     return time.monotonic() - began
 
 
-def test_the_lock_is_a_private_file_beside_the_database(database: Path, queue: Turnstile) -> None:
+def test_the_lock_is_a_private_file_beside_the_database(database: Path, queue: FairWriterLock) -> None:
     lock = Path(f"{database}-turn")
     assert Path(queue.path) == lock
     assert not lock.exists()
-    pass_through(queue)
+    acquire_seconds(queue)
     assert lock.stat().st_mode & 0o777 == 0o600
     assert lock.stat().st_size == 0
 
 
-def test_a_turn_is_free_again_when_it_was_used(queue: Turnstile, database: Path) -> None:
-    other = Turnstile(str(database))
+def test_the_lock_is_released_after_acquire(queue: FairWriterLock, database: Path) -> None:
+    other = FairWriterLock(str(database))
     for _ in range(3):
-        assert pass_through(queue) < PATIENCE_SECONDS
-        assert pass_through(other) < PATIENCE_SECONDS
+        assert acquire_seconds(queue) < LOCK_TIMEOUT
+        assert acquire_seconds(other) < LOCK_TIMEOUT
     other.close()
 
 
-def test_a_killed_holder_gives_its_turn_free(queue: Turnstile, holder: subprocess.Popen[str]) -> None:
+def test_a_killed_holder_loses_the_lock(queue: FairWriterLock, holder: subprocess.Popen[str]) -> None:
     threading.Timer(0.1, holder.kill).start()
-    assert 0.05 < pass_through(queue) < PATIENCE_SECONDS
+    assert 0.05 < acquire_seconds(queue) < LOCK_TIMEOUT
 
 
-def test_nobody_waits_for_a_holder_that_hangs(queue: Turnstile, holder: subprocess.Popen[str]) -> None:
+def test_a_hanging_holder_is_bypassed(queue: FairWriterLock, holder: subprocess.Popen[str]) -> None:
     holder.send_signal(signal.SIGSTOP)
     try:
-        assert pass_through(queue) > PATIENCE_SECONDS
-        # And then not each time anew.
-        assert pass_through(queue) < PATIENCE_SECONDS
+        assert acquire_seconds(queue) > LOCK_TIMEOUT
+        # The bypass lasts: the next call does not wait.
+        assert acquire_seconds(queue) < LOCK_TIMEOUT
     finally:
         holder.send_signal(signal.SIGCONT)
 
 
-def test_who_cannot_wait_gives_up(queue: Turnstile, holder: subprocess.Popen[str]) -> None:
-    asked = []
-    assert not queue.pass_through(lambda: bool(asked.append(1)), lambda: True)
-    assert asked == []
+def test_acquire_returns_false_when_timed_out(queue: FairWriterLock, holder: subprocess.Popen[str]) -> None:
+    calls = []
+    assert not queue.acquire(lambda: bool(calls.append(1)), lambda: True)
+    assert calls == []
 
 
-def test_it_asks_again_until_the_lock_is_free(queue: Turnstile) -> None:
-    answers = iter([False, False, True])
-    assert queue.pass_through(lambda: next(answers), lambda: False)
+def test_acquire_retries_until_begin_succeeds(queue: FairWriterLock) -> None:
+    results = iter([False, False, True])
+    assert queue.acquire(lambda: next(results), lambda: False)
 
 
-def test_an_error_gives_the_turn_free(queue: Turnstile, database: Path) -> None:
+def test_an_error_releases_the_lock(queue: FairWriterLock, database: Path) -> None:
     def fail() -> bool:
         raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        queue.pass_through(fail, lambda: False)
-    other = Turnstile(str(database))
-    assert pass_through(other) < PATIENCE_SECONDS
+        queue.acquire(fail, lambda: False)
+    other = FairWriterLock(str(database))
+    assert acquire_seconds(other) < LOCK_TIMEOUT
     other.close()
 
 
 @pytest.mark.parametrize("obstacle", ["link", "folder", "pipe"])
-def test_what_is_no_plain_file_is_left_alone(database: Path, tmp_path: Path, obstacle: str) -> None:
+def test_anything_but_a_regular_file_is_left_alone(database: Path, tmp_path: Path, obstacle: str) -> None:
     lock = Path(f"{database}-turn")
     target = tmp_path / "precious"
     if obstacle == "link":
@@ -126,32 +126,32 @@ def test_what_is_no_plain_file_is_left_alone(database: Path, tmp_path: Path, obs
         lock.mkdir()
     else:
         os.mkfifo(lock)
-    queue = Turnstile(str(database))
-    assert pass_through(queue) < PATIENCE_SECONDS
+    queue = FairWriterLock(str(database))
+    assert acquire_seconds(queue) < LOCK_TIMEOUT
     queue.close()
     assert not target.exists()
 
 
-def test_file_systems_without_locks(queue: Turnstile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_without_locks(queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert pass_through(queue) < PATIENCE_SECONDS
+    assert acquire_seconds(queue) < LOCK_TIMEOUT
     monkeypatch.undo()
-    assert pass_through(queue) < PATIENCE_SECONDS
+    assert acquire_seconds(queue) < LOCK_TIMEOUT
 
 
 async def test_systems_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turnstile, "fcntl", None)
+    monkeypatch.setattr(writer_queue, "fcntl", None)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
         assert await store.try_claim_step(run.run_id, "one")
     assert not os.path.exists(f"{tmp_path}/flows.db-turn")  # noqa: ASYNC240 - nothing else runs
 
 
-async def test_the_lock_may_be_lost(tmp_path: Path) -> None:
-    """A backup need not hold it, and who removes it hurts nobody."""
+async def test_the_lock_file_may_be_removed(tmp_path: Path) -> None:
+    """A backup need not contain it, and removing it does no harm."""
     path = tmp_path / "flows.db"
     async with open_store(f"sqlite:///{path}") as store:
         run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
@@ -162,21 +162,21 @@ async def test_the_lock_may_be_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [60.0, 0.0])
-def test_who_got_the_lock_in_turn_need_not_queue_for_a_while(
-    queue: Turnstile, monkeypatch: pytest.MonkeyPatch, seconds: float
+def test_acquire_starts_a_time_slice(
+    queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(turnstile, "TURN_SECONDS", seconds)
-    assert not queue.is_open()
-    answers = iter([False, True])
-    assert queue.pass_through(lambda: next(answers), lambda: False)
-    assert queue.is_open() == (seconds > 0)
+    monkeypatch.setattr(writer_queue, "TIME_SLICE", seconds)
+    assert not queue.holds_slice()
+    results = iter([False, True])
+    assert queue.acquire(lambda: next(results), lambda: False)
+    assert queue.holds_slice() == (seconds > 0)
 
 
-def test_a_turn_ends(queue: Turnstile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turnstile, "TURN_SECONDS", 0.01)
-    pass_through(queue)
+def test_a_time_slice_ends(queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_queue, "TIME_SLICE", 0.01)
+    acquire_seconds(queue)
     time.sleep(0.02)
-    assert not queue.is_open()
+    assert not queue.holds_slice()
 
 
 WRITER = """
@@ -204,7 +204,7 @@ asyncio.run(main(sys.argv[1], float(sys.argv[2])))
 """
 
 
-def test_nobody_starves_and_who_is_killed_holds_up_nobody(tmp_path: Path) -> None:
+def test_no_writer_starves_and_a_killed_one_blocks_no_other(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     command = [sys.executable, "-c", WRITER, url]
     seconds = 2.0
@@ -224,7 +224,7 @@ def test_nobody_starves_and_who_is_killed_holds_up_nobody(tmp_path: Path) -> Non
         writers[0].kill()
         done = [int(writer.communicate(timeout=60)[0]) for writer in writers[1:]]
         assert [writer.returncode for writer in writers[1:]] == [0, 0, 0]
-        # Each of its eight callers has come to its turn; how often is a matter of speed.
+        # Each of the eight callers of a process has written at least once.
         assert min(done) >= 8
     finally:
         for writer in writers:

@@ -1,4 +1,4 @@
-"""Which calls the contract allows (INP)."""
+"""Decide which calls the contract allows (INP)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flowstore_core.validated_store import ValidatedStore
 
 
 class _AcceptedError(Exception):
-    """The arguments passed every check."""
+    """Raised if the arguments passed every check."""
 
 
-class _Behind:
-    """Stands behind the checks of core, in the place of a backend's store."""
+class _AcceptingStore:
+    """A backend store behind core's checks that accepts every call."""
 
     def __getattr__(self, operation: str) -> Callable[..., NoReturn]:
         def accept(**arguments: object) -> NoReturn:
@@ -25,15 +25,15 @@ class _Behind:
         return accept
 
 
-def is_legal(call: Call) -> bool:
-    """Whether core lets the call through to a backend. Needs a running event loop."""
-    store = ValidatedStore(_Behind(), "checks", frozenset(Capability), AsyncExitStack())
+def is_valid(call: Call) -> bool:
+    """Whether core passes the call on to a backend. Needs a running event loop."""
+    store = ValidatedStore(_AcceptingStore(), "checks", frozenset(Capability), AsyncExitStack())
     try:
         made = getattr(store, call.method)(**call.arguments)
     except TypeError:
         return False  # An argument is missing or unknown.
     try:
-        # No check of arguments awaits anything.
+        # The checks of arguments never suspend.
         made.send(None)
     except InvalidArgumentError:
         return False
@@ -44,6 +44,6 @@ def is_legal(call: Call) -> bool:
     return True
 
 
-def is_rightly_refused(call: Call, outcome: Outcome) -> bool:
-    """Whether the call was refused with the error that every store owes it."""
-    return outcome == Raised(InvalidArgumentError.__name__) and not is_legal(call)
+def is_correctly_rejected(call: Call, outcome: Outcome) -> bool:
+    """Whether the call is invalid and was rejected with InvalidArgumentError."""
+    return outcome == Raised(InvalidArgumentError.__name__) and not is_valid(call)

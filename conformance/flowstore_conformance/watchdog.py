@@ -1,8 +1,8 @@
-"""Finds calls that do not end: which one, with which arguments, and where in the backend's code it waits.
+"""A watchdog for hanging calls: it reports the call, its arguments and the line of the backend that waits.
 
-A watchdog runs in the event loop of the checks and looks a few times a second at the stacks of all tasks. A
-call of a store is a frame of core's ValidatedStore, so nothing has to be put around the calls themselves. A
-loop that is blocked cannot look at itself; another thread does (see supervision).
+The watchdog runs in the event loop of the checks and inspects the stacks of all tasks a few times a second. A
+call of a store is a frame of core's ValidatedStore, so the calls need no wrapper. A blocked loop cannot run
+the watchdog; another thread detects it (see supervisor.py).
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from flowstore_conformance.context import Profile
 from flowstore_conformance.diffing import brief
-from flowstore_conformance.guard import LOOK_INTO, SCRATCH
+from flowstore_conformance.guard import INSPECT, SCRATCH
 from flowstore_conformance.history import Call
 from flowstore_conformance.rendering.phrasing import call_words
 from flowstore_conformance.traces import OPEN_STORE, OPERATIONS, is_authors, is_suites, place, stack_text
 from flowstore_core.urls import redact
 
 CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH: 3600.0}
-"""How long a check may take."""
+"""Time limit of a check, by profile."""
 
 CALL_SECONDS = 30.0
-"""How long one call of a store may take."""
+"""Time limit of a call of a store."""
 
-KNOWN_SECONDS = 2.0
-"""The same for an operation that a check has already found to hang."""
+KNOWN_HANG_SECONDS = 2.0
+"""Time limit of a call of an operation that is already known to hang."""
 
 CANCEL_SECONDS = 5.0
-"""How long a cancelled check may take to end, before it is cancelled again."""
+"""Time after which a cancelled check that has not ended is cancelled again."""
 
-MOST_CANCELS = 3
+MAX_CANCELS = 3
 
 TICK = 0.5
-MOST_SHOWN = 4
-"""Stacks that a report shows."""
+MAX_STACKS = 4
+"""Maximum number of stacks in a report."""
 
 OPTION = "--check-timeout"
 
@@ -56,23 +56,23 @@ class Limits:
 
     check: float = CHECK_SECONDS[Profile.STANDARD]
     call: float = CALL_SECONDS
-    known: float = KNOWN_SECONDS
+    known_hang: float = KNOWN_HANG_SECONDS
 
     @staticmethod
     def of(profile: Profile, check_timeout: float | None = None) -> Limits:
         """The defaults of a profile; ``check_timeout`` replaces them, and a call may take half of it."""
         if check_timeout is not None:
-            return Limits(check_timeout, check_timeout / 2, min(KNOWN_SECONDS, check_timeout / 2))
+            return Limits(check_timeout, check_timeout / 2, min(KNOWN_HANG_SECONDS, check_timeout / 2))
         return Limits(CHECK_SECONDS[profile], min(CALL_SECONDS, CHECK_SECONDS[profile]))
 
     def scaled(self, factor: float) -> Limits:
-        """The limits for a backend that is slower than usual by a factor."""
-        return Limits(self.check * factor, self.call * factor, self.known * factor)
+        """The limits for a backend that is slower than expected by a factor."""
+        return Limits(self.check * factor, self.call * factor, self.known_hang * factor)
 
     @property
     def tick(self) -> float:
-        """Seconds between two looks."""
-        return min(TICK, self.check / 5, self.call / 5, self.known / 5)
+        """Seconds between two inspections of the stacks."""
+        return min(TICK, self.check / 5, self.call / 5, self.known_hang / 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,17 +81,17 @@ class Hang:
 
     message: str
     operation: str | None
-    """The operation of the store that did not end; None where no single call was to blame."""
+    """The operation that did not end; None if no single call exceeded its limit."""
     place: str | None
     """The innermost line of the author's code."""
     stack: str
 
-    def packed(self) -> str:
-        """The same as a line of JSON, for another process."""
+    def to_json(self) -> str:
+        """Encode as a line of JSON, for another process."""
         return json.dumps(asdict(self))
 
     @staticmethod
-    def unpacked(text: str) -> Hang:
+    def from_json(text: str) -> Hang:
         return Hang(**json.loads(text))
 
 
@@ -104,20 +104,20 @@ class Hung(Exception):  # noqa: N818 - a finding about the store, not an error o
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
-    """A call of a store that is under way."""
+class PendingCall:
+    """A call of a store in progress."""
 
     owner: Any
-    """The coroutine or generator; alive as long as the call is."""
+    """The coroutine or generator of the call; it lives as long as the call."""
     operation: str
     frames: tuple[FrameType, ...]
-    """From the call inwards."""
+    """The frames from the call inwards."""
 
     @property
-    def words(self) -> str:
-        """The call as reports show it."""
+    def text(self) -> str:
+        """The call as shown in reports."""
         frame = self.frames[0]
-        if frame.f_code in (OPEN_STORE, SCRATCH, LOOK_INTO):
+        if frame.f_code in (OPEN_STORE, SCRATCH, INSPECT):
             return f"{self.operation}({redact(str(frame.f_locals.get('url')))})"
         code = frame.f_code
         names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
@@ -126,40 +126,40 @@ class Pending:
 
 
 class Watchdog:
-    """Watches the calls under way in one event loop, and cancels a check of which one does not end."""
+    """Watches the calls in progress in one event loop, and cancels a check with a call that does not end."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self.known: set[str] = set()
-        """Operations that were found to hang."""
+        self.known_hangs: set[str] = set()
+        """Operations that are known to hang."""
         self.hang: Hang | None = None
-        """Found in the check under way."""
+        """The hang found in the current check."""
         self.stuck = False
-        """Whether the check under way did not end though it was cancelled several times."""
+        """Whether the current check did not end although it was cancelled several times."""
         self._left_over: WeakSet[asyncio.Task[Any]] = WeakSet()
 
     @asynccontextmanager
-    async def over(self, *, timeout_factor: float = 1.0) -> AsyncIterator[None]:
-        """Watch what runs in the context; raises Hung when a call in it, or all of it, takes too long.
+    async def watch(self, *, timeout_factor: float = 1.0) -> AsyncIterator[None]:
+        """Watch the body of the context. Raises Hung if a call in it, or the whole body, exceeds its limit.
 
-        ``patience`` multiplies the limit for all of it.
+        ``timeout_factor`` multiplies the limit of the body.
         """
         task = asyncio.current_task()
         assert task is not None
         before = asyncio.all_tasks()
-        round_ = _Round(self, task, self.limits.check * timeout_factor)
+        watch_ = _Watch(self, task, self.limits.check * timeout_factor)
         self.hang, self.stuck = None, False
         try:
             yield
         except BaseException as error:
-            # A cancellation by somebody else is theirs.
-            if round_.end() and not (isinstance(error, asyncio.CancelledError) and task.cancelling()):
+            # A cancellation from outside passes through.
+            if watch_.end() and not (isinstance(error, asyncio.CancelledError) and task.cancelling()):
                 raise Hung(self._hung()) from None
             raise
         else:
-            if round_.end():
+            if watch_.end():
                 with suppress(asyncio.CancelledError):
-                    # A cancellation that came too late must not reach what follows.
+                    # A cancellation that arrives late must not reach the caller's next await.
                     await asyncio.sleep(0)
                 raise Hung(self._hung())
         finally:
@@ -173,29 +173,29 @@ class Watchdog:
         return self.hang
 
     def limit_of(self, operation: str) -> float:
-        """How long a call may take."""
-        return self.limits.known if operation in self.known else self.limits.call
+        """The time limit of a call."""
+        return self.limits.known_hang if operation in self.known_hangs else self.limits.call
 
-    def pending(self) -> list[Pending]:
-        """The calls under way, without those that an earlier check left behind."""
+    def pending(self) -> list[PendingCall]:
+        """The calls in progress, without those left over from an earlier check."""
         tasks = [one for one in asyncio.all_tasks() if one not in self._left_over]
         found = [one for task in tasks if (one := pending_call(task)) is not None]
         return list({id(one.owner): one for one in found}.values())
 
-    def under_way(self) -> str | None:
-        """The first call under way, and where it waits."""
+    def describe_pending(self) -> str | None:
+        """Describe the first call in progress and where it waits."""
         pending = self.pending()
         if not pending:
             return None
         where = _innermost(pending[0].frames)
-        return f"{pending[0].words} was under way{f' at {where}' if where else ''}"
+        return f"{pending[0].text} was in progress{f' at {where}' if where else ''}"
 
 
-class _Round:
-    """The watch over one check."""
+class _Watch:
+    """The watch over the body of one Watchdog.watch()."""
 
-    def __init__(self, dog: Watchdog, task: asyncio.Task[Any], limit: float) -> None:
-        self._dog = dog
+    def __init__(self, watchdog: Watchdog, task: asyncio.Task[Any], limit: float) -> None:
+        self._watchdog = watchdog
         self._limit = limit
         self._task = task
         self._loop = asyncio.get_running_loop()
@@ -204,79 +204,83 @@ class _Round:
         self._since_cancel = 0.0
         self._cancels = 0
         self._last = time.monotonic()
-        self._interval = dog.limits.tick
+        self._interval = watchdog.limits.tick
         self._handle = self._loop.call_later(self._interval, self._tick)
 
     def end(self) -> bool:
-        """Stop watching. True if a hang was found; the task is then as if it had not been cancelled."""
+        """Stop watching. Returns whether a hang was found, and undoes its own cancellations of the task."""
         self._handle.cancel()
         for _ in range(self._cancels):
             self._task.uncancel()
         self._cancels = 0
-        return self._dog.hang is not None
+        return self._watchdog.hang is not None
 
     def _tick(self) -> None:
         self._handle = self._loop.call_later(self._interval, self._tick)
         now = time.monotonic()
-        # Time in which this process did not run counts for little.
+        # Limits the effect of time in which this process did not run.
         passed, self._last = min(now - self._last, 2 * self._interval), now
-        if self._dog.hang is not None:
+        if self._watchdog.hang is not None:
             self._since_cancel += passed
-            known = self._dog.hang.operation in self._dog.known
-            if self._since_cancel >= (self._dog.limits.known if known else CANCEL_SECONDS):
+            is_known = self._watchdog.hang.operation in self._watchdog.known_hangs
+            if self._since_cancel >= (self._watchdog.limits.known_hang if is_known else CANCEL_SECONDS):
                 self._cancel()
             return
         self._spent += passed
-        pending = self._dog.pending()
+        pending = self._watchdog.pending()
         ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         for one in pending:
             ages[one.owner] = self._ages.get(one.owner, 0.0) + passed
         self._ages = ages
         pending.sort(key=lambda one: -ages[one.owner])
-        if pending and ages[pending[0].owner] >= (limit := self._dog.limit_of(pending[0].operation)):
-            self._dog.hang = describe_call(pending, limit, known=pending[0].operation in self._dog.known)
+        if pending and ages[pending[0].owner] >= (limit := self._watchdog.limit_of(pending[0].operation)):
+            self._watchdog.hang = describe_call(
+                pending, limit, known_hang=pending[0].operation in self._watchdog.known_hangs
+            )
             self._cancel()
         elif self._spent >= self._limit:
-            self._dog.hang = describe_check(self._task, pending, self._limit)
+            self._watchdog.hang = describe_check(self._task, pending, self._limit)
             self._cancel()
 
     def _cancel(self) -> None:
         self._since_cancel = 0.0
-        if self._cancels == MOST_CANCELS:
-            self._dog.stuck = True
+        if self._cancels == MAX_CANCELS:
+            self._watchdog.stuck = True
             return
         self._cancels += 1
         self._task.cancel()
 
 
-# Telling
+# Descriptions of hangs
 
 
-def describe_call(pending: list[Pending], limit: float, *, known: bool = False) -> Hang:
-    """The hang of the first of some pending calls."""
+def describe_call(pending: list[PendingCall], limit: float, *, known_hang: bool = False) -> Hang:
+    """Describe the hang of the first of the pending calls."""
     first = pending[0]
     where = _innermost(first.frames)
     waits = f"; it waits at {where}" if where else ""
     limited = (
-        "it hung in an earlier check, so it was given less time here"
-        if known
-        else f"a limit that {OPTION} raises"
+        "it hung in an earlier check, so its limit is shorter now"
+        if known_hang
+        else f"{OPTION} raises the limit"
     )
     return Hang(
-        message=f"{first.words} did not return within {limit:g} s{waits} ({limited})",
+        message=f"{first.text} did not return within {limit:g} s{waits} ({limited})",
         operation=first.operation,
         place=where,
         stack=_stacks(pending),
     )
 
 
-def describe_check(task: asyncio.Task[Any], pending: list[Pending], limit: float) -> Hang:
-    """The hang of a check of which no single call took too long."""
-    under_way = f"; {pending[0].words} was under way" if pending else "; no call of the store was under way"
-    frames = [frame for _, frame in chain(task.get_coro())]
+def describe_check(task: asyncio.Task[Any], pending: list[PendingCall], limit: float) -> Hang:
+    """Describe the hang of a check in which no single call exceeded its limit."""
+    pending_text = (
+        f"; {pending[0].text} was in progress" if pending else "; no call of the store was in progress"
+    )
+    frames = [frame for _, frame in await_chain(task.get_coro())]
     return Hang(
-        message=f"the check did not end within {limit:g} s{under_way} (a limit that {OPTION} raises)",
-        # The call may have been one of many that each came to its end.
+        message=f"the check did not end within {limit:g} s{pending_text} ({OPTION} raises the limit)",
+        # The pending call may be one of many that each ended in time.
         operation=None,
         place=_innermost(pending[0].frames if pending else frames),
         stack=_stacks(pending) if pending else stack_text(frames),
@@ -284,20 +288,20 @@ def describe_check(task: asyncio.Task[Any], pending: list[Pending], limit: float
 
 
 def describe_blocked(thread: int, seconds: float) -> Hang:
-    """The hang of a thread whose event loop does not run any more; for another thread to ask."""
+    """Describe the hang of a thread with a blocked event loop. Called from another thread."""
     frames = _of_thread(thread)
     found = [number for number, one in enumerate(frames) if one.f_code in OPERATIONS]
     inner = frames[found[-1] :] if found else frames
     if found:
-        call = Pending(None, OPERATIONS[inner[0].f_code], tuple(inner))
-        words, operation = call.words, call.operation
+        call = PendingCall(None, OPERATIONS[inner[0].f_code], tuple(inner))
+        text, operation = call.text, call.operation
     else:
-        words, operation = "code of the backend", None
+        text, operation = "code of the backend", None
     where = _innermost(inner)
     return Hang(
         message=(
-            f"{words} blocks the event loop{f' at {where}' if where else ''}: nothing else could run in it "
-            f"for {seconds:.3g} s (a limit that {OPTION} raises)"
+            f"{text} blocks the event loop{f' at {where}' if where else ''}: no other task ran "
+            f"for {seconds:.3g} s ({OPTION} raises the limit)"
         ),
         operation=operation,
         place=where,
@@ -312,21 +316,21 @@ def _innermost(frames: Sequence[FrameType]) -> str | None:
     )
 
 
-def _stacks(pending: list[Pending]) -> str:
-    """Where the pending calls wait, then the backend's own tasks and threads."""
-    places: dict[str, list[Pending]] = {}
+def _stacks(pending: list[PendingCall]) -> str:
+    """The stacks of the pending calls, then those of the backend's own tasks and threads."""
+    stacks: dict[str, list[PendingCall]] = {}
     for one in pending:
-        places.setdefault(stack_text(one.frames), []).append(one)
+        stacks.setdefault(stack_text(one.frames), []).append(one)
     parts = []
-    for stack, there in list(places.items())[:MOST_SHOWN]:
-        more = f", and {len(there) - 1} more in the same place," if len(there) > 1 else ""
-        parts.append(f"{there[0].words}{more} waits:\n{stack}")
-    if len(places) > MOST_SHOWN:
-        parts.append(f"calls in {len(places) - MOST_SHOWN} more places wait\n")
+    for stack, calls in list(stacks.items())[:MAX_STACKS]:
+        more = f", and {len(calls) - 1} more at the same line," if len(calls) > 1 else ""
+        parts.append(f"{calls[0].text}{more} waits:\n{stack}")
+    if len(stacks) > MAX_STACKS:
+        parts.append(f"calls at {len(stacks) - MAX_STACKS} more lines wait\n")
     shown = {id(frame) for one in pending for frame in one.frames}
     others: dict[str, str] = {}
     for task in asyncio.all_tasks():
-        frames = [frame for _, frame in chain(task.get_coro())]
+        frames = [frame for _, frame in await_chain(task.get_coro())]
         if _is_backends(frames) and id(frames[-1]) not in shown:
             others.setdefault(stack_text(frames), f"a task of the backend, {task.get_name()}, waits")
     for thread in threading.enumerate():
@@ -334,12 +338,12 @@ def _stacks(pending: list[Pending]) -> str:
         ours = thread.ident == threading.get_ident() or thread is threading.main_thread()
         if not ours and _is_backends(frames):
             others.setdefault(stack_text(frames), f"a thread, {thread.name}, is at")
-    parts += [f"{title}:\n{stack}" for stack, title in list(others.items())[:MOST_SHOWN]]
+    parts += [f"{title}:\n{stack}" for stack, title in list(others.items())[:MAX_STACKS]]
     return "\n".join(parts)
 
 
 def _is_backends(frames: list[FrameType]) -> bool:
-    """Whether a stack is of the backend's own work: its code is in it, and the suite's is not."""
+    """Whether a stack has frames of the backend and none of the suite."""
     files = [one.f_code.co_filename for one in frames]
     return any(map(is_authors, files)) and not any(map(is_suites, files))
 
@@ -354,17 +358,17 @@ def _of_thread(thread: int) -> list[FrameType]:
     return frames
 
 
-# Looking
+# Stacks
 
 
-def pending_call(task: asyncio.Task[Any]) -> Pending | None:
-    """The call of a store that a task waits for; None if there is none."""
-    links = list(chain(task.get_coro()))
+def pending_call(task: asyncio.Task[Any]) -> PendingCall | None:
+    """The call of a store that a task awaits; None if there is none."""
+    links = list(await_chain(task.get_coro()))
     for number in range(len(links) - 1, -1, -1):
         owner, frame = links[number]
         operation = _operation(frame)
         if operation is not None:
-            return Pending(owner, operation, tuple(frame for _, frame in links[number:]))
+            return PendingCall(owner, operation, tuple(frame for _, frame in links[number:]))
     return None
 
 
@@ -373,22 +377,22 @@ def _operation(frame: FrameType) -> str | None:
         return "open_store"
     if frame.f_code is SCRATCH:
         return "scratch"
-    if frame.f_code is LOOK_INTO:
+    if frame.f_code is INSPECT:
         return "close" if "checked" in frame.f_locals else "open"
     return OPERATIONS.get(frame.f_code)
 
 
-def chain(awaitable: Any) -> Iterator[tuple[Any, FrameType]]:
-    """The coroutines and generators that one waits for, outermost first, with the frame of each.
+def await_chain(awaitable: Any) -> Iterator[tuple[Any, FrameType]]:
+    """The chain of awaited coroutines and generators, outermost first, with the frame of each.
 
-    It leads through tasks that are awaited, and through the generators of async context managers.
+    Follows awaited tasks and the generators of async context managers.
     """
     seen: set[int] = set()
     current: Any = awaitable
     last: FrameType | None = None
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        frame, following = _step(current)
+        frame, following = _next_link(current)
         if frame is not None:
             yield current, frame
             last = frame
@@ -397,7 +401,7 @@ def chain(awaitable: Any) -> Iterator[tuple[Any, FrameType]]:
         current = following
 
 
-def _step(one: Any) -> tuple[FrameType | None, Any]:
+def _next_link(one: Any) -> tuple[FrameType | None, Any]:
     if isinstance(one, CoroutineType):
         return one.cr_frame, one.cr_await
     if isinstance(one, AsyncGeneratorType):
@@ -406,57 +410,57 @@ def _step(one: Any) -> tuple[FrameType | None, Any]:
         return one.gi_frame, one.gi_yieldfrom
     if isinstance(one, asyncio.Task):
         return None, None if one.done() else one.get_coro()
-    # What awaits an async generator, a coroutine or a future is an object that only refers to it.
+    # The awaitables of async generators, coroutines and futures are objects that refer to them.
     kinds = (AsyncGeneratorType, CoroutineType, GeneratorType, asyncio.Task)
     return None, next((each for each in gc.get_referents(one) if isinstance(each, kinds)), None)
 
 
 def _task_in(frame: FrameType) -> asyncio.Task[Any] | None:
-    """The one unfinished task that a frame holds: what it waits for through asyncio.shield."""
+    """The only unfinished task among the locals of a frame, which it awaits through asyncio.shield."""
     tasks = [one for one in frame.f_locals.values() if isinstance(one, asyncio.Task) and not one.done()]
     return tasks[0] if len(tasks) == 1 else None
 
 
-# In a process of its own
+# Child processes
 
 
-def watch_process(limits: Limits, tell: Callable[[Hang], None]) -> None:
-    """Watch the running loop for good: when a call hangs or blocks it, tell so and end the process."""
-    loop, dog, thread = asyncio.get_running_loop(), Watchdog(limits), threading.get_ident()
+def watch_process(limits: Limits, report: Callable[[Hang], None]) -> None:
+    """Watch the running loop until the process ends: if a call hangs or blocks it, report and exit."""
+    loop, watchdog, thread = asyncio.get_running_loop(), Watchdog(limits), threading.get_ident()
     ages: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
     beats = 0
 
-    def leave(hang: Hang) -> None:
+    def exit_with(hang: Hang) -> None:
         try:
-            tell(hang)
+            report(hang)
         finally:
             os._exit(1)
 
-    def look() -> None:
+    def poll() -> None:
         nonlocal ages, beats
         beats += 1
-        loop.call_later(limits.tick, look)
-        pending = dog.pending()
+        loop.call_later(limits.tick, poll)
+        pending = watchdog.pending()
         older: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         for one in pending:
             older[one.owner] = ages.get(one.owner, 0.0) + limits.tick
         ages = older
         pending.sort(key=lambda one: -ages[one.owner])
         if pending and ages[pending[0].owner] >= limits.call:
-            leave(in_another(describe_call(pending, limits.call)))
+            exit_with(in_child_process(describe_call(pending, limits.call)))
 
-    def stand_by() -> None:
+    def watch_loop() -> None:
         still, seen = 0.0, -1
         while True:
             time.sleep(limits.tick)
             still, seen = (0.0 if beats != seen else still + limits.tick), beats
             if still >= limits.call:
-                leave(in_another(describe_blocked(thread, still)))
+                exit_with(in_child_process(describe_blocked(thread, still)))
 
-    look()
-    threading.Thread(target=stand_by, name="flowstore-watch", daemon=True).start()
+    poll()
+    threading.Thread(target=watch_loop, name="flowstore-watch", daemon=True).start()
 
 
-def in_another(hang: Hang) -> Hang:
-    """The hang of a call in another process."""
-    return replace(hang, message=f"in a process of its own {hang.message}")
+def in_child_process(hang: Hang) -> Hang:
+    """The hang with a message that names the child process."""
+    return replace(hang, message=f"in another process, {hang.message}")

@@ -1,4 +1,4 @@
-"""The schema's versions: reading, checking and applying the numbered files of ``migrations``."""
+"""Schema versions: reading, checking and applying the numbered files of ``migrations``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from functools import lru_cache, partial
 from importlib.resources import files
 
 from flowstore_core import ConfigurationError, SchemaVersionError
-from flowstore_sqlite.connection import written
+from flowstore_sqlite.connection import write_transaction
 from flowstore_sqlite.errors import primary_code
 from flowstore_sqlite.search import enable_search
 
 _log = logging.getLogger("flowstore_sqlite")
 
 MINIMUM_SQLITE = (3, 37, 0)
-"""STRICT tables came with it."""
+"""The first version with STRICT tables."""
 
 HAS_SCHEMA_TABLE = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'flowstore_schema'"
 HAS_ANY_TABLE = "SELECT 1 FROM sqlite_schema LIMIT 1"
@@ -27,7 +27,7 @@ CREATE_SCHEMA_TABLE = """
 CREATE TABLE IF NOT EXISTS flowstore_schema (
     version    INTEGER NOT NULL PRIMARY KEY,
     name       TEXT NOT NULL,
-    works_from INTEGER NOT NULL, -- the oldest code, by the version it was made for, that can work on it
+    works_from INTEGER NOT NULL, -- the oldest known_version() of code that can use it
     applied_at INTEGER NOT NULL
 ) STRICT
 """
@@ -41,20 +41,20 @@ class Migration:
     version: int
     name: str
     works_from: int
-    """The oldest code that can still work on the schema once this is applied."""
+    """The oldest ``known_version()`` of code that can use the schema after this migration."""
     sql: str
 
 
 @lru_cache(maxsize=1)
 def load_migrations() -> tuple[Migration, ...]:
-    """All migrations by number. A file's first line says ``-- works_from: N``."""
+    """All migrations in order. The first line of each file is ``-- works_from: N``."""
     found = []
     for file in files("flowstore_sqlite").joinpath("migrations").iterdir():
         if (named := re.fullmatch(r"(\d{4})_(\w+)\.sql", file.name)) is None:
             continue
         text = file.read_text(encoding="utf-8")
         if (head := re.match(r"-- works_from: (\d+)\n", text)) is None:
-            raise ConfigurationError(f"migration {file.name} does not say what code it works from")
+            raise ConfigurationError(f"migration {file.name} does not begin with -- works_from: N")
         found.append(
             Migration(version=int(named[1]), name=named[2], works_from=int(head[1]), sql=text),
         )
@@ -62,12 +62,12 @@ def load_migrations() -> tuple[Migration, ...]:
 
 
 def known_version() -> int:
-    """The schema version that this code was made for."""
+    """The schema version of this code."""
     return load_migrations()[-1].version
 
 
 def read_version(db: sqlite3.Connection) -> tuple[int, int]:
-    """The version of a database and the oldest code that can work on it; (0, 0) without a schema.
+    """The version of a database and its ``works_from``; (0, 0) without a schema.
 
     Raises ConfigurationError for a file that is not a database.
     """
@@ -91,9 +91,9 @@ def read_version(db: sqlite3.Connection) -> tuple[int, int]:
 
 
 def is_current(db: sqlite3.Connection, migrate: bool) -> bool:
-    """Whether the code can work on the database as it is; False if it must, and may, be migrated first.
+    """Whether this code can use the database as it is; False if it must be migrated first.
 
-    Raises SchemaVersionError, and ConfigurationError for a database that is not flowstore's.
+    Raises SchemaVersionError, and ConfigurationError for a database of another program.
     """
     version, works_from = read_version(db)
     needed = known_version()
@@ -104,17 +104,19 @@ def is_current(db: sqlite3.Connection, migrate: bool) -> bool:
     if not migrate:
         raise SchemaVersionError(version, needed, "open it once with migrate=True")
     if version == 0 and db.execute(HAS_ANY_TABLE).fetchone() is not None:
-        raise ConfigurationError("the file is another program's SQLite database; name a file of its own")
+        raise ConfigurationError(
+            "the file is another program's SQLite database; name another file in the URL"
+        )
     return False
 
 
 def apply_migrations(db: sqlite3.Connection, now: int) -> int:
-    """Bring the schema up to date in one transaction, under the write lock; the version it then has."""
-    return written(partial(_apply_missing, now=now), db)
+    """Apply all missing migrations in one transaction and return the schema version."""
+    return write_transaction(partial(_apply_missing, now=now), db)
 
 
 def _apply_missing(db: sqlite3.Connection, *, now: int) -> int:
-    # Looked at again: of many processes that open a new file at once, one migrates.
+    # Checked again under the lock: another process may have migrated since.
     if not is_current(db, migrate=True):
         db.execute(CREATE_SCHEMA_TABLE)
         version, _ = read_version(db)
@@ -137,7 +139,7 @@ def _apply_missing(db: sqlite3.Connection, *, now: int) -> int:
 
 
 def _statements(text: str) -> Iterator[str]:
-    # Not executescript, which would commit the transaction that all this must be in.
+    # executescript would commit the enclosing transaction.
     statement = ""
     for line in text.splitlines(keepends=True):
         statement += line

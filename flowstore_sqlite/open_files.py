@@ -1,7 +1,7 @@
-"""The files that a store has open, and whether their paths still lead to them.
+"""Detects files that were removed or replaced while a store has them open.
 
-SQLite finds files by path when it opens them, and when it deletes the log at closing. In between, a deleted
-or replaced file goes unnoticed: commits succeed in a file that no other process will ever open.
+SQLite uses paths only when it opens the files and when it deletes the log at closing. In between it does not
+notice a removed or replaced file: commits succeed in a file that no other process will ever open.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable
 
 from flowstore_core import StoreUnavailableError
-from flowstore_sqlite.location import JOURNAL, LOG, LOG_INDEX, Access, size
+from flowstore_sqlite.file_access import JOURNAL_SUFFIX, SHM_SUFFIX, WAL_SUFFIX, Access, size
 
-SETTLED_NS = 3_000_000_000
-"""A directory that changed less than this ago may change again without a new ctime: some file systems keep
-whole seconds, FAT two."""
+CTIME_GRANULARITY_NS = 3_000_000_000
+"""A directory that changed less than this ago may change again with the same ctime: some file systems store
+whole seconds, FAT multiples of two."""
 
-Look = Callable[[str], tuple[int, ...]]
+Fingerprint = Callable[[str], tuple[int, ...]]
 
 
 def _identity(path: str) -> tuple[int, ...]:
-    # No other file gets the same device and inode while this one is open.
+    # While a file is open, no other file has its device and inode.
     found = os.lstat(path)
     return found.st_dev, found.st_ino
 
@@ -38,44 +38,44 @@ def _size(path: str) -> tuple[int, ...]:
 class OpenFiles:
     """The database file, its log and the log's index, shared by all connections of a store.
 
-    Once one of them is missing or another file, every call is refused, even if the file comes back: another
-    process may have written in between. Thread-safe.
+    Once one of them was missing or replaced, every call fails, even if the file comes back: another process
+    may have written in between. Thread-safe.
     """
 
     def __init__(self, path: str, access: Access) -> None:
-        """Remember the database file. Call this before SQLite opens it. Raises StoreUnavailableError."""
+        """Record the database file. Call this before SQLite opens it. Raises StoreUnavailableError."""
         self.path = path
         self.access = access
-        self._known: list[tuple[str, Look, tuple[int, ...]]] = []
-        self._lost: str | None = None
+        self._recorded: list[tuple[str, Fingerprint, tuple[int, ...]]] = []
+        self._failure: str | None = None
         self._folder = os.path.dirname(path)
         self._verified: tuple[int, ...] | None = None
-        """The directory in which the files were verified, and when an entry of it had last changed."""
+        """Device, inode and ctime of the directory when the files were last verified."""
         if access is Access.FROZEN:
-            # SQLite reads such a file without locks, so no byte of it may change.
-            self._remember(path, _version)
-            for suffix in (LOG, JOURNAL):
-                self._known.append((path + suffix, _size, (0,)))
+            # SQLite reads it without locks, so no byte of it may change.
+            self._record(path, _version)
+            for suffix in (WAL_SUFFIX, JOURNAL_SUFFIX):
+                self._recorded.append((path + suffix, _size, (0,)))
         else:
-            self._remember(path, _identity)
+            self._record(path, _identity)
 
     @property
     def is_read_only(self) -> bool:
         return self.access is not Access.WRITE
 
-    def remember_log(self) -> None:
-        """Remember the log too. Call this in a transaction, when SQLite has it open.
+    def record_wal(self) -> None:
+        """Record the log and its index. Call this in a transaction, while SQLite has them open.
 
         Raises StoreUnavailableError.
         """
-        if self.access is Access.WRITE or (self.access is Access.READ and size(self.path + LOG)):
-            for suffix in (LOG, LOG_INDEX):
-                self._remember(self.path + suffix, _identity)
+        if self.access is Access.WRITE or (self.access is Access.READ and size(self.path + WAL_SUFFIX)):
+            for suffix in (WAL_SUFFIX, SHM_SUFFIX):
+                self._record(self.path + suffix, _identity)
         self.verify()
 
-    def _remember(self, path: str, look: Look) -> None:
+    def _record(self, path: str, fingerprint: Fingerprint) -> None:
         try:
-            self._known.append((path, look, look(path)))
+            self._recorded.append((path, fingerprint, fingerprint(path)))
         except OSError as error:
             raise StoreUnavailableError(
                 f"{path} cannot be reached: {error.strerror}; check its directory"
@@ -83,21 +83,21 @@ class OpenFiles:
 
     def verify(self) -> None:
         """Raise StoreUnavailableError unless each path still leads to the file that was opened."""
-        # One look at the directory instead of three at the files, while no entry has changed since they were
-        # verified. Unlike an mtime, no program can set a ctime.
+        # Fast path: one stat of the directory instead of one per file, while no entry of it has changed since
+        # the last verification. Unlike an mtime, a ctime cannot be set.
         began, folder = time.time_ns(), self._stat_folder()
         if folder is not None and folder == self._verified:
             return
-        if self._lost is None:
-            self._lost = self._find_change()
-        if self._lost is not None:
+        if self._failure is None:
+            self._failure = self._find_change()
+        if self._failure is not None:
             self._verified = None
-            raise StoreUnavailableError(self._lost)
-        if folder is not None and began - folder[-1] > SETTLED_NS:
+            raise StoreUnavailableError(self._failure)
+        if folder is not None and began - folder[-1] > CTIME_GRANULARITY_NS:
             self._verified = folder
 
     def _stat_folder(self) -> tuple[int, ...] | None:
-        # Transfer st_ctime is not the time of the last change.
+        # On other systems st_ctime is not the time of the last change.
         if self.access is Access.FROZEN or os.name != "posix":
             return None
         try:
@@ -107,9 +107,9 @@ class OpenFiles:
         return found.st_dev, found.st_ino, found.st_ctime_ns
 
     def _find_change(self) -> str | None:
-        for path, look, known in self._known:
+        for path, fingerprint, recorded in self._recorded:
             try:
-                if look(path) == known:
+                if fingerprint(path) == recorded:
                     continue
                 change = "is no longer the file that was opened"
             except (FileNotFoundError, NotADirectoryError):
@@ -136,26 +136,26 @@ class OpenFiles:
             )
         return f"{path} {change}, so every call is refused; {remedy}"
 
-    def may_take_log_in(self) -> bool:
-        """Whether closing may copy the log into the database and delete it, as SQLite does.
+    def may_checkpoint(self) -> bool:
+        """Whether SQLite may checkpoint and delete the log when the last connection closes.
 
-        Not if that could overwrite or delete commits of another process in other files at these paths. SQLite
-        does it only while no other process has the database open.
+        False if that could overwrite or delete commits of another process in other files at these paths.
+        SQLite does it only while no other process has the database open.
         """
-        database, *log = self._known
+        database, *log = self._recorded
         if not self._is_same(*database):
             return False
         if self.access is not Access.WRITE or len(log) < 2:
             return True
         (log_path, _, _), (index_path, _, _) = log
         if not os.path.lexists(log_path) or size(log_path) == 0:
-            # The commits are in the log that was removed, and no other process has written any.
+            # The removed log has the commits, and no other process has written any.
             return True
         return self._is_same(*log[0]) and (not os.path.lexists(index_path) or self._is_same(*log[1]))
 
     @staticmethod
-    def _is_same(path: str, look: Look, known: tuple[int, ...]) -> bool:
+    def _is_same(path: str, fingerprint: Fingerprint, recorded: tuple[int, ...]) -> bool:
         try:
-            return look(path) == known
+            return fingerprint(path) == recorded
         except OSError:
             return False

@@ -1,4 +1,4 @@
-"""The processes that checks start, so that none outlives the run, however it ends."""
+"""Child processes of checks, tracked so that none outlives the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _children: WeakKeyDictionary[asyncio.subprocess.Process, asyncio.AbstractEventLo
 
 async def start_module(module: str, *arguments: str, limit: int = 1 << 26) -> asyncio.subprocess.Process:
     """Start ``python -m module`` with pipes to its stdin and from its stdout."""
-    # It must find a backend wherever this process does, in a folder that was put on sys.path too.
+    # The child needs the sys.path of this process to import the backend.
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -29,7 +29,7 @@ async def start_module(module: str, *arguments: str, limit: int = 1 << 26) -> as
 
 
 def kill_children(loop: asyncio.AbstractEventLoop) -> None:
-    """Kill the processes that were started from a loop, which need not run any more."""
+    """Kill the processes started from a loop, which may no longer be running."""
     for process, started_in in list(_children.items()):
         if started_in is loop and process.returncode is None:
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Running a second event loop within the running one, as notebooks do."""
+"""Run a second event loop inside the running one, as notebooks do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def run_nested(work: Coroutine[Any, Any, T]) -> T:
-    """Run work to its end in an event loop of its own; called by a task of the running loop, which waits."""
+    """Run work to completion in a new event loop, while the calling task and its loop are blocked."""
     outer, task = asyncio.get_running_loop(), asyncio.current_task()
     if task is None:
         raise RuntimeError("run_nested is for tasks")

@@ -1,0 +1,94 @@
+"""The descriptor of a backend, as a type checker sees it; never executed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from flowstore_core import Capability
+from flowstore_core.backend import (
+    Backend,
+    BatchedOperation,
+    Batcher,
+    Describable,
+    Diagnosable,
+    Diagnostic,
+    Fixable,
+    Migratable,
+    Severity,
+    ShieldedTasks,
+    StoreConfig,
+    StoreUrl,
+    hookimpl,
+    orphaned_rows,
+)
+
+
+class Store:
+    async def ping(self) -> None: ...
+
+
+class Descriptor:
+    """A backend with every optional member."""
+
+    name = "mine"
+    schemes = frozenset({"mine"})
+    capabilities = frozenset({Capability.DURABLE})
+    options = frozenset({"timeout"})
+    contract_version = 1
+
+    @asynccontextmanager
+    async def open(self, config: StoreConfig) -> AsyncIterator[Store]:
+        parts: StoreUrl = config.parts
+        assert parts.hosts
+        seconds: float = config.seconds("timeout", 1.0, 0.0, 60.0)
+        assert seconds
+        yield Store()
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        yield url
+
+    def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
+        return [(1, "initial", "")]
+
+    async def schema_version(self, config: StoreConfig) -> int:
+        return 1
+
+    async def migrate(self, config: StoreConfig) -> int:
+        return 1
+
+    async def describe(self, config: StoreConfig) -> Mapping[str, str]:
+        return {"size": "1 MiB"}
+
+    async def diagnose(self, config: StoreConfig, *, thorough: bool) -> Sequence[Diagnostic]:
+        found = orphaned_rows("steps", [], never_started=False, limit=10)
+        return [found] if found.severity is Severity.ERROR else []
+
+    async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
+        return [finding.fix for finding in findings if finding.fix is not None]
+
+
+@hookimpl
+def flowstore_backends() -> Sequence[Backend]:
+    return [Descriptor()]
+
+
+migratable: Migratable = Descriptor()
+describable: Describable = Descriptor()
+diagnosable: Diagnosable = Descriptor()
+fixable: Fixable = Descriptor()
+not_a_backend: Backend = Store()  # type: ignore[assignment]
+
+
+class Claims:
+    def __init__(self) -> None:
+        self._tasks = ShieldedTasks()
+        batcher = Batcher(workers=2)
+        self._claim: BatchedOperation[str, bool] = batcher.operation("try_claim_step", self._run, keyed=True)
+
+    async def claim(self, key: str) -> bool:
+        return await self._claim.submit(key, key)
+
+    async def _run(self, keys: Sequence[str]) -> Sequence[bool | Exception]:
+        return [True for _ in keys]
