@@ -1,6 +1,6 @@
 """Shell completions of the word at the cursor. They open existing stores only, and change nothing.
 
-On any trouble, such as a store that is away, nothing is offered: an error would land in the command line.
+On any error, such as an unavailable store, they offer nothing: a message would end up in the command line.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Report:
     store: str
     findings: list[Diagnostic] = field(default_factory=list)
     running: int = 0
-    looked_at: int = 0
+    examined: int = 0
     is_open: bool = False
     """Whether the store was opened, so that its runs were examined too."""
 
@@ -65,7 +65,7 @@ def doctor(
     grace: Annotated[
         str, typer.Option(metavar="AGE", help="How long work may stall before it is reported.")
     ] = "5m",
-    most: Annotated[
+    limit: Annotated[
         int,
         typer.Option(
             "--runs", min=1, max=100_000, help="Number of Running runs to examine, the oldest first."
@@ -106,12 +106,12 @@ def doctor(
     before(datetime.now(UTC), length, "--grace")
     if yes and not fix:
         raise Failure("--yes requires --fix", USAGE)
-    report = _look(url, thorough, length, most)
+    report = _examine(url, thorough, length, limit)
     fixed: Sequence[str] = ()
     wanted = [finding for finding in report.findings if finding.fix is not None]
     if fix and wanted and (yes or _agrees(wanted, as_json)):
         fixed = _run(_fix(url, wanted))
-        report = _look(url, thorough, length, most)
+        report = _examine(url, thorough, length, limit)
     if as_json:
         print_json(_document(report, fixed))
     else:
@@ -129,13 +129,13 @@ def _run(work: Any) -> Any:
         raise Failure(in_words(error), USAGE) from error
 
 
-def _look(url: str | None, thorough: bool, grace: timedelta, most: int) -> Report:
-    report: Report = _run(_diagnose(url, thorough, grace, most))
+def _examine(url: str | None, thorough: bool, grace: timedelta, limit: int) -> Report:
+    report: Report = _run(_diagnose(url, thorough, grace, limit))
     report.findings.sort(key=lambda finding: (-SEVERITIES.index(finding.severity), finding.code))
     return report
 
 
-async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int) -> Report:
+async def _diagnose(url: str | None, thorough: bool, grace: timedelta, limit: int) -> Report:
     plugin, backend, config = resolve_store(url, migrate=False)
     report = Report(backend.name, whereabouts(config))
     if isinstance(backend, Diagnosable):
@@ -152,14 +152,14 @@ async def _diagnose(url: str | None, thorough: bool, grace: timedelta, most: int
         if any(finding.prevents_open for finding in outdated):
             return report
         async with existing_store(url) as store:
-            found: Examination = await examine(store, grace=grace, most=most)
+            found: Examination = await examine(store, grace=grace, limit=limit)
     except FlowStoreError:
         if report.is_well:
             raise
         # The findings so far may explain the error.
         return report
     report.findings += found.findings
-    report.running, report.looked_at, report.is_open = found.running, found.looked_at, True
+    report.running, report.examined, report.is_open = found.running, found.examined, True
     return report
 
 
@@ -226,7 +226,7 @@ def _document(report: Report, fixed: Sequence[str]) -> dict[str, Any]:
         "findings": report.findings,
         "fixed": fixed,
         "running_runs": report.running,
-        "looked_at": report.looked_at,
+        "looked_at": report.examined,
         "opened": report.is_open,
     }
 
@@ -267,7 +267,7 @@ def _print_sum(report: Report, url: str | None, *, fix: bool) -> None:
     say(f"{', '.join(numbers) if numbers else 'no findings'}: {report.store}")
     if not report.is_open:
         say("the store was not opened, so its runs were not examined")
-    elif report.looked_at < report.running:
-        say(f"examined the oldest {report.looked_at:,} of {report.running:,} Running runs (--runs)")
+    elif report.examined < report.running:
+        say(f"examined the oldest {report.examined:,} of {report.running:,} Running runs (--runs)")
     if not fix and any(finding.fix for finding in report.findings):
         say(_complete("some findings can be fixed: flowstore doctor --fix", url))

@@ -33,7 +33,7 @@ UNWRITTEN = 4
 INTERRUPTED = 130
 
 EXIT_CODES = """\
-Exit codes: 0 success; 1 the answer is no, a check failed, or not found;
+Exit codes: 0 success; 1 a negative result, such as a failed check or nothing found;
 2 wrong usage or configuration; 3 the store is unavailable;
 4 the work is done, but the output cannot be written; 130 interrupted."""
 

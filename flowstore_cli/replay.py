@@ -143,7 +143,7 @@ def replay(
     except KeyboardInterrupt:
         if one.run_ids:
             again = _again(workflow, options, one.key, url)
-            _tell(f"the runs stay in the store; continue them with: {again}")
+            _report(f"the runs stay in the store; continue them with: {again}")
         raise
     if as_json:
         print_json(_document(summary, one, place, screen.notes))
@@ -158,12 +158,12 @@ async def _migrate(plugin: Plugin, backend: Migratable, config: StoreConfig, pla
         return
     before, version = await migrate_schema(plugin, backend, config)
     if before:
-        _tell(f"migrated the schema of {place} from version {before} to {version}")
+        _report(f"migrated the schema of {place} from version {before} to {version}")
     else:
-        _tell(f"created the schema of {place}, version {version}")
+        _report(f"created the schema of {place}, version {version}")
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     sys.stderr.write(f"{clean(text)}\n")
 
 

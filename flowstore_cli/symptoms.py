@@ -35,7 +35,7 @@ WALKED = 100_000
 PAGE = 1000
 AT_ONCE = 8
 """Number of runs that are examined concurrently."""
-SECOND_LOOK = 2.0
+RECHECK_SECONDS = 2.0
 """Seconds until a run without work in flight is examined again: an active run has none between two
 steps."""
 SHOWN = 3
@@ -48,31 +48,31 @@ class Examination:
     findings: list[Diagnostic] = field(default_factory=list)
     running: int = 0
     """Number of Running runs in the store."""
-    looked_at: int = 0
+    examined: int = 0
     """Number of Running runs that were examined."""
 
 
-async def examine(store: FlowStore, *, grace: timedelta, most: int) -> Examination:
-    """Find work that has stalled for longer than ``grace``, in the ``most`` oldest Running runs."""
+async def examine(store: FlowStore, *, grace: timedelta, limit: int) -> Examination:
+    """Find work that has stalled for longer than ``grace``, in the ``limit`` oldest Running runs."""
     as_of = datetime.now(UTC) - grace
     found: list[Diagnostic] = []
-    runs, running = await _oldest_runs(store, most)
+    runs, running = await _oldest_runs(store, limit)
     if Capability.RECOVERY in store.capabilities:
-        found += _judge_stalled(await store.get_stalled_steps(as_of=as_of, take=LISTED), grace)
+        found += _stalled_findings(await store.get_stalled_steps(as_of=as_of, take=LISTED), grace)
     else:
-        found += _judge_stalled(await _expired(store, runs, as_of), grace)
+        found += _stalled_findings(await _expired(store, runs, as_of), grace)
     found += await _idle(store, [run for run in runs if run.started_at <= as_of])
     if Capability.DEADLINES in store.capabilities:
         found += await _overdue(store, as_of)
     return Examination(found, running, len(runs))
 
 
-async def _oldest_runs(store: FlowStore, most: int) -> tuple[Sequence[FlowRunRecord], int]:
+async def _oldest_runs(store: FlowStore, limit: int) -> tuple[Sequence[FlowRunRecord], int]:
     """The oldest Running runs, which are most likely to be stalled, and the number of all."""
     if Capability.DASHBOARD not in store.capabilities:
         runs = await store.get_active_runs()
-        return runs[-most:], len(runs)
-    kept: deque[FlowRunRecord] = deque(maxlen=most)
+        return runs[-limit:], len(runs)
+    kept: deque[FlowRunRecord] = deque(maxlen=limit)
     page = await store.get_runs_page(status=RunStatus.RUNNING, take=PAGE)
     running, walked = page.total_count, 0
     while page.runs:
@@ -106,7 +106,7 @@ _STALLED = {
 }
 
 
-def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Diagnostic]:
+def _stalled_findings(stalled: Sequence[StalledStep], grace: timedelta) -> list[Diagnostic]:
     found = []
     for reason, (code, what, meaning) in _STALLED.items():
         steps = [step for step in stalled if step.reason is reason]
@@ -131,7 +131,7 @@ def _judge_stalled(stalled: Sequence[StalledStep], grace: timedelta) -> list[Dia
 async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datetime) -> list[StalledStep]:
     """Expired leases of each run, for a store that cannot list stalled steps."""
 
-    async def look(run: FlowRunRecord) -> list[StalledStep]:
+    async def examine_run(run: FlowRunRecord) -> list[StalledStep]:
         claims = await store.get_step_claims(run.run_id)
         ended = [claim for claim in claims if claim.expires_at is not None and claim.expires_at <= as_of]
         statuses = await store.get_step_statuses(run.run_id) if ended else {}
@@ -147,7 +147,7 @@ async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datet
             if not statuses.get(claim.step_key, StepStatus.PENDING).is_terminal
         ]
 
-    return [step for steps in await _each(runs, look) for step in steps]
+    return [step for steps in await _each(runs, examine_run) for step in steps]
 
 
 # Runs
@@ -156,15 +156,15 @@ async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datet
 async def _idle(store: FlowStore, runs: Sequence[FlowRunRecord]) -> list[Diagnostic]:
     """Running runs in which nothing is open, claimed, dispatched or waited for."""
 
-    async def look(run: FlowRunRecord) -> tuple[UUID, Mapping[str, StepStatus]] | None:
+    async def examine_run(run: FlowRunRecord) -> tuple[UUID, Mapping[str, StepStatus]] | None:
         statuses = await store.get_step_statuses(run.run_id)
         return None if await _in_flight(store, run.run_id, statuses) else (run.run_id, dict(statuses))
 
-    first = {seen[0]: seen[1] for seen in await _each(runs, look) if seen is not None}
+    first = {seen[0]: seen[1] for seen in await _each(runs, examine_run) if seen is not None}
     if not first:
         return []
-    await asyncio.sleep(SECOND_LOOK)
-    again = await _each([run for run in runs if run.run_id in first], look)
+    await asyncio.sleep(RECHECK_SECONDS)
+    again = await _each([run for run in runs if run.run_id in first], examine_run)
     # A run that changed since the first examination is active.
     still = [seen[0] for seen in again if seen is not None and first[seen[0]] == seen[1]]
     statuses = await _each(still, store.get_run_status)

@@ -1,4 +1,4 @@
-"""The command ``flowstore``: what it answers, to people and to scripts, and its exit codes."""
+"""The command ``flowstore``: its output for people and for scripts, and its exit codes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Flowstore = Callable[..., Answer]
 def flowstore(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Flowstore:
-    """Runs the command in this process, in a directory of its own: exit code, stdout, stderr."""
+    """Run the command in this process, in a separate directory; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
@@ -64,7 +64,7 @@ def flowstore(
 
 @pytest.fixture
 def database(tmp_path: Path) -> dict[str, UUID]:
-    """flowstore.db in the working directory: one run that is old, one that failed, one that waits."""
+    """flowstore.db in the working directory: an old run, a failed run, and a waiting run."""
 
     async def fill() -> dict[str, UUID]:
         clock = VirtualClock(datetime.now(UTC) - timedelta(days=40))
@@ -222,7 +222,7 @@ def test_an_unexpected_error_is_a_line_too(flowstore: Flowstore, monkeypatch: py
     told = flowstore("backends")[2]
     assert "Traceback" in told
     assert "in broken" in told
-    # Nobody knows what the text of an unexpected error holds.
+    # The text of an unexpected error may hold secrets.
     assert "boom boom" not in err + told
 
 
@@ -288,7 +288,7 @@ ERROR = "Traceback (most recent call last):\n  line 3\n" + "ValueError: no such 
 
 @pytest.fixture
 def contents(tmp_path: Path) -> dict[str, UUID]:
-    """flowstore.db in the working directory: a run with long texts, and one by clocks that differ."""
+    """flowstore.db in the working directory: a run with long texts, and one written by clocks that differ."""
 
     async def fill() -> dict[str, UUID]:
         runs = {"long": new_run_id(), "skewed": new_run_id()}
@@ -353,11 +353,11 @@ def test_runs_show_has_inputs_outputs_and_errors(contents: dict[str, UUID], flow
         assert text in piped
     assert json.dumps(["row"] * 500) in piped
     assert json.dumps(["row"] * 500) in full
-    # An output that is that of its step is not shown twice.
+    # An output that equals the output of its step is shown once.
     assert piped.count('["row"') == 1
     assert f"... ({len(ERROR):,} characters; --full)" in " ".join(shown.split())
     assert len(shown) < 3000
-    # All attempts, and the lines of an error as they are.
+    # All attempts, and the lines of an error unchanged.
     assert "  input 1   [0]\n" in full
     assert "  error 2   Traceback (most recent call last):\n" in full
     assert full.count(ERROR.splitlines()[2].strip()) == 2
@@ -385,7 +385,7 @@ def test_a_flow_is_given_by_name_or_id(
 
     async def start() -> None:
         async with open_store(f"sqlite:///{tmp_path}/flowstore.db") as store:
-            # A name that another one contains, and one that two flows have.
+            # A name that another name contains, and a name that two flows have.
             await store.start_run(UUID(int=70), "red", new_run_id(), "manual")
             await store.start_run(UUID(int=71), "backup", new_run_id(), "manual")
             await store.start_run(UUID(int=72), "backup", new_run_id(), "manual")
@@ -399,7 +399,7 @@ def test_a_flow_is_given_by_name_or_id(
         f"  {UUID(int=72)}  1 run",
         f"  {UUID(int=71)}  1 run",
     ]
-    # Where names do not tell flows apart, ids do.
+    # Ids distinguish flows with the same name.
     assert str(UUID(int=72)) in "\n".join(lines_on_a_terminal("runs", "list", columns=120))
 
 
@@ -414,7 +414,7 @@ def test_a_flow_of_many_runs_is_found_without_reading_them_all() -> None:
             assert counted.rows == 1
             with pytest.raises(Failure, match="did you mean 'import'"):
                 await find_flow(counted.store, "imported")
-            # The older of two flows, far behind the first page.
+            # The older of two flows, far after the first page.
             await store.start_run(UUID(int=3), "import", UUID(int=3), "manual")
             for _ in range(1500):
                 await store.start_run(UUID(int=4), "import", new_run_id(), "manual")
@@ -428,7 +428,7 @@ def test_a_flow_of_many_runs_is_found_without_reading_them_all() -> None:
 
 
 class Counted:
-    """A store, and how many runs and events were read from it."""
+    """A store that counts the runs and events read from it."""
 
     def __init__(self, store: FlowStore) -> None:
         self.rows = 0
@@ -474,7 +474,7 @@ def test_a_run_is_given_by_its_first_or_last_digits(
             twins = [UUID(int=number << 96 | 0xABCDEF1234) for number in range(12)]
             for twin in twins:
                 await store.start_run(FLOW, "twins", twin, "manual")
-            # The digits in the middle of an id, and in an output.
+            # The same digits in the middle of an id, and in an output.
             await store.start_run(FLOW, "other", UUID(int=0xABCDEF12340000), "manual")
             await store.record_step_start(run_id, "step", "test")
             await store.record_step_complete(run_id, "step", StepStatus.SUCCEEDED, output_json='"abcdef1234"')
@@ -584,7 +584,7 @@ def test_the_url_may_stand_in_front(database: dict[str, UUID], flowstore: Flowst
 
 
 def complete(words: str, tmp_path: Path, shell: str = "bash") -> list[str]:
-    """What the shell is offered for the last of the words."""
+    """The completions of the last word."""
     environment = {
         **os.environ,
         "_FLOWSTORE_COMPLETE": f"complete_{shell}",
@@ -690,7 +690,7 @@ def test_timeseries(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert "in all 3 runs" in lines[-1]
     assert all(any(mark in line for line in lines[:-1]) for mark in "█▓░")
     assert max(map(len, lines)) <= 80
-    # Without a terminal the numbers alone.
+    # Without a terminal only the numbers are printed.
     rows = flowstore("timeseries", "--by", "day", "--since", "45d")[1].splitlines()
     assert len(rows) == len(buckets) + 1
     assert rows[-1].split()[:6] == [f"{datetime.now(UTC):%Y-%m-%dT00:00:00Z}", "2", ".", "1", ".", "1"]
@@ -864,7 +864,7 @@ def test_without_its_extra_it_says_what_to_install(missing: str) -> None:
 
 
 def on_a_terminal(*arguments: str, **environment: str) -> bytes:
-    """What the command writes to a terminal of 80 columns."""
+    """The command's output on a terminal of 80 columns."""
     main_end, terminal = pty.openpty()
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     process = subprocess.Popen(
@@ -891,7 +891,7 @@ def on_a_terminal(*arguments: str, **environment: str) -> bytes:
 
 
 def lines_on_a_terminal(*arguments: str, columns: int = 80) -> list[str]:
-    """What a user sees on a terminal of so many columns, without colours."""
+    """The text on a terminal of ``columns`` columns, without colours."""
     written = on_a_terminal(*arguments, COLUMNS=str(columns)).decode()
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written).splitlines()
 

@@ -1,4 +1,4 @@
-"""Commands that read leave a store as it is: no file, no schema, no migration."""
+"""Commands that read do not change a store: they create no file and no schema, and do not migrate."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _version(url: str) -> int:
 
 @pytest.fixture
 def sqlite_place(tmp_path: Path) -> tuple[str, Callable[[], object]]:
-    """The URL of a SQLite file with the first version of the schema, and what shows its state."""
+    """The URL of a SQLite file with the first version of the schema, and a function that reads its state."""
     path = tmp_path / "flows.db"
     url = f"sqlite:///{path}"
     with sqlite3.connect(path) as connection:
@@ -200,7 +200,7 @@ def test_a_role_that_may_only_read_can_look(fresh: str, postgresql_url: str) -> 
             ["migrate", "status"],
         ):
             assert main([*command, "--url", url]) == 0, command
-        # It may warn, but it can look.
+        # It may warn, but it can examine the store.
         assert main(["doctor", "--url", url]) in (0, 1)
     finally:
         _query(postgresql_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}", "SELECT 1")

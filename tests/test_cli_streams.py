@@ -1,4 +1,4 @@
-"""The command's standard streams: closed, full, or a pipe whose reader has left."""
+"""The command's standard streams: closed, full, or a pipe without a reader."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_slow_reader_of_a_non_blocking_pipe_gets_all(unbuffered: str) -> None:
     assert len(wanted) > 4096
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # So full that the first write does not fit.
+    # The pipe is full, so the first write blocks.
     filled = 0
     while True:
         try:
@@ -147,7 +147,7 @@ def test_a_signal_is_delivered_into_a_full_output(place: Place) -> None:
     url, run_id = place
     arguments = ["signal", "deliver", str(run_id), "go", "1", "--url", url]
     assert shell("> /dev/full", *arguments) == (4, "", UNWRITTEN)
-    # The answer no keeps its exit code.
+    # A negative result keeps its exit code.
     assert shell("> /dev/full", *arguments) == (1, "", UNWRITTEN)
 
 

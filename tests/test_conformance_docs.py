@@ -1,4 +1,4 @@
-"""docs/conformance.md and the suite's README are held to the code."""
+"""docs/conformance.md and the suite's README agree with the code."""
 
 from __future__ import annotations
 

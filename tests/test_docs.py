@@ -1,4 +1,4 @@
-"""The documentation is held to the code: clause ids, signatures, records, errors, links, examples."""
+"""The documentation agrees with the code: clause ids, signatures, records, errors, links, examples."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ WRITING = (ROOT / "docs" / "writing-a-backend.md").read_text()
 CLAUSE = re.compile(r"\b(?:INP|RUN|STP|CLM|CTL|IDM|SIG|RET|QRY|EVT|CON)-\d+\b")
 
 
-# Folders of tools and environments.
+# Folders of tools and environments, which are not part of the project.
 IGNORED = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split() if line.endswith("/")}
 
 
 def _files(*suffixes: str) -> Iterator[Path]:
-    """The files that git tracks; without git, as in an unpacked sdist, all but those of tools."""
+    """The files that git tracks; without git, as in an unpacked sdist, all files outside of IGNORED."""
     command = ["git", "ls-files", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     found = [ROOT / name for name in listed.split("\0") if name] or sorted(ROOT.rglob("*"))
@@ -70,7 +70,7 @@ def _prose(page: str) -> str:
 
 
 def _table(page: str, header: str) -> list[list[str]]:
-    """The rows of the table whose header row begins so."""
+    """The rows of the table whose header row begins with ``header``."""
     lines = page.partition(f"\n| {header} ")[2].splitlines()[2:]
     rows = []
     for line in lines:
@@ -223,7 +223,7 @@ def test_both_tables_of_errors_are_complete() -> None:
     assert advice == rows.keys() - {"UnknownBackendError"}
 
 
-# Everything public has a place in the documentation
+# Every public name is documented
 
 
 def test_every_public_name_is_documented() -> None:
@@ -278,7 +278,7 @@ def test_every_command_is_documented() -> None:
 
 
 def _commands(command: Any, path: str) -> Iterator[str]:
-    """The full name of every command, groups left out."""
+    """The full name of every command, without groups."""
     below = getattr(command, "commands", None)
     if below is None:
         yield path
@@ -371,7 +371,7 @@ async def test_the_worker_of_the_engine_page_survives_a_crash(tmp_path: Path) ->
             await worker["execute"](store, run_id, "fetch", die)
         assert await store.get_step_statuses(run_id) == {"fetch": StepStatus.RUNNING}
 
-        # The page takes the time from datetime.now; here it is the virtual clock's.
+        # The page uses datetime.now; the test replaces it by the virtual clock.
         worker["datetime"] = SimpleNamespace(now=lambda zone: clock())
         await worker["recover"](store, work)
         assert await store.get_step_statuses(run_id) == {"fetch": StepStatus.RUNNING}
@@ -430,12 +430,12 @@ def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
     assert len(blocks) == 3
     for block in blocks:
         for line in filter(None, (line.strip() for line in block.splitlines())):
-            # "..." stands for what the page leaves out.
+            # "..." marks omitted lines.
             assert "..." in line or line in lines, line
 
 
 class _Rows:
-    """A database for the excerpt on coalescing: the claims of a set of rows in one go."""
+    """A fake database for the excerpt on coalescing, which claims a set of rows in one statement."""
 
     class RowRefused(Exception):  # noqa: N818 - a database's own word
         pass
@@ -518,7 +518,7 @@ def test_commands_of_the_readme_are_single_lines() -> None:
 
 
 def test_files_name_no_registry_and_no_path_of_a_machine() -> None:
-    # Put together here, so that this file does not name them either.
+    # Concatenated, so that this file does not contain the words.
     words = ["pypi" + ".org", "python" + "hosted", "npmjs" + ".", "/ro" + "ot/", "/wo" + "rk/"]
     found = [
         (str(path.relative_to(ROOT)), word)

@@ -1,4 +1,4 @@
-"""docs/operating.md is held to the code: fields, instruments, attributes, findings, loggers."""
+"""docs/operating.md agrees with the code: fields, instruments, attributes, findings, loggers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _sources() -> Iterator[str]:
 
 
 def _rows(header: str) -> list[list[str]]:
-    """The rows of every table whose header row begins so."""
+    """The rows of every table whose header row begins with ``header``."""
     found = []
     for part in PAGE.split(f"\n| {header} |")[1:]:
         for line in part.splitlines()[2:]:
@@ -38,7 +38,7 @@ def _names(header: str) -> list[str]:
 
 def test_every_field_of_a_record_is_documented() -> None:
     used = {name for text in _sources() for name in re.findall(r'"(flowstore\.\w+)": ', text)}
-    # Of a span's event.
+    # This field occurs in a span's event.
     assert used | {"flowstore.calls"} == set(_names("field"))
 
 

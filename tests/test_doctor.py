@@ -1,4 +1,4 @@
-"""``flowstore doctor``: what it finds in any store and in SQLite's files; a healthy store is silent."""
+"""``flowstore doctor``: its findings in any store and in SQLite's files, and none in a healthy store."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from flowstore_sqlite import file_checks
 from tests.scenes import FLOW, new_run
 from tests.virtual_clock import VirtualClock
 
-# Of the machine that the tests run on, not of the store.
+# Findings about the test machine, not about the store.
 OF_THE_MACHINE = {"wal-reset-bug", "memory-disk"}
 HOUR = timedelta(hours=1)
 
 
 @dataclass
 class Answer:
-    """What the command answered with --json."""
+    """The command's output with --json."""
 
     code: int
     document: dict[str, Any]
@@ -53,7 +53,7 @@ Doctor = Callable[..., Answer]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(symptoms, "SECOND_LOOK", 0.02)
+    monkeypatch.setattr(symptoms, "RECHECK_SECONDS", 0.02)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
@@ -71,7 +71,7 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
 
 
 async def _fill(store: FlowStore) -> None:
-    """Work as it should be: done, under way, to come, and waiting for a signal."""
+    """Healthy work: completed, running, dispatched, and waiting for a signal."""
     done = await new_run(store)
     await store.record_step_start(done, "a", "test")
     await store.record_step_complete(done, "a", StepStatus.SUCCEEDED, output_json="1")
@@ -92,7 +92,7 @@ async def _fill(store: FlowStore) -> None:
 
 
 def _with_store(url: str, work: Callable[[FlowStore], Awaitable[Any]], *, ago: timedelta = HOUR) -> Any:
-    """What ``work`` answers on a store whose clock is so far behind."""
+    """The result of ``work`` on a store whose clock is behind by ``ago``."""
 
     async def run() -> Any:
         async with open_store(url, clock=VirtualClock(datetime.now(UTC) - ago)) as store:
@@ -103,7 +103,7 @@ def _with_store(url: str, work: Callable[[FlowStore], Awaitable[Any]], *, ago: t
 
 @pytest.fixture
 def place(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a store with healthy work in it, of each backend."""
+    """The URL of a store with healthy work, for each backend."""
     url = f"sqlite:///{tmp_path}/flows.db" if backend == "sqlite" else f"memory://doctor-{uuid4().hex}"
     schema = f"doctor_{uuid4().hex}"
     if backend == "postgresql":
@@ -122,7 +122,7 @@ async def _drop(url: str, schema: str) -> None:
 
 @pytest.fixture(autouse=True)
 def tests_server_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' own PostgreSQL runs with fsync off; test_doctor_postgres.py has one that does not."""
+    """The PostgreSQL of the tests runs with fsync off; test_doctor_postgres.py has one with fsync on."""
     monkeypatch.setitem(globals(), "OF_THE_MACHINE", OF_THE_MACHINE | {"fsync-off"})
 
 
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_meanwhile_is_not_idle(
 
 
 class Less:
-    """A store with fewer capabilities, as a third party's may be."""
+    """A store with fewer capabilities, such as a third party's."""
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
@@ -243,10 +243,10 @@ async def test_a_store_with_fewer_capabilities_is_looked_at_as_far_as_it_goes() 
         await _expire_lease(store)
         await _stand_still(store)
         less: Any = Less(store)
-        found = await symptoms.examine(less, grace=timedelta(minutes=5), most=10)
+        found = await symptoms.examine(less, grace=timedelta(minutes=5), limit=10)
         assert [finding.code for finding in found.findings] == ["leases-expired", "runs-idle"]
-        assert (found.running, found.looked_at) == (2, 2)
-        found = await symptoms.examine(less, grace=2 * HOUR, most=10)
+        assert (found.running, found.examined) == (2, 2)
+        found = await symptoms.examine(less, grace=2 * HOUR, limit=10)
         assert found.findings == []
 
 
@@ -309,7 +309,7 @@ def _foreign_log(path: Path) -> None:
 
 def _damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    # Behind the schema's own page.
+    # After the page of the schema.
     content[8192:20480] = b"\xa5" * 12288
     path.write_bytes(content)
 
@@ -365,7 +365,7 @@ def test_what_is_wrong_with_a_file_is_found(code: str, flows: Path, doctor: Doct
 
 
 def _fill_log(path: Path, rows: int) -> None:
-    """Leave the file behind as after a kill: with a log that holds the newest commits."""
+    """Leave the file as after a kill: with a log that holds the newest commits."""
     db = sqlite3.connect(path)
     db.execute("CREATE TABLE IF NOT EXISTS filler (x)")
     for _ in range(rows):
@@ -399,7 +399,7 @@ def test_a_backup_beside_the_log_of_another_time_is_found(
     for _ in range(2):
         _fill_log(flows, 5)
         states.append((flows.read_bytes(), log.read_bytes()))
-        # Takes the log in.
+        # Checkpoints the log.
         _execute(flows, "DELETE FROM filler")
     for database, its_log in states:
         _write_state(flows, database, its_log)
@@ -465,7 +465,7 @@ def test_a_snapshot_that_pins_the_log_is_found(
     assert (answer.code, answer.codes) == (1, ["log-pinned"])
     assert "8 MB" in answer.findings["log-pinned"]["summary"]
     reader.execute("COMMIT")
-    # The log is as long, but the next commit starts it anew.
+    # The log keeps its length, but the next commit restarts it.
     assert doctor("sqlite:///flows.db").codes == []
     reader.close()
     writer.close()
@@ -597,7 +597,7 @@ def test_the_wal_reset_bug_is_told(
     assert [finding.code for finding in found] == (["wal-reset-bug"] if told else [])
 
 
-# For people
+# Text output
 
 
 def test_it_says_what_it_means_and_what_to_do(flows: Path, capsys: pytest.CaptureFixture[str]) -> None:

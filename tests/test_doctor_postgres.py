@@ -80,7 +80,7 @@ def _wait_for_reload(url: str) -> None:
 
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Doctor:
-    monkeypatch.setattr(symptoms, "SECOND_LOOK", 0.02)
+    monkeypatch.setattr(symptoms, "RECHECK_SECONDS", 0.02)
 
     def run_doctor(url: str, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
         code = main(["doctor", url, "--json", *options])
