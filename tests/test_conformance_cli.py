@@ -55,7 +55,7 @@ def test_a_backend_that_keeps_what_was_asked_ends_with_0(capsys: pytest.CaptureF
     assert "CONFORMS: CLM-1, CLM-2 kept; a partial run grants no level" in shown.out
     assert "seed 7" in shown.out
     first, *lines = shown.err.splitlines()
-    assert first == "checking memory://, only in scratch namespaces beside it: what it holds is not touched"
+    assert first == "checking memory://, only in scratch namespaces beside it: its own data is not touched"
     assert [line.partition(", ")[0] for line in lines] == [
         "[1/2] CLM-1 one_wins: PASS",
         "[2/2] CLM-2 wins_are_seen: PASS",
@@ -77,9 +77,9 @@ def test_a_failure_is_shown_with_all_that_repeats_it(
     for wanted in (
         "FAIL CLM-1: Of any number of claimants",
         "docs/contract.md#clm-1",
-        "shown in  5 of 5 runs",
+        "failed in 5 of 5 runs",
         "--profile quick --clause CLM-1 --seed 7",
-        "cannot be placed here: the model answers False",
+        "cannot be placed here: the model returns False",
         "asyncio.run(main(sys.argv[1]))",
         "second False",
         "VIOLATES: 1 clause is broken: CLM-1",

@@ -175,7 +175,7 @@ async def test_catches_a_race(
     assert failure is not None
     assert (result.status, failure.clause) == (Status.FAIL, clause)
     assert words in failure.message
-    assert "struck in" in failure.message
+    assert "seen in" in failure.message
     assert failure.history is not None
     assert failure.verdict is not None
     # Shrunk: a race needs two, and hardly more.

@@ -182,7 +182,8 @@ def _message(entry: ReproCall) -> str:
         return f"{entry.call.method} raised {entry.actual.error}, which is not an error of the contract"
     if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
         return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
-    return f"{entry.call.method} returned {describe_outcome(entry.actual)} instead of {describe_outcome(entry.expected)}"
+    outcomes = f"{describe_outcome(entry.actual)} instead of {describe_outcome(entry.expected)}"
+    return f"{entry.call.method} returned {outcomes}"
 
 
 # Shrinking

@@ -212,7 +212,8 @@ def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
 def _no_order(verdict: Verdict) -> str:
     """Describe where the search for an order ended."""
     parts = [
-        f"{one.call.method} of {_client(one)} returned {describe_outcome(one.outcome)} instead of {describe_outcome(right)}"
+        f"{one.call.method} of {_client(one)} returned {describe_outcome(one.outcome)} "
+        f"instead of {describe_outcome(right)}"
         for one, right in zip(verdict.unplaced, verdict.expected, strict=False)
     ]
     done = ", ".join(f"{one.call.method} of {_client(one)}" for one in verdict.prefix[-4:])

@@ -77,7 +77,8 @@ async def _examine(context: CheckContext, store: FlowStore, made: CancelledCall)
         assert after.outcome is not None
         context.expect_that(
             made.outcome == after.outcome or isinstance(made.outcome, Raised),
-            f"{made.title} gave {describe_outcome(made.outcome)}, where {describe_outcome(after.outcome)} is right",
+            f"{made.title} returned {describe_outcome(made.outcome)} "
+            f"instead of {describe_outcome(after.outcome)}",
         )
     if isinstance(made.outcome, Returned):
         possible = [after]
@@ -208,7 +209,8 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         ):
             if made.outcome not in (None, right):
                 assert made.outcome is not None
-                message = f"{made.title} gave {describe_outcome(made.outcome)}, where {describe_outcome(right)} is right"
+                outcomes = f"{describe_outcome(made.outcome)} instead of {describe_outcome(right)}"
+                message = f"{made.title} returned {outcomes}"
                 raise ContractViolation(message)
             context.assertions += 1
         context.expect_that(

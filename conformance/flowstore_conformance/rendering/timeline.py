@@ -229,7 +229,7 @@ def svg_timeline(timeline: Timeline, *, label: str) -> str:
 
 
 def _positions(moments: Sequence[float]) -> list[float]:
-    """The x coordinate of each moment: evenly spaced, with longer gaps somewhat wider, stretched to the page."""
+    """The x coordinate of each moment: evenly spaced, longer gaps somewhat wider, stretched to the page."""
     gaps = [after - before for before, after in pairwise(moments)]
     shortest = min((gap for gap in gaps if gap > 0), default=1.0)
     places = [0.0]
