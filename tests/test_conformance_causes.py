@@ -1,4 +1,4 @@
-"""Failures by their probable cause, levels that stand on those below, and reports of what was asked for."""
+"""Failures by their probable cause, levels that stand on those below, and reports of partial runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def wrong(clause: str = "CLM-1") -> Failure:
 
 def raised(error: str = "KeyError", place: str | None = "mine/claims.py:7 in _row") -> Failure:
     return Failure(
-        clause="CON-2", message=f"{error} surfaced", error=error, place=place, operation="try_claim_step"
+        clause="CON-2",
+        message=f"the backend raised {error}",
+        error=error,
+        place=place,
+        operation="try_claim_step",
     )
 
 
@@ -183,7 +187,7 @@ def test_the_level_of_every_store_is_called_base() -> None:
         assert not re.search(r"level core|\bcore \d|\"core\"|>core<", shown)
 
 
-# What was asked for
+# Partial runs
 
 
 def test_a_partial_run_shows_what_was_asked_for_and_counts_the_rest() -> None:

@@ -35,7 +35,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
-    """Replaces the suite's checks, for a test of what is said about them."""
+    """Replaces the suite's checks, for tests of their reports."""
 
     def replace(*made: Check) -> None:
         monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: made)

@@ -266,7 +266,7 @@ async def test_a_stack_leads_through_tasks_and_context_managers() -> None:
 
 
 class Command:
-    """The command in a process of its own, which writes every form of the report."""
+    """The command in a separate process, which writes every format of the report."""
 
     FORMS = ("json", "html", "junit", "markdown", "badge")
 
