@@ -1,7 +1,7 @@
 """The operation table: one row for each operation of the contract.
 
-Capabilities, the validated store, the conformance suite and the tests of the documentation derive their tables
-from it. To add an operation, add a row; ``tests/test_operations.py`` then lists the missing parts.
+Capabilities, the validated store, the conformance suite and the tests of the documentation derive their
+tables from it. To add an operation, add a row; ``tests/test_operations.py`` then lists the missing parts.
 """
 
 from __future__ import annotations
