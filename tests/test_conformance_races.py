@@ -160,7 +160,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
     [
         (CheckThenClaim, "claims", "CLM-1", "a race that one call can win"),
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
-        (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
+        (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was returned to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),
         (SkipLocked, "deliveries", "SIG-3", "no order of these calls"),
         (TornRetry, "retries", "STP-6", "no order of these calls"),
