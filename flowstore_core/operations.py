@@ -1,7 +1,7 @@
 """The operation table: one row for each operation of the contract.
 
-Capabilities, the validated store, the conformance suite and the documentation derive what they know about
-an operation from its row. To add one, add a row; ``tests/test_operations.py`` then lists what is missing.
+Capabilities, the validated store, the conformance suite and the tests of the documentation derive their
+tables from it. To add an operation, add a row; ``tests/test_operations.py`` then lists the missing parts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Operation:
     clauses: tuple[str, ...]
     """The clauses that specify it; a wrong result most likely breaks the first."""
     capability: Capability | None = None
-    """The capability that brings it; None for the base protocols."""
+    """The capability that it belongs to; None for the base protocols."""
     writes: bool = False
     """Whether it may change the store."""
     spans_runs: bool = False
     """Whether it reads or changes several runs at once (CON-1)."""
     shows_state: bool = False
-    """Whether it reads state that earlier writes of the same run left."""
+    """Whether it reads state that earlier writes of the same run stored."""
 
     def is_offered(self, capabilities: Collection[Capability]) -> bool:
         """Whether a store with these capabilities has the operation."""

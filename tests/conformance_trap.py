@@ -19,7 +19,7 @@ from flowstore_memory.plugin import MemoryBackend
 
 
 class Blind:
-    """A store that cannot be looked into."""
+    """A store that cannot be inspected."""
 
     def __init__(self, store):
         self._store = store
@@ -67,7 +67,7 @@ def flowstore_backends():
 
 
 def install_trap(folder: Path) -> None:
-    """Put the plugin into a folder, as pip would; whoever has it on the path can open ``trap://``."""
+    """Install the plugin into a folder, as pip would; it serves ``trap://`` if the folder is on the path."""
     info = folder / "flowstore_trap-1.0.dist-info"
     info.mkdir()
     (folder / "flowstore_trap.py").write_text(PLUGIN)

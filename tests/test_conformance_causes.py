@@ -1,4 +1,4 @@
-"""Failures by their probable cause, levels that stand on those below, and reports of what was asked for."""
+"""Failures by their probable cause, levels that stand on those below, and reports of partial runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def wrong(clause: str = "CLM-1") -> Failure:
 
 def raised(error: str = "KeyError", place: str | None = "mine/claims.py:7 in _row") -> Failure:
     return Failure(
-        clause="CON-2", message=f"{error} surfaced", error=error, place=place, operation="try_claim_step"
+        clause="CON-2",
+        message=f"the backend raised {error}",
+        error=error,
+        place=place,
+        operation="try_claim_step",
     )
 
 
@@ -165,7 +169,7 @@ def test_a_method_that_core_cannot_call_never_conforms() -> None:
 def test_no_level_is_green_above_one_that_lacks_a_clause(status: Status) -> None:
     page = render_page(made_report({"RUN-1": status}))
     assert re.findall(r'<li class="(\w+)">', page) == ["lacking"] * 3
-    assert "a level below lacks clauses" in page
+    assert "a lower level lacks clauses" in page
 
 
 def test_a_level_below_one_that_lacks_a_clause_is_complete_and_not_granted() -> None:
@@ -183,13 +187,13 @@ def test_the_level_of_every_store_is_called_base() -> None:
         assert not re.search(r"level core|\bcore \d|\"core\"|>core<", shown)
 
 
-# What was asked for
+# Partial runs
 
 
 def test_a_partial_run_shows_what_was_asked_for_and_counts_the_rest() -> None:
     report = made_report(selected=("CLM-1", "SIG-3"))
     for shown in (render_text(report), render_markdown(report), render_page(report)):
-        assert "51 other clauses were not asked for" in shown
+        assert "51 other clauses were not selected" in shown
         assert "NOT RUN" not in shown
     assert len(re.findall(r"^[A-Z]{3}(?:-\d)? +PASS", render_text(report), re.M)) == 2
     assert len(json.loads(render_json(report))["clauses"]) == 53

@@ -35,7 +35,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
-    """Replaces the suite's checks, for a test of what is said about them."""
+    """Replaces the suite's checks, for tests of their reports."""
 
     def replace(*made: Check) -> None:
         monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: made)
@@ -77,9 +77,9 @@ def test_a_failure_is_shown_with_all_that_repeats_it(
     for wanted in (
         "FAIL CLM-1: Of any number of claimants",
         "docs/contract.md#clm-1",
-        "shown in  5 of 5 runs",
+        "failed in 5 of 5 runs",
         "--profile quick --clause CLM-1 --seed 7",
-        "cannot be placed here: the model answers False",
+        "cannot be placed here: the model returns False",
         "asyncio.run(main(sys.argv[1]))",
         "second False",
         "VIOLATES: 1 clause is broken: CLM-1",

@@ -163,7 +163,7 @@ async def test_a_cancellation_that_the_backend_lets_out_ends_only_its_check() ->
     report = await run("lets-cancellation-out")
     failure = report.results[0].failure
     assert failure is not None
-    assert failure.message.startswith("CancelledError surfaced")
+    assert failure.message.startswith("the backend raised CancelledError")
     assert report.results[1].status is Status.PASS
 
 
@@ -176,7 +176,7 @@ async def test_a_hang_in_a_process_of_a_check_is_named_and_leaves_no_process(
     report = await run(f"{name}-sqlite", racing, killed, url=f"/{tmp_path}/x.db", limit=12.0)
     for result in report.results:
         failure = hang_of(result)
-        assert failure.message.startswith("in a process of its own try_claim_step(")
+        assert failure.message.startswith("in another process, try_claim_step(")
         assert failure.operation == "try_claim_step"
         assert failure.traceback is not None
         assert "in try_claim_step" in failure.traceback
@@ -232,7 +232,7 @@ async def test_the_watchdog_leaves_a_cancellation_by_others_alone() -> None:
 
 async def test_the_watchdog_leaves_the_task_as_it_was() -> None:
     dog = Watchdog(Limits(0.05, 60.0))
-    with pytest.raises(Hung, match="no call of the store was under way"):
+    with pytest.raises(Hung, match="no call of the store was in progress"):
         async with dog.watch():
             await asyncio.Event().wait()
     task = asyncio.current_task()
@@ -266,7 +266,7 @@ async def test_a_stack_leads_through_tasks_and_context_managers() -> None:
 
 
 class Command:
-    """The command in a process of its own, which writes every form of the report."""
+    """The command in a separate process, which writes every format of the report."""
 
     FORMS = ("json", "html", "junit", "markdown", "badge")
 

@@ -67,7 +67,7 @@ def test_a_failed_check_tells_how_to_repeat_it(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 failed, 1 passed, 1 skipped" in done.stdout
     assert "flowstore conformance memory:// --profile standard --clause CLM-1 --seed 7" in done.stdout
-    assert "inconclusive, which is no pass: the search ran out" in done.stdout
+    assert "inconclusive, which does not count as passed: the search ran out" in done.stdout
     assert "does not declare DURABLE" in done.stdout
 
 

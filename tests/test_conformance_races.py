@@ -160,7 +160,7 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
     [
         (CheckThenClaim, "claims", "CLM-1", "a race that one call can win"),
         (TakeOverByTwo, "takeovers", "CLM-6", ""),
-        (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was given to"),
+        (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was returned to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),
         (SkipLocked, "deliveries", "SIG-3", "no order of these calls"),
         (TornRetry, "retries", "STP-6", "no order of these calls"),
@@ -175,7 +175,7 @@ async def test_catches_a_race(
     assert failure is not None
     assert (result.status, failure.clause) == (Status.FAIL, clause)
     assert words in failure.message
-    assert "struck in" in failure.message
+    assert "seen in" in failure.message
     assert failure.history is not None
     assert failure.verdict is not None
     # Shrunk: a race needs two, and hardly more.

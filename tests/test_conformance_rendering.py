@@ -213,7 +213,7 @@ def test_the_markdown_fits_a_summary() -> None:
     )
     shown = render_markdown(big)
     assert len(shown.encode()) < 1_000_000
-    assert "more causes are in the other reports" in shown
+    assert "more causes are in the other report formats" in shown
 
 
 # HTML

@@ -102,7 +102,7 @@ def test_a_run_in_which_nothing_was_looked_at_does_not_conform() -> None:
 def test_a_clause_without_a_check_keeps_a_whole_run_from_conforming() -> None:
     report = report_of(result("RUN-1", Status.PASS))
     assert not report.conforms
-    assert report.headline.startswith("no check looked at INP-1")
+    assert report.headline.startswith("no check covers INP-1")
 
 
 def test_the_command_repeats_the_check_on_the_same_store() -> None:

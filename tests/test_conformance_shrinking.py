@@ -40,7 +40,7 @@ def claim(**given: Any) -> Call:
 
 
 class LeaseTakesOver(SharedStore):
-    """Gives a claim with a lease to everybody who asks."""
+    """Grants a claim with a lease to every caller."""
 
     async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
         won = await super().try_claim_step(run_id, step_key, **given)
@@ -48,7 +48,7 @@ class LeaseTakesOver(SharedStore):
 
 
 class WaiterChangesNumbers(SharedStore):
-    """Numbers starts wrongly in a run with a waiter; from then on, those without let an error surface."""
+    """Numbers starts wrongly in a run with a waiter; afterwards, runs without one raise a foreign error."""
 
     met = False
 
@@ -63,7 +63,7 @@ class WaiterChangesNumbers(SharedStore):
 
 
 class ThirdStartMiscounted(SharedStore):
-    """Numbers the third start wrongly; from then on, runs with fewer starts let an error surface."""
+    """Numbers the third start wrongly; afterwards, runs with fewer starts raise a foreign error."""
 
     met = False
 

@@ -82,7 +82,7 @@ async def test_an_error_that_is_not_of_the_contract_breaks_con_2() -> None:
     failure = (await run_one(leaks)).failure
     assert failure is not None
     assert failure.clause == "CON-2"
-    assert failure.message == "KeyError surfaced, which is no error of the contract"
+    assert failure.message == "the backend raised KeyError, which is not an error of the contract"
     assert failure.traceback is not None
     assert "leaks" in failure.traceback
 
@@ -125,7 +125,7 @@ async def test_a_time_out_that_a_driver_lets_out_is_not_taken_for_hanging() -> N
 
     failure = (await run_one(leaks)).failure
     assert failure is not None
-    assert failure.message.startswith("TimeoutError surfaced")
+    assert failure.message.startswith("the backend raised TimeoutError")
 
 
 async def test_a_failure_is_run_again_to_tell_how_often_it_strikes() -> None:
@@ -250,8 +250,8 @@ async def touches(context: CheckContext) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("trap://data", "gave the URL it was asked for"),
-        ("trap://elsewhere", "is not empty: get_runs finds something. Nothing was changed"),
+        ("trap://data", "returned the URL that it was given"),
+        ("trap://elsewhere", "is not empty: get_runs returns data. Nothing was changed"),
     ],
 )
 async def test_a_namespace_that_holds_data_is_refused_and_left_alone(url: str, said: str) -> None:
@@ -268,9 +268,9 @@ async def test_a_namespace_that_holds_data_is_refused_and_left_alone(url: str, s
 @pytest.mark.parametrize(
     ("url", "error", "said"),
     [
-        ("trap://broken", ConfigurationError, "makes no scratch namespace: RuntimeError surfaced"),
+        ("trap://broken", ConfigurationError, "makes no scratch namespace: the backend raised RuntimeError"),
         ("trap://down", StoreUnavailableError, "no route"),
-        ("trap://blind", Refused, "cannot be seen, because RuntimeError surfaced"),
+        ("trap://blind", Refused, "is empty: the backend raised RuntimeError"),
     ],
 )
 async def test_without_an_empty_namespace_nothing_runs(
@@ -332,7 +332,7 @@ async def test_a_namespace_that_cannot_be_made_in_the_middle_is_no_verdict() -> 
             pass
     result = await run_check(made_check("RUN-1", "one"), "handing://mine", backend, Profile.QUICK, 7)
     assert result.status is Status.INCONCLUSIVE
-    assert result.reason == "no scratch namespace: OSError surfaced"
+    assert result.reason == "no scratch namespace: the backend raised OSError"
 
 
 async def test_the_guard_passes_a_fresh_namespace_of_a_built_in_backend(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The search for an order of a history's calls, held against trying out all orders."""
+"""The linearizability search, compared with a brute-force search over all orders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def state_after(*calls: Call) -> State:
 
 
 def by_brute_force(operations: tuple[Operation, ...], start: State) -> bool:
-    """Whether any order fits: every subset of what is unknown, in every permutation."""
+    """Whether any order fits, over all permutations and all subsets of unknown operations."""
     unknown = [index for index, one in enumerate(operations) if one.outcome is UNKNOWN]
     known = [index for index, one in enumerate(operations) if one.outcome is not UNKNOWN]
     for size in range(len(unknown) + 1):
@@ -84,7 +84,7 @@ def _fits(order: list[Operation], start: State) -> bool:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
-    """Up to six calls with drawn times, the answers of some order, and now and then a wrong one."""
+    """Up to six calls with drawn times and the outcomes of some order, sometimes with one wrong outcome."""
     generator = random.Random(draw(st.integers(0, 2**32)))
     chooser, model = RandomChoices(generator), Model(lambda: NOW)
     capabilities = frozenset(Capability)
@@ -101,12 +101,12 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
     drawn: list[Operation] = []
     state = start
     for _ in range(generator.randint(2, 6)):
-        # In the order of which the answers are true, each call takes effect at its own place...
+        # In the order that the outcomes follow, each call takes effect at a fixed time...
         place = len(drawn) * 10.0
         call = draw_one()
         outcome, state = apply_call(state, op(call, 0, 0, None))
         universe.model.state = state.copy()
-        # ... and its times lie around it, so that it overlaps with its neighbours.
+        # ... and its invocation and return lie around that time, so that it overlaps its neighbours.
         invoked, returned = place - generator.randint(0, 25), place + generator.randint(0, 25)
         if generator.random() < 0.15:
             outcome, returned = UNKNOWN, float("inf")
@@ -118,7 +118,7 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
 
 
 def _another(drawn: list[Operation], index: int, generator: random.Random) -> Outcome:
-    """An answer that may be wrong: that of another call, or the other of True and False."""
+    """An outcome that may be wrong: that of another call, or the opposite boolean."""
     outcome = drawn[index].outcome
     if isinstance(outcome, Returned) and isinstance(outcome.value, bool):
         return Returned(not outcome.value)
@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Operation, ...]] = {
         op(claim("y"), 1, 2, False),
         op(claim("x"), 3, 4, UNKNOWN),
     ),
-    "what was saved first is there at last": (
+    "the output saved first is the last one": (
         op(on("save_output", key="k", value_json="1"), 1, 2, None),
         op(on("save_output", key="k", value_json="2"), 3, 4, None),
         op(on("get_output", key="k"), 5, 6, "1"),

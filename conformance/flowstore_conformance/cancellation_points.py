@@ -169,8 +169,8 @@ async def sweep(
         for n in range(moments)
     ]
     last = None
-    scenes = await make(len(points) + len(drawn))
-    for scenario, point in zip(scenes, [*map(CancelPoint, points), *drawn], strict=True):
+    scenarios = await make(len(points) + len(drawn))
+    for scenario, point in zip(scenarios, [*map(CancelPoint, points), *drawn], strict=True):
         made = await cancel_at(store, scenario, point, exact_times=exact_times)
         if point.wait is not None:
             last = made
@@ -201,7 +201,7 @@ def program(made: CancelledCall) -> str:
         call=scenario.call.source(),
         wait=point.wait,
         seconds=f"{point.seconds:.6f}",
-        looks="\n".join(
+        reads="\n".join(
             f'        print("{call.method}:", await {call.source()})' for call in scenario.probes
         ),
     )
@@ -269,7 +269,7 @@ async def main(url):
     async with open_store(url) as store:
 {setup}        print("{method}:", await cancelled({call}))
         await asyncio.sleep(1)  # Let work in flight finish.
-{looks}
+{reads}
 
 
 asyncio.run(main(sys.argv[1]))

@@ -466,10 +466,10 @@ async def _run_shared(
     """
     hung = None
     try:
-        with capture_callback_errors() as surfaced:
+        with capture_callback_errors() as callback_errors:
             async with watchdog.watch(), shared.context(_seed_of(check, seed)) as context:
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
-        if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not surfaced:
+        if outcome.status in (Status.PASS, Status.UNSUPPORTED) and not callback_errors:
             return outcome
     except Hung as error:
         if error.hang.operation in watchdog.known_hangs:
@@ -523,17 +523,17 @@ async def _run_isolated(
     outcome: _CheckRun | None = None
     made: CheckContext | None = None
     try:
-        with capture_callback_errors() as surfaced:
+        with capture_callback_errors() as callback_errors:
             async with (
                 watchdog.watch(timeout_factor=4.0**retry),
                 new_context(url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call) as context,
             ):
                 made = context
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
-        if surfaced and outcome.status is Status.PASS:
-            name = type(surfaced[0]).__name__
+        if callback_errors and outcome.status is Status.PASS:
+            name = type(callback_errors[0]).__name__
             message = f"a callback of the event loop raised {name}, which no caller sees"
-            failure = _exception_failure("CON-2", message, surfaced[0], url)
+            failure = _exception_failure("CON-2", message, callback_errors[0], url)
             outcome = _CheckRun(Status.FAIL, outcome.assertions, failure)
     except asyncio.CancelledError as error:
         if _is_cancelled():

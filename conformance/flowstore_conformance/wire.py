@@ -149,5 +149,5 @@ def _unpack(packed: Any) -> Outcome:
         return UNKNOWN
     if "raised" not in packed:
         return Returned(unpack(packed["returned"]))
-    told = packed.get("exception")
-    return Raised(packed["raised"], None if told is None else RemoteError(packed["raised"], **told))
+    remote = packed.get("exception")
+    return Raised(packed["raised"], None if remote is None else RemoteError(packed["raised"], **remote))

@@ -152,11 +152,11 @@ def _triggers(d: RaceBuilder) -> Race:
     ]
     if d.one_of(True, False):
         makers += [register, lambda client: d.start_run(d.one_of(*ids))]
-    looks = [Call(method=name, arguments={"run_id": one}) for one in ids for name in LOOKS_AT_TRIGGERED]
-    return Race(setup=(), clients=d.clients(*makers), final=(find(), *looks))
+    reads = [Call(method=name, arguments={"run_id": one}) for one in ids for name in READS_OF_TRIGGERED]
+    return Race(setup=(), clients=d.clients(*makers), final=(find(), *reads))
 
 
-LOOKS_AT_TRIGGERED = ("get_run_detail", "get_run_control")
+READS_OF_TRIGGERED = ("get_run_detail", "get_run_control")
 
 
 RACE_FAMILIES: tuple[RaceFamily, ...] = (

@@ -48,7 +48,7 @@ def _clause_of_delivery(verdict: Verdict) -> str | None:
 
 
 def _late_deliveries(d: RaceBuilder) -> Race:
-    """Deliveries to a run that ends and is reopened; a step of its own fails, so its waiters are kept."""
+    """Deliveries to a run that ends and is reopened; one of its steps fails, so its waiters are kept."""
     deliver = _deliver(d)
 
     def end(client: int) -> Call:
