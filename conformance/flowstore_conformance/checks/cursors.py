@@ -84,13 +84,13 @@ async def a_position_needs_no_stored_run(context: CheckContext) -> None:
 
 @check("QRY-1")
 async def pages_show_lasting_runs_once_during_changes(context: CheckContext) -> None:
-    """Each run that stays is shown exactly once while other runs are started and deleted between pages."""
+    """Each lasting run is listed exactly once while other runs are started and deleted between pages."""
     store = context.store
-    shared, doomed = set(), []
+    lasting, doomed = set(), []
     for number in range(12):
         run_id = await start(context, run_id=new_id(context))
         if number % 3:
-            shared.add(run_id)
+            lasting.add(run_id)
         else:
             doomed.append(run_id)
     seen: list[UUID] = []
@@ -110,8 +110,8 @@ async def pages_show_lasting_runs_once_during_changes(context: CheckContext) -> 
             await store.complete_run(going, RunStatus.SUCCEEDED)
             await store.cleanup(page[-1].started_at + timedelta(days=365))
             context.expect(await store.get_run_status(going), None, "the status of a deleted run")
-    shown = sorted(str(run_id) for run_id in seen if run_id in shared)
-    context.expect(shown, sorted(str(run_id) for run_id in shared), "the lasting runs on all pages")
+    shown = sorted(str(run_id) for run_id in seen if run_id in lasting)
+    context.expect(shown, sorted(str(run_id) for run_id in lasting), "the lasting runs on all pages")
 
 
 @check("QRY-1", "QRY-3", needs=[Capability.DASHBOARD])

@@ -157,7 +157,7 @@ async def a_taken_key_returns_its_run(context: CheckContext) -> None:
                 "idempotency_key": "key",
             }
             result = await store.trigger_run(flow_id, "other", requested, "manual", **given)
-            sentence = f"a trigger under a key whose run is {status}"
+            sentence = f"a trigger under the key of a {status} run"
             context.expect([result.run], stored, f"{sentence}: the returned run")
             context.expect(result.created, False, f"{sentence}: created")
         advance(context, -SECOND)
@@ -179,7 +179,7 @@ async def a_key_whose_run_never_started_starts_it(context: CheckContext) -> None
         given: dict[str, Any] = {"trigger_data": "data", "job_id": "job", "source_run_id": new_id(context)}
         stop: dict[str, Any] = {"idempotency_key": key, "timeout_at": now(context) + DAY}
         result = await store.trigger_run(flow_id, "orders", requested, "manual", **given, **stop)
-        sentence = "a trigger under a key whose run never started"
+        sentence = "a trigger under the key of an unstarted run"
         context.expect(result.created, True, f"{sentence}: created")
         expect_fields(
             context, result.run, f"{sentence}: its run", run_id=registered, flow_name="orders", **given

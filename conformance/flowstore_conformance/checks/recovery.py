@@ -121,8 +121,8 @@ async def rescheduling_works_after_completing_as_pending(context: CheckContext) 
 
 
 @example("STP-7")
-async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context: CheckContext) -> None:
-    """Stale and reopened attempts, other outcomes and keys that never started are refused."""
+async def rescheduling_refuses_stale_and_closed_attempts(context: CheckContext) -> None:
+    """Stale attempts, reopened steps, attempts closed as another status and unstarted keys are refused."""
     store, run_id = context.store, await start(context)
     for status in TERMINAL_STEP_STATUSES:
         await run_step(context, run_id, status, status)
@@ -134,17 +134,17 @@ async def only_the_last_attempt_is_rescheduled_and_only_open_or_pending(context:
     await store.try_record_dispatch(run_id, "dispatched")
     before = await observe_all(context, run_id)
     for status in TERMINAL_STEP_STATUSES:
-        sentence = f"rescheduling an attempt that was closed as {status}"
+        sentence = f"rescheduling an attempt closed as {status}"
         call = store.reschedule_step(run_id, status, attempt=1)
         error = await context.expect_error(call, StepAlreadyCompletedError, sentence)
         expect_fields(context, error, f"{sentence}: the error", run_id=run_id, step_key=status.value)
     for key, attempt, last in (("poll", 1, 2), ("poll", 3, 2), ("reopened", 1, 1), ("reopened", 2, 1)):
-        sentence = f"rescheduling attempt {attempt} of {key!r}, whose last is {last}"
+        sentence = f"rescheduling attempt {attempt} of {key!r} with last attempt {last}"
         call = store.reschedule_step(run_id, key, attempt=attempt)
         error = await context.expect_error(call, StaleAttemptError, sentence)
         expect_fields(context, error, f"{sentence}: the error", attempt=attempt, last_attempt=last)
     call = store.reschedule_step(run_id, "dispatched", attempt=1)
-    await context.expect_error(call, StepNotFoundError, "rescheduling a key that never started")
+    await context.expect_error(call, StepNotFoundError, "rescheduling an unstarted key")
     assert_same(context, await observe_all(context, run_id), before, "a refused reschedule changes nothing")
 
 

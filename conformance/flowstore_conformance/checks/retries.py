@@ -228,7 +228,7 @@ async def a_retry_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
     cases = (("charge", 1, 2), ("charge", 3, 2), ("failed", 2, 1), ("failed", 2**63 - 1, 1))
     for key, attempt, last in cases:
         call = store.retry_step(run_id, key, attempt=attempt, reset=["after"])
-        sentence = f"retrying attempt {attempt} of a step whose last is {last}"
+        sentence = f"retrying attempt {attempt} of a step with last attempt {last}"
         error = await context.expect_error(call, StaleAttemptError, sentence)
         named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
         expect_fields(context, error, f"{sentence}: the error", **named)

@@ -84,7 +84,7 @@ async def registering_again_updates_only_name_and_expiry(context: CheckContext) 
     sentence = "a delivered waiter after registering again"
     expect_fields(context, waiter, sentence, **kept, expires_at=now(context) + MINUTE)
     delivery = await store.deliver_signal(run_id, "stop", "another")
-    context.expect(delivery.status, ALREADY, "a delivery to a delivered waiter that was registered again")
+    context.expect(delivery.status, ALREADY, "a delivery to a delivered, reregistered waiter")
     await store.remove_waiter(run_id, "wait")
     fresh = advance(context, SECOND)
     await store.register_waiter(run_id, "wait", "go")
@@ -168,12 +168,12 @@ async def the_oldest_waiter_gets_the_payload(context: CheckContext) -> None:
     result = await store.deliver_signal(run_id, "own clock", "two")
     context.expect(result.step_key, "newer", "the waiter of a second delivery")
     waiter = await get_waiter(context, run_id, "older")
-    context.expect(waiter.payload_json, "one", "the payload of a waiter stays as it was delivered")
+    context.expect(waiter.payload_json, "one", "the payload of a waiter after a second delivery")
 
 
 @example("SIG-2")
 async def a_delivery_id_is_delivered_once(context: CheckContext) -> None:
-    """The same id again returns the first result, whatever name it gives, and after the waiter is gone."""
+    """A repeated id returns the first result for any signal name, also after its waiter was removed."""
     store, run_id, other = context.store, await start(context), await start(context)
     for one in (run_id, other):
         for key in ("a", "b"):
@@ -184,17 +184,19 @@ async def a_delivery_id_is_delivered_once(context: CheckContext) -> None:
     advance(context, SECOND)
     for name in ("go", "another name"):
         again = await store.deliver_signal(run_id, name, "two", delivery_id="id")
-        context.expect(again, first, f"the same delivery_id again, for the signal {name!r}")
+        context.expect(again, first, f"the repeated delivery_id for the signal {name!r}")
     advance(context, -SECOND)
     assert_same(context, await observe_all(context, run_id), before, "a repeated delivery_id changes nothing")
     other_delivery = await store.deliver_signal(other, "go", "{}", delivery_id="id")
-    context.expect(other_delivery.status, DELIVERED, "delivery ids belong to the run")
+    context.expect(other_delivery.status, DELIVERED, "a delivery with the same delivery_id to another run")
     second = await store.deliver_signal(run_id, "go", "two", delivery_id="ID")
-    context.expect((second.status, second.step_key), (DELIVERED, "b"), "another delivery_id, in upper case")
+    context.expect(
+        (second.status, second.step_key), (DELIVERED, "b"), "a delivery with the delivery_id in upper case"
+    )
     await store.remove_waiter(run_id, "a")
     await store.register_waiter(run_id, "a", "go")
     again = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
-    context.expect(again, first, "a delivery_id outlives its waiter")
+    context.expect(again, first, "the repeated delivery_id after its waiter was removed")
     context.expect(
         (await get_waiter(context, run_id, "a")).delivered_at,
         None,

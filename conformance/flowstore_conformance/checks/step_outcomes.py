@@ -119,7 +119,7 @@ async def a_result_of_a_stale_attempt_is_refused(context: CheckContext) -> None:
     ]
     for key, attempt, status, last in cases:
         call = store.record_step_complete(run_id, key, status, attempt=attempt)
-        sentence = f"completing attempt {attempt} of a step ({key}) whose last is {last}"
+        sentence = f"completing attempt {attempt} of a step ({key}) with last attempt {last}"
         error = await context.expect_error(call, StaleAttemptError, sentence)
         named = {"run_id": run_id, "step_key": key, "attempt": attempt, "last_attempt": last}
         expect_fields(context, error, f"{sentence}: the error", **named)

@@ -220,7 +220,9 @@ async def a_start_is_repeatable_under_the_same_claim(context: CheckContext) -> N
         number += 1
         for how in ("the first", "the second"):
             found = await outcome_of(store.record_step_start(run_id, "charge", "http", owner="me"))
-            context.expect(found, number, f"{how} start under a claim whose attempt was closed as {status}")
+            context.expect(
+                found, number, f"{how} start under the same claim after an attempt closed as {status}"
+            )
 
 
 @example("STP-3")
@@ -247,7 +249,7 @@ async def an_expired_claim_does_not_start_a_step(context: CheckContext) -> None:
     advance(context, MINUTE)
     before = await observe_all(context, run_id)
     call = store.record_step_start(run_id, "charge", "http", owner="old")
-    await context.expect_error(call, ClaimLostError, "starting under a claim whose lease has just ended")
+    await context.expect_error(call, ClaimLostError, "starting under a claim at the end of its lease")
     assert_same(context, await observe_all(context, run_id), before, "a refused start changes nothing")
     await store.try_claim_step(run_id, "charge", owner="old", lease=MINUTE)
     number = await store.record_step_start(run_id, "charge", "http", owner="old")
