@@ -70,7 +70,7 @@ def verify_history(counts: Counts, history: History, refused: int) -> None:
     for one in operations:
         if is_foreign(one.outcome):
             counts.count_wrong(
-                f"{one.call.method} gave {describe_outcome(one.outcome)}, which is not an error of the contract"
+                f"{one.call.method} raised {describe_outcome(one.outcome)}, which is no error of the contract"
             )
             return
     verdict = check_history(

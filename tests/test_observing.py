@@ -205,7 +205,7 @@ async def test_an_unacknowledged_write_is_reported_with_its_resolution(
             recorder.lost.clear()
             proxy.arm(1 if "append" in call.__name__ else 4, fault)
             await call
-            assert proxy.struck
+            assert proxy.has_injected
             proxy.disarm()
             assert all(calls == 1 for _, _, calls in recorder.lost)
 
@@ -221,7 +221,7 @@ async def test_an_outcome_that_stays_unknown_is_reported(postgresql_url: str, re
         proxy.arm(1, Fault.REPLY_LOST)
         call = asyncio.ensure_future(store.try_claim_step(run_id, "lost"))
         while not call.done():
-            if proxy.struck:
+            if proxy.has_injected:
                 # From now on every message is dropped, so a probe is impossible.
                 proxy.arm(1, Fault.REQUEST_LOST)
             await asyncio.wait({call}, timeout=0.001)

@@ -171,7 +171,7 @@ async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
         async def with_fault(*calls: Awaitable[Any]) -> list[Any]:
             tasks = await start_and_arm(list(calls))
             found = await gather_results(*tasks)
-            assert proxy.struck
+            assert proxy.has_injected
             proxy.disarm()
             await proxy.settle()
             return found

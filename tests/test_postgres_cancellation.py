@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from flowstore_chaos.proxy import Aim, Fault, Proxy, proxy_before
+from flowstore_chaos.proxy import Fault, MessageMatch, Proxy, proxy_before
 from flowstore_core import FlowStore, OutcomeUnknownError, new_run_id, open_store
 
 TIMEOUT_SECONDS = 20.0
@@ -108,9 +108,9 @@ async def _is(admin: asyncpg.Connection, count: int) -> bool:
 
 async def _lose_replies(proxy: Proxy, store: FlowStore, run_id: UUID) -> list[asyncio.Task[bool]]:
     """Start claims that succeed and whose replies are lost."""
-    proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT, times=3)
+    proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT, times=3)
     tasks = _claims(store, run_id, 3)
-    while not proxy.struck:  # noqa: ASYNC110 - before the store retries
+    while not proxy.has_injected:  # noqa: ASYNC110 - before the store retries
         await asyncio.sleep(0)
     return tasks
 
@@ -148,11 +148,11 @@ async def test_compensations_are_retried_until_the_server_is_back(
     ):
         _, free = await _runs(store)
         unacked = await _lose_replies(proxy, store, free)
-        proxy.arm(1, Fault.RESET, aim=Aim.CONNECT, times=100_000)
+        proxy.arm(1, Fault.RESET, match=MessageMatch.CONNECT, times=100_000)
         await _cancel(unacked)
-        refused = sum(proxy.landed.values())
+        refused = sum(proxy.injected.values())
         # Several times the number of tries within one retry_timeout.
-        await _until(lambda: _true(sum(proxy.landed.values()) > refused + 30), "the store tries to connect")
+        await _until(lambda: _true(sum(proxy.injected.values()) > refused + 30), "the store tries to connect")
         assert not await _released(direct, free)
         proxy.heal()
         await _until(lambda: _released(direct, free), "the claims are released")

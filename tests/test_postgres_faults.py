@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 
-from flowstore_chaos.proxy import CUTS, HOLES, Aim, Fault, Proxy, proxy_before
+from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
 from flowstore_core import FlowStore, StepStatus, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
 from tests.virtual_clock import VirtualClock
@@ -105,9 +105,9 @@ def _with_run(value: Any, run: UUID) -> str:
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [(name, fault) for fault in CUTS for name in CALLS]
+    [(name, fault) for fault in DISCONNECTS for name in CALLS]
     # Each takes a timeout, so only three: a batched write, a single statement and a transaction.
-    + [(name, fault) for fault in HOLES for name in ("try_claim_step", "append_event", "deliver_signal")],
+    + [(name, fault) for fault in HANGS for name in ("try_claim_step", "append_event", "deliver_signal")],
 )
 async def test_con_3_a_lost_message_does_not_change_the_result(
     name: str, fault: Fault, postgresql_url: str
@@ -134,7 +134,7 @@ async def test_con_3_a_lost_message_does_not_change_the_result(
             proxy.arm(strike_at, fault)
             with_fault = _with_run(await call(store, run), run)
             proxy.disarm()
-            assert proxy.struck, f"message {strike_at} of {name} was not sent"
+            assert proxy.has_injected, f"message {strike_at} of {name} was not sent"
             await proxy.settle()
             proxy.heal()
             assert with_fault == result, f"message {strike_at} of {messages}"
@@ -153,11 +153,11 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
 async def _with_lost_reply(proxy: Proxy, store: FlowStore, call: Awaitable[Any]) -> asyncio.Future[Any]:
     """Start a call and lose its reply; connections fail until the proxy is disarmed."""
     await store.ping()
-    proxy.arm(1, Fault.REPLY_LOST, aim=Aim.COMMIT)
+    proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
     made = asyncio.ensure_future(call)
-    while not proxy.struck:  # noqa: ASYNC110 - before the store retries
+    while not proxy.has_injected:  # noqa: ASYNC110 - before the store retries
         await asyncio.sleep(0)
-    proxy.arm(1, Fault.RESET, aim=Aim.CONNECT, times=1_000)
+    proxy.arm(1, Fault.RESET, match=MessageMatch.CONNECT, times=1_000)
     return made
 
 
@@ -229,11 +229,11 @@ async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
     ):
         # The server's first replies: to the startup message and to the handshake.
         proxy.arm(strike_at, Fault.BLACK_HOLE)
-        proxy.cut()
+        proxy.drop_idle()
         async with asyncio.timeout(5):
             with pytest.raises(StoreUnavailableError):
                 await store.ping()
-            assert proxy.struck
+            assert proxy.has_injected
             await store.ping()
 
 
@@ -252,6 +252,6 @@ async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql
                 await store.complete_run(run, "Succeeded")
             proxy.arm(strike_at, Fault.REPLY_LOST)
             assert await store.cleanup(clock() + LEASE) == 3
-            assert proxy.struck
+            assert proxy.has_injected
             proxy.disarm()
             assert await store.get_runs() == ()
