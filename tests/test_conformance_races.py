@@ -221,7 +221,7 @@ async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.failure is not None
     program = result.failure.program
     assert program is not None
-    assert program.count("await told(") == 4, program
+    assert program.count("await outcome(") == 4, program
     printed = await replay_on_memory(program)
     assert [line.partition(":")[0] for line in printed.splitlines()] == [
         "start_run",
