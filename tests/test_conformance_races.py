@@ -202,7 +202,7 @@ async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> No
         (TornPage, "pages_agree_with_their_counts", "QRY-3"),
         (RenewingShortens, "call_sequences_agree_with_the_model", "CLM-6"),
         (DriverErrorSurfaces, "call_sequences_agree_with_the_model", "CON-2"),
-        (DriverErrorSurfaces, "hypothesis_call_sequences_agree_with_the_model", "CON-2"),
+        (DriverErrorSurfaces, "hypothesis_calls_agree_with_the_model", "CON-2"),
     ],
 )
 async def test_catches_what_is_wrong(

@@ -95,7 +95,7 @@ async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "name", ["call_sequences_agree_with_the_model", "hypothesis_call_sequences_agree_with_the_model"]
+    "name", ["call_sequences_agree_with_the_model", "hypothesis_calls_agree_with_the_model"]
 )
 async def test_a_smaller_program_keeps_to_the_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WaiterChangesNumbers, "met", False)

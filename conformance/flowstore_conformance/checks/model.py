@@ -78,7 +78,7 @@ async def _run_random_sequence(program: CallSequence, generator: random.Random) 
 
 
 @check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
-async def hypothesis_call_sequences_agree_with_the_model(context: CheckContext) -> None:
+async def hypothesis_calls_agree_with_the_model(context: CheckContext) -> None:
     """Call sequences that Hypothesis draws and varies get the model's results and leave the model's state."""
     bridge = _LoopBridge()
     search = _Search(context, bridge, until=time.monotonic() + context.profile.of(2, 8, 300))
