@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from asyncio import AbstractEventLoop
-from asyncio import _get_running_loop as get_ident
+from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
@@ -89,12 +89,12 @@ class _ByLoop(dict[AbstractEventLoop | None, FlowStore]):
     as fast.
     """
 
-    def __init__(self, elsewhere: _AlwaysRaises, known: dict[AbstractEventLoop | None, FlowStore]) -> None:
+    def __init__(self, fallback: _AlwaysRaises, known: dict[AbstractEventLoop | None, FlowStore]) -> None:
         super().__init__(known)
-        self._elsewhere = cast(FlowStore, elsewhere)
+        self._fallback = cast(FlowStore, fallback)
 
     def __missing__(self, loop: AbstractEventLoop | None) -> FlowStore:
-        return self._elsewhere
+        return self._fallback
 
 
 class _PartialStore:
@@ -166,7 +166,7 @@ class ValidatedStore:
         return self._capabilities
 
     async def ping(self) -> None:
-        await self._store[get_ident()].ping()
+        await self._store[running_loop()].ping()
 
     def _invalidate_after_fork(self) -> None:
         """Make every operation raise: this is the copy of a store in a forked process."""
@@ -179,7 +179,7 @@ class ValidatedStore:
             return
         if self._closed is not None and self._closed.is_set():
             return
-        if self._loop is not get_ident():
+        if self._loop is not running_loop():
             raise ConfigurationError(
                 "a store belongs to the event loop that it was opened in; close it in that loop"
             )
@@ -207,7 +207,7 @@ class ValidatedStore:
         job_id: str | None = None,
         source_run_id: UUID | None = None,
     ) -> FlowRunRecord:
-        return await self._store[get_ident()].start_run(
+        return await self._store[running_loop()].start_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -224,7 +224,7 @@ class ValidatedStore:
         *,
         expected: Mapping[str, StepStatus | str] | None = None,
     ) -> bool:
-        return await self._store[get_ident()].complete_run(
+        return await self._store[running_loop()].complete_run(
             run_id=check_id("run_id", run_id),
             status=check_run_outcome(status),
             expected=check_expected(expected),
@@ -238,7 +238,7 @@ class ValidatedStore:
         skip: int = 0,
         take: int = 50,
     ) -> Sequence[FlowRunRecord]:
-        return await self._store[get_ident()].get_runs(
+        return await self._store[running_loop()].get_runs(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             after=check_position(after),
             skip=check_skip(skip),
@@ -255,7 +255,7 @@ class ValidatedStore:
         take: int = 50,
         search: str | None = None,
     ) -> RunPage:
-        return await self._dashboard[get_ident()].get_runs_page(
+        return await self._dashboard[running_loop()].get_runs_page(
             flow_id=None if flow_id is None else check_id("flow_id", flow_id),
             status=None if status is None else check_run_status(status),
             after=check_position(after),
@@ -265,18 +265,20 @@ class ValidatedStore:
         )
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
-        return await self._store[get_ident()].get_run_detail(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_run_detail(run_id=check_id("run_id", run_id))
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        return await self._store[get_ident()].get_run_status(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_run_status(run_id=check_id("run_id", run_id))
 
     async def get_active_runs(self, *, take: int | None = None) -> Sequence[FlowRunRecord]:
-        return await self._store[get_ident()].get_active_runs(take=None if take is None else check_take(take))
+        return await self._store[running_loop()].get_active_runs(
+            take=None if take is None else check_take(take)
+        )
 
     async def get_derived_runs(
         self, source_run_id: UUID, *, take: int | None = None
     ) -> Sequence[FlowRunRecord]:
-        return await self._store[get_ident()].get_derived_runs(
+        return await self._store[running_loop()].get_derived_runs(
             source_run_id=check_id("source_run_id", source_run_id),
             take=None if take is None else check_take(take),
         )
@@ -293,7 +295,7 @@ class ValidatedStore:
         job_id: str | None = None,
         owner: str | None = None,
     ) -> int:
-        return await self._store[get_ident()].record_step_start(
+        return await self._store[running_loop()].record_step_start(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
@@ -312,7 +314,7 @@ class ValidatedStore:
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        await self._store[get_ident()].record_step_complete(
+        await self._store[running_loop()].record_step_complete(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             status=check_step_outcome(status),
@@ -330,7 +332,7 @@ class ValidatedStore:
         *,
         owner: str | None = None,
     ) -> None:
-        await self._store[get_ident()].record_skipped_step(
+        await self._store[running_loop()].record_skipped_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             step_type=check_key("step_type", step_type),
@@ -346,7 +348,7 @@ class ValidatedStore:
         attempt: int | None = None,
         reset: Collection[str] = (),
     ) -> None:
-        await self._store[get_ident()].retry_step(
+        await self._store[running_loop()].retry_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
@@ -354,7 +356,7 @@ class ValidatedStore:
         )
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        return await self._store[get_ident()].get_step_statuses(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_step_statuses(run_id=check_id("run_id", run_id))
 
     async def reschedule_step(
         self,
@@ -365,7 +367,7 @@ class ValidatedStore:
         output_json: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        await self._recovery[get_ident()].reschedule_step(
+        await self._recovery[running_loop()].reschedule_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
@@ -376,7 +378,7 @@ class ValidatedStore:
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[StalledStep]:
-        return await self._recovery[get_ident()].get_stalled_steps(
+        return await self._recovery[running_loop()].get_stalled_steps(
             as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
@@ -385,29 +387,29 @@ class ValidatedStore:
     async def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
     ) -> bool:
-        return await self._store[get_ident()].try_record_dispatch(
+        return await self._store[running_loop()].try_record_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
         )
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
-        await self._store[get_ident()].annotate_dispatch(
+        await self._store[running_loop()].annotate_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             job_id=check_key("job_id", job_id, MAX_JOB_ID),
         )
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        await self._store[get_ident()].release_dispatch(
+        await self._store[running_loop()].release_dispatch(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return await self._store[get_ident()].get_dispatched_step_keys(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_dispatched_step_keys(run_id=check_id("run_id", run_id))
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
-        return await self._store[get_ident()].get_dispatches(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_dispatches(run_id=check_id("run_id", run_id))
 
     async def try_claim_step(
         self,
@@ -417,7 +419,7 @@ class ValidatedStore:
         owner: str | None = None,
         lease: timedelta | None = None,
     ) -> bool:
-        return await (self._store if lease is None else self._leases)[get_ident()].try_claim_step(
+        return await (self._store if lease is None else self._leases)[running_loop()].try_claim_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
@@ -425,14 +427,14 @@ class ValidatedStore:
         )
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None = None) -> None:
-        await self._store[get_ident()].release_step_claim(
+        await self._store[running_loop()].release_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=None if owner is None else check_key("owner", owner),
         )
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
-        return await self._leases[get_ident()].renew_step_claim(
+        return await self._leases[running_loop()].renew_step_claim(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             owner=check_key("owner", owner),
@@ -440,10 +442,10 @@ class ValidatedStore:
         )
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
-        return await self._store[get_ident()].get_claimed_step_keys(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_claimed_step_keys(run_id=check_id("run_id", run_id))
 
     async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
-        return await self._store[get_ident()].get_step_claims(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_step_claims(run_id=check_id("run_id", run_id))
 
     # Controls
 
@@ -456,7 +458,7 @@ class ValidatedStore:
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> None:
-        await self._store[get_ident()].configure_run(
+        await self._store[running_loop()].configure_run(
             run_id=check_id("run_id", run_id),
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
@@ -467,17 +469,17 @@ class ValidatedStore:
         )
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        return await self._store[get_ident()].get_run_control(run_id=check_id("run_id", run_id))
+        return await self._store[running_loop()].get_run_control(run_id=check_id("run_id", run_id))
 
     async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
-        return await self._store[get_ident()].request_cancel(
+        return await self._store[running_loop()].request_cancel(
             run_id=check_id("run_id", run_id), reason=None if reason is None else check_text("reason", reason)
         )
 
     async def mark_timed_out(
         self, run_id: UUID, reason: str | None = None, *, as_of: datetime | None = None
     ) -> bool:
-        return await self._store[get_ident()].mark_timed_out(
+        return await self._store[running_loop()].mark_timed_out(
             run_id=check_id("run_id", run_id),
             reason=None if reason is None else check_text("reason", reason),
             as_of=None if as_of is None else check_datetime("as_of", as_of),
@@ -486,7 +488,7 @@ class ValidatedStore:
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        return await self._store[get_ident()].find_run_id_by_idempotency_key(
+        return await self._store[running_loop()].find_run_id_by_idempotency_key(
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
             idempotency_key=check_key("idempotency_key", idempotency_key),
@@ -495,7 +497,7 @@ class ValidatedStore:
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
     ) -> bool:
-        return await self._store[get_ident()].try_register_idempotency_key(
+        return await self._store[running_loop()].try_register_idempotency_key(
             flow_id=check_id("flow_id", flow_id),
             trigger_key=check_key("trigger_key", trigger_key),
             idempotency_key=check_key("idempotency_key", idempotency_key),
@@ -515,7 +517,7 @@ class ValidatedStore:
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
     ) -> TriggerResult:
-        return await self._trigger[get_ident()].trigger_run(
+        return await self._trigger[running_loop()].trigger_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -532,12 +534,12 @@ class ValidatedStore:
     async def get_runs_to_stop(
         self, *, as_of: datetime | None = None, take: int = 100
     ) -> Sequence[FlowRunRecord]:
-        return await self._deadlines[get_ident()].get_runs_to_stop(
+        return await self._deadlines[running_loop()].get_runs_to_stop(
             as_of=None if as_of is None else check_datetime("as_of", as_of), take=check_take(take)
         )
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
-        return await self._deadlines[get_ident()].extend_deadline(
+        return await self._deadlines[running_loop()].extend_deadline(
             run_id=check_id("run_id", run_id),
             timeout_at=check_datetime("timeout_at", timeout_at),
         )
@@ -552,7 +554,7 @@ class ValidatedStore:
         *,
         expires_at: datetime | None = None,
     ) -> None:
-        await self._store[get_ident()].register_waiter(
+        await self._store[running_loop()].register_waiter(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             signal_name=check_key("signal_name", signal_name),
@@ -567,7 +569,7 @@ class ValidatedStore:
         *,
         delivery_id: str | None = None,
     ) -> SignalDeliveryResult:
-        return await self._store[get_ident()].deliver_signal(
+        return await self._store[running_loop()].deliver_signal(
             run_id=check_id("run_id", run_id),
             signal_name=check_key("signal_name", signal_name),
             payload_json=check_text("payload_json", payload_json),
@@ -575,39 +577,39 @@ class ValidatedStore:
         )
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._store[get_ident()].get_waiter(
+        return await self._store[running_loop()].get_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._store[get_ident()].remove_waiter(
+        return await self._store[running_loop()].remove_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self._waiters[get_ident()].expire_waiter(
+        return await self._waiters[running_loop()].expire_waiter(
             run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_waiters(self, run_id: UUID) -> Sequence[FlowSignalWaiter]:
-        return await self._waiters[get_ident()].get_waiters(run_id=check_id("run_id", run_id))
+        return await self._waiters[running_loop()].get_waiters(run_id=check_id("run_id", run_id))
 
     # Outputs and events
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
-        await self._outputs[get_ident()].save_output(
+        await self._outputs[running_loop()].save_output(
             run_id=check_id("run_id", run_id),
             key=check_key("key", key),
             value_json=check_text("value_json", value_json),
         )
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
-        return await self._outputs[get_ident()].get_output(
+        return await self._outputs[running_loop()].get_output(
             run_id=check_id("run_id", run_id), key=check_key("key", key)
         )
 
     async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        return await self._outputs[get_ident()].get_outputs(run_id=check_id("run_id", run_id))
+        return await self._outputs[running_loop()].get_outputs(run_id=check_id("run_id", run_id))
 
     async def append_event(
         self,
@@ -617,7 +619,7 @@ class ValidatedStore:
         step_key: str | None = None,
         message: str | None = None,
     ) -> int:
-        return await self._events[get_ident()].append_event(
+        return await self._events[running_loop()].append_event(
             run_id=check_id("run_id", run_id),
             event_type=check_key("event_type", event_type),
             step_key=None if step_key is None else check_key("step_key", step_key),
@@ -627,7 +629,7 @@ class ValidatedStore:
     async def get_run_events(
         self, run_id: UUID, *, after: int = 0, take: int = 200
     ) -> Sequence[FlowEventRecord]:
-        return await self._events[get_ident()].get_run_events(
+        return await self._events[running_loop()].get_run_events(
             run_id=check_id("run_id", run_id),
             after=check_int("after", after, 0, MAX_INT64),
             take=check_take(take),
@@ -636,10 +638,10 @@ class ValidatedStore:
     # Retention and statistics
 
     async def cleanup(self, cutoff: datetime) -> int:
-        return await self._store[get_ident()].cleanup(cutoff=check_datetime("cutoff", cutoff))
+        return await self._store[running_loop()].cleanup(cutoff=check_datetime("cutoff", cutoff))
 
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
-        return await self._dashboard[get_ident()].get_statistics(
+        return await self._dashboard[running_loop()].get_statistics(
             as_of=None if as_of is None else check_datetime("as_of", as_of)
         )
 
@@ -652,7 +654,7 @@ class ValidatedStore:
     ) -> Sequence[RunTimeseriesBucket]:
         checked = check_granularity(granularity)
         first, end = check_window(checked, check_datetime("since", since), check_datetime("until", until))
-        return await self._dashboard[get_ident()].get_run_timeseries(
+        return await self._dashboard[running_loop()].get_run_timeseries(
             granularity=checked,
             since=first,
             until=end,

@@ -28,7 +28,7 @@ def base_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 async def test_the_suite_finds_the_mutant(name: str, base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DIST)
     # A mutant's wrong result is permanent: shorten the wait for a state to settle.
-    monkeypatch.setattr(state_probe, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(state_probe, "SETTLE_SECONDS", 0.5)
     kill = await find_kill(MUTANTS[name], base_url)
     assert kill is not None, f"no check of {MUTANTS[name].clause} finds: {MUTANTS[name].description}"
 

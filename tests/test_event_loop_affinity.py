@@ -51,7 +51,7 @@ async def test_a_loop_within_the_stores_own_is_refused(namespace: str, backend: 
 
 async def test_the_suite_finds_a_store_that_belongs_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(validated_store, "get_ident", lambda: loop)
+    monkeypatch.setattr(validated_store, "running_loop", lambda: loop)
     result = await run_check(_nested(), "memory://", find_backend("memory")[1], Profile.QUICK, 1)
     assert result.failure is not None
     assert "expected ConfigurationError, got no error" in result.failure.message
