@@ -246,7 +246,8 @@ async def test_the_thread_wakes_every_loop_and_closes_its_descriptors(
         ("done", number) for number in range(5)
     ]
     await batcher.drain(5)
-    assert open_files() == before
+    # Earlier tests may close files meanwhile.
+    assert open_files() <= before
 
 
 def assert_threads_end() -> None:
