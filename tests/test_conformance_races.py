@@ -133,7 +133,7 @@ class TornPage(SharedStore):
         page = await super().get_runs_page(*given, **named)
         await asyncio.sleep(0)
         later = await super().get_runs_page(*given, **named)
-        return dataclasses.replace(page, total_count=later.total_count)
+        return page._replace(total_count=later.total_count)
 
 
 class RenewingShortens(SharedStore):
