@@ -119,11 +119,12 @@ BASE_OPERATIONS: tuple[str, ...] = (
 )
 """The operations of the base protocols. A backend may lack some; calling one raises NotSupportedError."""
 
+
+def _methods_of(capability: Capability) -> tuple[str, ...]:
+    return tuple(one.name for one in OPERATIONS.values() if one.capability is capability)
+
+
 CAPABILITY_METHODS: Mapping[Capability, tuple[str, ...]] = MappingProxyType(
-    {
-        capability: names
-        for capability in Capability
-        if (names := tuple(one.name for one in OPERATIONS.values() if one.capability is capability))
-    }
+    {capability: _methods_of(capability) for capability in Capability if _methods_of(capability)}
 )
 """The methods that a backend needs to offer a capability. Facts such as DURABLE need none."""
