@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 
@@ -16,6 +15,7 @@ from flowstore_core import (
     StaleAttemptError,
     StepNotFoundError,
 )
+from flowstore_core.suggestions import closest_word
 
 OPTIONS = {
     "after": "--after",
@@ -78,8 +78,5 @@ def in_words(error: FlowStoreError) -> str:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``; did you mean ...?`` for a misspelt or unfinished word, else an empty string."""
-    by_lower = {one.lower(): str(one) for one in known}
-    word = word.lower()
-    begun = [one for one in by_lower if word and one.startswith(word)]
-    close = begun if len(begun) == 1 else difflib.get_close_matches(word, by_lower, 1)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    close = closest_word(word, known)
+    return f"; did you mean {close!r}?" if close else ""

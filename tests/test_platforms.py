@@ -1,4 +1,4 @@
-"""Systems without POSIX: what is refused there, and that the rest uses nothing that only POSIX has.
+"""Systems without POSIX: the refusals there, and the parts that need no POSIX functions.
 
 A simulation, not Windows: in a subprocess os.name is not "posix", and functions and modules that Windows
 lacks are removed.
