@@ -222,7 +222,8 @@ async def test_a_removal_between_commit_and_answer_leaves_the_outcome_unknown(
     store: FlowStore, path: Path
 ) -> None:
     inner: Any = store
-    (database,) = inner._store.values()
+    (found,) = inner._store.values()
+    database = found._database
     assert isinstance(database, Database)
 
     def remove(statement: str) -> None:
