@@ -111,8 +111,10 @@ WHERE run_id = ? AND dispatched_at IS NOT NULL ORDER BY step_key
 """
 
 
-class Claims(Database):
+class Claims:
     """See flowstore_core.claims for the contract."""
+
+    _database: Database
 
     # Not ``async``, like other frequent operations: saves one coroutine per call.
     def try_claim_step(
@@ -120,16 +122,16 @@ class Claims(Database):
     ) -> Coroutine[Any, Any, bool]:
         if owner is not None:
             # No compensation: the owner can call again and gets True for its own claim.
-            return self.write(partial(_try_claim_step, run_id, step_key, owner, lease))
-        claim = _ClaimWrite(self, run_id, step_key, None)
-        return self.write(claim, claim.compensate)
+            return self._database.write(partial(_try_claim_step, run_id, step_key, owner, lease))
+        claim = _ClaimWrite(self._database, run_id, step_key, None)
+        return self._database.write(claim, claim.compensate)
 
     async def release_step_claim(self, run_id: UUID, step_key: str, *, owner: str | None) -> None:
         row: tuple[object, ...] = (run_id.bytes, step_key)
         if owner is None:
-            await self.write(partial(_execute, RELEASE_STEP_CLAIM, row))
+            await self._database.write(partial(_execute, RELEASE_STEP_CLAIM, row))
         else:
-            await self.write(partial(_execute, RELEASE_OWNED_CLAIM, (*row, owner)))
+            await self._database.write(partial(_execute, RELEASE_OWNED_CLAIM, (*row, owner)))
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         def renew(db: sqlite3.Connection, now: int) -> bool:
@@ -142,17 +144,17 @@ class Claims(Database):
             }
             return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
 
-        return await self.write(renew)
+        return await self._database.write(renew)
 
     async def get_claimed_step_keys(self, run_id: UUID) -> frozenset[str]:
         def keys(db: sqlite3.Connection) -> frozenset[str]:
-            rows = db.execute(GET_CLAIMED_STEP_KEYS, (run_id.bytes, self.now()))
+            rows = db.execute(GET_CLAIMED_STEP_KEYS, (run_id.bytes, self._database.now()))
             return frozenset(step_key for (step_key,) in rows)
 
-        return await self.read(keys)
+        return await self._database.read(keys)
 
     async def get_step_claims(self, run_id: UUID) -> tuple[StepClaim, ...]:
-        rows = await self.read(lambda db: db.execute(GET_STEP_CLAIMS, (run_id.bytes,)).fetchall())
+        rows = await self._database.read(lambda db: db.execute(GET_STEP_CLAIMS, (run_id.bytes,)).fetchall())
         return tuple(
             StepClaim(
                 run_id=run_id,
@@ -167,24 +169,26 @@ class Claims(Database):
     def try_record_dispatch(
         self, run_id: UUID, step_key: str, *, due_at: datetime | None
     ) -> Coroutine[Any, Any, bool]:
-        dispatch = _DispatchWrite(self, run_id, step_key, due_at)
-        return self.write(dispatch, dispatch.compensate)
+        dispatch = _DispatchWrite(self._database, run_id, step_key, due_at)
+        return self._database.write(dispatch, dispatch.compensate)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
         try:
-            await self.write(partial(_execute, ANNOTATE_DISPATCH, (job_id, run_id.bytes, step_key)))
+            await self._database.write(partial(_execute, ANNOTATE_DISPATCH, (job_id, run_id.bytes, step_key)))
         except StoreUnavailableError as error:
             _log.warning("the job id of a dispatch of run %s was not stored: %s", run_id, error)
 
     async def release_dispatch(self, run_id: UUID, step_key: str) -> None:
-        await self.write(partial(_execute, RELEASE_DISPATCH, (run_id.bytes, step_key)))
+        await self._database.write(partial(_execute, RELEASE_DISPATCH, (run_id.bytes, step_key)))
 
     async def get_dispatched_step_keys(self, run_id: UUID) -> frozenset[str]:
-        rows = await self.read(lambda db: db.execute(GET_DISPATCHED_STEP_KEYS, (run_id.bytes,)).fetchall())
+        rows = await self._database.read(
+            lambda db: db.execute(GET_DISPATCHED_STEP_KEYS, (run_id.bytes,)).fetchall()
+        )
         return frozenset(step_key for (step_key,) in rows)
 
     async def get_dispatches(self, run_id: UUID) -> tuple[StepDispatch, ...]:
-        rows = await self.read(lambda db: db.execute(GET_DISPATCHES, (run_id.bytes,)).fetchall())
+        rows = await self._database.read(lambda db: db.execute(GET_DISPATCHES, (run_id.bytes,)).fetchall())
         return tuple(
             StepDispatch(
                 run_id=run_id,

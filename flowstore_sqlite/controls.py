@@ -65,8 +65,10 @@ ON CONFLICT (flow_id, trigger_key, idempotency_key) DO NOTHING
 """
 
 
-class Controls(Database):
+class Controls:
     """See flowstore_core.controls for the contract."""
+
+    _database: Database
 
     async def configure_run(
         self,
@@ -78,42 +80,42 @@ class Controls(Database):
         timeout_at: datetime | None,
     ) -> None:
         timeout = to_optional_us(timeout_at)
-        await self.write(
+        await self._database.write(
             lambda db, now: _configure_run(db, run_id, flow_id, trigger_key, idempotency_key, timeout, now)
         )
 
     async def get_run_control(self, run_id: UUID) -> FlowRunControlRecord | None:
-        return await self.read(partial(_read_control, run_id))
+        return await self._database.read(partial(_read_control, run_id))
 
     async def request_cancel(self, run_id: UUID, reason: str | None) -> bool:
         def cancel(db: sqlite3.Connection, now: int) -> bool:
             db.execute(CONTROL_CANCELLED_RUN, (now, run_id.bytes))
             return db.execute(REQUEST_CANCEL, (now, reason, run_id.bytes)).rowcount == 1
 
-        return await self.write(cancel)
+        return await self._database.write(cancel)
 
     async def mark_timed_out(self, run_id: UUID, reason: str | None, *, as_of: datetime | None) -> bool:
         def latch(db: sqlite3.Connection, now: int) -> bool:
             row = {"run_id": run_id.bytes, "reason": reason, "as_of": to_optional_us(as_of), "now": now}
             return db.execute(MARK_TIMED_OUT, row).rowcount == 1
 
-        return await self.write(latch)
+        return await self._database.write(latch)
 
     async def get_runs_to_stop(self, *, as_of: datetime | None, take: int) -> tuple[FlowRunRecord, ...]:
         def stop(db: sqlite3.Connection) -> tuple[FlowRunRecord, ...]:
-            at = self.now() if as_of is None else to_us(as_of)
+            at = self._database.now() if as_of is None else to_us(as_of)
             return tuple(to_run(row) for row in db.execute(GET_RUNS_TO_STOP, (at, take)))
 
-        return await self.read(stop)
+        return await self._database.read(stop)
 
     async def extend_deadline(self, run_id: UUID, timeout_at: datetime) -> bool:
         row = (to_us(timeout_at), run_id.bytes)
-        return await self.write(lambda db, now: db.execute(EXTEND_DEADLINE, row).rowcount == 1)
+        return await self._database.write(lambda db, now: db.execute(EXTEND_DEADLINE, row).rowcount == 1)
 
     async def find_run_id_by_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str
     ) -> UUID | None:
-        return await self.read(lambda db: _find_run_id(db, flow_id, trigger_key, idempotency_key))
+        return await self._database.read(lambda db: _find_run_id(db, flow_id, trigger_key, idempotency_key))
 
     async def try_register_idempotency_key(
         self, flow_id: UUID, trigger_key: str, idempotency_key: str, run_id: UUID
@@ -124,7 +126,7 @@ class Controls(Database):
                 return True
             return _find_run_id(db, flow_id, trigger_key, idempotency_key) == run_id
 
-        return await self.write(register)
+        return await self._database.write(register)
 
     async def trigger_run(
         self,
@@ -160,7 +162,7 @@ class Controls(Database):
             _configure_run(db, chosen, flow_id, trigger_key, idempotency_key, timeout, now)
             return TriggerResult(run=run, created=True)
 
-        return await self.write(trigger)
+        return await self._database.write(trigger)
 
 
 def _configure_run(

@@ -40,7 +40,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Database:
-    """One writer and a pool of readers on one file. Base class of the noun classes."""
+    """One writer and a pool of readers on one file; every noun class uses it."""
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Database:
         self._readers = tuple(readers)
         self._idle_readers = deque(self._readers)
         self._free_readers = asyncio.Semaphore(len(self._readers))
-        self._clock = clock
         self.now: Callable[[], int] = _system_now if clock is None else (lambda: to_us(clock()))
         """The store's time in microseconds, from the configured clock or from the system."""
         self._busy_timeout = busy_timeout

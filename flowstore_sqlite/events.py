@@ -21,8 +21,10 @@ WHERE run_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
 """
 
 
-class Events(Database):
+class Events:
     """See flowstore_core.events for the contract."""
+
+    _database: Database
 
     async def append_event(
         self, run_id: UUID, event_type: str, *, step_key: str | None, message: str | None
@@ -34,11 +36,11 @@ class Events(Database):
             db.execute(APPEND_EVENT, (run_id.bytes, sequence, now, event_type, step_key, message))
             return sequence
 
-        return await self.write(append)
+        return await self._database.write(append)
 
     async def get_run_events(self, run_id: UUID, *, after: int, take: int) -> tuple[FlowEventRecord, ...]:
         row = (run_id.bytes, after, take)
-        rows = await self.read(lambda db: db.execute(GET_RUN_EVENTS, row).fetchall())
+        rows = await self._database.read(lambda db: db.execute(GET_RUN_EVENTS, row).fetchall())
         return tuple(
             FlowEventRecord(
                 sequence=sequence,

@@ -12,6 +12,7 @@ from functools import partial
 from flowstore_core import ConfigurationError, SchemaVersionError, StoreConfig, StoreUnavailableError
 from flowstore_sqlite.codecs import to_us
 from flowstore_sqlite.connection import Connection, read_transaction
+from flowstore_sqlite.database import Database
 from flowstore_sqlite.file_access import Access, create_file, file_exists, find_access
 from flowstore_sqlite.open_files import OpenFiles
 from flowstore_sqlite.schema_migrations import (
@@ -90,17 +91,17 @@ class StoreContext:
                     partial(read_transaction, read_version), options.busy_timeout
                 )
                 readers.append(reader)
-            kind = SqliteStore if options.synchronous == "FULL" else NonDurableSqliteStore
-            store = kind(
+            database = Database(
                 writer,
                 readers,
                 clock=self._config.clock,
                 busy_timeout=options.busy_timeout,
                 observers=self._config.observers,
             )
-            stack.push_async_callback(store.aclose)
+            stack.push_async_callback(database.aclose)
             self._stack = stack.pop_all()
-        return store
+        kind = SqliteStore if options.synchronous == "FULL" else NonDurableSqliteStore
+        return kind(database)
 
     async def __aexit__(self, *exception: object) -> None:
         await self._stack.aclose()

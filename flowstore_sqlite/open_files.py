@@ -13,9 +13,9 @@ from collections.abc import Callable
 from flowstore_core import StoreUnavailableError
 from flowstore_sqlite.file_access import JOURNAL_SUFFIX, SHM_SUFFIX, WAL_SUFFIX, Access, size
 
-CTIME_GRANULARITY_NS = 3_000_000_000
-"""A directory that changed less than this ago may change again with the same ctime: some file systems store
-whole seconds, FAT multiples of two."""
+CTIME_LAG_NS = 3_000_000_000
+"""How far a new ctime can lie behind the clock of this process: some file systems store whole seconds, FAT
+multiples of two."""
 
 Fingerprint = Callable[[str], tuple[int, ...]]
 
@@ -50,7 +50,7 @@ class OpenFiles:
         self._failure: str | None = None
         self._folder = os.path.dirname(path)
         self._verified: tuple[int, ...] | None = None
-        """Device, inode and ctime of the directory when the files were last verified."""
+        """The result of _stat_settled_folder when the files were last verified."""
         if access is Access.FROZEN:
             # SQLite reads it without locks, so no byte of it may change.
             self._record(path, _version)
@@ -85,26 +85,40 @@ class OpenFiles:
         """Raise StoreUnavailableError unless each path still leads to the file that was opened."""
         # Fast path: one stat of the directory instead of one per file, while no entry of it has changed since
         # the last verification. Unlike an mtime, a ctime cannot be set.
-        began, folder = time.time_ns(), self._stat_folder()
-        if folder is not None and folder == self._verified:
+        if self._verified is not None and self._verified == self._stat_folder():
             return
+        folder = None if self.access is Access.FROZEN else self._stat_settled_folder()
         if self._failure is None:
             self._failure = self._find_change()
         if self._failure is not None:
             self._verified = None
             raise StoreUnavailableError(self._failure)
-        if folder is not None and began - folder[-1] > CTIME_GRANULARITY_NS:
-            self._verified = folder
+        self._verified = folder
 
     def _stat_folder(self) -> tuple[int, ...] | None:
-        # On other systems st_ctime is not the time of the last change.
-        if self.access is Access.FROZEN or os.name != "posix":
-            return None
         try:
             found = os.stat(self._folder)
         except OSError:
             return None
         return found.st_dev, found.st_ino, found.st_ctime_ns
+
+    def _stat_settled_folder(self) -> tuple[int, ...] | None:
+        """Device, inode and ctime of the directory; None if its next change might set the same ctime.
+
+        That is possible until the clock of the file system has passed the ctime, which takes up to two
+        seconds on FAT. A log with a later ctime proves that it has, even if that clock is coarse or differs
+        from the clock of this process. While the log is not written, the clock of this process decides, less
+        CTIME_LAG_NS.
+        """
+        # The log comes first: if it were written after the stat of the directory, the directory might have
+        # changed in between, with the same ctime.
+        try:
+            clock = os.lstat(self.path + WAL_SUFFIX).st_ctime_ns
+        except OSError:
+            clock = 0
+        clock = max(clock, time.time_ns() - CTIME_LAG_NS)
+        folder = self._stat_folder()
+        return folder if folder is not None and folder[-1] < clock else None
 
     def _find_change(self) -> str | None:
         for path, fingerprint, recorded in self._recorded:

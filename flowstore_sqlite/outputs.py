@@ -19,8 +19,10 @@ GET_OUTPUT = "SELECT value_json FROM outputs WHERE run_id = ? AND output_key = ?
 GET_OUTPUTS = "SELECT output_key, value_json FROM outputs WHERE run_id = ? ORDER BY output_key"
 
 
-class Outputs(Database):
+class Outputs:
     """See flowstore_core.outputs for the contract."""
+
+    _database: Database
 
     async def save_output(self, run_id: UUID, key: str, value_json: str) -> None:
         def save(db: sqlite3.Connection, now: int) -> None:
@@ -28,12 +30,12 @@ class Outputs(Database):
                 raise RunNotFoundError(run_id)
             db.execute(SAVE_OUTPUT, (run_id.bytes, key, value_json))
 
-        await self.write(save)
+        await self._database.write(save)
 
     async def get_output(self, run_id: UUID, key: str) -> str | None:
-        row = await self.read(lambda db: db.execute(GET_OUTPUT, (run_id.bytes, key)).fetchone())
+        row = await self._database.read(lambda db: db.execute(GET_OUTPUT, (run_id.bytes, key)).fetchone())
         return None if row is None else row[0]
 
     async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        rows = await self.read(lambda db: db.execute(GET_OUTPUTS, (run_id.bytes,)).fetchall())
+        rows = await self._database.read(lambda db: db.execute(GET_OUTPUTS, (run_id.bytes,)).fetchall())
         return MappingProxyType(dict(rows))

@@ -28,14 +28,16 @@ WHERE_STATUS = "AND status = :status"
 SEARCH_RUNS = "SELECT started_at, run_id FROM runs WHERE TRUE"
 
 
-class Pages(Database):
+class Pages:
     """See flowstore_core.runs for the contract."""
+
+    _database: Database
 
     async def get_runs(
         self, flow_id: UUID | None, *, after: RunPosition | None, skip: int, take: int
     ) -> tuple[FlowRunRecord, ...]:
         page_filter = _PageFilter(flow_id, None, after, skip, take)
-        return await self.read(page_filter.runs)
+        return await self._database.read(page_filter.runs)
 
     async def get_runs_page(
         self,
@@ -55,10 +57,10 @@ class Pages(Database):
             indexed = is_indexed(db)
             return page_filter.search(db, fold_ascii(search), indexed), indexed and is_stale(db)
 
-        found, stale = await self.read(page)
+        found, stale = await self._database.read(page)
         if stale:
             try:
-                await self.write(index_some)
+                await self._database.write(index_some)
             except FlowStoreError as error:
                 # The search does not need them: it scans runs that are not indexed.
                 _log.debug("no runs were added to the search index: %s", error)

@@ -49,8 +49,10 @@ LIMIT :take
 """
 
 
-class Recovery(Database):
+class Recovery:
     """See flowstore_core.steps.Recovery for the contract."""
+
+    _database: Database
 
     async def reschedule_step(
         self,
@@ -62,11 +64,11 @@ class Recovery(Database):
         due_at: datetime | None,
     ) -> None:
         due = to_optional_us(due_at)
-        await self.write(partial(_reschedule_step, run_id, step_key, attempt, output_json, due))
+        await self._database.write(partial(_reschedule_step, run_id, step_key, attempt, output_json, due))
 
     async def get_stalled_steps(self, *, as_of: datetime | None, take: int) -> tuple[StalledStep, ...]:
         def stalled(db: sqlite3.Connection) -> tuple[StalledStep, ...]:
-            at = self.now() if as_of is None else to_us(as_of)
+            at = self._database.now() if as_of is None else to_us(as_of)
             rows = db.execute(GET_STALLED_STEPS, {"as_of": at, "take": take})
             return tuple(
                 StalledStep(
@@ -79,7 +81,7 @@ class Recovery(Database):
                 for run_id, step_key, status, reason, since in rows
             )
 
-        return await self.read(stalled)
+        return await self._database.read(stalled)
 
 
 def _reschedule_step(

@@ -60,14 +60,16 @@ WHERE kept.day < ? OR kept.changes IS NOT run_days.changes LIMIT ?
 DELETE_SUMMARY = "DELETE FROM run_summaries WHERE granularity = ? AND scope = ? AND day = ?"
 
 
-class Retention(Database):
+class Retention:
     """See flowstore_core.retention for the contract."""
+
+    _database: Database
 
     async def cleanup(self, cutoff: datetime) -> int:
         before = to_us(cutoff)
-        paced = PacedWriter(self.write)
+        paced = PacedWriter(self._database.write)
         deleted = 0
-        while found := await self.read(partial(_find_completed, before)):
+        while found := await self._database.read(partial(_find_completed, before)):
             while found:
                 done, count = await paced.run_slice(partial(_delete_runs, before, found))
                 deleted += count
@@ -75,16 +77,16 @@ class Retention(Database):
         for statement in (DELETE_ORPHANED_CONTROLS, DELETE_ORPHANED_KEYS):
             while await paced.run_slice(partial(_delete_orphans, statement, before)):
                 pass
-        while stale := await self.read(partial(_find_stale_summaries, before)):
+        while stale := await self._database.read(partial(_find_stale_summaries, before)):
             await paced.run_slice(partial(_delete_summaries, stale))
             if len(stale) < BATCH:
                 break
-        if await self.read(is_indexed):
+        if await self._database.read(is_indexed):
             # Index the runs that ended since the last cleanup.
             while await paced.run_slice(index_some):
                 pass
-            if await self.read(has_only_deleted):
-                await self.write(empty_index)
+            if await self._database.read(has_only_deleted):
+                await self._database.write(empty_index)
         return deleted
 
 

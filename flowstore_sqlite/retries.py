@@ -37,13 +37,15 @@ WHERE run_id = ?
 """
 
 
-class Retries(Database):
+class Retries:
     """See flowstore_core.steps for the contract."""
+
+    _database: Database
 
     async def retry_step(
         self, run_id: UUID, step_key: str, *, attempt: int | None, reset: Collection[str]
     ) -> None:
-        await self.write(partial(_retry_step, run_id, step_key, attempt, reset))
+        await self._database.write(partial(_retry_step, run_id, step_key, attempt, reset))
 
 
 def _retry_step(

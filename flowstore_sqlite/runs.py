@@ -60,8 +60,10 @@ GET_ACTIVE_RUNS = join_sql(SELECT_RUNS, "WHERE status = 'Running'", NEWEST_FIRST
 GET_DERIVED_RUNS = join_sql(SELECT_RUNS, "WHERE source_run_id = ?", NEWEST_FIRST, "LIMIT ?")
 
 
-class Runs(Database):
+class Runs:
     """See flowstore_core.runs for the contract."""
+
+    _database: Database
 
     async def start_run(
         self,
@@ -82,12 +84,12 @@ class Runs(Database):
                 raise RunAlreadyExistsError(run_id)
             return run
 
-        return await self.write(start)
+        return await self._database.write(start)
 
     async def complete_run(
         self, run_id: UUID, status: RunStatus, *, expected: Mapping[str, StepStatus] | None
     ) -> bool:
-        return await self.write(partial(_complete_run, run_id, status, expected))
+        return await self._database.write(partial(_complete_run, run_id, status, expected))
 
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         def detail(db: sqlite3.Connection) -> FlowRunDetail | None:
@@ -95,17 +97,17 @@ class Runs(Database):
                 return None
             return FlowRunDetail(**_run_fields(row), steps=read_steps(db, run_id))
 
-        return await self.read(detail)
+        return await self._database.read(detail)
 
     async def get_run_status(self, run_id: UUID) -> RunStatus | None:
-        return await self.read(lambda db: read_run_status(db, run_id))
+        return await self._database.read(lambda db: read_run_status(db, run_id))
 
     async def get_active_runs(self, *, take: int | None) -> tuple[FlowRunRecord, ...]:
-        return await self.read(lambda db: to_runs(db.execute(GET_ACTIVE_RUNS, (_limit(take),))))
+        return await self._database.read(lambda db: to_runs(db.execute(GET_ACTIVE_RUNS, (_limit(take),))))
 
     async def get_derived_runs(self, source_run_id: UUID, *, take: int | None) -> tuple[FlowRunRecord, ...]:
         row = (source_run_id.bytes, _limit(take))
-        return await self.read(lambda db: to_runs(db.execute(GET_DERIVED_RUNS, row)))
+        return await self._database.read(lambda db: to_runs(db.execute(GET_DERIVED_RUNS, row)))
 
 
 def new_run(

@@ -60,8 +60,10 @@ WHERE run_id = :run_id AND step_key = :step_key AND delivered_at IS NULL AND exp
 NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
 
 
-class Signals(Database):
+class Signals:
     """See flowstore_core.signals for the contract."""
+
+    _database: Database
 
     async def register_waiter(
         self, run_id: UUID, step_key: str, signal_name: str, *, expires_at: datetime | None
@@ -77,7 +79,7 @@ class Signals(Database):
             row = (run_id.bytes, step_key, signal_name, to_optional_us(expires_at), now)
             db.execute(REGISTER_WAITER, row)
 
-        await self.write(register)
+        await self._database.write(register)
 
     async def deliver_signal(
         self, run_id: UUID, signal_name: str, payload_json: str, *, delivery_id: str | None
@@ -97,10 +99,10 @@ class Signals(Database):
                 db.execute(RECORD_DELIVERY, (run_id.bytes, delivery_id, step_key, now))
             return _to_result(SignalDeliveryStatus.DELIVERED, step_key, now)
 
-        return await self.write(deliver)
+        return await self._database.write(deliver)
 
     async def get_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
-        return await self.read(lambda db: _read_waiter(db, run_id, step_key))
+        return await self._database.read(lambda db: _read_waiter(db, run_id, step_key))
 
     async def remove_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         def remove(db: sqlite3.Connection, now: int) -> FlowSignalWaiter | None:
@@ -108,17 +110,17 @@ class Signals(Database):
             db.execute(REMOVE_WAITER, (run_id.bytes, step_key))
             return waiter
 
-        return await self.write(remove)
+        return await self._database.write(remove)
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
         def expire(db: sqlite3.Connection, now: int) -> FlowSignalWaiter | None:
             db.execute(EXPIRE_WAITER, {"run_id": run_id.bytes, "step_key": step_key, "now": now})
             return _read_waiter(db, run_id, step_key)
 
-        return await self.write(expire)
+        return await self._database.write(expire)
 
     async def get_waiters(self, run_id: UUID) -> tuple[FlowSignalWaiter, ...]:
-        rows = await self.read(lambda db: db.execute(GET_WAITERS, (run_id.bytes,)).fetchall())
+        rows = await self._database.read(lambda db: db.execute(GET_WAITERS, (run_id.bytes,)).fetchall())
         return tuple(_to_waiter(run_id, row) for row in rows)
 
 

@@ -53,12 +53,14 @@ Bucket = tuple[int, int, int, int, float | None, float | None]
 """Running, succeeded, failed, cancelled, and p50 and p95 in milliseconds."""
 
 
-class Statistics(Database):
+class Statistics:
     """See flowstore_core.statistics for the contract."""
+
+    _database: Database
 
     async def get_statistics(self, *, as_of: datetime | None) -> DashboardStatistics:
         def statistics(db: sqlite3.Connection) -> DashboardStatistics:
-            day = (self.now() if as_of is None else to_us(as_of)) // DAY
+            day = (self._database.now() if as_of is None else to_us(as_of)) // DAY
             succeeded, failed = db.execute(COUNT_COMPLETED, (day,)).fetchone() or (0, 0)
             return DashboardStatistics(
                 total_flows=db.execute(COUNT_FLOWS).fetchone()[0],
@@ -67,7 +69,7 @@ class Statistics(Database):
                 failed_today=failed,
             )
 
-        return await self.read(statistics)
+        return await self._database.read(statistics)
 
     async def get_run_timeseries(
         self,
@@ -103,7 +105,7 @@ class Statistics(Database):
                     new.append((granularity.value, scope, day, changes, json.dumps(own)))
             return found, new
 
-        found, new = await self.read(timeseries)
+        found, new = await self._database.read(timeseries)
         await self._save_summaries(new)
         return tuple(
             _to_bucket(start, found.get(to_us(start), (0, 0, 0, 0, None, None)))
@@ -113,7 +115,7 @@ class Statistics(Database):
     async def _save_summaries(self, rows: Sequence[tuple[object, ...]]) -> None:
         try:
             if rows:
-                await self.write(partial(_insert_summaries, rows))
+                await self._database.write(partial(_insert_summaries, rows))
         except FlowStoreError as error:
             # Summaries are a cache: the result is complete without them.
             _log.debug("the summaries of %d days were not saved: %s", len(rows), error)

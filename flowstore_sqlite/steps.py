@@ -163,8 +163,10 @@ def load_step(db: sqlite3.Connection, run_id: UUID, step_key: str) -> StepState:
     return StepState._make(row)
 
 
-class Steps(Database):
+class Steps:
     """See flowstore_core.steps for the contract."""
+
+    _database: Database
 
     # Not ``async``, like other frequent operations: saves one coroutine per call.
     def record_step_start(
@@ -178,7 +180,7 @@ class Steps(Database):
         owner: str | None,
     ) -> Coroutine[Any, Any, int]:
         values = (step_type, job_id, input_json)
-        return self.write(partial(_record_step_start, run_id, step_key, owner, values))
+        return self._database.write(partial(_record_step_start, run_id, step_key, owner, values))
 
     def record_step_complete(
         self,
@@ -191,15 +193,15 @@ class Steps(Database):
         attempt: int | None,
     ) -> Coroutine[Any, Any, None]:
         outcome = (status.value, output_json, error_message)
-        return self.write(partial(_record_step_complete, run_id, step_key, outcome, attempt))
+        return self._database.write(partial(_record_step_complete, run_id, step_key, outcome, attempt))
 
     async def record_skipped_step(
         self, run_id: UUID, step_key: str, step_type: str, reason: str | None, *, owner: str | None
     ) -> None:
-        await self.write(partial(_record_skipped_step, run_id, step_key, step_type, reason, owner))
+        await self._database.write(partial(_record_skipped_step, run_id, step_key, step_type, reason, owner))
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
-        rows = await self.read(lambda db: db.execute(GET_STEP_STATUSES, (run_id.bytes,)).fetchall())
+        rows = await self._database.read(lambda db: db.execute(GET_STEP_STATUSES, (run_id.bytes,)).fetchall())
         return MappingProxyType({step_key: StepStatus(status) for step_key, status in rows})
 
 

@@ -1,4 +1,4 @@
-"""The SQLite store, composed of the noun classes."""
+"""The SQLite store, composed of its nouns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sqlite3
 from flowstore_core import Capability
 from flowstore_sqlite.claims import Claims
 from flowstore_sqlite.controls import Controls
+from flowstore_sqlite.database import Database
 from flowstore_sqlite.events import Events
 from flowstore_sqlite.outputs import Outputs
 from flowstore_sqlite.pages import Pages
@@ -39,9 +40,12 @@ class SqliteStore(
 
     capabilities = frozenset(Capability)
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
     async def ping(self) -> None:
         """Read from the file. Like every call, it fails after the file was removed or replaced."""
-        await self.read(_ping)
+        await self._database.read(_ping)
 
 
 class NonDurableSqliteStore(SqliteStore):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -109,6 +110,13 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 RESCUED = ("log-removed", "index-removed", "log-and-index-removed")
 
 
+def _database(store: FlowStore) -> Database:
+    inner: Any = store
+    (found,) = inner._store.values()
+    assert isinstance(found._database, Database)
+    return found._database
+
+
 async def _is_refused(store: FlowStore, run_id: UUID) -> None:
     for call in (
         lambda: store.try_claim_step(run_id, "a"),
@@ -130,24 +138,65 @@ def _let_file_clock_advance(folder: Path) -> None:
         other.mkdir()
 
 
-@pytest.mark.parametrize("settled", [True, False])
+class _StoppedFileClock:
+    """The module os, on a file system that gives every change the same ctime."""
+
+    path = os.path
+
+    @staticmethod
+    def lstat(path: str) -> Any:
+        found = os.lstat(path)
+        return SimpleNamespace(st_dev=found.st_dev, st_ino=found.st_ino, st_ctime_ns=1)
+
+    stat = lstat
+
+
+def _trusts_directory(store: FlowStore) -> bool:
+    """Whether the next verification reads only the directory if that has not changed."""
+    return _database(store)._writer.files._verified is not None
+
+
 @pytest.mark.parametrize("change", CHANGES)
-async def test_every_later_call_fails(
-    change: str, settled: bool, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if settled:
-        # The directory counts as unchanged for long enough at once.
-        monkeypatch.setattr(open_files, "CTIME_GRANULARITY_NS", 0)
+async def test_every_later_call_fails(change: str, path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
-        if settled:
-            await asyncio.to_thread(_let_file_clock_advance, path.parent)
-            await store.ping()
         CHANGES[change](path)
         await _is_refused(store, run_id)
     if change in RESCUED:
         async with open_store(f"sqlite:///{path}") as store:
             assert await store.get_claimed_step_keys(run_id) == frozenset()
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+async def test_every_call_fails_after_a_change_of_a_settled_directory(
+    change: str, is_written: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_written:
+        # As if the last change of the directory were long ago.
+        monkeypatch.setattr(open_files, "CTIME_LAG_NS", 0)
+    async with open_store(f"sqlite:///{path}") as store:
+        run_id = await new_run(store)
+        path.with_name("new").touch()
+        await asyncio.to_thread(_let_file_clock_advance, path.parent)
+        await (new_run(store) if is_written else store.ping())
+        assert _trusts_directory(store)
+        CHANGES[change](path)
+        await _is_refused(store, run_id)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_every_call_fails_after_a_change_that_leaves_the_ctime(
+    change: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Time passes, but the clock of the file system does not advance.
+    monkeypatch.setattr(open_files, "CTIME_LAG_NS", sys.maxsize)
+    monkeypatch.setattr(open_files, "os", _StoppedFileClock)
+    async with open_store(f"sqlite:///{path}") as store:
+        run_id = await new_run(store)
+        await store.ping()
+        CHANGES[change](path)
+        await _is_refused(store, run_id)
 
 
 FIRST: dict[str, Callable[[FlowStore], Awaitable[object]]] = {
@@ -221,9 +270,7 @@ async def test_a_call_after_the_removal_is_never_acknowledged(store: FlowStore, 
 async def test_a_removal_between_commit_and_answer_leaves_the_outcome_unknown(
     store: FlowStore, path: Path
 ) -> None:
-    inner: Any = store
-    (database,) = inner._store.values()
-    assert isinstance(database, Database)
+    database = _database(store)
 
     def remove(statement: str) -> None:
         if statement == "COMMIT":

@@ -46,11 +46,11 @@ async def run_id(store: FlowStore) -> UUID:
 
 
 def database(store: FlowStore) -> Database:
-    """The store of the backend, whose ``write`` accepts any work."""
+    """The database of the store, whose ``write`` accepts any work."""
     inner: Any = store
     (found,) = inner._store.values()
-    assert isinstance(found, Database)
-    return found
+    assert isinstance(found._database, Database)
+    return found._database
 
 
 async def claimed(store: FlowStore, run_id: UUID) -> set[str]:

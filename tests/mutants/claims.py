@@ -11,6 +11,7 @@ import asyncpg
 
 from flowstore_core import ConflictError, StepStatus
 from flowstore_core.claims import lease_end
+from flowstore_sqlite.codecs import from_us
 from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedSqlite, SqlPatch
 
@@ -131,10 +132,13 @@ class ClaimedKeysFromStaleCache:
 
     def begin(self) -> None:
         self._known: dict[Any, Any] = {}
+        write = self._database.write
 
-    async def write(self, *given: Any) -> Any:
-        self._known.clear()
-        return await super().write(*given)
+        def invalidate_and_write(*given: Any) -> Any:
+            self._known.clear()
+            return write(*given)
+
+        self._database.write = invalidate_and_write
 
     async def get_claimed_step_keys(self, **given: Any) -> Any:
         if given["run_id"] not in self._known:
@@ -272,7 +276,7 @@ class ExpiredLeaseClaimedTwice:
 
     async def try_claim_step(self, **given: Any) -> bool:
         held = await _claim_of(self, given)
-        now = self._clock() if self._clock is not None else datetime.now(UTC)
+        now = from_us(self._database.now())
         status = (await super().get_step_statuses(run_id=given["run_id"])).get(given["step_key"])
         ended = status is not None and status.is_terminal
         if held is not None and not ended and held.expires_at is not None and held.expires_at <= now:

@@ -15,8 +15,9 @@ from tests.mutants import mutant
 class CancelledClaimIsKept:
     """Never releases the claim of a cancelled call."""
 
-    async def write(self, work: Any, on_abandoned: Any = None) -> Any:
-        return await super().write(work)
+    def begin(self) -> None:
+        write = self._database.write
+        self._database.write = lambda work, on_abandoned=None: write(work)
 
 
 @mutant("postgresql", "CON-4")
@@ -34,7 +35,7 @@ class CompletionInTwoTransactions:
 
     async def record_step_complete(self, **given: Any) -> None:
         await super().record_step_complete(**{**given, "output_json": None})
-        await self.write(
+        await self._database.write(
             lambda db, now: db.execute(
                 "UPDATE steps SET output_json = ? WHERE run_id = ? AND step_key = ? AND output_json IS NULL",
                 (given["output_json"], given["run_id"].bytes, given["step_key"]),
@@ -190,7 +191,7 @@ class SchemaCheckThenCreate:
 
     async def opened(self) -> None:
         query = "SELECT COUNT(*) FROM sqlite_schema WHERE name = 'mutants'"
-        found = await self.read(lambda db: db.execute(query).fetchone()[0])
+        found = await self._database.read(lambda db: db.execute(query).fetchone()[0])
         if not found:
             await asyncio.sleep(0.01)
-            await self.write(lambda db, now: db.execute("CREATE TABLE mutants (mutant TEXT)"))
+            await self._database.write(lambda db, now: db.execute("CREATE TABLE mutants (mutant TEXT)"))

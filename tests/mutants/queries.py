@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, timedelta
 from math import ceil
 from typing import Any
 
 from flowstore_core import RunPage, RunStatus
+from flowstore_sqlite.codecs import from_us
 from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedPostgres, PatchedSqlite, SqlPatch
 
@@ -193,7 +194,7 @@ class StatisticsOfLocalDay:
     """Uses the day of its local time zone."""
 
     async def get_statistics(self, **given: Any) -> Any:
-        now = given["as_of"] or (self._clock() if self._clock is not None else datetime.now(UTC))
+        now = given["as_of"] or from_us(self._database.now())
         local_day = now - timedelta(hours=9, minutes=30)
         return await super().get_statistics(as_of=local_day)
 

@@ -107,7 +107,7 @@ class CleanupPerTableTransactions:
                 f"DELETE FROM {table} WHERE run_id IN "
                 "(SELECT run_id FROM runs WHERE completed_at IS NOT NULL AND completed_at < ?)"
             )
-            await self.write(lambda db, now, text=statement: db.execute(text, (since,)).rowcount)
+            await self._database.write(lambda db, now, text=statement: db.execute(text, (since,)).rowcount)
         return int(await super().cleanup(**given))
 
 

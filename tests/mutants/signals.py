@@ -27,12 +27,7 @@ class RegisterDropsPayload:
 class RegisterResetsCreatedAt(PatchedSqlite):
     """Moves a waiter that is registered again to the end of the queue."""
 
-    patch_sql = SqlPatch((r"expires_at = excluded\.expires_at", r"\g<0>, created_at = excluded.created_at"))
-
-    def begin(self) -> None:
-        # Match only waiters: the statement that inserts claims is similar.
-        whole = self.patch_sql
-        self.patch_sql = lambda statement: whole(statement) if "INTO waiters" in statement else statement
+    patch_sql = SqlPatch((r"signal_name = excluded\.signal_name", r"\g<0>, created_at = excluded.created_at"))
 
 
 @mutant("postgresql", "SIG-1")
@@ -120,7 +115,7 @@ class DeliveryIdForgottenWithWaiter:
 
     async def remove_waiter(self, **given: Any) -> Any:
         removed = await super().remove_waiter(**given)
-        await self.write(
+        await self._database.write(
             lambda db, now: db.execute(
                 "DELETE FROM deliveries WHERE run_id = ? AND step_key = ?",
                 (given["run_id"].bytes, given["step_key"]),
@@ -220,7 +215,7 @@ class ExpiryCheckThenWrite:
                 (now, given["run_id"].bytes, given["step_key"], now),
             )
 
-        await self.write(expire)
+        await self._database.write(expire)
         return await super().get_waiter(**given)
 
 

@@ -28,13 +28,13 @@ class PatchedSqlite:
     def bind(self, statement: str, values: Any) -> Any:
         return values
 
-    async def write(self, work: Any, on_abandoned: Any = None) -> Any:
-        return await super().write(  # type: ignore[misc]
+    def begin(self) -> None:
+        database: Any = self._database  # type: ignore[attr-defined]
+        write, read = database.write, database.read
+        database.write = lambda work, on_abandoned=None: write(
             lambda db, now: work(_PatchedConnection(db, self), now), on_abandoned
         )
-
-    async def read(self, work: Any) -> Any:
-        return await super().read(lambda db: work(_PatchedConnection(db, self)))  # type: ignore[misc]
+        database.read = lambda work: read(lambda db: work(_PatchedConnection(db, self)))
 
 
 class _PatchedConnection:

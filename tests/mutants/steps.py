@@ -25,7 +25,7 @@ class AttemptNumberReadEarlier:
     async def record_step_start(self, **given: Any) -> int:
         row = (given["run_id"].bytes, given["step_key"])
         count = "SELECT COALESCE(MAX(last_attempt), 0) FROM steps WHERE run_id = ? AND step_key = ?"
-        counted = await self.read(lambda db: db.execute(count, row).fetchone()[0])
+        counted = await self._database.read(lambda db: db.execute(count, row).fetchone()[0])
         number = await super().record_step_start(**given)
         return int(number) if given["owner"] is not None else int(counted) + 1
 
