@@ -33,7 +33,7 @@ from flowstore_core.urls import redact
 if TYPE_CHECKING:
     # The command imports these itself, so that the other commands work without the extra.
     from flowstore_conformance import CheckResult, Report
-    from flowstore_conformance.checks.registry import Check
+    from flowstore_conformance.registry import Check
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

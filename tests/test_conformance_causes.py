@@ -9,8 +9,8 @@ import re
 import pytest
 from flowstore_conformance import CheckResult, Failure, Level, Report, Status
 from flowstore_conformance.causes import CauseKind, find_causes
-from flowstore_conformance.checks.registry import Kind
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Kind
 from flowstore_conformance.rendering import (
     render_badge,
     render_json,

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import flowstore_conformance.suite
 import pytest
-from flowstore_conformance.checks.registry import Check
+from flowstore_conformance.registry import Check
 
 from flowstore_cli.main import main
 from flowstore_core import open_store

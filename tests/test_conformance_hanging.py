@@ -17,8 +17,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from flowstore_conformance import CheckResult, Failure, Report, Status, run_suite
-from flowstore_conformance.checks.registry import all_checks
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import all_checks
 from flowstore_conformance.suite import select_checks
 from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog, await_chain
 

@@ -12,13 +12,13 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.checks.registry import Check, Kind, all_checks
 from flowstore_conformance.checks.snapshots import torn
 from flowstore_conformance.context import CheckContext, Inconclusive, Profile, new_context
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
+from flowstore_conformance.registry import Check, Kind, all_checks
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.status import Status

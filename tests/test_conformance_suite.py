@@ -14,9 +14,9 @@ from typing import Any
 import flowstore_conformance
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Profile, Report, Status, check_backend, run_suite
-from flowstore_conformance.checks.registry import Check, Run, all_checks
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.registry import Check, Run, all_checks
 from flowstore_conformance.repro import replay_on_memory, write_programs
 from flowstore_conformance.suite import run_check
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Check
 from flowstore_conformance.report import Report
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.suite import (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import Clause
 from flowstore_conformance.history import History
 from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Check
 from flowstore_conformance.status import Status
 
 

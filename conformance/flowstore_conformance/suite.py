@@ -14,7 +14,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import (
     CheckContext,
@@ -29,6 +28,7 @@ from flowstore_conformance.guard import CANNOT_INSPECT, GuardedBackend, NoNamesp
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Check, all_checks
 from flowstore_conformance.report import Report, apply_waivers
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.results import CheckResult, Failure

@@ -10,7 +10,7 @@ from itertools import groupby
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
-from flowstore_conformance.rendering.phrasing import call_words, client_words, legible, outcome_words, span
+from flowstore_conformance.phrasing import call_words, client_words, legible, outcome_words, span
 from flowstore_conformance.rendering.timeline import Timeline, lay_out, svg_timeline
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult, ClauseResult

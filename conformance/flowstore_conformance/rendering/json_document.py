@@ -11,7 +11,7 @@ from flowstore_conformance.causes import Cause
 from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.rendering.phrasing import outcome_words
+from flowstore_conformance.phrasing import outcome_words
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult, ClauseResult, Failure
 

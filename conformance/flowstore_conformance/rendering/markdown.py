@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
-from flowstore_conformance.rendering.phrasing import legible
+from flowstore_conformance.phrasing import legible
 from flowstore_conformance.rendering.text import MAX_OTHERS, history_lines
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult

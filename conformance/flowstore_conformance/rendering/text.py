@@ -9,7 +9,7 @@ from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.rendering.phrasing import legible
+from flowstore_conformance.phrasing import legible
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult
