@@ -133,7 +133,7 @@ def test_a_healthy_store_is_silent(place: str, doctor: Doctor) -> None:
     answer = doctor(place)
     assert answer.codes == []
     assert answer.document["opened"] is True
-    assert (answer.document["running_runs"], answer.document["looked_at"]) == (2, 2)
+    assert (answer.document["running_runs"], answer.document["examined_runs"]) == (2, 2)
     if "postgresql" not in place:
         assert answer.code == 0
 
