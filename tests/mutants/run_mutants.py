@@ -30,6 +30,7 @@ _ORDER = (
     Kind.RACE,
     Kind.CANCELLATION,
     Kind.CRASH,
+    Kind.FAULT,
     Kind.MODEL,
 )
 
