@@ -33,7 +33,7 @@ from flowstore_core.urls import redact
 if TYPE_CHECKING:
     # The command imports these itself, so that the other commands work without the extra.
     from flowstore_conformance import CheckResult, Report
-    from flowstore_conformance.checks.registry import Check
+    from flowstore_conformance.registry import Check
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -105,6 +105,14 @@ def conformance(
             show_default=False,
         ),
     ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='Open stores with this variant of the backend only; "default" for the options of the URL.',
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check whether a backend keeps every clause of the contract.
 
@@ -161,6 +169,7 @@ def conformance(
                 seed=seed,
                 waivers=known,
                 check_timeout=check_timeout,
+                variant=variant,
                 starting=progress.starting,
                 progress=progress.ended,
                 stop=stop,

@@ -97,7 +97,7 @@ def doctor(
        (for which other commands exit with 3)
 
     JSON: store, backend, findings (a list of objects with code, severity, summary, meaning, remedy, count,
-    examples, fix, blocks), fixed (the actions of --fix), running_runs, looked_at (examined runs), opened.
+    examples, fix, blocks), fixed (the actions of --fix), running_runs, examined_runs, opened.
     """
     if place is not None and url is not None:
         raise Failure("the store is given twice; use either the argument or --url", USAGE)
@@ -226,7 +226,7 @@ def _document(report: Report, fixed: Sequence[str]) -> dict[str, Any]:
         "findings": report.findings,
         "fixed": fixed,
         "running_runs": report.running,
-        "looked_at": report.examined,
+        "examined_runs": report.examined,
         "opened": report.is_open,
     }
 

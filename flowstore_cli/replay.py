@@ -230,6 +230,6 @@ def _print_summary(console: Console, summary: Summary, one: Replay) -> None:
         facts += [("", cell(f"- {finding}", "red")) for finding in check.findings]
         if check.count > len(check.findings):
             facts.append(("", cell(f"- and {check.count - len(check.findings)} more", "red")))
-    facts.append(("look", unfolded(f"flowstore runs show {one.run_ids[0]}")))
+    facts.append(("inspect", unfolded(f"flowstore runs show {one.run_ids[0]}")))
     console.print()
     print_form(console, facts)

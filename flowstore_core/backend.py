@@ -9,12 +9,13 @@ A plugin returns descriptors (``Backend``) from the hook ``flowstore_backends``:
         return [MyBackend()]
 
 Records, statuses and errors come from ``flowstore_core``. A descriptor may also implement the protocols
-below. They are optional: the command line finds each by its methods.
+below. They are optional: the command line and the conformance suite find each by its members.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol, runtime_checkable
 
 from flowstore_core.batching import (
@@ -57,12 +58,15 @@ __all__ = [
     "Describable",
     "Diagnosable",
     "Diagnostic",
+    "FaultInjectable",
+    "FaultInjector",
     "Fixable",
     "Migratable",
     "Observer",
     "Observers",
     "PendingCall",
     "Resolution",
+    "SchemaVersionAdjustable",
     "Severity",
     "ShieldedTasks",
     "StoreConfig",
@@ -70,6 +74,7 @@ __all__ = [
     "TaskWorkers",
     "ThreadWorker",
     "Transfer",
+    "VariantUrls",
     "WorkLoop",
     "bucket_starts",
     "fold_ascii",
@@ -138,5 +143,82 @@ class Fixable(Protocol):
 
         ``findings`` are diagnostics of this backend whose ``fix`` is not None. Safe while other
         processes use the store.
+        """
+        ...
+
+
+@runtime_checkable
+class VariantUrls(Protocol):
+    """A backend with option values that the conformance suite should try too."""
+
+    def variants(self, url: str) -> Mapping[str, str]:
+        """Return URLs of the store at ``url`` with other options, by a short name such as "pool of one".
+
+        Choose values that change how the store works: the smallest pool, the smallest batch, a pooler mode.
+        All variants must work on one namespace at once and have the capabilities of ``url``. The suite opens
+        each check's stores with the given URL or with one of the variants, as the seed decides.
+        """
+        ...
+
+
+class FaultInjector(Protocol):
+    """Stands between the stores of one URL and their database, and injects one fault at a time.
+
+    A request is what a store sends to the database and waits for: a statement, a commit, a command. An armed
+    fault affects the next request after ``skip`` others, once. Arming replaces a fault that is armed.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL of the same namespace for stores whose requests pass through this injector."""
+        ...
+
+    def lose_reply(self, *, skip: int = 0) -> None:
+        """Arm: the database executes the request, and the connection breaks before the reply arrives."""
+        ...
+
+    def hold_request(self, *, skip: int = 0) -> None:
+        """Arm: the connection breaks, and the request reaches the database only on release_request.
+
+        Requests inside an open transaction do not count: they take effect only with a later request.
+        """
+        ...
+
+    async def release_request(self) -> None:
+        """Pass a held request on; return once the database has replied or refused it."""
+        ...
+
+    def disarm(self) -> bool:
+        """End the fault. True if it had affected a request."""
+        ...
+
+
+@runtime_checkable
+class FaultInjectable(Protocol):
+    """A backend that lets the conformance suite lose replies and delay requests, for the checks of CON-3.
+
+    Without it those checks are UNSUPPORTED.
+    """
+
+    def inject_faults(self, url: str) -> AbstractAsyncContextManager[FaultInjector]:
+        """Make an injector for the store at ``url``, a scratch namespace; leaving the context closes it.
+
+        Raises ConfigurationError, with the reason, if it cannot work with this URL.
+        """
+        ...
+
+
+@runtime_checkable
+class SchemaVersionAdjustable(Protocol):
+    """A backend that lets the conformance suite change the recorded version of a schema, for CON-6.
+
+    Without it the checks of other schema versions are UNSUPPORTED.
+    """
+
+    def adjust_schema_version(self, url: str, difference: int) -> AbstractAsyncContextManager[None]:
+        """Record a newer (1) or older (-1) version of the schema at ``url``, a scratch namespace.
+
+        The newer version is one that this code does not work with. Nothing else changes, and leaving the
+        context restores the version. No store is open meanwhile.
         """
         ...

@@ -1,8 +1,8 @@
-"""The whole store: five protocols, their extensions, and FlowStore, which is all of them.
+"""FlowStore, the complete store, and the five protocols that it combines with the optional capabilities.
 
-Each protocol is put together from the noun files, where the methods and their promises stand. An
-engine takes a ``FlowStore`` from open_store; a backend may implement all of it or a part, and declares
-the extensions that it offers as capabilities (see operations.py).
+The noun files define the methods and document their contract; this file composes them. An engine gets a
+``FlowStore`` from open_store. A backend implements the five protocols and declares the extensions that it
+offers as capabilities (see operations.py).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class FlowRunStore(RunLifecycle, StepAttempts, DispatchLedger, Dashboard, Protoc
 
 
 class FlowRunRuntimeStore(StepRuntime, StepClaims, Protocol):
-    """What a running engine asks for: statuses, claims, skips."""
+    """Step statuses, claims and skips, for a running engine."""
 
 
 class FlowRunControlStore(RunControls, IdempotencyKeys, Protocol):
-    """Cancel, time-out and idempotency keys."""
+    """Cancellation, time-outs and idempotency keys."""
 
 
 class FlowSignalStore(Signals, Protocol):
-    """SignalWaiters and deliveries."""
+    """Signal waiters and their deliveries."""
 
 
 class FlowStore(
@@ -52,26 +52,28 @@ class FlowStore(
     Outputs,
     Protocol,
 ):
-    """Every operation of the contract. A method of a capability that the backend lacks raises
-    NotSupportedError; test ``capabilities`` before relying on one."""
+    """Every operation of the contract.
+
+    A method whose capability the backend lacks raises NotSupportedError; check ``capabilities`` first.
+    """
 
     @property
     def backend(self) -> str:
-        """The name of the backend, as ``flowstore backends`` lists it."""
+        """The backend's name, as listed by ``flowstore backends``."""
         ...
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """What this store offers; it may depend on the URL."""
+        """The capabilities of this store; they may depend on the URL."""
         ...
 
     async def ping(self) -> None:
-        """Ask the database for a sign of life. Raises StoreUnavailableError."""
+        """Make one round trip to the database. Raises StoreUnavailableError."""
         ...
 
     async def aclose(self) -> None:
         """Close the store; idempotent. Later calls raise StoreClosedError (argument errors come first).
 
-        Waits, bounded, for what cancelled calls have to give back (CON-4).
+        Waits, for a bounded time, until the effects of cancelled calls are undone (CON-4).
         """
         ...

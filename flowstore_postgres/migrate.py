@@ -50,6 +50,7 @@ CREATE TABLE {schema}.schema_version (
 )
 """
 RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from) VALUES ($1, $2, $3)"
+DELETE_VERSION = "DELETE FROM {schema}.schema_version WHERE version = $1"
 # IF NOT EXISTS is not safe against concurrent migrations; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
 SET_WRITABLE = "SET TRANSACTION READ WRITE"
@@ -236,20 +237,40 @@ async def has_search_index(config: StoreConfig) -> bool:
         return bool(await connection.fetchval(statement))
 
 
+def _config_of(url: str) -> StoreConfig:
+    parts = parse_url(url)
+    options = MappingProxyType(dict(parts.options))
+    return StoreConfig(url=url, scheme=parts.scheme, options=options, clock=None, migrate=True)
+
+
+@asynccontextmanager
+async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
+    """See SchemaVersionAdjustable."""
+    newest = read_migrations()[-1]
+    newer = newest.number + 1
+    config = _config_of(url)
+    row = (newer, "newer", newer) if difference > 0 else (newest.number, newest.name, newest.works_from)
+
+    async def change(*, adds: bool) -> None:
+        async with _connect(config) as (connection, settings), pinned_transaction(connection):
+            statement = RECORD_VERSION if adds else DELETE_VERSION
+            values = row if adds else row[:1]
+            await connection.execute(statement.replace("{schema}", settings.quoted_schema), *values)
+
+    await change(adds=difference > 0)
+    try:
+        yield
+    finally:
+        await change(adds=difference < 0)
+
+
 @asynccontextmanager
 async def scratch_schema(url: str) -> AsyncIterator[str]:
     """Create an empty schema in the URL's database, yield its URL, and drop it at the end."""
     name = f"flowstore_scratch_{secrets.token_hex(8)}"
     parts = parse_url(url)
-    options = {**parts.options, "schema": name}
-    fresh = parts.with_options(options)
-    config = StoreConfig(
-        url=fresh,
-        scheme=parts.scheme,
-        options=MappingProxyType(dict(options)),
-        clock=None,
-        migrate=True,
-    )
+    fresh = parts.with_options({**parts.options, "schema": name})
+    config = _config_of(fresh)
     async with _connect(config) as (connection, settings), pinned_transaction(connection):
         # Without IF NOT EXISTS, so that an existing schema is never dropped.
         await connection.execute(f"CREATE SCHEMA {settings.quoted_schema}")

@@ -7,7 +7,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.backend import FaultInjector
 from flowstore_core.diagnostics import Diagnostic
+from flowstore_core.urls import parse_url
 from flowstore_postgres.driver_options import DRIVER_OPTIONS
 
 STORE_OPTIONS = frozenset(
@@ -44,6 +46,29 @@ class PostgresBackend:
 
         async with scratch_schema(url) as fresh:
             yield fresh
+
+    def variants(self, url: str) -> Mapping[str, str]:
+        """A pool of one connection, and the statements used behind PgBouncer."""
+        parts = parse_url(url)
+        return {
+            "pool of one": parts.with_options({**parts.options, "pool_size": "1"}),
+            "pgbouncer": parts.with_options({**parts.options, "pgbouncer": "true"}),
+        }
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        """Route the requests of the stores at the injector's URL through a proxy in this process."""
+        from flowstore_postgres.fault_injection import inject_faults
+
+        async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
+        from flowstore_postgres.migrate import adjust_version
+
+        async with adjust_version(url, difference):
+            yield
 
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
         """Every migration in order, as (number, name, script); the script applies and records it."""

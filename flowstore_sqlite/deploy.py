@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from flowstore_sqlite.file_access import file_exists
 from flowstore_sqlite.open import Options, open_writer
 from flowstore_sqlite.schema_migrations import (
     CREATE_SCHEMA_TABLE,
+    DELETE_VERSION,
     INSERT_VERSION,
     Migration,
     load_migrations,
@@ -51,6 +53,33 @@ async def schema_version(config: StoreConfig) -> int:
     finally:
         await connection.close()
     return version
+
+
+@asynccontextmanager
+async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
+    """See SchemaVersionAdjustable."""
+    newest = load_migrations()[-1]
+    newer = newest.version + 1
+    row = (
+        (newer, "newer", newer, 0) if difference > 0 else (newest.version, newest.name, newest.works_from, 0)
+    )
+
+    async def change(statement: str, values: Sequence[object]) -> None:
+        connection = Connection(database_path(url))
+        try:
+            await connection.open()
+            await connection.run_in_thread(
+                partial(write_transaction, lambda db: db.execute(statement, values))
+            )
+        finally:
+            await connection.close()
+
+    add, delete = (INSERT_VERSION, row), (DELETE_VERSION, row[:1])
+    await change(*(add if difference > 0 else delete))
+    try:
+        yield
+    finally:
+        await change(*(add if difference < 0 else delete))
 
 
 async def migrate(config: StoreConfig) -> int:

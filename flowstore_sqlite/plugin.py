@@ -65,6 +65,18 @@ class SqliteBackend:
         finally:
             shutil.rmtree(folder)
 
+    def variants(self, url: str) -> Mapping[str, str]:
+        """One reader, for which all reads queue."""
+        parts = parse_url(url)
+        return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
+
+    @asynccontextmanager
+    async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
+        from flowstore_sqlite.deploy import adjust_version
+
+        async with adjust_version(url, difference):
+            yield
+
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
         """Every migration in order, as (number, name, a script that applies and records it)."""
         from flowstore_sqlite.deploy import migrations

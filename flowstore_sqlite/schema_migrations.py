@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS flowstore_schema (
     applied_at INTEGER NOT NULL
 ) STRICT
 """
+DELETE_VERSION = "DELETE FROM flowstore_schema WHERE version = ?"
 INSERT_VERSION = "INSERT INTO flowstore_schema (version, name, works_from, applied_at) VALUES (?, ?, ?, ?)"
 
 

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from flowstore_conformance import CLAUSES, CheckResult, Failure, Report, Status
-from flowstore_conformance.checks.registry import Check, Kind, Run
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome, Raised, Returned
 from flowstore_conformance.linearizability import Verdict, check_history
+from flowstore_conformance.registry import Check, Kind, Run
 
 from flowstore_core import Capability, RunStatus, new_run_id
 

@@ -91,7 +91,7 @@ def database(tmp_path: Path) -> dict[str, UUID]:
     return asyncio.run(fill())
 
 
-def test_without_arguments_it_says_what_it_can_do(flowstore: Flowstore) -> None:
+def test_without_arguments_it_prints_help(flowstore: Flowstore) -> None:
     code, out, _ = flowstore()
     assert code == 0
     assert "flowstore replay --kill 2" in out
@@ -121,7 +121,7 @@ def test_every_command_has_help_with_an_example_and_its_json_keys(
 
 
 @pytest.mark.parametrize("command", READING, ids=" ".join)
-def test_a_command_that_looks_makes_no_database(
+def test_a_reading_command_creates_no_database(
     command: list[str], flowstore: Flowstore, tmp_path: Path
 ) -> None:
     code, out, err = flowstore(*command)
@@ -312,7 +312,7 @@ def contents(tmp_path: Path) -> dict[str, UUID]:
     return asyncio.run(fill())
 
 
-def test_what_is_piped_is_whole(
+def test_piped_output_is_not_truncated(
     contents: dict[str, UUID], flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
@@ -619,7 +619,7 @@ def test_completion_in_the_shell(database: dict[str, UUID], flowstore: Flowstore
     assert newest[0] in "".join(complete("flowstore runs show ", tmp_path, "zsh"))
 
 
-def test_completion_creates_and_says_nothing_where_there_is_no_store(tmp_path: Path) -> None:
+def test_completion_without_a_store_is_silent_and_creates_no_file(tmp_path: Path) -> None:
     for url in ("sqlite:///missing.db", "postgresql://127.0.0.1:1/x", "nonsense://x", "memory://?x=1"):
         assert complete(f"flowstore runs show --url {url} ", tmp_path) in ([], [""])
     assert not list(tmp_path.iterdir())
@@ -782,7 +782,7 @@ def test_backends(flowstore: Flowstore) -> None:
     assert "postgres" in listed["postgresql"]["schemes"]
 
 
-def test_backends_tells_a_missing_driver_and_its_remedy(
+def test_backends_reports_a_missing_driver_with_its_remedy(
     flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util as real
@@ -799,7 +799,7 @@ def test_backends_tells_a_missing_driver_and_its_remedy(
     assert "pip install 'flowstore[postgres]'" in flowstore("backends")[1]
 
 
-def test_backends_tells_a_broken_plugin(flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_reports_a_broken_plugin(flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch) -> None:
     from flowstore_core.plugins import Plugin, load_error
 
     error = load_error("mine", "mine.plugin", "mine-dist", ValueError("no; not at all"))
@@ -812,7 +812,7 @@ def test_backends_tells_a_broken_plugin(flowstore: Flowstore, monkeypatch: pytes
     assert flowstore("backends")[0] == 0
 
 
-def test_backends_tells_two_that_claim_one_scheme(
+def test_backends_reports_two_plugins_that_claim_one_scheme(
     flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flowstore_core.plugins import Plugin, load_plugins
@@ -853,7 +853,7 @@ def test_replay_in_plain_lines(flowstore: Flowstore) -> None:
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_its_extra_it_says_what_to_install(missing: str) -> None:
+def test_without_its_extra_it_names_the_package_to_install(missing: str) -> None:
     program = (
         f"import sys; sys.modules[{missing!r}] = None; "
         "from flowstore_cli.main import main; sys.exit(main(['backends']))"

@@ -151,7 +151,7 @@ def test_migrate_false_in_the_url_holds_for_a_replay(
     assert state() == before
 
 
-def test_a_replay_migrates_and_says_so(
+def test_a_replay_reports_that_it_migrated(
     sqlite_place: tuple[str, Callable[[], object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, _ = sqlite_place
@@ -171,7 +171,7 @@ def test_a_replay_migrates_and_says_so(
     assert main(["runs", "list", "--url", new]) == 0
 
 
-def test_a_role_that_may_only_read_can_look(fresh: str, postgresql_url: str) -> None:
+def test_a_read_only_role_can_run_the_reading_commands(fresh: str, postgresql_url: str) -> None:
     schema = parse_qs(urlsplit(fresh).query)["schema"][0]
     role = f"reader_{uuid4().hex[:12]}"
 

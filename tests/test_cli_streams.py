@@ -152,7 +152,7 @@ def test_a_signal_is_delivered_into_a_full_output(place: Place) -> None:
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_without_standard_error_the_exit_code_still_tells(redirection: str, place: Place) -> None:
+def test_without_standard_error_the_exit_code_is_correct(redirection: str, place: Place) -> None:
     if "/dev/full" in redirection and not FULL.exists():
         pytest.skip("needs /dev/full")
     url, run_id = place
@@ -232,7 +232,7 @@ REPLAY = ("replay", "--speed", "1000", "--workers", "2")
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_replay_goes_on_when_its_reader_leaves(fails: bool, tmp_path: Path) -> None:
+def test_a_replay_continues_when_its_reader_exits(fails: bool, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     more = ["--fail-rate", "1", "--max-attempts", "1"] if fails else []
     process = subprocess.Popen(

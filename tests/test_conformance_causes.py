@@ -9,8 +9,8 @@ import re
 import pytest
 from flowstore_conformance import CheckResult, Failure, Level, Report, Status
 from flowstore_conformance.causes import CauseKind, find_causes
-from flowstore_conformance.checks.registry import Kind
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Kind
 from flowstore_conformance.rendering import (
     render_badge,
     render_json,
@@ -96,7 +96,7 @@ def test_other_lines_other_errors_other_operations_and_other_clauses_are_other_c
     assert [len(one.results) for one in find_causes(results)] == [1] * 7
 
 
-def test_the_cause_of_most_failures_comes_first_and_the_simplest_check_leads() -> None:
+def test_causes_are_ordered_by_failures_and_led_by_their_simplest_check() -> None:
     results = [
         failed("one", wrong("CLM-2")),
         failed("a_race", wrong("CLM-1"), Kind.RACE),
@@ -190,7 +190,7 @@ def test_the_level_of_every_store_is_called_base() -> None:
 # Partial runs
 
 
-def test_a_partial_run_shows_what_was_asked_for_and_counts_the_rest() -> None:
+def test_a_partial_run_shows_the_selected_checks_and_counts_the_rest() -> None:
     report = made_report(selected=("CLM-1", "SIG-3"))
     for shown in (render_text(report), render_markdown(report), render_page(report)):
         assert "51 other clauses were not selected" in shown

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import flowstore_conformance.suite
 import pytest
-from flowstore_conformance.checks.registry import Check
+from flowstore_conformance.registry import Check
 
 from flowstore_cli.main import main
 from flowstore_core import open_store
@@ -49,7 +49,7 @@ def run(*arguments: str) -> int:
 
 
 @pytest.mark.usefixtures("checks")
-def test_a_backend_that_keeps_what_was_asked_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conforming_backend_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("memory://", "--clause", "CLM-1", "--clause", "CLM-2", "--seed", "7") == 0
     shown = capsys.readouterr()
     assert "CONFORMS: CLM-1, CLM-2 kept; a partial run grants no level" in shown.out
@@ -144,7 +144,7 @@ def test_one_example_of_a_grouped_check_is_selected_by_its_name(capsys: pytest.C
         (["postgresql://me:s3cret@127.0.0.1:1/db?connect_timeout=1"], "unavailable"),
     ],
 )
-def test_what_cannot_run_ends_with_2_and_one_line(
+def test_a_suite_that_cannot_run_exits_with_2_and_one_line(
     arguments: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments) == 2
@@ -178,7 +178,7 @@ def test_a_namespace_with_data_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("missing", ["hypothesis", "flowstore_conformance"])
-def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
+def test_without_the_extra_it_names_the_package_to_install(missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None; from flowstore_cli.main import main; "
         "sys.exit(main(['conformance', 'memory://']))"
@@ -189,7 +189,7 @@ def test_without_the_extra_it_says_what_to_install(missing: str) -> None:
     assert line == f"flowstore: module {missing!r} is missing; pip install 'flowstore[conformance]'"
 
 
-def test_on_a_terminal_the_progress_is_one_line_that_goes_away() -> None:
+def test_on_a_terminal_progress_is_one_line_and_is_erased() -> None:
     code = (
         "import sys, flowstore_conformance.suite as suite; from tests.conformance_reports import *; "
         "suite.all_checks = lambda: (made_check('CLM-1', 'one_wins'),); "

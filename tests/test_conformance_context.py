@@ -77,7 +77,7 @@ async def test_a_check_that_cannot_be_made_is_unsupported() -> None:
 # Looking again
 
 
-async def test_what_was_inconclusive_by_chance_is_looked_at_again_longer_and_otherwise() -> None:
+async def test_a_randomly_inconclusive_check_is_rerun_longer_with_new_draws() -> None:
     looks: list[tuple[int, float]] = []
 
     async def unlucky(context: CheckContext) -> None:
@@ -92,7 +92,7 @@ async def test_what_was_inconclusive_by_chance_is_looked_at_again_longer_and_oth
     assert len({seed for seed, _ in looks}) == 3
 
 
-async def test_what_chance_does_not_decide_is_not() -> None:
+async def test_a_deterministically_inconclusive_check_is_not_rerun() -> None:
     looks = 0
 
     async def hopeless(context: CheckContext) -> None:
@@ -126,7 +126,7 @@ async def test_checks_that_share_a_namespace_start_as_if_alone() -> None:
     assert len({drawn for _, _, drawn in seen}) == 3
 
 
-async def test_what_fails_among_others_counts_only_if_it_fails_alone() -> None:
+async def test_a_failure_among_other_checks_counts_only_if_it_recurs_alone() -> None:
     urls: list[str] = []
 
     async def disturbed(context: CheckContext) -> None:
@@ -233,11 +233,11 @@ def _run(**given: Any) -> FlowRunRecord:
         ),
     ],
 )
-def test_a_difference_is_told_where_it_is(wanted: object, got: object, said: str) -> None:
+def test_a_difference_names_its_location(wanted: object, got: object, said: str) -> None:
     assert said in expected_and_got(comparable(wanted), comparable(got))
 
 
-def test_what_differs_deep_in_a_long_record_is_seen() -> None:
+def test_a_difference_deep_in_a_long_record_is_shown() -> None:
     steps = [comparable(("step", _step(number))) for number in range(30)]
     other = [*steps[:20], comparable(("step", _step(20, status=StepStatus.FAILED))), *steps[21:]]
     told = expected_and_got(tuple(steps), tuple(other))

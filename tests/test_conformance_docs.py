@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer
 from flowstore_conformance import Level, Profile, Status, read_waivers
-from flowstore_conformance.checks.registry import Kind
+from flowstore_conformance.registry import Kind
 
 from flowstore_cli.app import app
 

@@ -17,8 +17,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from flowstore_conformance import CheckResult, Failure, Report, Status, run_suite
-from flowstore_conformance.checks.registry import all_checks
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import all_checks
 from flowstore_conformance.suite import select_checks
 from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog, await_chain
 
@@ -73,7 +73,7 @@ WAITING = {
 
 
 @pytest.mark.parametrize("name", WAITING)
-async def test_a_call_that_waits_is_named_and_the_suite_goes_on(name: str) -> None:
+async def test_a_hanging_call_is_named_and_the_suite_continues(name: str) -> None:
     report = await run(name)
     failure = hang_of(report.results[0])
     assert failure.operation == "try_claim_step"
@@ -95,7 +95,7 @@ BLOCKING = {"sleeps": "_sleep_long", "locks": "try_claim_step", "loops": "try_cl
 
 
 @pytest.mark.parametrize("name", BLOCKING)
-async def test_a_call_that_blocks_the_loop_is_named_and_the_suite_goes_on(name: str) -> None:
+async def test_a_call_that_blocks_the_loop_is_named_and_the_suite_continues(name: str) -> None:
     report = await run(name)
     failure = hang_of(report.results[0])
     assert failure.operation == "try_claim_step"
@@ -304,7 +304,9 @@ class Command:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("name", ["waits", "sleeps", "waits-for-a-thread"])
-def test_an_interrupt_writes_every_form_of_what_ran(name: str, number: int, tmp_path: Path) -> None:
+def test_an_interrupt_writes_every_report_of_the_completed_checks(
+    name: str, number: int, tmp_path: Path
+) -> None:
     command = Command(tmp_path, f"faulty-{name}://", "--profile", "quick", "--seed", "7", "--clause", "CLM-1")
     command.wait_for("[1/")
     # The next check hangs for 30 s; whether it has begun when the signal comes does not matter.

@@ -51,7 +51,7 @@ def test_one_example_is_selected_by_its_name(tmp_path: Path) -> None:
     assert "1 passed" in done.stdout
 
 
-def test_a_failed_check_tells_how_to_repeat_it(tmp_path: Path) -> None:
+def test_a_failed_check_prints_the_command_that_repeats_it(tmp_path: Path) -> None:
     (tmp_path / "made.py").write_text(
         "import flowstore_conformance.suite as suite\n"
         "from tests.conformance_reports import breaks, made_check, passes, runs_out\n"
@@ -79,7 +79,7 @@ def test_a_failed_check_tells_how_to_repeat_it(tmp_path: Path) -> None:
         ((*PLUGIN, "--flowstore-url=memory://", "--flowstore-clause=X-1"), "there is no clause X-1", 4),
     ],
 )
-def test_wrong_usage_is_said_in_a_line(
+def test_wrong_usage_is_reported_in_one_line(
     tmp_path: Path, arguments: tuple[str, ...], said: str, code: int
 ) -> None:
     done = run(tmp_path, *arguments)

@@ -12,13 +12,13 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance.checks.registry import Check, Kind, all_checks
 from flowstore_conformance.checks.snapshots import torn
 from flowstore_conformance.context import CheckContext, Inconclusive, Profile, new_context
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
+from flowstore_conformance.registry import Check, Kind, all_checks
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.status import Status
@@ -205,7 +205,7 @@ async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> No
         (DriverErrorSurfaces, "hypothesis_calls_agree_with_the_model", "CON-2"),
     ],
 )
-async def test_catches_what_is_wrong(
+async def test_every_wrong_store_is_caught(
     monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], name: str, clause: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
@@ -315,7 +315,7 @@ async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> N
 # Torn details, and what processes tell each other
 
 
-async def test_torn_says_what_cannot_be() -> None:
+async def test_torn_reads_are_explained() -> None:
     async with open_store("memory://") as store:
         run_id = UUID(int=1)
         await store.start_run(UUID(int=9), "f", run_id, "t")
@@ -400,7 +400,7 @@ async def test_processes_race(tmp_path: Any) -> None:
     ids=lambda one: one.name,
 )
 @pytest.mark.parametrize("capabilities", [frozenset(Capability), frozenset()], ids=["full", "base"])
-def test_a_race_ends_with_a_look_at_all_state_of_its_run(
+def test_a_race_ends_with_reads_of_all_state_of_its_run(
     family: RaceFamily, capabilities: frozenset[Capability]
 ) -> None:
     if not family.needs <= capabilities:

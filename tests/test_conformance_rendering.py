@@ -99,7 +99,7 @@ def test_every_form_shows_verdict_clauses_statuses_and_waivers(render: Callable[
     assert re.search("inconclusive", shown, re.I)
 
 
-def test_the_text_says_why_a_level_is_not_granted() -> None:
+def test_the_text_explains_why_a_level_is_not_granted() -> None:
     shown = render_text(made_report({"EVT-1": Status.UNSUPPORTED}))
     assert "level full is not granted: EVT-1 UNSUPPORTED" in shown
     assert shown.endswith("CONFORMS: level crash-safe\n")
@@ -237,7 +237,7 @@ class Page(HTMLParser):
                 self.classes.append(value or "")
 
 
-def test_the_page_stands_alone(report: Report) -> None:
+def test_the_page_loads_nothing_else(report: Report) -> None:
     text = render_page(report)
     page = Page()
     page.feed(text)
@@ -249,7 +249,7 @@ def test_the_page_stands_alone(report: Report) -> None:
     assert "default-src 'none'" in text
 
 
-def test_the_page_escapes_what_a_backend_says() -> None:
+def test_the_page_escapes_texts_of_the_backend() -> None:
     text = render_page(REPORTS["nasty"]())
     assert "&lt;/script&gt;&lt;b&gt;" in text
     assert text.count("</script>") == 1
@@ -316,13 +316,13 @@ def test_bars_stand_over_each_other_exactly_where_calls_overlapped() -> None:
         assert end < begin
 
 
-def test_a_client_that_goes_on_beside_its_lost_call_has_a_second_lane() -> None:
+def test_a_client_that_continues_beside_an_unacknowledged_call_has_two_rows() -> None:
     lost = dataclasses.replace(operation(0, 0, 1, Returned(True)), returned=float("inf"))
     history = History.of([lost, operation(0, 0.2, 2, Returned(True)), operation(1, 0.5, 1.5, Returned(True))])
     assert lay_out(history).rows == ("client 0", "client 0", "client 1")
 
 
-def test_a_long_history_goes_on_below_and_leaves_out_what_matters_least() -> None:
+def test_a_long_history_wraps_and_omits_the_least_relevant_calls() -> None:
     history = History.of([operation(n % 3, n, n + 0.5, Returned(True)) for n in range(90)])
     timeline = lay_out(history)
     assert len(timeline.bars) + timeline.left_out == 90

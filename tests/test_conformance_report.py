@@ -38,7 +38,7 @@ def test_a_report_in_which_everything_passes_conforms_at_level_full() -> None:
 
 @pytest.mark.parametrize("status", [Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN])
 @pytest.mark.parametrize("clause", ["RUN-1", "CLM-6", "EVT-1"])
-def test_what_is_not_a_pass_never_conforms(status: Status, clause: str) -> None:
+def test_only_passes_conform(status: Status, clause: str) -> None:
     report = made_report({clause: status})
     assert not report.conforms
     assert report.level is None
@@ -94,12 +94,12 @@ def test_a_partial_run_conforms_but_grants_no_level() -> None:
     assert "grants no level" in report.headline
 
 
-def test_a_run_in_which_nothing_was_looked_at_does_not_conform() -> None:
+def test_a_suite_run_without_assertions_does_not_conform() -> None:
     assert not report_of(result("CLM-6", Status.UNSUPPORTED), selected=("CLM-6",)).conforms
     assert not report_of(selected=("CLM-6",)).conforms
 
 
-def test_a_clause_without_a_check_keeps_a_whole_run_from_conforming() -> None:
+def test_a_clause_without_a_check_prevents_conformance() -> None:
     report = report_of(result("RUN-1", Status.PASS))
     assert not report.conforms
     assert report.headline.startswith("no check covers INP-1")

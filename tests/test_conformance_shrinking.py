@@ -122,7 +122,7 @@ async def test_a_smaller_race_keeps_to_the_violation(monkeypatch: pytest.MonkeyP
     assert sum(one.call.method == "record_step_start" for one in operations) == 3
 
 
-def test_a_signature_leaves_out_what_differs_from_program_to_program() -> None:
+def test_a_signature_omits_details_that_differ_between_programs() -> None:
     read = Call(method="get_run_detail", arguments={"run_id": RUN})
 
     def wrong(key: str, **actual: Any) -> frozenset[WrongAnswer]:

@@ -121,7 +121,7 @@ class Several(Anything):
     ping = "pong"
 
 
-def test_every_problem_of_a_method_is_told() -> None:
+def test_every_problem_of_a_method_is_reported() -> None:
     told = [one.title for one in compare(Several(), frozenset())]
     assert told[0] == "store.ping is not a method but of type str"
     (start_run,) = [one for one in told if "start_run" in one]

@@ -14,9 +14,9 @@ from typing import Any
 import flowstore_conformance
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Profile, Report, Status, check_backend, run_suite
-from flowstore_conformance.checks.registry import Check, Run, all_checks
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.registry import Check, Run, all_checks
 from flowstore_conformance.repro import replay_on_memory, write_programs
 from flowstore_conformance.suite import run_check
 
@@ -61,7 +61,7 @@ async def test_a_check_that_ran_out_of_its_budget_is_no_pass() -> None:
     assert not report.conforms
 
 
-async def test_a_check_that_looked_at_nothing_is_no_pass() -> None:
+async def test_a_check_without_assertions_does_not_pass() -> None:
     async def looks_away(context: CheckContext) -> None:
         return
 
@@ -128,7 +128,7 @@ async def test_a_time_out_that_a_driver_lets_out_is_not_taken_for_hanging() -> N
     assert failure.message.startswith("the backend raised TimeoutError")
 
 
-async def test_a_failure_is_run_again_to_tell_how_often_it_strikes() -> None:
+async def test_a_failed_check_is_rerun_to_measure_how_often_it_fails() -> None:
     calls = 0
 
     async def sometimes(context: CheckContext) -> None:
@@ -141,7 +141,7 @@ async def test_a_failure_is_run_again_to_tell_how_often_it_strikes() -> None:
     assert (failure.reproductions, failure.repetitions) == (3, 5)
 
 
-async def test_the_seed_decides_what_a_check_draws_alone_or_among_others() -> None:
+async def test_the_seed_determines_the_draws_of_a_check_run_alone_or_with_others() -> None:
     drawn: list[float] = []
 
     async def draws(context: CheckContext) -> None:
@@ -155,7 +155,7 @@ async def test_the_seed_decides_what_a_check_draws_alone_or_among_others() -> No
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-async def test_progress_is_told_before_and_after_each_check() -> None:
+async def test_progress_is_reported_before_and_after_each_check() -> None:
     told: list[object] = []
     checks = [made_check("RUN-1", "one"), made_check("RUN-2", "two")]
     await run(
@@ -254,7 +254,7 @@ async def touches(context: CheckContext) -> None:
         ("trap://elsewhere", "is not empty: get_runs returns data. Nothing was changed"),
     ],
 )
-async def test_a_namespace_that_holds_data_is_refused_and_left_alone(url: str, said: str) -> None:
+async def test_a_namespace_with_data_is_refused_and_unchanged(url: str, said: str) -> None:
     async with open_store("trap://data") as store:
         before = await store.get_runs()
         assert len(before) == 1

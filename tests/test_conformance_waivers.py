@@ -58,7 +58,7 @@ def test_a_file_of_waivers_is_read(tmp_path: Path) -> None:
         ("waiver = [", "not valid TOML"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "waivers.toml"
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=said):

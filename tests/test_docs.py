@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import pytest
 import typer.main
-from flowstore_conformance.checks.registry import all_checks
+from flowstore_conformance.registry import all_checks
 
 import flowstore_core
 from flowstore_cli.app import app

@@ -133,7 +133,7 @@ def test_a_healthy_store_is_silent(place: str, doctor: Doctor) -> None:
     answer = doctor(place)
     assert answer.codes == []
     assert answer.document["opened"] is True
-    assert (answer.document["running_runs"], answer.document["looked_at"]) == (2, 2)
+    assert (answer.document["running_runs"], answer.document["examined_runs"]) == (2, 2)
     if "postgresql" not in place:
         assert answer.code == 0
 
@@ -190,7 +190,7 @@ STANDING = {
 
 
 @pytest.mark.parametrize(("code", "make"), STANDING.items(), ids=list(STANDING))
-def test_work_that_stands_still_is_found(
+def test_stalled_work_is_found(
     code: str, make: Callable[[FlowStore], Awaitable[UUID]], place: str, doctor: Doctor
 ) -> None:
     run_id = _with_store(place, make)
@@ -204,12 +204,12 @@ def test_work_that_stands_still_is_found(
     assert doctor(place, "--grace", "2h").codes == []
 
 
-def test_a_cancel_that_nobody_acts_on_is_found(place: str, doctor: Doctor) -> None:
+def test_an_ignored_cancel_request_is_found(place: str, doctor: Doctor) -> None:
     _with_store(place, _ignore_cancel)
     assert doctor(place).codes == ["runs-to-stop"]
 
 
-def test_a_run_that_goes_on_meanwhile_is_not_idle(
+def test_a_run_that_progresses_meanwhile_is_not_idle(
     tmp_path: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
@@ -237,7 +237,7 @@ class Less:
         return getattr(self._store, name)
 
 
-async def test_a_store_with_fewer_capabilities_is_looked_at_as_far_as_it_goes() -> None:
+async def test_a_store_with_fewer_capabilities_gets_the_possible_checks() -> None:
     clock = VirtualClock(datetime.now(UTC) - HOUR)
     async with open_store("memory://", clock=clock) as store:
         await _expire_lease(store)
@@ -250,7 +250,7 @@ async def test_a_store_with_fewer_capabilities_is_looked_at_as_far_as_it_goes() 
         assert found.findings == []
 
 
-def test_of_many_runs_the_oldest_are_looked_at(
+def test_of_many_runs_the_oldest_are_examined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(symptoms, "PAGE", 4)
@@ -346,7 +346,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("code", FILES)
-def test_what_is_wrong_with_a_file_is_found(code: str, flows: Path, doctor: Doctor) -> None:
+def test_every_defect_of_a_file_is_found(code: str, flows: Path, doctor: Doctor) -> None:
     severity, spoil = FILES[code]
     assert doctor("sqlite:///flows.db").codes == []
     spoil(flows)
@@ -382,7 +382,7 @@ def _write_state(path: Path, database: bytes, log: bytes) -> None:
     path.with_name("flows.db-wal").chmod(0o600)
 
 
-def test_a_damaged_page_is_told_once_whichever_it_is(flows: Path, doctor: Doctor) -> None:
+def test_any_damaged_page_is_reported_once(flows: Path, doctor: Doctor) -> None:
     content = flows.read_bytes()
     for start in range(4096, len(content), 4096):
         flows.write_bytes(content[:start] + b"\xa5" * 4096 + content[start + 4096 :])
@@ -548,7 +548,7 @@ def test_many_orphans_go_little_by_little(
     assert answer.codes == []
 
 
-def test_a_look_that_takes_too_long_is_cut_short(
+def test_an_examination_that_takes_too_long_is_stopped(
     flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flowstore_sqlite.diagnosis.CHECK_TIMEOUT", -1.0)
@@ -578,7 +578,7 @@ def test_a_file_system_that_keeps_no_promise_is_found(
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
-def test_a_real_file_system_in_memory_is_told_by_its_name() -> None:
+def test_a_file_system_in_memory_is_named() -> None:
     assert file_checks.file_system("/dev/shm") in ("tmpfs", "ramfs")
     assert file_checks.file_system("/dev/shm/missing/deep") == ""
 
@@ -586,7 +586,7 @@ def test_a_real_file_system_in_memory_is_told_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("version", "told"), [((3, 51, 2), True), ((3, 7, 0), True), ((3, 51, 3), False), ((3, 6, 23), False)]
 )
-def test_the_wal_reset_bug_is_told(
+def test_the_wal_reset_bug_is_reported(
     version: tuple[int, int, int], told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flowstore_sqlite.diagnosis import _check_settings
@@ -600,7 +600,9 @@ def test_the_wal_reset_bug_is_told(
 # Text output
 
 
-def test_it_says_what_it_means_and_what_to_do(flows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finding_explains_itself_and_names_a_remedy(
+    flows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flows.chmod(0o644)
     _execute(flows, ORPHANS["orphans-outputs"])
     assert main(["doctor", "sqlite:///flows.db"]) == 1
@@ -613,7 +615,7 @@ def test_it_says_what_it_means_and_what_to_do(flows: Path, capsys: pytest.Captur
     assert not [line for line in out.splitlines() if line != line.rstrip()]
 
 
-def test_what_redacting_hides_is_left_to_be_filled_in() -> None:
+def test_redacted_parts_are_left_as_placeholders() -> None:
     assert command._complete("flowstore doctor --fix", "sqlite:///x y.db").endswith(
         "--url 'sqlite:///x y.db'"
     )
@@ -642,7 +644,7 @@ def test_what_redacting_hides_is_left_to_be_filled_in() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_where_it_cannot_look_the_exit_code_is_2(
+def test_an_unreadable_store_exits_with_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", *arguments]) == 2

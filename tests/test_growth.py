@@ -132,7 +132,7 @@ async def _ask_plainly(store: FlowStore, now: datetime) -> list[Any]:
         return await _ask(plain, now)
 
 
-async def test_sums_are_what_a_look_at_every_run_tells(url: str) -> None:
+async def test_counters_equal_an_enumeration_of_all_runs(url: str) -> None:
     clock, generator = VirtualClock(), random.Random(7)
     clock.now = NOON
     async with open_store(url, clock=clock) as store:
@@ -165,7 +165,7 @@ async def test_sums_hold_while_many_write(database: str) -> None:
         assert (await store.get_statistics()).active_runs == 60
 
 
-async def test_what_changes_behind_the_store_is_counted_too(database: str) -> None:
+async def test_changes_made_past_the_store_are_counted(database: str) -> None:
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(database, clock=clock) as store:
@@ -231,7 +231,7 @@ async def _downgrade(url: str) -> None:
     )
 
 
-async def test_a_search_sees_what_happens_in_runs_that_are_over(database: str) -> None:
+async def test_a_search_finds_later_changes_of_completed_runs(database: str) -> None:
     async with open_store(database) as store:
 
         async def found(needle: str) -> set[UUID]:
@@ -263,7 +263,7 @@ async def test_a_search_sees_what_happens_in_runs_that_are_over(database: str) -
         assert await found("haystack") == set()
 
 
-async def test_a_search_gathers_what_it_had_to_look_at(database: str) -> None:
+async def test_a_search_indexes_the_runs_that_it_had_to_scan(database: str) -> None:
     async with open_store(database) as store:
         for number in range(100):
             run_id = new_run_id()
@@ -305,7 +305,7 @@ async def test_searches_work_without_the_index_and_it_can_come_later(database: s
         assert (await store.get_runs_page(search="FLOW 17")).total_count == 2
 
 
-async def test_who_might_use_version_1_may_use_what_came_later(postgresql_url: str) -> None:
+async def test_roles_with_rights_on_version_1_get_rights_on_later_objects(postgresql_url: str) -> None:
     role = f"flows_app_{new_run_id().hex}"
     async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
         schema = parse_qs(urlsplit(url).query)["schema"][0]

@@ -210,7 +210,7 @@ def test_refuses(name: str) -> None:
     assert len(verdict.expected) == len(verdict.unplaced)
 
 
-def test_a_violation_says_what_would_have_been_right() -> None:
+def test_a_violation_names_the_correct_results() -> None:
     verdict = check_history(History.of(BAD["two winners"]), start=state_after(START))
     assert [one.outcome for one in verdict.prefix] == [Returned(True)]
     assert verdict.expected == (Returned(False),)

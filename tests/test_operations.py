@@ -9,9 +9,9 @@ from pathlib import Path
 from uuid import UUID
 
 from flowstore_conformance.checks import operations as arguments
-from flowstore_conformance.checks.registry import all_checks
 from flowstore_conformance.model import Model
 from flowstore_conformance.operations import STRATEGIES
+from flowstore_conformance.registry import all_checks
 from flowstore_conformance.write_scenarios import SCENARIOS
 
 from flowstore_core import FlowStore

@@ -162,7 +162,7 @@ def test_a_missing_driver_is_named_with_its_remedy(site: Site) -> None:
     assert "secret" not in said
 
 
-def test_the_command_line_needs_its_extra_and_says_so(site: Site) -> None:
+def test_the_command_line_without_its_extra_names_it(site: Site) -> None:
     done = site.run("flowstore", "--help")
     assert done.returncode != 0
     assert "pip install 'flowstore[cli]'" in done.stderr

@@ -189,7 +189,7 @@ def test_options_for_tls_reach_the_driver_unchanged(tmp_path: Path) -> None:
     assert parse_qs(urlsplit(dsn).query) == {"sslmode": ["verify-full"], "sslrootcert": [str(root)]}
 
 
-def test_a_service_is_looked_up_in_the_file_that_an_option_names(tmp_path: Path) -> None:
+def test_a_service_is_read_from_the_file_that_an_option_names(tmp_path: Path) -> None:
     file = tmp_path / "services"
     file.write_text("[mine]\nhost=h\nport=7\nuser=me\npassword=p#w\ndbname=d\n")
     _, _, config = resolve_store(f"postgresql://?service=mine&servicefile={file}&sslmode=disable")

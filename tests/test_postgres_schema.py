@@ -260,7 +260,7 @@ async def test_nothing_in_the_schema_names_it(database: Database) -> None:
     assert name not in rows.replace(f"INSERT INTO {name}.", "").replace(f"Schema: {name};", "")
 
 
-async def test_a_role_keeps_what_it_may_execute_when_the_functions_are_replaced(database: Database) -> None:
+async def test_a_role_keeps_its_execute_rights_when_functions_are_replaced(database: Database) -> None:
     role = f"folder_{uuid4().hex[:8]}"
     _, backend, config = resolve_store(database.url())
     scripts = backend.migrations(config)  # type: ignore[attr-defined]
@@ -420,7 +420,7 @@ LEVELS = ("repeatable read", "serializable")
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("pgbouncer", [False, True])
-async def test_con_6_many_open_a_new_schema_at_once_whatever_the_default_isolation(
+async def test_con_6_many_open_a_new_schema_at_once_under_any_default_isolation(
     level: str, pgbouncer: bool, database: Database
 ) -> None:
     await _set_defaults(database, level)

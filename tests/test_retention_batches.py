@@ -6,8 +6,8 @@ import asyncio
 from importlib import import_module
 
 import pytest
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.context import Profile
+from flowstore_conformance.registry import Check
 from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from flowstore_conformance.checks.registry import Kind
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Kind
 from flowstore_conformance.results import CheckResult
 
 SIMPLEST = (

@@ -23,8 +23,12 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
+from flowstore_core.backend import VariantUrls
 
 T = TypeVar("T")
+
+DEFAULT_VARIANT = "default"
+"""The variant with the options of the URL as given."""
 
 
 class Profile(StrEnum):
@@ -101,7 +105,7 @@ class CheckContext:
     """The context of one check on one namespace, which is fresh unless checks share it."""
 
     url: str
-    """The URL of the scratch namespace."""
+    """The URL of the scratch namespace, with the options of the variant."""
     base_url: str
     """The user's URL. It is passed to the backend's scratch() only."""
     backend: Backend
@@ -116,6 +120,8 @@ class CheckContext:
     """Multiplies the time before a check becomes inconclusive."""
     call_seconds: float = 30.0
     """Seconds that a call may take in a child process of the check."""
+    variant: str | None = None
+    """The backend's variant that the stores are opened with, or DEFAULT_VARIANT; None if it has none."""
     shared: SharedResources | None = None
     """None if the namespace belongs to this check alone."""
     assertions: int = 0
@@ -150,7 +156,7 @@ class CheckContext:
     async def new_namespace(self) -> AsyncIterator[CheckContext]:
         """Make a context on another scratch namespace. Its assertions count in this context too."""
         seed = self.random.getrandbits(64)
-        more = (self.timeout_factor, self.call_seconds)
+        more = (self.timeout_factor, self.call_seconds, self.variant)
         async with new_context(self.base_url, self.backend, self.profile, seed, *more) as context:
             yield context
         self.assertions += max(context.assertions, 1)
@@ -207,10 +213,14 @@ async def new_context(
     seed: int,
     timeout_factor: float = 1.0,
     call_seconds: float = 30.0,
+    variant: str | None = None,
 ) -> AsyncIterator[CheckContext]:
     """Make a context on a scratch namespace of the backend, which is dropped at the end."""
     clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
     async with backend.scratch(base_url) as url, AsyncExitStack() as stack:
+        if variant not in (None, DEFAULT_VARIANT):
+            assert isinstance(backend, VariantUrls)
+            url = backend.variants(url)[variant]
         store = await stack.enter_async_context(open_store(url, clock=clock))
         yield CheckContext(
             url=url,
@@ -224,6 +234,7 @@ async def new_context(
             random=random.Random(seed),
             timeout_factor=timeout_factor,
             call_seconds=call_seconds,
+            variant=variant,
             _stack=stack,
         )
 
@@ -234,8 +245,17 @@ class SharedNamespace:
     Creating a namespace in a database takes longer than most checks.
     """
 
-    def __init__(self, base_url: str, backend: Backend, profile: Profile, call_seconds: float = 30.0) -> None:
-        self._new_context = partial(new_context, base_url, backend, profile, 0, call_seconds=call_seconds)
+    def __init__(
+        self,
+        base_url: str,
+        backend: Backend,
+        profile: Profile,
+        call_seconds: float = 30.0,
+        variant: str | None = None,
+    ) -> None:
+        self._new_context = partial(
+            new_context, base_url, backend, profile, 0, call_seconds=call_seconds, variant=variant
+        )
         self._context: CheckContext | None = None
         self._stack = AsyncExitStack()
 

@@ -18,14 +18,15 @@ from typing import Any
 
 import pytest
 
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Check
 from flowstore_conformance.report import Report
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.suite import (
     SuiteRun,
+    Variants,
     inspect_backend,
     new_seed,
     read_limits,
@@ -62,6 +63,7 @@ class ConformanceSession:
     checks: Sequence[Check]
     by_name: bool
     """Whether --flowstore-check selected the checks."""
+    variants: Variants
     versions: dict[str, str]
     limits: Limits
     known_hangs: set[str] = field(default_factory=set)
@@ -78,7 +80,9 @@ class ConformanceSession:
         watchdog = Watchdog(self.limits)
         watchdog.known_hangs = self.known_hangs
         supervisor = Supervisor(watchdog)
-        one = SuiteRun(self.url, self.backend, self.profile, self.seed, supervisor, shares=False)
+        one = SuiteRun(
+            self.url, self.backend, self.profile, self.seed, supervisor, self.variants, shares=False
+        )
         result = asyncio.run(self._run(one, check))
         if result.failure is not None and result.failure.hung:
             self.abandoned.append(supervisor)
@@ -94,6 +98,7 @@ class ConformanceSession:
             versions=self.versions,
             selected=check.clauses,
             selected_checks=(check.name,) if self.by_name else (),
+            variants=self.variants.names,
             left_behind=one.left_behind,
         )
         return result, report
@@ -133,6 +138,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         help="run this check, or this example of a check, only",
+    )
+    group.addoption(
+        "--flowstore-variant",
+        metavar="NAME",
+        help='open stores with this variant of the backend only; "default" for the options of the URL',
     )
 
 
@@ -191,6 +201,7 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     names = config.getoption("flowstore_check", ())
     checks = select_checks(config.getoption("flowstore_clause", ()), names=names)
+    variants = Variants(backend, url, _chosen_seed(config), config.getoption("flowstore_variant", None))
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     shared = getattr(config, "workerinput", {}).get("flowstore_guarded")
     if shared is None:
@@ -209,6 +220,7 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
         seed=_chosen_seed(config),
         checks=checks,
         by_name=bool(names),
+        variants=variants,
         versions=versions(plugin.distribution),
         limits=limits,
     )

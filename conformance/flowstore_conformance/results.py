@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.clauses import Clause
 from flowstore_conformance.history import History
 from flowstore_conformance.linearizability import Verdict
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Check
 from flowstore_conformance.status import Status
 
 
@@ -60,6 +60,8 @@ class CheckResult:
     failure: Failure | None = None
     reason: str | None = None
     """Why the check is inconclusive, unsupported, waived or not run."""
+    variant: str | None = None
+    """The backend's variant that the check ran with; None if the backend declares none."""
     finding: SignatureFinding | None = None
     """The method that prevented the check from running."""
 
@@ -73,6 +75,13 @@ class ClauseResult:
     assertions: int
     """Number of assertions in its checks."""
     results: tuple[CheckResult, ...]
+
+    @property
+    def gap(self) -> str | None:
+        """The reason why a part of a clause that passed is UNSUPPORTED; None if no part is."""
+        if self.status is not Status.PASS:
+            return None
+        return next((one.reason for one in self.results if one.status is Status.UNSUPPORTED), None)
 
     @property
     def reason(self) -> str | None:

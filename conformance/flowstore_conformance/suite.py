@@ -14,9 +14,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-from flowstore_conformance.checks.registry import Check, all_checks
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import (
+    DEFAULT_VARIANT,
     CheckContext,
     ContractViolation,
     Inconclusive,
@@ -29,6 +29,7 @@ from flowstore_conformance.guard import CANNOT_INSPECT, GuardedBackend, NoNamesp
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
+from flowstore_conformance.registry import Check, all_checks
 from flowstore_conformance.report import Report, apply_waivers
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.results import CheckResult, Failure
@@ -38,6 +39,7 @@ from flowstore_conformance.traces import Scrubber, error_type, operation_of, pla
 from flowstore_conformance.waivers import Waiver
 from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
+from flowstore_core.backend import VariantUrls
 from flowstore_core.distributions import installed_version
 from flowstore_core.plugins import find_backend
 from flowstore_core.suggestions import did_you_mean
@@ -73,6 +75,7 @@ async def run_suite(
     check_names: Collection[str] = (),
     repeats: int = REPEATS,
     check_timeout: float | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
     starting: Starting | None = None,
     stop: asyncio.Event | None = None,
@@ -86,12 +89,14 @@ async def run_suite(
     ``progress`` and ``starting`` are called in the caller's loop.
 
     ``check_timeout`` is the limit in seconds for a check; a call may take half of it. By default a call has
-    30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. Setting
-    ``stop`` ends the run early: the report then covers the checks that ran and is marked as incomplete.
+    30 s and the limit of a check depends on the profile; both are scaled up for a slow backend. ``variant``
+    is the name of one of the backend's variants, or "default" for the options of the URL; by default the seed
+    chooses one for each check. Setting ``stop`` ends the run early: the report then covers the checks that
+    ran and is marked as incomplete.
 
-    Raises ConfigurationError for an unknown clause, check or profile, for a limit that is not positive, for a
-    URL without a backend, for a missing extra, and if the scratch namespace is not new and empty;
-    StoreUnavailableError if no namespace can be created.
+    Raises ConfigurationError for an unknown clause, check, variant or profile, for a limit that is not
+    positive, for a URL without a backend, for a missing extra, and if the scratch namespace is not new and
+    empty; StoreUnavailableError if no namespace can be created.
     """
     profile = read_profile(profile)
     limits = read_limits(profile, check_timeout)
@@ -103,7 +108,8 @@ async def run_suite(
     url = parts.text
     plugin, backend = find_backend(parts.scheme)
     started_at, begun = datetime.now(UTC), time.monotonic()
-    run = SuiteRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), stop)
+    variants = Variants(backend, url, chosen_seed, variant)
+    run = SuiteRun(url, backend, profile, chosen_seed, Supervisor(Watchdog(limits)), variants, stop)
     results: list[CheckResult] = []
     incomplete: str | None = None
     left = REPEAT_SECONDS
@@ -142,9 +148,30 @@ async def run_suite(
         findings=run.backend.findings,
         incomplete=incomplete,
         check_timeout=check_timeout,
+        variants=variants.names,
         left_behind=run.left_behind,
     )
     return apply_waivers(report, waivers)
+
+
+class Variants:
+    """The variants of a backend (see VariantUrls), and the choice of one for each check."""
+
+    def __init__(self, backend: Backend, url: str, seed: int, chosen: str | None = None) -> None:
+        own = tuple(backend.variants(url)) if isinstance(backend, VariantUrls) else ()
+        if chosen not in (None, DEFAULT_VARIANT, *own):
+            known = ", ".join(map(repr, (DEFAULT_VARIANT, *own)))
+            raise ConfigurationError(f"there is no variant {chosen!r}; this backend has {known}")
+        self.names = () if not own else (DEFAULT_VARIANT, *own) if chosen is None else (chosen,)
+        """The variants that checks may run with; empty if the backend declares none."""
+        self._seed = seed
+
+    def of(self, check: Check) -> str | None:
+        """The variant of a check. Checks that share a namespace have the same."""
+        if not self.names:
+            return None
+        chooser = random.Random(f"{self._seed}/{check.name if check.isolated else ''}/variant")
+        return chooser.choice(self.names)
 
 
 class SuiteRun:
@@ -157,6 +184,7 @@ class SuiteRun:
         profile: Profile,
         seed: int,
         supervisor: Supervisor,
+        variants: Variants | None = None,
         stop: asyncio.Event | None = None,
         *,
         shares: bool = True,
@@ -169,6 +197,7 @@ class SuiteRun:
         self._seed = seed
         self._supervisor = supervisor
         self._watchdog = supervisor.watchdog
+        self._variants = Variants(backend, url, seed) if variants is None else variants
         self._stop = stop
         self._shares = shares
         self._shared: SharedNamespace | None = None
@@ -183,8 +212,11 @@ class SuiteRun:
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
             return _not_run(check, self._seed, blocker.title, blocker)
-        if self._shared is None and self._shares:
-            self._shared = SharedNamespace(self._url, self.backend, self._profile, self._watchdog.limits.call)
+        variant = self._variants.of(check)
+        if self._shared is None and self._shares and not check.isolated:
+            self._shared = SharedNamespace(
+                self._url, self.backend, self._profile, self._watchdog.limits.call, variant
+            )
         shared = self._shared
         return await self._examine(
             check,
@@ -196,6 +228,7 @@ class SuiteRun:
                 self._seed,
                 shared=shared,
                 watchdog=self._watchdog,
+                variant=variant,
             ),
         )
 
@@ -328,6 +361,7 @@ def check_backend(
     seed: int | None = None,
     waivers: Sequence[Waiver] = (),
     check_timeout: float | None = None,
+    variant: str | None = None,
 ) -> Report:
     """run_suite for code without a running event loop; same arguments, errors and report."""
     suite = run_suite(
@@ -338,6 +372,7 @@ def check_backend(
         seed=seed,
         waivers=waivers,
         check_timeout=check_timeout,
+        variant=variant,
     )
     return asyncio.run(suite)
 
@@ -410,6 +445,7 @@ async def run_check(
     *,
     shared: SharedNamespace | None = None,
     watchdog: Watchdog | None = None,
+    variant: str | None = None,
 ) -> CheckResult:
     """Run one check in a new namespace and return its result, whatever happens.
 
@@ -426,12 +462,12 @@ async def run_check(
     if shared and not check.isolated:
         outcome = await _run_shared(check, profile, seed, shared, watchdog, url)
     if outcome is None:
-        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog)
+        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant)
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
         if not outcome.retryable:
             break
         # The machine may have been busy: retry with more time and other draws.
-        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, retry=number)
+        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant, retry=number)
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
         watchdog.known_hangs.add(outcome.failure.operation)
     return CheckResult(
@@ -442,6 +478,7 @@ async def run_check(
         seed=seed,
         failure=outcome.failure,
         reason=outcome.reason,
+        variant=variant,
     )
 
 
@@ -513,6 +550,7 @@ async def _run_isolated(
     profile: Profile,
     seed: int,
     watchdog: Watchdog,
+    variant: str | None,
     *,
     retry: int = 0,
 ) -> _CheckRun:
@@ -526,7 +564,9 @@ async def _run_isolated(
         with capture_callback_errors() as callback_errors:
             async with (
                 watchdog.watch(timeout_factor=4.0**retry),
-                new_context(url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call) as context,
+                new_context(
+                    url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call, variant
+                ) as context,
             ):
                 made = context
                 outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
@@ -651,7 +691,9 @@ async def rerun_failed(
     reproductions = repetitions = 1
     begun = time.monotonic()
     while repetitions <= repeats and time.monotonic() - begun + result.seconds < seconds:
-        again = await run_check(result.check, url, backend, profile, result.seed, watchdog=watchdog)
+        again = await run_check(
+            result.check, url, backend, profile, result.seed, watchdog=watchdog, variant=result.variant
+        )
         repetitions += 1
         reproductions += again.failure is not None and again.failure.clause == result.failure.clause
     failure = dataclasses.replace(result.failure, reproductions=reproductions, repetitions=repetitions)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flowstore_conformance.checks.registry import Check
 from flowstore_conformance.pytest_plugin import session_of
+from flowstore_conformance.registry import Check
 from flowstore_conformance.rendering.text import failure_text, finding_lines
 from flowstore_conformance.status import Status
 

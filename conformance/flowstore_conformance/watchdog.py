@@ -25,7 +25,7 @@ from flowstore_conformance.context import Profile
 from flowstore_conformance.diffing import brief
 from flowstore_conformance.guard import INSPECT, SCRATCH
 from flowstore_conformance.history import Call
-from flowstore_conformance.rendering.phrasing import call_words
+from flowstore_conformance.phrasing import call_words
 from flowstore_conformance.traces import OPEN_STORE, OPERATIONS, is_authors, is_suites, place, stack_text
 from flowstore_core.urls import redact
 

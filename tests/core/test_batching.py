@@ -461,7 +461,7 @@ async def test_an_exception_as_outcome_reaches_its_caller_only() -> None:
 
 
 @pytest.mark.parametrize("results", [[], [1], [1, 2, 3], None])
-async def test_a_wrong_number_of_outcomes_fails_every_caller_and_none_hangs(results: Any) -> None:
+async def test_a_wrong_number_of_results_fails_every_caller(results: Any) -> None:
     async def run(items: Sequence[int]) -> Any:
         return results if len(items) == 2 else items
 

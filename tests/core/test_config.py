@@ -37,7 +37,7 @@ def _config(**options: Any) -> StoreConfig:
         ("mine:///d?user=x", {"user", "password", "host", "port", "colour"}),
     ],
 )
-def test_what_the_url_says_in_front_goes_before_the_file_too(
+def test_options_in_the_authority_override_the_file(
     url: str, kept: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_config_argument_then_variable_then_files_then_default(
     assert resolve_url(None, {}).url == "mine://file"
 
 
-def test_config_says_where_the_url_was_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_names_the_source_of_the_url(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "default" in resolve_url(None, {}).origin
     (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
     assert "flowstore.toml" in resolve_url(None, {}).origin
@@ -115,7 +115,7 @@ def test_config_a_files_options_belong_to_the_files_url(
     assert dict(resolve_url(None, {}).options) == {}
 
 
-def test_config_a_file_without_url_gives_its_options_to_any(elsewhere: Path) -> None:
+def test_config_options_of_a_file_without_url_apply_to_any_url(elsewhere: Path) -> None:
     (elsewhere / "pyproject.toml").write_text("[tool.flowstore]\npool = 5\n")
     assert dict(resolve_url("mine://any", {}).options) == {"pool": 5}
 
@@ -126,7 +126,7 @@ def test_config_options_are_read_only(elsewhere: Path) -> None:
         options["b"] = 2  # type: ignore[index]
 
 
-def test_config_an_option_that_stands_twice_is_refused() -> None:
+def test_config_refuses_an_option_given_twice() -> None:
     with pytest.raises(ConfigurationError, match="pool"):
         resolve_url("mine://x?pool=1&pool=2", {})
 

@@ -117,7 +117,7 @@ def test_errors_form_the_tree_of_the_contract(kind: type[Exception], above: type
     assert issubclass(kind, above)
 
 
-def test_errors_of_arguments_are_no_lookups_and_so_on() -> None:
+def test_argument_errors_are_not_lookup_errors() -> None:
     assert not issubclass(InvalidArgumentError, LookupError)
     assert not issubclass(RunNotFoundError, ConflictError)
     assert not issubclass(SchemaVersionError, ConfigurationError)

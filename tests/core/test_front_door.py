@@ -19,6 +19,6 @@ def test_flowstore_re_exports_core_except_for_protocols_and_plugins() -> None:
     assert rest - FOR_BACKENDS <= parts
 
 
-def test_the_sdk_has_what_core_exports_for_backends() -> None:
+def test_the_sdk_exports_everything_that_core_has_for_backends() -> None:
     assert set(backend.__all__) >= FOR_BACKENDS
     assert all(hasattr(backend, name) for name in backend.__all__)

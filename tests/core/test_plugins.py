@@ -136,7 +136,7 @@ async def test_plugins_a_broken_one_is_named_and_disables_no_other(install: Inst
         ),
     ],
 )
-async def test_plugins_a_missing_driver_gives_its_remedy(
+async def test_plugins_report_a_missing_driver_with_its_remedy(
     install: Install, requires: tuple[str, ...], remedy: str
 ) -> None:
     install("mine", "import nosuchdriver.part\n" + RECORDING, requires=requires)
@@ -148,7 +148,7 @@ async def test_plugins_a_missing_driver_gives_its_remedy(
     assert remedy in str(caught.value)
 
 
-async def test_plugins_a_driver_that_is_missing_at_open_gives_its_remedy_too(install: Install) -> None:
+async def test_plugins_report_a_driver_missing_at_open_with_its_remedy(install: Install) -> None:
     install("mine", RECORDING.replace("opened.append(config)", "import nosuchdriver"))
     assert find_backend("mine")[1].name == "mine"
     with pytest.raises(BackendLoadError) as caught:

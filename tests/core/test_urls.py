@@ -101,7 +101,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @given(user=TEXTS, password=TEXTS, path=TEXTS, value=TEXTS)
-def test_urls_what_is_encoded_is_read_back(user: str, password: str, path: str, value: str) -> None:
+def test_urls_encoded_values_round_trip(user: str, password: str, path: str, value: str) -> None:
     written = [quote(text, safe="") for text in (user, password, path, value)]
     found = parse_url("mine://{}:{}@h:1/{}?option={}".format(*written))
     assert (found.user, found.password, found.hosts, found.path) == (user, password, "h:1", path)
@@ -232,7 +232,7 @@ def test_urls_redact_never_shows_a_password(secret: str, encoded: bool) -> None:
         ("secret", "<not a URL>"),
     ],
 )
-def test_urls_redact_shows_what_helps(url: str, shown: str) -> None:
+def test_urls_redact_keeps_all_parts_that_are_no_secret(url: str, shown: str) -> None:
     assert redact(url) == shown
 
 

@@ -41,6 +41,7 @@ MODULES = (
     "controls",
     "faults",
     "keys",
+    "lost_messages",
     "queries",
     "records",
     "retention",

@@ -37,6 +37,11 @@ class MutantBackend:
                 await opened()
             yield mutant
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("inject_faults", "adjust_schema_version"):
+            return getattr(self._base, name)
+        raise AttributeError(name)
+
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:
         async with self._base.scratch(_with_scheme(url, self._mutant.base)) as fresh:

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowstore_conformance.checks.registry import Check, Kind
 from flowstore_conformance.context import Profile
+from flowstore_conformance.registry import Check, Kind
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
@@ -30,6 +30,7 @@ _ORDER = (
     Kind.RACE,
     Kind.CANCELLATION,
     Kind.CRASH,
+    Kind.FAULT,
     Kind.MODEL,
 )
 

@@ -130,7 +130,7 @@ def test_that_random_names_are_quoted_or_refused() -> None:
         assert not set(name) & set("$\0\n")
 
 
-async def test_that_nothing_in_another_schema_stands_in_for_the_servers_own(postgresql_url: str) -> None:
+async def test_that_objects_of_other_schemas_cannot_replace_those_of_the_server(postgresql_url: str) -> None:
     """In schema public others may be able to make a function whose signature matches our call better."""
     database = f"shared_{uuid4().hex}"
     server = await _server(postgresql_url)

@@ -73,7 +73,7 @@ async def test_that_nothing_shows_when_all_is_well(store: FlowStore, watch: Watc
     assert await exercise(store, watch, other_run := uuid4(), source_run_id=other_run) >= 5
 
 
-async def test_that_the_watch_sees_what_is_shown() -> None:
+async def test_that_the_watch_records_every_output() -> None:
     """The negative: each way in which a secret could show is noticed."""
 
     def leak(explain: Callable[[Watch], Any]) -> None:
@@ -323,7 +323,7 @@ async def test_that_rows_stay_out_of_sight_when_postgresql_fails(postgresql: str
         await server.close()
 
 
-async def test_that_cancelled_calls_tell_nothing(store: FlowStore, watch: Watch) -> None:
+async def test_that_cancelled_calls_reveal_nothing(store: FlowStore, watch: Watch) -> None:
     loop = asyncio.get_running_loop()
     loop.set_debug(True)
     loop.slow_callback_duration = 0.0

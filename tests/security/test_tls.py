@@ -81,7 +81,7 @@ async def test_that_the_right_root_is_accepted(mode: str, secured: Secured) -> N
     )
 
 
-async def test_that_verify_ca_does_not_look_at_the_host(secured: Secured) -> None:
+async def test_that_verify_ca_ignores_the_host_name(secured: Secured) -> None:
     root = secured.file("root.pem")
     assert await _speaks_tls(secured.url("127.0.0.1", sslmode="verify-ca", sslrootcert=root))
 
@@ -169,7 +169,7 @@ async def test_that_the_wrong_is_refused_with_a_clear_error(
         assert not watch.found(*IN_PASSWORDS)
 
 
-async def test_that_a_wrong_certificate_is_told_at_once(secured: Secured) -> None:
+async def test_that_a_wrong_certificate_is_reported_at_once(secured: Secured) -> None:
     url = secured.url(sslmode="verify-full", sslrootcert=secured.file("other.pem"), retry_timeout="60")
     with pytest.raises(ConfigurationError):
         async with asyncio.timeout(20), open_store(url):

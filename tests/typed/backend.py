@@ -13,12 +13,16 @@ from flowstore_core.backend import (
     Describable,
     Diagnosable,
     Diagnostic,
+    FaultInjectable,
+    FaultInjector,
     Fixable,
     Migratable,
+    SchemaVersionAdjustable,
     Severity,
     ShieldedTasks,
     StoreConfig,
     StoreUrl,
+    VariantUrls,
     hookimpl,
     orphaned_rows,
 )
@@ -68,6 +72,30 @@ class Descriptor:
     async def fix(self, config: StoreConfig, findings: Sequence[Diagnostic]) -> Sequence[str]:
         return [finding.fix for finding in findings if finding.fix is not None]
 
+    def variants(self, url: str) -> Mapping[str, str]:
+        return {"pool of one": f"{url}?pool=1"}
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        yield Injector()
+
+    @asynccontextmanager
+    async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
+        yield
+
+
+class Injector:
+    url = "mine://proxy"
+
+    def lose_reply(self, *, skip: int = 0) -> None: ...
+
+    def hold_request(self, *, skip: int = 0) -> None: ...
+
+    async def release_request(self) -> None: ...
+
+    def disarm(self) -> bool:
+        return False
+
 
 @hookimpl
 def flowstore_backends() -> Sequence[Backend]:
@@ -78,6 +106,9 @@ migratable: Migratable = Descriptor()
 describable: Describable = Descriptor()
 diagnosable: Diagnosable = Descriptor()
 fixable: Fixable = Descriptor()
+with_variants: VariantUrls = Descriptor()
+fault_injectable: FaultInjectable = Descriptor()
+version_adjustable: SchemaVersionAdjustable = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 
 

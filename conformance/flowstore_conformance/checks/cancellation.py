@@ -21,10 +21,10 @@ from flowstore_conformance.cancellation_points import (
     program,
     sweep,
 )
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import Call, Raised, Returned
 from flowstore_conformance.model import State
+from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.state_probe import (
     ModelState,
     describe_outcome,

@@ -26,8 +26,8 @@ from flowstore_conformance.checks.fixtures import (
     start,
 )
 from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments, legal_arguments
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, VirtualClock
+from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
     Capability,
     ConfigurationError,

@@ -12,8 +12,8 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.checks.fixtures import get_run, new_id, second_store, start
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, ContractViolation
+from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
     FlowStore,
     FlowStoreError,

@@ -11,11 +11,11 @@ from itertools import islice
 from uuid import UUID
 
 from flowstore_conformance import crash_child
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.child_processes import start_module
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
+from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.state_probe import (
     ModelState,
     Snapshot,

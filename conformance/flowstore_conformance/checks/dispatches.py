@@ -27,8 +27,8 @@ from flowstore_conformance.checks.fixtures import (
     single,
     start,
 )
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import Kind, check
 from flowstore_core import RunStatus, StepDispatch, StepStatus
 
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, require_clock, start
-from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import check
 from flowstore_core import Capability, RunStatus, RunTimeseriesGranularity
 
 CLOCK = [Capability.VIRTUAL_CLOCK]

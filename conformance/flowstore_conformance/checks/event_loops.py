@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id, observe, start
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.nested_loop import run_nested
+from flowstore_conformance.registry import Kind, check
 from flowstore_core import ConfigurationError, RunStatus, StepStatus
 
 HUNG_SECONDS = 5.0

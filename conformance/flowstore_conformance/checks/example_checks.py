@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from flowstore_conformance.checks.registry import Check, Kind, Run, check
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import CheckContext, ContractViolation
+from flowstore_conformance.registry import Check, Kind, Run, check
 from flowstore_core import Capability, FlowStoreError
 
 NEEDS_EMPTY_NAMESPACE = ("QRY-", "RET-", "STP-8", "CTL-1", "CTL-3", "INP-3", "IDM-")

@@ -1,7 +1,7 @@
 """CON-3: after a lost reply, a caller repeats its call under the same token and gets the true result.
 
-The suite cannot drop a reply between a backend and its database: the backend's own tests do that. These
-checks cover the visible half: a repeated call with its token returns the same result and changes nothing.
+These checks repeat calls with their tokens: the same result returns, and nothing changes. The checks of
+faults.py lose replies, if the backend offers that.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ from hypothesis.configuration import set_hypothesis_home_dir, storage_directory
 from hypothesis.errors import HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.differential import CallSequence, ModelMismatch, shrink
 from flowstore_conformance.operations import available_strategies, draw_call, draw_clock_advance
+from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.strategies import KEYS, RandomChoices
 from flowstore_conformance.violation_signature import Signature
 from flowstore_core import Capability

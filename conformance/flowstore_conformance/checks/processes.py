@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.race_families import RACE_FAMILIES
 from flowstore_conformance.race_search import Budget, search
+from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.worker_pool import open_worker_pool
 from flowstore_core import Capability
 

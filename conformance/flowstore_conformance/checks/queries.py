@@ -22,8 +22,8 @@ from flowstore_conformance.checks.fixtures import (
     skip_steps,
     start,
 )
-from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import check
 from flowstore_core import Capability, RunStatus, StepStatus
 
 BIG = UUID("ffffffff-ffff-4fff-bfff-ffffffffffff").int

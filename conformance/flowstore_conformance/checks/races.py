@@ -5,11 +5,11 @@ Each race family has two checks: ``<family>_by_tasks`` and ``<family>_by_stores`
 
 from __future__ import annotations
 
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceFamily
 from flowstore_conformance.race_search import Budget, search
 from flowstore_conformance.races import StoreRunner
+from flowstore_conformance.registry import Kind, check
 
 
 def _by_tasks(family: RaceFamily) -> None:

@@ -21,8 +21,8 @@ from flowstore_conformance.checks.fixtures import (
     outcome_of,
     start,
 )
-from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import check
 from flowstore_core import (
     Capability,
     ConflictError,

@@ -11,10 +11,10 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.diffing import plain
 from flowstore_conformance.history import comparable
+from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, FlowRunDetail, FlowStepRecord, FlowStore, RunStatus, StepStatus
 
 Work = Coroutine[Any, Any, None]

@@ -19,8 +19,8 @@ from flowstore_conformance.checks.fixtures import (
     run_step,
     start,
 )
-from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import check
 from flowstore_core import (
     Capability,
     DashboardStatistics,

@@ -10,7 +10,7 @@ from itertools import groupby
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
-from flowstore_conformance.rendering.phrasing import call_words, client_words, legible, outcome_words, span
+from flowstore_conformance.phrasing import call_words, client_words, legible, outcome_words, span
 from flowstore_conformance.rendering.timeline import Timeline, lay_out, svg_timeline
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult, ClauseResult
@@ -136,6 +136,8 @@ def _facts(report: Report) -> Iterator[str]:
     }
     if report.selected:
         facts["selected"] = ", ".join(report.selected)
+    if report.variants:
+        facts["variants"] = ", ".join(report.variants)
     yield from (
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts.items()
     )
@@ -231,6 +233,8 @@ def _failure(report: Report, result: CheckResult, *, is_open: bool = True) -> It
     yield '<dl class="meta">'
     yield f'<div><dt>contract</dt><dd class="mono">{anchor(clause.id)}</dd></div>'
     yield f'<div><dt>check</dt><dd class="mono">{escape(result.check.name)}</dd></div>'
+    if result.variant is not None:
+        yield f"<div><dt>variant</dt><dd>{escape(result.variant)}</dd></div>"
     if not failure.hung:
         yield f"<div><dt>failed in</dt><dd>{failure.reproductions} of {failure.repetitions} runs</dd></div>"
     yield f"<div><dt>seed</dt><dd>{result.seed}</dd></div></dl>\n"

@@ -11,7 +11,7 @@ from flowstore_conformance.causes import Cause
 from flowstore_conformance.history import UNKNOWN, Operation, Raised
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.rendering.phrasing import outcome_words
+from flowstore_conformance.phrasing import outcome_words
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult, ClauseResult, Failure
 
@@ -46,6 +46,7 @@ def document(report: Report) -> dict[str, Any]:
         "versions": dict(report.versions),
         "profile": report.profile,
         "seed": report.seed,
+        "variants": list(report.variants),
         "selected": list(report.selected),
         "started_at": report.started_at.isoformat(),
         "seconds": round(report.seconds, 3),
@@ -98,6 +99,7 @@ def _clause(one: ClauseResult) -> dict[str, Any]:
         "status": one.status.value,
         "exercised": one.assertions,
         "reason": one.reason,
+        "gap": one.gap,
         "checks": [each.check.name for each in one.results],
     }
 
@@ -112,6 +114,7 @@ def _check(report: Report, result: CheckResult) -> dict[str, Any]:
         "exercised": result.assertions,
         "seconds": round(result.seconds, 3),
         "reason": result.reason,
+        "variant": result.variant,
         "command": report.command(result),
         "failure": None if result.failure is None else _failure(result.failure),
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
-from flowstore_conformance.rendering.phrasing import legible
+from flowstore_conformance.phrasing import legible
 from flowstore_conformance.rendering.text import MAX_OTHERS, history_lines
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult
@@ -58,6 +58,8 @@ def _head(report: Report) -> Iterator[str]:
         f"Profile `{report.profile}`, seed `{report.seed}`, {len(report.results)} checks in "
         f"{report.seconds:.1f} s, {_text(versions)}."
     )
+    if report.variants:
+        yield f"Variants: {_text(', '.join(report.variants))}."
     yield from (f"\n> {_text(problem)}" for problem in report.problems)
     yield from (f"\n> Namespace not dropped, drop it by hand: {_text(one)}" for one in report.left_behind)
 
@@ -77,6 +79,8 @@ def _table(report: Report) -> Iterator[str]:
         text = _text(one.clause.sentence)
         if one.reason and one.status is not Status.WAIVED:
             text = f"{text} <br><sub>{_text(one.reason)}</sub>"
+        if one.gap:
+            text = f"{text} <br><sub>Partly UNSUPPORTED: {_text(one.gap)}</sub>"
         times = f"{one.assertions:,}" if one.assertions else ""
         yield f"| {one.clause.id} | {MARKS[one.status]} {one.status.value} | {times} | {text} |"
     if report.hidden_note:
@@ -114,7 +118,8 @@ def _failure(report: Report, result: CheckResult) -> Iterator[str]:
     reproductions = (
         "" if failure.hung else f", failed in {failure.reproductions} of {failure.repetitions} runs"
     )
-    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{reproductions}. Repeat with:"
+    variant = "" if result.variant is None else f", variant {_text(result.variant)}"
+    yield f"`{anchor(failure.clause)}`, check `{result.check.name}`{variant}{reproductions}. Repeat with:"
     yield _fenced(report.command(result), "bash")
     if failure.history is not None:
         yield from _details("History", "\n".join(history_lines(result, width=110)), "text")

@@ -9,7 +9,7 @@ from flowstore_conformance.causes import Cause
 from flowstore_conformance.clauses import CLAUSES, Level
 from flowstore_conformance.linearizability import Answer
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.rendering.phrasing import legible
+from flowstore_conformance.phrasing import legible
 from flowstore_conformance.rendering.timeline import lay_out, text_legend, text_timeline
 from flowstore_conformance.report import Report, anchor
 from flowstore_conformance.results import CheckResult
@@ -60,6 +60,8 @@ def _table(report: Report, width: int, paint: Paint) -> Iterator[str]:
         text = one.clause.sentence
         if one.reason and one.status in (Status.INCONCLUSIVE, Status.UNSUPPORTED, Status.NOT_RUN):
             text = legible(f"{text} ({one.reason})")
+        if one.gap:
+            text = legible(f"{text} (partly UNSUPPORTED: {one.gap})")
         room = max(width - 32, 30)
         first, *rest = textwrap.wrap(text, room)
         yield f"{one.clause.id:7} {status} {times:>9}  {first}"
@@ -119,6 +121,8 @@ def _verdict(report: Report, width: int, paint: Paint) -> Iterator[str]:
         f"profile {report.profile}, seed {report.seed}: {len(report.results)} checks in "
         f"{report.seconds:.1f} s; clauses: {counts}"
     )
+    if report.variants:
+        yield f"variants: {', '.join(report.variants)}"
     if report.conforms and not report.selected:
         for level in Level:
             if lacking := report.lacking(level):
@@ -154,6 +158,8 @@ def failure_lines(
             wrapped = [line for part in legible(text).split("\n") for line in _wrap(part, width - 12)]
             yield f"  {label:9} {wrapped[0]}"
             yield from (f"{'':12}{line}".rstrip() for line in wrapped[1:])
+    if result.variant is not None:
+        yield f"  variant   {result.variant}"
     if not failure.hung:
         yield f"  failed in {failure.reproductions} of {failure.repetitions} runs of this check"
     yield f"  repeat    {report.command(result)}"

@@ -14,14 +14,14 @@ from itertools import pairwise
 
 from flowstore_conformance.history import UNKNOWN, History, Operation, Outcome
 from flowstore_conformance.linearizability import Answer, Verdict
-from flowstore_conformance.races import AFTER
-from flowstore_conformance.rendering.phrasing import (
+from flowstore_conformance.phrasing import (
     call_words,
     client_words,
     outcome_word,
     outcome_words,
     span,
 )
+from flowstore_conformance.races import AFTER
 
 MAX_OPERATIONS = 60
 """Maximum number of operations in a timeline."""

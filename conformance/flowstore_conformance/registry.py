@@ -29,6 +29,7 @@ class Kind(StrEnum):
     CRASH = "crash"
     HOSTILE = "hostile"
     CAPABILITY = "capability"
+    FAULT = "fault"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,7 @@ MODULES = (
     "statistics",
     "elapsed_time",
     "lost_replies",
+    "faults",
     "concurrent_batches",
     "capabilities",
     "event_loops",

@@ -1,0 +1,42 @@
+"""Mutants that mishandle lost replies and late requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowstore_core import OutcomeUnknownError, StoreUnavailableError
+from flowstore_core.instrumentation import NO_OBSERVERS
+from flowstore_postgres.retry_loop import RetryLoop
+from tests.mutants import mutant
+from tests.mutants.sql_patching import PatchedPostgres, SqlPatch
+
+
+@mutant("postgresql", "CON-3")
+class LostReplyRepeatsTheEvent(PatchedPostgres):
+    """Repeats append_event after a lost reply without looking for the token of the first event."""
+
+    patch_sql = SqlPatch((r"FROM \{schema\}\.events WHERE run_id = \$1 AND token = \$2", r"\g<0> AND false"))
+
+
+@mutant("postgresql", "CON-3")
+class LostReplyIsAFailure:
+    """Reports a write whose reply was lost as not having happened."""
+
+    def begin(self) -> None:
+        self._database.pool.retries = RetryLoop(0.0, NO_OBSERVERS)
+
+    async def request_cancel(self, **given: Any) -> bool:
+        try:
+            return bool(await super().request_cancel(**given))
+        except OutcomeUnknownError:
+            raise StoreUnavailableError("the connection was lost") from None
+
+
+@mutant("postgresql", "CON-3")
+class LateStatementTakesEffect(PatchedPostgres):
+    """Neither waits for an unacknowledged statement nor lets it expire, so that it takes effect later."""
+
+    patch_sql = SqlPatch(
+        (r"WHERE pid = \$1 AND backend_start = \$2", "WHERE pid = $1 AND backend_start = $2 AND false"),
+        (r"clock_timestamp\(\) < \$1", "(clock_timestamp() < $1 OR true)"),
+    )

@@ -1,0 +1,116 @@
+"""Variants: the conformance suite opens stores with the option values that a backend names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flowstore_conformance import Report, Status, run_suite
+from flowstore_conformance.context import DEFAULT_VARIANT, CheckContext, ContractViolation
+from flowstore_conformance.registry import Check, all_checks
+from flowstore_conformance.rendering import render_json, render_markdown, render_page, render_text
+from flowstore_conformance.suite import Variants
+
+from flowstore_core import ConfigurationError
+from flowstore_core.backend import VariantUrls
+from flowstore_core.plugins import find_backend
+from flowstore_core.urls import parse_url
+from tests.conformance_reports import made_check, passes
+
+ONE_READER = "one reader"
+
+
+class Recorder:
+    """Checks that record the variant and the options of their stores."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[str | None, str | None]] = {}
+
+    def check(self, name: str) -> Check:
+        async def run(context: CheckContext) -> None:
+            self.seen[name] = (context.variant, parse_url(context.url).options.get("readers"))
+            await passes(context)
+
+        return made_check("RUN-1", name, run)
+
+
+async def run(tmp_path: Path, *checks: Check, **options: Any) -> Report:
+    url = f"sqlite:///{tmp_path}/flows.db"
+    return await run_suite(url, profile="quick", checks=checks, repeats=0, **{"seed": 7, **options})
+
+
+async def test_the_seed_chooses_among_all_variants(tmp_path: Path) -> None:
+    recorder = Recorder()
+    checks = [recorder.check(f"check_{number}") for number in range(12)]
+    report = await run(tmp_path, *checks)
+    assert set(recorder.seen.values()) == {(DEFAULT_VARIANT, None), (ONE_READER, "1")}
+    first = dict(recorder.seen)
+    await run(tmp_path, *checks)
+    assert recorder.seen == first
+    assert report.variants == (DEFAULT_VARIANT, ONE_READER)
+
+
+@pytest.mark.parametrize(("variant", "readers"), [(DEFAULT_VARIANT, None), (ONE_READER, "1")])
+async def test_one_variant_can_be_chosen(tmp_path: Path, variant: str, readers: str | None) -> None:
+    recorder = Recorder()
+    await run(tmp_path, *(recorder.check(f"check_{number}") for number in range(6)), variant=variant)
+    assert set(recorder.seen.values()) == {(variant, readers)}
+
+
+async def test_a_failure_names_its_variant_in_every_report(tmp_path: Path) -> None:
+    async def breaks(context: CheckContext) -> None:
+        raise ContractViolation("two winners")
+
+    report = await run(tmp_path, made_check("CLM-1", "broken", breaks), variant=ONE_READER)
+    (result,) = report.results
+    assert (result.status, result.variant) == (Status.FAIL, ONE_READER)
+    assert "--variant 'one reader'" in report.command(result)
+    for text in (render_text(report), render_json(report), render_markdown(report), render_page(report)):
+        assert ONE_READER in text.replace("&#x27;", "'").split("Repeat")[0]
+
+
+async def test_an_unknown_variant_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no variant 'small'.*'default', 'one reader'"):
+        await run(tmp_path, made_check("RUN-1", "one", passes), variant="small")
+
+
+async def test_a_backend_without_variants_has_none() -> None:
+    report = await run_suite("memory://", profile="quick", checks=[made_check("RUN-1", "one", passes)])
+    assert report.variants == ()
+    assert report.results[0].variant is None
+    assert "variant" not in render_text(report)
+
+
+def test_checks_that_share_a_namespace_have_the_same_variant(tmp_path: Path) -> None:
+    backend = find_backend("sqlite")[1]
+    for seed in range(20):
+        variants = Variants(backend, f"sqlite:///{tmp_path}/flows.db", seed)
+        assert len({variants.of(check) for check in all_checks() if not check.isolated}) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "names"),
+    [
+        ("sqlite:///flows.db", {ONE_READER}),
+        ("postgresql://host/database?schema=mine", {"pool of one", "pgbouncer"}),
+    ],
+)
+def test_variants_of_the_built_in_backends_keep_the_other_options(url: str, names: set[str]) -> None:
+    backend = find_backend(parse_url(url).scheme)[1]
+    assert isinstance(backend, VariantUrls)
+    variants = backend.variants(url)
+    assert set(variants) == names
+    for variant in variants.values():
+        options = parse_url(variant).options
+        assert parse_url(url).options.items() <= options.items()
+        assert len(options) == len(parse_url(url).options) + 1
+
+
+def test_the_page_lists_the_variants_of_the_built_in_backends() -> None:
+    page = (Path(__file__).parents[1] / "docs/conformance.md").read_text()
+    for scheme in ("sqlite", "postgresql"):
+        backend = find_backend(scheme)[1]
+        assert isinstance(backend, VariantUrls)
+        names = ", ".join(f"`{name}`" for name in backend.variants(f"{scheme}://host/database"))
+        assert f"| {backend.name} | {names} |" in page
