@@ -372,7 +372,7 @@ def check_clock(facts: ServerFacts) -> Iterator[Diagnostic]:
             severity=Severity.WARNING,
             summary=f"the server's clock is {abs(facts.skew):.1f} s "
             f"{'ahead of' if facts.skew > 0 else 'behind'} this machine's",
-            meaning="Leases are safe: they use only the server's clock. Times that are computed here, such "
-            "as as_of, due_at, timeout_at and the cutoff of cleanup, are off by as much.",
+            meaning="Leases are safe: they use only the server's clock. Times from this machine's clock, "
+            "such as as_of, due_at, timeout_at and the cutoff of cleanup, are off by as much.",
             remedy="timedatectl set-ntp true (on the machine that is off)",
         )
