@@ -7,7 +7,7 @@ its token; rows that are not found are sent again, once the server can no longer
 
 A call takes the direct path when nothing else is queued: its row is sent alone, by the caller's own task. A
 row of a locked run leaves its batch and waits in a batch of contended rows, so that it delays no call on
-another run.
+another run. Contended rows have their own Batcher: see database.py.
 """
 
 from __future__ import annotations
