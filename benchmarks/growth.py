@@ -107,14 +107,16 @@ async def program(options: Options) -> Report:
     }
     report = Report("growth", describe("asyncpg", "aiosqlite"), settings)
     async with AsyncExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder)))
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
+        )
         if options.wants_backend("PostgreSQL"):
-            url = await stack.enter_async_context(cluster(place))
+            url = await stack.enter_async_context(cluster(directory))
             await _backend(report, options, "PostgreSQL", partial(open_postgres, url))
             await postgres_bytes(report, options, url)
         if options.wants_backend("SQLite"):
-            await _backend(report, options, "SQLite", partial(open_sqlite, place))
-            await sqlite_bytes(report, options, place)
+            await _backend(report, options, "SQLite", partial(open_sqlite, directory))
+            await sqlite_bytes(report, options, directory)
     for backend in ("PostgreSQL", "SQLite"):
         report.judge(targets(backend, options))
     return report

@@ -50,7 +50,7 @@ async def postgres_bytes(report: Report, options: Options, url: str) -> None:
         await db.close()
 
 
-async def sqlite_bytes(report: Report, options: Options, place: Path) -> None:
+async def sqlite_bytes(report: Report, options: Options, directory: Path) -> None:
     if not options.wants("SQLite, bytes per lifecycle"):
         return
 
@@ -66,7 +66,7 @@ async def sqlite_bytes(report: Report, options: Options, place: Path) -> None:
         db.close()
         return int(found[0])
 
-    own, others = place / "bytes.db", place / "bytes-transactions.db"
+    own, others = directory / "bytes.db", directory / "bytes-transactions.db"
     async with open_store(store_url(own)) as store, sqlite_transaction_per_call(others) as other:
         await _bytes(
             report,

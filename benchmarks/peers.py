@@ -30,8 +30,8 @@ async def program(options: Options) -> Report:
     folder = disk_folder(options.folder)
     distributions = [name for *_, names in ENGINES for name in names]
     async with AsyncExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
-        url = await stack.enter_async_context(cluster(Path(place)))
+        data = stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
+        url = await stack.enter_async_context(cluster(Path(data)))
         server = await asyncpg.connect(url)
         stack.push_async_callback(server.close)
         version = str(await server.fetchval("SHOW server_version")).partition(" ")[0]

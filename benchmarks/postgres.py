@@ -37,7 +37,7 @@ TRANSACTIONS = "a transaction per call"
 STATEMENTS = "one statement per call"
 SETS = "limit: set-based, four tables, no callers"
 SETS_ONE_ROW = "limit: set-based, one row a step, no callers"
-PAIRED = "try_claim_step, 1 caller, by turns with a bare INSERT"
+PAIRED = "try_claim_step, 1 caller, alternating with a bare INSERT"
 PREPARED = "bare prepared INSERT, held connection"
 CHECKED = "limit: prepared claim with the contract's checks, held connection"
 OWN = "limit: flowstore's own statement, prepared, held connection"
@@ -87,8 +87,8 @@ def _callers(number: int) -> str:
 async def program(options: Options) -> Report:
     folder = disk_folder(options.folder)
     async with AsyncExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
-        url = await stack.enter_async_context(cluster(Path(place)))
+        data = stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
+        url = await stack.enter_async_context(cluster(Path(data)))
         server = await asyncpg.connect(url)
         stack.push_async_callback(server.close)
         report = await _report(server, options, folder)

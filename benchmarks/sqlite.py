@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import sqlite_tables
-from benchmarks.baselines.sqlite_callables import call_on_the_spot, callable_per_call
+from benchmarks.baselines.sqlite_callables import callable_per_call, inline_calls
 from benchmarks.baselines.sqlite_own import own_claim
 from benchmarks.baselines.sqlite_sets import SetBased
 from benchmarks.baselines.sqlite_transactions import transaction_per_call
@@ -43,12 +43,12 @@ OURS = "flowstore"
 TRANSACTIONS = "a transaction per call, aiosqlite"
 CALLABLES = "one callable per call"
 OWN = "limit: the same, flowstore's own statement"
-ON_THE_SPOT = "limit: the same without a thread"
+INLINE = "limit: the same without a thread"
 SETS = "limit: executemany of 256, no callers"
 GROUPED = "grouped, busy_timeout alone"
 SINGLE = "one callable per call, busy_timeout alone"
 
-BY_TURNS = "try_claim_step, 1 caller, call by call in turn"
+ALTERNATING = "try_claim_step, 1 caller, alternating call by call"
 TOTAL = f"lifecycle, {PROCESSES} processes on one file, together"
 FAIRNESS = "... the slowest process against the fastest"
 WAITS = "... wait of one call at the 99.9th percentile"
@@ -67,10 +67,10 @@ TARGETS = (
     Target("claims, 256 callers", claim(256), OURS, TRANSACTIONS, True, 30),
     Target("lifecycle, 1 caller", life(1), OURS, CALLABLES, True, 1.0),
     Target("claims, 1 caller", claim(1), OURS, CALLABLES, True, 1.0),
-    Target("... call by call in turn", BY_TURNS, OURS, CALLABLES, True, 1.0),
-    Target("... against its own statement", BY_TURNS, OURS, OWN, True, None),
-    Target("... against no thread", BY_TURNS, OURS, ON_THE_SPOT, True, None),
-    Target("... one callable per call against no thread", BY_TURNS, CALLABLES, ON_THE_SPOT, True, None),
+    Target("... alternating call by call", ALTERNATING, OURS, CALLABLES, True, 1.0),
+    Target("... against its own statement", ALTERNATING, OURS, OWN, True, None),
+    Target("... against no thread", ALTERNATING, OURS, INLINE, True, None),
+    Target("... one callable per call against no thread", ALTERNATING, CALLABLES, INLINE, True, None),
     Target("4 processes: slowest against fastest", FAIRNESS, OURS, None, True, 0.5, None, "value"),
     Target("... wait at the 99.9th percentile, ms", WAITS, OURS, None, False, 500, None, "value", "ms"),
     Target("... total against grouped", TOTAL, OURS, GROUPED, True, 1.0),
@@ -88,23 +88,23 @@ async def program(options: Options) -> Report:
     }
     report = Report("sqlite", describe("aiosqlite"), settings)
     with ExitStack() as folders:
-        place = Path(
+        directory = Path(
             folders.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
         )
-        await _one_process(place, report, options)
-        await _processes(place, report, options)
+        await _one_process(directory, report, options)
+        await _processes(directory, report, options)
     report.judge(TARGETS)
     return report
 
 
-async def _one_process(place: Path, report: Report, options: Options) -> None:
+async def _one_process(directory: Path, report: Report, options: Options) -> None:
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(store_url(place / "flowstore.db")))
-        transactions = await stack.enter_async_context(transaction_per_call(place / "transactions.db"))
-        callables = await stack.enter_async_context(callable_per_call(place / "callables.db"))
-        own = await stack.enter_async_context(own_claim(place / "own.db"))
-        on_the_spot = await stack.enter_async_context(call_on_the_spot(place / "spot.db"))
-        sets = SetBased(place / "sets.db")
+        store = await stack.enter_async_context(open_store(store_url(directory / "flowstore.db")))
+        transactions = await stack.enter_async_context(transaction_per_call(directory / "transactions.db"))
+        callables = await stack.enter_async_context(callable_per_call(directory / "callables.db"))
+        own = await stack.enter_async_context(own_claim(directory / "own.db"))
+        inline = await stack.enter_async_context(inline_calls(directory / "inline.db"))
+        sets = SetBased(directory / "sets.db")
         stack.callback(sets.close)
         records = StoreRecords(store)
         take = partial(measure, report, options)
@@ -117,13 +117,13 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
             ]
 
         if 1 in options.callers:
-            contestants = ((store, records), *((one, one) for one in (callables, own, on_the_spot)))
+            contestants = ((store, records), *((one, one) for one in (callables, own, inline)))
             await measure_paired(
                 report,
                 options,
-                BY_TURNS,
+                ALTERNATING,
                 "calls per second",
-                (OURS, CALLABLES, OWN, ON_THE_SPOT),
+                (OURS, CALLABLES, OWN, INLINE),
                 lambda amount: paired_claims(contestants, amount),
                 least=64,
             )
@@ -131,8 +131,8 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
             limits = ([Variant(SETS, sets.lifecycles)], [Variant(SETS, sets.claims)])
             if callers == 1:
                 limits = (
-                    [Variant(ON_THE_SPOT, lambda amount: lifecycles(on_the_spot, on_the_spot, 1, amount))],
-                    [Variant(ON_THE_SPOT, lambda amount: claims(on_the_spot, on_the_spot, 1, amount))],
+                    [Variant(INLINE, lambda amount: lifecycles(inline, inline, 1, amount))],
+                    [Variant(INLINE, lambda amount: claims(inline, inline, 1, amount))],
                 )
             lives = [*of(lifecycles, callers), *limits[0]]
             await take(life(callers), "lifecycles per second", lives, least=max(callers, 32))
@@ -142,19 +142,19 @@ async def _one_process(place: Path, report: Report, options: Options) -> None:
             await watch_rss(report, options, store, 256, options.claims)
 
 
-async def _processes(place: Path, report: Report, options: Options) -> None:
+async def _processes(directory: Path, report: Report, options: Options) -> None:
     if not options.wants(TOTAL):
         return
 
     async def several(variant: str, path: Path, amount: int) -> Sample:
         return await _several(variant, path, options.seconds)
 
-    async with open_store(store_url(place / "shared-flowstore.db")):
+    async with open_store(store_url(directory / "shared-flowstore.db")):
         # Migrate once, so that workers do not wait for each other's migrations.
         pass
-    variants = [Variant(OURS, partial(several, "flowstore", place / "shared-flowstore.db"))]
+    variants = [Variant(OURS, partial(several, "flowstore", directory / "shared-flowstore.db"))]
     for name, variant in ((GROUPED, "grouped"), (SINGLE, "single")):
-        path = place / f"shared-{variant}.db"
+        path = directory / f"shared-{variant}.db"
         sqlite_tables.create(path)
         variants.append(Variant(name, partial(several, variant, path)))
     await measure(report, options, TOTAL, "lifecycles per second", variants, least=1, warm_up=False)
@@ -175,13 +175,13 @@ async def _several(variant: str, path: Path, seconds: float) -> Sample:
             assert worker.stdout is not None
             if await worker.stdout.readline() != b"ready\n":
                 raise RuntimeError("a worker process failed; see above")
-        answers = await asyncio.gather(*(worker.communicate(b"go\n") for worker in workers))
+        replies = await asyncio.gather(*(worker.communicate(b"go\n") for worker in workers))
     finally:
         for worker in workers:
             if worker.returncode is None:
                 worker.kill()
                 await worker.wait()
-    found = [json.loads(answer[0]) for answer in answers]
+    found = [json.loads(reply[0]) for reply in replies]
     rates = [one["done"] / one["seconds"] for one in found]
     latencies = [latency for one in found for latency in one["latencies"]]
     done = sum(one["done"] for one in found)

@@ -7,7 +7,7 @@ its token; rows that are not found are sent again, once the server can no longer
 
 A call takes the direct path when nothing else is queued: its row is sent alone, by the caller's own task. A
 row of a locked run leaves its batch and waits in a batch of contended rows, so that it delays no call on
-another run.
+another run. Contended rows have their own Batcher: see database.py.
 """
 
 from __future__ import annotations
@@ -84,14 +84,24 @@ class BatchWriter:
         self, pool: ConnectionPool, *, pool_size: int, queue_timeout: float, pgbouncer: bool
     ) -> None:
         self._pool = pool
-        self._max_workers = max(1, min(MAX_WORKERS, (pool_size + 1) // 2))
         # A single connection is needed by every other call too.
         keep = pool_size > 1
         self._connections = PreparedConnections(pool, keep=keep, index_only_plans=keep and not pgbouncer)
-        self._queue_timeout = queue_timeout
-        self._batchers: dict[bool, Batcher] = {}
-        """By whether they are for contended rows."""
+
+        def new_batcher(workers: int, limit: int) -> Batcher:
+            return Batcher(
+                workers=lambda batcher: TaskWorkers(batcher, workers, limit),
+                queue_timeout=queue_timeout,
+                timeout_hint="raise pool_size or acquire_timeout, or send fewer calls at once",
+                observers=pool.observers,
+                log=log,
+            )
+
+        limit = max(1, min(MAX_WORKERS, (pool_size + 1) // 2))
+        workers = min(WORKERS, limit)
+        self._batcher = new_batcher(workers, limit)
         self._operations: dict[BatchStatement, BatchedOperation[Row, Any]] = {}
+        self._contended_batcher = new_batcher(workers, workers)
         self._contended: dict[BatchStatement, BatchedOperation[Row, Any]] = {}
         self._loop = asyncio.get_running_loop()
         self._unacked: WeakKeyDictionary[OutcomeUnknownError, Sequence[UnackedStatement]] = (
@@ -107,7 +117,7 @@ class BatchWriter:
         if self._locked_runs and row[0] in self._locked_runs:
             return self._submit_contended(statement, row, on_abandoned)
         operation = self._operations.get(statement) or self._operation(statement, contended=False)
-        if self._batchers[False].is_idle and statement.single_sql is not None:
+        if self._batcher.is_idle and statement.single_sql is not None:
             return self._submit_direct(operation, statement, row, on_abandoned)
         return operation.submit((row[0].int, row[1]), row, on_abandoned)
 
@@ -119,7 +129,7 @@ class BatchWriter:
         on_abandoned: OnAbandoned | None,
     ) -> Any:
         """Send a row at once, in its caller's own task, because no other call could share its batch."""
-        pool, batcher = self._pool, self._batchers[False]
+        pool, batcher = self._pool, self._batcher
         if not batcher.is_idle or (prepared := self._connections.try_acquire()) is None:
             return await operation.submit((row[0].int, row[1]), row, on_abandoned)
         batcher.acquire_direct_slot()
@@ -195,17 +205,7 @@ class BatchWriter:
             del self._locked_runs[run_id]
 
     def _operation(self, statement: BatchStatement, *, contended: bool) -> BatchedOperation[Row, Any]:
-        batcher = self._batchers.get(contended)
-        if batcher is None:
-            # Contended batches use no more connections than the others.
-            limit = min(WORKERS, self._max_workers) if contended else self._max_workers
-            batcher = self._batchers[contended] = Batcher(
-                workers=lambda batcher: TaskWorkers(batcher, min(WORKERS, limit), limit),
-                queue_timeout=self._queue_timeout,
-                timeout_hint="raise pool_size or acquire_timeout, or send fewer calls at once",
-                observers=self._pool.observers,
-                log=log,
-            )
+        batcher = self._contended_batcher if contended else self._batcher
         operations = self._contended if contended else self._operations
         operation = operations.get(statement)
         if operation is None:
@@ -367,6 +367,7 @@ class BatchWriter:
 
     async def aclose(self, seconds: float) -> None:
         """Finish every accepted call and every compensation, and release the connections."""
-        for _, batcher in sorted(self._batchers.items()):
-            await batcher.drain(seconds)
+        # In this order: the first may transfer calls to the second.
+        await self._batcher.drain(seconds)
+        await self._contended_batcher.drain(seconds)
         await self._connections.aclose()

@@ -52,7 +52,7 @@ WHERE (s.status IS NULL OR s.status IN ('Pending', 'Running'))
        OR s.claim_token = excluded.claim_token)
 """
 # Fast path: one claim, with deadline $1, virtual now $2, run_id $3, step_key $4, owner $5, lease $6 and the
-# token of the call $7. No row means that the claim was not won; TRY_CLAIM_STEP then tells why.
+# token of the call $7. No row means that the claim was not won; TRY_CLAIM_STEP then finds the reason.
 TRY_CLAIM_STEP_SINGLE = """
 INSERT INTO {schema}.steps AS s
     (run_id, step_key, claim_token, claim_owned, claimed_at, claim_expires_at, claim_call)

@@ -63,7 +63,7 @@ ROW_LEVEL_SQLSTATE_CLASSES = frozenset({"22", "23", "54", "P0"})
 """Classes of errors that one row of a batch can cause: a value, a constraint, a limit of the server, a
 trigger.
 
-Any other error would hit each half of a batch again; a held lock would block each half for as long again.
+Any other error would occur again in each half of a batch; a locked row would block each half again.
 """
 
 _REMEDIES: dict[str, tuple[type[FlowStoreError], str]] = {
@@ -128,7 +128,9 @@ def describe(error: BaseException) -> FlowStoreError:
             f"no TLS connection with PostgreSQL ({type(error).__name__}, {error.reason})"
         )
     if isinstance(error, ConnectionError) and "rejected SSL" in str(error):
-        return StoreUnavailableError("PostgreSQL offers no TLS, which sslmode asks for; turn ssl on there")
+        return StoreUnavailableError(
+            "PostgreSQL offers no TLS, and sslmode requires it; set ssl = on in the server's postgresql.conf"
+        )
     if isinstance(error, OSError):
         return StoreUnavailableError(f"PostgreSQL cannot be reached ({type(error).__name__})")
     return StoreUnavailableError(f"the PostgreSQL driver failed ({type(error).__name__})")

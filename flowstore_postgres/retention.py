@@ -127,7 +127,7 @@ class Retention:
         for sweep in (_sweep_keys, _sweep_controls):
             while await self._run_paced(partial(sweep, cutoff)):
                 pass
-        await self._run_paced(partial(_delete_notes, cutoff))
+        await self._run_paced(partial(_delete_summaries_and_commits, cutoff))
         await self._maintain("fold the changes of runs into the counters", _fold)
         await self._maintain("delete stale summaries", _delete_stale_summaries)
         if await is_indexed(self._database):
@@ -187,7 +187,7 @@ async def _sweep_controls(cutoff: datetime, transaction: Transaction) -> int:
     return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
 
 
-async def _delete_notes(cutoff: datetime, transaction: Transaction) -> int:
+async def _delete_summaries_and_commits(cutoff: datetime, transaction: Transaction) -> int:
     await transaction.execute(DELETE_SUMMARIES, cutoff)
     return _count(await transaction.execute(DELETE_COMMITS))
 

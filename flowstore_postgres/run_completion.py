@@ -2,7 +2,7 @@
 
 The shared transaction handles only the fast path: runs and steps that are not locked and match the
 expectation. Everything else is left to a dedicated transaction of the call, which waits for locks; a shared
-transaction never does.
+transaction never does. Completions have their own Batcher: see database.py.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
             facts.number("max_connections") - reserved,
             facts.connections,
             "max_connections of the server, minus the reserved connections",
-            "ALTER SYSTEM SET max_connections = 200",
+            _psql(facts, "ALTER SYSTEM SET max_connections = 200") + ", then restart the server",
         )
     ]
     if not facts.superuser:
@@ -259,18 +259,17 @@ def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
                 facts.role_limit,
                 facts.connections_of_role,
                 "the connection limit of the role",
-                f"ALTER ROLE {role} CONNECTION LIMIT -1",
+                _psql(facts, f"ALTER ROLE {role} CONNECTION LIMIT -1"),
             ),
             (
                 facts.database_limit,
                 facts.connections,
                 "the connection limit of the database",
-                f"ALTER DATABASE {database} CONNECTION LIMIT -1",
+                _psql(facts, f"ALTER DATABASE {database} CONNECTION LIMIT -1"),
             ),
         ]
     for limit, used, name, remedy in limits:
         free = max(limit - used, 0)
-        at_once = "max_connections" not in remedy
         # -1 means no limit.
         if limit >= 0 and facts.pool_size > free:
             yield Diagnostic(
@@ -278,8 +277,7 @@ def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
                 severity=Severity.WARNING,
                 summary=f"pool_size is {facts.pool_size}, and {free} of {limit} connections are free",
                 meaning=f"The limit is {name}. Beyond it connections are refused, and calls wait.",
-                remedy=f"{_psql(facts, remedy)}{'' if at_once else ', then restart the server'}; or "
-                f"add pool_size={max(free // 2, 1)} to the URL's query",
+                remedy=f"{remedy}; or add pool_size={max(free // 2, 1)} to the URL's query",
             )
             return
 
@@ -374,7 +372,7 @@ def check_clock(facts: ServerFacts) -> Iterator[Diagnostic]:
             severity=Severity.WARNING,
             summary=f"the server's clock is {abs(facts.skew):.1f} s "
             f"{'ahead of' if facts.skew > 0 else 'behind'} this machine's",
-            meaning="Leases are safe: they use only the server's clock. Times that are computed here, such "
-            "as as_of, due_at, timeout_at and the cutoff of cleanup, are off by as much.",
+            meaning="Leases are safe: they use only the server's clock. Times from this machine's clock, "
+            "such as as_of, due_at, timeout_at and the cutoff of cleanup, are off by as much.",
             remedy="timedatectl set-ntp true (on the machine that is off)",
         )

@@ -42,7 +42,7 @@ class Settings:
 
     @property
     def client_timeout(self) -> float:
-        """A little longer than the server's own timeout, whose error says more."""
+        """A little longer than statement_timeout, so that the server's more specific error arrives first."""
         return self.statement_timeout + 0.5
 
 
@@ -90,7 +90,7 @@ def _driver_arguments(config: StoreConfig, hosts: Sequence[Host]) -> dict[str, A
     """The driver's arguments; an option overrides the same part of the URL.
 
     The driver never parses the user's URL: it gets decoded parts. Options without an argument of the driver,
-    such as those for TLS, go into the query of a URL that is made here.
+    such as those for TLS, go into the query of a new URL.
     """
     url = config.parts
     given = {k: str(v) for k, v in config.options.items() if k in DRIVER_OPTIONS - {"application_name"}}

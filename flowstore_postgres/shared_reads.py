@@ -1,4 +1,7 @@
-"""Reads of single runs that share a statement when there are many at once."""
+"""Reads of single runs that share a statement when there are many at once.
+
+They have their own Batcher: see database.py.
+"""
 
 from __future__ import annotations
 

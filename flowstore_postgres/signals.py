@@ -1,7 +1,7 @@
 """Signal waiters and deliveries on PostgreSQL.
 
 Every write locks the run first. Deliveries of one run are therefore serial, and each sees the effect of the
-previous one: no delivery misses a waiter because another delivery has it locked (SIG-3). complete_run locks
+previous one, so none skips a waiter that is locked by another delivery (SIG-3). complete_run locks
 the run too, so the status that is read with the lock is valid until the delivery commits (RUN-4).
 """
 

@@ -64,11 +64,19 @@ def test_postgres(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("benchmarks")
+def test_schedulers(tmp_path: Path) -> None:
+    report, _ = run("schedulers", tmp_path, "--callers", "8")
+    found = measures(report)
+    assert len(found["claims beside whole runs, 8 callers each"]) == 3
+    assert len(found["reads beside completions, 8 callers each"]) == 3
+
+
+@pytest.mark.xdist_group("benchmarks")
 def test_sqlite(tmp_path: Path) -> None:
     report, printed = run("sqlite", tmp_path, "--callers", "1,32", "--claims", "2_000")
     found = measures(report)
     assert len(found["lifecycle, 32 callers"]) == 4
-    assert len(found["try_claim_step, 1 caller, call by call in turn"]) == 4
+    assert len(found["try_claim_step, 1 caller, alternating call by call"]) == 4
     assert len(found["lifecycle, 4 processes on one file, together"]) == 3
     assert "synchronous FULL" in printed
 

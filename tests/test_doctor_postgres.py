@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import shlex
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -56,26 +57,28 @@ def _execute(url: str, *statements: str) -> Any:
 
 
 @pytest.fixture
-def place(server: str) -> Iterator[str]:
+def store_url(server: str) -> Iterator[str]:
     """A store with normal data; the server's parameters are reset afterwards."""
     schema = f"doctor_{uuid4().hex}"
     url = f"{server}&schema={schema}"
     _with_store(url, _fill)
     yield url
-    _execute(
+    _execute_and_reload(
         server,
         f"DROP SCHEMA {schema} CASCADE",
         "ALTER SYSTEM RESET ALL",
         "ALTER ROLE postgres RESET ALL",
         "ALTER DATABASE postgres RESET ALL",
-        "SELECT pg_reload_conf()",
     )
-    _wait_for_reload(server)
 
 
-def _wait_for_reload(url: str) -> None:
-    """Wait until the reload is effective; until then new connections have the old parameters."""
-    asyncio.run(asyncio.sleep(0.2))
+def _execute_and_reload(url: str, *statements: str) -> None:
+    """Execute statements, reload the server's configuration, and wait until new connections have it."""
+    loaded = "SELECT pg_conf_load_time()"
+    before = _execute(url, loaded)
+    _execute(url, *statements, "SELECT pg_reload_conf()")
+    while _execute(url, loaded) == before:
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -91,12 +94,12 @@ def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return run_doctor
 
 
-def test_a_healthy_server_is_silent(place: str, doctor: Doctor) -> None:
-    assert doctor(place) == (0, {})
-    assert doctor(place, "--thorough") == (0, {})
+def test_a_healthy_server_is_silent(store_url: str, doctor: Doctor) -> None:
+    assert doctor(store_url) == (0, {})
+    assert doctor(store_url, "--thorough") == (0, {})
 
 
-SPOILT = {
+UNSAFE = {
     "fsync-off": ("error", "ALTER SYSTEM SET fsync = off"),
     "full-page-writes-off": ("error", "ALTER SYSTEM SET full_page_writes = off"),
     "autovacuum-off": ("warning", "ALTER SYSTEM SET autovacuum = off"),
@@ -113,7 +116,7 @@ SPOILT = {
     ),
     "defaults-overridden lock_timeout": ("note", "ALTER DATABASE postgres SET lock_timeout = 100"),
 }
-SPOILT_BEHIND_A_POOLER = {
+UNSAFE_BEHIND_A_POOLER = {
     "synchronous-commit-off": ("error", "ALTER SYSTEM SET synchronous_commit = off"),
     "synchronous-commit-off of the role": ("error", "ALTER ROLE postgres SET synchronous_commit = off"),
     "synchronous-commit-off of the database": (
@@ -142,28 +145,27 @@ FOR_A_POOLER = (
 )
 
 
-@pytest.mark.parametrize("name", SPOILT_BEHIND_A_POOLER)
+@pytest.mark.parametrize("name", UNSAFE_BEHIND_A_POOLER)
 def test_behind_a_pooler_an_unsafe_default_is_found_and_its_remedy_helps(
-    name: str, place: str, server: str, doctor: Doctor
+    name: str, store_url: str, server: str, doctor: Doctor
 ) -> None:
     _execute(server, *FOR_A_POOLER, "SELECT 1")
-    _spoil_and_mend(f"{place}&pgbouncer=true", server, doctor, name, *SPOILT_BEHIND_A_POOLER[name])
+    _break_and_repair(f"{store_url}&pgbouncer=true", server, doctor, name, *UNSAFE_BEHIND_A_POOLER[name])
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", UNSAFE)
 def test_an_unsafe_setting_is_found_and_its_remedy_helps(
-    name: str, place: str, server: str, doctor: Doctor
+    name: str, store_url: str, server: str, doctor: Doctor
 ) -> None:
-    _spoil_and_mend(place, server, doctor, name, *SPOILT[name])
+    _break_and_repair(store_url, server, doctor, name, *UNSAFE[name])
 
 
-def _spoil_and_mend(
-    place: str, server: str, doctor: Doctor, name: str, severity: str, statement: str
+def _break_and_repair(
+    store_url: str, server: str, doctor: Doctor, name: str, severity: str, statement: str
 ) -> None:
     code = name.partition(" ")[0]
-    _execute(server, statement, "SELECT pg_reload_conf()")
-    _wait_for_reload(server)
-    exit_code, found = doctor(place)
+    _execute_and_reload(server, statement)
+    exit_code, found = doctor(store_url)
     assert list(found) == [code]
     assert found[code]["severity"] == severity
     assert exit_code == (0 if severity == "note" else 1)
@@ -171,16 +173,17 @@ def _spoil_and_mend(
     words = shlex.split(found[code]["remedy"])
     assert words[0] == "psql"
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
-    _execute(server, "SET default_transaction_read_only = off", *commands, "SELECT 1")
-    _wait_for_reload(server)
-    assert doctor(place) == (0, {})
+    _execute_and_reload(server, "SET default_transaction_read_only = off", *commands)
+    assert doctor(store_url) == (0, {})
 
 
-def test_a_pool_larger_than_the_free_connections_is_found(place: str, server: str, doctor: Doctor) -> None:
-    code, found = doctor(f"{place}&pool_size=200")
+def test_a_pool_larger_than_the_free_connections_is_found(
+    store_url: str, server: str, doctor: Doctor
+) -> None:
+    code, found = doctor(f"{store_url}&pool_size=200")
     assert (code, list(found)) == (1, ["connections-scarce"])
     assert "max_connections" in found["connections-scarce"]["remedy"]
-    schema = place.rpartition("=")[2]
+    schema = store_url.rpartition("=")[2]
     _execute(
         server,
         "CREATE ROLE small LOGIN CONNECTION LIMIT 4",
@@ -189,7 +192,7 @@ def test_a_pool_larger_than_the_free_connections_is_found(place: str, server: st
         "SELECT 1",
     )
     try:
-        small = place.replace("user=postgres", "user=small")
+        small = store_url.replace("user=postgres", "user=small")
         assert doctor(f"{small}&pool_size=4") == (0, {})
         code, found = doctor(f"{small}&pool_size=5")
         assert list(found) == ["connections-scarce"]
@@ -199,26 +202,26 @@ def test_a_pool_larger_than_the_free_connections_is_found(place: str, server: st
 
 
 def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
-    place: str, server: str, doctor: Doctor
+    store_url: str, server: str, doctor: Doctor
 ) -> None:
-    _, found = doctor(f"{place}&pgbouncer=true")
+    _, found = doctor(f"{store_url}&pgbouncer=true")
     assert list(found) == ["no-time-outs", "search-path"]
     words = shlex.split(found["no-time-outs"]["remedy"]) + shlex.split(found["search-path"]["remedy"])
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
     assert len(commands) == 3
     _execute(server, *commands, "SELECT 1")
-    assert doctor(f"{place}&pgbouncer=true") == (0, {})
+    assert doctor(f"{store_url}&pgbouncer=true") == (0, {})
 
 
 def test_a_transaction_that_stays_open_is_found(
-    place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
-    assert doctor(place) == (0, {})
+    assert doctor(store_url) == (0, {})
     with _session(server) as execute:
         execute("BEGIN")
         execute("SELECT pg_sleep(0.1)")
-        assert list(doctor(place)[1]) == ["long-transaction"]
+        assert list(doctor(store_url)[1]) == ["long-transaction"]
 
 
 @contextlib.contextmanager
@@ -235,10 +238,10 @@ def _session(url: str) -> Iterator[Callable[[str], Any]]:
 
 @pytest.mark.parametrize(("off", "word"), [(5.0, "ahead of"), (-5.0, "behind")])
 def test_a_clock_that_differs_is_found(
-    off: float, word: str, place: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    off: float, word: str, store_url: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "local_time", lambda: datetime.now(UTC).timestamp() - off)
-    code, found = doctor(place)
+    code, found = doctor(store_url)
     assert (code, list(found)) == (1, ["clock-skew"])
     assert f"5.0 s {word} this machine's" in found["clock-skew"]["summary"]
 
@@ -260,26 +263,28 @@ ORPHANS = {
 
 
 @pytest.mark.parametrize("code", ORPHANS)
-def test_rows_without_a_run_are_found_and_fixed(code: str, place: str, server: str, doctor: Doctor) -> None:
-    schema = place.rpartition("=")[2]
+def test_rows_without_a_run_are_found_and_fixed(
+    code: str, store_url: str, server: str, doctor: Doctor
+) -> None:
+    schema = store_url.rpartition("=")[2]
     _execute(server, f"SET search_path = {schema}", f"INSERT {ORPHANS[code]}", "SELECT 1")
-    exit_code, found = doctor(place)
+    exit_code, found = doctor(store_url)
     assert (exit_code, list(found)) == (1, [code])
     assert found[code]["count"] == 1
     assert found[code]["examples"] == [RUN.strip("'")]
-    assert doctor(place, "--fix", "--yes") == (0, {})
-    assert doctor(place) == (0, {})
+    assert doctor(store_url, "--fix", "--yes") == (0, {})
+    assert doctor(store_url) == (0, {})
 
 
 def test_a_slow_check_of_rows_is_stopped(
-    place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "ROWS_SECONDS", 0.5)
-    schema = place.rpartition("=")[2]
+    schema = store_url.rpartition("=")[2]
     with _session(server) as execute:
         execute("BEGIN")
         execute(f"LOCK TABLE {schema}.attempts IN ACCESS EXCLUSIVE MODE")
-        code, found = doctor(place)
+        code, found = doctor(store_url)
     assert (code, list(found)) == (0, ["rows-not-checked"])
     assert "attempts" in found["rows-not-checked"]["summary"]
 
@@ -292,9 +297,11 @@ def test_a_slow_check_of_rows_is_stopped(
         ("INSERT INTO {schema}.schema_version VALUES (99, 'later', 99)", "schema-ahead"),
     ],
 )
-def test_another_schema_is_found(statement: str, code: str, place: str, server: str, doctor: Doctor) -> None:
-    _execute(server, statement.replace("{schema}", place.rpartition("=")[2]), "SELECT 1")
-    assert list(doctor(place)[1]) == [code]
+def test_another_schema_is_found(
+    statement: str, code: str, store_url: str, server: str, doctor: Doctor
+) -> None:
+    _execute(server, statement.replace("{schema}", store_url.rpartition("=")[2]), "SELECT 1")
+    assert list(doctor(store_url)[1]) == [code]
 
 
 # Findings that the test server cannot produce, from facts only

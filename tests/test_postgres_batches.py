@@ -27,6 +27,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_postgres import database
 from tests.worker import Call, Fleet
 
 FLOW = UUID(int=1)
@@ -347,6 +348,21 @@ async def test_a_store_closed_with_queued_calls_returns_correct_results(
         if not isinstance(one, OutcomeUnknownError):
             assert (f"step {n}" in claimed) == (one is True)
     assert found.count(True) > 0
+
+
+async def test_a_closing_store_ends_the_calls_on_a_locked_run(
+    fresh: str, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CLOSE_SECONDS", 1.0)
+    async with open_store(fresh, retry_timeout=600) as store:
+        run = await new_run(store)
+        async with locked(admin, run):
+            # While the store closes, they run into the lock timeout and move to another batch.
+            waiting = [asyncio.create_task(store.try_claim_step(run, f"s{n}")) for n in range(4)]
+            await asyncio.sleep(0)
+            await store.aclose()
+            results = await gather_results(*waiting)
+    assert {type(result) for result in results} <= {OutcomeUnknownError, StoreClosedError}
 
 
 @pytest.mark.parametrize(

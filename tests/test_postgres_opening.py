@@ -153,11 +153,11 @@ _HOSTS = st.lists(
 def test_the_driver_gets_the_parts_of_the_url(
     user: str, password: str, database: str, hosts: list[tuple[str, int]]
 ) -> None:
-    places = ",".join(
+    authority = ",".join(
         f"{f'[{host}]' if host == '::1' else quote(host, safe='')}:{port}" for host, port in hosts
     )
     name, secret, path = (quote(text, safe="") for text in (user, password, database))
-    _, _, config = resolve_store(f"postgresql://{name}:{secret}@{places}/{path}?sslmode=disable")
+    _, _, config = resolve_store(f"postgresql://{name}:{secret}@{authority}/{path}?sslmode=disable")
     expected = [f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port) for host, port in hosts]
     read = _driver_reads(config)
     assert [address for address, _ in read] == expected

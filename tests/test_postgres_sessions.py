@@ -73,8 +73,8 @@ FOR EACH ROW EXECUTE FUNCTION public.note_settings()
 """
 
 
-class Place:
-    """A database of the test's own."""
+class ScratchDatabase:
+    """A new database for one test, and the defaults of its settings."""
 
     def __init__(self, server: asyncpg.Connection, socket: str, name: str) -> None:
         self._server = server
@@ -99,17 +99,17 @@ class Place:
 
 
 @pytest.fixture
-async def place(postgresql_url: str) -> AsyncIterator[Place]:
+async def database(postgresql_url: str) -> AsyncIterator[ScratchDatabase]:
     name = f"sessions_{uuid4().hex}"
     server = await asyncpg.connect(postgresql_url)
     await server.execute(f'CREATE DATABASE "{name}"')
     socket = postgresql_url.partition("host=")[2].partition("&")[0]
-    made = Place(server, socket, name)
-    connection = await made.connect()
+    database = ScratchDatabase(server, socket, name)
+    connection = await database.connect()
     await connection.execute("CREATE EXTENSION pg_trgm")
     await connection.close()
     try:
-        yield made
+        yield database
     finally:
         await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
         await server.close()
@@ -176,11 +176,11 @@ def _retried(records: list[logging.LogRecord]) -> list[str]:
 
 @pytest.mark.parametrize("name", [*HOSTILE, "all at once"])
 async def test_a_hostile_default_changes_nothing(
-    name: str, place: Place, retries: list[logging.LogRecord]
+    name: str, database: ScratchDatabase, retries: list[logging.LogRecord]
 ) -> None:
-    await place.default(**(HOSTILE if name == "all at once" else {name: HOSTILE[name]}))
-    async with open_store(place.url) as store, open_store(place.url) as other:
-        connection = await place.connect()
+    await database.default(**(HOSTILE if name == "all at once" else {name: HOSTILE[name]}))
+    async with open_store(database.url) as store, open_store(database.url) as other:
+        connection = await database.connect()
         names = ", ".join(f"'{name}'" for name in RIGHT)
         await connection.execute(NOTE_SETTINGS.replace("{names}", names))
         await _work(store, other)
@@ -193,32 +193,36 @@ async def test_a_hostile_default_changes_nothing(
 
 
 @pytest.mark.parametrize("name", ["default_transaction_isolation", "TimeZone", "DateStyle", "array_nulls"])
-async def test_behind_a_pooler_a_hostile_default_changes_no_result(name: str, place: Place) -> None:
-    async with open_store(place.url):
+async def test_behind_a_pooler_a_hostile_default_changes_no_result(
+    name: str, database: ScratchDatabase
+) -> None:
+    async with open_store(database.url):
         pass
-    await place.default(**{name: HOSTILE[name]})
-    url = f"{place.url}&pgbouncer=true"
+    await database.default(**{name: HOSTILE[name]})
+    url = f"{database.url}&pgbouncer=true"
     async with open_store(url) as store, open_store(url) as other:
         await _work(store, other)
 
 
 @pytest.mark.parametrize("name", WATCHED)
 async def test_behind_a_pooler_a_harmful_default_is_logged(
-    name: str, place: Place, caplog: pytest.LogCaptureFixture
+    name: str, database: ScratchDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await place.default(**{name: HOSTILE[name]})
-    async with open_store(f"{place.url}&pgbouncer=true"):
+    await database.default(**{name: HOSTILE[name]})
+    async with open_store(f"{database.url}&pgbouncer=true"):
         pass
     warnings = [one.getMessage() for one in caplog.records if "ALTER ROLE" in one.getMessage()]
     assert len(warnings) == 1
     assert name in warnings[0]
 
 
-async def test_behind_a_pooler_a_read_only_role_reads_and_gets_a_clear_error_for_writes(place: Place) -> None:
-    async with open_store(place.url):
+async def test_behind_a_pooler_a_read_only_role_reads_and_gets_a_clear_error_for_writes(
+    database: ScratchDatabase,
+) -> None:
+    async with open_store(database.url):
         pass
-    await place.default(default_transaction_read_only="on")
-    async with open_store(f"{place.url}&pgbouncer=true") as store:
+    await database.default(default_transaction_read_only="on")
+    async with open_store(f"{database.url}&pgbouncer=true") as store:
         assert await store.get_runs() == ()
         with pytest.raises(StoreUnavailableError, match="default_transaction_read_only"):
             await store.start_run(uuid4(), "orders", uuid4(), "manual")
@@ -233,18 +237,18 @@ async def test_behind_a_pooler_a_read_only_role_reads_and_gets_a_clear_error_for
     ],
 )
 async def test_a_default_that_breaks_the_contract_and_cannot_be_changed_is_refused(
-    name: str, value: str, pgbouncer: str, place: Place
+    name: str, value: str, pgbouncer: str, database: ScratchDatabase
 ) -> None:
-    await place.default(**{name: value})
+    await database.default(**{name: value})
     with pytest.raises(ConfigurationError, match=f"{name} is {value}.*ALTER ROLE"):
-        async with open_store(f"{place.url}&pgbouncer={pgbouncer}"):
+        async with open_store(f"{database.url}&pgbouncer={pgbouncer}"):
             pass
 
 
-async def test_a_stronger_synchronous_commit_stays(place: Place) -> None:
-    await place.default(synchronous_commit="remote_apply")
-    async with open_store(place.url) as store:
-        connection = await place.connect()
+async def test_a_stronger_synchronous_commit_stays(database: ScratchDatabase) -> None:
+    await database.default(synchronous_commit="remote_apply")
+    async with open_store(database.url) as store:
+        connection = await database.connect()
         await connection.execute(NOTE_SETTINGS.replace("{names}", "'synchronous_commit'"))
         await store.start_run(uuid4(), "orders", uuid4(), "manual")
         assert await connection.fetchval("SELECT DISTINCT setting FROM public.seen") == "remote_apply"

@@ -86,13 +86,13 @@ class Grouped(SetBased):
         return int(await self._connections[0].fetchval(self.sql(COUNT_CLAIMED), run_ids))
 
     def _call(self, number: int, run_id: UUID, step_key: str) -> asyncio.Future[bool]:
-        answer: asyncio.Future[bool] = self._loop.create_future()
-        self._queues[number].append((run_id.int, step_key, run_id, answer))
+        result: asyncio.Future[bool] = self._loop.create_future()
+        self._queues[number].append((run_id.int, step_key, run_id, result))
         if self._idle:
             task = self._loop.create_task(self._serve(self._idle.pop()))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return answer
+        return result
 
     async def _serve(self, connection: Any) -> None:
         """Send batches until the queue is empty."""

@@ -4,7 +4,7 @@ The minimal cost of a call with one transaction per call: one trip to the thread
 ``grouped`` the thread commits all waiting functions together. Only busy_timeout orders the processes that
 share the file.
 
-CallOnTheSpot runs each function in the thread of its caller and blocks the event loop: the time of SQLite and
+InlineCalls runs each function in the thread of its caller and blocks the event loop: the time of SQLite and
 the disk alone, a lower bound for any call.
 """
 
@@ -137,7 +137,7 @@ class CallablePerCall(_Calls):
         return results
 
 
-class CallOnTheSpot(_Calls):
+class InlineCalls(_Calls):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._db = tables.connect(path)
@@ -176,9 +176,9 @@ async def callable_per_call(
 
 
 @asynccontextmanager
-async def call_on_the_spot(path: Path) -> AsyncIterator[CallOnTheSpot]:
+async def inline_calls(path: Path) -> AsyncIterator[InlineCalls]:
     tables.create(path)
-    baseline = CallOnTheSpot(path)
+    baseline = InlineCalls(path)
     try:
         yield baseline
     finally:

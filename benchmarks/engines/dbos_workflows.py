@@ -26,10 +26,10 @@ async def _step(text: str) -> str:
 
 @asynccontextmanager
 async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Awaitable[Sample]]]:
-    place = url.replace("postgresql://", "postgresql+psycopg://", 1)
+    database_url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     config: Any = {
         "name": "benchmark",
-        "system_database_url": place,
+        "system_database_url": database_url,
         "sys_db_pool_size": POOL,
         "log_level": "ERROR",
         "run_admin_server": False,
