@@ -195,11 +195,9 @@ async def inject_faults(url: str) -> AsyncIterator[ServerFaultInjector]:
     injector = ServerFaultInjector(connect)
     server = await asyncio.start_server(injector.serve, "127.0.0.1", 0)
     injector_port = server.sockets[0].getsockname()[1]
-    options = {**parts.options, "host": "127.0.0.1", "port": str(injector_port), "sslmode": "disable"}
-    if options.get("pgbouncer") == "true":
-        # Behind PgBouncer a lost statement is waited for until it has expired.
-        options["statement_timeout"] = "2"
-    injector.url = parts.with_options(options)
+    injector.url = parts.with_options(
+        {**parts.options, "host": "127.0.0.1", "port": str(injector_port), "sslmode": "disable"}
+    )
     try:
         yield injector
     finally:

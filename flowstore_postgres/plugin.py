@@ -48,11 +48,18 @@ class PostgresBackend:
             yield fresh
 
     def variants(self, url: str) -> Mapping[str, str]:
-        """A pool of one connection, and the statements used behind PgBouncer."""
+        """A pool of one connection, and the statements used behind PgBouncer.
+
+        Behind PgBouncer the store waits until a lost statement has expired; the short statement_timeout keeps
+        the checks of lost and cancelled calls short.
+        """
         parts = parse_url(url)
         return {
-            "pool of one": parts.with_options({**parts.options, "pool_size": "1"}),
-            "pgbouncer": parts.with_options({**parts.options, "pgbouncer": "true"}),
+            name: parts.with_options({**parts.options, **options})
+            for name, options in (
+                ("pool of one", {"pool_size": "1"}),
+                ("pgbouncer", {"pgbouncer": "true", "statement_timeout": "2"}),
+            )
         }
 
     @asynccontextmanager

@@ -15,7 +15,7 @@ from flowstore_conformance.history import Call, Outcome, Raised, Returned, compa
 from flowstore_conformance.model import Model, State
 from flowstore_core import Capability, FlowStore, FlowStoreError
 
-SETTLE_SECONDS = 4.0
+SETTLE_SECONDS = 10.0
 """How long an unexpected snapshot must stay unchanged before it counts: a call may still be in flight."""
 MAX_LATE_REPEATS = 3
 """How often a repeated call may meet a cancelled call that has not compensated yet."""
