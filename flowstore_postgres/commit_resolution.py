@@ -61,13 +61,20 @@ async def fence(pool: ConnectionPool, connection: Connection, unacked: Sequence[
         if process.started is not None:
             # expires_at does not apply to a visible process: if it waits for a standby, it has committed, and
             # the commit becomes visible at any later time.
-            if await pool.probe(connection, TERMINATE_BACKEND, process.pid, process.started) is not None:
+            if await terminate(pool, connection, process):
                 raise RetryableError(StoreUnavailableError("an unacknowledged statement is still running"))
         elif loop.time() < statement.expires_at:
             raise RetryableError(
                 StoreUnavailableError("an unacknowledged statement can still take effect"),
                 resolvable_at=statement.expires_at,
             )
+
+
+async def terminate(pool: ConnectionPool, connection: Connection, process: ServerProcess) -> bool:
+    """Terminate a server process whose client is gone. False if it is not running, or behind PgBouncer."""
+    if process.started is None:
+        return False
+    return await pool.probe(connection, TERMINATE_BACKEND, process.pid, process.started) is not None
 
 
 @dataclass(slots=True)

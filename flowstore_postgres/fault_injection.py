@@ -97,6 +97,8 @@ class ServerFaultInjector:
         return taken
 
     def hold(self, request: bytes, server: Streams) -> None:
+        if self._held is not None:
+            self._held[1][1].close()
         self._held = request, server
 
 

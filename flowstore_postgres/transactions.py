@@ -10,8 +10,13 @@ from typing import Any, TypeVar
 import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
-from flowstore_postgres.commit_resolution import NOTE_COMMIT, UnackedCommit, resolve_commit
-from flowstore_postgres.connection import Connection
+from flowstore_postgres.commit_resolution import (
+    NOTE_COMMIT,
+    UnackedCommit,
+    resolve_commit,
+    terminate,
+)
+from flowstore_postgres.connection import Connection, ServerProcess
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
 
@@ -77,15 +82,26 @@ class Transactions:
         is lost before COMMIT are retried. A lost COMMIT is resolved by the token that the transaction stored.
         """
 
+        lost: list[ServerProcess] = []
+
         async def attempt() -> T:
             async with self._pool.connection() as connection:
-                return await self._attempt(connection, operation, work)
+                while lost:
+                    # The server may not have noticed yet; its locks would block this attempt.
+                    await terminate(self._pool, connection, lost[-1])
+                    lost.pop()
+                return await self._attempt(connection, operation, work, lost)
 
         return await self._pool.shielded.run(self._pool.retries.run(attempt, operation), on_abandoned)
 
     async def _attempt(
-        self, connection: Connection, operation: str, work: Callable[[Transaction], Awaitable[T]]
+        self,
+        connection: Connection,
+        operation: str,
+        work: Callable[[Transaction], Awaitable[T]],
+        lost: list[ServerProcess],
     ) -> T:
+        """Run one transaction. Adds the process of a connection that breaks before COMMIT to ``lost``."""
         pool = self._pool
         # Read now: a connection that breaks loses them.
         process, connection_id, token = connection.process, connection.connection_id, pool.new_token()
@@ -103,6 +119,7 @@ class Transactions:
         except CONNECTION_LOST_ERRORS as error:
             # COMMIT was never sent, so the server rolls back.
             pool.discard(connection)
+            lost.append(process)
             raise RetryableError(describe(error)) from None
         except asyncio.CancelledError:
             pool.discard(connection)

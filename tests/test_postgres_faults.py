@@ -17,6 +17,7 @@ import pytest
 from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
 from flowstore_core import FlowStore, StepStatus, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
+from flowstore_postgres.fault_injection import ServerFaultInjector
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
@@ -255,3 +256,27 @@ async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql
             assert proxy.has_injected
             proxy.disarm()
             assert await store.get_runs() == ()
+
+
+async def test_con_2_a_transaction_whose_request_is_still_on_its_way_blocks_no_retry(
+    fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server does not know yet that its client is gone, and holds the locks of the transaction."""
+    take_fault = ServerFaultInjector.take_fault
+    # A conformance check holds requests outside of transactions only.
+    monkeypatch.setattr(
+        ServerFaultInjector, "take_fault", lambda injector, *, is_idle: take_fault(injector, is_idle=True)
+    )
+    async with (
+        find_backend("postgresql")[1].inject_faults(fresh) as injector,  # type: ignore[attr-defined]
+        open_store(injector.url) as store,
+    ):
+        await store.start_run(FLOW, "orders", RUN, "manual")
+        held = 0
+        for skip in range(12):
+            injector.hold_request(skip=skip)
+            await store.record_skipped_step(RUN, f"step {skip}", "http")
+            if not injector.disarm():
+                break
+            held += 1
+        assert held > 3
