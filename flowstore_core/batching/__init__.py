@@ -5,8 +5,8 @@ worker (a connection, a writer thread) is busy, calls of one operation queue; a 
 sends all the calls that an operation has queued as one batch, and each caller gets the result of its
 row. There is no timer and no added delay: a call that finds a free worker is sent alone, immediately.
 
-A backend makes one Batcher for each store and one operation for each kind of call. The workers are tasks,
-a thread, or an implementation of ``BatchWorkers``::
+A store makes one Batcher, or several where long calls must not delay short ones, and one operation for each
+kind of call. The workers are tasks, a thread, or an implementation of ``BatchWorkers``::
 
     batcher = Batcher(workers=2)
     claim = batcher.operation("try_claim_step", run_claims, keyed=True)
