@@ -690,8 +690,10 @@ async def annotation_waits_for_the_next_dispatch(url: str) -> None:
 )
 async def annotation_raises_when_the_store_is_unavailable(url: str) -> None:
     """annotate_dispatch raises StoreUnavailableError instead of logging it."""
-    options = {"statement_timeout": 0.3, "retry_timeout": 0.3}
-    async with open_store(url, **options) as store, connection(url) as other:
+    async with (
+        open_store(url, statement_timeout=0.3, retry_timeout=0.3) as store,
+        connection(url) as other,
+    ):
         run_id = await new_run(store)
         await store.try_record_dispatch(run_id, "a")
         async with other.transaction():
