@@ -15,6 +15,7 @@ from tests.source_mutants.postgres_scenes import (
     finish,
     outcome,
     outcomes,
+    send,
     wait_until_blocked,
 )
 from tests.virtual_clock import VirtualClock
@@ -230,8 +231,7 @@ async def compensation_releases_the_claim_of_another_call(url: str) -> None:
         async with other.transaction():
             await other.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_id)
             losing = asyncio.ensure_future(store.try_claim_step(run_id, "a"))
-            # Cancelled while its statement waits.
-            await asyncio.sleep(0.05)
+            await send(losing)
             losing.cancel()
             await asyncio.wait([losing])
     async with open_store(url) as store:
@@ -258,7 +258,7 @@ async def compensation_releases_the_dispatch_of_another_call(url: str) -> None:
         async with other.transaction():
             await other.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_id)
             losing = asyncio.ensure_future(store.try_record_dispatch(run_id, "a"))
-            await asyncio.sleep(0.05)
+            await send(losing)
             losing.cancel()
             await asyncio.wait([losing])
     async with open_store(url) as store:

@@ -47,6 +47,13 @@ async def wait_until_blocked(url: str, other: Any, *tasks: asyncio.Future[Any]) 
         blocked = await other.fetchval(COUNT_BLOCKED, schema_of(url))
 
 
+async def send(call: asyncio.Future[Any]) -> None:
+    """Let a call send its statement on a connection that is ready, and not wait for its reply."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not call.done()
+
+
 async def outcome(call: Awaitable[Any]) -> Any:
     """The result of a call, or the class of the error that it raises."""
     try:
