@@ -652,9 +652,7 @@ async def deliveries_share_the_lock_of_their_run(url: str) -> None:
             deliveries = [
                 asyncio.ensure_future(store.deliver_signal(run_id, "paid", f"{n}")) for n in range(2)
             ]
-            await wait_until_blocked(url, other, *deliveries)
-            # Until the second waits too.
-            await asyncio.sleep(1)
+            await wait_until_blocked(url, other, *deliveries, number=2)
         statuses = [one.status for one in await asyncio.gather(*deliveries)]
         assert statuses.count(SignalDeliveryStatus.DELIVERED) == 1, "one waiter was delivered twice"
 

@@ -14,9 +14,11 @@ from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepStatus
 from flowstore_core.urls import parse_url
 from flowstore_postgres.migrate import CREATE_VERSION_TABLE, RECORD_VERSION, read_migrations
 
-# A schema's statements that have waited for a lock for a while; a batch's first try gives up after 0.1 s.
+# The sessions that have waited for a lock for a while (a batch's first try gives up after 0.1 s): those with
+# a statement on this schema, and those that wait for this session.
 COUNT_BLOCKED = """
-SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND position($1 IN query) > 0
+SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'
+   AND (position($1 IN query) > 0 OR pg_backend_pid() = ANY(pg_blocking_pids(pid)))
    AND clock_timestamp() - query_start > interval '0.3 s'
 """
 
@@ -37,10 +39,10 @@ async def connection(url: str) -> AsyncIterator[Any]:
         await other.close(timeout=10)
 
 
-async def wait_until_blocked(url: str, other: Any, *tasks: asyncio.Future[Any]) -> None:
-    """Wait until a statement of the store waits for a lock, or one of the tasks has ended."""
+async def wait_until_blocked(url: str, other: Any, *tasks: asyncio.Future[Any], number: int = 1) -> None:
+    """Wait until some statements of the store wait for a lock, or one of the tasks has ended."""
     blocked = 0
-    while not blocked and not any(task.done() for task in tasks):
+    while blocked < number and not any(task.done() for task in tasks):
         await asyncio.sleep(0.02)
         # A transaction sees one state of pg_stat_activity otherwise.
         await other.execute("SELECT pg_stat_clear_snapshot()")

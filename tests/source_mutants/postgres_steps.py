@@ -200,9 +200,7 @@ async def concurrent_starts_read_one_attempt(url: str) -> None:
                 asyncio.ensure_future(outcome(one.record_step_start(run_id, "a", "task")))
                 for one in (store, second)
             ]
-            await wait_until_blocked(url, other, *starts)
-            # Until the second waits too.
-            await asyncio.sleep(1)
+            await wait_until_blocked(url, other, *starts, number=2)
         assert sorted(await asyncio.gather(*starts), key=str) == [2, 3], "two starts share a number"
 
 
