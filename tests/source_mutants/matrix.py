@@ -14,11 +14,11 @@ PROFILES = ("quick", "standard")
 HEAD = """\
 # Source mutants
 
-The evidence that the conformance suite finds faults that its authors did not think of. A source mutant is a
-copy of a SQL backend with one fault in its source: in SQL text, a transaction, a batch, an index, a
-migration. Its author read the contract and the code of the backend, and not the checks of the suite. Each
-mutant has a proof, a program that passes on the correct backend and fails on the mutant through the public
-API alone.
+How well the conformance suite finds faults that its authors did not think of. A source mutant is a copy of a
+SQL backend with one fault in its source: in SQL text, a transaction, a batch, an index, a migration. Its
+author read the contract and the code of the backend, and not the checks of the suite. Each mutant has a
+proof, a program that passes on the correct backend and fails on the mutant. The proof may prepare a situation
+with SQL of its own; the wrong result shows through the public API.
 
 A mutant is *killed* if a check fails and names a clause that the fault breaks, and found by *another clause*
 if checks fail and name only others.
