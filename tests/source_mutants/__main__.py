@@ -86,14 +86,14 @@ def prove(mutant: SourceMutant, url: str) -> tuple[bool, str]:
     """Whether the proof passes on the correct code and fails on the mutant, and an explanation."""
     right = run_child(mutant, url, ["prove"], correct=True, seconds=PROOF_SECONDS)
     if right.result is None:
-        return False, f"no result on the correct code: {_last_lines(right)}"
+        return False, f"no result on the correct code: {_failure_of(right)}"
     if not right.result["passed"]:
         return False, f"fails on the correct code: {right.result['message']}"
     wrong = run_child(mutant, url, ["prove"], seconds=HANG_SECONDS if mutant.hangs else PROOF_SECONDS)
     if wrong.result is None:
         if wrong.timed_out and mutant.hangs:
             return True, "hangs on the mutant"
-        return False, f"no result on the mutant: {_last_lines(wrong)}"
+        return False, f"no result on the mutant: {_failure_of(wrong)}"
     if wrong.result["passed"]:
         return False, "passes on the mutant"
     return True, wrong.result["message"]
@@ -109,7 +109,7 @@ def measure(mutant: SourceMutant, url: str, profile: str, seed: int) -> dict[str
         "seed": seed,
     }
     if child.result is None:
-        return {**outcome, "verdict": "error", "message": _last_lines(child)}
+        return {**outcome, "verdict": "error", "message": _failure_of(child)}
     failures = child.result["failures"]
     own = [one for one in failures if one["clause"] in mutant.clauses]
     verdict = "killed" if own else "other clause" if failures else "survived"
@@ -118,7 +118,8 @@ def measure(mutant: SourceMutant, url: str, profile: str, seed: int) -> dict[str
     return {**outcome, "verdict": verdict, **child.result, **first}
 
 
-def _last_lines(child: ChildOutcome) -> str:
+def _failure_of(child: ChildOutcome) -> str:
+    """Why a child wrote no outcome, with the last line of its stderr."""
     ended = "ran into the time limit" if child.timed_out else "the process failed"
     lines = child.stderr.strip().splitlines()
     return ": ".join([ended, *lines[-1:]])

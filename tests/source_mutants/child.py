@@ -40,21 +40,21 @@ def _check_origin(mutant: SourceMutant, folder: Path) -> None:
     """Raise ImportError if another copy of a changed package has been imported, such as an installed one."""
     for package in {PACKAGES[mutant.backend], *(one.file.partition("/")[0] for one in mutant.changes)}:
         origin = import_module(package).__file__
-        if origin is None or not Path(origin).is_relative_to(folder):
+        if origin is None or not Path(origin).resolve().is_relative_to(folder.resolve()):
             raise ImportError(f"{package} was imported from {origin}, not from {folder}")
 
 
 async def prove(mutant: SourceMutant, url: str, outcome: Path) -> None:
     """Run the proof in a fresh namespace. Only an AssertionError fails it; any other exception surfaces."""
     async with find_backend(mutant.backend)[1].scratch(url) as fresh:
+        result = {"passed": True, "message": ""}
         try:
             await mutant.proof(fresh)
         except AssertionError as error:
             message = str(error).partition("\n")[0] or "an assertion failed"
-            _write(outcome, {"passed": False, "message": message})
-        else:
-            # Before the namespace is dropped, which may wait for a lock that the mutant still holds.
-            _write(outcome, {"passed": True, "message": ""})
+            result = {"passed": False, "message": message}
+        # Before the namespace is dropped, which may wait for a lock that the mutant still holds.
+        _write(outcome, result)
 
 
 async def measure(mutant: SourceMutant, url: str, *, profile: str, seed: int) -> dict[str, Any]:

@@ -691,7 +691,7 @@ async def annotation_waits_for_the_next_dispatch(url: str) -> None:
 async def annotation_raises_when_the_store_is_unavailable(url: str) -> None:
     """annotate_dispatch raises StoreUnavailableError instead of logging it."""
     async with (
-        open_store(url, statement_timeout=0.3, retry_timeout=0.3) as store,
+        open_store(url, statement_timeout=2, retry_timeout=2) as store,
         connection(url) as other,
     ):
         run_id = await new_run(store)

@@ -235,7 +235,7 @@ async def migration_does_not_index_failed_runs(url: str) -> None:
 @source_mutant(
     "postgresql",
     kind="migration",
-    clauses=("IDM-1", "IDM-2"),
+    clauses=("IDM-1", "IDM-2", "CON-2"),
     changes=[
         (
             TABLES,

@@ -233,7 +233,7 @@ async def start_does_not_lock_its_run(url: str) -> None:
 @source_mutant(
     "postgresql",
     kind="sql",
-    clauses=("STP-3",),
+    clauses=("STP-3", "CON-2"),
     changes=[
         (
             STEPS,
