@@ -1,0 +1,79 @@
+"""Every source mutant is a valid change of the current source; one proof of each backend is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flowstore_conformance.clauses import CLAUSES
+
+from tests.source_mutants import BACKENDS, SourceMutant, all_source_mutants, changed_files, copy_with_changes
+from tests.source_mutants.__main__ import prove
+from tests.source_mutants.matrix import render
+
+MUTANTS = all_source_mutants()
+WITH_MUTANTS = [backend for backend in BACKENDS if any(one.backend == backend for one in MUTANTS)]
+
+
+def _name(mutant: SourceMutant) -> str:
+    return f"{mutant.backend}-{mutant.name}"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=_name)
+def test_a_mutant_is_a_described_change_that_applies_once(mutant: SourceMutant) -> None:
+    texts = changed_files(mutant)
+    assert texts, "a mutant without a change"
+    for file, text in texts.items():
+        if file.endswith(".py"):
+            compile(text, file, "exec")
+    assert mutant.description
+    assert mutant.clauses
+    assert set(mutant.clauses) <= CLAUSES.keys()
+
+
+def test_no_two_mutants_make_the_same_change() -> None:
+    changes = [(one.backend, one.changes) for one in MUTANTS]
+    assert len(changes) == len(set(changes))
+
+
+def test_a_mutant_is_a_copy_that_leaves_the_source_alone(tmp_path: Path) -> None:
+    mutant = MUTANTS[0]
+    before = changed_files(mutant)
+    copy_with_changes(mutant, tmp_path)
+    assert changed_files(mutant) == before
+    for file, text in before.items():
+        assert (tmp_path / file).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mutated", WITH_MUTANTS)
+def test_a_proof_passes_on_the_correct_code_and_fails_on_the_mutant(
+    mutated: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    mutant = next(one for one in MUTANTS if one.backend == mutated and one.kind == "sql")
+    postgresql = mutated == "postgresql"
+    url = request.getfixturevalue("postgresql_url") if postgresql else f"sqlite:///{tmp_path}/mutants.db"
+    proven, why = prove(mutant, url)
+    assert proven, why
+
+
+def test_the_matrix_tells_each_verdict_and_the_rates() -> None:
+    killed, survived = MUTANTS[0], MUTANTS[-1]
+    common = {"profile": "quick", "seed": 1, "failures": [], "seconds": 1.5}
+    page = render(
+        [killed, survived],
+        [
+            {
+                "backend": killed.backend,
+                "name": killed.name,
+                "verdict": "killed",
+                "check": "some_check",
+                "clause": "RUN-1",
+                **common,
+            },
+            {"backend": survived.backend, "name": survived.name, "verdict": "survived", **common},
+        ],
+    )
+    assert "`some_check` (RUN-1, 1.5 s) | not run |" in page
+    assert "**survived** | not run |" in page
+    assert "| all | 2 | 1 of 2 killed (50%) | not run |" in page
