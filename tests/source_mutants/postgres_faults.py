@@ -257,7 +257,7 @@ async def request_is_repeated_before_its_deadline(url: str) -> None:
     changes=[
         (
             RESOLUTION,
-            "if await pool.probe(connection, TERMINATE_BACKEND, process.pid, process.started) is not None:",
+            "if await terminate(pool, connection, process):",
             "if process.pid == 0:",
         )
     ],
