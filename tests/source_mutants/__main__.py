@@ -2,7 +2,7 @@
 
 ``python -m tests.source_mutants --prove`` runs each mutant's proof on the correct code, where it must pass,
 and on the mutant, where it must fail. ``--profile quick`` or ``standard`` runs the suite on each mutant until
-a check reports one of the mutant's clauses; ``--results FILE`` adds the outcomes to a JSON file, and
+a check reports one of the mutant's clauses, or with ``--own`` only the checks that cite them; ``--results FILE`` adds the outcomes to a JSON file, and
 ``--publish`` writes docs/source-mutants.md from that file. ``--backend`` and names select mutants.
 """
 
@@ -99,9 +99,14 @@ def prove(mutant: SourceMutant, url: str) -> tuple[bool, str]:
     return True, wrong.result["message"]
 
 
-def measure(mutant: SourceMutant, url: str, profile: str, seed: int) -> dict[str, Any]:
+def measure(mutant: SourceMutant, url: str, profile: str, seed: int, *, own: bool) -> dict[str, Any]:
     """The outcome of the suite on a mutant: killed, found by another clause, survived, or an error."""
-    child = run_child(mutant, url, ["measure", profile, str(seed)], seconds=SUITE_SECONDS[profile])
+    child = run_child(
+        mutant,
+        url,
+        ["measure", profile, str(seed), *(["own"] if own else [])],
+        seconds=SUITE_SECONDS[profile],
+    )
     outcome: dict[str, Any] = {
         "backend": mutant.backend,
         "name": mutant.name,
@@ -111,9 +116,9 @@ def measure(mutant: SourceMutant, url: str, profile: str, seed: int) -> dict[str
     if child.result is None:
         return {**outcome, "verdict": "error", "message": _failure_of(child)}
     failures = child.result["failures"]
-    own = [one for one in failures if one["clause"] in mutant.clauses]
-    verdict = "killed" if own else "other clause" if failures else "survived"
-    first: dict[str, Any] = next(iter(own or failures), {})
+    named = [one for one in failures if one["clause"] in mutant.clauses]
+    verdict = "killed" if named else "other clause" if failures else "survived"
+    first: dict[str, Any] = next(iter(named or failures), {})
     # The seconds are those until the first such failure, or of the whole suite.
     return {**outcome, "verdict": verdict, **child.result, **first}
 
@@ -148,6 +153,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--prove", action="store_true")
     parser.add_argument("--profile", choices=SUITE_SECONDS)
+    parser.add_argument("--own", action="store_true")
     parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=SEED)
@@ -182,7 +188,7 @@ def run_all(mutants: Sequence[SourceMutant], arguments: argparse.Namespace) -> b
         if arguments.prove:
             proven, why = prove(mutant, url)
             return proven, f"{'proven' if proven else 'NOT PROVEN'}: {why}"
-        outcome = measure(mutant, url, arguments.profile, arguments.seed)
+        outcome = measure(mutant, url, arguments.profile, arguments.seed, own=arguments.own)
         outcomes.append(outcome)
         told = [str(outcome.get(part, "")) for part in ("verdict", "clause", "check", "seconds")]
         return outcome["verdict"] == "killed", " ".join(filter(None, told))
