@@ -2,8 +2,9 @@
 
 ``python -m tests.source_mutants --prove`` runs each mutant's proof on the correct code, where it must pass,
 and on the mutant, where it must fail. ``--profile quick`` or ``standard`` runs the suite on each mutant until
-a check reports one of the mutant's clauses, or with ``--own`` only the checks that cite them; ``--results FILE`` adds the outcomes to a JSON file, and
-``--publish`` writes docs/source-mutants.md from that file. ``--backend`` and names select mutants.
+a check reports one of the mutant's clauses; with ``--own`` only the checks that cite these clauses run.
+``--results FILE`` adds the outcomes to a JSON file, and ``--publish`` writes docs/source-mutants.md from that
+file. ``--backend`` and names select mutants.
 """
 
 from __future__ import annotations
