@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from flowstore_conformance import race_search
 from flowstore_conformance.checks.registry import Check, Kind, all_checks
 from flowstore_conformance.checks.snapshots import torn
 from flowstore_conformance.context import CheckContext, Inconclusive, Profile, new_context
@@ -256,7 +257,8 @@ class _OneAfterTheOther:
         return [dataclasses.replace(one, overlapping=0) for one in await self._runner.run(races)]
 
 
-async def test_too_little_overlap_is_no_pass() -> None:
+async def test_too_little_overlap_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race_search, "MAX_OVERLAP_SECONDS", 0.1)
     async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
         with pytest.raises(Inconclusive, match="calls overlapped in only 0 of"):
             await search(
