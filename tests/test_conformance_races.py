@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -62,6 +64,15 @@ async def test_passes_on_memory(check: Check) -> None:
         None,
         None,
     )
+
+
+@pytest.mark.parametrize("name", [one.name for one in MINE if one.kind is Kind.MODEL])
+async def test_a_stalled_machine_does_not_make_a_model_check_inconclusive(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
+    monkeypatch.setattr("flowstore_conformance.checks.model.time", clock)
+    assert (await run(name, Profile.QUICK)).status is Status.PASS
 
 
 # Wrong stores: each reads, lets others have a turn, and then writes what it made of what it read.
