@@ -51,7 +51,7 @@ class ResourceSnapshot:
         now = ResourceSnapshot.now()
         threads = now.threads - self.threads
         if in_loop:
-            threads = {name for name in threads if not name.startswith("asyncio_")}
+            threads = frozenset(name for name in threads if not name.startswith("asyncio_"))
         return [
             *(f"thread {name} is still running" for name in sorted(threads)),
             *(f"file {path} is still open" for path in sorted(now.files - self.files)),

@@ -30,6 +30,8 @@ from tests.test_doctor import _fill, _with_store
 # One worker and one server for all of these tests.
 pytestmark = pytest.mark.xdist_group("doctor")
 
+LOAD_TIME = "SELECT pg_conf_load_time()"
+
 Doctor = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
 
 
@@ -62,7 +64,7 @@ def place(server: str) -> Iterator[str]:
     url = f"{server}&schema={schema}"
     _with_store(url, _fill)
     yield url
-    _execute(
+    _execute_and_reload(
         server,
         f"DROP SCHEMA {schema} CASCADE",
         "ALTER SYSTEM RESET ALL",
@@ -70,12 +72,14 @@ def place(server: str) -> Iterator[str]:
         "ALTER DATABASE postgres RESET ALL",
         "SELECT pg_reload_conf()",
     )
-    _wait_for_reload(server)
 
 
-def _wait_for_reload(url: str) -> None:
-    """Wait until the reload is effective; until then new connections have the old parameters."""
-    asyncio.run(asyncio.sleep(0.2))
+def _execute_and_reload(url: str, *statements: str) -> None:
+    """Execute the statements; if they reload the configuration, wait until new connections have it."""
+    before = _execute(url, LOAD_TIME)
+    _execute(url, *statements)
+    while "SELECT pg_reload_conf()" in statements and _execute(url, LOAD_TIME) == before:
+        pass
 
 
 @pytest.fixture
@@ -161,8 +165,7 @@ def _spoil_and_mend(
     place: str, server: str, doctor: Doctor, name: str, severity: str, statement: str
 ) -> None:
     code = name.partition(" ")[0]
-    _execute(server, statement, "SELECT pg_reload_conf()")
-    _wait_for_reload(server)
+    _execute_and_reload(server, statement, "SELECT pg_reload_conf()")
     exit_code, found = doctor(place)
     assert list(found) == [code]
     assert found[code]["severity"] == severity
@@ -171,8 +174,7 @@ def _spoil_and_mend(
     words = shlex.split(found[code]["remedy"])
     assert words[0] == "psql"
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
-    _execute(server, "SET default_transaction_read_only = off", *commands, "SELECT 1")
-    _wait_for_reload(server)
+    _execute_and_reload(server, "SET default_transaction_read_only = off", *commands)
     assert doctor(place) == (0, {})
 
 
@@ -213,8 +215,8 @@ def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
 def test_a_transaction_that_stays_open_is_found(
     place: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
     assert doctor(place) == (0, {})
+    monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
     with _session(server) as execute:
         execute("BEGIN")
         execute("SELECT pg_sleep(0.1)")
@@ -403,7 +405,7 @@ async def test_a_key_in_use_by_a_trigger_is_not_deleted(server: str) -> None:
         await holder.execute("SELECT FROM idempotency_keys WHERE idempotency_key = 'held' FOR UPDATE")
         found = await diagnosis.diagnose(config, thorough=False)
         fixing = diagnosis.fix(config, found)
-        done = await asyncio.wait_for(fixing, 10)
+        done = await asyncio.wait_for(fixing, 60)
         assert done == ["deleted 1 rows of table idempotency_keys that belonged to no run"]
         await holder.execute("ROLLBACK")
         assert await holder.fetchval("SELECT idempotency_key FROM idempotency_keys") == "held"

@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from flowstore_chaos.proxy import Fault, proxy_before
+from flowstore_chaos.proxy import HANGS, Fault, proxy_before
 from flowstore_core import (
     ClaimLostError,
     FlowStore,
@@ -40,7 +40,7 @@ async def new_run(store: FlowStore) -> UUID:
 
 
 async def gather_results(*calls: Awaitable[Any]) -> list[Any]:
-    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+    return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
 
 
 @asynccontextmanager
@@ -49,6 +49,14 @@ async def locked(admin: asyncpg.Connection, run: UUID) -> AsyncIterator[None]:
     async with admin.transaction():
         await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
         yield
+
+
+async def _until_waiting(admin: asyncpg.Connection, count: int) -> None:
+    """Wait until this many sessions wait for a lock of the administrator's transaction."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+    while await admin.fetchval(waiting) < count:
+        # Within a transaction the statistics are cached.
+        await admin.execute("SELECT pg_stat_clear_snapshot()")
 
 
 async def queue_together(
@@ -61,7 +69,7 @@ async def queue_together(
         waiting = []
         for run in runs:
             waiting.append(asyncio.ensure_future(store.try_claim_step(run, "blocked")))
-            await asyncio.sleep(0.05)
+            await _until_waiting(admin, len(waiting))
         tasks = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0.02)
     assert await gather_results(*waiting) == [True, True]
@@ -149,7 +157,8 @@ async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
     async with (
         open_store(fresh) as direct,
         proxy_before(fresh) as (proxy, through),
-        open_store(through, statement_timeout=0.5) as store,
+        # Only faults that hang wait for the timeout.
+        open_store(through, statement_timeout=0.5 if fault in HANGS else 30) as store,
     ):
         run = await new_run(direct)
         keys = [f"step {n:02}" for n in range(20)]
@@ -318,7 +327,7 @@ async def test_con_4_a_storm_of_cancelled_claims_leaves_no_key_taken(fresh: str)
                     await store.release_dispatch(run, key)
 
         for _ in range(3):
-            await asyncio.wait_for(asyncio.gather(*(claim(key) for key in keys)), 30)
+            await asyncio.wait_for(asyncio.gather(*(claim(key) for key in keys)), 60)
     async with open_store(fresh) as store:
         assert (
             await gather_results(*(store.try_claim_step(run, key, owner="new") for key in keys))
