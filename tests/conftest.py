@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -24,8 +26,14 @@ OpenAnother = Callable[..., Awaitable[FlowStore]]
 _cluster = pytest.StashKey[Cluster]()
 
 
+MEMORY = Path("/dev/shm")
+"""A file system in memory, on Linux: SQLite waits for the disk at every commit, and nobody cuts the power."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*capabilities): what the test asks of a backend")
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 1 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         # One cluster for all workers; a run without workers starts it when a test first asks.
         config.stash[_cluster] = Cluster()

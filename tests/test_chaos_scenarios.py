@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ ROWS = [
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Not pytest's tmp_path: its permissions exclude other users, including PostgreSQL's."""
-    with tempfile.TemporaryDirectory(prefix="flowstore-lines-", ignore_cleanup_errors=True) as name:
+    root = os.environ.get("PYTEST_DEBUG_TEMPROOT")
+    with tempfile.TemporaryDirectory(prefix="flowstore-", dir=root, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 

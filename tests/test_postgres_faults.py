@@ -7,7 +7,7 @@ request or reply lost. The results and the whole state must be equal. Virtual ti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -105,13 +105,16 @@ def _with_run(value: Any, run: UUID) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"),
-    [(name, fault) for fault in DISCONNECTS for name in CALLS]
+    ("name", "faults"),
+    [pytest.param(name, DISCONNECTS, id=f"{name}-disconnects") for name in CALLS]
     # Each takes a timeout, so only three: a batched write, a single statement and a transaction.
-    + [(name, fault) for fault in HANGS for name in ("try_claim_step", "append_event", "deliver_signal")],
+    + [
+        pytest.param(name, HANGS, id=f"{name}-hangs")
+        for name in ("try_claim_step", "append_event", "deliver_signal")
+    ],
 )
 async def test_con_3_a_lost_message_does_not_change_the_result(
-    name: str, fault: Fault, postgresql_url: str
+    name: str, faults: Sequence[Fault], postgresql_url: str
 ) -> None:
     call = CALLS[name]
     clock = VirtualClock()
@@ -122,7 +125,7 @@ async def test_con_3_a_lost_message_does_not_change_the_result(
         open_store(fresh, clock=clock) as direct,
         # One connection, so that the order of a call's messages is fixed.
         open_store(
-            through, clock=clock, pool_size=1, statement_timeout=0.5 if fault in HANGS else 30
+            through, clock=clock, pool_size=1, statement_timeout=0.5 if faults == HANGS else 30
         ) as store,
     ):
         messages = await _count_messages(proxy, store, direct, call)
@@ -130,18 +133,20 @@ async def test_con_3_a_lost_message_does_not_change_the_result(
         await _prepare(direct, calm)
         result = _with_run(await call(store, calm), calm)
         state = _with_run(await _state(direct, calm), calm)
-        for strike_at in range(1, messages + 1):
-            run = UUID(int=20_000 + 1_000 * strike_at)
+        strikes = [(fault, strike_at) for fault in faults for strike_at in range(1, messages + 1)]
+        for number, (fault, strike_at) in enumerate(strikes):
+            what = f"{fault.name} at message {strike_at} of {messages}"
+            run = UUID(int=20_000 + 1_000 * number)
             await _prepare(direct, run)
             await store.ping()
             proxy.arm(strike_at, fault)
             with_fault = _with_run(await call(store, run), run)
             proxy.disarm()
-            assert proxy.has_injected, f"message {strike_at} of {name} was not sent"
+            assert proxy.has_injected, f"{what} was not sent"
             await proxy.settle()
             proxy.heal()
-            assert with_fault == result, f"message {strike_at} of {messages}"
-            assert _with_run(await _state(direct, run), run) == state, f"message {strike_at} of {messages}"
+            assert with_fault == result, what
+            assert _with_run(await _state(direct, run), run) == state, what
 
 
 async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, call: Call) -> int:
