@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
+from hypothesis import settings
 
 from flowstore_core import FlowStore, open_store
 from flowstore_core.plugins import find_backend
@@ -22,6 +23,10 @@ from tests.worker import Fleet
 BACKENDS = ("memory", "sqlite", "postgresql")
 
 OpenAnother = Callable[..., Awaitable[FlowStore]]
+
+# An example takes as long as the machine stalls.
+settings.register_profile("flowstore", deadline=None)
+settings.load_profile("flowstore")
 
 _cluster = pytest.StashKey[Cluster]()
 
