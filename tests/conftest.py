@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -31,14 +32,8 @@ settings.load_profile("flowstore")
 _cluster = pytest.StashKey[Cluster]()
 
 
-MEMORY = Path("/dev/shm")
-"""A file system in memory, on Linux: SQLite waits for the disk at every commit, and nobody cuts the power."""
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*capabilities): what the test asks of a backend")
-    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 1 << 30:
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         # One cluster for all workers; a run without workers starts it when a test first asks.
         config.stash[_cluster] = Cluster()
@@ -104,12 +99,25 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def namespace(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+def memory_path() -> Iterator[Path]:
+    """A folder in memory, where the system has one, for tests that cut no power.
+
+    On a disk, SQLite waits for every commit, and the readers of many checks spin meanwhile.
+    """
+    memory = Path("/dev/shm")
+    has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    parent = memory if has_room else None
+    with tempfile.TemporaryDirectory(prefix="flowstore-", dir=parent, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+async def namespace(backend: str, request: pytest.FixtureRequest, memory_path: Path) -> AsyncIterator[str]:
     """The URL of a fresh, empty namespace, dropped at the end."""
     if backend == "memory":
         url = "memory://"
     elif backend == "sqlite":
-        url = f"sqlite:///{tmp_path}/flows.db"
+        url = f"sqlite:///{memory_path}/flows.db"
     else:
         url = request.getfixturevalue("postgresql_url")
     async with find_backend(backend)[1].scratch(url) as fresh:

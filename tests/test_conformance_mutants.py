@@ -32,13 +32,13 @@ def known_check(name: str) -> tuple[str, Profile] | None:
 
 
 @pytest.fixture
-def base_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def base_url(request: pytest.FixtureRequest, memory_path: Path) -> str:
     """A URL of the mutant's built-in backend."""
     base = MUTANTS[request.node.callspec.params["name"]].base
     if base == "memory":
         return "memory://"
     if base == "sqlite":
-        return f"sqlite:///{tmp_path}/flows.db"
+        return f"sqlite:///{memory_path}/flows.db"
     return str(request.getfixturevalue("postgresql_url"))
 
 
