@@ -25,7 +25,7 @@ BACKENDS = ("memory", "sqlite", "postgresql")
 
 OpenAnother = Callable[..., Awaitable[FlowStore]]
 
-# An example takes as long as the machine stalls.
+# Without a deadline: an example may take seconds on a machine that stalls.
 settings.register_profile("flowstore", deadline=None)
 settings.load_profile("flowstore")
 
