@@ -27,6 +27,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_postgres.connection import Connection
 from tests.worker import Call, Fleet
 
 FLOW = UUID(int=1)
@@ -457,3 +458,28 @@ async def test_a_locked_run_delays_no_other_run(fresh: str, admin: asyncpg.Conne
     async with open_store(fresh) as store:
         # A claim of the cancelled call was released.
         assert await store.try_claim_step(held, "doomed")
+
+
+@pytest.mark.parametrize("options", [{}, {"pgbouncer": True}])
+async def test_a_connection_given_up_while_its_reply_arrives_is_a_lost_connection(
+    options: dict[str, Any], fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection is discarded after a statement was prepared, and before it is executed."""
+    prepare: Any = Connection._get_statement
+    given_up = False
+
+    async def give_up(connection: Connection, *arguments: Any, **named: Any) -> Any:
+        nonlocal given_up
+        statement = await prepare(connection, *arguments, **named)
+        if not given_up and "step" in arguments[0]:
+            given_up = True
+            connection.terminate()
+        return statement
+
+    async with open_store(fresh, **options) as store:
+        run = await new_run(store)
+        monkeypatch.setattr(Connection, "_get_statement", give_up)
+        keys = [f"step {n}" for n in range(20)]
+        found = await gather_results(*(store.try_claim_step(run, key, owner="me") for key in keys))
+        assert given_up
+        assert found == [True] * 20
