@@ -75,7 +75,7 @@ def main() -> int:
         )
         subprocess.run([python, "-m", "pip", "check"], check=True)
         return subprocess.run(
-            [python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *TESTS], cwd=ROOT, check=False
+            [python, "-m", "pytest", "-n", "3", "--dist", "loadgroup", *TESTS], cwd=ROOT, check=False
         ).returncode
 
 

@@ -43,8 +43,13 @@ class RunContext:
 
     @property
     def done(self) -> bool:
-        """Whether all planned faults have been injected."""
-        return self.counts.injected >= self.planned
+        """Whether all planned faults have been injected, or the mutant has been detected."""
+        return self.counts.injected >= self.planned or self.is_detected
+
+    @property
+    def is_detected(self) -> bool:
+        """Whether the row runs a mutant and has a finding, so that it may end."""
+        return self.is_mutant and not self.counts.clean
 
     @asynccontextmanager
     async def store_url(self, settings: Mapping[str, str] | None = None) -> AsyncIterator[str]:

@@ -37,17 +37,23 @@ class ResourceSnapshot:
             children=frozenset(child.pid for child in me.children(recursive=True)),
         )
 
-    def leaked(self) -> list[str]:
-        """The resources acquired since this snapshot and not released within SETTLE_SECONDS, as sentences."""
+    def leaked(self, *, in_loop: bool = False) -> list[str]:
+        """The resources acquired since this snapshot and not released within SETTLE_SECONDS, as sentences.
+
+        ``in_loop``: the event loop is still open, and keeps the threads of its executor until it is closed.
+        """
         until = time.monotonic() + SETTLE_SECONDS
-        while (found := self._more()) and time.monotonic() < until:
+        while (found := self._more(in_loop=in_loop)) and time.monotonic() < until:
             time.sleep(0.05)
         return found
 
-    def _more(self) -> list[str]:
+    def _more(self, *, in_loop: bool) -> list[str]:
         now = ResourceSnapshot.now()
+        threads = now.threads - self.threads
+        if in_loop:
+            threads = frozenset(name for name in threads if not name.startswith("asyncio_"))
         return [
-            *(f"thread {name} is still running" for name in sorted(now.threads - self.threads)),
+            *(f"thread {name} is still running" for name in sorted(threads)),
             *(f"file {path} is still open" for path in sorted(now.files - self.files)),
             *(f"connection {name} is still open" for name in sorted(now.connections - self.connections)),
             *(f"process {pid} is still running" for pid in sorted(now.children - self.children)),

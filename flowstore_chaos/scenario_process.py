@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flowstore_chaos.context import RunContext, SkippedError
 from flowstore_chaos.leaks import ResourceSnapshot, kill_tree
-from flowstore_chaos.scenarios import load_scenarios
+from flowstore_chaos.scenarios import load_scenario
 
 PROGRESS_INTERVAL = 0.5
 
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = options.parse_args()
     # Drivers log every connection that a fault breaks.
     logging.disable(logging.CRITICAL)
-    scenario = next(scenario for scenario in load_scenarios() if scenario.name == arguments.scenario)
+    scenario = load_scenario(arguments.scenario)
     folder = Path(tempfile.mkdtemp(prefix="flowstore-chaos-", dir=arguments.folder))
     # The PostgreSQL wheel puts its lock file there, and warns without it.
     os.environ["XDG_RUNTIME_DIR"] = str(folder)

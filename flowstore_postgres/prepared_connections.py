@@ -68,6 +68,11 @@ class PreparedConnections:
                 statement = await prepared.connection.prepare(self._pool.sql(sql))
                 prepared.prepared[sql] = statement
             return await statement.fetchrow(*arguments)
+        except AttributeError:
+            if self._pool.is_usable(prepared.connection):
+                raise
+            # Discarded after the reply to the preparation arrived: asyncpg did not send the statement.
+            raise RetryableError(describe(ConnectionResetError())) from None
         finally:
             self._busy.discard(prepared)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -10,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
+from hypothesis import settings
 
 from flowstore_core import FlowStore, open_store
 from flowstore_core.plugins import find_backend
@@ -20,6 +24,10 @@ from tests.worker import Fleet
 BACKENDS = ("memory", "sqlite", "postgresql")
 
 OpenAnother = Callable[..., Awaitable[FlowStore]]
+
+# Without a deadline: an example may take seconds on a machine that stalls.
+settings.register_profile("flowstore", deadline=None)
+settings.load_profile("flowstore")
 
 _cluster = pytest.StashKey[Cluster]()
 
@@ -91,12 +99,25 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def namespace(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+def memory_path() -> Iterator[Path]:
+    """A folder in memory, where the system has one, for tests that cut no power.
+
+    On a disk, SQLite waits for every commit, and the readers of many checks spin meanwhile.
+    """
+    memory = Path("/dev/shm")
+    has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    parent = memory if has_room else None
+    with tempfile.TemporaryDirectory(prefix="flowstore-", dir=parent, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+async def namespace(backend: str, request: pytest.FixtureRequest, memory_path: Path) -> AsyncIterator[str]:
     """The URL of a fresh, empty namespace, dropped at the end."""
     if backend == "memory":
         url = "memory://"
     elif backend == "sqlite":
-        url = f"sqlite:///{tmp_path}/flows.db"
+        url = f"sqlite:///{memory_path}/flows.db"
     else:
         url = request.getfixturevalue("postgresql_url")
     async with find_backend(backend)[1].scratch(url) as fresh:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +22,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Not pytest's tmp_path: its permissions exclude other users, including PostgreSQL's."""
-    with tempfile.TemporaryDirectory(prefix="flowstore-lines-", ignore_cleanup_errors=True) as name:
-        yield Path(name)
-
-
 async def _row(scenario: FaultScenario, backend: str, folder: Path, *, is_mutant: bool) -> ScenarioResult:
     result = await run_scenario(
         scenario,
@@ -47,8 +38,8 @@ async def _row(scenario: FaultScenario, backend: str, folder: Path, *, is_mutant
 
 
 @pytest.mark.parametrize(("scenario", "backend_name"), ROWS)
-async def test_scenario_passes(scenario: FaultScenario, backend_name: str, folder: Path) -> None:
-    result = await _row(scenario, backend_name, folder, is_mutant=False)
+async def test_scenario_passes(scenario: FaultScenario, backend_name: str, memory_path: Path) -> None:
+    result = await _row(scenario, backend_name, memory_path, is_mutant=False)
     assert result.failure is None, result.failure
     assert not result.counts.findings
     assert result.counts.injected >= scenario.min_faults
@@ -56,8 +47,8 @@ async def test_scenario_passes(scenario: FaultScenario, backend_name: str, folde
 
 
 @pytest.mark.parametrize(("scenario", "backend_name"), ROWS)
-async def test_mutant_is_detected(scenario: FaultScenario, backend_name: str, folder: Path) -> None:
-    result = await _row(scenario, backend_name, folder, is_mutant=True)
+async def test_mutant_is_detected(scenario: FaultScenario, backend_name: str, memory_path: Path) -> None:
+    result = await _row(scenario, backend_name, memory_path, is_mutant=True)
     # By a count, not by a failure to run.
     assert result.failure is None, result.failure
     assert result.counts.findings

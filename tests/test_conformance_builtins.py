@@ -26,13 +26,13 @@ FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
 
 @pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql"])
 @pytest.mark.parametrize("check", select_checks(), ids=lambda check: f"{check.clauses[0]}-{check.name}")
-async def test_conforms(check: Check, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+async def test_conforms(check: Check, name: str, request: pytest.FixtureRequest, memory_path: Path) -> None:
     backend = find_backend(name)[1]
     missing = check.needs - backend.capabilities
     if missing:
         assert missing <= FACTS
         pytest.skip(f"{name} does not declare {', '.join(sorted(missing))}")
-    url = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path}/flows.db"}.get(name)
+    url = {"memory": "memory://", "sqlite": f"sqlite:///{memory_path}/flows.db"}.get(name)
     result = await run_check(check, url or request.getfixturevalue("postgresql_url"), backend, PROFILE, SEED)
     said = result.failure.message if result.failure is not None else result.reason
     assert result.status is Status.PASS, said

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
 import pytest
+from flowstore_conformance import race_search
 from flowstore_conformance.checks.snapshots import torn
 from flowstore_conformance.context import CheckContext, Inconclusive, Profile, new_context
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
@@ -61,6 +64,15 @@ async def test_passes_on_memory(check: Check) -> None:
         None,
         None,
     )
+
+
+@pytest.mark.parametrize("name", [one.name for one in MINE if one.kind is Kind.MODEL])
+async def test_a_stalled_machine_does_not_make_a_model_check_inconclusive(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
+    monkeypatch.setattr("flowstore_conformance.checks.model.time", clock)
+    assert (await run(name, Profile.QUICK)).status is Status.PASS
 
 
 # Wrong stores: each reads, lets others have a turn, and then writes what it made of what it read.
@@ -256,7 +268,8 @@ class _OneAfterTheOther:
         return [dataclasses.replace(one, overlapping=0) for one in await self._runner.run(races)]
 
 
-async def test_too_little_overlap_is_no_pass() -> None:
+async def test_too_little_overlap_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race_search, "MAX_OVERLAP_SECONDS", 0.1)
     async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
         with pytest.raises(Inconclusive, match="calls overlapped in only 0 of"):
             await search(

@@ -31,6 +31,7 @@ from tests.test_doctor import _fill, _with_store
 # One worker and one server for all of these tests.
 pytestmark = pytest.mark.xdist_group("doctor")
 
+
 Doctor = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
 
 
@@ -216,8 +217,8 @@ def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
 def test_a_transaction_that_stays_open_is_found(
     store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
     assert doctor(store_url) == (0, {})
+    monkeypatch.setattr(server_checks, "LONG_TRANSACTION_SECONDS", 0.05)
     with _session(server) as execute:
         execute("BEGIN")
         execute("SELECT pg_sleep(0.1)")
@@ -410,7 +411,7 @@ async def test_a_key_in_use_by_a_trigger_is_not_deleted(server: str) -> None:
         await holder.execute("SELECT FROM idempotency_keys WHERE idempotency_key = 'held' FOR UPDATE")
         found = await diagnosis.diagnose(config, thorough=False)
         fixing = diagnosis.fix(config, found)
-        done = await asyncio.wait_for(fixing, 10)
+        done = await asyncio.wait_for(fixing, 60)
         assert done == ["deleted 1 rows of table idempotency_keys that belonged to no run"]
         await holder.execute("ROLLBACK")
         assert await holder.fetchval("SELECT idempotency_key FROM idempotency_keys") == "held"

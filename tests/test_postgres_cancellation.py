@@ -101,7 +101,7 @@ async def test_claims_are_released_while_an_unacknowledged_statement_can_still_t
             await _cancel(waiting)
             # Its outcome is unknown while the lock is held; no other compensation waits for that.
             unacked = await _lose_replies(proxy, store, free)
-            await _cancel(unacked)
+            await _cancel_unacked(unacked)
             # A cancelled claim may still be on its way and win later; then it is released later.
             for key in ("step 0", "step 1", "step 2"):
                 await _until(
@@ -125,10 +125,22 @@ async def _is(admin: asyncpg.Connection, count: int) -> bool:
 async def _lose_replies(proxy: Proxy, store: FlowStore, run_id: UUID) -> list[asyncio.Task[bool]]:
     """Start claims that succeed and whose replies are lost."""
     proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT, times=3)
-    tasks = _claims(store, run_id, 3)
-    while not proxy.has_injected:  # noqa: ASYNC110 - before the store retries
-        await asyncio.sleep(0)
-    return tasks
+    while True:
+        tasks = _claims(store, run_id, 3)
+        # Until then the store has not retried; on a slow machine it may find no connection in time.
+        while not (proxy.has_injected or all(task.done() for task in tasks)):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if proxy.has_injected:
+            return tasks
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _cancel_unacked(tasks: list[asyncio.Task[bool]]) -> None:
+    for task in tasks:
+        task.cancel()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert any(task.cancelled() for task in tasks)
+    assert True not in found
 
 
 async def test_a_claim_whose_outcome_stays_unknown_for_longer_than_retry_timeout_is_released(
@@ -165,7 +177,7 @@ async def test_compensations_are_retried_until_the_server_is_back(
         _, free = await _runs(store)
         unacked = await _lose_replies(proxy, store, free)
         proxy.arm(1, Fault.RESET, match=MessageMatch.CONNECT, times=100_000)
-        await _cancel(unacked)
+        await _cancel_unacked(unacked)
         refused = sum(proxy.injected.values())
         # Several times the number of tries within one retry_timeout.
         await _until(lambda: _true(sum(proxy.injected.values()) > refused + 30), "the store tries to connect")

@@ -106,5 +106,7 @@ async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str,
             await calls[name]()
         await server.psql("ALTER SYSTEM RESET synchronous_standby_names")
         await server.psql("SELECT pg_reload_conf()")
+        # Returns when commits no longer wait for a standby.
+        await server.psql("SELECT pg_logical_emit_message(true, 'flowstore', '')")
         # The retried call succeeds.
         assert await calls[name]() is not False

@@ -176,7 +176,7 @@ async def test_writers_do_not_wait_for_a_counter_that_is_locked(database: Databa
         await _work(store, 10)
         async with database.admin.transaction():
             await database.admin.execute("SELECT FROM flowstore.run_counts FOR UPDATE")
-            await asyncio.wait_for(_work(store, 10), 10)
+            await asyncio.wait_for(_work(store, 10), 60)
         assert (await store.get_runs_page()).total_count == 20
 
 

@@ -72,7 +72,7 @@ async def test_a_locked_run_delays_no_other_completion(store: FlowStore, server:
     await held.start()
     await server.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_ids[0])
     ends = [asyncio.create_task(store.complete_run(run_id, RunStatus.SUCCEEDED)) for run_id in run_ids]
-    assert all(await asyncio.wait_for(asyncio.gather(*ends[1:]), 10))
+    assert all(await asyncio.wait_for(asyncio.gather(*ends[1:]), 60))
     assert not ends[0].done()
     await held.rollback()
     assert await ends[0]

@@ -26,7 +26,9 @@ from flowstore_replay.engine import StepContext
 from flowstore_replay.work import output_of
 from tests.test_replay_crashes import Interposed, Killed, Mortal, diamond
 
-LEASE = timedelta(seconds=0.3)
+LEASE = timedelta(minutes=5)
+SHORT_LEASE = timedelta(seconds=0.3)
+"""For tests in which engines die and others take over."""
 
 
 def chain(length: int) -> Workflow:
@@ -74,8 +76,10 @@ class Work:
         return output_of(context.task, context.inputs)
 
 
-def engine(store: Any, workflow: Workflow, work: Work, concurrency: int, name: str = "one") -> Engine:
-    return Engine(store, workflow, work, name=name, lease=LEASE, concurrency=concurrency)
+def engine(
+    store: Any, workflow: Workflow, work: Work, concurrency: int, name: str = "one", lease: timedelta = LEASE
+) -> Engine:
+    return Engine(store, workflow, work, name=name, lease=lease, concurrency=concurrency)
 
 
 async def expect_all_done(store: FlowStore, workflow: Workflow, run_ids: list[UUID]) -> None:
@@ -83,10 +87,27 @@ async def expect_all_done(store: FlowStore, workflow: Workflow, run_ids: list[UU
     assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
+class Crowd(Work):
+    """Work that ends when ``size`` steps have been in progress at once."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+        self._is_complete = asyncio.Event()
+
+    async def __call__(self, context: StepContext) -> str:
+        if self.now + 1 == self._size:
+            self._is_complete.set()
+        self.now += 1
+        await self._is_complete.wait()
+        self.now -= 1
+        return await super().__call__(context)
+
+
 async def test_concurrent_steps_run_once_each(store: FlowStore) -> None:
-    workflow, work = diamond(), Work(0.005)
+    workflow, work = diamond(), Crowd(8)
     run_ids = await start(store, workflow, 12)
-    await asyncio.wait_for(engine(store, workflow, work, 8).run(run_ids), 20)
+    await asyncio.wait_for(engine(store, workflow, work, 8).run(run_ids), 100)
     assert work.most == 8
     assert len(work.done) == len(set(work.done)) == 60
     await expect_all_done(store, workflow, run_ids)
@@ -94,10 +115,9 @@ async def test_concurrent_steps_run_once_each(store: FlowStore) -> None:
 
 async def test_steps_of_one_run_run_concurrently(store: FlowStore) -> None:
     tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(6))
-    workflow, work = Workflow(name="wide", tasks=tasks), Work(0.2)
+    workflow, work = Workflow(name="wide", tasks=tasks), Crowd(2)
     run_ids = await start(store, workflow, 1)
-    await asyncio.wait_for(engine(store, workflow, work, 6).run(run_ids), 20)
-    assert work.most > 1
+    await asyncio.wait_for(engine(store, workflow, work, 6).run(run_ids), 100)
     await expect_all_done(store, workflow, run_ids)
 
 
@@ -110,7 +130,7 @@ async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) ->
         async def before(self, name: str) -> None:
             names.append(name)
 
-    await asyncio.wait_for(engine(Noted(store), workflow, Work(), 1).run(run_ids), 20)
+    await asyncio.wait_for(engine(Noted(store), workflow, Work(), 1).run(run_ids), 100)
     per_step = ("try_record_dispatch", "try_claim_step", "record_step_start", "record_step_complete")
     assert all(names.count(name) == 20 for name in per_step)
     # Once per VIEW_TTL, on any machine.
@@ -131,14 +151,16 @@ async def test_engines_with_many_slots_die_and_others_finish(store: FlowStore, s
             await super().before(name)
 
     mortal = [Interleaved(store, chance.randint(5, 120)) for _ in range(3)]
-    engines = [engine(each, workflow, work, 4, f"engine-{number}") for number, each in enumerate(mortal)]
+    engines = [
+        engine(each, workflow, work, 4, f"engine-{number}", SHORT_LEASE) for number, each in enumerate(mortal)
+    ]
 
     async def run(each: Engine) -> None:
         with contextlib.suppress(Killed):
             await each.run(run_ids)
 
     await asyncio.gather(*map(run, engines))
-    await asyncio.wait_for(engine(store, workflow, work, 4, "last").run(run_ids), 20)
+    await asyncio.wait_for(engine(store, workflow, work, 4, "last", SHORT_LEASE).run(run_ids), 100)
     await expect_all_done(store, workflow, run_ids)
 
 
@@ -162,7 +184,7 @@ async def test_an_intermittent_store_loses_nothing(
 
     workflow = diamond()
     run_ids = await start(store, workflow, 4)
-    await asyncio.wait_for(engine(Flaky(store), workflow, Work(), 3).run(run_ids), 30)
+    await asyncio.wait_for(engine(Flaky(store), workflow, Work(), 3, lease=SHORT_LEASE).run(run_ids), 100)
     await expect_all_done(store, workflow, run_ids)
 
 
@@ -172,7 +194,7 @@ async def test_a_cancel_takes_effect_between_short_steps(store: FlowStore) -> No
     running = asyncio.create_task(engine(store, workflow, work, 2).run(run_ids))
     await work.five_are_done.wait()
     await store.request_cancel(run_ids[0], "changed my mind")
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 100)
     assert await store.get_run_status(run_ids[0]) is RunStatus.CANCELLED
     assert len(work.done) < 10_000
 
@@ -186,7 +208,7 @@ async def test_a_concurrently_reopened_step_is_executed_again(
     running = asyncio.create_task(engine(store, workflow, work, 1).run(run_ids))
     await work.five_are_done.wait()
     await store.retry_step(run_ids[0], "step-0")
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 100)
     assert work.done.count((run_ids[0], "step-0")) == 2
     # Before all other steps were done: the cached plan expires.
     assert work.done.index((run_ids[0], "step-0"), 1) < 390
@@ -204,5 +226,5 @@ async def test_an_error_in_one_slot_ends_all(store: FlowStore) -> None:
     workflow = diamond()
     run_ids = await start(store, workflow, 3)
     with pytest.raises(RuntimeError, match="a defect"):
-        await asyncio.wait_for(engine(store, workflow, Broken(), 3).run(run_ids), 20)
+        await asyncio.wait_for(engine(store, workflow, Broken(), 3).run(run_ids), 100)
     assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

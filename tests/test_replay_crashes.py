@@ -341,13 +341,22 @@ async def test_a_worker_wrongly_taken_for_dead_drops_its_result() -> None:
     """The lease expires during the work; the attempt of the other worker counts."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        workflow = diamond(seconds=0.05)
-        harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
-        await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
-        slow = asyncio.create_task(harness.engine(lease=timedelta(seconds=0.2)).tick([harness.run_id]))
-        await asyncio.sleep(0.02)
-        clock.advance(seconds=1)
+        begun, all_done = asyncio.Event(), asyncio.Event()
+
+        class SlowAtFirst(Harness):
+            async def work(self, context: StepContext) -> str:
+                if not begun.is_set():
+                    begun.set()
+                    await all_done.wait()
+                return await super().work(context)
+
+        harness = SlowAtFirst(store=store, clock=clock, run_id=new_run_id())
+        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        slow = asyncio.create_task(harness.engine(lease=timedelta(hours=1)).tick([harness.run_id]))
+        await begun.wait()
+        clock.advance(hours=2)
         await harness.drive(harness.engine())
+        all_done.set()
         with pytest.raises(ConflictError):
             await slow
         summary = await harness.verdict()
@@ -358,7 +367,7 @@ async def test_a_worker_wrongly_taken_for_dead_drops_its_result() -> None:
 async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        workflow = diamond(seconds=0.3)
+        workflow = diamond(seconds=60)
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
         await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
         counted = Interposed(store)
@@ -369,7 +378,7 @@ async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> 
             clock.advance(milliseconds=10)
         assert await store.get_claimed_step_keys(harness.run_id) == {"first"}
         clock.advance(seconds=1)
-        assert await asyncio.wait_for(ticking, 0.2)
+        assert await asyncio.wait_for(ticking, 30)
         assert await store.get_step_statuses(harness.run_id) == {"first": StepStatus.RUNNING}
         assert [(s.step_key, s.reason) for s in await store.get_stalled_steps()] == [
             ("first", "LeaseExpired")
@@ -383,10 +392,10 @@ async def test_a_cancel_interrupts_a_long_step_at_its_next_renewal() -> None:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
         await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
         running = asyncio.create_task(harness.engine(lease=timedelta(seconds=0.06)).run([harness.run_id]))
-        await asyncio.sleep(0.1)
-        assert await store.get_step_statuses(harness.run_id) == {"first": StepStatus.RUNNING}
+        while await store.get_step_statuses(harness.run_id) != {"first": StepStatus.RUNNING}:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         await store.request_cancel(harness.run_id, "changed my mind")
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 30)
         detail = await store.get_run_detail(harness.run_id)
         assert detail is not None
         assert detail.status is RunStatus.CANCELLED

@@ -16,7 +16,7 @@ import pytest
 
 from flowstore_core import open_store
 from flowstore_sqlite import writer_queue
-from flowstore_sqlite.writer_queue import LOCK_TIMEOUT, FairWriterLock
+from flowstore_sqlite.writer_queue import FairWriterLock
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -55,41 +55,54 @@ def holder(database: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def acquire_seconds(queue: FairWriterLock, seconds: float = 30) -> float:
-    """Acquire the lock and return how long it took."""
+def acquire(queue: FairWriterLock) -> None:
+    """Acquire the lock; fail if that takes very long."""
     began = time.monotonic()
-    assert queue.acquire(lambda: True, lambda: time.monotonic() - began > seconds)
-    return time.monotonic() - began
+    assert queue.acquire(lambda: True, lambda: time.monotonic() - began > 30)
+
+
+@pytest.fixture
+def never_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_queue, "LOCK_TIMEOUT", 3600.0)
 
 
 def test_the_lock_is_a_private_file_beside_the_database(database: Path, queue: FairWriterLock) -> None:
     lock = Path(f"{database}-turn")
     assert Path(queue.path) == lock
     assert not lock.exists()
-    acquire_seconds(queue)
+    acquire(queue)
     assert lock.stat().st_mode & 0o777 == 0o600
     assert lock.stat().st_size == 0
 
 
+@pytest.mark.usefixtures("never_bypassed")
 def test_the_lock_is_released_after_acquire(queue: FairWriterLock, database: Path) -> None:
     other = FairWriterLock(str(database))
     for _ in range(3):
-        assert acquire_seconds(queue) < LOCK_TIMEOUT
-        assert acquire_seconds(other) < LOCK_TIMEOUT
+        acquire(queue)
+        acquire(other)
     other.close()
 
 
+@pytest.mark.usefixtures("never_bypassed")
 def test_a_killed_holder_loses_the_lock(queue: FairWriterLock, holder: subprocess.Popen[str]) -> None:
     threading.Timer(0.1, holder.kill).start()
-    assert 0.05 < acquire_seconds(queue) < LOCK_TIMEOUT
+    acquire(queue)
 
 
-def test_a_hanging_holder_is_bypassed(queue: FairWriterLock, holder: subprocess.Popen[str]) -> None:
+def test_a_hanging_holder_is_bypassed(
+    queue: FairWriterLock, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_queue, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(writer_queue, "BYPASS_SECONDS", 60.0)
     holder.send_signal(signal.SIGSTOP)
     try:
-        assert acquire_seconds(queue) > LOCK_TIMEOUT
+        began = time.monotonic()
+        acquire(queue)
+        assert time.monotonic() - began > 0.2
         # The bypass lasts: the next call does not wait.
-        assert acquire_seconds(queue) < LOCK_TIMEOUT
+        monkeypatch.setattr(writer_queue, "LOCK_TIMEOUT", 3600.0)
+        acquire(queue)
     finally:
         holder.send_signal(signal.SIGCONT)
 
@@ -105,6 +118,7 @@ def test_acquire_retries_until_begin_succeeds(queue: FairWriterLock) -> None:
     assert queue.acquire(lambda: next(results), lambda: False)
 
 
+@pytest.mark.usefixtures("never_bypassed")
 def test_an_error_releases_the_lock(queue: FairWriterLock, database: Path) -> None:
     def fail() -> bool:
         raise OSError("no")
@@ -112,10 +126,11 @@ def test_an_error_releases_the_lock(queue: FairWriterLock, database: Path) -> No
     with pytest.raises(OSError, match="no"):
         queue.acquire(fail, lambda: False)
     other = FairWriterLock(str(database))
-    assert acquire_seconds(other) < LOCK_TIMEOUT
+    acquire(other)
     other.close()
 
 
+@pytest.mark.usefixtures("never_bypassed")
 @pytest.mark.parametrize("obstacle", ["link", "folder", "pipe"])
 def test_anything_but_a_regular_file_is_left_alone(database: Path, tmp_path: Path, obstacle: str) -> None:
     lock = Path(f"{database}-turn")
@@ -127,19 +142,20 @@ def test_anything_but_a_regular_file_is_left_alone(database: Path, tmp_path: Pat
     else:
         os.mkfifo(lock)
     queue = FairWriterLock(str(database))
-    assert acquire_seconds(queue) < LOCK_TIMEOUT
+    acquire(queue)
     queue.close()
     assert not target.exists()
 
 
+@pytest.mark.usefixtures("never_bypassed")
 def test_file_systems_without_locks(queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert acquire_seconds(queue) < LOCK_TIMEOUT
-    monkeypatch.undo()
-    assert acquire_seconds(queue) < LOCK_TIMEOUT
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        acquire(queue)
+    acquire(queue)
 
 
 async def test_systems_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +190,7 @@ def test_acquire_starts_a_time_slice(
 
 def test_a_time_slice_ends(queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_queue, "TIME_SLICE", 0.01)
-    acquire_seconds(queue)
+    acquire(queue)
     time.sleep(0.02)
     assert not queue.holds_slice()
 

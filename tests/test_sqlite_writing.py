@@ -133,7 +133,7 @@ async def test_cancelled_calls_are_compensated_for(store: FlowStore, run_id: UUI
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         won = {f"{wait}-{number}" for number, answer in enumerate(answers) if answer is True}
         # Compensations may still be running.
-        for _ in range(100):
+        for _ in range(1000):
             held = {*await claimed(store, run_id), *await store.get_dispatched_step_keys(run_id)}
             held = {key for key in held if key.startswith(f"{wait}-")}
             if held == won:
@@ -178,6 +178,7 @@ async def test_writes_wait_for_a_locked_file(path: Path) -> None:
             assert "was locked by others for 0.3 s" in str(answer)
         # Readers do not wait.
         assert await store.get_step_claims(run_id) == ()
+    async with open_store(f"sqlite:///{path}?busy_timeout=60") as store:
         asyncio.get_running_loop().call_later(0.05, other.execute, "COMMIT")
         assert await store.try_claim_step(run_id, "later")
     other.close()
@@ -224,7 +225,7 @@ asyncio.run(reopen())
 
 def test_closing_a_loop_with_running_writes_does_no_harm(path: Path) -> None:
     command = [sys.executable, "-c", LEAVING, f"sqlite:///{path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
 

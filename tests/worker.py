@@ -64,7 +64,7 @@ class Worker:
 
     def stop(self) -> None:
         """End it by ending its stdin; it closes its store first."""
-        self._process.communicate(timeout=30)
+        self._process.communicate(timeout=60)
 
 
 class Fleet:

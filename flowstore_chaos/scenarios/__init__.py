@@ -10,6 +10,11 @@ from flowstore_chaos.scenario import FaultScenario
 
 def load_scenarios() -> tuple[FaultScenario, ...]:
     """The SCENARIO of every module of this package, ordered by number."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    found: list[FaultScenario] = [module.SCENARIO for module in modules if hasattr(module, "SCENARIO")]
+    found = [load_scenario(module.name) for module in iter_modules(__path__)]
     return tuple(sorted(found, key=lambda scenario: scenario.number))
+
+
+def load_scenario(name: str) -> FaultScenario:
+    """The SCENARIO of one module, by the scenario's name. The other modules are not imported."""
+    scenario: FaultScenario = import_module(f"{__name__}.{name.replace('-', '_')}").SCENARIO
+    return scenario

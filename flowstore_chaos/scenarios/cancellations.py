@@ -58,7 +58,7 @@ class NonAtomicTriggerMutant:
 async def run(context: RunContext) -> None:
     async with _open_target(context) as (url, server):
         with capture_callback_errors() as surfaced:
-            while not (context.done or _is_detected(context)):
+            while not context.done:
                 before = ResourceSnapshot.now()
                 try:
                     async with asyncio.timeout(HANG_TIMEOUT * 4):
@@ -68,18 +68,11 @@ async def run(context: RunContext) -> None:
                         f"a round of cancelled calls hung for {HANG_TIMEOUT * 4:.0f} s"
                     )
                     return
-                for what in before.leaked():
-                    # The event loop keeps its executor's threads until it is closed.
-                    if not what.startswith("thread asyncio_"):
-                        context.counts.count_leak(what)
+                for what in before.leaked(in_loop=True):
+                    context.counts.count_leak(what)
                 await _expect_released(context, url, server, connections=0)
         for error in surfaced:
             context.counts.count_wrong(f"a callback raised {type(error).__name__} in the event loop")
-
-
-def _is_detected(context: RunContext) -> bool:
-    # Stop early: every violation is observed until a timeout before it counts.
-    return context.is_mutant and not context.counts.clean
 
 
 @asynccontextmanager
@@ -97,7 +90,7 @@ async def _round(context: RunContext, url: str, server: Server | None) -> None:
         opened = await stack.enter_async_context(open_store(url))
         store: Any = NonAtomicTriggerMutant(opened) if context.is_mutant else opened
         await _sweep(context, store)
-        if _is_detected(context):
+        if context.is_detected:
             return
         for cancel_many in (_cancel_concurrent_calls, _cancel_task_group):
             resident = set(asyncio.all_tasks())

@@ -120,7 +120,7 @@ async def run(context: RunContext) -> None:
             await asyncio.gather(*(pool.receive(worker) for worker in pool.workers))
             seconds = 0.05
             for number in range(1, context.planned * MAX_ROUNDS_PER_KILL):
-                if context.done or (context.is_mutant and context.counts.wrong > MIGRATORS):
+                if context.done:
                     return
                 before_schema = await _round(context, probe, pool, probe.url(number), seconds, shape)
                 # Adapt the delay to the duration of a migration on this machine.

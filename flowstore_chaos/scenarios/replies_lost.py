@@ -87,7 +87,7 @@ async def _work(context: RunContext, server: Server, plan: _Plan, schema: str, r
     ):
         store: Any = BlindRetryMutant(opened) if context.is_mutant else opened
         preparer = Preparer(direct, clock, rng)
-        while plan.remaining:
+        while plan.remaining and not context.is_detected:
             method, source, callers = plan.remaining.popleft()
             # cleanup acts on all runs, so it runs alone.
             callers = 1 if method == "cleanup" else callers

@@ -297,6 +297,8 @@ async def run(context: RunContext) -> None:
         url = server.url(schema=SCHEMA)
         async with open_store(url, application_name="beside") as direct:
             for kind in KINDS:
+                if context.is_detected:
+                    break
                 env = _Environment(server=server, proxy=proxy, rng=context.rng, ledger=ledger)
                 await _inject(context, kind, env, quota)
             await ledger.verify(direct, context.counts)

@@ -280,10 +280,8 @@ async def run(context: RunContext) -> None:
                     await user.check(pending, what)
                     context.counts.add_detail(what)
                     context.record_faults()
-        for leaked in before.leaked():
-            # The event loop keeps its executor's threads until it is closed.
-            if not leaked.startswith("thread asyncio_"):
-                context.counts.count_leak(leaked)
+        for leaked in before.leaked(in_loop=True):
+            context.counts.count_leak(leaked)
 
 
 def _sample_operations(context: RunContext) -> list[str]:

@@ -60,10 +60,13 @@ async def kills_of(
     *,
     profile: Profile,
     clauses: Collection[str] = (),
+    names: Collection[str] = (),
     seed: int = SEED,
 ) -> AsyncIterator[Kill]:
-    """Yield every failure of a mutant in the checks of some clauses, or of all."""
+    """Yield every failure of a mutant in the checks of some clauses, or with some names, or in all."""
     for check in ordered(select_checks(clauses)):
+        if names and check.name not in names:
+            continue
         result = await _run(check, mutant, base_url, profile, seed)
         failure = result.failure
         if result.status is Status.FAIL and failure is not None:
@@ -78,9 +81,19 @@ async def kills_of(
             )
 
 
-async def find_kill(mutant: Mutant, base_url: str) -> Kill | None:
-    """Return the first failure that reports the mutant's clause: quick profile first, then standard."""
+async def find_kill(
+    mutant: Mutant, base_url: str, *, known: tuple[str, Profile] | None = None
+) -> Kill | None:
+    """Return the first failure that reports the mutant's clause: quick profile first, then standard.
+
+    ``known``: a check that found the mutant before and its profile, which are tried first.
+    """
     clauses = [mutant.clause, *mutant.more_clauses]
+    if known is not None:
+        name, profile = known
+        async for kill in kills_of(mutant, base_url, profile=profile, clauses=clauses, names=[name]):
+            if kill.clause == mutant.clause:
+                return kill
     for profile in (Profile.QUICK, Profile.STANDARD):
         async for kill in kills_of(mutant, base_url, profile=profile, clauses=clauses):
             if kill.clause == mutant.clause:

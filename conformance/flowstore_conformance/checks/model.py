@@ -224,7 +224,8 @@ class _Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        if time.monotonic() > self.search.until:
+        # At least one sequence is drawn, however slow the machine is.
+        if self.search.programs and time.monotonic() > self.search.until:
             raise _TimeIsUp
         self.failed = False
         self.program = self.search.bridge.run(self.search.begin)
