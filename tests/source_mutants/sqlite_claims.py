@@ -8,7 +8,14 @@ from flowstore_core import ClaimLostError, RunStatus, StepStatus, open_store
 from flowstore_core.timeseries import LATEST
 from tests.scenes import new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import begin, ended_run, error_of, new_step, write_lock
+from tests.source_mutants.sqlite_situations import (
+    begin,
+    ended_run,
+    error_of,
+    new_step,
+    raw_connection,
+    write_lock,
+)
 from tests.virtual_clock import VirtualClock
 
 CLAIMS = "flowstore_sqlite/claims.py"
@@ -536,3 +543,110 @@ async def annotation_fails_while_the_file_is_locked(url: str) -> None:
         await store.try_record_dispatch(run_id, "charge")
         with write_lock(url):
             assert await error_of(store.annotate_dispatch(run_id, "charge", "job")) is None
+
+
+@source_mutant(
+    "sqlite",
+    kind="cache",
+    clauses=("CLM-1", "CLM-2", "CLM-3"),
+    changes=[
+        (
+            CLAIMS,
+            "    expires_at = None if lease is None else _lease_end_us(lease, now)\n    row =",
+            "    if (run_id, step_key) in _lost:\n        return False\n"
+            "    expires_at = None if lease is None else _lease_end_us(lease, now)\n    row =",
+        ),
+        (
+            CLAIMS,
+            "    return not step.run_is_terminal and not step.is_terminal and step.claim_owner == owner\n",
+            "    if step.claim_owner == owner:\n"
+            "        return not step.run_is_terminal and not step.is_terminal\n"
+            "    _lost.add((run_id, step_key))\n    return False\n",
+        ),
+        (CLAIMS, "class Claims", "_lost: set[tuple[UUID, str]] = set()\n\n\nclass Claims"),
+    ],
+)
+async def lost_claim_is_remembered(url: str) -> None:
+    """A process that has lost a claim does not ask again, although another process released the step."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.try_claim_step(run_id, "charge", owner="a")
+        await store.try_claim_step(run_id, "charge", owner="b")
+        with raw_connection(url) as other_process:
+            other_process.execute("UPDATE steps SET claimed_at = NULL, claim_owner = NULL")
+        assert await store.try_claim_step(run_id, "charge", owner="b")
+
+
+@source_mutant(
+    "sqlite",
+    kind="time",
+    clauses=("CLM-6",),
+    changes=[
+        (
+            CLAIMS,
+            "SET expires_at = MAX(expires_at, :until)",
+            "SET expires_at = CASE WHEN expires_at - :now > (:until - :now) / 2 THEN expires_at "
+            "ELSE :until END",
+        )
+    ],
+)
+async def early_renewal_extends_nothing(url: str) -> None:
+    """A renewal during the first half of a lease is True and does not extend the lease."""
+    clock = VirtualClock()
+    async with open_store(url, clock=clock) as store:
+        run_id = await new_run(store)
+        await store.try_claim_step(run_id, "charge", owner="a", lease=FIVE_SECONDS)
+        clock.advance(seconds=1)
+        await store.renew_step_claim(run_id, "charge", "a", FIVE_SECONDS)
+        (claim,) = await store.get_step_claims(run_id)
+        assert claim.expires_at == clock() + FIVE_SECONDS
+
+
+@source_mutant(
+    "sqlite",
+    kind="cancellation",
+    clauses=("CON-4",),
+    changes=[
+        (
+            CLAIMS,
+            "UPDATE steps SET claimed_at = NULL, expires_at = NULL, claim_owner = NULL, claim_token = NULL\n"
+            "WHERE run_id = ? AND step_key = ? AND claim_token = ?",
+            "DELETE FROM steps WHERE run_id = ? AND step_key = ? AND claim_token = ?",
+        )
+    ],
+)
+async def compensation_of_a_claim_removes_the_dispatch(url: str) -> None:
+    """The compensation of a cancelled claim deletes the row of the step, its dispatch included."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.try_record_dispatch(run_id, "charge")
+        with write_lock(url):
+            claim = await begin(store.try_claim_step(run_id, "charge"))
+            claim.cancel()
+    async with open_store(url) as store:
+        assert await store.get_dispatched_step_keys(run_id) == {"charge"}
+
+
+@source_mutant(
+    "sqlite",
+    kind="sql",
+    clauses=("CLM-3",),
+    changes=[
+        (
+            CLAIMS,
+            "UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, "
+            "dispatch_token = NULL\n"
+            "WHERE run_id = ? AND step_key = ? AND dispatched_at IS NOT NULL",
+            "DELETE FROM steps WHERE run_id = ? AND step_key = ? AND dispatched_at IS NOT NULL\n"
+            "    AND status IS NULL",
+        )
+    ],
+)
+async def released_dispatch_takes_the_claim(url: str) -> None:
+    """Releasing the dispatch of an unstarted key deletes its row, its claim included."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.try_record_dispatch(run_id, "charge")
+        await store.try_claim_step(run_id, "charge", owner="a")
+        await store.release_dispatch(run_id, "charge")
+        assert await store.get_claimed_step_keys(run_id) == {"charge"}

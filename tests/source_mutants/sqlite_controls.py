@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import uuid4
 
-from flowstore_core import ConflictError, RunStatus, SignalDeliveryStatus, open_store
+from flowstore_core import ConflictError, RunAlreadyExistsError, RunStatus, SignalDeliveryStatus, open_store
 from tests.scenes import FLOW, new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import ended_run, error_of
+from tests.source_mutants.sqlite_situations import ended_run, error_of, new_step, raw_connection
 from tests.virtual_clock import VirtualClock
 
 CONTROLS = "flowstore_sqlite/controls.py"
@@ -713,3 +713,111 @@ async def idempotency_keys_match_without_trailing_blanks(url: str) -> None:
     async with open_store(url) as store:
         await store.try_register_idempotency_key(FLOW, "manual", "order", uuid4())
         assert await store.try_register_idempotency_key(FLOW, "manual", "order ", uuid4())
+
+
+@source_mutant(
+    "sqlite",
+    kind="cache",
+    clauses=("IDM-4",),
+    changes=[
+        (
+            CONTROLS,
+            "    row = (flow_id.bytes, trigger_key, idempotency_key)\n"
+            "    found = db.execute(FIND_RUN_ID_BY_IDEMPOTENCY_KEY, row).fetchone()\n",
+            "    row = (flow_id.bytes, trigger_key, idempotency_key)\n"
+            "    if (found := _found.get(row)) is None:\n"
+            "        found = db.execute(FIND_RUN_ID_BY_IDEMPOTENCY_KEY, row).fetchone()\n"
+            "        if found is not None:\n            _found[row] = found\n",
+        ),
+        (
+            CONTROLS,
+            "class Controls",
+            "_found: dict[tuple[bytes, str, str], tuple[bytes]] = {}\n\n\nclass Controls",
+        ),
+    ],
+)
+async def idempotency_keys_are_cached(url: str) -> None:
+    """A process remembers the run of an idempotency key after cleanup has deleted both."""
+    clock = VirtualClock()
+    async with open_store(url, clock=clock) as store:
+        result = await store.trigger_run(FLOW, "orders", uuid4(), "manual", idempotency_key="order")
+        await store.find_run_id_by_idempotency_key(FLOW, "manual", "order")
+        await store.complete_run(result.run.run_id, RunStatus.SUCCEEDED)
+        await store.cleanup(clock.advance(days=1))
+        assert await store.find_run_id_by_idempotency_key(FLOW, "manual", "order") is None
+
+
+@source_mutant(
+    "sqlite",
+    kind="cache",
+    clauses=("CTL-2", "STP-6"),
+    changes=[
+        (
+            CONTROLS,
+            "            db.execute(CONTROL_CANCELLED_RUN, (now, run_id.bytes))\n",
+            "            if run_id in _cancelled:\n"
+            "                return False\n            _cancelled.add(run_id)\n"
+            "            db.execute(CONTROL_CANCELLED_RUN, (now, run_id.bytes))\n",
+        ),
+        (CONTROLS, "class Controls", "_cancelled: set[UUID] = set()\n\n\nclass Controls"),
+    ],
+)
+async def cancels_are_remembered(url: str) -> None:
+    """A process remembers the runs that it cancelled, and does not cancel one again after a retry."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await new_step(store, run_id)
+        await store.request_cancel(run_id)
+        await store.complete_run(run_id, RunStatus.CANCELLED)
+        await store.retry_step(run_id, "charge")
+        assert await store.request_cancel(run_id)
+
+
+@source_mutant(
+    "sqlite",
+    kind="transaction",
+    clauses=("IDM-3", "CON-1"),
+    changes=[
+        (
+            CONTROLS,
+            "            run = new_run(\n                flow_id, flow_name, chosen,",
+            '            db.execute("COMMIT")\n            db.execute("BEGIN IMMEDIATE")\n'
+            "            run = new_run(\n                flow_id, flow_name, chosen,",
+        )
+    ],
+)
+async def trigger_commits_its_key_first(url: str) -> None:
+    """trigger_run commits the idempotency key before it starts the run, so a failed start keeps the key."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        trigger = store.trigger_run(FLOW, "orders", run_id, "manual", idempotency_key="order")
+        assert await error_of(trigger) is RunAlreadyExistsError
+        assert await store.find_run_id_by_idempotency_key(FLOW, "manual", "order") is None
+
+
+@source_mutant(
+    "sqlite",
+    kind="transaction",
+    clauses=("SIG-2", "CON-1"),
+    changes=[
+        (
+            SIGNALS,
+            "            db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n",
+            "            db.execute(DELIVER_SIGNAL, (now, payload_json, run_id.bytes, step_key))\n"
+            '            db.execute("COMMIT")\n            db.execute("BEGIN IMMEDIATE")\n',
+        )
+    ],
+)
+async def delivery_is_committed_before_its_id(url: str) -> None:
+    """deliver_signal commits the payload before it records the delivery_id, so a failure loses the id."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.register_waiter(run_id, "charge", "paid")
+        with raw_connection(url) as db:
+            db.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON deliveries BEGIN SELECT RAISE(ABORT, 'full'); END"
+            )
+        assert await error_of(store.deliver_signal(run_id, "paid", "{}", delivery_id="1")) is not None
+        waiter = await store.get_waiter(run_id, "charge")
+        assert waiter is not None
+        assert waiter.delivered_at is None

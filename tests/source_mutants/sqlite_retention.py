@@ -93,7 +93,7 @@ async def run_that_is_reopened_meanwhile_is_deleted(url: str) -> None:
     clauses=("RET-1",),
     changes=[(RETENTION, '    "DELETE FROM deliveries WHERE run_id = ?",\n', "")],
 )
-async def cleanup_forgets_the_delivery_ids(url: str) -> None:
+async def cleanup_leaves_the_delivery_ids(url: str) -> None:
     """cleanup leaves the delivery ids of a run, which answer deliveries to the next run of that id."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:
@@ -131,7 +131,7 @@ async def cleanup_keeps_young_idempotency_keys(url: str) -> None:
     clauses=("RET-1",),
     changes=[(RETENTION, '    "DELETE FROM waiters WHERE run_id = ?",\n', "")],
 )
-async def cleanup_forgets_the_waiters(url: str) -> None:
+async def cleanup_leaves_the_waiters(url: str) -> None:
     """cleanup leaves the waiters of a run, which receive the signals of the next run of that id."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:
@@ -247,7 +247,7 @@ async def cleanup_stops_after_one_read(url: str) -> None:
     clauses=("RET-1",),
     changes=[(RETENTION, '    "DELETE FROM attempts WHERE run_id = ?",\n', "")],
 )
-async def cleanup_forgets_the_attempts(url: str) -> None:
+async def cleanup_leaves_the_attempts(url: str) -> None:
     """cleanup leaves the earlier attempts of a run, which the next run of that id shows as its own."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:

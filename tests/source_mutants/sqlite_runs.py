@@ -508,3 +508,48 @@ async def detail_of_an_ended_run_is_cached(url: str) -> None:
         detail = await store.get_run_detail(run_id)
         assert detail is not None
         assert detail.steps[0].status is StepStatus.FAILED
+
+
+@source_mutant(
+    "sqlite",
+    kind="size",
+    clauses=("RUN-2",),
+    changes=[
+        (
+            "flowstore_sqlite/runs.py",
+            'FROM steps WHERE run_id = ?\n"""\n\nGET_RUN_STATUS',
+            'FROM steps WHERE run_id = ? LIMIT 1000\n"""\n\nGET_RUN_STATUS',
+        )
+    ],
+)
+async def completion_compares_a_thousand_steps(url: str) -> None:
+    """complete_run compares the first 1,000 steps of a run with expected."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        keys = [f"step-{number}" for number in range(1001)]
+        await together(store.record_skipped_step(run_id, key, "map") for key in keys)
+        expected = dict.fromkeys(keys, StepStatus.SKIPPED)
+        assert await store.complete_run(run_id, RunStatus.SUCCEEDED, expected=expected)
+
+
+@source_mutant(
+    "sqlite",
+    kind="encoding",
+    clauses=("QRY-1",),
+    changes=[
+        (
+            "flowstore_sqlite/pages.py",
+            "(to_us(after.started_at), after.run_id.bytes)",
+            "(to_us(after.started_at), after.run_id.bytes_le)",
+        )
+    ],
+)
+async def position_has_the_id_in_another_byte_order(url: str) -> None:
+    """The run_id of a position is compared in little-endian byte order."""
+    async with open_store(url, clock=VirtualClock()) as store:
+        first, second = UUID(int=2 << 96), UUID(int=1 << 120)
+        for run_id in (first, second):
+            await new_run(store, run_id=run_id)
+        (newest,) = await store.get_runs(take=1)
+        assert newest.run_id == second
+        assert [run.run_id for run in await store.get_runs(after=newest.position)] == [first]

@@ -203,30 +203,6 @@ async def store_without_syncs_claims_to_be_durable(url: str) -> None:
 
 @source_mutant(
     "sqlite",
-    kind="connection",
-    clauses=("CON-6",),
-    changes=[
-        (
-            MIGRATIONS,
-            "if version == 0 and db.execute(HAS_ANY_TABLE)",
-            "if False and db.execute(HAS_ANY_TABLE)",
-        )
-    ],
-)
-async def database_of_another_program_is_migrated(url: str) -> None:
-    """Opening the database of another program adds the schema to it."""
-    with raw_connection(url) as other_program:
-        other_program.execute("CREATE TABLE runs_of_marathons (id)")
-
-    async def open_and_close() -> None:
-        async with open_store(url):
-            pass
-
-    assert await error_of(open_and_close()) is not None
-
-
-@source_mutant(
-    "sqlite",
     kind="migration",
     clauses=("CON-6",),
     changes=[

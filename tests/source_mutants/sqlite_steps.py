@@ -982,3 +982,75 @@ async def each_reset_is_committed(url: str) -> None:
             "charge": StepStatus.FAILED,
             "ship": StepStatus.SKIPPED,
         }
+
+
+@source_mutant(
+    "sqlite",
+    kind="transaction",
+    clauses=("STP-7", "CON-1"),
+    changes=[
+        (
+            RECOVERY,
+            "        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt))\n",
+            "        db.execute(RECORD_STEP_COMPLETE, (*outcome, now, run_id.bytes, step_key, attempt))\n"
+            '        db.execute("COMMIT")\n        db.execute("BEGIN IMMEDIATE")\n',
+        )
+    ],
+)
+async def reschedule_commits_the_end_first(url: str) -> None:
+    """reschedule_step commits the end of the attempt before it records the dispatch."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await store.record_step_start(run_id, "charge", "http")
+        with raw_connection(url) as db:
+            db.execute(
+                "CREATE TRIGGER full BEFORE UPDATE OF due_at ON steps BEGIN SELECT RAISE(ABORT, 'full'); END"
+            )
+        assert await error_of(store.reschedule_step(run_id, "charge", attempt=1)) is not None
+        assert await store.get_step_statuses(run_id) == {"charge": StepStatus.RUNNING}
+
+
+@source_mutant(
+    "sqlite",
+    kind="transaction",
+    clauses=("STP-5", "CON-1"),
+    changes=[
+        (
+            STEPS,
+            "        db.execute(CLAIM_SKIPPED_STEP, (now, owner, run_id.bytes, step_key))\n",
+            '        db.execute("COMMIT")\n        db.execute("BEGIN IMMEDIATE")\n'
+            "        db.execute(CLAIM_SKIPPED_STEP, (now, owner, run_id.bytes, step_key))\n",
+        )
+    ],
+)
+async def skip_is_committed_before_its_claim(url: str) -> None:
+    """record_skipped_step commits the skip before it takes the claim."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        with raw_connection(url) as db:
+            db.execute(
+                "CREATE TRIGGER full BEFORE UPDATE OF claim_owner ON steps"
+                " BEGIN SELECT RAISE(ABORT, 'full'); END"
+            )
+        assert await error_of(store.record_skipped_step(run_id, "charge", "http", owner="a")) is not None
+        assert await store.get_step_statuses(run_id) == {}
+
+
+@source_mutant(
+    "sqlite",
+    kind="size",
+    clauses=("UNK", "QRY-1"),
+    changes=[
+        (
+            STEPS,
+            "WHERE run_id = ? AND status IS NOT NULL ORDER BY step_key\n",
+            "WHERE run_id = ? AND status IS NOT NULL ORDER BY step_key LIMIT 1000\n",
+        )
+    ],
+)
+async def statuses_are_cut_at_a_thousand(url: str) -> None:
+    """get_step_statuses returns at most 1,000 steps."""
+    async with open_store(url) as store:
+        run_id = await new_run(store)
+        await together(store.record_skipped_step(run_id, f"step-{number}", "map") for number in range(1001))
+        assert len(await store.get_step_statuses(run_id)) == 1001
