@@ -1,0 +1,81 @@
+"""What the proofs of several SQLite mutants need: steps, errors, locks and groups of writes."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Coroutine, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
+from uuid import UUID
+
+from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepStatus
+from flowstore_sqlite.url import database_path
+from tests.scenes import new_run
+
+T = TypeVar("T")
+
+
+async def new_step(
+    store: FlowStore,
+    run_id: UUID,
+    step_key: str = "charge",
+    status: StepStatus = StepStatus.SUCCEEDED,
+    **outcome: Any,
+) -> int:
+    """Start a step, close the attempt and return its number."""
+    attempt = await store.record_step_start(run_id, step_key, "http")
+    await store.record_step_complete(run_id, step_key, status, attempt=attempt, **outcome)
+    return attempt
+
+
+async def ended_run(store: FlowStore, status: RunStatus = RunStatus.SUCCEEDED, **overrides: Any) -> UUID:
+    """Start a run, complete it and return its id."""
+    run_id = await new_run(store, **overrides)
+    await store.complete_run(run_id, status)
+    return run_id
+
+
+async def error_of(call: Awaitable[object]) -> type[FlowStoreError] | None:
+    """The type of the error that a call raises; None if it returns."""
+    try:
+        await call
+    except FlowStoreError as error:
+        return type(error)
+    return None
+
+
+@contextmanager
+def raw_connection(url: str) -> Iterator[sqlite3.Connection]:
+    """A connection of another program to the file, in autocommit mode."""
+    with closing(sqlite3.connect(database_path(url), isolation_level=None)) as db:
+        yield db
+
+
+@contextmanager
+def write_lock(url: str) -> Iterator[sqlite3.Connection]:
+    """Hold the write lock of the file through a connection of another program; commit at the end."""
+    with raw_connection(url) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+        finally:
+            db.execute("COMMIT")
+
+
+async def begin(call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a call and let the event loop run until the call is queued or sent."""
+    task = asyncio.create_task(call)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return task
+
+
+async def in_one_group(store: FlowStore, run_id: UUID, *calls: Awaitable[Any]) -> list[Any]:
+    """The results or errors of writes that share one transaction.
+
+    They queue together while the writer's thread executes another write.
+    """
+    first = store.append_event(run_id, "first")
+    _, *outcomes = await asyncio.gather(first, *calls, return_exceptions=True)
+    return outcomes
