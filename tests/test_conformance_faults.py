@@ -18,7 +18,7 @@ from flowstore_core.backend import FaultInjectable, FaultInjector, SchemaVersion
 from flowstore_core.plugins import Backend, find_backend
 from flowstore_core.urls import parse_url
 from flowstore_memory.plugin import MemoryBackend
-from tests.scenes import new_run
+from tests.calls import new_run
 
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
 SCHEMA_CHECK = next(check for check in CHECKS if check.clauses == ("CON-6",))

@@ -6,8 +6,8 @@ import asyncio
 import threading
 
 from flowstore_core import FlowStore, open_store
+from tests.calls import FLOW, new_run, together
 from tests.conftest import OpenAnother
-from tests.scenes import FLOW, new_run, together
 
 
 async def test_con_1_several_event_loops_in_several_threads(store: FlowStore, namespace: str) -> None:

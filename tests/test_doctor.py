@@ -23,7 +23,7 @@ from flowstore_cli import symptoms
 from flowstore_cli.main import main
 from flowstore_core import Capability, FlowStore, RunStatus, StepStatus, open_store
 from flowstore_sqlite import file_checks
-from tests.scenes import FLOW, new_run
+from tests.calls import FLOW, new_run
 from tests.virtual_clock import VirtualClock
 
 # Findings about the test machine, not about the store.

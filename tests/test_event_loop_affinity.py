@@ -16,7 +16,7 @@ from flowstore_conformance.suite import run_check
 
 from flowstore_core import ConfigurationError, FlowStore, StoreClosedError, open_store, validated_store
 from flowstore_core.plugins import find_backend
-from tests.scenes import new_run
+from tests.calls import new_run
 
 NEVER_CLOSED = """
 import asyncio, sys

@@ -10,7 +10,7 @@ import pytest
 
 from flowstore_core import Capability, ConfigurationError, RunStatus, open_store
 from flowstore_core.plugins import find_backend
-from tests.scenes import new_run, together
+from tests.calls import new_run, together
 
 
 async def test_memory_without_name_is_private_to_its_open() -> None:

@@ -18,7 +18,7 @@ from flowstore_chaos.proxy import Fault, proxy_before
 from flowstore_core import Capability, FlowStore, OutcomeUnknownError, StepStatus, StoreConfig, open_store
 from flowstore_core.instrumentation import Observers, Resolution
 from flowstore_core.plugins import find_backend
-from tests.scenes import new_run, together
+from tests.calls import new_run, together
 
 LOGGERS = ("flowstore_core", "flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "flowstore_replay")
 CANARY = "canary-7f3a"

@@ -10,7 +10,7 @@ import asyncio
 import pytest
 
 from flowstore_core import Capability, RunStatus, open_store
-from tests.scenes import new_run
+from tests.calls import new_run
 from tests.virtual_clock import VirtualClock
 from tests.worker import Call, Fleet, Worker
 

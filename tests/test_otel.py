@@ -37,7 +37,7 @@ from flowstore_core.plugins import find_backend, load_wrappers
 from flowstore_otel.attributes import describe_store
 from flowstore_otel.plugin import flowstore_wrap_store
 from flowstore_otel.tracing import NOUNS
-from tests.scenes import new_run, together
+from tests.calls import new_run, together
 
 CANARY = "canary-51c0"
 

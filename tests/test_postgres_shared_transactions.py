@@ -19,7 +19,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.plugins import find_backend
-from tests.scenes import together
+from tests.calls import together
 
 RUNS = 40
 

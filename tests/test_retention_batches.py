@@ -13,8 +13,8 @@ from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import RunStatus
 from flowstore_core.plugins import find_backend
+from tests.calls import new_run, together
 from tests.conftest import OpenAnother
-from tests.scenes import new_run, together
 from tests.virtual_clock import VirtualClock
 
 PACKAGES = {"memory": "flowstore_memory", "sqlite": "flowstore_sqlite", "postgresql": "flowstore_postgres"}

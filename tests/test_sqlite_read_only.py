@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flowstore_core import RunStatus, StepStatus, open_store
-from tests.scenes import FLOW, new_run
+from tests.calls import FLOW, new_run
 
 OTHER_USER = 54321
 CAPABILITIES = "-dac_override,-dac_read_search,-fowner"

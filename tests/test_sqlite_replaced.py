@@ -21,7 +21,7 @@ import pytest
 from flowstore_core import FlowStore, OutcomeUnknownError, StoreUnavailableError, open_store
 from flowstore_sqlite import open_files
 from flowstore_sqlite.database import Database
-from tests.scenes import new_run
+from tests.calls import new_run
 
 SUFFIXES = ("", "-wal", "-shm")
 

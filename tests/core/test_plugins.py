@@ -25,8 +25,8 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.plugins import find_backend, load_plugins
+from tests.calls import new_run
 from tests.core.conftest import RECORDING, Install
-from tests.scenes import new_run
 from tests.virtual_clock import VirtualClock
 
 

@@ -17,7 +17,7 @@ import pytest
 from flowstore_core import ConfigurationError, FlowStore, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_sqlite.file_access import create_file
-from tests.scenes import new_run
+from tests.calls import new_run
 
 
 @contextmanager

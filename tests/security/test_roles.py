@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from flowstore_core import ConfigurationError, RunStatus, SchemaVersionError, open_store
-from tests.scenes import new_run
+from tests.calls import new_run
 from tests.security.watch import OPERATIONS, Watch, exercise, watching_loop
 
 ENGINE = Path(__file__).parents[2] / "docs" / "using-it-in-an-engine.md"

@@ -7,7 +7,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 from flowstore_core import RunNotFoundError, RunStatus, StepStatus, open_store
-from tests.scenes import FLOW, new_run
+from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.postgres_scenes import (
     connection,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from flowstore_core import StepStatus, open_store
 from flowstore_core.timeseries import LATEST
-from tests.scenes import new_run
+from tests.calls import new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.postgres_scenes import (
     connection,

@@ -17,7 +17,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.urls import parse_url
-from tests.scenes import FLOW, new_run
+from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.postgres_scenes import (
     connection,

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from flowstore_core import FlowStore, RunStatus, RunTimeseriesGranularity, StepStatus, open_store
 from flowstore_core.timeseries import day_start
-from tests.scenes import new_run
+from tests.calls import new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.postgres_scenes import end, finish
 from tests.virtual_clock import VirtualClock

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 from flowstore_core import SchemaVersionError, open_store
 from flowstore_postgres.migrate import LOCK_SCHEMA, read_migrations
-from tests.scenes import FLOW, new_run
+from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.postgres_scenes import (
     connection,

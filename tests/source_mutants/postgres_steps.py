@@ -16,7 +16,7 @@ from flowstore_core import (
     StepStatus,
     open_store,
 )
-from tests.scenes import new_run
+from tests.calls import new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.postgres_scenes import (
     connection,

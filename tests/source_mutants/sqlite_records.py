@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from flowstore_core import RunNotFoundError, open_store
 from flowstore_core.timeseries import LATEST
-from tests.scenes import FLOW, new_run, together
+from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import ended_run, error_of, raw_connection
 from tests.virtual_clock import VirtualClock

@@ -13,7 +13,7 @@ from flowstore_core import (
     StepStatus,
     open_store,
 )
-from tests.scenes import FLOW, new_run, together
+from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import (
     begin,

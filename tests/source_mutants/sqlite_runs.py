@@ -7,7 +7,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from flowstore_core import RunAlreadyExistsError, RunStatus, StepStatus, open_store
-from tests.scenes import FLOW, new_run, together
+from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import ended_run, error_of, new_step
 from tests.virtual_clock import VirtualClock

@@ -19,7 +19,7 @@ from flowstore_core.plugins import find_backend
 from flowstore_core.timeseries import EARLIEST, day_start
 from flowstore_sqlite.codecs import to_us
 from flowstore_sqlite.url import database_path
-from tests.scenes import FLOW, new_run
+from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import error_of, raw_connection
 from tests.virtual_clock import VirtualClock

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from flowstore_core import FlowStore, RunStatus, StepStatus, open_store
 from flowstore_core.timeseries import EARLIEST
-from tests.scenes import new_run
+from tests.calls import new_run
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import ended_run, error_of, new_step
 

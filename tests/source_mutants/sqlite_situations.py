@@ -11,7 +11,7 @@ from uuid import UUID
 
 from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepStatus
 from flowstore_sqlite.url import database_path
-from tests.scenes import new_run
+from tests.calls import new_run
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.steps import superseded_by
-from tests.scenes import new_run, together
+from tests.calls import new_run, together
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import begin, error_of, new_step, raw_connection, write_lock
 from tests.virtual_clock import VirtualClock

@@ -17,7 +17,7 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_sqlite.url import database_path
-from tests.scenes import FLOW, new_run, together
+from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_situations import begin, error_of, in_one_group, raw_connection, write_lock
 from tests.virtual_clock import VirtualClock

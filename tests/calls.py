@@ -1,4 +1,4 @@
-"""What several tests need: a run, a step, and calls that run at the same time."""
+"""Building blocks of tests: start a run, and make calls concurrently."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ async def new_run(store: FlowStore, **overrides: Any) -> UUID:
 
 
 async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of calls that run at the same time; the first error, if any is raised."""
+    """Make calls concurrently and return their results; raises the first error."""
     return list(await asyncio.gather(*calls))
