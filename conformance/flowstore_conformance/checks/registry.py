@@ -81,6 +81,7 @@ MODULES = (
     "capabilities",
     "event_loops",
     "model",
+    "derived_reads",
     "races",
     "processes",
     "snapshots",

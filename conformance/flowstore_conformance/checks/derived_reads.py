@@ -1,0 +1,189 @@
+"""Every read before and after every write, with the same arguments: no cache may hide a change.
+
+The reads come from the operation table, the writes from the write scenarios, so a new operation is covered
+without a change here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.checks.fixtures import HOUR, TICK, require_clock, second_store
+from flowstore_conformance.checks.registry import Kind, check
+from flowstore_conformance.context import CheckContext, ContractViolation, Profile
+from flowstore_conformance.differential import (
+    TWO_HOURS,
+    CallSequence,
+    ModelMismatch,
+    expected_outcome,
+    shrink,
+)
+from flowstore_conformance.execution import execute
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model
+from flowstore_conformance.write_scenarios import ScenarioFactory, available
+from flowstore_core import Capability, FlowStore, RunPosition, RunStatus
+from flowstore_core.operations import OPERATIONS
+
+SHRINK_SECONDS = 6.0
+QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6")
+
+
+def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> Mapping[str, tuple[Any, ...]]:
+    """The values of every parameter of a read, for the write scenarios of one run."""
+    at = position.started_at
+    return {
+        "run_id": (run_id,),
+        "source_run_id": (run_id,),
+        "flow_id": (flow_id,),
+        "step_key": ("a", "b"),
+        "trigger_key": ("manual",),
+        "idempotency_key": ("K",),
+        "key": ("k",),
+        "status": ("Running", "Failed", "Succeeded"),
+        "search": ("failed", "no", "[1]", "upstream"),
+        "granularity": ("hour", "day"),
+        "since": (at - HOUR,),
+        "until": (at + HOUR,),
+        "as_of": (at + HOUR,),
+        "after": (position,),
+        "skip": (1,),
+        "take": (1,),
+    }
+
+
+def reads_of(values: Mapping[str, tuple[Any, ...]], capabilities: Collection[Capability]) -> list[Call]:
+    """A call of every read with its required arguments, and one for each further value of each parameter."""
+    return [
+        Call(method=operation.name, arguments=arguments)
+        for operation in OPERATIONS.values()
+        if not operation.writes and operation.is_offered(capabilities)
+        for arguments in _variants(operation.name, values)
+    ]
+
+
+def _variants(read: str, values: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    parameters = [
+        one for one in inspect.signature(getattr(FlowStore, read)).parameters.values() if one.name != "self"
+    ]
+    required = {one.name: values[one.name][0] for one in parameters if one.default is one.empty}
+    yield required
+    for one in parameters:
+        # The first value of a required parameter is in every call.
+        for value in values[one.name][one.name in required :]:
+            # The position of an event is its sequence.
+            yield {**required, one.name: 1 if read == "get_run_events" else value}
+
+
+@check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
+async def every_read_shows_every_write(context: CheckContext) -> None:
+    """Every read of one store shows every write of a second store, also a read that it has made before."""
+    async with context.new_namespace() as namespace:
+        second = await second_store(namespace)
+        number = 0
+        for factory in available(namespace.capabilities).values():
+            for is_ended in (False, True)[: context.profile.of(1, 2, 2)]:
+                number += 1
+                program = CallSequence.on(namespace, number, second=second)
+                if (calls := _calls_of(program, factory, is_ended=is_ended)) is None:
+                    continue
+                try:
+                    await _ask_around_writes(context, program, calls)
+                except ModelMismatch as found:
+                    raise await _explain(context, namespace, found) from found.__cause__
+
+
+def _calls_of(program: CallSequence, factory: ScenarioFactory, *, is_ended: bool) -> list[Call] | None:
+    """The calls of a write scenario; with ``is_ended``, the run is terminal before the last of them.
+
+    None if the scenario cannot differ on a terminal run.
+    """
+    run_id, flow_id = program.universe.runs[0], program.universe.flows[0]
+    setup, write = factory(run_id, flow_id)
+    if not is_ended:
+        return [*setup, write]
+    model = Model(require_clock(program.context))
+    for call in setup:
+        getattr(model, call.method)(**call.arguments)
+    if model.get_run_status(run_id) is not RunStatus.RUNNING:
+        return None
+    model.complete_run(run_id, RunStatus.FAILED)
+    before = model.state.frozen()
+    expected_outcome(model, write)
+    return None if model.state.frozen() == before else [*setup, _complete(run_id), write]
+
+
+def _complete(run_id: UUID) -> Call:
+    return Call(method="complete_run", arguments={"run_id": run_id, "status": RunStatus.FAILED})
+
+
+async def _ask_around_writes(context: CheckContext, program: CallSequence, calls: Sequence[Call]) -> None:
+    """Make calls by the last store, and every read by the first store between them.
+
+    Then end the run, delete it, start it again and delete it again, with the same reads between these writes.
+    The quick profile makes the reads only before and after the last of the calls.
+    """
+    model, runs, flows = program.universe.model, program.universe.runs, program.universe.flows
+    bystander: dict[str, Any] = {"flow_id": flows[1], "flow_name": "bystander", "run_id": runs[1]}
+    bystander |= {"trigger_key": "manual", "source_run_id": runs[0]}
+    await program.call(Call(method="start_run", arguments=bystander))
+    program.advance_clock(TICK)
+    position = RunPosition(started_at=model.now, run_id=runs[1])
+    reads = reads_of(values_by_parameter(runs[0], flows[0], position), program.context.capabilities)
+    asks_always = context.profile is not Profile.QUICK
+    *setup, write = calls
+    if asks_always:
+        await _ask(program, reads)
+    for call in setup:
+        await _write(program, call, reads if asks_always else ())
+    if not asks_always:
+        await _ask(program, reads)
+    await _write(program, write, reads)
+    await _delete_all(program, reads if asks_always else ())
+    if asks_always:
+        again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
+        await _write(program, Call(method="start_run", arguments=again), reads)
+        await _delete_all(program, reads)
+
+
+async def _delete_all(program: CallSequence, reads: Sequence[Call]) -> None:
+    """Complete and delete every run, with reads after each write; control records and keys go too (RET-4)."""
+    model = program.universe.model
+    for record in model.get_active_runs():
+        await _write(program, _complete(record.run_id), reads)
+    program.advance_clock(TWO_HOURS)
+    await _write(program, Call(method="cleanup", arguments={"cutoff": model.now}), reads)
+
+
+async def _write(program: CallSequence, call: Call, reads: Sequence[Call]) -> None:
+    """Make a call by the last store, then reads by the first."""
+    await program.call(call, store=len(program.stores) - 1)
+    await _ask(program, reads)
+
+
+async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
+    for read in reads:
+        await program.call(read)
+
+
+async def _explain(context: CheckContext, namespace: CheckContext, found: ModelMismatch) -> ContractViolation:
+    """Shrink a violation, and tell a stale result from a write that did not happen: ask a new store."""
+    last = found.entries[-1]
+    fresh = await second_store(namespace)
+    is_stale = (
+        not last.call.operation.writes
+        and fresh is not namespace.store
+        and await execute(fresh, last.call) == last.expected
+    )
+    shrunk = await shrink(context, found, SHRINK_SECONDS)
+    if not is_stale:
+        return shrunk
+    note = "a newly opened store returns the expected result, so this store keeps an old one in memory"
+    return ContractViolation(
+        f"{shrunk.message}; {note}",
+        clause="CLM-2" if last.call.operation.shows_state else shrunk.clause,
+        program=shrunk.program,
+    )
