@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -153,6 +154,8 @@ class CallSequence:
             refused = is_correctly_rejected(call, actual)
             expected = actual if refused else expected_outcome(self.universe.model, call)
             entries.append(ReproCall(self.advanced, call, expected, actual, store))
+            # A store may answer without suspending; the watchdog expects that other tasks run.
+            await asyncio.sleep(0)
         self.context.assertions += len(entries)
         return entries
 
@@ -162,7 +165,7 @@ class ModelMismatch(ContractViolation):
 
     def __init__(self, started_at: datetime, entries: Sequence[ReproCall]) -> None:
         last, blamed = entries[-1], _responsible_call(entries)
-        message = _message(last)
+        message = describe_mismatch(last.call.method, last.expected, last.actual)
         if (write := _missed_write(entries)) is not None:
             by = " by another store" if write.store != last.store else ""
             message += f" (the result of the same call before {write.call.method}{by})"
@@ -205,16 +208,14 @@ def _missed_write(entries: Sequence[ReproCall]) -> ReproCall | None:
     return None
 
 
-def _message(entry: ReproCall) -> str:
-    if is_foreign(entry.actual):
-        assert isinstance(entry.actual, Raised)
-        return f"{entry.call.method} raised {entry.actual.error}, which is not an error of the contract"
-    if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
-        return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
-    return (
-        f"{entry.call.method} returned {describe_outcome(entry.actual)} "
-        f"instead of {describe_outcome(entry.expected)}"
-    )
+def describe_mismatch(call: str, expected: Outcome, actual: Outcome) -> str:
+    """Describe a wrong outcome of a call."""
+    if is_foreign(actual):
+        assert isinstance(actual, Raised)
+        return f"{call} raised {actual.error}, which is not an error of the contract"
+    if isinstance(actual, Returned) and isinstance(expected, Returned):
+        return f"{call}: {expected_and_got(expected.value, actual.value)}"
+    return f"{call} returned {describe_outcome(actual)} instead of {describe_outcome(expected)}"
 
 
 # Shrinking

@@ -279,8 +279,9 @@ def _new_machine(search: _Search) -> type[_Machine]:
     for method, strategy in available_strategies(search.context.capabilities).items():
         for number in range(strategy.weight):
             rules[f"{method}_{number}"] = rule(data=st.data())(_draw(method))
-    for number in range(8):
+    for number in range(4):
         rules[f"repeat_read_{number}"] = rule(data=st.data())(_repeat_read)
+    for number in range(8):
         rules[f"advance_clock_{number}"] = rule(data=st.data())(_advance_clock)
         rules[f"compare_state_{number}"] = rule()(_compare_state)
     return type("Machine", (_Machine,), rules)

@@ -182,7 +182,7 @@ async def search_covers_the_steps_of_a_detail(context: CheckContext) -> None:
 
 
 # A text, needles that match it, and needles that must not match it.
-_SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Order-42", ("order-42", "ORDER-42", "r-4"), ("order42", "Order-43", "order-42 ")),
     ("100%", ("100%", "%", "0%"), ("1%0", "%100", "100%%")),
     ("a_b", ("_", "A_B"), ("__", "a__b")),
@@ -202,14 +202,14 @@ _SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 @example("QRY-2")
 async def search_is_a_substring_match_that_folds_only_ascii(context: CheckContext) -> None:
     """There are no wildcards or patterns: %, _ and \\ are ordinary characters."""
-    for at, (text, _, _) in enumerate(_SEARCHES):
+    for at, (text, _, _) in enumerate(SEARCHES):
         by_name, by_step = UUID(int=100 + at), UUID(int=200 + at)
         await start(context, run_id=by_name, flow_name=text, trigger_key="~")
         await start(context, run_id=by_step, flow_name="~", trigger_key="~")
         # Odd texts in key and error, even texts in outputs.
         given = {"error_message": f"<{text}>"} if at % 2 else {"output_json": f"<{text}>"}
         await run_step(context, by_step, text if at % 2 else "~", StepStatus.FAILED, **given)
-    for at, (text, matching, others) in enumerate(_SEARCHES):
+    for at, (text, matching, others) in enumerate(SEARCHES):
         both = {100 + at, 200 + at}
         for needle in matching:
             found = set(await _search(context, needle))

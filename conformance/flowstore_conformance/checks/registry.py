@@ -73,6 +73,7 @@ MODULES = (
     "events",
     "retention",
     "queries",
+    "indexed_queries",
     "cursors",
     "statistics",
     "elapsed_time",
