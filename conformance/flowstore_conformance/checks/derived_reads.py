@@ -78,7 +78,7 @@ def _variants(read: str, values: Mapping[str, tuple[Any, ...]]) -> Iterator[dict
             yield {**required, one.name: 1 if read == "get_run_events" else value}
 
 
-@check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
+@check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
 async def every_read_shows_every_write(context: CheckContext) -> None:
     """Every read of one store shows every write of a second store, also a read that it has made before."""
     async with context.new_namespace() as namespace:

@@ -75,6 +75,7 @@ MODULES = (
     "queries",
     "indexed_queries",
     "cursors",
+    "orders",
     "statistics",
     "elapsed_time",
     "lost_replies",
