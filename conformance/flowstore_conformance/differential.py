@@ -61,10 +61,11 @@ def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
     return OPERATIONS[call.method].clauses[0]
 
 
-def expected_outcome(model: Model, call: Call) -> Outcome:
+def expected_outcome(model: Model, call: Call, *, exact_times: bool = True) -> Outcome:
     """Apply the call to the model and return its outcome."""
     try:
-        return Returned(comparable(getattr(model, call.method)(**call.arguments)))
+        value = getattr(model, call.method)(**call.arguments)
+        return Returned(comparable(value, exact_times=exact_times))
     except FlowStoreError as error:
         return Raised(type(error).__name__)
 

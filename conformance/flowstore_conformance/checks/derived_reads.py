@@ -91,7 +91,8 @@ async def every_read_shows_every_write(context: CheckContext) -> None:
                 if (calls := _calls_of(program, factory, is_ended=is_ended)) is None:
                     continue
                 try:
-                    await _ask_around_writes(context, program, calls)
+                    with_end = not (is_ended or context.profile is Profile.QUICK)
+                    await _ask_around_writes(program, calls, with_end=with_end)
                 except ModelMismatch as found:
                     raise await _explain(context, namespace, found) from found.__cause__
 
@@ -120,53 +121,53 @@ def _complete(run_id: UUID) -> Call:
     return Call(method="complete_run", arguments={"run_id": run_id, "status": RunStatus.FAILED})
 
 
-async def _ask_around_writes(context: CheckContext, program: CallSequence, calls: Sequence[Call]) -> None:
-    """Make calls by the last store, and every read by the first store between them.
+async def _ask_around_writes(program: CallSequence, calls: Sequence[Call], *, with_end: bool) -> None:
+    """Make calls by the last store, and every read by the first store before and after the last of them.
 
-    Then end the run, delete it, start it again and delete it again, with the same reads between these writes.
-    The quick profile makes the reads only before and after the last of the calls.
+    With ``with_end``, also after the run ended, after it was deleted, and after another run got its id.
     """
     model, runs, flows = program.universe.model, program.universe.runs, program.universe.flows
+    writer = len(program.stores) - 1
     bystander: dict[str, Any] = {"flow_id": flows[1], "flow_name": "bystander", "run_id": runs[1]}
     bystander |= {"trigger_key": "manual", "source_run_id": runs[0]}
-    await program.call(Call(method="start_run", arguments=bystander))
+    *setup, write = calls
+    await program.call(Call(method="start_run", arguments=bystander), store=writer)
     program.advance_clock(TICK)
     position = RunPosition(started_at=model.now, run_id=runs[1])
     reads = reads_of(values_by_parameter(runs[0], flows[0], position), program.context.capabilities)
-    asks_always = context.profile is not Profile.QUICK
-    *setup, write = calls
-    if asks_always:
-        await _ask(program, reads)
     for call in setup:
-        await _write(program, call, reads if asks_always else ())
-    if not asks_always:
-        await _ask(program, reads)
-    await _write(program, write, reads)
-    await _delete_all(program, reads if asks_always else ())
-    if asks_always:
-        again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
-        await _write(program, Call(method="start_run", arguments=again), reads)
-        await _delete_all(program, reads)
-
-
-async def _delete_all(program: CallSequence, reads: Sequence[Call]) -> None:
-    """Complete and delete every run, with reads after each write; control records and keys go too (RET-4)."""
-    model = program.universe.model
-    for record in model.get_active_runs():
-        await _write(program, _complete(record.run_id), reads)
-    program.advance_clock(TWO_HOURS)
-    await _write(program, Call(method="cleanup", arguments={"cutoff": model.now}), reads)
-
-
-async def _write(program: CallSequence, call: Call, reads: Sequence[Call]) -> None:
-    """Make a call by the last store, then reads by the first."""
-    await program.call(call, store=len(program.stores) - 1)
+        await program.call(call, store=writer)
     await _ask(program, reads)
+    await program.call(write, store=writer)
+    await _ask(program, reads)
+    await _complete_all(program)
+    if with_end:
+        await _ask(program, reads)
+    await _delete_all(program)
+    if with_end:
+        await _ask(program, reads)
+        again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
+        await program.call(Call(method="start_run", arguments=again), store=writer)
+        await _ask(program, reads)
+        await _complete_all(program)
+        await _delete_all(program)
 
 
 async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
     for read in reads:
         await program.call(read)
+
+
+async def _complete_all(program: CallSequence) -> None:
+    for record in program.universe.model.get_active_runs():
+        await program.call(_complete(record.run_id), store=len(program.stores) - 1)
+
+
+async def _delete_all(program: CallSequence) -> None:
+    """Delete every run, and the control records and keys without one (RET-4)."""
+    program.advance_clock(TWO_HOURS)
+    cleanup = Call(method="cleanup", arguments={"cutoff": program.universe.model.now})
+    await program.call(cleanup, store=len(program.stores) - 1)
 
 
 async def _explain(context: CheckContext, namespace: CheckContext, found: ModelMismatch) -> ContractViolation:

@@ -57,6 +57,7 @@ _checks: dict[str, Check] = {}
 MODULES = (
     "arguments",
     "round_trip",
+    "encodings",
     "missing_runs",
     "runs",
     "records",
