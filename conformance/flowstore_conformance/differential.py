@@ -250,6 +250,12 @@ class _Shrinker:
     async def run(self) -> ModelMismatch:
         await self._find_clause()
         await self._try(lambda entries: [replace(entry, store=0) for entry in entries])
+        # The wrong read may need an earlier read with the same arguments, whose result was kept.
+        await self._try(
+            lambda entries: [
+                entry for entry in entries if entry.call.operation.writes or entry.call == entries[-1].call
+            ]
+        )
         await self._try(
             lambda entries: [entry for entry in entries[:-1] if entry.call.operation.writes] + entries[-1:]
         )
