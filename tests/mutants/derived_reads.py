@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from flowstore_core import RunPage, RunStatus, StepStatus
@@ -184,14 +186,81 @@ class DerivedLimitedBeforeSorting:
         return tuple(run for run in every if run in newest)
 
 
-@mutant("memory", "QRY-6")
-class TiesBySwappedBytes:
-    """Orders active runs with equal starts by ids with swapped bytes, as some databases store them."""
+def as_text(at: datetime) -> str:
+    """A time as text of the shortest length, which does not sort by time: "53Z" follows "53.000001Z"."""
+    return at.isoformat().replace("+00:00", "Z")
 
-    async def get_active_runs(self, **given: Any) -> Any:
-        every = await super().get_active_runs(take=None)
-        ordered = sorted(every, key=lambda run: (run.started_at, run.run_id.bytes_le), reverse=True)
+
+@mutant("memory", "QRY-1")
+class RunsOrderedAsText:
+    """Orders runs by the text of their start."""
+
+    async def get_runs(self, **given: Any) -> Any:
+        whole = {"skip": 0, "take": 100_000}
+        every = await super().get_runs(**{**given, **whole, "after": None})
+        ordered = sorted(every, key=_text_position, reverse=True)
+        if (after := given["after"]) is not None:
+            ordered = [run for run in ordered if _text_position(run) < _text_position(after)]
+        return tuple(ordered[given["skip"] :][: given["take"]])
+
+
+def _text_position(run: Any) -> tuple[str, bytes]:
+    return (as_text(run.started_at), run.run_id.bytes)
+
+
+@mutant("memory", "CTL-3")
+class DeadlinesOrderedAsText:
+    """Orders runs to stop by the text of their deadline."""
+
+    async def get_runs_to_stop(self, **given: Any) -> Any:
+        every = await super().get_runs_to_stop(**{**given, "take": 100_000})
+        deadlines = {}
+        for run in every:
+            control = await super().get_run_control(run_id=run.run_id)
+            deadlines[run.run_id] = "~" if control.timeout_at is None else as_text(control.timeout_at)
+        ordered = sorted(every, key=lambda run: (deadlines[run.run_id], run.run_id.bytes))
         return tuple(ordered[: given["take"]])
+
+
+@mutant("memory", "STP-8")
+class StallsOrderedAsText:
+    """Orders stalled steps by the text of the time at which they stalled."""
+
+    async def get_stalled_steps(self, **given: Any) -> Any:
+        every = await super().get_stalled_steps(**{**given, "take": 100_000})
+        ordered = sorted(every, key=lambda one: (as_text(one.since), one.run_id.bytes, one.step_key))
+        return tuple(ordered[: given["take"]])
+
+
+@mutant("memory", "QRY-3")
+class StepsOrderedAsText:
+    """Orders the steps of a run by the text of their start."""
+
+    async def get_run_detail(self, **given: Any) -> Any:
+        run = await super().get_run_detail(**given)
+        if run is None:
+            return None
+        steps = sorted(run.steps, key=lambda step: (as_text(step.started_at), step.step_key))
+        return replace(run, steps=tuple(steps))
+
+
+@mutant("memory", "SIG-2")
+class WaitersOrderedAsText:
+    """Delivers to the waiter that is the oldest by the text of created_at."""
+
+    async def deliver_signal(self, **given: Any) -> Any:
+        run = self._runs.get(given["run_id"].int)
+        created = {} if run is None else {waiter: waiter.created_at for waiter in run.waiters.values()}
+        texts = sorted({as_text(at) for at in created.values()})
+        for waiter, at in created.items():
+            waiter.created_at = datetime.min.replace(tzinfo=UTC) + timedelta(
+                microseconds=texts.index(as_text(at))
+            )
+        try:
+            return await super().deliver_signal(**given)
+        finally:
+            for waiter, at in created.items():
+                waiter.created_at = at
 
 
 @mutant("memory", "RUN-2")
