@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from posixpath import normpath
 from typing import Any, TypeVar
 
 from flowstore_core import RunPage, RunStatus, StepStatus
@@ -321,3 +322,32 @@ class EmptyReasonIsNone:
         if step is not None and step.status is StepStatus.SKIPPED and not step.error_message:
             given = {**given, "reason": given["reason"] or step.error_message}
         await super().record_skipped_step(**given)
+
+
+@mutant("memory", "INP-1")
+class OutputKeysAsPaths:
+    """Treats the key of an output as a path: "a//b" and "a/b" name one file."""
+
+    async def save_output(self, **given: Any) -> None:
+        await super().save_output(**{**given, "key": normpath(given["key"])})
+
+    async def get_output(self, **given: Any) -> Any:
+        return await super().get_output(**{**given, "key": normpath(given["key"])})
+
+
+@mutant("memory", "INP-1")
+class OutcomeComparedAsText:
+    """Compares output and error of a repeated completion as one text with a bar between them."""
+
+    async def record_step_complete(self, **given: Any) -> None:
+        run = self._runs.get(given["run_id"].int)
+        step = None if run is None else run.steps.get(given["step_key"])
+        if step is not None and step.completed_at is not None:
+            texts = {"output_json": step.output_json, "error_message": step.error_message}
+            if _outcome(texts) == _outcome(given):
+                given = {**given, **texts}
+        await super().record_step_complete(**given)
+
+
+def _outcome(texts: Any) -> str:
+    return "|".join(texts[name] for name in ("output_json", "error_message") if texts[name] is not None)
