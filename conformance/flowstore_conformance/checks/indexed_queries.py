@@ -20,7 +20,7 @@ from flowstore_conformance.checks.fixtures import (
     TICK,
     require_clock,
 )
-from flowstore_conformance.checks.queries import SEARCHES
+from flowstore_conformance.checks.queries import LONG_NAMES, LONG_SEARCHES, LONG_TEXTS, SEARCHES
 from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext, Profile
 from flowstore_conformance.history import Call
@@ -84,6 +84,18 @@ def _texts() -> Iterator[Call]:
         yield _end(run_id)
 
 
+def _long_texts() -> Iterator[Call]:
+    """An ended run with texts that are longer than the searched part."""
+    run_id = UUID(int=10_100)
+    # In another flow than the changes, because searching long texts takes long.
+    yield _start(run_id, flow_id=OTHER_FLOW, **LONG_NAMES)
+    for number, (key, text) in enumerate(LONG_TEXTS.items()):
+        yield _on(run_id, "record_step_start", step_key=key, step_type="http")
+        given = {"output_json": text} if number % 2 else {"error_message": text}
+        yield _close(run_id, key, StepStatus.FAILED, **given)
+    yield _end(run_id)
+
+
 def _subject(number: int) -> UUID:
     """The run of a change."""
     return UUID(int=20_000 + number)
@@ -143,7 +155,7 @@ def _supersede(number: int) -> list[Call]:
 def _replace(number: int) -> list[Call]:
     """Start another run with the id of a deleted one."""
     run_id = _subject(number)
-    return [_start(run_id, flow_name=f"late{number}", flow_id=OTHER_FLOW), _end(run_id)]
+    return [_start(run_id, flow_name=f"late{number}"), _end(run_id)]
 
 
 CHANGES: Mapping[str, Callable[[int], list[Call]]] = {
@@ -161,11 +173,12 @@ def _questions(number: int, at: datetime) -> Iterator[Call]:
     """The queries that one of the changes may affect."""
     words = ("subject", "error", "skipped", "reason", "late", "lateskip")
     for search in (*(f"{word}{number}" for word in words), f"{_subject(number)}", "superseded"):
-        yield Call(method="get_runs_page", arguments={"search": search})
+        yield Call(method="get_runs_page", arguments={"flow_id": FLOW, "search": search})
     for status in RunStatus:
         yield Call(method="get_runs_page", arguments={"status": status, "take": 2})
-        yield Call(method="get_runs_page", arguments={"status": status, "search": "SUBJECT"})
-        yield Call(method="get_runs_page", arguments={"search": status[:-1], "take": 2})
+        for search in ("SUBJECT", status[:-1]):
+            given = {"flow_id": FLOW, "status": status, "search": search, "take": 2}
+            yield Call(method="get_runs_page", arguments=given)
     for flow_id in (None, FLOW, OTHER_FLOW):
         yield Call(method="get_runs_page", arguments={"flow_id": flow_id, "skip": 1, "take": 2})
         window = {"granularity": "hour", "since": at - HOUR, "until": at + HOUR, "flow_id": flow_id}
@@ -189,9 +202,10 @@ async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
     for number in subjects:
         if number != replaced:
             await compared.make(_start_subject(number))
-    await compared.make(list(_texts()))
+    await compared.make([*_texts(), *_long_texts()])
     await _fill(compared, count - count // 2, first=1 + count // 2)
     needles = [needle for _, matching, others in SEARCHES for needle in (*matching[-1:], *others[:1])]
+    needles += LONG_SEARCHES
     searches = [Call(method="get_runs_page", arguments={"search": needle}) for needle in needles]
     if context.profile is not Profile.QUICK:
         compared.stage = f"with {count} ended runs"
