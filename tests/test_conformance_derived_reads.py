@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from datetime import UTC, datetime
+from typing import NoReturn
 from uuid import UUID
 
 import pytest
 from flowstore_conformance.checks.derived_reads import reads_of, values_by_parameter
+from flowstore_conformance.context import CheckContext, Profile, Unsupported
+from flowstore_conformance.status import Status
 
-from flowstore_core import Capability, FlowStore, RunPosition
+from flowstore_core import Capability, FlowStore, RunPosition, RunStatus
 from flowstore_core.operations import OPERATIONS
 from flowstore_memory.store import SharedStore
 from tests.mutants.derived_reads import caches
@@ -46,3 +49,27 @@ async def test_a_stale_read_is_told_from_a_missing_write(monkeypatch: pytest.Mon
     assert "store.get_run_status(" in failure.program
     assert "second_store.cleanup(" in failure.program
     assert "get_statistics" not in failure.program
+
+
+class StatusKept(SharedStore):
+    """Keeps the first status of each run permanently."""
+
+    async def get_run_status(self, run_id: UUID) -> RunStatus | None:
+        kept: dict[UUID, RunStatus | None] = self.__dict__.setdefault("kept", {})
+        return kept.setdefault(run_id, await super().get_run_status(run_id))
+
+
+async def test_one_store_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(context: CheckContext, **options: object) -> NoReturn:
+        raise Unsupported("only one store may be open")
+
+    monkeypatch.setattr(CheckContext, "open", refuse)
+    for check in ("every_read_shows_every_write", "call_sequences_agree_with_the_model"):
+        result = await run(check, Profile.QUICK)
+        assert result.status is Status.PASS
+    make_wrong(monkeypatch, StatusKept)
+    result = await run("every_read_shows_every_write", Profile.QUICK)
+    assert result.failure is not None
+    assert "get_run_status: expected" in result.failure.message
+    assert result.failure.program is not None
+    assert "second_store" not in result.failure.program

@@ -95,7 +95,8 @@ class CallSequence:
         universe = Universe(
             model=Model(context.clock), runs=runs, flows=FLOWS, capabilities=context.capabilities
         )
-        stores = [context.store] if second is None else [context.store, second]
+        # A backend that allows one store only has no second one.
+        stores = [context.store] if second in (None, context.store) else [context.store, second]
         return CallSequence(context=context, universe=universe, started_at=context.clock.now, stores=stores)
 
     async def call(self, call: Call, *, store: int = 0) -> None:

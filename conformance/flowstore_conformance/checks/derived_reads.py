@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -85,48 +86,54 @@ def _variants(read: str, values: Mapping[str, tuple[Any, ...]]) -> Iterator[dict
             yield {**required, one.name: 1 if read == "get_run_events" else value}
 
 
-@check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
-async def every_read_shows_every_write(context: CheckContext) -> None:
-    """Every read of one store shows every write of a second store, also a read that it has made before."""
-    async with context.new_namespace() as namespace:
-        second = await second_store(namespace)
-        number = 0
-        for factory, is_ended, with_end in _cases(context):
-            number += 1
-            program = CallSequence.on(namespace, number, second=second)
-            if (calls := _calls_of(program, factory, is_ended=is_ended)) is None:
-                continue
-            chosen = slice(number % 3, None, 3) if context.profile is Profile.QUICK else slice(None)
-            try:
-                await _ask_around_writes(program, calls, chosen, with_end=with_end)
-            except ModelMismatch as found:
-                raise await _explain(context, namespace, found) from found.__cause__
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A write scenario between reads."""
+
+    factory: ScenarioFactory
+    writer: int = 1
+    """The index of the store that writes; store 0 reads."""
+    is_ended: bool = False
+    """Whether the run is terminal before the last write."""
+    with_end: bool = False
+    """Whether reads follow the end of the run, its deletion and the start of another with its id."""
 
 
-def _cases(context: CheckContext) -> Iterator[tuple[ScenarioFactory, bool, bool]]:
-    """Write scenarios, whether the run is terminal before the last write, and whether reads follow its end.
-
-    The quick profile takes one scenario of each operation.
-    """
+def _cases(context: CheckContext) -> Iterator[_Case]:
+    """Every write scenario three times; the quick profile takes one scenario of each operation once."""
     seen = set()
     for name, factory in available(context.capabilities).items():
         write = factory(UUID(int=1), UUID(int=2))[1].method
         if context.profile is not Profile.QUICK:
-            yield factory, False, True
-            yield factory, True, False
+            yield _Case(factory, writer=0)
+            yield _Case(factory, is_ended=True)
+            yield _Case(factory, with_end=True)
         elif write not in seen:
             seen.add(write)
-            yield factory, False, name in QUICK_WITH_END
+            yield _Case(factory, with_end=name in QUICK_WITH_END)
 
 
-def _calls_of(program: CallSequence, factory: ScenarioFactory, *, is_ended: bool) -> list[Call] | None:
-    """The calls of a write scenario; with ``is_ended``, the run is terminal before the last of them.
+@check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
+async def every_read_shows_every_write(context: CheckContext) -> None:
+    """Every read shows every write of its own and of a second store, also if it was made before the write."""
+    async with context.new_namespace() as namespace:
+        second = await second_store(namespace)
+        for number, case in enumerate(_cases(context), 1):
+            program = CallSequence.on(namespace, number, second=second)
+            if (calls := _calls_of(program, case)) is None:
+                continue
+            chosen = slice(number % 3, None, 3) if context.profile is Profile.QUICK else slice(None)
+            try:
+                await _ask_around_writes(program, case, calls, chosen)
+            except ModelMismatch as found:
+                raise await _explain(context, namespace, found) from found.__cause__
 
-    None if the scenario cannot differ on a terminal run.
-    """
+
+def _calls_of(program: CallSequence, case: _Case) -> list[Call] | None:
+    """The calls of a scenario; None if the last of them would change nothing on a terminal run."""
     run_id, flow_id = program.universe.runs[0], program.universe.flows[0]
-    setup, write = factory(run_id, flow_id)
-    if not is_ended:
+    setup, write = case.factory(run_id, flow_id)
+    if not case.is_ended:
         return [*setup, write]
     model = Model(require_clock(program.context))
     for call in setup:
@@ -144,14 +151,11 @@ def _complete(run_id: UUID) -> Call:
 
 
 async def _ask_around_writes(
-    program: CallSequence, calls: Sequence[Call], chosen: slice, *, with_end: bool
+    program: CallSequence, case: _Case, calls: Sequence[Call], chosen: slice
 ) -> None:
-    """Make calls by the last store, and every read by the first store before and after the last of them.
-
-    With ``with_end``, also after the run ended, after it was deleted, and after another run got its id.
-    """
+    """Make the calls of a case, and every read before and after the last of them; then delete the run."""
     model, runs, flows = program.universe.model, program.universe.runs, program.universe.flows
-    writer = len(program.stores) - 1
+    writer = min(case.writer, len(program.stores) - 1)
     bystander: dict[str, Any] = {"flow_id": flows[1], "flow_name": "bystander", "run_id": runs[1]}
     bystander |= {"trigger_key": "manual", "source_run_id": runs[0]}
     *setup, write = calls
@@ -165,17 +169,17 @@ async def _ask_around_writes(
     await _ask(program, reads)
     await program.call(write, store=writer)
     await _ask(program, reads)
-    await _complete_all(program)
-    if with_end:
+    await _complete_all(program, writer)
+    if case.with_end:
         await _ask(program, reads)
-    await _delete_all(program)
-    if with_end:
+    await _delete_all(program, writer)
+    if case.with_end:
         await _ask(program, reads)
         again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
         await program.call(Call(method="start_run", arguments=again), store=writer)
         await _ask(program, reads)
-        await _complete_all(program)
-        await _delete_all(program)
+        await _complete_all(program, writer)
+        await _delete_all(program, writer)
 
 
 async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
@@ -183,16 +187,16 @@ async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
         await program.call(read)
 
 
-async def _complete_all(program: CallSequence) -> None:
+async def _complete_all(program: CallSequence, writer: int) -> None:
     for record in program.universe.model.get_active_runs():
-        await program.call(_complete(record.run_id), store=len(program.stores) - 1)
+        await program.call(_complete(record.run_id), store=writer)
 
 
-async def _delete_all(program: CallSequence) -> None:
+async def _delete_all(program: CallSequence, writer: int) -> None:
     """Delete every run, and the control records and keys without one (RET-4)."""
     program.advance_clock(TWO_HOURS)
     cleanup = Call(method="cleanup", arguments={"cutoff": program.universe.model.now})
-    await program.call(cleanup, store=len(program.stores) - 1)
+    await program.call(cleanup, store=writer)
 
 
 async def _explain(context: CheckContext, namespace: CheckContext, found: ModelMismatch) -> ContractViolation:

@@ -175,7 +175,7 @@ def _joined_calls(run_id: UUID, s: str) -> Iterator[Call]:
 async def expected_is_not_compared_as_a_joined_text(context: CheckContext) -> None:
     """A step key that contains a whole pair of another key and its status is one key."""
     compared, flow_id = ComparedStore.of(context), new_id(context)
-    compared.stage = "with a step key that looks like two steps with their statuses"
+    compared.stage = "with a step key that contains two steps with their statuses as text"
     pairs = [*product((":", "=", "/", " ", "\t", ""), (",", ";", "&", "\n", "")), ("\x1f", "\x1e")]
     pairs += [('": "', '", "'), ('":"', '","'), ('"=>"', '", "'), ("': '", "', '"), (",", "),(")]
     runs = [(f"a{inner}Succeeded{outer}b", new_id(context)) for inner, outer in pairs]
@@ -196,7 +196,7 @@ async def expected_is_not_compared_as_a_joined_text(context: CheckContext) -> No
 
 @example("STP-6")
 async def reset_is_not_a_joined_text(context: CheckContext) -> None:
-    """A key in reset that looks like a list or a pattern of keys resets the step of that name only."""
+    """A key in reset with the form of a list or a pattern of keys resets the step of that name only."""
     compared, run_id = ComparedStore.of(context), new_id(context)
     plain = ("a", "b", "ab", "a b")
     odd = [key for separator in SEPARATORS if (key := f"a{separator}b") not in plain]
@@ -206,7 +206,7 @@ async def reset_is_not_a_joined_text(context: CheckContext) -> None:
         _on(run_id, "record_skipped_step", step_key=key, step_type="http") for key in ("charge", *plain, *odd)
     ]
     await compared.make_concurrently(skips)
-    compared.stage = "after a retry that resets keys which look like lists of other keys"
+    compared.stage = "after a retry that resets keys with the form of lists of other keys"
     await compared.make([_on(run_id, "retry_step", step_key="charge", reset=odd)])
     await compared.make(_reads(context, run_id))
     compared.stage = "after a retry that resets the other keys"
@@ -220,7 +220,7 @@ async def reset_is_not_a_joined_text(context: CheckContext) -> None:
 async def none_is_distinct_from_every_text(context: CheckContext) -> None:
     """None, "" and texts that name nothing differ, in results and where a repeated call is compared."""
     compared, flow_id = ComparedStore.of(context), new_id(context)
-    compared.stage = "with texts that look like None"
+    compared.stage = "with texts that stand for None elsewhere"
     for text in (None, *NONE_LIKE):
         run_id = new_id(context)
         name = text or None
@@ -238,7 +238,7 @@ async def none_is_distinct_from_every_text(context: CheckContext) -> None:
             _on(run_id, "record_skipped_step", **skip, reason=text),
             _on(run_id, "record_skipped_step", **skip),
             _on(run_id, "record_skipped_step", **skip, reason=text),
-            # A claim without owner is nobody's, whatever the name.
+            # A claim without owner belongs to no name.
             _on(run_id, "try_claim_step", step_key="c"),
             _on(run_id, "try_claim_step", step_key="c", owner=name),
             _on(run_id, "record_step_start", step_key="c", step_type="http", owner=name),

@@ -1,7 +1,6 @@
 """Every order, with times, ids, step keys and the order of the calls all in disagreement, and with ties.
 
-An order that a backend gets from its insertion order, from the text of a number or from an id agrees with the
-right one by chance while all of them rise together.
+While times, ids and keys rise together, a backend that sorts by the wrong one returns the right order.
 """
 
 from __future__ import annotations
