@@ -174,6 +174,7 @@ def _questions(number: int, at: datetime) -> Iterator[Call]:
     words = ("subject", "error", "skipped", "reason", "late", "lateskip")
     for search in (*(f"{word}{number}" for word in words), f"{_subject(number)}", "superseded"):
         yield Call(method="get_runs_page", arguments={"flow_id": FLOW, "search": search})
+    yield Call(method="get_runs_page", arguments={"search": f"late{number}"})
     for status in RunStatus:
         yield Call(method="get_runs_page", arguments={"status": status, "take": 2})
         for search in ("SUBJECT", status[:-1]):
@@ -218,6 +219,7 @@ async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
         if number == replaced:
             await compared.call("cleanup", cutoff=begun + TICK)
             compared.stage = "after a cleanup that deleted an indexed run"
+            await compared.make(questions)
         calls = make_calls(number)
         for call in calls:
             await compared.make([call])
