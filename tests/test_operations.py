@@ -64,7 +64,7 @@ def missing(operation: Operation) -> Iterator[str]:
             yield part
     if name not in STRATEGIES:
         yield "a strategy in flowstore_conformance/operations.py"
-    if name not in arguments.OPERATIONS:
+    if name not in arguments.ARGUMENT_KINDS:
         yield "the kinds of its arguments in flowstore_conformance/checks/operations.py"
     # An operation over all runs has no scenario of one run; checks/cancellation.py cancels it separately.
     if operation.writes and not operation.spans_runs and name not in _IN_SCENARIOS:

@@ -42,19 +42,22 @@ CLAUSES: dict[str, Clause] = {
     for clause in (
         _clause("INP-1", "Ids are UUIDs; keys and names have 1 to 256 characters, job ids 1 to 1,024."),
         _clause(
-            "INP-2", "Text comes back to the letter; U+0000, lone surrogates and over 16 MiB are refused."
+            "INP-2", "Text round-trips exactly; U+0000, lone surrogates and more than 16 MiB are refused."
         ),
         _clause("INP-3", "Datetimes are aware and within range; any zone is accepted and normalised."),
         _clause(
-            "INP-4", "Wrong types and values out of limits are refused, naming the argument; nothing changes."
+            "INP-4", "Wrong types and values outside their limits raise an error that names the argument."
         ),
         _clause("UNK", "Writing an unknown run raises RunNotFoundError; reads are empty, latches False."),
         _clause("RUN-1", "start_run stores a Running run; an id that exists is refused and nothing changes."),
-        _clause("RUN-2", "The first terminal status wins, once; with expected, only if nothing else moves."),
-        _clause("RUN-3", "A returned record is a snapshot that nothing later changes."),
+        _clause(
+            "RUN-2",
+            "The first terminal status wins; with expected, only if the steps are exactly as expected.",
+        ),
+        _clause("RUN-3", "A returned record is a snapshot; later operations never change it."),
         _clause(
             "RUN-4",
-            "A terminal run takes no claim, dispatch, start or delivery; closing stays allowed.",
+            "A terminal run accepts no claim, dispatch, start or delivery; closing stays allowed.",
         ),
         _clause(
             "STP-1", "Attempts are numbered 1, 2, ... without gaps; at most one is open, and it is the last."
@@ -65,56 +68,69 @@ CLAUSES: dict[str, Clause] = {
         ),
         _clause("STP-4", "Completing closes the last attempt and the step alike; a stale result is refused."),
         _clause("STP-5", "A skip is one attempt that starts and ends Skipped, taking the claim with owner."),
-        _clause("STP-6", "retry_step reopens the step and its run in one act, and resets what was skipped."),
         _clause(
-            "STP-7", "reschedule_step closes, unclaims and dispatches anew in one act.", Capability.RECOVERY
+            "STP-6",
+            "retry_step atomically reopens the step and its run, and resets the skipped keys of reset.",
         ),
-        _clause("STP-8", "get_stalled_steps lists exactly what nothing will move.", Capability.RECOVERY),
+        _clause(
+            "STP-7",
+            "reschedule_step atomically closes the attempt, removes the claim and dispatches anew.",
+            Capability.RECOVERY,
+        ),
+        _clause(
+            "STP-8",
+            "get_stalled_steps lists exactly the work that nothing else will resume.",
+            Capability.RECOVERY,
+        ),
         _clause(
             "CLM-1", "Of any number of claimants, or dispatchers, exactly one wins until it is released."
         ),
-        _clause("CLM-2", "What returned True is visible to every later read anywhere."),
+        _clause("CLM-2", "The effect of a returned operation is visible to every later read by any client."),
         _clause("CLM-3", "Releasing is idempotent, frees that key alone, and lets the next attempt win."),
-        _clause("CLM-4", "A completed step keeps its claim, which then does not expire."),
-        _clause("CLM-5", "The owner of a live claim gets True again; anybody else gets False."),
+        _clause("CLM-4", "A terminal step keeps its claim, which does not expire."),
+        _clause("CLM-5", "The owner of a live claim gets True again; every other caller gets False."),
         _clause(
             "CLM-6", "A lease ends on time; renewing extends it, and never shortens it.", Capability.LEASES
         ),
         _clause(
-            "CLM-7", "annotate_dispatch stores a job id on an existing record, and never raises for none."
+            "CLM-7", "annotate_dispatch stores a job id on an existing record; a missing record is no error."
         ),
         _clause(
             "CTL-1", "configure_run overwrites, keeps created_at and both latches, and registers no key."
         ),
         _clause(
-            "CTL-2", "Each latch answers True to the one call that set it; the user's reason comes first."
+            "CTL-2", "Each latch returns True to the one call that sets it; a user's reason takes precedence."
         ),
         _clause(
             "CTL-3",
-            "Runs to stop are listed in order; extending a deadline undoes the time-out.",
+            "Runs to stop are listed in order; extending a deadline clears the time-out.",
             Capability.DEADLINES,
         ),
         _clause("IDM-1", "An idempotency key is scoped by flow and trigger and compared exactly."),
-        _clause("IDM-2", "Of many registrations one run id wins, and find returns it to everyone."),
-        _clause("IDM-3", "trigger_run registers key, control and run, all or nothing.", Capability.TRIGGER),
-        _clause("IDM-4", "Cleaning up a run ends its deduplication."),
-        _clause("SIG-1", "A waiter may be registered again; one that is over must be removed first."),
-        _clause("SIG-2", "A payload goes to the oldest open waiter, exactly once."),
+        _clause("IDM-2", "Of many registrations of a key one run id wins; find returns it to every caller."),
         _clause(
-            "SIG-3", "While the run is Running, a waiter that was there throughout never yields NOT_FOUND."
+            "IDM-3",
+            "trigger_run registers key, control record and run in one transaction.",
+            Capability.TRIGGER,
         ),
-        _clause("SIG-4", "A waiter ends delivered or expired, one of the two, for ever.", Capability.WAITERS),
-        _clause("RET-1", "cleanup deletes runs completed before the cutoff with all that belongs to them."),
+        _clause("IDM-4", "Cleaning up a run ends its deduplication."),
+        _clause("SIG-1", "A waiter may be registered again; an expired one must be removed first."),
+        _clause("SIG-2", "A payload goes to the oldest open waiter, exactly once."),
+        _clause("SIG-3", "While the run is Running, a waiter that exists throughout never yields NOT_FOUND."),
+        _clause("SIG-4", "A waiter ends either delivered or expired, permanently.", Capability.WAITERS),
         _clause(
-            "RET-2", "Running runs are never touched; a run reopened meanwhile goes whole or stays whole."
+            "RET-1", "cleanup deletes runs completed before the cutoff and everything that belongs to them."
+        ),
+        _clause(
+            "RET-2", "Running runs are never deleted; a run reopened meanwhile is kept or deleted whole."
         ),
         _clause("RET-3", "cleanup is atomic per run, and does not block writers for long."),
-        _clause("RET-4", "Keys and controls whose run never started go once they are old enough."),
+        _clause("RET-4", "Old keys and control records whose run never started are deleted."),
         _clause(
             "QRY-1", "Runs are ordered by started_at and run_id, descending: pages neither repeat nor skip."
         ),
         _clause(
-            "QRY-2", "search is a plain substring match that folds ASCII letters alone.", Capability.DASHBOARD
+            "QRY-2", "search is a plain substring match that folds only ASCII letters.", Capability.DASHBOARD
         ),
         _clause("QRY-3", "A page and its count, a run and its steps, come from one snapshot."),
         _clause(
@@ -128,13 +144,21 @@ CLAUSES: dict[str, Clause] = {
             Capability.DASHBOARD,
         ),
         _clause("QRY-6", "Active and derived runs come in the order of QRY-1; derived is one generation."),
-        _clause("EVT-1", "No event ever appears below one that was already read.", Capability.EVENTS),
-        _clause("EVT-2", "Of the outputs saved under one key the last one stays.", Capability.OUTPUTS),
+        _clause(
+            "EVT-1",
+            "No event ever appears with a sequence below one that was already read.",
+            Capability.EVENTS,
+        ),
+        _clause("EVT-2", "The last write of an output key wins.", Capability.OUTPUTS),
         _clause("CON-1", "All of one run's state is one linearizable object."),
         _clause("CON-2", "No driver exception ever surfaces."),
-        _clause("CON-3", "A lost acknowledgement is resolved by looking, never by guessing."),
-        _clause("CON-4", "A cancelled call has happened or has not, never by half, and leaks nothing."),
-        _clause("CON-5", "What returned survives kill -9 of the client.", Capability.DURABLE),
+        _clause(
+            "CON-3", "A lost acknowledgement is resolved by probing the database, else OutcomeUnknownError."
+        ),
+        _clause("CON-4", "A cancelled call has happened entirely or not at all, and leaks nothing."),
+        _clause(
+            "CON-5", "The effect of every returned call survives kill -9 of the client.", Capability.DURABLE
+        ),
         _clause("CON-6", "Opening many times at once migrates once; a wrong schema version is refused."),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -60,10 +61,11 @@ def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
     return OPERATIONS[call.method].clauses[0]
 
 
-def expected_outcome(model: Model, call: Call) -> Outcome:
+def expected_outcome(model: Model, call: Call, *, exact_times: bool = True) -> Outcome:
     """Apply the call to the model and return its outcome."""
     try:
-        return Returned(comparable(getattr(model, call.method)(**call.arguments)))
+        value = getattr(model, call.method)(**call.arguments)
+        return Returned(comparable(value, exact_times=exact_times))
     except FlowStoreError as error:
         return Raised(type(error).__name__)
 
@@ -75,22 +77,31 @@ class CallSequence:
     context: CheckContext
     universe: Universe
     started_at: datetime
+    stores: Sequence[FlowStore]
+    """One store, or two on the same namespace; a call names its store by index."""
     entries: list[ReproCall] = field(default_factory=list)
     advanced: timedelta = timedelta(0)
 
+    @property
+    def reads(self) -> list[Call]:
+        """The reads so far, for calls that repeat one: its result may come from a cache."""
+        return [entry.call for entry in self.entries if not entry.call.operation.writes]
+
     @staticmethod
-    def on(context: CheckContext, block: int) -> CallSequence:
-        """A sequence on the ids that belong to this block number."""
+    def on(context: CheckContext, block: int, *, second: FlowStore | None = None) -> CallSequence:
+        """A sequence on the ids that belong to this block number, on one or two stores."""
         assert context.clock is not None
         runs = [UUID(int=(block << 4) + number) for number in (1, 2, 3)]
         universe = Universe(
             model=Model(context.clock), runs=runs, flows=FLOWS, capabilities=context.capabilities
         )
-        return CallSequence(context=context, universe=universe, started_at=context.clock.now)
+        # A backend that allows one store only has no second one.
+        stores = [context.store] if second in (None, context.store) else [context.store, second]
+        return CallSequence(context=context, universe=universe, started_at=context.clock.now, stores=stores)
 
-    async def call(self, call: Call) -> None:
-        """Make a call on store and model and compare the outcomes."""
-        [entry] = await self._compare([call])
+    async def call(self, call: Call, *, store: int = 0) -> None:
+        """Make a call on a store and on the model and compare the outcomes."""
+        [entry] = await self._compare([call], store)
         self.entries.append(entry)
         self.advanced = timedelta(0)
         if entry.actual != entry.expected:
@@ -101,21 +112,25 @@ class CallSequence:
         self.context.clock.advance(span)
         self.advanced += span
 
-    async def compare_state(self) -> None:
+    async def compare_state(self, *, store: int = 0) -> None:
         """Compare all readable state; a difference is attributed to the last write."""
-        for entry in await self._compare(self._everything()):
+        for entry in await self._compare(self._everything(), store):
             if entry.actual != entry.expected:
                 raise ModelMismatch(self.started_at, [*self.entries, entry])
 
     async def finish(self) -> None:
-        """Complete all runs, delete everything, and check that the store is empty."""
+        """Complete all runs, delete everything, and check that the namespace is empty.
+
+        With two stores one writes and the other reads.
+        """
+        writer = len(self.stores) - 1
         await self.compare_state()
         for record in reversed(self.universe.model.get_active_runs()):
-            await self.call(
-                Call(method="complete_run", arguments={"run_id": record.run_id, "status": "Cancelled"})
-            )
+            arguments = {"run_id": record.run_id, "status": "Cancelled"}
+            await self.call(Call(method="complete_run", arguments=arguments), store=writer)
         self.advance_clock(TWO_HOURS)
-        await self.call(Call(method="cleanup", arguments={"cutoff": self.universe.model.now}))
+        cleanup = Call(method="cleanup", arguments={"cutoff": self.universe.model.now})
+        await self.call(cleanup, store=writer)
         await self.compare_state()
 
     def _everything(self) -> list[Call]:
@@ -131,16 +146,18 @@ class CallSequence:
             keys = {}
         return asked + [Call(method=one.name) for one in GLOBAL_READS if one.is_offered(capabilities)]
 
-    async def _compare(self, calls: Sequence[Call]) -> list[ReproCall]:
+    async def _compare(self, calls: Sequence[Call], store: int) -> list[ReproCall]:
         entries = []
         for call in calls:
-            actual = await execute(self.context.store, call)
+            actual = await execute(self.stores[store], call)
             if actual is UNKNOWN or is_unavailable(actual):
                 raise Inconclusive(f"{call.method} was unavailable although no other call was running")
             # A call that the contract forbids changes nothing (INP), so the model skips it.
             refused = is_correctly_rejected(call, actual)
             expected = actual if refused else expected_outcome(self.universe.model, call)
-            entries.append(ReproCall(self.advanced, call, expected, actual))
+            entries.append(ReproCall(self.advanced, call, expected, actual, store))
+            # A store may answer without suspending; the watchdog expects that other tasks run.
+            await asyncio.sleep(0)
         self.context.assertions += len(entries)
         return entries
 
@@ -150,7 +167,10 @@ class ModelMismatch(ContractViolation):
 
     def __init__(self, started_at: datetime, entries: Sequence[ReproCall]) -> None:
         last, blamed = entries[-1], _responsible_call(entries)
-        message = _message(last)
+        message = describe_mismatch(last.call.method, last.expected, last.actual)
+        if (write := _missed_write(entries)) is not None:
+            by = " by another store" if write.store != last.store else ""
+            message += f" (the result of the same call before {write.call.method}{by})"
         if blamed is not last:
             message = f"after {blamed.call.method}, {message}"
         clause = guess_clause(blamed.call, blamed.expected, blamed.actual)
@@ -176,16 +196,28 @@ def _responsible_call(entries: Sequence[ReproCall]) -> ReproCall:
     return last
 
 
-def _message(entry: ReproCall) -> str:
-    if is_foreign(entry.actual):
-        assert isinstance(entry.actual, Raised)
-        return f"{entry.call.method} raised {entry.actual.error}, which is not an error of the contract"
-    if isinstance(entry.actual, Returned) and isinstance(entry.expected, Returned):
-        return f"{entry.call.method}: {expected_and_got(entry.expected.value, entry.actual.value)}"
-    return (
-        f"{entry.call.method} returned {describe_outcome(entry.actual)} "
-        f"instead of {describe_outcome(entry.expected)}"
-    )
+def _missed_write(entries: Sequence[ReproCall]) -> ReproCall | None:
+    """The first write that a stale last read misses; None if its store never returned this result before."""
+    *before, last = entries
+    if last.call.operation.writes:
+        return None
+    write = None
+    for entry in reversed(before):
+        if (entry.call, entry.store, entry.actual) == (last.call, last.store, last.actual):
+            return write
+        if entry.call.operation.writes:
+            write = entry
+    return None
+
+
+def describe_mismatch(call: str, expected: Outcome, actual: Outcome) -> str:
+    """Describe a wrong outcome of a call."""
+    if is_foreign(actual):
+        assert isinstance(actual, Raised)
+        return f"{call} raised {actual.error}, which is not an error of the contract"
+    if isinstance(actual, Returned) and isinstance(expected, Returned):
+        return f"{call}: {expected_and_got(expected.value, actual.value)}"
+    return f"{call} returned {describe_outcome(actual)} instead of {describe_outcome(expected)}"
 
 
 # Shrinking
@@ -213,10 +245,18 @@ class _Shrinker:
         self._stack = stack
         self._deadline = until
         self._shared: CheckContext | None = None
+        self._shared_second: FlowStore | None = None
         self._replays = 0
 
     async def run(self) -> ModelMismatch:
         await self._find_clause()
+        await self._try(lambda entries: [replace(entry, store=0) for entry in entries])
+        # The wrong read may need an earlier read with the same arguments, whose result was kept.
+        await self._try(
+            lambda entries: [
+                entry for entry in entries if entry.call.operation.writes or entry.call == entries[-1].call
+            ]
+        )
         await self._try(
             lambda entries: [entry for entry in entries[:-1] if entry.call.operation.writes] + entries[-1:]
         )
@@ -296,14 +336,23 @@ class _Shrinker:
         self._replays += 1
         return await self._run(self._shared, _renamed(entries, self._replays))
 
+    async def _second_store(self, context: CheckContext) -> FlowStore:
+        """Another store on the namespace; that of the shared namespace is opened once."""
+        if context is not self._shared:
+            return await context.open()
+        if self._shared_second is None:
+            self._shared_second = await context.open()
+        return self._shared_second
+
     async def _run(self, context: CheckContext, entries: Sequence[ReproCall]) -> ModelMismatch | None:
-        sequence = CallSequence.on(context, 1)
+        second = await self._second_store(context) if any(entry.store for entry in entries) else None
+        sequence = CallSequence.on(context, 1, second=second)
         assert context.clock is not None
         context.clock.now = sequence.started_at = self._best.started_at
         try:
             for entry in entries:
                 sequence.advance_clock(entry.clock_advance)
-                await sequence.call(entry.call)
+                await sequence.call(entry.call, store=entry.store)
         except ModelMismatch as found:
             return found
         return None

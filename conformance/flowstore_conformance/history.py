@@ -26,10 +26,10 @@ class Call:
         """The row of the operation table."""
         return operations.OPERATIONS[self.method]
 
-    def source(self, names: Mapping[UUID, str] | None = None) -> str:
-        """The call as a Python expression. ``names`` maps ids to expressions."""
+    def source(self, names: Mapping[UUID, str] | None = None, *, store: str = "store") -> str:
+        """The call as a Python expression on a store. ``names`` maps ids to expressions."""
         given = ", ".join(f"{name}={literal(value, names)}" for name, value in self.arguments.items())
-        return f"store.{self.method}({given})"
+        return f"{store}.{self.method}({given})"
 
 
 class Unknown(Enum):

@@ -39,7 +39,7 @@ async def outcome(call):
 _SEQUENTIAL = """
 async def main(url):
     global now
-    async with open_store(url{clock}) as store:
+    async with {stores}:
 {body}
 
 
@@ -92,6 +92,10 @@ asyncio.run(main(sys.argv[1]))
 '''
 
 
+STORE_NAMES = ("store", "second_store")
+"""The names of the stores of a sequential program; both are open on one namespace."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReproCall:
     """A clock advance, then a call with its expected and actual outcome."""
@@ -100,12 +104,20 @@ class ReproCall:
     call: Call
     expected: Outcome
     actual: Outcome
+    store: int = 0
+    """The index of the store in STORE_NAMES."""
 
 
 def sequential_script(
     title: str, start: datetime, entries: Iterable[ReproCall], *, clock: bool = True
 ) -> str:
     """A program that makes the calls sequentially and prints each result."""
+    entries = list(entries)
+    opened = f"open_store(url{', clock=lambda: now' if clock else ''})"
+    stores = ", ".join(
+        f"{opened} as {name}"
+        for name in STORE_NAMES[: 1 + max((entry.store for entry in entries), default=0)]
+    )
     body = []
     for entry in entries:
         if entry.clock_advance:
@@ -113,9 +125,10 @@ def sequential_script(
         if entry.expected != entry.actual:
             body.append(f"        # expected: {answer_text(entry.expected)}")
             body.append(f"        # got:      {answer_text(entry.actual)}")
-        body.append(f'        print("{entry.call.method}:", await outcome({entry.call.source()}))')
+        call = entry.call.source(store=STORE_NAMES[entry.store])
+        body.append(f'        print("{entry.call.method}:", await outcome({call}))')
     head = _HEAD.format(title=_docstring(title), start=literal(start))
-    return head + _SEQUENTIAL.format(clock=", clock=lambda: now" if clock else "", body="\n".join(body))
+    return head + _SEQUENTIAL.format(stores=stores, body="\n".join(body))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 from uuid import UUID
 
-from flowstore_conformance.checks.operations import OPERATIONS, legal_arguments
+from flowstore_conformance.checks.operations import ARGUMENT_KINDS, legal_arguments
 from flowstore_conformance.nested_loop import run_nested
 
 from flowstore_chaos.context import RunContext, SkippedError
@@ -285,7 +285,7 @@ async def run(context: RunContext) -> None:
 
 
 def _sample_operations(context: RunContext) -> list[str]:
-    return context.rng.sample(sorted(OPERATIONS), OPERATIONS_PER_MISUSE)
+    return context.rng.sample(sorted(ARGUMENT_KINDS), OPERATIONS_PER_MISUSE)
 
 
 async def _new_mutant(store: FlowStore) -> SpawnTaskPerCallMutant:
@@ -306,7 +306,7 @@ async def _check_refused(store: Any, names: Sequence[str], error_name: str) -> l
     """Call the operations. Returns those that do not raise the expected error, as sentences."""
     found = []
     for name in names:
-        arguments = legal_arguments(name) if name in OPERATIONS else {}
+        arguments = legal_arguments(name) if name in ARGUMENT_KINDS else {}
         try:
             async with asyncio.timeout(HANG_TIMEOUT / OPERATIONS_PER_MISUSE / 2):
                 await getattr(store, name)(**arguments)

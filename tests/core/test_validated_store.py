@@ -13,7 +13,12 @@ from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 import pytest
-from flowstore_conformance.checks.operations import HOSTILE, OPERATIONS, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.operations import (
+    ARGUMENT_KINDS,
+    HOSTILE,
+    hostile_arguments,
+    legal_arguments,
+)
 
 from flowstore_core import (
     Capability,
@@ -38,20 +43,22 @@ def test_checked_the_table_of_operations_is_complete() -> None:
         for name, member in inspect.getmembers(FlowStore, inspect.isfunction)
         if not name.startswith("_") and name not in ("ping", "aclose")
     }
-    assert found == {name: list(kinds) for name, kinds in OPERATIONS.items()}
+    assert found == {name: list(kinds) for name, kinds in ARGUMENT_KINDS.items()}
 
 
 def test_checked_every_extension_has_its_capability() -> None:
     facts = {Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK}
     assert set(EXTENSIONS.values()) == set(Capability) - facts
-    assert set(EXTENSIONS) <= set(OPERATIONS)
+    assert set(EXTENSIONS) <= set(ARGUMENT_KINDS)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", ARGUMENT_KINDS)
 async def test_checked_a_backend_gets_every_parameter_by_keyword(install: Install, operation: str) -> None:
     install("mine", RECORDING)
     legal = legal_arguments(operation)
-    required = {name: value for name, value in legal.items() if not OPERATIONS[operation][name].endswith("?")}
+    required = {
+        name: value for name, value in legal.items() if not ARGUMENT_KINDS[operation][name].endswith("?")
+    }
     async with open_store("mine://x") as store:
         await getattr(store, operation)(**legal)
         for name in ("skip", "take", "after", "reset"):
@@ -59,7 +66,7 @@ async def test_checked_a_backend_gets_every_parameter_by_keyword(install: Instal
         await getattr(store, operation)(**required)
     (_, called, full), (_, _, least) = importlib.import_module("plugin_of_mine").calls
     assert called == operation
-    assert set(full) == set(least) == set(OPERATIONS[operation])
+    assert set(full) == set(least) == set(ARGUMENT_KINDS[operation])
     assert {name: least[name] for name in required} == {name: full[name] for name in required}
 
 
@@ -167,7 +174,7 @@ async def test_checked_the_clock_a_backend_gets_is_checked(install: Install) -> 
         assert caught.value.argument == "clock"
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", ARGUMENT_KINDS)
 async def test_checked_argument_then_closed_then_not_supported(install: Install, operation: str) -> None:
     code = RECORDING.replace("frozenset(fs.Capability)", "frozenset()")
     if operation not in EXTENSIONS:

@@ -39,6 +39,7 @@ _mutants: dict[str, Mutant] = {}
 MODULES = (
     "claims",
     "controls",
+    "derived_reads",
     "faults",
     "keys",
     "lost_messages",

@@ -21,7 +21,7 @@ from flowstore_conformance.checks.fixtures import (
     run_step,
     start,
 )
-from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments
+from flowstore_conformance.checks.operations import ARGUMENT_KINDS, RUN, hostile_arguments
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, InvalidArgumentError, RunStatus, StepStatus
@@ -37,7 +37,7 @@ async def _expect_refused(context: CheckContext, kinds: Collection[str], rule: s
     await store.configure_run(run_id, FLOW, "manual")
     await store.register_waiter(run_id, "charge", "go")
     before = await observe_all(context, run_id)
-    for operation in OPERATIONS:
+    for operation in ARGUMENT_KINDS:
         for name, arguments in hostile_arguments(operation, kinds):
             sentence = f"{operation}({name}={abbreviate(arguments[name])}): {rule}"
             call = getattr(store, operation)(**arguments)

@@ -25,7 +25,7 @@ from flowstore_conformance.checks.fixtures import (
     single,
     start,
 )
-from flowstore_conformance.checks.operations import OPERATIONS, RUN, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.operations import ARGUMENT_KINDS, RUN, hostile_arguments, legal_arguments
 from flowstore_conformance.context import CheckContext, VirtualClock
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
@@ -80,7 +80,7 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
         context.expect(await outcome_of(call), True, "try_claim_step with a lease where LEASES is declared")
     else:
         await _expect_unsupported(context, call, Capability.LEASES, "try_claim_step")
-    for operation in OPERATIONS:
+    for operation in ARGUMENT_KINDS:
         # Arguments are checked before capabilities.
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:
             call = getattr(store, operation)(**arguments)
@@ -227,7 +227,7 @@ async def a_closed_store_raises_store_closed(context: CheckContext) -> None:
 
 async def _expect_closed(context: CheckContext, store: FlowStore) -> None:
     await context.expect_error(store.ping(), StoreClosedError, "ping of a closed store")
-    for operation in OPERATIONS:
+    for operation in ARGUMENT_KINDS:
         call = getattr(store, operation)(**legal_arguments(operation))
         await context.expect_error(call, StoreClosedError, f"{operation} of a closed store")
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:

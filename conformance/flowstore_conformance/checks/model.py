@@ -27,6 +27,7 @@ from hypothesis.configuration import set_hypothesis_home_dir, storage_directory
 from hypothesis.errors import HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from flowstore_conformance.checks.fixtures import second_store
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.differential import CallSequence, ModelMismatch, shrink
 from flowstore_conformance.operations import available_strategies, draw_call, draw_clock_advance
@@ -34,6 +35,7 @@ from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.strategies import KEYS, RandomChoices
 from flowstore_conformance.violation_signature import Signature
 from flowstore_core import Capability
+from flowstore_core.operations import OPERATIONS
 
 T = TypeVar("T")
 
@@ -42,16 +44,26 @@ SEQUENCE_LENGTH = 80
 """Calls of a random sequence."""
 COMPARE_INTERVAL = 8
 """Number of calls between two comparisons of the whole state."""
+REPEATED_READS = 3
+"""Number of reads that a random sequence repeats, with the same arguments, around its writes."""
+TWO_STORES_INTERVAL = 3
+"""Every so many random sequences use two stores of the namespace instead of one."""
 
 
-@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
+@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
 async def call_sequences_agree_with_the_model(context: CheckContext) -> None:
-    """Long random call sequences get the model's results and leave the model's state."""
+    """Long random call sequences on one or two stores get the model's results and leave the model's state.
+
+    Some reads are repeated around the writes, so that a stale cache shows.
+    """
     until = time.monotonic() + context.profile.of(3, 12, 900)
     async with context.new_namespace() as namespace:
+        second = await second_store(namespace)
         try:
             for number in range(1, context.profile.of(5, 60, 5000)):
-                await _run_random_sequence(CallSequence.on(namespace, number), context.random)
+                other = None if number % TWO_STORES_INTERVAL else second
+                program = CallSequence.on(namespace, number, second=other)
+                await _run_random_sequence(program, context.random)
                 if time.monotonic() > until:
                     break
         except ModelMismatch as found:
@@ -67,17 +79,27 @@ async def _run_random_sequence(program: CallSequence, generator: random.Random) 
     program.universe.keys = generator.sample(KEYS, generator.choice((1, 2, 2, 4)))
     for _ in range(generator.choice((1, 2))):
         await program.call(draw_call(choices, program.universe, "start_run"))
+    reads = [method for method in methods if not OPERATIONS[method].writes]
+    repeated = [
+        draw_call(choices, program.universe, read) for read in generator.sample(reads, REPEATED_READS)
+    ]
+    stores = range(len(program.stores))
     for number in range(SEQUENCE_LENGTH):
         if generator.random() < 0.15:
             program.advance_clock(draw_clock_advance(choices, program.universe))
         [method] = generator.choices(list(methods), weights)
-        await program.call(draw_call(choices, program.universe, method))
+        call = draw_call(choices, program.universe, method)
+        await program.call(call, store=generator.choice(stores))
+        if call.operation.writes:
+            await program.call(generator.choice(repeated), store=generator.choice(stores))
+        else:
+            repeated[generator.randrange(REPEATED_READS)] = call
         if number % COMPARE_INTERVAL == 0:
             await program.compare_state()
     await program.finish()
 
 
-@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL)
+@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
 async def hypothesis_calls_agree_with_the_model(context: CheckContext) -> None:
     """Call sequences that Hypothesis draws and varies get the model's results and leave the model's state."""
     bridge = _LoopBridge()
@@ -258,6 +280,8 @@ def _new_machine(search: _Search) -> type[_Machine]:
     for method, strategy in available_strategies(search.context.capabilities).items():
         for number in range(strategy.weight):
             rules[f"{method}_{number}"] = rule(data=st.data())(_draw(method))
+    for number in range(4):
+        rules[f"repeat_read_{number}"] = rule(data=st.data())(_repeat_read)
     for number in range(8):
         rules[f"advance_clock_{number}"] = rule(data=st.data())(_advance_clock)
         rules[f"compare_state_{number}"] = rule()(_compare_state)
@@ -274,6 +298,12 @@ def _draw(method: str) -> Callable[[Any, st.DataObject], None]:
 def _first_calls(self: Any, data: st.DataObject) -> None:
     for _ in range(_HypothesisChoices(data).one_of((1, 2, 0))):
         self.draw(data, "start_run")
+
+
+def _repeat_read(self: Any, data: st.DataObject) -> None:
+    if reads := self.program.reads:
+        call = _HypothesisChoices(data).one_of(reads)
+        self.run(lambda: self.program.call(call))
 
 
 def _advance_clock(self: Any, data: st.DataObject) -> None:

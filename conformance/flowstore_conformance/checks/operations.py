@@ -1,4 +1,4 @@
-"""Every operation with the kinds of its arguments: what is legal for a kind, and what is not."""
+"""The kind of each argument of every operation, with legal and illegal values of each kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _START = {
 _PAGE = {"skip": "skip", "take": "take"}
 
 # A kind that ends in a question mark takes None too.
-OPERATIONS: dict[str, dict[str, str]] = {
+ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "start_run": _START,
     "complete_run": {**_DETAIL, "status": "completion", "expected": "expected?"},
     "get_runs": {"flow_id": "id?", "after": "position?", **_PAGE},
@@ -224,7 +224,7 @@ HOSTILE: dict[str, list[Any]] = {
 
 def legal_arguments(operation: str) -> dict[str, Any]:
     """Arguments, all of them given, that nothing refuses on their own account."""
-    arguments = {name: LEGAL[kind.removesuffix("?")] for name, kind in OPERATIONS[operation].items()}
+    arguments = {name: LEGAL[kind.removesuffix("?")] for name, kind in ARGUMENT_KINDS[operation].items()}
     if operation == "get_run_timeseries":
         arguments["until"] = _MOMENT + timedelta(hours=3)
     return arguments
@@ -232,7 +232,7 @@ def legal_arguments(operation: str) -> dict[str, Any]:
 
 def hostile_arguments(operation: str, kinds: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The name of the one bad argument, of some kinds, with all arguments, for all that must be refused."""
-    for name, kind in OPERATIONS[operation].items():
+    for name, kind in ARGUMENT_KINDS[operation].items():
         plain = kind.removesuffix("?")
         if plain in kinds:
             for value in HOSTILE[plain] + ([] if kind.endswith("?") else [None]):

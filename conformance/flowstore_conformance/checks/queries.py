@@ -182,7 +182,7 @@ async def search_covers_the_steps_of_a_detail(context: CheckContext) -> None:
 
 
 # A text, needles that match it, and needles that must not match it.
-_SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Order-42", ("order-42", "ORDER-42", "r-4"), ("order42", "Order-43", "order-42 ")),
     ("100%", ("100%", "%", "0%"), ("1%0", "%100", "100%%")),
     ("a_b", ("_", "A_B"), ("__", "a__b")),
@@ -202,14 +202,14 @@ _SEARCHES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 @example("QRY-2")
 async def search_is_a_substring_match_that_folds_only_ascii(context: CheckContext) -> None:
     """There are no wildcards or patterns: %, _ and \\ are ordinary characters."""
-    for at, (text, _, _) in enumerate(_SEARCHES):
+    for at, (text, _, _) in enumerate(SEARCHES):
         by_name, by_step = UUID(int=100 + at), UUID(int=200 + at)
         await start(context, run_id=by_name, flow_name=text, trigger_key="~")
         await start(context, run_id=by_step, flow_name="~", trigger_key="~")
         # Odd texts in key and error, even texts in outputs.
         given = {"error_message": f"<{text}>"} if at % 2 else {"output_json": f"<{text}>"}
         await run_step(context, by_step, text if at % 2 else "~", StepStatus.FAILED, **given)
-    for at, (text, matching, others) in enumerate(_SEARCHES):
+    for at, (text, matching, others) in enumerate(SEARCHES):
         both = {100 + at, 200 + at}
         for needle in matching:
             found = set(await _search(context, needle))
@@ -221,37 +221,42 @@ async def search_is_a_substring_match_that_folds_only_ascii(context: CheckContex
             context.expect_that(not both & found, f"{sentence}: expected neither of {both} in {found}")
 
 
+LIMIT = 64 * 1024
+LONG_NAMES = {"flow_name": "n" * 250 + "name 1", "job_id": "j" * 1018 + "job 12"}
+LONG_TEXTS = {
+    "exact": "x" * (LIMIT - 6) + "inside",
+    "beyond": "x" * (LIMIT - 6) + "outsideR",
+    "bytes": "\u00e9" * (LIMIT // 2 - 2) + "last" + "more",
+    "cut": "y" * (LIMIT - 1) + "\u00e9" + "end",
+}
+"""The errors and outputs of a run, which LONG_SEARCHES match within their first 64 KiB only."""
+
+LONG_SEARCHES = {
+    "inside": True,
+    "XINSIDE": True,
+    "outsid": True,
+    "outside": False,
+    "ideR": False,
+    "\u00e9last": True,
+    "lastm": False,
+    "yyy": True,
+    "y\u00e9": False,
+    "\u00e9end": False,
+    "nname 1": True,
+    "jjob 12": True,
+    "N" * 249 + "NAME 1": True,
+}
+"""Whether each needle lies within the searched part of LONG_NAMES or LONG_TEXTS."""
+
+
 @example("QRY-2")
 async def search_covers_the_first_64_kib_of_long_texts(context: CheckContext) -> None:
     """The match must lie within the first 65,536 bytes of UTF-8; keys and names are searched whole."""
-    limit = 64 * 1024
-    run_id = await start(
-        context, run_id=UUID(int=12), flow_name="n" * 250 + "name 1", job_id="j" * 1018 + "job 12"
-    )
-    texts = {
-        "exact": "x" * (limit - 6) + "inside",
-        "beyond": "x" * (limit - 6) + "outsideR",
-        "bytes": "\u00e9" * (limit // 2 - 2) + "last" + "more",
-        "cut": "y" * (limit - 1) + "\u00e9" + "end",
-    }
-    for number, (key, text) in enumerate(texts.items()):
+    run_id = await start(context, run_id=UUID(int=12), **LONG_NAMES)
+    for number, (key, text) in enumerate(LONG_TEXTS.items()):
         given = {"output_json": text} if number % 2 else {"error_message": text}
         await run_step(context, run_id, key, StepStatus.FAILED, **given)
-    for needle, inside in (
-        ("inside", True),
-        ("XINSIDE", True),
-        ("outsid", True),
-        ("outside", False),
-        ("ideR", False),
-        ("\u00e9last", True),
-        ("lastm", False),
-        ("yyy", True),
-        ("y\u00e9", False),
-        ("\u00e9end", False),
-        ("nname 1", True),
-        ("jjob 12", True),
-        ("N" * 249 + "NAME 1", True),
-    ):
+    for needle, inside in LONG_SEARCHES.items():
         sentence = f"a search for {needle[-20:]!r}, which lies {'within' if inside else 'beyond'} 64 KiB"
         context.expect(await _search(context, needle), [12] if inside else [], sentence)
 

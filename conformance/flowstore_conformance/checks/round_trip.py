@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from datetime import UTC, datetime, timedelta, timezone
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     FLOW,
-    SIMILAR_KEYS,
     abbreviate,
     expect_fields,
     get_control,
@@ -115,35 +113,6 @@ async def keys_round_trip_unchanged(context: CheckContext) -> None:
     drawn = [random_text(context, 1, 256) for _ in range(context.profile.of(1, 1, 40))]
     for key in (" ", *parts, *chosen, *drawn):
         await _expect_key_round_trip(context, key, key)
-
-
-@example("INP-1")
-async def similar_keys_are_distinct(context: CheckContext) -> None:
-    """Keys compare exactly: no case folding, no trimming, no Unicode normalisation."""
-    store = context.store
-    run_id = await start(context)
-    for key in SIMILAR_KEYS:
-        sentence = f"{key!r} is distinct from similar keys"
-        context.expect(await store.try_claim_step(run_id, key, owner=key), True, sentence)
-        context.expect(await store.try_record_dispatch(run_id, key), True, sentence)
-        context.expect(await store.record_step_start(run_id, key, "http"), 1, sentence)
-        await store.register_waiter(run_id, key, key)
-        if Capability.OUTPUTS in context.capabilities:
-            await store.save_output(run_id, key, key)
-    sentence = "similar keys are distinct"
-    keys = set(SIMILAR_KEYS)
-    context.expect(set(await store.get_step_statuses(run_id)), keys, sentence)
-    context.expect(await store.get_dispatched_step_keys(run_id), keys, sentence)
-    context.expect({c.step_key: c.owner for c in await store.get_step_claims(run_id)}, _same(keys), sentence)
-    if Capability.OUTPUTS in context.capabilities:
-        context.expect(await store.get_outputs(run_id), _same(keys), sentence)
-    for key in SIMILAR_KEYS:
-        delivery = await store.deliver_signal(run_id, key, key, delivery_id=key)
-        context.expect(delivery.step_key, key, f"the waiter of the signal name and delivery_id {key!r}")
-
-
-def _same(keys: Collection[str]) -> dict[str, str]:
-    return {key: key for key in keys}
 
 
 # INP-2

@@ -190,9 +190,11 @@ def _matches(search: str, record: FlowRunRecord, run: Run) -> bool:
         record.job_id,
     ]
     texts: list[str | None] = []
-    for step in step_records(record.run_id, run):
-        names.append(step.step_key)
-        texts += [step.error_message, step.output_json]
+    for key, step in run.steps.items():
+        if step.status is None:
+            continue
+        names.append(key)
+        # The step shows the texts of its newest attempt.
         for attempt in step.attempts:
             texts += [attempt.error_message, attempt.output_json]
     return _any_contains(needle, names, None) or _any_contains(needle, texts, 64 * 1024)

@@ -1,0 +1,219 @@
+"""Every read before and after every write, with the same arguments: no cache may hide a change.
+
+The reads come from the operation table, the writes from the write scenarios, so a new operation is covered
+without a change here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.checks.fixtures import HOUR, TICK, require_clock, second_store
+from flowstore_conformance.context import CheckContext, ContractViolation, Profile
+from flowstore_conformance.differential import (
+    TWO_HOURS,
+    CallSequence,
+    ModelMismatch,
+    expected_outcome,
+    shrink,
+)
+from flowstore_conformance.execution import execute
+from flowstore_conformance.history import Call
+from flowstore_conformance.model import Model
+from flowstore_conformance.registry import Kind, check
+from flowstore_conformance.write_scenarios import ScenarioFactory, available
+from flowstore_core import Capability, FlowStore, RunPosition, RunStatus
+from flowstore_core.operations import OPERATIONS
+
+SHRINK_SECONDS = 6.0
+QUICK_WITH_END = ("trigger_run", "register_key")
+"""The scenarios whose run the quick profile deletes and starts again between reads."""
+QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6")
+
+
+def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> Mapping[str, tuple[Any, ...]]:
+    """The values of every parameter of a read, for the write scenarios of one run."""
+    at = position.started_at
+    return {
+        "run_id": (run_id,),
+        "source_run_id": (run_id,),
+        "flow_id": (flow_id,),
+        "step_key": ("a", "b"),
+        "trigger_key": ("manual",),
+        "idempotency_key": ("K",),
+        "key": ("k",),
+        "status": ("Running", "Failed", "Succeeded"),
+        "search": ("failed", "no", "[1]", "upstream"),
+        "granularity": ("hour", "day"),
+        "since": (at - HOUR,),
+        "until": (at + HOUR,),
+        "as_of": (at + HOUR,),
+        "after": (position,),
+        "skip": (1,),
+        "take": (1,),
+    }
+
+
+def reads_of(
+    values: Mapping[str, tuple[Any, ...]], capabilities: Collection[Capability], chosen: slice = slice(None)
+) -> list[Call]:
+    """A call of every read with its required arguments, and one for each further value of each parameter.
+
+    ``chosen`` limits the further calls of each read.
+    """
+    calls = []
+    for operation in OPERATIONS.values():
+        if not operation.writes and operation.is_offered(capabilities):
+            required, *further = _variants(operation.name, values)
+            calls += [Call(method=operation.name, arguments=given) for given in (required, *further[chosen])]
+    return calls
+
+
+def _variants(read: str, values: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    parameters = [
+        one for one in inspect.signature(getattr(FlowStore, read)).parameters.values() if one.name != "self"
+    ]
+    required = {one.name: values[one.name][0] for one in parameters if one.default is one.empty}
+    yield required
+    for one in parameters:
+        # The first value of a required parameter is in every call.
+        for value in values[one.name][one.name in required :]:
+            # The position of an event is its sequence.
+            yield {**required, one.name: 1 if read == "get_run_events" else value}
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A write scenario between reads."""
+
+    factory: ScenarioFactory
+    writer: int = 1
+    """The index of the store that writes; store 0 reads."""
+    is_ended: bool = False
+    """Whether the run is terminal before the last write."""
+    with_end: bool = False
+    """Whether reads follow the end of the run, its deletion and the start of another with its id."""
+
+
+def _cases(context: CheckContext) -> Iterator[_Case]:
+    """Every write scenario three times; the quick profile takes one scenario of each operation once."""
+    seen = set()
+    for name, factory in available(context.capabilities).items():
+        write = factory(UUID(int=1), UUID(int=2))[1].method
+        if context.profile is not Profile.QUICK:
+            yield _Case(factory, writer=0)
+            yield _Case(factory, is_ended=True)
+            yield _Case(factory, with_end=True)
+        elif write not in seen:
+            seen.add(write)
+            yield _Case(factory, with_end=name in QUICK_WITH_END)
+
+
+@check("CLM-2", *QUERY_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
+async def every_read_shows_every_write(context: CheckContext) -> None:
+    """Every read shows every write of its own and of a second store, also if it was made before the write."""
+    async with context.new_namespace() as namespace:
+        second = await second_store(namespace)
+        for number, case in enumerate(_cases(context), 1):
+            program = CallSequence.on(namespace, number, second=second)
+            if (calls := _calls_of(program, case)) is None:
+                continue
+            chosen = slice(number % 3, None, 3) if context.profile is Profile.QUICK else slice(None)
+            try:
+                await _ask_around_writes(program, case, calls, chosen)
+            except ModelMismatch as found:
+                raise await _explain(context, namespace, found) from found.__cause__
+
+
+def _calls_of(program: CallSequence, case: _Case) -> list[Call] | None:
+    """The calls of a scenario; None if the last of them would change nothing on a terminal run."""
+    run_id, flow_id = program.universe.runs[0], program.universe.flows[0]
+    setup, write = case.factory(run_id, flow_id)
+    if not case.is_ended:
+        return [*setup, write]
+    model = Model(require_clock(program.context))
+    for call in setup:
+        getattr(model, call.method)(**call.arguments)
+    if model.get_run_status(run_id) is not RunStatus.RUNNING:
+        return None
+    model.complete_run(run_id, RunStatus.FAILED)
+    before = model.state.frozen()
+    expected_outcome(model, write)
+    return None if model.state.frozen() == before else [*setup, _complete(run_id), write]
+
+
+def _complete(run_id: UUID) -> Call:
+    return Call(method="complete_run", arguments={"run_id": run_id, "status": RunStatus.FAILED})
+
+
+async def _ask_around_writes(
+    program: CallSequence, case: _Case, calls: Sequence[Call], chosen: slice
+) -> None:
+    """Make the calls of a case, and every read before and after the last of them; then delete the run."""
+    model, runs, flows = program.universe.model, program.universe.runs, program.universe.flows
+    writer = min(case.writer, len(program.stores) - 1)
+    bystander: dict[str, Any] = {"flow_id": flows[1], "flow_name": "bystander", "run_id": runs[1]}
+    bystander |= {"trigger_key": "manual", "source_run_id": runs[0]}
+    *setup, write = calls
+    await program.call(Call(method="start_run", arguments=bystander), store=writer)
+    program.advance_clock(TICK)
+    position = RunPosition(started_at=model.now, run_id=runs[1])
+    values = values_by_parameter(runs[0], flows[0], position)
+    reads = reads_of(values, program.context.capabilities, chosen)
+    for call in setup:
+        await program.call(call, store=writer)
+    await _ask(program, reads)
+    await program.call(write, store=writer)
+    await _ask(program, reads)
+    await _complete_all(program, writer)
+    if case.with_end:
+        await _ask(program, reads)
+    await _delete_all(program, writer)
+    if case.with_end:
+        await _ask(program, reads)
+        again = {**bystander, "flow_id": flows[0], "flow_name": "again", "run_id": runs[0]}
+        await program.call(Call(method="start_run", arguments=again), store=writer)
+        await _ask(program, reads)
+        await _complete_all(program, writer)
+        await _delete_all(program, writer)
+
+
+async def _ask(program: CallSequence, reads: Sequence[Call]) -> None:
+    for read in reads:
+        await program.call(read)
+
+
+async def _complete_all(program: CallSequence, writer: int) -> None:
+    for record in program.universe.model.get_active_runs():
+        await program.call(_complete(record.run_id), store=writer)
+
+
+async def _delete_all(program: CallSequence, writer: int) -> None:
+    """Delete every run, and the control records and keys without one (RET-4)."""
+    program.advance_clock(TWO_HOURS)
+    cleanup = Call(method="cleanup", arguments={"cutoff": program.universe.model.now})
+    await program.call(cleanup, store=writer)
+
+
+async def _explain(context: CheckContext, namespace: CheckContext, found: ModelMismatch) -> ContractViolation:
+    """Shrink a violation, and tell a stale result from a write that did not happen: ask a new store."""
+    last = found.entries[-1]
+    fresh = await second_store(namespace)
+    is_stale = (
+        not last.call.operation.writes
+        and fresh is not namespace.store
+        and await execute(fresh, last.call) == last.expected
+    )
+    shrunk = await shrink(context, found, SHRINK_SECONDS)
+    if not is_stale:
+        return shrunk
+    note = "a newly opened store returns the expected result, so this store keeps an old one in memory"
+    return ContractViolation(
+        f"{shrunk.message}; {note}",
+        clause="CLM-2" if last.call.operation.shows_state else shrunk.clause,
+        program=shrunk.program,
+    )

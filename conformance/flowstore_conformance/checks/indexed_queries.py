@@ -1,0 +1,238 @@
+"""Queries of ended runs, more than a search index gathers at once, and of changes after it gathered them.
+
+A backend may build an index lazily: from runs that have ended, during a cleanup, or in batches. Queries must
+not show which runs it contains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from uuid import UUID
+
+from flowstore_conformance.checks.compared_store import ComparedStore
+from flowstore_conformance.checks.fixtures import (
+    FLOW,
+    HOUR,
+    MINUTE,
+    SECOND,
+    TERMINAL_RUN_STATUSES,
+    TICK,
+    require_clock,
+)
+from flowstore_conformance.checks.queries import LONG_NAMES, LONG_SEARCHES, LONG_TEXTS, SEARCHES
+from flowstore_conformance.context import CheckContext, Profile
+from flowstore_conformance.history import Call
+from flowstore_conformance.registry import check
+from flowstore_core import Capability, RunStatus, StepStatus
+
+OTHER_FLOW = UUID("f10a0000-0000-4000-8000-000000000002")
+EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
+"""A cleanup with this cutoff deletes nothing, but may maintain an index."""
+
+
+def _on(run_id: UUID, method: str, **arguments: object) -> Call:
+    return Call(method=method, arguments={"run_id": run_id, **arguments})
+
+
+def _start(run_id: UUID, **given: object) -> Call:
+    names = {"flow_id": FLOW, "flow_name": "orders", "trigger_key": "manual"}
+    return _on(run_id, "start_run", **{**names, **given})
+
+
+def _close(run_id: UUID, step_key: str, status: StepStatus, **texts: str) -> Call:
+    return _on(run_id, "record_step_complete", step_key=step_key, status=status, **texts)
+
+
+def _skip(run_id: UUID, step_key: str, reason: str) -> Call:
+    return _on(run_id, "record_skipped_step", step_key=step_key, step_type="http", reason=reason)
+
+
+def _end(run_id: UUID, status: RunStatus = RunStatus.SUCCEEDED) -> Call:
+    return _on(run_id, "complete_run", status=status)
+
+
+async def _fill(compared: ComparedStore, count: int, first: int) -> None:
+    """Start and end runs, each with a step and its text, a minute apart in groups."""
+    clock = require_clock(compared.context)
+    for at in range(0, count, 50):
+        runs = [UUID(int=first + number) for number in range(at, min(at + 50, count))]
+        flows = (FLOW, OTHER_FLOW, FLOW)
+        starts = [_start(run_id, flow_id=flows[run_id.int % 3], flow_name="filler") for run_id in runs]
+        await compared.make_concurrently(starts)
+        await compared.make_concurrently([_skip(run_id, "a", f"filler {run_id.int}") for run_id in runs])
+        clock.advance(MINUTE)
+        ends = [_end(run_id, TERMINAL_RUN_STATUSES[run_id.int % 3]) for run_id in runs]
+        await compared.make_concurrently(ends)
+
+
+def _texts() -> Iterator[Call]:
+    """Ended runs with the texts of the other search examples in every searched field."""
+    for number, (text, _, _) in enumerate(SEARCHES):
+        run_id = UUID(int=10_000 + number)
+        # A text that is only in one field must be found there.
+        fields = ("flow_name", "trigger_key", "job_id", "step_key", "error_message", "output_json")
+        field = fields[number % len(fields)]
+        yield _start(run_id, **({field: text} if number % len(fields) < 3 else {}))
+        step_key = text if field == "step_key" else "a"
+        yield _on(run_id, "record_step_start", step_key=step_key, step_type="http")
+        texts = {field: f"<{text}>"} if field in ("error_message", "output_json") else {}
+        yield _close(run_id, step_key, StepStatus.FAILED, **texts)
+        # The second attempt leaves the text in the first one only.
+        yield _on(run_id, "record_step_start", step_key=step_key, step_type="http")
+        yield _close(run_id, step_key, StepStatus.SUCCEEDED)
+        yield _end(run_id)
+
+
+def _long_texts() -> Iterator[Call]:
+    """An ended run with texts that are longer than the searched part."""
+    run_id = UUID(int=10_100)
+    # In another flow than the changes, because searching long texts takes long.
+    yield _start(run_id, flow_id=OTHER_FLOW, **LONG_NAMES)
+    for number, (key, text) in enumerate(LONG_TEXTS.items()):
+        yield _on(run_id, "record_step_start", step_key=key, step_type="http")
+        given = {"output_json": text} if number % 2 else {"error_message": text}
+        yield _close(run_id, key, StepStatus.FAILED, **given)
+    yield _end(run_id)
+
+
+def _subject(number: int) -> UUID:
+    """The run of a change."""
+    return UUID(int=20_000 + number)
+
+
+def _start_subject(number: int) -> list[Call]:
+    """An ended run with a failed, a skipped and an open step, whose texts contain its number."""
+    run_id = _subject(number)
+    return [
+        _start(run_id, flow_name=f"subject{number}"),
+        _on(run_id, "record_step_start", step_key="failed", step_type="http"),
+        _close(run_id, "failed", StepStatus.FAILED, error_message=f"error{number}", output_json="[402]"),
+        _skip(run_id, f"skipped{number}", f"reason{number}"),
+        _on(run_id, "record_step_start", step_key="open", step_type="http"),
+        _end(run_id, RunStatus.FAILED),
+    ]
+
+
+def _late_completion(number: int) -> list[Call]:
+    return [_close(_subject(number), "open", StepStatus.FAILED, error_message=f"late{number}")]
+
+
+def _late_skip(number: int) -> list[Call]:
+    return [_skip(_subject(number), f"lateskip{number}", f"late{number}")]
+
+
+def _retry(number: int) -> list[Call]:
+    """Reopen and end the run with another output; the reset step's texts disappear."""
+    run_id = _subject(number)
+    return [
+        _on(run_id, "retry_step", step_key="failed", reset=[f"skipped{number}"]),
+        _on(run_id, "record_step_start", step_key="failed", step_type="http"),
+        _close(run_id, "failed", StepStatus.SUCCEEDED, output_json=f"late{number}"),
+        _end(run_id),
+    ]
+
+
+def _reset(number: int) -> list[Call]:
+    """Reopen and end the run without starting the reset step again."""
+    run_id = _subject(number)
+    return [
+        _on(run_id, "retry_step", step_key="failed", reset=[f"skipped{number}"]),
+        _end(run_id, RunStatus.CANCELLED),
+    ]
+
+
+def _supersede(number: int) -> list[Call]:
+    """Reopen the run with its open attempt, which is closed, and skip that step."""
+    run_id = _subject(number)
+    return [
+        _on(run_id, "retry_step", step_key="open"),
+        _end(run_id, RunStatus.CANCELLED),
+        _skip(run_id, "open", f"late{number}"),
+    ]
+
+
+def _replace(number: int) -> list[Call]:
+    """Start another run with the id of a deleted one."""
+    run_id = _subject(number)
+    return [_start(run_id, flow_name=f"late{number}"), _end(run_id)]
+
+
+CHANGES: Mapping[str, Callable[[int], list[Call]]] = {
+    "a late completion": _late_completion,
+    "a late skip": _late_skip,
+    "a retry with another output": _retry,
+    "a retry that resets a step": _reset,
+    "a retry and a late skip": _supersede,
+    "a run with the id of a deleted run": _replace,
+}
+"""The changes of indexed runs, each of its own run, which end with the run ended again."""
+
+
+def _questions(number: int, at: datetime) -> Iterator[Call]:
+    """The queries that one of the changes may affect."""
+    words = ("subject", "error", "skipped", "reason", "late", "lateskip")
+    for search in (*(f"{word}{number}" for word in words), f"{_subject(number)}", "superseded"):
+        yield Call(method="get_runs_page", arguments={"flow_id": FLOW, "search": search})
+    yield Call(method="get_runs_page", arguments={"search": f"late{number}"})
+    for status in RunStatus:
+        yield Call(method="get_runs_page", arguments={"status": status, "take": 2})
+        for search in ("SUBJECT", status[:-1]):
+            given = {"flow_id": FLOW, "status": status, "search": search, "take": 2}
+            yield Call(method="get_runs_page", arguments=given)
+    for flow_id in (None, FLOW, OTHER_FLOW):
+        yield Call(method="get_runs_page", arguments={"flow_id": flow_id, "skip": 1, "take": 2})
+        window = {"granularity": "hour", "since": at - HOUR, "until": at + HOUR, "flow_id": flow_id}
+        yield Call(method="get_run_timeseries", arguments=window)
+    yield Call(method="get_statistics", arguments={"as_of": at})
+    yield Call(method="get_active_runs")
+
+
+@check("QRY-2", "QRY-3", "QRY-4", "QRY-5", needs=[Capability.DASHBOARD, Capability.VIRTUAL_CLOCK])
+async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
+    """Queries agree with the model for many ended runs, after a cleanup, and after changes of ended runs."""
+    compared = ComparedStore.of(context)
+    clock = require_clock(context)
+    begun = clock.now
+    subjects = range(len(CHANGES))
+    replaced = list(CHANGES).index("a run with the id of a deleted run")
+    await compared.make(_start_subject(replaced))
+    clock.advance(MINUTE)
+    count = context.profile.of(70, 1100, 5000)
+    await _fill(compared, count // 2, first=1)
+    for number in subjects:
+        if number != replaced:
+            await compared.make(_start_subject(number))
+    await compared.make([*_texts(), *_long_texts()])
+    await _fill(compared, count - count // 2, first=1 + count // 2)
+    needles = [needle for _, matching, others in SEARCHES for needle in (*matching[-1:], *others[:1])]
+    needles += LONG_SEARCHES
+    searches = [Call(method="get_runs_page", arguments={"search": needle}) for needle in needles]
+    if context.profile is not Profile.QUICK:
+        compared.stage = f"with {count} ended runs"
+        await compared.make(searches)
+    await _index(compared)
+    compared.stage = f"with {count} ended runs after a cleanup that deleted none"
+    await compared.make(searches)
+    for number, (name, make_calls) in enumerate(CHANGES.items()):
+        questions = list(_questions(number, begun))
+        if number == replaced:
+            await compared.call("cleanup", cutoff=begun + TICK)
+            compared.stage = "after a cleanup that deleted an indexed run"
+            await compared.make(questions)
+        calls = make_calls(number)
+        for call in calls:
+            await compared.make([call])
+            if call is calls[-1] or context.profile is not Profile.QUICK:
+                compared.stage = f"after {name} ({call.method} of an indexed run)"
+                await compared.make(questions)
+        await _index(compared)
+        compared.stage = f"after {name} of an indexed run and a cleanup that deleted none"
+        await compared.make(questions)
+        clock.advance(SECOND)
+    await compared.make(searches)
+
+
+async def _index(compared: ComparedStore) -> None:
+    """Let the backend maintain its indexes."""
+    await compared.call("cleanup", cutoff=EARLIEST)
