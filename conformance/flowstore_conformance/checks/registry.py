@@ -28,6 +28,7 @@ class Kind(StrEnum):
     CANCELLATION = "cancellation"
     CRASH = "crash"
     HOSTILE = "hostile"
+    VOLUME = "volume"
     CAPABILITY = "capability"
 
 
@@ -78,6 +79,8 @@ MODULES = (
     "elapsed_time",
     "lost_replies",
     "concurrent_batches",
+    "volumes",
+    "large_texts",
     "capabilities",
     "event_loops",
     "model",
