@@ -48,6 +48,8 @@ MODULES = (
     "runs",
     "signals",
     "steps",
+    "times",
+    "volumes",
 )
 
 

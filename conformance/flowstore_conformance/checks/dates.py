@@ -202,19 +202,25 @@ async def _read_at(both: _Comparison, clock: VirtualClock, at: datetime, run_id:
 
 async def _compare_runs(both: _Comparison, clock: VirtualClock, moment: datetime) -> None:
     """Start and complete runs around a moment, read their series, order and statistics, and delete them."""
-    shifts = (-DAY, -HOUR, -TICK, 0 * TICK, TICK, HOUR, DAY)
     # Another flow than that of the Running runs.
     flow = {"flow_id": new_id(both.context), "flow_name": "dates", "trigger_key": "manual"}
-    ends = (RunStatus.SUCCEEDED, RunStatus.FAILED)
-    runs = []
-    for shift in shifts:
-        clock.now = moment + shift
-        runs.append(new_id(both.context))
-        await both.call("start_run", **flow, run_id=runs[-1])
-    for number, (run_id, shift) in enumerate(zip(runs, shifts, strict=True)):
-        # Each run ends at one of the moments, those started there after a day.
-        clock.now = max(moment, moment + shift) + (DAY if number == 0 else 0 * DAY)
-        await both.call("complete_run", run_id=run_id, status=ends[number % 2])
+    statuses = (RunStatus.SUCCEEDED, RunStatus.FAILED)
+    for number, (begin, end) in enumerate(
+        (
+            (-DAY, -HOUR),
+            (-HOUR, -TICK),
+            (-TICK, 0 * TICK),
+            (0 * TICK, TICK),
+            (TICK, HOUR),
+            (HOUR, DAY),
+            (DAY, DAY),
+        )
+    ):
+        run_id = new_id(both.context)
+        clock.now = moment + begin
+        await both.call("start_run", **flow, run_id=run_id)
+        clock.now = moment + end
+        await both.call("complete_run", run_id=run_id, status=statuses[number % 2])
     since, until = (moment - DAY).astimezone(_KATHMANDU), (moment + DAY + TICK).astimezone(_KATHMANDU)
     for granularity in ("hour", "day"):
         for flow_id in (None, flow["flow_id"]):
@@ -227,6 +233,6 @@ async def _compare_runs(both: _Comparison, clock: VirtualClock, moment: datetime
         position = RunPosition(started_at=moment + shift, run_id=UUID(int=2**127))
         await both.call("get_runs", after=position, take=20)
     clock.now = moment + 2 * DAY
-    for cutoff in (moment, moment + TICK, moment + DAY, moment + DAY + TICK):
+    for cutoff in (moment - TICK, moment, moment + TICK, moment + DAY, moment + DAY + TICK):
         await both.call("cleanup", cutoff=cutoff.astimezone(_KATHMANDU))
         await both.call("get_runs", take=20)

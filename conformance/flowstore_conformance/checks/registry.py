@@ -77,6 +77,7 @@ MODULES = (
     "cursors",
     "statistics",
     "dates",
+    "leases",
     "lost_replies",
     "concurrent_batches",
     "volumes",

@@ -161,7 +161,10 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
 
     # Keys without a step lengthen the list to its limit, and are ignored.
     longest = context.profile.of(2_500, 100_000, 100_000)
-    unknown = [f"unknown {number}" for number in range(longest - len(skipped) - 2)]
+    # In the order of keys, half of them come before the steps.
+    unknown = [
+        f"{'absent' if number % 2 else 'unknown'} {number}" for number in range(longest - len(skipped))
+    ]
     half = len(unknown) // 2
     reset = [skipped[0], *unknown[:half], *skipped[1:-1], *unknown[half:], skipped[-1]]
     await store.retry_step(run_id, kept[0], reset=reset)
