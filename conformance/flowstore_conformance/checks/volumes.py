@@ -418,8 +418,14 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
         advance(context, SECOND)
     statuses = {run.run_id: _STATUSES[number % 5] for number, run in enumerate(runs)}
     ends = [run_id for run_id, status in statuses.items() if status is not RunStatus.RUNNING]
-    won = await in_groups(lambda number: store.complete_run(ends[number], statuses[ends[number]]), len(ends))
-    expect_items(context, won, [True] * len(ends), f"completing {len(ends):,} runs", clause="RUN-2")
+
+    async def end(number: int) -> tuple[bool, bool]:
+        run_id = ends[number]
+        claimed = await store.try_claim_step(run_id, "charge", owner="me")
+        return claimed, await store.complete_run(run_id, statuses[run_id])
+
+    won = await in_groups(end, len(ends))
+    expect_items(context, won, [(True, True)] * len(ends), f"ending {len(ends):,} runs", clause="RUN-2")
     await _expect_lists(context, runs, statuses)
     if Capability.DASHBOARD in context.capabilities:
         await _expect_totals(context, runs, statuses, at)
@@ -433,6 +439,14 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
         await _expect_totals(context, left, statuses, at)
     deleted = await store.cleanup(now(context) + DAY)
     expect_count(context, deleted, 0, "the result of a second cleanup", clause="RET-3")
+
+    async def restart(number: int) -> tuple[object, ...]:
+        await start(context, run_id=ends[number * 4])
+        return tuple(await store.get_step_claims(ends[number * 4]))
+
+    left_claims = await in_groups(restart, len(ends) // 4)
+    what = f"the claims of ids that start again after a cleanup of {len(ends):,} runs with one claim each"
+    expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
 
 
 async def _expect_lists(
