@@ -125,11 +125,11 @@ def _call_and_outcome(
             return store.record_step_start(run_id, key, "http", owner="nobody"), "ClaimLostError"
 
 
-@check("CON-1", "CON-2", kind=Kind.VOLUME)
+@check("CON-1", "CON-2", kind=Kind.VOLUME, isolated=False)
 async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckContext) -> None:
     """Of many calls at once on one store all, some or none fail; each gets its own result or error."""
     store, count = context.store, context.profile.of(60, 2_000, 5_000)
-    runs, unknown = ([new_id(context) for _ in range(count)] for _ in range(2))
+    runs, more, unknown = ([new_id(context) for _ in range(count)] for _ in range(3))
     key = "step of run {}".format
     for what, of_number in (
         (
@@ -139,7 +139,7 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
         (
             "start_run, half of them with an id that is stored",
             lambda n: (
-                (_start(store, unknown[n], n), ("run", unknown[n], f"flow {n}"))
+                (_start(store, more[n], n), ("run", more[n], f"flow {n}"))
                 if n % 2
                 else (_start(store, runs[n], n), ("RunAlreadyExistsError", runs[n], None))
             ),
@@ -147,8 +147,8 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
         (
             "record_step_start, half of them on unknown runs",
             lambda n: (
-                store.record_step_start(runs[n] if n % 2 else UUID(int=n), key(n), "http", input_json=f"{n}"),
-                1 if n % 2 else ("RunNotFoundError", UUID(int=n), None),
+                store.record_step_start(runs[n] if n % 2 else unknown[n], key(n), "http", input_json=f"{n}"),
+                1 if n % 2 else ("RunNotFoundError", unknown[n], None),
             ),
         ),
         ("record_step_complete, three of four invalid", lambda n: _completion(store, runs[n], key(n), n)),
@@ -168,8 +168,8 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
         (
             "complete_run, half of them of unknown runs",
             lambda n: (
-                store.complete_run(runs[n] if n % 2 else UUID(int=n), RunStatus.FAILED),
-                True if n % 2 else ("RunNotFoundError", UUID(int=n), None),
+                store.complete_run(runs[n] if n % 2 else unknown[n], RunStatus.FAILED),
+                True if n % 2 else ("RunNotFoundError", unknown[n], None),
             ),
         ),
         (

@@ -103,8 +103,7 @@ async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str) 
     store = context.store
     unknown = await observe(context, new_id(context))
     await store.complete_run(run_id, RunStatus.CANCELLED)
-    deleted = await store.cleanup(now(context) + DAY)
-    expect_count(context, deleted, 1, f"the number of runs that a cleanup of {what} deletes", clause="RET-1")
+    await store.cleanup(now(context) + DAY)
     gone = await observe(context, run_id)
     assert_same(context, gone, unknown, f"no read shows anything of {what} after its cleanup", clause="RET-1")
     await start(context, run_id=run_id)
@@ -123,7 +122,7 @@ async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str) 
 # One run
 
 
-@check("QRY-3", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", kind=Kind.VOLUME)
+@check("QRY-3", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     """Reads list all steps, claims and dispatches of a run; reset and expected cover all of its steps."""
     store, run_id = context.store, await start(context)
@@ -221,7 +220,7 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
         expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
 
 
-@check("STP-1", "QRY-3", "RET-1", kind=Kind.VOLUME)
+@check("STP-1", "QRY-3", "RET-1", kind=Kind.VOLUME, isolated=False)
 async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     """Attempts of one step are numbered without gaps, keep their own input, and are all listed."""
     store, run_id = context.store, await start(context)
@@ -244,7 +243,7 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} attempts")
 
 
-@check("EVT-1", "RET-1", kind=Kind.VOLUME)
+@check("EVT-1", "RET-1", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     """Sequences rise by one call each, and pages of every size return every event once."""
     store, run_id = context.store, await start(context)
@@ -276,7 +275,7 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} events")
 
 
-@check("EVT-2", "RET-1", kind=Kind.VOLUME)
+@check("EVT-2", "RET-1", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     """get_outputs returns every output, also of more bytes than a message or page of a database holds."""
     store, run_id = context.store, await start(context)
@@ -294,7 +293,7 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs")
 
 
-@check("SIG-2", "SIG-3", "RET-1", kind=Kind.VOLUME)
+@check("SIG-2", "SIG-3", "RET-1", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     """Each delivery finds the oldest open waiter of its name; every delivery id is remembered."""
     store, run_id = context.store, await start(context)
