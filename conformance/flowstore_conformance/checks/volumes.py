@@ -1,4 +1,4 @@
-"""More of everything than any batch, page, parameter list or result window holds.
+"""Larger numbers of everything than a batch, a page, a parameter list or a result window holds.
 
 Backends often split long lists at 100, 500, 999, 1,000, 1,024, 2,000, 2,048, 10,000 or 32,766 items. Every
 list and count is compared with the writes, whole and page by page.
@@ -46,22 +46,22 @@ from flowstore_core import (
 
 T = TypeVar("T")
 
-CONCURRENT = 100
+_CONCURRENT = 100
 """Concurrent calls while a check fills its namespace."""
 
-PAGE = 1000
+_PAGE = 1000
 """The largest take."""
 
 
-async def in_groups(call: Callable[[int], Awaitable[T]], count: int) -> list[T]:
+async def _in_groups(call: Callable[[int], Awaitable[T]], count: int) -> list[T]:
     """Make ``count`` calls, many of them concurrently, and return the results in order."""
     results: list[T] = []
-    for at in range(0, count, CONCURRENT):
-        results += await asyncio.gather(*(call(number) for number in range(at, min(at + CONCURRENT, count))))
+    for at in range(0, count, _CONCURRENT):
+        results += await asyncio.gather(*(call(number) for number in range(at, min(at + _CONCURRENT, count))))
     return results
 
 
-def expect_items(
+def _expect_items(
     context: CheckContext, found: Iterable[Hashable], wanted: Iterable[Hashable], what: str, *, clause: str
 ) -> None:
     """Compare a long list with the expected one; a violation names what is missing, repeated or misplaced."""
@@ -70,19 +70,19 @@ def expect_items(
     if got == want:
         return
     faults = [f"{what}: expected {len(want):,} items, got {len(got):,}"]
-    counts = Counter(got)
-    expected = set(want)
-    missing = [number for number, item in enumerate(want) if item not in counts]
-    surplus = [item for item in counts if item not in expected]
-    repeated = [item for item, times in counts.items() if times > 1]
-    if missing:
-        first = missing[0]
-        faults.append(f"{len(missing):,} are missing, first {brief(repr(want[first]))} (item {first + 1:,})")
-    if surplus:
-        faults.append(f"{len(surplus):,} are unexpected, such as {brief(repr(surplus[0]))}")
+    lacking, excess = Counter(want) - Counter(got), Counter(got) - Counter(want)
+    if lacking:
+        first = next(number for number, item in enumerate(want) if item in lacking)
+        number, item = lacking.total(), brief(repr(want[first]))
+        faults.append(f"{number:,} are missing, the first being {item} (item {first + 1:,})")
+    known = set(want)
+    unexpected = [item for item in excess if item not in known]
+    repeated = [item for item in excess if item in known]
+    if unexpected:
+        faults.append(f"{len(unexpected):,} are unexpected, such as {brief(repr(unexpected[0]))}")
     if repeated:
         faults.append(f"{len(repeated):,} are repeated, such as {brief(repr(repeated[0]))}")
-    if not (missing or surplus or repeated):
+    if not (lacking or excess):
         first = next(number for number, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
         faults.append(
             f"the order differs from item {first + 1:,} on: expected {brief(repr(want[first]))}, "
@@ -91,7 +91,7 @@ def expect_items(
     raise ContractViolation("; ".join(faults), clause=clause)
 
 
-def expect_count(context: CheckContext, found: object, wanted: object, what: str, *, clause: str) -> None:
+def _expect_result(context: CheckContext, found: object, wanted: object, what: str, *, clause: str) -> None:
     """Compare one result of a call on many rows with the expected one."""
     context.assertions += 1
     if found != wanted:
@@ -110,7 +110,7 @@ async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str) 
     again = await observe(context, run_id)
     del again["get_run_detail"], again["get_run_status"], unknown["get_run_detail"], unknown["get_run_status"]
     assert_same(context, again, unknown, f"the deleted id of {what} starts empty", clause="RET-1")
-    expect_count(
+    _expect_result(
         context,
         len((await get_run(context, run_id)).steps),
         0,
@@ -143,20 +143,20 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
         await store.record_step_complete(run_id, key, StepStatus.PENDING, output_json=f"output of {key}")
         return claimed, dispatched, attempt
 
-    results = await in_groups(fill, count)
+    results = await _in_groups(fill, count)
     of = f"of a run with {count:,} steps"
-    expect_items(
+    _expect_items(
         context, results, [(True, True, 1)] * count, f"claims, dispatches, starts {of}", clause="CON-1"
     )
     await _expect_steps(context, run_id, keys, of)
     claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
-    expect_items(context, claims, owners.items(), f"get_step_claims {of}", clause="CLM-4")
+    _expect_items(context, claims, owners.items(), f"get_step_claims {of}", clause="CLM-4")
     claimed = sorted(await store.get_claimed_step_keys(run_id))
-    expect_items(context, claimed, kept, f"get_claimed_step_keys {of}, some of them Skipped", clause="CLM-4")
+    _expect_items(context, claimed, kept, f"get_claimed_step_keys {of}, some of them Skipped", clause="CLM-4")
     dispatches = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
-    expect_items(context, dispatches, keys, f"get_dispatches {of}", clause="CLM-3")
+    _expect_items(context, dispatches, keys, f"get_dispatches {of}", clause="CLM-3")
     dispatches = sorted(await store.get_dispatched_step_keys(run_id))
-    expect_items(context, dispatches, keys, f"get_dispatched_step_keys {of}", clause="CLM-3")
+    _expect_items(context, dispatches, keys, f"get_dispatched_step_keys {of}", clause="CLM-3")
 
     # Keys without a step lengthen the list to its limit, and are ignored.
     longest = context.profile.of(2_500, 100_000, 100_000)
@@ -169,15 +169,15 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     await store.retry_step(run_id, kept[0], reset=reset)
     of = f"after retry_step with {len(reset):,} keys in reset, of which {len(skipped):,} are Skipped steps"
     statuses = await store.get_step_statuses(run_id)
-    expect_items(context, statuses, kept, f"get_step_statuses {of}", clause="STP-6")
+    _expect_items(context, statuses, kept, f"get_step_statuses {of}", clause="STP-6")
     found = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    expect_items(context, found, kept[1:], f"get_step_claims {of}", clause="STP-6")
+    _expect_items(context, found, kept[1:], f"get_step_claims {of}", clause="STP-6")
     found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
-    expect_items(context, found, kept[1:], f"get_dispatches {of}", clause="STP-6")
-    restarted = await in_groups(
+    _expect_items(context, found, kept[1:], f"get_dispatches {of}", clause="STP-6")
+    restarted = await _in_groups(
         lambda number: store.record_step_start(run_id, skipped[number], "http"), len(skipped)
     )
-    expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
+    _expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
 
     expected = dict(await store.get_step_statuses(run_id))
     for what, differing in (
@@ -186,7 +186,7 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
         ("it names one more key", {**expected, "another": StepStatus.PENDING}),
     ):
         won = await store.complete_run(run_id, RunStatus.FAILED, expected=differing)
-        expect_count(
+        _expect_result(
             context,
             won,
             False,
@@ -194,7 +194,9 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
             clause="RUN-2",
         )
     won = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
-    expect_count(context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2")
+    _expect_result(
+        context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2"
+    )
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} steps")
 
 
@@ -203,11 +205,11 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
     pending, skipped = StepStatus.PENDING, StepStatus.SKIPPED
     wanted = [(key, skipped if number % 8 == 1 else pending) for number, key in enumerate(keys)]
     statuses = await context.store.get_step_statuses(run_id)
-    expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="QRY-3")
+    _expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="QRY-3")
     detail = await get_run(context, run_id)
     steps = sorted(detail.steps, key=lambda step: step.step_key)
     if context.exact_times:
-        expect_items(context, detail.steps, steps, f"the order of get_run_detail {of}", clause="QRY-3")
+        _expect_items(context, detail.steps, steps, f"the order of get_run_detail {of}", clause="QRY-3")
     for name, of_records in (
         ("steps", steps),
         ("attempts", [attempt for step in steps for attempt in step.attempts]),
@@ -217,7 +219,7 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
             (key, None, None, f"reason of {key}") if number % 8 == 1 else (key, key, f"output of {key}", None)
             for number, key in enumerate(keys)
         ]
-        expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
+        _expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
 
 
 @check("STP-1", "QRY-3", "RET-1", kind=Kind.VOLUME, isolated=False)
@@ -225,44 +227,48 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     """Attempts of one step are numbered without gaps, keep their own input, and are all listed."""
     store, run_id = context.store, await start(context)
     count = context.profile.of(120, 2_600, 33_000)
-    started = await in_groups(
+    started = await _in_groups(
         lambda number: store.record_step_start(run_id, "charge", "http", input_json=f"input {number}"), count
     )
     numbers = range(1, count + 1)
     what = f"the numbers that {count:,} calls of record_step_start return for one step"
-    expect_items(context, sorted(started), numbers, what, clause="STP-1")
+    _expect_items(context, sorted(started), numbers, what, clause="STP-1")
     step = await get_step(context, run_id)
-    expect_count(context, step.attempt_count, count, f"attempt_count after {count:,} starts", clause="STP-1")
+    _expect_result(
+        context, step.attempt_count, count, f"attempt_count after {count:,} starts", clause="STP-1"
+    )
     found = [(attempt.attempt, attempt.input_json) for attempt in step.attempts]
     inputs = {attempt: f"input {number}" for number, attempt in enumerate(started)}
     wanted = [(attempt, inputs[attempt]) for attempt in numbers]
-    expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
+    _expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
     open_attempts = [attempt.attempt for attempt in step.attempts if attempt.status is StepStatus.RUNNING]
-    expect_count(context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1")
+    _expect_result(
+        context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1"
+    )
     await store.record_step_complete(run_id, "charge", StepStatus.FAILED, attempt=count)
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} attempts")
 
 
 @check("EVT-1", "RET-1", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
-    """Sequences rise by one call each, and pages of every size return every event once."""
+    """Each event has its own sequence, and pages of every size return each event once."""
     store, run_id = context.store, await start(context)
     count = context.profile.of(120, 2_600, 33_000)
-    sequences = await in_groups(
+    sequences = await _in_groups(
         lambda number: store.append_event(run_id, f"type {number}", message=f"message {number}"), count
     )
-    expect_count(
+    _expect_result(
         context, len(set(sequences)), count, f"distinct sequences of {count:,} events", clause="EVT-1"
     )
     wanted = [
         (sequence, f"type {number}", f"message {number}")
         for sequence, number in sorted(zip(sequences, range(count), strict=True))
     ]
-    for take in (PAGE, PAGE - 1, 256):
+    for take in (_PAGE, _PAGE - 1, 256):
         found: list[tuple[int, str, str | None]] = []
         after = 0
         while page := await store.get_run_events(run_id, after=after, take=take):
-            expect_count(
+            _expect_result(
                 context,
                 len(page),
                 min(take, count - len(found)),
@@ -271,7 +277,7 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
             )
             found += [(event.sequence, event.event_type, event.message) for event in page]
             after = page[-1].sequence
-        expect_items(context, found, wanted, f"the events on pages of {take}", clause="EVT-1")
+        _expect_items(context, found, wanted, f"the events on pages of {take}", clause="EVT-1")
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} events")
 
 
@@ -283,13 +289,15 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     filler = "0123456789abcdef" * 160
     values = {f"key {number:05}": f"{number} {filler}" for number in range(count)}
     keys = list(values)
-    await in_groups(lambda number: store.save_output(run_id, keys[number], values[keys[number]]), count)
+    await _in_groups(lambda number: store.save_output(run_id, keys[number], values[keys[number]]), count)
     found = await store.get_outputs(run_id)
     what = f"get_outputs of {count:,} outputs of {len(filler):,} characters"
-    expect_items(context, found.items(), values.items(), what, clause="EVT-2")
+    _expect_items(context, found.items(), values.items(), what, clause="EVT-2")
     for number in range(0, count, count // 7):
         value = await store.get_output(run_id, keys[number])
-        expect_count(context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2")
+        _expect_result(
+            context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2"
+        )
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs")
 
 
@@ -309,11 +317,11 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     for number in (0, 1):
         await register(number)
         advance(context, SECOND)
-    await in_groups(lambda number: register(number + 2), count - 2)
+    await _in_groups(lambda number: register(number + 2), count - 2)
     wanted = list(zip(keys, reversed(names), strict=True))
     if Capability.WAITERS in context.capabilities:
         found = [(waiter.step_key, waiter.signal_name) for waiter in await store.get_waiters(run_id)]
-        expect_items(context, found, wanted, f"get_waiters of {count:,} waiters", clause="QRY-1")
+        _expect_items(context, found, wanted, f"get_waiters of {count:,} waiters", clause="QRY-1")
 
     async def deliver(number: int) -> Any:
         return await store.deliver_signal(
@@ -323,22 +331,22 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     first = [await deliver(number) for number in (0, 1)]
     oldest = [keys[-1], keys[-2]]
     what = f"the oldest of {alike:,} waiters of one name"
-    expect_items(context, [one.step_key for one in first], oldest, what, clause="SIG-2")
-    results = [*first, *await in_groups(lambda number: deliver(number + 2), count - 2)]
+    _expect_items(context, [one.step_key for one in first], oldest, what, clause="SIG-2")
+    results = [*first, *await _in_groups(lambda number: deliver(number + 2), count - 2)]
     what = f"the waiters that {count:,} deliveries reached"
-    expect_items(context, sorted(one.step_key or "" for one in results), keys, what, clause="SIG-3")
+    _expect_items(context, sorted(one.step_key or "" for one in results), keys, what, clause="SIG-3")
     payloads = {one.step_key: f"payload {number}" for number, one in enumerate(results)}
-    waiters = await in_groups(lambda number: store.get_waiter(run_id, keys[number]), count)
+    waiters = await _in_groups(lambda number: store.get_waiter(run_id, keys[number]), count)
     kept = [(waiter.step_key, waiter.payload_json) for waiter in waiters if waiter is not None]
     what = f"the payloads of {count:,} deliveries"
-    expect_items(context, kept, ((key, payloads[key]) for key in keys), what, clause="SIG-2")
-    again = await in_groups(deliver, count)
+    _expect_items(context, kept, ((key, payloads[key]) for key in keys), what, clause="SIG-2")
+    again = await _in_groups(deliver, count)
     what = f"{count:,} repeated deliveries by step key"
-    expect_items(
+    _expect_items(
         context, [one.step_key for one in again], [one.step_key for one in results], what, clause="SIG-2"
     )
     late = await store.deliver_signal(run_id, "go", "late")
-    expect_count(
+    _expect_result(
         context,
         (late.status, late.step_key),
         (SignalDeliveryStatus.ALREADY_DELIVERED, keys[-1]),
@@ -365,25 +373,27 @@ async def thousands_of_keys_and_orphans_end_with_cleanup(context: CheckContext) 
         own = await store.find_run_id_by_idempotency_key(FLOW, "own", f"key {number}")
         return own, await store.find_run_id_by_idempotency_key(FLOW, "orphan", f"key {number}")
 
-    won = await in_groups(register, count)
-    expect_items(context, won, [(True, True)] * count, f"registering {count:,} keys twice", clause="IDM-2")
-    found = await in_groups(find, count)
+    won = await _in_groups(register, count)
+    _expect_items(context, won, [(True, True)] * count, f"registering {count:,} keys twice", clause="IDM-2")
+    found = await _in_groups(find, count)
     wanted = [(run_id, orphan) for orphan in orphans]
-    expect_items(context, found, wanted, f"the runs of {count:,} keys", clause="IDM-2")
+    _expect_items(context, found, wanted, f"the runs of {count:,} keys", clause="IDM-2")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     advance(context, 2 * HOUR)
     deleted = await store.cleanup(now(context) + DAY)
     what = f"the runs deleted by a cleanup of one run and {count:,} orphans"
-    expect_count(context, deleted, 1, what, clause="RET-1")
-    found = await in_groups(find, count)
+    _expect_result(context, deleted, 1, what, clause="RET-1")
+    found = await _in_groups(find, count)
     left = [number for number, (own, _) in enumerate(found) if own is not None]
-    expect_items(context, left, [], f"the keys of a deleted run that had {count:,}", clause="IDM-4")
+    _expect_items(context, left, [], f"the keys of a deleted run that had {count:,}", clause="IDM-4")
     if context.clock is not None:
         left = [number for number, (_, orphan) in enumerate(found) if orphan is not None]
-        expect_items(context, left, [], f"{count:,} old keys without a run after cleanup", clause="RET-4")
-        controls = await in_groups(lambda number: store.get_run_control(orphans[number]), count)
+        _expect_items(context, left, [], f"{count:,} old keys without a run after cleanup", clause="RET-4")
+        controls = await _in_groups(lambda number: store.get_run_control(orphans[number]), count)
         left = [number for number, control in enumerate(controls) if control is not None]
-        expect_items(context, left, [], f"{count:,} old controls without a run after cleanup", clause="RET-4")
+        _expect_items(
+            context, left, [], f"{count:,} old controls without a run after cleanup", clause="RET-4"
+        )
 
 
 # Many runs
@@ -412,8 +422,8 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
         return await store.start_run(_FLOWS[flow], name, new_id(context), "manual", source_run_id=source)
 
     runs: list[FlowRunRecord] = []
-    for first in range(0, count, CONCURRENT):
-        runs += await asyncio.gather(*(begin(n) for n in range(first, min(first + CONCURRENT, count))))
+    for first in range(0, count, _CONCURRENT):
+        runs += await asyncio.gather(*(begin(n) for n in range(first, min(first + _CONCURRENT, count))))
         advance(context, SECOND)
     statuses = {run.run_id: _STATUSES[number % 5] for number, run in enumerate(runs)}
     ends = [run_id for run_id, status in statuses.items() if status is not RunStatus.RUNNING]
@@ -423,13 +433,13 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
         claimed = await store.try_claim_step(run_id, "charge", owner="me")
         return claimed, await store.complete_run(run_id, statuses[run_id])
 
-    won = await in_groups(end, len(ends))
-    expect_items(context, won, [(True, True)] * len(ends), f"ending {len(ends):,} runs", clause="RUN-2")
+    won = await _in_groups(end, len(ends))
+    _expect_items(context, won, [(True, True)] * len(ends), f"ending {len(ends):,} runs", clause="RUN-2")
     await _expect_lists(context, runs, statuses)
     if Capability.DASHBOARD in context.capabilities:
         await _expect_totals(context, runs, statuses, at)
     deleted = await store.cleanup(now(context) + DAY)
-    expect_count(
+    _expect_result(
         context, deleted, len(ends), f"the result of a cleanup of {len(ends):,} runs", clause="RET-1"
     )
     left = [run for run in runs if statuses[run.run_id] is RunStatus.RUNNING]
@@ -437,15 +447,15 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
     if Capability.DASHBOARD in context.capabilities:
         await _expect_totals(context, left, statuses, at)
     deleted = await store.cleanup(now(context) + DAY)
-    expect_count(context, deleted, 0, "the result of a second cleanup", clause="RET-3")
+    _expect_result(context, deleted, 0, "the result of a second cleanup", clause="RET-3")
 
     async def restart(number: int) -> tuple[object, ...]:
         await start(context, run_id=ends[number * 4])
         return tuple(await store.get_step_claims(ends[number * 4]))
 
-    left_claims = await in_groups(restart, len(ends) // 4)
+    left_claims = await _in_groups(restart, len(ends) // 4)
     what = f"the claims of ids that start again after a cleanup of {len(ends):,} runs with one claim each"
-    expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
+    _expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
 
 
 async def _expect_lists(
@@ -456,28 +466,28 @@ async def _expect_lists(
     every = _newest_first(runs)
     found: list[UUID] = []
     after: RunPosition | None = None
-    while page := await store.get_runs(after=after, take=PAGE):
+    while page := await store.get_runs(after=after, take=_PAGE):
         found += [run.run_id for run in page]
         after = page[-1].position
         if len(found) > len(every):
             break
-    expect_items(
+    _expect_items(
         context, found, every, f"get_runs {of}, each page after the last run before it", clause="QRY-1"
     )
-    for skip in range(0, len(every) + PAGE, PAGE - 1):
-        found = [run.run_id for run in await store.get_runs(skip=skip, take=PAGE)]
-        wanted = every[skip : skip + PAGE]
-        expect_items(context, found, wanted, f"get_runs(skip={skip}, take={PAGE}) {of}", clause="QRY-1")
+    for skip in range(0, len(every) + _PAGE, _PAGE - 1):
+        found = [run.run_id for run in await store.get_runs(skip=skip, take=_PAGE)]
+        wanted = every[skip : skip + _PAGE]
+        _expect_items(context, found, wanted, f"get_runs(skip={skip}, take={_PAGE}) {of}", clause="QRY-1")
     flow = _newest_first(run for run in runs if run.flow_id == _FLOWS[1])
-    found = [run.run_id for run in await store.get_runs(_FLOWS[1], skip=max(0, len(flow) - 9), take=PAGE)]
-    expect_items(context, found, flow[-9:], f"the oldest runs of one flow {of}", clause="QRY-1")
+    found = [run.run_id for run in await store.get_runs(_FLOWS[1], skip=max(0, len(flow) - 9), take=_PAGE)]
+    _expect_items(context, found, flow[-9:], f"the oldest runs of one flow {of}", clause="QRY-1")
     active = _newest_first(run for run in runs if statuses[run.run_id] is RunStatus.RUNNING)
     derived = _newest_first(run for run in runs if run.source_run_id == _SOURCES[0])
-    for take in (None, PAGE):
+    for take in (None, _PAGE):
         found = [run.run_id for run in await store.get_active_runs(take=take)]
-        expect_items(context, found, active[:take], f"get_active_runs(take={take}) {of}", clause="QRY-6")
+        _expect_items(context, found, active[:take], f"get_active_runs(take={take}) {of}", clause="QRY-6")
         found = [run.run_id for run in await store.get_derived_runs(_SOURCES[0], take=take)]
-        expect_items(context, found, derived[:take], f"get_derived_runs(take={take}) {of}", clause="QRY-6")
+        _expect_items(context, found, derived[:take], f"get_derived_runs(take={take}) {of}", clause="QRY-6")
 
 
 async def _expect_totals(
@@ -498,20 +508,22 @@ async def _expect_totals(
             what = f"get_runs_page(status={status}, search={search!r}) of {len(runs):,} runs"
             clause = "QRY-2" if search else "QRY-1"
             while True:
-                page = await store.get_runs_page(status=status, search=search, after=after, take=PAGE)
-                expect_count(context, page.total_count, len(wanted), f"total_count of {what}", clause="QRY-3")
+                page = await store.get_runs_page(status=status, search=search, after=after, take=_PAGE)
+                _expect_result(
+                    context, page.total_count, len(wanted), f"total_count of {what}", clause="QRY-3"
+                )
                 if not page.runs or len(found) > len(wanted):
                     break
                 found += [run.run_id for run in page.runs]
                 after = page.runs[-1].position
-            expect_items(context, found, wanted, f"the pages of {what}", clause=clause)
+            _expect_items(context, found, wanted, f"the pages of {what}", clause=clause)
             skip = max(0, len(wanted) - 7)
-            page = await store.get_runs_page(status=status, search=search, skip=skip, take=PAGE)
+            page = await store.get_runs_page(status=status, search=search, skip=skip, take=_PAGE)
             found = [run.run_id for run in page.runs]
-            expect_items(context, found, wanted[-7:], f"the last runs of {what}, skip={skip}", clause=clause)
+            _expect_items(context, found, wanted[-7:], f"the last runs of {what}, skip={skip}", clause=clause)
     statistics = await store.get_statistics()
     counted = Counter(statuses[run.run_id] for run in runs)
-    expect_count(
+    _expect_result(
         context,
         (statistics.total_flows, statistics.active_runs),
         (len({run.flow_id for run in runs}), counted[RunStatus.RUNNING]),
@@ -525,12 +537,17 @@ async def _expect_totals(
         for name in ("total", "running", "succeeded", "failed", "cancelled")
     ]
     wanted_sums = [len(runs), *(counted[status] for status in RunStatus)]
-    expect_count(
+    _expect_result(
         context, sums, wanted_sums, "the sums over all buckets of get_run_timeseries", clause="QRY-5"
     )
 
 
-@check("CTL-3", "STP-8", needs=[Capability.RECOVERY, Capability.VIRTUAL_CLOCK], kind=Kind.VOLUME)
+@check(
+    "CTL-3",
+    "STP-8",
+    needs=[Capability.RECOVERY, Capability.LEASES, Capability.VIRTUAL_CLOCK],
+    kind=Kind.VOLUME,
+)
 async def thousands_of_runs_need_attention(context: CheckContext) -> None:
     """take limits the ordered list: the first 1,000 of thousands come first, whatever was written first."""
     store, clock = context.store, require_clock(context)
@@ -555,17 +572,17 @@ async def thousands_of_runs_need_attention(context: CheckContext) -> None:
             case _:
                 await run_step(context, run_id, "charge", StepStatus.PENDING)
 
-    await in_groups(begin, count)
+    await _in_groups(begin, count)
     stalls = {run_id: (due[run_id], due[run_id] + MINUTE, at)[kinds[run_id]] for run_id in runs}
     for as_of in (at + count * SECOND + HOUR, at + (count // 2) * SECOND, at + 5 * SECOND, at - TICK):
-        for take in (PAGE, 7):
+        for take in (_PAGE, 7):
             listed = sorted((deadline, run_id) for run_id, deadline in due.items() if deadline <= as_of)
             found = [run.run_id for run in await store.get_runs_to_stop(as_of=as_of, take=take)]
             what = f"the first {take} of {len(listed):,} runs of get_runs_to_stop as of {as_of}"
-            expect_items(context, found, [run_id for _, run_id in listed[:take]], what, clause="CTL-3")
+            _expect_items(context, found, [run_id for _, run_id in listed[:take]], what, clause="CTL-3")
             stalled = sorted((since, run_id) for run_id, since in stalls.items() if since <= as_of)
             found_stalls = [
                 (step.since, step.run_id) for step in await store.get_stalled_steps(as_of=as_of, take=take)
             ]
             what = f"the first {take} of {len(stalled):,} steps of get_stalled_steps as of {as_of}"
-            expect_items(context, found_stalls, stalled[:take], what, clause="STP-8")
+            _expect_items(context, found_stalls, stalled[:take], what, clause="STP-8")
