@@ -35,7 +35,7 @@ KEY = "hot"
 
 
 @dataclass(frozen=True, slots=True)
-class _Win:
+class Win:
     """A successful claim; times are seconds of the monotonic clock."""
 
     owner: str
@@ -43,13 +43,13 @@ class _Win:
     returned: float
 
 
-class _Contest:
+class Contest:
     """Claimants that claim one step of a run again and again, each call under another owner."""
 
     def __init__(self, stores: Sequence[FlowStore], run_id: UUID, lease: float) -> None:
         self.run_id = run_id
         self.lease = lease
-        self.wins: list[_Win] = []
+        self.wins: list[Win] = []
         self._stores = stores
         self._began = (time.monotonic(), datetime.now(UTC))
 
@@ -58,7 +58,7 @@ class _Contest:
         lease = timedelta(seconds=self.lease)
         won = await store.try_claim_step(self.run_id, KEY, owner=owner, lease=lease)
         if won:
-            self.wins.append(_Win(owner, called, time.monotonic()))
+            self.wins.append(Win(owner, called, time.monotonic()))
         return won
 
     async def run(self, wins: int) -> None:
@@ -79,7 +79,7 @@ class _Contest:
         """
         if self._clock_was_set():
             return
-        wins = [_Win(win.owner, max(win.called, not_before), win.returned) for win in self.wins]
+        wins = [Win(win.owner, max(win.called, not_before), win.returned) for win in self.wins]
         for first in wins:
             for last in wins:
                 inside = [win for win in wins if win.called >= first.called and win.returned <= last.returned]
@@ -136,7 +136,7 @@ async def leases_last_as_promised_under_contention(context: CheckContext) -> Non
         for lease in (0.004, 0.02)[: of(1, 2, 2)] * of(1, 2, 10):
             run_id = new_id(context)
             await stores[0].start_run(FLOW, "orders", run_id, "manual")
-            contest = _Contest(stores, run_id, lease)
+            contest = Contest(stores, run_id, lease)
             await contest.run(of(6, 16, 40))
             contest.check(context)
             await contest.check_end(context)
@@ -152,7 +152,7 @@ async def _wait_for_a_large_write(context: CheckContext, stores: Sequence[FlowSt
     await store.try_claim_step(run_id, KEY, owner="holder")
     await store.record_step_start(run_id, KEY, "http", owner="holder")
     await store.record_step_complete(run_id, KEY, StepStatus.PENDING, output_json=output)
-    contest = _Contest(stores[1:] or stores, run_id, context.profile.of(100, 300, 300) / 1000)
+    contest = Contest(stores[1:] or stores, run_id, context.profile.of(100, 300, 300) / 1000)
     held = time.monotonic()
 
     async def watch() -> None:

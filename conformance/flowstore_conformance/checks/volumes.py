@@ -61,7 +61,7 @@ async def _in_groups(call: Callable[[int], Awaitable[T]], count: int) -> list[T]
     return results
 
 
-def _expect_items(
+def expect_items(
     context: CheckContext, found: Iterable[Hashable], wanted: Iterable[Hashable], what: str, *, clause: str
 ) -> None:
     """Compare a long list with the expected one; a violation names what is missing, repeated or misplaced."""
@@ -145,18 +145,18 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
 
     results = await _in_groups(fill, count)
     of = f"of a run with {count:,} steps"
-    _expect_items(
+    expect_items(
         context, results, [(True, True, 1)] * count, f"claims, dispatches, starts {of}", clause="CON-1"
     )
     await _expect_steps(context, run_id, keys, of)
     claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
-    _expect_items(context, claims, owners.items(), f"get_step_claims {of}", clause="CLM-4")
+    expect_items(context, claims, owners.items(), f"get_step_claims {of}", clause="CLM-4")
     claimed = sorted(await store.get_claimed_step_keys(run_id))
-    _expect_items(context, claimed, kept, f"get_claimed_step_keys {of}, some of them Skipped", clause="CLM-4")
+    expect_items(context, claimed, kept, f"get_claimed_step_keys {of}, some of them Skipped", clause="CLM-4")
     dispatches = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
-    _expect_items(context, dispatches, keys, f"get_dispatches {of}", clause="CLM-3")
+    expect_items(context, dispatches, keys, f"get_dispatches {of}", clause="CLM-3")
     dispatches = sorted(await store.get_dispatched_step_keys(run_id))
-    _expect_items(context, dispatches, keys, f"get_dispatched_step_keys {of}", clause="CLM-3")
+    expect_items(context, dispatches, keys, f"get_dispatched_step_keys {of}", clause="CLM-3")
 
     # Keys without a step lengthen the list to its limit, and are ignored.
     longest = context.profile.of(2_500, 100_000, 100_000)
@@ -169,15 +169,15 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     await store.retry_step(run_id, kept[0], reset=reset)
     of = f"after retry_step with {len(reset):,} keys in reset, of which {len(skipped):,} are Skipped steps"
     statuses = await store.get_step_statuses(run_id)
-    _expect_items(context, statuses, kept, f"get_step_statuses {of}", clause="STP-6")
+    expect_items(context, statuses, kept, f"get_step_statuses {of}", clause="STP-6")
     found = [claim.step_key for claim in await store.get_step_claims(run_id)]
-    _expect_items(context, found, kept[1:], f"get_step_claims {of}", clause="STP-6")
+    expect_items(context, found, kept[1:], f"get_step_claims {of}", clause="STP-6")
     found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
-    _expect_items(context, found, kept[1:], f"get_dispatches {of}", clause="STP-6")
+    expect_items(context, found, kept[1:], f"get_dispatches {of}", clause="STP-6")
     restarted = await _in_groups(
         lambda number: store.record_step_start(run_id, skipped[number], "http"), len(skipped)
     )
-    _expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
+    expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
 
     expected = dict(await store.get_step_statuses(run_id))
     for what, differing in (
@@ -205,11 +205,11 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
     pending, skipped = StepStatus.PENDING, StepStatus.SKIPPED
     wanted = [(key, skipped if number % 8 == 1 else pending) for number, key in enumerate(keys)]
     statuses = await context.store.get_step_statuses(run_id)
-    _expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="QRY-3")
+    expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="QRY-3")
     detail = await get_run(context, run_id)
     steps = sorted(detail.steps, key=lambda step: step.step_key)
     if context.exact_times:
-        _expect_items(context, detail.steps, steps, f"the order of get_run_detail {of}", clause="QRY-3")
+        expect_items(context, detail.steps, steps, f"the order of get_run_detail {of}", clause="QRY-3")
     for name, of_records in (
         ("steps", steps),
         ("attempts", [attempt for step in steps for attempt in step.attempts]),
@@ -219,7 +219,7 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
             (key, None, None, f"reason of {key}") if number % 8 == 1 else (key, key, f"output of {key}", None)
             for number, key in enumerate(keys)
         ]
-        _expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
+        expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
 
 
 @check("STP-1", "QRY-3", "RET-1", kind=Kind.VOLUME, isolated=False)
@@ -232,7 +232,7 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     )
     numbers = range(1, count + 1)
     what = f"the numbers that {count:,} calls of record_step_start return for one step"
-    _expect_items(context, sorted(started), numbers, what, clause="STP-1")
+    expect_items(context, sorted(started), numbers, what, clause="STP-1")
     step = await get_step(context, run_id)
     _expect_result(
         context, step.attempt_count, count, f"attempt_count after {count:,} starts", clause="STP-1"
@@ -240,7 +240,7 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     found = [(attempt.attempt, attempt.input_json) for attempt in step.attempts]
     inputs = {attempt: f"input {number}" for number, attempt in enumerate(started)}
     wanted = [(attempt, inputs[attempt]) for attempt in numbers]
-    _expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
+    expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
     open_attempts = [attempt.attempt for attempt in step.attempts if attempt.status is StepStatus.RUNNING]
     _expect_result(
         context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1"
@@ -277,7 +277,7 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
             )
             found += [(event.sequence, event.event_type, event.message) for event in page]
             after = page[-1].sequence
-        _expect_items(context, found, wanted, f"the events on pages of {take}", clause="EVT-1")
+        expect_items(context, found, wanted, f"the events on pages of {take}", clause="EVT-1")
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} events")
 
 
@@ -292,7 +292,7 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     await _in_groups(lambda number: store.save_output(run_id, keys[number], values[keys[number]]), count)
     found = await store.get_outputs(run_id)
     what = f"get_outputs of {count:,} outputs of {len(filler):,} characters"
-    _expect_items(context, found.items(), values.items(), what, clause="EVT-2")
+    expect_items(context, found.items(), values.items(), what, clause="EVT-2")
     for number in range(0, count, count // 7):
         value = await store.get_output(run_id, keys[number])
         _expect_result(
@@ -321,7 +321,7 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     wanted = list(zip(keys, reversed(names), strict=True))
     if Capability.WAITERS in context.capabilities:
         found = [(waiter.step_key, waiter.signal_name) for waiter in await store.get_waiters(run_id)]
-        _expect_items(context, found, wanted, f"get_waiters of {count:,} waiters", clause="QRY-1")
+        expect_items(context, found, wanted, f"get_waiters of {count:,} waiters", clause="QRY-1")
 
     async def deliver(number: int) -> Any:
         return await store.deliver_signal(
@@ -331,18 +331,18 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     first = [await deliver(number) for number in (0, 1)]
     oldest = [keys[-1], keys[-2]]
     what = f"the oldest of {alike:,} waiters of one name"
-    _expect_items(context, [one.step_key for one in first], oldest, what, clause="SIG-2")
+    expect_items(context, [one.step_key for one in first], oldest, what, clause="SIG-2")
     results = [*first, *await _in_groups(lambda number: deliver(number + 2), count - 2)]
     what = f"the waiters that {count:,} deliveries reached"
-    _expect_items(context, sorted(one.step_key or "" for one in results), keys, what, clause="SIG-3")
+    expect_items(context, sorted(one.step_key or "" for one in results), keys, what, clause="SIG-3")
     payloads = {one.step_key: f"payload {number}" for number, one in enumerate(results)}
     waiters = await _in_groups(lambda number: store.get_waiter(run_id, keys[number]), count)
     kept = [(waiter.step_key, waiter.payload_json) for waiter in waiters if waiter is not None]
     what = f"the payloads of {count:,} deliveries"
-    _expect_items(context, kept, ((key, payloads[key]) for key in keys), what, clause="SIG-2")
+    expect_items(context, kept, ((key, payloads[key]) for key in keys), what, clause="SIG-2")
     again = await _in_groups(deliver, count)
     what = f"{count:,} repeated deliveries by step key"
-    _expect_items(
+    expect_items(
         context, [one.step_key for one in again], [one.step_key for one in results], what, clause="SIG-2"
     )
     late = await store.deliver_signal(run_id, "go", "late")
@@ -374,10 +374,10 @@ async def thousands_of_keys_and_orphans_end_with_cleanup(context: CheckContext) 
         return own, await store.find_run_id_by_idempotency_key(FLOW, "orphan", f"key {number}")
 
     won = await _in_groups(register, count)
-    _expect_items(context, won, [(True, True)] * count, f"registering {count:,} keys twice", clause="IDM-2")
+    expect_items(context, won, [(True, True)] * count, f"registering {count:,} keys twice", clause="IDM-2")
     found = await _in_groups(find, count)
     wanted = [(run_id, orphan) for orphan in orphans]
-    _expect_items(context, found, wanted, f"the runs of {count:,} keys", clause="IDM-2")
+    expect_items(context, found, wanted, f"the runs of {count:,} keys", clause="IDM-2")
     await store.complete_run(run_id, RunStatus.SUCCEEDED)
     advance(context, 2 * HOUR)
     deleted = await store.cleanup(now(context) + DAY)
@@ -385,15 +385,13 @@ async def thousands_of_keys_and_orphans_end_with_cleanup(context: CheckContext) 
     _expect_result(context, deleted, 1, what, clause="RET-1")
     found = await _in_groups(find, count)
     left = [number for number, (own, _) in enumerate(found) if own is not None]
-    _expect_items(context, left, [], f"the keys of a deleted run that had {count:,}", clause="IDM-4")
+    expect_items(context, left, [], f"the keys of a deleted run that had {count:,}", clause="IDM-4")
     if context.clock is not None:
         left = [number for number, (_, orphan) in enumerate(found) if orphan is not None]
-        _expect_items(context, left, [], f"{count:,} old keys without a run after cleanup", clause="RET-4")
+        expect_items(context, left, [], f"{count:,} old keys without a run after cleanup", clause="RET-4")
         controls = await _in_groups(lambda number: store.get_run_control(orphans[number]), count)
         left = [number for number, control in enumerate(controls) if control is not None]
-        _expect_items(
-            context, left, [], f"{count:,} old controls without a run after cleanup", clause="RET-4"
-        )
+        expect_items(context, left, [], f"{count:,} old controls without a run after cleanup", clause="RET-4")
 
 
 # Many runs
@@ -434,7 +432,7 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
         return claimed, await store.complete_run(run_id, statuses[run_id])
 
     won = await _in_groups(end, len(ends))
-    _expect_items(context, won, [(True, True)] * len(ends), f"ending {len(ends):,} runs", clause="RUN-2")
+    expect_items(context, won, [(True, True)] * len(ends), f"ending {len(ends):,} runs", clause="RUN-2")
     await _expect_lists(context, runs, statuses)
     if Capability.DASHBOARD in context.capabilities:
         await _expect_totals(context, runs, statuses, at)
@@ -455,7 +453,7 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
 
     left_claims = await _in_groups(restart, len(ends) // 4)
     what = f"the claims of ids that start again after a cleanup of {len(ends):,} runs with one claim each"
-    _expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
+    expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
 
 
 async def _expect_lists(
@@ -471,23 +469,23 @@ async def _expect_lists(
         after = page[-1].position
         if len(found) > len(every):
             break
-    _expect_items(
+    expect_items(
         context, found, every, f"get_runs {of}, each page after the last run before it", clause="QRY-1"
     )
     for skip in range(0, len(every) + _PAGE, _PAGE - 1):
         found = [run.run_id for run in await store.get_runs(skip=skip, take=_PAGE)]
         wanted = every[skip : skip + _PAGE]
-        _expect_items(context, found, wanted, f"get_runs(skip={skip}, take={_PAGE}) {of}", clause="QRY-1")
+        expect_items(context, found, wanted, f"get_runs(skip={skip}, take={_PAGE}) {of}", clause="QRY-1")
     flow = _newest_first(run for run in runs if run.flow_id == _FLOWS[1])
     found = [run.run_id for run in await store.get_runs(_FLOWS[1], skip=max(0, len(flow) - 9), take=_PAGE)]
-    _expect_items(context, found, flow[-9:], f"the oldest runs of one flow {of}", clause="QRY-1")
+    expect_items(context, found, flow[-9:], f"the oldest runs of one flow {of}", clause="QRY-1")
     active = _newest_first(run for run in runs if statuses[run.run_id] is RunStatus.RUNNING)
     derived = _newest_first(run for run in runs if run.source_run_id == _SOURCES[0])
     for take in (None, _PAGE):
         found = [run.run_id for run in await store.get_active_runs(take=take)]
-        _expect_items(context, found, active[:take], f"get_active_runs(take={take}) {of}", clause="QRY-6")
+        expect_items(context, found, active[:take], f"get_active_runs(take={take}) {of}", clause="QRY-6")
         found = [run.run_id for run in await store.get_derived_runs(_SOURCES[0], take=take)]
-        _expect_items(context, found, derived[:take], f"get_derived_runs(take={take}) {of}", clause="QRY-6")
+        expect_items(context, found, derived[:take], f"get_derived_runs(take={take}) {of}", clause="QRY-6")
 
 
 async def _expect_totals(
@@ -516,11 +514,11 @@ async def _expect_totals(
                     break
                 found += [run.run_id for run in page.runs]
                 after = page.runs[-1].position
-            _expect_items(context, found, wanted, f"the pages of {what}", clause=clause)
+            expect_items(context, found, wanted, f"the pages of {what}", clause=clause)
             skip = max(0, len(wanted) - 7)
             page = await store.get_runs_page(status=status, search=search, skip=skip, take=_PAGE)
             found = [run.run_id for run in page.runs]
-            _expect_items(context, found, wanted[-7:], f"the last runs of {what}, skip={skip}", clause=clause)
+            expect_items(context, found, wanted[-7:], f"the last runs of {what}, skip={skip}", clause=clause)
     statistics = await store.get_statistics()
     counted = Counter(statuses[run.run_id] for run in runs)
     _expect_result(
@@ -579,10 +577,10 @@ async def thousands_of_runs_need_attention(context: CheckContext) -> None:
             listed = sorted((deadline, run_id) for run_id, deadline in due.items() if deadline <= as_of)
             found = [run.run_id for run in await store.get_runs_to_stop(as_of=as_of, take=take)]
             what = f"the first {take} of {len(listed):,} runs of get_runs_to_stop as of {as_of}"
-            _expect_items(context, found, [run_id for _, run_id in listed[:take]], what, clause="CTL-3")
+            expect_items(context, found, [run_id for _, run_id in listed[:take]], what, clause="CTL-3")
             stalled = sorted((since, run_id) for run_id, since in stalls.items() if since <= as_of)
             found_stalls = [
                 (step.since, step.run_id) for step in await store.get_stalled_steps(as_of=as_of, take=take)
             ]
             what = f"the first {take} of {len(stalled):,} steps of get_stalled_steps as of {as_of}"
-            _expect_items(context, found_stalls, stalled[:take], what, clause="STP-8")
+            expect_items(context, found_stalls, stalled[:take], what, clause="STP-8")
