@@ -15,6 +15,7 @@ from flowstore_conformance.checks.fixtures import FLOW, call_at_once, get_run, n
 from flowstore_conformance.checks.registry import Kind, check
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_core import (
+    Capability,
     FlowRunDetail,
     FlowRunRecord,
     FlowStore,
@@ -131,7 +132,7 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
     store, count = context.store, context.profile.of(60, 2_000, 5_000)
     runs, more, unknown = ([new_id(context) for _ in range(count)] for _ in range(3))
     key = "step of run {}".format
-    for what, of_number in (
+    rounds: list[tuple[str, Callable[[int], tuple[Awaitable[object], object]]]] = [
         (
             "start_run with new ids",
             lambda n: (_start(store, runs[n], n), ("run", runs[n], f"flow {n}")),
@@ -166,6 +167,13 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
             lambda n: (store.try_claim_step(runs[n], key(n), owner=f"owner {n}"), n % 4 != 1),
         ),
         (
+            "try_record_dispatch, half of them on unknown runs",
+            lambda n: (
+                store.try_record_dispatch(runs[n] if n % 2 else unknown[n], f"dispatch {n}"),
+                True if n % 2 else ("RunNotFoundError", unknown[n], None),
+            ),
+        ),
+        (
             "complete_run, half of them of unknown runs",
             lambda n: (
                 store.complete_run(runs[n] if n % 2 else unknown[n], RunStatus.FAILED),
@@ -183,7 +191,22 @@ async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckCont
             "get_run_status of different runs",
             lambda n: (store.get_run_status(runs[n]), RunStatus.FAILED if n % 2 else RunStatus.RUNNING),
         ),
-    ):
+    ]
+    if Capability.OUTPUTS in context.capabilities:
+        rounds += [
+            (
+                "save_output, half of them on unknown runs",
+                lambda n: (
+                    store.save_output(runs[n] if n % 2 else unknown[n], key(n), f"output {n}"),
+                    None if n % 2 else ("RunNotFoundError", unknown[n], None),
+                ),
+            ),
+            (
+                "get_output, half of them of outputs that were not saved",
+                lambda n: (store.get_output(runs[n], key(n)), f"output {n}" if n % 2 else None),
+            ),
+        ]
+    for what, of_number in rounds:
         await _expect_own_answers(context, what, of_number, count)
     details = await call_at_once(lambda n: store.get_run_detail(runs[n]), range(count))
     for number, detail in enumerate(details):
