@@ -43,7 +43,7 @@ class AttemptsOfOnePage:
         return replace(detail, steps=steps)
 
 
-@mutant("postgresql", "STP-6")
+@mutant("sqlite", "STP-6")
 class ResetOfAsManyKeysAsParameters:
     """Resets the first 32,766 of the given keys, the most parameters of a statement in some databases."""
 
@@ -93,7 +93,7 @@ class CleanupOfThousandOrphans:
         keys_of.update(spared)
 
 
-@mutant("postgresql", "QRY-3")
+@mutant("memory", "QRY-3")
 class TotalOfResultWindow:
     """Counts at most 10,000 matching runs, as a search engine does."""
 

@@ -81,6 +81,7 @@ MODULES = (
     "lost_replies",
     "concurrent_batches",
     "volumes",
+    "run_volumes",
     "large_texts",
     "counters",
     "capabilities",
