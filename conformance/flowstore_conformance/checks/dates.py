@@ -33,7 +33,7 @@ from flowstore_conformance.model import Model
 from flowstore_core import Capability, FlowStore, FlowStoreError, RunPosition, RunStatus
 from flowstore_core.operations import OPERATIONS
 
-# The last moment before each of these differs from it in more than the microsecond.
+# At these moments a calendar, a number format or the offset of a time zone changes or ends.
 MOMENTS = {
     "the first year": datetime(1, 1, 5, tzinfo=UTC),
     "the change to the Gregorian calendar": datetime(1582, 10, 15, tzinfo=UTC),
