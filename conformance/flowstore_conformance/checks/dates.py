@@ -27,7 +27,7 @@ from flowstore_conformance.checks.fixtures import (
 from flowstore_conformance.checks.registry import check
 from flowstore_conformance.context import CheckContext, ContractViolation, Profile, VirtualClock
 from flowstore_conformance.diffing import expected_and_got
-from flowstore_conformance.execution import execute
+from flowstore_conformance.execution import execute, is_foreign
 from flowstore_conformance.history import Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.model import Model
 from flowstore_core import Capability, FlowStore, FlowStoreError, RunPosition, RunStatus
@@ -133,9 +133,9 @@ class _Comparison:
         if found != wanted:
             arguments = ", ".join(f"{name}={_brief(value)}" for name, value in given.items())
             what = f"{method}({arguments}) at {self._model.now}, {self._where}"
+            clause = "CLM-6" if method in _READ_LEASES else OPERATIONS[method].clauses[0]
             raise ContractViolation(
-                f"{what}: {_difference(wanted, found)}",
-                clause="CLM-6" if method in _READ_LEASES else OPERATIONS[method].clauses[0],
+                f"{what}: {_difference(wanted, found)}", clause="CON-2" if is_foreign(found) else clause
             ) from (found.exception if isinstance(found, Raised) else None)
 
     def _expected(self, method: str, given: dict[str, Any]) -> Outcome:
