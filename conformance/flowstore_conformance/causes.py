@@ -17,6 +17,7 @@ SIMPLEST = (
     Kind.HOSTILE,
     Kind.MODEL,
     Kind.SNAPSHOT,
+    Kind.VOLUME,
     Kind.RACE,
     Kind.CANCELLATION,
     Kind.CRASH,

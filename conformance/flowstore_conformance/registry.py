@@ -28,6 +28,7 @@ class Kind(StrEnum):
     CANCELLATION = "cancellation"
     CRASH = "crash"
     HOSTILE = "hostile"
+    VOLUME = "volume"
     CAPABILITY = "capability"
     FAULT = "fault"
 
@@ -79,10 +80,15 @@ MODULES = (
     "cursors",
     "orders",
     "statistics",
-    "elapsed_time",
+    "dates",
+    "leases",
     "lost_replies",
     "faults",
     "concurrent_batches",
+    "volumes",
+    "run_volumes",
+    "large_texts",
+    "counters",
     "capabilities",
     "event_loops",
     "model",

@@ -50,6 +50,8 @@ MODULES = (
     "runs",
     "signals",
     "steps",
+    "times",
+    "volumes",
 )
 
 

@@ -27,6 +27,7 @@ _ORDER = (
     Kind.CAPABILITY,
     Kind.HOSTILE,
     Kind.SNAPSHOT,
+    Kind.VOLUME,
     Kind.RACE,
     Kind.CANCELLATION,
     Kind.CRASH,

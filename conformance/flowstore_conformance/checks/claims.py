@@ -400,10 +400,8 @@ async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
     latest = datetime(9999, 12, 30, tzinfo=clock.now.tzinfo)
     clock.now = latest - DAY
     longest = timedelta(days=366)
-    for call in (
-        store.try_claim_step(run_id, "long", owner="me", lease=longest),
-        store.renew_step_claim(run_id, "long", "me", longest),
-    ):
+    for claim_or_renew in (store.try_claim_step, store.renew_step_claim):
+        call = claim_or_renew(run_id, "long", owner="me", lease=longest)
         context.expect(await outcome_of(call), True, "claiming with a lease that would end after 9999-12-30")
     claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
     context.expect(single(claims, "the claim").expires_at, latest, "the end of such a lease")

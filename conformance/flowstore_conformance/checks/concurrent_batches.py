@@ -7,14 +7,17 @@ result when the store is closed in the meantime.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import get_run, new_id, second_store, start
+from flowstore_conformance.checks.fixtures import FLOW, call_at_once, get_run, new_id, second_store, start
 from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
+    Capability,
+    FlowRunDetail,
+    FlowRunRecord,
     FlowStore,
     FlowStoreError,
     OutcomeUnknownError,
@@ -121,6 +124,152 @@ def _call_and_outcome(
             return store.record_step_start(ended, key, "http"), "RunCompletedError"
         case _:
             return store.record_step_start(run_id, key, "http", owner="nobody"), "ClaimLostError"
+
+
+@check("CON-1", "CON-2", kind=Kind.VOLUME, isolated=False)
+async def thousands_of_concurrent_calls_get_their_own_answers(context: CheckContext) -> None:
+    """Of many calls at once on one store all, some or none fail; each gets its own result or error."""
+    store, count = context.store, context.profile.of(60, 2_000, 5_000)
+    runs, more, unknown = ([new_id(context) for _ in range(count)] for _ in range(3))
+    key = "step of run {}".format
+    rounds: list[tuple[str, Callable[[int], tuple[Awaitable[object], object]]]] = [
+        (
+            "start_run with new ids",
+            lambda n: (_start(store, runs[n], n), ("run", runs[n], f"flow {n}")),
+        ),
+        (
+            "start_run, half of them with an id that is stored",
+            lambda n: (
+                (_start(store, more[n], n), ("run", more[n], f"flow {n}"))
+                if n % 2
+                else (_start(store, runs[n], n), ("RunAlreadyExistsError", runs[n], None))
+            ),
+        ),
+        (
+            "record_step_start, half of them on unknown runs",
+            lambda n: (
+                store.record_step_start(runs[n] if n % 2 else unknown[n], key(n), "http", input_json=f"{n}"),
+                1 if n % 2 else ("RunNotFoundError", unknown[n], None),
+            ),
+        ),
+        ("record_step_complete, three of four invalid", lambda n: _completion(store, runs[n], key(n), n)),
+        (
+            "record_step_complete with another result, all invalid",
+            lambda n: (
+                store.record_step_complete(
+                    runs[n // 4 * 4 + 1], key(n // 4 * 4 + 1), StepStatus.FAILED, error_message=f"other {n}"
+                ),
+                ("StepAlreadyCompletedError", runs[n // 4 * 4 + 1], key(n // 4 * 4 + 1)),
+            ),
+        ),
+        (
+            "try_claim_step, one of four on a terminal step",
+            lambda n: (store.try_claim_step(runs[n], key(n), owner=f"owner {n}"), n % 4 != 1),
+        ),
+        (
+            "try_record_dispatch, half of them on unknown runs",
+            lambda n: (
+                store.try_record_dispatch(runs[n] if n % 2 else unknown[n], f"dispatch {n}"),
+                True if n % 2 else ("RunNotFoundError", unknown[n], None),
+            ),
+        ),
+        (
+            "complete_run, half of them of unknown runs",
+            lambda n: (
+                store.complete_run(runs[n] if n % 2 else unknown[n], RunStatus.FAILED),
+                True if n % 2 else ("RunNotFoundError", unknown[n], None),
+            ),
+        ),
+        (
+            "record_step_start on completed runs, all invalid",
+            lambda n: (
+                store.record_step_start(runs[n // 2 * 2 + 1], key(n), "http"),
+                ("RunCompletedError", runs[n // 2 * 2 + 1], key(n)),
+            ),
+        ),
+        (
+            "get_run_status of different runs",
+            lambda n: (store.get_run_status(runs[n]), RunStatus.FAILED if n % 2 else RunStatus.RUNNING),
+        ),
+    ]
+    if Capability.OUTPUTS in context.capabilities:
+        rounds += [
+            (
+                "save_output, half of them on unknown runs",
+                lambda n: (
+                    store.save_output(runs[n] if n % 2 else unknown[n], key(n), f"output {n}"),
+                    None if n % 2 else ("RunNotFoundError", unknown[n], None),
+                ),
+            ),
+            (
+                "get_output, half of them of outputs that were not saved",
+                lambda n: (store.get_output(runs[n], key(n)), f"output {n}" if n % 2 else None),
+            ),
+        ]
+    for what, of_number in rounds:
+        await _expect_own_answers(context, what, of_number, count)
+    details = await call_at_once(lambda n: store.get_run_detail(runs[n]), range(count))
+    for number, detail in enumerate(details):
+        # The steps that valid calls changed, and only these, have the texts of their calls.
+        context.expect(
+            _own_answer(detail), ("run", runs[number], f"flow {number}"), "a concurrent read of a run"
+        )
+        steps = [(one.input_json, one.output_json) for one in getattr(detail, "steps", ())]
+        output = f"output {number}" if number % 4 == 1 else None
+        wanted = [(f"{number}", output)] if number % 2 else []
+        context.expect(steps, wanted, f"input and output of the steps after {count:,} concurrent calls")
+
+
+async def _expect_own_answers(
+    context: CheckContext, what: str, of_number: Callable[[int], tuple[Awaitable[object], object]], count: int
+) -> None:
+    """Make ``count`` calls concurrently in random order, and compare each answer with its own."""
+    wanted: dict[int, object] = {}
+
+    def call(number: int) -> Awaitable[object]:
+        made, wanted[number] = of_number(number)
+        return made
+
+    numbers = context.random.sample(range(count), count)
+    context.assertions += count
+    for number, outcome in zip(numbers, await call_at_once(call, numbers), strict=True):
+        answer, want = _own_answer(outcome), wanted[number]
+        if answer != want:
+            others = isinstance(answer, tuple) and answer in wanted.values()
+            raise ContractViolation(
+                f"{count:,} concurrent calls of {what}: a call expected {want!r}, got {answer!r}"
+                f"{', which is the answer of another call' if others else ''}"
+            ) from (outcome if isinstance(outcome, FlowStoreError) else None)
+
+
+def _start(store: FlowStore, run_id: UUID, number: int) -> Awaitable[object]:
+    return store.start_run(FLOW, f"flow {number}", run_id, "manual")
+
+
+def _completion(store: FlowStore, run_id: UUID, key: str, number: int) -> tuple[Awaitable[object], object]:
+    """A completion that one of four times is valid, and its expected answer."""
+    failed, output = StepStatus.FAILED, f"output {number}"
+    match number % 4:
+        case 1:
+            return store.record_step_complete(run_id, key, failed, output_json=output, attempt=1), None
+        case 3:
+            call = store.record_step_complete(run_id, key, failed, output_json=output, attempt=2)
+            return call, ("StaleAttemptError", run_id, key)
+        case _:
+            call = store.record_step_complete(run_id, key, failed, output_json=output)
+            return call, ("StepNotFoundError", run_id, key)
+
+
+def _own_answer(outcome: object) -> object:
+    """The part of a result or error that identifies the call."""
+    match outcome:
+        case FlowStoreError():
+            named = (getattr(outcome, "run_id", None), getattr(outcome, "step_key", None))
+            return (type(outcome).__name__, *named)
+        case FlowRunRecord() | FlowRunDetail():
+            return ("run", outcome.run_id, outcome.flow_name)
+        case _:
+            return outcome
 
 
 # Includes the characters that a store might use as separators between texts.

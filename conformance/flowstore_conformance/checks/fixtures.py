@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID
@@ -29,6 +30,7 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
     StepStatus,
+    StoreUnavailableError,
 )
 
 T = TypeVar("T")
@@ -210,6 +212,35 @@ async def outcome_of(call: Awaitable[object]) -> object:
         return f"<{type(error).__name__} raised>"
 
 
+MAX_REFUSALS = 20
+"""Repetitions of calls that an overloaded store refuses."""
+
+
+async def call_at_once(call: Callable[[int], Awaitable[object]], numbers: Sequence[int]) -> list[object]:
+    """Make a call for each number concurrently, and return the result or contract error of each.
+
+    StoreUnavailableError means that a call did not happen, because the store or the machine did not keep up
+    with the others. Such calls are repeated; if the store keeps refusing them, raises Inconclusive.
+    """
+    outcomes: dict[int, object] = {}
+    left = list(numbers)
+    for _ in range(MAX_REFUSALS):
+        found = await asyncio.gather(*(call(number) for number in left), return_exceptions=True)
+        for outcome in found:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, FlowStoreError):
+                raise ContractViolation(
+                    f"a concurrent call: expected a contract error, got {type(outcome).__name__}",
+                    clause="CON-2",
+                ) from outcome
+        outcomes |= zip(left, found, strict=True)
+        left = [number for number in left if type(outcomes[number]) is StoreUnavailableError]
+        if not left:
+            return [outcomes[number] for number in numbers]
+    raise Inconclusive(
+        f"the store refused {len(left):,} of {len(numbers):,} concurrent calls: {outcomes[left[0]]}"
+    )
+
+
 # The whole state
 
 
@@ -263,11 +294,16 @@ async def observe(context: CheckContext, run_id: UUID, *, store: FlowStore | Non
 
 
 def assert_same(
-    context: CheckContext, after: Mapping[str, Any], before: Mapping[str, Any], sentence: str
+    context: CheckContext,
+    after: Mapping[str, Any],
+    before: Mapping[str, Any],
+    sentence: str,
+    *,
+    clause: str | None = None,
 ) -> None:
     """Compare two observations, times to the microsecond, and report the first difference."""
     context.assertions += 1
     for read, was in before.items():
         want, got = comparable(was), comparable(after[read])
         if got != want:
-            raise ContractViolation(f"{sentence}: {read}: {expected_and_got(want, got)}")
+            raise ContractViolation(f"{sentence}: {read}: {expected_and_got(want, got)}", clause=clause)

@@ -245,7 +245,7 @@ async def running_runs_are_never_touched(context: CheckContext) -> None:
 async def one_cleanup_deletes_more_runs_than_a_batch(context: CheckContext) -> None:
     """One call deletes every completed run before the cutoff and counts each once."""
     store = context.store
-    count = context.profile.of(20, 605, 2500)
+    count = context.profile.of(20, 40, 40)
     runs = [new_id(context) for _ in range(count + 5)]
 
     async def run(number: int) -> None:

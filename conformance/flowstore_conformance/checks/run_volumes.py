@@ -1,0 +1,273 @@
+"""A run with more steps, attempts, events, outputs and waiters than a page or batch holds; see volumes.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from flowstore_conformance.checks.fixtures import (
+    DAY,
+    SECOND,
+    advance,
+    assert_same,
+    get_run,
+    get_step,
+    new_id,
+    now,
+    observe,
+    start,
+)
+from flowstore_conformance.checks.volumes import PAGE, expect_items, expect_result, in_groups
+from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import Kind, check
+from flowstore_core import Capability, RunStatus, SignalDeliveryStatus, StepStatus
+
+
+async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str) -> None:
+    """Delete a completed run, and expect that nothing of it is left when its id starts again."""
+    store = context.store
+    unknown = await observe(context, new_id(context))
+    await store.complete_run(run_id, RunStatus.CANCELLED)
+    await store.cleanup(now(context) + DAY)
+    gone = await observe(context, run_id)
+    assert_same(context, gone, unknown, f"no read shows anything of {what} after its cleanup", clause="RET-1")
+    await start(context, run_id=run_id)
+    again = await observe(context, run_id)
+    del again["get_run_detail"], again["get_run_status"], unknown["get_run_detail"], unknown["get_run_status"]
+    assert_same(context, again, unknown, f"the deleted id of {what} starts empty", clause="RET-1")
+    expect_result(
+        context,
+        len((await get_run(context, run_id)).steps),
+        0,
+        f"steps of the deleted {what}",
+        clause="RET-1",
+    )
+
+
+@check("QRY-3", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", kind=Kind.VOLUME, isolated=False)
+async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
+    """Reads list all steps, claims and dispatches of a run; reset and expected cover all of its steps."""
+    store, run_id = context.store, await start(context)
+    count = context.profile.of(1_100, 10_500, 40_000)
+    keys = [f"step {number:06}" for number in range(count)]
+    skipped = keys[1::8]
+    kept = sorted({*keys}.difference(skipped))
+    owners = {key: f"owner of {key}" for key in keys}
+
+    async def fill(number: int) -> tuple[object, ...]:
+        key = keys[number]
+        claimed = await store.try_claim_step(run_id, key, owner=owners[key])
+        dispatched = await store.try_record_dispatch(run_id, key)
+        if number % 8 == 1:
+            await store.record_skipped_step(run_id, key, "http", f"reason of {key}", owner=owners[key])
+            return claimed, dispatched, 1
+        attempt = await store.record_step_start(run_id, key, "http", job_id=key, owner=owners[key])
+        await store.record_step_complete(run_id, key, StepStatus.PENDING, output_json=f"output of {key}")
+        return claimed, dispatched, attempt
+
+    results = await in_groups(fill, count)
+    of = f"of a run with {count:,} steps"
+    expect_items(
+        context, results, [(True, True, 1)] * count, f"claims, dispatches, starts {of}", clause="CON-1"
+    )
+    await _expect_steps(context, run_id, keys, of)
+    claims = [(claim.step_key, claim.owner) for claim in await store.get_step_claims(run_id)]
+    expect_items(context, claims, owners.items(), f"get_step_claims {of}", clause="CLM-4")
+    claimed = sorted(await store.get_claimed_step_keys(run_id))
+    expect_items(context, claimed, kept, f"get_claimed_step_keys {of}, some of them Skipped", clause="CLM-4")
+    dispatches = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
+    expect_items(context, dispatches, keys, f"get_dispatches {of}", clause="CLM-3")
+    dispatches = sorted(await store.get_dispatched_step_keys(run_id))
+    expect_items(context, dispatches, keys, f"get_dispatched_step_keys {of}", clause="CLM-3")
+
+    # Keys without a step lengthen the list to its limit, and are ignored.
+    longest = context.profile.of(2_500, 100_000, 100_000)
+    # In the order of keys, half of them come before the steps.
+    unknown = [
+        f"{'absent' if number % 2 else 'unknown'} {number}" for number in range(longest - len(skipped))
+    ]
+    half = len(unknown) // 2
+    reset = [skipped[0], *unknown[:half], *skipped[1:-1], *unknown[half:], skipped[-1]]
+    await store.retry_step(run_id, kept[0], reset=reset)
+    of = f"after retry_step with {len(reset):,} keys in reset, of which {len(skipped):,} are Skipped steps"
+    statuses = await store.get_step_statuses(run_id)
+    expect_items(context, statuses, kept, f"get_step_statuses {of}", clause="STP-6")
+    found = [claim.step_key for claim in await store.get_step_claims(run_id)]
+    expect_items(context, found, kept[1:], f"get_step_claims {of}", clause="STP-6")
+    found = [dispatch.step_key for dispatch in await store.get_dispatches(run_id)]
+    expect_items(context, found, kept[1:], f"get_dispatches {of}", clause="STP-6")
+    restarted = await in_groups(
+        lambda number: store.record_step_start(run_id, skipped[number], "http"), len(skipped)
+    )
+    expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
+
+    expected = dict(await store.get_step_statuses(run_id))
+    for what, differing in (
+        ("the last status differs", {**expected, keys[-1]: StepStatus.FAILED}),
+        ("the last key is missing", {key: status for key, status in expected.items() if key != keys[-1]}),
+        ("it names one more key", {**expected, "another": StepStatus.PENDING}),
+    ):
+        won = await store.complete_run(run_id, RunStatus.FAILED, expected=differing)
+        expect_result(
+            context,
+            won,
+            False,
+            f"complete_run with {len(differing):,} expected steps: {what}",
+            clause="RUN-2",
+        )
+    won = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
+    expect_result(context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2")
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} steps")
+
+
+async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str], of: str) -> None:
+    """Compare the statuses, steps and attempts of a_run_holds_thousands_of_steps."""
+    pending, skipped = StepStatus.PENDING, StepStatus.SKIPPED
+    wanted = [(key, skipped if number % 8 == 1 else pending) for number, key in enumerate(keys)]
+    statuses = await context.store.get_step_statuses(run_id)
+    expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="QRY-3")
+    detail = await get_run(context, run_id)
+    steps = sorted(detail.steps, key=lambda step: step.step_key)
+    if context.exact_times:
+        expect_items(context, detail.steps, steps, f"the order of get_run_detail {of}", clause="QRY-3")
+    for name, of_records in (
+        ("steps", steps),
+        ("attempts", [attempt for step in steps for attempt in step.attempts]),
+    ):
+        found = [(one.step_key, one.job_id, one.output_json, one.error_message) for one in of_records]
+        details = [
+            (key, None, None, f"reason of {key}") if number % 8 == 1 else (key, key, f"output of {key}", None)
+            for number, key in enumerate(keys)
+        ]
+        expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
+
+
+@check("STP-1", "QRY-3", "RET-1", kind=Kind.VOLUME, isolated=False)
+async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
+    """Attempts of one step are numbered without gaps, keep their own input, and are all listed."""
+    store, run_id = context.store, await start(context)
+    count = context.profile.of(120, 2_600, 33_000)
+    started = await in_groups(
+        lambda number: store.record_step_start(run_id, "charge", "http", input_json=f"input {number}"), count
+    )
+    numbers = range(1, count + 1)
+    what = f"the numbers that {count:,} calls of record_step_start return for one step"
+    expect_items(context, sorted(started), numbers, what, clause="STP-1")
+    step = await get_step(context, run_id)
+    expect_result(context, step.attempt_count, count, f"attempt_count after {count:,} starts", clause="STP-1")
+    found = [(attempt.attempt, attempt.input_json) for attempt in step.attempts]
+    inputs = {attempt: f"input {number}" for number, attempt in enumerate(started)}
+    wanted = [(attempt, inputs[attempt]) for attempt in numbers]
+    expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
+    open_attempts = [attempt.attempt for attempt in step.attempts if attempt.status is StepStatus.RUNNING]
+    expect_result(
+        context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1"
+    )
+    await store.record_step_complete(run_id, "charge", StepStatus.FAILED, attempt=count)
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} attempts")
+
+
+@check("EVT-1", "RET-1", kind=Kind.VOLUME, isolated=False)
+async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
+    """Each event has its own sequence, and pages of every size return each event once."""
+    store, run_id = context.store, await start(context)
+    count = context.profile.of(120, 2_600, 33_000)
+    sequences = await in_groups(
+        lambda number: store.append_event(run_id, f"type {number}", message=f"message {number}"), count
+    )
+    expect_result(
+        context, len(set(sequences)), count, f"distinct sequences of {count:,} events", clause="EVT-1"
+    )
+    wanted = [
+        (sequence, f"type {number}", f"message {number}")
+        for sequence, number in sorted(zip(sequences, range(count), strict=True))
+    ]
+    for take in (PAGE, PAGE - 1, 256):
+        found: list[tuple[int, str, str | None]] = []
+        after = 0
+        while page := await store.get_run_events(run_id, after=after, take=take):
+            expect_result(
+                context,
+                len(page),
+                min(take, count - len(found)),
+                f"the size of a page of get_run_events(after={after}, take={take}) of {count:,} events",
+                clause="EVT-1",
+            )
+            found += [(event.sequence, event.event_type, event.message) for event in page]
+            after = page[-1].sequence
+        expect_items(context, found, wanted, f"the events on pages of {take}", clause="EVT-1")
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} events")
+
+
+@check("EVT-2", "RET-1", kind=Kind.VOLUME, isolated=False)
+async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
+    """get_outputs returns every output, also of more bytes than a message or page of a database holds."""
+    store, run_id = context.store, await start(context)
+    count = context.profile.of(120, 2_600, 10_500)
+    filler = "0123456789abcdef" * 160
+    values = {f"key {number:05}": f"{number} {filler}" for number in range(count)}
+    keys = list(values)
+    await in_groups(lambda number: store.save_output(run_id, keys[number], values[keys[number]]), count)
+    found = await store.get_outputs(run_id)
+    what = f"get_outputs of {count:,} outputs of {len(filler):,} characters"
+    expect_items(context, found.items(), values.items(), what, clause="EVT-2")
+    for number in range(0, count, count // 7):
+        value = await store.get_output(run_id, keys[number])
+        expect_result(context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2")
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs")
+
+
+@check("SIG-2", "SIG-3", "RET-1", kind=Kind.VOLUME, isolated=False)
+async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
+    """Each delivery finds the oldest open waiter of its name; every delivery id is remembered."""
+    store, run_id = context.store, await start(context)
+    count = context.profile.of(60, 1_300, 4_200)
+    keys = [f"step {number:05}" for number in range(count)]
+    names = ["stop" if number % 10 == 1 else "go" for number in range(count)]
+    alike = names.count("go")
+
+    async def register(number: int) -> None:
+        # The newest waiters have the first keys.
+        await store.register_waiter(run_id, keys[count - 1 - number], names[number])
+
+    for number in (0, 1):
+        await register(number)
+        advance(context, SECOND)
+    await in_groups(lambda number: register(number + 2), count - 2)
+    wanted = list(zip(keys, reversed(names), strict=True))
+    if Capability.WAITERS in context.capabilities:
+        found = [(waiter.step_key, waiter.signal_name) for waiter in await store.get_waiters(run_id)]
+        expect_items(context, found, wanted, f"get_waiters of {count:,} waiters", clause="QRY-1")
+
+    async def deliver(number: int) -> Any:
+        return await store.deliver_signal(
+            run_id, names[number], f"payload {number}", delivery_id=f"delivery {number}"
+        )
+
+    first = [await deliver(number) for number in (0, 1)]
+    oldest = [keys[-1], keys[-2]]
+    what = f"the oldest of {alike:,} waiters of one name"
+    expect_items(context, [one.step_key for one in first], oldest, what, clause="SIG-2")
+    results = [*first, *await in_groups(lambda number: deliver(number + 2), count - 2)]
+    what = f"the waiters that {count:,} deliveries reached"
+    expect_items(context, sorted(one.step_key or "" for one in results), keys, what, clause="SIG-3")
+    payloads = {one.step_key: f"payload {number}" for number, one in enumerate(results)}
+    waiters = await in_groups(lambda number: store.get_waiter(run_id, keys[number]), count)
+    kept = [(waiter.step_key, waiter.payload_json) for waiter in waiters if waiter is not None]
+    what = f"the payloads of {count:,} deliveries"
+    expect_items(context, kept, ((key, payloads[key]) for key in keys), what, clause="SIG-2")
+    again = await in_groups(deliver, count)
+    what = f"{count:,} repeated deliveries by step key"
+    expect_items(
+        context, [one.step_key for one in again], [one.step_key for one in results], what, clause="SIG-2"
+    )
+    late = await store.deliver_signal(run_id, "go", "late")
+    expect_result(
+        context,
+        (late.status, late.step_key),
+        (SignalDeliveryStatus.ALREADY_DELIVERED, keys[-1]),
+        f"a delivery after {alike:,} waiters of its name were delivered to",
+        clause="SIG-3",
+    )
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} waiters")
