@@ -60,6 +60,8 @@ class CheckResult:
     failure: Failure | None = None
     reason: str | None = None
     """Why the check is inconclusive, unsupported, waived or not run."""
+    notes: tuple[str, ...] = ()
+    """What a passed check measured."""
     finding: SignatureFinding | None = None
     """The method that prevented the check from running."""
 

@@ -42,6 +42,7 @@ MODULES = (
     "faults",
     "keys",
     "queries",
+    "races",
     "records",
     "retention",
     "retries",

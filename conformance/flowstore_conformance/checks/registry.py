@@ -86,6 +86,7 @@ MODULES = (
     "snapshots",
     "cancellation",
     "crash",
+    "killed_calls",
 )
 
 

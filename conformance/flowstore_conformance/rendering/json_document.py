@@ -112,6 +112,7 @@ def _check(report: Report, result: CheckResult) -> dict[str, Any]:
         "exercised": result.assertions,
         "seconds": round(result.seconds, 3),
         "reason": result.reason,
+        "notes": list(result.notes),
         "command": report.command(result),
         "failure": None if result.failure is None else _failure(result.failure),
     }

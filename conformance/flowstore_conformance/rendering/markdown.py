@@ -58,6 +58,7 @@ def _head(report: Report) -> Iterator[str]:
         f"Profile `{report.profile}`, seed `{report.seed}`, {len(report.results)} checks in "
         f"{report.seconds:.1f} s, {_text(versions)}."
     )
+    yield from (f"\n`{one.check.name}`: {_text(note)}." for one in report.results for note in one.notes)
     yield from (f"\n> {_text(problem)}" for problem in report.problems)
     yield from (f"\n> Namespace not dropped, drop it by hand: {_text(one)}" for one in report.left_behind)
 
