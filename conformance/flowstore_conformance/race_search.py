@@ -54,7 +54,7 @@ class Tally:
     calls: int = 0
     unavailable: int = 0
     overlaps: Counter[frozenset[str]] = field(default_factory=Counter)
-    """Number of decided overlaps by the names of the two operations."""
+    """Number of overlaps of two writing operations in decided races, by the names of the operations."""
 
     def add(self, run: RaceRun) -> None:
         self.races += 1
@@ -71,7 +71,11 @@ class Tally:
 
 
 def _names(run: RaceRun) -> list[frozenset[str]]:
-    return [frozenset((one.call.method, other.call.method)) for one, other in run.overlaps]
+    return [
+        frozenset((one.call.method, other.call.method))
+        for one, other in run.overlaps
+        if one.call.operation.writes and other.call.operation.writes
+    ]
 
 
 async def search(context: CheckContext, family: RaceFamily, runner: Runner, budget: Budget) -> Tally:

@@ -27,8 +27,7 @@ async def _race(context: CheckContext, names: Collection[str]) -> None:
                 tally = await search(context, family, pool, budget)
                 if family in PAIR_FAMILIES:
                     context.notes.append(
-                        f"{len(tally.overlaps)} pairs of operations ran concurrently in races of "
-                        f"{family.sentence}"
+                        f"{len(+tally.overlaps)} pairs of writing operations ran concurrently"
                     )
 
 

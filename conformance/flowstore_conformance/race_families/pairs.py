@@ -1,4 +1,4 @@
-"""Races of every pair of writing operations, so that no pair depends on an author's imagination.
+"""Races of every pair of writing operations, so that none is forgotten.
 
 The pairs come from the operation table. A race of a pair has one client for each of its two operations. The
 setup and the arguments are drawn several times, and the model selects a draw in which the two calls interact:
@@ -37,9 +37,9 @@ OWNERS = ("o", "p", "q")
 CLOCK_ADVANCE = timedelta(minutes=1)
 """How far the clock advances between setup and race, so that some leases and waits have ended."""
 DRAWS = 10
-"""Number of draws from which the one with the most interaction is selected,"""
+"""Number of draws from which the one with the most interaction is selected."""
 MAX_DRAWS = 50
-"""or more, up to this number, while the calls of none interact."""
+"""Number of draws if the calls of none of them interact."""
 EXPLAIN_BUDGET = 20_000
 
 _ORDER = {name: number for number, name in enumerate(OPERATIONS)}
