@@ -114,16 +114,15 @@ class DispatchReleaseRestoresClaim:
 
 
 @mutant("memory", "CON-1", concurrent=True)
-class CancelUndoesConfiguration:
-    """Reads the control record, and writes it back with the cancel: a configuration made in between is
-    undone."""
+class CancelRestoresTheIdempotencyKey:
+    """Reads the control record, and writes its idempotency key back with the cancel: a key that was
+    configured in between is undone."""
 
     async def request_cancel(self, **given: Any) -> bool:
         state = self._namespace.controls.get(given["run_id"])
-        before = None if state is None else (state.timeout_at, state.idempotency_key)
+        before = None if state is None else state.idempotency_key
         await asyncio.sleep(0)
         cancelled = await super().request_cancel(**given)
-        state = self._namespace.controls.get(given["run_id"])
-        if cancelled and state is not None and before is not None:
-            state.timeout_at, state.idempotency_key = before
+        if cancelled and state is not None:
+            state.idempotency_key = before
         return bool(cancelled)
