@@ -174,7 +174,7 @@ def _points(generator: random.Random, count: int, *, waiting: bool) -> list[Kill
     """A random moment, and some of the first awaits; few calls have more than three."""
     late = generator.sample(range(1, MAX_AWAITS + 1), count - 2)
     pauses = [None, generator.choice((1, 1, 2, 3)), *late]
-    return [KillPoint(pause, waiting=waiting and generator.random() < 0.25) for pause in pauses]
+    return [KillPoint(pause, waiting=waiting and generator.random() < 0.6) for pause in pauses]
 
 
 async def _kill_in_call(
