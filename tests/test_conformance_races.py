@@ -14,11 +14,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance import race_search
+from flowstore_conformance import race_search, suite
 from flowstore_conformance.checks.snapshots import torn
 from flowstore_conformance.context import CheckContext, Inconclusive, Profile, new_context
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Raised, Returned
 from flowstore_conformance.race_families import RACE_FAMILIES, RaceBuilder, RaceFamily
+from flowstore_conformance.race_families.pairs import Pair, cleanup_pairs, draw_pair, run_pairs
 from flowstore_conformance.race_search import Budget, judge, search
 from flowstore_conformance.races import ClientResult, ClientTask, Race, RaceRun, StoreRunner
 from flowstore_conformance.registry import Check, Kind, all_checks
@@ -34,6 +35,8 @@ from flowstore_conformance.wire import (
     unpack_task,
     write_line,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowstore_core import (
     Capability,
@@ -43,6 +46,7 @@ from flowstore_core import (
     StepStatus,
     open_store,
 )
+from flowstore_core.operations import OPERATIONS
 from flowstore_core.plugins import find_backend
 from flowstore_memory.store import SharedStore
 
@@ -265,7 +269,7 @@ class _OneAfterTheOther:
         self.topology = self._runner.topology
 
     async def run(self, races: Sequence[Race]) -> list[RaceRun]:
-        return [dataclasses.replace(one, overlapping=0) for one in await self._runner.run(races)]
+        return [dataclasses.replace(one, overlaps=()) for one in await self._runner.run(races)]
 
 
 async def test_too_little_overlap_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +293,7 @@ async def test_no_verdict_is_no_pass() -> None:
     race = Race(setup=(), clients=(), final=())
     async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
         with pytest.raises(Inconclusive, match="no verdict"):
-            judge(context, RaceRun(race=race, history=history, overlapping=1, unavailable=0), budget=0)
+            judge(context, RaceRun(race=race, history=history, overlaps=(), unavailable=0), budget=0)
 
 
 async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> None:
@@ -312,8 +316,8 @@ async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> N
 
     async with open_store("memory://") as store:
         [atomic] = await StoreRunner([store], None).run([race])
-    assert atomic.overlapping == 1
-    assert atomic.history.overlaps() == 0
+    assert len(atomic.overlaps) == 1
+    assert not atomic.history.overlaps()
     with pytest.MonkeyPatch.context() as patch:
         make_wrong(patch, Suspending)
         async with open_store("memory://") as store:
@@ -321,8 +325,8 @@ async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> N
             late = dataclasses.replace(race, yields=((0,), (9,)))
         async with open_store("memory://") as store:
             [apart] = await StoreRunner([store], None).run([late])
-    assert suspended.overlapping == 1
-    assert apart.overlapping == 0
+    assert len(suspended.overlaps) == 1
+    assert not apart.overlaps
 
 
 # Torn details, and what processes tell each other
@@ -423,3 +427,62 @@ def test_a_race_ends_with_reads_of_all_state_of_its_run(
     wanted = {"get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"}
     extensions = {"get_waiters", "get_outputs", "get_run_events"}
     assert looks >= wanted | (extensions if capabilities else {"get_waiter"})
+
+
+# Pairs of writing operations
+
+
+def test_the_pairs_are_all_pairs_of_the_writing_operations_of_the_table() -> None:
+    names = [name for name, one in OPERATIONS.items() if one.writes]
+    pairs = {frozenset(pair) for pair in (*run_pairs(Capability), *cleanup_pairs(Capability))}
+    assert pairs == {frozenset((one, other)) for one in names for other in names}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**64), pair=st.sampled_from([*run_pairs(Capability), *cleanup_pairs(Capability)]))
+def test_a_race_of_a_pair_calls_both_operations_from_two_clients(seed: int, pair: Pair) -> None:
+    drawing = RaceBuilder(random.Random(seed), frozenset(Capability), datetime(2026, 1, 1, tzinfo=UTC))
+    first, second, *_ = draw_pair(drawing, pair).clients
+    assert (first[0].method, second[0].method) == pair
+
+
+async def test_a_run_reports_how_many_pairs_ran_concurrently() -> None:
+    result = await run("pairs_by_tasks", Profile.QUICK)
+    pairs = len(run_pairs(Capability))
+    assert result.notes == (
+        f"{pairs // 8} of {pairs} pairs of writing operations ran concurrently, each at least 1 time",
+    )
+
+
+async def test_a_pair_that_never_ran_concurrently_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_cancels(run: RaceRun) -> list[frozenset[str]]:
+        return [names for names in operations_of(run) if "request_cancel" not in names]
+
+    operations_of = race_search._names
+    monkeypatch.setattr(race_search, "_names", without_cancels)
+    monkeypatch.setattr(suite, "INCONCLUSIVE_RETRIES", 0)
+    result = await run("cleanup_pairs_by_tasks")
+    assert (result.status, result.reason) == (
+        Status.INCONCLUSIVE,
+        "of 26 pairs of writing operations 1 never ran concurrently: request_cancel and cleanup",
+    )
+    assert result.notes == ()
+
+
+class CancelUndoesConfiguration(SharedStore):
+    async def request_cancel(self, run_id: UUID, reason: str | None = None) -> bool:
+        state = self._namespace.controls.get(run_id)
+        timeout_at = None if state is None else state.timeout_at
+        await asyncio.sleep(0)
+        cancelled = await super().request_cancel(run_id, reason)
+        if state is not None:
+            state.timeout_at = timeout_at
+        return cancelled
+
+
+async def test_a_lost_effect_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_wrong(monkeypatch, CancelUndoesConfiguration)
+    result = await run("pairs_by_stores")
+    assert result.status is Status.FAIL
+    assert result.failure is not None
+    assert result.failure.clause == "CON-1"

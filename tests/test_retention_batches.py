@@ -22,6 +22,7 @@ CHECKS = (
     "one_cleanup_deletes_more_runs_than_a_batch",
     "old_keys_and_controls_without_run_are_deleted",
     "a_cancelled_cleanup_deletes_whole_runs",
+    "cleanup_pairs_by_stores",
     "cleanups_by_stores",
     "cleanups_by_tasks",
 )

@@ -80,7 +80,8 @@ class _CountingAwaitable:
                 step = lambda: next(inner)  # noqa: E731
 
 
-async def _run(made: Awaitable[object], waits: Callable[[int], None]) -> object:
+async def count_awaits(made: Awaitable[object], waits: Callable[[int], None]) -> object:
+    """Await a call, and report the number of each of its awaits."""
     return await _CountingAwaitable(made, waits)
 
 
@@ -99,7 +100,7 @@ async def cancel_at(
             loop.call_soon(task.cancel)
 
     made = invoke(store, scenario.call)
-    task = asyncio.ensure_future(_run(made, waits))
+    task = asyncio.ensure_future(count_awaits(made, waits))
     if point.wait == 0:
         task.cancel()
     elif point.wait is None:
@@ -143,7 +144,7 @@ async def profile(store: FlowStore, scenario: Scenario) -> CallProfile:
         waited = number
 
     begun = time.monotonic()
-    await _run(invoke(store, scenario.call), waits)
+    await count_awaits(invoke(store, scenario.call), waits)
     return CallProfile(waited, time.monotonic() - begun)
 
 

@@ -126,6 +126,8 @@ class CheckContext:
     """None if the namespace belongs to this check alone."""
     assertions: int = 0
     """Number of assertions made; reported with the result."""
+    notes: list[str] = field(default_factory=list)
+    """What the check measured; reported with the result if the check passes."""
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def open(self, **options: Any) -> FlowStore:
@@ -268,7 +270,9 @@ class SharedNamespace:
         if self._context.clock is not None:
             self._context.clock.now = VirtualClock().now
         async with AsyncExitStack() as stack:
-            yield replace(self._context, seed=seed, random=random.Random(seed), assertions=0, _stack=stack)
+            yield replace(
+                self._context, seed=seed, random=random.Random(seed), assertions=0, notes=[], _stack=stack
+            )
 
     async def discard(self) -> None:
         """Drop the namespace; the next check gets a new one."""

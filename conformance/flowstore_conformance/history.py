@@ -84,14 +84,15 @@ class History:
     def of(operations: Sequence[Operation]) -> History:
         return History(tuple(sorted(operations, key=lambda one: one.invoked)))
 
-    def overlaps(self) -> int:
-        """The number of overlapping pairs of operations of different clients."""
-        pairs = 0
+    def overlaps(self) -> list[tuple[Operation, Operation]]:
+        """The overlapping pairs of operations of different clients."""
+        pairs = []
         for index, one in enumerate(self.operations):
             for other in self.operations[index + 1 :]:
                 if other.invoked >= one.returned:
                     break
-                pairs += other.client != one.client
+                if other.client != one.client:
+                    pairs.append((one, other))
         return pairs
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 
@@ -43,32 +44,46 @@ class Budget:
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
+    """What the races of a search exercised."""
+
     races: int = 0
     overlapped: int = 0
     """Decided races in which calls overlapped."""
     undecided: int = 0
     calls: int = 0
     unavailable: int = 0
+    overlaps: Counter[frozenset[str]] = field(default_factory=Counter)
+    """Number of overlaps of two writing operations in decided races, by the names of the operations."""
 
     def add(self, run: RaceRun) -> None:
         self.races += 1
-        self.overlapped += run.overlapping > 0
+        self.overlapped += bool(run.overlaps)
+        self.overlaps.update(_names(run))
         self.calls += len(run.history.operations) + run.unavailable
         self.unavailable += run.unavailable
 
     def exclude(self, run: RaceRun) -> None:
         """Exclude a race that could not be decided."""
         self.undecided += 1
-        self.overlapped -= run.overlapping > 0
+        self.overlapped -= bool(run.overlaps)
+        self.overlaps.subtract(_names(run))
 
 
-async def search(context: CheckContext, family: RaceFamily, runner: Runner, budget: Budget) -> None:
+def _names(run: RaceRun) -> list[frozenset[str]]:
+    return [
+        frozenset((one.call.method, other.call.method))
+        for one, other in run.overlaps
+        if one.call.operation.writes and other.call.operation.writes
+    ]
+
+
+async def search(context: CheckContext, family: RaceFamily, runner: Runner, budget: Budget) -> Tally:
     """Run drawn races of a family. Raises ContractViolation with the smallest race that shows one.
 
     Raises Inconclusive if calls overlapped in too few races, or if too many calls were unavailable.
     """
-    tally, begun, rounds_run = _Tally(), time.monotonic(), 0
+    tally, begun, rounds_run = Tally(), time.monotonic(), 0
     # A round of an exclusive family is a single race, so there are more rounds.
     limit = budget.rounds * (2 if family.exclusive else 1)
     count = 1 if family.exclusive else budget.races
@@ -92,7 +107,7 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, budg
         seconds = time.monotonic() - begun
         if enough():
             if rounds_run >= limit or (seconds > budget.seconds and rounds_run >= 3):
-                return
+                return tally
         elif rounds_run >= limit and seconds > MAX_OVERLAP_SECONDS * context.timeout_factor:
             break
     if tally.unavailable > MAX_UNAVAILABLE_SHARE * tally.calls:
@@ -172,7 +187,7 @@ def _violation(
 ) -> ContractViolation:
     run, verdict = found.run, found.verdict
     clause, cause = broken_clause(family, verdict), None
-    message = family.explain(run.history) or _no_order(verdict)
+    message = family.explain(run.history) or describe_misfits(verdict)
     foreign = [one.outcome for one in verdict.unplaced if is_foreign(one.outcome)]
     if foreign and isinstance(foreign[0], Raised):
         cause = foreign[0].exception
@@ -209,7 +224,7 @@ def signature_of(family: RaceFamily, verdict: Verdict) -> Signature:
     return Signature(broken_clause(family, verdict), frozenset(wrong))
 
 
-def _no_order(verdict: Verdict) -> str:
+def describe_misfits(verdict: Verdict) -> str:
     """Describe where the search for an order ended."""
     parts = [
         f"{one.call.method} of {_client(one)} returned {describe_outcome(one.outcome)} "

@@ -98,6 +98,7 @@ MODULES = (
     "snapshots",
     "cancellation",
     "crash",
+    "killed_calls",
 )
 
 

@@ -62,6 +62,8 @@ class CheckResult:
     """Why the check is inconclusive, unsupported, waived or not run."""
     variant: str | None = None
     """The backend's variant that the check ran with; None if the backend declares none."""
+    notes: tuple[str, ...] = ()
+    """What a passed check measured."""
     finding: SignatureFinding | None = None
     """The method that prevented the check from running."""
 

@@ -479,6 +479,7 @@ async def run_check(
         failure=outcome.failure,
         reason=outcome.reason,
         variant=variant,
+        notes=outcome.notes,
     )
 
 
@@ -490,6 +491,7 @@ class _CheckRun:
     assertions: int = 0
     failure: Failure | None = None
     reason: str | None = None
+    notes: tuple[str, ...] = ()
     retryable: bool = False
     """Whether the check is inconclusive and a retry may decide."""
 
@@ -602,7 +604,7 @@ async def _judge(check: Check, context: CheckContext) -> _CheckRun:
         return _explain(error, check, context.assertions, context.base_url)
     if not context.assertions:
         return _CheckRun(Status.INCONCLUSIVE, reason="the check made no assertion")
-    return _CheckRun(Status.PASS, context.assertions)
+    return _CheckRun(Status.PASS, context.assertions, notes=tuple(context.notes))
 
 
 def _raise_refusal(error: Exception) -> None:

@@ -272,6 +272,13 @@ def describe_call(pending: list[PendingCall], limit: float, *, known_hang: bool 
     )
 
 
+def describe_task(task: asyncio.Task[Any], limit: float) -> Hang:
+    """Describe the hang of the call that a task awaits."""
+    pending = pending_call(task)
+    assert pending is not None
+    return describe_call([pending], limit)
+
+
 def describe_check(task: asyncio.Task[Any], pending: list[PendingCall], limit: float) -> Hang:
     """Describe the hang of a check in which no single call exceeded its limit."""
     pending_text = (

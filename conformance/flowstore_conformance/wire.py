@@ -98,7 +98,13 @@ def unpack_task(packed: Mapping[str, Any]) -> ClientTask:
 
 def pack_result(done: ClientResult) -> dict[str, Any]:
     operations = [
-        [one.call.method, pack(one.call.arguments), one.invoked, _finite(one.returned), _pack(one.outcome)]
+        [
+            one.call.method,
+            pack(one.call.arguments),
+            one.invoked,
+            _finite(one.returned),
+            pack_outcome(one.outcome),
+        ]
         for one in done.operations
     ]
     return {
@@ -116,7 +122,7 @@ def unpack_result(packed: Mapping[str, Any], client: int, now: datetime) -> Clie
             call=Call(method=method, arguments=unpack(arguments)),
             invoked=invoked,
             returned=float("inf") if returned is None else returned,
-            outcome=_unpack(outcome),
+            outcome=unpack_outcome(outcome),
             now=now,
         )
         for method, arguments, invoked, returned, outcome in packed["operations"]
@@ -133,7 +139,7 @@ def _finite(moment: float) -> float | None:
     return None if moment == float("inf") else moment
 
 
-def _pack(outcome: Outcome) -> Any:
+def pack_outcome(outcome: Outcome) -> Any:
     if outcome is UNKNOWN:
         return None
     if isinstance(outcome, Raised):
@@ -144,7 +150,7 @@ def _pack(outcome: Outcome) -> Any:
     return {"returned": pack(outcome.value)}
 
 
-def _unpack(packed: Any) -> Outcome:
+def unpack_outcome(packed: Any) -> Outcome:
     if packed is None:
         return UNKNOWN
     if "raised" not in packed:

@@ -185,6 +185,76 @@ class AckBeforeSend(_WriteBehind):
     """Acknowledges outputs before the statement is sent."""
 
 
+@mutant("sqlite", "CON-2")
+class TicketOfADeadWaiter:
+    """Serves the writers of a run one after the other, by tickets. The ticket of a dead process is removed if
+    it was being served, but not if it waited: then every later writer waits for ever."""
+
+    async def opened(self) -> None:
+        table = "CREATE TABLE IF NOT EXISTS tickets (number INTEGER PRIMARY KEY, run_id BLOB, server INTEGER)"
+        await self.write(lambda db, now: db.execute(table))
+
+    async def _serve(self, operation: Any, given: Any) -> Any:
+        run_id = given["run_id"].bytes
+
+        async def work() -> Any:
+            ticket = await self.write(lambda db, now: _take_ticket(db, run_id))
+            while not await self.write(lambda db, now: _is_served(db, run_id, ticket)):  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            try:
+                return await operation(**given)
+            finally:
+                await self.write(
+                    lambda db, now: db.execute("DELETE FROM tickets WHERE number = ?", (ticket,))
+                )
+
+        # In a task of its own, so that a cancelled call leaves no ticket.
+        return await asyncio.shield(asyncio.ensure_future(work()))
+
+    async def request_cancel(self, **given: Any) -> Any:
+        return await self._serve(super().request_cancel, given)
+
+    async def record_step_start(self, **given: Any) -> Any:
+        return await self._serve(super().record_step_start, given)
+
+    async def record_step_complete(self, **given: Any) -> Any:
+        return await self._serve(super().record_step_complete, given)
+
+    async def complete_run(self, **given: Any) -> Any:
+        return await self._serve(super().complete_run, given)
+
+    async def save_output(self, **given: Any) -> Any:
+        return await self._serve(super().save_output, given)
+
+    async def append_event(self, **given: Any) -> Any:
+        return await self._serve(super().append_event, given)
+
+
+def _take_ticket(db: Any, run_id: bytes) -> Any:
+    ticket = db.execute("INSERT INTO tickets (run_id) VALUES (?)", (run_id,)).lastrowid
+    _is_served(db, run_id, ticket)
+    return ticket
+
+
+def _is_served(db: Any, run_id: bytes, ticket: int) -> bool:
+    first = "SELECT number, server FROM tickets WHERE run_id = ? ORDER BY number LIMIT 1"
+    number, server = db.execute(first, (run_id,)).fetchone()
+    if server is not None and not _is_alive(server):
+        db.execute("DELETE FROM tickets WHERE number = ?", (number,))
+        number, server = db.execute(first, (run_id,)).fetchone()
+    if number == ticket:
+        db.execute("UPDATE tickets SET server = ? WHERE number = ?", (os.getpid(), ticket))
+    return bool(number == ticket)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @mutant("sqlite", "CON-6", concurrent=True)
 class SchemaCheckThenCreate:
     """Checks for its table, then creates it: most concurrent openers fail."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from flowstore_conformance.context import CheckContext
-from flowstore_conformance.race_families import RACE_FAMILIES
+from flowstore_conformance.race_families import PAIR_FAMILIES, RACE_FAMILIES
 from flowstore_conformance.race_search import Budget, search
 from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.worker_pool import open_worker_pool
@@ -24,7 +24,11 @@ async def _race(context: CheckContext, names: Collection[str]) -> None:
     async with open_worker_pool(context, of(2, 3, 4)) as pool:
         for family in RACE_FAMILIES:
             if family.name in names and family.needs <= context.capabilities:
-                await search(context, family, pool, budget)
+                tally = await search(context, family, pool, budget)
+                if family in PAIR_FAMILIES:
+                    context.notes.append(
+                        f"{len(+tally.overlaps)} pairs of writing operations ran concurrently"
+                    )
 
 
 @check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE, isolated=False)
@@ -70,7 +74,13 @@ async def signals_by_processes(context: CheckContext) -> None:
     await _race(context, ("deliveries", "late_deliveries", "expiries"))
 
 
-@check("CON-1", "EVT-1", "EVT-2", "RET-2", "RET-3", "IDM-4", needs=MULTI, kind=Kind.RACE)
-async def anything_by_processes(context: CheckContext) -> None:
-    """Races of all operations on one run and cleanup between processes have linearizable results."""
-    await _race(context, ("anything", "events", "outputs", "cleanups", "cleanups_seen"))
+@check("CON-1", "EVT-1", "EVT-2", needs=MULTI, kind=Kind.RACE, isolated=False)
+async def pairs_by_processes(context: CheckContext) -> None:
+    """Races of two writing operations on one run between processes have linearizable results."""
+    await _race(context, ("pairs", "events", "outputs"))
+
+
+@check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE)
+async def cleanups_by_processes(context: CheckContext) -> None:
+    """Races of cleanups and other calls between processes have linearizable results."""
+    await _race(context, ("cleanups", "cleanups_seen", "cleanup_pairs"))

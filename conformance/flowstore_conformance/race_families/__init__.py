@@ -6,15 +6,19 @@ before the race runs, so no call depends on the outcome of another.
 
 from __future__ import annotations
 
-from flowstore_conformance.race_families import claims, mixed, runs, signals, steps
+from flowstore_conformance.race_families import claims, cleanups, pairs, runs, signals, steps
 from flowstore_conformance.race_families.family import RaceBuilder, RaceFamily
+
+PAIR_FAMILIES: tuple[RaceFamily, ...] = pairs.RACE_FAMILIES
+"""The families that race every pair of writing operations."""
 
 RACE_FAMILIES: tuple[RaceFamily, ...] = (
     *claims.RACE_FAMILIES,
     *steps.RACE_FAMILIES,
     *runs.RACE_FAMILIES,
     *signals.RACE_FAMILIES,
-    *mixed.RACE_FAMILIES,
+    *cleanups.RACE_FAMILIES,
+    *PAIR_FAMILIES,
 )
 
-__all__ = ["RACE_FAMILIES", "RaceBuilder", "RaceFamily"]
+__all__ = ["PAIR_FAMILIES", "RACE_FAMILIES", "RaceBuilder", "RaceFamily"]

@@ -350,12 +350,13 @@ def _clause(one: ClauseResult) -> Iterator[str]:
 
 def _check(result: CheckResult) -> str:
     reason = f"<br><em>{escape(result.reason)}</em>" if result.reason else ""
+    notes = "".join(f'<br><span class="note">{escape(note)}</span>' for note in result.notes)
     name = escape(result.check.name)
     if result.failure is not None:
         name = f'<a href="#{result.failure.clause.lower()}-{name}">{name}</a>'
     return (
         f'<tr><td>{_pill(result.status)}<td><span class="mono">{name}</span><br>'
-        f'<span class="note">{escape(result.check.sentence)}</span>{reason}'
+        f'<span class="note">{escape(result.check.sentence)}</span>{reason}{notes}'
         f'<td class="times">{result.assertions:,}&times;<td class="times">{span(result.seconds)}</tr>'
     )
 

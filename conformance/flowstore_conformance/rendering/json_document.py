@@ -115,6 +115,7 @@ def _check(report: Report, result: CheckResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "reason": result.reason,
         "variant": result.variant,
+        "notes": list(result.notes),
         "command": report.command(result),
         "failure": None if result.failure is None else _failure(result.failure),
     }

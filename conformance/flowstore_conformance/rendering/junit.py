@@ -72,6 +72,8 @@ def _case(report: Report, suite: ET.Element, result: CheckResult) -> None:
         name=result.check.name,
         time=f"{result.seconds:.3f}",
     )
+    if result.notes:
+        ET.SubElement(case, "system-out").text = _legal("\n".join(result.notes))
     reason = _legal(result.reason or "")
     if result.status is Status.FAIL and result.failure is not None:
         message = _legal(f"{result.failure.clause}: {result.failure.message}")

@@ -60,6 +60,7 @@ def _head(report: Report) -> Iterator[str]:
     )
     if report.variants:
         yield f"Variants: {_text(', '.join(report.variants))}."
+    yield from (f"\n`{one.check.name}`: {_text(note)}." for one in report.results for note in one.notes)
     yield from (f"\n> {_text(problem)}" for problem in report.problems)
     yield from (f"\n> Namespace not dropped, drop it by hand: {_text(one)}" for one in report.left_behind)
 

@@ -133,6 +133,10 @@ def _verdict(report: Report, width: int, paint: Paint) -> Iterator[str]:
         yield "no level: the run does not conform"
     yield from (f"namespace not dropped, drop it by hand: {one}" for one in report.left_behind)
     good, bad = COLOURS[Status.PASS], COLOURS[Status.FAIL]
+    for one in report.results:
+        for note in one.notes:
+            text = f"{one.check.name}: {note}"
+            yield from textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
     yield from report.problems
     yield f"{paint(report.verdict, f'1;{good}' if report.conforms else bad)}: {report.headline}"
 

@@ -1,17 +1,13 @@
-"""Races across nouns: cleanups, and arbitrary operations."""
+"""Races of cleanups with calls and reads of the run that they delete."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from uuid import UUID
 
-from flowstore_conformance.differential import expected_outcome
 from flowstore_conformance.history import Call
 from flowstore_conformance.linearizability import Verdict
-from flowstore_conformance.model import Model
-from flowstore_conformance.operations import available_strategies, draw_call
 from flowstore_conformance.race_families.family import (
-    FLOW,
     CallMaker,
     RaceBuilder,
     RaceFamily,
@@ -21,9 +17,7 @@ from flowstore_conformance.race_families.family import (
 from flowstore_conformance.race_families.runs import find, register, trigger
 from flowstore_conformance.race_families.steps import ended_run
 from flowstore_conformance.races import Race
-from flowstore_conformance.strategies import RandomChoices, Universe
 from flowstore_core import Capability
-from flowstore_core.operations import OPERATIONS
 
 
 def _cleanups(d: RaceBuilder) -> Race:
@@ -84,36 +78,6 @@ def _clause_of_cleanup(verdict: Verdict) -> str | None:
     return "IDM-4" if methods == {"find_run_id_by_idempotency_key"} else stuck_on_reads("RET-3")(verdict)
 
 
-def _anything(d: RaceBuilder) -> Race:
-    """Arbitrary operations on a run, drawn from the state after the setup."""
-    chooser = RandomChoices(d.generator)
-    model = Model(lambda: d.now)
-    runs = [UUID(int=1), UUID(int=2)]
-    keys = ["a"] if d.one_of(True, False) else ["a", "b"]
-    universe = Universe(model=model, runs=runs, flows=[FLOW], keys=keys, capabilities=d.capabilities)
-    methods = {
-        name: one.weight * d.one_of(0, 1, 1, 2)
-        for name, one in available_strategies(d.capabilities).items()
-        if not OPERATIONS[name].spans_runs
-    }
-
-    def draw() -> Call:
-        [method] = d.generator.choices(list(methods), list(methods.values()))
-        return draw_call(chooser, universe, method)
-
-    setup = [d.start_run()]
-    expected_outcome(model, setup[0])
-    for _ in range(d.one_of(0, 2, 4, 8, 12)):
-        call = draw()
-        if call.operation.writes:
-            setup.append(call)
-            expected_outcome(model, call)
-    d.count = min(d.count, 4)
-    clients = d.clients(lambda client: draw())
-    final = [call for run_id in runs for call in d.final_reads(run_id=run_id)]
-    return Race(setup=tuple(setup), clients=clients, final=tuple(final))
-
-
 RACE_FAMILIES: tuple[RaceFamily, ...] = (
     family(
         "cleanups",
@@ -124,5 +88,4 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
         clause_of=_clause_of_cleanup,
     ),
     family("cleanups_seen", "RET-3", "reads of a run during its cleanup", _cleanups_seen, exclusive=True),
-    family("anything", "CON-1", "arbitrary operations on one run", _anything, Capability.VIRTUAL_CLOCK),
 )
