@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from flowstore_conformance.context import Profile
-from flowstore_conformance.registry import Check
+from flowstore_conformance.registry import Check, Kind
 from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import Capability
+from flowstore_core.backend import FaultInjectable, SchemaVersionAdjustable
 from flowstore_core.plugins import find_backend
 
 SEED = 20_260_314
@@ -22,6 +23,9 @@ PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
 
 # Facts about a process's memory, not operations: the memory backend is full without them.
 FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
+
+HOOKS = {"CON-3": FaultInjectable, "CON-6": SchemaVersionAdjustable}
+"""What a check of injected faults needs; see tests/test_conformance_faults.py."""
 
 
 @pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql"])
@@ -35,4 +39,7 @@ async def test_conforms(check: Check, name: str, request: pytest.FixtureRequest,
     url = {"memory": "memory://", "sqlite": f"sqlite:///{memory_path}/flows.db"}.get(name)
     result = await run_check(check, url or request.getfixturevalue("postgresql_url"), backend, PROFILE, SEED)
     said = result.failure.message if result.failure is not None else result.reason
+    if check.kind is Kind.FAULT and not isinstance(backend, HOOKS[check.clauses[0]]):
+        assert result.status is Status.UNSUPPORTED, said
+        pytest.skip(said)
     assert result.status is Status.PASS, said

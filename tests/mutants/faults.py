@@ -192,19 +192,19 @@ class TicketOfADeadWaiter:
 
     async def opened(self) -> None:
         table = "CREATE TABLE IF NOT EXISTS tickets (number INTEGER PRIMARY KEY, run_id BLOB, server INTEGER)"
-        await self.write(lambda db, now: db.execute(table))
+        await self._database.write(lambda db, now: db.execute(table))
 
     async def _serve(self, operation: Any, given: Any) -> Any:
         run_id = given["run_id"].bytes
 
         async def work() -> Any:
-            ticket = await self.write(lambda db, now: _take_ticket(db, run_id))
-            while not await self.write(lambda db, now: _is_served(db, run_id, ticket)):  # noqa: ASYNC110
+            ticket = await self._database.write(lambda db, now: _take_ticket(db, run_id))
+            while not await self._database.write(lambda db, now: _is_served(db, run_id, ticket)):  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
             try:
                 return await operation(**given)
             finally:
-                await self.write(
+                await self._database.write(
                     lambda db, now: db.execute("DELETE FROM tickets WHERE number = ?", (ticket,))
                 )
 

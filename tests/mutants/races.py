@@ -39,7 +39,7 @@ class OutputSavedAfterCleanup:
     async def save_output(self, **given: Any) -> None:
         if await super().get_run_status(run_id=given["run_id"]) is None:
             raise RunNotFoundError(given["run_id"])
-        await self.write(
+        await self._database.write(
             lambda db, now: db.execute(
                 "INSERT OR REPLACE INTO outputs (run_id, output_key, value_json) VALUES (?, ?, ?)",
                 (given["run_id"].bytes, given["key"], given["value_json"]),
@@ -69,7 +69,7 @@ class TriggerRestoresLatches:
 
     async def trigger_run(self, **given: Any) -> Any:
         row = (given["run_id"].bytes,)
-        latches = await self.read(
+        latches = await self._database.read(
             lambda db: db.execute(
                 "SELECT cancelled_at, cancel_reason, timed_out_at, timed_out_reason FROM controls "
                 "WHERE run_id = ?",
@@ -78,7 +78,7 @@ class TriggerRestoresLatches:
         )
         result = await super().trigger_run(**given)
         if result.created and latches is not None and result.run.run_id == given["run_id"]:
-            await self.write(
+            await self._database.write(
                 lambda db, now: db.execute(
                     "UPDATE controls SET cancelled_at = ?, cancel_reason = ?, timed_out_at = ?, "
                     "timed_out_reason = ? WHERE run_id = ?",
@@ -95,7 +95,7 @@ class DispatchReleaseRestoresClaim:
 
     async def release_dispatch(self, **given: Any) -> None:
         row = (given["run_id"].bytes, given["step_key"])
-        claim = await self.read(
+        claim = await self._database.read(
             lambda db: db.execute(
                 "SELECT claimed_at, expires_at, claim_owner, claim_token FROM steps "
                 "WHERE run_id = ? AND step_key = ?",
@@ -104,7 +104,7 @@ class DispatchReleaseRestoresClaim:
         )
         await super().release_dispatch(**given)
         if claim is not None:
-            await self.write(
+            await self._database.write(
                 lambda db, now: db.execute(
                     "UPDATE steps SET claimed_at = ?, expires_at = ?, claim_owner = ?, claim_token = ? "
                     "WHERE run_id = ? AND step_key = ?",

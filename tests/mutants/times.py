@@ -85,11 +85,17 @@ class LeaseBeginsBeforeTheWait(PatchedPostgres):
 class LeaseBeginsInTheQueue:
     """Reads the clock when a claim is queued, before it gets the write lock."""
 
-    def write(self, work: Any, on_abandoned: Any = None) -> Any:
-        if getattr(getattr(work, "func", None), "__name__", "") != "_try_claim_step":
-            return super().write(work, on_abandoned)
-        queued = self.now()
-        return super().write(lambda db, now: work(db, queued), on_abandoned)
+    def begin(self) -> None:
+        database = self._database
+        write = database.write
+
+        def write_with_early_clock(work: Any, on_abandoned: Any = None) -> Any:
+            if getattr(getattr(work, "func", None), "__name__", "") != "_try_claim_step":
+                return write(work, on_abandoned)
+            queued = database.now()
+            return write(lambda db, now: work(db, queued), on_abandoned)
+
+        database.write = write_with_early_clock
 
 
 @mutant("memory", "CLM-6")
