@@ -462,10 +462,10 @@ async def test_an_exception_as_outcome_fails_only_its_call() -> None:
     assert [results[0], repr(results[1]), results[2]] == [0, "KeyError(1)", 2]
 
 
-@pytest.mark.parametrize("results", [[], [1], [1, 2, 3], None])
-async def test_a_wrong_number_of_results_fails_every_caller(results: Any) -> None:
+@pytest.mark.parametrize("returned", [[], [1], [1, 2, 3], None])
+async def test_a_wrong_number_of_results_fails_every_caller(returned: Any) -> None:
     async def run(items: Sequence[int]) -> Any:
-        return results if len(items) == 2 else items
+        return returned if len(items) == 2 else items
 
     operation = Batcher(workers=1).operation("write", run)
     results = await outcomes(start_tasks(operation.submit(0, 0), operation.submit(1, 1)))

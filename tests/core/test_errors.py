@@ -54,7 +54,7 @@ ERRORS: list[tuple[FlowStoreError, dict[str, object]]] = [
         {"backend": "mine", "capability": "leases", "operation": "renew_step_claim"},
     ),
     (StoreClosedError(), {}),
-    (StoreUnavailableError("no result"), {"reason": "no result"}),
+    (StoreUnavailableError("no answer"), {"reason": "no answer"}),
     (OutcomeUnknownError("start_run"), {"operation": "start_run"}),
     (SchemaVersionError(1, 2, "migrate it"), {"found": 1, "needed": 2}),
     (ConfigurationError("message"), {}),

@@ -693,7 +693,7 @@ async def outputs_beyond_a_thousand_are_cut_off(url: str) -> None:
     ],
 )
 async def unknown_run_fails_another_output(url: str) -> None:
-    """In a batch with an unknown run the last call raises RunNotFoundError instead of its own call."""
+    """In a batch with an unknown run, RunNotFoundError is raised to the last caller, not to the right one."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         await store.save_output(run_id, "first", "1")
