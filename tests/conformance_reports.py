@@ -1,4 +1,4 @@
-"""Checks and reports made up for the tests of what the conformance suite says."""
+"""Example checks, histories and reports for the tests of the conformance suite's output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def operation(
 
 
 def two_winners() -> History:
-    """A race that two claimants win, beside a call that nobody heard the answer of."""
+    """A history in which two claims succeed and a third has no reply."""
     started = Raised("RunAlreadyExistsError")
     create = {"flow_id": FLOW, "flow_name": "orders", "trigger_key": "manual", "method": "start_run"}
     return History.of(
@@ -76,7 +76,7 @@ def verdict_of(history: History) -> Verdict:
     return check_history(history)
 
 
-def made_check(
+def example_check(
     clause: str, name: str, run: Run | None = None, *also: str, needs: Sequence[Capability] = ()
 ) -> Check:
     """A check outside the suite's registry."""
@@ -85,7 +85,7 @@ def made_check(
         clauses=(clause, *also),
         kind=Kind.EXAMPLE,
         needs=frozenset(needs),
-        sentence=f"Looks at {clause} for the tests of reports.",
+        sentence=f"An example check of {clause}.",
         run=run or passes,
     )
 
@@ -107,18 +107,18 @@ async def breaks(context: CheckContext) -> None:
     )
 
 
-async def runs_out(context: CheckContext) -> None:
+async def exhausts_budget(context: CheckContext) -> None:
     context.assertions += 1
     raise Inconclusive("the search ran out of its budget of 200,000 states")
 
 
-def made_report(
+def example_report(
     outcomes: dict[str, Status] | None = None,
     *,
     failing: Callable[[str], Failure] | None = None,
     selected: tuple[str, ...] = (),
 ) -> Report:
-    """A report with one check for each clause, which passes unless ``outcomes`` says otherwise."""
+    """A report with one check for each clause, which passes unless ``outcomes`` has another status."""
     given = outcomes or {}
     results = []
     for number, clause in enumerate(CLAUSES):
@@ -134,7 +134,7 @@ def made_report(
         }
         results.append(
             CheckResult(
-                check=made_check(clause, f"keeps_{clause.lower().replace('-', '_')}"),
+                check=example_check(clause, f"keeps_{clause.lower().replace('-', '_')}"),
                 status=status,
                 assertions=0 if status is Status.UNSUPPORTED else 13 * (number + 1),
                 seconds=0.012 * (number + 1),
@@ -167,7 +167,7 @@ def simple_failure(clause: str) -> Failure:
 
 
 def race_failure(clause: str) -> Failure:
-    """A failure with everything that one can have."""
+    """A failure with a value for every field."""
     history = two_winners()
     return Failure(
         clause=clause,

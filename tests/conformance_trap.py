@@ -1,7 +1,7 @@
-"""A backend whose scratch() is dangerous, installed as a plugin for the tests of the guard.
+"""A plugin whose scratch() returns namespaces with data, for tests of the guard of the suite.
 
-``trap://data`` holds a run of a user. Asked for a scratch namespace, ``trap://data`` gives itself,
-``trap://elsewhere`` gives ``trap://data``, and the others fail in one way each.
+``trap://data`` contains a run. The scratch namespace of ``trap://data`` and of ``trap://redirect`` is
+``trap://data``; the scratch() of the other URLs fails or returns a store that cannot be inspected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowstore_core import StoreUnavailableError, hookimpl
 from flowstore_memory.plugin import MemoryBackend
 
 
-class Blind:
+class Uninspectable:
     """A store that cannot be inspected."""
 
     def __init__(self, store):
@@ -48,7 +48,7 @@ class Trap:
                     flow_id=UUID(int=1), flow_name="payroll", run_id=UUID(int=2), trigger_key="manual",
                     trigger_data=None, job_id=None, source_run_id=None,
                 )
-            yield Blind(store) if name == "sightless" else store
+            yield Uninspectable(store) if name == "uninspectable" else store
 
     @asynccontextmanager
     async def scratch(self, url):
@@ -57,7 +57,7 @@ class Trap:
             raise RuntimeError("password=s3cret")
         if name == "down":
             raise StoreUnavailableError("no route")
-        yield {"elsewhere": "trap://data", "blind": "trap://sightless"}.get(name, url)
+        yield {"redirect": "trap://data", "hidden": "trap://uninspectable"}.get(name, url)
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""The fixtures of the suite: a fresh namespace of each backend, and stores open on it."""
+"""Shared fixtures: an empty namespace of each backend, and stores open on it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from flowstore_core import FlowStore, open_store
 from flowstore_core.plugins import find_backend
 from tests.cluster import Cluster
 from tests.virtual_clock import VirtualClock
-from tests.worker import Fleet
+from tests.worker import WorkerPool
 
 BACKENDS = ("memory", "sqlite", "postgresql")
 
-OpenAnother = Callable[..., Awaitable[FlowStore]]
+OpenSecondStore = Callable[..., Awaitable[FlowStore]]
 
 # Without a deadline: an example may take seconds on a machine that stalls.
 settings.register_profile("flowstore", deadline=None)
@@ -33,9 +33,9 @@ _cluster = pytest.StashKey[Cluster]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*capabilities): what the test asks of a backend")
+    config.addinivalue_line("markers", "needs(*capabilities): capabilities of the backends that run the test")
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        # One cluster for all workers; a run without workers starts it when a test first asks.
+        # All workers share one cluster; a run without workers starts it when a test first needs it.
         config.stash[_cluster] = Cluster()
 
 
@@ -50,21 +50,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every test that opens a store the backends that offer what it needs."""
+    """Parametrize tests that use ``backend`` with the backends that have the needed capabilities."""
     if "backend" not in metafunc.fixturenames:
         return
     needed = {
         capability for marker in metafunc.definition.iter_markers("needs") for capability in marker.args
     }
-    able = [name for name in BACKENDS if needed <= find_backend(name)[1].capabilities]
-    metafunc.parametrize("backend", able, indirect=True)
+    suitable = [name for name in BACKENDS if needed <= find_backend(name)[1].capabilities]
+    metafunc.parametrize("backend", suitable, indirect=True)
 
 
 @pytest.fixture(scope="session")
 def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    given = getattr(request.config, "workerinput", {}).get("postgresql_url")
-    if given is not None:
-        yield given
+    url = getattr(request.config, "workerinput", {}).get("postgresql_url")
+    if url is not None:
+        yield url
         return
     cluster = Cluster()
     try:
@@ -75,14 +75,14 @@ def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 async def fresh(postgresql_url: str) -> AsyncIterator[str]:
-    """The URL of a fresh, empty namespace of PostgreSQL, dropped at the end."""
+    """The URL of an empty PostgreSQL namespace, dropped after the test."""
     async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
         yield url
 
 
 @pytest.fixture
 async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of somebody else, with the schema of ``fresh`` in its path."""
+    """A separate connection to the server, with the schema of ``fresh`` in its search_path."""
     query = parse_qs(urlsplit(fresh).query)
     connection = await asyncpg.connect(host=query["host"][0], user="postgres", database="postgres")
     await connection.execute(f'SET search_path = "{query["schema"][0]}"')
@@ -94,15 +94,15 @@ async def admin(fresh: str) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of the backend that a test runs on."""
+    """The name of the backend under test."""
     return str(request.param)
 
 
 @pytest.fixture
 def memory_path() -> Iterator[Path]:
-    """A folder in memory, where the system has one, for tests that cut no power.
+    """A temporary folder in memory if the system has /dev/shm, otherwise on disk.
 
-    On a disk, SQLite waits for every commit, and the readers of many checks spin meanwhile.
+    On a disk, SQLite waits for a sync at every commit.
     """
     memory = Path("/dev/shm")
     has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
@@ -113,7 +113,7 @@ def memory_path() -> Iterator[Path]:
 
 @pytest.fixture
 async def namespace(backend: str, request: pytest.FixtureRequest, memory_path: Path) -> AsyncIterator[str]:
-    """The URL of a fresh, empty namespace, dropped at the end."""
+    """The URL of an empty namespace of the backend, dropped after the test."""
     if backend == "memory":
         url = "memory://"
     elif backend == "sqlite":
@@ -131,28 +131,28 @@ def clock() -> VirtualClock:
 
 
 @pytest.fixture
-async def open_another(namespace: str, clock: VirtualClock) -> AsyncIterator[OpenAnother]:
-    """Opens a further store on the namespace, as another worker would; closed at the end.
+async def open_second_store(namespace: str, clock: VirtualClock) -> AsyncIterator[OpenSecondStore]:
+    """Open a store on the namespace, in addition to ``store``; closed after the test.
 
-    On the virtual clock, unless ``clock=None`` asks for the backend's own.
+    Stores use the virtual clock; with ``clock=None`` they use the clock of the backend.
     """
     async with AsyncExitStack() as stack:
 
-        async def open_one(**options: Any) -> FlowStore:
+        async def open_store_on_namespace(**options: Any) -> FlowStore:
             return await stack.enter_async_context(open_store(namespace, **{"clock": clock, **options}))
 
-        yield open_one
+        yield open_store_on_namespace
 
 
 @pytest.fixture
-async def store(open_another: OpenAnother) -> FlowStore:
-    """A store on the fresh namespace and the virtual clock."""
-    return await open_another()
+async def store(open_second_store: OpenSecondStore) -> FlowStore:
+    """A store on the empty namespace, with the virtual clock."""
+    return await open_second_store()
 
 
 @pytest.fixture(scope="session")
-def fleet() -> Iterator[Fleet]:
-    """Further processes, each to open a store of its own; started when a test first takes them."""
-    workers = Fleet()
+def worker_pool() -> Iterator[WorkerPool]:
+    """Worker processes, each with its own store; started when a test first needs them."""
+    workers = WorkerPool()
     yield workers
     workers.stop()

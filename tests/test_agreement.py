@@ -50,14 +50,14 @@ async def stores(
 
 
 async def _outcome(store: FlowStore, call: Call) -> Any:
-    """The result of a call, or its error with attributes."""
+    """Return the result of a call, or the class and the attributes of its error."""
     try:
         return await invoke(store, call)
     except FlowStoreError as error:
         return type(error), error.__dict__
 
 
-async def _agree(stores: dict[str, FlowStore], history: list[Call], call: Call) -> Any:
+async def _assert_agreement(stores: dict[str, FlowStore], history: list[Call], call: Call) -> Any:
     outcomes = {name: await _outcome(store, call) for name, store in stores.items()}
     first = outcomes["memory"]
     for name, outcome in outcomes.items():
@@ -66,12 +66,12 @@ async def _agree(stores: dict[str, FlowStore], history: list[Call], call: Call) 
     return first
 
 
-async def _agree_on_state(stores: dict[str, FlowStore], history: list[Call]) -> None:
+async def _assert_same_state(stores: dict[str, FlowStore], history: list[Call]) -> None:
     for run_id in RUNS:
         for call in probe_calls(run_id, ALL):
-            await _agree(stores, history, call)
+            await _assert_agreement(stores, history, call)
     for operation in GLOBAL_READS:
-        await _agree(stores, history, Call(method=operation.name))
+        await _assert_agreement(stores, history, Call(method=operation.name))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -91,12 +91,12 @@ async def test_backends_agree_on_random_histories(
             clock.now += draw_clock_advance(choices, universe)
         [method] = rng.choices(list(methods), list(methods.values()))
         call = draw_call(choices, universe, "start_run" if number < 2 else method)
-        outcome = await _agree(stores, history, call)
+        outcome = await _assert_agreement(stores, history, call)
         expected_outcome(model, call)
         history.append(call)
         errors += isinstance(outcome, tuple) and bool(outcome) and isinstance(outcome[0], type)
         if number % 10 == 0:
-            await _agree_on_state(stores, history)
-    await _agree_on_state(stores, history)
-    # A history with only refusals, or with none, would test little.
+            await _assert_same_state(stores, history)
+    await _assert_same_state(stores, history)
+    # A history with only errors, or with none, would test little.
     assert CALLS // 20 < errors < CALLS // 2

@@ -23,12 +23,12 @@ SMALLEST = ("--rounds", "1", "--seconds", "0.01", "--scale", "0.05")
 
 
 def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """The report of a program, and its output."""
-    found = folder / "report.json"
+    """Run a program and return its report and its output."""
+    report_file = folder / "report.json"
     picture = folder / "report.svg"
     command = [sys.executable, "-m", f"benchmarks.{program}", *SMALLEST, *options]
     done = subprocess.run(
-        [*command, "--json", str(found), "--svg", str(picture)],
+        [*command, "--json", str(report_file), "--svg", str(picture)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -39,7 +39,7 @@ def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]
     assert picture.read_text(encoding="utf-8").startswith("<svg")
     for line in done.stdout.splitlines():
         assert len(line) <= WIDTH, line
-    report: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
     for measure in report["measures"]:
         for result in measure["results"]:
             assert result["samples"], (measure["name"], result["variant"])
@@ -55,10 +55,10 @@ def measures(report: dict[str, Any]) -> dict[str, list[str]]:
 @pytest.mark.xdist_group("benchmarks")
 def test_postgres(tmp_path: Path) -> None:
     report, printed = run("postgres", tmp_path, "--callers", "1,16")
-    found = measures(report)
-    assert len(found["lifecycle, 1 caller"]) == 3
-    assert len(found["lifecycle, 16 callers"]) == 6
-    assert len(found["try_claim_step, 8 claimants per key, 16 callers"]) == 4
+    variants = measures(report)
+    assert len(variants["lifecycle, 1 caller"]) == 3
+    assert len(variants["lifecycle, 16 callers"]) == 6
+    assert len(variants["try_claim_step, 8 claimants per key, 16 callers"]) == 4
     assert {one["name"] for one in report["ratios"]} >= {"lifecycle, 1 caller", "latency of a single claim"}
     assert "fsync on" in printed
 
@@ -66,18 +66,18 @@ def test_postgres(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("benchmarks")
 def test_schedulers(tmp_path: Path) -> None:
     report, _ = run("schedulers", tmp_path, "--callers", "8")
-    found = measures(report)
-    assert len(found["claims beside whole runs, 8 callers each"]) == 3
-    assert len(found["reads beside completions, 8 callers each"]) == 3
+    variants = measures(report)
+    assert len(variants["claims beside whole runs, 8 callers each"]) == 3
+    assert len(variants["reads beside completions, 8 callers each"]) == 3
 
 
 @pytest.mark.xdist_group("benchmarks")
 def test_sqlite(tmp_path: Path) -> None:
     report, printed = run("sqlite", tmp_path, "--callers", "1,32", "--claims", "2_000")
-    found = measures(report)
-    assert len(found["lifecycle, 32 callers"]) == 4
-    assert len(found["try_claim_step, 1 caller, alternating call by call"]) == 4
-    assert len(found["lifecycle, 4 processes on one file, together"]) == 3
+    variants = measures(report)
+    assert len(variants["lifecycle, 32 callers"]) == 4
+    assert len(variants["try_claim_step, 1 caller, alternating call by call"]) == 4
+    assert len(variants["lifecycle, 4 processes on one file, together"]) == 3
     assert "synchronous FULL" in printed
 
 
@@ -85,20 +85,20 @@ def test_sqlite(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_growth(tmp_path: Path) -> None:
     report, _ = run("growth", tmp_path, "--callers", "8", "--scale", "0.001")
-    found = measures(report)
+    variants = measures(report)
     for backend in ("PostgreSQL", "SQLite"):
-        assert len(found[f"{backend}, lifecycle"]) == 4
+        assert len(variants[f"{backend}, lifecycle"]) == 4
         for call in ("statistics", "first page", "search", "30-day timeseries", "cleanup"):
-            assert len(found[f"{backend}, {call}"]) == 3
-        assert len(found[f"{backend}, bytes per lifecycle: on disk"]) == 2
+            assert len(variants[f"{backend}, {call}"]) == 3
+        assert len(variants[f"{backend}, bytes per lifecycle: on disk"]) == 2
 
 
 @pytest.mark.xdist_group("benchmarks")
 def test_peers(tmp_path: Path) -> None:
     report, printed = run("peers", tmp_path, "--callers", "4,8")
-    found = measures(report)
-    for at_once in (4, 8):
-        assert "flowstore" in found[f"durable steps, {at_once} at once"]
+    variants = measures(report)
+    for concurrency in (4, 8):
+        assert "flowstore" in variants[f"durable steps, {concurrency} at once"]
     # Missing engines are named with the reason.
     for engine in ("pgqueuer", "procrastinate", "DBOS", "absurd"):
         assert f"A step of {engine}" in printed or f"{engine} was skipped" in printed
@@ -109,7 +109,7 @@ def test_memory(tmp_path: Path) -> None:
     assert "lifecycle, callers: 16, each call timed" in measures(report)
 
 
-def test_a_wrong_option_is_explained() -> None:
+def test_an_invalid_option_is_explained() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--callers", "many"],
         cwd=ROOT,
@@ -133,10 +133,10 @@ def example() -> Report:
     return Report("example", {"processor": "a fast one"}, {"rounds": "2"}, [measure])
 
 
-@pytest.mark.parametrize(("least", "met"), [(10.0, True), (11.5, False), (None, None)])
-def test_a_target_compares_the_medians(least: float | None, met: bool | None) -> None:
-    ratio = Target("life", "life <1>", "flowstore", "the other", True, least).judge(example())
-    assert ratio == Ratio("life", 11.0, 9.0, 13.0, least, None, True)
+@pytest.mark.parametrize(("minimum", "met"), [(10.0, True), (11.5, False), (None, None)])
+def test_a_target_compares_the_medians(minimum: float | None, met: bool | None) -> None:
+    ratio = Target("life", "life <1>", "flowstore", "the other", True, minimum).judge(example())
+    assert ratio == Ratio("life", 11.0, 9.0, 13.0, minimum, None, True)
     assert ratio.met is met
 
 

@@ -60,17 +60,17 @@ def test_a_scenario_is_selected_by_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
-        (["no-such-line"], "unknown scenario no-such-line; scenarios: "),
+        (["no-such-scenario"], "unknown scenario no-such-scenario; scenarios: "),
         (["--backend", "oracle"], "--backend oracle: backends are memory, postgresql, sqlite"),
         (["--scale", "0"], "--scale"),
     ],
 )
-def test_an_invalid_command_line_exits_with_2(arguments: list[str], complaint: str) -> None:
+def test_an_invalid_command_line_exits_with_2(arguments: list[str], message: str) -> None:
     done = _chaos(*arguments)
     assert done.returncode == 2
-    assert complaint in done.stderr
+    assert message in done.stderr
 
 
 def test_publish_requires_the_page(tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_publish_requires_the_page(tmp_path: Path) -> None:
 def _scenario(run: Any, **changes: Any) -> FaultScenario:
     arguments = {
         "number": 99,
-        "name": "made-up",
+        "name": "example",
         "fault": "a fault",
         "unit": "faults",
         "planned": 10,
         "backends": ("memory",),
         "pass_criterion": "nothing happens",
-        "mutant": "it is",
+        "mutant": "it happens",
         "minutes": 1.0,
         "run": run,
     }
@@ -155,7 +155,7 @@ async def test_a_hung_row_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_row_cleans_up_when_its_parent_is_killed() -> None:
-    with tempfile.TemporaryDirectory(prefix="flowstore-lines-") as folder:
+    with tempfile.TemporaryDirectory(prefix="flowstore-rows-") as folder:
         parent = subprocess.Popen(
             [
                 sys.executable,
@@ -170,16 +170,16 @@ def test_a_row_cleans_up_when_its_parent_is_killed() -> None:
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )
-        until = time.monotonic() + 60
-        while len(left := psutil.Process(parent.pid).children(recursive=True)) < 5:
-            assert time.monotonic() < until, "the server did not start"
+        deadline = time.monotonic() + 60
+        while len(children := psutil.Process(parent.pid).children(recursive=True)) < 5:
+            assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.05)
         parent.kill()
         parent.wait()
-        _, alive = psutil.wait_procs(left, 20)
+        _, alive = psutil.wait_procs(children, 20)
         assert not alive
         while list(Path(folder).iterdir()):
-            assert time.monotonic() < until, "files were not deleted"
+            assert time.monotonic() < deadline, "files were not deleted"
             time.sleep(0.05)
 
 
@@ -196,7 +196,7 @@ def test_publishing_replaces_rows_and_keeps_others(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| 99 | [a fault](#made-up) | memory | 1 | 10 faults |" in text
+    assert "| 99 | [a fault](#example) | memory | 1 | 10 faults |" in text
     assert "| 100 | [a fault](#other) | memory | 1 | 11 faults |" in text
     assert "Detected: memory 7 duplicates after 2 faults." in text
     assert "resets: 4" in text
@@ -204,4 +204,4 @@ def test_publishing_replaces_rows_and_keeps_others(tmp_path: Path) -> None:
 
 def test_a_page_without_markers_is_rejected() -> None:
     with pytest.raises(ValueError, match="no markers for the scorecard"):
-        replace("no marks", [], {"machine": {}, "rows": {}})
+        replace("no markers", [], {"machine": {}, "rows": {}})

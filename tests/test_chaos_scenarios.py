@@ -1,4 +1,4 @@
-"""Every fault scenario with its minimum of faults: passes on the stores, fails on its mutant."""
+"""Every fault scenario, with its minimum of faults, passes on the stores and fails on its mutant."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_scenario_passes(scenario: FaultScenario, backend_name: str, memor
 @pytest.mark.parametrize(("scenario", "backend_name"), ROWS)
 async def test_mutant_is_detected(scenario: FaultScenario, backend_name: str, memory_path: Path) -> None:
     result = await _row(scenario, backend_name, memory_path, is_mutant=True)
-    # By a count, not by a failure to run.
+    # A count must detect the mutant; a scenario that cannot run does not.
     assert result.failure is None, result.failure
     assert result.counts.findings
     assert result.as_expected

@@ -27,7 +27,7 @@ from flowstore_core import FlowEventRecord, FlowStore, RunStatus, StepStatus, ne
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=7)
-READING = (
+READ_COMMANDS = (
     ["runs", "list"],
     ["runs", "show", str(UUID(int=1))],
     ["runs", "retry", str(UUID(int=1)), "step"],
@@ -39,10 +39,17 @@ READING = (
     ["ping"],
     ["doctor"],
 )
-COMMANDS = (["backends"], ["migrate", "up"], ["migrate", "status"], ["migrate", "sql"], ["replay"], *READING)
+COMMANDS = (
+    ["backends"],
+    ["migrate", "up"],
+    ["migrate", "status"],
+    ["migrate", "sql"],
+    ["replay"],
+    *READ_COMMANDS,
+)
 
-Answer = tuple[int, str, str]
-Flowstore = Callable[..., Answer]
+Output = tuple[int, str, str]
+Flowstore = Callable[..., Output]
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def flowstore(
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
 
-    def run(*arguments: str) -> Answer:
+    def run(*arguments: str) -> Output:
         code = main(arguments)
         out, err = capsys.readouterr()
         return code, out, err
@@ -91,7 +98,7 @@ def database(tmp_path: Path) -> dict[str, UUID]:
     return asyncio.run(fill())
 
 
-def test_without_arguments_it_prints_help(flowstore: Flowstore) -> None:
+def test_help_is_printed_without_arguments(flowstore: Flowstore) -> None:
     code, out, _ = flowstore()
     assert code == 0
     assert "flowstore replay --kill 2" in out
@@ -120,8 +127,8 @@ def test_every_command_has_help_with_an_example_and_its_json_keys(
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", READING, ids=" ".join)
-def test_a_reading_command_creates_no_database(
+@pytest.mark.parametrize("command", READ_COMMANDS, ids=" ".join)
+def test_commands_that_read_create_no_database(
     command: list[str], flowstore: Flowstore, tmp_path: Path
 ) -> None:
     code, out, err = flowstore(*command)
@@ -133,7 +140,7 @@ def test_a_reading_command_creates_no_database(
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "message"),
     [
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["runs", "list", "--take", "lots"], 2, "see flowstore runs list --help"),
@@ -185,16 +192,16 @@ def test_a_reading_command_creates_no_database(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_errors_are_one_clear_line(command: list[str], code: int, said: str, flowstore: Flowstore) -> None:
-    found, _, err = flowstore(*command)
-    assert found == code, err
-    assert said in err
+def test_errors_are_one_clear_line(command: list[str], code: int, message: str, flowstore: Flowstore) -> None:
+    exit_code, _, err = flowstore(*command)
+    assert exit_code == code, err
+    assert message in err
     assert err.startswith("flowstore: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
 
 
-def test_an_unreachable_server_is_exit_code_3_and_its_password_stays_secret(flowstore: Flowstore) -> None:
+def test_an_unreachable_server_exits_with_3_and_its_password_is_not_shown(flowstore: Flowstore) -> None:
     url = "postgresql://user:hunter2@127.0.0.1:1/db?connect_timeout=1&retry_timeout=0"
     for command in (["ping"], ["stats"], ["migrate", "up"], ["migrate", "status"]):
         code, out, err = flowstore(*command, "--url", url)
@@ -203,13 +210,13 @@ def test_an_unreachable_server_is_exit_code_3_and_its_password_stays_secret(flow
         assert "hunter2" not in out + err
 
 
-def test_passwords_are_not_shown_where_a_store_is_named(flowstore: Flowstore) -> None:
+def test_errors_about_a_store_do_not_show_its_password(flowstore: Flowstore) -> None:
     url = "sqlite://user:hunter2@host/missing.db?busy_timeout=1"
     _, out, err = flowstore("stats", "--url", url)
     assert "hunter2" not in out + err
 
 
-def test_an_unexpected_error_is_a_line_too(flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_line(flowstore: Flowstore, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("boom\nboom")
 
@@ -219,11 +226,11 @@ def test_an_unexpected_error_is_a_line_too(flowstore: Flowstore, monkeypatch: py
     assert err.startswith("flowstore: this is a bug: RuntimeError; FLOWSTORE_DEBUG=1 shows where")
     assert err.count("\n") == 1
     monkeypatch.setenv("FLOWSTORE_DEBUG", "1")
-    told = flowstore("backends")[2]
-    assert "Traceback" in told
-    assert "in broken" in told
-    # The text of an unexpected error may hold secrets.
-    assert "boom boom" not in err + told
+    traceback = flowstore("backends")[2]
+    assert "Traceback" in traceback
+    assert "in broken" in traceback
+    # The text of an unexpected error may contain secrets.
+    assert "boom boom" not in err + traceback
 
 
 def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
@@ -238,13 +245,13 @@ def test_runs_list(database: dict[str, UUID], flowstore: Flowstore) -> None:
     out, err = flowstore("runs", "list", "-n", "1", "--skip", "1")[1:]
     assert [line.split()[0] for line in out.splitlines()] == ["RUN", str(database["failed"])]
     assert err.startswith("2 to 2 of 3\nnext: --after ")
-    onward = err.split()[-1]
-    assert str(database["old"]) in flowstore("runs", "list", "--after", onward)[1]
+    cursor = err.split()[-1]
+    assert str(database["old"]) in flowstore("runs", "list", "--after", cursor)[1]
     document = json.loads(flowstore("runs", "list", "-n", "2", "--json")[1])
-    assert document["after"] == onward
+    assert document["after"] == cursor
     assert "no runs from number 10 on; there are 3" in flowstore("runs", "list", "--skip", "9")[2]
-    found = json.loads(flowstore("runs", "list", "--search", "BROKE", "--json")[1])
-    assert [run["run_id"] for run in found["runs"]] == [str(database["failed"])]
+    page = json.loads(flowstore("runs", "list", "--search", "BROKE", "--json")[1])
+    assert [run["run_id"] for run in page["runs"]] == [str(database["failed"])]
     assert flowstore("runs", "list", "--flow", str(UUID(int=8)))[2] == "no runs\n"
 
     page = json.loads(flowstore("runs", "list", "--json", "--take", "1")[1])
@@ -331,23 +338,23 @@ def test_piped_output_is_not_truncated(
 
 
 @pytest.mark.parametrize("columns", [30, 40, 60, 80, 120])
-def test_a_narrow_terminal_cuts_names_and_never_ids(
+def test_a_narrow_terminal_truncates_names_but_not_ids(
     columns: int, contents: dict[str, UUID], flowstore: Flowstore
 ) -> None:
-    lines = lines_on_a_terminal("runs", "list", columns=columns)
+    lines = lines_on_terminal("runs", "list", columns=columns)
     assert [line.split()[0] for line in lines[1:]] == [contents[n].hex[-8:] for n in ("skewed", "long")]
     assert max(map(len, lines)) <= columns
     assert "Running" in lines[2]
     assert lines[2].endswith("…")
-    shown = lines_on_a_terminal("runs", "show", contents["long"].hex[-8:], columns=columns)
+    shown = lines_on_terminal("runs", "show", contents["long"].hex[-8:], columns=columns)
     assert f"run      {contents['long']}" in shown
 
 
 def test_runs_show_has_inputs_outputs_and_errors(contents: dict[str, UUID], flowstore: Flowstore) -> None:
     reference = contents["long"].hex[-8:]
     piped = flowstore("runs", "show", reference)[1]
-    shown = "\n".join(lines_on_a_terminal("runs", "show", reference))
-    full = "\n".join(lines_on_a_terminal("runs", "show", reference, "--full", columns=5000))
+    shown = "\n".join(lines_on_terminal("runs", "show", reference))
+    full = "\n".join(lines_on_terminal("runs", "show", reference, "--full", columns=5000))
     for text in ('input    {"day": 1}', 'input    {"table": "orders"}', 'report  "https://example.com"'):
         assert text in shown
         assert text in piped
@@ -363,7 +370,7 @@ def test_runs_show_has_inputs_outputs_and_errors(contents: dict[str, UUID], flow
     assert full.count(ERROR.splitlines()[2].strip()) == 2
 
 
-def test_a_run_that_ended_before_it_started(contents: dict[str, UUID], flowstore: Flowstore) -> None:
+def test_a_run_that_completed_before_its_start(contents: dict[str, UUID], flowstore: Flowstore) -> None:
     row = flowstore("runs", "list", "--flow", "backup")[1].splitlines()[1]
     assert row.split()[3] == "?"
     shown = flowstore("runs", "show", str(contents["skewed"]))[1]
@@ -373,7 +380,7 @@ def test_a_run_that_ended_before_it_started(contents: dict[str, UUID], flowstore
     assert ["?", "?"] in [bucket[-2:] for bucket in buckets]
 
 
-def test_a_flow_is_given_by_name_or_id(
+def test_a_flow_is_selected_by_name_or_id(
     database: dict[str, UUID], flowstore: Flowstore, tmp_path: Path
 ) -> None:
     name = "nightly \x1b[31mred\x1b[0m import"
@@ -400,21 +407,21 @@ def test_a_flow_is_given_by_name_or_id(
         f"  {UUID(int=71)}  1 run",
     ]
     # Ids distinguish flows with the same name.
-    assert str(UUID(int=72)) in "\n".join(lines_on_a_terminal("runs", "list", columns=120))
+    assert str(UUID(int=72)) in "\n".join(lines_on_terminal("runs", "list", columns=120))
 
 
-def test_a_flow_of_many_runs_is_found_without_reading_them_all() -> None:
+def test_a_flow_is_found_without_reading_all_of_its_runs() -> None:
     async def find() -> None:
         async with open_store("memory://") as store:
             for number in range(3000):
                 flow = ("import", 1) if number != 5 else ("important", 2)
                 await store.start_run(UUID(int=flow[1]), flow[0], new_run_id(), "manual")
-            counted = Counted(store)
+            counted = CountingStore(store)
             assert await find_flow(counted.store, "important") == UUID(int=2)
             assert counted.rows == 1
             with pytest.raises(Failure, match="did you mean 'import'"):
                 await find_flow(counted.store, "imported")
-            # The older of two flows, far after the first page.
+            # The older of two flows is far behind the first page.
             await store.start_run(UUID(int=3), "import", UUID(int=3), "manual")
             for _ in range(1500):
                 await store.start_run(UUID(int=4), "import", new_run_id(), "manual")
@@ -427,8 +434,8 @@ def test_a_flow_of_many_runs_is_found_without_reading_them_all() -> None:
     asyncio.run(find())
 
 
-class Counted:
-    """A store that counts the runs and events read from it."""
+class CountingStore:
+    """A wrapper that counts the runs and events read from a store."""
 
     def __init__(self, store: FlowStore) -> None:
         self.rows = 0
@@ -442,19 +449,19 @@ class Counted:
             return method
 
         async def call(*arguments: Any, **keywords: Any) -> Any:
-            answer = await method(*arguments, **keywords)
+            result = await method(*arguments, **keywords)
             self.calls.append(name)
-            self.rows += len(getattr(answer, "runs", answer))
-            return answer
+            self.rows += len(getattr(result, "runs", result))
+            return result
 
         return call
 
 
-def test_a_run_is_given_by_its_first_or_last_digits(
+def test_a_run_is_selected_by_its_first_or_last_digits(
     database: dict[str, UUID], flowstore: Flowstore, tmp_path: Path
 ) -> None:
     run_id = database["failed"]
-    # Ids of one moment have their first digits in common: as many as this one has in common with no other.
+    # Ids created at the same time share their first digits; find the shortest prefix of only this id.
     first = next(
         str(run_id)[:size]
         for size in range(8, 37)
@@ -490,14 +497,14 @@ def test_a_run_is_given_by_its_first_or_last_digits(
     assert flowstore("runs", "show", twins[3], "--json")[0] == 0
     assert flowstore("runs", "show", "0000000000abcdef12340000", "--json")[0] == 0
     # Short ids that are not unique are not shown.
-    rows = lines_on_a_terminal("runs", "list", columns=120)[1:]
+    rows = lines_on_terminal("runs", "list", columns=120)[1:]
     assert [row.split()[0] for row in rows if "twins" in row] == sorted(twins, reverse=True)
 
 
-def test_a_whole_id_is_not_searched_for() -> None:
+def test_a_complete_id_is_not_searched() -> None:
     async def find() -> None:
         async with open_store("memory://") as store:
-            counted = Counted(store)
+            counted = CountingStore(store)
             run_id = new_run_id()
             assert await find_run(counted.store, parse_run(str(run_id))) == run_id
             assert counted.calls == []
@@ -510,7 +517,7 @@ def test_a_whole_id_is_not_searched_for() -> None:
 
 @pytest.mark.parametrize("gap", [1, 3, 1000])
 @pytest.mark.parametrize("number", [0, 9, 10, 11, 37, 1000, 5000])
-def test_the_last_events_are_read_without_the_others(number: int, gap: int) -> None:
+def test_the_last_events_are_read_without_reading_all_events(number: int, gap: int) -> None:
     class Log:
         """A run's events, in a backend whose sequences have gaps."""
 
@@ -518,24 +525,24 @@ def test_the_last_events_are_read_without_the_others(number: int, gap: int) -> N
             first = after // gap + 1
             return [
                 FlowEventRecord(
-                    sequence=place * gap,
+                    sequence=position * gap,
                     run_id=run_id,
                     timestamp=datetime.now(UTC),
                     event_type="note",
                     step_key=None,
                     message=None,
                 )
-                for place in range(first, min(first + take, number + 1))
+                for position in range(first, min(first + take, number + 1))
             ]
 
     async def read() -> None:
-        counted = Counted(cast(FlowStore, Log()))
-        for most in (10, 1000):
+        counted = CountingStore(cast(FlowStore, Log()))
+        for limit in (10, 1000):
             counted.rows = 0
-            events = await last_events(counted.store, UUID(int=1), most)
-            wanted = [place * gap for place in range(max(number - most, 0) + 1, number + 1)]
-            assert [event.sequence for event in events] == wanted
-            assert counted.rows <= 4 * most + 50
+            events = await last_events(counted.store, UUID(int=1), limit)
+            expected = [position * gap for position in range(max(number - limit, 0) + 1, number + 1)]
+            assert [event.sequence for event in events] == expected
+            assert counted.rows <= 4 * limit + 50
 
     asyncio.run(read())
 
@@ -563,7 +570,7 @@ def test_cleanup_counts_each_run_once() -> None:
                 clock.advance(seconds=1)
                 if number % 2:
                     await store.complete_run(run_id, RunStatus.FAILED if number % 3 else RunStatus.CANCELLED)
-            counted = Counted(store)
+            counted = CountingStore(store)
             cutoff = clock() - timedelta(seconds=500)
             number = await count_completed(counted.store, cutoff)
             assert counted.rows == 2500
@@ -572,7 +579,7 @@ def test_cleanup_counts_each_run_once() -> None:
     asyncio.run(count())
 
 
-def test_the_url_may_stand_in_front(database: dict[str, UUID], flowstore: Flowstore) -> None:
+def test_the_url_may_precede_the_command(database: dict[str, UUID], flowstore: Flowstore) -> None:
     url = "sqlite:///flowstore.db"
     for command in (["runs", "list"], ["stats"], ["migrate", "status"], ["ping", "--times", "1"]):
         assert flowstore("--url", "memory://", *command) != flowstore("--url", url, *command)
@@ -626,11 +633,11 @@ def test_completion_without_a_store_is_silent_and_creates_no_file(tmp_path: Path
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_installed_and_shown(shell: str, tmp_path: Path) -> None:
+def test_completion_can_be_shown_and_installed(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     program = f"{sys.executable} -m flowstore_cli.main"
-    # A command of the shell's own at the end, so that it does not replace itself by the last program.
+    # The builtin at the end keeps the shell from replacing itself with the last program.
     shown = subprocess.run(
         [shell, "-c", f"{program} --show-completion && {program} --install-completion && true"],
         env={**os.environ, "HOME": str(tmp_path), "SHELL": shell},
@@ -666,8 +673,8 @@ def test_runs_cancel(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert (code, "is Failed already" in err) == (1, True)
     code, out, _ = flowstore("runs", "cancel", str(database["waiting"]), "--reason", "wrong", "--json")
     assert code == 0
-    answer = json.loads(out)
-    assert (answer["requested"], answer["control"]["cancel_reason"]) == (True, "wrong")
+    result = json.loads(out)
+    assert (result["requested"], result["control"]["cancel_reason"]) == (True, "wrong")
     code, out, _ = flowstore("runs", "cancel", str(database["waiting"]))
     assert (code, out.strip()[-24:]) == (0, "already requested: wrong")
 
@@ -686,7 +693,7 @@ def test_timeseries(database: dict[str, UUID], flowstore: Flowstore) -> None:
     buckets = json.loads(out)
     assert len(buckets) in (45, 46, 47)
     assert [sum(b[n] for b in buckets) for n in ("total", "succeeded", "failed", "running")] == [3, 1, 1, 1]
-    lines = lines_on_a_terminal("timeseries", "--by", "day", "--since", "45d")
+    lines = lines_on_terminal("timeseries", "--by", "day", "--since", "45d")
     assert "in all 3 runs" in lines[-1]
     assert all(any(mark in line for line in lines[:-1]) for mark in "█▓░")
     assert max(map(len, lines)) <= 80
@@ -726,9 +733,9 @@ def test_cleanup(database: dict[str, UUID], flowstore: Flowstore) -> None:
     )
     assert "would delete 0 runs" in flowstore("cleanup", "--older-than", "41d", "--dry-run")[1]
     code, out, _ = flowstore("cleanup", "--older-than", "30d", "--json")
-    answer = json.loads(out)
-    assert (code, answer["runs"], answer["dry_run"]) == (0, 1, False)
-    assert datetime.fromisoformat(answer["cutoff"]) < datetime.now(UTC) - timedelta(days=29)
+    result = json.loads(out)
+    assert (code, result["runs"], result["dry_run"]) == (0, 1, False)
+    assert datetime.fromisoformat(result["cutoff"]) < datetime.now(UTC) - timedelta(days=29)
     assert flowstore("runs", "show", str(database["old"]))[0] == 1
     assert flowstore("runs", "show", str(database["failed"]))[0] == 0
 
@@ -741,8 +748,8 @@ def test_migrate(flowstore: Flowstore, tmp_path: Path) -> None:
     assert (code, out.startswith("migrated from version 0 to ")) == (0, True)
     assert (tmp_path / "flowstore.db").exists()
     code, out, _ = flowstore("migrate", "up", "--json")
-    answer = json.loads(out)
-    assert (code, answer["before"]) == (0, answer["version"])
+    result = json.loads(out)
+    assert (code, result["before"]) == (0, result["version"])
     code, out, _ = flowstore("migrate", "status", "--json")
     assert (code, json.loads(out)["pending"]) == (0, [])
     for url in ("sqlite:///a.db", "postgresql://nowhere/db"):
@@ -755,7 +762,7 @@ def test_migrate(flowstore: Flowstore, tmp_path: Path) -> None:
     assert json.loads(flowstore("migrate", "sql", "--url", "memory://", "--json")[1]) == []
 
 
-def test_a_store_that_is_opened_without_migrating(flowstore: Flowstore, tmp_path: Path) -> None:
+def test_replay_without_migrating_refuses_a_missing_schema(flowstore: Flowstore, tmp_path: Path) -> None:
     code, _, err = flowstore("replay", "--no-migrate")
     assert (code, "schema version 0" in err) == (2, True)
     assert not (tmp_path / "flowstore.db").exists()
@@ -773,7 +780,7 @@ def test_ping(database: dict[str, UUID], flowstore: Flowstore) -> None:
 
 
 def test_backends(flowstore: Flowstore) -> None:
-    assert max(map(len, lines_on_a_terminal("backends"))) <= 80
+    assert max(map(len, lines_on_terminal("backends"))) <= 80
     listed = {entry["name"]: entry for entry in json.loads(flowstore("backends", "--json")[1])}
     assert {"memory", "postgresql", "sqlite"} <= set(listed)
     assert listed["sqlite"]["status"] == "installed"
@@ -829,7 +836,7 @@ def test_backends_reports_two_plugins_that_claim_one_scheme(
     assert listed[0]["remedy"] == "uninstall all but one"
 
 
-def test_replay_answers_in_json(flowstore: Flowstore) -> None:
+def test_replay_prints_its_summary_as_json(flowstore: Flowstore) -> None:
     code, out, err = flowstore("replay", "--speed", "5000", "--workers", "2", "--json")
     assert code == 0, err
     summary = json.loads(out)
@@ -841,7 +848,7 @@ def test_replay_answers_in_json(flowstore: Flowstore) -> None:
     assert json.loads(out)["run"]["status"] == "Succeeded"
 
 
-def test_replay_in_plain_lines(flowstore: Flowstore) -> None:
+def test_replay_prints_plain_lines_without_a_terminal(flowstore: Flowstore) -> None:
     code, out, _ = flowstore(
         "replay", "--speed", "5000", "--workers", "2", "--fail-rate", "1", "--max-attempts", "1"
     )
@@ -853,7 +860,7 @@ def test_replay_in_plain_lines(flowstore: Flowstore) -> None:
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_its_extra_it_names_the_package_to_install(missing: str) -> None:
+def test_a_missing_extra_is_reported_with_the_package_to_install(missing: str) -> None:
     program = (
         f"import sys; sys.modules[{missing!r}] = None; "
         "from flowstore_cli.main import main; sys.exit(main(['backends']))"
@@ -863,9 +870,9 @@ def test_without_its_extra_it_names_the_package_to_install(missing: str) -> None
     assert done.stderr == f"flowstore: module '{missing}' is missing; pip install 'flowstore[cli]'\n"
 
 
-def on_a_terminal(*arguments: str, **environment: str) -> bytes:
-    """The command's output on a terminal of 80 columns."""
-    main_end, terminal = pty.openpty()
+def run_on_terminal(*arguments: str, **environment: str) -> bytes:
+    """Run the command on a terminal of 80 columns and return its output."""
+    controller, terminal = pty.openpty()
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     process = subprocess.Popen(
         [sys.executable, "-m", "flowstore_cli.main", *arguments],
@@ -875,36 +882,36 @@ def on_a_terminal(*arguments: str, **environment: str) -> bytes:
         env={**inherited, "TERM": "xterm-256color", "COLUMNS": "80", **environment},
     )
     os.close(terminal)
-    written = b""
-    # Linux ends a terminal with an error instead of an empty read.
+    output = b""
+    # On Linux, reading from a closed terminal raises OSError instead of returning b"".
     while True:
         try:
-            part = os.read(main_end, 65536)
+            part = os.read(controller, 65536)
         except OSError:
             break
         if not part:
             break
-        written += part
-    os.close(main_end)
+        output += part
+    os.close(controller)
     assert process.wait(60) == 0
-    return written
+    return output
 
 
-def lines_on_a_terminal(*arguments: str, columns: int = 80) -> list[str]:
+def lines_on_terminal(*arguments: str, columns: int = 80) -> list[str]:
     """The text on a terminal of ``columns`` columns, without colours."""
-    written = on_a_terminal(*arguments, COLUMNS=str(columns)).decode()
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written).splitlines()
+    output = run_on_terminal(*arguments, COLUMNS=str(columns)).decode()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output).splitlines()
 
 
-def test_colours_are_for_terminals_that_want_them() -> None:
-    assert b"\x1b[32m" in on_a_terminal("backends")
-    assert b"\x1b[32m" not in on_a_terminal("backends", NO_COLOR="1")
+def test_colours_are_used_on_terminals_without_no_color() -> None:
+    assert b"\x1b[32m" in run_on_terminal("backends")
+    assert b"\x1b[32m" not in run_on_terminal("backends", NO_COLOR="1")
 
 
 def test_the_live_view_restores_the_terminal(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
-    written = on_a_terminal("replay", "--speed", "1000", "--workers", "2", "--url", url)
-    assert b"WORKER" in written
-    assert b"of 10 steps" in written
-    assert written.rindex(b"\x1b[?25h") > written.rindex(b"\x1b[?25l"), "the cursor is shown again"
-    assert b"every run succeeded" in written
+    output = run_on_terminal("replay", "--speed", "1000", "--workers", "2", "--url", url)
+    assert b"WORKER" in output
+    assert b"of 10 steps" in output
+    assert output.rindex(b"\x1b[?25h") > output.rindex(b"\x1b[?25l"), "the cursor is shown again"
+    assert b"every run succeeded" in output

@@ -1,4 +1,4 @@
-"""Commands that read do not change a store: they create no file and no schema, and do not migrate."""
+"""Commands that read do not change a store: they create no file or schema, and do not migrate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _version(url: str) -> int:
 
 
 @pytest.fixture
-def sqlite_place(tmp_path: Path) -> tuple[str, Callable[[], object]]:
+def sqlite_database(tmp_path: Path) -> tuple[str, Callable[[], object]]:
     """The URL of a SQLite file with the first version of the schema, and a function that reads its state."""
     path = tmp_path / "flows.db"
     url = f"sqlite:///{path}"
@@ -97,26 +97,26 @@ def _objects(url: str, schema: str) -> list[Any]:
 
 
 @pytest.fixture
-def postgresql_place(fresh: str, postgresql_url: str) -> tuple[str, Callable[[], object]]:
-    """The same in a schema of PostgreSQL."""
+def postgresql_database(fresh: str, postgresql_url: str) -> tuple[str, Callable[[], object]]:
+    """The URL of a PostgreSQL schema in its first version, and a function that reads its state."""
     schema = parse_qs(urlsplit(fresh).query)["schema"][0]
     _query(postgresql_url, _first_migration(fresh), "SELECT 1")
     return fresh, lambda: _objects(postgresql_url, schema)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_an_older_schema_is_left_as_it_is(
+def test_an_older_schema_is_not_changed(
     kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, state = request.getfixturevalue(f"{kind}_place")
+    url, state = request.getfixturevalue(f"{kind}_database")
     before = state()
     assert _version(url) == 1 < _latest(url)
     for command in COMMANDS:
         code = main([*command, "--url", url])
-        shown = capsys.readouterr()
-        assert (code, shown.out) == (2, ""), command
-        assert f" has version 1, this flowstore supports {_latest(url)}" in shown.err, command
-        assert "; bring it up to date with: flowstore migrate up --url " in shown.err, command
+        output = capsys.readouterr()
+        assert (code, output.out) == (2, ""), command
+        assert f" has version 1, this flowstore supports {_latest(url)}" in output.err, command
+        assert "; bring it up to date with: flowstore migrate up --url " in output.err, command
         assert state() == before, command
     assert main(["doctor", "--url", url]) == 1
     assert "flowstore migrate up --url " in capsys.readouterr().out
@@ -130,7 +130,7 @@ def test_an_older_schema_is_left_as_it_is(
     assert main(["stats", "--url", url]) == 0
 
 
-def test_a_database_without_a_schema_stays_without_one(
+def test_no_schema_is_created_in_an_empty_database(
     fresh: str, postgresql_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schema = parse_qs(urlsplit(fresh).query)["schema"][0]
@@ -140,10 +140,10 @@ def test_a_database_without_a_schema_stays_without_one(
     assert _objects(postgresql_url, schema) == []
 
 
-def test_migrate_false_in_the_url_holds_for_a_replay(
-    sqlite_place: tuple[str, Callable[[], object]], capsys: pytest.CaptureFixture[str]
+def test_a_replay_obeys_migrate_false_in_the_url(
+    sqlite_database: tuple[str, Callable[[], object]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, state = sqlite_place
+    url, state = sqlite_database
     before = state()
     for arguments in (["--url", f"{url}?migrate=false"], ["--url", url, "--no-migrate"]):
         assert main(["replay", *arguments]) == 2
@@ -152,9 +152,9 @@ def test_migrate_false_in_the_url_holds_for_a_replay(
 
 
 def test_a_replay_reports_that_it_migrated(
-    sqlite_place: tuple[str, Callable[[], object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sqlite_database: tuple[str, Callable[[], object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, _ = sqlite_place
+    url, _ = sqlite_database
     arguments = ["replay", "--speed", "5000", "--workers", "1", "--json"]
     latest = _latest(url)
     assert main([*arguments, "--url", url]) == 0
@@ -171,7 +171,7 @@ def test_a_replay_reports_that_it_migrated(
     assert main(["runs", "list", "--url", new]) == 0
 
 
-def test_a_read_only_role_can_run_the_reading_commands(fresh: str, postgresql_url: str) -> None:
+def test_a_read_only_role_can_run_the_commands_that_read(fresh: str, postgresql_url: str) -> None:
     schema = parse_qs(urlsplit(fresh).query)["schema"][0]
     role = f"reader_{uuid4().hex[:12]}"
 
@@ -200,7 +200,7 @@ def test_a_read_only_role_can_run_the_reading_commands(fresh: str, postgresql_ur
             ["migrate", "status"],
         ):
             assert main([*command, "--url", url]) == 0, command
-        # It may warn, but it can examine the store.
+        # The doctor may warn, but can examine the store.
         assert main(["doctor", "--url", url]) in (0, 1)
     finally:
         _query(postgresql_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}", "SELECT 1")

@@ -19,17 +19,17 @@ import pytest
 from flowstore_cli.main import main
 from flowstore_core import FlowStore, RunStatus, SignalDeliveryStatus, open_store
 from flowstore_core.validation import MAX_TEXT_BYTES
-from tests.conformance_reports import breaks, made_check, passes
+from tests.conformance_reports import breaks, example_check, passes
 
-UNWRITTEN = "flowstore: standard output cannot be written: No space left on device\n"
+WRITE_ERROR = "flowstore: standard output cannot be written: No space left on device\n"
 FULL = Path("/dev/full")
 
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
-Place = tuple[str, UUID]
+StoreWithRun = tuple[str, UUID]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def store_with_run(tmp_path: Path) -> StoreWithRun:
     """The URL of a store, and a run in it with a step that waits for signal ``go``."""
     url, run_id = f"sqlite:///{tmp_path}/flows.db", uuid4()
 
@@ -43,10 +43,10 @@ def place(tmp_path: Path) -> Place:
     return url, run_id
 
 
-def ask(url: str, question: Callable[[FlowStore], Any]) -> Any:
+def call_store(url: str, function: Callable[[FlowStore], Any]) -> Any:
     async def run() -> Any:
         async with open_store(url) as store:
-            return await question(store)
+            return await function(store)
 
     return asyncio.run(run())
 
@@ -79,13 +79,13 @@ COMMANDS = (
 
 @needs_full
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_full_output_is_an_error_in_one_line(command: list[str]) -> None:
-    assert shell("> /dev/full", *command) == (4, "", UNWRITTEN)
+def test_a_full_output_is_a_one_line_error(command: list[str]) -> None:
+    assert shell("> /dev/full", *command) == (4, "", WRITE_ERROR)
 
 
 @needs_full
-def test_a_full_output_without_buffer_is_the_same() -> None:
-    assert shell("> /dev/full", "backends", environment={"PYTHONUNBUFFERED": "1"}) == (4, "", UNWRITTEN)
+def test_a_full_unbuffered_output_is_a_one_line_error() -> None:
+    assert shell("> /dev/full", "backends", environment={"PYTHONUNBUFFERED": "1"}) == (4, "", WRITE_ERROR)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -94,7 +94,7 @@ def test_a_closed_output_is_no_error(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_is_no_error(unbuffered: str) -> None:
+def test_a_closed_pipe_is_no_error(unbuffered: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "flowstore_cli.main", "migrate", "sql", "--url", "postgresql://host/db"],
         stdout=subprocess.PIPE,
@@ -109,10 +109,10 @@ def test_a_reader_that_leaves_is_no_error(unbuffered: str) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_slow_reader_of_a_non_blocking_pipe_gets_all(unbuffered: str) -> None:
+def test_a_slow_reader_of_a_non_blocking_pipe_gets_the_whole_output(unbuffered: str) -> None:
     command = [sys.executable, "-m", "flowstore_cli.main", "migrate", "sql", "--url", "postgresql://host/db"]
-    wanted = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
-    assert len(wanted) > 4096
+    expected = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+    assert len(expected) > 4096
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # The pipe is full, so the first write blocks.
@@ -130,32 +130,32 @@ def test_a_slow_reader_of_a_non_blocking_pipe_gets_all(unbuffered: str) -> None:
     )
     os.close(writing)
     with open(reading, "rb") as pipe:
-        assert pipe.read()[filled:] == wanted
+        assert pipe.read()[filled:] == expected
     assert process.communicate(timeout=60)[1] == b""
     assert process.returncode == 0
 
 
-def test_a_signal_is_delivered_into_a_closed_output(place: Place) -> None:
-    url, run_id = place
+def test_a_signal_is_delivered_although_output_is_closed(store_with_run: StoreWithRun) -> None:
+    url, run_id = store_with_run
     assert shell(">&-", "signal", "deliver", str(run_id), "go", "1", "--url", url) == (0, "", "")
-    again = ask(url, lambda store: store.deliver_signal(run_id, "go", "1"))
-    assert again.status is SignalDeliveryStatus.ALREADY_DELIVERED
+    second = call_store(url, lambda store: store.deliver_signal(run_id, "go", "1"))
+    assert second.status is SignalDeliveryStatus.ALREADY_DELIVERED
 
 
 @needs_full
-def test_a_signal_is_delivered_into_a_full_output(place: Place) -> None:
-    url, run_id = place
+def test_a_signal_is_delivered_although_output_is_full(store_with_run: StoreWithRun) -> None:
+    url, run_id = store_with_run
     arguments = ["signal", "deliver", str(run_id), "go", "1", "--url", url]
-    assert shell("> /dev/full", *arguments) == (4, "", UNWRITTEN)
+    assert shell("> /dev/full", *arguments) == (4, "", WRITE_ERROR)
     # A negative result keeps its exit code.
-    assert shell("> /dev/full", *arguments) == (1, "", UNWRITTEN)
+    assert shell("> /dev/full", *arguments) == (1, "", WRITE_ERROR)
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_without_standard_error_the_exit_code_is_correct(redirection: str, place: Place) -> None:
+def test_the_exit_code_is_correct_without_stderr(redirection: str, store_with_run: StoreWithRun) -> None:
     if "/dev/full" in redirection and not FULL.exists():
         pytest.skip("needs /dev/full")
-    url, run_id = place
+    url, run_id = store_with_run
     code, out, _ = shell(redirection, "runs", "show", str(run_id), "--url", url)
     assert (code, str(run_id) in out) == (0, ">&- " not in redirection)
     assert shell(redirection, "runs", "show", str(uuid4()), "--url", url) == (1, "", "")
@@ -166,27 +166,27 @@ NULL_DEVICE = """
 import os, subprocess, sys
 from flowstore_cli.streams import guarded_streams
 
-look = "import os; null = os.stat(os.devnull).st_rdev; [os.fstat(fd) for fd in range(3)]; "
-look += "raise SystemExit(any(os.fstat(fd).st_rdev != null for fd in range(3)))"
+check = "import os; null = os.stat(os.devnull).st_rdev; [os.fstat(fd) for fd in range(3)]; "
+check += "raise SystemExit(any(os.fstat(fd).st_rdev != null for fd in range(3)))"
 with guarded_streams():
-    code = subprocess.run([sys.executable, "-c", look]).returncode
-    exec(look if code == 0 else "raise SystemExit(2)")
+    code = subprocess.run([sys.executable, "-c", check]).returncode
+    exec(check if code == 0 else "raise SystemExit(2)")
 """
 
 
-def test_closed_streams_are_the_null_device_for_children_too() -> None:
+def test_closed_streams_are_the_null_device_for_child_processes() -> None:
     command = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", NULL_DEVICE]
     assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
 
-def test_the_streams_of_a_caller_are_put_back() -> None:
+def test_the_streams_of_the_caller_are_restored() -> None:
     before = sys.stdin, sys.stdout, sys.stderr
     assert main(["--version"]) == 0
     assert (sys.stdin, sys.stdout, sys.stderr) == before
 
 
 @pytest.mark.parametrize(
-    ("redirection", "piped", "said"),
+    ("redirection", "piped", "message"),
     [
         ("<&-", b"", "standard input is empty or closed"),
         ("< /dev/null", b"", "standard input is empty or closed"),
@@ -196,32 +196,32 @@ def test_the_streams_of_a_caller_are_put_back() -> None:
     ],
 )
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_a_payload_that_cannot_be_read_is_refused_in_one_line(
+def test_an_unreadable_payload_is_a_one_line_error(
     redirection: str,
     piped: bytes,
-    said: str,
+    message: str,
     locale: str,
-    place: Place,
+    store_with_run: StoreWithRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    url, run_id = place
+    url, run_id = store_with_run
     arguments = ["signal", "deliver", str(run_id), "go", "-", "--url", url]
     code, out, err = shell(redirection, *arguments, piped=piped, environment={"LC_ALL": locale})
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert f"flowstore: {said}" in err
+    assert f"flowstore: {message}" in err
 
 
-def test_a_payload_that_is_too_long_is_refused_in_one_line(place: Place) -> None:
-    url, run_id = place
+def test_a_payload_that_is_too_long_is_a_one_line_error(store_with_run: StoreWithRun) -> None:
+    url, run_id = store_with_run
     arguments = ["signal", "deliver", str(run_id), "go", "-", "--url", url]
     limit = f"flowstore: standard input must have at most {MAX_TEXT_BYTES:,} bytes\n"
     assert shell("", *arguments, piped="é".encode() * MAX_TEXT_BYTES) == (2, "", limit)
 
 
-def test_an_argument_that_is_no_text_is_refused_in_one_line(place: Place) -> None:
-    url, run_id = place
+def test_an_argument_that_is_not_utf_8_is_a_one_line_error(store_with_run: StoreWithRun) -> None:
+    url, run_id = store_with_run
     payload = os.fsdecode(b'"\xff"')
     code, out, err = shell("", "signal", "deliver", str(run_id), "go", payload, "--url", url)
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -249,11 +249,11 @@ def test_a_replay_continues_when_its_reader_exits(fails: bool, tmp_path: Path) -
     assert process.returncode == (1 if fails else 0)
     assert err.startswith(b"created the schema of ")
     assert err.count(b"\n") == 1
-    (run,) = ask(url, lambda store: store.get_runs())
+    (run,) = call_store(url, lambda store: store.get_runs())
     assert run.status is (RunStatus.FAILED if fails else RunStatus.SUCCEEDED)
 
 
-def test_an_interrupt_ends_a_replay_in_order(tmp_path: Path) -> None:
+def test_an_interrupted_replay_exits_cleanly(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "flowstore_cli.main", "replay", "--speed", "1", "--workers", "2"],
         stdout=subprocess.PIPE,
@@ -269,9 +269,9 @@ def test_an_interrupt_ends_a_replay_in_order(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    created, again, last = err.splitlines()
+    created, hint, last = err.splitlines()
     assert created.startswith("created the schema of ")
-    assert again.startswith("the runs stay in the store; continue them with: flowstore replay --key ")
+    assert hint.startswith("the runs stay in the store; continue them with: flowstore replay --key ")
     assert last == "flowstore: interrupted"
 
 
@@ -301,7 +301,7 @@ sys.exit(main(["ping", "--url", "memory://"]))
 
 
 @pytest.mark.parametrize("program", [INTERRUPTED_IMPORT, INTERRUPTED_LOOP], ids=["import", "loop"])
-def test_an_interrupt_while_the_command_starts_is_one_line(program: str) -> None:
+def test_an_interrupt_during_startup_prints_one_line(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
@@ -310,7 +310,7 @@ def test_an_interrupt_while_the_command_starts_is_one_line(program: str) -> None
 
 @needs_full
 @pytest.mark.parametrize(("run_of", "code"), [(passes, 4), (breaks, 1)])
-def test_a_report_that_cannot_be_written_keeps_nothing_else_from_being_written(
+def test_other_reports_are_written_if_one_cannot_be_written(
     run_of: Any,
     code: int,
     tmp_path: Path,
@@ -318,15 +318,15 @@ def test_a_report_that_cannot_be_written_keeps_nothing_else_from_being_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    checks = (made_check("CLM-1", "one_wins", run_of),)
+    checks = (example_check("CLM-1", "one_wins", run_of),)
     monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: checks)
     (tmp_path / "file").write_text("no folder")
     options = ["--json", "/dev/full", "--badge", "badge.json", "--programs", "file/programs"]
     assert main(["conformance", "memory://", "--clause", "CLM-1", *options]) == code
-    shown = capsys.readouterr()
-    last = shown.err.splitlines()[-1]
+    output = capsys.readouterr()
+    last = output.err.splitlines()[-1]
     assert last.startswith("flowstore: ")
     assert "/dev/full cannot be written: No space left on device" in last
     assert ("file/programs cannot be written: Not a directory" in last) is (run_of is breaks)
-    assert "CLM-1" in shown.out
+    assert "CLM-1" in output.out
     assert json.loads((tmp_path / "badge.json").read_text())["message"]

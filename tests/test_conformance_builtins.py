@@ -1,6 +1,6 @@
-"""The built-in backends conform: every check of the suite on each of the three.
+"""The built-in backends conform to every check of the suite.
 
-Profile quick in the ordinary run; FLOWSTORE_TEST_PROFILE=standard, as CI sets it afterwards, looks harder.
+The profile is quick unless FLOWSTORE_TEST_PROFILE names a more thorough one, as it does in CI.
 """
 
 from __future__ import annotations

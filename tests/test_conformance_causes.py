@@ -1,4 +1,4 @@
-"""Failures by their probable cause, levels that stand on those below, and reports of partial runs."""
+"""Failures grouped by their probable cause, levels, and reports of partial runs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from flowstore_conformance.rendering import (
     render_text,
 )
 
-from tests.conformance_reports import made_check, made_report
+from tests.conformance_reports import example_check, example_report
 
 LACKS = SignatureFinding(method="ping", noun="store", problem="is missing", remedy="define it", missing=True)
 
 
 def failed(name: str, failure: Failure, kind: Kind = Kind.EXAMPLE, clause: str = "CLM-1") -> CheckResult:
-    check = dataclasses.replace(made_check(clause, name), kind=kind)
+    check = dataclasses.replace(example_check(clause, name), kind=kind)
     return CheckResult(check=check, status=Status.FAIL, assertions=1, seconds=0.1, seed=1, failure=failure)
 
 
@@ -48,9 +48,9 @@ def hung(operation: str = "ping", message: str = "ping() did not return within 3
     return Failure(clause="CON-2", message=message, operation=operation, hung=True)
 
 
-def apply_findings(name: str, finding: SignatureFinding = LACKS) -> CheckResult:
+def not_run(name: str, finding: SignatureFinding = LACKS) -> CheckResult:
     return CheckResult(
-        check=made_check("RUN-1", name),
+        check=example_check("RUN-1", name),
         status=Status.NOT_RUN,
         assertions=0,
         seconds=0.0,
@@ -64,16 +64,16 @@ def names(report: list[CheckResult]) -> list[tuple[CauseKind, list[str]]]:
     return [(one.kind, [each.check.name for each in one.results]) for one in find_causes(report)]
 
 
-def test_one_clause_one_line_one_operation_and_one_method_are_one_cause_each() -> None:
+def test_failures_are_grouped_by_clause_line_operation_and_method() -> None:
     results = [
         failed("a", wrong()),
         failed("b", raised()),
         failed("c", hung()),
-        apply_findings("d"),
+        not_run("d"),
         failed("e", wrong(), Kind.RACE),
         failed("f", raised()),
         failed("g", hung()),
-        apply_findings("h"),
+        not_run("h"),
     ]
     assert names(results) == [
         (CauseKind.SIGNATURE, ["d", "h"]),
@@ -83,7 +83,7 @@ def test_one_clause_one_line_one_operation_and_one_method_are_one_cause_each() -
     ]
 
 
-def test_other_lines_other_errors_other_operations_and_other_clauses_are_other_causes() -> None:
+def test_different_lines_errors_operations_and_clauses_are_different_causes() -> None:
     results = [
         failed("a", raised()),
         failed("b", raised(place="mine/claims.py:8 in _row")),
@@ -96,7 +96,7 @@ def test_other_lines_other_errors_other_operations_and_other_clauses_are_other_c
     assert [len(one.results) for one in find_causes(results)] == [1] * 7
 
 
-def test_causes_are_ordered_by_failures_and_led_by_their_simplest_check() -> None:
+def test_causes_are_ordered_by_failures_and_start_with_the_simplest_check() -> None:
     results = [
         failed("one", wrong("CLM-2")),
         failed("a_race", wrong("CLM-1"), Kind.RACE),
@@ -109,24 +109,24 @@ def test_causes_are_ordered_by_failures_and_led_by_their_simplest_check() -> Non
     ]
 
 
-def test_the_hang_that_was_given_most_time_leads() -> None:
+def test_a_cause_starts_with_the_hang_that_had_the_longest_limit() -> None:
     results = [failed("race", hung(), Kind.RACE), failed("example", hung(), Kind.EXAMPLE)]
     (cause,) = find_causes(results)
     assert cause.lead is results[0]
 
 
-def test_a_wrong_answer_behind_an_error_of_the_contract_belongs_to_its_clause() -> None:
+def test_an_unexpected_contract_error_belongs_to_the_clause_of_the_check() -> None:
     error = dataclasses.replace(wrong(), error="NotFoundError", operation="get_runs")
     assert names([failed("a", error), failed("b", wrong())]) == [(CauseKind.VIOLATION, ["a", "b"])]
 
 
 def many() -> Report:
     results = [failed(f"check_{number:02}", wrong()) for number in range(30)]
-    results += [apply_findings("needs_ping"), failed("raises", raised())]
-    return dataclasses.replace(made_report(), results=tuple(results), findings=(LACKS,))
+    results += [not_run("needs_ping"), failed("raises", raised())]
+    return dataclasses.replace(example_report(), results=tuple(results), findings=(LACKS,))
 
 
-def test_the_text_shows_a_cause_once_with_all_that_follows() -> None:
+def test_the_text_shows_each_cause_once_with_its_checks() -> None:
     shown = render_text(many())
     assert len(re.findall("^CAUSE ", shown, re.M)) == 3
     assert "CAUSE 1 of 3: store.ping is missing" in shown
@@ -137,7 +137,7 @@ def test_the_text_shows_a_cause_once_with_all_that_follows() -> None:
     assert len(shown.splitlines()) < 140
 
 
-def test_every_other_form_knows_the_causes_and_loses_no_failure() -> None:
+def test_every_format_shows_the_causes_and_all_failures() -> None:
     report = many()
     told = json.loads(render_json(report))
     assert [one["kind"] for one in told["causes"]] == ["signature", "exception", "violation"]
@@ -154,9 +154,9 @@ def test_every_other_form_knows_the_causes_and_loses_no_failure() -> None:
     assert 'classname="flowstore_conformance.signatures" name="store.ping"' in junit
 
 
-def test_a_method_that_core_cannot_call_never_conforms() -> None:
+def test_a_report_with_a_method_that_core_cannot_call_does_not_conform() -> None:
     report = dataclasses.replace(
-        made_report(), results=(*made_report().results, apply_findings("needs_ping")), findings=(LACKS,)
+        example_report(), results=(*example_report().results, not_run("needs_ping")), findings=(LACKS,)
     )
     assert (report.conforms, report.level, report.verdict) == (False, None, "VIOLATES")
     assert report.headline.startswith("core cannot call ping")
@@ -166,20 +166,20 @@ def test_a_method_that_core_cannot_call_never_conforms() -> None:
 
 
 @pytest.mark.parametrize("status", [Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN])
-def test_no_level_is_green_above_one_that_lacks_a_clause(status: Status) -> None:
-    page = render_page(made_report({"RUN-1": status}))
+def test_levels_above_an_incomplete_level_are_shown_as_lacking(status: Status) -> None:
+    page = render_page(example_report({"RUN-1": status}))
     assert re.findall(r'<li class="(\w+)">', page) == ["lacking"] * 3
     assert "a lower level lacks clauses" in page
 
 
-def test_a_level_below_one_that_lacks_a_clause_is_complete_and_not_granted() -> None:
-    page = render_page(made_report({"EVT-1": Status.FAIL}))
+def test_levels_below_an_incomplete_level_are_shown_as_complete() -> None:
+    page = render_page(example_report({"EVT-1": Status.FAIL}))
     assert re.findall(r'<li class="(\w+)">', page) == ["complete", "complete", "lacking"]
     assert '"granted"' not in page
 
 
-def test_the_level_of_every_store_is_called_base() -> None:
-    report = made_report({"CLM-6": Status.UNSUPPORTED})
+def test_the_lowest_level_is_called_base() -> None:
+    report = example_report({"CLM-6": Status.UNSUPPORTED})
     assert report.level is Level.BASE
     for render in (render_text, render_json, render_markdown, render_page, render_badge, render_junit):
         shown = render(report)
@@ -190,8 +190,8 @@ def test_the_level_of_every_store_is_called_base() -> None:
 # Partial runs
 
 
-def test_a_partial_run_shows_the_selected_checks_and_counts_the_rest() -> None:
-    report = made_report(selected=("CLM-1", "SIG-3"))
+def test_a_partial_run_shows_selected_checks_and_counts_the_others() -> None:
+    report = example_report(selected=("CLM-1", "SIG-3"))
     for shown in (render_text(report), render_markdown(report), render_page(report)):
         assert "51 other clauses were not selected" in shown
         assert "NOT RUN" not in shown
@@ -199,28 +199,28 @@ def test_a_partial_run_shows_the_selected_checks_and_counts_the_rest() -> None:
     assert len(json.loads(render_json(report))["clauses"]) == 53
 
 
-def test_a_partial_run_shows_another_clause_that_it_found_broken() -> None:
+def test_a_partial_run_shows_unselected_clauses_that_are_broken() -> None:
     result = failed("claims", raised())
-    report = dataclasses.replace(made_report(), results=(result,), selected=("CLM-1",))
+    report = dataclasses.replace(example_report(), results=(result,), selected=("CLM-1",))
     assert [one.clause.id for one in report.shown_clauses] == ["CLM-1", "CON-2"]
 
 
 # Incomplete runs
 
 
-def test_an_incomplete_run_is_marked_so_in_every_form() -> None:
-    report = dataclasses.replace(made_report(), incomplete="interrupted after 9 of 53 checks")
+def test_an_incomplete_run_is_marked_in_every_format() -> None:
+    report = dataclasses.replace(example_report(), incomplete="interrupted after 9 of 53 checks")
     assert (report.conforms, report.level, report.verdict) == (False, None, "INCOMPLETE")
     for render in (render_text, render_json, render_junit, render_markdown, render_page):
         assert "interrupted after 9 of 53 checks" in render(report)
     assert json.loads(render_badge(report))["message"] == "incomplete"
-    broken = dataclasses.replace(made_report({"CLM-1": Status.FAIL}), incomplete="interrupted after 9")
+    broken = dataclasses.replace(example_report({"CLM-1": Status.FAIL}), incomplete="interrupted after 9")
     assert broken.verdict == "VIOLATES"
     assert broken.headline == "interrupted after 9; 1 clause is broken: CLM-1"
     assert json.loads(render_badge(broken))["message"] == "violates, incomplete"
 
 
-def test_namespaces_that_were_left_behind_are_named() -> None:
-    report = dataclasses.replace(made_report(), left_behind=("mine://scratch-1",))
+def test_namespaces_that_were_not_dropped_are_named() -> None:
+    report = dataclasses.replace(example_report(), left_behind=("mine://scratch-1",))
     for render in (render_text, render_json, render_markdown, render_page):
         assert "mine://scratch-1" in render(report)

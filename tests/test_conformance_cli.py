@@ -1,4 +1,4 @@
-"""``flowstore conformance``: exit codes, progress, files, and what it says."""
+"""``flowstore conformance``: exit codes, progress, files and messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowstore_conformance.registry import Check
 
 from flowstore_cli.main import main
 from flowstore_core import open_store
-from tests.conformance_reports import breaks, made_check, passes, runs_out
+from tests.conformance_reports import breaks, example_check, exhausts_budget, passes
 from tests.conformance_trap import install_trap
 
 ROOT = Path(__file__).parents[1]
@@ -27,20 +27,20 @@ Checks = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes into the project, nor reads its settings."""
+def empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in an empty directory, without the settings of the project."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
-    """Replaces the suite's checks, for tests of their reports."""
+    """Replace the checks of the suite."""
 
     def replace(*made: Check) -> None:
         monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: made)
 
-    replace(made_check("CLM-1", "one_wins", passes), made_check("CLM-2", "wins_are_seen", passes))
+    replace(example_check("CLM-1", "one_wins", passes), example_check("CLM-2", "wins_are_seen", passes))
     return replace
 
 
@@ -62,16 +62,16 @@ def test_a_conforming_backend_exits_with_0(capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-@pytest.mark.parametrize("run_of", [breaks, runs_out])
-def test_a_backend_that_is_not_shown_to_conform_ends_with_1(checks: Checks, run_of: object) -> None:
-    checks(made_check("CLM-1", "one_wins", run_of))  # type: ignore[arg-type]
+@pytest.mark.parametrize("run_of", [breaks, exhausts_budget])
+def test_a_failed_or_inconclusive_run_exits_with_1(checks: Checks, run_of: object) -> None:
+    checks(example_check("CLM-1", "one_wins", run_of))  # type: ignore[arg-type]
     assert run("memory://", "--clause", "CLM-1") == 1
 
 
-def test_a_failure_is_shown_with_all_that_repeats_it(
+def test_a_failure_is_shown_with_its_reproduction(
     checks: Checks, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    checks(made_check("CLM-1", "one_wins", breaks))
+    checks(example_check("CLM-1", "one_wins", breaks))
     assert run(f"sqlite:///{tmp_path}/flows.db", "--profile", "quick", "--seed", "7") == 1
     shown = capsys.readouterr().out
     for wanted in (
@@ -88,8 +88,8 @@ def test_a_failure_is_shown_with_all_that_repeats_it(
     assert not (tmp_path / "flows.db").exists()
 
 
-def test_every_form_is_written(checks: Checks, tmp_path: Path) -> None:
-    checks(made_check("CLM-1", "one_wins", breaks))
+def test_every_format_is_written(checks: Checks, tmp_path: Path) -> None:
+    checks(example_check("CLM-1", "one_wins", breaks))
     forms = {"json": "r.json", "junit": "r.xml", "markdown": "r.md", "html": "r.html", "badge": "b.json"}
     options = [word for name, file in forms.items() for word in (f"--{name}", file)]
     assert run("memory://", "--clause", "CLM-1", "--programs", "made/programs", *options) == 1
@@ -102,8 +102,10 @@ def test_every_form_is_written(checks: Checks, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b.json").read_text())["message"] == "violates"
 
 
-def test_waivers_decide(checks: Checks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checks(made_check("CLM-1", "one_wins", breaks))
+def test_waivers_set_the_exit_code(
+    checks: Checks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks(example_check("CLM-1", "one_wins", breaks))
     waiver = '[[waiver]]\nclause = "CLM-1"\nreason = "known"\nlink = "https://example.org/7"\nexpires = {}\n'
     (tmp_path / "good.toml").write_text(waiver.format("2999-01-01"))
     (tmp_path / "old.toml").write_text(waiver.format("2020-01-01"))
@@ -156,8 +158,8 @@ def test_a_suite_that_cannot_run_exits_with_2_and_one_line(
 
 
 @pytest.mark.usefixtures("checks")
-@pytest.mark.parametrize("url", ["trap://data", "trap://elsewhere"])
-def test_a_namespace_with_data_is_refused_and_left_alone(
+@pytest.mark.parametrize("url", ["trap://data", "trap://redirect"])
+def test_a_namespace_with_data_is_refused_and_unchanged(
     url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -167,18 +169,18 @@ def test_a_namespace_with_data_is_refused_and_left_alone(
     install_trap(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
-    async def look() -> object:
+    async def read_data() -> object:
         async with open_store("trap://data") as store:
             return await store.get_runs(), await store.get_statistics()
 
-    before = asyncio.run(look())
+    before = asyncio.run(read_data())
     assert run(url) == 2
     assert "flowstore: refused: " in capsys.readouterr().err
-    assert asyncio.run(look()) == before
+    assert asyncio.run(read_data()) == before
 
 
 @pytest.mark.parametrize("missing", ["hypothesis", "flowstore_conformance"])
-def test_without_the_extra_it_names_the_package_to_install(missing: str) -> None:
+def test_a_missing_extra_is_reported_with_the_package_to_install(missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None; from flowstore_cli.main import main; "
         "sys.exit(main(['conformance', 'memory://']))"
@@ -189,27 +191,27 @@ def test_without_the_extra_it_names_the_package_to_install(missing: str) -> None
     assert line == f"flowstore: module {missing!r} is missing; pip install 'flowstore[conformance]'"
 
 
-def test_on_a_terminal_progress_is_one_line_and_is_erased() -> None:
+def test_progress_on_a_terminal_is_one_line_that_is_erased() -> None:
     code = (
         "import sys, flowstore_conformance.suite as suite; from tests.conformance_reports import *; "
-        "suite.all_checks = lambda: (made_check('CLM-1', 'one_wins'),); "
+        "suite.all_checks = lambda: (example_check('CLM-1', 'one_wins'),); "
         "from flowstore_cli.main import main; "
         "sys.exit(main(['conformance', 'memory://', '--clause', 'CLM-1']))"
     )
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=terminal,
         stdin=subprocess.DEVNULL,
     )
-    os.close(theirs)
+    os.close(terminal)
     printed, _ = child.communicate(timeout=60)
     shown = b""
-    while chunk := _read(ours):
+    while chunk := _read(controller):
         shown += chunk
-    os.close(ours)
+    os.close(controller)
     assert child.returncode == 0, shown
     lines = shown.decode().split("\r\x1b[2K")
     assert "[1/1] CLM-1 one_wins" in lines[1]
@@ -221,5 +223,5 @@ def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 4096)
     except OSError:
-        # Linux's way to say that the other end is closed.
+        # On Linux, reading raises OSError after the other end was closed.
         return b""

@@ -1,4 +1,4 @@
-"""What checks work with: further stores, shared namespaces, second looks, points of cancellation, words."""
+"""The CheckContext: additional stores, shared namespaces, reruns, cancellation points and differences."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_memory.plugin import MemoryBackend
-from tests.conformance_reports import FLOW, NOW, RUN, made_check
+from tests.conformance_reports import FLOW, NOW, RUN, example_check
 
 MEMORY = MemoryBackend()
 
 
-# Stores beside the bench's own
+# Additional stores
 
 
-async def test_a_backend_that_lets_one_in_at_a_time_has_one_worker() -> None:
+async def test_a_backend_that_refuses_a_second_store_has_one_worker() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
         assert len(await context.workers(3)) == 3
         context.url = "sqlite:////no/such/folder/x.db"
@@ -56,7 +56,7 @@ async def test_a_backend_that_lets_one_in_at_a_time_has_one_worker() -> None:
             await context.open()
 
 
-async def test_where_processes_share_it_a_second_store_must_open() -> None:
+async def test_a_multi_process_backend_must_open_a_second_store() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
         context.url = "sqlite:////no/such/folder/x.db"
         context.capabilities |= {Capability.MULTI_PROCESS}
@@ -65,68 +65,68 @@ async def test_where_processes_share_it_a_second_store_must_open() -> None:
     assert raised.value.clause == "CON-6"
 
 
-async def test_a_check_that_cannot_be_made_is_unsupported() -> None:
+async def test_a_check_that_raises_unsupported_is_unsupported() -> None:
     async def needs_two(context: CheckContext) -> None:
         raise Unsupported("a second store on the namespace is refused")
 
-    report = await run_suite("memory://", profile="quick", checks=[made_check("CLM-1", "two", needs_two)])
+    report = await run_suite("memory://", profile="quick", checks=[example_check("CLM-1", "two", needs_two)])
     assert report.results[0].status is Status.UNSUPPORTED
     assert report.results[0].reason == "a second store on the namespace is refused"
 
 
-# Looking again
+# Reruns
 
 
 async def test_a_randomly_inconclusive_check_is_rerun_longer_with_new_draws() -> None:
-    looks: list[tuple[int, float]] = []
+    executions: list[tuple[int, float]] = []
 
     async def unlucky(context: CheckContext) -> None:
-        looks.append((context.seed, context.timeout_factor))
+        executions.append((context.seed, context.timeout_factor))
         context.assertions += 1
-        if len(looks) < 3:
+        if len(executions) < 3:
             raise Inconclusive("nothing overlapped")
 
-    report = await run_suite("memory://", profile="quick", checks=[made_check("CLM-1", "one", unlucky)])
+    report = await run_suite("memory://", profile="quick", checks=[example_check("CLM-1", "one", unlucky)])
     assert report.results[0].status is Status.PASS
-    assert [timeout_factor for _, timeout_factor in looks] == [1, 4, 16]
-    assert len({seed for seed, _ in looks}) == 3
+    assert [timeout_factor for _, timeout_factor in executions] == [1, 4, 16]
+    assert len({seed for seed, _ in executions}) == 3
 
 
 async def test_a_deterministically_inconclusive_check_is_not_rerun() -> None:
-    looks = 0
+    executions = 0
 
     async def hopeless(context: CheckContext) -> None:
-        nonlocal looks
-        looks += 1
+        nonlocal executions
+        executions += 1
         raise Inconclusive("no clock", retryable=False)
 
-    report = await run_suite("memory://", profile="quick", checks=[made_check("CLM-1", "one", hopeless)])
+    report = await run_suite("memory://", profile="quick", checks=[example_check("CLM-1", "one", hopeless)])
     assert report.results[0].status is Status.INCONCLUSIVE
-    assert looks == 1
+    assert executions == 1
 
 
 # Sharing
 
 
-async def test_checks_that_share_a_namespace_start_as_if_alone() -> None:
-    seen: list[tuple[str, object, int]] = []
+async def test_checks_that_share_a_namespace_start_in_the_same_state() -> None:
+    states: list[tuple[str, object, int]] = []
 
-    async def looks(context: CheckContext) -> None:
+    async def record_state(context: CheckContext) -> None:
         assert context.clock is not None
-        seen.append((context.url, context.clock.now, context.random.getrandbits(64)))
+        states.append((context.url, context.clock.now, context.random.getrandbits(64)))
         context.clock.now = NOW
         context.assertions += 1
 
-    checks = [replace(made_check("CLM-1", name, looks), isolated=False) for name in ("one", "two")]
-    exclusive = made_check("CLM-1", "three", looks)
+    checks = [replace(example_check("CLM-1", name, record_state), isolated=False) for name in ("one", "two")]
+    exclusive = example_check("CLM-1", "three", record_state)
     report = await run_suite("memory://", profile="quick", seed=3, checks=[*checks, exclusive])
     assert [one.assertions for one in report.results] == [1, 1, 1]
-    assert seen[0][0] == seen[1][0] != seen[2][0]
-    assert seen[0][1] == seen[1][1] == seen[2][1]
-    assert len({drawn for _, _, drawn in seen}) == 3
+    assert states[0][0] == states[1][0] != states[2][0]
+    assert states[0][1] == states[1][1] == states[2][1]
+    assert len({drawn for _, _, drawn in states}) == 3
 
 
-async def test_a_failure_among_other_checks_counts_only_if_it_recurs_alone() -> None:
+async def test_a_failure_in_a_shared_namespace_must_recur_in_isolation() -> None:
     urls: list[str] = []
 
     async def disturbed(context: CheckContext) -> None:
@@ -135,20 +135,20 @@ async def test_a_failure_among_other_checks_counts_only_if_it_recurs_alone() -> 
         await context.store.start_run(FLOW, "orders", RUN, "manual")
 
     checks = [
-        replace(made_check("CLM-1", name, disturbed), isolated=False) for name in ("one", "two", "three")
+        replace(example_check("CLM-1", name, disturbed), isolated=False) for name in ("one", "two", "three")
     ]
     report = await run_suite("memory://", profile="quick", checks=checks)
     assert [one.status for one in report.results] == [Status.PASS] * 3
-    # The second was disturbed by the first and run alone; the third came to a new shared namespace.
+    # The second check was disturbed and rerun in isolation; the third got a new shared namespace.
     assert len(urls) == 4
     assert len(set(urls)) == 3
 
 
-# Cancelling at every point
+# Cancellation points
 
 
-class Steps:
-    """A store whose only call waits three times, and says how far it came."""
+class WaitingStore:
+    """A store whose only call waits three times and records its progress."""
 
     def __init__(self) -> None:
         self.reached: list[int] = []
@@ -161,7 +161,7 @@ class Steps:
         return True
 
 
-SCENE = Scenario(
+SCENARIO = Scenario(
     run_id=RUN,
     setup=(),
     call=Call(method="request_cancel", arguments={"run_id": RUN}),
@@ -170,24 +170,24 @@ SCENE = Scenario(
 )
 
 
-async def test_a_sweep_reaches_every_point_where_a_call_waits() -> None:
-    store: Any = Steps()
-    assert (await profile(store, SCENE)).waits == 3
+async def test_a_sweep_cancels_a_call_at_every_wait() -> None:
+    store: Any = WaitingStore()
+    assert (await profile(store, SCENARIO)).waits == 3
     store.reached.clear()
 
     async def make(count: int) -> Sequence[Scenario]:
-        return [SCENE] * count
+        return [SCENARIO] * count
 
-    # It was thought to wait but once: the sweep goes on until it is not cancelled any more.
+    # The profile expects one wait; the sweep continues until the call is no longer cancelled.
     swept = sweep(store, make, CallProfile(1, 0.0), random.Random(1), moments=0, exact_times=True)
     cuts = [made async for made in swept]
     assert [made.point.wait for made in cuts] == [0, 1, 2, 3, 4]
     assert [made.outcome for made in cuts] == [None, None, None, None, Returned(True)]
-    # Before it began it did nothing at all.
+    # A call cancelled before its start records nothing.
     assert store.reached == [0, 1, 2, 3]
 
 
-async def test_an_error_that_the_cancelled_call_raises_is_its_outcome() -> None:
+async def test_an_error_of_a_cancelled_call_is_its_outcome() -> None:
     async with new_context("memory://", MEMORY, Profile.QUICK, 1) as context:
         scenario = new_scenario(context, SCENARIOS["dispatch"])
         made = await cancel_at(context.store, scenario, CancelPoint(9), exact_times=True)
@@ -206,7 +206,7 @@ async def test_the_program_of_a_cancellation_runs() -> None:
     assert "get_dispatches: " in printed
 
 
-# Words for what differs
+# Differences
 
 
 def _run(**given: Any) -> FlowRunRecord:

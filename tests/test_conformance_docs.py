@@ -45,14 +45,14 @@ def test_the_tables_are_complete() -> None:
 
 
 @pytest.mark.parametrize("page", [PAGE, README], ids=["page", "readme"])
-def test_commands_have_only_options_that_exist(page: str) -> None:
+def test_commands_use_existing_options(page: str) -> None:
     commands = re.findall(r"flowstore conformance (.*?)(?=\n\S|\n *-? ?\w+:|```)", page, re.S)
     used = set(re.findall(r"(--[\w-]+)", " ".join(commands)))
     assert used
     assert used <= options()
 
 
-def test_the_waiver_of_the_page_is_one(tmp_path: Path) -> None:
+def test_the_waiver_of_the_page_is_valid(tmp_path: Path) -> None:
     (waiver,) = [block for block in blocks(PAGE, "toml") if "[[waiver]]" in block]
     path = tmp_path / "waivers.toml"
     path.write_text(waiver)

@@ -1,4 +1,4 @@
-"""The checks under injected faults: what they need, and what they find."""
+"""The checks that inject faults."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_a_backend_without_the_hook_is_unsupported(check: Check) -> None:
     assert "does not implement" in result.reason
 
 
-async def test_a_passed_clause_names_its_unsupported_part() -> None:
+async def test_a_passed_clause_names_its_unsupported_checks() -> None:
     report = await run_suite("memory://", profile="quick", clauses=["CON-3"])
     (clause,) = report.shown_clauses
     assert clause.status is Status.PASS
@@ -73,8 +73,8 @@ async def test_a_backend_that_opens_any_schema_version_is_found() -> None:
 
 
 @asynccontextmanager
-async def disturbed(url: str) -> AsyncIterator[tuple[FaultInjector, asyncpg.Connection]]:
-    """An injector, and a connection through it."""
+async def connection_with_faults(url: str) -> AsyncIterator[tuple[FaultInjector, asyncpg.Connection]]:
+    """Yield an injector and a connection through it."""
     backend = find_backend("postgresql")[1]
     assert isinstance(backend, FaultInjectable)
     async with backend.inject_faults(url) as injector:
@@ -97,7 +97,7 @@ async def test_a_lost_reply_breaks_the_connection_after_the_effect(
 ) -> None:
     await admin.execute("CREATE TABLE written (n integer)")
     schema = parse_url(fresh).options["schema"]
-    async with disturbed(fresh) as (injector, connection):
+    async with connection_with_faults(fresh) as (injector, connection):
         injector.lose_reply(skip=1)
         await connection.execute("SELECT 1")
         with pytest.raises(asyncpg.PostgresConnectionError):
@@ -106,10 +106,10 @@ async def test_a_lost_reply_breaks_the_connection_after_the_effect(
         assert await admin.fetchval("SELECT count(*) FROM written") == 1
 
 
-async def test_a_held_request_arrives_when_it_is_released(fresh: str, admin: asyncpg.Connection) -> None:
+async def test_a_held_request_is_sent_when_it_is_released(fresh: str, admin: asyncpg.Connection) -> None:
     await admin.execute("CREATE TABLE written (n integer)")
     schema = parse_url(fresh).options["schema"]
-    async with disturbed(fresh) as (injector, connection):
+    async with connection_with_faults(fresh) as (injector, connection):
         injector.hold_request()
         with pytest.raises(asyncpg.PostgresConnectionError):
             await connection.execute(f'INSERT INTO "{schema}".written VALUES (1)')
@@ -119,7 +119,7 @@ async def test_a_held_request_arrives_when_it_is_released(fresh: str, admin: asy
         assert await admin.fetchval("SELECT count(*) FROM written") == 1
 
 
-async def test_an_injector_without_a_fault_changes_nothing(fresh: str) -> None:
+async def test_an_injector_without_a_fault_has_no_effect(fresh: str) -> None:
     backend = find_backend("postgresql")[1]
     assert isinstance(backend, FaultInjectable)
     async with backend.inject_faults(fresh) as injector, open_store(injector.url) as store:
@@ -137,7 +137,7 @@ async def test_an_injector_without_a_fault_changes_nothing(fresh: str) -> None:
         ("postgresql:///database", "names the host"),
     ],
 )
-async def test_an_url_that_the_injector_cannot_serve_is_refused(url: str, reason: str) -> None:
+async def test_a_url_unsupported_by_the_injector_is_refused(url: str, reason: str) -> None:
     backend = find_backend("postgresql")[1]
     assert isinstance(backend, FaultInjectable)
     with pytest.raises(ConfigurationError, match=reason):

@@ -1,4 +1,4 @@
-"""A call that does not end: the suite names it, fails the check, goes on, and reports whatever ran."""
+"""Hanging calls: the suite names the call, fails its check, continues, and writes its reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog, await_c
 
 from flowstore_core import ConfigurationError, new_run_id
 from tests import faulty
-from tests.conformance_reports import made_check, passes
+from tests.conformance_reports import example_check, passes
 from tests.faulty import DIST
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ async def run(name: str, *checks: Any, url: str = "", limit: float = 1.0, **opti
         f"faulty-{name}://{url}",
         profile="quick",
         seed=7,
-        checks=checks or [made_check("CLM-1", "claims", claims), made_check("RUN-1", "passes")],
+        checks=checks or [example_check("CLM-1", "claims", claims), example_check("RUN-1", "passes")],
         check_timeout=limit,
         **options,
     )
@@ -104,14 +104,14 @@ async def test_a_call_that_blocks_the_loop_is_named_and_the_suite_continues(name
     assert failure.place.endswith(BLOCKING[name])
     assert report.results[1].status is Status.PASS
     if name == "loops" and not report.left_behind:
-        # The endless loop ended in time to drop its namespace.
+        # The endless loop was stopped in time to drop its namespace.
         return
     (left,) = report.left_behind
     assert left.startswith(f"faulty-{name}://scratch-")
 
 
-async def test_an_endless_loop_of_python_code_is_ended() -> None:
-    await run("loops", made_check("CLM-1", "claims", claims))
+async def test_an_endless_loop_is_stopped() -> None:
+    await run("loops", example_check("CLM-1", "claims", claims))
     async with asyncio.timeout(20):
         while any(map(_spins, threading.enumerate())):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
@@ -122,7 +122,7 @@ def _spins(thread: threading.Thread) -> bool:
     return frame is not None and frame.f_code is faulty.Loops.try_claim_step.__code__
 
 
-async def test_a_call_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_that_ignores_its_cancellation_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowstore_conformance.watchdog.CANCEL_SECONDS", 0.2)
     report = await run("ignores-cancellation")
     assert hang_of(report.results[0]).operation == "try_claim_step"
@@ -147,8 +147,8 @@ async def test_a_store_that_hangs_before_the_first_check_is_a_refusal() -> None:
         await run("hangs-on-open")
 
 
-async def test_an_operation_that_is_known_to_hang_gets_less_time() -> None:
-    checks = [made_check("CLM-1", f"claims_{number}", claims) for number in range(3)]
+async def test_an_operation_that_hung_gets_a_shorter_limit() -> None:
+    checks = [example_check("CLM-1", f"claims_{number}", claims) for number in range(3)]
     report = await run("waits", *checks, limit=10.0)
     first, second, third = (hang_of(one) for one in report.results)
     assert "within 5 s" in first.message
@@ -159,7 +159,7 @@ async def test_an_operation_that_is_known_to_hang_gets_less_time() -> None:
     assert cause.lead is report.results[0]
 
 
-async def test_a_cancellation_that_the_backend_lets_out_ends_only_its_check() -> None:
+async def test_a_cancelled_error_of_the_backend_fails_only_its_check() -> None:
     report = await run("lets-cancellation-out")
     failure = report.results[0].failure
     assert failure is not None
@@ -168,7 +168,7 @@ async def test_a_cancellation_that_the_backend_lets_out_ends_only_its_check() ->
 
 
 @pytest.mark.parametrize("name", ["waits", "sleeps"])
-async def test_a_hang_in_a_process_of_a_check_is_named_and_leaves_no_process(
+async def test_a_hang_in_a_worker_process_is_named_and_the_process_is_killed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A check has much more time than a call, because processes start slowly on a busy machine.
@@ -187,7 +187,7 @@ async def test_a_hang_in_a_process_of_a_check_is_named_and_leaves_no_process(
 
 
 def _children_of(process: int) -> list[int]:
-    """The processes of the suite that this one has started."""
+    """Return the child processes of the suite."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -200,7 +200,7 @@ def _children_of(process: int) -> list[int]:
     return found
 
 
-async def test_limits_grow_with_a_slow_backend_and_not_with_a_given_one() -> None:
+async def test_limits_are_scaled_and_validated() -> None:
     limits = Limits.of(select_profile("quick"))
     assert (limits.check, limits.call) == (120.0, 30.0)
     assert limits.scaled(3.0).call == 90.0
@@ -215,10 +215,10 @@ def select_profile(name: str) -> Any:
     return Profile(name)
 
 
-# The watchdog alone
+# The watchdog without the suite
 
 
-async def test_the_watchdog_leaves_a_cancellation_by_others_alone() -> None:
+async def test_the_watchdog_does_not_handle_other_cancellations() -> None:
     dog = Watchdog(Limits(60.0, 60.0))
 
     async def guarded() -> None:
@@ -232,7 +232,7 @@ async def test_the_watchdog_leaves_a_cancellation_by_others_alone() -> None:
         await task
 
 
-async def test_the_watchdog_leaves_the_task_as_it_was() -> None:
+async def test_the_watchdog_restores_the_state_of_the_task() -> None:
     dog = Watchdog(Limits(0.05, 60.0))
     with pytest.raises(Hung, match="no call of the store was in progress"):
         async with dog.watch():
@@ -244,12 +244,12 @@ async def test_the_watchdog_leaves_the_task_as_it_was() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_hang_survives_the_way_from_another_process() -> None:
+async def test_a_hang_round_trips_through_json() -> None:
     hang = Hang(message="m", operation="ping", place="a.py:1 in f", stack="s\nt")
     assert Hang.from_json(hang.to_json()) == hang
 
 
-async def test_a_stack_leads_through_tasks_and_context_managers() -> None:
+async def test_a_stack_includes_tasks_and_context_managers() -> None:
     async def innermost() -> None:
         await asyncio.Event().wait()
 
@@ -287,7 +287,7 @@ class Command:
         )
 
     def wait_for(self, text: str) -> None:
-        """Read the progress until it shows a text."""
+        """Read the progress until it contains a text."""
         assert self.process.stderr is not None
         while text not in (line := self.process.stderr.readline()):
             assert line, f"the command ended before {text}"
@@ -311,7 +311,7 @@ def test_an_interrupt_writes_every_report_of_the_completed_checks(
 ) -> None:
     command = Command(tmp_path, f"faulty-{name}://", "--profile", "quick", "--seed", "7", "--clause", "CLM-1")
     command.wait_for("[1/")
-    # The next check hangs for 30 s; whether it has begun when the signal comes does not matter.
+    # The next check hangs for 30 s; it may start before or after the signal.
     printed = command.interrupt(number)
     assert command.process.returncode == 130
     assert "INCOMPLETE: interrupted after 1 of " in printed
@@ -327,7 +327,7 @@ def test_an_interrupt_writes_every_report_of_the_completed_checks(
     assert root.find(".//error[@type='incomplete']") is not None
 
 
-def test_an_interrupt_in_the_midst_of_processes_leaves_none(tmp_path: Path) -> None:
+def test_an_interrupt_kills_all_worker_processes(tmp_path: Path) -> None:
     url = f"faulty-waits-sqlite:///{tmp_path}/x.db"
     command = Command(tmp_path, url, "--profile", "quick", "--clause", "CLM-1")
     until = time.monotonic() + 60
@@ -345,7 +345,7 @@ async def test_a_run_can_be_stopped_from_python() -> None:
     stop = asyncio.Event()
     report = await run_suite(
         "memory://",
-        checks=[made_check("RUN-1", "one", passes), made_check("RUN-2", "two", passes)],
+        checks=[example_check("RUN-1", "one", passes), example_check("RUN-2", "two", passes)],
         progress=lambda result, number, count: stop.set(),
         stop=stop,
     )
@@ -357,7 +357,7 @@ async def test_a_run_can_be_stopped_from_python() -> None:
 # Under pytest
 
 
-def test_pytest_has_the_same_watchdog_beside_pytest_timeout(tmp_path: Path) -> None:
+def test_the_watchdog_works_together_with_pytest_timeout(tmp_path: Path) -> None:
     path = os.pathsep.join([str(DIST), str(ROOT), *(each for each in sys.path if each)])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     names = [one.name for one in select_checks(["CLM-7"])]

@@ -1,4 +1,4 @@
-"""The conformance suite finds every mutant, by a check of the clause that it breaks."""
+"""A check of the broken clause finds every mutant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MATRIX = Path(__file__).parents[1] / "docs" / "kill-matrix.md"
 
 
 def rows_of_matrix() -> dict[str, str]:
-    """The check that found each mutant, as the matrix shows it, by the mutant's name."""
+    """Return the check that found each mutant according to the matrix, by the name of the mutant."""
     rows = [row.strip("| ").split(" | ") for row in MATRIX.read_text(encoding="utf-8").splitlines()]
     return {row[0]: row[4] for row in rows if len(row) >= 5 and row[0] != "mutant"}
 
@@ -53,10 +53,10 @@ async def test_the_suite_finds_the_mutant(name: str, base_url: str, monkeypatch:
     monkeypatch.syspath_prepend(DIST)
     # A mutant's wrong result is permanent: shorten the wait for a state to settle.
     monkeypatch.setattr(state_probe, "SETTLE_SECONDS", 0.5)
-    # A kill needs no small example.
+    # Failures need no shrinking here.
     monkeypatch.setattr(race_search, "SHRINK_SECONDS", 0.0)
     monkeypatch.setattr(model, "SHRINK_SECONDS", 0.0)
-    # The check in the matrix first: without it, the search runs all checks of the clause until one fails.
+    # Try the check in the matrix first; otherwise all checks of the clause run until one fails.
     kill = await find_kill(MUTANTS[name], base_url, known=known)
     assert kill is not None, f"no check of {MUTANTS[name].clause} finds: {MUTANTS[name].description}"
 

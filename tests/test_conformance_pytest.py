@@ -1,4 +1,4 @@
-"""The suite under pytest: one test for each check, from any folder, loaded only where it was asked for."""
+"""The pytest plugin of the suite: one test per check, loaded only on request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, url: str | None = None) -> subprocess.Com
 PLUGIN = ("-p", "flowstore_conformance.pytest_plugin", "--pyargs", "flowstore_conformance")
 
 
-def test_one_test_for_each_check_named_by_its_clause(tmp_path: Path) -> None:
+def test_each_check_is_a_test_named_after_its_clause(tmp_path: Path) -> None:
     options = ("--flowstore-url=memory://", "--flowstore-clause=INP-3", "--flowstore-profile=quick")
     done = run(tmp_path, *PLUGIN, *options, "-n", "2", "-vv")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,15 +51,15 @@ def test_one_example_is_selected_by_its_name(tmp_path: Path) -> None:
     assert "1 passed" in done.stdout
 
 
-def test_a_failed_check_prints_the_command_that_repeats_it(tmp_path: Path) -> None:
+def test_a_failed_check_prints_the_command_that_reproduces_it(tmp_path: Path) -> None:
     (tmp_path / "made.py").write_text(
         "import flowstore_conformance.suite as suite\n"
-        "from tests.conformance_reports import breaks, made_check, passes, runs_out\n"
+        "from tests.conformance_reports import breaks, example_check, passes, exhausts_budget\n"
         "from flowstore_core import Capability\n"
         "suite.all_checks = lambda: (\n"
-        "    made_check('CLM-1', 'fails', breaks), made_check('CLM-2', 'passes', passes),\n"
-        "    made_check('CLM-3', 'runs_out', runs_out),\n"
-        "    made_check('CON-5', 'lacks', passes, needs=[Capability.DURABLE]),\n"
+        "    example_check('CLM-1', 'fails', breaks), example_check('CLM-2', 'passes', passes),\n"
+        "    example_check('CLM-3', 'exhausts_budget', exhausts_budget),\n"
+        "    example_check('CON-5', 'lacks', passes, needs=[Capability.DURABLE]),\n"
         ")\n"
     )
     paths = ("-o", f"pythonpath={tmp_path} {ROOT}", "-p", "made")
@@ -79,7 +79,7 @@ def test_a_failed_check_prints_the_command_that_repeats_it(tmp_path: Path) -> No
         ((*PLUGIN, "--flowstore-url=memory://", "--flowstore-clause=X-1"), "there is no clause X-1", 4),
     ],
 )
-def test_wrong_usage_is_reported_in_one_line(
+def test_invalid_usage_is_reported_in_one_line(
     tmp_path: Path, arguments: tuple[str, ...], said: str, code: int
 ) -> None:
     done = run(tmp_path, *arguments)
@@ -88,11 +88,11 @@ def test_wrong_usage_is_reported_in_one_line(
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_the_variable_serves_where_the_options_are_not_loaded(tmp_path: Path) -> None:
+def test_the_environment_variable_works_without_the_options(tmp_path: Path) -> None:
     done = run(tmp_path, *PLUGIN[2:], "-k", "INP-3", url="memory://")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_nothing_is_loaded_into_sessions_of_others() -> None:
+def test_the_plugin_is_not_loaded_into_other_pytest_sessions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "pytest11" not in project["entry-points"]

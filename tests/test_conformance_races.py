@@ -1,4 +1,4 @@
-"""The model-based and concurrent checks: they pass on a right store and see through wrong ones."""
+"""Model-based and concurrent checks pass on a correct store and fail on wrong ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_a_stalled_machine_does_not_make_a_model_check_inconclusive(
     assert (await run(name, Profile.QUICK)).status is Status.PASS
 
 
-# Wrong stores: each reads, lets others have a turn, and then writes what it made of what it read.
+# Wrong stores: each reads, yields to other tasks, and then writes on the basis of its read.
 
 
 class CheckThenClaim(SharedStore):
@@ -91,7 +91,7 @@ class CheckThenClaim(SharedStore):
         return await super().try_claim_step(run_id, step_key, **given)
 
 
-class TakeOverByTwo(SharedStore):
+class DoubleTakeover(SharedStore):
     async def try_claim_step(self, run_id: UUID, step_key: str, **given: Any) -> bool:
         now = self._now()
         claims = [one for one in await self.get_step_claims(run_id) if one.step_key == step_key]
@@ -101,7 +101,7 @@ class TakeOverByTwo(SharedStore):
         return await super().try_claim_step(run_id, step_key, **given)
 
 
-class MaximumPlusOne(SharedStore):
+class AttemptFromMaximum(SharedStore):
     async def record_step_start(self, run_id: UUID, step_key: str, step_type: str, **given: Any) -> int:
         detail = await self.get_run_detail(run_id)
         steps = [] if detail is None else [one for one in detail.steps if one.step_key == step_key]
@@ -175,14 +175,14 @@ def make_wrong(monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore]) -> Non
     ("wrong", "family", "clause", "words"),
     [
         (CheckThenClaim, "claims", "CLM-1", "a race that one call can win"),
-        (TakeOverByTwo, "takeovers", "CLM-6", ""),
-        (MaximumPlusOne, "attempts", "STP-1", "of step 'a' was returned to"),
+        (DoubleTakeover, "takeovers", "CLM-6", ""),
+        (AttemptFromMaximum, "attempts", "STP-1", "of step 'a' was returned to"),
         (ReadModifyWriteLatch, "latches", "CTL-2", "no order of these calls"),
         (SkipLocked, "deliveries", "SIG-3", "no order of these calls"),
         (TornRetry, "retries", "STP-6", "no order of these calls"),
     ],
 )
-async def test_catches_a_race(
+async def test_a_race_is_detected(
     monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], family: str, clause: str, words: str, mode: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
@@ -194,7 +194,7 @@ async def test_catches_a_race(
     assert "seen in" in failure.message
     assert failure.history is not None
     assert failure.verdict is not None
-    # Shrunk: a race needs two, and hardly more.
+    # The race is shrunk: at most three clients remain.
     assert len({one.client for one in failure.history.operations if one.client >= 0}) <= 3
     assert failure.program is not None
     compile(failure.program, "program", "exec")
@@ -206,7 +206,7 @@ async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.failure is not None
     assert result.failure.program is not None
     printed = await replay_on_memory(result.failure.program)
-    # In another process, where the store is right, one of them wins.
+    # In a new process with the correct store, one claim wins.
     assert "200 of 200 rounds" in printed
     assert printed.count("try_claim_step: True") == 1
 
@@ -221,7 +221,7 @@ async def test_the_program_of_a_race_runs(monkeypatch: pytest.MonkeyPatch) -> No
         (DriverErrorSurfaces, "hypothesis_calls_agree_with_the_model", "CON-2"),
     ],
 )
-async def test_every_wrong_store_is_caught(
+async def test_every_wrong_store_is_detected(
     monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], name: str, clause: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
@@ -247,7 +247,7 @@ async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-async def test_the_same_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_same_seed_draws_the_same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (RenewingShortens, CheckThenClaim):
         make_wrong(monkeypatch, wrong)
         name = "claims_by_tasks" if wrong is CheckThenClaim else "call_sequences_agree_with_the_model"
@@ -261,8 +261,8 @@ async def test_the_same_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 # Looking closely enough
 
 
-class _OneAfterTheOther:
-    """A runner in which nothing overlaps."""
+class _SequentialRunner:
+    """A runner that makes calls one after the other."""
 
     def __init__(self, context: CheckContext) -> None:
         self._runner = StoreRunner([context.store], context.clock)
@@ -272,16 +272,16 @@ class _OneAfterTheOther:
         return [dataclasses.replace(one, overlaps=()) for one in await self._runner.run(races)]
 
 
-async def test_too_little_overlap_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_little_overlap_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race_search, "MAX_OVERLAP_SECONDS", 0.1)
     async with new_context("memory://", MEMORY, Profile.QUICK, 3) as context:
         with pytest.raises(Inconclusive, match="calls overlapped in only 0 of"):
             await search(
-                context, RACE_FAMILIES[0], _OneAfterTheOther(context), Budget(rounds=2, races=2, seconds=5)
+                context, RACE_FAMILIES[0], _SequentialRunner(context), Budget(rounds=2, races=2, seconds=5)
             )
 
 
-async def test_no_verdict_is_no_pass() -> None:
+async def test_an_undecided_search_is_inconclusive() -> None:
     start = Call(
         method="start_run", arguments={"flow_id": UUID(int=9), "flow_name": "f", "run_id": UUID(int=1)}
     )
@@ -296,8 +296,8 @@ async def test_no_verdict_is_no_pass() -> None:
             judge(context, RaceRun(race=race, history=history, overlaps=(), unavailable=0), budget=0)
 
 
-async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> None:
-    """A store that never suspends is measured by who stood at the barrier; any other by the times."""
+async def test_calls_that_suspend_overlap_according_to_their_times() -> None:
+    """For a store that never suspends, calls that waited at the barrier count as overlapping."""
 
     def claims(owner: str) -> Call:
         return Call(
@@ -329,7 +329,7 @@ async def test_calls_that_suspend_count_as_overlapping_only_when_they_did() -> N
     assert not apart.overlaps
 
 
-# Torn details, and what processes tell each other
+# Torn reads, and messages between processes
 
 
 async def test_torn_reads_are_explained() -> None:
@@ -368,7 +368,7 @@ async def test_torn_reads_are_explained() -> None:
         assert words in str(torn(wrong))
 
 
-def test_jobs_and_histories_survive_the_wire() -> None:
+def test_tasks_and_histories_round_trip_between_processes() -> None:
     now = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)
     arguments = {
         "run_id": UUID(int=1 << 100),
@@ -405,7 +405,7 @@ def test_jobs_and_histories_survive_the_wire() -> None:
 
 
 async def test_processes_race(tmp_path: Any) -> None:
-    """Worker processes end with their check, and what they tell is judged."""
+    """Worker processes exit with their check, and their results are checked."""
     url = f"sqlite:///{tmp_path}/x.db"
     result = await run_check(CHECKS["keys_by_processes"], url, find_backend("sqlite")[1], Profile.QUICK, 4)
     assert (result.status, result.failure, result.reason) == (Status.PASS, None, None)
@@ -417,7 +417,7 @@ async def test_processes_race(tmp_path: Any) -> None:
     ids=lambda one: one.name,
 )
 @pytest.mark.parametrize("capabilities", [frozenset(Capability), frozenset()], ids=["full", "base"])
-def test_a_race_ends_with_reads_of_all_state_of_its_run(
+def test_a_race_ends_with_reads_of_the_whole_state_of_its_run(
     family: RaceFamily, capabilities: frozenset[Capability]
 ) -> None:
     if not family.needs <= capabilities:

@@ -1,4 +1,4 @@
-"""The forms of a report: what each must show, and that nothing a backend says can break one."""
+"""The formats of a report: required content, and escaping of texts from the backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flowstore_conformance.rendering.timeline import lay_out, svg_timeline, text
 from flowstore_conformance.report import apply_waivers
 
 from tests.conformance_reports import (
-    made_report,
+    example_report,
     operation,
     race_failure,
     simple_failure,
@@ -55,15 +55,15 @@ def full_report() -> Report:
         "CON-1": Status.INCONCLUSIVE,
         "EVT-1": Status.UNSUPPORTED,
     }
-    report = made_report(outcomes, failing=lambda c: race_failure(c) if c == "CLM-1" else simple_failure(c))
+    report = example_report(outcomes, failing=lambda c: (race_failure if c == "CLM-1" else simple_failure)(c))
     return apply_waivers(report, waivers("QRY-2", "RUN-1"), today=date(2026, 3, 14))
 
 
 REPORTS: dict[str, Callable[[], Report]] = {
-    "passing": made_report,
+    "passing": example_report,
     "failing": full_report,
-    "partial": lambda: made_report(selected=("CLM-1",)),
-    "nasty": lambda: made_report(
+    "partial": lambda: example_report(selected=("CLM-1",)),
+    "nasty": lambda: example_report(
         {"CLM-1": Status.FAIL},
         failing=lambda clause: Failure(
             clause=clause, message=NASTY, program=NASTY, right_answer=NASTY, traceback=NASTY
@@ -77,12 +77,12 @@ def report(request: pytest.FixtureRequest) -> Report:
     return REPORTS[request.param]()
 
 
-# Every form tells the whole
+# All formats
 
 
 @pytest.mark.parametrize("render", [render_text, render_json, render_markdown, render_page])
-def test_every_form_shows_verdict_clauses_statuses_and_waivers(render: Callable[[Report], str]) -> None:
-    # Markdown escapes what would otherwise be markup.
+def test_every_format_shows_verdict_clauses_statuses_and_waivers(render: Callable[[Report], str]) -> None:
+    # Markdown escapes special characters.
     shown = render(full_report()).replace("\\", "")
     for wanted in (
         *CLAUSES,
@@ -100,12 +100,12 @@ def test_every_form_shows_verdict_clauses_statuses_and_waivers(render: Callable[
 
 
 def test_the_text_explains_why_a_level_is_not_granted() -> None:
-    shown = render_text(made_report({"EVT-1": Status.UNSUPPORTED}))
+    shown = render_text(example_report({"EVT-1": Status.UNSUPPORTED}))
     assert "level full is not granted: EVT-1 UNSUPPORTED" in shown
     assert shown.endswith("CONFORMS: level crash-safe\n")
 
 
-def test_the_text_is_plain_where_it_must_be() -> None:
+def test_the_text_has_optional_colours_and_an_ascii_form() -> None:
     report = full_report()
     assert "\x1b" not in render_text(report)
     assert "\x1b[1;31m" in render_text(report, colour=True)
@@ -116,14 +116,14 @@ def test_the_text_is_plain_where_it_must_be() -> None:
 
 
 def conforms_to(value: Any, shape: dict[str, Any], root: dict[str, Any], place: str = "$") -> None:
-    """The part of JSON Schema that the schema uses, and a refusal of what it does not."""
+    """Validate with the keywords of JSON Schema that the schema uses; raise on any other keyword."""
     known = {"$ref", "$schema", "$defs", "title", "description", "type", "enum", "const", "items", "anyOf"}
     assert not shape.keys() - known - {"properties", "required", "additionalProperties"}
     if "$ref" in shape:
         conforms_to(value, root["$defs"][shape["$ref"].rpartition("/")[2]], root, place)
         return
     if "anyOf" in shape:
-        # Only ever null or something.
+        # anyOf is used only for nullable values.
         if value is not None:
             conforms_to(value, shape["anyOf"][1], root, place)
         return
@@ -156,11 +156,11 @@ def conforms_to(value: Any, shape: dict[str, Any], root: dict[str, Any], place: 
             conforms_to(each, shape["items"], root, f"{place}[{number}]")
 
 
-def test_the_json_keeps_its_schema(report: Report) -> None:
+def test_the_json_is_valid_under_its_schema(report: Report) -> None:
     conforms_to(json.loads(render_json(report)), schema(), schema())
 
 
-def test_the_json_holds_the_history_and_its_order() -> None:
+def test_the_json_contains_the_history_and_its_order() -> None:
     told = json.loads(render_json(full_report()))
     assert (told["schema_version"], told["conforms"], told["level"]) == (2, False, None)
     (race,) = [one["failure"] for one in told["checks"] if one["failure"] and one["failure"]["history"]]
@@ -199,15 +199,15 @@ def test_the_markdown_has_a_row_for_each_clause(report: Report) -> None:
         assert len(re.findall(rf"^\| {clause} \| \S+ [A-Z ]+ \| [\d,]* \| .* \|$", shown, re.M)) == 1
 
 
-def test_a_fence_in_a_program_does_not_end_the_block() -> None:
-    failing = made_report(
+def test_a_fence_in_a_program_does_not_end_the_code_block() -> None:
+    failing = example_report(
         {"CLM-1": Status.FAIL}, failing=lambda c: Failure(clause=c, message="x", program="'''\n````\n'''")
     )
     assert "`````python\n" in render_markdown(failing)
 
 
 def test_the_markdown_fits_a_summary() -> None:
-    big = made_report(
+    big = example_report(
         dict.fromkeys(CLAUSES, Status.FAIL),
         failing=lambda c: Failure(clause=c, message="x", program="y" * 100_000),
     )
@@ -220,7 +220,7 @@ def test_the_markdown_fits_a_summary() -> None:
 
 
 class Page(HTMLParser):
-    """Tags that are open, and everything that a page would load."""
+    """Records open tags and the URLs that a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Page(HTMLParser):
                 self.classes.append(value or "")
 
 
-def test_the_page_loads_nothing_else(report: Report) -> None:
+def test_the_page_loads_no_external_resource(report: Report) -> None:
     text = render_page(report)
     page = Page()
     page.feed(text)
@@ -255,7 +255,7 @@ def test_the_page_escapes_texts_of_the_backend() -> None:
     assert text.count("</script>") == 1
 
 
-def test_every_form_can_be_written_as_utf8(report: Report) -> None:
+def test_every_format_can_be_encoded_as_utf8(report: Report) -> None:
     for render in (render_text, render_json, render_junit, render_markdown, render_page, render_badge):
         render(report).encode("utf-8")
 
@@ -266,14 +266,14 @@ def test_every_form_can_be_written_as_utf8(report: Report) -> None:
 @pytest.mark.parametrize(
     ("made", "message", "color"),
     [
-        (made_report(), "full", "brightgreen"),
-        (made_report({"EVT-1": Status.UNSUPPORTED}), "crash-safe", "green"),
-        (made_report({"CLM-6": Status.UNSUPPORTED}), "base", "yellowgreen"),
-        (made_report({"RUN-1": Status.UNSUPPORTED}), "no level", "yellow"),
-        (made_report({"RUN-1": Status.FAIL}), "violates", "red"),
-        (made_report({"RUN-1": Status.INCONCLUSIVE}), "undecided", "lightgrey"),
-        (made_report(selected=("RUN-1",)), "partial run", "yellow"),
-        (made_report({"QRY-2": Status.WAIVED}), "crash-safe, 1 waived", "green"),
+        (example_report(), "full", "brightgreen"),
+        (example_report({"EVT-1": Status.UNSUPPORTED}), "crash-safe", "green"),
+        (example_report({"CLM-6": Status.UNSUPPORTED}), "base", "yellowgreen"),
+        (example_report({"RUN-1": Status.UNSUPPORTED}), "no level", "yellow"),
+        (example_report({"RUN-1": Status.FAIL}), "violates", "red"),
+        (example_report({"RUN-1": Status.INCONCLUSIVE}), "undecided", "lightgrey"),
+        (example_report(selected=("RUN-1",)), "partial run", "yellow"),
+        (example_report({"QRY-2": Status.WAIVED}), "crash-safe, 1 waived", "green"),
     ],
 )
 def test_the_badge_names_the_level(made: Report, message: str, color: str) -> None:
@@ -284,13 +284,13 @@ def test_the_badge_names_the_level(made: Report, message: str, color: str) -> No
 # The timeline
 
 
-def test_the_history_made_up_for_tests_is_a_violation() -> None:
+def test_the_example_history_is_a_violation() -> None:
     verdict = verdict_of(two_winners())
     assert verdict.answer is Answer.VIOLATION
     assert Returned(value=False) in verdict.expected
 
 
-def test_the_picture_numbers_the_order_and_marks_the_misfit() -> None:
+def test_the_diagram_numbers_the_order_and_marks_the_violation() -> None:
     history = two_winners()
     timeline = lay_out(history, verdict_of(history))
     assert timeline.rows == ("client 0", "client 1", "client 2", "client 3")
@@ -298,7 +298,7 @@ def test_the_picture_numbers_the_order_and_marks_the_misfit() -> None:
     assert placed == list(range(1, len(placed) + 1))
     assert [bar.expected for bar in timeline.bars if bar.misfit] == [Returned(value=False)]
     lines = text_timeline(timeline, width=100)
-    # Either of the two winners may be the one that does not fit.
+    # Either of the two successful claims may be marked.
     assert sum("✕ True" in line for line in lines[:2]) == 1
     assert lines[3].endswith("…")
     svg = svg_timeline(timeline, label="a race")
@@ -306,7 +306,7 @@ def test_the_picture_numbers_the_order_and_marks_the_misfit() -> None:
     assert svg.count("<title>") == len(history.operations)
 
 
-def test_bars_stand_over_each_other_exactly_where_calls_overlapped() -> None:
+def test_bars_overlap_exactly_where_calls_overlapped() -> None:
     timeline = lay_out(History.of([operation(c, c * 0.5, c * 0.5 + 0.6, Returned(True)) for c in range(4)]))
     lines = text_timeline(timeline, width=80)
     spans = [(line.index("├"), line.index("┤")) for line in lines]
@@ -316,7 +316,7 @@ def test_bars_stand_over_each_other_exactly_where_calls_overlapped() -> None:
         assert end < begin
 
 
-def test_a_client_that_continues_beside_an_unacknowledged_call_has_two_rows() -> None:
+def test_a_client_with_an_unacknowledged_call_has_a_second_row() -> None:
     lost = dataclasses.replace(operation(0, 0, 1, Returned(True)), returned=float("inf"))
     history = History.of([lost, operation(0, 0.2, 2, Returned(True)), operation(1, 0.5, 1.5, Returned(True))])
     assert lay_out(history).rows == ("client 0", "client 0", "client 1")
@@ -331,7 +331,7 @@ def test_a_long_history_wraps_and_omits_the_least_relevant_calls() -> None:
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_an_empty_history_is_an_empty_picture() -> None:
+def test_an_empty_history_is_an_empty_diagram() -> None:
     timeline = lay_out(History(()))
     assert text_timeline(timeline) == []
     assert svg_timeline(timeline, label="nothing").startswith("<svg")

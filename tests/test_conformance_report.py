@@ -1,4 +1,4 @@
-"""How results of checks become verdicts of clauses, a level, and an answer to whether a store conforms."""
+"""The verdicts of clauses, the level and the conformance that follow from the results of checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Failure, Level, Report, Status
 
-from tests.conformance_reports import made_check, made_report
+from tests.conformance_reports import example_check, example_report
 
 
 def status_of(report: Report, clause: str) -> Status:
@@ -17,7 +17,7 @@ def status_of(report: Report, clause: str) -> Status:
 def result(clause: str, status: Status, *also: str, name: str = "one", failing: str = "") -> CheckResult:
     failure = Failure(clause=failing or clause, message="wrong") if status is Status.FAIL else None
     return CheckResult(
-        check=made_check(clause, name, None, *also),
+        check=example_check(clause, name, None, *also),
         status=status,
         assertions=3,
         seconds=0.1,
@@ -27,19 +27,19 @@ def result(clause: str, status: Status, *also: str, name: str = "one", failing: 
 
 
 def report_of(*results: CheckResult, selected: tuple[str, ...] = ()) -> Report:
-    return dataclasses.replace(made_report(), results=results, selected=selected)
+    return dataclasses.replace(example_report(), results=results, selected=selected)
 
 
-def test_a_report_in_which_everything_passes_conforms_at_level_full() -> None:
-    report = made_report()
+def test_a_report_conforms_at_level_full_if_every_check_passes() -> None:
+    report = example_report()
     assert (report.conforms, report.level, report.verdict) == (True, Level.FULL, "CONFORMS")
     assert report.counts[Status.PASS] == len(CLAUSES)
 
 
 @pytest.mark.parametrize("status", [Status.FAIL, Status.INCONCLUSIVE, Status.NOT_RUN])
 @pytest.mark.parametrize("clause", ["RUN-1", "CLM-6", "EVT-1"])
-def test_only_passes_conform(status: Status, clause: str) -> None:
-    report = made_report({clause: status})
+def test_a_report_conforms_only_if_every_clause_passes(status: Status, clause: str) -> None:
+    report = example_report({clause: status})
     assert not report.conforms
     assert report.level is None
     assert report.verdict == ("VIOLATES" if status is Status.FAIL else "UNDECIDED")
@@ -51,20 +51,20 @@ def test_only_passes_conform(status: Status, clause: str) -> None:
 )
 @pytest.mark.parametrize("status", [Status.UNSUPPORTED, Status.WAIVED])
 def test_a_level_needs_every_clause_of_it_to_pass(clause: str, level: Level | None, status: Status) -> None:
-    report = made_report({clause: status})
+    report = example_report({clause: status})
     assert report.conforms
     assert report.level is level
 
 
-def test_durability_that_is_not_declared_is_a_fact_and_costs_no_level() -> None:
-    report = made_report({"CON-5": Status.UNSUPPORTED})
+def test_undeclared_durability_does_not_affect_the_level() -> None:
+    report = example_report({"CON-5": Status.UNSUPPORTED})
     without = dataclasses.replace(report, capabilities=("leases",))
     assert without.level is Level.FULL
-    # Declared, it must be proven.
+    # Declared durability must be checked.
     assert report.level is None
 
 
-def test_a_clause_is_as_good_as_the_worst_of_its_checks() -> None:
+def test_a_clause_has_the_worst_status_of_its_checks() -> None:
     good, bad = result("RUN-1", Status.PASS), result("RUN-1", Status.INCONCLUSIVE, name="two")
     report = report_of(good, bad)
     assert status_of(report, "RUN-1") is Status.INCONCLUSIVE
@@ -76,13 +76,13 @@ def test_a_check_that_needs_more_than_its_clause_does_not_hide_the_others() -> N
     assert status_of(report, "CLM-1") is Status.PASS
 
 
-def test_a_check_of_two_clauses_breaks_one_and_leaves_the_other_open() -> None:
+def test_a_failed_check_of_two_clauses_fails_one_and_leaves_the_other_undecided() -> None:
     report = report_of(result("CLM-1", Status.FAIL, "CLM-2", failing="CLM-2"))
     assert status_of(report, "CLM-2") is Status.FAIL
     assert status_of(report, "CLM-1") is Status.NOT_RUN
 
 
-def test_a_failure_counts_where_it_belongs_even_if_the_check_is_of_another_clause() -> None:
+def test_a_failure_counts_for_its_clause_even_if_the_check_cites_others() -> None:
     report = report_of(result("RUN-1", Status.FAIL, failing="CON-2"))
     assert status_of(report, "CON-2") is Status.FAIL
     assert status_of(report, "RUN-1") is Status.NOT_RUN
@@ -105,8 +105,8 @@ def test_a_clause_without_a_check_prevents_conformance() -> None:
     assert report.headline.startswith("no check covers INP-1")
 
 
-def test_the_command_repeats_the_check_on_the_same_store() -> None:
-    report = dataclasses.replace(made_report({"CLM-1": Status.FAIL}), url="postgresql://me:***@host/d b")
+def test_the_command_reruns_the_check_on_the_same_store() -> None:
+    report = dataclasses.replace(example_report({"CLM-1": Status.FAIL}), url="postgresql://me:***@host/d b")
     assert report.command(report.failures[0]) == (
         "flowstore conformance 'postgresql://me:***@host/d b' --profile quick --clause CLM-1 --seed 1234"
     )

@@ -1,4 +1,4 @@
-"""Findings are made smaller, not different: the same promise, broken in the same way, by legal calls."""
+"""Shrinking keeps the violation: the same clause, broken in the same way, by legal calls."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ThirdStartMiscounted(SharedStore):
         return await super().get_step_statuses(run_id)
 
 
-async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dropping_an_argument_drops_the_arguments_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     make_wrong(monkeypatch, LeaseTakesOver)
     result = await run("call_sequences_agree_with_the_model")
     assert result.failure is not None
@@ -90,14 +90,14 @@ async def test_a_dropped_argument_takes_those_along_that_need_it(monkeypatch: py
     assert program is not None
     assert "InvalidArgumentError" not in program
     last = [line for line in program.splitlines() if "try_claim_step(" in line][-1]
-    # Only the lease reveals the fault, and there is no lease without an owner.
+    # The fault needs a lease, and a lease needs an owner.
     assert ("lease=" in last, "owner=" in last) == (True, True)
 
 
 @pytest.mark.parametrize(
     "name", ["call_sequences_agree_with_the_model", "hypothesis_calls_agree_with_the_model"]
 )
-async def test_a_smaller_program_keeps_to_the_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_shrunk_program_has_the_same_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WaiterChangesNumbers, "met", False)
     make_wrong(monkeypatch, WaiterChangesNumbers)
     result = await run(name)
@@ -109,7 +109,7 @@ async def test_a_smaller_program_keeps_to_the_violation(name: str, monkeypatch: 
     assert calls == ["start_run", "register_waiter", "record_step_start"]
 
 
-async def test_a_smaller_race_keeps_to_the_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_shrunk_race_has_the_same_violation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ThirdStartMiscounted, "met", False)
     make_wrong(monkeypatch, ThirdStartMiscounted)
     result = await run("attempts_by_tasks")
@@ -147,7 +147,7 @@ def test_a_signature_omits_details_that_differ_between_programs() -> None:
 # Every call that is tried is one that the contract allows
 
 
-async def test_only_legal_calls_are_legal() -> None:
+async def test_legal_calls_are_recognised() -> None:
     lease = timedelta(minutes=1)
     assert is_valid(claim(owner="one", lease=lease))
     assert is_valid(Call(method="ping"))
@@ -175,7 +175,7 @@ async def test_dropping_the_owner_drops_the_lease() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**64), length=st.integers(1, 40))
-def test_every_simpler_call_is_legal(seed: int, length: int) -> None:
+def test_every_simplified_call_is_legal(seed: int, length: int) -> None:
     async def try_all() -> None:
         generator, clock = random.Random(seed), VirtualClock(NOW)
         chooser = RandomChoices(generator)
@@ -197,7 +197,7 @@ def test_every_simpler_call_is_legal(seed: int, length: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**64), family=st.sampled_from(RACE_FAMILIES))
-def test_every_smaller_race_is_legal(seed: int, family: RaceFamily) -> None:
+def test_every_shrunk_race_is_legal(seed: int, family: RaceFamily) -> None:
     def calls(race: Race) -> list[Call]:
         return [*race.setup, *(call for client in race.clients for call in client), *race.final]
 
@@ -213,8 +213,8 @@ def test_every_smaller_race_is_legal(seed: int, family: RaceFamily) -> None:
     asyncio.run(try_all())
 
 
-async def test_an_illegal_call_that_is_refused_is_no_finding() -> None:
-    """Every valid store raises InvalidArgumentError for it, so a race that has one breaks nothing by it."""
+async def test_a_refused_illegal_call_is_no_violation() -> None:
+    """Every correct store raises InvalidArgumentError for an illegal call."""
     start = RaceBuilder(generator=random.Random(1), capabilities=frozenset(Capability), now=NOW).start_run()
     exclusive = claim(lease=timedelta(minutes=1))
     race = Race(setup=(start,), clients=((exclusive,), (claim(owner="one"),)), final=())

@@ -1,4 +1,4 @@
-"""Methods that core cannot call are found before any check; an author's exceptions show their own lines."""
+"""Methods that core cannot call are found before any check, and exceptions show the author's lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowstore_conformance.rendering import (
 from flowstore_conformance.suite import select_checks
 
 from flowstore_core import Capability
-from tests.conformance_reports import made_check, passes
+from tests.conformance_reports import example_check, passes
 from tests.faulty import DIST
 
 RENDERERS = (render_text, render_json, render_junit, render_markdown, render_page)
@@ -34,7 +34,7 @@ def _plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def run(name: str, *clauses: str, place: str = "") -> Report:
     chosen = [one for one in select_checks(clauses) if one.name.startswith("examples_of_")]
-    checks = [*chosen, made_check("RUN-1", "passes", passes)]
+    checks = [*chosen, example_check("RUN-1", "passes", passes)]
     return await run_suite(f"faulty-{name}://{place}", profile="quick", seed=7, checks=checks)
 
 
@@ -71,7 +71,7 @@ async def test_a_wrong_signature_is_one_cause_and_its_checks_do_not_run(name: st
         assert problem.partition("`")[0] in render(report)
 
 
-async def test_a_missing_method_of_a_declared_capability_keeps_all_checks_from_running() -> None:
+async def test_a_missing_method_of_a_declared_capability_prevents_all_checks() -> None:
     report = await run("lacks-method", "CLM-1")
     assert {one.status for one in report.results} == {Status.NOT_RUN}
     (cause,) = report.causes
@@ -79,7 +79,7 @@ async def test_a_missing_method_of_a_declared_capability_keeps_all_checks_from_r
     assert report.verdict == "VIOLATES"
 
 
-async def test_a_missing_base_method_stops_the_checks_that_need_it_alone() -> None:
+async def test_a_missing_base_method_prevents_only_the_checks_that_need_it() -> None:
     report = await run("lacks-base-method", "CLM-1", "CLM-7")
     assert [one.status for one in report.results] == [Status.PASS, Status.NOT_RUN, Status.PASS]
     assert report.results[1].reason == "claims.release_dispatch is missing"
@@ -102,7 +102,7 @@ async def test_the_built_in_stores_have_the_signatures_of_the_protocol(name: str
 
 
 class Anything:
-    """A store that passes everything on."""
+    """A store that accepts any call."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def call(**arguments: Any) -> None:
@@ -111,7 +111,7 @@ class Anything:
         return call
 
 
-def test_a_store_that_takes_any_keyword_is_fine() -> None:
+def test_a_store_may_accept_any_keyword() -> None:
     assert compare(Anything(), frozenset(Capability)) == ()
 
 
@@ -132,7 +132,7 @@ def test_every_problem_of_a_method_is_reported() -> None:
 # Exceptions of the author's code
 
 
-async def test_an_exception_shows_the_frames_of_the_author_and_no_others() -> None:
+async def test_an_exception_shows_only_frames_of_the_author() -> None:
     report = await run("raises", "CLM-1")
     failure = report.results[0].failure
     assert failure is not None
@@ -149,7 +149,7 @@ async def test_an_exception_shows_the_frames_of_the_author_and_no_others() -> No
         assert 'return rows["claim"]' in shown, render
 
 
-async def test_an_exception_in_another_process_shows_them_too(tmp_path: Any) -> None:
+async def test_an_exception_in_a_worker_process_shows_frames_of_the_author(tmp_path: Any) -> None:
     checks = [
         one
         for one in select_checks()
@@ -167,12 +167,12 @@ async def test_an_exception_in_another_process_shows_them_too(tmp_path: Any) -> 
     assert cause.kind is CauseKind.EXCEPTION
 
 
-async def test_passwords_of_the_url_stay_out_of_every_form() -> None:
-    report = await run("tells", "CLM-1", place="me:s3cr%20et@host")
+async def test_no_format_shows_a_password_of_the_url() -> None:
+    report = await run("leaks-url", "CLM-1", place="me:s3cr%20et@host")
     failure = report.results[0].failure
     assert failure is not None
     assert failure.traceback is not None
-    assert "cannot connect to faulty-tells://me:***@" in failure.traceback
+    assert "cannot connect to faulty-leaks-url://me:***@" in failure.traceback
     for render in RENDERERS:
         assert "s3cr" not in render(report)
     assert json.loads(render_json(report))["causes"][0]["kind"] == "exception"

@@ -1,4 +1,4 @@
-"""run_suite: what becomes of checks that pass, fail, hang or leak, and the guard of the user's data."""
+"""run_suite: checks that pass, fail, hang or leak, and the guard of the user's data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowstore_conformance.suite import run_check
 
 from flowstore_core import Capability, ConfigurationError, FlowStoreError, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
-from tests.conformance_reports import PROGRAM, breaks, made_check, passes, runs_out
+from tests.conformance_reports import PROGRAM, breaks, example_check, exhausts_budget, passes
 from tests.conformance_trap import install_trap
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ async def run(*checks: Check, url: str = "memory://", **options: Any) -> Report:
 async def run_one(
     function: Run, clause: str = "RUN-1", url: str = "memory://", **options: Any
 ) -> CheckResult:
-    (result,) = (await run(made_check(clause, "the_check", function), url=url, **options)).results
+    (result,) = (await run(example_check(clause, "the_check", function), url=url, **options)).results
     return result
 
 
@@ -47,7 +47,7 @@ async def test_a_check_that_passes() -> None:
     assert (result.status, result.assertions) == (Status.PASS, 1)
 
 
-async def test_a_check_that_finds_a_broken_promise() -> None:
+async def test_a_check_that_finds_a_violation() -> None:
     result = await run_one(breaks, "CLM-1")
     assert result.status is Status.FAIL
     assert result.failure is not None
@@ -55,8 +55,8 @@ async def test_a_check_that_finds_a_broken_promise() -> None:
     assert (result.failure.reproductions, result.failure.repetitions) == (1, 1)
 
 
-async def test_a_check_that_ran_out_of_its_budget_is_no_pass() -> None:
-    report = await run(made_check("RUN-1", "one", runs_out))
+async def test_a_check_that_exhausts_its_budget_is_inconclusive() -> None:
+    report = await run(example_check("RUN-1", "one", exhausts_budget))
     assert report.results[0].status is Status.INCONCLUSIVE
     assert not report.conforms
 
@@ -69,13 +69,13 @@ async def test_a_check_without_assertions_does_not_pass() -> None:
 
 
 async def test_a_check_whose_capability_is_missing_is_unsupported() -> None:
-    check = made_check("CON-5", "one", breaks, needs=[Capability.DURABLE])
+    check = example_check("CON-5", "one", breaks, needs=[Capability.DURABLE])
     (result,) = (await run(check)).results
     assert (result.status, result.assertions) == (Status.UNSUPPORTED, 0)
     assert result.reason == "the backend does not declare DURABLE"
 
 
-async def test_an_error_that_is_not_of_the_contract_breaks_con_2() -> None:
+async def test_an_error_outside_the_contract_violates_con_2() -> None:
     async def leaks(context: CheckContext) -> None:
         raise KeyError("s3cret row")
 
@@ -87,7 +87,7 @@ async def test_an_error_that_is_not_of_the_contract_breaks_con_2() -> None:
     assert "leaks" in failure.traceback
 
 
-async def test_an_error_of_the_contract_where_none_belongs_breaks_the_clause() -> None:
+async def test_an_unexpected_error_of_the_contract_violates_the_clause() -> None:
     async def refuses(context: CheckContext) -> None:
         raise StoreUnavailableError("too busy")
 
@@ -119,7 +119,7 @@ async def test_a_check_that_hangs_is_a_failure() -> None:
     assert "did not end" in failure.message
 
 
-async def test_a_time_out_that_a_driver_lets_out_is_not_taken_for_hanging() -> None:
+async def test_a_timeout_error_of_a_driver_is_not_a_hang() -> None:
     async def leaks(context: CheckContext) -> None:
         raise TimeoutError
 
@@ -148,16 +148,16 @@ async def test_the_seed_determines_the_draws_of_a_check_run_alone_or_with_others
         context.assertions += 1
         drawn.append(context.random.random())
 
-    check = made_check("RUN-2", "draws", draws)
+    check = example_check("RUN-2", "draws", draws)
     await run(check)
-    await run(made_check("RUN-1", "before", passes), check, clauses=["RUN-1", "RUN-2"])
+    await run(example_check("RUN-1", "before", passes), check, clauses=["RUN-1", "RUN-2"])
     await run_suite("memory://", seed=8, checks=[check])
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 async def test_progress_is_reported_before_and_after_each_check() -> None:
     told: list[object] = []
-    checks = [made_check("RUN-1", "one"), made_check("RUN-2", "two")]
+    checks = [example_check("RUN-1", "one"), example_check("RUN-2", "two")]
     await run(
         *checks,
         starting=lambda check, number, count: told.append((check.name, number, count)),
@@ -169,8 +169,8 @@ async def test_progress_is_reported_before_and_after_each_check() -> None:
 # The interface
 
 
-async def test_only_the_clauses_asked_for_are_checked() -> None:
-    checks = [made_check("RUN-1", "one", passes, "RUN-3"), made_check("RUN-2", "two")]
+async def test_only_the_selected_clauses_are_checked() -> None:
+    checks = [example_check("RUN-1", "one", passes, "RUN-3"), example_check("RUN-2", "two")]
     report = await run(*checks, clauses=["RUN-3"])
     assert [one.check.name for one in report.results] == ["one"]
     assert report.selected == ("RUN-3",)
@@ -190,13 +190,13 @@ async def test_a_wrong_argument_is_a_configuration_error(options: dict[str, Any]
         await run_suite(**{"url": "memory://", "checks": [], **options})
 
 
-def test_there_is_a_call_for_code_without_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: (made_check("RUN-1", "one"),))
+def test_run_suite_has_a_synchronous_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flowstore_conformance.suite, "all_checks", lambda: (example_check("RUN-1", "one"),))
     report = check_backend("memory://", profile="quick", clauses=["RUN-1"])
     assert report.conforms
 
 
-def test_the_suite_needs_no_pytest() -> None:
+def test_the_suite_works_without_pytest() -> None:
     code = "import sys, flowstore_conformance; sys.exit('pytest' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -209,12 +209,12 @@ def test_every_clause_has_a_check() -> None:
 # Programs
 
 
-async def test_a_program_is_replayed_on_memory_for_the_right_answer() -> None:
+async def test_a_program_is_replayed_on_memory_for_the_correct_output() -> None:
     assert await replay_on_memory(PROGRAM) == "first True\nsecond False"
     assert (await replay_on_memory("import sys; sys.exit(3)")) == "(exit code 3)"
 
 
-async def test_the_report_of_another_backend_has_the_right_answer(tmp_path: Path) -> None:
+async def test_the_report_of_a_backend_has_the_correct_output(tmp_path: Path) -> None:
     result = await run_one(breaks, "CLM-1", url=f"sqlite:///{tmp_path}/x.db")
     assert result.failure is not None
     assert result.failure.right_answer == "first True\nsecond False"
@@ -222,7 +222,7 @@ async def test_the_report_of_another_backend_has_the_right_answer(tmp_path: Path
 
 
 def test_programs_are_written_as_files_that_run(tmp_path: Path) -> None:
-    report = asyncio.run(run(made_check("CLM-1", "one", breaks)))
+    report = asyncio.run(run(example_check("CLM-1", "one", breaks)))
     report = write_programs(report, tmp_path / "programs")
     failure = report.results[0].failure
     assert failure is not None
@@ -251,7 +251,7 @@ async def touches(context: CheckContext) -> None:
     ("url", "said"),
     [
         ("trap://data", "returned the URL that it was given"),
-        ("trap://elsewhere", "is not empty: get_runs returns data. Nothing was changed"),
+        ("trap://redirect", "is not empty: get_runs returns data. Nothing was changed"),
     ],
 )
 async def test_a_namespace_with_data_is_refused_and_unchanged(url: str, said: str) -> None:
@@ -259,7 +259,7 @@ async def test_a_namespace_with_data_is_refused_and_unchanged(url: str, said: st
         before = await store.get_runs()
         assert len(before) == 1
         with pytest.raises(ConfigurationError, match=f"^refused: .*{said}"):
-            await run(made_check("RUN-1", "one", touches), url=url)
+            await run(example_check("RUN-1", "one", touches), url=url)
         assert await store.get_runs() == before
         assert await store.get_run_detail(before[0].run_id) is not None
 
@@ -270,18 +270,18 @@ async def test_a_namespace_with_data_is_refused_and_unchanged(url: str, said: st
     [
         ("trap://broken", ConfigurationError, "makes no scratch namespace: the backend raised RuntimeError"),
         ("trap://down", StoreUnavailableError, "no route"),
-        ("trap://blind", Refused, "is empty: the backend raised RuntimeError"),
+        ("trap://hidden", Refused, "is empty: the backend raised RuntimeError"),
     ],
 )
-async def test_without_an_empty_namespace_nothing_runs(
+async def test_no_check_runs_without_an_empty_namespace(
     url: str, error: type[FlowStoreError], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        await run(made_check("RUN-1", "one", touches), url=url)
+        await run(example_check("RUN-1", "one", touches), url=url)
 
 
-class Handing:
-    """A backend of which scratch hands out what a test says."""
+class ScratchBackend:
+    """A backend whose scratch() yields URLs given by the test."""
 
     name = "handing"
     schemes = frozenset({"handing"})
@@ -302,8 +302,8 @@ class Handing:
         yield self.urls.pop(0)
 
 
-async def test_one_namespace_for_two_is_refused() -> None:
-    backend = GuardedBackend(Handing("memory://a", "memory://a", "memory://a"), "handing://mine")
+async def test_a_scratch_namespace_used_twice_is_refused() -> None:
+    backend = GuardedBackend(ScratchBackend("memory://a", "memory://a", "memory://a"), "handing://mine")
     async with backend.scratch("handing://mine") as first:
         assert first == "memory://a"
         with pytest.raises(Refused, match="one namespace twice"):
@@ -313,41 +313,41 @@ async def test_one_namespace_for_two_is_refused() -> None:
         assert again == first
 
 
-async def test_a_refusal_in_the_middle_ends_the_run() -> None:
+async def test_a_refusal_during_the_run_ends_it() -> None:
     async def makes_another(context: CheckContext) -> None:
         async with context.new_namespace():
             pass
 
-    backend = GuardedBackend(Handing("memory://one", "handing://mine"), "handing://mine")
+    backend = GuardedBackend(ScratchBackend("memory://one", "handing://mine"), "handing://mine")
     with pytest.raises(Refused):
         await run_check(
-            made_check("RUN-1", "one", makes_another), "handing://mine", backend, Profile.QUICK, 7
+            example_check("RUN-1", "one", makes_another), "handing://mine", backend, Profile.QUICK, 7
         )
 
 
-async def test_a_namespace_that_cannot_be_made_in_the_middle_is_no_verdict() -> None:
-    backend = GuardedBackend(Handing(), "handing://mine")
+async def test_a_namespace_that_cannot_be_created_during_the_run_is_no_verdict() -> None:
+    backend = GuardedBackend(ScratchBackend(), "handing://mine")
     with pytest.raises(NoNamespace):
         async with backend.scratch("handing://mine"):
             pass
-    result = await run_check(made_check("RUN-1", "one"), "handing://mine", backend, Profile.QUICK, 7)
+    result = await run_check(example_check("RUN-1", "one"), "handing://mine", backend, Profile.QUICK, 7)
     assert result.status is Status.INCONCLUSIVE
     assert result.reason == "no scratch namespace: the backend raised OSError"
 
 
-async def test_the_guard_passes_a_fresh_namespace_of_a_built_in_backend(tmp_path: Path) -> None:
+async def test_the_guard_accepts_an_empty_namespace_of_a_built_in_backend(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     await guard(find_backend("sqlite")[1], url)
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_password_stays_out_of_tracebacks_and_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = GuardedBackend(Handing("memory://one"), "handing://me:s3cr%20et@host/db")
+async def test_tracebacks_and_the_url_show_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = GuardedBackend(ScratchBackend("memory://one"), "handing://me:s3cr%20et@host/db")
 
     async def leaks(context: CheckContext) -> None:
         raise OSError("cannot log in as me with s3cr et (s3cr%20et)")
 
-    result = await run_check(made_check("RUN-1", "one", leaks), backend._url, backend, Profile.QUICK, 7)
+    result = await run_check(example_check("RUN-1", "one", leaks), backend._url, backend, Profile.QUICK, 7)
     assert result.failure is not None
     assert result.failure.traceback is not None
     assert "cannot log in as me with *** (***)" in result.failure.traceback

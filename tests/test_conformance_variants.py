@@ -1,4 +1,4 @@
-"""Variants: the conformance suite opens stores with the option values that a backend names."""
+"""Variants: the suite opens stores with the options that a backend lists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowstore_core import ConfigurationError
 from flowstore_core.backend import VariantUrls
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url
-from tests.conformance_reports import made_check, passes
+from tests.conformance_reports import example_check, passes
 
 ONE_READER = "one reader"
 
@@ -32,7 +32,7 @@ class Recorder:
             self.seen[name] = (context.variant, parse_url(context.url).options.get("readers"))
             await passes(context)
 
-        return made_check("RUN-1", name, run)
+        return example_check("RUN-1", name, run)
 
 
 async def run(tmp_path: Path, *checks: Check, **options: Any) -> Report:
@@ -62,7 +62,7 @@ async def test_a_failure_names_its_variant_in_every_report(tmp_path: Path) -> No
     async def breaks(context: CheckContext) -> None:
         raise ContractViolation("two winners")
 
-    report = await run(tmp_path, made_check("CLM-1", "broken", breaks), variant=ONE_READER)
+    report = await run(tmp_path, example_check("CLM-1", "broken", breaks), variant=ONE_READER)
     (result,) = report.results
     assert (result.status, result.variant) == (Status.FAIL, ONE_READER)
     assert "--variant 'one reader'" in report.command(result)
@@ -70,13 +70,13 @@ async def test_a_failure_names_its_variant_in_every_report(tmp_path: Path) -> No
         assert ONE_READER in text.replace("&#x27;", "'").split("Repeat")[0]
 
 
-async def test_an_unknown_variant_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+async def test_the_error_for_an_unknown_variant_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no variant 'small'.*'default', 'one reader'"):
-        await run(tmp_path, made_check("RUN-1", "one", passes), variant="small")
+        await run(tmp_path, example_check("RUN-1", "one", passes), variant="small")
 
 
 async def test_a_backend_without_variants_has_none() -> None:
-    report = await run_suite("memory://", profile="quick", checks=[made_check("RUN-1", "one", passes)])
+    report = await run_suite("memory://", profile="quick", checks=[example_check("RUN-1", "one", passes)])
     assert report.variants == ()
     assert report.results[0].variant is None
     assert "variant" not in render_text(report)

@@ -1,4 +1,4 @@
-"""Waivers: read strictly, shown always, and never for longer than they are needed."""
+"""Waivers: strict parsing, visibility in reports, expiry, and failure when unused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowstore_conformance import Report, Status, Waiver, WaiverState, read_waiv
 from flowstore_conformance.report import apply_waivers
 
 from flowstore_core import ConfigurationError
-from tests.conformance_reports import made_report
+from tests.conformance_reports import example_report
 
 TODAY = date(2026, 3, 14)
 
@@ -28,7 +28,7 @@ def waive(report: Report, clause: str = "QRY-2", expires: date = TODAY) -> Repor
     return apply_waivers(report, [waiver], today=TODAY)
 
 
-def test_a_file_of_waivers_is_read(tmp_path: Path) -> None:
+def test_a_waiver_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "waivers.toml"
     path.write_text(GOOD)
     assert read_waivers(path) == (
@@ -65,13 +65,13 @@ def test_an_invalid_file_is_refused(tmp_path: Path, text: str, said: str) -> Non
         read_waivers(path)
 
 
-def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_waivers(tmp_path / "none.toml")
 
 
 def test_a_waived_failure_does_not_fail_the_run_and_is_no_pass() -> None:
-    report = waive(made_report({"QRY-2": Status.FAIL}))
+    report = waive(example_report({"QRY-2": Status.FAIL}))
     assert report.conforms
     assert report.level == "crash-safe"
     assert report.waivers[0].state is WaiverState.USED
@@ -79,13 +79,13 @@ def test_a_waived_failure_does_not_fail_the_run_and_is_no_pass() -> None:
 
 
 def test_only_the_named_clause_is_waived() -> None:
-    report = waive(made_report({"QRY-2": Status.FAIL, "CLM-1": Status.FAIL}))
+    report = waive(example_report({"QRY-2": Status.FAIL, "CLM-1": Status.FAIL}))
     assert not report.conforms
     assert report.counts[Status.FAIL] == 1
 
 
-def test_a_waiver_counts_to_the_end_of_its_last_day() -> None:
-    failing = made_report({"QRY-2": Status.FAIL})
+def test_a_waiver_is_valid_until_the_end_of_its_last_day() -> None:
+    failing = example_report({"QRY-2": Status.FAIL})
     assert waive(failing, expires=TODAY).conforms
     expired = waive(failing, expires=date(2026, 3, 13))
     assert not expired.conforms
@@ -94,21 +94,21 @@ def test_a_waiver_counts_to_the_end_of_its_last_day() -> None:
 
 
 @pytest.mark.parametrize("status", [Status.PASS, Status.UNSUPPORTED])
-def test_a_waiver_that_is_not_needed_fails_the_run(status: Status) -> None:
-    report = waive(made_report({"QRY-2": status}))
+def test_an_unused_waiver_fails_the_run(status: Status) -> None:
+    report = waive(example_report({"QRY-2": status}))
     assert not report.conforms
     assert report.waivers[0].state is WaiverState.NOT_NEEDED
     assert "not needed" in report.problems[0]
 
 
-def test_a_waiver_of_an_inconclusive_clause_decides_nothing() -> None:
-    report = waive(made_report({"QRY-2": Status.INCONCLUSIVE}))
+def test_a_waiver_does_not_apply_to_an_inconclusive_clause() -> None:
+    report = waive(example_report({"QRY-2": Status.INCONCLUSIVE}))
     assert not report.conforms
     assert report.waivers[0].state is WaiverState.UNDECIDED
     assert not report.problems
 
 
-def test_a_waiver_of_a_clause_that_was_not_asked_for_is_left_alone() -> None:
-    report = waive(made_report(selected=("CLM-1",)))
+def test_a_waiver_of_an_unselected_clause_is_ignored() -> None:
+    report = waive(example_report(selected=("CLM-1",)))
     assert report.conforms
     assert report.waivers[0].state is WaiverState.NOT_SELECTED

@@ -54,10 +54,10 @@ def _files(*suffixes: str) -> Iterator[Path]:
     """The files that git tracks; without git, as in an unpacked sdist, all files outside of IGNORED."""
     command = ["git", "ls-files", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    found = [ROOT / name for name in listed.split("\0") if name] or sorted(ROOT.rglob("*"))
-    for path in found:
-        ours = not any(part in IGNORED or part == ".git" for part in path.relative_to(ROOT).parts)
-        if ours and path.is_file() and (not suffixes or path.suffix in suffixes):
+    paths = [ROOT / name for name in listed.split("\0") if name] or sorted(ROOT.rglob("*"))
+    for path in paths:
+        included = not any(part in IGNORED or part == ".git" for part in path.relative_to(ROOT).parts)
+        if included and path.is_file() and (not suffixes or path.suffix in suffixes):
             yield path
 
 
@@ -117,24 +117,24 @@ def test_every_clause_has_a_check_under_its_name() -> None:
 
 
 def _operations() -> dict[str, Any]:
-    found = dict(inspect.getmembers(FlowStore, inspect.iscoroutinefunction))
-    assert len(found) >= 50
-    return found
+    operations = dict(inspect.getmembers(FlowStore, inspect.iscoroutinefunction))
+    assert len(operations) >= 50
+    return operations
 
 
 def _signature(name: str, method: Any) -> str:
-    shown = []
+    parameters = []
     starred = False
     for parameter in list(inspect.signature(method).parameters.values())[1:]:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
-            shown.append("*")
+            parameters.append("*")
             starred = True
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
-        shown.append(parameter.name + default)
-    return f"{name}({', '.join(shown)}) -> {inspect.signature(method).return_annotation}"
+        parameters.append(parameter.name + default)
+    return f"{name}({', '.join(parameters)}) -> {inspect.signature(method).return_annotation}"
 
 
-def test_the_contract_lists_every_operation_as_its_protocol_has_it() -> None:
+def test_the_contract_lists_every_operation_with_its_signature() -> None:
     listed = re.findall(r"^- `(\w+\(.*?\) -> [^`]+)`", CONTRACT, re.M)
     assert sorted(listed) == sorted(_signature(name, method) for name, method in _operations().items())
 
@@ -194,7 +194,7 @@ def _errors() -> dict[str, type[FlowStoreError]]:
     }
 
 
-def test_the_tree_of_errors_is_the_real_one() -> None:
+def test_the_tree_of_errors_is_correct() -> None:
     (tree,) = _blocks(CONTRACT, "text")
     parents: dict[str, str] = {}
     path: list[str] = []
@@ -279,11 +279,11 @@ def test_every_command_is_documented() -> None:
 
 def _commands(command: Any, path: str) -> Iterator[str]:
     """The full name of every command, without groups."""
-    below = getattr(command, "commands", None)
-    if below is None:
+    subcommands = getattr(command, "commands", None)
+    if subcommands is None:
         yield path
     else:
-        for name, one in below.items():
+        for name, one in subcommands.items():
             yield from _commands(one, f"{path} {name}")
 
 
@@ -294,9 +294,9 @@ def test_the_capabilities_in_the_readme_are_those_of_the_descriptors() -> None:
     assert schemes == ["postgresql", "sqlite", "memory"]
     rows = {row[0]: row[1:] for row in _table(README, "capability")}
     assert list(rows) == [capability.name for capability in Capability]
-    for place, scheme in enumerate(schemes):
-        offered = {Capability[name] for name, cells in rows.items() if cells[place] == "yes"}
-        assert {cells[place] for cells in rows.values()} <= {"yes", "no"}
+    for column, scheme in enumerate(schemes):
+        offered = {Capability[name] for name, cells in rows.items() if cells[column] == "yes"}
+        assert {cells[column] for cells in rows.values()} <= {"yes", "no"}
         assert offered == find_backend(scheme)[1].capabilities
         assert offered >= CRASH_SAFE
 
@@ -321,13 +321,13 @@ def test_links_resolve(page: Path) -> None:
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
-        found = (page.parent / path).resolve() if path else page
-        assert found.exists(), target
-        assert not anchor or anchor in _anchors(found), target
+        target_path = (page.parent / path).resolve() if path else page
+        assert target_path.exists(), target
+        assert not anchor or anchor in _anchors(target_path), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_are_named_exist(page: Path) -> None:
+def test_named_files_exist(page: Path) -> None:
     folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
     for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()):
         assert (ROOT / name.partition("#")[0]).exists(), name
@@ -345,7 +345,7 @@ def test_the_code_of_the_readme_runs(tmp_path: Path) -> None:
     assert done.stdout == _blocks(README.partition(code)[2], "text")[0]
 
 
-def test_the_readme_shows_checks_that_the_replay_makes() -> None:
+def test_the_readme_shows_checks_of_the_replay() -> None:
     verify = (ROOT / "flowstore_replay" / "verify.py").read_text()
     checks = re.findall(r"^check +ok +(.+)$", README, re.M)
     assert len(checks) >= 3
@@ -361,17 +361,17 @@ async def test_the_worker_of_the_engine_page_survives_a_crash(tmp_path: Path) ->
         run_id = uuid4()
         await store.start_run(uuid4(), "orders", run_id, "manual")
 
-        async def die(*_: object) -> str:
+        async def cancel(*_: object) -> str:
             raise asyncio.CancelledError
 
         async def work(_: object, key: str) -> str:
             return f'"{key}"'
 
         with pytest.raises(asyncio.CancelledError):
-            await worker["execute"](store, run_id, "fetch", die)
+            await worker["execute"](store, run_id, "fetch", cancel)
         assert await store.get_step_statuses(run_id) == {"fetch": StepStatus.RUNNING}
 
-        # The page uses datetime.now; the test replaces it by the virtual clock.
+        # The page uses datetime.now; the test replaces it with the virtual clock.
         worker["datetime"] = SimpleNamespace(now=lambda zone: clock())
         await worker["recover"](store, work)
         assert await store.get_step_statuses(run_id) == {"fetch": StepStatus.RUNNING}
@@ -386,7 +386,7 @@ async def test_the_worker_of_the_engine_page_survives_a_crash(tmp_path: Path) ->
         assert [step.attempt_count for step in detail.steps] == [2, 1, 1]
 
 
-async def test_the_worker_of_the_engine_page_ends_a_run_that_failed() -> None:
+async def test_the_worker_of_the_engine_page_completes_a_failed_run() -> None:
     worker = _worker()
 
     async def fail(*_: object) -> str:
@@ -417,16 +417,18 @@ def test_code_in_pages_compiles(page: str) -> None:
         compile(wrapped, "page", "exec")
 
 
-def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
+def test_excerpts_occur_in_the_example_backend() -> None:
     source = "\n".join(path.read_text() for path in (ROOT / "examples").rglob("*.py"))
     lines = {line.strip() for line in source.splitlines()}
-    own = (
+    other_sources = (
         "class Traced",
         "import REQUEUE, Batcher",
         "import Batcher, BatchError, ThreadWorker",
         "observers.retried",
     )
-    blocks = [block for block in _blocks(WRITING, "python") if not any(mark in block for mark in own)]
+    blocks = [
+        block for block in _blocks(WRITING, "python") if not any(mark in block for mark in other_sources)
+    ]
     assert len(blocks) == 3
     for block in blocks:
         for line in filter(None, (line.strip() for line in block.splitlines())):
@@ -434,10 +436,10 @@ def test_excerpts_of_the_example_backend_are_taken_from_it() -> None:
             assert "..." in line or line in lines, line
 
 
-class _Rows:
-    """A fake database for the excerpt on coalescing, which claims a set of rows in one statement."""
+class _FakeDatabase:
+    """A database that claims a set of rows in one statement, for the excerpt on coalescing."""
 
-    class RowRefused(Exception):  # noqa: N818 - a database's own word
+    class RowRefused(Exception):  # noqa: N818 - the name used on the page
         pass
 
     def __init__(self) -> None:
@@ -465,7 +467,7 @@ async def test_the_excerpt_on_coalescing_runs() -> None:
     (code,) = [block for block in _blocks(WRITING, "python") if "import REQUEUE, Batcher" in block]
     names: dict[str, Any] = {}
     exec(compile(code, "writing-a-backend.md", "exec"), names)
-    database = _Rows()
+    database = _FakeDatabase()
     claims = names["Claims"](database)
 
     def claim(key: str, owner: str | None = None) -> asyncio.Task[bool]:
@@ -500,9 +502,9 @@ async def test_the_excerpt_on_threads_runs(tmp_path: Path) -> None:
     def add(number: int) -> Any:
         return writing.write(lambda db: db.execute("INSERT INTO numbers VALUES (?)", (number,)).lastrowid)
 
-    answers = await asyncio.gather(*(add(number % 50) for number in range(51)), return_exceptions=True)
-    assert sorted(one for one in answers if isinstance(one, int)) == [*range(50)]
-    (refused,) = [one for one in answers if not isinstance(one, int)]
+    results = await asyncio.gather(*(add(number % 50) for number in range(51)), return_exceptions=True)
+    assert sorted(result for result in results if isinstance(result, int)) == [*range(50)]
+    (refused,) = [result for result in results if not isinstance(result, int)]
     assert "UNIQUE" in str(refused)
     await writing.aclose()
 
@@ -517,16 +519,16 @@ def test_commands_of_the_readme_are_single_lines() -> None:
         assert command.count("\n") == 1
 
 
-def test_files_name_no_registry_and_no_path_of_a_machine() -> None:
+def test_files_name_no_registry_and_no_local_path() -> None:
     # Concatenated, so that this file does not contain the words.
     words = ["pypi" + ".org", "python" + "hosted", "npmjs" + ".", "/ro" + "ot/", "/wo" + "rk/"]
-    found = [
+    occurrences = [
         (str(path.relative_to(ROOT)), word)
         for path in _files()
         for word in words
         if word.encode() in path.read_bytes()
     ]
-    assert not found
+    assert not occurrences
 
 
 def test_constraints_are_names_and_versions() -> None:

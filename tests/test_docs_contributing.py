@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and docs/glossary.md are compared with the code: tasks, recipes, places in code."""
+"""CONTRIBUTING.md and docs/glossary.md agree with the code: tasks, recipes, names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _recipe(title: str) -> str:
 
 
 def _sessions() -> set[str]:
-    """The sessions of the noxfile, which is not imported: the tests do not need nox."""
+    """The sessions of the noxfile, parsed because nox may not be installed."""
     tree = ast.parse((ROOT / "noxfile.py").read_text())
     return {
         node.name
@@ -58,12 +58,12 @@ def test_every_option_of_pytest_in_the_page_works() -> None:
         assert "CLM-6" in done.stdout
 
 
-def test_the_recipe_for_an_operation_names_every_part_that_one_needs() -> None:
+def test_the_recipe_for_an_operation_names_every_required_part() -> None:
     new = Operation(name="do_something_new", clauses=("NEW-1",), writes=True)
     recipe = _recipe("Add an operation")
-    lacking = list(test_operations.missing(new))
-    assert len(lacking) > 10
-    for part in lacking:
+    missing_parts = list(test_operations.missing(new))
+    assert len(missing_parts) > 10
+    for part in missing_parts:
         assert part.partition(",")[0].replace("NEW-1", "its clause") in recipe, part
     assert "def test_every_operation_has_all_its_parts" in Path(test_operations.__file__).read_text()
 
@@ -94,7 +94,7 @@ def test_the_recipe_for_a_migration_works(tmp_path: Path) -> None:
     assert f"version {number} of {number}" in flowstore("migrate", "status")
 
 
-def test_the_commands_of_the_recipe_for_a_check_have_options_that_exist() -> None:
+def test_the_commands_of_the_recipe_for_a_check_work() -> None:
     recipe = _recipe("Debug one check")
     command = re.search(r"`\.venv/bin/(flowstore conformance [^`]+)`", recipe)
     assert command is not None
@@ -118,15 +118,15 @@ def test_the_glossary_has_each_term_once_with_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("row", _rows(), ids=lambda row: row[0])
-def test_every_place_in_the_glossary_exists(row: list[str]) -> None:
+def test_every_name_in_the_glossary_exists(row: list[str]) -> None:
     name = row[2].strip("`")
     module, attributes = name, list[str]()
     while True:
         try:
-            place: object = importlib.import_module(module)
+            target: object = importlib.import_module(module)
             break
         except ModuleNotFoundError:
             module, _, last = module.rpartition(".")
             attributes.insert(0, last)
     for attribute in attributes:
-        place = getattr(place, attribute)
+        target = getattr(target, attribute)

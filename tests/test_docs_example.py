@@ -1,4 +1,4 @@
-"""The worked example of docs/writing-a-backend.md: installed as a package, and compared with memory.
+"""The worked example of docs/writing-a-backend.md, installed as a package and compared with memory.
 
 Both receive the same random calls under one virtual clock, and every result and error must be equal.
 """
@@ -59,7 +59,7 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-async def test_a_lifecycle_runs_and_survives_the_close(tmp_path: Path) -> None:
+async def test_a_run_is_kept_when_the_store_is_reopened(tmp_path: Path) -> None:
     url = f"folder:///{tmp_path}/runs"
     run_id, token = new_run_id(), new_claim_token()
     async with open_store(url) as store:
@@ -81,7 +81,7 @@ async def test_a_lifecycle_runs_and_survives_the_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-async def test_a_folder_has_one_opener(tmp_path: Path) -> None:
+async def test_a_folder_can_be_opened_only_once(tmp_path: Path) -> None:
     url = f"folder:///{tmp_path}/runs"
     async with open_store(url):
         with pytest.raises(StoreUnavailableError, match="open already"):
@@ -92,7 +92,7 @@ async def test_a_folder_has_one_opener(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-async def test_a_scratch_folder_leaves_the_named_one_alone(tmp_path: Path) -> None:
+async def test_scratch_does_not_change_the_named_folder(tmp_path: Path) -> None:
     url = f"folder:///{tmp_path}/runs"
     backend = find_backend("folder")[1]
     async with open_store(url) as store:
@@ -109,15 +109,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("installed")
-async def test_cancelled_calls_are_compensated_for(tmp_path: Path) -> None:
+async def test_cancelled_calls_are_compensated(tmp_path: Path) -> None:
     async with open_store(f"folder:///{tmp_path}/runs") as store:
         await store.start_run(FLOW, "orders", RUNS[0], "manual")
-        for spins in range(8):
+        for yields in range(8):
             calls = [
-                asyncio.create_task(store.try_claim_step(RUNS[0], f"c{spins}")),
-                asyncio.create_task(store.try_record_dispatch(RUNS[0], f"d{spins}")),
+                asyncio.create_task(store.try_claim_step(RUNS[0], f"c{yields}")),
+                asyncio.create_task(store.try_record_dispatch(RUNS[0], f"d{yields}")),
             ]
-            for _ in range(spins):
+            for _ in range(yields):
                 await asyncio.sleep(0)
             for call in calls:
                 call.cancel()
@@ -129,18 +129,18 @@ async def test_cancelled_calls_are_compensated_for(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("seed", range(8))
-async def test_it_behaves_like_the_memory_backend(seed: int, tmp_path: Path) -> None:
-    dice = random.Random(seed)
+async def test_the_example_behaves_like_the_memory_backend(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
     clock = VirtualClock()
     url = f"folder:///{tmp_path}/runs?fsync=false"
     async with open_store("memory://", clock=clock) as memory:
         for _ in range(6):
-            # Reopened, so that later calls run on documents read from disk.
+            # Reopen the folder, so that later calls use documents read from disk.
             async with AsyncExitStack() as stack:
                 folder = await stack.enter_async_context(open_store(url, clock=clock))
                 for _ in range(150):
-                    clock.advance(seconds=dice.choice([0, 0, 1, 1800]))
-                    call, arguments = _random_call(dice, clock)
+                    clock.advance(seconds=rng.choice([0, 0, 1, 1800]))
+                    call, arguments = _random_call(rng, clock)
                     results = [await _result(store, call, arguments) for store in (memory, folder)]
                     assert results[0] == results[1], (call, arguments)
                 states = [await _state(store) for store in (memory, folder)]
@@ -173,34 +173,34 @@ async def _state(store: FlowStore) -> list[object]:
     return state
 
 
-def _random_call(dice: random.Random, clock: VirtualClock) -> tuple[str, dict[str, Any]]:
-    run_id, key, owner = dice.choice(RUNS), dice.choice(KEYS), dice.choice(OWNERS)
-    reason, soon = dice.choice([None, "why"]), clock.now + timedelta(hours=dice.choice([-1, 1]))
-    attempt, moment = dice.choice([None, 1, 2, 3]), dice.choice([None, soon])
+def _random_call(rng: random.Random, clock: VirtualClock) -> tuple[str, dict[str, Any]]:
+    run_id, key, owner = rng.choice(RUNS), rng.choice(KEYS), rng.choice(OWNERS)
+    reason, soon = rng.choice([None, "why"]), clock.now + timedelta(hours=rng.choice([-1, 1]))
+    attempt, time = rng.choice([None, 1, 2, 3]), rng.choice([None, soon])
     step = {"run_id": run_id, "step_key": key}
     scope = {"flow_id": FLOW, "trigger_key": "manual", "idempotency_key": key}
-    done = dice.choice([s for s in StepStatus if s is not StepStatus.RUNNING])
-    text = dice.choice([None, "", '{"a": 1}'])
+    done = rng.choice([s for s in StepStatus if s is not StepStatus.RUNNING])
+    text = rng.choice([None, "", '{"a": 1}'])
     calls: dict[str, Callable[[], dict[str, Any]]] = {
         "start_run": lambda: {
             "flow_id": FLOW,
             "flow_name": "orders",
-            "run_id": dice.choice(RUNS[:2]),
+            "run_id": rng.choice(RUNS[:2]),
             "trigger_key": "manual",
-            "source_run_id": dice.choice([None, RUNS[0]]),
+            "source_run_id": rng.choice([None, RUNS[0]]),
         },
         "record_step_start": lambda: {**step, "step_type": "http", "input_json": text, "owner": owner},
         "record_step_complete": lambda: {**step, "status": done, "output_json": text, "attempt": attempt},
         "record_skipped_step": lambda: {**step, "step_type": "x", "reason": reason, "owner": owner},
-        "retry_step": lambda: {**step, "attempt": attempt, "reset": dice.sample(KEYS, 2)},
+        "retry_step": lambda: {**step, "attempt": attempt, "reset": rng.sample(KEYS, 2)},
         "complete_run": lambda: {
             "run_id": run_id,
             "status": RunStatus.FAILED,
-            "expected": dice.choice([None, {}, {key: done}, dict.fromkeys(KEYS, StepStatus.SKIPPED)]),
+            "expected": rng.choice([None, {}, {key: done}, dict.fromkeys(KEYS, StepStatus.SKIPPED)]),
         },
         "try_claim_step": lambda: {**step, "owner": owner},
         "release_step_claim": lambda: {**step, "owner": owner},
-        "try_record_dispatch": lambda: {**step, "due_at": moment},
+        "try_record_dispatch": lambda: {**step, "due_at": time},
         "annotate_dispatch": lambda: {**step, "job_id": "job"},
         "release_dispatch": lambda: step,
         "configure_run": lambda: {
@@ -208,22 +208,22 @@ def _random_call(dice: random.Random, clock: VirtualClock) -> tuple[str, dict[st
             "flow_id": FLOW,
             "trigger_key": "manual",
             "idempotency_key": reason,
-            "timeout_at": moment,
+            "timeout_at": time,
         },
         "request_cancel": lambda: {"run_id": run_id, "reason": reason},
-        "mark_timed_out": lambda: {"run_id": run_id, "reason": reason, "as_of": moment},
+        "mark_timed_out": lambda: {"run_id": run_id, "reason": reason, "as_of": time},
         "find_run_id_by_idempotency_key": lambda: scope,
         "try_register_idempotency_key": lambda: {**scope, "run_id": run_id},
-        "register_waiter": lambda: {**step, "signal_name": dice.choice("st"), "expires_at": moment},
+        "register_waiter": lambda: {**step, "signal_name": rng.choice("st"), "expires_at": time},
         "deliver_signal": lambda: {
             "run_id": run_id,
-            "signal_name": dice.choice("st"),
+            "signal_name": rng.choice("st"),
             "payload_json": "1",
             "delivery_id": reason,
         },
         "remove_waiter": lambda: step,
         "save_output": lambda: {"run_id": run_id, "key": key, "value_json": text or "1"},
-        "cleanup": lambda: {"cutoff": clock.now - timedelta(hours=dice.choice([0, 3]))},
+        "cleanup": lambda: {"cutoff": clock.now - timedelta(hours=rng.choice([0, 3]))},
     }
     # Calls that create and use steps are more frequent than the rest.
     common = [
@@ -233,5 +233,5 @@ def _random_call(dice: random.Random, clock: VirtualClock) -> tuple[str, dict[st
         "try_claim_step",
         "release_step_claim",
     ]
-    call = dice.choice([*calls, *common, *common])
+    call = rng.choice([*calls, *common, *common])
     return call, calls[call]()

@@ -22,14 +22,14 @@ def _sources() -> Iterator[str]:
 
 def _rows(header: str) -> list[list[str]]:
     """The rows of every table whose header row begins with ``header``."""
-    found = []
+    rows = []
     for part in PAGE.split(f"\n| {header} |")[1:]:
         for line in part.splitlines()[2:]:
             if not line.startswith("|"):
                 break
-            found.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))])
-    assert found
-    return found
+            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))])
+    assert rows
+    return rows
 
 
 def _names(header: str) -> list[str]:
@@ -51,37 +51,37 @@ def test_every_logger_is_documented_and_quiet() -> None:
 
 
 def test_every_attribute_is_documented() -> None:
-    told = {
+    used = {
         value
         for name, value in vars(attributes).items()
         if name.isupper() and isinstance(value, str) and name not in ("REASON", "RESOLUTION")
     }
-    assert told == set(_names("attribute"))
+    assert used == set(_names("attribute"))
     assert f"`{attributes.REASON}`" in PAGE
     assert f"`{attributes.RESOLUTION}`" in PAGE
 
 
 def test_every_instrument_is_documented_with_its_kind_and_unit() -> None:
     source = Path(instruments.__file__).read_text()
-    made = re.findall(r'create_(\w+)\(\s*"([\w.]+)",\s*unit="([^"]+)"', source)
-    assert len(made) == 5
+    instruments_in_code = re.findall(r'create_(\w+)\(\s*"([\w.]+)",\s*unit="([^"]+)"', source)
+    assert len(instruments_in_code) == 5
     rows = [[cell.strip("`") for cell in row[:3]] for row in _rows("instrument")]
-    assert sorted(rows) == sorted([name, kind, unit] for kind, name, unit in made)
+    assert sorted(rows) == sorted([name, kind, unit] for kind, name, unit in instruments_in_code)
 
 
 def test_every_finding_is_documented_with_its_severity() -> None:
     documented = {row[0].strip("`"): row[1] for row in _rows("code")}
     assert len(documented) == len(_rows("code"))
-    found = dict[str, str]()
+    severities = dict[str, str]()
     for text in _sources():
         for code, severity in re.findall(
             r'code="([a-z-]+)",\s*(?:prevents_open=True,\s*)?severity=Severity\.(\w+)', text
         ):
-            found[code] = severity.lower()
-    # Whose codes are put together.
+            severities[code] = severity.lower()
+    # The codes of these findings are composed at run time.
     for table in (*sqlite.EXPIRED_TABLES, *sqlite.ORPHAN_TABLES):
-        found[f"orphans-{table.replace('_', '-')}"] = "warning"
-    found |= {"pages-not-checked": "note", "idle-session-timeout": "note", "transaction-timeout": "note"}
-    found |= dict.fromkeys(("leases-expired", "dispatches-due", "steps-not-dispatched"), "warning")
+        severities[f"orphans-{table.replace('_', '-')}"] = "warning"
+    severities |= {"pages-not-checked": "note", "idle-session-timeout": "note", "transaction-timeout": "note"}
+    severities |= dict.fromkeys(("leases-expired", "dispatches-due", "steps-not-dispatched"), "warning")
     assert (postgres.EXPIRED_TABLES, postgres.ORPHAN_TABLES) == (sqlite.EXPIRED_TABLES, sqlite.ORPHAN_TABLES)
-    assert documented == found
+    assert documented == severities

@@ -19,15 +19,15 @@ PAGE = Path(__file__).parents[1] / "docs" / "using-it-in-an-engine.md"
 def _url(url: str, database: str, user: str) -> str:
     parts = urlsplit(url)
     query = urlencode({**dict(parse_qsl(parts.query)), "user": user})
-    # Not built by urllib, which omits the slashes of an empty host.
+    # urllib omits the slashes of an empty host.
     return f"{parts.scheme}://{parts.netloc}/{database}?{query}"
 
 
 @pytest.mark.xdist_group("roles")
-async def test_the_documented_grants_are_enough(postgresql_url: str) -> None:
-    found = re.search(r"^```sql\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    assert found is not None
-    before, comment, after = found[1].partition("-- after: flowstore migrate up")
+async def test_the_documented_grants_suffice(postgresql_url: str) -> None:
+    block = re.search(r"^```sql\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    assert block is not None
+    before, comment, after = block[1].partition("-- after: flowstore migrate up")
     assert comment
     administrator = await asyncpg.connect(postgresql_url)
     try:
@@ -41,7 +41,7 @@ async def test_the_documented_grants_are_enough(postgresql_url: str) -> None:
                 await owner.execute(after.partition("\n")[2])
             finally:
                 await owner.close()
-            await _live(_url(postgresql_url, "flows", "flows_app"))
+            await _exercise_store(_url(postgresql_url, "flows", "flows_app"))
         finally:
             await administrator.execute("DROP DATABASE flows WITH (FORCE)")
             await administrator.execute("DROP ROLE IF EXISTS flows_owner, flows_app")
@@ -49,8 +49,8 @@ async def test_the_documented_grants_are_enough(postgresql_url: str) -> None:
         await administrator.close()
 
 
-async def _live(url: str) -> None:
-    """Write and read every noun once, with a role that cannot change the schema."""
+async def _exercise_store(url: str) -> None:
+    """Write and read every kind of record with a role that cannot change the schema."""
     run_id = uuid4()
     async with open_store(url, migrate=False) as store:
         await store.trigger_run(uuid4(), "orders", run_id, "manual", idempotency_key="one")

@@ -1,4 +1,4 @@
-"""``flowstore doctor``: its findings in any store and in SQLite's files, and none in a healthy store."""
+"""``flowstore doctor``: findings in any store and in SQLite files, and none in a healthy store."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.calls import FLOW, new_run
 from tests.virtual_clock import VirtualClock
 
 # Findings about the test machine, not about the store.
-OF_THE_MACHINE = {"wal-reset-bug", "memory-disk"}
+MACHINE_FINDINGS = {"wal-reset-bug", "memory-disk"}
 HOUR = timedelta(hours=1)
 
 
 @dataclass
-class Answer:
+class DoctorResult:
     """The command's output with --json."""
 
     code: int
@@ -40,19 +40,19 @@ class Answer:
 
     @property
     def findings(self) -> dict[str, dict[str, Any]]:
-        return {one["code"]: one for one in self.document["findings"] if one["code"] not in OF_THE_MACHINE}
+        return {one["code"]: one for one in self.document["findings"] if one["code"] not in MACHINE_FINDINGS}
 
     @property
     def codes(self) -> list[str]:
         codes = [one["code"] for one in self.document["findings"]]
-        return [code for code in codes if code not in OF_THE_MACHINE]
+        return [code for code in codes if code not in MACHINE_FINDINGS]
 
 
-Doctor = Callable[..., Answer]
+Doctor = Callable[..., DoctorResult]
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def recheck_quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(symptoms, "RECHECK_SECONDS", 0.02)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
     monkeypatch.setenv("COLUMNS", "80")
@@ -61,17 +61,17 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
-    def ask(url: str, *options: str) -> Answer:
+    def run_doctor(url: str, *options: str) -> DoctorResult:
         code = main(["doctor", url, "--json", *options])
         out, err = capsys.readouterr()
         assert out, err
-        return Answer(code, json.loads(out))
+        return DoctorResult(code, json.loads(out))
 
-    return ask
+    return run_doctor
 
 
 async def _fill(store: FlowStore) -> None:
-    """Healthy work: completed, running, dispatched, and waiting for a signal."""
+    """Create runs that are completed, running, dispatched, and waiting for a signal."""
     done = await new_run(store)
     await store.record_step_start(done, "a", "test")
     await store.record_step_complete(done, "a", StepStatus.SUCCEEDED, output_json="1")
@@ -92,7 +92,7 @@ async def _fill(store: FlowStore) -> None:
 
 
 def _with_store(url: str, work: Callable[[FlowStore], Awaitable[Any]], *, ago: timedelta = HOUR) -> Any:
-    """The result of ``work`` on a store whose clock is behind by ``ago``."""
+    """Call ``work`` with a store whose clock is behind by ``ago`` and return its result."""
 
     async def run() -> Any:
         async with open_store(url, clock=VirtualClock(datetime.now(UTC) - ago)) as store:
@@ -102,7 +102,7 @@ def _with_store(url: str, work: Callable[[FlowStore], Awaitable[Any]], *, ago: t
 
 
 @pytest.fixture
-def place(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def store_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a store with healthy work, for each backend."""
     url = f"sqlite:///{tmp_path}/flows.db" if backend == "sqlite" else f"memory://doctor-{uuid4().hex}"
     schema = f"doctor_{uuid4().hex}"
@@ -121,21 +121,21 @@ async def _drop(url: str, schema: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def tests_server_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PostgreSQL of the tests runs with fsync off; test_doctor_postgres.py has one with fsync on."""
-    monkeypatch.setitem(globals(), "OF_THE_MACHINE", OF_THE_MACHINE | {"fsync-off"})
+def ignore_fsync_of_the_test_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared test server runs with fsync off; test_doctor_postgres.py uses a server with fsync on."""
+    monkeypatch.setitem(globals(), "MACHINE_FINDINGS", MACHINE_FINDINGS | {"fsync-off"})
 
 
 # Any store
 
 
-def test_a_healthy_store_is_silent(place: str, doctor: Doctor) -> None:
-    answer = doctor(place)
-    assert answer.codes == []
-    assert answer.document["opened"] is True
-    assert (answer.document["running_runs"], answer.document["examined_runs"]) == (2, 2)
-    if "postgresql" not in place:
-        assert answer.code == 0
+def test_a_healthy_store_has_no_findings(store_url: str, doctor: Doctor) -> None:
+    result = doctor(store_url)
+    assert result.codes == []
+    assert result.document["opened"] is True
+    assert (result.document["running_runs"], result.document["examined_runs"]) == (2, 2)
+    if "postgresql" not in store_url:
+        assert result.code == 0
 
 
 async def _expire_lease(store: FlowStore) -> UUID:
@@ -144,19 +144,19 @@ async def _expire_lease(store: FlowStore) -> UUID:
     return run_id
 
 
-async def _lose_dispatch(store: FlowStore) -> UUID:
+async def _leave_dispatch_due(store: FlowStore) -> UUID:
     run_id = await new_run(store)
     assert await store.try_record_dispatch(run_id, "a")
     return run_id
 
 
-async def _forget_dispatch(store: FlowStore) -> UUID:
+async def _start_without_dispatch(store: FlowStore) -> UUID:
     run_id = await new_run(store)
     await store.record_step_start(run_id, "a", "test")
     return run_id
 
 
-async def _stand_still(store: FlowStore) -> UUID:
+async def _leave_idle(store: FlowStore) -> UUID:
     run_id = await new_run(store)
     await store.try_record_dispatch(run_id, "a")
     await store.record_step_start(run_id, "a", "test")
@@ -180,51 +180,51 @@ async def _ignore_cancel(store: FlowStore) -> UUID:
     return run_id
 
 
-STANDING = {
+STALLED_WORK = {
     "leases-expired": _expire_lease,
-    "dispatches-due": _lose_dispatch,
-    "steps-not-dispatched": _forget_dispatch,
-    "runs-idle": _stand_still,
+    "dispatches-due": _leave_dispatch_due,
+    "steps-not-dispatched": _start_without_dispatch,
+    "runs-idle": _leave_idle,
     "runs-to-stop": _miss_deadline,
 }
 
 
-@pytest.mark.parametrize(("code", "make"), STANDING.items(), ids=list(STANDING))
+@pytest.mark.parametrize(("code", "make"), STALLED_WORK.items(), ids=list(STALLED_WORK))
 def test_stalled_work_is_found(
-    code: str, make: Callable[[FlowStore], Awaitable[UUID]], place: str, doctor: Doctor
+    code: str, make: Callable[[FlowStore], Awaitable[UUID]], store_url: str, doctor: Doctor
 ) -> None:
-    run_id = _with_store(place, make)
-    answer = doctor(place)
-    assert answer.codes == [code]
-    assert answer.code == 1
-    found = answer.findings[code]
-    assert (found["severity"], found["count"], found["fix"]) == ("warning", 1, None)
-    assert str(run_id) in found["examples"][0]
-    assert str(run_id) in found["remedy"]
-    assert doctor(place, "--grace", "2h").codes == []
+    run_id = _with_store(store_url, make)
+    result = doctor(store_url)
+    assert result.codes == [code]
+    assert result.code == 1
+    findings = result.findings[code]
+    assert (findings["severity"], findings["count"], findings["fix"]) == ("warning", 1, None)
+    assert str(run_id) in findings["examples"][0]
+    assert str(run_id) in findings["remedy"]
+    assert doctor(store_url, "--grace", "2h").codes == []
 
 
-def test_an_ignored_cancel_request_is_found(place: str, doctor: Doctor) -> None:
-    _with_store(place, _ignore_cancel)
-    assert doctor(place).codes == ["runs-to-stop"]
+def test_an_ignored_cancel_request_is_found(store_url: str, doctor: Doctor) -> None:
+    _with_store(store_url, _ignore_cancel)
+    assert doctor(store_url).codes == ["runs-to-stop"]
 
 
-def test_a_run_that_progresses_meanwhile_is_not_idle(
+def test_a_run_that_progresses_during_the_examination_is_not_idle(
     tmp_path: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
-    run_id = _with_store(url, _stand_still)
+    run_id = _with_store(url, _leave_idle)
 
-    async def go_on(seconds: float) -> None:
+    async def dispatch_during_sleep(seconds: float) -> None:
         async with open_store(url) as store:
             await store.try_record_dispatch(run_id, "next")
 
-    monkeypatch.setattr(symptoms.asyncio, "sleep", go_on)
+    monkeypatch.setattr(symptoms.asyncio, "sleep", dispatch_during_sleep)
     assert doctor(url).codes == []
 
 
-class Less:
-    """A store with fewer capabilities, such as a third party's."""
+class LimitedStore:
+    """A store with only the LEASES capability."""
 
     def __init__(self, store: FlowStore) -> None:
         self._store = store
@@ -237,20 +237,20 @@ class Less:
         return getattr(self._store, name)
 
 
-async def test_a_store_with_fewer_capabilities_gets_the_possible_checks() -> None:
+async def test_a_store_with_fewer_capabilities_gets_the_applicable_checks() -> None:
     clock = VirtualClock(datetime.now(UTC) - HOUR)
     async with open_store("memory://", clock=clock) as store:
         await _expire_lease(store)
-        await _stand_still(store)
-        less: Any = Less(store)
-        found = await symptoms.examine(less, grace=timedelta(minutes=5), limit=10)
-        assert [finding.code for finding in found.findings] == ["leases-expired", "runs-idle"]
-        assert (found.running, found.examined) == (2, 2)
-        found = await symptoms.examine(less, grace=2 * HOUR, limit=10)
-        assert found.findings == []
+        await _leave_idle(store)
+        limited: Any = LimitedStore(store)
+        report = await symptoms.examine(limited, grace=timedelta(minutes=5), limit=10)
+        assert [finding.code for finding in report.findings] == ["leases-expired", "runs-idle"]
+        assert (report.running, report.examined) == (2, 2)
+        report = await symptoms.examine(limited, grace=2 * HOUR, limit=10)
+        assert report.findings == []
 
 
-def test_of_many_runs_the_oldest_are_examined(
+def test_only_the_oldest_of_many_runs_are_examined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(symptoms, "PAGE", 4)
@@ -260,10 +260,10 @@ def test_of_many_runs_the_oldest_are_examined(
 
     async def run() -> UUID:
         async with open_store(url, clock=clock) as store:
-            oldest = await _stand_still(store)
+            oldest = await _leave_idle(store)
             for _ in range(9):
                 clock.advance(seconds=1)
-                await _stand_still(store)
+                await _leave_idle(store)
             return oldest
 
     oldest = asyncio.run(run())
@@ -274,7 +274,7 @@ def test_of_many_runs_the_oldest_are_examined(
     assert str(oldest) in out
 
 
-# SQLite's files
+# SQLite files
 
 
 @pytest.fixture
@@ -347,25 +347,25 @@ FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("code", FILES)
 def test_every_defect_of_a_file_is_found(code: str, flows: Path, doctor: Doctor) -> None:
-    severity, spoil = FILES[code]
+    severity, damage = FILES[code]
     assert doctor("sqlite:///flows.db").codes == []
-    spoil(flows)
+    damage(flows)
     for suffix in ("-wal", "-shm"):
         if code.startswith("log") and flows.with_name(f"flows.db{suffix}").exists():
             flows.with_name(f"flows.db{suffix}").chmod(0o600)
     content = flows.read_bytes() if code != "journal-mode" else b""
-    answer = doctor("sqlite:///flows.db", "--thorough")
-    assert answer.codes == [code]
-    assert answer.findings[code]["severity"] == severity
-    assert answer.code == (0 if severity == "note" else 1)
-    if answer.findings[code]["prevents_open"]:
-        assert answer.document["opened"] is False
+    result = doctor("sqlite:///flows.db", "--thorough")
+    assert result.codes == [code]
+    assert result.findings[code]["severity"] == severity
+    assert result.code == (0 if severity == "note" else 1)
+    if result.findings[code]["prevents_open"]:
+        assert result.document["opened"] is False
     if content:
         assert flows.read_bytes() == content
 
 
 def _fill_log(path: Path, rows: int) -> None:
-    """Leave the file as after a kill: with a log that holds the newest commits."""
+    """Leave the file as after a kill: the newest commits are only in the log."""
     db = sqlite3.connect(path)
     db.execute("CREATE TABLE IF NOT EXISTS filler (x)")
     for _ in range(rows):
@@ -382,16 +382,16 @@ def _write_state(path: Path, database: bytes, log: bytes) -> None:
     path.with_name("flows.db-wal").chmod(0o600)
 
 
-def test_any_damaged_page_is_reported_once(flows: Path, doctor: Doctor) -> None:
+def test_a_damaged_page_is_reported_once(flows: Path, doctor: Doctor) -> None:
     content = flows.read_bytes()
     for start in range(4096, len(content), 4096):
         flows.write_bytes(content[:start] + b"\xa5" * 4096 + content[start + 4096 :])
-        answer = doctor("sqlite:///flows.db")
-        assert (answer.code, answer.codes) == (1, ["damaged"])
+        result = doctor("sqlite:///flows.db")
+        assert (result.code, result.codes) == (1, ["damaged"])
 
 
 @pytest.mark.parametrize("is_older", [True, False])
-def test_a_backup_beside_the_log_of_another_time_is_found(
+def test_a_database_with_the_log_of_another_backup_is_found(
     is_older: bool, flows: Path, doctor: Doctor
 ) -> None:
     log = flows.with_name("flows.db-wal")
@@ -405,10 +405,10 @@ def test_a_backup_beside_the_log_of_another_time_is_found(
         _write_state(flows, database, its_log)
         assert doctor("sqlite:///flows.db").codes == []
     _write_state(flows, states[1 if is_older else 0][0], states[0 if is_older else 1][1])
-    answer = doctor("sqlite:///flows.db")
-    assert (answer.codes, answer.document["opened"]) == (["log-foreign"], False)
-    told = answer.findings["log-foreign"]["summary"]
-    assert ("is older than the database" if is_older else "a newer state of the database") in told
+    result = doctor("sqlite:///flows.db")
+    assert (result.codes, result.document["opened"]) == (["log-foreign"], False)
+    summary = result.findings["log-foreign"]["summary"]
+    assert ("is older than the database" if is_older else "a newer state of the database") in summary
 
 
 HOLDER = """
@@ -427,9 +427,7 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="there is no /proc")
 @pytest.mark.parametrize("replaced", [True, False])
-def test_a_file_that_was_removed_while_it_is_open_is_found(
-    replaced: bool, flows: Path, doctor: Doctor
-) -> None:
+def test_a_file_removed_while_it_is_open_is_found(replaced: bool, flows: Path, doctor: Doctor) -> None:
     command = [sys.executable, "-c", HOLDER, f"sqlite:///{flows}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -440,10 +438,10 @@ def test_a_file_that_was_removed_while_it_is_open_is_found(
         if replaced:
             flows.write_bytes(content)
             flows.chmod(0o600)
-        answer = doctor("sqlite:///flows.db")
-        assert (answer.code, answer.codes) == (1, ["file-removed"])
-        assert answer.findings["file-removed"]["examples"] == [f"process {holder.pid}"]
-        assert answer.document["opened"] is replaced
+        result = doctor("sqlite:///flows.db")
+        assert (result.code, result.codes) == (1, ["file-removed"])
+        assert result.findings["file-removed"]["examples"] == [f"process {holder.pid}"]
+        assert result.document["opened"] is replaced
         holder.communicate("end\n")
     assert holder.returncode == 0
     if replaced:
@@ -461,9 +459,9 @@ def test_a_snapshot_that_pins_the_log_is_found(
     writer.execute("CREATE TABLE filler (x)")
     writer.execute("INSERT INTO filler VALUES (zeroblob(8000000))")
     writer.commit()
-    answer = doctor("sqlite:///flows.db")
-    assert (answer.code, answer.codes) == (1, ["log-pinned"])
-    assert "8 MB" in answer.findings["log-pinned"]["summary"]
+    result = doctor("sqlite:///flows.db")
+    assert (result.code, result.codes) == (1, ["log-pinned"])
+    assert "8 MB" in result.findings["log-pinned"]["summary"]
     reader.execute("COMMIT")
     # The log keeps its length, but the next commit restarts it.
     assert doctor("sqlite:///flows.db").codes == []
@@ -471,7 +469,7 @@ def test_a_snapshot_that_pins_the_log_is_found(
     writer.close()
 
 
-def test_no_server_is_named_where_there_is_none(flows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_sqlite_do_not_mention_a_server(flows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_id = sqlite3.connect(flows).execute("SELECT run_id FROM runs").fetchone()[0]
     other = sqlite3.connect(flows, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -491,12 +489,12 @@ def test_no_server_is_named_where_there_is_none(flows: Path, capsys: pytest.Capt
 def test_permissions_are_fixed(flows: Path, doctor: Doctor) -> None:
     flows.chmod(0o664)
     flows.with_name("flows.db-turn").chmod(0o644)
-    answer = doctor("sqlite:///flows.db", "--fix", "--yes")
-    assert answer.document["fixed"] == [
+    result = doctor("sqlite:///flows.db", "--fix", "--yes")
+    assert result.document["fixed"] == [
         f"set the mode of {flows} to 0600",
         f"set the mode of {flows}-turn to 0600",
     ]
-    assert (answer.code, answer.codes) == (0, [])
+    assert (result.code, result.codes) == (0, [])
     assert flows.stat().st_mode & 0o777 == 0o600
     assert doctor("sqlite:///flows.db").codes == []
 
@@ -519,17 +517,17 @@ ORPHANS = {
 @pytest.mark.parametrize("code", ORPHANS)
 def test_rows_without_a_run_are_found_and_fixed(code: str, flows: Path, doctor: Doctor) -> None:
     _execute(flows, ORPHANS[code])
-    answer = doctor("sqlite:///flows.db")
-    assert (answer.code, answer.codes) == (1, [code])
-    assert answer.findings[code]["count"] == 1
-    assert answer.findings[code]["examples"] == [str(UUID(int=0))]
-    answer = doctor("sqlite:///flows.db", "--fix", "--yes")
-    assert (answer.code, answer.codes) == (0, [])
-    assert answer.document["fixed"][0].startswith("deleted 1 rows of table ")
+    result = doctor("sqlite:///flows.db")
+    assert (result.code, result.codes) == (1, [code])
+    assert result.findings[code]["count"] == 1
+    assert result.findings[code]["examples"] == [str(UUID(int=0))]
+    result = doctor("sqlite:///flows.db", "--fix", "--yes")
+    assert (result.code, result.codes) == (0, [])
+    assert result.document["fixed"][0].startswith("deleted 1 rows of table ")
     assert doctor("sqlite:///flows.db").document["running_runs"] == 2
 
 
-def test_a_key_of_this_hour_is_no_orphan(flows: Path, doctor: Doctor) -> None:
+def test_a_recent_idempotency_key_is_not_an_orphan(flows: Path, doctor: Doctor) -> None:
     async def register(store: FlowStore) -> None:
         assert await store.try_register_idempotency_key(FLOW, "t", "fresh", uuid4())
 
@@ -537,15 +535,15 @@ def test_a_key_of_this_hour_is_no_orphan(flows: Path, doctor: Doctor) -> None:
     assert doctor("sqlite:///flows.db").codes == []
 
 
-def test_many_orphans_go_little_by_little(
+def test_many_orphans_are_deleted_in_batches(
     flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flowstore_sqlite.diagnosis.FIX_BATCH", 7)
     rows = ", ".join(f"(x'{n:032x}', 'k', '1')" for n in range(50))
     _execute(flows, f"INSERT INTO outputs VALUES {rows}")
-    answer = doctor("sqlite:///flows.db", "--fix", "--yes")
-    assert answer.document["fixed"] == ["deleted 50 rows of table outputs that belonged to no run"]
-    assert answer.codes == []
+    result = doctor("sqlite:///flows.db", "--fix", "--yes")
+    assert result.document["fixed"] == ["deleted 50 rows of table outputs that belonged to no run"]
+    assert result.codes == []
 
 
 def test_an_examination_that_takes_too_long_is_stopped(
@@ -553,8 +551,8 @@ def test_an_examination_that_takes_too_long_is_stopped(
 ) -> None:
     monkeypatch.setattr("flowstore_sqlite.diagnosis.CHECK_TIMEOUT", -1.0)
     monkeypatch.setattr("flowstore_sqlite.diagnosis.TIMEOUT_CHECK_INSTRUCTIONS", 1)
-    answer = doctor("sqlite:///flows.db")
-    assert (answer.code, answer.codes) == (0, ["pages-not-checked", "rows-not-checked"])
+    result = doctor("sqlite:///flows.db")
+    assert (result.code, result.codes) == (0, ["pages-not-checked", "rows-not-checked"])
     assert doctor("sqlite:///flows.db", "--thorough").codes == []
 
 
@@ -563,7 +561,7 @@ def test_synchronous_normal_is_found(flows: Path, doctor: Doctor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("nfs4", "network-file-system"), ("tmpfs", "memory-disk")])
-def test_a_file_system_that_keeps_no_promise_is_found(
+def test_an_unsafe_file_system_is_found(
     kind: str, code: str, flows: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = flows.stat().st_dev
@@ -573,36 +571,34 @@ def test_a_file_system_that_keeps_no_promise_is_found(
         f"2 1 {os.major(device)}:{os.minor(device)} / {flows.parent} rw shared:1 - {kind} server:/x rw\n"
     )
     monkeypatch.setattr(file_checks, "MOUNTS", mounts)
-    monkeypatch.setitem(globals(), "OF_THE_MACHINE", {"wal-reset-bug"})
+    monkeypatch.setitem(globals(), "MACHINE_FINDINGS", {"wal-reset-bug"})
     assert doctor("sqlite:///flows.db").codes == [code]
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
-def test_a_file_system_in_memory_is_named() -> None:
+def test_the_type_of_a_file_system_is_detected() -> None:
     assert file_checks.file_system("/dev/shm") in ("tmpfs", "ramfs")
     assert file_checks.file_system("/dev/shm/missing/deep") == ""
 
 
 @pytest.mark.parametrize(
-    ("version", "told"), [((3, 51, 2), True), ((3, 7, 0), True), ((3, 51, 3), False), ((3, 6, 23), False)]
+    ("version", "reported"), [((3, 51, 2), True), ((3, 7, 0), True), ((3, 51, 3), False), ((3, 6, 23), False)]
 )
 def test_the_wal_reset_bug_is_reported(
-    version: tuple[int, int, int], told: bool, monkeypatch: pytest.MonkeyPatch
+    version: tuple[int, int, int], reported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flowstore_sqlite.diagnosis import _check_settings
     from flowstore_sqlite.open import Options
 
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
-    found = _check_settings(Options(synchronous="FULL", busy_timeout=1, readers=1))
-    assert [finding.code for finding in found] == (["wal-reset-bug"] if told else [])
+    findings = _check_settings(Options(synchronous="FULL", busy_timeout=1, readers=1))
+    assert [finding.code for finding in findings] == (["wal-reset-bug"] if reported else [])
 
 
 # Text output
 
 
-def test_a_finding_explains_itself_and_names_a_remedy(
-    flows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finding_is_printed_with_its_remedy(flows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flows.chmod(0o644)
     _execute(flows, ORPHANS["orphans-outputs"])
     assert main(["doctor", "sqlite:///flows.db"]) == 1
@@ -610,12 +606,12 @@ def test_a_finding_explains_itself_and_names_a_remedy(
     assert f"WARNING  others may use {flows} (mode 0644; 0600 is right)\n" in out
     assert f"  do     chmod 0600 {flows}\n" in out
     assert "flowstore doctor --fix --url sqlite:///flows.db" in out
-    # Without a terminal nothing is folded.
+    # Without a terminal no line is wrapped.
     assert not [line for line in out.splitlines() if line.startswith("    ")]
     assert not [line for line in out.splitlines() if line != line.rstrip()]
 
 
-def test_redacted_parts_are_left_as_placeholders() -> None:
+def test_commands_contain_a_placeholder_for_a_url_with_a_password() -> None:
     assert command._complete("flowstore doctor --fix", "sqlite:///x y.db").endswith(
         "--url 'sqlite:///x y.db'"
     )
@@ -630,7 +626,7 @@ def test_redacted_parts_are_left_as_placeholders() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["sqlite:///missing.db"], "there is no flowstore schema"),
         (["sqlite:///a.db", "--url", "sqlite:///b.db"], "the store is given twice"),
@@ -645,17 +641,17 @@ def test_redacted_parts_are_left_as_placeholders() -> None:
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_an_unreadable_store_exits_with_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert "hunter2" not in err
 
 
-def test_fix_asks_first(
+def test_fix_asks_for_confirmation(
     flows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flows.chmod(0o644)

@@ -1,4 +1,4 @@
-"""``flowstore doctor`` on a dedicated PostgreSQL server, whose parameters the tests break one by one."""
+"""``flowstore doctor`` on a dedicated PostgreSQL server with unsafe parameters."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _execute(url: str, *statements: str) -> Any:
 
 @pytest.fixture
 def store_url(server: str) -> Iterator[str]:
-    """A store with normal data; the server's parameters are reset afterwards."""
+    """A store with healthy runs; the server's parameters are reset after the test."""
     schema = f"doctor_{uuid4().hex}"
     url = f"{server}&schema={schema}"
     _with_store(url, _fill)
@@ -95,7 +95,7 @@ def doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return run_doctor
 
 
-def test_a_healthy_server_is_silent(store_url: str, doctor: Doctor) -> None:
+def test_a_healthy_server_has_no_findings(store_url: str, doctor: Doctor) -> None:
     assert doctor(store_url) == (0, {})
     assert doctor(store_url, "--thorough") == (0, {})
 
@@ -117,7 +117,7 @@ UNSAFE = {
     ),
     "defaults-overridden lock_timeout": ("note", "ALTER DATABASE postgres SET lock_timeout = 100"),
 }
-UNSAFE_BEHIND_A_POOLER = {
+UNSAFE_WITH_POOLER = {
     "synchronous-commit-off": ("error", "ALTER SYSTEM SET synchronous_commit = off"),
     "synchronous-commit-off of the role": ("error", "ALTER ROLE postgres SET synchronous_commit = off"),
     "synchronous-commit-off of the database": (
@@ -139,39 +139,39 @@ UNSAFE_BEHIND_A_POOLER = {
     "idle-session-timeout": ("note", "ALTER ROLE postgres SET idle_session_timeout = 60000"),
     "transaction-timeout": ("note", "ALTER ROLE postgres SET transaction_timeout = 60000"),
 }
-FOR_A_POOLER = (
+POOLER_DEFAULTS = (
     "ALTER ROLE postgres SET statement_timeout = 30000",
     "ALTER ROLE postgres SET idle_in_transaction_session_timeout = 30000",
     "ALTER ROLE postgres SET search_path = pg_catalog, pg_temp",
 )
 
 
-@pytest.mark.parametrize("name", UNSAFE_BEHIND_A_POOLER)
-def test_behind_a_pooler_an_unsafe_default_is_found_and_its_remedy_helps(
+@pytest.mark.parametrize("name", UNSAFE_WITH_POOLER)
+def test_the_remedy_of_an_unsafe_default_behind_a_pooler_works(
     name: str, store_url: str, server: str, doctor: Doctor
 ) -> None:
-    _execute(server, *FOR_A_POOLER, "SELECT 1")
-    _break_and_repair(f"{store_url}&pgbouncer=true", server, doctor, name, *UNSAFE_BEHIND_A_POOLER[name])
+    _execute(server, *POOLER_DEFAULTS, "SELECT 1")
+    _assert_remedy_works(f"{store_url}&pgbouncer=true", server, doctor, name, *UNSAFE_WITH_POOLER[name])
 
 
 @pytest.mark.parametrize("name", UNSAFE)
-def test_an_unsafe_setting_is_found_and_its_remedy_helps(
+def test_the_remedy_of_an_unsafe_setting_works(
     name: str, store_url: str, server: str, doctor: Doctor
 ) -> None:
-    _break_and_repair(store_url, server, doctor, name, *UNSAFE[name])
+    _assert_remedy_works(store_url, server, doctor, name, *UNSAFE[name])
 
 
-def _break_and_repair(
+def _assert_remedy_works(
     store_url: str, server: str, doctor: Doctor, name: str, severity: str, statement: str
 ) -> None:
     code = name.partition(" ")[0]
     _execute_and_reload(server, statement)
-    exit_code, found = doctor(store_url)
-    assert list(found) == [code]
-    assert found[code]["severity"] == severity
+    exit_code, findings = doctor(store_url)
+    assert list(findings) == [code]
+    assert findings[code]["severity"] == severity
     assert exit_code == (0 if severity == "note" else 1)
-    # The command as a user types it, except for the path of psql.
-    words = shlex.split(found[code]["remedy"])
+    # Run the commands of the remedy without psql.
+    words = shlex.split(findings[code]["remedy"])
     assert words[0] == "psql"
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
     _execute_and_reload(server, "SET default_transaction_read_only = off", *commands)
@@ -181,9 +181,9 @@ def _break_and_repair(
 def test_a_pool_larger_than_the_free_connections_is_found(
     store_url: str, server: str, doctor: Doctor
 ) -> None:
-    code, found = doctor(f"{store_url}&pool_size=200")
-    assert (code, list(found)) == (1, ["connections-scarce"])
-    assert "max_connections" in found["connections-scarce"]["remedy"]
+    code, findings = doctor(f"{store_url}&pool_size=200")
+    assert (code, list(findings)) == (1, ["connections-scarce"])
+    assert "max_connections" in findings["connections-scarce"]["remedy"]
     schema = store_url.rpartition("=")[2]
     _execute(
         server,
@@ -195,19 +195,19 @@ def test_a_pool_larger_than_the_free_connections_is_found(
     try:
         small = store_url.replace("user=postgres", "user=small")
         assert doctor(f"{small}&pool_size=4") == (0, {})
-        code, found = doctor(f"{small}&pool_size=5")
-        assert list(found) == ["connections-scarce"]
-        assert 'ALTER ROLE "small" CONNECTION LIMIT -1' in found["connections-scarce"]["remedy"]
+        code, findings = doctor(f"{small}&pool_size=5")
+        assert list(findings) == ["connections-scarce"]
+        assert 'ALTER ROLE "small" CONNECTION LIMIT -1' in findings["connections-scarce"]["remedy"]
     finally:
         _execute(server, "DROP OWNED BY small", "DROP ROLE small", "SELECT 1")
 
 
-def test_behind_a_pooler_the_role_needs_time_outs_and_a_search_path(
+def test_a_role_behind_a_pooler_needs_time_outs_and_a_search_path(
     store_url: str, server: str, doctor: Doctor
 ) -> None:
-    _, found = doctor(f"{store_url}&pgbouncer=true")
-    assert list(found) == ["no-time-outs", "search-path"]
-    words = shlex.split(found["no-time-outs"]["remedy"]) + shlex.split(found["search-path"]["remedy"])
+    _, findings = doctor(f"{store_url}&pgbouncer=true")
+    assert list(findings) == ["no-time-outs", "search-path"]
+    words = shlex.split(findings["no-time-outs"]["remedy"]) + shlex.split(findings["search-path"]["remedy"])
     commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
     assert len(commands) == 3
     _execute(server, *commands, "SELECT 1")
@@ -237,14 +237,14 @@ def _session(url: str) -> Iterator[Callable[[str], Any]]:
         loop.close()
 
 
-@pytest.mark.parametrize(("off", "word"), [(5.0, "ahead of"), (-5.0, "behind")])
-def test_a_clock_that_differs_is_found(
-    off: float, word: str, store_url: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("skew", "direction"), [(5.0, "ahead of"), (-5.0, "behind")])
+def test_clock_skew_is_found(
+    skew: float, direction: str, store_url: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "local_time", lambda: datetime.now(UTC).timestamp() - off)
-    code, found = doctor(store_url)
-    assert (code, list(found)) == (1, ["clock-skew"])
-    assert f"5.0 s {word} this machine's" in found["clock-skew"]["summary"]
+    monkeypatch.setattr(diagnosis, "local_time", lambda: datetime.now(UTC).timestamp() - skew)
+    code, findings = doctor(store_url)
+    assert (code, list(findings)) == (1, ["clock-skew"])
+    assert f"5.0 s {direction} this machine's" in findings["clock-skew"]["summary"]
 
 
 RUN = "'00000000-0000-0000-0000-000000000000'"
@@ -269,10 +269,10 @@ def test_rows_without_a_run_are_found_and_fixed(
 ) -> None:
     schema = store_url.rpartition("=")[2]
     _execute(server, f"SET search_path = {schema}", f"INSERT {ORPHANS[code]}", "SELECT 1")
-    exit_code, found = doctor(store_url)
-    assert (exit_code, list(found)) == (1, [code])
-    assert found[code]["count"] == 1
-    assert found[code]["examples"] == [RUN.strip("'")]
+    exit_code, findings = doctor(store_url)
+    assert (exit_code, list(findings)) == (1, [code])
+    assert findings[code]["count"] == 1
+    assert findings[code]["examples"] == [RUN.strip("'")]
     assert doctor(store_url, "--fix", "--yes") == (0, {})
     assert doctor(store_url) == (0, {})
 
@@ -285,9 +285,9 @@ def test_a_slow_check_of_rows_is_stopped(
     with _session(server) as execute:
         execute("BEGIN")
         execute(f"LOCK TABLE {schema}.attempts IN ACCESS EXCLUSIVE MODE")
-        code, found = doctor(store_url)
-    assert (code, list(found)) == (0, ["rows-not-checked"])
-    assert "attempts" in found["rows-not-checked"]["summary"]
+        code, findings = doctor(store_url)
+    assert (code, list(findings)) == (0, ["rows-not-checked"])
+    assert "attempts" in findings["rows-not-checked"]["summary"]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_slow_check_of_rows_is_stopped(
         ("INSERT INTO {schema}.schema_version VALUES (99, 'later', 99)", "schema-ahead"),
     ],
 )
-def test_another_schema_is_found(
+def test_a_different_schema_version_is_found(
     statement: str, code: str, store_url: str, server: str, doctor: Doctor
 ) -> None:
     _execute(server, statement.replace("{schema}", store_url.rpartition("=")[2]), "SELECT 1")
@@ -328,9 +328,11 @@ async def _facts(url: str) -> ServerFacts:
         ({"pooled": True}, "pooler-undeclared", Severity.ERROR),
     ],
 )
-async def test_facts_give_findings(facts: dict[str, Any], code: str, severity: Severity, server: str) -> None:
-    found = list(check_server(replace(await _facts(server), **facts), date(2026, 12, 1)))
-    assert [(finding.code, finding.severity) for finding in found] == [(code, severity)]
+async def test_server_facts_become_findings(
+    facts: dict[str, Any], code: str, severity: Severity, server: str
+) -> None:
+    findings = list(check_server(replace(await _facts(server), **facts), date(2026, 12, 1)))
+    assert [(finding.code, finding.severity) for finding in findings] == [(code, severity)]
 
 
 async def test_synchronous_commit_local_matters_only_with_standbys(server: str) -> None:
@@ -338,11 +340,11 @@ async def test_synchronous_commit_local_matters_only_with_standbys(server: str) 
     local = {**facts.parameters, "synchronous_commit": ServerParameter("local", "configuration file")}
     assert list(check_server(replace(facts, parameters=local))) == []
     local["synchronous_standby_names"] = ServerParameter("b", "configuration file")
-    (found,) = check_server(replace(facts, parameters=local))
-    assert found.code == "synchronous-commit-local"
+    (finding,) = check_server(replace(facts, parameters=local))
+    assert finding.code == "synchronous-commit-local"
 
 
-class Pooled:
+class PooledConnection:
     """A connection whose alternating statements reach given server processes."""
 
     def __init__(self, connection: Any, pids: Iterator[int]) -> None:
@@ -370,8 +372,8 @@ async def test_a_transaction_pooler_is_detected_by_its_server_processes(
     connection = await asyncpg.connect(server)
     numbers = iter(pids)
     try:
-        both: list[Any] = [Pooled(connection, numbers) for _ in range(2)]
-        facts = await diagnosis.collect_facts(both[0], both[1], settings, config)
+        connections: list[Any] = [PooledConnection(connection, numbers) for _ in range(2)]
+        facts = await diagnosis.collect_facts(connections[0], connections[1], settings, config)
     finally:
         await connection.close()
     assert facts.pooled is pooled
@@ -388,8 +390,8 @@ async def test_a_server_that_refuses_the_settings_counts_as_a_pooler(
 
     monkeypatch.setattr(diagnosis, "_connect", refuse)
     _, _, config = resolve_store(server)
-    (found,) = await diagnosis.diagnose(config, thorough=False)
-    assert (found.code, found.remedy) == ("pooler-undeclared", "add pgbouncer=true to the URL's query")
+    (finding,) = await diagnosis.diagnose(config, thorough=False)
+    assert (finding.code, finding.remedy) == ("pooler-undeclared", "add pgbouncer=true to the URL's query")
 
 
 async def test_a_key_in_use_by_a_trigger_is_not_deleted(server: str) -> None:
@@ -400,21 +402,21 @@ async def test_a_key_in_use_by_a_trigger_is_not_deleted(server: str) -> None:
     _, _backend, config = resolve_store(url)
     async with open_store(url):
         pass
-    holder = await asyncpg.connect(server)
+    blocker = await asyncpg.connect(server)
     try:
-        await holder.execute(f"SET search_path = {schema}")
-        for key in ("held", "free"):
-            await holder.execute(
+        await blocker.execute(f"SET search_path = {schema}")
+        for key in ("locked", "free"):
+            await blocker.execute(
                 f"INSERT INTO idempotency_keys VALUES ({RUN}, 't', '{key}', {RUN}, '2020-01-01')"
             )
-        await holder.execute("BEGIN")
-        await holder.execute("SELECT FROM idempotency_keys WHERE idempotency_key = 'held' FOR UPDATE")
-        found = await diagnosis.diagnose(config, thorough=False)
-        fixing = diagnosis.fix(config, found)
+        await blocker.execute("BEGIN")
+        await blocker.execute("SELECT FROM idempotency_keys WHERE idempotency_key = 'locked' FOR UPDATE")
+        findings = await diagnosis.diagnose(config, thorough=False)
+        fixing = diagnosis.fix(config, findings)
         done = await asyncio.wait_for(fixing, 60)
         assert done == ["deleted 1 rows of table idempotency_keys that belonged to no run"]
-        await holder.execute("ROLLBACK")
-        assert await holder.fetchval("SELECT idempotency_key FROM idempotency_keys") == "held"
+        await blocker.execute("ROLLBACK")
+        assert await blocker.fetchval("SELECT idempotency_key FROM idempotency_keys") == "locked"
     finally:
-        await holder.execute(f"DROP SCHEMA {schema} CASCADE")
-        await holder.close()
+        await blocker.execute(f"DROP SCHEMA {schema} CASCADE")
+        await blocker.close()

@@ -1,4 +1,4 @@
-"""A store belongs to one event loop of one process: its errors in others, and its end with them."""
+"""A store belongs to one event loop of one process and refuses calls from others."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NEVER_CLOSED = """
 import asyncio, sys
 from flowstore_core import open_store
 
-kept = []
+opened = []
 
 async def main():
-    kept.append(open_store(sys.argv[1]))
-    store = await kept[0].__aenter__()
+    opened.append(open_store(sys.argv[1]))
+    store = await opened[0].__aenter__()
     await store.get_runs()
 
 asyncio.run(main())
 """
 
 
-async def test_another_thread_is_refused(namespace: str) -> None:
+async def test_calls_from_another_thread_are_refused(namespace: str) -> None:
     async with open_store(namespace) as store:
         for operation in (store.get_runs, store.ping, store.aclose, store.get_statistics):
             with pytest.raises(ConfigurationError, match="event loop"):
@@ -44,12 +44,12 @@ async def test_another_thread_is_refused(namespace: str) -> None:
         await asyncio.to_thread(lambda: asyncio.run(store.get_runs()))
 
 
-async def test_a_loop_within_the_stores_own_is_refused(namespace: str, backend: str) -> None:
+async def test_a_nested_event_loop_is_refused(namespace: str, backend: str) -> None:
     result = await run_check(_nested(), namespace, find_backend(backend)[1], Profile.QUICK, 1)
     assert result.status is Status.PASS, result.failure
 
 
-async def test_the_suite_finds_a_store_that_belongs_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_suite_finds_a_store_bound_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(validated_store, "running_loop", lambda: loop)
     result = await run_check(_nested(), "memory://", find_backend("memory")[1], Profile.QUICK, 1)
@@ -74,9 +74,9 @@ def test_a_later_loop_of_the_same_thread_is_refused(url: str, tmp_path: Path) ->
         runner.run(opened.__aexit__(None, None, None))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="it needs a system that forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-async def test_a_forked_process_is_refused_and_closes_nothing(namespace: str) -> None:
+async def test_a_forked_process_is_refused_and_does_not_close_the_store(namespace: str) -> None:
     async with open_store(namespace) as store:
         run_id = await new_run(store)
         claiming = [asyncio.ensure_future(store.try_claim_step(run_id, f"step {n}")) for n in range(5)]
@@ -84,7 +84,7 @@ async def test_a_forked_process_is_refused_and_closes_nothing(namespace: str) ->
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             try:
-                os.write(writing, json.dumps(_errors_of_a_child(store)).encode())
+                os.write(writing, json.dumps(_errors_in_child(store)).encode())
             finally:
                 os._exit(0)
         os.close(writing)
@@ -96,25 +96,25 @@ async def test_a_forked_process_is_refused_and_closes_nothing(namespace: str) ->
         assert len(await store.get_step_claims(run_id)) == 5
 
 
-def _errors_of_a_child(store: FlowStore) -> list[str | None]:
-    found: list[str | None] = []
+def _errors_in_child(store: FlowStore) -> list[str | None]:
+    errors: list[str | None] = []
     for operation in (store.get_runs, store.ping, store.aclose, store.get_active_runs):
         try:
             asyncio.run(asyncio.wait_for(operation(), 10))  # type: ignore[operator]
-            found.append(None)
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            found.append(type(error).__name__)
-    return found
+            errors.append(None)
+        except Exception as error:  # noqa: BLE001 - reported to the parent
+            errors.append(type(error).__name__)
+    return errors
 
 
-async def test_a_program_that_never_closes_its_store_ends_quietly(namespace: str) -> None:
+async def test_a_program_that_does_not_close_its_store_prints_nothing(namespace: str) -> None:
     program = await asyncio.create_subprocess_exec(
         sys.executable, "-c", NEVER_CLOSED, namespace, stderr=asyncio.subprocess.PIPE
     )
     try:
-        _, said = await asyncio.wait_for(program.communicate(), 60)
+        _, stderr = await asyncio.wait_for(program.communicate(), 60)
     finally:
         if program.returncode is None:
             program.kill()
             await program.wait()
-    assert (program.returncode, said) == (0, b"")
+    assert (program.returncode, stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""What makes questions about all runs quick: sums, summaries and indexes, and databases that had none."""
+"""Counters, summaries and indexes for queries over all runs, and migrations that create them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 
 
 async def _execute(url: str, *statements: str) -> None:
-    """Speak to the database behind the store's back; {s} is the schema's prefix."""
+    """Execute statements on a separate connection; {s} is replaced by the schema's prefix."""
     if url.startswith("sqlite"):
         db = sqlite3.connect(url.removeprefix("sqlite:///"))
         for statement in statements:
@@ -75,8 +75,8 @@ async def _execute(url: str, *statements: str) -> None:
         await connection.close()
 
 
-async def _live(store: FlowStore, clock: VirtualClock, generator: random.Random, count: int) -> None:
-    """Runs that start, end and are reopened over some days."""
+async def _create_runs(store: FlowStore, clock: VirtualClock, generator: random.Random, count: int) -> None:
+    """Start, complete and reopen runs over several days."""
     for number in range(count):
         clock.now += timedelta(minutes=generator.randrange(90))
         run_id = new_run_id()
@@ -93,43 +93,47 @@ async def _live(store: FlowStore, clock: VirtualClock, generator: random.Random,
     await store.cleanup(clock.now - timedelta(hours=20))
 
 
-async def _ask(store: FlowStore, now: datetime) -> list[Any]:
-    """Every question about all runs."""
-    found: list[Any] = [await store.get_statistics(as_of=now - timedelta(days=days)) for days in range(3)]
+async def _query_all(store: FlowStore, now: datetime) -> list[Any]:
+    """Return the results of every query over all runs."""
+    results: list[Any] = [await store.get_statistics(as_of=now - timedelta(days=days)) for days in range(3)]
     for flow_id in (None, *FLOWS):
-        found += [
+        results += [
             await store.get_runs_page(flow_id, status=status, search=search, take=5)
             for status in (None, *RunStatus)
             for search in (None, "needle 3", "e 3", "3")
         ]
         for granularity in ("hour", "day"):
             days = timedelta(days=6)
-            # Twice: computed, and as it was kept.
+            # Twice: computed, then cached.
             for _ in range(2):
                 series = await store.get_run_timeseries(granularity, now - days, now + days, flow_id)  # type: ignore[arg-type]
-                found.append(series)
-    return found
+                results.append(series)
+    return results
 
 
-async def _ask_plainly(store: FlowStore, now: datetime) -> list[Any]:
-    """The same from what a look at every run tells, in a store without sums."""
+async def _query_without_counters(store: FlowStore, now: datetime) -> list[Any]:
+    """Return the results of the same queries on a copy of the runs in a memory store."""
     runs = await store.get_runs(take=1000)
-    async with open_store("memory://", clock=lambda: now) as plain:
-        (state,) = plain._store.values()  # type: ignore[attr-defined]
+    async with open_store("memory://", clock=lambda: now) as copy:
+        (state,) = copy._store.values()  # type: ignore[attr-defined]
         for run in runs:
             detail = await store.get_run_detail(run.run_id)
             assert detail is not None
-            await plain.start_run(run.flow_id, run.flow_name, run.run_id, run.trigger_key)
+            await copy.start_run(run.flow_id, run.flow_name, run.run_id, run.trigger_key)
             for step in detail.steps:
                 for attempt in step.attempts:
-                    await plain.record_step_start(run.run_id, step.step_key, attempt.step_type)
+                    await copy.record_step_start(run.run_id, step.step_key, attempt.step_type)
                     if attempt.status is not StepStatus.RUNNING:
-                        await plain.record_step_complete(
+                        await copy.record_step_complete(
                             run.run_id, step.step_key, attempt.status, output_json=attempt.output_json
                         )
-            kept = state._runs[run.run_id.int]
-            kept.started_at, kept.completed_at, kept.status = run.started_at, run.completed_at, run.status
-        return await _ask(plain, now)
+            record = state._runs[run.run_id.int]
+            record.started_at, record.completed_at, record.status = (
+                run.started_at,
+                run.completed_at,
+                run.status,
+            )
+        return await _query_all(copy, now)
 
 
 async def test_counters_equal_an_enumeration_of_all_runs(url: str) -> None:
@@ -137,14 +141,14 @@ async def test_counters_equal_an_enumeration_of_all_runs(url: str) -> None:
     clock.now = NOON
     async with open_store(url, clock=clock) as store:
         for _ in range(4):
-            await _live(store, clock, generator, 40)
-            assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+            await _create_runs(store, clock, generator, 40)
+            assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
 
 
-async def test_sums_hold_while_many_write(database: str) -> None:
+async def test_counters_are_correct_during_concurrent_writes(database: str) -> None:
     async with open_store(database) as store:
 
-        async def one(number: int) -> None:
+        async def write_run(number: int) -> None:
             run_id = new_run_id()
             await store.trigger_run(FLOWS[number % 2], "f", run_id, "manual")
             await store.record_step_start(run_id, "a", "http")
@@ -154,7 +158,7 @@ async def test_sums_hold_while_many_write(database: str) -> None:
             if number % 6 == 1:
                 await store.retry_step(run_id, "a")
 
-        done = asyncio.gather(*(one(number) for number in range(120)))
+        done = asyncio.gather(*(write_run(number) for number in range(120)))
         while not done.done():
             page = await store.get_runs_page(take=1000)
             assert page.total_count == len(page.runs)
@@ -165,37 +169,37 @@ async def test_sums_hold_while_many_write(database: str) -> None:
         assert (await store.get_statistics()).active_runs == 60
 
 
-async def test_changes_made_past_the_store_are_counted(database: str) -> None:
+async def test_changes_by_other_programs_are_counted(database: str) -> None:
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(database, clock=clock) as store:
-        await _live(store, clock, random.Random(1), 60)
-        before = await _ask(store, clock.now)
+        await _create_runs(store, clock, random.Random(1), 60)
+        before = await _query_all(store, clock.now)
         await _execute(database, "DELETE FROM {s}runs WHERE flow_name = 'flow 1'")
-        after = await _ask(store, clock.now)
+        after = await _query_all(store, clock.now)
         assert after != before
-        assert after == await _ask_plainly(store, clock.now)
+        assert after == await _query_without_counters(store, clock.now)
 
 
-async def test_a_version_1_database_is_brought_up_with_its_data(database: str) -> None:
+async def test_a_version_1_database_is_migrated_with_its_data(database: str) -> None:
     clock = VirtualClock()
     clock.now = NOON
-    # The data comes from a store of today, whose sums and indexes are then taken away again.
+    # Create the data with the current schema, then remove its counters and indexes.
     async with open_store(database, clock=clock) as store:
-        await _live(store, clock, random.Random(3), 80)
-        wanted = await _ask(store, clock.now)
+        await _create_runs(store, clock, random.Random(3), 80)
+        expected = await _query_all(store, clock.now)
     await _downgrade(database)
     _, backend, config = resolve_store(database)
     assert await backend.schema_version(config) == 1  # type: ignore[attr-defined]
     async with open_store(database, clock=clock) as store:
-        assert await _ask(store, clock.now) == wanted
-        await _live(store, clock, random.Random(4), 40)
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+        assert await _query_all(store, clock.now) == expected
+        await _create_runs(store, clock, random.Random(4), 40)
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
     await _downgrade(database)
     await backend.migrate(config)  # type: ignore[attr-defined]
     assert "by index" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
     async with open_store(database, clock=clock, migrate=False) as store:
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
 
 
 async def _downgrade(url: str) -> None:
@@ -234,36 +238,36 @@ async def _downgrade(url: str) -> None:
 async def test_a_search_finds_later_changes_of_completed_runs(database: str) -> None:
     async with open_store(database) as store:
 
-        async def found(needle: str) -> set[UUID]:
+        async def search(needle: str) -> set[UUID]:
             return {run.run_id for run in (await store.get_runs_page(search=needle)).runs}
 
-        open_one, skipped, reopened = new_run_id(), new_run_id(), new_run_id()
-        for run_id in (open_one, skipped, reopened):
+        running, skipped, reopened = new_run_id(), new_run_id(), new_run_id()
+        for run_id in (running, skipped, reopened):
             await store.start_run(FLOWS[0], "flow", run_id, "manual")
             await store.record_step_start(run_id, "a", "http")
         await store.record_step_complete(reopened, "a", StepStatus.FAILED, error_message="haystack")
-        for run_id in (open_one, skipped, reopened):
+        for run_id in (running, skipped, reopened):
             await store.complete_run(run_id, RunStatus.CANCELLED)
-        assert await found("haystack") == {reopened}
-        # Gathers the texts of all three.
+        assert await search("haystack") == {reopened}
+        # cleanup indexes the texts of all three runs.
         await store.cleanup(NOON - timedelta(days=3650))
-        assert await found("haystack") == {reopened}
-        await store.record_step_complete(open_one, "a", StepStatus.FAILED, error_message="LATE haystack")
+        assert await search("haystack") == {reopened}
+        await store.record_step_complete(running, "a", StepStatus.FAILED, error_message="LATE haystack")
         await store.record_skipped_step(skipped, "b", "http", "late HAYSTACK")
-        assert await found("late haystack") == {open_one, skipped}
+        assert await search("late haystack") == {running, skipped}
         await store.cleanup(NOON - timedelta(days=3650))
-        assert await found("late haystack") == {open_one, skipped}
+        assert await search("late haystack") == {running, skipped}
         await store.retry_step(reopened, "a")
         await store.record_step_start(reopened, "a", "http")
         await store.record_step_complete(reopened, "a", StepStatus.SUCCEEDED, output_json='"late haystack"')
-        assert await found("late haystack") == {open_one, skipped, reopened}
+        assert await search("late haystack") == {running, skipped, reopened}
         await store.complete_run(reopened, RunStatus.SUCCEEDED)
-        assert await found("late haystack") == {open_one, skipped, reopened}
+        assert await search("late haystack") == {running, skipped, reopened}
         await store.cleanup(datetime.now(UTC) + timedelta(days=1))
-        assert await found("haystack") == set()
+        assert await search("haystack") == set()
 
 
-async def test_a_search_indexes_the_runs_that_it_had_to_scan(database: str) -> None:
+async def test_a_search_indexes_the_runs_that_it_scans(database: str) -> None:
     async with open_store(database) as store:
         for number in range(100):
             run_id = new_run_id()
@@ -273,17 +277,17 @@ async def test_a_search_indexes_the_runs_that_it_had_to_scan(database: str) -> N
             assert (await store.get_runs_page(search="flow 77")).total_count == 1
 
 
-async def test_searches_work_without_the_index_and_it_can_come_later(database: str) -> None:
+async def test_searches_work_without_the_index_and_a_migration_restores_it(database: str) -> None:
     _, backend, config = resolve_store(database)
     if database.startswith("sqlite"):
-        taken = ["DROP TABLE run_trigrams", *(f"DROP TRIGGER {name}" for name in SEARCH_TRIGGERS)]
+        statements = ["DROP TABLE run_trigrams", *(f"DROP TRIGGER {name}" for name in SEARCH_TRIGGERS)]
     else:
-        places = (
+        tables = (
             "steps" if name in ("search_late", "search_skipped") else "runs" for name in SEARCH_TRIGGERS
         )
-        pairs = zip(SEARCH_TRIGGERS, places, strict=True)
-        taken = ["DROP INDEX {s}run_texts_by_trigram"]
-        taken += [f"DROP TRIGGER {name} ON {{s}}{place}" for name, place in pairs]
+        pairs = zip(SEARCH_TRIGGERS, tables, strict=True)
+        statements = ["DROP INDEX {s}run_texts_by_trigram"]
+        statements += [f"DROP TRIGGER {name} ON {{s}}{table}" for name, table in pairs]
     async with open_store(database) as store:
         for number in range(20):
             run_id = new_run_id()
@@ -293,9 +297,9 @@ async def test_searches_work_without_the_index_and_it_can_come_later(database: s
             await store.cleanup(NOON - timedelta(days=3650))
             assert (await store.get_runs_page(search="flow 1")).total_count == 11
             assert (await store.get_runs_page(search="FLOW 17")).total_count == 1
-            if taken:
-                await _execute(database, *taken)
-                taken = []
+            if statements:
+                await _execute(database, *statements)
+                statements = []
         assert "every run" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
         run_id = new_run_id()
         await store.start_run(FLOWS[0], "flow 17", run_id, "manual")
@@ -305,7 +309,7 @@ async def test_searches_work_without_the_index_and_it_can_come_later(database: s
         assert (await store.get_runs_page(search="FLOW 17")).total_count == 2
 
 
-async def test_roles_with_rights_on_version_1_get_rights_on_later_objects(postgresql_url: str) -> None:
+async def test_roles_with_privileges_on_version_1_get_them_on_later_objects(postgresql_url: str) -> None:
     role = f"flows_app_{new_run_id().hex}"
     async with find_backend("postgresql")[1].scratch(postgresql_url) as url:
         schema = parse_qs(urlsplit(url).query)["schema"][0]
@@ -334,7 +338,7 @@ async def test_roles_with_rights_on_version_1_get_rights_on_later_objects(postgr
             await _execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
-def test_a_position_is_one_word() -> None:
+def test_a_position_is_text_without_spaces() -> None:
     position = RunPosition(started_at=NOON, run_id=UUID(int=7))
     assert str(position) == "2026-03-14T12:00:00.000000Z_00000000-0000-0000-0000-000000000007"
     assert RunPosition.parse(str(position)) == position

@@ -44,10 +44,10 @@ def begin(**arguments: object) -> Call:
 
 
 def op(call: Call, invoked: float, returned: float, outcome: object, client: int = 0) -> Operation:
-    told: Outcome = outcome if isinstance(outcome, (Raised, Returned)) else Returned(outcome)
+    recorded: Outcome = outcome if isinstance(outcome, (Raised, Returned)) else Returned(outcome)
     if outcome is UNKNOWN:
-        told, returned = UNKNOWN, float("inf")
-    return Operation(client=client, call=call, invoked=invoked, returned=returned, outcome=told, now=NOW)
+        recorded, returned = UNKNOWN, float("inf")
+    return Operation(client=client, call=call, invoked=invoked, returned=returned, outcome=recorded, now=NOW)
 
 
 def state_after(*calls: Call) -> State:
@@ -57,19 +57,19 @@ def state_after(*calls: Call) -> State:
     return state
 
 
-def by_brute_force(operations: tuple[Operation, ...], start: State) -> bool:
-    """Whether any order fits, over all permutations and all subsets of unknown operations."""
+def search_all_orders(operations: tuple[Operation, ...], start: State) -> bool:
+    """Return whether any order of the known and any subset of the unknown operations is legal."""
     unknown = [index for index, one in enumerate(operations) if one.outcome is UNKNOWN]
     known = [index for index, one in enumerate(operations) if one.outcome is not UNKNOWN]
     for size in range(len(unknown) + 1):
         for happened in itertools.combinations(unknown, size):
             for order in itertools.permutations([*known, *happened]):
-                if _fits([operations[index] for index in order], start):
+                if _is_legal([operations[index] for index in order], start):
                     return True
     return False
 
 
-def _fits(order: list[Operation], start: State) -> bool:
+def _is_legal(order: list[Operation], start: State) -> bool:
     for index, one in enumerate(order):
         if any(later.returned < one.invoked for later in order[index + 1 :]):
             return False
@@ -84,16 +84,16 @@ def _fits(order: list[Operation], start: State) -> bool:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
-    """Up to six calls with drawn times and the outcomes of some order, sometimes with one wrong outcome."""
+    """Up to six calls with random times and the outcomes of one order, sometimes with one wrong outcome."""
     generator = random.Random(draw(st.integers(0, 2**32)))
     chooser, model = RandomChoices(generator), Model(lambda: NOW)
     capabilities = frozenset(Capability)
     universe = Universe(model=model, runs=[RUN, OTHER], flows=[FLOW], keys=["a"], capabilities=capabilities)
     names = [name for name in available_strategies(capabilities) if not OPERATIONS[name].spans_runs]
-    favourites = generator.sample(names, 6)
+    methods = generator.sample(names, 6)
 
     def draw_one() -> Call:
-        return draw_call(chooser, universe, generator.choice(favourites))
+        return draw_call(chooser, universe, generator.choice(methods))
 
     before = [START, *(draw_one() for _ in range(generator.randint(0, 4)))]
     start = state_after(*before)
@@ -101,24 +101,24 @@ def histories(draw: st.DrawFn) -> tuple[State, tuple[Operation, ...]]:
     drawn: list[Operation] = []
     state = start
     for _ in range(generator.randint(2, 6)):
-        # In the order that the outcomes follow, each call takes effect at a fixed time...
-        place = len(drawn) * 10.0
+        # The outcomes follow the order in which calls take effect.
+        time = len(drawn) * 10.0
         call = draw_one()
         outcome, state = apply_call(state, op(call, 0, 0, None))
         universe.model.state = state.copy()
-        # ... and its invocation and return lie around that time, so that it overlaps its neighbours.
-        invoked, returned = place - generator.randint(0, 25), place + generator.randint(0, 25)
+        # Invocation and return are random times around the effect, so that calls overlap.
+        invoked, returned = time - generator.randint(0, 25), time + generator.randint(0, 25)
         if generator.random() < 0.15:
             outcome, returned = UNKNOWN, float("inf")
         drawn.append(replace(op(call, invoked, returned, None, client=len(drawn)), outcome=outcome))
     if generator.random() < 0.6:
         index = generator.randrange(len(drawn))
-        drawn[index] = replace(drawn[index], outcome=_another(drawn, index, generator))
+        drawn[index] = replace(drawn[index], outcome=_wrong_outcome(drawn, index, generator))
     return start, tuple(sorted(drawn, key=lambda one: one.invoked))
 
 
-def _another(drawn: list[Operation], index: int, generator: random.Random) -> Outcome:
-    """An outcome that may be wrong: that of another call, or the opposite boolean."""
+def _wrong_outcome(drawn: list[Operation], index: int, generator: random.Random) -> Outcome:
+    """Return an outcome that may be wrong: that of a different call, or the opposite boolean."""
     outcome = drawn[index].outcome
     if isinstance(outcome, Returned) and isinstance(outcome.value, bool):
         return Returned(not outcome.value)
@@ -132,14 +132,14 @@ def _another(drawn: list[Operation], index: int, generator: random.Random) -> Ou
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(histories())
-def test_answers_as_trying_all_orders_does(drawn: tuple[State, tuple[Operation, ...]]) -> None:
+def test_the_search_agrees_with_trying_all_orders(drawn: tuple[State, tuple[Operation, ...]]) -> None:
     start, operations = drawn
-    found = check_history(History(operations), start=start).answer
-    right = Answer.LINEARIZABLE if by_brute_force(operations, start) else Answer.VIOLATION
-    assert found is right
+    answer = check_history(History(operations), start=start).answer
+    expected = Answer.LINEARIZABLE if search_all_orders(operations, start) else Answer.VIOLATION
+    assert answer is expected
 
 
-GOOD: dict[str, tuple[Operation, ...]] = {
+LINEARIZABLE: dict[str, tuple[Operation, ...]] = {
     "one winner": (op(claim("x"), 1, 4, True), op(claim("y"), 2, 5, False)),
     "the later call wins because both overlap": (op(claim("x"), 1, 4, False), op(claim("y"), 2, 5, True)),
     "a release between": (
@@ -165,17 +165,17 @@ GOOD: dict[str, tuple[Operation, ...]] = {
         op(on("save_output", key="k", value_json="2"), 2, 5, None),
         op(on("get_output", key="k"), 6, 7, "1"),
     ),
-    "nothing at all": (),
+    "no operation": (),
 }
 
-BAD: dict[str, tuple[Operation, ...]] = {
+VIOLATIONS: dict[str, tuple[Operation, ...]] = {
     "two winners": (op(claim("x"), 1, 4, True), op(claim("y"), 2, 5, True)),
     "no winner": (op(claim("x"), 1, 4, False), op(claim("y"), 2, 5, False)),
-    "the loser was alone before": (op(claim("x"), 1, 2, False), op(claim("y"), 3, 4, True)),
+    "a claim that fails without a competitor": (op(claim("x"), 1, 2, False), op(claim("y"), 3, 4, True)),
     "one number twice": (op(begin(), 1, 5, 1), op(begin(), 2, 6, 1)),
     "a gap in the numbers": (op(begin(), 1, 5, 1), op(begin(), 2, 6, 3)),
     "a claim that a later read misses": (op(claim("x"), 1, 2, True), op(on("get_step_claims"), 3, 4, ())),
-    "seen and then not": (
+    "a claim that is read and then missing": (
         op(claim("x"), 1, 9, True),
         op(on("get_claimed_step_keys"), 2, 3, frozenset({"a"})),
         op(on("get_claimed_step_keys"), 4, 5, frozenset()),
@@ -190,55 +190,55 @@ BAD: dict[str, tuple[Operation, ...]] = {
         op(on("get_output", key="k"), 5, 6, "1"),
     ),
     "a wrong error": (op(claim("x"), 1, 2, Raised("RunNotFoundError")),),
-    "an error of nobody's": (op(begin(), 1, 2, Raised("IntegrityError")),),
+    "an error outside the contract": (op(begin(), 1, 2, Raised("IntegrityError")),),
 }
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_accepts(name: str) -> None:
-    verdict = check_history(History.of(GOOD[name]), start=state_after(START))
+@pytest.mark.parametrize("name", LINEARIZABLE)
+def test_a_linearizable_history_is_accepted(name: str) -> None:
+    verdict = check_history(History.of(LINEARIZABLE[name]), start=state_after(START))
     assert verdict.answer is Answer.LINEARIZABLE
-    known = {id(one) for one in GOOD[name] if one.outcome is not UNKNOWN}
+    known = {id(one) for one in LINEARIZABLE[name] if one.outcome is not UNKNOWN}
     assert known <= {id(one) for one in verdict.prefix}
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_refuses(name: str) -> None:
-    verdict = check_history(History.of(BAD[name]), start=state_after(START))
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_is_refused(name: str) -> None:
+    verdict = check_history(History.of(VIOLATIONS[name]), start=state_after(START))
     assert verdict.answer is Answer.VIOLATION
     assert verdict.unplaced
     assert len(verdict.expected) == len(verdict.unplaced)
 
 
 def test_a_violation_names_the_correct_results() -> None:
-    verdict = check_history(History.of(BAD["two winners"]), start=state_after(START))
+    verdict = check_history(History.of(VIOLATIONS["two winners"]), start=state_after(START))
     assert [one.outcome for one in verdict.prefix] == [Returned(True)]
     assert verdict.expected == (Returned(False),)
 
 
-def test_an_answer_must_not_come_before_the_call() -> None:
-    """Real time orders what did not overlap, however well another order would fit."""
+def test_a_result_must_not_precede_its_call() -> None:
+    """Calls that do not overlap keep their order in real time."""
     late = (op(on("get_claimed_step_keys"), 1, 2, frozenset({"a"})), op(claim("x"), 3, 4, True))
     overlapping = (op(on("get_claimed_step_keys"), 1, 4, frozenset({"a"})), op(claim("x"), 2, 3, True))
     assert check_history(History.of(late), start=state_after(START)).answer is Answer.VIOLATION
     assert check_history(History.of(overlapping), start=state_after(START)).answer is Answer.LINEARIZABLE
 
 
-def test_a_budget_that_runs_out_decides_nothing() -> None:
+def test_an_exhausted_budget_is_undecided() -> None:
     calls = tuple(op(begin(), index, 100 + index, 12 - index) for index in range(12))
     assert check_history(History.of(calls), start=state_after(START), budget=5).answer is Answer.UNDECIDED
     assert check_history(History.of(calls), start=state_after(START)).answer is Answer.LINEARIZABLE
 
 
-def test_many_losers_are_no_work() -> None:
-    """A call that says it changed nothing is placed as soon as it fits: no choice is left open."""
+def test_many_failed_claims_need_few_states() -> None:
+    """A call without an effect is placed as soon as its result is legal, without branching."""
     calls = [op(claim(str(index)), 1, 9, index == 7) for index in range(40)]
     verdict = check_history(History.of(calls), start=state_after(START))
     assert verdict.answer is Answer.LINEARIZABLE
     assert verdict.states < 5000
 
 
-def test_parts_share_neither_run_nor_key() -> None:
+def test_independent_parts_share_no_run_or_key() -> None:
     key = {"flow_id": FLOW, "trigger_key": "t", "idempotency_key": "k"}
     register = Call(method="try_register_idempotency_key", arguments={**key, "run_id": OTHER})
     find = Call(method="find_run_id_by_idempotency_key", arguments=key)
@@ -249,8 +249,8 @@ def test_parts_share_neither_run_nor_key() -> None:
     assert len(independent_parts([one, two, everything])) == 1
 
 
-def test_each_part_is_searched_alone() -> None:
-    """Twenty runs with four overlapping calls each: together there would be far too many orders."""
+def test_independent_parts_are_searched_separately() -> None:
+    """Twenty runs with four overlapping calls each have too many orders to search together."""
     runs = [UUID(int=50 + index) for index in range(20)]
     starts = [replace(START, arguments={**START.arguments, "run_id": run_id}) for run_id in runs]
     calls = [op(claim(owner, run_id), 1, 9, owner == "3") for run_id in runs for owner in "0123"]
@@ -259,19 +259,19 @@ def test_each_part_is_searched_alone() -> None:
     assert len(verdict.prefix) == 80
 
 
-def test_the_clock_of_each_call_counts() -> None:
+def test_each_call_has_its_own_time() -> None:
     lease = {"step_key": "a", "lease": timedelta(seconds=30)}
     taken = op(on("try_claim_step", owner="x", **lease), 1, 2, True)
-    again = op(on("try_claim_step", owner="y", **lease), 3, 4, True)
-    late = replace(again, now=NOW + timedelta(seconds=30))
-    early = replace(again, now=NOW + timedelta(seconds=29))
+    second = op(on("try_claim_step", owner="y", **lease), 3, 4, True)
+    late = replace(second, now=NOW + timedelta(seconds=30))
+    early = replace(second, now=NOW + timedelta(seconds=29))
     assert check_history(History.of([taken, late]), start=state_after(START)).answer is Answer.LINEARIZABLE
     assert check_history(History.of([taken, early]), start=state_after(START)).answer is Answer.VIOLATION
 
 
-def test_without_a_common_clock_times_are_not_compared() -> None:
+def test_times_are_not_compared_without_a_common_clock() -> None:
     _, state = apply_call(State(), op(START, 0, 0, None))
     outcome, _ = apply_call(state, op(on("get_run_detail"), 0, 0, None), exact_times=False)
-    elsewhere = replace(op(START, 0, 0, None), now=NOW + timedelta(days=3))
-    _, later = apply_call(State(), elsewhere, exact_times=False)
+    at_another_time = replace(op(START, 0, 0, None), now=NOW + timedelta(days=3))
+    _, later = apply_call(State(), at_another_time, exact_times=False)
     assert apply_call(later, op(on("get_run_detail"), 0, 0, None), exact_times=False)[0] == outcome

@@ -1,4 +1,4 @@
-"""The job that tests the lowest allowed versions takes them from pyproject.toml, and CI runs it."""
+"""The CI job for the lowest allowed versions, which it reads from pyproject.toml."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def job() -> ModuleType:
 def project(*dependencies: str, **extras: list[str]) -> dict[str, Any]:
     return {
         "build-system": {"requires": ["builder>=1"]},
-        "project": {"name": "ours", "dependencies": list(dependencies), "optional-dependencies": extras},
+        "project": {"name": "example", "dependencies": list(dependencies), "optional-dependencies": extras},
     }
 
 
 def test_every_direct_dependency_is_pinned_to_its_lower_bound(job: ModuleType) -> None:
-    given = project(
+    settings = project(
         "Some_Thing>=2.1,<9",
         one=["other[extra]>=3; sys_platform == 'linux'"],
-        two=["ours[one]", "some-thing>=2.1"],
+        two=["example[one]", "some-thing>=2.1"],
     )
-    assert job.lower_bounds(given) == {"builder": "1", "some-thing": "2.1", "other": "3"}
+    assert job.lower_bounds(settings) == {"builder": "1", "some-thing": "2.1", "other": "3"}
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("settings", "message"),
     [
         (project("thing"), "thing has no lower bound"),
         (project("thing<3"), "thing<3 has no lower bound"),
@@ -51,13 +51,13 @@ def test_every_direct_dependency_is_pinned_to_its_lower_bound(job: ModuleType) -
     ],
 )
 def test_a_dependency_without_one_lower_bound_is_refused(
-    given: dict[str, Any], said: str, job: ModuleType
+    settings: dict[str, Any], message: str, job: ModuleType
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
-        job.lower_bounds(given)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        job.lower_bounds(settings)
 
 
-def test_the_bounds_are_those_of_the_project(job: ModuleType) -> None:
+def test_the_bounds_come_from_pyproject(job: ModuleType) -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     bounds = job.lower_bounds(tomllib.loads(text))
     assert {"pluggy", "aiosqlite", "asyncpg", "typer", "rich", "hypothesis", "opentelemetry-api"} <= set(
@@ -73,10 +73,10 @@ def test_ci_runs_the_job_on_the_oldest_python(job: ModuleType) -> None:
     for name in job.TESTS:
         assert (ROOT / name).exists(), name
     oldest = settings["requires-python"].removeprefix(">=")
-    for file, wanted in (
+    for file, expected in (
         (".ci/run", f"sys.version_info[:2] != ({oldest.replace('.', ', ')})"),
         (".ci/run", "run python .ci/lowest_versions.py"),
         (".github/workflows/ci.yml", f'python: ["{oldest}"'),
         (".github/workflows/ci.yml", "run: .ci/run"),
     ):
-        assert wanted in (ROOT / file).read_text(encoding="utf-8"), (file, wanted)
+        assert expected in (ROOT / file).read_text(encoding="utf-8"), (file, expected)

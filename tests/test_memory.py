@@ -13,7 +13,7 @@ from flowstore_core.plugins import find_backend
 from tests.calls import new_run, together
 
 
-async def test_memory_without_name_is_private_to_its_open() -> None:
+async def test_memory_without_a_name_is_private_to_each_open() -> None:
     async with open_store("memory://") as one, open_store("memory://") as other:
         run_id = await new_run(one)
         assert await other.get_run_status(run_id) is None
@@ -26,8 +26,8 @@ async def test_memory_with_a_name_is_shared_until_the_process_ends() -> None:
         run_id = await new_run(one)
         async with open_store("memory://shared-1") as other:
             assert await other.get_run_status(run_id) is RunStatus.RUNNING
-        async with open_store("memory://shared-2") as another:
-            assert await another.get_run_status(run_id) is None
+        async with open_store("memory://shared-2") as different:
+            assert await different.get_run_status(run_id) is None
     async with open_store("MEMORY://shared-1?migrate=false") as later:
         assert await later.get_run_status(run_id) is RunStatus.RUNNING
 
@@ -38,9 +38,9 @@ async def test_memory_names_are_compared_exactly() -> None:
         assert await other.get_run_status(run_id) is None
 
 
-async def test_memory_a_name_is_shared_by_threads_that_open_it_at_once() -> None:
+async def test_memory_a_name_is_shared_by_threads_that_open_it_concurrently() -> None:
     barrier = threading.Barrier(6)
-    won: list[str] = []
+    outcomes: list[str] = []
     run_id = UUID(int=1)
 
     async def work(number: int) -> None:
@@ -49,12 +49,12 @@ async def test_memory_a_name_is_shared_by_threads_that_open_it_at_once() -> None
             try:
                 await new_run(store, run_id=run_id)
             except Exception as error:  # noqa: BLE001 - counted below
-                won.append(type(error).__name__)
+                outcomes.append(type(error).__name__)
             else:
-                won.append("started")
+                outcomes.append("started")
 
     await together(asyncio.to_thread(asyncio.run, work(number)) for number in range(6))
-    assert sorted(won) == ["RunAlreadyExistsError"] * 5 + ["started"]
+    assert sorted(outcomes) == ["RunAlreadyExistsError"] * 5 + ["started"]
 
 
 async def test_memory_scratch_is_empty_and_removed_afterwards() -> None:
@@ -68,8 +68,8 @@ async def test_memory_scratch_is_empty_and_removed_afterwards() -> None:
         ):
             run_id = await new_run(store)
             assert await kept.get_runs() == await other.get_runs() == ()
-            async with open_store(url) as again:
-                assert await again.get_run_status(run_id) is RunStatus.RUNNING
+            async with open_store(url) as reopened:
+                assert await reopened.get_run_status(run_id) is RunStatus.RUNNING
     async with open_store(url) as store:
         assert await store.get_runs() == ()
 

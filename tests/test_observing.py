@@ -1,4 +1,4 @@
-"""Log records, and reports of backends to observers: names, levels, and no secrets."""
+"""Log records and the reports of backends to observers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CANARY = "canary-7f3a"
 
 
 class Recorder:
-    """Records all reports."""
+    """An observer that records every report."""
 
     def __init__(self) -> None:
         self.retries: list[tuple[str, str]] = []
         self.batches: list[tuple[str, int]] = []
         self.waits: list[float] = []
-        self.lost: list[tuple[str, Resolution, int]] = []
+        self.unknown_outcomes: list[tuple[str, Resolution, int]] = []
 
     def retried(self, operation: str, reason: str, wait: float) -> None:
         assert wait > 0
@@ -42,11 +42,11 @@ class Recorder:
         self.waits.append(waited)
 
     def outcome_unknown(self, operation: str, resolution: Resolution, calls: int) -> None:
-        self.lost.append((operation, resolution, calls))
+        self.unknown_outcomes.append((operation, resolution, calls))
 
 
-def _listen(monkeypatch: pytest.MonkeyPatch, *observers: Any) -> list[Any]:
-    """Append an observer to every opened store, as the wrapper of a plugin does."""
+def _add_observers(monkeypatch: pytest.MonkeyPatch, *observers: Any) -> list[Any]:
+    """Append observers to every opened store, as a wrapper plugin does."""
     opened = []
 
     def wrap(store: Any, config: StoreConfig, plugin: Any) -> Any:
@@ -60,26 +60,26 @@ def _listen(monkeypatch: pytest.MonkeyPatch, *observers: Any) -> list[Any]:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    made = Recorder()
-    _listen(monkeypatch, made)
-    return made
+    recorder = Recorder()
+    _add_observers(monkeypatch, recorder)
+    return recorder
 
 
 @pytest.fixture
 def records() -> Iterator[list[logging.LogRecord]]:
     """The records of flowstore's loggers at level debug."""
-    kept: list[logging.LogRecord] = []
+    captured: list[logging.LogRecord] = []
 
-    class Keeping(logging.Handler):
+    class CapturingHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             record.getMessage()
-            kept.append(record)
+            captured.append(record)
 
-    handler = Keeping()
+    handler = CapturingHandler()
     for name in LOGGERS:
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(logging.DEBUG)
-    yield kept
+    yield captured
     for name in LOGGERS:
         logging.getLogger(name).removeHandler(handler)
         logging.getLogger(name).setLevel(logging.NOTSET)
@@ -114,18 +114,18 @@ async def test_batches_are_reported(
     }
 
 
-async def test_without_an_observer_and_at_level_info_no_batch_is_reported(
+async def test_batches_are_not_reported_without_observer_or_debug_level(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("nobody listens")
+    def fail(*arguments: object) -> None:
+        raise AssertionError("a batch was reported")
 
-    monkeypatch.setattr("flowstore_core.batching.scheduler.report_batch", refuse)
+    monkeypatch.setattr("flowstore_core.batching.scheduler.report_batch", fail)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         await new_run(store)
 
 
-async def test_an_observer_that_fails_breaks_nothing(
+async def test_a_failing_observer_does_not_affect_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
 ) -> None:
     class Broken:
@@ -135,18 +135,18 @@ async def test_an_observer_that_fails_breaks_nothing(
 
             return fail
 
-    heard = Recorder()
-    _listen(monkeypatch, Broken(), heard)
+    recorder = Recorder()
+    _add_observers(monkeypatch, Broken(), recorder)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         await new_run(store)
-    assert heard.batches
+    assert recorder.batches
     assert any(
         record.levelno == logging.WARNING and "RuntimeError" in record.getMessage() for record in records
     )
     assert CANARY not in _all_text(records)
 
 
-def test_observers_are_false_until_somebody_listens() -> None:
+def test_observers_are_false_while_empty() -> None:
     observers = Observers()
     assert not observers
     observers.batch("write", 1, 0.0)
@@ -154,7 +154,7 @@ def test_observers_are_false_until_somebody_listens() -> None:
     observers.append(recorder)
     assert observers
     observers.outcome_unknown("write", Resolution.UNKNOWN)
-    assert recorder.lost == [("write", Resolution.UNKNOWN, 1)]
+    assert recorder.unknown_outcomes == [("write", Resolution.UNKNOWN, 1)]
 
 
 # Faults
@@ -179,14 +179,14 @@ async def test_an_unacknowledged_write_is_reported_with_its_resolution(
         run_id = await new_run(store)
         for number in range(2):
             # The statement is prepared on first use.
-            recorder.lost.clear()
+            recorder.unknown_outcomes.clear()
             recorder.retries.clear()
             if number:
                 proxy.arm(1, fault)
             assert await store.try_claim_step(run_id, f"batched {number}")
-        assert recorder.lost == [("try_claim_step", resolution, 1)]
+        assert recorder.unknown_outcomes == [("try_claim_step", resolution, 1)]
         assert recorder.retries == [("try_claim_step", "connection_lost")]
-        retried, lost = (record for record in records if record.levelno == logging.WARNING)
+        retried, unknown = (record for record in records if record.levelno == logging.WARNING)
         assert _fields(retried) == {
             "flowstore.operation": "try_claim_step",
             "flowstore.attempt": 1,
@@ -194,7 +194,7 @@ async def test_an_unacknowledged_write_is_reported_with_its_resolution(
             "flowstore.sqlstate": "08003",
             "flowstore.wait_seconds": pytest.approx(0.01, abs=0.006),
         }
-        assert _fields(lost) == {
+        assert _fields(unknown) == {
             "flowstore.operation": "try_claim_step",
             "flowstore.calls": 1,
             "flowstore.resolution": resolution.value,
@@ -202,12 +202,12 @@ async def test_an_unacknowledged_write_is_reported_with_its_resolution(
         # An unacknowledged COMMIT, then an unacknowledged single statement.
         await store.register_waiter(run_id, "a", "go")
         for call in (store.deliver_signal(run_id, "go", "1"), store.append_event(run_id, "e", message="m")):
-            recorder.lost.clear()
+            recorder.unknown_outcomes.clear()
             proxy.arm(1 if "append" in call.__name__ else 4, fault)
             await call
             assert proxy.has_injected
             proxy.disarm()
-            assert all(calls == 1 for _, _, calls in recorder.lost)
+            assert all(calls == 1 for _, _, calls in recorder.unknown_outcomes)
 
 
 async def test_an_outcome_that_stays_unknown_is_reported(postgresql_url: str, recorder: Recorder) -> None:
@@ -228,14 +228,14 @@ async def test_an_outcome_that_stays_unknown_is_reported(postgresql_url: str, re
         proxy.disarm()
         with pytest.raises(OutcomeUnknownError):
             await call
-    assert ("try_claim_step", Resolution.UNKNOWN, 1) in recorder.lost
+    assert ("try_claim_step", Resolution.UNKNOWN, 1) in recorder.unknown_outcomes
 
 
-async def test_a_conflict_between_transactions_is_no_warning(
+async def test_a_transaction_conflict_is_logged_at_debug(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
 ) -> None:
     recorder = Recorder()
-    opened = _listen(monkeypatch, recorder)
+    opened = _add_observers(monkeypatch, recorder)
     async with find_backend("postgresql")[1].scratch(postgresql_url) as fresh, open_store(fresh):
         database: Any = opened[0]._database
         tries = 0
@@ -258,9 +258,9 @@ async def test_a_conflict_between_transactions_is_no_warning(
 # Log records
 
 
-async def test_a_life_leaves_no_content_in_the_log(namespace: str, records: list[logging.LogRecord]) -> None:
+async def test_the_log_contains_no_application_data(namespace: str, records: list[logging.LogRecord]) -> None:
     async with open_store(namespace) as store:
-        await _live(store)
+        await _exercise_store(store)
     assert records
     assert CANARY not in _all_text(records)
     opened = [record for record in records if "flowstore.backend" in _fields(record)]
@@ -268,7 +268,7 @@ async def test_a_life_leaves_no_content_in_the_log(namespace: str, records: list
     assert opened[0].name == "flowstore_core"
 
 
-async def _live(store: FlowStore) -> None:
+async def _exercise_store(store: FlowStore) -> None:
     run_id = await new_run(store, flow_name=CANARY, trigger_data=CANARY)
     owner = f"{CANARY}-owner"
     assert await store.try_claim_step(run_id, CANARY, owner=owner, lease=timedelta(seconds=9))
@@ -300,9 +300,9 @@ async def test_migrations_are_logged_at_level_info(namespace: str, records: list
     assert versions == sorted(set(versions))
 
 
-def test_nothing_is_printed_unless_the_application_asks() -> None:
+def test_log_records_are_not_printed_by_default() -> None:
     code = "import logging\n" + "\n".join(
-        f"import {name}; logging.getLogger({name!r}).warning('said')" for name in LOGGERS
+        f"import {name}; logging.getLogger({name!r}).warning('message')" for name in LOGGERS
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

@@ -54,10 +54,10 @@ class Telemetry:
 
     def points(self, name: str) -> list[Any]:
         """The data points of an instrument."""
-        found = self.reader.get_metrics_data()
+        data = self.reader.get_metrics_data()
         return [
             point
-            for resource in (found.resource_metrics if found else ())
+            for resource in (data.resource_metrics if data else ())
             for scope in resource.scope_metrics
             for metric in scope.metrics
             if metric.name == name
@@ -65,13 +65,13 @@ class Telemetry:
         ]
 
     def text(self) -> str:
-        found = self.reader.get_metrics_data()
-        return "".join(span.to_json() for span in self.spans()) + (found.to_json() if found else "")
+        data = self.reader.get_metrics_data()
+        return "".join(span.to_json() for span in self.spans()) + (data.to_json() if data else "")
 
 
 @pytest.fixture
 def telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Telemetry]:
-    """Set the providers for the duration of a test; set_tracer_provider would last for the whole process."""
+    """Replace the providers during a test; set_tracer_provider cannot be undone."""
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracers, meters = TracerProvider(), MeterProvider([reader])
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
@@ -117,7 +117,7 @@ async def test_each_call_is_a_span_of_kind_client(namespace: str, backend: str, 
     assert "flowstore.run_id" not in duration["start_run"].attributes
 
 
-async def test_a_call_that_fails_has_the_kind_of_its_error(telemetry: Telemetry) -> None:
+async def test_the_span_of_a_failed_call_has_the_error_type(telemetry: Telemetry) -> None:
     async with open_store("memory://") as store:
         with pytest.raises(RunNotFoundError):
             await store.try_claim_step(uuid4(), CANARY)
@@ -133,7 +133,7 @@ async def test_a_call_that_fails_has_the_kind_of_its_error(telemetry: Telemetry)
     assert CANARY not in telemetry.text()
 
 
-async def test_the_code_of_the_database_is_recorded(postgresql_url: str, telemetry: Telemetry) -> None:
+async def test_the_error_code_of_the_database_is_recorded(postgresql_url: str, telemetry: Telemetry) -> None:
     async with (
         find_backend("postgresql")[1].scratch(postgresql_url) as fresh,
         open_store(fresh, retry_timeout=0) as store,
@@ -169,7 +169,7 @@ async def test_batches_and_waits_are_measured(tmp_path: Path, telemetry: Telemet
     }
 
 
-async def test_retries_and_lost_acknowledgements_are_counted(
+async def test_retries_and_unacknowledged_writes_are_counted(
     postgresql_url: str, telemetry: Telemetry
 ) -> None:
     async with (
@@ -188,14 +188,14 @@ async def test_retries_and_lost_acknowledgements_are_counted(
     }
     assert retries["try_claim_step"].attributes["flowstore.reason"] == "connection_lost"
     assert retries["read"].value >= 1
-    (lost,) = telemetry.points("flowstore.outcome_unknown")
-    assert (lost.value, lost.attributes["flowstore.resolution"]) == (1, "happened")
+    (unknown,) = telemetry.points("flowstore.outcome_unknown")
+    assert (unknown.value, unknown.attributes["flowstore.resolution"]) == (1, "happened")
     # A retry outside a batch is an event of the call's span.
     (read,) = [span for span in telemetry.spans() if span.name == "get_run_status runs"]
     assert [event.name for event in read.events][:1] == ["flowstore.retry"]
 
 
-async def test_no_content_and_no_password_is_exported(namespace: str, telemetry: Telemetry) -> None:
+async def test_no_application_data_and_no_password_is_exported(namespace: str, telemetry: Telemetry) -> None:
     async with open_store(namespace) as store:
         run_id = await new_run(store, flow_name=CANARY, trigger_data=CANARY)
         attempt = await store.record_step_start(run_id, CANARY, CANARY, input_json=f'"{CANARY}"')
@@ -237,11 +237,11 @@ def test_the_address_of_a_server_is_recorded_without_secrets(
     config = StoreConfig(
         url=url, scheme=url.partition(":")[0], options=MappingProxyType(options), clock=None, migrate=True
     )
-    found = describe_store(config)
-    assert "hunter2" not in str(found)
-    assert "p@ss" not in str(found)
-    assert "w/ord" not in str(found)
-    assert found == {"db.system.name": "postgresql", **expected}
+    attributes = describe_store(config)
+    assert "hunter2" not in str(attributes)
+    assert "p@ss" not in str(attributes)
+    assert "w/ord" not in str(attributes)
+    assert attributes == {"db.system.name": "postgresql", **expected}
 
 
 def test_every_operation_has_a_span() -> None:
@@ -260,13 +260,13 @@ def test_every_operation_has_a_span() -> None:
     }
 
 
-def test_without_a_provider_a_store_is_left_as_it_is() -> None:
+def test_a_store_is_not_wrapped_without_a_provider() -> None:
     _, _, config = resolve_store("memory://")
     assert flowstore_wrap_store(object(), config) is None
     assert not config.observers
 
 
-WITHOUT = """
+WITHOUT_OPENTELEMETRY = """
 import asyncio, json, sys
 
 class Missing:
@@ -287,8 +287,10 @@ main(["backends", "--json"])
 """
 
 
-def test_without_opentelemetry_the_plugin_does_nothing_and_explains_why() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
+def test_the_plugin_reports_that_opentelemetry_is_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OPENTELEMETRY], capture_output=True, text=True, check=True
+    )
     (listed,) = [entry for entry in json.loads(done.stdout) if entry["name"] == "otel"]
     assert listed["status"] == "driver missing"
     assert listed["problem"] == "module 'opentelemetry' is not installed, so this wrapper does nothing"

@@ -21,7 +21,7 @@ PACKAGES = {
     for name in SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 }
 
-# One worker builds and installs for all of these.
+# One worker builds and installs the distribution for all of these tests.
 pytestmark = pytest.mark.xdist_group("packaging")
 
 IMPORT_EVERYTHING = """
@@ -109,7 +109,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Build the sdist, build the wheel from it, and install the wheel without extras."""
-    dist, venv, folder = (tmp_path_factory.mktemp(name) for name in ("dist", "venv", "elsewhere"))
+    dist, venv, folder = (tmp_path_factory.mktemp(name) for name in ("dist", "venv", "empty"))
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(ROOT)],
         check=True,
@@ -117,18 +117,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     )
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
-    made = Site(wheel=wheel, sdist=sdist, bin=venv / "bin", folder=folder)
-    made.install(str(wheel))
-    return made
+    installed = Site(wheel=wheel, sdist=sdist, bin=venv / "bin", folder=folder)
+    installed.install(str(wheel))
+    return installed
 
 
-def test_the_base_is_small_and_everything_is_in_it(site: Site) -> None:
+def test_the_base_has_two_dependencies_and_contains_every_package(site: Site) -> None:
     # Every package can be imported; a feature that needs an extra reports it on use.
     names = [name for name in PACKAGES if name != "flowstore_conformance"]
     assert site.python(IMPORT_EVERYTHING, *names).split() == ["aiosqlite", "flowstore", "pluggy"]
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(site: Site) -> None:
+def test_the_wheel_contains_only_the_packages(site: Site) -> None:
     names = zipfile.ZipFile(site.wheel).namelist()
     roots = {name.partition("/")[0] for name in names}
     (metadata,) = roots - {*PACKAGES}
@@ -142,27 +142,27 @@ def test_the_wheel_holds_the_packages_and_nothing_else(site: Site) -> None:
     assert {name for name in names if not name.startswith(f"{metadata}/")} == tracked
 
 
-def test_the_sdist_holds_tests_and_documentation(site: Site) -> None:
+def test_the_sdist_contains_tests_and_documentation(site: Site) -> None:
     with tarfile.open(site.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "docs/contract.md"}
-    assert wanted | {"tests/test_packaging.py", "pyproject.toml"} <= names
+    expected = {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "docs/contract.md"}
+    assert expected | {"tests/test_packaging.py", "pyproject.toml"} <= names
     assert not {name for name in names if name.startswith((".venv", ".git/", "dist"))}
 
 
 @pytest.mark.parametrize("url", ["memory://", "sqlite:///flows.db"])
-def test_a_lifecycle_runs_elsewhere(site: Site, url: str) -> None:
+def test_a_run_completes_in_the_installed_package(site: Site, url: str) -> None:
     assert site.python(LIFECYCLE, url).split() == [url.partition(":")[0], "Succeeded"]
 
 
-def test_a_missing_driver_is_named_with_its_remedy(site: Site) -> None:
-    said = site.python(WITHOUT_DRIVER)
-    assert "'asyncpg' is not installed" in said
-    assert "pip install 'flowstore[postgres]'" in said
-    assert "secret" not in said
+def test_a_missing_driver_is_reported_with_its_remedy(site: Site) -> None:
+    output = site.python(WITHOUT_DRIVER)
+    assert "'asyncpg' is not installed" in output
+    assert "pip install 'flowstore[postgres]'" in output
+    assert "secret" not in output
 
 
-def test_the_command_line_without_its_extra_names_it(site: Site) -> None:
+def test_the_command_line_names_its_missing_extra(site: Site) -> None:
     done = site.run("flowstore", "--help")
     assert done.returncode != 0
     assert "pip install 'flowstore[cli]'" in done.stderr
@@ -174,7 +174,7 @@ def test_the_command_line_without_its_extra_names_it(site: Site) -> None:
     assert done.returncode == 0, done.stderr
     for scheme in ("memory", "postgresql", "sqlite"):
         assert scheme in done.stdout
-    # The wrapper that is installed with the base, and its remedy.
+    # The base contains the OpenTelemetry wrapper without its dependency.
     assert "pip install 'flowstore[otel]'" in done.stdout
     done = site.run("flowstore", "doctor", "memory://")
     assert (done.returncode, done.stdout) == (0, "no findings: memory://\n")

@@ -1,7 +1,7 @@
-"""Systems without POSIX: the refusals there, and the parts that need no POSIX functions.
+"""Systems without POSIX: which parts work there, and the errors of the others.
 
-A simulation, not Windows: in a subprocess os.name is not "posix", and functions and modules that Windows
-lacks are removed.
+The tests simulate such a system in a subprocess: os.name is not "posix", and functions and modules that
+Windows lacks are removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flowstore_core.plugins import find_backend
 
 ROOT = Path(__file__).parents[1]
 
-ELSEWHERE = """
+WITHOUT_POSIX = """
 import asyncio, logging, multiprocessing, os, pathlib, shutil, signal, socket, ssl
 import subprocess, sys, tempfile, uuid
 
@@ -38,7 +38,7 @@ for name in ("SIGKILL", "SIGHUP", "SIG_BLOCK", "SIG_SETMASK", "pthread_sigmask")
     delattr(signal, name)
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
-os.name = "elsewhere"
+os.name = "other"
 """
 
 LIFECYCLE = """
@@ -65,9 +65,9 @@ COMMAND = "from flowstore_cli.main import main; sys.exit(main(sys.argv[1:]))"
 REQUIRES = " requires a POSIX system, such as Linux or macOS; on Windows run it in WSL"
 
 
-def elsewhere(program: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_without_posix(program: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", ELSEWHERE + program, *arguments],
+        [sys.executable, "-c", WITHOUT_POSIX + program, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -77,17 +77,17 @@ def elsewhere(program: str, *arguments: str, folder: Path) -> subprocess.Complet
 
 
 def test_the_memory_backend_works_without_posix(tmp_path: Path) -> None:
-    done = elsewhere(LIFECYCLE, "memory://", folder=tmp_path)
+    done = run_without_posix(LIFECYCLE, "memory://", folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
 
 
 def test_the_postgresql_backend_works_without_posix(fresh: str, tmp_path: Path) -> None:
-    done = elsewhere(LIFECYCLE, fresh, folder=tmp_path)
+    done = run_without_posix(LIFECYCLE, fresh, folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
 
 
-def test_the_sqlite_backend_refuses_at_once(tmp_path: Path) -> None:
-    done = elsewhere(LIFECYCLE, "sqlite:///flows.db", folder=tmp_path)
+def test_the_sqlite_backend_requires_posix(tmp_path: Path) -> None:
+    done = run_without_posix(LIFECYCLE, "sqlite:///flows.db", folder=tmp_path)
     assert done.stderr.splitlines()[-1].startswith(
         f"flowstore_core.errors.ConfigurationError: the SQLite backend{REQUIRES}"
     )
@@ -95,21 +95,21 @@ def test_the_sqlite_backend_refuses_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["backends"], ["ping", "--url", "memory://"], ["replay"]])
-def test_the_command_line_refuses_at_once(arguments: list[str], tmp_path: Path) -> None:
-    done = elsewhere(COMMAND, *arguments, folder=tmp_path)
+def test_the_command_line_requires_posix(arguments: list[str], tmp_path: Path) -> None:
+    done = run_without_posix(COMMAND, *arguments, folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"flowstore: the command line{REQUIRES}")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_the_suite_refuses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowstore_core.platforms.os.name", "elsewhere")
+def test_the_suite_requires_posix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowstore_core.platforms.os.name", "other")
     with pytest.raises(ConfigurationError, match=f"^the conformance suite{REQUIRES}"):
         asyncio.run(guard(find_backend("memory")[1], "memory://"))
 
 
-def test_the_classifiers_and_the_readme_name_posix_alone() -> None:
+def test_the_classifiers_and_the_readme_name_only_posix() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     systems = [one for one in settings["project"]["classifiers"] if one.startswith("Operating System")]
     assert systems == ["Operating System :: POSIX"]

@@ -34,8 +34,8 @@ async def test_a_text_column_round_trips(admin: asyncpg.Connection, values: tupl
     rows = [(None, f"step {number}", value) for number, value in enumerate(values)]
     statement, columns = encode_columns(STATEMENT, rows)
     statement = statement.replace("$3", "$1").replace("$4", "$2").replace("$5", "$3")
-    found = await admin.fetch(statement, *columns)
-    assert [tuple(row) for row in found] == [row[1:] for row in rows]
+    fetched = await admin.fetch(statement, *columns)
+    assert [tuple(row) for row in fetched] == [row[1:] for row in rows]
 
 
 def test_ordinary_texts_are_sent_as_one_text() -> None:

@@ -1,4 +1,4 @@
-"""PostgreSQL's batches: deadlocks, lost acknowledgements, bad rows, cancelled callers, closing."""
+"""Batches on PostgreSQL: deadlocks, unacknowledged statements, invalid rows, cancelled calls, closing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from flowstore_core import (
 )
 from flowstore_postgres import database
 from flowstore_postgres.connection import Connection
-from tests.worker import Call, Fleet
+from tests.worker import Call, WorkerPool
 
 FLOW = UUID(int=1)
 LEASE = timedelta(minutes=5)
@@ -53,8 +53,8 @@ async def locked(admin: asyncpg.Connection, run: UUID) -> AsyncIterator[None]:
         yield
 
 
-async def _until_waiting(admin: asyncpg.Connection, count: int) -> None:
-    """Wait until this many sessions wait for a lock of the administrator's transaction."""
+async def _wait_for_blocked_sessions(admin: asyncpg.Connection, count: int) -> None:
+    """Wait until ``count`` sessions wait for a lock of the administrator's transaction."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
     while await admin.fetchval(waiting) < count:
         # Within a transaction the statistics are cached.
@@ -71,7 +71,7 @@ async def queue_together(
         waiting = []
         for run in runs:
             waiting.append(asyncio.ensure_future(store.try_claim_step(run, "blocked")))
-            await _until_waiting(admin, len(waiting))
+            await _wait_for_blocked_sessions(admin, len(waiting))
         tasks = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0.02)
     assert await gather_results(*waiting) == [True, True]
@@ -88,7 +88,7 @@ async def deadlocks(admin: asyncpg.Connection) -> int:
 # Processes
 
 
-def storm(runs: list[UUID], process: int, number: int) -> list[Call]:
+def random_calls(runs: list[UUID], process: int, number: int) -> list[Call]:
     rng = random.Random(f"{process} {number}")
     calls: list[Call] = []
     for caller in range(128):
@@ -116,44 +116,46 @@ def storm(runs: list[UUID], process: int, number: int) -> list[Call]:
     return calls
 
 
-async def test_two_processes_of_128_callers_on_the_same_steps_cause_no_deadlock_and_no_error(
-    fresh: str, admin: asyncpg.Connection, fleet: Fleet
+async def test_concurrent_calls_of_two_processes_on_the_same_steps_cause_no_deadlock(
+    fresh: str, admin: asyncpg.Connection, worker_pool: WorkerPool
 ) -> None:
-    workers = fleet.take(2)
-    assert await gather_results(*(worker.ask("open", fresh, None) for worker in workers)) == [None, None]
+    workers = worker_pool.get(2)
+    assert await gather_results(*(worker.request("open", fresh, None) for worker in workers)) == [None, None]
     async with open_store(fresh) as store:
         runs = [await new_run(store) for _ in range(20)]
         before = await deadlocks(admin)
         unexpected: set[type] = set()
         expected = {"ConflictError", "StepNotFoundError"}
         for number in range(8):
-            await gather_results(*(w.ask("prepare", storm(runs, n, number)) for n, w in enumerate(workers)))
-            for found in await gather_results(*(worker.ask("go") for worker in workers)):
+            await gather_results(
+                *(w.request("prepare", random_calls(runs, n, number)) for n, w in enumerate(workers))
+            )
+            for results in await gather_results(*(worker.request("go") for worker in workers)):
                 unexpected |= {
                     type(one)
-                    for one in found
+                    for one in results
                     if isinstance(one, FlowStoreError)
                     and not expected & {kind.__name__ for kind in type(one).__mro__}
                 }
         assert unexpected == set()
-        # New keys: exactly one of the two processes wins each.
+        # Exactly one of the two processes claims each new key.
         keys = [(run, f"fresh {n}") for run in runs for n in range(6)]
         for name, more in (("try_claim_step", {}), ("try_record_dispatch", {})):
             calls = [(name, {"run_id": run, "step_key": key, **more}) for run, key in keys]
-            await gather_results(*(w.ask("prepare", calls[:: 1 - 2 * n]) for n, w in enumerate(workers)))
-            first, second = await gather_results(*(worker.ask("go") for worker in workers))
+            await gather_results(*(w.request("prepare", calls[:: 1 - 2 * n]) for n, w in enumerate(workers)))
+            first, second = await gather_results(*(worker.request("go") for worker in workers))
             open_runs = {run for run in runs if await store.get_run_status(run) == "Running"}
             for (run, _), one, other in zip(keys, first, reversed(second), strict=True):
                 assert [one, other].count(True) == (run in open_runs)
-        await gather_results(*(worker.ask("close") for worker in workers))
+        await gather_results(*(worker.request("close") for worker in workers))
         assert await deadlocks(admin) == before
 
 
-# Lost acknowledgements of batches
+# Unacknowledged batches
 
 
 @pytest.mark.parametrize("fault", Fault)
-async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
+async def test_con_3_an_unacknowledged_batch_has_correct_results(
     fault: Fault, fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with (
@@ -172,7 +174,7 @@ async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
             tasks = await queue_together(store, admin, list(calls))
             return await gather_results(*tasks)
 
-        # Opens the connections and prepares the statements, so that the next message is the statement itself.
+        # Open the connections and prepare the statements, so that the next message is the statement itself.
         warm = [f"warm {n}" for n in range(20)]
         assert await round_trip(*(store.try_claim_step(run, key) for key in warm)) == [True] * 20
         assert await round_trip(*(store.record_step_start(run, key, "t") for key in warm)) == [1] * 20
@@ -181,11 +183,11 @@ async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
 
         async def with_fault(*calls: Awaitable[Any]) -> list[Any]:
             tasks = await start_and_arm(list(calls))
-            found = await gather_results(*tasks)
+            results = await gather_results(*tasks)
             assert proxy.has_injected
             proxy.disarm()
             await proxy.settle()
-            return found
+            return results
 
         async def start_and_arm(calls: list[Awaitable[Any]]) -> list[Any]:
             tasks = [asyncio.ensure_future(call) for call in calls]
@@ -214,16 +216,16 @@ async def test_con_3_a_batch_with_a_lost_acknowledgement_gets_correct_results(
 # Errors of single rows
 
 
-async def test_a_rejected_row_fails_alone(fresh: str, admin: asyncpg.Connection) -> None:
+async def test_a_rejected_row_fails_only_its_call(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
         run = await new_run(store)
         # Validation leaves nothing for PostgreSQL to reject, so the table gets a constraint.
         await admin.execute("ALTER TABLE steps ADD CHECK (step_key NOT LIKE 'bad%')")
         keys = [f"{'bad' if n in (3, 17, 18) else 'good'} {n}" for n in range(40)]
-        found = await gather_results(
+        results = await gather_results(
             *await queue_together(store, admin, [store.try_claim_step(run, key) for key in keys])
         )
-        for key, one in zip(keys, found, strict=True):
+        for key, one in zip(keys, results, strict=True):
             if key.startswith("bad"):
                 assert type(one) is StoreUnavailableError
                 assert "23514" in str(one)
@@ -235,7 +237,7 @@ async def test_a_rejected_row_fails_alone(fresh: str, admin: asyncpg.Connection)
         }
 
 
-async def test_an_error_that_no_row_causes_does_not_split_the_batch(
+async def test_an_error_of_the_whole_statement_does_not_split_the_batch(
     fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with (
@@ -246,11 +248,11 @@ async def test_an_error_that_no_row_causes_does_not_split_the_batch(
         run = await new_run(direct)
         async with locked(admin, run):
             proxy.arm(0, Fault.REPLY_LOST)
-            found = await gather_results(*(store.try_claim_step(run, f"step {n}") for n in range(40)))
+            results = await gather_results(*(store.try_claim_step(run, f"step {n}") for n in range(40)))
             # Halving 40 rows would send a statement for each half.
             assert proxy.messages < 40
-        assert {type(one) for one in found} == {StoreUnavailableError}
-        assert len({id(one) for one in found}) == 40
+        assert {type(one) for one in results} == {StoreUnavailableError}
+        assert len({id(one) for one in results}) == 40
         assert await direct.try_claim_step(run, "step 0")
 
 
@@ -260,7 +262,7 @@ async def test_unknown_runs_and_stale_attempts_do_not_affect_other_rows(fresh: s
         unknown = new_run_id()
         for n in range(30):
             await store.record_step_start(run, f"step {n}", "t")
-        found = await gather_results(
+        results = await gather_results(
             *(
                 store.record_step_complete(
                     unknown if n % 3 == 0 else run, f"step {n}", "Failed", attempt=2 if n % 3 == 1 else 1
@@ -268,7 +270,7 @@ async def test_unknown_runs_and_stale_attempts_do_not_affect_other_rows(fresh: s
                 for n in range(30)
             )
         )
-        assert [type(one) for one in found] == [RunNotFoundError, StaleAttemptError, type(None)] * 10
+        assert [type(one) for one in results] == [RunNotFoundError, StaleAttemptError, type(None)] * 10
 
 
 async def test_large_texts_do_not_share_a_message(fresh: str, admin: asyncpg.Connection) -> None:
@@ -314,7 +316,7 @@ async def test_a_claim_begins_when_the_run_is_unlocked(fresh: str, admin: asyncp
 # Cancellation
 
 
-async def test_con_4_a_storm_of_cancelled_claims_leaves_no_key_taken(fresh: str) -> None:
+async def test_con_4_many_cancelled_claims_leave_no_key_claimed(fresh: str) -> None:
     rng = random.Random(4)
     async with open_store(fresh) as store:
         run = await new_run(store)
@@ -354,24 +356,24 @@ async def test_a_store_closed_with_queued_calls_returns_correct_results(
     tasks = [asyncio.ensure_future(store.try_claim_step(run, f"step {n}", owner="me")) for n in range(600)]
     await asyncio.sleep(0.001)
     await opened.__aexit__(None, None, None)
-    found = await gather_results(*tasks)
-    assert {type(one) for one in found} <= {bool, StoreClosedError, OutcomeUnknownError}
+    results = await gather_results(*tasks)
+    assert {type(one) for one in results} <= {bool, StoreClosedError, OutcomeUnknownError}
     rows = await admin.fetch("SELECT step_key FROM steps WHERE claimed_at IS NOT NULL")
     claimed = {row["step_key"] for row in rows}
-    for n, one in enumerate(found):
+    for n, one in enumerate(results):
         if not isinstance(one, OutcomeUnknownError):
             assert (f"step {n}" in claimed) == (one is True)
-    assert found.count(True) > 0
+    assert results.count(True) > 0
 
 
-async def test_a_closing_store_ends_the_calls_on_a_locked_run(
+async def test_a_closing_store_fails_the_calls_on_a_locked_run(
     fresh: str, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "CLOSE_SECONDS", 1.0)
     async with open_store(fresh, retry_timeout=600) as store:
         run = await new_run(store)
         async with locked(admin, run):
-            # While the store closes, they run into the lock timeout and move to another batch.
+            # While the store closes, the calls reach the lock timeout and move to another batch.
             waiting = [asyncio.create_task(store.try_claim_step(run, f"s{n}")) for n in range(4)]
             await asyncio.sleep(0)
             await store.aclose()
@@ -382,7 +384,7 @@ async def test_a_closing_store_ends_the_calls_on_a_locked_run(
 @pytest.mark.parametrize(
     "options", [{"pool_size": 1}, {"pgbouncer": True}, {"pgbouncer": True, "pool_size": 1}]
 )
-async def test_a_single_connection_and_a_transaction_pooler_work_too(
+async def test_batches_work_with_one_connection_and_with_a_transaction_pooler(
     options: dict[str, Any], fresh: str
 ) -> None:
     async with open_store(fresh, **options) as store:
@@ -390,20 +392,20 @@ async def test_a_single_connection_and_a_transaction_pooler_work_too(
         keys = [f"step {n}" for n in range(150)]
         assert await gather_results(*(store.try_claim_step(run, key) for key in keys)) == [True] * 150
         assert await gather_results(*(store.record_step_start(run, key, "t") for key in keys)) == [1] * 150
-        found = await gather_results(
+        results = await gather_results(
             *(store.record_step_complete(run, key, "Succeeded") for key in keys), store.get_step_statuses(run)
         )
-        assert found[:-1] == [None] * 150
+        assert results[:-1] == [None] * 150
         assert set((await store.get_step_statuses(run)).values()) == {StepStatus.SUCCEEDED}
 
 
-async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow(
+async def test_statements_prepared_on_small_tables_use_indexes_on_large_tables(
     fresh: str, admin: asyncpg.Connection
 ) -> None:
     async with open_store(fresh, pool_size=2) as store:
         run = await new_run(store)
         for number in range(8):
-            # More than five executions, after which PostgreSQL may cache a generic plan.
+            # PostgreSQL may cache a generic plan after five executions.
             await gather_results(*(store.try_claim_step(run, f"{number} {n}") for n in range(20)))
             await gather_results(*(store.record_step_start(run, f"{number} {n}", "t") for n in range(20)))
             await gather_results(
@@ -427,10 +429,10 @@ async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow
             await asyncio.sleep(1.1)
             await use()
             await admin.execute("SELECT pg_stat_clear_snapshot()")
-            found = await admin.fetchval(
+            count = await admin.fetchval(
                 "SELECT seq_scan FROM pg_stat_user_tables WHERE relid = 'steps'::regclass"
             )
-            return int(found)
+            return int(count)
 
         await use()
         before = await scans()
@@ -440,20 +442,20 @@ async def test_statements_prepared_on_small_tables_stay_quick_as_the_tables_grow
 
 async def test_a_locked_run_delays_no_other_run(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
-        held, free = await new_run(store), await new_run(store)
+        locked_run, free = await new_run(store), await new_run(store)
         for step in "abc":
-            assert await store.try_claim_step(held, step, owner="me", lease=LEASE)
-            await store.record_step_start(held, step, "t", owner="me")
+            assert await store.try_claim_step(locked_run, step, owner="me", lease=LEASE)
+            await store.record_step_start(locked_run, step, "t", owner="me")
         transaction = admin.transaction()
         await transaction.start()
-        await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", held)
-        await admin.execute("SELECT FROM steps WHERE run_id = $1 AND step_key = 'b' FOR UPDATE", held)
+        await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", locked_run)
+        await admin.execute("SELECT FROM steps WHERE run_id = $1 AND step_key = 'b' FOR UPDATE", locked_run)
         # More calls than connections; most wait for the run, one waits for the step.
-        waiting = [asyncio.create_task(store.try_claim_step(held, f"s{n}")) for n in range(8)]
+        waiting = [asyncio.create_task(store.try_claim_step(locked_run, f"s{n}")) for n in range(8)]
         for step in "ab":
-            completing = store.record_step_complete(held, step, StepStatus.SUCCEEDED)
+            completing = store.record_step_complete(locked_run, step, StepStatus.SUCCEEDED)
             waiting.append(asyncio.create_task(completing))
-        doomed = asyncio.create_task(store.try_claim_step(held, "doomed"))
+        cancelled = asyncio.create_task(store.try_claim_step(locked_run, "cancelled"))
         try:
             # Calls on another run are not delayed.
             for n in range(3):
@@ -463,39 +465,39 @@ async def test_a_locked_run_delays_no_other_run(fresh: str, admin: asyncpg.Conne
                 await store.record_step_start(free, key, "t")
                 await store.record_step_complete(free, key, StepStatus.SUCCEEDED)
             assert not any(task.done() for task in waiting)
-            doomed.cancel()
+            cancelled.cancel()
         finally:
             await transaction.rollback()
         assert await asyncio.gather(*waiting) == [True] * 8 + [None, None]
         with suppress(asyncio.CancelledError):
-            await doomed
-        statuses = await store.get_step_statuses(held)
+            await cancelled
+        statuses = await store.get_step_statuses(locked_run)
         assert statuses == {"a": StepStatus.SUCCEEDED, "b": StepStatus.SUCCEEDED, "c": StepStatus.RUNNING}
     async with open_store(fresh) as store:
         # A claim of the cancelled call was released.
-        assert await store.try_claim_step(held, "doomed")
+        assert await store.try_claim_step(locked_run, "cancelled")
 
 
 @pytest.mark.parametrize("options", [{}, {"pgbouncer": True}])
-async def test_a_connection_given_up_while_its_reply_arrives_is_a_lost_connection(
+async def test_a_connection_terminated_before_execution_is_a_lost_connection(
     options: dict[str, Any], fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection is discarded after a statement was prepared, and before it is executed."""
+    """A connection is terminated after a statement was prepared and before it is executed."""
     prepare: Any = Connection._get_statement
-    given_up = False
+    terminated = False
 
-    async def give_up(connection: Connection, *arguments: Any, **named: Any) -> Any:
-        nonlocal given_up
+    async def terminate(connection: Connection, *arguments: Any, **named: Any) -> Any:
+        nonlocal terminated
         statement = await prepare(connection, *arguments, **named)
-        if not given_up and "step" in arguments[0]:
-            given_up = True
+        if not terminated and "step" in arguments[0]:
+            terminated = True
             connection.terminate()
         return statement
 
     async with open_store(fresh, **options) as store:
         run = await new_run(store)
-        monkeypatch.setattr(Connection, "_get_statement", give_up)
+        monkeypatch.setattr(Connection, "_get_statement", terminate)
         keys = [f"step {n}" for n in range(20)]
-        found = await gather_results(*(store.try_claim_step(run, key, owner="me") for key in keys))
-        assert given_up
-        assert found == [True] * 20
+        results = await gather_results(*(store.try_claim_step(run, key, owner="me") for key in keys))
+        assert terminated
+        assert results == [True] * 20

@@ -23,14 +23,14 @@ Hook = Callable[[], Awaitable[Any]]
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    # Not in pytest's directory: the server's user loses access to it when another pytest starts.
+    # Not in pytest's directory: another pytest process would revoke the server's access to it.
     with TemporaryDirectory() as folder:
-        # Uncommitted changes are not flushed to the log, so a crash loses them.
-        async with new_server(Path(folder) / "pg", {"wal_writer_delay": "10s"}) as one:
-            yield one
+        # Uncommitted changes are not flushed to the log, so that a crash loses them.
+        async with new_server(Path(folder) / "pg", {"wal_writer_delay": "10s"}) as server:
+            yield server
 
 
-def _instead_of_commit(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
+def _replace_next_commit(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
     """Call ``hook`` instead of sending the next COMMIT, and raise a connection error."""
     execute = Transaction.execute
     armed = True
@@ -46,7 +46,7 @@ def _instead_of_commit(monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
     monkeypatch.setattr(Transaction, "execute", lossy)
 
 
-async def test_con_3_a_transaction_id_that_is_reused_after_a_crash_is_no_proof(
+async def test_con_3_a_transaction_id_reused_after_a_crash_does_not_prove_a_commit(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reused = False
@@ -66,7 +66,7 @@ async def test_con_3_a_transaction_id_that_is_reused_after_a_crash_is_no_proof(
 
     async with open_store(server.url()) as store:
         await store.ping()
-        _instead_of_commit(monkeypatch, crash)
+        _replace_next_commit(monkeypatch, crash)
         result = await store.trigger_run(FLOW, "orders", RUN, "manual", idempotency_key="k")
         assert reused
         assert result.created
@@ -75,8 +75,8 @@ async def test_con_3_a_transaction_id_that_is_reused_after_a_crash_is_no_proof(
         assert run.status is RunStatus.RUNNING
 
 
-async def _commits_wait(server: Server) -> None:
-    """Wait until commits wait for a standby, which may be long after pg_reload_conf() returned."""
+async def _wait_until_commits_wait(server: Server) -> None:
+    """Wait until commits wait for a standby, which may take longer than pg_reload_conf()."""
     while True:
         commit = asyncio.create_task(server.psql("SELECT pg_logical_emit_message(true, 'flowstore', '')"))
         waiting = ""
@@ -90,7 +90,7 @@ async def _commits_wait(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["trigger_run", "save_output", "try_claim_step"])
-async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str, server: Server) -> None:
+async def test_con_3_a_commit_without_a_standby_is_not_acknowledged(name: str, server: Server) -> None:
     # A commit whose wait for the standby is interrupted is committed on this server only.
     async with open_store(server.url(), statement_timeout=1.5, retry_timeout=1.0) as store:
         calls: dict[str, Hook] = {
@@ -101,7 +101,7 @@ async def test_con_3_a_commit_that_no_standby_has_is_not_acknowledged(name: str,
         await store.start_run(FLOW, "orders", FLOW, "manual")
         await server.psql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         await server.psql("SELECT pg_reload_conf()")
-        await _commits_wait(server)
+        await _wait_until_commits_wait(server)
         with pytest.raises(OutcomeUnknownError):
             await calls[name]()
         await server.psql("ALTER SYSTEM RESET synchronous_standby_names")

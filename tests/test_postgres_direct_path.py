@@ -1,4 +1,4 @@
-"""The direct path of a single call: it is sent by its caller's own task, with all guarantees."""
+"""The direct path, on which the caller's own task sends a single call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flowstore_core import FlowStore, StoreClosedError, new_run_id, open_store
 
 FLOW = UUID(int=1)
 
-TakeCall = Callable[[FlowStore, UUID, str], Awaitable[bool]]
-TAKE_CALLS: list[TakeCall] = [
+ClaimCall = Callable[[FlowStore, UUID, str], Awaitable[bool]]
+CLAIM_CALLS: list[ClaimCall] = [
     lambda store, run, key: store.try_claim_step(run, key),
     lambda store, run, key: store.try_record_dispatch(run, key),
 ]
@@ -35,64 +35,62 @@ def start(call: Awaitable[Any]) -> asyncio.Task[Any]:
     return asyncio.ensure_future(call)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("take", TAKE_CALLS, ids=["claim", "dispatch"])
-async def test_con_4_a_call_cancelled_at_any_moment_is_compensated_for(fresh: str, take: TakeCall) -> None:
+@pytest.mark.parametrize("claim", CLAIM_CALLS, ids=["claim", "dispatch"])
+async def test_con_4_a_call_cancelled_at_any_time_is_compensated(fresh: str, claim: ClaimCall) -> None:
     rng = random.Random(7)
     keys = [f"step {n}" for n in range(60)]
-    kept = set()
+    completed = set()
     async with open_store(fresh) as store:
         run = await new_run(store)
         for key in keys:
-            task = start(take(store, run, key))
+            task = start(claim(store, run, key))
             await asyncio.sleep(rng.random() * 0.003)
             task.cancel()
             with suppress(asyncio.CancelledError):
                 if await task:
-                    kept.add(key)
+                    completed.add(key)
             # The compensation blocks no other call.
             assert (await store.get_run_detail(run)) is not None
     async with open_store(fresh) as store:
-        found = {key: await take(store, run, key) for key in keys}
-    assert found == {key: key not in kept for key in keys}
+        results = {key: await claim(store, run, key) for key in keys}
+    assert results == {key: key not in completed for key in keys}
 
 
-@pytest.mark.parametrize("take", TAKE_CALLS, ids=["claim", "dispatch"])
+@pytest.mark.parametrize("claim", CLAIM_CALLS, ids=["claim", "dispatch"])
 async def test_con_4_a_call_cancelled_during_its_statement_has_no_effect(
-    fresh: str, admin: asyncpg.Connection, take: TakeCall
+    fresh: str, admin: asyncpg.Connection, claim: ClaimCall
 ) -> None:
     tasks = asyncio.all_tasks()
     async with open_store(fresh) as store:
         run = await new_run(store)
         async with admin.transaction():
             await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run)
-            task = start(take(store, run, "step"))
+            task = start(claim(store, run, "step"))
             await asyncio.sleep(0.05)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert await asyncio.wait_for(take(store, run, "another"), 60) is True
+        assert await asyncio.wait_for(claim(store, run, "another"), 60) is True
     assert asyncio.all_tasks() == tasks
     async with open_store(fresh) as store:
-        assert await take(store, run, "step") is True
+        assert await claim(store, run, "step") is True
     for _ in range(1000):
-        left = await admin.fetchval(
+        remaining = await admin.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%' || current_schema() || '%'"
             " AND pid <> pg_backend_pid()"
         )
-        if not left:
+        if not remaining:
             return
         await asyncio.sleep(0.05)
-    raise AssertionError(f"{left} connections are left")
+    raise AssertionError(f"{remaining} connections remain open")
 
 
-async def test_a_call_on_a_locked_run_waits_and_delays_no_other(
-    fresh: str, admin: asyncpg.Connection
-) -> None:
+async def test_a_call_on_a_locked_run_delays_no_other_call(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
-        held, free = await new_run(store), await new_run(store)
+        locked, free = await new_run(store), await new_run(store)
         async with admin.transaction():
-            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", held)
-            waiting = start(store.try_claim_step(held, "step"))
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", locked)
+            waiting = start(store.try_claim_step(locked, "step"))
             await asyncio.sleep(0)
             for n in range(20):
                 assert await asyncio.wait_for(store.try_claim_step(free, f"step {n}"), 60) is True
@@ -115,9 +113,7 @@ async def test_a_closing_store_completes_the_call(fresh: str, admin: asyncpg.Con
         await asyncio.wait_for(closing, 60)
 
 
-async def test_an_error_of_the_server_is_reported_once_and_does_not_persist(
-    fresh: str, admin: asyncpg.Connection
-) -> None:
+async def test_a_call_succeeds_after_an_error_of_the_server(fresh: str, admin: asyncpg.Connection) -> None:
     async with open_store(fresh) as store:
         run = await new_run(store)
         await admin.execute("ALTER TABLE steps RENAME TO gone")

@@ -1,4 +1,4 @@
-"""URLs with several hosts: the store finds the one that accepts writes and skips a silent one."""
+"""URLs with several hosts: the store finds the primary and skips a host that does not reply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowstore_postgres.settings import read_settings
 
 
 @pytest.mark.parametrize(
-    ("url", "options", "found"),
+    ("url", "options", "expected"),
     [
         ("postgresql://me:pw@a:1,b:2/db?x=y", {}, [("a", 1), ("b", 2)]),
         ("postgresql://me@a,b/db", {}, [("a", None), ("b", None)]),
@@ -34,12 +34,14 @@ from flowstore_postgres.settings import read_settings
         ("postgresql://me:p%40w@a:1/db", {}, [("a", 1)]),
     ],
 )
-def test_reading_hosts(url: str, options: Mapping[str, object], found: list[tuple[str, int | None]]) -> None:
-    assert read_hosts(url, options) == found
+def test_hosts_are_read_from_the_url_and_the_options(
+    url: str, options: Mapping[str, object], expected: list[tuple[str, int | None]]
+) -> None:
+    assert read_hosts(url, options) == expected
 
 
 @dataclass
-class Silent:
+class SilentServer:
     """A server that accepts connections and never replies."""
 
     port: int = 0
@@ -47,8 +49,8 @@ class Silent:
 
 
 @asynccontextmanager
-async def _silent() -> AsyncIterator[Silent]:
-    silent, stopped = Silent(), asyncio.Event()
+async def _silent_server() -> AsyncIterator[SilentServer]:
+    silent, stopped = SilentServer(), asyncio.Event()
 
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         silent.connections += 1
@@ -64,7 +66,7 @@ async def _silent() -> AsyncIterator[Silent]:
         listening.close()
 
 
-def test_no_password_of_a_url_with_many_hosts_is_shown() -> None:
+def test_the_password_of_a_url_with_several_hosts_is_redacted() -> None:
     url = "postgresql://me:secret@a:1,b:2/db?target_session_attrs=read-write&password=secret"
     assert redact(url) == "postgresql://me:***@a:1,b:2/db?target_session_attrs=...&password=..."
 
@@ -72,7 +74,7 @@ def test_no_password_of_a_url_with_many_hosts_is_shown() -> None:
 async def test_a_silent_host_is_skipped_and_then_tried_last(postgresql_url: str) -> None:
     _, backend = find_backend("postgresql")
     folder = parse_qs(urlsplit(postgresql_url).query)["host"][0]
-    async with _silent() as silent:
+    async with _silent_server() as silent:
         url = (
             f"postgresql://postgres@/postgres?host=127.0.0.1,{folder}&port={silent.port},5432"
             "&sslmode=disable&connect_timeout=2"
@@ -82,20 +84,20 @@ async def test_a_silent_host_is_skipped_and_then_tried_last(postgresql_url: str)
             async with open_store(fresh, pool_size=4) as store:
                 # Half of the timeout is spent on the silent host.
                 assert time.monotonic() - began > 0.9
-                tried = silent.connections
-                assert tried > 0
+                attempts = silent.connections
+                assert attempts > 0
                 await asyncio.gather(*(store.get_runs() for _ in range(4)))
                 # New connections do not try the silent host first.
-                assert silent.connections == tried
+                assert silent.connections == attempts
                 await store.ping()
 
 
-async def test_a_short_timeout_of_the_caller_still_reaches_the_next_host(
+async def test_the_next_host_is_tried_after_a_short_timeout_of_the_caller(
     postgresql_url: str,
 ) -> None:
     _, backend = find_backend("postgresql")
     folder = parse_qs(urlsplit(postgresql_url).query)["host"][0]
-    async with backend.scratch(postgresql_url) as fresh, _silent() as silent:
+    async with backend.scratch(postgresql_url) as fresh, _silent_server() as silent:
         schema = parse_qs(urlsplit(fresh).query)["schema"][0]
         config = StoreConfig(
             url="postgresql://postgres@/postgres",

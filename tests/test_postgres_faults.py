@@ -30,7 +30,7 @@ Call = Callable[[FlowStore, UUID], Awaitable[Any]]
 
 
 async def _prepare(store: FlowStore, run: UUID) -> None:
-    """A run with a step in each state that an operation below needs."""
+    """Create a run with a step in each state that the operations need."""
     await store.start_run(FLOW, "orders", run, "manual")
     await store.configure_run(run, FLOW, "manual", timeout_at=VirtualClock()() - timedelta(hours=1))
     for key in ("open", "claimed", "failed", "dispatched"):
@@ -81,10 +81,10 @@ CALLS: dict[str, Call] = {
 
 
 async def _state(store: FlowStore, run: UUID) -> list[Any]:
-    """The readable state of a run and of the two runs that a call may create."""
-    found: list[Any] = []
+    """Return the state of a run and of the two runs that a call may create."""
+    state: list[Any] = []
     for one in (run, UUID(int=run.int + 100), UUID(int=run.int + 200)):
-        found += [
+        state += [
             await store.get_run_detail(one),
             await store.get_run_control(one),
             await store.get_dispatches(one),
@@ -93,12 +93,12 @@ async def _state(store: FlowStore, run: UUID) -> list[Any]:
             await store.get_run_events(one),
             dict(await store.get_outputs(one)),
         ]
-    found.append(await store.find_run_id_by_idempotency_key(FLOW, "t", f"k{run}"))
-    return found
+    state.append(await store.find_run_id_by_idempotency_key(FLOW, "t", f"k{run}"))
+    return state
 
 
 def _with_run(value: Any, run: UUID) -> str:
-    """The text of a state or a result, with the run's ids replaced."""
+    """Return the text of a state or a result with the ids of the run replaced."""
     text = repr(value)
     for offset in (0, 100, 200):
         text = text.replace(str(UUID(int=run.int + offset)), f"<run+{offset}>")
@@ -108,7 +108,7 @@ def _with_run(value: Any, run: UUID) -> str:
 @pytest.mark.parametrize(
     ("name", "faults"),
     [pytest.param(name, DISCONNECTS, id=f"{name}-disconnects") for name in CALLS]
-    # Each takes a timeout, so only three: a batched write, a single statement and a transaction.
+    # Each hang waits for a timeout, so only a batched write, a single statement and a transaction are tested.
     + [
         pytest.param(name, HANGS, id=f"{name}-hangs")
         for name in ("try_claim_step", "append_event", "deliver_signal")
@@ -130,24 +130,26 @@ async def test_con_3_a_lost_message_does_not_change_the_result(
         ) as store,
     ):
         messages = await _count_messages(proxy, store, direct, call)
-        calm = UUID(int=10_000)
-        await _prepare(direct, calm)
-        result = _with_run(await call(store, calm), calm)
-        state = _with_run(await _state(direct, calm), calm)
-        strikes = [(fault, strike_at) for fault in faults for strike_at in range(1, messages + 1)]
-        for number, (fault, strike_at) in enumerate(strikes):
-            what = f"{fault.name} at message {strike_at} of {messages}"
+        unfaulted = UUID(int=10_000)
+        await _prepare(direct, unfaulted)
+        result = _with_run(await call(store, unfaulted), unfaulted)
+        state = _with_run(await _state(direct, unfaulted), unfaulted)
+        injections = [
+            (fault, message_number) for fault in faults for message_number in range(1, messages + 1)
+        ]
+        for number, (fault, message_number) in enumerate(injections):
+            case = f"{fault.name} at message {message_number} of {messages}"
             run = UUID(int=20_000 + 1_000 * number)
             await _prepare(direct, run)
             await store.ping()
-            proxy.arm(strike_at, fault)
+            proxy.arm(message_number, fault)
             with_fault = _with_run(await call(store, run), run)
             proxy.disarm()
-            assert proxy.has_injected, f"{what} was not sent"
+            assert proxy.has_injected, f"{case} was not sent"
             await proxy.settle()
             proxy.heal()
-            assert with_fault == result, what
-            assert _with_run(await _state(direct, run), run) == state, what
+            assert with_fault == result, case
+            assert _with_run(await _state(direct, run), run) == state, case
 
 
 async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, call: Call) -> int:
@@ -158,7 +160,7 @@ async def _count_messages(proxy: Proxy, store: FlowStore, direct: FlowStore, cal
         proxy.arm(0, Fault.REPLY_LOST)
         await call(store, run)
         counts.append(proxy.messages)
-    # The first prepares them; a connection that was idle for long, as on a slow machine, is tested first.
+    # The first call also prepares the statements, and a connection that was idle for long is also tested.
     return min(counts)
 
 
@@ -166,28 +168,28 @@ async def _with_lost_reply(proxy: Proxy, store: FlowStore, call: Awaitable[Any])
     """Start a call and lose its reply; connections fail until the proxy is disarmed."""
     await store.ping()
     proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
-    made = asyncio.ensure_future(call)
+    task = asyncio.ensure_future(call)
     while not proxy.has_injected:  # noqa: ASYNC110 - before the store retries
         await asyncio.sleep(0)
     proxy.arm(1, Fault.RESET, match=MessageMatch.CONNECT, times=1_000)
-    return made
+    return task
 
 
-EVENTS_MEANWHILE: dict[str, Call] = {
-    "the run ends": lambda s, r: s.complete_run(r, "Cancelled"),
+CONCURRENT_EVENTS: dict[str, Call] = {
+    "the run is completed": lambda s, r: s.complete_run(r, "Cancelled"),
     "the claim is released": lambda s, r: s.release_step_claim(r, "fresh"),
     "the owner claims again": lambda s, r: s.try_claim_step(r, "fresh", owner="me", lease=LEASE),
-    "the owner claims again and the run ends": lambda s, r: _claim_and_end(s, r),
+    "the owner claims again and the run is completed": lambda s, r: _claim_and_complete_run(s, r),
 }
 
 
-async def _claim_and_end(store: FlowStore, run: UUID) -> None:
+async def _claim_and_complete_run(store: FlowStore, run: UUID) -> None:
     assert await store.try_claim_step(run, "fresh", owner="me", lease=LEASE)
     await store.complete_run(run, "Cancelled")
 
 
-@pytest.mark.parametrize("event", EVENTS_MEANWHILE)
-async def test_con_3_a_claim_that_was_won_stays_won_during_other_events(
+@pytest.mark.parametrize("event", CONCURRENT_EVENTS)
+async def test_con_3_a_claim_with_a_lost_reply_is_true_despite_later_events(
     event: str, postgresql_url: str
 ) -> None:
     _, backend = find_backend("postgresql")
@@ -201,14 +203,14 @@ async def test_con_3_a_claim_that_was_won_stays_won_during_other_events(
         await direct.start_run(FLOW, "orders", run, "manual")
         call = store.try_claim_step(run, "fresh", owner="me", lease=LEASE)
         claiming = await _with_lost_reply(proxy, store, call)
-        await EVENTS_MEANWHILE[event](direct, run)
+        await CONCURRENT_EVENTS[event](direct, run)
         proxy.disarm()
         assert await claiming is True
         owners = [claim.owner for claim in await direct.get_step_claims(run)]
         assert owners == ([] if event == "the claim is released" else ["me"])
 
 
-async def test_con_3_a_dispatch_that_was_won_stays_won_when_it_is_released_meanwhile(
+async def test_con_3_a_dispatch_with_a_lost_reply_is_true_although_it_was_released(
     postgresql_url: str,
 ) -> None:
     _, backend = find_backend("postgresql")
@@ -228,9 +230,9 @@ async def test_con_3_a_dispatch_that_was_won_stays_won_when_it_is_released_meanw
         assert await direct.get_dispatches(run) == ()
 
 
-@pytest.mark.parametrize("strike_at", [1, 2, 3])
-async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
-    strike_at: int, postgresql_url: str
+@pytest.mark.parametrize("message_number", [1, 2, 3])
+async def test_con_2_a_server_that_stops_replying_while_connecting_times_out(
+    message_number: int, postgresql_url: str
 ) -> None:
     _, backend = find_backend("postgresql")
     options = {"pool_size": 1, "acquire_timeout": 0.3, "statement_timeout": 0.3, "retry_timeout": 0.3}
@@ -240,8 +242,8 @@ async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
         proxy_before(fresh) as (proxy, through),
         open_store(through, **options) as store,
     ):
-        # The server's first replies: to the startup message and to the handshake.
-        proxy.arm(strike_at, Fault.BLACK_HOLE)
+        # The first replies answer the startup message and the handshake.
+        proxy.arm(message_number, Fault.BLACK_HOLE)
         proxy.drop_idle()
         async with asyncio.timeout(60):
             with pytest.raises(StoreUnavailableError):
@@ -254,7 +256,7 @@ async def test_con_2_a_peer_that_goes_silent_while_connecting_is_given_up(
                     break
 
 
-async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql_url: str) -> None:
+async def test_con_3_a_cleanup_with_a_lost_reply_counts_each_run_once(postgresql_url: str) -> None:
     clock = VirtualClock()
     _, backend = find_backend("postgresql")
     async with (
@@ -262,24 +264,24 @@ async def test_con_3_a_cleanup_that_lost_a_reply_counts_each_run_once(postgresql
         proxy_before(fresh) as (proxy, through),
         open_store(through, clock=clock, pool_size=1) as store,
     ):
-        for strike_at in range(1, 16):
+        for message_number in range(1, 16):
             for number in range(3):
-                run = UUID(int=100 * strike_at + number)
+                run = UUID(int=100 * message_number + number)
                 await store.start_run(FLOW, "orders", run, "manual")
                 await store.complete_run(run, "Succeeded")
-            proxy.arm(strike_at, Fault.REPLY_LOST)
+            proxy.arm(message_number, Fault.REPLY_LOST)
             assert await store.cleanup(clock() + LEASE) == 3
             assert proxy.has_injected
             proxy.disarm()
             assert await store.get_runs() == ()
 
 
-async def test_con_2_a_transaction_whose_request_is_still_on_its_way_blocks_no_retry(
+async def test_con_2_a_transaction_with_a_delayed_request_does_not_block_its_retry(
     fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server does not know yet that its client is gone, and holds the locks of the transaction."""
+    """The server has not yet noticed that its client disconnected, and keeps the transaction's locks."""
     take_fault = ServerFaultInjector.take_fault
-    # A conformance check holds requests outside of transactions only.
+    # By default the injector holds only requests outside transactions.
     monkeypatch.setattr(
         ServerFaultInjector, "take_fault", lambda injector, *, is_idle: take_fault(injector, is_idle=True)
     )

@@ -68,13 +68,13 @@ def _schema(url: str) -> str:
         ),
     ],
 )
-async def test_a_wrong_url_gets_a_clear_error_without_the_password(
+async def test_an_invalid_url_gets_a_clear_error_without_the_password(
     url: str, error: type[FlowStoreError], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with pytest.raises(error, match=message) as raised:
         async with open_store(url):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert SECRET not in "".join(traceback.format_exception(raised.value))
     assert SECRET not in caplog.text
 
@@ -87,7 +87,7 @@ async def test_an_unknown_role_or_database_is_a_configuration_error(
     options = {"host": query["host"][0], "user": "postgres", "dbname": "postgres", name: value}
     with pytest.raises(ConfigurationError, match="SQLSTATE"):
         async with open_store("postgresql://", **options):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
 
 
 async def test_libpq_urls_with_an_empty_host_find_the_socket(fresh: str) -> None:
@@ -119,21 +119,21 @@ def test_an_option_overrides_the_same_part_of_the_url(
     url: str, options: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     _, _, config = resolve_store(url, **options)
-    ((address, parameters),) = _driver_reads(config)
+    ((address, parameters),) = _parse_with_driver(config)
     assert (*address, parameters.database, parameters.user, parameters.password) == expected
 
 
-def _driver_reads(config: StoreConfig) -> list[tuple[Any, Any]]:
-    """The address of each host and the parameters that the driver parses from its arguments."""
+def _parse_with_driver(config: StoreConfig) -> list[tuple[Any, Any]]:
+    """Return the address of each host and the parameters that the driver parses from its arguments."""
     settings = read_settings(config)
     arguments = settings.connect_arguments | {"timeout": None}
-    found = []
+    parsed = []
     for host, port in read_hosts(config.url, config.options) or [(None, arguments.pop("port", None))]:
-        read = signature(_parse_connect_dsn_and_args).parameters
-        given = {name: arguments.get(name) for name in read} | {"host": host, "port": port}
-        (address, *_), parameters = _parse_connect_dsn_and_args(**given)
-        found.append((address, parameters))
-    return found
+        names = signature(_parse_connect_dsn_and_args).parameters
+        arguments_of_host = {name: arguments.get(name) for name in names} | {"host": host, "port": port}
+        (address, *_), parameters = _parse_connect_dsn_and_args(**arguments_of_host)
+        parsed.append((address, parameters))
+    return parsed
 
 
 # A part of a URL, without characters that the server or the driver rejects.
@@ -159,9 +159,9 @@ def test_the_driver_gets_the_parts_of_the_url(
     name, secret, path = (quote(text, safe="") for text in (user, password, database))
     _, _, config = resolve_store(f"postgresql://{name}:{secret}@{authority}/{path}?sslmode=disable")
     expected = [f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port) for host, port in hosts]
-    read = _driver_reads(config)
-    assert [address for address, _ in read] == expected
-    for _, parameters in read:
+    parsed = _parse_with_driver(config)
+    assert [address for address, _ in parsed] == expected
+    for _, parameters in parsed:
         assert (parameters.user, parameters.password, parameters.database) == (user, password, database)
         assert parameters.sslmode.name == "disable"
 
@@ -173,9 +173,9 @@ def test_the_driver_gets_the_parts_of_the_url(
         ("postgresql://h#1/d#x?sslmode=disable", {"user": "a#b", "password": "p#w"}),
     ],
 )
-def test_the_driver_sees_a_raw_hash_as_flowstore_does(url: str, options: dict[str, Any]) -> None:
+def test_the_driver_parses_an_unencoded_hash_as_flowstore_does(url: str, options: dict[str, Any]) -> None:
     _, _, config = resolve_store(url, **options)
-    ((address, parameters),) = _driver_reads(config)
+    ((address, parameters),) = _parse_with_driver(config)
     assert address == ("h#1", 5432)
     assert (parameters.user, parameters.password, parameters.database) == ("a#b", "p#w", "d#x")
     assert parameters.sslmode.name == "disable"
@@ -193,7 +193,7 @@ def test_a_service_is_read_from_the_file_that_an_option_names(tmp_path: Path) ->
     file = tmp_path / "services"
     file.write_text("[mine]\nhost=h\nport=7\nuser=me\npassword=p#w\ndbname=d\n")
     _, _, config = resolve_store(f"postgresql://?service=mine&servicefile={file}&sslmode=disable")
-    ((address, parameters),) = _driver_reads(config)
+    ((address, parameters),) = _parse_with_driver(config)
     assert address == ("h", 7)
     assert (parameters.user, parameters.password, parameters.database) == ("me", "p#w", "d")
 
@@ -250,7 +250,7 @@ def test_a_control_character_in_an_option_is_refused(name: str, url: str) -> Non
         ("PGPASSFILE", "postgresql://me@h/d?passfile=x"),
     ],
 )
-def test_a_line_end_in_a_used_variable_of_the_driver_is_refused(
+def test_a_line_end_in_an_environment_variable_of_the_driver_is_refused(
     variable: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, f"{SECRET}\n")
@@ -262,7 +262,7 @@ def test_a_line_end_in_a_used_variable_of_the_driver_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("query", "near"),
+    ("query", "suggestion"),
     [
         ("sslmode=requird", "require"),
         ("sslmode=verify_full", "verify-full"),
@@ -272,10 +272,10 @@ def test_a_line_end_in_a_used_variable_of_the_driver_is_refused(
         ("migrat=false", "migrate"),
     ],
 )
-def test_a_misspelt_option_or_value_gets_a_suggestion(query: str, near: str) -> None:
+def test_a_misspelt_option_or_value_gets_a_suggestion(query: str, suggestion: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
         read_settings(resolve_store(f"postgresql://me:{SECRET}@h/d?{query}")[2])
-    assert f"(did you mean {near!r}?)" in str(raised.value)
+    assert f"(did you mean {suggestion!r}?)" in str(raised.value)
     assert SECRET not in str(raised.value)
 
 
@@ -290,7 +290,7 @@ def test_a_misspelt_option_or_value_gets_a_suggestion(query: str, near: str) -> 
         ("postgresql://h:1/d", {"host": "/run/pg,i"}, [("/run/pg", None), ("i", None)]),
     ],
 )
-def test_hosts_need_no_port(
+def test_the_port_of_a_host_is_optional(
     url: str, options: dict[str, str], expected: list[tuple[str, int | None]]
 ) -> None:
     assert read_hosts(url, options) == expected
@@ -308,10 +308,10 @@ async def test_a_schema_of_any_name_is_quoted(fresh: str) -> None:
         await _execute(fresh, """DROP SCHEMA "dr""op; schema ä" CASCADE""")
 
 
-async def test_con_6_migrate_false_leaves_an_empty_schema_alone(fresh: str) -> None:
+async def test_con_6_migrate_false_creates_no_tables(fresh: str) -> None:
     with pytest.raises(SchemaVersionError, match="flowstore migrate up"):
         async with open_store(fresh, migrate=False):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert await _execute(fresh, f"SELECT 1 FROM pg_tables WHERE schemaname = '{_schema(fresh)}'") == []
 
 
@@ -325,11 +325,11 @@ async def test_con_6_a_newer_schema_is_refused_unless_it_allows_this_code(fresh:
     await _execute(fresh, f"INSERT INTO {table} (version, name, works_from) VALUES (901, 'last', 901)")
     with pytest.raises(SchemaVersionError, match="newer flowstore") as raised:
         async with open_store(fresh):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert raised.value.found == 901
 
 
-async def test_a_role_with_dml_rights_only_suffices_at_run_time(fresh: str) -> None:
+async def test_a_role_with_only_dml_privileges_suffices_at_run_time(fresh: str) -> None:
     async with open_store(fresh):
         pass
     schema, role = _schema(fresh), f"{_schema(fresh)}_worker"
@@ -378,7 +378,7 @@ async def test_a_pool_without_a_free_connection_gets_a_clear_error(fresh: str) -
         holder = asyncio.create_task(hold())
         await locker.wait()
         blocked = asyncio.create_task(store.try_claim_step(run, "a"))
-        await asyncio.sleep(0.02)  # else all three would leave together, in one batch
+        await asyncio.sleep(0.02)  # otherwise one batch would contain all three calls
         with pytest.raises(StoreUnavailableError, match="pool_size"):
             await asyncio.gather(store.try_claim_step(run, "b"), store.try_claim_step(run, "c"))
         released.set()
@@ -424,7 +424,7 @@ async def test_the_descriptor_reads_and_migrates_the_schema_version(fresh: str) 
     assert await backend.schema_version(config) == newest  # type: ignore[attr-defined]
 
 
-async def test_the_migration_scripts_make_a_schema_that_opens(fresh: str) -> None:
+async def test_the_migration_scripts_create_a_valid_schema(fresh: str) -> None:
     backend = find_backend("postgresql")[1]
     config = StoreConfig(
         url=fresh, scheme="postgresql", options=parse_options(fresh), clock=None, migrate=True

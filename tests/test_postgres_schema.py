@@ -22,7 +22,7 @@ from flowstore_core import FlowStore, RunStatus, StoreUnavailableError, new_run_
 from flowstore_core.open import resolve_store
 from flowstore_postgres import counters, diagnosis
 from flowstore_postgres.migrate import read_migrations
-from tests.test_growth import FLOWS, NOON, _ask, _ask_plainly, _live
+from tests.test_growth import FLOWS, NOON, _create_runs, _query_all, _query_without_counters
 from tests.virtual_clock import VirtualClock
 
 LONG_AGO = NOON - timedelta(days=3650)
@@ -45,7 +45,7 @@ class Database:
         return f"postgresql:///{self.name}?{urlencode(query, quote_via=quote)}"
 
     async def fold_always(self) -> None:
-        """Fold at the first change of every transaction instead of one in 250."""
+        """Fold on the first change of every transaction instead of one in 250."""
         body = await self.admin.fetchval("SELECT pg_get_functiondef('flowstore.count_run_changes'::regproc)")
         assert "random() < 0.004" in body
         await self.admin.execute(body.replace("random() < 0.004", "true"))
@@ -75,26 +75,26 @@ async def _new_database(url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def database(postgresql_url: str) -> AsyncIterator[Database]:
-    async with _new_database(postgresql_url) as made:
-        yield made
+    async with _new_database(postgresql_url) as created:
+        yield created
 
 
 @pytest.fixture
 async def other(postgresql_url: str) -> AsyncIterator[Database]:
-    async with _new_database(postgresql_url) as made:
-        yield made
+    async with _new_database(postgresql_url) as created:
+        yield created
 
 
-async def _work(store: FlowStore, runs: int, flow_name: str = "flow") -> None:
-    """Start and end runs, a few at a time."""
+async def _complete_runs(store: FlowStore, runs: int, flow_name: str = "flow") -> None:
+    """Start and complete runs, ten at a time."""
 
-    async def one() -> None:
+    async def complete_run() -> None:
         run_id = new_run_id()
         await store.start_run(FLOWS[0], flow_name, run_id, "manual")
         await store.complete_run(run_id, RunStatus.SUCCEEDED)
 
     for _ in range(0, runs, 10):
-        await asyncio.gather(*(one() for _ in range(10)))
+        await asyncio.gather(*(complete_run() for _ in range(10)))
 
 
 async def _total(url: str, **filters: Any) -> int:
@@ -105,10 +105,10 @@ async def _total(url: str, **filters: Any) -> int:
 
 
 async def _diagnose(url: str) -> list[str]:
-    """The codes of the findings about the rows."""
+    """Return the codes of the findings, except those about the test server."""
     _, _, config = resolve_store(url)
-    found = await diagnosis.diagnose(config, thorough=True)
-    return [finding.code for finding in found if finding.code != "fsync-off"]
+    findings = await diagnosis.diagnose(config, thorough=True)
+    return [finding.code for finding in findings if finding.code != "fsync-off"]
 
 
 async def _fix(url: str) -> list[str]:
@@ -130,15 +130,15 @@ async def test_every_table_has_a_primary_key(database: Database) -> None:
     assert [row["relname"] for row in tables if not row["keyed"] or row["relreplident"] != b"d"] == []
 
 
-async def test_a_publication_of_all_tables_refuses_nothing(database: Database) -> None:
+async def test_a_publication_of_all_tables_allows_all_writes(database: Database) -> None:
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(database.url(), clock=clock) as store:
         await database.admin.execute("CREATE PUBLICATION everything FOR ALL TABLES")
         await database.fold_always()
-        await _live(store, clock, random.Random(5), 60)
+        await _create_runs(store, clock, random.Random(5), 60)
         await store.cleanup(clock.now - timedelta(hours=10))
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
     folded = "SELECT sum(running + succeeded + failed + cancelled) > 0 FROM flowstore.run_counts"
     assert await database.admin.fetchval(folded)
 
@@ -148,11 +148,11 @@ async def test_writers_continue_when_folding_fails_and_the_doctor_reports_it(dat
     async with open_store(url) as store:
         await database.fold_always()
         await database.admin.execute("ALTER TABLE flowstore.run_counts ADD CHECK (succeeded < 0)")
-        await _work(store, 30)
+        await _complete_runs(store, 30)
     assert await _total(url) == 30
     assert await database.admin.fetchval("SELECT count(*) FROM flowstore.run_counts") == 0
     assert await _diagnose(url) == []
-    # A backlog. Loaded rows do not change the counters.
+    # Create a backlog. Loaded rows do not change the counters.
     await database.admin.execute(
         "INSERT INTO flowstore.run_changes SELECT gen_random_uuid(), '2026-01-01', NULL, 'Running', 5 "
         "FROM generate_series(1, $1::int)",
@@ -173,30 +173,28 @@ async def test_writers_continue_when_folding_fails_and_the_doctor_reports_it(dat
 async def test_writers_do_not_wait_for_a_counter_that_is_locked(database: Database) -> None:
     async with open_store(database.url()) as store:
         await database.fold_always()
-        await _work(store, 10)
+        await _complete_runs(store, 10)
         async with database.admin.transaction():
             await database.admin.execute("SELECT FROM flowstore.run_counts FOR UPDATE")
-            await asyncio.wait_for(_work(store, 10), 60)
+            await asyncio.wait_for(_complete_runs(store, 10), 60)
         assert (await store.get_runs_page()).total_count == 20
 
 
-async def test_cleanup_deletes_runs_when_the_index_for_searches_is_broken(
+async def test_cleanup_deletes_runs_when_the_search_index_is_broken(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_store(database.url()) as store:
-        await _work(store, 10)
+        await _complete_runs(store, 10)
         await database.admin.execute("ALTER TABLE flowstore.run_texts ADD CHECK (text = '')")
         assert await store.cleanup(LONG_AGO) == 0
         assert "SQLSTATE 23514" in caplog.text
         assert (await store.get_runs_page(search="flow")).total_count == 10
 
 
-async def test_a_search_index_that_is_far_behind_is_found(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stale_search_index_is_found(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     url = database.url()
     async with open_store(url) as store:
-        await _work(store, 20)
+        await _complete_runs(store, 20)
     assert await _diagnose(url) == []
     monkeypatch.setattr(diagnosis, "REINDEX_THRESHOLD", 20)
     assert await _diagnose(url) == ["search-behind"]
@@ -209,23 +207,25 @@ async def test_a_search_index_that_is_far_behind_is_found(
 
 
 @pytest.mark.parametrize("name", ["staging", "Two words", 'a"b', "it's", "pg", "{schema}"])
-async def test_a_renamed_schema_works_beside_a_new_one_of_its_old_name(name: str, database: Database) -> None:
+async def test_a_renamed_schema_works_beside_a_new_schema_with_its_old_name(
+    name: str, database: Database
+) -> None:
     quoted = '"' + name.replace('"', '""') + '"'
     old, new = database.url(), database.url(name)
     async with open_store(old) as store:
-        await _work(store, 20, "before")
+        await _complete_runs(store, 20, "before")
     await database.admin.execute(f"ALTER SCHEMA flowstore RENAME TO {quoted}")
     async with open_store(old) as store:
-        await _work(store, 10, "stranger")
+        await _complete_runs(store, 10, "after")
     clock = VirtualClock()
     clock.now = datetime.now(UTC) + timedelta(days=1)
     async with open_store(new, clock=clock) as store:
         assert (await store.get_runs_page()).total_count == 20
-        await _live(store, clock, random.Random(6), 60)
+        await _create_runs(store, clock, random.Random(6), 60)
         await database.admin.fetchval(f"SELECT {quoted}.fold_run_changes()")
         await store.cleanup(LONG_AGO)
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
-        # The index for searches is built again.
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
+        # The migration rebuilds the search index.
         for trigger, table in [
             (row["tgname"], row["relname"])
             for row in await database.admin.fetch(
@@ -239,17 +239,17 @@ async def test_a_renamed_schema_works_beside_a_new_one_of_its_old_name(name: str
         _, backend, config = resolve_store(new)
         await backend.migrate(config)  # type: ignore[attr-defined]
         assert "by index" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
         assert await _diagnose(old) == await _diagnose(new) == []
         await database.admin.execute(f"TRUNCATE {quoted}.runs")
         assert (await store.get_runs_page()).total_count == 0
-    assert await _total(old) == await _total(old, search="stranger") == 10
+    assert await _total(old) == await _total(old, search="after") == 10
 
 
-async def test_nothing_in_the_schema_names_it(database: Database) -> None:
+async def test_the_schema_does_not_contain_its_own_name(database: Database) -> None:
     name = "zyzzyva"
     async with open_store(database.url(name)) as store:
-        await _work(store, 10)
+        await _complete_runs(store, 10)
         await store.cleanup(LONG_AGO)
     functions = await database.admin.fetch(
         "SELECT proname, prosrc, proconfig FROM pg_proc WHERE pronamespace = $1::text::regnamespace", name
@@ -289,19 +289,19 @@ async def test_a_role_keeps_its_execute_rights_when_functions_are_replaced(datab
 
 
 @pytest.mark.parametrize("options", [[], ["--disable-triggers"]])
-async def test_data_alone_restored_into_a_migrated_schema_is_counted_once(
+async def test_a_data_only_dump_restored_into_a_migrated_schema_is_counted_once(
     options: list[str], database: Database, other: Database
 ) -> None:
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(database.url(), clock=clock) as store:
-        await _live(store, clock, random.Random(8), 60)
+        await _create_runs(store, clock, random.Random(8), 60)
         await database.admin.execute("SELECT flowstore.fold_run_changes()")
         await store.cleanup(LONG_AGO)
         # Some changes are folded and some are not; some runs are indexed and some are not.
-        await _live(store, clock, random.Random(9), 30)
-        await _work(store, 20)
-        wanted = await _ask(store, clock.now)
+        await _create_runs(store, clock, random.Random(9), 30)
+        await _complete_runs(store, 20)
+        expected = await _query_all(store, clock.now)
     assert await database.admin.fetchval("SELECT count(*) FROM flowstore.unsearched") >= 20
     await database.admin.execute("INSERT INTO flowstore.commits (connection, token) VALUES (1, 1)")
     dump = await database.run_tool(
@@ -309,12 +309,12 @@ async def test_data_alone_restored_into_a_migrated_schema_is_counted_once(
     )
     async with open_store(other.url(), clock=clock) as store:
         await other.run_tool("psql", "-q", "-1", "-v", "ON_ERROR_STOP=1", text=dump)
-        assert await _ask(store, clock.now) == wanted
+        assert await _query_all(store, clock.now) == expected
         await other.fold_always()
         # A summary of the dump is invalid for a day that has changed since.
         for generator in (10, 11, 12):
-            await _live(store, clock, random.Random(generator), 30)
-            assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+            await _create_runs(store, clock, random.Random(generator), 30)
+            assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
     assert await _diagnose(other.url()) == []
 
 
@@ -353,53 +353,51 @@ async def test_a_dump_of_the_whole_schema_restores_into_another_database(
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(database.url(), clock=clock) as store:
-        await _live(store, clock, random.Random(3), 60)
-        wanted = await _ask(store, clock.now)
+        await _create_runs(store, clock, random.Random(3), 60)
+        expected = await _query_all(store, clock.now)
     dump = await database.run_tool("pg_dump", "-n", "flowstore")
     await other.run_tool("psql", "-q", "-1", "-v", "ON_ERROR_STOP=1", text=dump)
     async with open_store(other.url(), clock=clock, migrate=False) as store:
-        assert await _ask(store, clock.now) == wanted
-        await _live(store, clock, random.Random(4), 60)
+        assert await _query_all(store, clock.now) == expected
+        await _create_runs(store, clock, random.Random(4), 60)
         await other.admin.execute("SELECT flowstore.fold_run_changes()")
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
     assert await _diagnose(other.url()) == []
 
 
 # Wrong counters
 
 
-WRONG = {
+CORRUPTIONS = {
     "a count that is too high": "UPDATE flowstore.run_counts SET succeeded = succeeded + 7",
     "a count beyond 32 bits": "UPDATE flowstore.run_counts SET running = 5000000000",
-    "counts that are gone": "TRUNCATE flowstore.run_counts, flowstore.run_days",
+    "counts that are missing": "TRUNCATE flowstore.run_counts, flowstore.run_days",
     "days that are wrong": "UPDATE flowstore.run_days SET succeeded = 0, failed = 99",
-    "changes that are gone": "TRUNCATE flowstore.run_changes",
-    "runs that no trigger saw": "ALTER TABLE flowstore.runs DISABLE TRIGGER ALL; "
+    "changes that are missing": "TRUNCATE flowstore.run_changes",
+    "runs deleted without triggers": "ALTER TABLE flowstore.runs DISABLE TRIGGER ALL; "
     "DELETE FROM flowstore.runs WHERE flow_name = 'flow 1'; ALTER TABLE flowstore.runs ENABLE TRIGGER ALL",
 }
 
 
-@pytest.mark.parametrize("fault", WRONG)
-async def test_wrong_counters_are_found_and_corrected_while_others_write(
-    fault: str, database: Database
-) -> None:
+@pytest.mark.parametrize("fault", CORRUPTIONS)
+async def test_wrong_counters_are_found_and_corrected_during_writes(fault: str, database: Database) -> None:
     url = database.url()
     clock = VirtualClock()
     clock.now = NOON
     async with open_store(url, clock=clock) as store:
-        await _live(store, clock, random.Random(2), 60)
+        await _create_runs(store, clock, random.Random(2), 60)
         await database.admin.execute("SELECT flowstore.fold_run_changes()")
-        await _live(store, clock, random.Random(3), 20)
+        await _create_runs(store, clock, random.Random(3), 20)
         while not await database.admin.fetchval("SELECT count(*) FROM flowstore.run_changes"):
-            # Cleanup folds all of them, and a writer may fold too.
+            # Cleanup folds all changes, and a writer may fold too.
             await store.start_run(uuid4(), "flow 1", new_run_id(), "manual")
-        await _ask(store, clock.now)
+        await _query_all(store, clock.now)
         assert await _diagnose(url) == []
-        await database.admin.execute(WRONG[fault])
+        await database.admin.execute(CORRUPTIONS[fault])
         orphans = [f"orphans-{table}" for table in ("attempts", "steps")]
         assert [code for code in await _diagnose(url) if code not in orphans] == ["counters-wrong"]
         await database.fold_always()
-        writing = asyncio.create_task(_work(store, 200))
+        writing = asyncio.create_task(_complete_runs(store, 200))
         fixes = [await _fix(url)]
         while not writing.done():
             fixes.append(await _fix(url))
@@ -409,7 +407,7 @@ async def test_wrong_counters_are_found_and_corrected_while_others_write(
             len(fixes) - 1
         )
         assert await _diagnose(url) == []
-        assert await _ask(store, clock.now) == await _ask_plainly(store, clock.now)
+        assert await _query_all(store, clock.now) == await _query_without_counters(store, clock.now)
 
 
 # Defaults of the server
@@ -420,35 +418,33 @@ LEVELS = ("repeatable read", "serializable")
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("pgbouncer", [False, True])
-async def test_con_6_many_open_a_new_schema_at_once_under_any_default_isolation(
+async def test_con_6_concurrent_opens_migrate_under_any_default_isolation(
     level: str, pgbouncer: bool, database: Database
 ) -> None:
     await _set_defaults(database, level)
 
-    async def opens() -> None:
+    async def open_and_ping() -> None:
         async with open_store(database.url(pgbouncer=str(pgbouncer).lower())) as store:
             await store.ping()
 
-    await asyncio.gather(*(opens() for _ in range(12)))
+    await asyncio.gather(*(open_and_ping() for _ in range(12)))
     versions = await database.admin.fetch("SELECT version FROM flowstore.schema_version ORDER BY version")
     assert [row["version"] for row in versions] == [one.number for one in read_migrations()]
 
 
 @pytest.mark.parametrize("level", LEVELS)
-async def test_con_6_the_scripts_of_migrations_bring_their_own_settings(
-    level: str, database: Database
-) -> None:
+async def test_con_6_migration_scripts_set_their_own_isolation(level: str, database: Database) -> None:
     await _set_defaults(database, level)
     _, backend, config = resolve_store(database.url())
     script = "".join(one[2] for one in backend.migrations(config))  # type: ignore[attr-defined]
 
-    async def opens() -> None:
+    async def open_and_ping() -> None:
         async with open_store(database.url()) as store:
             await store.ping()
 
-    # The second waits for the first, and then its script fails as a whole.
+    # The script or the migration waits for the other one; a script that runs second fails as a whole.
     *opened, outcome = await asyncio.gather(
-        *(opens() for _ in range(6)),
+        *(open_and_ping() for _ in range(6)),
         database.run_tool("psql", "-q", "-v", "ON_ERROR_STOP=1", text=script),
         return_exceptions=True,
     )
@@ -458,7 +454,7 @@ async def test_con_6_the_scripts_of_migrations_bring_their_own_settings(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-async def test_migrations_indexing_and_fixes_need_no_default_isolation(
+async def test_migrations_indexing_and_fixes_work_under_any_default_isolation(
     level: str, database: Database
 ) -> None:
     await _set_defaults(database, level)

@@ -1,4 +1,4 @@
-"""PostgreSQL under hostile defaults of a server, database or role: results and costs stay the same."""
+"""Hostile defaults of a PostgreSQL server, database or role do not change the results or costs of calls."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ HOSTILE = {
     "extra_float_digits": "-15",
     "row_security": "off",
 }
-RIGHT = {
+EXPECTED_SETTINGS = {
     **PINNED,
     "statement_timeout": "30s",
     "idle_in_transaction_session_timeout": "30s",
@@ -62,14 +62,15 @@ RIGHT = {
     "synchronous_commit": "on",
     "client_encoding": "UTF8",
 }
-NOTE_SETTINGS = """
-CREATE TABLE public.seen (name text, setting text);
-CREATE FUNCTION public.note_settings() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    INSERT INTO public.seen SELECT name, current_setting(name) FROM unnest(ARRAY[{names}]) AS s (name);
+RECORD_SETTINGS = """
+CREATE TABLE public.recorded_settings (name text, setting text);
+CREATE FUNCTION public.record_settings() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    INSERT INTO public.recorded_settings
+    SELECT name, current_setting(name) FROM unnest(ARRAY[{names}]) AS s (name);
     RETURN NULL;
 END $$;
-CREATE TRIGGER note_settings AFTER INSERT ON flowstore.runs
-FOR EACH ROW EXECUTE FUNCTION public.note_settings()
+CREATE TRIGGER record_settings AFTER INSERT ON flowstore.runs
+FOR EACH ROW EXECUTE FUNCTION public.record_settings()
 """
 
 
@@ -82,17 +83,17 @@ class ScratchDatabase:
         self._name = name
         self.url = f"postgresql:///{name}?host={quote(socket, safe='')}&user=postgres"
 
-    async def default(self, **settings: str) -> None:
+    async def set_defaults(self, **settings: str) -> None:
         for name, value in settings.items():
-            # A list for search_path, one word for all others.
-            given = value if name == "search_path" else f"'{value}'"
-            await self._server.execute(f'ALTER DATABASE "{self._name}" SET {name} = {given}')
+            # search_path is a list, the others are one word.
+            literal = value if name == "search_path" else f"'{value}'"
+            await self._server.execute(f'ALTER DATABASE "{self._name}" SET {name} = {literal}')
 
     async def connect(self) -> asyncpg.Connection:
-        """A connection without the defaults that would disturb the test."""
-        hinder = ("statement_timeout", "idle_session_timeout", "transaction_timeout", "lock_timeout")
-        hinder += ("default_transaction_read_only", "default_transaction_isolation")
-        settings = {name: RIGHT[name] for name in hinder}
+        """Connect without the defaults that would disturb the test."""
+        disturbing = ("statement_timeout", "idle_session_timeout", "transaction_timeout", "lock_timeout")
+        disturbing += ("default_transaction_read_only", "default_transaction_isolation")
+        settings = {name: EXPECTED_SETTINGS[name] for name in disturbing}
         return await asyncpg.connect(
             host=self._socket, user="postgres", database=self._name, server_settings=settings
         )
@@ -115,7 +116,7 @@ async def database(postgresql_url: str) -> AsyncIterator[ScratchDatabase]:
         await server.close()
 
 
-async def _work(store: FlowStore, other: FlowStore) -> None:
+async def _exercise_stores(store: FlowStore, other: FlowStore) -> None:
     """Make calls of every kind, some concurrently, and check their results."""
     flow_id = new_run_id()
     triggers = [
@@ -127,9 +128,9 @@ async def _work(store: FlowStore, other: FlowStore) -> None:
     run_id = results[0].run.run_id
     owners = [new_claim_token() for _ in range(8)]
     calls = [(store, other)[n % 2].try_claim_step(run_id, "a", owner=one) for n, one in enumerate(owners)]
-    won = await asyncio.gather(*calls)
-    assert sum(won) == 1
-    owner = owners[won.index(True)]
+    claimed = await asyncio.gather(*calls)
+    assert sum(claimed) == 1
+    owner = owners[claimed.index(True)]
     attempt = await store.record_step_start(
         run_id, "a", "http", owner=owner, input_json=r'{"a":"\\n","b":null}'
     )
@@ -159,7 +160,7 @@ async def _work(store: FlowStore, other: FlowStore) -> None:
         await store.complete_run(run.run_id, RunStatus.SUCCEEDED)
     assert (await other.get_runs_page()).total_count == 21
     assert (await store.get_statistics()).completed_today == 20
-    # Adds the runs to the index.
+    # cleanup adds the runs to the search index.
     await store.cleanup(results[0].run.started_at - timedelta(days=1))
     assert (await other.get_runs_page(search="found")).total_count == 21
 
@@ -170,45 +171,51 @@ def retries(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return caplog.records
 
 
-def _retried(records: list[logging.LogRecord]) -> list[str]:
+def _retry_messages(records: list[logging.LogRecord]) -> list[str]:
     return [one.getMessage() for one in records if hasattr(one, "flowstore.reason")]
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "all at once"])
-async def test_a_hostile_default_changes_nothing(
+async def test_a_hostile_default_has_no_effect(
     name: str, database: ScratchDatabase, retries: list[logging.LogRecord]
 ) -> None:
-    await database.default(**(HOSTILE if name == "all at once" else {name: HOSTILE[name]}))
+    await database.set_defaults(**(HOSTILE if name == "all at once" else {name: HOSTILE[name]}))
     async with open_store(database.url) as store, open_store(database.url) as other:
         connection = await database.connect()
-        names = ", ".join(f"'{name}'" for name in RIGHT)
-        await connection.execute(NOTE_SETTINGS.replace("{names}", names))
-        await _work(store, other)
-        seen = await connection.fetch("SELECT DISTINCT name, setting FROM public.seen")
+        names = ", ".join(f"'{name}'" for name in EXPECTED_SETTINGS)
+        await connection.execute(RECORD_SETTINGS.replace("{names}", names))
+        await _exercise_stores(store, other)
+        recorded = await connection.fetch("SELECT DISTINCT name, setting FROM public.recorded_settings")
         await connection.close()
     # Connections for batches have a lock timeout of 100 ms and plan statements once.
-    own = {("lock_timeout", "100ms"), ("plan_cache_mode", "force_generic_plan"), ("enable_indexscan", "on")}
-    assert {tuple(row) for row in seen} - own == set(RIGHT.items()) - own
-    assert _retried(retries) == []
+    batch_settings = {
+        ("lock_timeout", "100ms"),
+        ("plan_cache_mode", "force_generic_plan"),
+        ("enable_indexscan", "on"),
+    }
+    assert {tuple(row) for row in recorded} - batch_settings == set(
+        EXPECTED_SETTINGS.items()
+    ) - batch_settings
+    assert _retry_messages(retries) == []
 
 
 @pytest.mark.parametrize("name", ["default_transaction_isolation", "TimeZone", "DateStyle", "array_nulls"])
-async def test_behind_a_pooler_a_hostile_default_changes_no_result(
+async def test_a_hostile_default_behind_a_pooler_changes_no_result(
     name: str, database: ScratchDatabase
 ) -> None:
     async with open_store(database.url):
         pass
-    await database.default(**{name: HOSTILE[name]})
+    await database.set_defaults(**{name: HOSTILE[name]})
     url = f"{database.url}&pgbouncer=true"
     async with open_store(url) as store, open_store(url) as other:
-        await _work(store, other)
+        await _exercise_stores(store, other)
 
 
 @pytest.mark.parametrize("name", WATCHED)
-async def test_behind_a_pooler_a_harmful_default_is_logged(
+async def test_a_harmful_default_behind_a_pooler_is_logged(
     name: str, database: ScratchDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await database.default(**{name: HOSTILE[name]})
+    await database.set_defaults(**{name: HOSTILE[name]})
     async with open_store(f"{database.url}&pgbouncer=true"):
         pass
     warnings = [one.getMessage() for one in caplog.records if "ALTER ROLE" in one.getMessage()]
@@ -216,12 +223,12 @@ async def test_behind_a_pooler_a_harmful_default_is_logged(
     assert name in warnings[0]
 
 
-async def test_behind_a_pooler_a_read_only_role_reads_and_gets_a_clear_error_for_writes(
+async def test_a_read_only_role_behind_a_pooler_gets_a_clear_error_for_writes(
     database: ScratchDatabase,
 ) -> None:
     async with open_store(database.url):
         pass
-    await database.default(default_transaction_read_only="on")
+    await database.set_defaults(default_transaction_read_only="on")
     async with open_store(f"{database.url}&pgbouncer=true") as store:
         assert await store.get_runs() == ()
         with pytest.raises(StoreUnavailableError, match="default_transaction_read_only"):
@@ -236,20 +243,23 @@ async def test_behind_a_pooler_a_read_only_role_reads_and_gets_a_clear_error_for
         ("session_replication_role", "replica", "false"),
     ],
 )
-async def test_a_default_that_breaks_the_contract_and_cannot_be_changed_is_refused(
+async def test_a_default_that_breaks_the_contract_is_refused(
     name: str, value: str, pgbouncer: str, database: ScratchDatabase
 ) -> None:
-    await database.default(**{name: value})
+    await database.set_defaults(**{name: value})
     with pytest.raises(ConfigurationError, match=f"{name} is {value}.*ALTER ROLE"):
         async with open_store(f"{database.url}&pgbouncer={pgbouncer}"):
             pass
 
 
-async def test_a_stronger_synchronous_commit_stays(database: ScratchDatabase) -> None:
-    await database.default(synchronous_commit="remote_apply")
+async def test_a_stronger_synchronous_commit_is_kept(database: ScratchDatabase) -> None:
+    await database.set_defaults(synchronous_commit="remote_apply")
     async with open_store(database.url) as store:
         connection = await database.connect()
-        await connection.execute(NOTE_SETTINGS.replace("{names}", "'synchronous_commit'"))
+        await connection.execute(RECORD_SETTINGS.replace("{names}", "'synchronous_commit'"))
         await store.start_run(uuid4(), "orders", uuid4(), "manual")
-        assert await connection.fetchval("SELECT DISTINCT setting FROM public.seen") == "remote_apply"
+        assert (
+            await connection.fetchval("SELECT DISTINCT setting FROM public.recorded_settings")
+            == "remote_apply"
+        )
         await connection.close()

@@ -1,4 +1,4 @@
-"""Completions of runs and reads of runs that share a transaction or a statement on PostgreSQL."""
+"""Completions and reads of runs that share a transaction or a statement on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -68,41 +68,43 @@ async def test_concurrent_completions_get_their_own_results(store: FlowStore) ->
 
 async def test_a_locked_run_delays_no_other_completion(store: FlowStore, server: asyncpg.Connection) -> None:
     run_ids = await start(store, RUNS)
-    held = server.transaction()
-    await held.start()
+    transaction = server.transaction()
+    await transaction.start()
     await server.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_ids[0])
-    ends = [asyncio.create_task(store.complete_run(run_id, RunStatus.SUCCEEDED)) for run_id in run_ids]
-    assert all(await asyncio.wait_for(asyncio.gather(*ends[1:]), 60))
-    assert not ends[0].done()
-    await held.rollback()
-    assert await ends[0]
+    completions = [asyncio.create_task(store.complete_run(run_id, RunStatus.SUCCEEDED)) for run_id in run_ids]
+    assert all(await asyncio.wait_for(asyncio.gather(*completions[1:]), 60))
+    assert not completions[0].done()
+    await transaction.rollback()
+    assert await completions[0]
 
 
 async def test_a_call_waits_for_a_locked_step(store: FlowStore, server: asyncpg.Connection) -> None:
     run_ids = await start(store, 3)
     for run_id in run_ids:
         await store.record_step_start(run_id, "a", "http")
-    held = server.transaction()
-    await held.start()
+    transaction = server.transaction()
+    await transaction.start()
     await server.execute("UPDATE steps SET status = 'Succeeded' WHERE run_id = $1", run_ids[0])
     done = {"a": StepStatus.SUCCEEDED}
-    end = asyncio.create_task(store.complete_run(run_ids[0], RunStatus.SUCCEEDED, expected=done))
+    completion = asyncio.create_task(store.complete_run(run_ids[0], RunStatus.SUCCEEDED, expected=done))
     assert not await store.complete_run(run_ids[1], RunStatus.SUCCEEDED, expected=done)
-    assert not end.done()
-    await held.commit()
-    assert await end
+    assert not completion.done()
+    await transaction.commit()
+    assert await completion
 
 
-async def test_a_run_that_cannot_end_fails_alone(store: FlowStore, server: asyncpg.Connection) -> None:
+async def test_a_failed_completion_does_not_affect_the_others(
+    store: FlowStore, server: asyncpg.Connection
+) -> None:
     run_ids = await start(store, RUNS)
     await server.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN IF NEW.run_id = '{run_ids[7]}' THEN RAISE 'no'; END IF; RETURN NEW; END $$;"
         " CREATE TRIGGER refuse BEFORE UPDATE ON runs FOR EACH ROW EXECUTE FUNCTION refuse()"
     )
-    ends = [store.complete_run(run_id, RunStatus.SUCCEEDED) for run_id in run_ids]
+    completions = [store.complete_run(run_id, RunStatus.SUCCEEDED) for run_id in run_ids]
     results = await asyncio.gather(
-        *ends, store.complete_run(uuid4(), RunStatus.FAILED), return_exceptions=True
+        *completions, store.complete_run(uuid4(), RunStatus.FAILED), return_exceptions=True
     )
     assert isinstance(results.pop(7), StoreUnavailableError)
     assert isinstance(results.pop(), RunNotFoundError)
@@ -114,20 +116,20 @@ async def test_concurrent_reads_return_their_own_run(store: FlowStore) -> None:
     await together([store.save_output(run_id, "key", f'"{run_id}"') for run_id in run_ids[1:]])
     await together([store.record_skipped_step(run_id, str(run_id), "http") for run_id in run_ids[1:]])
     for _ in range(2):
-        wanted = [*run_ids, uuid4(), *run_ids]
-        outputs = await together([store.get_outputs(run_id) for run_id in wanted])
-        statuses = await together([store.get_step_statuses(run_id) for run_id in wanted])
-        for run_id, found, steps in zip(wanted, outputs, statuses, strict=True):
+        requested = [*run_ids, uuid4(), *run_ids]
+        outputs = await together([store.get_outputs(run_id) for run_id in requested])
+        statuses = await together([store.get_step_statuses(run_id) for run_id in requested])
+        for run_id, output, steps in zip(requested, outputs, statuses, strict=True):
             is_known = run_id in run_ids[1:]
-            assert found == ({"key": f'"{run_id}"'} if is_known else {})
+            assert output == ({"key": f'"{run_id}"'} if is_known else {})
             assert steps == ({str(run_id): StepStatus.SKIPPED} if is_known else {})
 
 
 async def test_concurrent_outputs_under_one_key_are_serialized(store: FlowStore) -> None:
     (run_id,) = await start(store, 1)
     await together([store.save_output(run_id, f"key {number % 2}", str(number)) for number in range(RUNS)])
-    found = await store.get_outputs(run_id)
-    assert {int(found[f"key {parity}"]) % 2 for parity in range(2)} == {0, 1}
+    outputs = await store.get_outputs(run_id)
+    assert {int(outputs[f"key {parity}"]) % 2 for parity in range(2)} == {0, 1}
     results = await asyncio.gather(
         store.save_output(uuid4(), "key 0", "1"),
         store.save_output(run_id, "key 0", "0"),

@@ -24,11 +24,11 @@ from flowstore_core import (
 from flowstore_replay import Engine, Task, Workflow, verify
 from flowstore_replay.engine import StepContext
 from flowstore_replay.work import output_of
-from tests.test_replay_crashes import Interposed, Killed, Mortal, diamond
+from tests.test_replay_crashes import HookedStore, Killed, KilledStore, diamond
 
 LEASE = timedelta(minutes=5)
 SHORT_LEASE = timedelta(seconds=0.3)
-"""For tests in which engines die and others take over."""
+"""For tests in which an engine takes over steps of a killed one."""
 
 
 def chain(length: int) -> Workflow:
@@ -61,15 +61,15 @@ class Work:
         self.seconds = seconds
         self.done: list[tuple[UUID, str]] = []
         self.five_are_done = asyncio.Event()
-        self.now = self.most = 0
+        self.running = self.max_running = 0
 
     async def __call__(self, context: StepContext) -> str:
-        self.now += 1
-        self.most = max(self.most, self.now)
+        self.running += 1
+        self.max_running = max(self.max_running, self.running)
         try:
             await asyncio.sleep(self.seconds)
         finally:
-            self.now -= 1
+            self.running -= 1
         self.done.append((context.run_id, context.task.key))
         if len(self.done) == 5:
             self.five_are_done.set()
@@ -82,13 +82,13 @@ def engine(
     return Engine(store, workflow, work, name=name, lease=lease, concurrency=concurrency)
 
 
-async def expect_all_done(store: FlowStore, workflow: Workflow, run_ids: list[UUID]) -> None:
+async def assert_succeeded(store: FlowStore, workflow: Workflow, run_ids: list[UUID]) -> None:
     summary = await verify(store, workflow, run_ids)
     assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
-class Crowd(Work):
-    """Work that ends when ``size`` steps have been in progress at once."""
+class ConcurrentWork(Work):
+    """Work that waits until ``size`` steps are in progress at the same time."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -96,29 +96,29 @@ class Crowd(Work):
         self._is_complete = asyncio.Event()
 
     async def __call__(self, context: StepContext) -> str:
-        if self.now + 1 == self._size:
+        if self.running + 1 == self._size:
             self._is_complete.set()
-        self.now += 1
+        self.running += 1
         await self._is_complete.wait()
-        self.now -= 1
+        self.running -= 1
         return await super().__call__(context)
 
 
 async def test_concurrent_steps_run_once_each(store: FlowStore) -> None:
-    workflow, work = diamond(), Crowd(8)
+    workflow, work = diamond(), ConcurrentWork(8)
     run_ids = await start(store, workflow, 12)
     await asyncio.wait_for(engine(store, workflow, work, 8).run(run_ids), 100)
-    assert work.most == 8
+    assert work.max_running == 8
     assert len(work.done) == len(set(work.done)) == 60
-    await expect_all_done(store, workflow, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
 
 
 async def test_steps_of_one_run_run_concurrently(store: FlowStore) -> None:
     tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(6))
-    workflow, work = Workflow(name="wide", tasks=tasks), Crowd(2)
+    workflow, work = Workflow(name="wide", tasks=tasks), ConcurrentWork(2)
     run_ids = await start(store, workflow, 1)
     await asyncio.wait_for(engine(store, workflow, work, 6).run(run_ids), 100)
-    await expect_all_done(store, workflow, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
 
 
 async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) -> None:
@@ -126,33 +126,33 @@ async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) ->
     run_ids = await start(store, workflow, 1)
     names: list[str] = []
 
-    class Noted(Interposed):
+    class Recording(HookedStore):
         async def before(self, name: str) -> None:
             names.append(name)
 
-    await asyncio.wait_for(engine(Noted(store), workflow, Work(), 1).run(run_ids), 100)
+    await asyncio.wait_for(engine(Recording(store), workflow, Work(), 1).run(run_ids), 100)
     per_step = ("try_record_dispatch", "try_claim_step", "record_step_start", "record_step_complete")
     assert all(names.count(name) == 20 for name in per_step)
-    # Once per VIEW_TTL, on any machine.
+    # The state is read once per VIEW_TTL, however fast the machine is.
     assert names.count("get_step_statuses") + names.count("get_run_detail") < 20
-    await expect_all_done(store, workflow, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_engines_with_many_slots_die_and_others_finish(store: FlowStore, seed: int) -> None:
-    chance = random.Random(seed)
+async def test_runs_of_killed_engines_with_several_slots_are_completed(store: FlowStore, seed: int) -> None:
+    rng = random.Random(seed)
     workflow, work = diamond(), Work()
     run_ids = await start(store, workflow, 6)
 
-    class Interleaved(Mortal):
+    class Interleaved(KilledStore):
         async def before(self, name: str) -> None:
-            for _ in range(chance.randint(0, 3)):
+            for _ in range(rng.randint(0, 3)):
                 await asyncio.sleep(0)
             await super().before(name)
 
-    mortal = [Interleaved(store, chance.randint(5, 120)) for _ in range(3)]
+    stores = [Interleaved(store, rng.randint(5, 120)) for _ in range(3)]
     engines = [
-        engine(each, workflow, work, 4, f"engine-{number}", SHORT_LEASE) for number, each in enumerate(mortal)
+        engine(each, workflow, work, 4, f"engine-{number}", SHORT_LEASE) for number, each in enumerate(stores)
     ]
 
     async def run(each: Engine) -> None:
@@ -161,31 +161,31 @@ async def test_engines_with_many_slots_die_and_others_finish(store: FlowStore, s
 
     await asyncio.gather(*map(run, engines))
     await asyncio.wait_for(engine(store, workflow, work, 4, "last", SHORT_LEASE).run(run_ids), 100)
-    await expect_all_done(store, workflow, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_an_intermittent_store_loses_nothing(
+async def test_runs_succeed_on_an_intermittent_store(
     store: FlowStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     monkeypatch.setattr("flowstore_replay.engine.MAX_POLL_INTERVAL", 0.005)
     monkeypatch.setattr("flowstore_replay.scheduling.MAX_POLL_INTERVAL", 0.005)
     monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.005)
 
-    class Flaky(Interposed):
+    class Flaky(HookedStore):
         async def before(self, name: str) -> None:
-            if chance.random() < 0.1:
+            if rng.random() < 0.1:
                 raise StoreUnavailableError("not now")
 
         async def after(self, name: str) -> None:
-            if chance.random() < 0.1:
+            if rng.random() < 0.1:
                 raise OutcomeUnknownError(name)
 
     workflow = diamond()
     run_ids = await start(store, workflow, 4)
     await asyncio.wait_for(engine(Flaky(store), workflow, Work(), 3, lease=SHORT_LEASE).run(run_ids), 100)
-    await expect_all_done(store, workflow, run_ids)
+    await assert_succeeded(store, workflow, run_ids)
 
 
 async def test_a_cancel_takes_effect_between_short_steps(store: FlowStore) -> None:
@@ -210,13 +210,13 @@ async def test_a_concurrently_reopened_step_is_executed_again(
     await store.retry_step(run_ids[0], "step-0")
     await asyncio.wait_for(running, 100)
     assert work.done.count((run_ids[0], "step-0")) == 2
-    # Before all other steps were done: the cached plan expires.
+    # The step is executed before the end of the run, because the cached plan expires.
     assert work.done.index((run_ids[0], "step-0"), 1) < 390
     statuses = await store.get_step_statuses(run_ids[0])
     assert set(statuses.values()) == {StepStatus.SUCCEEDED}
 
 
-async def test_an_error_in_one_slot_ends_all(store: FlowStore) -> None:
+async def test_an_error_in_one_slot_stops_all_slots(store: FlowStore) -> None:
     class Broken(Work):
         async def __call__(self, context: StepContext) -> str:
             if context.task.key == "left":

@@ -1,7 +1,7 @@
-"""Crashes of the reference engine: a kill between any two store calls loses nothing.
+"""Crashes of the reference engine between any two store calls.
 
-The engine is killed in-process: from its n-th call on, the store raises an error that is never caught. The
-store's state is then the same as after a SIGKILL. Another engine takes over, with a virtual clock, so that
+The engine is killed in-process: from its n-th call on, the store raises an error that no code catches. This
+leaves the store in the same state as a SIGKILL. A second engine takes over on a virtual clock, so that
 leases expire without waiting.
 """
 
@@ -53,10 +53,10 @@ def diamond(*, seconds: float = 0.0) -> Workflow:
 
 
 class Killed(BaseException):
-    """The death of the process. A BaseException, so that no handler catches it."""
+    """Simulates a killed process. A BaseException, so that no handler catches it."""
 
 
-class Interposed:
+class HookedStore:
     """A store wrapper with hooks before and after each call."""
 
     def __init__(self, store: FlowStore) -> None:
@@ -82,15 +82,15 @@ class Interposed:
     async def after(self, name: str) -> None: ...
 
 
-class Mortal(Interposed):
-    """A store whose process dies before its n-th call and stays dead."""
+class KilledStore(HookedStore):
+    """A store that raises Killed from its n-th call on."""
 
-    def __init__(self, store: FlowStore, dies_at: int) -> None:
+    def __init__(self, store: FlowStore, killed_at: int) -> None:
         super().__init__(store)
-        self.dies_at = dies_at
+        self.killed_at = killed_at
 
     async def before(self, name: str) -> None:
-        if self.calls >= self.dies_at:
+        if self.calls >= self.killed_at:
             raise Killed
 
 
@@ -128,7 +128,7 @@ class Harness:
         return output_of(context.task, context.inputs)
 
     async def drive(self, engine: Engine) -> None:
-        """Like Engine.run, but the clock advances only when the engine is idle."""
+        """Run the engine as Engine.run does, but advance the clock only when the engine is idle."""
         idle = 0
         while await self.store.get_run_status(self.run_id) is RunStatus.RUNNING:
             self.ticks += 1
@@ -147,11 +147,11 @@ class Harness:
                 self.clock.advance(seconds=31)
             await asyncio.sleep(0)
 
-    async def verdict(self) -> Summary:
+    async def summary(self) -> Summary:
         return await verify(self.store, self.workflow, [self.run_id], approval_steps=self.approval_steps)
 
 
-SCENES: dict[str, dict[str, Any]] = {
+SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "every first attempt fails": {"fails": lambda context: context.attempt == 1},
     "waits for a signal": {"approval_steps": ["first", "gate"]},
@@ -159,18 +159,18 @@ SCENES: dict[str, dict[str, Any]] = {
     "cancelled": {"cancel_at": 4, "fails": lambda context: context.attempt == 1, "approval_steps": ["first"]},
     "past its deadline": {},
 }
-ENDS = {
+FINAL_STATUSES = {
     "no attempts left": RunStatus.FAILED,
     "cancelled": RunStatus.CANCELLED,
     "past its deadline": RunStatus.CANCELLED,
 }
 
 
-async def play(name: str, crashes: Collection[int]) -> Harness:
-    """A run whose engines die one after another at their n-th call, except the last."""
+async def run_scenario(name: str, crashes: Collection[int]) -> Harness:
+    """Complete a run although all engines but the last are killed at their n-th call."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENES[name])
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENARIOS[name])
         deadline = clock() + timedelta(seconds=1) if name == "past its deadline" else None
         await store.trigger_run(
             harness.workflow.flow_id,
@@ -183,25 +183,25 @@ async def play(name: str, crashes: Collection[int]) -> Harness:
         if deadline is not None:
             assert await harness.engine().tick([harness.run_id])
             clock.advance(seconds=2)
-        for dies_at in crashes:
-            engine = harness.engine(Mortal(store, dies_at))
+        for killed_at in crashes:
+            engine = harness.engine(KilledStore(store, killed_at))
             # The engine may finish before its n-th call.
             with contextlib.suppress(Killed):
                 await harness.drive(engine)
             clock.advance(seconds=31)
         await harness.drive(harness.engine())
-        await judge(name, harness)
+        await assert_final_state(name, harness)
     return harness
 
 
-async def judge(name: str, harness: Harness) -> None:
-    if name not in ENDS:
-        summary = await harness.verdict()
+async def assert_final_state(name: str, harness: Harness) -> None:
+    if name not in FINAL_STATUSES:
+        summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         return
     detail = await harness.store.get_run_detail(harness.run_id)
     assert detail is not None
-    assert detail.status is ENDS[name]
+    assert detail.status is FINAL_STATUSES[name]
     assert all(step.status.is_terminal for step in detail.steps)
     assert all(attempt.completed_at for step in detail.steps for attempt in step.attempts)
     assert not await harness.store.get_claimed_step_keys(harness.run_id)
@@ -216,31 +216,31 @@ async def judge(name: str, harness: Harness) -> None:
 async def count_calls(name: str) -> int:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENES[name])
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENARIOS[name])
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        counted = Interposed(store)
+        counted = HookedStore(store)
         await harness.drive(harness.engine(counted))
         return counted.calls
 
 
-@pytest.mark.parametrize("name", SCENES)
-async def test_killed_between_any_two_store_calls_another_engine_finishes(name: str) -> None:
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_a_run_is_completed_after_a_kill_before_any_store_call(name: str) -> None:
     calls = await count_calls(name)
     assert calls > 20
-    for dies_at in range(1, calls + 2):
+    for killed_at in range(1, calls + 2):
         try:
-            await play(name, [dies_at])
+            await run_scenario(name, [killed_at])
         except AssertionError as error:
-            raise AssertionError(f"killed before call {dies_at}: {error}") from error
+            raise AssertionError(f"killed before call {killed_at}: {error}") from error
 
 
-@pytest.mark.parametrize("name", SCENES)
-async def test_repeated_kills(name: str) -> None:
-    chance = random.Random(name)
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_a_run_is_completed_after_repeated_kills(name: str) -> None:
+    rng = random.Random(name)
     for _ in range(25):
-        crashes = [chance.randint(1, 40) for _ in range(chance.randint(2, 8))]
+        crashes = [rng.randint(1, 40) for _ in range(rng.randint(2, 8))]
         try:
-            await play(name, crashes)
+            await run_scenario(name, crashes)
         except AssertionError as error:
             raise AssertionError(f"killed before calls {crashes}: {error}") from error
 
@@ -252,17 +252,17 @@ async def test_takeovers_are_distinguished_from_failures() -> None:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
 
-        class DiesAtWork(Interposed):
+        class KilledDuringWork(HookedStore):
             async def after(self, name: str) -> None:
                 if name == "record_step_start":
                     raise Killed
 
         for _ in range(3):
             with pytest.raises(Killed):
-                await harness.drive(harness.engine(DiesAtWork(store)))
+                await harness.drive(harness.engine(KilledDuringWork(store)))
             clock.advance(seconds=31)
         await harness.drive(harness.engine())
-        summary = await harness.verdict()
+        summary = await harness.summary()
         assert summary.ok
         assert summary.attempts_by_outcome == {
             "succeeded": 5,
@@ -281,16 +281,16 @@ async def test_takeovers_are_distinguished_from_failures() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
-    """Four engines, interleaved randomly at every call; all but one die."""
-    chance = random.Random(seed)
+async def test_concurrent_engines_that_are_killed_execute_each_step_once(seed: int) -> None:
+    """Four engines are interleaved randomly at every call; three are killed."""
+    rng = random.Random(seed)
 
-    class Interleaved(Mortal):
+    class Interleaved(KilledStore):
         async def before(self, name: str) -> None:
-            for _ in range(chance.randint(0, 3)):
+            for _ in range(rng.randint(0, 3)):
                 await asyncio.sleep(0)
             await super().before(name)
-            if chance.random() < 0.02:
+            if rng.random() < 0.02:
                 harness.clock.advance(seconds=20)
 
     clock = VirtualClock()
@@ -304,26 +304,26 @@ async def test_engines_that_race_and_die_do_each_step_once(seed: int) -> None:
             approval_steps=["gate"],
         )
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        deaths = [chance.randint(1, 60) for _ in range(3)]
-        engines = [harness.engine(Interleaved(store, dies_at)) for dies_at in [*deaths, 10**9]]
+        kills = [rng.randint(1, 60) for _ in range(3)]
+        engines = [harness.engine(Interleaved(store, killed_at)) for killed_at in [*kills, 10**9]]
         outcomes = await asyncio.gather(*map(harness.drive, engines), return_exceptions=True)
         assert all(outcome is None or isinstance(outcome, Killed) for outcome in outcomes), outcomes
-        summary = await harness.verdict()
+        summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_an_intermittent_store_loses_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = random.Random(seed)
+async def test_a_run_succeeds_on_an_intermittent_store(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
     monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.001)
 
-    class Flaky(Interposed):
+    class Flaky(HookedStore):
         async def before(self, name: str) -> None:
-            if chance.random() < 0.1:
+            if rng.random() < 0.1:
                 raise StoreUnavailableError("not now")
 
         async def after(self, name: str) -> None:
-            if chance.random() < 0.1:
+            if rng.random() < 0.1:
                 raise OutcomeUnknownError(name)
 
     clock = VirtualClock()
@@ -333,33 +333,33 @@ async def test_an_intermittent_store_loses_nothing(seed: int, monkeypatch: pytes
         )
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
         await harness.drive(harness.engine(Flaky(store)))
-        summary = await harness.verdict()
+        summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
 
 
-async def test_a_worker_wrongly_taken_for_dead_drops_its_result() -> None:
+async def test_a_worker_that_lost_its_lease_drops_its_result() -> None:
     """The lease expires during the work; the attempt of the other worker counts."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        begun, all_done = asyncio.Event(), asyncio.Event()
+        started, completed = asyncio.Event(), asyncio.Event()
 
-        class SlowAtFirst(Harness):
+        class SlowFirstStep(Harness):
             async def work(self, context: StepContext) -> str:
-                if not begun.is_set():
-                    begun.set()
-                    await all_done.wait()
+                if not started.is_set():
+                    started.set()
+                    await completed.wait()
                 return await super().work(context)
 
-        harness = SlowAtFirst(store=store, clock=clock, run_id=new_run_id())
+        harness = SlowFirstStep(store=store, clock=clock, run_id=new_run_id())
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
         slow = asyncio.create_task(harness.engine(lease=timedelta(hours=1)).tick([harness.run_id]))
-        await begun.wait()
+        await started.wait()
         clock.advance(hours=2)
         await harness.drive(harness.engine())
-        all_done.set()
+        completed.set()
         with pytest.raises(ConflictError):
             await slow
-        summary = await harness.verdict()
+        summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         assert summary.attempts_by_outcome["taken_over"] == 1
 
@@ -370,7 +370,7 @@ async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> 
         workflow = diamond(seconds=60)
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
         await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
-        counted = Interposed(store)
+        counted = HookedStore(store)
         lease = timedelta(seconds=0.06)
         ticking = asyncio.create_task(harness.engine(counted, lease).tick([harness.run_id]))
         for _ in range(10):
@@ -412,19 +412,19 @@ async def test_a_retry_decided_before_a_cancel_does_not_undo_it() -> None:
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
         assert await harness.engine().tick([harness.run_id])
 
-        class Late(Interposed):
+        class CancelBeforeRetry(HookedStore):
             async def before(self, name: str) -> None:
                 if name == "retry_step":
                     await store.request_cancel(harness.run_id, "changed my mind")
                     assert await harness.engine().tick([harness.run_id])
 
         with pytest.raises(ConflictError):
-            await harness.engine(Late(store)).tick([harness.run_id])
+            await harness.engine(CancelBeforeRetry(store)).tick([harness.run_id])
         assert await store.get_run_status(harness.run_id) is RunStatus.CANCELLED
 
 
-@pytest.mark.parametrize("moment", [("get_runs_to_stop", 1), ("get_run_control", 1), ("get_runs_to_stop", 2)])
-async def test_a_concurrently_extended_deadline_does_not_stop_the_run(moment: tuple[str, int]) -> None:
+@pytest.mark.parametrize("hook", [("get_runs_to_stop", 1), ("get_run_control", 1), ("get_runs_to_stop", 2)])
+async def test_a_concurrently_extended_deadline_does_not_stop_the_run(hook: tuple[str, int]) -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id())
@@ -437,42 +437,42 @@ async def test_a_concurrently_extended_deadline_does_not_stop_the_run(moment: tu
         )
         clock.advance(seconds=2)
 
-        class Extending(Interposed):
-            seen: ClassVar[list[str]] = []
+        class ExtendDeadline(HookedStore):
+            calls_seen: ClassVar[list[str]] = []
 
             async def after(self, name: str) -> None:
-                self.seen.append(name)
-                if (name, self.seen.count(name)) == moment:
+                self.calls_seen.append(name)
+                if (name, self.calls_seen.count(name)) == hook:
                     await store.extend_deadline(harness.run_id, clock() + timedelta(hours=1))
 
-        await harness.engine(Extending(store)).tick([harness.run_id])
+        await harness.engine(ExtendDeadline(store)).tick([harness.run_id])
         control = await store.get_run_control(harness.run_id)
         assert control is not None
         assert not control.cancel_requested
 
 
-async def test_a_step_retried_at_the_last_moment_keeps_its_run_open() -> None:
+async def test_a_step_retried_before_completion_keeps_its_run_running() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id())
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
 
-        class Overtaken(Interposed):
+        class RetryBeforeCompletion(HookedStore):
             async def before(self, name: str) -> None:
                 if name == "complete_run":
                     await store.retry_step(harness.run_id, "last", attempt=1)
 
-        engine = harness.engine(Overtaken(store))
+        engine = harness.engine(RetryBeforeCompletion(store))
         for _ in range(6):
             await engine.tick([harness.run_id])
         assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
         await harness.drive(harness.engine())
-        assert len((await harness.verdict()).takeovers) == 0
+        assert len((await harness.summary()).takeovers) == 0
         assert await store.get_run_status(harness.run_id) is RunStatus.SUCCEEDED
 
 
 async def test_a_reopened_failed_run_completes() -> None:
-    """The steps of ``flowstore runs retry --reset-skipped`` after the cause of the failure was fixed."""
+    """Retry as ``flowstore runs retry --reset-skipped`` does after the cause of the failure was fixed."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(
@@ -489,12 +489,12 @@ async def test_a_reopened_failed_run_completes() -> None:
         skipped = [key for key, status in statuses.items() if status is StepStatus.SKIPPED]
         await store.retry_step(harness.run_id, "left", attempt=2, reset=skipped)
         await harness.drive(harness.engine())
-        summary = await harness.verdict()
+        summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         assert summary.attempts_by_outcome["failed"] == 2
 
 
-async def test_a_run_whose_step_was_skipped_by_hand_does_not_hang() -> None:
+async def test_a_run_with_a_manually_skipped_step_completes() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id())
@@ -524,19 +524,19 @@ async def test_a_failed_run_is_finished_when_no_step_is_claimed() -> None:
         assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
 
 
-async def test_a_worker_that_is_slow_between_claim_and_start_does_not_start() -> None:
+async def test_a_step_is_not_started_after_its_lease_expired() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id())
         await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
 
-        class Dawdling(Interposed):
+        class SlowStart(HookedStore):
             async def before(self, name: str) -> None:
                 if name == "record_step_start":
                     clock.advance(seconds=31)
 
         with pytest.raises(ClaimLostError):
-            await harness.engine(Dawdling(store)).tick([harness.run_id])
+            await harness.engine(SlowStart(store)).tick([harness.run_id])
         assert not await store.get_step_statuses(harness.run_id)
 
 

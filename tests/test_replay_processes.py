@@ -31,7 +31,7 @@ shared = pytest.mark.needs(Capability.MULTI_PROCESS)
 
 
 class Recorder:
-    """An observer that records everything."""
+    """An observer that records notes and progress."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -45,7 +45,7 @@ class Recorder:
 
 
 @shared
-async def test_killed_workers_steps_are_taken_over(namespace: str) -> None:
+async def test_steps_of_killed_workers_are_taken_over(namespace: str) -> None:
     recorder = Recorder()
     options = Options(kill=2, lease=0.8, speed=200, timeout=100)
     summary = await Replay(shipped_workflow(), options, recorder, url=namespace).run()
@@ -62,7 +62,7 @@ async def test_killed_workers_steps_are_taken_over(namespace: str) -> None:
 
 
 @shared
-async def test_failures_and_approvals_and_several_runs(namespace: str) -> None:
+async def test_several_runs_with_failures_and_approvals_succeed(namespace: str) -> None:
     recorder = Recorder()
     options = Options(
         runs=3, fail_rate=0.2, seed=7, speed=2000, approval_steps=("clean-stalls",), timeout=100
@@ -79,10 +79,10 @@ async def test_failures_and_approvals_and_several_runs(namespace: str) -> None:
 
 @pytest.mark.parametrize("name", ["epigenomics", "helloworld", "sarek", "scrnaseq"])
 async def test_recorded_instances_survive_kills(name: str, tmp_path: Path) -> None:
-    found = sorted(INSTANCES.glob(f"{name}*.json"))
-    if not found:
+    instances = sorted(INSTANCES.glob(f"{name}*.json"))
+    if not instances:
         pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES overrides the folder)")
-    workflow = load_workflow(found[0])
+    workflow = load_workflow(instances[0])
     options = Options(kill=2, lease=0.8, speed=workflow.seconds / 4, timeout=100)
     summary = await Replay(workflow, options, Recorder(), url=f"sqlite:///{tmp_path}/flows.db").run()
     assert summary.ok, [check for check in summary.checks if not check.ok]
@@ -90,7 +90,7 @@ async def test_recorded_instances_survive_kills(name: str, tmp_path: Path) -> No
     assert summary.steps_recovered >= 1
 
 
-async def test_more_kills_than_workers(tmp_path: Path) -> None:
+async def test_a_replay_succeeds_with_more_kills_than_workers(tmp_path: Path) -> None:
     workflow = Workflow(
         name="wide", tasks=tuple(Task(key=f"t{n}", name="t", parents=(), seconds=40) for n in range(6))
     )
@@ -145,13 +145,13 @@ async def test_a_cancelled_run_is_completed_as_cancelled(tmp_path: Path) -> None
     assert "Cancelled: changed my mind" in summary.checks[0].findings[0]
 
 
-async def test_a_store_of_one_process_is_refused() -> None:
+async def test_a_single_process_store_is_refused() -> None:
     with pytest.raises(ReplayError, match="several processes") as caught:
         await Replay(shipped_workflow(), Options(), Recorder(), url="memory://").run()
     assert caught.value.usage
 
 
-def test_an_unknown_step_to_approve_is_refused() -> None:
+def test_an_unknown_approval_step_is_refused() -> None:
     with pytest.raises(ReplayError, match="no step 'nope' to approve") as caught:
         Replay(shipped_workflow(), Options(approval_steps=("nope",)), Recorder())
     assert caught.value.usage
@@ -160,11 +160,11 @@ def test_an_unknown_step_to_approve_is_refused() -> None:
 async def test_failing_workers_abort_the_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent's store is open; the workers' URL is invalid."""
     url = f"sqlite:///{tmp_path}/flows.db"
-    real = WorkerPool.start
+    original = WorkerPool.start
 
     async def start(pool: WorkerPool) -> object:
         pool._config["url"] = "nonsense://"
-        return await real(pool)
+        return await original(pool)
 
     monkeypatch.setattr(WorkerPool, "start", start)
     with pytest.raises(
@@ -191,7 +191,7 @@ def worker_pids(url: str) -> set[int]:
         async with open_store(url) as store:
             details = [await store.get_run_detail(run.run_id) for run in await store.get_runs()]
         names = [a.job_id or "" for d in details if d for step in d.steps for a in step.attempts]
-        return {int(found[1]) for name in names if (found := re.search(r"pid (\d+)", name))}
+        return {int(match[1]) for name in names if (match := re.search(r"pid (\d+)", name))}
 
     return asyncio.run(read())
 
@@ -204,8 +204,8 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_do_not_outlive_the_replay(how: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_do_not_outlive_the_replay(signal_number: signal.Signals, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     parent = start_command(url, "--workers", "2", "--key", "mine")
     try:
@@ -214,16 +214,16 @@ def test_workers_do_not_outlive_the_replay(how: signal.Signals, tmp_path: Path) 
             assert time.monotonic() < deadline
             assert parent.poll() is None
             time.sleep(0.1)
-        parent.send_signal(how)
+        parent.send_signal(signal_number)
         _, errors = parent.communicate(timeout=30)
     finally:
         parent.kill()
         parent.communicate()
     deadline = time.monotonic() + 20
     while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline, "a worker lives on"
+        assert time.monotonic() < deadline, "a worker is still running"
         time.sleep(0.05)
-    if how is signal.SIGKILL:
+    if signal_number is signal.SIGKILL:
         return
     assert parent.returncode == 130
     assert "the runs stay in the store; continue them with: flowstore replay --key mine" in errors

@@ -1,4 +1,4 @@
-"""Verification of replays: each check fails if its invariant is violated."""
+"""Verification of replays: each check fails when its invariant is violated."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ async def finished_run() -> AsyncIterator[tuple[FlowStore, UUID]]:
         yield store, run_id
 
 
-class Tampered:
-    """A store with a falsified get_run_detail."""
+class TamperedStore:
+    """A store wrapper that changes the result of get_run_detail."""
 
     def __init__(self, store: FlowStore, change: Callable[[FlowRunDetail], FlowRunDetail]) -> None:
         self._store = store
@@ -86,22 +86,22 @@ def change_step(key: str, change: Callable[[FlowStepRecord], FlowStepRecord]) ->
     return changed
 
 
-def twice(step: FlowStepRecord) -> FlowStepRecord:
+def duplicate_attempt(step: FlowStepRecord) -> FlowStepRecord:
     second = replace(step.attempts[0], attempt=2)
     return replace(step, attempts=(*step.attempts, second), attempt_count=2)
 
 
-def gap(step: FlowStepRecord) -> FlowStepRecord:
+def missing_attempt(step: FlowStepRecord) -> FlowStepRecord:
     return replace(step, attempts=(replace(step.attempts[0], attempt=2),), attempt_count=2)
 
 
-def left_open(step: FlowStepRecord) -> FlowStepRecord:
+def open_attempt(step: FlowStepRecord) -> FlowStepRecord:
     before = replace(step.attempts[0], status=StepStatus.RUNNING, completed_at=None)
     return replace(step, attempts=(before, replace(step.attempts[0], attempt=2)), attempt_count=2)
 
 
-def unexplained(step: FlowStepRecord) -> FlowStepRecord:
-    before = replace(step.attempts[0], status=StepStatus.FAILED, error_message="who knows")
+def failed_attempt(step: FlowStepRecord) -> FlowStepRecord:
+    before = replace(step.attempts[0], status=StepStatus.FAILED, error_message="unknown")
     return replace(step, attempts=(before, replace(step.attempts[0], attempt=2)), attempt_count=2)
 
 
@@ -112,10 +112,10 @@ ACCOUNTED = "every attempt is numbered, closed and accounted for"
 @pytest.mark.parametrize(
     ("change", "checks"),
     [
-        (twice, {ONCE, ACCOUNTED}),
-        (gap, {ACCOUNTED}),
-        (left_open, {ACCOUNTED}),
-        (unexplained, {ACCOUNTED}),
+        (duplicate_attempt, {ONCE, ACCOUNTED}),
+        (missing_attempt, {ACCOUNTED}),
+        (open_attempt, {ACCOUNTED}),
+        (failed_attempt, {ACCOUNTED}),
         (
             lambda step: replace(step, started_at=step.started_at - timedelta(hours=1)),
             {"no step started before its parents had succeeded"},
@@ -130,15 +130,15 @@ async def test_a_tampered_step_fails(
     change: Callable[[FlowStepRecord], FlowStepRecord], checks: set[str]
 ) -> None:
     async with finished_run() as (store, run_id):
-        tampered: Any = Tampered(store, change_step("second", change))
+        tampered: Any = TamperedStore(store, change_step("second", change))
         assert failed(await verify(tampered, WORKFLOW, [run_id])) == checks
 
 
-async def test_a_missing_step_and_a_foreign_one_fail() -> None:
+async def test_a_missing_and_an_unknown_step_fail() -> None:
     async with finished_run() as (store, run_id):
-        tampered: Any = Tampered(store, lambda detail: replace(detail, steps=detail.steps[:1]))
+        tampered: Any = TamperedStore(store, lambda detail: replace(detail, steps=detail.steps[:1]))
         assert failed(await verify(tampered, WORKFLOW, [run_id])) == {ONCE}
-        tampered = Tampered(store, change_step("second", lambda step: replace(step, step_key="third")))
+        tampered = TamperedStore(store, change_step("second", lambda step: replace(step, step_key="third")))
         assert ONCE in failed(await verify(tampered, WORKFLOW, [run_id]))
 
 
@@ -149,7 +149,7 @@ def wrong_output(step: FlowStepRecord) -> FlowStepRecord:
 
 async def test_a_wrong_output_fails_the_outputs_of_all_descendants() -> None:
     async with finished_run() as (store, run_id):
-        tampered: Any = Tampered(store, change_step("first", wrong_output))
+        tampered: Any = TamperedStore(store, change_step("first", wrong_output))
         summary = await verify(tampered, WORKFLOW, [run_id])
         assert failed(summary) == {"every output exists and follows from its parents' outputs"}
         findings = next(check for check in summary.checks if not check.ok).findings
@@ -165,7 +165,7 @@ async def test_a_released_claim_or_dispatch_fails() -> None:
         assert next(check for check in summary.checks if not check.ok).count == 2
 
 
-async def test_many_findings_are_counted_and_a_few_are_kept() -> None:
+async def test_findings_are_counted_and_the_first_are_kept() -> None:
     async with open_store("memory://") as store:
         summary = await verify(store, WORKFLOW, [new_run_id() for _ in range(20)])
     assert (summary.checks[0].count, len(summary.checks[0].findings)) == (20, 5)
@@ -177,9 +177,9 @@ def test_failures_depend_only_on_the_seed() -> None:
 
     async def outcomes(seed: int, ids: list[UUID]) -> list[bool]:
         work = RecordedWork(ids, speed=1, fail_rate=0.5, seed=seed)
-        jobs = [StepContext(run_id=run_id, task=task, attempt=1, inputs={}) for run_id in ids]
+        contexts = [StepContext(run_id=run_id, task=task, attempt=1, inputs={}) for run_id in ids]
         return [
-            isinstance(one, str) for one in await asyncio.gather(*map(work, jobs), return_exceptions=True)
+            isinstance(one, str) for one in await asyncio.gather(*map(work, contexts), return_exceptions=True)
         ]
 
     first = asyncio.run(outcomes(1, run_ids))

@@ -38,7 +38,7 @@ def read(*tasks: dict[str, Any], **more: Any) -> Workflow:
     return read_workflow(json.dumps(document(*tasks, **more)))
 
 
-def test_the_shipped_workflow_is_small_and_fans_out_and_in() -> None:
+def test_the_shipped_workflow_has_ten_tasks_and_a_join() -> None:
     workflow = shipped_workflow()
     assert workflow.name == "market-day"
     assert len(workflow.tasks) == 10
@@ -51,14 +51,14 @@ def test_the_shipped_workflow_is_small_and_fans_out_and_in() -> None:
     ("name", "tasks"), [("epigenomics", 41), ("helloworld", 10), ("sarek", 26), ("scrnaseq", 14)]
 )
 def test_recorded_instances_are_read(name: str, tasks: int) -> None:
-    found = sorted(INSTANCES.glob(f"{name}*.json"))
-    if not found:
+    instances = sorted(INSTANCES.glob(f"{name}*.json"))
+    if not instances:
         pytest.skip(f"no recorded instances at {INSTANCES} (FLOWSTORE_WFINSTANCES overrides the folder)")
-    workflow = load_workflow(found[0])
+    workflow = load_workflow(instances[0])
     assert len(workflow.tasks) == tasks
     known: set[str] = set()
     for one in workflow.tasks:
-        assert known.issuperset(one.parents), "parents come first"
+        assert known.issuperset(one.parents), "a parent follows its child"
         known.add(one.key)
     assert workflow.seconds > 100
 
@@ -68,17 +68,17 @@ def test_parents_precede_children_for_any_order_of_the_file() -> None:
     assert [one.key for one in workflow.tasks] == ["a", "b", "c"]
 
 
-def test_either_of_parents_and_children_is_enough() -> None:
+def test_edges_may_be_given_by_parents_or_children() -> None:
     workflow = read(task("a", children=["b"]), task("b"), {"id": "c", "name": "c", "parents": ["b"]})
     assert {one.key: one.parents for one in workflow.tasks} == {"a": (), "b": ("a",), "c": ("b",)}
 
 
-def test_an_edge_named_from_both_ends_counts_once() -> None:
+def test_an_edge_given_by_parent_and_child_is_read_once() -> None:
     workflow = read(task("a", children=["b"]), task("b", "a"))
     assert workflow.by_key["b"].parents == ("a",)
 
 
-def test_times_are_recorded_seconds_and_never_negative() -> None:
+def test_negative_and_missing_durations_are_zero() -> None:
     workflow = read(task("a"), task("b"), task("c"), execution=execution(a=1.5, b=-0.1))
     assert [one.seconds for one in workflow.tasks] == [1.5, 0.0, 0.0]
 
@@ -87,7 +87,7 @@ def test_a_workflow_without_recorded_execution_takes_no_time() -> None:
     assert read(task("a")).seconds == 0
 
 
-def test_long_ids_become_short_keys_that_are_unique_and_stable() -> None:
+def test_long_ids_become_unique_and_stable_keys() -> None:
     one, other = "x" * 300 + "1", "x" * 300 + "2"
     workflow = read(task(one), task(other, one))
     keys = [task.key for task in workflow.tasks]
@@ -106,7 +106,7 @@ def test_ids_invalid_for_stores_are_replaced(name: str) -> None:
     assert key != step_key(name + "x")
 
 
-BAD = {
+INVALID = {
     "not JSON": ("{", "not JSON"),
     "not an object": ("[]", "the document is not a JSON object"),
     "nested too deeply": ("[" * 100_000, "nested"),
@@ -116,43 +116,43 @@ BAD = {
         "not WfFormat 1.5 (its schemaVersion is '1.3')",
     ),
     "no tasks": (json.dumps(document()), "tasks is empty"),
-    "tasks are no list": (
+    "tasks are not a list": (
         json.dumps({"name": "x", "workflow": {"specification": {"tasks": {}}}}),
         "tasks of specification is not a list",
     ),
     "a task without id": (json.dumps(document({"name": "a"})), "a task has no id"),
     "a task without name": (json.dumps(document({"id": "a"})), "task 'a' has no name"),
-    "an id that is no text": (json.dumps(document({"id": 1, "name": "a"})), "a task has no id"),
-    "two tasks of one id": (json.dumps(document(task("a"), task("a"))), "two tasks have the id 'a'"),
+    "an id that is not text": (json.dumps(document({"id": 1, "name": "a"})), "a task has no id"),
+    "two tasks with one id": (json.dumps(document(task("a"), task("a"))), "two tasks have the id 'a'"),
     "a missing parent": (
         json.dumps(document(task("a", "z"))),
         "task 'a' names the unknown task 'z' in parents",
     ),
     "a missing child": (json.dumps(document(task("a", children=["z"]))), "'z' in children"),
-    "parents are no list": (json.dumps(document({**task("a"), "parents": "b"})), "parents of task 'a'"),
-    "a circle": (
+    "parents are not a list": (json.dumps(document({**task("a"), "parents": "b"})), "parents of task 'a'"),
+    "a cycle": (
         json.dumps(document(task("a", "c"), task("b", "a"), task("c", "b"))),
         "form a dependency cycle",
     ),
-    "a task that waits for itself": (json.dumps(document(task("a", "a"))), "cycle: 'a' -> 'a'"),
-    "a time that is no number": (
+    "a task that depends on itself": (json.dumps(document(task("a", "a"))), "cycle: 'a' -> 'a'"),
+    "a duration that is not a number": (
         json.dumps(document(task("a"), execution=execution(a="1"))),
         "runtimeInSeconds of task 'a'",
     ),
-    "a time that never ends": (
+    "an infinite duration": (
         json.dumps(document(task("a"), execution=execution(a=float("inf")))),
         "runtimeInSeconds of task 'a'",
     ),
-    "a time with too many digits": (
+    "a duration with too many digits": (
         json.dumps(document(task("a"), execution=execution(a=10**400))),
         "runtimeInSeconds of task 'a'",
     ),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", INVALID)
 def test_an_invalid_file_is_explained(case: str) -> None:
-    text, expected = BAD[case]
+    text, expected = INVALID[case]
     with pytest.raises(WorkflowError) as caught:
         read_workflow(text)
     assert expected in str(caught.value)

@@ -1,4 +1,4 @@
-"""RET-3 with several batches: the suite's checks of cleanup, with a batch size of one."""
+"""RET-3 with several batches: the suite's checks of cleanup with a batch size of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowstore_conformance.suite import run_check, select_checks
 from flowstore_core import RunStatus
 from flowstore_core.plugins import find_backend
 from tests.calls import new_run, together
-from tests.conftest import OpenAnother
+from tests.conftest import OpenSecondStore
 from tests.virtual_clock import VirtualClock
 
 PACKAGES = {"memory": "flowstore_memory", "sqlite": "flowstore_sqlite", "postgresql": "flowstore_postgres"}
@@ -49,10 +49,10 @@ def test_ret_3_the_checks_exist() -> None:
 
 
 @pytest.mark.usefixtures("batches_of_one")
-async def test_ret_3_two_cleanups_beside_retries_count_each_run_once(
-    open_another: OpenAnother, clock: VirtualClock
+async def test_ret_3_concurrent_cleanups_and_retries_count_each_run_once(
+    open_second_store: OpenSecondStore, clock: VirtualClock
 ) -> None:
-    stores = [await open_another() for _ in range(3)]
+    stores = [await open_second_store() for _ in range(3)]
     runs = [await new_run(stores[0]) for _ in range(24)]
     for run_id in runs:
         await stores[0].record_skipped_step(run_id, "charge", "http")
@@ -60,25 +60,27 @@ async def test_ret_3_two_cleanups_beside_retries_count_each_run_once(
     cutoff = clock.advance(days=1)
 
     async def retry() -> int:
-        kept = 0
+        retried = 0
         for run_id in runs[::-4]:
             try:
                 await stores[2].retry_step(run_id, "charge")
             except LookupError:
                 continue
-            kept += 1
+            retried += 1
             await asyncio.sleep(0)
-        return kept
+        return retried
 
-    first, second, kept = await together([stores[0].cleanup(cutoff), stores[1].cleanup(cutoff), retry()])
-    assert first + second + kept == len(runs)
-    left = await stores[0].get_active_runs()
-    assert len(left) == len(await stores[0].get_runs()) == kept
+    first, second, retried = await together([stores[0].cleanup(cutoff), stores[1].cleanup(cutoff), retry()])
+    assert first + second + retried == len(runs)
+    remaining = await stores[0].get_active_runs()
+    assert len(remaining) == len(await stores[0].get_runs()) == retried
 
 
 @pytest.mark.usefixtures("batches_of_one")
-async def test_ret_3_other_tasks_run_between_batches(open_another: OpenAnother, clock: VirtualClock) -> None:
-    store = await open_another()
+async def test_ret_3_other_tasks_run_between_batches(
+    open_second_store: OpenSecondStore, clock: VirtualClock
+) -> None:
+    store = await open_second_store()
     for _ in range(12):
         await store.complete_run(await new_run(store), RunStatus.SUCCEEDED)
     cleaning = asyncio.ensure_future(store.cleanup(clock.advance(seconds=1)))
@@ -87,5 +89,5 @@ async def test_ret_3_other_tasks_run_between_batches(open_another: OpenAnother, 
         await asyncio.sleep(0)
         switches += 1
     assert await cleaning == 12
-    # Even in a backend that never waits for I/O.
+    # Also in a backend that does not wait for I/O.
     assert switches > 6

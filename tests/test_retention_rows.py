@@ -31,8 +31,8 @@ FLOWS = 40
 DAY = timedelta(days=1)
 
 
-async def _live(store: FlowStore, clock: VirtualClock) -> set[UUID]:
-    """Create every kind of row, in runs of many flows; returns the ids of flows and runs."""
+async def _create_runs(store: FlowStore, clock: VirtualClock) -> set[UUID]:
+    """Create every kind of row, in runs of many flows, and return the ids of flows and runs."""
     ids: set[UUID] = set()
     for number in range(FLOWS):
         flow_id, run_id, never_started = uuid4(), new_run_id(), new_run_id()
@@ -64,7 +64,7 @@ async def _live(store: FlowStore, clock: VirtualClock) -> set[UUID]:
     return ids
 
 
-async def _clean(store: FlowStore, clock: VirtualClock, runs: int = 2 * FLOWS) -> None:
+async def _cleanup_all(store: FlowStore, clock: VirtualClock, runs: int = 2 * FLOWS) -> None:
     clock.advance(hours=2)
     assert await store.cleanup(clock()) == runs
     assert (await store.get_statistics()).total_flows == 0
@@ -75,12 +75,12 @@ def clock() -> VirtualClock:
     return VirtualClock()
 
 
-# Counts per day, which name no run: see the decisions of RET-1.
-OF_DAYS = {"run_days"}
+# Counts per day contain no id of a run and are kept (RET-1).
+DAY_COUNTS = {"run_days"}
 
 
-def _names(rows: object, ids: set[UUID]) -> bool:
-    """Whether any of the ids occurs in the rows, in any storage format."""
+def _contains(rows: object, ids: set[UUID]) -> bool:
+    """Return whether any of the ids occurs in the rows, in any storage format."""
     text = repr(rows)
     return any(form in text for one in ids for form in (str(one), one.hex, repr(one.bytes)))
 
@@ -98,22 +98,24 @@ async def test_sqlite_keeps_no_row(tmp_path: Path, clock: VirtualClock) -> None:
     path = tmp_path / "flows.db"
     async with open_store(f"sqlite:///{path}", clock=clock) as store:
         empty = _sqlite_rows(path)
-        ids = await _live(store, clock)
-        # Deletes nothing, but adds these runs to the search index.
+        ids = await _create_runs(store, clock)
+        # Delete no run, but add these runs to the search index.
         assert await store.cleanup(clock() - 365 * DAY) == 0
-        ids |= await _live(store, clock)
+        ids |= await _create_runs(store, clock)
         full = _sqlite_rows(path)
-        await _clean(store, clock)
-        left = _sqlite_rows(path)
+        await _cleanup_all(store, clock)
+        remaining = _sqlite_rows(path)
     grown = {name for name, rows in full.items() if rows != empty[name]}
     assert empty.keys() - grown == {"flowstore_schema", "run_trigrams_config"}
     # sqlite_sequence belongs to SQLite and has the last AUTOINCREMENT value of a table.
-    assert {name for name, rows in left.items() if rows != empty[name]} == OF_DAYS | {"sqlite_sequence"}
-    assert not _names(left, ids)
-    assert len(left["run_days"]) <= 2
+    assert {name for name, rows in remaining.items() if rows != empty[name]} == DAY_COUNTS | {
+        "sqlite_sequence"
+    }
+    assert not _contains(remaining, ids)
+    assert len(remaining["run_days"]) <= 2
 
 
-async def test_sqlite_rows_of_an_older_version_go_too(tmp_path: Path, clock: VirtualClock) -> None:
+async def test_sqlite_deletes_empty_counters_of_an_older_version(tmp_path: Path, clock: VirtualClock) -> None:
     path = tmp_path / "flows.db"
     db = sqlite3.connect(path, isolation_level=None)
     for number, _, script in find_backend("sqlite")[1].migrations(None):  # type: ignore[attr-defined]
@@ -139,39 +141,39 @@ async def test_sqlite_rows_of_an_older_version_go_too(tmp_path: Path, clock: Vir
 
 async def test_memory_keeps_no_object(clock: VirtualClock) -> None:
     async with open_store("memory://", clock=clock) as store:
-        ids = await _live(store, clock)
+        ids = await _create_runs(store, clock)
         assert _reachable_ids(store) & ids == ids
-        await _clean(store, clock, FLOWS)
+        await _cleanup_all(store, clock, FLOWS)
         assert _reachable_ids(store) & ids == set()
 
 
 def _reachable_ids(store: FlowStore) -> set[UUID]:
-    """The ids among all objects reachable from the store."""
-    found: set[UUID] = set()
+    """Return the ids among all objects reachable from the store."""
+    ids: set[UUID] = set()
     seen = set[int]()
-    waiting: list[Any] = [store]
-    while waiting:
-        one = waiting.pop()
+    queue: list[Any] = [store]
+    while queue:
+        one = queue.pop()
         # The store references its event loop, which references this test.
         if id(one) in seen or isinstance(one, (type, types.ModuleType, types.FunctionType, asyncio.Future)):
             continue
         seen.add(id(one))
         if isinstance(one, UUID):
-            found.add(one)
+            ids.add(one)
         elif type(one) is int and one.bit_length() > 64:
-            found.add(UUID(int=one))
+            ids.add(UUID(int=one))
         elif not isinstance(one, asyncio.AbstractEventLoop):
-            waiting += gc.get_referents(one)
-    return found
+            queue += gc.get_referents(one)
+    return ids
 
 
-def _pg_places(url: str) -> tuple[str, str]:
+def _socket_and_schema(url: str) -> tuple[str, str]:
     query = parse_qs(urlsplit(url).query)
     return query["host"][0], query["schema"][0]
 
 
 async def _postgresql_rows(url: str) -> dict[str, list[Any]]:
-    host, schema = _pg_places(url)
+    host, schema = _socket_and_schema(url)
     connection = await asyncpg.connect(host=host, user="postgres", database="postgres")
     try:
         tables = await connection.fetch(
@@ -188,12 +190,12 @@ async def _postgresql_rows(url: str) -> dict[str, list[Any]]:
 async def test_postgresql_keeps_no_row(fresh: str, clock: VirtualClock) -> None:
     async with open_store(fresh, clock=clock) as store:
         empty = await _postgresql_rows(fresh)
-        ids = await _live(store, clock)
+        ids = await _create_runs(store, clock)
         assert await store.cleanup(clock() - 365 * DAY) == 0
-        ids |= await _live(store, clock)
-        await _clean(store, clock)
-        left = await _postgresql_rows(fresh)
-    # Rows of connections, which cleanup deletes after a day.
-    own = OF_DAYS | {"commits"}
-    assert {name for name, rows in left.items() if rows != empty[name]} <= own
-    assert not _names(left, ids)
+        ids |= await _create_runs(store, clock)
+        await _cleanup_all(store, clock)
+        remaining = await _postgresql_rows(fresh)
+    # Cleanup deletes rows of table commits after a day.
+    expected = DAY_COUNTS | {"commits"}
+    assert {name for name, rows in remaining.items() if rows != empty[name]} <= expected
+    assert not _contains(remaining, ids)

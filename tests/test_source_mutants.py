@@ -1,4 +1,4 @@
-"""Every source mutant is a valid change of the current source; one proof of each backend is executed."""
+"""Every source mutant is a valid change of the source, and one proof per backend is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _name(mutant: SourceMutant) -> str:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=_name)
-def test_a_mutant_is_a_described_change_that_applies_once(mutant: SourceMutant) -> None:
+def test_a_mutant_applies_once_and_has_a_description(mutant: SourceMutant) -> None:
     texts = changed_files(mutant)
     assert texts, "a mutant without a change"
     for file, text in texts.items():
@@ -31,12 +31,12 @@ def test_a_mutant_is_a_described_change_that_applies_once(mutant: SourceMutant) 
     assert set(mutant.clauses) <= CLAUSES.keys()
 
 
-def test_no_two_mutants_make_the_same_change() -> None:
+def test_no_two_mutants_have_the_same_change() -> None:
     changes = [(one.backend, one.changes) for one in MUTANTS]
     assert len(changes) == len(set(changes))
 
 
-def test_a_mutant_is_a_copy_that_leaves_the_source_alone(tmp_path: Path) -> None:
+def test_copying_a_mutant_does_not_change_the_source(tmp_path: Path) -> None:
     mutant = MUTANTS[0]
     before = changed_files(mutant)
     copy_with_changes(mutant, tmp_path)
@@ -46,18 +46,18 @@ def test_a_mutant_is_a_copy_that_leaves_the_source_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mutated", WITH_MUTANTS)
+@pytest.mark.parametrize("backend_name", WITH_MUTANTS)
 def test_a_proof_passes_on_the_correct_code_and_fails_on_the_mutant(
-    mutated: str, request: pytest.FixtureRequest, tmp_path: Path
+    backend_name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    mutant = next(one for one in MUTANTS if one.backend == mutated and one.kind == "sql")
-    postgresql = mutated == "postgresql"
+    mutant = next(one for one in MUTANTS if one.backend == backend_name and one.kind == "sql")
+    postgresql = backend_name == "postgresql"
     url = request.getfixturevalue("postgresql_url") if postgresql else f"sqlite:///{tmp_path}/mutants.db"
     proven, why = prove(mutant, url)
     assert proven, why
 
 
-def test_the_matrix_tells_each_verdict_and_the_rates() -> None:
+def test_the_matrix_shows_each_verdict_and_the_rates() -> None:
     killed, survived = MUTANTS[0], MUTANTS[-1]
     common = {"profile": "quick", "seed": 1, "failures": [], "seconds": 1.5}
     page = render(

@@ -1,4 +1,4 @@
-"""SQLite: a process without write permission can open a store with migrate=False and creates no file."""
+"""SQLite: a process without write permission opens a store with migrate=False and creates no file."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ async def read(url):
         report["buckets"] = len(await store.get_run_timeseries("day", now - timedelta(days=2), now))
         try:
             await store.start_run(uuid4(), "f", uuid4(), "t")
-            report["write"] = "happened"
+            report["write"] = "succeeded"
         except FlowStoreError as error:
             report["write"] = f"{type(error).__name__}: {error}"
         print("ready", flush=True)
-        if sys.stdin.readline() == "again\\n":
+        if sys.stdin.readline() == "read\\n":
             try:
                 await store.get_runs()
-                report["again"] = "answered"
+                report["second_read"] = "succeeded"
             except FlowStoreError as error:
-                report["again"] = f"{type(error).__name__}: {error}"
+                report["second_read"] = f"{type(error).__name__}: {error}"
     _, backend, config = resolve_store(url, migrate=False)
     report["version"] = await backend.schema_version(config)
     report["search"] = (await backend.describe(config))["search"]
@@ -98,7 +98,7 @@ class Process:
         while line := self._process.stdout.readline():
             if line.strip():
                 return line.strip()
-        raise AssertionError("the process ended")
+        raise AssertionError("the process exited")
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -125,8 +125,8 @@ def _write(writer: Process) -> str:
     return writer.receive()
 
 
-def _read(path: Path, meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
-    """The report of a reader process without root's override of permissions."""
+def _read(path: Path, before_second_read: Callable[[], object] | None = None) -> dict[str, Any]:
+    """Return the report of a reader process that cannot override permissions as root does."""
     command = [sys.executable, "-c", READER, f"sqlite:///{path}"]
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -136,19 +136,19 @@ def _read(path: Path, meanwhile: Callable[[], object] | None = None) -> dict[str
         command = ["setpriv", "--bounding-set", CAPABILITIES, "--inh-caps", CAPABILITIES, *command]
     with _process(*command) as reader:
         assert reader.receive() == "ready"
-        if meanwhile is not None:
-            meanwhile()
-        reader.send("again" if meanwhile is not None else "")
+        if before_second_read is not None:
+            before_second_read()
+        reader.send("read" if before_second_read is not None else "")
         result: dict[str, Any] = json.loads(reader.receive())
         return result
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    made = tmp_path / "data"
-    made.mkdir(mode=0o755)
-    yield made
-    made.chmod(0o755)
+    data = tmp_path / "data"
+    data.mkdir(mode=0o755)
+    yield data
+    data.chmod(0o755)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def _listing(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def _is_read(result: dict[str, Any], runs: int = 3, needles: int = 2) -> None:
+def _assert_read(result: dict[str, Any], runs: int = 3, needles: int = 2) -> None:
     assert "error" not in result, result
     assert len(result["runs"]) == runs
     assert (result["found"], result["flows"], result["buckets"]) == (needles, 1, 3)
@@ -190,34 +190,34 @@ def _is_read(result: dict[str, Any], runs: int = 3, needles: int = 2) -> None:
 @pytest.mark.parametrize(
     ("file_mode", "folder_mode"), [(0o444, 0o777), (0o666, 0o555), (0o444, 0o555)], ids=str
 )
-def test_without_write_permission_a_store_can_be_read(
+def test_a_store_can_be_read_without_write_permission(
     file_mode: int, folder_mode: int, path: Path, folder: Path
 ) -> None:
     path.chmod(file_mode)
     folder.chmod(folder_mode)
     before = _listing(folder)
-    _is_read(_read(path))
+    _assert_read(_read(path))
     assert _listing(folder) == before
 
 
-def test_on_a_read_only_mount_a_store_can_be_read(path: Path, folder: Path) -> None:
-    # As a user with write permission; only the mount is read-only.
+def test_a_store_can_be_read_on_a_read_only_mount(path: Path, folder: Path) -> None:
+    # The user has write permission; only the mount is read-only.
     script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && exec "$2" -c "$3" "$4"'
     command = ["unshare", "-m", "sh", "-c", script, "sh", str(folder), sys.executable]
     if shutil.which("unshare") is None or subprocess.run([*command, "pass", ""], check=False).returncode:
-        pytest.skip("this user may not mount anything")
+        pytest.skip("this user may not mount")
     path.chmod(0o600)
     folder.chmod(0o755)
     before = _listing(folder)
     done = subprocess.run(
         [*command, READER, f"sqlite:///{path}"], input="\n", capture_output=True, text=True, check=True
     )
-    _is_read(json.loads(done.stdout.splitlines()[-1]))
+    _assert_read(json.loads(done.stdout.splitlines()[-1]))
     assert _listing(folder) == before
 
 
 @pytest.mark.parametrize("end", ["alive", "killed"])
-def test_the_log_of_a_writer_is_read(end: str, path: Path, folder: Path) -> None:
+def test_the_log_of_a_writer_can_be_read(end: str, path: Path, folder: Path) -> None:
     folder.chmod(0o755)
     path.chmod(0o644)
     with _writer(path) as writer:
@@ -229,23 +229,23 @@ def test_the_log_of_a_writer_is_read(end: str, path: Path, folder: Path) -> None
             writer.kill()
         before = _listing(folder)
         result = _read(path)
-        _is_read(result, 4, 3)
+        _assert_read(result, 4, 3)
         assert run_id in result["runs"]
         assert _listing(folder) == before
 
 
-def test_a_concurrent_write_makes_reads_fail(path: Path, folder: Path) -> None:
+def test_reads_fail_after_a_concurrent_write(path: Path, folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can write to the file while it is read")
     with _writer(path) as writer:
         result = _read(path, lambda: _write(writer))
         assert len(result["runs"]) == 3
-        assert result["again"].startswith("StoreUnavailableError: ")
-        assert "changed by another process" in result["again"]
+        assert result["second_read"].startswith("StoreUnavailableError: ")
+        assert "changed by another process" in result["second_read"]
         assert len(_read(path)["runs"]) == 4
 
 
-def test_a_log_that_cannot_be_read_is_reported(path: Path, folder: Path) -> None:
+def test_an_unreadable_log_is_reported(path: Path, folder: Path) -> None:
     folder.chmod(0o755)
     path.chmod(0o644)
     with _writer(path) as writer:
@@ -260,7 +260,7 @@ def test_a_log_that_cannot_be_read_is_reported(path: Path, folder: Path) -> None
     assert _listing(folder) == before
 
 
-def test_a_schema_that_is_not_current_is_left_alone(path: Path, folder: Path) -> None:
+def test_an_older_schema_is_not_migrated(path: Path, folder: Path) -> None:
     folder.chmod(0o755)
     path.chmod(0o644)
     db = sqlite3.connect(path)

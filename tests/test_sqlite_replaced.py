@@ -25,7 +25,7 @@ from tests.calls import new_run
 
 SUFFIXES = ("", "-wal", "-shm")
 
-OTHER = """
+SECOND_PROCESS = """
 import asyncio, sys
 from uuid import UUID
 from flowstore_core import new_run_id, open_store
@@ -55,14 +55,14 @@ async def store(path: Path) -> AsyncIterator[FlowStore]:
         yield opened
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def _with_suffix(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
 def _remove(*suffixes: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         for suffix in suffixes:
-            _beside(path, suffix).unlink()
+            _with_suffix(path, suffix).unlink()
 
     return change
 
@@ -72,8 +72,8 @@ def _replace(suffix: str) -> Callable[[Path], None]:
 
     def change(path: Path) -> None:
         copy = path.with_name("copy")
-        shutil.copy(_beside(path, suffix), copy)
-        os.replace(copy, _beside(path, suffix))
+        shutil.copy(_with_suffix(path, suffix), copy)
+        os.replace(copy, _with_suffix(path, suffix))
 
     return change
 
@@ -88,7 +88,7 @@ def _restore(path: Path) -> None:
     _remove("-wal", "-shm")(path)
 
 
-def _leave_link(path: Path) -> None:
+def _replace_with_link(path: Path) -> None:
     path.rename(path.with_name("moved.db"))
     path.symlink_to("moved.db")
 
@@ -99,7 +99,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "database-replaced": _replace(""),
     "backup-restored": _restore,
     "database-moved": lambda path: path.rename(path.with_name("moved.db")),
-    "link-left": _leave_link,
+    "replaced-with-link": _replace_with_link,
     "folder-moved": lambda path: path.parent.rename(path.parent.with_name("moved")),
     "log-removed": _remove("-wal"),
     "log-replaced": _replace("-wal"),
@@ -107,17 +107,17 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "index-replaced": _replace("-shm"),
     "log-and-index-removed": _remove("-wal", "-shm"),
 }
-RESCUED = ("log-removed", "index-removed", "log-and-index-removed")
+RECOVERABLE = ("log-removed", "index-removed", "log-and-index-removed")
 
 
 def _database(store: FlowStore) -> Database:
     inner: Any = store
-    (found,) = inner._store.values()
-    assert isinstance(found._database, Database)
-    return found._database
+    (backend_store,) = inner._store.values()
+    assert isinstance(backend_store._database, Database)
+    return backend_store._database
 
 
-async def _is_refused(store: FlowStore, run_id: UUID) -> None:
+async def _assert_refused(store: FlowStore, run_id: UUID) -> None:
     for call in (
         lambda: store.try_claim_step(run_id, "a"),
         lambda: store.get_run_status(run_id),
@@ -129,8 +129,8 @@ async def _is_refused(store: FlowStore, run_id: UUID) -> None:
         assert "flows.db" in caught.value.reason
 
 
-def _let_file_clock_advance(folder: Path) -> None:
-    """Wait until a change would give the folder a new ctime."""
+def _wait_for_new_ctime(folder: Path) -> None:
+    """Wait until a change of the folder would give it a new ctime."""
     other = folder.with_name("other")
     other.mkdir()
     while other.stat().st_ctime_ns <= folder.stat().st_ctime_ns:
@@ -138,31 +138,31 @@ def _let_file_clock_advance(folder: Path) -> None:
         other.mkdir()
 
 
-class _StoppedFileClock:
+class _ConstantCtime:
     """The module os, on a file system that gives every change the same ctime."""
 
     path = os.path
 
     @staticmethod
     def lstat(path: str) -> Any:
-        found = os.lstat(path)
-        return SimpleNamespace(st_dev=found.st_dev, st_ino=found.st_ino, st_ctime_ns=1)
+        status = os.lstat(path)
+        return SimpleNamespace(st_dev=status.st_dev, st_ino=status.st_ino, st_ctime_ns=1)
 
     stat = lstat
 
 
 def _trusts_directory(store: FlowStore) -> bool:
-    """Whether the next verification reads only the directory if that has not changed."""
+    """Return whether the next verification reads only an unchanged directory."""
     return _database(store)._writer.files._verified is not None
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_every_later_call_fails(change: str, path: Path) -> None:
+async def test_every_call_fails_after_a_change(change: str, path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
         CHANGES[change](path)
-        await _is_refused(store, run_id)
-    if change in RESCUED:
+        await _assert_refused(store, run_id)
+    if change in RECOVERABLE:
         async with open_store(f"sqlite:///{path}") as store:
             assert await store.get_claimed_step_keys(run_id) == frozenset()
 
@@ -173,53 +173,51 @@ async def test_every_call_fails_after_a_change_of_a_settled_directory(
     change: str, is_written: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_written:
-        # As if the last change of the directory were long ago.
+        # Trust ctimes at once, as if the last change of the directory were old.
         monkeypatch.setattr(open_files, "CTIME_LAG_NS", 0)
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
         path.with_name("new").touch()
-        await asyncio.to_thread(_let_file_clock_advance, path.parent)
+        await asyncio.to_thread(_wait_for_new_ctime, path.parent)
         await (new_run(store) if is_written else store.ping())
         assert _trusts_directory(store)
         CHANGES[change](path)
-        await _is_refused(store, run_id)
+        await _assert_refused(store, run_id)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_every_call_fails_after_a_change_that_leaves_the_ctime(
+async def test_every_call_fails_after_a_change_without_a_new_ctime(
     change: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Time passes, but the clock of the file system does not advance.
     monkeypatch.setattr(open_files, "CTIME_LAG_NS", sys.maxsize)
-    monkeypatch.setattr(open_files, "os", _StoppedFileClock)
+    monkeypatch.setattr(open_files, "os", _ConstantCtime)
     async with open_store(f"sqlite:///{path}") as store:
         run_id = await new_run(store)
         await store.ping()
         CHANGES[change](path)
-        await _is_refused(store, run_id)
+        await _assert_refused(store, run_id)
 
 
-FIRST: dict[str, Callable[[FlowStore], Awaitable[object]]] = {
+FIRST_CALLS: dict[str, Callable[[FlowStore], Awaitable[object]]] = {
     "read": lambda store: store.get_run_status(uuid4()),
     "ping": lambda store: store.ping(),
     "write": new_run,
 }
 
 
-@pytest.mark.parametrize("first", FIRST)
-async def test_a_store_keeps_failing_when_the_file_comes_back(
-    first: str, store: FlowStore, path: Path
-) -> None:
+@pytest.mark.parametrize("first", FIRST_CALLS)
+async def test_calls_fail_even_if_the_file_is_moved_back(first: str, store: FlowStore, path: Path) -> None:
     os.rename(path, f"{path}-moved")
     with pytest.raises(StoreUnavailableError):
-        await FIRST[first](store)
+        await FIRST_CALLS[first](store)
     os.rename(f"{path}-moved", path)
-    await _is_refused(store, uuid4())
-    async with open_store(f"sqlite:///{path}") as again:
-        assert len(await again.get_runs()) == 1
+    await _assert_refused(store, uuid4())
+    async with open_store(f"sqlite:///{path}") as reopened:
+        assert len(await reopened.get_runs()) == 1
 
 
-async def test_a_second_hard_link_and_chdir_are_harmless(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hard_link_and_chdir_have_no_effect(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     async with open_store("sqlite:///flows.db") as store:
         run_id = await new_run(store)
@@ -239,11 +237,11 @@ async def test_a_changed_directory_link_is_detected(path: Path) -> None:
         next_folder = path.parent.with_name("next")
         shutil.copytree(path.parent, next_folder)
         link.symlink_to(next_folder)
-        await _is_refused(store, run_id)
-    assert _beside(next_folder / "flows.db", "-wal").exists()
+        await _assert_refused(store, run_id)
+    assert _with_suffix(next_folder / "flows.db", "-wal").exists()
 
 
-async def test_a_call_after_the_removal_is_never_acknowledged(store: FlowStore, path: Path) -> None:
+async def test_a_call_after_the_removal_is_not_acknowledged(store: FlowStore, path: Path) -> None:
     removed = asyncio.Event()
     refused: list[BaseException] = []
 
@@ -260,16 +258,14 @@ async def test_a_call_after_the_removal_is_never_acknowledged(store: FlowStore, 
     writers = [asyncio.create_task(write()) for _ in range(32)]
     for _ in range(5):
         await new_run(store)
-    # The writer's thread may be at any point of a group.
+    # The writer thread may be at any point of a group.
     _remove("")(path)
     removed.set()
     await asyncio.gather(*writers)
     assert len(refused) == len(writers)
 
 
-async def test_a_removal_between_commit_and_answer_leaves_the_outcome_unknown(
-    store: FlowStore, path: Path
-) -> None:
+async def test_a_removal_during_commit_makes_the_outcome_unknown(store: FlowStore, path: Path) -> None:
     database = _database(store)
 
     def remove(statement: str) -> None:
@@ -278,13 +274,13 @@ async def test_a_removal_between_commit_and_answer_leaves_the_outcome_unknown(
 
     with pytest.raises(OutcomeUnknownError, match="removed or replaced"):
         await database.write(lambda db, now: db.set_trace_callback(remove))
-    await _is_refused(store, uuid4())
+    await _assert_refused(store, uuid4())
 
 
 @contextmanager
-def _other_process(path: Path, runs: list[UUID]) -> Iterator[Callable[[], None]]:
-    """A process that has started these runs. Yields a function that kills it."""
-    command = [sys.executable, "-c", OTHER, f"sqlite:///{path}", *map(str, runs)]
+def _second_process(path: Path, runs: list[UUID]) -> Iterator[Callable[[], None]]:
+    """Start a process that creates these runs. Yields a function that kills it."""
+    command = [sys.executable, "-c", SECOND_PROCESS, f"sqlite:///{path}", *map(str, runs)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def kill() -> None:
@@ -303,9 +299,7 @@ def _other_process(path: Path, runs: list[UUID]) -> Iterator[Callable[[], None]]
 @pytest.mark.parametrize(
     "change", ["all-removed", "backup-restored", "log-and-index-removed", "index-removed"]
 )
-async def test_the_old_process_leaves_the_log_of_the_new_one_alone(
-    change: str, killed: str, path: Path
-) -> None:
+async def test_closing_does_not_change_the_log_of_a_new_process(change: str, killed: str, path: Path) -> None:
     runs = [uuid4() for _ in range(5)]
     async with open_store(f"sqlite:///{path}") as store:
         await new_run(store)
@@ -315,40 +309,40 @@ async def test_the_old_process_leaves_the_log_of_the_new_one_alone(
             db.execute("PRAGMA wal_checkpoint")
             db.close()
         CHANGES[change](path)
-        with _other_process(path, runs) as kill:
+        with _second_process(path, runs) as kill:
             if killed == "before":
                 kill()
-            log = _beside(path, "-wal").read_bytes()
+            log = _with_suffix(path, "-wal").read_bytes()
             assert log
             await store.aclose()
-            assert _beside(path, "-wal").read_bytes() == log
-            assert _beside(path, "-shm").exists()
-    async with open_store(f"sqlite:///{path}") as again:
+            assert _with_suffix(path, "-wal").read_bytes() == log
+            assert _with_suffix(path, "-shm").exists()
+    async with open_store(f"sqlite:///{path}") as reopened:
         for run_id in runs:
-            assert await again.get_run_status(run_id) is not None
-        # A second store in the process of the first shares no state with it.
-        assert await again.try_claim_step(runs[0], "a")
+            assert await reopened.get_run_status(run_id) is not None
+        # The stores of one process share no state.
+        assert await reopened.try_claim_step(runs[0], "a")
 
 
-@pytest.mark.parametrize("change", RESCUED)
-async def test_closing_saves_the_commits_of_a_removed_log(change: str, path: Path) -> None:
+@pytest.mark.parametrize("change", RECOVERABLE)
+async def test_closing_recovers_the_commits_of_a_removed_log(change: str, path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         runs = [await new_run(store) for _ in range(5)]
         CHANGES[change](path)
     assert {file.name for file in path.parent.iterdir()} == {"flows.db", "flows.db-turn"}
-    async with open_store(f"sqlite:///{path}") as again:
-        assert {run.run_id for run in await again.get_runs()} == set(runs)
+    async with open_store(f"sqlite:///{path}") as reopened:
+        assert {run.run_id for run in await reopened.get_runs()} == set(runs)
 
 
 @pytest.mark.parametrize("change", ["all-removed", "backup-restored", "log-and-index-removed"])
-async def test_the_store_opens_again_in_the_same_process(change: str, store: FlowStore, path: Path) -> None:
+async def test_the_store_reopens_in_the_same_process(change: str, store: FlowStore, path: Path) -> None:
     CHANGES[change](path)
     with pytest.raises(StoreUnavailableError):
         await store.ping()
     await store.aclose()
-    async with open_store(f"sqlite:///{path}") as again:
-        run_id = await new_run(again)
-        assert await again.try_claim_step(run_id, "a")
+    async with open_store(f"sqlite:///{path}") as reopened:
+        run_id = await new_run(reopened)
+        assert await reopened.try_claim_step(run_id, "a")
 
 
 async def test_the_lock_file_may_be_replaced(store: FlowStore, path: Path) -> None:
@@ -365,12 +359,12 @@ async def test_a_file_replaced_while_it_is_opened_is_not_used(
         await new_run(store)
     connect = sqlite3.connect
 
-    def replaced(*arguments: Any, **options: Any) -> sqlite3.Connection:
+    def connect_and_replace(*arguments: Any, **options: Any) -> sqlite3.Connection:
         connection = connect(*arguments, **options)
         _replace("")(path)
         return connection
 
-    monkeypatch.setattr(sqlite3, "connect", replaced)
+    monkeypatch.setattr(sqlite3, "connect", connect_and_replace)
     with pytest.raises(StoreUnavailableError, match="no longer the file that was opened"):
         async with open_store(f"sqlite:///{path}"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")

@@ -1,4 +1,4 @@
-"""The queue of processes that write to one file: fair, and bypassed when a process hangs or dies."""
+"""The fair queue of processes that write to one file, and its bypass when a process hangs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def database(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def queue(database: Path) -> Iterator[FairWriterLock]:
-    made = FairWriterLock(str(database))
-    yield made
-    made.close()
+    lock = FairWriterLock(str(database))
+    yield lock
+    lock.close()
 
 
 @pytest.fixture
@@ -56,13 +56,13 @@ def holder(database: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def acquire(queue: FairWriterLock) -> None:
-    """Acquire the lock; fail if that takes very long."""
+    """Acquire the lock, or fail after 30 seconds."""
     began = time.monotonic()
     assert queue.acquire(lambda: True, lambda: time.monotonic() - began > 30)
 
 
 @pytest.fixture
-def never_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_queue, "LOCK_TIMEOUT", 3600.0)
 
 
@@ -75,7 +75,7 @@ def test_the_lock_is_a_private_file_beside_the_database(database: Path, queue: F
     assert lock.stat().st_size == 0
 
 
-@pytest.mark.usefixtures("never_bypassed")
+@pytest.mark.usefixtures("no_bypass")
 def test_the_lock_is_released_after_acquire(queue: FairWriterLock, database: Path) -> None:
     other = FairWriterLock(str(database))
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_the_lock_is_released_after_acquire(queue: FairWriterLock, database: Pat
     other.close()
 
 
-@pytest.mark.usefixtures("never_bypassed")
+@pytest.mark.usefixtures("no_bypass")
 def test_a_killed_holder_loses_the_lock(queue: FairWriterLock, holder: subprocess.Popen[str]) -> None:
     threading.Timer(0.1, holder.kill).start()
     acquire(queue)
@@ -100,7 +100,7 @@ def test_a_hanging_holder_is_bypassed(
         began = time.monotonic()
         acquire(queue)
         assert time.monotonic() - began > 0.2
-        # The bypass lasts: the next call does not wait.
+        # The bypass is kept, so the next call does not wait.
         monkeypatch.setattr(writer_queue, "LOCK_TIMEOUT", 3600.0)
         acquire(queue)
     finally:
@@ -118,7 +118,7 @@ def test_acquire_retries_until_begin_succeeds(queue: FairWriterLock) -> None:
     assert queue.acquire(lambda: next(results), lambda: False)
 
 
-@pytest.mark.usefixtures("never_bypassed")
+@pytest.mark.usefixtures("no_bypass")
 def test_an_error_releases_the_lock(queue: FairWriterLock, database: Path) -> None:
     def fail() -> bool:
         raise OSError("no")
@@ -130,9 +130,9 @@ def test_an_error_releases_the_lock(queue: FairWriterLock, database: Path) -> No
     other.close()
 
 
-@pytest.mark.usefixtures("never_bypassed")
+@pytest.mark.usefixtures("no_bypass")
 @pytest.mark.parametrize("obstacle", ["link", "folder", "pipe"])
-def test_anything_but_a_regular_file_is_left_alone(database: Path, tmp_path: Path, obstacle: str) -> None:
+def test_a_lock_that_is_not_a_regular_file_is_not_used(database: Path, tmp_path: Path, obstacle: str) -> None:
     lock = Path(f"{database}-turn")
     target = tmp_path / "precious"
     if obstacle == "link":
@@ -147,8 +147,8 @@ def test_anything_but_a_regular_file_is_left_alone(database: Path, tmp_path: Pat
     assert not target.exists()
 
 
-@pytest.mark.usefixtures("never_bypassed")
-def test_file_systems_without_locks(queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_bypass")
+def test_file_systems_may_lack_locks(queue: FairWriterLock, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -158,7 +158,7 @@ def test_file_systems_without_locks(queue: FairWriterLock, monkeypatch: pytest.M
     acquire(queue)
 
 
-async def test_systems_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_systems_may_lack_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_queue, "fcntl", None)
     async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
         run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
@@ -167,7 +167,7 @@ async def test_systems_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 async def test_the_lock_file_may_be_removed(tmp_path: Path) -> None:
-    """A backup need not contain it, and removing it does no harm."""
+    """The lock file is optional, so a backup may omit it."""
     path = tmp_path / "flows.db"
     async with open_store(f"sqlite:///{path}") as store:
         run = await store.start_run(uuid4(), "flow", uuid4(), "manual")
@@ -220,7 +220,7 @@ asyncio.run(main(sys.argv[1], float(sys.argv[2])))
 """
 
 
-def test_no_writer_starves_and_a_killed_one_blocks_no_other(tmp_path: Path) -> None:
+def test_no_writer_starves_and_a_killed_writer_blocks_no_other(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/flows.db"
     command = [sys.executable, "-c", WRITER, url]
     seconds = 2.0

@@ -46,45 +46,45 @@ async def run_id(store: FlowStore) -> UUID:
 
 
 def database(store: FlowStore) -> Database:
-    """The database of the store, whose ``write`` accepts any work."""
+    """Return the database of the store, whose ``write`` accepts any function."""
     inner: Any = store
-    (found,) = inner._store.values()
-    assert isinstance(found._database, Database)
-    return found._database
+    (backend_store,) = inner._store.values()
+    assert isinstance(backend_store._database, Database)
+    return backend_store._database
 
 
 async def claimed(store: FlowStore, run_id: UUID) -> set[str]:
     return {claim.step_key for claim in await store.get_step_claims(run_id)}
 
 
-async def test_a_call_that_fails_after_a_change_is_rolled_back_alone(store: FlowStore, run_id: UUID) -> None:
+async def test_a_call_that_fails_after_a_change_is_rolled_back(store: FlowStore, run_id: UUID) -> None:
     def trigger(number: int) -> Any:
-        # Registers the key before the duplicate run id raises.
+        # The key is registered before the duplicate run id raises.
         return store.trigger_run(FLOW, "flow", run_id, "manual", idempotency_key=f"key-{number}")
 
     calls = [
         trigger(number) if number % 3 == 0 else store.try_claim_step(run_id, str(number))
         for number in range(MANY)
     ]
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    for number, answer in enumerate(answers):
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for number, result in enumerate(results):
         if number % 3 == 0:
-            assert isinstance(answer, RunAlreadyExistsError)
+            assert isinstance(result, RunAlreadyExistsError)
             assert await store.find_run_id_by_idempotency_key(FLOW, "manual", f"key-{number}") is None
         else:
-            assert answer is True
+            assert result is True
     assert len(await claimed(store, run_id)) == MANY - MANY // 3
 
 
-async def test_an_error_before_any_change_keeps_the_rest_of_the_group(store: FlowStore, run_id: UUID) -> None:
+async def test_an_error_before_a_change_fails_only_its_call(store: FlowStore, run_id: UUID) -> None:
     calls = [store.try_claim_step(run_id if number % 2 else uuid4(), str(number)) for number in range(MANY)]
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    assert [answer for answer in answers if answer is True] == [True] * (MANY // 2)
-    assert sum(isinstance(answer, RunNotFoundError) for answer in answers) == MANY // 2
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert [result for result in results if result is True] == [True] * (MANY // 2)
+    assert sum(isinstance(result, RunNotFoundError) for result in results) == MANY // 2
 
 
 @pytest.mark.parametrize("ends_transaction", [False, True])
-async def test_an_error_of_the_driver_keeps_the_rest_of_the_group(
+async def test_an_error_of_the_driver_fails_only_its_call(
     store: FlowStore, run_id: UUID, ends_transaction: bool
 ) -> None:
     def broken(db: sqlite3.Connection, now: int) -> None:
@@ -94,11 +94,11 @@ async def test_an_error_of_the_driver_keeps_the_rest_of_the_group(
 
     calls: list[Any] = [store.try_claim_step(run_id, str(number)) for number in range(100)]
     calls.insert(50, database(store).write(broken))
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    failure = answers.pop(50)
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    failure = results.pop(50)
     assert type(failure) is FlowStoreError
     assert "IntegrityError" not in str(failure)
-    assert answers == [True] * 100
+    assert results == [True] * 100
     assert len(await claimed(store, run_id)) == 100
 
 
@@ -110,14 +110,14 @@ async def test_slow_writes_are_split_into_several_groups(store: FlowStore, run_i
         time.sleep(0.005)
         return now
 
-    answers = await asyncio.gather(*(database(store).write(slow) for _ in range(20)))
-    assert answers == sorted(answers)
-    assert len(set(answers)) == 20
+    results = await asyncio.gather(*(database(store).write(slow) for _ in range(20)))
+    assert results == sorted(results)
+    assert len(set(results)) == 20
     # After 20 ms a group starts no further write.
     assert statements.count("COMMIT") >= 4
 
 
-async def test_cancelled_calls_are_compensated_for(store: FlowStore, run_id: UUID) -> None:
+async def test_cancelled_calls_are_compensated(store: FlowStore, run_id: UUID) -> None:
     for wait in (0.0, 0.001, 0.003, 0.01):
         tasks = [
             asyncio.create_task(
@@ -130,29 +130,29 @@ async def test_cancelled_calls_are_compensated_for(store: FlowStore, run_id: UUI
         await asyncio.sleep(wait)
         for task in tasks:
             task.cancel()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        won = {f"{wait}-{number}" for number, answer in enumerate(answers) if answer is True}
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        succeeded = {f"{wait}-{number}" for number, result in enumerate(results) if result is True}
         # Compensations may still be running.
         for _ in range(1000):
-            held = {*await claimed(store, run_id), *await store.get_dispatched_step_keys(run_id)}
-            held = {key for key in held if key.startswith(f"{wait}-")}
-            if held == won:
+            claimed_keys = {*await claimed(store, run_id), *await store.get_dispatched_step_keys(run_id)}
+            claimed_keys = {key for key in claimed_keys if key.startswith(f"{wait}-")}
+            if claimed_keys == succeeded:
                 break
             await asyncio.sleep(0.02)
-        assert held == won
+        assert claimed_keys == succeeded
 
 
 async def test_closing_waits_for_compensations(path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
         tasks = [asyncio.create_task(store.try_claim_step(run_id, str(number))) for number in range(MANY)]
-        # Now the first call is being written, and the others are queued.
+        # The first call is being written, and the others are queued.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert True not in answers
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert True not in results
     async with open_store(f"sqlite:///{path}") as store:
         assert await claimed(store, run_id) == set()
 
@@ -173,9 +173,9 @@ async def test_writes_wait_for_a_locked_file(path: Path) -> None:
         run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
         other.execute("BEGIN IMMEDIATE")
         calls = (store.try_claim_step(run_id, str(number)) for number in range(20))
-        for answer in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(answer, StoreUnavailableError)
-            assert "was locked by others for 0.3 s" in str(answer)
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(result, StoreUnavailableError)
+            assert "was locked by others for 0.3 s" in str(result)
         # Readers do not wait.
         assert await store.get_step_claims(run_id) == ()
     async with open_store(f"sqlite:///{path}?busy_timeout=60") as store:
@@ -184,7 +184,7 @@ async def test_writes_wait_for_a_locked_file(path: Path) -> None:
     other.close()
 
 
-async def test_closing_does_not_wait_long_for_a_locked_file(path: Path) -> None:
+async def test_closing_stops_waiting_for_a_locked_file(path: Path) -> None:
     async with open_store(f"sqlite:///{path}") as store:
         run_id = (await store.start_run(FLOW, "flow", uuid4(), "manual")).run_id
         other = sqlite3.connect(path, isolation_level=None)
@@ -193,12 +193,12 @@ async def test_closing_does_not_wait_long_for_a_locked_file(path: Path) -> None:
         await asyncio.sleep(0.01)
         began = time.monotonic()
     assert time.monotonic() - began < 10
-    for answer in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(answer, StoreClosedError)
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(result, StoreClosedError)
     other.close()
 
 
-LEAVING = """
+CLOSED_LOOP = """
 import asyncio, sys
 from uuid import uuid4
 from flowstore_core import open_store
@@ -212,7 +212,7 @@ async def begin():
 async def reopen():
     async with open_store(sys.argv[1]) as store:
         assert await store.try_claim_step(run_id, "new")
-        print("fine")
+        print("reopened")
 
 contexts = []
 loop = asyncio.new_event_loop()
@@ -223,19 +223,19 @@ asyncio.run(reopen())
 """
 
 
-def test_closing_a_loop_with_running_writes_does_no_harm(path: Path) -> None:
-    command = [sys.executable, "-c", LEAVING, f"sqlite:///{path}"]
+def test_a_store_opens_after_its_loop_was_closed_during_writes(path: Path) -> None:
+    command = [sys.executable, "-c", CLOSED_LOOP, f"sqlite:///{path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "reopened\n"), done.stderr
 
 
 async def test_claims_of_one_step_in_one_group_have_one_winner(store: FlowStore, run_id: UUID) -> None:
     owners = [f"owner-{number % 10}" for number in range(100)]
-    answers = await asyncio.gather(*(store.try_claim_step(run_id, "one", owner=owner) for owner in owners))
-    winners = {owner for owner, won in zip(owners, answers, strict=True) if won}
+    results = await asyncio.gather(*(store.try_claim_step(run_id, "one", owner=owner) for owner in owners))
+    winners = {owner for owner, succeeded in zip(owners, results, strict=True) if succeeded}
     assert len(winners) == 1
     # The winner called ten times, and every call of the holder returns True.
-    assert sum(answers) == 10
+    assert sum(results) == 10
     dispatched = await asyncio.gather(*(store.try_record_dispatch(run_id, "one") for _ in range(50)))
     assert sum(dispatched) == 1
 

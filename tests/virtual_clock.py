@@ -1,4 +1,4 @@
-"""A clock that stands still until a test moves it."""
+"""A clock that advances only when a test sets it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 
 class VirtualClock:
-    """Give it to ``open_store(clock=...)``; every timestamp of the store is then the test's."""
+    """A clock for ``open_store(clock=...)``."""
 
     def __init__(self, now: datetime = datetime(2026, 3, 14, 9, 26, 53, 589793, UTC)) -> None:
         self.now = now
@@ -15,6 +15,6 @@ class VirtualClock:
         return self.now
 
     def advance(self, **duration: float) -> datetime:
-        """Move by a timedelta's keywords (seconds=..., days=...) and return the new now."""
+        """Advance by the keyword arguments of timedelta and return the new time."""
         self.now += timedelta(**duration)
         return self.now

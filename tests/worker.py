@@ -1,7 +1,7 @@
-"""A process of its own with one store in it, driven by a test over pipes.
+"""A worker process with one store, which a test controls through pipes.
 
-Run as a program it reads pickled commands from stdin and writes pickled answers to stdout. The first
-answer says that it is up; what it then answers is what its store answered.
+Run as a program, this module reads pickled commands from stdin and writes pickled replies to stdout. The
+first reply is "ready"; each later one is the result or the error of the store.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Call = tuple[str, dict[str, Any]]
 
 
 class Worker:
-    """The process, seen from a test; a result is returned, an error of the store too."""
+    """Controls a worker process. Errors of the store are returned, not raised."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -28,10 +28,10 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parent.parent,
-            # A Ctrl-C at the terminal is for the test run, which then ends the pipe.
+            # Ctrl-C interrupts only the test run, which then closes the pipe.
             start_new_session=True,
         )
-        self._up = False
+        self._ready = False
 
     def _send(self, *command: Any) -> None:
         assert self._process.stdin is not None
@@ -40,41 +40,41 @@ class Worker:
 
     def _receive(self) -> Any:
         assert self._process.stdout is not None
-        if not self._up:
-            assert pickle.load(self._process.stdout) == "up"
-            self._up = True
+        if not self._ready:
+            assert pickle.load(self._process.stdout) == "ready"
+            self._ready = True
         return pickle.load(self._process.stdout)
 
     async def send(self, *command: Any) -> None:
-        """Give a command without waiting for its answer."""
+        """Send a command without waiting for its reply."""
         await asyncio.to_thread(self._send, *command)
 
     async def receive(self) -> Any:
-        """The next answer; EOFError when the process has died."""
+        """Return the next reply. Raises EOFError if the process has exited."""
         return await asyncio.to_thread(self._receive)
 
-    async def ask(self, *command: Any) -> Any:
+    async def request(self, *command: Any) -> Any:
         await self.send(*command)
         return await self.receive()
 
     def kill(self) -> None:
-        """SIGKILL: whatever it was doing, it does nothing more."""
+        """Kill the process with SIGKILL."""
         self._process.kill()
         self._process.communicate()
 
     def stop(self) -> None:
-        """End it by ending its stdin; it closes its store first."""
+        """Close stdin, so that the process closes its store and exits."""
         self._process.communicate(timeout=60)
 
 
-class Fleet:
-    """Workers that many tests share, because a process takes a while to start."""
+class WorkerPool:
+    """Workers shared by many tests, because a process is slow to start."""
 
     def __init__(self) -> None:
         self._workers: list[Worker] = []
 
-    def take(self, count: int) -> list[Worker]:
-        # Several at once start in the time of the slowest.
+    def get(self, count: int) -> list[Worker]:
+        # Processes start concurrently.
         self._workers += [Worker() for _ in range(count - len(self._workers))]
         return self._workers[:count]
 
@@ -83,23 +83,23 @@ class Fleet:
             worker.stop()
 
 
-async def _answer(call: Awaitable[Any]) -> Any:
+async def _outcome(call: Awaitable[Any]) -> Any:
     try:
         return await call
     except FlowStoreError as error:
         return error
 
 
-async def _at_once(store: FlowStore, calls: Sequence[Call]) -> list[Any]:
-    return list(await asyncio.gather(*(_answer(getattr(store, name)(**given)) for name, given in calls)))
+async def _call_concurrently(store: FlowStore, calls: Sequence[Call]) -> list[Any]:
+    return list(await asyncio.gather(*(_outcome(getattr(store, name)(**given)) for name, given in calls)))
 
 
 async def _serve() -> None:
-    def say(answer: Any) -> None:
-        pickle.dump(answer, sys.stdout.buffer)
+    def reply(value: Any) -> None:
+        pickle.dump(value, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
-    say("up")
+    reply("ready")
     opened: Any = None
     store: Any = None
     prepared: Sequence[Call] = ()
@@ -116,18 +116,18 @@ async def _serve() -> None:
                 store = await opened.__aenter__()
             except FlowStoreError as error:
                 opened = None
-                say(error)
+                reply(error)
             else:
-                say(None)
+                reply(None)
         elif command == "prepare":
             (prepared,) = rest
-            say(None)
+            reply(None)
         elif command == "go":
-            say(await _at_once(store, prepared))
+            reply(await _call_concurrently(store, prepared))
         elif command == "close":
             await opened.__aexit__(None, None, None)
             opened = store = None
-            say(None)
+            reply(None)
     if opened is not None:
         await opened.__aexit__(None, None, None)
 

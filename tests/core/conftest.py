@@ -12,7 +12,7 @@ import pytest
 
 Install = Callable[..., None]
 
-# A backend that records the calls of its stores; the plugins of tests build on it.
+# The source of a plugin with a backend that records the calls of its stores.
 RECORDING = """
 from contextlib import asynccontextmanager
 
@@ -82,18 +82,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         requires: tuple[str, ...] = (),
     ) -> None:
         # A new directory: the import system caches the contents of those already on the path.
-        place = tmp_path / f"site-{len(modules)}"
+        folder = tmp_path / f"site-{len(modules)}"
         module = f"plugin_of_{name}"
         modules.add(module)
-        info = place / f"dist_of_{name}-1.0.dist-info"
+        info = folder / f"dist_of_{name}-1.0.dist-info"
         info.mkdir(parents=True)
-        (place / f"{module}.py").write_text(dedent(code))
+        (folder / f"{module}.py").write_text(dedent(code))
         metadata = [f"Metadata-Version: 2.1\nName: dist-of-{name}\nVersion: 1.0"]
         metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
         (info / "METADATA").write_text("\n".join(metadata) + "\n")
-        written = entries or f"[flowstore]\n{entry or name} = {module}\n"
-        (info / "entry_points.txt").write_text(written)
-        monkeypatch.syspath_prepend(place)
+        entry_points = entries or f"[flowstore]\n{entry or name} = {module}\n"
+        (info / "entry_points.txt").write_text(entry_points)
+        monkeypatch.syspath_prepend(folder)
 
     yield install_one
     for module in modules:

@@ -1,4 +1,4 @@
-"""BatchWorkers other than tasks: a thread, and an implementation of a backend."""
+"""The ThreadWorker, and BatchWorkers implemented by a backend."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from flowstore_core.batching import REQUEUE, Batcher, BatchError, PendingCall, T
 
 
 class FakeDatabase:
-    """A database with one thread. It records batches, and can be held so that calls queue."""
+    """Records batches in one thread; clear ``free`` to block the thread so that calls queue."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
         self.threads: set[str] = set()
         self.free = threading.Event()
         self.free.set()
-        self.answer: Callable[[Any], Any] = lambda item: ("done", item)
-        self.returned: list[Any] = []
+        self.result: Callable[[Any], Any] = lambda item: ("done", item)
+        self.compensated: list[Any] = []
 
     def run(self, calls: Sequence[PendingCall]) -> Sequence[Any]:
         self.threads.add(threading.current_thread().name)
         self.batches.append([call.item for call in calls])
         assert self.free.wait(60)
-        return [self.answer(call.item) for call in calls]
+        return [self.result(call.item) for call in calls]
 
     async def compensate(self, outcome: Any) -> None:
-        self.returned.append(outcome)
+        self.compensated.append(outcome)
 
-    async def holds(self, count: int) -> None:
-        """Wait until the thread has got this many batches."""
+    async def wait_for_batches(self, count: int) -> None:
+        """Wait until the thread has received ``count`` batches."""
         for _ in range(1000):
             if len(self.batches) >= count:
                 return
             await asyncio.sleep(0.005)
-        raise AssertionError(f"only {self.batches} came")
+        raise AssertionError(f"received only the batches {self.batches}")
 
 
 @pytest.fixture
 def database() -> Iterator[FakeDatabase]:
-    made = FakeDatabase()
-    yield made
-    made.free.set()
+    created = FakeDatabase()
+    yield created
+    created.free.set()
 
 
-def batcher_of(workers: Callable[[Batcher], Any] = ThreadWorker, **given: Any) -> Batcher:
-    return Batcher(workers=workers, **given)
+def batcher_of(workers: Callable[[Batcher], Any] = ThreadWorker, **options: Any) -> Batcher:
+    return Batcher(workers=workers, **options)
 
 
 async def test_calls_queue_while_the_thread_is_busy(database: FakeDatabase) -> None:
@@ -60,7 +60,7 @@ async def test_calls_queue_while_the_thread_is_busy(database: FakeDatabase) -> N
     operation = batcher.operation("write", database.run)
     database.free.clear()
     tasks = [asyncio.create_task(operation.submit(None, number)) for number in range(50)]
-    await database.holds(1)
+    await database.wait_for_batches(1)
     database.free.set()
     assert await asyncio.gather(*tasks) == [("done", number) for number in range(50)]
     assert database.batches == [[0], [*range(1, 50)]]
@@ -70,7 +70,7 @@ async def test_calls_queue_while_the_thread_is_busy(database: FakeDatabase) -> N
     assert_threads_end()
 
 
-async def test_keys_shares_and_calls_that_are_sent_again(database: FakeDatabase) -> None:
+async def test_keyed_calls_are_coalesced_or_requeued(database: FakeDatabase) -> None:
     batcher = batcher_of()
     operation = batcher.operation(
         "write",
@@ -80,17 +80,17 @@ async def test_keys_shares_and_calls_that_are_sent_again(database: FakeDatabase)
     )
     database.free.clear()
     first = asyncio.create_task(operation.submit("key", "first"))
-    await database.holds(1)
+    await database.wait_for_batches(1)
     rest = [asyncio.create_task(operation.submit("key", item)) for item in "abc"]
     database.free.set()
     await first
-    # b was coalesced with a, c was sent alone.
+    # b was coalesced with a, c was requeued.
     assert await asyncio.gather(*rest) == [("done", "a"), "b", ("done", "c")]
     assert database.batches == [["first"], ["a"], ["c"]]
     await batcher.drain(60)
 
 
-async def test_an_error_stays_with_its_row(database: FakeDatabase) -> None:
+async def test_an_error_of_one_call_fails_only_that_call(database: FakeDatabase) -> None:
     def run(calls: Sequence[PendingCall]) -> Sequence[Any]:
         if any(call.item == 7 for call in calls):
             raise BatchError(ValueError("seven"))
@@ -101,16 +101,16 @@ async def test_an_error_stays_with_its_row(database: FakeDatabase) -> None:
     results = await asyncio.gather(
         *(operation.submit(None, number) for number in range(20)), return_exceptions=True
     )
-    for number, answer in enumerate(results):
+    for number, result in enumerate(results):
         if number in (3, 7):
-            assert isinstance(answer, KeyError if number == 3 else ValueError)
+            assert isinstance(result, KeyError if number == 3 else ValueError)
         else:
-            assert answer == number
+            assert result == number
     await batcher.drain(60)
 
 
 @pytest.mark.parametrize("wrong", [RuntimeError("broken"), None])
-async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | None) -> None:
+async def test_a_failed_batch_fails_all_of_its_calls(wrong: Exception | None) -> None:
     def run(calls: Sequence[PendingCall]) -> Sequence[Any]:
         if wrong is not None:
             raise wrong
@@ -119,29 +119,29 @@ async def test_a_batch_that_fails_fails_all_of_its_callers(wrong: Exception | No
     batcher = batcher_of()
     operation = batcher.operation("write", run)
     results = await asyncio.gather(*(operation.submit(None, n) for n in range(5)), return_exceptions=True)
-    assert all(isinstance(answer, RuntimeError) for answer in results)
+    assert all(isinstance(result, RuntimeError) for result in results)
     # One object raised in many tasks would accumulate tracebacks; only the first caller gets the original.
-    assert len({id(answer) for answer in results}) >= 4
+    assert len({id(result) for result in results}) >= 4
     await batcher.drain(60)
 
 
-async def test_cancelled_calls_never_happen_or_are_compensated(database: FakeDatabase) -> None:
+async def test_cancelled_calls_are_not_sent_or_are_compensated(database: FakeDatabase) -> None:
     batcher = batcher_of()
     operation = batcher.operation("write", database.run)
     database.free.clear()
     tasks = [asyncio.create_task(operation.submit(None, number, database.compensate)) for number in range(3)]
-    await database.holds(1)
+    await database.wait_for_batches(1)
     for task in tasks[:2]:
         task.cancel()
     database.free.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(answer) for answer in results] == [asyncio.CancelledError, asyncio.CancelledError, tuple]
+    assert [type(result) for result in results] == [asyncio.CancelledError, asyncio.CancelledError, tuple]
     await batcher.drain(60)
     assert database.batches == [[0], [2]]
-    assert database.returned == [("done", 0)]
+    assert database.compensated == [("done", 0)]
 
 
-async def test_draining_sends_queued_calls_and_the_calls_of_compensations(database: FakeDatabase) -> None:
+async def test_drain_sends_queued_calls_and_the_calls_of_compensations(database: FakeDatabase) -> None:
     batcher = batcher_of()
     operation = batcher.operation("write", database.run)
 
@@ -150,7 +150,7 @@ async def test_draining_sends_queued_calls_and_the_calls_of_compensations(databa
 
     database.free.clear()
     tasks = [asyncio.create_task(operation.submit(None, number, on_abandoned)) for number in range(30)]
-    await database.holds(1)
+    await database.wait_for_batches(1)
     tasks[0].cancel()
     asyncio.get_running_loop().call_later(0.05, database.free.set)
     await batcher.drain(60)
@@ -161,17 +161,17 @@ async def test_draining_sends_queued_calls_and_the_calls_of_compensations(databa
         await operation.submit(None, 1)
 
 
-async def test_a_thread_that_hangs_is_left(database: FakeDatabase) -> None:
+async def test_drain_abandons_a_hanging_thread(database: FakeDatabase) -> None:
     batcher = batcher_of()
     operation = batcher.operation("write", database.run)
     database.free.clear()
     tasks = [asyncio.create_task(operation.submit(None, number)) for number in range(3)]
-    await database.holds(1)
+    await database.wait_for_batches(1)
     await asyncio.wait_for(batcher.drain(0.1), 60)
     first, *others = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(first, OutcomeUnknownError)
     assert all(isinstance(other, StoreClosedError) for other in others)
-    # Its late outcome has no caller.
+    # The thread returns a result after its call was abandoned.
     database.free.set()
     await asyncio.sleep(0.05)
 
@@ -181,7 +181,7 @@ async def test_a_cancelled_drain_resolves_all_calls(database: FakeDatabase) -> N
     operation = batcher.operation("write", database.run)
     database.free.clear()
     tasks = [asyncio.create_task(operation.submit(None, number)) for number in range(3)]
-    await database.holds(1)
+    await database.wait_for_batches(1)
     draining = asyncio.create_task(batcher.drain(30))
     await asyncio.sleep(0.02)
     draining.cancel()
@@ -191,19 +191,19 @@ async def test_a_cancelled_drain_resolves_all_calls(database: FakeDatabase) -> N
         await draining
 
 
-async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it(
+async def test_calls_fail_if_the_thread_cannot_be_started(
     database: FakeDatabase,
 ) -> None:
     failures = 2
 
-    async def sometimes(serve: Callable[[], None]) -> None:
+    async def fail_twice(serve: Callable[[], None]) -> None:
         nonlocal failures
         if failures:
             failures -= 1
             raise StoreUnavailableError("no thread could be started")
         await asyncio.to_thread(serve)
 
-    batcher = batcher_of(lambda batcher: ThreadWorker(batcher, sometimes))
+    batcher = batcher_of(lambda batcher: ThreadWorker(batcher, fail_twice))
     operation = batcher.operation("write", database.run)
     for _ in range(2):
         with pytest.raises(StoreUnavailableError, match="no thread"):
@@ -212,7 +212,7 @@ async def test_a_thread_that_cannot_be_started_fails_the_calls_that_asked_for_it
     await batcher.drain(60)
 
 
-async def test_cancelling_every_task_leaves_the_thread(database: FakeDatabase) -> None:
+async def test_cancelling_every_task_does_not_stop_the_thread(database: FakeDatabase) -> None:
     batcher = batcher_of()
     operation = batcher.operation("write", database.run)
     assert await operation.submit(None, 1) == ("done", 1)
@@ -223,23 +223,23 @@ async def test_cancelling_every_task_leaves_the_thread(database: FakeDatabase) -
     await batcher.drain(60)
 
 
-@pytest.mark.parametrize("lacks", ["nothing", "watching files", "counters", "room for files"])
+@pytest.mark.parametrize("missing", ["nothing", "add_reader", "eventfd", "free descriptors"])
 async def test_the_thread_wakes_every_loop_and_closes_its_descriptors(
-    database: FakeDatabase, lacks: str, monkeypatch: pytest.MonkeyPatch
+    database: FakeDatabase, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(error: Exception) -> Callable[..., Any]:
-        def refusing(*arguments: Any) -> Any:
+    def failing(error: Exception) -> Callable[..., Any]:
+        def fail(*arguments: Any) -> Any:
             raise error
 
-        return refusing
+        return fail
 
     before = open_files()
-    if lacks == "watching files":
-        monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", refuse(NotImplementedError()))
-    elif lacks == "counters":
+    if missing == "add_reader":
+        monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", failing(NotImplementedError()))
+    elif missing == "eventfd":
         monkeypatch.delattr(os, "eventfd", raising=False)
-    elif lacks == "room for files":
-        monkeypatch.setattr(os, "eventfd", refuse(OSError(errno.EMFILE, "too many")), raising=False)
+    elif missing == "free descriptors":
+        monkeypatch.setattr(os, "eventfd", failing(OSError(errno.EMFILE, "too many")), raising=False)
     batcher = batcher_of()
     operation = batcher.operation("write", database.run)
     assert await asyncio.gather(*(operation.submit(None, number) for number in range(5))) == [
@@ -251,7 +251,7 @@ async def test_the_thread_wakes_every_loop_and_closes_its_descriptors(
 
 
 def assert_threads_end() -> None:
-    """Wait for the end of the threads; a thread reports its end shortly before it ends."""
+    """Join the worker threads; a thread reports its end shortly before it ends."""
     for thread in threading.enumerate():
         if thread.name == "flowstore":
             thread.join(10)
@@ -264,19 +264,19 @@ def open_files() -> set[str]:
 
 
 def test_a_thread_ends_with_its_event_loop(database: FakeDatabase) -> None:
-    async def leave() -> None:
+    async def abandon_call() -> None:
         database.free.clear()
         operation = batcher_of().operation("write", database.run)
         asyncio.get_running_loop().create_task(operation.submit(None, 1))
-        await database.holds(1)
+        await database.wait_for_batches(1)
 
-    asyncio.run(leave())
+    asyncio.run(abandon_call())
     database.free.set()
     assert_threads_end()
 
 
 async def test_a_backend_provides_its_own_workers() -> None:
-    class Timers:
+    class TimerWorkers:
         """Writes in callbacks of the event loop, one batch at a time."""
 
         def __init__(self, batcher: Batcher) -> None:
@@ -301,14 +301,14 @@ async def test_a_backend_provides_its_own_workers() -> None:
         async def stop(self) -> None:
             """Has nothing to cancel."""
 
-    async def unused(items: Sequence[int]) -> Sequence[int]:
+    async def unreachable(items: Sequence[int]) -> Sequence[int]:
         raise AssertionError
 
-    batcher = batcher_of(Timers)
-    operation = batcher.operation("double", unused)
+    batcher = batcher_of(TimerWorkers)
+    operation = batcher.operation("double", unreachable)
     calls: list[Awaitable[int]] = [operation.submit(None, number) for number in range(10)]
     assert await asyncio.gather(*calls) == [number * 2 for number in range(10)]
-    left = [asyncio.create_task(operation.submit(None, number)) for number in range(10)]
+    queued = [asyncio.create_task(operation.submit(None, number)) for number in range(10)]
     await asyncio.sleep(0)
     await batcher.drain(60)
-    assert await asyncio.gather(*left) == [number * 2 for number in range(10)]
+    assert await asyncio.gather(*queued) == [number * 2 for number in range(10)]

@@ -14,7 +14,7 @@ from flowstore_core.config import resolve_url
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and no FLOWSTORE_URL."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
@@ -29,7 +29,7 @@ def _config(**options: Any) -> StoreConfig:
 
 
 @pytest.mark.parametrize(
-    ("url", "kept"),
+    ("url", "from_file"),
     [
         ("mine://", {"user", "password", "host", "port", "database", "colour"}),
         ("mine://me@h/d", {"password", "port", "colour"}),
@@ -38,29 +38,29 @@ def _config(**options: Any) -> StoreConfig:
     ],
 )
 def test_options_in_the_authority_override_the_file(
-    url: str, kept: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, from_file: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = ("user", "password", "host", "port", "database", "colour")
-    (tmp_path / "flowstore.toml").write_text("".join(f'{name} = "of the file"\n' for name in names))
+    (tmp_path / "flowstore.toml").write_text("".join(f'{name} = "from the file"\n' for name in names))
     options = resolve_url(url, {}).options
-    assert set(options) == kept
-    assert options.get("user") in (None, "of the file", "x")
+    assert set(options) == from_file
+    assert options.get("user") in (None, "from the file", "x")
     # A keyword overrides everything.
     assert resolve_url(url, {"user": "mine"}).options["user"] == "mine"
 
 
 def test_config_the_default_is_a_file_in_the_working_directory() -> None:
-    found = resolve_url(None, {})
-    assert (found.url, dict(found.options), found.migrate) == ("sqlite:///flowstore.db", {}, True)
+    resolved = resolve_url(None, {})
+    assert (resolved.url, dict(resolved.options), resolved.migrate) == ("sqlite:///flowstore.db", {}, True)
 
 
-def test_config_argument_then_variable_then_files_then_default(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_config_the_argument_overrides_the_variable_the_files_and_the_default(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (elsewhere / "pyproject.toml").write_text('[tool.flowstore]\nurl = "mine://pyproject"\n')
+    (working_directory / "pyproject.toml").write_text('[tool.flowstore]\nurl = "mine://pyproject"\n')
     assert resolve_url(None, {}).url == "mine://pyproject"
-    (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
+    (working_directory / "flowstore.toml").write_text('url = "mine://file"\n')
     assert resolve_url(None, {}).url == "mine://file"
     monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
     assert resolve_url(None, {}).url == "mine://variable"
@@ -70,9 +70,9 @@ def test_config_argument_then_variable_then_files_then_default(
     assert resolve_url(None, {}).url == "mine://file"
 
 
-def test_config_names_the_source_of_the_url(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_names_the_source_of_the_url(working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "default" in resolve_url(None, {}).origin
-    (elsewhere / "flowstore.toml").write_text('url = "mine://file"\n')
+    (working_directory / "flowstore.toml").write_text('url = "mine://file"\n')
     assert "flowstore.toml" in resolve_url(None, {}).origin
     monkeypatch.setenv("FLOWSTORE_URL", "mine://variable")
     assert "FLOWSTORE_URL" in resolve_url(None, {}).origin
@@ -84,43 +84,47 @@ async def test_config_open_store_reads_the_variable(monkeypatch: pytest.MonkeyPa
         assert store.backend == "memory"
 
 
-async def test_config_open_store_reads_the_file(elsewhere: Path) -> None:
-    (elsewhere / "flowstore.toml").write_text('url = "memory://from-the-file"\n')
+async def test_config_open_store_reads_the_file(working_directory: Path) -> None:
+    (working_directory / "flowstore.toml").write_text('url = "memory://from-the-file"\n')
     async with open_store() as store:
         assert store.backend == "memory"
 
 
-async def test_config_open_store_falls_back_to_the_default_file(elsewhere: Path) -> None:
+async def test_config_open_store_falls_back_to_the_default_file(working_directory: Path) -> None:
     async with open_store() as store:
         assert store.backend == "sqlite"
-    assert (elsewhere / "flowstore.db").exists()
+    assert (working_directory / "flowstore.db").exists()
 
 
 # Options
 
 
-def test_config_keyword_beats_query_beats_file(elsewhere: Path) -> None:
-    (elsewhere / "flowstore.toml").write_text('url = "mine://x?b=query&c=query"\na = 1\nb = 1\nc = 1\n')
-    found = resolve_url(None, {"c": "keyword", "d": True})
-    assert dict(found.options) == {"a": 1, "b": "query", "c": "keyword", "d": True}
-
-
-def test_config_a_files_options_belong_to_the_files_url(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_config_a_keyword_overrides_the_query_and_the_query_overrides_the_file(
+    working_directory: Path,
 ) -> None:
-    (elsewhere / "flowstore.toml").write_text('url = "mine://file"\npool = 5\n')
+    (working_directory / "flowstore.toml").write_text(
+        'url = "mine://x?b=query&c=query"\na = 1\nb = 1\nc = 1\n'
+    )
+    resolved = resolve_url(None, {"c": "keyword", "d": True})
+    assert dict(resolved.options) == {"a": 1, "b": "query", "c": "keyword", "d": True}
+
+
+def test_config_options_of_a_file_with_a_url_apply_only_to_that_url(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (working_directory / "flowstore.toml").write_text('url = "mine://file"\npool = 5\n')
     assert dict(resolve_url("mine://file", {}).options) == {"pool": 5}
     assert dict(resolve_url("mine://other", {}).options) == {}
     monkeypatch.setenv("FLOWSTORE_URL", "mine://other")
     assert dict(resolve_url(None, {}).options) == {}
 
 
-def test_config_options_of_a_file_without_url_apply_to_any_url(elsewhere: Path) -> None:
-    (elsewhere / "pyproject.toml").write_text("[tool.flowstore]\npool = 5\n")
+def test_config_options_of_a_file_without_url_apply_to_any_url(working_directory: Path) -> None:
+    (working_directory / "pyproject.toml").write_text("[tool.flowstore]\npool = 5\n")
     assert dict(resolve_url("mine://any", {}).options) == {"pool": 5}
 
 
-def test_config_options_are_read_only(elsewhere: Path) -> None:
+def test_config_options_are_read_only(working_directory: Path) -> None:
     options = resolve_url("mine://x?a=1", {}).options
     with pytest.raises(TypeError):
         options["b"] = 2  # type: ignore[index]
@@ -131,7 +135,7 @@ def test_config_refuses_an_option_given_twice() -> None:
         resolve_url("mine://x?pool=1&pool=2", {})
 
 
-async def test_config_an_unknown_option_is_refused_and_the_known_are_listed() -> None:
+async def test_config_the_error_for_an_unknown_option_lists_the_known_options() -> None:
     with pytest.raises(ConfigurationError) as caught:
         async with open_store("memory://", colour="red"):
             pass
@@ -145,7 +149,7 @@ async def test_config_an_unknown_option_is_refused_and_the_known_are_listed() ->
 
 
 @pytest.mark.parametrize(
-    ("url", "migrate", "options", "wanted"),
+    ("url", "migrate", "options", "expected"),
     [
         ("mine://x", True, {}, True),
         ("mine://x", False, {}, False),
@@ -156,16 +160,16 @@ async def test_config_an_unknown_option_is_refused_and_the_known_are_listed() ->
         ("mine://x?migrate=on", True, {}, True),
     ],
 )
-def test_config_false_anywhere_turns_migrating_off(
-    url: str, migrate: bool, options: dict[str, object], wanted: bool
+def test_config_migrate_is_false_if_any_source_says_false(
+    url: str, migrate: bool, options: dict[str, object], expected: bool
 ) -> None:
-    found = resolve_url(url, options, migrate=migrate)
-    assert found.migrate is wanted
-    assert "migrate" not in found.options
+    resolved = resolve_url(url, options, migrate=migrate)
+    assert resolved.migrate is expected
+    assert "migrate" not in resolved.options
 
 
-def test_config_migrate_may_stand_in_the_file(elsewhere: Path) -> None:
-    (elsewhere / "flowstore.toml").write_text("migrate = false\n")
+def test_config_the_file_may_set_migrate(working_directory: Path) -> None:
+    (working_directory / "flowstore.toml").write_text("migrate = false\n")
     assert resolve_url("mine://x", {}).migrate is False
 
 
@@ -178,7 +182,7 @@ def test_config_migrate_must_be_true_or_false() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "wanted"),
+    ("name", "text", "expected"),
     [
         ("flowstore.toml", "url = ", "flowstore.toml"),
         ("flowstore.toml", "url = 5\n", "url"),
@@ -187,21 +191,23 @@ def test_config_migrate_must_be_true_or_false() -> None:
         ("pyproject.toml", "[[", "pyproject.toml"),
     ],
 )
-def test_config_a_wrong_file_is_named(elsewhere: Path, name: str, text: str, wanted: str) -> None:
-    (elsewhere / name).write_text(text)
-    with pytest.raises(ConfigurationError, match=wanted):
+def test_config_an_invalid_file_is_named(
+    working_directory: Path, name: str, text: str, expected: str
+) -> None:
+    (working_directory / name).write_text(text)
+    with pytest.raises(ConfigurationError, match=expected):
         resolve_url(None, {})
 
 
-def test_config_a_wrong_file_does_not_show_its_text(elsewhere: Path) -> None:
-    (elsewhere / "flowstore.toml").write_text('url = "postgresql://me:hunter2@host/db" hunter2\n')
+def test_config_errors_do_not_quote_an_invalid_file(working_directory: Path) -> None:
+    (working_directory / "flowstore.toml").write_text('url = "postgresql://me:hunter2@host/db" hunter2\n')
     with pytest.raises(ConfigurationError) as caught:
         resolve_url(None, {})
-    assert "hunter2" not in _all_that_is_said(caught.value)
+    assert "hunter2" not in _all_texts_of(caught.value)
 
 
-def test_config_a_pyproject_of_other_tools_is_no_configuration(elsewhere: Path) -> None:
-    (elsewhere / "pyproject.toml").write_text("[tool.other]\nurl = 'x'\n[project]\nname = 'y'\n")
+def test_config_a_pyproject_without_a_flowstore_table_is_ignored(working_directory: Path) -> None:
+    (working_directory / "pyproject.toml").write_text("[tool.other]\nurl = 'x'\n[project]\nname = 'y'\n")
     assert resolve_url(None, {}).url == "sqlite:///flowstore.db"
 
 
@@ -213,7 +219,7 @@ async def test_config_a_url_without_scheme_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", [5, b"memory://", Path("x"), True])
-async def test_config_a_url_that_is_no_str_is_refused(url: Any) -> None:
+async def test_config_a_url_that_is_not_a_str_is_refused(url: Any) -> None:
     with pytest.raises(ConfigurationError, match="str"):
         async with open_store(url):
             pass
@@ -222,9 +228,9 @@ async def test_config_a_url_that_is_no_str_is_refused(url: Any) -> None:
 # Readers of options
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(5, 5), ("5", 5), ("1", 1), (10, 10)])
-def test_config_integer(value: object, wanted: int) -> None:
-    assert _config(n=value).integer("n", 3, 1, 10) == wanted
+@pytest.mark.parametrize(("value", "expected"), [(5, 5), ("5", 5), ("1", 1), (10, 10)])
+def test_config_integer(value: object, expected: int) -> None:
+    assert _config(n=value).integer("n", 3, 1, 10) == expected
     assert _config().integer("n", 3, 1, 10) == 3
 
 
@@ -234,9 +240,9 @@ def test_config_integer_refuses(value: object) -> None:
         _config(n=value).integer("n", 3, 1, 10)
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(5, 5.0), ("0.5", 0.5), (1.5, 1.5), ("10", 10.0)])
-def test_config_seconds(value: object, wanted: float) -> None:
-    assert _config(n=value).seconds("n", 3, 0.1, 10) == wanted
+@pytest.mark.parametrize(("value", "expected"), [(5, 5.0), ("0.5", 0.5), (1.5, 1.5), ("10", 10.0)])
+def test_config_seconds(value: object, expected: float) -> None:
+    assert _config(n=value).seconds("n", 3, 0.1, 10) == expected
 
 
 @pytest.mark.parametrize("value", [0, 10.1, "x", "", "nan", float("nan"), "inf", True, None])
@@ -312,16 +318,16 @@ async def test_config_no_error_shows_a_password(url: str) -> None:
         async with open_store(url):
             pass
     if url != "memory://?S3cr3t":
-        # Here the word is the name of the option.
-        assert "S3cr3t" not in _all_that_is_said(caught.value)
+        # In this URL the secret is the name of an option.
+        assert "S3cr3t" not in _all_texts_of(caught.value)
 
 
-def _all_that_is_said(error: BaseException | None) -> str:
-    said = ""
+def _all_texts_of(error: BaseException | None) -> str:
+    texts = ""
     while error is not None:
-        said += f"{error} {error!r} {error.__dict__} "
+        texts += f"{error} {error!r} {error.__dict__} "
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return said
+    return texts
 
 
 # The clock

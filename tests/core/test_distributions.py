@@ -19,30 +19,30 @@ from tests.core.conftest import RECORDING, Install
 
 UTF_16 = "[console_scripts]\nx = y:z\n".encode("utf-16")
 LATIN = "[console_scripts]\nmüll = m:x\n".encode("latin-1")
-NAMED = b"Metadata-Version: 2.1\nName: stray\nVersion: 1.0\n"
+METADATA = b"Metadata-Version: 2.1\nName: stray\nVersion: 1.0\n"
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for packages, first on the path."""
-    place = tmp_path / "site"
-    place.mkdir()
-    monkeypatch.syspath_prepend(place)
-    return place
+    """A folder for packages at the start of the import path."""
+    folder_path = tmp_path / "site"
+    folder_path.mkdir()
+    monkeypatch.syspath_prepend(folder_path)
+    return folder_path
 
 
 def _write(
-    site: Path, entry_points: bytes | None, metadata: bytes | None = NAMED, folder: str = "stray-1.0"
+    site: Path, entry_points: bytes | None, metadata: bytes | None = METADATA, folder: str = "stray-1.0"
 ) -> None:
-    place = site / f"{folder}.dist-info"
-    place.mkdir()
+    folder_path = site / f"{folder}.dist-info"
+    folder_path.mkdir()
     if metadata is not None:
-        (place / "METADATA").write_bytes(metadata)
+        (folder_path / "METADATA").write_bytes(metadata)
     if entry_points is not None:
-        (place / "entry_points.txt").write_bytes(entry_points)
+        (folder_path / "entry_points.txt").write_bytes(entry_points)
 
 
-STRANGERS: dict[str, Callable[[Path], Any]] = {
+STRAY_DISTRIBUTIONS: dict[str, Callable[[Path], Any]] = {
     "empty": lambda site: _write(site, None, None),
     "nameless": lambda site: _write(site, None, None, folder=""),
     "nameless, with entry points": lambda site: _write(site, b"[a]\nb = c\n", None, folder=""),
@@ -58,21 +58,21 @@ STRANGERS: dict[str, Callable[[Path], Any]] = {
 UNREADABLE = {"a line without =", "Latin-1", "UTF-16"}
 
 
-@pytest.mark.parametrize("kind", STRANGERS)
-async def test_metadata_of_a_stranger_keeps_no_store_from_opening(kind: str, site: Path) -> None:
-    STRANGERS[kind](site)
+@pytest.mark.parametrize("kind", STRAY_DISTRIBUTIONS)
+async def test_invalid_metadata_of_unrelated_distributions_is_ignored(kind: str, site: Path) -> None:
+    STRAY_DISTRIBUTIONS[kind](site)
     async with open_store("memory://") as store:
         await store.ping()
     assert {"memory", "sqlite", "postgresql"} <= {plugin.name for plugin in load_plugins()}
     assert all(plugin.error is None for plugin in load_plugins())
     with pytest.raises(UnknownBackendError):
         async with open_store("nobody://"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
 
 
-@pytest.mark.parametrize("kind", STRANGERS)
-def test_metadata_that_cannot_be_read_is_listed(kind: str, site: Path) -> None:
-    STRANGERS[kind](site)
+@pytest.mark.parametrize("kind", STRAY_DISTRIBUTIONS)
+def test_unreadable_metadata_is_listed(kind: str, site: Path) -> None:
+    STRAY_DISTRIBUTIONS[kind](site)
     listed = {entry["name"]: entry for entry in _list_backends(site)}
     if kind in UNREADABLE:
         assert listed["stray"]["status"] == "unreadable"
@@ -92,24 +92,26 @@ def _list_backends(site: Path) -> list[dict[str, Any]]:
         text=True,
         check=True,
     )
-    found: list[dict[str, Any]] = json.loads(ran.stdout)
-    return found
+    backends: list[dict[str, Any]] = json.loads(ran.stdout)
+    return backends
 
 
 @pytest.mark.parametrize(
     "value", ["my-package.plugin", "", "my_package/plugin.py", "gone_package.plugin", "json:nothing"]
 )
-async def test_metadata_with_a_wrong_value_is_named_with_its_plugin(value: str, site: Path) -> None:
+async def test_an_invalid_entry_point_of_a_backend_is_reported_with_its_plugin(
+    value: str, site: Path
+) -> None:
     _write(site, f"[flowstore]\nmine = {value}\n".encode())
     async with open_store("memory://") as store:
         await store.ping()
     with pytest.raises(BackendLoadError, match="mine") as caught:
         async with open_store("mine://x"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert "stray" in caught.value.remedy
     with pytest.raises(UnknownBackendError, match="broken plugins: 'mine'"):
         async with open_store("nobody://x"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     (listed,) = [entry for entry in _list_backends(site) if entry["name"] == "mine"]
     assert listed["status"] == "broken"
 
@@ -121,15 +123,15 @@ async def test_a_module_missing_from_a_frozen_program_is_reported_with_its_remed
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(BackendLoadError, match=r"gone_package\.plugin.*--collect-all gone_package"):
         async with open_store("mine://x"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
 
 
 @pytest.mark.parametrize("value", ["my-package.tracing", "gone_package.tracing"])
-async def test_metadata_of_a_wrapper_with_a_wrong_value_refuses_every_store(value: str, site: Path) -> None:
+async def test_an_invalid_entry_point_of_a_wrapper_prevents_opening_any_store(value: str, site: Path) -> None:
     _write(site, f"[flowstore_wrappers]\nmine = {value}\n".encode())
     with pytest.raises(BackendLoadError, match="mine"):
         async with open_store("memory://"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ async def test_metadata_of_a_wrapper_with_a_wrong_value_refuses_every_store(valu
         ("[{}]\nmine = m\n", "utf-16"),
     ],
 )
-async def test_metadata_of_ours_that_cannot_be_read_counts_as_a_broken_plugin(
+async def test_unreadable_entry_points_of_a_backend_are_a_broken_plugin(
     text: str, encoding: str, site: Path
 ) -> None:
     _write(site, text.format("flowstore").encode(encoding))
@@ -148,7 +150,7 @@ async def test_metadata_of_ours_that_cannot_be_read_counts_as_a_broken_plugin(
         await store.ping()
     with pytest.raises(UnknownBackendError, match="broken plugins: 'stray'"):
         async with open_store("mine://x"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     (listed,) = [entry for entry in _list_backends(site) if entry["name"] == "stray"]
     assert (listed["status"], listed["remedy"]) == ("broken", "reinstall or uninstall stray")
 
@@ -161,20 +163,18 @@ async def test_metadata_of_ours_that_cannot_be_read_counts_as_a_broken_plugin(
         ("[{}]\nmine = m\n", "utf-16"),
     ],
 )
-async def test_metadata_of_a_wrapper_that_cannot_be_read_refuses_every_store(
+async def test_unreadable_entry_points_of_a_wrapper_prevent_opening_any_store(
     text: str, encoding: str, site: Path
 ) -> None:
     """Skipping a wrapper that encrypts would leak data."""
     _write(site, text.format("flowstore_wrappers").encode(encoding))
     with pytest.raises(BackendLoadError, match=r"stray.*entry points cannot be read") as caught:
         async with open_store("memory://"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert caught.value.remedy == "reinstall or uninstall stray"
 
 
-async def test_metadata_of_a_plugin_without_a_readable_name_is_enough(
-    install: Install, tmp_path: Path
-) -> None:
+async def test_a_plugin_works_without_a_readable_distribution_name(install: Install, tmp_path: Path) -> None:
     install("mine", RECORDING)
     (tmp_path / "site-0" / "dist_of_mine-1.0.dist-info" / "METADATA").write_bytes(b"Author: M\xfcller\n")
     async with open_store("mine://x") as store:
@@ -184,9 +184,9 @@ async def test_metadata_of_a_plugin_without_a_readable_name_is_enough(
     assert read_requirements("dist-of-mine") == []
 
 
-async def test_metadata_of_the_first_of_two_versions_counts(site: Path, install: Install) -> None:
+async def test_the_first_of_two_versions_on_the_path_is_used(site: Path, install: Install) -> None:
     install("mine", RECORDING)
-    # After it on the path.
+    # At the end of the path.
     later = site / "later"
     later.mkdir()
     sys.path.append(str(later))
@@ -198,7 +198,9 @@ async def test_metadata_of_the_first_of_two_versions_counts(site: Path, install:
         sys.path.remove(str(later))
 
 
-async def test_a_broken_import_hook_hides_no_backend(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broken_import_hook_does_not_hide_the_backends(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Hook:
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
             return None
@@ -237,7 +239,7 @@ def test_missing_metadata_is_reported_with_its_remedy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "near"),
+    ("scheme", "suggestion"),
     [
         ("postgrse", "postgres"),
         ("sqlite3", "sqlite"),
@@ -245,16 +247,16 @@ def test_missing_metadata_is_reported_with_its_remedy(tmp_path: Path) -> None:
         ("mem", "memory"),
     ],
 )
-async def test_a_misspelt_scheme_gets_a_suggestion(scheme: str, near: str) -> None:
+async def test_a_misspelt_scheme_gets_a_suggestion(scheme: str, suggestion: str) -> None:
     with pytest.raises(UnknownBackendError) as caught:
         async with open_store(f"{scheme}://me:S3cr3t@x"):
-            pytest.fail("it opened")
-    assert f"{scheme!r} (did you mean {near!r}?)" in str(caught.value)
+            pytest.fail("open_store succeeded")
+    assert f"{scheme!r} (did you mean {suggestion!r}?)" in str(caught.value)
     assert "S3cr3t" not in str(caught.value)
 
 
-async def test_a_scheme_that_is_like_none_gets_no_suggestion() -> None:
+async def test_an_unknown_scheme_without_a_similar_one_gets_no_suggestion() -> None:
     with pytest.raises(UnknownBackendError) as caught:
         async with open_store("nobody://x"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert "did you mean" not in str(caught.value)

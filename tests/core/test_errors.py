@@ -1,4 +1,4 @@
-"""The tree of errors, their attributes and their pickling."""
+"""The hierarchy of errors, their attributes and their pickling."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ERRORS: list[tuple[FlowStoreError, dict[str, object]]] = [
 ]
 
 
-def test_errors_every_error_is_covered() -> None:
+def test_every_error_is_tested() -> None:
     known = {
         value
         for _, value in inspect.getmembers(flowstore_core, inspect.isclass)
@@ -73,7 +73,7 @@ def test_errors_every_error_is_covered() -> None:
 
 
 @pytest.mark.parametrize(("error", "attributes"), ERRORS, ids=lambda value: type(value).__name__)
-def test_errors_carry_typed_attributes_and_show_them(
+def test_errors_have_their_attributes_and_a_message(
     error: FlowStoreError, attributes: dict[str, object]
 ) -> None:
     for name, value in attributes.items():
@@ -83,16 +83,16 @@ def test_errors_carry_typed_attributes_and_show_them(
 
 @pytest.mark.parametrize(("error", "attributes"), ERRORS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_errors_travel_between_processes(
+def test_errors_can_be_pickled_and_copied(
     error: FlowStoreError, attributes: dict[str, object], protocol: int
 ) -> None:
-    for back in (pickle.loads(pickle.dumps(error, protocol)), copy.copy(error), copy.deepcopy(error)):
-        assert type(back) is type(error)
-        assert (str(back), back.args, back.__dict__) == (str(error), error.args, error.__dict__)
+    for copied in (pickle.loads(pickle.dumps(error, protocol)), copy.copy(error), copy.deepcopy(error)):
+        assert type(copied) is type(error)
+        assert (str(copied), copied.args, copied.__dict__) == (str(error), error.args, error.__dict__)
 
 
 @pytest.mark.parametrize(
-    ("kind", "above"),
+    ("kind", "base"),
     [
         (InvalidArgumentError, ValueError),
         (RunNotFoundError, LookupError),
@@ -113,11 +113,11 @@ def test_errors_travel_between_processes(
         (ConfigurationError, FlowStoreError),
     ],
 )
-def test_errors_form_the_tree_of_the_contract(kind: type[Exception], above: type[Exception]) -> None:
-    assert issubclass(kind, above)
+def test_errors_have_the_base_classes_of_the_contract(kind: type[Exception], base: type[Exception]) -> None:
+    assert issubclass(kind, base)
 
 
-def test_argument_errors_are_not_lookup_errors() -> None:
+def test_errors_are_not_subclasses_of_unrelated_errors() -> None:
     assert not issubclass(InvalidArgumentError, LookupError)
     assert not issubclass(RunNotFoundError, ConflictError)
     assert not issubclass(SchemaVersionError, ConfigurationError)

@@ -54,7 +54,7 @@ def _wrapper(name: str) -> str:
     """
 
 
-def test_plugins_the_built_in_backends_are_found_like_any_other() -> None:
+def test_plugins_built_in_backends_are_found_by_their_entry_points() -> None:
     found = {plugin.name: plugin for plugin in load_plugins()}
     assert {"memory", "postgresql", "sqlite"} <= set(found)
     for name in ("memory", "postgresql", "sqlite"):
@@ -62,7 +62,7 @@ def test_plugins_the_built_in_backends_are_found_like_any_other() -> None:
         assert [backend.name for backend in found[name].backends] == [name]
         assert found[name].distribution == "flowstore"
     names = {entry.name for entry in entry_points(group="flowstore") if entry.value.startswith("flowstore_")}
-    # Named after every scheme, so that opening a URL imports one plugin.
+    # One entry point per scheme, so that opening a URL imports one plugin.
     assert names == {
         scheme
         for name in ("memory", "postgresql", "sqlite")
@@ -109,7 +109,7 @@ async def test_plugins_the_error_of_an_unknown_scheme_lists_the_installed_ones()
         "import flowstore_core as fs\n@fs.hookimpl\ndef flowstore_backends(extra):\n    return []",
     ],
 )
-async def test_plugins_a_broken_one_is_named_and_disables_no_other(install: Install, code: str) -> None:
+async def test_plugins_a_broken_plugin_is_named_and_disables_no_other(install: Install, code: str) -> None:
     install("mine", code)
     install("sound", RECORDING.replace("mine", "sound"))
     with pytest.raises(BackendLoadError) as caught:
@@ -156,15 +156,15 @@ async def test_plugins_report_a_driver_missing_at_open_with_its_remedy(install: 
     assert caught.value.remedy == "pip install nosuchdriver"
 
 
-async def test_plugins_a_missing_module_of_its_own_is_a_bug_not_a_missing_driver(install: Install) -> None:
+async def test_plugins_a_missing_module_of_the_plugin_is_not_a_missing_driver(install: Install) -> None:
     install("mine", RECORDING.replace("opened.append(config)", "import plugin_of_mine.part"))
     with pytest.raises(BackendLoadError) as caught:
         await _open("mine://x")
     assert "pip install" not in str(caught.value)
 
 
-async def test_plugins_two_with_one_scheme_are_refused_by_name(install: Install) -> None:
-    both = "frozenset({'mine', 'own-of-NAME'})"
+async def test_plugins_two_plugins_with_one_scheme_are_refused_and_named(install: Install) -> None:
+    both = "frozenset({'mine', 'unique-NAME'})"
     for name in ("first", "second"):
         install(name, RECORDING.replace('frozenset({"mine"})', both.replace("NAME", name)))
     with pytest.raises(UnknownBackendError) as caught:
@@ -172,8 +172,8 @@ async def test_plugins_two_with_one_scheme_are_refused_by_name(install: Install)
     for name in ("first", "second", "dist-of-first", "dist-of-second"):
         assert name in str(caught.value)
     # A scheme that only one of them serves works.
-    await _open("own-of-first://x")
-    await _open("own-of-second://x")
+    await _open("unique-first://x")
+    await _open("unique-second://x")
 
 
 @pytest.mark.parametrize(
@@ -235,13 +235,13 @@ async def test_plugins_the_capabilities_of_a_store_may_depend_on_the_url(install
     install("mine", code)
     async with open_store("mine://x") as store:
         assert store.capabilities == {Capability.EVENTS}
-        answer: Any = await store.append_event(uuid4(), "event")
-        assert answer == "append_event of innermost"
+        result: Any = await store.append_event(uuid4(), "event")
+        assert result == "append_event of innermost"
         with pytest.raises(NotSupportedError):
             await store.get_outputs(uuid4())
 
 
-async def test_plugins_a_clock_needs_virtual_clock(install: Install) -> None:
+async def test_plugins_a_clock_needs_the_virtual_clock_capability(install: Install) -> None:
     install("mine", RECORDING.replace("frozenset(fs.Capability)", "frozenset({fs.Capability.EVENTS})"))
     with pytest.raises(NotSupportedError) as caught:
         await _open("mine://x", clock=VirtualClock())
@@ -254,17 +254,17 @@ def _install_wrapper(install: Install, name: str, code: str) -> None:
     install(name, code, entries=f"[flowstore_wrappers]\n{name} = plugin_of_{name}\n")
 
 
-async def test_plugins_wrap_in_the_order_of_their_names(install: Install) -> None:
+async def test_plugins_wrappers_are_applied_in_the_order_of_their_names(install: Install) -> None:
     _install_wrapper(install, "zulu", _wrapper("zulu"))
     install("mine", RECORDING)
     _install_wrapper(install, "alpha", _wrapper("alpha"))
     async with open_store("mine://x") as store:
         # The first is innermost, the last outermost.
-        answer = await store.get_run_status(uuid4())
-    assert answer == "zulu(alpha(get_run_status of innermost))"
+        result = await store.get_run_status(uuid4())
+    assert result == "zulu(alpha(get_run_status of innermost))"
 
 
-async def test_plugins_a_wrapper_beside_a_backend_wraps_that_backend_only(install: Install) -> None:
+async def test_plugins_a_wrapper_in_a_backend_plugin_wraps_only_that_backend(install: Install) -> None:
     own = dedent(_wrapper("own")).replace('config.scheme == "mine"', "True")
     install("mine", RECORDING + own)
     install("other", RECORDING.replace('"mine"', '"other"').replace("mine", "other"))
@@ -277,7 +277,7 @@ async def test_plugins_a_wrapper_beside_a_backend_wraps_that_backend_only(instal
             assert await store.get_run_status(uuid4()) == expected
 
 
-async def test_plugins_one_in_both_groups_wraps_a_store_once(install: Install) -> None:
+async def test_plugins_a_plugin_in_both_groups_wraps_a_store_once(install: Install) -> None:
     own = dedent(_wrapper("own")).replace('config.scheme == "mine"', "True")
     install(
         "mine",
@@ -290,7 +290,7 @@ async def test_plugins_one_in_both_groups_wraps_a_store_once(install: Install) -
             assert await store.get_run_status(uuid4()) == "own(get_run_status of innermost)"
 
 
-async def test_plugins_a_wrapper_may_leave_a_store_as_it_is(install: Install) -> None:
+async def test_plugins_a_wrapper_may_return_none(install: Install) -> None:
     _install_wrapper(install, "alpha", _wrapper("alpha"))
     async with open_store("memory://") as store:
         run_id = await new_run(store)
@@ -305,7 +305,7 @@ async def test_plugins_a_wrapper_that_fails_closes_the_store(install: Install) -
     assert len(importlib.import_module("plugin_of_mine").closed) == 1
 
 
-async def test_plugins_no_store_opens_without_a_wrapper_that_is_broken(install: Install) -> None:
+async def test_plugins_a_broken_wrapper_prevents_opening_any_store(install: Install) -> None:
     # Skipping a wrapper that encrypts would leak data.
     install("mine", RECORDING)
     _install_wrapper(install, "alpha", "raise RuntimeError('broken')")
@@ -336,7 +336,7 @@ print(*sorted(sys.modules))
 
 
 def _imported_for(url: str) -> set[str]:
-    """The modules that a new process has imported after it opened a store."""
+    """Return the modules imported by a new process that opens a store."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(
         [sys.executable, "-c", _OPEN, url], env=environment, capture_output=True, text=True, check=True
@@ -349,7 +349,7 @@ def _imported_for(url: str) -> set[str]:
     [
         ("memory://", {"flowstore_memory"}),
         ("sqlite:///{folder}/x.db", {"flowstore_sqlite", "aiosqlite", "sqlite3"}),
-        # No server listens there: the plugin is imported and the driver fails to connect.
+        # No server listens on this port: the plugin is imported and the driver fails to connect.
         ("postgresql://nobody@127.0.0.1:9/x?retry_timeout=0.1", {"flowstore_postgres", "asyncpg"}),
         ("postgres://nobody@127.0.0.1:9/x?retry_timeout=0.1", {"flowstore_postgres", "asyncpg"}),
         ("mine://x", {"plugin_of_mine"}),
@@ -360,26 +360,26 @@ def test_plugins_only_the_plugin_of_the_scheme_is_imported(
 ) -> None:
     install("mine", RECORDING)
     install("foreign", RECORDING.replace("mine", "foreign"))
-    # Neither entry point is named after the scheme of the URL, but the second plugin claims it.
+    # The entry points of these two plugins are not named after the scheme, but the second plugin claims it.
     install("broken", "raise RuntimeError('must not be imported')")
     scheme = url.partition(":")[0]
-    install("grabbing", RECORDING.replace('frozenset({"mine"})', f"frozenset({{{scheme!r}}})"))
+    install("claiming", RECORDING.replace('frozenset({"mine"})', f"frozenset({{{scheme!r}}})"))
     every = {
         *("flowstore_memory", "flowstore_sqlite", "flowstore_postgres", "aiosqlite", "asyncpg"),
-        *("plugin_of_mine", "plugin_of_foreign", "plugin_of_broken", "plugin_of_grabbing"),
+        *("plugin_of_mine", "plugin_of_foreign", "plugin_of_broken", "plugin_of_claiming"),
     }
     imported = _imported_for(url.format(folder=tmp_path))
     assert own <= imported
     assert not imported & (every - own)
 
 
-def test_plugins_a_scheme_without_a_named_entry_point_is_searched_in_all(install: Install) -> None:
+def test_plugins_all_plugins_are_searched_for_a_scheme_without_an_entry_point(install: Install) -> None:
     install("mine", RECORDING.replace('frozenset({"mine"})', 'frozenset({"mine", "unnamed"})'))
     install("broken", "raise RuntimeError('broken')")
     assert find_backend("unnamed")[0].name == "mine"
 
 
-def test_plugins_two_entry_points_of_one_name_are_refused(install: Install) -> None:
+def test_plugins_two_entry_points_with_one_name_are_refused(install: Install) -> None:
     install("first", RECORDING, entry="mine")
     install("second", RECORDING, entry="mine")
     with pytest.raises(UnknownBackendError) as caught:
@@ -388,7 +388,7 @@ def test_plugins_two_entry_points_of_one_name_are_refused(install: Install) -> N
         assert name in str(caught.value)
 
 
-def test_plugins_a_broken_one_does_not_grow_each_time_it_is_asked_for(install: Install) -> None:
+def test_plugins_the_traceback_of_a_broken_plugin_does_not_grow(install: Install) -> None:
     install("mine", "raise RuntimeError('broken')")
     depths = set()
     for _ in range(3):
@@ -398,7 +398,7 @@ def test_plugins_a_broken_one_does_not_grow_each_time_it_is_asked_for(install: I
     assert len(depths) == 1
 
 
-async def test_plugins_one_plugin_may_bring_several_backends(install: Install) -> None:
+async def test_plugins_a_plugin_may_provide_several_backends(install: Install) -> None:
     code = RECORDING + (
         "\n\nclass Other(Backend):\n    name = 'other'\n    schemes = frozenset({'other', 'another'})\n"
         "\n\n@fs.hookimpl\ndef flowstore_backends():\n    return [Backend(), Other()]\n"
@@ -409,16 +409,16 @@ async def test_plugins_one_plugin_may_bring_several_backends(install: Install) -
             assert store.backend == name
 
 
-async def test_plugins_a_backend_may_offer_a_part_of_the_base(install: Install) -> None:
+async def test_plugins_a_backend_may_implement_a_part_of_the_base(install: Install) -> None:
     code = RECORDING.replace("frozenset(fs.Capability)", "frozenset()").replace(
         'operation.startswith("_")', 'operation not in ("start_run", "try_claim_step")'
     )
     install("mine", code)
     async with open_store("mine://x") as store:
-        await _use_a_part(store)
+        await _use_partial_store(store)
 
 
-async def _use_a_part(store: FlowStore) -> None:
+async def _use_partial_store(store: FlowStore) -> None:
     assert store.capabilities == frozenset()
     await store.ping()
     started: Any = await store.start_run(uuid4(), "orders", uuid4(), "manual")

@@ -15,8 +15,8 @@ from flowstore_core.urls import StoreUrl, parse_url, redact
 
 
 def _parts(url: str) -> tuple[str, str, str, str, str, dict[str, str]]:
-    found = parse_url(url)
-    return found.scheme, found.user, found.password, found.hosts, found.path, dict(found.options)
+    parsed = parse_url(url)
+    return parsed.scheme, parsed.user, parsed.password, parsed.hosts, parsed.path, dict(parsed.options)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_urls_a_control_character_inside_a_url_is_refused(control: str, url: str
 
 @pytest.mark.parametrize("url", ["mine:///a%0Ab%00", "mine:///d?a=%0A"])
 def test_urls_an_encoded_control_character_is_kept(url: str) -> None:
-    found = parse_url(url)
-    assert "\n" in found.path + found.options.get("a", "")
+    parsed = parse_url(url)
+    assert "\n" in parsed.path + parsed.options.get("a", "")
 
 
 @pytest.mark.parametrize(
     "url", ["", " ", "flows.db", "sqlite:", "sqlite:/x", "://x", "/home/me/flows.db", "a b://x"]
 )
-def test_urls_one_without_scheme_is_refused(url: str) -> None:
+def test_urls_without_a_scheme_are_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="scheme://"):
         parse_url(url)
 
@@ -102,20 +102,20 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @given(user=TEXTS, password=TEXTS, path=TEXTS, value=TEXTS)
 def test_urls_encoded_values_round_trip(user: str, password: str, path: str, value: str) -> None:
-    written = [quote(text, safe="") for text in (user, password, path, value)]
-    found = parse_url("mine://{}:{}@h:1/{}?option={}".format(*written))
-    assert (found.user, found.password, found.hosts, found.path) == (user, password, "h:1", path)
-    assert found.options == {"option": value}
-    again = parse_url(found.with_options({"other": value}))
-    assert (again.password, again.path, again.options) == (password, path, {"other": value})
+    quoted = [quote(text, safe="") for text in (user, password, path, value)]
+    parsed = parse_url("mine://{}:{}@h:1/{}?option={}".format(*quoted))
+    assert (parsed.user, parsed.password, parsed.hosts, parsed.path) == (user, password, "h:1", path)
+    assert parsed.options == {"option": value}
+    reparsed = parse_url(parsed.with_options({"other": value}))
+    assert (reparsed.password, reparsed.path, reparsed.options) == (password, path, {"other": value})
 
 
 @given(path=TEXTS, other=TEXTS)
-def test_urls_with_path_replaces_the_path_only(path: str, other: str) -> None:
-    found = parse_url(f"mine://me:p%40@h/{quote(path, safe='')}?a=b%26")
-    moved = parse_url(found.with_path(other))
-    assert moved.path == other
-    assert (moved.user, moved.password, moved.hosts, moved.options) == ("me", "p@", "h", {"a": "b&"})
+def test_urls_with_path_replaces_only_the_path(path: str, other: str) -> None:
+    parsed = parse_url(f"mine://me:p%40@h/{quote(path, safe='')}?a=b%26")
+    changed = parse_url(parsed.with_path(other))
+    assert changed.path == other
+    assert (changed.user, changed.password, changed.hosts, changed.options) == ("me", "p@", "h", {"a": "b&"})
 
 
 # Passwords
@@ -124,24 +124,24 @@ MARK = "S3cr3t"
 ENCODED = "must be percent-encoded"
 
 
-def _all_that_is_said(error: BaseException | None) -> str:
-    said = "".join(traceback.format_exception(error)) if error is not None else ""
+def _all_texts_of(error: BaseException | None) -> str:
+    texts = "".join(traceback.format_exception(error)) if error is not None else ""
     while error is not None:
-        said += f"{error} {error!r} {error.__dict__} "
+        texts += f"{error} {error!r} {error.__dict__} "
         error = error.__cause__ or error.__context__
-    return said
+    return texts
 
 
 @pytest.mark.parametrize("character", "/?@:%#")
-def test_urls_a_raw_special_character_in_a_password_is_explained_or_kept(character: str) -> None:
+def test_urls_an_unencoded_special_character_in_a_password_is_kept_or_refused(character: str) -> None:
     url = f"postgresql://me:{MARK}{character}x{MARK}@host/db"
     if character in "/?":
         with pytest.raises(ConfigurationError, match=ENCODED) as caught:
             parse_url(url)
-        assert MARK not in _all_that_is_said(caught.value)
+        assert MARK not in _all_texts_of(caught.value)
     else:
-        found = parse_url(url)
-        assert (found.password, found.hosts) == (f"{MARK}{character}x{MARK}", "host")
+        parsed = parse_url(url)
+        assert (parsed.password, parsed.hosts) == (f"{MARK}{character}x{MARK}", "host")
 
 
 TEMPLATES = st.sampled_from(
@@ -168,30 +168,30 @@ TEMPLATES = st.sampled_from(
 async def test_urls_no_password_is_shown(template: str, password: str, encoded: bool) -> None:
     # Without a host, the text after a raw @ is parsed as one.
     assume(encoded or "@" in template or "@" not in password)
-    # The marks make fragments recognisable on either side of every special character.
+    # The marks identify fragments on either side of every special character.
     secret = MARK + "".join(f"{one}{MARK}" if one in SPECIAL else one for one in password)
     url = template.format(quote(secret, safe="") if encoded else secret)
     shown = [redact(url)]
     try:
         shown += [repr(parse_url(url)), str(parse_url(url))]
     except ConfigurationError as error:
-        shown.append(_all_that_is_said(error))
+        shown.append(_all_texts_of(error))
     config = StoreConfig(url=url, scheme="x", options={"password": secret}, clock=None, migrate=True)
     shown.append(repr(config))
     with pytest.raises(FlowStoreError) as caught:
         async with open_store(url):
             pass
-    shown.append(_all_that_is_said(caught.value))
+    shown.append(_all_texts_of(caught.value))
     assert MARK not in "".join(shown)
 
 
 @given(password=PASSWORDS, encoded=st.booleans(), host=st.sampled_from(["host:5432", "[::1]:1", "a,b:2"]))
-def test_urls_a_password_is_read_or_the_url_is_refused(password: str, encoded: bool, host: str) -> None:
+def test_urls_a_password_is_parsed_or_the_url_is_refused(password: str, encoded: bool, host: str) -> None:
     """No part of a password is parsed as a host, a path or an option."""
     url = f"mine://me:{quote(password, safe='') if encoded else password}@{host}/db?colour=red"
     refused = None
     try:
-        found = parse_url(url)
+        parsed = parse_url(url)
     except ConfigurationError as error:
         refused = str(error)
     if refused is not None:
@@ -199,9 +199,9 @@ def test_urls_a_password_is_read_or_the_url_is_refused(password: str, encoded: b
         assert set(password) & set("/?%")
         assert ENCODED in refused
         return
-    assert (found.user, found.hosts, found.path, found.options) == ("me", host, "db", {"colour": "red"})
-    assert password == found.password or not encoded
-    assert found.password in found.secrets()
+    assert (parsed.user, parsed.hosts, parsed.path, parsed.options) == ("me", host, "db", {"colour": "red"})
+    assert password == parsed.password or not encoded
+    assert parsed.password in parsed.secrets()
 
 
 SECRETS = ["hunter2", "p@ss", "a:b", "a/b", "a?b", "a#b", "a&b=c", "p%40ss", "@@", "ünï", "a b", "[x]", "://"]
@@ -210,10 +210,10 @@ SECRETS = ["hunter2", "p@ss", "a:b", "a/b", "a?b", "a#b", "a&b=c", "p%40ss", "@@
 @pytest.mark.parametrize("secret", SECRETS)
 @pytest.mark.parametrize("encoded", [True, False])
 def test_urls_redact_never_shows_a_password(secret: str, encoded: bool) -> None:
-    written = quote(secret, safe="") if encoded else secret
-    shown = redact(f"postgresql://me:{written}S3cr3t@host:5432/db?sslmode=require&password={written}S3cr3t")
+    quoted = quote(secret, safe="") if encoded else secret
+    shown = redact(f"postgresql://me:{quoted}S3cr3t@host:5432/db?sslmode=require&password={quoted}S3cr3t")
     assert "S3cr3t" not in shown
-    assert written not in shown.replace("postgresql://", "").replace("@host", "")
+    assert quoted not in shown.replace("postgresql://", "").replace("@host", "")
     assert "require" not in shown
     if encoded:
         assert "host:5432/db" in shown
@@ -232,11 +232,11 @@ def test_urls_redact_never_shows_a_password(secret: str, encoded: bool) -> None:
         ("secret", "<not a URL>"),
     ],
 )
-def test_urls_redact_keeps_all_parts_that_are_no_secret(url: str, shown: str) -> None:
+def test_urls_redact_keeps_the_other_parts(url: str, shown: str) -> None:
     assert redact(url) == shown
 
 
-def test_urls_the_secrets_of_a_url_are_known_in_every_form() -> None:
-    found: StoreUrl = parse_url("mine://me:p%40w@h?password=a%2Fb&sslpassword=c&colour=red")
-    assert found.secrets() == {"p%40w", "p@w", "a%2Fb", "a/b", "c"}
+def test_urls_secrets_include_the_encoded_and_the_decoded_form() -> None:
+    parsed: StoreUrl = parse_url("mine://me:p%40w@h?password=a%2Fb&sslpassword=c&colour=red")
+    assert parsed.secrets() == {"p%40w", "p@w", "a%2Fb", "a/b", "c"}
     assert parse_url("mine://h").secrets() == set()

@@ -37,23 +37,23 @@ from tests.core.conftest import RECORDING, Install
 EXTENSIONS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
 
 
-def test_checked_the_table_of_operations_is_complete() -> None:
-    found = {
+def test_the_table_of_operations_is_complete() -> None:
+    parameters = {
         name: list(inspect.signature(member).parameters)[1:]
         for name, member in inspect.getmembers(FlowStore, inspect.isfunction)
         if not name.startswith("_") and name not in ("ping", "aclose")
     }
-    assert found == {name: list(kinds) for name, kinds in ARGUMENT_KINDS.items()}
+    assert parameters == {name: list(kinds) for name, kinds in ARGUMENT_KINDS.items()}
 
 
-def test_checked_every_extension_has_its_capability() -> None:
+def test_every_extension_has_a_capability() -> None:
     facts = {Capability.DURABLE, Capability.MULTI_PROCESS, Capability.VIRTUAL_CLOCK}
     assert set(EXTENSIONS.values()) == set(Capability) - facts
     assert set(EXTENSIONS) <= set(ARGUMENT_KINDS)
 
 
 @pytest.mark.parametrize("operation", ARGUMENT_KINDS)
-async def test_checked_a_backend_gets_every_parameter_by_keyword(install: Install, operation: str) -> None:
+async def test_a_backend_gets_every_parameter_by_keyword(install: Install, operation: str) -> None:
     install("mine", RECORDING)
     legal = legal_arguments(operation)
     required = {
@@ -70,7 +70,7 @@ async def test_checked_a_backend_gets_every_parameter_by_keyword(install: Instal
     assert {name: least[name] for name in required} == {name: full[name] for name in required}
 
 
-async def test_checked_a_backend_gets_normalised_arguments(install: Install) -> None:
+async def test_a_backend_gets_normalised_arguments(install: Install) -> None:
     class Key(str):
         __slots__ = ()
 
@@ -104,7 +104,7 @@ async def test_checked_a_backend_gets_normalised_arguments(install: Install) -> 
     )
 
 
-async def test_checked_a_backend_gets_plain_values(install: Install) -> None:
+async def test_a_backend_gets_values_of_plain_types(install: Install) -> None:
     class Key(str):
         __slots__ = ()
 
@@ -120,9 +120,9 @@ async def test_checked_a_backend_gets_plain_values(install: Install) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "expected"),
     [
-        # Ambiguous when the clocks are set back, missing when they are set forward.
+        # Local times that occur twice when clocks are set back, or are skipped when clocks are set forward.
         (datetime(2026, 10, 25, 2, 30, fold=0, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 10, 25, 0, 30)),
         (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 10, 25, 1, 30)),
         (datetime(2026, 3, 29, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), (2026, 3, 29, 0, 30)),
@@ -137,18 +137,18 @@ async def test_checked_a_backend_gets_plain_values(install: Install) -> None:
     ],
     ids=str,
 )
-async def test_checked_a_backend_gets_datetimes_in_utc(
-    install: Install, given: datetime, wanted: tuple[int, ...]
+async def test_a_backend_gets_datetimes_in_utc(
+    install: Install, given: datetime, expected: tuple[int, ...]
 ) -> None:
     install("mine", RECORDING)
     async with open_store("mine://x", clock=lambda: given) as store:
         await store.try_record_dispatch(uuid4(), "a", due_at=given)
     plugin = importlib.import_module("plugin_of_mine")
-    for got in (plugin.calls[0][2]["due_at"], plugin.opened[0].clock()):
-        assert (got, got.tzinfo, type(got)) == (datetime(*wanted, tzinfo=UTC), UTC, datetime)  # type: ignore[misc, arg-type]
+    for received in (plugin.calls[0][2]["due_at"], plugin.opened[0].clock()):
+        assert (received, received.tzinfo, type(received)) == (datetime(*expected, tzinfo=UTC), UTC, datetime)  # type: ignore[misc, arg-type]
 
 
-async def test_checked_a_message_never_shows_the_value(install: Install) -> None:
+async def test_an_argument_error_does_not_show_the_value(install: Install) -> None:
     install("mine", RECORDING)
     secret = "hunter2"
     async with open_store("mine://x") as store:
@@ -160,10 +160,10 @@ async def test_checked_a_message_never_shows_the_value(install: Install) -> None
             assert caught.value.limit in str(caught.value)
 
 
-async def test_checked_the_clock_a_backend_gets_is_checked(install: Install) -> None:
+async def test_the_clock_of_a_backend_is_validated(install: Install) -> None:
     readings: list[Any] = [
         datetime(2026, 3, 14, 14, tzinfo=timezone(timedelta(hours=2))),
-        datetime(2026, 3, 14),  # noqa: DTZ001 - naive is what it is about
+        datetime(2026, 3, 14),  # noqa: DTZ001 - the test needs a naive datetime
     ]
     install("mine", RECORDING)
     async with open_store("mine://x", clock=lambda: readings.pop(0)):
@@ -175,7 +175,7 @@ async def test_checked_the_clock_a_backend_gets_is_checked(install: Install) -> 
 
 
 @pytest.mark.parametrize("operation", ARGUMENT_KINDS)
-async def test_checked_argument_then_closed_then_not_supported(install: Install, operation: str) -> None:
+async def test_argument_errors_precede_closed_and_not_supported(install: Install, operation: str) -> None:
     code = RECORDING.replace("frozenset(fs.Capability)", "frozenset()")
     if operation not in EXTENSIONS:
         # A base operation that the backend's store lacks.
@@ -205,7 +205,7 @@ async def test_checked_argument_then_closed_then_not_supported(install: Install,
     assert importlib.import_module("plugin_of_mine").calls == []
 
 
-async def test_checked_a_lease_needs_the_capability_a_claim_does_not(install: Install) -> None:
+async def test_only_a_claim_with_a_lease_needs_the_leases_capability(install: Install) -> None:
     install("mine", RECORDING.replace("frozenset(fs.Capability)", "frozenset()"))
     async with open_store("mine://x") as store:
         assert await store.try_claim_step(uuid4(), "charge", owner="me")
@@ -216,7 +216,7 @@ async def test_checked_a_lease_needs_the_capability_a_claim_does_not(install: In
             await store.try_claim_step(uuid4(), "charge", owner="me", lease=timedelta(0))
 
 
-async def test_checked_a_closed_store_raises(install: Install) -> None:
+async def test_a_closed_store_refuses_calls(install: Install) -> None:
     install("mine", RECORDING)
     async with open_store("mine://x") as store:
         assert "closed" not in repr(store)
@@ -229,7 +229,7 @@ async def test_checked_a_closed_store_raises(install: Install) -> None:
             await store.ping()
 
 
-async def test_checked_the_backend_is_closed_once(install: Install) -> None:
+async def test_the_backend_is_closed_once(install: Install) -> None:
     install("mine", RECORDING)
     async with open_store("mine://x") as store:
         await asyncio.gather(*(store.aclose() for _ in range(5)))
@@ -237,7 +237,7 @@ async def test_checked_the_backend_is_closed_once(install: Install) -> None:
     assert len(importlib.import_module("plugin_of_mine").closed) == 1
 
 
-async def test_checked_a_second_aclose_waits_for_the_first(install: Install) -> None:
+async def test_a_second_aclose_waits_for_the_first(install: Install) -> None:
     code = RECORDING.replace("closed.append(config)", "await gate.wait(); closed.append(config)")
     install("mine", code + "\n\nimport asyncio\n\ngate = asyncio.Event()\n")
     async with open_store("mine://x") as store:
@@ -251,7 +251,7 @@ async def test_checked_a_second_aclose_waits_for_the_first(install: Install) -> 
         assert len(plugin.closed) == 1
 
 
-async def test_checked_an_error_on_closing_surfaces_and_the_store_is_closed(install: Install) -> None:
+async def test_an_error_while_closing_is_raised_and_the_store_is_closed(install: Install) -> None:
     install("mine", RECORDING.replace("closed.append(config)", "closed.append(1 / 0)"))
     async with open_store("mine://x") as store:
         with pytest.raises(ZeroDivisionError):
@@ -261,7 +261,7 @@ async def test_checked_an_error_on_closing_surfaces_and_the_store_is_closed(inst
         await store.aclose()
 
 
-async def test_checked_a_store_is_closed_when_its_user_is_cancelled(install: Install) -> None:
+async def test_a_store_is_closed_when_its_task_is_cancelled(install: Install) -> None:
     install("mine", RECORDING)
     entered = asyncio.Event()
 
@@ -278,7 +278,7 @@ async def test_checked_a_store_is_closed_when_its_user_is_cancelled(install: Ins
     assert len(importlib.import_module("plugin_of_mine").closed) == 1
 
 
-async def test_checked_open_store_may_be_kept_by_hand(install: Install) -> None:
+async def test_open_store_works_inside_another_context_manager(install: Install) -> None:
     install("mine", RECORDING)
 
     @asynccontextmanager

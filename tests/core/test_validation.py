@@ -1,4 +1,4 @@
-"""The fast path of each check agrees with its slow path."""
+"""The fast path and the slow path of each check have the same result."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from flowstore_core.validation import (
 )
 
 
-class Text(str):
-    """Always takes the slow path: the fast path is for the plain type only."""
+class StrSubclass(str):
+    """Takes the slow path, because the fast path handles only plain str."""
 
     __slots__ = ()
 
 
-class Number(int):
+class IntSubclass(int):
     pass
 
 
-class Moment(datetime):
+class DatetimeSubclass(datetime):
     pass
 
 
-def answer(check: Callable[[], Any]) -> tuple[Any, ...]:
+def result_of(check: Callable[[], Any]) -> tuple[Any, ...]:
     try:
         value = check()
     except InvalidArgumentError as error:
@@ -54,18 +54,20 @@ TEXTS = st.text(CHARACTERS, max_size=12)
 @example("a" * 256, 256)
 @example("a" * 257, 256)
 @example("a\0", 256)
-def test_checks_a_key_and_a_text_are_judged_alike_on_both_ways(value: str, limit: int) -> None:
-    assert answer(lambda: check_key("k", value, limit)) == answer(lambda: check_key("k", Text(value), limit))
-    assert answer(lambda: check_text("t", value)) == answer(lambda: check_text("t", Text(value)))
+def test_keys_and_texts_have_the_same_result_on_both_paths(value: str, limit: int) -> None:
+    assert result_of(lambda: check_key("k", value, limit)) == result_of(
+        lambda: check_key("k", StrSubclass(value), limit)
+    )
+    assert result_of(lambda: check_text("t", value)) == result_of(lambda: check_text("t", StrSubclass(value)))
 
 
 @given(st.integers(-3, 3) | st.integers(), st.integers(-1, 1), st.sampled_from([1, MAX_INT64]))
 @example(MAX_INT64 + 1, 0, MAX_INT64)
-def test_checks_an_int_is_judged_alike_on_both_ways(value: int, low: int, high: int) -> None:
-    quick = answer(lambda: check_int("n", value, low, high))
-    assert quick == answer(lambda: check_int("n", Number(value), low, high))
+def test_ints_have_the_same_result_on_both_paths(value: int, low: int, high: int) -> None:
+    fast = result_of(lambda: check_int("n", value, low, high))
+    assert fast == result_of(lambda: check_int("n", IntSubclass(value), low, high))
     accepted = low <= value <= high
-    assert (quick[0] is int) is accepted
+    assert (fast[0] is int) is accepted
 
 
 @given(st.datetimes())
@@ -73,17 +75,19 @@ def test_checks_an_int_is_judged_alike_on_both_ways(value: int, low: int, high: 
 @example(EARLIEST.replace(tzinfo=None) - timedelta(microseconds=1))
 @example(LATEST.replace(tzinfo=None))
 @example(LATEST.replace(tzinfo=None) + timedelta(microseconds=1))
-def test_checks_a_datetime_is_judged_alike_on_both_ways(naive: datetime) -> None:
+def test_datetimes_have_the_same_result_on_both_paths(naive: datetime) -> None:
     value = naive.replace(tzinfo=UTC)
-    quick = answer(lambda: check_datetime("d", value))
+    fast = result_of(lambda: check_datetime("d", value))
     fields = (*naive.timetuple()[:6], naive.microsecond)
-    assert quick == answer(lambda: check_datetime("d", Moment(*fields, tzinfo=UTC)))
+    assert fast == result_of(lambda: check_datetime("d", DatetimeSubclass(*fields, tzinfo=UTC)))
     # A zone with the same offset that is not the object UTC.
     zone = timezone(timedelta(0), "Z")
-    assert quick == answer(lambda: check_datetime("d", naive.replace(tzinfo=zone)))
-    assert answer(lambda: check_datetime("d", naive))[0] == "refused"
+    assert fast == result_of(lambda: check_datetime("d", naive.replace(tzinfo=zone)))
+    assert result_of(lambda: check_datetime("d", naive))[0] == "refused"
 
 
 @given(st.sampled_from(StepStatus))
-def test_checks_an_outcome_is_judged_alike_as_member_and_as_value(status: StepStatus) -> None:
-    assert answer(lambda: check_step_outcome(status)) == answer(lambda: check_step_outcome(status.value))
+def test_an_outcome_may_be_a_member_or_its_value(status: StepStatus) -> None:
+    assert result_of(lambda: check_step_outcome(status)) == result_of(
+        lambda: check_step_outcome(status.value)
+    )

@@ -1,4 +1,4 @@
-"""Backends whose fault is no wrong answer: calls that hang, signatures that differ, exceptions of their own.
+"""Backends that hang, have wrong signatures, or raise exceptions outside the contract.
 
 ``faulty-<name>://`` is the memory backend with one fault, ``faulty-<name>-sqlite:///path`` the SQLite one,
 which several processes can use. The fault is in try_claim_step unless its name says otherwise.
@@ -20,12 +20,12 @@ from flowstore_memory.plugin import MemoryBackend
 from flowstore_sqlite.plugin import SqliteBackend
 
 DIST = Path(__file__).parent / "dist"
-"""Holds the dist-info folder by which the plugin is found, as an installed one is."""
+"""Contains the dist-info folder of the plugin, as for an installed distribution."""
 
 LONG = 3600.0
 
 released = threading.Event()
-"""Ends what blocks a thread."""
+"""Set to release blocked threads."""
 
 
 class Waits:
@@ -137,7 +137,7 @@ class IsNoCoroutine:
 
 
 class ReturnsAnAwaitable:
-    """No fault: core may await what a plain function returns."""
+    """Correct: a plain function may return an awaitable."""
 
     def try_claim_step(self, run_id: UUID, step_key: str, *, owner: Any = None, lease: Any = None):  # type: ignore[no-untyped-def]
         return super().try_claim_step(run_id=run_id, step_key=step_key, owner=owner, lease=lease)  # type: ignore[misc]
@@ -161,7 +161,7 @@ class Raises:
         return rows["claim"]
 
 
-class Tells:
+class LeaksUrl:
     """Raises an exception with the URL and its password in the text."""
 
     url = ""
@@ -199,18 +199,18 @@ FAULTS: dict[str, type] = {
     "lacks-method": LacksMethod,
     "lacks-base-method": LacksBaseMethod,
     "raises": Raises,
-    "tells": Tells,
+    "leaks-url": LeaksUrl,
     "lets-cancellation-out": LetsCancellationOut,
 }
 
 
 def _sleep_long() -> None:
-    # The thread, not its event loop, sleeps; a test lets it go at its end.
+    # Block the thread, not its event loop; the test releases it at its end.
     released.wait(LONG)
 
 
 class FaultyBackend:
-    """The descriptor of one of them."""
+    """The descriptor of a backend with one fault."""
 
     contract_version = 1
 
@@ -241,7 +241,7 @@ class FaultyBackend:
             yield f"{self.name}://{who}{at}{fresh.partition('://')[2]}"
 
     def _of_base(self, url: str) -> str:
-        """The URL for the base, which takes no user and no password."""
+        """Return the URL for the base backend, without user and password."""
         return f"{self._base.name}://{url.partition('://')[2].rpartition('@')[2]}"
 
 

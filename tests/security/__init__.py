@@ -1,1 +1,1 @@
-"""What docs/security.md promises, line by line."""
+"""Tests of the promises in docs/security.md."""

@@ -1,4 +1,4 @@
-"""Fixtures of these tests; a third party's plugin is installed as the tests of core do it."""
+"""Fixtures of the security tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SQLite's files: accessible only by their owner, never behind a link, with any name."""
+"""SQLite files have any name, are accessible only by their owner, and are never symbolic links."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def _use(store: FlowStore) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o277, 0o777])
-async def test_that_only_the_owner_may_access_files_with_any_umask(mask: int, tmp_path: Path) -> None:
+async def test_only_the_owner_can_access_files_with_any_umask(mask: int, tmp_path: Path) -> None:
     with _umask(mask):
         async with open_store(f"sqlite:///{tmp_path}/flows.db") as store:
             await _use(store)
@@ -62,7 +62,7 @@ async def test_that_only_the_owner_may_access_files_with_any_umask(mask: int, tm
         assert mode & 0o177 == 0, f"{name} has mode {mode:o}"
 
 
-async def test_that_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
+async def test_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "flows.db"
     path.touch()
     path.chmod(0o664)
@@ -75,53 +75,59 @@ async def test_that_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("migrate", [True, False])
-async def test_that_a_link_is_refused(migrate: bool, tmp_path: Path) -> None:
+async def test_a_symbolic_link_is_refused(migrate: bool, tmp_path: Path) -> None:
     """Otherwise a user who can write to the folder could redirect data to another file."""
-    other = tmp_path / "other"
-    other.mkdir()
-    async with open_store(f"sqlite:///{other}/flows.db") as store:
+    target_folder = tmp_path / "other"
+    target_folder.mkdir()
+    async with open_store(f"sqlite:///{target_folder}/flows.db") as store:
         await _use(store)
-    before = _listing(other)
+    before = _listing(target_folder)
     link = tmp_path / "flows.db"
-    for target in (other / "flows.db", other / "absent.db", other, Path("/dev/null"), link):
+    for target in (
+        target_folder / "flows.db",
+        target_folder / "absent.db",
+        target_folder,
+        Path("/dev/null"),
+        link,
+    ):
         link.symlink_to(target)
         with pytest.raises(ConfigurationError, match="symbolic link"):
             async with open_store(_path(link), migrate=migrate):
-                pytest.fail("it opened")
+                pytest.fail("open_store succeeded")
         link.unlink()
-    assert _listing(other) == before
+    assert _listing(target_folder) == before
     assert _listing(tmp_path) == {"other": b""}
 
 
 @pytest.mark.parametrize("present", [True, False])
-async def test_that_a_link_put_there_at_the_last_moment_is_refused(
+async def test_a_symbolic_link_created_while_opening_is_refused(
     present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A link created between check and open: SQLite reports the resolved path before it reads a byte."""
-    other = tmp_path / "other"
-    other.mkdir()
-    target = other / "target.db"
+    target_folder = tmp_path / "other"
+    target_folder.mkdir()
+    target = target_folder / "target.db"
     if present:
         async with open_store(_path(target)) as store:
             await _use(store)
-    before = _listing(other)
+    before = _listing(target_folder)
 
-    def swapped(path: str) -> None:
+    def create_link(path: str) -> None:
         create_file(path)
         os.unlink(path)
         os.symlink(target, path)
 
-    monkeypatch.setattr("flowstore_sqlite.open.create_file", swapped)
+    monkeypatch.setattr("flowstore_sqlite.open.create_file", create_link)
     with pytest.raises((ConfigurationError, StoreUnavailableError)) as caught:
         async with open_store(f"sqlite:///{tmp_path}/flows.db"):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     if present:
         assert "symbolic link" in str(caught.value)
-    assert _listing(other) == before
+    assert _listing(target_folder) == before
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-turn", "-journal"])
-async def test_that_links_beside_the_file_are_not_followed(suffix: str, tmp_path: Path) -> None:
+async def test_symbolic_links_in_place_of_sidecar_files_are_not_followed(suffix: str, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"precious")
     (tmp_path / f"flows.db{suffix}").symlink_to(target)
@@ -135,8 +141,8 @@ async def test_that_links_beside_the_file_are_not_followed(suffix: str, tmp_path
     assert _mode(target) & 0o111 == 0
 
 
-async def test_that_a_folder_may_be_a_link(tmp_path: Path) -> None:
-    """As /tmp is on some systems. A user who can change a parent folder can replace the file anyway."""
+async def test_a_parent_directory_may_be_a_symbolic_link(tmp_path: Path) -> None:
+    """As /tmp on some systems. A user who can change a parent folder can replace the file anyway."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     async with open_store(f"sqlite:///{tmp_path}/link/../link/flows.db") as store:
@@ -145,8 +151,10 @@ async def test_that_a_folder_may_be_a_link(tmp_path: Path) -> None:
         assert len(await store.get_runs()) == 1
 
 
-@pytest.mark.parametrize("kind", ["directory", "pipe", "device", "below a file", "nowhere", "too long"])
-async def test_that_anything_but_a_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["directory", "pipe", "device", "child of a file", "missing parent", "too long"]
+)
+async def test_a_path_that_is_not_a_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "flows.db"
     if kind == "directory":
         path.mkdir()
@@ -154,27 +162,27 @@ async def test_that_anything_but_a_regular_file_is_refused(kind: str, tmp_path: 
         os.mkfifo(path)
     elif kind == "device":
         path = Path("/dev/null")
-    elif kind == "below a file":
+    elif kind == "child of a file":
         path.touch()
         path = path / "flows.db"
-    elif kind == "nowhere":
+    elif kind == "missing parent":
         path = tmp_path / "absent" / "flows.db"
     else:
         path = tmp_path / ("x" * 300)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises((ConfigurationError, StoreUnavailableError)):
         async with open_store(_path(path)):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert sorted(os.listdir(tmp_path)) == before
 
 
 @pytest.mark.parametrize("content", [b"hello", b"no database" * 1000, b"\0" * 5000])
-async def test_that_a_file_that_is_no_database_is_refused(content: bytes, tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "flows.db"
     path.write_bytes(content)
     with pytest.raises(ConfigurationError, match="is not an SQLite database") as caught:
         async with open_store(_path(path)):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert caught.value.__context__ is None
     assert _listing(tmp_path) == {"flows.db": content}
 
@@ -196,7 +204,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_that_a_file_of_any_name_is_that_file(name: str, tmp_path: Path) -> None:
+async def test_special_characters_in_a_file_name_are_kept(name: str, tmp_path: Path) -> None:
     async with open_store(_path(tmp_path / name)) as store:
         await _use(store)
         assert name in os.listdir(tmp_path)
@@ -218,17 +226,17 @@ async def test_that_a_file_of_any_name_is_that_file(name: str, tmp_path: Path) -
         "sqlite:///x.db?immutable=1",
     ],
 )
-async def test_that_a_url_names_one_plain_file(
+async def test_a_url_that_does_not_name_one_file_is_refused(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError):
         async with open_store(url):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
     assert os.listdir(tmp_path) == []
 
 
-def test_that_a_file_of_another_user_stays_theirs() -> None:
+def test_a_file_of_another_user_is_not_changed() -> None:
     """The error names the permissions, and the mode of the file is unchanged."""
     if os.geteuid() != 0:
         pytest.skip("only root can switch to another user")

@@ -1,4 +1,4 @@
-"""The conformance suite never touches what the store that it is pointed at holds."""
+"""The conformance suite never changes the data of the store given by its URL."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from flowstore_conformance.suite import run_suite
 
 from flowstore_cli.main import main
 from flowstore_core import open_store
-from tests.security.watch import exercise, watching_loop
+from tests.security.leaks import detect_leaks_in_loop, exercise
 
-# Those that delete, open many stores, and meet newer schemas; the others work in the same places.
+# The checks of these clauses delete rows, open many stores and change schema versions.
 CLAUSES = ("RET-1", "RET-4", "CON-6")
 
 
 @pytest.fixture
 async def production(postgresql_url: str) -> AsyncIterator[str]:
-    """A database whose default schema holds runs: what nobody ever wants to lose."""
+    """A database with a run in its default schema."""
     name = f"production_{uuid4().hex}"
     server = await asyncpg.connect(postgresql_url)
     url = postgresql_url.replace("/postgres?", f"/{name}?")
     try:
         await server.execute(f"CREATE DATABASE {name}")
-        async with open_store(url) as store, watching_loop() as watch:
-            await exercise(store, watch)
+        async with open_store(url) as store, detect_leaks_in_loop() as detector:
+            await exercise(store, detector)
         yield url
     finally:
         await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
@@ -40,7 +40,7 @@ async def production(postgresql_url: str) -> AsyncIterator[str]:
 
 
 async def _contents(url: str) -> dict[str, list[str]]:
-    """Every row of every table that is not the server's own, and which objects there are."""
+    """Return the objects outside the system schemas, and every row of their tables."""
     query = parse_qs(urlsplit(url).query)
     server = await asyncpg.connect(
         host=query["host"][0], user="postgres", database=urlsplit(url).path.removeprefix("/")
@@ -51,17 +51,17 @@ async def _contents(url: str) -> dict[str, list[str]]:
             "JOIN pg_namespace n ON n.oid = relnamespace "
             "WHERE nspname NOT LIKE 'pg\\_%' AND nspname <> 'information_schema' ORDER BY 1"
         )
-        found = {"objects": [repr(tuple(row)) for row in tables]}
+        contents = {"objects": [repr(tuple(row)) for row in tables]}
         for name, kind, _ in tables:
             if kind == b"r":
                 rows = await server.fetch(f"SELECT t::text FROM {name} t ORDER BY 1")
-                found[name] = [row[0] for row in rows]
-        return found
+                contents[name] = [row[0] for row in rows]
+        return contents
     finally:
         await server.close()
 
 
-async def test_that_production_data_in_postgresql_is_untouched(production: str) -> None:
+async def test_production_data_in_postgresql_is_untouched(production: str) -> None:
     before = await _contents(production)
     assert len(before["flowstore.runs"]) == 1
     report = await run_suite(production, profile="quick", clauses=CLAUSES)
@@ -69,10 +69,10 @@ async def test_that_production_data_in_postgresql_is_untouched(production: str) 
     assert await _contents(production) == before
 
 
-async def test_that_options_in_a_file_do_not_lead_to_production(
+async def test_options_in_a_file_do_not_select_production(
     production: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scratch namespace's URL says all that says where it is, so a file's options do not move it."""
+    """The scratch namespace's URL contains every connection option, so options in a file do not apply."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flowstore.toml").write_text('schema = "flowstore"\ndbname = "nowhere"\nuser = "nobody"\n')
     before = await _contents(production)
@@ -87,20 +87,20 @@ def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture
 def default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The store of the default URL, with runs in it, in the working directory."""
+    """A working directory with a store of the default URL that contains a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWSTORE_URL", raising=False)
 
     async def fill() -> None:
-        async with open_store() as store, watching_loop() as watch:
-            await exercise(store, watch)
+        async with open_store() as store, detect_leaks_in_loop() as detector:
+            await exercise(store, detector)
 
     asyncio.run(fill())
     assert (tmp_path / "flowstore.db").exists()
     return tmp_path
 
 
-def test_that_the_file_of_the_default_url_is_untouched(default: Path) -> None:
+def test_the_file_of_the_default_url_is_untouched(default: Path) -> None:
     before = _files(default)
     command = ["conformance", "sqlite:///flowstore.db", "--profile", "quick"]
     for clause in ("RET-1", "RET-4"):
@@ -110,7 +110,7 @@ def test_that_the_file_of_the_default_url_is_untouched(default: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["environment", "option"])
-def test_that_pytest_leaves_the_store_of_the_environment_untouched(given: str, default: Path) -> None:
+def test_pytest_leaves_the_store_of_the_environment_untouched(given: str, default: Path) -> None:
     before = _files(default)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "flowstore_conformance.pytest_plugin"]
     command += ["--pyargs", "flowstore_conformance", "--flowstore-profile=quick"]
@@ -127,8 +127,8 @@ def test_that_pytest_leaves_the_store_of_the_environment_untouched(given: str, d
     assert _files(default) == before
 
 
-def test_that_without_a_url_pytest_checks_nothing(default: Path) -> None:
-    """Not even the default URL is taken for granted."""
+def test_pytest_without_a_url_checks_nothing(default: Path) -> None:
+    """The default URL is not used."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "flowstore_conformance.pytest_plugin"]
     command += ["--pyargs", "flowstore_conformance", "-p", "no:cacheprovider"]
     ran = subprocess.run(

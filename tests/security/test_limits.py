@@ -1,4 +1,4 @@
-"""Limits: what is too large is refused by name before a backend hears of it, and reads have an end."""
+"""Limits of arguments, which are checked before the backend is called, and of reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowstore_cli.stores import read_stdin
 from flowstore_core import Capability, FlowStore, InvalidArgumentError
 from flowstore_core.validated_store import ValidatedStore
 from flowstore_core.validation import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
-from tests.security.watch import CANARY, OPERATIONS, TEXTS, values
+from tests.security.leaks import CANARY, OPERATIONS, TEXTS, values
 
 KEYS = {
     *("step_key", "trigger_key", "idempotency_key", "signal_name", "step_type", "flow_name", "owner"),
@@ -36,45 +36,45 @@ LIMITS: dict[str, tuple[Any, str]] = {
 TEXT = CANARY * (MAX_TEXT_BYTES // len(CANARY) + 1)
 
 
-class _Untouched:
-    """A backend that must not hear of any of it."""
+class _UnreachableBackend:
+    """A backend that fails the test when it is called."""
 
     def __getattr__(self, name: str) -> Any:
-        async def refuse(**arguments: object) -> None:
+        async def fail(**_: object) -> None:
             pytest.fail(f"{name} was called")
 
-        return refuse
+        return fail
 
 
 @pytest.fixture
 async def store() -> FlowStore:
-    return ValidatedStore(_Untouched(), "untouched", frozenset(Capability), AsyncExitStack())
+    return ValidatedStore(_UnreachableBackend(), "unreachable", frozenset(Capability), AsyncExitStack())
 
 
-def _given(operation: str, store: FlowStore) -> dict[str, Any]:
-    good = {**values(uuid4()), "status": "Failed"}
+def _arguments(operation: str, store: FlowStore) -> dict[str, Any]:
+    valid = {**values(uuid4()), "status": "Failed"}
     if operation == "get_run_events":
-        good["after"] = 0
-    return {name: good[name] for name in inspect.signature(getattr(store, operation)).parameters}
+        valid["after"] = 0
+    return {name: valid[name] for name in inspect.signature(getattr(store, operation)).parameters}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-async def test_that_every_argument_of_every_operation_has_an_end(operation: str, store: FlowStore) -> None:
-    given = _given(operation, store)
-    for name in given:
+async def test_every_argument_of_every_operation_is_limited(operation: str, store: FlowStore) -> None:
+    arguments = _arguments(operation, store)
+    for name in arguments:
         value, limit = LIMITS.get(name, (TEXT, f"{MAX_TEXT_BYTES:,}"))
         if name not in LIMITS and name not in TEXTS:
-            # Ids, moments and choices have a fixed size.
+            # Ids, times and choices have a fixed size.
             continue
         with pytest.raises(InvalidArgumentError) as caught:
-            await getattr(store, operation)(**{**given, name: value})
+            await getattr(store, operation)(**{**arguments, name: value})
         assert caught.value.argument == name
         assert limit in str(caught.value), (name, str(caught.value))
         assert CANARY not in str(caught.value)
 
 
-async def test_that_every_text_is_in_one_of_the_lists(store: FlowStore) -> None:
-    """A new argument of the contract is noticed here, and its limit asked for."""
+async def test_every_argument_has_a_known_limit(store: FlowStore) -> None:
+    """A new argument of the contract fails this test until its limit is tested."""
     fixed = {
         *("run_id", "flow_id", "source_run_id", "status", "lease", "due_at", "timeout_at", "expires_at"),
         *("as_of", "cutoff", "since", "until", "granularity", "after"),
@@ -84,8 +84,8 @@ async def test_that_every_text_is_in_one_of_the_lists(store: FlowStore) -> None:
         assert set(inspect.signature(getattr(store, operation)).parameters) <= known, operation
 
 
-async def test_that_reads_of_rows_that_anybody_can_add_to_have_an_end(store: FlowStore) -> None:
-    """Lists of runs, events and stalled steps take a bounded ``take``, and most have one by default."""
+async def test_lists_are_limited(store: FlowStore) -> None:
+    """Only get_active_runs and get_derived_runs have no default for ``take``."""
     lists = [name for name in OPERATIONS if "take" in inspect.signature(getattr(store, name)).parameters]
     defaults = {name: inspect.signature(getattr(store, name)).parameters["take"].default for name in lists}
     assert {name for name, take in defaults.items() if take is None} == {
@@ -95,19 +95,19 @@ async def test_that_reads_of_rows_that_anybody_can_add_to_have_an_end(store: Flo
     assert all(take <= MAX_TAKE for take in defaults.values() if take is not None)
 
 
-async def test_that_a_large_refused_text_costs_no_copy(store: FlowStore) -> None:
-    given = _given("start_run", store)
+async def test_a_rejected_large_text_is_not_copied(store: FlowStore) -> None:
+    arguments = _arguments("start_run", store)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         with pytest.raises(InvalidArgumentError):
-            await store.start_run(**{**given, "trigger_data": TEXT})
+            await store.start_run(**{**arguments, "trigger_data": TEXT})
         assert tracemalloc.get_traced_memory()[1] - before < 1_000_000
     finally:
         tracemalloc.stop()
 
 
-def test_that_the_command_line_reads_no_more_than_a_payload_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_stops_reading_at_the_payload_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     piped = BytesIO(b"x" * (MAX_TEXT_BYTES + 1000))
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(piped))
     with pytest.raises(Failure, match="at most 16,777,216 bytes"):

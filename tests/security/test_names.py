@@ -1,4 +1,4 @@
-"""Names of schemas: quoted everywhere, and checked where quoting is not enough."""
+"""Schema names are quoted in every statement, and names that quoting cannot protect are refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from flowstore_core import ConfigurationError, open_store
 from flowstore_core.open import resolve_store
 from flowstore_postgres.settings import read_settings
-from tests.security.watch import exercise, watching_loop
+from tests.security.leaks import detect_leaks_in_loop, exercise
 
-# Each gets a few letters of its own in front, because tests share a server.
+# Tests share a server, so each test adds a random prefix.
 NAMES = [
     'a"b',
     'a";DROP SCHEMA public;--',
@@ -66,7 +66,7 @@ async def _server(url: str) -> asyncpg.Connection:
 
 
 @asynccontextmanager
-async def _dropped_at_the_end(server: asyncpg.Connection, schema: str) -> AsyncIterator[None]:
+async def _drop_schema_at_exit(server: asyncpg.Connection, schema: str) -> AsyncIterator[None]:
     try:
         yield
     finally:
@@ -75,50 +75,50 @@ async def _dropped_at_the_end(server: asyncpg.Connection, schema: str) -> AsyncI
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_that_a_schema_of_any_name_holds_the_whole_store(name: str, postgresql_url: str) -> None:
+async def test_a_schema_of_any_name_holds_the_whole_store(name: str, postgresql_url: str) -> None:
     """Migrations, triggers, every operation, cleanup and the command line's scripts."""
-    own = f"{uuid4().hex[:8]}{name}"
+    schema = f"{uuid4().hex[:8]}{name}"
     server = await _server(postgresql_url)
     try:
-        async with _dropped_at_the_end(server, own), watching_loop() as watch:
-            async with open_store(postgresql_url, schema=own) as store:
-                await exercise(store, watch, rounds=1)
-                assert not [error for error in watch.errors if "SQLSTATE" in str(error)]
+        async with _drop_schema_at_exit(server, schema), detect_leaks_in_loop() as detector:
+            async with open_store(postgresql_url, schema=schema) as store:
+                await exercise(store, detector, rounds=1)
+                assert not [error for error in detector.errors if "SQLSTATE" in str(error)]
             tables = await server.fetch(
                 "SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace "
                 "WHERE nspname = $1 AND relkind = 'r'",
-                own,
+                schema,
             )
             assert {"runs", "steps", "schema_version", "run_texts"} <= {row[0] for row in tables}
-            _, backend, config = resolve_store(postgresql_url, schema=own)
+            _, backend, config = resolve_store(postgresql_url, schema=schema)
             newest = backend.migrations(config)[-1][0]  # type: ignore[attr-defined]
             assert await backend.schema_version(config) == newest  # type: ignore[attr-defined]
             assert await backend.migrate(config)  # type: ignore[attr-defined]
             assert "index" in (await backend.describe(config))["search"]  # type: ignore[attr-defined]
-            # The script that an administrator would run by hand makes the same schema.
+            # The migration script for administrators creates the same schema.
             script = "".join(one[2] for one in backend.migrations(config))  # type: ignore[attr-defined]
-            quoted = await server.fetchval("SELECT quote_ident($1)", own)
+            quoted = await server.fetchval("SELECT quote_ident($1)", schema)
             await server.execute(f"DROP SCHEMA {quoted} CASCADE")
             await server.execute(script)
-            async with open_store(postgresql_url, schema=own, migrate=False) as store:
-                await exercise(store, watch, rounds=1)
+            async with open_store(postgresql_url, schema=schema, migrate=False) as store:
+                await exercise(store, detector, rounds=1)
     finally:
         await server.close()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_that_other_names_are_refused_before_anything_is_sent(name: str) -> None:
+async def test_an_invalid_name_is_refused_before_connecting(name: str) -> None:
     with pytest.raises(ConfigurationError, match="option schema"):
-        # Nobody listens there.
+        # No server listens on this port.
         async with open_store("postgresql://me@127.0.0.1:1/x", schema=name):
-            pytest.fail("it opened")
+            pytest.fail("open_store succeeded")
 
 
-def test_that_random_names_are_quoted_or_refused() -> None:
-    drawn = random.Random(5)
+def test_random_names_are_quoted_or_refused() -> None:
+    rng = random.Random(5)
     letters = string.printable + "äß\N{SNOWMAN}\ud800\0\u2028" + "$\"'{}" * 5
     for _ in range(5000):
-        name = "".join(drawn.choices(letters, k=drawn.randint(1, 40)))
+        name = "".join(rng.choices(letters, k=rng.randint(1, 40)))
         _, _, config = resolve_store("postgresql://", schema=name)
         try:
             settings = read_settings(config)
@@ -130,24 +130,24 @@ def test_that_random_names_are_quoted_or_refused() -> None:
         assert not set(name) & set("$\0\n")
 
 
-async def test_that_objects_of_other_schemas_cannot_replace_those_of_the_server(postgresql_url: str) -> None:
-    """In schema public others may be able to make a function whose signature matches our call better."""
+async def test_functions_in_other_schemas_do_not_replace_built_in_ones(postgresql_url: str) -> None:
+    """Another role may create a function in schema public whose signature matches a call more closely."""
     database = f"shared_{uuid4().hex}"
     server = await _server(postgresql_url)
     try:
         await server.execute(f"CREATE DATABASE {database}")
-        inside = await asyncpg.connect(postgresql_url, database=database)
-        await inside.execute(
+        connection = await asyncpg.connect(postgresql_url, database=database)
+        await connection.execute(
             "CREATE FUNCTION public.hashtextextended(text, integer) RETURNS bigint LANGUAGE plpgsql AS "
             "$$ BEGIN RAISE EXCEPTION 'captured'; END $$"
         )
         with pytest.raises(asyncpg.RaiseError, match="captured"):
-            await inside.fetchval("SELECT hashtextextended('x' || $1, 0)", "y")
-        await inside.close()
+            await connection.fetchval("SELECT hashtextextended('x' || $1, 0)", "y")
+        await connection.close()
         url = postgresql_url.replace("/postgres?", f"/{database}?")
-        async with open_store(url) as store, watching_loop() as watch:
-            await exercise(store, watch)
-            assert not [error for error in watch.errors if "SQLSTATE" in str(error)]
+        async with open_store(url) as store, detect_leaks_in_loop() as detector:
+            await exercise(store, detector)
+            assert not [error for error in detector.errors if "SQLSTATE" in str(error)]
     finally:
         await server.execute(f"DROP DATABASE {database} WITH (FORCE)")
         await server.close()

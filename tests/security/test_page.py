@@ -1,4 +1,4 @@
-"""docs/security.md: every line names a test that is there, and no test is forgotten."""
+"""docs/security.md names an existing test for every promise, and lists every security test."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "security.md").read_text()
 
 
-def test_that_every_promise_names_its_test() -> None:
+def test_every_promise_names_its_test() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "promise | tested by" not in line]
-    named = [re.fullmatch(r"\| .+ \| `python -m pytest (\S+)` \|", row) for row in rows]
-    assert all(named)
-    files = {match[1] for match in named if match}
+    matches = [re.fullmatch(r"\| .+ \| `python -m pytest (\S+)` \|", row) for row in rows]
+    assert all(matches)
+    files = {match[1] for match in matches if match}
     assert all((ROOT / file).is_file() for file in files)
-    here = {f"tests/security/{path.name}" for path in Path(__file__).parent.glob("test_*.py")}
-    assert here - {"tests/security/test_page.py"} <= files
+    tests = {f"tests/security/{path.name}" for path in Path(__file__).parent.glob("test_*.py")}
+    assert tests - {"tests/security/test_page.py"} <= files
 
 
-def test_that_the_readme_leads_to_it() -> None:
+def test_the_readme_links_to_the_page() -> None:
     assert "(docs/security.md)" in (ROOT / "README.md").read_text()

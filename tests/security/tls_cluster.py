@@ -1,8 +1,8 @@
-"""A PostgreSQL server that speaks TLS alone on a port of its own, with passwords; for the time of some tests.
+"""A PostgreSQL server that accepts only TLS connections over TCP and requires authentication.
 
-The server of the wheel that the other tests use was built without TLS, so this is one that the system has
-installed. Run as a program, with a folder that holds ``server.pem``, ``server.key`` and ``root.pem``, it says
-its port and its version in one line on stdout and serves until stdin ends.
+The wheel used by the other tests is built without TLS, so this module starts a server installed by the
+system. Run as a program with a folder that holds ``server.pem``, ``server.key`` and ``root.pem``, it prints
+its port and version on one line of stdout and stops when stdin is closed.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ CREATE ROLE certified LOGIN; GRANT CREATE ON DATABASE postgres TO certified;
 
 
 def find_server() -> Path | None:
-    """Where the programs of an installed PostgreSQL with TLS are; the newest, if there are several."""
-    places = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
+    """Return the folder with the programs of the newest installed PostgreSQL that was built with TLS."""
+    folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
     if found := shutil.which("pg_config"):
-        places.append(Path(found).parent)
-    for place in sorted(
-        places, key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))], reverse=True
+        folders.append(Path(found).parent)
+    for folder in sorted(
+        folders, key=lambda path: [int(n) for n in re.findall(r"\d+", str(path))], reverse=True
     ):
-        config = place / "pg_config"
-        if (place / "initdb").exists() and config.exists():
+        config = folder / "pg_config"
+        if (folder / "initdb").exists() and config.exists():
             built = subprocess.run(
                 [config, "--configure"], capture_output=True, text=True, check=False
             ).stdout
             if "openssl" in built:
-                return place
+                return folder
     return None
 
 
 class TlsCluster:
-    """The server's keeper process, seen from the tests."""
+    """Controls the process that starts and stops the server."""
 
     def __init__(self, folder: Path) -> None:
         self._keeper = subprocess.Popen(
@@ -75,9 +75,9 @@ class TlsCluster:
         self._keeper.communicate(timeout=60)
 
 
-def main(given: Path) -> None:
-    place = find_server()
-    assert place is not None
+def main(certificates: Path) -> None:
+    programs = find_server()
+    assert programs is not None
     with tempfile.TemporaryDirectory(prefix="flowstore-tls-", ignore_cleanup_errors=True) as folder:
         data = Path(folder) / "data"
         owner = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
@@ -86,23 +86,23 @@ def main(given: Path) -> None:
             os.chown(folder, owner.pw_uid, owner.pw_gid)
 
         def run(program: str, arguments: Sequence[str], text: str | None = None) -> str:
-            with tempfile.TemporaryFile("w+") as said:
+            with tempfile.TemporaryFile("w+") as output:
                 subprocess.run(
-                    [place / program, *arguments],
+                    [programs / program, *arguments],
                     user=None if owner is None else owner.pw_uid,
                     group=None if owner is None else owner.pw_gid,
                     input=text,
                     text=True,
                     check=True,
                     cwd=folder,
-                    stdout=said,
+                    stdout=output,
                 )
-                said.seek(0)
-                return said.read()
+                output.seek(0)
+                return output.read()
 
         run("initdb", ["-D", str(data), "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync"])
         for name in ("server.pem", "server.key", "root.pem"):
-            shutil.copy(given / name, data / name)
+            shutil.copy(certificates / name, data / name)
             if owner is not None:
                 os.chown(data / name, owner.pw_uid, owner.pw_gid)
             os.chmod(data / name, 0o600)

@@ -28,7 +28,7 @@ from tests.source_mutants import BACKENDS, ROOT, SourceMutant, all_source_mutant
 from tests.source_mutants.matrix import MATRIX, render
 
 PROOF_SECONDS = 180.0
-"""The time limit of a proof, which a loaded machine does not reach."""
+"""The time limit of a proof, generous enough for a loaded machine."""
 HANG_SECONDS = 30.0
 """The time limit of a proof on a mutant that hangs, after the same proof passed on the correct code."""
 SUITE_SECONDS = {"quick": 1800.0, "standard": 7200.0}
@@ -40,7 +40,7 @@ class ChildOutcome:
     """The outcome of a child process."""
 
     result: dict[str, Any] | None
-    """None if the child wrote none: it crashed or ran into its time limit."""
+    """None if the child crashed or ran into its time limit before it wrote a result."""
     timed_out: bool
     stderr: str
 
@@ -67,7 +67,7 @@ def run_child(
                 },
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                # Its own children belong to its process group, which is ended with it.
+                # A new process group, so that the children of the child are killed with it.
                 start_new_session=True,
             )
         timed_out = False
@@ -191,8 +191,8 @@ def run_all(mutants: Sequence[SourceMutant], arguments: argparse.Namespace) -> b
             return proven, f"{'proven' if proven else 'NOT PROVEN'}: {why}"
         outcome = measure(mutant, url, arguments.profile, arguments.seed, own=arguments.own)
         outcomes.append(outcome)
-        told = [str(outcome.get(part, "")) for part in ("verdict", "clause", "check", "seconds")]
-        return outcome["verdict"] == "killed", " ".join(filter(None, told))
+        columns = [str(outcome.get(part, "")) for part in ("verdict", "clause", "check", "seconds")]
+        return outcome["verdict"] == "killed", " ".join(filter(None, columns))
 
     outcomes: list[dict[str, Any]] = []
     try:
@@ -203,9 +203,9 @@ def run_all(mutants: Sequence[SourceMutant], arguments: argparse.Namespace) -> b
             running = {workers.submit(work, one): one for one in mutants}
             for done in as_completed(running):
                 mutant = running[done]
-                good, told = done.result()
+                good, text = done.result()
                 bad += not good
-                sys.stdout.write(f"{mutant.backend} {mutant.name}: {told}\n")
+                sys.stdout.write(f"{mutant.backend} {mutant.name}: {text}\n")
                 sys.stdout.flush()
                 while outcomes and arguments.results is not None:
                     save(arguments.results, outcomes.pop())

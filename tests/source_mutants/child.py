@@ -1,4 +1,4 @@
-"""The part that runs in a process of its own, in which a mutant replaces the backend.
+"""The child process, in which a mutant replaces the backend.
 
 ``python -m tests.source_mutants.child FOLDER OUTCOME TASK BACKEND NAME URL [PROFILE SEED]`` proves or
 measures one mutant and writes the outcome as JSON to the file OUTCOME. FOLDER has the copies of the changed

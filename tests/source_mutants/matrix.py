@@ -1,4 +1,4 @@
-"""The page docs/source-mutants.md, made from results of the suite on the source mutants."""
+"""Renders docs/source-mutants.md from the results of the suite on the source mutants."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _rates(
     mutants: Sequence[SourceMutant],
     outcomes: Outcomes,
 ) -> list[str]:
-    """A table with a row for each group: the mutants that each profile ran, killed and found otherwise."""
+    """A table with a row for each group: its number of mutants, and the rate of each profile."""
     lines = [f"| {title} | mutants | {' | '.join(PROFILES)} |", "|---" * (2 + len(PROFILES)) + "|"]
     for group in (*groups, "all"):
         members = [one for one in mutants if group in ("all", group_of(one))]

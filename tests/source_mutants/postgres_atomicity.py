@@ -9,7 +9,7 @@ from uuid import uuid4
 from flowstore_core import RunNotFoundError, RunStatus, StepStatus, open_store
 from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import (
+from tests.source_mutants.postgres_setup import (
     connection,
     end,
     finish,

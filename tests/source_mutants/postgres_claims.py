@@ -9,7 +9,7 @@ from flowstore_core import StepStatus, open_store
 from flowstore_core.timeseries import LATEST
 from tests.calls import new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import (
+from tests.source_mutants.postgres_setup import (
     connection,
     end,
     finish,
@@ -430,7 +430,7 @@ async def results_of_a_batch_are_shifted(url: str) -> None:
     changes=[(CLAIMS, "CLAIMED if row[:2] in keys else", "CLAIMED if row[1] in {k for _, k in keys} else")],
 )
 async def batch_decodes_claims_by_step_key_alone(url: str) -> None:
-    """A lost claim counts as won if its batch won the same step key in another run."""
+    """A failed claim returns True if its batch claimed the same step key in another run."""
     async with open_store(url) as store:
         runs = [await new_run(store) for _ in range(20)]
         for run_id in runs[::2]:
@@ -531,7 +531,7 @@ async def claim_on_a_terminal_run_raises(url: str) -> None:
     ],
 )
 async def lease_begins_before_the_wait(url: str) -> None:
-    """A lease begins when the claim is sent, so the time that the claim waits for a lock is lost."""
+    """A lease begins when the claim is sent, so the time that the claim waits for a lock shortens it."""
     async with open_store(url) as store, connection(url) as other:
         run_id = await new_run(store)
         async with other.transaction():

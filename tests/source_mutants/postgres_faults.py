@@ -19,7 +19,7 @@ from flowstore_core import (
 from flowstore_core.urls import parse_url
 from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import (
+from tests.source_mutants.postgres_setup import (
     connection,
     end,
     finish,
@@ -83,7 +83,7 @@ async def _deliver_late(proxy: Proxy) -> None:
     changes=[(RUNS, "probe=(FIND_START, run_id, token),", "probe=None,")],
 )
 async def repeated_start_finds_its_own_run(url: str) -> None:
-    """start_run sends its statement again after a lost reply, and finds the id taken by itself."""
+    """start_run is retried after a lost reply without a probe, and fails on the row of its own first try."""
     async with _behind_proxy(url) as (proxy, store, _):
         proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
         started = await outcome(store.start_run(FLOW, "orders", uuid4(), "manual"))
@@ -147,7 +147,7 @@ async def lost_commit_counts_as_rolled_back(url: str) -> None:
     ],
 )
 async def repeated_dispatch_loses_to_itself(url: str) -> None:
-    """A dispatch is sent again after a lost reply, and loses to itself."""
+    """A dispatch is retried after a lost reply without a probe, and conflicts with its own first try."""
     async with _behind_proxy(url) as (proxy, store, _):
         run_id = await new_run(store)
         proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
@@ -167,7 +167,7 @@ async def repeated_dispatch_loses_to_itself(url: str) -> None:
     ],
 )
 async def claim_that_was_released_is_made_again(url: str) -> None:
-    """A claim whose reply was lost is made again if another call has released it meanwhile."""
+    """A claim whose reply was lost is repeated if another call has released it meanwhile."""
     async with _behind_proxy(url) as (proxy, store, direct):
         run_id = await new_run(store)
         claiming = await _without_reply(proxy, store.try_claim_step(run_id, "a"))
@@ -239,7 +239,7 @@ async def late_request_takes_effect(url: str) -> None:
     ],
 )
 async def request_is_repeated_before_its_deadline(url: str) -> None:
-    """Behind a pooler a lost request is sent again while it can still take effect."""
+    """Behind a pooler a lost request is retried while it can still take effect."""
     async with _behind_proxy(url, pgbouncer=True, statement_timeout=8, delay=4.0) as (proxy, store, direct):
         run_id = await new_run(store)
         await store.append_event(run_id, "first")
@@ -263,7 +263,7 @@ async def request_is_repeated_before_its_deadline(url: str) -> None:
     ],
 )
 async def server_process_of_a_lost_request_goes_on(url: str) -> None:
-    """A lost request is sent again although the server process that may still get it lives."""
+    """A lost request is retried although the server process that may still receive it is running."""
     async with _behind_proxy(url, delay=4.0) as (proxy, store, direct):
         run_id = await new_run(store)
         await store.append_event(run_id, "first")

@@ -10,7 +10,7 @@ from flowstore_core import FlowStore, RunStatus, RunTimeseriesGranularity, StepS
 from flowstore_core.timeseries import day_start
 from tests.calls import new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import end, finish
+from tests.source_mutants.postgres_setup import end, finish
 from tests.virtual_clock import VirtualClock
 
 PAGES = "flowstore_postgres/pages.py"
@@ -370,7 +370,7 @@ async def hours_and_days_share_their_summaries(url: str) -> None:
     ],
 )
 async def percentiles_are_not_interpolated(url: str) -> None:
-    """Percentiles of a timeseries are those of a run instead of interpolated."""
+    """Percentiles of a timeseries are durations of single runs instead of interpolated values."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:
         for seconds in (1, 3):

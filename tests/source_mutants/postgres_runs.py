@@ -15,7 +15,7 @@ from flowstore_core import (
 )
 from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import (
+from tests.source_mutants.postgres_setup import (
     connection,
     end,
     finish,
@@ -424,7 +424,7 @@ async def idempotency_keys_are_found_in_any_case(url: str) -> None:
     ],
 )
 async def key_is_registered_before_the_trigger(url: str) -> None:
-    """trigger_run registers its key in a transaction of its own, so a refused trigger keeps the key."""
+    """trigger_run registers its key in a separate transaction, so a refused trigger keeps the key."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         refused = await outcome(store.trigger_run(FLOW, "orders", run_id, "manual", idempotency_key="k"))
@@ -693,7 +693,7 @@ async def outputs_beyond_a_thousand_are_cut_off(url: str) -> None:
     ],
 )
 async def unknown_run_fails_another_output(url: str) -> None:
-    """In a batch with an unknown run RunNotFoundError goes to the last caller instead of the right one."""
+    """In a batch with an unknown run, RunNotFoundError is raised to the last caller, not to the right one."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         await store.save_output(run_id, "first", "1")
@@ -904,7 +904,7 @@ async def cleanup_sweeps_one_batch_of_orphans(url: str) -> None:
     ],
 )
 async def cleanup_deletes_a_run_that_is_reopened(url: str) -> None:
-    """cleanup does not look again at a run that it has found, and deletes it although it was reopened."""
+    """cleanup does not check a selected run again, and deletes it although it was reopened."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store, connection(url) as other:
         run_id = await new_run(store)

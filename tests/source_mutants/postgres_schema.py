@@ -11,7 +11,7 @@ from flowstore_core import SchemaVersionError, open_store
 from flowstore_postgres.migrate import LOCK_SCHEMA, read_migrations
 from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import (
+from tests.source_mutants.postgres_setup import (
     connection,
     create_old_schema,
     outcome,

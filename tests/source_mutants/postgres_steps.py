@@ -18,7 +18,7 @@ from flowstore_core import (
 )
 from tests.calls import new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.postgres_scenes import (
+from tests.source_mutants.postgres_setup import (
     connection,
     end,
     finish,
@@ -244,7 +244,7 @@ async def start_does_not_lock_its_run(url: str) -> None:
     hangs=True,
 )
 async def start_of_an_unknown_key_by_an_owner_hangs(url: str) -> None:
-    """record_step_start with an owner never returns if nobody has claimed the key."""
+    """record_step_start with an owner never returns if the key is unclaimed."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         started = await outcome(store.record_step_start(run_id, "a", "task", owner="one"))

@@ -8,7 +8,7 @@ from flowstore_core import ClaimLostError, RunStatus, StepStatus, open_store
 from flowstore_core.timeseries import LATEST
 from tests.calls import new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import (
+from tests.source_mutants.sqlite_setup import (
     begin,
     ended_run,
     error_of,
@@ -472,7 +472,7 @@ async def compensation_removes_the_dispatch_of_another_call(url: str) -> None:
     changes=[(CLAIMS, "self.token = next(_tokens)", "self.token = hash((run_id, step_key))")],
 )
 async def calls_for_one_step_share_a_token(url: str) -> None:
-    """The token of a claim depends on the step alone, so a compensation removes another call's claim."""
+    """The token of a claim depends only on the step, so a compensation removes another call's claim."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         with write_lock(url):
@@ -567,7 +567,7 @@ async def annotation_fails_while_the_file_is_locked(url: str) -> None:
     ],
 )
 async def lost_claim_is_remembered(url: str) -> None:
-    """A process that has lost a claim does not ask again, although another process released the step."""
+    """A process caches a failed claim, although another process released the step."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         await store.try_claim_step(run_id, "charge", owner="a")

@@ -8,7 +8,7 @@ from uuid import uuid4
 from flowstore_core import ConflictError, RunAlreadyExistsError, RunStatus, SignalDeliveryStatus, open_store
 from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import ended_run, error_of, new_step, raw_connection
+from tests.source_mutants.sqlite_setup import ended_run, error_of, new_step, raw_connection
 from tests.virtual_clock import VirtualClock
 
 CONTROLS = "flowstore_sqlite/controls.py"
@@ -59,7 +59,7 @@ async def configuring_without_a_deadline_keeps_the_old_one(url: str) -> None:
     ],
 )
 async def configuring_again_replaces_the_record(url: str) -> None:
-    """A second configure_run replaces the whole control record, so a cancel is lost."""
+    """A second configure_run replaces the whole control record, so a cancel request is deleted."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         await store.request_cancel(run_id)
@@ -397,7 +397,7 @@ async def delivered_waiter_takes_another_name(url: str) -> None:
     ],
 )
 async def delivery_ids_are_shared_by_all_runs(url: str) -> None:
-    """A delivery_id that one run has seen answers deliveries to other runs."""
+    """A delivery_id of one run deduplicates deliveries to other runs."""
     async with open_store(url) as store:
         for run_id in (await new_run(store), await new_run(store)):
             await store.register_waiter(run_id, "charge", "paid")
@@ -473,7 +473,7 @@ async def delivery_ids_are_compared_as_numbers(url: str) -> None:
     ],
 )
 async def signal_goes_to_the_first_key(url: str) -> None:
-    """A signal goes to the waiter with the lowest step_key instead of the oldest."""
+    """A signal is delivered to the waiter with the lowest step_key instead of the oldest."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:
         run_id = await new_run(store)

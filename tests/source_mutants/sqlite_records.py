@@ -8,7 +8,7 @@ from flowstore_core import RunNotFoundError, open_store
 from flowstore_core.timeseries import LATEST
 from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import ended_run, error_of, raw_connection
+from tests.source_mutants.sqlite_setup import ended_run, error_of, raw_connection
 from tests.virtual_clock import VirtualClock
 
 OUTPUTS = "flowstore_sqlite/outputs.py"
@@ -173,7 +173,7 @@ async def sequences_are_counted_in_memory(url: str) -> None:
     ],
 )
 async def runs_with_events_are_remembered(url: str) -> None:
-    """A process remembers the runs that have events, and appends to one that cleanup has deleted."""
+    """A process caches the runs that have events, and appends to one that cleanup has deleted."""
     clock = VirtualClock()
     async with open_store(url, clock=clock) as store:
         run_id = await ended_run(store)

@@ -15,7 +15,7 @@ from flowstore_core import (
 )
 from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import (
+from tests.source_mutants.sqlite_setup import (
     begin,
     ended_run,
     error_of,

@@ -9,7 +9,7 @@ from uuid import UUID
 from flowstore_core import RunAlreadyExistsError, RunStatus, StepStatus, open_store
 from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import ended_run, error_of, new_step
+from tests.source_mutants.sqlite_setup import ended_run, error_of, new_step
 from tests.virtual_clock import VirtualClock
 
 

@@ -21,7 +21,7 @@ from flowstore_sqlite.codecs import to_us
 from flowstore_sqlite.url import database_path
 from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import error_of, raw_connection
+from tests.source_mutants.sqlite_setup import error_of, raw_connection
 from tests.virtual_clock import VirtualClock
 
 MIGRATIONS = "flowstore_sqlite/schema_migrations.py"

@@ -11,7 +11,7 @@ from flowstore_core import FlowStore, RunStatus, StepStatus, open_store
 from flowstore_core.timeseries import EARLIEST
 from tests.calls import new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import ended_run, error_of, new_step
+from tests.source_mutants.sqlite_setup import ended_run, error_of, new_step
 
 SEARCH = "flowstore_sqlite/search.py"
 
@@ -419,7 +419,7 @@ async def index_is_emptied_when_it_is_complete(url: str) -> None:
     ],
 )
 async def slow_indexing_forgets_runs(url: str) -> None:
-    """Indexing that stops at its time limit forgets the runs that it had taken and not reached."""
+    """Indexing that stops at its time limit drops the runs that it had taken but not indexed."""
     async with open_store(url) as store:
         for number in range(40):
             run_id = await new_run(store)

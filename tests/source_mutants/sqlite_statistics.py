@@ -8,7 +8,7 @@ from uuid import UUID
 from flowstore_core import FlowStore, RunStatus, RunTimeseriesGranularity, StepStatus, open_store
 from tests.calls import FLOW, new_run
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import ended_run, new_step
+from tests.source_mutants.sqlite_setup import ended_run, new_step
 from tests.virtual_clock import VirtualClock
 
 STATISTICS = "flowstore_sqlite/statistics.py"

@@ -16,7 +16,7 @@ from flowstore_core import (
 from flowstore_core.steps import superseded_by
 from tests.calls import new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import begin, error_of, new_step, raw_connection, write_lock
+from tests.source_mutants.sqlite_setup import begin, error_of, new_step, raw_connection, write_lock
 from tests.virtual_clock import VirtualClock
 
 STEPS = "flowstore_sqlite/steps.py"
@@ -646,7 +646,7 @@ async def repeated_retry_leaves_the_run_ended(url: str) -> None:
     ],
 )
 async def reset_step_keeps_its_waiter(url: str) -> None:
-    """A reset step keeps its undelivered waiter, to which a signal is then lost."""
+    """A reset step keeps its undelivered waiter, which then consumes a signal."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         await new_step(store, run_id, status=StepStatus.FAILED)
@@ -942,7 +942,7 @@ async def pending_steps_never_stall(url: str) -> None:
     ],
 )
 async def reset_step_keeps_its_claim(url: str) -> None:
-    """A reset step keeps the claim of the owner that skipped it, so nobody can claim it."""
+    """A reset step keeps the claim of the owner that skipped it, so it cannot be claimed."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         await new_step(store, run_id, status=StepStatus.FAILED)

@@ -19,7 +19,7 @@ from flowstore_core import (
 from flowstore_sqlite.url import database_path
 from tests.calls import FLOW, new_run, together
 from tests.source_mutants import source_mutant
-from tests.source_mutants.sqlite_situations import begin, error_of, in_one_group, raw_connection, write_lock
+from tests.source_mutants.sqlite_setup import begin, error_of, in_one_group, raw_connection, write_lock
 from tests.virtual_clock import VirtualClock
 
 GROUP_COMMIT = "flowstore_sqlite/group_commit.py"
@@ -182,7 +182,7 @@ async def failed_write_fails_the_group(url: str) -> None:
     changes=[(GROUP_COMMIT, "results += [REQUEUE] *", "results += [None] *")],
 )
 async def writes_that_were_not_reached_are_done(url: str) -> None:
-    """When a group takes too long, its remaining writes are reported as done and never happen."""
+    """When a group takes too long, its remaining writes are reported as done without being executed."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         keys = [str(number) for number in range(100)]
@@ -504,7 +504,7 @@ async def claim_that_is_cancelled_as_it_wins_stays(url: str) -> None:
     ],
 )
 async def first_requeued_call_is_lost(url: str) -> None:
-    """The first call that a group did not reach is never sent again, so its caller waits for ever."""
+    """The first call that a group did not reach is not requeued, so its caller waits forever."""
     async with open_store(url) as store:
         run_id = await new_run(store)
         keys = [str(number) for number in range(40)]

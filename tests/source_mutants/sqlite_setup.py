@@ -1,4 +1,4 @@
-"""What the proofs of several SQLite mutants need: steps, errors, locks and groups of writes."""
+"""Setup shared by the proofs of SQLite mutants: runs, steps, errors, locks and groups of writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def ended_run(store: FlowStore, status: RunStatus = RunStatus.SUCCEEDED, *
 
 
 async def error_of(call: Awaitable[object]) -> type[FlowStoreError] | None:
-    """The type of the error that a call raises; None if it returns."""
+    """Return the class of a call's error, or None if the call succeeds."""
     try:
         await call
     except FlowStoreError as error:
@@ -47,14 +47,14 @@ async def error_of(call: Awaitable[object]) -> type[FlowStoreError] | None:
 
 @contextmanager
 def raw_connection(url: str) -> Iterator[sqlite3.Connection]:
-    """A connection of another program to the file, in autocommit mode."""
+    """Connect to the file as another program, in autocommit mode."""
     with closing(sqlite3.connect(database_path(url), isolation_level=None)) as db:
         yield db
 
 
 @contextmanager
 def write_lock(url: str) -> Iterator[sqlite3.Connection]:
-    """Hold the write lock of the file through a connection of another program; commit at the end."""
+    """Hold the write lock of the file on a separate connection; commit at the end."""
     with raw_connection(url) as db:
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -72,9 +72,9 @@ async def begin(call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 async def in_one_group(store: FlowStore, run_id: UUID, *calls: Awaitable[Any]) -> list[Any]:
-    """The results or errors of writes that share one transaction.
+    """Make writes that share one transaction and return their results or errors.
 
-    They queue together while the writer's thread executes another write.
+    They queue while the writer thread executes an earlier write.
     """
     first = store.append_event(run_id, "first")
     _, *outcomes = await asyncio.gather(first, *calls, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Situations that the proofs of several PostgreSQL mutants set up."""
+"""Setup shared by the proofs of PostgreSQL mutants."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ async def connection(url: str) -> AsyncIterator[Any]:
 
 
 async def wait_until_blocked(url: str, other: Any, *tasks: asyncio.Future[Any], number: int = 1) -> None:
-    """Wait until some statements of the store wait for a lock, or one of the tasks has ended."""
+    """Wait until ``number`` statements of the store wait for a lock, or one of the tasks has ended."""
     blocked = 0
     while blocked < number and not any(task.done() for task in tasks):
         await asyncio.sleep(0.02)
-        # A transaction sees one state of pg_stat_activity otherwise.
+        # Otherwise a transaction reads one cached snapshot of pg_stat_activity.
         await other.execute("SELECT pg_stat_clear_snapshot()")
         blocked = await other.fetchval(COUNT_BLOCKED, schema_of(url))
 
 
 async def send(call: asyncio.Future[Any]) -> None:
-    """Let a call send its statement on a connection that is ready, and not wait for its reply."""
+    """Let a call send its statement on an open connection, without waiting for the reply."""
     for _ in range(20):
         await asyncio.sleep(0)
     assert not call.done()
 
 
 async def outcome(call: Awaitable[Any]) -> Any:
-    """The result of a call, or the class of the error that it raises."""
+    """Return the result of a call, or the class of its error."""
     try:
         return await call
     except FlowStoreError as error:
@@ -65,7 +65,7 @@ async def outcome(call: Awaitable[Any]) -> Any:
 
 
 async def outcomes(calls: Sequence[Awaitable[Any]]) -> list[Any]:
-    """The outcomes of calls that are made at the same time, so that they share batches."""
+    """Make calls concurrently, so that they share batches, and return their outcomes."""
     return list(await asyncio.gather(*map(outcome, calls)))
 
 
