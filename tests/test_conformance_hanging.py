@@ -17,7 +17,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from flowstore_conformance import CheckResult, Failure, Report, Status, run_suite
-from flowstore_conformance.context import CheckContext
+from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.registry import all_checks
 from flowstore_conformance.suite import select_checks
 from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog, await_chain
@@ -352,6 +352,24 @@ async def test_a_run_can_be_stopped_from_python() -> None:
     assert [one.status for one in report.results] == [Status.PASS, Status.NOT_RUN]
     assert report.incomplete == "interrupted after 1 of 2 checks"
     assert (report.conforms, report.verdict) == (False, "INCOMPLETE")
+
+
+async def test_a_failure_before_the_stop_is_reported() -> None:
+    stop, caller = asyncio.Event(), asyncio.get_running_loop()
+    runs = 0
+
+    async def fails(context: CheckContext) -> None:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            # The suite reruns a failed check; the rerun is stopped.
+            caller.call_soon_threadsafe(stop.set)
+            await asyncio.Event().wait()
+        raise ContractViolation("two winners")
+
+    report = await run_suite("memory://", checks=[example_check("RUN-1", "one", fails)], stop=stop)
+    assert [one.status for one in report.results] == [Status.FAIL]
+    assert (report.conforms, report.verdict) == (False, "VIOLATES")
 
 
 # Under pytest

@@ -119,11 +119,11 @@ async def run_suite(
             if starting is not None:
                 starting(check, number, len(chosen))
             result = await run.check(check)
+            results.append(result)
             if result.failure is not None:
                 since = time.monotonic()
-                result = await run.rerun_failed(result, repeats=repeats, seconds=left)
+                results[-1] = result = await run.rerun_failed(result, repeats=repeats, seconds=left)
                 left -= time.monotonic() - since
-            results.append(result)
             if progress is not None:
                 progress(result, number, len(chosen))
     except Stopped as stopped:

@@ -147,6 +147,9 @@ class Supervisor:
         Raises Hung if it blocks the loop or does not end after cancellation; the loop is then abandoned.
         Raises Stopped once ``stop`` is set, after cancelling the work.
         """
+        if stop is not None and stop.is_set():
+            # Work that ends at once would not notice.
+            raise Stopped(None)
         if self._loop is None:
             self._loop = _Loop(self.watchdog.limits.tick)
         self._future = self._loop.submit(work)
