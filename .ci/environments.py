@@ -1,8 +1,8 @@
 """Run the conformance suite against PostgreSQL servers of other versions and settings, and behind PgBouncer.
 
 ``python .ci/environments.py [NAME...]`` needs Debian's packages postgresql-15, pgbouncer and util-linux, and
-root, because a PostgreSQL server refuses to run as root and gets a user of its own. Each environment is a new
-server on a socket in a temporary directory. Exits with 1 if the suite does not pass in every environment.
+root, to start the servers as the user postgres. Each environment is a new server on a socket in a temporary
+directory. Exits with 1 if the suite does not pass in every environment.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ END_SECONDS = 10.0
 class Stopped(Exception):  # noqa: N818 - requested by the caller
     """The caller set ``stop`` while work was running."""
 
-    def __init__(self, under_way: str | None = None) -> None:
-        super().__init__(under_way)
-        self.pending_call = under_way
+    def __init__(self, pending_call: str | None = None) -> None:
+        super().__init__(pending_call)
+        self.pending_call = pending_call
         """The pending call of the store and where it waits."""
 
 
@@ -148,7 +148,7 @@ class Supervisor:
         Raises Stopped once ``stop`` is set, after cancelling the work.
         """
         if stop is not None and stop.is_set():
-            # Work that ends at once would not notice.
+            # Work that ends at once would otherwise complete in spite of the stop.
             raise Stopped(None)
         if self._loop is None:
             self._loop = _Loop(self.watchdog.limits.tick)

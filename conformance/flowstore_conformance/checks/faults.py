@@ -116,7 +116,7 @@ async def _call_with_fault(
 def _allowed_states(
     title: str, outcome: Outcome, before: ModelState, after: ModelState
 ) -> Sequence[ModelState]:
-    """The states that fit the outcome of a call, which must be that of the model or say what is unknown."""
+    """The states that fit the outcome of a call. Raises ContractViolation for an outcome that fits none."""
     if outcome == after.outcome:
         return [after]
     if outcome == DID_NOT_HAPPEN:
