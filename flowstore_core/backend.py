@@ -38,6 +38,7 @@ from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.instrumentation import NO_OBSERVERS, Observer, Observers, Resolution, report_batch
 from flowstore_core.platforms import require_posix
 from flowstore_core.plugins import Backend, hookimpl, hookspec
+from flowstore_core.queues import not_accepted
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_core.runs import fold_ascii, search_matches
 from flowstore_core.shielding import ShieldedTasks, run_to_completion
@@ -81,6 +82,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "lease_end",
+    "not_accepted",
     "orphaned_rows",
     "parse_url",
     "percentile_ms",

@@ -81,6 +81,17 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("release_dispatch", "CLM-3"),
             _read("get_dispatched_step_keys", "CLM-1", "CLM-3"),
             _read("get_dispatches", "CLM-1", "CLM-3"),
+            # Queues
+            Operation(
+                name="claim_next_steps",
+                clauses=("QUE-1", "QUE-2", "QUE-3"),
+                capability=Capability.QUEUES,
+                writes=True,
+                spans_runs=True,
+            ),
+            _write("advance_run", "QUE-4", "QUE-6", capability=Capability.QUEUES),
+            _write("redispatch_step", "QUE-7", capability=Capability.QUEUES),
+            _query("get_queues", "QUE-8", "QUE-5", capability=Capability.QUEUES),
             # Control, idempotency keys, the trigger
             _write("configure_run", "CTL-1"),
             _read("get_run_control", "CTL-2", "CTL-1"),

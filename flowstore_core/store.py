@@ -13,6 +13,7 @@ from flowstore_core.claims import DispatchLedger, Leases, StepClaims
 from flowstore_core.controls import Deadlines, IdempotencyKeys, RunControls, Trigger
 from flowstore_core.events import Events
 from flowstore_core.outputs import Outputs
+from flowstore_core.queues import Queues
 from flowstore_core.retention import FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
 from flowstore_core.signals import Signals, SignalWaiters
@@ -46,6 +47,7 @@ class FlowStore(
     Leases,
     Trigger,
     Recovery,
+    Queues,
     Deadlines,
     SignalWaiters,
     Events,

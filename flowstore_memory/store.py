@@ -12,6 +12,7 @@ from flowstore_memory.claims import Claims
 from flowstore_memory.controls import Controls
 from flowstore_memory.events import Events
 from flowstore_memory.outputs import Outputs
+from flowstore_memory.queues import Queues
 from flowstore_memory.retention import Retention
 from flowstore_memory.runs import Runs
 from flowstore_memory.signals import Signals
@@ -21,7 +22,7 @@ from flowstore_memory.steps import Steps
 CAPABILITIES = frozenset(Capability) - {Capability.DURABLE, Capability.MULTI_PROCESS}
 
 
-class MemoryStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Retention, Statistics):
+class MemoryStore(Runs, Steps, Claims, Queues, Controls, Signals, Outputs, Events, Retention, Statistics):
     """Implements flowstore_core.FlowStore in the memory of this process, for one event loop."""
 
     backend = "memory"
