@@ -18,6 +18,7 @@ from flowstore_cli import (
     doctor,
     migrate,
     ping,
+    queues,
     replay,
     retention,
     runs,
@@ -51,6 +52,7 @@ app.command("conformance")(conformance.conformance)
 app.add_typer(migrate.app, name="migrate")
 app.command("replay")(replay.replay)
 app.add_typer(runs.app, name="runs")
+app.command("queues")(queues.queues)
 app.command("stats")(stats.stats)
 app.command("timeseries")(timeseries.timeseries)
 app.add_typer(signals.app, name="signal")

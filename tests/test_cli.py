@@ -32,6 +32,7 @@ READ_COMMANDS = (
     ["runs", "show", str(UUID(int=1))],
     ["runs", "retry", str(UUID(int=1)), "step"],
     ["runs", "cancel", str(UUID(int=1))],
+    ["queues"],
     ["stats"],
     ["timeseries"],
     ["signal", "deliver", str(UUID(int=1)), "go"],
@@ -685,6 +686,28 @@ def test_stats(database: dict[str, UUID], flowstore: Flowstore) -> None:
     counts = json.loads(out)
     assert (counts["total_flows"], counts["active_runs"], counts["completed_today"]) == (1, 1, 0)
     assert "runs active              1\n" in flowstore("stats")[1]
+
+
+def test_queues(tmp_path: Path, flowstore: Flowstore) -> None:
+    url = f"sqlite:///{tmp_path}/queues.db"
+
+    async def fill() -> None:
+        async with open_store(url) as store:
+            run_id = (await store.start_run(FLOW, "orders", new_run_id(), "manual")).run_id
+            for key, queue in (("a", "mail"), ("b", "mail"), ("c", "print")):
+                await store.try_record_dispatch(run_id, key, queue=queue, step_type="send")
+            await store.claim_next_steps(["mail"], lease=timedelta(minutes=5))
+
+    asyncio.run(fill())
+    code, out, _ = flowstore("queues", "--json", "--url", url)
+    assert code == 0
+    mail, other = json.loads(out)
+    assert (mail["queue"], mail["ready"], mail["running"]) == ("mail", 1, 1)
+    assert (other["queue"], other["ready"], other["scheduled"], other["waiting"]) == ("print", 1, 0, 0)
+    assert mail["oldest_ready_at"] is not None
+    rows = [line.split() for line in flowstore("queues", "--url", url)[1].splitlines()]
+    assert rows[0][:5] == ["QUEUE", "READY", "SCHEDULED", "WAITING", "RUNNING"]
+    assert [row[:5] for row in rows[1:]] == [["mail", "1", "0", "0", "1"], ["print", "1", "0", "0", "0"]]
 
 
 def test_timeseries(database: dict[str, UUID], flowstore: Flowstore) -> None:
