@@ -84,6 +84,7 @@ from flowstore_core.store import (
     FlowSignalStore,
     FlowStore,
 )
+from flowstore_core.watching import Watch
 
 __all__ = [
     "CRASH_SAFE",
@@ -157,6 +158,7 @@ __all__ = [
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",
+    "Watch",
     "hookimpl",
     "hookspec",
     "new_claim_token",

@@ -45,6 +45,7 @@ from flowstore_core.shielding import ShieldedTasks, run_to_completion
 from flowstore_core.steps import superseded_by
 from flowstore_core.timeseries import bucket_starts, percentile_ms
 from flowstore_core.urls import StoreUrl, parse_url, redact
+from flowstore_core.watching import WaitingCalls
 
 __all__ = [
     "NO_OBSERVERS",
@@ -76,6 +77,7 @@ __all__ = [
     "ThreadWorker",
     "Transfer",
     "VariantUrls",
+    "WaitingCalls",
     "WorkLoop",
     "bucket_starts",
     "fold_ascii",

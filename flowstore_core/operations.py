@@ -92,6 +92,8 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("advance_run", "QUE-4", "QUE-6", capability=Capability.QUEUES),
             _write("redispatch_step", "QUE-7", capability=Capability.QUEUES),
             _query("get_queues", "QUE-8", "QUE-5", capability=Capability.QUEUES),
+            _query("wait_for_steps", "WAT-1", "WAT-2", capability=Capability.WATCH),
+            _read("wait_for_run", "WAT-1", "WAT-2", capability=Capability.WATCH, shows_state=False),
             # Control, idempotency keys, the trigger
             _write("configure_run", "CTL-1"),
             _read("get_run_control", "CTL-2", "CTL-1"),

@@ -20,6 +20,7 @@ from flowstore_core.signals import Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
+from flowstore_core.watching import Watch
 
 
 class FlowRunStore(RunLifecycle, StepAttempts, DispatchLedger, Dashboard, Protocol):
@@ -48,6 +49,7 @@ class FlowStore(
     Trigger,
     Recovery,
     Queues,
+    Watch,
     Deadlines,
     SignalWaiters,
     Events,

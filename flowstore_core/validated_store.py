@@ -56,6 +56,7 @@ from flowstore_core.validation import (
     check_step_outcome,
     check_take,
     check_text,
+    check_timeout,
     check_window,
 )
 
@@ -132,6 +133,7 @@ class ValidatedStore:
     _trigger: _ByLoop
     _recovery: _ByLoop
     _queues: _ByLoop
+    _watch: _ByLoop
     _deadlines: _ByLoop
     _waiters: _ByLoop
     _events: _ByLoop
@@ -540,6 +542,16 @@ class ValidatedStore:
 
     async def get_queues(self) -> Sequence[QueueStatistics]:
         return await self._queues[running_loop()].get_queues()
+
+    async def wait_for_steps(self, queues: Collection[str], *, timeout: timedelta) -> bool:
+        return await self._watch[running_loop()].wait_for_steps(
+            queues=check_queues(queues), timeout=check_timeout(timeout)
+        )
+
+    async def wait_for_run(self, run_id: UUID, *, timeout: timedelta) -> RunStatus | None:
+        return await self._watch[running_loop()].wait_for_run(
+            run_id=check_id("run_id", run_id), timeout=check_timeout(timeout)
+        )
 
     # Controls
 

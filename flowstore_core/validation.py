@@ -31,6 +31,7 @@ from flowstore_core.timeseries import (
     bucket_ceil,
     bucket_floor,
 )
+from flowstore_core.watching import MAX_TIMEOUT
 
 MAX_KEY = 256
 MAX_JOB_ID = 1024
@@ -244,6 +245,14 @@ def check_keys(name: str, value: Any) -> frozenset[str]:
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError(name, f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return frozenset(check_key(name, key) for key in value)
+
+
+def check_timeout(value: Any) -> timedelta:
+    if not isinstance(value, timedelta):
+        raise InvalidArgumentError("timeout", "a timedelta", _type_name(value))
+    if not _NO_TIME < value <= MAX_TIMEOUT:
+        raise InvalidArgumentError("timeout", "over 0 and at most 1 hour", f"{value}")
+    return value
 
 
 def check_priority(name: str, value: Any) -> int:

@@ -47,6 +47,7 @@ def index_step(namespace: Namespace, run: RunState, step_key: str, step: StepSta
     queued.indexed_at = moment
     heap = namespace.queue_index.setdefault((queued.queue, queued.priority), [])
     heappush(heap, QueueEntry(moment, run.run_id, step_key, next(_numbers), queued))
+    namespace.wake()
 
 
 def index_run(namespace: Namespace, run: RunState) -> None:

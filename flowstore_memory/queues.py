@@ -116,6 +116,7 @@ class Queues(OpenNamespace):
         )
         run.status = failed_as if failed and failed_as is not None else complete_as
         run.completed_at = now
+        self._namespace.wake()
         return RunAdvance(dispatched=settlement.dispatched, run_completed=True)
 
     async def redispatch_step(

@@ -29,6 +29,7 @@ class Retention(OpenNamespace):
                         self._namespace.controls.pop(run_id, None)
                         self._delete_keys(run_id)
                         deleted += 1
+                self._namespace.wake()
             await asyncio.sleep(0)
         with self._namespace.lock:
             self._delete_orphans(cutoff)

@@ -56,6 +56,7 @@ class Runs(OpenNamespace):
             return False
         run.status = status
         run.completed_at = now
+        self._namespace.wake()
         return True
 
     async def get_runs(

@@ -27,6 +27,7 @@ from flowstore_core import (
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_core.timeseries import EARLIEST
+from flowstore_core.watching import WaitingCalls
 
 # Scope of an idempotency key: flow_id, trigger_key, idempotency_key (IDM-1).
 Key = tuple[UUID, str, str]
@@ -248,6 +249,14 @@ class Namespace:
         self.keys_of: dict[UUID, list[Key]] = {}
         self.queue_index: dict[tuple[str, int], list[QueueEntry]] = {}
         """A heap of queued steps for each queue and priority; see queue_index.py."""
+        self.waiting: set[WaitingCalls] = set()
+        """The waiting calls of every open store."""
+
+    def wake(self) -> None:
+        """Wake every waiting call: a step is ready earlier than it was, or a run has ended."""
+        for calls in self.waiting:
+            if calls:
+                calls.wake_from_thread()
 
     def register(self, key: Key, run_id: UUID, now: datetime) -> None:
         self.keys[key] = RegisteredKey(run_id, now)
@@ -261,3 +270,15 @@ class OpenNamespace:
         self._namespace = namespace
         self._runs = namespace.runs
         self._now = now
+        self._waiting = WaitingCalls()
+
+    def attach(self) -> None:
+        """Let other opens of the namespace wake the waiting calls of this one."""
+        with self._namespace.lock:
+            self._namespace.waiting.add(self._waiting)
+
+    def detach(self) -> None:
+        """End the waiting calls."""
+        with self._namespace.lock:
+            self._namespace.waiting.discard(self._waiting)
+        self._waiting.close()

@@ -38,7 +38,7 @@ class SqliteStore(
 ):
     """Implements flowstore_core.FlowStore. Each call is one transaction on a connection's thread."""
 
-    capabilities = frozenset(Capability) - {Capability.QUEUES}
+    capabilities = frozenset(Capability) - {Capability.QUEUES, Capability.WATCH}
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -51,7 +51,7 @@ class SqliteStore(
 class NonDurableSqliteStore(SqliteStore):
     """A store with synchronous=NORMAL: a power failure may lose acknowledged writes."""
 
-    capabilities = frozenset(Capability) - {Capability.DURABLE, Capability.QUEUES}
+    capabilities = frozenset(Capability) - {Capability.DURABLE, Capability.QUEUES, Capability.WATCH}
 
 
 def _ping(db: sqlite3.Connection) -> None:
