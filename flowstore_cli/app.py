@@ -21,6 +21,7 @@ from flowstore_cli import (
     queues,
     replay,
     retention,
+    run_wait,
     runs,
     signals,
     stats,
@@ -51,6 +52,7 @@ app.command("backends")(backends.backends)
 app.command("conformance")(conformance.conformance)
 app.add_typer(migrate.app, name="migrate")
 app.command("replay")(replay.replay)
+runs.app.command("wait")(run_wait.wait)
 app.add_typer(runs.app, name="runs")
 app.command("queues")(queues.queues)
 app.command("stats")(stats.stats)

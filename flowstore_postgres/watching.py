@@ -1,8 +1,8 @@
 """Watching: wait until a step is ready or a run has ended (WAT).
 
-Hints travel by LISTEN and NOTIFY. A NOTIFY inside a writing transaction would make all commits of the database
-wait for each other, so a store sends its hints after the commit, in a statement of their own, and several in
-one (hints.py). A hint names the queues and the runs that it concerns.
+Hints travel by LISTEN and NOTIFY. A NOTIFY inside a writing transaction would make all commits of the
+database wait for each other, so a store sends its hints after the commit, in a statement of their own, and
+several in one (hints.py). A hint names the queues and the runs that it concerns.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
-
-import asyncpg
 
 from flowstore_core import FlowStoreError, RunStatus
 from flowstore_core.shielding import run_to_completion
@@ -40,8 +38,8 @@ POLL_SECONDS = 1.0
 CLOSE_SECONDS = 1.0
 
 NOTIFY = "SELECT pg_notify($1, $2)"
-# The next ready step of each queue and priority, by index. Rows of a step that no time makes ready have the time
-# infinity.
+# The next ready step of each queue and priority, by index. ready_at is infinity for a step that no time makes
+# ready.
 SECONDS_UNTIL_READY = """
 SELECT extract(epoch FROM min(found.ready_at) - coalesce($2, clock_timestamp()))::float8 AS seconds
 FROM unnest($1::text[]) AS queues (queue), generate_series(0, 9) AS priorities (priority),
@@ -88,7 +86,9 @@ class Notifier:
             payload = "" if self._topics is None else json.dumps(sorted(self._topics))
             self._topics = set()
             try:
-                await self._database.read(NOTIFY, self._channel, payload if len(payload) < MAX_PAYLOAD else "")
+                await self._database.read(
+                    NOTIFY, self._channel, payload if len(payload) < MAX_PAYLOAD else ""
+                )
             except FlowStoreError as error:
                 # Only a hint is lost: waiting calls look again at their time-out.
                 log.debug("a notification could not be sent: %s", type(error).__name__)

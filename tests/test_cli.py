@@ -680,6 +680,33 @@ def test_runs_cancel(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert (code, out.strip()[-24:]) == (0, "already requested: wrong")
 
 
+def test_runs_wait(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    code, out, _ = flowstore("runs", "wait", str(database["failed"]), "--json")
+    assert (code, json.loads(out)) == (1, {"run_id": str(database["failed"]), "status": "Failed"})
+    code, out, _ = flowstore("runs", "wait", str(database["waiting"]), "--timeout", "1s")
+    assert (code, out) == (1, f"{database['waiting']} is still Running after 1s\n")
+    code, _, err = flowstore("runs", "wait", str(UUID(int=99)))
+    assert (code, "no run" in err or "not stored" in err) == (1, True)
+    assert flowstore("runs", "wait", str(database["waiting"]), "--timeout", "0s")[0] == 2
+
+
+def test_runs_wait_ends_with_the_run(database: dict[str, UUID], tmp_path: Path) -> None:
+    run_id = database["waiting"]
+    url = f"sqlite:///{tmp_path}/flowstore.db"
+    command = [sys.executable, "-m", "flowstore_cli.main", "runs", "wait", str(run_id), "--url", url]
+
+    async def complete() -> None:
+        async with open_store(url) as store:
+            assert await store.complete_run(run_id, RunStatus.SUCCEEDED)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=1)
+        asyncio.run(complete())
+        assert waiting.communicate(timeout=60)[0] == f"{run_id} Succeeded\n"
+    assert waiting.returncode == 0
+
+
 def test_stats(database: dict[str, UUID], flowstore: Flowstore) -> None:
     code, out, _ = flowstore("stats", "--json")
     assert code == 0
