@@ -34,7 +34,7 @@ class SqliteBackend:
 
     name = "sqlite"
     schemes = frozenset({"sqlite"})
-    capabilities = frozenset(Capability) - {Capability.QUEUES, Capability.WATCH}
+    capabilities = frozenset(Capability)
     options = frozenset({"synchronous", "busy_timeout", "readers"})
     contract_version = 1
     drivers = ("aiosqlite",)

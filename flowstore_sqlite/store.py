@@ -11,6 +11,7 @@ from flowstore_sqlite.database import Database
 from flowstore_sqlite.events import Events
 from flowstore_sqlite.outputs import Outputs
 from flowstore_sqlite.pages import Pages
+from flowstore_sqlite.queues import Queues
 from flowstore_sqlite.recovery import Recovery
 from flowstore_sqlite.retention import Retention
 from flowstore_sqlite.retries import Retries
@@ -29,6 +30,7 @@ class SqliteStore(
     Retries,
     Recovery,
     Claims,
+    Queues,
     Controls,
     Signals,
     Outputs,
@@ -38,7 +40,7 @@ class SqliteStore(
 ):
     """Implements flowstore_core.FlowStore. Each call is one transaction on a connection's thread."""
 
-    capabilities = frozenset(Capability) - {Capability.QUEUES, Capability.WATCH}
+    capabilities = frozenset(Capability)
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -51,7 +53,7 @@ class SqliteStore(
 class NonDurableSqliteStore(SqliteStore):
     """A store with synchronous=NORMAL: a power failure may lose acknowledged writes."""
 
-    capabilities = frozenset(Capability) - {Capability.DURABLE, Capability.QUEUES, Capability.WATCH}
+    capabilities = frozenset(Capability) - {Capability.DURABLE}
 
 
 def _ping(db: sqlite3.Connection) -> None:
