@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.instrumentation import NO_OBSERVERS, Observers, Resolution
+from flowstore_postgres.advances import RunAdvancer
 from flowstore_postgres.batch_statement import BatchStatement, Row
 from flowstore_postgres.batch_writer import BatchWriter
 from flowstore_postgres.commit_resolution import (
@@ -62,6 +63,7 @@ class Database:
             queue_timeout=settings.acquire_timeout,
             pgbouncer=settings.pgbouncer,
         )
+        self.run_advancer = RunAdvancer(self._transactions, queue_timeout=settings.acquire_timeout)
         self.run_completer = RunCompleter(self._transactions, queue_timeout=settings.acquire_timeout)
         self.shared_reads = SharedReads(self.read, queue_timeout=settings.acquire_timeout)
 
@@ -216,7 +218,9 @@ class Database:
 
     async def aclose(self) -> None:
         await asyncio.gather(
-            self.run_completer.aclose(CLOSE_SECONDS), self.shared_reads.aclose(CLOSE_SECONDS)
+            self.run_advancer.aclose(CLOSE_SECONDS),
+            self.run_completer.aclose(CLOSE_SECONDS),
+            self.shared_reads.aclose(CLOSE_SECONDS),
         )
         await self._batch_writer.aclose(CLOSE_SECONDS)
         await self.pool.shielded.drain(CLOSE_SECONDS)

@@ -30,7 +30,7 @@ class PostgresBackend:
 
     name = "postgresql"
     schemes = frozenset({"postgresql", "postgres"})
-    capabilities = frozenset(Capability) - {Capability.QUEUES, Capability.WATCH}
+    capabilities = frozenset(Capability)
     options = DRIVER_OPTIONS | STORE_OPTIONS
     contract_version = 1
     drivers = ("asyncpg",)

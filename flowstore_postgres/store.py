@@ -15,6 +15,7 @@ from flowstore_postgres.events import Events
 from flowstore_postgres.migrate import check_schema
 from flowstore_postgres.outputs import Outputs
 from flowstore_postgres.pages import Pages
+from flowstore_postgres.queues import Queues
 from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
@@ -26,12 +27,13 @@ from flowstore_postgres.steps import Steps
 
 
 class PostgresStore(
-    Runs, Pages, Steps, Retries, Claims, Controls, Signals, Outputs, Events, Retention, Statistics
+    Runs, Pages, Steps, Retries, Claims, Queues, Controls, Signals, Outputs, Events, Retention, Statistics
 ):
     """The store. The file of each noun holds its statements and the methods that execute them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._free_numbers: list[int] = []
 
     async def ping(self) -> None:
         await self._database.ping()
