@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
+    Capability,
     FlowSignalWaiter,
     RunAdvance,
     RunStatus,
@@ -28,9 +29,16 @@ from flowstore_postgres.watching import Listener, Notifier, Watch, queue_topic, 
 class HintingStore(PostgresStore):
     """A store that sends a hint after each call that other stores may wait for."""
 
+    capabilities = frozenset(Capability) - {Capability.WATCH}
+
     def __init__(self, database: Database, notifier: Notifier) -> None:
         super().__init__(database)
         self._notifier = notifier
+
+    async def release(self) -> None:
+        """Send the last hints and close all connections, in bounded time."""
+        await self._notifier.aclose()
+        await self._database.aclose()
 
     async def trigger_run(self, *, dispatch: Sequence[StepRequest] = (), **arguments: Any) -> TriggerResult:
         result = await super().trigger_run(dispatch=dispatch, **arguments)
@@ -112,9 +120,15 @@ class HintingStore(PostgresStore):
         return deleted
 
 
-class WatchingStore(HintingStore, Watch):
+class WatchingStore(Watch, HintingStore):
     """A store that also waits for the hints of others; PgBouncer cannot pass them on in transaction mode."""
+
+    capabilities = frozenset(Capability)
 
     def __init__(self, database: Database, notifier: Notifier, listener: Listener) -> None:
         super().__init__(database, notifier)
         self._listener = listener
+
+    async def release(self) -> None:
+        await self._listener.aclose()
+        await super().release()

@@ -17,7 +17,6 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_core import FlowStoreError, RunStatus
-from flowstore_core.shielding import run_to_completion
 from flowstore_core.watching import WaitingCalls
 from flowstore_postgres.database import Database
 from flowstore_postgres.errors import UNREACHABLE_ERRORS
@@ -156,7 +155,7 @@ class Listener:
         self.waiting.close()
         if self._task is not None:
             self._task.cancel()
-            await run_to_completion(asyncio.gather(self._task, return_exceptions=True))
+            await asyncio.wait({self._task})
 
 
 class Watch:
@@ -170,7 +169,7 @@ class Watch:
             return (True, None) if seconds is not None and seconds <= 0 else (None, self._next_look(seconds))
 
         await self._listener.start()
-        return await self._listener.waiting.wait(look, timeout, map(queue_topic, queues)) or False
+        return await self._listener.waiting.wait(look, timeout, [*map(queue_topic, queues)]) or False
 
     async def wait_for_run(self, *, run_id: UUID, timeout: timedelta) -> RunStatus | None:
         async def look() -> tuple[tuple[RunStatus | None] | None, float | None]:

@@ -19,6 +19,7 @@ from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
+from flowstore_sqlite.watching import CommitWatcher, Watch
 
 PING = "SELECT COUNT(*) FROM flowstore_schema"
 
@@ -31,6 +32,7 @@ class SqliteStore(
     Recovery,
     Claims,
     Queues,
+    Watch,
     Controls,
     Signals,
     Outputs,
@@ -42,8 +44,9 @@ class SqliteStore(
 
     capabilities = frozenset(Capability)
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, commits: CommitWatcher) -> None:
         self._database = database
+        self._commits = commits
 
     async def ping(self) -> None:
         """Read from the file. Like every call, it fails after the file was removed or replaced."""

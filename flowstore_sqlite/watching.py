@@ -20,13 +20,24 @@ from flowstore_core import RunStatus
 from flowstore_core.watching import WaitingCalls
 from flowstore_sqlite.connection import Connection
 from flowstore_sqlite.database import Database
-from flowstore_sqlite.queues import next_ready_at
-from flowstore_sqlite.runs import read_status
+from flowstore_sqlite.runs import read_run_status
 
 POLL_SECONDS = 0.01
 """The time between two polls: half of it is the mean delay of a wake-up, and each costs about 10 us."""
 
 DATA_VERSION = "PRAGMA data_version"
+# The first entry of each queue and priority in the index queued_steps_ready. The largest integer is the time
+# of a step that no time makes ready.
+NEXT_READY_AT = """
+SELECT MIN((
+    SELECT ready_at FROM queued_steps WHERE queue = ? AND priority = levels.priority AND ready_at IS NOT NULL
+    ORDER BY ready_at LIMIT 1
+)) FROM (
+    SELECT 0 AS priority UNION ALL SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3 UNION ALL SELECT 4
+    UNION ALL SELECT 5 UNION ALL SELECT 6 UNION ALL SELECT 7 UNION ALL SELECT 8 UNION ALL SELECT 9
+) AS levels
+"""
+NEVER = 2**63 - 1
 
 
 class CommitWatcher:
@@ -47,7 +58,7 @@ class CommitWatcher:
         self._users += 1
         try:
             async with self._lock:
-                if self._polling is None or self._polling.done():
+                if self._polling is None or self._stop.is_set() or self._polling.done():
                     await self._start()
             yield
         finally:
@@ -65,7 +76,8 @@ class CommitWatcher:
                 raise
             self._connection = connection
         elif self._polling is not None:
-            await self._polling
+            # The thread ends within a poll.
+            await asyncio.wait({self._polling})
         self._stop = threading.Event()
         connection, stop = self._connection, self._stop
         # The first number is read before the caller looks at the store, so no later commit is missed.
@@ -98,13 +110,19 @@ def _read_version(db: sqlite3.Connection) -> int | None:
     return version
 
 
+def _next_ready_at(queues: Sequence[str], db: sqlite3.Connection) -> int | None:
+    """The time in microseconds at which the next step of the queues is ready; None: no time makes one so."""
+    moments = [db.execute(NEXT_READY_AT, (queue,)).fetchone()[0] for queue in queues]
+    return min((moment for moment in moments if moment is not None and moment < NEVER), default=None)
+
+
 class Watch:
     _database: Database
     _commits: CommitWatcher
 
     async def wait_for_steps(self, queues: Sequence[str], *, timeout: timedelta) -> bool:
         async def look() -> tuple[bool | None, float | None]:
-            moment = await self._database.read(partial(next_ready_at, queues))
+            moment = await self._database.read(partial(_next_ready_at, queues))
             seconds = None if moment is None else (moment - self._database.now()) / 1_000_000
             return (True, None) if seconds is not None and seconds <= 0 else (None, seconds)
 
@@ -113,7 +131,7 @@ class Watch:
 
     async def wait_for_run(self, run_id: UUID, *, timeout: timedelta) -> RunStatus | None:
         async def look() -> tuple[tuple[RunStatus | None] | None, float | None]:
-            status = await self._database.read(partial(read_status, run_id))
+            status = await self._database.read(lambda db: read_run_status(db, run_id))
             return (None, None) if status is RunStatus.RUNNING else ((status,), None)
 
         async with self._commits.running():

@@ -19,7 +19,7 @@ from flowstore_core import Capability, FlowRunDetail, FlowStore, RunStatus, Step
 PAGE = (Path(__file__).parents[1] / "docs" / "durable-engine.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 FLOW = UUID(int=7)
-pytestmark = pytest.mark.needs(Capability.QUEUES)
+pytestmark = pytest.mark.needs(Capability.QUEUES, Capability.WATCH)
 
 QUEUES = ("default",)
 SECONDS = 30.0
