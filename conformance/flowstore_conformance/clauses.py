@@ -136,6 +136,16 @@ CLAUSES: dict[str, Clause] = {
             Capability.QUEUES,
         ),
         _clause(
+            "WAT-1",
+            "Commits of any store and the passing of time wake the calls that wait for steps or runs.",
+            Capability.WATCH,
+        ),
+        _clause(
+            "WAT-2",
+            "Waiting calls share one thread or connection; cancelling and closing leave nothing behind.",
+            Capability.WATCH,
+        ),
+        _clause(
             "CTL-1", "configure_run overwrites, keeps created_at and both latches, and registers no key."
         ),
         _clause(

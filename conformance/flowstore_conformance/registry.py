@@ -69,6 +69,7 @@ MODULES = (
     "recovery",
     "claims",
     "dispatches",
+    "watching",
     "controls",
     "idempotency",
     "signals",
