@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import asyncpg
 
 from flowstore_core import StoreConfig
@@ -15,7 +17,7 @@ from flowstore_postgres.events import Events
 from flowstore_postgres.migrate import check_schema
 from flowstore_postgres.outputs import Outputs
 from flowstore_postgres.pages import Pages
-from flowstore_postgres.queues import Queues
+from flowstore_postgres.queues import CONCURRENT_CLAIMS, Queues
 from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
@@ -33,7 +35,8 @@ class PostgresStore(
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._free_numbers: list[int] = []
+        self._free_numbers = []
+        self._claiming = asyncio.Semaphore(CONCURRENT_CLAIMS)
 
     async def ping(self) -> None:
         await self._database.ping()
