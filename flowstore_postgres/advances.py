@@ -39,7 +39,7 @@ from flowstore_postgres.requests import (
     settle,
     skip_steps,
 )
-from flowstore_postgres.transactions import Transaction, Transactions
+from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Transactions
 
 MAX_BATCH = 64
 """Maximum number of runs that are advanced in one transaction."""
@@ -227,7 +227,8 @@ class RunAdvancer:
 
     def __init__(self, transactions: Transactions, *, queue_timeout: float) -> None:
         self._transactions = transactions
-        self._batcher = Batcher(workers=2, max_rows=MAX_BATCH, queue_timeout=queue_timeout)
+        # A second batch would find the runs of the first one locked, where steps of a run end together.
+        self._batcher = Batcher(workers=1, max_rows=MAX_BATCH, queue_timeout=queue_timeout)
         self._operation: BatchedOperation[Advance, RunAdvance] = self._batcher.operation(
             "advance_run", self._run, keyed=True, size_of=_size
         )
@@ -245,7 +246,7 @@ class RunAdvancer:
                 raise outcome
             return outcome
 
-        return await self._transactions.run("advance_run", work)
+        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
 
     async def _run(self, advances: Sequence[Advance]) -> Sequence[RunAdvance | FlowStoreError]:
         async def work(transaction: Transaction) -> list[RunAdvance | FlowStoreError]:
@@ -256,7 +257,7 @@ class RunAdvancer:
                     raise _BatchRejectedError from None
                 raise
 
-        return await self._transactions.run("advance_run", work)
+        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
 
     async def aclose(self, seconds: float) -> None:
         await self._batcher.drain(seconds)

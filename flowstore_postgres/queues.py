@@ -6,6 +6,7 @@ Triggers keep it right after every statement (migration 8), so CLAIM_NEXT_STEPS 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -33,6 +34,8 @@ from flowstore_postgres.transactions import Transaction
 
 log = logging.getLogger("flowstore_postgres")
 
+CONCURRENT_CLAIMS = 1
+"""Concurrent statements of claim_next_steps of one store."""
 LOOKAHEAD = 32
 """The number of candidates beyond ``limit`` that a claim reads at first: other claims may hold the first."""
 
@@ -64,7 +67,9 @@ WITH guard AS MATERIALIZED (
     JOIN {{schema}}.pending p ON p.run_id = c.run_id AND p.step_key = c.step_key
     JOIN {{schema}}.steps s ON s.run_id = c.run_id AND s.step_key = c.step_key
     JOIN {{schema}}.runs r ON r.run_id = c.run_id
-    WHERE p.queue = c.queue AND p.priority = c.priority AND p.ready_at = c.ready_at AND r.status = 'Running'
+    WHERE p.queue = c.queue AND p.priority = c.priority AND p.ready_at = c.ready_at
+      -- IS TRUE, so that runs are found by key alone.
+      AND (r.status = 'Running') IS TRUE
     ORDER BY c.priority DESC, c.ready_at, c.run_id, c.step_key LIMIT $5
     FOR NO KEY UPDATE OF p, s SKIP LOCKED FOR KEY SHARE OF r SKIP LOCKED
 ), chosen AS MATERIALIZED (
@@ -215,6 +220,8 @@ class Queues:
     _database: Database
     _free_numbers: list[int]
     """The numbers of ended calls of claim_next_steps."""
+    _claiming: asyncio.Semaphore
+    """Bounds the connections that are kept for claims."""
 
     async def claim_next_steps(
         self, *, queues: Sequence[str], lease: timedelta, limit: int, worker: str | None
@@ -233,7 +240,8 @@ class Queues:
                     RELEASE_CLAIMED_STEPS, *call, self._database.now(), unacked=unacked
                 )
 
-        claimed = await self._database.pool.shielded.run(claim(), give_back)
+        async with self._claiming:
+            claimed = await self._database.pool.shielded.run(claim(), give_back)
         self._free_numbers.extend(call.number for call in calls)
         return claimed
 
@@ -266,6 +274,7 @@ class Queues:
                     call.number,
                     call.token,
                     probe=(FIND_CLAIMED_STEPS, *call, self._database.now()),
+                    index_only=True,
                 )
             except FlowStoreError:
                 if not claimed:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from flowstore_postgres.claims import Claims
 from flowstore_postgres.controls import Controls
 from flowstore_postgres.database import Database
 from flowstore_postgres.events import Events
 from flowstore_postgres.outputs import Outputs
 from flowstore_postgres.pages import Pages
-from flowstore_postgres.queues import Queues
+from flowstore_postgres.queues import CONCURRENT_CLAIMS, Queues
 from flowstore_postgres.retention import Retention
 from flowstore_postgres.retries import Retries
 from flowstore_postgres.runs import Runs
@@ -24,7 +26,8 @@ class PostgresStore(
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._free_numbers: list[int] = []
+        self._free_numbers = []
+        self._claiming = asyncio.Semaphore(CONCURRENT_CLAIMS)
 
     async def ping(self) -> None:
         await self._database.ping()
