@@ -19,7 +19,6 @@ from uuid import UUID
 from flowstore_core import FlowStoreError, RunStatus
 from flowstore_core.watching import WaitingCalls
 from flowstore_postgres.database import Database
-from flowstore_postgres.errors import UNREACHABLE_ERRORS
 from flowstore_postgres.runs import GET_RUN_STATUS
 from flowstore_postgres.settings import Settings
 
@@ -123,7 +122,7 @@ class Listener:
             try:
                 await self._listen()
                 pause = FIRST_PAUSE
-            except UNREACHABLE_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - waiting calls go on, and look at the store every second
                 log.warning("the listener of wait_for_steps cannot connect: %s", type(error).__name__)
             finally:
                 self.is_connected = False

@@ -53,6 +53,7 @@ MODULES = (
     "steps",
     "times",
     "volumes",
+    "watching",
 )
 
 

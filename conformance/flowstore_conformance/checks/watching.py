@@ -25,7 +25,7 @@ from flowstore_core import (
 LEASE = timedelta(hours=1)
 NEVER = timedelta(minutes=30)
 """The time-out of a call that must be woken before."""
-WOKEN_SECONDS = 60.0
+WOKEN_SECONDS = 30.0
 """The time limit of a wake-up; it takes milliseconds, and the machine may be busy."""
 SETTLED_SECONDS = 0.05
 """The time in which a new call begins to wait. A slower one is not tested, and nothing is reported."""
