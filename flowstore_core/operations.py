@@ -124,6 +124,19 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
 )
 """Every operation of FlowStore except ``ping`` and ``aclose``, which every store has."""
 
+_QUEUES = Capability.QUEUES
+
+KEYWORD_CAPABILITIES: Mapping[str, Mapping[str, Capability]] = MappingProxyType(
+    {
+        "try_claim_step": {"lease": Capability.LEASES},
+        "try_record_dispatch": dict.fromkeys(("queue", "priority", "step_type", "input_json"), _QUEUES),
+        "trigger_run": {"dispatch": _QUEUES},
+        "retry_step": {"dispatch": _QUEUES},
+        "reschedule_step": {"error_message": _QUEUES},
+    }
+)
+"""The keywords that belong to another capability than their operation: core passes them on only with it."""
+
 BASE_OPERATIONS: tuple[str, ...] = (
     "ping",
     *(one.name for one in OPERATIONS.values() if one.capability is None),

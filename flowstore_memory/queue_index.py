@@ -63,15 +63,14 @@ def take_ready_steps(
     The caller claims each step and indexes it again.
     """
     for priority in range(MAX_PRIORITY, -1, -1):
-        heaps = [heap for queue in queues if (heap := namespace.queue_index.get((queue, priority)))]
-        while heaps:
+        levels = [(queue, priority) for queue in queues]
+        while heaps := [heap for level in levels if (heap := namespace.queue_index.get(level))]:
             heap = min(heaps, key=lambda entries: entries[0])
             entry = heap[0]
             if entry.ready_at > now:
                 break
             heappop(heap)
             if not heap:
-                heaps.remove(heap)
                 del namespace.queue_index[entry.queued.queue, priority]
             run = namespace.runs.get(entry.run_id.int)
             step = None if run is None else run.steps.get(entry.step_key)

@@ -239,12 +239,10 @@ async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert program is not None
     assert program.count("await outcome(") == 4, program
     printed = await replay_on_memory(program)
-    assert [line.partition(":")[0] for line in printed.splitlines()] == [
-        "start_run",
-        "try_claim_step",
-        "renew_step_claim",
-        printed.splitlines()[-1].partition(":")[0],
-    ]
+    start, claim, renew, _ = [line.partition(":")[0] for line in printed.splitlines()]
+    assert start in ("start_run", "trigger_run")
+    assert claim in ("try_claim_step", "claim_next_steps")
+    assert renew == "renew_step_claim"
 
 
 async def test_the_same_seed_draws_the_same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,7 +462,8 @@ async def test_a_pair_that_never_ran_concurrently_is_no_pass(monkeypatch: pytest
     result = await run("cleanup_pairs_by_tasks")
     assert (result.status, result.reason) == (
         Status.INCONCLUSIVE,
-        "of 26 pairs of writing operations 1 never ran concurrently: request_cancel and cleanup",
+        f"of {len(cleanup_pairs(Capability))} pairs of writing operations 1 never ran concurrently: "
+        "request_cancel and cleanup",
     )
     assert result.notes == ()
 

@@ -197,9 +197,13 @@ async def _check_late_arrival(
 def _undo(scenario: Scenario) -> Call | None:
     """A call that undoes the effect of a scenario's call, so that a repeated effect shows."""
     call, run_id = scenario.call, scenario.run_id
-    inverse = {"try_claim_step": "release_step_claim", "try_record_dispatch": "release_dispatch"}
+    inverse = {
+        "try_claim_step": "release_step_claim",
+        "claim_next_steps": "release_step_claim",
+        "try_record_dispatch": "release_dispatch",
+    }
     if call.method in inverse:
-        step = {"run_id": run_id, "step_key": call.arguments["step_key"]}
+        step = {"run_id": run_id, "step_key": call.arguments.get("step_key", "a")}
         return Call(method=inverse[call.method], arguments=step)
     return None
 

@@ -22,6 +22,7 @@ FAMILIES = {
     "RUN": "Runs",
     "STP": "Steps and attempts",
     "CLM": "Claims and the dispatch ledger",
+    "QUE": "Queues",
     "CTL": "Control",
     "IDM": "Idempotency keys and the trigger",
     "SIG": "Signals",
