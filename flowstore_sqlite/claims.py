@@ -180,8 +180,10 @@ class Claims:
         step_type: str | None = None,
         input_json: str | None = None,
     ) -> Coroutine[Any, Any, bool]:
-        dispatch = _DispatchWrite(self._database, run_id, step_key, due_at)
-        if queue is not None:
+        if queue is None:
+            dispatch = _DispatchWrite(self._database, run_id, step_key, due_at)
+        else:
+            dispatch = _QueuedDispatchWrite(self._database, run_id, step_key, due_at)
             dispatch.queued = (queue, priority, step_type, input_json)
         return self._database.write(dispatch, dispatch.compensate)
 
@@ -269,18 +271,11 @@ class _ClaimWrite(_Write):
 
 
 class _DispatchWrite(_Write):
-    __slots__ = ("queued",)
-
-    def __init__(self, database: Database, run_id: UUID, step_key: str, due_at: datetime | None) -> None:
-        super().__init__(database, run_id, step_key, due_at)
-        self.queued: tuple[object, ...] | None = None
-        """The queue, priority, step_type and input_json; None: the dispatch names no queue."""
+    __slots__ = ()
 
     def __call__(self, db: sqlite3.Connection, now: int) -> bool:
         row = (self.run_id.bytes, self.step_key, now, to_optional_us(self.due_at), self.token)
         if db.execute(TRY_RECORD_DISPATCH, row).rowcount == 1:
-            if self.queued is not None:
-                db.execute(QUEUE_STEP, (*self.queued, self.run_id.bytes, self.step_key))
             return True
         # Raises for an unknown run.
         load_step(db, self.run_id, self.step_key)
@@ -289,6 +284,21 @@ class _DispatchWrite(_Write):
     async def compensate(self, won: bool | OutcomeUnknownError) -> None:
         if won is not False:
             await self._remove_own(COMPENSATE_DISPATCH)
+
+
+class _QueuedDispatchWrite(_DispatchWrite):
+    """A dispatch to a queue. Removing it removes it from the queue too, by trigger."""
+
+    __slots__ = ("queued",)
+
+    queued: tuple[str, int, str | None, str | None]
+    """The queue, priority, step_type and input_json."""
+
+    def __call__(self, db: sqlite3.Connection, now: int) -> bool:
+        if not super().__call__(db, now):
+            return False
+        db.execute(QUEUE_STEP, (*self.queued, self.run_id.bytes, self.step_key))
+        return True
 
 
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:

@@ -33,6 +33,8 @@ NOON = datetime(2026, 3, 14, 12, tzinfo=UTC)
 
 
 SEARCH_TRIGGERS = ("search_ended", "search_loaded", "search_deleted", "search_late", "search_skipped")
+QUEUE_TRIGGERS = ("requeue_step", "dequeue_step", "requeue_waiting", "requeue_delivered", "requeue_unblocked")
+QUEUE_TRIGGERS += ("requeue_run", "dequeue_run", "recompute_ready_at")
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
@@ -208,7 +210,9 @@ async def _downgrade(url: str) -> None:
         triggers = ("count_started", "count_loaded", "count_deleted", "count_changed", *SEARCH_TRIGGERS)
         await _execute(
             url,
-            *(f"DROP TRIGGER {name}" for name in triggers),
+            *(f"DROP TRIGGER {name}" for name in (*triggers, *QUEUE_TRIGGERS)),
+            "DROP VIEW step_readiness",
+            "DROP TABLE queued_steps",
             "DROP TABLE run_trigrams",
             *(f"DROP TABLE {name}" for name in tables[1:]),
             "ALTER TABLE steps DROP COLUMN searched_open",
