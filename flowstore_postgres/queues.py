@@ -47,6 +47,8 @@ LOOKAHEAD = 32
 # picked: the first $5 candidates that can be locked together with their step and their run. PostgreSQL reads
 #   a row again once it is locked. A step that was claimed since the snapshot has another ready_at by then,
 #   and an ended run another status, so neither matches any more. The lock of the run lets advance_run pass.
+# moved: a claimed step is ready again when its lease ends. The trigger that does this for other statements is
+#   skipped, because pending_writes is incremented.
 # noted: the claimed steps, by which a call whose reply was lost finds them.
 CLAIM_NEXT_STEPS = f"""
 WITH guard AS MATERIALIZED (
@@ -97,9 +99,12 @@ WITH guard AS MATERIALIZED (
         started_at = coalesce($2, greatest(a.now, s.completed_at)),
         first_started_at = coalesce(s.first_started_at, a.now), last_attempt = s.last_attempt + 1,
         reopened = false, rescheduled = false, started_owner = a.owner, started_token = NULL,
-        closed_token = NULL
+        closed_token = NULL, pending_writes = s.pending_writes + 1
     FROM chosen a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
     RETURNING a.n, {{claimed_step}}
+), moved AS (
+    UPDATE {{schema}}.pending p SET ready_at = a.expires_at
+    FROM chosen a WHERE p.run_id = a.run_id AND p.step_key = a.step_key
 ), noted AS (
     INSERT INTO {{schema}}.commits (connection, token, run_ids, step_keys)
     SELECT $10, $11, array_agg(run_id ORDER BY n), array_agg(step_key ORDER BY n) FROM chosen
