@@ -63,8 +63,8 @@ def take_ready_steps(
     The caller claims each step and indexes it again.
     """
     for priority in range(MAX_PRIORITY, -1, -1):
-        # Looked up again for each step: indexing one may make a heap anew.
-        while heaps := [heap for queue in queues if (heap := namespace.queue_index.get((queue, priority)))]:
+        levels = [(queue, priority) for queue in queues]
+        while heaps := [heap for level in levels if (heap := namespace.queue_index.get(level))]:
             heap = min(heaps, key=lambda entries: entries[0])
             entry = heap[0]
             if entry.ready_at > now:

@@ -58,7 +58,7 @@ class Steps(OpenNamespace):
             archive_attempt(run, step_key, step, now)
         step.start(step_type, input_json, job_id, now)
         step.started_owner = owner
-        # A queued step that had failed may be ready again.
+        # A Failed step was not ready.
         index_step(self._namespace, run, step_key, step)
         return step.attempt
 

@@ -69,6 +69,8 @@ MODULES = (
     "recovery",
     "claims",
     "dispatches",
+    "queues",
+    "advances",
     "controls",
     "idempotency",
     "signals",
