@@ -51,13 +51,19 @@ SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) ORDER BY
 LOCK_UNLOCKED_RUNS = LOCK_RUNS + " SKIP LOCKED"
 READ_NOW = "SELECT coalesce($1, clock_timestamp())"
 READ_OUTCOME = "SELECT output_json, error_message FROM {schema}.steps WHERE run_id = $1 AND step_key = $2"
+# Deletes the rows of pending itself, in place of the trigger.
 CLOSE_ATTEMPTS = """
+WITH closed AS (
+    SELECT * FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[])
+           AS a (run_id, step_key, status, output_json, error_message)
+), ended AS (
+    DELETE FROM {schema}.pending p USING closed a WHERE p.run_id = a.run_id AND p.step_key = a.step_key
+)
 UPDATE {schema}.steps s
 SET status = a.status, output_json = a.output_json, error_message = a.error_message,
-    completed_at = coalesce($1, greatest(clock_timestamp(), started_at))
-FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[])
-     AS a (run_id, step_key, status, output_json, error_message)
-WHERE s.run_id = a.run_id AND s.step_key = a.step_key
+    completed_at = coalesce($1, greatest(clock_timestamp(), started_at)),
+    pending_writes = s.pending_writes + 1
+FROM closed a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
 """
 # The runs that are not finished: a step is not terminal, or an unstarted key has a dispatch or a live claim.
 # The lock waits for a record_step_complete in progress, and then the row is checked again.

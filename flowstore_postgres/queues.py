@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 from uuid import UUID
 
 from flowstore_core import (
@@ -47,6 +49,8 @@ LOOKAHEAD = 32
 # picked: the first $5 candidates that can be locked together with their step and their run. PostgreSQL reads
 #   a row again once it is locked. A step that was claimed since the snapshot has another ready_at by then,
 #   and an ended run another status, so neither matches any more. The lock of the run lets advance_run pass.
+# moved: a claimed step is ready again when its lease ends. The trigger that does this for other statements is
+#   skipped, because pending_writes is incremented.
 # noted: the claimed steps, by which a call whose reply was lost finds them.
 CLAIM_NEXT_STEPS = f"""
 WITH guard AS MATERIALIZED (
@@ -97,9 +101,12 @@ WITH guard AS MATERIALIZED (
         started_at = coalesce($2, greatest(a.now, s.completed_at)),
         first_started_at = coalesce(s.first_started_at, a.now), last_attempt = s.last_attempt + 1,
         reopened = false, rescheduled = false, started_owner = a.owner, started_token = NULL,
-        closed_token = NULL
+        closed_token = NULL, pending_writes = s.pending_writes + 1
     FROM chosen a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
     RETURNING a.n, {{claimed_step}}
+), moved AS (
+    UPDATE {{schema}}.pending p SET ready_at = a.expires_at
+    FROM chosen a WHERE p.run_id = a.run_id AND p.step_key = a.step_key
 ), noted AS (
     INSERT INTO {{schema}}.commits (connection, token, run_ids, step_keys)
     SELECT $10, $11, array_agg(run_id ORDER BY n), array_agg(step_key ORDER BY n) FROM chosen
@@ -107,9 +114,15 @@ WITH guard AS MATERIALIZED (
     ON CONFLICT (connection) DO UPDATE SET token = excluded.token, run_ids = excluded.run_ids,
         step_keys = excluded.step_keys, noted_at = clock_timestamp()
 )
-SELECT before_deadline, (SELECT count(*) FROM candidate) AS candidates,
-       ARRAY(SELECT ROW(claimed.*) FROM claimed ORDER BY n) AS steps
-FROM guard
+SELECT before_deadline, candidates, ARRAY(SELECT ROW(claimed.*) FROM claimed ORDER BY n) AS steps,
+       -- Whether candidates belong to ended or deleted runs.
+       CASE WHEN picked < candidates AND picked < $5 THEN EXISTS (
+           SELECT FROM candidate c
+           WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r
+                             WHERE r.run_id = c.run_id AND (r.status = 'Running') IS TRUE))
+       ELSE false END AS stale
+FROM guard, (SELECT count(*) AS candidates FROM candidate) candidates,
+     (SELECT count(*) AS picked FROM picked) picked
 """
 CLAIMED_STEP = """s.run_id, a.flow_id, a.flow_name, s.step_key, s.step_type, s.input_json, s.last_attempt,
     s.claim_token, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at, s.claimed_at,
@@ -120,7 +133,7 @@ CLAIMED_STEP = """s.run_id, a.flow_id, a.flow_name, s.step_key, s.step_type, s.i
 CLAIM_NEXT_STEPS = CLAIM_NEXT_STEPS.replace("{claimed_step}", CLAIMED_STEP)
 # The steps of a call whose reply was lost, as far as it still holds their claims (QUE-3).
 FIND_CLAIMED_STEPS = """
-SELECT 0 AS candidates, ARRAY(
+SELECT 0 AS candidates, false AS stale, ARRAY(
     SELECT ROW(k.n, {claimed_step})
     FROM unnest(noted.run_ids, noted.step_keys) WITH ORDINALITY AS k (run_id, step_key, n)
     JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
@@ -162,8 +175,8 @@ FROM unnest($1::text[]) AS q (queue), generate_series({MAX_PRIORITY}, 0, -1) AS 
     ORDER BY ready_at, run_id, step_key LIMIT $3
 ) c
 JOIN {{schema}}.pending p ON p.run_id = c.run_id AND p.step_key = c.step_key
-WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r WHERE r.run_id = p.run_id AND r.status = 'Running')
-   OR NOT EXISTS (SELECT FROM {{schema}}.steps s WHERE s.run_id = p.run_id AND s.step_key = p.step_key)
+WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r
+                  WHERE r.run_id = p.run_id AND (r.status = 'Running') IS TRUE)
 FOR UPDATE OF p SKIP LOCKED
 """
 DELETE_STALE = """
@@ -204,14 +217,22 @@ WHERE r.status = 'Running' GROUP BY p.queue ORDER BY p.queue
 """
 
 
-class _ClaimCall(NamedTuple):
-    """The tokens of one statement of claim_next_steps."""
+@dataclass(slots=True, eq=False)
+class _ClaimCall:
+    """One statement of claim_next_steps."""
 
     number: int
-    """The key of its row in table commits; a later call uses it again once this one has its result."""
+    """The key of its row in table commits; a later statement uses it again once this one has its result."""
     token: int
     owner: str
     """The beginning of the owner tokens of its claims; a number for each step follows."""
+    unknown: OutcomeUnknownError | None = None
+    """The error of a statement whose outcome is unknown."""
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """The parameters that find its claims."""
+        return self.number, self.token, self.owner
 
 
 class Queues:
@@ -227,23 +248,30 @@ class Queues:
         self, *, queues: Sequence[str], lease: timedelta, limit: int, worker: str | None
     ) -> Sequence[ClaimedStep]:
         calls: list[_ClaimCall] = []
+        cancelled = False
 
         async def claim() -> tuple[ClaimedStep, ...]:
-            return await self._claim(calls, queues, lease, limit, worker)
+            async with self._claiming:
+                return () if cancelled else await self._claim(calls, queues, lease, limit, worker)
 
-        async def give_back(outcome: Any) -> None:
-            unacked = (
-                self._database.unacked_statements(outcome) if isinstance(outcome, OutcomeUnknownError) else ()
-            )
-            for call in calls:
-                await self._database.compensate(
-                    RELEASE_CLAIMED_STEPS, *call, self._database.now(), unacked=unacked
-                )
-
-        async with self._claiming:
-            claimed = await self._database.pool.shielded.run(claim(), give_back)
-        self._free_numbers.extend(call.number for call in calls)
+        try:
+            claimed = await self._database.pool.shielded.run(claim(), partial(self._give_back, calls))
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+        self._free_numbers.extend(call.number for call in calls if call.unknown is None)
         return claimed
+
+    async def _give_back(self, calls: Sequence[_ClaimCall], outcome: object) -> None:
+        """Release the claims of a cancelled call (QUE-3)."""
+        for call in calls:
+            unknown = call.unknown
+            await self._database.compensate(
+                RELEASE_CLAIMED_STEPS,
+                *call.key,
+                self._database.now(),
+                unacked=() if unknown is None else self._database.unacked_statements(unknown),
+            )
 
     async def _claim(
         self,
@@ -273,36 +301,39 @@ class Queues:
                     SUPERSEDED_BY,
                     call.number,
                     call.token,
-                    probe=(FIND_CLAIMED_STEPS, *call, self._database.now()),
+                    probe=(FIND_CLAIMED_STEPS, *call.key, self._database.now()),
                     index_only=True,
                 )
-            except FlowStoreError:
+            except FlowStoreError as error:
+                if isinstance(error, OutcomeUnknownError):
+                    call.unknown = error
                 if not claimed:
                     raise
                 # The steps of the earlier statements are claimed, whatever happened to this one.
-                log.warning("claim_next_steps: a part of the steps could not be claimed", exc_info=True)
+                log.warning("claim_next_steps: only a part of the steps was claimed: %s", error)
                 return tuple(claimed)
             claimed.extend(_claimed_step(one) for one in row["steps"])
-            if len(claimed) == limit or not row["candidates"]:
+            if row["stale"]:
+                await self._delete_stale(queues, lookahead)
+            if len(claimed) == limit or row["candidates"] < lookahead:
+                # With fewer candidates than that, every ready step was one.
                 return tuple(claimed)
-            stale = await self._delete_stale(queues, lookahead)
-            if row["candidates"] < lookahead:
-                # Every ready step was a candidate.
-                return tuple(claimed)
-            if not stale:
-                lookahead *= 2
+            lookahead *= 2
 
-    async def _delete_stale(self, queues: Sequence[str], lookahead: int) -> bool:
-        """Delete rows of ended runs from the index; True if there were any."""
+    async def _delete_stale(self, queues: Sequence[str], lookahead: int) -> None:
+        """Delete rows of ended and deleted runs from the index."""
 
-        async def work(transaction: Transaction) -> bool:
+        async def work(transaction: Transaction) -> None:
             rows = await transaction.rows(LOCK_STALE, queues, transaction.now, lookahead)
             if rows:
                 keys = [row[0] for row in rows], [row[1] for row in rows]
                 await transaction.execute(DELETE_STALE, *keys)
-            return bool(rows)
 
-        return await self._database.transaction("claim_next_steps", work)
+        try:
+            await self._database.transaction("claim_next_steps", work)
+        except FlowStoreError as error:
+            # The next claim that finds them deletes them.
+            log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
 
     async def advance_run(
         self,

@@ -30,11 +30,13 @@ FROM unnest($1::uuid[], $2::text[]) AS k (run_id, step_key)
 JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
 ORDER BY s.run_id, s.step_key FOR NO KEY UPDATE OF s
 """
-# A released dispatch leaves its token, by which a cancelled try_record_dispatch is compensated for.
+# Writes the rows of pending itself, in place of the trigger. dispatch_token is cleared because a cancelled
+# try_record_dispatch is compensated for by it.
 DISPATCH_STEPS = """
+WITH dispatched AS (
 INSERT INTO {schema}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
-                                 dispatch_step_type, dispatch_input_json)
-SELECT a.run_id, a.step_key, a.now, a.due_at, a.queue, a.priority, a.step_type, a.input_json
+                                 dispatch_step_type, dispatch_input_json, pending_writes)
+SELECT a.run_id, a.step_key, a.now, a.due_at, a.queue, a.priority, a.step_type, a.input_json, 1
 FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::text[], $6::smallint[],
             $7::text[], $8::text[])
      AS a (run_id, step_key, now, due_at, queue, priority, step_type, input_json)
@@ -43,7 +45,18 @@ ON CONFLICT (run_id, step_key) DO UPDATE SET
     dispatched_at = excluded.dispatched_at, due_at = excluded.due_at, dispatch_token = NULL,
     dispatch_job_id = NULL, dispatch_queue = excluded.dispatch_queue,
     dispatch_priority = excluded.dispatch_priority, dispatch_step_type = excluded.dispatch_step_type,
-    dispatch_input_json = excluded.dispatch_input_json
+    dispatch_input_json = excluded.dispatch_input_json, pending_writes = s.pending_writes + 1
+RETURNING s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at,
+          s.claim_expires_at
+)
+INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
+       greatest(coalesce(s.due_at, s.dispatched_at), s.claim_expires_at,
+                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
+FROM dispatched s
+LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
+ON CONFLICT (run_id, step_key) DO UPDATE
+    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
 """
 # Columns of a step without a dispatch.
 NO_DISPATCH = """dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_queue = NULL,

@@ -6,7 +6,7 @@
 --
 -- Triggers maintain pending, so it is right after any statement, those of an older flowstore and of an administrator
 -- included. Their conditions skip every step without a queue, before a function is called. A statement that writes
--- pending itself, which is faster, stores its token in pending_call; the trigger then skips the row.
+-- pending itself, which is faster, increments pending_writes of the step; the trigger then skips it.
 --
 -- A row of pending does not depend on the status of its run. A claim deletes rows of ended and deleted runs when it
 -- finds them, and reopening a run adds its rows again.
@@ -15,7 +15,7 @@ ALTER TABLE {schema}.steps
     ADD COLUMN dispatch_priority   smallint,
     ADD COLUMN dispatch_step_type  text,
     ADD COLUMN dispatch_input_json text,
-    ADD COLUMN pending_call        bigint;
+    ADD COLUMN pending_writes      integer NOT NULL DEFAULT 0;
 
 -- ready_at is infinity for a claim without lease and for a waiter without end. Rows are short-lived, as in any table of
 -- a queue, so the table is vacuumed early and without pauses.
@@ -103,10 +103,10 @@ END
 $index$;
 
 CREATE TRIGGER index_inserted AFTER INSERT ON {schema}.steps FOR EACH ROW
-    WHEN (NEW.dispatch_queue IS NOT NULL AND NEW.pending_call IS NULL) EXECUTE FUNCTION {schema}.index_step();
+    WHEN (NEW.dispatch_queue IS NOT NULL AND NEW.pending_writes = 0) EXECUTE FUNCTION {schema}.index_step();
 CREATE TRIGGER index_changed AFTER UPDATE ON {schema}.steps FOR EACH ROW
     WHEN (coalesce(NEW.dispatch_queue, OLD.dispatch_queue) IS NOT NULL
-          AND NEW.pending_call IS NOT DISTINCT FROM OLD.pending_call
+          AND NEW.pending_writes = OLD.pending_writes
           AND (NEW.status, NEW.claimed_at, NEW.claim_expires_at, NEW.dispatched_at, NEW.due_at,
                NEW.dispatch_queue, NEW.dispatch_priority)
               IS DISTINCT FROM (OLD.status, OLD.claimed_at, OLD.claim_expires_at, OLD.dispatched_at, OLD.due_at,
