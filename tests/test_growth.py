@@ -33,7 +33,15 @@ NOON = datetime(2026, 3, 14, 12, tzinfo=UTC)
 
 
 SEARCH_TRIGGERS = ("search_ended", "search_loaded", "search_deleted", "search_late", "search_skipped")
-QUEUE_TRIGGERS = ("requeue_step", "dequeue_step", "requeue_waiting", "requeue_delivered", "requeue_unblocked")
+SQLITE_SEARCH_TRIGGERS = ("search_ended", "search_loaded", "search_deleted", "search_skipped")
+QUEUE_TRIGGERS = (
+    "search_closed",
+    "requeue_step",
+    "dequeue_step",
+    "requeue_waiting",
+    "requeue_delivered",
+    "requeue_unblocked",
+)
 QUEUE_TRIGGERS += ("requeue_run", "dequeue_run", "recompute_ready_at")
 
 
@@ -207,7 +215,13 @@ async def test_a_version_1_database_is_migrated_with_its_data(database: str) -> 
 async def _downgrade(url: str) -> None:
     tables = ("run_changes", "run_counts", "run_days", "run_summaries", "run_texts", "unsearched")
     if url.startswith("sqlite"):
-        triggers = ("count_started", "count_loaded", "count_deleted", "count_changed", *SEARCH_TRIGGERS)
+        triggers = (
+            "count_started",
+            "count_loaded",
+            "count_deleted",
+            "count_changed",
+            *SQLITE_SEARCH_TRIGGERS,
+        )
         await _execute(
             url,
             *(f"DROP TRIGGER {name}" for name in (*triggers, *QUEUE_TRIGGERS)),
@@ -284,7 +298,8 @@ async def test_a_search_indexes_the_runs_that_it_scans(database: str) -> None:
 async def test_searches_work_without_the_index_and_a_migration_restores_it(database: str) -> None:
     _, backend, config = resolve_store(database)
     if database.startswith("sqlite"):
-        statements = ["DROP TABLE run_trigrams", *(f"DROP TRIGGER {name}" for name in SEARCH_TRIGGERS)]
+        statements = ["DROP TABLE run_trigrams"]
+        statements += [f"DROP TRIGGER {name}" for name in SQLITE_SEARCH_TRIGGERS]
     else:
         tables = (
             "steps" if name in ("search_late", "search_skipped") else "runs" for name in SEARCH_TRIGGERS

@@ -848,9 +848,8 @@ async def new_dispatch_keeps_the_old_job_id(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "claim_token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL, "
-            "dispatch_token = NULL",
-            "claim_token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL",
+            "token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL, dispatch_token = NULL",
+            "token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL",
         )
     ],
 )
