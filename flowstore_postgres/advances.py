@@ -71,8 +71,8 @@ SET status = a.status, output_json = a.output_json, error_message = a.error_mess
 FROM closed a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
 """
 # The runs that are not finished: a step is not terminal, or an unstarted key has a dispatch or a live claim.
-# Every queued step that is not terminal has a row in pending, which is found faster than a step among many that
-# have ended. The locks wait for a record_step_complete in progress, and then the row is checked again.
+# Every queued step that is not terminal has a row in pending, which is found faster than a step among many
+# that have ended. The locks wait for a record_step_complete in progress, and then the row is checked again.
 FIND_UNFINISHED = """
 SELECT run_id FROM unnest($1::uuid[]) AS a (run_id)
 WHERE coalesce(
@@ -80,10 +80,9 @@ WHERE coalesce(
     (SELECT true FROM {schema}.steps s
      WHERE s.run_id = a.run_id
        AND (s.status IN ('Pending', 'Running')
-            OR s.status IS NULL
-               AND (s.dispatched_at IS NOT NULL
-                    OR s.claimed_at IS NOT NULL
-                       AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2)))
+            OR s.status IS NULL AND s.dispatched_at IS NOT NULL
+            OR s.status IS NULL AND s.claimed_at IS NOT NULL
+               AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2))
      LIMIT 1 FOR SHARE),
     false)
 """
