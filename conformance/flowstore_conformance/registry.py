@@ -98,6 +98,7 @@ MODULES = (
     "races",
     "processes",
     "snapshots",
+    "queue_races",
     "cancellation",
     "crash",
     "killed_calls",

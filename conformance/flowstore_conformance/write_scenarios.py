@@ -124,9 +124,11 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         setup = [
             _run(run, flow),
             _on(run, "try_record_dispatch", "a", queue=queue, priority=3, step_type="http", input_json="{ }"),
+            _on(run, "try_record_dispatch", "b", queue=queue, step_type="http"),
             _on(run, "request_cancel", reason="enough"),
         ]
-        claim = {"queues": [queue], "lease": LEASE, "limit": 5, "worker": "worker 1"}
+        # A repeated call that claimed again would claim "b".
+        claim = {"queues": [queue], "lease": LEASE, "limit": 1, "worker": "worker 1"}
         return setup, Call(method="claim_next_steps", arguments=claim)
 
     def claim_again(run: UUID, flow: UUID) -> tuple[list[Call], Call]:

@@ -44,6 +44,7 @@ MODULES = (
     "keys",
     "lost_messages",
     "queries",
+    "queues",
     "races",
     "records",
     "retention",
