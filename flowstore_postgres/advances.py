@@ -44,12 +44,17 @@ from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Trans
 MAX_BATCH = 64
 """Maximum number of runs that are advanced in one transaction."""
 
+# The time of each row is read once the run is locked.
 LOCK_RUNS = """
-SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[]) ORDER BY run_id FOR NO KEY UPDATE
+SELECT run_id, status, coalesce($2, clock_timestamp()) AS now FROM (
+    SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[])
+    ORDER BY run_id FOR NO KEY UPDATE{wait}
+) locked
 """
 # Fast path, for the shared transaction.
-LOCK_UNLOCKED_RUNS = LOCK_RUNS + " SKIP LOCKED"
-READ_NOW = "SELECT coalesce($1, clock_timestamp())"
+LOCK_UNLOCKED_RUNS = LOCK_RUNS.replace("{wait}", " SKIP LOCKED")
+# Slow path, for a dedicated transaction.
+WAIT_FOR_RUN = LOCK_RUNS.replace("{wait}", "")
 READ_OUTCOME = "SELECT output_json, error_message FROM {schema}.steps WHERE run_id = $1 AND step_key = $2"
 # Deletes the rows of pending itself, in place of the trigger.
 CLOSE_ATTEMPTS = """
@@ -66,17 +71,20 @@ SET status = a.status, output_json = a.output_json, error_message = a.error_mess
 FROM closed a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
 """
 # The runs that are not finished: a step is not terminal, or an unstarted key has a dispatch or a live claim.
-# The lock waits for a record_step_complete in progress, and then the row is checked again.
+# Every queued step that is not terminal has a row in pending, which is found faster than a step among many
+# that have ended. The locks wait for a record_step_complete in progress, and then the row is checked again.
 FIND_UNFINISHED = """
-SELECT a.run_id FROM unnest($1::uuid[]) AS a (run_id), LATERAL (
-    SELECT FROM {schema}.steps s
-    WHERE s.run_id = a.run_id
-      AND (s.status IN ('Pending', 'Running')
-           OR s.status IS NULL
-              AND (s.dispatched_at IS NOT NULL
-                   OR s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2)))
-    LIMIT 1 FOR SHARE
-) unfinished
+SELECT run_id FROM unnest($1::uuid[]) AS a (run_id)
+WHERE coalesce(
+    (SELECT true FROM {schema}.pending p WHERE p.run_id = a.run_id LIMIT 1 FOR KEY SHARE),
+    (SELECT true FROM {schema}.steps s
+     WHERE s.run_id = a.run_id
+       AND (s.status IN ('Pending', 'Running')
+            OR s.status IS NULL AND s.dispatched_at IS NOT NULL
+            OR s.status IS NULL AND s.claimed_at IS NOT NULL
+               AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2))
+     LIMIT 1 FOR SHARE),
+    false)
 """
 COMPLETE_RUNS = """
 UPDATE {schema}.runs r
@@ -123,9 +131,11 @@ async def advance_runs(
 
     A call whose run is not found, or is skipped by ``lock_runs``, gets a RunNotFoundError.
     """
-    rows = await transaction.rows(lock_runs, sorted(advance.run_id for advance in advances))
-    statuses = {row[0]: row[1] for row in rows}
-    [now] = await transaction.row(READ_NOW, transaction.now)
+    rows = await transaction.rows(lock_runs, [advance.run_id for advance in advances], transaction.now)
+    if not rows:
+        return [RunNotFoundError(advance.run_id) for advance in advances]
+    statuses = {row["run_id"]: row["status"] for row in rows}
+    now = max(row["now"] for row in rows)
     keys = {
         (advance.run_id, key)
         for advance in advances
@@ -199,7 +209,9 @@ async def _complete(
     """Complete the runs in which nothing is left to do (QUE-6) and return their ids."""
     if not settled:
         return set()
-    rows = await transaction.rows(FIND_UNFINISHED, [advance.run_id for advance, _ in settled], now)
+    # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
+    run_ids = sorted(advance.run_id for advance, _ in settled)
+    rows = await transaction.rows(FIND_UNFINISHED, run_ids, now)
     unfinished = {row[0] for row in rows}
     finished = [one for one in settled if one[0].run_id not in unfinished]
     if finished:
@@ -247,7 +259,7 @@ class RunAdvancer:
             pass
 
         async def work(transaction: Transaction) -> RunAdvance:
-            [outcome] = await advance_runs(transaction, LOCK_RUNS, [advance])
+            [outcome] = await advance_runs(transaction, WAIT_FOR_RUN, [advance])
             if isinstance(outcome, FlowStoreError):
                 raise outcome
             return outcome

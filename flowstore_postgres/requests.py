@@ -21,15 +21,27 @@ from flowstore_postgres.transactions import Transaction
 StepKey = tuple[UUID, str]
 """A run and a step key."""
 
-# The lock keeps record_step_complete away, which does not lock the run.
+# Steps that are not terminal are locked, and read again once they are: record_step_complete does not lock the
+# run. A terminal step does not change while the run is locked.
 READ_STEPS = """
-SELECT s.run_id, s.step_key, s.status, s.last_attempt, s.reopened, s.started_owner,
-       s.dispatched_at IS NOT NULL
-       OR s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $3) AS held
-FROM unnest($1::uuid[], $2::text[]) AS k (run_id, step_key)
-JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
-ORDER BY s.run_id, s.step_key FOR NO KEY UPDATE OF s
-"""
+WITH found AS MATERIALIZED (
+    SELECT {columns}
+    FROM unnest($1::uuid[], $2::text[]) AS k (run_id, step_key)
+    JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
+), locked AS MATERIALIZED (
+    SELECT {columns}
+    FROM found f JOIN {schema}.steps s ON s.run_id = f.run_id AND s.step_key = f.step_key
+    WHERE f.status IS NULL OR f.status IN ('Pending', 'Running')
+    ORDER BY s.run_id, s.step_key FOR NO KEY UPDATE OF s
+)
+SELECT * FROM locked
+UNION ALL SELECT * FROM found WHERE status IN ('Succeeded', 'Failed', 'Skipped')
+""".replace(
+    "{columns}",
+    """s.run_id, s.step_key, s.status, s.last_attempt, s.reopened, s.started_owner,
+           s.dispatched_at IS NOT NULL
+           OR s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $3) AS held""",
+)
 # Writes the rows of pending itself, in place of the trigger. dispatch_token is cleared because a cancelled
 # try_record_dispatch is compensated for by it.
 DISPATCH_STEPS = """
