@@ -77,6 +77,16 @@ class SqliteBackend:
         async with adjust_version(url, difference):
             yield
 
+    def earlier_schema_versions(self) -> Sequence[int]:
+        from flowstore_sqlite.schema_migrations import load_migrations
+
+        return [one.version for one in load_migrations()[:-1]]
+
+    async def revert_schema(self, url: str, version: int) -> None:
+        from flowstore_sqlite.deploy import revert_schema
+
+        await revert_schema(url, version)
+
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
         """Every migration in order, as (number, name, a script that applies and records it)."""
         from flowstore_sqlite.deploy import migrations

@@ -38,7 +38,7 @@ class MutantBackend:
             yield mutant
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inject_faults", "adjust_schema_version"):
+        if name in ("inject_faults", "adjust_schema_version", "earlier_schema_versions", "revert_schema"):
             return getattr(self._base, name)
         raise AttributeError(name)
 

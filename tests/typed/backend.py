@@ -17,6 +17,7 @@ from flowstore_core.backend import (
     FaultInjector,
     Fixable,
     Migratable,
+    SchemaRevertible,
     SchemaVersionAdjustable,
     Severity,
     ShieldedTasks,
@@ -83,6 +84,11 @@ class Descriptor:
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         yield
 
+    def earlier_schema_versions(self) -> Sequence[int]:
+        return [1]
+
+    async def revert_schema(self, url: str, version: int) -> None: ...
+
 
 class Injector:
     url = "mine://proxy"
@@ -109,6 +115,7 @@ fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
+schema_revertible: SchemaRevertible = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 
 
