@@ -62,6 +62,7 @@ __all__ = [
     "FaultInjector",
     "Fixable",
     "Migratable",
+    "NonDurableUrls",
     "Observer",
     "Observers",
     "PendingCall",
@@ -159,6 +160,15 @@ class VariantUrls(Protocol):
         All variants must work on one namespace at once and have the capabilities of ``url``. The suite opens
         each check's stores with the given URL or with one of the variants, as the seed decides.
         """
+        ...
+
+
+@runtime_checkable
+class NonDurableUrls(Protocol):
+    """A backend with options under which its stores do not have DURABLE, for CON-5."""
+
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        """Return URLs of the store at ``url`` with such options, one for each option."""
         ...
 
 

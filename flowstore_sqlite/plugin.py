@@ -70,6 +70,10 @@ class SqliteBackend:
         parts = parse_url(url)
         return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
 
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        parts = parse_url(url)
+        return [parts.with_options({**parts.options, "synchronous": "NORMAL"})]
+
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         from flowstore_sqlite.deploy import adjust_version

@@ -17,6 +17,7 @@ from flowstore_core.backend import (
     FaultInjector,
     Fixable,
     Migratable,
+    NonDurableUrls,
     SchemaRevertible,
     SchemaVersionAdjustable,
     Severity,
@@ -76,6 +77,9 @@ class Descriptor:
     def variants(self, url: str) -> Mapping[str, str]:
         return {"pool of one": f"{url}?pool=1"}
 
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        return [f"{url}?sync=off"]
+
     @asynccontextmanager
     async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
         yield Injector()
@@ -113,6 +117,7 @@ describable: Describable = Descriptor()
 diagnosable: Diagnosable = Descriptor()
 fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
+non_durable: NonDurableUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 schema_revertible: SchemaRevertible = Descriptor()

@@ -116,7 +116,10 @@ class _Data:
             )
             self._clock.advance(DAY)
         await self._compared.make_concurrently([_start(self._new_id(), FLOW) for _ in range(RUNS_OF_A_KIND)])
-        # Deletes nothing, but may maintain an index.
+        await self._maintain_index()
+
+    async def _maintain_index(self) -> None:
+        """Make a cleanup that deletes nothing, in which a backend may add ended runs to an index."""
         await self._compared.call("cleanup", cutoff=EARLIEST)
 
     def _new_id(self) -> UUID:
@@ -129,8 +132,9 @@ class _Data:
         await compared.make_concurrently([write for _, write in self._scenarios])
         active = compared.model.get_active_runs()[::3]
         await compared.make_concurrently([_complete(run.run_id, RunStatus.FAILED) for run in active])
-        # Late skips of ended runs, for which a search must find them.
-        await compared.make_concurrently([_skip(run.run_id, "late") for run in active])
+        await self._maintain_index()
+        # The texts of an indexed run change: searches for "ship" now find it.
+        await compared.make_concurrently([_skip(run.run_id, "ship later") for run in active])
         await compared.make([_start(self._new_id(), FLOW)])
         is_quick = self._context.profile is Profile.QUICK
         await self.compare(f"{compared.stage} and further writes", runs=not is_quick)
