@@ -54,13 +54,14 @@ RESTORE_VERSION = f"{RECORD_VERSION} ON CONFLICT DO NOTHING"
 DELETE_VERSION = "DELETE FROM {schema}.schema_version WHERE version = $1"
 # The columns that the tables of two schemas have in common.
 COMMON_COLUMNS = """
-SELECT quote_ident(c.relname) AS table_name, string_agg(quote_ident(a.attname), ', ') AS columns
-FROM pg_catalog.pg_class c JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid
-JOIN pg_catalog.pg_class o ON o.relname = c.relname AND o.relkind = 'r'
-JOIN pg_catalog.pg_attribute b ON b.attrelid = o.oid AND b.attname = a.attname AND NOT b.attisdropped
-WHERE c.relnamespace = $1::text::regnamespace AND o.relnamespace = $2::text::regnamespace
-  AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped AND c.relname <> 'schema_version'
-GROUP BY c.relname
+SELECT quote_ident(t.relname), string_agg(quote_ident(c.attname), ', ')
+FROM pg_catalog.pg_class t JOIN pg_catalog.pg_attribute c ON c.attrelid = t.oid
+JOIN pg_catalog.pg_class t2 ON t2.relname = t.relname
+JOIN pg_catalog.pg_attribute c2 ON c2.attrelid = t2.oid AND c2.attname = c.attname
+WHERE t.relnamespace = $1::text::regnamespace AND t2.relnamespace = $2::text::regnamespace
+  AND t.relkind = 'r' AND t.relname <> 'schema_version'
+  AND c.attnum > 0 AND NOT c.attisdropped AND NOT c2.attisdropped
+GROUP BY t.relname
 """
 # The triggers of counters would count the copied runs a second time.
 COPY_TABLE = """
