@@ -174,6 +174,25 @@ async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
 
 
 @example("QRY-5", needs=CLOCK)
+async def overlapping_windows_agree(context: CheckContext) -> None:
+    """A window has the same buckets whatever other windows were read before, such as parts of its days."""
+    flow_id, midnight = new_id(context), datetime(2026, 6, 14, tzinfo=UTC)
+    hours = (0, 1, 11, 23, 24, 25, 25, 47)
+    for hour in hours:
+        await _start_run(context, midnight + hour * HOUR, flow_id=flow_id)
+    windows = [(0, 2), (10, 12), (22, 26), (0, 24), (24, 48), (1, 47), (0, 48)]
+    for first, end in (*windows, *reversed(windows)):
+        since, until = midnight + first * HOUR, midnight + end * HOUR
+        wanted = [(midnight + hour * HOUR, hours.count(hour)) for hour in range(first, end)]
+        found = await _series(context, BY_HOUR, since, until, flow_id)
+        context.expect(found, wanted, f"the hours from {since} to {until} and their runs")
+        days = [midnight + day * DAY for day in range(first // 24, -(-end // 24))]
+        wanted = [(day, 4) for day in days]
+        found = await _series(context, BY_DAY, since, until, flow_id)
+        context.expect(found, wanted, f"the days from {since} to {until} and their runs")
+
+
+@example("QRY-5", needs=CLOCK)
 async def buckets_start_at_utc_hours_and_days(context: CheckContext) -> None:
     """Whatever the zones of since and until, a bucket starts at a whole UTC hour or day."""
     await _start_run(context, datetime(2026, 5, 14, 23, 30, tzinfo=UTC))
