@@ -204,8 +204,8 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
 async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     """get_outputs returns every output, also of more bytes than a message or page of a database holds."""
     store, run_id = context.store, await start(context)
-    count = context.profile.of(120, 2_600, 10_500)
-    filler = "0123456789abcdef" * 160
+    count = context.profile.of(1_100, 2_600, 10_500)
+    filler = "0123456789abcdef" * context.profile.of(16, 160, 160)
     values = {f"key {number:05}": f"{number} {filler}" for number in range(count)}
     keys = list(values)
     await in_groups(lambda number: store.save_output(run_id, keys[number], values[keys[number]]), count)
