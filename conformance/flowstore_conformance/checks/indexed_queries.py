@@ -284,11 +284,13 @@ def _late_calls(state: str, run_id: UUID, text: str) -> list[Call]:
 async def late_results_of_ended_runs_are_found(context: CheckContext) -> None:
     """A search finds a result that follows the end and the indexing of its run, whatever the step was."""
     compared = ComparedStore.of(context)
+    # A flow of its own, because searching the runs of other checks may take long.
+    flow_id = new_id(context)
     writes: dict[UUID, Call] = {}
     texts: dict[UUID, str] = {}
 
-    async def prepare(run_id: UUID, state: str) -> None:
-        await compared.make([_start(run_id), *STATES[state](run_id), _end(run_id, RunStatus.FAILED)])
+    def search(text: str) -> Call:
+        return Call(method="get_runs_page", arguments={"flow_id": flow_id, "search": text})
 
     for state in STATES:
         for number in range(len(_late_calls(state, UUID(int=0), ""))):
@@ -297,20 +299,17 @@ async def late_results_of_ended_runs_are_found(context: CheckContext) -> None:
             call = _late_calls(state, run_id, text)[number]
             if call.operation.is_offered(context.capabilities):
                 writes[run_id], texts[run_id] = call, text
-                await prepare(run_id, state)
+                begin = [_start(run_id, flow_id=flow_id), *STATES[state](run_id)]
+                await compared.make([*begin, _end(run_id, RunStatus.FAILED)])
     await context.store.cleanup(EARLIEST)
     compared.stage = "after a late result of an ended run, which a cleanup may have indexed"
     for run_id, text in texts.items():
-        await compared.make([writes[run_id], _search(text)])
+        await compared.make([writes[run_id], search(text)])
     await context.store.cleanup(EARLIEST)
     for run_id, text in texts.items():
-        await compared.make([_search(text.upper())])
+        await compared.make([search(text.upper())])
         if compared.model.get_step_statuses(run_id)["a"] is StepStatus.PENDING:
-            await compared.make([_skip(run_id, "a", f"second {text}"), _search(f"second {text}")])
-
-
-def _search(text: str) -> Call:
-    return Call(method="get_runs_page", arguments={"search": text})
+            await compared.make([_skip(run_id, "a", f"second {text}"), search(f"second {text}")])
 
 
 async def _index(compared: ComparedStore) -> None:
