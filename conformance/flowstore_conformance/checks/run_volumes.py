@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence, Sized
 from typing import Any
 from uuid import UUID
@@ -133,6 +134,7 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     )
     expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
 
+    await _end_while_steps_change(context, run_id)
     expected = dict(await store.get_step_statuses(run_id))
     for what, differing in (
         ("the last status differs", {**expected, keys[-1]: StepStatus.FAILED}),
@@ -152,6 +154,33 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     await _expect_deleted_whole(
         context, run_id, f"a run with {count:,} steps", read="get_dispatched_step_keys"
     )
+
+
+async def _end_while_steps_change(context: CheckContext, run_id: UUID) -> None:
+    """Complete a run with many expected steps while one of them changes, and leave the run Running.
+
+    If the call returns True, the run was terminal before the step changed. So it is terminal for a read that
+    follows the change.
+    """
+    store, random = context.store, context.random
+    statuses = dict(await store.get_step_statuses(run_id))
+    begun = time.monotonic()
+    await store.complete_run(run_id, RunStatus.FAILED, expected={**statuses, "unknown": StepStatus.FAILED})
+    # The changes meet different moments of the call.
+    longest = time.monotonic() - begun
+    for number in range(context.profile.of(8, 8, 24)):
+        key = f"changing {number}"
+        await store.record_step_start(run_id, key, "http")
+        statuses = dict(await store.get_step_statuses(run_id))
+        ending = asyncio.ensure_future(store.complete_run(run_id, RunStatus.FAILED, expected=statuses))
+        await asyncio.sleep(random.random() * longest)
+        await store.record_step_complete(run_id, key, StepStatus.FAILED)
+        status = await store.get_run_status(run_id)
+        won = await ending
+        what = f"complete_run with {len(statuses):,} expected steps, one of which changed before the run did"
+        expect_result(context, won and status is RunStatus.RUNNING, False, what, clause="RUN-2")
+        if won:
+            await store.retry_step(run_id, key)
 
 
 async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str], of: str) -> None:
