@@ -64,10 +64,12 @@ __all__ = [
     "FaultInjector",
     "Fixable",
     "Migratable",
+    "NonDurableUrls",
     "Observer",
     "Observers",
     "PendingCall",
     "Resolution",
+    "SchemaRevertible",
     "SchemaVersionAdjustable",
     "Severity",
     "ShieldedTasks",
@@ -165,6 +167,15 @@ class VariantUrls(Protocol):
         ...
 
 
+@runtime_checkable
+class NonDurableUrls(Protocol):
+    """A backend with options under which its stores do not have DURABLE, for CON-5."""
+
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        """Return URLs of the store at ``url`` with such options, one for each option."""
+        ...
+
+
 class FaultInjector(Protocol):
     """Stands between the stores of one URL and their database, and injects one fault at a time.
 
@@ -223,6 +234,26 @@ class SchemaVersionAdjustable(Protocol):
         """Record a newer (1) or older (-1) version of the schema at ``url``, a scratch namespace.
 
         The newer version is one that this code does not work with. Nothing else changes, and leaving the
-        context restores the version. No store is open meanwhile.
+        context restores the version, also after a store has recorded it. No store is open at either moment.
+        """
+        ...
+
+
+@runtime_checkable
+class SchemaRevertible(Protocol):
+    """A backend that lets the conformance suite create a store as an earlier release left it, for CON-6.
+
+    Without it the checks of migrations are UNSUPPORTED.
+    """
+
+    def earlier_schema_versions(self) -> Sequence[int]:
+        """List, oldest first, the versions that this code migrates and that can store all data of today."""
+        ...
+
+    async def revert_schema(self, url: str, version: int) -> None:
+        """Replace the newest schema at ``url``, a scratch namespace, by an earlier one with the same data.
+
+        Create its tables with the migrations up to ``version``, and copy the columns that both have. Copy
+        counters and indexes too if the earlier version has them. No store is open meanwhile.
         """
         ...

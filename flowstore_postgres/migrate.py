@@ -25,7 +25,7 @@ from flowstore_postgres.search import (
     INDEX_RUNS,
     REINDEX_THRESHOLD,
 )
-from flowstore_postgres.settings import Settings, read_settings
+from flowstore_postgres.settings import Settings, quote_identifier, read_settings
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -50,7 +50,25 @@ CREATE TABLE {schema}.schema_version (
 )
 """
 RECORD_VERSION = "INSERT INTO {schema}.schema_version (version, name, works_from) VALUES ($1, $2, $3)"
+RESTORE_VERSION = f"{RECORD_VERSION} ON CONFLICT DO NOTHING"
 DELETE_VERSION = "DELETE FROM {schema}.schema_version WHERE version = $1"
+# The columns that the tables of two schemas have in common.
+COMMON_COLUMNS = """
+SELECT quote_ident(t.relname), string_agg(quote_ident(c.attname), ', ')
+FROM pg_catalog.pg_class t JOIN pg_catalog.pg_attribute c ON c.attrelid = t.oid
+JOIN pg_catalog.pg_class t2 ON t2.relname = t.relname
+JOIN pg_catalog.pg_attribute c2 ON c2.attrelid = t2.oid AND c2.attname = c.attname
+WHERE t.relnamespace = $1::text::regnamespace AND t2.relnamespace = $2::text::regnamespace
+  AND t.relkind = 'r' AND t.relname <> 'schema_version'
+  AND c.attnum > 0 AND NOT c.attisdropped AND NOT c2.attisdropped
+GROUP BY t.relname
+"""
+# The triggers of counters would count the copied runs a second time.
+COPY_TABLE = """
+ALTER TABLE {schema}.{table} DISABLE TRIGGER USER;
+INSERT INTO {schema}.{table} ({columns}) SELECT {columns} FROM {source}.{table};
+ALTER TABLE {schema}.{table} ENABLE TRIGGER USER
+"""
 # IF NOT EXISTS is not safe against concurrent migrations; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
 SET_WRITABLE = "SET TRANSACTION READ WRITE"
@@ -175,7 +193,7 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
         await connection.execute(CREATE_VERSION_TABLE.replace("{schema}", schema))
     record = RECORD_VERSION.replace("{schema}", schema)
     for one in read_migrations():
-        if one.number > found:
+        if found < one.number <= needed:
             await connection.execute(one.sql.replace("{schema}", schema))
             await connection.execute(record, one.number, one.name, one.works_from)
             log.info(
@@ -253,7 +271,7 @@ async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
 
     async def change(*, adds: bool) -> None:
         async with _connect(config) as (connection, settings), pinned_transaction(connection):
-            statement = RECORD_VERSION if adds else DELETE_VERSION
+            statement = RESTORE_VERSION if adds else DELETE_VERSION
             values = row if adds else row[:1]
             await connection.execute(statement.replace("{schema}", settings.quoted_schema), *values)
 
@@ -262,6 +280,19 @@ async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
         yield
     finally:
         await change(adds=difference < 0)
+
+
+async def revert_schema(url: str, version: int) -> None:
+    """See SchemaRevertible."""
+    config = _config_of(url)
+    async with _connect(config) as (connection, settings), pinned_transaction(connection):
+        target, source = settings.quoted_schema, quote_identifier(f"{settings.schema}_newest")
+        await connection.execute(f"ALTER SCHEMA {target} RENAME TO {source}")
+        await _apply(connection, settings, version)
+        for table, columns in await connection.fetch(COMMON_COLUMNS, target, source):
+            parts = {"schema": target, "source": source, "table": table, "columns": columns}
+            await connection.execute(COPY_TABLE.format_map(parts))
+        await connection.execute(f"DROP SCHEMA {source} CASCADE")
 
 
 @asynccontextmanager

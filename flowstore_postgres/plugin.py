@@ -77,6 +77,16 @@ class PostgresBackend:
         async with adjust_version(url, difference):
             yield
 
+    def earlier_schema_versions(self) -> Sequence[int]:
+        from flowstore_postgres.migrate import read_migrations
+
+        return [one.number for one in read_migrations()[:-1]]
+
+    async def revert_schema(self, url: str, version: int) -> None:
+        from flowstore_postgres.migrate import revert_schema
+
+        await revert_schema(url, version)
+
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
         """Every migration in order, as (number, name, script); the script applies and records it."""
         from flowstore_postgres.migrate import migration_scripts

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from functools import partial
 
 from flowstore_core import StoreConfig
 from flowstore_sqlite.connection import Connection, read_transaction, write_transaction
-from flowstore_sqlite.file_access import file_exists
+from flowstore_sqlite.file_access import create_file, file_exists
 from flowstore_sqlite.open import Options, open_writer
 from flowstore_sqlite.schema_migrations import (
     CREATE_SCHEMA_TABLE,
@@ -21,6 +24,18 @@ from flowstore_sqlite.schema_migrations import (
 )
 from flowstore_sqlite.search import enable_search, index_some, is_indexed
 from flowstore_sqlite.url import database_path
+
+RESTORE_VERSION = f"{INSERT_VERSION} ON CONFLICT DO NOTHING"
+READ_TRIGGERS = "SELECT name, sql FROM main.sqlite_schema WHERE type = 'trigger'"
+# The columns that a table has in both files.
+COMMON_COLUMNS = """
+SELECT t.name, group_concat(c.name) FROM main.sqlite_schema t, pragma_table_info(t.name, 'main') c
+WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite%' AND t.name <> 'flowstore_schema'
+  AND c.name IN (SELECT name FROM pragma_table_info(t.name, 'newest'))
+GROUP BY t.name
+"""
+SEARCH_VERSION = 3
+"""The first schema version with tables for the search index."""
 
 
 def migrations() -> Sequence[tuple[int, str, str]]:
@@ -74,12 +89,41 @@ async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
         finally:
             await connection.close()
 
-    add, delete = (INSERT_VERSION, row), (DELETE_VERSION, row[:1])
+    add, delete = (RESTORE_VERSION, row), (DELETE_VERSION, row[:1])
     await change(*(add if difference > 0 else delete))
     try:
         yield
     finally:
         await change(*(add if difference < 0 else delete))
+
+
+async def revert_schema(url: str, version: int) -> None:
+    """See SchemaRevertible."""
+    await asyncio.to_thread(_revert_file, database_path(url), version)
+
+
+def _revert_file(path: str, version: int) -> None:
+    newest = f"{path}-newest"
+    os.rename(path, newest)
+    create_file(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for migration in load_migrations():
+            if migration.version <= version:
+                db.executescript(_script(migration))
+        db.execute("ATTACH ? AS newest", (newest,))
+        db.execute("BEGIN")
+        # The triggers of counters would count the copied runs a second time.
+        triggers = db.execute(READ_TRIGGERS).fetchall()
+        for name, _ in triggers:
+            db.execute(f"DROP TRIGGER {name}")
+        for table, columns in db.execute(COMMON_COLUMNS).fetchall():
+            db.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM newest.{table}")
+        for _, definition in triggers:
+            db.execute(definition)
+        if version >= SEARCH_VERSION and enable_search(db):
+            index_some(db, now=0)
+        db.execute("COMMIT")
+    os.unlink(newest)
 
 
 async def migrate(config: StoreConfig) -> int:

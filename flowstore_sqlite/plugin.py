@@ -70,12 +70,26 @@ class SqliteBackend:
         parts = parse_url(url)
         return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
 
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        parts = parse_url(url)
+        return [parts.with_options({**parts.options, "synchronous": "NORMAL"})]
+
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         from flowstore_sqlite.deploy import adjust_version
 
         async with adjust_version(url, difference):
             yield
+
+    def earlier_schema_versions(self) -> Sequence[int]:
+        from flowstore_sqlite.schema_migrations import load_migrations
+
+        return [one.version for one in load_migrations()[:-1]]
+
+    async def revert_schema(self, url: str, version: int) -> None:
+        from flowstore_sqlite.deploy import revert_schema
+
+        await revert_schema(url, version)
 
     def migrations(self, config: StoreConfig) -> Sequence[tuple[int, str, str]]:
         """Every migration in order, as (number, name, a script that applies and records it)."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -14,14 +16,24 @@ from flowstore_conformance.rendering import render_text
 from flowstore_conformance.suite import run_check
 
 from flowstore_core import ConfigurationError, open_store
-from flowstore_core.backend import FaultInjectable, FaultInjector, SchemaVersionAdjustable
+from flowstore_core.backend import (
+    FaultInjectable,
+    FaultInjector,
+    Migratable,
+    SchemaRevertible,
+    SchemaVersionAdjustable,
+)
+from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Backend, find_backend
 from flowstore_core.urls import parse_url
 from flowstore_memory.plugin import MemoryBackend
+from flowstore_sqlite.plugin import SqliteBackend
+from flowstore_sqlite.url import database_path
 from tests.calls import new_run
 
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
-SCHEMA_CHECK = next(check for check in CHECKS if check.clauses == ("CON-6",))
+SCHEMA_CHECK = next(check for check in CHECKS if check.name == "another_schema_version_is_refused")
+MIGRATION_CHECK = next(check for check in CHECKS if check.name == "migrations_keep_all_data")
 
 
 async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
@@ -67,6 +79,83 @@ async def test_a_backend_that_opens_any_schema_version_is_found() -> None:
     assert result.failure is not None
     assert result.failure.clause == "CON-6"
     assert "newer schema" in result.failure.message
+
+
+# Migrations
+
+
+class FaultyMigration(SqliteBackend):
+    """Executes a statement on each older file, as a faulty migration would."""
+
+    def __init__(self, statement: str) -> None:
+        self._statement = statement
+
+    async def revert_schema(self, url: str, version: int) -> None:
+        await super().revert_schema(url, version)
+        with closing(sqlite3.connect(database_path(url))) as db, db:
+            db.execute(self._statement)
+
+
+TABLES_OF_RUNS = (
+    "runs",
+    "steps",
+    "attempts",
+    "controls",
+    "idempotency_keys",
+    "waiters",
+    "deliveries",
+    "outputs",
+    "events",
+)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(f"DELETE FROM {table}" for table in TABLES_OF_RUNS),
+        "UPDATE runs SET completed_at = completed_at / 1000 * 1000",
+        "UPDATE runs SET trigger_data = NULL",
+        "UPDATE steps SET claim_owner = NULL",
+        "UPDATE steps SET last_attempt = 1",
+        "DELETE FROM steps WHERE status IS NULL",
+        "INSERT INTO runs SELECT randomblob(16), flow_id, status, started_at, completed_at, source_run_id, "
+        "flow_name, trigger_key, job_id, trigger_data FROM runs LIMIT 1",
+    ],
+)
+async def test_a_migration_that_changes_data_is_found(statement: str, tmp_path: Path) -> None:
+    backend = FaultyMigration(statement)
+    assert isinstance(backend, SchemaRevertible)
+    result = await run_on(backend, MIGRATION_CHECK, f"sqlite:///{tmp_path}/flows.db")
+    assert result.status is Status.FAIL
+    assert result.failure is not None
+    assert result.failure.clause == "CON-6"
+    assert "after the migration from schema version 1" in result.failure.message
+
+
+async def test_a_migration_that_fails_is_found(tmp_path: Path) -> None:
+    backend = FaultyMigration("CREATE TABLE run_counts (flow_id)")
+    result = await run_on(backend, MIGRATION_CHECK, f"sqlite:///{tmp_path}/flows.db")
+    assert result.failure is not None
+    assert result.failure.clause == "CON-6"
+    assert "opening schema version 1" in result.failure.message
+
+
+@pytest.mark.parametrize("name", ["postgresql", "sqlite"])
+async def test_a_reverted_schema_has_the_earlier_version(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    backend = find_backend(name)[1]
+    assert isinstance(backend, SchemaRevertible)
+    assert isinstance(backend, Migratable)
+    url = f"sqlite:///{tmp_path}/flows.db" if name == "sqlite" else request.getfixturevalue("postgresql_url")
+    newest = len(backend.earlier_schema_versions()) + 1
+    for version in backend.earlier_schema_versions():
+        async with backend.scratch(url) as fresh:
+            config = resolve_store(fresh)[2]
+            await backend.migrate(config)
+            await backend.revert_schema(fresh, version)
+            assert await backend.schema_version(config) == version
+            assert await backend.migrate(config) == newest
 
 
 # The injector of PostgreSQL

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flowstore_conformance import Report, Status, run_suite
-from flowstore_conformance.context import DEFAULT_VARIANT, CheckContext, ContractViolation
+from flowstore_conformance.context import DEFAULT_VARIANT, CheckContext, ContractViolation, Profile
 from flowstore_conformance.registry import Check, all_checks
 from flowstore_conformance.rendering import render_json, render_markdown, render_page, render_text
-from flowstore_conformance.suite import Variants
+from flowstore_conformance.suite import Variants, run_check
 
 from flowstore_core import ConfigurationError
-from flowstore_core.backend import VariantUrls
+from flowstore_core.backend import NonDurableUrls, VariantUrls
 from flowstore_core.plugins import find_backend
 from flowstore_core.urls import parse_url
+from flowstore_sqlite.plugin import SqliteBackend
 from tests.conformance_reports import example_check, passes
 
 ONE_READER = "one reader"
@@ -112,3 +114,20 @@ def test_the_page_lists_the_variants_of_the_built_in_backends() -> None:
         assert isinstance(backend, VariantUrls)
         names = ", ".join(f"`{name}`" for name in backend.variants(f"{scheme}://host/database"))
         assert f"| {backend.name} | {names} |" in page
+
+
+class ClaimsDurability(SqliteBackend):
+    """Has DURABLE with an option that gives it up."""
+
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        return [url]
+
+
+async def test_an_option_without_an_effect_on_the_capabilities_is_found(tmp_path: Path) -> None:
+    backend = ClaimsDurability()
+    assert isinstance(backend, NonDurableUrls)
+    (check,) = [check for check in all_checks() if check.name == "stored_data_outlives_every_store"]
+    result = await run_check(check, f"sqlite:///{tmp_path}/flows.db", backend, Profile.QUICK, 7)
+    assert result.failure is not None
+    assert result.failure.clause == "CON-5"
+    assert "declares DURABLE" in result.failure.message

@@ -209,7 +209,10 @@ CLAUSES: dict[str, Clause] = {
         _clause(
             "CON-5", "The effect of every returned call survives kill -9 of the client.", Capability.DURABLE
         ),
-        _clause("CON-6", "Opening many times at once migrates once; a wrong schema version is refused."),
+        _clause(
+            "CON-6",
+            "Opening many times at once migrates once and keeps all data; a wrong schema version is refused.",
+        ),
     )
 }
 """The clauses by id, in the order of the contract."""

@@ -56,6 +56,8 @@ def guess_clause(call: Call, expected: Outcome, actual: Outcome) -> str:
         return "CON-2"
     if call.method == "record_step_start" and Raised("StepAlreadyCompletedError") in (expected, actual):
         return "STP-2"
+    if call.method == "get_runs_page" and not call.arguments.get("search"):
+        return "QRY-1"
     for outcome in (expected, actual):
         if isinstance(outcome, Raised) and outcome.error in ERROR_CLAUSES:
             return ERROR_CLAUSES[outcome.error]

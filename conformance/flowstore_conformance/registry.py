@@ -87,6 +87,7 @@ MODULES = (
     "leases",
     "lost_replies",
     "faults",
+    "migrations",
     "concurrent_batches",
     "volumes",
     "run_volumes",

@@ -38,7 +38,7 @@ class MutantBackend:
             yield mutant
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inject_faults", "adjust_schema_version"):
+        if name in HOOKS:
             return getattr(self._base, name)
         raise AttributeError(name)
 
@@ -46,6 +46,16 @@ class MutantBackend:
     async def scratch(self, url: str) -> AsyncIterator[str]:
         async with self._base.scratch(_with_scheme(url, self._mutant.base)) as fresh:
             yield _with_scheme(fresh, self.name)
+
+
+HOOKS = (
+    "non_durable_urls",
+    "inject_faults",
+    "adjust_schema_version",
+    "earlier_schema_versions",
+    "revert_schema",
+)
+"""The members for the conformance suite that a mutant has if its base has them."""
 
 
 def _with_scheme(url: str, scheme: str) -> str:

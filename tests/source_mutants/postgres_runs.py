@@ -466,7 +466,7 @@ async def repeated_trigger_configures_the_run_again(url: str) -> None:
 @source_mutant(
     "postgresql",
     kind="concurrency",
-    clauses=("RET-1", "CTL-2", "CON-1"),
+    clauses=("RET-1", "RET-3", "CTL-2", "CON-1"),
     changes=[
         (
             CONTROLS,

@@ -48,7 +48,7 @@ async def _open(url: str, **options: Any) -> None:
     "postgresql",
     kind="migration",
     clauses=("CON-6",),
-    changes=[(MIGRATE, "        if one.number > found:\n", "        if one.number >= max(found, 1):\n")],
+    changes=[(MIGRATE, "        if found < one.number", "        if max(found, 1) <= one.number")],
 )
 async def last_migration_is_applied_again(url: str) -> None:
     """Opening an older schema applies its last migration again, which fails."""

@@ -17,6 +17,8 @@ from flowstore_core.backend import (
     FaultInjector,
     Fixable,
     Migratable,
+    NonDurableUrls,
+    SchemaRevertible,
     SchemaVersionAdjustable,
     Severity,
     ShieldedTasks,
@@ -75,6 +77,9 @@ class Descriptor:
     def variants(self, url: str) -> Mapping[str, str]:
         return {"pool of one": f"{url}?pool=1"}
 
+    def non_durable_urls(self, url: str) -> Sequence[str]:
+        return [f"{url}?sync=off"]
+
     @asynccontextmanager
     async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
         yield Injector()
@@ -82,6 +87,11 @@ class Descriptor:
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         yield
+
+    def earlier_schema_versions(self) -> Sequence[int]:
+        return [1]
+
+    async def revert_schema(self, url: str, version: int) -> None: ...
 
 
 class Injector:
@@ -107,8 +117,10 @@ describable: Describable = Descriptor()
 diagnosable: Diagnosable = Descriptor()
 fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
+non_durable: NonDurableUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
+schema_revertible: SchemaRevertible = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 
 

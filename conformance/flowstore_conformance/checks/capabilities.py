@@ -46,7 +46,9 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
+from flowstore_core.backend import NonDurableUrls
 from flowstore_core.operations import CAPABILITY_METHODS, KEYWORD_CAPABILITIES, OPERATIONS
+from flowstore_core.urls import redact
 
 _OPERATIONS_OF_CAPABILITIES = [
     (capability, one) for capability, names in CAPABILITY_METHODS.items() for one in names
@@ -356,7 +358,7 @@ async def opening_again_changes_nothing(context: CheckContext) -> None:
 
 @check("CON-5")
 async def stored_data_outlives_every_store(context: CheckContext) -> None:
-    """After every store is closed and one is opened again, every read returns the same."""
+    """A new store reads all data of closed ones; a store with an option that risks data lacks DURABLE."""
     run_id = await start(context)
     await run_step(context, run_id)
     await context.store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
@@ -366,3 +368,9 @@ async def stored_data_outlives_every_store(context: CheckContext) -> None:
     other = await context.open()
     after = await observe(context, run_id, store=other)
     assert_same(context, after, before, "the state after every store was closed")
+    await other.aclose()
+    if isinstance(context.backend, NonDurableUrls):
+        for url in context.backend.non_durable_urls(context.url):
+            async with open_store(url) as store:
+                declared = Capability.DURABLE in store.capabilities
+            context.expect(declared, False, f"whether the store at {redact(url)} declares DURABLE")

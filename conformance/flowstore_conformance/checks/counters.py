@@ -169,10 +169,14 @@ async def _enumerate(context: CheckContext, store: FlowStore, runs: Sequence[UUI
     return Model(lambda: now(context), state)
 
 
-async def _compare(context: CheckContext, store: FlowStore, model: Model, begun: datetime) -> None:
-    """Compare every read over all runs with the model."""
+def queries_of_all_runs(
+    context: CheckContext, begun: datetime, source: UUID
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Every read over all runs since a time, as (clause, operation, arguments).
+
+    ``source`` is the run from which others are derived.
+    """
     at, can = now(context), context.capabilities
-    source = next(iter(model.state.runs))
     calls: list[tuple[str, str, dict[str, Any]]] = [
         ("QRY-6", "get_active_runs", {}),
         ("QRY-6", "get_derived_runs", {"source_run_id": source}),
@@ -197,7 +201,13 @@ async def _compare(context: CheckContext, store: FlowStore, model: Model, begun:
         calls += [
             ("STP-8", "get_stalled_steps", {"as_of": as_of, "take": TAKE}) for as_of in (at - 9 * HOUR, at)
         ]
-    for clause, operation, given in calls:
+    return calls
+
+
+async def _compare(context: CheckContext, store: FlowStore, model: Model, begun: datetime) -> None:
+    """Compare every read over all runs with the model."""
+    source = next(iter(model.state.runs))
+    for clause, operation, given in queries_of_all_runs(context, begun, source):
         context.assertions += 1
         found = comparable(await getattr(store, operation)(**given))
         wanted = comparable(getattr(model, operation)(**given))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from flowstore_conformance.checks.fixtures import HOUR, TICK, require_clock, second_store
+from flowstore_conformance.checks.fixtures import DAY, HOUR, TICK, require_clock, second_store
 from flowstore_conformance.context import CheckContext, ContractViolation, Profile
 from flowstore_conformance.differential import (
     TWO_HOURS,
@@ -28,6 +28,7 @@ from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.write_scenarios import ScenarioFactory, available
 from flowstore_core import Capability, FlowStore, RunPosition, RunStatus
 from flowstore_core.operations import OPERATIONS
+from flowstore_core.timeseries import day_start
 
 SHRINK_SECONDS = 6.0
 QUICK_WITH_END = ("trigger_run", "register_key")
@@ -38,6 +39,7 @@ QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6")
 def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> Mapping[str, tuple[Any, ...]]:
     """The values of every parameter of a read, for the write scenarios of one run."""
     at = position.started_at
+    today = day_start(at)
     return {
         "run_id": (run_id,),
         "source_run_id": (run_id,),
@@ -48,10 +50,11 @@ def values_by_parameter(run_id: UUID, flow_id: UUID, position: RunPosition) -> M
         "key": ("k",),
         "status": ("Running", "Failed", "Succeeded"),
         "search": ("failed", "no", "[1]", "upstream"),
-        "granularity": ("hour", "day"),
-        "since": (at - HOUR,),
-        "until": (at + HOUR,),
-        "as_of": (at + HOUR,),
+        # Whole days first, because backends keep the results of these.
+        "granularity": ("day", "hour"),
+        "since": (today, at - HOUR),
+        "until": (today + 2 * DAY, at + HOUR),
+        "as_of": (at + HOUR, at + DAY),
         "after": (position,),
         "skip": (1,),
         "take": (1,),
@@ -167,6 +170,8 @@ async def _ask_around_writes(
     for call in setup:
         await program.call(call, store=writer)
     await _ask(program, reads)
+    # A run that changes on another day than that of its start changes the results of both days.
+    program.advance_clock(DAY)
     await program.call(write, store=writer)
     await _ask(program, reads)
     await _complete_all(program, writer)

@@ -208,7 +208,7 @@ def _undo(scenario: Scenario) -> Call | None:
     return None
 
 
-@check("CON-6", kind=Kind.FAULT)
+@check("CON-6", kind=Kind.FAULT, isolated=False)
 async def another_schema_version_is_refused(context: CheckContext) -> None:
     """A newer schema, or an older one with migrate=False, raises SchemaVersionError and stays unchanged."""
     if not isinstance(context.backend, SchemaVersionAdjustable):

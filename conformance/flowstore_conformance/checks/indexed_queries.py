@@ -18,6 +18,7 @@ from flowstore_conformance.checks.fixtures import (
     SECOND,
     TERMINAL_RUN_STATUSES,
     TICK,
+    new_id,
     require_clock,
 )
 from flowstore_conformance.checks.queries import LONG_NAMES, LONG_SEARCHES, LONG_TEXTS, SEARCHES
@@ -188,7 +189,7 @@ def _questions(number: int, at: datetime) -> Iterator[Call]:
     yield Call(method="get_active_runs")
 
 
-@check("QRY-2", "QRY-3", "QRY-4", "QRY-5", needs=[Capability.DASHBOARD, Capability.VIRTUAL_CLOCK])
+@check("QRY-2", "QRY-1", "QRY-4", "QRY-5", needs=[Capability.DASHBOARD, Capability.VIRTUAL_CLOCK])
 async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
     """Queries agree with the model for many ended runs, after a cleanup, and after changes of ended runs."""
     compared = ComparedStore.of(context)
@@ -231,6 +232,84 @@ async def queries_do_not_depend_on_an_index(context: CheckContext) -> None:
         await compared.make(questions)
         clock.advance(SECOND)
     await compared.make(searches)
+
+
+def _open(run_id: UUID, step_key: str = "a") -> Call:
+    return _on(run_id, "record_step_start", step_key=step_key, step_type="http")
+
+
+def _retry_failed(run_id: UUID, step_key: str, *reset: str) -> list[Call]:
+    """Let a step fail and reopen it."""
+    failed = [_open(run_id, step_key), _close(run_id, step_key, StepStatus.FAILED)]
+    return [*failed, _on(run_id, "retry_step", step_key=step_key, reset=reset)]
+
+
+STATES: Mapping[str, Callable[[UUID], list[Call]]] = {
+    "a new key": lambda run_id: [],
+    "a claimed key": lambda run_id: [_on(run_id, "try_claim_step", step_key="a", owner="me")],
+    "a dispatched key": lambda run_id: [_on(run_id, "try_record_dispatch", step_key="a")],
+    "a key with a waiter": lambda run_id: [_on(run_id, "register_waiter", step_key="a", signal_name="go")],
+    "a Running step": lambda run_id: [_open(run_id)],
+    "a step that runs again": lambda run_id: [
+        _open(run_id),
+        _close(run_id, "a", StepStatus.FAILED),
+        _open(run_id),
+    ],
+    "a Pending step": lambda run_id: [_open(run_id), _close(run_id, "a", StepStatus.PENDING)],
+    "a reopened step": lambda run_id: _retry_failed(run_id, "a"),
+    "a reset step": lambda run_id: [_skip(run_id, "a", "first"), *_retry_failed(run_id, "b", "a")],
+}
+"""The calls that bring a step into a state in which its run may end and its result may come later."""
+
+
+def _late_calls(state: str, run_id: UUID, text: str) -> list[Call]:
+    """The calls that may write the text into a step of a terminal run, each to be made alone."""
+    calls = [_skip(run_id, "a", text)]
+    if "run" in state.lower():
+        calls += [
+            _close(run_id, "a", StepStatus.FAILED, error_message=text),
+            _close(run_id, "a", StepStatus.PENDING, output_json=text),
+            _on(
+                run_id,
+                "reschedule_step",
+                step_key="a",
+                attempt=2 if "again" in state else 1,
+                output_json=text,
+            ),
+        ]
+    return calls
+
+
+@check("QRY-2", needs=[Capability.DASHBOARD], isolated=False)
+async def late_results_of_ended_runs_are_found(context: CheckContext) -> None:
+    """A search finds a result that follows the end and the indexing of its run, whatever the step was."""
+    compared = ComparedStore.of(context)
+    # A flow of its own, because searching the runs of other checks may take long.
+    flow_id = new_id(context)
+    writes: dict[UUID, Call] = {}
+    texts: dict[UUID, str] = {}
+
+    def search(text: str) -> Call:
+        return Call(method="get_runs_page", arguments={"flow_id": flow_id, "search": text})
+
+    for state in STATES:
+        for number in range(len(_late_calls(state, UUID(int=0), ""))):
+            run_id = new_id(context)
+            text = f"result of {state} {run_id.hex}"
+            call = _late_calls(state, run_id, text)[number]
+            if call.operation.is_offered(context.capabilities):
+                writes[run_id], texts[run_id] = call, text
+                begin = [_start(run_id, flow_id=flow_id), *STATES[state](run_id)]
+                await compared.make([*begin, _end(run_id, RunStatus.FAILED)])
+    await context.store.cleanup(EARLIEST)
+    compared.stage = "after a late result of an ended run, which a cleanup may have indexed"
+    for run_id, text in texts.items():
+        await compared.make([writes[run_id], search(text)])
+    await context.store.cleanup(EARLIEST)
+    for run_id, text in texts.items():
+        await compared.make([search(text.upper())])
+        if compared.model.get_step_statuses(run_id)["a"] is StepStatus.PENDING:
+            await compared.make([_skip(run_id, "a", f"second {text}"), search(f"second {text}")])
 
 
 async def _index(compared: ComparedStore) -> None:

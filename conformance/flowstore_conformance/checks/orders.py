@@ -189,7 +189,7 @@ async def stalled_steps_depend_only_on_since_run_and_key(context: CheckContext) 
             await compared.call("get_stalled_steps", as_of=as_of, take=take)
 
 
-@check("QRY-3", "QRY-1", "EVT-1", needs=[Capability.VIRTUAL_CLOCK])
+@check("QRY-1", "QRY-3", "EVT-1", needs=[Capability.VIRTUAL_CLOCK])
 async def lists_of_one_run_depend_only_on_their_keys(context: CheckContext) -> None:
     """Steps, attempts, claims, dispatches, outputs and events of a run, written in other orders."""
     compared = ComparedStore.of(context)

@@ -265,16 +265,21 @@ async def one_cleanup_deletes_more_runs_than_a_batch(context: CheckContext) -> N
 @check("RET-4", needs=[Capability.VIRTUAL_CLOCK])
 async def old_keys_and_controls_without_run_are_deleted(context: CheckContext) -> None:
     """They are deleted once older than the cutoff and at least an hour old, and not counted."""
-    store, stored, never = context.store, new_id(context), [new_id(context) for _ in range(3)]
-    for run_id in (*never, stored):
+    store, never = context.store, [new_id(context) for _ in range(3)]
+    kept = {status: new_id(context) for status in RunStatus}
+    for run_id in (*never, *kept.values()):
         await store.try_register_idempotency_key(FLOW, "manual", str(run_id), run_id)
         await store.configure_run(run_id, FLOW, "manual", idempotency_key="key")
     made = now(context)
     advance(context, HOUR - TICK)
-    await start(context, run_id=stored)
-    rest = await observe(context, stored)
+    # These runs end at or after every cutoff below.
+    for status, run_id in kept.items():
+        await start(context, run_id=run_id)
+        if status is not RunStatus.RUNNING:
+            await store.complete_run(run_id, status)
+    rest = {run_id: await observe(context, run_id) for run_id in kept.values()}
     for passed, how, cutoff, stays in (
-        (0 * TICK, "a microsecond before they are an hour old", made + DAY, True),
+        (0 * TICK, "a microsecond before they are an hour old", made + HOUR - TICK, True),
         (TICK, "an hour old, not older than the cutoff", made, True),
         (0 * TICK, "an hour old and older than the cutoff", made + TICK, False),
     ):
@@ -290,10 +295,11 @@ async def old_keys_and_controls_without_run_are_deleted(context: CheckContext) -
             control = await store.get_run_control(run_id)
             sentence = f"whether a control record without run exists, {how}"
             context.expect(control is not None, stays, sentence)
-    found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(stored))
-    context.expect(found, stored, "the run of an old key of a stored run")
-    sentence = "the old control record of a stored run"
-    assert_same(context, await observe(context, stored), rest, sentence)
+    for status, run_id in kept.items():
+        found = await store.find_run_id_by_idempotency_key(FLOW, "manual", str(run_id))
+        context.expect(found, run_id, f"the run of an old key of a stored run, which is {status}")
+        sentence = f"a stored run, which is {status}, with an old control record"
+        assert_same(context, await observe(context, run_id), rest[run_id], sentence)
     # Two keys of one run can have different ages.
     both = {"old": None, "young": never[0]}
     for key in both:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence, Sized
 from typing import Any
 from uuid import UUID
 
@@ -19,17 +21,22 @@ from flowstore_conformance.checks.fixtures import (
     start,
 )
 from flowstore_conformance.checks.volumes import PAGE, expect_items, expect_result, in_groups
-from flowstore_conformance.context import CheckContext
+from flowstore_conformance.context import CheckContext, ContractViolation
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import Capability, RunStatus, SignalDeliveryStatus, StepStatus
 
 
-async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str) -> None:
-    """Delete a completed run, and expect that nothing of it is left when its id starts again."""
+async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str, *, read: str) -> None:
+    """Delete a completed run at once, and expect that nothing of it is left when its id starts again.
+
+    ``read`` names a fast read that shows the state of which the run has much.
+    """
     store = context.store
     unknown = await observe(context, new_id(context))
     await store.complete_run(run_id, RunStatus.CANCELLED)
-    await store.cleanup(now(context) + DAY)
+    await _expect_deleted_at_once(
+        context, run_id, getattr(store, read), f"{read} during the cleanup of {what}"
+    )
     gone = await observe(context, run_id)
     assert_same(context, gone, unknown, f"no read shows anything of {what} after its cleanup", clause="RET-1")
     await start(context, run_id=run_id)
@@ -45,7 +52,32 @@ async def _expect_deleted_whole(context: CheckContext, run_id: UUID, what: str) 
     )
 
 
-@check("QRY-3", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", kind=Kind.VOLUME, isolated=False)
+async def _expect_deleted_at_once(
+    context: CheckContext, run_id: UUID, read: Callable[[UUID], Awaitable[Sized]], what: str
+) -> None:
+    """Delete a run, and read it until the cleanup ends: its status and the given state go at one moment."""
+    store = context.store
+    whole = len(await read(run_id))
+    cleanup = asyncio.ensure_future(store.cleanup(now(context) + DAY))
+    try:
+        while not cleanup.done():
+            before = await store.get_run_status(run_id)
+            found = len(await read(run_id))
+            after = await store.get_run_status(run_id)
+            context.assertions += 1
+            # A status that is read before or after the state limits the order of the two deletions.
+            is_torn = (
+                found not in (0, whole) or (found and before is None) or (not found and after is not None)
+            )
+            if whole and is_torn:
+                shown = f"{found:,} of {whole:,}; the status before was {before}, and after {after}"
+                raise ContractViolation(f"{what}: expected all or nothing, got {shown}", clause="RET-3")
+            await asyncio.sleep(0)
+    finally:
+        await cleanup
+
+
+@check("QRY-3", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     """Reads list all steps, claims and dispatches of a run; reset and expected cover all of its steps."""
     store, run_id = context.store, await start(context)
@@ -102,6 +134,7 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     )
     expect_items(context, restarted, [2] * len(skipped), f"the next attempts {of}", clause="STP-6")
 
+    await _end_while_steps_change(context, run_id)
     expected = dict(await store.get_step_statuses(run_id))
     for what, differing in (
         ("the last status differs", {**expected, keys[-1]: StepStatus.FAILED}),
@@ -118,7 +151,36 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
         )
     won = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
     expect_result(context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2")
-    await _expect_deleted_whole(context, run_id, f"a run with {count:,} steps")
+    await _expect_deleted_whole(
+        context, run_id, f"a run with {count:,} steps", read="get_dispatched_step_keys"
+    )
+
+
+async def _end_while_steps_change(context: CheckContext, run_id: UUID) -> None:
+    """Complete a run with many expected steps while one of them changes, and leave the run Running.
+
+    If the call returns True, the run was terminal before the step changed. So it is terminal for a read that
+    follows the change.
+    """
+    store, random = context.store, context.random
+    statuses = dict(await store.get_step_statuses(run_id))
+    begun = time.monotonic()
+    await store.complete_run(run_id, RunStatus.FAILED, expected={**statuses, "unknown": StepStatus.FAILED})
+    # The changes meet different moments of the call.
+    longest = time.monotonic() - begun
+    for number in range(context.profile.of(8, 8, 24)):
+        key = f"changing {number}"
+        await store.record_step_start(run_id, key, "http")
+        statuses = dict(await store.get_step_statuses(run_id))
+        ending = asyncio.ensure_future(store.complete_run(run_id, RunStatus.FAILED, expected=statuses))
+        await asyncio.sleep(random.random() * longest)
+        await store.record_step_complete(run_id, key, StepStatus.FAILED)
+        status = await store.get_run_status(run_id)
+        won = await ending
+        what = f"complete_run with {len(statuses):,} expected steps, one of which changed before the run did"
+        expect_result(context, won and status is RunStatus.RUNNING, False, what, clause="RUN-2")
+        if won:
+            await store.retry_step(run_id, key)
 
 
 async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str], of: str) -> None:
@@ -143,7 +205,7 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
         expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
 
 
-@check("STP-1", "QRY-3", "RET-1", kind=Kind.VOLUME, isolated=False)
+@check("STP-1", "QRY-3", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
 async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     """Attempts of one step are numbered without gaps, keep their own input, and are all listed."""
     store, run_id = context.store, await start(context)
@@ -165,10 +227,10 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
         context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1"
     )
     await store.record_step_complete(run_id, "charge", StepStatus.FAILED, attempt=count)
-    await _expect_deleted_whole(context, run_id, f"a run with {count:,} attempts")
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} attempts", read="get_step_statuses")
 
 
-@check("EVT-1", "RET-1", kind=Kind.VOLUME, isolated=False)
+@check("EVT-1", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     """Each event has its own sequence, and pages of every size return each event once."""
     store, run_id = context.store, await start(context)
@@ -197,15 +259,15 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
             found += [(event.sequence, event.event_type, event.message) for event in page]
             after = page[-1].sequence
         expect_items(context, found, wanted, f"the events on pages of {take}", clause="EVT-1")
-    await _expect_deleted_whole(context, run_id, f"a run with {count:,} events")
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} events", read="get_run_events")
 
 
-@check("EVT-2", "RET-1", kind=Kind.VOLUME, isolated=False)
+@check("EVT-2", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     """get_outputs returns every output, also of more bytes than a message or page of a database holds."""
     store, run_id = context.store, await start(context)
-    count = context.profile.of(120, 2_600, 10_500)
-    filler = "0123456789abcdef" * 160
+    count = context.profile.of(1_100, 2_600, 10_500)
+    filler = "0123456789abcdef" * context.profile.of(16, 160, 160)
     values = {f"key {number:05}": f"{number} {filler}" for number in range(count)}
     keys = list(values)
     await in_groups(lambda number: store.save_output(run_id, keys[number], values[keys[number]]), count)
@@ -215,10 +277,10 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     for number in range(0, count, count // 7):
         value = await store.get_output(run_id, keys[number])
         expect_result(context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2")
-    await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs")
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} outputs", read="get_outputs")
 
 
-@check("SIG-2", "SIG-3", "RET-1", kind=Kind.VOLUME, isolated=False)
+@check("SIG-2", "SIG-3", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
 async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
     """Each delivery finds the oldest open waiter of its name; every delivery id is remembered."""
     store, run_id = context.store, await start(context)
@@ -270,4 +332,5 @@ async def a_run_holds_thousands_of_waiters(context: CheckContext) -> None:
         f"a delivery after {alike:,} waiters of its name were delivered to",
         clause="SIG-3",
     )
-    await _expect_deleted_whole(context, run_id, f"a run with {count:,} waiters")
+    read = "get_waiters" if Capability.WAITERS in context.capabilities else "get_step_statuses"
+    await _expect_deleted_whole(context, run_id, f"a run with {count:,} waiters", read=read)

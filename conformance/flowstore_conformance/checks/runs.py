@@ -7,10 +7,12 @@ from typing import Any
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     CLOSING_STATUSES,
+    DAY,
     FLOW,
     MINUTE,
     NOT_FOUND,
     SECOND,
+    SIMILAR_KEYS,
     TERMINAL_RUN_STATUSES,
     TICK,
     advance,
@@ -19,6 +21,7 @@ from flowstore_conformance.checks.fixtures import (
     get_run,
     get_step,
     new_id,
+    now,
     observe_all,
     outcome_of,
     run_step,
@@ -121,8 +124,9 @@ async def complete_run_with_expected_compares_every_status(context: CheckContext
     statuses: dict[str, StepStatus] = {status.lower(): status for status in CLOSING_STATUSES}
     for key, status in statuses.items():
         await run_step(context, run_id, key, status)
-    await store.record_step_start(run_id, "running", "http")
-    statuses["running"] = StepStatus.RUNNING
+    for key in ("running", *SIMILAR_KEYS):
+        await store.record_step_start(run_id, key, "http")
+        statuses[key] = StepStatus.RUNNING
     before = await observe_all(context, run_id)
     changes: tuple[dict[str, StepStatus | None], ...] = (
         {"succeeded": StepStatus.FAILED},
@@ -155,15 +159,19 @@ async def complete_run_with_expected_refuses_other_claims_and_dispatches(context
     """A run does not complete while a key outside expected is claimed or dispatched, or after a retry."""
     store = context.store
     steps = {"a": StepStatus.SUCCEEDED}
-    for how in ("claimed", "dispatched"):
-        run_id = await start(context)
-        await store.try_record_dispatch(run_id, "a")
-        await store.try_claim_step(run_id, "a", owner="me")
-        await run_step(context, run_id, "a")
-        if how == "claimed":
-            await store.try_claim_step(run_id, "b")
-        else:
-            await store.try_record_dispatch(run_id, "b")
+    run_id, at = await start(context), now(context)
+    await store.try_record_dispatch(run_id, "a")
+    await store.try_claim_step(run_id, "a", owner="me")
+    await run_step(context, run_id, "a")
+    holds: dict[str, tuple[str, dict[str, Any]]] = {
+        "claimed": ("try_claim_step", {}),
+        "claimed by an owner": ("try_claim_step", {"owner": "me"}),
+        "dispatched": ("try_record_dispatch", {}),
+        "dispatched and due": ("try_record_dispatch", {"due_at": at - DAY}),
+        "dispatched and not yet due": ("try_record_dispatch", {"due_at": at + DAY}),
+    }
+    for how, (method, given) in holds.items():
+        await getattr(store, method)(run_id, "b", **given)
         answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
         context.expect(answer, False, f"complete_run while a key outside expected is {how}")
         context.expect(
@@ -173,8 +181,8 @@ async def complete_run_with_expected_refuses_other_claims_and_dispatches(context
         )
         await store.release_step_claim(run_id, "b")
         await store.release_dispatch(run_id, "b")
-        answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
-        context.expect(answer, True, "complete_run while only keys in expected are claimed or dispatched")
+    answer = await outcome_of(store.complete_run(run_id, RunStatus.SUCCEEDED, expected=steps))
+    context.expect(answer, True, "complete_run while only keys in expected are claimed or dispatched")
     retried = await start(context)
     await run_step(context, retried, "a", StepStatus.FAILED)
     seen = await store.get_step_statuses(retried)

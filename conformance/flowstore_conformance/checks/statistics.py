@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
@@ -19,6 +20,8 @@ from flowstore_conformance.checks.fixtures import (
     run_step,
     start,
 )
+from flowstore_conformance.checks.indexed_queries import EARLIEST
+from flowstore_conformance.checks.volumes import expect_result
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.registry import check
 from flowstore_core import (
@@ -79,6 +82,40 @@ async def statistics_count_flows_and_active_runs(context: CheckContext) -> None:
     for moment in (datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)):
         answer = await store.get_statistics(as_of=moment)
         context.expect(answer.active_runs, 2, f"the statistics as of {moment}")
+
+
+@check("QRY-4", "QRY-1", "QRY-5", needs=CLOCK)
+async def maintenance_changes_no_count(context: CheckContext) -> None:
+    """Counts and series of each status and flow are right after cleanups that delete nothing."""
+    store = context.store
+    flows = {status: new_id(context) for status in RunStatus}
+    for each in (1, 2, 3):
+        for status, flow_id in flows.items():
+            run_id = await start(context, flow_id=flow_id)
+            if status is not RunStatus.RUNNING:
+                await store.complete_run(run_id, status)
+        if each == 3:
+            await _expect_counts(context, flows, each, "before a cleanup")
+        await store.cleanup(EARLIEST)
+        await _expect_counts(context, flows, each, "after a cleanup that deleted none")
+
+
+async def _expect_counts(
+    context: CheckContext, flows: Mapping[RunStatus, UUID], each: int, when: str
+) -> None:
+    """Expect the same number of runs in each status; the runs of a status are those of a flow."""
+    store, at, every, of = context.store, now(context), each * len(flows), f"with {each} in each flow, {when}"
+    found = await store.get_statistics()
+    counts = (found.total_flows, found.active_runs, found.completed_today, found.failed_today)
+    context.expect(counts, (len(flows), each, each, each), f"get_statistics {of}")
+    for status, total in ((None, every), *((status, each) for status in flows)):
+        page = await store.get_runs_page(status=status, take=0)
+        what = f"total_count of get_runs_page(status={status}) {of}"
+        expect_result(context, page.total_count, total, what, clause="QRY-1")
+    for flow_id, total in ((None, every), *((flow_id, each) for flow_id in flows.values())):
+        series = await _series(context, BY_DAY, at, at + TICK, flow_id)
+        what = f"the runs of the day in get_run_timeseries, flow_id={flow_id}, {of}"
+        expect_result(context, [number for _, number in series], [total], what, clause="QRY-5")
 
 
 @check("QRY-4", needs=CLOCK)
@@ -171,6 +208,25 @@ async def buckets_are_whole_and_without_gaps(context: CheckContext) -> None:
     context.expect_that(
         stamps == wanted_stamps, f"the buckets of 10,000 days: expected 10,000, got {len(stamps)}"
     )
+
+
+@example("QRY-5", needs=CLOCK)
+async def overlapping_windows_agree(context: CheckContext) -> None:
+    """A window has the same buckets whatever other windows were read before, such as parts of its days."""
+    flow_id, midnight = new_id(context), datetime(2026, 6, 14, tzinfo=UTC)
+    hours = (0, 1, 11, 23, 24, 25, 25, 47)
+    for hour in hours:
+        await _start_run(context, midnight + hour * HOUR, flow_id=flow_id)
+    windows = [(0, 2), (10, 12), (22, 26), (0, 24), (24, 48), (1, 47), (0, 48)]
+    for first, end in (*windows, *reversed(windows)):
+        since, until = midnight + first * HOUR, midnight + end * HOUR
+        wanted = [(midnight + hour * HOUR, hours.count(hour)) for hour in range(first, end)]
+        found = await _series(context, BY_HOUR, since, until, flow_id)
+        context.expect(found, wanted, f"the hours from {since} to {until} and their runs")
+        days = [midnight + day * DAY for day in range(first // 24, -(-end // 24))]
+        wanted = [(day, 4) for day in days]
+        found = await _series(context, BY_DAY, since, until, flow_id)
+        context.expect(found, wanted, f"the days from {since} to {until} and their runs")
 
 
 @example("QRY-5", needs=CLOCK)
