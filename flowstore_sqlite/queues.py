@@ -223,7 +223,7 @@ class _ClaimNextWrite:
         found: list[tuple[int, int, bytes, str]] = []
         for queue in self._queues:
             found += db.execute(FIND_READY_STEPS, {"queue": queue, "now": now, "limit": self._limit})
-        # The rows of one queue are in order already.
+        # Merges the queues. The first column is the negative priority.
         found.sort()
         expires_at = lease_end_us(self._lease, now)
         self._claimed = tuple(

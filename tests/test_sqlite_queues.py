@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from datetime import timedelta
-from importlib.resources import files
 from pathlib import Path
 from uuid import UUID
 
@@ -124,6 +123,7 @@ async def test_a_version_4_file_is_migrated_and_its_code_works_beside_the_new_on
     url: str, path: Path
 ) -> None:
     clock = VirtualClock()
+    assert load_migrations()[4].works_from <= 4
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE flowstore_schema (version, name, works_from, applied_at)")
         for migration in load_migrations()[:4]:
@@ -151,12 +151,6 @@ async def test_a_version_4_file_is_migrated_and_its_code_works_beside_the_new_on
         assert await store.get_queues() == ()
         _execute(path, "UPDATE steps SET dispatched_at = 0")
         assert await store.claim_next_steps(["default"], lease=LEASE) == ()
-    assert (
-        files("flowstore_sqlite")
-        .joinpath("migrations/0005_queues.sql")
-        .read_text()
-        .startswith("-- works_from: 1\n")
-    )
 
 
 async def test_que_3_a_cancelled_call_returns_its_claims(url: str, path: Path) -> None:
