@@ -25,7 +25,7 @@ from flowstore_core import (
 from flowstore_core.batching import REQUEUE
 from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
-from flowstore_postgres.requests import NO_DISPATCH
+from flowstore_postgres.requests import DISPATCHED_COLUMNS, INDEX_DISPATCHED, NO_DISPATCH
 from flowstore_postgres.sql_placeholders import in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
@@ -204,12 +204,15 @@ WITH guard AS MATERIALIZED (
     WHERE before_deadline
 ), won AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, dispatch_queue,
-                                     dispatch_priority, dispatch_step_type, dispatch_input_json)
-    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json
+                                     dispatch_priority, dispatch_step_type, dispatch_input_json,
+                                     pending_writes)
+    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 1
     FROM guard, requested WHERE open
     {dispatch_if_free}
-    RETURNING dispatch_token
-)
+    RETURNING dispatch_token, {columns}
+), dispatched AS (
+    SELECT * FROM won
+), indexed AS ({index})
 SELECT before_deadline, every,
        CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
        CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
@@ -220,8 +223,12 @@ FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
         "due_at = excluded.due_at",
         "due_at = excluded.due_at, dispatch_queue = excluded.dispatch_queue, "
         "dispatch_priority = excluded.dispatch_priority, dispatch_step_type = excluded.dispatch_step_type, "
-        "dispatch_input_json = excluded.dispatch_input_json",
+        "dispatch_input_json = excluded.dispatch_input_json, "
+        "pending_writes = coalesce(s.pending_writes, 0) + 1",
     ),
+)
+TRY_RECORD_QUEUED_DISPATCH = TRY_RECORD_QUEUED_DISPATCH.replace("{columns}", DISPATCHED_COLUMNS).replace(
+    "{index}", INDEX_DISPATCHED
 )
 # The token stays when the dispatch is released, as with claims.
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"

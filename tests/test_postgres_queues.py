@@ -187,10 +187,11 @@ async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
         await buffers()
         empty = await buffers()
         await admin.execute(
-            "INSERT INTO steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,"
-            "                   dispatch_step_type) "
-            "SELECT $1, n::text, now(), now() + interval '1 day', 'q', n % 10, 't' "
-            "FROM generate_series(1, 20000) n",
+            "WITH sleeping AS (INSERT INTO steps (run_id, step_key, dispatched_at, due_at, dispatch_queue,"
+            "    dispatch_priority, dispatch_step_type, pending_writes)"
+            "  SELECT $1, n::text, now(), now() + interval '1 day', 'q', n % 10, 't', 1"
+            "  FROM generate_series(1, 20000) n RETURNING *)"
+            "INSERT INTO pending SELECT run_id, step_key, 'q', dispatch_priority, due_at FROM sleeping",
             run_id,
         )
         # Each of the 20 ranges of the index is one level deeper.
