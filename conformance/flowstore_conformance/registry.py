@@ -92,6 +92,7 @@ MODULES = (
     "capabilities",
     "event_loops",
     "model",
+    "transitions",
     "derived_reads",
     "races",
     "processes",
