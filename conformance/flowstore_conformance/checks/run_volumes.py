@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +18,8 @@ from flowstore_conformance.checks.fixtures import (
     new_id,
     now,
     observe,
+    outcome_of,
+    second_store,
     start,
 )
 from flowstore_conformance.checks.volumes import PAGE, expect_items, expect_result, in_groups
@@ -50,7 +54,19 @@ def _is_skipped(number: int) -> bool:
     return number % 10 != 1
 
 
-@check("QRY-3", "UNK", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", kind=Kind.VOLUME, isolated=False)
+@check(
+    "QRY-3",
+    "UNK",
+    "CLM-3",
+    "CLM-4",
+    "STP-6",
+    "RUN-2",
+    "RET-1",
+    "CON-1",
+    "RUN-4",
+    kind=Kind.VOLUME,
+    isolated=False,
+)
 async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     """Reads list all steps, claims and dispatches of a run; reset and expected cover all of its steps."""
     store, run_id = context.store, await start(context)
@@ -122,9 +138,67 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
             f"complete_run with {len(differing):,} expected steps: {what}",
             clause="RUN-2",
         )
+    await _expect_one_winner_beside_completions(context, run_id, kept[:2], owners[kept[1]], expected)
     won = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
     expect_result(context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2")
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} steps")
+
+
+async def _expect_one_winner_beside_completions(
+    context: CheckContext,
+    run_id: UUID,
+    pending: Sequence[str],
+    owner: str,
+    expected: Mapping[str, StepStatus],
+) -> None:
+    """Complete a run while another call changes a step, again and again: only one of the two succeeds.
+
+    Comparing many steps takes long, so the other call comes in the middle. The first of two Pending steps is
+    retried to reopen the run, the second one is claimed by ``owner``.
+    """
+    store, other = context.store, await second_store(context)
+    unclaimed, claimed, new = *pending, "new key"
+    calls: dict[str, tuple[Callable[[], Awaitable[object]], Callable[[], Awaitable[object]]]] = {
+        f"record_step_start of {key}": (
+            partial(other.record_step_start, run_id, step_key, "http", owner=by),
+            partial(store.record_step_complete, run_id, step_key, StepStatus.PENDING),
+        )
+        for key, step_key, by in (("a Pending step", unclaimed, None), ("a claimed step", claimed, owner))
+    }
+    calls["try_claim_step of a new key"] = (
+        partial(other.try_claim_step, run_id, new),
+        partial(store.release_step_claim, run_id, new),
+    )
+    calls["try_record_dispatch of a new key"] = (
+        partial(other.try_record_dispatch, run_id, new),
+        partial(store.release_dispatch, run_id, new),
+    )
+    loop = asyncio.get_running_loop()
+    duration = 0.0
+
+    async def delayed(call: Callable[[], Awaitable[object]]) -> object:
+        await asyncio.sleep(context.random.random() * duration)
+        return await outcome_of(call())
+
+    for what, (call, undo) in list(calls.items()) * context.profile.of(4, 8, 20):
+        changing = asyncio.ensure_future(delayed(call))
+        began = loop.time()
+        completed = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
+        duration = loop.time() - began
+        changed = await changing
+        refused = changed is False or isinstance(changed, str)
+        expect_result(
+            context,
+            (completed, "refused" if refused else "done"),
+            (completed, "refused" if completed else "done"),
+            f"complete_run with the statuses of {len(expected):,} steps in expected beside {what}, of which "
+            "the first prevents the other: whether the run was completed, and the step changed",
+            clause="CON-1",
+        )
+        if completed:
+            await store.retry_step(run_id, unclaimed)
+        else:
+            await undo()
 
 
 async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str], of: str) -> None:
