@@ -65,6 +65,8 @@ __all__ = [
     "Observer",
     "Observers",
     "PendingCall",
+    "RequestRefusable",
+    "RequestRefuser",
     "Resolution",
     "SchemaVersionAdjustable",
     "Severity",
@@ -204,6 +206,41 @@ class FaultInjectable(Protocol):
         """Make an injector for the store at ``url``, a scratch namespace; leaving the context closes it.
 
         Raises ConfigurationError, with the reason, if it cannot work with this URL.
+        """
+        ...
+
+
+class RequestRefuser(Protocol):
+    """Stands between the stores of one URL and their database, and refuses requests, as a full disk does.
+
+    Requests that only read, and those that roll back, are neither counted nor refused.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL of the same namespace for stores whose requests may be refused."""
+        ...
+
+    def refuse(self, *, skip: int = 0) -> None:
+        """Refuse every request after ``skip`` others: it has no effect, and the store gets an error."""
+        ...
+
+    def accept(self) -> bool:
+        """Refuse no further request. True if one was refused."""
+        ...
+
+
+@runtime_checkable
+class RequestRefusable(Protocol):
+    """A backend that lets the conformance suite refuse requests in the middle of a write, for CON-1.
+
+    Without it that check is UNSUPPORTED.
+    """
+
+    def refuse_requests(self, url: str) -> AbstractAsyncContextManager[RequestRefuser]:
+        """Make a refuser for the store at ``url``, a scratch namespace.
+
+        It concerns stores that open with its URL in this context.
         """
         ...
 

@@ -26,6 +26,9 @@ DRIVER_BUSY_TIMEOUT = 0.02
 """Seconds that SQLite waits for a lock inside a statement; longer waits do not block the thread."""
 CLOSE_TIMEOUT = 5.0
 
+connection_classes: dict[str, type[sqlite3.Connection]] = {}
+"""The classes of connections by the path of their database; fault injection replaces them."""
+
 _log = logging.getLogger("flowstore_sqlite")
 
 
@@ -102,6 +105,7 @@ class Connection(aiosqlite.Connection):
             timeout=DRIVER_BUSY_TIMEOUT,
             isolation_level=None,
             cached_statements=256,
+            factory=connection_classes.get(self.path, sqlite3.Connection),
         )
 
     async def open(self, files: OpenFiles | None = None) -> None:

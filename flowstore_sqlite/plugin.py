@@ -14,6 +14,7 @@ from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
 if TYPE_CHECKING:
+    from flowstore_core.backend import RequestRefuser
     from flowstore_sqlite.store import SqliteStore
 
 
@@ -69,6 +70,14 @@ class SqliteBackend:
         """One reader, for which all reads queue."""
         parts = parse_url(url)
         return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
+
+    @asynccontextmanager
+    async def refuse_requests(self, url: str) -> AsyncIterator[RequestRefuser]:
+        """Refuse statements of the stores that open the file in this process and context."""
+        from flowstore_sqlite.fault_injection import refuse_statements
+
+        with refuse_statements(url) as refuser:
+            yield refuser
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -13,14 +14,20 @@ from flowstore_conformance.registry import Check, Kind, all_checks
 from flowstore_conformance.rendering import render_text
 from flowstore_conformance.suite import run_check
 
-from flowstore_core import ConfigurationError, open_store
-from flowstore_core.backend import FaultInjectable, FaultInjector, SchemaVersionAdjustable
+from flowstore_core import ConfigurationError, StoreUnavailableError, open_store
+from flowstore_core.backend import (
+    FaultInjectable,
+    FaultInjector,
+    RequestRefusable,
+    SchemaVersionAdjustable,
+)
 from flowstore_core.plugins import Backend, find_backend
 from flowstore_core.urls import parse_url
 from flowstore_memory.plugin import MemoryBackend
 from tests.calls import new_run
 
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
+REFUSAL_CHECK = next(check for check in CHECKS if check.clauses[0] == "CON-1")
 SCHEMA_CHECK = next(check for check in CHECKS if check.clauses == ("CON-6",))
 
 
@@ -31,6 +38,11 @@ async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
     result = await run_on(find_backend("postgresql")[1], check, postgresql_url)
+    assert result.status is (Status.UNSUPPORTED if check is REFUSAL_CHECK else Status.PASS), result
+
+
+async def test_sqlite_passes_where_requests_are_refused(memory_path: Path) -> None:
+    result = await run_on(find_backend("sqlite")[1], REFUSAL_CHECK, f"sqlite:///{memory_path}/flows.db")
     assert result.status is Status.PASS, result
 
 
@@ -143,3 +155,27 @@ async def test_a_url_unsupported_by_the_injector_is_refused(url: str, reason: st
     with pytest.raises(ConfigurationError, match=reason):
         async with backend.inject_faults(url):
             pass
+
+
+# The refuser of SQLite
+
+
+async def test_refused_statements_change_nothing_until_they_are_accepted(memory_path: Path) -> None:
+    backend, url = find_backend("sqlite")[1], f"sqlite:///{memory_path}/flows.db"
+    assert isinstance(backend, RequestRefusable)
+    async with (
+        open_store(url) as other,
+        backend.refuse_requests(url) as refuser,
+        open_store(refuser.url) as store,
+    ):
+        run_id = await new_run(store)
+        refuser.refuse(skip=0)
+        with pytest.raises(StoreUnavailableError, match="disk is full"):
+            await store.try_claim_step(run_id, "charge")
+        assert await other.try_claim_step(run_id, "ship"), "another store is refused too"
+        assert await store.get_claimed_step_keys(run_id) == {"ship"}
+        assert refuser.accept()
+        assert await store.try_claim_step(run_id, "charge")
+        refuser.refuse(skip=100)
+        assert not await store.try_claim_step(run_id, "charge")
+        assert not refuser.accept()

@@ -17,6 +17,8 @@ from flowstore_core.backend import (
     FaultInjector,
     Fixable,
     Migratable,
+    RequestRefusable,
+    RequestRefuser,
     SchemaVersionAdjustable,
     Severity,
     ShieldedTasks,
@@ -80,6 +82,10 @@ class Descriptor:
         yield Injector()
 
     @asynccontextmanager
+    async def refuse_requests(self, url: str) -> AsyncIterator[RequestRefuser]:
+        yield Refuser()
+
+    @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         yield
 
@@ -97,6 +103,15 @@ class Injector:
         return False
 
 
+class Refuser:
+    url = "mine://full"
+
+    def refuse(self, *, skip: int = 0) -> None: ...
+
+    def accept(self) -> bool:
+        return False
+
+
 @hookimpl
 def flowstore_backends() -> Sequence[Backend]:
     return [Descriptor()]
@@ -108,6 +123,7 @@ diagnosable: Diagnosable = Descriptor()
 fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
+refusable: RequestRefusable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from uuid import UUID
 
@@ -129,7 +129,7 @@ async def similar_keys_have_their_own_states(context: CheckContext) -> None:
     await compared.make_concurrently(
         [_on(run_id, "record_skipped_step", step_key=key, reason=key, owner="me", **http) for key in finished]
     )
-    firsts = (
+    firsts: tuple[Callable[[str], Call], ...] = (
         lambda key: _on(run_id, "record_step_start", step_key=key, **http),
         lambda key: _on(run_id, "try_claim_step", step_key=key, owner="me"),
         lambda key: _on(run_id, "try_record_dispatch", step_key=key),

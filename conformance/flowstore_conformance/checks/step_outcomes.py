@@ -111,11 +111,11 @@ async def outcomes_with_different_texts_differ(context: CheckContext) -> None:
     for number, (output, error) in enumerate(pairs):
         status, key = CLOSING_STATUSES[number % len(CLOSING_STATUSES)], f"{output!r} {error!r}"
         await store.record_step_start(run_id, key, "http")
-        given = {"output_json": output, "error_message": error}
+        given: dict[str, Any] = {"output_json": output, "error_message": error}
         await store.record_step_complete(run_id, key, status, **given)
         # The step has this outcome only: first the same again, then others, then the same again.
         for other in ((output, error), *pairs, (output, error)):
-            again = {"output_json": other[0], "error_message": other[1]}
+            again: dict[str, Any] = {"output_json": other[0], "error_message": other[1]}
             found = await outcome_of(store.record_step_complete(run_id, key, status, attempt=1, **again))
             wanted = None if other == (output, error) else "<StepAlreadyCompletedError raised>"
             context.expect(found, wanted, f"completing with {again} after {status} with {given}")
