@@ -65,8 +65,6 @@ __all__ = [
     "Observer",
     "Observers",
     "PendingCall",
-    "RequestRefusable",
-    "RequestRefuser",
     "Resolution",
     "SchemaVersionAdjustable",
     "Severity",
@@ -78,6 +76,8 @@ __all__ = [
     "Transfer",
     "VariantUrls",
     "WorkLoop",
+    "WriteFailable",
+    "WriteFailureInjector",
     "bucket_starts",
     "fold_ascii",
     "hookimpl",
@@ -210,37 +210,37 @@ class FaultInjectable(Protocol):
         ...
 
 
-class RequestRefuser(Protocol):
-    """Stands between the stores of one URL and their database, and refuses requests, as a full disk does.
+class WriteFailureInjector(Protocol):
+    """Stands between the stores of one URL and their database, and fails writes, as a full disk does.
 
-    Requests that only read, and those that roll back, are neither counted nor refused.
+    Requests that only read, begin or roll back are neither counted nor failed.
     """
 
     @property
     def url(self) -> str:
-        """The URL of the same namespace for stores whose requests may be refused."""
+        """The URL of the same namespace for stores whose writes may fail."""
         ...
 
-    def refuse(self, *, skip: int = 0) -> None:
-        """Refuse every request after ``skip`` others: it has no effect, and the store gets an error."""
+    def fail(self, *, skip: int = 0) -> None:
+        """Fail every request after ``skip`` others: it has no effect, and the store gets an error."""
         ...
 
-    def accept(self) -> bool:
-        """Refuse no further request. True if one was refused."""
+    def stop(self) -> bool:
+        """Fail no further request. True if one has failed."""
         ...
 
 
 @runtime_checkable
-class RequestRefusable(Protocol):
-    """A backend that lets the conformance suite refuse requests in the middle of a write, for CON-1.
+class WriteFailable(Protocol):
+    """A backend that lets the conformance suite fail a write in the middle, for CON-1.
 
     Without it that check is UNSUPPORTED.
     """
 
-    def refuse_requests(self, url: str) -> AbstractAsyncContextManager[RequestRefuser]:
-        """Make a refuser for the store at ``url``, a scratch namespace.
+    def inject_write_failures(self, url: str) -> AbstractAsyncContextManager[WriteFailureInjector]:
+        """Make an injector for the store at ``url``, a scratch namespace.
 
-        It concerns stores that open with its URL in this context.
+        It concerns the stores that open with its URL in this context.
         """
         ...
 

@@ -14,7 +14,7 @@ from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
 if TYPE_CHECKING:
-    from flowstore_core.backend import RequestRefuser
+    from flowstore_core.backend import WriteFailureInjector
     from flowstore_sqlite.store import SqliteStore
 
 
@@ -72,12 +72,12 @@ class SqliteBackend:
         return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
 
     @asynccontextmanager
-    async def refuse_requests(self, url: str) -> AsyncIterator[RequestRefuser]:
-        """Refuse statements of the stores that open the file in this process and context."""
-        from flowstore_sqlite.fault_injection import refuse_statements
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Fail statements of the stores that open the file in this process and context."""
+        from flowstore_sqlite.fault_injection import fail_statements
 
-        with refuse_statements(url) as refuser:
-            yield refuser
+        with fail_statements(url) as injector:
+            yield injector
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:

@@ -18,8 +18,8 @@ from flowstore_core import ConfigurationError, StoreUnavailableError, open_store
 from flowstore_core.backend import (
     FaultInjectable,
     FaultInjector,
-    RequestRefusable,
     SchemaVersionAdjustable,
+    WriteFailable,
 )
 from flowstore_core.plugins import Backend, find_backend
 from flowstore_core.urls import parse_url
@@ -27,7 +27,7 @@ from flowstore_memory.plugin import MemoryBackend
 from tests.calls import new_run
 
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
-REFUSAL_CHECK = next(check for check in CHECKS if check.clauses[0] == "CON-1")
+FAILING_WRITES_CHECK = next(check for check in CHECKS if check.clauses[0] == "CON-1")
 SCHEMA_CHECK = next(check for check in CHECKS if check.clauses == ("CON-6",))
 
 
@@ -38,11 +38,13 @@ async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
     result = await run_on(find_backend("postgresql")[1], check, postgresql_url)
-    assert result.status is (Status.UNSUPPORTED if check is REFUSAL_CHECK else Status.PASS), result
+    assert result.status is (Status.UNSUPPORTED if check is FAILING_WRITES_CHECK else Status.PASS), result
 
 
-async def test_sqlite_passes_where_requests_are_refused(memory_path: Path) -> None:
-    result = await run_on(find_backend("sqlite")[1], REFUSAL_CHECK, f"sqlite:///{memory_path}/flows.db")
+async def test_sqlite_passes_where_writes_fail(memory_path: Path) -> None:
+    result = await run_on(
+        find_backend("sqlite")[1], FAILING_WRITES_CHECK, f"sqlite:///{memory_path}/flows.db"
+    )
     assert result.status is Status.PASS, result
 
 
@@ -157,25 +159,25 @@ async def test_a_url_unsupported_by_the_injector_is_refused(url: str, reason: st
             pass
 
 
-# The refuser of SQLite
+# The injector of SQLite
 
 
-async def test_refused_statements_change_nothing_until_they_are_accepted(memory_path: Path) -> None:
+async def test_statements_fail_until_the_injector_stops(memory_path: Path) -> None:
     backend, url = find_backend("sqlite")[1], f"sqlite:///{memory_path}/flows.db"
-    assert isinstance(backend, RequestRefusable)
+    assert isinstance(backend, WriteFailable)
     async with (
         open_store(url) as other,
-        backend.refuse_requests(url) as refuser,
-        open_store(refuser.url) as store,
+        backend.inject_write_failures(url) as injector,
+        open_store(injector.url) as store,
     ):
         run_id = await new_run(store)
-        refuser.refuse(skip=0)
+        injector.fail(skip=0)
         with pytest.raises(StoreUnavailableError, match="disk is full"):
             await store.try_claim_step(run_id, "charge")
-        assert await other.try_claim_step(run_id, "ship"), "another store is refused too"
+        assert await other.try_claim_step(run_id, "ship"), "a write of another store fails too"
         assert await store.get_claimed_step_keys(run_id) == {"ship"}
-        assert refuser.accept()
+        assert injector.stop()
         assert await store.try_claim_step(run_id, "charge")
-        refuser.refuse(skip=100)
+        injector.fail(skip=100)
         assert not await store.try_claim_step(run_id, "charge")
-        assert not refuser.accept()
+        assert not injector.stop()

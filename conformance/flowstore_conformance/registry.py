@@ -98,6 +98,7 @@ MODULES = (
     "processes",
     "snapshots",
     "cancellation",
+    "cancelled_dispatches",
     "crash",
     "killed_calls",
 )

@@ -38,7 +38,7 @@ class MutantBackend:
             yield mutant
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inject_faults", "refuse_requests", "adjust_schema_version"):
+        if name in ("inject_faults", "inject_write_failures", "adjust_schema_version"):
             return getattr(self._base, name)
         raise AttributeError(name)
 

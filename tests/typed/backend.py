@@ -17,14 +17,14 @@ from flowstore_core.backend import (
     FaultInjector,
     Fixable,
     Migratable,
-    RequestRefusable,
-    RequestRefuser,
     SchemaVersionAdjustable,
     Severity,
     ShieldedTasks,
     StoreConfig,
     StoreUrl,
     VariantUrls,
+    WriteFailable,
+    WriteFailureInjector,
     hookimpl,
     orphaned_rows,
 )
@@ -82,8 +82,8 @@ class Descriptor:
         yield Injector()
 
     @asynccontextmanager
-    async def refuse_requests(self, url: str) -> AsyncIterator[RequestRefuser]:
-        yield Refuser()
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        yield WriteInjector()
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
@@ -103,12 +103,12 @@ class Injector:
         return False
 
 
-class Refuser:
+class WriteInjector:
     url = "mine://full"
 
-    def refuse(self, *, skip: int = 0) -> None: ...
+    def fail(self, *, skip: int = 0) -> None: ...
 
-    def accept(self) -> bool:
+    def stop(self) -> bool:
         return False
 
 
@@ -123,7 +123,7 @@ diagnosable: Diagnosable = Descriptor()
 fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
-refusable: RequestRefusable = Descriptor()
+write_failable: WriteFailable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""CON-1, CON-3 and CON-6 under faults: requests that are lost, late or refused, other schema versions.
+"""CON-1, CON-3 and CON-6 under faults: requests that are lost, late or fail, other schema versions.
 
 A backend offers the faults through protocols of flowstore_core.backend;
 without them these checks are UNSUPPORTED.
@@ -40,9 +40,9 @@ from flowstore_core import (
 from flowstore_core.backend import (
     FaultInjectable,
     FaultInjector,
-    RequestRefusable,
-    RequestRefuser,
     SchemaVersionAdjustable,
+    WriteFailable,
+    WriteFailureInjector,
 )
 
 DID_NOT_HAPPEN = Raised(StoreUnavailableError.__name__)
@@ -213,28 +213,30 @@ def _undo(scenario: Scenario) -> Call | None:
 
 
 @check("CON-1", "CON-2", kind=Kind.FAULT)
-async def a_refused_write_changes_nothing(context: CheckContext) -> None:
-    """A write in which the database refuses a request, and all later ones, raises and changes nothing."""
-    if not isinstance(context.backend, RequestRefusable):
-        raise Unsupported("the backend does not implement RequestRefusable, so no request can be refused")
+async def a_failed_write_changes_nothing(context: CheckContext) -> None:
+    """A write of which the database fails a request, and all later ones, raises and changes nothing."""
+    if not isinstance(context.backend, WriteFailable):
+        raise Unsupported("the backend does not implement WriteFailable, so no write can fail")
     async with (
-        context.backend.refuse_requests(context.url) as refuser,
-        open_store(refuser.url, clock=context.clock) as store,
+        context.backend.inject_write_failures(context.url) as injector,
+        open_store(injector.url, clock=context.clock) as store,
     ):
         for name, factory in available(context.capabilities).items():
             scenario = new_scenario(context, factory)
+            if scenario.call.method == "annotate_dispatch":
+                continue  # It is best effort and never raises (CLM-7).
             for call in scenario.setup:
                 await invoke(context.store, call)
             before, after = _states(context, scenario)
             skip = 0
-            while await _is_refused_whole(context, refuser, store, scenario, name, skip, before, after):
+            while await _fails_as_a_whole(context, injector, store, scenario, name, skip, before, after):
                 skip += 1
-            context.expect_that(skip, f"{name}: a write sends at least one request that can be refused")
+            context.expect_that(skip, f"{name}: a write sends at least one request that can fail")
 
 
-async def _is_refused_whole(
+async def _fails_as_a_whole(
     context: CheckContext,
-    refuser: RequestRefuser,
+    injector: WriteFailureInjector,
     store: FlowStore,
     scenario: Scenario,
     name: str,
@@ -242,18 +244,16 @@ async def _is_refused_whole(
     before: ModelState,
     after: ModelState,
 ) -> bool:
-    """Make the call of a scenario and accept its first requests only; False if it needs no more."""
+    """Make the call of a scenario, whose first requests alone succeed; False if it needs no more."""
     exact_times = context.exact_times
-    refuser.refuse(skip=skip)
+    injector.fail(skip=skip)
     outcome = await outcome_of(store, scenario.call, exact_times=exact_times)
-    was_refused = refuser.accept()
-    title = (
-        f"{name}: {scenario.call.method} of which the database refused each request after the first {skip}"
-    )
-    # Annotating is best effort and never raises (CLM-7).
-    is_best_effort = was_refused and scenario.call.method == "annotate_dispatch"
-    allowed = [before, after] if is_best_effort else _allowed_states(title, outcome, before, after)
-    wanted = [one.observe(scenario.probes, exact_times=exact_times) for one in allowed]
+    has_failed = injector.stop()
+    title = f"{name}: {scenario.call.method} of which each request after the first {skip} failed"
+    wanted = [
+        one.observe(scenario.probes, exact_times=exact_times)
+        for one in _allowed_states(title, outcome, before, after)
+    ]
     seen = await observe(context.store, scenario.probes, exact_times=exact_times)
     context.assertions += 1
     if seen not in wanted:
@@ -261,7 +261,7 @@ async def _is_refused_whole(
             f"{title} returned {describe_outcome(outcome)}, but has a partial effect: "
             f"{difference(scenario.probes, seen, wanted)}. Write all effects of a call in one transaction"
         )
-    return was_refused
+    return has_failed
 
 
 @check("CON-6", kind=Kind.FAULT)

@@ -271,8 +271,8 @@ async def every_write_in_every_state_of_a_step(context: CheckContext) -> None:
     """
     of, every = context.profile.of, len(STATES) * len(WRITES)
     walks = [
-        *((False, paths) for paths in _runs_of_paths(context, of(300, every, every))),
-        *((True, paths) for paths in _runs_of_paths(context, of(60, every // 4, every))),
+        *((False, paths) for paths in _runs_of_paths(context, of(160, every, every))),
+        *((True, paths) for paths in _runs_of_paths(context, of(40, every // 4, every))),
     ]
     try:
         for number, (on_a_terminal_run, paths) in enumerate(walks, 1):
