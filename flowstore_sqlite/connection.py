@@ -104,8 +104,8 @@ class Connection(aiosqlite.Connection):
             uri=True,
             timeout=DRIVER_BUSY_TIMEOUT,
             isolation_level=None,
-            cached_statements=256,
             factory=connection_classes.get(self.path, sqlite3.Connection),
+            cached_statements=256,
         )
 
     async def open(self, files: OpenFiles | None = None) -> None:
