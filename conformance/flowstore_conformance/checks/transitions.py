@@ -267,12 +267,12 @@ class _Path:
 async def every_write_in_every_state_of_a_step(context: CheckContext) -> None:
     """Each write has the model's result and effect in each state of its step, also on a terminal run.
 
-    The quick profile draws some of the pairs of a state and a write.
+    The profiles quick and standard draw some of the pairs of a state and a write.
     """
     of, every = context.profile.of, len(STATES) * len(WRITES)
     walks = [
-        *((False, paths) for paths in _runs_of_paths(context, of(160, every, every))),
-        *((True, paths) for paths in _runs_of_paths(context, of(40, every // 4, every))),
+        *((False, paths) for paths in _runs_of_paths(context, of(60, 600, every))),
+        *((True, paths) for paths in _runs_of_paths(context, of(20, 150, every))),
     ]
     try:
         for number, (on_a_terminal_run, paths) in enumerate(walks, 1):
