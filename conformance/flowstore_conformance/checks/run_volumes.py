@@ -180,7 +180,8 @@ async def _expect_one_winner_beside_completions(
         await asyncio.sleep(context.random.random() * duration)
         return await outcome_of(call())
 
-    for what, (call, undo) in list(calls.items()) * context.profile.of(4, 8, 20):
+    # In the other profiles the run has many more steps.
+    for what, (call, undo) in list(calls.items()) * context.profile.of(4, 3, 5):
         changing = asyncio.ensure_future(delayed(call))
         began = loop.time()
         completed = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
