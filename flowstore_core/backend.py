@@ -78,6 +78,8 @@ __all__ = [
     "Transfer",
     "VariantUrls",
     "WorkLoop",
+    "WriteFailable",
+    "WriteFailureInjector",
     "bucket_starts",
     "fold_ascii",
     "hookimpl",
@@ -215,6 +217,41 @@ class FaultInjectable(Protocol):
         """Make an injector for the store at ``url``, a scratch namespace; leaving the context closes it.
 
         Raises ConfigurationError, with the reason, if it cannot work with this URL.
+        """
+        ...
+
+
+class WriteFailureInjector(Protocol):
+    """Stands between the stores of one URL and their database, and fails writes, as a full disk does.
+
+    Requests that only read, begin or roll back are neither counted nor failed.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL of the same namespace for stores whose writes may fail."""
+        ...
+
+    def fail(self, *, skip: int = 0) -> None:
+        """Fail every request after ``skip`` others: it has no effect, and the store gets an error."""
+        ...
+
+    def stop(self) -> bool:
+        """Fail no further request. True if one has failed."""
+        ...
+
+
+@runtime_checkable
+class WriteFailable(Protocol):
+    """A backend that lets the conformance suite fail a write in the middle, for CON-1.
+
+    Without it that check is UNSUPPORTED.
+    """
+
+    def inject_write_failures(self, url: str) -> AbstractAsyncContextManager[WriteFailureInjector]:
+        """Make an injector for the store at ``url``, a scratch namespace.
+
+        It concerns the stores that open with its URL in this context.
         """
         ...
 

@@ -14,6 +14,7 @@ from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
 if TYPE_CHECKING:
+    from flowstore_core.backend import WriteFailureInjector
     from flowstore_sqlite.store import SqliteStore
 
 
@@ -73,6 +74,14 @@ class SqliteBackend:
     def non_durable_urls(self, url: str) -> Sequence[str]:
         parts = parse_url(url)
         return [parts.with_options({**parts.options, "synchronous": "NORMAL"})]
+
+    @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Fail statements of the stores that open the file in this process and context."""
+        from flowstore_sqlite.fault_injection import fail_statements
+
+        with fail_statements(url) as injector:
+            yield injector
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:

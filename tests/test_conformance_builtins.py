@@ -15,7 +15,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import Capability
-from flowstore_core.backend import FaultInjectable, SchemaVersionAdjustable
+from flowstore_core.backend import FaultInjectable, SchemaVersionAdjustable, WriteFailable
 from flowstore_core.plugins import find_backend
 
 SEED = 20_260_314
@@ -24,7 +24,7 @@ PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
 # Facts about a process's memory, not operations: the memory backend is full without them.
 FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
 
-HOOKS = {"CON-3": FaultInjectable, "CON-6": SchemaVersionAdjustable}
+HOOKS = {"CON-1": WriteFailable, "CON-3": FaultInjectable, "CON-6": SchemaVersionAdjustable}
 """What a check of injected faults needs; see tests/test_conformance_faults.py."""
 
 

@@ -15,13 +15,14 @@ from flowstore_conformance.registry import Check, Kind, all_checks
 from flowstore_conformance.rendering import render_text
 from flowstore_conformance.suite import run_check
 
-from flowstore_core import ConfigurationError, open_store
+from flowstore_core import ConfigurationError, StoreUnavailableError, open_store
 from flowstore_core.backend import (
     FaultInjectable,
     FaultInjector,
     Migratable,
     SchemaRevertible,
     SchemaVersionAdjustable,
+    WriteFailable,
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Backend, find_backend
@@ -34,6 +35,7 @@ from tests.calls import new_run
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
 SCHEMA_CHECK = next(check for check in CHECKS if check.name == "another_schema_version_is_refused")
 MIGRATION_CHECK = next(check for check in CHECKS if check.name == "migrations_keep_all_data")
+FAILING_WRITES_CHECK = next(check for check in CHECKS if check.name == "a_failed_write_changes_nothing")
 
 
 async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
@@ -43,6 +45,13 @@ async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
     result = await run_on(find_backend("postgresql")[1], check, postgresql_url)
+    assert result.status is (Status.UNSUPPORTED if check is FAILING_WRITES_CHECK else Status.PASS), result
+
+
+async def test_sqlite_passes_where_writes_fail(memory_path: Path) -> None:
+    result = await run_on(
+        find_backend("sqlite")[1], FAILING_WRITES_CHECK, f"sqlite:///{memory_path}/flows.db"
+    )
     assert result.status is Status.PASS, result
 
 
@@ -232,3 +241,27 @@ async def test_a_url_unsupported_by_the_injector_is_refused(url: str, reason: st
     with pytest.raises(ConfigurationError, match=reason):
         async with backend.inject_faults(url):
             pass
+
+
+# The injector of SQLite
+
+
+async def test_statements_fail_until_the_injector_stops(memory_path: Path) -> None:
+    backend, url = find_backend("sqlite")[1], f"sqlite:///{memory_path}/flows.db"
+    assert isinstance(backend, WriteFailable)
+    async with (
+        open_store(url) as other,
+        backend.inject_write_failures(url) as injector,
+        open_store(injector.url) as store,
+    ):
+        run_id = await new_run(store)
+        injector.fail(skip=0)
+        with pytest.raises(StoreUnavailableError, match="disk is full"):
+            await store.try_claim_step(run_id, "charge")
+        assert await other.try_claim_step(run_id, "ship"), "a write of another store fails too"
+        assert await store.get_claimed_step_keys(run_id) == {"ship"}
+        assert injector.stop()
+        assert await store.try_claim_step(run_id, "charge")
+        injector.fail(skip=100)
+        assert not await store.try_claim_step(run_id, "charge")
+        assert not injector.stop()

@@ -28,6 +28,9 @@ from flowstore_core.operations import OPERATIONS
 TWO_HOURS = timedelta(hours=2)
 """Long enough that cleanup deletes keys and controls without a run (RET-4)."""
 
+MAX_CONCURRENT = 60
+"""Number of calls that call_concurrently makes at once."""
+
 ERROR_CLAUSES = {
     "RunNotFoundError": "UNK",
     "StepNotFoundError": "UNK",
@@ -104,10 +107,21 @@ class CallSequence:
     async def call(self, call: Call, *, store: int = 0) -> None:
         """Make a call on a store and on the model and compare the outcomes."""
         [entry] = await self._compare([call], store)
+        self._keep(entry)
+
+    def _keep(self, entry: ReproCall) -> None:
         self.entries.append(entry)
         self.advanced = timedelta(0)
         if entry.actual != entry.expected:
             raise ModelMismatch(self.started_at, self.entries)
+
+    async def call_concurrently(self, calls: Sequence[Call]) -> None:
+        """Make calls whose outcomes do not depend on their order, and compare the outcomes."""
+        for at in range(0, len(calls), MAX_CONCURRENT):
+            some = calls[at : at + MAX_CONCURRENT]
+            outcomes = await asyncio.gather(*(execute(self.stores[0], call) for call in some))
+            for call, actual in zip(some, outcomes, strict=True):
+                self._keep(self._compared(call, actual, 0))
 
     def advance_clock(self, span: timedelta) -> None:
         assert self.context.clock is not None
@@ -152,16 +166,20 @@ class CallSequence:
         entries = []
         for call in calls:
             actual = await execute(self.stores[store], call)
-            if actual is UNKNOWN or is_unavailable(actual):
-                raise Inconclusive(f"{call.method} was unavailable although no other call was running")
-            # A call that the contract forbids changes nothing (INP), so the model skips it.
-            refused = is_correctly_rejected(call, actual)
-            expected = actual if refused else expected_outcome(self.universe.model, call)
-            entries.append(ReproCall(self.advanced, call, expected, actual, store))
+            entries.append(self._compared(call, actual, store))
             # A store may answer without suspending; the watchdog expects that other tasks run.
             await asyncio.sleep(0)
-        self.context.assertions += len(entries)
         return entries
+
+    def _compared(self, call: Call, actual: Outcome, store: int) -> ReproCall:
+        """A call with its actual outcome and that of the model."""
+        if actual is UNKNOWN or is_unavailable(actual):
+            raise Inconclusive(f"{call.method} was unavailable although nothing else uses the namespace")
+        self.context.assertions += 1
+        # A call that the contract forbids changes nothing (INP), so the model skips it.
+        refused = is_correctly_rejected(call, actual)
+        expected = actual if refused else expected_outcome(self.universe.model, call)
+        return ReproCall(self.advanced, call, expected, actual, store)
 
 
 class ModelMismatch(ContractViolation):

@@ -93,11 +93,13 @@ MODULES = (
     "capabilities",
     "event_loops",
     "model",
+    "transitions",
     "derived_reads",
     "races",
     "processes",
     "snapshots",
     "cancellation",
+    "cancelled_dispatches",
     "crash",
     "killed_calls",
 )

@@ -49,6 +49,7 @@ class MutantBackend:
 
 
 HOOKS = (
+    "inject_write_failures",
     "non_durable_urls",
     "inject_faults",
     "adjust_schema_version",

@@ -25,6 +25,8 @@ from flowstore_core.backend import (
     StoreConfig,
     StoreUrl,
     VariantUrls,
+    WriteFailable,
+    WriteFailureInjector,
     hookimpl,
     orphaned_rows,
 )
@@ -85,6 +87,10 @@ class Descriptor:
         yield Injector()
 
     @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        yield WriteInjector()
+
+    @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         yield
 
@@ -107,6 +113,15 @@ class Injector:
         return False
 
 
+class WriteInjector:
+    url = "mine://full"
+
+    def fail(self, *, skip: int = 0) -> None: ...
+
+    def stop(self) -> bool:
+        return False
+
+
 @hookimpl
 def flowstore_backends() -> Sequence[Backend]:
     return [Descriptor()]
@@ -119,6 +134,7 @@ fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
 non_durable: NonDurableUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
+write_failable: WriteFailable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 schema_revertible: SchemaRevertible = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]

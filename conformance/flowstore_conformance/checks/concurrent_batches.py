@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from itertools import product
 from typing import Any
 from uuid import UUID
 
@@ -287,11 +288,53 @@ ODD_TEXTS = (
 )
 
 
+SEPARATORS = ("\x1e", "\x1f", "\x1c", "\x1d")
+"""The control characters for separators between records, units, files and groups."""
+BATCH = 12
+"""Number of concurrent calls, of which the first may be sent alone and the others as one batch."""
+MISSING = (lambda number: False, lambda number: number < 3, lambda number: number % 2 == 1)
+"""Which calls of a batch have no text: none, the first ones, every second one."""
+
+
+@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False)
+async def equal_and_missing_texts_of_concurrent_calls_round_trip(context: CheckContext) -> None:
+    """Concurrent calls keep their texts if all are one separator, and if some of them have none."""
+    store, run_id = context.store, await start(context)
+    wanted: dict[str, object] = {}
+    columns = (*SEPARATORS, "", "text")
+    for number, (text, is_missing) in enumerate(product(columns, MISSING)):
+        texts = {
+            f"{number} {place}": None if is_missing(place) else f"{place}" if text == "text" else text
+            for place in range(BATCH)
+        }
+        # The output is missing where the input is given.
+        outputs = {key: one if number % 2 else (text if one is None else None) for key, one in texts.items()}
+        await _gather_outcomes(
+            [
+                store.record_step_start(run_id, key, "http", input_json=one, job_id=one or None)
+                for key, one in texts.items()
+            ]
+        )
+        closed = StepStatus.FAILED
+        await _gather_outcomes(
+            [
+                store.record_step_complete(
+                    run_id, key, closed, output_json=outputs[key], error_message=one, attempt=1
+                )
+                for key, one in texts.items()
+            ]
+        )
+        wanted |= {key: (one, one or None, outputs[key], one) for key, one in texts.items()}
+    steps = (await get_run(context, run_id)).steps
+    found = {one.step_key: (one.input_json, one.job_id, one.output_json, one.error_message) for one in steps}
+    context.expect(found, wanted, "input, job id, output and error of concurrently written steps")
+
+
 @check("INP-2", "CON-1", kind=Kind.RACE)
 async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
     """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
-    for round_number in range(context.profile.of(3, 6, 20)):
+    for round_number in range(context.profile.of(2, 6, 20)):
         run_id = await start(context)
         odd = context.random.choice([0.02, 0.5])
 

@@ -1,6 +1,6 @@
-"""CON-3 and CON-6 under injected faults: lost replies, late requests, other versions of the schema.
+"""CON-1, CON-3 and CON-6 under faults: requests that are lost, late or fail, other schema versions.
 
-A backend offers the faults through FaultInjectable and SchemaVersionAdjustable of flowstore_core.backend;
+A backend offers the faults through protocols of flowstore_core.backend;
 without them these checks are UNSUPPORTED.
 """
 
@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id, observe
+from flowstore_conformance.checks import fixtures
+from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
 from flowstore_conformance.history import Call, Outcome, Raised, Returned
 from flowstore_conformance.model import State
@@ -23,6 +24,7 @@ from flowstore_conformance.state_probe import (
     difference,
     find_partial_effect,
     invoke,
+    observe,
     observe_until,
     outcome_of,
 )
@@ -35,7 +37,13 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
-from flowstore_core.backend import FaultInjectable, FaultInjector, SchemaVersionAdjustable
+from flowstore_core.backend import (
+    FaultInjectable,
+    FaultInjector,
+    SchemaVersionAdjustable,
+    WriteFailable,
+    WriteFailureInjector,
+)
 
 DID_NOT_HAPPEN = Raised(StoreUnavailableError.__name__)
 UNKNOWN_OUTCOME = Raised(OutcomeUnknownError.__name__)
@@ -204,6 +212,58 @@ def _undo(scenario: Scenario) -> Call | None:
     return None
 
 
+@check("CON-1", "CON-2", kind=Kind.FAULT)
+async def a_failed_write_changes_nothing(context: CheckContext) -> None:
+    """A write of which the database fails a request, and all later ones, raises and changes nothing."""
+    if not isinstance(context.backend, WriteFailable):
+        raise Unsupported("the backend does not implement WriteFailable, so no write can fail")
+    async with (
+        context.backend.inject_write_failures(context.url) as injector,
+        open_store(injector.url, clock=context.clock) as store,
+    ):
+        for name, factory in available(context.capabilities).items():
+            scenario = new_scenario(context, factory)
+            if scenario.call.method == "annotate_dispatch":
+                continue  # It is best effort and never raises (CLM-7).
+            for call in scenario.setup:
+                await invoke(context.store, call)
+            before, after = _states(context, scenario)
+            skip = 0
+            while await _fails_as_a_whole(context, injector, store, scenario, name, skip, before, after):
+                skip += 1
+            context.expect_that(skip, f"{name}: a write sends at least one request that can fail")
+
+
+async def _fails_as_a_whole(
+    context: CheckContext,
+    injector: WriteFailureInjector,
+    store: FlowStore,
+    scenario: Scenario,
+    name: str,
+    skip: int,
+    before: ModelState,
+    after: ModelState,
+) -> bool:
+    """Make the call of a scenario, whose first requests alone succeed; False if it needs no more."""
+    exact_times = context.exact_times
+    injector.fail(skip=skip)
+    outcome = await outcome_of(store, scenario.call, exact_times=exact_times)
+    has_failed = injector.stop()
+    title = f"{name}: {scenario.call.method} of which each request after the first {skip} failed"
+    wanted = [
+        one.observe(scenario.probes, exact_times=exact_times)
+        for one in _allowed_states(title, outcome, before, after)
+    ]
+    seen = await observe(context.store, scenario.probes, exact_times=exact_times)
+    context.assertions += 1
+    if seen not in wanted:
+        raise ContractViolation(
+            f"{title} returned {describe_outcome(outcome)}, but has a partial effect: "
+            f"{difference(scenario.probes, seen, wanted)}. Write all effects of a call in one transaction"
+        )
+    return has_failed
+
+
 @check("CON-6", kind=Kind.FAULT, isolated=False)
 async def another_schema_version_is_refused(context: CheckContext) -> None:
     """A newer schema, or an older one with migrate=False, raises SchemaVersionError and stays unchanged."""
@@ -214,7 +274,7 @@ async def another_schema_version_is_refused(context: CheckContext) -> None:
         async with open_store(url) as store:
             await store.start_run(FLOW, "orders", run_id, "manual")
             await store.record_step_start(run_id, "charge", "http")
-            before = await observe(context, run_id, store=store)
+            before = await fixtures.observe(context, run_id, store=store)
         for age, difference_, migrate in (("newer", 1, True), ("newer", 1, False), ("older", -1, False)):
             async with context.backend.adjust_schema_version(url, difference_):
                 error = await _refusal(url, migrate=migrate)
@@ -227,7 +287,7 @@ async def another_schema_version_is_refused(context: CheckContext) -> None:
                 f"SchemaVersionError of {age} schema: found {error.found}, needed {error.needed}",
             )
             async with open_store(url, migrate=False) as store:
-                after = await observe(context, run_id, store=store)
+                after = await fixtures.observe(context, run_id, store=store)
                 assert_same(context, after, before, f"the data after opening {age} schema was refused")
 
 
