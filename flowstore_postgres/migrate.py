@@ -25,7 +25,7 @@ from flowstore_postgres.search import (
     INDEX_RUNS,
     REINDEX_THRESHOLD,
 )
-from flowstore_postgres.settings import Settings, read_settings
+from flowstore_postgres.settings import Settings, quote_identifier, read_settings
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -54,6 +54,7 @@ DELETE_VERSION = "DELETE FROM {schema}.schema_version WHERE version = $1"
 # IF NOT EXISTS is not safe against concurrent migrations; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
 SET_WRITABLE = "SET TRANSACTION READ WRITE"
+LIST_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = $1 ORDER BY tablename"
 NO_TIMEOUT = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
 # The script does not rely on the defaults of the role or the database. It takes the same lock as a store that
 # migrates the schema while it opens.
@@ -262,6 +263,16 @@ async def adjust_version(url: str, difference: int) -> AsyncIterator[None]:
         yield
     finally:
         await change(adds=difference < 0)
+
+
+@asynccontextmanager
+async def lock_rows(url: str) -> AsyncIterator[None]:
+    """Lock every row of a schema; see OutageInjector."""
+    async with _connect(_config_of(url)) as (connection, settings), pinned_transaction(connection):
+        for row in await connection.fetch(LIST_TABLES, settings.schema):
+            table = f"{settings.quoted_schema}.{quote_identifier(row[0])}"
+            await connection.execute(f"SELECT FROM {table} FOR UPDATE")
+        yield
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.backend import OutageInjector
 from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
@@ -69,6 +70,13 @@ class SqliteBackend:
         """One reader, for which all reads queue."""
         parts = parse_url(url)
         return {"one reader": parts.with_options({**parts.options, "readers": "1"})}
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Hold the write lock, or remove the file or its log."""
+        from flowstore_sqlite.outages import FileOutageInjector
+
+        yield FileOutageInjector(url)
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from flowstore_core import Capability
 from flowstore_core.backend import (
@@ -17,6 +17,8 @@ from flowstore_core.backend import (
     FaultInjector,
     Fixable,
     Migratable,
+    OutageInjectable,
+    OutageInjector,
     SchemaVersionAdjustable,
     Severity,
     ShieldedTasks,
@@ -80,6 +82,10 @@ class Descriptor:
         yield Injector()
 
     @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        yield Outages()
+
+    @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         yield
 
@@ -87,7 +93,9 @@ class Descriptor:
 class Injector:
     url = "mine://proxy"
 
-    def lose_reply(self, *, skip: int = 0) -> None: ...
+    def lose_reply(self, *, skip: int = 0, isolates: bool = False) -> None: ...
+
+    def refuse_request(self, *, skip: int = 0) -> None: ...
 
     def hold_request(self, *, skip: int = 0) -> None: ...
 
@@ -95,6 +103,15 @@ class Injector:
 
     def disarm(self) -> bool:
         return False
+
+
+class Outages:
+    url = "mine://proxy"
+    interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {}
+
+    @asynccontextmanager
+    async def lock(self) -> AsyncIterator[None]:
+        yield
 
 
 @hookimpl
@@ -108,6 +125,7 @@ diagnosable: Diagnosable = Descriptor()
 fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
+outage_injectable: OutageInjectable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 
