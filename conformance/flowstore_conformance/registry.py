@@ -84,7 +84,9 @@ MODULES = (
     "leases",
     "lost_replies",
     "faults",
+    "outages",
     "concurrent_batches",
+    "rival_ends",
     "volumes",
     "run_volumes",
     "large_texts",
@@ -97,8 +99,11 @@ MODULES = (
     "processes",
     "snapshots",
     "cancellation",
+    "cancelled_rivals",
     "crash",
     "killed_calls",
+    # Repeats examples of the other modules.
+    "real_clock",
 )
 
 
