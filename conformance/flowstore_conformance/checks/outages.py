@@ -15,7 +15,7 @@ from functools import partial
 from uuid import UUID
 
 from flowstore_conformance.checks.cancelled_rivals import RIGHTS, Contest, end_compensations, end_tasks
-from flowstore_conformance.checks.fixtures import FLOW, new_id, second_store, start
+from flowstore_conformance.checks.fixtures import FLOW, new_id, now, second_store, start
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
 from flowstore_conformance.history import Call
 from flowstore_conformance.model import State
@@ -338,3 +338,30 @@ async def _outlast_the_patience_of_early_calls(context: CheckContext) -> None:
                 f"a dispatch failed after it had waited for a lock for {waited[key]:.2f} s, although an "
                 f"earlier one waited for {waited['first']:.2f} s: {outcome!r}",
             )
+
+
+@check("CTL-2", "CTL-3", "CON-1", needs=[Capability.DEADLINES], kind=Kind.FAULT, isolated=False)
+async def a_deadline_extended_behind_a_lock_is_not_missed(context: CheckContext) -> None:
+    """If a time-out and an extension of the deadline wait for one lock, no latch is left."""
+    due, other = now(context), await second_store(context)
+    runs = [await start(context) for _ in KEYS]
+    for run_id in runs:
+        await context.store.configure_run(run_id, FLOW, "manual", timeout_at=due)
+        await other.get_run_status(run_id)
+    async with _outages(context) as injector:
+        async with injector.lock():
+            calls: list[asyncio.Future[bool]] = []
+            for extends_first in (True, False):
+                for run_id in runs[extends_first::2]:
+                    extending = context.store.extend_deadline(run_id, due + timedelta(days=1))
+                    marking = other.mark_timed_out(run_id, as_of=due)
+                    for call in (extending, marking) if extends_first else (marking, extending):
+                        calls.append(asyncio.ensure_future(call))
+                        await asyncio.sleep(LOCK_SECONDS / len(KEYS) / 2)
+        await end_tasks(calls)
+    for run_id in runs:
+        control = await context.store.get_run_control(run_id)
+        # Whichever came first: an extension clears the latch, or the deadline is not due any more.
+        context.expect(
+            getattr(control, "timed_out_at", due), None, "timed_out_at after an extension of the deadline"
+        )
