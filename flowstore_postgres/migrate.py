@@ -72,6 +72,7 @@ ALTER TABLE {schema}.{table} ENABLE TRIGGER USER
 # IF NOT EXISTS is not safe against concurrent migrations; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
 SET_WRITABLE = "SET TRANSACTION READ WRITE"
+LIST_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = $1 ORDER BY tablename"
 NO_TIMEOUT = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
 # The script does not rely on the defaults of the role or the database. It takes the same lock as a store that
 # migrates the schema while it opens.
@@ -293,6 +294,16 @@ async def revert_schema(url: str, version: int) -> None:
             parts = {"schema": target, "source": source, "table": table, "columns": columns}
             await connection.execute(COPY_TABLE.format_map(parts))
         await connection.execute(f"DROP SCHEMA {source} CASCADE")
+
+
+@asynccontextmanager
+async def lock_rows(url: str) -> AsyncIterator[None]:
+    """Lock every row of a schema; see OutageInjector."""
+    async with _connect(_config_of(url)) as (connection, settings), pinned_transaction(connection):
+        for row in await connection.fetch(LIST_TABLES, settings.schema):
+            table = f"{settings.quoted_schema}.{quote_identifier(row[0])}"
+            await connection.execute(f"SELECT FROM {table} FOR UPDATE")
+        yield
 
 
 @asynccontextmanager

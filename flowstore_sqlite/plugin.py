@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.backend import OutageInjector
 from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
@@ -82,6 +83,13 @@ class SqliteBackend:
 
         with fail_statements(url) as injector:
             yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Hold the write lock, or remove the file or its log."""
+        from flowstore_sqlite.outages import FileOutageInjector
+
+        yield FileOutageInjector(url)
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:

@@ -20,6 +20,7 @@ from flowstore_core.backend import (
     FaultInjectable,
     FaultInjector,
     Migratable,
+    OutageInjectable,
     SchemaRevertible,
     SchemaVersionAdjustable,
     WriteFailable,
@@ -215,6 +216,71 @@ async def test_a_held_request_is_sent_when_it_is_released(fresh: str, admin: asy
         assert await admin.fetchval("SELECT count(*) FROM written") == 0
         await injector.release_request()
         assert await admin.fetchval("SELECT count(*) FROM written") == 1
+
+
+async def test_a_refused_request_ends_its_transaction(fresh: str) -> None:
+    async with connection_with_faults(fresh) as (injector, connection):
+        injector.refuse_request(skip=2)
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("SELECT 1")
+        with pytest.raises(asyncpg.DeadlockDetectedError):
+            await connection.execute("SELECT 2")
+        assert injector.disarm()
+        with pytest.raises(asyncpg.InFailedSQLTransactionError):
+            await connection.execute("SELECT 3")
+        await transaction.rollback()
+        assert await connection.fetchval("SELECT 4") == 4
+
+
+async def test_nothing_reaches_the_server_after_an_isolating_fault(fresh: str) -> None:
+    async with connection_with_faults(fresh) as (injector, connection):
+        injector.lose_reply(isolates=True)
+        with pytest.raises(asyncpg.PostgresConnectionError):
+            await connection.execute("SELECT 1")
+        opening = asyncio.ensure_future(_open_and_ping(injector.url))
+        await asyncio.wait({opening}, timeout=0.2)
+        assert not opening.done()
+        injector.disarm()
+        await opening
+
+
+async def _open_and_ping(url: str) -> None:
+    async with open_store(url) as store:
+        await store.ping()
+
+
+# Outages
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+async def test_a_lock_delays_writes_until_it_ends(name: str, tmp_path: Path, fresh: str) -> None:
+    backend = find_backend(name)[1]
+    assert isinstance(backend, OutageInjectable)
+    url = f"sqlite:///{tmp_path}/flows.db" if name == "sqlite" else fresh
+    async with open_store(url) as store, backend.inject_outages(url) as injector:
+        run_id = await new_run(store)
+        async with injector.lock():
+            claiming = asyncio.ensure_future(store.try_claim_step(run_id, "a"))
+            await asyncio.wait({claiming}, timeout=0.2)
+            assert not claiming.done()
+        assert await claiming
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("number", [0, 1])
+async def test_an_interruption_makes_the_store_unavailable(
+    name: str, number: int, tmp_path: Path, fresh: str
+) -> None:
+    backend = find_backend(name)[1]
+    assert isinstance(backend, OutageInjectable)
+    url = f"sqlite:///{tmp_path}/flows.db" if name == "sqlite" else fresh
+    async with backend.inject_outages(url) as injector, open_store(injector.url) as store:
+        await new_run(store)
+        assert len(injector.interruptions) == 2
+        async with list(injector.interruptions.values())[number]():
+            with pytest.raises(StoreUnavailableError):
+                await store.ping()
 
 
 async def test_an_injector_without_a_fault_has_no_effect(fresh: str) -> None:

@@ -85,7 +85,9 @@ MODULES = (
     "lost_replies",
     "faults",
     "migrations",
+    "outages",
     "concurrent_batches",
+    "rival_ends",
     "volumes",
     "run_volumes",
     "large_texts",
@@ -100,8 +102,11 @@ MODULES = (
     "snapshots",
     "cancellation",
     "cancelled_dispatches",
+    "cancelled_rivals",
     "crash",
     "killed_calls",
+    # Repeats examples of the other modules.
+    "real_clock",
 )
 
 
