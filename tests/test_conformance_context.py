@@ -29,6 +29,7 @@ from flowstore_conformance.context import (
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.watchdog import Limits
 from flowstore_conformance.write_scenarios import SCENARIOS, Scenario, new_scenario
 
 from flowstore_core import (
@@ -90,6 +91,41 @@ async def test_a_randomly_inconclusive_check_is_rerun_longer_with_new_draws() ->
     assert report.results[0].status is Status.PASS
     assert [timeout_factor for _, timeout_factor in executions] == [1, 4, 16]
     assert len({seed for seed, _ in executions}) == 3
+
+
+async def test_retries_of_inconclusive_checks_share_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    executions = 0
+
+    async def hopeless(context: CheckContext) -> None:
+        nonlocal executions
+        executions += 1
+        await asyncio.sleep(0.01)
+        raise Inconclusive("nothing overlapped")
+
+    monkeypatch.setattr(Limits, "retries", 0.001)
+    checks = [example_check("CLM-1", name, hopeless) for name in ("one", "two")]
+    report = await run_suite("memory://", profile="quick", checks=checks)
+    assert [one.status for one in report.results] == [Status.INCONCLUSIVE] * 2
+    # One retry, of the first check.
+    assert executions == 3
+
+
+async def test_a_run_that_takes_too_long_leaves_out_the_remaining_checks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Limits, "of", lambda profile, check_timeout: Limits(run=0.05))
+
+    async def slow(context: CheckContext) -> None:
+        context.assertions += 1
+        await asyncio.sleep(0.06)
+
+    checks = [example_check("CLM-1", name, slow) for name in ("one", "two")]
+    report = await run_suite("memory://", profile="quick", checks=checks)
+    assert report.results[-1].status is Status.NOT_RUN
+    assert report.results[-1].reason == (
+        "the run had taken longer than its limit of 0.05 s; --check-timeout raises the limit"
+    )
+    assert not report.conforms
 
 
 async def test_a_deterministically_inconclusive_check_is_not_rerun() -> None:

@@ -115,16 +115,17 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
     Mappings become tuples of pairs in key order, sequences become tuples, enums become strings. With
     ``exact_times=False``, for a store without a virtual clock, all datetimes are equal.
     """
-    if type(value) in _PLAIN_TYPES:
+    kind: type = type(value)
+    if kind in _PLAIN_TYPES:
         return value
     if isinstance(value, datetime):
         return value if exact_times else "<time>"
     if isinstance(value, FlowRunDetail) and not exact_times:
         # Ordered by their start times, which are not exact.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
-    if (names := _field_names(type(value))) is not None:
+    if (names := _field_names(kind)) is not None:
         fields = tuple((name, comparable(getattr(value, name), exact_times=exact_times)) for name in names)
-        return (type(value).__name__, fields)
+        return (kind.__name__, fields)
     if isinstance(value, RunPage):
         return (
             "RunPage",

@@ -37,7 +37,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.supervisor import Stopped, Supervisor
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
 from flowstore_conformance.waivers import Waiver
-from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
+from flowstore_conformance.watchdog import OPTION, Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.backend import VariantUrls
 from flowstore_core.distributions import installed_version
@@ -47,6 +47,9 @@ from flowstore_core.urls import parse_url, redact
 
 INCONCLUSIVE_RETRIES = 2
 """Retries of an inconclusive check, each with four times the time of the one before."""
+
+RETRY_LIMIT_FACTOR = 4.0
+"""The time limit of a retry, as a multiple of the limit of a check."""
 
 REPEATS = 4
 """Reruns of a failed check, to measure how often it fails."""
@@ -201,6 +204,7 @@ class SuiteRun:
         self._stop = stop
         self._shares = shares
         self._shared: SharedNamespace | None = None
+        self._begun = time.monotonic()
 
     async def inspect(self, *, adapt: bool) -> None:
         """Inspect the backend before the first check; see guard."""
@@ -212,6 +216,9 @@ class SuiteRun:
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
             return _not_run(check, self._seed, blocker.title, blocker)
+        if time.monotonic() - self._begun > (limit := self._watchdog.limits.run):
+            reason = f"the run had taken longer than its limit of {limit:g} s; {OPTION} raises the limit"
+            return _not_run(check, self._seed, reason)
         variant = self._variants.of(check)
         if self._shared is None and self._shares and not check.isolated:
             self._shared = SharedNamespace(
@@ -464,10 +471,12 @@ async def run_check(
     if outcome is None:
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant)
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
-        if not outcome.retryable:
+        if not outcome.retryable or watchdog.retry_seconds >= watchdog.limits.retries:
             break
         # The machine may have been busy: retry with more time and other draws.
+        since = time.monotonic()
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant, retry=number)
+        watchdog.retry_seconds += time.monotonic() - since
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
         watchdog.known_hangs.add(outcome.failure.operation)
     return CheckResult(
@@ -565,7 +574,7 @@ async def _run_isolated(
     try:
         with capture_callback_errors() as callback_errors:
             async with (
-                watchdog.watch(timeout_factor=4.0**retry),
+                watchdog.watch(timeout_factor=RETRY_LIMIT_FACTOR if retry else 1.0),
                 new_context(
                     url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call, variant
                 ) as context,
