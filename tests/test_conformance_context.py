@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance import Profile, Status, run_suite
+from flowstore_conformance import Profile, Report, Status, run_suite, suite
 from flowstore_conformance.cancellation_points import (
     CallProfile,
     CancelPoint,
@@ -28,6 +28,7 @@ from flowstore_conformance.context import (
 )
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
+from flowstore_conformance.registry import Check, Run
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.watchdog import Limits
 from flowstore_conformance.write_scenarios import SCENARIOS, Scenario, new_scenario
@@ -73,6 +74,75 @@ async def test_a_check_that_raises_unsupported_is_unsupported() -> None:
     report = await run_suite("memory://", profile="quick", checks=[example_check("CLM-1", "two", needs_two)])
     assert report.results[0].status is Status.UNSUPPORTED
     assert report.results[0].reason == "a second store on the namespace is refused"
+
+
+# Checks that run at the same time
+
+
+async def run_all(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> Report:
+    """Run checks as if they were the checks of the suite."""
+    monkeypatch.setattr(suite, "all_checks", lambda: checks)
+    return await run_suite("memory://", profile="quick", seed=7)
+
+
+async def passes(context: CheckContext) -> None:
+    context.assertions += 1
+
+
+def many(*checks: Check) -> tuple[Check, ...]:
+    """Enough checks for lanes; without the given ones all of them pass."""
+    return (*checks, *(example_check("RUN-1", f"passes {number}", passes) for number in range(suite.LANES)))
+
+
+async def test_examples_run_at_the_same_time_and_are_reported_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = [asyncio.Event(), asyncio.Event()]
+
+    def meets(number: int) -> Run:
+        async def run(context: CheckContext) -> None:
+            begun[number].set()
+            await begun[1 - number].wait()
+            context.assertions += 1
+
+        return run
+
+    checks = many(*(example_check("CLM-1", f"meets {number}", meets(number)) for number in range(2)))
+    report = await run_all(monkeypatch, *checks)
+    assert [one.check for one in report.results] == list(checks)
+    assert {one.status for one in report.results} == {Status.PASS}
+
+
+async def test_a_failure_beside_other_checks_must_recur_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    executions = 0
+
+    async def fails_once(context: CheckContext) -> None:
+        nonlocal executions
+        executions += 1
+        context.expect(executions, 2, "the number of executions")
+
+    report = await run_all(monkeypatch, *many(example_check("CLM-1", "fails once", fails_once)))
+    assert executions == 2
+    assert {one.status for one in report.results} == {Status.PASS}
+
+
+async def test_a_check_that_changes_the_process_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: set[str] = set()
+
+    async def joins(context: CheckContext) -> None:
+        running.add("another")
+        await asyncio.sleep(0.01)
+        running.discard("another")
+        context.assertions += 1
+
+    async def changes(context: CheckContext) -> None:
+        await asyncio.sleep(0)
+        context.expect_that(not running, "no other check runs")
+
+    alone = replace(example_check("CLM-1", "changes", changes), changes_process=True)
+    others = [example_check("CLM-1", f"joins {number}", joins) for number in range(5)]
+    report = await run_all(monkeypatch, alone, *others)
+    assert {one.status for one in report.results} == {Status.PASS}
 
 
 # Reruns
