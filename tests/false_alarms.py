@@ -1,8 +1,8 @@
 """Run the suite on the correct built-in backends with many seeds: ``python -m tests.false_alarms``.
 
 Every FAIL and INCONCLUSIVE is a false alarm; it is printed with its seed and message, and the exit code is 1.
-``--hogs N`` runs N processes beside it that only use CPU. ``--variant NAME`` selects a variant of the backends
-that have it.
+``--hogs N`` runs N processes beside it that only use CPU. ``--variant NAME`` selects a variant of the
+backends that have it.
 """
 
 from __future__ import annotations
