@@ -51,6 +51,9 @@ INCONCLUSIVE_RETRIES = 2
 LANES = 3
 """The number of checks that run at the same time, while a check waits for the store."""
 
+LANES_LIMIT_FACTOR = 5.0
+"""The time limit of all lanes, as a multiple of the limit of a check; then the remaining checks run alone."""
+
 RETRY_LIMIT_FACTOR = 4.0
 """The time limit of a retry, as a multiple of the limit of a check."""
 
@@ -223,7 +226,8 @@ class SuiteRun:
         self._stop = stop
         self._shares = shares
         self._shared: SharedNamespace | None = None
-        self._begun = time.monotonic()
+        self._failing_seconds = 0.0
+        """The time spent on checks that did not pass. A slow machine alone must not end a run."""
 
     async def inspect(self, *, adapt: bool) -> None:
         """Inspect the backend before the first check; see guard."""
@@ -251,7 +255,7 @@ class SuiteRun:
 
                 try:
                     async with (
-                        self._watchdog.watch(timeout_factor=len(checks)),
+                        self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR),
                         asyncio.TaskGroup() as group,
                     ):
                         for _ in range(LANES):
@@ -301,8 +305,10 @@ class SuiteRun:
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
             return _not_run(check, self._seed, blocker.title, blocker)
-        if time.monotonic() - self._begun > (limit := self._watchdog.limits.run):
-            reason = f"the run had taken longer than its limit of {limit:g} s; {OPTION} raises the limit"
+        if self._failing_seconds > (limit := self._watchdog.limits.failures):
+            reason = (
+                f"the checks that did not pass had taken longer than {limit:g} s ({OPTION} raises the limit)"
+            )
             return _not_run(check, self._seed, reason)
         variant = self._variants.of(check)
         if self._shared is None and self._shares and not check.isolated:
@@ -356,6 +362,8 @@ class SuiteRun:
                 seed=self._seed,
                 failure=_hang_failure(hung.hang, Scrubber(self._url)),
             )
+        if result.status in (Status.FAIL, Status.INCONCLUSIVE):
+            self._failing_seconds += result.seconds
         return apply_findings(result, self.backend.findings)
 
     def _on_hang(self, hang: Hang) -> None:
