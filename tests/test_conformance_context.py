@@ -163,6 +163,21 @@ async def test_a_randomly_inconclusive_check_is_rerun_longer_with_new_draws() ->
     assert len({seed for seed, _ in executions}) == 3
 
 
+async def test_a_check_that_is_too_slow_without_a_hanging_call_gets_more_time() -> None:
+    executions = 0
+
+    async def slow_once(context: CheckContext) -> None:
+        nonlocal executions
+        executions += 1
+        context.assertions += 1
+        if executions == 1:
+            await asyncio.Event().wait()
+
+    checks = [example_check("CLM-1", "slow once", slow_once)]
+    report = await run_suite("memory://", profile="quick", checks=checks, check_timeout=0.5)
+    assert (executions, report.results[0].status) == (2, Status.PASS)
+
+
 async def test_retries_of_inconclusive_checks_share_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     executions = 0
 

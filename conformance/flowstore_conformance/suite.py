@@ -562,7 +562,8 @@ async def run_check(
     if outcome is None:
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant)
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
-        if not outcome.retryable or watchdog.retry_seconds >= watchdog.limits.retries:
+        is_hung_again = outcome.failure is not None and number > 1
+        if not outcome.retryable or is_hung_again or watchdog.retry_seconds >= watchdog.limits.retries:
             break
         # The machine may have been busy: retry with more time and other draws.
         since = time.monotonic()
@@ -583,7 +584,7 @@ class _CheckRun:
     reason: str | None = None
     notes: tuple[str, ...] = ()
     retryable: bool = False
-    """Whether the check is inconclusive and a retry may decide."""
+    """Whether a retry with more time may pass."""
 
 
 def _result(check: Check, seed: int, begun: float, outcome: _CheckRun, variant: str | None) -> CheckResult:
@@ -741,7 +742,9 @@ def _explain(error: BaseException, check: Check, assertions: int, url: str) -> _
     """Turn an exception into a result."""
     found, clean = _leaf(error), Scrubber(url)
     if isinstance(found, Hung):
-        return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean))
+        # If no single call hangs, the machine may be busy: the check gets more time once.
+        too_slow = found.hang.operation is None
+        return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean), retryable=too_slow)
     if isinstance(found, ContractViolation):
         clause = found.clause or check.clauses[0]
         failure = _exception_failure(clause, found.message, found.__cause__, url)

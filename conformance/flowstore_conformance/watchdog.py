@@ -39,7 +39,7 @@ MAX_SLOW_FAILURES = 10
 """The number of checks that may fail after the whole time limit of a check; then the run ends."""
 
 RETRIES_SHARE = 0.2
-"""The share of that time that may be spent on retries of inconclusive checks."""
+"""The share of that time that may be spent on retries of inconclusive or slow checks."""
 
 KNOWN_HANG_SECONDS = 2.0
 """Time limit of a call of an operation that is already known to hang."""
@@ -83,7 +83,7 @@ class Limits:
 
     @property
     def retries(self) -> float:
-        """After this time, spent on retries of inconclusive checks, no further retry begins."""
+        """After this time, spent on retries of inconclusive or slow checks, no further retry begins."""
         return self.failures * RETRIES_SHARE
 
     @property
@@ -150,7 +150,7 @@ class Watchdog:
         self.known_hangs: set[str] = set()
         """Operations that are known to hang."""
         self.retry_seconds = 0.0
-        """The time spent on retries of inconclusive checks."""
+        """The time spent on retries of inconclusive or slow checks."""
         self.hang: Hang | None = None
         """The hang found in the current check."""
         self.stuck = False
