@@ -106,6 +106,12 @@ class Migration:
     """The schema version of the oldest code that works on the schema after this migration."""
     sql: str
 
+    @property
+    def record(self) -> str:
+        """The statement that records the migration."""
+        values = f"({self.number}, '{self.name}', {self.works_from})"
+        return RECORD_VERSION.replace("($1, $2, $3)", values)
+
 
 @functools.cache
 def read_migrations() -> tuple[Migration, ...]:
@@ -129,9 +135,7 @@ def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     scripts = []
     for one in read_migrations():
         prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
-        values = f"({one.number}, '{one.name}', {one.works_from})"
-        record = RECORD_VERSION.replace("($1, $2, $3)", values)
-        parts = (part.replace("{schema}", settings.quoted_schema) for part in (prepare, one.sql, record))
+        parts = (part.replace("{schema}", settings.quoted_schema) for part in (prepare, one.sql, one.record))
         script = SCRIPT.format(lock, *parts)
         scripts.append((one.number, one.name, script))
     return scripts
@@ -192,11 +196,10 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
         await connection.execute(f"CREATE SCHEMA {schema}")
     if not found:
         await connection.execute(CREATE_VERSION_TABLE.replace("{schema}", schema))
-    record = RECORD_VERSION.replace("{schema}", schema)
     for one in read_migrations():
         if found < one.number <= needed:
-            await connection.execute(one.sql.replace("{schema}", schema))
-            await connection.execute(record, one.number, one.name, one.works_from)
+            # One round trip, because a new store applies all migrations.
+            await connection.execute(f"{one.sql}\n{one.record}".replace("{schema}", schema))
             log.info(
                 "applied migration %04d %s to schema %s",
                 one.number,

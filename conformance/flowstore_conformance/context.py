@@ -176,6 +176,8 @@ class CheckContext:
         ``clause`` is the one that the assertion tests, if it is not the check's first.
         """
         self.assertions += 1
+        if actual == wanted:
+            return
         got, want = (
             comparable(actual, exact_times=self.exact_times),
             comparable(wanted, exact_times=self.exact_times),

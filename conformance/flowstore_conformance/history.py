@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -96,23 +97,35 @@ class History:
         return pairs
 
 
+_PLAIN_TYPES = frozenset({bool, int, str, UUID, type(None)})
+"""The types of most values, which are comparable as they are; subclasses such as enums are not."""
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """The names of a dataclass's fields; None for another class."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    return tuple(each.name for each in dataclasses.fields(kind))
+
+
 def comparable(value: Any, *, exact_times: bool = True) -> Any:
     """Convert a result to a hashable value for comparisons of two stores, or of a store and the model.
 
     Mappings become tuples of pairs in key order, sequences become tuples, enums become strings. With
     ``exact_times=False``, for a store without a virtual clock, all datetimes are equal.
     """
+    kind: type = type(value)
+    if kind in _PLAIN_TYPES:
+        return value
     if isinstance(value, datetime):
         return value if exact_times else "<time>"
     if isinstance(value, FlowRunDetail) and not exact_times:
         # Ordered by their start times, which are not exact.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = tuple(
-            (each.name, comparable(getattr(value, each.name), exact_times=exact_times))
-            for each in dataclasses.fields(value)
-        )
-        return (type(value).__name__, fields)
+    if (names := _field_names(kind)) is not None:
+        fields = tuple((name, comparable(getattr(value, name), exact_times=exact_times)) for name in names)
+        return (kind.__name__, fields)
     if isinstance(value, RunPage):
         return (
             "RunPage",

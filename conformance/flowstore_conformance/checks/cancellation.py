@@ -116,9 +116,9 @@ async def _cancel_everywhere(
             usual,
             context.random,
             # A claim is won at one instant, possibly in a server or thread: try more random times.
-            moments=(4 if whole.must_compensate else 1) * moments,
+            moments=(8 if whole.must_compensate else 1) * moments,
             exact_times=context.exact_times,
-            limit=context.profile.of(24, 60, 200),
+            limit=context.profile.of(24 if whole.must_compensate else 8, 60, 200),
         )
         cancelled = [cancelled_call async for cancelled_call in swept]
         await _wait_for_tasks(before)
@@ -134,7 +134,7 @@ async def _cancel_everywhere(
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_write_is_atomic(context: CheckContext) -> None:
     """A write cancelled at any point takes full effect or none, and can be repeated."""
-    await _cancel_everywhere(context, available(context.capabilities), context.profile.of(2, 5, 40))
+    await _cancel_everywhere(context, available(context.capabilities), context.profile.of(1, 3, 40))
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
@@ -241,6 +241,8 @@ def _descriptors() -> int:
 async def cancelled_calls_leak_no_resources(context: CheckContext) -> None:
     """After many cancelled calls and aclose no task, thread or connection is left."""
     factories = list(available(context.capabilities).values())
+    count = min(context.profile.of(10, 100, 100), len(factories))
+    factories = context.random.sample(factories, count)
 
     async def cancel_many(store: FlowStore) -> Sequence[CancelledCall]:
         """Cancel every call at its first suspension, at a later one, and before it begins."""
