@@ -14,7 +14,7 @@ below. They are optional: the command line and the conformance suite find each b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, runtime_checkable
 
@@ -67,6 +67,8 @@ __all__ = [
     "NonDurableUrls",
     "Observer",
     "Observers",
+    "OutageInjectable",
+    "OutageInjector",
     "PendingCall",
     "Resolution",
     "SchemaRevertible",
@@ -81,6 +83,8 @@ __all__ = [
     "VariantUrls",
     "WaitingCalls",
     "WorkLoop",
+    "WriteFailable",
+    "WriteFailureInjector",
     "bucket_starts",
     "fold_ascii",
     "hookimpl",
@@ -188,14 +192,24 @@ class FaultInjector(Protocol):
         """The URL of the same namespace for stores whose requests pass through this injector."""
         ...
 
-    def lose_reply(self, *, skip: int = 0) -> None:
-        """Arm: the database executes the request, and the connection breaks before the reply arrives."""
+    def lose_reply(self, *, skip: int = 0, isolates: bool = False) -> None:
+        """Arm: the database executes the request, and the connection breaks before the reply arrives.
+
+        With ``isolates`` no further request reaches the database until ``disarm``.
+        """
         ...
 
     def hold_request(self, *, skip: int = 0) -> None:
         """Arm: the connection breaks, and the request reaches the database only on release_request.
 
         Requests inside an open transaction do not count: they take effect only with a later request.
+        """
+        ...
+
+    def refuse_request(self, *, skip: int = 0) -> None:
+        """Arm: the database refuses the request with an error that permits a retry, such as a deadlock.
+
+        Requests inside an open transaction count; the error ends the transaction.
         """
         ...
 
@@ -210,12 +224,84 @@ class FaultInjector(Protocol):
 
 @runtime_checkable
 class FaultInjectable(Protocol):
-    """A backend that lets the conformance suite lose replies and delay requests, for the checks of CON-3.
+    """A backend that lets the conformance suite lose, delay and refuse requests, for CON-2 and CON-3.
 
     Without it those checks are UNSUPPORTED.
     """
 
     def inject_faults(self, url: str) -> AbstractAsyncContextManager[FaultInjector]:
+        """Make an injector for the store at ``url``, a scratch namespace; leaving the context closes it.
+
+        Raises ConfigurationError, with the reason, if it cannot work with this URL.
+        """
+        ...
+
+
+class WriteFailureInjector(Protocol):
+    """Stands between the stores of one URL and their database, and fails writes, as a full disk does.
+
+    Requests that only read, begin or roll back are neither counted nor failed.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL of the same namespace for stores whose writes may fail."""
+        ...
+
+    def fail(self, *, skip: int = 0) -> None:
+        """Fail every request after ``skip`` others: it has no effect, and the store gets an error."""
+        ...
+
+    def stop(self) -> bool:
+        """Fail no further request. True if one has failed."""
+        ...
+
+
+class OutageInjector(Protocol):
+    """Locks the database of one namespace, or makes it unavailable."""
+
+    @property
+    def url(self) -> str:
+        """The URL of the namespace for stores that interruptions affect, with short timeouts."""
+        ...
+
+    @property
+    def interruptions(self) -> Mapping[str, Callable[[], AbstractAsyncContextManager[None]]]:
+        """Contexts in which the stores at ``url`` cannot reach their database, by a phrase for each.
+
+        For example "the server does not answer". The namespace need not be usable afterwards.
+        """
+        ...
+
+    def lock(self) -> AbstractAsyncContextManager[None]:
+        """Hold a lock for which every write to a stored run waits, as another client may."""
+        ...
+
+
+@runtime_checkable
+class WriteFailable(Protocol):
+    """A backend that lets the conformance suite fail a write in the middle, for CON-1.
+
+    Without it that check is UNSUPPORTED.
+    """
+
+    def inject_write_failures(self, url: str) -> AbstractAsyncContextManager[WriteFailureInjector]:
+        """Make an injector for the store at ``url``, a scratch namespace.
+
+        It concerns the stores that open with its URL in this context.
+        """
+        ...
+
+
+@runtime_checkable
+class OutageInjectable(Protocol):
+    """A backend that lets the conformance suite lock its database or make it unavailable.
+
+    Stores wait for the lock, and their calls end with StoreUnavailableError in an interruption (CON-2).
+    Without it those checks are UNSUPPORTED.
+    """
+
+    def inject_outages(self, url: str) -> AbstractAsyncContextManager[OutageInjector]:
         """Make an injector for the store at ``url``, a scratch namespace; leaving the context closes it.
 
         Raises ConfigurationError, with the reason, if it cannot work with this URL.

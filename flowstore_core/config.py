@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tomllib
@@ -148,6 +149,12 @@ def _options_from_authority(url: StoreUrl) -> set[str]:
     return {name for name, value in values.items() if value}
 
 
+@functools.lru_cache(maxsize=2)
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Parse a file. Cached: every opening of a store reads the same file, and parsing takes milliseconds."""
+    return tomllib.loads(text)
+
+
 def _read_file() -> tuple[str, dict[str, Any]]:
     """The name and the table of the first file in the working directory that configures flowstore.
 
@@ -157,7 +164,7 @@ def _read_file() -> tuple[str, dict[str, Any]]:
     for name, path in (("flowstore.toml", ()), ("pyproject.toml", ("tool", "flowstore"))):
         table: Any = None
         try:
-            table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+            table = _parse_toml(Path(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except OSError as error:

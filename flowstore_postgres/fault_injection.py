@@ -1,4 +1,4 @@
-"""A proxy between stores and their server that loses a reply or delays a request, for conformance checks.
+"""A proxy between stores and their server that injects faults and outages, for conformance checks.
 
 It relays whole messages of the protocol without TLS. A request is a Query or an Execute with all messages up
 to the one that the client waits for; its reply ends with ReadyForQuery.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from enum import Enum
 from typing import NamedTuple
 
 from flowstore_core import ConfigurationError
 from flowstore_core.urls import parse_url
 from flowstore_postgres.failover import read_hosts
+from flowstore_postgres.migrate import lock_rows
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -27,10 +29,26 @@ IDLE = b"I"
 DEFAULT_PORT = 5432
 
 
+# A request in place of a refused one: it ends an open transaction, as a deadlock does.
+REFUSAL = b"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'deadlock_detected'; END $$\0"
+SHORT_TIMEOUTS = {
+    "acquire_timeout": "2",
+    "connect_timeout": "0.5",
+    "retry_timeout": "0.3",
+    "statement_timeout": "0.5",
+}
+
+
+class _Kind(Enum):
+    LOSE_REPLY = "lose the reply"
+    HOLD = "hold the request"
+    REFUSE = "refuse the request"
+
+
 class _ArmedFault(NamedTuple):
-    loses_reply: bool
-    """Otherwise the request is held."""
+    kind: _Kind
     skip: int
+    isolates: bool = False
 
 
 class ServerFaultInjector:
@@ -43,15 +61,46 @@ class ServerFaultInjector:
         self._has_injected = False
         self._held: tuple[bytes, Streams] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
+        self.silent: asyncio.Event | None = None
+        """Set at the end of a silence; None if there is none."""
+        self.refuses = False
+        self.is_reachable = asyncio.Event()
+        self.is_reachable.set()
 
-    def lose_reply(self, *, skip: int = 0) -> None:
-        self._armed, self._has_injected = _ArmedFault(True, skip), False
+    def lose_reply(self, *, skip: int = 0, isolates: bool = False) -> None:
+        self._armed, self._has_injected = _ArmedFault(_Kind.LOSE_REPLY, skip, isolates), False
 
     def hold_request(self, *, skip: int = 0) -> None:
-        self._armed, self._has_injected = _ArmedFault(False, skip), False
+        self._armed, self._has_injected = _ArmedFault(_Kind.HOLD, skip), False
+
+    def refuse_request(self, *, skip: int = 0) -> None:
+        self._armed, self._has_injected = _ArmedFault(_Kind.REFUSE, skip), False
+
+    @asynccontextmanager
+    async def silence(self) -> AsyncIterator[None]:
+        """Relay nothing, and end the connections afterwards."""
+        self.silent = asyncio.Event()
+        try:
+            yield
+        finally:
+            self.silent.set()
+            self.silent = None
+
+    @asynccontextmanager
+    async def refuse_connections(self) -> AsyncIterator[None]:
+        """End the connections and every new one."""
+        self.refuses = True
+        for client_out in self._clients:
+            client_out.transport.abort()
+        try:
+            yield
+        finally:
+            self.refuses = False
 
     def disarm(self) -> bool:
         self._armed = None
+        self.is_reachable.set()
         return self._has_injected
 
     async def release_request(self) -> None:
@@ -72,14 +121,20 @@ class ServerFaultInjector:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        self._clients.add(client_out)
         try:
-            await _Relay(self, client_in, client_out, await self._connect()).run()
+            if self.silent is not None:
+                await self.silent.wait()
+            elif not self.refuses:
+                await _Relay(self, client_in, client_out, await self._connect()).run()
         except (OSError, asyncio.IncompleteReadError):
             pass  # The client or the server has closed its connection.
         finally:
+            self._clients.discard(client_out)
             client_out.close()
 
     async def aclose(self) -> None:
+        self.disarm()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -87,12 +142,14 @@ class ServerFaultInjector:
 
     def take_fault(self, *, is_idle: bool) -> _ArmedFault | None:
         """The fault for the next request, which then counts as injected. ``is_idle``: no open transaction."""
-        if self._armed is None or not (is_idle or self._armed.loses_reply):
+        if self._armed is None or not (is_idle or self._armed.kind is not _Kind.HOLD):
             return None
         if self._armed.skip:
-            self._armed = _ArmedFault(self._armed.loses_reply, self._armed.skip - 1)
+            self._armed = self._armed._replace(skip=self._armed.skip - 1)
             return None
         taken, self._armed = self._armed, None
+        if taken.isolates:
+            self.is_reachable.clear()
         self._has_injected = self._has_injected or taken is not None
         return taken
 
@@ -147,13 +204,19 @@ class _Relay:
                 message = await _read_message(self._client_in)
                 request, types = request + message, types + message[:1]
             executes = self._status and (b"Q" in types or b"E" in types)
+            await self._injector.is_reachable.wait()
+            if (silent := self._injector.silent) is not None:
+                await silent.wait()
+                return
             fault = self._injector.take_fault(is_idle=self._status == IDLE) if executes else None
-            if fault is not None and not fault.loses_reply:
+            if fault is not None and fault.kind is _Kind.HOLD:
                 self._holds_request = True
                 self._injector.hold(request, self._server)
                 self._client_out.transport.abort()
                 return
-            self._loses_reply = fault is not None
+            if fault is not None and fault.kind is _Kind.REFUSE:
+                request = b"Q" + struct.pack("!i", 4 + len(REFUSAL)) + REFUSAL
+            self._loses_reply = fault is not None and fault.kind is _Kind.LOSE_REPLY
             server_out.write(request)
             await server_out.drain()
 
@@ -205,3 +268,26 @@ async def inject_faults(url: str) -> AsyncIterator[ServerFaultInjector]:
     finally:
         server.close()
         await injector.aclose()
+
+
+class ServerOutageInjector:
+    """Implements OutageInjector; see flowstore_core.backend."""
+
+    def __init__(self, url: str, faults: ServerFaultInjector) -> None:
+        self._direct_url = url
+        parts = parse_url(faults.url)
+        self.url = parts.with_options({**parts.options, **SHORT_TIMEOUTS})
+        self.interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {
+            "the server does not answer": faults.silence,
+            "the server cannot be reached": faults.refuse_connections,
+        }
+
+    def lock(self) -> AbstractAsyncContextManager[None]:
+        return lock_rows(self._direct_url)
+
+
+@asynccontextmanager
+async def inject_outages(url: str) -> AsyncIterator[ServerOutageInjector]:
+    """See OutageInjectable. Raises ConfigurationError like ``inject_faults``."""
+    async with inject_faults(url) as faults:
+        yield ServerOutageInjector(url, faults)

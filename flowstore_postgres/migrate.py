@@ -72,6 +72,7 @@ ALTER TABLE {schema}.{table} ENABLE TRIGGER USER
 # IF NOT EXISTS is not safe against concurrent migrations; a lock is.
 LOCK_SCHEMA = "SELECT pg_advisory_xact_lock(hashtextextended('flowstore:' || $1, 0))"
 SET_WRITABLE = "SET TRANSACTION READ WRITE"
+LIST_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = $1 ORDER BY tablename"
 NO_TIMEOUT = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"
 # The script does not rely on the defaults of the role or the database. It takes the same lock as a store that
 # migrates the schema while it opens.
@@ -105,6 +106,12 @@ class Migration:
     """The schema version of the oldest code that works on the schema after this migration."""
     sql: str
 
+    @property
+    def record(self) -> str:
+        """The statement that records the migration."""
+        values = f"({self.number}, '{self.name}', {self.works_from})"
+        return RECORD_VERSION.replace("($1, $2, $3)", values)
+
 
 @functools.cache
 def read_migrations() -> tuple[Migration, ...]:
@@ -128,9 +135,7 @@ def migration_scripts(config: StoreConfig) -> Sequence[tuple[int, str, str]]:
     scripts = []
     for one in read_migrations():
         prepare = f"CREATE SCHEMA IF NOT EXISTS {{schema}};{CREATE_VERSION_TABLE};" if one.number == 1 else ""
-        values = f"({one.number}, '{one.name}', {one.works_from})"
-        record = RECORD_VERSION.replace("($1, $2, $3)", values)
-        parts = (part.replace("{schema}", settings.quoted_schema) for part in (prepare, one.sql, record))
+        parts = (part.replace("{schema}", settings.quoted_schema) for part in (prepare, one.sql, one.record))
         script = SCRIPT.format(lock, *parts)
         scripts.append((one.number, one.name, script))
     return scripts
@@ -191,11 +196,10 @@ async def _apply(connection: Any, settings: Settings, needed: int) -> int:
         await connection.execute(f"CREATE SCHEMA {schema}")
     if not found:
         await connection.execute(CREATE_VERSION_TABLE.replace("{schema}", schema))
-    record = RECORD_VERSION.replace("{schema}", schema)
     for one in read_migrations():
         if found < one.number <= needed:
-            await connection.execute(one.sql.replace("{schema}", schema))
-            await connection.execute(record, one.number, one.name, one.works_from)
+            # One round trip, because a new store applies all migrations.
+            await connection.execute(f"{one.sql}\n{one.record}".replace("{schema}", schema))
             log.info(
                 "applied migration %04d %s to schema %s",
                 one.number,
@@ -293,6 +297,16 @@ async def revert_schema(url: str, version: int) -> None:
             parts = {"schema": target, "source": source, "table": table, "columns": columns}
             await connection.execute(COPY_TABLE.format_map(parts))
         await connection.execute(f"DROP SCHEMA {source} CASCADE")
+
+
+@asynccontextmanager
+async def lock_rows(url: str) -> AsyncIterator[None]:
+    """Lock every row of a schema; see OutageInjector."""
+    async with _connect(_config_of(url)) as (connection, settings), pinned_transaction(connection):
+        for row in await connection.fetch(LIST_TABLES, settings.schema):
+            table = f"{settings.quoted_schema}.{quote_identifier(row[0])}"
+            await connection.execute(f"SELECT FROM {table} FOR UPDATE")
+        yield
 
 
 @asynccontextmanager

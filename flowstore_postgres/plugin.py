@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
-from flowstore_core.backend import FaultInjector
+from flowstore_core.backend import FaultInjector, OutageInjector
 from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 from flowstore_postgres.driver_options import DRIVER_OPTIONS
@@ -68,6 +68,14 @@ class PostgresBackend:
         from flowstore_postgres.fault_injection import inject_faults
 
         async with inject_faults(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Lock every row, or silence a proxy between the stores and the server."""
+        from flowstore_postgres.fault_injection import inject_outages
+
+        async with inject_outages(url) as injector:
             yield injector
 
     @asynccontextmanager

@@ -26,6 +26,9 @@ DRIVER_BUSY_TIMEOUT = 0.02
 """Seconds that SQLite waits for a lock inside a statement; longer waits do not block the thread."""
 CLOSE_TIMEOUT = 5.0
 
+connection_classes: dict[str, type[sqlite3.Connection]] = {}
+"""The classes of connections by the path of their database; fault injection replaces them."""
+
 _log = logging.getLogger("flowstore_sqlite")
 
 
@@ -101,6 +104,7 @@ class Connection(aiosqlite.Connection):
             uri=True,
             timeout=DRIVER_BUSY_TIMEOUT,
             isolation_level=None,
+            factory=connection_classes.get(self.path, sqlite3.Connection),
             cached_statements=256,
         )
 

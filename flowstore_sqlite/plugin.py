@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowstore_core import Backend, Capability, StoreConfig, hookimpl
+from flowstore_core.backend import OutageInjector
 from flowstore_core.diagnostics import Diagnostic
 from flowstore_core.urls import parse_url
 
 if TYPE_CHECKING:
+    from flowstore_core.backend import WriteFailureInjector
     from flowstore_sqlite.store import SqliteStore
 
 
@@ -73,6 +75,21 @@ class SqliteBackend:
     def non_durable_urls(self, url: str) -> Sequence[str]:
         parts = parse_url(url)
         return [parts.with_options({**parts.options, "synchronous": "NORMAL"})]
+
+    @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        """Fail statements of the stores that open the file in this process and context."""
+        from flowstore_sqlite.fault_injection import fail_statements
+
+        with fail_statements(url) as injector:
+            yield injector
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        """Hold the write lock, or remove the file or its log."""
+        from flowstore_sqlite.outages import FileOutageInjector
+
+        yield FileOutageInjector(url)
 
     @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:

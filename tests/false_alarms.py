@@ -1,7 +1,8 @@
 """Run the suite on the correct built-in backends with many seeds: ``python -m tests.false_alarms``.
 
 Every FAIL and INCONCLUSIVE is a false alarm; it is printed with its seed and message, and the exit code is 1.
-``--hogs N`` runs N processes beside it that only use CPU. ``--pool-of-one`` gives each store one connection.
+``--hogs N`` runs N processes beside it that only use CPU. ``--variant NAME`` selects a variant of the
+backends that have it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from contextlib import ExitStack, contextmanager
 
 from flowstore_conformance import Profile, Report, run_suite
 
+from flowstore_core.backend import VariantUrls
+from flowstore_core.plugins import find_backend
 from tests.cluster import Cluster
 
 BACKENDS = ("memory", "sqlite", "postgresql")
-POOL_OF_ONE = {"sqlite": "readers=1", "postgresql": "pool_size=1"}
 
 
 def main() -> int:
@@ -31,7 +33,7 @@ def main() -> int:
     parser.add_argument("--profile", default="quick", choices=[profile.value for profile in Profile])
     parser.add_argument("--check", action="append", default=[], help="only the check of this name")
     parser.add_argument("--hogs", type=int, default=0, help="processes that use CPU meanwhile")
-    parser.add_argument("--pool-of-one", action="store_true")
+    parser.add_argument("--variant")
     arguments = parser.parse_args()
     backends = arguments.backend or BACKENDS
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
@@ -47,10 +49,14 @@ def main() -> int:
         for seed in seeds:
             for backend in backends:
                 url = urls[backend]
-                if arguments.pool_of_one and backend in POOL_OF_ONE:
-                    url += f"{'&' if '?' in url else '?'}{POOL_OF_ONE[backend]}"
                 report = asyncio.run(
-                    run_suite(url, profile=arguments.profile, seed=seed, check_names=arguments.check)
+                    run_suite(
+                        url,
+                        profile=arguments.profile,
+                        seed=seed,
+                        check_names=arguments.check,
+                        variant=arguments.variant if has_variant(url, arguments.variant) else None,
+                    )
                 )
                 found = alarms_of(report)
                 runs, alarms = runs + 1, alarms + len(found)
@@ -61,6 +67,11 @@ def main() -> int:
                 sys.stdout.flush()
     sys.stdout.write(f"{alarms} false alarms in {runs} runs\n")
     return 1 if alarms else 0
+
+
+def has_variant(url: str, name: str | None) -> bool:
+    backend = find_backend(url.partition(":")[0])[1]
+    return isinstance(backend, VariantUrls) and name in backend.variants(url)
 
 
 def alarms_of(report: Report) -> list[str]:

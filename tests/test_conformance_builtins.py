@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flowstore_conformance.context import Profile
@@ -15,7 +16,12 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.suite import run_check, select_checks
 
 from flowstore_core import Capability
-from flowstore_core.backend import FaultInjectable, SchemaVersionAdjustable
+from flowstore_core.backend import (
+    FaultInjectable,
+    OutageInjectable,
+    SchemaVersionAdjustable,
+    WriteFailable,
+)
 from flowstore_core.plugins import find_backend
 
 SEED = 20_260_314
@@ -24,8 +30,14 @@ PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
 # Facts about a process's memory, not operations: the memory backend is full without them.
 FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
 
-HOOKS = {"CON-3": FaultInjectable, "CON-6": SchemaVersionAdjustable}
-"""What a check of injected faults needs; see tests/test_conformance_faults.py."""
+
+def hook_of(check: Check) -> type[Any]:
+    """The protocol that a check of injected faults needs; see tests/test_conformance_faults.py."""
+    if check.run.__module__.endswith(".outages"):
+        return OutageInjectable
+    if check.clauses[0] == "CON-1":
+        return WriteFailable
+    return SchemaVersionAdjustable if check.clauses[0] == "CON-6" else FaultInjectable
 
 
 @pytest.mark.parametrize("name", ["memory", "sqlite", "postgresql"])
@@ -39,7 +51,7 @@ async def test_conforms(check: Check, name: str, request: pytest.FixtureRequest,
     url = {"memory": "memory://", "sqlite": f"sqlite:///{memory_path}/flows.db"}.get(name)
     result = await run_check(check, url or request.getfixturevalue("postgresql_url"), backend, PROFILE, SEED)
     said = result.failure.message if result.failure is not None else result.reason
-    if check.kind is Kind.FAULT and not isinstance(backend, HOOKS[check.clauses[0]]):
+    if check.kind is Kind.FAULT and not isinstance(backend, hook_of(check)):
         assert result.status is Status.UNSUPPORTED, said
         pytest.skip(said)
     assert result.status is Status.PASS, said

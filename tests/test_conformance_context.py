@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from flowstore_conformance import Profile, Status, run_suite
+from flowstore_conformance import Profile, Report, Status, run_suite, suite
 from flowstore_conformance.cancellation_points import (
     CallProfile,
     CancelPoint,
@@ -28,7 +28,9 @@ from flowstore_conformance.context import (
 )
 from flowstore_conformance.diffing import expected_and_got
 from flowstore_conformance.history import Call, Raised, Returned, comparable
+from flowstore_conformance.registry import Check, Run
 from flowstore_conformance.repro import replay_on_memory
+from flowstore_conformance.watchdog import Limits
 from flowstore_conformance.write_scenarios import SCENARIOS, Scenario, new_scenario
 
 from flowstore_core import (
@@ -74,6 +76,75 @@ async def test_a_check_that_raises_unsupported_is_unsupported() -> None:
     assert report.results[0].reason == "a second store on the namespace is refused"
 
 
+# Checks that run at the same time
+
+
+async def run_all(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> Report:
+    """Run checks as if they were the checks of the suite."""
+    monkeypatch.setattr(suite, "all_checks", lambda: checks)
+    return await run_suite("memory://", profile="quick", seed=7)
+
+
+async def passes(context: CheckContext) -> None:
+    context.assertions += 1
+
+
+def many(*checks: Check) -> tuple[Check, ...]:
+    """Enough checks for lanes; without the given ones all of them pass."""
+    return (*checks, *(example_check("RUN-1", f"passes {number}", passes) for number in range(suite.LANES)))
+
+
+async def test_examples_run_at_the_same_time_and_are_reported_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = [asyncio.Event(), asyncio.Event()]
+
+    def meets(number: int) -> Run:
+        async def run(context: CheckContext) -> None:
+            begun[number].set()
+            await begun[1 - number].wait()
+            context.assertions += 1
+
+        return run
+
+    checks = many(*(example_check("CLM-1", f"meets {number}", meets(number)) for number in range(2)))
+    report = await run_all(monkeypatch, *checks)
+    assert [one.check for one in report.results] == list(checks)
+    assert {one.status for one in report.results} == {Status.PASS}
+
+
+async def test_a_failure_beside_other_checks_must_recur_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    executions = 0
+
+    async def fails_once(context: CheckContext) -> None:
+        nonlocal executions
+        executions += 1
+        context.expect(executions, 2, "the number of executions")
+
+    report = await run_all(monkeypatch, *many(example_check("CLM-1", "fails once", fails_once)))
+    assert executions == 2
+    assert {one.status for one in report.results} == {Status.PASS}
+
+
+async def test_a_check_that_changes_the_process_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: set[str] = set()
+
+    async def joins(context: CheckContext) -> None:
+        running.add("another")
+        await asyncio.sleep(0.01)
+        running.discard("another")
+        context.assertions += 1
+
+    async def changes(context: CheckContext) -> None:
+        await asyncio.sleep(0)
+        context.expect_that(not running, "no other check runs")
+
+    alone = replace(example_check("CLM-1", "changes", changes), changes_process=True)
+    others = [example_check("CLM-1", f"joins {number}", joins) for number in range(5)]
+    report = await run_all(monkeypatch, alone, *others)
+    assert {one.status for one in report.results} == {Status.PASS}
+
+
 # Reruns
 
 
@@ -90,6 +161,58 @@ async def test_a_randomly_inconclusive_check_is_rerun_longer_with_new_draws() ->
     assert report.results[0].status is Status.PASS
     assert [timeout_factor for _, timeout_factor in executions] == [1, 4, 16]
     assert len({seed for seed, _ in executions}) == 3
+
+
+async def test_a_check_that_is_too_slow_without_a_hanging_call_gets_more_time() -> None:
+    executions = 0
+
+    async def slow_once(context: CheckContext) -> None:
+        nonlocal executions
+        executions += 1
+        context.assertions += 1
+        if executions == 1:
+            await asyncio.Event().wait()
+
+    checks = [example_check("CLM-1", "slow once", slow_once)]
+    report = await run_suite("memory://", profile="quick", checks=checks, check_timeout=0.5)
+    assert (executions, report.results[0].status) == (2, Status.PASS)
+
+
+async def test_retries_of_inconclusive_checks_share_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    executions = 0
+
+    async def hopeless(context: CheckContext) -> None:
+        nonlocal executions
+        executions += 1
+        await asyncio.sleep(0.01)
+        raise Inconclusive("nothing overlapped")
+
+    monkeypatch.setattr(Limits, "retries", 0.001)
+    checks = [example_check("CLM-1", name, hopeless) for name in ("one", "two")]
+    report = await run_suite("memory://", profile="quick", checks=checks)
+    assert [one.status for one in report.results] == [Status.INCONCLUSIVE] * 2
+    # One retry, of the first check.
+    assert executions == 3
+
+
+async def test_a_run_ends_when_failing_checks_have_taken_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Limits, "of", lambda profile, check_timeout: Limits(failures=0.05))
+
+    async def passes_slowly(context: CheckContext) -> None:
+        context.assertions += 1
+        await asyncio.sleep(0.06)
+
+    async def fails_slowly(context: CheckContext) -> None:
+        await asyncio.sleep(0.06)
+        context.expect_that(False, "a promise is kept")
+
+    runs = {"one": passes_slowly, "two": fails_slowly, "three": passes_slowly}
+    checks = [example_check("CLM-1", name, run) for name, run in runs.items()]
+    report = await run_suite("memory://", profile="quick", checks=checks, repeats=0)
+    assert [one.status for one in report.results] == [Status.PASS, Status.FAIL, Status.NOT_RUN]
+    assert report.results[-1].reason == (
+        "the checks that did not pass had taken longer than 0.05 s (--check-timeout raises the limit)"
+    )
 
 
 async def test_a_deterministically_inconclusive_check_is_not_rerun() -> None:

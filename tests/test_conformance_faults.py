@@ -15,13 +15,15 @@ from flowstore_conformance.registry import Check, Kind, all_checks
 from flowstore_conformance.rendering import render_text
 from flowstore_conformance.suite import run_check
 
-from flowstore_core import ConfigurationError, open_store
+from flowstore_core import ConfigurationError, StoreUnavailableError, open_store
 from flowstore_core.backend import (
     FaultInjectable,
     FaultInjector,
     Migratable,
+    OutageInjectable,
     SchemaRevertible,
     SchemaVersionAdjustable,
+    WriteFailable,
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Backend, find_backend
@@ -34,6 +36,7 @@ from tests.calls import new_run
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
 SCHEMA_CHECK = next(check for check in CHECKS if check.name == "another_schema_version_is_refused")
 MIGRATION_CHECK = next(check for check in CHECKS if check.name == "migrations_keep_all_data")
+FAILING_WRITES_CHECK = next(check for check in CHECKS if check.name == "a_failed_write_changes_nothing")
 
 
 async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
@@ -43,6 +46,13 @@ async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
     result = await run_on(find_backend("postgresql")[1], check, postgresql_url)
+    assert result.status is (Status.UNSUPPORTED if check is FAILING_WRITES_CHECK else Status.PASS), result
+
+
+async def test_sqlite_passes_where_writes_fail(memory_path: Path) -> None:
+    result = await run_on(
+        find_backend("sqlite")[1], FAILING_WRITES_CHECK, f"sqlite:///{memory_path}/flows.db"
+    )
     assert result.status is Status.PASS, result
 
 
@@ -208,6 +218,71 @@ async def test_a_held_request_is_sent_when_it_is_released(fresh: str, admin: asy
         assert await admin.fetchval("SELECT count(*) FROM written") == 1
 
 
+async def test_a_refused_request_ends_its_transaction(fresh: str) -> None:
+    async with connection_with_faults(fresh) as (injector, connection):
+        injector.refuse_request(skip=2)
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("SELECT 1")
+        with pytest.raises(asyncpg.DeadlockDetectedError):
+            await connection.execute("SELECT 2")
+        assert injector.disarm()
+        with pytest.raises(asyncpg.InFailedSQLTransactionError):
+            await connection.execute("SELECT 3")
+        await transaction.rollback()
+        assert await connection.fetchval("SELECT 4") == 4
+
+
+async def test_nothing_reaches_the_server_after_an_isolating_fault(fresh: str) -> None:
+    async with connection_with_faults(fresh) as (injector, connection):
+        injector.lose_reply(isolates=True)
+        with pytest.raises(asyncpg.PostgresConnectionError):
+            await connection.execute("SELECT 1")
+        opening = asyncio.ensure_future(_open_and_ping(injector.url))
+        await asyncio.wait({opening}, timeout=0.2)
+        assert not opening.done()
+        injector.disarm()
+        await opening
+
+
+async def _open_and_ping(url: str) -> None:
+    async with open_store(url) as store:
+        await store.ping()
+
+
+# Outages
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+async def test_a_lock_delays_writes_until_it_ends(name: str, tmp_path: Path, fresh: str) -> None:
+    backend = find_backend(name)[1]
+    assert isinstance(backend, OutageInjectable)
+    url = f"sqlite:///{tmp_path}/flows.db" if name == "sqlite" else fresh
+    async with open_store(url) as store, backend.inject_outages(url) as injector:
+        run_id = await new_run(store)
+        async with injector.lock():
+            claiming = asyncio.ensure_future(store.try_claim_step(run_id, "a"))
+            await asyncio.wait({claiming}, timeout=0.2)
+            assert not claiming.done()
+        assert await claiming
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("number", [0, 1])
+async def test_an_interruption_makes_the_store_unavailable(
+    name: str, number: int, tmp_path: Path, fresh: str
+) -> None:
+    backend = find_backend(name)[1]
+    assert isinstance(backend, OutageInjectable)
+    url = f"sqlite:///{tmp_path}/flows.db" if name == "sqlite" else fresh
+    async with backend.inject_outages(url) as injector, open_store(injector.url) as store:
+        await new_run(store)
+        assert len(injector.interruptions) == 2
+        async with list(injector.interruptions.values())[number]():
+            with pytest.raises(StoreUnavailableError):
+                await store.ping()
+
+
 async def test_an_injector_without_a_fault_has_no_effect(fresh: str) -> None:
     backend = find_backend("postgresql")[1]
     assert isinstance(backend, FaultInjectable)
@@ -232,3 +307,27 @@ async def test_a_url_unsupported_by_the_injector_is_refused(url: str, reason: st
     with pytest.raises(ConfigurationError, match=reason):
         async with backend.inject_faults(url):
             pass
+
+
+# The injector of SQLite
+
+
+async def test_statements_fail_until_the_injector_stops(memory_path: Path) -> None:
+    backend, url = find_backend("sqlite")[1], f"sqlite:///{memory_path}/flows.db"
+    assert isinstance(backend, WriteFailable)
+    async with (
+        open_store(url) as other,
+        backend.inject_write_failures(url) as injector,
+        open_store(injector.url) as store,
+    ):
+        run_id = await new_run(store)
+        injector.fail(skip=0)
+        with pytest.raises(StoreUnavailableError, match="disk is full"):
+            await store.try_claim_step(run_id, "charge")
+        assert await other.try_claim_step(run_id, "ship"), "a write of another store fails too"
+        assert await store.get_claimed_step_keys(run_id) == {"ship"}
+        assert injector.stop()
+        assert await store.try_claim_step(run_id, "charge")
+        injector.fail(skip=100)
+        assert not await store.try_claim_step(run_id, "charge")
+        assert not injector.stop()

@@ -204,6 +204,7 @@ async def test_limits_are_scaled_and_validated() -> None:
     limits = Limits.of(select_profile("quick"))
     assert (limits.check, limits.call) == (120.0, 30.0)
     assert limits.scaled(3.0).call == 90.0
+    assert (limits.failures, limits.retries, limits.scaled(3.0).failures) == (1200.0, 240.0, 3600.0)
     assert Limits.of(select_profile("quick"), 8.0).call == 4.0
     with pytest.raises(ConfigurationError, match="check timeout must be a positive number"):
         await run_suite("memory://", checks=[], check_timeout=0.0)

@@ -44,6 +44,7 @@ from flowstore_core import (
     SignalDeliveryResult,
     SignalDeliveryStatus,
     StepStatus,
+    StoreUnavailableError,
     open_store,
 )
 from flowstore_core.operations import OPERATIONS
@@ -425,6 +426,23 @@ def test_a_race_ends_with_reads_of_the_whole_state_of_its_run(
     wanted = {"get_run_detail", "get_run_control", "get_step_claims", "get_dispatches"}
     extensions = {"get_waiters", "get_outputs", "get_run_events"}
     assert looks >= wanted | (extensions if capabilities else {"get_waiter"})
+
+
+async def test_a_store_that_refuses_calls_without_retrying_them_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claim, calls = SharedStore.try_claim_step, itertools.count()
+
+    async def refuse_often(self: SharedStore, *arguments: Any, **named: Any) -> bool:
+        if next(calls) % 3 == 0:
+            raise StoreUnavailableError("busy")
+        return await claim(self, *arguments, **named)
+
+    monkeypatch.setattr(SharedStore, "try_claim_step", refuse_often)
+    result = await run("claims_by_tasks", Profile.QUICK)
+    assert result.failure is not None
+    assert result.failure.clause == "CON-2"
+    assert "it must retry calls that certainly had no effect" in result.failure.message
 
 
 # Pairs of writing operations

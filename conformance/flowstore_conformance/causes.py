@@ -21,6 +21,7 @@ SIMPLEST = (
     Kind.RACE,
     Kind.CANCELLATION,
     Kind.CRASH,
+    Kind.FAULT,
 )
 """The kinds of checks, those with the simplest failures first."""
 

@@ -170,15 +170,20 @@ class CheckContext:
 
     # Assertions
 
-    def expect(self, actual: object, wanted: object, sentence: str) -> None:
-        """Assert that a result equals the expected one (see history.comparable)."""
+    def expect(self, actual: object, wanted: object, sentence: str, *, clause: str | None = None) -> None:
+        """Assert that a result equals the expected one (see history.comparable).
+
+        ``clause`` is the one that the assertion tests, if it is not the check's first.
+        """
         self.assertions += 1
+        if actual == wanted:
+            return
         got, want = (
             comparable(actual, exact_times=self.exact_times),
             comparable(wanted, exact_times=self.exact_times),
         )
         if got != want:
-            raise ContractViolation(f"{sentence}: {expected_and_got(want, got)}")
+            raise ContractViolation(f"{sentence}: {expected_and_got(want, got)}", clause=clause)
 
     def expect_that(self, condition: object, sentence: str) -> None:
         """Assert a condition; ``sentence`` is the message of the violation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -111,6 +112,23 @@ class History:
         return pairs
 
 
+_PLAIN_TYPES = frozenset({bool, int, str, UUID, type(None)})
+"""The types of most values, which are comparable as they are; subclasses such as enums are not."""
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """The names of a dataclass's fields; None for another class."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    return tuple(each.name for each in dataclasses.fields(kind))
+
+
+def _without_token(name: str, value: Any) -> Any:
+    """The value of a record's field; of an owner that a store made, only the kind."""
+    return comparable_owner(value) if name == "owner" else value
+
+
 def comparable(value: Any, *, exact_times: bool = True) -> Any:
     """Convert a result to a hashable value for comparisons of two stores, or of a store and the model.
 
@@ -118,17 +136,20 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
     Mappings become tuples of pairs in key order, sequences become tuples, enums become strings. With
     ``exact_times=False``, for a store without a virtual clock, all datetimes are equal.
     """
+    kind: type = type(value)
+    if kind in _PLAIN_TYPES:
+        return value
     if isinstance(value, datetime):
         return value if exact_times else "<time>"
     if isinstance(value, FlowRunDetail) and not exact_times:
         # Ordered by their start times, which are not exact.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        values = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-        if "owner" in values:
-            values["owner"] = comparable_owner(values["owner"])
-        fields = tuple((name, comparable(each, exact_times=exact_times)) for name, each in values.items())
-        return (type(value).__name__, fields)
+    if (names := _field_names(kind)) is not None:
+        fields = tuple(
+            (name, comparable(_without_token(name, getattr(value, name)), exact_times=exact_times))
+            for name in names
+        )
+        return (kind.__name__, fields)
     if isinstance(value, RunPage):
         return (
             "RunPage",

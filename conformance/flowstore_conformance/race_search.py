@@ -64,6 +64,10 @@ class Tally:
         self.calls += len(run.history.operations) + run.unavailable
         self.unavailable += run.unavailable
 
+    def is_unavailable(self) -> bool:
+        """Whether the store refused too many calls as unavailable."""
+        return self.unavailable > MAX_UNAVAILABLE_SHARE * self.calls
+
     def exclude(self, run: RaceRun) -> None:
         """Exclude a race that could not be decided."""
         self.undecided += 1
@@ -82,7 +86,8 @@ def _names(run: RaceRun) -> list[frozenset[str]]:
 async def search(context: CheckContext, family: RaceFamily, runner: Runner, budget: Budget) -> Tally:
     """Run drawn races of a family. Raises ContractViolation with the smallest race that shows one.
 
-    Raises Inconclusive if calls overlapped in too few races, or if too many calls were unavailable.
+    Raises Inconclusive if calls overlapped in too few races, or if too many calls were unavailable; if that
+    happens again in a retry, it is a violation.
     """
     tally, begun, rounds_run = Tally(), time.monotonic(), 0
     # A round of an exclusive family is a single race, so there are more rounds.
@@ -91,7 +96,7 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, budg
 
     def enough() -> bool:
         overlapped = tally.overlapped >= MIN_OVERLAP * min(tally.races, limit * count)
-        return overlapped and tally.unavailable <= MAX_UNAVAILABLE_SHARE * tally.calls
+        return overlapped and not tally.is_unavailable()
 
     while True:
         for run in await runner.run(_draw(context, family, count)):
@@ -109,10 +114,19 @@ async def search(context: CheckContext, family: RaceFamily, runner: Runner, budg
         if enough():
             if rounds_run >= limit or (seconds > budget.seconds and rounds_run >= 3):
                 return tally
-        elif rounds_run >= limit and seconds > MAX_OVERLAP_SECONDS * context.timeout_factor:
+        elif rounds_run >= limit and (
+            tally.is_unavailable() or seconds > MAX_OVERLAP_SECONDS * context.timeout_factor
+        ):
             break
-    if tally.unavailable > MAX_UNAVAILABLE_SHARE * tally.calls:
-        raise Inconclusive(f"the store was unavailable to {tally.unavailable} of {tally.calls} calls")
+    if tally.is_unavailable():
+        refused = f"the store was unavailable to {tally.unavailable} of {tally.calls} concurrent calls"
+        if context.timeout_factor == 1.0:
+            raise Inconclusive(refused)
+        # A busy machine or server does not explain a second search with the same result.
+        raise ContractViolation(
+            f"{refused}, also in an earlier attempt; it must retry calls that certainly had no effect",
+            clause="CON-2",
+        )
     undecided = f"; {tally.undecided} were too large to decide" if tally.undecided else ""
     raise Inconclusive(f"calls overlapped in only {tally.overlapped} of {tally.races} races{undecided}")
 

@@ -47,6 +47,13 @@ class Check:
     run: Run
     isolated: bool = True
     """Whether the check needs a new namespace; otherwise it uses only new ids and can share a used one."""
+    changes_process: bool = False
+    """Whether the check changes settings or blocks the event loop of its process."""
+
+    @property
+    def tolerates_others(self) -> bool:
+        """Whether other checks may run at the same time, in other namespaces."""
+        return self.kind in (Kind.EXAMPLE, Kind.HOSTILE) and not self.changes_process
 
     @property
     def id(self) -> str:
@@ -88,7 +95,9 @@ MODULES = (
     "lost_replies",
     "faults",
     "migrations",
+    "outages",
     "concurrent_batches",
+    "rival_ends",
     "volumes",
     "run_volumes",
     "large_texts",
@@ -96,24 +105,34 @@ MODULES = (
     "capabilities",
     "event_loops",
     "model",
+    "transitions",
     "derived_reads",
     "races",
     "processes",
     "snapshots",
     "queue_races",
     "cancellation",
+    "cancelled_dispatches",
+    "cancelled_rivals",
     "crash",
     "killed_calls",
+    # Repeats examples of the other modules.
+    "real_clock",
 )
 
 
 def check(
-    *clauses: str, needs: Iterable[Capability] = (), kind: Kind = Kind.EXAMPLE, isolated: bool = True
+    *clauses: str,
+    needs: Iterable[Capability] = (),
+    kind: Kind = Kind.EXAMPLE,
+    isolated: bool = True,
+    changes_process: bool = False,
 ) -> Callable[[Run], Run]:
     """Declare a check of some clauses; a backend without the needed capabilities reports it as unsupported.
 
     The need of the first clause is added to ``needs``. The function's docstring is the check's sentence.
-    A check with ``isolated=False`` may run in a namespace that other checks have used.
+    A check with ``isolated=False`` may run in a namespace that other checks have used; one with
+    ``changes_process=True`` never runs at the same time as another.
     """
     for clause in clauses:
         if clause not in CLAUSES:
@@ -135,6 +154,7 @@ def check(
             sentence=sentence,
             run=run,
             isolated=isolated,
+            changes_process=changes_process,
         )
         return run
 

@@ -9,8 +9,8 @@ import platform
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime
 from functools import partial
 
@@ -37,7 +37,7 @@ from flowstore_conformance.status import Status
 from flowstore_conformance.supervisor import Stopped, Supervisor
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
 from flowstore_conformance.waivers import Waiver
-from flowstore_conformance.watchdog import Hang, Hung, Limits, Watchdog
+from flowstore_conformance.watchdog import OPTION, Hang, Hung, Limits, Watchdog
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.backend import VariantUrls
 from flowstore_core.distributions import installed_version
@@ -47,6 +47,15 @@ from flowstore_core.urls import parse_url, redact
 
 INCONCLUSIVE_RETRIES = 2
 """Retries of an inconclusive check, each with four times the time of the one before."""
+
+LANES = 3
+"""The number of checks that run at the same time, while a check waits for the store."""
+
+LANES_LIMIT_FACTOR = 5.0
+"""The time limit of all lanes, as a multiple of the limit of a check; then the remaining checks run alone."""
+
+RETRY_LIMIT_FACTOR = 4.0
+"""The time limit of a retry, as a multiple of the limit of a check."""
 
 REPEATS = 4
 """Reruns of a failed check, to measure how often it fails."""
@@ -113,9 +122,21 @@ async def run_suite(
     results: list[CheckResult] = []
     incomplete: str | None = None
     left = REPEAT_SECONDS
+
+    def passed(result: CheckResult) -> None:
+        results.append(result)
+        if starting is not None:
+            starting(result.check, len(results), len(chosen))
+        if progress is not None:
+            progress(result, len(results), len(chosen))
+
     try:
         await run.inspect(adapt=check_timeout is None)
-        for number, check in enumerate(chosen, 1):
+        if checks is None:
+            await run.run_lanes([one for one in chosen if one.tolerates_others], passed)
+        done = {one.check for one in results}
+        for check in [one for one in chosen if one not in done]:
+            number = len(results) + 1
             if starting is not None:
                 starting(check, number, len(chosen))
             result = await run.check(check)
@@ -130,9 +151,13 @@ async def run_suite(
         incomplete = f"interrupted after {len(results)} of {len(chosen)} checks"
         if stopped.pending_call:
             incomplete += f", while {Scrubber(url)(stopped.pending_call)}"
-        results += [_not_run(one, chosen_seed, "the run was interrupted") for one in chosen[len(results) :]]
+        done = {one.check for one in results}
+        left_out = [one for one in chosen if one not in done]
+        results += [_not_run(one, chosen_seed, "the run was interrupted") for one in left_out]
     finally:
         await run.aclose()
+    order = {one: number for number, one in enumerate(chosen)}
+    results.sort(key=lambda one: order[one.check])
     report = Report(
         backend=backend.name,
         url=redact(url),
@@ -201,6 +226,8 @@ class SuiteRun:
         self._stop = stop
         self._shares = shares
         self._shared: SharedNamespace | None = None
+        self._failing_seconds = 0.0
+        """The time spent on checks that did not pass. A slow machine alone must not end a run."""
 
     async def inspect(self, *, adapt: bool) -> None:
         """Inspect the backend before the first check; see guard."""
@@ -209,14 +236,83 @@ class SuiteRun:
         if adapt:
             self._watchdog.limits = self._watchdog.limits.scaled(slowdown_factor(time.monotonic() - begun))
 
+    async def run_lanes(self, checks: Sequence[Check], passed: Callable[[CheckResult], None]) -> None:
+        """Run checks in a few lanes at the same time, each in its own namespaces.
+
+        Calls ``passed``, in the caller's loop, with the result of each check that passed or is unsupported.
+        The caller must run the others again, alone: a lane does not find out which check is to blame.
+        """
+        if len(checks) <= LANES or _blocker(self.backend) is not None:
+            return
+        callers_loop, waiting = asyncio.get_running_loop(), iter(checks)
+
+        async def job() -> None:
+            with capture_callback_errors() as callback_errors:
+
+                def report(result: CheckResult) -> None:
+                    if not callback_errors:
+                        callers_loop.call_soon_threadsafe(passed, result)
+
+                try:
+                    async with (
+                        self._watchdog.watch(timeout_factor=LANES_LIMIT_FACTOR),
+                        asyncio.TaskGroup() as group,
+                    ):
+                        for _ in range(LANES):
+                            group.create_task(self._run_lane(waiting, report))
+                except Exception as error:  # noqa: BLE001 - the checks run again and report it
+                    _raise_refusal(error)
+
+        try:
+            await self._supervisor.run(job, stop=self._stop)
+        except Hung:
+            self.left_behind += self.backend.in_use
+
+    async def _run_lane(self, waiting: Iterator[Check], report: Callable[[CheckResult], None]) -> None:
+        shared: SharedNamespace | None = None
+        for check in waiting:
+            begun, variant = time.monotonic(), self._variants.of(check)
+            if check.isolated:
+                outcome = await _run_in_lane(
+                    check,
+                    self.backend.capabilities,
+                    new_context(
+                        self._url,
+                        self.backend,
+                        self._profile,
+                        _seed_of(check, self._seed),
+                        1.0,
+                        self._watchdog.limits.call,
+                        variant,
+                    ),
+                )
+            else:
+                shared = shared or self._new_shared_namespace(variant)
+                seed = _seed_of(check, self._seed)
+                outcome = await _run_in_lane(check, self.backend.capabilities, shared.context(seed))
+                if outcome is None:
+                    await shared.discard()
+            if outcome is not None:
+                report(_result(check, self._seed, begun, outcome, variant))
+            # The operations of a store may never suspend.
+            await asyncio.sleep(0)
+        if shared is not None:
+            await shared.discard()
+
+    def _new_shared_namespace(self, variant: str | None) -> SharedNamespace:
+        return SharedNamespace(self._url, self.backend, self._profile, self._watchdog.limits.call, variant)
+
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
             return _not_run(check, self._seed, blocker.title, blocker)
+        if self._failing_seconds > (limit := self._watchdog.limits.failures):
+            reason = (
+                f"the checks that did not pass had taken longer than {limit:g} s ({OPTION} raises the limit)"
+            )
+            return _not_run(check, self._seed, reason)
         variant = self._variants.of(check)
         if self._shared is None and self._shares and not check.isolated:
-            self._shared = SharedNamespace(
-                self._url, self.backend, self._profile, self._watchdog.limits.call, variant
-            )
+            self._shared = self._new_shared_namespace(variant)
         shared = self._shared
         return await self._examine(
             check,
@@ -266,6 +362,8 @@ class SuiteRun:
                 seed=self._seed,
                 failure=_hang_failure(hung.hang, Scrubber(self._url)),
             )
+        if result.status in (Status.FAIL, Status.INCONCLUSIVE):
+            self._failing_seconds += result.seconds
         return apply_findings(result, self.backend.findings)
 
     def _on_hang(self, hang: Hang) -> None:
@@ -464,12 +562,33 @@ async def run_check(
     if outcome is None:
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant)
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
-        if not outcome.retryable:
+        is_hung_again = outcome.failure is not None and number > 1
+        if not outcome.retryable or is_hung_again or watchdog.retry_seconds >= watchdog.limits.retries:
             break
         # The machine may have been busy: retry with more time and other draws.
+        since = time.monotonic()
         outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant, retry=number)
+        watchdog.retry_seconds += time.monotonic() - since
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
         watchdog.known_hangs.add(outcome.failure.operation)
+    return _result(check, seed, begun, outcome, variant)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _CheckRun:
+    """The result of running a check once."""
+
+    status: Status
+    assertions: int = 0
+    failure: Failure | None = None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    retryable: bool = False
+    """Whether a retry with more time may pass."""
+
+
+def _result(check: Check, seed: int, begun: float, outcome: _CheckRun, variant: str | None) -> CheckResult:
+    """The result of a check that began at a time of the monotonic clock and has just ended."""
     return CheckResult(
         check=check,
         status=outcome.status,
@@ -483,17 +602,23 @@ async def run_check(
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _CheckRun:
-    """The result of running a check once."""
-
-    status: Status
-    assertions: int = 0
-    failure: Failure | None = None
-    reason: str | None = None
-    notes: tuple[str, ...] = ()
-    retryable: bool = False
-    """Whether the check is inconclusive and a retry may decide."""
+async def _run_in_lane(
+    check: Check, capabilities: Collection[Capability], made: AbstractAsyncContextManager[CheckContext]
+) -> _CheckRun | None:
+    """Run a check in a context. Returns None unless it passes or is unsupported."""
+    if lacking := _unsupported(check, capabilities):
+        return lacking
+    try:
+        async with made as context:
+            outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
+    except asyncio.CancelledError:
+        if _is_cancelled():
+            raise
+        return None
+    except Exception as error:  # noqa: BLE001 - the check runs again and reports it
+        _raise_refusal(error)
+        return None
+    return outcome if outcome.status in (Status.PASS, Status.UNSUPPORTED) else None
 
 
 async def _run_shared(
@@ -565,7 +690,7 @@ async def _run_isolated(
     try:
         with capture_callback_errors() as callback_errors:
             async with (
-                watchdog.watch(timeout_factor=4.0**retry),
+                watchdog.watch(timeout_factor=RETRY_LIMIT_FACTOR if retry else 1.0),
                 new_context(
                     url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call, variant
                 ) as context,
@@ -617,7 +742,9 @@ def _explain(error: BaseException, check: Check, assertions: int, url: str) -> _
     """Turn an exception into a result."""
     found, clean = _leaf(error), Scrubber(url)
     if isinstance(found, Hung):
-        return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean))
+        # If no single call hangs, the machine may be busy: the check gets more time once.
+        too_slow = found.hang.operation is None
+        return _CheckRun(Status.FAIL, assertions, _hang_failure(found.hang, clean), retryable=too_slow)
     if isinstance(found, ContractViolation):
         clause = found.clause or check.clauses[0]
         failure = _exception_failure(clause, found.message, found.__cause__, url)

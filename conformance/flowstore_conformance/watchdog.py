@@ -35,6 +35,12 @@ CHECK_SECONDS = {Profile.QUICK: 120.0, Profile.STANDARD: 300.0, Profile.THOROUGH
 CALL_SECONDS = 30.0
 """Time limit of a call of a store."""
 
+MAX_SLOW_FAILURES = 10
+"""The number of checks that may fail after the whole time limit of a check; then the run ends."""
+
+RETRIES_SHARE = 0.2
+"""The share of that time that may be spent on retries of inconclusive or slow checks."""
+
 KNOWN_HANG_SECONDS = 2.0
 """Time limit of a call of an operation that is already known to hang."""
 
@@ -57,17 +63,28 @@ class Limits:
     check: float = CHECK_SECONDS[Profile.STANDARD]
     call: float = CALL_SECONDS
     known_hang: float = KNOWN_HANG_SECONDS
+    failures: float = MAX_SLOW_FAILURES * CHECK_SECONDS[Profile.STANDARD]
+    """After this time, spent on checks that did not pass, no further check begins."""
 
     @staticmethod
     def of(profile: Profile, check_timeout: float | None = None) -> Limits:
         """The defaults of a profile; ``check_timeout`` replaces them, and a call may take half of it."""
-        if check_timeout is not None:
-            return Limits(check_timeout, check_timeout / 2, min(KNOWN_HANG_SECONDS, check_timeout / 2))
-        return Limits(CHECK_SECONDS[profile], min(CALL_SECONDS, CHECK_SECONDS[profile]))
+        usual = CHECK_SECONDS[profile]
+        if check_timeout is None:
+            return Limits(usual, CALL_SECONDS, failures=MAX_SLOW_FAILURES * usual)
+        call = check_timeout / 2
+        failures = MAX_SLOW_FAILURES * max(usual, check_timeout)
+        return Limits(check_timeout, call, min(KNOWN_HANG_SECONDS, call), failures)
 
     def scaled(self, factor: float) -> Limits:
         """The limits for a backend that is slower than expected by a factor."""
-        return Limits(self.check * factor, self.call * factor, self.known_hang * factor)
+        scaled = (limit * factor for limit in (self.check, self.call, self.known_hang, self.failures))
+        return Limits(*scaled)
+
+    @property
+    def retries(self) -> float:
+        """After this time, spent on retries of inconclusive or slow checks, no further retry begins."""
+        return self.failures * RETRIES_SHARE
 
     @property
     def tick(self) -> float:
@@ -132,6 +149,8 @@ class Watchdog:
         self.limits = limits or Limits()
         self.known_hangs: set[str] = set()
         """Operations that are known to hang."""
+        self.retry_seconds = 0.0
+        """The time spent on retries of inconclusive or slow checks."""
         self.hang: Hang | None = None
         """The hang found in the current check."""
         self.stuck = False

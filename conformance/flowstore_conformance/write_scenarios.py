@@ -184,6 +184,20 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         requests = (_request(run, "a"), _request(run, "b", due_at=LATER))
         return setup, Call(method=trigger.method, arguments={**trigger.arguments, "dispatch": requests})
 
+    def claim_dispatched(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [
+            _run(run, flow),
+            _on(run, "try_record_dispatch", "a", due_at=LONG_AGO),
+            _on(run, "annotate_dispatch", "a", job_id="job 1"),
+            _on(run, "record_step_start", "a", step_type="http"),
+            _on(run, "record_step_complete", "a", status="Pending", output_json="[1]"),
+        ]
+        return setup, _on(run, "try_claim_step", "a")
+
+    def claim_taken(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, claim = claim_without_owner(run, flow)
+        return [*setup, claim], claim
+
     def release_claim(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup = [_run(run, flow), _on(run, "try_claim_step", "a", owner="o")]
         return setup, _on(run, "release_step_claim", "a", owner="o")
@@ -194,6 +208,14 @@ def _scenarios() -> dict[str, ScenarioFactory]:
 
     def dispatch(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         return [_run(run, flow)], _on(run, "try_record_dispatch", "a", due_at=LONG_AGO)
+
+    def dispatch_claimed(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, claim = claim_step(run, flow)
+        return [*setup, claim], dispatch(run, flow)[1]
+
+    def dispatch_taken(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, record = dispatch(run, flow)
+        return [*setup, record], _on(run, "try_record_dispatch", "a")
 
     def annotate(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup = [_run(run, flow), _on(run, "try_record_dispatch", "a")]

@@ -49,8 +49,10 @@ class MutantBackend:
 
 
 HOOKS = (
+    "inject_write_failures",
     "non_durable_urls",
     "inject_faults",
+    "inject_outages",
     "adjust_schema_version",
     "earlier_schema_versions",
     "revert_schema",

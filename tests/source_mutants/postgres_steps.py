@@ -428,7 +428,7 @@ async def shared_reads_go_to_the_wrong_callers(url: str) -> None:
 @source_mutant(
     "postgresql",
     kind="size",
-    clauses=("CLM-2", "RUN-2", "STP-1", "CON-1"),
+    clauses=("UNK", "CLM-2", "RUN-2", "STP-1", "CON-1"),
     changes=[
         (
             STEPS,

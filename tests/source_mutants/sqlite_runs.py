@@ -378,7 +378,7 @@ async def search_counts_only_behind_the_position(url: str) -> None:
 @source_mutant(
     "sqlite",
     kind="sql",
-    clauses=("QRY-1",),
+    clauses=("QRY-1", "QRY-2"),
     changes=[
         ("flowstore_sqlite/pages.py", "self._skip : self._skip + self._take]", "self._skip : self._take]")
     ],

@@ -339,7 +339,7 @@ async def failed_read_leaves_its_transaction_open(url: str) -> None:
 @source_mutant(
     "sqlite",
     kind="cancellation",
-    clauses=("CON-4",),
+    clauses=("CON-4", "CON-2"),
     changes=[
         (
             DATABASE,
@@ -392,7 +392,7 @@ async def cancelled_writes_are_not_compensated(url: str) -> None:
 @source_mutant(
     "sqlite",
     kind="connection",
-    clauses=("CLM-2", "CON-5"),
+    clauses=("CLM-2", "CON-5", "CON-2"),
     changes=[
         (
             OPEN_FILES,
@@ -494,7 +494,7 @@ async def claim_that_is_cancelled_as_it_wins_stays(url: str) -> None:
 @source_mutant(
     "sqlite",
     kind="batching",
-    clauses=("CLM-1", "CON-1"),
+    clauses=("CLM-1", "CON-1", "CON-2"),
     changes=[
         (
             "flowstore_core/batching/scheduler.py",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from flowstore_core import Capability
 from flowstore_core.backend import (
@@ -18,6 +18,8 @@ from flowstore_core.backend import (
     Fixable,
     Migratable,
     NonDurableUrls,
+    OutageInjectable,
+    OutageInjector,
     SchemaRevertible,
     SchemaVersionAdjustable,
     Severity,
@@ -25,6 +27,8 @@ from flowstore_core.backend import (
     StoreConfig,
     StoreUrl,
     VariantUrls,
+    WriteFailable,
+    WriteFailureInjector,
     hookimpl,
     orphaned_rows,
 )
@@ -85,6 +89,14 @@ class Descriptor:
         yield Injector()
 
     @asynccontextmanager
+    async def inject_write_failures(self, url: str) -> AsyncIterator[WriteFailureInjector]:
+        yield WriteInjector()
+
+    @asynccontextmanager
+    async def inject_outages(self, url: str) -> AsyncIterator[OutageInjector]:
+        yield Outages()
+
+    @asynccontextmanager
     async def adjust_schema_version(self, url: str, difference: int) -> AsyncIterator[None]:
         yield
 
@@ -97,7 +109,9 @@ class Descriptor:
 class Injector:
     url = "mine://proxy"
 
-    def lose_reply(self, *, skip: int = 0) -> None: ...
+    def lose_reply(self, *, skip: int = 0, isolates: bool = False) -> None: ...
+
+    def refuse_request(self, *, skip: int = 0) -> None: ...
 
     def hold_request(self, *, skip: int = 0) -> None: ...
 
@@ -105,6 +119,24 @@ class Injector:
 
     def disarm(self) -> bool:
         return False
+
+
+class WriteInjector:
+    url = "mine://full"
+
+    def fail(self, *, skip: int = 0) -> None: ...
+
+    def stop(self) -> bool:
+        return False
+
+
+class Outages:
+    url = "mine://proxy"
+    interruptions: Mapping[str, Callable[[], AbstractAsyncContextManager[None]]] = {}
+
+    @asynccontextmanager
+    async def lock(self) -> AsyncIterator[None]:
+        yield
 
 
 @hookimpl
@@ -119,6 +151,8 @@ fixable: Fixable = Descriptor()
 with_variants: VariantUrls = Descriptor()
 non_durable: NonDurableUrls = Descriptor()
 fault_injectable: FaultInjectable = Descriptor()
+write_failable: WriteFailable = Descriptor()
+outage_injectable: OutageInjectable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 schema_revertible: SchemaRevertible = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]

@@ -128,9 +128,9 @@ async def _cancel_everywhere(
             usual,
             context.random,
             # A claim is won at one instant, possibly in a server or thread: try more random times.
-            moments=(4 if whole.must_compensate else 1) * moments,
+            moments=(8 if whole.must_compensate else 1) * moments,
             exact_times=context.exact_times,
-            limit=context.profile.of(24, 60, 200),
+            limit=context.profile.of(24 if whole.must_compensate else 8, 60, 200),
         )
         cancelled = [cancelled_call async for cancelled_call in swept]
         await _wait_for_tasks(before)
@@ -146,7 +146,7 @@ async def _cancel_everywhere(
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_write_is_atomic(context: CheckContext) -> None:
     """A write cancelled at any point takes full effect or none, and can be repeated."""
-    await _cancel_everywhere(context, available(context.capabilities), context.profile.of(2, 5, 40))
+    await _cancel_everywhere(context, available(context.capabilities), context.profile.of(1, 3, 40))
 
 
 @check("CON-4", kind=Kind.CANCELLATION)
@@ -156,14 +156,14 @@ async def a_cancelled_claim_is_released_before_the_store_closes(context: CheckCo
     factories = {
         name: factory
         for name, factory in available(context.capabilities).items()
-        if name in ("claim_without_owner", "dispatch", "claim_queued")
+        if new_scenario(context, factory).must_compensate
     }
     whole = new_scenario(context, factories["dispatch"])
     await _set_up(context.store, whole)
     usual = await profile(context.store, whole)
     for _ in range(rounds):
         closing = await context.open()
-        scenarios = [new_scenario(context, factory) for factory in factories.values() for _ in range(10)]
+        scenarios = [new_scenario(context, factory) for factory in factories.values() for _ in range(4)]
         await asyncio.gather(*(_set_up(closing, scenario) for scenario in scenarios))
         # Concurrent, so that some calls are cancelled while they wait for a connection or the writer.
         points = [_random_point(context, usual, len(scenarios)) for _ in scenarios]
@@ -254,6 +254,8 @@ def _descriptors() -> int:
 async def cancelled_calls_leak_no_resources(context: CheckContext) -> None:
     """After many cancelled calls and aclose no task, thread or connection is left."""
     factories = list(available(context.capabilities).values())
+    count = min(context.profile.of(10, 100, 100), len(factories))
+    factories = context.random.sample(factories, count)
 
     async def cancel_many(store: FlowStore) -> Sequence[CancelledCall]:
         """Cancel every call at its first suspension, at a later one, and before it begins."""

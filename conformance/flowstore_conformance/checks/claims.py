@@ -29,6 +29,7 @@ from flowstore_conformance.checks.fixtures import (
     start,
 )
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import check
 from flowstore_core import Capability, ClaimLostError, RunStatus, StepClaim, StepStatus
 
 LEASED = [Capability.LEASES, Capability.VIRTUAL_CLOCK]
@@ -153,6 +154,8 @@ async def a_release_with_owner_frees_only_that_owners_claim(context: CheckContex
     context.expect(
         await store.get_claimed_step_keys(run_id), {"ownerless"}, "the claims after a release by the owner"
     )
+    call = store.record_step_start(run_id, "mine", "http", owner="me")
+    await context.expect_error(call, ClaimLostError, "a start under a claim that its owner has released")
     await store.release_step_claim(run_id, "ownerless")
     context.expect(await store.get_step_claims(run_id), (), "the claims after a release without owner")
     for by in ("me", None):
@@ -346,6 +349,11 @@ async def renewing_extends_and_never_shortens(context: CheckContext) -> None:
     at = now(context)
     await store.try_claim_step(run_id, "a", owner="me", lease=MINUTE)
     await store.record_step_start(run_id, "a", "http", owner="me")
+    early = advance(context, TICK)
+    answer = await outcome_of(store.renew_step_claim(run_id, "a", "me", MINUTE))
+    context.expect(answer, True, "renewing a claim at the beginning of its lease")
+    claim = single(await store.get_step_claims(run_id), "the claim")
+    expect_fields(context, claim, "a claim renewed at the beginning of its lease", expires_at=early + MINUTE)
     half = advance(context, MINUTE / 2)
     for lease, end in ((MINUTE, half + MINUTE), (SECOND, half + MINUTE), (HOUR, half + HOUR)):
         answer = await outcome_of(store.renew_step_claim(run_id, "a", "me", lease))
@@ -388,20 +396,31 @@ async def renewing_an_expired_or_foreign_claim_is_refused(context: CheckContext)
 
 
 @example("CLM-6", needs=LEASED)
-async def leases_at_their_limits_end_on_time(context: CheckContext) -> None:
-    """A lease may be one microsecond; one that would end after 9999-12-30 ends then."""
-    store, clock, run_id = context.store, require_clock(context), await start(context)
+async def a_lease_of_one_microsecond_ends_on_time(context: CheckContext) -> None:
+    """A lease may be one microsecond."""
+    store, run_id = context.store, await start(context)
     await store.try_claim_step(run_id, "short", owner="me", lease=TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
     context.expect(answer, False, "claiming within a lease of one microsecond")
     advance(context, TICK)
     answer = await outcome_of(store.try_claim_step(run_id, "short", owner="other", lease=TICK))
     context.expect(answer, True, "claiming after a lease of one microsecond")
+
+
+@check("INP-3", "CLM-6", needs=LEASED, isolated=False)
+async def a_lease_ends_at_the_latest_datetime_at_last(context: CheckContext) -> None:
+    """A lease that would end after 9999-12-30 ends then."""
+    store, clock, run_id = context.store, require_clock(context), await start(context)
     latest = datetime(9999, 12, 30, tzinfo=clock.now.tzinfo)
     clock.now = latest - DAY
-    longest = timedelta(days=366)
-    for claim_or_renew in (store.try_claim_step, store.renew_step_claim):
-        call = claim_or_renew(run_id, "long", owner="me", lease=longest)
+    # The first one is within the range of datetime, the others are not.
+    for claim_or_renew, days in (
+        (store.try_claim_step, 2),
+        (store.renew_step_claim, 2),
+        (store.renew_step_claim, 366),
+    ):
+        call = claim_or_renew(run_id, "long", owner="me", lease=timedelta(days=days))
         context.expect(await outcome_of(call), True, "claiming with a lease that would end after 9999-12-30")
-    claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
-    context.expect(single(claims, "the claim").expires_at, latest, "the end of such a lease")
+        claims = [claim for claim in await store.get_step_claims(run_id) if claim.step_key == "long"]
+        end = single(claims, "the claim").expires_at
+        context.expect(end, latest, "the end of such a lease")

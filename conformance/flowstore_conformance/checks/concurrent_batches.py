@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import product
 from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.checks.fixtures import FLOW, call_at_once, get_run, new_id, second_store, start
-from flowstore_conformance.context import CheckContext, ContractViolation
+from flowstore_conformance.context import CheckContext, ContractViolation, Profile
+from flowstore_conformance.history import Call, Outcome
+from flowstore_conformance.model import State
 from flowstore_conformance.registry import Kind, check
+from flowstore_conformance.state_probe import (
+    ModelState,
+    describe_outcome,
+    difference,
+    invoke,
+    observe,
+    outcome_of,
+    probe_calls,
+)
+from flowstore_conformance.write_scenarios import Scenario, available, new_scenario
 from flowstore_core import (
     Capability,
     FlowRunDetail,
@@ -272,6 +287,97 @@ def _own_answer(outcome: object) -> object:
             return outcome
 
 
+@check("CON-1", "CON-2", "CLM-2", "EVT-1", "IDM-3", kind=Kind.RACE, isolated=False)
+async def concurrent_writes_of_every_kind_happen_once(context: CheckContext) -> None:
+    """Writes of every kind at once, some of which fail or take long, each return and happen as if alone."""
+    for _ in range(context.profile.of(1, 6, 40)):
+        scenarios = [
+            new_scenario(context, factory)
+            for factory in available(context.capabilities).values()
+            for _ in range(context.profile.of(1, 2, 4))
+        ]
+
+        async def prepare(scenario: Scenario) -> None:
+            for call in scenario.setup:
+                await invoke(context.store, call)
+
+        await asyncio.gather(*map(prepare, scenarios))
+        if context.profile is Profile.QUICK:
+            scenarios = [
+                replace(one, probes=tuple(context.random.sample(one.probes, 4))) for one in scenarios
+            ]
+        writes = [_SingleWrite(scenario.call, scenario) for scenario in scenarios]
+        writes += await _failing_and_long_writes(context)
+        context.random.shuffle(writes)
+        exact_times = context.exact_times
+        outcomes = await asyncio.gather(
+            *(outcome_of(context.store, write.call, exact_times=exact_times) for write in writes)
+        )
+        await _expect_single_effects(context, writes, outcomes)
+
+
+@dataclass(frozen=True, slots=True)
+class _SingleWrite:
+    """One of many concurrent writes; no two of them depend on each other."""
+
+    call: Call
+    scenario: Scenario
+
+
+async def _failing_and_long_writes(context: CheckContext) -> list[_SingleWrite]:
+    """Triggers that fail after they have registered their key, and events with large messages."""
+    writes = []
+    message = "x" * 2**20
+    for number in range(context.profile.of(12, 24, 40)):
+        run_id, flow_id = new_id(context), new_id(context)
+        given = {"flow_id": flow_id, "flow_name": "orders", "run_id": run_id, "trigger_key": "manual"}
+        setup = Call(method="start_run", arguments=given)
+        await invoke(context.store, setup)
+        call = Call(
+            method="append_event", arguments={"run_id": run_id, "event_type": "e", "message": message}
+        )
+        keys: list[tuple[UUID, str, str]] = []
+        if number % 3 == 0 and Capability.TRIGGER in context.capabilities:
+            call = Call(method="trigger_run", arguments={**given, "idempotency_key": "K"})
+            keys = [(flow_id, "manual", "K")]
+        elif Capability.EVENTS not in context.capabilities:
+            continue
+        probes = probe_calls(run_id, context.capabilities, keys=keys)
+        scenario = Scenario(run_id=run_id, setup=(setup,), call=call, must_compensate=False, probes=probes)
+        writes.append(_SingleWrite(call, scenario))
+    return writes
+
+
+async def _expect_single_effects(
+    context: CheckContext, writes: Sequence[_SingleWrite], outcomes: Sequence[Outcome]
+) -> None:
+    exact_times = context.exact_times
+    states = []
+    for write, outcome in zip(writes, outcomes, strict=True):
+        state = ModelState(context.clock or (lambda: datetime.now(UTC)), State())
+        for call in (*write.scenario.setup, write.call):
+            state = state.apply(call, exact_times=exact_times)
+        states.append(state)
+        assert state.outcome is not None
+        context.expect_that(
+            outcome == state.outcome,
+            f"{write.call.method}, one of {len(writes)} concurrent writes of different kinds: expected "
+            f"{describe_outcome(state.outcome)}, got {describe_outcome(outcome)}",
+        )
+    seen = await asyncio.gather(
+        *(observe(context.store, write.scenario.probes, exact_times=exact_times) for write in writes)
+    )
+    for write, state, found in zip(writes, states, seen, strict=True):
+        probes = write.scenario.probes
+        wanted = state.observe(probes, exact_times=exact_times)
+        context.assertions += 1
+        if found != wanted:
+            raise ContractViolation(
+                f"after {len(writes)} concurrent writes of different kinds, each on its own run, "
+                f"{write.call.method} has not happened exactly once: {difference(probes, found, [wanted])}"
+            )
+
+
 # Includes the characters that a store might use as separators between texts.
 ODD_TEXTS = (
     None,
@@ -287,11 +393,53 @@ ODD_TEXTS = (
 )
 
 
+SEPARATORS = ("\x1e", "\x1f", "\x1c", "\x1d")
+"""The control characters for separators between records, units, files and groups."""
+BATCH = 12
+"""Number of concurrent calls, of which the first may be sent alone and the others as one batch."""
+MISSING = (lambda number: False, lambda number: number < 3, lambda number: number % 2 == 1)
+"""Which calls of a batch have no text: none, the first ones, every second one."""
+
+
+@check("INP-2", "CON-1", kind=Kind.RACE, isolated=False)
+async def equal_and_missing_texts_of_concurrent_calls_round_trip(context: CheckContext) -> None:
+    """Concurrent calls keep their texts if all are one separator, and if some of them have none."""
+    store, run_id = context.store, await start(context)
+    wanted: dict[str, object] = {}
+    columns = (*SEPARATORS, "", "text")
+    for number, (text, is_missing) in enumerate(product(columns, MISSING)):
+        texts = {
+            f"{number} {place}": None if is_missing(place) else f"{place}" if text == "text" else text
+            for place in range(BATCH)
+        }
+        # The output is missing where the input is given.
+        outputs = {key: one if number % 2 else (text if one is None else None) for key, one in texts.items()}
+        await _gather_outcomes(
+            [
+                store.record_step_start(run_id, key, "http", input_json=one, job_id=one or None)
+                for key, one in texts.items()
+            ]
+        )
+        closed = StepStatus.FAILED
+        await _gather_outcomes(
+            [
+                store.record_step_complete(
+                    run_id, key, closed, output_json=outputs[key], error_message=one, attempt=1
+                )
+                for key, one in texts.items()
+            ]
+        )
+        wanted |= {key: (one, one or None, outputs[key], one) for key, one in texts.items()}
+    steps = (await get_run(context, run_id)).steps
+    found = {one.step_key: (one.input_json, one.job_id, one.output_json, one.error_message) for one in steps}
+    context.expect(found, wanted, "input, job id, output and error of concurrently written steps")
+
+
 @check("INP-2", "CON-1", kind=Kind.RACE)
 async def concurrently_written_texts_round_trip_unchanged(context: CheckContext) -> None:
     """Keys, inputs, outputs and job ids that 64 callers write concurrently round-trip unchanged."""
     store = context.store
-    for round_number in range(context.profile.of(3, 6, 20)):
+    for round_number in range(context.profile.of(2, 6, 20)):
         run_id = await start(context)
         odd = context.random.choice([0.02, 0.5])
 
@@ -344,8 +492,12 @@ async def concurrent_claims_of_one_store_have_one_winner(context: CheckContext) 
             what = f"the winners of {key!r}, claimed by 40 concurrent callers, round {round_number}"
             context.expect(winners, {held.get(key)}, what)
             owner = held.get(key)
-            callers = [n for n in range(200) if keys[n] == key and owners[n] == owner]
-            context.expect(len(won), 1 if owner is None else len(callers), f"the number of {what[4:]}")
+            if owner is None:
+                context.expect(len(won), 1, f"the number of {what[4:]}")
+            else:
+                callers = [n for n in range(200) if keys[n] == key and owners[n] == owner]
+                sentence = f"the number of calls of its owner that won {key!r}, round {round_number}"
+                context.expect(len(won), len(callers), sentence, clause="CLM-5")
             results = [dispatches[n] for n in range(200) if keys[n] == key]
             context.expect(results.count(True), 1, f"the winners of 40 concurrent dispatches of {key!r}")
             context.expect(results.count(False), 39, f"the losers of 40 concurrent dispatches of {key!r}")

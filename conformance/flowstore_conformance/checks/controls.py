@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 from uuid import UUID
 
+from flowstore_conformance.checks.compared_store import ComparedStore
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
@@ -24,6 +26,7 @@ from flowstore_conformance.checks.fixtures import (
     start,
 )
 from flowstore_conformance.context import CheckContext
+from flowstore_conformance.registry import check
 from flowstore_core import Capability, FlowRunControlRecord, RunStatus
 
 NOTHING_LATCHED: dict[str, Any] = {
@@ -325,3 +328,36 @@ async def extending_a_deadline_undoes_the_time_out(context: CheckContext) -> Non
         state,
         "extend_deadline without control record changes nothing",
     )
+
+
+@check("CTL-2", "CTL-1", "CTL-3", needs=[Capability.DEADLINES], isolated=False)
+async def control_operations_ignore_the_status_of_the_run(context: CheckContext) -> None:
+    """Each has the same effect before a run starts, while it is Running, and after each end of it.
+
+    With and without a control record, each is made twice.
+    """
+    compared, flow_id, deadline = ComparedStore.of(context), new_id(context), now(context) + DAY
+    operations: dict[str, dict[str, Any]] = {
+        "request_cancel": {"reason": "user"},
+        "mark_timed_out": {"reason": "late"},
+        "extend_deadline": {"timeout_at": deadline},
+        "configure_run": {"flow_id": flow_id, "trigger_key": "timer", "idempotency_key": "key"},
+    }
+    statuses: tuple[RunStatus | None, ...] = (None, *RunStatus)
+    configured = {"flow_id": flow_id, "trigger_key": "manual", "timeout_at": deadline}
+    for status, has_record, (method, given) in product(statuses, (False, True), operations.items()):
+        run_id = new_id(context)
+        record = "a control record" if has_record else "no control record"
+        compared.stage = f"with {record} and {status or 'no run'}"
+        if has_record:
+            await compared.call("configure_run", run_id=run_id, **configured)
+        if status is not None:
+            run = {"flow_id": flow_id, "flow_name": "orders", "run_id": run_id, "trigger_key": "manual"}
+            await compared.call("start_run", **run)
+        if status is not None and status.is_terminal:
+            await compared.call("complete_run", run_id=run_id, status=status)
+        for again in ("", ", repeated"):
+            compared.stage += again
+            await compared.call(method, run_id=run_id, **given)
+            await compared.call("get_run_control", run_id=run_id)
+        await compared.call("get_run_status", run_id=run_id)

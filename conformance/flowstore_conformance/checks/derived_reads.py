@@ -33,6 +33,16 @@ from flowstore_core.timeseries import day_start
 SHRINK_SECONDS = 6.0
 QUICK_WITH_END = ("trigger_run", "register_key")
 """The scenarios whose run the quick profile deletes and starts again between reads."""
+REFUSED_AFTER_THE_END: Mapping[str, Mapping[str, Any]] = {
+    "record_step_start": {"step_key": "a", "step_type": "http"},
+    "try_claim_step": {"step_key": "a", "owner": "q"},
+    "try_record_dispatch": {"step_key": "a"},
+    "complete_run": {"status": "Cancelled"},
+    "deliver_signal": {"signal_name": "go", "payload_json": "{}"},
+}
+"""Calls that fail, or are False, on a terminal run, and succeed when another store has reopened it."""
+FIRST_REFUSAL = 1000
+"""The number of the program of the first of these calls, behind those of the scenarios."""
 QUERY_CLAUSES = ("QRY-1", "QRY-2", "QRY-3", "QRY-4", "QRY-5", "QRY-6")
 
 
@@ -130,6 +140,30 @@ async def every_read_shows_every_write(context: CheckContext) -> None:
                 await _ask_around_writes(program, case, calls, chosen)
             except ModelMismatch as found:
                 raise await _explain(context, namespace, found) from found.__cause__
+        for number, method in enumerate(REFUSED_AFTER_THE_END, FIRST_REFUSAL):
+            program = CallSequence.on(namespace, number, second=second)
+            try:
+                await _repeat_refused_call(program, method)
+            except ModelMismatch as found:
+                raise await _explain(context, namespace, found) from found.__cause__
+
+
+async def _repeat_refused_call(program: CallSequence, method: str) -> None:
+    """Make a call that a terminal run refuses, reopen the run through the other store, and repeat it."""
+    run_id, flow_id = program.universe.runs[0], program.universe.flows[0]
+    setup, retry = available(program.context.capabilities)["retry_step"](run_id, flow_id)
+    call = Call(method=method, arguments={"run_id": run_id, **REFUSED_AFTER_THE_END[method]})
+    if not call.operation.is_offered(program.context.capabilities):
+        return
+    writer = len(program.stores) - 1
+    for one in setup:
+        await program.call(one, store=writer)
+    await program.call(call)
+    await program.call(retry, store=writer)
+    await program.call(call)
+    await _complete_all(program, writer)
+    await program.call(call)
+    await _delete_all(program, writer)
 
 
 def _calls_of(program: CallSequence, case: _Case) -> list[Call] | None:

@@ -63,6 +63,23 @@ async def one_dispatch_wins_until_it_is_released(context: CheckContext) -> None:
     )
 
 
+@example("CLM-1")
+async def a_step_is_dispatched_in_every_open_state(context: CheckContext) -> None:
+    """A key can be dispatched unstarted, Running and Pending, claimed or not, but not after its end."""
+    store, run_id = context.store, await start(context)
+    for claimed in ("", " and claimed"):
+        for state in ("unstarted", "Running", "Pending", *TERMINAL_STEP_STATUSES):
+            key = f"{state}{claimed}"
+            if claimed:
+                await store.try_claim_step(run_id, key, owner="me")
+            if state == "Running":
+                await store.record_step_start(run_id, key, "http")
+            elif state != "unstarted":
+                await run_step(context, run_id, key, StepStatus(state))
+            answer = await outcome_of(store.try_record_dispatch(run_id, key))
+            context.expect(answer, state not in TERMINAL_STEP_STATUSES, f"dispatching a step that is {key}")
+
+
 @example("CLM-3")
 async def releasing_a_dispatch_frees_only_that_key(context: CheckContext) -> None:
     """Releasing is idempotent and keeps the claim; the next dispatch is new, without the old job_id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from uuid import UUID
 
@@ -115,6 +115,36 @@ async def odd_keys_are_distinct(context: CheckContext) -> None:
     await compared.make(_reads(context, run_id))
     expected = compared.model.get_step_statuses(run_id)
     await compared.make([_on(run_id, "complete_run", status=RunStatus.FAILED, expected=expected)])
+
+
+@example("INP-1")
+async def similar_keys_have_their_own_states(context: CheckContext) -> None:
+    """A key is new although the steps of similar keys are finished, and its changes do not concern them."""
+    compared, run_id = ComparedStore.of(context), new_id(context)
+    keys = _odd_keys(context)
+    finished, new = keys[::2], keys[1::2]
+    await compared.make([_start(run_id, new_id(context))])
+    compared.stage = "with odd keys, of which every second is finished"
+    http = {"step_type": "http"}
+    await compared.make_concurrently(
+        [_on(run_id, "record_skipped_step", step_key=key, reason=key, owner="me", **http) for key in finished]
+    )
+    firsts: tuple[Callable[[str], Call], ...] = (
+        lambda key: _on(run_id, "record_step_start", step_key=key, **http),
+        lambda key: _on(run_id, "try_claim_step", step_key=key, owner="me"),
+        lambda key: _on(run_id, "try_record_dispatch", step_key=key),
+        lambda key: _on(run_id, "record_step_complete", step_key=key, status=StepStatus.SKIPPED),
+    )
+    for first in firsts[:3]:
+        await compared.make_concurrently([first(key) for key in finished])
+    # Each kind of call is the first on some of the new keys.
+    await compared.make_concurrently([firsts[number % 4](key) for number, key in enumerate(new)])
+    await compared.make_concurrently([firsts[0](key) for key in new])
+    await compared.make(_reads(context, run_id))
+    retried, *others = new
+    await compared.make([_on(run_id, "retry_step", step_key=retried, reset=finished[::2])])
+    await compared.make([_on(run_id, "release_step_claim", step_key=key) for key in others[::2]])
+    await compared.make(_reads(context, run_id))
 
 
 @example("INP-1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from flowstore_conformance.clauses import CLAUSES
@@ -43,7 +43,7 @@ def example(
 
 def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
     async def run_all(context: CheckContext) -> None:
-        await _run(context, _groups[clause, needs, kind])
+        await run_examples(context, _groups[clause, needs, kind])
 
     more = "_and_".join(sorted(needs))
     own = "examples" if kind is Kind.EXAMPLE else f"{kind}_examples"
@@ -52,6 +52,16 @@ def _declare(clause: str, needs: frozenset[Capability], kind: Kind) -> None:
     isolated = kind is not Kind.EXAMPLE or clause.startswith(NEEDS_EMPTY_NAMESPACE)
     check(clause, needs=needs, kind=kind, isolated=isolated)(run_all)
     _examples[run_all.__name__] = _groups[clause, needs, kind]
+
+
+def examples_without_virtual_clock() -> Mapping[str, Sequence[Run]]:
+    """The examples that share a namespace and need no virtual clock, by clause."""
+    found: dict[str, list[Run]] = {}
+    for (clause, needs, kind), runs in _groups.items():
+        shared = kind is Kind.EXAMPLE and not clause.startswith(NEEDS_EMPTY_NAMESPACE)
+        if shared and needs <= {Capability.LEASES}:
+            found.setdefault(clause, []).extend(runs)
+    return found
 
 
 def single_example(grouped: Check, name: str) -> Check | None:
@@ -69,13 +79,13 @@ def example_names(grouped: Check) -> list[str]:
 
 def _limited(grouped: Check, example: Run) -> Check:
     async def run_one(context: CheckContext) -> None:
-        await _run(context, [example])
+        await run_examples(context, [example])
 
     sentence = " ".join((example.__doc__ or "").split())
     return replace(grouped, name=example.__name__, sentence=sentence, run=run_one)
 
 
-async def _run(context: CheckContext, runs: Iterable[Run]) -> None:
+async def run_examples(context: CheckContext, runs: Iterable[Run]) -> None:
     """Run every example and report every failure: the examples are independent."""
     failed: list[str] = []
     cause: BaseException | None = None

@@ -1,20 +1,23 @@
-"""CON-3 and CON-6 under injected faults: lost replies, late requests, other versions of the schema.
+"""CON-1, CON-3 and CON-6 under faults: requests that are lost, late or fail, other schema versions.
 
-A backend offers the faults through FaultInjectable and SchemaVersionAdjustable of flowstore_core.backend;
+A backend offers the faults through protocols of flowstore_core.backend;
 without them these checks are UNSUPPORTED.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import Enum
 
-from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id, observe
+from flowstore_conformance.checks import fixtures
+from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
-from flowstore_conformance.history import Call, Outcome, Raised, Returned
+from flowstore_conformance.history import Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.model import State
 from flowstore_conformance.registry import Kind, check
 from flowstore_conformance.state_probe import (
@@ -23,6 +26,7 @@ from flowstore_conformance.state_probe import (
     difference,
     find_partial_effect,
     invoke,
+    observe,
     observe_until,
     outcome_of,
 )
@@ -35,7 +39,14 @@ from flowstore_core import (
     StoreUnavailableError,
     open_store,
 )
-from flowstore_core.backend import FaultInjectable, FaultInjector, SchemaVersionAdjustable
+from flowstore_core.backend import (
+    FaultInjectable,
+    FaultInjector,
+    SchemaVersionAdjustable,
+    VariantUrls,
+    WriteFailable,
+    WriteFailureInjector,
+)
 
 DID_NOT_HAPPEN = Raised(StoreUnavailableError.__name__)
 UNKNOWN_OUTCOME = Raised(OutcomeUnknownError.__name__)
@@ -49,17 +60,42 @@ class _Faults:
 
 
 @asynccontextmanager
-async def _faults(context: CheckContext) -> AsyncIterator[_Faults]:
+async def _faults(context: CheckContext, url: str | None = None) -> AsyncIterator[_Faults]:
     if not isinstance(context.backend, FaultInjectable):
         raise Unsupported("the backend does not implement FaultInjectable, so no request can be disturbed")
     try:
         async with (
-            context.backend.inject_faults(context.url) as injector,
+            context.backend.inject_faults(url or context.url) as injector,
             open_store(injector.url, clock=context.clock) as store,
         ):
             yield _Faults(injector, store)
     except ConfigurationError as error:
         raise Unsupported(f"no fault can be injected: {error}") from error
+
+
+async def _in_every_variant(
+    context: CheckContext, work: Callable[[CheckContext, _Faults], Awaitable[None]]
+) -> None:
+    """Do the work with the options of the check and, concurrently, with each other variant.
+
+    Some variants wait after each lost request, so several stores share their work.
+    """
+    urls = [context.url]
+    if isinstance(context.backend, VariantUrls):
+        others = context.backend.variants(context.url).values()
+        urls += [url for url in others if url != context.url] * context.profile.of(2, 5, 5)
+
+    async def run(url: str) -> None:
+        async with _faults(context, url) as faults:
+            await work(context, faults)
+
+    tasks = [asyncio.ensure_future(run(url)) for url in urls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _states(context: CheckContext, scenario: Scenario) -> tuple[ModelState, ModelState]:
@@ -70,36 +106,56 @@ def _states(context: CheckContext, scenario: Scenario) -> tuple[ModelState, Mode
     return before, before.apply(scenario.call, exact_times=context.exact_times)
 
 
-async def _disturbed_calls(
-    context: CheckContext, faults: _Faults, *, loses_reply: bool
-) -> AsyncIterator[tuple[str, int, Scenario, Outcome]]:
-    """Disturb the first request of every write, then the second one, and so on, until the time is up.
+class _Fault(Enum):
+    """What happens to a request; the value completes a sentence."""
 
-    Yields the scenario's name, the number of undisturbed requests, the scenario and the call's outcome.
+    LOSE_REPLY = "after the reply to its request {} was lost"
+    HOLD_REQUEST = "whose request {} was delayed"
+    REFUSE_REQUEST = "whose request {} was refused once, as after a deadlock,"
+
+
+REVERSAL_SECONDS = 0.5
+"""How long another client looks for the effect of a request."""
+MAX_REQUESTS = 5
+"""The search for the last request of a call, which is often a commit, begins with this one."""
+
+
+async def _disturbed_calls(
+    context: CheckContext, faults: _Faults, fault: _Fault
+) -> AsyncIterator[tuple[str, Scenario, Outcome]]:
+    """Disturb the last request of every write, then the first one, the second, and so on, while time is left.
+
+    Yields the title, the scenario and the call's outcome.
     """
-    until = time.monotonic() + context.profile.of(2, 20, 120)
-    names = list(factories := available(context.capabilities))
-    context.random.shuffle(names)
-    injected = skip = 0
-    while names and (not injected or time.monotonic() < until):
+    until = time.monotonic() + context.profile.of(1, 20, 120) * (
+        0.5 if fault is _Fault.REFUSE_REQUEST else 1.5
+    )
+    factories = available(context.capabilities)
+    names = context.random.sample(list(factories), len(factories))
+    injected = 0
+    orders: list[Sequence[int]] = [range(MAX_REQUESTS - 1, -1, -1), *([skip] for skip in range(100))]
+    for order in orders:
         for name in tuple(names):
             if injected and time.monotonic() >= until:
-                break
-            called = await _call_with_fault(
-                context, faults, factories[name], skip=skip, loses_reply=loses_reply
-            )
-            if called is None:
-                names.remove(name)  # The call makes no further request.
+                return
+            for skip in order:
+                called = await _call_with_fault(context, faults, factories[name], fault, skip)
+                if called is not None:
+                    break
             else:
-                injected += 1
-                yield (name, skip, *called)
-        skip += 1
+                names.remove(name)  # The call makes no further request.
+                continue
+            injected += 1
+            what = f"{name}: {called[0].call.method} {fault.value.format(skip + 1)}"
+            yield (what, *called)
+        if not names:
+            break
     if not injected:
         raise Inconclusive("the injector affected no request of any write", retryable=False)
 
 
 async def _call_with_fault(
-    context: CheckContext, faults: _Faults, factory: ScenarioFactory, *, skip: int, loses_reply: bool
+    context: CheckContext, faults: _Faults, factory: ScenarioFactory, fault: _Fault, skip: int
 ) -> tuple[Scenario, Outcome] | None:
     """Make the call of a new scenario with one fault; None if the call sends fewer requests."""
     scenario = new_scenario(context, factory)
@@ -107,10 +163,19 @@ async def _call_with_fault(
         await invoke(context.store, call)
     # Idle connections are open and tested before the fault.
     await faults.store.ping()
-    arm = faults.injector.lose_reply if loses_reply else faults.injector.hold_request
-    arm(skip=skip)
+    _arm(faults.injector, fault, skip)
     outcome = await outcome_of(faults.store, scenario.call, exact_times=context.exact_times)
     return (scenario, outcome) if faults.injector.disarm() else None
+
+
+def _arm(injector: FaultInjector, fault: _Fault, skip: int) -> None:
+    match fault:
+        case _Fault.LOSE_REPLY:
+            injector.lose_reply(skip=skip)
+        case _Fault.HOLD_REQUEST:
+            injector.hold_request(skip=skip)
+        case _Fault.REFUSE_REQUEST:
+            injector.refuse_request(skip=skip)
 
 
 def _allowed_states(
@@ -134,32 +199,144 @@ def _allowed_states(
 @check("CON-3", kind=Kind.FAULT)
 async def a_lost_reply_is_resolved(context: CheckContext) -> None:
     """A write whose reply is lost returns its true result or OutcomeUnknownError, and happens once or not."""
+    await _in_every_variant(context, _lose_replies)
+
+
+async def _lose_replies(context: CheckContext, faults: _Faults) -> None:
+    async for title, scenario, outcome in _disturbed_calls(context, faults, _Fault.LOSE_REPLY):
+        before, after = _states(context, scenario)
+        partial = await find_partial_effect(
+            context.store,
+            scenario.probes,
+            scenario.call,
+            before=before,
+            possible=_allowed_states(title, outcome, before, after),
+            exact_times=context.exact_times,
+        )
+        context.assertions += 1
+        if partial is not None:
+            raise ContractViolation(f"{title} returned {describe_outcome(outcome)}, but {partial}")
+
+
+@check("CON-2", kind=Kind.FAULT, isolated=False)
+async def a_refused_request_is_repeated(context: CheckContext) -> None:
+    """A write that the database refuses once, as after a deadlock, is repeated and succeeds."""
     async with _faults(context) as faults:
-        async for name, skip, scenario, outcome in _disturbed_calls(context, faults, loses_reply=True):
-            before, after = _states(context, scenario)
-            title = f"{name}: {scenario.call.method} after the reply to its request {skip + 1} was lost"
-            partial = await find_partial_effect(
-                context.store,
-                scenario.probes,
-                scenario.call,
-                before=before,
-                possible=_allowed_states(title, outcome, before, after),
-                exact_times=context.exact_times,
+        async for title, scenario, outcome in _disturbed_calls(context, faults, _Fault.REFUSE_REQUEST):
+            after = _states(context, scenario)[1]
+            assert after.outcome is not None
+            context.expect_that(
+                outcome == after.outcome,
+                f"{title}: expected {describe_outcome(after.outcome)}, got {describe_outcome(outcome)}",
             )
-            context.assertions += 1
-            if partial is not None:
-                raise ContractViolation(f"{title} returned {describe_outcome(outcome)}, but {partial}")
+
+
+def _reversals(scenario: Scenario) -> Sequence[Call]:
+    """Calls of other clients that undo or replace the effect of a scenario's call."""
+    call, run_id = scenario.call, scenario.run_id
+
+    def on(method: str, **arguments: object) -> Call:
+        return Call(method=method, arguments={"run_id": run_id, **arguments})
+
+    key = {"step_key": call.arguments.get("step_key")}
+    match call.method:
+        case "try_claim_step":
+            return [on("release_step_claim", **key)]
+        case "try_record_dispatch":
+            return [on("release_dispatch", **key)]
+        case "record_step_start":
+            owner = call.arguments.get("owner")
+            if owner is None:
+                return [on("record_step_start", **key, step_type="of another")]
+            failed = on("record_step_complete", **key, status="Failed", error_message="by another")
+            return [on("release_step_claim", **key), failed]
+        case "append_event":
+            return [on("append_event", event_type="of another")]
+        case "start_run":
+            return [on("complete_run", status="Failed")]
+        case _:
+            return []
+
+
+@check("CON-3", kind=Kind.FAULT)
+async def a_write_whose_effect_was_reversed_is_not_repeated(context: CheckContext) -> None:
+    """A write whose reply is lost, and whose effect another client then reverses, does not happen again."""
+    async with _faults(context) as faults:
+        names = [
+            name
+            for name, one in available(context.capabilities).items()
+            if _reversals(new_scenario(context, one))
+        ]
+        for name in names * context.profile.of(1, 4, 20):
+            await _reverse_effect(
+                context, faults, new_scenario(context, available(context.capabilities)[name])
+            )
+
+
+async def _reverse_effect(context: CheckContext, faults: _Faults, scenario: Scenario) -> None:
+    exact_times = context.exact_times
+    before, after = _states(context, scenario)
+    # A read that shows the effect.
+    probe, shown = next(
+        (
+            (one, result)
+            for one, was, result in zip(
+                scenario.probes,
+                before.observe(scenario.probes, exact_times=exact_times),
+                after.observe(scenario.probes, exact_times=exact_times),
+                strict=True,
+            )
+            if was != result
+        ),
+        (None, None),
+    )
+    if probe is None:
+        return
+    for call in scenario.setup:
+        await invoke(context.store, call)
+    await faults.store.ping()
+    faults.injector.lose_reply(isolates=True)
+    calling = asyncio.ensure_future(outcome_of(faults.store, scenario.call, exact_times=exact_times))
+    until, seen = time.monotonic() + REVERSAL_SECONDS, None
+    while not calling.done() and seen != shown and time.monotonic() < until:
+        seen = comparable(await invoke(context.store, probe), exact_times=exact_times)
+        await asyncio.sleep(0)
+    if seen != shown:
+        # The first request has no effect, as that of a transaction.
+        faults.injector.disarm()
+        await calling
+        return
+    state = after
+    for reversal in _reversals(scenario):
+        await invoke(context.store, reversal)
+        state = state.apply(reversal, exact_times=exact_times)
+    faults.injector.disarm()
+    outcome = await calling
+    title = f"{scenario.call.method} whose reply was lost, and whose effect another client then reversed"
+    context.expect_that(
+        outcome in (after.outcome, UNKNOWN_OUTCOME),
+        f"{title}: expected {describe_outcome(after.outcome or outcome)}, got {describe_outcome(outcome)}",
+    )
+    wanted = [state.observe(scenario.probes, exact_times=exact_times)]
+    found = await observe_until(context.store, scenario.probes, wanted, exact_times=exact_times)
+    if found not in wanted:
+        raise ContractViolation(
+            f"{title}: {difference(scenario.probes, found, wanted)}. Let the token of a call outlive its "
+            "effect, and look for it before the write is repeated"
+        )
 
 
 @check("CON-3", kind=Kind.FAULT)
 async def a_late_request_changes_nothing(context: CheckContext) -> None:
     """A request that reaches the database after the result of its call has no effect."""
-    async with _faults(context) as faults:
-        async for name, skip, scenario, outcome in _disturbed_calls(context, faults, loses_reply=False):
-            before, after = _states(context, scenario)
-            title = f"{name}: {scenario.call.method} whose request {skip + 1} was delayed"
-            allowed = _allowed_states(title, outcome, before, after)
-            await _check_late_arrival(context, faults, scenario, title, outcome, allowed)
+    await _in_every_variant(context, _delay_requests)
+
+
+async def _delay_requests(context: CheckContext, faults: _Faults) -> None:
+    async for title, scenario, outcome in _disturbed_calls(context, faults, _Fault.HOLD_REQUEST):
+        before, after = _states(context, scenario)
+        allowed = _allowed_states(title, outcome, before, after)
+        await _check_late_arrival(context, faults, scenario, title, outcome, allowed)
 
 
 async def _check_late_arrival(
@@ -208,6 +385,58 @@ def _undo(scenario: Scenario) -> Call | None:
     return None
 
 
+@check("CON-1", "CON-2", kind=Kind.FAULT)
+async def a_failed_write_changes_nothing(context: CheckContext) -> None:
+    """A write of which the database fails a request, and all later ones, raises and changes nothing."""
+    if not isinstance(context.backend, WriteFailable):
+        raise Unsupported("the backend does not implement WriteFailable, so no write can fail")
+    async with (
+        context.backend.inject_write_failures(context.url) as injector,
+        open_store(injector.url, clock=context.clock) as store,
+    ):
+        for name, factory in available(context.capabilities).items():
+            scenario = new_scenario(context, factory)
+            if scenario.call.method == "annotate_dispatch":
+                continue  # It is best effort and never raises (CLM-7).
+            for call in scenario.setup:
+                await invoke(context.store, call)
+            before, after = _states(context, scenario)
+            skip = 0
+            while await _fails_as_a_whole(context, injector, store, scenario, name, skip, before, after):
+                skip += 1
+            context.expect_that(skip, f"{name}: a write sends at least one request that can fail")
+
+
+async def _fails_as_a_whole(
+    context: CheckContext,
+    injector: WriteFailureInjector,
+    store: FlowStore,
+    scenario: Scenario,
+    name: str,
+    skip: int,
+    before: ModelState,
+    after: ModelState,
+) -> bool:
+    """Make the call of a scenario, whose first requests alone succeed; False if it needs no more."""
+    exact_times = context.exact_times
+    injector.fail(skip=skip)
+    outcome = await outcome_of(store, scenario.call, exact_times=exact_times)
+    has_failed = injector.stop()
+    title = f"{name}: {scenario.call.method} of which each request after the first {skip} failed"
+    wanted = [
+        one.observe(scenario.probes, exact_times=exact_times)
+        for one in _allowed_states(title, outcome, before, after)
+    ]
+    seen = await observe(context.store, scenario.probes, exact_times=exact_times)
+    context.assertions += 1
+    if seen not in wanted:
+        raise ContractViolation(
+            f"{title} returned {describe_outcome(outcome)}, but has a partial effect: "
+            f"{difference(scenario.probes, seen, wanted)}. Write all effects of a call in one transaction"
+        )
+    return has_failed
+
+
 @check("CON-6", kind=Kind.FAULT, isolated=False)
 async def another_schema_version_is_refused(context: CheckContext) -> None:
     """A newer schema, or an older one with migrate=False, raises SchemaVersionError and stays unchanged."""
@@ -218,7 +447,7 @@ async def another_schema_version_is_refused(context: CheckContext) -> None:
         async with open_store(url) as store:
             await store.start_run(FLOW, "orders", run_id, "manual")
             await store.record_step_start(run_id, "charge", "http")
-            before = await observe(context, run_id, store=store)
+            before = await fixtures.observe(context, run_id, store=store)
         for age, difference_, migrate in (("newer", 1, True), ("newer", 1, False), ("older", -1, False)):
             async with context.backend.adjust_schema_version(url, difference_):
                 error = await _refusal(url, migrate=migrate)
@@ -231,7 +460,7 @@ async def another_schema_version_is_refused(context: CheckContext) -> None:
                 f"SchemaVersionError of {age} schema: found {error.found}, needed {error.needed}",
             )
             async with open_store(url, migrate=False) as store:
-                after = await observe(context, run_id, store=store)
+                after = await fixtures.observe(context, run_id, store=store)
                 assert_same(context, after, before, f"the data after opening {age} schema was refused")
 
 

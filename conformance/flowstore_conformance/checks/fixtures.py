@@ -306,6 +306,8 @@ def assert_same(
     """Compare two observations, times to the microsecond, and report the first difference."""
     context.assertions += 1
     for read, was in before.items():
+        if after[read] == was:
+            continue
         want, got = comparable(was), comparable(after[read])
         if got != want:
             raise ContractViolation(f"{sentence}: {read}: {expected_and_got(want, got)}", clause=clause)

@@ -106,7 +106,7 @@ async def hypothesis_calls_agree_with_the_model(context: CheckContext) -> None:
     search = _Search(context, bridge, until=time.monotonic() + context.profile.of(2, 8, 300))
     machine = seed(context.seed)(_new_machine(search))
     chosen = settings(
-        max_examples=context.profile.of(4, 60, 2000),
+        max_examples=context.profile.of(2, 60, 2000),
         stateful_step_count=context.profile.of(30, 40, 50),
         database=None,
         deadline=None,

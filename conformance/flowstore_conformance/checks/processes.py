@@ -96,7 +96,7 @@ async def queues_by_processes(context: CheckContext) -> None:
     await _race(context, ("queue_claims", "ended_leases", "joins", "last_advances", "redispatches"))
 
 
-@check("CON-1", "EVT-1", "EVT-2", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check("CON-1", "CON-2", "EVT-1", "EVT-2", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def pairs_by_processes(context: CheckContext) -> None:
     """Races of two writing operations on one run between processes have linearizable results."""
     await _race(context, ("pairs", "events", "outputs"))

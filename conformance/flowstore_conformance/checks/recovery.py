@@ -99,6 +99,27 @@ async def rescheduling_again_is_a_no_op(context: CheckContext) -> None:
 
 
 @example("STP-7")
+async def each_attempt_is_rescheduled_once(context: CheckContext) -> None:
+    """Of each attempt the first reschedule is applied, also after completing as Pending, and no other."""
+    store, run_id = context.store, await start(context)
+    for attempt in range(1, 5):
+        await store.record_step_start(run_id, "poll", "http")
+        if attempt % 2 == 0:
+            await store.record_step_complete(run_id, "poll", StepStatus.PENDING)
+        for number in (1, 2):
+            await store.release_dispatch(run_id, "poll")
+            await store.reschedule_step(run_id, "poll", attempt=attempt)
+            found = await store.get_dispatched_step_keys(run_id)
+            wanted = {"poll"} if number == 1 else set()
+            context.expect(found, wanted, f"the dispatches after reschedule {number} of attempt {attempt}")
+    await store.retry_step(run_id, "poll")
+    await run_step(context, run_id, "poll", StepStatus.PENDING)
+    await store.reschedule_step(run_id, "poll", attempt=5)
+    found = await store.get_dispatched_step_keys(run_id)
+    context.expect(found, {"poll"}, "the dispatches after rescheduling the attempt after a retry")
+
+
+@example("STP-7")
 async def rescheduling_works_after_completing_as_pending(context: CheckContext) -> None:
     """The claim is removed and the dispatch replaced; the output recorded at completion stays."""
     store, run_id = context.store, await start(context)

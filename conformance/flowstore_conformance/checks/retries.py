@@ -123,7 +123,10 @@ async def the_run_of_a_retried_step_is_running_again(context: CheckContext) -> N
         made = (await get_control(context, run_id)).created_at
         begun = (await get_run(context, run_id)).started_at
         await store.complete_run(run_id, status)
+        context.expect(await store.get_run_status(run_id), status, "the status of a completed run")
         await store.retry_step(run_id, "charge")
+        found = await store.get_run_status(run_id)
+        context.expect(found, RunStatus.RUNNING, f"the status of a {status} run after a retry")
         run = await get_run(context, run_id)
         wanted = {"status": RunStatus.RUNNING, "completed_at": None, "started_at": begun}
         expect_fields(context, run, f"a {status} run after a retry", **wanted)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence, Sized
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +19,8 @@ from flowstore_conformance.checks.fixtures import (
     new_id,
     now,
     observe,
+    outcome_of,
+    second_store,
     start,
 )
 from flowstore_conformance.checks.volumes import PAGE, expect_items, expect_result, in_groups
@@ -77,13 +80,32 @@ async def _expect_deleted_at_once(
         await cleanup
 
 
-@check("QRY-3", "CLM-3", "CLM-4", "STP-6", "RUN-2", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
+def _is_skipped(number: int) -> bool:
+    """Whether a step of a_run_holds_thousands_of_steps is skipped."""
+    return number % 10 != 1
+
+
+@check(
+    "QRY-3",
+    "UNK",
+    "CLM-3",
+    "CLM-4",
+    "STP-6",
+    "RUN-2",
+    "RET-1",
+    "RET-3",
+    "CON-1",
+    "RUN-4",
+    kind=Kind.VOLUME,
+    isolated=False,
+)
 async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
     """Reads list all steps, claims and dispatches of a run; reset and expected cover all of its steps."""
     store, run_id = context.store, await start(context)
-    count = context.profile.of(1_100, 10_500, 40_000)
+    count = context.profile.of(1_150, 10_500, 40_000)
     keys = [f"step {number:06}" for number in range(count)]
-    skipped = keys[1::8]
+    # More than a thousand in each profile, because reset concerns only them.
+    skipped = [key for number, key in enumerate(keys) if _is_skipped(number)]
     kept = sorted({*keys}.difference(skipped))
     owners = {key: f"owner of {key}" for key in keys}
 
@@ -91,7 +113,7 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
         key = keys[number]
         claimed = await store.try_claim_step(run_id, key, owner=owners[key])
         dispatched = await store.try_record_dispatch(run_id, key)
-        if number % 8 == 1:
+        if _is_skipped(number):
             await store.record_skipped_step(run_id, key, "http", f"reason of {key}", owner=owners[key])
             return claimed, dispatched, 1
         attempt = await store.record_step_start(run_id, key, "http", job_id=key, owner=owners[key])
@@ -149,6 +171,7 @@ async def a_run_holds_thousands_of_steps(context: CheckContext) -> None:
             f"complete_run with {len(differing):,} expected steps: {what}",
             clause="RUN-2",
         )
+    await _expect_one_winner_beside_completions(context, run_id, kept[:2], owners[kept[1]], expected)
     won = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
     expect_result(context, won, True, f"complete_run with the right {count:,} expected steps", clause="RUN-2")
     await _expect_deleted_whole(
@@ -183,12 +206,70 @@ async def _end_while_steps_change(context: CheckContext, run_id: UUID) -> None:
             await store.retry_step(run_id, key)
 
 
+async def _expect_one_winner_beside_completions(
+    context: CheckContext,
+    run_id: UUID,
+    pending: Sequence[str],
+    owner: str,
+    expected: Mapping[str, StepStatus],
+) -> None:
+    """Complete a run while another call changes a step, again and again: only one of the two succeeds.
+
+    Comparing many steps takes long, so the other call comes in the middle. The first of two Pending steps is
+    retried to reopen the run, the second one is claimed by ``owner``.
+    """
+    store, other = context.store, await second_store(context)
+    unclaimed, claimed, new = *pending, "new key"
+    calls: dict[str, tuple[Callable[[], Awaitable[object]], Callable[[], Awaitable[object]]]] = {
+        f"record_step_start of {key}": (
+            partial(other.record_step_start, run_id, step_key, "http", owner=by),
+            partial(store.record_step_complete, run_id, step_key, StepStatus.PENDING),
+        )
+        for key, step_key, by in (("a Pending step", unclaimed, None), ("a claimed step", claimed, owner))
+    }
+    calls["try_claim_step of a new key"] = (
+        partial(other.try_claim_step, run_id, new),
+        partial(store.release_step_claim, run_id, new),
+    )
+    calls["try_record_dispatch of a new key"] = (
+        partial(other.try_record_dispatch, run_id, new),
+        partial(store.release_dispatch, run_id, new),
+    )
+    loop = asyncio.get_running_loop()
+    duration = 0.0
+
+    async def delayed(call: Callable[[], Awaitable[object]]) -> object:
+        await asyncio.sleep(context.random.random() * duration)
+        return await outcome_of(call())
+
+    # In the other profiles the run has many more steps.
+    for what, (call, undo) in list(calls.items()) * context.profile.of(4, 3, 5):
+        changing = asyncio.ensure_future(delayed(call))
+        began = loop.time()
+        completed = await store.complete_run(run_id, RunStatus.FAILED, expected=expected)
+        duration = loop.time() - began
+        changed = await changing
+        refused = changed is False or isinstance(changed, str)
+        expect_result(
+            context,
+            (completed, "refused" if refused else "done"),
+            (completed, "refused" if completed else "done"),
+            f"complete_run with the statuses of {len(expected):,} steps in expected beside {what}, of which "
+            "the first prevents the other: whether the run was completed, and the step changed",
+            clause="CON-1",
+        )
+        if completed:
+            await store.retry_step(run_id, unclaimed)
+        else:
+            await undo()
+
+
 async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str], of: str) -> None:
     """Compare the statuses, steps and attempts of a_run_holds_thousands_of_steps."""
     pending, skipped = StepStatus.PENDING, StepStatus.SKIPPED
-    wanted = [(key, skipped if number % 8 == 1 else pending) for number, key in enumerate(keys)]
+    wanted = [(key, skipped if _is_skipped(number) else pending) for number, key in enumerate(keys)]
     statuses = await context.store.get_step_statuses(run_id)
-    expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="QRY-3")
+    expect_items(context, statuses.items(), wanted, f"get_step_statuses {of}", clause="UNK")
     detail = await get_run(context, run_id)
     steps = sorted(detail.steps, key=lambda step: step.step_key)
     if context.exact_times:
@@ -199,7 +280,9 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
     ):
         found = [(one.step_key, one.job_id, one.output_json, one.error_message) for one in of_records]
         details = [
-            (key, None, None, f"reason of {key}") if number % 8 == 1 else (key, key, f"output of {key}", None)
+            (key, None, None, f"reason of {key}")
+            if _is_skipped(number)
+            else (key, key, f"output of {key}", None)
             for number, key in enumerate(keys)
         ]
         expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")

@@ -8,6 +8,7 @@ from flowstore_conformance.checks.fixtures import (
     MINUTE,
     NOT_FOUND,
     SECOND,
+    SIMILAR_KEYS,
     TERMINAL_RUN_STATUSES,
     TICK,
     advance,
@@ -194,14 +195,31 @@ async def a_delivery_id_is_delivered_once(context: CheckContext) -> None:
         (second.status, second.step_key), (DELIVERED, "b"), "a delivery with the delivery_id in upper case"
     )
     await store.remove_waiter(run_id, "a")
-    await store.register_waiter(run_id, "a", "go")
     again = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
     context.expect(again, first, "the repeated delivery_id after its waiter was removed")
+    await store.register_waiter(run_id, "a", "go")
+    again = await store.deliver_signal(run_id, "go", "one", delivery_id="id")
+    context.expect(again, first, "the repeated delivery_id after its waiter was registered again")
     context.expect(
         (await get_waiter(context, run_id, "a")).delivered_at,
         None,
         "delivered_at of a new waiter after a repeated delivery_id",
     )
+
+
+@example("SIG-2")
+async def delivery_ids_are_compared_exactly(context: CheckContext) -> None:
+    """Ids that are equal as numbers, in another case, without blanks or normalised are different ids."""
+    store, run_id = context.store, await start(context)
+    ids = (*SIMILAR_KEYS, "1e0", "+1", " 1", "1 ", "0x1", "True", "true", "null", "None")
+    for delivery_id in ids:
+        await store.register_waiter(run_id, f"wait {delivery_id}", "go")
+    results = [await store.deliver_signal(run_id, "go", "{}", delivery_id=one) for one in ids]
+    wanted = [(DELIVERED, f"wait {one}") for one in ids]
+    found = sorted((one.status, one.step_key or "") for one in results)
+    context.expect(found, sorted(wanted), "the results of deliveries with similar delivery_ids")
+    again = [await store.deliver_signal(run_id, "go", "{}", delivery_id=one) for one in ids]
+    context.expect(again, results, "the results of the repeated deliveries with similar delivery_ids")
 
 
 @example("SIG-2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
@@ -97,6 +98,29 @@ async def repeating_an_outcome_is_a_no_op_and_changing_it_is_refused(context: Ch
     assert_same(
         context, await observe_all(context, run_id), before, "completing a closed attempt changes nothing"
     )
+
+
+TEXTS = (None, "", "text")
+
+
+@example("STP-4")
+async def outcomes_with_different_texts_differ(context: CheckContext) -> None:
+    """None, "" and other texts are different outputs and errors, in each place and for each status."""
+    store, run_id = context.store, await start(context)
+    pairs = list(product(TEXTS, TEXTS))
+    for number, (output, error) in enumerate(pairs):
+        status, key = CLOSING_STATUSES[number % len(CLOSING_STATUSES)], f"{output!r} {error!r}"
+        await store.record_step_start(run_id, key, "http")
+        given: dict[str, Any] = {"output_json": output, "error_message": error}
+        await store.record_step_complete(run_id, key, status, **given)
+        # The step has this outcome only: first the same again, then others, then the same again.
+        for other in ((output, error), *pairs, (output, error)):
+            again: dict[str, Any] = {"output_json": other[0], "error_message": other[1]}
+            found = await outcome_of(store.record_step_complete(run_id, key, status, attempt=1, **again))
+            wanted = None if other == (output, error) else "<StepAlreadyCompletedError raised>"
+            context.expect(found, wanted, f"completing with {again} after {status} with {given}")
+        step = await get_step(context, run_id, key)
+        expect_fields(context, step, f"a step closed as {status} with {given}", status=status, **given)
 
 
 @example("STP-4")
@@ -210,6 +234,20 @@ async def a_skip_with_owner_takes_an_expired_claim(context: CheckContext) -> Non
     claim = single(await store.get_step_claims(run_id), "the claim after the skip")
     wanted = {"owner": "new", "claimed_at": at, "expires_at": None}
     expect_fields(context, claim, "the claim after a skip with owner replaced an expired claim", **wanted)
+
+
+@example("STP-5")
+async def skips_with_different_reasons_differ(context: CheckContext) -> None:
+    """An owner that repeats its skip with None, "" or another reason is refused, unless it is the same."""
+    store, run_id = context.store, await start(context)
+    for reason in TEXTS:
+        await store.record_skipped_step(run_id, f"{reason!r}", "http", reason, owner="me")
+        for other in (reason, *TEXTS, reason):
+            call = store.record_skipped_step(run_id, f"{reason!r}", "http", other, owner="me")
+            wanted = None if other == reason else "<StepAlreadyCompletedError raised>"
+            context.expect(await outcome_of(call), wanted, f"a skip for {other!r} after one for {reason!r}")
+        step = await get_step(context, run_id, f"{reason!r}")
+        context.expect(step.error_message, reason, "the reason after repeated skips")
 
 
 @example("STP-5")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     MINUTE,
     SECOND,
+    TICK,
     advance,
     assert_same,
     expect_fields,
@@ -28,6 +30,7 @@ from flowstore_core import (
 )
 from flowstore_core.steps import superseded_by
 
+NO_TIME = timedelta(0)
 MAY_START = (StepStatus.FAILED, StepStatus.PENDING)
 FINISHED = (StepStatus.SUCCEEDED, StepStatus.SKIPPED)
 
@@ -260,3 +263,27 @@ async def an_expired_claim_does_not_start_a_step(context: CheckContext) -> None:
     await context.expect_error(call, ClaimLostError, "starting under a claim that another owner took over")
     number = await store.record_step_start(run_id, "charge", "http", owner="new")
     context.expect(number, 3, "a start by the owner that took the claim over")
+
+
+@example("STP-3", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK])
+async def a_start_needs_a_lease_that_ends_later(context: CheckContext) -> None:
+    """Until a microsecond before its lease ends an owner may start a step, whatever its earlier attempts."""
+    store, run_id = context.store, await start(context)
+    attempts = {"first": 0, "open": 1, "pending": 1, "failed": 1, "retried": 1}
+    for left in (TICK, NO_TIME):
+        for key in attempts:
+            if key != "first":
+                await store.record_step_start(run_id, f"{key} {left}", "http")
+            if key in ("failed", "retried"):
+                await store.record_step_complete(run_id, f"{key} {left}", StepStatus.FAILED)
+            if key == "pending":
+                await store.record_step_complete(run_id, f"{key} {left}", StepStatus.PENDING)
+            if key == "retried":
+                await store.retry_step(run_id, f"{key} {left}")
+            await store.try_claim_step(run_id, f"{key} {left}", owner="me", lease=MINUTE)
+        advance(context, MINUTE - left)
+        for key, last in attempts.items():
+            # CLM-4: a Failed step keeps its claim, but it could not be claimed.
+            wanted = "<ClaimLostError raised>" if key == "failed" or not left else last + 1
+            found = await outcome_of(store.record_step_start(run_id, f"{key} {left}", "http", owner="me"))
+            context.expect(found, wanted, f"a start as the owner of a lease that ends in {left} ({key})")

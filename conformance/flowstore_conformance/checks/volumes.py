@@ -189,6 +189,32 @@ async def thousands_of_runs_are_listed_and_deleted(context: CheckContext) -> Non
     left_claims = await in_groups(restart, len(ends) // 4)
     what = f"the claims of ids that start again after a cleanup of {len(ends):,} runs with one claim each"
     expect_items(context, left_claims, [()] * len(left_claims), what, clause="RET-1")
+    if count < PAGE:
+        await _expect_more_than_a_page(context)
+
+
+async def _expect_more_than_a_page(context: CheckContext) -> None:
+    """Start more Running runs than a page holds: a limit of 1,000 is the most common one."""
+    store, source, flow_id = context.store, new_id(context), new_id(context)
+    runs = await in_groups(
+        lambda _: store.start_run(
+            flow_id, "hay with a needle", new_id(context), "manual", source_run_id=source
+        ),
+        PAGE + 1,
+    )
+    wanted, of = _newest_first(runs), f"of {len(runs):,} Running runs"
+    active = [run.run_id for run in await store.get_active_runs() if run.flow_id == flow_id]
+    expect_items(context, active, wanted, f"get_active_runs() {of}", clause="QRY-6")
+    derived = [run.run_id for run in await store.get_derived_runs(source)]
+    expect_items(context, derived, wanted, f"get_derived_runs() {of}", clause="QRY-6")
+    found = [run.run_id for run in await store.get_runs(flow_id, take=PAGE)]
+    expect_items(context, found, wanted[:PAGE], f"get_runs(take={PAGE}) {of}", clause="QRY-1")
+    if Capability.DASHBOARD in context.capabilities:
+        for search, clause in ((None, "QRY-1"), ("needle", "QRY-2")):
+            page = await store.get_runs_page(flow_id, search=search, take=PAGE)
+            found, what = [run.run_id for run in page.runs], f"get_runs_page(search={search!r}) {of}"
+            expect_items(context, found, wanted[:PAGE], what, clause=clause)
+            expect_result(context, page.total_count, len(runs), f"total_count of {what}", clause="QRY-3")
 
 
 async def _expect_lists(

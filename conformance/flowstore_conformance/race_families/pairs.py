@@ -266,7 +266,7 @@ def _any_cleanup_pair(d: RaceBuilder) -> Race:
 RACE_FAMILIES: tuple[RaceFamily, ...] = (
     family(
         "pairs",
-        "CON-1",
+        "CON-1 CON-2",
         "two writing operations on one run",
         _any_run_pair,
         Capability.VIRTUAL_CLOCK,

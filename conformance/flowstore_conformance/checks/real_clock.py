@@ -1,0 +1,36 @@
+"""The examples again, on a store that reads its own clock.
+
+The other checks give the store a virtual clock. A backend may use other statements without one, as most
+programs do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flowstore_conformance.checks.example_checks import examples_without_virtual_clock, run_examples
+from flowstore_conformance.context import CheckContext, ContractViolation, Profile
+from flowstore_conformance.registry import check
+from flowstore_core import Capability
+
+QUICK = ("CLM-",)
+"""Prefixes of the clauses whose examples the quick profile runs: those of the most frequent calls."""
+MORE = (*QUICK, "STP-", "SIG-", "EVT-", "RUN-")
+EXAMPLES = {
+    clause: runs for clause, runs in examples_without_virtual_clock().items() if clause.startswith(MORE)
+}
+
+
+@check(*EXAMPLES, needs=[Capability.VIRTUAL_CLOCK], isolated=False)
+async def examples_hold_on_the_clock_of_the_store(context: CheckContext) -> None:
+    """Examples that need no virtual clock also pass on a store that was opened without one."""
+    store = await context.open(clock=None)
+    real = replace(context, store=store, clock=None)
+    for clause, runs in EXAMPLES.items():
+        if context.profile is Profile.QUICK and not clause.startswith(QUICK):
+            continue
+        try:
+            await run_examples(real, runs)
+        except ContractViolation as found:
+            raise ContractViolation(found.message, clause=found.clause or clause) from found.__cause__
+    context.assertions += real.assertions
