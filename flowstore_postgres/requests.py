@@ -7,9 +7,8 @@ Each statement of the transaction takes a new snapshot, which shows everything t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -118,6 +117,18 @@ class Settlement:
     """Whether the ``after`` steps of a request have not all ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Changes of one run that its transaction has decided on and not written yet."""
+
+    ended: dict[str, StepStatus] = field(default_factory=dict)
+    dispatched: set[str] = field(default_factory=set)
+
+    def affect(self, step_key: str) -> bool:
+        """Whether they change the step."""
+        return step_key in self.ended or step_key in self.dispatched
+
+
 def requested_keys(requests: Iterable[StepRequest]) -> set[str]:
     """The keys of all steps that decide on the requests."""
     return {key for request in requests for key in (request.step_key, *request.after)}
@@ -134,20 +145,22 @@ def settle(
     run_id: UUID,
     requests: Sequence[StepRequest],
     steps: Mapping[StepKey, Any],
-    ended: Mapping[str, StepStatus] = MappingProxyType({}),
+    changes: Changes,
 ) -> Settlement:
     """Decide on the requests in their order; each sees the effects of those before it.
 
-    ``steps`` are the rows of READ_STEPS; ``ended`` are the statuses of steps that the caller is about to end.
+    ``steps`` are the rows of READ_STEPS, ``changes`` the changes that the transaction has not written yet;
+    those that the requests make are added.
     """
     dispatched: list[StepRequest] = []
     skipped: list[tuple[StepRequest, str]] = []
     stayed_behind = False
-    # A dispatch changes no status, so only skipped steps affect later requests.
-    ended = dict(ended)
+    ended = changes.ended
     for request in requests:
         step = steps.get((run_id, request.step_key))
         if step is not None and (step["held"] or step["status"] not in (None, "Pending")):
+            continue
+        if changes.affect(request.step_key):
             continue
         statuses = [
             (key, ended.get(key) or _terminal_status(steps.get((run_id, key)))) for key in request.after
@@ -161,6 +174,7 @@ def settle(
             ended[request.step_key] = StepStatus.SKIPPED
         else:
             dispatched.append(request)
+            changes.dispatched.add(request.step_key)
     return Settlement(dispatched, skipped, stayed_behind)
 
 
@@ -211,6 +225,6 @@ async def settle_requests(
     if not requests:
         return
     steps = await read_steps(transaction, ((run_id, key) for key in requested_keys(requests)), now)
-    settlement = settle(run_id, requests, steps)
+    settlement = settle(run_id, requests, steps, Changes())
     await skip_steps(transaction, run_id, settlement.skipped, steps, now)
     await dispatch_steps(transaction, [(run_id, request) for request in settlement.dispatched], now)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -27,6 +29,7 @@ from flowstore_core import (
 from flowstore_core.open import resolve_store
 from flowstore_postgres import queues
 from flowstore_postgres.sql_placeholders import fill_in
+from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
 LEASE = timedelta(minutes=5)
@@ -102,6 +105,53 @@ async def test_que_4_every_step_of_concurrent_fan_ins_runs_once_and_every_run_co
         assert set(completed.values()) == {1}
         assert len(completed) == runs
         assert await first.get_queues() == ()
+
+
+ENDED = [StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED]
+
+
+async def _end_at_random(store: FlowStore, seed: int, *, concurrently: bool) -> tuple[list[Any], str]:
+    """End the six started steps of a run with random requests; the results and the final state."""
+    rng = random.Random(seed)
+    started, later = MIDDLE, [f"later {n}" for n in range(4)]
+    run_id = await _trigger(store, *(_request(key) for key in started))
+    claimed = {one.step_key: one for one in await _claim(store, 100) if one.run_id == run_id}
+    assert sorted(claimed) == started
+    calls = []
+    for key in rng.sample(started, len(started)):
+        requests = [
+            StepRequest(
+                step_key=one,
+                step_type="http",
+                queue="later",
+                after=tuple(rng.sample([other for other in (*started, *later) if other != one], 2)),
+                accept=frozenset(rng.sample(ENDED, 2)),
+            )
+            for one in rng.sample(later, 3)
+        ]
+        calls.append(
+            store.advance_run(
+                run_id,
+                key,
+                rng.choice(ENDED),
+                attempt=1,
+                owner=claimed[key].owner,
+                dispatch=requests,
+                complete_as=rng.choice([RunStatus.SUCCEEDED, None]),
+            )
+        )
+    results = list(await asyncio.gather(*calls)) if concurrently else [await call for call in calls]
+    state = repr((await store.get_run_detail(run_id), await store.get_dispatches(run_id)))
+    return results, state.replace(str(run_id), "<run>")
+
+
+@pytest.mark.parametrize("seed", range(15))
+async def test_que_4_advances_that_share_a_transaction_are_serial(seed: int, fresh: str) -> None:
+    clock = VirtualClock()
+    async with open_store(fresh, clock=clock) as store:
+        expected = await _end_at_random(store, seed, concurrently=False)
+        # The first call is sent alone, the other five share the next transaction, in their order.
+        assert await _end_at_random(store, seed, concurrently=True) == expected
 
 
 @pytest.mark.parametrize("locked", ["runs", "steps", "pending"])
