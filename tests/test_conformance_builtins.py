@@ -24,7 +24,7 @@ PROFILE = Profile(os.environ.get("FLOWSTORE_TEST_PROFILE", "quick"))
 # Facts about a process's memory, not operations: the memory backend is full without them.
 FACTS = {Capability.DURABLE, Capability.MULTI_PROCESS}
 
-HOOKS = {"CON-3": FaultInjectable, "CON-6": SchemaVersionAdjustable}
+HOOKS = {"CON-3": FaultInjectable, "QUE-3": FaultInjectable, "CON-6": SchemaVersionAdjustable}
 """What a check of injected faults needs; see tests/test_conformance_faults.py."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
@@ -18,6 +19,7 @@ from flowstore_core.backend import FaultInjectable, FaultInjector, SchemaVersion
 from flowstore_core.plugins import Backend, find_backend
 from flowstore_core.urls import parse_url
 from flowstore_memory.plugin import MemoryBackend
+from flowstore_memory.store import SharedStore
 from tests.calls import new_run
 
 CHECKS = [check for check in all_checks() if check.kind is Kind.FAULT]
@@ -30,7 +32,10 @@ async def run_on(backend: Backend, check: Check, url: str) -> CheckResult:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 async def test_postgresql_passes(check: Check, postgresql_url: str) -> None:
-    result = await run_on(find_backend("postgresql")[1], check, postgresql_url)
+    backend = find_backend("postgresql")[1]
+    if not check.needs <= backend.capabilities:
+        pytest.skip(f"it does not declare {', '.join(sorted(check.needs - backend.capabilities))}")
+    result = await run_on(backend, check, postgresql_url)
     assert result.status is Status.PASS, result
 
 
@@ -67,6 +72,50 @@ async def test_a_backend_that_opens_any_schema_version_is_found() -> None:
     assert result.failure is not None
     assert result.failure.clause == "CON-6"
     assert "newer schema" in result.failure.message
+
+
+class RepeatsClaims(MemoryBackend):
+    """Repeats claim_next_steps after a lost reply as if the first request had not happened."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.skip: int | None = None
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        self.url = url
+        yield self
+
+    def lose_reply(self, *, skip: int = 0) -> None:
+        self.skip = skip
+
+    def hold_request(self, *, skip: int = 0) -> None:
+        raise NotImplementedError
+
+    async def release_request(self) -> None:
+        raise NotImplementedError
+
+    def disarm(self) -> bool:
+        armed, self.skip = self.skip, None
+        return armed is None
+
+
+async def test_a_repeated_claim_that_claims_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, claim = RepeatsClaims(), SharedStore.claim_next_steps
+
+    async def claim_twice(store: SharedStore, **given: Any) -> Any:
+        if backend.skip == 0:
+            backend.skip = None
+            await claim(store, **given)
+        return await claim(store, **given)
+
+    monkeypatch.setattr(SharedStore, "claim_next_steps", claim_twice)
+    check = next(check for check in CHECKS if check.clauses == ("QUE-3",))
+    result = await run_on(backend, check, "memory://")
+    assert result.status is Status.FAIL
+    assert result.failure is not None
+    assert result.failure.clause == "QUE-3"
+    assert "the steps that are claimed" in result.failure.message
 
 
 # The injector of PostgreSQL

@@ -8,11 +8,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from flowstore_core import RunAdvance, RunStatus, StepStatus
+from flowstore_core import Capability, RunAdvance, RunStatus, StepStatus
 from flowstore_core.claims import lease_end
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_memory.queue_index import index_step, ready_at, take_ready_steps
 from flowstore_memory.queues import _is_finished
+from flowstore_memory.store import CAPABILITIES
 from tests.mutants import mutant
 
 EVERY_END = frozenset(TERMINAL_STEP_STATUSES)
@@ -455,6 +456,13 @@ class EmptyQueuesListed:
 
 
 # The clauses of other operations
+
+
+@mutant("memory", "CON-2")
+class QueuesWithoutWaiters:
+    """Declares QUEUES but not WAITERS, which it needs."""
+
+    capabilities = CAPABILITIES - {Capability.WAITERS}
 
 
 @mutant("memory", "STP-6")
