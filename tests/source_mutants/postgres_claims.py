@@ -708,8 +708,8 @@ async def annotation_raises_when_the_store_is_unavailable(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "s SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL,",
-            "s SET dispatched_at = NULL, due_at = NULL,",
+            '"{no_dispatch}", NO_DISPATCH)\n\nGET_DISPATCHES',
+            '"{no_dispatch}", NO_DISPATCH.replace("dispatch_job_id = NULL, ", ""))\n\nGET_DISPATCHES',
         ),
     ],
 )
