@@ -37,8 +37,12 @@ class Call:
     def is_offered(self, capabilities: Collection[Capability]) -> bool:
         """Whether a store with these capabilities accepts the operation and the given keywords."""
         keywords = operations.KEYWORD_CAPABILITIES.get(self.method, {})
-        given = [name for name, value in self.arguments.items() if value not in (None, (), [], 0)]
-        needs = {keywords[name] for name in given if name in keywords}
+        defaults: tuple[Any, ...] = (None, 0, (), [])
+        needs = {
+            keywords[name]
+            for name, value in self.arguments.items()
+            if name in keywords and value not in defaults
+        }
         return self.operation.is_offered(capabilities) and needs <= set(capabilities)
 
     def source(self, names: Mapping[UUID, str] | None = None, *, store: str = "store") -> str:

@@ -194,7 +194,7 @@ def _advance_run(d: CallStrategy) -> Arguments:
         "step_key": key,
         "status": status,
         "attempt": d.attempt(step) or 1,
-        "owner": d.one_of(None, d.owner(step)),
+        "owner": d.owner(step) if step.claim is not None and d.one_of(True, False) else None,
         **outcome,
         **_dispatch(d.requests(key)),
         "complete_as": d.one_of(None, "Succeeded", "Cancelled"),

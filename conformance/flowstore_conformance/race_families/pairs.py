@@ -8,13 +8,14 @@ the order of the calls matters, or both change the run.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from itertools import combinations_with_replacement
 from uuid import UUID
 
 from flowstore_conformance.claim_histories import by_run
+from flowstore_conformance.claim_tokens import ClaimToken
 from flowstore_conformance.differential import guess_clause
 from flowstore_conformance.history import Call, History, Raised, Returned
 from flowstore_conformance.linearizability import Answer, Verdict, check_history
@@ -187,7 +188,11 @@ def _universe(d: RaceBuilder, state: ModelState) -> Universe:
 def _call(d: RaceBuilder, universe: Universe, method: str) -> Call:
     if method == CLEANUP:
         return Call(method=method, arguments={"cutoff": d.now + timedelta(hours=12)})
-    return draw_call(RandomChoices(d.generator), universe, method)
+    call = draw_call(RandomChoices(d.generator), universe, method)
+    if isinstance(call.arguments.get("owner"), ClaimToken):
+        # No call of a race can know the owner that a store will choose.
+        return replace(call, arguments={**call.arguments, "owner": d.one_of(*OWNERS)})
+    return call
 
 
 def _following(d: RaceBuilder, state: ModelState) -> Call:
