@@ -41,27 +41,13 @@ UNION ALL SELECT * FROM found WHERE status IN ('Succeeded', 'Failed', 'Skipped')
            s.dispatched_at IS NOT NULL
            OR s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $3) AS held""",
 )
-# Writes the row of pending of each step that a statement dispatched, in its CTE ``dispatched``. A claim, if
-# there is one, has expired.
-INDEX_DISPATCHED = """
-INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
-SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
-       greatest(coalesce(s.due_at, s.dispatched_at),
-                CASE WHEN s.claimed_at IS NOT NULL THEN coalesce(s.claim_expires_at, 'infinity') END,
-                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
-FROM dispatched s
-LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
-ON CONFLICT (run_id, step_key) DO UPDATE
-    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
-"""
-DISPATCHED_COLUMNS = """s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at,
-    s.due_at, s.claimed_at, s.claim_expires_at"""
-# dispatch_token is cleared because a cancelled try_record_dispatch is compensated for by it.
-DISPATCH_STEPS = f"""
+# Writes table pending itself, in place of the trigger; its snapshot shows every waiter, because the run has
+# been locked before. dispatch_token is cleared because a cancelled try_record_dispatch is compensated for by it.
+DISPATCH_STEPS = """
 WITH dispatched AS (
-    INSERT INTO {{schema}}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue,
-                                       dispatch_priority, dispatch_step_type, dispatch_input_json,
-                                       pending_writes)
+    INSERT INTO {schema}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue,
+                                     dispatch_priority, dispatch_step_type, dispatch_input_json,
+                                     pending_writes)
     SELECT a.run_id, a.step_key, a.now, a.due_at, a.queue, a.priority, a.step_type, a.input_json, 1
     FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::text[], $6::smallint[],
                 $7::text[], $8::text[])
@@ -73,9 +59,18 @@ WITH dispatched AS (
         dispatch_priority = excluded.dispatch_priority, dispatch_step_type = excluded.dispatch_step_type,
         dispatch_input_json = excluded.dispatch_input_json,
         pending_writes = coalesce(s.pending_writes, 0) + 1
-    RETURNING {DISPATCHED_COLUMNS}
+    RETURNING s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at,
+              s.claim_expires_at
 )
-{INDEX_DISPATCHED}
+INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
+       -- A claim, if there is one, has expired.
+       greatest(coalesce(s.due_at, s.dispatched_at), s.claim_expires_at,
+                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
+FROM dispatched s
+LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
+ON CONFLICT (run_id, step_key) DO UPDATE
+    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
 """
 # Columns of a step without a dispatch.
 NO_DISPATCH = """dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_queue = NULL,

@@ -192,6 +192,47 @@ async def test_que_2_a_claim_sees_a_change_that_it_did_not_wait_for(
         assert len({step.owner for claimed in found for step in claimed}) == 200
 
 
+DISPATCHES: dict[str, Callable[[FlowStore, UUID], Awaitable[object]]] = {
+    "try_record_dispatch": lambda s, r: s.try_record_dispatch(r, "waits", queue="q", step_type="http"),
+    "advance_run": lambda s, r: s.advance_run(
+        r, "open", StepStatus.SUCCEEDED, attempt=1, dispatch=[_request("waits")]
+    ),
+    "retry_step": lambda s, r: s.retry_step(r, "open", dispatch=[_request("waits")]),
+    "redispatch_step": lambda s, r: s.redispatch_step(r, "moved", queue="q"),
+    "reschedule_step": lambda s, r: s.reschedule_step(r, "open", attempt=1),
+}
+
+
+@pytest.mark.parametrize("method", DISPATCHES)
+async def test_que_5_a_dispatch_sees_a_waiter_that_was_registered_while_it_waited(
+    method: str, fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store, _request("open"), _request("moved", queue="other"))
+        assert len(await _claim(store)) == 1
+        await store.try_record_dispatch(run_id, "warm", due_at=datetime.now(UTC) + LEASE)
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_id)
+            task = asyncio.ensure_future(DISPATCHES[method](store, run_id))
+
+            async def waits() -> object:
+                await admin.execute("SELECT pg_stat_clear_snapshot()")
+                return await admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity "
+                    "WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+                )
+
+            await _until(waits)
+            await admin.execute(
+                "INSERT INTO waiters (run_id, step_key, signal_name, created_at) "
+                "SELECT $1, key, 'go', now() FROM unnest($2::text[]) key",
+                run_id,
+                ["waits", "moved", "open"],
+            )
+        await task
+        assert await _claim(store, 10) == ()
+
+
 # The index of queued steps
 
 
