@@ -42,7 +42,8 @@ UNION ALL SELECT * FROM found WHERE status IN ('Succeeded', 'Failed', 'Skipped')
            OR s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $3) AS held""",
 )
 # Writes table pending itself, in place of the trigger; its snapshot shows every waiter, because the run has
-# been locked before. dispatch_token is cleared because a cancelled try_record_dispatch is compensated for by it.
+# been locked before. dispatch_token is cleared, because a cancelled try_record_dispatch is compensated for by
+# it.
 DISPATCH_STEPS = """
 WITH dispatched AS (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue,
