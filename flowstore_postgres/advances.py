@@ -5,13 +5,14 @@ locks the run before the snapshot in which it reads the run's steps. The lock is
 other advances of the run away, and every call that dispatches, claims, starts or skips one of its steps. It
 lets claim_next_steps pass.
 
-Concurrent advances of different runs share a transaction, at most one of each run. The shared transaction
-skips runs that are locked; their calls use a transaction of their own, which waits.
+Concurrent advances share a transaction. It skips runs that are locked; their calls join the next one, and
+later use a transaction of their own, which waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -29,10 +30,12 @@ from flowstore_core import (
     StepRequest,
     StepStatus,
 )
-from flowstore_core.batching import BatchedOperation, Batcher
+from flowstore_core.batching import REQUEUE, BatchedOperation, Batcher
 from flowstore_postgres.errors import ROW_LEVEL_SQLSTATE_CLASSES
 from flowstore_postgres.requests import (
+    Changes,
     Settlement,
+    StepKey,
     dispatch_steps,
     read_steps,
     requested_keys,
@@ -41,8 +44,10 @@ from flowstore_postgres.requests import (
 )
 from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Transactions
 
-MAX_BATCH = 64
-"""Maximum number of runs that are advanced in one transaction."""
+MAX_BATCH = 128
+"""Maximum number of calls that share a transaction."""
+MAX_FOUND_LOCKED = 2
+"""After more shared transactions than this that found its run locked, a call waits for the lock."""
 
 # The time of each row is read once the run is locked.
 LOCK_RUNS = """
@@ -99,7 +104,8 @@ WHERE r.run_id = a.run_id
 """
 
 
-class Advance(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Advance:
     """A call of advance_run."""
 
     run_id: UUID
@@ -112,6 +118,8 @@ class Advance(NamedTuple):
     dispatch: Sequence[StepRequest]
     complete_as: RunStatus | None
     failed_as: RunStatus | None
+    found_locked: int = 0
+    """The number of shared transactions that skipped the run because it was locked, or not found."""
 
 
 class _Decision(NamedTuple):
@@ -124,14 +132,15 @@ class _Decision(NamedTuple):
     """None on a terminal run."""
 
 
-async def advance_runs(
-    transaction: Transaction, lock_runs: str, advances: Sequence[Advance]
-) -> list[RunAdvance | FlowStoreError]:
-    """Advance different runs and return the results and errors of the calls.
+async def advance_runs(transaction: Transaction, lock_runs: str, advances: Sequence[Advance]) -> list[Any]:
+    """Advance runs; a result, an error or REQUEUE for each call.
 
-    A call whose run is not found, or is skipped by ``lock_runs``, gets a RunNotFoundError.
+    Several advances of one run take effect in their order. The run is locked and no row is written before the
+    last decision, so the changes of the earlier ones are kept in memory. A call whose run is not found, or is
+    skipped by ``lock_runs``, gets a RunNotFoundError.
     """
-    rows = await transaction.rows(lock_runs, [advance.run_id for advance in advances], transaction.now)
+    run_ids = list({advance.run_id for advance in advances})
+    rows = await transaction.rows(lock_runs, run_ids, transaction.now)
     if not rows:
         return [RunNotFoundError(advance.run_id) for advance in advances]
     statuses = {row["run_id"]: row["status"] for row in rows}
@@ -143,14 +152,15 @@ async def advance_runs(
         for key in (advance.step_key, *requested_keys(advance.dispatch))
     }
     steps = await read_steps(transaction, keys, now)
-    decisions: dict[UUID, _Decision | FlowStoreError] = {}
+    changes: dict[UUID, Changes] = {}
+    outcomes: list[_Decision | FlowStoreError | None] = []
     for advance in advances:
         try:
             status = statuses.get(advance.run_id)
-            decisions[advance.run_id] = await _decide(transaction, advance, status, steps)
+            outcomes.append(await _decide(transaction, advance, status, steps, changes))
         except FlowStoreError as error:
-            decisions[advance.run_id] = error
-    decided = [one for one in decisions.values() if isinstance(one, _Decision)]
+            outcomes.append(error)
+    decided = [one for one in outcomes if isinstance(one, _Decision)]
     closing = [one.advance for one in decided if one.closes]
     if closing:
         await transaction.execute(
@@ -167,25 +177,40 @@ async def advance_runs(
         await skip_steps(transaction, advance.run_id, settlement.skipped, steps, now)
     dispatches = [(advance.run_id, one) for advance, settled_ in settled for one in settled_.dispatched]
     await dispatch_steps(transaction, dispatches, now)
+    # The last advance of a run decides: during an earlier one the step of the last one was open.
+    last = {advance.run_id: (advance, settlement) for advance, settlement in settled}
     completed = await _complete(
         transaction,
         [
             (advance, settlement)
-            for advance, settlement in settled
-            if advance.complete_as is not None and not settlement.dispatched
+            for advance, settlement in last.values()
+            if advance.complete_as is not None and not changes[advance.run_id].dispatched
         ],
         now,
     )
-    return [_result(decisions[advance.run_id], completed) for advance in advances]
+    return [
+        _result(one, completed) if isinstance(one, _Decision) else REQUEUE if one is None else one
+        for one in outcomes
+    ]
 
 
 async def _decide(
-    transaction: Transaction, advance: Advance, run_status: str | None, steps: Any
-) -> _Decision:
-    """Check an advance in the order of its errors, and settle its requests."""
+    transaction: Transaction,
+    advance: Advance,
+    run_status: str | None,
+    steps: Mapping[StepKey, Any],
+    changes: dict[UUID, Changes],
+) -> _Decision | None:
+    """Check an advance in the order of its errors, and settle its requests.
+
+    None: it needs a snapshot with the changes of the advances before it.
+    """
     run_id, step_key = advance.run_id, advance.step_key
     if run_status is None:
         raise RunNotFoundError(run_id)
+    earlier = changes.get(run_id)
+    if earlier is not None and earlier.affect(step_key):
+        return None
     step = steps.get((run_id, step_key))
     if step is None or step["status"] is None:
         raise StepNotFoundError(run_id, step_key)
@@ -198,17 +223,23 @@ async def _decide(
         outcome = await transaction.row(READ_OUTCOME, run_id, step_key)
         if (step["status"], *outcome) != (advance.status.value, advance.output_json, advance.error_message):
             raise StepAlreadyCompletedError(run_id, step_key, step["last_attempt"])
+        if earlier is not None:
+            # The advance before it may complete the run.
+            return None
     if run_status != "Running":
         return _Decision(advance, closes, None)
-    return _Decision(advance, closes, settle(run_id, advance.dispatch, steps, {step_key: advance.status}))
+    if earlier is None:
+        earlier = changes[run_id] = Changes()
+    earlier.ended[step_key] = advance.status
+    return _Decision(advance, closes, settle(run_id, advance.dispatch, steps, earlier))
 
 
 async def _complete(
     transaction: Transaction, settled: Sequence[tuple[Advance, Settlement]], now: Any
-) -> set[UUID]:
-    """Complete the runs in which nothing is left to do (QUE-6) and return their ids."""
+) -> dict[UUID, Advance]:
+    """Complete the runs in which nothing is left to do (QUE-6) and return the advances that did it."""
     if not settled:
-        return set()
+        return {}
     # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
     run_ids = sorted(advance.run_id for advance, _ in settled)
     rows = await transaction.rows(FIND_UNFINISHED, run_ids, now)
@@ -223,16 +254,14 @@ async def _complete(
             [advance.failed_as for advance, _ in finished],
             [settlement.stayed_behind for _, settlement in finished],
         )
-    return {advance.run_id for advance, _ in finished}
+    return {advance.run_id: advance for advance, _ in finished}
 
 
-def _result(decision: _Decision | FlowStoreError, completed: set[UUID]) -> RunAdvance | FlowStoreError:
-    if isinstance(decision, FlowStoreError):
-        return decision
+def _result(decision: _Decision, completed: Mapping[UUID, Advance]) -> RunAdvance:
     settlement = decision.settlement
     return RunAdvance(
         dispatched=() if settlement is None else tuple(request.step_key for request in settlement.dispatched),
-        run_completed=decision.advance.run_id in completed,
+        run_completed=completed.get(decision.advance.run_id) is decision.advance,
     )
 
 
@@ -253,7 +282,7 @@ class RunAdvancer:
 
     async def advance(self, advance: Advance) -> RunAdvance:
         try:
-            return await self._operation.submit(advance.run_id, advance)
+            return await self._operation.submit((advance.run_id, advance.step_key), advance)
         except (RunNotFoundError, _BatchRejectedError):
             # The run may be locked instead.
             pass
@@ -262,12 +291,13 @@ class RunAdvancer:
             [outcome] = await advance_runs(transaction, WAIT_FOR_RUN, [advance])
             if isinstance(outcome, FlowStoreError):
                 raise outcome
-            return outcome
+            result: RunAdvance = outcome
+            return result
 
         return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
 
-    async def _run(self, advances: Sequence[Advance]) -> Sequence[RunAdvance | FlowStoreError]:
-        async def work(transaction: Transaction) -> list[RunAdvance | FlowStoreError]:
+    async def _run(self, advances: Sequence[Advance]) -> Sequence[RunAdvance | Exception]:
+        async def work(transaction: Transaction) -> list[Any]:
             try:
                 return await advance_runs(transaction, LOCK_UNLOCKED_RUNS, advances)
             except asyncpg.PostgresError as error:
@@ -275,7 +305,13 @@ class RunAdvancer:
                     raise _BatchRejectedError from None
                 raise
 
-        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
+        outcomes = await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
+        for n, advance in enumerate(advances):
+            if isinstance(outcomes[n], RunNotFoundError) and advance.found_locked < MAX_FOUND_LOCKED:
+                # Advances of another store hold the lock for some milliseconds.
+                advance.found_locked += 1
+                outcomes[n] = REQUEUE
+        return outcomes
 
     async def aclose(self, seconds: float) -> None:
         await self._batcher.drain(seconds)

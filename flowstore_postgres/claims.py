@@ -25,7 +25,7 @@ from flowstore_core import (
 from flowstore_core.batching import REQUEUE
 from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
-from flowstore_postgres.requests import DISPATCHED_COLUMNS, INDEX_DISPATCHED, NO_DISPATCH
+from flowstore_postgres.requests import NO_DISPATCH
 from flowstore_postgres.sql_placeholders import in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
@@ -191,7 +191,8 @@ WHERE clock_timestamp() < $1
 {dispatch_if_free}
 RETURNING true AS won
 """.replace("{dispatch_if_free}", DISPATCH_IF_FREE)
-# With the queue, priority, step_type and input of the attempts to come (QUE-7).
+# With the queue, priority, step_type and input of the attempts to come (QUE-7). It leaves table pending to
+# the trigger, whose snapshot shows a waiter that was registered while this statement waited for the run.
 TRY_RECORD_QUEUED_DISPATCH = """
 WITH guard AS MATERIALIZED (
     SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
@@ -206,13 +207,11 @@ WITH guard AS MATERIALIZED (
     INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, dispatch_queue,
                                      dispatch_priority, dispatch_step_type, dispatch_input_json,
                                      pending_writes)
-    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 1
+    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 0
     FROM guard, requested WHERE open
     {dispatch_if_free}
-    RETURNING dispatch_token, {columns}
-), dispatched AS (
-    SELECT * FROM won
-), indexed AS ({index})
+    RETURNING dispatch_token
+)
 SELECT before_deadline, every,
        CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
        CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
@@ -224,11 +223,8 @@ FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
         "due_at = excluded.due_at, dispatch_queue = excluded.dispatch_queue, "
         "dispatch_priority = excluded.dispatch_priority, dispatch_step_type = excluded.dispatch_step_type, "
         "dispatch_input_json = excluded.dispatch_input_json, "
-        "pending_writes = coalesce(s.pending_writes, 0) + 1",
+        "pending_writes = coalesce(s.pending_writes, 0)",
     ),
-)
-TRY_RECORD_QUEUED_DISPATCH = TRY_RECORD_QUEUED_DISPATCH.replace("{columns}", DISPATCHED_COLUMNS).replace(
-    "{index}", INDEX_DISPATCHED
 )
 # The token stays when the dispatch is released, as with claims.
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"

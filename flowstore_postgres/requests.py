@@ -7,9 +7,8 @@ Each statement of the transaction takes a new snapshot, which shows everything t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -42,27 +41,14 @@ UNION ALL SELECT * FROM found WHERE status IN ('Succeeded', 'Failed', 'Skipped')
            s.dispatched_at IS NOT NULL
            OR s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $3) AS held""",
 )
-# Writes the row of pending of each step that a statement dispatched, in its CTE ``dispatched``. A claim, if
-# there is one, has expired.
-INDEX_DISPATCHED = """
-INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
-SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
-       greatest(coalesce(s.due_at, s.dispatched_at),
-                CASE WHEN s.claimed_at IS NOT NULL THEN coalesce(s.claim_expires_at, 'infinity') END,
-                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
-FROM dispatched s
-LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
-ON CONFLICT (run_id, step_key) DO UPDATE
-    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
-"""
-DISPATCHED_COLUMNS = """s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at,
-    s.due_at, s.claimed_at, s.claim_expires_at"""
-# dispatch_token is cleared because a cancelled try_record_dispatch is compensated for by it.
-DISPATCH_STEPS = f"""
+# Writes table pending itself, in place of the trigger; its snapshot shows every waiter, because the run has
+# been locked before. dispatch_token is cleared, because a cancelled try_record_dispatch is compensated for by
+# it.
+DISPATCH_STEPS = """
 WITH dispatched AS (
-    INSERT INTO {{schema}}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue,
-                                       dispatch_priority, dispatch_step_type, dispatch_input_json,
-                                       pending_writes)
+    INSERT INTO {schema}.steps AS s (run_id, step_key, dispatched_at, due_at, dispatch_queue,
+                                     dispatch_priority, dispatch_step_type, dispatch_input_json,
+                                     pending_writes)
     SELECT a.run_id, a.step_key, a.now, a.due_at, a.queue, a.priority, a.step_type, a.input_json, 1
     FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::text[], $6::smallint[],
                 $7::text[], $8::text[])
@@ -74,9 +60,18 @@ WITH dispatched AS (
         dispatch_priority = excluded.dispatch_priority, dispatch_step_type = excluded.dispatch_step_type,
         dispatch_input_json = excluded.dispatch_input_json,
         pending_writes = coalesce(s.pending_writes, 0) + 1
-    RETURNING {DISPATCHED_COLUMNS}
+    RETURNING s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at,
+              s.claim_expires_at
 )
-{INDEX_DISPATCHED}
+INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+SELECT s.run_id, s.step_key, s.dispatch_queue, s.dispatch_priority,
+       -- A claim, if there is one, has expired.
+       greatest(coalesce(s.due_at, s.dispatched_at), s.claim_expires_at,
+                CASE WHEN w.run_id IS NOT NULL THEN coalesce(w.expires_at, 'infinity') END)
+FROM dispatched s
+LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key AND w.delivered_at IS NULL
+ON CONFLICT (run_id, step_key) DO UPDATE
+    SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
 """
 # Columns of a step without a dispatch.
 NO_DISPATCH = """dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_queue = NULL,
@@ -118,6 +113,18 @@ class Settlement:
     """Whether the ``after`` steps of a request have not all ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Changes of one run that its transaction has decided on and not written yet."""
+
+    ended: dict[str, StepStatus] = field(default_factory=dict)
+    dispatched: set[str] = field(default_factory=set)
+
+    def affect(self, step_key: str) -> bool:
+        """Whether they change the step."""
+        return step_key in self.ended or step_key in self.dispatched
+
+
 def requested_keys(requests: Iterable[StepRequest]) -> set[str]:
     """The keys of all steps that decide on the requests."""
     return {key for request in requests for key in (request.step_key, *request.after)}
@@ -134,20 +141,22 @@ def settle(
     run_id: UUID,
     requests: Sequence[StepRequest],
     steps: Mapping[StepKey, Any],
-    ended: Mapping[str, StepStatus] = MappingProxyType({}),
+    changes: Changes,
 ) -> Settlement:
     """Decide on the requests in their order; each sees the effects of those before it.
 
-    ``steps`` are the rows of READ_STEPS; ``ended`` are the statuses of steps that the caller is about to end.
+    ``steps`` are the rows of READ_STEPS, ``changes`` the changes that the transaction has not written yet;
+    those that the requests make are added.
     """
     dispatched: list[StepRequest] = []
     skipped: list[tuple[StepRequest, str]] = []
     stayed_behind = False
-    # A dispatch changes no status, so only skipped steps affect later requests.
-    ended = dict(ended)
+    ended = changes.ended
     for request in requests:
         step = steps.get((run_id, request.step_key))
         if step is not None and (step["held"] or step["status"] not in (None, "Pending")):
+            continue
+        if changes.affect(request.step_key):
             continue
         statuses = [
             (key, ended.get(key) or _terminal_status(steps.get((run_id, key)))) for key in request.after
@@ -161,6 +170,7 @@ def settle(
             ended[request.step_key] = StepStatus.SKIPPED
         else:
             dispatched.append(request)
+            changes.dispatched.add(request.step_key)
     return Settlement(dispatched, skipped, stayed_behind)
 
 
@@ -211,6 +221,6 @@ async def settle_requests(
     if not requests:
         return
     steps = await read_steps(transaction, ((run_id, key) for key in requested_keys(requests)), now)
-    settlement = settle(run_id, requests, steps)
+    settlement = settle(run_id, requests, steps, Changes())
     await skip_steps(transaction, run_id, settlement.skipped, steps, now)
     await dispatch_steps(transaction, [(run_id, request) for request in settlement.dispatched], now)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -27,6 +29,7 @@ from flowstore_core import (
 from flowstore_core.open import resolve_store
 from flowstore_postgres import queues
 from flowstore_postgres.sql_placeholders import fill_in
+from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=1)
 LEASE = timedelta(minutes=5)
@@ -104,6 +107,53 @@ async def test_que_4_every_step_of_concurrent_fan_ins_runs_once_and_every_run_co
         assert await first.get_queues() == ()
 
 
+ENDED = [StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED]
+
+
+async def _end_at_random(store: FlowStore, seed: int, *, concurrently: bool) -> tuple[list[Any], str]:
+    """End the six started steps of a run with random requests; the results and the final state."""
+    rng = random.Random(seed)
+    started, later = MIDDLE, [f"later {n}" for n in range(4)]
+    run_id = await _trigger(store, *(_request(key) for key in started))
+    claimed = {one.step_key: one for one in await _claim(store, 100) if one.run_id == run_id}
+    assert sorted(claimed) == started
+    calls = []
+    for key in rng.sample(started, len(started)):
+        requests = [
+            StepRequest(
+                step_key=one,
+                step_type="http",
+                queue="later",
+                after=tuple(rng.sample([other for other in (*started, *later) if other != one], 2)),
+                accept=frozenset(rng.sample(ENDED, 2)),
+            )
+            for one in rng.sample(later, 3)
+        ]
+        calls.append(
+            store.advance_run(
+                run_id,
+                key,
+                rng.choice(ENDED),
+                attempt=1,
+                owner=claimed[key].owner,
+                dispatch=requests,
+                complete_as=rng.choice([RunStatus.SUCCEEDED, None]),
+            )
+        )
+    results = list(await asyncio.gather(*calls)) if concurrently else [await call for call in calls]
+    state = repr((await store.get_run_detail(run_id), await store.get_dispatches(run_id)))
+    return results, state.replace(str(run_id), "<run>")
+
+
+@pytest.mark.parametrize("seed", range(15))
+async def test_que_4_advances_that_share_a_transaction_are_serial(seed: int, fresh: str) -> None:
+    clock = VirtualClock()
+    async with open_store(fresh, clock=clock) as store:
+        expected = await _end_at_random(store, seed, concurrently=False)
+        # The first call is sent alone, the other five share the next transaction, in their order.
+        assert await _end_at_random(store, seed, concurrently=True) == expected
+
+
 @pytest.mark.parametrize("locked", ["runs", "steps", "pending"])
 async def test_que_2_a_claim_passes_over_a_step_that_another_call_is_changing(
     locked: str, fresh: str, admin: asyncpg.Connection
@@ -140,6 +190,47 @@ async def test_que_2_a_claim_sees_a_change_that_it_did_not_wait_for(
         steps = [(step.run_id, step.step_key) for claimed in found for step in claimed]
         assert len(steps) == len(set(steps)) == 200
         assert len({step.owner for claimed in found for step in claimed}) == 200
+
+
+DISPATCHES: dict[str, Callable[[FlowStore, UUID], Awaitable[object]]] = {
+    "try_record_dispatch": lambda s, r: s.try_record_dispatch(r, "waits", queue="q", step_type="http"),
+    "advance_run": lambda s, r: s.advance_run(
+        r, "open", StepStatus.SUCCEEDED, attempt=1, dispatch=[_request("waits")]
+    ),
+    "retry_step": lambda s, r: s.retry_step(r, "open", dispatch=[_request("waits")]),
+    "redispatch_step": lambda s, r: s.redispatch_step(r, "moved", queue="q"),
+    "reschedule_step": lambda s, r: s.reschedule_step(r, "open", attempt=1),
+}
+
+
+@pytest.mark.parametrize("method", DISPATCHES)
+async def test_que_5_a_dispatch_sees_a_waiter_that_was_registered_while_it_waited(
+    method: str, fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store, _request("open"), _request("moved", queue="other"))
+        assert len(await _claim(store)) == 1
+        await store.try_record_dispatch(run_id, "warm", due_at=datetime.now(UTC) + LEASE)
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_id)
+            task = asyncio.ensure_future(DISPATCHES[method](store, run_id))
+
+            async def waits() -> object:
+                await admin.execute("SELECT pg_stat_clear_snapshot()")
+                return await admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity "
+                    "WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+                )
+
+            await _until(waits)
+            await admin.execute(
+                "INSERT INTO waiters (run_id, step_key, signal_name, created_at) "
+                "SELECT $1, key, 'go', now() FROM unnest($2::text[]) key",
+                run_id,
+                ["waits", "moved", "open"],
+            )
+        await task
+        assert await _claim(store, 10) == ()
 
 
 # The index of queued steps

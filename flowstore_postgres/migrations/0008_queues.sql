@@ -4,7 +4,7 @@
 -- attempts to come. Table pending has one row for each queued step that is not terminal, with the time from which it is
 -- ready (QUE-1), so that claim_next_steps finds the next steps by index.
 --
--- pending_writes is set while a step is queued. A statement that writes the step's row of pending too increments it.
+-- pending_writes is set while a step is queued, to 0 at first. A statement that writes the step's row of pending too increments it.
 -- After any other change of a queued step a trigger updates pending, so that it is right whichever statement made the
 -- change, one of an older flowstore included. The condition of the trigger is the comparison alone, because the server
 -- reads it anew in each statement: one with ten columns took 9 microseconds, this one takes less than one.
@@ -106,8 +106,10 @@ BEGIN
 END
 $index$;
 
+CREATE TRIGGER index_inserted AFTER INSERT ON {schema}.steps FOR EACH ROW
+    WHEN (NEW.pending_writes = 0) EXECUTE FUNCTION {schema}.index_step();
 CREATE TRIGGER index_changed AFTER UPDATE ON {schema}.steps FOR EACH ROW
-    WHEN (NEW.pending_writes = OLD.pending_writes) EXECUTE FUNCTION {schema}.index_step();
+    WHEN (NEW.pending_writes = coalesce(OLD.pending_writes, 0)) EXECUTE FUNCTION {schema}.index_step();
 CREATE TRIGGER index_deleted AFTER DELETE ON {schema}.steps FOR EACH ROW
     WHEN (OLD.pending_writes IS NOT NULL) EXECUTE FUNCTION {schema}.index_step();
 CREATE TRIGGER index_waiting AFTER INSERT OR DELETE OR UPDATE OF expires_at, delivered_at ON {schema}.waiters
