@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from datetime import datetime
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 
 from flowstore_core import RunStatus
@@ -54,6 +54,17 @@ def index_run(namespace: Namespace, run: RunState) -> None:
     """Index every step of a run that was reopened (QUE-5)."""
     for step_key, step in run.steps.items():
         index_step(namespace, run, step_key, step)
+
+
+def drop_deleted_runs(namespace: Namespace) -> None:
+    """Remove the entries of runs that are not stored any more (RET-1)."""
+    for level, heap in list(namespace.queue_index.items()):
+        kept = [entry for entry in heap if entry.run_id.int in namespace.runs]
+        if kept:
+            heapify(kept)
+            namespace.queue_index[level] = kept
+        else:
+            del namespace.queue_index[level]
 
 
 def take_ready_steps(

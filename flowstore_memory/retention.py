@@ -8,6 +8,7 @@ from itertools import islice
 from uuid import UUID
 
 from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_memory.queue_index import drop_deleted_runs
 from flowstore_memory.state import OpenNamespace
 
 BATCH = 200
@@ -33,6 +34,8 @@ class Retention(OpenNamespace):
             await asyncio.sleep(0)
         with self._namespace.lock:
             self._delete_orphans(cutoff)
+            if deleted:
+                drop_deleted_runs(self._namespace)
         return deleted
 
     def _is_over(self, run_id: UUID, cutoff: datetime) -> bool:

@@ -161,6 +161,7 @@ def values(run_id: UUID) -> dict[str, Any]:
         "queues": ["queue"],
         "priority": 1,
         "limit": 10,
+        "timeout": timedelta(milliseconds=1),
         "worker": "worker",
         "complete_as": RunStatus.SUCCEEDED,
         "failed_as": RunStatus.FAILED,

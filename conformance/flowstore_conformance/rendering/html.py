@@ -23,6 +23,7 @@ FAMILIES = {
     "STP": "Steps and attempts",
     "CLM": "Claims and the dispatch ledger",
     "QUE": "Queues",
+    "WAT": "Watching",
     "CTL": "Control",
     "IDM": "Idempotency keys and the trigger",
     "SIG": "Signals",
