@@ -18,8 +18,10 @@ from flowstore_cli import (
     doctor,
     migrate,
     ping,
+    queues,
     replay,
     retention,
+    run_wait,
     runs,
     signals,
     stats,
@@ -50,7 +52,9 @@ app.command("backends")(backends.backends)
 app.command("conformance")(conformance.conformance)
 app.add_typer(migrate.app, name="migrate")
 app.command("replay")(replay.replay)
+runs.app.command("wait")(run_wait.wait)
 app.add_typer(runs.app, name="runs")
+app.command("queues")(queues.queues)
 app.command("stats")(stats.stats)
 app.command("timeseries")(timeseries.timeseries)
 app.add_typer(signals.app, name="signal")

@@ -18,6 +18,7 @@ from flowstore_core import (
     Capability,
     FlowRunRecord,
     FlowStore,
+    QueueStatistics,
     RunStatus,
     StalledStep,
     StallReason,
@@ -58,10 +59,13 @@ async def examine(store: FlowStore, *, grace: timedelta, limit: int) -> Examinat
     found: list[Diagnostic] = []
     runs, running = await _oldest_runs(store, limit)
     if Capability.RECOVERY in store.capabilities:
-        found += _stalled_findings(await store.get_stalled_steps(as_of=as_of, take=LISTED), grace)
+        stalled = await store.get_stalled_steps(as_of=as_of, take=LISTED)
+        found += _stalled_findings(await _without_queued(store, stalled), grace)
     else:
         found += _stalled_findings(await _expired(store, runs, as_of), grace)
     found += await _idle(store, [run for run in runs if run.started_at <= as_of])
+    if Capability.QUEUES in store.capabilities:
+        found += _unserved_findings(await store.get_queues(), as_of, grace)
     if Capability.DEADLINES in store.capabilities:
         found += await _overdue(store, as_of)
     return Examination(found, running, len(runs))
@@ -128,6 +132,15 @@ def _stalled_findings(stalled: Sequence[StalledStep], grace: timedelta) -> list[
     return found
 
 
+async def _without_queued(store: FlowStore, stalled: Sequence[StalledStep]) -> Sequence[StalledStep]:
+    """The steps that no queue of the store hands out; the finding of an unserved queue covers the others."""
+    if Capability.QUEUES not in store.capabilities:
+        return stalled
+    dispatches = await _each(sorted({step.run_id for step in stalled}), store.get_dispatches)
+    queued = {(one.run_id, one.step_key) for found in dispatches for one in found if one.queue is not None}
+    return [step for step in stalled if (step.run_id, step.step_key) not in queued]
+
+
 async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datetime) -> list[StalledStep]:
     """Expired leases of each run, for a store that cannot list stalled steps."""
 
@@ -148,6 +161,31 @@ async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datet
         ]
 
     return [step for steps in await _each(runs, examine_run) for step in steps]
+
+
+# Queues
+
+
+def _unserved_findings(
+    queues: Sequence[QueueStatistics], as_of: datetime, grace: timedelta
+) -> list[Diagnostic]:
+    """Queues whose oldest ready step was ready before ``as_of``."""
+    late = [one for one in queues if one.oldest_ready_at is not None and one.oldest_ready_at <= as_of]
+    if not late:
+        return []
+    ready = sum(one.ready for one in late)
+    return [
+        Diagnostic(
+            code="queues-not-served",
+            severity=Severity.WARNING,
+            summary=f"{count(ready, 'ready step')} in {count(len(late), 'queue')}: the oldest has been ready "
+            f"for over {_length(grace)}",
+            meaning="No worker claims steps from the queue, or the workers are too few.",
+            remedy="start workers that claim from this queue; for all queues: flowstore queues",
+            count=ready,
+            examples=tuple(one.queue for one in late[:SHOWN]),
+        )
+    ]
 
 
 # Runs

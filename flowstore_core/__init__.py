@@ -48,6 +48,7 @@ from flowstore_core.identifiers import new_run_id
 from flowstore_core.open import open_store
 from flowstore_core.outputs import Outputs
 from flowstore_core.plugins import Backend, hookimpl, hookspec
+from flowstore_core.queues import ClaimedStep, Queues, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.retention import FlowRetentionStore
 from flowstore_core.runs import (
     FlowRunDetail,
@@ -83,6 +84,7 @@ from flowstore_core.store import (
     FlowSignalStore,
     FlowStore,
 )
+from flowstore_core.watching import Watch
 
 __all__ = [
     "CRASH_SAFE",
@@ -90,6 +92,7 @@ __all__ = [
     "BackendLoadError",
     "Capability",
     "ClaimLostError",
+    "ClaimedStep",
     "ConfigurationError",
     "ConflictError",
     "Dashboard",
@@ -117,7 +120,10 @@ __all__ = [
     "NotSupportedError",
     "OutcomeUnknownError",
     "Outputs",
+    "QueueStatistics",
+    "Queues",
     "Recovery",
+    "RunAdvance",
     "RunAlreadyExistsError",
     "RunCompletedError",
     "RunControls",
@@ -143,6 +149,7 @@ __all__ = [
     "StepClaims",
     "StepDispatch",
     "StepNotFoundError",
+    "StepRequest",
     "StepRuntime",
     "StepStatus",
     "StoreClosedError",
@@ -151,6 +158,7 @@ __all__ = [
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",
+    "Watch",
     "hookimpl",
     "hookspec",
     "new_claim_token",

@@ -38,12 +38,14 @@ from flowstore_core.errors import strip_driver_exceptions
 from flowstore_core.instrumentation import NO_OBSERVERS, Observer, Observers, Resolution, report_batch
 from flowstore_core.platforms import require_posix
 from flowstore_core.plugins import Backend, hookimpl, hookspec
+from flowstore_core.queues import not_accepted
 from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_core.runs import fold_ascii, search_matches
 from flowstore_core.shielding import ShieldedTasks, run_to_completion
 from flowstore_core.steps import superseded_by
 from flowstore_core.timeseries import bucket_starts, percentile_ms
 from flowstore_core.urls import StoreUrl, parse_url, redact
+from flowstore_core.watching import WaitingCalls
 
 __all__ = [
     "NO_OBSERVERS",
@@ -79,6 +81,7 @@ __all__ = [
     "ThreadWorker",
     "Transfer",
     "VariantUrls",
+    "WaitingCalls",
     "WorkLoop",
     "WriteFailable",
     "WriteFailureInjector",
@@ -87,6 +90,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "lease_end",
+    "not_accepted",
     "orphaned_rows",
     "parse_url",
     "percentile_ms",

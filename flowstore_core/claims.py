@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.redaction import redacted_repr
 from flowstore_core.timeseries import LATEST
 
 
@@ -28,20 +29,40 @@ class StepClaim:
 class StepDispatch:
     """The dispatch of a step to a queue."""
 
+    __repr__ = redacted_repr
+
     run_id: UUID
     step_key: str
     dispatched_at: datetime
     due_at: datetime | None
     job_id: str | None
+    queue: str | None = None
+    """The queue of the store that hands out the step (QUE-1); None if the engine has its own queue."""
+    priority: int = 0
+    step_type: str | None = None
+    """The step_type of the attempts to come; None without queue."""
+    input_json: str | None = None
+    """The input of the attempts to come; None without queue."""
 
 
 class DispatchLedger(Protocol):
     """The record of dispatched steps: at most one dispatch per step until its release."""
 
     async def try_record_dispatch(
-        self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        due_at: datetime | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        step_type: str | None = None,
+        input_json: str | None = None,
     ) -> bool:
         """Record a dispatch of the step; True for exactly one of all concurrent callers (CLM-1).
+
+        With ``queue`` (capability QUEUES) claim_next_steps hands out the step from ``due_at`` on, with this
+        ``step_type`` and ``input_json``; a higher ``priority``, 0 to 9, comes first (QUE-7).
 
         False on a terminal run or step (RUN-4), and while a dispatch is recorded; losing the race never
         raises. Atomic.

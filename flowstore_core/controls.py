@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.queues import StepRequest
 from flowstore_core.redaction import redacted_repr
 from flowstore_core.runs import FlowRunRecord
 
@@ -111,9 +112,11 @@ class Trigger(Protocol):
         source_run_id: UUID | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
+        dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         """Register the key and store the control record and the run, all or nothing (IDM-3).
 
+        With ``dispatch`` (capability QUEUES) the same transaction dispatches these steps of the new run.
         A registered key returns its run and created=False. If that run never started, it is started under
         the registered run_id, with created=True: no crash leaves a key that blocks its triggers.
 

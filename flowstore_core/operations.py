@@ -29,6 +29,8 @@ class Operation:
     """Whether it reads or changes several runs at once (CON-1)."""
     shows_state: bool = False
     """Whether it reads state that earlier writes of the same run stored."""
+    is_hint: bool = False
+    """Whether its result is a hint that the stored state does not determine (WAT-1)."""
 
     def is_offered(self, capabilities: Collection[Capability]) -> bool:
         """Whether a store with these capabilities has the operation."""
@@ -47,6 +49,10 @@ def _write(name: str, *clauses: str, capability: Capability | None = None) -> Op
 
 def _query(name: str, *clauses: str, capability: Capability | None = None) -> Operation:
     return Operation(name=name, clauses=clauses, capability=capability, spans_runs=True)
+
+
+def _hint(name: str, *clauses: str, capability: Capability) -> Operation:
+    return Operation(name=name, clauses=clauses, capability=capability, is_hint=True)
 
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(
@@ -81,6 +87,19 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("release_dispatch", "CLM-3"),
             _read("get_dispatched_step_keys", "CLM-1", "CLM-3"),
             _read("get_dispatches", "CLM-1", "CLM-3"),
+            # Queues
+            Operation(
+                name="claim_next_steps",
+                clauses=("QUE-1", "QUE-2", "QUE-3"),
+                capability=Capability.QUEUES,
+                writes=True,
+                spans_runs=True,
+            ),
+            _write("advance_run", "QUE-4", "QUE-6", capability=Capability.QUEUES),
+            _write("redispatch_step", "QUE-7", capability=Capability.QUEUES),
+            _query("get_queues", "QUE-8", "QUE-5", capability=Capability.QUEUES),
+            _hint("wait_for_steps", "WAT-1", "WAT-2", capability=Capability.WATCH),
+            _hint("wait_for_run", "WAT-1", "WAT-2", capability=Capability.WATCH),
             # Control, idempotency keys, the trigger
             _write("configure_run", "CTL-1"),
             _read("get_run_control", "CTL-2", "CTL-1"),
@@ -112,6 +131,19 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     }
 )
 """Every operation of FlowStore except ``ping`` and ``aclose``, which every store has."""
+
+_QUEUES = Capability.QUEUES
+
+KEYWORD_CAPABILITIES: Mapping[str, Mapping[str, Capability]] = MappingProxyType(
+    {
+        "try_claim_step": {"lease": Capability.LEASES},
+        "try_record_dispatch": dict.fromkeys(("queue", "priority", "step_type", "input_json"), _QUEUES),
+        "trigger_run": {"dispatch": _QUEUES},
+        "retry_step": {"dispatch": _QUEUES},
+        "reschedule_step": {"error_message": _QUEUES},
+    }
+)
+"""The keywords that belong to another capability than their operation: core passes them on only with it."""
 
 BASE_OPERATIONS: tuple[str, ...] = (
     "ping",

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from flowstore_core.queues import StepRequest
 from flowstore_core.redaction import redacted_repr
 from flowstore_core.status import StallReason, StepStatus
 
@@ -120,6 +121,7 @@ class StepAttempts(Protocol):
         *,
         attempt: int | None = None,
         reset: Collection[str] = (),
+        dispatch: Sequence[StepRequest] = (),
     ) -> None:
         """Reopen a step and its run, atomically (STP-6).
 
@@ -127,8 +129,9 @@ class StepAttempts(Protocol):
         number of the next attempt, and its claim, dispatch and undelivered waiter are deleted. Its attempts
         are kept; an open one is closed as Failed. The run becomes Running; if it was terminal, its latches
         and an elapsed deadline are cleared. Skipped steps in ``reset`` become unstarted and keep their
-        attempts and numbering. Repeated before the next start, the call is a no-op, except that it reopens a
-        run that has become terminal in the meantime.
+        attempts and numbering. With ``dispatch`` (capability QUEUES) the requests are settled last, in the
+        same transaction (QUE-4). Repeated before the next start, the call is a no-op, except that it reopens
+        a run that has become terminal in the meantime and settles the requests.
 
         Raises RunNotFoundError, StepNotFoundError, StaleAttemptError if ``attempt`` is given and is not the
         last one started (a double click).
@@ -173,9 +176,13 @@ class Recovery(Protocol):
         *,
         attempt: int,
         output_json: str | None = None,
+        error_message: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
         """Close the attempt as Pending, delete the claim and renew the dispatch, atomically (STP-7).
+
+        With ``error_message`` (capability QUEUES) the attempt is closed as Failed and the step is retried,
+        in the same transaction. The new dispatch keeps the queue of the old one.
 
         Repeated for the attempt that it closed, the call is a no-op; after record_step_complete as Pending
         it still reschedules. On a terminal run it dispatches nothing.

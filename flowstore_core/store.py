@@ -13,12 +13,14 @@ from flowstore_core.claims import DispatchLedger, Leases, StepClaims
 from flowstore_core.controls import Deadlines, IdempotencyKeys, RunControls, Trigger
 from flowstore_core.events import Events
 from flowstore_core.outputs import Outputs
+from flowstore_core.queues import Queues
 from flowstore_core.retention import FlowRetentionStore
 from flowstore_core.runs import RunLifecycle
 from flowstore_core.signals import Signals, SignalWaiters
 from flowstore_core.statistics import Dashboard
 from flowstore_core.status import Capability
 from flowstore_core.steps import Recovery, StepAttempts, StepRuntime
+from flowstore_core.watching import Watch
 
 
 class FlowRunStore(RunLifecycle, StepAttempts, DispatchLedger, Dashboard, Protocol):
@@ -46,6 +48,8 @@ class FlowStore(
     Leases,
     Trigger,
     Recovery,
+    Queues,
+    Watch,
     Deadlines,
     SignalWaiters,
     Events,

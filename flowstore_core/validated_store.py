@@ -13,6 +13,7 @@ from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 from uuid import UUID
 from weakref import WeakSet
@@ -22,6 +23,7 @@ from flowstore_core.controls import FlowRunControlRecord, TriggerResult
 from flowstore_core.errors import ConfigurationError, FlowStoreError, NotSupportedError, StoreClosedError
 from flowstore_core.events import FlowEventRecord
 from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
+from flowstore_core.queues import ClaimedStep, QueueStatistics, RunAdvance, StepRequest
 from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPosition
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
@@ -29,11 +31,13 @@ from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularit
 from flowstore_core.steps import StalledStep
 from flowstore_core.store import FlowStore
 from flowstore_core.validation import (
+    MAX_CLAIMS,
     MAX_INT64,
     MAX_JOB_ID,
     check_claim_lease,
     check_datetime,
     check_expected,
+    check_final_outcome,
     check_granularity,
     check_id,
     check_int,
@@ -41,6 +45,10 @@ from flowstore_core.validation import (
     check_keys,
     check_lease,
     check_position,
+    check_priority,
+    check_queue_arguments,
+    check_queues,
+    check_requests,
     check_run_outcome,
     check_run_status,
     check_search,
@@ -48,8 +56,13 @@ from flowstore_core.validation import (
     check_step_outcome,
     check_take,
     check_text,
+    check_timeout,
     check_window,
 )
+
+_QUEUE_ARGUMENTS = ("queue", "priority", "step_type", "input_json")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""No further arguments: a backend without QUEUES need not know the keywords of that capability."""
 
 
 class _AlwaysRaises:
@@ -119,6 +132,8 @@ class ValidatedStore:
     _leases: _ByLoop
     _trigger: _ByLoop
     _recovery: _ByLoop
+    _queues: _ByLoop
+    _watch: _ByLoop
     _deadlines: _ByLoop
     _waiters: _ByLoop
     _events: _ByLoop
@@ -347,12 +362,15 @@ class ValidatedStore:
         *,
         attempt: int | None = None,
         reset: Collection[str] = (),
+        dispatch: Sequence[StepRequest] = (),
     ) -> None:
-        await self._store[running_loop()].retry_step(
+        requests = check_requests(dispatch)
+        await (self._queues if requests else self._store)[running_loop()].retry_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
             reset=check_keys("reset", reset),
+            **({"dispatch": requests} if requests else _NOTHING),
         )
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
@@ -365,14 +383,17 @@ class ValidatedStore:
         *,
         attempt: int,
         output_json: str | None = None,
+        error_message: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        await self._recovery[running_loop()].reschedule_step(
+        failed = error_message is not None
+        await (self._queues if failed else self._recovery)[running_loop()].reschedule_step(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             attempt=check_int("attempt", attempt, 1, MAX_INT64),
             output_json=None if output_json is None else check_text("output_json", output_json),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
+            **({"error_message": check_text("error_message", error_message)} if failed else _NOTHING),
         )
 
     async def get_stalled_steps(
@@ -385,12 +406,23 @@ class ValidatedStore:
     # Claims and the dispatch ledger
 
     async def try_record_dispatch(
-        self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        due_at: datetime | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        step_type: str | None = None,
+        input_json: str | None = None,
     ) -> bool:
-        return await self._store[running_loop()].try_record_dispatch(
+        queued = check_queue_arguments(queue, priority, step_type, input_json)
+        named = _NOTHING if queue is None else dict(zip(_QUEUE_ARGUMENTS, queued, strict=True))
+        return await (self._store if queue is None else self._queues)[running_loop()].try_record_dispatch(
             run_id=check_id("run_id", run_id),
             step_key=check_key("step_key", step_key),
             due_at=None if due_at is None else check_datetime("due_at", due_at),
+            **named,
         )
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
@@ -446,6 +478,80 @@ class ValidatedStore:
 
     async def get_step_claims(self, run_id: UUID) -> Sequence[StepClaim]:
         return await self._store[running_loop()].get_step_claims(run_id=check_id("run_id", run_id))
+
+    # Queues
+
+    async def claim_next_steps(
+        self,
+        queues: Collection[str],
+        *,
+        lease: timedelta,
+        limit: int = 1,
+        worker: str | None = None,
+    ) -> Sequence[ClaimedStep]:
+        return await self._queues[running_loop()].claim_next_steps(
+            queues=check_queues(queues),
+            lease=check_lease("lease", lease),
+            limit=check_int("limit", limit, 1, MAX_CLAIMS),
+            worker=None if worker is None else check_key("worker", worker, MAX_JOB_ID),
+        )
+
+    async def advance_run(
+        self,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus | str,
+        *,
+        attempt: int,
+        owner: str | None = None,
+        output_json: str | None = None,
+        error_message: str | None = None,
+        dispatch: Sequence[StepRequest] = (),
+        complete_as: RunStatus | str | None = None,
+        failed_as: RunStatus | str | None = RunStatus.FAILED,
+    ) -> RunAdvance:
+        return await self._queues[running_loop()].advance_run(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            status=check_final_outcome(status),
+            attempt=check_int("attempt", attempt, 1, MAX_INT64),
+            owner=None if owner is None else check_key("owner", owner),
+            output_json=None if output_json is None else check_text("output_json", output_json),
+            error_message=None if error_message is None else check_text("error_message", error_message),
+            dispatch=check_requests(dispatch, advanced=step_key),
+            complete_as=None if complete_as is None else check_run_outcome(complete_as, "complete_as"),
+            failed_as=None if failed_as is None else check_run_outcome(failed_as, "failed_as"),
+        )
+
+    async def redispatch_step(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        due_at: datetime | None = None,
+    ) -> bool:
+        return await self._queues[running_loop()].redispatch_step(
+            run_id=check_id("run_id", run_id),
+            step_key=check_key("step_key", step_key),
+            queue=None if queue is None else check_key("queue", queue),
+            priority=None if priority is None else check_priority("priority", priority),
+            due_at=None if due_at is None else check_datetime("due_at", due_at),
+        )
+
+    async def get_queues(self) -> Sequence[QueueStatistics]:
+        return await self._queues[running_loop()].get_queues()
+
+    async def wait_for_steps(self, queues: Collection[str], *, timeout: timedelta) -> bool:
+        return await self._watch[running_loop()].wait_for_steps(
+            queues=check_queues(queues), timeout=check_timeout(timeout)
+        )
+
+    async def wait_for_run(self, run_id: UUID, *, timeout: timedelta) -> RunStatus | None:
+        return await self._watch[running_loop()].wait_for_run(
+            run_id=check_id("run_id", run_id), timeout=check_timeout(timeout)
+        )
 
     # Controls
 
@@ -516,8 +622,10 @@ class ValidatedStore:
         source_run_id: UUID | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
+        dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
-        return await self._trigger[running_loop()].trigger_run(
+        requests = check_requests(dispatch, allow_after=False)
+        return await (self._queues if requests else self._trigger)[running_loop()].trigger_run(
             flow_id=check_id("flow_id", flow_id),
             flow_name=check_key("flow_name", flow_name),
             run_id=check_id("run_id", run_id),
@@ -529,6 +637,7 @@ class ValidatedStore:
             if idempotency_key is None
             else check_key("idempotency_key", idempotency_key),
             timeout_at=None if timeout_at is None else check_datetime("timeout_at", timeout_at),
+            **({"dispatch": requests} if requests else _NOTHING),
         )
 
     async def get_runs_to_stop(

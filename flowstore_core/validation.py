@@ -7,15 +7,22 @@ their first line handles the common case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeVar
 from uuid import UUID
 
 from flowstore_core.errors import InvalidArgumentError
+from flowstore_core.queues import MAX_PRIORITY, StepRequest
 from flowstore_core.runs import RunPosition
-from flowstore_core.status import RunStatus, RunTimeseriesGranularity, StepStatus
+from flowstore_core.status import (
+    TERMINAL_RUN_STATUSES,
+    TERMINAL_STEP_STATUSES,
+    RunStatus,
+    RunTimeseriesGranularity,
+    StepStatus,
+)
 from flowstore_core.timeseries import (
     BUCKET_WIDTH,
     EARLIEST,
@@ -24,6 +31,7 @@ from flowstore_core.timeseries import (
     bucket_ceil,
     bucket_floor,
 )
+from flowstore_core.watching import MAX_TIMEOUT
 
 MAX_KEY = 256
 MAX_JOB_ID = 1024
@@ -34,6 +42,12 @@ MAX_INT64 = 2**63 - 1
 MAX_LEASE = timedelta(days=366)
 MAX_KEYS = 100_000
 """Maximum number of step keys in one call; far above the size of any known run."""
+MAX_QUEUES = 100
+MAX_CLAIMS = 1000
+"""Maximum number of steps that one call claims."""
+MAX_REQUESTS = 1000
+MAX_AFTER = 10_000
+"""Maximum number of ``after`` keys in all requests of one call."""
 
 _NO_TIME = timedelta(0)
 # A text of at most this many characters is within MAX_TEXT_BYTES whatever it contains.
@@ -180,15 +194,16 @@ def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) 
     raise InvalidArgumentError(name, f"a {kind.__name__} or its value", _type_name(value))
 
 
-_COMPLETIONS = tuple(status for status in RunStatus if status is not RunStatus.RUNNING)
+_COMPLETIONS = tuple(status for status in RunStatus if status in TERMINAL_RUN_STATUSES)
+_TERMINAL_OUTCOMES = tuple(status for status in StepStatus if status in TERMINAL_STEP_STATUSES)
 _OUTCOMES = tuple(status for status in StepStatus if status is not StepStatus.RUNNING)
 # Access to a member through its class is slow in Python 3.11.
 _RUNNING = StepStatus.RUNNING
 
 
-def check_run_outcome(value: Any) -> RunStatus:
+def check_run_outcome(value: Any, name: str = "status") -> RunStatus:
     """A status that completes a run: any except Running."""
-    return _check_enum("status", value, RunStatus, _COMPLETIONS)
+    return _check_enum(name, value, RunStatus, _COMPLETIONS)
 
 
 def check_step_outcome(value: Any) -> StepStatus:
@@ -196,6 +211,11 @@ def check_step_outcome(value: Any) -> StepStatus:
     if type(value) is StepStatus and value is not _RUNNING:
         return value
     return _check_enum("status", value, StepStatus, _OUTCOMES)
+
+
+def check_final_outcome(value: Any) -> StepStatus:
+    """A status that ends a step: any except Running and Pending."""
+    return _check_enum("status", value, StepStatus, _TERMINAL_OUTCOMES)
 
 
 def check_run_status(value: Any) -> RunStatus:
@@ -225,6 +245,104 @@ def check_keys(name: str, value: Any) -> frozenset[str]:
     if len(value) > MAX_KEYS:
         raise InvalidArgumentError(name, f"at most {MAX_KEYS:,} step keys", f"{len(value):,}")
     return frozenset(check_key(name, key) for key in value)
+
+
+def check_timeout(value: Any) -> timedelta:
+    if not isinstance(value, timedelta):
+        raise InvalidArgumentError("timeout", "a timedelta", _type_name(value))
+    if not _NO_TIME < value <= MAX_TIMEOUT:
+        raise InvalidArgumentError("timeout", "over 0 and at most 1 hour", f"{value}")
+    return value
+
+
+def check_priority(name: str, value: Any) -> int:
+    return check_int(name, value, 0, MAX_PRIORITY)
+
+
+def check_queues(value: Any) -> tuple[str, ...]:
+    """The names of queues without duplicates, in the order of code points."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise InvalidArgumentError("queues", "a collection of names of queues", _type_name(value))
+    names = sorted({check_key("queues", name) for name in value})
+    if not 0 < len(names) <= MAX_QUEUES:
+        raise InvalidArgumentError("queues", f"1 to {MAX_QUEUES} names", f"{len(names):,}")
+    return tuple(names)
+
+
+def check_requests(
+    value: Any, *, advanced: str | None = None, allow_after: bool = True
+) -> tuple[StepRequest, ...]:
+    """The requests of one call (QUE-4); ``advanced`` is the step that the call ends."""
+    if type(value) is tuple and not value:
+        return value
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(value))
+    if len(value) > MAX_REQUESTS:
+        raise InvalidArgumentError("dispatch", f"at most {MAX_REQUESTS:,} requests", f"{len(value):,}")
+    requests = tuple(_check_request(request) for request in value)
+    keys = {request.step_key for request in requests}
+    if len(keys) < len(requests):
+        raise InvalidArgumentError("dispatch", "at most one request for each step_key", "two for one")
+    if advanced in keys:
+        raise InvalidArgumentError("dispatch", "without the step that the call ends", "a request for it")
+    count = sum(len(request.after) for request in requests)
+    if count > MAX_AFTER:
+        raise InvalidArgumentError("dispatch", f"at most {MAX_AFTER:,} keys in after", f"{count:,}")
+    if count and not allow_after:
+        raise InvalidArgumentError("dispatch", "without after, because no step of a new run has ended")
+    return requests
+
+
+def _check_request(request: Any) -> StepRequest:
+    if not isinstance(request, StepRequest):
+        raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(request))
+    after = request.after
+    if isinstance(after, str) or not isinstance(after, Collection):
+        raise InvalidArgumentError("dispatch.after", "a collection of step keys", _type_name(after))
+    step_key = check_key("dispatch.step_key", request.step_key)
+    keys = tuple(check_key("dispatch.after", key) for key in after)
+    if len({step_key, *keys}) <= len(keys):
+        raise InvalidArgumentError("dispatch.after", "distinct keys of other steps", "a repeated key")
+    return StepRequest(
+        step_key=step_key,
+        step_type=check_key("dispatch.step_type", request.step_type),
+        input_json=None
+        if request.input_json is None
+        else check_text("dispatch.input_json", request.input_json),
+        queue=check_key("dispatch.queue", request.queue),
+        priority=check_priority("dispatch.priority", request.priority),
+        due_at=None if request.due_at is None else check_datetime("dispatch.due_at", request.due_at),
+        after=keys,
+        accept=_check_accept(request.accept),
+    )
+
+
+def _check_accept(value: Any) -> frozenset[StepStatus]:
+    name = "dispatch.accept"
+    if isinstance(value, str) or not isinstance(value, Collection) or not value:
+        raise InvalidArgumentError(name, "a collection of terminal statuses, not empty", _type_name(value))
+    return frozenset(_check_enum(name, status, StepStatus, _TERMINAL_OUTCOMES) for status in value)
+
+
+def check_queue_arguments(
+    queue: Any, priority: Any, step_type: Any, input_json: Any
+) -> tuple[str | None, int, str | None, str | None]:
+    """The queue of a dispatch and its companions, which are given only together with it (QUE-7)."""
+    checked = check_priority("priority", priority)
+    if queue is None:
+        given = {
+            "priority": checked != 0,
+            "step_type": step_type is not None,
+            "input_json": input_json is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InvalidArgumentError(name, "given only with queue")
+        return None, 0, None, None
+    name = check_key("queue", queue)
+    if step_type is None:
+        raise InvalidArgumentError("step_type", "given with queue: claim_next_steps starts attempts of it")
+    text = None if input_json is None else check_text("input_json", input_json)
+    return name, checked, check_key("step_type", step_type), text
 
 
 def check_window(

@@ -9,7 +9,8 @@ from uuid import UUID
 from flowstore_core import StepClaim, StepDispatch
 from flowstore_core.claims import lease_end
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
-from flowstore_memory.state import OpenNamespace, StepState
+from flowstore_memory.queue_index import index_step
+from flowstore_memory.state import OpenNamespace, QueuedDispatch, StepState
 
 
 class Claims(OpenNamespace):
@@ -39,6 +40,7 @@ class Claims(OpenNamespace):
         step = self._find_step(run_id, step_key)
         if step is not None and (owner is None or step.owner == owner):
             step.clear_claim()
+            index_step(self._namespace, self._runs[run_id.int], step_key, step)
 
     async def renew_step_claim(self, run_id: UUID, step_key: str, owner: str, lease: timedelta) -> bool:
         step = self._find_step(run_id, step_key)
@@ -72,7 +74,15 @@ class Claims(OpenNamespace):
         )
 
     async def try_record_dispatch(
-        self, run_id: UUID, step_key: str, *, due_at: datetime | None = None
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        due_at: datetime | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        step_type: str | None = None,
+        input_json: str | None = None,
     ) -> bool:
         run = self._runs[run_id.int]
         if run.status in TERMINAL_RUN_STATUSES:
@@ -83,8 +93,11 @@ class Claims(OpenNamespace):
             step = run.steps[step_key] = StepState()
         elif step.status in TERMINAL_STEP_STATUSES or step.dispatched_at is not None:
             return False
-        step.dispatched_at = now
-        step.due_at = due_at
+        if queue is None or step_type is None:
+            step.dispatch(now, due_at, None)
+        else:
+            step.dispatch(now, due_at, QueuedDispatch(queue, priority, step_type, input_json))
+            index_step(self._namespace, run, step_key, step)
         return True
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
@@ -102,13 +115,7 @@ class Claims(OpenNamespace):
 
     async def get_dispatches(self, run_id: UUID) -> Sequence[StepDispatch]:
         return tuple(
-            StepDispatch(
-                run_id=run_id,
-                step_key=key,
-                dispatched_at=step.dispatched_at,
-                due_at=step.due_at,
-                job_id=step.queue_job_id,
-            )
+            _dispatch_record(run_id, key, step, step.dispatched_at)
             for key, step in sorted(self._step_items(run_id))
             if step.dispatched_at is not None
         )
@@ -120,3 +127,18 @@ class Claims(OpenNamespace):
     def _step_items(self, run_id: UUID) -> Iterable[tuple[str, StepState]]:
         run = self._runs.get(run_id.int)
         return () if run is None else run.steps.items()
+
+
+def _dispatch_record(run_id: UUID, step_key: str, step: StepState, dispatched_at: datetime) -> StepDispatch:
+    queued = step.queued
+    return StepDispatch(
+        run_id=run_id,
+        step_key=step_key,
+        dispatched_at=dispatched_at,
+        due_at=step.due_at,
+        job_id=step.queue_job_id,
+        queue=None if queued is None else queued.queue,
+        priority=0 if queued is None else queued.priority,
+        step_type=None if queued is None else queued.step_type,
+        input_json=None if queued is None else queued.input_json,
+    )

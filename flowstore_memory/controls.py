@@ -11,9 +11,11 @@ from flowstore_core import (
     FlowRunRecord,
     RunAlreadyExistsError,
     RunStatus,
+    StepRequest,
     TriggerResult,
 )
 from flowstore_core.timeseries import LATEST
+from flowstore_memory.requests import settle_requests
 from flowstore_memory.runs import run_record
 from flowstore_memory.state import ControlState, Key, Namespace, OpenNamespace, RunState
 
@@ -89,6 +91,7 @@ class Controls(OpenNamespace):
         source_run_id: UUID | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
+        dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         now = self._now()
         key: Key | None = None if idempotency_key is None else (flow_id, trigger_key, idempotency_key)
@@ -105,6 +108,7 @@ class Controls(OpenNamespace):
         _configure(self._namespace, run_id, flow_id, trigger_key, idempotency_key, timeout_at, now)
         run = RunState(run_id, flow_id, flow_name, trigger_key, trigger_data, job_id, source_run_id, now)
         self._runs[run_id.int] = run
+        settle_requests(self._namespace, run, dispatch, now)
         return TriggerResult(run=run_record(run), created=True)
 
     async def get_runs_to_stop(
@@ -150,7 +154,7 @@ def _configure(
 
 
 def _must_stop(control: ControlState, at: datetime) -> bool:
-    if control.cancelled_at is not None or control.timed_out_at is not None:
+    if control.is_stopped:
         return True
     return control.timeout_at is not None and control.timeout_at <= at
 
@@ -163,7 +167,7 @@ def _control_record(run_id: UUID, control: ControlState) -> FlowRunControlRecord
         trigger_key=control.trigger_key,
         idempotency_key=control.idempotency_key,
         timeout_at=control.timeout_at,
-        cancel_requested=by_user or control.timed_out_at is not None,
+        cancel_requested=control.is_stopped,
         cancel_reason=control.cancel_reason if by_user else control.timeout_reason,
         cancel_requested_at=control.cancelled_at if by_user else control.timed_out_at,
         timed_out_at=control.timed_out_at,

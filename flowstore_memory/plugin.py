@@ -33,10 +33,14 @@ class MemoryBackend:
     async def open(self, config: StoreConfig) -> AsyncIterator[MemoryStore]:
         name = _read_name(config.url)
         now = config.clock or partial(datetime.now, UTC)
-        if name:
-            yield SharedStore(_named.setdefault(name, Namespace()), now)
-        else:
-            yield MemoryStore(Namespace(), now)
+        store = (
+            SharedStore(_named.setdefault(name, Namespace()), now) if name else MemoryStore(Namespace(), now)
+        )
+        store.attach()
+        try:
+            yield store
+        finally:
+            store.detach()
 
     @asynccontextmanager
     async def scratch(self, url: str) -> AsyncIterator[str]:

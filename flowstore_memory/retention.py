@@ -8,6 +8,7 @@ from itertools import islice
 from uuid import UUID
 
 from flowstore_core.retention import ORPHAN_GRACE
+from flowstore_memory.queue_index import drop_deleted_runs
 from flowstore_memory.state import OpenNamespace
 
 BATCH = 200
@@ -29,9 +30,12 @@ class Retention(OpenNamespace):
                         self._namespace.controls.pop(run_id, None)
                         self._delete_keys(run_id)
                         deleted += 1
+                self._namespace.wake()
             await asyncio.sleep(0)
         with self._namespace.lock:
             self._delete_orphans(cutoff)
+            if deleted:
+                drop_deleted_runs(self._namespace)
         return deleted
 
     def _is_over(self, run_id: UUID, cutoff: datetime) -> bool:

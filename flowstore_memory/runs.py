@@ -18,8 +18,8 @@ from flowstore_core import (
 )
 from flowstore_core.runs import fold_ascii, search_matches
 from flowstore_core.status import TERMINAL_RUN_STATUSES
+from flowstore_memory.attempts import step_records
 from flowstore_memory.state import OpenNamespace, RunState
-from flowstore_memory.steps import step_records
 
 
 class Runs(OpenNamespace):
@@ -56,6 +56,7 @@ class Runs(OpenNamespace):
             return False
         run.status = status
         run.completed_at = now
+        self._namespace.wake()
         return True
 
     async def get_runs(
@@ -158,9 +159,15 @@ def _has_statuses(run: RunState, expected: Mapping[str, StepStatus], now: dateti
             if expected.get(key) is not step.status:
                 return False
             started += 1
-        elif step.dispatched_at is not None or step.has_live_claim(now):
-            return False
-    return started == len(expected)
+    return started == len(expected) and not has_unstarted_work(run, now)
+
+
+def has_unstarted_work(run: RunState, now: datetime) -> bool:
+    """Whether a key that is not a step has a live claim or a dispatch (RUN-2)."""
+    return any(
+        step.status is None and (step.dispatched_at is not None or step.has_live_claim(now))
+        for step in run.steps.values()
+    )
 
 
 def _matches(run: RunState, needle: str) -> bool:

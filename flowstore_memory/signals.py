@@ -8,6 +8,7 @@ from uuid import UUID
 
 from flowstore_core import ConflictError, FlowSignalWaiter, SignalDeliveryResult, SignalDeliveryStatus
 from flowstore_core.status import TERMINAL_RUN_STATUSES
+from flowstore_memory.queue_index import index_step
 from flowstore_memory.state import OpenNamespace, RunState, WaiterState
 
 _NOT_FOUND = SignalDeliveryResult(status=SignalDeliveryStatus.NOT_FOUND, step_key=None, delivered_at=None)
@@ -42,6 +43,7 @@ class Signals(OpenNamespace):
             )
         waiter.signal_name = signal_name
         waiter.expires_at = expires_at
+        self._index_step(run, step_key)
 
     async def deliver_signal(
         self,
@@ -69,6 +71,7 @@ class Signals(OpenNamespace):
         _, step_key, waiter = waiting
         waiter.delivered_at = self._now()
         waiter.payload_json = payload_json
+        self._index_step(run, step_key)
         result = SignalDeliveryResult(
             status=SignalDeliveryStatus.DELIVERED,
             step_key=step_key,
@@ -86,6 +89,7 @@ class Signals(OpenNamespace):
         removed = _waiter_record(run, step_key)
         if run is not None:
             run.waiters.pop(step_key, None)
+            self._index_step(run, step_key)
         return removed
 
     async def expire_waiter(self, run_id: UUID, step_key: str) -> FlowSignalWaiter | None:
@@ -102,6 +106,12 @@ class Signals(OpenNamespace):
         if run is None:
             return ()
         return tuple(_record(run_id, key, waiter) for key, waiter in sorted(run.waiters.items()))
+
+    def _index_step(self, run: RunState, step_key: str) -> None:
+        """Index the step after a change of its waiter."""
+        step = run.steps.get(step_key)
+        if step is not None:
+            index_step(self._namespace, run, step_key, step)
 
 
 def _already_delivered(oldest: tuple[datetime, str, WaiterState] | None) -> SignalDeliveryResult:

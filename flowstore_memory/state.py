@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 from uuid import UUID
 
 from flowstore_core import (
@@ -27,12 +27,36 @@ from flowstore_core import (
 )
 from flowstore_core.status import TERMINAL_STEP_STATUSES
 from flowstore_core.timeseries import EARLIEST
+from flowstore_core.watching import WaitingCalls
 
 # Scope of an idempotency key: flow_id, trigger_key, idempotency_key (IDM-1).
 Key = tuple[UUID, str, str]
 
 # Attribute access on an enum class is slow in Python 3.11, and record_step_start is frequent.
 _RUNNING = StepStatus.RUNNING
+
+
+@dataclass(slots=True, eq=False)
+class QueuedDispatch:
+    """The queue of a dispatch and the fields of the attempts to come (QUE-7)."""
+
+    queue: str
+    priority: int
+    step_type: str
+    input_json: str | None
+    indexed_at: datetime | None = None
+    """The time under which the queue's index has the step; None: it has not."""
+
+
+class QueueEntry(NamedTuple):
+    """A step in the index of a queue, in the order of QUE-2 (queue_index.py)."""
+
+    ready_at: datetime
+    run_id: UUID
+    step_key: str
+    number: int
+    """Unique, so that a comparison never reaches the dispatch."""
+    queued: QueuedDispatch
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +96,8 @@ class StepState:
     due_at: datetime | None = None
     queue_job_id: str | None = None
     """The job id of the dispatch; ``job_id`` is that of the attempt."""
+    queued: QueuedDispatch | None = None
+    """None: no dispatch, or one that names no queue."""
 
     def start(self, step_type: str, input_json: str | None, job_id: str | None, now: datetime) -> None:
         """Start the next attempt. The caller archives the previous one."""
@@ -113,8 +139,15 @@ class StepState:
     def clear_claim(self) -> None:
         self.claimed_at = self.owner = self.expires_at = None
 
+    def dispatch(self, now: datetime, due_at: datetime | None, queued: QueuedDispatch | None) -> None:
+        """Record a new dispatch."""
+        self.dispatched_at = now
+        self.due_at = due_at
+        self.queue_job_id = None
+        self.queued = queued
+
     def clear_dispatch(self) -> None:
-        self.dispatched_at = self.due_at = self.queue_job_id = None
+        self.dispatched_at = self.due_at = self.queue_job_id = self.queued = None
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +160,12 @@ class WaiterState:
     delivered_at: datetime | None = None
     payload_json: str | None = None
     expired_at: datetime | None = None
+
+    def is_open(self, at: datetime) -> bool:
+        """Whether a signal may still arrive: undelivered, not closed and not past expires_at (STP-8)."""
+        if self.delivered_at is not None or self.expired_at is not None:
+            return False
+        return self.expires_at is None or at < self.expires_at
 
 
 @dataclass(slots=True, eq=False)
@@ -167,6 +206,11 @@ class ControlState:
     timed_out_at: datetime | None = None
     timeout_reason: str | None = None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether either latch is set (CTL-2)."""
+        return self.cancelled_at is not None or self.timed_out_at is not None
+
     def clear_stops(self, now: datetime) -> None:
         """Clear both latches and an elapsed deadline (STP-6)."""
         self.cancelled_at = self.cancel_reason = None
@@ -203,6 +247,16 @@ class Namespace:
         self.controls: dict[UUID, ControlState] = {}
         self.keys: dict[Key, RegisteredKey] = {}
         self.keys_of: dict[UUID, list[Key]] = {}
+        self.queue_index: dict[tuple[str, int], list[QueueEntry]] = {}
+        """A heap of queued steps for each queue and priority; see queue_index.py."""
+        self.waiting: set[WaitingCalls] = set()
+        """The waiting calls of every open store."""
+
+    def wake(self) -> None:
+        """Wake every waiting call: a step is ready earlier than it was, or a run has ended."""
+        for calls in self.waiting:
+            if calls:
+                calls.wake_from_thread()
 
     def register(self, key: Key, run_id: UUID, now: datetime) -> None:
         self.keys[key] = RegisteredKey(run_id, now)
@@ -216,3 +270,15 @@ class OpenNamespace:
         self._namespace = namespace
         self._runs = namespace.runs
         self._now = now
+        self._waiting = WaitingCalls()
+
+    def attach(self) -> None:
+        """Let other opens of the namespace wake the waiting calls of this one."""
+        with self._namespace.lock:
+            self._namespace.waiting.add(self._waiting)
+
+    def detach(self) -> None:
+        """End the waiting calls."""
+        with self._namespace.lock:
+            self._namespace.waiting.discard(self._waiting)
+        self._waiting.close()

@@ -9,8 +9,6 @@ from uuid import UUID
 
 from flowstore_core import (
     ClaimLostError,
-    FlowStepAttemptRecord,
-    FlowStepRecord,
     RunCompletedError,
     RunStatus,
     StaleAttemptError,
@@ -20,8 +18,11 @@ from flowstore_core import (
     StepNotFoundError,
     StepStatus,
 )
+from flowstore_core.queues import StepRequest
 from flowstore_core.status import TERMINAL_RUN_STATUSES, TERMINAL_STEP_STATUSES
-from flowstore_core.steps import superseded_by
+from flowstore_memory.attempts import archive_attempt, skip_step
+from flowstore_memory.queue_index import index_run, index_step
+from flowstore_memory.requests import settle_requests
 from flowstore_memory.state import OpenNamespace, RunState, StepState, WaiterState
 
 _FINAL = frozenset({StepStatus.SUCCEEDED, StepStatus.SKIPPED})
@@ -57,6 +58,8 @@ class Steps(OpenNamespace):
             archive_attempt(run, step_key, step, now)
         step.start(step_type, input_json, job_id, now)
         step.started_owner = owner
+        # A queued step that had failed may be ready again.
+        index_step(self._namespace, run, step_key, step)
         return step.attempt
 
     async def record_step_complete(
@@ -69,17 +72,12 @@ class Steps(OpenNamespace):
         error_message: str | None = None,
         attempt: int | None = None,
     ) -> None:
-        step = _started(self._runs[run_id.int], step_key)
-        _check_attempt(run_id, step_key, step, attempt)
-        if step.completed_at is not None:
-            if (step.status, step.output_json, step.error_message) == (
-                status,
-                output_json,
-                error_message,
-            ):
-                return
-            raise StepAlreadyCompletedError(run_id, step_key, step.attempt)
-        step.close(status, output_json, error_message, self._now())
+        step = started_step(self._runs[run_id.int], step_key)
+        check_attempt(run_id, step_key, step, attempt)
+        if step.completed_at is None:
+            step.close(status, output_json, error_message, self._now())
+        else:
+            check_outcome(run_id, step_key, step, (status, output_json, error_message))
 
     async def record_skipped_step(
         self,
@@ -107,11 +105,8 @@ class Steps(OpenNamespace):
                 step.claim(owner, now, None)
             elif step.owner != owner:
                 raise ClaimLostError(run_id, step_key)
-        archive_attempt(run, step_key, step, now)
-        step.start(step_type, None, None, now)
-        step.close(StepStatus.SKIPPED, None, reason, now)
+        skip_step(run, step_key, step, step_type, reason, now)
         step.started_owner = owner
-        run.steps[step_key] = step
 
     async def retry_step(
         self,
@@ -120,17 +115,15 @@ class Steps(OpenNamespace):
         *,
         attempt: int | None = None,
         reset: Collection[str] = (),
+        dispatch: Sequence[StepRequest] = (),
     ) -> None:
         run = self._runs[run_id.int]
-        step = _started(run, step_key)
+        step = started_step(run, step_key)
         if attempt is not None and attempt != step.attempt:
             raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
         now = self._now()
         if not step.reopened:
-            archive_attempt(run, step_key, step, now)
-            step.status = StepStatus.PENDING
-            step.reopened = True
-            _clear_step(run, step_key, step)
+            _reopen(run, step_key, step, now)
             for key in reset:
                 # The key of the retried step has no effect here: its status is Pending.
                 other = run.steps.get(key)
@@ -144,6 +137,8 @@ class Steps(OpenNamespace):
             if (control := self._namespace.controls.get(run_id)) is not None:
                 # Otherwise the run would be stopped again at once.
                 control.clear_stops(now)
+            index_run(self._namespace, run)
+        settle_requests(self._namespace, run, dispatch, now)
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:
         run = self._runs.get(run_id.int)
@@ -158,24 +153,39 @@ class Steps(OpenNamespace):
         *,
         attempt: int,
         output_json: str | None = None,
+        error_message: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
         run = self._runs[run_id.int]
-        step = _started(run, step_key)
-        _check_attempt(run_id, step_key, step, attempt)
+        step = started_step(run, step_key)
+        failed = error_message is not None
+        if failed and step.reopened and step.rescheduled and step.attempt == attempt:
+            was_failed = run.earlier[step_key][-1].status is StepStatus.FAILED
+            if was_failed:
+                # This call, made before, reopened the step.
+                return
+        check_attempt(run_id, step_key, step, attempt)
         now = self._now()
         if step.completed_at is None:
-            step.close(StepStatus.PENDING, output_json, None, now)
+            status = StepStatus.FAILED if failed else StepStatus.PENDING
+            step.close(status, output_json, error_message, now)
+        elif failed:
+            if step.rescheduled and step.status is StepStatus.FAILED:
+                return
+            check_outcome(run_id, step_key, step, (StepStatus.FAILED, output_json, error_message))
         elif step.status is not StepStatus.PENDING:
             raise StepAlreadyCompletedError(run_id, step_key, attempt)
         elif step.rescheduled:
             return
         step.rescheduled = True
+        queued = step.queued
+        if failed and run.status is RunStatus.RUNNING:
+            _reopen(run, step_key, step, now)
         step.clear_claim()
         step.clear_dispatch()
         if run.status is RunStatus.RUNNING:
-            step.dispatched_at = now
-            step.due_at = due_at
+            step.dispatch(now, due_at, queued)
+            index_step(self._namespace, run, step_key, step)
 
     async def get_stalled_steps(
         self, *, as_of: datetime | None = None, take: int = 100
@@ -192,92 +202,23 @@ class Steps(OpenNamespace):
             for run in self._runs.values()
             if run.status is RunStatus.RUNNING
             for key, step in run.steps.items()
-            if not _awaits_signal(run.waiters.get(key), at) and (stall := _stall(step, at)) is not None
+            if (stall := _stall(step, run.waiters.get(key), at)) is not None
         ]
         found.sort(key=lambda stalled: (stalled.since, stalled.run_id, stalled.step_key))
         return tuple(found[:take])
 
 
-def step_records(run: RunState) -> tuple[FlowStepRecord, ...]:
-    """All visible steps, ordered by start of the first attempt, then key (QRY-3)."""
-    records = [
-        _step_record(run, key, step, step.status)
-        for key, step in run.steps.items()
-        if step.status is not None
-    ]
-    return tuple(sorted(records, key=lambda record: (record.started_at, record.step_key)))
-
-
-def _step_record(run: RunState, step_key: str, step: StepState, status: StepStatus) -> FlowStepRecord:
-    attempts = _attempt_records(run, step_key, step, status)
-    return FlowStepRecord(
-        run_id=run.run_id,
-        step_key=step_key,
-        step_type=step.step_type,
-        status=status,
-        input_json=step.input_json,
-        output_json=None if step.reopened else step.output_json,
-        error_message=None if step.reopened else step.error_message,
-        job_id=step.job_id,
-        started_at=attempts[0].started_at,
-        completed_at=step.completed_at if status.is_terminal else None,
-        attempt_count=step.attempt + step.reopened,
-        attempts=attempts,
-    )
-
-
-def _attempt_records(
-    run: RunState, step_key: str, step: StepState, status: StepStatus
-) -> tuple[FlowStepAttemptRecord, ...]:
-    """All attempts of a visible step, by number."""
-    earlier = run.earlier.get(step_key, ())
-    if step.reopened:
-        return tuple(earlier)
-    return (*earlier, _attempt_record(run, step_key, step, status))
-
-
-def _attempt_record(
-    run: RunState, step_key: str, step: StepState, status: StepStatus
-) -> FlowStepAttemptRecord:
-    """The newest attempt. Its status is that of the step until the step is reopened or reset."""
-    return FlowStepAttemptRecord(
-        run_id=run.run_id,
-        step_key=step_key,
-        attempt=step.attempt,
-        step_type=step.step_type,
-        status=status,
-        input_json=step.input_json,
-        output_json=step.output_json,
-        error_message=step.error_message,
-        job_id=step.job_id,
-        started_at=step.started_at,
-        completed_at=step.completed_at,
-    )
-
-
-def _started(run: RunState, step_key: str) -> StepState:
+def started_step(run: RunState, step_key: str) -> StepState:
     step = run.steps.get(step_key)
     if step is None or step.status is None:
         raise StepNotFoundError(run.run_id, step_key)
     return step
 
 
-def _check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> None:
+def check_attempt(run_id: UUID, step_key: str, step: StepState, attempt: int | None) -> None:
     """Raise StaleAttemptError unless ``attempt`` is the newest and the step is not reopened (STP-4)."""
     if step.reopened or (attempt is not None and attempt != step.attempt):
         raise StaleAttemptError(run_id, step_key, attempt, step.attempt)
-
-
-def archive_attempt(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
-    """Close the newest attempt and copy it to the earlier ones, unless it is there already.
-
-    Only the newest attempt of a step can be open (STP-1).
-    """
-    if step.status is None or step.reopened:
-        return
-    if step.completed_at is None:
-        step.close(StepStatus.FAILED, None, superseded_by(step.attempt + 1), now)
-    run.earlier.setdefault(step_key, []).append(_attempt_record(run, step_key, step, step.status))
 
 
 def _clear_step(run: RunState, step_key: str, step: StepState) -> None:
@@ -289,16 +230,25 @@ def _clear_step(run: RunState, step_key: str, step: StepState) -> None:
         del run.waiters[step_key]
 
 
-def _awaits_signal(waiter: WaiterState | None, at: datetime) -> bool:
-    """Whether a signal may still arrive for the step (STP-8)."""
-    if waiter is None or waiter.delivered_at is not None or waiter.expired_at is not None:
-        return False
-    return waiter.expires_at is None or at < waiter.expires_at
+def check_outcome(
+    run_id: UUID, step_key: str, step: StepState, outcome: tuple[StepStatus, str | None, str | None]
+) -> None:
+    """Raise StepAlreadyCompletedError if the newest attempt was closed with another outcome (STP-4)."""
+    if (step.status, step.output_json, step.error_message) != outcome:
+        raise StepAlreadyCompletedError(run_id, step_key, step.attempt)
 
 
-def _stall(step: StepState, at: datetime) -> tuple[StallReason, datetime] | None:
+def _reopen(run: RunState, step_key: str, step: StepState, now: datetime) -> None:
+    """Make a step Pending and remove its claim, dispatch and undelivered waiter (STP-6)."""
+    archive_attempt(run, step_key, step, now)
+    step.status = StepStatus.PENDING
+    step.reopened = True
+    _clear_step(run, step_key, step)
+
+
+def _stall(step: StepState, waiter: WaiterState | None, at: datetime) -> tuple[StallReason, datetime] | None:
     """The reason and start of a stall; None if the step is not stalled (STP-8)."""
-    if step.status in TERMINAL_STEP_STATUSES:
+    if step.status in TERMINAL_STEP_STATUSES or (waiter is not None and waiter.is_open(at)):
         return None
     if step.claimed_at is not None:
         if step.expires_at is None:
@@ -310,4 +260,8 @@ def _stall(step: StepState, at: datetime) -> tuple[StallReason, datetime] | None
         reason, since = StallReason.NOT_DISPATCHED, step.completed_at or step.started_at
     else:
         return None
+    if step.dispatched_at is not None:
+        since = max(since, step.due_at or step.dispatched_at)
+    if waiter is not None and waiter.delivered_at is None and waiter.expires_at is not None:
+        since = max(since, waiter.expires_at)
     return (reason, since) if since <= at else None

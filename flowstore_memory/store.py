@@ -12,16 +12,20 @@ from flowstore_memory.claims import Claims
 from flowstore_memory.controls import Controls
 from flowstore_memory.events import Events
 from flowstore_memory.outputs import Outputs
+from flowstore_memory.queues import Queues
 from flowstore_memory.retention import Retention
 from flowstore_memory.runs import Runs
 from flowstore_memory.signals import Signals
 from flowstore_memory.statistics import Statistics
 from flowstore_memory.steps import Steps
+from flowstore_memory.watching import Watch
 
 CAPABILITIES = frozenset(Capability) - {Capability.DURABLE, Capability.MULTI_PROCESS}
 
 
-class MemoryStore(Runs, Steps, Claims, Controls, Signals, Outputs, Events, Retention, Statistics):
+class MemoryStore(
+    Runs, Steps, Claims, Queues, Watch, Controls, Signals, Outputs, Events, Retention, Statistics
+):
     """Implements flowstore_core.FlowStore in the memory of this process, for one event loop."""
 
     backend = "memory"
@@ -52,6 +56,6 @@ def _locked(operation: Operation) -> Operation:
 
 
 for _name, _operation in inspect.getmembers(MemoryStore, inspect.iscoroutinefunction):
-    # cleanup awaits between batches and takes the lock for each batch itself.
-    if _name != "cleanup":
+    # These await, and take the lock themselves between two awaits.
+    if _name not in ("cleanup", "wait_for_steps", "wait_for_run"):
         setattr(SharedStore, _name, _locked(_operation))

@@ -27,8 +27,8 @@ Operation = Callable[..., Awaitable[Any]]
 
 def _nouns() -> Mapping[str, str | None]:
     """The noun of each operation: the name of the file in flowstore_core that declares it."""
-    # cleanup and statistics concern runs; ping concerns nothing stored.
-    others = {"retention": "runs", "statistics": "runs", "store": None}
+    # cleanup and statistics concern runs, waiting concerns queues; ping concerns nothing stored.
+    others = {"retention": "runs", "statistics": "runs", "watching": "queues", "store": None}
     found: dict[str, str | None] = {}
     for name, method in inspect.getmembers(FlowStore, inspect.iscoroutinefunction):
         noun = method.__module__.rpartition(".")[2]

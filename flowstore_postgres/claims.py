@@ -25,6 +25,7 @@ from flowstore_core import (
 from flowstore_core.batching import REQUEUE
 from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
+from flowstore_postgres.requests import NO_DISPATCH
 from flowstore_postgres.sql_placeholders import in_microseconds
 
 log = logging.getLogger("flowstore_postgres")
@@ -190,13 +191,48 @@ WHERE clock_timestamp() < $1
 {dispatch_if_free}
 RETURNING true AS won
 """.replace("{dispatch_if_free}", DISPATCH_IF_FREE)
+# With the queue, priority, step_type and input of the attempts to come (QUE-7). It leaves table pending to
+# the trigger, whose snapshot shows a waiter that was registered while this statement waited for the run.
+TRY_RECORD_QUEUED_DISPATCH = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
+), requested AS MATERIALIZED (
+    SELECT a.*, (SELECT status = 'Running' FROM {schema}.runs r WHERE r.run_id = a.run_id FOR SHARE) AS open
+    FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[], $6::timestamptz[], $7::text[], $8::bigint[],
+                       $9::text[], $10::text[])
+                WITH ORDINALITY AS a (run_id, step_key, token, due_at, queue, priority, step_type,
+                                         input_json, n)
+    WHERE before_deadline
+), won AS (
+    INSERT INTO {schema}.steps AS s (run_id, step_key, dispatch_token, dispatched_at, due_at, dispatch_queue,
+                                     dispatch_priority, dispatch_step_type, dispatch_input_json,
+                                     pending_writes)
+    SELECT run_id, step_key, token, now, due_at, queue, priority, step_type, input_json, 0
+    FROM guard, requested WHERE open
+    {dispatch_if_free}
+    RETURNING dispatch_token
+)
+SELECT before_deadline, every,
+       CASE WHEN NOT every THEN (SELECT array_agg(open ORDER BY n) FROM requested) END AS open,
+       CASE WHEN NOT every THEN (SELECT array_agg(dispatch_token) FROM won) END AS won
+FROM guard, (SELECT count(*) = cardinality($3::uuid[]) AS every FROM won) won
+""".replace(
+    "{dispatch_if_free}",
+    DISPATCH_IF_FREE.replace(
+        "due_at = excluded.due_at",
+        "due_at = excluded.due_at, dispatch_queue = excluded.dispatch_queue, "
+        "dispatch_priority = excluded.dispatch_priority, dispatch_step_type = excluded.dispatch_step_type, "
+        "dispatch_input_json = excluded.dispatch_input_json, "
+        "pending_writes = coalesce(s.pending_writes, 0)",
+    ),
+)
 # The token stays when the dispatch is released, as with claims.
 FIND_DISPATCH = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3"
 COMPENSATE_DISPATCH = """
 UPDATE {schema}.steps
-SET dispatch_token = NULL, dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+SET dispatch_token = NULL, {no_dispatch}
 WHERE run_id = $1 AND step_key = $2 AND dispatch_token = $3 AND dispatched_at IS NOT NULL RETURNING true
-"""
+""".replace("{no_dispatch}", NO_DISPATCH)
 
 ANNOTATE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
@@ -218,16 +254,17 @@ FIND_ANNOTATION = "SELECT FROM {schema}.steps WHERE run_id = $1 AND step_key = $
 RELEASE_DISPATCH = """
 WITH guard AS MATERIALIZED (SELECT clock_timestamp() < $1 AS before_deadline, $2::timestamptz AS now),
 released AS (
-    UPDATE {schema}.steps s SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL,
-                                release_token = a.token
+    UPDATE {schema}.steps s SET {no_dispatch}, release_token = a.token
     FROM guard, unnest($3::uuid[], $4::text[], $5::bigint[]) AS a (run_id, step_key, token)
     WHERE before_deadline AND s.run_id = a.run_id AND s.step_key = a.step_key AND dispatched_at IS NOT NULL
 )
 SELECT before_deadline FROM guard
-"""
+""".replace("{no_dispatch}", NO_DISPATCH)
 
 GET_DISPATCHES = """
-SELECT step_key, dispatched_at, due_at, dispatch_job_id FROM {schema}.steps
+SELECT step_key, dispatched_at, due_at, dispatch_job_id, dispatch_queue, dispatch_priority,
+       dispatch_step_type, dispatch_input_json
+FROM {schema}.steps
 WHERE run_id = $1 AND dispatched_at IS NOT NULL ORDER BY step_key
 """
 
@@ -283,6 +320,10 @@ def _coalesce_dispatch(first: Row, result: ClaimResult, later: Row) -> ClaimResu
     return ALREADY_CLAIMED if result.won else result
 
 
+def _input_size(row: Row) -> int:
+    return len(row[7] or "")
+
+
 def _to_result(row: Row, result: ClaimResult) -> bool:
     if result.open is None:
         raise RunNotFoundError(row[0])
@@ -313,6 +354,16 @@ DISPATCH = BatchStatement(
     decode_probe=lambda row: CLAIMED,
     coalesce=_coalesce_dispatch,
     to_result=_to_result,
+)
+QUEUED_DISPATCH = BatchStatement(
+    operation="try_record_dispatch",
+    batch_sql=TRY_RECORD_QUEUED_DISPATCH,
+    decode_batch=_decode_dispatches,
+    probe_sql=FIND_DISPATCH,
+    decode_probe=lambda row: CLAIMED,
+    coalesce=_coalesce_dispatch,
+    to_result=_to_result,
+    size_of=_input_size,
 )
 ANNOTATE = BatchStatement(
     operation="annotate_dispatch",
@@ -367,11 +418,23 @@ class Claims:
         return tuple(_claim_record(run_id, row) for row in rows)
 
     def try_record_dispatch(
-        self, *, run_id: UUID, step_key: str, due_at: datetime | None
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        due_at: datetime | None,
+        queue: str | None = None,
+        priority: int = 0,
+        step_type: str | None = None,
+        input_json: str | None = None,
     ) -> Coroutine[Any, Any, bool]:
-        row = (run_id, step_key, self._database.new_token(), due_at)
+        statement = DISPATCH
+        row: Row = (run_id, step_key, self._database.new_token(), due_at)
+        if queue is not None:
+            statement = QUEUED_DISPATCH
+            row = (*row, queue, priority, step_type, input_json)
         return self._database.write(
-            DISPATCH, row, partial(self._compensate, DISPATCH, COMPENSATE_DISPATCH, row)
+            statement, row, partial(self._compensate, statement, COMPENSATE_DISPATCH, row)
         )
 
     async def annotate_dispatch(self, *, run_id: UUID, step_key: str, job_id: str) -> None:
@@ -393,7 +456,17 @@ class Claims:
     async def get_dispatches(self, *, run_id: UUID) -> Sequence[StepDispatch]:
         rows = await self._database.read(GET_DISPATCHES, run_id)
         return tuple(
-            StepDispatch(run_id=run_id, step_key=row[0], dispatched_at=row[1], due_at=row[2], job_id=row[3])
+            StepDispatch(
+                run_id=run_id,
+                step_key=row[0],
+                dispatched_at=row[1],
+                due_at=row[2],
+                job_id=row[3],
+                queue=row[4],
+                priority=row[5] or 0,
+                step_type=row[6],
+                input_json=row[7],
+            )
             for row in rows
         )
 

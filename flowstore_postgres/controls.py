@@ -11,9 +11,11 @@ from flowstore_core import (
     FlowRunControlRecord,
     FlowRunRecord,
     RunAlreadyExistsError,
+    StepRequest,
     TriggerResult,
 )
 from flowstore_postgres.database import Database
+from flowstore_postgres.requests import settle_requests
 from flowstore_postgres.runs import RUN_COLUMNS, plain_uuid, run_record
 from flowstore_postgres.transactions import Transaction
 
@@ -146,6 +148,7 @@ class Controls:
         source_run_id: UUID | None,
         idempotency_key: str | None,
         timeout_at: datetime | None,
+        dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         async def work(transaction: Transaction) -> TriggerResult:
             key_run_id, existed = run_id, False
@@ -172,7 +175,9 @@ class Controls:
             await transaction.execute(
                 CONFIGURE_RUN, key_run_id, flow_id, trigger_key, idempotency_key, timeout_at, transaction.now
             )
-            return TriggerResult(run=run_record(row), created=True)
+            run = run_record(row)
+            await settle_requests(transaction, run.run_id, dispatch, run.started_at)
+            return TriggerResult(run=run, created=True)
 
         return await self._database.transaction("trigger_run", work)
 

@@ -13,12 +13,17 @@ docs/performance.md has the measurement.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
+
+import asyncpg
 
 from flowstore_core import FlowStoreError, OutcomeUnknownError, StoreUnavailableError
 from flowstore_core.instrumentation import NO_OBSERVERS, Observers, Resolution
+from flowstore_postgres.advances import RunAdvancer
 from flowstore_postgres.batch_statement import BatchStatement, Row
 from flowstore_postgres.batch_writer import BatchWriter
 from flowstore_postgres.commit_resolution import (
@@ -31,14 +36,18 @@ from flowstore_postgres.commit_resolution import (
 from flowstore_postgres.connection import Connection
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, RetryableError, describe
 from flowstore_postgres.pool import ConnectionPool
+from flowstore_postgres.prepared_connections import PreparedConnections
 from flowstore_postgres.run_completion import RunCompleter
 from flowstore_postgres.settings import Settings
 from flowstore_postgres.shared_reads import SharedReads
 from flowstore_postgres.transactions import Transaction, Transactions
 
 T = TypeVar("T")
+FetchRow = Callable[..., Awaitable[Any]]
 
 CLOSE_SECONDS = 5.0
+MIN_POOL_TO_KEEP = 4
+"""The least pool_size with which a connection is kept for claims, besides those for batches."""
 
 
 class Database:
@@ -62,6 +71,12 @@ class Database:
             queue_timeout=settings.acquire_timeout,
             pgbouncer=settings.pgbouncer,
         )
+        # A small pool's connections are needed by other calls too.
+        keep = settings.pool_size >= MIN_POOL_TO_KEEP
+        self._index_only_connections = PreparedConnections(
+            self.pool, keep=keep, index_only_plans=keep and not settings.pgbouncer
+        )
+        self.run_advancer = RunAdvancer(self._transactions, queue_timeout=settings.acquire_timeout)
         self.run_completer = RunCompleter(self._transactions, queue_timeout=settings.acquire_timeout)
         self.shared_reads = SharedReads(self.read, queue_timeout=settings.acquire_timeout)
 
@@ -93,6 +108,7 @@ class Database:
         *arguments: object,
         probe: ProbeQuery | None,
         on_abandoned: Callable[[Any], Awaitable[None]] | None = None,
+        index_only: bool = False,
     ) -> Any:
         """Execute one writing statement in autocommit mode and return its one row.
 
@@ -100,8 +116,12 @@ class Database:
         must have no effect after the deadline, and returns one row with column ``before_deadline``.
         ``probe`` finds the token that the statement would have written; its row is the result of a call whose
         acknowledgement was lost. It is None where a second execution returns the correct result.
+
+        ``index_only`` is for a large statement whose plan must suit tables of any size: it runs on a
+        connection that is kept for such statements, with INDEX_ONLY_SETTINGS, and its plan is made once.
         """
-        return await self.pool.shielded.run(self._statement(operation, sql, arguments, probe), on_abandoned)
+        work = self._statement(operation, sql, arguments, probe, index_only)
+        return await self.pool.shielded.run(work, on_abandoned)
 
     async def _statement(
         self,
@@ -109,24 +129,23 @@ class Database:
         sql: str,
         arguments: tuple[object, ...],
         probe: ProbeQuery | None,
+        index_only: bool,
     ) -> Any:
         pool = self.pool
         resolver = OutcomeResolver(operation, probe)
 
         async def attempt() -> Any:
-            async with pool.connection() as connection:
+            async with self._connection(index_only) as (connection, fetchrow):
                 if resolver and (found := await resolver.resolve(pool, connection)) is not None:
                     return found
                 process = connection.process
                 sent, deadline = pool.deadline(process)
                 try:
-                    row = await connection.fetchrow(
-                        pool.sql(sql),
-                        deadline,
-                        pool.now(),
-                        *arguments,
-                        timeout=pool.client_timeout(),
-                    )
+                    row = await fetchrow(sql, deadline, pool.now(), *arguments)
+                except asyncpg.InvalidCachedStatementError as error:
+                    # The tables were altered since; a new connection prepares its statements again.
+                    pool.discard(connection)
+                    raise RetryableError(describe(error)) from None
                 except CONNECTION_LOST_ERRORS as error:
                     pool.discard(connection)
                     resolver.record_loss(UnackedStatement(process, pool.expires_at(sent)))
@@ -145,6 +164,27 @@ class Database:
                 report_resolution(pool.observers, operation, Resolution.UNKNOWN)
                 raise OutcomeUnknownError(operation) from None
             raise
+
+    @asynccontextmanager
+    async def _connection(self, index_only: bool) -> AsyncIterator[tuple[Connection, FetchRow]]:
+        """A connection for one statement, and the function that sends it."""
+        pool, kept = self.pool, self._index_only_connections
+        if not index_only:
+
+            async def fetchrow(sql: str, *arguments: object) -> Any:
+                return await connection.fetchrow(pool.sql(sql), *arguments, timeout=pool.client_timeout())
+
+            async with pool.connection() as connection:
+                yield connection, fetchrow
+            return
+        prepared = await kept.acquire(contended=False)
+        try:
+            yield prepared.connection, partial(kept.fetchrow, prepared)
+        except asyncio.CancelledError:
+            pool.discard(prepared.connection)
+            raise
+        finally:
+            await kept.release(prepared, keep=True)
 
     def write(
         self,
@@ -216,8 +256,11 @@ class Database:
 
     async def aclose(self) -> None:
         await asyncio.gather(
-            self.run_completer.aclose(CLOSE_SECONDS), self.shared_reads.aclose(CLOSE_SECONDS)
+            self.run_advancer.aclose(CLOSE_SECONDS),
+            self.run_completer.aclose(CLOSE_SECONDS),
+            self.shared_reads.aclose(CLOSE_SECONDS),
         )
         await self._batch_writer.aclose(CLOSE_SECONDS)
         await self.pool.shielded.drain(CLOSE_SECONDS)
+        await self._index_only_connections.aclose()
         await self.pool.aclose(CLOSE_SECONDS)

@@ -28,7 +28,7 @@ class HostSelector:
     def __init__(self, hosts: Sequence[Host]) -> None:
         self._hosts = list(hosts)
 
-    async def connect(self, dsn: str, *, timeout: float, **arguments: Any) -> Any:  # noqa: ASYNC109
+    async def connect(self, dsn: str, *, timeout: float, **arguments: Any) -> Any:
         """Connect, with the arguments and errors of asyncpg.connect.
 
         ``timeout`` is in seconds, for all hosts together.

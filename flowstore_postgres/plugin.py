@@ -36,7 +36,7 @@ class PostgresBackend:
     drivers = ("asyncpg",)
 
     def open(self, config: StoreConfig) -> AbstractAsyncContextManager[Any]:
-        from flowstore_postgres.store import StoreContext
+        from flowstore_postgres.open import StoreContext
 
         return StoreContext(config)
 

@@ -16,13 +16,20 @@ from flowstore_core import (
     StepStatus,
 )
 from flowstore_postgres.database import Database
+from flowstore_postgres.requests import ARCHIVE_ATTEMPTS, DELETE_UNDELIVERED
 from flowstore_postgres.runs import lock_run, plain_uuid
 from flowstore_postgres.transactions import Transaction
 
 READ_ATTEMPT = """
-SELECT status, last_attempt, reopened, rescheduled, coalesce($3, clock_timestamp()) AS now
+SELECT status, last_attempt, reopened, rescheduled, output_json, error_message,
+       coalesce($3, clock_timestamp()) AS now
 FROM {schema}.steps WHERE run_id = $1 AND step_key = $2 AND status IS NOT NULL FOR UPDATE
 """
+# A new dispatch keeps the queue of the old one (STP-7).
+KEEP_QUEUE = """dispatch_queue = CASE WHEN $6 THEN dispatch_queue END,
+    dispatch_priority = CASE WHEN $6 THEN dispatch_priority END,
+    dispatch_step_type = CASE WHEN $6 THEN dispatch_step_type END,
+    dispatch_input_json = CASE WHEN $6 THEN dispatch_input_json END"""
 # An attempt that was already closed as Pending keeps its output.
 RESCHEDULE_STEP = """
 UPDATE {schema}.steps
@@ -30,24 +37,47 @@ SET output_json = CASE status WHEN 'Running' THEN $3 ELSE output_json END,
     completed_at = coalesce(completed_at, $5), status = 'Pending', rescheduled = true,
     claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
     dispatch_token = NULL, dispatch_job_id = NULL,
-    dispatched_at = CASE WHEN $6 THEN $5::timestamptz END, due_at = CASE WHEN $6 THEN $4::timestamptz END
+    dispatched_at = CASE WHEN $6 THEN $5::timestamptz END, due_at = CASE WHEN $6 THEN $4::timestamptz END,
+    {keep_queue}
+WHERE run_id = $1 AND step_key = $2
+""".replace("{keep_queue}", KEEP_QUEUE)
+# With an error, in three statements: the attempt ends Failed, it is archived, and the step is reopened. On a
+# terminal run the first one is all.
+FAIL_STEP = """
+UPDATE {schema}.steps
+SET output_json = $3, error_message = $4, completed_at = coalesce(completed_at, $5), status = 'Failed',
+    rescheduled = true, claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
+    dispatch_token = NULL, dispatch_job_id = NULL,
+    dispatched_at = CASE WHEN $7 THEN $5::timestamptz END, due_at = CASE WHEN $7 THEN $6::timestamptz END,
+    {keep_queue}
+WHERE run_id = $1 AND step_key = $2
+""".replace("{keep_queue}", KEEP_QUEUE.replace("$6", "$7"))
+REOPEN_FAILED_STEP = """
+UPDATE {schema}.steps
+SET status = 'Pending', reopened = true, output_json = NULL, error_message = NULL, started_owner = NULL
 WHERE run_id = $1 AND step_key = $2
 """
 
 # A claimed step stalls when its lease expires, a dispatched step when its dispatch is due, any other step
-# at the end of its last attempt. A claim without a lease never expires, so its step never stalls.
+# at the end of its last attempt, but none before its dispatch is due and its waiter's time is over. A claim
+# without a lease never expires, so its step never stalls.
 GET_STALLED_STEPS = """
 SELECT s.run_id, s.step_key, s.status, f.reason, f.since
 FROM {schema}.runs r
 JOIN {schema}.steps s USING (run_id)
+LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key
 CROSS JOIN LATERAL (
     SELECT CASE WHEN s.claimed_at IS NOT NULL THEN 'LeaseExpired'
                 WHEN s.dispatched_at IS NOT NULL THEN 'DispatchDue' ELSE 'NotDispatched' END AS reason,
            CASE WHEN s.claimed_at IS NOT NULL THEN s.claim_expires_at
                 WHEN s.dispatched_at IS NOT NULL THEN coalesce(s.due_at, s.dispatched_at)
-                WHEN s.status IS NOT NULL THEN coalesce(s.completed_at, s.started_at) END AS since
+                WHEN s.status IS NOT NULL THEN coalesce(s.completed_at, s.started_at) END AS began
+) e
+CROSS JOIN LATERAL (
+    SELECT e.reason, CASE WHEN e.began IS NOT NULL THEN greatest(
+        e.began, CASE WHEN s.dispatched_at IS NOT NULL THEN coalesce(s.due_at, s.dispatched_at) END,
+        CASE WHEN w.delivered_at IS NULL THEN w.expires_at END) END AS since
 ) f
-LEFT JOIN {schema}.waiters w ON w.run_id = s.run_id AND w.step_key = s.step_key
 WHERE r.status = 'Running' AND (s.status IS NULL OR s.status IN ('Pending', 'Running'))
   AND f.since <= coalesce($1, $2, clock_timestamp())
   AND (w.run_id IS NULL OR w.delivered_at IS NOT NULL OR w.expired_at IS NOT NULL
@@ -69,14 +99,39 @@ class Recovery:
         attempt: int,
         output_json: str | None,
         due_at: datetime | None,
+        error_message: str | None = None,
     ) -> None:
+        failed = error_message is not None
+
         async def work(transaction: Transaction) -> None:
             open_run = await lock_run(transaction, run_id) is RunStatus.RUNNING
             row = await transaction.row(READ_ATTEMPT, run_id, step_key, transaction.now)
             if row is None:
                 raise StepNotFoundError(run_id, step_key)
+            if failed and row["reopened"] and row["rescheduled"] and attempt == row["last_attempt"]:
+                # This call, made before, reopened the step; retry_step keeps the mark of such a call.
+                return
             if row["reopened"] or attempt != row["last_attempt"]:
                 raise StaleAttemptError(run_id, step_key, attempt, row["last_attempt"])
+            if error_message is not None:
+                if row["status"] != "Running":
+                    if row["rescheduled"] and row["status"] == "Failed":
+                        return
+                    if (row["status"], row["output_json"], row["error_message"]) != (
+                        "Failed",
+                        output_json,
+                        error_message,
+                    ):
+                        raise StepAlreadyCompletedError(run_id, step_key, attempt)
+                now = row["now"]
+                await transaction.execute(
+                    FAIL_STEP, run_id, step_key, output_json, error_message, now, due_at, open_run
+                )
+                if open_run:
+                    await transaction.execute(ARCHIVE_ATTEMPTS, run_id, [step_key], "", now)
+                    await transaction.execute(REOPEN_FAILED_STEP, run_id, step_key)
+                    await transaction.execute(DELETE_UNDELIVERED, run_id, [step_key])
+                return
             if row["status"] not in ("Running", "Pending"):
                 raise StepAlreadyCompletedError(run_id, step_key, attempt)
             if row["rescheduled"]:

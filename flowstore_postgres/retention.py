@@ -45,6 +45,7 @@ WHERE run_id = ANY($1::uuid[]) AND completed_at < $2 AND (SELECT count(*) FROM k
 ORDER BY run_id FOR UPDATE
 """
 CHILDREN = (
+    "pending",
     "steps",
     "attempts",
     "outputs",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from flowstore_core import RunStatus, StaleAttemptError, StepNotFoundError
+from flowstore_core import RunStatus, StaleAttemptError, StepNotFoundError, StepRequest
 from flowstore_core.steps import superseded_by
 from flowstore_postgres.database import Database
+from flowstore_postgres.requests import ARCHIVE_ATTEMPTS, DELETE_UNDELIVERED, NO_DISPATCH, settle_requests
 from flowstore_postgres.runs import lock_run
-from flowstore_postgres.steps import ARCHIVE_ATTEMPTS, READ_STEP
+from flowstore_postgres.steps import READ_STEP
 from flowstore_postgres.transactions import Transaction
 
 REOPEN_STEP = """
 UPDATE {schema}.steps
-SET status = 'Pending', reopened = true, rescheduled = false, output_json = NULL, error_message = NULL,
-    completed_at = coalesce(completed_at, $3), started_owner = NULL,
+-- The mark of reschedule_step with an error stays: that call, repeated, is a no-op (STP-7).
+SET status = 'Pending', reopened = true, rescheduled = rescheduled AND status = 'Failed', output_json = NULL,
+    error_message = NULL, completed_at = coalesce(completed_at, $3), started_owner = NULL,
     claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
-    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+    {no_dispatch}
 WHERE run_id = $1 AND step_key = $2
-"""
+""".replace("{no_dispatch}", NO_DISPATCH)
 FIND_SKIPPED = """
 SELECT step_key FROM {schema}.steps
 WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status = 'Skipped' FOR UPDATE
@@ -29,12 +32,9 @@ RESET_STEPS = """
 UPDATE {schema}.steps
 SET status = NULL, output_json = NULL, error_message = NULL, completed_at = NULL, started_owner = NULL,
     claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL,
-    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+    {no_dispatch}
 WHERE run_id = $1 AND step_key = ANY($2::text[])
-"""
-DELETE_UNDELIVERED = """
-DELETE FROM {schema}.waiters WHERE run_id = $1 AND step_key = ANY($2::text[]) AND delivered_at IS NULL
-"""
+""".replace("{no_dispatch}", NO_DISPATCH)
 REOPEN_RUN = "UPDATE {schema}.runs SET status = 'Running', completed_at = NULL WHERE run_id = $1"
 CLEAR_LATCHES = """
 UPDATE {schema}.controls
@@ -50,7 +50,13 @@ class Retries:
     _database: Database
 
     async def retry_step(
-        self, *, run_id: UUID, step_key: str, attempt: int | None, reset: frozenset[str]
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        attempt: int | None,
+        reset: frozenset[str],
+        dispatch: Sequence[StepRequest] = (),
     ) -> None:
         async def work(transaction: Transaction) -> None:
             status = await lock_run(transaction, run_id)
@@ -67,6 +73,7 @@ class Retries:
             if status is not RunStatus.RUNNING:
                 await transaction.execute(REOPEN_RUN, run_id)
                 await transaction.execute(CLEAR_LATCHES, run_id, row["now"])
+            await settle_requests(transaction, run_id, dispatch, row["now"])
 
         await self._database.transaction("retry_step", work)
 

@@ -20,6 +20,7 @@ from flowstore_core.steps import SUPERSEDED_BY, superseded_by
 from flowstore_postgres.batch_statement import BatchStatement, Row, decode_flags
 from flowstore_postgres.database import Database
 from flowstore_postgres.recovery import Recovery
+from flowstore_postgres.requests import ARCHIVE_ATTEMPTS, SKIP_STEP
 from flowstore_postgres.runs import lock_run
 from flowstore_postgres.transactions import Transaction
 
@@ -198,27 +199,6 @@ SELECT true AS found, 1 AS last_attempt, false AS stale, true AS open, true AS s
 READ_STEP = """
 SELECT s.*, coalesce($3, clock_timestamp()) AS now FROM {schema}.steps s
 WHERE run_id = $1 AND step_key = $2 FOR UPDATE
-"""
-ARCHIVE_ATTEMPTS = """
-INSERT INTO {schema}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
-                               error_message, job_id, started_at, completed_at, started_token,
-                                   closed_token)
-SELECT run_id, step_key, last_attempt, step_type,
-       CASE status WHEN 'Running' THEN 'Failed' ELSE status END, input_json, output_json,
-       CASE status WHEN 'Running' THEN $3 ELSE error_message END, job_id, started_at,
-       coalesce(completed_at, $4), started_token, closed_token
-FROM {schema}.steps
-WHERE run_id = $1 AND step_key = ANY($2::text[]) AND status IS NOT NULL AND NOT reopened
-"""
-SKIP_STEP = """
-INSERT INTO {schema}.steps (run_id, step_key, status, step_type, error_message, started_at, first_started_at,
-                            completed_at, last_attempt, started_owner)
-VALUES ($1, $2, 'Skipped', $3, $4, $5, $5, $5, 1, $6)
-ON CONFLICT (run_id, step_key) DO UPDATE SET
-    status = 'Skipped', step_type = $3, error_message = $4, input_json = NULL, output_json = NULL,
-    job_id = NULL, started_at = $5, first_started_at = coalesce(steps.first_started_at, $5),
-    completed_at = $5, last_attempt = steps.last_attempt + 1, reopened = false, rescheduled = false,
-    started_owner = $6, started_token = NULL, closed_token = NULL
 """
 CLAIM_SKIPPED_STEP = """
 UPDATE {schema}.steps SET claim_token = $3, claim_owned = true, claimed_at = $4, claim_expires_at = NULL

@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 # Explicit, because the role's defaults apply behind a pooler.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+# For statements over arrays, whose plans must suit tables of any size; see prepared_connections.py.
+BEGIN_INDEX_ONLY = f"""{BEGIN};
+SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+SET LOCAL enable_material = off; SET LOCAL plan_cache_mode = force_generic_plan"""
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
 
@@ -75,6 +79,8 @@ class Transactions:
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
         on_abandoned: Callable[[T | OutcomeUnknownError], Awaitable[None]] | None = None,
+        *,
+        begin: str = BEGIN,
     ) -> T:
         """Call ``work`` in one transaction at READ COMMITTED and commit it.
 
@@ -90,7 +96,7 @@ class Transactions:
                     # The server may not have noticed yet; its locks would block this attempt.
                     await terminate(self._pool, connection, lost[-1])
                     lost.pop()
-                return await self._attempt(connection, operation, work, lost)
+                return await self._attempt(connection, operation, work, lost, begin)
 
         return await self._pool.shielded.run(self._pool.retries.run(attempt, operation), on_abandoned)
 
@@ -100,6 +106,7 @@ class Transactions:
         operation: str,
         work: Callable[[Transaction], Awaitable[T]],
         lost: list[ServerProcess],
+        begin: str,
     ) -> T:
         """Run one transaction. Adds the process of a connection that breaks before COMMIT to ``lost``."""
         pool = self._pool
@@ -107,7 +114,7 @@ class Transactions:
         process, connection_id, token = connection.process, connection.connection_id, pool.new_token()
         transaction = Transaction(connection, pool.sql, pool.now, pool.client_timeout)
         try:
-            await transaction.execute(BEGIN)
+            await transaction.execute(begin)
             try:
                 result = await work(transaction)
                 xid = (await transaction.row(NOTE_COMMIT, connection_id, token))[0]

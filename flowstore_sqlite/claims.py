@@ -22,6 +22,7 @@ from flowstore_core import OutcomeUnknownError, StepClaim, StepDispatch, StoreUn
 from flowstore_core.claims import lease_end
 from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
+from flowstore_sqlite.requests import QUEUE_STEP
 from flowstore_sqlite.steps import load_step
 
 _log = logging.getLogger("flowstore_sqlite")
@@ -106,7 +107,9 @@ WHERE run_id = ? AND step_key = ? AND dispatch_token = ?
 GET_DISPATCHED_STEP_KEYS = "SELECT step_key FROM steps WHERE run_id = ? AND dispatched_at IS NOT NULL"
 
 GET_DISPATCHES = """
-SELECT step_key, dispatched_at, due_at, dispatch_job_id FROM steps
+SELECT steps.step_key, dispatched_at, due_at, dispatch_job_id, queue, COALESCE(priority, 0),
+    queued_steps.step_type, queued_steps.input_json
+FROM steps LEFT JOIN queued_steps USING (run_id, step_key)
 WHERE run_id = ? AND dispatched_at IS NOT NULL ORDER BY step_key
 """
 
@@ -140,7 +143,7 @@ class Claims:
                 "step_key": step_key,
                 "owner": owner,
                 "now": now,
-                "until": _lease_end_us(lease, now),
+                "until": lease_end_us(lease, now),
             }
             return db.execute(RENEW_STEP_CLAIM, row).rowcount == 1
 
@@ -167,9 +170,21 @@ class Claims:
         )
 
     def try_record_dispatch(
-        self, run_id: UUID, step_key: str, *, due_at: datetime | None
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        due_at: datetime | None,
+        queue: str | None = None,
+        priority: int = 0,
+        step_type: str | None = None,
+        input_json: str | None = None,
     ) -> Coroutine[Any, Any, bool]:
-        dispatch = _DispatchWrite(self._database, run_id, step_key, due_at)
+        if queue is None:
+            dispatch = _DispatchWrite(self._database, run_id, step_key, due_at)
+        else:
+            dispatch = _QueuedDispatchWrite(self._database, run_id, step_key, due_at)
+            dispatch.queued = (queue, priority, step_type, input_json)
         return self._database.write(dispatch, dispatch.compensate)
 
     async def annotate_dispatch(self, run_id: UUID, step_key: str, job_id: str) -> None:
@@ -196,8 +211,12 @@ class Claims:
                 dispatched_at=from_us(dispatched_at),
                 due_at=from_optional_us(due_at),
                 job_id=job_id,
+                queue=queue,
+                priority=priority,
+                step_type=step_type,
+                input_json=input_json,
             )
-            for step_key, dispatched_at, due_at, job_id in rows
+            for step_key, dispatched_at, due_at, job_id, queue, priority, step_type, input_json in rows
         )
 
 
@@ -209,7 +228,7 @@ def _try_claim_step(
     db: sqlite3.Connection,
     now: int,
 ) -> bool:
-    expires_at = None if lease is None else _lease_end_us(lease, now)
+    expires_at = None if lease is None else lease_end_us(lease, now)
     row = (run_id.bytes, step_key, now, expires_at, owner, None)
     if db.execute(TRY_CLAIM_STEP, row).rowcount == 1:
         return True
@@ -267,9 +286,24 @@ class _DispatchWrite(_Write):
             await self._remove_own(COMPENSATE_DISPATCH)
 
 
+class _QueuedDispatchWrite(_DispatchWrite):
+    """A dispatch to a queue. Removing it removes it from the queue too, by trigger."""
+
+    __slots__ = ("queued",)
+
+    queued: tuple[str, int, str | None, str | None]
+    """The queue, priority, step_type and input_json."""
+
+    def __call__(self, db: sqlite3.Connection, now: int) -> bool:
+        if not super().__call__(db, now):
+            return False
+        db.execute(QUEUE_STEP, (*self.queued, self.run_id.bytes, self.step_key))
+        return True
+
+
 def _execute(statement: str, row: tuple[object, ...], db: sqlite3.Connection, now: int) -> None:
     db.execute(statement, row)
 
 
-def _lease_end_us(lease: timedelta, now: int) -> int:
+def lease_end_us(lease: timedelta, now: int) -> int:
     return to_us(lease_end(from_us(now), lease))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from uuid import UUID
 
-from flowstore_core import FlowRunControlRecord, FlowRunRecord, RunAlreadyExistsError, TriggerResult
+from flowstore_core import (
+    FlowRunControlRecord,
+    FlowRunRecord,
+    RunAlreadyExistsError,
+    StepRequest,
+    TriggerResult,
+)
 from flowstore_sqlite.codecs import from_optional_us, from_us, to_optional_us, to_us
 from flowstore_sqlite.database import Database
+from flowstore_sqlite.requests import settle_requests
 from flowstore_sqlite.runs import insert_run, new_run, read_run, to_run
 
 CONFIGURE_RUN = """
@@ -140,6 +148,7 @@ class Controls:
         source_run_id: UUID | None,
         idempotency_key: str | None,
         timeout_at: datetime | None,
+        dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         timeout = to_optional_us(timeout_at)
 
@@ -160,6 +169,7 @@ class Controls:
                 # The error rolls the idempotency key back.
                 raise RunAlreadyExistsError(chosen)
             _configure_run(db, chosen, flow_id, trigger_key, idempotency_key, timeout, now)
+            settle_requests(db, chosen, dispatch, now)
             return TriggerResult(run=run, created=True)
 
         return await self._database.write(trigger)

@@ -24,6 +24,7 @@ from flowstore_sqlite.schema_migrations import (
 )
 from flowstore_sqlite.store import NonDurableSqliteStore, SqliteStore
 from flowstore_sqlite.url import database_path
+from flowstore_sqlite.watching import CommitWatcher
 
 _log = logging.getLogger("flowstore_sqlite")
 
@@ -99,9 +100,11 @@ class StoreContext:
                 observers=self._config.observers,
             )
             stack.push_async_callback(database.aclose)
+            commits = CommitWatcher(path)
+            stack.push_async_callback(commits.aclose)
             self._stack = stack.pop_all()
         kind = SqliteStore if options.synchronous == "FULL" else NonDurableSqliteStore
-        return kind(database)
+        return kind(database, commits)
 
     async def __aexit__(self, *exception: object) -> None:
         await self._stack.aclose()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from uuid import UUID
 
-from flowstore_core import StaleAttemptError, StepNotFoundError, StepStatus
+from flowstore_core import StaleAttemptError, StepNotFoundError, StepRequest, StepStatus
 from flowstore_sqlite.database import Database
+from flowstore_sqlite.requests import settle_requests
 from flowstore_sqlite.steps import archive_attempt, load_step
 
-# Keeps the end of the last attempt: get_stalled_steps measures from it.
+# Keeps the end of the last attempt: get_stalled_steps measures from it. Keeps rescheduled: a repeated
+# reschedule_step must find it.
 REOPEN_STEP = """
-UPDATE steps SET status = 'Pending', reopened = 1, rescheduled = 0,
+UPDATE steps SET status = 'Pending', reopened = 1,
     claimed_at = NULL, claim_owner = NULL, expires_at = NULL, claim_token = NULL, started_owner = NULL,
     dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL, dispatch_token = NULL,
     error_message = NULL, output_json = NULL
@@ -43,9 +45,15 @@ class Retries:
     _database: Database
 
     async def retry_step(
-        self, run_id: UUID, step_key: str, *, attempt: int | None, reset: Collection[str]
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        attempt: int | None,
+        reset: Collection[str],
+        dispatch: Sequence[StepRequest] = (),
     ) -> None:
-        await self._database.write(partial(_retry_step, run_id, step_key, attempt, reset))
+        await self._database.write(partial(_retry_step, run_id, step_key, attempt, reset, dispatch))
 
 
 def _retry_step(
@@ -53,6 +61,7 @@ def _retry_step(
     step_key: str,
     attempt: int | None,
     reset: Collection[str],
+    dispatch: Sequence[StepRequest],
     db: sqlite3.Connection,
     now: int,
 ) -> None:
@@ -71,6 +80,7 @@ def _retry_step(
     if step.run_is_terminal:
         db.execute(REOPEN_RUN, (run_id.bytes,))
         db.execute(CLEAR_LATCHES, (now, run_id.bytes))
+    settle_requests(db, run_id, dispatch, now)
 
 
 def _reset_step(db: sqlite3.Connection, run_id: UUID, step_key: str, now: int) -> None:

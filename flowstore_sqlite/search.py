@@ -16,12 +16,15 @@ INDEX_BATCH = 256
 INDEX_SLICE = 0.02
 """Seconds after which such a transaction stops, because writers wait for it."""
 
-# No trigger touches the FTS5 table, because the next process may use a SQLite without FTS5. Its deletes leave
-# index entries without a text, which a search skips. Texts are stored with letters folded. With detail = none
-# the index knows which trigrams a text contains, not their order; SEARCH_CONDITION checks the order.
+# One more trigger, search_closed, is in migration 5. No trigger touches the FTS5 table, because the next
+# process may use a SQLite without FTS5. Its deletes leave index entries without a text, which a search skips.
+# Texts are stored with letters folded. With detail = none the index knows which trigrams a text contains, not
+# their order; SEARCH_CONDITION checks the order.
 ENABLE_SEARCH = (
     # An FTS5 index is corrupted by the deletion of a text that it does not contain.
     "DELETE FROM run_texts",
+    # Without the triggers below, the ids of deleted runs stay.
+    "DELETE FROM unsearched",
     """
     CREATE VIRTUAL TABLE run_trigrams USING fts5 (
         text, content = 'run_texts', content_rowid = 'id', detail = none,
@@ -42,13 +45,6 @@ ENABLE_SEARCH = (
     CREATE TRIGGER search_deleted AFTER DELETE ON runs BEGIN
         DELETE FROM run_texts WHERE run_id = OLD.run_id;
         DELETE FROM unsearched WHERE run_id = OLD.run_id;
-    END
-    """,
-    """
-    CREATE TRIGGER search_late AFTER UPDATE OF status ON steps
-    WHEN OLD.searched_open OR (OLD.status IS NULL AND NEW.status = 'Skipped') BEGIN
-        INSERT INTO unsearched SELECT run_id FROM runs WHERE run_id = NEW.run_id AND status <> 'Running'
-        ON CONFLICT DO NOTHING;
     END
     """,
     """

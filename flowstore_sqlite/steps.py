@@ -299,6 +299,22 @@ def _record_skipped_step(
     is_claimed = step.has_live_claim(now)
     if owner is not None and is_claimed and step.claim_owner != owner:
         raise ClaimLostError(run_id, step_key)
+    skip_step(db, run_id, step_key, step, step_type, reason, owner, now)
+    if owner is not None and not is_claimed:
+        db.execute(CLAIM_SKIPPED_STEP, (now, owner, run_id.bytes, step_key))
+
+
+def skip_step(
+    db: sqlite3.Connection,
+    run_id: UUID,
+    step_key: str,
+    step: StepState,
+    step_type: str,
+    reason: str | None,
+    owner: str | None,
+    now: int,
+) -> None:
+    """Record one attempt that starts and ends Skipped (STP-5)."""
     row = {
         "run_id": run_id.bytes,
         "step_key": step_key,
@@ -309,8 +325,6 @@ def _record_skipped_step(
         "now": now,
     }
     db.execute(RECORD_SKIPPED_STEP, row)
-    if owner is not None and not is_claimed:
-        db.execute(CLAIM_SKIPPED_STEP, (now, owner, run_id.bytes, step_key))
 
 
 def read_steps(db: sqlite3.Connection, run_id: UUID) -> tuple[FlowStepRecord, ...]:

@@ -11,6 +11,7 @@ from flowstore_sqlite.database import Database
 from flowstore_sqlite.events import Events
 from flowstore_sqlite.outputs import Outputs
 from flowstore_sqlite.pages import Pages
+from flowstore_sqlite.queues import Queues
 from flowstore_sqlite.recovery import Recovery
 from flowstore_sqlite.retention import Retention
 from flowstore_sqlite.retries import Retries
@@ -18,6 +19,7 @@ from flowstore_sqlite.runs import Runs
 from flowstore_sqlite.signals import Signals
 from flowstore_sqlite.statistics import Statistics
 from flowstore_sqlite.steps import Steps
+from flowstore_sqlite.watching import CommitWatcher, Watch
 
 PING = "SELECT COUNT(*) FROM flowstore_schema"
 
@@ -29,6 +31,8 @@ class SqliteStore(
     Retries,
     Recovery,
     Claims,
+    Queues,
+    Watch,
     Controls,
     Signals,
     Outputs,
@@ -40,8 +44,9 @@ class SqliteStore(
 
     capabilities = frozenset(Capability)
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, commits: CommitWatcher) -> None:
         self._database = database
+        self._commits = commits
 
     async def ping(self) -> None:
         """Read from the file. Like every call, it fails after the file was removed or replaced."""

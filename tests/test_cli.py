@@ -32,6 +32,7 @@ READ_COMMANDS = (
     ["runs", "show", str(UUID(int=1))],
     ["runs", "retry", str(UUID(int=1)), "step"],
     ["runs", "cancel", str(UUID(int=1))],
+    ["queues"],
     ["stats"],
     ["timeseries"],
     ["signal", "deliver", str(UUID(int=1)), "go"],
@@ -679,12 +680,61 @@ def test_runs_cancel(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert (code, out.strip()[-24:]) == (0, "already requested: wrong")
 
 
+def test_runs_wait(database: dict[str, UUID], flowstore: Flowstore) -> None:
+    code, out, _ = flowstore("runs", "wait", str(database["failed"]), "--json")
+    assert (code, json.loads(out)) == (1, {"run_id": str(database["failed"]), "status": "Failed"})
+    code, out, _ = flowstore("runs", "wait", str(database["waiting"]), "--timeout", "1s")
+    assert (code, out) == (1, f"{database['waiting']} is still Running after 1s\n")
+    code, _, err = flowstore("runs", "wait", str(UUID(int=99)))
+    assert (code, "no run" in err or "not stored" in err) == (1, True)
+    assert flowstore("runs", "wait", str(database["waiting"]), "--timeout", "0s")[0] == 2
+
+
+def test_runs_wait_ends_with_the_run(database: dict[str, UUID], tmp_path: Path) -> None:
+    run_id = database["waiting"]
+    url = f"sqlite:///{tmp_path}/flowstore.db"
+    command = [sys.executable, "-m", "flowstore_cli.main", "runs", "wait", str(run_id), "--url", url]
+
+    async def complete() -> None:
+        async with open_store(url) as store:
+            assert await store.complete_run(run_id, RunStatus.SUCCEEDED)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=1)
+        asyncio.run(complete())
+        assert waiting.communicate(timeout=60)[0] == f"{run_id} Succeeded\n"
+    assert waiting.returncode == 0
+
+
 def test_stats(database: dict[str, UUID], flowstore: Flowstore) -> None:
     code, out, _ = flowstore("stats", "--json")
     assert code == 0
     counts = json.loads(out)
     assert (counts["total_flows"], counts["active_runs"], counts["completed_today"]) == (1, 1, 0)
     assert "runs active              1\n" in flowstore("stats")[1]
+
+
+def test_queues(tmp_path: Path, flowstore: Flowstore) -> None:
+    url = f"sqlite:///{tmp_path}/queues.db"
+
+    async def fill() -> None:
+        async with open_store(url) as store:
+            run_id = (await store.start_run(FLOW, "orders", new_run_id(), "manual")).run_id
+            for key, queue in (("a", "mail"), ("b", "mail"), ("c", "print")):
+                await store.try_record_dispatch(run_id, key, queue=queue, step_type="send")
+            await store.claim_next_steps(["mail"], lease=timedelta(minutes=5))
+
+    asyncio.run(fill())
+    code, out, _ = flowstore("queues", "--json", "--url", url)
+    assert code == 0
+    mail, other = json.loads(out)
+    assert (mail["queue"], mail["ready"], mail["running"]) == ("mail", 1, 1)
+    assert (other["queue"], other["ready"], other["scheduled"], other["waiting"]) == ("print", 1, 0, 0)
+    assert mail["oldest_ready_at"] is not None
+    rows = [line.split() for line in flowstore("queues", "--url", url)[1].splitlines()]
+    assert rows[0][:5] == ["QUEUE", "READY", "SCHEDULED", "WAITING", "RUNNING"]
+    assert [row[:5] for row in rows[1:]] == [["mail", "1", "0", "0", "1"], ["print", "1", "0", "0", "0"]]
 
 
 def test_timeseries(database: dict[str, UUID], flowstore: Flowstore) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -29,6 +30,7 @@ from flowstore_core.open import resolve_store
 from flowstore_core.plugins import Backend, find_backend
 from flowstore_core.urls import parse_url
 from flowstore_memory.plugin import MemoryBackend
+from flowstore_memory.store import SharedStore
 from flowstore_sqlite.plugin import SqliteBackend
 from flowstore_sqlite.url import database_path
 from tests.calls import new_run
@@ -166,6 +168,56 @@ async def test_a_reverted_schema_has_the_earlier_version(
             await backend.revert_schema(fresh, version)
             assert await backend.schema_version(config) == version
             assert await backend.migrate(config) == newest
+
+
+# Queues
+
+
+class RepeatsClaims(MemoryBackend):
+    """Repeats claim_next_steps after a lost reply as if the first request had not happened."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.skip: int | None = None
+
+    @asynccontextmanager
+    async def inject_faults(self, url: str) -> AsyncIterator[FaultInjector]:
+        self.url = url
+        yield self
+
+    def lose_reply(self, *, skip: int = 0, isolates: bool = False) -> None:
+        self.skip = skip
+
+    def refuse_request(self, *, skip: int = 0) -> None:
+        raise NotImplementedError
+
+    def hold_request(self, *, skip: int = 0) -> None:
+        raise NotImplementedError
+
+    async def release_request(self) -> None:
+        raise NotImplementedError
+
+    def disarm(self) -> bool:
+        armed, self.skip = self.skip, None
+        return armed is None
+
+
+async def test_a_repeated_claim_that_claims_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, claim = RepeatsClaims(), SharedStore.claim_next_steps
+
+    async def claim_twice(store: SharedStore, **given: Any) -> Any:
+        if backend.skip == 0:
+            backend.skip = None
+            await claim(store, **given)
+        return await claim(store, **given)
+
+    monkeypatch.setattr(SharedStore, "claim_next_steps", claim_twice)
+    check = next(check for check in CHECKS if check.clauses == ("QUE-3",))
+    result = await run_on(backend, check, "memory://")
+    assert result.status is Status.FAIL
+    assert result.failure is not None
+    assert result.failure.clause == "QUE-3"
+    assert "the steps that are claimed" in result.failure.message
 
 
 # The injector of PostgreSQL

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from flowstore_conformance import race_search, state_probe
-from flowstore_conformance.checks import model
+from flowstore_conformance.checks import model, watching
 from flowstore_conformance.context import Profile
 
 from tests.mutants import all_mutants
@@ -53,6 +53,7 @@ async def test_the_suite_finds_the_mutant(name: str, base_url: str, monkeypatch:
     monkeypatch.syspath_prepend(DIST)
     # A mutant's wrong result is permanent: shorten the wait for a state to settle.
     monkeypatch.setattr(state_probe, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(watching, "WOKEN_SECONDS", 2.0)
     # Failures need no shrinking here.
     monkeypatch.setattr(race_search, "SHRINK_SECONDS", 0.0)
     monkeypatch.setattr(model, "SHRINK_SECONDS", 0.0)

@@ -63,7 +63,7 @@ async def run(name: str, profile: Profile = Profile.STANDARD, seed: int = 1) -> 
 @pytest.mark.parametrize("check", MINE, ids=lambda check: check.name)
 async def test_passes_on_memory(check: Check) -> None:
     result = await run_check(check, "memory://", MEMORY, Profile.QUICK, 7)
-    expected = Status.UNSUPPORTED if check.name.endswith("_by_processes") else Status.PASS
+    expected = Status.PASS if check.needs <= MEMORY.capabilities else Status.UNSUPPORTED
     assert (result.status, result.failure, result.reason if result.status is Status.PASS else None) == (
         expected,
         None,
@@ -71,7 +71,9 @@ async def test_passes_on_memory(check: Check) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [one.name for one in MINE if one.kind is Kind.MODEL])
+@pytest.mark.parametrize(
+    "name", [one.name for one in MINE if one.kind is Kind.MODEL and one.needs <= MEMORY.capabilities]
+)
 async def test_a_stalled_machine_does_not_make_a_model_check_inconclusive(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,12 +242,10 @@ async def test_programs_are_shrunk_and_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert program is not None
     assert program.count("await outcome(") == 4, program
     printed = await replay_on_memory(program)
-    assert [line.partition(":")[0] for line in printed.splitlines()] == [
-        "start_run",
-        "try_claim_step",
-        "renew_step_claim",
-        printed.splitlines()[-1].partition(":")[0],
-    ]
+    start, claim, renew, _ = [line.partition(":")[0] for line in printed.splitlines()]
+    assert start in ("start_run", "trigger_run")
+    assert claim in ("try_claim_step", "claim_next_steps")
+    assert renew == "renew_step_claim"
 
 
 async def test_the_same_seed_draws_the_same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +482,8 @@ async def test_a_pair_that_never_ran_concurrently_is_no_pass(monkeypatch: pytest
     result = await run("cleanup_pairs_by_tasks")
     assert (result.status, result.reason) == (
         Status.INCONCLUSIVE,
-        "of 26 pairs of writing operations 1 never ran concurrently: request_cancel and cleanup",
+        f"of {len(cleanup_pairs(Capability))} pairs of writing operations 1 never ran concurrently: "
+        "request_cancel and cleanup",
     )
     assert result.notes == ()
 

@@ -95,7 +95,7 @@ def _clauses() -> set[str]:
 def test_every_clause_has_an_anchor_before_its_text() -> None:
     for clause in _clauses():
         assert f'<a id="{clause.lower()}"></a>\n**{clause}. ' in CONTRACT
-    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 52
+    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 62
 
 
 def test_every_clause_that_is_cited_exists() -> None:
@@ -129,9 +129,17 @@ def _signature(name: str, method: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             parameters.append("*")
             starred = True
-        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        default = "" if parameter.default is parameter.empty else f"={_default(parameter.default)}"
         parameters.append(parameter.name + default)
     return f"{name}({', '.join(parameters)}) -> {inspect.signature(method).return_annotation}"
+
+
+def _default(value: Any) -> str:
+    return (
+        str(value)
+        if value is None or not isinstance(value, enum.Enum)
+        else f"{type(value).__name__}.{value.name}"
+    )
 
 
 def test_the_contract_lists_every_operation_with_its_signature() -> None:

@@ -204,6 +204,24 @@ def test_stalled_work_is_found(
     assert doctor(store_url, "--grace", "2h").codes == []
 
 
+async def _leave_queued(store: FlowStore) -> UUID:
+    run_id = await new_run(store)
+    for key in ("a", "b"):
+        await store.try_record_dispatch(run_id, key, queue="mail", step_type="send")
+    assert await store.try_claim_step(run_id, "b", owner="dead", lease=timedelta(seconds=30))
+    return run_id
+
+
+def test_a_queue_that_nobody_serves_is_found_once(store_url: str, doctor: Doctor) -> None:
+    _with_store(store_url, _leave_queued)
+    result = doctor(store_url)
+    assert result.codes == ["queues-not-served"]
+    findings = result.findings["queues-not-served"]
+    assert (findings["count"], findings["examples"]) == (2, ["mail"])
+    assert "flowstore queues" in findings["remedy"]
+    assert doctor(store_url, "--grace", "2h").codes == []
+
+
 def test_an_ignored_cancel_request_is_found(store_url: str, doctor: Doctor) -> None:
     _with_store(store_url, _ignore_cancel)
     assert doctor(store_url).codes == ["runs-to-stop"]

@@ -33,6 +33,16 @@ NOON = datetime(2026, 3, 14, 12, tzinfo=UTC)
 
 
 SEARCH_TRIGGERS = ("search_ended", "search_loaded", "search_deleted", "search_late", "search_skipped")
+SQLITE_SEARCH_TRIGGERS = ("search_ended", "search_loaded", "search_deleted", "search_skipped")
+QUEUE_TRIGGERS = (
+    "search_closed",
+    "requeue_step",
+    "dequeue_step",
+    "requeue_waiting",
+    "requeue_delivered",
+    "requeue_unblocked",
+)
+QUEUE_TRIGGERS += ("requeue_run", "dequeue_run", "recompute_ready_at")
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
@@ -205,10 +215,18 @@ async def test_a_version_1_database_is_migrated_with_its_data(database: str) -> 
 async def _downgrade(url: str) -> None:
     tables = ("run_changes", "run_counts", "run_days", "run_summaries", "run_texts", "unsearched")
     if url.startswith("sqlite"):
-        triggers = ("count_started", "count_loaded", "count_deleted", "count_changed", *SEARCH_TRIGGERS)
+        triggers = (
+            "count_started",
+            "count_loaded",
+            "count_deleted",
+            "count_changed",
+            *SQLITE_SEARCH_TRIGGERS,
+        )
         await _execute(
             url,
-            *(f"DROP TRIGGER {name}" for name in triggers),
+            *(f"DROP TRIGGER {name}" for name in (*triggers, *QUEUE_TRIGGERS)),
+            "DROP VIEW step_readiness",
+            "DROP TABLE queued_steps",
             "DROP TABLE run_trigrams",
             *(f"DROP TABLE {name}" for name in tables[1:]),
             "ALTER TABLE steps DROP COLUMN searched_open",
@@ -222,12 +240,14 @@ async def _downgrade(url: str) -> None:
         return
     functions = ("note_ended_run", "note_late_step", "forget_text", "gather_texts", "enable_search")
     others = ("index_texts", "count_run_changes", "fold_run_changes", "forget_run_changes")
-    others += ("ignore_loaded_sums", "skip_known_run")
+    others += ("ignore_loaded_sums", "skip_known_run", "index_step", "index_steps")
+    queue = ("queue", "priority", "step_type", "input_json")
     await _execute(
         url,
-        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits")),
+        *(f"DROP TABLE {{s}}{name}" for name in (*tables, "commits", "pending")),
         *(f"DROP FUNCTION {{s}}{name} CASCADE" for name in (*functions, *others)),
-        "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call",
+        "ALTER TABLE {s}steps DROP COLUMN searched_open, DROP COLUMN claim_call, DROP COLUMN pending_writes",
+        *(f"ALTER TABLE {{s}}steps DROP COLUMN dispatch_{name}" for name in queue),
         "DROP INDEX {s}runs_by_flow_and_status, {s}controls_by_creation, {s}idempotency_keys_by_creation",
         "CREATE INDEX runs_by_start ON {s}runs (started_at DESC, run_id DESC)",
         "CREATE INDEX runs_by_flow ON {s}runs (flow_id, started_at DESC, run_id DESC)",
@@ -280,7 +300,8 @@ async def test_a_search_indexes_the_runs_that_it_scans(database: str) -> None:
 async def test_searches_work_without_the_index_and_a_migration_restores_it(database: str) -> None:
     _, backend, config = resolve_store(database)
     if database.startswith("sqlite"):
-        statements = ["DROP TABLE run_trigrams", *(f"DROP TRIGGER {name}" for name in SEARCH_TRIGGERS)]
+        statements = ["DROP TABLE run_trigrams"]
+        statements += [f"DROP TRIGGER {name}" for name in SQLITE_SEARCH_TRIGGERS]
     else:
         tables = (
             "steps" if name in ("search_late", "search_skipped") else "runs" for name in SEARCH_TRIGGERS

@@ -254,6 +254,7 @@ def test_every_operation_has_a_span() -> None:
         "controls",
         "events",
         "outputs",
+        "queues",
         "runs",
         "signals",
         "steps",

@@ -7,6 +7,7 @@ request or reply lost. The results and the whole state must be equal. Virtual ti
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -16,7 +17,7 @@ from uuid import UUID
 import pytest
 
 from flowstore_chaos.proxy import DISCONNECTS, HANGS, Fault, MessageMatch, Proxy, proxy_before
-from flowstore_core import FlowStore, StepStatus, StoreUnavailableError, open_store
+from flowstore_core import FlowStore, StepRequest, StepStatus, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
 from flowstore_postgres.fault_injection import ServerFaultInjector
 from tests.virtual_clock import VirtualClock
@@ -25,6 +26,8 @@ FLOW = UUID(int=1)
 RUN = UUID(int=2)
 OTHER = UUID(int=3)
 LEASE = timedelta(minutes=5)
+
+RANDOM_OWNER = re.compile(r"'[0-9a-f]{32}-\d+'")
 
 Call = Callable[[FlowStore, UUID], Awaitable[Any]]
 
@@ -42,6 +45,12 @@ async def _prepare(store: FlowStore, run: UUID) -> None:
     await store.record_step_complete(run, "failed", StepStatus.FAILED, error_message="boom")
     await store.record_skipped_step(run, "skipped", "http", "not needed")
     await store.register_waiter(run, "waiting", "go", expires_at=VirtualClock()() - timedelta(hours=1))
+    for key in ("queued", "queued too"):
+        await store.try_record_dispatch(run, key, queue=f"queue {run}", step_type="http", input_json="{}")
+
+
+def _request(step_key: str, after: tuple[str, ...] = ()) -> StepRequest:
+    return StepRequest(step_key=step_key, step_type="http", queue="new", after=after)
 
 
 CALLS: dict[str, Call] = {
@@ -69,6 +78,28 @@ CALLS: dict[str, Call] = {
     "try_register_idempotency_key": lambda s, r: s.try_register_idempotency_key(FLOW, "t", f"k{r}", r),
     "trigger_run": lambda s, r: s.trigger_run(
         FLOW, "orders", UUID(int=r.int + 200), "t", idempotency_key=f"k{r}", timeout_at=VirtualClock()()
+    ),
+    "trigger_run with a dispatch": lambda s, r: s.trigger_run(
+        FLOW, "orders", UUID(int=r.int + 200), "t", dispatch=[_request("first")]
+    ),
+    "try_record_dispatch to a queue": lambda s, r: s.try_record_dispatch(
+        r, "fresh", queue="new", priority=3, step_type="http"
+    ),
+    "claim_next_steps": lambda s, r: s.claim_next_steps([f"queue {r}"], lease=LEASE, limit=3, worker="w"),
+    "advance_run": lambda s, r: s.advance_run(
+        r,
+        "open",
+        "Succeeded",
+        attempt=1,
+        owner="open-owner",
+        output_json="1",
+        dispatch=[_request("next", after=("open",)), _request("refused", after=("failed",))],
+        complete_as="Succeeded",
+    ),
+    "redispatch_step": lambda s, r: s.redispatch_step(r, "queued", queue="new", priority=9),
+    "retry_step with a dispatch": lambda s, r: s.retry_step(r, "failed", dispatch=[_request("failed")]),
+    "reschedule_step with an error": lambda s, r: s.reschedule_step(
+        r, "open", attempt=1, error_message="boom"
     ),
     "register_waiter": lambda s, r: s.register_waiter(r, "other", "go"),
     "deliver_signal": lambda s, r: s.deliver_signal(r, "go", "{}"),
@@ -102,7 +133,7 @@ def _with_run(value: Any, run: UUID) -> str:
     text = repr(value)
     for offset in (0, 100, 200):
         text = text.replace(str(UUID(int=run.int + offset)), f"<run+{offset}>")
-    return text
+    return RANDOM_OWNER.sub("<owner>", text)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ async def _create_runs(store: FlowStore, clock: VirtualClock) -> set[UUID]:
         token = new_claim_token()
         assert await store.try_claim_step(run_id, "a", owner=token, lease=timedelta(minutes=1))
         assert await store.try_claim_step(run_id, "b")
+        assert await store.try_record_dispatch(run_id, "q", queue="mail", step_type="http")
         await store.record_step_start(run_id, "a", "http", owner=token)
         await store.record_step_complete(run_id, "a", StepStatus.FAILED, error_message="it failed")
         await store.retry_step(run_id, "a")

@@ -96,6 +96,56 @@ CLAUSES: dict[str, Clause] = {
             "CLM-7", "annotate_dispatch stores a job id on an existing record; a missing record is no error."
         ),
         _clause(
+            "QUE-1",
+            "claim_next_steps claims and starts ready steps; of concurrent callers at most one gets a step.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-2",
+            "Steps come by priority, then ready_at, run_id, step_key; none that is ready and free is missed.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-3",
+            "A repeated call claims nothing more; a cancelled one gives its claims back.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-4",
+            "advance_run records an outcome and settles its requests, in one transaction, each exactly once.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-5",
+            "Whether a step is ready depends on the state and on now, whichever operations made the state.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-6",
+            "With complete_as, the advance that leaves nothing to do also completes the run.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-7",
+            "A dispatch keeps its queue, priority and input; redispatch_step replaces it.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "QUE-8",
+            "get_queues counts each queued open step once: ready, scheduled, waiting or running.",
+            Capability.QUEUES,
+        ),
+        _clause(
+            "WAT-1",
+            "Commits of any store and the passing of time wake the calls that wait for steps or runs.",
+            Capability.WATCH,
+        ),
+        _clause(
+            "WAT-2",
+            "Waiting calls share one thread or connection; cancelling and closing leave nothing behind.",
+            Capability.WATCH,
+        ),
+        _clause(
             "CTL-1", "configure_run overwrites, keeps created_at and both latches, and registers no key."
         ),
         _clause(

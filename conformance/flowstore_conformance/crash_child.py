@@ -16,14 +16,15 @@ import random
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import invoke
 from flowstore_conformance.traces import pack_error
 from flowstore_conformance.watchdog import Limits, watch_process
-from flowstore_core import Capability, FlowStore, FlowStoreError, open_store
+from flowstore_core import Capability, FlowStore, FlowStoreError, StepRequest, StepStatus, open_store
 
 FLOW_ID = UUID(int=0xC4A54)
 LATER = datetime(2099, 1, 1, tzinfo=UTC)
@@ -40,6 +41,8 @@ def script(seed: int, worker: int, capabilities: Collection[Capability]) -> Iter
 
 
 def run_of(call: Call) -> UUID:
+    if "queues" in call.arguments:
+        return UUID(hex=call.arguments["queues"][0].removeprefix("queue/"))
     run_id = call.arguments["run_id"]
     assert isinstance(run_id, UUID)
     return run_id
@@ -76,6 +79,8 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
             yield on("append_event", event_type="done", step_key=step_key)
         if step_key == "a":
             yield on("record_step_complete", **step, status="Succeeded", output_json="[1]")
+    if Capability.QUEUES in capabilities:
+        yield from _queued_steps(run_id)
     yield on("record_step_complete", step_key="b", status="Failed", error_message="no")
     yield on("register_waiter", step_key="c", signal_name="go")
     yield on("deliver_signal", signal_name="go", payload_json="{}", delivery_id="d")
@@ -83,6 +88,27 @@ def _one_run(generator: random.Random, capabilities: Collection[Capability]) -> 
     yield on("request_cancel", reason="enough")
     yield on("complete_run", status="Failed")
     yield on("retry_step", step_key="b", attempt=1, reset=["c"])
+
+
+def _queued_steps(run_id: UUID) -> Iterator[Call]:
+    """Steps that pass through a queue of their run alone."""
+    queue = f"queue/{run_id.hex}"
+    claim = {"queues": [queue], "lease": timedelta(days=1), "limit": 2, "worker": "worker 1"}
+
+    def on(method: str, step_key: str, **arguments: object) -> Call:
+        return Call(method=method, arguments={"run_id": run_id, "step_key": step_key, **arguments})
+
+    def request(step_key: str, **given: Any) -> StepRequest:
+        return StepRequest(step_key=step_key, step_type="http", queue=queue, **given)
+
+    yield on("try_record_dispatch", "q", queue=queue, priority=1, step_type="http", input_json="{ }")
+    yield on("redispatch_step", "q", priority=2)
+    yield Call(method="claim_next_steps", arguments=claim)
+    failed = frozenset({StepStatus.FAILED})
+    requests = (request("r"), request("s", after=("q",), accept=failed), request("t", due_at=LATER))
+    yield on("advance_run", "q", status="Succeeded", attempt=1, dispatch=requests, complete_as="Succeeded")
+    yield Call(method="claim_next_steps", arguments=claim)
+    yield on("reschedule_step", "r", attempt=1, error_message="no", due_at=LATER)
 
 
 def _send(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -13,17 +13,18 @@ from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.call_validity import is_correctly_rejected, is_valid
+from flowstore_conformance.claim_tokens import ClaimToken
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.diffing import expected_and_got
-from flowstore_conformance.execution import execute, is_foreign, is_unavailable
+from flowstore_conformance.execution import begin, finish, is_foreign, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.model import Model
 from flowstore_conformance.repro_script import ReproCall, sequential_script
 from flowstore_conformance.state_probe import describe_outcome, probe_calls
 from flowstore_conformance.strategies import FLOWS, Universe
 from flowstore_conformance.violation_signature import Signature, wrong_answers
-from flowstore_core import FlowStore, FlowStoreError
-from flowstore_core.operations import OPERATIONS
+from flowstore_core import ClaimedStep, FlowStore, FlowStoreError
+from flowstore_core.operations import KEYWORD_CAPABILITIES, OPERATIONS
 
 TWO_HOURS = timedelta(hours=2)
 """Long enough that cleanup deletes keys and controls without a run (RET-4)."""
@@ -108,6 +109,8 @@ class CallSequence:
     """One store, or two on the same namespace; a call names its store by index."""
     entries: list[ReproCall] = field(default_factory=list)
     advanced: timedelta = timedelta(0)
+    _owners: dict[str | None, str] = field(default_factory=dict)
+    """The store's owner of each claim that claim_next_steps made, by the model's owner."""
 
     @property
     def reads(self) -> list[Call]:
@@ -141,7 +144,7 @@ class CallSequence:
         """Make calls whose outcomes do not depend on their order, and compare the outcomes."""
         for at in range(0, len(calls), MAX_CONCURRENT):
             some = calls[at : at + MAX_CONCURRENT]
-            outcomes = await asyncio.gather(*(execute(self.stores[0], call) for call in some))
+            outcomes = await asyncio.gather(*(self._execute(call, 0) for call in some))
             for call, actual in zip(some, outcomes, strict=True):
                 self._keep(self._compared(call, actual, 0))
 
@@ -187,11 +190,25 @@ class CallSequence:
     async def _compare(self, calls: Sequence[Call], store: int) -> list[ReproCall]:
         entries = []
         for call in calls:
-            actual = await execute(self.stores[store], call)
+            actual = await self._execute(call, store)
             entries.append(self._compared(call, actual, store))
             # A store may answer without suspending; the watchdog expects that other tasks run.
             await asyncio.sleep(0)
         return entries
+
+    async def _execute(self, call: Call, store: int) -> Outcome:
+        """Make a call on a store, with its own owner of a claim in place of the model's."""
+        owner = self._owners.get(call.arguments.get("owner"))
+        if owner is not None:
+            call = replace(call, arguments={**call.arguments, "owner": owner})
+        return await finish(self._remember_owners(begin(self.stores[store], call)))
+
+    async def _remember_owners(self, begun: Awaitable[object]) -> object:
+        result = await begun
+        for each in result if isinstance(result, Sequence) else ():
+            if isinstance(each, ClaimedStep):
+                self._owners[ClaimToken.of(each.run_id, each.step_key)] = each.owner
+        return result
 
     def _compared(self, call: Call, actual: Outcome, store: int) -> ReproCall:
         """A call with its actual outcome and that of the model."""
@@ -414,14 +431,16 @@ def _without(entries: list[ReproCall], first: int, last: int) -> list[ReproCall]
 
 
 def without_argument(call: Call, name: str) -> Call | None:
-    """The call without an optional argument and, if necessary, without a second one that depends on it.
+    """The call without an optional argument and, if necessary, without others that depend on it.
 
     None if the contract allows neither, or if the argument was not given.
     """
     if name not in call.arguments:
         return None
     others = [other for other in optional_arguments(call) if other != name]
-    for gone in ({name}, *({name, other} for other in others)):
+    # The companions of queue= are given only together with it.
+    companions = {name, *KEYWORD_CAPABILITIES.get(call.method, ())}
+    for gone in ({name}, *({name, other} for other in others), companions):
         arguments = {key: value for key, value in call.arguments.items() if key not in gone}
         simpler = replace(call, arguments=arguments)
         if is_valid(simpler):
@@ -438,6 +457,8 @@ def _renamed(entries: Sequence[ReproCall], block: int) -> list[ReproCall]:
 
     def rename(value: Any) -> Any:
         # Ids of runs and flows are small, so adding a high block number keeps their order.
+        if isinstance(value, ClaimToken):
+            return ClaimToken.of(rename(value.run_id), value.step_key)
         return UUID(int=(block << 64) | (value.int & (1 << 64) - 1)) if isinstance(value, UUID) else value
 
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
@@ -12,7 +12,15 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import FlowRunDetail, FlowStoreError, RunPage, operations
+from flowstore_conformance.claim_tokens import ClaimToken, comparable_owner
+from flowstore_core import (
+    Capability,
+    FlowRunDetail,
+    FlowStoreError,
+    RunPage,
+    StepRequest,
+    operations,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +34,17 @@ class Call:
     def operation(self) -> operations.Operation:
         """The row of the operation table."""
         return operations.OPERATIONS[self.method]
+
+    def is_offered(self, capabilities: Collection[Capability]) -> bool:
+        """Whether a store with these capabilities accepts the operation and the given keywords."""
+        keywords = operations.KEYWORD_CAPABILITIES.get(self.method, {})
+        defaults: tuple[Any, ...] = (None, 0, (), [])
+        needs = {
+            keywords[name]
+            for name, value in self.arguments.items()
+            if name in keywords and value not in defaults
+        }
+        return self.operation.is_offered(capabilities) and needs <= set(capabilities)
 
     def source(self, names: Mapping[UUID, str] | None = None, *, store: str = "store") -> str:
         """The call as a Python expression on a store. ``names`` maps ids to expressions."""
@@ -109,9 +128,15 @@ def _field_names(kind: type) -> tuple[str, ...] | None:
     return tuple(each.name for each in dataclasses.fields(kind))
 
 
+def _without_token(name: str, value: Any) -> Any:
+    """The value of a record's field; of an owner that a store made, only the kind."""
+    return comparable_owner(value) if name == "owner" else value
+
+
 def comparable(value: Any, *, exact_times: bool = True) -> Any:
     """Convert a result to a hashable value for comparisons of two stores, or of a store and the model.
 
+    All random owners of claims are equal.
     Mappings become tuples of pairs in key order, sequences become tuples, enums become strings. With
     ``exact_times=False``, for a store without a virtual clock, all datetimes are equal.
     """
@@ -124,7 +149,10 @@ def comparable(value: Any, *, exact_times: bool = True) -> Any:
         # Ordered by their start times, which are not exact.
         value = dataclasses.replace(value, steps=tuple(sorted(value.steps, key=lambda one: one.step_key)))
     if (names := _field_names(kind)) is not None:
-        fields = tuple((name, comparable(getattr(value, name), exact_times=exact_times)) for name in names)
+        fields = tuple(
+            (name, comparable(_without_token(name, getattr(value, name)), exact_times=exact_times))
+            for name in names
+        )
         return (kind.__name__, fields)
     if isinstance(value, RunPage):
         return (
@@ -152,6 +180,12 @@ def error_name(error: FlowStoreError) -> str:
 def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
     """A value as Python source that uses only names imported by generated programs."""
     names = names or {}
+    if isinstance(value, ClaimToken):
+        return f"owners[{literal(value.run_id, names)}, {value.step_key!r}]"
+    if isinstance(value, StepRequest):
+        return _request(value, names)
+    if isinstance(value, str) and (queue := split_queue(value)) is not None and queue[1] in names:
+        return f"f'{queue[0]}/{{{names[queue[1]]}.hex}}'"
     if isinstance(value, UUID):
         if value in names:
             return names[value]
@@ -170,6 +204,24 @@ def literal(value: Any, names: Mapping[UUID, str] | None = None) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(literal(each, names) for each in value) + "]"
     return repr(value)
+
+
+def split_queue(name: str) -> tuple[str, UUID] | None:
+    """The parts of a queue name that a race has for itself: its first name, and an id of the race."""
+    plain, _, own = name.rpartition("/")
+    try:
+        return (plain, UUID(hex=own)) if plain else None
+    except ValueError:
+        return None
+
+
+def _request(value: StepRequest, names: Mapping[UUID, str]) -> str:
+    given = [
+        f"{each.name}={literal(getattr(value, each.name), names)}"
+        for each in dataclasses.fields(value)
+        if getattr(value, each.name) != each.default
+    ]
+    return f"StepRequest({', '.join(given)})"
 
 
 def _timedelta(value: timedelta) -> str:

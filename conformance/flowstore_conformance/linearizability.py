@@ -196,11 +196,15 @@ class _Search:
 
 
 def _is_inert(operation: Operation) -> bool:
-    """Whether the outcome shows that nothing changed: a read, an error, or False."""
+    """Whether the outcome shows that nothing changed: a read, an error, False, or no claim."""
     outcome = operation.outcome
     if outcome is UNKNOWN:
         return False
-    return isinstance(outcome, Raised) or outcome == Returned(False) or not operation.call.operation.writes
+    return (
+        isinstance(outcome, Raised)
+        or outcome in (Returned(False), Returned(()))
+        or not operation.call.operation.writes
+    )
 
 
 def apply_call(state: State, operation: Operation, *, exact_times: bool = True) -> tuple[Outcome, State]:
@@ -217,8 +221,13 @@ def apply_call(state: State, operation: Operation, *, exact_times: bool = True) 
 
 
 def _copy_for(state: State, operation: Operation) -> State:
-    """A copy of the state in which the call may change the runs that it names; other runs are shared."""
+    """A copy of the state in which the call may change the runs that it names; other runs are shared.
+
+    A call that names no run may change every run.
+    """
     arguments = operation.call.arguments
+    if "run_id" not in arguments:
+        return state.copy()
     after = State(dict(state.runs), dict(state.keys))
     named = {arguments.get("run_id")}
     if arguments.get("idempotency_key") is not None:

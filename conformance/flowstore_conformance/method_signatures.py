@@ -11,7 +11,7 @@ from typing import Any
 
 from flowstore_conformance.traces import place
 from flowstore_core import Capability, FlowStore
-from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS
+from flowstore_core.operations import BASE_OPERATIONS, CAPABILITY_METHODS, KEYWORD_CAPABILITIES
 
 AWAITABLES = ("Awaitable", "Coroutine", "Future", "Task")
 
@@ -46,12 +46,21 @@ def compare(store: Any, capabilities: Collection[Capability]) -> tuple[Signature
     names: dict[str, Capability | None] = dict.fromkeys(BASE_OPERATIONS)
     for capability in sorted(capabilities):
         names.update(dict.fromkeys(CAPABILITY_METHODS.get(capability, ()), capability))
-    return tuple(finding for name, needs in names.items() for finding in _compare(store, name, needs))
+    return tuple(
+        finding for name, needs in names.items() for finding in _compare(store, name, needs, capabilities)
+    )
 
 
-def _compare(store: Any, name: str, capability: Capability | None) -> Iterator[SignatureFinding]:
+def _compare(
+    store: Any, name: str, capability: Capability | None, capabilities: Collection[Capability]
+) -> Iterator[SignatureFinding]:
     declared = getattr(FlowStore, name)
-    wanted = [one for one in inspect.signature(declared).parameters.values() if one.name != "self"]
+    keywords = KEYWORD_CAPABILITIES.get(name, {})
+    wanted = [
+        one
+        for one in inspect.signature(declared).parameters.values()
+        if one.name != "self" and keywords.get(one.name) in (None, *capabilities)
+    ]
     method = getattr(store, name, None)
 
     def finding(

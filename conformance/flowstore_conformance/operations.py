@@ -16,9 +16,12 @@ from flowstore_conformance.history import Call
 from flowstore_conformance.model.state import Step
 from flowstore_conformance.strategies import (
     ENDINGS,
+    FINAL_OUTCOMES,
     IDEMPOTENCY_KEYS,
     LEASES,
     OUTCOMES,
+    PRIORITIES,
+    QUEUES,
     SEARCHES,
     SIGNALS,
     SPANS,
@@ -27,7 +30,7 @@ from flowstore_conformance.strategies import (
     ChoiceSource,
     Universe,
 )
-from flowstore_core import Capability
+from flowstore_core import Capability, StepRequest
 from flowstore_core.operations import OPERATIONS
 
 Arguments = dict[str, Any]
@@ -47,7 +50,12 @@ def _start_run(d: CallStrategy) -> Arguments:
 
 def _trigger_run(d: CallStrategy) -> Arguments:
     key = d.sampled_from((*IDEMPOTENCY_KEYS, None))
-    return {**_start_run(d), "idempotency_key": key, "timeout_at": d.maybe_timestamp()}
+    drawn = {**_start_run(d), "idempotency_key": key, "timeout_at": d.maybe_timestamp()}
+    return {**drawn, **_dispatch(d.requests(after=False))}
+
+
+def _dispatch(requests: tuple[StepRequest, ...]) -> Arguments:
+    return {"dispatch": requests} if requests else {}
 
 
 def _complete_run(d: CallStrategy) -> Arguments:
@@ -111,17 +119,20 @@ def _retry_step(d: CallStrategy) -> Arguments:
     reset = [each for each in d.universe.keys if steps.get(each, Step()).status == "Skipped"]
     if d.one_of(False, False, True):
         reset = [each for each in d.universe.keys if d.one_of(True, False)]
-    return {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
+    drawn = {"run_id": run_id, "step_key": key, "attempt": d.attempt(step), "reset": reset}
+    return {**drawn, **_dispatch(d.requests())}
 
 
 def _reschedule_step(d: CallStrategy) -> Arguments:
     run_id, key, step = d.step(lambda step: step.is_open or (step.attempts and step.status == "Pending"))
+    fails = d.has(Capability.QUEUES) and d.one_of(False, True)
     return {
         "run_id": run_id,
         "step_key": key,
         "attempt": d.attempt(step) or 1,
         "output_json": d.text(),
         "due_at": d.maybe_timestamp(),
+        **({"error_message": d.one_of("x%_", "")} if fails else {}),
     }
 
 
@@ -148,12 +159,58 @@ def _renew_step_claim(d: CallStrategy) -> Arguments:
 
 def _try_record_dispatch(d: CallStrategy) -> Arguments:
     run_id, key, _ = d.step(lambda step: not step.is_terminal and step.dispatch is None, running=True)
-    return {"run_id": run_id, "step_key": key, "due_at": d.maybe_timestamp()}
+    drawn = {"run_id": run_id, "step_key": key, "due_at": d.maybe_timestamp()}
+    if not d.has(Capability.QUEUES) or d.one_of(False, False, True):
+        return drawn
+    queued = {"queue": d.sampled_from(QUEUES), "priority": d.sampled_from(PRIORITIES)}
+    return {**drawn, **queued, "step_type": d.one_of("http", "other"), "input_json": d.text()}
 
 
 def _dispatched(d: CallStrategy) -> Arguments:
     run_id, key, _ = d.step(lambda step: step.dispatch is not None)
     return {"run_id": run_id, "step_key": key}
+
+
+def _claim_next_steps(d: CallStrategy) -> Arguments:
+    return {
+        "queues": d.queues(),
+        "lease": d.sampled_from(LEASES),
+        "limit": d.one_of(1, 2, 1000),
+        "worker": d.one_of(None, "W"),
+    }
+
+
+def _advance_run(d: CallStrategy) -> Arguments:
+    run_id, key, step = d.step(lambda step: step.is_open)
+    outcome = {"output_json": d.text(), "error_message": d.text()}
+    status = d.sampled_from(FINAL_OUTCOMES)
+    if not step.is_open and step.attempts and step.attempts[-1].status in FINAL_OUTCOMES and d.often():
+        last = step.attempts[-1]
+        # The recorded outcome again: only the requests are settled.
+        status = last.status.value
+        outcome = {"output_json": last.output_json, "error_message": last.error_message}
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "status": status,
+        "attempt": d.attempt(step) or 1,
+        "owner": d.owner(step) if step.claim is not None and d.one_of(True, False) else None,
+        **outcome,
+        **_dispatch(d.requests(key)),
+        "complete_as": d.one_of(None, "Succeeded", "Cancelled"),
+        "failed_as": d.one_of("Failed", None, "Cancelled"),
+    }
+
+
+def _redispatch_step(d: CallStrategy) -> Arguments:
+    run_id, key, _ = d.step(lambda step: step.dispatch and step.dispatch.queue, running=True)
+    return {
+        "run_id": run_id,
+        "step_key": key,
+        "queue": d.sampled_from((None, *QUEUES)),
+        "priority": d.sampled_from((None, *PRIORITIES)),
+        "due_at": d.maybe_timestamp(),
+    }
 
 
 def _configure_run(d: CallStrategy) -> Arguments:
@@ -254,6 +311,10 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "renew_step_claim": OperationStrategy(2, _renew_step_claim),
     "annotate_dispatch": OperationStrategy(1, lambda d: {**_dispatched(d), "job_id": d.one_of("J3", "J4")}),
     "release_dispatch": OperationStrategy(1, _dispatched),
+    "claim_next_steps": OperationStrategy(4, _claim_next_steps),
+    "advance_run": OperationStrategy(6, _advance_run),
+    "redispatch_step": OperationStrategy(2, _redispatch_step),
+    "get_queues": OperationStrategy(2, lambda d: {}),
     "trigger_run": OperationStrategy(2, _trigger_run),
     "configure_run": OperationStrategy(1, _configure_run),
     "request_cancel": OperationStrategy(1, lambda d: {**_of_run(d), "reason": d.text()}),

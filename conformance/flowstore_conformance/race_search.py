@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 
 from flowstore_conformance.call_validity import is_correctly_rejected
+from flowstore_conformance.claim_histories import by_run
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.execution import is_foreign
 from flowstore_conformance.history import Call, History, Operation, Raised
@@ -149,7 +150,7 @@ def _without_unsupported_calls(race: Race, context: CheckContext) -> Race:
     """The race without calls that the backend does not offer."""
 
     def keep(calls: tuple[Call, ...]) -> tuple[Call, ...]:
-        return tuple(call for call in calls if call.operation.is_offered(context.capabilities))
+        return tuple(call for call in calls if call.is_offered(context.capabilities))
 
     return replace(
         race,
@@ -166,7 +167,7 @@ def judge(context: CheckContext, run: RaceRun, budget: int = DEFAULT_BUDGET) -> 
     Inconclusive if ten times the budget is not enough.
     """
     operations = [one for one in run.history.operations if not is_correctly_rejected(one.call, one.outcome)]
-    history = History.of(operations)
+    history = by_run(History.of(operations))
     foreign = [one for one in operations if is_foreign(one.outcome)]
     if foreign:
         return Verdict(answer=Answer.VIOLATION, states=0, unplaced=tuple(foreign))
@@ -214,7 +215,7 @@ def _violation(
         message,
         clause=clause,
         program=_program(context, run, topology, f"{clause}: {message}"),
-        history=run.history,
+        history=by_run(run.history),
         verdict=verdict,
     )
     violation.__cause__ = cause

@@ -20,12 +20,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import combinations
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 from flowstore_conformance.context import VirtualClock
 from flowstore_conformance.execution import YieldDetector, begin, finish, is_unavailable
-from flowstore_conformance.history import UNKNOWN, Call, History, Operation
+from flowstore_conformance.history import UNKNOWN, Call, History, Operation, split_queue
 from flowstore_core import FlowStore
 
 BEFORE, AFTER = -1, -2
@@ -54,7 +54,7 @@ class Race:
         return tuple(dict.fromkeys(value for value in values if isinstance(value, UUID)))
 
     def on_fresh_ids(self, generator: random.Random) -> Race:
-        """The race on unused ids, which sort like the original ids."""
+        """The race on unused ids, which sort like the original ids, and on queues of its own."""
         fresh = sorted(UUID(int=generator.getrandbits(127)) for _ in self.ids)
         names = dict(zip(sorted(self.ids), fresh, strict=True))
         return self.changed(lambda call: _renamed(call, names))
@@ -100,10 +100,26 @@ class Race:
 
 
 def _renamed(call: Call, names: dict[UUID, UUID]) -> Call:
-    arguments = {
-        name: names[value] if isinstance(value, UUID) else value for name, value in call.arguments.items()
-    }
-    return replace(call, arguments=arguments)
+    suffix = min(names.values(), default=UUID(int=0)).hex
+
+    def rename(argument: str, value: Any) -> Any:
+        if isinstance(value, UUID):
+            return names[value]
+        if argument == "queue" and value is not None:
+            return _own_queue(value, suffix)
+        if argument == "queues":
+            return [_own_queue(queue, suffix) for queue in value]
+        if argument == "dispatch":
+            return tuple(replace(each, queue=_own_queue(each.queue, suffix)) for each in value)
+        return value
+
+    return replace(call, arguments={name: rename(name, value) for name, value in call.arguments.items()})
+
+
+def _own_queue(queue: str, suffix: str) -> str:
+    """The name of a queue that only this race uses."""
+    split = split_queue(queue)
+    return f"{queue if split is None else split[0]}/{suffix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

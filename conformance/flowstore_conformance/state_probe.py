@@ -143,11 +143,13 @@ async def find_partial_effect(
     before: ModelState,
     possible: Sequence[ModelState],
     exact_times: bool,
+    compensates: bool = False,
 ) -> str | None:
     """Describe a partial effect of a call with an unknown outcome; None if it had a whole or no effect.
 
     ``before`` is the state before the call, ``possible`` are the allowed states now. The call is then
-    repeated: its outcome and its effect must follow from the state that the store is in.
+    repeated: its outcome and its effect must follow from the state that the store is in. ``compensates``
+    means that the call was cancelled and undoes its effect.
     """
     wanted = [one.observe(probes, exact_times=exact_times) for one in possible]
     seen = await observe_until(store, probes, wanted, exact_times=exact_times)
@@ -158,7 +160,7 @@ async def find_partial_effect(
     right = [one.outcome for one in again]
     outcome = await outcome_of(store, call, exact_times=exact_times)
     for _ in range(MAX_LATE_REPEATS):
-        if outcome in right or any(one is not before for one in possible):
+        if outcome in right or not compensates:
             break
         # The cancelled call may have won only now and be about to compensate, which equals no effect.
         if await observe_until(store, probes, wanted, exact_times=exact_times) not in wanted:

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from flowstore_conformance.model import Model, Run
 from flowstore_conformance.model.state import Step
-from flowstore_core import Capability, RunPosition
+from flowstore_core import Capability, RunPosition, StepRequest, StepStatus
 
 T = TypeVar("T")
 
@@ -20,8 +20,11 @@ FLOWS = (UUID(int=0xF1), UUID(int=0xF2))
 OWNERS = ("one", "two", "One")
 TEXTS = (None, "", "x%_", "ABC é")
 SIGNALS = ("go", "Go")
+QUEUES = ("mail", "Mail")
+PRIORITIES = (0, 9, 0, 1)
 IDEMPOTENCY_KEYS = ("k", "K")
 OUTCOMES = ("Succeeded", "Failed", "Pending", "Skipped")
+FINAL_OUTCOMES = ("Succeeded", "Failed", "Skipped")
 ENDINGS = ("Succeeded", "Failed", "Cancelled")
 SEARCHES = (None, "", "x%", "abc", "B", "É", "é", "running", "superseded", "J1", "-0000", "_")
 TICK = timedelta(microseconds=1)
@@ -171,6 +174,41 @@ class CallStrategy:
             self.sampled_from((holder, holder, *self.universe.owners))
             if holder
             else self.sampled_from((None, *self.universe.owners))
+        )
+
+    def has(self, capability: Capability) -> bool:
+        return capability in self.universe.capabilities
+
+    def queues(self) -> list[str]:
+        """Mostly every queue."""
+        return self.one_of(list(QUEUES), [QUEUES[0]], [QUEUES[1], "no such queue"])
+
+    def requests(self, step_key: str | None = None, *, after: bool = True) -> tuple[StepRequest, ...]:
+        """Requests for some keys, in a drawn order; none for ``step_key``."""
+        if not self.has(Capability.QUEUES):
+            return ()
+        left = [key for key in self.universe.keys if key != step_key]
+        requests = []
+        for _ in range(self.one_of(0, 1, 1, 2)):
+            if left:
+                key = self.sampled_from(left)
+                left.remove(key)
+                requests.append(self._request(key, after=after))
+        return tuple(requests)
+
+    def _request(self, step_key: str, *, after: bool) -> StepRequest:
+        others = [key for key in self.universe.keys if key != step_key]
+        ends = tuple(key for key in others if self.one_of(False, True)) if after else ()
+        every = (StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED)
+        return StepRequest(
+            step_key=step_key,
+            step_type=self.one_of("http", "other"),
+            input_json=self.text(),
+            queue=self.sampled_from(QUEUES),
+            priority=self.sampled_from(PRIORITIES),
+            due_at=self.maybe_timestamp(),
+            after=ends,
+            accept=frozenset(self.one_of(every[:1], every, every[1:2], every[:2])),
         )
 
     def lease(self, owner: str | None) -> dict[str, Any]:

@@ -132,7 +132,8 @@ async def run_suite(
 
     try:
         await run.inspect(adapt=check_timeout is None)
-        if checks is None:
+        if not (checks or clauses or check_names):
+            # A few selected checks run one after another, so that the progress names the check that hangs.
             await run.run_lanes([one for one in chosen if one.tolerates_others], passed)
         done = {one.check for one in results}
         for check in [one for one in chosen if one not in done]:
@@ -313,7 +314,12 @@ class SuiteRun:
         variant = self._variants.of(check)
         if self._shared is None and self._shares and not check.isolated:
             self._shared = self._new_shared_namespace(variant)
-        shared = self._shared
+        result = await self._run(check, variant, self._shared)
+        if result.status is Status.UNSUPPORTED and self._only_variant_lacks(check, variant):
+            result = await self._run(check, DEFAULT_VARIANT, None)
+        return result
+
+    async def _run(self, check: Check, variant: str | None, shared: SharedNamespace | None) -> CheckResult:
         return await self._examine(
             check,
             lambda: run_check(
@@ -327,6 +333,12 @@ class SuiteRun:
                 variant=variant,
             ),
         )
+
+    def _only_variant_lacks(self, check: Check, variant: str | None) -> bool:
+        """Whether the store has a capability without the variant, which the seed selected."""
+        if variant == DEFAULT_VARIANT or DEFAULT_VARIANT not in self._variants.names:
+            return False
+        return _unsupported(check, self.backend.capabilities) is None
 
     async def rerun_failed(
         self, result: CheckResult, *, repeats: int = REPEATS, seconds: float = REPEAT_SECONDS
@@ -610,7 +622,9 @@ async def _run_in_lane(
         return lacking
     try:
         async with made as context:
-            outcome = _unsupported(check, context.capabilities) or await _judge(check, context)
+            if _unsupported(check, context.capabilities):
+                return None  # The variant lacks a capability that the backend has.
+            outcome = await _judge(check, context)
     except asyncio.CancelledError:
         if _is_cancelled():
             raise

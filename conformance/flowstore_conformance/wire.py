@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ from uuid import UUID
 from flowstore_conformance.history import UNKNOWN, Call, Operation, Outcome, Raised, Returned
 from flowstore_conformance.races import ClientResult, ClientTask
 from flowstore_conformance.traces import RemoteError, pack_error
-from flowstore_core import RunPosition
+from flowstore_core import RunPosition, StepRequest
 
 TICK = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -45,6 +46,8 @@ def pack(value: Any) -> Any:
         return {"s": value // TICK}
     if isinstance(value, RunPosition):
         return {"p": str(value)}
+    if isinstance(value, StepRequest):
+        return {"q": {each.name: pack(getattr(value, each.name)) for each in dataclasses.fields(value)}}
     if isinstance(value, Mapping):
         return {"m": [[pack(key), pack(each)] for key, each in value.items()]}
     if isinstance(value, (set, frozenset)):
@@ -71,6 +74,8 @@ def unpack(value: Any) -> Any:
         return content * TICK
     if kind == "p":
         return RunPosition.parse(content)
+    if kind == "q":
+        return StepRequest(**{name: unpack(each) for name, each in content.items()})
     if kind == "m":
         return {unpack(key): unpack(each) for key, each in content}
     items = [unpack(each) for each in content]

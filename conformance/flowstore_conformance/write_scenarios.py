@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from flowstore_conformance.context import CheckContext
 from flowstore_conformance.history import Call
 from flowstore_conformance.state_probe import probe_calls
-from flowstore_core import Capability
+from flowstore_core import Capability, StepRequest, StepStatus
 
 LONG_AGO = datetime(2001, 2, 3, 4, 5, 6, 789, UTC)
+LATER = datetime(2099, 1, 1, tzinfo=UTC)
 LEASE = timedelta(hours=1)
 
 
@@ -25,6 +27,8 @@ class Scenario:
     call: Call
     must_compensate: bool
     """Whether a cancelled call must leave no effect: ownerless claims and dispatches (CON-4)."""
+    compensation: tuple[Call, ...] = ()
+    """The calls whose effect a compensation has, if it leaves more than no effect (QUE-3)."""
     probes: tuple[Call, ...]
 
 
@@ -40,6 +44,15 @@ def _on(run_id: UUID, method: str, *names: str, **arguments: object) -> Call:
     """A call on a run; the optional positional name is the step key."""
     keys = {"step_key": names[0]} if names else {}
     return Call(method=method, arguments={"run_id": run_id, **keys, **arguments})
+
+
+def _queue_of(run_id: UUID) -> str:
+    """A queue that only this run uses, so that claim_next_steps acts on it alone."""
+    return f"queue/{run_id.hex}"
+
+
+def _request(run_id: UUID, step_key: str, **given: Any) -> StepRequest:
+    return StepRequest(step_key=step_key, step_type="http", queue=_queue_of(run_id), **given)
 
 
 def _scenarios() -> dict[str, ScenarioFactory]:
@@ -105,6 +118,71 @@ def _scenarios() -> dict[str, ScenarioFactory]:
 
     def claim_without_owner(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         return [_run(run, flow)], _on(run, "try_claim_step", "a")
+
+    def claim_queued(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        queue = _queue_of(run)
+        setup = [
+            _run(run, flow),
+            _on(run, "try_record_dispatch", "a", queue=queue, priority=3, step_type="http", input_json="{ }"),
+            _on(run, "try_record_dispatch", "b", queue=queue, step_type="http"),
+            _on(run, "request_cancel", reason="enough"),
+        ]
+        # A repeated call that claimed again would claim "b".
+        claim = {"queues": [queue], "lease": LEASE, "limit": 1, "worker": "worker 1"}
+        return setup, Call(method="claim_next_steps", arguments=claim)
+
+    def claim_again(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, claim = claim_queued(run, flow)
+        # An open attempt without a claim protects nothing.
+        return [*setup, _on(run, "record_step_start", "a", step_type="by hand")], claim
+
+    def advance(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = [
+            _run(run, flow),
+            _on(run, "try_record_dispatch", "a", queue=_queue_of(run), step_type="http"),
+            _on(run, "try_claim_step", "a", owner="o"),
+            _on(run, "record_step_start", "a", step_type="http", owner="o"),
+            _on(run, "record_skipped_step", "c", step_type="http", reason="not needed"),
+        ]
+        ended = {"status": "Succeeded", "attempt": 1, "owner": "o", "output_json": "[1]"}
+        requests = (
+            _request(
+                run, "b", after=("a", "c"), accept=frozenset({StepStatus.SUCCEEDED, StepStatus.SKIPPED})
+            ),
+            _request(run, "d", after=("a", "c")),
+            _request(run, "e", after=("d",), accept=frozenset({StepStatus.SKIPPED})),
+        )
+        return setup, _on(run, "advance_run", "a", **ended, dispatch=requests, complete_as="Succeeded")
+
+    def advance_to_the_end(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, last = advance(run, flow)
+        requests = (_request(run, "d", after=("a", "c")),)
+        return setup, Call(method="advance_run", arguments={**last.arguments, "dispatch": requests})
+
+    def dispatch_to_queue(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        queued = {"queue": _queue_of(run), "priority": 9, "step_type": "http", "input_json": "{ }"}
+        return [_run(run, flow)], _on(run, "try_record_dispatch", "a", due_at=LONG_AGO, **queued)
+
+    def redispatch(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, dispatch = dispatch_to_queue(run, flow)
+        annotate = _on(run, "annotate_dispatch", "a", job_id="job 1")
+        more = {"queue": f"{_queue_of(run)} later", "priority": 0, "due_at": LATER}
+        return [*setup, dispatch, annotate], _on(run, "redispatch_step", "a", **more)
+
+    def fail_and_reschedule(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup = advance(run, flow)[0][:4]
+        failed = {"attempt": 1, "error_message": "no", "due_at": LATER}
+        return setup, _on(run, "reschedule_step", "a", **failed)
+
+    def retry_and_dispatch(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, retry = retry_step(run, flow)
+        requests = (_request(run, "a"), _request(run, "b", after=("a",)), _request(run, "c", priority=2))
+        return setup, Call(method=retry.method, arguments={**retry.arguments, "dispatch": requests})
+
+    def trigger_and_dispatch(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, trigger = trigger_run(run, flow)
+        requests = (_request(run, "a"), _request(run, "b", due_at=LATER))
+        return setup, Call(method=trigger.method, arguments={**trigger.arguments, "dispatch": requests})
 
     def claim_dispatched(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup = [
@@ -200,14 +278,10 @@ SCENARIOS = _scenarios()
 def available(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory]:
     """The scenarios whose calls are all offered with these capabilities."""
 
-    def is_offered(call: Call) -> bool:
-        leased = "lease" in call.arguments
-        return call.operation.is_offered(capabilities) and (not leased or Capability.LEASES in capabilities)
-
     found = {}
     for name, factory in SCENARIOS.items():
         setup, call = factory(UUID(int=1), UUID(int=2))
-        if all(is_offered(one) for one in (*setup, call)):
+        if all(one.is_offered(capabilities) for one in (*setup, call)):
             found[name] = factory
     return found
 
@@ -216,12 +290,17 @@ def new_scenario(context: CheckContext, factory: ScenarioFactory) -> Scenario:
     run_id, flow_id = (UUID(int=context.random.getrandbits(128)) for _ in range(2))
     setup, call = factory(run_id, flow_id)
     ownerless = call.method == "try_claim_step" and call.arguments.get("owner") is None
+    compensation = []
+    if call.method == "claim_next_steps":
+        compensation.append(_on(run_id, "release_step_claim", "a"))
+        compensation.append(_on(run_id, "record_step_complete", "a", status="Pending"))
     return Scenario(
         run_id=run_id,
         setup=tuple(setup),
         call=call,
-        must_compensate=ownerless or call.method == "try_record_dispatch",
+        must_compensate=ownerless or call.method in ("try_record_dispatch", "claim_next_steps"),
+        compensation=tuple(compensation),
         probes=probe_calls(
-            run_id, context.capabilities, step_keys=("a", "b"), keys=[(flow_id, "manual", "K")]
+            run_id, context.capabilities, step_keys=("a", "b", "c", "d", "e"), keys=[(flow_id, "manual", "K")]
         ),
     )

@@ -15,13 +15,13 @@ from flowstore_conformance.context import ContractViolation
 from flowstore_conformance.history import Raised, Returned, comparable, error_name
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.state_probe import describe_outcome, find_partial_effect, invoke
-from flowstore_conformance.write_scenarios import Scenario, available
+from flowstore_conformance.write_scenarios import Scenario
 
 from flowstore_chaos.context import RunContext
 from flowstore_chaos.leaks import ResourceSnapshot
 from flowstore_chaos.proxy import Fault, MessageMatch, proxy_before_port
 from flowstore_chaos.scenario import FaultScenario
-from flowstore_chaos.scenarios_from_suite import expected_state, new_scenario
+from flowstore_chaos.scenarios_from_suite import expected_state, factories_by_name, new_scenario
 from flowstore_chaos.server import Server
 from flowstore_core import FlowStore, FlowStoreError, TriggerResult, new_run_id, open_store
 from flowstore_core.urls import parse_url
@@ -108,7 +108,7 @@ async def _round(context: RunContext, url: str, server: Server | None) -> None:
 
 async def _new_scenarios(context: RunContext, store: FlowStore, count: int) -> list[Scenario]:
     """Random scenarios of the conformance suite, set up."""
-    factories = list(available(store.capabilities).values())
+    factories = list(factories_by_name(store.capabilities).values())
     scenarios = [
         new_scenario(context.rng, context.rng.choice(factories), store.capabilities) for _ in range(count)
     ]
@@ -127,7 +127,7 @@ async def _set_up(context: RunContext, store: FlowStore, scenarios: Sequence[Sce
 
 async def _sweep(context: RunContext, store: FlowStore) -> None:
     """Cancel some calls at each of their awaits, one after another."""
-    factories = available(store.capabilities)
+    factories = factories_by_name(store.capabilities)
     names = context.rng.sample(sorted(factories), SWEEPS_PER_ROUND)
     if context.is_mutant:
         names[0] = "trigger_run"

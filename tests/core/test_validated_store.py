@@ -18,6 +18,7 @@ from flowstore_conformance.checks.operations import (
     HOSTILE,
     hostile_arguments,
     legal_arguments,
+    offered_arguments,
 )
 
 from flowstore_core import (
@@ -31,7 +32,7 @@ from flowstore_core import (
     StoreClosedError,
     open_store,
 )
-from flowstore_core.operations import CAPABILITY_METHODS
+from flowstore_core.operations import CAPABILITY_METHODS, KEYWORD_CAPABILITIES
 from tests.core.conftest import RECORDING, Install
 
 EXTENSIONS = {method: capability for capability, methods in CAPABILITY_METHODS.items() for method in methods}
@@ -61,12 +62,14 @@ async def test_a_backend_gets_every_parameter_by_keyword(install: Install, opera
     }
     async with open_store("mine://x") as store:
         await getattr(store, operation)(**legal)
-        for name in ("skip", "take", "after", "reset"):
+        for name in ("skip", "take", "after", "reset", "limit", *KEYWORD_CAPABILITIES.get(operation, ())):
             required.pop(name, None)
         await getattr(store, operation)(**required)
     (_, called, full), (_, _, least) = importlib.import_module("plugin_of_mine").calls
     assert called == operation
-    assert set(full) == set(least) == set(ARGUMENT_KINDS[operation])
+    assert set(full) == set(ARGUMENT_KINDS[operation])
+    # A keyword of another capability is passed on only if it was given.
+    assert set(full) - set(least) == set(KEYWORD_CAPABILITIES.get(operation, ())) - {"lease"}
     assert {name: least[name] for name in required} == {name: full[name] for name in required}
 
 
@@ -181,15 +184,14 @@ async def test_argument_errors_precede_closed_and_not_supported(install: Install
         # A base operation that the backend's store lacks.
         code = code.replace('operation.startswith("_")', "True")
     install("mine", code)
-    legal = legal_arguments(operation)
-    legal.pop("lease", None) if operation == "try_claim_step" else None
-    name, hostile = next(hostile_arguments(operation, HOSTILE))
-    if operation == "try_claim_step":
-        hostile.pop("lease")
+    legal = offered_arguments(operation, ())
+    name, hostile = next(hostile_arguments(operation, HOSTILE), (None, legal))
+    hostile = {key: value for key, value in hostile.items() if key in legal}
     async with open_store("mine://x") as store:
-        with pytest.raises(InvalidArgumentError) as caught:
-            await getattr(store, operation)(**hostile)
-        assert caught.value.argument == name
+        if name is not None:
+            with pytest.raises(InvalidArgumentError) as caught:
+                await getattr(store, operation)(**hostile)
+            assert caught.value.argument == name
         with pytest.raises(NotSupportedError) as refused:
             await getattr(store, operation)(**legal)
         capability = EXTENSIONS.get(operation)
@@ -198,8 +200,9 @@ async def test_argument_errors_precede_closed_and_not_supported(install: Install
         assert refused.value.capability == ("base" if capability is None else capability.value)
         assert operation in str(refused.value)
         await store.aclose()
-        with pytest.raises(InvalidArgumentError):
-            await getattr(store, operation)(**hostile)
+        if name is not None:
+            with pytest.raises(InvalidArgumentError):
+                await getattr(store, operation)(**hostile)
         with pytest.raises(StoreClosedError):
             await getattr(store, operation)(**legal)
     assert importlib.import_module("plugin_of_mine").calls == []

@@ -44,6 +44,7 @@ MODULES = (
     "keys",
     "lost_messages",
     "queries",
+    "queues",
     "races",
     "records",
     "retention",
@@ -53,6 +54,7 @@ MODULES = (
     "steps",
     "times",
     "volumes",
+    "watching",
 )
 
 

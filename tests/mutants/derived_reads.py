@@ -108,7 +108,7 @@ class IndexMissesLateCompletions:
     """Does not index a run again when one of its steps is completed after it."""
 
     async def opened(self: Any) -> None:
-        await self._database.write(lambda db, now: db.execute("DROP TRIGGER IF EXISTS search_late"))
+        await self._database.write(lambda db, now: db.execute("DROP TRIGGER IF EXISTS search_closed"))
 
 
 @mutant("postgresql", "QRY-2")

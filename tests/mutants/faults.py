@@ -154,7 +154,7 @@ class _WriteBehind:
 
     async def _later(self, operation: Any, given: Any) -> None:
         async def late() -> None:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
             await operation(**given)
 
         if await super().get_run_status(run_id=given["run_id"]) is None:  # type: ignore[misc]

@@ -177,11 +177,11 @@ class TextsJoinedBySeparator:
     """Joins the inputs of concurrent starts into one text and splits it at a separator."""
 
     async def record_step_start(self, **given: Any) -> int:
-        waiting: list[str] = self.__dict__.setdefault("_waiting", [])
+        waiting: list[str] = self.__dict__.setdefault("_joined", [])
         index = len(waiting)
         waiting.append(given["input_json"] or "")
         await asyncio.sleep(0)
-        self.__dict__.pop("_waiting", None)
+        self.__dict__.pop("_joined", None)
         if given["input_json"] is not None:
             given["input_json"] = "\x1f".join(waiting).split("\x1f")[index]
         return int(await super().record_step_start(**given))

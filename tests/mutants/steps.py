@@ -296,7 +296,7 @@ class StalledIncludesWaiting(PatchedSqlite):
     """Lists steps that wait for a signal."""
 
     patch_sql = SqlPatch(
-        (r"AND delivered_at IS NULL AND expired_at IS NULL\s+AND \(waiters.expires_at", r"AND FALSE \g<0>"),
+        (r"AND delivered_at IS NULL AND expired_at IS NULL AND expires_at IS NULL", r"AND FALSE \g<0>"),
     )
 
 

@@ -14,7 +14,7 @@ from tests.mutants import mutant
 from tests.mutants.sql_patching import PatchedPostgres, SqlPatch
 
 
-@mutant("sqlite", "QRY-3")
+@mutant("sqlite", "UNK")
 class StatusesOfFirstThousandSteps:
     """Returns the statuses of the first 1,000 steps of a run."""
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepStatus
+from flowstore_core import FlowStore, FlowStoreError, RunStatus, StepRequest, StepStatus
 from flowstore_core.operations import OPERATIONS as CONTRACT
 
 PASSWORD = "caNary/p@ss?w#rd:1"
@@ -157,6 +157,22 @@ def values(run_id: UUID) -> dict[str, Any]:
         "after": None,
         "skip": 0,
         "take": 10,
+        "queue": "queue",
+        "queues": ["queue"],
+        "priority": 1,
+        "limit": 10,
+        "timeout": timedelta(milliseconds=1),
+        "worker": "worker",
+        "complete_as": RunStatus.SUCCEEDED,
+        "failed_as": RunStatus.FAILED,
+        "dispatch": [
+            StepRequest(
+                step_key="next",
+                step_type="task",
+                queue="queue",
+                input_json=f"{TEXTS['input_json']} in dispatch",
+            )
+        ],
     }
 
 
@@ -187,6 +203,6 @@ def _arguments(name: str, operation: Any, given: Mapping[str, Any]) -> dict[str,
         arguments["after"] = 0
     if name == "complete_run":
         arguments["status"] = RunStatus.FAILED
-    elif name == "record_step_complete":
+    elif name in ("record_step_complete", "advance_run"):
         arguments["status"] = StepStatus.FAILED
     return arguments

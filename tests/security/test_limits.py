@@ -14,18 +14,34 @@ import pytest
 
 from flowstore_cli.failures import Failure
 from flowstore_cli.stores import read_stdin
-from flowstore_core import Capability, FlowStore, InvalidArgumentError
+from flowstore_core import Capability, FlowStore, InvalidArgumentError, StepRequest
+from flowstore_core.queues import MAX_PRIORITY
 from flowstore_core.validated_store import ValidatedStore
-from flowstore_core.validation import MAX_JOB_ID, MAX_KEY, MAX_KEYS, MAX_SEARCH, MAX_TAKE, MAX_TEXT_BYTES
+from flowstore_core.validation import (
+    MAX_CLAIMS,
+    MAX_JOB_ID,
+    MAX_KEY,
+    MAX_KEYS,
+    MAX_QUEUES,
+    MAX_REQUESTS,
+    MAX_SEARCH,
+    MAX_TAKE,
+    MAX_TEXT_BYTES,
+)
 from tests.security.leaks import CANARY, OPERATIONS, TEXTS, values
 
 KEYS = {
     *("step_key", "trigger_key", "idempotency_key", "signal_name", "step_type", "flow_name", "owner"),
-    *("event_type", "key", "delivery_id"),
+    *("event_type", "key", "delivery_id", "queue"),
 }
 LIMITS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(KEYS, ("x" * (MAX_KEY + 1), f"{MAX_KEY:,}")),
     "job_id": ("x" * (MAX_JOB_ID + 1), f"{MAX_JOB_ID:,}"),
+    "worker": ("x" * (MAX_JOB_ID + 1), f"{MAX_JOB_ID:,}"),
+    "queues": ([f"{CANARY} {n}" for n in range(MAX_QUEUES + 1)], f"{MAX_QUEUES}"),
+    "limit": (MAX_CLAIMS + 1, f"{MAX_CLAIMS:,}"),
+    "priority": (MAX_PRIORITY + 1, f"{MAX_PRIORITY}"),
+    "dispatch": ([StepRequest(step_key=CANARY, step_type="task")] * (MAX_REQUESTS + 1), f"{MAX_REQUESTS:,}"),
     "search": (CANARY * MAX_SEARCH, f"{MAX_SEARCH}"),
     "take": (MAX_TAKE + 1, f"{MAX_TAKE:,}"),
     "skip": (2**63, "9,223,372,036,854,775,807"),
@@ -78,6 +94,7 @@ async def test_every_argument_has_a_known_limit(store: FlowStore) -> None:
     fixed = {
         *("run_id", "flow_id", "source_run_id", "status", "lease", "due_at", "timeout_at", "expires_at"),
         *("as_of", "cutoff", "since", "until", "granularity", "after"),
+        *("timeout", "complete_as", "failed_as"),
     }
     known = fixed | set(LIMITS) | set(TEXTS)
     for operation in OPERATIONS:

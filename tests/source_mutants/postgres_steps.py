@@ -31,6 +31,7 @@ from tests.virtual_clock import VirtualClock
 STEPS = "flowstore_postgres/steps.py"
 RETRIES = "flowstore_postgres/retries.py"
 RECOVERY = "flowstore_postgres/recovery.py"
+REQUESTS = "flowstore_postgres/requests.py"
 READS = "flowstore_postgres/shared_reads.py"
 ARRAYS = "flowstore_postgres/array_params.py"
 LEASE = timedelta(seconds=5)
@@ -451,7 +452,7 @@ async def statuses_beyond_a_thousand_are_cut_off(url: str) -> None:
     "postgresql",
     kind="sql",
     clauses=("STP-5",),
-    changes=[(STEPS, "    job_id = NULL, started_at = $5,", "    started_at = $5,")],
+    changes=[(REQUESTS, "    job_id = NULL, started_at = $5,", "    started_at = $5,")],
 )
 async def skipped_step_keeps_its_job_id(url: str) -> None:
     """Skipping a step that has started keeps the job id of its last attempt."""
@@ -619,7 +620,7 @@ async def reset_step_keeps_its_waiter(url: str) -> None:
     clauses=("STP-6",),
     changes=[
         (
-            RETRIES,
+            REQUESTS,
             "AND step_key = ANY($2::text[]) AND delivered_at IS NULL\n",
             "AND step_key = ANY($2::text[]) AND delivered_at IS NULL AND expired_at IS NULL\n",
         )
@@ -662,8 +663,7 @@ async def retry_resets_failed_steps(url: str) -> None:
     changes=[
         (
             RETRIES,
-            "claim_expires_at = NULL,\n    dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL\n"
-            "WHERE run_id = $1 AND step_key = $2\n",
+            "claim_expires_at = NULL,\n    {no_dispatch}\nWHERE run_id = $1 AND step_key = $2\n",
             "claim_expires_at = NULL\nWHERE run_id = $1 AND step_key = $2\n",
         )
     ],
@@ -894,8 +894,8 @@ async def waiter_of_another_step_hides_a_stall(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "WHEN s.status IS NOT NULL THEN coalesce(s.completed_at, s.started_at) END AS since",
-            "WHEN s.status IS NOT NULL THEN s.started_at END AS since",
+            "WHEN s.status IS NOT NULL THEN coalesce(s.completed_at, s.started_at) END AS began",
+            "WHEN s.status IS NOT NULL THEN s.started_at END AS began",
         )
     ],
 )

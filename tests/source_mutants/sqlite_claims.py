@@ -552,9 +552,9 @@ async def annotation_fails_while_the_file_is_locked(url: str) -> None:
     changes=[
         (
             CLAIMS,
-            "    expires_at = None if lease is None else _lease_end_us(lease, now)\n    row =",
+            "    expires_at = None if lease is None else lease_end_us(lease, now)\n    row =",
             "    if (run_id, step_key) in _lost:\n        return False\n"
-            "    expires_at = None if lease is None else _lease_end_us(lease, now)\n    row =",
+            "    expires_at = None if lease is None else lease_end_us(lease, now)\n    row =",
         ),
         (
             CLAIMS,

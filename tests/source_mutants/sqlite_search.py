@@ -14,6 +14,7 @@ from tests.source_mutants import source_mutant
 from tests.source_mutants.sqlite_setup import ended_run, error_of, new_step
 
 SEARCH = "flowstore_sqlite/search.py"
+MIGRATION = "flowstore_sqlite/migrations/0005_queues.sql"
 
 
 async def _is_found(store: FlowStore, text: str) -> bool:
@@ -149,7 +150,7 @@ async def quotes_break_the_index_query(url: str) -> None:
     "sqlite",
     kind="index",
     clauses=("QRY-2",),
-    changes=[(SEARCH, "WHEN OLD.searched_open OR (OLD.status", "WHEN (OLD.status")],
+    changes=[(MIGRATION, "WHEN OLD.searched_open OR (OLD.status", "WHEN (OLD.status")],
 )
 async def late_results_are_not_indexed(url: str) -> None:
     """The result of an attempt that was open when its run was indexed is not searched."""
@@ -191,7 +192,7 @@ async def late_skip_of_a_pending_step_is_not_indexed(url: str) -> None:
     clauses=("QRY-2",),
     changes=[
         (
-            SEARCH,
+            MIGRATION,
             "WHEN OLD.searched_open OR (OLD.status IS NULL AND NEW.status = 'Skipped') BEGIN",
             "WHEN OLD.searched_open BEGIN",
         )

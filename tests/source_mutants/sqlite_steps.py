@@ -726,8 +726,8 @@ async def dispatch_without_due_date_never_stalls(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "AND (waiters.expires_at IS NULL OR waiters.expires_at > :as_of)",
-            "AND waiters.expires_at > :as_of",
+            "AND expired_at IS NULL AND expires_at IS NULL",
+            "AND expired_at IS NULL AND expires_at > :as_of",
         )
     ],
 )
@@ -748,8 +748,8 @@ async def step_that_waits_for_ever_stalls(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "WHERE waiters.run_id = steps.run_id AND waiters.step_key = steps.step_key",
-            "WHERE waiters.run_id = steps.run_id",
+            "AND waiters.step_key = steps.step_key\n                AND delivered_at IS NULL AND expired_at",
+            "AND delivered_at IS NULL AND expired_at",
         )
     ],
 )
@@ -824,8 +824,8 @@ async def step_of_an_ended_run_is_rescheduled(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "due_at = ?, dispatch_job_id = NULL, dispatch_token = NULL",
-            "due_at = ?, dispatch_token = NULL",
+            "claim_token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL,",
+            "claim_token = NULL,\n    dispatched_at = ?, due_at = ?,",
         )
     ],
 )
@@ -848,8 +848,8 @@ async def new_dispatch_keeps_the_old_job_id(url: str) -> None:
     changes=[
         (
             RECOVERY,
-            "due_at = ?, dispatch_job_id = NULL, dispatch_token = NULL",
-            "due_at = ?, dispatch_job_id = NULL",
+            "token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL, dispatch_token = NULL",
+            "token = NULL,\n    dispatched_at = ?, due_at = ?, dispatch_job_id = NULL",
         )
     ],
 )

@@ -84,14 +84,26 @@ async def _check_atomicity(context: CheckContext, store: FlowStore, cancelled_ca
         possible = [after]
     elif scenario.must_compensate:
         possible = [before]
+        if scenario.compensation:
+            released = after
+            for call in scenario.compensation:
+                released = released.apply(call, exact_times=exact_times)
+            possible.append(released)
     else:
         possible = [before, after]
+    compensates = scenario.must_compensate and not isinstance(cancelled_call.outcome, Returned)
     partial = await find_partial_effect(
-        store, scenario.probes, scenario.call, before=before, possible=possible, exact_times=exact_times
+        store,
+        scenario.probes,
+        scenario.call,
+        before=before,
+        possible=possible,
+        exact_times=exact_times,
+        compensates=compensates,
     )
     context.assertions += 1
     if partial is not None:
-        what = "was not released" if possible == [before] else "took partial effect"
+        what = "was not released" if compensates else "took partial effect"
         raise ContractViolation(f"{cancelled_call.title} {what}: {partial}", program=program(cancelled_call))
 
 
@@ -139,7 +151,7 @@ async def a_cancelled_write_is_atomic(context: CheckContext) -> None:
 
 @check("CON-4", kind=Kind.CANCELLATION)
 async def a_cancelled_claim_is_released_before_the_store_closes(context: CheckContext) -> None:
-    """A cancelled ownerless claim or dispatch is released again; aclose waits for the release."""
+    """A cancelled ownerless claim, dispatch or claim of next steps is released; aclose waits for that."""
     rounds = context.profile.of(3, 5, 20)
     factories = {
         name: factory
@@ -196,6 +208,7 @@ async def cancelled_reads_leave_the_store_usable(context: CheckContext) -> None:
         ("get_run_timeseries", window),
         ("get_stalled_steps", {}),
         ("get_runs_to_stop", {}),
+        ("get_queues", {}),
     ):
         if OPERATIONS[method].is_offered(context.capabilities):
             reads.append(Call(method=method, arguments=arguments))

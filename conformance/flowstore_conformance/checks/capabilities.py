@@ -25,7 +25,13 @@ from flowstore_conformance.checks.fixtures import (
     single,
     start,
 )
-from flowstore_conformance.checks.operations import ARGUMENT_KINDS, RUN, hostile_arguments, legal_arguments
+from flowstore_conformance.checks.operations import (
+    ARGUMENT_KINDS,
+    RUN,
+    hostile_arguments,
+    legal_arguments,
+    offered_arguments,
+)
 from flowstore_conformance.context import CheckContext, VirtualClock
 from flowstore_conformance.registry import Kind, check
 from flowstore_core import (
@@ -41,12 +47,14 @@ from flowstore_core import (
     open_store,
 )
 from flowstore_core.backend import NonDurableUrls
-from flowstore_core.operations import CAPABILITY_METHODS
+from flowstore_core.operations import CAPABILITY_METHODS, KEYWORD_CAPABILITIES, OPERATIONS
 from flowstore_core.urls import redact
 
 _OPERATIONS_OF_CAPABILITIES = [
     (capability, one) for capability, names in CAPABILITY_METHODS.items() for one in names
 ]
+
+NEEDED_BY_QUEUES = {Capability.LEASES, Capability.TRIGGER, Capability.RECOVERY, Capability.WAITERS}
 
 # These checks belong to CON-2 and CON-6, which apply to every backend. A clause of the capability itself
 # would skip them on a backend without it.
@@ -60,11 +68,13 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
     context.expect_that(type(declared) is frozenset, "store.capabilities is a frozenset")
     unknown = sorted(set(declared) - set(Capability))
     context.expect(unknown, [], "every declared capability is one of the contract")
+    lacking = sorted(NEEDED_BY_QUEUES - declared) if Capability.QUEUES in declared else []
+    context.expect(lacking, [], "the capabilities that QUEUES needs and the store does not declare")
     await start(context, run_id=RUN)
     await store.try_claim_step(RUN, "charge", owner="charge")
     await store.record_step_start(RUN, "charge", "http", owner="charge")
     for capability, operation in _OPERATIONS_OF_CAPABILITIES:
-        arguments = legal_arguments(operation)
+        arguments = offered_arguments(operation, declared)
         if operation == "trigger_run":
             arguments["run_id"] = new_id(context)
         call = getattr(store, operation)(**arguments)
@@ -76,12 +86,19 @@ async def declared_capabilities_work_and_others_are_refused(context: CheckContex
             )
         else:
             await _expect_unsupported(context, call, capability, operation)
-    leased: dict[str, Any] = {"owner": "me", "lease": DAY}
-    call = store.try_claim_step(RUN, "ship", **leased)
-    if Capability.LEASES in declared:
-        context.expect(await outcome_of(call), True, "try_claim_step with a lease where LEASES is declared")
-    else:
-        await _expect_unsupported(context, call, Capability.LEASES, "try_claim_step")
+    for operation, keywords in KEYWORD_CAPABILITIES.items():
+        for capability in sorted(set(keywords.values())):
+            arguments = offered_arguments(operation, {*declared, capability})
+            if operation == "trigger_run":
+                arguments["run_id"] = new_id(context)
+            if OPERATIONS[operation].capability in (None, *declared):
+                call = getattr(store, operation)(**arguments)
+                if capability in declared:
+                    answer = await outcome_of(call)
+                    sentence = f"{operation} with {', '.join(keywords)} where {capability} is declared"
+                    context.expect_that(answer != "<NotSupportedError raised>", f"{sentence}: it raised it")
+                else:
+                    await _expect_unsupported(context, call, capability, operation)
     for operation in ARGUMENT_KINDS:
         # Arguments are checked before capabilities.
         for name, arguments in list(hostile_arguments(operation, ("id", "take", "datetime")))[:1]:

@@ -80,7 +80,7 @@ def reads_of(
     """
     calls = []
     for operation in OPERATIONS.values():
-        if not operation.writes and operation.is_offered(capabilities):
+        if not (operation.writes or operation.is_hint) and operation.is_offered(capabilities):
             required, *further = _variants(operation.name, values)
             calls += [Call(method=operation.name, arguments=given) for given in (required, *further[chosen])]
     return calls

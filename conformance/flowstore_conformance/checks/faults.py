@@ -1,4 +1,4 @@
-"""CON-1, CON-3 and CON-6 under faults: requests that are lost, late or fail, other schema versions.
+"""CON-1, CON-3, CON-6 and QUE-3 under faults: requests that are lost, late or fail, other schema versions.
 
 A backend offers the faults through protocols of flowstore_core.backend;
 without them these checks are UNSUPPORTED.
@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from enum import Enum
 
 from flowstore_conformance.checks import fixtures
-from flowstore_conformance.checks.fixtures import FLOW, assert_same, new_id
+from flowstore_conformance.checks.fixtures import FLOW, HOUR, assert_same, new_id, start
+from flowstore_conformance.checks.queues import enqueue, new_queue
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive, Unsupported
 from flowstore_conformance.history import Call, Outcome, Raised, Returned, comparable
 from flowstore_conformance.model import State
@@ -374,9 +375,13 @@ async def _check_late_arrival(
 def _undo(scenario: Scenario) -> Call | None:
     """A call that undoes the effect of a scenario's call, so that a repeated effect shows."""
     call, run_id = scenario.call, scenario.run_id
-    inverse = {"try_claim_step": "release_step_claim", "try_record_dispatch": "release_dispatch"}
+    inverse = {
+        "try_claim_step": "release_step_claim",
+        "claim_next_steps": "release_step_claim",
+        "try_record_dispatch": "release_dispatch",
+    }
     if call.method in inverse:
-        step = {"run_id": run_id, "step_key": call.arguments["step_key"]}
+        step = {"run_id": run_id, "step_key": call.arguments.get("step_key", "a")}
         return Call(method=inverse[call.method], arguments=step)
     return None
 
@@ -431,6 +436,41 @@ async def _fails_as_a_whole(
             f"{difference(scenario.probes, seen, wanted)}. Write all effects of a call in one transaction"
         )
     return has_failed
+
+
+@check("QUE-3", kind=Kind.FAULT)
+async def a_repeated_claim_claims_nothing_more(context: CheckContext) -> None:
+    """claim_next_steps whose reply is lost returns the steps that it claimed, and claims no others."""
+    store, skip, affected = context.store, 0, True
+    async with _faults(context) as faults:
+        while affected:
+            queue, run_id = new_queue(context), await start(context)
+            await enqueue(context, run_id, queue, *"abcdef")
+            # Idle connections are open and tested before the fault.
+            await faults.store.ping()
+            faults.injector.lose_reply(skip=skip)
+            outcome: object
+            try:
+                outcome = await faults.store.claim_next_steps([queue], lease=HOUR, limit=2)
+            except (StoreUnavailableError, OutcomeUnknownError) as error:
+                outcome = type(error)
+            affected = faults.injector.disarm()
+            skip += 1
+            title = f"claim_next_steps with limit=2 after the reply to its request {skip} was lost"
+            held = {claim.step_key: claim.owner for claim in await store.get_step_claims(run_id)}
+            if isinstance(outcome, tuple):
+                returned = {step.step_key: step.owner for step in outcome}
+                context.expect(len(returned), 2, f"{title}: the steps that it returned, of 6 ready ones")
+                context.expect(sorted(held), sorted(returned), f"{title}: the steps that are claimed")
+                context.expect_that(held == returned, f"{title}: each owner is that of the stored claim")
+            else:
+                most = 0 if outcome is StoreUnavailableError else 2
+                context.expect_that(len(held) <= most, f"{title}: of 6 steps {len(held)} are claimed")
+            rest = await store.claim_next_steps([queue], lease=HOUR, limit=1000)
+            left = sorted([*held, *(step.step_key for step in rest)])
+            context.expect(left, list("abcdef"), f"{title}: all steps, claimed or still ready")
+    if skip == 1:
+        raise Inconclusive("the injector affected no request of claim_next_steps", retryable=False)
 
 
 @check("CON-6", kind=Kind.FAULT, isolated=False)

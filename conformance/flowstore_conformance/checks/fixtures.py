@@ -261,6 +261,8 @@ async def observe_all(
         shown["get_statistics"] = await store.get_statistics(as_of=as_of)
     if Capability.RECOVERY in can:
         shown["get_stalled_steps"] = await store.get_stalled_steps(as_of=as_of, take=1000)
+    if Capability.QUEUES in can and context.clock is not None:
+        shown["get_queues"] = await store.get_queues()
     if Capability.DEADLINES in can:
         shown["get_runs_to_stop"] = await store.get_runs_to_stop(as_of=as_of, take=1000)
     for run_id in run_ids:

@@ -19,6 +19,7 @@ from typing import Any
 
 from flowstore_conformance import kill_target
 from flowstore_conformance.child_processes import start_module
+from flowstore_conformance.claim_histories import by_run
 from flowstore_conformance.context import CheckContext, ContractViolation, Inconclusive
 from flowstore_conformance.execution import execute, is_unavailable
 from flowstore_conformance.history import UNKNOWN, Call, History, Operation, Outcome
@@ -239,7 +240,7 @@ async def _kill_in_call(
             f"absent, or a rival's result is wrong: {describe_misfits(verdict)}. Write all effects of a call "
             "in one transaction"
         )
-        raise ContractViolation(message, history=history, verdict=verdict)
+        raise ContractViolation(message, history=by_run(history), verdict=verdict)
 
 
 def _cancel(scenario: Scenario) -> Call:

@@ -47,6 +47,8 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("try_claim_step", {"step_key": "a", "owner": "me"}),
     ("register_waiter", {"step_key": "a", "signal_name": "go"}),
     ("reschedule_step", {"step_key": "a", "attempt": 1}),
+    ("advance_run", {"step_key": "a", "status": StepStatus.FAILED, "attempt": 1}),
+    ("advance_run", {"step_key": "a", "status": StepStatus.FAILED, "attempt": 1, "owner": "me"}),
     ("append_event", {"event_type": "event"}),
     ("save_output", {"key": "a", "value_json": "1"}),
 )
@@ -79,6 +81,8 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("mark_timed_out", {"as_of": _MOMENT}, False),
     ("renew_step_claim", {"step_key": "a", "owner": "me", "lease": MINUTE}, False),
     ("extend_deadline", {"timeout_at": _MOMENT}, False),
+    ("redispatch_step", {"step_key": "a"}, False),
+    ("redispatch_step", {"step_key": "a", "queue": "mail", "priority": 1, "due_at": _MOMENT}, False),
 )
 
 
@@ -140,7 +144,7 @@ async def a_control_record_and_a_key_make_no_run(context: CheckContext) -> None:
 
 @example("UNK")
 async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
-    """On a stored run, completing, retrying and rescheduling an unstarted key raise StepNotFoundError."""
+    """Completing, retrying, rescheduling and advancing an unstarted key raise StepNotFoundError."""
     store, run_id = context.store, await start(context)
     await run_step(context, run_id, "other", StepStatus.FAILED)
     await store.try_record_dispatch(run_id, "dispatched")
@@ -153,6 +157,7 @@ async def a_step_that_never_started_is_not_found(context: CheckContext) -> None:
         ("retry_step", {}),
         ("retry_step", {"attempt": 1, "reset": ["other"]}),
         ("reschedule_step", {"attempt": 1}),
+        ("advance_run", {"status": StepStatus.FAILED, "attempt": 1}),
     )
     for key in ("unknown", "dispatched", "claimed", "waiting"):
         for operation, arguments in calls:

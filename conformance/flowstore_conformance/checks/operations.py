@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from flowstore_core import RunPosition, RunStatus, StepStatus
+from flowstore_core import Capability, RunPosition, RunStatus, StepRequest, StepStatus
+from flowstore_core.operations import KEYWORD_CAPABILITIES
 
 _DETAIL = {"run_id": "id"}
 _STEP = {"run_id": "id", "step_key": "key"}
@@ -56,11 +58,25 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         "attempt": "attempt?",
     },
     "record_skipped_step": {**_STEP, "step_type": "key", "reason": "text?", "owner": "key?"},
-    "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys"},
+    "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys", "dispatch": "requests"},
     "get_step_statuses": _DETAIL,
-    "reschedule_step": {**_STEP, "attempt": "attempt", "output_json": "text?", "due_at": "datetime?"},
+    "reschedule_step": {
+        **_STEP,
+        "attempt": "attempt",
+        "output_json": "text?",
+        "error_message": "text?",
+        "due_at": "datetime?",
+    },
     "get_stalled_steps": {"as_of": "datetime?", "take": "take"},
-    "try_record_dispatch": {**_STEP, "due_at": "datetime?"},
+    "try_record_dispatch": {
+        **_STEP,
+        "due_at": "datetime?",
+        "queue": "key?",
+        "priority": "priority",
+        # queue needs a step_type.
+        "step_type": "key",
+        "input_json": "text?",
+    },
     "annotate_dispatch": {**_STEP, "job_id": "job"},
     "release_dispatch": _STEP,
     "get_dispatched_step_keys": _DETAIL,
@@ -70,6 +86,22 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "renew_step_claim": {**_STEP, "owner": "key", "lease": "lease"},
     "get_claimed_step_keys": _DETAIL,
     "get_step_claims": _DETAIL,
+    "claim_next_steps": {"queues": "queues", "lease": "lease", "limit": "limit", "worker": "job?"},
+    "advance_run": {
+        **_STEP,
+        "status": "final outcome",
+        "attempt": "attempt",
+        "owner": "key?",
+        "output_json": "text?",
+        "error_message": "text?",
+        "dispatch": "requests",
+        "complete_as": "completion?",
+        "failed_as": "completion?",
+    },
+    "redispatch_step": {**_STEP, "queue": "key?", "priority": "priority?", "due_at": "datetime?"},
+    "get_queues": {},
+    "wait_for_steps": {"queues": "queues", "timeout": "timeout"},
+    "wait_for_run": {**_DETAIL, "timeout": "timeout"},
     "configure_run": {
         **_DETAIL,
         "flow_id": "id",
@@ -82,7 +114,12 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "mark_timed_out": {**_DETAIL, "reason": "text?", "as_of": "datetime?"},
     "find_run_id_by_idempotency_key": _SCOPE,
     "try_register_idempotency_key": {**_SCOPE, "run_id": "id"},
-    "trigger_run": {**_START, "idempotency_key": "key?", "timeout_at": "datetime?"},
+    "trigger_run": {
+        **_START,
+        "idempotency_key": "key?",
+        "timeout_at": "datetime?",
+        "dispatch": "first requests",
+    },
     "get_runs_to_stop": {"as_of": "datetime?", "take": "take"},
     "extend_deadline": {**_DETAIL, "timeout_at": "datetime"},
     "register_waiter": {**_STEP, "signal_name": "key", "expires_at": "datetime?"},
@@ -110,6 +147,7 @@ RUN = UUID("00000000-0000-4000-8000-00000000f10e")
 """The run that legal arguments name."""
 
 _MOMENT = datetime(2026, 3, 14, 12, tzinfo=UTC)
+_REQUEST = StepRequest(step_key="ship", step_type="http")
 
 LEGAL: dict[str, Any] = {
     "id": RUN,
@@ -130,6 +168,13 @@ LEGAL: dict[str, Any] = {
     "granularity": "hour",
     "search": "orders",
     "position": RunPosition(started_at=_MOMENT, run_id=RUN),
+    "priority": 1,
+    "queues": ["default"],
+    "limit": 1,
+    "timeout": timedelta(milliseconds=1),
+    "final outcome": StepStatus.SUCCEEDED,
+    "requests": [_REQUEST],
+    "first requests": [_REQUEST],
 }
 
 
@@ -150,10 +195,42 @@ class _Other(StrEnum):
     PAUSED = "Paused"
 
 
+def _request(**given: Any) -> StepRequest:
+    return replace(_REQUEST, **given)
+
+
 _TYPES: list[Any] = [1, 1.5, True, b"bytes", [], {}, object(), Decimal(1)]
 _NO_TEXT: list[Any] = [*_TYPES, UUID(int=1), "a\0b", "\0", "\ud800", "a\udfff", "\udc80\ud800"]
 _NO_INT: list[Any] = [-1, -(2**63), 2**63, 2**64, True, False, 1.0, "1", b"1", Decimal(1), float("nan")]
 _NO_STATUS: list[Any] = [1, True, b"Succeeded", "succeeded", "SUCCEEDED", "Succeeded ", "", _Other.PAUSED, []]
+_NO_REQUESTS: list[Any] = [
+    "ship",
+    1,
+    object(),
+    {"ship": _REQUEST},
+    [None],
+    ["ship"],
+    [{"step_key": "ship", "step_type": "http"}],
+    [_REQUEST, _REQUEST],
+    *(
+        [_request(**{name: value})]
+        for name in ("step_key", "step_type", "queue")
+        for value in ("", "x" * 257, "a\0", "\ud800", 1, None)
+    ),
+    *([_request(input_json=value)] for value in (1, b"{}", "a\0", "\ud800", "x" * (16 * 1024 * 1024 + 1))),
+    *([_request(priority=value)] for value in (-1, 10, True, 1.0, "1", None)),
+    *([_request(due_at=value)] for value in (datetime(2026, 3, 14), 1, "2026-03-14")),  # noqa: DTZ001
+    *([_request(accept=value)] for value in ((), None, "Succeeded", ["succeeded"], ["Running"], ["Pending"])),
+    *([_request(accept=value)] for value in ([RunStatus.CANCELLED], [1])),
+    [_request(step_key=f"step {number}") for number in range(1001)],
+]
+_NO_AFTER: list[Any] = [
+    *([_request(after=value)] for value in ("charge", 1, None, [1], [""], ["x" * 257], ["a\0"])),
+    # A request waits neither for its own step nor twice for another one.
+    *([_request(after=value)] for value in (["ship"], ["a", "a"])),
+    [_request(after=[f"step {number}" for number in range(10_001)])],
+    [_request(step_key=f"step {n}", after=[f"after {m}" for m in range(101)]) for n in range(100)],
+]
 
 HOSTILE: dict[str, list[Any]] = {
     "id": [str(UUID(int=1)), UUID(int=1).hex, UUID(int=1).bytes, 1, True, b"", "", object()],
@@ -219,6 +296,33 @@ HOSTILE: dict[str, list[Any]] = {
         RunPosition(started_at=_MOMENT, run_id=None),  # type: ignore[arg-type]
         *_TYPES,
     ],
+    "priority": [10, *_NO_INT],
+    "queues": [
+        "default",
+        [],
+        1,
+        [""],
+        ["x" * 257],
+        [1],
+        [None],
+        ["a\0"],
+        [f"queue {number}" for number in range(101)],
+    ],
+    "limit": [0, 1001, *_NO_INT],
+    "timeout": [
+        timedelta(0),
+        timedelta(microseconds=-1),
+        timedelta(hours=1, microseconds=1),
+        timedelta.max,
+        30,
+        1.5,
+        True,
+        "30",
+        None,
+    ],
+    "final outcome": [*_NO_STATUS, "Pending", "Running", RunStatus.RUNNING, RunStatus.CANCELLED, "Cancelled"],
+    "requests": [*_NO_REQUESTS, *_NO_AFTER],
+    "first requests": [*_NO_REQUESTS, *_NO_AFTER, [_request(after=["charge"])]],
 }
 
 
@@ -228,6 +332,16 @@ def legal_arguments(operation: str) -> dict[str, Any]:
     if operation == "get_run_timeseries":
         arguments["until"] = _MOMENT + timedelta(hours=3)
     return arguments
+
+
+def offered_arguments(operation: str, capabilities: Collection[Capability]) -> dict[str, Any]:
+    """The legal arguments without the keywords of capabilities that the store lacks."""
+    keywords = KEYWORD_CAPABILITIES.get(operation, {})
+    return {
+        name: value
+        for name, value in legal_arguments(operation).items()
+        if keywords.get(name) is None or keywords[name] in capabilities
+    }
 
 
 def hostile_arguments(operation: str, kinds: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -90,6 +90,12 @@ async def signals_by_processes(context: CheckContext) -> None:
     await _race(context, ("deliveries", "late_deliveries", "expiries"))
 
 
+@check("QUE-1", "QUE-2", "QUE-4", "QUE-5", "QUE-6", needs=MULTI, kind=Kind.RACE, isolated=False)
+async def queues_by_processes(context: CheckContext) -> None:
+    """Races to claim queued steps and to advance one run between processes have linearizable results."""
+    await _race(context, ("queue_claims", "ended_leases", "joins"))
+
+
 @check("CON-1", "CON-2", "EVT-1", "EVT-2", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def pairs_by_processes(context: CheckContext) -> None:
     """Races of two writing operations on one run between processes have linearizable results."""

@@ -9,6 +9,7 @@ from uuid import UUID
 from flowstore_conformance.checks.example_checks import example
 from flowstore_conformance.checks.fixtures import (
     DAY,
+    HOUR,
     MINUTE,
     SECOND,
     TERMINAL_STEP_STATUSES,
@@ -340,17 +341,39 @@ async def a_waiting_step_is_not_stalled(context: CheckContext) -> None:
     wanted = ["delivered", "other run's", "removed"]
     if Capability.WAITERS in context.capabilities:
         await store.record_step_start(run_id, "expired", "wait")
-        # With a virtual clock: expired, although as_of is before its expires_at.
-        due = now(context) - DAY if context.clock is None else horizon + DAY
-        await store.register_waiter(run_id, "expired", "go", expires_at=due)
-        advance(context, 20 * DAY)
+        await store.register_waiter(run_id, "expired", "go", expires_at=now(context) - DAY)
         await store.expire_waiter(run_id, "expired")
-        advance(context, -20 * DAY)
         wanted.insert(1, "expired")
     found = sorted(each.step_key for each in await _get_stalled(context, horizon - TICK, run_id, other))
     context.expect(found, wanted, "the stalled steps beside waiting steps")
     found = sorted(each.step_key for each in await _get_stalled(context, horizon, run_id, other))
     context.expect(found, sorted([*wanted, "elapsed"]), "the stalled steps as of the expires_at of a waiter")
+
+
+@example("STP-8", needs=[Capability.LEASES, Capability.VIRTUAL_CLOCK, Capability.WAITERS])
+async def a_stall_never_begins_before_the_end_of_a_wait(context: CheckContext) -> None:
+    """since is at least the due time of the dispatch and the expires_at of an undelivered waiter."""
+    store, run_id, at = context.store, await start(context), now(context)
+    due, end = at + HOUR, at + DAY
+    waiting = {"expired": end, "leased and expired": end, "late and expired": end}
+    for key in waiting:
+        await store.record_step_start(run_id, key, "wait")
+        await store.register_waiter(run_id, key, "go", expires_at=end)
+    await store.try_record_dispatch(run_id, "late and expired", due_at=due)
+    for key in ("leased and expired", "leased and late"):
+        await store.try_claim_step(run_id, key, owner="me", lease=MINUTE)
+    await store.try_record_dispatch(run_id, "leased and late", due_at=due)
+    await store.record_step_start(run_id, "delivered", "wait")
+    await store.register_waiter(run_id, "delivered", "came", expires_at=end)
+    await store.deliver_signal(run_id, "came", "{}")
+    wanted = {**waiting, "leased and late": due, "delivered": at}
+    advance(context, DAY)
+    for key in waiting:
+        await store.expire_waiter(run_id, key)
+    for as_of in (due - TICK, due, end - TICK, end):
+        found = {each.step_key: each.since for each in await _get_stalled(context, as_of, run_id)}
+        listed = {key: since for key, since in wanted.items() if since <= as_of}
+        context.expect(found, listed, "since of steps that waited for a due time or a signal")
 
 
 @example("STP-8", needs=[Capability.VIRTUAL_CLOCK])

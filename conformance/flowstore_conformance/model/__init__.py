@@ -6,19 +6,18 @@ with it. Core validates arguments (INP) before a call reaches a store, so the mo
 
 from __future__ import annotations
 
-from flowstore_conformance.model.claims import Claims
 from flowstore_conformance.model.controls import Controls
 from flowstore_conformance.model.events import Events
 from flowstore_conformance.model.outputs import Outputs
+from flowstore_conformance.model.queues import Queues
 from flowstore_conformance.model.retention import Retention
 from flowstore_conformance.model.runs import Runs
 from flowstore_conformance.model.signals import Signals
 from flowstore_conformance.model.state import Run, State
 from flowstore_conformance.model.statistics import Statistics
-from flowstore_conformance.model.steps import Steps
 
 
-class Model(Controls, Steps, Claims, Signals, Outputs, Events, Retention, Statistics, Runs):
+class Model(Controls, Queues, Signals, Outputs, Events, Retention, Statistics, Runs):
     """Every operation of the contract as a synchronous method."""
 
 

@@ -65,14 +65,32 @@ class Claims(Base):
         steps = self.get(run_id).steps
         return tuple(step.claim for _, step in sorted(steps.items(), key=_by_key) if step.claim is not None)
 
-    def try_record_dispatch(self, run_id: UUID, step_key: str, *, due_at: datetime | None = None) -> bool:
-        """Record the dispatch of a key that has none (CLM-1, RUN-4)."""
+    def try_record_dispatch(
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        due_at: datetime | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        step_type: str | None = None,
+        input_json: str | None = None,
+    ) -> bool:
+        """Record the dispatch of a key that has none (CLM-1, RUN-4, QUE-7)."""
         run, record = self.require(run_id)
         step = run.steps.get(step_key, Step())
         if record.status.is_terminal or step.is_terminal or step.dispatch is not None:
             return False
         dispatch = StepDispatch(
-            run_id=run_id, step_key=step_key, dispatched_at=self.now, due_at=due_at, job_id=None
+            run_id=run_id,
+            step_key=step_key,
+            dispatched_at=self.now,
+            due_at=due_at,
+            job_id=None,
+            queue=queue,
+            priority=priority,
+            step_type=step_type,
+            input_json=input_json,
         )
         run.steps[step_key] = replace(step, dispatch=dispatch)
         return True

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
+from flowstore_conformance.model.requests import Requests
 from flowstore_conformance.model.runs import Runs
 from flowstore_conformance.model.state import Control
-from flowstore_core import FlowRunControlRecord, FlowRunRecord, RunStatus, TriggerResult
+from flowstore_core import FlowRunControlRecord, FlowRunRecord, RunStatus, StepRequest, TriggerResult
 
 
-class Controls(Runs):
+class Controls(Runs, Requests):
     """Control records, latches, deadlines, idempotency keys and the trigger."""
 
     def configure_run(
@@ -103,6 +105,7 @@ class Controls(Runs):
         source_run_id: UUID | None = None,
         idempotency_key: str | None = None,
         timeout_at: datetime | None = None,
+        dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
         """Register the key, start the run and write its control record as one atomic act (IDM-3)."""
         holder = None
@@ -127,6 +130,7 @@ class Controls(Runs):
         self.configure_run(
             chosen, flow_id, trigger_key, idempotency_key=idempotency_key, timeout_at=timeout_at
         )
+        self.settle(chosen, self.at(chosen), dispatch)
         return TriggerResult(run=record, created=True)
 
     def get_runs_to_stop(

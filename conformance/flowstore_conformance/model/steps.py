@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
-from flowstore_conformance.model.state import Base, Run, Step
+from flowstore_conformance.model.requests import Requests
+from flowstore_conformance.model.state import Run, Step
 from flowstore_core import (
     ClaimLostError,
+    FlowSignalWaiter,
     FlowStepAttemptRecord,
     RunCompletedError,
     RunStatus,
@@ -20,11 +22,12 @@ from flowstore_core import (
     StepClaim,
     StepDispatch,
     StepNotFoundError,
+    StepRequest,
     StepStatus,
 )
 
 
-class Steps(Base):
+class Steps(Requests):
     """Starting, closing, skipping, retrying and rescheduling step attempts."""
 
     def record_step_start(
@@ -80,7 +83,7 @@ class Steps(Base):
     ) -> None:
         """Close the last attempt; the same outcome again is a no-op (STP-4)."""
         run, _ = self.require(run_id)
-        step, last = _last(run_id, run, step_key, attempt)
+        step, last = find_last_attempt(run_id, run, step_key, attempt)
         if last.completed_at is not None:
             if (last.status, last.output_json, last.error_message) != (status, output_json, error_message):
                 raise StepAlreadyCompletedError(run_id, step_key, last.attempt)
@@ -122,25 +125,22 @@ class Steps(Base):
                 )
             elif claim is not None and claim.owner != owner:
                 raise ClaimLostError(run_id, step_key)
-        skipped = replace(
-            self._attempt(run_id, step_key, step, step_type, StepStatus.SKIPPED),
-            error_message=reason,
-            completed_at=self.now,
-        )
+        self._skip(run_id, run, step_key, step_type, reason)
+        skipped = run.steps[step_key]
         run.steps[step_key] = replace(
-            step,
-            status=StepStatus.SKIPPED,
-            attempts=(*self._closed(step), skipped),
-            reopened=False,
-            rescheduled=False,
-            claim=claim,
-            started_under=claim if owner is not None else None,
+            skipped, claim=claim, started_under=claim if owner is not None else None
         )
 
     def retry_step(
-        self, run_id: UUID, step_key: str, *, attempt: int | None = None, reset: Collection[str] = ()
+        self,
+        run_id: UUID,
+        step_key: str,
+        *,
+        attempt: int | None = None,
+        reset: Collection[str] = (),
+        dispatch: Sequence[StepRequest] = (),
     ) -> None:
-        """Reopen a step and its run; a repeated call changes no step (STP-6)."""
+        """Reopen a step and its run, and settle requests; a repeated call changes no other step (STP-6)."""
         run, record = self.require(run_id)
         step = run.steps.get(step_key)
         if step is None or step.status is None:
@@ -157,10 +157,18 @@ class Steps(Base):
                 run.control = replace(
                     run.control, cancelled=None, timed_out=None, timeout_at=None if elapsed else timeout_at
                 )
+        self.settle(run_id, run, dispatch)
 
     def _reopen(self, run: Run, step_key: str, step: Step, reset: Collection[str]) -> None:
         """Make the step Pending without claim, dispatch and undelivered waiter; reset keys (STP-6)."""
-        run.steps[step_key] = Step(status=StepStatus.PENDING, attempts=self._closed(step), reopened=True)
+        attempts = self._closed(step)
+        run.steps[step_key] = Step(
+            status=StepStatus.PENDING,
+            attempts=attempts,
+            reopened=True,
+            # reschedule_step with an error, repeated for this attempt, is still a no-op (STP-7).
+            rescheduled=step.rescheduled and attempts[-1].status is StepStatus.FAILED,
+        )
         gone = {step_key}
         for key in set(reset) - {step_key}:
             other = run.steps.get(key)
@@ -178,28 +186,53 @@ class Steps(Base):
         *,
         attempt: int,
         output_json: str | None = None,
+        error_message: str | None = None,
         due_at: datetime | None = None,
     ) -> None:
-        """Close the attempt as Pending, remove the claim and replace the dispatch (STP-7)."""
+        """Close the attempt as Pending, remove the claim and replace the dispatch (STP-7).
+
+        With ``error_message`` the attempt is closed as Failed, and the step reopened for the new dispatch.
+        """
         run, record = self.require(run_id)
-        step, last = _last(run_id, run, step_key, attempt)
-        if step.is_terminal:
-            raise StepAlreadyCompletedError(run_id, step_key, attempt)
-        if step.rescheduled:
+        failed = error_message is not None
+        before = run.steps.get(step_key, Step())
+        if failed and before.reopened and before.rescheduled and attempt == len(before.attempts):
+            return
+        step, last = find_last_attempt(run_id, run, step_key, attempt)
+        closed = StepStatus.FAILED if failed else StepStatus.PENDING
+        if step.rescheduled and step.status is closed:
             return
         if last.completed_at is None:
-            last = replace(last, status=StepStatus.PENDING, output_json=output_json, completed_at=self.now)
-        dispatch = StepDispatch(
-            run_id=run_id, step_key=step_key, dispatched_at=self.now, due_at=due_at, job_id=None
-        )
-        run.steps[step_key] = replace(
+            last = replace(
+                last,
+                status=closed,
+                output_json=output_json,
+                error_message=error_message,
+                completed_at=self.now,
+            )
+        elif last.status is not closed or (
+            failed and (last.output_json, last.error_message) != (output_json, error_message)
+        ):
+            raise StepAlreadyCompletedError(run_id, step_key, attempt)
+        step = replace(
             step,
-            status=StepStatus.PENDING,
+            status=closed,
             attempts=(*step.attempts[:-1], last),
             rescheduled=True,
             claim=None,
-            dispatch=None if record.status.is_terminal else dispatch,
+            dispatch=None,
         )
+        run.steps[step_key] = step
+        if record.status.is_terminal:
+            return
+        if failed:
+            self._reopen(run, step_key, step, ())
+        # The queue, priority, step_type and input_json stay.
+        old = before.dispatch or StepDispatch(
+            run_id=run_id, step_key=step_key, dispatched_at=self.now, due_at=None, job_id=None
+        )
+        new = replace(old, dispatched_at=self.now, due_at=due_at, job_id=None)
+        run.steps[step_key] = replace(run.steps[step_key], dispatch=new)
 
     def get_stalled_steps(self, *, as_of: datetime | None = None, take: int = 100) -> tuple[StalledStep, ...]:
         """List the steps of Running runs that need a new dispatch or claim (STP-8)."""
@@ -216,7 +249,7 @@ class Steps(Base):
                     and waiter.expired_at is None
                     and (waiter.expires_at is None or waiter.expires_at > as_of)
                 )
-                stall = None if step.is_terminal or waiting else _stall(step)
+                stall = None if step.is_terminal or waiting else _stall(step, waiter)
                 if stall is not None and stall[1] <= as_of:
                     found.append(
                         StalledStep(
@@ -230,41 +263,15 @@ class Steps(Base):
         found.sort(key=lambda stalled: (stalled.since, stalled.run_id.bytes, stalled.step_key))
         return tuple(found[:take])
 
-    def _attempt(
-        self, run_id: UUID, step_key: str, step: Step, step_type: str, status: StepStatus
-    ) -> FlowStepAttemptRecord:
-        """The next attempt of a step, started now (STP-1)."""
-        return FlowStepAttemptRecord(
-            run_id=run_id,
-            step_key=step_key,
-            attempt=len(step.attempts) + 1,
-            step_type=step_type,
-            status=status,
-            input_json=None,
-            output_json=None,
-            error_message=None,
-            job_id=None,
-            started_at=self.now,
-            completed_at=None,
-        )
-
-    def _closed(self, step: Step) -> tuple[FlowStepAttemptRecord, ...]:
-        """The attempts of a step; an open last attempt is closed as superseded (STP-1)."""
-        if not step.attempts or step.attempts[-1].completed_at is not None:
-            return step.attempts
-        message = f"superseded by attempt {len(step.attempts) + 1}"
-        last = replace(
-            step.attempts[-1], status=StepStatus.FAILED, error_message=message, completed_at=self.now
-        )
-        return (*step.attempts[:-1], last)
-
 
 def _same_claim(one: StepClaim | None, other: StepClaim) -> bool:
     """Whether both are the same claim: renewing keeps claimed_at, a new claim does not (STP-3)."""
     return one is not None and (one.owner, one.claimed_at) == (other.owner, other.claimed_at)
 
 
-def _last(run_id: UUID, run: Run, step_key: str, attempt: int | None) -> tuple[Step, FlowStepAttemptRecord]:
+def find_last_attempt(
+    run_id: UUID, run: Run, step_key: str, attempt: int | None
+) -> tuple[Step, FlowStepAttemptRecord]:
     """The step and its last attempt, if ``attempt`` names it (UNK, STP-4)."""
     step = run.steps.get(step_key)
     if step is None or step.status is None:
@@ -274,14 +281,20 @@ def _last(run_id: UUID, run: Run, step_key: str, attempt: int | None) -> tuple[S
     return step, step.attempts[-1]
 
 
-def _stall(step: Step) -> tuple[StallReason, datetime] | None:
+def _stall(step: Step, waiter: FlowSignalWaiter | None) -> tuple[StallReason, datetime] | None:
     """The reason and the start of a stall, if the step has one (STP-8)."""
+    due_at = None if step.dispatch is None else step.dispatch.due_at or step.dispatch.dispatched_at
+    until = None if waiter is None or waiter.delivered_at is not None else waiter.expires_at
     if step.claim is not None:
-        expires_at = step.claim.expires_at
-        return None if expires_at is None else (StallReason.LEASE_EXPIRED, expires_at)
-    if step.dispatch is not None:
-        return StallReason.DISPATCH_DUE, step.dispatch.due_at or step.dispatch.dispatched_at
-    if step.status is None:
+        reason, since = StallReason.LEASE_EXPIRED, step.claim.expires_at
+    elif due_at is not None:
+        reason, since = StallReason.DISPATCH_DUE, due_at
+    elif step.status is not None:
+        last = step.attempts[-1]
+        reason, since = StallReason.NOT_DISPATCHED, last.completed_at or last.started_at
+    else:
         return None
-    last = step.attempts[-1]
-    return StallReason.NOT_DISPATCHED, last.completed_at or last.started_at
+    if since is None:
+        # A claim without lease never stalls.
+        return None
+    return reason, max(time for time in (since, due_at, until) if time is not None)

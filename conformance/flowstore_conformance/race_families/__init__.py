@@ -6,7 +6,7 @@ before the race runs, so no call depends on the outcome of another.
 
 from __future__ import annotations
 
-from flowstore_conformance.race_families import claims, cleanups, pairs, runs, signals, steps
+from flowstore_conformance.race_families import claims, cleanups, pairs, queues, runs, signals, steps
 from flowstore_conformance.race_families.family import RaceBuilder, RaceFamily
 
 PAIR_FAMILIES: tuple[RaceFamily, ...] = pairs.RACE_FAMILIES
@@ -17,6 +17,7 @@ RACE_FAMILIES: tuple[RaceFamily, ...] = (
     *steps.RACE_FAMILIES,
     *runs.RACE_FAMILIES,
     *signals.RACE_FAMILIES,
+    *queues.RACE_FAMILIES,
     *cleanups.RACE_FAMILIES,
     *PAIR_FAMILIES,
 )

@@ -22,6 +22,8 @@ FAMILIES = {
     "RUN": "Runs",
     "STP": "Steps and attempts",
     "CLM": "Claims and the dispatch ledger",
+    "QUE": "Queues",
+    "WAT": "Watching",
     "CTL": "Control",
     "IDM": "Idempotency keys and the trigger",
     "SIG": "Signals",

@@ -1,0 +1,323 @@
+"""Advancing runs on PostgreSQL: end a step, settle requests and complete the run (QUE-4, QUE-6).
+
+Two steps of one run may end at once, and the later one must find the earlier one ended. So the transaction
+locks the run before the snapshot in which it reads the run's steps. The lock is FOR NO KEY UPDATE: it keeps
+other advances of the run away, and every call that dispatches, claims, starts or skips one of its steps. It
+lets claim_next_steps pass.
+
+Concurrent advances share a transaction. It skips runs that are locked; their calls join the next one, and
+later use a transaction of their own, which waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+
+from flowstore_core import (
+    ClaimLostError,
+    FlowStoreError,
+    RunAdvance,
+    RunNotFoundError,
+    RunStatus,
+    StaleAttemptError,
+    StepAlreadyCompletedError,
+    StepNotFoundError,
+    StepRequest,
+    StepStatus,
+)
+from flowstore_core.batching import REQUEUE, BatchedOperation, Batcher
+from flowstore_postgres.errors import ROW_LEVEL_SQLSTATE_CLASSES
+from flowstore_postgres.requests import (
+    Changes,
+    Settlement,
+    StepKey,
+    dispatch_steps,
+    read_steps,
+    requested_keys,
+    settle,
+    skip_steps,
+)
+from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Transactions
+
+MAX_BATCH = 128
+"""Maximum number of calls that share a transaction."""
+MAX_FOUND_LOCKED = 2
+"""After more shared transactions than this that found its run locked, a call waits for the lock."""
+
+# The time of each row is read once the run is locked.
+LOCK_RUNS = """
+SELECT run_id, status, coalesce($2, clock_timestamp()) AS now FROM (
+    SELECT run_id, status FROM {schema}.runs WHERE run_id = ANY($1::uuid[])
+    ORDER BY run_id FOR NO KEY UPDATE{wait}
+) locked
+"""
+# Fast path, for the shared transaction.
+LOCK_UNLOCKED_RUNS = LOCK_RUNS.replace("{wait}", " SKIP LOCKED")
+# Slow path, for a dedicated transaction.
+WAIT_FOR_RUN = LOCK_RUNS.replace("{wait}", "")
+READ_OUTCOME = "SELECT output_json, error_message FROM {schema}.steps WHERE run_id = $1 AND step_key = $2"
+# Deletes the rows of pending itself, in place of the trigger.
+CLOSE_ATTEMPTS = """
+WITH closed AS (
+    SELECT * FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[])
+           AS a (run_id, step_key, status, output_json, error_message)
+), ended AS (
+    DELETE FROM {schema}.pending p USING closed a WHERE p.run_id = a.run_id AND p.step_key = a.step_key
+)
+UPDATE {schema}.steps s
+SET status = a.status, output_json = a.output_json, error_message = a.error_message,
+    completed_at = coalesce($1, greatest(clock_timestamp(), started_at)),
+    pending_writes = s.pending_writes + 1
+FROM closed a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
+"""
+# The runs that are not finished: a step is not terminal, or an unstarted key has a dispatch or a live claim.
+# Every queued step that is not terminal has a row in pending, which is found faster than a step among many
+# that have ended. The locks wait for a record_step_complete in progress, and then the row is checked again.
+FIND_UNFINISHED = """
+SELECT run_id FROM unnest($1::uuid[]) AS a (run_id)
+WHERE coalesce(
+    (SELECT true FROM {schema}.pending p WHERE p.run_id = a.run_id LIMIT 1 FOR KEY SHARE),
+    (SELECT true FROM {schema}.steps s
+     WHERE s.run_id = a.run_id
+       AND (s.status IN ('Pending', 'Running')
+            OR s.status IS NULL AND s.dispatched_at IS NOT NULL
+            OR s.status IS NULL AND s.claimed_at IS NOT NULL
+               AND (s.claim_expires_at IS NULL OR s.claim_expires_at > $2))
+     LIMIT 1 FOR SHARE),
+    false)
+"""
+COMPLETE_RUNS = """
+UPDATE {schema}.runs r
+SET completed_at = coalesce($1, clock_timestamp()), status = CASE
+    WHEN a.failed_as IS NOT NULL
+         AND (a.stayed_behind
+              OR EXISTS (SELECT FROM {schema}.steps s WHERE s.run_id = a.run_id AND s.status = 'Failed'))
+    THEN a.failed_as ELSE a.complete_as END
+FROM unnest($2::uuid[], $3::text[], $4::text[], $5::boolean[])
+     AS a (run_id, complete_as, failed_as, stayed_behind)
+WHERE r.run_id = a.run_id
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Advance:
+    """A call of advance_run."""
+
+    run_id: UUID
+    step_key: str
+    status: StepStatus
+    attempt: int
+    owner: str | None
+    output_json: str | None
+    error_message: str | None
+    dispatch: Sequence[StepRequest]
+    complete_as: RunStatus | None
+    failed_as: RunStatus | None
+    found_locked: int = 0
+    """The number of shared transactions that skipped the run because it was locked, or not found."""
+
+
+class _Decision(NamedTuple):
+    """The effects of an advance that raises no error."""
+
+    advance: Advance
+    closes: bool
+    """Whether the attempt is open; otherwise it was closed with the same outcome."""
+    settlement: Settlement | None
+    """None on a terminal run."""
+
+
+async def advance_runs(transaction: Transaction, lock_runs: str, advances: Sequence[Advance]) -> list[Any]:
+    """Advance runs; a result, an error or REQUEUE for each call.
+
+    Several advances of one run take effect in their order. The run is locked and no row is written before the
+    last decision, so the changes of the earlier ones are kept in memory. A call whose run is not found, or is
+    skipped by ``lock_runs``, gets a RunNotFoundError.
+    """
+    run_ids = list({advance.run_id for advance in advances})
+    rows = await transaction.rows(lock_runs, run_ids, transaction.now)
+    if not rows:
+        return [RunNotFoundError(advance.run_id) for advance in advances]
+    statuses = {row["run_id"]: row["status"] for row in rows}
+    now = max(row["now"] for row in rows)
+    keys = {
+        (advance.run_id, key)
+        for advance in advances
+        if advance.run_id in statuses
+        for key in (advance.step_key, *requested_keys(advance.dispatch))
+    }
+    steps = await read_steps(transaction, keys, now)
+    changes: dict[UUID, Changes] = {}
+    outcomes: list[_Decision | FlowStoreError | None] = []
+    for advance in advances:
+        try:
+            status = statuses.get(advance.run_id)
+            outcomes.append(await _decide(transaction, advance, status, steps, changes))
+        except FlowStoreError as error:
+            outcomes.append(error)
+    decided = [one for one in outcomes if isinstance(one, _Decision)]
+    closing = [one.advance for one in decided if one.closes]
+    if closing:
+        await transaction.execute(
+            CLOSE_ATTEMPTS,
+            transaction.now,
+            [advance.run_id for advance in closing],
+            [advance.step_key for advance in closing],
+            [advance.status.value for advance in closing],
+            [advance.output_json for advance in closing],
+            [advance.error_message for advance in closing],
+        )
+    settled = [(one.advance, one.settlement) for one in decided if one.settlement is not None]
+    for advance, settlement in settled:
+        await skip_steps(transaction, advance.run_id, settlement.skipped, steps, now)
+    dispatches = [(advance.run_id, one) for advance, settled_ in settled for one in settled_.dispatched]
+    await dispatch_steps(transaction, dispatches, now)
+    # The last advance of a run decides: during an earlier one the step of the last one was open.
+    last = {advance.run_id: (advance, settlement) for advance, settlement in settled}
+    completed = await _complete(
+        transaction,
+        [
+            (advance, settlement)
+            for advance, settlement in last.values()
+            if advance.complete_as is not None and not changes[advance.run_id].dispatched
+        ],
+        now,
+    )
+    return [
+        _result(one, completed) if isinstance(one, _Decision) else REQUEUE if one is None else one
+        for one in outcomes
+    ]
+
+
+async def _decide(
+    transaction: Transaction,
+    advance: Advance,
+    run_status: str | None,
+    steps: Mapping[StepKey, Any],
+    changes: dict[UUID, Changes],
+) -> _Decision | None:
+    """Check an advance in the order of its errors, and settle its requests.
+
+    None: it needs a snapshot with the changes of the advances before it.
+    """
+    run_id, step_key = advance.run_id, advance.step_key
+    if run_status is None:
+        raise RunNotFoundError(run_id)
+    earlier = changes.get(run_id)
+    if earlier is not None and earlier.affect(step_key):
+        return None
+    step = steps.get((run_id, step_key))
+    if step is None or step["status"] is None:
+        raise StepNotFoundError(run_id, step_key)
+    if step["reopened"] or advance.attempt != step["last_attempt"]:
+        raise StaleAttemptError(run_id, step_key, advance.attempt, step["last_attempt"])
+    if advance.owner is not None and advance.owner != step["started_owner"]:
+        raise ClaimLostError(run_id, step_key)
+    closes = step["status"] == "Running"
+    if not closes:
+        outcome = await transaction.row(READ_OUTCOME, run_id, step_key)
+        if (step["status"], *outcome) != (advance.status.value, advance.output_json, advance.error_message):
+            raise StepAlreadyCompletedError(run_id, step_key, step["last_attempt"])
+        if earlier is not None:
+            # The advance before it may complete the run.
+            return None
+    if run_status != "Running":
+        return _Decision(advance, closes, None)
+    if earlier is None:
+        earlier = changes[run_id] = Changes()
+    earlier.ended[step_key] = advance.status
+    return _Decision(advance, closes, settle(run_id, advance.dispatch, steps, earlier))
+
+
+async def _complete(
+    transaction: Transaction, settled: Sequence[tuple[Advance, Settlement]], now: Any
+) -> dict[UUID, Advance]:
+    """Complete the runs in which nothing is left to do (QUE-6) and return the advances that did it."""
+    if not settled:
+        return {}
+    # In key order, as batches of record_step_complete lock their rows, so that they cannot deadlock.
+    run_ids = sorted(advance.run_id for advance, _ in settled)
+    rows = await transaction.rows(FIND_UNFINISHED, run_ids, now)
+    unfinished = {row[0] for row in rows}
+    finished = [one for one in settled if one[0].run_id not in unfinished]
+    if finished:
+        await transaction.execute(
+            COMPLETE_RUNS,
+            transaction.now,
+            [advance.run_id for advance, _ in finished],
+            [advance.complete_as for advance, _ in finished],
+            [advance.failed_as for advance, _ in finished],
+            [settlement.stayed_behind for _, settlement in finished],
+        )
+    return {advance.run_id: advance for advance, _ in finished}
+
+
+def _result(decision: _Decision, completed: Mapping[UUID, Advance]) -> RunAdvance:
+    settlement = decision.settlement
+    return RunAdvance(
+        dispatched=() if settlement is None else tuple(request.step_key for request in settlement.dispatched),
+        run_completed=completed.get(decision.advance.run_id) is decision.advance,
+    )
+
+
+class _BatchRejectedError(FlowStoreError):
+    """One of the rows made the batch fail. Each call then uses its own transaction and gets its own error."""
+
+
+class RunAdvancer:
+    """The calls of advance_run of one store."""
+
+    def __init__(self, transactions: Transactions, *, queue_timeout: float) -> None:
+        self._transactions = transactions
+        # A second batch would find the runs of the first one locked, where steps of a run end together.
+        self._batcher = Batcher(workers=1, max_rows=MAX_BATCH, queue_timeout=queue_timeout)
+        self._operation: BatchedOperation[Advance, RunAdvance] = self._batcher.operation(
+            "advance_run", self._run, keyed=True, size_of=_size
+        )
+
+    async def advance(self, advance: Advance) -> RunAdvance:
+        try:
+            return await self._operation.submit((advance.run_id, advance.step_key), advance)
+        except (RunNotFoundError, _BatchRejectedError):
+            # The run may be locked instead.
+            pass
+
+        async def work(transaction: Transaction) -> RunAdvance:
+            [outcome] = await advance_runs(transaction, WAIT_FOR_RUN, [advance])
+            if isinstance(outcome, FlowStoreError):
+                raise outcome
+            result: RunAdvance = outcome
+            return result
+
+        return await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
+
+    async def _run(self, advances: Sequence[Advance]) -> Sequence[RunAdvance | Exception]:
+        async def work(transaction: Transaction) -> list[Any]:
+            try:
+                return await advance_runs(transaction, LOCK_UNLOCKED_RUNS, advances)
+            except asyncpg.PostgresError as error:
+                if (error.sqlstate or "")[:2] in ROW_LEVEL_SQLSTATE_CLASSES:
+                    raise _BatchRejectedError from None
+                raise
+
+        outcomes = await self._transactions.run("advance_run", work, begin=BEGIN_INDEX_ONLY)
+        for n, advance in enumerate(advances):
+            if isinstance(outcomes[n], RunNotFoundError) and advance.found_locked < MAX_FOUND_LOCKED:
+                # Advances of another store hold the lock for some milliseconds.
+                advance.found_locked += 1
+                outcomes[n] = REQUEUE
+        return outcomes
+
+    async def aclose(self, seconds: float) -> None:
+        await self._batcher.drain(seconds)
+
+
+def _size(advance: Advance) -> int:
+    """The length of the texts of an advance."""
+    texts = [advance.output_json, advance.error_message, *(one.input_json for one in advance.dispatch)]
+    return sum(len(text) for text in texts if text)

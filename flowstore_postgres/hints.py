@@ -1,0 +1,134 @@
+"""The hints that wake waiting calls: after each call that made a step ready, or ended a run (WAT-1).
+
+A hint without topics wakes every waiting call. It follows the calls that do not know the queue of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from flowstore_core import (
+    Capability,
+    FlowSignalWaiter,
+    RunAdvance,
+    RunStatus,
+    SignalDeliveryResult,
+    SignalDeliveryStatus,
+    StepRequest,
+    StepStatus,
+    TriggerResult,
+)
+from flowstore_postgres.database import Database
+from flowstore_postgres.store import PostgresStore
+from flowstore_postgres.watching import Listener, Notifier, Watch, queue_topic, run_topic
+
+
+class HintingStore(PostgresStore):
+    """A store that sends a hint after each call that other stores may wait for."""
+
+    capabilities = frozenset(Capability) - {Capability.WATCH}
+
+    def __init__(self, database: Database, notifier: Notifier) -> None:
+        super().__init__(database)
+        self._notifier = notifier
+
+    async def release(self) -> None:
+        """Send the last hints and close all connections, in bounded time."""
+        await self._notifier.aclose()
+        await self._database.aclose()
+
+    async def trigger_run(self, *, dispatch: Sequence[StepRequest] = (), **arguments: Any) -> TriggerResult:
+        result = await super().trigger_run(dispatch=dispatch, **arguments)
+        if result.created and dispatch:
+            self._notifier.publish(*(queue_topic(request.queue) for request in dispatch))
+        return result
+
+    async def try_record_dispatch(self, *, queue: str | None = None, **arguments: Any) -> bool:
+        won = await super().try_record_dispatch(queue=queue, **arguments)
+        if won and queue is not None:
+            self._notifier.publish(queue_topic(queue))
+        return won
+
+    async def redispatch_step(self, *, queue: str | None = None, **arguments: Any) -> bool:
+        replaced = await super().redispatch_step(queue=queue, **arguments)
+        if replaced:
+            self._notifier.publish(*([] if queue is None else [queue_topic(queue)]))
+        return replaced
+
+    async def advance_run(
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        dispatch: Sequence[StepRequest] = (),
+        **arguments: Any,
+    ) -> RunAdvance:
+        advance = await super().advance_run(
+            run_id=run_id, step_key=step_key, status=status, dispatch=dispatch, **arguments
+        )
+        topics = [queue_topic(one.queue) for one in dispatch if one.step_key in advance.dispatched]
+        if advance.run_completed:
+            topics.append(run_topic(run_id))
+        if topics:
+            self._notifier.publish(*topics)
+        return advance
+
+    async def retry_step(self, **arguments: Any) -> None:
+        await super().retry_step(**arguments)
+        self._notifier.publish()
+
+    async def reschedule_step(self, **arguments: Any) -> None:
+        await super().reschedule_step(**arguments)
+        self._notifier.publish()
+
+    async def release_step_claim(self, **arguments: Any) -> None:
+        await super().release_step_claim(**arguments)
+        self._notifier.publish()
+
+    async def register_waiter(self, *, expires_at: datetime | None = None, **arguments: Any) -> None:
+        await super().register_waiter(expires_at=expires_at, **arguments)
+        if expires_at is not None:
+            # It may be earlier than before.
+            self._notifier.publish()
+
+    async def deliver_signal(self, **arguments: Any) -> SignalDeliveryResult:
+        result = await super().deliver_signal(**arguments)
+        if result.status is SignalDeliveryStatus.DELIVERED:
+            self._notifier.publish()
+        return result
+
+    async def remove_waiter(self, **arguments: Any) -> FlowSignalWaiter | None:
+        removed = await super().remove_waiter(**arguments)
+        if removed is not None:
+            self._notifier.publish()
+        return removed
+
+    async def complete_run(self, *, run_id: UUID, status: RunStatus, **arguments: Any) -> bool:
+        completed = await super().complete_run(run_id=run_id, status=status, **arguments)
+        if completed:
+            self._notifier.publish(run_topic(run_id))
+        return completed
+
+    async def cleanup(self, *, cutoff: datetime) -> int:
+        deleted = await super().cleanup(cutoff=cutoff)
+        if deleted:
+            self._notifier.publish()
+        return deleted
+
+
+class WatchingStore(Watch, HintingStore):
+    """A store that also waits for the hints of others; PgBouncer cannot pass them on in transaction mode."""
+
+    capabilities = frozenset(Capability)
+
+    def __init__(self, database: Database, notifier: Notifier, listener: Listener) -> None:
+        super().__init__(database, notifier)
+        self._listener = listener
+
+    async def release(self) -> None:
+        await self._listener.aclose()
+        await super().release()

@@ -1,0 +1,420 @@
+"""Queues on PostgreSQL: claim the next steps, advance runs, move dispatches, statistics (QUE).
+
+Table pending has a row for each queued step that is not terminal, with the time from which it is ready.
+Triggers keep it right after every statement (migration 8), so CLAIM_NEXT_STEPS reads an index range.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from flowstore_core import (
+    ClaimedStep,
+    FlowStoreError,
+    OutcomeUnknownError,
+    QueueStatistics,
+    RunAdvance,
+    RunStatus,
+    StepRequest,
+    StepStatus,
+    new_claim_token,
+)
+from flowstore_core.queues import MAX_PRIORITY
+from flowstore_core.steps import SUPERSEDED_BY
+from flowstore_postgres.advances import Advance
+from flowstore_postgres.database import Database
+from flowstore_postgres.runs import LOCK_RUN, plain_uuid
+from flowstore_postgres.sql_placeholders import in_microseconds
+from flowstore_postgres.transactions import Transaction
+
+log = logging.getLogger("flowstore_postgres")
+
+CONCURRENT_CLAIMS = 1
+"""Concurrent statements of claim_next_steps of one store."""
+LOOKAHEAD = 32
+"""The number of candidates beyond ``limit`` that a claim reads at first: other claims may hold the first."""
+
+# Claims up to $5 steps and opens their attempts. It takes every lock with SKIP LOCKED, so it never waits
+# while it holds a lock, and cannot deadlock.
+#
+# candidate: the first $4 ready steps of the queues, without locks. Each queue and priority is a range of the
+#   index pending_by_time that ends at now, so later steps are not read.
+# picked: the first $5 candidates that can be locked together with their step and their run. PostgreSQL reads
+#   a row again once it is locked. A step that was claimed since the snapshot has another ready_at by then,
+#   and an ended run another status, so neither matches any more. The lock of the run lets advance_run pass.
+# moved: a claimed step is ready again when its lease ends. The trigger that does this for other statements is
+#   skipped, because pending_writes is incremented.
+# noted: the claimed steps, by which a call whose reply was lost finds them.
+CLAIM_NEXT_STEPS = f"""
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
+), candidate AS MATERIALIZED (
+    SELECT p.*
+    FROM guard, unnest($3::text[]) AS q (queue),
+         generate_series({MAX_PRIORITY}, 0, -1) AS level (priority), LATERAL (
+        SELECT run_id, step_key, queue, priority, ready_at FROM {{schema}}.pending
+        WHERE queue = q.queue AND priority = level.priority::smallint AND ready_at <= guard.now
+        ORDER BY ready_at, run_id, step_key LIMIT $4
+    ) p
+    WHERE before_deadline
+    ORDER BY p.priority DESC, p.ready_at, p.run_id, p.step_key LIMIT $4
+), picked AS MATERIALIZED (
+    SELECT s.*, p.ready_at, r.flow_id, r.flow_name
+    FROM candidate c
+    JOIN {{schema}}.pending p ON p.run_id = c.run_id AND p.step_key = c.step_key
+    JOIN {{schema}}.steps s ON s.run_id = c.run_id AND s.step_key = c.step_key
+    JOIN {{schema}}.runs r ON r.run_id = c.run_id
+    WHERE p.queue = c.queue AND p.priority = c.priority AND p.ready_at = c.ready_at
+      -- IS TRUE, so that runs are found by key alone.
+      AND (r.status = 'Running') IS TRUE
+    ORDER BY c.priority DESC, c.ready_at, c.run_id, c.step_key LIMIT $5
+    FOR NO KEY UPDATE OF p, s SKIP LOCKED FOR KEY SHARE OF r SKIP LOCKED
+), chosen AS MATERIALIZED (
+    SELECT picked.*, $7 || '-' || n AS owner, now,
+           CASE WHEN now < {{latest}} - $6 * {{microsecond}} THEN now + $6 * {{microsecond}} ELSE {{latest}}
+           END AS expires_at
+    FROM guard, (SELECT row_number() OVER (ORDER BY dispatch_priority DESC, ready_at, run_id, step_key) AS n,
+                        picked.*
+                 FROM picked) picked
+), archived AS (
+    INSERT INTO {{schema}}.attempts (run_id, step_key, attempt, step_type, status, input_json, output_json,
+                                     error_message, job_id, started_at, completed_at, started_token,
+                                     closed_token)
+    SELECT run_id, step_key, last_attempt, step_type,
+           CASE status WHEN 'Running' THEN 'Failed' ELSE status END, input_json, output_json,
+           CASE status WHEN 'Running' THEN $9 || (last_attempt + 1)::text ELSE error_message END,
+           job_id, started_at, coalesce(completed_at, $2, greatest(now, started_at)), started_token,
+           closed_token
+    FROM chosen WHERE status IS NOT NULL AND NOT reopened
+), claimed AS (
+    UPDATE {{schema}}.steps s
+    SET claim_token = a.owner, claim_owned = true, claimed_at = a.now, claim_expires_at = a.expires_at,
+        status = 'Running', step_type = s.dispatch_step_type, input_json = s.dispatch_input_json, job_id = $8,
+        output_json = NULL, error_message = NULL, completed_at = NULL,
+        started_at = coalesce($2, greatest(a.now, s.completed_at)),
+        first_started_at = coalesce(s.first_started_at, a.now), last_attempt = s.last_attempt + 1,
+        reopened = false, rescheduled = false, started_owner = a.owner, started_token = NULL,
+        closed_token = NULL, pending_writes = s.pending_writes + 1
+    FROM chosen a WHERE s.run_id = a.run_id AND s.step_key = a.step_key
+    RETURNING a.n, {{claimed_step}}
+), moved AS (
+    UPDATE {{schema}}.pending p SET ready_at = a.expires_at
+    FROM chosen a WHERE p.run_id = a.run_id AND p.step_key = a.step_key
+), noted AS (
+    INSERT INTO {{schema}}.commits (connection, token, run_ids, step_keys)
+    SELECT $10, $11, array_agg(run_id ORDER BY n), array_agg(step_key ORDER BY n) FROM chosen
+    HAVING count(*) > 0
+    ON CONFLICT (connection) DO UPDATE SET token = excluded.token, run_ids = excluded.run_ids,
+        step_keys = excluded.step_keys, noted_at = clock_timestamp()
+)
+SELECT before_deadline, candidates, ARRAY(SELECT ROW(claimed.*) FROM claimed ORDER BY n) AS steps,
+       -- Whether candidates belong to ended or deleted runs.
+       CASE WHEN picked < candidates AND picked < $5 THEN EXISTS (
+           SELECT FROM candidate c
+           WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r
+                             WHERE r.run_id = c.run_id AND (r.status = 'Running') IS TRUE))
+       ELSE false END AS stale
+FROM guard, (SELECT count(*) AS candidates FROM candidate) candidates,
+     (SELECT count(*) AS picked FROM picked) picked
+"""
+CLAIMED_STEP = """s.run_id, a.flow_id, a.flow_name, s.step_key, s.step_type, s.input_json, s.last_attempt,
+    s.claim_token, s.dispatch_queue, s.dispatch_priority, s.dispatched_at, s.due_at, s.claimed_at,
+    s.claim_expires_at,
+    EXISTS (SELECT FROM {schema}.controls c
+            WHERE c.run_id = s.run_id
+              AND (c.cancel_requested_at IS NOT NULL OR c.timed_out_at IS NOT NULL))"""
+CLAIM_NEXT_STEPS = CLAIM_NEXT_STEPS.replace("{claimed_step}", CLAIMED_STEP)
+# The steps of a call whose reply was lost, as far as it still holds their claims (QUE-3).
+FIND_CLAIMED_STEPS = """
+SELECT 0 AS candidates, false AS stale, ARRAY(
+    SELECT ROW(k.n, {claimed_step})
+    FROM unnest(noted.run_ids, noted.step_keys) WITH ORDINALITY AS k (run_id, step_key, n)
+    JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
+    JOIN {schema}.runs a ON a.run_id = k.run_id
+    WHERE s.claim_token = $3 || '-' || k.n AND s.claim_expires_at > coalesce($4, clock_timestamp())
+    ORDER BY k.n) AS steps
+FROM {schema}.commits noted WHERE connection = $1 AND token = $2
+""".replace("{claimed_step}", CLAIMED_STEP)
+# Releases the claims of a cancelled call that it still holds, and closes their open attempts.
+RELEASE_CLAIMED_STEPS = """
+WITH noted AS MATERIALIZED (
+    SELECT k.* FROM {schema}.commits noted,
+         unnest(noted.run_ids, noted.step_keys) WITH ORDINALITY AS k (run_id, step_key, n)
+    WHERE connection = $1 AND token = $2
+), locked AS MATERIALIZED (
+    SELECT s.run_id, s.step_key
+    FROM noted k JOIN {schema}.steps s ON s.run_id = k.run_id AND s.step_key = k.step_key
+    WHERE s.claim_token = $3 || '-' || k.n AND (s.status IS NULL OR s.status IN ('Pending', 'Running'))
+    ORDER BY s.run_id, s.step_key FOR NO KEY UPDATE OF s
+), released AS (
+    UPDATE {schema}.steps s
+    SET status = CASE WHEN started_owner = claim_token AND status = 'Running' THEN 'Pending' ELSE status END,
+        completed_at = CASE WHEN started_owner = claim_token AND status = 'Running'
+                            THEN coalesce($4, greatest(clock_timestamp(), started_at)) ELSE completed_at END,
+        claim_token = NULL, claim_owned = NULL, claimed_at = NULL, claim_expires_at = NULL
+    FROM locked WHERE s.run_id = locked.run_id AND s.step_key = locked.step_key
+)
+SELECT true FROM noted LIMIT 1
+"""
+
+# Candidates of ended and deleted runs, for DELETE_STALE. Their rows are locked first: a call that reopens the
+# run or starts it anew then adds the row again after the deletion.
+LOCK_STALE = f"""
+SELECT p.run_id, p.step_key
+FROM unnest($1::text[]) AS q (queue), generate_series({MAX_PRIORITY}, 0, -1) AS level (priority), LATERAL (
+    SELECT run_id, step_key FROM {{schema}}.pending
+    WHERE queue = q.queue AND priority = level.priority::smallint
+      AND ready_at <= coalesce($2, clock_timestamp())
+    ORDER BY ready_at, run_id, step_key LIMIT $3
+) c
+JOIN {{schema}}.pending p ON p.run_id = c.run_id AND p.step_key = c.step_key
+WHERE NOT EXISTS (SELECT FROM {{schema}}.runs r
+                  WHERE r.run_id = p.run_id AND (r.status = 'Running') IS TRUE)
+FOR UPDATE OF p SKIP LOCKED
+"""
+DELETE_STALE = """
+DELETE FROM {schema}.pending p
+USING unnest($1::uuid[], $2::text[]) AS k (run_id, step_key)
+WHERE p.run_id = k.run_id AND p.step_key = k.step_key AND NOT EXISTS (
+    SELECT FROM {schema}.runs r JOIN {schema}.steps s ON s.run_id = r.run_id
+    WHERE r.run_id = k.run_id AND r.status = 'Running' AND s.step_key = k.step_key)
+"""
+
+REDISPATCH_STEP = """
+UPDATE {schema}.steps
+SET dispatch_queue = coalesce($3, dispatch_queue), dispatch_priority = coalesce($4, dispatch_priority),
+    due_at = coalesce($5, due_at), dispatched_at = coalesce($6, clock_timestamp()), dispatch_job_id = NULL,
+    dispatch_token = NULL
+WHERE run_id = $1 AND step_key = $2 AND dispatch_queue IS NOT NULL AND dispatched_at IS NOT NULL
+  AND (status IS NULL OR status IN ('Pending', 'Running'))
+  AND (claimed_at IS NULL OR claim_expires_at <= coalesce($6, clock_timestamp()))
+RETURNING true
+"""
+
+GET_QUEUES = """
+SELECT p.queue, count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'scheduled'),
+       count(*) FILTER (WHERE state = 'waiting'), count(*) FILTER (WHERE state = 'running'),
+       min(p.ready_at) FILTER (WHERE state = 'ready')
+FROM (SELECT coalesce($1, clock_timestamp()) AS now) clock, {schema}.pending p
+JOIN {schema}.runs r ON r.run_id = p.run_id
+JOIN {schema}.steps s ON s.run_id = p.run_id AND s.step_key = p.step_key
+LEFT JOIN {schema}.waiters w ON w.run_id = p.run_id AND w.step_key = p.step_key
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN s.claimed_at IS NOT NULL AND (s.claim_expires_at IS NULL OR s.claim_expires_at > now)
+                THEN 'running'
+                WHEN w.run_id IS NOT NULL AND w.delivered_at IS NULL AND w.expired_at IS NULL
+                     AND (w.expires_at IS NULL OR w.expires_at > now) THEN 'waiting'
+                WHEN p.ready_at > now THEN 'scheduled' ELSE 'ready' END AS state
+) f
+WHERE r.status = 'Running' GROUP BY p.queue ORDER BY p.queue
+"""
+
+
+@dataclass(slots=True, eq=False)
+class _ClaimCall:
+    """One statement of claim_next_steps."""
+
+    number: int
+    """The key of its row in table commits; a later statement uses it again once this one has its result."""
+    token: int
+    owner: str
+    """The beginning of the owner tokens of its claims; a number for each step follows."""
+    unknown: OutcomeUnknownError | None = None
+    """The error of a statement whose outcome is unknown."""
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """The parameters that find its claims."""
+        return self.number, self.token, self.owner
+
+
+class Queues:
+    """The contract of these operations is in flowstore_core/queues.py."""
+
+    _database: Database
+    _free_numbers: list[int]
+    """The numbers of ended calls of claim_next_steps."""
+    _claiming: asyncio.Semaphore
+    """Bounds the connections that are kept for claims."""
+
+    async def claim_next_steps(
+        self, *, queues: Sequence[str], lease: timedelta, limit: int, worker: str | None
+    ) -> Sequence[ClaimedStep]:
+        calls: list[_ClaimCall] = []
+        cancelled = False
+
+        async def claim() -> tuple[ClaimedStep, ...]:
+            async with self._claiming:
+                return () if cancelled else await self._claim(calls, queues, lease, limit, worker)
+
+        try:
+            claimed = await self._database.pool.shielded.run(claim(), partial(self._give_back, calls))
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+        self._free_numbers.extend(call.number for call in calls if call.unknown is None)
+        return claimed
+
+    async def _give_back(self, calls: Sequence[_ClaimCall], outcome: object) -> None:
+        """Release the claims of a cancelled call (QUE-3)."""
+        for call in calls:
+            unknown = call.unknown
+            await self._database.compensate(
+                RELEASE_CLAIMED_STEPS,
+                *call.key,
+                self._database.now(),
+                unacked=() if unknown is None else self._database.unacked_statements(unknown),
+            )
+
+    async def _claim(
+        self,
+        calls: list[_ClaimCall],
+        queues: Sequence[str],
+        lease: timedelta,
+        limit: int,
+        worker: str | None,
+    ) -> tuple[ClaimedStep, ...]:
+        """Claim until ``limit`` is reached or no other step is ready and free."""
+        claimed: list[ClaimedStep] = []
+        lookahead = limit + LOOKAHEAD
+        while True:
+            number = self._free_numbers.pop() if self._free_numbers else self._database.new_token()
+            call = _ClaimCall(number, self._database.new_token(), new_claim_token())
+            calls.append(call)
+            try:
+                row = await self._database.statement(
+                    "claim_next_steps",
+                    CLAIM_NEXT_STEPS,
+                    queues,
+                    lookahead,
+                    limit - len(claimed),
+                    in_microseconds(lease),
+                    call.owner,
+                    worker,
+                    SUPERSEDED_BY,
+                    call.number,
+                    call.token,
+                    probe=(FIND_CLAIMED_STEPS, *call.key, self._database.now()),
+                    index_only=True,
+                )
+            except FlowStoreError as error:
+                if isinstance(error, OutcomeUnknownError):
+                    call.unknown = error
+                if not claimed:
+                    raise
+                # The steps of the earlier statements are claimed, whatever happened to this one.
+                log.warning("claim_next_steps: only a part of the steps was claimed: %s", error)
+                return tuple(claimed)
+            claimed.extend(_claimed_step(one) for one in row["steps"])
+            if row["stale"]:
+                await self._delete_stale(queues, lookahead)
+            if len(claimed) == limit or row["candidates"] < lookahead:
+                # With fewer candidates than that, every ready step was one.
+                return tuple(claimed)
+            lookahead *= 2
+
+    async def _delete_stale(self, queues: Sequence[str], lookahead: int) -> None:
+        """Delete rows of ended and deleted runs from the index."""
+
+        async def work(transaction: Transaction) -> None:
+            rows = await transaction.rows(LOCK_STALE, queues, transaction.now, lookahead)
+            if rows:
+                keys = [row[0] for row in rows], [row[1] for row in rows]
+                await transaction.execute(DELETE_STALE, *keys)
+
+        try:
+            await self._database.transaction("claim_next_steps", work)
+        except FlowStoreError as error:
+            # The next claim that finds them deletes them.
+            log.warning("rows of ended runs were not deleted from the index of queues: %s", error)
+
+    async def advance_run(
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        status: StepStatus,
+        attempt: int,
+        owner: str | None,
+        output_json: str | None,
+        error_message: str | None,
+        dispatch: Sequence[StepRequest],
+        complete_as: RunStatus | None,
+        failed_as: RunStatus | None,
+    ) -> RunAdvance:
+        return await self._database.run_advancer.advance(
+            Advance(
+                run_id,
+                step_key,
+                status,
+                attempt,
+                owner,
+                output_json,
+                error_message,
+                dispatch,
+                complete_as,
+                failed_as,
+            )
+        )
+
+    async def redispatch_step(
+        self,
+        *,
+        run_id: UUID,
+        step_key: str,
+        queue: str | None,
+        priority: int | None,
+        due_at: datetime | None,
+    ) -> bool:
+        async def work(transaction: Transaction) -> bool:
+            run = await transaction.row(LOCK_RUN, run_id)
+            if run is None or run[0] != "Running":
+                return False
+            row = await transaction.row(
+                REDISPATCH_STEP, run_id, step_key, queue, priority, due_at, transaction.now
+            )
+            return row is not None
+
+        return await self._database.transaction("redispatch_step", work)
+
+    async def get_queues(self) -> Sequence[QueueStatistics]:
+        rows = await self._database.read(GET_QUEUES, self._database.now())
+        return tuple(
+            QueueStatistics(
+                queue=row[0],
+                ready=row[1],
+                scheduled=row[2],
+                waiting=row[3],
+                running=row[4],
+                oldest_ready_at=row[5],
+            )
+            for row in rows
+        )
+
+
+def _claimed_step(row: Any) -> ClaimedStep:
+    """Build a record from a number and the columns of CLAIMED_STEP."""
+    return ClaimedStep(
+        run_id=plain_uuid(row[1]),
+        flow_id=plain_uuid(row[2]),
+        flow_name=row[3],
+        step_key=row[4],
+        step_type=row[5],
+        input_json=row[6],
+        attempt=row[7],
+        owner=row[8],
+        queue=row[9],
+        priority=row[10],
+        dispatched_at=row[11],
+        due_at=row[12],
+        claimed_at=row[13],
+        expires_at=row[14],
+        cancel_requested=row[15],
+    )

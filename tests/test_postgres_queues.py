@@ -1,0 +1,436 @@
+"""Queues on PostgreSQL: locks, the index of queued steps, and stores that older versions use too (QUE)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from flowstore_chaos.proxy import Fault, MessageMatch, proxy_before
+from flowstore_core import (
+    ClaimedStep,
+    FlowStore,
+    OutcomeUnknownError,
+    RunStatus,
+    StepRequest,
+    StepStatus,
+    new_run_id,
+    open_store,
+)
+from flowstore_core.open import resolve_store
+from flowstore_postgres import queues
+from flowstore_postgres.sql_placeholders import fill_in
+from tests.virtual_clock import VirtualClock
+
+FLOW = UUID(int=1)
+LEASE = timedelta(minutes=5)
+TIMEOUT_SECONDS = 60.0
+
+
+def _request(step_key: str, *after: str, queue: str = "q") -> StepRequest:
+    return StepRequest(step_key=step_key, step_type="http", input_json="{}", queue=queue, after=after)
+
+
+async def _trigger(store: FlowStore, *requests: StepRequest) -> UUID:
+    run_id = new_run_id()
+    await store.trigger_run(FLOW, "orders", run_id, "manual", dispatch=requests)
+    return run_id
+
+
+async def _claim(store: FlowStore, limit: int = 1) -> Sequence[ClaimedStep]:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        return await store.claim_next_steps(["q"], lease=LEASE, limit=limit)
+
+
+async def _until(condition: Callable[[], Awaitable[object]]) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - a condition of the server
+            await asyncio.sleep(0.02)
+
+
+async def _pending(admin: asyncpg.Connection) -> list[str]:
+    rows = await admin.fetch("SELECT step_key FROM pending ORDER BY ready_at, step_key")
+    return [row[0] for row in rows]
+
+
+# Concurrency
+
+MIDDLE = [f"part {n}" for n in range(6)]
+FAN_IN: dict[str, list[StepRequest]] = {
+    "split": [_request(key, "split") for key in MIDDLE],
+    **{key: [_request("join", *MIDDLE)] for key in MIDDLE},
+    "join": [],
+}
+
+
+async def test_que_4_every_step_of_concurrent_fan_ins_runs_once_and_every_run_completes(fresh: str) -> None:
+    runs = 12
+    async with open_store(fresh) as first, open_store(fresh, pool_size=2) as second:
+        for _ in range(runs):
+            await _trigger(first, _request("split"))
+        claims: Counter[tuple[UUID, str]] = Counter()
+        completed: Counter[UUID] = Counter()
+
+        async def advance(store: FlowStore, step: ClaimedStep) -> None:
+            result = await store.advance_run(
+                step.run_id,
+                step.step_key,
+                StepStatus.SUCCEEDED,
+                attempt=step.attempt,
+                owner=step.owner,
+                dispatch=FAN_IN[step.step_key],
+                complete_as=RunStatus.SUCCEEDED,
+            )
+            completed[step.run_id] += result.run_completed
+
+        async def work(store: FlowStore) -> None:
+            while completed.total() < runs:
+                claimed = await store.claim_next_steps(["q"], lease=LEASE, limit=3)
+                claims.update((step.run_id, step.step_key) for step in claimed)
+                await asyncio.gather(*(advance(store, step) for step in claimed))
+
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await asyncio.gather(*(work(store) for store in (first, second) for _ in range(4)))
+        assert set(claims.values()) == {1}
+        assert len(claims) == runs * len(FAN_IN)
+        assert set(completed.values()) == {1}
+        assert len(completed) == runs
+        assert await first.get_queues() == ()
+
+
+ENDED = [StepStatus.SUCCEEDED, StepStatus.FAILED, StepStatus.SKIPPED]
+
+
+async def _end_at_random(store: FlowStore, seed: int, *, concurrently: bool) -> tuple[list[Any], str]:
+    """End the six started steps of a run with random requests; the results and the final state."""
+    rng = random.Random(seed)
+    started, later = MIDDLE, [f"later {n}" for n in range(4)]
+    run_id = await _trigger(store, *(_request(key) for key in started))
+    claimed = {one.step_key: one for one in await _claim(store, 100) if one.run_id == run_id}
+    assert sorted(claimed) == started
+    calls = []
+    for key in rng.sample(started, len(started)):
+        requests = [
+            StepRequest(
+                step_key=one,
+                step_type="http",
+                queue="later",
+                after=tuple(rng.sample([other for other in (*started, *later) if other != one], 2)),
+                accept=frozenset(rng.sample(ENDED, 2)),
+            )
+            for one in rng.sample(later, 3)
+        ]
+        calls.append(
+            store.advance_run(
+                run_id,
+                key,
+                rng.choice(ENDED),
+                attempt=1,
+                owner=claimed[key].owner,
+                dispatch=requests,
+                complete_as=rng.choice([RunStatus.SUCCEEDED, None]),
+            )
+        )
+    results = list(await asyncio.gather(*calls)) if concurrently else [await call for call in calls]
+    state = repr((await store.get_run_detail(run_id), await store.get_dispatches(run_id)))
+    return results, state.replace(str(run_id), "<run>")
+
+
+@pytest.mark.parametrize("seed", range(15))
+async def test_que_4_advances_that_share_a_transaction_are_serial(seed: int, fresh: str) -> None:
+    clock = VirtualClock()
+    async with open_store(fresh, clock=clock) as store:
+        expected = await _end_at_random(store, seed, concurrently=False)
+        # The first call is sent alone, the other five share the next transaction, in their order.
+        assert await _end_at_random(store, seed, concurrently=True) == expected
+
+
+@pytest.mark.parametrize("locked", ["runs", "steps", "pending"])
+async def test_que_2_a_claim_passes_over_a_step_that_another_call_is_changing(
+    locked: str, fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        busy = await _trigger(store, _request("busy"))
+        await _trigger(store, _request("free"))
+        async with admin.transaction():
+            await admin.execute(f"SELECT FROM {locked} WHERE run_id = $1 FOR UPDATE", busy)
+            # It does not wait.
+            assert [step.step_key for step in await _claim(store, 2)] == ["free"]
+        assert [step.step_key for step in await _claim(store, 2)] == ["busy"]
+
+
+async def test_que_2_a_claim_finds_a_free_step_behind_many_that_are_locked(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        await _trigger(store, *(_request(f"step {n:03}") for n in range(2 * queues.LOOKAHEAD)))
+        await _trigger(store, _request("free"))
+        async with admin.transaction():
+            await admin.execute("SELECT FROM pending WHERE step_key <> 'free' FOR UPDATE")
+            assert [step.step_key for step in await _claim(store)] == ["free"]
+
+
+async def test_que_2_a_claim_sees_a_change_that_it_did_not_wait_for(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    """A step that was claimed after the snapshot of a claim is not claimed again."""
+    async with open_store(fresh) as store, open_store(fresh) as other:
+        for _ in range(20):
+            await _trigger(store, *(_request(f"step {n}") for n in range(10)))
+        found = await asyncio.gather(*(_claim(one, 7) for _ in range(20) for one in (store, other)))
+        steps = [(step.run_id, step.step_key) for claimed in found for step in claimed]
+        assert len(steps) == len(set(steps)) == 200
+        assert len({step.owner for claimed in found for step in claimed}) == 200
+
+
+DISPATCHES: dict[str, Callable[[FlowStore, UUID], Awaitable[object]]] = {
+    "try_record_dispatch": lambda s, r: s.try_record_dispatch(r, "waits", queue="q", step_type="http"),
+    "advance_run": lambda s, r: s.advance_run(
+        r, "open", StepStatus.SUCCEEDED, attempt=1, dispatch=[_request("waits")]
+    ),
+    "retry_step": lambda s, r: s.retry_step(r, "open", dispatch=[_request("waits")]),
+    "redispatch_step": lambda s, r: s.redispatch_step(r, "moved", queue="q"),
+    "reschedule_step": lambda s, r: s.reschedule_step(r, "open", attempt=1),
+}
+
+
+@pytest.mark.parametrize("method", DISPATCHES)
+async def test_que_5_a_dispatch_sees_a_waiter_that_was_registered_while_it_waited(
+    method: str, fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store, _request("open"), _request("moved", queue="other"))
+        assert len(await _claim(store)) == 1
+        await store.try_record_dispatch(run_id, "warm", due_at=datetime.now(UTC) + LEASE)
+        async with admin.transaction():
+            await admin.execute("SELECT FROM runs WHERE run_id = $1 FOR UPDATE", run_id)
+            task = asyncio.ensure_future(DISPATCHES[method](store, run_id))
+
+            async def waits() -> object:
+                await admin.execute("SELECT pg_stat_clear_snapshot()")
+                return await admin.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity "
+                    "WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+                )
+
+            await _until(waits)
+            await admin.execute(
+                "INSERT INTO waiters (run_id, step_key, signal_name, created_at) "
+                "SELECT $1, key, 'go', now() FROM unnest($2::text[]) key",
+                run_id,
+                ["waits", "moved", "open"],
+            )
+        await task
+        assert await _claim(store, 10) == ()
+
+
+# The index of queued steps
+
+
+async def test_que_5_rows_of_ended_runs_leave_the_index_and_return_when_the_run_is_reopened(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        ended = await _trigger(store, *(_request(f"step {n:03}") for n in range(2 * queues.LOOKAHEAD)))
+        [first] = await _claim(store)
+        await store.advance_run(ended, first.step_key, StepStatus.FAILED, attempt=1)
+        await store.complete_run(ended, RunStatus.CANCELLED)
+        await _trigger(store, _request("other"))
+        assert [step.step_key for step in await _claim(store)] == ["other"]
+        # Each claim deletes the rows that it finds.
+        assert await _claim(store) == ()
+        assert await _pending(admin) == ["other"]
+        await store.retry_step(ended, first.step_key)
+        assert len(await _claim(store, 1000)) == 2 * queues.LOOKAHEAD - 1
+
+
+async def test_ret_1_cleanup_empties_the_index(fresh: str, admin: asyncpg.Connection) -> None:
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store, _request("one"), _request("two"))
+        await store.complete_run(run_id, RunStatus.FAILED)
+        assert await _pending(admin) == ["one", "two"]
+        assert await store.cleanup(datetime.now(UTC) + timedelta(hours=1)) == 1
+        assert await _pending(admin) == []
+
+
+async def test_the_cost_of_a_claim_does_not_depend_on_the_steps_that_sleep(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async def buffers() -> int:
+        schema = await admin.fetchval("SELECT quote_ident(current_schema())")
+        statement = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + fill_in(queues.CLAIM_NEXT_STEPS, schema)
+        later = datetime.now(UTC) + timedelta(hours=1)
+        arguments = (later, None, ["q", "r"], 10 + queues.LOOKAHEAD, 10, 1, "o", None, "", 1, 1)
+        [plan] = json.loads(await admin.fetchval(statement, *arguments))
+        return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store)
+        await buffers()
+        empty = await buffers()
+        await admin.execute(
+            "WITH sleeping AS (INSERT INTO steps (run_id, step_key, dispatched_at, due_at, dispatch_queue,"
+            "    dispatch_priority, dispatch_step_type, pending_writes)"
+            "  SELECT $1, n::text, now(), now() + interval '1 day', 'q', n % 10, 't', 1"
+            "  FROM generate_series(1, 20000) n RETURNING *)"
+            "INSERT INTO pending SELECT run_id, step_key, 'q', dispatch_priority, due_at FROM sleeping",
+            run_id,
+        )
+        # Each of the 20 ranges of the index is one level deeper.
+        assert await buffers() <= empty + 3 * 20
+
+
+# Older versions
+
+RELEASE_BY_VERSION_7 = """
+UPDATE steps SET dispatched_at = NULL, due_at = NULL, dispatch_job_id = NULL
+WHERE run_id = $1 AND step_key = $2
+"""
+DISPATCH_BY_VERSION_7 = """
+UPDATE steps SET dispatched_at = now(), due_at = NULL, dispatch_token = 1
+WHERE run_id = $1 AND step_key = $2 AND dispatched_at IS NULL
+"""
+RESCHEDULE_BY_VERSION_7 = """
+UPDATE steps
+SET completed_at = now(), status = 'Pending', rescheduled = true, claim_token = NULL, claim_owned = NULL,
+    claimed_at = NULL, claim_expires_at = NULL, dispatch_token = NULL, dispatch_job_id = NULL,
+    dispatched_at = now(), due_at = now()
+WHERE run_id = $1 AND step_key = $2
+"""
+
+
+async def test_que_7_an_older_version_that_releases_a_dispatch_forgets_its_queue(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store, _request("one"), _request("two"))
+        await admin.execute(RELEASE_BY_VERSION_7, run_id, "one")
+        assert await _pending(admin) == ["two"]
+        await admin.execute(DISPATCH_BY_VERSION_7, run_id, "one")
+        dispatches = {one.step_key: one.queue for one in await store.get_dispatches(run_id)}
+        assert dispatches == {"one": None, "two": "q"}
+        assert [step.step_key for step in await _claim(store, 2)] == ["two"]
+
+
+async def test_stp_7_an_older_version_that_reschedules_a_step_keeps_its_queue(
+    fresh: str, admin: asyncpg.Connection
+) -> None:
+    async with open_store(fresh) as store:
+        run_id = await _trigger(store, _request("one"))
+        [first] = await _claim(store)
+        await admin.execute(RESCHEDULE_BY_VERSION_7, run_id, "one")
+        [second] = await _claim(store)
+        assert (first.attempt, second.attempt) == (1, 2)
+        await admin.execute("UPDATE runs SET status = 'Cancelled', completed_at = now()")
+        assert await _claim(store) == ()
+        await admin.execute("DELETE FROM steps")
+        assert await _pending(admin) == []
+
+
+async def test_a_store_of_version_7_is_migrated_in_place(fresh: str, admin: asyncpg.Connection) -> None:
+    _, backend, config = resolve_store(fresh)
+    for number, _, script in backend.migrations(config):  # type: ignore[attr-defined]
+        if number < 8:
+            await admin.execute(script)
+    run_id = new_run_id()
+    await admin.execute(
+        "INSERT INTO runs (run_id, flow_id, flow_name, status, trigger_key, started_at, start_token) "
+        "VALUES ($1, $1, 'orders', 'Running', 'manual', now(), $1)",
+        run_id,
+    )
+    await admin.execute(
+        "INSERT INTO steps (run_id, step_key, dispatched_at, dispatch_token) VALUES ($1, 'old', now(), 1)",
+        run_id,
+    )
+    async with open_store(fresh) as store:
+        assert [(one.step_key, one.queue) for one in await store.get_dispatches(run_id)] == [("old", None)]
+        assert await _claim(store) == ()
+        await store.release_dispatch(run_id, "old")
+        assert await store.try_record_dispatch(run_id, "old", queue="q", step_type="http")
+        [claimed] = await _claim(store)
+        assert (claimed.run_id, claimed.step_key, claimed.attempt) == (run_id, "old", 1)
+
+
+# Lost replies and cancelled calls
+
+
+@asynccontextmanager
+async def _queued(fresh: str) -> AsyncIterator[tuple[FlowStore, UUID]]:
+    """A store on a run with three queued steps."""
+    async with open_store(fresh) as direct:
+        yield direct, await _trigger(direct, *(_request(f"step {n}") for n in range(3)))
+
+
+@pytest.mark.parametrize("pgbouncer", ["false", "true"])
+async def test_que_3_a_cancelled_claim_is_given_back(pgbouncer: str, fresh: str) -> None:
+    async with (
+        _queued(fresh) as (direct, run_id),
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, pgbouncer=pgbouncer, statement_timeout=2) as store,
+    ):
+        assert await store.claim_next_steps(["other"], lease=LEASE) == ()
+        proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
+        task = asyncio.create_task(_claim(store, 3))
+        while not proxy.has_injected:  # noqa: ASYNC110 - before the store retries
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        async def is_given_back() -> bool:
+            return not await direct.get_step_claims(run_id)
+
+        await _until(is_given_back)
+        detail = await direct.get_run_detail(run_id)
+        assert detail is not None
+        assert {step.status for step in detail.steps} <= {StepStatus.PENDING}
+        assert [step.step_key for step in await _claim(direct, 3)] == ["step 0", "step 1", "step 2"]
+
+
+async def test_que_3_a_repeated_claim_returns_the_steps_that_it_still_holds(fresh: str) -> None:
+    async with (
+        _queued(fresh) as (direct, run_id),
+        proxy_before(fresh) as (proxy, through),
+        open_store(through) as store,
+    ):
+        assert await store.claim_next_steps(["other"], lease=LEASE) == ()
+        proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
+        task = asyncio.create_task(_claim(store, 2))
+        while not proxy.has_injected:  # noqa: ASYNC110 - before the store retries
+            await asyncio.sleep(0)
+        proxy.arm(1, Fault.RESET, match=MessageMatch.CONNECT, times=1_000)
+
+        async def is_claimed() -> bool:
+            return len(await direct.get_step_claims(run_id)) == 2
+
+        await _until(is_claimed)
+        await direct.release_step_claim(run_id, "step 0")
+        proxy.heal()
+        assert [step.step_key for step in await task] == ["step 1"]
+        assert [step.step_key for step in await _claim(direct, 3)] == ["step 0", "step 2"]
+
+
+async def test_que_3_an_unknown_claim_ends_with_its_lease(fresh: str) -> None:
+    async with (
+        _queued(fresh) as (direct, _),
+        proxy_before(fresh) as (proxy, through),
+        open_store(through, retry_timeout=0) as store,
+    ):
+        assert await store.claim_next_steps(["other"], lease=LEASE) == ()
+        proxy.arm(1, Fault.REPLY_LOST, match=MessageMatch.COMMIT)
+        with pytest.raises(OutcomeUnknownError):
+            await store.claim_next_steps(["q"], lease=timedelta(milliseconds=500), limit=3)
+
+        async def is_claimed_again() -> bool:
+            return bool(await _claim(direct, 3))
+
+        await _until(is_claimed_again)
