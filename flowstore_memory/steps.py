@@ -159,11 +159,8 @@ class Steps(OpenNamespace):
         run = self._runs[run_id.int]
         step = started_step(run, step_key)
         failed = error_message is not None
-        if failed and step.reopened and step.rescheduled and step.attempt == attempt:
-            was_failed = run.earlier[step_key][-1].status is StepStatus.FAILED
-            if was_failed:
-                # This call, made before, reopened the step.
-                return
+        if failed and step.attempt == attempt and _is_rescheduled_after_failure(run, step_key, step):
+            return
         check_attempt(run_id, step_key, step, attempt)
         now = self._now()
         if step.completed_at is None:
@@ -236,6 +233,13 @@ def check_outcome(
     """Raise StepAlreadyCompletedError if the newest attempt was closed with another outcome (STP-4)."""
     if (step.status, step.output_json, step.error_message) != outcome:
         raise StepAlreadyCompletedError(run_id, step_key, step.attempt)
+
+
+def _is_rescheduled_after_failure(run: RunState, step_key: str, step: StepState) -> bool:
+    """Whether reschedule_step closed the newest attempt as Failed and reopened the step (STP-7)."""
+    if not (step.reopened and step.rescheduled):
+        return False
+    return run.earlier[step_key][-1].status is StepStatus.FAILED
 
 
 def _reopen(run: RunState, step_key: str, step: StepState, now: datetime) -> None:

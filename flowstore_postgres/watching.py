@@ -141,7 +141,7 @@ class Listener:
             await connection.add_listener(self._channel, self._on_notification)
             self.is_connected = True
             self._tried.set()
-            # What was committed before the connection listened is found by looking.
+            # A look at the store finds the commits from before the connection listened.
             self.waiting.wake()
             await lost.wait()
         finally:

@@ -82,7 +82,7 @@ async def nothing_survives_a_deletion_that_it_meets(context: CheckContext) -> No
             if Capability.EVENTS in context.capabilities:
                 await outcome_of(other.append_event(run_id, "late"))
         context.expect(await deleting, len(runs), "the number of runs that a cleanup deleted")
-        # The same ids again: what was left behind would belong to the new runs.
+        # The same ids again: a leftover of the old runs would belong to the new ones.
         for run_id in context.random.sample(runs, len(runs)):
             outputs = dict(await context.store.get_outputs(run_id))
             context.expect(outputs, {}, "the outputs of a deleted run")

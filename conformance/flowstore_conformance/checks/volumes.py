@@ -308,7 +308,7 @@ async def _expect_totals(
     kind=Kind.VOLUME,
 )
 async def thousands_of_runs_need_attention(context: CheckContext) -> None:
-    """take limits the ordered list: the first 1,000 of thousands come first, whatever was written first."""
+    """take limits the ordered list: the first 1,000 of thousands come first, in any order of writing."""
     store, clock = context.store, require_clock(context)
     count = context.profile.of(60, 1_300, 10_500)
     at = clock.now
