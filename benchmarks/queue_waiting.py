@@ -1,0 +1,207 @@
+"""Waiting workers: how soon a worker in another process starts, and what it costs while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from functools import partial
+from uuid import UUID
+
+from benchmarks.options import Options, say
+from benchmarks.queue_stores import Backend, QueueStore, Worker, start_worker, trigger, trigger_runs
+from benchmarks.queue_worker import SIGNAL, WAIT_FOR_SIGNAL, WORK, request
+from benchmarks.results import Measure, Report, Result, Sample, Statistic, Target
+from benchmarks.rounds import Variant, measure
+from benchmarks.workload import WrongAnswerError, percentile
+from flowstore_core import SignalDeliveryStatus
+
+TRIGGERED = "trigger_run to start of work"
+SIGNALLED = "deliver_signal to start of work"
+SLEPT = "due time to start of work"
+REACTIONS = 100
+"""Reactions in one round."""
+IDLE_SECONDS = 0.03, 0.13
+"""Bounds of the pause before each trigger and signal; random, so that it is in step with no poll."""
+FIRST_DUE = 0.3
+DUE_EVERY = 0.05
+
+OBSERVED_SECONDS = 5.0
+LIMITS_MS = {"PostgreSQL": (5, 25), "SQLite": (25, 50)}
+"""p50 and p99 of the reactions to triggers and signals."""
+SLEEP_LIMIT_MS = 20
+CPU_LIMIT = 0.5
+
+OURS = "flowstore"
+
+
+def latency_name(backend: str) -> str:
+    return f"{backend}, latency of an idle worker in another process"
+
+
+def cpu_name(backend: str) -> str:
+    return f"{backend}, processor time of a waiting worker"
+
+
+def queries_name(backend: str) -> str:
+    return f"{backend}, sessions with a query in {OBSERVED_SECONDS:g} s of waiting"
+
+
+def latency_targets(backend: str) -> list[Target]:
+    name = latency_name(backend)
+
+    def within(variant: str, statistic: Statistic, most: float) -> Target:
+        title = f"{backend}, {variant}, {statistic.replace('_', ' ')}"
+        return Target(title, name, variant, None, False, most, None, statistic, "ms")
+
+    p50, p99 = LIMITS_MS[backend]
+    return [
+        within(TRIGGERED, "p50_ms", p50),
+        within(TRIGGERED, "p99_ms", p99),
+        within(SIGNALLED, "p50_ms", p50),
+        within(SIGNALLED, "p99_ms", p99),
+        within(SLEPT, "p99_ms", SLEEP_LIMIT_MS),
+    ]
+
+
+def idle_targets(backend: str) -> list[Target]:
+    return [
+        Target(
+            f"{backend}, waiting worker, % of a core",
+            cpu_name(backend),
+            OURS,
+            None,
+            False,
+            CPU_LIMIT,
+            None,
+            "value",
+            "%",
+        ),
+        Target(
+            f"{backend}, waiting worker, queries",
+            queries_name(backend),
+            OURS,
+            None,
+            False,
+            0,
+            None,
+            "value",
+            "",
+        ),
+    ]
+
+
+async def latency(report: Report, options: Options, backend: Backend) -> None:
+    async with AsyncExitStack() as stack:
+        at = await backend.open(stack, "latency")
+        worker = await stack.enter_async_context(start_worker("react", at))
+        await measure(
+            report,
+            options,
+            latency_name(backend.name),
+            "milliseconds, median of a round",
+            [
+                Variant(TRIGGERED, partial(_one_by_one, partial(_react_to_trigger, at, worker))),
+                Variant(SIGNALLED, partial(_one_by_one, partial(_react_to_signal, at, worker))),
+                Variant(SLEPT, partial(_react_to_due_times, at, worker)),
+            ],
+            least=REACTIONS,
+            note="From the call of the first operation to the return of claim_next_steps in the worker.",
+        )
+
+
+async def _one_by_one(react: Callable[[], Awaitable[float]], amount: int) -> Sample:
+    return _sample([await react() for _ in range(amount)])
+
+
+def _sample(latencies: list[float]) -> Sample:
+    latencies.sort()
+    p50 = percentile(latencies, 0.5)
+    return Sample(len(latencies), p50_ms=p50, p99_ms=percentile(latencies, 0.99), value=p50)
+
+
+async def _start_of_work(worker: Worker, run_id: UUID) -> float:
+    found = await worker.read()
+    if found["run"] != str(run_id):
+        raise WrongAnswerError("the worker started another run")
+    return float(found["at"])
+
+
+async def _react_to_trigger(at: QueueStore, worker: Worker) -> float:
+    await asyncio.sleep(random.uniform(*IDLE_SECONDS))
+    began = time.time()
+    run_id = await trigger(at.store, request(WORK))
+    return await _start_of_work(worker, run_id) - began
+
+
+async def _react_to_signal(at: QueueStore, worker: Worker) -> float:
+    run_id = await trigger(at.store, request(WAIT_FOR_SIGNAL))
+    await _start_of_work(worker, run_id)
+    await asyncio.sleep(random.uniform(*IDLE_SECONDS))
+    began = time.time()
+    result = await at.store.deliver_signal(run_id, SIGNAL, "{}")
+    if result.status is not SignalDeliveryStatus.DELIVERED:
+        raise WrongAnswerError("the step did not wait for its signal")
+    return await _start_of_work(worker, run_id) - began
+
+
+async def _react_to_due_times(at: QueueStore, worker: Worker, amount: int) -> Sample:
+    due = {}
+    # Triggered before the first is due; in between the worker waits.
+    first = time.time() + FIRST_DUE + amount * DUE_EVERY / 10
+    for number in range(amount):
+        moment = first + number * DUE_EVERY + random.uniform(0, DUE_EVERY / 2)
+        run_id = await trigger(at.store, request(WORK, due_at=datetime.fromtimestamp(moment, UTC)))
+        due[str(run_id)] = moment
+    if time.time() > first:
+        raise WrongAnswerError("the first steps were due before all were triggered")
+    latencies = []
+    for _ in range(amount):
+        found = await worker.read()
+        latencies.append(found["at"] - due[found["run"]])
+    # The store counts microseconds.
+    if min(latencies) < -1e-5:
+        raise WrongAnswerError("a step was claimed before its due time")
+    return _sample(latencies)
+
+
+async def idle(report: Report, options: Options, backend: Backend) -> None:
+    if not options.wants(cpu_name(backend.name)):
+        return
+    seconds = OBSERVED_SECONDS * min(1.0, options.scale)
+    queries = Measure(
+        queries_name(backend.name),
+        "sessions",
+        [Result(OURS)],
+        "" if seconds == OBSERVED_SECONDS else f"Observed for {seconds:g} s in this trial.",
+    )
+
+    async with AsyncExitStack() as stack:
+        at = await backend.open(stack, "idle")
+        # One sleeping run each way: a queue that is empty would be easier to wait for.
+        await trigger_runs(at.store, 100, request(WORK, due_at=datetime(2100, 1, 1, tzinfo=UTC)))
+        worker = await stack.enter_async_context(start_worker("idle", at))
+
+        async def observe(amount: int) -> Sample:
+            before, began, since = await worker.ask(), time.perf_counter(), datetime.now(UTC)
+            await asyncio.sleep(seconds)
+            if at.count_queries is not None:
+                found = Sample(1, value=await at.count_queries(since))
+                queries.results[0].samples.append(found)
+            after = await worker.ask()
+            if not after["waiting"]:
+                raise WrongAnswerError("the worker did not wait")
+            took = time.perf_counter() - began
+            return Sample(1, value=100 * (after["cpu"] - before["cpu"]) / took)
+
+        # The first round observes the connection of the listener, too.
+        await measure(
+            report, options, cpu_name(backend.name), "% of a core", [Variant(OURS, observe)], least=1
+        )
+    del queries.results[0].samples[:1]
+    if queries.results[0].samples:
+        report.measures.append(queries)
+        say(f"{queries.name}: {queries.results[0].values('value')}")
