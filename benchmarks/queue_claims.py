@@ -31,6 +31,7 @@ SMALLEST = (100, 200, 400)
 """Minimum sizes at any scale."""
 CYCLES = 50
 """Claims in one round."""
+SLEEPING_LIMIT = 1.2
 
 SNAPSHOT_RUNS = 1_000
 SNAPSHOT_MINUTES = 10.0
@@ -38,9 +39,10 @@ CYCLE_SECONDS = 0.1
 """Time of one cycle of the load: LIMIT runs are triggered, claimed and completed."""
 WINDOW_SECONDS = 20.0
 RECOVERY_SECONDS = 60.0
-BEFORE, HELD, AFTER = "before the snapshot", "at the end of the snapshot", "a minute later"
+BEFORE, HELD, AFTER = "before the snapshot", "with old snapshot", "a minute later"
+SNAPSHOT_LIMIT = 2
 
-WORKERS = (2, 3, 4)
+WORKERS = (2, 4)
 COMPETITION_LIMIT = 16
 SHORT_LIMIT = 2.0
 
@@ -70,37 +72,34 @@ def throughput_name(backend: str) -> str:
 
 
 def sleeping_targets(backend: str, options: Options) -> list[Target]:
-    small, *larger = (f"{size:,} sleeping runs" for size in sizes(options))
+    small, middle, large = (f"{size:,} sleeping runs" for size in sizes(options))
+    name = sleeping_name(backend)
     return [
-        Target(f"{backend}, {one}", sleeping_name(backend), one, small, False, 1.2, None, "p50_ms")
-        for one in larger
+        Target(f"{backend}, {middle}", name, middle, small, False, SLEEPING_LIMIT, None, "p50_ms"),
+        Target(f"... {large}", name, large, small, False, SLEEPING_LIMIT, None, "p50_ms"),
     ]
 
 
 def snapshot_targets(backend: str) -> list[Target]:
     name = snapshot_name(backend)
     return [
-        Target(f"{backend}, claim, {HELD}", name, HELD, BEFORE, False, 2, None, "p50_ms"),
-        # The limit of the recovery is that of noise.
-        Target(f"{backend}, claim, {AFTER}", name, AFTER, BEFORE, False, 1.2, None, "p50_ms"),
+        Target(f"{backend}, claims, {HELD}", name, HELD, BEFORE, False, SNAPSHOT_LIMIT, None, "p50_ms"),
+        # As before, with the tolerance of sleeping runs.
+        Target(f"... {AFTER}", name, AFTER, BEFORE, False, SLEEPING_LIMIT, None, "p50_ms"),
     ]
 
 
 def competition_targets(backend: str) -> list[Target]:
-    return [
-        Target(
-            f"{backend}, {number} workers, short claims, %",
-            short_name(backend),
-            f"{number} processes",
-            None,
-            False,
-            SHORT_LIMIT,
-            None,
-            "value",
-            "%",
+    def at_most(number: int, title: str) -> Target:
+        return Target(
+            title, short_name(backend), processes(number), None, False, SHORT_LIMIT, None, "value", "%"
         )
-        for number in WORKERS
-    ]
+
+    return [at_most(number, f"{backend}, {number} workers, short claims, %") for number in WORKERS]
+
+
+def processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
 
 
 async def _cycle(at: QueueStore) -> float:
@@ -238,7 +237,7 @@ async def competition(report: Report, options: Options, backend: Backend) -> Non
                 await stack.enter_async_context(start_worker("drain", at, COMPETITION_LIMIT))
                 for _ in range(number)
             ]
-            result = Result(f"{number} processes")
+            result = Result(processes(number))
             short.results.append(result)
             variants.append(Variant(result.variant, partial(compete, at, workers, result)))
         await measure(
@@ -262,7 +261,7 @@ async def throughput(report: Report, options: Options, backend: Backend) -> None
         variants = []
         most = max(options.callers)
         for number, concurrency in (*((1, one) for one in options.callers), (2, most)):
-            title = f"{'one process' if number == 1 else 'two processes'}, {concurrency} steps at once"
+            title = f"{processes(number)}, {concurrency} steps at once"
             at = await backend.open(stack, f"throughput_{number}_{concurrency}")
             limit = max(1, concurrency // 2 // number)
             workers = [

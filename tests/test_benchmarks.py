@@ -19,6 +19,7 @@ from benchmarks.svg import draw
 from benchmarks.tables import WIDTH, show
 
 ROOT = Path(__file__).parents[1]
+BACKENDS = ("PostgreSQL", "SQLite")
 SMALLEST = ("--rounds", "1", "--seconds", "0.01", "--scale", "0.05")
 
 
@@ -32,7 +33,7 @@ def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -86,7 +87,7 @@ def test_sqlite(tmp_path: Path) -> None:
 def test_growth(tmp_path: Path) -> None:
     report, _ = run("growth", tmp_path, "--callers", "8", "--scale", "0.001")
     variants = measures(report)
-    for backend in ("PostgreSQL", "SQLite"):
+    for backend in BACKENDS:
         assert len(variants[f"{backend}, lifecycle"]) == 4
         for call in ("statistics", "first page", "search", "30-day timeseries", "cleanup"):
             assert len(variants[f"{backend}, {call}"]) == 3
@@ -102,6 +103,49 @@ def test_peers(tmp_path: Path) -> None:
     # Missing engines are named with the reason.
     for engine in ("pgqueuer", "procrastinate", "DBOS", "absurd"):
         assert f"A step of {engine}" in printed or f"{engine} was skipped" in printed
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_queues_and_waiting_workers(tmp_path: Path) -> None:
+    variants, ratios = run_queues(tmp_path, "latency", "idle")
+    for backend in BACKENDS:
+        assert len(variants[f"{backend}, latency of an idle worker in another process"]) == 3
+        assert len(variants[f"{backend}, processor time of a waiting worker"]) == 1
+        assert f"{backend}, waiting worker, % of a core" in ratios
+    assert "PostgreSQL, sessions with a query in 5 s of waiting" in variants
+    assert len(variants) == 5
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_queues_and_claims(tmp_path: Path) -> None:
+    variants, ratios = run_queues(tmp_path, "sleeping", "snapshot")
+    for backend in BACKENDS:
+        assert len(variants[f"{backend}, claim_next_steps(limit=64)"]) == 3
+        assert len(variants[f"{backend}, claim_next_steps(limit=64) under load, with an old snapshot"]) == 3
+        assert f"{backend}, claims, with old snapshot" in ratios
+    assert len(variants) == 4
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_queues_and_their_workers(tmp_path: Path) -> None:
+    variants, ratios = run_queues(tmp_path, "competition", "throughput")
+    for backend in BACKENDS:
+        assert len(variants[f"{backend}, worker processes on one queue, limit 16"]) == 2
+        assert len(variants[f"{backend}, claims with fewer steps than limit although more were free"]) == 2
+        assert len(variants[f"{backend}, steps claimed and advanced"]) == 3
+        assert f"{backend}, 4 workers, short claims, %" in ratios
+    assert len(variants) == 6
+
+
+def run_queues(folder: Path, *figures: str) -> tuple[dict[str, list[str]], set[str]]:
+    """The measures with their variants, and the names of the ratios."""
+    chosen = [option for figure in figures for option in ("--figure", figure)]
+    tiny = ("--callers", "2,4", "--scale", "0.001", "--snapshot-minutes", "0")
+    report, _ = run("queues", folder, *chosen, *tiny)
+    return measures(report), {one["name"] for one in report["ratios"]}
 
 
 def test_memory(tmp_path: Path) -> None:
