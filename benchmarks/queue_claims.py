@@ -158,8 +158,11 @@ async def snapshot(report: Report, options: Options, backend: Backend) -> None:
         at = await backend.open(stack, "snapshot")
         await add_sleeping_runs(at, max(SMALLEST[0], int(SNAPSHOT_RUNS * scale)))
 
-        async def load(seconds: float, variant: str) -> None:
-            """Keep the load up, and use the claims of the last seconds as the variant's sample."""
+        async def load(seconds: float, variant: str) -> int:
+            """Keep the load up, and use the claims of the last seconds as the variant's sample.
+
+            Returns the number of runs.
+            """
             latencies: list[tuple[float, float]] = []
             began = perf_counter()
             while (passed := perf_counter() - began) < seconds or not latencies:
@@ -169,28 +172,30 @@ async def snapshot(report: Report, options: Options, backend: Backend) -> None:
             found = _claim_sample(last or [latencies[-1][1]])
             say(f"{name}, {variant}: p50 {found.p50_ms:.2f} ms")
             results.append(Result(variant, [found]))
+            return len(latencies) * LIMIT
 
         await load(window, "warm-up")
         results.clear()
         await load(window, BEFORE)
         async with at.hold_snapshot():
-            await load(minutes * 60, HELD)
+            completed = await load(minutes * 60, HELD)
         await load(RECOVERY_SECONDS * scale + window, AFTER)
     note = (
-        f"{LIMIT / CYCLE_SECONDS:,.0f} runs per second are triggered, claimed and completed. A snapshot is "
-        f"held for {minutes:g} minutes. Each figure is of {window:g} s; one round"
+        f"Up to {LIMIT / CYCLE_SECONDS:,.0f} runs per second are triggered, claimed and completed, "
+        f"{completed:,} of them while a snapshot is held for {minutes:g} minutes. Each figure is of "
+        f"{window:g} s; one round"
     )
     report.measures.append(Measure(name, "milliseconds, median", results, note))
 
 
-async def _drain(at: QueueStore, workers: Sequence[Worker], step_type: str, steps: int) -> _Drained:
+async def _drain(at: QueueStore, workers: Sequence[Worker], step_type: str, steps: int) -> Drained:
     """Let the workers claim and advance all steps of new runs."""
     runs = steps if step_type == WORK else -(-steps // STEPS_PER_RUN)
     await trigger_runs(at.store, runs, request(step_type))
     expected = runs if step_type == WORK else runs * STEPS_PER_RUN
     began = time.time()
     replies = await asyncio.gather(*(worker.ask() for worker in workers))
-    drained = _Drained(began, expected, replies)
+    drained = Drained(began, expected, replies)
     if sum(count for _, _, count in drained.calls) != expected or await count_ready(at.store):
         raise WrongAnswerError("the workers have not claimed each step once")
     left = await at.store.get_queues()
@@ -199,7 +204,7 @@ async def _drain(at: QueueStore, workers: Sequence[Worker], step_type: str, step
     return drained
 
 
-class _Drained:
+class Drained:
     def __init__(self, began: float, steps: int, replies: Sequence[dict[str, Any]]) -> None:
         self.steps = steps
         self.seconds = max(reply["ended"] for reply in replies) - began
@@ -208,14 +213,16 @@ class _Drained:
     def short_claims(self, limit: int) -> float:
         """The share of claims, in percent, with fewer steps than limit although more were free.
 
-        The steps of every call that began before the end of a claim count as not free for it.
+        The steps of every call that began before the end of a claim count as not free for it. Claims without
+        a step count only if they are short.
         """
-        useful = [call for call in self.calls if call[2]]
-        short = 0
+        counted = short = 0
         for _, ended, count in self.calls:
             taken = sum(other for began, _, other in self.calls if began < ended)
-            short += count < limit and taken < self.steps
-        return 100 * short / max(1, len(useful))
+            is_short = count < limit and taken < self.steps
+            short += is_short
+            counted += is_short or count > 0
+        return 100 * short / counted
 
 
 async def competition(report: Report, options: Options, backend: Backend) -> None:

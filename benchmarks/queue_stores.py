@@ -29,7 +29,6 @@ SLEEP = timedelta(days=3650)
 class QueueStore:
     """A new, open store, and direct access to its database."""
 
-    backend: str
     url: str
     store: FlowStore
     copy: Copier
@@ -51,7 +50,6 @@ class Backend:
     async def open(self, stack: AsyncExitStack, name: str) -> QueueStore:
         opened = await self.opener(stack, name)
         return QueueStore(
-            self.name,
             self.url_of(name),
             opened.store,
             opened.copy,

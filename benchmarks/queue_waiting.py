@@ -25,7 +25,7 @@ SLEPT = "due time to start of work"
 REACTIONS = 100
 """Reactions in one round."""
 IDLE_SECONDS = 0.03, 0.13
-"""Bounds of the pause before each trigger and signal; random, so that it is in step with no poll."""
+"""Bounds of the random pause before each trigger and signal; a fixed one might be in step with polls."""
 FIRST_DUE = 1.0
 DUE_EVERY = 0.05
 
@@ -89,7 +89,7 @@ async def latency(report: Report, options: Options, backend: Backend) -> None:
                 Variant(SLEPT, partial(_react_to_due_times, at, worker)),
             ],
             least=REACTIONS,
-            note="From the call of the first operation to the return of claim_next_steps in the worker.",
+            note="From the call, or from the due time, to the return of claim_next_steps in the worker.",
         )
 
 
@@ -160,7 +160,7 @@ async def idle(report: Report, options: Options, backend: Backend) -> None:
 
     async with AsyncExitStack() as stack:
         at = await backend.open(stack, "idle")
-        # One sleeping run each way: a queue that is empty would be easier to wait for.
+        # With sleeping runs, so that the worker waits for a due time, too.
         await trigger_runs(at.store, 100, request(WORK, due_at=datetime(2100, 1, 1, tzinfo=UTC)))
         worker = await stack.enter_async_context(start_worker("idle", at))
 
@@ -176,7 +176,7 @@ async def idle(report: Report, options: Options, backend: Backend) -> None:
             took = time.perf_counter() - began
             return Sample(1, value=100 * (after["cpu"] - before["cpu"]) / took)
 
-        # The first round observes the connection of the listener, too.
+        # The warm-up observes the first connections, too.
         await measure(
             report, options, cpu_name(backend.name), "% of a core", [Variant(OURS, observe)], least=1
         )

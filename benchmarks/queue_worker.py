@@ -110,7 +110,14 @@ async def drain(store: FlowStore, lines: Lines, limit: int) -> None:
 async def main(role: str, url: str, limit: int) -> None:
     loop = asyncio.get_running_loop()
     received: asyncio.Queue[str] = asyncio.Queue()
-    loop.add_reader(sys.stdin, lambda: received.put_nowait(sys.stdin.readline()))
+
+    def receive() -> None:
+        line = sys.stdin.readline()
+        received.put_nowait(line)
+        if not line:
+            loop.remove_reader(sys.stdin)
+
+    loop.add_reader(sys.stdin, receive)
     async with open_store(url) as store:
         reply(ready=True)
         if role == "react":

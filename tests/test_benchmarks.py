@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report as reporting
+from benchmarks.queue_claims import Drained
 from benchmarks.results import Measure, Ratio, Report, Result, Sample, Target, load
 from benchmarks.svg import draw
 from benchmarks.tables import WIDTH, show
@@ -146,6 +147,19 @@ def run_queues(folder: Path, *figures: str) -> tuple[dict[str, list[str]], set[s
     tiny = ("--callers", "2,4", "--scale", "0.001", "--snapshot-minutes", "0")
     report, _ = run("queues", folder, *chosen, *tiny)
     return measures(report), {one["name"] for one in report["ratios"]}
+
+
+@pytest.mark.parametrize(
+    ("calls", "short"),
+    [
+        ([(0, 1, 4), (0, 2, 4), (3, 4, 2), (5, 6, 0)], 0),  # The last claims found the last steps.
+        ([(0, 1, 4), (2, 3, 2), (4, 5, 4)], 100 / 3),  # Four steps were free.
+        ([(0, 1, 4), (2, 3, 0), (4, 5, 4), (6, 7, 2)], 25),
+        ([(0, 2, 4), (1, 3, 2), (1, 4, 4)], 0),  # Another claim may have held the other four.
+    ],
+)
+def test_a_claim_is_short_if_more_steps_were_free(calls: list[tuple[int, int, int]], short: float) -> None:
+    assert Drained(0.0, 10, [{"ended": 9.0, "calls": calls}]).short_claims(4) == short
 
 
 def test_memory(tmp_path: Path) -> None:
