@@ -8,6 +8,7 @@ log announces a commit, so that the thread sleeps while nothing is written (log_
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -16,9 +17,9 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_core import RunStatus
+from flowstore_core import RunStatus, StoreClosedError
 from flowstore_core.watching import WaitingCalls
-from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.connection import CLOSE_TIMEOUT, Connection
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.log_writes import LogWrites, watch_log
 from flowstore_sqlite.runs import read_run_status
@@ -56,6 +57,8 @@ class CommitWatcher:
         self._users = 0
         self._polling: asyncio.Task[None] | None = None
         self._stop = threading.Event()
+        self._closed = False
+        self._pid = os.getpid()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -76,19 +79,27 @@ class CommitWatcher:
             connection = Connection(self._path, read_only=True)
             try:
                 await connection.open()
+                if self._closed:
+                    raise StoreClosedError
             except BaseException:
                 await connection.close()
                 raise
             self._connection = connection
         elif self._polling is not None:
             await asyncio.wait({self._polling})
+        if self._closed:
+            raise StoreClosedError
         if self._writes is None:
             self._writes = watch_log(self._path)
         self._stop = threading.Event()
         connection, poll = self._connection, partial(self._poll, self._writes, self._stop)
         # The first number is read before the caller looks at the store, so no later commit is missed.
         version = await connection.run_in_thread(_read_version)
+        if self._closed:
+            raise StoreClosedError
         self._polling = asyncio.create_task(connection.run_in_thread(partial(poll, version)))
+        # A store that is closed at this moment ends it with an error, as it ends the waiting calls.
+        self._polling.add_done_callback(lambda polling: polling.cancelled() or polling.exception())
 
     def _poll(
         self, writes: LogWrites, stop: threading.Event, version: int | None, db: sqlite3.Connection
@@ -115,15 +126,19 @@ class CommitWatcher:
             self._writes.interrupt()
 
     async def aclose(self) -> None:
-        """End the waiting calls and the thread."""
+        """End the waiting calls and the thread, in bounded time."""
+        self._closed = True
         self.waiting.close()
+        if self._connection is None or self._pid != os.getpid():
+            # A forked process has no thread that could end, and the files belong to the parent.
+            return
         self._stop_polling()
-        if self._connection is not None:
-            await self._connection.close()
-        if self._writes is not None and (self._polling is None or self._polling.done()):
-            # Not in the event loop: the kernel may take some milliseconds.
+        if self._writes is not None:
             writes, self._writes = self._writes, None
-            await asyncio.to_thread(writes.close)
+            # In the thread, so that it happens after the last poll; the kernel may take some milliseconds.
+            closing = asyncio.create_task(self._connection.run_in_thread(lambda _: writes.close()))
+            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
+        await self._connection.close()
 
 
 def _read_version(db: sqlite3.Connection) -> int | None:
