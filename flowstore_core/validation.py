@@ -277,7 +277,7 @@ def check_requests(
     """The requests of one call (QUE-4); ``advanced`` is the step that the call ends."""
     if type(value) is tuple and not value:
         return value
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if type(value) is not list and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(value))
     if len(value) > MAX_REQUESTS:
         raise InvalidArgumentError("dispatch", f"at most {MAX_REQUESTS:,} requests", f"{len(value):,}")
@@ -293,6 +293,9 @@ def check_requests(
     if count and not allow_after:
         raise InvalidArgumentError("dispatch", "without after, because no step of a new run has ended")
     return requests
+
+
+_DEFAULT_ACCEPT = StepRequest(step_key="any", step_type="any").accept
 
 
 def _check_request(request: Any) -> StepRequest:
@@ -312,7 +315,7 @@ def _check_request(request: Any) -> StepRequest:
         priority=check_priority("dispatch.priority", request.priority),
         due_at=None if request.due_at is None else check_datetime("dispatch.due_at", request.due_at),
         after=keys,
-        accept=_check_accept(request.accept),
+        accept=request.accept if request.accept is _DEFAULT_ACCEPT else _check_accept(request.accept),
     )
 
 

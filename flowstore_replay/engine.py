@@ -18,7 +18,6 @@ All time is the store's: the store compares leases and deadlines. The engine mea
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,9 @@ from flowstore_replay.wfcommons import Task, Workflow
 
 FAILED = "failed: "
 """Prefix of an attempt's error_message if the work failed. A worker's death is not a failure."""
+
+MAX_CLAIM = 1_000
+"""Limit of one call of claim_next_steps (INP-4)."""
 
 IDLE_WAIT = timedelta(seconds=1)
 """Time after which an idle engine asks for steps although nothing has woken it."""
@@ -146,7 +148,7 @@ class Engine:
     async def claim(self, limit: int) -> Sequence[ClaimedStep]:
         """Claim up to ``limit`` ready steps and open their attempts."""
         claimed = await self._store.claim_next_steps(
-            [self._queue], lease=self._lease, limit=limit, worker=self._name
+            [self._queue], lease=self._lease, limit=min(limit, MAX_CLAIM), worker=self._name
         )
         self._working += len(claimed)
         self._unrecorded += len(claimed)
@@ -209,10 +211,11 @@ class Engine:
             await self._store.register_waiter(run_id, task.key, task.key)
             waiter = await self._store.get_waiter(run_id, task.key)
             return waiter.payload_json if waiter is not None and waiter.delivered_at is not None else None
-        inputs = json.loads(step.input_json or "{}").get("inputs")
-        if inputs is None:
-            outputs = {key: one.output_json or "" for key, one in (await self._steps(run_id)).items()}
-            inputs = {parent: outputs[parent] for parent in task.parents}
+        if step.input_json is None and task.parents:
+            steps = await self._steps(run_id)
+            inputs = {parent: steps[parent].output_json or "" for parent in task.parents}
+        else:
+            inputs = dict.fromkeys(task.parents, step.input_json or "")
         return await self._work(StepContext(run_id=run_id, task=task, attempt=step.attempt, inputs=inputs))
 
     async def _fail(self, step: ClaimedStep, message: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-
 from flowstore_core import StepRequest
 from flowstore_replay.wfcommons import Task, Workflow, WorkflowError
 
@@ -16,8 +13,8 @@ MAX_AFTER_KEYS = 10_000
 class Requests:
     """The requests for the steps of a workflow, all of them for one queue.
 
-    The input of a step is a JSON object with the outputs of its parents in ``inputs``. A step with several
-    parents has none there, because the parent that ends last knows only its own output.
+    The input of a step is the output of its parent. A step with several parents has none, because the parent
+    that ends last knows only its own output.
     """
 
     def __init__(self, workflow: Workflow, queue: str) -> None:
@@ -26,7 +23,7 @@ class Requests:
         self._queue = queue
         self._joins = {task.key: self._request(task) for task in workflow.tasks if len(task.parents) > 1}
         """The requests for steps with several parents; each of the parents carries it."""
-        self.roots = [self._request(task, {}) for task in workflow.tasks if not task.parents]
+        self.roots = [self._request(task) for task in workflow.tasks if not task.parents]
         """The steps that run first: the requests for trigger_run."""
         groups = {"the workflow": self.roots}
         groups |= {f"step {key!r}": self.after_success(key, "") for key in workflow.children}
@@ -41,7 +38,7 @@ class Requests:
     def after_success(self, key: str, output: str) -> list[StepRequest]:
         """The direct successors of a step that succeeded."""
         return [
-            self._joins.get(child.key) or self._request(child, {key: output})
+            self._joins.get(child.key) or self._request(child, output)
             for child in self._workflow.children[key]
         ]
 
@@ -60,12 +57,11 @@ class Requests:
                 requests.append(StepRequest(step_key=task.key, step_type=task.name, after=(parent,)))
         return requests[:MAX_REQUESTS]
 
-    def _request(self, task: Task, inputs: Mapping[str, str] | None = None) -> StepRequest:
-        document = {"seconds": task.seconds, "inputs": inputs}
+    def _request(self, task: Task, input_json: str | None = None) -> StepRequest:
         return StepRequest(
             step_key=task.key,
             step_type=task.name,
-            input_json=json.dumps(document),
+            input_json=input_json,
             queue=self._queue,
             after=task.parents,
         )
