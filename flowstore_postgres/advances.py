@@ -44,7 +44,7 @@ from flowstore_postgres.requests import (
 )
 from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Transactions
 
-MAX_BATCH = 128
+MAX_BATCH = 256
 """Maximum number of calls that share a transaction."""
 MAX_FOUND_LOCKED = 2
 """After more shared transactions than this that found its run locked, a call waits for the lock."""
