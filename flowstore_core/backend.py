@@ -73,6 +73,7 @@ __all__ = [
     "Resolution",
     "SchemaRevertible",
     "SchemaVersionAdjustable",
+    "ScratchClearable",
     "Severity",
     "ShieldedTasks",
     "StoreConfig",
@@ -342,4 +343,16 @@ class SchemaRevertible(Protocol):
         Create its tables with the migrations up to ``version``, and copy the columns that both have. Copy
         counters and indexes too if the earlier version has them. No store is open meanwhile.
         """
+        ...
+
+
+@runtime_checkable
+class ScratchClearable(Protocol):
+    """A backend that can empty a scratch namespace, usually because making a new one takes longer.
+
+    The conformance suite then uses a namespace for several checks, until one of them fails.
+    """
+
+    async def clear_scratch(self, url: str) -> None:
+        """Delete everything in a namespace that ``scratch`` made. No store is open meanwhile."""
         ...

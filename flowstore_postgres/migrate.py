@@ -324,3 +324,15 @@ async def scratch_schema(url: str) -> AsyncIterator[str]:
     finally:
         async with _connect(config) as (connection, settings), pinned_transaction(connection):
             await connection.execute(f"DROP SCHEMA {settings.quoted_schema} CASCADE")
+
+
+async def clear_schema(url: str) -> None:
+    """Delete every row of a scratch schema except the versions. Much faster than TRUNCATE for few rows."""
+    async with _connect(_config_of(url)) as (connection, settings), pinned_transaction(connection):
+        tables = [row[0] for row in await connection.fetch(LIST_TABLES, settings.schema)]
+        for _ in range(2):  # The triggers of one table add rows to others.
+            for table in tables:
+                if table != "schema_version":
+                    await connection.execute(
+                        f"DELETE FROM {settings.quoted_schema}.{quote_identifier(table)}"
+                    )

@@ -47,6 +47,11 @@ class PostgresBackend:
         async with scratch_schema(url) as fresh:
             yield fresh
 
+    async def clear_scratch(self, url: str) -> None:
+        from flowstore_postgres.migrate import clear_schema
+
+        await clear_schema(url)
+
     def variants(self, url: str) -> Mapping[str, str]:
         """A pool of one connection, and the statements used behind PgBouncer.
 

@@ -126,7 +126,7 @@ async def test_a_failure_beside_other_checks_must_recur_alone(monkeypatch: pytes
     assert {one.status for one in report.results} == {Status.PASS}
 
 
-async def test_a_check_that_changes_the_process_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_that_asks_for_it_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     running: set[str] = set()
 
     async def joins(context: CheckContext) -> None:
@@ -139,7 +139,7 @@ async def test_a_check_that_changes_the_process_runs_alone(monkeypatch: pytest.M
         await asyncio.sleep(0)
         context.expect_that(not running, "no other check runs")
 
-    alone = replace(example_check("CLM-1", "changes", changes), changes_process=True)
+    alone = replace(example_check("CLM-1", "changes", changes), alone=True)
     others = [example_check("CLM-1", f"joins {number}", joins) for number in range(5)]
     report = await run_all(monkeypatch, alone, *others)
     assert {one.status for one in report.results} == {Status.PASS}

@@ -15,13 +15,14 @@ import flowstore_conformance
 import pytest
 from flowstore_conformance import CLAUSES, CheckResult, Profile, Report, Status, check_backend, run_suite
 from flowstore_conformance.context import CheckContext, ContractViolation
-from flowstore_conformance.guard import GuardedBackend, NoNamespace, Refused, guard
-from flowstore_conformance.registry import Check, Run, all_checks
+from flowstore_conformance.guard import GuardedBackend, NoNamespace, RecyclingBackend, Refused, guard
+from flowstore_conformance.registry import Check, Run, all_checks, rotate
 from flowstore_conformance.repro import replay_on_memory, write_programs
 from flowstore_conformance.suite import run_check
 
 from flowstore_core import Capability, ConfigurationError, FlowStoreError, StoreUnavailableError, open_store
 from flowstore_core.plugins import find_backend
+from flowstore_memory.plugin import MemoryBackend
 from tests.conformance_reports import PROGRAM, breaks, example_check, exhausts_budget, passes
 from tests.conformance_trap import install_trap
 
@@ -351,3 +352,76 @@ async def test_tracebacks_and_the_url_show_no_password(monkeypatch: pytest.Monke
     assert result.failure is not None
     assert result.failure.traceback is not None
     assert "cannot log in as me with *** (***)" in result.failure.traceback
+
+
+# Recycled namespaces and rotations
+
+
+class Clearable(MemoryBackend):
+    """Counts the namespaces that it makes and empties."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.cleared: list[str] = []
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        self.made += 1
+        async with super().scratch(url):
+            yield f"memory://{self.made}"
+
+    async def clear_scratch(self, url: str) -> None:
+        self.cleared.append(url)
+
+
+async def test_a_namespace_is_emptied_and_used_again() -> None:
+    backend = Clearable()
+    recycling = RecyclingBackend(GuardedBackend(backend, "memory://"))
+    for _ in range(3):
+        async with recycling.scratch("memory://") as url:
+            assert url == "memory://1"
+    assert backend.cleared == ["memory://1"] * 2
+    async with recycling.scratch("memory://"), recycling.scratch("memory://") as second:
+        assert second == "memory://2"
+    with pytest.raises(ZeroDivisionError):
+        async with recycling.scratch("memory://") as url:
+            raise ZeroDivisionError
+    async with recycling.scratch("memory://") as other:
+        assert other != url
+
+
+async def test_a_namespace_is_new_unless_the_backend_can_empty_it() -> None:
+    recycling = RecyclingBackend(GuardedBackend(find_backend("memory")[1], "memory://"))
+    urls = set()
+    for _ in range(3):
+        async with recycling.scratch("memory://") as url:
+            urls.add(url)
+    assert len(urls) == 3
+
+
+async def test_discarded_namespaces_are_dropped() -> None:
+    guarded = GuardedBackend(Clearable(), "memory://")
+    recycling = RecyclingBackend(guarded)
+    async with recycling.scratch("memory://"):
+        pass
+    assert len(guarded.in_use) == 1
+    await recycling.discard()
+    assert guarded.in_use == ()
+
+
+def test_the_profile_quick_rotates_similar_checks() -> None:
+    every = all_checks()
+    rotations = {check.rotation for check in every} - {None}
+    left_out = set(every)
+    for seed in range(40):
+        chosen = rotate(every, seed)
+        assert chosen == rotate(every, seed)
+        assert sorted(check.rotation for check in chosen if check.rotation) == sorted(map(str, rotations))
+        assert {check for check in every if check.rotation is None} <= set(chosen)
+        left_out -= set(chosen)
+    assert left_out == set()
+
+
+def test_every_clause_has_a_check_without_rotation() -> None:
+    cited = {clause for check in all_checks() if check.rotation is None for clause in check.clauses}
+    assert cited >= CLAUSES.keys()

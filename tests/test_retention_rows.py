@@ -24,6 +24,7 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
+from flowstore_core.backend import ScratchClearable
 from flowstore_core.plugins import find_backend
 from tests.virtual_clock import VirtualClock
 
@@ -200,3 +201,17 @@ async def test_postgresql_keeps_no_row(fresh: str, clock: VirtualClock) -> None:
     expected = DAY_COUNTS | {"commits"}
     assert {name for name, rows in remaining.items() if rows != empty[name]} <= expected
     assert not _contains(remaining, ids)
+
+
+async def test_postgresql_clears_a_scratch_schema(fresh: str, clock: VirtualClock) -> None:
+    async with open_store(fresh, clock=clock) as store:
+        empty = await _postgresql_rows(fresh)
+        await _create_runs(store, clock)
+        await store.cleanup(clock() - 365 * DAY)  # Fills the search index.
+        await _create_runs(store, clock)
+        full = await _postgresql_rows(fresh)
+    assert {name for name, rows in full.items() if not rows} <= {"run_counts", "run_days", "run_changes"}
+    backend = find_backend("postgresql")[1]
+    assert isinstance(backend, ScratchClearable)
+    await backend.clear_scratch(fresh)
+    assert await _postgresql_rows(fresh) == empty

@@ -92,14 +92,6 @@ class VirtualClock:
         return self.now
 
 
-@dataclass(slots=True)
-class SharedResources:
-    """Resources with the lifetime of a namespace that several checks share."""
-
-    stack: AsyncExitStack
-    worker_pools: list[Any] = field(default_factory=list)
-
-
 @dataclass(slots=True, kw_only=True)
 class CheckContext:
     """The context of one check on one namespace, which is fresh unless checks share it."""
@@ -122,8 +114,8 @@ class CheckContext:
     """Seconds that a call may take in a child process of the check."""
     variant: str | None = None
     """The backend's variant that the stores are opened with, or DEFAULT_VARIANT; None if it has none."""
-    shared: SharedResources | None = None
-    """None if the namespace belongs to this check alone."""
+    processes: Any = None
+    """The worker processes of the run (see worker_pool.py); without them a check starts its own."""
     assertions: int = 0
     """Number of assertions made; reported with the result."""
     notes: list[str] = field(default_factory=list)
@@ -158,7 +150,7 @@ class CheckContext:
     async def new_namespace(self) -> AsyncIterator[CheckContext]:
         """Make a context on another scratch namespace. Its assertions count in this context too."""
         seed = self.random.getrandbits(64)
-        more = (self.timeout_factor, self.call_seconds, self.variant)
+        more = (self.timeout_factor, self.call_seconds, self.variant, self.processes)
         async with new_context(self.base_url, self.backend, self.profile, seed, *more) as context:
             yield context
         self.assertions += max(context.assertions, 1)
@@ -221,6 +213,7 @@ async def new_context(
     timeout_factor: float = 1.0,
     call_seconds: float = 30.0,
     variant: str | None = None,
+    processes: Any = None,
 ) -> AsyncIterator[CheckContext]:
     """Make a context on a scratch namespace of the backend, which is dropped at the end."""
     clock = VirtualClock() if Capability.VIRTUAL_CLOCK in backend.capabilities else None
@@ -242,12 +235,13 @@ async def new_context(
             timeout_factor=timeout_factor,
             call_seconds=call_seconds,
             variant=variant,
+            processes=processes,
             _stack=stack,
         )
 
 
 class SharedNamespace:
-    """One namespace, store and worker pool that checks share as long as each of them passes.
+    """One namespace and store that checks share as long as each of them passes.
 
     Creating a namespace in a database takes longer than most checks.
     """
@@ -259,9 +253,17 @@ class SharedNamespace:
         profile: Profile,
         call_seconds: float = 30.0,
         variant: str | None = None,
+        processes: Any = None,
     ) -> None:
         self._new_context = partial(
-            new_context, base_url, backend, profile, 0, call_seconds=call_seconds, variant=variant
+            new_context,
+            base_url,
+            backend,
+            profile,
+            0,
+            call_seconds=call_seconds,
+            variant=variant,
+            processes=processes,
         )
         self._context: CheckContext | None = None
         self._stack = AsyncExitStack()
@@ -271,7 +273,6 @@ class SharedNamespace:
         """Make a context for the next check, with its own random draws and stores and the clock reset."""
         if self._context is None:
             self._context = await self._stack.enter_async_context(self._new_context())
-            self._context.shared = SharedResources(self._stack)
         if self._context.clock is not None:
             self._context.clock.now = VirtualClock().now
         async with AsyncExitStack() as stack:

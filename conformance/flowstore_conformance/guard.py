@@ -21,6 +21,7 @@ from flowstore_core import (
     StoreConfig,
     StoreUnavailableError,
 )
+from flowstore_core.backend import ScratchClearable
 from flowstore_core.open import resolve_store
 from flowstore_core.platforms import require_posix
 from flowstore_core.plugins import load_error
@@ -87,6 +88,38 @@ class GuardedBackend:
                 yield fresh
             finally:
                 self._in_use.discard(fresh)
+
+
+class RecyclingBackend:
+    """A guarded backend whose ``scratch`` yields one namespace again and again, emptied in between.
+
+    A namespace whose check did not pass is not used again; nor is any if the backend is not ScratchClearable.
+    """
+
+    def __init__(self, backend: GuardedBackend) -> None:
+        self._backend = backend
+        self._idle: list[tuple[str, AsyncExitStack]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    @asynccontextmanager
+    async def scratch(self, url: str) -> AsyncIterator[str]:
+        async with AsyncExitStack() as stack:
+            if self._idle:
+                used, its_stack = self._idle.pop()
+                await stack.enter_async_context(its_stack)
+                await self._backend.clear_scratch(used)
+            else:
+                used = await stack.enter_async_context(self._backend.scratch(url))
+            yield used
+            if isinstance(self._backend, ScratchClearable):
+                self._idle.append((used, stack.pop_all()))
+
+    async def discard(self) -> None:
+        """Drop the namespaces that are not in use."""
+        while self._idle:
+            await self._idle.pop()[1].aclose()
 
 
 SCRATCH: CodeType = inspect.unwrap(GuardedBackend.scratch).__code__

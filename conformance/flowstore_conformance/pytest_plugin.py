@@ -21,7 +21,7 @@ import pytest
 from flowstore_conformance.context import Profile
 from flowstore_conformance.guard import GuardedBackend
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.registry import Check
+from flowstore_conformance.registry import Check, rotate
 from flowstore_conformance.report import Report
 from flowstore_conformance.results import CheckResult
 from flowstore_conformance.suite import (
@@ -200,7 +200,10 @@ def _open_session(config: pytest.Config) -> ConformanceSession:
     plugin, backend = find_backend(parts.scheme)
     profile = read_profile(config.getoption("flowstore_profile", "standard"))
     names = config.getoption("flowstore_check", ())
-    checks = select_checks(config.getoption("flowstore_clause", ()), names=names)
+    clauses = config.getoption("flowstore_clause", ())
+    checks = select_checks(clauses, names=names)
+    if profile is Profile.QUICK and not (clauses or names):
+        checks = rotate(checks, _chosen_seed(config))
     variants = Variants(backend, url, _chosen_seed(config), config.getoption("flowstore_variant", None))
     limits = read_limits(profile, timeout := config.getoption("flowstore_check_timeout", None))
     shared = getattr(config, "workerinput", {}).get("flowstore_guarded")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
@@ -47,13 +48,15 @@ class Check:
     run: Run
     isolated: bool = True
     """Whether the check needs a new namespace; otherwise it uses only new ids and can share a used one."""
-    changes_process: bool = False
-    """Whether the check changes settings or blocks the event loop of its process."""
+    alone: bool = False
+    """Whether no other check may run at the same time, because the check changes or measures its process."""
+    rotation: str | None = None
+    """A name that similar checks share. In the profile quick the seed selects one of them."""
 
     @property
-    def tolerates_others(self) -> bool:
-        """Whether other checks may run at the same time, in other namespaces."""
-        return self.kind in (Kind.EXAMPLE, Kind.HOSTILE) and not self.changes_process
+    def breaks_namespace(self) -> bool:
+        """Whether the check may leave its namespace in a state in which emptying it does not make it new."""
+        return self.kind in (Kind.FAULT, Kind.CRASH, Kind.CAPABILITY)
 
     @property
     def id(self) -> str:
@@ -126,13 +129,15 @@ def check(
     needs: Iterable[Capability] = (),
     kind: Kind = Kind.EXAMPLE,
     isolated: bool = True,
-    changes_process: bool = False,
+    alone: bool = False,
+    rotation: str | None = None,
 ) -> Callable[[Run], Run]:
     """Declare a check of some clauses; a backend without the needed capabilities reports it as unsupported.
 
     The need of the first clause is added to ``needs``. The function's docstring is the check's sentence.
     A check with ``isolated=False`` may run in a namespace that other checks have used; one with
-    ``changes_process=True`` never runs at the same time as another.
+    ``alone=True`` never runs at the same time as another. The profile quick runs one check of each
+    ``rotation``.
     """
     for clause in clauses:
         if clause not in CLAUSES:
@@ -154,7 +159,8 @@ def check(
             sentence=sentence,
             run=run,
             isolated=isolated,
-            changes_process=changes_process,
+            alone=alone,
+            rotation=rotation,
         )
         return run
 
@@ -177,3 +183,12 @@ def all_checks() -> tuple[Check, ...]:
         import_module(f"flowstore_conformance.checks.{module}")
     order = {clause: number for number, clause in enumerate(CLAUSES)}
     return tuple(sorted(_checks.values(), key=lambda one: (order[one.clauses[0]], one.name)))
+
+
+def rotate(checks: Sequence[Check], seed: int) -> list[Check]:
+    """The checks of a run of the profile quick: one check of each rotation, and all without one."""
+    chosen: dict[str, Check] = {}
+    for name in {one.rotation for one in checks} - {None}:
+        similar = [one for one in checks if one.rotation == name]
+        chosen[str(name)] = random.Random(f"{seed}/{name}").choice(similar)
+    return [one for one in checks if one.rotation is None or chosen[one.rotation] is one]

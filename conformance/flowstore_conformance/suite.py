@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from typing import cast
 
 from flowstore_conformance.clauses import CLAUSES
 from flowstore_conformance.context import (
@@ -25,11 +26,18 @@ from flowstore_conformance.context import (
     Unsupported,
     new_context,
 )
-from flowstore_conformance.guard import CANNOT_INSPECT, GuardedBackend, NoNamespace, Refused, guard
+from flowstore_conformance.guard import (
+    CANNOT_INSPECT,
+    GuardedBackend,
+    NoNamespace,
+    RecyclingBackend,
+    Refused,
+    guard,
+)
 from flowstore_conformance.history import Raised
 from flowstore_conformance.loop_errors import capture_callback_errors
 from flowstore_conformance.method_signatures import SignatureFinding
-from flowstore_conformance.registry import Check, all_checks
+from flowstore_conformance.registry import Check, all_checks, rotate
 from flowstore_conformance.report import Report, apply_waivers
 from flowstore_conformance.repro import replay_on_memory
 from flowstore_conformance.results import CheckResult, Failure
@@ -38,6 +46,7 @@ from flowstore_conformance.supervisor import Stopped, Supervisor
 from flowstore_conformance.traces import Scrubber, error_type, operation_of, place_of, trace_of
 from flowstore_conformance.waivers import Waiver
 from flowstore_conformance.watchdog import OPTION, Hang, Hung, Limits, Watchdog
+from flowstore_conformance.worker_pool import WorkerProcesses
 from flowstore_core import Backend, Capability, ConfigurationError, FlowStoreError
 from flowstore_core.backend import VariantUrls
 from flowstore_core.distributions import installed_version
@@ -48,7 +57,7 @@ from flowstore_core.urls import parse_url, redact
 INCONCLUSIVE_RETRIES = 2
 """Retries of an inconclusive check, each with four times the time of the one before."""
 
-LANES = 3
+LANES = 5
 """The number of checks that run at the same time, while a check waits for the store."""
 
 LANES_LIMIT_FACTOR = 5.0
@@ -112,6 +121,8 @@ async def run_suite(
     chosen = select_checks(clauses, checks, check_names)
     asked = {clause for one in chosen for clause in one.clauses} if check_names else clauses
     chosen_seed = new_seed() if seed is None else seed
+    if profile is Profile.QUICK and not (clauses or checks or check_names):
+        chosen = rotate(chosen, chosen_seed)
     parts = parse_url(url)
     # Without surrounding whitespace, as open_store passes it to backends.
     url = parts.text
@@ -134,7 +145,7 @@ async def run_suite(
         await run.inspect(adapt=check_timeout is None)
         if not (checks or clauses or check_names):
             # A few selected checks run one after another, so that the progress names the check that hangs.
-            await run.run_lanes([one for one in chosen if one.tolerates_others], passed)
+            await run.run_lanes([one for one in chosen if not one.alone], passed)
         done = {one.check for one in results}
         for check in [one for one in chosen if one not in done]:
             number = len(results) + 1
@@ -227,6 +238,7 @@ class SuiteRun:
         self._stop = stop
         self._shares = shares
         self._shared: SharedNamespace | None = None
+        self._processes = WorkerProcesses()
         self._failing_seconds = 0.0
         """The time spent on checks that did not pass. A slow machine alone must not end a run."""
 
@@ -270,38 +282,43 @@ class SuiteRun:
             self.left_behind += self.backend.in_use
 
     async def _run_lane(self, waiting: Iterator[Check], report: Callable[[CheckResult], None]) -> None:
+        recycling = RecyclingBackend(self.backend)
         shared: SharedNamespace | None = None
-        for check in waiting:
-            begun, variant = time.monotonic(), self._variants.of(check)
-            if check.isolated:
-                outcome = await _run_in_lane(
-                    check,
-                    self.backend.capabilities,
-                    new_context(
-                        self._url,
-                        self.backend,
-                        self._profile,
-                        _seed_of(check, self._seed),
-                        1.0,
-                        self._watchdog.limits.call,
-                        variant,
-                    ),
-                )
-            else:
-                shared = shared or self._new_shared_namespace(variant)
+        try:
+            for check in waiting:
+                begun, variant = time.monotonic(), self._variants.of(check)
                 seed = _seed_of(check, self._seed)
-                outcome = await _run_in_lane(check, self.backend.capabilities, shared.context(seed))
-                if outcome is None:
+                if check.isolated:
+                    backend = self.backend if check.breaks_namespace else cast(Backend, recycling)
+                    context = self._new_context(backend, seed, variant)
+                else:
+                    shared = shared or self._new_shared_namespace(variant)
+                    context = shared.context(seed)
+                outcome = await _run_in_lane(check, self.backend.capabilities, context)
+                if outcome is not None:
+                    report(_result(check, self._seed, begun, outcome, variant))
+                elif shared is not None and not check.isolated:
                     await shared.discard()
-            if outcome is not None:
-                report(_result(check, self._seed, begun, outcome, variant))
-            # The operations of a store may never suspend.
-            await asyncio.sleep(0)
-        if shared is not None:
-            await shared.discard()
+                else:
+                    await recycling.discard()
+                # The operations of a store may never suspend.
+                await asyncio.sleep(0)
+        finally:
+            await recycling.discard()
+            if shared is not None:
+                await shared.discard()
+
+    def _new_context(
+        self, backend: Backend, seed: int, variant: str | None
+    ) -> AbstractAsyncContextManager[CheckContext]:
+        limit = self._watchdog.limits.call
+        return new_context(
+            self._url, backend, self._profile, seed, 1.0, limit, variant, processes=self._processes
+        )
 
     def _new_shared_namespace(self, variant: str | None) -> SharedNamespace:
-        return SharedNamespace(self._url, self.backend, self._profile, self._watchdog.limits.call, variant)
+        limit = self._watchdog.limits.call
+        return SharedNamespace(self._url, self.backend, self._profile, limit, variant, self._processes)
 
     async def check(self, check: Check) -> CheckResult:
         if (blocker := _blocker(self.backend)) is not None:
@@ -331,6 +348,7 @@ class SuiteRun:
                 shared=shared,
                 watchdog=self._watchdog,
                 variant=variant,
+                processes=self._processes,
             ),
         )
 
@@ -383,12 +401,15 @@ class SuiteRun:
             self._watchdog.known_hangs.add(hang.operation)
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
         self._shared = None
+        # Killed with the abandoned loop.
+        self._processes = WorkerProcesses()
 
     async def aclose(self) -> None:
-        """Drop the shared namespace and end the loop."""
-        if (shared := self._shared) is not None:
-            with suppress(Hung):
+        """Drop the shared namespace, and end the worker processes and the loop."""
+        with suppress(Hung):
+            if (shared := self._shared) is not None:
                 await self._supervisor.run(lambda: _discard(shared, self._watchdog))
+            await self._supervisor.run(self._processes.aclose)
         await self._supervisor.aclose()
         self.left_behind += tuple(one for one in self.backend.in_use if one not in self.left_behind)
 
@@ -556,11 +577,14 @@ async def run_check(
     shared: SharedNamespace | None = None,
     watchdog: Watchdog | None = None,
     variant: str | None = None,
+    processes: WorkerProcesses | None = None,
 ) -> CheckResult:
     """Run one check in a new namespace and return its result, whatever happens.
 
     Runs in the caller's event loop. A call that does not end is cancelled and counts as a failure; a call
     that blocks the loop cannot be cancelled, which is why run_suite uses a Supervisor.
+
+    ``processes`` are worker processes that the check may use; by default it starts its own.
 
     A check that can share a namespace runs in the shared one first, if there is one. If it does not pass
     there, it runs again in a new namespace, and only that result counts. Raises only Refused, after which it
@@ -568,18 +592,19 @@ async def run_check(
     """
     begun = time.monotonic()
     watchdog = watchdog or Watchdog(Limits.of(profile))
+    isolated = partial(_run_isolated, check, url, backend, profile, seed, watchdog, variant, processes)
     outcome = None
     if shared and not check.isolated:
         outcome = await _run_shared(check, profile, seed, shared, watchdog, url)
     if outcome is None:
-        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant)
+        outcome = await isolated()
     for number in range(1, INCONCLUSIVE_RETRIES + 1):
         is_hung_again = outcome.failure is not None and number > 1
         if not outcome.retryable or is_hung_again or watchdog.retry_seconds >= watchdog.limits.retries:
             break
         # The machine may have been busy: retry with more time and other draws.
         since = time.monotonic()
-        outcome = await _run_isolated(check, url, backend, profile, seed, watchdog, variant, retry=number)
+        outcome = await isolated(retry=number)
         watchdog.retry_seconds += time.monotonic() - since
     if outcome.failure is not None and outcome.failure.hung and outcome.failure.operation is not None:
         watchdog.known_hangs.add(outcome.failure.operation)
@@ -692,6 +717,7 @@ async def _run_isolated(
     seed: int,
     watchdog: Watchdog,
     variant: str | None,
+    processes: WorkerProcesses | None,
     *,
     retry: int = 0,
 ) -> _CheckRun:
@@ -706,7 +732,7 @@ async def _run_isolated(
             async with (
                 watchdog.watch(timeout_factor=RETRY_LIMIT_FACTOR if retry else 1.0),
                 new_context(
-                    url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call, variant
+                    url, backend, profile, own_seed, 4.0**retry, watchdog.limits.call, variant, processes
                 ) as context,
             ):
                 made = context

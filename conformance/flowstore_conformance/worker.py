@@ -5,7 +5,8 @@ url, "clock": true, "limit": 30}``; if the store cannot be opened, the reply is 
 process ends. Each phase of a round has two messages: ``{"now": ..., "tasks": [...]}``, with a reply once all
 clients wait at the barrier, and ``{"at": seconds}``, the start time on the monotonic clock, which all
 processes of a machine share; the reply holds the client results. If a call exceeds the limit, ``{"hung":
-...}`` describes it and the process ends. The end of stdin ends the process.
+...}`` describes it and the process ends. After ``{"close": true}`` another store can be opened. The end of
+stdin ends the process.
 """
 
 from __future__ import annotations
@@ -46,27 +47,42 @@ async def main() -> None:
         while data:
             data = data[os.write(out, data) :]
 
-    command = await receive()
-    if command is None:
-        return
-    limit = command["limit"]
-    watch_process(Limits(limit, limit, limit), lambda hang: send({"hung": hang.to_json()}))
+    is_watched = False
+    while (command := await receive()) is not None:
+        if not is_watched:
+            limit = command["limit"]
+            watch_process(Limits(limit, limit, limit), lambda hang: send({"hung": hang.to_json()}))
+            is_watched = True
+        try:
+            await _serve_store(command["open"], command["clock"], receive, send)
+        except _Refused as error:
+            send({"refused": str(error)})
+            return
+        send({"closed": True})
+
+
+class _Refused(Exception):  # noqa: N818
+    """The store cannot be opened."""
+
+
+async def _serve_store(
+    url: str,
+    exact_times: bool,
+    receive: Callable[[], Awaitable[dict[str, Any] | None]],
+    send: Callable[[dict[str, Any]], None],
+) -> None:
     clock = _Clock()
-    exact_times = command["clock"]
     async with AsyncExitStack() as stack:
         try:
-            store = await stack.enter_async_context(
-                open_store(command["open"], clock=clock if exact_times else None)
-            )
+            store = await stack.enter_async_context(open_store(url, clock=clock if exact_times else None))
             # Connected before the first race.
             await store.get_active_runs(take=1)
-        except Exception as error:  # noqa: BLE001 - reported to the harness
+        except Exception as error:
             # Only errors of the contract guarantee a text without secrets.
             text = f": {error}" if isinstance(error, FlowStoreError) else ""
-            send({"refused": f"{type(error).__name__}{text}"})
-            return
+            raise _Refused(f"{type(error).__name__}{text}") from error
         send({"open": store.backend})
-        while (command := await receive()) is not None:
+        while (command := await receive()) is not None and "close" not in command:
             await _phase(store, clock, exact_times, command, receive, send)
 
 

@@ -75,44 +75,65 @@ class Worker:
             await self._process.wait()
 
 
+class WorkerProcesses:
+    """Worker processes that several checks use one after another, because starting one takes long."""
+
+    def __init__(self) -> None:
+        self._idle: list[Worker] = []
+        self._one_user = asyncio.Lock()
+
+    @asynccontextmanager
+    async def use(self, count: int) -> AsyncIterator[Sequence[Worker]]:
+        """Wait until no other check uses the processes, and yield ``count`` of them without a store.
+
+        They end if the block raises; otherwise their stores close, and the next block gets them.
+        """
+        async with self._one_user:
+            workers: list[Worker] = []
+            try:
+                while len(workers) < count:
+                    # One by one, so that started processes end if a later one fails to start.
+                    workers.append(
+                        self._idle.pop()
+                        if self._idle
+                        else Worker(await start_module("flowstore_conformance.worker"))
+                    )
+                yield workers
+                await asyncio.gather(*(worker.request({"close": True}) for worker in workers))
+            except BaseException:
+                await asyncio.gather(*(worker.end() for worker in workers))
+                raise
+            self._idle += workers
+
+    async def aclose(self) -> None:
+        """End the processes."""
+        workers, self._idle = self._idle, []
+        await asyncio.gather(*(worker.end() for worker in workers))
+
+
 @asynccontextmanager
 async def open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[ProcessRunner]:
-    """Open worker processes, each with a store on the context's namespace.
+    """Use worker processes, each with a store on the context's namespace.
 
-    They end with this context or, in a shared namespace, with the namespace; later checks then reuse the
-    pool. Raises ContractViolation if a process cannot open the store.
+    Raises ContractViolation if a process cannot open the store.
     """
-    if context.shared is None:
-        async with _open_worker_pool(context, count) as runner:
-            yield runner
-        return
-    if not context.shared.worker_pools:
-        context.shared.worker_pools.append(
-            await context.shared.stack.enter_async_context(_open_worker_pool(context, count))
-        )
-    yield context.shared.worker_pools[0]
-
-
-@asynccontextmanager
-async def _open_worker_pool(context: CheckContext, count: int) -> AsyncIterator[ProcessRunner]:
-    workers: list[Worker] = []
+    processes = context.processes or WorkerProcesses()
     try:
-        for _ in range(count):
-            # One by one, so that started processes end if a later one fails to start.
-            workers.append(Worker(await start_module("flowstore_conformance.worker")))  # noqa: PERF401
-        order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
-        try:
-            # A worker reports hanging calls itself; this limit covers the start of Python.
-            async with asyncio.timeout(START_SECONDS + context.call_seconds):
-                answers = await asyncio.gather(*(worker.request(order) for worker in workers))
-        except TimeoutError:
-            raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
-        if refused := [answer["refused"] for answer in answers if "refused" in answer]:
-            message = f"another process could not open the store and read from it: {refused[0]}"
-            raise ContractViolation(message, clause="CON-6")
-        yield ProcessRunner(workers, context.clock)
+        async with processes.use(count) as workers:
+            order = {"open": context.url, "clock": context.clock is not None, "limit": context.call_seconds}
+            try:
+                # A worker reports hanging calls itself; this limit covers the start of Python.
+                async with asyncio.timeout(START_SECONDS + context.call_seconds):
+                    answers = await asyncio.gather(*(worker.request(order) for worker in workers))
+            except TimeoutError:
+                raise Inconclusive(f"no worker process started within {START_SECONDS:.0f} s") from None
+            if refused := [answer["refused"] for answer in answers if "refused" in answer]:
+                message = f"another process could not open the store and read from it: {refused[0]}"
+                raise ContractViolation(message, clause="CON-6")
+            yield ProcessRunner(workers, context.clock)
     finally:
-        await asyncio.gather(*(worker.end() for worker in workers))
+        if processes is not context.processes:
+            await processes.aclose()
 
 
 class ProcessRunner:

@@ -22,6 +22,7 @@ from flowstore_core.backend import (
     OutageInjector,
     SchemaRevertible,
     SchemaVersionAdjustable,
+    ScratchClearable,
     Severity,
     ShieldedTasks,
     StoreConfig,
@@ -105,6 +106,8 @@ class Descriptor:
 
     async def revert_schema(self, url: str, version: int) -> None: ...
 
+    async def clear_scratch(self, url: str) -> None: ...
+
 
 class Injector:
     url = "mine://proxy"
@@ -155,6 +158,7 @@ write_failable: WriteFailable = Descriptor()
 outage_injectable: OutageInjectable = Descriptor()
 version_adjustable: SchemaVersionAdjustable = Descriptor()
 schema_revertible: SchemaRevertible = Descriptor()
+scratch_clearable: ScratchClearable = Descriptor()
 not_a_backend: Backend = Store()  # type: ignore[assignment]
 
 

@@ -91,7 +91,7 @@ def local_time_zone(zone: str) -> Iterator[None]:
 _CLAUSES = ("INP-3", "CLM-6", "STP-8", "CTL-2", "CTL-3", "SIG-4", "RET-1", "QRY-1", "QRY-4", "QRY-5")
 
 
-@check(*_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], changes_process=True)
+@check(*_CLAUSES, needs=[Capability.VIRTUAL_CLOCK], alone=True)
 async def moments_compare_exactly_at_the_edges_of_calendars(context: CheckContext) -> None:
     """Leases, deadlines, retention, series and order are exact to the microsecond in any local time zone."""
     clock = require_clock(context)

@@ -24,7 +24,7 @@ async def _error_of(call: Callable[[], Awaitable[object]]) -> Exception | None:
     return None
 
 
-@check("CON-2", kind=Kind.HOSTILE, changes_process=True)
+@check("CON-2", kind=Kind.HOSTILE, alone=True)
 async def a_nested_event_loop_is_refused(context: CheckContext) -> None:
     """Calls from an event loop nested in the store's own raise ConfigurationError and change nothing."""
     store, new = context.store, new_id(context)

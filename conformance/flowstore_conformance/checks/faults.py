@@ -117,6 +117,7 @@ class _Fault(Enum):
 
 REVERSAL_SECONDS = 0.5
 """How long another client looks for the effect of a request."""
+POLL_SECONDS = 0.01
 MAX_REQUESTS = 5
 """The search for the last request of a call, which is often a commit, begins with this one."""
 
@@ -197,7 +198,7 @@ def _allowed_states(
     )
 
 
-@check("CON-3", kind=Kind.FAULT)
+@check("CON-3", kind=Kind.FAULT, rotation="lost requests")
 async def a_lost_reply_is_resolved(context: CheckContext) -> None:
     """A write whose reply is lost returns its true result or OutcomeUnknownError, and happens once or not."""
     await _in_every_variant(context, _lose_replies)
@@ -301,7 +302,7 @@ async def _reverse_effect(context: CheckContext, faults: _Faults, scenario: Scen
     until, seen = time.monotonic() + REVERSAL_SECONDS, None
     while not calling.done() and seen != shown and time.monotonic() < until:
         seen = comparable(await invoke(context.store, probe), exact_times=exact_times)
-        await asyncio.sleep(0)
+        await asyncio.sleep(POLL_SECONDS)
     if seen != shown:
         # The first request has no effect, as that of a transaction.
         faults.injector.disarm()
@@ -327,7 +328,7 @@ async def _reverse_effect(context: CheckContext, faults: _Faults, scenario: Scen
         )
 
 
-@check("CON-3", kind=Kind.FAULT)
+@check("CON-3", kind=Kind.FAULT, rotation="lost requests")
 async def a_late_request_changes_nothing(context: CheckContext) -> None:
     """A request that reaches the database after the result of its call has no effect."""
     await _in_every_variant(context, _delay_requests)

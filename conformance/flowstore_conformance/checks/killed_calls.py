@@ -147,7 +147,7 @@ class _Tally:
     while_rivals_waited: int = 0
 
 
-@check("CON-1", "CON-2", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH)
+@check("CON-1", "CON-2", needs={Capability.MULTI_PROCESS}, kind=Kind.CRASH, rotation="kills")
 async def a_killed_call_is_atomic_and_blocks_nobody(context: CheckContext) -> None:
     """A write whose process is killed is whole or absent, and every other caller still gets an answer."""
     of, generator = context.profile.of, context.random

@@ -65,7 +65,7 @@ def _expect_text(context: CheckContext, found: str | None, wanted: str, what: st
     raise ContractViolation(f"{size}: {lengths}; {difference}", clause="INP-2")
 
 
-@check("INP-2", kind=Kind.VOLUME, isolated=False)
+@check("INP-2", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
 async def every_text_argument_holds_the_largest_text(context: CheckContext) -> None:
     """Data, reasons, messages, payloads and outputs of 16 MiB of UTF-8 are stored and returned whole."""
     store, text, flow = context.store, _large_text(context), new_id(context)
@@ -109,7 +109,7 @@ async def every_text_argument_holds_the_largest_text(context: CheckContext) -> N
         _expect_text(context, triggered.trigger_data, text, "the stored trigger_data of trigger_run")
 
 
-@check("INP-2", "STP-4", "RET-1", kind=Kind.VOLUME)
+@check("INP-2", "STP-4", "RET-1", kind=Kind.VOLUME, rotation="largest texts")
 async def one_step_holds_several_of_the_largest_texts(context: CheckContext) -> None:
     """Input, output and error of 16 MiB each are compared whole, and stay whole in earlier attempts."""
     store, run_id = context.store, await start(context)
@@ -152,7 +152,7 @@ def _expect_result(
         _expect_text(context, text, wanted, f"{name} of {what} with three such texts")
 
 
-@check("INP-2", "CON-1", kind=Kind.VOLUME, isolated=False)
+@check("INP-2", "CON-1", kind=Kind.VOLUME, rotation="largest texts", isolated=False)
 async def a_batch_holds_many_of_the_largest_texts(context: CheckContext) -> None:
     """Concurrent writes of 16 MiB each, between small ones, all take effect and keep their own texts."""
     store, run_id = context.store, await start(context)

@@ -50,7 +50,7 @@ TWO_STORES_INTERVAL = 3
 """Every so many random sequences use two stores of the namespace instead of one."""
 
 
-@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
+@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False, rotation="call sequences")
 async def call_sequences_agree_with_the_model(context: CheckContext) -> None:
     """Long random call sequences on one or two stores get the model's results and leave the model's state.
 
@@ -99,7 +99,7 @@ async def _run_random_sequence(program: CallSequence, generator: random.Random) 
     await program.finish()
 
 
-@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False)
+@check("CON-1", needs=[Capability.VIRTUAL_CLOCK], kind=Kind.MODEL, isolated=False, rotation="call sequences")
 async def hypothesis_calls_agree_with_the_model(context: CheckContext) -> None:
     """Call sequences that Hypothesis draws and varies get the model's results and leave the model's state."""
     bridge = _LoopBridge()

@@ -61,7 +61,8 @@ async def a_locked_database_is_waited_for(context: CheckContext) -> None:
     by_operation: dict[str, Scenario] = {}
     for factory in available(context.capabilities).values():
         scenario = new_scenario(context, factory)
-        by_operation.setdefault(scenario.call.method, scenario)
+        if scenario.call.method != "claim_next_steps":  # It may pass over locked steps (QUE-2).
+            by_operation.setdefault(scenario.call.method, scenario)
     scenarios = list(by_operation.values())
 
     async def prepare(calls: Sequence[Call]) -> None:

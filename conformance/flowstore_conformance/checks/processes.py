@@ -47,14 +47,34 @@ async def _race(context: CheckContext, names: Collection[str]) -> None:
                     )
 
 
-@check("CLM-1", "CLM-2", "CLM-3", "CLM-5", "CLM-6", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check(
+    "CLM-1",
+    "CLM-2",
+    "CLM-3",
+    "CLM-5",
+    "CLM-6",
+    needs=MULTI,
+    kind=Kind.RACE,
+    rotation="processes: claims and steps",
+    isolated=False,
+)
 async def claims_by_processes(context: CheckContext) -> None:
     """Races for claims, expired leases and dispatches between processes have linearizable results."""
     await _race(context, ("claims", "releases", "claims_of_one_owner", "takeovers", "dispatches"))
 
 
 @check(
-    "STP-1", "STP-2", "STP-3", "STP-4", "STP-5", "STP-6", "STP-7", needs=MULTI, kind=Kind.RACE, isolated=False
+    "STP-1",
+    "STP-2",
+    "STP-3",
+    "STP-4",
+    "STP-5",
+    "STP-6",
+    "STP-7",
+    needs=MULTI,
+    kind=Kind.RACE,
+    rotation="processes: claims and steps",
+    isolated=False,
 )
 async def steps_by_processes(context: CheckContext) -> None:
     """Races to start, complete, skip and retry one step between processes have linearizable results."""
@@ -72,37 +92,74 @@ async def steps_by_processes(context: CheckContext) -> None:
     )
 
 
-@check("RUN-2", "RUN-1", "RUN-4", "CTL-2", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check(
+    "RUN-2",
+    "RUN-1",
+    "RUN-4",
+    "CTL-2",
+    needs=MULTI,
+    kind=Kind.RACE,
+    rotation="processes: runs and keys",
+    isolated=False,
+)
 async def runs_by_processes(context: CheckContext) -> None:
     """Races to complete, cancel and time out one run between processes have linearizable results."""
     await _race(context, ("starts_of_one_run", "late_starts", "ends", "expected_ends", "latches"))
 
 
-@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check("IDM-2", "IDM-3", needs=MULTI, kind=Kind.RACE, rotation="processes: runs and keys", isolated=False)
 async def keys_by_processes(context: CheckContext) -> None:
     """Races for one idempotency key between processes have linearizable results."""
     await _race(context, ("keys", "triggers"))
 
 
-@check("SIG-2", "SIG-3", "SIG-4", "RUN-4", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check(
+    "SIG-2",
+    "SIG-3",
+    "SIG-4",
+    "RUN-4",
+    needs=MULTI,
+    kind=Kind.RACE,
+    rotation="processes: signals and queues",
+    isolated=False,
+)
 async def signals_by_processes(context: CheckContext) -> None:
     """Races to deliver to the same waiters between processes have linearizable results."""
     await _race(context, ("deliveries", "late_deliveries", "expiries"))
 
 
-@check("QUE-1", "QUE-2", "QUE-4", "QUE-5", "QUE-6", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check(
+    "QUE-1",
+    "QUE-2",
+    "QUE-4",
+    "QUE-5",
+    "QUE-6",
+    needs=MULTI,
+    kind=Kind.RACE,
+    rotation="processes: signals and queues",
+    isolated=False,
+)
 async def queues_by_processes(context: CheckContext) -> None:
     """Races to claim queued steps and to advance one run between processes have linearizable results."""
     await _race(context, ("queue_claims", "ended_leases", "joins"))
 
 
-@check("CON-1", "CON-2", "EVT-1", "EVT-2", needs=MULTI, kind=Kind.RACE, isolated=False)
+@check(
+    "CON-1",
+    "CON-2",
+    "EVT-1",
+    "EVT-2",
+    needs=MULTI,
+    kind=Kind.RACE,
+    rotation="processes: pairs",
+    isolated=False,
+)
 async def pairs_by_processes(context: CheckContext) -> None:
     """Races of two writing operations on one run between processes have linearizable results."""
     await _race(context, ("pairs", "events", "outputs"))
 
 
-@check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE)
+@check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE, rotation="processes: pairs")
 async def cleanups_by_processes(context: CheckContext) -> None:
     """Races of cleanups and other calls between processes have linearizable results."""
     await _race(context, ("cleanups", "cleanups_seen", "cleanup_pairs"))

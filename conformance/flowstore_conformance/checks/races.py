@@ -57,7 +57,13 @@ def _register(
 ) -> None:
     race.__name__ = f"{family.name}_by_{name}"
     race.__doc__ = f"Races of {family.sentence} {where} have linearizable results."
-    check(*family.clauses, needs=family.needs, kind=Kind.RACE, isolated=family.exclusive)(race)
+    check(
+        *family.clauses,
+        needs=family.needs,
+        kind=Kind.RACE,
+        isolated=family.exclusive,
+        rotation=f"races of {family.name}",
+    )(race)
 
 
 for _family in RACE_FAMILIES:

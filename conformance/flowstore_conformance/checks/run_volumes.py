@@ -288,7 +288,7 @@ async def _expect_steps(context: CheckContext, run_id: UUID, keys: Sequence[str]
         expect_items(context, found, details, f"the {name} in get_run_detail {of}", clause="QRY-3")
 
 
-@check("STP-1", "QRY-3", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
+@check("STP-1", "QRY-3", "RET-1", "RET-3", kind=Kind.VOLUME, rotation="volume of a run", isolated=False)
 async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     """Attempts of one step are numbered without gaps, keep their own input, and are all listed."""
     store, run_id = context.store, await start(context)
@@ -313,7 +313,7 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} attempts", read="get_step_statuses")
 
 
-@check("EVT-1", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
+@check("EVT-1", "RET-1", "RET-3", kind=Kind.VOLUME, rotation="volume of a run", isolated=False)
 async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     """Each event has its own sequence, and pages of every size return each event once."""
     store, run_id = context.store, await start(context)
@@ -345,7 +345,7 @@ async def a_run_holds_thousands_of_events(context: CheckContext) -> None:
     await _expect_deleted_whole(context, run_id, f"a run with {count:,} events", read="get_run_events")
 
 
-@check("EVT-2", "RET-1", "RET-3", kind=Kind.VOLUME, isolated=False)
+@check("EVT-2", "RET-1", "RET-3", kind=Kind.VOLUME, rotation="volume of a run", isolated=False)
 async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     """get_outputs returns every output, also of more bytes than a message or page of a database holds."""
     store, run_id = context.store, await start(context)

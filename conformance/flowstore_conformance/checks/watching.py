@@ -237,7 +237,7 @@ async def the_end_of_a_run_wakes_waiting_calls(context: CheckContext) -> None:
     )
 
 
-@check("WAT-2", kind=Kind.CANCELLATION, isolated=False)
+@check("WAT-2", kind=Kind.CANCELLATION, alone=True, isolated=False)
 async def cancelled_waits_leave_nothing_behind(context: CheckContext) -> None:
     """Waiting calls share one thread or connection, and cancelled ones leave no task and no thread."""
     scene = await _new_scene(context.store)
