@@ -32,6 +32,7 @@ from flowstore_core import (
     FlowStore,
     RunNotFoundError,
     RunStatus,
+    StepNotFoundError,
     StepStatus,
 )
 from flowstore_replay.lease_keeper import LeaseKeeper
@@ -160,8 +161,8 @@ class Engine:
             stop_reason = await self._leases.run_with_renewal(self._perform(step), lambda: self._renew(step))
             if stop_reason is not None:
                 await self._end(step, stop_reason, RunStatus.CANCELLED)
-        except ConflictError as error:
-            # Another worker has the step, or the run has ended: this result does not count.
+        except (ConflictError, RunNotFoundError, StepNotFoundError) as error:
+            # Another worker has the step, or the run was deleted: this result does not count.
             _log.debug("%s", error)
         finally:
             self._unrecorded -= 1

@@ -387,6 +387,23 @@ async def test_a_worker_that_lost_its_lease_drops_its_result() -> None:
         assert summary.attempts_by_outcome["taken_over"] == 1
 
 
+async def test_the_result_of_a_deleted_run_is_dropped() -> None:
+    clock = VirtualClock()
+    async with open_store("memory://", clock=clock) as store:
+
+        class DeletedDuringWork(Harness):
+            async def work(self, context: StepContext) -> str:
+                await store.complete_run(context.run_id, RunStatus.CANCELLED)
+                clock.advance(hours=1)
+                await store.cleanup(clock())
+                return await super().work(context)
+
+        harness = DeletedDuringWork(store=store, clock=clock, run_id=new_run_id())
+        await harness.trigger()
+        assert await tick(harness.engine())
+        assert await store.get_run_status(harness.run_id) is None
+
+
 async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
