@@ -306,7 +306,7 @@ def check_pooler(facts: ServerFacts) -> Iterator[Diagnostic]:
             severity=Severity.ERROR,
             summary="the URL leads to a transaction pooler, but lacks pgbouncer=true",
             meaning="Statements of one connection reach several server processes: prepared statements and "
-            "settings get lost.",
+            "settings and notifications get lost.",
             remedy="add pgbouncer=true to the URL's query",
         )
     if facts.pgbouncer:
