@@ -20,6 +20,8 @@ MAX_DEAD_ROWS = 50_000
 """With so many dead rows a claim of one step took 9 ms instead of 0.5."""
 MAX_DEAD_SECONDS = 600.0
 """Under load many rows are dead between two vacuums. A vacuum that is due for longer is prevented."""
+MAX_HELD_TRANSACTIONS = 1_000_000
+"""The same in transactions, for a session of another role, whose times only pg_read_all_stats may see."""
 MAX_INDEX_BYTES = 256 << 20
 MAX_BYTES_PER_ROW = 10_000
 """An index that exceeds both limits consists almost entirely of empty pages."""
@@ -37,12 +39,13 @@ FROM pg_catalog.pg_stat_all_tables WHERE relid = to_regclass($2 || '.pending')
 # The session with the oldest snapshot or transaction of this database. A walsender has those of a standby.
 READ_OLDEST_SNAPSHOT = """
 SELECT pid, coalesce(nullif(application_name, ''), 'unnamed') AS application, usename AS role,
-       coalesce(state, backend_type) AS state,
-       extract(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds
+       coalesce(state, backend_type, 'state not visible') AS state,
+       extract(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds,
+       greatest(age(backend_xmin), age(backend_xid)) AS transactions
 FROM pg_catalog.pg_stat_activity
 WHERE (datname = current_database() OR backend_type = 'walsender') AND pid <> pg_backend_pid()
   AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
-ORDER BY greatest(age(backend_xmin), age(backend_xid)) DESC LIMIT 1
+ORDER BY transactions DESC LIMIT 1
 """
 HAS_QUEUED_STEPS = """
 SELECT EXISTS (SELECT FROM {schema}.pending)
@@ -59,10 +62,10 @@ async def find_dead_rows(facts: ServerFacts, connection: Any, settings: Settings
     if dead >= MAX_DEAD_ROWS:
         holder = await connection.fetchrow(READ_OLDEST_SNAPSHOT)
         examples: tuple[str, ...] = ()
-        if holder is not None and (holder["seconds"] or 0) >= MAX_DEAD_SECONDS:
+        if holder is not None and _holds_back_vacuum(holder):
             reason = (
                 f"Vacuum cannot delete them while session {holder['pid']} is in a transaction, for "
-                f"{_length(holder['seconds'])} so far (role {holder['role']}, application "
+                f"{_held_for(holder)} so far (role {holder['role']}, application "
                 f"{holder['application']}, {holder['state']})."
             )
             remedy = psql(facts, f"SELECT pg_terminate_backend({holder['pid']})")
@@ -160,6 +163,18 @@ async def _receives_notifications(connection: Any, second: Any) -> bool:
     finally:
         await connection.remove_listener(channel, listener)
     return True
+
+
+def _holds_back_vacuum(session: Any) -> bool:
+    seconds: float | None = session["seconds"]
+    if seconds is None:
+        return bool(session["transactions"] >= MAX_HELD_TRANSACTIONS)
+    return seconds >= MAX_DEAD_SECONDS
+
+
+def _held_for(session: Any) -> str:
+    seconds: float | None = session["seconds"]
+    return f"{session['transactions']:,} transactions" if seconds is None else _length(seconds)
 
 
 def _length(seconds: float) -> str:

@@ -280,6 +280,12 @@ def test_a_snapshot_that_holds_back_vacuum_is_named(
         assert finding["examples"] == [f"pid {pid}"]
         assert finding["count"] >= 200
         assert "application dump, idle in transaction" in finding["meaning"]
+        monkeypatch.setattr(queue_checks, "MAX_HELD_TRANSACTIONS", 1)
+        with _small_role(server, store_url) as small:
+            # Another role does not see for how long.
+            (other,) = doctor(f"{small}&pool_size=3")[1].values()
+        assert (other["code"], other["examples"]) == ("queue-bloated", [f"pid {pid}"])
+        assert "transactions so far (role postgres, application dump" in other["meaning"]
         (command,) = _commands(finding["remedy"])
         assert _execute(server, command) is True
         with pytest.raises((asyncpg.PostgresError, ConnectionError)):
