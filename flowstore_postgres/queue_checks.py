@@ -1,7 +1,4 @@
-"""The checks of ``flowstore doctor`` on queues: dead rows of table pending, and the listener.
-
-Only schemas in which steps were queued are checked.
-"""
+"""The checks of ``flowstore doctor`` on queues: dead rows of table pending, and the listener."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from uuid import uuid4
+
+import asyncpg
 
 from flowstore_core.diagnostics import Diagnostic, Severity
 from flowstore_postgres.server_checks import ServerFacts, connection_limits, psql
@@ -51,6 +50,7 @@ HAS_QUEUED_STEPS = """
 SELECT EXISTS (SELECT FROM {schema}.pending)
        OR coalesce(pg_stat_get_tuples_inserted(to_regclass($1 || '.pending')), 0) > 0
 """
+LIMIT_TIME = "SET LOCAL statement_timeout = 1000"
 
 
 async def find_dead_rows(facts: ServerFacts, connection: Any, settings: Settings) -> Sequence[Diagnostic]:
@@ -103,15 +103,14 @@ async def find_dead_rows(facts: ServerFacts, connection: Any, settings: Settings
 async def find_unreachable_listener(
     facts: ServerFacts, connection: Any, second: Any, settings: Settings
 ) -> AsyncIterator[Diagnostic]:
-    """Report whatever keeps the listener of wait_for_steps and wait_for_run from being woken."""
-    schema = settings.quoted_schema
-    if not await connection.fetchval(HAS_QUEUED_STEPS.replace("{schema}", schema), schema):
+    """Report what keeps the listener of waiting calls from being woken, if steps are or were queued."""
+    if not await _has_queued_steps(connection, settings):
         return
     if facts.pgbouncer:
         yield Diagnostic(
             code="watch-unavailable",
             severity=Severity.NOTE,
-            summary="with pgbouncer=true the store has queues, but cannot wait for their steps",
+            summary="the store has queues, and with pgbouncer=true it cannot wait for their steps",
             meaning="A transaction pooler passes no notifications, so the store lacks capability WATCH. "
             "Workers at this URL have to poll claim_next_steps; a step waits for half of their pause on "
             "average.",
@@ -143,6 +142,17 @@ async def find_unreachable_listener(
             remedy="give workers a URL of the server itself; if the URL leads to a transaction pooler, add "
             "pgbouncer=true to the URL's query",
         )
+
+
+async def _has_queued_steps(connection: Any, settings: Settings) -> bool:
+    """Whether steps are or were queued; False if the table is locked."""
+    schema = settings.quoted_schema
+    try:
+        async with connection.transaction(isolation="read_committed", readonly=True):
+            await connection.execute(LIMIT_TIME)
+            return bool(await connection.fetchval(HAS_QUEUED_STEPS.replace("{schema}", schema), schema))
+    except asyncpg.QueryCanceledError:
+        return False
 
 
 async def _receives_notifications(connection: Any, second: Any) -> bool:

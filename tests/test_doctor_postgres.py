@@ -469,6 +469,15 @@ def test_a_slow_check_of_rows_is_stopped(
     assert "attempts" in findings["rows-not-checked"]["summary"]
 
 
+def test_a_locked_table_of_queues_is_not_waited_for(store_url: str, server: str, doctor: Doctor) -> None:
+    _with_store(store_url, _queue_a_step)
+    schema = store_url.rpartition("=")[2]
+    with _session(server) as execute:
+        execute("BEGIN")
+        execute(f"LOCK TABLE {schema}.pending IN ACCESS EXCLUSIVE MODE")
+        assert not asyncio.run(diagnosis.diagnose(resolve_store(store_url)[2], thorough=False))
+
+
 @pytest.mark.parametrize(
     ("statement", "code"),
     [
