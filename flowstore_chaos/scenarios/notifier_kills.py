@@ -92,7 +92,7 @@ SCENARIO = FaultScenario(
     backends=("postgresql",),
     pass_criterion="every waiting call finds the step at its time-out",
     mutant="a wait does not read the store again at its time-out",
-    minutes=4,
+    minutes=30,
     run=run,
 )
 

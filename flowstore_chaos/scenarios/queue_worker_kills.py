@@ -53,6 +53,8 @@ WAIT = timedelta(seconds=5)
 STUCK_SECONDS = 60.0
 """Seconds without an ended step after which runs count as stuck."""
 BROKEN_STUCK_SECONDS = 5.0
+BROKEN_GAP_SECONDS = 0.5
+"""Seconds between the two transactions of the mutant."""
 LEDGER_VARIABLE = "FLOWSTORE_CHAOS_LEDGER"
 
 
@@ -69,7 +71,7 @@ class TwoStepAdvanceMutant:
         self, run_id: UUID, step_key: str, status: StepStatus, *, attempt: int, **more: Any
     ) -> RunAdvance:
         await self._store.record_step_complete(run_id, step_key, status, attempt=attempt)
-        await asyncio.sleep(STEP_SECONDS)
+        await asyncio.sleep(BROKEN_GAP_SECONDS)
         return await self._store.advance_run(run_id, step_key, status, attempt=attempt, **more)
 
 
@@ -188,12 +190,16 @@ class _Supervisor:
                 await self._kill(rng.choice(held))
 
     async def _kill(self, worker: asyncio.subprocess.Process) -> None:
-        """Kill a worker. It counts if the store shows an open attempt of the dead worker."""
+        """Kill a worker. It counts if the store shows an open attempt of the dead worker.
+
+        A kill of the mutant counts in any case: it is detected by those between its two transactions.
+        """
         # At a random moment of the step: during the work, or while its outcome is recorded.
         await asyncio.sleep(self._context.rng.uniform(0, 2 * STEP_SECONDS))
         worker.kill()
         await worker.wait()
-        if any(str(worker.pid) in _holders(detail) for detail in await self._active_runs()):
+        holders = {one for detail in await self._active_runs() for one in _holders(detail)}
+        if str(worker.pid) in holders or self._context.is_mutant:
             self._context.record_faults()
         await self._pool.replace(worker)
 
@@ -295,11 +301,11 @@ SCENARIO = FaultScenario(
     fault=f"SIGKILL of {WORKERS} workers that claim steps from a queue and advance runs, at random moments",
     unit="kills",
     planned=50,
-    min_faults=3,
+    min_faults=8,
     backends=("sqlite", "postgresql"),
     pass_criterion="every step succeeds exactly once, every run completes, no claim overlaps another",
     mutant="advance_run records the outcome and dispatches in two transactions",
-    minutes=8,
+    minutes=20,
     run=run,
 )
 
