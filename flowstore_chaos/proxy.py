@@ -99,6 +99,29 @@ class Proxy:
         """Disarm, and close hanging connections."""
         self._armed = None
         self._healed.set()
+        for session in self._listeners():
+            if session.silent:
+                session.client_out.transport.abort()
+
+    def cut_listeners(self) -> int:
+        """Reset the connections that listen for notifications, and return their number."""
+        listeners = self._listeners()
+        for session in listeners:
+            session.client_out.transport.abort()
+        return len(listeners)
+
+    def silence_listeners(self) -> int:
+        """Forward no more messages to the connections that listen for notifications, and return their number.
+
+        The connections stay open until ``heal``, as when a firewall has dropped them.
+        """
+        listeners = self._listeners()
+        for session in listeners:
+            session.silent = True
+        return len(listeners)
+
+    def _listeners(self) -> list[_Session]:
+        return [session for session in self._sessions if session.listens and not session.client_gone]
 
     def drop_idle(self) -> None:
         """Reset every idle connection, as a firewall does after its timeout."""
@@ -233,6 +256,8 @@ class Proxy:
         with suppress(ConnectionError):
             while data := await server_in.read(1 << 20):
                 done = session.note_reply(data)
+                if session.silent:
+                    continue
                 if session.withheld is not None:
                     # Decide when the reply is complete.
                     if done and not self._withhold_reply(session):
@@ -296,6 +321,10 @@ class _Session:
         self.committed = False
         """Whether the reply reports success and no open transaction."""
         self.hanging = self.is_delayed = self.client_gone = False
+        self.listens = False
+        """Whether the client has sent LISTEN."""
+        self.silent = False
+        """Whether nothing is forwarded to the client any more."""
         self.reply = b""
         self._parsed = 0
         self._statements: dict[bytes, bytes] = {}
@@ -323,6 +352,7 @@ class _Session:
                 text = content[:-1]
             position += 1 + length
         self._described = kind == b"H"
+        self.listens = self.listens or text.startswith(b"LISTEN ")
         self.writes = text == b"COMMIT" or _WRITES.search(text) is not None
         return False
 

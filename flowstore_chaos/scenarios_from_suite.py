@@ -38,7 +38,8 @@ def new_scenario(
 def factories_by_name(capabilities: Collection[Capability]) -> dict[str, ScenarioFactory]:
     """The scenarios of the suite that a store with these capabilities can run, except claims of queues.
 
-    Compensating a cancelled claim_next_steps leaves a state of its own, which the suite checks.
+    Compensating a cancelled claim_next_steps leaves a state of its own, which the suite checks. The scenarios
+    queue-worker-kills and claim-replies-lost attack its claims.
     """
     return {name: one for name, one in available(capabilities).items() if name not in CLAIMS_OF_QUEUES}
 

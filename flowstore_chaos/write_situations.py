@@ -38,7 +38,8 @@ ALL_CAPABILITIES = frozenset(Capability)
 def writes() -> list[str]:
     """Every writing method of the Protocol, except claim_next_steps.
 
-    A store chooses the owners of its claims, so the model cannot predict the calls that follow.
+    A store chooses the owners of its claims, so the model cannot predict the calls that follow; the scenario
+    claim-replies-lost verifies them by their owners.
     """
     return [name for name in STRATEGIES if OPERATIONS[name].writes and name != "claim_next_steps"]
 

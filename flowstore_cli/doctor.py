@@ -75,10 +75,10 @@ def doctor(
 ) -> None:
     """Diagnose a store: each problem, its meaning and its remedy.
 
-    Finds stalled work (expired leases, lost dispatches, runs with nothing in flight or past
-    their deadline), rows that belong to no run, counters that differ from the runs, settings of the server
-    or the file that can lose data, clocks that differ, and a schema of another version. It changes
-    nothing, and takes a few seconds however large the store is.
+    Finds stalled work (expired leases, lost dispatches, queues with too few workers or none, runs with
+    nothing in flight or past their deadline), rows that belong to no run, counters that differ from the
+    runs, settings of the server or the file that can lose data, clocks that differ, and a schema of another
+    version. It changes nothing, and takes a few seconds however large the store is.
 
     With --fix it deletes the rows that belong to no run, corrects the counters and sets the mode of SQLite
     files to 0600, then checks again. It never changes a run or the settings of a server.

@@ -220,10 +220,8 @@ def _print_summary(console: Console, summary: Summary, one: Replay) -> None:
     facts += [("", cell(f"{worker}, holding {step}")) for worker, step in list(held)[:MOST_SHOWN]]
     facts.append(("recovered", cell(count(summary.steps_recovered, "step"))))
     for takeover in summary.takeovers[:MOST_SHOWN]:
-        before = (
-            f"taken over from {takeover.from_worker}" if takeover.from_worker else "claimed, never started,"
-        )
-        facts.append(("", cell(f"{takeover.step_key!r}, {before} by {takeover.to_worker}")))
+        change = f"taken over from {takeover.from_worker} by {takeover.to_worker}"
+        facts.append(("", cell(f"{takeover.step_key!r}, {change}")))
     for check in summary.checks:
         mark = ("ok      ", "green") if check.ok else ("FAILED  ", "bold red")
         facts.append(("check", Text.assemble(mark, check.name)))

@@ -50,6 +50,7 @@ from flowstore_core import (
     RunPosition,
     RunStatus,
     StepNotFoundError,
+    StepRequest,
     StepStatus,
 )
 from flowstore_core.validation import MAX_INT64
@@ -382,8 +383,8 @@ def retry(
 ) -> None:
     """Reopen a step, and its run, for one more attempt.
 
-    The engine of this store then continues the run. A cancel or an elapsed deadline of a completed run
-    is cleared.
+    The engine of this store then continues the run; a step that came from a queue of the store is put back
+    into it. A cancel or an elapsed deadline of a completed run is cleared.
 
     \b
       flowstore runs retry RUN charge-card
@@ -414,8 +415,20 @@ async def _retry(
         if reset_skipped:
             statuses = await store.get_step_statuses(run_id)
             reset = [*reset, *(key for key, value in statuses.items() if value is StepStatus.SKIPPED)]
+        # retry_step drops the dispatch; a step from a queue goes back to it in the same transaction.
+        dispatch = tuple(
+            StepRequest(
+                step_key=step_key,
+                step_type=one.step_type or "",
+                input_json=one.input_json,
+                queue=one.queue,
+                priority=one.priority,
+            )
+            for one in await store.get_dispatches(run_id)
+            if one.step_key == step_key and one.queue is not None
+        )
         try:
-            await store.retry_step(run_id, step_key, attempt=attempt, reset=reset)
+            await store.retry_step(run_id, step_key, attempt=attempt, reset=reset, dispatch=dispatch)
         except StepNotFoundError as error:
             close = suggestion(step_key, await store.get_step_statuses(run_id))
             raise Failure(f"{in_words(error)}{close}") from error

@@ -65,7 +65,7 @@ async def examine(store: FlowStore, *, grace: timedelta, limit: int) -> Examinat
         found += _stalled_findings(await _expired(store, runs, as_of), grace)
     found += await _idle(store, [run for run in runs if run.started_at <= as_of])
     if Capability.QUEUES in store.capabilities:
-        found += _unserved_findings(await store.get_queues(), as_of, grace)
+        found += _late_findings(await store.get_queues(), as_of, grace)
     if Capability.DEADLINES in store.capabilities:
         found += await _overdue(store, as_of)
     return Examination(found, running, len(runs))
@@ -166,26 +166,44 @@ async def _expired(store: FlowStore, runs: Sequence[FlowRunRecord], as_of: datet
 # Queues
 
 
-def _unserved_findings(
-    queues: Sequence[QueueStatistics], as_of: datetime, grace: timedelta
-) -> list[Diagnostic]:
-    """Queues whose oldest ready step was ready before ``as_of``."""
+def _late_findings(queues: Sequence[QueueStatistics], as_of: datetime, grace: timedelta) -> list[Diagnostic]:
+    """Queues whose oldest ready step was ready before ``as_of``, without a claimed step or with some."""
     late = [one for one in queues if one.oldest_ready_at is not None and one.oldest_ready_at <= as_of]
-    if not late:
-        return []
-    ready = sum(one.ready for one in late)
-    return [
-        Diagnostic(
-            code="queues-not-served",
-            severity=Severity.WARNING,
-            summary=f"{count(ready, 'ready step')} in {count(len(late), 'queue')}: the oldest has been ready "
-            f"for over {_length(grace)}",
-            meaning="No worker claims steps from the queue, or the workers are too few.",
-            remedy="start workers that claim from this queue; for all queues: flowstore queues",
-            count=ready,
-            examples=tuple(one.queue for one in late[:SHOWN]),
+    found = []
+    if unserved := [one for one in late if not one.running]:
+        found.append(
+            Diagnostic(
+                code="queues-not-served",
+                severity=Severity.WARNING,
+                summary=_late_steps(unserved, grace),
+                meaning="No step of the queue is claimed: no worker serves it, or none can reach the store.",
+                remedy="start workers that claim from this queue; for all queues: flowstore queues",
+                count=sum(one.ready for one in unserved),
+                examples=tuple(one.queue for one in unserved[:SHOWN]),
+            )
         )
-    ]
+    if behind := [one for one in late if one.running]:
+        found.append(
+            Diagnostic(
+                code="queues-behind",
+                severity=Severity.WARNING,
+                summary=_late_steps(behind, grace),
+                meaning="Workers claim steps of the queue, but steps arrive faster, or steps of a higher "
+                "priority always come first.",
+                remedy="start more workers that claim from this queue; for all queues: flowstore queues",
+                count=sum(one.ready for one in behind),
+                examples=tuple(one.queue for one in behind[:SHOWN]),
+            )
+        )
+    return found
+
+
+def _late_steps(queues: Sequence[QueueStatistics], grace: timedelta) -> str:
+    ready = sum(one.ready for one in queues)
+    return (
+        f"{count(ready, 'ready step')} in {count(len(queues), 'queue')}: the oldest has been ready for over "
+        f"{_length(grace)}"
+    )
 
 
 # Runs

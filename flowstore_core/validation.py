@@ -182,6 +182,8 @@ def check_search(value: Any) -> str | None:
 
 
 def _check_enum(name: str, value: Any, kind: type[_E], allowed: Collection[_E]) -> _E:
+    if type(value) is kind and value in allowed:
+        return value
     if isinstance(value, str):
         try:
             member = kind(str.__str__(value))
@@ -275,7 +277,7 @@ def check_requests(
     """The requests of one call (QUE-4); ``advanced`` is the step that the call ends."""
     if type(value) is tuple and not value:
         return value
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if type(value) is not list and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(value))
     if len(value) > MAX_REQUESTS:
         raise InvalidArgumentError("dispatch", f"at most {MAX_REQUESTS:,} requests", f"{len(value):,}")
@@ -293,14 +295,14 @@ def check_requests(
     return requests
 
 
+_DEFAULT_ACCEPT = StepRequest(step_key="any", step_type="any").accept
+
+
 def _check_request(request: Any) -> StepRequest:
     if not isinstance(request, StepRequest):
         raise InvalidArgumentError("dispatch", "a sequence of StepRequest", _type_name(request))
-    after = request.after
-    if isinstance(after, str) or not isinstance(after, Collection):
-        raise InvalidArgumentError("dispatch.after", "a collection of step keys", _type_name(after))
     step_key = check_key("dispatch.step_key", request.step_key)
-    keys = tuple(check_key("dispatch.after", key) for key in after)
+    keys = _check_after(request.after)
     if len({step_key, *keys}) <= len(keys):
         raise InvalidArgumentError("dispatch.after", "distinct keys of other steps", "a repeated key")
     return StepRequest(
@@ -313,8 +315,21 @@ def _check_request(request: Any) -> StepRequest:
         priority=check_priority("dispatch.priority", request.priority),
         due_at=None if request.due_at is None else check_datetime("dispatch.due_at", request.due_at),
         after=keys,
-        accept=_check_accept(request.accept),
+        accept=request.accept if request.accept is _DEFAULT_ACCEPT else _check_accept(request.accept),
     )
+
+
+def _check_after(value: Any) -> tuple[str, ...]:
+    if type(value) is tuple and not value:
+        return value
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise InvalidArgumentError("dispatch.after", "a collection of step keys", _type_name(value))
+    # A step may wait for thousands of others, and each of them carries its request.
+    if type(value) is tuple and set(map(type, value)) == {str}:
+        text = "".join(value)
+        if text.isascii() and "\0" not in text and all(value) and max(map(len, value)) <= MAX_KEY:
+            return value
+    return tuple(check_key("dispatch.after", key) for key in value)
 
 
 def _check_accept(value: Any) -> frozenset[StepStatus]:

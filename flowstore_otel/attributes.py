@@ -19,6 +19,8 @@ ERROR_TYPE = "error.type"
 RUN_ID = "flowstore.run_id"
 REASON = "flowstore.reason"
 RESOLUTION = "flowstore.resolution"
+QUEUE = "flowstore.queue"
+STATE = "flowstore.state"
 
 Attributes = dict[str, str | int]
 

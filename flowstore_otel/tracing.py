@@ -20,9 +20,10 @@ from flowstore_otel.attributes import (
     describe_error,
     describe_store,
 )
-from flowstore_otel.metrics import SCOPE, MetricsObserver, instruments, scope_version
+from flowstore_otel.metrics import SCOPE, MetricsObserver, QueueRecorder, instruments, scope_version
 
 Operation = Callable[..., Awaitable[Any]]
+Record = Callable[[Mapping[str, Any], Any], None]
 
 
 def _nouns() -> Mapping[str, str | None]:
@@ -52,7 +53,9 @@ def trace_store(store: Any, config: StoreConfig) -> Any:
         return None
     attributes, made = describe_store(config), instruments(meters)
     config.observers.append(MetricsObserver(made, attributes))
-    return TracedStore(store, attributes, tracers.get_tracer(SCOPE, scope_version()), made.duration)
+    queues = QueueRecorder(made, attributes, config.clock)
+    tracer = tracers.get_tracer(SCOPE, scope_version())
+    return TracedStore(store, attributes, tracer, made.duration, queues.by_operation)
 
 
 def _is_configured(provider: object, interface: str) -> bool:
@@ -64,24 +67,37 @@ class TracedStore:
     """A proxy for a store that traces each of its operations."""
 
     def __init__(
-        self, store: Any, attributes: Attributes, tracer: trace.Tracer, duration: metrics.Histogram
+        self,
+        store: Any,
+        attributes: Attributes,
+        tracer: trace.Tracer,
+        duration: metrics.Histogram,
+        records: Mapping[str, Record],
     ) -> None:
         self._store = store
         self._attributes = attributes
         self._tracer = tracer
         self._duration = duration
+        self._records = records
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
         if name not in NOUNS or not callable(found):
             return found
         # Cached on the instance: the next lookup bypasses __getattr__.
-        self.__dict__[name] = traced = _trace(found, name, self._attributes, self._tracer, self._duration)
+        self.__dict__[name] = traced = _trace(
+            found, name, self._attributes, self._tracer, self._duration, self._records.get(name)
+        )
         return traced
 
 
 def _trace(
-    call: Operation, operation: str, store: Attributes, tracer: trace.Tracer, duration: metrics.Histogram
+    call: Operation,
+    operation: str,
+    store: Attributes,
+    tracer: trace.Tracer,
+    duration: metrics.Histogram,
+    record: Record | None,
 ) -> Operation:
     noun = NOUNS[operation]
     attributes: Attributes = {**store, OPERATION: operation}
@@ -98,7 +114,7 @@ def _trace(
         # The span must not record the exception itself, which contains messages and arguments.
         with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
-                return await call(**arguments)
+                result = await call(**arguments)
             except BaseException as error:
                 failure = describe_error(error)
                 recorded = {**attributes, **failure}
@@ -107,5 +123,8 @@ def _trace(
                 raise
             finally:
                 duration.record(perf_counter() - began, recorded)
+        if record is not None:
+            record(arguments, result)
+        return result
 
     return traced

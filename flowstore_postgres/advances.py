@@ -35,7 +35,7 @@ from flowstore_postgres.errors import ROW_LEVEL_SQLSTATE_CLASSES
 from flowstore_postgres.requests import (
     Changes,
     Settlement,
-    StepKey,
+    StepRows,
     dispatch_steps,
     read_steps,
     requested_keys,
@@ -44,7 +44,7 @@ from flowstore_postgres.requests import (
 )
 from flowstore_postgres.transactions import BEGIN_INDEX_ONLY, Transaction, Transactions
 
-MAX_BATCH = 128
+MAX_BATCH = 256
 """Maximum number of calls that share a transaction."""
 MAX_FOUND_LOCKED = 2
 """After more shared transactions than this that found its run locked, a call waits for the lock."""
@@ -145,19 +145,17 @@ async def advance_runs(transaction: Transaction, lock_runs: str, advances: Seque
         return [RunNotFoundError(advance.run_id) for advance in advances]
     statuses = {row["run_id"]: row["status"] for row in rows}
     now = max(row["now"] for row in rows)
-    keys = {
-        (advance.run_id, key)
-        for advance in advances
-        if advance.run_id in statuses
-        for key in (advance.step_key, *requested_keys(advance.dispatch))
-    }
+    keys: dict[UUID, set[str]] = {run_id: set() for run_id in statuses}
+    for advance in advances:
+        if advance.run_id in keys:
+            keys[advance.run_id] |= {advance.step_key, *requested_keys(advance.dispatch)}
     steps = await read_steps(transaction, keys, now)
     changes: dict[UUID, Changes] = {}
     outcomes: list[_Decision | FlowStoreError | None] = []
     for advance in advances:
         try:
-            status = statuses.get(advance.run_id)
-            outcomes.append(await _decide(transaction, advance, status, steps, changes))
+            status, rows_of_run = statuses.get(advance.run_id), steps.get(advance.run_id, {})
+            outcomes.append(await _decide(transaction, advance, status, rows_of_run, changes))
         except FlowStoreError as error:
             outcomes.append(error)
     decided = [one for one in outcomes if isinstance(one, _Decision)]
@@ -174,7 +172,7 @@ async def advance_runs(transaction: Transaction, lock_runs: str, advances: Seque
         )
     settled = [(one.advance, one.settlement) for one in decided if one.settlement is not None]
     for advance, settlement in settled:
-        await skip_steps(transaction, advance.run_id, settlement.skipped, steps, now)
+        await skip_steps(transaction, advance.run_id, settlement.skipped, steps[advance.run_id], now)
     dispatches = [(advance.run_id, one) for advance, settled_ in settled for one in settled_.dispatched]
     await dispatch_steps(transaction, dispatches, now)
     # The last advance of a run decides: during an earlier one the step of the last one was open.
@@ -198,7 +196,7 @@ async def _decide(
     transaction: Transaction,
     advance: Advance,
     run_status: str | None,
-    steps: Mapping[StepKey, Any],
+    steps: StepRows,
     changes: dict[UUID, Changes],
 ) -> _Decision | None:
     """Check an advance in the order of its errors, and settle its requests.
@@ -211,7 +209,7 @@ async def _decide(
     earlier = changes.get(run_id)
     if earlier is not None and earlier.affect(step_key):
         return None
-    step = steps.get((run_id, step_key))
+    step = steps.get(step_key)
     if step is None or step["status"] is None:
         raise StepNotFoundError(run_id, step_key)
     if step["reopened"] or advance.attempt != step["last_attempt"]:
@@ -229,9 +227,9 @@ async def _decide(
     if run_status != "Running":
         return _Decision(advance, closes, None)
     if earlier is None:
-        earlier = changes[run_id] = Changes()
-    earlier.ended[step_key] = advance.status
-    return _Decision(advance, closes, settle(run_id, advance.dispatch, steps, earlier))
+        earlier = changes[run_id] = Changes(steps)
+    earlier.end(step_key, advance.status)
+    return _Decision(advance, closes, settle(advance.dispatch, steps, earlier))
 
 
 async def _complete(

@@ -1,4 +1,4 @@
-"""The checks of ``flowstore doctor`` on a PostgreSQL server: its settings, its clock, rows and counters.
+"""The checks of ``flowstore doctor`` on a PostgreSQL server: its settings, clock, rows, counters and queues.
 
 ``collect_facts`` reads the facts about the server; server_checks.py derives the findings. That takes two
 connections and a few statements. The checks of rows can take long, so they have a time limit.
@@ -18,7 +18,7 @@ import asyncpg
 from flowstore_core import ConfigurationError, StoreConfig, StoreUnavailableError
 from flowstore_core.diagnostics import Diagnostic, Severity, orphaned_rows
 from flowstore_core.retention import ORPHAN_GRACE
-from flowstore_postgres import counters
+from flowstore_postgres import counters, queue_checks
 from flowstore_postgres.errors import CONNECTION_LOST_ERRORS, describe, map_errors
 from flowstore_postgres.failover import read_hosts
 from flowstore_postgres.migrate import CLOSE_SECONDS, pinned_transaction, read_version
@@ -128,7 +128,14 @@ async def diagnose(config: StoreConfig, *, thorough: bool) -> Sequence[Diagnosti
             found = list(check_server(facts))
             version, _ = await read_version(connection, settings)
             if version:
-                found += await _check_rows(connection, settings, version, thorough=thorough)
+                found += await _check_rows(connection, settings, version, facts, thorough=thorough)
+            if version >= queue_checks.MIN_SCHEMA_VERSION:
+                found += [
+                    one
+                    async for one in queue_checks.find_unreachable_listener(
+                        facts, connection, second, settings
+                    )
+                ]
             return found
     except (ConfigurationError, StoreUnavailableError) as error:
         if error.database_code == POOLER_REFUSES:
@@ -214,9 +221,11 @@ Check = Callable[[Any, Settings], Awaitable[Sequence[Diagnostic]]]
 
 
 async def _check_rows(
-    connection: Any, settings: Settings, version: int, *, thorough: bool
+    connection: Any, settings: Settings, version: int, facts: ServerFacts, *, thorough: bool
 ) -> list[Diagnostic]:
     checks: list[tuple[str, Check]] = []
+    if version >= queue_checks.MIN_SCHEMA_VERSION:
+        checks.append(("pending", partial(queue_checks.find_dead_rows, facts)))
     if version >= counters.MIN_SCHEMA_VERSION:
         # In order of cost: the last reads an index of all runs.
         checks += [

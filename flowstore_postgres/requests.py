@@ -6,8 +6,8 @@ Each statement of the transaction takes a new snapshot, which shows everything t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -17,8 +17,8 @@ from flowstore_core.queues import not_accepted
 from flowstore_core.steps import superseded_by
 from flowstore_postgres.transactions import Transaction
 
-StepKey = tuple[UUID, str]
-"""A run and a step key."""
+StepRows = Mapping[str, Any]
+"""Rows of READ_STEPS of one run, by step key."""
 
 # Steps that are not terminal are locked, and read again once they are: record_step_complete does not lock the
 # run. A terminal step does not change while the run is locked.
@@ -113,71 +113,73 @@ class Settlement:
     """Whether the ``after`` steps of a request have not all ended."""
 
 
-@dataclass(frozen=True, slots=True)
 class Changes:
     """Changes of one run that its transaction has decided on and not written yet."""
 
-    ended: dict[str, StepStatus] = field(default_factory=dict)
-    dispatched: set[str] = field(default_factory=set)
+    def __init__(self, steps: StepRows) -> None:
+        self.terminal = {
+            key: StepStatus(step["status"])
+            for key, step in steps.items()
+            if step["status"] in ("Succeeded", "Failed", "Skipped")
+        }
+        """The terminal statuses that the transaction has found or will leave, by step key."""
+        self.dispatched: set[str] = set()
+        self._ended: set[str] = set()
+
+    def end(self, step_key: str, status: StepStatus) -> None:
+        self._ended.add(step_key)
+        self.terminal[step_key] = status
 
     def affect(self, step_key: str) -> bool:
         """Whether they change the step."""
-        return step_key in self.ended or step_key in self.dispatched
+        return step_key in self._ended or step_key in self.dispatched
 
 
 def requested_keys(requests: Iterable[StepRequest]) -> set[str]:
     """The keys of all steps that decide on the requests."""
-    return {key for request in requests for key in (request.step_key, *request.after)}
+    keys = {request.step_key for request in requests}
+    return keys.union(*(request.after for request in requests))
 
 
-async def read_steps(transaction: Transaction, keys: Iterable[StepKey], now: datetime) -> dict[StepKey, Any]:
-    """Lock the rows of READ_STEPS that exist and return them by key."""
-    wanted = sorted(keys)
-    rows = await transaction.rows(READ_STEPS, [key[0] for key in wanted], [key[1] for key in wanted], now)
-    return {(row[0], row[1]): row for row in rows}
+async def read_steps(
+    transaction: Transaction, keys: Mapping[UUID, Collection[str]], now: datetime
+) -> dict[UUID, dict[str, Any]]:
+    """Lock the rows of READ_STEPS of these keys of runs, and return those that exist by run and key."""
+    run_ids = [run_id for run_id, step_keys in keys.items() for _ in step_keys]
+    step_keys = [step_key for step_keys in keys.values() for step_key in step_keys]
+    steps: dict[UUID, dict[str, Any]] = {run_id: {} for run_id in keys}
+    for row in await transaction.rows(READ_STEPS, run_ids, step_keys, now):
+        steps[row[0]][row[1]] = row
+    return steps
 
 
-def settle(
-    run_id: UUID,
-    requests: Sequence[StepRequest],
-    steps: Mapping[StepKey, Any],
-    changes: Changes,
-) -> Settlement:
+def settle(requests: Sequence[StepRequest], steps: StepRows, changes: Changes) -> Settlement:
     """Decide on the requests in their order; each sees the effects of those before it.
 
-    ``steps`` are the rows of READ_STEPS, ``changes`` the changes that the transaction has not written yet;
-    those that the requests make are added.
+    ``changes`` are those that the transaction has not written yet; those that the requests make are added.
     """
     dispatched: list[StepRequest] = []
     skipped: list[tuple[StepRequest, str]] = []
     stayed_behind = False
-    ended = changes.ended
+    terminal = changes.terminal
     for request in requests:
-        step = steps.get((run_id, request.step_key))
+        step = steps.get(request.step_key)
         if step is not None and (step["held"] or step["status"] not in (None, "Pending")):
             continue
         if changes.affect(request.step_key):
             continue
-        statuses = [
-            (key, ended.get(key) or _terminal_status(steps.get((run_id, key)))) for key in request.after
-        ]
-        if not all(status for _, status in statuses):
+        # Where a step waits for many others, most calls find one of them open.
+        if not all(map(terminal.__contains__, request.after)):
             stayed_behind = True
             continue
-        refused = [(key, status) for key, status in statuses if status and status not in request.accept]
-        if refused:
-            skipped.append((request, not_accepted(*refused[0])))
-            ended[request.step_key] = StepStatus.SKIPPED
+        refused = next((key for key in request.after if terminal[key] not in request.accept), None)
+        if refused is not None:
+            skipped.append((request, not_accepted(refused, terminal[refused])))
+            changes.end(request.step_key, StepStatus.SKIPPED)
         else:
             dispatched.append(request)
             changes.dispatched.add(request.step_key)
     return Settlement(dispatched, skipped, stayed_behind)
-
-
-def _terminal_status(step: Any) -> StepStatus | None:
-    if step is None or step["status"] in (None, "Pending", "Running"):
-        return None
-    return StepStatus(step["status"])
 
 
 async def dispatch_steps(
@@ -202,13 +204,13 @@ async def skip_steps(
     transaction: Transaction,
     run_id: UUID,
     skipped: Sequence[tuple[StepRequest, str]],
-    steps: Mapping[StepKey, Any],
+    steps: StepRows,
     now: datetime,
 ) -> None:
     """Record the steps as Skipped (STP-5)."""
     for request, reason in skipped:
         key = request.step_key
-        if (step := steps.get((run_id, key))) is not None:
+        if (step := steps.get(key)) is not None:
             error = superseded_by(step["last_attempt"] + 1)
             await transaction.execute(ARCHIVE_ATTEMPTS, run_id, [key], error, now)
         await transaction.execute(SKIP_STEP, run_id, key, request.step_type, reason, now, None)
@@ -220,7 +222,7 @@ async def settle_requests(
     """Settle the requests of a run that the transaction has locked."""
     if not requests:
         return
-    steps = await read_steps(transaction, ((run_id, key) for key in requested_keys(requests)), now)
-    settlement = settle(run_id, requests, steps, Changes())
+    steps = (await read_steps(transaction, {run_id: requested_keys(requests)}, now))[run_id]
+    settlement = settle(requests, steps, Changes(steps))
     await skip_steps(transaction, run_id, settlement.skipped, steps, now)
     await dispatch_steps(transaction, [(run_id, request) for request in settlement.dispatched], now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
@@ -82,14 +82,14 @@ def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _psql(facts: ServerFacts, *statements: str) -> str:
+def psql(facts: ServerFacts, *statements: str) -> str:
     """A shell command for an administrator of the server."""
     return shlex.join(["psql", *facts.psql_options, *(part for one in statements for part in ("-c", one))])
 
 
 def _reset(facts: ServerFacts, name: str, value: str) -> str:
     """The command that resets a parameter at its source."""
-    return _psql(facts, *_reset_statements(facts, name, value))
+    return psql(facts, *_reset_statements(facts, name, value))
 
 
 def _reset_statements(facts: ServerFacts, name: str, value: str) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ def check_defaults(facts: ServerFacts) -> Iterator[Diagnostic]:
             + ", ".join(f"{name} = {facts.value(name)}" for name in harmful),
             meaning="flowstore's connections are safe. Other programs on the same tables use these defaults, "
             "and so would flowstore behind a pooler.",
-            remedy=_psql(
+            remedy=psql(
                 facts,
                 *dict.fromkeys(
                     statement
@@ -240,7 +240,20 @@ def check_version(facts: ServerFacts, today: date) -> Iterator[Diagnostic]:
         )
 
 
-def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
+@dataclass(frozen=True, slots=True)
+class ConnectionLimit:
+    """A limit of the number of connections."""
+
+    limit: int
+    """-1: none."""
+    free: int
+    name: str
+    remedy: str
+    """The command that raises the limit."""
+
+
+def connection_limits(facts: ServerFacts) -> Sequence[ConnectionLimit]:
+    """The limits of the server and, unless the role is a superuser, of the role and the database."""
     reserved = 0
     if not facts.superuser:
         reserved = facts.number("superuser_reserved_connections") + facts.number("reserved_connections")
@@ -249,7 +262,7 @@ def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
             facts.number("max_connections") - reserved,
             facts.connections,
             "max_connections of the server, minus the reserved connections",
-            _psql(facts, "ALTER SYSTEM SET max_connections = 200") + ", then restart the server",
+            psql(facts, "ALTER SYSTEM SET max_connections = 200") + ", then restart the server",
         )
     ]
     if not facts.superuser:
@@ -259,25 +272,29 @@ def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
                 facts.role_limit,
                 facts.connections_of_role,
                 "the connection limit of the role",
-                _psql(facts, f"ALTER ROLE {role} CONNECTION LIMIT -1"),
+                psql(facts, f"ALTER ROLE {role} CONNECTION LIMIT -1"),
             ),
             (
                 facts.database_limit,
                 facts.connections,
                 "the connection limit of the database",
-                _psql(facts, f"ALTER DATABASE {database} CONNECTION LIMIT -1"),
+                psql(facts, f"ALTER DATABASE {database} CONNECTION LIMIT -1"),
             ),
         ]
-    for limit, used, name, remedy in limits:
-        free = max(limit - used, 0)
-        # -1 means no limit.
-        if limit >= 0 and facts.pool_size > free:
+    return [
+        ConnectionLimit(limit, max(limit - used, 0), name, remedy) for limit, used, name, remedy in limits
+    ]
+
+
+def check_connections(facts: ServerFacts) -> Iterator[Diagnostic]:
+    for one in connection_limits(facts):
+        if one.limit >= 0 and facts.pool_size > one.free:
             yield Diagnostic(
                 code="connections-scarce",
                 severity=Severity.WARNING,
-                summary=f"pool_size is {facts.pool_size}, and {free} of {limit} connections are free",
-                meaning=f"The limit is {name}. Beyond it connections are refused, and calls wait.",
-                remedy=f"{remedy}; or add pool_size={max(free // 2, 1)} to the URL's query",
+                summary=f"pool_size is {facts.pool_size}, and {one.free} of {one.limit} connections are free",
+                meaning=f"The limit is {one.name}. Beyond it connections are refused, and calls wait.",
+                remedy=f"{one.remedy}; or add pool_size={max(one.free // 2, 1)} to the URL's query",
             )
             return
 
@@ -289,7 +306,7 @@ def check_pooler(facts: ServerFacts) -> Iterator[Diagnostic]:
             severity=Severity.ERROR,
             summary="the URL leads to a transaction pooler, but lacks pgbouncer=true",
             meaning="Statements of one connection reach several server processes: prepared statements and "
-            "settings get lost.",
+            "settings and notifications get lost.",
             remedy="add pgbouncer=true to the URL's query",
         )
     if facts.pgbouncer:
@@ -307,7 +324,7 @@ def check_pooler(facts: ServerFacts) -> Iterator[Diagnostic]:
                 summary=f"{' and '.join(missing)} not set for the role",
                 meaning="Behind a pooler flowstore cannot set them itself. Without them a vanished client "
                 "can hold its locks without limit.",
-                remedy=_psql(facts, *statements),
+                remedy=psql(facts, *statements),
             )
         schemas = {name.strip(' "') for name in facts.value("search_path").split(",")}
         if schemas - {"pg_catalog", "pg_temp"}:
@@ -317,7 +334,7 @@ def check_pooler(facts: ServerFacts) -> Iterator[Diagnostic]:
                 summary=f"search_path is {facts.value('search_path')} for the role",
                 meaning="Behind a pooler flowstore cannot set it itself. An operator or a function that "
                 "another role creates in one of these schemas can shadow the server's own.",
-                remedy=_psql(facts, f"ALTER ROLE {role} SET search_path = {PINNED['search_path']}"),
+                remedy=psql(facts, f"ALTER ROLE {role} SET search_path = {PINNED['search_path']}"),
             )
 
 
@@ -358,7 +375,7 @@ def check_vacuum(facts: ServerFacts) -> Iterator[Diagnostic]:
             severity=Severity.WARNING,
             summary=f"a transaction has been open for {oldest / 3600:.1f} hours in this database",
             meaning="While it is open, deleted and changed rows cannot be vacuumed.",
-            remedy=_psql(
+            remedy=psql(
                 facts,
                 "SELECT pid, usename, state, xact_start FROM pg_stat_activity ORDER BY xact_start LIMIT 5",
             ),

@@ -31,6 +31,9 @@ MAX_PAYLOAD = 7900
 FIRST_PAUSE = 0.1
 MAX_PAUSE = 10.0
 """Bounds of the backoff between attempts to connect the listener, in seconds."""
+HEARTBEAT_SECONDS = 30.0
+"""The time between two probes of the listener's connection, which a firewall may have dropped silently."""
+HEARTBEAT_TIMEOUT = 10.0
 POLL_SECONDS = 1.0
 """The time between two looks at the store while the listener is not connected."""
 CLOSE_SECONDS = 1.0
@@ -143,7 +146,13 @@ class Listener:
             self._tried.set()
             # A look at the store finds the commits from before the connection listened.
             self.waiting.wake()
-            await lost.wait()
+            while not lost.is_set():
+                try:
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        await lost.wait()
+                except TimeoutError:
+                    # Not a SELECT: pg_stat_activity shows the last statement of a session.
+                    await connection.execute(f"LISTEN {self._channel}", timeout=HEARTBEAT_TIMEOUT)
         finally:
             connection.terminate()
 

@@ -1,25 +1,16 @@
 """The reference engine: run workflows on a store so that no crash loses anything.
 
-The engine keeps no state that it cannot read from the store again. It reads the state of a run and does the
-next missing thing, so start-up recovery does not exist: continuing a half-done run is the only mode. Any
-number of engines may work on the same runs; when two of them want the same step, the store lets one win and
-the other polls again. What an engine caches about a run (scheduling.py) saves reads and may be stale: the
-results of its writes decide.
+The store is the work queue. Four calls do the work:
 
-What a SIGKILL leaves behind, and which method picks it up:
+    claim_next_steps    hands out ready steps, each under a lease, with an open attempt
+    advance_run         records a result, dispatches the next steps and completes the run, in one transaction
+    reschedule_step     makes a step ready again: after a failure, or once its signal is delivered
+    wait_for_steps      wakes an idle worker
 
-    killed after                      state left behind                     picked up by
-    trigger_run                       a run without steps                   advance
-    try_record_dispatch               a due dispatch, no claim              recover (DISPATCH_DUE)
-    try_claim_step                    a claim that expires                  recover (LEASE_EXPIRED)
-    record_step_start                 the same, and an open attempt         recover; its start closes it
-    register_waiter                   the same; not listed while it waits   recover, once the signal came
-    reschedule_step                   a due dispatch                        recover, once the signal came
-    record_step_complete              children without a dispatch           advance
-      ... of a failed attempt         a Failed step with attempts left      advance
-    retry_step                        a Pending step without dispatch       advance
-      ... of the last step            a Running run, all steps succeeded    advance
-    part of finish_run                the reason to finish it persists      tick, advance
+There is no recovery and no scheduler. At every moment an open run has a step that is queued or claimed under
+a lease, and the store hands out both: the queued step at once, the claimed one when its lease has expired. So
+a SIGKILL at any moment costs at most one attempt of each step that the worker held. Any number of engines may
+work on one queue.
 
 All time is the store's: the store compares leases and deadlines. The engine measures only its own pauses.
 """
@@ -27,50 +18,42 @@ All time is the store's: the store compares leases and deadlines. The engine mea
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import random
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from time import monotonic
 from uuid import UUID
 
 from flowstore_core import (
+    ClaimedStep,
+    ClaimLostError,
     ConflictError,
     FlowStepRecord,
     FlowStore,
+    RunNotFoundError,
     RunStatus,
-    StalledStep,
-    StallReason,
+    StepNotFoundError,
     StepStatus,
-    StoreUnavailableError,
-    new_claim_token,
 )
 from flowstore_replay.lease_keeper import LeaseKeeper
-from flowstore_replay.retry import cancel_and_wait, retry_until_available
-from flowstore_replay.scheduling import (
-    MAX_POLL_INTERVAL,
-    MIN_POLL_INTERVAL,
-    Plan,
-    RunView,
-    Slot,
-    WorkPoller,
-    WorkSnapshot,
-)
+from flowstore_replay.requests import Requests
+from flowstore_replay.retry import retrying
 from flowstore_replay.wfcommons import Task, Workflow
 
 FAILED = "failed: "
 """Prefix of an attempt's error_message if the work failed. A worker's death is not a failure."""
 
-TAKEN_OVER = "step.taken_over"
-"""Event type: a worker took over a step whose lease had expired."""
+MAX_CLAIM = 1_000
+"""Limit of one call of claim_next_steps (INP-4)."""
 
-MAX_RUN_WITHOUT_YIELD = 0.005
-"""Seconds after which a slot yields to the event loop, even if none of its calls had to wait."""
+IDLE_WAIT = timedelta(seconds=1)
+"""Time after which an idle engine asks for steps although nothing has woken it."""
 
-CLAIM_LOST = ""
-"""Stop reason of work whose claim another worker holds now; that worker records the result."""
+EMPTY_CLAIM_PAUSE = 0.02
+"""Seconds that an engine pauses if it was woken and other engines had claimed the steps already."""
+
+STOP_INTERVAL = 1.0
+"""Seconds between two looks for runs that were cancelled or are past their deadline."""
 
 _log = logging.getLogger("flowstore_replay")
 
@@ -107,320 +90,199 @@ class Engine:
         workflow: Workflow,
         work: Work,
         *,
+        queue: str,
         name: str,
         lease: timedelta = timedelta(seconds=30),
         max_attempts: int = 5,
         approval_steps: Collection[str] = (),
         concurrency: int = 1,
     ) -> None:
-        """``name`` is the job_id of attempts; ``approval_steps`` are keys of steps that wait for a signal.
+        """Serve the runs that were triggered with ``Requests(workflow, queue).roots``.
 
-        A step fails its run after ``max_attempts`` failed attempts. Attempts that ended because their
-        worker died do not count. Concurrent steps share round trips to the store, so many of them cost
-        little more than one.
+        ``name`` is the job_id of attempts; ``approval_steps`` are keys of steps that wait for a signal. A
+        step fails its run after ``max_attempts`` failed attempts; those whose worker died do not count.
+        Concurrent steps share round trips to the store, so many of them cost little more than one.
         """
-        self._store = store
+        self._store = retrying(store)
         self._workflow = workflow
         self._work = work
+        self._queue = queue
         self._name = name
         self._lease = lease
         self._max_attempts = max_attempts
         self._approval_steps = frozenset(approval_steps)
         self._concurrency = concurrency
-        self._inputs = {
-            task.key: json.dumps({"seconds": task.seconds, "parents": task.parents})
-            for task in workflow.tasks
-        }
-        """The recorded input of each step, as JSON text."""
+        self._requests = Requests(workflow, queue)
         self._leases: LeaseKeeper[str] = LeaseKeeper(lease.total_seconds() / 3)
-        self._dispatching: set[tuple[UUID, str]] = set()
+        self._working = self._unrecorded = 0
+        """Number of claimed steps whose work has not ended; and whose result is not recorded."""
+        self._slot_freed = asyncio.Event()
 
-    async def run(self, run_ids: Collection[UUID]) -> None:
-        """Work on these runs until all are completed, by this engine or another."""
-        wanted = frozenset(run_ids)
-
-        async def list_active() -> Collection[UUID]:
-            return [run.run_id for run in await self._store.get_active_runs() if run.run_id in wanted]
-
-        slots = [Slot() for _ in range(self._concurrency)]
-        poller = WorkPoller(slots, list_active, lambda snapshot: self._find_exceptions(snapshot, wanted))
-        tasks = [asyncio.create_task(self._run_slot(poller, slot)) for slot in slots]
+    async def run(self) -> None:
+        """Execute steps until cancelled. Raises the first unexpected error of the work."""
         try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                await cancel_and_wait(task)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keep_stopping_runs())
+                was_woken = False
+                while True:
+                    if claimed := await self.claim(await self._free_slots()):
+                        was_woken = False
+                        for step in claimed:
+                            tasks.create_task(self.execute(step))
+                    else:
+                        await asyncio.sleep(EMPTY_CLAIM_PAUSE if was_woken else 0)
+                        was_woken = await self._store.wait_for_steps([self._queue], timeout=IDLE_WAIT)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
-    async def _run_slot(self, poller: WorkPoller, slot: Slot) -> None:
-        """Execute one step after another until all runs are completed."""
-        pause, yielded_at = MIN_POLL_INTERVAL, monotonic()
+    async def _free_slots(self) -> int:
+        """Wait until a step may be claimed, and return how many may be.
+
+        The store records results while other steps are worked on, so as many steps again may be recorded.
+        """
         while True:
-            try:
-                snapshot = await poller.poll()
-                if snapshot is None:
-                    return
-                progressed = await self.do_next(snapshot, slot)
-            except ConflictError as error:
-                # Another worker was faster or decided otherwise. Drop the cache and read the state again.
-                _log.debug("%s", error)
-                progressed = False
-                slot.release()
-            except StoreUnavailableError as error:
-                # The write may or may not have been applied: the next poll shows which.
-                _log.warning("%s", error)
-                progressed, pause = False, MAX_POLL_INTERVAL
-                slot.release()
-            if not progressed:
-                pause = min(2 * pause, MAX_POLL_INTERVAL)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                yielded_at = monotonic()
-                continue
-            pause = MIN_POLL_INTERVAL
-            if monotonic() > yielded_at + MAX_RUN_WITHOUT_YIELD:
-                await asyncio.sleep(0)
-                yielded_at = monotonic()
+            if free := min(self._concurrency - self._working, 2 * self._concurrency - self._unrecorded):
+                return free
+            self._slot_freed.clear()
+            await self._slot_freed.wait()
 
-    async def tick(self, active: Collection[UUID]) -> bool:
-        """Poll the store and execute at most one step. True if anything changed."""
-        snapshot = WorkSnapshot()
-        snapshot.list_runs(active)
-        await self._find_exceptions(snapshot, active)
-        return await self.do_next(snapshot, Slot())
-
-    async def _find_exceptions(self, snapshot: WorkSnapshot, run_ids: Collection[UUID]) -> None:
-        """Fill in the runs that have to be stopped, and the steps that need recovery."""
-        snapshot.set_stop_reasons(await self._stop_reasons(run_ids))
-        snapshot.stalled.clear()
-        for stalled in await self._store.get_stalled_steps(take=1000):
-            run_id, key = stalled.run_id, stalled.step_key
-            # A step between its dispatch and its claim by this engine is listed, but not stalled.
-            if run_id in run_ids and key in self._workflow.by_key and (run_id, key) not in self._dispatching:
-                snapshot.stalled.append(stalled)
-
-    async def do_next(self, snapshot: WorkSnapshot, slot: Slot) -> bool:
-        """Stop runs, recover a step, or advance a run: at most one step. True if anything changed."""
-        stopped = False
-        while snapshot.stop_reasons:
-            run_id, reason = snapshot.stop_reasons.popitem()
-            stopped |= await self.finish_run(run_id, RunStatus.CANCELLED, reason)
-
-        while snapshot.stalled:
-            stalled = snapshot.stalled.popleft()
-            if stalled.run_id not in snapshot.stopping and await self.recover(stalled):
-                return True
-
-        open_run = slot.open_run
-        if open_run and open_run not in snapshot.stopping and await self.advance(open_run, slot.view):
-            return True
-
-        while snapshot.runs:
-            run_id = snapshot.runs.popleft()
-            if run_id not in snapshot.stopping:
-                view = slot.assign(run_id, snapshot)
-                if await self.advance(run_id, view):
-                    return True
-
-        slot.release()
-        return stopped
-
-    async def recover(self, stalled: StalledStep) -> bool:
-        """Continue a step that no worker moves: its lease expired, or its dispatch was never claimed.
-
-        This may overtake another worker between its dispatch and its claim. The claim decides, and one of
-        the two does the work.
-        """
-        run_id, key = stalled.run_id, stalled.step_key
-        if stalled.reason is StallReason.NOT_DISPATCHED:
-            await self._store.try_record_dispatch(run_id, key)
-        lease_expired = stalled.reason is StallReason.LEASE_EXPIRED
-        return await self.execute(run_id, key, RunView(), taken_over=lease_expired)
-
-    async def advance(self, run_id: UUID, view: RunView) -> bool:
-        """Do the next thing that a run needs: complete it, retry steps, or dispatch and execute a step."""
-        plan = view.cached_plan()
-        if plan is None:
-            plan = view.refresh(self._workflow, await self._store.get_step_statuses(run_id))
-
-        if not plan.unfinished:
-            view.is_completed = await self._store.complete_run(
-                run_id, RunStatus.SUCCEEDED, expected=plan.statuses
-            )
-            return view.is_completed or view.invalidate()
-
-        if plan.failed:
-            return await self.retry_failed(run_id, view)
-
-        if not plan.ready and not plan.in_progress:
-            if not view.is_fresh:
-                return view.invalidate()
-            reason = "a step that others wait for was skipped"
-            view.is_completed = await self.finish_run(run_id, RunStatus.FAILED, reason)
-            return view.is_completed
-
-        for task in await self._choose_tasks(run_id, plan, view):
-            view.dispatched.add(task.key)
-            self._dispatching.add((run_id, task.key))
-            try:
-                if await self._store.try_record_dispatch(run_id, task.key):
-                    # An engine with a message queue would send its message now; this one consumes directly.
-                    return await self.execute(run_id, task.key, view)
-            finally:
-                self._dispatching.discard((run_id, task.key))
-        return view.invalidate()
-
-    async def _choose_tasks(self, run_id: UUID, plan: Plan, view: RunView) -> list[Task]:
-        """The ready tasks without a dispatch, shuffled so that workers rarely compete for one step."""
-        if view.is_fresh and len(plan.ready) > 1:
-            view.dispatched |= await self._store.get_dispatched_step_keys(run_id)
-        tasks = [task for task in plan.ready if task.key not in view.dispatched]
-        if len(tasks) > 1:
-            random.shuffle(tasks)
-            if view.on_surplus is not None:
-                view.on_surplus()
-        return tasks
-
-    async def retry_failed(self, run_id: UUID, view: RunView) -> bool:
-        """Retry the failed steps, or finish the run if one of them has no attempts left."""
-        detail = await self._store.get_run_detail(run_id)
-        failed = [step for step in detail.steps if step.status is StepStatus.FAILED] if detail else []
-        if exhausted := [step for step in failed if not self._has_attempts_left(step)]:
-            reason = f"step {exhausted[0].step_key!r} has no attempts left"
-            view.is_completed = await self.finish_run(run_id, RunStatus.FAILED, reason)
-            return view.is_completed
-        for step in failed:
-            # Naming the attempt makes the call a no-op if another worker has retried the step already.
-            await self._store.retry_step(run_id, step.step_key, attempt=step.attempts[-1].attempt)
-        return view.invalidate() or bool(failed)
-
-    async def execute(self, run_id: UUID, key: str, view: RunView, *, taken_over: bool = False) -> bool:
-        """Claim a dispatched step and do its work under a renewed lease. False if the claim is not free."""
-        task = self._workflow.by_key[key]
-        owner = new_claim_token()
-        if not await self._store.try_claim_step(run_id, key, owner=owner, lease=self._lease):
-            return view.invalidate()
-        attempt = await self._store.record_step_start(
-            run_id, key, task.name, input_json=self._inputs[key], job_id=self._name, owner=owner
+    async def claim(self, limit: int) -> Sequence[ClaimedStep]:
+        """Claim up to ``limit`` ready steps and open their attempts."""
+        claimed = await self._store.claim_next_steps(
+            [self._queue], lease=self._lease, limit=min(limit, MAX_CLAIM), worker=self._name
         )
-        if taken_over:
-            await self._store.append_event(run_id, TAKEN_OVER, step_key=key, message=self._name)
+        self._working += len(claimed)
+        self._unrecorded += len(claimed)
+        return claimed
 
-        async def renew() -> str | None:
-            """Renew the claim; return a reason to stop the work, or None."""
-            try:
-                if not await self._store.renew_step_claim(run_id, key, owner, self._lease):
-                    return CLAIM_LOST
-                return (await self._stop_reasons([run_id])).get(run_id)
-            except StoreUnavailableError:
-                return None  # The next renewal shows whether the claim survived.
-
-        work = self._perform(run_id, task, attempt, view)
-        stop_reason = await self._leases.run_with_renewal(work, renew)
-        if stop_reason is None:
-            return True
-        view.invalidate()
-        if stop_reason != CLAIM_LOST:
-            await self._store.record_step_complete(
-                run_id, key, StepStatus.SKIPPED, error_message=stop_reason, attempt=attempt
-            )
-        return True
-
-    async def _perform(self, run_id: UUID, task: Task, attempt: int, view: RunView) -> None:
-        """Do the work of one attempt and record its result."""
-        store, key = self._store, task.key
+    async def execute(self, step: ClaimedStep) -> None:
+        """Do the work of a claimed step under a renewed lease, and record its result."""
         try:
-            if key in self._approval_steps:
-                output = await self._receive_signal(run_id, key)
-            else:
-                if not view.outputs.keys() >= set(task.parents):
-                    view.outputs.update(await self._read_outputs(run_id))
-                inputs = {parent: view.outputs[parent] for parent in task.parents}
-                context = StepContext(run_id=run_id, task=task, attempt=attempt, inputs=inputs)
-                output = await self._work(context)
+            stop_reason = await self._leases.run_with_renewal(self._perform(step), lambda: self._renew(step))
+            if stop_reason is not None:
+                await self._end(step, stop_reason, RunStatus.CANCELLED)
+        except (ConflictError, RunNotFoundError, StepNotFoundError) as error:
+            # Another worker has the step, or the run was deleted: this result does not count.
+            _log.debug("%s", error)
+        finally:
+            self._unrecorded -= 1
+            self._slot_freed.set()
+
+    async def _renew(self, step: ClaimedStep) -> str | None:
+        """Renew the lease. Returns the reason to stop the step, if there is one."""
+        if not await self._store.renew_step_claim(step.run_id, step.step_key, step.owner, self._lease):
+            raise ClaimLostError(step.run_id, step.step_key)
+        return await self._stop_reason(step.run_id)
+
+    async def _perform(self, step: ClaimedStep) -> None:
+        """Do the work of one attempt and record its result."""
+        try:
+            record = await self._attempt(step)
+        finally:
+            self._working -= 1
+            self._slot_freed.set()
+        await record
+
+    async def _attempt(self, step: ClaimedStep) -> Awaitable[object]:
+        """Do the work of one attempt, and return the call that records its result."""
+        if step.cancel_requested and (reason := await self._stop_reason(step.run_id)):
+            return self._end(step, reason, RunStatus.CANCELLED)
+        try:
+            output = await self._do(step)
         except WorkFailed as error:
-            message = f"{FAILED}{error}"
-            await retry_until_available(
-                lambda: store.record_step_complete(
-                    run_id, key, StepStatus.FAILED, error_message=message, attempt=attempt
-                )
-            )
-            view.invalidate()
-            return
+            return self._fail(step, f"{FAILED}{error}")
         if output is None:
-            # One atomic call ends the attempt, releases the claim and dispatches the step again, so no
-            # crash can lose the step. While its waiter is open, the step is not listed as stalled.
-            await retry_until_available(lambda: store.reschedule_step(run_id, key, attempt=attempt))
-            view.invalidate()
-            return
-        # Output and status in one call: a reader of a succeeded step always finds its output.
-        await retry_until_available(
-            lambda: store.record_step_complete(
-                run_id, key, StepStatus.SUCCEEDED, output_json=output, attempt=attempt
-            )
+            return self._store.reschedule_step(step.run_id, step.step_key, attempt=step.attempt)
+        return self._store.advance_run(
+            step.run_id,
+            step.step_key,
+            StepStatus.SUCCEEDED,
+            attempt=step.attempt,
+            owner=step.owner,
+            output_json=output,
+            dispatch=self._requests.after_success(step.step_key, output),
+            complete_as=RunStatus.SUCCEEDED,
         )
-        view.record_success(key, output)
 
-    async def _read_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        """The outputs of the succeeded steps, by key."""
+    async def _do(self, step: ClaimedStep) -> str | None:
+        """The output of the step, or None while it waits for its signal."""
+        run_id, task = step.run_id, self._workflow.by_key[step.step_key]
+        if task.key in self._approval_steps:
+            # While the waiter is open, the step is not ready.
+            await self._store.register_waiter(run_id, task.key, task.key)
+            waiter = await self._store.get_waiter(run_id, task.key)
+            return waiter.payload_json if waiter is not None and waiter.delivered_at is not None else None
+        if step.input_json is None and task.parents:
+            steps = await self._steps(run_id)
+            inputs = {parent: steps[parent].output_json or "" for parent in task.parents}
+        else:
+            inputs = dict.fromkeys(task.parents, step.input_json or "")
+        return await self._work(StepContext(run_id=run_id, task=task, attempt=step.attempt, inputs=inputs))
+
+    async def _fail(self, step: ClaimedStep, message: str) -> None:
+        """Make a failed step ready again, or end it if it has no attempts left."""
+        attempts = (await self._steps(step.run_id))[step.step_key].attempts
+        failures = 1 + sum((attempt.error_message or "").startswith(FAILED) for attempt in attempts[:-1])
+        if failures >= self._max_attempts:
+            await self._end(step, message, RunStatus.FAILED)
+            return
+        await self._store.reschedule_step(
+            step.run_id, step.step_key, attempt=step.attempt, error_message=message
+        )
+
+    async def _end(self, step: ClaimedStep, message: str, complete_as: RunStatus) -> None:
+        """Fail a step for good, skip everything behind it, and complete the run if nothing is in progress."""
+        await self._store.advance_run(
+            step.run_id,
+            step.step_key,
+            StepStatus.FAILED,
+            attempt=step.attempt,
+            owner=step.owner,
+            error_message=message,
+            dispatch=self._requests.after_failure(step.step_key),
+            complete_as=complete_as,
+            failed_as=None,
+        )
+
+    async def _steps(self, run_id: UUID) -> Mapping[str, FlowStepRecord]:
+        """The steps of a run by key. Read only for steps with several parents and for failed steps."""
         detail = await self._store.get_run_detail(run_id)
-        steps = detail.steps if detail is not None else ()
-        return {
-            step.step_key: step.output_json
-            for step in steps
-            if step.status is StepStatus.SUCCEEDED and step.output_json is not None
-        }
+        if detail is None:
+            raise RunNotFoundError(run_id)
+        return {step.step_key: step for step in detail.steps}
 
-    async def _receive_signal(self, run_id: UUID, key: str) -> str | None:
-        """The payload of the signal named after the step, or None if it has not been delivered."""
-        await self._store.register_waiter(run_id, key, key)
-        waiter = await self._store.get_waiter(run_id, key)
-        return waiter.payload_json if waiter is not None and waiter.delivered_at is not None else None
+    async def _stop_reason(self, run_id: UUID) -> str | None:
+        """Why to stop the run, if it was cancelled or is past its deadline."""
+        control = await self._store.get_run_control(run_id)
+        if control is None or not control.cancel_requested:
+            return None
+        return f"{FAILED}the run is stopped: {control.cancel_reason or 'cancelled'}"
 
-    async def _stop_reasons(self, run_ids: Collection[UUID]) -> dict[UUID, str]:
-        """Why to stop each of these runs that was cancelled or is past its deadline."""
-        listed = [
-            run.run_id for run in await self._store.get_runs_to_stop(take=1000) if run.run_id in run_ids
-        ]
-        reasons: dict[UUID, str] = {}
-        for run_id in listed:
-            control = await self._store.get_run_control(run_id)
-            if control is None:
-                continue
-            if control.cancel_requested:
-                reasons[run_id] = f"the run is stopped: {control.cancel_reason or 'cancelled'}"
-                continue
-            # The deadline may have been extended since the list was read. If the run is listed again, the
-            # deadline just read has passed; as_of sets the latch only if it is still the deadline. The next
-            # poll finds the latch.
-            still_listed = {run.run_id for run in await self._store.get_runs_to_stop(take=1000)}
-            if run_id in still_listed and control.timeout_at is not None:
-                await self._store.mark_timed_out(run_id, "the deadline has passed", as_of=control.timeout_at)
-        return reasons
+    async def _keep_stopping_runs(self) -> None:
+        while True:
+            await self.stop_runs()
+            await asyncio.sleep(STOP_INTERVAL)
 
-    async def finish_run(self, run_id: UUID, status: RunStatus, reason: str) -> bool:
-        """Close the open steps of a run that cannot succeed, and complete it. False if it is not completed.
+    async def stop_runs(self) -> None:
+        """Set the latches of runs past their deadline, and wake the waiting steps of runs to stop.
 
-        While any step is claimed this does nothing: its worker finishes, sees the reason at its next
-        renewal, or loses the claim.
+        A step of such a run ends when it is claimed next, or at its next renewal.
         """
-        detail = await self._store.get_run_detail(run_id)
-        if detail is None or await self._store.get_claimed_step_keys(run_id):
-            return False
-        for step in detail.steps:
-            if step.status is StepStatus.FAILED and self._has_attempts_left(step):
-                # Another worker may be about to retry this attempt, which would reopen the completed run
-                # and undo a cancel. After a retry and a skip this attempt is not the latest any more.
-                await self._store.retry_step(run_id, step.step_key, attempt=step.attempts[-1].attempt)
-            elif step.status.is_terminal:
+        listed = await self._runs_to_stop()
+        controls = [await self._store.get_run_control(run_id) for run_id in listed]
+        # A deadline that was read between two lists has passed if the second one has the run, too; as_of
+        # sets the latch only if it is still the deadline.
+        still_listed = await self._runs_to_stop() if listed else ()
+        for run_id, control in zip(listed, controls, strict=True):
+            if control is None or run_id not in still_listed:
                 continue
-            await self._store.remove_waiter(run_id, step.step_key)
-            await self._store.record_skipped_step(run_id, step.step_key, step.step_type, reason)
-        statuses = await self._store.get_step_statuses(run_id)
-        for key in await self._store.get_dispatched_step_keys(run_id) - statuses.keys():
-            await self._store.release_dispatch(run_id, key)
-        if not all(step_status.is_terminal for step_status in statuses.values()):
-            return False
-        return await self._store.complete_run(run_id, status, expected=statuses)
+            if not control.cancel_requested and control.timeout_at is not None:
+                await self._store.mark_timed_out(run_id, "the deadline has passed", as_of=control.timeout_at)
+            elif control.cancel_requested:
+                for waiter in await self._store.get_waiters(run_id):
+                    if waiter.delivered_at is None:
+                        await self._store.remove_waiter(run_id, waiter.step_key)
 
-    def _has_attempts_left(self, step: FlowStepRecord) -> bool:
-        failures = sum((attempt.error_message or "").startswith(FAILED) for attempt in step.attempts)
-        return failures < self._max_attempts
+    async def _runs_to_stop(self) -> Sequence[UUID]:
+        runs = await self._store.get_runs_to_stop(take=1000)
+        return [run.run_id for run in runs if run.flow_id == self._workflow.flow_id]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Generic, TypeVar
 
-from flowstore_replay.retry import cancel_and_wait
-
 T = TypeVar("T")
+
+_log = logging.getLogger("flowstore_replay")
 
 CHECKS_PER_BEAT = 4
 """How often the timer fires in one renewal interval; a first renewal is late by at most one check."""
@@ -53,7 +54,7 @@ class LeaseKeeper(Generic[T]):
         finally:
             self._active.discard(renewal)
             if renewal.task is not None:
-                await cancel_and_wait(renewal.task)
+                await _cancel_and_wait(renewal.task)
         return None
 
     def _schedule_check(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -103,3 +104,12 @@ class _Renewal(Generic[T]):
         except BaseException as error:  # noqa: BLE001 - not swallowed: run_with_renewal raises it
             self.failure = error
         self._scope.reschedule(asyncio.get_running_loop().time())
+
+
+async def _cancel_and_wait(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait until it has ended. Its error, if any, is logged and dropped."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()):
+            _log.debug("dropped: %s", error)

@@ -25,9 +25,9 @@ from flowstore_core import (
 )
 from flowstore_core.platforms import require_posix
 from flowstore_core.urls import redact
-from flowstore_replay.engine import TAKEN_OVER
 from flowstore_replay.kill_plan import POLL_INTERVAL, StepHolders, kill_threshold
-from flowstore_replay.verify import KILLED, Check, Summary, verify
+from flowstore_replay.requests import Requests
+from flowstore_replay.verify import KILLED, Check, Summary, Takeover, takeovers, verify
 from flowstore_replay.wfcommons import Workflow
 from flowstore_replay.worker_pool import Worker, WorkerPool
 
@@ -112,7 +112,9 @@ class Replay:
         url: str | None = None,
         migrate: bool = True,
     ) -> None:
-        """Raises ReplayError if the workflow lacks a step of ``approval_steps``."""
+        """Raises ReplayError if the workflow lacks a step of ``approval_steps``, WorkflowError if a store
+        cannot run it.
+        """
         if unknown := sorted(set(options.approval_steps) - workflow.by_key.keys()):
             step_keys = ", ".join(list(workflow.by_key)[:10])
             raise ReplayError(f"no step {unknown[0]!r} to approve; steps are: {step_keys}", usage=True)
@@ -122,6 +124,8 @@ class Replay:
         self._url = url
         self._migrate = migrate
         self.key = options.key or secrets.token_hex(4)
+        self._queue = f"replay {self.key}"
+        self._requests = Requests(workflow, self._queue)
         self.run_ids: list[UUID] = []
         self._started_at = time.monotonic()
         self._steps_done_by_run: dict[UUID, int] = {}
@@ -130,7 +134,7 @@ class Replay:
         self._killed_steps: set[tuple[UUID, str]] = set()
         self._waiting: dict[tuple[UUID, str], float] = {}
         self._approved: set[tuple[UUID, str]] = set()
-        self._events: dict[UUID, int] = {}
+        self._reported: set[Takeover] = set()
         self._unexpected_exits = 0
 
     async def run(self) -> Summary:
@@ -147,6 +151,7 @@ class Replay:
             pool = WorkerPool(
                 {
                     "url": self._url,
+                    "queue": self._queue,
                     "run_ids": [str(run_id) for run_id in self.run_ids],
                     "workflow": self._workflow.to_json(),
                     "speed": options.speed,
@@ -184,10 +189,12 @@ class Replay:
                 TRIGGER_KEY,
                 trigger_data=json.dumps({"key": self.key, "number": number, "seed": self._options.seed}),
                 idempotency_key=f"{self.key}/{number}",
+                dispatch=self._requests.roots,
             )
             self.run_ids.append(result.run.run_id)
             if not result.created:
-                await self._read_events(store, result.run.run_id, report=False)
+                if detail := await store.get_run_detail(result.run.run_id):
+                    self._reported.update(takeover for step in detail.steps for takeover in takeovers(step))
                 self._note(f"continuing run {result.run.run_id} ({result.run.status}) of an earlier replay")
 
     async def _supervise(self, store: FlowStore, pool: WorkerPool) -> bool:
@@ -216,9 +223,9 @@ class Replay:
         for run_id in self.run_ids:
             if self._steps_done_by_run.get(run_id) == COMPLETED:
                 continue
-            await self._read_events(store, run_id)
             if detail := await store.get_run_detail(run_id):
                 details.append(detail)
+                self._note_takeovers(detail)
                 succeeded = sum(step.status is StepStatus.SUCCEEDED for step in detail.steps)
                 self._steps_done_by_run[run_id] = succeeded if run_id in active else COMPLETED
         is_completed = all(self._steps_done_by_run.get(run_id) == COMPLETED for run_id in self.run_ids)
@@ -267,8 +274,6 @@ class Replay:
 
     async def _replace_exited(self, pool: WorkerPool) -> None:
         for worker in await pool.reap_exited():
-            if worker.process.returncode == 0:
-                continue  # It found all runs completed, as the next poll will.
             self._unexpected_exits += 1
             if self._unexpected_exits > MAX_UNEXPECTED_EXITS:
                 raise ReplayError(
@@ -276,8 +281,6 @@ class Replay:
                 )
             replacement = await pool.start()
             self._note(f"{worker.name} exited unexpectedly: {worker.last_line}; started {replacement.name}")
-        if not pool.workers:
-            await pool.start()  # A run was reopened after the workers found it completed.
 
     async def _approve(self, store: FlowStore, details: Sequence[FlowRunDetail]) -> None:
         for run_id in [detail.run_id for detail in details] if self._options.approval_steps else ():
@@ -311,13 +314,14 @@ class Replay:
             command += ["--url", redact(self._url)]
         return shlex.join(command)
 
-    async def _read_events(self, store: FlowStore, run_id: UUID, *, report: bool = True) -> None:
-        while events := await store.get_run_events(run_id, after=self._events.get(run_id, 0)):
-            self._events[run_id] = events[-1].sequence
-            for event in events if report else ():
-                if event.event_type == TAKEN_OVER:
+    def _note_takeovers(self, detail: FlowRunDetail) -> None:
+        for step in detail.steps:
+            for takeover in takeovers(step):
+                if takeover not in self._reported:
+                    self._reported.add(takeover)
                     self._note(
-                        f"{event.message} took over {event.step_key!r}: its worker's lease had expired"
+                        f"{takeover.to_worker} took over {takeover.step_key!r}: "
+                        "its worker's lease had expired"
                     )
 
     def _note(self, text: str) -> None:
@@ -353,7 +357,7 @@ def _check_capabilities(store: FlowStore) -> None:
             "process: use --url sqlite:///flowstore.db or a postgresql:// URL",
             usage=True,
         )
-    needed = CRASH_SAFE | {Capability.EVENTS}
+    needed = CRASH_SAFE | {Capability.QUEUES, Capability.WATCH, Capability.EVENTS}
     if missing := needed - store.capabilities:
         names = ", ".join(sorted(missing))
         raise ReplayError(

@@ -1,12 +1,12 @@
-"""Retrying a write until the store is available, and cancelling tasks."""
+"""A store whose calls wait until it is available."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
-from flowstore_core import StoreUnavailableError
+from flowstore_core import FlowStore, StoreUnavailableError
 
 RETRY_INTERVAL = 0.3
 """Seconds between two attempts to reach an unavailable store."""
@@ -14,23 +14,28 @@ RETRY_INTERVAL = 0.3
 _log = logging.getLogger("flowstore_replay")
 
 
-async def retry_until_available(call: Callable[[], Awaitable[None]]) -> None:
-    """Await an idempotent call, retrying while the store is unavailable.
+def retrying(store: FlowStore) -> FlowStore:
+    """A store that repeats each call until the store is available, without limit.
 
-    There is no limit: a worker whose claim expires meanwhile is cancelled by its LeaseKeeper.
+    For calls that are safe to repeat. A worker whose claim expires meanwhile learns it from the answer.
     """
-    while True:
-        try:
-            return await call()
-        except StoreUnavailableError as error:
-            _log.warning("%s", error)
-            await asyncio.sleep(RETRY_INTERVAL)
+    return cast(FlowStore, _RetryingStore(store))
 
 
-async def cancel_and_wait(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait until it has ended. Its error, if any, is logged and dropped."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled() and (error := task.exception()):
-            _log.debug("dropped: %s", error)
+class _RetryingStore:
+    def __init__(self, store: FlowStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            while True:
+                try:
+                    return await method(*args, **kwargs)
+                except StoreUnavailableError as error:
+                    _log.warning("%s", error)
+                    await asyncio.sleep(RETRY_INTERVAL)
+
+        setattr(self, name, call)
+        return call

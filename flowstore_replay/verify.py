@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from uuid import UUID
 
 from flowstore_core import (
@@ -17,7 +18,7 @@ from flowstore_core import (
     RunStatus,
     StepStatus,
 )
-from flowstore_replay.engine import FAILED, TAKEN_OVER
+from flowstore_replay.engine import FAILED
 from flowstore_replay.wfcommons import Workflow
 from flowstore_replay.work import output_of
 
@@ -26,7 +27,7 @@ KILLED = "worker.killed"
 
 OUTCOMES = ("succeeded", "failed", "taken_over", "waiting", "skipped")
 """How an attempt may end: it succeeds; its work fails; its worker dies and the next attempt takes over; it
-waits for a signal; its run is stopped or fails first."""
+waits for a signal; a step before it failed."""
 
 MAX_SHOWN = 5
 """Maximum number of findings kept for one check; a faulty store could cause thousands."""
@@ -47,8 +48,9 @@ class Takeover:
 
     run_id: UUID
     step_key: str
+    attempt: int
+    """The attempt that the take-over ended."""
     from_worker: str | None
-    """None: the step was claimed but not started."""
     to_worker: str | None
 
 
@@ -132,17 +134,31 @@ async def verify(
         if detail is None:
             checks.completed.fail(f"run {run_id} is not in the store")
             continue
-        events = [event async for event in _events(store, run_id)]
         _check_run(checks.completed, summary, detail, await store.get_run_control(run_id))
-        _check_steps(checks, summary, workflow, detail, events)
+        _check_steps(checks, summary, workflow, detail)
         await _check_outputs(checks.outputs, store, workflow, detail, frozenset(approval_steps))
         await _check_claims(checks, store, workflow, detail)
         summary.kills += [
             Kill(worker=event.message or "", run_id=run_id, step_key=event.step_key)
-            for event in events
+            async for event in _events(store, run_id)
             if event.event_type == KILLED
         ]
     return summary
+
+
+def takeovers(step: FlowStepRecord) -> list[Takeover]:
+    """The attempts of a step that another worker ended by taking over."""
+    return [
+        Takeover(
+            run_id=step.run_id,
+            step_key=step.step_key,
+            attempt=attempt.attempt,
+            from_worker=attempt.job_id,
+            to_worker=successor.job_id,
+        )
+        for attempt, successor in pairwise(step.attempts)
+        if _classify(attempt, successor) == "taken_over"
+    ]
 
 
 async def _events(store: FlowStore, run_id: UUID) -> AsyncIterator[FlowEventRecord]:
@@ -169,13 +185,7 @@ def _check_run(
         summary.completed_at = max(summary.completed_at or run.completed_at, run.completed_at)
 
 
-def _check_steps(
-    checks: _CheckList,
-    summary: Summary,
-    workflow: Workflow,
-    run: FlowRunDetail,
-    events: Sequence[FlowEventRecord],
-) -> None:
+def _check_steps(checks: _CheckList, summary: Summary, workflow: Workflow, run: FlowRunDetail) -> None:
     summary.steps += len(workflow.tasks)
     steps = {step.step_key: step for step in run.steps}
     succeeded_at: dict[str, datetime] = {}
@@ -192,20 +202,15 @@ def _check_steps(
             succeeded_at[task.key] = successes[0].completed_at or successes[0].started_at
         else:
             checks.once.fail(f"{step_label} is {step.status}, {len(successes)} of its attempts succeeded")
-        _check_attempts(checks.accounted, summary, step, step_label, events)
-        for parent in task.parents:
+        _check_attempts(checks.accounted, summary, step, step_label)
+        # A skipped step never started.
+        for parent in task.parents if step.status is not StepStatus.SKIPPED else ():
             # Parents come first in workflow.tasks, so their ends are known.
             if parent not in succeeded_at or step.started_at < succeeded_at[parent]:
                 checks.order.fail(f"{step_label} started before {parent!r} had succeeded")
 
 
-def _check_attempts(
-    check: Check,
-    summary: Summary,
-    step: FlowStepRecord,
-    step_label: str,
-    events: Sequence[FlowEventRecord],
-) -> None:
+def _check_attempts(check: Check, summary: Summary, step: FlowStepRecord, step_label: str) -> None:
     attempts = step.attempts
     summary.attempts += len(attempts)
     if [attempt.attempt for attempt in attempts] != list(range(1, step.attempt_count + 1)):
@@ -217,14 +222,7 @@ def _check_attempts(
             check.fail(f"{step_label}: attempt {attempt.attempt} is {state}")
             continue
         summary.attempts_by_outcome[outcome] += 1
-        if outcome == "taken_over" and successor is not None:
-            summary.takeovers.append(_takeover(step, attempt.job_id, successor.job_id))
-    counted = sum(
-        takeover.step_key == step.step_key for takeover in summary.takeovers if takeover.run_id == step.run_id
-    )
-    takeover_events = [e for e in events if e.event_type == TAKEN_OVER and e.step_key == step.step_key]
-    # A worker that died between claim and start left no attempt; only the event shows the takeover.
-    summary.takeovers += [_takeover(step, None, event.message) for event in takeover_events[counted:]]
+    summary.takeovers += takeovers(step)
 
 
 def _classify(attempt: FlowStepAttemptRecord, successor: FlowStepAttemptRecord | None) -> str | None:
@@ -245,10 +243,6 @@ def _classify(attempt: FlowStepAttemptRecord, successor: FlowStepAttemptRecord |
         case StepStatus.FAILED if successor is not None and str(successor.attempt) in message:
             return "taken_over"
     return None
-
-
-def _takeover(step: FlowStepRecord, from_worker: str | None, to_worker: str | None) -> Takeover:
-    return Takeover(run_id=step.run_id, step_key=step.step_key, from_worker=from_worker, to_worker=to_worker)
 
 
 async def _check_outputs(

@@ -33,7 +33,7 @@ def unwrapped(store: FlowStore) -> FlowStore:
 
 
 async def work(config: Mapping[str, Any], parent_exited: asyncio.Task[Any], wrap: Wrap = unwrapped) -> None:
-    """Work on the configured runs until all are completed or the parent has exited."""
+    """Execute steps of the configured queue until the parent has closed its pipe or exited."""
     run_ids = [UUID(run_id) for run_id in config["run_ids"]]
     # The parent has applied migrations already.
     async with open_store(config["url"], migrate=False) as store:
@@ -41,12 +41,13 @@ async def work(config: Mapping[str, Any], parent_exited: asyncio.Task[Any], wrap
             wrap(store),
             Workflow.from_json(config["workflow"]),
             RecordedWork(run_ids, speed=config["speed"], fail_rate=config["fail_rate"], seed=config["seed"]),
+            queue=config["queue"],
             name=config["name"],
             lease=timedelta(seconds=config["lease"]),
             max_attempts=config["max_attempts"],
             approval_steps=config["approval_steps"],
         )
-        running = asyncio.create_task(engine.run(run_ids))
+        running = asyncio.create_task(engine.run())
         await asyncio.wait({running, parent_exited}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()

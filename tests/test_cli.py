@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,16 @@ from flowstore_cli.main import main
 from flowstore_cli.references import find_flow, find_run, parse_run
 from flowstore_cli.retention import count_completed
 from flowstore_cli.runs import last_events
-from flowstore_core import FlowEventRecord, FlowStore, RunStatus, StepStatus, new_run_id, open_store
+from flowstore_core import (
+    ClaimedStep,
+    FlowEventRecord,
+    FlowStore,
+    RunStatus,
+    StepRequest,
+    StepStatus,
+    new_run_id,
+    open_store,
+)
 from tests.virtual_clock import VirtualClock
 
 FLOW = UUID(int=7)
@@ -667,6 +676,28 @@ def test_runs_retry(database: dict[str, UUID], flowstore: Flowstore) -> None:
     assert "the next attempt is 2" in flowstore("runs", "retry", run_id, "step")[1]
     code, _, err = flowstore("runs", "retry", run_id, "stp")
     assert (code, "did you mean 'step'?" in err) == (1, True)
+
+
+def test_runs_retry_puts_a_step_back_into_its_queue(tmp_path: Path, flowstore: Flowstore) -> None:
+    run_id, url = new_run_id(), f"sqlite:///{tmp_path}/flows.db"
+
+    async def fail() -> None:
+        async with open_store(url) as store:
+            request = StepRequest(step_key="step", step_type="test", input_json="1", queue="mail", priority=3)
+            await store.trigger_run(run_id, "flow", run_id, "test", dispatch=[request])
+            [step] = await store.claim_next_steps(["mail"], lease=timedelta(hours=1))
+            await store.advance_run(
+                run_id, "step", StepStatus.FAILED, attempt=step.attempt, complete_as=RunStatus.FAILED
+            )
+
+    async def claim() -> Sequence[ClaimedStep]:
+        async with open_store(url) as store:
+            return await store.claim_next_steps(["mail"], lease=timedelta(hours=1))
+
+    asyncio.run(fail())
+    assert flowstore("runs", "retry", str(run_id), "step", "--url", url)[0] == 0
+    [step] = asyncio.run(claim())
+    assert (step.step_type, step.input_json, step.priority, step.attempt) == ("test", "1", 3, 2)
 
 
 def test_runs_cancel(database: dict[str, UUID], flowstore: Flowstore) -> None:

@@ -54,19 +54,25 @@ def test_every_attribute_is_documented() -> None:
     used = {
         value
         for name, value in vars(attributes).items()
-        if name.isupper() and isinstance(value, str) and name not in ("REASON", "RESOLUTION")
+        if name.isupper()
+        and isinstance(value, str)
+        and name not in ("REASON", "RESOLUTION", "QUEUE", "STATE")
     }
     assert used == set(_names("attribute"))
-    assert f"`{attributes.REASON}`" in PAGE
-    assert f"`{attributes.RESOLUTION}`" in PAGE
+    for name in (attributes.REASON, attributes.RESOLUTION, attributes.QUEUE, attributes.STATE):
+        assert f"`{name}`" in PAGE
+    for state in instruments.STATES:
+        assert f"`{state}`" in PAGE
 
 
 def test_every_instrument_is_documented_with_its_kind_and_unit() -> None:
     source = Path(instruments.__file__).read_text()
     instruments_in_code = re.findall(r'create_(\w+)\(\s*"([\w.]+)",\s*unit="([^"]+)"', source)
-    assert len(instruments_in_code) == 5
+    assert len(instruments_in_code) == 9
     rows = [[cell.strip("`") for cell in row[:3]] for row in _rows("instrument")]
-    assert sorted(rows) == sorted([name, kind, unit] for kind, name, unit in instruments_in_code)
+    assert sorted(rows) == sorted(
+        [name, kind.replace("_", " "), unit] for kind, name, unit in instruments_in_code
+    )
 
 
 def test_every_finding_is_documented_with_its_severity() -> None:

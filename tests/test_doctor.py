@@ -222,6 +222,21 @@ def test_a_queue_that_nobody_serves_is_found_once(store_url: str, doctor: Doctor
     assert doctor(store_url, "--grace", "2h").codes == []
 
 
+async def _work_slowly(store: FlowStore) -> None:
+    run_id = await new_run(store)
+    for key in ("a", "b"):
+        await store.try_record_dispatch(run_id, key, queue="mail", step_type="send")
+    assert len(await store.claim_next_steps(["mail"], lease=2 * HOUR)) == 1
+
+
+def test_a_queue_with_too_few_workers_is_found(store_url: str, doctor: Doctor) -> None:
+    _with_store(store_url, _work_slowly)
+    result = doctor(store_url)
+    assert result.codes == ["queues-behind"]
+    assert (result.findings["queues-behind"]["count"], result.code) == (1, 1)
+    assert doctor(store_url, "--grace", "2h").codes == []
+
+
 def test_an_ignored_cancel_request_is_found(store_url: str, doctor: Doctor) -> None:
     _with_store(store_url, _ignore_cancel)
     assert doctor(store_url).codes == ["runs-to-stop"]

@@ -7,11 +7,12 @@ import contextlib
 import itertools
 import json
 import shlex
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -20,11 +21,14 @@ import pytest
 
 from flowstore_cli import symptoms
 from flowstore_cli.main import main
+from flowstore_core import FlowStore
 from flowstore_core.diagnostics import Severity
 from flowstore_core.open import resolve_store
-from flowstore_postgres import diagnosis, server_checks
+from flowstore_core.urls import parse_url
+from flowstore_postgres import diagnosis, queue_checks, server_checks
 from flowstore_postgres.server_checks import ServerFacts, ServerParameter, check_server
 from flowstore_postgres.settings import read_settings
+from tests.calls import new_run
 from tests.cluster import Cluster
 from tests.test_doctor import _fill, _with_store
 
@@ -170,12 +174,16 @@ def _assert_remedy_works(
     assert list(findings) == [code]
     assert findings[code]["severity"] == severity
     assert exit_code == (0 if severity == "note" else 1)
-    # Run the commands of the remedy without psql.
-    words = shlex.split(findings[code]["remedy"])
-    assert words[0] == "psql"
-    commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
+    commands = _commands(findings[code]["remedy"])
     _execute_and_reload(server, "SET default_transaction_read_only = off", *commands)
     assert doctor(store_url) == (0, {})
+
+
+def _commands(remedy: str) -> list[str]:
+    """The statements of a remedy, to be executed without psql."""
+    words = shlex.split(remedy)
+    assert words[0] == "psql"
+    return [word for option, word in itertools.pairwise(words) if option == "-c"]
 
 
 def test_a_pool_larger_than_the_free_connections_is_found(
@@ -184,6 +192,16 @@ def test_a_pool_larger_than_the_free_connections_is_found(
     code, findings = doctor(f"{store_url}&pool_size=200")
     assert (code, list(findings)) == (1, ["connections-scarce"])
     assert "max_connections" in findings["connections-scarce"]["remedy"]
+    with _small_role(server, store_url) as small:
+        assert doctor(f"{small}&pool_size=4") == (0, {})
+        code, findings = doctor(f"{small}&pool_size=5")
+        assert list(findings) == ["connections-scarce"]
+        assert 'ALTER ROLE "small" CONNECTION LIMIT -1' in findings["connections-scarce"]["remedy"]
+
+
+@contextlib.contextmanager
+def _small_role(server: str, store_url: str) -> Iterator[str]:
+    """The URL of the store for a role that may have four connections."""
     schema = store_url.rpartition("=")[2]
     _execute(
         server,
@@ -193,11 +211,7 @@ def test_a_pool_larger_than_the_free_connections_is_found(
         "SELECT 1",
     )
     try:
-        small = store_url.replace("user=postgres", "user=small")
-        assert doctor(f"{small}&pool_size=4") == (0, {})
-        code, findings = doctor(f"{small}&pool_size=5")
-        assert list(findings) == ["connections-scarce"]
-        assert 'ALTER ROLE "small" CONNECTION LIMIT -1' in findings["connections-scarce"]["remedy"]
+        yield store_url.replace("user=postgres", "user=small")
     finally:
         _execute(server, "DROP OWNED BY small", "DROP ROLE small", "SELECT 1")
 
@@ -207,8 +221,7 @@ def test_a_role_behind_a_pooler_needs_time_outs_and_a_search_path(
 ) -> None:
     _, findings = doctor(f"{store_url}&pgbouncer=true")
     assert list(findings) == ["no-time-outs", "search-path"]
-    words = shlex.split(findings["no-time-outs"]["remedy"]) + shlex.split(findings["search-path"]["remedy"])
-    commands = [word for option, word in itertools.pairwise(words) if option == "-c"]
+    commands = _commands(findings["no-time-outs"]["remedy"]) + _commands(findings["search-path"]["remedy"])
     assert len(commands) == 3
     _execute(server, *commands, "SELECT 1")
     assert doctor(f"{store_url}&pgbouncer=true") == (0, {})
@@ -223,6 +236,172 @@ def test_a_transaction_that_stays_open_is_found(
         execute("BEGIN")
         execute("SELECT pg_sleep(0.1)")
         assert list(doctor(store_url)[1]) == ["long-transaction"]
+
+
+async def _queue_a_step(store: FlowStore) -> None:
+    later = datetime.now(UTC) + timedelta(hours=1)
+    await store.try_record_dispatch(await new_run(store), "a", queue="mail", step_type="test", due_at=later)
+
+
+def _leave_dead_rows(server: str, store_url: str, number: int) -> None:
+    schema = store_url.rpartition("=")[2]
+    update = f"UPDATE {schema}.pending SET ready_at = ready_at + interval '1 ms'"
+    _execute(server, *([update] * number), "SELECT pg_stat_force_next_flush()")
+
+
+def test_a_queue_with_dead_rows_is_healthy_between_two_vacuums(
+    store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_store(store_url, _queue_a_step)
+    monkeypatch.setattr(queue_checks, "MAX_DEAD_ROWS", 100)
+    _leave_dead_rows(server, store_url, 200)
+    with _session(server) as execute:
+        execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        execute("SELECT 1")
+        assert doctor(store_url) == (0, {})
+
+
+def test_a_snapshot_that_holds_back_vacuum_is_named(
+    store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_store(store_url, _queue_a_step)
+    monkeypatch.setattr(queue_checks, "MAX_DEAD_ROWS", 100)
+    monkeypatch.setattr(queue_checks, "MAX_DEAD_SECONDS", 0.05)
+    schema = store_url.rpartition("=")[2]
+    with _session(f"{server}&application_name=dump") as execute:
+        execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        execute("SELECT pg_sleep(0.1)")
+        _leave_dead_rows(server, store_url, 200)
+        _execute(server, f"VACUUM {schema}.pending", "SELECT 1")
+        code, findings = doctor(store_url)
+        assert (code, list(findings)) == (1, ["queue-bloated"])
+        finding = findings["queue-bloated"]
+        pid = _execute(server, "SELECT pid FROM pg_stat_activity WHERE application_name = 'dump'")
+        assert finding["examples"] == [f"pid {pid}"]
+        assert finding["count"] >= 200
+        assert "application dump, idle in transaction" in finding["meaning"]
+        monkeypatch.setattr(queue_checks, "MAX_HELD_TRANSACTIONS", 1)
+        with _small_role(server, store_url) as small:
+            # Another role does not see for how long.
+            (other,) = doctor(f"{small}&pool_size=3")[1].values()
+        assert (other["code"], other["examples"]) == ("queue-bloated", [f"pid {pid}"])
+        assert "transactions so far (role postgres, application dump" in other["meaning"]
+        (command,) = _commands(finding["remedy"])
+        assert _execute(server, command) is True
+        with pytest.raises((asyncpg.PostgresError, ConnectionError)):
+            execute("SELECT 1")
+
+
+def test_a_table_of_queues_that_is_not_vacuumed_is_found(
+    store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_store(store_url, _queue_a_step)
+    monkeypatch.setattr(queue_checks, "MAX_DEAD_ROWS", 100)
+    _leave_dead_rows(server, store_url, 200)
+    assert doctor(store_url) == (0, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_checks, "MAX_DEAD_SECONDS", 0.01)
+        code, findings = doctor(store_url)
+    assert (code, list(findings)) == (1, ["queue-bloated"])
+    assert findings["queue-bloated"]["examples"] == []
+    (command,) = _commands(findings["queue-bloated"]["remedy"])
+    _execute(server, command, "SELECT 1")
+    monkeypatch.setattr(queue_checks, "MAX_DEAD_SECONDS", 0.01)
+    assert doctor(store_url) == (0, {})
+
+
+def test_an_index_of_empty_pages_is_found(
+    store_url: str, server: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_store(store_url, _queue_a_step)
+    monkeypatch.setattr(queue_checks, "MAX_INDEX_BYTES", 1 << 20)
+    schema = store_url.rpartition("=")[2]
+    _execute(
+        server,
+        f"INSERT INTO {schema}.pending SELECT {RUN}, n::text, 'q', 0, now() FROM generate_series(1, 20000) n",
+        f"DELETE FROM {schema}.pending WHERE queue = 'q'",
+        f"VACUUM ANALYZE {schema}.pending",
+        "SELECT pg_stat_force_next_flush()",
+    )
+    code, findings = doctor(store_url)
+    assert (code, list(findings)) == (0, ["queue-index-large"])
+    (command,) = _commands(findings["queue-index-large"]["remedy"])
+    _execute(server, command, "SELECT 1")
+    assert doctor(store_url) == (0, {})
+
+
+def test_a_store_with_queues_behind_a_pooler_has_to_poll(store_url: str, server: str, doctor: Doctor) -> None:
+    _execute(server, *POOLER_DEFAULTS, "SELECT 1")
+    assert doctor(f"{store_url}&pgbouncer=true") == (0, {})
+    _with_store(store_url, _queue_a_step)
+    code, findings = doctor(f"{store_url}&pgbouncer=true")
+    assert (code, list(findings)) == (0, ["watch-unavailable"])
+    assert "pgbouncer=true" in findings["watch-unavailable"]["remedy"]
+
+
+def test_a_listener_without_a_free_connection_is_found(store_url: str, server: str, doctor: Doctor) -> None:
+    _with_store(store_url, _queue_a_step)
+    with _small_role(server, store_url) as small:
+        assert doctor(f"{small}&pool_size=3") == (0, {})
+        code, findings = doctor(f"{small}&pool_size=4")
+        assert (code, list(findings)) == (1, ["listener-refused"])
+        assert findings["listener-refused"]["remedy"].endswith("; or add pool_size=3 to the URL's query")
+        assert list(doctor(f"{small}&pool_size=5")[1]) == ["connections-scarce"]
+
+
+def test_a_proxy_that_drops_notifications_is_found(
+    store_url: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parse_url(store_url).options
+    with _notifications_dropped(f"{options['host']}/.s.PGSQL.5432") as port:
+        through = (
+            f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable&schema={options['schema']}"
+        )
+        assert doctor(through) == (0, {})
+        _with_store(store_url, _queue_a_step)
+        assert doctor(store_url) == (0, {})
+        monkeypatch.setattr(queue_checks, "NOTIFICATION_SECONDS", 0.2)
+        code, findings = doctor(through)
+    assert (code, list(findings)) == (1, ["notifications-lost"])
+
+
+@contextlib.contextmanager
+def _notifications_dropped(socket: str) -> Iterator[int]:
+    """The port of a proxy before the server that forwards all messages but notifications."""
+
+    async def serve(client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
+        server_in, server_out = await asyncio.open_unix_connection(socket)
+
+        async def forward_requests() -> None:
+            while data := await client_in.read(1 << 16):
+                server_out.write(data)
+            server_out.close()
+
+        forwarding = asyncio.create_task(forward_requests())
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await server_in.readexactly(5)
+                content = await server_in.readexactly(int.from_bytes(head[1:], "big") - 4)
+                if head[:1] != b"A":
+                    client_out.write(head + content)
+        client_out.close()
+        await forwarding
+
+    async def finish() -> None:
+        proxy.close()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+    loop = asyncio.new_event_loop()
+    proxy = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield proxy.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(finish())
+        loop.close()
 
 
 @contextlib.contextmanager
@@ -288,6 +467,15 @@ def test_a_slow_check_of_rows_is_stopped(
         code, findings = doctor(store_url)
     assert (code, list(findings)) == (0, ["rows-not-checked"])
     assert "attempts" in findings["rows-not-checked"]["summary"]
+
+
+def test_a_locked_table_of_queues_is_not_waited_for(store_url: str, server: str, doctor: Doctor) -> None:
+    _with_store(store_url, _queue_a_step)
+    schema = store_url.rpartition("=")[2]
+    with _session(server) as execute:
+        execute("BEGIN")
+        execute(f"LOCK TABLE {schema}.pending IN ACCESS EXCLUSIVE MODE")
+        assert not asyncio.run(diagnosis.diagnose(resolve_store(store_url)[2], thorough=False))
 
 
 @pytest.mark.parametrize(

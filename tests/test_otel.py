@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,10 +35,12 @@ from flowstore_core import (
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend, load_wrappers
+from flowstore_otel import metrics as instruments
 from flowstore_otel.attributes import describe_store
 from flowstore_otel.plugin import flowstore_wrap_store
 from flowstore_otel.tracing import NOUNS
 from tests.calls import new_run, together
+from tests.virtual_clock import VirtualClock
 
 CANARY = "canary-51c0"
 
@@ -158,7 +161,7 @@ async def test_batches_and_waits_are_measured(tmp_path: Path, telemetry: Telemet
         run_id = await new_run(store)
         await together(store.try_claim_step(run_id, f"s{n}") for n in range(30))
     (size,) = telemetry.points("flowstore.batch.size")
-    (wait,) = telemetry.points("flowstore.queue.wait")
+    (wait,) = telemetry.points("flowstore.batch.wait")
     assert size.sum == 31
     assert size.max > 1
     assert wait.count == size.count
@@ -193,6 +196,70 @@ async def test_retries_and_unacknowledged_writes_are_counted(
     # A retry outside a batch is an event of the call's span.
     (read,) = [span for span in telemetry.spans() if span.name == "get_run_status runs"]
     assert [event.name for event in read.events][:1] == ["flowstore.retry"]
+
+
+QUEUED = {"mail": 3, "video": 1}
+MINUTE = timedelta(minutes=1)
+
+
+async def _fill_queues(store: FlowStore) -> None:
+    run_id = await new_run(store)
+    for queue, steps in QUEUED.items():
+        for number in range(steps):
+            await store.try_record_dispatch(run_id, f"{queue}-{number}", queue=queue, step_type="test")
+
+
+async def test_claims_are_counted_by_queue(namespace: str, backend: str, telemetry: Telemetry) -> None:
+    async with open_store(namespace) as store:
+        await _fill_queues(store)
+        assert len(await store.claim_next_steps(["mail", "video"], lease=MINUTE, limit=10)) == 4
+        for queues in (["mail"], ["mail"], ["mail", "video"]):
+            assert not await store.claim_next_steps(queues, lease=MINUTE)
+    claimed = telemetry.points("flowstore.queue.claimed_steps")
+    assert {point.attributes["flowstore.queue"]: point.value for point in claimed} == QUEUED
+    assert {point.attributes["db.system.name"] for point in claimed} == {backend}
+    empty = telemetry.points("flowstore.queue.empty_claims")
+    assert {point.attributes.get("flowstore.queue"): point.value for point in empty} == {"mail": 2, None: 1}
+
+
+async def test_the_last_result_of_get_queues_is_reported(
+    namespace: str, backend: str, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps() -> dict[tuple[str, str], int]:
+        points = telemetry.points("flowstore.queue.steps")
+        assert {point.attributes["db.system.name"] for point in points} <= {backend}
+        return {(p.attributes["flowstore.queue"], p.attributes["flowstore.state"]): p.value for p in points}
+
+    def ages() -> dict[str, float]:
+        points = telemetry.points("flowstore.queue.oldest_ready_age")
+        return {point.attributes["flowstore.queue"]: point.value for point in points}
+
+    clock = VirtualClock(datetime.now(UTC))
+    async with open_store(namespace, clock=clock) as store:
+        await _fill_queues(store)
+        later = clock() + MINUTE
+        run_id = await new_run(store)
+        await store.try_record_dispatch(run_id, "later", queue="mail", step_type="test", due_at=later)
+        await store.try_record_dispatch(run_id, "waits", queue="mail", step_type="test")
+        await store.register_waiter(run_id, "waits", "go")
+        assert not steps()
+        (video,) = await store.claim_next_steps(["video"], lease=MINUTE)
+        clock.advance(seconds=30)
+        await store.get_queues()
+        counted = {
+            "mail": {"ready": 3, "scheduled": 1, "waiting": 1, "running": 0},
+            "video": {"ready": 0, "scheduled": 0, "waiting": 0, "running": 1},
+        }
+        assert steps() == {(queue, state): n for queue, one in counted.items() for state, n in one.items()}
+        assert ages() == {"mail": 30.0, "video": 0.0}
+        # A later result replaces the earlier one: a queue that is empty now is not reported any more.
+        await store.advance_run(video.run_id, video.step_key, StepStatus.SUCCEEDED, attempt=video.attempt)
+        await store.get_queues()
+        assert ages() == {"mail": 30.0}
+        monkeypatch.setattr(instruments, "READING_SECONDS", 0.0)
+        await store.get_queues()
+        assert not steps()
+        assert not ages()
 
 
 async def test_no_application_data_and_no_password_is_exported(namespace: str, telemetry: Telemetry) -> None:

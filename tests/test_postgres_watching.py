@@ -11,7 +11,9 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from flowstore_chaos.proxy import proxy_before
 from flowstore_core import Capability, FlowStore, NotSupportedError, new_run_id, open_store
+from flowstore_postgres import watching
 from flowstore_postgres.watching import channel_of
 
 FLOW = UUID(int=7)
@@ -77,6 +79,24 @@ async def test_a_commit_while_the_listener_is_lost_is_found(fresh: str, admin: a
         await eventually(lambda: admin.fetch(LISTENERS, "deaf-listener"))
         (listener,) = await admin.fetch(LISTENERS, "deaf-listener")
         await admin.execute("SELECT pg_terminate_backend($1)", listener["pid"])
+        await other.try_record_dispatch(run_id, "a", queue=QUEUE, step_type="test")
+        assert await asyncio.wait_for(call, SECONDS)
+
+
+async def test_a_silent_listener_is_replaced(
+    fresh: str, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(watching, "HEARTBEAT_TIMEOUT", 0.5)
+    async with (
+        proxy_before(fresh) as (proxy, through),
+        open_store(f"{through}&application_name=silent-listener") as waiting,
+        open_store(fresh) as other,
+    ):
+        run_id = await start_run(other)
+        call = asyncio.create_task(waiting.wait_for_steps([QUEUE], timeout=LONG))
+        await eventually(lambda: admin.fetch(LISTENERS, "silent-listener"))
+        await eventually(lambda: asyncio.sleep(0, proxy.silence_listeners()))
         await other.try_record_dispatch(run_id, "a", queue=QUEUE, step_type="test")
         assert await asyncio.wait_for(call, SECONDS)
 

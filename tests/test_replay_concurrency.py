@@ -1,4 +1,4 @@
-"""Concurrent steps of the reference engine, and its caches."""
+"""Concurrent steps of the reference engine, and its requests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from flowstore_core import (
     new_run_id,
     open_store,
 )
-from flowstore_replay import Engine, Task, Workflow, verify
+from flowstore_replay import Engine, Requests, Task, Workflow, WorkflowError, verify
 from flowstore_replay.engine import StepContext
 from flowstore_replay.work import output_of
-from tests.test_replay_crashes import HookedStore, Killed, KilledStore, diamond
+from tests.test_replay_crashes import QUEUE, HookedStore, Killed, KilledStore, complete, diamond
 
 LEASE = timedelta(minutes=5)
 SHORT_LEASE = timedelta(seconds=0.3)
@@ -50,7 +50,8 @@ async def store() -> AsyncIterator[FlowStore]:
 async def start(store: FlowStore, workflow: Workflow, runs: int) -> list[UUID]:
     run_ids = [new_run_id() for _ in range(runs)]
     for run_id in run_ids:
-        await store.trigger_run(workflow.flow_id, workflow.name, run_id, "test")
+        roots = Requests(workflow, QUEUE).roots
+        await store.trigger_run(workflow.flow_id, workflow.name, run_id, "test", dispatch=roots)
     return run_ids
 
 
@@ -79,7 +80,7 @@ class Work:
 def engine(
     store: Any, workflow: Workflow, work: Work, concurrency: int, name: str = "one", lease: timedelta = LEASE
 ) -> Engine:
-    return Engine(store, workflow, work, name=name, lease=lease, concurrency=concurrency)
+    return Engine(store, workflow, work, queue=QUEUE, name=name, lease=lease, concurrency=concurrency)
 
 
 async def assert_succeeded(store: FlowStore, workflow: Workflow, run_ids: list[UUID]) -> None:
@@ -107,7 +108,7 @@ class ConcurrentWork(Work):
 async def test_concurrent_steps_run_once_each(store: FlowStore) -> None:
     workflow, work = diamond(), ConcurrentWork(8)
     run_ids = await start(store, workflow, 12)
-    await asyncio.wait_for(engine(store, workflow, work, 8).run(run_ids), 100)
+    await complete(engine(store, workflow, work, 8), store, run_ids)
     assert work.max_running == 8
     assert len(work.done) == len(set(work.done)) == 60
     await assert_succeeded(store, workflow, run_ids)
@@ -117,11 +118,11 @@ async def test_steps_of_one_run_run_concurrently(store: FlowStore) -> None:
     tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(6))
     workflow, work = Workflow(name="wide", tasks=tasks), ConcurrentWork(2)
     run_ids = await start(store, workflow, 1)
-    await asyncio.wait_for(engine(store, workflow, work, 6).run(run_ids), 100)
+    await complete(engine(store, workflow, work, 6), store, run_ids)
     await assert_succeeded(store, workflow, run_ids)
 
 
-async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) -> None:
+async def test_a_step_costs_one_claim_and_one_advance(store: FlowStore) -> None:
     workflow = chain(20)
     run_ids = await start(store, workflow, 1)
     names: list[str] = []
@@ -130,12 +131,27 @@ async def test_an_assigned_run_is_not_read_before_each_step(store: FlowStore) ->
         async def before(self, name: str) -> None:
             names.append(name)
 
-    await asyncio.wait_for(engine(Recording(store), workflow, Work(), 1).run(run_ids), 100)
-    per_step = ("try_record_dispatch", "try_claim_step", "record_step_start", "record_step_complete")
-    assert all(names.count(name) == 20 for name in per_step)
-    # The state is read once per VIEW_TTL, however fast the machine is.
-    assert names.count("get_step_statuses") + names.count("get_run_detail") < 20
+    await complete(engine(Recording(store), workflow, Work(), 1), store, run_ids)
+    assert names.count("advance_run") == 20
+    assert set(names) == {"claim_next_steps", "advance_run", "wait_for_steps", "get_runs_to_stop"}
     await assert_succeeded(store, workflow, run_ids)
+
+
+async def test_two_engines_share_a_queue(store: FlowStore) -> None:
+    tasks = tuple(Task(key=f"step-{number}", name="test", parents=(), seconds=0) for number in range(8))
+    workflow, work = Workflow(name="wide", tasks=tasks), ConcurrentWork(8)
+    run_ids = await start(store, workflow, 1)
+    # Neither engine may claim more steps than it has slots: all eight have to run at once.
+    engines = [engine(store, workflow, work, 4, name) for name in ("one", "two")]
+    await asyncio.gather(*(complete(each, store, run_ids) for each in engines))
+    await assert_succeeded(store, workflow, run_ids)
+
+
+def test_a_workflow_that_exceeds_the_limits_of_the_store_is_refused() -> None:
+    tasks = [Task(key="first", name="test", parents=(), seconds=0)]
+    tasks += [Task(key=f"step-{n}", name="test", parents=("first",), seconds=0) for n in range(1001)]
+    with pytest.raises(WorkflowError, match="step 'first' makes 1,001 steps possible"):
+        Requests(Workflow(name="wide", tasks=tuple(tasks)), QUEUE)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -157,10 +173,10 @@ async def test_runs_of_killed_engines_with_several_slots_are_completed(store: Fl
 
     async def run(each: Engine) -> None:
         with contextlib.suppress(Killed):
-            await each.run(run_ids)
+            await complete(each, store, run_ids)
 
     await asyncio.gather(*map(run, engines))
-    await asyncio.wait_for(engine(store, workflow, work, 4, "last", SHORT_LEASE).run(run_ids), 100)
+    await complete(engine(store, workflow, work, 4, "last", SHORT_LEASE), store, run_ids)
     await assert_succeeded(store, workflow, run_ids)
 
 
@@ -169,8 +185,6 @@ async def test_runs_succeed_on_an_intermittent_store(
     store: FlowStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr("flowstore_replay.engine.MAX_POLL_INTERVAL", 0.005)
-    monkeypatch.setattr("flowstore_replay.scheduling.MAX_POLL_INTERVAL", 0.005)
     monkeypatch.setattr("flowstore_replay.retry.RETRY_INTERVAL", 0.005)
 
     class Flaky(HookedStore):
@@ -184,14 +198,14 @@ async def test_runs_succeed_on_an_intermittent_store(
 
     workflow = diamond()
     run_ids = await start(store, workflow, 4)
-    await asyncio.wait_for(engine(Flaky(store), workflow, Work(), 3, lease=SHORT_LEASE).run(run_ids), 100)
+    await complete(engine(Flaky(store), workflow, Work(), 3, lease=SHORT_LEASE), store, run_ids)
     await assert_succeeded(store, workflow, run_ids)
 
 
 async def test_a_cancel_takes_effect_between_short_steps(store: FlowStore) -> None:
     workflow, work = chain(10_000), Work(0.001)
     run_ids = await start(store, workflow, 1)
-    running = asyncio.create_task(engine(store, workflow, work, 2).run(run_ids))
+    running = asyncio.create_task(complete(engine(store, workflow, work, 2), store, run_ids))
     await work.five_are_done.wait()
     await store.request_cancel(run_ids[0], "changed my mind")
     await asyncio.wait_for(running, 100)
@@ -199,19 +213,14 @@ async def test_a_cancel_takes_effect_between_short_steps(store: FlowStore) -> No
     assert len(work.done) < 10_000
 
 
-async def test_a_concurrently_reopened_step_is_executed_again(
-    store: FlowStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flowstore_replay.scheduling.VIEW_TTL", 0.1)
+async def test_a_concurrently_reopened_step_is_executed_again(store: FlowStore) -> None:
     workflow, work = chain(400), Work(0.002)
     run_ids = await start(store, workflow, 1)
-    running = asyncio.create_task(engine(store, workflow, work, 1).run(run_ids))
+    running = asyncio.create_task(complete(engine(store, workflow, work, 1), store, run_ids))
     await work.five_are_done.wait()
-    await store.retry_step(run_ids[0], "step-0")
-    await asyncio.wait_for(running, 100)
+    await store.retry_step(run_ids[0], "step-0", dispatch=Requests(workflow, QUEUE).roots)
+    await running
     assert work.done.count((run_ids[0], "step-0")) == 2
-    # The step is executed before the end of the run, because the cached plan expires.
-    assert work.done.index((run_ids[0], "step-0"), 1) < 390
     statuses = await store.get_step_statuses(run_ids[0])
     assert set(statuses.values()) == {StepStatus.SUCCEEDED}
 
@@ -226,5 +235,5 @@ async def test_an_error_in_one_slot_stops_all_slots(store: FlowStore) -> None:
     workflow = diamond()
     run_ids = await start(store, workflow, 3)
     with pytest.raises(RuntimeError, match="a defect"):
-        await asyncio.wait_for(engine(store, workflow, Broken(), 3).run(run_ids), 100)
+        await complete(engine(store, workflow, Broken(), 3), store, run_ids)
     assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

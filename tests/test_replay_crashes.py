@@ -15,28 +15,29 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar
+from unittest.mock import ANY
 from uuid import UUID
 
 import pytest
 
 from flowstore_core import (
-    ClaimLostError,
-    ConflictError,
     FlowStore,
     OutcomeUnknownError,
     RunStatus,
+    StepRequest,
     StepStatus,
     StoreUnavailableError,
     new_run_id,
     open_store,
 )
-from flowstore_replay import Engine, Task, WorkFailed, Workflow, verify
+from flowstore_replay import Engine, Requests, Task, WorkFailed, Workflow, verify
 from flowstore_replay.engine import StepContext
 from flowstore_replay.verify import Summary
 from flowstore_replay.work import output_of
 from tests.virtual_clock import VirtualClock
 
 LEASE = timedelta(seconds=30)
+QUEUE = "tests"
 
 
 def diamond(*, seconds: float = 0.0) -> Workflow:
@@ -94,6 +95,30 @@ class KilledStore(HookedStore):
             raise Killed
 
 
+async def tick(engine: Engine) -> bool:
+    """Stop runs, and execute at most one step. True if there was one."""
+    await engine.stop_runs()
+    claimed = await engine.claim(1)
+    for step in claimed:
+        await engine.execute(step)
+    return bool(claimed)
+
+
+async def complete(engine: Engine, store: FlowStore, run_ids: Collection[UUID]) -> None:
+    """Run an engine until these runs have ended."""
+    ends = [store.wait_for_run(run_id, timeout=timedelta(hours=1)) for run_id in run_ids]
+    ended, running = asyncio.gather(*ends), asyncio.ensure_future(engine.run())
+    try:
+        async with asyncio.timeout(100):
+            await asyncio.wait({ended, running}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running
+    finally:
+        running.cancel()
+        ended.cancel()
+        await asyncio.gather(ended, running, return_exceptions=True)
+
+
 @dataclass
 class Harness:
     """A run with its store, its clock and its engines."""
@@ -115,10 +140,20 @@ class Harness:
             store or self.store,
             self.workflow,
             self.work,
+            queue=QUEUE,
             name=f"engine-{self.engines}",
             lease=lease,
             max_attempts=self.max_attempts,
             approval_steps=self.approval_steps,
+        )
+
+    @property
+    def roots(self) -> list[StepRequest]:
+        return Requests(self.workflow, QUEUE).roots
+
+    async def trigger(self, **options: Any) -> None:
+        await self.store.trigger_run(
+            self.workflow.flow_id, "diamond", self.run_id, "test", dispatch=self.roots, **options
         )
 
     async def work(self, context: StepContext) -> str:
@@ -134,11 +169,7 @@ class Harness:
             self.ticks += 1
             if self.ticks == self.cancel_at:
                 await self.store.request_cancel(self.run_id, "changed my mind")
-            try:
-                progressed = await engine.tick([self.run_id])
-            except (ConflictError, StoreUnavailableError):
-                progressed = False
-            idle = 0 if progressed else idle + 1
+            idle = 0 if await tick(engine) else idle + 1
             if idle > 1:
                 assert idle < 200, "the run is stuck"
                 for waiter in await self.store.get_waiters(self.run_id):
@@ -172,16 +203,9 @@ async def run_scenario(name: str, crashes: Collection[int]) -> Harness:
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENARIOS[name])
         deadline = clock() + timedelta(seconds=1) if name == "past its deadline" else None
-        await store.trigger_run(
-            harness.workflow.flow_id,
-            "diamond",
-            harness.run_id,
-            "test",
-            idempotency_key="k",
-            timeout_at=deadline,
-        )
+        await harness.trigger(timeout_at=deadline)
         if deadline is not None:
-            assert await harness.engine().tick([harness.run_id])
+            assert await tick(harness.engine())
             clock.advance(seconds=2)
         for killed_at in crashes:
             engine = harness.engine(KilledStore(store, killed_at))
@@ -217,7 +241,7 @@ async def count_calls(name: str) -> int:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), **SCENARIOS[name])
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        await harness.trigger()
         counted = HookedStore(store)
         await harness.drive(harness.engine(counted))
         return counted.calls
@@ -226,7 +250,7 @@ async def count_calls(name: str) -> int:
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_run_is_completed_after_a_kill_before_any_store_call(name: str) -> None:
     calls = await count_calls(name)
-    assert calls > 20
+    assert calls > 10
     for killed_at in range(1, calls + 2):
         try:
             await run_scenario(name, [killed_at])
@@ -250,11 +274,11 @@ async def test_takeovers_are_distinguished_from_failures() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        await harness.trigger()
 
         class KilledDuringWork(HookedStore):
             async def after(self, name: str) -> None:
-                if name == "record_step_start":
+                if name == "claim_next_steps":
                     raise Killed
 
         for _ in range(3):
@@ -303,7 +327,7 @@ async def test_concurrent_engines_that_are_killed_execute_each_step_once(seed: i
             max_attempts=10,
             approval_steps=["gate"],
         )
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        await harness.trigger()
         kills = [rng.randint(1, 60) for _ in range(3)]
         engines = [harness.engine(Interleaved(store, killed_at)) for killed_at in [*kills, 10**9]]
         outcomes = await asyncio.gather(*map(harness.drive, engines), return_exceptions=True)
@@ -331,7 +355,7 @@ async def test_a_run_succeeds_on_an_intermittent_store(seed: int, monkeypatch: p
         harness = Harness(
             store=store, clock=clock, run_id=new_run_id(), fails=lambda context: context.attempt == 1
         )
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
+        await harness.trigger()
         await harness.drive(harness.engine(Flaky(store)))
         summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
@@ -351,17 +375,33 @@ async def test_a_worker_that_lost_its_lease_drops_its_result() -> None:
                 return await super().work(context)
 
         harness = SlowFirstStep(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        slow = asyncio.create_task(harness.engine(lease=timedelta(hours=1)).tick([harness.run_id]))
+        await harness.trigger()
+        slow = asyncio.create_task(tick(harness.engine(lease=timedelta(hours=1))))
         await started.wait()
         clock.advance(hours=2)
         await harness.drive(harness.engine())
         completed.set()
-        with pytest.raises(ConflictError):
-            await slow
+        await slow
         summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         assert summary.attempts_by_outcome["taken_over"] == 1
+
+
+async def test_the_result_of_a_deleted_run_is_dropped() -> None:
+    clock = VirtualClock()
+    async with open_store("memory://", clock=clock) as store:
+
+        class DeletedDuringWork(Harness):
+            async def work(self, context: StepContext) -> str:
+                await store.complete_run(context.run_id, RunStatus.CANCELLED)
+                clock.advance(hours=1)
+                await store.cleanup(clock())
+                return await super().work(context)
+
+        harness = DeletedDuringWork(store=store, clock=clock, run_id=new_run_id())
+        await harness.trigger()
+        assert await tick(harness.engine())
+        assert await store.get_run_status(harness.run_id) is None
 
 
 async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> None:
@@ -369,10 +409,10 @@ async def test_renewal_keeps_the_claim_of_a_long_step_and_detects_its_loss() -> 
     async with open_store("memory://", clock=clock) as store:
         workflow = diamond(seconds=60)
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
-        await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
+        await harness.trigger()
         counted = HookedStore(store)
         lease = timedelta(seconds=0.06)
-        ticking = asyncio.create_task(harness.engine(counted, lease).tick([harness.run_id]))
+        ticking = asyncio.create_task(tick(harness.engine(counted, lease)))
         for _ in range(10):
             await asyncio.sleep(0.01)
             clock.advance(milliseconds=10)
@@ -390,8 +430,9 @@ async def test_a_cancel_interrupts_a_long_step_at_its_next_renewal() -> None:
     async with open_store("memory://", clock=clock) as store:
         workflow = diamond(seconds=60)
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), workflow=workflow)
-        await store.trigger_run(workflow.flow_id, "diamond", harness.run_id, "test")
-        running = asyncio.create_task(harness.engine(lease=timedelta(seconds=0.06)).run([harness.run_id]))
+        await harness.trigger()
+        engine = harness.engine(lease=timedelta(seconds=0.06))
+        running = asyncio.create_task(complete(engine, store, [harness.run_id]))
         while await store.get_step_statuses(harness.run_id) != {"first": StepStatus.RUNNING}:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await store.request_cancel(harness.run_id, "changed my mind")
@@ -400,26 +441,26 @@ async def test_a_cancel_interrupts_a_long_step_at_its_next_renewal() -> None:
         assert detail is not None
         assert detail.status is RunStatus.CANCELLED
         assert [(s.status, s.error_message) for s in detail.steps] == [
-            (StepStatus.SKIPPED, "the run is stopped: changed my mind")
+            (StepStatus.FAILED, "failed: the run is stopped: changed my mind"),
+            *((StepStatus.SKIPPED, ANY) for _ in range(4)),
         ]
 
 
 async def test_a_retry_decided_before_a_cancel_does_not_undo_it() -> None:
-    """One engine is about to retry a failed step while another finishes the cancelled run."""
+    """One engine is about to retry a failed step while another takes it over and ends the cancelled run."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), fails=lambda context: True)
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        assert await harness.engine().tick([harness.run_id])
+        await harness.trigger()
 
         class CancelBeforeRetry(HookedStore):
             async def before(self, name: str) -> None:
-                if name == "retry_step":
+                if name == "reschedule_step":
                     await store.request_cancel(harness.run_id, "changed my mind")
-                    assert await harness.engine().tick([harness.run_id])
+                    clock.advance(seconds=31)
+                    assert await tick(harness.engine())
 
-        with pytest.raises(ConflictError):
-            await harness.engine(CancelBeforeRetry(store)).tick([harness.run_id])
+        assert await tick(harness.engine(CancelBeforeRetry(store)))
         assert await store.get_run_status(harness.run_id) is RunStatus.CANCELLED
 
 
@@ -428,13 +469,7 @@ async def test_a_concurrently_extended_deadline_does_not_stop_the_run(hook: tupl
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(
-            harness.workflow.flow_id,
-            "diamond",
-            harness.run_id,
-            "test",
-            timeout_at=clock() + timedelta(seconds=1),
-        )
+        await harness.trigger(timeout_at=clock() + timedelta(seconds=1))
         clock.advance(seconds=2)
 
         class ExtendDeadline(HookedStore):
@@ -445,111 +480,63 @@ async def test_a_concurrently_extended_deadline_does_not_stop_the_run(hook: tupl
                 if (name, self.calls_seen.count(name)) == hook:
                     await store.extend_deadline(harness.run_id, clock() + timedelta(hours=1))
 
-        await harness.engine(ExtendDeadline(store)).tick([harness.run_id])
+        await harness.engine(ExtendDeadline(store)).stop_runs()
         control = await store.get_run_control(harness.run_id)
         assert control is not None
         assert not control.cancel_requested
-
-
-async def test_a_step_retried_before_completion_keeps_its_run_running() -> None:
-    clock = VirtualClock()
-    async with open_store("memory://", clock=clock) as store:
-        harness = Harness(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-
-        class RetryBeforeCompletion(HookedStore):
-            async def before(self, name: str) -> None:
-                if name == "complete_run":
-                    await store.retry_step(harness.run_id, "last", attempt=1)
-
-        engine = harness.engine(RetryBeforeCompletion(store))
-        for _ in range(6):
-            await engine.tick([harness.run_id])
-        assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
-        await harness.drive(harness.engine())
-        assert len((await harness.summary()).takeovers) == 0
-        assert await store.get_run_status(harness.run_id) is RunStatus.SUCCEEDED
 
 
 async def test_a_reopened_failed_run_completes() -> None:
     """Retry as ``flowstore runs retry --reset-skipped`` does after the cause of the failure was fixed."""
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
-        harness = Harness(
-            store=store, clock=clock, run_id=new_run_id(), max_attempts=2, approval_steps=["right"]
-        )
+        harness = Harness(store=store, clock=clock, run_id=new_run_id(), max_attempts=2)
         harness.fails = lambda context: context.task.key == "left"
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        for _ in range(50):
-            with contextlib.suppress(ConflictError):
-                await harness.engine().tick([harness.run_id])
+        await harness.trigger()
+        await harness.drive(harness.engine())
         assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
         statuses = await store.get_step_statuses(harness.run_id)
         harness.fails = lambda context: False
         skipped = [key for key, status in statuses.items() if status is StepStatus.SKIPPED]
-        await store.retry_step(harness.run_id, "left", attempt=2, reset=skipped)
+        assert skipped == ["gate", "last"]
+        again = StepRequest(step_key="left", step_type="test", queue=QUEUE)
+        await store.retry_step(harness.run_id, "left", attempt=2, reset=skipped, dispatch=[again])
         await harness.drive(harness.engine())
         summary = await harness.summary()
         assert summary.ok, [check for check in summary.checks if not check.ok]
         assert summary.attempts_by_outcome["failed"] == 2
 
 
-async def test_a_run_with_a_manually_skipped_step_completes() -> None:
-    clock = VirtualClock()
-    async with open_store("memory://", clock=clock) as store:
-        harness = Harness(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        await store.record_skipped_step(harness.run_id, "left", "test", "not today")
-        await harness.drive(harness.engine())
-        assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
-        assert (await store.get_step_statuses(harness.run_id))["right"] is StepStatus.SUCCEEDED
-
-
-async def test_a_failed_run_is_finished_when_no_step_is_claimed() -> None:
+@pytest.mark.parametrize("first", ["left", "right"])
+async def test_a_failure_has_the_same_effects_in_every_order(first: str) -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id(), max_attempts=1)
-        harness.fails = lambda context: context.task.key == "right"
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-        assert await harness.engine().tick([harness.run_id])
-        await store.try_record_dispatch(harness.run_id, "left")
-        await store.try_claim_step(harness.run_id, "left", owner="other", lease=LEASE)
-        attempt = await store.record_step_start(harness.run_id, "left", "test", owner="other")
+        harness.fails = lambda context: context.task.key == "left"
+        await harness.trigger()
         engine = harness.engine()
-        for _ in range(5):
-            await engine.tick([harness.run_id])
-        assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
-        await store.record_step_complete(harness.run_id, "left", StepStatus.SUCCEEDED, attempt=attempt)
-        assert await engine.tick([harness.run_id])
+        assert await tick(engine)
+        steps = await engine.claim(2)
+        for step in sorted(steps, key=lambda step: step.step_key != first):
+            assert await store.get_run_status(harness.run_id) is RunStatus.RUNNING
+            await engine.execute(step)
         assert await store.get_run_status(harness.run_id) is RunStatus.FAILED
-
-
-async def test_a_step_is_not_started_after_its_lease_expired() -> None:
-    clock = VirtualClock()
-    async with open_store("memory://", clock=clock) as store:
-        harness = Harness(store=store, clock=clock, run_id=new_run_id())
-        await store.trigger_run(harness.workflow.flow_id, "diamond", harness.run_id, "test")
-
-        class SlowStart(HookedStore):
-            async def before(self, name: str) -> None:
-                if name == "record_step_start":
-                    clock.advance(seconds=31)
-
-        with pytest.raises(ClaimLostError):
-            await harness.engine(SlowStart(store)).tick([harness.run_id])
-        assert not await store.get_step_statuses(harness.run_id)
+        assert await store.get_step_statuses(harness.run_id) == {
+            "first": StepStatus.SUCCEEDED,
+            "left": StepStatus.FAILED,
+            "right": StepStatus.SUCCEEDED,
+            "gate": StepStatus.SKIPPED,
+            "last": StepStatus.SKIPPED,
+        }
 
 
 async def test_the_engine_ignores_other_runs() -> None:
     clock = VirtualClock()
     async with open_store("memory://", clock=clock) as store:
         harness = Harness(store=store, clock=clock, run_id=new_run_id())
-        other = new_run_id()
-        for run_id in (harness.run_id, other):
-            await store.trigger_run(harness.workflow.flow_id, "diamond", run_id, "test")
-        await store.try_record_dispatch(other, "first")
-        await store.try_record_dispatch(harness.run_id, "no such task")
-        await store.release_dispatch(harness.run_id, "no such task")
+        other, roots = new_run_id(), Requests(harness.workflow, "another queue").roots
+        await store.trigger_run(harness.workflow.flow_id, "diamond", other, "test", dispatch=roots)
+        await harness.trigger()
         await harness.drive(harness.engine())
         assert await store.get_run_status(other) is RunStatus.RUNNING
         assert not await store.get_step_statuses(other)

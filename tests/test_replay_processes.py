@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flowstore_core import Capability, RunStatus, new_run_id, open_store
+from flowstore_core import Capability, RunStatus, StepRequest, new_run_id, open_store
 from flowstore_replay import (
     Options,
     Replay,
@@ -142,7 +142,7 @@ async def test_a_cancelled_run_is_completed_as_cancelled(tmp_path: Path) -> None
         await store.request_cancel(replay.run_ids[0], "changed my mind")
         summary = await asyncio.wait_for(running, 60)
         assert await store.get_run_status(replay.run_ids[0]) is RunStatus.CANCELLED
-    assert "Cancelled: changed my mind" in summary.checks[0].findings[0]
+    assert "is Cancelled: changed my mind" in summary.checks[0].findings[0]
 
 
 async def test_a_single_process_store_is_refused() -> None:
@@ -241,8 +241,8 @@ async def test_other_runs_are_ignored(tmp_path: Path) -> None:
     workflow = shipped_workflow()
     async with open_store(url) as store:
         other = new_run_id()
-        await store.start_run(workflow.flow_id, "other", other, "replay")
-        await store.try_record_dispatch(other, "collect-stalls")
+        first = StepRequest(step_key="collect-stalls", step_type="other", queue="other")
+        await store.trigger_run(workflow.flow_id, "other", other, "replay", dispatch=[first])
         summary = await Replay(workflow, Options(speed=5000, workers=2), Recorder(), url=url).run()
         assert summary.ok
         assert not await store.get_step_statuses(other)

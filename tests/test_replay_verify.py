@@ -13,9 +13,10 @@ from uuid import UUID
 import pytest
 
 from flowstore_core import FlowRunDetail, FlowStepRecord, FlowStore, StepStatus, new_run_id, open_store
-from flowstore_replay import Engine, Summary, Task, Workflow, verify
+from flowstore_replay import Engine, Requests, Summary, Task, Workflow, verify
 from flowstore_replay.engine import StepContext
 from flowstore_replay.work import RecordedWork, output_of
+from tests.test_replay_crashes import QUEUE, complete
 
 WORKFLOW = Workflow(
     name="pair",
@@ -30,9 +31,10 @@ WORKFLOW = Workflow(
 async def finished_run() -> AsyncIterator[tuple[FlowStore, UUID]]:
     async with open_store("memory://") as store:
         run_id = new_run_id()
-        await store.trigger_run(WORKFLOW.flow_id, "pair", run_id, "test")
+        roots = Requests(WORKFLOW, QUEUE).roots
+        await store.trigger_run(WORKFLOW.flow_id, "pair", run_id, "test", dispatch=roots)
         work = RecordedWork([run_id], speed=1, fail_rate=0, seed=0)
-        await Engine(store, WORKFLOW, work, name="one").run([run_id])
+        await complete(Engine(store, WORKFLOW, work, queue=QUEUE, name="one"), store, [run_id])
         yield store, run_id
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from time import perf_counter
+from uuid import UUID
 
 from benchmarks.results import Sample
-from benchmarks.workload import OUTPUT, STEPS_PER_RUN, StoreRecords, WrongAnswerError
-from flowstore_core import new_run_id, open_store
-from flowstore_replay import Engine, Task, Workflow
+from benchmarks.workload import CHUNK, OUTPUT, STEPS_PER_RUN, StoreRecords, WrongAnswerError
+from flowstore_core import FlowStore, new_run_id, open_store
+from flowstore_replay import Engine, Requests, Task, Workflow
 from flowstore_replay.engine import StepContext
 
 STEP = (
     "one step of a run of eight, one after another, by one worker of flowstore_replay that does as many "
-    "steps at once as the concurrency says: recorded in the dispatch ledger, claimed with an owner and a "
-    "lease, started with its input, run, completed with its output, the input of the next step; the run is "
-    "completed after its last step. Runs are started beforehand"
+    "steps at once as the concurrency says: claimed with an owner and a lease, started with its input, run, "
+    "and completed with its output, the input of the next step, which is dispatched in the same transaction; "
+    "the last step completes the run. Runs are triggered beforehand, each with its first step dispatched"
 )
 LEASE = timedelta(seconds=30)
+QUEUE = "chain"
+LOOK_INTERVAL = 0.01
+"""Seconds between two looks for runs in progress."""
 CHAIN = Workflow(
     name="chain",
     tasks=tuple(
@@ -34,6 +39,9 @@ CHAIN = Workflow(
 )
 
 
+CHAIN_REQUESTS = Requests(CHAIN, QUEUE)
+
+
 @asynccontextmanager
 async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Awaitable[Sample]]]:
     async with open_store(url) as store:
@@ -41,18 +49,32 @@ async def engine(url: str, concurrency: int) -> AsyncIterator[Callable[[int], Aw
 
         async def work(amount: int) -> Sample:
             run_ids = [new_run_id() for _ in range(-(-amount // STEPS_PER_RUN))]
-            await records.add_runs(run_ids)
-            worker = Engine(store, CHAIN, _step, name="worker", lease=LEASE, concurrency=concurrency)
+            worker = Engine(
+                store, CHAIN, _step, queue=QUEUE, name="worker", lease=LEASE, concurrency=concurrency
+            )
+            await _trigger(store, run_ids)
             began = perf_counter()
-            await worker.run(run_ids)
+            running = asyncio.create_task(worker.run())
+            while await store.get_active_runs(take=1):  # noqa: ASYNC110 - one look at all runs
+                await asyncio.sleep(LOOK_INTERVAL)
             seconds = perf_counter() - began
+            running.cancel()
+            await asyncio.wait({running})
             done = await records.count_completed(run_ids)
-            left = {run.run_id for run in await store.get_active_runs()}
-            if done != len(run_ids) * STEPS_PER_RUN or left:
+            if done != len(run_ids) * STEPS_PER_RUN:
                 raise WrongAnswerError(f"{done} steps of {len(run_ids)} runs were completed")
             return Sample(done, rate=done / seconds)
 
         yield work
+
+
+async def _trigger(store: FlowStore, run_ids: Sequence[UUID]) -> None:
+    for start in range(0, len(run_ids), CHUNK):
+        triggers = (
+            store.trigger_run(CHAIN.flow_id, CHAIN.name, run_id, "bench", dispatch=CHAIN_REQUESTS.roots)
+            for run_id in run_ids[start : start + CHUNK]
+        )
+        await asyncio.gather(*triggers)
 
 
 async def _step(context: StepContext) -> str:

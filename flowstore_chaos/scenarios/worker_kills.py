@@ -9,14 +9,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from flowstore_chaos.context import RunContext
 from flowstore_chaos.scenario import FaultScenario
-from flowstore_core import FlowRunDetail, FlowStore, StepStatus, new_run_id, open_store
-from flowstore_replay import Workflow, load_workflow, shipped_workflow, verify
+from flowstore_core import (
+    ClaimedStep,
+    FlowRunDetail,
+    FlowStore,
+    RunAdvance,
+    StepStatus,
+    new_run_id,
+    open_store,
+)
+from flowstore_replay import Requests, Workflow, load_workflow, shipped_workflow, verify
 from flowstore_replay.worker import main as work
 from flowstore_replay.worker_pool import Worker, WorkerPool
 
@@ -32,6 +41,7 @@ KILLS_PER_ROUND = 20
 STUCK_SECONDS = 60.0
 """Seconds without a succeeded step after which runs count as stuck."""
 BROKEN_STUCK_SECONDS = 3.0
+NO_LEASE = timedelta(days=1)
 
 
 class AckLog:
@@ -44,10 +54,10 @@ class AckLog:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def record_step_complete(
+    async def advance_run(
         self, run_id: UUID, step_key: str, status: StepStatus, **arguments: Any
-    ) -> None:
-        await self._store.record_step_complete(run_id, step_key, status, **arguments)
+    ) -> RunAdvance:
+        advance = await self._store.advance_run(run_id, step_key, status, **arguments)
         if status is StepStatus.SUCCEEDED:
             line = json.dumps([str(run_id), step_key, arguments["attempt"]]) + "\n"
             file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -55,13 +65,14 @@ class AckLog:
                 os.write(file, line.encode())
             finally:
                 os.close(file)
+        return advance
 
 
 class IgnoreLeasesMutant(AckLog):
     """A store whose claims never expire."""
 
-    async def try_claim_step(self, run_id: UUID, step_key: str, **arguments: Any) -> bool:
-        return await self._store.try_claim_step(run_id, step_key, **{**arguments, "lease": None})
+    async def claim_next_steps(self, queues: Sequence[str], **arguments: Any) -> Sequence[ClaimedStep]:
+        return await self._store.claim_next_steps(queues, **{**arguments, "lease": NO_LEASE})
 
 
 async def run(context: RunContext) -> None:
@@ -99,8 +110,10 @@ class _Round:
         self._run_ids = [new_run_id() for _ in range(runs)]
         self._ack_log = context.folder / f"diary-{number}"
         self._ack_log.touch()
+        self._queue = f"round {number}"
         config = {
             "url": url,
+            "queue": self._queue,
             "run_ids": [str(run_id) for run_id in self._run_ids],
             "workflow": workflow.to_json(),
             "speed": max(1e-9, workflow.seconds) / len(workflow.tasks) / STEP_SECONDS,
@@ -124,6 +137,7 @@ class _Round:
                 run_id,
                 "chaos",
                 idempotency_key=str(run_id),
+                dispatch=Requests(self._workflow, self._queue).roots,
             )
         try:
             for _ in range(WORKERS):
