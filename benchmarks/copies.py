@@ -1,4 +1,4 @@
-"""Bulk creation of completed runs: copies of a few model runs made by the store's operations.
+"""Bulk creation of runs: copies of a few model runs made by the store's operations.
 
 The rows of each model run are copied inside the database with all their columns. Copies differ in ids, flow
 and times: all times are shifted together, and the end of a run is delayed by up to ten minutes. Triggers
@@ -46,6 +46,9 @@ NOUNS = (
     "outputs",
     "events",
 )
+# And the tables of queued steps.
+POSTGRES_NOUNS = (*NOUNS, "pending")
+SQLITE_NOUNS = (*NOUNS, "queued_steps")
 RUN_COLUMNS = ("run_id", "model", "flow_id", "flow_name", "moved", "put_off")
 
 
@@ -190,7 +193,7 @@ async def copy_into_postgres(url: str, schema: str, copies: Sequence[Copy]) -> N
 async def _postgres_tables(db: Any, schema: str, model: UUID) -> list[str]:
     """A statement for each table with rows of a model run, runs first."""
     statements = []
-    for table in NOUNS:
+    for table in POSTGRES_NOUNS:
         name = f"{schema}.{table}"
         if not await db.fetchval(f"SELECT count(*) FROM {name} WHERE run_id = $1", model):
             continue
@@ -253,7 +256,7 @@ def copy_into_sqlite(path: Path, copies: Sequence[Copy]) -> None:
 
 def _sqlite_tables(db: sqlite3.Connection, model: UUID) -> list[str]:
     statements = []
-    for table in NOUNS:
+    for table in SQLITE_NOUNS:
         info = db.execute(f"PRAGMA table_info({table})").fetchall()
         pairs = [(str(row[1]), str(row[2])) for row in info]
         if not db.execute(f"SELECT count(*) FROM {table} WHERE run_id = ?", (model.bytes,)).fetchone()[0]:

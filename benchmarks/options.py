@@ -28,6 +28,8 @@ class Options:
     svg: Path | None
     claims: int
     folder: Path | None
+    given: argparse.Namespace
+    """All options, those of one program included."""
 
     def wants(self, measure: str) -> bool:
         return self.only in measure
@@ -83,6 +85,7 @@ def run(options: argparse.ArgumentParser, program: Callable[[Options], Coroutine
         svg=given.svg,
         claims=given.claims,
         folder=given.folder,
+        given=given,
     )
     # SIGTERM ends like Ctrl-C, so that servers are stopped and files removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

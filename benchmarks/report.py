@@ -27,6 +27,7 @@ TITLES = {
     "sqlite": "SQLite",
     "memory": "Memory",
     "growth": "Growth",
+    "queues": "Queues",
     "peers": "Other engines",
 }
 

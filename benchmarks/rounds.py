@@ -6,6 +6,7 @@ import gc
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks import tables
 from benchmarks.options import Options, say
 from benchmarks.results import Measure, Report, Result, Sample
 
@@ -50,8 +51,8 @@ async def measure(
     """Warm up all variants, then measure the rounds, each starting with a different variant.
 
     The amount of work follows from the previous rate, so that all variants take about the same time;
-    ``least`` is the minimum. ``settle`` runs untimed before each measurement. ``warm_up=False`` is for
-    variants that warm up themselves and ignore the amount.
+    ``least`` is the minimum, and the amount of variants without a rate. ``settle`` runs untimed before each
+    measurement. ``warm_up=False`` is for variants that warm up themselves and ignore the amount.
     """
     if not options.wants(name):
         return
@@ -65,19 +66,21 @@ async def measure(
         # The garbage of one variant must not slow down the next.
         sweep()
         sample = await variant.round(amount)
-        assert sample.rate is not None
-        amounts[variant.name] = max(least, int(sample.rate * options.seconds))
-        say(f"{name}, {where}: {variant.name} {sample.rate:,.0f} {unit}")
+        figure = sample.value
+        if sample.rate is not None:
+            amounts[variant.name] = max(least, int(sample.rate * options.seconds))
+            figure = sample.rate
+        say(f"{name}, {where}: {variant.name} {tables.number(figure)} {unit}")
         return sample
 
     for variant in variants:
         amounts[variant.name] = least
         if warm_up:
             await take(variant, least, "warm-up")
-    for number in range(options.rounds):
-        shift = number % len(variants)
+    for index in range(options.rounds):
+        shift = index % len(variants)
         for variant in (*variants[shift:], *variants[:shift]):
-            found = await take(variant, amounts[variant.name], f"round {number + 1}/{options.rounds}")
+            found = await take(variant, amounts[variant.name], f"round {index + 1}/{options.rounds}")
             results[variant.name].samples.append(found)
     report.measures.append(Measure(name, unit, list(results.values()), note))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from flowstore_core import (
     FlowRunControlRecord,
@@ -16,7 +16,7 @@ from flowstore_core import (
 )
 from flowstore_postgres.database import Database
 from flowstore_postgres.requests import settle_requests
-from flowstore_postgres.runs import RUN_COLUMNS, plain_uuid, run_record
+from flowstore_postgres.runs import FIND_START, RUN_COLUMNS, plain_uuid, run_record, started_run
 from flowstore_postgres.transactions import Transaction
 
 CONFIGURE_RUN = """
@@ -57,6 +57,39 @@ VALUES ($1, $2, $3, $4, coalesce($5, clock_timestamp())) ON CONFLICT DO NOTHING
 # FOR UPDATE keeps cleanup from sweeping the key of a run that is about to start.
 LOCK_KEY = FIND_RUN_ID + " FOR UPDATE"
 
+# The fast path of trigger_run, for a call without idempotency_key. No call has recorded a step or a waiter of
+# the run before, so each step is dispatched as by DISPATCH_STEPS. A row of table pending may be left from a
+# deleted run.
+TRIGGER_RUN = """
+WITH guard AS MATERIALIZED (
+    SELECT clock_timestamp() < $1 AS before_deadline, coalesce($2, clock_timestamp()) AS now
+), started AS (
+    INSERT INTO {schema}.runs (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
+                               source_run_id, start_token, started_at)
+    SELECT $3, $4, $5, 'Running', $6, $7, $8, $9, $10, now FROM guard WHERE before_deadline
+    ON CONFLICT (run_id) DO NOTHING
+    RETURNING run_id, started_at
+), configured AS (
+    INSERT INTO {schema}.controls (run_id, flow_id, trigger_key, timeout_at, created_at)
+    SELECT run_id, $4, $6, $11, started_at FROM started
+    ON CONFLICT (run_id) DO UPDATE SET flow_id = excluded.flow_id, trigger_key = excluded.trigger_key,
+        idempotency_key = NULL, timeout_at = excluded.timeout_at
+), dispatched AS (
+    INSERT INTO {schema}.steps (run_id, step_key, dispatched_at, due_at, dispatch_queue, dispatch_priority,
+                                dispatch_step_type, dispatch_input_json, pending_writes)
+    SELECT run_id, step_key, started_at, due_at, queue, priority, step_type, input_json, 1
+    FROM started, unnest($12::text[], $13::timestamptz[], $14::text[], $15::smallint[], $16::text[],
+                         $17::text[]) AS a (step_key, due_at, queue, priority, step_type, input_json)
+    RETURNING run_id, step_key, dispatch_queue, dispatch_priority, coalesce(due_at, dispatched_at) AS ready_at
+), queued AS (
+    INSERT INTO {schema}.pending (run_id, step_key, queue, priority, ready_at)
+    SELECT run_id, step_key, dispatch_queue, dispatch_priority, ready_at FROM dispatched
+    ON CONFLICT (run_id, step_key) DO UPDATE
+        SET queue = excluded.queue, priority = excluded.priority, ready_at = excluded.ready_at
+)
+SELECT guard.before_deadline, started.started_at FROM guard LEFT JOIN started ON true
+"""
+# Its slow path: registers the key in the same transaction.
 READ_RUN = f"SELECT {RUN_COLUMNS} FROM {{schema}}.runs r WHERE r.run_id = $1"
 CREATE_RUN = f"""
 INSERT INTO {{schema}}.runs AS r (run_id, flow_id, flow_name, status, trigger_key, trigger_data, job_id,
@@ -150,12 +183,42 @@ class Controls:
         timeout_at: datetime | None,
         dispatch: Sequence[StepRequest] = (),
     ) -> TriggerResult:
+        if idempotency_key is None:
+            token = uuid4()
+            row = await self._database.statement(
+                "trigger_run",
+                TRIGGER_RUN,
+                run_id,
+                flow_id,
+                flow_name,
+                trigger_key,
+                trigger_data,
+                job_id,
+                source_run_id,
+                token,
+                timeout_at,
+                [request.step_key for request in dispatch],
+                [request.due_at for request in dispatch],
+                [request.queue for request in dispatch],
+                [request.priority for request in dispatch],
+                [request.step_type for request in dispatch],
+                [request.input_json for request in dispatch],
+                probe=(FIND_START, run_id, token),
+            )
+            run = started_run(
+                row,
+                run_id=run_id,
+                flow_id=flow_id,
+                flow_name=flow_name,
+                trigger_key=trigger_key,
+                trigger_data=trigger_data,
+                job_id=job_id,
+                source_run_id=source_run_id,
+            )
+            return TriggerResult(run=run, created=True)
+
         async def work(transaction: Transaction) -> TriggerResult:
-            key_run_id, existed = run_id, False
-            if idempotency_key is not None:
-                key_run_id, existed = await _register(
-                    transaction, flow_id, trigger_key, idempotency_key, run_id
-                )
+            key_run_id, existed = await _register(transaction, flow_id, trigger_key, idempotency_key, run_id)
             row = await transaction.row(
                 CREATE_RUN,
                 key_run_id,

@@ -88,6 +88,18 @@ def run_record(row: Any) -> FlowRunRecord:
     return FlowRunRecord(**run_fields(row))
 
 
+def started_run(row: Any, *, run_id: UUID, **fields: Any) -> FlowRunRecord:
+    """The record of a run that was started now, from the row of the statement that starts it.
+
+    Raises RunAlreadyExistsError.
+    """
+    if row["started_at"] is None:
+        raise RunAlreadyExistsError(run_id)
+    return FlowRunRecord(
+        run_id=run_id, status=RunStatus.RUNNING, started_at=row["started_at"], completed_at=None, **fields
+    )
+
+
 def _attempt_record(run_id: UUID, row: Any) -> FlowStepAttemptRecord:
     return FlowStepAttemptRecord(
         run_id=run_id,
@@ -169,18 +181,14 @@ class Runs:
             token,
             probe=(FIND_START, run_id, token),
         )
-        if row["started_at"] is None:
-            raise RunAlreadyExistsError(run_id)
-        return FlowRunRecord(
+        return started_run(
+            row,
             run_id=run_id,
             flow_id=flow_id,
             flow_name=flow_name,
-            status=RunStatus.RUNNING,
             trigger_key=trigger_key,
             trigger_data=trigger_data,
             job_id=job_id,
-            started_at=row["started_at"],
-            completed_at=None,
             source_run_id=source_run_id,
         )
 

@@ -1,13 +1,14 @@
 """Watching: wait until a step is ready or a run has ended (WAT).
 
-SQLite has no notifications. While a call waits, a thread reads ``PRAGMA data_version`` of a connection of its
-own every few milliseconds; the number changes with every commit of any other connection, in this process or
-another.
+SQLite has no notifications. While a call waits, a thread polls ``PRAGMA data_version`` of a connection of its
+own; the number changes with every commit of any other connection, in this process or another. A write to the
+log announces a commit, so that the thread sleeps while nothing is written (log_writes.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -16,15 +17,18 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_core import RunStatus
+from flowstore_core import RunStatus, StoreClosedError
 from flowstore_core.watching import WaitingCalls
-from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.connection import CLOSE_TIMEOUT, Connection
 from flowstore_sqlite.database import Database
+from flowstore_sqlite.log_writes import LogWrites, watch_log
 from flowstore_sqlite.runs import read_run_status
 
-POLL_SECONDS = 0.03
-"""The time between two polls. Half of it is the mean delay of a wake-up; all polls take under 1 % of a
-processor core."""
+FIRST_PAUSE = 0.002
+"""The first pause between polls after a write, in seconds. The pauses double, because a commit becomes
+visible only after its write, when the log is on disk."""
+MAX_BUSY_PAUSE = 0.03
+"""The longest pause that a write does not end. It bounds the polls while others write all the time."""
 
 DATA_VERSION = "PRAGMA data_version"
 # The first entry of each queue and priority in the index queued_steps_ready. The largest integer is the time
@@ -48,10 +52,13 @@ class CommitWatcher:
         self.waiting = WaitingCalls()
         self._path = path
         self._connection: Connection | None = None
+        self._writes: LogWrites | None = None
         self._lock = asyncio.Lock()
         self._users = 0
         self._polling: asyncio.Task[None] | None = None
         self._stop = threading.Event()
+        self._closed = False
+        self._pid = os.getpid()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -65,41 +72,73 @@ class CommitWatcher:
         finally:
             self._users -= 1
             if not self._users:
-                self._stop.set()
+                self._stop_polling()
 
     async def _start(self) -> None:
         if self._connection is None:
             connection = Connection(self._path, read_only=True)
             try:
                 await connection.open()
+                if self._closed:
+                    raise StoreClosedError
             except BaseException:
                 await connection.close()
                 raise
             self._connection = connection
         elif self._polling is not None:
-            # The thread ends within a poll.
             await asyncio.wait({self._polling})
+        if self._closed:
+            raise StoreClosedError
+        if self._writes is None:
+            self._writes = watch_log(self._path)
         self._stop = threading.Event()
-        connection, stop = self._connection, self._stop
+        connection, poll = self._connection, partial(self._poll, self._writes, self._stop)
         # The first number is read before the caller looks at the store, so no later commit is missed.
         version = await connection.run_in_thread(_read_version)
-        self._polling = asyncio.create_task(connection.run_in_thread(partial(self._poll, stop, version)))
+        if self._closed:
+            raise StoreClosedError
+        self._polling = asyncio.create_task(connection.run_in_thread(partial(poll, version)))
+        # A store that is closed at this moment ends it with an error, as it ends the waiting calls.
+        self._polling.add_done_callback(lambda polling: polling.cancelled() or polling.exception())
 
-    def _poll(self, stop: threading.Event, version: int | None, db: sqlite3.Connection) -> None:
+    def _poll(
+        self, writes: LogWrites, stop: threading.Event, version: int | None, db: sqlite3.Connection
+    ) -> None:
         """Runs in the connection's thread until ``stop`` is set."""
-        while not stop.wait(POLL_SECONDS):
+        # The write of a commit that becomes visible now may be older than the watch.
+        pause = FIRST_PAUSE
+        while not stop.is_set():
+            is_busy = pause <= MAX_BUSY_PAUSE
+            was_written = writes.wait(pause, until_write=not is_busy)
             found = _read_version(db)
             if found != version:
                 version = found
                 with suppress(RuntimeError):  # The event loop was closed; nothing waits any more.
                     self.waiting.wake_from_thread()
+            if was_written:
+                pause = min(2 * pause, MAX_BUSY_PAUSE) if is_busy else FIRST_PAUSE
+            else:
+                pause = min(2 * pause, writes.max_pause)
+
+    def _stop_polling(self) -> None:
+        self._stop.set()
+        if self._writes is not None:
+            self._writes.interrupt()
 
     async def aclose(self) -> None:
-        """End the waiting calls and the thread."""
+        """End the waiting calls and the thread, in bounded time."""
+        self._closed = True
         self.waiting.close()
-        self._stop.set()
-        if self._connection is not None:
-            await self._connection.close()
+        if self._connection is None or self._pid != os.getpid():
+            # A forked process has no thread that could end, and the files belong to the parent.
+            return
+        self._stop_polling()
+        if self._writes is not None:
+            writes, self._writes = self._writes, None
+            # In the thread, so that it happens after the last poll; the kernel may take some milliseconds.
+            closing = asyncio.create_task(self._connection.run_in_thread(lambda _: writes.close()))
+            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
+        await self._connection.close()
 
 
 def _read_version(db: sqlite3.Connection) -> int | None:

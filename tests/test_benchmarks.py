@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from benchmarks import report as reporting
+from benchmarks.queue_claims import Drained
 from benchmarks.results import Measure, Ratio, Report, Result, Sample, Target, load
 from benchmarks.svg import draw
 from benchmarks.tables import WIDTH, show
 
 ROOT = Path(__file__).parents[1]
+BACKENDS = ("PostgreSQL", "SQLite")
 SMALLEST = ("--rounds", "1", "--seconds", "0.01", "--scale", "0.05")
 
 
@@ -32,7 +34,7 @@ def run(program: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -86,7 +88,7 @@ def test_sqlite(tmp_path: Path) -> None:
 def test_growth(tmp_path: Path) -> None:
     report, _ = run("growth", tmp_path, "--callers", "8", "--scale", "0.001")
     variants = measures(report)
-    for backend in ("PostgreSQL", "SQLite"):
+    for backend in BACKENDS:
         assert len(variants[f"{backend}, lifecycle"]) == 4
         for call in ("statistics", "first page", "search", "30-day timeseries", "cleanup"):
             assert len(variants[f"{backend}, {call}"]) == 3
@@ -102,6 +104,62 @@ def test_peers(tmp_path: Path) -> None:
     # Missing engines are named with the reason.
     for engine in ("pgqueuer", "procrastinate", "DBOS", "absurd"):
         assert f"A step of {engine}" in printed or f"{engine} was skipped" in printed
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_queues_and_waiting_workers(tmp_path: Path) -> None:
+    variants, ratios = run_queues(tmp_path, "latency", "idle")
+    for backend in BACKENDS:
+        assert len(variants[f"{backend}, latency of an idle worker in another process"]) == 3
+        assert len(variants[f"{backend}, processor time of a waiting worker"]) == 1
+        assert f"{backend}, waiting worker, % of a core" in ratios
+    assert "PostgreSQL, sessions with a query in 5 s of waiting" in variants
+    assert len(variants) == 5
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_queues_and_claims(tmp_path: Path) -> None:
+    variants, ratios = run_queues(tmp_path, "sleeping", "snapshot")
+    for backend in BACKENDS:
+        assert len(variants[f"{backend}, claim_next_steps(limit=64)"]) == 3
+        assert len(variants[f"{backend}, claim_next_steps(limit=64) under load, with an old snapshot"]) == 3
+        assert f"{backend}, claims, with old snapshot" in ratios
+    assert len(variants) == 4
+
+
+@pytest.mark.xdist_group("benchmarks")
+@pytest.mark.timeout(300)
+def test_queues_and_their_workers(tmp_path: Path) -> None:
+    variants, ratios = run_queues(tmp_path, "competition", "throughput")
+    for backend in BACKENDS:
+        assert len(variants[f"{backend}, worker processes on one queue, limit 16"]) == 2
+        assert len(variants[f"{backend}, claims with fewer steps than limit although more were free"]) == 2
+        assert len(variants[f"{backend}, steps claimed and advanced"]) == 3
+        assert f"{backend}, 4 workers, short claims, %" in ratios
+    assert len(variants) == 6
+
+
+def run_queues(folder: Path, *figures: str) -> tuple[dict[str, list[str]], set[str]]:
+    """The measures with their variants, and the names of the ratios."""
+    chosen = [option for figure in figures for option in ("--figure", figure)]
+    tiny = ("--callers", "2,4", "--scale", "0.001", "--snapshot-minutes", "0")
+    report, _ = run("queues", folder, *chosen, *tiny)
+    return measures(report), {one["name"] for one in report["ratios"]}
+
+
+@pytest.mark.parametrize(
+    ("calls", "short"),
+    [
+        ([(0, 1, 4), (0, 2, 4), (3, 4, 2), (5, 6, 0)], 0),  # The last claims found the last steps.
+        ([(0, 1, 4), (2, 3, 2), (4, 5, 4)], 100 / 3),  # Four steps were free.
+        ([(0, 1, 4), (2, 3, 0), (4, 5, 4), (6, 7, 2)], 25),
+        ([(0, 2, 4), (1, 3, 2), (1, 4, 4)], 0),  # Another claim may have held the other four.
+    ],
+)
+def test_a_claim_is_short_if_more_steps_were_free(calls: list[tuple[int, int, int]], short: float) -> None:
+    assert Drained(0.0, 10, [{"ended": 9.0, "calls": calls}]).short_claims(4) == short
 
 
 def test_memory(tmp_path: Path) -> None:

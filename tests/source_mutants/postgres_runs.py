@@ -403,23 +403,18 @@ async def idempotency_keys_are_found_in_any_case(url: str) -> None:
     changes=[
         (
             CONTROLS,
-            "            key_run_id, existed = run_id, False\n            if idempotency_key is not None:\n"
-            "                key_run_id, existed = await _register(\n"
-            "                    transaction, flow_id, trigger_key, idempotency_key, run_id\n"
-            "                )\n",
+            "            key_run_id, existed = await "
+            "_register(transaction, flow_id, trigger_key, idempotency_key, run_id)\n",
             "            key_run_id, existed = registered\n",
         ),
         (
             CONTROLS,
-            "    ) -> TriggerResult:\n        async def work(",
-            "    ) -> TriggerResult:\n"
-            "        registered = run_id, False\n"
-            "        if idempotency_key is not None:\n"
-            "            registered = await self._database.transaction(\n"
-            '                "trigger_run",\n'
-            "                lambda t: _register(t, flow_id, trigger_key, idempotency_key, run_id),\n"
-            "            )\n\n"
-            "        async def work(",
+            "        async def work(transaction: Transaction) -> TriggerResult:\n",
+            "        registered = await self._database.transaction(\n"
+            '            "trigger_run",\n'
+            "            lambda t: _register(t, flow_id, trigger_key, idempotency_key, run_id),\n"
+            "        )\n\n"
+            "        async def work(transaction: Transaction) -> TriggerResult:\n",
         ),
     ],
 )

@@ -1,0 +1,286 @@
+"""Claims among sleeping runs, with an old snapshot, and of several workers that share a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from benchmarks.options import Options, say
+from benchmarks.queue_stores import (
+    Backend,
+    QueueStore,
+    Worker,
+    add_sleeping_runs,
+    count_ready,
+    start_worker,
+    trigger_runs,
+)
+from benchmarks.queue_worker import CHAIN, LEASE, QUEUES, WORK, execute, request
+from benchmarks.results import Measure, Report, Result, Sample, Target
+from benchmarks.rounds import Variant, measure
+from benchmarks.workload import STEPS_PER_RUN, WrongAnswerError, percentile
+
+LIMIT = 64
+SIZES = (1_000, 100_000, 1_000_000)
+SMALLEST = (100, 200, 400)
+"""Minimum sizes at any scale."""
+CYCLES = 50
+"""Claims in one round."""
+SLEEPING_LIMIT = 1.2
+
+SNAPSHOT_RUNS = 1_000
+SNAPSHOT_MINUTES = 10.0
+CYCLE_SECONDS = 0.1
+"""Time of one cycle of the load: LIMIT runs are triggered, claimed and completed."""
+WINDOW_SECONDS = 20.0
+RECOVERY_SECONDS = 60.0
+BEFORE, HELD, AFTER = "before the snapshot", "with old snapshot", "a minute later"
+SNAPSHOT_LIMIT = 2
+
+WORKERS = (2, 4)
+COMPETITION_LIMIT = 16
+SHORT_LIMIT = 2.0
+
+
+def sizes(options: Options) -> list[int]:
+    return [max(least, int(size * options.scale)) for size, least in zip(SIZES, SMALLEST, strict=True)]
+
+
+def sleeping_name(backend: str) -> str:
+    return f"{backend}, claim_next_steps(limit={LIMIT})"
+
+
+def snapshot_name(backend: str) -> str:
+    return f"{backend}, claim_next_steps(limit={LIMIT}) under load, with an old snapshot"
+
+
+def short_name(backend: str) -> str:
+    return f"{backend}, claims with fewer steps than limit although more were free"
+
+
+def competition_name(backend: str) -> str:
+    return f"{backend}, worker processes on one queue, limit {COMPETITION_LIMIT}"
+
+
+def throughput_name(backend: str) -> str:
+    return f"{backend}, steps claimed and advanced"
+
+
+def sleeping_targets(backend: str, options: Options) -> list[Target]:
+    small, middle, large = (f"{size:,} sleeping runs" for size in sizes(options))
+    name = sleeping_name(backend)
+    return [
+        Target(f"{backend}, {middle}", name, middle, small, False, SLEEPING_LIMIT, None, "p50_ms"),
+        Target(f"... {large}", name, large, small, False, SLEEPING_LIMIT, None, "p50_ms"),
+    ]
+
+
+def snapshot_targets(backend: str) -> list[Target]:
+    name = snapshot_name(backend)
+    return [
+        Target(f"{backend}, claims, {HELD}", name, HELD, BEFORE, False, SNAPSHOT_LIMIT, None, "p50_ms"),
+        # As before, with the tolerance of sleeping runs.
+        Target(f"... {AFTER}", name, AFTER, BEFORE, False, SLEEPING_LIMIT, None, "p50_ms"),
+    ]
+
+
+def competition_targets(backend: str) -> list[Target]:
+    def at_most(number: int, title: str) -> Target:
+        return Target(
+            title, short_name(backend), processes(number), None, False, SHORT_LIMIT, None, "value", "%"
+        )
+
+    return [at_most(number, f"{backend}, {number} workers, short claims, %") for number in WORKERS]
+
+
+def processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+async def _cycle(at: QueueStore) -> float:
+    """Trigger LIMIT runs, claim their steps and complete them. Returns the duration of the claim."""
+    await trigger_runs(at.store, LIMIT, request(WORK))
+    began = perf_counter()
+    claimed = await at.store.claim_next_steps(QUEUES, lease=LEASE, limit=LIMIT)
+    seconds = perf_counter() - began
+    if len(claimed) != LIMIT:
+        raise WrongAnswerError(f"claimed steps: expected {LIMIT}, found {len(claimed)}")
+    await asyncio.gather(*(execute(at.store, step) for step in claimed))
+    return seconds
+
+
+def _claim_sample(latencies: Sequence[float]) -> Sample:
+    ordered = sorted(latencies)
+    p50 = percentile(ordered, 0.5)
+    return Sample(len(ordered) * LIMIT, p50_ms=p50, p99_ms=percentile(ordered, 0.99), value=p50)
+
+
+async def sleeping(report: Report, options: Options, backend: Backend) -> None:
+    if not options.wants(sleeping_name(backend.name)):
+        return
+
+    async def cycles(at: QueueStore, amount: int) -> Sample:
+        return _claim_sample([await _cycle(at) for _ in range(amount)])
+
+    async with AsyncExitStack() as stack:
+        variants = []
+        for size in sizes(options):
+            at = await backend.open(stack, f"sleeping_{size}")
+            say(f"{backend.name}: making {size:,} sleeping runs")
+            await add_sleeping_runs(at, size)
+            variants.append(Variant(f"{size:,} sleeping runs", partial(cycles, at)))
+        await measure(
+            report,
+            options,
+            sleeping_name(backend.name),
+            "milliseconds, median of a round",
+            variants,
+            least=CYCLES,
+            note="One caller; between the claims it triggers and completes the runs that are claimed.",
+        )
+
+
+async def snapshot(report: Report, options: Options, backend: Backend) -> None:
+    name = snapshot_name(backend.name)
+    if not options.wants(name):
+        return
+    scale = min(1.0, options.scale)
+    window = WINDOW_SECONDS * scale
+    minutes = float(options.given.snapshot_minutes)
+    results = []
+
+    async with AsyncExitStack() as stack:
+        at = await backend.open(stack, "snapshot")
+        await add_sleeping_runs(at, max(SMALLEST[0], int(SNAPSHOT_RUNS * scale)))
+
+        async def load(seconds: float, variant: str) -> int:
+            """Keep the load up, and use the claims of the last seconds as the variant's sample.
+
+            Returns the number of runs.
+            """
+            latencies: list[tuple[float, float]] = []
+            began = perf_counter()
+            while (passed := perf_counter() - began) < seconds or not latencies:
+                latencies.append((passed, await _cycle(at)))
+                await asyncio.sleep(max(0.0, passed + CYCLE_SECONDS - (perf_counter() - began)))
+            last = [claim for passed, claim in latencies if passed > seconds - window]
+            found = _claim_sample(last or [latencies[-1][1]])
+            say(f"{name}, {variant}: p50 {found.p50_ms:.2f} ms")
+            results.append(Result(variant, [found]))
+            return len(latencies) * LIMIT
+
+        await load(window, "warm-up")
+        results.clear()
+        await load(window, BEFORE)
+        async with at.hold_snapshot():
+            completed = await load(minutes * 60, HELD)
+        await load(RECOVERY_SECONDS * scale + window, AFTER)
+    note = (
+        f"Up to {LIMIT / CYCLE_SECONDS:,.0f} runs per second are triggered, claimed and completed, "
+        f"{completed:,} of them while a snapshot is held for {minutes:g} minutes. Each figure is of "
+        f"{window:g} s; one round"
+    )
+    report.measures.append(Measure(name, "milliseconds, median", results, note))
+
+
+async def _drain(at: QueueStore, workers: Sequence[Worker], step_type: str, steps: int) -> Drained:
+    """Let the workers claim and advance all steps of new runs."""
+    runs = steps if step_type == WORK else -(-steps // STEPS_PER_RUN)
+    await trigger_runs(at.store, runs, request(step_type))
+    expected = runs if step_type == WORK else runs * STEPS_PER_RUN
+    began = time.time()
+    replies = await asyncio.gather(*(worker.ask() for worker in workers))
+    drained = Drained(began, expected, replies)
+    if sum(count for _, _, count in drained.calls) != expected or await count_ready(at.store):
+        raise WrongAnswerError("the workers have not claimed each step once")
+    left = await at.store.get_queues()
+    if any(queue.running or queue.waiting for queue in left):
+        raise WrongAnswerError("the workers have not completed each step")
+    return drained
+
+
+class Drained:
+    def __init__(self, began: float, steps: int, replies: Sequence[dict[str, Any]]) -> None:
+        self.steps = steps
+        self.seconds = max(reply["ended"] for reply in replies) - began
+        self.calls: list[tuple[float, float, int]] = [tuple(call) for one in replies for call in one["calls"]]
+
+    def short_claims(self, limit: int) -> float:
+        """The share of claims, in percent, with fewer steps than limit although more were free.
+
+        The steps of every call that began before the end of a claim count as not free for it. Claims without
+        a step count only if they are short.
+        """
+        counted = short = 0
+        for _, ended, count in self.calls:
+            taken = sum(other for began, _, other in self.calls if began < ended)
+            is_short = count < limit and taken < self.steps
+            short += is_short
+            counted += is_short or count > 0
+        return 100 * short / counted
+
+
+async def competition(report: Report, options: Options, backend: Backend) -> None:
+    name = competition_name(backend.name)
+    if not options.wants(name):
+        return
+    short = Measure(short_name(backend.name), "% of claims")
+
+    async def compete(at: QueueStore, workers: Sequence[Worker], result: Result, amount: int) -> Sample:
+        drained = await _drain(at, workers, WORK, amount)
+        result.samples.append(Sample(drained.steps, value=drained.short_claims(COMPETITION_LIMIT)))
+        return Sample(drained.steps, rate=drained.steps / drained.seconds)
+
+    async with AsyncExitStack() as stack:
+        variants = []
+        for number in WORKERS:
+            at = await backend.open(stack, f"competition_{number}")
+            workers = [
+                await stack.enter_async_context(start_worker("drain", at, COMPETITION_LIMIT))
+                for _ in range(number)
+            ]
+            result = Result(processes(number))
+            short.results.append(result)
+            variants.append(Variant(result.variant, partial(compete, at, workers, result)))
+        await measure(
+            report, options, name, "steps per second", variants, least=COMPETITION_LIMIT * 4 * max(WORKERS)
+        )
+    for result in short.results:
+        del result.samples[0]  # The warm-up.
+    report.measures.append(short)
+
+
+async def throughput(report: Report, options: Options, backend: Backend) -> None:
+    name = throughput_name(backend.name)
+    if not options.wants(name):
+        return
+
+    async def work(at: QueueStore, workers: Sequence[Worker], amount: int) -> Sample:
+        drained = await _drain(at, workers, CHAIN, amount)
+        return Sample(drained.steps, rate=drained.steps / drained.seconds)
+
+    async with AsyncExitStack() as stack:
+        variants = []
+        most = max(options.callers)
+        for number, concurrency in (*((1, one) for one in options.callers), (2, most)):
+            title = f"{processes(number)}, {concurrency} steps at once"
+            at = await backend.open(stack, f"throughput_{number}_{concurrency}")
+            limit = max(1, concurrency // 2 // number)
+            workers = [
+                await stack.enter_async_context(start_worker("drain", at, limit)) for _ in range(number)
+            ]
+            variants.append(Variant(title, partial(work, at, workers)))
+        await measure(
+            report,
+            options,
+            name,
+            "steps per second",
+            variants,
+            least=4 * most,
+            note=f"Chains of {STEPS_PER_RUN} steps; each process claims and advances two batches at once.",
+        )

@@ -1,0 +1,144 @@
+"""Queues: latency and cost of waiting workers, claims among sleeping runs, workers that share a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import asyncpg
+
+from benchmarks.cluster import cluster
+from benchmarks.growth_stores import open_postgres, open_sqlite
+from benchmarks.machine import describe, disk_folder, file_system
+from benchmarks.options import Options, parser, run
+from benchmarks.queue_claims import (
+    SNAPSHOT_MINUTES,
+    competition,
+    competition_targets,
+    sleeping,
+    sleeping_targets,
+    snapshot,
+    snapshot_targets,
+    throughput,
+)
+from benchmarks.queue_stores import Backend
+from benchmarks.queue_waiting import idle, idle_targets, latency, latency_targets
+from benchmarks.results import Report
+from benchmarks.workload import store_url
+
+FIGURES: dict[str, Callable[[Report, Options, Backend], Awaitable[None]]] = {
+    "latency": latency,
+    "idle": idle,
+    "sleeping": sleeping,
+    "snapshot": snapshot,
+    "competition": competition,
+    "throughput": throughput,
+}
+
+QUERIED_SESSIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND query_start > $1
+"""
+
+
+async def program(options: Options) -> Report:
+    folder = disk_folder(options.folder)
+    report = Report(
+        "queues",
+        describe("asyncpg", "aiosqlite"),
+        {
+            "durability": f"as in the other programs; data on {file_system(folder)}",
+            "rounds": f"{options.rounds}, interleaved; medians",
+            "processes": "workers are processes of their own, each with a store",
+        },
+    )
+    backends = []
+    async with AsyncExitStack() as stack:
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="flowstore-bench-", dir=folder))
+        )
+        if options.wants_backend("PostgreSQL"):
+            url = await stack.enter_async_context(cluster(directory))
+            backends.append(_postgres(url))
+        if options.wants_backend("SQLite"):
+            backends.append(_sqlite(directory))
+        for name, figure in FIGURES.items():
+            if name in (options.given.figure or FIGURES):
+                for backend in backends:
+                    await figure(report, options, backend)
+    for backend in backends:
+        report.judge(latency_targets(backend.name))
+        report.judge(idle_targets(backend.name))
+        report.judge(sleeping_targets(backend.name, options))
+        report.judge(snapshot_targets(backend.name))
+        report.judge(competition_targets(backend.name))
+    return report
+
+
+def _postgres(url: str) -> Backend:
+    @asynccontextmanager
+    async def hold_snapshot(name: str) -> AsyncIterator[None]:
+        db = await asyncpg.connect(url)
+        try:
+            async with db.transaction(isolation="repeatable_read"):
+                await db.fetchval(f"SELECT count(*) FROM {name}.runs")
+                yield
+        finally:
+            await db.close()
+
+    async def count_queries(since: datetime) -> int:
+        db = await asyncpg.connect(url)
+        try:
+            return int(await db.fetchval(QUERIED_SESSIONS, since))
+        finally:
+            await db.close()
+
+    return Backend(
+        "PostgreSQL",
+        partial(open_postgres, url),
+        lambda name: f"{url}&schema={name}",
+        hold_snapshot,
+        count_queries,
+    )
+
+
+def _sqlite(directory: Path) -> Backend:
+    def path(name: str) -> Path:
+        return directory / f"{name}.db"
+
+    @asynccontextmanager
+    async def hold_snapshot(name: str) -> AsyncIterator[None]:
+        db = await asyncio.to_thread(
+            sqlite3.connect, path(name), isolation_level=None, check_same_thread=False
+        )
+        try:
+            db.execute("BEGIN")
+            db.execute("SELECT count(*) FROM runs").fetchone()
+            yield
+        finally:
+            db.close()
+
+    return Backend(
+        "SQLite", partial(open_sqlite, directory), lambda name: store_url(path(name)), hold_snapshot, None
+    )
+
+
+if __name__ == "__main__":
+    options = parser(str(__doc__), "64,256")
+    options.add_argument(
+        "--figure", action="append", choices=FIGURES, help="only this figure (default: all); repeatable"
+    )
+    options.add_argument(
+        "--snapshot-minutes",
+        type=float,
+        default=SNAPSHOT_MINUTES,
+        metavar="M",
+        help=f"minutes for which the old snapshot is held ({SNAPSHOT_MINUTES:g})",
+    )
+    run(options, program)
