@@ -16,9 +16,9 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from flowstore_core import RunStatus
+from flowstore_core import RunStatus, StoreClosedError
 from flowstore_core.watching import WaitingCalls
-from flowstore_sqlite.connection import Connection
+from flowstore_sqlite.connection import CLOSE_TIMEOUT, Connection
 from flowstore_sqlite.database import Database
 from flowstore_sqlite.runs import read_run_status
 
@@ -59,6 +59,8 @@ class CommitWatcher:
         self._users += 1
         try:
             async with self._lock:
+                if self.waiting.is_closed:
+                    raise StoreClosedError
                 if self._polling is None or self._stop.is_set() or self._polling.done():
                     await self._start()
             yield
@@ -97,9 +99,13 @@ class CommitWatcher:
     async def aclose(self) -> None:
         """End the waiting calls and the thread."""
         self.waiting.close()
-        self._stop.set()
-        if self._connection is not None:
-            await self._connection.close()
+        # A call that began before may still be starting the thread.
+        async with self._lock:
+            self._stop.set()
+            if self._polling is not None:
+                await asyncio.wait({self._polling}, timeout=CLOSE_TIMEOUT)
+            if self._connection is not None:
+                await self._connection.close()
 
 
 def _read_version(db: sqlite3.Connection) -> int | None:
