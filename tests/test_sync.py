@@ -516,6 +516,31 @@ def test_a_call_that_never_ends_ends_with_the_store(monkeypatch: pytest.MonkeyPa
     assert isinstance(outcomes[0], StoreClosedError)
 
 
+def test_a_call_that_starts_too_late_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store_sync("memory://")
+    # As if the loop had ended after the call was scheduled.
+    monkeypatch.setattr(loop_thread._Call, "start", lambda call: None)
+    with in_threads([store.ping, lambda: store.get_runs(skip=-1)]) as outcomes:
+        wait_until(lambda: len(store._thread._calls) == 2)
+        store.close()
+    assert [type(outcome) for outcome in outcomes] == [StoreClosedError, InvalidArgumentError]
+
+
+def test_a_call_that_ends_while_the_store_closes_has_its_result() -> None:
+    store = open_store_sync("memory://")
+
+    async def end_late() -> str:
+        await store._thread._stopping.wait()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return "the result"
+
+    with in_threads([lambda: store._thread.call(end_late)]) as outcomes:
+        wait_until(lambda: calls_in_progress(store) == 1)
+        store.close()
+    assert outcomes == ["the result"]
+
+
 def test_an_error_of_closing_is_raised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store_sync("memory://")
 
@@ -546,6 +571,9 @@ def test_a_forked_process_is_refused_and_does_not_close_the_store(namespace: str
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             try:
+                # A call that hangs ends with the child.
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(int(SECONDS))
                 os.write(writing, json.dumps(errors_in_child(store)).encode())
             finally:
                 os._exit(0)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, suppress
-from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
@@ -21,30 +20,23 @@ CLOSING_SECONDS = 5.0
 
 
 class _Call(Generic[T]):
-    """A call that a thread waits for and that the event loop executes, in the context of its caller."""
+    """A call that a thread waits for and that the event loop executes."""
 
     def __init__(self, operation: Coroutine[Any, Any, T]) -> None:
         self.operation = operation
-        self.context = copy_context()
         self.task: asyncio.Task[T] | None = None
         self.ended: SimpleQueue[asyncio.Task[T] | None] = SimpleQueue()
         """Receives the task when it is done, or None if the loop ended before."""
 
     def start(self) -> None:
-        self.task = asyncio.get_running_loop().create_task(self.operation, context=self.context)
-        self.task.add_done_callback(self._end)
+        self.task = asyncio.create_task(self.operation)
+        self.task.add_done_callback(self.ended.put)
 
     def cancel(self) -> None:
         if self.task is None:
             self.operation.close()
         else:
             self.task.cancel()
-
-    def _end(self, task: asyncio.Task[T]) -> None:
-        if not task.cancelled():
-            # Retrieve the exception: nobody else does if the caller has been interrupted.
-            task.exception()
-        self.ended.put(task)
 
 
 class LoopThread:
@@ -151,7 +143,7 @@ class LoopThread:
             self._calls.discard(call)
 
     def _schedule(self, callback: Callable[[], None]) -> bool:
-        """Call back in the thread; False if the loop has ended."""
+        """Call back in the thread, in a copy of this context; False if the loop has ended."""
         try:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:
@@ -160,9 +152,7 @@ class LoopThread:
 
     def stop(self) -> None:
         """Begin to close the store, and return at once."""
-        # A forked process shares the loop's sockets with its parent.
-        if self._thread.is_alive():
-            self._schedule(self._stopping.set)
+        self._schedule(self._stopping.set)
 
     def close(self) -> None:
         """Close the store and wait for the end of the thread; raises the error if closing fails."""
