@@ -17,8 +17,8 @@ from tests.calls import new_run
 SECONDS = 60.0
 """The time limit of a call, generous enough for a loaded machine."""
 HOUR = timedelta(hours=1)
-LAST_STEP = 24
-"""Calls suspend fewer times than this before they wait, apart from steps that threads and servers take."""
+STEPS = 24
+"""The store is closed after each number of steps of the event loop that is smaller than this."""
 
 
 @pytest.mark.needs(Capability.QUEUES, Capability.WATCH)
@@ -36,7 +36,7 @@ async def test_calls_that_begin_to_wait_end_when_the_store_is_closed(
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
     threads = threading.active_count()
-    for step in range(LAST_STEP):
+    for step in range(STEPS):
         async with open_store(namespace) as store:
             run_id = await new_run(store)
             calls = [asyncio.ensure_future(call(store, run_id)) for _ in range(4)]

@@ -45,10 +45,8 @@ class SyncStoreBase:
         self.close()
 
     def __del__(self) -> None:
-        # The thread is missing if opening failed.
-        thread = getattr(self, "_thread", None)
-        if thread is not None and thread.is_open:
+        if self._thread.is_open:
             message = f"unclosed {self!r}; close it, or use it in a with block"
-            thread.stop()
+            self._thread.stop()
             # After stopping: a filter may turn the warning into an exception.
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
