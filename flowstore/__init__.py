@@ -55,11 +55,13 @@ from flowstore_core import (
     StepStatus,
     StoreClosedError,
     StoreUnavailableError,
+    SyncFlowStore,
     TriggerResult,
     UnknownBackendError,
     new_claim_token,
     new_run_id,
     open_store,
+    open_store_sync,
 )
 
 __all__ = [
@@ -107,9 +109,11 @@ __all__ = [
     "StepStatus",
     "StoreClosedError",
     "StoreUnavailableError",
+    "SyncFlowStore",
     "TriggerResult",
     "UnknownBackendError",
     "new_claim_token",
     "new_run_id",
     "open_store",
+    "open_store_sync",
 ]

@@ -84,6 +84,7 @@ from flowstore_core.store import (
     FlowSignalStore,
     FlowStore,
 )
+from flowstore_core.sync import SyncFlowStore, open_store_sync
 from flowstore_core.watching import Watch
 
 __all__ = [
@@ -155,6 +156,7 @@ __all__ = [
     "StoreClosedError",
     "StoreConfig",
     "StoreUnavailableError",
+    "SyncFlowStore",
     "Trigger",
     "TriggerResult",
     "UnknownBackendError",
@@ -164,6 +166,7 @@ __all__ = [
     "new_claim_token",
     "new_run_id",
     "open_store",
+    "open_store_sync",
 ]
 
 # Without a handler, warnings would go to stderr.

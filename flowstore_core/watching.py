@@ -48,7 +48,8 @@ class WaitingCalls:
     def __init__(self) -> None:
         self._events: dict[asyncio.Event, frozenset[str]] = {}
         self._loop = asyncio.get_running_loop()
-        self._closed = False
+        self.is_closed = False
+        """Whether calls that wait end with StoreClosedError."""
 
     def __bool__(self) -> bool:
         """Whether any call waits."""
@@ -69,7 +70,7 @@ class WaitingCalls:
 
     def close(self) -> None:
         """End every waiting call with StoreClosedError."""
-        self._closed = True
+        self.is_closed = True
         self.wake()
 
     async def wait(
@@ -88,7 +89,7 @@ class WaitingCalls:
         event = asyncio.Event()
         self._events[event] = frozenset(topics)
         try:
-            while True:
+            while not self.is_closed:
                 event.clear()
                 found, seconds = await look()
                 if found is not None:
@@ -97,8 +98,7 @@ class WaitingCalls:
                 if left <= 0:
                     return None
                 await _wait_for_event(event, left if seconds is None else min(left, seconds))
-                if self._closed:
-                    raise StoreClosedError
+            raise StoreClosedError
         finally:
             del self._events[event]
 

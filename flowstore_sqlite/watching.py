@@ -57,7 +57,6 @@ class CommitWatcher:
         self._users = 0
         self._polling: asyncio.Task[None] | None = None
         self._stop = threading.Event()
-        self._closed = False
         self._pid = os.getpid()
 
     @asynccontextmanager
@@ -66,6 +65,8 @@ class CommitWatcher:
         self._users += 1
         try:
             async with self._lock:
+                if self.waiting.is_closed:
+                    raise StoreClosedError
                 if self._polling is None or self._stop.is_set() or self._polling.done():
                     await self._start()
             yield
@@ -79,24 +80,18 @@ class CommitWatcher:
             connection = Connection(self._path, read_only=True)
             try:
                 await connection.open()
-                if self._closed:
-                    raise StoreClosedError
             except BaseException:
                 await connection.close()
                 raise
             self._connection = connection
         elif self._polling is not None:
             await asyncio.wait({self._polling})
-        if self._closed:
-            raise StoreClosedError
         if self._writes is None:
             self._writes = watch_log(self._path)
         self._stop = threading.Event()
         connection, poll = self._connection, partial(self._poll, self._writes, self._stop)
         # The first number is read before the caller looks at the store, so no later commit is missed.
         version = await connection.run_in_thread(_read_version)
-        if self._closed:
-            raise StoreClosedError
         self._polling = asyncio.create_task(connection.run_in_thread(partial(poll, version)))
         # A store that is closed at this moment ends it with an error, as it ends the waiting calls.
         self._polling.add_done_callback(lambda polling: polling.cancelled() or polling.exception())
@@ -127,18 +122,21 @@ class CommitWatcher:
 
     async def aclose(self) -> None:
         """End the waiting calls and the thread, in bounded time."""
-        self._closed = True
         self.waiting.close()
-        if self._connection is None or self._pid != os.getpid():
+        if self._pid != os.getpid():
             # A forked process has no thread that could end, and the files belong to the parent.
             return
-        self._stop_polling()
-        if self._writes is not None:
-            writes, self._writes = self._writes, None
-            # In the thread, so that it happens after the last poll; the kernel may take some milliseconds.
-            closing = asyncio.create_task(self._connection.run_in_thread(lambda _: writes.close()))
-            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
-        await self._connection.close()
+        # A call that began before may still be starting the thread.
+        async with self._lock:
+            if self._connection is None:
+                return
+            self._stop_polling()
+            if self._writes is not None:
+                writes, self._writes = self._writes, None
+                # In the thread, and so after the last poll; the kernel may take some milliseconds.
+                closing = asyncio.create_task(self._connection.run_in_thread(lambda _: writes.close()))
+                await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
+            await self._connection.close()
 
 
 def _read_version(db: sqlite3.Connection) -> int | None:

@@ -14,7 +14,7 @@ from flowstore_conformance.operations import STRATEGIES
 from flowstore_conformance.registry import all_checks
 from flowstore_conformance.write_scenarios import SCENARIOS
 
-from flowstore_core import FlowStore
+from flowstore_core import FlowStore, SyncFlowStore
 from flowstore_core.operations import OPERATIONS, Operation
 from flowstore_core.validated_store import ValidatedStore
 from flowstore_memory.store import MemoryStore
@@ -47,6 +47,7 @@ ENGINES_ONLY = frozenset(
 CLASSES = {
     "a method of the FlowStore protocol": FlowStore,
     "a method of ValidatedStore": ValidatedStore,
+    "a method of SyncFlowStore": SyncFlowStore,
     "a method of the memory backend": MemoryStore,
     "a method of the SQLite backend": SqliteStore,
     "a method of the PostgreSQL backend": WatchingStore,

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from flowstore_core import (
     StepStatus,
     StoreConfig,
     open_store,
+    open_store_sync,
 )
 from flowstore_core.open import resolve_store
 from flowstore_core.plugins import find_backend, load_wrappers
@@ -118,6 +120,24 @@ async def test_each_call_is_a_span_of_kind_client(namespace: str, backend: str, 
     assert duration["ping"].count == 1
     assert 0 < duration["ping"].sum < 30
     assert "flowstore.run_id" not in duration["start_run"].attributes
+
+
+def test_the_span_of_a_synchronous_call_is_a_child_of_its_callers_span(telemetry: Telemetry) -> None:
+    tracer = trace.get_tracer_provider().get_tracer("test")
+    with open_store_sync("memory://") as store, ThreadPoolExecutor(8) as threads:
+
+        def request(number: int) -> None:
+            with tracer.start_as_current_span(f"request {number}"):
+                store.ping()
+
+        list(threads.map(request, range(8)))
+    spans = telemetry.spans()
+    parents = {span.get_span_context().span_id: span for span in spans}
+    pings = [span for span in spans if span.name == "ping"]
+    assert len(pings) == 8
+    assert {parents[span.parent.span_id].name for span in pings if span.parent is not None} == {
+        f"request {number}" for number in range(8)
+    }
 
 
 async def test_the_span_of_a_failed_call_has_the_error_type(telemetry: Telemetry) -> None:

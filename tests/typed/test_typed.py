@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("program", ["backend.py", "engine.py"])
+@pytest.mark.parametrize("program", ["backend.py", "engine.py", "synchronous.py"])
 def test_mypy_accepts(program: str, tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     command = [sys.executable, "-m", "mypy", "--strict", f"tests/typed/{program}"]
