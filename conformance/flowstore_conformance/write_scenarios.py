@@ -184,6 +184,10 @@ def _scenarios() -> dict[str, ScenarioFactory]:
         requests = (_request(run, "a"), _request(run, "b", due_at=LATER))
         return setup, Call(method=trigger.method, arguments={**trigger.arguments, "dispatch": requests})
 
+    def trigger_without_key(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
+        setup, trigger = trigger_and_dispatch(run, flow)
+        return setup, Call(method=trigger.method, arguments={**trigger.arguments, "idempotency_key": None})
+
     def claim_dispatched(run: UUID, flow: UUID) -> tuple[list[Call], Call]:
         setup = [
             _run(run, flow),
