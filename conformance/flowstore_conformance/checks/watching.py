@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 from flowstore_conformance.checks.fixtures import FLOW
@@ -30,6 +31,8 @@ WOKEN_SECONDS = 30.0
 SETTLED_SECONDS = 0.05
 """The time in which a new call begins to wait. A slower one is not tested, and nothing is reported."""
 CALLS = 20
+MAX_TURNS = 24
+"""The turns of the event loop within which a call begins to wait, in usual backends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +266,41 @@ async def cancelled_waits_leave_nothing_behind(context: CheckContext) -> None:
     context.expect_that(threading.active_count() <= threads, "cancelled waiting calls leave threads behind")
 
 
-@check("WAT-2", kind=Kind.EXAMPLE, isolated=False)
+@check("WAT-2", kind=Kind.EXAMPLE, isolated=False, alone=True)
 async def closing_ends_waiting_calls(context: CheckContext) -> None:
-    """aclose ends every waiting call with StoreClosedError."""
+    """aclose ends every waiting call and its thread, also of a call that has only just begun."""
+    await _close_while_calls_wait(context, lambda: asyncio.sleep(SETTLED_SECONDS))
+    threads = threading.active_count()
+    closings = context.profile.of(6, MAX_TURNS, MAX_TURNS)
+    for turns in context.random.sample(range(MAX_TURNS), closings):
+        await _close_while_calls_wait(context, partial(_take_turns, turns))
+    left = await _threads_beyond(threads)
+    context.expect_that(left <= 0, f"{closings} stores with calls that begin to wait leave {left} threads")
+
+
+async def _threads_beyond(threads: int) -> int:
+    """The number of threads above ``threads``, once those that are ending have ended."""
+    for _ in range(200):
+        if threading.active_count() <= threads:
+            break
+        await asyncio.sleep(0.05)
+    return threading.active_count() - threads
+
+
+async def _take_turns(turns: int) -> None:
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+async def _close_while_calls_wait(context: CheckContext, begin: Callable[[], Awaitable[None]]) -> None:
+    """Close a store after calls have begun to wait; ``begin`` gives them time for that."""
     store = await context.open()
     scene = await _new_scene(store)
     calls: list[asyncio.Task[object]] = [
         asyncio.create_task(store.wait_for_steps([scene.queue], timeout=NEVER)),
         asyncio.create_task(store.wait_for_run(scene.run_id, timeout=NEVER)),
     ]
-    await asyncio.sleep(SETTLED_SECONDS)
+    await begin()
     await store.aclose()
     done, pending = await asyncio.wait(calls, timeout=WOKEN_SECONDS * context.timeout_factor)
     for call in pending:
