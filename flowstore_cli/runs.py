@@ -419,17 +419,16 @@ async def _retry(
         except StepNotFoundError as error:
             close = suggestion(step_key, await store.get_step_statuses(run_id))
             raise Failure(f"{in_words(error)}{close}") from error
-        detail = await store.get_run_detail(run_id)
-        for step in detail.steps if detail else ():
-            if detail and step.step_key == step_key:
-                return {
-                    "run_id": run_id,
-                    "step_key": step_key,
-                    "status": step.status,
-                    "attempt_count": step.attempt_count,
-                    "run_status": detail.status,
-                }
-        raise StepNotFoundError(run_id, step_key)
+        step = await store.get_step(run_id, step_key)
+        if step is None:
+            raise StepNotFoundError(run_id, step_key)
+        return {
+            "run_id": run_id,
+            "step_key": step_key,
+            "status": step.status,
+            "attempt_count": step.attempt_count,
+            "run_status": await store.get_run_status(run_id),
+        }
 
 
 @app.command()

@@ -28,7 +28,7 @@ from flowstore_core.runs import FlowRunDetail, FlowRunRecord, RunPage, RunPositi
 from flowstore_core.signals import FlowSignalWaiter, SignalDeliveryResult
 from flowstore_core.statistics import DashboardStatistics, RunTimeseriesBucket
 from flowstore_core.status import Capability, RunStatus, RunTimeseriesGranularity, StepStatus
-from flowstore_core.steps import StalledStep
+from flowstore_core.steps import FlowStepRecord, StalledStep
 from flowstore_core.store import FlowStore
 from flowstore_core.validation import (
     MAX_CLAIMS,
@@ -279,6 +279,9 @@ class ValidatedStore:
             search=check_search(search),
         )
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        return await self._store[running_loop()].get_run(run_id=check_id("run_id", run_id))
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         return await self._store[running_loop()].get_run_detail(run_id=check_id("run_id", run_id))
 
@@ -371,6 +374,11 @@ class ValidatedStore:
             attempt=None if attempt is None else check_int("attempt", attempt, 1, MAX_INT64),
             reset=check_keys("reset", reset),
             **({"dispatch": requests} if requests else _NOTHING),
+        )
+
+    async def get_step(self, run_id: UUID, step_key: str) -> FlowStepRecord | None:
+        return await self._store[running_loop()].get_step(
+            run_id=check_id("run_id", run_id), step_key=check_key("step_key", step_key)
         )
 
     async def get_step_statuses(self, run_id: UUID) -> Mapping[str, StepStatus]:

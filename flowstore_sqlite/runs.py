@@ -91,6 +91,9 @@ class Runs:
     ) -> bool:
         return await self._database.write(partial(_complete_run, run_id, status, expected))
 
+    async def get_run(self, run_id: UUID) -> FlowRunRecord | None:
+        return await self._database.read(lambda db: read_run(db, run_id))
+
     async def get_run_detail(self, run_id: UUID) -> FlowRunDetail | None:
         def detail(db: sqlite3.Connection) -> FlowRunDetail | None:
             if (row := db.execute(GET_RUN, (run_id.bytes,)).fetchone()) is None:

@@ -228,7 +228,7 @@ async def test_every_wrong_store_is_detected(
     monkeypatch: pytest.MonkeyPatch, wrong: type[SharedStore], name: str, clause: str
 ) -> None:
     make_wrong(monkeypatch, wrong)
-    result = await run(name)
+    result = await run(name, seed=2)
     assert result.failure is not None
     assert (result.status, result.failure.clause) == (Status.FAIL, clause)
     assert "secret" not in result.failure.message

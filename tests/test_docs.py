@@ -411,8 +411,28 @@ async def test_the_worker_of_the_engine_page_completes_a_failed_run() -> None:
         assert detail.steps[0].error_message == "no network"
 
 
+async def test_a_replay_of_the_engine_page_executes_each_step_once() -> None:
+    call_once = _names_of("async def call_once")["call_once"]
+    calls = 0
+
+    async def charge() -> list[int]:
+        nonlocal calls
+        calls += 1
+        return [calls]
+
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        assert [await call_once(store, run_id, "a", charge) for _ in range(2)] == [[1], [1]]
+
+
 def _worker() -> dict[str, Any]:
-    (code,) = [block for block in _blocks(ENGINE, "python") if "async def execute" in block]
+    return _names_of("async def execute")
+
+
+def _names_of(line: str) -> dict[str, Any]:
+    """The names that the code block with a line defines."""
+    (code,) = [block for block in _blocks(ENGINE, "python") if line in block]
     names: dict[str, Any] = {}
     exec(compile(code, "using-it-in-an-engine.md", "exec"), names)
     return names

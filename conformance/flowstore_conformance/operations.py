@@ -248,6 +248,11 @@ def _deliver_signal(d: CallStrategy) -> Arguments:
     }
 
 
+def _started(d: CallStrategy) -> Arguments:
+    run_id, key, _ = d.step(lambda step: step.status is not None)
+    return {"run_id": run_id, "step_key": key}
+
+
 def _waiting(d: CallStrategy) -> Arguments:
     run_id, key = d.waiting()
     return {"run_id": run_id, "step_key": key}
@@ -348,9 +353,11 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     ),
     "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys)}),
     "get_outputs": OperationStrategy(1, _of_run),
+    "get_run": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),
     "get_run_control": OperationStrategy(1, _of_run),
+    "get_step": OperationStrategy(2, _started),
     "get_step_statuses": OperationStrategy(1, _of_run),
     "get_claimed_step_keys": OperationStrategy(1, _of_run),
     "get_step_claims": OperationStrategy(1, _of_run),

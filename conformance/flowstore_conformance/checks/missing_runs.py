@@ -53,7 +53,9 @@ _WRITES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("save_output", {"key": "a", "value_json": "1"}),
 )
 _READS: tuple[tuple[str, dict[str, Any], Any], ...] = (
+    ("get_run", {}, None),
     ("get_run_detail", {}, None),
+    ("get_step", {"step_key": "a"}, None),
     ("get_run_status", {}, None),
     ("get_run_control", {}, None),
     ("get_waiter", {"step_key": "a"}, None),

@@ -39,6 +39,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
         **_PAGE,
         "search": "search?",
     },
+    "get_run": _DETAIL,
     "get_run_detail": _DETAIL,
     "get_run_status": _DETAIL,
     "get_active_runs": {"take": "take?"},
@@ -59,6 +60,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     },
     "record_skipped_step": {**_STEP, "step_type": "key", "reason": "text?", "owner": "key?"},
     "retry_step": {**_STEP, "attempt": "attempt?", "reset": "keys", "dispatch": "requests"},
+    "get_step": _STEP,
     "get_step_statuses": _DETAIL,
     "reschedule_step": {
         **_STEP,

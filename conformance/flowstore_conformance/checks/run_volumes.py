@@ -14,6 +14,7 @@ from flowstore_conformance.checks.fixtures import (
     SECOND,
     advance,
     assert_same,
+    expect_present,
     get_run,
     get_step,
     new_id,
@@ -305,6 +306,8 @@ async def a_step_holds_thousands_of_attempts(context: CheckContext) -> None:
     inputs = {attempt: f"input {number}" for number, attempt in enumerate(started)}
     wanted = [(attempt, inputs[attempt]) for attempt in numbers]
     expect_items(context, found, wanted, "number and input of its attempts", clause="QRY-3")
+    alone = expect_present(await store.get_step(run_id, "charge"), "get_step of a step in get_run_detail")
+    expect_items(context, alone.attempts, step.attempts, "its attempts in get_step", clause="QRY-3")
     open_attempts = [attempt.attempt for attempt in step.attempts if attempt.status is StepStatus.RUNNING]
     expect_result(
         context, open_attempts, [count], f"the open attempts after {count:,} starts", clause="STP-1"
