@@ -123,6 +123,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _write("save_output", "EVT-2", capability=Capability.OUTPUTS),
             _read("get_output", "EVT-2", capability=Capability.OUTPUTS),
             _read("get_outputs", "EVT-2", capability=Capability.OUTPUTS),
+            _write("delete_outputs", "EVT-2", capability=Capability.OUTPUTS),
             _write("append_event", "EVT-1", capability=Capability.EVENTS),
             _read("get_run_events", "EVT-1", capability=Capability.EVENTS, shows_state=False),
             # Retention and statistics

@@ -77,7 +77,7 @@ class Capability(StrEnum):
     EVENTS = "events"
     """append_event and get_run_events."""
     OUTPUTS = "outputs"
-    """save_output, get_output and get_outputs."""
+    """save_output, get_output, get_outputs and delete_outputs."""
     DASHBOARD = "dashboard"
     """get_runs_page, get_statistics and get_run_timeseries."""
     QUEUES = "queues"

@@ -45,6 +45,7 @@ from flowstore_core.validation import (
     check_keys,
     check_lease,
     check_position,
+    check_prefix,
     check_priority,
     check_queue_arguments,
     check_queues,
@@ -725,8 +726,20 @@ class ValidatedStore:
             run_id=check_id("run_id", run_id), key=check_key("key", key)
         )
 
-    async def get_outputs(self, run_id: UUID) -> Mapping[str, str]:
-        return await self._outputs[running_loop()].get_outputs(run_id=check_id("run_id", run_id))
+    async def get_outputs(
+        self, run_id: UUID, *, prefix: str = "", after: str | None = None, take: int | None = None
+    ) -> Mapping[str, str]:
+        return await self._outputs[running_loop()].get_outputs(
+            run_id=check_id("run_id", run_id),
+            prefix=check_prefix(prefix),
+            after=None if after is None else check_key("after", after),
+            take=None if take is None else check_take(take),
+        )
+
+    async def delete_outputs(self, run_id: UUID, *, prefix: str) -> int:
+        return await self._outputs[running_loop()].delete_outputs(
+            run_id=check_id("run_id", run_id), prefix=check_prefix(prefix)
+        )
 
     async def append_event(
         self,

@@ -81,6 +81,10 @@ def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
     return _check_characters(name, value)
 
 
+def check_prefix(value: Any) -> str:
+    return value if type(value) is str and not value else check_key("prefix", value)
+
+
 def check_text(name: str, value: Any) -> str:
     if type(value) is str and len(value) <= _SHORT and value.isascii() and "\0" not in value:
         return value

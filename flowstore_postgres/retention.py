@@ -14,7 +14,7 @@ from flowstore_core.retention import ORPHAN_GRACE
 from flowstore_postgres.database import Database
 from flowstore_postgres.search import index_batch, is_indexed
 from flowstore_postgres.sql_placeholders import in_microseconds
-from flowstore_postgres.transactions import Transaction
+from flowstore_postgres.transactions import Transaction, affected_rows
 
 log = logging.getLogger("flowstore_postgres")
 
@@ -161,7 +161,7 @@ class Retention:
 async def _delete_runs(runs: Sequence[UUID], cutoff: datetime, transaction: Transaction) -> int:
     """Delete the runs that are still completed, each whole, and return their number."""
     locked = [row[0] for row in await transaction.rows(LOCK_COMPLETED, runs, cutoff)]
-    return _count(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
+    return affected_rows(await transaction.execute(DELETE_RUNS, locked)) if locked else 0
 
 
 async def _fold(transaction: Transaction) -> int:
@@ -178,20 +178,16 @@ async def _sweep_keys(cutoff: datetime, transaction: Transaction) -> int:
     if not rows:
         return 0
     columns = [list(column) for column in zip(*rows, strict=True)]
-    return _count(await transaction.execute(DELETE_ORPHANED_KEYS, *columns))
+    return affected_rows(await transaction.execute(DELETE_ORPHANED_KEYS, *columns))
 
 
 async def _sweep_controls(cutoff: datetime, transaction: Transaction) -> int:
     rows = await transaction.rows(LOCK_ORPHANED_CONTROLS, cutoff, transaction.now, GRACE, BATCH)
     if not rows:
         return 0
-    return _count(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
+    return affected_rows(await transaction.execute(DELETE_ORPHANED_CONTROLS, [row[0] for row in rows]))
 
 
 async def _delete_summaries_and_commits(cutoff: datetime, transaction: Transaction) -> int:
     await transaction.execute(DELETE_SUMMARIES, cutoff)
-    return _count(await transaction.execute(DELETE_COMMITS))
-
-
-def _count(tag: str) -> int:
-    return int(tag.rpartition(" ")[2])
+    return affected_rows(await transaction.execute(DELETE_COMMITS))

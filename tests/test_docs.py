@@ -7,6 +7,7 @@ import builtins
 import dataclasses
 import enum
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -135,11 +136,9 @@ def _signature(name: str, method: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    return (
-        str(value)
-        if value is None or not isinstance(value, enum.Enum)
-        else f"{type(value).__name__}.{value.name}"
-    )
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__name__}.{value.name}"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def test_the_contract_lists_every_operation_with_its_signature() -> None:
@@ -426,6 +425,23 @@ async def test_a_replay_of_the_engine_page_executes_each_step_once() -> None:
         assert [await call_once(store, run_id, "a", charge) for _ in range(2)] == [[1], [1]]
 
 
+async def test_the_checkpoints_of_the_engine_page_skip_finished_items() -> None:
+    work_through = _names_of("async def work_through")["work_through"]
+    applied: list[str] = []
+
+    async def apply(item: str) -> str:
+        applied.append(item)
+        return item
+
+    async with open_store("memory://") as store:
+        run_id = uuid4()
+        await store.start_run(uuid4(), "orders", run_id, "manual")
+        await store.save_output(run_id, "item/a", '"a"')
+        found = await work_through(store, run_id, ["a", "b", "c"], apply)
+        assert applied == ["b", "c"]
+        assert found == {"item/a": '"a"', "item/b": '"b"', "item/c": '"c"'}
+
+
 def _worker() -> dict[str, Any]:
     return _names_of("async def execute")
 
@@ -433,7 +449,7 @@ def _worker() -> dict[str, Any]:
 def _names_of(line: str) -> dict[str, Any]:
     """The names that the code block with a line defines."""
     (code,) = [block for block in _blocks(ENGINE, "python") if line in block]
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"json": json}
     exec(compile(code, "using-it-in-an-engine.md", "exec"), names)
     return names
 

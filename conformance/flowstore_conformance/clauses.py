@@ -199,7 +199,11 @@ CLAUSES: dict[str, Clause] = {
             "No event ever appears with a sequence below one that was already read.",
             Capability.EVENTS,
         ),
-        _clause("EVT-2", "The last write of an output key wins.", Capability.OUTPUTS),
+        _clause(
+            "EVT-2",
+            "The last write of an output key wins; prefixes and pages of keys are exact.",
+            Capability.OUTPUTS,
+        ),
         _clause("CON-1", "All of one run's state is one linearizable object."),
         _clause("CON-2", "No driver exception ever surfaces."),
         _clause(

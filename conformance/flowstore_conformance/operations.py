@@ -258,6 +258,15 @@ def _waiting(d: CallStrategy) -> Arguments:
     return {"run_id": run_id, "step_key": key}
 
 
+def _get_outputs(d: CallStrategy) -> Arguments:
+    return {
+        "run_id": d.run(lambda run: run.outputs),
+        "prefix": d.output_prefix(),
+        "after": d.one_of(None, d.output_key()),
+        "take": d.one_of(None, 1, 2, 0),
+    }
+
+
 def _get_runs_page(d: CallStrategy) -> Arguments:
     return {
         "flow_id": d.sampled_from((None, *d.universe.flows)),
@@ -349,10 +358,13 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     ),
     "save_output": OperationStrategy(
         1,
-        lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys), "value_json": d.one_of("1", "")},
+        lambda d: {**_of_run(d), "key": d.output_key(), "value_json": d.one_of("1", "")},
     ),
-    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.sampled_from(d.universe.keys)}),
-    "get_outputs": OperationStrategy(1, _of_run),
+    "get_output": OperationStrategy(1, lambda d: {**_of_run(d), "key": d.output_key()}),
+    "get_outputs": OperationStrategy(1, _get_outputs),
+    "delete_outputs": OperationStrategy(
+        1, lambda d: {"run_id": d.run(lambda run: run.outputs), "prefix": d.output_prefix()}
+    ),
     "get_run": OperationStrategy(1, _of_run),
     "get_run_detail": OperationStrategy(1, _of_run),
     "get_run_status": OperationStrategy(1, _of_run),

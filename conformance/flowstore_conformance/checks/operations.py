@@ -132,7 +132,8 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "get_waiters": _DETAIL,
     "save_output": {**_DETAIL, "key": "key", "value_json": "text"},
     "get_output": {**_DETAIL, "key": "key"},
-    "get_outputs": _DETAIL,
+    "get_outputs": {**_DETAIL, "prefix": "prefix", "after": "key?", "take": "take?"},
+    "delete_outputs": {**_DETAIL, "prefix": "prefix"},
     "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
     "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
     "cleanup": {"cutoff": "datetime"},
@@ -156,6 +157,7 @@ LEGAL: dict[str, Any] = {
     "key": "charge",
     "job": "job 1",
     "text": "{}",
+    "prefix": "char",
     "datetime": _MOMENT,
     "attempt": 1,
     "skip": 0,
@@ -238,6 +240,7 @@ HOSTILE: dict[str, list[Any]] = {
     "id": [str(UUID(int=1)), UUID(int=1).hex, UUID(int=1).bytes, 1, True, b"", "", object()],
     "key": ["", "x" * 257, "\U0001f600" * 257, *_NO_TEXT],
     "job": ["", "x" * 1025, *_NO_TEXT],
+    "prefix": ["x" * 257, "\U0001f600" * 257, *_NO_TEXT],
     "text": [*_NO_TEXT, "x" * (16 * 1024 * 1024 + 1)],
     "datetime": [
         datetime(2026, 3, 14),  # noqa: DTZ001 - naive is what it is about

@@ -107,6 +107,8 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("expire_waiter", {"run_id": run_id, "step_key": "b"}),
         ("get_output", {"run_id": run_id, "key": "x"}),
         ("get_outputs", {"run_id": run_id}),
+        ("get_outputs", {"run_id": run_id, "prefix": "x", "take": 1}),
+        ("delete_outputs", {"run_id": run_id, "prefix": "y"}),
         ("get_run_events", {"run_id": run_id}),
         ("append_event", {"run_id": run_id, "event_type": "more"}),
         ("get_statistics", {}),

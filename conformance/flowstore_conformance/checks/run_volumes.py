@@ -360,6 +360,10 @@ async def a_run_holds_thousands_of_outputs(context: CheckContext) -> None:
     found = await store.get_outputs(run_id)
     what = f"get_outputs of {count:,} outputs of {len(filler):,} characters"
     expect_items(context, found.items(), values.items(), what, clause="EVT-2")
+    paged: dict[str, str] = {}
+    while page := await store.get_outputs(run_id, prefix="key", after=max(paged, default=None), take=PAGE):
+        paged |= page
+    expect_items(context, paged.items(), values.items(), f"the pages of {PAGE:,} of {what}", clause="EVT-2")
     for number in range(0, count, count // 7):
         value = await store.get_output(run_id, keys[number])
         expect_result(context, value, values[keys[number]], f"output {number:,} of {count:,}", clause="EVT-2")
