@@ -128,6 +128,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
             _read("get_run_events", "EVT-1", capability=Capability.EVENTS, shows_state=False),
             # Retention and statistics
             Operation(name="cleanup", clauses=("RET-1",), writes=True, spans_runs=True),
+            _write("delete_run", "RET-5", capability=Capability.DELETION),
             _query("get_statistics", "QRY-4", capability=Capability.DASHBOARD),
             _query("get_run_timeseries", "QRY-5", capability=Capability.DASHBOARD),
         )

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Protocol
 from uuid import UUID
 
-from flowstore_core.validation import MAX_KEY
-
 MAX_CHARACTER = chr(sys.maxunicode)
+AFTER_EVERY_KEY = MAX_CHARACTER * 257
+"""Longer than any key (INP-1), so it comes after all of them."""
 
 
 class Outputs(Protocol):
@@ -48,8 +48,7 @@ def end_of_prefix(prefix: str) -> str:
     """
     head = prefix.rstrip(MAX_CHARACTER)
     if not head:
-        # Longer than any key, so it comes after all of them.
-        return MAX_CHARACTER * (MAX_KEY + 1)
+        return AFTER_EVERY_KEY
     last = ord(head[-1]) + 1
     # Lone surrogates are not characters of a text (INP-2).
     return head[:-1] + chr(0xE000 if last == 0xD800 else last)

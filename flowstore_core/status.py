@@ -84,6 +84,8 @@ class Capability(StrEnum):
     """claim_next_steps, advance_run, redispatch_step and get_queues; dispatches that name a queue."""
     WATCH = "watch"
     """wait_for_steps and wait_for_run."""
+    DELETION = "deletion"
+    """delete_run."""
     DURABLE = "durable"
     """A returned write survives kill -9 and, if the disk honours fsync, a power cut (CON-5)."""
     MULTI_PROCESS = "multi_process"

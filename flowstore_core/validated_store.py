@@ -140,6 +140,7 @@ class ValidatedStore:
     _events: _ByLoop
     _outputs: _ByLoop
     _dashboard: _ByLoop
+    _deletion: _ByLoop
 
     def __init__(
         self,
@@ -769,6 +770,9 @@ class ValidatedStore:
 
     async def cleanup(self, cutoff: datetime) -> int:
         return await self._store[running_loop()].cleanup(cutoff=check_datetime("cutoff", cutoff))
+
+    async def delete_run(self, run_id: UUID) -> bool:
+        return await self._deletion[running_loop()].delete_run(run_id=check_id("run_id", run_id))
 
     async def get_statistics(self, *, as_of: datetime | None = None) -> DashboardStatistics:
         return await self._dashboard[running_loop()].get_statistics(

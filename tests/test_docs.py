@@ -96,7 +96,7 @@ def _clauses() -> set[str]:
 def test_every_clause_has_an_anchor_before_its_text() -> None:
     for clause in _clauses():
         assert f'<a id="{clause.lower()}"></a>\n**{clause}. ' in CONTRACT
-    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 62
+    assert len(re.findall(r"^\*\*[A-Z]{3}-\d+\. ", CONTRACT, re.M)) == len(_clauses()) == 63
 
 
 def test_every_clause_that_is_cited_exists() -> None:
@@ -440,6 +440,17 @@ async def test_the_checkpoints_of_the_engine_page_skip_finished_items() -> None:
         found = await work_through(store, run_id, ["a", "b", "c"], apply)
         assert applied == ["b", "c"]
         assert found == {"item/a": '"a"', "item/b": '"b"', "item/c": '"c"'}
+
+
+async def test_the_erasure_of_the_engine_page_deletes_derived_and_running_runs() -> None:
+    erase = _names_of("async def erase")["erase"]
+    async with open_store("memory://") as store:
+        source, derived, other = uuid4(), uuid4(), uuid4()
+        for run_id, source_id in ((source, None), (derived, source), (other, None)):
+            await store.start_run(uuid4(), "orders", run_id, "manual", source_run_id=source_id)
+        await store.complete_run(source, RunStatus.FAILED)
+        await erase(store, [source])
+        assert [run.run_id for run in await store.get_runs()] == [other]
 
 
 def _worker() -> dict[str, Any]:

@@ -30,7 +30,7 @@ COMMANDS = "\n".join(
 
 ENGINES_ONLY = frozenset(
     {
-        *("start_run", "complete_run", "trigger_run", "get_run", "get_derived_runs"),
+        *("start_run", "complete_run", "trigger_run", "get_derived_runs"),
         *("record_step_start", "record_step_complete", "record_skipped_step", "reschedule_step"),
         *("try_claim_step", "release_step_claim", "renew_step_claim", "get_claimed_step_keys"),
         *("try_record_dispatch", "annotate_dispatch", "release_dispatch"),

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from flowstore_conformance.history import Call
-from flowstore_conformance.model.state import Step
+from flowstore_conformance.model.state import Run, Step
 from flowstore_conformance.strategies import (
     ENDINGS,
     FINAL_OUTCOMES,
@@ -299,6 +299,10 @@ def _cleanup(d: CallStrategy) -> Arguments:
     return {"cutoff": d.timestamp()}
 
 
+def _is_ended(run: Run) -> bool:
+    return run.record is not None and run.record.status.is_terminal
+
+
 def _of_run(d: CallStrategy) -> Arguments:
     return {"run_id": d.run()}
 
@@ -394,6 +398,7 @@ STRATEGIES: Mapping[str, OperationStrategy] = {
     "get_stalled_steps": OperationStrategy(2, _as_of),
     "get_runs_to_stop": OperationStrategy(1, _as_of),
     "cleanup": OperationStrategy(2, _cleanup),
+    "delete_run": OperationStrategy(1, lambda d: {"run_id": d.run(_is_ended)}),
 }
 """The strategies of all operations except ping and aclose, by name."""
 

@@ -85,6 +85,7 @@ MODULES = (
     "outputs",
     "events",
     "retention",
+    "deletion",
     "queries",
     "indexed_queries",
     "cursors",

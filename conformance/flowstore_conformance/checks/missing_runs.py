@@ -85,6 +85,7 @@ _NO_OPS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     ("mark_timed_out", {"as_of": _MOMENT}, False),
     ("renew_step_claim", {"step_key": "a", "owner": "me", "lease": MINUTE}, False),
     ("extend_deadline", {"timeout_at": _MOMENT}, False),
+    ("delete_run", {}, False),
     ("redispatch_step", {"step_key": "a"}, False),
     ("redispatch_step", {"step_key": "a", "queue": "mail", "priority": 1, "due_at": _MOMENT}, False),
 )

@@ -137,6 +137,7 @@ ARGUMENT_KINDS: dict[str, dict[str, str]] = {
     "append_event": {**_DETAIL, "event_type": "key", "step_key": "key?", "message": "text?"},
     "get_run_events": {**_DETAIL, "after": "after", "take": "take"},
     "cleanup": {"cutoff": "datetime"},
+    "delete_run": _DETAIL,
     "get_statistics": {"as_of": "datetime?"},
     "get_run_timeseries": {
         "granularity": "granularity",

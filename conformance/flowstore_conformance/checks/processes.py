@@ -108,6 +108,12 @@ async def cleanups_by_processes(context: CheckContext) -> None:
     await _race(context, ("cleanups", "cleanups_seen", "cleanup_pairs"))
 
 
+@check("RET-5", "IDM-4", needs=[*MULTI, Capability.DELETION], kind=Kind.RACE, isolated=False)
+async def deletions_by_processes(context: CheckContext) -> None:
+    """Races of deletions and other calls between processes have linearizable results."""
+    await _race(context, ("deletions", "deletions_seen"))
+
+
 _WRITE_CLAUSES = dict.fromkeys(
     one.clauses[0] for one in OPERATIONS.values() if one.writes and not one.spans_runs
 )

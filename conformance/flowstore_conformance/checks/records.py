@@ -138,6 +138,8 @@ async def results_have_exactly_the_contract_types(context: CheckContext) -> None
         ("remove_waiter", {"run_id": run_id, "step_key": "m"}),
         ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
         ("complete_run", {"run_id": run_id, "status": RunStatus.FAILED}),
+        ("delete_run", {"run_id": run_id}),
+        ("delete_run", {"run_id": run_id}),
         ("cleanup", {"cutoff": moment - DAY}),
     )
     for operation, arguments in calls:
