@@ -82,7 +82,12 @@ def check_key(name: str, value: Any, limit: int = MAX_KEY) -> str:
 
 
 def check_prefix(value: Any) -> str:
-    return value if type(value) is str and not value else check_key("prefix", value)
+    wanted = f"a str of at most {MAX_KEY} characters"
+    if not isinstance(value, str):
+        raise InvalidArgumentError("prefix", wanted, _type_name(value))
+    if len(value) > MAX_KEY:
+        raise InvalidArgumentError("prefix", wanted, f"{len(value):,} characters")
+    return _check_characters("prefix", value)
 
 
 def check_text(name: str, value: Any) -> str:
