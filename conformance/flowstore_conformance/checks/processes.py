@@ -99,7 +99,7 @@ async def queues_by_processes(context: CheckContext) -> None:
 @check("CON-1", "CON-2", "EVT-1", "EVT-2", needs=MULTI, kind=Kind.RACE, isolated=False)
 async def pairs_by_processes(context: CheckContext) -> None:
     """Races of two writing operations on one run between processes have linearizable results."""
-    await _race(context, ("pairs", "events", "outputs"))
+    await _race(context, ("pairs", "events", "outputs", "deleted_outputs"))
 
 
 @check("RET-3", "RET-2", "IDM-4", "CON-1", needs=MULTI, kind=Kind.RACE)
